@@ -1,0 +1,51 @@
+# `make help` lists what there is. Every target installs the environment by itself; python3 (3.11+), git and make suffice.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+CONFIG ?=
+DATA ?=
+ARGS ?=
+CONFIG_AUT := $(or $(CONFIG),conf/aut_tiny.yaml)
+OVERRIDES := $(if $(DATA),data.root=$(DATA)) $(ARGS)
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup lock train-aut test smoke lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## install the pinned environment into .venv (about 30 s; runs by itself where needed)
+
+# uv is bootstrapped with pip into a corner of its own, so that the environment holds exactly what the lock names.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, this is {v.major}.{v.minor}")'
+	@test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/pip install -q --disable-pip-version-check uv; }
+	@.uv/bin/uv venv -q --allow-existing --python $(PYTHON) $(VENV)
+	@.uv/bin/uv pip install -q --python $(BIN)/python --require-hashes -r requirements.lock
+	@.uv/bin/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+lock: ## resolve the dependencies anew and rewrite requirements.lock
+	@test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/pip install -q --disable-pip-version-check uv; }
+	.uv/bin/uv pip compile -q pyproject.toml --extra demo --extra remote --group dev --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-header -o requirements.lock
+
+train-aut: $(STAMP) ## the whole AuT story: data, training, export, probes, report (CONFIG=, DATA=, ARGS="key=value")
+	@$(BIN)/whisper-aut train $(CONFIG_AUT) $(OVERRIDES)
+
+test: $(STAMP) ## the test suite (ARGS="-k name")
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+smoke: $(STAMP) ## shards to report through the real command line, in under a minute
+	@$(BIN)/python -m pytest tests/test_smoke.py $(ARGS)
+
+lint: $(STAMP) ## ruff and pyright
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+clean: ## remove the environment and caches; runs/ and data/ stay
+	rm -rf $(VENV) .uv .pytest_cache .ruff_cache *.egg-info

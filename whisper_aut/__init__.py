@@ -1,0 +1,18 @@
+"""Train universal audio encoders from Whisper: speech, sound and music through a swappable decoder."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from whisper_aut.model.pretrained import AudioEncoder, load_encoder
+
+__version__ = "0.1.0"
+__all__ = ["AudioEncoder", "__version__", "load_encoder"]
+
+
+def __getattr__(name: str) -> Any:
+    # PyTorch and transformers take seconds to import; `whisper-aut --help` should not.
+    if name in ("AudioEncoder", "load_encoder"):
+        from whisper_aut.model import pretrained
+
+        return getattr(pretrained, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,233 @@
+"""Shards → facts about them, from headers alone.
+
+In: a folder or URL of shards, ours or anybody's, or a folder of such folders (`data build --split-by`). Out: `ShardFacts`: how
+much of what, and what cannot be used and why. Next: `corpora.inspect_view` prints them, `--json` writes them. No audio is
+decoded, so a clip that is damaged behind a sound header is only found by the run that decodes it.
+"""
+
+import tarfile
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec
+import numpy as np
+from webdataset.tariterators import base_plus_ext, group_by_keys
+
+from whisper_aut.corpora.annotation import MAX_JSON_BYTES, Annotation
+from whisper_aut.corpora.audio import AUDIO_SUFFIXES, ClipLimits, decode, read_header
+from whisper_aut.corpora.shards import INDEX_NAME, ShardIndex, open_index, tar_members
+from whisper_aut.errors import Reason, SampleRefused
+
+HISTOGRAM_EDGES_SECONDS = (0, 0.5, 1, 2, 5, 10, 15, 20, 30)
+FIELDS = ("domain", "task", "language", "source", "licence")
+EXAMPLES = 5
+
+
+@dataclass
+class ShardFacts:
+    """What a folder of shards holds.
+
+    Attributes:
+        root: where; `folders` counts the clips of each folder of shards under it.
+        shards, bytes: tars and their size.
+        clips: samples whose audio header and JSON can be read; all counts below are of them.
+        seconds: duration per clip.
+        rates_hz, channels, codecs: of the audio as it is stored.
+        fields: the values of each of `FIELDS`, counted.
+        labels: classes, counted; a clip with several counts for each.
+        words, characters: length of the text per clip that has one.
+        refused: samples that cannot be used, by reason.
+        examples: a few clips (key, seconds, text); `faults` a few refusals (place, reason).
+        warnings: where the tars are not what their index says.
+        builds: per folder, what its builder counted, as its index tells.
+    """
+
+    root: str
+    folders: dict[str, int] = field(default_factory=dict)
+    shards: int = 0
+    bytes: int = 0
+    clips: int = 0
+    seconds: array = field(default_factory=lambda: array("d"))
+    rates_hz: Counter[int] = field(default_factory=Counter)
+    channels: Counter[int] = field(default_factory=Counter)
+    codecs: Counter[str] = field(default_factory=Counter)
+    fields: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in FIELDS})
+    labels: Counter[str] = field(default_factory=Counter)
+    words: array = field(default_factory=lambda: array("L"))
+    characters: array = field(default_factory=lambda: array("L"))
+    refused: Counter[str] = field(default_factory=Counter)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    faults: list[dict[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    builds: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def hours(self) -> float:
+        return sum(self.seconds) / 3600
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "root": self.root,
+            "folders": self.folders,
+            "shards": self.shards,
+            "bytes": self.bytes,
+            "clips": self.clips,
+            "hours": self.hours,
+            "sample_rates_hz": _ranked(self.rates_hz),
+            "channels": _ranked(self.channels),
+            "codecs": _ranked(self.codecs),
+            "seconds": {**distribution(self.seconds), "histogram": histogram(self.seconds)},
+            **{name: _ranked(counts) for name, counts in self.fields.items()},
+            "labels": _ranked(self.labels),
+            "clips_with_text": len(self.words),
+            "words": distribution(self.words),
+            "characters": distribution(self.characters),
+            "refused": _ranked(self.refused),
+            "examples": self.examples,
+            "faults": self.faults,
+            "warnings": self.warnings,
+            "builds": self.builds,
+        }
+
+
+def inspect_shards(root: str | Path, limits: ClipLimits = ClipLimits()) -> ShardFacts:  # noqa: B008 (frozen)
+    """Read every header and annotation under `root`.
+
+    Raises:
+        UserError: there are no shards, or an index is damaged or names tars that are missing. Damage inside a tar is counted.
+    """
+    facts = ShardFacts(str(root))
+    for name, index in _indices(str(root)):
+        before = facts.clips
+        for number in range(len(index.shards)):
+            _read_shard(facts, index, number, limits)
+        facts.folders[name] = facts.clips - before
+        facts.builds[name] = {key: value for key, value in index.facts.items() if key in ("recipe", "refused", "build")}
+    return facts
+
+
+def distribution(values: Iterable[float]) -> dict[str, float]:
+    """Return minimum, median, mean, 95th percentile and maximum; nothing of nothing."""
+    numbers = np.asarray(values, dtype=np.float64)
+    if not len(numbers):
+        return {}
+    low, median, high, top = np.percentile(numbers, [0, 50, 95, 100])
+    named = {"min": low, "median": median, "mean": numbers.mean(), "p95": high, "max": top}
+    return {name: float(value) for name, value in named.items()}
+
+
+def histogram(seconds: Iterable[float]) -> dict[str, int]:
+    """Count clips by duration; a clip of exactly 30 s stands under `20–30 s`."""
+    edges = np.asarray([*HISTOGRAM_EDGES_SECONDS, np.inf])
+    # Half a millisecond of grace, as `ClipLimits` has it, and ends that belong to the bin below them.
+    bins = np.searchsorted(edges + 5e-4, np.asarray(seconds, dtype=np.float64)) - 1
+    counts = np.bincount(np.maximum(bins, 0), minlength=len(edges) - 1)
+    names = [f"{low:g}–{high:g} s" for low, high in pairwise(edges[:-1])] + [f"> {edges[-2]:g} s"]
+    return {name: int(count) for name, count in zip(names, counts, strict=True)}
+
+
+def _indices(root: str) -> Iterator[tuple[str, ShardIndex]]:
+    filesystem, path = fsspec.url_to_fs(root)
+    is_own = filesystem.exists(f"{path}/{INDEX_NAME}") or not filesystem.isdir(path) or filesystem.glob(f"{path}/*.tar")
+    below = [] if is_own else sorted(filesystem.glob(f"{path}/*/{INDEX_NAME}"))
+    if not below:
+        yield "", open_index(root)
+    for index in below:
+        name = index.rsplit("/", 2)[-2]
+        yield name, open_index(f"{root.rstrip('/')}/{name}")
+
+
+def _read_shard(facts: ShardFacts, index: ShardIndex, number: int, limits: ClipLimits) -> None:
+    url, shard = index.url(number), index.shards[number]
+    samples = 0
+    with fsspec.open(url, "rb") as opened:
+        stream = cast(BinaryIO, opened)
+        members = _Members(stream, limits)
+        for group in group_by_keys(
+            members, handler=lambda error: isinstance(error, ValueError)
+        ):  # a doubled member: first wins
+            samples += 1
+            try:
+                _add(facts, group, limits)
+            except SampleRefused as refused:
+                _refuse(facts, f"{url}: {group['__key__']}", refused.reason, refused.detail)
+        facts.bytes += stream.seek(0, 2) if stream.seekable() else shard.bytes
+    facts.shards += 1
+    if members.damage:
+        _refuse(facts, url, Reason.BAD_TAR, members.damage)
+    if samples != shard.samples:
+        facts.warnings.append(f"{url} holds {samples} samples where its index counts {shard.samples}")
+
+
+class _Members:
+    """The `{fname, data}` stream that WebDataset groups, each body bounded before it is read; `damage` is what stopped it."""
+
+    def __init__(self, stream: BinaryIO, limits: ClipLimits):
+        self.stream, self.limits, self.damage = stream, limits, ""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            for tar, member in tar_members(self.stream):
+                key, suffix = base_plus_ext(member.name)
+                if key is not None:
+                    yield {"fname": member.name, "data": self._body(tar, member, suffix or ""), "__url__": ""}
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            self.damage = str(error) or type(error).__name__
+
+    def _body(self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> bytes | SampleRefused:
+        limit = MAX_JSON_BYTES if suffix.lower() == "json" else self.limits.max_bytes
+        if member.size > limit:
+            return SampleRefused(Reason.TOO_LARGE, f"{member.name}: {member.size} bytes, limit {limit}")
+        file = tar.extractfile(member)
+        return file.read() if file else b""
+
+
+def _add(facts: ShardFacts, group: dict[str, Any], limits: ClipLimits) -> None:
+    bodies = {suffix: body for suffix, body in group.items() if not suffix.startswith("__")}
+    for body in bodies.values():
+        if isinstance(body, SampleRefused):
+            raise body
+    suffix = next((suffix for suffix in AUDIO_SUFFIXES if suffix in bodies), None)
+    if "json" not in bodies:
+        raise SampleRefused(Reason.BAD_JSON, "no .json member")
+    if suffix is None:
+        raise SampleRefused(Reason.NO_AUDIO, f"members: {', '.join(sorted(bodies))}")
+    annotation = Annotation.from_json(bodies["json"])
+    header = read_header(bodies[suffix], limits)
+    seconds = decode(bodies[suffix], limits).seconds if header.seconds is None else header.seconds
+    facts.clips += 1
+    facts.seconds.append(seconds)
+    facts.rates_hz[header.sample_rate_hz] += 1
+    facts.channels[header.channels] += 1
+    facts.codecs[header.codec] += 1
+    _add_annotation(facts, annotation)
+    if len(facts.examples) < EXAMPLES:
+        text = annotation.text or annotation.answer
+        facts.examples.append({"key": group["__key__"], "seconds": seconds, "text": text, "label": annotation.label})
+
+
+def _add_annotation(facts: ShardFacts, annotation: Annotation) -> None:
+    for name, counts in facts.fields.items():
+        counts[getattr(annotation, name)] += 1
+    labels = annotation.label if isinstance(annotation.label, list) else [annotation.label]
+    facts.labels.update(label for label in labels if label is not None)
+    text = annotation.text or annotation.answer
+    if text:
+        facts.words.append(len(text.split()))
+        facts.characters.append(len(text))
+
+
+def _refuse(facts: ShardFacts, place: str, reason: Reason, detail: str) -> None:
+    facts.refused[reason] += 1
+    if len(facts.faults) < EXAMPLES:
+        facts.faults.append({"place": place, "reason": str(reason), "detail": detail})
+
+
+def _ranked(counts: Counter) -> dict[str, int]:
+    return {str(value): count for value, count in counts.most_common()}

@@ -1,0 +1,235 @@
+"""Anyone's table of audio files and texts → checked entries, one per clip.
+
+In: a manifest (`corpora.tables` says in which formats) and a `ManifestSpec` that says which columns mean what. Out: `Entry` for
+each row that can be tried, `RefusedRow` for each that cannot. Next: `corpora.build` decodes the audio and writes shards.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from whisper_aut.corpora.annotation import DOMAINS, MAX_JSON_BYTES, Annotation
+from whisper_aut.corpora.tables import Row, check_table, read_columns, read_rows
+from whisper_aut.corpora.template import Template, plain
+from whisper_aut.errors import Reason, SampleRefused, UserError, nearest
+
+AUDIO_COLUMNS = ("audio", "path", "file", "filename", "audio_path", "wav", "audio_filepath", "file_name")
+TEXT_COLUMNS = ("text", "caption", "sentence", "transcript", "transcription")
+ANNOTATION_COLUMNS = tuple(f.name for f in fields(Annotation) if f.name not in ("extra", "duration_seconds"))
+TEXT_FIELDS = tuple(name for name in ANNOTATION_COLUMNS if name != "label")  # a label may be a list
+CONSTANTS = ("domain", "task", "language", "source", "licence")
+MAX_KEY_CHARACTERS = 100
+MAX_SPLITS = 256  # each has a tar open; more of them are a column of names rather than of splits
+
+Reader = Callable[[Row], Any]
+
+
+@dataclass(frozen=True)
+class ManifestSpec:
+    """Which file, and what its columns mean.
+
+    Attributes:
+        manifest: the table.
+        audio_root: folder that relative audio paths start from; the manifest's own by default.
+        audio: column with the path; the first of `AUDIO_COLUMNS` that exists by default.
+        text: a column, or a template over columns such as `a {mood} tune`; `{category:words}` writes the underscores of a value
+            as spaces. A row in which one of the columns is empty has no text. By default the first of `TEXT_COLUMNS`.
+        label: the class, a column or a template likewise.
+        domain, task, language, source, licence: the same for every row; they win over columns of these names.
+        where: rows are kept whose column has one of the values.
+        split_by: a column; each of its values gets its own folder of shards.
+    """
+
+    manifest: Path
+    audio_root: Path | None = None
+    audio: str = ""
+    text: str = ""
+    label: str = ""
+    domain: str = ""
+    task: str = ""
+    language: str = ""
+    source: str = ""
+    licence: str = ""
+    where: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    split_by: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One clip to be: `line` is where its row ends in the manifest, `split` the folder that it belongs to."""
+
+    line: int
+    path: Path
+    key: str
+    split: str
+    annotation: Annotation
+
+
+@dataclass(frozen=True)
+class RefusedRow:
+    """A row that gives no clip. `path` is the audio file, as written or where it was looked for, if that much could be read."""
+
+    line: int
+    path: str
+    reason: Reason
+    detail: str = ""
+    split: str = ""
+
+
+class Manifest:
+    """An opened manifest: its columns are known, the spec fits them, and its rows can be read any number of times.
+
+    Attributes:
+        root: folder that relative audio paths start from.
+        columns: names of all columns.
+        passed_over: rows that `where` did not keep, in the last reading.
+
+    Raises:
+        UserError: no such file, not a table, no rows, or a spec that names what is not there.
+    """
+
+    def __init__(self, spec: ManifestSpec):
+        self.path = Path(spec.manifest)
+        check_table(self.path)
+        if spec.domain not in ("", *DOMAINS):
+            raise UserError(f"Domain {spec.domain!r} is not one of {', '.join(DOMAINS)}.{nearest(spec.domain, DOMAINS)}")
+        self.spec, self.passed_over = spec, 0
+        self._splits: dict[str, str] = {}
+        self.root = Path(spec.audio_root or self.path.parent).absolute()
+        self.columns = read_columns(self.path)
+        self.audio = self._column("audio", spec.audio, AUDIO_COLUMNS)
+        if not self.audio:
+            raise self._no_column("audio", AUDIO_COLUMNS)
+        self._text = self._reader("text", spec.text or self._column("text", "", TEXT_COLUMNS))
+        self._label = self._reader("label", spec.label or self._column("label", "", ("label",)))
+        if not (self._text or self._label or "answer" in self.columns):
+            raise self._no_column("text", (*TEXT_COLUMNS, "label"))
+        for column in (*spec.where, *filter(None, [spec.split_by])):
+            self._known("where" if column in spec.where else "split-by", column)
+
+    def digest(self) -> str:
+        """The SHA-256 of the manifest's bytes."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def entries(self) -> Iterator[Entry | RefusedRow]:
+        """Yield one item per row that `where` keeps, in the manifest's order, with keys that are unique."""
+        keys: dict[str, int] = {}
+        self.passed_over = 0
+        for line, row in read_rows(self.path):
+            if isinstance(row, str):
+                yield RefusedRow(line, "", Reason.BAD_ROW, row)
+            elif all(plain(row.get(column)) in values for column, values in self.spec.where.items()):
+                yield self._entry(line, row, keys)
+            else:
+                self.passed_over += 1
+
+    def values(self, column: str, at_most: int = 10) -> list[str]:
+        """Return the first distinct values of a column, for messages."""
+        seen: dict[str, None] = {}
+        for _, row in read_rows(self.path):
+            if not isinstance(row, str) and len(seen) < at_most:
+                seen[plain(row.get(column))] = None
+        return list(seen)
+
+    def _entry(self, line: int, row: Row, keys: dict[str, int]) -> Entry | RefusedRow:
+        written, split = "", ""
+        try:
+            split = self._split(row)
+            written = _text_of(row.get(self.audio), self.audio)
+            if not written or "\0" in written:
+                raise SampleRefused(Reason.BAD_ROW, f"no path in column {self.audio!r}")
+            annotation = self._annotation(row, Path(written))
+        except SampleRefused as refused:
+            return RefusedRow(line, written, refused.reason, refused.detail, split)
+        return Entry(line, self.root / written, _unique(_safe(annotation.id) or "clip", keys), split, annotation)
+
+    def _split(self, row: Row) -> str:
+        if not self.spec.split_by:
+            return ""
+        value = plain(row.get(self.spec.split_by)).strip()
+        split = _safe(value)
+        if not split:
+            raise SampleRefused(Reason.BAD_ROW, f"no name for a split in column {self.spec.split_by!r}")
+        if self._splits.setdefault(split, value) != value:
+            raise UserError(f"--split-by: {value!r} and {self._splits[split]!r} would share the folder {split}. Rename one.")
+        if len(self._splits) > MAX_SPLITS:
+            raise UserError(f"--split-by {self.spec.split_by}: more than {MAX_SPLITS} values. Name a column of splits.")
+        return split
+
+    def _annotation(self, row: Row, written: Path) -> Annotation:
+        own: dict[str, Any] = {name: _text_of(row[name], name) for name in TEXT_FIELDS if name in row}
+        own |= {name: getattr(self.spec, name) for name in CONSTANTS if getattr(self.spec, name)}
+        own["text"] = _text_of(self._text(row), "text") if self._text else ""
+        label = self._label(row) if self._label else None
+        own["label"] = None if label in ("", []) else label
+        own["id"] = own.get("id") or written.stem
+        if not own["text"] and own["label"] is None and not own.get("answer"):
+            raise SampleRefused(Reason.NO_TEXT, "neither text nor label nor answer")
+        taken = {*ANNOTATION_COLUMNS, "duration_seconds", ""}
+        if written.is_absolute():  # a path of somebody's machine has no place in a shard that may be published
+            taken.add(self.audio)
+        extra = {name: value for name, value in row.items() if name not in taken and value is not None}
+        try:
+            annotation = Annotation.from_mapping({**own, **extra})
+            size = len(annotation.to_json())
+        except (SampleRefused, ValueError) as error:  # ValueError: lone surrogates, which are not UTF-8
+            detail = error.detail if isinstance(error, SampleRefused) else str(error)
+            raise SampleRefused(Reason.BAD_ROW, detail) from None
+        if size > MAX_JSON_BYTES:
+            raise SampleRefused(Reason.BAD_ROW, f"{size} bytes of JSON, limit {MAX_JSON_BYTES}")
+        return annotation
+
+    def _column(self, option: str, given: str, usual: Sequence[str]) -> str:
+        if given:
+            return self._known(option, given)
+        return next((column for column in usual if column in self.columns), "")
+
+    def _reader(self, option: str, value: str) -> Reader | None:
+        if not value:
+            return None
+        if "{" not in value:
+            column = self._known(option, value)
+            return lambda row: cell.strip() if isinstance(cell := row.get(column), str) else cell
+        template = Template(value)
+        if template.fault:
+            raise UserError(f"--{option} {value!r}: {template.fault}. Write {{column}} or {{column:words}}.")
+        for column in template.columns:
+            self._known(option, column)
+        return template.fill
+
+    def _known(self, option: str, column: str) -> str:
+        if column not in self.columns:
+            hint = nearest(column, self.columns)
+            raise UserError(f"{self.path} has no column {column!r}, which --{option} names.{hint} {self._listed()}")
+        return column
+
+    def _listed(self) -> str:
+        return f"Its columns: {', '.join(self.columns)}."
+
+    def _no_column(self, option: str, usual: Sequence[str]) -> UserError:
+        looked = f"looked for {', '.join(usual)}"
+        return UserError(f"{self.path} has no {option} column ({looked}). {self._listed()} Name one with --{option} COLUMN.")
+
+
+def _text_of(value: Any, column: str) -> str:
+    if value is None or isinstance(value, (str, int, float)):
+        return plain(value).strip()
+    raise SampleRefused(Reason.BAD_ROW, f"column {column!r} must be text, not {type(value).__name__}")
+
+
+def _safe(name: str) -> str:
+    """A name that is safe in a tar and as a folder, and has no dot, from which WebDataset reckons the extension."""
+    return re.sub(r"[^\w-]+", "_", name).strip("_")[:MAX_KEY_CHARACTERS]
+
+
+def _unique(key: str, seen: dict[str, int]) -> str:
+    candidate = key
+    while candidate in seen:
+        seen[key] += 1
+        candidate = f"{key}-{seen[key]}"
+    seen[candidate] = 1
+    return candidate

@@ -1,0 +1,250 @@
+"""Shards on disk: tars of (audio, json) pairs and the `index.json` beside them.
+
+In: encoded clips with annotations, or a folder of tars. Out: `NAME-000000.tar …` and an index; a `ShardIndex` to plan a stream
+by. Next: `data.order` plans over the index, `data.stream` reads the tars. The format is plain WebDataset
+(https://github.com/webdataset/webdataset); nothing in it is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tarfile import EOFHeaderError, HeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
+from typing import Any, BinaryIO
+
+import fsspec
+from webdataset.tariterators import base_plus_ext
+from webdataset.writer import TarWriter
+
+from whisper_aut.corpora.annotation import Annotation
+from whisper_aut.errors import UserError
+
+INDEX_NAME = "index.json"
+INDEX_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar: its name within the folder, samples, seconds of audio, bytes and SHA-256 (empty where not computed)."""
+
+    name: str
+    samples: int
+    seconds: float = 0.0
+    bytes: int = 0
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """All tars under one folder or URL, in order.
+
+    Attributes:
+        root: folder or URL prefix.
+        shards: the tars.
+        facts: what the builder counted over the whole (domains, refusals, …), for people.
+    """
+
+    root: str
+    shards: tuple[ShardEntry, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def seconds(self) -> float:
+        return sum(shard.seconds for shard in self.shards)
+
+    def url(self, number: int) -> str:
+        return f"{self.root.rstrip('/')}/{self.shards[number].name}"
+
+    def fingerprint(self) -> str:
+        """A hash of what the shards hold: names, sizes and checksums, not where they lie."""
+        listing = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)
+        return hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+
+class ShardFolder:
+    """Writes samples into tars of at most `max_bytes`, then the index. A context manager: leaving it completes the folder.
+
+    Until then the tars carry hidden, temporary names and whatever the folder held stays as it was. Leaving replaces the index
+    first and renames the tars into place after it: should that be cut short, the index names tars which are missing, and
+    `open_index` says so. No interruption leaves a folder that looks complete and is not.
+    """
+
+    def __init__(self, folder: str | Path, prefix: str = "shard", max_bytes: int = 256 << 20):
+        self.folder = Path(folder).absolute()  # TarWriter would take `name:` at the start of a relative path for a URL
+        self.prefix, self.max_bytes = prefix, max_bytes
+        self.facts: dict[str, Any] = {}
+        self._shards: list[ShardEntry] = []
+        self._domains: Counter[str] = Counter()
+        self._writer: TarWriter | None = None
+        self._samples, self._seconds, self._bytes = 0, 0.0, 0
+
+    def __enter__(self) -> "ShardFolder":
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove(f".{self.prefix}-*.tar.partial")  # of a build that was cut short
+        except OSError as error:
+            raise UserError(f"Cannot write shards to {self.folder}: {error.strerror}.") from None
+        return self
+
+    @property
+    def samples(self) -> int:
+        """Samples written so far."""
+        return self._samples + sum(shard.samples for shard in self._shards)
+
+    def write(self, key: str, suffix: str, audio: bytes, annotation: Annotation) -> None:
+        """Append one sample. `key` loses its dots (WebDataset would read an extension there); `suffix` names the codec."""
+        key = key.replace(".", "_")
+        writer = self._writer or TarWriter(str(self._partial(len(self._shards))), encoder=False, mtime=0)
+        self._writer = writer
+        facts = annotation.to_json()
+        writer.write({"__key__": key, suffix: audio, "json": facts})
+        self._samples += 1
+        self._seconds += annotation.duration_seconds or 0.0
+        self._bytes += len(audio) + len(facts)
+        self._domains[annotation.domain] += 1
+        if self._bytes >= self.max_bytes:
+            self._finish_shard()
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish_shard()
+                self._publish()
+        finally:
+            if self._writer is not None:
+                with suppress(OSError):  # a full disk; what matters is that the partial tars go
+                    self._writer.close()
+            self._remove(f".{self.prefix}-*.tar.partial")
+
+    def _partial(self, number: int) -> Path:
+        return self.folder / f".{self.prefix}-{number:06d}.tar.partial"
+
+    def _remove(self, pattern: str) -> None:
+        for path in self.folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+    def _finish_shard(self) -> None:
+        if self._writer is None:
+            return
+        self._writer.close()
+        partial = self._partial(len(self._shards))
+        with partial.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = f"{self.prefix}-{len(self._shards):06d}.tar"
+        entry = ShardEntry(name, self._samples, round(self._seconds, 3), partial.stat().st_size, digest)
+        self._shards.append(entry)
+        self._writer, self._samples, self._seconds, self._bytes = None, 0, 0.0, 0
+
+    def _publish(self) -> None:
+        self._remove(f"{self.prefix}-*.tar")  # a former build's: from here to the end the folder is visibly incomplete
+        index = {
+            "version": INDEX_VERSION,
+            "samples": sum(shard.samples for shard in self._shards),
+            "seconds": round(sum(shard.seconds for shard in self._shards), 3),
+            "domains": dict(self._domains),
+            **self.facts,
+            "shards": [asdict(shard) for shard in self._shards],
+        }
+        partial = self.folder / f".{INDEX_NAME}.partial"
+        partial.write_text(json.dumps(index, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(partial, self.folder / INDEX_NAME)
+        for number, shard in enumerate(self._shards):
+            os.replace(self._partial(number), self.folder / shard.name)
+
+
+def open_index(root: str | Path) -> ShardIndex:
+    """Read the index of a folder or URL of shards; a folder without one is listed and its tars are counted.
+
+    Raises:
+        UserError: nothing there, no tars, a damaged index, or an index that names tars which are missing.
+    """
+    root = str(root)
+    filesystem, path = fsspec.url_to_fs(root)
+    if not filesystem.exists(path):
+        raise UserError(f"There are no shards at {root}. Build some: whisper-aut data build MANIFEST --out {root}")
+    if filesystem.exists(f"{path}/{INDEX_NAME}"):
+        index = _parse_index(root, filesystem.cat_file(f"{path}/{INDEX_NAME}"))
+        missing = [shard.name for shard in index.shards if not filesystem.exists(f"{path}/{shard.name}")]
+        if missing:
+            listed = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
+            raise UserError(
+                f"{root}/{INDEX_NAME} names {len(missing)} shards that are missing: {listed}. Bring them back or rebuild."
+            )
+        return index
+    tars = sorted(file for file in filesystem.glob(f"{path}/*.tar"))
+    if not tars:
+        raise UserError(
+            f"{root} holds neither {INDEX_NAME} nor any .tar. Build shards: whisper-aut data build MANIFEST --out {root}"
+        )
+    entries = []
+    for tar in tars:
+        with filesystem.open(tar, "rb") as stream:
+            entries.append(ShardEntry(Path(tar).name, count_samples(stream), bytes=filesystem.size(tar) or 0))
+    return ShardIndex(root, tuple(entries))
+
+
+def _parse_index(root: str, data: bytes) -> ShardIndex:
+    try:
+        index = json.loads(data)
+        if index["version"] != INDEX_VERSION:
+            raise UserError(
+                f"{root}/{INDEX_NAME} has version {index['version']}; this release reads {INDEX_VERSION}. Rebuild it."
+            )
+        shards = tuple(ShardEntry(**shard) for shard in index.pop("shards"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{root}/{INDEX_NAME} is damaged ({error!r}). Delete it to have the tars counted, or rebuild."
+        ) from None
+    unsafe = [shard.name for shard in shards if "/" in shard.name or shard.name.startswith(".")]
+    if unsafe:
+        raise UserError(f"{root}/{INDEX_NAME} names files outside its folder: {unsafe[0]!r}.")
+    return ShardIndex(root, shards, index)
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """Python's tarfile takes a damaged header inside an archive for its end, without a word; this one raises."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "_StrictHeader":
+        try:
+            return super().fromtarfile(tarfile)
+        except EOFHeaderError:  # the zero block that ends an archive
+            raise
+        except (HeaderError, ValueError, OverflowError) as error:
+            raise ReadError(f"{error}, at byte {tarfile.offset}") from None
+
+
+def tar_members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield the regular files of an uncompressed tar in order, seeking over bodies where the stream can seek.
+
+    Raises:
+        tarfile.TarError: the tar is damaged or lacks the mark at its end; members before the damage have been yielded.
+    """
+    with tarfile.open(fileobj=stream, mode="r:" if stream.seekable() else "r|", tarinfo=_StrictHeader) as tar:
+        for member in tar:
+            if member.isreg():
+                yield tar, member
+            # tarfile keeps every header otherwise: a 20 M-sample tar would fill memory
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def count_samples(stream: BinaryIO) -> int:
+    """Count the samples of a tar by its member names alone: consecutive members with one key are one sample."""
+    samples, last = 0, None
+    try:
+        for _, member in tar_members(stream):
+            key, _ = base_plus_ext(member.name)
+            if key is not None and key != last:
+                samples, last = samples + 1, key
+    except tarfile.TarError:
+        pass  # what stands before the damage is counted; reading reports the damage itself
+    return samples

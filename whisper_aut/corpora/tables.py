@@ -1,0 +1,129 @@
+"""A table on disk → its rows, whatever is wrong with some of them.
+
+In: a `.csv`, `.tsv` or `.jsonl` file (`.json` too, if it holds one object a line), UTF-8. Out: `(line number, row)`, a row
+being a dict by column, or a sentence that says why it is none. Next: `corpora.manifest` gives the columns their meaning. CSV is
+RFC 4180 with a header line; TSV has no quoting (https://www.iana.org/assignments/media-types/text/tab-separated-values).
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from whisper_aut.corpora.annotation import MAX_JSON_BYTES
+from whisper_aut.errors import UserError, nearest
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".json")
+
+Row = dict[str, Any]
+
+
+def check_table(path: Path) -> None:
+    """Raise `UserError` unless there is a table at `path`, by its name."""
+    if not path.exists():
+        there = (
+            sorted(p.name for p in path.parent.glob("*") if p.suffix.lower() in TABLE_SUFFIXES) if path.parent.is_dir() else []
+        )
+        listed = f" There: {', '.join(there[:10])}." if there else ""
+        raise UserError(f"There is no manifest {path.absolute()}.{nearest(path.name, there)}{listed}")
+    if not path.is_file() or path.suffix.lower() not in TABLE_SUFFIXES:
+        raise UserError(f"{path} is not a manifest: expected a file that ends in {', '.join(TABLE_SUFFIXES)}.")
+
+
+def read_columns(path: Path) -> tuple[str, ...]:
+    """Return the names of all columns, in order of appearance; the nameless one of a CSV written with an index is left out.
+
+    Raises:
+        UserError: there is not one readable row.
+    """
+    columns, number, fault = {}, 0, ""
+    for number, row in read_rows(path):
+        if isinstance(row, str):
+            fault = fault or f" Line {number}: {row}."
+            continue
+        columns.update(dict.fromkeys(row))
+        if path.suffix.lower() in DELIMITERS:
+            break  # the header line named them all
+    if not columns:
+        raise UserError(f"{path} holds {'no row that can be read' if number else 'no rows'}.{fault}")
+    return tuple(column for column in columns if column)
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
+    """Yield `(line number, row)`; in place of a row that cannot be read, what is wrong with it.
+
+    Raises:
+        UserError: the file as a whole is not what its name says: not UTF-8, no header, a quote that never ends.
+    """
+    delimiter = DELIMITERS.get(path.suffix.lower())
+    return _json_rows(path) if delimiter is None else _csv_rows(path, delimiter)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        if number == 1 and line.lstrip().startswith("["):
+            raise UserError(
+                f"{path} is one JSON array; expected one object a line. Convert it: jq -c '.[]' {path.name} > rows.jsonl"
+            )
+        try:
+            row = json.loads(line, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            yield number, f"not JSON: {error}"
+        else:
+            yield number, row if isinstance(row, dict) else f"expected an object, found {type(row).__name__}"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Row | str]]:
+    csv.field_size_limit(MAX_JSON_BYTES)
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    reader = csv.reader(_lines(path), delimiter=delimiter, quoting=quoting, strict=True)
+    header: list[str] = []
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if not header:
+                raise UserError(f"The header line of {path} cannot be read: {error}.") from None
+            if "unexpected end of data" in str(error):  # all rows from here on are inside that quote
+                raise UserError(f"A quote in the row that begins at line {start} of {path} is never closed.") from None
+            yield reader.line_num, str(error)
+            continue
+        if not cells:
+            continue
+        if not header:
+            header = _checked_header(path, cells)
+        elif len(cells) != len(header):
+            yield reader.line_num, f"{len(cells)} cells where the header has {len(header)}"
+        else:
+            yield reader.line_num, dict(zip(header, cells, strict=True))
+
+
+def _checked_header(path: Path, cells: list[str]) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    if twice:
+        raise UserError(f"{path} has the column {twice[0]!r} twice. Rename one of them.")
+    return header
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"Line {number} of {path} is not UTF-8 (byte 0x{raw[error.start]:02x}). Convert it, for instance from "
+                    f"Latin-1: iconv -f LATIN1 -t UTF-8 {path.name} > utf8{path.suffix}"
+                ) from None

@@ -1,0 +1,48 @@
+"""Sample → example: decode, features, tokens.
+
+In: a `Sample` as it lies in a shard. Out: an `Example` ready to be packed, or a `Refusal`. Next: `data.stream` collects a batch of
+them. Runs in the data workers; picklable.
+"""
+
+from dataclasses import dataclass
+
+from whisper_aut.corpora.audio import ClipLimits
+from whisper_aut.data.logmel import LogMel, mel_frames
+from whisper_aut.data.pack import Example
+from whisper_aut.data.sample import Refusal, Sample
+from whisper_aut.data.text import TextCodec
+from whisper_aut.data.waveform import load_waveform
+from whisper_aut.errors import SampleRefused
+
+
+@dataclass
+class ExampleBuilder:
+    """Turns samples into examples for one decoder.
+
+    Args:
+        logmel: the features of the encoder.
+        codec: the tokens of the decoder.
+        limits: what clips are taken.
+    """
+
+    logmel: LogMel
+    codec: TextCodec
+    limits: ClipLimits
+
+    def __call__(self, sample: Sample, domain: str) -> Example | Refusal:
+        """Build one example; `domain` is the source's, for samples that do not say their own."""
+        domain = sample.annotation.domain or domain
+        try:
+            target = self.codec.encode(sample.annotation, domain)  # first: it is cheap, and decoding is not
+            waveform = load_waveform(sample.audio, self.limits)
+        except SampleRefused as refused:
+            return Refusal(sample.shard, sample.key, refused.reason, refused.detail)
+        return Example(
+            mel=self.logmel(waveform),
+            mel_length=mel_frames(len(waveform)),
+            target=target,
+            text=sample.annotation.text,
+            domain=domain,
+            key=sample.key,
+            source=sample.shard.rsplit("/", 1)[0],
+        )

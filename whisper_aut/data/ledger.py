@@ -1,0 +1,83 @@
+"""The ledger: every refused sample, counted by source and reason, and written down.
+
+In: the `Refusal`s and sources that batches carry. Out: `ledger.jsonl` in the run directory and totals. Next: the log, the final
+summary and the report. When too large a share of a source is refused, the run stops: it would not train on what its config says.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from whisper_aut.data.sample import Refusal
+from whisper_aut.errors import UserError
+
+MIN_SEEN = 200  # below this many samples of a source its share of refusals says little
+MAX_LINES = 100_000
+
+
+class Ledger:
+    """Counts refusals and writes them down, one JSON object a line, as they come.
+
+    Args:
+        path: the file; None to count only.
+        max_share: the share of a source's samples that may be refused.
+    """
+
+    def __init__(self, path: Path | None, max_share: float = 1.0):
+        self.path, self.max_share = path, max_share
+        self.seen: Counter[str] = Counter()
+        self.refused: Counter[tuple[str, str]] = Counter()
+        self._file: TextIO | None = None
+
+    def record(self, sources: Iterable[str], refusals: Sequence[Refusal]) -> None:
+        """Count one batch: the source folder of each clip that was taken, and what was refused.
+
+        Raises:
+            UserError: a source exceeds the share that may be refused.
+        """
+        self.seen.update(sources)
+        for refusal in refusals:
+            folder = refusal.source.rsplit("/", 1)[0]
+            self.seen[folder] += 1
+            self.refused[folder, str(refusal.reason)] += 1
+            self._write(refusal)
+        if refusals:
+            self._check()
+
+    @property
+    def total(self) -> int:
+        return sum(self.refused.values())
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """Return refusals by source and reason."""
+        result: dict[str, dict[str, int]] = {}
+        for (source, reason), count in sorted(self.refused.items()):
+            result.setdefault(source, {})[reason] = count
+        return result
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def _write(self, refusal: Refusal) -> None:
+        if self.path is None or self.total > MAX_LINES:
+            return
+        if self._file is None:
+            self._file = self.path.open("a", buffering=1)
+        line = {"shard": refusal.source, "key": refusal.key, "reason": str(refusal.reason), "detail": refusal.detail}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _check(self) -> None:
+        for source, seen in self.seen.items():
+            reasons = {reason: count for (name, reason), count in self.refused.items() if name == source}
+            refused = sum(reasons.values())
+            if seen >= MIN_SEEN and refused > self.max_share * seen:
+                listed = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+                where = f" Each is listed in {self.path}." if self.path else ""
+                raise UserError(
+                    f"{refused} of {seen} samples of {source} were refused ({listed}); data.max_refused_share allows "
+                    f"{self.max_share:.1%}.{where} Mend the source, or raise data.max_refused_share."
+                )

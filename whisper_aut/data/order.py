@@ -1,0 +1,164 @@
+"""Which clip comes when: an order that is a function of (seed, position) and nothing else.
+
+In: how many samples each shard of each source holds, and the sources' shares. Out: for any range of positions, the source and the
+place in it that each position takes. Next: `data.stream` reads what the order says. Workers, ranks and timing never enter, so a
+run can go on at any position and see what it would have seen.
+
+A position first draws its source, each by its share. Within a source, the n-th draw takes the n-th place of an endless row of
+epochs; every epoch holds each clip once, its shards in a new order, and clips shuffled within consecutive windows so that
+shards are read almost sequentially.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+CHUNK_DRAWS = 1 << 16
+_SHARD_ORDER, _WINDOW_ORDER, _MIXTURE = 1, 2, 3  # keep the random streams apart
+
+
+@dataclass(frozen=True)
+class SourceShape:
+    """A source as the order sees it: a name, the samples of each shard, and its share among all sources."""
+
+    name: str
+    shard_samples: tuple[int, ...]
+    share: float = 1.0
+
+    @property
+    def samples(self) -> int:
+        return sum(self.shard_samples)
+
+
+class Order(Protocol):
+    """An order of clips over sources."""
+
+    sources: Sequence[SourceShape]
+
+    def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return for positions start … stop - 1 the source numbers and the running numbers within those sources."""
+        ...
+
+    def window(self, source: int, number: int) -> tuple[int, int]:
+        """Return the first running number of the window that `number` lies in, and the first behind it."""
+        ...
+
+    def places(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return shard numbers and ordinals for the running numbers first … last - 1, which form one window."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes whenever the order does."""
+        ...
+
+
+class MixtureOrder:
+    """The endless training order: sources drawn by share, each shuffled anew every epoch.
+
+    Args:
+        sources: at least one with samples; shares are normalised.
+        seed: the only randomness.
+        window: clips shuffled among each other.
+    """
+
+    def __init__(self, sources: Sequence[SourceShape], seed: int, window: int):
+        self.sources, self.seed, self.window_clips = tuple(sources), seed, window
+        shares = np.array([source.share for source in sources], dtype=np.float64)
+        self._edges = np.cumsum(shares / shares.sum())
+        self._counts = [np.zeros(len(sources), dtype=np.int64)]  # draws of each source before chunk number i
+
+    def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        chunks = range(start // CHUNK_DRAWS, -(-stop // CHUNK_DRAWS))
+        parts = [self._chunk(number) for number in chunks]
+        offset = chunks.start * CHUNK_DRAWS
+        within = slice(start - offset, stop - offset)
+        return tuple(np.concatenate(column)[within] for column in zip(*parts, strict=True))  # pyright: ignore[reportReturnType]
+
+    def window(self, source: int, number: int) -> tuple[int, int]:
+        samples = self.sources[source].samples
+        epoch, place = divmod(number, samples)
+        first = place // self.window_clips * self.window_clips
+        return epoch * samples + first, epoch * samples + min(first + self.window_clips, samples)
+
+    def places(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        shape = self.sources[source]
+        epoch, place = divmod(first, shape.samples)
+        shards = self._random(_SHARD_ORDER, source, epoch).permutation(len(shape.shard_samples))
+        row = np.arange(place, place + last - first)
+        self._random(_WINDOW_ORDER, source, epoch, place).shuffle(row)
+        ends = np.cumsum(np.array(shape.shard_samples)[shards])
+        turn = np.searchsorted(ends, row, side="right")
+        starts = np.concatenate([[0], ends[:-1]])
+        return shards[turn], row - starts[turn]
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self.sources, self.seed, self.window_clips)
+
+    def _chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return sources and running numbers of one chunk of positions."""
+        while len(self._counts) <= number:
+            passed = len(self._counts) - 1
+            self._counts.append(self._counts[-1] + np.bincount(self._chunk_sources(passed), minlength=len(self.sources)))
+        sources = self._chunk_sources(number)
+        numbers = np.empty(CHUNK_DRAWS, dtype=np.int64)
+        for source, before in enumerate(self._counts[number]):
+            drawn = np.flatnonzero(sources == source)
+            numbers[drawn] = before + np.arange(len(drawn))
+        return sources, numbers
+
+    @lru_cache(maxsize=4)  # noqa: B019 — an order lives as long as its run
+    def _chunk_sources(self, number: int) -> np.ndarray:
+        uniform = self._random(_MIXTURE, number).random(CHUNK_DRAWS)
+        return np.minimum(np.searchsorted(self._edges, uniform, side="right"), len(self.sources) - 1)
+
+    def _random(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *key])
+
+
+class SequentialOrder:
+    """The finite validation order: the first clips of each source, source after source, as the shards hold them."""
+
+    def __init__(self, sources: Sequence[SourceShape], limit: int | None = None):
+        self.sources = tuple(sources)
+        self._ends = np.cumsum([min(source.samples, limit) if limit is not None else source.samples for source in sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        positions = np.arange(start, min(stop, len(self)))
+        sources = np.searchsorted(self._ends, positions, side="right")
+        return sources, positions - np.concatenate([[0], self._ends])[sources]
+
+    def window(self, source: int, number: int) -> tuple[int, int]:
+        return 0, self.sources[source].samples
+
+    def places(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        samples = self.sources[source].shard_samples
+        shards = np.repeat(np.arange(len(samples)), samples)
+        ordinals = np.concatenate([np.arange(count) for count in samples])
+        return shards[first:last], ordinals[first:last]
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self.sources, int(self._ends[-1]))
+
+
+def mixture_shares(domains: Sequence[str], weights: Sequence[float], domain_shares: dict[str, float]) -> list[float]:
+    """Give each source its share: its domain's share, divided within the domain by weight."""
+    totals: dict[str, float] = {}
+    for domain, weight in zip(domains, weights, strict=True):
+        totals[domain] = totals.get(domain, 0.0) + weight
+    return [
+        domain_shares.get(domain, 0.0) * weight / totals[domain] if totals[domain] else 0.0
+        for domain, weight in zip(domains, weights, strict=True)
+    ]
+
+
+def _fingerprint(sources: Sequence[SourceShape], *numbers: int) -> str:
+    listing = [[source.name, source.shard_samples, source.share] for source in sources]
+    return hashlib.sha256(json.dumps([listing, numbers]).encode()).hexdigest()[:16]

@@ -1,0 +1,130 @@
+"""Clips → one batch, packed end to end without padding.
+
+In: per clip a log-mel, tokens and facts. Out: a `Batch` whose tensors hold all clips one after another, with every clip's length
+beside them. Next: `model.encoder` reads the mel, a decoder the targets. Shapes, here and everywhere:
+B clips, S samples, M mel bins, F mel frames (10 ms), T encoder frames (20 ms), L text tokens, D width, V vocabulary;
+ΣF is a sum over the clips of a batch. Lengths are plain integers on the host, so that nothing waits for a device to read them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from whisper_aut.data.sample import Refusal
+
+
+@dataclass(frozen=True)
+class TokenTarget:
+    """One clip's text as its decoder wants it.
+
+    Attributes:
+        tokens: `[L]` the whole sequence, from the first prompt token to the end token.
+        supervised: `[L]` bool, the tokens that the decoder must predict.
+        prompt_length: how many of the tokens are given at generation; the answer follows them.
+    """
+
+    tokens: Tensor
+    supervised: Tensor
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The token targets of a batch: `tokens` and `supervised` are `[ΣL]`, the lengths are per clip."""
+
+    tokens: Tensor
+    supervised: Tensor
+    lengths: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
+
+    @classmethod
+    def pack(cls, targets: Sequence[TokenTarget]) -> "Targets":
+        return cls(
+            tokens=torch.cat([target.tokens for target in targets]) if targets else torch.zeros(0, dtype=torch.long),
+            supervised=torch.cat([target.supervised for target in targets]) if targets else torch.zeros(0, dtype=torch.bool),
+            lengths=tuple(len(target.tokens) for target in targets),
+            prompt_lengths=tuple(target.prompt_length for target in targets),
+        )
+
+    def prompts(self) -> list[Tensor]:
+        """Return each clip's prompt tokens, the answer cut off."""
+        parts = self.tokens.split(self.lengths)
+        return [part[:length] for part, length in zip(parts, self.prompt_lengths, strict=True)]
+
+    def to(self, device: torch.device) -> "Targets":
+        return replace(
+            self, tokens=self.tokens.to(device, non_blocking=True), supervised=self.supervised.to(device, non_blocking=True)
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step sees.
+
+    Attributes:
+        mel: `[ΣF', M]` float32; F' counts a clip's valid frames and the silence after them (`data.logmel`).
+        mel_lengths: F per clip, valid frames only.
+        targets: the tokens to learn.
+        texts, domains, keys, sources: per clip, for metrics, the ledger and people.
+        refusals: samples that stood in this batch's places of the order and were refused.
+        supervised_in_step: supervised tokens of all micro-batches of this rank's optimiser step, which normalise its loss.
+    """
+
+    mel: Tensor
+    mel_lengths: tuple[int, ...]
+    targets: Targets
+    texts: tuple[str, ...]
+    domains: tuple[str, ...]
+    keys: tuple[str, ...]
+    sources: tuple[str, ...]
+    refusals: tuple[Refusal, ...] = ()
+    supervised_in_step: int = 0
+
+    def __len__(self) -> int:
+        return len(self.mel_lengths)
+
+    @property
+    def supervised(self) -> int:
+        return int(self.targets.supervised.sum())
+
+    @property
+    def audio_seconds(self) -> float:
+        return sum(self.mel_lengths) / 100
+
+    def to(self, device: torch.device) -> "Batch":
+        return replace(self, mel=self.mel.to(device, non_blocking=True), targets=self.targets.to(device))
+
+    def pin_memory(self) -> "Batch":
+        targets = replace(
+            self.targets, tokens=self.targets.tokens.pin_memory(), supervised=self.targets.supervised.pin_memory()
+        )
+        return replace(self, mel=self.mel.pin_memory(), targets=targets)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One clip, ready to be packed: log-mel `[F', M]`, its valid frames F, its target and its facts."""
+
+    mel: Tensor
+    mel_length: int
+    target: TokenTarget
+    text: str
+    domain: str
+    key: str
+    source: str
+
+
+def pack(examples: Sequence[Example], refusals: Sequence[Refusal], num_mel_bins: int) -> Batch:
+    """Lay examples end to end. Without any (all refused) the batch is empty, yet still one step of the schedule."""
+    return Batch(
+        mel=torch.cat([example.mel for example in examples]) if examples else torch.zeros(0, num_mel_bins),
+        mel_lengths=tuple(example.mel_length for example in examples),
+        targets=Targets.pack([example.target for example in examples]),
+        texts=tuple(example.text for example in examples),
+        domains=tuple(example.domain for example in examples),
+        keys=tuple(example.key for example in examples),
+        sources=tuple(example.source for example in examples),
+        refusals=tuple(refusals),
+    )

@@ -1,0 +1,101 @@
+"""Annotation → tokens for Whisper's decoder, and tokens → text.
+
+In: an `Annotation` and the domain of its source. Out: a `TokenTarget`: Whisper's prompt (start, language, task, no-timestamps), the
+text, the end token. Next: `data.pack`. The prompt is what `WhisperTokenizer.prefix_tokens` builds; which language and task
+token a domain gets is a setting.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from transformers import PreTrainedTokenizerBase, WhisperTokenizer
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+from whisper_aut.corpora.annotation import Annotation
+from whisper_aut.data.pack import TokenTarget
+from whisper_aut.errors import Reason, SampleRefused
+
+LANGUAGE_CODES = frozenset(TO_LANGUAGE_CODE.values())
+FALLBACK_LANGUAGE = "en"
+
+
+@runtime_checkable
+class TextCodec(Protocol):
+    """A decoder's own way from a clip's annotation to tokens and back. It is pickled into the data workers."""
+
+    def encode(self, annotation: Annotation, domain: str) -> TokenTarget:
+        """Return the tokens of one clip.
+
+        Raises:
+            SampleRefused: no text, or more tokens than the decoder takes.
+        """
+        ...
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of generated tokens, special tokens left out."""
+        ...
+
+
+@dataclass(frozen=True)
+class DomainPrompt:
+    """The prompt tokens of one domain: a Whisper task, and a language code or `sample` for what the sample itself says."""
+
+    task: Literal["transcribe", "translate"] = "transcribe"
+    language: str = "sample"
+
+
+@dataclass
+class WhisperText:
+    """Tokens of the original Whisper decoder.
+
+    Args:
+        tokenizer: a `WhisperTokenizer`, local or from the hub.
+        prompts: the prompt of each domain; a domain that is missing gets the default one.
+        max_tokens: the longest sequence that the decoder takes, prompt and end token included (448 in every Whisper).
+        overflow: what happens to a longer one: `cut` keeps its beginning and no end token, `drop` refuses the sample.
+        supervise_prompt: also predict the language, task and no-timestamps tokens, as the Hugging Face recipe does.
+        multilingual: whether the checkpoint knows language and task tokens; English-only ones don't.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Mapping[str, DomainPrompt] = field(default_factory=dict)
+    max_tokens: int = 448
+    overflow: Literal["cut", "drop"] = "cut"
+    supervise_prompt: bool = True
+    multilingual: bool = True
+
+    def encode(self, annotation: Annotation, domain: str) -> TokenTarget:
+        text = " ".join(annotation.text.split())
+        if not text:
+            raise SampleRefused(Reason.NO_TEXT)
+        prompt = self.prompt_tokens(domain, annotation.language)
+        # `split_special_tokens`: a caption that spells "<|endoftext|>" is text, not an instruction to the decoder.
+        answer = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        tokens = [*prompt, *answer, self.tokenizer.eos_token_id]
+        if len(tokens) > self.max_tokens:
+            if self.overflow == "drop":
+                raise SampleRefused(Reason.LABEL_TOO_LONG, f"{len(tokens)} tokens, limit {self.max_tokens}")
+            tokens = tokens[: self.max_tokens]
+        supervised = torch.ones(len(tokens), dtype=torch.bool)
+        supervised[: 1 if self.supervise_prompt else len(prompt)] = False
+        return TokenTarget(torch.tensor(tokens), supervised, len(prompt))
+
+    def decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    def prompt_tokens(self, domain: str, sample_language: str) -> tuple[int, ...]:
+        """Return start, language, task and no-timestamps for one clip."""
+        if not self.multilingual:
+            return _prefix(self.tokenizer, None, None)
+        prompt = self.prompts.get(domain, DomainPrompt())
+        language = sample_language if prompt.language == "sample" else prompt.language
+        return _prefix(self.tokenizer, language if language in LANGUAGE_CODES else FALLBACK_LANGUAGE, prompt.task)
+
+
+@lru_cache(maxsize=512)
+def _prefix(tokenizer: WhisperTokenizer, language: str | None, task: str | None) -> tuple[int, ...]:
+    tokenizer.set_prefix_tokens(language=language, task=task, predict_timestamps=False)
+    return tuple(tokenizer.prefix_tokens)

@@ -1,0 +1,60 @@
+"""The two ways in which things go wrong that are not our bugs: a user's mistake, and a sample that cannot be used.
+
+In: messages. Out: exceptions that `cli.main` turns into one clear paragraph (UserError) and that the data plane turns into a
+counted line of the ledger (SampleRefused).
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from enum import StrEnum
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The message says what was given, what was expected, and what to run."""
+
+
+class Interrupted(Exception):
+    """The user or the scheduler asked the run to stop; what was reached is saved. The message says how to go on."""
+
+
+class Reason(StrEnum):
+    """Why a sample was refused. The values are what ledgers, logs and reports print."""
+
+    UNDECODABLE = "undecodable audio"
+    NO_AUDIO = "no audio member"
+    EMPTY = "empty audio"
+    NON_FINITE = "non-finite audio"
+    SILENT = "silent audio"
+    TOO_LONG = "audio too long"
+    TOO_SHORT = "audio too short"
+    TOO_LARGE = "member too large"
+    BAD_JSON = "bad or missing JSON"
+    NO_TEXT = "no text"
+    LABEL_TOO_LONG = "label too long"
+    NO_LABEL = "no label"
+    BAD_TAR = "bad tar"
+    MISSING_FILE = "missing file"
+    BAD_ROW = "bad manifest row"
+
+
+class SampleRefused(Exception):
+    """One sample cannot be used; the run goes on without it.
+
+    Attributes:
+        reason: the class of fault, under which it is counted.
+        detail: what exactly was found, for the ledger's line.
+    """
+
+    def __init__(self, reason: Reason, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else str(reason))
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self):  # two arguments: the default would rebuild the exception from its one-line message
+        return type(self), (self.reason, self.detail)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean X?` for the known name closest to `word`, or an empty string where none is close."""
+    close = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,1 @@
+"""From a run to what others load: Hugging Face directories."""

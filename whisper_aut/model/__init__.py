@@ -1,0 +1,1 @@
+"""The encoder, the decoders that teach it, and the LightningModule that binds one of each."""

@@ -1,0 +1,44 @@
+"""The registry of decoders: a name in a config → its options and its builder. A new decoder is one file and one line here.
+
+In: a start checkpoint and the `decoder` group of a config. Out: a `Decoder` module and its `TextCodec`. Next: `training.build`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from whisper_aut.data.text import TextCodec
+from whisper_aut.errors import UserError, nearest
+from whisper_aut.model.decoders.whisper import WhisperDecoderOptions, build_whisper_decoder
+from whisper_aut.model.start import Start
+from whisper_aut.schema import build
+
+
+@dataclass(frozen=True)
+class DecoderEntry:
+    """One line of the registry: the schema of the decoder's options, and `(start, options, gradient_checkpointing)` → decoder."""
+
+    options: type
+    build: Callable[[Start, Any, bool], tuple[nn.Module, TextCodec]]
+
+
+DECODERS: dict[str, DecoderEntry] = {
+    "whisper": DecoderEntry(WhisperDecoderOptions, build_whisper_decoder),
+}
+
+
+def check_decoder(values: Mapping[str, Any]) -> tuple[DecoderEntry, Any]:
+    """Check the `decoder` group of a config against the schema that its name stands for.
+
+    Raises:
+        UserError: no such decoder, or options that it does not have.
+    """
+    name = str(values.get("name", ""))
+    if name not in DECODERS:
+        raise UserError(
+            f"decoder.name: there is no decoder {name!r}.{nearest(name, DECODERS)} There are: {', '.join(DECODERS)}."
+        )
+    entry = DECODERS[name]
+    return entry, build(entry.options, values, f"decoder ({name})")

@@ -1,0 +1,140 @@
+"""Whisper's own decoder, packed: the teacher of AuT, trained with the encoder and thrown away at export.
+
+In: encoder frames `[ΣT, D]` and packed token targets. Out: loss and text. Source: Whisper-AuT (arXiv 2604.10438); the modules,
+weights and arithmetic are Hugging Face's `WhisperForConditionalGeneration`. Texts lie end to end like the clips do; self- and
+cross-attention stay inside each clip, and logits exist for supervised positions only.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+from torch.utils.checkpoint import checkpoint
+from transformers import EncoderDecoderCache
+from transformers.cache_utils import DynamicCache
+from transformers.models.whisper.modeling_whisper import WhisperDecoder as HFWhisperDecoder
+
+from whisper_aut.corpora.annotation import DOMAINS
+from whisper_aut.data.pack import Targets
+from whisper_aut.data.text import LANGUAGE_CODES, DomainPrompt, WhisperText
+from whisper_aut.errors import UserError
+from whisper_aut.model.encoder import packed_attention, packed_feed_forward
+from whisper_aut.model.loss import DecoderLoss, chunked_cross_entropy
+from whisper_aut.model.start import Start
+
+
+@dataclass
+class WhisperDecoderOptions:
+    """The `decoder` group of a config with `name: whisper`; see `data.text.WhisperText` for what each does."""
+
+    name: str = "whisper"
+    prompts: dict[str, DomainPrompt] = field(default_factory=dict)
+    max_tokens: int = 448
+    overflow: Literal["cut", "drop"] = "cut"
+    supervise_prompt: bool = True
+
+
+def build_whisper_decoder(
+    start: Start, options: WhisperDecoderOptions, gradient_checkpointing: bool
+) -> "tuple[WhisperDecoder, WhisperText]":
+    """Take the start checkpoint's own decoder, and a codec around its tokenizer.
+
+    Raises:
+        UserError: the checkpoint has no decoder, or an option does not fit it.
+    """
+    for domain, prompt in options.prompts.items():
+        if domain not in DOMAINS:
+            raise UserError(f"decoder.prompts.{domain}: not a domain; there are {', '.join(DOMAINS)}.")
+        if prompt.language != "sample" and prompt.language not in LANGUAGE_CODES:
+            raise UserError(f"decoder.prompts.{domain}.language: {prompt.language!r} is no language code of Whisper.")
+    longest = start.config.max_target_positions
+    if not 8 <= options.max_tokens <= longest:
+        raise UserError(f"decoder.max_tokens: {options.max_tokens} is outside 8 to {longest}, what {start.path} can place.")
+    codec = WhisperText(
+        start.tokenizer, options.prompts, options.max_tokens, options.overflow, options.supervise_prompt, start.multilingual
+    )
+    end_token = start.token_id("<|endoftext|>")
+    return WhisperDecoder(start.model.model.decoder, end_token, gradient_checkpointing), codec
+
+
+class WhisperDecoder(nn.Module):
+    """Runs a Hugging Face `WhisperDecoder` on packed clips. The output embedding is the token embedding, tied.
+
+    Args:
+        whisper: the decoder whose modules and weights are used.
+        end_token: id of `<|endoftext|>`, at which generation stops.
+        gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations.
+    """
+
+    def __init__(self, whisper: HFWhisperDecoder, end_token: int, gradient_checkpointing: bool = False):
+        super().__init__()
+        self.whisper = whisper
+        self.end_token = end_token
+        self.gradient_checkpointing = gradient_checkpointing
+
+    def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
+        hidden = self._hidden(frames, lengths, targets)
+        # The state at position i predicts token i + 1, so a supervised token is read off the position before it.
+        predicted = targets.supervised.nonzero()[:, 0]
+        weight = self.whisper.embed_tokens.weight
+        total, nll, correct = chunked_cross_entropy(hidden[predicted - 1], weight, targets.tokens[predicted])
+        counts = tuple(int(part.sum()) for part in targets.supervised.split(targets.lengths))
+        return DecoderLoss(total, nll, correct, counts)
+
+    @torch.no_grad()
+    def generate(
+        self, frames: Tensor, lengths: Sequence[int], prompts: Sequence[Tensor], max_new_tokens: int = 64
+    ) -> list[list[int]]:
+        # One clip after another: its frames need no mask then, and Hugging Face's cache does the rest.
+        return [
+            self._greedy(clip, prompt, max_new_tokens)
+            for clip, prompt in zip(frames.split(list(lengths)), prompts, strict=True)
+        ]
+
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def _hidden(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> Tensor:
+        """Return the last hidden state of every token, `[ΣL, D]`."""
+        whisper = self.whisper
+        positions = torch.cat([torch.arange(length) for length in targets.lengths])
+        places = whisper.embed_positions(None, position_ids=positions.to(frames.device, non_blocking=True))
+        hidden = whisper.embed_tokens(targets.tokens) + places
+        hidden = dropout(hidden, p=whisper.dropout, training=self.training)
+        for layer in whisper.layers:
+            arguments = (layer, hidden, frames, targets.lengths, tuple(lengths))
+            if self.gradient_checkpointing and self.training:
+                hidden = checkpoint(_decoder_layer, *arguments, use_reentrant=False)
+            else:
+                hidden = _decoder_layer(*arguments)
+        return whisper.layer_norm(hidden)
+
+    def _greedy(self, frames: Tensor, prompt: Tensor, max_new_tokens: int) -> list[int]:
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        limit = min(max_new_tokens, self.whisper.max_target_positions - len(prompt))
+        answer: list[int] = []
+        tokens = prompt.to(frames.device)[None]
+        for _ in range(limit):
+            state = self.whisper(input_ids=tokens, encoder_hidden_states=frames[None], past_key_values=cache, use_cache=True)
+            best = int((state.last_hidden_state[0, -1] @ self.whisper.embed_tokens.weight.T).argmax())
+            if best == self.end_token:
+                break
+            answer.append(best)
+            tokens = torch.tensor([[best]], device=frames.device)
+        return answer
+
+
+def _decoder_layer(
+    layer: Any, hidden: Tensor, frames: Tensor, text_lengths: Sequence[int], frame_lengths: Sequence[int]
+) -> Tensor:
+    """One transformer layer on packed texts `[ΣL, D]`, in the order of `WhisperDecoderLayer.forward`."""
+    normed = layer.self_attn_layer_norm(hidden)
+    attended = packed_attention(layer.self_attn, normed, normed, text_lengths, text_lengths, causal=True)
+    hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
+    normed = layer.encoder_attn_layer_norm(hidden)
+    attended = packed_attention(layer.encoder_attn, normed, frames, text_lengths, frame_lengths)
+    hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
+    return hidden + packed_feed_forward(layer, layer.final_layer_norm(hidden))

@@ -1,0 +1,193 @@
+"""Whisper's encoder on the frames that clips have, without the 30-second tax.
+
+In: packed log-mel `[ΣF', M]` and valid lengths F. Out: `Frames`, packed `[ΣT, D]` with lengths. Next: a decoder, or pooling. The
+weights, their names and the arithmetic are Hugging Face's `WhisperEncoder`; what differs is the layout: clips lie end to end,
+projections and feed-forward run over all of them at once, attention stays inside each, positions restart at each.
+
+Two paddings, one set of weights: `none` runs each clip at its own length, and a clip's frames are the same alone and in any batch;
+`30s` extends every clip with silence to Whisper's window and computes exactly what Hugging Face computes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout, gelu
+from torch.utils.checkpoint import checkpoint
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from whisper_aut.data.logmel import MAX_MEL_FRAMES, frames_with_context, silence_level
+from whisper_aut.model.attention import clip_attention
+
+Padding = Literal["none", "30s"]
+PADDINGS = ("none", "30s")
+CONV_STRIDE = 2
+FLOAT16_MARGIN = 1_000  # Whisper's own: float16 activations are kept this far from infinity
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Encoder frames of a batch.
+
+    Attributes:
+        values: `[ΣT, D]`.
+        lengths: T per clip, what a decoder attends to: the clip's own frames, or 1,500 in `30s` mode.
+        valid_lengths: T per clip that hold the clip itself: what pooling may average.
+    """
+
+    values: Tensor
+    lengths: tuple[int, ...]
+    valid_lengths: tuple[int, ...]
+
+    def valid(self) -> list[Tensor]:
+        """Return each clip's own frames, `[T, D]`."""
+        clips = self.values.split(self.lengths)
+        return [clip[:length] for clip, length in zip(clips, self.valid_lengths, strict=True)]
+
+
+def encoder_frames(mel_length: int) -> int:
+    """T: encoder frames (20 ms) of a clip with F valid mel frames."""
+    return -(-mel_length // CONV_STRIDE)
+
+
+class PackedEncoder(nn.Module):
+    """Runs a Hugging Face `WhisperEncoder` on packed clips.
+
+    Args:
+        whisper: the encoder whose modules and weights are used; its parameters stay where they are.
+        padding: `none` or `30s`.
+        gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations.
+    """
+
+    def __init__(self, whisper: WhisperEncoder, padding: Padding = "none", gradient_checkpointing: bool = False):
+        super().__init__()
+        self.whisper = whisper
+        self.padding = padding
+        self.gradient_checkpointing = gradient_checkpointing
+
+    @property
+    def width(self) -> int:
+        return self.whisper.config.d_model
+
+    @property
+    def num_mel_bins(self) -> int:
+        return self.whisper.config.num_mel_bins
+
+    def forward(self, mel: Tensor, mel_lengths: Sequence[int]) -> Frames:
+        """Encode packed clips.
+
+        Args:
+            mel: `[ΣF', M]`, each clip with its silence context as `data.logmel` lays it out.
+            mel_lengths: F per clip.
+        """
+        valid = tuple(encoder_frames(length) for length in mel_lengths)
+        if self.padding == "30s":
+            mel = _pad_with_silence(mel, mel_lengths)
+            mel_lengths = (MAX_MEL_FRAMES,) * len(valid)
+        lengths = tuple(encoder_frames(length) for length in mel_lengths)
+        hidden = self._embed(mel, mel_lengths)
+        for layer in self.whisper.layers:
+            if self.gradient_checkpointing and self.training:
+                hidden = checkpoint(_encoder_layer, layer, hidden, lengths, use_reentrant=False)
+            else:
+                hidden = _encoder_layer(layer, hidden, lengths)  # pyright: ignore[reportArgumentType]
+        return Frames(self.whisper.layer_norm(hidden), lengths, valid)
+
+    def _embed(self, mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
+        """Convolve and add positions: `[ΣF', M]` → `[ΣT, D]`.
+
+        Clips are spread out with zeros between them, starting at even frames, so that one convolution over the whole batch
+        sees at each clip's edges exactly what it would see alone.
+        """
+        whisper = self.whisper
+        layout = _Spread.of(mel_lengths)
+        mel_index, frame_index, positions = (index.to(mel.device, non_blocking=True) for index in layout.indices())
+        spread = mel.new_zeros(layout.width, mel.shape[1]).index_copy(0, mel_index, mel)
+        inside = spread.new_zeros(layout.width).index_fill(0, mel_index, 1.0)
+        weight_dtype = whisper.conv1.weight.dtype
+        hidden = gelu(whisper.conv1(spread.T[None].to(weight_dtype)))
+        hidden = gelu(whisper.conv2(hidden * inside.to(hidden.dtype)))[0].T
+        hidden = hidden.index_select(0, frame_index) + whisper.embed_positions(positions)
+        return dropout(hidden, p=whisper.dropout, training=self.training)
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """Where clips lie when they are spread out for the convolutions."""
+
+    starts: tuple[int, ...]
+    mel_lengths: tuple[int, ...]
+    width: int
+
+    @classmethod
+    def of(cls, mel_lengths: Sequence[int]) -> "_Spread":
+        starts, position = [], CONV_STRIDE
+        for length in mel_lengths:
+            starts.append(position)
+            after = position + frames_with_context(length) + 1  # at least one zero frame, then the next even place
+            position = after + after % CONV_STRIDE
+        return cls(tuple(starts), tuple(mel_lengths), position)
+
+    def indices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return where mel frames go `[ΣF']`, where encoder frames are found `[ΣT]`, and their positions `[ΣT]`."""
+        clips = list(zip(self.starts, self.mel_lengths, strict=True))
+        mel = [torch.arange(start, start + frames_with_context(length)) for start, length in clips]
+        positions = [torch.arange(encoder_frames(length)) for _, length in clips]
+        frames = [start // CONV_STRIDE + place for (start, _), place in zip(clips, positions, strict=True)]
+        return torch.cat(mel), torch.cat(frames), torch.cat(positions)
+
+
+def _pad_with_silence(mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
+    """Extend every clip to Whisper's 3,000 mel frames: `[ΣF', M]` → `[B · 3000, M]`."""
+    clips = mel.split([frames_with_context(length) for length in mel_lengths])
+    padded = []
+    for clip in clips:
+        level = silence_level(clip).to(clip.dtype)
+        missing = MAX_MEL_FRAMES - len(clip)
+        padded.append(torch.cat([clip, level.expand(missing, clip.shape[1])]) if missing else clip)
+    return torch.cat(padded)
+
+
+def _encoder_layer(layer: Any, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+    """One transformer layer on packed clips `[ΣT, D]`, in the order of `WhisperEncoderLayer.forward`."""
+    normed = layer.self_attn_layer_norm(hidden)
+    attended = packed_attention(layer.self_attn, normed, normed, lengths, lengths)
+    hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
+    hidden = hidden + packed_feed_forward(layer, layer.final_layer_norm(hidden))
+    if hidden.dtype == torch.float16:
+        bound = torch.finfo(torch.float16).max - FLOAT16_MARGIN
+        hidden = hidden.clamp(-bound, bound)
+    return hidden
+
+
+def packed_attention(
+    attention: Any,
+    queries: Tensor,
+    keys: Tensor,
+    query_lengths: Sequence[int],
+    key_lengths: Sequence[int],
+    *,
+    causal: bool = False,
+) -> Tensor:
+    """A Hugging Face `WhisperAttention` on packed clips: `[ΣLq, D]` and `[ΣLk, D]` → `[ΣLq, D]`."""
+    heads = (attention.num_heads, attention.head_dim)
+    q, k, v = attention.q_proj(queries), attention.k_proj(keys), attention.v_proj(keys)
+    attended = clip_attention(
+        q.unflatten(-1, heads),
+        k.unflatten(-1, heads),
+        v.unflatten(-1, heads),
+        query_lengths,
+        key_lengths,
+        causal=causal,
+        dropout=attention.dropout if attention.training else 0.0,
+    )
+    return attention.out_proj(attended.flatten(-2))
+
+
+def packed_feed_forward(layer: Any, normed: Tensor) -> Tensor:
+    """The feed-forward half of a Whisper layer, dropouts included: `[N, D]` → `[N, D]`."""
+    hidden = layer.activation_fn(layer.fc1(normed))
+    hidden = dropout(hidden, p=layer.activation_dropout, training=layer.training)
+    return dropout(layer.fc2(hidden), p=layer.dropout, training=layer.training)

@@ -1,0 +1,178 @@
+"""Where a run starts: a Whisper checkpoint in Hugging Face's format, from the hub or a directory.
+
+In: a hub id or directory. Out: `Start`, which loads model, tokenizer and features on demand, strictly and from safetensors only.
+Next: `model.decoders` and `training.build`. Nothing is unpickled and no remote code runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import logging as transformers_logging
+
+from whisper_aut.errors import UserError
+
+LOADING: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
+# Frozen tables that checkpoints may leave out: Hugging Face rebuilds the first from the second or by formula.
+MAY_BE_MISSING = {"proj_out.weight"}
+
+
+@dataclass
+class Start:
+    """A checkpoint to start from.
+
+    Args:
+        path: hub id or directory.
+        revision: branch, tag or commit on the hub; empty for the default.
+        random_init: build the architecture with new weights, seeded by PyTorch's global generator.
+    """
+
+    path: str
+    revision: str = ""
+    random_init: bool = False
+
+    @cached_property
+    def config(self) -> WhisperConfig:
+        config = self._load(WhisperConfig.from_pretrained, self.path)
+        if config.model_type != "whisper":
+            raise UserError(f"{self.path} is a {config.model_type!r} model; a Whisper checkpoint is expected.")
+        if config.encoder_layerdrop or config.decoder_layerdrop:
+            raise UserError(
+                f"{self.path} sets layer dropout, which packed clips do not support; set it to 0 in its config.json."
+            )
+        return config
+
+    @cached_property
+    def model(self) -> WhisperForConditionalGeneration:
+        """Encoder and decoder together, float32.
+
+        Raises:
+            UserError: weights missing, or an export without a decoder.
+        """
+        if self.config.decoder_layers == 0:
+            raise UserError(
+                f"{self.path} holds an encoder without its decoder, so the whisper decoder cannot start from it. "
+                "Start from a full checkpoint, or pick another decoder."
+            )
+        if self.random_init:
+            return WhisperForConditionalGeneration(self.config)
+        model, info = self._load(
+            WhisperForConditionalGeneration.from_pretrained, self.path, output_loading_info=True, **LOADING
+        )
+        refuse_gaps(self.path, info, MAY_BE_MISSING)
+        return model
+
+    @cached_property
+    def encoder(self) -> WhisperEncoder:
+        """The encoder alone, float32; the decoder's weights are not read into memory where it was not loaded already."""
+        if "model" in self.__dict__:
+            return self.model.model.encoder
+        return load_whisper_encoder(self.path, self.revision) if not self.random_init else WhisperEncoder(self.config)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._load(WhisperTokenizer.from_pretrained, self.path)
+
+    def token_id(self, token: str) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(token))  # pyright: ignore[reportArgumentType]
+
+    @cached_property
+    def feature_extractor(self) -> WhisperFeatureExtractor:
+        return self._load(WhisperFeatureExtractor.from_pretrained, self.path)
+
+    @property
+    def multilingual(self) -> bool:
+        """Whether the checkpoint was trained with language and task tokens."""
+        return bool(getattr(self.generation_config, "is_multilingual", True))
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        try:
+            return GenerationConfig.from_pretrained(self.path, revision=self.revision or "main")
+        except OSError:  # checkpoints made by hand often have none
+            return GenerationConfig.from_model_config(self.config)
+
+    def _load(self, loader: Any, path: str, **options: Any) -> Any:
+        try:
+            with quiet_loading():
+                return loader(path, revision=self.revision or "main", **options)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(describe_missing(path, error)) from None
+
+
+def load_whisper_encoder(path: str, revision: str = "") -> WhisperEncoder:
+    """Load only the encoder of any Whisper directory or hub id, strictly: every encoder weight must be there.
+
+    Raises:
+        UserError: nothing there, not a Whisper checkpoint, no safetensors, or weights missing or of another shape.
+    """
+    try:
+        with quiet_loading():
+            loaded: Any = WhisperEncoder.from_pretrained(
+                path,
+                revision=revision or "main",
+                key_mapping={r"^(model\.)?encoder\.": ""},
+                output_loading_info=True,
+                **LOADING,
+            )
+            encoder, info = loaded
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(describe_missing(path, error)) from None
+    refuse_gaps(path, info, set(), only_missing=True)
+    return encoder
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence transformers' bars and reports of a load: `refuse_gaps` says what matters of them."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def refuse_gaps(path: str, info: dict[str, Any], allowed: set[str], only_missing: bool = False) -> None:
+    """Raise where loading left weights at their random start, or read weights that the model has no place for."""
+    missing = sorted(set(info["missing_keys"]) - allowed)
+    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
+    unexpected = [] if only_missing else sorted(info["unexpected_keys"])
+    for what, keys in (("lacks", missing), ("has other shapes for", mismatched), ("has no place for", unexpected)):
+        if keys:
+            listed = ", ".join(map(str, keys[:5])) + (" …" if len(keys) > 5 else "")
+            raise UserError(f"The checkpoint {path} {what} {len(keys)} weights of a Whisper model: {listed}.")
+
+
+def describe_missing(path: str, error: Exception) -> str:
+    """Say what a checkpoint directory lacks, what is in it, and what to do."""
+    folder = Path(path)
+    if folder.is_dir():
+        there = ", ".join(sorted(file.name for file in folder.iterdir())[:12]) or "nothing"
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return (
+            f"{path} is not a usable Whisper checkpoint: {first}\nIt should hold config.json, model.safetensors and, for training, "
+            f"the tokenizer's files; it holds {there}."
+        )
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        return f"There is no model directory {path}. Give a directory in Hugging Face's format or a hub id such as openai/whisper-tiny."
+    return (
+        f"{path} is neither a directory here nor a model that could be reached on the hub.\n"
+        f"Check the name and the connection, or fetch it first: hf download {path}"
+    )

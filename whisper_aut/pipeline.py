@@ -1,0 +1,141 @@
+"""The whole story in order: corpora → start model → training → export → probes → report.
+
+In: checked `Settings`. Out: a finished run directory. Each step is also a command of its own; here they follow one another, and
+what an earlier run left behind is used again where nothing has changed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from whisper_aut.corpora.build import build_shards
+from whisper_aut.corpora.demo import DemoOptions, build_demo
+from whisper_aut.corpora.manifest import ManifestSpec
+from whisper_aut.errors import Interrupted, UserError
+from whisper_aut.export.hf import export_checkpoint
+from whisper_aut.model.decoders import check_decoder
+from whisper_aut.model.pretrained import load_encoder
+from whisper_aut.model.start import Start
+from whisper_aut.probes.baseline import LogMelBaseline
+from whisper_aut.probes.embed import FrameEncoder
+from whisper_aut.probes.suite import run_suite
+from whisper_aut.probes.tasks import ProbeTask, load_task
+from whisper_aut.report.build import BASELINE_NAME, build_report
+from whisper_aut.settings import CorporaSettings, ManifestSettings, Settings, load_settings
+from whisper_aut.training.build import build_start
+from whisper_aut.training.rundir import RunDirectory
+from whisper_aut.training.train import Trained, train
+
+
+@dataclass(frozen=True)
+class Story:
+    """How a config is to be run.
+
+    Attributes:
+        config: where the settings came from; configs that it names are found beside it.
+        overrides: those that also hold for the config that this one starts `after`.
+        resume, fresh: see `training.train`.
+    """
+
+    config: Path
+    overrides: tuple[str, ...] = ()
+    resume: str = ""
+    fresh: bool = False
+
+
+def run_story(settings: Settings, story: Story, console: Console) -> RunDirectory:
+    """Run a config from its corpora to its report.
+
+    Raises:
+        UserError: a mistake in config or data.
+        Interrupted: training was asked to stop.
+    """
+    check_decoder(settings.decoder)
+    tasks = load_tasks(settings.probe.tasks, story.config.parent)
+    prepare_corpora(settings.corpora, console)
+    if settings.model.after:
+        settings = _start_after(settings, story, console)
+    try:
+        trained = train(settings, console, resume=story.resume, fresh=story.fresh)
+    except Interrupted as interrupted:
+        command = " ".join([str(story.config), *story.overrides])
+        raise Interrupted(f"{settings.name} {interrupted}.\nGo on with: whisper-aut train {command} --resume auto") from None
+    start = build_start(settings)
+    _export(settings, trained, start)
+    if tasks:
+        _probe(settings, trained.run, start, tasks)
+    build_report([trained.run.path], trained.run.report, console)
+    return trained.run
+
+
+def prepare_corpora(corpora: CorporaSettings, console: Console) -> None:
+    """Build what a config needs and what has not been built yet."""
+    if corpora.demo:
+        options = DemoOptions(seed=corpora.demo.seed).scaled(corpora.demo.scale)
+        build_demo(Path(corpora.demo.out), options)
+    for manifest in corpora.manifests:
+        report = build_shards(_manifest_spec(manifest), Path(manifest.out))
+        if not report.reused:
+            console.print(report.summary())
+
+
+def load_tasks(names: Sequence[str], folder: Path) -> list[ProbeTask]:
+    """Load probe tasks by name from `folder/probe_tasks`, or by path."""
+    return [load_task(name, folder / "probe_tasks") for name in names]
+
+
+def _start_after(settings: Settings, story: Story, console: Console) -> Settings:
+    """Run the config that this one starts after, and return the settings with its exported model as the start."""
+    config = story.config.parent / settings.model.after
+    places = {"runs": settings.runs, "data.root": settings.data.root, "data.shards": settings.data.shards}
+    overrides = tuple(f"{key}={value}" for key, value in places.items())
+    before = load_settings(config, overrides)
+    if "whisper" not in before.export:
+        raise UserError(f"{config} must export `whisper`: {settings.name} starts from the model that it trains.")
+    run = run_story(before, replace(story, config=config, overrides=overrides), console)
+    return replace(settings, model=replace(settings.model, path=str(run.export("whisper")), after=""))
+
+
+def _manifest_spec(manifest: ManifestSettings) -> ManifestSpec:
+    values = asdict(manifest)
+    values.pop("out")
+    audio_root = Path(manifest.audio_root) if manifest.audio_root else None
+    return ManifestSpec(**values | {"manifest": Path(manifest.manifest), "audio_root": audio_root})
+
+
+def _export(settings: Settings, trained: Trained, start: Start) -> None:
+    for kind in settings.export:
+        if not trained.reused or not trained.run.export(kind).exists():
+            export_checkpoint(trained.run.last_checkpoint, start, trained.run.export(kind), kind)
+
+
+def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[ProbeTask]) -> None:
+    """Score the trained encoder, the one it started from, a random one and log-mel statistics on the same clips."""
+    padding = settings.model.padding
+    encoders: dict[str, FrameEncoder] = {}
+    if settings.probe.logmel_baseline:
+        encoders[BASELINE_NAME] = LogMelBaseline(start.config.num_mel_bins)
+    if settings.probe.random_encoder:
+        encoders["random"] = load_encoder(
+            start.path, padding=padding, revision=start.revision, random_init=True, seed=settings.seed
+        )
+    before = _name_of(start)
+    encoders[before] = load_encoder(start.path, padding=padding, revision=start.revision)
+    encoders[settings.name] = load_encoder(str(run.export("encoder")), padding=padding)
+    run_suite(
+        encoders,
+        tasks,
+        root=settings.probe.root,
+        cache=Path(settings.runs) / "embeddings",
+        seeds=range(settings.probe.seeds),
+        against=[before],
+        scores_file=run.scores,
+    )
+
+
+def _name_of(start: Start) -> str:
+    """Return a short name for tables: of a run's export the run's name, else the last part of the path."""
+    path = Path(start.path)
+    return path.parents[2].name if path.parent.name == "export" else path.name.lstrip(".")

@@ -1,0 +1,196 @@
+"""The result of a probe run, as data: every score with its seeds, hashes and per-clip record, and back from JSON.
+
+In: what `probes.suite` measured. Out: plain JSON, from which every mean, average, interval and p-value can be computed again.
+Next: `report.tables`, `report.plots`.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from whisper_aut.errors import UserError
+from whisper_aut.probes.stats import mean_std
+
+SCORES_VERSION = 1
+PROTOCOL = "strict"
+AVERAGE = "average"  # the name under which a comparison over all tasks stands
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One encoder on one task.
+
+    Attributes:
+        scores: the metric on the test split, one per seed, 0 … 1.
+        penalties, valid_scores: what each seed chose, and on what grounds.
+        correct: per seed a text of `0` and `1`, one per test clip, in the order of `keys_sha256`.
+        keys_sha256: hash of the test clips' names in order; equal hashes make two records paired.
+        clips: used, per split. skipped: not used, per split and reason.
+        chance: the share of the commonest class among the test clips.
+        identity: hash of encoder, data and settings. A stored score counts only while it is the same.
+    """
+
+    encoder: str
+    task: str
+    title: str
+    domain: str
+    weight: float
+    metric: str
+    classes: int
+    scores: tuple[float, ...]
+    penalties: tuple[float, ...]
+    valid_scores: tuple[float, ...]
+    correct: tuple[str, ...]
+    keys_sha256: str
+    clips: dict[str, int]
+    skipped: dict[str, dict[str, int]]
+    chance: float
+    pooling: str
+    identity: str
+    protocol: str = PROTOCOL
+
+    @property
+    def mean(self) -> float:
+        return mean_std(self.scores)[0]
+
+    @property
+    def std(self) -> float | None:
+        return mean_std(self.scores)[1]
+
+    def correctness(self) -> np.ndarray:
+        """Return `[B]`: for each test clip, the share of seeds that got it right."""
+        return np.mean([np.frombuffer(seed.encode(), dtype=np.uint8) - ord("0") for seed in self.correct], axis=0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`encoder` − `against` on one task, or on the weighted `AVERAGE`: difference, 95 % interval, p-value, Holm's p-value."""
+
+    encoder: str
+    against: str
+    task: str
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    p_holm: float
+
+    @property
+    def significant(self) -> bool:
+        return self.p_holm < 0.05
+
+
+@dataclass(frozen=True)
+class Average:
+    """A weighted average of one encoder over the tasks of a domain, or over all: mean and deviation over seeds."""
+
+    encoder: str
+    domain: str
+    mean: float
+    std: float | None
+    tasks: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All scores and comparisons of one run; `seeds` and `settings` hold for every one of them."""
+
+    entries: tuple[TaskScore, ...]
+    comparisons: tuple[Comparison, ...] = ()
+    seeds: tuple[int, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    protocol: str = PROTOCOL
+
+    @property
+    def encoders(self) -> list[str]:
+        return list(dict.fromkeys(entry.encoder for entry in self.entries))
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(entry.task for entry in self.entries))
+
+    @property
+    def domains(self) -> list[str]:
+        return list(dict.fromkeys(entry.domain for entry in self.entries))
+
+    def get(self, encoder: str, task: str) -> TaskScore | None:
+        return next((entry for entry in self.entries if (entry.encoder, entry.task) == (encoder, task)), None)
+
+    def averages(self) -> list[Average]:
+        """Return, for each encoder, the weighted average of every domain and, under `AVERAGE`, of all tasks."""
+        found = []
+        for encoder in self.encoders:
+            own = [entry for entry in self.entries if entry.encoder == encoder]
+            for domain in [*self.domains, AVERAGE]:
+                chosen = [entry for entry in own if domain in (entry.domain, AVERAGE)]
+                if chosen:
+                    mean, std = mean_std(_per_seed(chosen))
+                    found.append(Average(encoder, domain, mean, std, len(chosen)))
+        return found
+
+    def to_json(self) -> str:
+        """Return the whole as JSON; averages are added for readers and computed anew by `from_json`."""
+        averages = [asdict(average) for average in self.averages()]
+        return json.dumps({"version": SCORES_VERSION, **asdict(self), "averages": averages}, indent=1, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Scores":
+        """Read `to_json`'s text back.
+
+        Raises:
+            UserError: not JSON of this version, or damaged.
+        """
+        try:
+            data = json.loads(text)
+            if data["version"] != SCORES_VERSION:
+                raise UserError(f"The scores have version {data['version']}; this release reads {SCORES_VERSION}. Probe again.")
+            entries = tuple(TaskScore(**_tuples(entry)) for entry in data["entries"])
+            if not all(_whole(entry) for entry in entries):
+                raise ValueError("seeds and records differ in number")
+            comparisons = tuple(Comparison(**comparison) for comparison in data["comparisons"])
+            return cls(entries, comparisons, tuple(data["seeds"]), data["settings"], data["protocol"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"These are not probe scores, or they are damaged ({error!r}). Probe again.") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON under a temporary name, then rename it."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(self.to_json(), encoding="utf-8")
+            os.replace(partial, path)
+        except OSError as error:
+            raise UserError(f"Cannot write scores to {path}: {error.strerror}.") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Scores":
+        """Read a file of scores.
+
+        Raises:
+            UserError: missing, unreadable, or not scores.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"Cannot read scores from {path}: {error}.") from None
+        return cls.from_json(text)
+
+
+def _per_seed(entries: Sequence[TaskScore]) -> list[float]:
+    """Weighted average of each seed: its spread is that of the average, not the average of spreads."""
+    return np.average([entry.scores for entry in entries], axis=0, weights=[entry.weight for entry in entries]).tolist()
+
+
+def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+
+
+def _whole(entry: TaskScore) -> bool:
+    same = len(entry.scores) == len(entry.penalties) == len(entry.valid_scores) == len(entry.correct) > 0
+    return same and all(len(seed) == entry.clips["test"] and set(seed) <= {"0", "1"} for seed in entry.correct)

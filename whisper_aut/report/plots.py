@@ -1,0 +1,171 @@
+"""Scores and training logs → charts as PNG.
+
+In: `Scores`, or the `metrics.csv` that Lightning's CSVLogger writes. Out: PNG files. Next: the report, the README. Colours are Okabe
+& Ito's, which the common kinds of colour blindness keep apart (https://jfly.uni-koeln.de/color/).
+"""
+
+import csv
+import math
+from collections import defaultdict
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from whisper_aut.errors import UserError
+from whisper_aut.probes.scores import AVERAGE, Scores
+
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+BASELINE_COLOUR = "#333333"
+PAGE_WIDTH_INCHES = 8.0
+DOTS_PER_INCH = 150
+GROUP_SHARE = 0.8  # of the space between two tasks, for the bars of one
+DOMAIN_COLOURS = {"speech": "#0072B2", "sound": "#E69F00", "music": "#009E73"}
+
+Series = list[tuple[float, float]]  # (step, value)
+
+
+def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None) -> Path:
+    """Draw bars per task and encoder with their deviation over seeds; `baseline` is drawn as a line across each group.
+
+    Raises:
+        UserError: there is nothing to draw, or no room to write.
+    """
+    encoders = [name for name in scores.encoders if name != baseline]
+    if not encoders:
+        raise UserError("There are no scores to draw besides the baseline's.")
+    cells, labels = _cells(scores)
+    figure, axes = _figure(height=4.2)
+    width = GROUP_SHARE / len(encoders)
+    for number, encoder in enumerate(encoders):
+        places = [i for i, _ in enumerate(labels) if (encoder, i) in cells]
+        found = [cells[encoder, i] for i in places]
+        axes.bar(
+            [i + (number - (len(encoders) - 1) / 2) * width for i in places], [100 * mean for mean, _ in found], width * 0.94,
+            yerr=[100 * (std or 0.0) for _, std in found], capsize=2, color=PALETTE[number % len(PALETTE)], label=encoder,
+            error_kw={"elinewidth": 1.0}, hatch="//" if number >= len(PALETTE) else None,
+        )  # fmt: skip
+    if baseline is not None:
+        ends = [(cells[baseline, i][0], i) for i in range(len(labels)) if (baseline, i) in cells]
+        heights, left, right = [100 * mean for mean, _ in ends], [i - 0.46 for _, i in ends], [i + 0.46 for _, i in ends]
+        axes.hlines(heights, left, right, colors=BASELINE_COLOUR, linestyles=(0, (4, 2)), linewidth=1.4, label=baseline)
+    rotated = len(labels) > 7 or max(map(len, labels)) > 16
+    axes.set_xticks(range(len(labels)), labels, rotation=30 if rotated else 0, ha="right" if rotated else "center")
+    axes.set_ylim(0, 100 + (2 if any(mean > 0.98 for mean, _ in cells.values()) else 0))
+    axes.set_ylabel("accuracy (%)")
+    seeds = len(scores.seeds)
+    spread = f"bars end at the mean of {seeds} seeds, whiskers ± 1 standard deviation" if seeds > 1 else "one seed"
+    _title(axes, f"Linear probes, protocol “{scores.protocol}”", spread)
+    axes.grid(axis="y")
+    _legend(axes, len(encoders) + (baseline is not None))
+    return _save(figure, path)
+
+
+def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
+    """Draw training and validation loss against the optimiser step, with one line per domain.
+
+    Raises:
+        UserError: no such log, or no loss in it.
+    """
+    series = {name: points for name, points in read_metrics(metrics_csv).items() if "loss" in name}
+    panels = {kind: {n: p for n, p in series.items() if n.startswith(kind)} for kind in ("train", "valid")}
+    panels = {kind: lines for kind, lines in panels.items() if lines}
+    if not panels:
+        raise UserError(f"{metrics_csv} has no columns train/loss… or valid/loss… with values in them: nothing to draw.")
+    figure, first = _figure(height=3.6, columns=len(panels))
+    for axes, (kind, lines) in zip(figure.axes, panels.items(), strict=True):
+        for number, (name, points) in enumerate(sorted(lines.items())):
+            _draw_loss(axes, name.split("/", 1)[-1], points, number)
+        _title(axes, {"train": "Training", "valid": "Validation"}[kind])
+        axes.set_xlabel("optimiser step")
+        axes.grid(axis="both")
+        axes.legend(frameon=False, fontsize=8)
+    first.set_ylabel("loss (nats per token)")
+    return _save(figure, path)
+
+
+def read_metrics(metrics_csv: str | Path) -> dict[str, Series]:
+    """Read Lightning's CSV log into `(step, value)` series; blanks and values that are not finite are passed over.
+
+    Raises:
+        UserError: missing, or without a `step` column.
+    """
+    series: dict[str, Series] = defaultdict(list)
+    try:
+        with Path(metrics_csv).open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if "step" not in (reader.fieldnames or ()):
+                raise UserError(f"{metrics_csv} has no column 'step': it is not a log of Lightning's CSVLogger.")
+            for row in reader:
+                step = _number(row["step"])
+                for name, text in row.items():
+                    value = _number(text) if name not in ("step", "epoch", None) else None
+                    if step is not None and value is not None:
+                        series[name].append((step, value))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"Cannot read the log {metrics_csv}: {error}.") from None
+    return {name: sorted(points) for name, points in series.items()}
+
+
+def _cells(scores: Scores) -> tuple[dict[tuple[str, int], tuple[float, float | None]], list[str]]:
+    """Return mean and deviation by (encoder, position), and the label of each position: tasks, then the average."""
+    tasks = scores.tasks
+    titles = {entry.task: entry.title for entry in scores.entries}
+    cells = {(entry.encoder, tasks.index(entry.task)): (entry.mean, entry.std) for entry in scores.entries}
+    labels = [titles[task] for task in tasks]
+    if len(tasks) > 1:
+        labels.append("weighted\naverage")
+        cells |= {(a.encoder, len(tasks)): (a.mean, a.std) for a in scores.averages() if a.domain == AVERAGE}
+    return cells, labels
+
+
+def _draw_loss(axes: Axes, name: str, points: Series, number: int) -> None:
+    domain = next((domain for domain in DOMAIN_COLOURS if domain in name), None)
+    colour = DOMAIN_COLOURS[domain] if domain else "#000000" if name == "loss" else PALETTE[(number + 3) % len(PALETTE)]
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    marker = "o" if len(points) <= 30 else None
+    label = {"loss": "all domains"}.get(name, domain or name)
+    axes.plot(steps, values, color=colour, label=label, linewidth=2.0 if name == "loss" else 1.4, marker=marker, markersize=3)
+
+
+def _figure(height: float, columns: int = 1) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(PAGE_WIDTH_INCHES, height), layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: nothing global, and nothing to close
+    axes = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.set_axisbelow(True)
+    return figure, axes[0]
+
+
+def _title(axes: Axes, title: str, subtitle: str = "") -> None:
+    axes.set_title(title, loc="left", fontsize=12, pad=20 if subtitle else 8)
+    if subtitle:
+        axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=8.5, color="#555555")
+
+
+def _legend(axes: Axes, entries: int) -> None:
+    figure = axes.figure
+    figure.legend(loc="outside lower center", ncols=min(entries, 4), frameon=False, fontsize=9)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        value = float(text or "nan")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _save(figure: Figure, path: str | Path) -> Path:
+    path = Path(path)
+    for axes in figure.axes:
+        for line in axes.get_xgridlines() + axes.get_ygridlines():
+            line.set(color="#dddddd", linewidth=0.7)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DOTS_PER_INCH)
+    except OSError as error:
+        raise UserError(f"Cannot write the chart {path}: {error.strerror}.") from None
+    return path

@@ -1,0 +1,153 @@
+"""Scores → tables: one layout of rows, rendered for the terminal, as Markdown and as CSV.
+
+In: `probes.scores.Scores`. Out: rich tables and text. Next: the console, `scores.md`, `scores.csv`. Scores are printed in percent,
+differences in points; a difference that its test does not support is called no significant difference.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.markup import escape
+from rich.table import Table
+
+from whisper_aut.probes.scores import AVERAGE, Comparison, Scores
+
+BLANK = "–"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table before it is rendered: title, what one has to know to read it, head, rows; the first columns are text."""
+
+    title: str
+    caption: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text_columns: int
+
+
+def score_sheet(scores: Scores) -> Sheet:
+    """Lay out tasks × encoders, then the weighted averages."""
+    rows = []
+    for task in scores.tasks:
+        entries = {encoder: scores.get(encoder, task) for encoder in scores.encoders}
+        any_entry = next(entry for entry in entries.values() if entry is not None)
+        facts = (any_entry.title, any_entry.domain, str(any_entry.clips["test"]), _percent(any_entry.chance))
+        rows.append((*facts, *(_spread(entry.mean, entry.std) if entry else BLANK for entry in entries.values())))
+    averages = {(average.domain, average.encoder): average for average in scores.averages()}
+    for domain in [*scores.domains, AVERAGE] if len(scores.tasks) > 1 else []:
+        label = "all tasks, weighted" if domain == AVERAGE else f"{domain}, weighted"
+        found = [averages.get((domain, encoder)) for encoder in scores.encoders]
+        rows.append(
+            (label, "" if domain == AVERAGE else domain, "", "", *(_spread(a.mean, a.std) if a else BLANK for a in found))
+        )
+    head = ("task", "domain", "test clips", "commonest class", *scores.encoders)
+    return Sheet(f"Linear probes, protocol {scores.protocol}: accuracy in %", _score_caption(scores), head, tuple(rows), 2)
+
+
+def comparison_sheet(scores: Scores) -> Sheet:
+    """Lay out every paired comparison with its interval, p-value and verdict."""
+    titles = {entry.task: entry.title for entry in scores.entries} | {AVERAGE: "all tasks, weighted"}
+    rows = tuple(
+        (c.encoder, c.against, titles[c.task], f"{100 * c.difference:+.1f}", f"{100 * c.low:+.1f} … {100 * c.high:+.1f}",
+         _p_value(c.p_value), _p_value(c.p_holm), verdict(c))
+        for c in scores.comparisons
+    )  # fmt: skip
+    caption = (
+        "Difference in points, 95 % interval by paired bootstrap over test clips, p by paired sign flips, corrected after Holm "
+        "over the tasks of a pair. The interval covers the choice of test clips; the spread over training clips is the ± above."
+    )
+    head = ("encoder", "against", "task", "difference", "95 % interval", "p", "p (Holm)", "verdict")
+    return Sheet("Paired comparisons", caption, head, rows, 3)
+
+
+def verdict(comparison: Comparison) -> str:
+    """Say in words what a comparison supports."""
+    if not comparison.significant:
+        return "no significant difference"
+    return "better" if comparison.difference > 0 else "worse"
+
+
+def sheets(scores: Scores) -> list[Sheet]:
+    """Return the tables of a run: scores, and comparisons where there are any."""
+    return [score_sheet(scores)] + ([comparison_sheet(scores)] if scores.comparisons else [])
+
+
+def rich_table(sheet: Sheet) -> Table:
+    """Render for the terminal."""
+    table = Table(title=escape(sheet.title), caption=escape(sheet.caption), caption_justify="left")
+    for number, name in enumerate(sheet.head):
+        table.add_column(escape(name), justify="left" if number < sheet.text_columns else "right", overflow="fold")
+    for row in sheet.rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def markdown(sheet: Sheet) -> str:
+    """Render as a Markdown table with its title and caption."""
+    rule = [":---" if number < sheet.text_columns else "---:" for number in range(len(sheet.head))]
+    lines = [f"**{sheet.title}**", "", _markdown_row(sheet.head), _markdown_row(rule)]
+    return "\n".join([*lines, *map(_markdown_row, sheet.rows), "", sheet.caption, ""])
+
+
+def scores_csv(scores: Scores) -> str:
+    """Return one line per encoder and task, full precision, 0 … 1, for spreadsheets and scripts."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        [
+            "encoder",
+            "task",
+            "domain",
+            "protocol",
+            "metric",
+            "mean",
+            "std",
+            "seeds",
+            "test_clips",
+            "classes",
+            "weight",
+            "identity",
+        ]
+    )
+    for e in scores.entries:
+        std = "" if e.std is None else e.std
+        row = [e.encoder, e.task, e.domain, e.protocol, e.metric, e.mean, std, len(e.scores), e.clips["test"]]
+        writer.writerow([*row, e.classes, e.weight, e.identity])
+    return text.getvalue()
+
+
+def _score_caption(scores: Scores) -> str:
+    parts = []
+    if len(scores.seeds) > 1:
+        parts.append(
+            f"± is the standard deviation over {len(scores.seeds)} seeds, each of which trains on another stratified 90 % of the "
+            "training clips: sensitivity to training data, not to the choice of test clips."
+        )
+    else:
+        parts.append("One seed: no standard deviation.")
+    skipped = [
+        f"{entry.task} {split}: {count} {reason}"
+        for entry in {entry.task: entry for entry in scores.entries}.values()
+        for split, reasons in entry.skipped.items()
+        for reason, count in reasons.items()
+    ]
+    return " ".join([*parts, *(["Clips left out: " + "; ".join(skipped) + "."] if skipped else [])])
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _spread(mean: float, std: float | None) -> str:
+    return _percent(mean) if std is None else f"{_percent(mean)} ± {_percent(std)}"
+
+
+def _p_value(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -1,0 +1,190 @@
+"""YAML → checked dataclasses: composition of config files, and every problem of a config reported at once.
+
+In: a YAML file, `key=value` overrides, a dataclass. Out: an instance of it, or one `UserError` that lists all problems. Next:
+`settings` defines the dataclasses of runs, `probes.tasks` those of probe tasks. Merging and interpolation are OmegaConf's.
+
+A config may name another that it `extends`, and `defaults` that pick one file of a group each: `defaults: {decoder: whisper}`
+reads `decoder/whisper.yaml` beside the config and puts it under the key `decoder`. On the command line `decoder=NAME`
+picks another file of the group, and `decoder.key=value` changes one value.
+"""
+
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from whisper_aut.errors import UserError, nearest
+
+T = TypeVar("T")
+MAX_EXTENDS = 8
+
+
+def compose(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Merge a config with what it extends, its groups and the overrides, and resolve interpolations.
+
+    Raises:
+        UserError: a file is missing or not YAML, a group has no such choice, an override is not `key=value`.
+    """
+    path = Path(path)
+    layers = _layers(path)
+    groups = _groups(path.parent)
+    choices = {name: choice for layer in layers for name, choice in layer.pop("defaults", {}).items()}
+    picked, values = _split_overrides(overrides, groups)
+    choices |= picked
+    merged = OmegaConf.create({})
+    for group, choice in choices.items():
+        merged[group] = _read_yaml(_group_file(path.parent, group, choice, groups))
+    try:
+        result = OmegaConf.merge(merged, *layers, OmegaConf.from_dotlist(values))
+        container = OmegaConf.to_container(result, resolve=True)
+    except (OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    return container  # pyright: ignore[reportReturnType]
+
+
+def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Check a mapping against a dataclass, recursively, and build it.
+
+    Args:
+        schema: a dataclass whose fields are plain types, literals, dataclasses, or lists, dicts and options of those.
+        values: the mapping, fully resolved.
+        where: what the error message calls the origin of the values.
+
+    Raises:
+        UserError: listing every unknown key (with the nearest known one), wrong type and missing value.
+    """
+    problems: list[str] = []
+    result = _convert(schema, values, "", problems)
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise UserError(f"{where} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listed}")
+    return result
+
+
+def _layers(path: Path) -> list[DictConfig]:
+    """Return the config and all it extends, the farthest first."""
+    layers: list[DictConfig] = []
+    current: Path | None = path
+    while current is not None:
+        if len(layers) == MAX_EXTENDS:
+            raise UserError(f"{path} extends more than {MAX_EXTENDS} configs in a row; is there a circle?")
+        layer = _read_yaml(current)
+        parent = layer.pop("extends", None)
+        layers.insert(0, layer)
+        current = current.parent / str(parent) if parent else None
+    return layers
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        there = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        listed = f" {path.parent} has: {', '.join(there)}." if there else ""
+        raise UserError(f"There is no config {path}.{nearest(path.name, there)}{listed}")
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not readable as YAML: {error}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} must hold keys and values, not a list.")
+    return loaded
+
+
+def _groups(folder: Path) -> dict[str, list[str]]:
+    return (
+        {sub.name: sorted(file.stem for file in sub.glob("*.yaml")) for sub in folder.iterdir() if sub.is_dir()}
+        if folder.is_dir()
+        else {}
+    )
+
+
+def _group_file(folder: Path, group: str, choice: str, groups: Mapping[str, list[str]]) -> Path:
+    if group not in groups:
+        raise UserError(
+            f"There is no config group {group!r} in {folder}.{nearest(group, groups)} Groups: {', '.join(sorted(groups))}."
+        )
+    if choice not in groups[group]:
+        raise UserError(
+            f"{group}={choice}: no such choice.{nearest(str(choice), groups[group])} There are: {', '.join(groups[group])}."
+        )
+    return folder / group / f"{choice}.yaml"
+
+
+def _split_overrides(overrides: Sequence[str], groups: Mapping[str, list[str]]) -> tuple[dict[str, str], list[str]]:
+    bad = [item for item in overrides if "=" not in item or item.startswith(("=", "-"))]
+    if bad:
+        raise UserError(f"Overrides are written key=value; not understood: {', '.join(bad)}.")
+    pairs = [(item, *item.split("=", 1)) for item in overrides]
+    picked = {key: value for _, key, value in pairs if key in groups}
+    return picked, [item for item, key, _ in pairs if key not in groups]
+
+
+def _convert(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, path, problems)
+    if is_dataclass(kind):
+        return _convert_dataclass(kind, value, path, problems)
+    if origin is Literal:
+        if value not in arguments:
+            suggestion = nearest(str(value), map(str, arguments))
+            problems.append(f"{path}: {value!r} is not one of {', '.join(map(repr, arguments))}.{suggestion}")
+        return value
+    if origin in (list, Sequence, tuple):
+        if not isinstance(value, (list, tuple)):
+            problems.append(f"{path}: expected a list, got {value!r}")
+            return value
+        return [_convert(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value)]
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            problems.append(f"{path}: expected keys and values, got {value!r}")
+            return value
+        return {str(key): _convert(arguments[1], item, f"{path}.{key}", problems) for key, item in value.items()}
+    return _convert_scalar(kind, value, path, problems)
+
+
+def _convert_dataclass(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    if is_dataclass(value) and isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        problems.append(f"{path}: expected keys and values, got {value!r}")
+        return None
+    hints = get_type_hints(kind)
+    known = {field.name: field for field in fields(kind)}
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in known:
+            hint = nearest(str(key), known) or f" Known here: {', '.join(known)}."
+            problems.append(f"{prefix}{key}: unknown key.{hint}")
+    converted = {}
+    before = len(problems)
+    for name, field in known.items():
+        if name in value:
+            converted[name] = _convert(hints[name], value[name], prefix + name, problems)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            problems.append(f"{prefix}{name}: missing")
+    return kind(**converted) if len(problems) == before else None
+
+
+def _convert_scalar(kind: type, value: Any, path: str, problems: list[str]) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # a name or a class that happens to be a number
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        problems.append(f"{path}: expected {names.get(kind, kind.__name__)}, got {value!r}")
+    return value

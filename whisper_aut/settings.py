@@ -1,0 +1,286 @@
+"""The typed schema under every YAML in `conf/`.
+
+In: a config file and overrides. Out: `Settings`, checked to the last key. Next: the builders in `training.build` and `pipeline` read
+it; every other module takes plain values. The decoder's own options are checked against the dataclass that its registry entry
+names, so that a new decoder brings its schema with it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from whisper_aut.corpora.annotation import DOMAINS
+from whisper_aut.errors import UserError
+from whisper_aut.schema import build, compose
+
+
+@dataclass
+class ScratchSettings:
+    """A small Whisper made from nothing: its sizes, and the shard folders whose texts its tokenizer is trained on (by default
+    the training sources)."""
+
+    d_model: int = 128
+    layers: int = 4
+    heads: int = 4
+    num_mel_bins: int = 80
+    vocabulary: int = 1500
+    texts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ModelSettings:
+    """Where the encoder starts.
+
+    Attributes:
+        path: a hub id or a directory in Hugging Face's Whisper format.
+        revision: branch, tag or commit on the hub; empty for the default.
+        scratch: instead of `path`, a new small model.
+        after: instead of `path`, a config whose exported model is the start; it is trained first where it has not been.
+        random_init: keep the architecture and tokenizer of the start but not its weights.
+        padding: `none` encodes each clip at its own length, `30s` pads it as Hugging Face does.
+        gradient_checkpointing: trade a third more compute for most of the activation memory.
+    """
+
+    path: str = ""
+    revision: str = ""
+    scratch: ScratchSettings | None = None
+    after: str = ""
+    random_init: bool = False
+    padding: Literal["none", "30s"] = "none"
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class DemoSettings:
+    """The synthesised corpus of `whisper-aut data demo`: where it goes, its seed, and its size beside the default one."""
+
+    out: str
+    seed: int = 0
+    scale: float = 1.0
+
+
+@dataclass
+class ManifestSettings:
+    """One `whisper-aut data build`: the manifest, and how its columns become annotations (see `corpora.manifest`)."""
+
+    manifest: str
+    out: str
+    audio_root: str = ""
+    audio: str = ""
+    text: str = ""
+    label: str = ""
+    domain: str = ""
+    task: str = ""
+    language: str = ""
+    source: str = ""
+    licence: str = ""
+    where: dict[str, list[str]] = field(default_factory=dict)
+    split_by: str = ""
+
+
+@dataclass
+class CorporaSettings:
+    """What is built before training, where it has not been built already."""
+
+    demo: DemoSettings | None = None
+    manifests: list[ManifestSettings] = field(default_factory=list)
+
+
+@dataclass
+class SourceSettings:
+    """A folder or URL of shards, its domain, and its weight among the sources of that domain (by clips where null)."""
+
+    path: str
+    domain: Literal["speech", "sound", "music"]
+    weight: float | None = None
+    licence: str = ""
+
+
+@dataclass
+class DataSettings:
+    """What is read, and how.
+
+    Attributes:
+        root: where the user's own corpora or shards lie; configs refer to it.
+        shards: where shards are built.
+        train, valid: the sources.
+        domains: share of each domain among the training clips; they need not sum to one.
+        batch_clips: clips per rank and micro-batch.
+        samples_per_epoch: clips per epoch over all ranks; null for as many as the training shards hold.
+        valid_clips: the first so many clips of each validation source; null for all.
+        window: clips of a source that are shuffled among each other; what is read again at most after a resume.
+        workers: processes per rank that decode.
+        max_refused_share: the run stops when more than this share of a source is refused.
+    """
+
+    root: str = "data"
+    shards: str = "data"
+    train: list[SourceSettings] = field(default_factory=list)
+    valid: list[SourceSettings] = field(default_factory=list)
+    domains: dict[str, float] = field(default_factory=lambda: {"speech": 0.8, "sound": 0.1, "music": 0.1})
+    batch_clips: int = 16
+    samples_per_epoch: int | None = None
+    valid_clips: int | None = None
+    window: int = 1000
+    workers: int = 2
+    min_seconds: float = 0.1
+    max_seconds: float = 30.0
+    max_refused_share: float = 0.05
+
+
+@dataclass
+class OptimSettings:
+    """AdamW and its schedule. `warmup_steps` and the decay count optimiser steps; `layer_decay` < 1 slows lower encoder layers."""
+
+    lr: float = 1e-5
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-6
+    warmup_steps: int = 500
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr_share: float = 0.0
+    layer_decay: float = 1.0
+    gradient_clip: float = 1.0
+
+
+@dataclass
+class TrainerSettings:
+    """How long to train, and what is written down on the way. Counts are optimiser steps unless they say otherwise."""
+
+    max_epochs: int = 1
+    max_steps: int | None = None
+    accumulate: int = 1
+    valid_every_steps: int = 1000
+    checkpoint_every_steps: int = 1000
+    log_every_steps: int = 25
+    keep_checkpoints: int = 2
+    generate_clips: int = 4
+    generate_tokens: int = 64
+    deterministic: bool = False
+
+
+@dataclass
+class HardwareSettings:
+    """The machine: Lightning's accelerator, devices per node, nodes and precision; `threads` for CPU training (0: all)."""
+
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    nodes: int = 1
+    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true"
+    threads: int = 0
+
+
+@dataclass
+class StrategySettings:
+    """How ranks share the work."""
+
+    name: Literal[
+        "auto",
+        "ddp",
+        "deepspeed_stage_1",
+        "deepspeed_stage_2",
+        "deepspeed_stage_3",
+        "deepspeed_stage_2_offload",
+        "deepspeed_stage_3_offload",
+    ] = "auto"
+    timeout_minutes: float = 30.0
+
+
+@dataclass
+class ProbeSettings:
+    """The probes after training: tasks by name or path, the folder that stands for `{root}` in them, and whether a random
+    encoder and log-mel statistics stand beside."""
+
+    root: str = "data"
+    tasks: list[str] = field(default_factory=list)
+    seeds: int = 3
+    random_encoder: bool = True
+    logmel_baseline: bool = True
+
+
+@dataclass
+class Settings:
+    """One run."""
+
+    name: str
+    model: ModelSettings
+    decoder: dict[str, Any]
+    data: DataSettings
+    seed: int = 0
+    runs: str = "runs"
+    corpora: CorporaSettings = field(default_factory=CorporaSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    hardware: HardwareSettings = field(default_factory=HardwareSettings)
+    strategy: StrategySettings = field(default_factory=StrategySettings)
+    export: list[Literal["encoder", "whisper"]] = field(default_factory=lambda: ["encoder"])
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a config, apply overrides, check everything that can be checked without reading data or weights.
+
+    Raises:
+        UserError: listing all problems.
+    """
+    settings = build(Settings, compose(path, overrides), str(path))
+    problems = [*_model_problems(settings.model), *_data_problems(settings.data), *_number_problems(settings)]
+    if "name" not in settings.decoder:
+        problems.append("decoder.name: missing; pick a decoder with decoder=whisper")
+    if problems:
+        raise UserError(
+            f"{path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n" + "\n".join(f"  - {p}" for p in problems)
+        )
+    return settings
+
+
+def dump_settings(settings: Settings) -> str:
+    """Return the resolved config as YAML that `load_settings` reads back."""
+    return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
+
+
+def _model_problems(model: ModelSettings) -> list[str]:
+    given = [name for name in ("path", "scratch", "after") if getattr(model, name)]
+    if len(given) != 1:
+        return [f"model: give exactly one of path, scratch, after; given: {', '.join(given) or 'none'}"]
+    return []
+
+
+def _data_problems(data: DataSettings) -> list[str]:
+    problems = [
+        f"data.domains.{name}: not a domain; there are {', '.join(DOMAINS)}" for name in data.domains if name not in DOMAINS
+    ]
+    problems += [f"data.domains.{name}: {share} is negative" for name, share in data.domains.items() if share < 0]
+    if not sum(data.domains.values()) > 0:
+        problems.append("data.domains: the shares sum to nothing")
+    served = {source.domain for source in data.train}
+    problems += [
+        f"data.domains.{name}: has a share but no source in data.train"
+        for name, share in data.domains.items()
+        if share > 0 and name not in served and name in DOMAINS
+    ]
+    if not 0 < data.min_seconds <= data.max_seconds <= 30:
+        problems.append(f"data: need 0 < min_seconds <= max_seconds <= 30, got {data.min_seconds} and {data.max_seconds}")
+    return problems
+
+
+def _number_problems(settings: Settings) -> list[str]:
+    at_least = {
+        "data.batch_clips": (settings.data.batch_clips, 1),
+        "data.window": (settings.data.window, 1),
+        "data.workers": (settings.data.workers, 0),
+        "trainer.accumulate": (settings.trainer.accumulate, 1),
+        "trainer.max_epochs": (settings.trainer.max_epochs, 1),
+        "trainer.valid_every_steps": (settings.trainer.valid_every_steps, 1),
+        "trainer.checkpoint_every_steps": (settings.trainer.checkpoint_every_steps, 1),
+        "trainer.log_every_steps": (settings.trainer.log_every_steps, 1),
+        "hardware.nodes": (settings.hardware.nodes, 1),
+        "probe.seeds": (settings.probe.seeds, 1),
+    }
+    problems = [f"{name}: {value} is below {least}" for name, (value, least) in at_least.items() if value < least]
+    if settings.optim.lr <= 0:
+        problems.append(f"optim.lr: {settings.optim.lr} is not positive")
+    return problems
