@@ -63,7 +63,8 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
         },
         split_by=options.split_by,
     )
-    console.print(build_shards(spec, Path(options.out), workers=options.workers).summary())
+    result = build_shards(spec, Path(options.out), workers=options.workers, max_refused_share=options.max_refused_share)
+    console.print(result.summary(), markup=False)
 
 
 def data_inspect(options: argparse.Namespace, console: Console) -> None:
@@ -100,10 +101,9 @@ def probe(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.pipeline import ProbeRequest, run_probe
 
     tasks = [name for names in options.tasks for name in names.split(",") if name]
-    request = ProbeRequest(
-        options.encoder, options.against, tasks, options.seeds, Path(options.conf), options.root, Path(options.out)
-    )
-    run_probe(request, options.padding, console)
+    conf, out = Path(options.conf), Path(options.out)
+    request = ProbeRequest(options.encoder, options.against, tasks, options.seeds, conf, options.root, options.padding, out)
+    run_probe(request, console)
 
 
 def report(options: argparse.Namespace, console: Console) -> None:
@@ -175,6 +175,7 @@ def _data_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         command.add_argument(f"--{name}", default="", help=f"{name} of all rows")
     command.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE[,VALUE…]", help="keep these rows")
     command.add_argument("--split-by", default="", metavar="COLUMN", help="one folder of shards per value")
+    command.add_argument("--max-refused-share", type=float, default=0.5, help="fail when more of the rows are refused")
     command.add_argument("--workers", type=int)
     command.set_defaults(run=data_build)
 

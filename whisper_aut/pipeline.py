@@ -7,6 +7,7 @@ what an earlier run left behind is used again where nothing has changed.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -27,6 +28,8 @@ from whisper_aut.settings import CorporaSettings, ManifestSettings, Settings, lo
 from whisper_aut.training.build import build_start
 from whisper_aut.training.rundir import RunDirectory
 from whisper_aut.training.train import Trained, train
+
+RANDOM_PREFIX = "random:"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,48 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
         _probe(settings, trained.run, start, tasks)
     build_report([trained.run.path], trained.run.report, console)
     return trained.run
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """What `whisper-aut probe` was asked: encoders by path, hub id, `logmel` or `random:PATH`, tasks, and places."""
+
+    encoder: str
+    against: Sequence[str]
+    tasks: Sequence[str]
+    seeds: int
+    conf: Path
+    root: str
+    padding: Literal["none", "30s"]
+    out: Path
+
+
+def run_probe(request: ProbeRequest, console: Console) -> Path:
+    """Score one encoder, beside those it is compared with, and write scores and report to `request.out`.
+
+    Raises:
+        UserError: an encoder, a task or its shards cannot be loaded.
+    """
+    tasks = load_tasks(request.tasks, request.conf)
+    encoders = {_short_name(name): open_encoder(name, request.padding) for name in (*request.against, request.encoder)}
+    request.out.mkdir(parents=True, exist_ok=True)
+    run_suite(
+        encoders,
+        tasks,
+        root=request.root,
+        cache=request.out / "embeddings",
+        seeds=range(request.seeds),
+        against=[_short_name(name) for name in request.against],
+        scores_file=request.out / "scores.json",
+    )
+    return build_report([request.out], request.out, console)
+
+
+def open_encoder(name: str, padding: Literal["none", "30s"]) -> FrameEncoder:
+    """Load what a command line calls an encoder."""
+    if name in (BASELINE_NAME, BASELINE_NAME.replace("-", "")):
+        return LogMelBaseline()
+    return load_encoder(name.removeprefix(RANDOM_PREFIX), padding=padding, random_init=name.startswith(RANDOM_PREFIX))
 
 
 def prepare_corpora(corpora: CorporaSettings, console: Console) -> None:
@@ -121,7 +166,7 @@ def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[
         encoders["random"] = load_encoder(
             start.path, padding=padding, revision=start.revision, random_init=True, seed=settings.seed
         )
-    before = _name_of(start)
+    before = _short_name(start.path)
     encoders[before] = load_encoder(start.path, padding=padding, revision=start.revision)
     encoders[settings.name] = load_encoder(str(run.export("encoder")), padding=padding)
     run_suite(
@@ -135,7 +180,10 @@ def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[
     )
 
 
-def _name_of(start: Start) -> str:
-    """Return a short name for tables: of a run's export the run's name, else the last part of the path."""
-    path = Path(start.path)
-    return path.parents[2].name if path.parent.name == "export" else path.name.lstrip(".")
+def _short_name(name: str) -> str:
+    """Return what tables call an encoder: a run's name for its exports, else the last part of the path."""
+    if name.replace("-", "") == BASELINE_NAME.replace("-", ""):
+        return BASELINE_NAME
+    path = Path(name.removeprefix(RANDOM_PREFIX))
+    short = path.resolve().parents[2].name if path.parent.name == "export" else path.name.lstrip(".")
+    return f"random {short}" if name.startswith(RANDOM_PREFIX) else short

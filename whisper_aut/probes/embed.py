@@ -102,10 +102,10 @@ def embed_task(
         UserError: shards are missing, too many clips are broken, or frames are not finite.
     """
     settings, fingerprint = settings or EmbedSettings(), fingerprint or encoder.fingerprint()
+    indexes = {split: [open_index(folder) for folder in task.folders(split, root)] for split in SPLITS}
+    _check_disjoint(indexes, task)
     return {
-        split: Embeddings.join(
-            [_embed_folder(encoder, fingerprint, f, task, cache, settings) for f in task.folders(split, root)]
-        )
+        split: Embeddings.join([_embed_folder(encoder, fingerprint, index, task, cache, settings) for index in indexes[split]])
         for split in SPLITS
     }
 
@@ -131,15 +131,27 @@ def pooling_of(encoder: FrameEncoder, settings: EmbedSettings) -> str:
 
 
 def _embed_folder(
-    encoder: FrameEncoder, fingerprint: str, folder: str, task: ProbeTask, cache: str | Path, settings: EmbedSettings
+    encoder: FrameEncoder, fingerprint: str, index: ShardIndex, task: ProbeTask, cache: str | Path, settings: EmbedSettings
 ) -> Embeddings:
-    index = open_index(folder)
     identity = folder_identity(fingerprint, pooling_of(encoder, settings), index, task, settings)
     found = read_embeddings(cache, identity)
     if found is None:
         found = _embed(encoder, index, task, settings)
         write_embeddings(cache, identity, found)
     return found
+
+
+def _check_disjoint(indexes: dict[str, list[ShardIndex]], task: ProbeTask) -> None:
+    """Refuse splits that share a tar, byte for byte, whatever its folder is called."""
+    where: dict[str, str] = {}
+    for split, listed in indexes.items():
+        for index in listed:
+            for number, shard in enumerate(index.shards):
+                if shard.sha256 and where.setdefault(shard.sha256, split) != split:
+                    raise UserError(
+                        f"Probe task {task.name!r}: {index.url(number)} of {split!r} is in {where[shard.sha256]!r} too. A score on "
+                        "clips that were trained on means nothing: check the task's folders."
+                    )
 
 
 def _data_fingerprint(index: ShardIndex) -> str:
@@ -191,7 +203,7 @@ def _accepted(
             if isinstance(item, Refusal):
                 skipped[str(item.reason)] += 1
             elif (label := _label_of(item, task, skipped)) is not None:
-                yield "/".join(item.shard.split("/")[-2:]) + ":" + item.key, label, item.audio
+                yield f"{item.shard.rpartition('/')[2]}:{item.key}", label, item.audio
 
     pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="decode")
     ahead: deque[tuple[str, str, Future[Tensor]]] = deque()

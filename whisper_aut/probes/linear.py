@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule, Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor, nn
 
 from whisper_aut.errors import UserError
@@ -115,10 +115,10 @@ class LinearProbe(LightningModule):
         squares = (self.weight * self.scale).square().sum((0, 2))
         return self._cross_entropy(self(features), labels) + 0.5 * self.penalties * squares
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return self.objectives(*batch).sum()
 
-    def test_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         features, labels = batch
         scores = self(features)
         self.losses, self.predictions = self._cross_entropy(scores, labels), scores.argmax(2)

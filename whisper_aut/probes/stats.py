@@ -43,7 +43,8 @@ def paired_difference(
     shares = np.asarray(weights, dtype=float) / np.sum(weights)
     value, drawn, flipped = 0.0, np.zeros(resamples), np.zeros(resamples)
     for share, one, other in zip(shares, a, b, strict=True):
-        assert one.shape == other.shape and one.size, (one.shape, other.shape)
+        assert one.shape == other.shape, (one.shape, other.shape)
+        assert one.size, "no clips"
         # Rounding merges values that differ in the last bit only.
         differences = np.round(np.asarray(one, dtype=float) - np.asarray(other, dtype=float), 9)
         value += share * differences.mean()

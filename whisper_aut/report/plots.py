@@ -8,6 +8,7 @@ import csv
 import math
 from collections import defaultdict
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,8 +51,9 @@ def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None
         ends = [(cells[baseline, i][0], i) for i in range(len(labels)) if (baseline, i) in cells]
         heights, left, right = [100 * mean for mean, _ in ends], [i - 0.46 for _, i in ends], [i + 0.46 for _, i in ends]
         axes.hlines(heights, left, right, colors=BASELINE_COLOUR, linestyles=(0, (4, 2)), linewidth=1.4, label=baseline)
-    rotated = len(labels) > 7 or max(map(len, labels)) > 16
-    axes.set_xticks(range(len(labels)), labels, rotation=30 if rotated else 0, ha="right" if rotated else "center")
+    rotated = len(labels) > 7
+    wrapped = labels if rotated else [fill(label, width=max(8, 80 // len(labels))) for label in labels]
+    axes.set_xticks(range(len(labels)), wrapped, rotation=30 if rotated else 0, ha="right" if rotated else "center")
     axes.set_ylim(0, 100 + (2 if any(mean > 0.98 for mean, _ in cells.values()) else 0))
     axes.set_ylabel("accuracy (%)")
     seeds = len(scores.seeds)
@@ -100,8 +102,8 @@ def read_metrics(metrics_csv: str | Path) -> dict[str, Series]:
             for row in reader:
                 step = _number(row["step"])
                 for name, text in row.items():
-                    value = _number(text) if name not in ("step", "epoch", None) else None
-                    if step is not None and value is not None:
+                    value = _number(text) if name not in ("step", "epoch") else None
+                    if isinstance(name, str) and step is not None and value is not None:
                         series[name].append((step, value))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"Cannot read the log {metrics_csv}: {error}.") from None
@@ -115,7 +117,7 @@ def _cells(scores: Scores) -> tuple[dict[tuple[str, int], tuple[float, float | N
     cells = {(entry.encoder, tasks.index(entry.task)): (entry.mean, entry.std) for entry in scores.entries}
     labels = [titles[task] for task in tasks]
     if len(tasks) > 1:
-        labels.append("weighted\naverage")
+        labels.append("weighted average")
         cells |= {(a.encoder, len(tasks)): (a.mean, a.std) for a in scores.averages() if a.domain == AVERAGE}
     return cells, labels
 

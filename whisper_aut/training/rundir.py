@@ -46,6 +46,10 @@ class RunDirectory:
         return self.path / "done.json"
 
     @property
+    def metrics(self) -> Path:
+        return self.path / "logs" / "metrics.csv"
+
+    @property
     def scores(self) -> Path:
         return self.path / "scores.json"
 

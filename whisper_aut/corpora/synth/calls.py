@@ -25,7 +25,7 @@ from whisper_aut.corpora.synth.signals import (
 )
 
 
-@sound_class("dog", "a dog barks", "a dog is barking", "dog barking sounds", backdrop="a barking dog")
+@sound_class("dog", "a dog barks", "a dog is barking", "the barking of a dog is heard", backdrop="a barking dog")
 def dog(rng: np.random.Generator, samples: int) -> Event:
     base_hz = log_uniform(rng, (220, 600))
     groups = bouts(rng, samples / SAMPLE_RATE_HZ, (1, 4), uniform(rng, (2, 4.5)), (0.3, 1.5))

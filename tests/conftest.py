@@ -1,0 +1,73 @@
+"""What tests share: a tiny Whisper in Hugging Face's format, tiny shards, and the place of the real corpora."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from whisper_aut.corpora.annotation import Annotation
+from whisper_aut.corpora.shards import ShardFolder
+from whisper_aut.model.scratch import make_whisper
+
+REPOSITORY = Path(__file__).parents[1]
+TEXTS = [
+    "a dog barks twice",
+    "rain falls on a tin roof",
+    "a slow tune on a piano",
+    "turn the light off",
+    "seven",
+    "nine birds sing",
+]
+
+
+def encode_audio(samples: np.ndarray, sample_rate_hz: int = 16_000, kind: str = "FLAC", subtype: str | None = None) -> bytes:
+    """Return samples as the bytes of an audio file."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, sample_rate_hz, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+def tone(seconds: float, frequency_hz: float = 440.0, sample_rate_hz: int = 16_000) -> np.ndarray:
+    time = np.arange(round(seconds * sample_rate_hz)) / sample_rate_hz
+    return (0.3 * np.sin(2 * np.pi * frequency_hz * time)).astype(np.float32)
+
+
+def write_shards(folder: Path, clips: int, domain: str, *, per_shard_bytes: int = 60_000, labels: int = 2) -> Path:
+    """Write shards of short tones, texts and labels; the label decides the pitch, so that probes can learn it."""
+    generator = np.random.default_rng([clips, *domain.encode()])
+    with ShardFolder(folder, max_bytes=per_shard_bytes) as shards:
+        for number in range(clips):
+            seconds = float(generator.uniform(0.3, 1.2))
+            label = number % labels
+            samples = tone(seconds, 300.0 * (label + 1)) + 0.01 * generator.standard_normal(round(seconds * 16_000))
+            text = TEXTS[number % len(TEXTS)]
+            annotation = Annotation(text=text, domain=domain, label=f"class {label}", duration_seconds=seconds, id=str(number))
+            shards.write(f"{domain}-{number:04d}", "flac", encode_audio(samples.astype(np.float32)), annotation)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A randomly initialised Whisper of two layers, with a tokenizer of its own."""
+    out = tmp_path_factory.mktemp("whisper") / "tiny"
+    return make_whisper(out, TEXTS * 4, d_model=32, layers=2, heads=2, num_mel_bins=80, vocabulary=320, seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `speech`, `sound` and `music` shards."""
+    root = tmp_path_factory.mktemp("shards")
+    for domain, clips in (("speech", 23), ("sound", 11), ("music", 9)):
+        write_shards(root / domain, clips, domain)
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real corpora beside the checkout; tests that need it skip where it is absent."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the real corpora are not beside the checkout ({folder.name} is absent)")
+    return folder

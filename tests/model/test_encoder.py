@@ -1,0 +1,128 @@
+"""The packed encoder against Hugging Face's, clip by clip."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from whisper_aut.data.logmel import LogMel, mel_frames
+from whisper_aut.model.encoder import PackedEncoder, encoder_frames
+
+SECONDS = (1.0, 5.0, 0.11, 30.0, 29.99, 7.3135, 2.0)
+
+
+@pytest.fixture(scope="module")
+def waveforms() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(round(16_000 * seconds), generator=generator) * 0.1 for seconds in SECONDS]
+
+
+@pytest.fixture(scope="module", params=[80, 128])
+def model(request: pytest.FixtureRequest) -> WhisperModel:
+    torch.manual_seed(0)
+    sizes = {
+        "d_model": 64,
+        "encoder_layers": 3,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+    }
+    return WhisperModel(WhisperConfig(**sizes, encoder_ffn_dim=128, decoder_ffn_dim=128, num_mel_bins=request.param)).eval()
+
+
+def packed(waveforms: Sequence[Tensor], bins: int) -> tuple[Tensor, list[int]]:
+    logmel = LogMel(bins)
+    return torch.cat([logmel(waveform) for waveform in waveforms]), [mel_frames(len(waveform)) for waveform in waveforms]
+
+
+def reference_features(waveforms: Sequence[Tensor], bins: int) -> Tensor:
+    extractor = WhisperFeatureExtractor(feature_size=bins)
+    arrays = [waveform.numpy() for waveform in waveforms]
+    return extractor(arrays, sampling_rate=16_000, return_tensors="pt").input_features
+
+
+@torch.no_grad()
+def test_30s_mode_equals_hugging_face(model: WhisperModel, waveforms: list[Tensor]):
+    bins = model.config.num_mel_bins
+    expected = model.encoder(reference_features(waveforms, bins)).last_hidden_state
+    frames = PackedEncoder(model.encoder, "30s")(*packed(waveforms, bins))
+    assert frames.lengths == (1500,) * len(waveforms)
+    assert_close(frames.values.view_as(expected), expected, atol=1e-5, rtol=0)
+    for clip, waveform, reference in zip(frames.valid(), waveforms, expected, strict=True):
+        valid = encoder_frames(mel_frames(len(waveform)))
+        assert_close(clip, reference[:valid], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_clip_is_the_same_alone_and_in_any_batch(model: WhisperModel, waveforms: list[Tensor]):
+    bins = model.config.num_mel_bins
+    encoder = PackedEncoder(model.encoder, "none")
+    together = encoder(*packed(waveforms, bins)).valid()
+    backwards = encoder(*packed(waveforms[::-1], bins)).valid()[::-1]
+    for waveform, clip, other in zip(waveforms, together, backwards, strict=True):
+        alone = encoder(*packed([waveform], bins)).values
+        assert_close(clip, alone, atol=1e-5, rtol=0)
+        assert_close(other, alone, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_none_mode_equals_the_padded_run_with_masked_keys(model: WhisperModel, waveforms: list[Tensor]):
+    """The independent reference: Hugging Face's own layers on 30 s, every key behind the clip's end masked out."""
+    bins = model.config.num_mel_bins
+    frames = PackedEncoder(model.encoder, "none")(*packed(waveforms, bins)).valid()
+    for waveform, clip in zip(waveforms, frames, strict=True):
+        hidden = masked_reference(model, reference_features([waveform], bins), len(clip)).last_hidden_state
+        assert_close(clip, hidden[0, : len(clip)], atol=1e-5, rtol=0)
+
+
+def masked_reference(model: WhisperModel, features: Tensor, valid: int) -> BaseModelOutput:
+    encoder = model.encoder
+    hidden = torch.nn.functional.gelu(encoder.conv1(features))
+    hidden = torch.nn.functional.gelu(encoder.conv2(hidden)).permute(0, 2, 1) + encoder.embed_positions.weight
+    mask = torch.zeros(1, 1, 1, hidden.shape[1])
+    mask[..., valid:] = float("-inf")
+    for layer in encoder.layers:
+        hidden = layer(hidden, mask)
+    return BaseModelOutput(last_hidden_state=encoder.layer_norm(hidden))
+
+
+def test_gradients_equal_a_loop_over_clips(model: WhisperModel, waveforms: list[Tensor]):
+    bins = model.config.num_mel_bins
+    encoder = PackedEncoder(model.encoder, "none")
+    clips = [waveform[:48_000] for waveform in waveforms]
+    weights = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    encoder(*packed(clips, bins)).values.matmul(weights).sum().backward()
+    together = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+    encoder.zero_grad()
+    for clip in clips:
+        encoder(*packed([clip], bins)).values.matmul(weights).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        if parameter.grad is not None:
+            assert_close(together[name], parameter.grad, atol=1e-5 * float(parameter.grad.abs().max().clamp(min=1)), rtol=1e-4)
+    encoder.zero_grad()
+
+
+def test_checkpointing_changes_no_gradient(model: WhisperModel, waveforms: list[Tensor]):
+    bins = model.config.num_mel_bins
+    grads = []
+    for checkpointing in (False, True):
+        encoder = PackedEncoder(model.encoder, "none", gradient_checkpointing=checkpointing).train()
+        encoder(*packed(waveforms[:3], bins)).values.square().mean().backward()
+        grads.append(model.encoder.conv1.weight.grad.clone())
+        model.zero_grad()
+    model.eval()
+    assert_close(grads[0], grads[1])
+
+
+def test_runs_in_bfloat16_under_autocast(model: WhisperModel, waveforms: list[Tensor]):
+    encoder = PackedEncoder(model.encoder, "none")
+    mel, lengths = packed(waveforms[:3], model.config.num_mel_bins)
+    with torch.no_grad():
+        exact = encoder(mel, lengths).values
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = encoder(mel, lengths).values
+    assert torch.nn.functional.cosine_similarity(rough.float(), exact).min() > 0.999

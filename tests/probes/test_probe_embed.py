@@ -1,0 +1,192 @@
+"""probes.embed: features are those of each clip alone, nothing is dropped without a count, nothing stale is read."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from whisper_aut.corpora.annotation import Annotation
+from whisper_aut.corpora.audio import ClipLimits
+from whisper_aut.corpora.shards import ShardFolder, open_index
+from whisper_aut.data.sample import Sample, iter_samples
+from whisper_aut.data.waveform import load_waveform
+from whisper_aut.errors import UserError
+from whisper_aut.probes.baseline import LogMelBaseline
+from whisper_aut.probes.embed import POOLINGS, EmbedSettings, embed_task
+
+QUIET = EmbedSettings(quiet=True, batch_seconds=1.5, workers=2)
+
+
+def test_features_are_those_of_each_clip_alone_in_shard_order(tones, task_with, tiny_encoder, tmp_path):
+    found = embed_task(tiny_encoder(), task_with(), tones, tmp_path, QUIET)["train"]
+    samples = list(iter_samples(open_index(tones / "tones" / "train"), ClipLimits()))
+    assert len(found) == len(samples) == 48
+    assert len(open_index(tones / "tones" / "train").shards) > 1
+    for sample, label, key, row in zip(samples, found.labels, found.keys, found.features, strict=True):
+        assert isinstance(sample, Sample)
+        assert label == sample.annotation.label
+        assert key.endswith(":" + sample.key)
+        frames = tiny_encoder().encode([load_waveform(sample.audio, ClipLimits())], 16_000)[0]
+        torch.testing.assert_close(row, frames.mean(0), atol=1e-5, rtol=1e-5)
+
+
+def test_batching_and_padding_cost_do_not_touch_the_result(tones, task_with, tiny_encoder, tmp_path):
+    padded = tiny_encoder()
+    padded.padding = "30s"
+    one = embed_task(tiny_encoder(), task_with(), tones, tmp_path / "a", EmbedSettings(quiet=True))["test"]
+    other = embed_task(padded, task_with(), tones, tmp_path / "b", EmbedSettings(quiet=True, batch_seconds=0.2))["test"]
+    torch.testing.assert_close(one.features, other.features, atol=1e-5, rtol=1e-5)
+    assert one.keys == other.keys
+
+
+def test_mean_std_pooling_is_asked_for_or_the_encoders_own(tones, task_with, tiny_encoder, tmp_path):
+    asked = embed_task(tiny_encoder(), task_with(), tones, tmp_path, EmbedSettings(pooling="mean_std", quiet=True))
+    assert asked["test"].features.shape == (30, 24)
+    own = embed_task(LogMelBaseline(), task_with(), tones, tmp_path, QUIET)
+    assert own["test"].features.shape == (30, 160)
+    frames = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    assert POOLINGS["mean_std"](frames).tolist() == [2.0, 4.0, 1.0, 2.0]
+    with pytest.raises(UserError, match="mean_std"):
+        EmbedSettings(pooling="max")
+
+
+def test_the_second_time_nothing_is_encoded(tones, task_with, tiny_encoder, tmp_path):
+    first, second = tiny_encoder(), tiny_encoder()
+    one, other = (embed_task(e, task_with(), tones, tmp_path, QUIET) for e in (first, second))
+    assert (first.encoded, second.encoded) == (48 + 24 + 30, 0)
+    for split in one:
+        assert torch.equal(one[split].features, other[split].features)
+        assert (one[split].labels, one[split].keys) == (other[split].labels, other[split].keys)
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+
+def test_another_task_shares_the_folders(tones, task_with, tiny_encoder, tmp_path):
+    embed_task(tiny_encoder(), task_with(), tones, tmp_path, QUIET)
+    swapped = tiny_encoder()
+    embed_task(
+        swapped, task_with(name="swapped", train=["{root}/tones/valid"], valid=["{root}/tones/train"]), tones, tmp_path, QUIET
+    )
+    assert swapped.encoded == 0
+
+
+@pytest.mark.parametrize("change", ["encoder", "pooling", "label", "select", "limits"])
+def test_whatever_changes_is_computed_anew(tones, task_with, tiny_encoder, tmp_path, change):
+    embed_task(tiny_encoder(), task_with(), tones, tmp_path, QUIET)
+    encoder = tiny_encoder(seed=1 if change == "encoder" else 0)
+    task = task_with(**{"label": {"label": "pitch"}, "select": {"select": {"half": ["0", "1"]}}}.get(change, {}))
+    settings = {
+        "pooling": EmbedSettings(pooling="mean_std", quiet=True),
+        "limits": EmbedSettings(limits=ClipLimits(0.05), quiet=True),
+    }
+    embed_task(encoder, task, tones, tmp_path, settings.get(change, QUIET))
+    assert encoder.encoded == 102
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_changed_shards_are_embedded_anew(task_with, tiny_encoder, write_shards, tmp_path, with_index):
+    task = task_with(train=["{root}/a"], valid=[], test=["{root}/b"])
+    for seed in (0, 1):
+        for name in ("a", "b"):
+            write_shards(tmp_path / name, 3, seed=7)
+            if name == "a" and seed:
+                write_shards(tmp_path / name, 3, seed=8)  # the same number of clips, other audio
+            if not with_index:
+                (tmp_path / name / "index.json").unlink()
+        encoder = tiny_encoder()
+        embed_task(encoder, task, tmp_path, tmp_path / "cache", QUIET)
+        assert encoder.encoded >= (9 if seed else 18)
+    if with_index:
+        assert encoder.encoded == 9
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "text", "empty"])
+def test_a_damaged_cache_is_computed_anew(tones, task_with, tiny_encoder, tmp_path, damage):
+    whole = embed_task(tiny_encoder(), task_with(), tones, tmp_path, QUIET)
+    for path in tmp_path.glob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 0x40
+        path.write_bytes({"truncate": data[:-40], "flip": data, "text": b"not safetensors", "empty": b""}[damage])
+    encoder = tiny_encoder()
+    again = embed_task(encoder, task_with(), tones, tmp_path, QUIET)
+    assert encoder.encoded == 102
+    assert torch.equal(whole["train"].features, again["train"].features)
+
+
+def test_select_and_missing_labels_are_counted_not_refused(tones, task_with, tiny_encoder, tmp_path):
+    found = embed_task(tiny_encoder(), task_with(select={"half": [0]}), tones, tmp_path, QUIET)["test"]
+    assert (len(found), found.skipped) == (15, {"not selected": 15})
+    nothing = embed_task(tiny_encoder(), task_with(label="genre"), tones, tmp_path, QUIET)["test"]
+    assert (len(nothing), nothing.skipped) == (0, {"no label": 30})
+
+
+@pytest.fixture
+def train_only(task_with, write_shards, tmp_path):
+    """A task whose training folder is the test's to write; its test folder is whole."""
+    write_shards(tmp_path / "b", 2, seed=99)
+    return task_with(train=["{root}/a"], valid=[], test=["{root}/b"])
+
+
+def _shards_with_broken(folder: Path, whole: int, broken: int) -> None:
+    with ShardFolder(folder) as shards:
+        for number in range(whole + broken):
+            file = io.BytesIO()
+            wave = np.random.default_rng(number).uniform(-0.1, 0.1, 3_200).astype(np.float32)
+            soundfile.write(file, wave, 16_000, format="WAV")
+            audio = file.getvalue() if number < whole else b"this is no audio"
+            shards.write(f"{number}", "wav", audio, Annotation(label=str(number % 2)))
+
+
+def test_broken_audio_is_counted_by_reason(task_with, tiny_encoder, tmp_path):
+    _shards_with_broken(tmp_path / "a", whole=60, broken=1)
+    task = task_with(train=["{root}/a"], valid=[], test=["{root}/a2"])
+    _shards_with_broken(tmp_path / "a2", whole=61, broken=0)
+    found = embed_task(tiny_encoder(), task, tmp_path, tmp_path / "cache", QUIET)
+    assert (len(found["train"]), found["train"].skipped) == (60, {"undecodable audio": 1})
+    again = embed_task(tiny_encoder(), task, tmp_path, tmp_path / "cache", QUIET)
+    assert again["train"].skipped == {"undecodable audio": 1}
+
+
+def test_too_much_broken_audio_is_fatal(train_only, tiny_encoder, tmp_path):
+    _shards_with_broken(tmp_path / "a", whole=20, broken=5)
+    with pytest.raises(UserError, match="5 of 25 samples cannot be used .5 × undecodable audio"):
+        embed_task(tiny_encoder(), train_only, tmp_path, tmp_path / "cache", QUIET)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_damaged_tar_is_fatal_however_few_clips_it_loses(train_only, tiny_encoder, write_shards, tmp_path):
+    write_shards(tmp_path / "a", 20, seed=0)
+    last = sorted((tmp_path / "a").glob("*.tar"))[-1]
+    last.write_bytes(last.read_bytes()[:-12_000])
+    with pytest.raises(UserError, match="bad tar"):
+        embed_task(tiny_encoder(), train_only, tmp_path, tmp_path / "cache", QUIET)
+
+
+def test_a_tar_in_two_splits_is_refused(task_with, tiny_encoder, write_shards, tmp_path):
+    for name in ("a", "b"):
+        write_shards(tmp_path / name, 2, seed=0)
+    with pytest.raises(UserError, match="of 'test' is in 'train' too"):
+        embed_task(
+            tiny_encoder(), task_with(train=["{root}/a"], valid=[], test=["{root}/b"]), tmp_path, tmp_path / "cache", QUIET
+        )
+
+
+def test_two_labels_on_a_clip_are_refused(train_only, tiny_encoder, write_shards, tmp_path):
+    write_shards(tmp_path / "a", 2, seed=0, label=["dog", "cat"])
+    with pytest.raises(UserError, match="dog, cat"):
+        embed_task(tiny_encoder(), train_only, tmp_path, tmp_path / "cache", QUIET)
+
+
+def test_frames_that_are_not_finite_name_the_clip(tones, task_with, tiny_encoder, tmp_path):
+    encoder = tiny_encoder()
+    encoder.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="not finite for 48 of 48 clips.*clip0"):
+        embed_task(encoder, task_with(), tones, tmp_path, QUIET)
+
+
+def test_a_cache_that_cannot_be_written_is_said(tones, task_with, tiny_encoder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="another cache folder"):
+        embed_task(tiny_encoder(), task_with(), tones, tmp_path / "file", QUIET)

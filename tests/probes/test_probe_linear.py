@@ -1,0 +1,178 @@
+"""probes.linear: scikit-learn's optimum, selection that never sees the test split, and errors that say what is wrong."""
+
+import numpy as np
+import pytest
+import torch
+from lightning import LightningModule
+from sklearn.linear_model import LogisticRegression
+
+from whisper_aut.errors import UserError
+from whisper_aut.probes.cache import Embeddings
+from whisper_aut.probes.linear import Basis, LinearProbe, fit, probe_linear, stratified
+
+CLASSES = 5
+
+
+def clips(
+    count: int, seed: int, width: int = 24, spread: float = 1.0, classes: int = CLASSES
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overlapping clusters in correlated features of very unlike scales."""
+    g = torch.Generator().manual_seed(seed)
+    world = torch.Generator().manual_seed(99)
+    centres, mixing = torch.randn(classes, width, generator=world), torch.randn(width, width, generator=world)
+    labels = torch.arange(count) % classes
+    noise = spread * torch.randn(count, width, generator=g)
+    return (0.5 * centres[labels] + noise) @ mixing * torch.logspace(-2, 2, width) + 3.0, labels
+
+
+def embeddings(count: int, seed: int, **more) -> Embeddings:
+    features, labels = clips(count, seed, **more)
+    return Embeddings(features, tuple(f"class {int(i)}" for i in labels), tuple(f"{seed}:{i}" for i in range(count)), {})
+
+
+def splits(train: int = 150, valid: int = 60, test: int = 200, **more) -> dict[str, Embeddings]:
+    counts = {"train": train, "valid": valid, "test": test}
+    empty = Embeddings(torch.empty(0, 0), (), (), {})
+    return {split: embeddings(count, seed, **more) if count else empty for seed, (split, count) in enumerate(counts.items())}
+
+
+@pytest.mark.parametrize(("count", "width"), [(300, 24), (60, 200)])  # more clips than features, and fewer
+def test_path_equals_scikit_learn(count, width):
+    features, labels = clips(count, 0, width)
+    tested, answers = clips(500, 1, width)
+    penalties = [0.1, 1.0, 10.0, 100.0]
+    basis = Basis.fit(features, features[:0])
+    probe = LinearProbe(basis.variances, CLASSES, penalties, count)
+    assert isinstance(probe, LightningModule)
+    fit(probe, (basis(features), labels), evaluate=(basis(tested), answers))
+    ours = probe.objectives(basis(features), labels)
+    standard, standard_tested = ((x - features.mean(0)) / features.std(0, correction=0) for x in (features, tested))
+    for number, penalty in enumerate(penalties):
+        theirs = LogisticRegression(C=1 / penalty, max_iter=5_000, tol=1e-8).fit(standard.double().numpy(), labels.numpy())
+        log_probabilities = theirs.predict_log_proba(standard.double().numpy())[np.arange(count), labels.numpy()]
+        loss = -log_probabilities.mean() + 0.5 * penalty / count * np.square(theirs.coef_).sum()
+        assert float(ours[number]) == pytest.approx(loss, abs=1e-3)
+        accuracy = theirs.score(standard_tested.double().numpy(), answers.numpy())
+        assert float(probe.scores()[number]) == pytest.approx(accuracy, abs=0.005)
+
+
+def test_penalties_do_not_disturb_each_other():
+    features, labels = clips(200, 0)
+    basis = Basis.fit(features, features[:0])
+    together = LinearProbe(basis.variances, CLASSES, [0.1, 1000.0], 200)
+    alone = LinearProbe(basis.variances, CLASSES, [1000.0], 200)
+    for probe in (together, alone):
+        fit(probe, (basis(features), labels))
+    one, other = together.objectives(basis(features), labels)[1], alone.objectives(basis(features), labels)[0]
+    assert float(one) == pytest.approx(float(other), abs=1e-5)
+
+
+def test_basis_is_a_rotation_of_standardised_features():
+    features, _ = clips(40, 0, width=60)
+    more, _ = clips(30, 1, width=60)
+    features[:, 7] = 4.2  # a constant feature
+    more[:, 7] = 4.2
+    basis = Basis.fit(features, more)
+    standard = (torch.cat([features, more]) - features.mean(0)) / torch.where(
+        basis.deviation == 1, 1, features.std(0, correction=0)
+    )
+    rotated = basis(torch.cat([features, more]))
+    torch.testing.assert_close(rotated @ rotated.T, standard @ standard.T, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(basis.axes.T @ basis.axes, torch.eye(basis.axes.shape[1]), atol=1e-4, rtol=0)
+
+
+def test_a_score_per_seed_with_its_record():
+    data = splits()
+    results = probe_linear(data, seeds=(0, 1, 2))
+    assert [result.seed for result in results] == [0, 1, 2]
+    for result in results:
+        assert result.correct.shape == (200,)
+        assert result.score == pytest.approx(result.correct.mean(), abs=1e-6)
+        assert result.score > 0.4
+    assert len({tuple(result.correct) for result in results}) > 1
+
+
+def test_a_seed_gives_the_same_score_again():
+    data = splits()
+    one, other = (probe_linear(data, seeds=(3,))[0] for _ in range(2))
+    assert (one.penalty, one.score, one.valid_score) == (other.penalty, other.score, other.valid_score)
+
+
+@pytest.mark.parametrize("valid", [60, 0])
+def test_selection_never_sees_the_test_split(valid):
+    data = splits(valid=valid)
+    moved = data | {"test": Embeddings(data["test"].features.flip(0) * 5, data["test"].labels, data["test"].keys, {})}
+    for one, other in zip(probe_linear(data, seeds=(0, 1)), probe_linear(moved, seeds=(0, 1)), strict=True):
+        assert (one.penalty, one.valid_score) == (other.penalty, other.valid_score)
+        assert one.score != other.score
+
+
+def test_noise_asks_for_a_large_penalty_and_clear_classes_do_not():
+    noisy = np.median([result.penalty for result in probe_linear(splits(spread=6.0))])
+    clear = np.median([result.penalty for result in probe_linear(splits(spread=0.3))])
+    assert noisy > clear
+
+
+def test_labels_that_mean_nothing_score_as_chance():
+    data = splits(test=500)
+    rng = np.random.default_rng(0)
+    shuffled = {
+        s: Embeddings(p.features, tuple(rng.permutation(np.array(p.labels)).tolist()), p.keys, {}) for s, p in data.items()
+    }
+    scores = [result.score for result in probe_linear(shuffled, seeds=(0, 1, 2))]
+    assert np.mean(scores) == pytest.approx(1 / CLASSES, abs=0.07)
+
+
+def test_probing_works_within_a_validation_hook():
+    data = splits()
+    with torch.inference_mode():
+        inside = probe_linear(data, seeds=(0,))
+    assert inside[0].score == probe_linear(data, seeds=(0,))[0].score
+
+
+def test_features_made_in_inference_mode_are_taken():
+    data = splits()
+    with torch.inference_mode():
+        made = {s: Embeddings(torch.stack(list(p.features)), p.labels, p.keys, {}) for s, p in data.items()}
+    assert probe_linear(made, seeds=(0,))[0].score == probe_linear(data, seeds=(0,))[0].score
+
+
+def test_fitting_leaves_threads_and_random_state_alone():
+    torch.manual_seed(5)
+    expected, threads = torch.rand(3), torch.get_num_threads()
+    torch.manual_seed(5)
+    probe_linear(splits(train=50, valid=20, test=20), seeds=(0,))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+
+
+def test_stratified_draws_the_share_of_every_class():
+    labels = np.array([0] * 50 + [1] * 10 + [2])
+    drawn = stratified(labels, 0.9, np.random.default_rng(0))
+    assert np.bincount(labels[drawn]).tolist() == [45, 9, 1]
+    assert len(np.unique(drawn)) == len(drawn)
+    held_out = stratified(labels, 0.2, np.random.default_rng(0), leave_one=True)
+    assert np.bincount(labels[held_out], minlength=3).tolist() == [10, 2, 0]
+
+
+def relabelled(part: Embeddings, **names: str) -> Embeddings:
+    return Embeddings(
+        part.features, tuple(names.get(label.replace(" ", "_"), label) for label in part.labels), part.keys, part.skipped
+    )
+
+
+def test_user_errors_say_what_is_wrong():
+    data = splits(train=20, valid=10, test=10)
+    empty = Embeddings(torch.empty(0, 0), (), (), {"no label": 12})
+    with pytest.raises(UserError, match=r"'birds' has no clips in 'test' \(12 no label\)"):
+        probe_linear(data | {"test": empty}, name="birds")
+    with pytest.raises(UserError, match=r"no clips in 'train'"):
+        probe_linear(data | {"train": empty})
+    single = Embeddings(data["train"].features, ("owl",) * 20, data["train"].keys, {})
+    with pytest.raises(UserError, match="single class in 'train', 'owl'"):
+        probe_linear(data | {"train": single})
+    for split in ("valid", "test"):
+        with pytest.raises(UserError, match=f"1 classes in '{split}' that 'train' lacks: owl"):
+            probe_linear(data | {split: relabelled(data[split], class_1="owl")})
+    with pytest.raises(UserError, match="one clip per class"):
+        probe_linear(splits(train=5, valid=0, test=10))

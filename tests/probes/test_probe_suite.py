@@ -1,0 +1,179 @@
+"""probes.suite and probes.scores: a run end to end, its record, and when a stored score counts."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from whisper_aut.corpora.annotation import Annotation
+from whisper_aut.corpora.shards import ShardFolder
+from whisper_aut.errors import UserError
+from whisper_aut.probes import suite
+from whisper_aut.probes.baseline import BASELINE_NAME, LogMelBaseline
+from whisper_aut.probes.embed import EmbedSettings
+from whisper_aut.probes.scores import AVERAGE, Scores
+from whisper_aut.probes.suite import compare, run_suite
+from whisper_aut.probes.tasks import load_task
+
+QUIET = EmbedSettings(quiet=True)
+REPOSITORY = Path(__file__).parents[2]
+REAL_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(tones, task_with, tiny_encoder, cache):
+    tasks = [task_with(), task_with(name="half", title="Half", domain="music", label="half", weight=3.0)]
+
+    def run(**changes) -> Scores:
+        encoders = {"tiny": tiny_encoder(), BASELINE_NAME: LogMelBaseline()}
+        arguments = {"encoders": encoders, "tasks": tasks, "root": tones, "cache": cache, "seeds": (0, 1), "embedding": QUIET}
+        return run_suite(**(arguments | changes))
+
+    return run
+
+
+def test_a_run_end_to_end(run):
+    scores = run(against=[BASELINE_NAME])
+    assert (scores.encoders, scores.tasks, scores.protocol) == (["tiny", BASELINE_NAME], ["tones", "half"], "strict")
+    floor = scores.get(BASELINE_NAME, "tones")
+    assert floor.mean > 0.6 > floor.chance == pytest.approx(1 / 3)
+    assert scores.get(BASELINE_NAME, "half").mean < 0.9  # which half a clip is in cannot be heard
+    assert floor.pooling == "mean_std"
+    assert floor.clips == {"train": 48, "valid": 24, "test": 30}
+    for entry in scores.entries:
+        assert entry.protocol == "strict"
+        assert entry.correctness().mean() == pytest.approx(entry.mean, abs=1e-6)
+    assert [(c.encoder, c.against, c.task) for c in scores.comparisons] == [
+        ("tiny", BASELINE_NAME, task) for task in ("tones", "half", AVERAGE)
+    ]
+    for c in scores.comparisons[:2]:
+        difference = scores.get("tiny", c.task).mean - scores.get(BASELINE_NAME, c.task).mean
+        assert c.difference == pytest.approx(difference, abs=1e-6)
+        assert c.low <= c.difference <= c.high
+        assert c.p_holm >= c.p_value
+
+
+def test_averages_are_weighted(run):
+    scores = run()
+    averages = {(a.encoder, a.domain): a for a in scores.averages()}
+    tones, half = scores.get("tiny", "tones"), scores.get("tiny", "half")
+    assert averages["tiny", "sound"].mean == pytest.approx(tones.mean)
+    assert averages["tiny", AVERAGE].mean == pytest.approx((tones.mean + 3 * half.mean) / 4)
+    seeds = [(a + 3 * b) / 4 for a, b in zip(tones.scores, half.scores, strict=True)]
+    assert averages["tiny", AVERAGE].std == pytest.approx(abs(seeds[0] - seeds[1]) / 2**0.5)
+
+
+def test_an_encoder_against_itself_is_no_difference(run, tiny_encoder):
+    scores = run(encoders={"a": tiny_encoder(), "b": tiny_encoder()}, against=["a"])
+    for comparison in scores.comparisons:
+        assert (comparison.difference, comparison.p_holm, comparison.significant) == (0.0, 1.0, False)
+
+
+def test_scores_survive_json(run, tmp_path):
+    scores = run(against=[BASELINE_NAME])
+    assert Scores.from_json(scores.to_json()) == scores
+    scores.save(tmp_path / "deep" / "scores.json")
+    assert Scores.load(tmp_path / "deep" / "scores.json") == scores
+    assert tuple(compare(Scores.from_json(scores.to_json()), [BASELINE_NAME])) == scores.comparisons
+    assert json.loads(scores.to_json())["averages"][0]["encoder"] == "tiny"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 99}', '{"version": 1, "entries": [{}]}'])
+def test_what_is_no_score_file_is_said(tmp_path, text):
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(UserError, match="Probe again"):
+        Scores.load(tmp_path / "scores.json")
+    with pytest.raises(UserError, match="Cannot read"):
+        Scores.load(tmp_path / "none.json")
+
+
+def test_a_record_that_was_cut_is_refused(run):
+    scores = run()
+    cut = replace(scores.entries[0], correct=tuple(seed[:-1] for seed in scores.entries[0].correct))
+    with pytest.raises(UserError, match="damaged"):
+        Scores.from_json(replace(scores, entries=(cut,)).to_json())
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """Counts the probes that are really fitted."""
+    counted = []
+    original = suite.probe_linear
+    monkeypatch.setattr(suite, "probe_linear", lambda *a, **k: counted.append(k["name"]) or original(*a, **k))
+    return counted
+
+
+def test_stored_scores_count_while_nothing_changed(run, tmp_path, fits):
+    file = tmp_path / "scores.json"
+    first = run(scores_file=file)
+    assert len(fits) == 4
+    again = run(scores_file=file, against=["tiny"])
+    assert len(fits) == 4
+    assert again.entries == first.entries
+    assert Scores.load(file) == again
+
+
+def test_stored_scores_lapse_with_encoder_data_settings(run, tmp_path, fits, tiny_encoder, task_with, write_shards, tones):
+    file = tmp_path / "scores.json"
+
+    def newly_fitted(**changes) -> int:
+        before = len(fits)
+        run(scores_file=file, **changes)
+        return len(fits) - before
+
+    one = {"encoders": {"tiny": tiny_encoder()}, "tasks": [task_with()]}
+    assert newly_fitted(**one) == 1
+    assert newly_fitted(**one) == 0
+    assert newly_fitted(**one | {"encoders": {"tiny": tiny_encoder(seed=1)}}) == 1
+    assert newly_fitted(**one, seeds=(0, 1, 2)) == 1
+    assert newly_fitted(**one, embedding=EmbedSettings(pooling="mean_std", quiet=True)) == 1
+    write_shards(tmp_path / "other", 8, seed=50)
+    assert newly_fitted(encoders=one["encoders"], tasks=[task_with(test=[str(tmp_path / "other")])]) == 1
+    assert newly_fitted(encoders=one["encoders"], tasks=[task_with(test=[str(tmp_path / "other")], weight=2.0)]) == 0
+    file.write_text("{damaged")
+    assert newly_fitted(**one) == 1
+
+
+def test_different_test_clips_cannot_be_paired(run):
+    scores = run()
+    moved = replace(scores.get("tiny", "tones"), keys_sha256="other")
+    with pytest.raises(UserError, match="different clips of 'tones'"):
+        compare(replace(scores, entries=(moved, *scores.entries[1:])), [BASELINE_NAME])
+
+
+def test_mistakes_are_told_before_anything_is_embedded(run, task_with, tiny_encoder):
+    with pytest.raises(UserError, match="Did you mean 'tiny'"):
+        run(against=["tinny"])
+    with pytest.raises(UserError, match="Two probe tasks"):
+        run(tasks=[task_with(), task_with()])
+    with pytest.raises(UserError, match="Nothing to probe"):
+        run(tasks=[])
+
+
+def test_an_unexpected_number_of_classes_is_told(run, task_with):
+    with pytest.raises(UserError, match="should have 10 classes; its training clips have 3: high, low, middle"):
+        run(tasks=[task_with(classes=10)])
+
+
+@pytest.mark.skipif(not (REAL_DATA / "esc10").is_dir(), reason="the real corpora are not beside this checkout")
+def test_log_mel_floor_on_esc10(tmp_path):
+    with (REAL_DATA / "esc10" / "esc10.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for fold in "12345":
+        with ShardFolder(tmp_path / "esc10" / fold) as shards:
+            for row in (row for row in rows if row["fold"] == fold):
+                path = REAL_DATA / "esc10" / "audio" / row["filename"]
+                shards.write(path.stem, path.suffix[1:], path.read_bytes(), Annotation(label=row["category"]))
+    task = load_task("esc10", REPOSITORY / "conf" / "probe_tasks")
+    scores = run_suite(
+        {BASELINE_NAME: LogMelBaseline()}, [task], root=tmp_path, cache=tmp_path / "cache", seeds=(0, 1), embedding=QUIET
+    )
+    assert 0.78 <= scores.entries[0].mean <= 0.92
+    assert scores.entries[0].clips == {"train": 240, "valid": 80, "test": 80}

@@ -1,0 +1,39 @@
+"""Scores of two encoders on two tasks, as `probes.suite` would have left them."""
+
+import pytest
+
+from whisper_aut.probes.scores import Scores, TaskScore
+
+
+def entry(encoder: str, task: str, domain: str, right: tuple[int, int]) -> TaskScore:
+    correct = tuple("1" * count + "0" * (10 - count) for count in right)
+    return TaskScore(
+        encoder=encoder,
+        task=task,
+        title=task.title(),
+        domain=domain,
+        weight=10.0,
+        metric="accuracy",
+        classes=4,
+        scores=tuple(count / 10 for count in right),
+        penalties=(1.0, 10.0),
+        valid_scores=(0.5, 0.6),
+        correct=correct,
+        keys_sha256=task,
+        clips={"train": 40, "valid": 10, "test": 10},
+        skipped={"train": {"no label": 4}} if task == "bark" else {},
+        chance=0.25,
+        pooling="mean",
+        identity=f"{encoder}-{task}",
+    )
+
+
+@pytest.fixture
+def two_encoders() -> Scores:
+    entries = (
+        entry("ours", "bark", "sound", (8, 7)),
+        entry("base", "bark", "sound", (5, 4)),
+        entry("ours", "speak", "speech", (9, 9)),
+        entry("base", "speak", "speech", (9, 8)),
+    )
+    return Scores(entries, (), (0, 1))
