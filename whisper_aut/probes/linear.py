@@ -145,6 +145,8 @@ class LinearProbe(LightningModule):
 Split = tuple[Tensor, Tensor]  # features [B, R], classes [B]
 
 
+@torch.inference_mode(False)  # within a validation hook, parameters made in inference mode would silently never train
+@torch.enable_grad()
 def probe_linear(
     splits: dict[str, Embeddings], *, metric: str = "accuracy", seeds: Sequence[int] = (0, 1, 2, 3, 4),
     penalties: Sequence[float] = PENALTIES, device: str = "cpu", name: str = "task",
@@ -202,12 +204,8 @@ def fit(probe: LinearProbe, train: Split, device: str = "cpu", evaluate: Split |
     """Fit a probe on one full batch, then evaluate it on another split, whose `scores()` and `losses` it keeps."""
     accelerator, _, number = device.partition(":")
     step_flops = 4 * len(train[1]) * probe.weight.numel()
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        _quiet_trainer(),
-        _threads(1 if step_flops < ONE_THREAD_FLOPS else None),
-    ):
+    assert not probe.weight.is_inference(), "a probe made in inference mode is never trained"
+    with _quiet_trainer(), _threads(1 if step_flops < ONE_THREAD_FLOPS else None):
         trainer = Trainer(
             accelerator=accelerator, devices=[int(number)] if number else 1, max_epochs=1, barebones=True,
             plugins=[LightningEnvironment()],  # alone, even inside a run that torchrun or Slurm started
