@@ -19,17 +19,17 @@ from whisper_aut.export.hf import export_checkpoint
 from whisper_aut.model.decoders import check_decoder
 from whisper_aut.model.pretrained import load_encoder
 from whisper_aut.model.start import Start
-from whisper_aut.probes.baseline import LogMelBaseline
+from whisper_aut.probes.baseline import BASELINE_NAME, LogMelBaseline
 from whisper_aut.probes.embed import FrameEncoder
 from whisper_aut.probes.suite import run_suite
 from whisper_aut.probes.tasks import ProbeTask, load_task
-from whisper_aut.report.build import BASELINE_NAME, build_report
+from whisper_aut.report.build import build_report
 from whisper_aut.settings import CorporaSettings, ManifestSettings, Settings, load_settings
 from whisper_aut.training.build import build_start
 from whisper_aut.training.rundir import RunDirectory
 from whisper_aut.training.train import Trained, train
 
-RANDOM_PREFIX = "random:"
+LOGMEL, RANDOM_PREFIX = "logmel", "random:"  # encoders that a command line names without a checkpoint
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
 
 def open_encoder(name: str, padding: Literal["none", "30s"]) -> FrameEncoder:
     """Load what a command line calls an encoder."""
-    if name in (BASELINE_NAME, BASELINE_NAME.replace("-", "")):
+    if name == LOGMEL:
         return LogMelBaseline()
     return load_encoder(name.removeprefix(RANDOM_PREFIX), padding=padding, random_init=name.startswith(RANDOM_PREFIX))
 
@@ -182,7 +182,7 @@ def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[
 
 def _short_name(name: str) -> str:
     """Return what tables call an encoder: a run's name for its exports, else the last part of the path."""
-    if name.replace("-", "") == BASELINE_NAME.replace("-", ""):
+    if name == LOGMEL:
         return BASELINE_NAME
     path = Path(name.removeprefix(RANDOM_PREFIX))
     short = path.resolve().parents[2].name if path.parent.name == "export" else path.name.lstrip(".")

@@ -182,6 +182,8 @@ def _convert_scalar(kind: type, value: Any, path: str, problems: list[str]) -> A
             return float(value)
         except ValueError:
             pass
+    if kind is str and value is None:  # `key=` on a command line
+        return ""
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)  # a name or a class that happens to be a number
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

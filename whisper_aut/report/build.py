@@ -10,12 +10,11 @@ from pathlib import Path
 from rich.console import Console
 
 from whisper_aut.errors import UserError
+from whisper_aut.probes.baseline import BASELINE_NAME
 from whisper_aut.probes.scores import Scores
-from whisper_aut.report.plots import plot_losses, plot_scores
+from whisper_aut.report.plots import plot_losses, plot_scores, read_metrics
 from whisper_aut.report.tables import markdown, rich_table, scores_csv, sheets
 from whisper_aut.training.rundir import RunDirectory
-
-BASELINE_NAME = "log-mel"
 
 
 def build_report(runs: Sequence[Path], out: Path, console: Console) -> Path:
@@ -52,9 +51,10 @@ def _section(run: RunDirectory, out: Path, prefix: str, console: Console) -> lis
             parts.append(markdown(sheet))
         (out / f"{prefix}scores.csv").write_text(scores_csv(scores))
         baseline = BASELINE_NAME if BASELINE_NAME in scores.encoders else None
-        picture = plot_scores(scores, out / f"{prefix}scores.png", baseline=baseline)
-        parts.append(f"![Probe accuracy per task and encoder]({picture.name})")
-    if run.metrics.exists():
+        if scores.encoders != [baseline]:  # the baseline is a line across the others' bars; alone it is no picture
+            picture = plot_scores(scores, out / f"{prefix}scores.png", baseline=baseline)
+            parts.append(f"![Probe accuracy per task and encoder]({picture.name})")
+    if run.metrics.exists() and any("loss" in name for name in read_metrics(run.metrics)):
         picture = plot_losses(run.metrics, out / f"{prefix}losses.png")
         parts.append(f"![Training and validation loss]({picture.name})")
     return parts
