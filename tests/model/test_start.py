@@ -1,0 +1,103 @@
+"""Loading checkpoints: strict, from safetensors, with errors that say what to do."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import WhisperFeatureExtractor, WhisperModel
+
+from whisper_aut import load_encoder
+from whisper_aut.errors import UserError
+from whisper_aut.model.start import Start, load_whisper_encoder
+
+
+@pytest.fixture
+def copy(tiny_whisper: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_whisper, tmp_path / "copy"))
+
+
+def test_the_encoder_alone_equals_the_encoder_of_the_whole(tiny_whisper: Path):
+    alone, whole = load_whisper_encoder(str(tiny_whisper)), Start(str(tiny_whisper)).model.model.encoder
+    weights = whole.state_dict()
+    assert alone.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in alone.state_dict().items())
+
+
+def test_random_init_keeps_the_shape_and_follows_the_seed(tiny_whisper: Path):
+    clip = [np.random.default_rng(0).standard_normal(8000).astype(np.float32)]
+    frames = [load_encoder(str(tiny_whisper), random_init=True, seed=seed).encode(clip, 16_000)[0] for seed in (0, 0, 1)]
+    assert torch.equal(frames[0], frames[1])
+    assert not torch.allclose(frames[0], frames[2])
+    assert not torch.allclose(frames[0], load_encoder(str(tiny_whisper)).encode(clip, 16_000)[0])
+
+
+def test_missing_weights_are_named(copy: Path):
+    weights = load_file(copy / "model.safetensors")
+    weights.pop("model.encoder.layers.1.fc1.weight")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights.*layers\.1\.fc1\.weight"):
+        load_whisper_encoder(str(copy))
+    with pytest.raises(UserError, match=r"lacks 1 weights.*layers\.1\.fc1\.weight"):
+        _ = Start(str(copy)).model
+
+
+def test_a_pickled_checkpoint_is_not_opened(copy: Path):
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="not a usable Whisper checkpoint"):
+        load_whisper_encoder(str(copy))
+
+
+def test_other_models_and_missing_places_are_user_errors(copy: Path, tmp_path: Path):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"encoder_layerdrop": 0.1}))
+    with pytest.raises(UserError, match="layer dropout"):
+        _ = Start(str(copy)).config
+    with pytest.raises(UserError, match="There is no model directory"):
+        load_encoder(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="it holds nothing"):
+        load_encoder(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="padding must be one of"):
+        load_encoder(str(copy), padding="60s")  # pyright: ignore[reportArgumentType]
+
+
+def test_encode_equals_hugging_face_in_30s_mode(tiny_whisper: Path):
+    generator = np.random.default_rng(0)
+    clips = [generator.standard_normal(samples).astype(np.float32) * 0.1 for samples in (16_000, 40_123)]
+    features = WhisperFeatureExtractor.from_pretrained(tiny_whisper)(
+        clips, sampling_rate=16_000, return_tensors="pt"
+    ).input_features
+    with torch.no_grad():
+        expected = WhisperModel.from_pretrained(tiny_whisper).eval().encoder(features).last_hidden_state
+    frames = load_encoder(str(tiny_whisper), padding="30s").encode(clips, sample_rate_hz=16_000)
+    assert [len(clip) for clip in frames] == [50, 126]
+    for clip, reference in zip(frames, expected, strict=True):
+        torch.testing.assert_close(clip, reference[: len(clip)], atol=1e-5, rtol=0)
+
+
+def test_encode_takes_other_rates_and_channels_and_refuses_what_it_cannot_take(tiny_whisper: Path):
+    encoder = load_encoder(str(tiny_whisper))
+    stereo = np.random.default_rng(0).standard_normal((48_000, 2)).astype(np.float32)
+    assert encoder.encode([stereo], sample_rate_hz=48_000)[0].shape == (50, 32)
+    assert encoder.encode([], sample_rate_hz=16_000) == []
+    for bad, message in (
+        (np.zeros(0, np.float32), "with samples"),
+        (np.full(100, np.nan, np.float32), "NaN"),
+        (np.zeros(100, np.int16), "give floats"),
+        (np.zeros(31 * 16_000, np.float32), "up to 30 s"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encoder.encode([bad], sample_rate_hz=16_000)
+
+
+def test_fingerprints_follow_weights_and_padding(tiny_whisper: Path):
+    prints = {
+        load_encoder(str(tiny_whisper), **options).fingerprint() for options in ({}, {"padding": "30s"}, {"random_init": True})
+    }
+    assert len(prints) == 3
+    assert load_encoder(str(tiny_whisper)).fingerprint() in prints

@@ -1,0 +1,69 @@
+"""The command line: exit codes, messages, and no traceback for a user's mistake."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, encode_audio, tone
+from whisper_aut.cli import main
+
+CONF = REPOSITORY / "conf"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "conf/nothing.yaml"], "There is no config"),
+        (["train", str(CONF / "aut_tiny.yaml"), "optim.lrr=1"], "Did you mean 'lr'"),
+        (["data", "build", "nothing.csv", "--out", "x"], "There is no manifest"),
+        (["data", "inspect", "nowhere"], "no shards at nowhere"),
+        (["data", "build", "a.csv", "--out", "x", "--where", "fold"], "COLUMN=VALUE"),
+        (["export", "nowhere", "--out", "x"], "neither a run directory"),
+        (["probe", "nowhere", "--tasks", "esc10", "--conf", str(CONF)], "There is no model directory nowhere"),
+        (["probe", "logmel", "--tasks", "esc11", "--conf", str(CONF)], "esc10"),
+        (["probe", "logmel", "--tasks", "esc10", "--conf", str(CONF), "--root", "nowhere"], "There are no shards at nowhere"),
+        (["report", "nowhere", "--out", "x"], "No scores.json"),
+    ],
+)
+def test_a_mistake_is_one_paragraph_and_exit_status_1(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_data_build_and_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(tmp_path)
+    for number in range(4):
+        Path(f"{number}.flac").write_bytes(encode_audio(tone(0.5 + number / 10)))
+    Path("bad.wav").write_text("not audio")
+    rows = [f"{number}.flac,dog_bark,{number % 2}" for number in range(4)] + ["bad.wav,rain,1", "gone.wav,rain,1"]
+    Path("clips.csv").write_text("\n".join(["path,category,fold", *rows]))
+    build = ["data", "build", "clips.csv", "--out", "shards", "--domain", "sound", "--text", "the sound of a {category:words}"]
+    assert main([*build, "--label", "category"]) == 0
+    assert "4 clips" in capsys.readouterr().out
+    assert main(["data", "inspect", "shards"]) == 0
+    shown = capsys.readouterr().out
+    assert "the sound of a dog bark" in shown
+    assert main(["data", "inspect", "shards", "--json"]) == 0
+    assert '"sound": 4' in capsys.readouterr().out
+
+
+def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", str(CONF / "aut.yaml"), "optim.lr=5e-5", "--print-config"]) == 0
+    shown = capsys.readouterr().out
+    assert "lr: 5.0e-05" in shown
+    assert "path: openai/whisper-large-v3" in shown
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from whisper_aut.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    started = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    assert time.monotonic() - started < 60

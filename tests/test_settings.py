@@ -1,0 +1,114 @@
+"""The schema under the YAMLs: every config loads, every mistake is named, all at once."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+from whisper_aut.errors import UserError
+from whisper_aut.model.decoders import check_decoder
+from whisper_aut.probes.tasks import load_task
+from whisper_aut.settings import dump_settings, load_settings
+
+CONF = REPOSITORY / "conf"
+RUN_CONFIGS = sorted(CONF.glob("*.yaml"))
+GROUP_FILES = sorted(CONF.glob("*/*.yaml"))
+
+
+def test_how_many_configs_there_are():
+    assert len(RUN_CONFIGS) == 7
+    assert len(GROUP_FILES) == 23
+
+
+@pytest.mark.parametrize("path", RUN_CONFIGS, ids=lambda path: path.name)
+def test_every_config_loads_and_survives_its_own_dump(path: Path, tmp_path: Path):
+    settings = load_settings(path)
+    check_decoder(settings.decoder)
+    for name in settings.probe.tasks:
+        load_task(name, CONF / "probe_tasks")
+    if settings.model.after:
+        assert (CONF / settings.model.after).exists()
+    (tmp_path / "dumped.yaml").write_text(dump_settings(settings))
+    assert load_settings(tmp_path / "dumped.yaml") == settings
+
+
+@pytest.mark.parametrize("path", GROUP_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_choice_of_a_group_can_be_picked(path: Path):
+    if path.parent.name == "probe_tasks":
+        assert load_task(path.stem, path.parent).name == path.stem
+        return
+    settings = load_settings(
+        CONF / "aut.yaml", [f"{path.parent.name}={path.stem}", "data.domains={speech: 1, sound: 0, music: 0}"]
+    )
+    chosen = getattr(settings, path.parent.name)
+    values = yaml.safe_load(path.read_text())
+    for key, value in values.items():
+        if isinstance(value, (int, str)) and "$" not in str(value):
+            assert (chosen[key] if isinstance(chosen, dict) else getattr(chosen, key)) == value
+
+
+def test_the_papers_recipe_is_the_papers():
+    settings = load_settings(CONF / "aut.yaml")
+    assert settings.model.path == "openai/whisper-large-v3"
+    assert settings.data.domains == {"speech": 0.8, "sound": 0.1, "music": 0.1}
+    assert (settings.data.samples_per_epoch, settings.trainer.max_epochs) == (20_000_000, 2)
+    assert (settings.strategy.name, settings.hardware.devices, settings.hardware.precision) == (
+        "deepspeed_stage_2",
+        8,
+        "bf16-mixed",
+    )
+
+
+def test_overrides_win_over_files_and_groups():
+    settings = load_settings(
+        CONF / "aut_tiny.yaml", ["optim.lr=3e-4", "strategy=ddp", "data.domains.speech=0.5", "model.after=", "model.path=x/y"]
+    )
+    assert (settings.optim.lr, settings.strategy.name, settings.data.domains["speech"]) == (3e-4, "ddp", 0.5)
+    assert (settings.model.after, settings.model.path) == ("", "x/y")
+
+
+def test_all_problems_are_reported_at_once_with_the_nearest_name():
+    with pytest.raises(UserError) as caught:
+        load_settings(
+            CONF / "aut_tiny.yaml", ["trainer.max_stepz=3", "optim.lr=fast", "model.padding=60s", "data.batch_clips=two"]
+        )
+    message = str(caught.value)
+    assert "4 problems" in message
+    assert "trainer.max_stepz: unknown key. Did you mean 'max_steps'?" in message
+    assert "optim.lr: expected a number, got 'fast'" in message
+    assert "model.padding: '60s' is not one of 'none', '30s'. Did you mean '30s'?" in message
+    assert "data.batch_clips: expected a whole number, got 'two'" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.domains={noise: 1}"], "not a domain"),
+        (["data.domains={speech: 0, sound: 0, music: 0}"], "sum to nothing"),
+        (["data.domains.sound=-1"], "is negative"),
+        (["data=demo_speech", "data.domains={speech: 1, sound: 1}"], "has a share but no source"),
+        (["data.max_seconds=60"], "max_seconds <= 30"),
+        (["data.batch_clips=0"], "below 1"),
+        (["optim.lr=0"], "not positive"),
+        (["model.path=a/b"], "exactly one of path, scratch, after"),
+        (["decoder=whsper"], "Did you mean 'whisper'"),
+        (["trainer.max_steps"], "written key=value"),
+        (["data.train=[]"], "has a share but no source"),
+        (["name=${nothing.there}"], "nothing"),
+    ],
+)
+def test_each_mistake_is_named(overrides: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        load_settings(CONF / "aut_tiny.yaml", overrides)
+
+
+def test_missing_and_broken_files(tmp_path: Path):
+    with pytest.raises(UserError, match=r"Did you mean 'aut_tiny.yaml'"):
+        load_settings(CONF / "aut_tinny.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    (tmp_path / "circle.yaml").write_text("extends: circle.yaml\n")
+    for name, message in (("list", "keys and values"), ("broken", "not readable as YAML"), ("circle", "circle")):
+        with pytest.raises(UserError, match=message):
+            load_settings(tmp_path / f"{name}.yaml")

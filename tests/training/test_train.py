@@ -1,0 +1,156 @@
+"""Training through the real entry point: losses, accumulation, resume, a clean stop, and what is left behind."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from rich.console import Console
+from torch.testing import assert_close
+
+from tests.conftest import REPOSITORY
+from whisper_aut.errors import Interrupted, UserError
+from whisper_aut.export.hf import read_checkpoint
+from whisper_aut.settings import Settings, load_settings
+from whisper_aut.training import train as train_module
+from whisper_aut.training.train import train
+
+QUIET = Console(quiet=True)
+
+
+def settings_for(tiny_whisper: Path, tiny_shards: Path, runs: Path, *overrides: str) -> Settings:
+    sources = ", ".join(f"{{path: {tiny_shards / domain}, domain: {domain}}}" for domain in ("speech", "sound", "music"))
+    return load_settings(
+        REPOSITORY / "conf" / "smoke.yaml",
+        [
+            "corpora.demo=null",
+            "model.after=",
+            f"model.path={tiny_whisper}",
+            f"data.train=[{sources}]",
+            f"data.valid=[{sources}]",
+            f"runs={runs}",
+            "trainer.max_steps=6",
+            "trainer.log_every_steps=1",
+            *overrides,
+        ],
+    )
+
+
+def weights_of(run: Any, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
+    return read_checkpoint(run.checkpoints / name)
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert_close(one[name], other[name], atol=atol, rtol=0, msg=name)
+
+
+def test_a_run_leaves_everything_behind_and_is_not_run_twice(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path)
+    run = train(settings, QUIET).run
+    for name in ("config.yaml", "environment.json", "done.json", "samples.jsonl", "logs/metrics.csv", "checkpoints/last.ckpt"):
+        assert (run.path / name).exists(), name
+    assert any((run.path / "tensorboard").iterdir())
+    done = json.loads(run.done.read_text())
+    assert done["steps"] == 6
+    assert {f"valid/loss_{domain}" for domain in ("speech", "sound", "music")} <= done["metrics"].keys()
+    facts = json.loads((run.path / "environment.json").read_text())
+    assert sum(source["share"] for source in facts["data"]) == pytest.approx(1.0)
+    again = train(settings, QUIET)
+    assert again.reused
+    assert again.run == run
+    other = train(settings_for(tiny_whisper, tiny_shards, tmp_path, "seed=1"), QUIET)
+    assert not other.reused
+
+
+def test_two_runs_of_one_config_are_the_same(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    runs = [train(settings_for(tiny_whisper, tiny_shards, tmp_path / name), QUIET).run for name in "ab"]
+    assert_same_weights(weights_of(runs[0]), weights_of(runs[1]), atol=0)
+
+
+def test_accumulated_micro_batches_equal_one_big_batch(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    """Texts differ in length, so averaging the averages of micro-batches would give other weights."""
+    big = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "big", "data.batch_clips=6"), QUIET).run
+    small = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path / "small", "data.batch_clips=2", "trainer.accumulate=3"), QUIET
+    ).run
+    assert_same_weights(weights_of(big), weights_of(small), atol=2e-5)
+
+
+class _SignalAt(lightning.Callback):
+    """Sends this process a signal in the middle of a step, as a terminal or a scheduler would."""
+
+    def __init__(self, step: int, number: int):
+        self.step, self.number = step, number
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    whole = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "whole", "data.workers=1"), QUIET).run
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "parts", "data.workers=1")
+    original = train_module._trainer
+
+    def interrupted_trainer(*arguments: Any) -> lightning.Trainer:
+        trainer = original(*arguments)
+        trainer.callbacks.insert(0, _SignalAt(2, number))  # pyright: ignore[reportAttributeAccessIssue]
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "_trainer", interrupted_trainer)
+        with pytest.raises(Interrupted, match="stopped after step 3"):
+            train(settings, QUIET)
+    resumed = train(settings, QUIET, resume="auto").run
+    assert_same_weights(weights_of(whole), weights_of(resumed), atol=1e-6)
+    assert len(list((tmp_path / "parts" / "smoke").glob("2*"))) == 1
+
+
+def test_a_source_of_nothing_but_faults_stops_the_run_with_a_reason(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    from whisper_aut.corpora.annotation import Annotation
+    from whisper_aut.corpora.shards import ShardFolder
+
+    with ShardFolder(tmp_path / "bad") as shards:
+        for i in range(260):
+            shards.write(f"k{i}", "wav", b"not audio", Annotation(text="x", domain="sound"))
+    overrides = [f"data.train=[{{path: {tmp_path / 'bad'}, domain: sound}}]", "data.domains={sound: 1, speech: 0, music: 0}"]
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *overrides, "data.batch_clips=64")
+    with pytest.raises(UserError, match=r"were refused \(undecodable audio: 256\)"):
+        train(settings, QUIET)
+    (ledger,) = (tmp_path / "runs").rglob("ledger.jsonl")
+    assert len(ledger.read_text().splitlines()) == 256
+
+
+def test_mistakes_are_found_before_anything_is_written(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    bad = [
+        (["data.train=[{path: nowhere, domain: speech}]"], "There are no shards at nowhere"),
+        ([f"model.path={tmp_path}"], "not a usable Whisper checkpoint"),
+        (["decoder.max_tokens=1000"], "outside 8 to 448"),
+        (["decoder.prompts.sound.language=xx"], "no language code"),
+        (["data.samples_per_epoch=1"], "holds no step"),
+    ]
+    for overrides, message in bad:
+        domains = ["data.domains={speech: 1, sound: 0, music: 0}"]
+        with pytest.raises(UserError, match=message):
+            train(settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *domains, *overrides), QUIET)
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        train(settings_for(tiny_whisper, tiny_shards, tmp_path / "runs"), QUIET, resume=str(tmp_path / "x.ckpt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "ddp"])
+def test_other_strategies_train_to_the_same_weights(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, strategy: str):
+    plain = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "plain"), QUIET).run
+    other = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "other", f"strategy={strategy}"), QUIET).run
+    metrics = [json.loads(run.done.read_text())["metrics"] for run in (plain, other)]
+    assert metrics[0]["valid/loss"] == pytest.approx(metrics[1]["valid/loss"], abs=1e-4)
