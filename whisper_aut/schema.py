@@ -130,7 +130,7 @@ def _convert(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, path, problems)
+        return _convert_union([a for a in arguments if a is not type(None)], value, path, problems)
     if is_dataclass(kind):
         return _convert_dataclass(kind, value, path, problems)
     if origin is Literal:
@@ -149,6 +149,16 @@ def _convert(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
             return value
         return {str(key): _convert(arguments[1], item, f"{path}.{key}", problems) for key, item in value.items()}
     return _convert_scalar(kind, value, path, problems)
+
+
+def _convert_union(kinds: Sequence[Any], value: Any, path: str, problems: list[str]) -> Any:
+    """Take the first kind that the value fits as it is; the last one's problems are those reported."""
+    for kind in kinds[:-1]:
+        found: list[str] = []
+        converted = _convert(kind, value, path, found)
+        if not found:
+            return converted
+    return _convert(kinds[-1], value, path, problems)
 
 
 def _convert_dataclass(kind: Any, value: Any, path: str, problems: list[str]) -> Any:

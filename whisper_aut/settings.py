@@ -23,7 +23,8 @@ class ScratchSettings:
     the training sources)."""
 
     d_model: int = 128
-    layers: int = 4
+    encoder_layers: int = 4
+    decoder_layers: int = 4
     heads: int = 4
     num_mel_bins: int = 80
     vocabulary: int = 1500

@@ -123,6 +123,7 @@ def test_whisper_loss_and_gradients_equal_hugging_face(tiny_whisper: Path, lengt
     expected.backward()
     assert_close(loss.total.detach() / sum(loss.counts), expected.detach(), rtol=1e-5, atol=0)
     theirs = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    theirs.pop("model.encoder.embed_positions.weight")  # fixed in Whisper and here; transformers trains it by oversight
     assert ours.keys() == theirs.keys()
     for name, grad in theirs.items():
         assert (ours[name] - grad).norm() <= 1e-5 * max(float(grad.norm()), 1e-3), name

@@ -29,7 +29,7 @@ def test_the_encoder_alone_equals_the_encoder_of_the_whole(tiny_whisper: Path):
 
 def test_random_init_keeps_the_shape_and_follows_the_seed(tiny_whisper: Path):
     clip = [np.random.default_rng(0).standard_normal(8000).astype(np.float32)]
-    frames = [load_encoder(str(tiny_whisper), random_init=True, seed=seed).encode(clip, 16_000)[0] for seed in (0, 0, 1)]
+    frames = [load_encoder(str(tiny_whisper), random_init=True, seed=seed).encode(clip, 16_000)[0] for seed in (5, 5, 6)]
     assert torch.equal(frames[0], frames[1])
     assert not torch.allclose(frames[0], frames[2])
     assert not torch.allclose(frames[0], load_encoder(str(tiny_whisper)).encode(clip, 16_000)[0])
@@ -97,7 +97,7 @@ def test_encode_takes_other_rates_and_channels_and_refuses_what_it_cannot_take(t
 
 def test_fingerprints_follow_weights_and_padding(tiny_whisper: Path):
     prints = {
-        load_encoder(str(tiny_whisper), **options).fingerprint() for options in ({}, {"padding": "30s"}, {"random_init": True})
+        load_encoder(str(tiny_whisper), **options).fingerprint() for options in ({}, {"padding": "30s"}, {"random_init": True, "seed": 5})
     }
     assert len(prints) == 3
     assert load_encoder(str(tiny_whisper)).fingerprint() in prints

@@ -97,5 +97,6 @@ class WhisperText:
 
 @lru_cache(maxsize=512)
 def _prefix(tokenizer: WhisperTokenizer, language: str | None, task: str | None) -> tuple[int, ...]:
-    tokenizer.set_prefix_tokens(language=language, task=task, predict_timestamps=False)
+    # Not `set_prefix_tokens`: it keeps the former language and task where it is given none.
+    tokenizer.language, tokenizer.task, tokenizer.predict_timestamps = language, task, False
     return tuple(tokenizer.prefix_tokens)

@@ -66,6 +66,8 @@ class PackedEncoder(nn.Module):
         self.whisper = whisper
         self.padding = padding
         self.gradient_checkpointing = gradient_checkpointing
+        # Whisper's positions are fixed sinusoids; transformers leaves them trainable when it loads a checkpoint.
+        whisper.embed_positions.requires_grad_(False)
 
     @property
     def width(self) -> int:

@@ -55,7 +55,16 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> WhisperTokenizer:
 
 
 def make_whisper(
-    out: Path, texts: Iterable[str], *, d_model: int, layers: int, heads: int, num_mel_bins: int, vocabulary: int, seed: int
+    out: Path,
+    texts: Iterable[str],
+    *,
+    d_model: int,
+    encoder_layers: int,
+    decoder_layers: int,
+    heads: int,
+    num_mel_bins: int,
+    vocabulary: int,
+    seed: int,
 ) -> Path:
     """Write a randomly initialised Whisper to `out` and return it."""
     tokenizer = train_tokenizer(texts, vocabulary)
@@ -65,8 +74,8 @@ def make_whisper(
         vocab_size=len(tokenizer),
         num_mel_bins=num_mel_bins,
         d_model=d_model,
-        encoder_layers=layers,
-        decoder_layers=layers,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
         encoder_attention_heads=heads,
         decoder_attention_heads=heads,
         encoder_ffn_dim=d_model * FEED_FORWARD_RATIO,

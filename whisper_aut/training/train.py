@@ -68,7 +68,7 @@ def train(settings: Settings, console: Console, *, resume: str = "", fresh: bool
     data = build_data(settings, codec, start.config.num_mel_bins)
     strategy = build_strategy(settings.strategy.name, timeout_minutes=settings.strategy.timeout_minutes, ranks=_ranks(settings))
     total_steps = _total_steps(settings, data)
-    module = build_module(settings, start, decoder, codec, total_steps)
+    module = build_module(settings, start, decoder, codec, total_steps).train()  # transformers loads in eval mode
     checkpoint = _resume_from(resume, newest, settings)
     begun_at = {"path": start.path, "revision": start.revision}
     facts = {"fingerprint": fingerprint, "start": begun_at, "steps": total_steps, "data": _data_facts(data)}
