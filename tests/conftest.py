@@ -52,7 +52,9 @@ def write_shards(folder: Path, clips: int, domain: str, *, per_shard_bytes: int 
 def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A randomly initialised Whisper of two layers, with a tokenizer of its own."""
     out = tmp_path_factory.mktemp("whisper") / "tiny"
-    return make_whisper(out, TEXTS * 4, d_model=32, encoder_layers=2, decoder_layers=2, heads=2, num_mel_bins=80, vocabulary=320, seed=0)
+    return make_whisper(
+        out, TEXTS * 4, d_model=32, encoder_layers=2, decoder_layers=2, heads=2, num_mel_bins=80, vocabulary=320, seed=0
+    )
 
 
 @pytest.fixture(scope="session")

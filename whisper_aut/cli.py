@@ -78,6 +78,7 @@ def data_inspect(options: argparse.Namespace, console: Console) -> None:
 def train(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.pipeline import Story, run_story
     from whisper_aut.settings import dump_settings, load_settings
+    from whisper_aut.training.rundir import is_first_rank
 
     settings = load_settings(options.config, options.overrides)
     if options.print_config:
@@ -85,7 +86,8 @@ def train(options: argparse.Namespace, console: Console) -> None:
         return
     story = Story(Path(options.config), tuple(options.overrides), options.resume, options.fresh)
     run = run_story(settings, story, console)
-    console.print(f"[bold green]Done.[/] Everything is in {run.path}; the encoder in {run.export('encoder')}.")
+    if is_first_rank():
+        console.print(f"[bold green]Done.[/] Everything is in {run.path}; the encoder in {run.export('encoder')}.")
 
 
 def export(options: argparse.Namespace, console: Console) -> None:

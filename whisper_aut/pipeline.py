@@ -26,7 +26,7 @@ from whisper_aut.probes.tasks import ProbeTask, load_task
 from whisper_aut.report.build import build_report
 from whisper_aut.settings import CorporaSettings, ManifestSettings, Settings, load_settings
 from whisper_aut.training.build import build_start
-from whisper_aut.training.rundir import RunDirectory
+from whisper_aut.training.rundir import RunDirectory, is_first_rank
 from whisper_aut.training.train import Trained, train
 
 LOGMEL, RANDOM_PREFIX = "logmel", "random:"  # encoders that a command line names without a checkpoint
@@ -65,6 +65,8 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
     except Interrupted as interrupted:
         command = " ".join([str(story.config), *story.overrides])
         raise Interrupted(f"{settings.name} {interrupted}.\nGo on with: whisper-aut train {command} --resume auto") from None
+    if not is_first_rank():  # what follows is for one process
+        return trained.run
     start = build_start(settings)
     _export(settings, trained, start)
     if tasks:

@@ -97,7 +97,8 @@ def test_encode_takes_other_rates_and_channels_and_refuses_what_it_cannot_take(t
 
 def test_fingerprints_follow_weights_and_padding(tiny_whisper: Path):
     prints = {
-        load_encoder(str(tiny_whisper), **options).fingerprint() for options in ({}, {"padding": "30s"}, {"random_init": True, "seed": 5})
+        load_encoder(str(tiny_whisper), **options).fingerprint()
+        for options in ({}, {"padding": "30s"}, {"random_init": True, "seed": 5})
     }
     assert len(prints) == 3
     assert load_encoder(str(tiny_whisper)).fingerprint() in prints

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from torch.testing import assert_close
 from tests.conftest import REPOSITORY
 from whisper_aut.errors import Interrupted, UserError
 from whisper_aut.export.hf import read_checkpoint
-from whisper_aut.settings import Settings, load_settings
+from whisper_aut.model.start import Start
+from whisper_aut.settings import Settings, dump_settings, load_settings
 from whisper_aut.training import train as train_module
 from whisper_aut.training.train import train
 
@@ -66,6 +69,54 @@ def test_a_run_leaves_everything_behind_and_is_not_run_twice(tiny_whisper: Path,
     assert again.run == run
     other = train(settings_for(tiny_whisper, tiny_shards, tmp_path, "seed=1"), QUIET)
     assert not other.reused
+
+
+def test_the_last_checkpoint_is_of_the_last_step(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.checkpoint_every_steps=4"), QUIET).run
+    assert torch.load(run.last_checkpoint, weights_only=True)["global_step"] == 6
+
+
+def test_the_module_trains_in_train_mode_with_fixed_positions(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    modes: list[bool] = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            modes.extend(part.training for part in module.modules())
+
+    original = train_module._trainer
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watched(*arguments: Any) -> lightning.Trainer:
+            trainer = original(*arguments)
+            trainer.callbacks.append(Watch())  # pyright: ignore[reportAttributeAccessIssue]
+            return trainer
+
+        patch.setattr(train_module, "_trainer", watched)
+        run = train(settings_for(tiny_whisper, tiny_shards, tmp_path), QUIET).run
+    assert modes
+    assert all(modes)
+    before = Start(str(tiny_whisper)).encoder.state_dict()
+    after = weights_of(run)
+    assert torch.equal(after["encoder.whisper.embed_positions.weight"], before["embed_positions.weight"])
+    assert not torch.equal(after["encoder.whisper.conv1.weight"], before["conv1.weight"])
+
+
+@pytest.mark.slow
+def test_two_cpu_ranks_equal_one_with_the_doubled_batch(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    """Through the real command line, where Lightning launches the second rank; texts differ in length between the ranks."""
+    runs = []
+    for name, overrides in (
+        ("one", ["data.batch_clips=4"]),
+        ("two", ["data.batch_clips=2", "hardware.devices=2", "strategy=ddp"]),
+    ):
+        settings = settings_for(tiny_whisper, tiny_shards, tmp_path / name, *overrides, "export=[]", "probe.tasks=[]")
+        (tmp_path / f"{name}.yaml").write_text(dump_settings(settings))
+        command = [sys.executable, "-m", "whisper_aut.cli", "train", str(tmp_path / f"{name}.yaml")]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+        assert finished.returncode == 0, finished.stderr[-2000:]
+        (run,) = (path for path in (tmp_path / name / "smoke").glob("2*") if path.is_dir())
+        runs.append(read_checkpoint(run / "checkpoints" / "last.ckpt"))
+    assert_same_weights(runs[0], runs[1], atol=2e-5)
 
 
 def test_two_runs_of_one_config_are_the_same(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):

@@ -9,7 +9,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from whisper_aut.errors import UserError
 
+RUN_VARIABLE = "WHISPER_AUT_RUN"  # the run's name, for all ranks of a job
 RECORDED_PACKAGES = ("whisper-aut", "torch", "torchaudio", "lightning", "transformers", "webdataset", "deepspeed", "omegaconf")
 
 
@@ -57,6 +60,9 @@ class RunDirectory:
     def report(self) -> Path:
         return self.path / "report"
 
+    def ledger(self, rank: int) -> Path:
+        return self.path / ("ledger.jsonl" if not rank else f"ledger-rank{rank}.jsonl")
+
     def export(self, kind: str) -> Path:
         return self.path / "export" / kind
 
@@ -68,23 +74,54 @@ class RunDirectory:
             return False
 
 
-def create_run(root: Path, name: str, config_yaml: str, facts: Mapping[str, Any]) -> RunDirectory:
-    """Make a new run directory and record config, environment and data in it.
+def is_first_rank() -> bool:
+    """Return whether this process is the one that writes: rank 0, or the only one."""
+    return not rank_zero_only.rank
+
+
+def job_run(root: Path, name: str, config_yaml: str, facts: Mapping[str, Any]) -> RunDirectory:
+    """Return the run directory of this job: made by the first rank, under a name that all ranks know.
+
+    Raises:
+        UserError: the directory cannot be written, or this rank was not told its name.
+    """
+    given = os.environ.get(RUN_VARIABLE)
+    if is_first_rank():
+        return create_run(root, name, config_yaml, facts, given)
+    if not given:
+        raise UserError(
+            f"Rank {rank_zero_only.rank} does not know the run's name. Under torchrun or Slurm, set {RUN_VARIABLE} to one name "
+            "for all ranks, such as the job's id."
+        )
+    return RunDirectory(root / name / given)
+
+
+@contextmanager
+def announced(run: RunDirectory) -> Iterator[None]:
+    """Name the run in the environment while ranks are started: those that Lightning launches inherit it."""
+    if RUN_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[RUN_VARIABLE] = run.path.name
+    try:
+        yield
+    finally:
+        del os.environ[RUN_VARIABLE]
+
+
+def create_run(root: Path, name: str, config_yaml: str, facts: Mapping[str, Any], given: str | None = None) -> RunDirectory:
+    """Make a new run directory, under a given name or a timestamp, and record config, environment and data in it.
 
     Raises:
         UserError: the directory cannot be written.
     """
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    run = RunDirectory(root / name / stamp)
-    number = 1
-    while run.path.exists():
-        number += 1
-        run = RunDirectory(root / name / f"{stamp}-{number}")
+    folder = root / name
+    run = RunDirectory(folder / given if given else _unused(folder, datetime.now().strftime("%Y%m%d-%H%M%S")))
     try:
-        run.checkpoints.mkdir(parents=True)
+        run.checkpoints.mkdir(parents=True, exist_ok=given is not None)
         run.config.write_text(config_yaml)
         (run.path / "environment.json").write_text(json.dumps({**_environment(), **facts}, indent=1))
-        _point_latest(root / name, run.path.name)
+        _point_latest(folder, run.path.name)
     except OSError as error:
         raise UserError(
             f"Cannot write the run directory {run.path}: {error.strerror}. Set runs=FOLDER to write elsewhere."
@@ -97,6 +134,12 @@ def latest_run(root: Path, name: str) -> RunDirectory | None:
     folder = root / name
     stamps = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()) if folder.is_dir() else []
     return RunDirectory(stamps[-1]) if stamps else None
+
+
+def _unused(folder: Path, stamp: str) -> Path:
+    """Return a path that does not exist: two runs may begin in one second."""
+    names = (stamp, *(f"{stamp}-{number}" for number in range(2, 1000)))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _point_latest(folder: Path, target: str) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
@@ -30,9 +31,10 @@ from whisper_aut.training.build import (
     trainer_arguments,
 )
 from whisper_aut.training.callbacks.ledger import LedgerCallback
+from whisper_aut.training.callbacks.progress import RunProgressBar
 from whisper_aut.training.callbacks.samples import SampleWriter
 from whisper_aut.training.callbacks.stop import CleanStop
-from whisper_aut.training.rundir import RunDirectory, create_run, latest_run
+from whisper_aut.training.rundir import RunDirectory, announced, job_run, latest_run
 from whisper_aut.training.strategy import build_strategy
 
 
@@ -75,12 +77,13 @@ def train(settings: Settings, console: Console, *, resume: str = "", fresh: bool
     run = (
         RunDirectory(checkpoint.parent.parent)
         if checkpoint
-        else create_run(Path(settings.runs), settings.name, dump_settings(settings), facts)
+        else job_run(Path(settings.runs), settings.name, dump_settings(settings), facts)
     )
-    ledger = Ledger(run.path / "ledger.jsonl", settings.data.max_refused_share)
+    ledger = Ledger(run.ledger(rank_zero_only.rank or 0), settings.data.max_refused_share)
     trainer = _trainer(settings, run, strategy, ledger, total_steps, console)
     console.print(_headline(settings, module, data, total_steps, run, checkpoint))
-    _fit(trainer, module, data, checkpoint)
+    with announced(run):
+        _fit(trainer, module, data, checkpoint, run.last_checkpoint)
     _finish(trainer, run, ledger, fingerprint, console)
     return Trained(run, reused=False)
 
@@ -97,6 +100,7 @@ def _trainer(
         mode="max",
         save_top_k=settings.trainer.keep_checkpoints,
         save_last=True,
+        enable_version_counter=False,  # after a resume `last.ckpt` is written over, not beside
     )
     callbacks = [
         checkpoints,
@@ -104,7 +108,7 @@ def _trainer(
         LedgerCallback(ledger),
         SampleWriter(run.path / "samples.jsonl", console),
         CleanStop(run.last_checkpoint),
-        TQDMProgressBar(refresh_rate=1 if console.is_terminal else settings.trainer.log_every_steps),
+        RunProgressBar(refresh_rate=1 if console.is_terminal else settings.trainer.log_every_steps),
     ]
     loggers = [CSVLogger(run.path, name="", version="logs"), TensorBoardLogger(run.path, name="", version="tensorboard")]
     return lightning.Trainer(
@@ -116,9 +120,12 @@ def _trainer(
     )
 
 
-def _fit(trainer: lightning.Trainer, module: AudioTextModule, data: ShardDataModule, checkpoint: Path | None) -> None:
+def _fit(
+    trainer: lightning.Trainer, module: AudioTextModule, data: ShardDataModule, checkpoint: Path | None, last: Path
+) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        trainer.save_checkpoint(last)  # the last step need not be one at which checkpoints are due
         if trainer.global_step % (int(trainer.val_check_interval) // trainer.accumulate_grad_batches):
             trainer.validate(module, datamodule=data, verbose=False)  # the last step's own figures, whatever the interval
     except torch.cuda.OutOfMemoryError as error:
