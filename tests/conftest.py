@@ -1,15 +1,21 @@
 """What tests share: a tiny Whisper in Hugging Face's format, tiny shards, and the place of the real corpora."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.shards import ShardFolder
 from whisper_aut.model.scratch import make_whisper
+
+# Two test processes on two cores: more threads would only wait for each other. Commands that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).parents[1]
 TEXTS = [

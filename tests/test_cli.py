@@ -62,6 +62,15 @@ def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture[str]):
     assert "path: openai/whisper-large-v3" in shown
 
 
+def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", str(CONF / "aut.yaml"), "seed=3", "--print-config", "optim.lr=5e-5"]) == 0
+    shown = capsys.readouterr().out
+    assert "lr: 5.0e-05" in shown
+    assert "seed: 3" in shown
+    with pytest.raises(SystemExit):
+        main(["train", str(CONF / "aut.yaml"), "--print-konfig"])
+
+
 def test_help_does_not_import_torch():
     code = "import sys; from whisper_aut.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
     started = time.monotonic()

@@ -22,7 +22,7 @@ EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
     _quieten()
     try:
@@ -112,6 +112,17 @@ def report(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.report.build import build_report
 
     build_report([Path(run) for run in options.runs], Path(options.out), console)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse ends a list of positionals at the first option; overrides may also follow one.
+    if rest and hasattr(options, "overrides") and all("=" in item and not item.startswith("-") for item in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

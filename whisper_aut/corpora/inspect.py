@@ -5,7 +5,6 @@ much of what, and what cannot be used and why. Next: `corpora.inspect_view` prin
 decoded, so a clip that is damaged behind a sound header is only found by the run that decodes it.
 """
 
-import tarfile
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,11 +15,11 @@ from typing import Any, BinaryIO, cast
 
 import fsspec
 import numpy as np
-from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from whisper_aut.corpora.annotation import MAX_JSON_BYTES, Annotation
-from whisper_aut.corpora.audio import AUDIO_SUFFIXES, ClipLimits, decode, read_header
-from whisper_aut.corpora.shards import INDEX_NAME, ShardIndex, open_index, tar_members
+from whisper_aut.corpora.annotation import Annotation
+from whisper_aut.corpora.audio import ClipLimits, decode, read_header
+from whisper_aut.corpora.members import MemberGroups, audio_and_json
+from whisper_aut.corpora.shards import INDEX_NAME, ShardIndex, open_index
 from whisper_aut.errors import Reason, SampleRefused
 
 HISTOGRAM_EDGES_SECONDS = (0, 0.5, 1, 2, 5, 10, 15, 20, 30)
@@ -148,10 +147,8 @@ def _read_shard(facts: ShardFacts, index: ShardIndex, number: int, limits: ClipL
     samples = 0
     with fsspec.open(url, "rb") as opened:
         stream = cast(BinaryIO, opened)
-        members = _Members(stream, limits)
-        for group in group_by_keys(
-            members, handler=lambda error: isinstance(error, ValueError)
-        ):  # a doubled member: first wins
+        groups = MemberGroups(stream, limits)
+        for _, group in groups:
             samples += 1
             try:
                 _add(facts, group, limits)
@@ -159,48 +156,17 @@ def _read_shard(facts: ShardFacts, index: ShardIndex, number: int, limits: ClipL
                 _refuse(facts, f"{url}: {group['__key__']}", refused.reason, refused.detail)
         facts.bytes += stream.seek(0, 2) if stream.seekable() else shard.bytes
     facts.shards += 1
-    if members.damage:
-        _refuse(facts, url, Reason.BAD_TAR, members.damage)
+    if groups.damage:
+        _refuse(facts, url, Reason.BAD_TAR, groups.damage)
     if samples != shard.samples:
         facts.warnings.append(f"{url} holds {samples} samples where its index counts {shard.samples}")
 
 
-class _Members:
-    """The `{fname, data}` stream that WebDataset groups, each body bounded before it is read; `damage` is what stopped it."""
-
-    def __init__(self, stream: BinaryIO, limits: ClipLimits):
-        self.stream, self.limits, self.damage = stream, limits, ""
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        try:
-            for tar, member in tar_members(self.stream):
-                key, suffix = base_plus_ext(member.name)
-                if key is not None:
-                    yield {"fname": member.name, "data": self._body(tar, member, suffix or ""), "__url__": ""}
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-            self.damage = str(error) or type(error).__name__
-
-    def _body(self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> bytes | SampleRefused:
-        limit = MAX_JSON_BYTES if suffix.lower() == "json" else self.limits.max_bytes
-        if member.size > limit:
-            return SampleRefused(Reason.TOO_LARGE, f"{member.name}: {member.size} bytes, limit {limit}")
-        file = tar.extractfile(member)
-        return file.read() if file else b""
-
-
 def _add(facts: ShardFacts, group: dict[str, Any], limits: ClipLimits) -> None:
-    bodies = {suffix: body for suffix, body in group.items() if not suffix.startswith("__")}
-    for body in bodies.values():
-        if isinstance(body, SampleRefused):
-            raise body
-    suffix = next((suffix for suffix in AUDIO_SUFFIXES if suffix in bodies), None)
-    if "json" not in bodies:
-        raise SampleRefused(Reason.BAD_JSON, "no .json member")
-    if suffix is None:
-        raise SampleRefused(Reason.NO_AUDIO, f"members: {', '.join(sorted(bodies))}")
-    annotation = Annotation.from_json(bodies["json"])
-    header = read_header(bodies[suffix], limits)
-    seconds = decode(bodies[suffix], limits).seconds if header.seconds is None else header.seconds
+    _, audio, annotated = audio_and_json(group)
+    annotation = Annotation.from_json(annotated)
+    header = read_header(audio, limits)
+    seconds = decode(audio, limits).seconds if header.seconds is None else header.seconds
     facts.clips += 1
     facts.seconds.append(seconds)
     facts.rates_hz[header.sample_rate_hz] += 1

@@ -125,7 +125,7 @@ def _fit(
 ) -> None:
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        trainer.save_checkpoint(last)  # the last step need not be one at which checkpoints are due
+        trainer.save_checkpoint(last, False)  # the whole state; the last step need not be one at which checkpoints are due
         if trainer.global_step % (int(trainer.val_check_interval) // trainer.accumulate_grad_batches):
             trainer.validate(module, datamodule=data, verbose=False)  # the last step's own figures, whatever the interval
     except torch.cuda.OutOfMemoryError as error:

@@ -31,7 +31,7 @@ class CleanStop(lightning.Callback):
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not whole_step or not trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False):
             return
-        trainer.save_checkpoint(self.checkpoint)
+        trainer.save_checkpoint(self.checkpoint, False)  # the whole state, not the weights alone
         raise Interrupted(f"stopped after step {trainer.global_step}; saved {self.checkpoint}")
 
     def teardown(self, trainer: lightning.Trainer, module: Any, stage: str) -> None:
