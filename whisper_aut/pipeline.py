@@ -136,7 +136,12 @@ def load_tasks(names: Sequence[str], folder: Path) -> list[ProbeTask]:
 def _start_after(settings: Settings, story: Story, console: Console) -> Settings:
     """Run the config that this one starts after, and return the settings with its exported model as the start."""
     config = story.config.parent / settings.model.after
-    places = {"runs": settings.runs, "data.root": settings.data.root, "data.shards": settings.data.shards}
+    places = {
+        "seed": settings.seed,
+        "runs": settings.runs,
+        "data.root": settings.data.root,
+        "data.shards": settings.data.shards,
+    }
     overrides = tuple(f"{key}={value}" for key, value in places.items())
     before = load_settings(config, overrides)
     if "whisper" not in before.export:
