@@ -1,0 +1,182 @@
+"""Streams and loaders: the same batches for any number of workers, exact resume, faults counted and nothing lost."""
+
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import encode_audio, tone, write_shards
+
+from whisper_aut.corpora.annotation import Annotation
+from whisper_aut.corpora.audio import ClipLimits
+from whisper_aut.corpora.shards import ShardFolder, open_index
+from whisper_aut.data.example import ExampleBuilder
+from whisper_aut.data.logmel import LogMel
+from whisper_aut.data.module import ShardDataModule
+from whisper_aut.data.pack import Batch
+from whisper_aut.data.stream import StreamSource
+from whisper_aut.data.text import WhisperText
+from whisper_aut.errors import Reason, UserError
+from whisper_aut.model.start import Start
+
+DOMAINS = ("speech", "sound", "music")
+
+
+@pytest.fixture(scope="module")
+def build(tiny_whisper: Path) -> ExampleBuilder:
+    return ExampleBuilder(LogMel(80), WhisperText(Start(str(tiny_whisper)).tokenizer), ClipLimits())
+
+
+def data_module(root: Path, build: ExampleBuilder, domains: tuple[str, ...] = DOMAINS, **options: object) -> ShardDataModule:
+    sources = [StreamSource(open_index(root / domain), domain) for domain in domains]
+    settings = {"seed": 0, "window": 6, "batch_clips": 3, "samples_per_epoch": 36, **options}
+    return ShardDataModule(sources, sources, [1.0] * len(sources), build, **settings)  # pyright: ignore[reportArgumentType]
+
+
+def keys_of(batches: list[Batch]) -> list[tuple[str, ...]]:
+    return [batch.keys for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_batches_do_not_depend_on_the_number_of_workers(tiny_shards: Path, build: ExampleBuilder, workers: int):
+    alone = list(data_module(tiny_shards, build).train_dataloader())
+    many = list(data_module(tiny_shards, build, workers=workers).train_dataloader())
+    assert len(alone) == 12
+    assert keys_of(alone) == keys_of(many)
+    assert all(torch.equal(a.mel, b.mel) and torch.equal(a.targets.tokens, b.targets.tokens) for a, b in zip(alone, many, strict=True))
+
+
+@pytest.mark.parametrize("stopped_after", [1, 5, 12, 17])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_loader_goes_on_exactly(tiny_shards: Path, build: ExampleBuilder, stopped_after: int, workers: int):
+    whole = data_module(tiny_shards, build).train_dataloader()
+    expected = keys_of([*whole, *whole])
+    first = data_module(tiny_shards, build, workers=workers).train_dataloader()
+    seen, state = [], {}
+    while len(seen) < stopped_after:
+        for batch in first:
+            seen.append(batch.keys)
+            state = first.state_dict()
+            if len(seen) == stopped_after:
+                break
+    resumed = data_module(tiny_shards, build, workers=2 - workers).train_dataloader()
+    resumed.load_state_dict(state)
+    while len(seen) < len(expected):
+        seen += keys_of(list(resumed))
+    assert seen == expected
+
+
+def test_another_order_refuses_the_position(tiny_shards: Path, build: ExampleBuilder):
+    state = data_module(tiny_shards, build).train_dataloader().state_dict()
+    with pytest.raises(UserError, match="other training data, shares, seed or window"):
+        data_module(tiny_shards, build, seed=1).train_dataloader().load_state_dict(state)
+
+
+def test_one_epoch_of_one_source_is_every_clip_once(tiny_shards: Path, build: ExampleBuilder):
+    loader = data_module(tiny_shards, build, ("music",), samples_per_epoch=None).train_dataloader()
+    seen = Counter(key for batch in loader for key in batch.keys)
+    assert len(seen) == 9
+    assert set(seen.values()) == {1}
+
+
+def test_ranks_share_each_batch_without_overlap(tiny_shards: Path, build: ExampleBuilder):
+    whole = keys_of(list(data_module(tiny_shards, build, batch_clips=6).train_dataloader()))
+    module = data_module(tiny_shards, build)
+    ranks = [keys_of(list(module._stream(module.order, module.train, rank, 2, 0, 6))) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == whole
+
+
+def test_validation_gives_every_clip_once_and_every_rank_the_same_steps(tiny_shards: Path, build: ExampleBuilder):
+    module = data_module(tiny_shards, build)
+    assert sum(len(batch) for batch in module.val_dataloader()) == 43
+    batches = -(-43 // (3 * 2))
+    ranks = [list(module._stream(module.valid_order, module.valid, rank, 2, 0, batches)) for rank in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1])
+    assert sum(len(batch) for rank in ranks for batch in rank) == 43
+
+
+def test_accumulated_batches_know_the_tokens_of_their_step(tiny_shards: Path, build: ExampleBuilder):
+    batches = list(data_module(tiny_shards, build, accumulate=3).train_dataloader())
+    for step in (batches[i : i + 3] for i in range(0, 12, 3)):
+        assert {batch.supervised_in_step for batch in step} == {sum(batch.supervised for batch in step)}
+
+
+def test_an_epoch_smaller_than_a_step_is_a_clear_error(tiny_shards: Path, build: ExampleBuilder):
+    with pytest.raises(UserError, match=r"holds no step.*data\.batch_clips"):
+        data_module(tiny_shards, build, samples_per_epoch=2).train_dataloader()
+
+
+def faulty_shards(folder: Path) -> Path:
+    """One good clip and one of each fault, in one shard."""
+    good = Annotation(text="fine", domain="sound")
+    nan = tone(1.0)
+    nan[10] = np.nan
+    bodies = {
+        "good": ("flac", encode_audio(tone(1.0)), good),
+        "stereo48k": ("wav", encode_audio(np.stack([tone(1.0, 440, 48_000)] * 2, 1), 48_000, "WAV"), good),
+        "not_audio": ("wav", b"this is a text file", good),
+        "no_samples": ("wav", encode_audio(np.zeros(0, np.float32), kind="WAV"), good),
+        "nan": ("wav", encode_audio(nan, kind="WAV", subtype="FLOAT"), good),
+        "too_long": ("flac", encode_audio(np.tile(tone(1.0), 31)), good),
+        "too_short": ("flac", encode_audio(tone(0.05)), good),
+        "silent": ("flac", encode_audio(np.zeros(16_000, np.float32)), good),
+        "no_text": ("flac", encode_audio(tone(1.0)), Annotation(domain="sound")),
+    }
+    with ShardFolder(folder) as shards:
+        for key, (suffix, audio, annotation) in bodies.items():
+            shards.write(key, suffix, audio, annotation)
+    return folder
+
+
+def test_every_fault_is_refused_under_its_own_reason(tmp_path: Path, build: ExampleBuilder):
+    faulty_shards(tmp_path / "sound")
+    batches = list(data_module(tmp_path, build, ("sound",), batch_clips=4).val_dataloader())
+    assert sorted(key for batch in batches for key in batch.keys) == ["good", "stereo48k"]
+    reasons = {refusal.key: refusal.reason for batch in batches for refusal in batch.refusals}
+    assert reasons == {
+        "not_audio": Reason.UNDECODABLE,
+        "no_samples": Reason.EMPTY,
+        "nan": Reason.NON_FINITE,
+        "too_long": Reason.TOO_LONG,
+        "too_short": Reason.TOO_SHORT,
+        "silent": Reason.SILENT,
+        "no_text": Reason.NO_TEXT,
+    }
+
+
+def test_a_batch_of_nothing_but_faults_is_still_a_batch(tmp_path: Path, build: ExampleBuilder):
+    with ShardFolder(tmp_path / "sound") as shards:
+        for number in range(3):
+            shards.write(f"bad{number}", "wav", b"no", Annotation(text="x", domain="sound"))
+    batches = list(data_module(tmp_path, build, ("sound",), samples_per_epoch=6).train_dataloader())
+    assert [len(batch) for batch in batches] == [0, 0]
+    assert sum(len(batch.refusals) for batch in batches) == 6
+
+
+def test_a_shard_without_json_and_a_truncated_tar_cost_only_their_samples(tmp_path: Path, build: ExampleBuilder):
+    folder = write_shards(tmp_path / "sound", 8, "sound", per_shard_bytes=1 << 30)
+    shard = folder / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size * 6 // 10])
+    batches = list(data_module(tmp_path, build, ("sound",)).val_dataloader())
+    refusals = [refusal for batch in batches for refusal in batch.refusals]
+    assert sum(len(batch) for batch in batches) + len(refusals) == 8
+    assert {refusal.reason for refusal in refusals} <= {Reason.BAD_TAR, Reason.BAD_JSON}
+    assert 3 <= sum(len(batch) for batch in batches) <= 6
+
+    with tarfile.open(tmp_path / "plain.tar", "w") as tar:
+        tar.add(folder / "index.json", "a.wav")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "plain.tar").rename(tmp_path / "bare" / "x.tar")
+    (batch,) = data_module(tmp_path, build, ("bare",)).val_dataloader()
+    assert [refusal.reason for refusal in batch.refusals] == [Reason.BAD_JSON]
+
+
+def test_a_shard_that_vanishes_during_the_run_is_counted(tmp_path: Path, build: ExampleBuilder):
+    write_shards(tmp_path / "sound", 8, "sound")
+    module = data_module(tmp_path, build, ("sound",))
+    for shard in (tmp_path / "sound").glob("*.tar"):
+        shard.unlink()
+    batches = list(module.val_dataloader())
+    assert [refusal.reason for batch in batches for refusal in batch.refusals] == [Reason.BAD_TAR] * 8
