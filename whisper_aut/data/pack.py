@@ -30,7 +30,7 @@ class TokenTarget:
     prompt_length: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Targets:
     """The token targets of a batch: `tokens` and `supervised` are `[ΣL]`, the lengths are per clip."""
 
@@ -59,9 +59,9 @@ class Targets:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
-    """What one step sees.
+    """What one step sees. Not frozen, nor is what it holds: Lightning's half-precision and DeepSpeed plugins fill in a copy.
 
     Attributes:
         mel: `[ΣF', M]` float32; F' counts a clip's valid frames and the silence after them (`data.logmel`).

@@ -28,7 +28,7 @@ class Sample:
     annotation: Annotation
 
 
-@dataclass(frozen=True)
+@dataclass
 class Refusal:
     """One sample that was refused: where it lies and why. What the ledger records."""
 

@@ -4,7 +4,6 @@ In: a name such as `deepspeed_stage_2`. Out: what `Trainer(strategy=…)` takes.
 ranks over gloo, by a small subclass, so that the real engine is tested where there is no GPU.
 """
 
-from argparse import Namespace
 from datetime import timedelta
 from typing import Any
 
@@ -57,17 +56,7 @@ class _CPUDeepSpeedStrategy(DeepSpeedStrategy):
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
-    def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
-        import deepspeed  # slow to import, and only wanted here
-
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        engine, engine_optimizer, _, _ = deepspeed.initialize(
-            args=Namespace(device_rank=self.local_rank),
-            config=self.config,
-            model=model,
-            model_parameters=trained,  # pyright: ignore[reportArgumentType] (its annotation is wrong)
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            dist_init_required=False,
-        )
-        return engine, engine_optimizer
+    @property
+    def root_device(self) -> torch.device:
+        # DeepSpeed asks for the device's index, which plain "cpu" lacks.
+        return torch.device("cpu", 0)
