@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.conftest import encode_audio, tone, write_shards
 
+from tests.conftest import encode_audio, tone, write_shards
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.shards import ShardFolder, open_index
@@ -45,7 +45,9 @@ def test_batches_do_not_depend_on_the_number_of_workers(tiny_shards: Path, build
     many = list(data_module(tiny_shards, build, workers=workers).train_dataloader())
     assert len(alone) == 12
     assert keys_of(alone) == keys_of(many)
-    assert all(torch.equal(a.mel, b.mel) and torch.equal(a.targets.tokens, b.targets.tokens) for a, b in zip(alone, many, strict=True))
+    assert all(
+        torch.equal(a.mel, b.mel) and torch.equal(a.targets.tokens, b.targets.tokens) for a, b in zip(alone, many, strict=True)
+    )
 
 
 @pytest.mark.parametrize("stopped_after", [1, 5, 12, 17])
