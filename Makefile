@@ -32,7 +32,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 lock: ## resolve the dependencies anew and rewrite requirements.lock
 	@test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/pip install -q --disable-pip-version-check uv; }
-	.uv/bin/uv pip compile -q pyproject.toml --extra demo --extra remote --group dev --python-version 3.11 \
+	.uv/bin/uv pip compile -q pyproject.toml --extra demo --extra remote --extra lora --group dev --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-header -o requirements.lock
 
 train-aut: $(STAMP) ## the whole AuT story: data, training, export, probes, report (CONFIG=, DATA=, ARGS="key=value")

@@ -11,7 +11,9 @@ import torch
 
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.shards import ShardFolder
+from whisper_aut.data.prompts import Instruction, Instructions
 from whisper_aut.model.scratch import make_whisper
+from whisper_aut.model.scratch_language import LanguageScratch, make_language_model
 
 # Two test processes on two cores: more threads would only wait for each other. Commands that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -70,6 +72,15 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for domain, clips in (("speech", 23), ("sound", 11), ("music", 9)):
         write_shards(root / domain, clips, domain)
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_language_model(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
+    """A Qwen3 of two layers that has read the texts of the tiny shards and answers from them, with its own tokenizer."""
+    texts = [str(tiny_shards / domain) for domain in ("speech", "sound", "music")]
+    out = str(tmp_path_factory.mktemp("language"))
+    scratch = LanguageScratch(texts, out, width=32, layers=2, heads=4, vocabulary=400, steps=60, batch_texts=16, lr=1e-2)
+    return Path(make_language_model(scratch, Instructions({"caption": Instruction(["Describe it.", "What is it?"])})))
 
 
 @pytest.fixture(scope="session")

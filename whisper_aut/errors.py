@@ -30,6 +30,7 @@ class Reason(StrEnum):
     TOO_LARGE = "member too large"
     BAD_JSON = "bad or missing JSON"
     NO_TEXT = "no text"
+    NO_TASK = "no instruction fits"
     LABEL_TOO_LONG = "label too long"
     NO_LABEL = "no label"
     BAD_TAR = "bad tar"

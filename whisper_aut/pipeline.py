@@ -15,7 +15,7 @@ from whisper_aut.corpora.build import build_shards
 from whisper_aut.corpora.demo import DemoOptions, build_demo
 from whisper_aut.corpora.manifest import ManifestSpec
 from whisper_aut.errors import Interrupted, UserError
-from whisper_aut.export.hf import export_checkpoint
+from whisper_aut.export.hf import ExportKind, export_checkpoint
 from whisper_aut.model.decoders import check_decoder
 from whisper_aut.model.pretrained import load_encoder
 from whisper_aut.model.start import Start
@@ -55,7 +55,7 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
         UserError: a mistake in config or data.
         Interrupted: training was asked to stop.
     """
-    check_decoder(settings.decoder)
+    decoder, _ = check_decoder(settings.decoder)
     tasks = load_tasks(settings.probe.tasks, story.config.parent)
     prepare_corpora(settings.corpora, console)
     if settings.model.after:
@@ -68,7 +68,7 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
     if not is_first_rank():  # what follows is for one process
         return trained.run
     start = build_start(settings)
-    _export(settings, trained, start)
+    _export([kind for kind in settings.export if kind in decoder.exports], trained, start)
     if tasks:
         _probe(settings, trained.run, start, tasks)
     build_report([trained.run.path], trained.run.report, console)
@@ -144,8 +144,9 @@ def _start_after(settings: Settings, story: Story, console: Console) -> Settings
     }
     overrides = tuple(f"{key}={value}" for key, value in places.items())
     before = load_settings(config, overrides)
-    if "whisper" not in before.export:
-        raise UserError(f"{config} must export `whisper`: {settings.name} starts from the model that it trains.")
+    decoder, _ = check_decoder(before.decoder)
+    if "whisper" not in before.export or "whisper" not in decoder.exports:
+        raise UserError(f"{config} must train and export `whisper`: {settings.name} starts from the model that it trains.")
     run = run_story(before, replace(story, config=config, overrides=overrides), console)
     return replace(settings, model=replace(settings.model, path=str(run.export("whisper")), after=""))
 
@@ -157,8 +158,8 @@ def _manifest_spec(manifest: ManifestSettings) -> ManifestSpec:
     return ManifestSpec(**values | {"manifest": Path(manifest.manifest), "audio_root": audio_root})
 
 
-def _export(settings: Settings, trained: Trained, start: Start) -> None:
-    for kind in settings.export:
+def _export(kinds: Sequence[ExportKind], trained: Trained, start: Start) -> None:
+    for kind in kinds:
         if not trained.reused or not trained.run.export(kind).exists():
             export_checkpoint(trained.run.last_checkpoint, start, trained.run.export(kind), kind)
 

@@ -5,7 +5,8 @@ In: a YAML file, `key=value` overrides, a dataclass. Out: an instance of it, or 
 
 A config may name another that it `extends`, and `defaults` that pick one file of a group each: `defaults: {decoder: whisper}`
 reads `decoder/whisper.yaml` beside the config and puts it under the key `decoder`. On the command line `decoder=NAME`
-picks another file of the group, and `decoder.key=value` changes one value.
+picks another file of the group, and `decoder.key=value` changes one value. A file of a group may have `defaults` too: their choices
+come under its own keys, and a list of choices is merged.
 """
 
 import types
@@ -38,7 +39,7 @@ def compose(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     choices |= picked
     merged = OmegaConf.create({})
     for group, choice in choices.items():
-        merged[group] = _read_yaml(_group_file(path.parent, group, choice, groups))
+        merged[group] = _read_group(path.parent, group, choice, groups)
     try:
         result = OmegaConf.merge(merged, *layers, OmegaConf.from_dotlist(values))
         container = OmegaConf.to_container(result, resolve=True)
@@ -100,6 +101,16 @@ def _groups(folder: Path) -> dict[str, list[str]]:
         if folder.is_dir()
         else {}
     )
+
+
+def _read_group(folder: Path, group: str, choice: str, groups: Mapping[str, list[str]]) -> DictConfig:
+    """Read one file of a group, with the files of other groups that its own `defaults` pick."""
+    values = _read_yaml(_group_file(folder, group, choice, groups))
+    within = OmegaConf.create({})
+    for inner, choices in values.pop("defaults", {}).items():
+        names = [choices] if isinstance(choices, str) else list(choices)
+        within[inner] = OmegaConf.merge(*(_read_yaml(_group_file(folder, inner, name, groups)) for name in names))
+    return OmegaConf.merge(within, values)  # pyright: ignore[reportReturnType]
 
 
 def _group_file(folder: Path, group: str, choice: str, groups: Mapping[str, list[str]]) -> Path:

@@ -43,6 +43,7 @@ class ModelSettings:
         random_init: keep the architecture and tokenizer of the start but not its weights.
         padding: `none` encodes each clip at its own length, `30s` pads it as Hugging Face does.
         gradient_checkpointing: trade a third more compute for most of the activation memory.
+        freeze_encoder: train the decoder alone.
     """
 
     path: str = ""
@@ -52,6 +53,7 @@ class ModelSettings:
     random_init: bool = False
     padding: Literal["none", "30s"] = "none"
     gradient_checkpointing: bool = False
+    freeze_encoder: bool = False
 
 
 @dataclass
@@ -134,9 +136,16 @@ class DataSettings:
 
 @dataclass
 class OptimSettings:
-    """AdamW and its schedule. `warmup_steps` and the decay count optimiser steps; `layer_decay` < 1 slows lower encoder layers."""
+    """AdamW and its schedule. `warmup_steps` and the decay count optimiser steps; `layer_decay` < 1 slows lower encoder layers.
+
+    Attributes:
+        lr: of decoder or adapter, and of the encoder where `encoder_lr` is null.
+        encoder_after_step: the decoder or adapter learns alone before this step.
+    """
 
     lr: float = 1e-5
+    encoder_lr: float | None = None
+    encoder_after_step: int = 0
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
     eps: float = 1e-6
@@ -278,6 +287,7 @@ def _number_problems(settings: Settings) -> list[str]:
         "trainer.valid_every_steps": (settings.trainer.valid_every_steps, 1),
         "trainer.checkpoint_every_steps": (settings.trainer.checkpoint_every_steps, 1),
         "trainer.log_every_steps": (settings.trainer.log_every_steps, 1),
+        "optim.encoder_after_step": (settings.optim.encoder_after_step, 0),
         "hardware.nodes": (settings.hardware.nodes, 1),
         "probe.seeds": (settings.probe.seeds, 1),
     }

@@ -29,11 +29,16 @@ class ExampleBuilder:
     codec: TextCodec
     limits: ClipLimits
 
-    def __call__(self, sample: Sample, domain: str) -> Example | Refusal:
-        """Build one example; `domain` is the source's, for samples that do not say their own."""
+    def __call__(self, sample: Sample, domain: str, position: int) -> Example | Refusal:
+        """Build one example.
+
+        Args:
+            domain: the source's, for samples that do not say their own.
+            position: of the sample in the order of the run; what is drawn for it is drawn by this.
+        """
         domain = sample.annotation.domain or domain
         try:
-            target = self.codec.encode(sample.annotation, domain)  # first: it is cheap, and decoding is not
+            target = self.codec.encode(sample.annotation, domain, position)  # first: it is cheap, and decoding is not
             waveform = load_waveform(sample.audio, self.limits)
         except SampleRefused as refused:
             return Refusal(sample.shard, sample.key, refused.reason, refused.detail)
@@ -41,7 +46,6 @@ class ExampleBuilder:
             mel=self.logmel(waveform),
             mel_length=mel_frames(len(waveform)),
             target=target,
-            text=sample.annotation.text,
             domain=domain,
             key=sample.key,
             source=sample.shard.rsplit("/", 1)[0],

@@ -23,11 +23,15 @@ class TokenTarget:
         tokens: `[L]` the whole sequence, from the first prompt token to the end token.
         supervised: `[L]` bool, the tokens that the decoder must predict.
         prompt_length: how many of the tokens are given at generation; the answer follows them.
+        text: what it should write then.
+        task: what it is asked to do, by which metrics are kept apart.
     """
 
     tokens: Tensor
     supervised: Tensor
     prompt_length: int
+    text: str
+    task: str
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Batch:
         mel: `[ΣF', M]` float32; F' counts a clip's valid frames and the silence after them (`data.logmel`).
         mel_lengths: F per clip, valid frames only.
         targets: the tokens to learn.
-        texts, domains, keys, sources: per clip, for metrics, the ledger and people.
+        texts, tasks, domains, keys, sources: per clip, for metrics, the ledger and people.
         refusals: samples that stood in this batch's places of the order and were refused.
         supervised_in_step: supervised tokens of all micro-batches of this rank's optimiser step, which normalise its loss.
     """
@@ -76,6 +80,7 @@ class Batch:
     mel_lengths: tuple[int, ...]
     targets: Targets
     texts: tuple[str, ...]
+    tasks: tuple[str, ...]
     domains: tuple[str, ...]
     keys: tuple[str, ...]
     sources: tuple[str, ...]
@@ -110,7 +115,6 @@ class Example:
     mel: Tensor
     mel_length: int
     target: TokenTarget
-    text: str
     domain: str
     key: str
     source: str
@@ -122,7 +126,8 @@ def pack(examples: Sequence[Example], refusals: Sequence[Refusal], num_mel_bins:
         mel=torch.cat([example.mel for example in examples]) if examples else torch.zeros(0, num_mel_bins),
         mel_lengths=tuple(example.mel_length for example in examples),
         targets=Targets.pack([example.target for example in examples]),
-        texts=tuple(example.text for example in examples),
+        texts=tuple(example.target.text for example in examples),
+        tasks=tuple(example.target.task for example in examples),
         domains=tuple(example.domain for example in examples),
         keys=tuple(example.key for example in examples),
         sources=tuple(example.source for example in examples),

@@ -75,13 +75,13 @@ class BatchStream(IterableDataset[Batch]):
         for source, number in (draw for batch in draws for draw in batch):
             wanted.setdefault((source, self.order.window(source, number)[0]), set()).add(number)
         opened: dict[tuple[int, int], _Window] = {}
-        for batch in draws:
+        for micro_batch, batch in zip(numbers, draws, strict=True):
             items = []
-            for source, number in batch:
+            for position, (source, number) in enumerate(batch, self._start_of(micro_batch)):
                 key = (source, self.order.window(source, number)[0])
                 if key not in opened:
                     opened[key] = _Window(self.order, source, self.sources[source].index, wanted[key], self.build.limits)
-                items.append(self._example(opened[key].take(number), source))
+                items.append(self._example(opened[key].take(number), source, position))
                 if opened[key].exhausted:
                     del opened[key]
             yield pack(
@@ -90,13 +90,17 @@ class BatchStream(IterableDataset[Batch]):
                 self.build.logmel.num_mel_bins,
             )
 
+    def _start_of(self, number: int) -> int:
+        """Return the position in the order at which this rank's share of a micro-batch begins."""
+        return (number * self.ranks + self.rank) * self.clips
+
     def _draws_of(self, number: int) -> list[tuple[int, int]]:
-        start = (number * self.ranks + self.rank) * self.clips
+        start = self._start_of(number)
         sources, numbers = self.order.draws(start, start + self.clips)
         return list(zip(sources.tolist(), numbers.tolist(), strict=True))
 
-    def _example(self, item: Sample | Refusal, source: int) -> Example | Refusal:
-        return item if isinstance(item, Refusal) else self.build(item, self.sources[source].domain)
+    def _example(self, item: Sample | Refusal, source: int, position: int) -> Example | Refusal:
+        return item if isinstance(item, Refusal) else self.build(item, self.sources[source].domain, position)
 
 
 class _Window:

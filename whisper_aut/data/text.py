@@ -18,6 +18,10 @@ from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.data.pack import TokenTarget
 from whisper_aut.errors import Reason, SampleRefused
 
+# Word and character error rate; equality after normalisation; overlap of lists; overlap of words with a caption.
+Metric = Literal["words", "exact", "tags", "caption"]
+TRANSCRIPTION, CAPTION = "transcription", "caption"
+TRANSCRIPTION_TASKS = ("asr", TRANSCRIPTION)
 LANGUAGE_CODES = frozenset(TO_LANGUAGE_CODE.values())
 FALLBACK_LANGUAGE = "en"
 
@@ -26,8 +30,13 @@ FALLBACK_LANGUAGE = "en"
 class TextCodec(Protocol):
     """A decoder's own way from a clip's annotation to tokens and back. It is pickled into the data workers."""
 
-    def encode(self, annotation: Annotation, domain: str) -> TokenTarget:
-        """Return the tokens of one clip.
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """What the texts of each task are measured by."""
+        ...
+
+    def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
+        """Return the tokens of one clip; a codec that draws something for it draws by its position in the order.
 
         Raises:
             SampleRefused: no text, or more tokens than the decoder takes.
@@ -67,7 +76,11 @@ class WhisperText:
     supervise_prompt: bool = True
     multilingual: bool = True
 
-    def encode(self, annotation: Annotation, domain: str) -> TokenTarget:
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        return {TRANSCRIPTION: "words", CAPTION: "caption"}
+
+    def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
         text = " ".join(annotation.text.split())
         if not text:
             raise SampleRefused(Reason.NO_TEXT)
@@ -81,7 +94,8 @@ class WhisperText:
             tokens = tokens[: self.max_tokens]
         supervised = torch.ones(len(tokens), dtype=torch.bool)
         supervised[: 1 if self.supervise_prompt else len(prompt)] = False
-        return TokenTarget(torch.tensor(tokens), supervised, len(prompt))
+        speech = annotation.task in TRANSCRIPTION_TASKS or (not annotation.task and domain == "speech")
+        return TokenTarget(torch.tensor(tokens), supervised, len(prompt), text, TRANSCRIPTION if speech else CAPTION)
 
     def decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()

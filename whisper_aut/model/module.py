@@ -1,22 +1,23 @@
 """The LightningModule that binds an encoder to whichever decoder teaches it.
 
-In: `Batch`es. Out: a loss normalised by the tokens of the whole optimiser step, and per-domain metrics in validation. Next:
+In: `Batch`es. Out: a loss normalised by the tokens of the whole optimiser step, and metrics per domain and task in validation. Next:
 `training.train` fits it, `export` takes the encoder out. It knows the decoder protocol and no decoder.
 """
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import lightning
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
-from torchmetrics.text import CharErrorRate, WordErrorRate
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from whisper_aut.corpora.annotation import DOMAINS
 from whisper_aut.data.pack import Batch
 from whisper_aut.data.text import TextCodec
+from whisper_aut.model.answers import AnswerMetrics, unseen_parts_allowed
 from whisper_aut.model.decoders.protocol import Decoder
 from whisper_aut.model.encoder import Frames, PackedEncoder
 from whisper_aut.model.loss import DecoderLoss
@@ -32,8 +33,9 @@ class AudioTextModule(lightning.LightningModule):
         decoder: any `Decoder`.
         codec: its way from tokens to text.
         make_optimizer: `(encoder, decoder)` → what `configure_optimizers` returns.
-        generate_clips: clips per domain for which validation writes text.
+        generate_clips: clips per task for which validation writes text.
         generate_tokens: the longest text it writes.
+        encoder_after_step: the decoder learns alone before this optimiser step; no gradient reaches the encoder until then.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class AudioTextModule(lightning.LightningModule):
         *,
         generate_clips: int = 4,
         generate_tokens: int = 64,
+        encoder_after_step: int = 0,
     ):
         super().__init__()
         if not isinstance(decoder, Decoder):
@@ -52,11 +55,12 @@ class AudioTextModule(lightning.LightningModule):
         self.encoder, self.decoder, self.codec = encoder, decoder, codec
         self.make_optimizer = make_optimizer
         self.generate_clips, self.generate_tokens = generate_clips, generate_tokens
-        self.nll = nn.ModuleDict({domain: MeanMetric() for domain in DOMAINS})
-        self.accuracy = nn.ModuleDict({domain: MeanMetric() for domain in DOMAINS})
-        self.clips = nn.ModuleDict({domain: SumMetric() for domain in DOMAINS})
-        self.word_errors, self.character_errors = WordErrorRate(), CharErrorRate()
-        self.normalize = BasicTextNormalizer()
+        self.encoder_after_step = encoder_after_step
+        parts = (*DOMAINS, *codec.metrics)  # of the validation clips: by domain, and by what they are asked
+        self.nll = nn.ModuleDict({part: MeanMetric() for part in parts})
+        self.accuracy = nn.ModuleDict({part: MeanMetric() for part in parts})
+        self.clips = nn.ModuleDict({part: SumMetric() for part in parts})
+        self.answers = AnswerMetrics(codec.metrics)
         self.generated: list[dict[str, str]] = []
 
     def configure_optimizers(self) -> Any:
@@ -65,7 +69,8 @@ class AudioTextModule(lightning.LightningModule):
         return self.make_optimizer(self.encoder, self.decoder)
 
     def forward(self, batch: Batch) -> tuple[Frames, DecoderLoss]:
-        frames = self.encoder(batch.mel, batch.mel_lengths)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_learns):
+            frames = self.encoder(batch.mel, batch.mel_lengths)
         return frames, self.decoder.loss(frames.values, frames.lengths, batch.targets)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -77,9 +82,15 @@ class AudioTextModule(lightning.LightningModule):
         mean = loss.total.detach() / max(1, sum(loss.counts))
         self.log("train/loss", mean, prog_bar=True, batch_size=max(1, sum(loss.counts)))
         self.log("train/accuracy", loss.correct.float().mean(), batch_size=max(1, sum(loss.counts)))
+        if not self.encoder_learns:  # its parameters take part with no gradient at all, which every strategy can carry
+            loss = replace(loss, total=loss.total + self._nothing_to_learn())
         # Ranks average their gradients and micro-batches are averaged too; undoing both leaves the sum over the tokens of the
         # whole step divided by their number, whatever the split.
         return loss.total * (ranks * accumulate / tokens)
+
+    @property
+    def encoder_learns(self) -> bool:
+        return not self.encoder_after_step or self.global_step >= self.encoder_after_step
 
     def on_validation_epoch_start(self) -> None:
         self.generated = []
@@ -88,50 +99,54 @@ class AudioTextModule(lightning.LightningModule):
         if not len(batch):
             return
         frames, loss = self(batch)
-        per_clip = zip(batch.domains, loss.token_nll.split(loss.counts), loss.correct.split(loss.counts), strict=True)
-        for domain, nll, correct in per_clip:
-            self.nll[domain].update(nll)  # pyright: ignore[reportCallIssue]
-            self.accuracy[domain].update(correct.float())  # pyright: ignore[reportCallIssue]
-            self.clips[domain].update(1)  # pyright: ignore[reportCallIssue]
+        clips = zip(batch.domains, batch.tasks, loss.token_nll.split(loss.counts), loss.correct.split(loss.counts), strict=True)
+        for domain, task, nll, correct in clips:
+            for part in (domain, task):
+                self.nll[part].update(nll)  # pyright: ignore[reportCallIssue]
+                self.accuracy[part].update(correct.float())  # pyright: ignore[reportCallIssue]
+                self.clips[part].update(1)  # pyright: ignore[reportCallIssue]
         self._write_some(batch, frames)
 
     def on_validation_epoch_end(self) -> None:
         losses = []
-        for domain in DOMAINS:
-            clips = self.clips[domain].compute()  # pyright: ignore[reportCallIssue]
+        for part in self.nll:
+            group = "valid" if part in DOMAINS else "tasks"
+            with unseen_parts_allowed():
+                clips, nll, accuracy = (metrics[part].compute() for metrics in (self.clips, self.nll, self.accuracy))  # pyright: ignore
             if clips > 0:
-                losses.append(self.nll[domain].compute())  # pyright: ignore[reportCallIssue]
-                self.log(f"valid/loss_{domain}", losses[-1])
-                self.log(f"valid/accuracy_{domain}", self.accuracy[domain].compute())  # pyright: ignore[reportCallIssue]
+                losses += [nll] if part in DOMAINS else []
+                self.log(f"{group}/loss_{part}", nll)
+                self.log(f"{group}/accuracy_{part}", accuracy)
         if losses:
             self.log("valid/loss", torch.stack(losses).mean(), prog_bar=True)
-        if self.word_errors.total > 0:
-            self.log("valid/wer_speech", self.word_errors.compute(), prog_bar=True)
-            self.log("valid/cer_speech", self.character_errors.compute())
-        for metric in [
-            *self.nll.values(),
-            *self.accuracy.values(),
-            *self.clips.values(),
-            self.word_errors,
-            self.character_errors,
-        ]:
+        for name, figure in self.answers.compute().items():
+            self.log(f"tasks/{name}", figure, prog_bar=name.startswith("wer"))
+        self.answers.reset()
+        for metric in [*self.nll.values(), *self.accuracy.values(), *self.clips.values()]:
             metric.reset()  # pyright: ignore[reportCallIssue]
 
     def _write_some(self, batch: Batch, frames: Frames) -> None:
-        """Generate text for the first clips of each domain, the same ones every time."""
-        written = [sum(entry["domain"] == domain for entry in self.generated) for domain in DOMAINS]
-        room: dict[str, int] = dict(zip(DOMAINS, (self.generate_clips - count for count in written), strict=True))
+        """Generate text for the first clips of each task, the same ones every time."""
+        written = Counter(entry["task"] for entry in self.generated)
+        picked = []
+        for i, task in enumerate(batch.tasks):
+            if written[task] < self.generate_clips:
+                written[task] += 1
+                picked.append(i)
+        if not picked:
+            return
         prompts, clips = batch.targets.prompts(), frames.values.split(frames.lengths)
-        for i, domain in enumerate(batch.domains):
-            if room[domain] <= 0:
-                continue
-            room[domain] -= 1
-            tokens = self.decoder.generate(clips[i], [frames.lengths[i]], [prompts[i]], self.generate_tokens)[0]
+        answers = self.decoder.generate(
+            torch.cat([clips[i] for i in picked]),
+            [frames.lengths[i] for i in picked],
+            [prompts[i] for i in picked],
+            self.generate_tokens,
+        )
+        for i, tokens in zip(picked, answers, strict=True):
             text = self.codec.decode(tokens)
-            self.generated.append({"domain": domain, "key": batch.keys[i], "reference": batch.texts[i], "generated": text})
-            if domain == "speech" and (reference := self.normalize(batch.texts[i])):
-                self.word_errors.update(self.normalize(text), reference)
-                self.character_errors.update(self.normalize(text), reference)
+            entry = {"domain": batch.domains[i], "task": batch.tasks[i], "key": batch.keys[i]}
+            self.generated.append({**entry, "reference": batch.texts[i], "generated": text})
+            self.answers.update(batch.tasks[i], text, batch.texts[i])
 
     def _step_tokens(self, batch: Batch, ranks: int) -> Tensor | int:
         if ranks == 1:

@@ -149,7 +149,9 @@ def quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def refuse_gaps(path: str, info: dict[str, Any], allowed: set[str], only_missing: bool = False) -> None:
+def refuse_gaps(
+    path: str, info: dict[str, Any], allowed: set[str], *, only_missing: bool = False, kind: str = "Whisper model"
+) -> None:
     """Raise where loading left weights at their random start, or read weights that the model has no place for."""
     missing = sorted(set(info["missing_keys"]) - allowed)
     mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
@@ -157,21 +159,23 @@ def refuse_gaps(path: str, info: dict[str, Any], allowed: set[str], only_missing
     for what, keys in (("lacks", missing), ("has other shapes for", mismatched), ("has no place for", unexpected)):
         if keys:
             listed = ", ".join(map(str, keys[:5])) + (" …" if len(keys) > 5 else "")
-            raise UserError(f"The checkpoint {path} {what} {len(keys)} weights of a Whisper model: {listed}.")
+            raise UserError(f"The checkpoint {path} {what} {len(keys)} weights of a {kind}: {listed}.")
 
 
-def describe_missing(path: str, error: Exception) -> str:
+def describe_missing(
+    path: str, error: Exception, *, kind: str = "Whisper checkpoint", example: str = "openai/whisper-tiny"
+) -> str:
     """Say what a checkpoint directory lacks, what is in it, and what to do."""
     folder = Path(path)
     if folder.is_dir():
         there = ", ".join(sorted(file.name for file in folder.iterdir())[:12]) or "nothing"
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return (
-            f"{path} is not a usable Whisper checkpoint: {first}\nIt should hold config.json, model.safetensors and, for training, "
+            f"{path} is not a usable {kind}: {first}\nIt should hold config.json, model.safetensors and, for training, "
             f"the tokenizer's files; it holds {there}."
         )
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        return f"There is no model directory {path}. Give a directory in Hugging Face's format or a hub id such as openai/whisper-tiny."
+        return f"There is no model directory {path}. Give a directory in Hugging Face's format or a hub id such as {example}."
     return (
         f"{path} is neither a directory here nor a model that could be reached on the hub.\n"
         f"Check the name and the connection, or fetch it first: hf download {path}"

@@ -71,7 +71,7 @@ def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
         UserError: no such log, or no loss in it.
     """
     series = {name: points for name, points in read_metrics(metrics_csv).items() if "loss" in name}
-    panels = {kind: {n: p for n, p in series.items() if n.startswith(kind)} for kind in ("train", "valid")}
+    panels = {kind: {n: p for n, p in series.items() if n.startswith(f"{kind}/")} for kind in ("train", "valid")}
     panels = {kind: lines for kind, lines in panels.items() if lines}
     if not panels:
         raise UserError(f"{metrics_csv} has no columns train/loss… or valid/loss… with values in them: nothing to draw.")

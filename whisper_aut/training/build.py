@@ -113,6 +113,8 @@ def build_decoder(settings: Settings, start: Start) -> tuple[Any, TextCodec]:
 
 def build_module(settings: Settings, start: Start, decoder: Any, codec: TextCodec, total_steps: int) -> AudioTextModule:
     encoder = PackedEncoder(start.encoder, settings.model.padding, settings.model.gradient_checkpointing)
+    if settings.model.freeze_encoder:
+        encoder.requires_grad_(False)
     factory = _optimizer(settings.optim, total_steps, offload=settings.strategy.name.endswith(OFFLOAD))
     return AudioTextModule(
         encoder,
@@ -121,6 +123,7 @@ def build_module(settings: Settings, start: Start, decoder: Any, codec: TextCode
         factory,
         generate_clips=settings.trainer.generate_clips,
         generate_tokens=settings.trainer.generate_tokens,
+        encoder_after_step=settings.optim.encoder_after_step,
     )
 
 
@@ -157,6 +160,8 @@ def _optimizer(optim: OptimSettings, total_steps: int, offload: bool) -> Any:
         warmup_steps=min(optim.warmup_steps, total_steps),
         schedule=optim.schedule,
         final_share=optim.final_lr_share,
+        encoder_lr=optim.encoder_lr,
+        encoder_after_step=optim.encoder_after_step,
         cpu_offload=offload,
     )
 

@@ -7,6 +7,7 @@ full rate, each one below `layer_decay` times that.
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,34 +21,52 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 
 def parameter_groups(
-    encoder: PackedEncoder, decoder: Decoder, lr: float, weight_decay: float, layer_decay: float
+    encoder: PackedEncoder,
+    decoder: Decoder,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float,
+    encoder_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Sort the trainable parameters into groups of one learning rate and one decay each."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    """Sort the trainable parameters into groups of one part, one learning rate and one decay each.
 
-    def add(parameters: Iterable[nn.Parameter], rate: float) -> None:
+    Args:
+        lr: of the decoder, and of the encoder's top where `encoder_lr` is None.
+    """
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+
+    def add(parameters: Iterable[nn.Parameter], rate: float, part: str = "encoder") -> None:
         for parameter in parameters:
             if parameter.requires_grad:
-                groups.setdefault((rate, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+                groups.setdefault((part, rate, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+
+    top = lr if encoder_lr is None else encoder_lr
 
     layers = encoder.whisper.layers
     depth = len(layers)
     for number, layer in enumerate(layers):
-        add(layer.parameters(), lr * layer_decay ** (depth - 1 - number))
+        add(layer.parameters(), top * layer_decay ** (depth - 1 - number))
     inside = {id(parameter) for parameter in layers.parameters()}
     stem = [parameter for module in (encoder.whisper.conv1, encoder.whisper.conv2) for parameter in module.parameters()]
-    add(stem, lr * layer_decay**depth)
+    add(stem, top * layer_decay**depth)
     placed = inside | {id(parameter) for parameter in stem}
-    add((parameter for parameter in encoder.parameters() if id(parameter) not in placed), lr)
-    add(decoder.trainable_parameters(), lr)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+    add((parameter for parameter in encoder.parameters() if id(parameter) not in placed), top)
+    add(decoder.trainable_parameters(), lr, "decoder")
+    return [
+        {"params": params, "lr": rate, "weight_decay": decay, "part": part} for (part, rate, decay), params in groups.items()
+    ]
 
 
-def rate_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: Schedule, final_share: float) -> float:
-    """Return the factor on the learning rate at an optimiser step: linear warm-up, then the schedule down to `final_share`."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+def rate_factor(
+    step: int, *, total_steps: int, warmup_steps: int, schedule: Schedule, final_share: float, first_step: int = 0
+) -> float:
+    """Return the factor on the learning rate at an optimiser step: nothing before `first_step`, linear warm-up from there, then
+    the schedule down to `final_share`."""
+    if step < first_step:
+        return 0.0
+    if step < first_step + warmup_steps:
+        return (step - first_step + 1) / warmup_steps
+    done = min(1.0, (step - first_step - warmup_steps) / max(1, total_steps - first_step - warmup_steps))
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
     return final_share + (1 - final_share) * shape
 
@@ -63,12 +82,20 @@ def optimizer_factory(
     warmup_steps: int,
     schedule: Schedule,
     final_share: float,
+    encoder_lr: float | None = None,
+    encoder_after_step: int = 0,
     cpu_offload: bool = False,
 ) -> Callable[[nn.Module, nn.Module], dict[str, Any]]:
-    """Return `(encoder, decoder)` → Lightning's optimiser dictionary; `cpu_offload` picks DeepSpeed's CPU Adam."""
+    """Return `(encoder, decoder)` → Lightning's optimiser dictionary.
+
+    Args:
+        encoder_lr: the encoder's own rate.
+        encoder_after_step: its rate is zero before this step and warms up from there.
+        cpu_offload: pick DeepSpeed's CPU Adam.
+    """
 
     def make(encoder: Any, decoder: Any) -> dict[str, Any]:
-        groups = parameter_groups(encoder, decoder, lr, weight_decay, layer_decay)
+        groups = parameter_groups(encoder, decoder, lr, weight_decay, layer_decay, encoder_lr)
         if cpu_offload:
             from deepspeed.ops.adam import DeepSpeedCPUAdam  # builds its kernel on import: only where it is used
 
@@ -76,12 +103,11 @@ def optimizer_factory(
         else:
             # One kernel over all parameters: several times faster than a loop of them, on CPU as on CUDA.
             optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-        scheduler = LambdaLR(
-            optimizer,
-            lambda step: rate_factor(
-                step, total_steps=total_steps, warmup_steps=warmup_steps, schedule=schedule, final_share=final_share
-            ),
+        shape = partial(
+            rate_factor, total_steps=total_steps, warmup_steps=warmup_steps, schedule=schedule, final_share=final_share
         )
+        late = partial(shape, first_step=encoder_after_step)
+        scheduler = LambdaLR(optimizer, [late if group["part"] == "encoder" else shape for group in groups])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     return make

@@ -11,6 +11,7 @@ from torch import nn
 
 from whisper_aut.data.text import TextCodec
 from whisper_aut.errors import UserError, nearest
+from whisper_aut.model.decoders.causal_lm import CausalLMOptions, build_causal_lm
 from whisper_aut.model.decoders.whisper import WhisperDecoderOptions, build_whisper_decoder
 from whisper_aut.model.start import Start
 from whisper_aut.schema import build
@@ -18,14 +19,22 @@ from whisper_aut.schema import build
 
 @dataclass(frozen=True)
 class DecoderEntry:
-    """One line of the registry: the schema of the decoder's options, and `(start, options, gradient_checkpointing)` → decoder."""
+    """One line of the registry.
+
+    Attributes:
+        options: the schema of the decoder's options.
+        build: `(start, options, gradient_checkpointing)` → decoder and codec.
+        exports: what a run with it can be exported as.
+    """
 
     options: type
     build: Callable[[Start, Any, bool], tuple[nn.Module, TextCodec]]
+    exports: tuple[str, ...] = ("encoder",)
 
 
 DECODERS: dict[str, DecoderEntry] = {
-    "whisper": DecoderEntry(WhisperDecoderOptions, build_whisper_decoder),
+    "whisper": DecoderEntry(WhisperDecoderOptions, build_whisper_decoder, exports=("encoder", "whisper")),
+    "causal_lm": DecoderEntry(CausalLMOptions, build_causal_lm),
 }
 
 

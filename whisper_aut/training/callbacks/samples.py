@@ -1,6 +1,7 @@
 """Writes what the decoder says in validation beside the references: `samples.jsonl` in the run directory."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import lightning
 from rich.console import Console
 from rich.table import Table
 
+SHOWN_PER_TASK = 2
+
 
 class SampleWriter(lightning.Callback):
-    """After each validation, appends the generated texts to a file; after the last, shows them.
+    """After each validation, appends the generated texts to a file; after the last, shows some of each task.
 
     Args:
         path: the JSON-lines file.
@@ -33,8 +36,12 @@ class SampleWriter(lightning.Callback):
         if not self._last:
             return
         table = Table(title="What the decoder writes for validation clips", title_justify="left")
-        for column in ("domain", "reference", "generated"):
+        columns = ("domain", "task", "reference", "generated")
+        for column in columns:
             table.add_column(column, overflow="fold")
+        shown: Counter[str] = Counter()
         for entry in self._last:
-            table.add_row(entry["domain"], entry["reference"], entry["generated"])
+            shown[entry["task"]] += 1
+            if shown[entry["task"]] <= SHOWN_PER_TASK:
+                table.add_row(*(entry[column] for column in columns))
         self.console.print(table)

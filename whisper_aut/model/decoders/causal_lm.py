@@ -1,0 +1,234 @@
+"""A causal language model as the teacher of the encoder: adapter → chat → next-token loss on the answer.
+
+In: encoder frames `[ΣT, D]` and chats with a place for the audio (`data.chat`). Out: loss and text. Source: UniWhisper (arXiv 2602.21772):
+the language model stays frozen, so the encoder has to bring sound to where language already is. Chats lie end to end like the clips
+do: attention stays inside each, positions restart at each, and logits exist for supervised positions only.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedModel
+
+from whisper_aut.data.chat import AUDIO, ChatText
+from whisper_aut.data.pack import Targets
+from whisper_aut.data.prompts import Instruction, Instructions
+from whisper_aut.errors import UserError
+from whisper_aut.model.adapter import AdapterOptions, StackAdapter, build_adapter
+from whisper_aut.model.language import load_language_model, packed_states, padded_attention, recompute_layers, weights_hash
+from whisper_aut.model.loss import DecoderLoss, chunked_cross_entropy
+from whisper_aut.model.scratch_language import LanguageScratch, make_language_model
+from whisper_aut.model.start import Start
+
+Training = Literal["frozen", "lora", "full"]
+
+
+@dataclass
+class LoraOptions:
+    """Low-rank updates of the language model's linear layers (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = 16
+    alpha: float = 32.0
+
+
+@dataclass
+class CausalLMOptions:
+    """The `decoder` group of a config with `name: causal_lm`.
+
+    Attributes:
+        language_model: hub id or directory; unused with `scratch`.
+        revision: branch, tag or commit on the hub; empty for the default.
+        scratch: instead, a small language model made and trained on the texts of shards first.
+        train: what of the language model training may change: nothing (`frozen`), low-rank updates (`lora`), all of it (`full`).
+        random_init: keep its architecture and tokenizer but not its weights.
+        dtype: of the language model's weights; `bfloat16` halves a frozen one on a GPU.
+        instructions: the tasks (`data.prompts`), by default the files of `conf/instructions`.
+        max_tokens: longest chat in text tokens; `overflow` says what happens to a longer one.
+    """
+
+    name: str = "causal_lm"
+    language_model: str = "Qwen/Qwen3-0.6B"
+    revision: str = ""
+    scratch: LanguageScratch | None = None
+    train: Training = "frozen"
+    random_init: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+    max_tokens: int = 512
+    overflow: Literal["cut", "drop"] = "cut"
+
+
+def build_causal_lm(start: Start, options: CausalLMOptions, gradient_checkpointing: bool) -> "tuple[CausalLMDecoder, ChatText]":
+    """Load the language model, put an adapter before it, and make a codec around its tokenizer.
+
+    Raises:
+        UserError: the language model cannot be used, or an option does not fit.
+    """
+    if options.max_tokens < 8:
+        raise UserError(f"decoder.max_tokens: {options.max_tokens} is below 8, the least that a chat takes.")
+    instructions = Instructions(options.instructions)
+    path = make_language_model(options.scratch, instructions) if options.scratch else options.language_model
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    model, tokenizer = load_language_model(path, options.revision, dtype)
+    if options.random_init:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a checkpoint does not hold a frozen model, so it must come out the same again
+            model = type(model)(model.config).to(dtype)  # pyright: ignore[reportArgumentType]
+    codec = ChatText(tokenizer, instructions, options.max_tokens, options.overflow)
+    adapter = build_adapter(options.adapter, start.config.d_model, model.get_input_embeddings().weight)  # pyright: ignore
+    identity = {"language_model": path, "revision": options.revision, "weights": weights_hash(model)}
+    _choose_trainable(model, options)
+    if gradient_checkpointing:
+        recompute_layers(model)
+    return CausalLMDecoder(model, adapter, codec.frame.end, identity, held=options.train == "frozen"), codec
+
+
+class CausalLMDecoder(nn.Module):
+    """Runs a language model on packed chats.
+
+    Weights of the language model that are not trained are not in its state dict: a checkpoint names them, and refuses others.
+
+    Args:
+        model: a Hugging Face causal language model, its trainable parameters chosen.
+        adapter: encoder frames → its embeddings.
+        end_token: the token that ends an answer.
+        identity: what a checkpoint records of the language model as it was loaded.
+        held: keep it in eval mode whatever mode the rest is in.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, adapter: StackAdapter, end_token: int, identity: dict[str, str], *, held: bool = True
+    ):
+        super().__init__()
+        self.model, self.adapter = model, adapter
+        self.end_token, self.identity, self.held = end_token, identity, held
+        model.generation_config = GenerationConfig()  # its own may ask for sampling
+        model.register_state_dict_post_hook(_leave_out_frozen)
+        model.register_load_state_dict_pre_hook(_keep_frozen)
+        self.train()
+
+    def train(self, mode: bool = True) -> "CausalLMDecoder":
+        super().train(mode)
+        if self.held:
+            self.model.eval()
+        return self
+
+    def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
+        chats = self._lay_out(frames, lengths, targets.tokens, targets.lengths)
+        states = packed_states(self.model, chats.embeddings, chats.lengths)
+        predicted = targets.supervised.nonzero()[:, 0]
+        # The state before a token predicts it.
+        hidden = states.index_select(0, chats.places.to(states.device, non_blocking=True)[predicted] - 1)
+        weight: Any = self.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
+        total, nll, correct = chunked_cross_entropy(hidden, weight, targets.tokens[predicted])
+        counts = tuple(int(part.sum()) for part in targets.supervised.split(targets.lengths))
+        return DecoderLoss(total, nll, correct, counts)
+
+    @torch.no_grad()
+    def generate(
+        self, frames: Tensor, lengths: Sequence[int], prompts: Sequence[Tensor], max_new_tokens: int = 64
+    ) -> list[list[int]]:
+        tokens = torch.cat(list(prompts)).to(frames.device)
+        chats = self._lay_out(frames, lengths, tokens, [len(prompt) for prompt in prompts])
+        sequences = chats.embeddings.split(chats.lengths)
+        # One batch, padded on the left behind a mask, so that all answers grow at the same end.
+        embeddings = pad_sequence(sequences, batch_first=True, padding_side="left")  # pyright: ignore[reportArgumentType]
+        ones = [torch.ones(length, dtype=torch.long, device=frames.device) for length in chats.lengths]
+        mask = pad_sequence(ones, batch_first=True, padding_side="left")
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.end_token,
+            pad_token_id=self.end_token,
+            use_cache=True,
+        )
+        with padded_attention(self.model):
+            written: Any = self.model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=greedy)  # pyright: ignore
+        return [_until(answer.tolist(), self.end_token) for answer in written]
+
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def get_extra_state(self) -> dict[str, str]:
+        return dict(self.identity)
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        if state["weights"] != self.identity["weights"]:
+            raise UserError(
+                f"The checkpoint was trained through {state['language_model']} with weights {state['weights']}; "
+                f"{self.identity['language_model']} holds others ({self.identity['weights']})."
+            )
+
+    def _lay_out(self, frames: Tensor, frame_lengths: Sequence[int], tokens: Tensor, token_lengths: Sequence[int]) -> "_Chats":
+        """Embed packed chats `[ΣL]` and put each clip's audio where its `AUDIO` token stands."""
+        audio, audio_lengths = self.adapter(frames, frame_lengths)
+        text = self.model.get_input_embeddings()(tokens.clamp(min=0))
+        audio_at = (tokens == AUDIO).nonzero()[:, 0].tolist()
+        order, places, lengths = _interleave(token_lengths, audio_at, audio_lengths)
+        source = torch.cat([text, audio.to(text.dtype)])
+        return _Chats(source.index_select(0, order.to(source.device, non_blocking=True)), places, lengths)
+
+
+@dataclass(frozen=True)
+class _Chats:
+    """Chats laid end to end: embeddings `[ΣL', W]` with lengths L', and where each text token went, `[ΣL]`."""
+
+    embeddings: Tensor
+    places: Tensor
+    lengths: tuple[int, ...]
+
+
+def _interleave(
+    token_lengths: Sequence[int], audio_at: Sequence[int], audio_lengths: Sequence[int]
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Say how text and audio come together when the one `AUDIO` token of each chat gives way to its audio.
+
+    Returns:
+        For each position of the whole its row among `[text; audio]`, for each text token its position, and the lengths.
+    """
+    order, places, lengths = [], [], []
+    token, audio, position = 0, sum(token_lengths), 0
+    for length, at, sounding in zip(token_lengths, audio_at, audio_lengths, strict=True):
+        before, after = at - token, token + length - at - 1
+        order += [torch.arange(token, at), torch.arange(audio, audio + sounding), torch.arange(at + 1, token + length)]
+        places += [torch.arange(position, position + before + 1)]
+        places += [torch.arange(position + before + sounding, position + before + sounding + after)]
+        lengths.append(before + sounding + after)
+        token, audio, position = token + length, audio + sounding, position + lengths[-1]
+    return torch.cat(order), torch.cat(places), tuple(lengths)
+
+
+def _choose_trainable(model: PreTrainedModel, options: CausalLMOptions) -> None:
+    model.requires_grad_(options.train == "full")
+    if options.train == "lora":
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise UserError("decoder.train=lora needs peft: pip install 'whisper-aut[lora]'") from None
+        updates = LoraConfig(r=options.lora.rank, lora_alpha=int(options.lora.alpha), target_modules="all-linear")
+        inject_adapter_in_model(updates, model)
+
+
+def _leave_out_frozen(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in _frozen(model):
+        state.pop(prefix + name, None)
+
+
+def _keep_frozen(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, parameter in _frozen(model).items():
+        state.setdefault(prefix + name, parameter.detach())
+
+
+def _frozen(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that are not trained, tied ones under each of their names."""
+    return {name: value for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
+
+
+def _until(tokens: list[int], end: int) -> list[int]:
+    return tokens[: tokens.index(end)] if end in tokens else tokens

@@ -1,0 +1,213 @@
+"""A small language model from nothing, trained on the texts of shards, as a directory in Hugging Face's format.
+
+In: folders of shards whose texts it reads, and the instructions of the run. Out: a directory with a Qwen3 model and its tokenizer, which
+loads like `Qwen/Qwen3-0.6B` does. Next: `model.language`. It stands in for a released language model where none can be had, so that
+"frozen pretrained" means something: where the audio will stand it reads what is written about the clip, and learns to answer from that.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from whisper_aut import __version__
+from whisper_aut.corpora.annotation import Annotation
+from whisper_aut.corpora.audio import ClipLimits
+from whisper_aut.corpora.shards import open_index
+from whisper_aut.data.chat import AUDIO, ChatText
+from whisper_aut.data.pack import TokenTarget
+from whisper_aut.data.prompts import Instructions
+from whisper_aut.data.sample import Sample, iter_samples
+from whisper_aut.errors import SampleRefused, UserError
+from whisper_aut.model.language import packed_states
+from whisper_aut.model.loss import chunked_cross_entropy
+from whisper_aut.model.start import quiet_loading
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, "<think>", "</think>")
+# ChatML, with the empty thought that Qwen3 writes where thinking is off.
+CHAT_TEMPLATE = (
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+MAX_POSITIONS = 2048
+WARMUP_SHARE = 0.1
+
+
+@dataclass
+class LanguageScratch:
+    """Sizes and training of the small language model.
+
+    Attributes:
+        texts: the shard folders whose texts it reads.
+        out: the folder under which it is kept, by a hash of all that decides it.
+        stretch: a text that stands for audio has each token up to so many times, as audio lasts over several frames.
+        steps, batch_texts, lr: of its training.
+    """
+
+    texts: list[str]
+    out: str
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    vocabulary: int = 1200
+    stretch: int = 3
+    steps: int = 300
+    batch_texts: int = 32
+    lr: float = 3e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Text:
+    annotation: Annotation
+    domain: str
+
+
+@dataclass
+class _Reader:
+    """Chats in which what is written about a clip stands where its audio will, drawn from a seed."""
+
+    codec: ChatText
+    texts: Sequence[_Text]
+    stretch: int
+    rng: random.Random
+    drawn: int = field(default=0)
+
+    def batch(self, size: int) -> Iterator[TokenTarget]:
+        while size:
+            text = self.rng.choice(self.texts)
+            self.drawn += 1
+            try:
+                chat = self.codec.encode(text.annotation, text.domain, self.drawn)
+            except SampleRefused:
+                continue
+            size -= 1
+            yield self._written_out(chat, self.codec.instructions.facts(text.annotation, text.domain))
+
+    def _written_out(self, chat: TokenTarget, facts: list[str]) -> TokenTarget:
+        """Put all that can be asked about a clip where its audio stands, in any order."""
+        self.rng.shuffle(facts)
+        tokens = self.codec.tokenizer(", ".join(facts), add_special_tokens=False, split_special_tokens=True).input_ids
+        spoken = torch.tensor([token for token in tokens for _ in range(self.rng.randint(1, self.stretch))])
+        at = int((chat.tokens == AUDIO).nonzero()[0])
+        unsupervised = torch.zeros(len(spoken), dtype=torch.bool)
+        return replace(
+            chat,
+            tokens=torch.cat([chat.tokens[:at], spoken, chat.tokens[at + 1 :]]),
+            supervised=torch.cat([chat.supervised[:at], unsupervised, chat.supervised[at + 1 :]]),
+        )
+
+
+def make_language_model(scratch: LanguageScratch, instructions: Instructions) -> str:
+    """Train the small language model, or find the one that was trained before; return its directory.
+
+    Raises:
+        UserError: the shards cannot be read or hold no text that an instruction fits.
+    """
+    indexes = [open_index(folder) for folder in scratch.texts]
+    asked = {name: asdict(entry) for name, entry in instructions.entries.items()}
+    facts = [__version__, asdict(scratch) | {"out": ""}, asked, [index.fingerprint() for index in indexes]]
+    out = Path(scratch.out) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    if out.exists():  # it is moved there when whole
+        return str(out)
+    items = (item for index in indexes for item in iter_samples(index, ClipLimits()))
+    annotations = [item.annotation for item in items if isinstance(item, Sample) and item.annotation.text.strip()]
+    texts = [_Text(annotation, annotation.domain) for annotation in annotations]
+    texts = [text for text in texts if instructions.fitting(text.annotation, text.domain)]
+    if not texts:
+        raise UserError(
+            f"No text in {', '.join(scratch.texts)} fits an instruction, so no language model can be trained on them."
+        )
+    asks = [ask for entry in instructions.entries.values() for ask in entry.asks]
+    tokenizer = train_chat_tokenizer([*asks, *(text.annotation.text for text in texts)], scratch.vocabulary)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(scratch.seed)
+        reader = _Reader(ChatText(tokenizer, instructions), texts, scratch.stretch, random.Random(scratch.seed))
+        model = _trained(new_language_model(scratch, tokenizer), reader, scratch)
+    with quiet_loading():
+        model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(out)
+    return str(out)
+
+
+def train_chat_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE with Qwen3's special tokens and a chat template like its own."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(["user\nassistant\n\n", *texts] * 2, trainer)  # twice: the names of the roles are words too
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=TURN_END, pad_token=END_OF_TEXT)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def new_language_model(scratch: LanguageScratch, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
+    """Return a randomly initialised Qwen3 of the given sizes for a tokenizer's vocabulary."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=scratch.width,
+        intermediate_size=3 * scratch.width,
+        num_hidden_layers=scratch.layers,
+        num_attention_heads=scratch.heads,
+        num_key_value_heads=max(1, scratch.heads // 2),
+        head_dim=scratch.width // scratch.heads,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,  # pyright: ignore[reportArgumentType]
+        pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def _trained(model: Qwen3ForCausalLM, reader: _Reader, scratch: LanguageScratch) -> Qwen3ForCausalLM:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=scratch.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=scratch.lr, total_steps=scratch.steps, pct_start=WARMUP_SHARE, cycle_momentum=False
+    )
+    columns = (
+        TextColumn("Language model"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("steps", total=scratch.steps, loss="")
+        for _ in range(scratch.steps):
+            loss = _loss(model, list(reader.batch(scratch.batch_texts)))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.update(task, advance=1, loss=f"loss {loss.item():.2f}")
+    return model
+
+
+def _loss(model: Qwen3ForCausalLM, chats: Sequence[TokenTarget]) -> torch.Tensor:
+    """Mean next-token loss on the answers of a batch, as `causal_lm` takes it."""
+    tokens = torch.cat([chat.tokens for chat in chats])
+    predicted = torch.cat([chat.supervised for chat in chats]).nonzero()[:, 0]
+    states = packed_states(model, model.get_input_embeddings()(tokens), [len(chat.tokens) for chat in chats])
+    total, _, _ = chunked_cross_entropy(states[predicted - 1], model.lm_head.weight, tokens[predicted])
+    return total / len(predicted)
