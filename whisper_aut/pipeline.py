@@ -15,8 +15,10 @@ from whisper_aut.corpora.build import build_shards
 from whisper_aut.corpora.demo import DemoOptions, build_demo
 from whisper_aut.corpora.manifest import ManifestSpec
 from whisper_aut.errors import Interrupted, UserError
-from whisper_aut.export.hf import ExportKind, export_checkpoint
+from whisper_aut.export.hf import ExportKind, export_checkpoint, read_checkpoint
+from whisper_aut.export.source import find_checkpoint
 from whisper_aut.model.decoders import check_decoder
+from whisper_aut.model.module import AudioTextModule
 from whisper_aut.model.pretrained import load_encoder
 from whisper_aut.model.start import Start
 from whisper_aut.probes.baseline import BASELINE_NAME, LogMelBaseline
@@ -25,7 +27,7 @@ from whisper_aut.probes.suite import run_suite
 from whisper_aut.probes.tasks import ProbeTask, load_task
 from whisper_aut.report.build import build_report
 from whisper_aut.settings import CorporaSettings, ManifestSettings, Settings, load_settings
-from whisper_aut.training.build import build_start
+from whisper_aut.training.build import build_start, build_trained
 from whisper_aut.training.rundir import RunDirectory, is_first_rank
 from whisper_aut.training.train import Trained, train
 
@@ -108,6 +110,17 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
         scores_file=request.out / "scores.json",
     )
     return build_report([request.out], request.out, console)
+
+
+def open_run(path: Path) -> AudioTextModule:
+    """Load what a run trained, decoder included, from its directory or one of its checkpoints.
+
+    Raises:
+        UserError: not a run, or what it needs is not there any more.
+    """
+    checkpoint, _ = find_checkpoint(path)
+    settings = load_settings(RunDirectory(checkpoint.parent.parent).config)
+    return build_trained(settings, read_checkpoint(checkpoint))
 
 
 def open_encoder(name: str, padding: Literal["none", "30s"]) -> FrameEncoder:

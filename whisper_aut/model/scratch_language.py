@@ -57,12 +57,12 @@ class LanguageScratch:
     texts: list[str]
     out: str
     width: int = 128
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     vocabulary: int = 1200
-    stretch: int = 3
-    steps: int = 300
-    batch_texts: int = 32
+    stretch: int = 2
+    steps: int = 600
+    batch_texts: int = 16
     lr: float = 3e-3
     seed: int = 0
 

@@ -127,6 +127,15 @@ def build_module(settings: Settings, start: Start, decoder: Any, codec: TextCode
     )
 
 
+def build_trained(settings: Settings, weights: dict[str, Any]) -> AudioTextModule:
+    """Return the module of a run with the weights of one of its checkpoints, in eval mode."""
+    start = build_start(settings)
+    decoder, codec = build_decoder(settings, start)
+    module = build_module(settings, start, decoder, codec, total_steps=1)
+    module.load_state_dict(weights, strict=True)
+    return module.eval()
+
+
 def trainer_arguments(settings: Settings, total_steps: int) -> dict[str, Any]:
     """Return the arguments of `lightning.Trainer` that a config decides."""
     trainer, hardware = settings.trainer, settings.hardware

@@ -73,7 +73,14 @@ def train(settings: Settings, console: Console, *, resume: str = "", fresh: bool
     module = build_module(settings, start, decoder, codec, total_steps).train()  # transformers loads in eval mode
     checkpoint = _resume_from(resume, newest, settings)
     begun_at = {"path": start.path, "revision": start.revision}
-    facts = {"fingerprint": fingerprint, "start": begun_at, "steps": total_steps, "data": _data_facts(data)}
+    taught_by = {"name": settings.decoder["name"], **getattr(decoder, "identity", {})}
+    facts = {
+        "fingerprint": fingerprint,
+        "start": begun_at,
+        "decoder": taught_by,
+        "steps": total_steps,
+        "data": _data_facts(data),
+    }
     run = (
         RunDirectory(checkpoint.parent.parent)
         if checkpoint

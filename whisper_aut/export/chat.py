@@ -1,0 +1,140 @@
+"""Questions to a trained run: clips in, answers out, and measured over whole shards.
+
+In: a trained `AudioTextModule` with its codec, audio files or shards. Out: texts, and figures by task. Next: a terminal, or a JSON-lines
+file. This is for looking at what a decoder learned; what a run is trained for is its encoder.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from whisper_aut.corpora.audio import ClipLimits
+from whisper_aut.corpora.shards import open_index
+from whisper_aut.data.chat import ChatText
+from whisper_aut.data.example import ExampleBuilder
+from whisper_aut.data.ledger import Ledger
+from whisper_aut.data.logmel import LogMel, mel_frames
+from whisper_aut.data.pack import Example, pack
+from whisper_aut.data.sample import Refusal, Sample, iter_samples
+from whisper_aut.data.text import TextCodec
+from whisper_aut.data.waveform import load_waveform
+from whisper_aut.errors import SampleRefused, UserError
+from whisper_aut.model.answers import AnswerMetrics
+from whisper_aut.model.module import AudioTextModule
+
+CLIPS_AT_ONCE = 16
+
+
+@runtime_checkable
+class Askable(Protocol):
+    """A codec whose decoder takes questions."""
+
+    def ask(self, question: str) -> Tensor:
+        """Return the prompt of a question, `[L]`."""
+        ...
+
+
+@torch.inference_mode()
+def answer(module: AudioTextModule, audio: Path, question: str, *, max_new_tokens: int = 64) -> str:
+    """Answer one question about one file.
+
+    Raises:
+        UserError: the file cannot be used, or the decoder takes no questions.
+    """
+    if not isinstance(module.codec, Askable):
+        raise UserError("The decoder of this run takes no questions; runs with decoder=causal_lm do.")
+    try:
+        waveform = load_waveform(audio.read_bytes(), ClipLimits())
+    except OSError as error:
+        raise UserError(f"Cannot read {audio}: {error.strerror}.") from None
+    except SampleRefused as refused:
+        raise UserError(f"{audio} cannot be used: {refused}.") from None
+    frames = module.encoder(LogMel(module.encoder.num_mel_bins)(waveform), [mel_frames(len(waveform))])
+    (tokens,) = module.decoder.generate(frames.values, frames.lengths, [module.codec.ask(question)], max_new_tokens)
+    return module.codec.decode(tokens)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures by name (`exact_sound_class`), clips asked, and refusals by source and reason."""
+
+    figures: dict[str, float]
+    clips: int
+    refused: dict[str, dict[str, int]]
+
+
+@torch.inference_mode()
+def evaluate(
+    module: AudioTextModule,
+    shards: Sequence[str],
+    *,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    out: Path | None = None,
+    max_new_tokens: int = 64,
+) -> Evaluation:
+    """Ask about every clip of some shards, and measure the answers by what their task is measured by.
+
+    Args:
+        tasks: the only tasks to ask; by default one is drawn for each clip, as in training.
+        limit: the first so many clips of each folder.
+        out: a JSON-lines file of clips, questions' tasks, answers and references.
+
+    Raises:
+        UserError: no such task or shards, or tasks for a decoder that takes no questions.
+    """
+    codec = _codec_for(module.codec, tasks)
+    build = ExampleBuilder(LogMel(module.encoder.num_mel_bins), codec, ClipLimits())
+    metrics, ledger, clips = AnswerMetrics(codec.metrics), Ledger(None), 0
+    with out.open("w") if out else nullcontext() as file:
+        for group in _groups(shards, limit, build.limits):
+            items = [item if isinstance(item, Refusal) else build(item, _domain(item), place) for place, item in group]
+            examples = [item for item in items if isinstance(item, Example)]
+            ledger.record((example.source for example in examples), [item for item in items if isinstance(item, Refusal)])
+            clips += len(examples)
+            for entry in _answered(module, codec, examples, max_new_tokens):
+                metrics.update(entry["task"], entry["generated"], entry["reference"])
+                if file:
+                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    figures = {name: float(value) for name, value in metrics.compute().items()}
+    return Evaluation(figures, clips, ledger.summary())
+
+
+def _groups(shards: Sequence[str], limit: int | None, limits: ClipLimits) -> Iterator[list[tuple[int, Sample | Refusal]]]:
+    """Yield the samples of all folders with their places in their folder, some at a time."""
+    for folder in shards:
+        samples = enumerate(islice(iter_samples(open_index(folder), limits), limit))
+        while group := list(islice(samples, CLIPS_AT_ONCE)):
+            yield group
+
+
+def _answered(
+    module: AudioTextModule, codec: TextCodec, examples: Sequence[Example], max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    if not examples:
+        return
+    batch = pack(examples, [], module.encoder.num_mel_bins)
+    frames = module.encoder(batch.mel, batch.mel_lengths)
+    answers = module.decoder.generate(frames.values, frames.lengths, batch.targets.prompts(), max_new_tokens)
+    for example, tokens in zip(examples, answers, strict=True):
+        facts = {"key": example.key, "domain": example.domain, "task": example.target.task}
+        yield {**facts, "reference": example.target.text, "generated": codec.decode(tokens)}
+
+
+def _codec_for(codec: TextCodec, tasks: Sequence[str]) -> TextCodec:
+    if not tasks:
+        return codec
+    if not isinstance(codec, ChatText):
+        raise UserError(f"The decoder of this run cannot be asked for {', '.join(tasks)}; runs with decoder=causal_lm can.")
+    return replace(codec, instructions=codec.instructions.only(tasks))
+
+
+def _domain(sample: Sample) -> str:
+    return sample.annotation.domain or "sound"
