@@ -32,12 +32,13 @@ class TokenTarget:
 
 @dataclass
 class Targets:
-    """The token targets of a batch: `tokens` and `supervised` are `[ΣL]`, the lengths are per clip."""
+    """The token targets of a batch: `tokens` and `supervised` are `[ΣL]`; the lengths and the supervised `counts` are per clip."""
 
     tokens: Tensor
     supervised: Tensor
     lengths: tuple[int, ...]
     prompt_lengths: tuple[int, ...]
+    counts: tuple[int, ...]
 
     @classmethod
     def pack(cls, targets: Sequence[TokenTarget]) -> "Targets":
@@ -46,6 +47,7 @@ class Targets:
             supervised=torch.cat([target.supervised for target in targets]) if targets else torch.zeros(0, dtype=torch.bool),
             lengths=tuple(len(target.tokens) for target in targets),
             prompt_lengths=tuple(target.prompt_length for target in targets),
+            counts=tuple(int(target.supervised.sum()) for target in targets),
         )
 
     def prompts(self) -> list[Tensor]:
@@ -87,7 +89,7 @@ class Batch:
 
     @property
     def supervised(self) -> int:
-        return int(self.targets.supervised.sum())
+        return sum(self.targets.counts)
 
     @property
     def audio_seconds(self) -> float:

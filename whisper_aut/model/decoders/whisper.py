@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
+from torch.nn.functional import dropout, embedding
 from torch.utils.checkpoint import checkpoint
 from transformers import EncoderDecoderCache
 from transformers.cache_utils import DynamicCache
@@ -21,6 +21,7 @@ from whisper_aut.corpora.annotation import DOMAINS
 from whisper_aut.data.pack import Targets
 from whisper_aut.data.text import LANGUAGE_CODES, DomainPrompt, WhisperText
 from whisper_aut.errors import UserError
+from whisper_aut.model.attention import Segments
 from whisper_aut.model.encoder import packed_attention, packed_feed_forward
 from whisper_aut.model.loss import DecoderLoss, chunked_cross_entropy
 from whisper_aut.model.start import Start
@@ -77,12 +78,12 @@ class WhisperDecoder(nn.Module):
 
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         hidden = self._hidden(frames, lengths, targets)
-        # The state at position i predicts token i + 1, so a supervised token is read off the position before it.
-        predicted = targets.supervised.nonzero()[:, 0]
+        # The state at position i predicts token i + 1, so a supervised token is read off the position before it. How many there
+        # are is known on the host: nothing waits for the device to count them.
+        predicted = torch.nonzero_static(targets.supervised, size=sum(targets.counts))[:, 0]
         weight = self.whisper.embed_tokens.weight
         total, nll, correct = chunked_cross_entropy(hidden[predicted - 1], weight, targets.tokens[predicted])
-        counts = tuple(int(part.sum()) for part in targets.supervised.split(targets.lengths))
-        return DecoderLoss(total, nll, correct, counts)
+        return DecoderLoss(total, nll, correct, targets.counts)
 
     @torch.no_grad()
     def generate(
@@ -102,15 +103,23 @@ class WhisperDecoder(nn.Module):
         whisper = self.whisper
         positions = torch.cat([torch.arange(length) for length in targets.lengths])
         places = whisper.embed_positions(None, position_ids=positions.to(frames.device, non_blocking=True))
-        hidden = whisper.embed_tokens(targets.tokens) + places
+        hidden = self._embedded(targets.tokens) + places
         hidden = dropout(hidden, p=whisper.dropout, training=self.training)
+        own, across = (Segments.of(targets.lengths, keys, frames.device) for keys in (targets.lengths, tuple(lengths)))
         for layer in whisper.layers:
-            arguments = (layer, hidden, frames, targets.lengths, tuple(lengths))
+            arguments = (layer, hidden, frames, own, across)
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(_decoder_layer, *arguments, use_reentrant=False)
             else:
                 hidden = _decoder_layer(*arguments)
         return whisper.layer_norm(hidden)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        table = self.whisper.embed_tokens
+        # On a CPU the gradient of the few rows that were read joins the output embedding's in place; a dense one would fill and
+        # add `[V, D]` zeros in every step.
+        sparse = tokens.device.type == "cpu" and self.training
+        return embedding(tokens, table.weight, padding_idx=table.padding_idx, sparse=sparse)
 
     def _greedy(self, frames: Tensor, prompt: Tensor, max_new_tokens: int) -> list[int]:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -127,14 +136,12 @@ class WhisperDecoder(nn.Module):
         return answer
 
 
-def _decoder_layer(
-    layer: Any, hidden: Tensor, frames: Tensor, text_lengths: Sequence[int], frame_lengths: Sequence[int]
-) -> Tensor:
+def _decoder_layer(layer: Any, hidden: Tensor, frames: Tensor, own: Segments, across: Segments) -> Tensor:
     """One transformer layer on packed texts `[ΣL, D]`, in the order of `WhisperDecoderLayer.forward`."""
     normed = layer.self_attn_layer_norm(hidden)
-    attended = packed_attention(layer.self_attn, normed, normed, text_lengths, text_lengths, causal=True)
+    attended = packed_attention(layer.self_attn, normed, normed, own, causal=True)
     hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
     normed = layer.encoder_attn_layer_norm(hidden)
-    attended = packed_attention(layer.encoder_attn, normed, frames, text_lengths, frame_lengths)
+    attended = packed_attention(layer.encoder_attn, normed, frames, across)
     hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
     return hidden + packed_feed_forward(layer, layer.final_layer_norm(hidden))
