@@ -19,6 +19,7 @@ from whisper_aut.data.logmel import LogMel, mel_frames
 from whisper_aut.data.pack import Targets, TokenTarget
 from whisper_aut.model.decoders.whisper import WhisperDecoder
 from whisper_aut.model.encoder import PackedEncoder, Padding
+from whisper_aut.model.loss import DecoderLoss
 from whisper_aut.training.optim import parameter_groups
 
 LEARNING_RATE, WEIGHT_DECAY, GRADIENT_CLIP = 1e-5, 0.01, 1.0
@@ -33,11 +34,11 @@ class Clips:
     tokens: list[Tensor]
 
     @classmethod
-    def noise(cls, seconds: Sequence[float], labels: int, vocabulary: int, seed: int = 0) -> "Clips":
+    def noise(cls, seconds: Sequence[float], labels: int, vocabulary: int = 50_000, seed: int = 0) -> "Clips":
+        """Noise of given lengths, each with so many labels: a start token, which is only read, and random ones."""
         generator = torch.Generator().manual_seed(seed)
         waveforms = [torch.randn(round(16_000 * length), generator=generator) * 0.1 for length in seconds]
-        # One token more than labels: the first is only read. The last id of a Whisper is no word; none is drawn twice as special.
-        return cls(waveforms, [torch.randint(0, 50_000, (labels + 1,), generator=generator) % vocabulary for _ in seconds])
+        return cls(waveforms, [torch.randint(vocabulary, (labels + 1,), generator=generator) for _ in seconds])
 
 
 def whisper_tiny(seed: int = 0) -> WhisperForConditionalGeneration:
@@ -61,10 +62,13 @@ class PackedStep:
         self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
 
     def loss(self) -> Tensor:
-        mel = torch.cat([self.logmel(waveform) for waveform in self.clips.waveforms])
-        frames = self.encoder(mel, [mel_frames(len(waveform)) for waveform in self.clips.waveforms])
-        loss = self.decoder.loss(frames.values, frames.lengths, Targets.pack([_target(tokens) for tokens in self.clips.tokens]))
+        loss = self._summed(self.clips.waveforms, self.clips.tokens)
         return loss.total / sum(loss.counts)
+
+    def alone(self, number: int) -> tuple[Tensor, int]:
+        """Return one clip's summed loss, and its labels, as if it were all there is."""
+        loss = self._summed([self.clips.waveforms[number]], [self.clips.tokens[number]])
+        return loss.total, sum(loss.counts)
 
     def step(self) -> float:
         loss = self.loss()
@@ -72,7 +76,12 @@ class PackedStep:
         torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
+
+    def _summed(self, waveforms: Sequence[Tensor], tokens: Sequence[Tensor]) -> DecoderLoss:
+        mel = torch.cat([self.logmel(waveform) for waveform in waveforms])
+        frames = self.encoder(mel, [mel_frames(len(waveform)) for waveform in waveforms])
+        return self.decoder.loss(frames.values, frames.lengths, Targets.pack([_target(clip) for clip in tokens]))
 
 
 class HuggingFaceStep:
@@ -101,7 +110,7 @@ class HuggingFaceStep:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
 
 def _target(tokens: Tensor) -> TokenTarget:

@@ -8,24 +8,33 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import WhisperConfig
 
 from whisper_aut.data.text import TextCodec
 from whisper_aut.errors import UserError, nearest
-from whisper_aut.model.decoders.whisper import WhisperDecoderOptions, build_whisper_decoder
+from whisper_aut.model.decoders.whisper import WhisperDecoderOptions, build_whisper_decoder, sketch_whisper_decoder
 from whisper_aut.model.start import Start
 from whisper_aut.schema import build
 
 
 @dataclass(frozen=True)
 class DecoderEntry:
-    """One line of the registry: the schema of the decoder's options, and `(start, options, gradient_checkpointing)` → decoder."""
+    """One line of the registry.
+
+    Attributes:
+        options: the schema of the decoder's options.
+        build: `(start, options, gradient_checkpointing)` → decoder and codec.
+        sketch: `(encoder config, options, gradient_checkpointing)` → the same module from sizes alone, without reading a weight or
+            a tokenizer; `training.plan` makes it of tensors without memory. None where nothing can be planned.
+    """
 
     options: type
     build: Callable[[Start, Any, bool], tuple[nn.Module, TextCodec]]
+    sketch: Callable[[WhisperConfig, Any, bool], nn.Module] | None = None
 
 
 DECODERS: dict[str, DecoderEntry] = {
-    "whisper": DecoderEntry(WhisperDecoderOptions, build_whisper_decoder),
+    "whisper": DecoderEntry(WhisperDecoderOptions, build_whisper_decoder, sketch_whisper_decoder),
 }
 
 

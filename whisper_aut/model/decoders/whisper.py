@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, embedding
+from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
-from transformers import EncoderDecoderCache
+from transformers import EncoderDecoderCache, WhisperConfig
 from transformers.cache_utils import DynamicCache
 from transformers.models.whisper.modeling_whisper import WhisperDecoder as HFWhisperDecoder
 
@@ -23,6 +23,7 @@ from whisper_aut.data.text import LANGUAGE_CODES, DomainPrompt, WhisperText
 from whisper_aut.errors import UserError
 from whisper_aut.model.attention import Segments
 from whisper_aut.model.encoder import packed_attention, packed_feed_forward
+from whisper_aut.model.flops import whisper_decoder_flops
 from whisper_aut.model.loss import DecoderLoss, chunked_cross_entropy
 from whisper_aut.model.start import Start
 
@@ -61,6 +62,11 @@ def build_whisper_decoder(
     return WhisperDecoder(start.model.model.decoder, end_token, gradient_checkpointing), codec
 
 
+def sketch_whisper_decoder(config: WhisperConfig, options: WhisperDecoderOptions, gradient_checkpointing: bool) -> nn.Module:
+    """Return the decoder that `build_whisper_decoder` would, with sizes alone; see `DecoderEntry.sketch`."""
+    return WhisperDecoder(HFWhisperDecoder(config), int(config.eos_token_id or 0), gradient_checkpointing)
+
+
 class WhisperDecoder(nn.Module):
     """Runs a Hugging Face `WhisperDecoder` on packed clips. The output embedding is the token embedding, tied.
 
@@ -78,9 +84,8 @@ class WhisperDecoder(nn.Module):
 
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         hidden = self._hidden(frames, lengths, targets)
-        # The state at position i predicts token i + 1, so a supervised token is read off the position before it. How many there
-        # are is known on the host: nothing waits for the device to count them.
-        predicted = torch.nonzero_static(targets.supervised, size=sum(targets.counts))[:, 0]
+        # The state at position i predicts token i + 1, so a supervised token is read off the position before it.
+        predicted = targets.places
         weight = self.whisper.embed_tokens.weight
         total, nll, correct = chunked_cross_entropy(hidden[predicted - 1], weight, targets.tokens[predicted])
         return DecoderLoss(total, nll, correct, targets.counts)
@@ -95,6 +100,10 @@ class WhisperDecoder(nn.Module):
             for clip, prompt in zip(frames.split(list(lengths)), prompts, strict=True)
         ]
 
+    def flops(self, lengths: Sequence[int], targets: Targets) -> float:
+        """Return the FLOPs of a training step on clips of T frames; what the meters divide by."""
+        return whisper_decoder_flops(self.whisper.config, lengths, targets.lengths, sum(targets.counts))
+
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
@@ -103,7 +112,7 @@ class WhisperDecoder(nn.Module):
         whisper = self.whisper
         positions = torch.cat([torch.arange(length) for length in targets.lengths])
         places = whisper.embed_positions(None, position_ids=positions.to(frames.device, non_blocking=True))
-        hidden = self._embedded(targets.tokens) + places
+        hidden = whisper.embed_tokens(targets.tokens) + places
         hidden = dropout(hidden, p=whisper.dropout, training=self.training)
         own, across = (Segments.of(targets.lengths, keys, frames.device) for keys in (targets.lengths, tuple(lengths)))
         for layer in whisper.layers:
@@ -113,13 +122,6 @@ class WhisperDecoder(nn.Module):
             else:
                 hidden = _decoder_layer(*arguments)
         return whisper.layer_norm(hidden)
-
-    def _embedded(self, tokens: Tensor) -> Tensor:
-        table = self.whisper.embed_tokens
-        # On a CPU the gradient of the few rows that were read joins the output embedding's in place; a dense one would fill and
-        # add `[V, D]` zeros in every step.
-        sparse = tokens.device.type == "cpu" and self.training
-        return embedding(tokens, table.weight, padding_idx=table.padding_idx, sparse=sparse)
 
     def _greedy(self, frames: Tensor, prompt: Tensor, max_new_tokens: int) -> list[int]:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
