@@ -8,6 +8,7 @@ flash-attention kernel takes the whole batch; elsewhere runs of clips with equal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,16 +59,19 @@ def clip_attention(
         `[ΣLq, H, d]`.
     """
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        return varlen_attn(
+        bounds: Any = segments  # on CUDA both are there
+        window = (-1, 0) if causal else (-1, -1)
+        attended: Any = varlen_attn(
             query,
             key,
             value,
-            segments.query_bounds,  # pyright: ignore[reportArgumentType]
-            segments.key_bounds,  # pyright: ignore[reportArgumentType]
+            bounds.query_bounds,
+            bounds.key_bounds,
             segments.longest_query,
             segments.longest_key,
-            window_size=(-1, 0) if causal else (-1, -1),
-        )  # pyright: ignore[reportReturnType]
+            window_size=window,
+        )
+        return attended
     return _sdpa_by_length(query, key, value, segments, causal, dropout)
 
 

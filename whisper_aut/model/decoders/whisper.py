@@ -64,7 +64,8 @@ def build_whisper_decoder(
 
 def sketch_whisper_decoder(config: WhisperConfig, options: WhisperDecoderOptions, gradient_checkpointing: bool) -> nn.Module:
     """Return the decoder that `build_whisper_decoder` would, with sizes alone; see `DecoderEntry.sketch`."""
-    return WhisperDecoder(HFWhisperDecoder(config), int(config.eos_token_id or 0), gradient_checkpointing)
+    end = config.eos_token_id
+    return WhisperDecoder(HFWhisperDecoder(config), end if isinstance(end, int) else 0, gradient_checkpointing)
 
 
 class WhisperDecoder(nn.Module):
