@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import REPOSITORY, encode_audio, tone
 from whisper_aut import load_encoder
+from whisper_aut.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -59,57 +61,47 @@ def uniwhisper(story: Path) -> Path:
     return story / "runs" / "smoke_uniwhisper" / "latest"
 
 
-def test_uniwhisper_goes_through_the_same_doors(uniwhisper: Path, story: Path):
+def test_uniwhisper_goes_through_the_same_doors(uniwhisper: Path, story: Path, capsys: pytest.CaptureFixture[str]):
     assert load_encoder(str(uniwhisper / "export" / "encoder")).width == 32
     scores = json.loads((uniwhisper / "scores.json").read_text())
     assert "smoke_uniwhisper" in {entry["encoder"] for entry in scores["entries"]}
     assert (uniwhisper / "report" / "report.md").exists()
-    command = [sys.executable, "-m", "whisper_aut.cli", "export", str(uniwhisper), "--out", str(story / "again_uniwhisper")]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
-    whisper = subprocess.run([*command, "--format", "whisper"], capture_output=True, text=True, check=False)
-    assert whisper.returncode == 1
-    assert "trained no Whisper decoder" in whisper.stderr
+    export = ["export", str(uniwhisper), "--out", str(story / "again_uniwhisper")]
+    assert main(export) == 0
+    assert main([*export, "--format", "whisper"]) == 1
+    assert "trained no Whisper decoder" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_trained_run_answers_and_is_measured(uniwhisper: Path, story: Path):
+def test_a_trained_run_answers_and_is_measured(
+    uniwhisper: Path, story: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     clip = story / "clip.wav"
     clip.write_bytes(encode_audio(tone(0.7), kind="WAV"))
-    command = [sys.executable, "-m", "whisper_aut.cli"]
-    asked = subprocess.run(
-        [*command, "chat", str(uniwhisper), str(clip), "What do you hear?"], capture_output=True, check=False
-    )
-    assert asked.returncode == 0, asked.stderr[-2000:]
-    piped = subprocess.run(
-        [*command, "chat", str(uniwhisper), str(clip)], input="What is it?\n\n", capture_output=True, text=True, check=False
-    )
-    assert piped.returncode == 0, piped.stderr[-2000:]
+    assert main(["chat", str(uniwhisper), str(clip), "What do you hear?"]) == 0
+    monkeypatch.setattr("sys.stdin", StringIO("What is it?\nAnd now?\n\n"))
+    assert main(["chat", str(uniwhisper), str(clip)]) == 0
+    capsys.readouterr()
     shards, out = str(story / "data" / "demo" / "test" / "sound"), story / "answers.jsonl"
-    measured = subprocess.run(
-        [*command, "evaluate", str(uniwhisper), shards, "--tasks", "sound_class", "--out", str(out)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert measured.returncode == 0, measured.stderr[-2000:]
+    assert main(["evaluate", str(uniwhisper), shards, "--tasks", "sound_class", "--out", str(out)]) == 0
     entries = [json.loads(line) for line in out.read_text().splitlines()]
     assert entries
     assert {entry["task"] for entry in entries} == {"sound_class"}
     exact = sum(entry["generated"].lower() == entry["reference"].lower() for entry in entries) / len(entries)
-    assert f"exact_sound_class            {exact:.4f}" in measured.stdout
+    assert f"exact_sound_class            {exact:.4f}" in capsys.readouterr().out
 
 
-def test_mistakes_in_questions_are_named(uniwhisper: Path, story: Path):
-    command = [sys.executable, "-m", "whisper_aut.cli"]
-    clip, shards = str(story / "clip.wav"), str(story / "data" / "demo" / "test" / "sound")
+def test_mistakes_in_questions_are_named(uniwhisper: Path, story: Path, capsys: pytest.CaptureFixture[str]):
+    clip, broken, shards = story / "a.wav", story / "broken.wav", str(story / "data" / "demo" / "test" / "sound")
     whisper_run = str(story / "runs" / "smoke" / "latest")
-    (story / "broken.wav").write_text("not audio")
+    clip.write_bytes(encode_audio(tone(0.7), kind="WAV"))
+    broken.write_text("not audio")
     for arguments, message in (
-        (["chat", whisper_run, clip, "What?"], "takes no questions"),
+        (["chat", whisper_run, str(clip), "What?"], "takes no questions"),
         (["chat", str(uniwhisper), "gone.wav", "What?"], "Cannot read gone.wav"),
-        (["chat", str(uniwhisper), str(story / "broken.wav"), "What?"], "undecodable audio"),
+        (["chat", str(uniwhisper), str(broken), "What?"], "undecodable audio"),
         (["evaluate", str(uniwhisper), shards, "--tasks", "sound_clas"], "Did you mean 'sound_class'"),
         (["evaluate", whisper_run, shards, "--tasks", "sound_class"], "cannot be asked"),
-        (["chat", "nowhere", clip, "What?"], "neither a run directory"),
+        (["chat", "nowhere", str(clip), "What?"], "neither a run directory"),
     ):
-        finished = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-        assert finished.returncode == 1, arguments
-        assert message in " ".join(finished.stderr.split()), finished.stderr[-1000:]
-        assert "Traceback" not in finished.stderr
+        assert main(arguments) == 1, arguments
+        assert message in " ".join(capsys.readouterr().err.split())

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from whisper_aut.data.sample import Refusal
 
+TENSORS = ("tokens", "supervised", "places")  # of `Targets`; the rest are numbers
+
 
 @dataclass(frozen=True)
 class TokenTarget:
@@ -36,20 +38,31 @@ class TokenTarget:
 
 @dataclass
 class Targets:
-    """The token targets of a batch: `tokens` and `supervised` are `[ΣL]`, the lengths are per clip."""
+    """The token targets of a batch.
+
+    Attributes:
+        tokens, supervised: `[ΣL]`.
+        places: `[N]` where the supervised tokens lie; found on the host, so that no device has to count them.
+        lengths, prompt_lengths, counts: per clip all tokens, those given at generation, those supervised.
+    """
 
     tokens: Tensor
     supervised: Tensor
+    places: Tensor
     lengths: tuple[int, ...]
     prompt_lengths: tuple[int, ...]
+    counts: tuple[int, ...]
 
     @classmethod
     def pack(cls, targets: Sequence[TokenTarget]) -> "Targets":
+        supervised = torch.cat([target.supervised for target in targets]) if targets else torch.zeros(0, dtype=torch.bool)
         return cls(
             tokens=torch.cat([target.tokens for target in targets]) if targets else torch.zeros(0, dtype=torch.long),
-            supervised=torch.cat([target.supervised for target in targets]) if targets else torch.zeros(0, dtype=torch.bool),
+            supervised=supervised,
+            places=supervised.nonzero()[:, 0],
             lengths=tuple(len(target.tokens) for target in targets),
             prompt_lengths=tuple(target.prompt_length for target in targets),
+            counts=tuple(int(target.supervised.sum()) for target in targets),
         )
 
     def prompts(self) -> list[Tensor]:
@@ -58,9 +71,11 @@ class Targets:
         return [part[:length] for part, length in zip(parts, self.prompt_lengths, strict=True)]
 
     def to(self, device: torch.device) -> "Targets":
-        return replace(
-            self, tokens=self.tokens.to(device, non_blocking=True), supervised=self.supervised.to(device, non_blocking=True)
-        )
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "Targets":
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in TENSORS})
 
 
 @dataclass
@@ -92,7 +107,7 @@ class Batch:
 
     @property
     def supervised(self) -> int:
-        return int(self.targets.supervised.sum())
+        return sum(self.targets.counts)
 
     @property
     def audio_seconds(self) -> float:
@@ -102,10 +117,7 @@ class Batch:
         return replace(self, mel=self.mel.to(device, non_blocking=True), targets=self.targets.to(device))
 
     def pin_memory(self) -> "Batch":
-        targets = replace(
-            self.targets, tokens=self.targets.tokens.pin_memory(), supervised=self.targets.supervised.pin_memory()
-        )
-        return replace(self, mel=self.mel.pin_memory(), targets=targets)
+        return replace(self, mel=self.mel.pin_memory(), targets=self.targets.pin_memory())
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Attention that stays inside each clip of a packed batch.
 
-In: queries `[ΣLq, H, d]` and keys, values `[ΣLk, H, d]` of clips laid end to end, with their lengths. Out: `[ΣLq, H, d]`. Used by
-`model.encoder` and the packed Whisper decoder. On CUDA in half precision one variable-length flash-attention kernel takes the
-whole batch; elsewhere runs of clips with equal lengths share one call of PyTorch's SDPA.
+In: queries `[ΣLq, H, d]` and keys, values `[ΣLk, H, d]` of clips laid end to end, and the `Segments` that say where each clip
+lies. Out: `[ΣLq, H, d]`. Used by `model.encoder` and the packed Whisper decoder. On CUDA in half precision one variable-length
+flash-attention kernel takes the whole batch; elsewhere runs of clips with equal lengths share one call of PyTorch's SDPA.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,21 +16,42 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Where the clips of a batch lie, worked out once for all layers.
+
+    Attributes:
+        runs: neighbouring clips of equal lengths, as (Lq, Lk, clips).
+        query_bounds, key_bounds: `[B + 1]` int32 on the device where clips begin and end; None on a CPU, which needs none.
+        longest_query, longest_key: in the batch.
+    """
+
+    runs: tuple[tuple[int, int, int], ...]
+    query_bounds: Tensor | None
+    key_bounds: Tensor | None
+    longest_query: int
+    longest_key: int
+
+    @classmethod
+    def of(cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> "Segments":
+        pairs = list(zip(query_lengths, key_lengths, strict=True))
+        runs = tuple((query, key, len(list(run))) for (query, key), run in groupby(pairs))
+        query_bounds = key_bounds = None
+        if device.type == "cuda":
+            query_bounds = _bounds(query_lengths, device)
+            key_bounds = query_bounds if query_lengths is key_lengths else _bounds(key_lengths, device)
+        return cls(runs, query_bounds, key_bounds, max(query_lengths), max(key_lengths))
+
+
 def clip_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_lengths: Sequence[int],
-    key_lengths: Sequence[int],
-    *,
-    causal: bool = False,
-    dropout: float = 0.0,
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, causal: bool = False, dropout: float = 0.0
 ) -> Tensor:
     """Attend from each clip's queries to the same clip's keys only.
 
     Args:
         query: `[ΣLq, H, d]`, not yet scaled.
         key, value: `[ΣLk, H, d]`.
+        segments: where the clips lie.
         causal: a query sees the keys up to its own position; needs equal query and key lengths.
         dropout: probability with which attention weights are dropped.
 
@@ -36,47 +59,38 @@ def clip_attention(
         `[ΣLq, H, d]`.
     """
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        return _varlen_attention(query, key, value, query_lengths, key_lengths, causal)
-    return _sdpa_by_length(query, key, value, query_lengths, key_lengths, causal, dropout)
+        bounds: Any = segments  # on CUDA both are there
+        window = (-1, 0) if causal else (-1, -1)
+        attended: Any = varlen_attn(
+            query,
+            key,
+            value,
+            bounds.query_bounds,
+            bounds.key_bounds,
+            segments.longest_query,
+            segments.longest_key,
+            window_size=window,
+        )
+        return attended
+    return _sdpa_by_length(query, key, value, segments, causal, dropout)
 
 
-def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, query_lengths: Sequence[int], key_lengths: Sequence[int], causal: bool
-) -> Tensor:
-    return varlen_attn(
-        query,
-        key,
-        value,
-        _boundaries(query_lengths, query.device),
-        _boundaries(key_lengths, query.device),
-        max(query_lengths),
-        max(key_lengths),
-        window_size=(-1, 0) if causal else (-1, -1),
-    )  # pyright: ignore[reportReturnType]
-
-
-def _boundaries(lengths: Sequence[int], device: torch.device) -> Tensor:
+def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
     sums = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=sums[1:])
     return sums.pin_memory().to(device, non_blocking=True)
 
 
-def _sdpa_by_length(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_lengths: Sequence[int],
-    key_lengths: Sequence[int],
-    causal: bool,
-    dropout: float,
-) -> Tensor:
-    runs = [(lengths, len(list(run))) for lengths, run in groupby(zip(query_lengths, key_lengths, strict=True))]
-    query_runs = query.split([lengths[0] * clips for lengths, clips in runs])
-    key_runs = key.split([lengths[1] * clips for lengths, clips in runs])
-    value_runs = value.split([lengths[1] * clips for lengths, clips in runs])
+def _sdpa_by_length(query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool, dropout: float) -> Tensor:
+    # Heads first before the cut: one clip then costs its SDPA and nothing else, which is what small models wait for.
+    query_runs = query.transpose(0, 1)[None].split([lq * clips for lq, _, clips in segments.runs], dim=2)
+    key_sizes = [lk * clips for _, lk, clips in segments.runs]
+    key_runs = key.transpose(0, 1)[None].split(key_sizes, dim=2)
+    value_runs = value.transpose(0, 1)[None].split(key_sizes, dim=2)
     attended = []
-    for q, k, v, (_, clips) in zip(query_runs, key_runs, value_runs, runs, strict=True):
-        q, k, v = (x.unflatten(0, (clips, -1)).transpose(1, 2) for x in (q, k, v))  # [clips, H, L, d]
-        out = scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
-        attended.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(attended)
+    for q, k, v, (_, _, clips) in zip(query_runs, key_runs, value_runs, segments.runs, strict=True):
+        if clips > 1:
+            q, k, v = (x[0].unflatten(1, (clips, -1)).transpose(0, 1) for x in (q, k, v))  # [clips, H, L, d]
+        out = scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout).transpose(1, 2)
+        attended.append(out[0] if clips == 1 else out.flatten(0, 1))
+    return torch.cat(attended) if len(attended) > 1 else attended[0]

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.data.logmel import MAX_MEL_FRAMES, frames_with_context, silence_level
-from whisper_aut.model.attention import clip_attention
+from whisper_aut.model.attention import Segments, clip_attention
 
 Padding = Literal["none", "30s"]
 PADDINGS = ("none", "30s")
@@ -90,11 +90,12 @@ class PackedEncoder(nn.Module):
             mel_lengths = (MAX_MEL_FRAMES,) * len(valid)
         lengths = tuple(encoder_frames(length) for length in mel_lengths)
         hidden = self._embed(mel, mel_lengths)
+        segments = Segments.of(lengths, lengths, hidden.device)
         for layer in self.whisper.layers:
             if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(_encoder_layer, layer, hidden, lengths, use_reentrant=False)
+                hidden = checkpoint(_encoder_layer, layer, hidden, segments, use_reentrant=False)
             else:
-                hidden = _encoder_layer(layer, hidden, lengths)  # pyright: ignore[reportArgumentType]
+                hidden = _encoder_layer(layer, hidden, segments)  # pyright: ignore[reportArgumentType]
         return Frames(self.whisper.layer_norm(hidden), lengths, valid)
 
     def _embed(self, mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
@@ -152,10 +153,10 @@ def _pad_with_silence(mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
     return torch.cat(padded)
 
 
-def _encoder_layer(layer: Any, hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+def _encoder_layer(layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
     """One transformer layer on packed clips `[ΣT, D]`, in the order of `WhisperEncoderLayer.forward`."""
     normed = layer.self_attn_layer_norm(hidden)
-    attended = packed_attention(layer.self_attn, normed, normed, lengths, lengths)
+    attended = packed_attention(layer.self_attn, normed, normed, segments)
     hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
     hidden = hidden + packed_feed_forward(layer, layer.final_layer_norm(hidden))
     if hidden.dtype == torch.float16:
@@ -164,15 +165,7 @@ def _encoder_layer(layer: Any, hidden: Tensor, lengths: Sequence[int]) -> Tensor
     return hidden
 
 
-def packed_attention(
-    attention: Any,
-    queries: Tensor,
-    keys: Tensor,
-    query_lengths: Sequence[int],
-    key_lengths: Sequence[int],
-    *,
-    causal: bool = False,
-) -> Tensor:
+def packed_attention(attention: Any, queries: Tensor, keys: Tensor, segments: Segments, *, causal: bool = False) -> Tensor:
     """A Hugging Face `WhisperAttention` on packed clips: `[ΣLq, D]` and `[ΣLk, D]` → `[ΣLq, D]`."""
     heads = (attention.num_heads, attention.head_dim)
     q, k, v = attention.q_proj(queries), attention.k_proj(keys), attention.v_proj(keys)
@@ -180,8 +173,7 @@ def packed_attention(
         q.unflatten(-1, heads),
         k.unflatten(-1, heads),
         v.unflatten(-1, heads),
-        query_lengths,
-        key_lengths,
+        segments,
         causal=causal,
         dropout=attention.dropout if attention.training else 0.0,
     )

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from whisper_aut.errors import UserError
-from whisper_aut.model.attention import clip_attention
+from whisper_aut.model.attention import Segments, clip_attention
 from whisper_aut.model.start import describe_missing, quiet_loading, refuse_gaps
 
 PACKED = "whisper_aut_packed"  # our name among the attention implementations of transformers
@@ -66,9 +66,8 @@ def packed_states(model: PreTrainedModel, embeddings: Tensor, lengths: Sequence[
     # Set for good, not for this call: a layer that is recomputed in the backward pass must find it there.
     model.config._attn_implementation = PACKED
     positions = torch.cat([torch.arange(length) for length in lengths]).to(embeddings.device, non_blocking=True)
-    states = model.base_model(
-        inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False, clip_lengths=tuple(lengths)
-    )
+    segments = Segments.of(lengths, lengths, embeddings.device)
+    states = model.base_model(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False, segments=segments)
     return states.last_hidden_state[0]
 
 
@@ -111,7 +110,7 @@ def _attend(
     attention_mask: None,
     *,
     scaling: float,
-    clip_lengths: tuple[int, ...],
+    segments: Segments,
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -120,7 +119,7 @@ def _attend(
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     k, v = (states.repeat_interleave(groups, dim=1) if groups > 1 else states for states in (k, v))
     q = q * (scaling * q.shape[-1] ** 0.5)  # `clip_attention` scales by the usual root itself
-    return clip_attention(q, k, v, clip_lengths, clip_lengths, causal=True, dropout=dropout)[None], None
+    return clip_attention(q, k, v, segments, causal=True, dropout=dropout)[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, _attend)

@@ -58,35 +58,58 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # Chunks add up in float32: a bfloat16 sum over many chunks would lose the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_weight = None
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))  # one for all chunks: fresh memory is slow memory
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = (hidden[part] @ weight.T).float()
-            correct[part] = logits.argmax(-1) == labels[part]
-            log_probs = logits.sub_(logits.logsumexp(-1, keepdim=True))
-            nll[part] = -log_probs.gather(-1, labels[part, None])[:, 0]
-            if wants_hidden or wants_weight:
-                grad_logits = log_probs.exp_()
-                grad_logits.scatter_add_(-1, labels[part, None], torch.full_like(labels[part, None], -1, dtype=torch.float32))
-                grad_logits = grad_logits.to(hidden.dtype)
-                if grad_hidden is not None:
-                    torch.mm(grad_logits, weight, out=grad_hidden[part])
-                if grad_weight is not None:
-                    grad_weight += grad_logits.T @ hidden[part]
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+            logits = torch.mm(hidden[part], weight.T, out=buffer[: len(hidden[part])]).float()
+            nll[part], correct[part], grad_logits = _softmax_gradient(logits, labels[part])
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[part])
+            if wants_weight:
+                grad_weight = _accumulated(grad_weight, grad_logits, hidden[part])
+        if wants_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        # Not saved as tensors of the graph: they are handed over once, without the copy that would protect them.
+        ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
         ctx.mark_non_differentiable(nll, correct)
         return nll.sum(), nll, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this loss were taken already; compute it again")
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+            grad_hidden.mul_(grad_total)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+            grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def _softmax_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn logits `[N, V]` in place into their gradient; return the loss `[N]`, whether the best token is right, the gradient.
+
+    Written out, as `max` serves the prediction and the stability of the sum at once, and nothing of size `[N, V]` is made anew.
+    """
+    best, guess = logits.max(-1, keepdim=True)
+    wanted = logits.gather(-1, labels[:, None])
+    probabilities = logits.sub_(best).exp_()
+    total = probabilities.sum(-1, keepdim=True)
+    nll = total.log() + best - wanted
+    gradient = probabilities.div_(total)
+    gradient.scatter_add_(-1, labels[:, None], torch.full_like(wanted, -1.0))
+    return nll[:, 0], guess[:, 0] == labels, gradient
+
+
+def _accumulated(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> Tensor:
+    """Add a chunk's gradient of the output embedding; in float32, as a bfloat16 sum over many chunks would lose the small ones."""
+    if total is None:
+        return (grad_logits.T @ hidden).float()
+    if hidden.dtype == torch.float32:
+        return total.addmm_(grad_logits.T, hidden)
+    return total.add_(grad_logits.T @ hidden)

@@ -34,6 +34,7 @@ from whisper_aut.training.callbacks.ledger import LedgerCallback
 from whisper_aut.training.callbacks.progress import RunProgressBar
 from whisper_aut.training.callbacks.samples import SampleWriter
 from whisper_aut.training.callbacks.stop import CleanStop
+from whisper_aut.training.callbacks.throughput import ThroughputMeter
 from whisper_aut.training.rundir import RunDirectory, announced, job_run, latest_run
 from whisper_aut.training.strategy import build_strategy
 
@@ -87,16 +88,23 @@ def train(settings: Settings, console: Console, *, resume: str = "", fresh: bool
         else job_run(Path(settings.runs), settings.name, dump_settings(settings), facts)
     )
     ledger = Ledger(run.ledger(rank_zero_only.rank or 0), settings.data.max_refused_share)
-    trainer = _trainer(settings, run, strategy, ledger, total_steps, console)
+    meter = ThroughputMeter(settings.hardware.precision)
+    trainer = _trainer(settings, run, strategy, ledger, meter, total_steps, console)
     console.print(_headline(settings, module, data, total_steps, run, checkpoint))
     with announced(run):
         _fit(trainer, module, data, checkpoint, run.last_checkpoint)
-    _finish(trainer, run, ledger, fingerprint, console)
+    _finish(trainer, run, ledger, meter, fingerprint, console)
     return Trained(run, reused=False)
 
 
 def _trainer(
-    settings: Settings, run: RunDirectory, strategy: Any, ledger: Ledger, total_steps: int, console: Console
+    settings: Settings,
+    run: RunDirectory,
+    strategy: Any,
+    ledger: Ledger,
+    meter: ThroughputMeter,
+    total_steps: int,
+    console: Console,
 ) -> lightning.Trainer:
     checkpoints = ModelCheckpoint(
         dirpath=run.checkpoints,
@@ -115,7 +123,8 @@ def _trainer(
         LedgerCallback(ledger),
         SampleWriter(run.path / "samples.jsonl", console),
         CleanStop(run.last_checkpoint),
-        RunProgressBar(refresh_rate=1 if console.is_terminal else settings.trainer.log_every_steps),
+        meter,
+        RunProgressBar(meter, refresh_rate=1 if console.is_terminal else settings.trainer.log_every_steps),
     ]
     loggers = [CSVLogger(run.path, name="", version="logs"), TensorBoardLogger(run.path, name="", version="tensorboard")]
     return lightning.Trainer(
@@ -142,10 +151,14 @@ def _fit(
         ) from None
 
 
-def _finish(trainer: lightning.Trainer, run: RunDirectory, ledger: Ledger, fingerprint: str, console: Console) -> None:
+def _finish(
+    trainer: lightning.Trainer, run: RunDirectory, ledger: Ledger, meter: ThroughputMeter, fingerprint: str, console: Console
+) -> None:
     if not trainer.is_global_zero:
         return
-    metrics = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
+    figures = {**trainer.callback_metrics, **meter.summary(trainer)}
+    metrics = {name: round(float(value), 6) for name, value in figures.items()}
+    console.print(meter.closing_line(trainer))
     done = {"fingerprint": fingerprint, "steps": trainer.global_step, "metrics": metrics, "refused": ledger.summary()}
     run.done.write_text(json.dumps(done, indent=1))
     if ledger.total:

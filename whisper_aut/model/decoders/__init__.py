@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import WhisperConfig
 
 from whisper_aut.data.text import TextCodec
 from whisper_aut.errors import UserError, nearest
 from whisper_aut.model.decoders.causal_lm import CausalLMOptions, build_causal_lm
-from whisper_aut.model.decoders.whisper import WhisperDecoderOptions, build_whisper_decoder
+from whisper_aut.model.decoders.whisper import WhisperDecoderOptions, build_whisper_decoder, sketch_whisper_decoder
 from whisper_aut.model.start import Start
 from whisper_aut.schema import build
 
@@ -25,15 +26,20 @@ class DecoderEntry:
         options: the schema of the decoder's options.
         build: `(start, options, gradient_checkpointing)` → decoder and codec.
         exports: what a run with it can be exported as.
+        sketch: `(encoder config, options, gradient_checkpointing)` → the same module from sizes alone, without reading a weight or
+            a tokenizer; `training.plan` makes it of tensors without memory. None where nothing can be planned.
     """
 
     options: type
     build: Callable[[Start, Any, bool], tuple[nn.Module, TextCodec]]
     exports: tuple[str, ...] = ("encoder",)
+    sketch: Callable[[WhisperConfig, Any, bool], nn.Module] | None = None
 
 
 DECODERS: dict[str, DecoderEntry] = {
-    "whisper": DecoderEntry(WhisperDecoderOptions, build_whisper_decoder, exports=("encoder", "whisper")),
+    "whisper": DecoderEntry(
+        WhisperDecoderOptions, build_whisper_decoder, exports=("encoder", "whisper"), sketch=sketch_whisper_decoder
+    ),
     "causal_lm": DecoderEntry(CausalLMOptions, build_causal_lm),
 }
 

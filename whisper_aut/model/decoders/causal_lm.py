@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
-from whisper_aut.data.chat import AUDIO, ChatText
+from whisper_aut.data.chat import ChatText
 from whisper_aut.data.pack import Targets
 from whisper_aut.data.prompts import Instruction, Instructions
 from whisper_aut.errors import UserError
@@ -86,7 +86,10 @@ def build_causal_lm(start: Start, options: CausalLMOptions, gradient_checkpointi
     _choose_trainable(model, options)
     if gradient_checkpointing:
         recompute_layers(model)
-    return CausalLMDecoder(model, adapter, codec.frame.end, identity, held=options.train == "frozen"), codec
+    decoder = CausalLMDecoder(
+        model, adapter, len(codec.frame.opening), codec.frame.end, identity, held=options.train == "frozen"
+    )
+    return decoder, codec
 
 
 class CausalLMDecoder(nn.Module):
@@ -97,17 +100,25 @@ class CausalLMDecoder(nn.Module):
     Args:
         model: a Hugging Face causal language model, its trainable parameters chosen.
         adapter: encoder frames → its embeddings.
+        audio_at: the index at which every chat has its audio.
         end_token: the token that ends an answer.
         identity: what a checkpoint records of the language model as it was loaded.
         held: keep it in eval mode whatever mode the rest is in.
     """
 
     def __init__(
-        self, model: PreTrainedModel, adapter: StackAdapter, end_token: int, identity: dict[str, str], *, held: bool = True
+        self,
+        model: PreTrainedModel,
+        adapter: StackAdapter,
+        audio_at: int,
+        end_token: int,
+        identity: dict[str, str],
+        *,
+        held: bool = True,
     ):
         super().__init__()
         self.model, self.adapter = model, adapter
-        self.end_token, self.identity, self.held = end_token, identity, held
+        self.audio_at, self.end_token, self.identity, self.held = audio_at, end_token, identity, held
         model.generation_config = GenerationConfig()  # its own may ask for sampling
         model.register_state_dict_post_hook(_leave_out_frozen)
         model.register_load_state_dict_pre_hook(_keep_frozen)
@@ -122,13 +133,12 @@ class CausalLMDecoder(nn.Module):
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         chats = self._lay_out(frames, lengths, targets.tokens, targets.lengths)
         states = packed_states(self.model, chats.embeddings, chats.lengths)
-        predicted = targets.supervised.nonzero()[:, 0]
+        predicted = targets.places
         # The state before a token predicts it.
-        hidden = states.index_select(0, chats.places.to(states.device, non_blocking=True)[predicted] - 1)
+        hidden = states.index_select(0, chats.places.index_select(0, predicted) - 1)
         weight: Any = self.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
         total, nll, correct = chunked_cross_entropy(hidden, weight, targets.tokens[predicted])
-        counts = tuple(int(part.sum()) for part in targets.supervised.split(targets.lengths))
-        return DecoderLoss(total, nll, correct, counts)
+        return DecoderLoss(total, nll, correct, targets.counts)
 
     @torch.no_grad()
     def generate(
@@ -169,10 +179,10 @@ class CausalLMDecoder(nn.Module):
         """Embed packed chats `[ΣL]` and put each clip's audio where its `AUDIO` token stands."""
         audio, audio_lengths = self.adapter(frames, frame_lengths)
         text = self.model.get_input_embeddings()(tokens.clamp(min=0))
-        audio_at = (tokens == AUDIO).nonzero()[:, 0].tolist()
-        order, places, lengths = _interleave(token_lengths, audio_at, audio_lengths)
+        order, places, lengths = _interleave(token_lengths, self.audio_at, audio_lengths)
         source = torch.cat([text, audio.to(text.dtype)])
-        return _Chats(source.index_select(0, order.to(source.device, non_blocking=True)), places, lengths)
+        order, places = (index.to(source.device, non_blocking=True) for index in (order, places))
+        return _Chats(source.index_select(0, order), places, lengths)
 
 
 @dataclass(frozen=True)
@@ -185,7 +195,7 @@ class _Chats:
 
 
 def _interleave(
-    token_lengths: Sequence[int], audio_at: Sequence[int], audio_lengths: Sequence[int]
+    token_lengths: Sequence[int], audio_at: int, audio_lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Say how text and audio come together when the one `AUDIO` token of each chat gives way to its audio.
 
@@ -194,13 +204,13 @@ def _interleave(
     """
     order, places, lengths = [], [], []
     token, audio, position = 0, sum(token_lengths), 0
-    for length, at, sounding in zip(token_lengths, audio_at, audio_lengths, strict=True):
-        before, after = at - token, token + length - at - 1
-        order += [torch.arange(token, at), torch.arange(audio, audio + sounding), torch.arange(at + 1, token + length)]
-        places += [torch.arange(position, position + before + 1)]
-        places += [torch.arange(position + before + sounding, position + before + sounding + after)]
-        lengths.append(before + sounding + after)
-        token, audio, position = token + length, audio + sounding, position + lengths[-1]
+    for length, sounding in zip(token_lengths, audio_lengths, strict=True):
+        at, end = token + audio_at, token + length
+        order += [torch.arange(token, at), torch.arange(audio, audio + sounding), torch.arange(at + 1, end)]
+        lengths.append(length - 1 + sounding)
+        after = position + audio_at + sounding
+        places += [torch.arange(position, position + audio_at + 1), torch.arange(after, position + lengths[-1])]
+        token, audio, position = end, audio + sounding, position + lengths[-1]
     return torch.cat(order), torch.cat(places), tuple(lengths)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint
-from transformers import EncoderDecoderCache
+from transformers import EncoderDecoderCache, WhisperConfig
 from transformers.cache_utils import DynamicCache
 from transformers.models.whisper.modeling_whisper import WhisperDecoder as HFWhisperDecoder
 
@@ -21,7 +21,9 @@ from whisper_aut.corpora.annotation import DOMAINS
 from whisper_aut.data.pack import Targets
 from whisper_aut.data.text import LANGUAGE_CODES, DomainPrompt, WhisperText
 from whisper_aut.errors import UserError
+from whisper_aut.model.attention import Segments
 from whisper_aut.model.encoder import packed_attention, packed_feed_forward
+from whisper_aut.model.flops import whisper_decoder_flops
 from whisper_aut.model.loss import DecoderLoss, chunked_cross_entropy
 from whisper_aut.model.start import Start
 
@@ -60,6 +62,12 @@ def build_whisper_decoder(
     return WhisperDecoder(start.model.model.decoder, end_token, gradient_checkpointing), codec
 
 
+def sketch_whisper_decoder(config: WhisperConfig, options: WhisperDecoderOptions, gradient_checkpointing: bool) -> nn.Module:
+    """Return the decoder that `build_whisper_decoder` would, with sizes alone; see `DecoderEntry.sketch`."""
+    end = config.eos_token_id
+    return WhisperDecoder(HFWhisperDecoder(config), end if isinstance(end, int) else 0, gradient_checkpointing)
+
+
 class WhisperDecoder(nn.Module):
     """Runs a Hugging Face `WhisperDecoder` on packed clips. The output embedding is the token embedding, tied.
 
@@ -78,11 +86,10 @@ class WhisperDecoder(nn.Module):
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         hidden = self._hidden(frames, lengths, targets)
         # The state at position i predicts token i + 1, so a supervised token is read off the position before it.
-        predicted = targets.supervised.nonzero()[:, 0]
+        predicted = targets.places
         weight = self.whisper.embed_tokens.weight
         total, nll, correct = chunked_cross_entropy(hidden[predicted - 1], weight, targets.tokens[predicted])
-        counts = tuple(int(part.sum()) for part in targets.supervised.split(targets.lengths))
-        return DecoderLoss(total, nll, correct, counts)
+        return DecoderLoss(total, nll, correct, targets.counts)
 
     @torch.no_grad()
     def generate(
@@ -94,6 +101,10 @@ class WhisperDecoder(nn.Module):
             for clip, prompt in zip(frames.split(list(lengths)), prompts, strict=True)
         ]
 
+    def flops(self, lengths: Sequence[int], targets: Targets) -> float:
+        """Return the FLOPs of a training step on clips of T frames; what the meters divide by."""
+        return whisper_decoder_flops(self.whisper.config, lengths, targets.lengths, sum(targets.counts))
+
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
@@ -104,8 +115,9 @@ class WhisperDecoder(nn.Module):
         places = whisper.embed_positions(None, position_ids=positions.to(frames.device, non_blocking=True))
         hidden = whisper.embed_tokens(targets.tokens) + places
         hidden = dropout(hidden, p=whisper.dropout, training=self.training)
+        own, across = (Segments.of(targets.lengths, keys, frames.device) for keys in (targets.lengths, tuple(lengths)))
         for layer in whisper.layers:
-            arguments = (layer, hidden, frames, targets.lengths, tuple(lengths))
+            arguments = (layer, hidden, frames, own, across)
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(_decoder_layer, *arguments, use_reentrant=False)
             else:
@@ -127,14 +139,12 @@ class WhisperDecoder(nn.Module):
         return answer
 
 
-def _decoder_layer(
-    layer: Any, hidden: Tensor, frames: Tensor, text_lengths: Sequence[int], frame_lengths: Sequence[int]
-) -> Tensor:
+def _decoder_layer(layer: Any, hidden: Tensor, frames: Tensor, own: Segments, across: Segments) -> Tensor:
     """One transformer layer on packed texts `[ΣL, D]`, in the order of `WhisperDecoderLayer.forward`."""
     normed = layer.self_attn_layer_norm(hidden)
-    attended = packed_attention(layer.self_attn, normed, normed, text_lengths, text_lengths, causal=True)
+    attended = packed_attention(layer.self_attn, normed, normed, own, causal=True)
     hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
     normed = layer.encoder_attn_layer_norm(hidden)
-    attended = packed_attention(layer.encoder_attn, normed, frames, text_lengths, frame_lengths)
+    attended = packed_attention(layer.encoder_attn, normed, frames, across)
     hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
     return hidden + packed_feed_forward(layer, layer.final_layer_norm(hidden))

@@ -7,16 +7,20 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from whisper_aut.training.callbacks.throughput import ThroughputMeter
+
 
 class RunProgressBar(TQDMProgressBar):
-    """Shows epochs as Lightning does, and behind them `step 150/700, left 0:02:10` for all of the run.
+    """Shows epochs as Lightning does, and behind them `step 150/700, left 0:02:10, audio-s/s 210` for all of the run.
 
     Args:
+        meter: knows the last figure.
         refresh_rate: batches between updates.
     """
 
-    def __init__(self, refresh_rate: int):
+    def __init__(self, meter: ThroughputMeter, refresh_rate: int):
         super().__init__(refresh_rate=refresh_rate)
+        self.meter = meter
         self._started, self._first_step = 0.0, 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -30,4 +34,6 @@ class RunProgressBar(TQDMProgressBar):
         if trainer.training and done:
             seconds = (time.monotonic() - self._started) / done * (trainer.max_steps - trainer.global_step)
             metrics |= {"step": f"{trainer.global_step}/{trainer.max_steps}", "left": str(timedelta(seconds=round(seconds)))}
+        if self.meter.shown:
+            metrics["audio-s/s"] = self.meter.shown
         return metrics

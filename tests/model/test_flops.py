@@ -1,0 +1,43 @@
+"""The FLOP formulas against PyTorch's own counter on a real step."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+from whisper_aut.data.logmel import frames_with_context
+from whisper_aut.data.pack import Targets, TokenTarget
+from whisper_aut.model.decoders.whisper import WhisperDecoder
+from whisper_aut.model.encoder import PackedEncoder
+from whisper_aut.model.flops import encoder_flops, whisper_decoder_flops
+
+MEL_LENGTHS, TEXT_LENGTHS = (300, 501, 77), (12, 30, 7)
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_formulas_count_what_pytorch_counts(width: int):
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1)
+    sizes = {
+        "d_model": width,
+        "encoder_layers": 3,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 3 * width,
+        "decoder_ffn_dim": 5 * width,
+    }
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = WhisperConfig(**sizes, **heads, **tokens, vocab_size=700, num_mel_bins=80)
+    model = WhisperForConditionalGeneration(config)
+    encoder, decoder = PackedEncoder(model.model.encoder), WhisperDecoder(model.model.decoder, 1)
+    ones = [torch.ones(length, dtype=torch.long) for length in TEXT_LENGTHS]
+    targets = Targets.pack([TokenTarget(clip, torch.arange(len(clip)) > 0, 1) for clip in ones])
+    mel = torch.randn(sum(map(frames_with_context, MEL_LENGTHS)), 80)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        frames = encoder(mel, MEL_LENGTHS)
+        decoder.loss(frames.values, frames.lengths, targets).total.backward()
+    supervised = sum(TEXT_LENGTHS) - len(TEXT_LENGTHS)
+    ours = encoder_flops(config, MEL_LENGTHS, frames.lengths)
+    ours += whisper_decoder_flops(config, frames.lengths, TEXT_LENGTHS, supervised)
+    # The convolutions also run over the zeros between clips, which are no useful work.
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.005)
+    assert decoder.flops(frames.lengths, targets) == whisper_decoder_flops(config, frames.lengths, TEXT_LENGTHS, supervised)

@@ -1,0 +1,58 @@
+"""The meters: sums and shares by hand, and what a real run writes down."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.test_train import QUIET, settings_for
+from whisper_aut.training.throughput import Throughput, peak_flops, peak_memory_gib
+from whisper_aut.training.train import train
+
+
+def test_figures_are_sums_over_seconds():
+    part = Throughput()
+    part.add_batch([500, 1000], tokens=60, flops=3e12, padded=False)
+    part.add_batch([300], tokens=20, flops=1e12, padded=False)
+    part.add_time(seconds=2.0, waited_seconds=0.5)
+    figures = part.figures(ranks=4, peak=8e12)
+    assert figures["audio_seconds_per_second"] == 4 * 18.0 / 2
+    assert figures["tokens_per_second"] == 4 * 40
+    assert figures["clips_per_second"] == 4 * 1.5
+    assert figures["data_wait_share"] == 0.25
+    assert figures["padding_share"] == 0
+    assert figures["teraflops"] == pytest.approx(8.0)
+    assert figures["mfu"] == pytest.approx(0.25)  # of one device, whatever the number of ranks
+    assert (part + part).figures()["tokens_per_second"] == pytest.approx(40)
+
+
+def test_padding_counts_what_the_encoder_runs_on():
+    part = Throughput()
+    part.add_batch([600], tokens=1, flops=None, padded=True)
+    part.add_time(1.0, 0.0)
+    assert part.figures()["padding_share"] == pytest.approx(0.8)
+    assert "teraflops" not in part.figures()
+
+
+def test_peaks_know_the_devices_and_precisions():
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bf16-mixed") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-40GB", "32-true") == 156e12
+    assert peak_flops("NVIDIA GeForce RTX 4090", "16-mixed") == 165.2e12
+    assert peak_flops("Something new", "bf16-mixed") is None
+    held = torch.ones(64, 1024, 1024)
+    assert peak_memory_gib(torch.device("cpu")) > held.nbytes / 2**30
+
+
+def test_a_run_logs_its_throughput_and_closes_with_it(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.log_every_steps=2"), QUIET).run
+    rows = list(csv.DictReader(run.metrics.open()))
+    logged = [row for row in rows if row.get("throughput/audio_seconds_per_second")]
+    assert [int(row["step"]) for row in logged] == [2, 4, 6]
+    metrics = json.loads(run.done.read_text())["metrics"]
+    assert metrics["throughput/audio_seconds_per_second"] > 0
+    assert 0 <= metrics["throughput/data_wait_share"] < 1
+    assert metrics["throughput/padding_share"] == 0
+    assert metrics["throughput/teraflops"] > 0
+    assert "throughput/mfu" not in metrics

@@ -1,0 +1,51 @@
+"""The arithmetic of a step from its lengths alone: what packed clips cost, not what padding would.
+
+In: a Whisper's sizes and the lengths of a batch. Out: floating-point operations of forward and backward. Next: the meters of
+`training.throughput`. Counted are matrix products, convolutions and attention, two operations a multiply-add, as
+`torch.utils.flop_counter` does; what gradient checkpointing or flash attention compute again is not, so that a utilisation is of
+useful work (the convention of PaLM, Chowdhery et al. 2022, appendix B).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+PRODUCT = 3  # forward, and in the backward pass the gradients of both factors
+FIRST_PRODUCT = 2  # the input is data and needs no gradient
+KERNEL = 3  # of both convolutions
+
+
+def encoder_flops(config: Any, mel_lengths: Sequence[int], lengths: Sequence[int]) -> float:
+    """Return the FLOPs of a training step of the encoder.
+
+    Args:
+        config: a `WhisperConfig`.
+        mel_lengths: F per clip, as convolved.
+        lengths: T per clip.
+    """
+    width, frames = config.d_model, sum(lengths)
+    stem = (
+        FIRST_PRODUCT * 2 * KERNEL * config.num_mel_bins * width * sum(mel_lengths) + PRODUCT * 2 * KERNEL * width**2 * frames
+    )
+    products = PRODUCT * frames * (8 * width**2 + 4 * width * config.encoder_ffn_dim)
+    attention = PRODUCT * 4 * width * sum(length**2 for length in lengths)
+    return stem + config.encoder_layers * (products + attention)
+
+
+def whisper_decoder_flops(
+    config: Any, lengths: Sequence[int], text_lengths: Sequence[int], supervised: int, *, through_frames: bool = True
+) -> float:
+    """Return the FLOPs of a training step of Whisper's decoder.
+
+    Args:
+        config: a `WhisperConfig`.
+        lengths: T per clip.
+        text_lengths: L per clip.
+        supervised: tokens with logits.
+        through_frames: whether the encoder gets gradients.
+    """
+    width, tokens, frames = config.d_model, sum(text_lengths), sum(lengths)
+    per_token = PRODUCT * tokens * (12 * width**2 + 4 * width * config.decoder_ffn_dim)
+    keys = (PRODUCT if through_frames else FIRST_PRODUCT) * frames * 4 * width**2
+    pairs = sum(own**2 + own * across for own, across in zip(text_lengths, lengths, strict=True))
+    layer = per_token + keys + PRODUCT * 4 * width * pairs
+    return config.decoder_layers * layer + PRODUCT * 2 * width * config.vocab_size * supervised
