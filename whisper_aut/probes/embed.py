@@ -134,6 +134,11 @@ def view_of(encoder: FrameEncoder, settings: EmbedSettings, name: str, task: Pro
     layers = settings.layers
     if (name == "layers" or layers) and "layers" not in inspect.signature(encoder.encode).parameters:
         raise UserError(f"{type(encoder).__name__} gives no single layers: probe its output, with a kind that needs no layers.")
+    highest = getattr(encoder, "layers", None)
+    if highest is not None and any(not 0 <= layer <= highest for layer in layers):
+        raise UserError(
+            f"The encoder has layers 0 (what enters the first) to {highest}; asked for: {', '.join(map(str, layers))}."
+        )
     if name == "layers" and not layers:
         layers = tuple(range(encoder.layers + 1))  # pyright: ignore[reportAttributeAccessIssue]
     pooling = getattr(encoder, "pooling", settings.pooling)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor
@@ -73,3 +74,13 @@ def _quiet_trainer() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def class_losses(scores: Tensor, answers: Tensor) -> Tensor:
+    """Return `[I, J]` losses of `[I, J, C]` scores: cross-entropy of `[I]` classes, or the sum of C binary ones of `[I, C]` answers."""
+    items, problems, _ = scores.shape
+    if answers.ndim == 2:
+        wanted = answers[:, None].to(scores.dtype).expand_as(scores)
+        return F.binary_cross_entropy_with_logits(scores, wanted, reduction="none").sum(2)
+    each = F.cross_entropy(scores.flatten(0, 1), answers.repeat_interleave(problems), reduction="none")
+    return each.view(items, problems)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from whisper_aut.errors import UserError
-from whisper_aut.probes import knn, linear
+from whisper_aut.probes import knn, layers, linear, mlp, retrieval, transcription
 from whisper_aut.probes.fitting import Setting, threads
 from whisper_aut.probes.items import class_names, items_of, strata
 from whisper_aut.probes.metrics import ANSWERS, Answer
@@ -61,16 +61,39 @@ def _class_learner(fitter: Callable) -> Callable[[Round, Question], Learner]:
     return make
 
 
+def _clip_learner(made: Callable) -> Callable[[Round, Question], Learner]:
+    return lambda round, question: made(round.pool, round.sampled, round.test, question.device)
+
+
+_linear = _class_learner(linear.LinearFitter)
 KINDS: dict[str, ProbeKind] = {
-    "linear": ProbeKind(
-        "linear probes", ("class", "classes"), "pooled", linear.CANDIDATES, linear.LINEAR_VERSION,
-        _class_learner(linear.LinearFitter),
+    "linear": ProbeKind("linear probes", ("class", "classes"), "pooled", linear.CANDIDATES, linear.LINEAR_VERSION, _linear),
+    "knn": ProbeKind("nearest neighbours", ("class",), "pooled", knn.CANDIDATES, knn.KNN_VERSION, _class_learner(knn.KNNFitter)),
+    "mlp": ProbeKind(
+        "one hidden layer", ("class", "classes"), "pooled", mlp.CANDIDATES, mlp.MLP_VERSION, _class_learner(mlp.MLPFitter)
     ),
-    "knn": ProbeKind(
-        "nearest neighbours", ("class",), "pooled", knn.CANDIDATES, knn.KNN_VERSION, _class_learner(knn.KNNFitter)
+    "layers": ProbeKind(
+        "linear probes over weighted layers", ("class", "classes"), "layers", layers.CANDIDATES, layers.LAYERS_VERSION,
+        _class_learner(layers.LayerFitter),
+    ),
+    # A segment is an item of any number of classes: logistic regressions on the mean frame of each.
+    "frame": ProbeKind("linear probes of segments", ("events",), "segments", linear.CANDIDATES, linear.LINEAR_VERSION, _linear),
+    "retrieval": ProbeKind(
+        "audio-text retrieval", ("captions",), "pooled", retrieval.CANDIDATES, retrieval.RETRIEVAL_VERSION,
+        _clip_learner(retrieval.RetrievalLearner),
+    ),
+    "transcription": ProbeKind(
+        "CTC heads", ("text",), "frames", transcription.CANDIDATES, transcription.TRANSCRIPTION_VERSION,
+        _clip_learner(transcription.TranscriptionLearner),
     ),
 }  # fmt: skip
-DEFAULT_KINDS: dict[Answer, str] = {"class": "linear", "classes": "linear"}
+DEFAULT_KINDS: dict[Answer, str] = {
+    "class": "linear",
+    "classes": "linear",
+    "events": "frame",
+    "captions": "retrieval",
+    "text": "transcription",
+}
 
 
 def kind_for(name: str, metric: str, task: str) -> str:

@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from whisper_aut.probes.fitting import Setting, fit
+from whisper_aut.probes.fitting import Setting, class_losses, fit
 from whisper_aut.probes.items import Items
 from whisper_aut.probes.lbfgs import minimise
 
@@ -84,7 +83,7 @@ class LinearProbe(LightningModule):
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
-        self.multilabel, self.max_steps, self.tolerance = multilabel, max_steps, tolerance
+        self.max_steps, self.tolerance = max_steps, tolerance
         self.register_buffer("penalties", torch.tensor(penalties) / torch.tensor(items))  # [J]
         steepness = 0.25 if multilabel else 1 / classes  # of the loss, where all classes are still alike
         curvature = steepness * variances[:, None] + self.penalties + 1e-12
@@ -114,7 +113,7 @@ class LinearProbe(LightningModule):
         self, weight: Tensor, problems: Tensor, features: Tensor, answers: Tensor, rows: Tensor | None = None
     ) -> Tensor:
         weight = weight * self.scale[:, problems]
-        losses = _losses(_scores(weight, features), answers, self.multilabel)
+        losses = class_losses(_scores(weight, features), answers)
         if rows is None:
             means = losses.mean(0)
         else:
@@ -162,13 +161,3 @@ class LinearFitter:
 
 def _scores(weight: Tensor, features: Tensor) -> Tensor:
     return torch.addmm(weight[-1].flatten(), features, weight[:-1].flatten(1)).unflatten(1, weight.shape[1:])
-
-
-def _losses(scores: Tensor, answers: Tensor, multilabel: bool) -> Tensor:
-    """Return `[I, J]` losses of `[I, J, C]` scores: cross-entropy, or the sum of C binary ones."""
-    items, problems, _ = scores.shape
-    if multilabel:
-        wanted = answers[:, None].to(scores.dtype).expand_as(scores)
-        return F.binary_cross_entropy_with_logits(scores, wanted, reduction="none").sum(2)
-    each = F.cross_entropy(scores.flatten(0, 1), answers.repeat_interleave(problems), reduction="none")
-    return each.view(items, problems)

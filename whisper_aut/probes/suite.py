@@ -85,6 +85,7 @@ def run_suite(
         for name, encoder in encoders.items():
             identity = _identity(encoder, fingerprints[name], task, plan)
             entry = known.get(identity) or _score(encoder, fingerprints[name], task, plan, identity)
+            known[identity] = entry
             entry = replace(entry, encoder=name, title=task.title, weight=task.weight)
             scores = replace(scores, entries=(*scores.entries, entry))
             if scores_file is not None:
