@@ -18,7 +18,7 @@ GROUP_FILES = sorted(CONF.glob("*/*.yaml"))
 
 def test_how_many_configs_there_are():
     assert len(RUN_CONFIGS) == 7
-    assert len(GROUP_FILES) == 26
+    assert len(GROUP_FILES) == 52
 
 
 @pytest.mark.parametrize("path", RUN_CONFIGS, ids=lambda path: path.name)
