@@ -4,7 +4,7 @@ In: nothing for `sweep`; `--data FOLDER` with `esc10/` (its CSV and `audio/`) fo
 Out: rows, see `pairs`. The sweep runs the same fits on both sides, ours and scikit-learn's LogisticRegression one after another, and
 both choose and refit by the same rule; their mean test scores must agree. End to end, the other side is the usual script: Hugging
 Face's WhisperModel on clips padded to 30 s, the mean of the frames that hold the clip, and the same sweep by scikit-learn; both have
-the same random weights of whisper-tiny's shape. With `--runs 1` it takes some ten minutes on two cores, nearly all of it theirs.
+the same random weights of whisper-tiny's shape.
 """
 
 import csv
