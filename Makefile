@@ -9,12 +9,17 @@ STAMP := $(VENV)/.ready
 CONFIG ?=
 DATA ?=
 ARGS ?=
+ENCODER ?=
+AGAINST ?=
+TASKS ?=
+RUNS ?=
+OUT ?=
 CONFIG_AUT := $(or $(CONFIG),conf/aut_tiny.yaml)
 OVERRIDES := $(if $(DATA),data.root=$(DATA)) $(ARGS)
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup lock train-aut test smoke lint clean
+.PHONY: help setup lock train-aut probe report test smoke lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +42,15 @@ lock: ## resolve the dependencies anew and rewrite requirements.lock
 
 train-aut: $(STAMP) ## the whole AuT story: data, training, export, probes, report (CONFIG=, DATA=, ARGS="key=value")
 	@$(BIN)/whisper-aut train $(CONFIG_AUT) $(OVERRIDES)
+
+probe: $(STAMP) ## score an encoder (ENCODER=, TASKS="a b", optional AGAINST=, DATA=, OUT=, ARGS="--kind knn")
+	@test -n "$(ENCODER)" -a -n "$(TASKS)" || { echo 'make probe ENCODER=DIR_OR_HUB_ID TASKS="esc50 fsdd" [AGAINST="BASE logmel"] [DATA=FOLDER]'; exit 1; }
+	@$(BIN)/whisper-aut probe $(ENCODER) $(foreach base,$(AGAINST),--against $(base)) --tasks $(TASKS) \
+		$(if $(DATA),--root $(DATA)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+report: $(STAMP) ## tables and plots of runs (RUNS="runs/NAME/TIMESTAMP …", optional OUT=)
+	@test -n "$(RUNS)" || { echo 'make report RUNS="runs/NAME/latest …" [OUT=FOLDER]'; exit 1; }
+	@$(BIN)/whisper-aut report $(RUNS) --out $(or $(OUT),runs/report)
 
 test: $(STAMP) ## the test suite (ARGS="-k name")
 	@$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -129,7 +129,10 @@ def probe(options: argparse.Namespace, console: Console) -> None:
 
     tasks = [name for names in options.tasks for name in names.split(",") if name]
     conf, out = Path(options.conf), Path(options.out)
-    request = ProbeRequest(options.encoder, options.against, tasks, options.seeds, conf, options.root, options.padding, out)
+    request = ProbeRequest(
+        options.encoder, options.against, tasks, options.seeds, conf, options.root, options.padding, out,
+        protocol=options.protocol, kind=options.kind, pooling=options.pooling, layers=tuple(options.layers), device=options.device,
+    )  # fmt: skip
     run_probe(request, console)
 
 
@@ -198,6 +201,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--root", default="data", help="what {root} stands for in the tasks")
     command.add_argument("--seeds", type=int, default=5)
     command.add_argument("--padding", choices=("none", "30s"), default="none")
+    command.add_argument("--protocol", default="strict", help="strict (ours), xares or maeb (the peers' rules, flaws included)")
+    command.add_argument("--kind", default="", help="linear, knn, mlp, layers, …; by default the one that each task names")
+    command.add_argument("--pooling", default="mean", help="mean or mean_std, over a clip's own frames")
+    command.add_argument(
+        "--layers", type=int, nargs="+", default=[], metavar="N", help="pool these layers; 0 is the first's input"
+    )
+    command.add_argument("--device", default="cpu", help="where encoders run and probes are fitted, e.g. cuda:0")
     command.add_argument("--conf", default="conf", help="folder that holds probe_tasks/")
     command.add_argument("--out", default="runs/probe", help="where scores.json and the report go")
     command.set_defaults(run=probe)

@@ -22,7 +22,7 @@ from whisper_aut.model.module import AudioTextModule
 from whisper_aut.model.pretrained import load_encoder
 from whisper_aut.model.start import Start
 from whisper_aut.probes.baseline import BASELINE_NAME, LogMelBaseline
-from whisper_aut.probes.embed import FrameEncoder
+from whisper_aut.probes.embed import EmbedSettings, FrameEncoder
 from whisper_aut.probes.suite import run_suite
 from whisper_aut.probes.tasks import ProbeTask, load_task
 from whisper_aut.report.build import build_report
@@ -79,7 +79,7 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """What `whisper-aut probe` was asked: encoders by path, hub id, `logmel` or `random:PATH`, tasks, and places."""
+    """What `whisper-aut probe` was asked: encoders by path, hub id, `logmel` or `random:PATH`, tasks, places, and how to probe."""
 
     encoder: str
     against: Sequence[str]
@@ -89,6 +89,11 @@ class ProbeRequest:
     root: str
     padding: Literal["none", "30s"]
     out: Path
+    protocol: str = "strict"
+    kind: str = ""
+    pooling: str = "mean"
+    layers: tuple[int, ...] = ()
+    device: str = "cpu"
 
 
 def run_probe(request: ProbeRequest, console: Console) -> Path:
@@ -98,7 +103,9 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
         UserError: an encoder, a task or its shards cannot be loaded.
     """
     tasks = load_tasks(request.tasks, request.conf)
-    encoders = {_short_name(name): open_encoder(name, request.padding) for name in (*request.against, request.encoder)}
+    embedding = EmbedSettings(pooling=request.pooling, layers=request.layers)
+    names = (*request.against, request.encoder)
+    encoders = {_short_name(name): open_encoder(name, request.padding, request.device) for name in names}
     request.out.mkdir(parents=True, exist_ok=True)
     run_suite(
         encoders,
@@ -107,7 +114,11 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
         cache=request.out / "embeddings",
         seeds=range(request.seeds),
         against=[_short_name(name) for name in request.against],
+        embedding=embedding,
         scores_file=request.out / "scores.json",
+        protocol=request.protocol,
+        kind=request.kind,
+        device=request.device,
     )
     return build_report([request.out], request.out, console)
 
@@ -123,11 +134,12 @@ def open_run(path: Path) -> AudioTextModule:
     return build_trained(settings, read_checkpoint(checkpoint))
 
 
-def open_encoder(name: str, padding: Literal["none", "30s"]) -> FrameEncoder:
+def open_encoder(name: str, padding: Literal["none", "30s"], device: str = "cpu") -> FrameEncoder:
     """Load what a command line calls an encoder."""
     if name == LOGMEL:
         return LogMelBaseline()
-    return load_encoder(name.removeprefix(RANDOM_PREFIX), padding=padding, random_init=name.startswith(RANDOM_PREFIX))
+    random = name.startswith(RANDOM_PREFIX)
+    return load_encoder(name.removeprefix(RANDOM_PREFIX), padding=padding, device=device, random_init=random)
 
 
 def prepare_corpora(corpora: CorporaSettings, console: Console) -> None:

@@ -1,12 +1,14 @@
 """probes.embed: features are those of each clip alone, nothing is dropped without a count, nothing stale is read."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from webdataset.writer import TarWriter
 
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits
@@ -14,8 +16,11 @@ from whisper_aut.corpora.shards import ShardFolder, open_index
 from whisper_aut.data.sample import Sample, iter_samples
 from whisper_aut.data.waveform import load_waveform
 from whisper_aut.errors import UserError
+from whisper_aut.probes import embed
 from whisper_aut.probes.baseline import LogMelBaseline
-from whisper_aut.probes.embed import POOLINGS, EmbedSettings, embed_task
+from whisper_aut.probes.clips import Cropping
+from whisper_aut.probes.embed import EmbedSettings, embed_task
+from whisper_aut.probes.hearing import POOLINGS, join, pieces, segment_borders
 
 QUIET = EmbedSettings(quiet=True, batch_seconds=1.5, workers=2)
 
@@ -189,3 +194,97 @@ def test_a_cache_that_cannot_be_written_is_said(tones, task_with, tiny_encoder, 
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="another cache folder"):
         embed_task(tiny_encoder(), task_with(), tones, tmp_path / "file", QUIET)
+
+
+def test_an_interrupted_run_goes_on_from_its_last_part(tones, task_with, tiny_encoder, tmp_path, monkeypatch):
+    whole = embed_task(tiny_encoder(), task_with(), tones, tmp_path / "whole", QUIET)["train"]
+    monkeypatch.setattr(embed, "PART_SECONDS", 0.0)
+    dying = tiny_encoder()
+
+    def encode(waveforms, sample_rate_hz):
+        if dying.encoded > 36:
+            raise KeyboardInterrupt
+        return tiny_encoder.encode(dying, waveforms, sample_rate_hz)
+
+    dying.encode = encode
+    small = EmbedSettings(quiet=True, batch_seconds=0.5, workers=2)
+    with pytest.raises(KeyboardInterrupt):
+        embed_task(dying, task_with(), tones, tmp_path / "cut", small)
+    parts = list((tmp_path / "cut").glob("*.part-*"))
+    assert parts
+    going_on = tiny_encoder()
+    found = embed_task(going_on, task_with(), tones, tmp_path / "cut", small)["train"]
+    assert going_on.encoded < 102
+    assert (found.keys, found.labels) == (whole.keys, whole.labels)
+    torch.testing.assert_close(found.features, whole.features, atol=1e-5, rtol=1e-5)
+    assert not list((tmp_path / "cut").glob("*.part-*"))
+
+
+def test_long_clips_are_heard_in_windows_that_count_each_instant_once():
+    waveform = torch.randn(75 * 16_000, generator=torch.Generator().manual_seed(0)) * 0.1
+    cut = pieces(waveform, "masked")
+    assert [len(piece) / 16_000 for piece in cut] == [30, 30, 19]
+    encoder = LogMelBaseline()
+    joined = join(encoder.encode(cut, 16_000), "masked")
+    assert joined.shape == (7_500, 80)
+    middle = encoder.encode([waveform[20 * 16_000 : 50 * 16_000]], 16_000)[0]  # across the first seam
+    assert (joined[2_100:4_900] - middle[100:2_900]).abs().median() < 1e-4
+
+
+def test_segments_cover_a_clip_and_none_is_empty():
+    assert segment_borders(101, 0.02, 1.0) == [(0, 50), (50, 100), (100, 101)]
+    assert segment_borders(3, 0.02, 0.1) == [(0, 3)]
+    assert segment_borders(10, 0.02, 0.01) == [(i // 2, i // 2 + 1) for i in range(20)]
+
+
+def test_crops_ours_and_the_peers():
+    waveform = torch.ones(25 * 16_000)
+    assert [len(crop) for crop in Cropping(10.0)(waveform)] == [160_000]
+    assert [len(crop) for crop in Cropping(10.0, successive=True)(waveform)] == [160_000, 160_000]
+    assert [len(crop) for crop in Cropping(30.0)(waveform)] == [400_000]
+    (filled,) = Cropping(30.0, successive=True)(waveform)
+    assert (len(filled), float(filled.sum())) == (480_000, 400_000.0)
+
+
+def test_a_crop_lets_clips_pass_that_are_a_little_too_long(task_with, tiny_encoder, tmp_path):
+    for name in ("a", "b"):
+        with ShardFolder(tmp_path / name) as shards:
+            for number in range(3):
+                file = io.BytesIO()
+                wave = (
+                    np.random.default_rng([number, *name.encode()]).uniform(-0.1, 0.1, int(30.013 * 16_000)).astype(np.float32)
+                )
+                soundfile.write(file, wave, 16_000, format="FLAC")
+                shards.write(f"{number}", "flac", file.getvalue(), Annotation(label=str(number % 2)))
+    task = task_with(train=["{root}/a"], valid=[], test=["{root}/b"], crop_seconds=30)
+    found = embed_task(tiny_encoder(), task, tmp_path, tmp_path / "cache", QUIET)
+    assert (len(found["train"]), found["train"].skipped) == (3, {})
+
+
+def test_tars_of_x_ares_are_read_by_pattern_and_by_their_own_keys(task_with, tiny_encoder, tmp_path):
+    events = [{"onset": 0.0, "offset": 0.1, "label": "Dog,Speech"}]
+    facts = {"a": {"genre": "jazz"}, "b": {"soundevent": "Dog;Bark"}, "c": events}
+    for name, fact in facts.items():
+        with TarWriter(str(tmp_path / f"wds-{name}-00.tar")) as tar:
+            for number in range(2):
+                file = io.BytesIO()
+                wave = np.random.default_rng(number).uniform(-0.1, 0.1, 3_200).astype(np.float32)
+                soundfile.write(file, wave, 16_000, format="WAV")
+                tar.write({"__key__": f"x{number}", "wav": file.getvalue(), "json": json.dumps(fact).encode()})
+
+    def labels(name, **more):
+        task = task_with(
+            train=[f"{{root}}/wds-{name}-*.tar"],
+            valid=[],
+            test=["{root}/wds-a-00.tar" if name != "a" else "{root}/wds-b-*.tar"],
+            **more,
+        )
+        view = "segments" if "segment_seconds" in more else "pooled"
+        return embed_task(tiny_encoder(), task, tmp_path, tmp_path / "cache", QUIET, view=view)["train"]
+
+    assert labels("a", label="genre").labels == ("jazz", "jazz")
+    assert labels("b", label="soundevent", separator=";", metric="mAP").labels == (("Dog", "Bark"),) * 2
+    found = labels("c", label="events", separator=",", metric="segment_f1_macro", segment_seconds=0.1)
+    assert found.labels == (((0.0, 0.1, "Dog"), (0.0, 0.1, "Speech")),) * 2
+    assert found.lengths == (2, 2)
+    assert found.features.shape == (4, 12)

@@ -8,7 +8,10 @@ from sklearn.linear_model import LogisticRegression
 
 from whisper_aut.errors import UserError
 from whisper_aut.probes.cache import Embeddings
-from whisper_aut.probes.linear import Basis, LinearProbe, fit, probe_linear, stratified
+from whisper_aut.probes.fitting import fit
+from whisper_aut.probes.kinds import probe_rounds
+from whisper_aut.probes.linear import Basis, LinearProbe
+from whisper_aut.probes.rounds import split_round, stratified
 
 CLASSES = 5
 
@@ -36,6 +39,10 @@ def splits(train: int = 150, valid: int = 60, test: int = 200, **more) -> dict[s
     return {split: embeddings(count, seed, **more) if count else empty for seed, (split, count) in enumerate(counts.items())}
 
 
+def probe_linear(data: dict[str, Embeddings], **more):
+    return probe_rounds([split_round(data)], **more)
+
+
 @pytest.mark.parametrize(("count", "width"), [(300, 24), (60, 200)])  # more clips than features, and fewer
 def test_path_equals_scikit_learn(count, width):
     features, labels = clips(count, 0, width)
@@ -44,7 +51,8 @@ def test_path_equals_scikit_learn(count, width):
     basis = Basis.fit(features, features[:0])
     probe = LinearProbe(basis.variances, CLASSES, penalties, count)
     assert isinstance(probe, LightningModule)
-    fit(probe, (basis(features), labels), evaluate=(basis(tested), answers))
+    fit(probe, (basis(features), labels))
+    right = (probe(basis(tested)).argmax(2) == answers[:, None]).float().mean(0)
     ours = probe.objectives(basis(features), labels).detach()
     standard, standard_tested = ((x - features.mean(0)) / features.std(0, correction=0) for x in (features, tested))
     for number, penalty in enumerate(penalties):
@@ -53,7 +61,7 @@ def test_path_equals_scikit_learn(count, width):
         loss = -log_probabilities.mean() + 0.5 * penalty / count * np.square(theirs.coef_).sum()
         assert float(ours[number]) == pytest.approx(loss, abs=1e-3)
         accuracy = theirs.score(standard_tested.double().numpy(), answers.numpy())
-        assert float(probe.scores()[number]) == pytest.approx(accuracy, abs=0.005)
+        assert float(right[number]) == pytest.approx(accuracy, abs=0.005)
 
 
 def test_penalties_do_not_disturb_each_other():
@@ -87,16 +95,16 @@ def test_a_score_per_seed_with_its_record():
     results = probe_linear(data, seeds=(0, 1, 2))
     assert [result.seed for result in results] == [0, 1, 2]
     for result in results:
-        assert result.correct.shape == (200,)
-        assert result.score == pytest.approx(result.correct.mean(), abs=1e-6)
-        assert result.score > 0.4
-    assert len({tuple(result.correct) for result in results}) > 1
+        assert result.units[0].shape == (200,)
+        assert result.scores[0] == pytest.approx(result.units[0].mean(), abs=1e-6)
+        assert result.scores[0] > 0.4
+    assert len({tuple(result.units[0]) for result in results}) > 1
 
 
 def test_a_seed_gives_the_same_score_again():
     data = splits()
     one, other = (probe_linear(data, seeds=(3,))[0] for _ in range(2))
-    assert (one.penalty, one.score, one.valid_score) == (other.penalty, other.score, other.valid_score)
+    assert (one.settings, one.scores, one.valid_scores) == (other.settings, other.scores, other.valid_scores)
 
 
 @pytest.mark.parametrize("valid", [60, 0])
@@ -104,13 +112,13 @@ def test_selection_never_sees_the_test_split(valid):
     data = splits(valid=valid)
     moved = data | {"test": Embeddings(data["test"].features.flip(0) * 5, data["test"].labels, data["test"].keys, {})}
     for one, other in zip(probe_linear(data, seeds=(0, 1)), probe_linear(moved, seeds=(0, 1)), strict=True):
-        assert (one.penalty, one.valid_score) == (other.penalty, other.valid_score)
-        assert one.score != other.score
+        assert (one.settings, one.valid_scores) == (other.settings, other.valid_scores)
+        assert one.scores != other.scores
 
 
 def test_noise_asks_for_a_large_penalty_and_clear_classes_do_not():
-    noisy = np.median([result.penalty for result in probe_linear(splits(spread=6.0))])
-    clear = np.median([result.penalty for result in probe_linear(splits(spread=0.3))])
+    noisy = np.median([result.settings[0]["penalty"] for result in probe_linear(splits(spread=6.0))])
+    clear = np.median([result.settings[0]["penalty"] for result in probe_linear(splits(spread=0.3))])
     assert noisy > clear
 
 
@@ -120,7 +128,7 @@ def test_labels_that_mean_nothing_score_as_chance():
     shuffled = {
         s: Embeddings(p.features, tuple(rng.permutation(np.array(p.labels)).tolist()), p.keys, {}) for s, p in data.items()
     }
-    scores = [result.score for result in probe_linear(shuffled, seeds=(0, 1, 2))]
+    scores = [result.scores[0] for result in probe_linear(shuffled, seeds=(0, 1, 2))]
     assert np.mean(scores) == pytest.approx(1 / CLASSES, abs=0.07)
 
 
@@ -128,14 +136,14 @@ def test_probing_works_within_a_validation_hook():
     data = splits()
     with torch.inference_mode():
         inside = probe_linear(data, seeds=(0,))
-    assert inside[0].score == probe_linear(data, seeds=(0,))[0].score
+    assert inside[0].scores == probe_linear(data, seeds=(0,))[0].scores
 
 
 def test_features_made_in_inference_mode_are_taken():
     data = splits()
     with torch.inference_mode():
         made = {s: Embeddings(torch.stack(list(p.features)), p.labels, p.keys, {}) for s, p in data.items()}
-    assert probe_linear(made, seeds=(0,))[0].score == probe_linear(data, seeds=(0,))[0].score
+    assert probe_linear(made, seeds=(0,))[0].scores == probe_linear(data, seeds=(0,))[0].scores
 
 
 def test_fitting_leaves_threads_and_random_state_alone():

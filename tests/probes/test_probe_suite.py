@@ -10,7 +10,7 @@ import pytest
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.shards import ShardFolder
 from whisper_aut.errors import UserError
-from whisper_aut.probes import suite
+from whisper_aut.probes import protocols
 from whisper_aut.probes.baseline import BASELINE_NAME, LogMelBaseline
 from whisper_aut.probes.embed import EmbedSettings
 from whisper_aut.probes.scores import AVERAGE, Scores
@@ -49,7 +49,7 @@ def test_a_run_end_to_end(run):
     assert floor.clips == {"train": 48, "valid": 24, "test": 30}
     for entry in scores.entries:
         assert entry.protocol == "strict"
-        assert entry.correctness().mean() == pytest.approx(entry.mean, abs=1e-6)
+        assert entry.per_unit().mean() == pytest.approx(entry.mean, abs=1e-6)
     assert [(c.encoder, c.against, c.task) for c in scores.comparisons] == [
         ("tiny", BASELINE_NAME, task) for task in ("tones", "half", AVERAGE)
     ]
@@ -85,7 +85,7 @@ def test_scores_survive_json(run, tmp_path):
     assert json.loads(scores.to_json())["averages"][0]["encoder"] == "tiny"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 99}', '{"version": 1, "entries": [{}]}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 99}', '{"version": 2, "entries": [{}]}'])
 def test_what_is_no_score_file_is_said(tmp_path, text):
     (tmp_path / "scores.json").write_text(text)
     with pytest.raises(UserError, match="Probe again"):
@@ -96,7 +96,7 @@ def test_what_is_no_score_file_is_said(tmp_path, text):
 
 def test_a_record_that_was_cut_is_refused(run):
     scores = run()
-    cut = replace(scores.entries[0], correct=tuple(seed[:-1] for seed in scores.entries[0].correct))
+    cut = replace(scores.entries[0], record=tuple(seed[:-1] for seed in scores.entries[0].record))
     with pytest.raises(UserError, match="damaged"):
         Scores.from_json(replace(scores, entries=(cut,)).to_json())
 
@@ -105,8 +105,8 @@ def test_a_record_that_was_cut_is_refused(run):
 def fits(monkeypatch):
     """Counts the probes that are really fitted."""
     counted = []
-    original = suite.probe_linear
-    monkeypatch.setattr(suite, "probe_linear", lambda *a, **k: counted.append(k["name"]) or original(*a, **k))
+    original = protocols.probe_rounds
+    monkeypatch.setattr(protocols, "probe_rounds", lambda *a, **k: counted.append(k["name"]) or original(*a, **k))
     return counted
 
 

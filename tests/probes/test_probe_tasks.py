@@ -1,11 +1,12 @@
 """probes.tasks: every YAML loads, and a bad one is told all that is wrong with it."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from whisper_aut.errors import UserError
-from whisper_aut.probes.tasks import METRICS, list_tasks, load_task, task_from_mapping
+from whisper_aut.probes.tasks import METRICS, SPLITS, list_tasks, load_task, task_from_mapping
 
 TASK_FOLDER = Path(__file__).parents[2] / "conf" / "probe_tasks"
 SHIPPED = {"demo_music", "demo_sound", "demo_speech", "esc10", "fsdd", "gmpieces"}
@@ -20,6 +21,66 @@ def test_every_shipped_task_loads():
         assert task.source
         assert task.licence
         assert task.metric in METRICS
+
+
+def test_the_public_x_ares_tasks_carry_its_weights():
+    tasks = [load_task(name, TASK_FOLDER) for name in list_tasks(TASK_FOLDER)]
+    theirs = [task for task in tasks if task.name.startswith("xares_")]
+    assert len(theirs) == 22
+    assert sum(task.weight for task in theirs) == 38_752
+    assert Counter(task.domain for task in theirs) == {"speech": 12, "sound": 6, "music": 4}
+    folds = {task.name: len(task.split.folds) for task in theirs if task.split.scheme == "folds"}
+    assert folds == {
+        "xares_libricount": 5, "xares_ravdess": 4, "xares_vocal_imitations": 3, "xares_esc50": 5, "xares_urbansound8k": 10,
+        "xares_gtzan": 10,
+    }  # fmt: skip
+    classes = {task.name.removeprefix("xares_"): task.classes for task in theirs}
+    assert (classes["voxceleb1"], classes["fluent_speech_commands"], classes["fsd50k"], classes["fsd18_kaggle"]) == (
+        1251,
+        248,
+        200,
+        41,
+    )
+    crops = {task.name.removeprefix("xares_"): task.crop_seconds for task in theirs if task.crop_seconds}
+    assert crops == {
+        "librispeech_gender": 5, "voxceleb1": 6, "voxlingua33": 10, "clotho": 30, "fsd50k": 10, "fma_small": 10, "gtzan": 30
+    }  # fmt: skip
+    headline = {"esc50": 50, "gtzan_filtered": 10, "speech_commands_v2_35": 35, "speech_commands_v2_12": 12}
+    assert {task.name: task.classes for task in tasks if task.name in headline} == headline
+
+
+def test_the_table_of_tasks_is_that_of_the_yamls():
+    """docs/probes.md lists what conf/probe_tasks holds; the failure prints the lines to paste."""
+    lines = ["| task | domain | classes | metric | split | weight |", "|:---|:---|---:|:---|:---|---:|"]
+    for task in (load_task(name, TASK_FOLDER) for name in list_tasks(TASK_FOLDER)):
+        split = (
+            f"{len(task.split.folds)} folds"
+            if task.split.scheme == "folds"
+            else "/".join(s for s in SPLITS if getattr(task, s))
+        )
+        lines.append(f"| `{task.name}` | {task.domain} | {task.classes or '–'} | {task.metric} | {split} | {task.weight:g} |")
+    table = "\n".join(lines)
+    assert table in (TASK_FOLDER.parents[1] / "docs" / "probes.md").read_text(), table
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": {"scheme": "folds", "folds": ["a"]}}, "at least two folds"),
+        ({"split": {"scheme": "folds", "folds": ["a", "a"]}}, "is in fold 1 too"),
+        ({"split": {"scheme": "fold"}}, "Did you mean 'folds'"),
+        ({"split": {"folds": ["a", "b"]}}, "needs split.scheme folds"),
+        ({"metric": "segment_f1_micro"}, "needs a length"),
+        ({"segment_seconds": 1}, "takes none"),
+        ({"crop_seconds": 0}, "must be above 0"),
+        ({"event": ["start"]}, "three fields"),
+    ],
+)
+def test_mistakes_in_folds_and_answers_are_named(task_with, changes, message):
+    if "folds" in str(changes.get("split", {}).get("scheme")):
+        changes = {"train": [], "valid": [], "test": []} | changes
+    with pytest.raises(UserError, match=message):
+        task_with(**changes)
 
 
 def test_folds_of_esc10_are_the_published_ones():

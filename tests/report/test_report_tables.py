@@ -44,7 +44,7 @@ def test_a_difference_without_support_is_called_that(two_encoders):
 
 def test_one_seed_has_no_deviation(two_encoders):
     entries = tuple(
-        replace(e, scores=e.scores[:1], correct=e.correct[:1], penalties=(1.0,), valid_scores=(0.5,))
+        replace(e, scores=e.scores[:1], record=e.record[:1], chosen=({"penalty": 1.0},), valid_scores=(0.5,))
         for e in two_encoders.entries
     )
     text = rendered(replace(two_encoders, entries=entries, seeds=(0,)))

@@ -164,11 +164,15 @@ class ShardFolder:
 def open_index(root: str | Path) -> ShardIndex:
     """Read the index of a folder or URL of shards; a folder without one is listed and its tars are counted.
 
+    A root that ends in `.tar` is a pattern, `FOLDER/train-*.tar`: some of a folder's tars, whatever its index says.
+
     Raises:
         UserError: nothing there, no tars, a damaged index, or an index that names tars which are missing.
     """
     root = str(root)
     filesystem, path = fsspec.url_to_fs(root)
+    if root.endswith(".tar"):
+        return _count_tars(filesystem, root.rpartition("/")[0] or ".", path)
     if not filesystem.exists(path):
         raise UserError(f"There are no shards at {root}. Build some: whisper-aut data build MANIFEST --out {root}")
     if filesystem.exists(f"{path}/{INDEX_NAME}"):
@@ -180,10 +184,15 @@ def open_index(root: str | Path) -> ShardIndex:
                 f"{root}/{INDEX_NAME} names {len(missing)} shards that are missing: {listed}. Bring them back or rebuild."
             )
         return index
-    tars = sorted(file for file in filesystem.glob(f"{path}/*.tar"))
+    return _count_tars(filesystem, root, f"{path}/*.tar")
+
+
+def _count_tars(filesystem: Any, root: str, pattern: str) -> ShardIndex:
+    tars = sorted(file for file in filesystem.glob(pattern))
     if not tars:
         raise UserError(
-            f"{root} holds neither {INDEX_NAME} nor any .tar. Build shards: whisper-aut data build MANIFEST --out {root}"
+            f"{root} holds neither {INDEX_NAME} nor any {pattern.rpartition('/')[2]}. Build shards: whisper-aut data build MANIFEST "
+            f"--out {root}"
         )
     entries = []
     for tar in tars:

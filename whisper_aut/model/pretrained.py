@@ -5,7 +5,9 @@ only. Next: pooling, probes, a language model. `whisper_aut.load_encoder` is thi
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -40,12 +42,21 @@ class AudioEncoder(nn.Module):
     def padding(self) -> str:
         return self.encoder.padding
 
+    @property
+    def layers(self) -> int:
+        """How many layers the encoder has."""
+        return len(self.encoder.whisper.layers)
+
     @torch.inference_mode()
-    def encode(self, waveforms: Sequence[np.ndarray | Tensor], sample_rate_hz: int) -> list[Tensor]:
+    def encode(self, waveforms: Sequence[np.ndarray | Tensor], sample_rate_hz: int, layers: Sequence[int] = ()) -> list[Tensor]:
         """Encode clips of up to 30 s, each `[S]` or `[S, channels]`, of one sampling rate.
 
+        Args:
+            layers: give these hidden states in place of the output, numbered as Hugging Face numbers them: 0 is what enters the
+                first layer, the last one is the output.
+
         Returns:
-            Per clip its valid frames `[T, D]` (20 ms each), float32 on the CPU.
+            Per clip its valid frames `[T, D]` (20 ms each), or `[layers, T, D]`, float32 on the CPU.
 
         Raises:
             ValueError: a clip is empty, not finite, or longer than 30 s.
@@ -55,8 +66,14 @@ class AudioEncoder(nn.Module):
             return []
         device = next(self.parameters()).device
         mel = torch.cat([self.logmel(clip.to(device)) for clip in clips])
-        frames = self.encoder(mel, [mel_frames(len(clip)) for clip in clips])
-        return [clip.float().cpu() for clip in frames.valid()]
+        lengths = [mel_frames(len(clip)) for clip in clips]
+        if not layers:
+            return [clip.float().cpu() for clip in self.encoder(mel, lengths).valid()]
+        with hidden_states(self.encoder) as states:
+            frames = self.encoder(mel, lengths)
+        states.append(frames.values)
+        per_layer = [replace(frames, values=states[layer]).valid() for layer in layers]
+        return [torch.stack(clip).float().cpu() for clip in zip(*per_layer, strict=True)]
 
     def fingerprint(self) -> str:
         """Return a hash of the weights and the padding: what decides the frames."""
@@ -65,6 +82,21 @@ class AudioEncoder(nn.Module):
             digest.update(name.encode())
             digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+@contextmanager
+def hidden_states(encoder: PackedEncoder) -> Iterator[list[Tensor]]:
+    """Collect what enters each layer, packed `[ΣT, D]`, while the encoder runs: the input of its first norm."""
+    states: list[Tensor] = []
+    hooks = [
+        layer.self_attn_layer_norm.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))  # pyright: ignore[reportAttributeAccessIssue]
+        for layer in encoder.whisper.layers
+    ]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def load_encoder(

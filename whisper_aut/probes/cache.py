@@ -9,8 +9,8 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The clips of a folder or split: `features` is float32 `[B, D]`; `skipped` counts clips that are not among them."""
+    """The clips of a folder or split.
+
+    Attributes:
+        features: float32 `[B, D]`, or `[B, layers, D]`; with `lengths` `[ΣI, D]`, so many items (segments, frames) a clip.
+        labels: per clip a class, a tuple of classes or captions, a tuple of events, or a transcript.
+        skipped: clips that are not among them, by reason.
+    """
 
     features: Tensor
-    labels: tuple[str, ...]
+    labels: tuple[Any, ...]
     keys: tuple[str, ...]
     skipped: dict[str, int]
+    lengths: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,6 +53,7 @@ class Embeddings:
             tuple(label for part in parts for label in part.labels),
             tuple(key for part in parts for key in part.keys),
             dict(skipped),
+            tuple(length for part in parts for length in part.lengths),
         )
 
 
@@ -61,20 +69,8 @@ def cache_path(folder: str | Path, identity: dict[str, Any]) -> Path:
 
 def read_embeddings(folder: str | Path, identity: dict[str, Any]) -> Embeddings | None:
     """Return what was stored under the identity, or None where there is nothing, or nothing whole."""
-    path = cache_path(folder, identity)
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            features = file.get_tensor("features")
-        found = Embeddings(features, tuple(facts["labels"]), tuple(facts["keys"]), facts["skipped"])
-        if facts["identity"] == identity and facts["sha256"] == _checksum(found):
-            return found
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        pass
-    log.warning("Cached embeddings %s are damaged; computing them again.", path.name)
-    return None
+    stored = _read(cache_path(folder, identity), identity)
+    return stored[0] if stored else None
 
 
 def write_embeddings(folder: str | Path, identity: dict[str, Any], embeddings: Embeddings) -> None:
@@ -83,23 +79,81 @@ def write_embeddings(folder: str | Path, identity: dict[str, Any], embeddings: E
     Raises:
         UserError: the folder cannot be written to.
     """
-    path = cache_path(folder, identity)
+    _write(cache_path(folder, identity), identity, embeddings, 0)
+
+
+class PartialEmbeddings:
+    """The parts that an unfinished run has written, one file each: what a run that goes on need not encode again."""
+
+    def __init__(self, folder: str | Path, identity: dict[str, Any]):
+        self.path, self.identity, self.written = cache_path(folder, identity), identity, 0
+
+    def read(self) -> tuple[Embeddings, int]:
+        """Return what the whole parts hold, and how many samples of the folder that covers; a damaged part ends them."""
+        parts: list[Embeddings] = []
+        seen, skipped = 0, {}
+        while (stored := _read(self._part(len(parts)), self.identity)) is not None:
+            part, seen = stored
+            skipped = part.skipped  # of all samples so far
+            parts.append(replace(part, skipped={}))
+        self.written = len(parts)
+        return replace(Embeddings.join(parts), skipped=skipped), seen
+
+    def write(self, part: Embeddings, seen: int, skipped: Mapping[str, int]) -> None:
+        """Store one more part; `seen` and `skipped` are those of all samples up to its end."""
+        _write(self._part(self.written), self.identity, replace(part, skipped=dict(skipped)), seen)
+        self.written += 1
+
+    def remove(self) -> None:
+        for number in range(self.written):
+            self._part(number).unlink(missing_ok=True)
+
+    def _part(self, number: int) -> Path:
+        return self.path.with_suffix(f".part-{number:05d}.safetensors")
+
+
+def _read(path: Path, identity: dict[str, Any]) -> tuple[Embeddings, int] | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            features = file.get_tensor("features")
+        labels, keys = _frozen(facts["labels"]), _frozen(facts["keys"])
+        found = Embeddings(features, labels, keys, facts["skipped"], tuple(facts["lengths"]))
+        if facts["identity"] == identity and facts["sha256"] == _checksum(found):
+            return found, facts["seen"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        pass
+    log.warning("Cached embeddings %s are damaged; computing them again.", path.name)
+    return None
+
+
+def _write(path: Path, identity: dict[str, Any], embeddings: Embeddings, seen: int) -> None:
     facts = {
         "identity": identity,
         "sha256": _checksum(embeddings),
         "labels": embeddings.labels,
         "keys": embeddings.keys,
         "skipped": embeddings.skipped,
+        "lengths": embeddings.lengths,
+        "seen": seen,
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": embeddings.features}, partial, metadata={"facts": json.dumps(facts, ensure_ascii=False)})
+        tensors = {"features": embeddings.features.contiguous()}
+        save_file(tensors, partial, metadata={"facts": json.dumps(facts, ensure_ascii=False)})
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"Cannot write embeddings to {path.parent}: {error}. Name another cache folder.") from None
 
 
 def _checksum(embeddings: Embeddings) -> str:
-    names = json.dumps([embeddings.labels, embeddings.keys, embeddings.skipped])
-    return hashlib.sha256(embeddings.features.numpy().tobytes() + names.encode()).hexdigest()
+    names = json.dumps([embeddings.labels, embeddings.keys, embeddings.skipped, embeddings.lengths])
+    return hashlib.sha256(embeddings.features.contiguous().numpy().tobytes() + names.encode()).hexdigest()
+
+
+def _frozen(value: Any) -> Any:
+    """JSON has no tuples: `[[0.0, 1.0, "dog"]]` → `((0.0, 1.0, "dog"),)`."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

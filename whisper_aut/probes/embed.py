@@ -1,15 +1,16 @@
-"""Clips → one vector each, once: stream a task's shards, encode them in packed batches, pool over valid frames, keep the result.
+"""Clips → what a probe sees of them, once: stream a task's shards, encode them in packed batches, pool, keep the result.
 
-In: an encoder, a `ProbeTask`, a cache folder. Out: `Embeddings` per split, `[B, D]`. Next: `probes.linear`. Files are cached per
-shard folder under the hash of encoder, data and settings, so tasks and folds that share folders share the work, and nothing
-stale is ever read.
+In: an encoder, a `ProbeTask`, a cache folder. Out: `Embeddings` per split or fold. Next: `probes.suite`. Files are cached per shard
+folder under the hash of encoder, data and settings, so tasks and folds that share folders share the work, and nothing stale is ever
+read. A run that is interrupted goes on from the last part it wrote.
 """
 
+import inspect
 import logging
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,21 +21,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.shards import ShardIndex, open_index
-from whisper_aut.data.sample import Refusal, Sample, iter_samples
-from whisper_aut.data.waveform import SAMPLE_RATE_HZ, load_waveform
-from whisper_aut.errors import Reason, SampleRefused, UserError
-from whisper_aut.probes.cache import Embeddings, digest, read_embeddings, write_embeddings
-from whisper_aut.probes.tasks import SPLITS, ProbeTask
+from whisper_aut.data.waveform import SAMPLE_RATE_HZ
+from whisper_aut.errors import Reason, UserError
+from whisper_aut.probes.cache import Embeddings, PartialEmbeddings, digest, read_embeddings, write_embeddings
+from whisper_aut.probes.clips import LEFT_OUT, Clip, ClipReader, Cropping
+from whisper_aut.probes.hearing import POOLINGS, WINDOW_SECONDS, Hearing, View, join, pieces
+from whisper_aut.probes.tasks import ProbeTask
 
-EMBED_VERSION = 1  # raise it when anything here changes what an embedding is
-NOT_SELECTED = "not selected"
-LEFT_OUT = (NOT_SELECTED, str(Reason.NO_LABEL))  # clips that are no part of the task, as against clips that are broken
-LOOKAHEAD_CLIPS = 256  # at most 30 s each: half a gigabyte of decoded audio
+EMBED_VERSION = 2  # raise it when anything here changes what an embedding is
 WINDOW_BATCHES = 8  # clips are sorted by length within this many batches
-WINDOW_SECONDS = 30.0  # Whisper's own, which `padding: 30s` costs every clip
+PART_SECONDS = 60.0  # an interrupted run loses at most so much work
+EMBED_LIMITS = ClipLimits(max_seconds=3600.0, max_bytes=1 << 30)  # longer clips than training takes: they are heard in windows
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,8 @@ log = logging.getLogger(__name__)
 class FrameEncoder(Protocol):
     """What a probe asks of an encoder; `model.pretrained.AudioEncoder` and `probes.baseline.LogMelBaseline` are two.
 
-    An encoder may name its own `pooling`, which then stands for it whatever the run's is.
+    An encoder may name its own `pooling`, which then stands for it whatever the run's is. One whose `encode` takes `layers`
+    gives `[layers, T, D]` when asked for them; 0 is what enters the first layer, `layers` how many follow.
     """
 
     def encode(self, waveforms: Sequence[Tensor], sample_rate_hz: int) -> list[Tensor]:
@@ -52,22 +52,13 @@ class FrameEncoder(Protocol):
     def fingerprint(self) -> str: ...
 
 
-def _mean(frames: Tensor) -> Tensor:
-    return frames.mean(0)
-
-
-def _mean_std(frames: Tensor) -> Tensor:
-    return torch.cat([frames.mean(0), frames.std(0, correction=0)])
-
-
-POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {"mean": _mean, "mean_std": _mean_std}
-
-
 @dataclass(frozen=True)
 class EmbedSettings:
-    """How clips are embedded. Only `pooling` and `limits` touch the result; the rest is speed and manners.
+    """How clips are embedded. What follows `limits` is speed and manners; the rest touches the result.
 
     Attributes:
+        layers: of the encoder, 0 for what enters the first; none for its output.
+        hearing, successive_crops, drop_clipped: see `probes.hearing` and `probes.clips`; X-ARES's ways are not the defaults.
         batch_seconds: audio encoded at once; the memory that encoding takes grows with it.
         workers: decoding threads.
         max_refused_share: of a folder's clips, above which broken audio is fatal.
@@ -75,7 +66,11 @@ class EmbedSettings:
     """
 
     pooling: str = "mean"
-    limits: ClipLimits = field(default_factory=ClipLimits)
+    layers: tuple[int, ...] = ()
+    hearing: Hearing = "masked"
+    successive_crops: bool = False
+    drop_clipped: bool = False
+    limits: ClipLimits = field(default_factory=lambda: EMBED_LIMITS)
     batch_seconds: float = 160.0
     workers: int = min(8, os.cpu_count() or 1)
     max_refused_share: float = 0.02
@@ -93,51 +88,80 @@ def embed_task(
     cache: str | Path,
     settings: EmbedSettings | None = None,
     fingerprint: str | None = None,
+    view: str = "pooled",
 ) -> dict[str, Embeddings]:
-    """Return `{"train", "valid", "test"}` → embeddings, from the cache where it holds them.
+    """Return the embeddings of each of the task's parts, from the cache where it holds them.
 
-    `fingerprint` is the encoder's, where the caller has it: hashing gigabytes of weights takes seconds.
+    Args:
+        fingerprint: the encoder's, where the caller has it: hashing gigabytes of weights takes seconds.
+        view: what a probe wants to see of a clip, see `hearing.View`.
 
     Raises:
         UserError: shards are missing, too many clips are broken, or frames are not finite.
     """
     settings, fingerprint = settings or EmbedSettings(), fingerprint or encoder.fingerprint()
-    indexes = {split: [open_index(folder) for folder in task.folders(split, root)] for split in SPLITS}
+    indexes = {part: [open_index(folder) for folder in task.folders(part, root)] for part in task.parts}
     _check_disjoint(indexes, task)
+    seen = view_of(encoder, settings, view, task)
     return {
-        split: Embeddings.join([_embed_folder(encoder, fingerprint, index, task, cache, settings) for index in indexes[split]])
-        for split in SPLITS
+        part: Embeddings.join([_embed_folder(encoder, fingerprint, index, task, cache, settings, seen) for index in listed])
+        for part, listed in indexes.items()
     }
 
 
 def folder_identity(
-    fingerprint: str, pooling: str, index: ShardIndex, task: ProbeTask, settings: EmbedSettings
+    fingerprint: str, view: View, index: ShardIndex, task: ProbeTask, settings: EmbedSettings
 ) -> dict[str, Any]:
     """Return all that the embeddings of a folder depend on."""
     return {
         "version": EMBED_VERSION,
         "encoder": fingerprint,
         "data": _data_fingerprint(index),
-        "pooling": pooling,
-        "label": task.label,
+        "view": {**asdict(view), "layers": list(view.layers)},
+        "label": [task.answer, task.label, task.separator, *(task.event if task.answer == "events" else ())],
         "select": {name: sorted(values) for name, values in task.select.items()},
+        "crop": [task.crop_seconds, settings.successive_crops, settings.drop_clipped],
         "limits": asdict(settings.limits),
     }
 
 
-def pooling_of(encoder: FrameEncoder, settings: EmbedSettings) -> str:
-    """Return the encoder's own pooling, or the run's."""
-    return getattr(encoder, "pooling", settings.pooling)
+def view_of(encoder: FrameEncoder, settings: EmbedSettings, name: str, task: ProbeTask) -> View:
+    """Return what is kept of a clip: the encoder's own pooling, or the run's; all layers for a view of layers.
+
+    Raises:
+        UserError: layers are asked of an encoder that has none to show.
+    """
+    layers = settings.layers
+    if (name == "layers" or layers) and "layers" not in inspect.signature(encoder.encode).parameters:
+        raise UserError(f"{type(encoder).__name__} gives no single layers: probe its output, with a kind that needs no layers.")
+    highest = getattr(encoder, "layers", None)
+    if highest is not None and any(not 0 <= layer <= highest for layer in layers):
+        raise UserError(
+            f"The encoder has layers 0 (what enters the first) to {highest}; asked for: {', '.join(map(str, layers))}."
+        )
+    if name == "layers" and not layers:
+        layers = tuple(range(encoder.layers + 1))  # pyright: ignore[reportAttributeAccessIssue]
+    pooling = getattr(encoder, "pooling", settings.pooling)
+    return View(name, pooling, layers, task.segment_seconds if name == "segments" else 0.0, settings.hearing)
+
+
+def frame_seconds(encoder: FrameEncoder) -> float:
+    """Return the true hop of an encoder, from what it makes of one second."""
+    noise = torch.randn(SAMPLE_RATE_HZ, generator=torch.Generator().manual_seed(0)) * 0.01
+    return 1 / len(encoder.encode([noise], SAMPLE_RATE_HZ)[0])
 
 
 def _embed_folder(
-    encoder: FrameEncoder, fingerprint: str, index: ShardIndex, task: ProbeTask, cache: str | Path, settings: EmbedSettings
-) -> Embeddings:
-    identity = folder_identity(fingerprint, pooling_of(encoder, settings), index, task, settings)
+    encoder: FrameEncoder, fingerprint: str, index: ShardIndex, task: ProbeTask, cache: str | Path, settings: EmbedSettings,
+    view: View,
+) -> Embeddings:  # fmt: skip
+    identity = folder_identity(fingerprint, view, index, task, settings)
     found = read_embeddings(cache, identity)
     if found is None:
-        found = _embed(encoder, index, task, settings)
+        partial = PartialEmbeddings(cache, identity)
+        found = _embed(encoder, index, task, settings, view, partial)
         write_embeddings(cache, identity, found)
+        partial.remove()
     return found
 
 
@@ -147,9 +171,10 @@ def _check_disjoint(indexes: dict[str, list[ShardIndex]], task: ProbeTask) -> No
     for split, listed in indexes.items():
         for index in listed:
             for number, shard in enumerate(index.shards):
-                if shard.sha256 and where.setdefault(shard.sha256, split) != split:
+                name = shard.sha256 or index.url(number)  # without a checksum, the very same file at least
+                if where.setdefault(name, split) != split:
                     raise UserError(
-                        f"Probe task {task.name!r}: {index.url(number)} of {split!r} is in {where[shard.sha256]!r} too. A score on "
+                        f"Probe task {task.name!r}: {index.url(number)} of {split!r} is in {where[name]!r} too. A score on "
                         "clips that were trained on means nothing: check the task's folders."
                     )
 
@@ -164,107 +189,74 @@ def _data_fingerprint(index: ShardIndex) -> str:
     return digest([index.fingerprint(), states]) if states else index.fingerprint()
 
 
-@dataclass(frozen=True)
-class _Clip:
-    key: str
-    label: str
-    waveform: Tensor  # [S]
-
-
-def _embed(encoder: FrameEncoder, index: ShardIndex, task: ProbeTask, settings: EmbedSettings) -> Embeddings:
-    pool, skipped = POOLINGS[pooling_of(encoder, settings)], Counter[str]()
-    padded = getattr(encoder, "padding", "none") == "30s"
-    rows: list[Tensor] = []
-    clips: list[_Clip] = []
+def _embed(
+    encoder: FrameEncoder, index: ShardIndex, task: ProbeTask, settings: EmbedSettings, view: View, partial: PartialEmbeddings
+) -> Embeddings:
+    done, seen = partial.read()
+    hop = frame_seconds(encoder) if view.name == "segments" else 0.0
+    parts, rows, clips, written = [done], [], [], time.monotonic()
     with _progress(settings.quiet) as bar:
         line = bar.add_task(f"{task.name} · {index.root.rstrip('/').rpartition('/')[2]}", total=index.samples)
-        accepted = _accepted(index, task, settings, skipped, lambda: bar.advance(line))
-        for window in _windows(accepted, settings.batch_seconds, padded):
-            pooled: dict[int, Tensor] = {}
-            for batch in _batches(window, settings.batch_seconds, padded):
-                frames = encoder.encode([window[i].waveform for i in batch], SAMPLE_RATE_HZ)
-                pooled.update(zip(batch, (pool(clip.float()).cpu() for clip in frames), strict=True))
-            rows += [pooled[i] for i in range(len(window))]
-            clips += [_Clip(clip.key, clip.label, torch.empty(0)) for clip in window]
+        cropping = Cropping(task.crop_seconds, settings.successive_crops, settings.drop_clipped)
+        reader = ClipReader(index, task, settings.limits, cropping, settings.workers, seen, lambda: bar.advance(line))
+        for window, whole in _windows(reader, settings.batch_seconds, _padded(encoder, view)):
+            rows += _encode(encoder, [clip.waveform for clip in window], settings, view, hop)
+            clips += [Clip(clip.key, clip.label, torch.empty(0), clip.seen) for clip in window]
+            if whole and time.monotonic() - written > PART_SECONDS:
+                parts.append(_collect(rows, clips, view, index))
+                partial.write(parts[-1], clips[-1].seen, Counter(done.skipped) + Counter(reader.skipped(clips[-1].seen)))
+                rows, clips, written = [], [], time.monotonic()
+    parts.append(_collect(rows, clips, view, index))
+    skipped = Counter(done.skipped) + Counter(reader.skipped())
     _check_refused(index, skipped, settings)
-    features = torch.stack(rows) if rows else torch.empty(0, 0)
-    _check_finite(features, clips, index)
-    return Embeddings(features, tuple(clip.label for clip in clips), tuple(clip.key for clip in clips), dict(skipped))
+    joined = Embeddings.join(parts)
+    return Embeddings(joined.features, joined.labels, joined.keys, dict(skipped), joined.lengths)
 
 
-def _accepted(
-    index: ShardIndex, task: ProbeTask, settings: EmbedSettings, skipped: Counter[str], advance: Callable[[], None]
-) -> Iterator[_Clip]:
-    """Yield the task's clips in shard order, decoded ahead of the encoder by a pool of threads."""
-
-    def taken() -> Iterator[tuple[str, str, bytes]]:
-        for item in iter_samples(index, settings.limits):
-            advance()
-            if isinstance(item, Refusal):
-                skipped[str(item.reason)] += 1
-            elif (label := _label_of(item, task, skipped)) is not None:
-                yield f"{item.shard.rpartition('/')[2]}:{item.key}", label, item.audio
-
-    pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="decode")
-    ahead: deque[tuple[str, str, Future[Tensor]]] = deque()
-    source = taken()
-    try:
-        while True:
-            while len(ahead) < LOOKAHEAD_CLIPS and (item := next(source, None)) is not None:
-                ahead.append((item[0], item[1], pool.submit(load_waveform, item[2], settings.limits)))
-            if not ahead:
-                return
-            key, label, future = ahead.popleft()
-            try:
-                yield _Clip(key, label, future.result())
-            except SampleRefused as refused:
-                skipped[str(refused.reason)] += 1
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _encode(encoder: FrameEncoder, waveforms: list[Tensor], settings: EmbedSettings, view: View, hop: float) -> list[Tensor]:
+    """Encode clips, their pieces batched by length, and pool each."""
+    cut = [pieces(waveform, view.hearing) for waveform in waveforms]
+    flat = [(i, j) for i, listed in enumerate(cut) for j in range(len(listed))]
+    frames: dict[tuple[int, int], Tensor] = {}
+    layers = {"layers": view.layers} if view.layers else {}
+    lengths = [len(cut[i][j]) for i, j in flat]
+    for batch in _batches(lengths, settings.batch_seconds, _padded(encoder, view)):
+        encoded = encoder.encode([cut[i][j] for i, j in (flat[b] for b in batch)], SAMPLE_RATE_HZ, **layers)
+        frames.update(zip((flat[b] for b in batch), (clip.float() for clip in encoded), strict=True))
+    joined = (join([frames[i, j] for j in range(len(listed))], view.hearing) for i, listed in enumerate(cut))
+    return [view(clip, hop).cpu() for clip in joined]
 
 
-def _label_of(sample: Sample, task: ProbeTask, skipped: Counter[str]) -> str | None:
-    if any(_value(sample.annotation, name) not in wanted for name, wanted in task.select.items()):
-        skipped[NOT_SELECTED] += 1
-        return None
-    label = _value(sample.annotation, task.label)
-    if label is None:
-        skipped[str(Reason.NO_LABEL)] += 1
-    return label
+def _collect(rows: list[Tensor], clips: list[Clip], view: View, index: ShardIndex) -> Embeddings:
+    ragged = view.name in ("segments", "frames")
+    features = (torch.cat(rows) if ragged else torch.stack(rows)) if rows else torch.empty(0, 0)
+    _check_finite([bool(row.isfinite().all()) for row in rows], clips, index)
+    lengths = tuple(len(row) for row in rows) if ragged else ()
+    return Embeddings(features, tuple(clip.label for clip in clips), tuple(clip.key for clip in clips), {}, lengths)
 
 
-def _value(annotation: Annotation, name: str) -> str | None:
-    value = annotation.extra.get(name) if name not in annotation.__dataclass_fields__ else getattr(annotation, name)
-    if isinstance(value, list):
-        if len(value) > 1:
-            raise UserError(
-                f"A clip has {len(value)} values in {name!r} ({', '.join(map(str, value))}); this metric needs one class."
-            )
-        value = value[0] if value else None
-    return None if value in (None, "") else str(value)
+def _padded(encoder: FrameEncoder, view: View) -> bool:
+    return view.hearing == "padded" or getattr(encoder, "padding", "none") == "30s"
 
 
-def _cost_seconds(clip: _Clip, padded: bool) -> float:
-    return WINDOW_SECONDS if padded else len(clip.waveform) / SAMPLE_RATE_HZ
-
-
-def _windows(clips: Iterator[_Clip], batch_seconds: float, padded: bool) -> Iterator[list[_Clip]]:
+def _windows(reader: ClipReader, batch_seconds: float, padded: bool) -> Iterator[tuple[list[Clip], bool]]:
+    """Collect clips into windows of some batches; a window is `whole` where no crop of its last sample is still to come."""
     window, seconds = [], 0.0
-    for clip in clips:
-        window.append(clip)
-        seconds += _cost_seconds(clip, padded)
+    for clip in reader:
         if seconds >= WINDOW_BATCHES * batch_seconds:
-            yield window
+            yield window, clip.seen != window[-1].seen
             window, seconds = [], 0.0
+        window.append(clip)
+        seconds += WINDOW_SECONDS if padded else len(clip.waveform) / SAMPLE_RATE_HZ
     if window:
-        yield window
+        yield window, True
 
 
-def _batches(window: list[_Clip], batch_seconds: float, padded: bool) -> Iterator[list[int]]:
-    """Cut a window into lists of positions of at most `batch_seconds`, clips of like length together."""
+def _batches(lengths: list[int], batch_seconds: float, padded: bool) -> Iterator[list[int]]:
+    """Cut waveforms of these lengths into lists of positions of at most `batch_seconds`, those of like length together."""
     batch, seconds = [], 0.0
-    for i in sorted(range(len(window)), key=lambda i: len(window[i].waveform)):
-        cost = _cost_seconds(window[i], padded)
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        cost = WINDOW_SECONDS if padded else lengths[i] / SAMPLE_RATE_HZ
         if batch and seconds + cost > batch_seconds:
             yield batch
             batch, seconds = [], 0.0
@@ -287,12 +279,12 @@ def _check_refused(index: ShardIndex, skipped: Counter[str], settings: EmbedSett
     log.warning("%s: %s left out of the probe.", index.root, listed)
 
 
-def _check_finite(features: Tensor, clips: list[_Clip], index: ShardIndex) -> None:
-    bad = (~features.isfinite().all(1)).nonzero().flatten().tolist() if len(features) else []
+def _check_finite(finite: list[bool], clips: list[Clip], index: ShardIndex) -> None:
+    bad = [clip.key for clip, good in zip(clips, finite, strict=True) if not good]
     if bad:
         raise UserError(
             f"The encoder gave frames that are not finite for {len(bad)} of {len(clips)} clips of {index.root}, first "
-            f"{clips[bad[0]].key!r}. Its weights may be damaged, or half precision overflows: try float32 or bfloat16."
+            f"{bad[0]!r}. Its weights may be damaged, or half precision overflows: try float32 or bfloat16."
         )
 
 

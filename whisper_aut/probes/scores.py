@@ -16,9 +16,10 @@ import numpy as np
 from whisper_aut.errors import UserError
 from whisper_aut.probes.stats import mean_std
 
-SCORES_VERSION = 1
+SCORES_VERSION = 2
 PROTOCOL = "strict"
 AVERAGE = "average"  # the name under which a comparison over all tasks stands
+NO_ASR = "average without recognition"  # which alone carries a quarter of X-ARES's weight
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,15 @@ class TaskScore:
     """One encoder on one task.
 
     Attributes:
-        scores: the metric on the test split, one per seed, 0 … 1.
-        penalties, valid_scores: what each seed chose, and on what grounds.
-        correct: per seed a text of `0` and `1`, one per test clip, in the order of `keys_sha256`.
+        kind: of probe, a key of `probes.kinds.KINDS`.
+        scores: the metric on the test part, 0 … 1: for each seed, one per fold (a task in splits has one).
+        chosen, valid_scores: what was chosen for each of them, and on what grounds (None where nothing was to be chosen).
+        units: how many units of the record each test part has.
+        record: per seed, the units of which the scores are means, in the order of `keys_sha256`: what each test clip, or each
+            group of test clips, adds. A text of `0` and `1` where clips are right or wrong.
         keys_sha256: hash of the test clips' names in order; equal hashes make two records paired.
-        clips: used, per split. skipped: not used, per split and reason.
-        chance: the share of the commonest class among the test clips.
+        clips: used, per split or fold. skipped: not used, per split or fold and reason.
+        chance: the share of the commonest class among the test clips; None where clips have no single class.
         identity: hash of encoder, data and settings. A stored score counts only while it is the same.
     """
 
@@ -43,15 +47,17 @@ class TaskScore:
     metric: str
     classes: int
     scores: tuple[float, ...]
-    penalties: tuple[float, ...]
-    valid_scores: tuple[float, ...]
-    correct: tuple[str, ...]
+    chosen: tuple[dict[str, float], ...]
+    valid_scores: tuple[float | None, ...]
+    record: tuple[str | tuple[float, ...], ...]
+    units: tuple[int, ...]
     keys_sha256: str
     clips: dict[str, int]
     skipped: dict[str, dict[str, int]]
-    chance: float
+    chance: float | None
     pooling: str
     identity: str
+    kind: str = "linear"
     protocol: str = PROTOCOL
 
     @property
@@ -60,11 +66,26 @@ class TaskScore:
 
     @property
     def std(self) -> float | None:
+        """The deviation over all seeds and folds."""
         return mean_std(self.scores)[1]
 
-    def correctness(self) -> np.ndarray:
-        """Return `[B]`: for each test clip, the share of seeds that got it right."""
-        return np.mean([np.frombuffer(seed.encode(), dtype=np.uint8) - ord("0") for seed in self.correct], axis=0)
+    @property
+    def folds(self) -> int:
+        """How many test parts each seed was scored on."""
+        return len(self.scores) // len(self.record)
+
+    @property
+    def test_clips(self) -> int:
+        return self.clips["test"] if "test" in self.clips else sum(self.clips.values())
+
+    def per_seed(self) -> list[float]:
+        """Return each seed's mean over the folds."""
+        return np.reshape(self.scores, (-1, self.folds)).mean(1).tolist()
+
+    def per_unit(self) -> np.ndarray:
+        """Return `[U]`: what each unit adds to the score, a mean over seeds; the mean of all is `mean`, folds weighing alike."""
+        mean = np.mean([_numbers(seed) for seed in self.record], axis=0)
+        return mean * np.repeat([mean.size / (len(self.units) * count) for count in self.units], self.units)
 
 
 @dataclass(frozen=True)
@@ -87,7 +108,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Average:
-    """A weighted average of one encoder over the tasks of a domain, or over all: mean and deviation over seeds."""
+    """A weighted average of one encoder over the tasks of a domain, or over all (`AVERAGE`, `NO_ASR`), 0 … 1, as X-ARES and
+    UniWhisper print it: mean and deviation over seeds."""
 
     encoder: str
     domain: str
@@ -122,12 +144,14 @@ class Scores:
         return next((entry for entry in self.entries if (entry.encoder, entry.task) == (encoder, task)), None)
 
     def averages(self) -> list[Average]:
-        """Return, for each encoder, the weighted average of every domain and, under `AVERAGE`, of all tasks."""
+        """Return, for each encoder, the weighted average of every domain and, under `AVERAGE`, of all tasks; where recognition is
+        among them, also of all others."""
         found = []
         for encoder in self.encoders:
             own = [entry for entry in self.entries if entry.encoder == encoder]
-            for domain in [*self.domains, AVERAGE]:
-                chosen = [entry for entry in own if domain in (entry.domain, AVERAGE)]
+            spoken = [entry for entry in own if entry.metric != "word_accuracy"]
+            for domain in [*self.domains, AVERAGE, *([NO_ASR] if len(spoken) < len(own) else [])]:
+                chosen = spoken if domain == NO_ASR else [entry for entry in own if domain in (entry.domain, AVERAGE)]
                 if chosen:
                     mean, std = mean_std(_per_seed(chosen))
                     found.append(Average(encoder, domain, mean, std, len(chosen)))
@@ -184,13 +208,28 @@ class Scores:
 
 def _per_seed(entries: Sequence[TaskScore]) -> list[float]:
     """Weighted average of each seed: its spread is that of the average, not the average of spreads."""
-    return np.average([entry.scores for entry in entries], axis=0, weights=[entry.weight for entry in entries]).tolist()
+    return np.average([entry.per_seed() for entry in entries], axis=0, weights=[entry.weight for entry in entries]).tolist()
+
+
+def _numbers(record: str | tuple[float, ...]) -> np.ndarray:
+    if isinstance(record, str):
+        return np.frombuffer(record.encode(), dtype=np.uint8) - float(ord("0"))
+    return np.array(record)
 
 
 def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    return {name: _tuple(value) for name, value in entry.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
 def _whole(entry: TaskScore) -> bool:
-    same = len(entry.scores) == len(entry.penalties) == len(entry.valid_scores) == len(entry.correct) > 0
-    return same and all(len(seed) == entry.clips["test"] and set(seed) <= {"0", "1"} for seed in entry.correct)
+    same = len(entry.scores) == len(entry.chosen) == len(entry.valid_scores) > 0 and len(entry.record) > 0
+    units = sum(entry.units)
+    return (
+        same
+        and not len(entry.scores) % len(entry.record)
+        and all(len(seed) == units and (not isinstance(seed, str) or set(seed) <= {"0", "1"}) for seed in entry.record)
+    )

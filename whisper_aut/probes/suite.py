@@ -1,30 +1,47 @@
 """Encoders × tasks → `Scores`: embed once, probe with every seed, compare in pairs.
 
-In: encoders by name (log-mel statistics are one more), tasks, seeds. Out: `Scores`, protocol `strict`: official splits, pooling
-over valid frames, the penalty chosen on validation only, the test split read once a seed. Next: `report`. A score that a file
-already holds is taken from it only if encoder, data and settings hash to the same.
+In: encoders by name (log-mel statistics are one more), tasks, seeds, a protocol. Out: `Scores`. Next: `report`. The default protocol,
+`strict`: official splits and folds, pooling over valid frames, settings chosen on validation only, each test part read once a seed. A
+score that a file already holds is taken from it only if encoder, data and settings hash to the same.
 """
 
 import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from whisper_aut.corpora.shards import open_index
 from whisper_aut.errors import UserError, nearest
 from whisper_aut.probes.cache import Embeddings, digest
-from whisper_aut.probes.embed import EmbedSettings, FrameEncoder, embed_task, folder_identity, pooling_of
-from whisper_aut.probes.linear import LINEAR_VERSION, PENALTIES, TRAIN_SHARE, probe_linear
-from whisper_aut.probes.scores import AVERAGE, PROTOCOL, Comparison, Scores, TaskScore
+from whisper_aut.probes.embed import EmbedSettings, FrameEncoder, embed_task, folder_identity, view_of
+from whisper_aut.probes.kinds import KINDS
+from whisper_aut.probes.protocols import PROTOCOLS, Protocol
+from whisper_aut.probes.scores import AVERAGE, NO_ASR, Comparison, Scores, TaskScore
+from whisper_aut.probes.selection import SeedRun
 from whisper_aut.probes.stats import holm, paired_difference
-from whisper_aut.probes.tasks import SPLITS, ProbeTask
+from whisper_aut.probes.tasks import ProbeTask
 
 SEEDS = (0, 1, 2, 3, 4)
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What holds for every score of a run."""
+
+    root: str | Path | None
+    cache: str | Path
+    seeds: tuple[int, ...]
+    embedding: EmbedSettings
+    protocol: Protocol
+    kind: str
+    device: str
 
 
 def run_suite(
@@ -37,6 +54,8 @@ def run_suite(
     against: Sequence[str] = (),
     embedding: EmbedSettings | None = None,
     scores_file: str | Path | None = None,
+    protocol: str = "strict",
+    kind: str = "",
     device: str = "cpu",
 ) -> Scores:
     """Score every encoder on every task.
@@ -47,29 +66,31 @@ def run_suite(
         cache: folder for embeddings.
         against: names of encoders that all others are compared with, pair by pair.
         scores_file: read for scores that still hold, and written after each new one, so that an interrupted run goes on.
+        protocol: a key of `protocols.PROTOCOLS`.
+        kind: of probe, a key of `kinds.KINDS`; empty for each task's own.
         device: where probes are fitted.
 
     Raises:
-        UserError: nothing to do, two tasks of one name, an unknown name in `against`, or whatever is wrong with a task.
+        UserError: nothing to do, two tasks of one name, an unknown name, or whatever is wrong with a task.
     """
-    _check(encoders, tasks, seeds, against)
-    embedding = embedding or EmbedSettings()
+    _check(encoders, tasks, seeds, against, protocol)
+    rules = PROTOCOLS[protocol]
+    plan = _Plan(root, cache, tuple(seeds), rules.embedding(embedding or EmbedSettings()), rules, kind, device)
+    for task in tasks:
+        rules.kind_of(task, kind)  # every task that cannot be probed so is told before anything is embedded
     fingerprints = {name: encoder.fingerprint() for name, encoder in encoders.items()}
     known = {entry.identity: entry for entry in _stored(scores_file)}
-    scores = Scores((), (), tuple(seeds), _settings(embedding, root))
+    scores = Scores((), (), tuple(seeds), _settings(plan), protocol)
     for task in tasks:
         for name, encoder in encoders.items():
-            fingerprint, pooling = fingerprints[name], pooling_of(encoder, embedding)
-            identity = _identity(fingerprint, pooling, task, root, seeds, embedding)
-            entry = known.get(identity)
-            if entry is None:
-                splits = embed_task(encoder, task, root, cache, embedding, fingerprint)
-                entry = _score(name, task, splits, seeds, device, pooling, identity)
-            entry = TaskScore(**{**entry.__dict__, "encoder": name, "title": task.title, "weight": task.weight})
-            scores = Scores((*scores.entries, entry), (), scores.seeds, scores.settings)
+            identity = _identity(encoder, fingerprints[name], task, plan)
+            entry = known.get(identity) or _score(encoder, fingerprints[name], task, plan, identity)
+            known[identity] = entry
+            entry = replace(entry, encoder=name, title=task.title, weight=task.weight)
+            scores = replace(scores, entries=(*scores.entries, entry))
             if scores_file is not None:
                 scores.save(scores_file)
-    scores = Scores(scores.entries, tuple(compare(scores, against)), scores.seeds, scores.settings)
+    scores = replace(scores, comparisons=tuple(compare(scores, against)))
     if scores_file is not None:
         scores.save(scores_file)
     return scores
@@ -78,7 +99,7 @@ def run_suite(
 def compare(scores: Scores, against: Sequence[str]) -> list[Comparison]:
     """Compare every other encoder with each of `against`, task by task and on the weighted average.
 
-    Holm's correction covers the tasks of one pair of encoders; the average is one question of its own and stays as it is.
+    Holm's correction covers the tasks of one pair of encoders; the averages are questions of their own and stay as they are.
 
     Raises:
         UserError: two encoders were tested on different clips.
@@ -96,10 +117,12 @@ def _compare_pair(scores: Scores, encoder: str, base: str) -> list[Comparison]:
     for one, other in pairs:
         if one.keys_sha256 != other.keys_sha256:
             raise UserError(f"{encoder!r} and {base!r} were tested on different clips of {one.task!r}: probe both again.")
-    records = [(one.correctness(), other.correctness(), one.weight) for one, other in pairs]
+    records = [(one.per_unit(), other.per_unit(), one.weight) for one, other in pairs]
     questions = [(one.task, [record]) for (one, _), record in zip(pairs, records, strict=True)]
     if len(records) > 1:
         questions.append((AVERAGE, records))
+        others = [record for (one, _), record in zip(pairs, records, strict=True) if one.metric != "word_accuracy"]
+        questions += [(NO_ASR, others)] if 0 < len(others) < len(records) else []
     differences = [paired_difference(*zip(*chosen, strict=True)) for _, chosen in questions]
     adjusted = holm([difference.p_value for difference in differences[: len(pairs)]])
     adjusted += [difference.p_value for difference in differences[len(pairs) :]]
@@ -109,67 +132,92 @@ def _compare_pair(scores: Scores, encoder: str, base: str) -> list[Comparison]:
     ]
 
 
-def _score(
-    name: str, task: ProbeTask, splits: dict[str, Embeddings], seeds: Sequence[int], device: str, pooling: str, identity: str
-) -> TaskScore:
-    classes = len(set(splits["train"].labels))
-    if task.classes is not None and classes != task.classes and classes:
-        listed = ", ".join(sorted(set(splits["train"].labels))[:12])
-        raise UserError(
-            f"Probe task {task.name!r} should have {task.classes} classes; its training clips have {classes}: {listed}. "
-            f"Check the field {task.label!r} of the shards, or the task's `classes`."
-        )
-    results = probe_linear(splits, metric=task.metric, seeds=seeds, device=device, name=task.name)
-    test = splits["test"]
+def _score(encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _Plan, identity: str) -> TaskScore:
+    kind = plan.protocol.kind_of(task, plan.kind)
+    view = plan.protocol.view_of(kind)
+    parts = embed_task(encoder, task, plan.root, plan.cache, plan.embedding, fingerprint, view)
+    classes = _check_classes(task, parts)
+    runs = plan.protocol.run(parts, task, kind, plan.seeds, plan.device)
+    tested = [part for name, part in parts.items() if name == "test" or task.split.scheme == "folds"]
+    labels = Counter(label for part in tested for label in part.labels) if task.answer == "class" else None
     return TaskScore(
-        encoder=name,
+        encoder="",
         task=task.name,
         title=task.title,
         domain=task.domain,
         weight=task.weight,
         metric=task.metric,
         classes=classes,
-        scores=tuple(result.score for result in results),
-        penalties=tuple(result.penalty for result in results),
-        valid_scores=tuple(result.valid_score for result in results),
-        correct=tuple("".join("01"[int(right)] for right in result.correct) for result in results),
-        keys_sha256=hashlib.sha256("\n".join(test.keys).encode()).hexdigest()[:24],
-        clips={split: len(part) for split, part in splits.items()},
-        skipped={split: part.skipped for split, part in splits.items() if part.skipped},
-        chance=Counter(test.labels).most_common(1)[0][1] / len(test),
-        pooling=pooling,
+        scores=tuple(score for run in runs for score in run.scores),
+        chosen=tuple(setting for run in runs for setting in run.settings),
+        valid_scores=tuple(score for run in runs for score in run.valid_scores),
+        record=tuple(_record(run) for run in runs),
+        units=tuple(len(units) for units in runs[0].units),
+        keys_sha256=hashlib.sha256("\n".join(key for part in tested for key in part.keys).encode()).hexdigest()[:24],
+        clips={name: len(part) for name, part in parts.items()},
+        skipped={name: part.skipped for name, part in parts.items() if part.skipped},
+        chance=labels.most_common(1)[0][1] / labels.total() if labels else None,
+        pooling=view_of(encoder, plan.embedding, view, task).pooling,
         identity=identity,
+        kind=kind,
+        protocol=plan.protocol.name,
     )
 
 
-def _identity(
-    fingerprint: str, pooling: str, task: ProbeTask, root: str | Path | None, seeds: Sequence[int], embedding: EmbedSettings
-) -> str:
+def _record(run: SeedRun) -> str | tuple[float, ...]:
+    units = np.concatenate(run.units)
+    if np.isin(units, (0.0, 1.0)).all():
+        return "".join("01"[int(unit)] for unit in units)
+    return tuple(units.round(6).tolist())
+
+
+def _check_classes(task: ProbeTask, parts: dict[str, Embeddings]) -> int:
+    """Return how many classes there are to learn.
+
+    Raises:
+        UserError: not as many as the task says.
+    """
+    if task.answer in ("captions", "text"):
+        return 0
+    learned = [label for name, part in parts.items() if name not in ("valid", "test") for label in part.labels]
+    if task.answer == "class":
+        found = set(learned)
+    else:
+        found = {item if task.answer == "classes" else item[2] for label in learned for item in label}
+    if task.classes is not None and len(found) != task.classes and found:
+        listed = ", ".join(sorted(found)[:12])
+        raise UserError(
+            f"Probe task {task.name!r} should have {task.classes} classes; its training clips have {len(found)}: {listed}. "
+            f"Check the field {task.label!r} of the shards, or the task's `classes`."
+        )
+    return len(found)
+
+
+def _identity(encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _Plan) -> str:
     """Hash all that a score depends on; a task's title and weight are not among it."""
+    kind = plan.protocol.kind_of(task, plan.kind)
+    view = view_of(encoder, plan.embedding, plan.protocol.view_of(kind), task)
     data = {
-        split: [
-            folder_identity(fingerprint, pooling, open_index(folder), task, embedding) for folder in task.folders(split, root)
+        part: [
+            folder_identity(fingerprint, view, open_index(folder), task, plan.embedding)
+            for folder in task.folders(part, plan.root)
         ]
-        for split in SPLITS
+        for part in task.parts
     }
-    probe = {
-        "version": LINEAR_VERSION,
-        "penalties": PENALTIES,
-        "share": TRAIN_SHARE,
-        "seeds": list(seeds),
-        "protocol": PROTOCOL,
-    }
-    return digest({"data": data, "probe": probe, "task": [task.name, task.domain, task.metric, task.classes]})
+    probe = {**plan.protocol.identity(kind), "seeds": list(plan.seeds), "protocol": plan.protocol.name}
+    facts = [task.name, task.domain, task.metric, task.classes, task.segment_seconds]
+    return digest({"data": data, "probe": probe, "task": facts})
 
 
-def _settings(embedding: EmbedSettings, root: str | Path | None) -> dict[str, Any]:
+def _settings(plan: _Plan) -> dict[str, Any]:
+    embedding = asdict(plan.embedding)
+    speed = ("batch_seconds", "workers", "max_refused_share", "quiet")
     return {
-        "root": str(root),
-        "pooling": embedding.pooling,
-        "limits": asdict(embedding.limits),
-        "penalties": list(PENALTIES),
-        "train_share": TRAIN_SHARE,
-        "probe": "multinomial logistic regression, L2, full-batch L-BFGS",
+        "root": str(plan.root),
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in embedding.items() if name not in speed},
+        "kind": plan.kind or "each task's own",
+        "candidates": {name: list(kind.candidates) for name, kind in KINDS.items()},
+        "protocol": plan.protocol.description,
     }
 
 
@@ -184,10 +232,16 @@ def _stored(scores_file: str | Path | None) -> Sequence[TaskScore]:
 
 
 def _check(
-    encoders: Mapping[str, FrameEncoder], tasks: Sequence[ProbeTask], seeds: Sequence[int], against: Sequence[str]
+    encoders: Mapping[str, FrameEncoder],
+    tasks: Sequence[ProbeTask],
+    seeds: Sequence[int],
+    against: Sequence[str],
+    protocol: str,
 ) -> None:
     if not (encoders and tasks and seeds):
         raise UserError(f"Nothing to probe: {len(encoders)} encoders, {len(tasks)} tasks, {len(seeds)} seeds.")
+    if protocol not in PROTOCOLS:
+        raise UserError(f"There is no protocol {protocol!r}.{nearest(protocol, PROTOCOLS)} There are: {', '.join(PROTOCOLS)}.")
     twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
     if twice:
         raise UserError(f"Two probe tasks have the name {twice[0]!r}. Give each its own.")

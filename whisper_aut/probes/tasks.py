@@ -4,7 +4,7 @@ In: `conf/probe_tasks/NAME.yaml`, or any path. Out: a checked `ProbeTask`. Next:
 scores it. A new task is one YAML and nothing else. Splits are stated, never drawn: official folds stay as they were published.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
@@ -13,34 +13,46 @@ from typing import Any, Literal
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
 from whisper_aut.errors import UserError, nearest
+from whisper_aut.probes.metrics import ANSWERS, METRICS, Answer
 from whisper_aut.schema import build
 
 SPLITS = ("train", "valid", "test")
 
-# A metric's name is torchmetrics' own; the value makes one for C classes, fed with `[B, C]` scores and `[B]` classes.
-METRICS: dict[str, Callable[[int], Metric]] = {
-    "accuracy": lambda classes: MulticlassAccuracy(classes, average="micro", validate_args=False),
-}
+__all__ = ["METRICS", "SPLITS", "ProbeTask", "SplitScheme", "list_tasks", "load_task", "task_from_mapping"]
+
+
+@dataclass(frozen=True)
+class SplitScheme:
+    """How a task's clips are divided: by `splits`, which the task's `train`, `valid` and `test` name, or by official `folds`,
+    each a folder (or URL, or pattern of tars), each tested on once by probes that learned from the others."""
+
+    scheme: Literal["splits", "folds"] = "splits"
+    folds: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ProbeTask:
-    """One classification task over shards.
+    """One task over shards.
 
     Attributes:
         name, title: for commands and files; for tables.
         domain: by which averages are taken.
-        train, valid, test: shard folders or URLs; `{root}` stands for the run's data folder. Without `valid`, a stratified
-            share of `train` is held out to select the penalty.
-        metric: a key of `METRICS`.
-        label: annotation field, or field of the sample's own JSON, that holds the class.
+        train, valid, test: shard folders, URLs, or patterns of tars (`FOLDER/test-*.tar`); `{root}` stands for the run's data folder.
+            Without `valid`, a stratified share of `train` is held out to select settings. Empty for a task in folds.
+        split: splits or folds.
+        metric: a key of `METRICS`; it says what kind of answer the task wants.
+        kind: the probe that answers it, a key of `probes.kinds.KINDS`; empty for the usual one of its metric.
+        label: annotation field, or field of the sample's own JSON, that holds the class, the classes, the events, or the
+            transcript; for captions a pattern of fields, such as `caption*`.
+        separator: between the classes that one text holds, e.g. `;`.
+        event: the fields of an event: start, end (seconds) and class.
         select: keep only clips whose field has one of the values.
         weight: share in weighted averages; test clips, where nothing better is agreed.
         classes: how many classes there must be, where that is known.
+        crop_seconds: only so much of a clip's beginning is heard.
+        segment_seconds: for events, the grid on which they are scored.
     """
 
     name: str
@@ -49,21 +61,39 @@ class ProbeTask:
     train: list[str]
     test: list[str]
     valid: list[str] = field(default_factory=list)
-    metric: Literal["accuracy"] = "accuracy"
+    split: SplitScheme = field(default_factory=SplitScheme)
+    metric: Literal["accuracy", "mAP", "segment_f1_macro", "segment_f1_micro", "recall@1", "word_accuracy"] = "accuracy"
+    kind: str = ""
     label: str = "label"
+    separator: str = ""
+    event: list[str] = field(default_factory=lambda: ["onset", "offset", "label"])
     select: dict[str, list[str]] = field(default_factory=dict)
     weight: float = 1.0
     source: str = ""
     licence: str = ""
     classes: int | None = None
+    crop_seconds: float | None = None
+    segment_seconds: float = 0.0
 
-    def folders(self, split: str, root: str | Path | None) -> list[str]:
-        """Return a split's folders with `{root}` filled in.
+    @property
+    def answer(self) -> Answer:
+        return ANSWERS[self.metric]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the splits, or of the folds."""
+        if self.split.scheme == "folds":
+            return tuple(f"fold {number}" for number in range(1, len(self.split.folds) + 1))
+        return SPLITS
+
+    def folders(self, part: str, root: str | Path | None) -> list[str]:
+        """Return the folders of a split, or of a fold, with `{root}` filled in.
 
         Raises:
             UserError: a folder needs `{root}` and none was given.
         """
-        listed: list[str] = getattr(self, split)
+        folded = self.split.scheme == "folds"
+        listed: list[str] = [self.split.folds[self.parts.index(part)]] if folded else getattr(self, part)
         if root is None and any("{root}" in folder for folder in listed):
             raise UserError(f"Probe task {self.name!r} lies under {{root}}: say which data folder that is.")
         return [folder.replace("{root}", str(root).rstrip("/")) for folder in listed]
@@ -105,8 +135,11 @@ def task_from_mapping(values: Mapping[str, Any], where: str) -> ProbeTask:
     Raises:
         UserError: with every problem that was found.
     """
+    scheme = values.get("split")
+    if isinstance(scheme, Mapping) and scheme.get("scheme") == "folds":
+        values = {"train": [], "test": [], **values}
     task = build(ProbeTask, values, where)
-    problems = [f"{split}: must name at least one shard folder" for split in ("train", "test") if not getattr(task, split)]
+    problems = _split_problems(task) + _answer_problems(task)
     problems += [f"{key}: must not be empty" for key in ("name", "title", "label") if not getattr(task, key).strip()]
     if not 0 < task.weight < float("inf"):
         problems.append(f"weight: must be above 0, got {task.weight:g}")
@@ -119,10 +152,29 @@ def task_from_mapping(values: Mapping[str, Any], where: str) -> ProbeTask:
     return task
 
 
+def _split_problems(task: ProbeTask) -> list[str]:
+    if task.split.scheme == "splits":
+        problems = [f"{split}: must name at least one shard folder" for split in ("train", "test") if not getattr(task, split)]
+        return problems + (["split.folds: needs split.scheme folds"] if task.split.folds else [])
+    problems = [f"{split}: must be empty for a task in folds" for split in SPLITS if getattr(task, split)]
+    return problems + (["split.folds: must name at least two folds"] if len(task.split.folds) < 2 else [])
+
+
+def _answer_problems(task: ProbeTask) -> list[str]:
+    problems = []
+    if (task.answer == "events") != (task.segment_seconds > 0):
+        problems.append(f"segment_seconds: {task.metric} {'needs a length' if task.answer == 'events' else 'takes none'}")
+    if len(task.event) != 3:
+        problems.append("event: names three fields, those of start, end and class")
+    if task.crop_seconds is not None and not task.crop_seconds > 0:
+        problems.append(f"crop_seconds: must be above 0, got {task.crop_seconds:g}")
+    return problems
+
+
 def _folder_problems(task: ProbeTask) -> list[str]:
     problems, where = [], {}
-    for split in SPLITS:
-        for folder in getattr(task, split):
+    for split in task.parts:
+        for folder in task.folders(split, "{root}"):
             if not _only_root(folder):
                 problems.append(f"{split}: {folder!r} has another placeholder than {{root}}")
             first = where.setdefault(folder.rstrip("/"), split)

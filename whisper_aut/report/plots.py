@@ -55,10 +55,10 @@ def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None
     wrapped = labels if rotated else [fill(label, width=max(8, 80 // len(labels))) for label in labels]
     axes.set_xticks(range(len(labels)), wrapped, rotation=30 if rotated else 0, ha="right" if rotated else "center")
     axes.set_ylim(0, 100 + (2 if any(mean > 0.98 for mean, _ in cells.values()) else 0))
-    axes.set_ylabel("accuracy (%)")
-    seeds = len(scores.seeds)
+    axes.set_ylabel("accuracy (%)" if {entry.metric for entry in scores.entries} == {"accuracy"} else "score (%)")
+    seeds, kinds = len(scores.seeds), ", ".join(dict.fromkeys(entry.kind for entry in scores.entries))
     spread = f"bars end at the mean of {seeds} seeds, whiskers ± 1 standard deviation" if seeds > 1 else "one seed"
-    _title(axes, f"Linear probes, protocol “{scores.protocol}”", spread)
+    _title(axes, f"Probes ({kinds}), protocol “{scores.protocol}”", spread)
     axes.grid(axis="y")
     _legend(axes, len(encoders) + (baseline is not None))
     return _save(figure, path)

@@ -6,15 +6,29 @@ differences in points; a difference that its test does not support is called no 
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.markup import escape
 from rich.table import Table
 
-from whisper_aut.probes.scores import AVERAGE, Comparison, Scores
+from whisper_aut.probes.kinds import KINDS
+from whisper_aut.probes.protocols import PROTOCOLS
+from whisper_aut.probes.scores import AVERAGE, NO_ASR, Comparison, Scores
 
 BLANK = "–"
+AVERAGE_NAMES = {AVERAGE: "all tasks, weighted", NO_ASR: "all but recognition, weighted"}
+METRIC_NAMES = {
+    "segment_f1_macro": "segment F1, macro",
+    "segment_f1_micro": "segment F1, micro",
+    "word_accuracy": "1 − word error rate",
+}
+SEED_MEANINGS = {
+    "strict": "trains on another stratified 90 % of the training clips",
+    "xares": "starts the probe from other weights",
+    "maeb": "draws other clips",
+}
+KIND_NAMES = {name: kind.title for name, kind in KINDS.items()}
 
 
 @dataclass(frozen=True)
@@ -29,35 +43,42 @@ class Sheet:
 
 
 def score_sheet(scores: Scores) -> Sheet:
-    """Lay out tasks × encoders, then the weighted averages."""
+    """Lay out tasks × encoders, then the weighted averages, which are printed 0 … 1 as X-ARES and UniWhisper print them."""
     rows = []
     for task in scores.tasks:
         entries = {encoder: scores.get(encoder, task) for encoder in scores.encoders}
         any_entry = next(entry for entry in entries.values() if entry is not None)
-        facts = (any_entry.title, any_entry.domain, str(any_entry.clips["test"]), _percent(any_entry.chance))
-        rows.append((*facts, *(_spread(entry.mean, entry.std) if entry else BLANK for entry in entries.values())))
+        chance = BLANK if any_entry.chance is None else _percent(any_entry.chance)
+        facts = (any_entry.title, any_entry.domain, METRIC_NAMES.get(any_entry.metric, any_entry.metric))
+        found = (_spread(entry.mean, entry.std) if entry else BLANK for entry in entries.values())
+        rows.append((*facts, str(any_entry.test_clips), chance, *found))
     averages = {(average.domain, average.encoder): average for average in scores.averages()}
-    for domain in [*scores.domains, AVERAGE] if len(scores.tasks) > 1 else []:
-        label = "all tasks, weighted" if domain == AVERAGE else f"{domain}, weighted"
+    for domain in [*scores.domains, *AVERAGE_NAMES] if len(scores.tasks) > 1 else []:
         found = [averages.get((domain, encoder)) for encoder in scores.encoders]
-        rows.append(
-            (label, "" if domain == AVERAGE else domain, "", "", *(_spread(a.mean, a.std) if a else BLANK for a in found))
-        )
-    head = ("task", "domain", "test clips", "commonest class", *scores.encoders)
-    return Sheet(f"Linear probes, protocol {scores.protocol}: accuracy in %", _score_caption(scores), head, tuple(rows), 2)
+        if any(found):
+            label, named = AVERAGE_NAMES.get(domain, f"{domain}, weighted"), "" if domain in AVERAGE_NAMES else domain
+            rows.append((label, named, "0 … 1", "", "", *(_spread(a.mean, a.std, _share) if a else BLANK for a in found)))
+    head = ("task", "domain", "metric", "test clips", "commonest class", *scores.encoders)
+    kinds = " and ".join(dict.fromkeys(KIND_NAMES.get(entry.kind, entry.kind) for entry in scores.entries))
+    title = f"{kinds[:1].upper()}{kinds[1:]}, protocol {scores.protocol}: scores in %"
+    return Sheet(title, _score_caption(scores), head, tuple(rows), 3)
 
 
 def comparison_sheet(scores: Scores) -> Sheet:
     """Lay out every paired comparison with its interval, p-value and verdict."""
-    titles = {entry.task: entry.title for entry in scores.entries} | {AVERAGE: "all tasks, weighted"}
+    titles = {entry.task: entry.title for entry in scores.entries} | {
+        AVERAGE: "all tasks, weighted",
+        NO_ASR: "all but recognition, weighted",
+    }
     rows = tuple(
         (c.encoder, c.against, titles[c.task], f"{100 * c.difference:+.1f}", f"{100 * c.low:+.1f} … {100 * c.high:+.1f}",
          _p_value(c.p_value), _p_value(c.p_holm), verdict(c))
         for c in scores.comparisons
     )  # fmt: skip
     caption = (
-        "Difference in points, 95 % interval by paired bootstrap over test clips, p by paired sign flips, corrected after Holm "
-        "over the tasks of a pair. The interval covers the choice of test clips; the spread over training clips is the ± above."
+        "Difference in points, 95 % interval by paired bootstrap over the test clips of all folds (over groups of them for scores "
+        "that are no mean over clips), p by paired sign flips, corrected after Holm over the tasks of a pair. The interval covers "
+        "the choice of test clips; the spread over training clips is the ± above."
     )
     head = ("encoder", "against", "task", "difference", "95 % interval", "p", "p (Holm)", "verdict")
     return Sheet("Paired comparisons", caption, head, rows, 3)
@@ -102,10 +123,12 @@ def scores_csv(scores: Scores) -> str:
             "task",
             "domain",
             "protocol",
+            "kind",
             "metric",
             "mean",
             "std",
             "seeds",
+            "folds",
             "test_clips",
             "classes",
             "weight",
@@ -114,8 +137,8 @@ def scores_csv(scores: Scores) -> str:
     )
     for e in scores.entries:
         std = "" if e.std is None else e.std
-        row = [e.encoder, e.task, e.domain, e.protocol, e.metric, e.mean, std, len(e.scores), e.clips["test"]]
-        writer.writerow([*row, e.classes, e.weight, e.identity])
+        row = [e.encoder, e.task, e.domain, e.protocol, e.kind, e.metric, e.mean, std, len(e.record), e.folds]
+        writer.writerow([*row, e.test_clips, e.classes, e.weight, e.identity])
     return text.getvalue()
 
 
@@ -123,11 +146,15 @@ def _score_caption(scores: Scores) -> str:
     parts = []
     if len(scores.seeds) > 1:
         parts.append(
-            f"± is the standard deviation over {len(scores.seeds)} seeds, each of which trains on another stratified 90 % of the "
-            "training clips: sensitivity to training data, not to the choice of test clips."
+            f"± is the standard deviation over {len(scores.seeds)} seeds, each of which {SEED_MEANINGS[scores.protocol]}, and over "
+            "folds where a task has them; that of averages is over seeds. It says how far a score hangs on training clips."
         )
+    elif any(entry.folds > 1 for entry in scores.entries):
+        parts.append("One seed: ± is the standard deviation over folds.")
     else:
         parts.append("One seed: no standard deviation.")
+    if scores.protocol != "strict":
+        parts.append(f"Protocol {scores.protocol}: {PROTOCOLS[scores.protocol].description}.")
     skipped = [
         f"{entry.task} {split}: {count} {reason}"
         for entry in {entry.task: entry for entry in scores.entries}.values()
@@ -141,8 +168,12 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _spread(mean: float, std: float | None) -> str:
-    return _percent(mean) if std is None else f"{_percent(mean)} ± {_percent(std)}"
+def _share(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _spread(mean: float, std: float | None, written: Callable[[float], str] = _percent) -> str:
+    return written(mean) if std is None else f"{written(mean)} ± {written(std)}"
 
 
 def _p_value(value: float) -> str:

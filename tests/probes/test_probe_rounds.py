@@ -1,0 +1,141 @@
+"""probes.rounds, selection and kinds: folds are nested, the test part has no say, and the plain loop gives the same."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from whisper_aut.errors import UserError
+from whisper_aut.probes.cache import Embeddings
+from whisper_aut.probes.kinds import KINDS, kind_for, probe_rounds
+from whisper_aut.probes.knn import KNNProbe
+from whisper_aut.probes.lbfgs import minimise
+from whisper_aut.probes.rounds import draw, fold_rounds
+from whisper_aut.probes.selection import jackknife
+
+CLASSES = 4
+
+
+def fold(number: int, clips: int = 40, width: int = 10, spread: float = 1.5) -> Embeddings:
+    generator, world = torch.Generator().manual_seed(number), torch.Generator().manual_seed(99)
+    labels = torch.arange(clips) % CLASSES
+    features = torch.randn(CLASSES, width, generator=world)[labels] + spread * torch.randn(clips, width, generator=generator)
+    return Embeddings(features, tuple(f"c{int(i)}" for i in labels), tuple(f"{number}:{i}" for i in range(clips)), {})
+
+
+@pytest.fixture
+def folds() -> list[Embeddings]:
+    return [fold(number) for number in range(4)]
+
+
+def test_each_fold_is_tested_once_and_validates_in_the_rounds_of_the_others(folds):
+    rounds = fold_rounds(folds)
+    assert [one.test.keys[0] for one in rounds] == ["0:0", "1:0", "2:0", "3:0"]
+    for one in rounds:
+        assert not set(one.pool.keys) & set(one.test.keys)
+        drawn = draw(one, np.zeros(len(one.pool), dtype=int), seed=3)
+        assert len(drawn.trials) == 3
+        for fit, valid in drawn.trials:
+            fitted, validated = ({one.pool.keys[i].split(":")[0] for i in np.flatnonzero(mask)} for mask in (fit, valid))
+            assert len(validated) == 1
+            assert not fitted & validated
+            assert valid.sum() == 40
+        assert drawn.final.sum() == round(0.9 * 120)
+
+
+@pytest.mark.parametrize("kind", ["linear", "knn"])
+def test_label_noise_in_a_test_fold_cannot_raise_its_score_or_move_a_choice(folds, kind):
+    clean = probe_rounds(fold_rounds(folds), kind=kind, seeds=(0, 1))
+    noisy_fold = Embeddings(folds[2].features, folds[2].labels[::-1], folds[2].keys, {})
+    for one, (honest, planted) in enumerate(
+        zip(
+            clean,
+            probe_rounds(
+                [*fold_rounds(folds)[:2], *fold_rounds([*folds[:2], noisy_fold, folds[3]])[2:3], *fold_rounds(folds)[3:]],
+                kind=kind,
+                seeds=(0, 1),
+            ),
+            strict=True,
+        )
+    ):
+        assert honest.settings == planted.settings, one
+        assert honest.valid_scores == planted.valid_scores
+        assert planted.scores[2] < honest.scores[2] - 0.2
+        assert planted.scores[3] == honest.scores[3]
+
+
+def test_batched_folds_equal_a_plain_loop_of_scikit_learn(folds):
+    """The same draws, one LogisticRegression after another: the same penalties are chosen, the same clips are right."""
+    penalties = (0.1, 1.0, 10.0, 100.0)
+    found = probe_rounds(fold_rounds(folds), seeds=(0, 1), candidates=[{"penalty": p} for p in penalties])
+    for seed, run in enumerate(found):
+        for number, one in enumerate(fold_rounds(folds)):
+            labels = np.array(one.pool.labels)
+            standard = (one.pool.features - one.pool.features.mean(0)) / one.pool.features.std(0, correction=0)
+            tested = (one.test.features - one.pool.features.mean(0)) / one.pool.features.std(0, correction=0)
+            drawn = draw(one, np.unique(labels, return_inverse=True)[1], seed)
+            valid = [
+                np.mean([_logistic(standard[fit], labels[fit], p).score(standard[v], labels[v]) for fit, v in drawn.trials])
+                for p in penalties
+            ]
+            chosen = run.settings[number]["penalty"]
+            assert valid[penalties.index(chosen)] == pytest.approx(max(valid), abs=0.009)
+            assert run.valid_scores[number] == pytest.approx(valid[penalties.index(chosen)], abs=0.009)
+            right = _logistic(standard[drawn.final], labels[drawn.final], chosen).predict(tested) == np.array(one.test.labels)
+            assert (right == run.units[number]).mean() > 0.97
+
+
+def _logistic(features: torch.Tensor, labels: np.ndarray, penalty: float) -> LogisticRegression:
+    return LogisticRegression(C=1 / penalty, max_iter=5_000, tol=1e-8).fit(features.double().numpy(), labels)
+
+
+@pytest.mark.parametrize("k", [1, 7])
+def test_neighbours_equal_scikit_learns(folds, k):
+    pool, test = Embeddings.join(folds[:3]), folds[3]
+    labels = torch.tensor([int(label[1]) for label in pool.labels])
+    probe = KNNProbe(pool.features, labels, CLASSES)
+    everyone = torch.ones(len(labels), dtype=torch.bool)
+    found = probe.vote(*probe.nearest(probe.cosines(test.features), everyone, k), temperature=0.07).exp()
+
+    def weights(distances):
+        e = np.exp((1 - distances - (1 - distances).max(1, keepdims=True)) / 0.07)
+        return e / e.sum(1, keepdims=True)
+
+    theirs = KNeighborsClassifier(k, metric="cosine", weights=weights).fit(pool.features.numpy(), labels.numpy())
+    assert np.abs(found.numpy() - theirs.predict_proba(test.features.numpy())).max() < 1e-4
+
+
+def test_many_problems_reach_the_optima_that_each_reaches_alone():
+    generator = torch.Generator().manual_seed(0)
+    curvature = torch.rand(6, 5, 3, generator=generator) * 50 + 0.5
+    optimum = torch.randn(6, 5, 3, generator=generator)
+
+    def objective(weight, problems):
+        away = weight - optimum[:, problems]
+        return (0.5 * curvature[:, problems] * away**2 + 0.1 * away**4).sum((0, 2))
+
+    found = minimise(objective, torch.zeros(6, 5, 3), max_steps=200, tolerance=1e-10)
+    torch.testing.assert_close(found, optimum, atol=2e-3, rtol=0)
+
+
+def test_jackknife_of_a_mean_is_the_clips_themselves():
+    values = np.random.default_rng(0).random(40)
+    assert np.allclose(jackknife(lambda clips: float(values[clips].mean()), 40), values)
+    grouped = jackknife(lambda clips: float(values[clips].mean()), 40_0 // 10)
+    assert grouped.mean() == pytest.approx(values.mean())
+
+
+def test_two_folds_hold_out_a_share_to_choose_by(folds):
+    runs = probe_rounds(fold_rounds(folds[:2]), seeds=(0,))
+    assert len(runs[0].scores) == 2
+    assert all(0 < score <= 1 for score in runs[0].valid_scores)
+
+
+def test_a_kind_that_cannot_answer_is_told():
+    with pytest.raises(UserError, match="Able to: linear"):
+        kind_for("knn", "mAP", "birds")
+    with pytest.raises(UserError, match="There is no probe kind 'forest'"):
+        kind_for("forest", "accuracy", "birds")
+    assert kind_for("", "mAP", "birds") == "linear"
+    assert all(kind.version for kind in KINDS.values())

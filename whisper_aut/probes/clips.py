@@ -1,0 +1,200 @@
+"""Shards → the clips of a task: chosen, labelled, decoded ahead of the encoder, cropped.
+
+In: a `ShardIndex` and a `ProbeTask`. Out: `Clip`s in shard order, and a count of what is not among them. Next: `probes.embed`. Labels are
+read as the tars hold them: a class, several in one text, a list of events, captions in fields of their own, a transcript.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from whisper_aut.corpora.annotation import Annotation
+from whisper_aut.corpora.audio import ClipLimits
+from whisper_aut.corpora.shards import ShardIndex
+from whisper_aut.data.sample import Refusal, Sample, iter_samples
+from whisper_aut.data.waveform import SAMPLE_RATE_HZ, load_waveform
+from whisper_aut.errors import Reason, SampleRefused, UserError
+from whisper_aut.probes.tasks import ProbeTask
+
+NOT_SELECTED, CLIPPED = "not selected", "clipped"
+LEFT_OUT = (NOT_SELECTED, CLIPPED, str(Reason.NO_LABEL))  # clips that are no part of the task, as against clips that are broken
+LOOKAHEAD_CLIPS, LOOKAHEAD_BYTES = 256, 64 << 20  # decoded ahead; hours of audio in one member stay one at a time
+CLIPPED_PEAK = 0.99
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip of a task: where it lies, its label, `[S]` at 16 kHz, and how many samples of the folder were read up to it."""
+
+    key: str
+    label: Any
+    waveform: Tensor
+    seen: int
+
+
+@dataclass(frozen=True)
+class Cropping:
+    """How clips are cut.
+
+    Attributes:
+        seconds: None for whole clips.
+        successive: X-ARES's way: every full crop is a clip of its own, the rest is dropped, and a short clip is filled up with
+            silence. Otherwise one crop, from the beginning, as long as the clip allows.
+        drop_clipped: leave out clips whose peak reaches `CLIPPED_PEAK`.
+    """
+
+    seconds: float | None = None
+    successive: bool = False
+    drop_clipped: bool = False
+
+    def __call__(self, waveform: Tensor) -> list[Tensor]:
+        """`[S]` → crops of it."""
+        if self.seconds is None:
+            return [waveform]
+        length = round(self.seconds * SAMPLE_RATE_HZ)
+        if not self.successive:
+            return [waveform[:length]]
+        whole = len(waveform) // length
+        if not whole:
+            return [torch.nn.functional.pad(waveform, (0, length - len(waveform)))]
+        return list(waveform[: whole * length].split(length))
+
+
+@dataclass
+class ClipReader:
+    """Iterates over the clips of one folder.
+
+    Attributes:
+        skip: samples at the beginning that an interrupted run has dealt with.
+        left_out: filled while iterating: which sample was left out, counted from 1, and why.
+        advance: called for every sample read.
+    """
+
+    index: ShardIndex
+    task: ProbeTask
+    limits: ClipLimits
+    cropping: Cropping
+    workers: int
+    skip: int
+    advance: Callable[[], None]
+    left_out: list[tuple[int, str]] = field(default_factory=list)
+
+    def skipped(self, upto: int | None = None) -> dict[str, int]:
+        """Count what was left out, by reason, among the samples up to one; clips further ahead have been looked at too."""
+        return dict(Counter(reason for seen, reason in self.left_out if upto is None or seen <= upto))
+
+    def __iter__(self) -> Iterator[Clip]:
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        ahead: deque[tuple[_Found, Future[Tensor]]] = deque()
+        source, waiting = self._found(), 0
+        try:
+            while True:
+                while not ahead or (len(ahead) < LOOKAHEAD_CLIPS and waiting < LOOKAHEAD_BYTES):
+                    if (item := next(source, None)) is None:
+                        break
+                    ahead.append((item, pool.submit(load_waveform, item.audio, self.limits)))
+                    waiting += len(item.audio)
+                if not ahead:
+                    return
+                found, future = ahead.popleft()
+                waiting -= len(found.audio)
+                yield from self._crops(found, future)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _crops(self, found: "_Found", future: Future[Tensor]) -> Iterator[Clip]:
+        try:
+            waveform = future.result()
+        except SampleRefused as refused:
+            self.left_out.append((found.seen, str(refused.reason)))
+            return
+        if self.cropping.drop_clipped and waveform.abs().max() >= CLIPPED_PEAK:
+            self.left_out.append((found.seen, CLIPPED))
+            return
+        for number, crop in enumerate(self.cropping(waveform)):
+            yield Clip(f"{found.key}#{number}" if number else found.key, found.label, crop, found.seen)
+
+    def _found(self) -> Iterator["_Found"]:
+        for seen, item in enumerate(iter_samples(self.index, self.limits), 1):
+            self.advance()
+            if seen <= self.skip:
+                continue
+            if isinstance(item, Refusal):
+                self.left_out.append((seen, str(item.reason)))
+            elif (label := self._label(item, seen)) is not None:
+                yield _Found(f"{item.shard.rpartition('/')[2]}:{item.key}", label, item.audio, seen)
+
+    def _label(self, sample: Sample, seen: int) -> Any:
+        if any(_single(sample.annotation, name) not in wanted for name, wanted in self.task.select.items()):
+            self.left_out.append((seen, NOT_SELECTED))
+            return None
+        label = label_of(sample.annotation, self.task)
+        if label is None:
+            self.left_out.append((seen, str(Reason.NO_LABEL)))
+        return label
+
+
+@dataclass(frozen=True)
+class _Found:
+    key: str
+    label: Any
+    audio: bytes
+    seen: int
+
+
+def label_of(annotation: Annotation, task: ProbeTask) -> Any:
+    """Return a clip's label in the form of its task's answer, or None where it has none.
+
+    Raises:
+        UserError: a label of another form.
+    """
+    if task.answer == "captions":
+        fields = {**annotation.extra, "text": annotation.text}
+        return tuple(str(fields[name]) for name in sorted(fields) if fnmatchcase(name, task.label) and fields[name]) or None
+    if task.answer in ("class", "text"):
+        return _single(annotation, task.label)
+    value = _field(annotation, task.label)
+    if value is None:
+        return None
+    if task.answer == "events":
+        return _events(value, task)
+    values = value if isinstance(value, list) else [value]
+    return tuple(name for item in values for name in _names(item, task.separator))
+
+
+def _events(value: Any, task: ProbeTask) -> tuple[tuple[float, float, str], ...]:
+    start, end, name = task.event
+    try:
+        return tuple(
+            (float(event[start]), float(event[end]), one) for event in value for one in _names(event[name], task.separator)
+        )
+    except (TypeError, KeyError, ValueError):
+        raise UserError(
+            f"Probe task {task.name!r}: {task.label!r} must be a list of events with {start}, {end} and {name}, not {value!r:.80}."
+        ) from None
+
+
+def _names(value: Any, separator: str) -> list[str]:
+    parts = str(value).split(separator) if separator else [str(value)]
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _single(annotation: Annotation, name: str) -> str | None:
+    value = _field(annotation, name)
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise UserError(
+                f"A clip has {len(value)} values in {name!r} ({', '.join(map(str, value))}); this metric needs one class."
+            )
+        value = value[0] if value else None
+    return None if value in (None, "") else str(value)
+
+
+def _field(annotation: Annotation, name: str) -> Any:
+    return getattr(annotation, name) if name in annotation.__dataclass_fields__ else annotation.extra.get(name)

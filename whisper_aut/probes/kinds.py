@@ -1,0 +1,139 @@
+"""The registry of probe kinds: what each needs of an embedding, which answers it gives, how it is fitted.
+
+In: a kind's name and a round. Out: a `Learner`. Next: `probes.selection`. A new kind is one file and one line in `KINDS`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from whisper_aut.errors import UserError
+from whisper_aut.probes import knn, layers, linear, mlp, retrieval, transcription
+from whisper_aut.probes.fitting import Setting, threads
+from whisper_aut.probes.items import class_names, items_of, strata
+from whisper_aut.probes.metrics import ANSWERS, Answer
+from whisper_aut.probes.rounds import Round, check_rounds
+from whisper_aut.probes.selection import ClassLearner, Learner, SeedRun, join_rounds, score_round
+
+View = Literal["pooled", "layers", "segments", "frames"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a learner beside its round."""
+
+    metric: str
+    classes: Sequence[str]
+    segment_seconds: float
+    device: str
+
+
+@dataclass(frozen=True)
+class ProbeKind:
+    """One kind of probe.
+
+    Attributes:
+        title: what tables call it.
+        answers: the kinds of answer that it can give.
+        view: what it sees of a clip: one vector, one per layer, one per segment, or every frame.
+        candidates: the settings among which validation chooses.
+        version: raised when anything changes a score.
+        learner: makes one for a round.
+    """
+
+    title: str
+    answers: tuple[Answer, ...]
+    view: View
+    candidates: tuple[Setting, ...]
+    version: int
+    learner: Callable[[Round, Question], Learner] = field(repr=False)
+
+
+def _class_learner(fitter: Callable) -> Callable[[Round, Question], Learner]:
+    def make(round: Round, question: Question) -> Learner:
+        answer = ANSWERS[question.metric]
+        pool, test = (items_of(part, answer, question.classes, question.segment_seconds) for part in (round.pool, round.test))
+        made = fitter.on(pool, pool.of(round.sampled), len(question.classes), question.device)  # pyright: ignore[reportFunctionMemberAccess]
+        return ClassLearner(pool, test, len(question.classes), question.metric, made, made.block)
+
+    return make
+
+
+def _clip_learner(made: Callable) -> Callable[[Round, Question], Learner]:
+    return lambda round, question: made(round.pool, round.sampled, round.test, question.device)
+
+
+_linear = _class_learner(linear.LinearFitter)
+KINDS: dict[str, ProbeKind] = {
+    "linear": ProbeKind("linear probes", ("class", "classes"), "pooled", linear.CANDIDATES, linear.LINEAR_VERSION, _linear),
+    "knn": ProbeKind("nearest neighbours", ("class",), "pooled", knn.CANDIDATES, knn.KNN_VERSION, _class_learner(knn.KNNFitter)),
+    "mlp": ProbeKind(
+        "one hidden layer", ("class", "classes"), "pooled", mlp.CANDIDATES, mlp.MLP_VERSION, _class_learner(mlp.MLPFitter)
+    ),
+    "layers": ProbeKind(
+        "linear probes over weighted layers", ("class", "classes"), "layers", layers.CANDIDATES, layers.LAYERS_VERSION,
+        _class_learner(layers.LayerFitter),
+    ),
+    # A segment is an item of any number of classes: logistic regressions on the mean frame of each.
+    "frame": ProbeKind("linear probes of segments", ("events",), "segments", linear.CANDIDATES, linear.LINEAR_VERSION, _linear),
+    "retrieval": ProbeKind(
+        "audio-text retrieval", ("captions",), "pooled", retrieval.CANDIDATES, retrieval.RETRIEVAL_VERSION,
+        _clip_learner(retrieval.RetrievalLearner),
+    ),
+    "transcription": ProbeKind(
+        "CTC heads", ("text",), "frames", transcription.CANDIDATES, transcription.TRANSCRIPTION_VERSION,
+        _clip_learner(transcription.TranscriptionLearner),
+    ),
+}  # fmt: skip
+DEFAULT_KINDS: dict[Answer, str] = {
+    "class": "linear",
+    "classes": "linear",
+    "events": "frame",
+    "captions": "retrieval",
+    "text": "transcription",
+}
+
+
+def kind_for(name: str, metric: str, task: str) -> str:
+    """Return the kind that is to answer a task: `name`, or the usual one for its metric where `name` is empty.
+
+    Raises:
+        UserError: there is no such kind, or it does not answer such a task.
+    """
+    answer = ANSWERS[metric]
+    chosen = name or DEFAULT_KINDS[answer]
+    if chosen not in KINDS:
+        raise UserError(f"There is no probe kind {chosen!r}. There are: {', '.join(KINDS)}.")
+    if answer not in KINDS[chosen].answers:
+        able = ", ".join(kind for kind, facts in KINDS.items() if answer in facts.answers)
+        raise UserError(f"Probe task {task!r} is scored by {metric}, which a {chosen} probe does not give. Able to: {able}.")
+    return chosen
+
+
+@torch.inference_mode(False)  # within a validation hook, tensors made in inference mode could not be trained on
+@torch.enable_grad()
+def probe_rounds(
+    rounds: Sequence[Round], *, metric: str = "accuracy", kind: str = "", seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    candidates: Sequence[Setting] = (), segment_seconds: float = 0.0, device: str = "cpu", name: str = "task",
+) -> list[SeedRun]:  # fmt: skip
+    """Score the rounds of one task, once per seed.
+
+    Args:
+        kind: a key of `KINDS`; empty for the usual one of the metric.
+        candidates: the settings among which validation chooses, in place of the kind's own.
+
+    Raises:
+        UserError: an empty split, a single class, or a class that is tested but never trained on.
+    """
+    check_rounds(rounds, name)
+    chosen = KINDS[kind_for(kind, metric, name)]
+    question = Question(metric, class_names(rounds, ANSWERS[metric], name), segment_seconds, device)
+    runs = []
+    for one in rounds:
+        groups = strata(one, ANSWERS[metric])
+        with threads(1):  # thousands of small products and scores; `fit` takes more where a step is worth it
+            learner = chosen.learner(one, question)
+            runs.append(score_round(learner, one, groups, candidates or chosen.candidates, list(seeds)))
+    return join_rounds(runs)

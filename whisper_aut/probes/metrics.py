@@ -1,0 +1,87 @@
+"""What a task asks and how an answer is scored: torchmetrics' own metrics, and two made of them.
+
+In: predictions and answers of any number of test clips. Out: a number in 0 … 1, higher is better. Next: `probes.selection` calls
+them on validation and test clips alike. A metric's name decides what kind of answer a task wants.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision, MultilabelF1Score
+from torchmetrics.text import WordErrorRate
+
+Answer = Literal["class", "classes", "events", "captions", "text"]
+
+
+class WordAccuracy(WordErrorRate):
+    """max(0, 1 − word error rate): what X-ARES and UniWhisper print for recognition, fed with texts and transcripts."""
+
+    def compute(self) -> Tensor:
+        return (1 - super().compute()).clamp(min=0)
+
+
+class CrossRecall(Metric):
+    """Recall@1 between B clips and their captions, the mean of both directions.
+
+    `update(similarity [B, N], owner [N])`: caption n describes clip `owner[n]`. A clip is right when the caption nearest to it is
+    one of its own; a caption is right when the clip nearest to it is its own.
+    """
+
+    hits: list[Tensor]
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("hits", default=[], dist_reduce_fx="cat")
+
+    def update(self, similarity: Tensor, owner: Tensor) -> None:
+        self.hits.append(recall_credit(similarity, owner).mean(0, keepdim=True))
+
+    def compute(self) -> Tensor:
+        return torch.cat(self.hits).mean(0).mean()
+
+
+def recall_credit(similarity: Tensor, owner: Tensor) -> Tensor:
+    """Return `[B, 2]`: for each clip whether its nearest caption is its own, and the share of its captions that find it."""
+    clips = torch.arange(len(similarity), device=owner.device)
+    to_text = owner[similarity.argmax(1)] == clips
+    found = (similarity.argmax(0) == owner).double()
+    counts = torch.bincount(owner, minlength=len(clips)).clamp(min=1)
+    to_audio = torch.zeros(len(clips), dtype=torch.double, device=owner.device).index_add(0, owner, found) / counts
+    return torch.stack([to_text.double(), to_audio], 1)
+
+
+# A metric's name → one for C classes. Class metrics are fed with `[B, C]` scores and `[B]` classes or `[B, C]` answers of 0 and 1.
+METRICS: dict[str, Callable[[int], Metric]] = {
+    "accuracy": lambda classes: MulticlassAccuracy(classes, average="micro", validate_args=False),
+    "mAP": lambda classes: MultilabelAveragePrecision(classes, average="macro", validate_args=False),
+    "segment_f1_macro": lambda classes: MultilabelF1Score(classes, average="macro", validate_args=False),
+    "segment_f1_micro": lambda classes: MultilabelF1Score(classes, average="micro", validate_args=False),
+    "recall@1": lambda classes: CrossRecall(),
+    "word_accuracy": lambda classes: WordAccuracy(),
+}
+ANSWERS: dict[str, Answer] = {
+    "accuracy": "class",
+    "mAP": "classes",
+    "segment_f1_macro": "events",
+    "segment_f1_micro": "events",
+    "recall@1": "captions",
+    "word_accuracy": "text",
+}
+
+
+def class_metric(metric: str, classes: int, scores: Tensor, answers: Tensor) -> float:
+    """Score `[B, C]` class scores (logits) against `[B]` classes, or `[B, C]` answers of 0 and 1."""
+    made = METRICS[metric](classes).to(scores.device)
+    made.update(scores if answers.ndim == 1 else scores.sigmoid(), answers.long())
+    return float(made.compute())
+
+
+def text_metric(texts: Sequence[str], transcripts: Sequence[str]) -> float:
+    """Score recognised texts against transcripts."""
+    made = METRICS["word_accuracy"](0)
+    made.update(list(texts), list(transcripts))
+    return float(made.compute())
