@@ -15,11 +15,12 @@ TASKS ?=
 RUNS ?=
 OUT ?=
 CONFIG_AUT := $(or $(CONFIG),conf/aut_tiny.yaml)
+CONFIG_UNIWHISPER := $(or $(CONFIG),conf/uniwhisper_tiny.yaml)
 OVERRIDES := $(if $(DATA),data.root=$(DATA)) $(ARGS)
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup lock train-aut probe report test smoke lint clean
+.PHONY: help setup lock train-aut train-uniwhisper probe report test smoke lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,9 @@ lock: ## resolve the dependencies anew and rewrite requirements.lock
 
 train-aut: $(STAMP) ## the whole AuT story: data, training, export, probes, report (CONFIG=, DATA=, ARGS="key=value")
 	@$(BIN)/whisper-aut train $(CONFIG_AUT) $(OVERRIDES)
+
+train-uniwhisper: $(STAMP) ## the whole UniWhisper story, through a frozen language model (CONFIG=, DATA=, ARGS="key=value")
+	@$(BIN)/whisper-aut train $(CONFIG_UNIWHISPER) $(OVERRIDES)
 
 probe: $(STAMP) ## score an encoder (ENCODER=, TASKS="a b", optional AGAINST=, DATA=, OUT=, ARGS="--kind knn")
 	@test -n "$(ENCODER)" -a -n "$(TASKS)" || { echo 'make probe ENCODER=DIR_OR_HUB_ID TASKS="esc50 fsdd" [AGAINST="BASE logmel"] [DATA=FOLDER]'; exit 1; }

@@ -1,16 +1,21 @@
 """The FLOP formulas against PyTorch's own counter on a real step."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
+from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.data.logmel import frames_with_context
 from whisper_aut.data.pack import Targets, TokenTarget
+from whisper_aut.model.decoders import check_decoder
 from whisper_aut.model.decoders.whisper import WhisperDecoder
 from whisper_aut.model.encoder import PackedEncoder
 from whisper_aut.model.flops import encoder_flops, whisper_decoder_flops
+from whisper_aut.model.start import Start
 
 MEL_LENGTHS, TEXT_LENGTHS = (300, 501, 77), (12, 30, 7)
 
@@ -41,3 +46,20 @@ def test_formulas_count_what_pytorch_counts(width: int):
     # The convolutions also run over the zeros between clips, which are no useful work.
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.005)
     assert decoder.flops(frames.lengths, targets) == whisper_decoder_flops(config, frames.lengths, TEXT_LENGTHS, supervised)
+
+
+@pytest.mark.parametrize("train", ["frozen", "full"])
+def test_the_language_models_formula_counts_what_pytorch_counts(train: str, tiny_whisper: Path, tiny_language_model: Path):
+    options = {
+        "language_model": str(tiny_language_model),
+        "instructions": {"caption": {"asks": ["Describe it."]}},
+        "train": train,
+    }
+    entry, checked = check_decoder({"name": "causal_lm", **options})
+    decoder, codec = entry.build(Start(str(tiny_whisper)), checked, False)
+    targets = Targets.pack([codec.encode(Annotation(text=text), "sound", 0) for text in ("rain falls", "a dog barks twice")])
+    lengths = (150, 251)
+    frames = torch.randn(sum(lengths), 32, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        decoder.loss(frames, lengths, targets).total.backward()
+    assert decoder.flops(lengths, targets) == pytest.approx(counter.get_total_flops(), rel=0.01)

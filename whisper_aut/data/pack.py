@@ -32,8 +32,8 @@ class TokenTarget:
     tokens: Tensor
     supervised: Tensor
     prompt_length: int
-    text: str
-    task: str
+    text: str = ""
+    task: str = ""
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """The arithmetic of a step from its lengths alone: what packed clips cost, not what padding would.
 
-In: a Whisper's sizes and the lengths of a batch. Out: floating-point operations of forward and backward. Next: the meters of
+In: a model's sizes and the lengths of a batch. Out: floating-point operations of forward and backward. Next: the meters of
 `training.throughput`. Counted are matrix products, convolutions and attention, two operations a multiply-add, as
 `torch.utils.flop_counter` does; what gradient checkpointing or flash attention compute again is not, so that a utilisation is of
 useful work (the convention of PaLM, Chowdhery et al. 2022, appendix B).
@@ -9,8 +9,11 @@ useful work (the convention of PaLM, Chowdhery et al. 2022, appendix B).
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 PRODUCT = 3  # forward, and in the backward pass the gradients of both factors
 FIRST_PRODUCT = 2  # the input is data and needs no gradient
+FROZEN_PRODUCT = 2  # the weights need none
 KERNEL = 3  # of both convolutions
 
 
@@ -49,3 +52,20 @@ def whisper_decoder_flops(
     pairs = sum(own**2 + own * across for own, across in zip(text_lengths, lengths, strict=True))
     layer = per_token + keys + PRODUCT * 4 * width * pairs
     return config.decoder_layers * layer + PRODUCT * 2 * width * config.vocab_size * supervised
+
+
+def language_model_flops(model: Any, lengths: Sequence[int], supervised: int, *, trained: bool) -> float:
+    """Return the FLOPs of a training step through a causal language model.
+
+    Args:
+        model: of `transformers`; its linear layers are counted, all of them run on every position but the last.
+        lengths: positions per chat, audio included.
+        supervised: positions with logits.
+        trained: whether its own weights get gradients; its inputs always do.
+    """
+    factors = PRODUCT if trained else FROZEN_PRODUCT
+    config, head = model.config, model.get_output_embeddings()
+    linear = sum(m.in_features * m.out_features for m in model.base_model.modules() if isinstance(m, nn.Linear))
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    attention = PRODUCT * 4 * width * config.num_hidden_layers * sum(length**2 for length in lengths)
+    return factors * 2 * (linear * sum(lengths) + head.weight.numel() * supervised) + attention

@@ -19,6 +19,7 @@ from whisper_aut.data.pack import Targets
 from whisper_aut.data.prompts import Instruction, Instructions
 from whisper_aut.errors import UserError
 from whisper_aut.model.adapter import AdapterOptions, StackAdapter, build_adapter
+from whisper_aut.model.flops import PRODUCT, language_model_flops
 from whisper_aut.model.language import load_language_model, packed_states, padded_attention, recompute_layers, weights_hash
 from whisper_aut.model.loss import DecoderLoss, chunked_cross_entropy
 from whisper_aut.model.scratch_language import LanguageScratch, make_language_model
@@ -161,6 +162,14 @@ class CausalLMDecoder(nn.Module):
         with padded_attention(self.model):
             written: Any = self.model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=greedy)  # pyright: ignore
         return [_until(answer.tolist(), self.end_token) for answer in written]
+
+    def flops(self, lengths: Sequence[int], targets: Targets) -> float:
+        """Return the FLOPs of a training step on clips of T frames; what the meters divide by."""
+        audio = [-(-length // self.adapter.hop) for length in lengths]
+        chats = [text - 1 + sounding for text, sounding in zip(targets.lengths, audio, strict=True)]
+        of_model = language_model_flops(self.model, chats, sum(targets.counts), trained=not self.held)
+        weights = sum(parameter.numel() for parameter in self.adapter.parameters() if parameter.ndim > 1)
+        return of_model + PRODUCT * 2 * weights * sum(audio)
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
