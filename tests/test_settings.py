@@ -1,5 +1,6 @@
 """The schema under the YAMLs: every config loads, every mistake is named, all at once."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tests.conftest import REPOSITORY
 from whisper_aut.errors import UserError
 from whisper_aut.model.decoders import check_decoder
 from whisper_aut.probes.tasks import load_task
+from whisper_aut.schema import compose
 from whisper_aut.settings import dump_settings, load_settings
 
 CONF = REPOSITORY / "conf"
@@ -63,6 +65,29 @@ def test_the_papers_recipe_is_the_papers():
         8,
         "bf16-mixed",
     )
+
+
+def test_uniwhisper_is_the_papers_and_differs_by_its_decoder():
+    settings = load_settings(CONF / "uniwhisper.yaml")
+    assert settings.model.path == "openai/whisper-large-v3"
+    assert (settings.decoder["language_model"], settings.decoder["train"]) == ("Qwen/Qwen3-0.6B", "frozen")
+    swapped = load_settings(CONF / "uniwhisper.yaml", ["decoder=whisper"])
+    assert check_decoder(swapped.decoder)[1].name == "whisper"
+    assert replace(swapped, decoder=settings.decoder) == settings
+
+
+def test_a_group_file_may_pick_files_of_other_groups(tmp_path: Path):
+    (tmp_path / "decoder").mkdir()
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "a.yaml").write_text("x: {n: 1}\ny: {n: 2}")
+    (tmp_path / "words" / "b.yaml").write_text("y: {n: 3}")
+    (tmp_path / "decoder" / "d.yaml").write_text("defaults: {words: [a, b]}\nname: d\nwords: {x: {m: 4}}")
+    (tmp_path / "run.yaml").write_text("defaults: {decoder: d}")
+    found = compose(tmp_path / "run.yaml", ["decoder.words.y.n=5"])
+    assert found == {"decoder": {"name": "d", "words": {"x": {"n": 1, "m": 4}, "y": {"n": 5}}}}
+    (tmp_path / "decoder" / "d.yaml").write_text("defaults: {words: c}")
+    with pytest.raises(UserError, match="words=c: no such choice"):
+        compose(tmp_path / "run.yaml")
 
 
 def test_overrides_win_over_files_and_groups():

@@ -1,5 +1,7 @@
 """The language model as a decoder: equal to a naive pass over one whole sequence after another, and frozen where it says so."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from tests.conftest import REPOSITORY
 from tests.model.test_decoders import TEXTS, frames_and_lengths, targets_of
 from whisper_aut.data.chat import AUDIO
 from whisper_aut.data.pack import Targets
@@ -185,3 +188,31 @@ def test_empty_audio_never_moves_text_between_clips(tiny_whisper: Path, tiny_lan
         for clip, text in zip(frames.split(lengths), TEXTS, strict=True)
     ]
     assert_close(together.token_nll, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_qwen3_at_its_real_size_takes_a_step_within_12_gb(tiny_whisper: Path, tiny_language_model: Path, tmp_path: Path):
+    """The architecture of Qwen/Qwen3-0.6B with random weights, from a local directory, in a process whose memory is measured."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+    config = Qwen3Config(vocab_size=151_936, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, **sizes)
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)  # pyright: ignore
+    AutoTokenizer.from_pretrained(tiny_language_model).save_pretrained(tmp_path)
+    script = f"""
+import resource, torch
+from pathlib import Path
+from tests.model.test_causal_lm import build
+from tests.conftest import REPOSITORY
+from tests.model.test_decoders import targets_of
+decoder, codec = build(Path({str(tiny_whisper)!r}), Path({str(tmp_path)!r}))
+assert sum(p.numel() for p in decoder.model.parameters()) == 596_049_920
+frames = torch.randn(1200, 32, requires_grad=True)
+optimizer = torch.optim.AdamW(decoder.trainable_parameters())
+decoder.loss(frames, (400, 400, 400), targets_of(codec)).total.backward()
+optimizer.step()
+assert frames.grad.abs().sum() > 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    peak_gib = float(finished.stdout.split()[-1])
+    assert peak_gib < 12, peak_gib

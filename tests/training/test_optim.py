@@ -7,7 +7,7 @@ import pytest
 from whisper_aut.model.decoders import check_decoder
 from whisper_aut.model.encoder import PackedEncoder
 from whisper_aut.model.start import Start
-from whisper_aut.training.optim import parameter_groups, rate_factor
+from whisper_aut.training.optim import optimizer_factory, parameter_groups, rate_factor
 
 
 def test_every_trainable_parameter_is_in_one_group(tiny_whisper: Path):
@@ -41,3 +41,32 @@ def test_the_rate_warms_up_and_falls_to_its_final_share(schedule: str, middle: f
     assert factor(10) == pytest.approx(1.0)
     assert factor(60) == pytest.approx(middle)
     assert factor(110) == pytest.approx(1.0 if schedule == "constant" else 0.1)
+
+
+def test_a_part_that_joins_later_has_no_rate_before_and_warms_up_from_there():
+    def factor(step: int) -> float:
+        return rate_factor(step, total_steps=110, warmup_steps=10, schedule="linear", final_share=0.0, first_step=50)
+
+    assert [factor(step) for step in (0, 49, 50, 59)] == pytest.approx([0.0, 0.0, 0.1, 1.0])
+    assert factor(85) == pytest.approx(0.5)
+    assert factor(110) == pytest.approx(0.0)
+
+
+def test_the_encoder_may_have_a_rate_of_its_own(tiny_whisper: Path):
+    start = Start(str(tiny_whisper))
+    entry, options = check_decoder({"name": "whisper"})
+    decoder, _ = entry.build(start, options, False)
+    groups = parameter_groups(PackedEncoder(start.encoder), decoder, 1.0, 0.1, 0.5, encoder_lr=0.2)
+    rates = {part: {group["lr"] for group in groups if group["part"] == part} for part in ("encoder", "decoder")}
+    assert rates == {"encoder": {0.2, 0.1, 0.05}, "decoder": {1.0}}
+    made = optimizer_factory(
+        lr=1.0, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, layer_decay=1.0, total_steps=10, warmup_steps=1,
+        schedule="constant", final_share=0.0, encoder_lr=0.2, encoder_after_step=3,
+    )(PackedEncoder(start.encoder), decoder)  # fmt: skip
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    seen = []
+    for _ in range(4):
+        seen.append({group["part"]: group["lr"] for group in optimizer.param_groups})
+        optimizer.step()
+        schedule.step()
+    assert seen == [{"encoder": 0.0, "decoder": 1.0}] * 3 + [{"encoder": 0.2, "decoder": 1.0}]
