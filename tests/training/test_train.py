@@ -18,6 +18,7 @@ from tests.conftest import REPOSITORY
 from whisper_aut.errors import Interrupted, UserError
 from whisper_aut.export.hf import read_checkpoint
 from whisper_aut.model.start import Start
+from whisper_aut.report.plots import read_metrics
 from whisper_aut.settings import Settings, dump_settings, load_settings
 from whisper_aut.training import train as train_module
 from whisper_aut.training.train import train
@@ -105,14 +106,19 @@ def test_the_module_trains_in_train_mode_with_fixed_positions(tiny_whisper: Path
 
 
 @pytest.mark.slow
-def test_two_cpu_ranks_equal_one_with_the_doubled_batch(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+@pytest.mark.parametrize("decoder", ["whisper", "causal_lm"])
+def test_two_cpu_ranks_equal_one_with_the_doubled_batch(
+    decoder: str, tiny_whisper: Path, tiny_shards: Path, tiny_language_model: Path, tmp_path: Path
+):
     """Through the real command line, where Lightning launches the second rank; texts differ in length between the ranks."""
     runs = []
     for name, overrides in (
         ("one", ["data.batch_clips=4"]),
         ("two", ["data.batch_clips=2", "hardware.devices=2", "strategy=ddp"]),
     ):
-        settings = settings_for(tiny_whisper, tiny_shards, tmp_path / name, *overrides, "export=[]", "probe.tasks=[]")
+        language = [f"decoder.language_model={tiny_language_model}"] if decoder == "causal_lm" else []
+        chosen = [f"decoder={decoder}", *language, *overrides, "export=[]", "probe.tasks=[]"]
+        settings = settings_for(tiny_whisper, tiny_shards, tmp_path / name, *chosen)
         (tmp_path / f"{name}.yaml").write_text(dump_settings(settings))
         command = [sys.executable, "-m", "whisper_aut.cli", "train", str(tmp_path / f"{name}.yaml")]
         finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
@@ -167,6 +173,9 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     resumed = train(settings, QUIET, resume="auto").run
     assert_same_weights(weights_of(whole), weights_of(resumed), atol=1e-6)
     assert len(list((tmp_path / "parts" / "smoke").glob("2*"))) == 1
+    curves = [read_metrics(run.metrics)["train/loss"] for run in (whole, resumed)]
+    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]]  # nothing logged before the stop is lost
+    assert [loss for _, loss in curves[0]] == pytest.approx([loss for _, loss in curves[1]], abs=1e-5)
 
 
 def test_a_source_of_nothing_but_faults_stops_the_run_with_a_reason(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):

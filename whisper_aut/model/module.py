@@ -115,12 +115,12 @@ class AudioTextModule(lightning.LightningModule):
                 clips, nll, accuracy = (metrics[part].compute() for metrics in (self.clips, self.nll, self.accuracy))  # pyright: ignore
             if clips > 0:
                 losses += [nll] if part in DOMAINS else []
-                self.log(f"{group}/loss_{part}", nll)
-                self.log(f"{group}/accuracy_{part}", accuracy)
+                self.log(f"{group}/loss_{part}", nll, sync_dist=True)
+                self.log(f"{group}/accuracy_{part}", accuracy, sync_dist=True)
         if losses:
-            self.log("valid/loss", torch.stack(losses).mean(), prog_bar=True)
+            self.log("valid/loss", torch.stack(losses).mean(), prog_bar=True, sync_dist=True)
         for name, figure in self.answers.compute().items():
-            self.log(f"tasks/{name}", figure, prog_bar=name.startswith("wer"))
+            self.log(f"tasks/{name}", figure, prog_bar=name.startswith("wer"), sync_dist=True)
         self.answers.reset()
         for metric in [*self.nll.values(), *self.accuracy.values(), *self.clips.values()]:
             metric.reset()  # pyright: ignore[reportCallIssue]

@@ -7,6 +7,7 @@ In: `Scores`, or the `metrics.csv` that Lightning's CSVLogger writes. Out: PNG f
 import csv
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import fill
 
@@ -90,24 +91,33 @@ def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
 def read_metrics(metrics_csv: str | Path) -> dict[str, Series]:
     """Read Lightning's CSV log into `(step, value)` series; blanks and values that are not finite are passed over.
 
+    What a run logged before it was resumed stands beside as `metrics.N.csv` and is read too; a step that was done again counts once.
+
     Raises:
         UserError: missing, or without a `step` column.
     """
-    series: dict[str, Series] = defaultdict(list)
-    try:
-        with Path(metrics_csv).open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if "step" not in (reader.fieldnames or ()):
-                raise UserError(f"{metrics_csv} has no column 'step': it is not a log of Lightning's CSVLogger.")
-            for row in reader:
-                step = _number(row["step"])
-                for name, text in row.items():
-                    value = _number(text) if name not in ("step", "epoch") else None
-                    if isinstance(name, str) and step is not None and value is not None:
-                        series[name].append((step, value))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"Cannot read the log {metrics_csv}: {error}.") from None
-    return {name: sorted(points) for name, points in series.items()}
+    newest = Path(metrics_csv)
+    series: dict[str, dict[float, float]] = defaultdict(dict)
+    for part in [*sorted(newest.parent.glob(f"{newest.stem}.*.csv")), newest]:
+        try:
+            for step, name, value in _logged(part):
+                series[name][step] = value
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"Cannot read the log {part}: {error}.") from None
+    return {name: sorted(points.items()) for name, points in series.items()}
+
+
+def _logged(metrics_csv: Path) -> Iterator[tuple[float, str, float]]:
+    with metrics_csv.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if "step" not in (reader.fieldnames or ()):
+            raise UserError(f"{metrics_csv} has no column 'step': it is not a log of Lightning's CSVLogger.")
+        for row in reader:
+            step = _number(row["step"])
+            for name, text in row.items():
+                value = _number(text) if name not in ("step", "epoch") else None
+                if isinstance(name, str) and step is not None and value is not None:
+                    yield step, name, value
 
 
 def _cells(scores: Scores) -> tuple[dict[tuple[str, int], tuple[float, float | None]], list[str]]:

@@ -52,6 +52,12 @@ class RunDirectory:
     def metrics(self) -> Path:
         return self.path / "logs" / "metrics.csv"
 
+    def keep_metrics(self) -> None:
+        """Put the figures logged so far aside, as `metrics.N.csv`: a resumed run's logger begins its file anew."""
+        if self.metrics.exists():
+            number = len(list(self.metrics.parent.glob("metrics.*.csv")))
+            self.metrics.rename(self.metrics.with_name(f"metrics.{number}.csv"))
+
     @property
     def scores(self) -> Path:
         return self.path / "scores.json"

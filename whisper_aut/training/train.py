@@ -35,7 +35,7 @@ from whisper_aut.training.callbacks.progress import RunProgressBar
 from whisper_aut.training.callbacks.samples import SampleWriter
 from whisper_aut.training.callbacks.stop import CleanStop
 from whisper_aut.training.callbacks.throughput import ThroughputMeter
-from whisper_aut.training.rundir import RunDirectory, announced, job_run, latest_run
+from whisper_aut.training.rundir import RunDirectory, announced, is_first_rank, job_run, latest_run
 from whisper_aut.training.strategy import build_strategy
 
 
@@ -87,6 +87,8 @@ def train(settings: Settings, console: Console, *, resume: str = "", fresh: bool
         if checkpoint
         else job_run(Path(settings.runs), settings.name, dump_settings(settings), facts)
     )
+    if checkpoint and is_first_rank():
+        run.keep_metrics()
     ledger = Ledger(run.ledger(rank_zero_only.rank or 0), settings.data.max_refused_share)
     meter = ThroughputMeter(settings.hardware.precision)
     trainer = _trainer(settings, run, strategy, ledger, meter, total_steps, console)

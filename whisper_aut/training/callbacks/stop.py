@@ -32,6 +32,9 @@ class CleanStop(lightning.Callback):
         if not whole_step or not trainer.strategy.reduce_boolean_decision(self._asked is not None, all=False):
             return
         trainer.save_checkpoint(self.checkpoint, False)  # the whole state, not the weights alone
+        figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        for logger in trainer.loggers:  # Lightning would have logged this step behind this hook
+            logger.log_metrics(figures, step=trainer.global_step - 1)
         raise Interrupted(f"stopped after step {trainer.global_step}; saved {self.checkpoint}")
 
     def teardown(self, trainer: lightning.Trainer, module: Any, stage: str) -> None:
