@@ -10,7 +10,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -51,6 +51,7 @@ class LanguageScratch:
         texts: the shard folders whose texts it reads.
         out: the folder under which it is kept, by a hash of all that decides it.
         stretch: a text that stands for audio has each token up to so many times, as audio lasts over several frames.
+        noise: what is added to the embeddings there, beside their own size: audio never lands on a token exactly.
         steps, batch_texts, lr: of its training.
     """
 
@@ -61,6 +62,7 @@ class LanguageScratch:
     heads: int = 4
     vocabulary: int = 1200
     stretch: int = 2
+    noise: float = 1.0
     steps: int = 600
     batch_texts: int = 16
     lr: float = 3e-3
@@ -73,6 +75,15 @@ class _Text:
     domain: str
 
 
+@dataclass(frozen=True)
+class _Chat:
+    """A chat of tokens `[L]`: which are learned, and which stand where the audio will."""
+
+    tokens: torch.Tensor
+    supervised: torch.Tensor
+    heard: torch.Tensor
+
+
 @dataclass
 class _Reader:
     """Chats in which what is written about a clip stands where its audio will, drawn from a seed."""
@@ -83,7 +94,7 @@ class _Reader:
     rng: random.Random
     drawn: int = field(default=0)
 
-    def batch(self, size: int) -> Iterator[TokenTarget]:
+    def batch(self, size: int) -> "Iterator[_Chat]":
         while size:
             text = self.rng.choice(self.texts)
             self.drawn += 1
@@ -94,18 +105,16 @@ class _Reader:
             size -= 1
             yield self._written_out(chat, self.codec.instructions.facts(text.annotation, text.domain))
 
-    def _written_out(self, chat: TokenTarget, facts: list[str]) -> TokenTarget:
+    def _written_out(self, chat: TokenTarget, facts: list[str]) -> "_Chat":
         """Put all that can be asked about a clip where its audio stands, in any order."""
         self.rng.shuffle(facts)
         tokens = self.codec.tokenizer(", ".join(facts), add_special_tokens=False, split_special_tokens=True).input_ids
         spoken = torch.tensor([token for token in tokens for _ in range(self.rng.randint(1, self.stretch))])
         at = int((chat.tokens == AUDIO).nonzero()[0])
-        unsupervised = torch.zeros(len(spoken), dtype=torch.bool)
-        return replace(
-            chat,
-            tokens=torch.cat([chat.tokens[:at], spoken, chat.tokens[at + 1 :]]),
-            supervised=torch.cat([chat.supervised[:at], unsupervised, chat.supervised[at + 1 :]]),
-        )
+        tokens = torch.cat([chat.tokens[:at], spoken, chat.tokens[at + 1 :]])
+        supervised = torch.cat([torch.zeros(len(tokens) - len(chat.tokens), dtype=torch.bool), chat.supervised])
+        places = torch.arange(len(tokens))
+        return _Chat(tokens, supervised, (places >= at) & (places < at + len(spoken)))
 
 
 def make_language_model(scratch: LanguageScratch, instructions: Instructions) -> str:
@@ -194,7 +203,7 @@ def _trained(model: Qwen3ForCausalLM, reader: _Reader, scratch: LanguageScratch)
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("steps", total=scratch.steps, loss="")
         for _ in range(scratch.steps):
-            loss = _loss(model, list(reader.batch(scratch.batch_texts)))
+            loss = _loss(model, list(reader.batch(scratch.batch_texts)), scratch.noise)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -204,10 +213,14 @@ def _trained(model: Qwen3ForCausalLM, reader: _Reader, scratch: LanguageScratch)
     return model
 
 
-def _loss(model: Qwen3ForCausalLM, chats: Sequence[TokenTarget]) -> torch.Tensor:
+def _loss(model: Qwen3ForCausalLM, chats: Sequence["_Chat"], noise: float) -> torch.Tensor:
     """Mean next-token loss on the answers of a batch, as `causal_lm` takes it."""
     tokens = torch.cat([chat.tokens for chat in chats])
     predicted = torch.cat([chat.supervised for chat in chats]).nonzero()[:, 0]
-    states = packed_states(model, model.get_input_embeddings()(tokens), [len(chat.tokens) for chat in chats])
+    embeddings = model.get_input_embeddings()(tokens)
+    heard = torch.cat([chat.heard for chat in chats])[:, None]
+    size = noise * embeddings.detach().square().mean().sqrt()
+    embeddings = embeddings + torch.randn_like(embeddings) * size * heard
+    states = packed_states(model, embeddings, [len(chat.tokens) for chat in chats])
     total, _, _ = chunked_cross_entropy(states[predicted - 1], model.lm_head.weight, tokens[predicted])
     return total / len(predicted)
