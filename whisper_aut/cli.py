@@ -90,6 +90,13 @@ def train(options: argparse.Namespace, console: Console) -> None:
         console.print(f"[bold green]Done.[/] Everything is in {run.path}; the encoder in {run.export('encoder')}.")
 
 
+def plan(options: argparse.Namespace, console: Console) -> None:
+    from whisper_aut.pipeline import run_plan
+    from whisper_aut.settings import load_settings
+
+    run_plan(load_settings(options.config, options.overrides), Path(options.config), console)
+
+
 def export(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.export.hf import export_checkpoint
     from whisper_aut.export.source import find_checkpoint
@@ -168,6 +175,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--fresh", action="store_true", help="train again even if nothing has changed")
     command.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     command.set_defaults(run=train)
+
+    command = commands.add_parser("plan", help="what a config would need: memory, time, cores; nothing is loaded")
+    command.add_argument("config", help="a YAML such as conf/aut.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. strategy=deepspeed_stage_3")
+    command.set_defaults(run=plan)
 
     command = commands.add_parser("export", help="write the encoder of a run as a Hugging Face directory")
     command.add_argument("run_or_checkpoint", metavar="RUN_OR_CKPT")

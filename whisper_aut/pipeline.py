@@ -27,7 +27,8 @@ from whisper_aut.probes.suite import run_suite
 from whisper_aut.probes.tasks import ProbeTask, load_task
 from whisper_aut.report.build import build_report
 from whisper_aut.settings import CorporaSettings, ManifestSettings, Settings, load_settings
-from whisper_aut.training.build import build_start, build_trained
+from whisper_aut.training.build import build_forecast, build_start, build_trained, planned_config
+from whisper_aut.training.forecast import tables
 from whisper_aut.training.rundir import RunDirectory, is_first_rank
 from whisper_aut.training.train import Trained, train
 
@@ -75,6 +76,20 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
         _probe(settings, trained.run, start, tasks)
     build_report([trained.run.path], trained.run.report, console)
     return trained.run
+
+
+def run_plan(settings: Settings, config: Path, console: Console) -> None:
+    """Print what a run would need, before anything is loaded or built.
+
+    Raises:
+        UserError: the start checkpoint or the decoder cannot be planned.
+    """
+    model, after = settings.model, config
+    while model.after:  # a chain of configs ends in sizes or in a checkpoint
+        after = after.parent / model.after
+        model = load_settings(after).model
+    for part in tables(build_forecast(settings, planned_config(model))):
+        console.print(part)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.training.test_train import QUIET, settings_for
-from whisper_aut.training.throughput import Throughput, peak_flops, peak_memory_gib
+from whisper_aut.training.accelerators import peak_flops
+from whisper_aut.training.throughput import Throughput, peak_memory_gib
 from whisper_aut.training.train import train
 
 

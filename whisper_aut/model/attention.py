@@ -59,14 +59,13 @@ def clip_attention(
         `[ΣLq, H, d]`.
     """
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        bounds: Any = segments  # on CUDA both are there
         window = (-1, 0) if causal else (-1, -1)
         attended: Any = varlen_attn(
             query,
             key,
             value,
-            bounds.query_bounds,
-            bounds.key_bounds,
+            segments.query_bounds,  # pyright: ignore[reportArgumentType]
+            segments.key_bounds,  # pyright: ignore[reportArgumentType]
             segments.longest_query,
             segments.longest_key,
             window_size=window,

@@ -6,9 +6,11 @@ In: checked `Settings`. Out: the data module, the LightningModule, the Trainer's
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import WhisperConfig
 
 from whisper_aut import __version__
 from whisper_aut.corpora.audio import ClipLimits
@@ -24,11 +26,16 @@ from whisper_aut.errors import UserError
 from whisper_aut.model.decoders import check_decoder
 from whisper_aut.model.encoder import PackedEncoder
 from whisper_aut.model.module import AudioTextModule
-from whisper_aut.model.scratch import make_whisper
+from whisper_aut.model.scratch import SPECIAL_TOKENS, make_whisper
+from whisper_aut.model.shapes import config_of, shaped_config
 from whisper_aut.model.start import Start
-from whisper_aut.settings import DataSettings, OptimSettings, ScratchSettings, Settings, SourceSettings
+from whisper_aut.settings import DataSettings, ModelSettings, OptimSettings, ScratchSettings, Settings, SourceSettings
+from whisper_aut.training.forecast import FLAC_BYTES_PER_SECOND, Forecast
 from whisper_aut.training.optim import optimizer_factory
-from whisper_aut.training.strategy import OFFLOAD
+from whisper_aut.training.plan import StepCost, StepShape, step_cost
+from whisper_aut.training.strategy import DEEPSPEED, OFFLOAD
+
+ASSUMED_CLIP_SECONDS, ASSUMED_TOKENS = 10.0, 32  # of a plan, where no shards tell
 
 
 def clip_limits(data: DataSettings) -> ClipLimits:
@@ -156,6 +163,83 @@ def trainer_arguments(settings: Settings, total_steps: int) -> dict[str, Any]:
         "use_distributed_sampler": False,
         "enable_model_summary": False,
     }
+
+
+def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
+    """Plan a run of a model of these sizes; reads the shards' indexes where they are there, and nothing else.
+
+    Raises:
+        UserError: the decoder cannot be planned.
+    """
+    entry, options = check_decoder(settings.decoder)
+    if entry.sketch is None:
+        raise UserError(f"The decoder {settings.decoder['name']!r} brings no sketch, so a run with it cannot be planned.")
+    sketch, data, hardware, trainer = entry.sketch, settings.data, settings.hardware, settings.trainer
+    stored, assumptions = stored_audio(data.train)
+    ranks = (hardware.devices if isinstance(hardware.devices, int) else 1) * hardware.nodes
+    half = not hardware.precision.startswith("32")
+
+    def cost(checkpointing: bool) -> StepCost:
+        shape = StepShape(
+            mel_lengths=(max(1, round(100 * stored.clip_seconds)),) * data.batch_clips,
+            text_lengths=(ASSUMED_TOKENS,) * data.batch_clips,
+            padding=settings.model.padding,
+            half_precision=half,
+            gradient_checkpointing=checkpointing,
+        )
+        return step_cost(config, lambda config, checkpointing: sketch(config, options, checkpointing), shape)
+
+    plain, checkpointed = cost(False), cost(True)
+    clips = data.samples_per_epoch or stored.clips
+    epochs = trainer.max_epochs * (clips // (data.batch_clips * ranks * trainer.accumulate)) if clips else None
+    steps = min((count for count in (epochs, trainer.max_steps) if count), default=None)
+    strategy = settings.strategy.name
+    return Forecast(
+        cost=checkpointed if settings.model.gradient_checkpointing else plain,
+        plain=plain,
+        checkpointed=checkpointed,
+        ranks=ranks,
+        stage=int(strategy.removeprefix(DEEPSPEED)[0]) if strategy.startswith(DEEPSPEED) else 0,
+        offload=strategy.endswith(OFFLOAD),
+        precision=hardware.precision,
+        micro_batches=trainer.accumulate,
+        steps=steps,
+        step_audio_seconds=stored.clip_seconds * data.batch_clips * trainer.accumulate,
+        bytes_per_audio_second=stored.bytes_per_second,
+        assumptions=(*assumptions, f"{ASSUMED_TOKENS} text tokens a clip, all clips of the mean length"),
+    )
+
+
+@dataclass(frozen=True)
+class StoredAudio:
+    """What the training shards hold: clips (0 where it is not known), their mean length, and bytes for a second of audio."""
+
+    clips: int
+    clip_seconds: float
+    bytes_per_second: float
+
+
+def stored_audio(sources: Sequence[SourceSettings]) -> tuple[StoredAudio, tuple[str, ...]]:
+    """Read the indexes of the sources; return what they hold, and what had to be assumed where one cannot be read."""
+    try:
+        shards = [shard for source in open_sources(sources) for shard in source.index.shards]
+    except UserError:
+        shards = []
+    clips, seconds = sum(shard.samples for shard in shards), sum(shard.seconds for shard in shards)
+    if not clips or not seconds:
+        assumption = f"clips of {ASSUMED_CLIP_SECONDS:g} s as 16 kHz FLAC: the training shards are not there to be looked at"
+        return StoredAudio(0, ASSUMED_CLIP_SECONDS, FLAC_BYTES_PER_SECOND), (assumption,)
+    return StoredAudio(clips, seconds / clips, sum(shard.bytes for shard in shards) / seconds), ()
+
+
+def planned_config(model: ModelSettings) -> WhisperConfig:
+    """Return the sizes of the model that a run starts from, without its weights."""
+    if model.scratch is None:
+        return config_of(model.path, model.revision)
+    scratch = model.scratch
+    vocabulary = scratch.vocabulary + len(SPECIAL_TOKENS)  # at most; few texts give fewer
+    sizes = (scratch.d_model, scratch.encoder_layers, scratch.decoder_layers, scratch.heads)
+    return shaped_config(*sizes, scratch.num_mel_bins, vocabulary)
 
 
 def _optimizer(optim: OptimSettings, total_steps: int, offload: bool) -> Any:

@@ -1,8 +1,7 @@
 """How much work a run does a second: the meters' arithmetic.
 
 In: per step the lengths of its batches, its FLOPs, and how long it took and waited. Out: named figures. Next:
-`training.callbacks.throughput` logs them, `done.json` and the console close with them. Peaks are the vendors' dense tensor-core
-figures: H100 and H200 SXM, A100, and the RTX 4090 with float32 accumulation.
+`training.callbacks.throughput` logs them, `done.json` and the console close with them.
 """
 
 import resource
@@ -14,17 +13,7 @@ import torch
 
 from whisper_aut.data.logmel import MAX_MEL_FRAMES
 
-# TFLOP/s by a part of the device's name: half precision, and float32 as TF32.
-PEAK_TFLOPS = {"H200": (989.0, 494.5), "H100": (989.0, 494.5), "A100": (312.0, 156.0), "RTX 4090": (165.2, 82.6)}
 GIBIBYTE = 2**30
-
-
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """Return the FLOP/s that a device could do in a precision of Lightning's, or None where the table does not know it."""
-    for part, (half, single) in PEAK_TFLOPS.items():
-        if part in device_name:
-            return 1e12 * (single if precision.startswith("32") else half)
-    return None
 
 
 def peak_memory_gib(device: torch.device) -> float:

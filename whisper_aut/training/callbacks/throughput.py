@@ -13,7 +13,8 @@ import torch
 from whisper_aut.data.pack import Batch
 from whisper_aut.model.encoder import encoder_frames
 from whisper_aut.model.flops import encoder_flops
-from whisper_aut.training.throughput import Throughput, peak_flops, peak_memory_gib
+from whisper_aut.training.accelerators import peak_flops
+from whisper_aut.training.throughput import Throughput, peak_memory_gib
 
 PREFIX = "throughput/"
 

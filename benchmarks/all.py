@@ -1,0 +1,70 @@
+"""Runs every benchmark of this folder and rewrites RESULTS.md. A benchmark is a script that calls `pairs.main`.
+
+`python benchmarks/all.py [--runs N] [NAME …]`; a folder of recordings in the variable DATA goes to those that take `--data`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pairs import DEFAULT_RUNS, machine
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "RESULTS.md"
+COLUMNS = ("case", "ours", "theirs", "unit", "ratio", "runs", "against")
+
+
+def scripts() -> list[Path]:
+    return [path for path in sorted(FOLDER.glob("*.py")) if "    main(cases" in path.read_text()]
+
+
+def measured(script: Path, runs: int, folder: Path) -> list[dict[str, Any]] | None:
+    """Return the rows of one benchmark, or None where it failed."""
+    out = folder / f"{script.stem}.json"
+    data = os.environ.get("DATA")
+    extra = ["--data", data] if data and "--data" in script.read_text() else []
+    done = subprocess.run([sys.executable, str(script), "--json", str(out), "--runs", str(runs), *extra], check=False)
+    return json.loads(out.read_text()) if not done.returncode and out.exists() else None
+
+
+def as_markdown(results: dict[str, list[dict[str, Any]] | None]) -> str:
+    lines = [
+        "# Measured",
+        "",
+        f"By `make bench`: {machine()}.",
+        "Medians of interleaved runs; a ratio above one means that ours is better.",
+        "",
+    ]
+    for name, rows in results.items():
+        lines += [f"## {name}", ""]
+        if rows is None:
+            lines += ["failed", ""]
+            continue
+        lines += ["| " + " | ".join(COLUMNS) + " |", "|:---|---:|---:|:---|---:|---:|:---|"]
+        for row in rows:
+            cells = (f"{row[column]:.4g}" if isinstance(row[column], float) else str(row[column]) for column in COLUMNS)
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def run() -> int:
+    parser = argparse.ArgumentParser(description="Run all benchmarks and rewrite RESULTS.md")
+    parser.add_argument("--runs", type=int, default=DEFAULT_RUNS)
+    parser.add_argument("names", nargs="*", help="only these, and leave RESULTS.md alone")
+    options = parser.parse_args()
+    chosen = [script for script in scripts() if not options.names or script.stem in options.names]
+    with TemporaryDirectory() as folder:
+        results = {script.stem: measured(script, options.runs, Path(folder)) for script in chosen}
+    if not options.names:
+        RESULTS.write_text(as_markdown(results))
+    return any(rows is None for rows in results.values())
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,96 @@
+"""Embedding a folder of clips: `load_encoder` against transformers' `WhisperModel` on clips padded to 30 s.
+
+Both read the same files, run the same random whisper-tiny and average the frames that hold the clip. In `30s` mode the embeddings are
+equal, which is checked before `none` mode is timed. `--data FOLDER` names a folder of audio files or one that holds `esc10/`; without
+it the demo corpus is synthesised and written out.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import soundfile
+import torch
+from demo import demo_corpus, waveforms_and_samples
+from pairs import Row, compare, main
+from recipes import whisper_tiny
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import WhisperFeatureExtractor, WhisperModel
+
+import whisper_aut
+from whisper_aut.data.logmel import mel_frames
+from whisper_aut.data.waveform import to_mono_16k
+
+CLIPS, BATCH = 40, 8
+ENDINGS = {".wav", ".flac", ".ogg", ".mp3"}
+
+
+def cases(runs: int) -> Iterator[Row]:
+    with TemporaryDirectory() as folder:
+        place = Path(folder)
+        whisper_tiny().model.save_pretrained(place / "whisper")
+        name, files = given_files(DATA) if DATA else written_demo(place)
+        own, padded = (whisper_aut.load_encoder(str(place / "whisper"), padding=padding) for padding in ("none", "30s"))
+        theirs = WhisperModel.from_pretrained(place / "whisper").encoder.eval()
+        assert_close(ours(padded, files), reference(theirs, files), atol=1e-4, rtol=1e-3)
+        yield compare(
+            f"{name}, {len(files)} clips",
+            lambda: ours(own, files),
+            lambda: reference(theirs, files),
+            against="transformers.WhisperModel, clips padded to 30 s, frames of the clip averaged",
+            runs=runs,
+        )
+
+
+def ours(encoder: whisper_aut.AudioEncoder, files: list[Path]) -> Tensor:
+    pooled = []
+    for start in range(0, len(files), BATCH):
+        waveforms = [read(file) for file in files[start : start + BATCH]]
+        pooled += [frames.mean(0) for frames in encoder.encode(waveforms, sample_rate_hz=16_000)]
+    return torch.stack(pooled)
+
+
+@torch.inference_mode()
+def reference(encoder: torch.nn.Module, files: list[Path]) -> Tensor:
+    extractor, pooled = WhisperFeatureExtractor(feature_size=80), []
+    for start in range(0, len(files), BATCH):
+        waveforms = [read(file) for file in files[start : start + BATCH]]
+        arrays = [waveform.numpy() for waveform in waveforms]
+        hidden = encoder(extractor(arrays, sampling_rate=16_000, return_tensors="pt").input_features).last_hidden_state
+        valid = [-(-mel_frames(len(waveform)) // 2) for waveform in waveforms]
+        pooled += [frames[:length].mean(0) for frames, length in zip(hidden, valid, strict=True)]
+    return torch.stack(pooled)
+
+
+def read(file: Path) -> Tensor:
+    samples, rate = soundfile.read(file, dtype="float32")
+    return to_mono_16k(samples, rate)[: 30 * 16_000]
+
+
+def given_files(folder: Path) -> tuple[str, list[Path]]:
+    root = folder / "esc10" if (folder / "esc10").is_dir() else folder
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in ENDINGS)[:CLIPS]
+    if not files:
+        sys.exit(f"no audio files under {root}")
+    return root.name, files
+
+
+def written_demo(place: Path) -> tuple[str, list[Path]]:
+    with demo_corpus(scale=0.03) as corpus:
+        clips = [
+            clip for domain in ("speech", "sound", "music") for clip, _ in waveforms_and_samples(corpus / "train" / domain)
+        ]
+    for number, clip in enumerate(clips[:CLIPS]):
+        soundfile.write(place / f"{number:03d}.flac", clip.numpy(), 16_000)
+    return "demo", sorted(place.glob("*.flac"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--data", type=Path)
+    options, sys.argv[1:] = parser.parse_known_args()
+    DATA = options.data
+    main(cases, "Embedding a folder, whisper-tiny shape")

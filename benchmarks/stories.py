@@ -1,0 +1,45 @@
+"""A small model on the demo corpus, and the overrides with which `whisper-aut train` runs it: what `epoch` and `overhead` share."""
+
+from pathlib import Path
+
+from demo import waveforms_and_samples
+
+from whisper_aut.model.scratch import make_whisper
+from whisper_aut.settings import Settings, load_settings
+
+CONFIG = Path(__file__).parents[1] / "conf" / "aut_tiny.yaml"
+BATCH_CLIPS = 8
+
+
+def small_whisper(corpus: Path, out: Path) -> Path:
+    """The size of `conf/speech_tiny.yaml`, with random weights and a tokenizer of the corpus."""
+    texts = [
+        sample.annotation.text
+        for domain in ("speech", "sound")
+        for _, sample in waveforms_and_samples(corpus / "train" / domain)
+    ]
+    return make_whisper(
+        out, texts, d_model=128, encoder_layers=3, decoder_layers=3, heads=4, num_mel_bins=80, vocabulary=1500, seed=0
+    )
+
+
+def overrides(corpus: Path, model: Path, clips: int) -> list[str]:
+    """One epoch of so many clips, without validation and probes."""
+    return [
+        f"data.shards={corpus.parent}",
+        f"runs={corpus.parent / 'runs'}",
+        f"model.path={model}",
+        "model.after=",
+        "corpora.demo=null",
+        "data.valid=[]",
+        f"data.batch_clips={BATCH_CLIPS}",
+        f"data.samples_per_epoch={clips}",
+        "trainer.max_epochs=1",
+        "trainer.max_steps=null",
+        "export=[whisper]",
+        "probe.tasks=[]",
+    ]
+
+
+def story_settings(corpus: Path, model: Path, clips: int) -> Settings:
+    return load_settings(CONFIG, overrides(corpus, model, clips))

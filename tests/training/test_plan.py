@@ -1,0 +1,83 @@
+"""The plan against real steps: its memory against PyTorch's allocator, its parameters and work against the built model."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+from whisper_aut.data.logmel import frames_with_context
+from whisper_aut.data.pack import Targets, TokenTarget
+from whisper_aut.model.decoders.whisper import WhisperDecoder, WhisperDecoderOptions, sketch_whisper_decoder
+from whisper_aut.model.encoder import PackedEncoder
+from whisper_aut.model.flops import encoder_flops, whisper_decoder_flops
+from whisper_aut.training.plan import StepCost, StepShape, device_memory, step_cost
+
+MEL_LENGTHS, TEXT_LENGTHS = (300, 501, 770, 120), (12, 30, 7, 20)
+
+
+def config(width: int = 64) -> WhisperConfig:
+    sizes = {
+        "d_model": width,
+        "encoder_layers": 3,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 4 * width,
+        "decoder_ffn_dim": 4 * width,
+    }
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1)
+    return WhisperConfig(**sizes, **heads, **tokens, vocab_size=2000, num_mel_bins=80)
+
+
+def sketch(config: WhisperConfig, gradient_checkpointing: bool) -> torch.nn.Module:
+    return sketch_whisper_decoder(config, WhisperDecoderOptions(), gradient_checkpointing)
+
+
+def measured_peak_bytes(checkpointing: bool) -> int:
+    """What PyTorch's allocator handed out at the worst moment of a real step, gradients included."""
+    model = WhisperForConditionalGeneration(config()).train()
+    encoder = PackedEncoder(model.model.encoder, "none", checkpointing).train()
+    decoder = WhisperDecoder(model.model.decoder, 1, checkpointing).train()
+    mel = torch.randn(sum(map(frames_with_context, MEL_LENGTHS)), 80)
+    clips = [torch.ones(length, dtype=torch.long) for length in TEXT_LENGTHS]
+    targets = Targets.pack([TokenTarget(clip, torch.arange(len(clip)) > 0, 1) for clip in clips])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        frames = encoder(mel, MEL_LENGTHS)
+        decoder.loss(frames.values, frames.lengths, targets).total.backward()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_is_what_a_real_step_takes(checkpointing: bool):
+    cost = step_cost(config(), sketch, StepShape(MEL_LENGTHS, TEXT_LENGTHS, gradient_checkpointing=checkpointing))
+    planned = cost.live_bytes + 4 * cost.trainable
+    assert planned == pytest.approx(measured_peak_bytes(checkpointing), rel=0.15)
+
+
+def test_parameters_and_work_are_the_models():
+    cost = step_cost(config(), sketch, StepShape(MEL_LENGTHS, TEXT_LENGTHS))
+    model = WhisperForConditionalGeneration(config())
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+    assert cost.trainable == cost.parameters - 1500 * 64  # the encoder's positions are fixed
+    frames = [-(-length // 2) for length in MEL_LENGTHS]
+    useful = encoder_flops(config(), MEL_LENGTHS, frames)
+    useful += whisper_decoder_flops(config(), frames, TEXT_LENGTHS, sum(TEXT_LENGTHS) - len(TEXT_LENGTHS))
+    assert useful < cost.flops < 1.1 * useful  # attention computes its scores again in the backward pass
+    again = step_cost(config(), sketch, StepShape(MEL_LENGTHS, TEXT_LENGTHS, gradient_checkpointing=True))
+    assert 1.2 < again.flops / cost.flops < 1.4
+    assert again.live_bytes < cost.live_bytes
+
+
+def test_zero_stages_share_what_they_say():
+    cost = StepCost(encoder=600, decoder=400, trainable=900, flops=0.0, live_bytes=50)
+    plain = device_memory(cost, stage=0, ranks=8, half_weights=False)
+    assert (plain.weights, plain.gradients, plain.optimizer, plain.activations) == (4000, 3600, 7200, 50)
+    one, two, three = (device_memory(cost, stage=stage, ranks=8, half_weights=True) for stage in (1, 2, 3))
+    assert (one.weights, one.gradients, one.optimizer) == (2000, 1800, 12 * 900 / 8)
+    assert two.gradients == 225
+    assert three.weights == 250
+    assert device_memory(cost, stage=2, ranks=8, half_weights=True, offload=True).optimizer == 0

@@ -1,0 +1,36 @@
+"""Devices by name: their memory and what they could compute.
+
+In: a device's name. Out: an `Accelerator`. Next: the meters' MFU and the plan. Figures are the vendors' data sheets: dense tensor-core
+TFLOP/s of H100 and H200 SXM, A100, and of the RTX 4090 with float32 accumulation.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A device: what `torch.cuda.get_device_name` contains, GiB, and TFLOP/s in half precision and in float32 as TF32."""
+
+    name: str
+    part: str
+    memory_gib: float
+    half_tflops: float
+    single_tflops: float
+
+    def peak_flops(self, precision: str) -> float:
+        """Return FLOP/s in one of Lightning's precisions."""
+        return 1e12 * (self.single_tflops if precision.startswith("32") else self.half_tflops)
+
+
+ACCELERATORS = (
+    Accelerator("H200 141 GB", "H200", 140.0, 989.0, 494.5),
+    Accelerator("H100 80 GB", "H100", 79.0, 989.0, 494.5),
+    Accelerator("A100 80 GB", "A100", 79.0, 312.0, 156.0),
+    Accelerator("A100 40 GB", "A100", 39.0, 312.0, 156.0),
+    Accelerator("RTX 4090 24 GB", "RTX 4090", 23.5, 165.2, 82.6),
+)
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Return the FLOP/s that a device could do, or None where the table does not know it."""
+    return next((device.peak_flops(precision) for device in ACCELERATORS if device.part in device_name), None)
