@@ -61,7 +61,7 @@ smoke: $(STAMP) ## shards to report through the real command line, in under a mi
 notebooks: $(STAMP) ## run all notebooks top to bottom; copies with their outputs go to runs/notebooks/executed
 	@mkdir -p runs/notebooks/executed
 	@for notebook in notebooks/*.ipynb; do \
-		$(BIN)/jupyter-execute --KernelManager.transport=ipc "$$notebook" --output="$(CURDIR)/runs/notebooks/executed/$$(basename "$$notebook")" || exit 1; done
+		$(BIN)/jupyter-execute "$$notebook" --output="$(CURDIR)/runs/notebooks/executed/$$(basename "$$notebook")" || exit 1; done
 
 lint: $(STAMP) ## ruff and pyright
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -4,12 +4,14 @@ import ast
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
 from tests.conftest import REPOSITORY
+from whisper_aut.settings import load_settings
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 NAMES = ["01_shards_and_logmel", "02_compare_decoders", "03_embeddings_before_after", "04_read_a_report"]
@@ -55,9 +57,21 @@ def test_notebooks_share_one_corpus_and_one_run():
     assert all(any("data.shards=runs/notebooks/data" in line for line in lines) for lines in shared.values())
 
 
+@each_notebook
+@pytest.mark.parametrize("scale", ["smoke", "tiny"])
+def test_the_configs_of_both_scales_load(path: Path, scale: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPOSITORY)
+    (cell,) = [cell.source for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    names: dict[str, Any] = {"load_settings": load_settings}
+    exec(cell.replace('SCALE = "smoke"', f'SCALE = "{scale}"', 1), names)
+    recipes = names["RECIPES"][scale].values() if "RECIPES" in names else [(names["CONFIG"], names["OVERRIDES"])]
+    for config, overrides in recipes:
+        assert load_settings(config, overrides).probe.tasks == ["demo_speech", "demo_sound", "demo_music"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(4 * TIMEOUT_SECONDS)
-def test_notebooks_run_top_to_bottom_in_a_fresh_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_notebooks_run_top_to_bottom_in_a_fresh_folder(tmp_path: Path):
     for name in ("conf", "notebooks"):
         shutil.copytree(REPOSITORY / name, tmp_path / name)
     for name in NAMES:
