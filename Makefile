@@ -20,7 +20,7 @@ OVERRIDES := $(if $(DATA),data.root=$(DATA)) $(ARGS)
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup lock train-aut train-uniwhisper probe report test smoke lint clean
+.PHONY: help setup lock train-aut train-uniwhisper probe report test smoke notebooks lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,11 @@ test: $(STAMP) ## the test suite (ARGS="-k name")
 
 smoke: $(STAMP) ## shards to report through the real command line, in under a minute
 	@$(BIN)/python -m pytest tests/test_smoke.py $(ARGS)
+
+notebooks: $(STAMP) ## run all notebooks top to bottom; copies with their outputs go to runs/notebooks/executed
+	@mkdir -p runs/notebooks/executed
+	@for notebook in notebooks/*.ipynb; do \
+		$(BIN)/jupyter-execute "$$notebook" --output="$(CURDIR)/runs/notebooks/executed/$$(basename "$$notebook")" || exit 1; done
 
 lint: $(STAMP) ## ruff and pyright
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

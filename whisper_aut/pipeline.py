@@ -51,6 +51,17 @@ class Story:
     fresh: bool = False
 
 
+def run_config(config: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> RunDirectory:
+    """Read a config and run its story, as `whisper-aut train CONFIG key=value …` does; without a console, only progress bars show.
+
+    Raises:
+        UserError: a mistake in config or data.
+        Interrupted: training was asked to stop.
+    """
+    settings = load_settings(config, overrides)
+    return run_story(settings, Story(Path(config), tuple(overrides)), console or Console(quiet=True))
+
+
 def run_story(settings: Settings, story: Story, console: Console) -> RunDirectory:
     """Run a config from its corpora to its report.
 

@@ -38,6 +38,20 @@ def test_p_value_is_that_of_all_sign_flips():
     assert paired_difference([a], [b], [1.0], resamples=100_000).p_value == pytest.approx(exact, abs=0.005)
 
 
+def test_ties_of_thirds_count_as_extreme():
+    rng = np.random.default_rng(0)
+    a, b = (rng.binomial(3, 0.5, 180) for _ in range(2))  # of three seeds, how many had each clip right
+    chances = np.ones(1)  # of the sum of signed differences, in thirds, from -spread to spread
+    for step in np.abs(a - b):
+        widened = np.zeros(len(chances) + 2 * step)
+        widened[: len(chances)] += chances / 2
+        widened[2 * step :] += chances / 2
+        chances = widened
+    sums = np.arange(len(chances)) - len(chances) // 2
+    exact = chances[np.abs(sums) >= abs((a - b).sum())].sum()
+    assert paired_difference([a / 3], [b / 3], [1.0], resamples=100_000).p_value == pytest.approx(exact, abs=0.007)
+
+
 def test_false_alarms_are_as_rare_as_promised():
     rng = np.random.default_rng(3)
     records = [(rng.random(100) < 0.7, rng.random(100) < 0.7) for _ in range(600)]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 CONFIDENCE = 0.95
+DECIMALS = 9  # of a clip's difference
+TIE = 10.0 ** (1 - DECIMALS)  # means that differ by less are equal but for that rounding: thirds, of three seeds, have no end
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,12 @@ def paired_difference(
         assert one.shape == other.shape, (one.shape, other.shape)
         assert one.size, "no clips"
         # Rounding merges values that differ in the last bit only.
-        differences = np.round(np.asarray(one, dtype=float) - np.asarray(other, dtype=float), 9)
+        differences = np.round(np.asarray(one, dtype=float) - np.asarray(other, dtype=float), DECIMALS)
         value += share * differences.mean()
         drawn += share * _bootstrap_means(differences, resamples, rng)
         flipped += share * _sign_flip_means(differences, resamples, rng)
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    extreme = int((np.abs(flipped) >= abs(value) - 1e-12).sum())
+    extreme = int((np.abs(flipped) >= abs(value) - TIE).sum())
     return Difference(float(value), float(low), float(high), (1 + extreme) / (1 + resamples))
 
 

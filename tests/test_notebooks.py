@@ -1,0 +1,79 @@
+"""Notebooks are stripped, valid and free of this or that machine; they run under `-m slow` and by `make notebooks`."""
+
+import ast
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.conftest import REPOSITORY
+from whisper_aut.settings import load_settings
+
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+NAMES = ["01_shards_and_logmel", "02_compare_decoders", "03_embeddings_before_after", "04_read_a_report"]
+TIMEOUT_SECONDS = 600  # a machine that others use; alone each takes less than three minutes
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def python_of(source: str) -> str:
+    return "\n".join(line for line in source.splitlines() if not line.startswith("%"))
+
+
+def test_all_notebooks_are_there():
+    assert [path.stem for path in NOTEBOOKS] == NAMES
+
+
+@each_notebook
+def test_a_notebook_is_valid_and_stripped(path: Path):
+    nbformat.validate(nbformat.read(path, as_version=nbformat.NO_CONVERT))
+    for cell in code_cells(path):
+        assert not cell.outputs, f"outputs in {cell.id}; strip them before committing"
+        assert cell.execution_count is None, cell.id
+        ast.parse(python_of(cell.source))
+    assert not re.search(r"/home/|/tmp/|/work/|[A-Z]:\\\\", path.read_text())
+
+
+@each_notebook
+def test_the_smoke_scale_is_the_default(path: Path):
+    tagged = [cell.source for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    assert tagged[0].startswith('SCALE = "smoke"')
+    assert '"tiny": ' in tagged[0]
+
+
+def test_notebooks_share_one_corpus_and_one_run():
+    shared = {name: set(re.findall(r"^SMALL \+?= .*$", "\n".join(cell.source for cell in code_cells(path)), re.M))
+              for name, path in zip(NAMES, NOTEBOOKS, strict=True)}  # fmt: skip
+    assert shared[NAMES[1]] == shared[NAMES[2]] == shared[NAMES[3]]
+    assert all(any("data.shards=runs/notebooks/data" in line for line in lines) for lines in shared.values())
+
+
+@each_notebook
+@pytest.mark.parametrize("scale", ["smoke", "tiny"])
+def test_the_configs_of_both_scales_load(path: Path, scale: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPOSITORY)
+    (cell,) = [cell.source for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    names: dict[str, Any] = {"load_settings": load_settings}
+    exec(cell.replace('SCALE = "smoke"', f'SCALE = "{scale}"', 1), names)
+    recipes = names["RECIPES"][scale].values() if "RECIPES" in names else [(names["CONFIG"], names["OVERRIDES"])]
+    for config, overrides in recipes:
+        assert load_settings(config, overrides).probe.tasks == ["demo_speech", "demo_sound", "demo_music"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * TIMEOUT_SECONDS)
+def test_notebooks_run_top_to_bottom_in_a_fresh_folder(tmp_path: Path):
+    for name in ("conf", "notebooks"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    for name in NAMES:
+        book = nbformat.read(tmp_path / "notebooks" / f"{name}.ipynb", as_version=4)
+        NotebookClient(book, timeout=TIMEOUT_SECONDS, resources={"metadata": {"path": str(tmp_path / "notebooks")}}).execute()
