@@ -18,7 +18,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from whisper_aut.data.chat import AUDIO
 from whisper_aut.data.pack import Targets, TokenTarget
-from whisper_aut.model.adapter import AdapterOptions, build_adapter
+from whisper_aut.model.adapter import AdapterOptions, build_adapter, embedding_scale
 from whisper_aut.model.decoders.causal_lm import CausalLMDecoder
 from whisper_aut.model.loss import chunked_cross_entropy
 
@@ -37,7 +37,8 @@ class Step:
             num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
         )  # fmt: skip
         self.model: Any = Qwen3ForCausalLM(config).requires_grad_(False).eval()
-        adapter = build_adapter(AdapterOptions(), ENCODER_WIDTH, self.model.get_input_embeddings().weight)
+        scale = embedding_scale(self.model.get_input_embeddings().weight)
+        adapter = build_adapter(AdapterOptions(), ENCODER_WIDTH, WIDTH, scale)
         self.decoder = CausalLMDecoder(self.model, adapter, AUDIO_AT, end_token=0, identity={})
         self.lengths = tuple(frames)
         self.frames = torch.randn(sum(frames), ENCODER_WIDTH, requires_grad=True)

@@ -6,7 +6,15 @@ from torch import nn
 from torch.testing import assert_close
 
 from whisper_aut.errors import UserError
-from whisper_aut.model.adapter import ADAPTERS, AdapterOptions, ConvAdapter, StackAdapter, build_adapter, windows
+from whisper_aut.model.adapter import (
+    ADAPTERS,
+    AdapterOptions,
+    ConvAdapter,
+    StackAdapter,
+    build_adapter,
+    embedding_scale,
+    windows,
+)
 
 LENGTHS = (7, 1, 12)
 
@@ -46,7 +54,7 @@ def test_the_conv_adapter_is_a_strided_convolution():
 def test_a_clip_in_a_batch_is_the_clip_alone_and_starts_at_the_embeddings_scale(name: str):
     torch.manual_seed(0)
     embeddings = torch.randn(50, 16) * 0.03
-    adapter = build_adapter(AdapterOptions(name, frames=5), 6, embeddings)
+    adapter = build_adapter(AdapterOptions(name, frames=5), 6, 16, embedding_scale(embeddings))
     out, counts = adapter(frames(), LENGTHS)
     assert counts == (2, 1, 3)
     alone = [adapter(clip, (len(clip),))[0] for clip in frames().split(LENGTHS)]
@@ -56,7 +64,7 @@ def test_a_clip_in_a_batch_is_the_clip_alone_and_starts_at_the_embeddings_scale(
 
 def test_bad_options_are_refused():
     with pytest.raises(UserError, match="Did you mean 'stack'"):
-        build_adapter(AdapterOptions("stac"), 6, torch.ones(3, 4))
+        build_adapter(AdapterOptions("stac"), 6, 4, 1.0)
     with pytest.raises(UserError, match="frames must be at least 1"):
-        build_adapter(AdapterOptions(frames=0), 6, torch.ones(3, 4))
-    assert isinstance(build_adapter(AdapterOptions(), 6, torch.ones(3, 4)), StackAdapter)
+        build_adapter(AdapterOptions(frames=0), 6, 4, 1.0)
+    assert isinstance(build_adapter(AdapterOptions(), 6, 4, 1.0), StackAdapter)

@@ -85,8 +85,18 @@ class ConvAdapter(StackAdapter):
 ADAPTERS: dict[str, type[StackAdapter]] = {"stack": StackAdapter, "conv": ConvAdapter}
 
 
-def build_adapter(options: AdapterOptions, width: int, embeddings: Tensor) -> StackAdapter:
-    """Build the adapter between an encoder of `width` and a language model's token `embeddings` `[V, W]`.
+def embedding_scale(embeddings: Tensor) -> float:
+    """Return the root mean square of token embeddings `[V, W]`: the size at which an adapter's output begins."""
+    return float(embeddings.detach().float().square().mean().sqrt())
+
+
+def build_adapter(options: AdapterOptions, width: int, out_width: int, scale: float) -> StackAdapter:
+    """Build the adapter between an encoder and a language model.
+
+    Args:
+        width: D, of the encoder.
+        out_width: W, of the language model.
+        scale: of its embeddings, see `embedding_scale`.
 
     Raises:
         UserError: no such adapter, or fewer than one frame an embedding.
@@ -96,6 +106,4 @@ def build_adapter(options: AdapterOptions, width: int, embeddings: Tensor) -> St
         raise UserError(f"decoder.adapter.name: there is no adapter {options.name!r}.{hint} There are: {', '.join(ADAPTERS)}.")
     if options.frames < 1 or options.hidden < 0:
         raise UserError(f"decoder.adapter: frames must be at least 1 and hidden at least 0, got {options}.")
-    out_width = embeddings.shape[1]
-    scale = float(embeddings.detach().float().square().mean().sqrt())
     return ADAPTERS[options.name](width, out_width, options.frames, options.hidden or 2 * out_width, scale)

@@ -9,12 +9,20 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -23,7 +31,39 @@ from whisper_aut.model.attention import Segments, clip_attention
 from whisper_aut.model.start import describe_missing, quiet_loading, refuse_gaps
 
 PACKED = "whisper_aut_packed"  # our name among the attention implementations of transformers
+KIND, EXAMPLE = "language model", "Qwen/Qwen3-0.6B"  # for messages
 OUTPUT_EMBEDDING = "lm_head.weight"  # left out of checkpoints where it is the token embedding
+
+
+# So that a run can be planned where the hub is out of reach; from the model's own config.json.
+KNOWN_SHAPES: dict[str, Any] = {
+    "Qwen/Qwen3-0.6B": Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=True,
+    )
+}
+
+
+def language_config(path: str, revision: str = "") -> Any:
+    """Return a language model's configuration: a directory's own, a known shape, or else what the hub says.
+
+    Raises:
+        UserError: there is no such directory or model.
+    """
+    if not Path(path).is_dir() and path in KNOWN_SHAPES:
+        return KNOWN_SHAPES[path]
+    try:
+        with quiet_loading():
+            return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(describe_missing(path, error, kind=KIND, example=EXAMPLE)) from None
 
 
 def load_language_model(
@@ -47,9 +87,9 @@ def load_language_model(
             model, info = loaded
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(describe_missing(path, error, kind="language model", example="Qwen/Qwen3-0.6B")) from None
+        raise UserError(describe_missing(path, error, kind=KIND, example=EXAMPLE)) from None
     tied = {OUTPUT_EMBEDDING} if model.config.tie_word_embeddings else set()
-    refuse_gaps(path, info, tied, kind="language model")
+    refuse_gaps(path, info, tied, kind=KIND)
     _refuse_unknown_head(path, model)
     return model, tokenizer
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from whisper_aut import __version__
 from whisper_aut.corpora.annotation import Annotation
@@ -144,7 +144,9 @@ def make_language_model(scratch: LanguageScratch, instructions: Instructions) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(scratch.seed)
         reader = _Reader(ChatText(tokenizer, instructions), texts, scratch.stretch, random.Random(scratch.seed))
-        model = _trained(new_language_model(scratch, tokenizer), reader, scratch)
+        config = scratch_config(scratch, len(tokenizer))
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id  # pyright: ignore
+        model = _trained(Qwen3ForCausalLM(config), reader, scratch)
     with quiet_loading():
         model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -170,10 +172,10 @@ def train_chat_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTok
     return tokenizer
 
 
-def new_language_model(scratch: LanguageScratch, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
-    """Return a randomly initialised Qwen3 of the given sizes for a tokenizer's vocabulary."""
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
+def scratch_config(scratch: LanguageScratch, vocabulary: int) -> Qwen3Config:
+    """Return a Qwen3 of the given sizes."""
+    return Qwen3Config(
+        vocab_size=vocabulary,
         hidden_size=scratch.width,
         intermediate_size=3 * scratch.width,
         num_hidden_layers=scratch.layers,
@@ -182,10 +184,7 @@ def new_language_model(scratch: LanguageScratch, tokenizer: PreTrainedTokenizerB
         head_dim=scratch.width // scratch.heads,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,  # pyright: ignore[reportArgumentType]
-        pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
     )
-    return Qwen3ForCausalLM(config)
 
 
 def _trained(model: Qwen3ForCausalLM, reader: _Reader, scratch: LanguageScratch) -> Qwen3ForCausalLM:

@@ -12,19 +12,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, WhisperConfig
 
 from whisper_aut.data.chat import ChatText
 from whisper_aut.data.pack import Targets
 from whisper_aut.data.prompts import Instruction, Instructions
 from whisper_aut.errors import UserError
-from whisper_aut.model.adapter import AdapterOptions, StackAdapter, build_adapter
+from whisper_aut.model.adapter import AdapterOptions, StackAdapter, build_adapter, embedding_scale
 from whisper_aut.model.flops import PRODUCT, language_model_flops
-from whisper_aut.model.language import load_language_model, packed_states, padded_attention, recompute_layers, weights_hash
+from whisper_aut.model.language import (
+    language_config,
+    load_language_model,
+    packed_states,
+    padded_attention,
+    recompute_layers,
+    weights_hash,
+)
 from whisper_aut.model.loss import DecoderLoss, chunked_cross_entropy
-from whisper_aut.model.scratch_language import LanguageScratch, make_language_model
+from whisper_aut.model.scratch_language import LanguageScratch, make_language_model, scratch_config
 from whisper_aut.model.start import Start
 
+SKETCHED_AUDIO_AT = 3  # behind what ChatML writes before the first turn's text
 Training = Literal["frozen", "lora", "full"]
 
 
@@ -82,7 +90,8 @@ def build_causal_lm(start: Start, options: CausalLMOptions, gradient_checkpointi
             torch.manual_seed(0)  # a checkpoint does not hold a frozen model, so it must come out the same again
             model = type(model)(model.config).to(dtype)  # pyright: ignore[reportArgumentType]
     codec = ChatText(tokenizer, instructions, options.max_tokens, options.overflow)
-    adapter = build_adapter(options.adapter, start.config.d_model, model.get_input_embeddings().weight)  # pyright: ignore
+    embeddings: Any = model.get_input_embeddings().weight
+    adapter = build_adapter(options.adapter, start.config.d_model, embeddings.shape[1], embedding_scale(embeddings))
     identity = {"language_model": path, "revision": options.revision, "weights": weights_hash(model)}
     _choose_trainable(model, options)
     if gradient_checkpointing:
@@ -91,6 +100,20 @@ def build_causal_lm(start: Start, options: CausalLMOptions, gradient_checkpointi
         model, adapter, len(codec.frame.opening), codec.frame.end, identity, held=options.train == "frozen"
     )
     return decoder, codec
+
+
+def sketch_causal_lm(config: WhisperConfig, options: CausalLMOptions, gradient_checkpointing: bool) -> nn.Module:
+    """Return the decoder that `build_causal_lm` would, with sizes alone; see `DecoderEntry.sketch`."""
+    scratch = options.scratch
+    sizes = (
+        scratch_config(scratch, scratch.vocabulary) if scratch else language_config(options.language_model, options.revision)
+    )
+    model = AutoModelForCausalLM.from_config(sizes, dtype=getattr(torch, options.dtype), trust_remote_code=False)
+    _choose_trainable(model, options)
+    if gradient_checkpointing:
+        recompute_layers(model)
+    adapter = build_adapter(options.adapter, config.d_model, sizes.hidden_size, scale=1.0)
+    return CausalLMDecoder(model, adapter, SKETCHED_AUDIO_AT, end_token=0, identity={}, held=options.train == "frozen")
 
 
 class CausalLMDecoder(nn.Module):
