@@ -14,7 +14,7 @@ OVERRIDES := $(if $(DATA),data.root=$(DATA)) $(ARGS)
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup lock train-aut test smoke lint clean
+.PHONY: help setup lock train-aut test smoke bench lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test: $(STAMP) ## the test suite (ARGS="-k name")
 
 smoke: $(STAMP) ## shards to report through the real command line, in under a minute
 	@$(BIN)/python -m pytest tests/test_smoke.py $(ARGS)
+
+bench: $(STAMP) ## run every benchmark and rewrite benchmarks/RESULTS.md (DATA=FOLDER with esc10/; half an hour on two cores)
+	@DATA=$(DATA) $(BIN)/python benchmarks/all.py $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
