@@ -20,7 +20,7 @@ OVERRIDES := $(if $(DATA),data.root=$(DATA)) $(ARGS)
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup lock train-aut train-uniwhisper probe report test smoke notebooks lint clean
+.PHONY: help setup lock train-aut train-uniwhisper probe report test smoke notebooks bench lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ notebooks: $(STAMP) ## run all notebooks top to bottom; copies with their output
 	@mkdir -p runs/notebooks/executed
 	@for notebook in notebooks/*.ipynb; do \
 		$(BIN)/jupyter-execute "$$notebook" --output="$(CURDIR)/runs/notebooks/executed/$$(basename "$$notebook")" || exit 1; done
+
+bench: $(STAMP) ## run every benchmark and rewrite benchmarks/RESULTS.md (DATA=FOLDER with esc10/; half an hour on two cores)
+	@DATA=$(DATA) $(BIN)/python benchmarks/all.py $(ARGS)
 
 lint: $(STAMP) ## ruff and pyright
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

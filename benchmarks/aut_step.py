@@ -24,6 +24,7 @@ def cases(runs: int) -> Iterator[Row]:
     five = Clips.noise([5.0] * 8, 24)
     thirty = [30.0] * 4
     yield timed("5 s, 8 clips", five, runs)
+    yield timed("5 s, 8 clips, labels to 448", five, runs, labels_to=448)
     with demo_corpus(scale=0.03) as corpus:
         yield timed("mix, 10 demo clips", demo_mixture(corpus), runs)
     yield timed("30 s short labels, 4 clips", Clips.noise(thirty, SHORT_LABELS), runs, labels_to=448)

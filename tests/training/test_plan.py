@@ -1,15 +1,21 @@
 """The plan against real steps: its memory against PyTorch's allocator, its parameters and work against the built model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
+from tests.conftest import REPOSITORY
+from whisper_aut.cli import main
 from whisper_aut.data.logmel import frames_with_context
 from whisper_aut.data.pack import Targets, TokenTarget
 from whisper_aut.model.decoders.whisper import WhisperDecoder, WhisperDecoderOptions, sketch_whisper_decoder
 from whisper_aut.model.encoder import PackedEncoder
 from whisper_aut.model.flops import encoder_flops, whisper_decoder_flops
+from whisper_aut.training.accelerators import ACCELERATORS
+from whisper_aut.training.forecast import Forecast
 from whisper_aut.training.plan import StepCost, StepShape, device_memory, step_cost
 
 MEL_LENGTHS, TEXT_LENGTHS = (300, 501, 770, 120), (12, 30, 7, 20)
@@ -73,7 +79,7 @@ def test_parameters_and_work_are_the_models():
 
 
 def test_zero_stages_share_what_they_say():
-    cost = StepCost(encoder=600, decoder=400, trainable=900, flops=0.0, live_bytes=50)
+    cost = StepCost(encoder=600, decoder=400, trainable=900, flops=0.0, operations=1, live_bytes=50)
     plain = device_memory(cost, stage=0, ranks=8, half_weights=False)
     assert (plain.weights, plain.gradients, plain.optimizer, plain.activations) == (4000, 3600, 7200, 50)
     one, two, three = (device_memory(cost, stage=stage, ranks=8, half_weights=True) for stage in (1, 2, 3))
@@ -81,3 +87,37 @@ def test_zero_stages_share_what_they_say():
     assert two.gradients == 225
     assert three.weights == 250
     assert device_memory(cost, stage=2, ranks=8, half_weights=True, offload=True).optimizer == 0
+
+
+def test_the_papers_recipe_is_planned_from_known_sizes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    small = ["model.path=openai/whisper-tiny", "data.batch_clips=2", "strategy=deepspeed_stage_2"]
+    assert main(["plan", str(REPOSITORY / "conf" / "aut.yaml"), *small]) == 0
+    shown = capsys.readouterr().out
+    # 39 M in the paper's table, of which the encoder's 1,500 fixed positions are not trained.
+    assert "encoder 8.2 M, decoder 29.6 M, trainable 37.2 M" in shown
+    assert "2,500,000 steps" in shown  # two epochs of 20 M clips in steps of 2 × 8
+    for device in ("H200", "H100", "A100 40", "RTX 4090"):
+        assert device in shown
+
+
+def test_a_chain_of_configs_is_planned_from_its_first_sizes(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", str(REPOSITORY / "conf" / "smoke.yaml")]) == 0
+    assert "4 steps" in capsys.readouterr().out
+
+
+def test_what_fits_names_the_least_measure():
+    cost = StepCost(encoder=10**9, decoder=0, trainable=10**9, flops=1e12, operations=1, live_bytes=10 * 2**30)
+    lean = replace(cost, live_bytes=2**30)
+    rest = {"offload": False, "precision": "bf16-mixed", "micro_batches": 1, "steps": 10, "step_audio_seconds": 1.0}
+    plan = Forecast(cost, cost, lean, ranks=8, stage=0, bytes_per_audio_second=1.0, **rest)
+    cards = {device.name: plan.what_fits(device) for device in ACCELERATORS}
+    assert cards["A100 40 GB"] == "fits as it is"
+    assert cards["RTX 4090 24 GB"] == "one device or ddp + gradient checkpointing"
+    huge = replace(
+        plan,
+        plain=replace(cost, live_bytes=2**40),
+        checkpointed=replace(cost, live_bytes=2**40),
+        cost=replace(cost, live_bytes=2**40),
+    )
+    assert huge.what_fits(ACCELERATORS[0]).startswith("too large")

@@ -14,6 +14,7 @@ from whisper_aut.training.accelerators import ACCELERATORS, Accelerator
 from whisper_aut.training.plan import GIBIBYTE, STAGES, DeviceMemory, StepCost, device_memory
 
 ASSUMED_MFU = 0.40
+LAUNCH_SECONDS = 10e-6  # of one operation by PyTorch without compilation; what small models wait for
 RESERVED_GIB = 2.0  # CUDA's context, cuBLAS, communication buffers, gaps between blocks
 CORE_AUDIO_SECONDS = 2_000  # a second, FLAC → log-mel on one core: decoding at 3,800 and features at 5,000 one after the other
 FLAC_BYTES_PER_SECOND = 19_000  # of 16 kHz mono, where no index tells the shards' own
@@ -56,7 +57,8 @@ class Forecast:
         return device_memory(cost, stage=stage, ranks=self.ranks, half_weights=half, offload=self.offload and stage > 0)
 
     def step_seconds(self, device: Accelerator) -> float:
-        return self.cost.flops * self.micro_batches / (ASSUMED_MFU * device.peak_flops(self.precision))
+        computing = self.cost.flops / (ASSUMED_MFU * device.peak_flops(self.precision))
+        return self.micro_batches * max(computing, self.cost.operations * LAUNCH_SECONDS)
 
     def fits(self, device: Accelerator, memory: DeviceMemory) -> bool:
         return memory.total / GIBIBYTE + RESERVED_GIB <= device.memory_gib
@@ -101,7 +103,7 @@ def _memory_table(plan: Forecast) -> Table:
 
 
 def _device_table(plan: Forecast) -> Table:
-    table = Table(title=f"On {plan.ranks} of these, at {ASSUMED_MFU:.0%} of their peak", title_justify="left")
+    table = Table(title=f"On {plan.ranks} of these, at {ASSUMED_MFU:.0%} of their peak at most", title_justify="left")
     for column in ("device", "what fits", "step", "whole run", "audio-s/s", "cores for data", "reads MB/s"):
         table.add_column(column, justify="left" if column in ("device", "what fits") else "right")
     for device in ACCELERATORS:

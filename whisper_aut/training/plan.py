@@ -53,6 +53,7 @@ class StepCost:
     Attributes:
         encoder, decoder, trainable: parameters.
         flops: forward and backward, recomputation included.
+        operations: kernels that are launched.
         live_bytes: at the worst moment of the step, beside weights and gradients: activations and what operations need for
             themselves.
     """
@@ -61,6 +62,7 @@ class StepCost:
     decoder: int
     trainable: int
     flops: float
+    operations: int
     live_bytes: int
 
     @property
@@ -73,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.operations = 0
         self._known: dict[int, Any] = {}
 
     def ignore(self, tensors: Sequence[Tensor]) -> None:
@@ -84,6 +86,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.operations += not func.is_view
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
                 self._meet(tensor.untyped_storage())
@@ -129,6 +132,7 @@ def step_cost(config: WhisperConfig, sketch: Callable[[WhisperConfig, bool], nn.
         decoder=sum(p.numel() for p in decoder.parameters()),
         trainable=sum(p.numel() for p in trainable),
         flops=float(counter.get_total_flops()),
+        operations=live.operations,
         live_bytes=max(0, live.peak - gradients),
     )
 
