@@ -154,7 +154,7 @@ class LinearProbe(LightningModule):
     def _evaluate(
         self, weight: Tensor, penalties: Tensor, features: Tensor, answers: Tensor, shares: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return objectives `[j]` and gradients `[j, C, R + 1]`; written out, since autograd passes over the scores four times as often.
+        """Return objectives `[j]` and gradients `[j, C, R + 1]`; written out, to spare the memory of a graph.
 
         Args:
             shares: `[I, j]`, what each item weighs in each problem.
@@ -168,7 +168,7 @@ class LinearProbe(LightningModule):
             place = answers[:, None, None].expand(-1, len(weight), 1)
             slopes = scores.log_softmax(2)
             losses = -slopes.gather(2, place)[:, :, 0]
-            # Chances below exp(-30) pull at nothing, and as denormal numbers they would make every product after this four times slower.
+            # Chances below exp(-30) pull at nothing, and as denormal numbers they slow every product after this.
             slopes = slopes.clamp_(min=-30).exp_().mul_(shares[:, :, None]).scatter_add_(2, place, -shares[:, :, None])
         pull = penalties[:, None, None] * self._penalised() * weight
         gradients = (slopes.flatten(1).T @ features).view_as(weight) + pull
