@@ -7,6 +7,7 @@ from lightning import LightningModule
 from sklearn.linear_model import LogisticRegression
 
 from whisper_aut.errors import UserError
+from whisper_aut.probes import linear
 from whisper_aut.probes.cache import Embeddings
 from whisper_aut.probes.fitting import fit
 from whisper_aut.probes.kinds import probe_rounds
@@ -43,8 +44,10 @@ def probe_linear(data: dict[str, Embeddings], **more):
     return probe_rounds([split_round(data)], **more)
 
 
+@pytest.mark.parametrize("path_flops", [0, 1e30])  # one penalty after another, and all at once
 @pytest.mark.parametrize(("count", "width"), [(300, 24), (60, 200)])  # more clips than features, and fewer
-def test_path_equals_scikit_learn(count, width):
+def test_path_equals_scikit_learn(count, width, path_flops, monkeypatch):
+    monkeypatch.setattr(linear, "PATH_FLOPS", path_flops)
     features, labels = clips(count, 0, width)
     tested, answers = clips(500, 1, width)
     penalties = [0.1, 1.0, 10.0, 100.0]
@@ -62,6 +65,27 @@ def test_path_equals_scikit_learn(count, width):
         assert float(ours[number]) == pytest.approx(loss, abs=1e-3)
         accuracy = theirs.score(standard_tested.double().numpy(), answers.numpy())
         assert float(right[number]) == pytest.approx(accuracy, abs=0.005)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_gradients_are_those_of_the_objective(multilabel):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.cat([torch.randn(30, 6, generator=generator), torch.ones(30, 1)], 1).double()
+    answers = torch.randint(CLASSES, (30,), generator=generator)
+    answers = torch.nn.functional.one_hot(answers, CLASSES) if multilabel else answers
+    shares = torch.rand(30, 3, generator=generator).double()
+    probe = LinearProbe(torch.ones(6), CLASSES, [0.1, 1.0, 10.0], 30, multilabel=multilabel).double()
+    weight = torch.randn(3, CLASSES, 7, generator=generator).double().requires_grad_()
+    _, gradients = probe._evaluate(weight.detach(), probe.penalties, features, answers, shares)
+    scores = torch.einsum("jcr,ir->ijc", weight, features)
+    if multilabel:
+        wanted = answers[:, None].double().expand_as(scores)
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(scores, wanted, reduction="none").sum(2)
+    else:
+        losses = -scores.log_softmax(2)[torch.arange(30), :, answers]
+    values = (losses * shares).sum(0) + 0.5 * probe.penalties * weight[:, :, :-1].square().sum((1, 2))
+    values.sum().backward()
+    torch.testing.assert_close(gradients, weight.grad)
 
 
 def test_penalties_do_not_disturb_each_other():

@@ -13,18 +13,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from whisper_aut.probes.fitting import Setting, class_losses, fit
+from whisper_aut.probes.fitting import Setting, fit
 from whisper_aut.probes.items import Items
 from whisper_aut.probes.lbfgs import minimise
 
-LINEAR_VERSION = 2  # raise it when anything here changes a score
+LINEAR_VERSION = 3  # raise it when anything here changes a score
 PENALTIES = tuple(10.0**exponent for exponent in range(-2, 5))
 CANDIDATES: tuple[Setting, ...] = tuple({"penalty": penalty} for penalty in PENALTIES)
-MAX_SCORES = 1 << 24  # floats in one [I, J, C] block: what two cores work through fastest
-MAX_WEIGHTS = 1 << 24  # floats in one [R, J, C] block, of which L-BFGS keeps about twenty
+MAX_SCORES = 1 << 22  # floats in one [I, J, C] block
+MAX_WEIGHTS = 1 << 24  # floats in one [J, C, R] block, of which L-BFGS keeps about twenty
+PATH_FLOPS = 1e9  # a step of all problems at once: above it, starting from the neighbouring penalty's end pays
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class LinearProbe(LightningModule):
     """J independent logistic regressions trained as one batched problem.
 
     The objective of each is scikit-learn's over its own items: loss summed + penalty / 2 · |weight|², here divided by their
-    number. `weight` is kept in units in which the curvature is about 1; its last row is the bias, which carries no penalty.
+    number. Problems of the same items and falling penalties are a path: each starts where the one before it ended. What
+    `minimise` sees is in units in which the curvature at its start is about 1.
 
     Args:
         variances: `[R]`, of the features that the probe is given.
@@ -75,51 +78,112 @@ class LinearProbe(LightningModule):
     """
 
     penalties: Tensor
-    scale: Tensor
+    variances: Tensor
 
     def __init__(
         self, variances: Tensor, classes: int, penalties: Sequence[float], items: int | Sequence[int], *,
-        multilabel: bool = False, max_steps: int = 200, tolerance: float = 1e-7,
+        multilabel: bool = False, max_steps: int = 300, tolerance: float = 1e-6,
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
-        self.max_steps, self.tolerance = max_steps, tolerance
+        self.multilabel, self.max_steps, self.tolerance = multilabel, max_steps, tolerance
         self.register_buffer("penalties", torch.tensor(penalties) / torch.tensor(items))  # [J]
-        steepness = 0.25 if multilabel else 1 / classes  # of the loss, where all classes are still alike
-        curvature = steepness * variances[:, None] + self.penalties + 1e-12
-        bias = torch.full((1, len(penalties)), steepness)
-        self.register_buffer("scale", torch.cat([curvature, bias]).rsqrt()[:, :, None])  # [R + 1, J, 1]
-        self.weight = nn.Parameter(torch.zeros(len(variances) + 1, len(penalties), classes), requires_grad=False)
+        self.register_buffer("variances", torch.cat([variances, torch.ones(1)]))  # [R + 1], the last the bias's
+        self.weight = nn.Parameter(torch.zeros(len(penalties), classes, len(variances) + 1), requires_grad=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """`[I, R]` → class scores `[I, J, C]`."""
-        return _scores(self.weight * self.scale, features)
+        return _scores(self.weight, _with_ones(features))
 
     def objectives(self, features: Tensor, answers: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the `[J]` objectives on features `[I, R]` and answers; `rows` `[I, J]` marks each problem's own items."""
-        return self._objectives(self.weight, torch.arange(self.weight.shape[1]), features, answers, rows)
+        return self._evaluate(self.weight, self.penalties, _with_ones(features), answers, self._shares(features, rows))[0]
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        best = minimise(
-            lambda weight, problems: self._objectives(weight, problems, *batch),
-            self.weight, max_steps=self.max_steps, tolerance=self.tolerance,
-        )  # fmt: skip
-        self.weight.copy_(best)
+        features, answers = batch[:2]
+        rows = batch[2] if len(batch) > 2 else None
+        shares, wide = self._shares(features, rows), _with_ones(features)
+        paths = [0] * len(self.weight) if rows is None else _alike(rows)
+        ended: dict[int, int] = {}  # the problem that each path stands at
+        for level, penalties, tolerance in self._levels(len(features)):
+            start = [ended.get(paths[problem], problem) for problem in level.tolist()]
+            self.weight[level] = self._minimise(self.weight[start], level, penalties, tolerance, wide, answers, shares)
+            ended |= {paths[problem]: problem for problem in level.tolist()}
 
     def configure_optimizers(self) -> None:
         """None of Lightning's: one training step runs `minimise` to its end."""
 
-    def _objectives(
-        self, weight: Tensor, problems: Tensor, features: Tensor, answers: Tensor, rows: Tensor | None = None
+    def _levels(self, items: int) -> list[tuple[Tensor, Tensor, float]]:
+        """Return what is minimised one after another: problems, their penalties, to which tolerance.
+
+        The largest penalties come first. Steps that cost little more than their overhead are better taken by all problems at once.
+        """
+        if 4 * items * self.weight.numel() < PATH_FLOPS:
+            return [(torch.arange(len(self.weight)), self.penalties, self.tolerance)]
+        levels = [torch.nonzero(self.penalties == penalty)[:, 0] for penalty in self.penalties.unique().flip(0)]
+        return [(level, self.penalties[level], self.tolerance) for level in levels]
+
+    def _minimise(
+        self,
+        start: Tensor,
+        level: Tensor,
+        penalties: Tensor,
+        tolerance: float,
+        features: Tensor,
+        answers: Tensor,
+        shares: Tensor,
     ) -> Tensor:
-        weight = weight * self.scale[:, problems]
-        losses = class_losses(_scores(weight, features), answers)
-        if rows is None:
-            means = losses.mean(0)
+        scale = self._scale(start, penalties, features, shares[:, level])
+
+        def objective(weight: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
+            own, weights = scale[problems], shares[:, level[problems]]
+            values, gradients = self._evaluate(weight.view_as(own) * own, penalties[problems], features, answers, weights)
+            return values, (gradients * own).flatten(1)
+
+        found = minimise(objective, (start / scale).flatten(1), max_steps=self.max_steps, tolerance=tolerance)
+        return found.view_as(scale) * scale
+
+    def _scale(self, start: Tensor, penalties: Tensor, features: Tensor, shares: Tensor) -> Tensor:
+        """Return `[j, C, R + 1]`: one over the root of the curvature along each axis where the problems start."""
+        scores = _scores(start, features)
+        chances = scores.sigmoid() if self.multilabel else scores.softmax(2)
+        steepness = torch.einsum("ijc,ij->jc", chances * (1 - chances), shares).clamp(min=1e-8)
+        curvature = steepness[:, :, None] * self.variances + penalties[:, None, None] * self._penalised()
+        return (curvature + 1e-12).rsqrt()
+
+    def _evaluate(
+        self, weight: Tensor, penalties: Tensor, features: Tensor, answers: Tensor, shares: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return objectives `[j]` and gradients `[j, C, R + 1]`; written out, to spare the memory of a graph.
+
+        Args:
+            shares: `[I, j]`, what each item weighs in each problem.
+        """
+        scores = _scores(weight, features)
+        if answers.ndim == 2:
+            wanted = answers[:, None].to(scores.dtype)
+            losses = (F.softplus(scores) - scores * wanted).sum(2)
+            slopes = (scores.sigmoid_() - wanted) * shares[:, :, None]
         else:
-            own = rows[:, problems]
-            means = (losses * own).sum(0) / own.sum(0)
-        return means + 0.5 * self.penalties[problems] * weight[:-1].square().sum((0, 2))
+            place = answers[:, None, None].expand(-1, len(weight), 1)
+            slopes = scores.log_softmax(2)
+            losses = -slopes.gather(2, place)[:, :, 0]
+            # Chances below exp(-30) pull at nothing, and as denormal numbers they slow every product after this.
+            slopes = slopes.clamp_(min=-30).exp_().mul_(shares[:, :, None]).scatter_add_(2, place, -shares[:, :, None])
+        pull = penalties[:, None, None] * self._penalised() * weight
+        gradients = (slopes.flatten(1).T @ features).view_as(weight) + pull
+        return (losses * shares).sum(0, dtype=torch.double) + 0.5 * (pull * weight).sum((1, 2), dtype=torch.double), gradients
+
+    def _shares(self, features: Tensor, rows: Tensor | None) -> Tensor:
+        """Return `[I, J]`: what each item weighs in each problem."""
+        rows = torch.ones(len(features), len(self.weight), device=features.device) if rows is None else rows
+        return rows / rows.sum(0)
+
+    def _penalised(self) -> Tensor:
+        """Return `[R + 1]`: 1, and 0 for the bias."""
+        penalised = torch.ones_like(self.variances)
+        penalised[-1] = 0
+        return penalised
 
 
 @dataclass(frozen=True)
@@ -148,8 +212,8 @@ class LinearFitter:
         """Fit one probe per column of `rows` `[I, J]`."""
         used = rows.any(1)
         rows, features, answers = rows[used], self.rotated[used.to(self.device)], self.pool.answers[used.to(self.device)]
-        # A path of penalties only ranks them: 60 steps bring every loss to within a few thousandths of its optimum.
-        effort = {"max_steps": 300, "tolerance": 1e-7} if thorough else {"max_steps": 60, "tolerance": 1e-5}
+        # A path of penalties only ranks them. Tolerances are shares of the loss: where classes part cleanly it is tiny at its optimum.
+        effort = {"max_steps": 300, "tolerance": 1e-5} if thorough else {"max_steps": 60, "tolerance": 1e-3}
         probe = LinearProbe(
             self.basis.variances, self.classes, [setting["penalty"] for setting in settings], rows.sum(0).tolist(),
             multilabel=answers.ndim == 2, **effort,
@@ -159,5 +223,17 @@ class LinearFitter:
         return lambda features: probe(self.basis(features.cpu()).to(self.device)).detach()
 
 
+def _with_ones(features: Tensor) -> Tensor:
+    """`[I, R]` → `[I, R + 1]`: a bias is the weight of a feature that is always 1."""
+    return torch.cat([features, features.new_ones(len(features), 1)], 1)
+
+
 def _scores(weight: Tensor, features: Tensor) -> Tensor:
-    return torch.addmm(weight[-1].flatten(), features, weight[:-1].flatten(1)).unflatten(1, weight.shape[1:])
+    """`[j, C, R + 1]` on `[I, R + 1]` → `[I, j, C]`."""
+    return F.linear(features, weight.flatten(0, 1)).unflatten(1, weight.shape[:2])
+
+
+def _alike(rows: Tensor) -> list[int]:
+    """Number the columns of `rows` `[I, J]`: equal columns have equal numbers."""
+    numbers: dict[bytes, int] = {}
+    return [numbers.setdefault(column.tobytes(), len(numbers)) for column in rows.T.bool().cpu().numpy()]

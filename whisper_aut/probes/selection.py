@@ -133,19 +133,35 @@ def jackknife(score: Callable[[np.ndarray], float], clips: int) -> np.ndarray:
 
 def _trials(learner: Learner, draws: Sequence[Draw], candidates: Sequence[Setting]) -> tuple[np.ndarray, np.ndarray]:
     """Return validation scores and losses, `[seeds, candidates]`, each a mean over the seed's trials."""
-    problems = [(s, t, c) for s, seed in enumerate(draws) for t in range(len(seed.trials)) for c in range(len(candidates))]
-    shape = (len(draws), max(len(seed.trials) for seed in draws), len(candidates))
+    shape = (len(draws), len(draws[0].trials), len(candidates))
     scores, losses = np.zeros(shape), np.zeros(shape)
     if len(candidates) == 1:  # nothing to choose, nothing to try
         return np.full(shape, np.nan).mean(1), losses.mean(1)
-    for first in range(0, len(problems), learner.block):
-        block = problems[first : first + learner.block]
+    for block in _blocks(shape, learner.block):
         fitted = learner.fit([draws[s].trials[t][0] for s, t, _ in block], [candidates[c] for _, _, c in block], thorough=False)
         for problem, (s, t, c) in enumerate(block):
             judged = fitted.on_pool(draws[s].trials[t][1], problem)
             scores[s, t, c], losses[s, t, c] = judged.score, judged.loss
     # A validation clip or two decides nothing: scores that differ in rounding only are ties, and the loss breaks them.
     return scores.mean(1).round(9), losses.mean(1)
+
+
+def _blocks(shape: tuple[int, int, int], most: int) -> list[list[tuple[int, int, int]]]:
+    """Lay out (seed, trial, candidate) in blocks of at most `most`.
+
+    Trials of one number leave the same fold out, in every seed: such a block is fitted without that fold's items. Where all trials
+    fit into one block, one is less work than several.
+    """
+    seeds, trials, candidates = (range(count) for count in shape)
+    blocks: list[list[tuple[int, int, int]]] = [[]]
+    for trial in trials:
+        problems = [(seed, trial, candidate) for seed in seeds for candidate in candidates]
+        for first in range(0, len(problems), most):
+            chunk = problems[first : first + most]
+            if len(blocks[-1]) + len(chunk) > most:
+                blocks.append([])
+            blocks[-1] += chunk
+    return [block for block in blocks if block]
 
 
 Fitter = Callable[[Tensor, Sequence[Setting], bool], Callable[[Tensor], Tensor]]
