@@ -1,6 +1,7 @@
-"""Runs every benchmark of this folder and rewrites RESULTS.md. A benchmark is a script that calls `pairs.main`.
+"""Runs the benchmarks of this folder and rewrites their sections of RESULTS.md. A benchmark is a script that calls `pairs.main`.
 
-`python benchmarks/all.py [--runs N] [NAME …]`; a folder of recordings in the variable DATA goes to those that take `--data`.
+`python benchmarks/all.py [--runs N] [NAME …]`: all of them, or those named, whose sections alone are replaced. A folder of recordings in
+the variable DATA goes to those that take `--data`.
 """
 
 import argparse
@@ -16,6 +17,10 @@ from pairs import DEFAULT_RUNS, machine
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"
+HEAD = """# Measured
+
+By `make bench`. Medians of interleaved runs; a ratio above one means that ours is better.
+"""
 COLUMNS = ("case", "ours", "theirs", "unit", "ratio", "runs", "against")
 
 
@@ -32,37 +37,33 @@ def measured(script: Path, runs: int, folder: Path) -> list[dict[str, Any]] | No
     return json.loads(out.read_text()) if not done.returncode and out.exists() else None
 
 
-def as_markdown(results: dict[str, list[dict[str, Any]] | None]) -> str:
-    lines = [
-        "# Measured",
-        "",
-        f"By `make bench`: {machine()}.",
-        "Medians of interleaved runs; a ratio above one means that ours is better.",
-        "",
-    ]
-    for name, rows in results.items():
-        lines += [f"## {name}", ""]
-        if rows is None:
-            lines += ["failed", ""]
-            continue
-        lines += ["| " + " | ".join(COLUMNS) + " |", "|:---|---:|---:|:---|---:|---:|:---|"]
-        for row in rows:
-            cells = (f"{row[column]:.4g}" if isinstance(row[column], float) else str(row[column]) for column in COLUMNS)
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+def section(rows: list[dict[str, Any]] | None) -> str:
+    """Return one benchmark's rows as a table, with what they were measured on."""
+    if rows is None:
+        return f"{machine()}: failed\n"
+    lines = [f"{machine()}", "", "| " + " | ".join(COLUMNS) + " |", "|:---|---:|---:|:---|---:|---:|:---|"]
+    for row in rows:
+        cells = (f"{row[column]:.4g}" if isinstance(row[column], float) else str(row[column]) for column in COLUMNS)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def merged(before: str, sections: dict[str, str]) -> str:
+    """Put sections in the place of those of the same name; the others stay as they were."""
+    kept = {name: body.strip() + "\n" for name, _, body in (part.partition("\n") for part in before.split("\n## ")[1:])}
+    return HEAD + "".join(f"\n## {name}\n{body}" for name, body in sorted({**kept, **sections}.items()))
 
 
 def run() -> int:
     parser = argparse.ArgumentParser(description="Run all benchmarks and rewrite RESULTS.md")
     parser.add_argument("--runs", type=int, default=DEFAULT_RUNS)
-    parser.add_argument("names", nargs="*", help="only these, and leave RESULTS.md alone")
+    parser.add_argument("names", nargs="*", help="only these; the other sections stay")
     options = parser.parse_args()
     chosen = [script for script in scripts() if not options.names or script.stem in options.names]
     with TemporaryDirectory() as folder:
         results = {script.stem: measured(script, options.runs, Path(folder)) for script in chosen}
-    if not options.names:
-        RESULTS.write_text(as_markdown(results))
+    before = RESULTS.read_text() if RESULTS.exists() else ""
+    RESULTS.write_text(merged(before, {name: section(rows) for name, rows in results.items()}))
     return any(rows is None for rows in results.values())
 
 

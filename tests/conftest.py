@@ -79,7 +79,9 @@ def tiny_language_model(tmp_path_factory: pytest.TempPathFactory, tiny_shards: P
     """A Qwen3 of two layers that has read the texts of the tiny shards and answers from them, with its own tokenizer."""
     texts = [str(tiny_shards / domain) for domain in ("speech", "sound", "music")]
     out = str(tmp_path_factory.mktemp("language"))
-    scratch = LanguageScratch(texts, out, width=32, layers=2, heads=4, vocabulary=400, steps=60, batch_texts=16, lr=1e-2)
+    scratch = LanguageScratch(
+        texts, out, width=32, layers=2, heads=4, vocabulary=400, steps=60, batch_texts=16, lr=1e-2, noise=0.0
+    )
     return Path(make_language_model(scratch, Instructions({"caption": Instruction(["Describe it.", "What is it?"])})))
 
 
