@@ -78,7 +78,7 @@ def main(cases: Callable[[int], Iterable[Row]], description: str) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--runs", type=int, default=DEFAULT_RUNS, help="interleaved runs per case")
     options = parser.parse_args()
-    print(f"{description}\n{machine()}")
+    print(f"{description}\n{machine()}, {torch.get_num_threads()} threads at the start")
     rows = list(_printed(cases(options.runs)))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -87,9 +87,8 @@ def main(cases: Callable[[int], Iterable[Row]], description: str) -> None:
 def machine() -> str:
     """Say on what and with what a figure was measured."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    threads = torch.get_num_threads()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lightning"))
-    return f"{date.today()}, {device}, {os.cpu_count()} cores, {threads} threads, {versions}"
+    return f"{date.today()}, {device}, {os.cpu_count()} cores, {versions}"
 
 
 def _processor() -> str:
