@@ -279,3 +279,13 @@ def test_other_strategies_train_to_the_same_weights(tiny_whisper: Path, tiny_sha
     other = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "other", f"strategy={strategy}"), QUIET).run
     metrics = [json.loads(run.done.read_text())["metrics"] for run in (plain, other)]
     assert metrics[0]["valid/loss"] == pytest.approx(metrics[1]["valid/loss"], abs=1e-4)
+
+
+def test_a_pipe_is_read_where_it_is_allowed_and_only_there(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    pipes = ", ".join(f"{{path: 'pipe:cat {tiny_shards / name}/{{}}', domain: {name}}}" for name in ("speech", "sound", "music"))
+    source = f"data.train=[{pipes}]"
+    with pytest.raises(UserError, match=r"would run a command.*data\.allow_pipe"):
+        train(settings_for(tiny_whisper, tiny_shards, tmp_path, source), QUIET)
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, source, "data.allow_pipe=true"), QUIET).run
+    done = json.loads(run.done.read_text())
+    assert (done["steps"], done["refused"]) == (6, {})

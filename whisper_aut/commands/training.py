@@ -45,7 +45,7 @@ def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, An
     """Choose what to look at: the machine, and with a config what that config needs of it."""
     from whisper_aut.settings import dump_settings, load_settings
     from whisper_aut.training import doctor as look
-    from whisper_aut.training.build import clip_limits, open_sources, planned_checkpoint_bytes
+    from whisper_aut.training.build import clip_limits, open_sources, planned_checkpoint_bytes, read_policy
 
     checks: list[tuple[str, Any]] = [("versions", look.check_versions), ("collectives", look.check_collectives)]
     if not options.config:
@@ -67,8 +67,9 @@ def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, An
     if built and not all(Path(source.path).exists() for source in settings.data.train):
         console.print("The shards are built when the config is trained; they and the two steps are left out here.")
         return checks
-    sources = [*settings.data.train, *settings.data.valid]
-    checks.append(("shards", lambda: look.check_shards([s.index for s in open_sources(sources)], clip_limits(settings.data))))
+    sources, policy = [*settings.data.train, *settings.data.valid], read_policy(settings.data)
+    limits = clip_limits(settings.data)
+    checks.append(("shards", lambda: look.check_shards([s.index for s in open_sources(sources, policy)], limits, policy)))
     if not options.no_dry_run:
         checks.append(("dry run", lambda: look.check_dry_run(dump_settings(dry))))
     return checks

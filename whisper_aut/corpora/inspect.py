@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits, decode, read_header
 from whisper_aut.corpora.members import MemberGroups, audio_and_json
+from whisper_aut.corpora.remote import open_stream
 from whisper_aut.corpora.shards import INDEX_NAME, ShardIndex, open_index
 from whisper_aut.errors import Reason, SampleRefused
 
@@ -145,8 +146,7 @@ def open_indices(root: str) -> Iterator[tuple[str, ShardIndex]]:
 def _read_shard(facts: ShardFacts, index: ShardIndex, number: int, limits: ClipLimits) -> None:
     url, shard = index.url(number), index.shards[number]
     samples = 0
-    with fsspec.open(url, "rb") as opened:
-        stream = cast(BinaryIO, opened)
+    with open_stream(url) as stream:
         groups = MemberGroups(stream, limits)
         for _, group in groups:
             samples += 1

@@ -8,9 +8,8 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-import fsspec
 import numpy as np
 
 from whisper_aut.corpora.annotation import Annotation
@@ -18,6 +17,7 @@ from whisper_aut.corpora.audio import ClipLimits, decode
 from whisper_aut.corpora.fingerprint import Fingerprint, FingerprintIndex, Stretch, fingerprint
 from whisper_aut.corpora.members import Group, MemberGroups, audio_and_json
 from whisper_aut.corpora.provenance import names_of
+from whisper_aut.corpora.remote import beside, open_stream
 from whisper_aut.errors import Reason, SampleRefused
 
 LIMITS = ClipLimits(min_seconds=0.0, max_seconds=3600.0)  # probe sets hold clips that training would refuse
@@ -68,8 +68,8 @@ class Match:
 
 def read_facts(folder: str, shard: str, findings: ShardFindings) -> Iterator[ClipFacts]:
     """Yield the facts of every clip of one tar that decodes; what does not is counted in `findings`."""
-    with fsspec.open(f"{folder.rstrip('/')}/{shard}", "rb") as opened:
-        groups = MemberGroups(cast(BinaryIO, opened), LIMITS)
+    with open_stream(beside(folder, shard)) as stream:
+        groups = MemberGroups(stream, LIMITS)
         for _, group in groups:
             try:
                 facts = _facts(folder, shard, group)

@@ -53,7 +53,7 @@ def read_policy(data: DataSettings) -> ReadPolicy:
     return ReadPolicy(retries=data.retries, timeout_seconds=data.timeout_seconds, allow_pipe=data.allow_pipe)
 
 
-def open_sources(sources: Sequence[SourceSettings], policy: ReadPolicy = DEFAULT_POLICY) -> list[StreamSource]:
+def open_sources(sources: Sequence[SourceSettings], policy: ReadPolicy) -> list[StreamSource]:
     """Open the index of every source.
 
     Raises:

@@ -23,6 +23,7 @@ import torch.multiprocessing as multiprocessing
 from rich.table import Table
 
 from whisper_aut.corpora.audio import ClipLimits
+from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy
 from whisper_aut.corpora.shards import ShardIndex
 from whisper_aut.data.sample import Sample, iter_samples
 from whisper_aut.errors import UserError
@@ -131,10 +132,10 @@ def check_disk(folder: Path, checkpoint_bytes: int = 0, kept: int = 0) -> Findin
     return Finding("disk", "ok" if free > LOW_DISK_GIB or checkpoint_bytes else "warn", detail)
 
 
-def check_shards(indexes: Sequence[ShardIndex], limits: ClipLimits) -> Finding:
+def check_shards(indexes: Sequence[ShardIndex], limits: ClipLimits, policy: ReadPolicy = DEFAULT_POLICY) -> Finding:
     """Read the first sample of every source, through the network where it lies there."""
     for index in indexes:
-        first = next(iter_samples(index, limits), None)
+        first = next(iter_samples(index, limits, policy), None)
         if not isinstance(first, Sample):
             why = "it holds no sample" if first is None else f"{first.reason}: {first.detail}"
             return Finding(

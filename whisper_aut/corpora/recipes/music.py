@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from whisper_aut.corpora.recipes.recipe import Archive, Recipe, find, read_json, words
+from whisper_aut.corpora.recipes.recipe import Archive, Recipe, find, read_json, with_article, words
 
 NSYNTH_URL = "http://download.magenta.tensorflow.org/datasets/nsynth"
 FMA_URL = "https://os.unil.cloud.switch.ch/fma"
@@ -23,7 +23,7 @@ def nsynth(raw: Path) -> Iterator[dict[str, Any]]:
             qualities = ", ".join(words(quality) for quality in note.get("qualities_str", ()))
             yield {
                 "audio": str(folder.relative_to(raw) / "audio" / f"{name}.wav"),
-                "text": f"a single note of {_a(kind)} {words(family)}" + (f", {qualities}" if qualities else ""),
+                "text": f"a single note of {with_article(kind)} {words(family)}" + (f", {qualities}" if qualities else ""),
                 "label": family,
                 "split": split,
                 "pitch": note["pitch"],
@@ -48,10 +48,6 @@ def fma_small(raw: Path) -> Iterator[dict[str, Any]]:
                     "split": FMA_SPLITS[line[place["set", "split"]]],
                     "licence": line[place["track", "license"]],
                 }
-
-
-def _a(noun: str) -> str:
-    return f"{'an' if noun[:1] in 'aeiou' else 'a'} {noun}"
 
 
 NSYNTH = Recipe(

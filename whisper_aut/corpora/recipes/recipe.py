@@ -2,7 +2,7 @@
 
 In: facts that were looked up, written down in the modules beside this one. Out: `Recipe`. Next: `corpora.download` fetches the archives,
 `corpora.recipes.build` turns the rows into shards. `checked` names the facts that were compared with the publisher's own page or with
-a release of torchaudio; what could not be compared is left empty rather than guessed.
+a release of torchaudio; the others are as papers tell them, and nobody has compared them.
 """
 
 import csv
@@ -106,6 +106,11 @@ def read_json(path: Path) -> Any:
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a list that are not empty."""
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def with_article(noun: str) -> str:
+    """Write `organ` as `an organ`, by its first letter."""
+    return f"{'an' if noun.startswith(tuple('aeiou')) else 'a'} {noun}"
 
 
 def words(name: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from whisper_aut.corpora.recipes.recipe import Archive, Recipe, audio_files, find, read_json
+from whisper_aut.corpora.recipes.recipe import Archive, Recipe, audio_files, find, read_json, with_article
 
 CREMA_EMOTIONS = {"ANG": "angry", "DIS": "disgusted", "FEA": "fearful", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
 RAVDESS_EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgusted", "surprised")
@@ -29,7 +29,7 @@ def crema_d(raw: Path) -> Iterator[dict[str, Any]]:
         parts = path.stem.split("_")
         if len(parts) == 4 and parts[2] in CREMA_EMOTIONS:
             emotion = CREMA_EMOTIONS[parts[2]]
-            text = f"a person speaks in {_voice(emotion)}"
+            text = f"a person speaks in {with_article(emotion)} voice"
             yield {
                 "audio": str(path.relative_to(raw)),
                 "text": text,
@@ -48,7 +48,7 @@ def ravdess(raw: Path) -> Iterator[dict[str, Any]]:
         gender = "man" if actor % 2 else "woman"
         yield {
             "audio": str(path.relative_to(raw)),
-            "text": f"a {gender} says “{RAVDESS_SENTENCES[int(parts[4]) - 1]}” in {_voice(emotion)}",
+            "text": f"a {gender} says “{RAVDESS_SENTENCES[int(parts[4]) - 1]}” in {with_article(emotion)} voice",
             "label": emotion,
             "speaker": parts[6],
         }
@@ -77,10 +77,6 @@ def voxlingua(raw: Path) -> Iterator[dict[str, Any]]:
             "split": "valid" if is_dev else "train",
             "id": f"{code}-{path.stem}",
         }
-
-
-def _voice(emotion: str) -> str:
-    return f"{'an' if emotion[0] in 'aeiou' else 'a'} {emotion} voice"
 
 
 CREMA_D = Recipe(
