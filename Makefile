@@ -20,7 +20,7 @@ OVERRIDES := $(if $(DATA),data.root=$(DATA)) $(ARGS)
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup lock train-aut train-uniwhisper probe report test smoke notebooks bench lint clean
+.PHONY: help setup lock train-aut train-uniwhisper probe report test smoke notebooks bench docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ notebooks: $(STAMP) ## run all notebooks top to bottom; copies with their output
 
 bench: $(STAMP) ## run every benchmark and rewrite benchmarks/RESULTS.md (DATA=FOLDER with esc10/; half an hour on two cores)
 	@DATA=$(DATA) $(BIN)/python benchmarks/all.py $(ARGS)
+
+docs: $(STAMP) ## build the pages of docs/ and the API reference into runs/site; a warning fails it
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo 'The pages are in runs/site/index.html'
 
 lint: $(STAMP) ## ruff and pyright
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -77,9 +77,10 @@ def embed_paths(
     Raises:
         UserError: a path with no audio at it, or not one clip that can be used.
 
-    >>> encoder = load_encoder("runs/aut_tiny/latest")
-    >>> embed_paths(encoder, ["clip.wav"], name="mine").names
-    ('clip.wav',)
+    Examples:
+        >>> encoder = load_encoder("runs/aut_tiny/latest")
+        >>> embed_paths(encoder, ["clip.wav"], name="mine").names
+        ('clip.wav',)
     """
     options = options or EmbedOptions()
     pool = pooling_named(options.pooling) if options.pooling else _frames_first

@@ -70,10 +70,11 @@ class SearchIndex:
     def nearest(self, vector: Tensor, k: int = 5) -> list[Neighbour]:
         """Return the k clips whose embeddings are most like `vector` `[…, D]`, the nearest first.
 
-        >>> from whisper_aut.export.vectors import Origin
-        >>> index = SearchIndex(Vectors(("up", "right"), (1.0, 1.0), torch.eye(2), Origin("", "")))
-        >>> index.nearest(torch.tensor([3.0, 4.0]), k=1)
-        [Neighbour(name='right', similarity=0.8)]
+        Examples:
+            >>> from whisper_aut.export.vectors import Origin
+            >>> index = SearchIndex(Vectors(("up", "right"), (1.0, 1.0), torch.eye(2), Origin("", "")))
+            >>> index.nearest(torch.tensor([3.0, 4.0]), k=1)
+            [Neighbour(name='right', similarity=0.8)]
         """
         if k < 1:
             raise UserError(f"k must be at least 1, not {k}.")

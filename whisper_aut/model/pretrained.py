@@ -39,10 +39,11 @@ class AudioEncoder(nn.Module):
     Args:
         encoder: the encoder to run.
 
-    >>> encoder = load_encoder("runs/aut_tiny/latest/export/encoder")
-    >>> frames = encoder.encode(["clip.wav"])  # a frame every 20 ms: clip.wav is one second long
-    >>> [tuple(clip.shape) for clip in frames] == [(50, encoder.width)]
-    True
+    Examples:
+        >>> encoder = load_encoder("runs/aut_tiny/latest/export/encoder")
+        >>> frames = encoder.encode(["clip.wav"])  # a frame every 20 ms: clip.wav is one second long
+        >>> [tuple(clip.shape) for clip in frames] == [(50, encoder.width)]
+        True
     """
 
     def __init__(self, encoder: PackedEncoder):
@@ -94,10 +95,11 @@ class AudioEncoder(nn.Module):
             UserError: a file that cannot be used, arrays without a rate, or a layer that the encoder does not have.
             ValueError: an array is empty, of another shape, or not finite.
 
-        >>> chirp = np.sin(np.linspace(0, 3000, 8000, dtype=np.float32) ** 1.2)
-        >>> encoder = load_encoder("runs/aut_tiny/latest/export/encoder")
-        >>> encoder.encode([chirp], sample_rate_hz=8_000, layers=[0, 1])[0].shape[:2]  # layers, frames
-        torch.Size([2, 50])
+        Examples:
+            >>> chirp = np.sin(np.linspace(0, 3000, 8000, dtype=np.float32) ** 1.2)
+            >>> encoder = load_encoder("runs/aut_tiny/latest/export/encoder")
+            >>> encoder.encode([chirp], sample_rate_hz=8_000, layers=[0, 1])[0].shape[:2]  # layers, frames
+            torch.Size([2, 50])
         """
         self._check_layers(layers)
         with ThreadPoolExecutor(DECODERS, thread_name_prefix="decode") as pool:
@@ -129,9 +131,10 @@ class AudioEncoder(nn.Module):
         Raises:
             UserError, ValueError: see `encode`.
 
-        >>> encoder = load_encoder("runs/aut_tiny/latest/export/encoder")
-        >>> encoder.embed(["clip.wav", "clip.wav"], pooling="mean_std").shape == (2, 2 * encoder.width)
-        True
+        Examples:
+            >>> encoder = load_encoder("runs/aut_tiny/latest/export/encoder")
+            >>> encoder.embed(["clip.wav", "clip.wav"], pooling="mean_std").shape == (2, 2 * encoder.width)
+            True
         """
         pool, clips = pooling_named(pooling), _listed(audio)
         rows = []
@@ -205,9 +208,10 @@ def load_encoder(
     Raises:
         UserError: nothing usable at the path, an unknown padding or precision, or a device that is not there.
 
-    >>> encoder = load_encoder("runs/aut_tiny/latest", dtype="bf16")
-    >>> encoder.encode(["clip.wav"])[0].dtype  # what comes back is float32 whatever it ran in
-    torch.float32
+    Examples:
+        >>> encoder = load_encoder("runs/aut_tiny/latest", dtype="bf16")
+        >>> encoder.encode(["clip.wav"])[0].dtype  # what comes back is float32 whatever it ran in
+        torch.float32
     """
     path = str(path_or_hub_id)
     exported = Path(path) / "export" / "encoder"

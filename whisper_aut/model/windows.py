@@ -23,8 +23,9 @@ BATCH_SECONDS = 160.0
 def cut_windows(waveform: Tensor) -> list[Tensor]:
     """Cut `[S]` into waveforms of at most 30 s that overlap by two.
 
-    >>> [len(window) / 16_000 for window in cut_windows(torch.zeros(75 * 16_000))]
-    [30.0, 30.0, 19.0]
+    Examples:
+        >>> [len(window) / 16_000 for window in cut_windows(torch.zeros(75 * 16_000))]
+        [30.0, 30.0, 19.0]
     """
     if len(waveform) <= MAX_SAMPLES:
         return [waveform]
@@ -35,8 +36,9 @@ def cut_windows(waveform: Tensor) -> list[Tensor]:
 def join_windows(frames: Sequence[Tensor]) -> Tensor:
     """Put the frames `[…, T, D]` of a clip's windows end to end, what overlaps cut in the middle.
 
-    >>> join_windows([torch.zeros(1500, 8), torch.zeros(1500, 8), torch.zeros(950, 8)]).shape
-    torch.Size([3750, 8])
+    Examples:
+        >>> join_windows([torch.zeros(1500, 8), torch.zeros(1500, 8), torch.zeros(950, 8)]).shape
+        torch.Size([3750, 8])
     """
     if len(frames) == 1:
         return frames[0]
@@ -49,8 +51,9 @@ def join_windows(frames: Sequence[Tensor]) -> Tensor:
 def batches_by_seconds(seconds: Sequence[float], batch_seconds: float) -> Iterator[list[int]]:
     """Cut clips into runs of positions that hold at most `batch_seconds` together; a longer clip is a run of its own.
 
-    >>> list(batches_by_seconds([3.0, 4.0, 20.0, 1.0], batch_seconds=8))
-    [[0, 1], [2], [3]]
+    Examples:
+        >>> list(batches_by_seconds([3.0, 4.0, 20.0, 1.0], batch_seconds=8))
+        [[0, 1], [2], [3]]
     """
     batch, held = [], 0.0
     for place, length in enumerate(seconds):
