@@ -85,7 +85,7 @@ def test_nothing_is_unpickled_and_no_remote_code_runs():
 
 def test_the_readmes_tree_is_the_real_one():
     readme = (REPOSITORY / "README.md").read_text()
-    tree = re.search(r"```\nwhisper_aut/\n(.*?)\nconf/", readme, re.S)
+    tree = re.search(r"```text\nwhisper_aut/\n(.*?)\nconf/", readme, re.S)
     assert tree, "README.md has no tree of whisper_aut/"
     named = set(re.findall(r"\b([a-z_]+/|[a-z_]+\.py)", tree.group(1)))
     real = {path.name for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
