@@ -23,6 +23,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from tests.conftest import REPOSITORY
+from whisper_aut import __version__, settings
 from whisper_aut.cli import _parse, _parser, main
 from whisper_aut.corpora.recipes import RECIPES
 from whisper_aut.data.prompts import Instruction, Instructions
@@ -255,6 +256,26 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
 
 
+def test_every_command_is_on_a_page():
+    def commands(parser: argparse.ArgumentParser, name: str) -> Iterator[str]:
+        inner = next((action for action in parser._actions if isinstance(action, argparse._SubParsersAction)), None)
+        for word, one in inner.choices.items() if inner else ():
+            yield from commands(one, f"{name} {word}")
+        if inner is None:
+            yield name
+
+    text = "".join(page.read_text() for page in PAGES)
+    assert not [name for name in commands(_parser(), "whisper-aut") if name not in text]
+
+
+def test_the_reference_holds_every_group_of_settings():
+    reference = (DOCS / "api" / "training.md").read_text()
+    groups = [
+        kind for kind in vars(settings).values() if dataclasses.is_dataclass(kind) and kind.__module__ == settings.__name__
+    ]
+    assert not [kind for kind in groups if f"::: {settings.__name__}.{kind.__name__}\n" not in reference + "\n"]
+
+
 def test_the_readme_is_short():
     assert len((REPOSITORY / "README.md").read_text().splitlines()) < 250
 
@@ -290,8 +311,6 @@ def says(text: str, message: str) -> bool:
 
 
 def test_the_citation_names_this_version_and_both_papers():
-    from whisper_aut import __version__
-
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     assert (citation["cff-version"], citation["version"], citation["license"]) == ("1.2.0", __version__, "Apache-2.0")
     assert {one["identifiers"][0]["value"] for one in citation["references"]} == {"arXiv:2604.10438", "arXiv:2602.21772"}
