@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
@@ -67,9 +67,18 @@ def compare_values(
     case: str, ours: Callable[[], float], theirs: Callable[[], float], *, unit: str, against: str, runs: int = DEFAULT_RUNS
 ) -> Row:
     """Compare numbers that the two sides measure themselves (seconds, megabytes); lower is better."""
-    pairs = [(ours(), theirs()) for _ in range(runs)]
-    mine, other = (statistics.median(side) for side in zip(*pairs, strict=True))
-    return Row(case, mine, other, unit, other / mine, runs, against)
+    (row,) = compare_all({case: ours}, theirs, unit=unit, against={case: against}, runs=runs)
+    return row
+
+
+def compare_all(
+    ours: Mapping[str, Callable[[], float]], theirs: Callable[[], float], *, unit: str, against: Mapping[str, str], runs: int
+) -> list[Row]:
+    """Compare several cases with one other side, which is measured once a round: for sides that take long to start."""
+    rounds = [({case: side() for case, side in ours.items()}, theirs()) for _ in range(runs)]
+    other = statistics.median(their for _, their in rounds)
+    medians = {case: statistics.median(mine[case] for mine, _ in rounds) for case in ours}
+    return [Row(case, mine, other, unit, other / mine, runs, against[case]) for case, mine in medians.items()]
 
 
 def main(cases: Callable[[int], Iterable[Row]], description: str) -> None:

@@ -9,10 +9,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from demo import demo_corpus
-from pairs import Row, compare_values, main
+from pairs import Row, compare_all, main
 from stories import BATCH_CLIPS, small_whisper, story_settings
 
 from whisper_aut.settings import dump_settings
@@ -27,22 +28,19 @@ def cases(runs: int) -> Iterator[Row]:
         plain = trained(corpus, model, "auto")
         for strategy in DEEPSPEED:
             same(plain, trained(corpus, model, strategy))
-            yield compare_values(
-                f"{strategy}, one rank",
-                lambda strategy=strategy: trained(corpus, model, strategy)["seconds"],
-                lambda: trained(corpus, model, "auto")["seconds"],
-                unit="s",
-                against=f"plain Lightning, {STEPS} steps of {BATCH_CLIPS} clips; below one is DeepSpeed's overhead",
-                runs=runs,
-            )
-        yield compare_values(
-            "ddp, 2 CPU ranks",
-            lambda: trained(corpus, model, "ddp", ranks=2)["seconds"],
-            lambda: trained(corpus, model, "auto")["seconds"],
-            unit="s",
-            against=f"one rank with as many clips; {STEPS} steps of {BATCH_CLIPS} clips a rank, one thread each; 1 is perfect scaling",
-            runs=runs,
+        sides = {f"{name}, one rank": partial(seconds, corpus, model, name) for name in DEEPSPEED}
+        against = dict.fromkeys(
+            sides, f"plain Lightning, {STEPS} steps of {BATCH_CLIPS} clips; below one is DeepSpeed's overhead"
         )
+        sides["ddp, 2 CPU ranks"] = partial(seconds, corpus, model, "ddp", ranks=2)
+        against["ddp, 2 CPU ranks"] = (
+            f"one rank; {STEPS} steps of {BATCH_CLIPS} clips a rank, one thread each; 1 is perfect scaling"
+        )
+        yield from compare_all(sides, partial(seconds, corpus, model, "auto"), unit="s", against=against, runs=runs)
+
+
+def seconds(corpus: Path, model: Path, strategy: str, ranks: int = 1) -> float:
+    return trained(corpus, model, strategy, ranks)["seconds"]
 
 
 def trained(corpus: Path, model: Path, strategy: str, ranks: int = 1) -> dict[str, float]:

@@ -31,6 +31,8 @@ TEXTS = [
     "nine birds sing",
 ]
 
+SLOW_TIMEOUT_SECONDS = 1800
+
 TONES = {
     "name": "tones",
     "title": "Tones",
@@ -41,6 +43,13 @@ TONES = {
     "label": "label",
     "source": "made by the tests",
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give slow tests time: they start process after process, on a machine that may be busy."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_SECONDS))
 
 
 def encode_audio(samples: np.ndarray, sample_rate_hz: int = 16_000, kind: str = "FLAC", subtype: str | None = None) -> bytes:

@@ -186,3 +186,35 @@ def test_only_regular_files_are_members():
             tar.addfile(member)
     file.seek(0)
     assert [member.name for _, member in tar_members(file)] == ["c.wav"]
+
+
+NAMES = ("a.flac", "deep/" * 30 + "b.flac", "long" * 40 + ".flac", "ünïcode.flac", "x" * 100)
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["ustar", "gnu", "pax"])
+def test_members_are_those_that_tarfile_reads(kind: int):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=kind) as tar:
+        for number, name in enumerate(NAMES):
+            if kind == tarfile.USTAR_FORMAT and name.startswith("long"):
+                continue  # has no place in such a header
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = 600 * number, 1.5
+            tar.addfile(member, io.BytesIO(bytes([number]) * member.size))
+    buffer.seek(0)
+    with tarfile.open(fileobj=buffer) as tar:
+        wanted = [(member.name, tar.extractfile(member).read()) for member in tar]  # pyright: ignore[reportOptionalMemberAccess]
+    buffer.seek(0)
+    found = [(member.name, tar.extractfile(member).read()) for tar, member in tar_members(buffer)]  # pyright: ignore[reportOptionalMemberAccess]
+    assert found == wanted
+
+
+def test_a_changed_byte_in_a_header_is_damage():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in ("a.flac", "b.flac"):
+            tar.addfile(tarfile.TarInfo(name))
+    data = bytearray(buffer.getvalue())
+    data[512] ^= 1  # the name of the second
+    with pytest.raises(tarfile.TarError):
+        list(tar_members(io.BytesIO(bytes(data))))

@@ -12,6 +12,7 @@ from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.shards import ShardFolder
 from whisper_aut.errors import UserError
 from whisper_aut.model.pretrained import load_encoder
+from whisper_aut.probes.attention import AttentionProbe
 from whisper_aut.probes.baseline import LogMelBaseline
 from whisper_aut.probes.cache import Embeddings
 from whisper_aut.probes.embed import EmbedSettings, embed_task
@@ -59,6 +60,45 @@ def test_the_layer_that_knows_gets_the_weight():
     answers = torch.tensor([int(label[1]) for label in part.labels])
     fit(probe, (part.features, answers, torch.ones(len(part), 1)))
     assert probe.shares()[0].argmax() == 2
+
+
+def brief(clips: int, seed: int) -> Embeddings:
+    """Clips of 5 to 30 noisy frames, two of which say the class."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    lengths = torch.randint(5, 30, (clips,), generator=generator).tolist()
+    frames = []
+    for clip, length in enumerate(lengths):
+        one = torch.randn(length, 8, generator=generator)
+        one[2:4] = 2 * centres[clip % 3] + torch.tensor([*[0.0] * 7, 6.0])  # what speaks is marked in the last dimension
+        frames.append(one)
+    labels = tuple(f"c{clip % 3}" for clip in range(clips))
+    return Embeddings(torch.cat(frames), labels, tuple(f"{seed}:{i}" for i in range(clips)), {}, tuple(lengths))
+
+
+def test_attention_finds_the_frames_that_know():
+    parts = [brief(60, seed) for seed in range(3)]
+    means = [Embeddings(torch.stack([f.mean(0) for f in p.features.split(p.lengths)]), p.labels, p.keys, {}) for p in parts]
+    only = [{"rate": 1e-2, "decay": 1e-3}]
+    attended = np.mean(probe_rounds(fold_rounds(parts), kind="attention", seeds=(0,), candidates=only)[0].scores)
+    averaged = np.mean(probe_rounds(fold_rounds(means), seeds=(0,))[0].scores)
+    assert attended > 0.95
+    assert averaged < attended - 0.05
+
+
+def test_attention_scores_equal_a_loop_over_clips():
+    generator = torch.Generator().manual_seed(0)
+    frames, lengths = torch.randn(12, 4, generator=generator), [3, 7, 2]
+    spans = torch.tensor([[0, 3], [3, 7], [10, 2]])
+    probe = AttentionProbe(frames, 5, [{"rate": 1e-3, "decay": 0.0}] * 2)
+    for value in probe.values.values():
+        value.copy_(torch.randn(value.shape, generator=generator))
+    found, values = probe(spans), dict(probe.values)
+    for clip, own in enumerate(frames.split(lengths)):
+        for problem in range(2):
+            weights = torch.softmax(own @ values["query"][problem], 0)
+            wanted = (weights[:, None] * own).sum(0) @ values["weight"][problem] + values["bias"][problem]
+            torch.testing.assert_close(found[clip, problem], wanted)
 
 
 @pytest.mark.parametrize("padding", ["none", "30s"])

@@ -49,7 +49,7 @@ class Jobs:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
             try:
-                output, errors = process.communicate(timeout=400)
+                output, errors = process.communicate(timeout=900)
             except subprocess.TimeoutExpired:
                 process.terminate()  # torchrun then ends its ranks
                 raise

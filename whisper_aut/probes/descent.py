@@ -65,6 +65,7 @@ class DescentProbe(LightningModule):
         scores: (values, features of I items) → `[I, J, C]`.
         decayed: names of the values whose half squared norm, times a problem's `decay`, is added to its loss.
         settings: each problem's learning `rate` and `decay`.
+        batch_items: how many a step sees.
     """
 
     def __init__(
@@ -73,11 +74,12 @@ class DescentProbe(LightningModule):
         scores: Callable[[Mapping[str, Tensor], Tensor], Tensor],
         decayed: Sequence[str],
         settings: Sequence[Setting],
+        batch_items: int = BATCH_ITEMS,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.values = nn.ParameterDict({name: nn.Parameter(value, requires_grad=False) for name, value in values.items()})
-        self.scores, self.decayed = scores, tuple(decayed)
+        self.scores, self.decayed, self.batch_items = scores, tuple(decayed), batch_items
         self.rates = torch.tensor([setting["rate"] for setting in settings])
         self.decays = torch.tensor([setting["decay"] for setting in settings])
 
@@ -94,7 +96,8 @@ class DescentProbe(LightningModule):
             squares = torch.stack([values[name].square().flatten(1).sum(1) for name in self.decayed]).sum(0)
             return masked_means(losses, rows[chosen]) + 0.5 * decays * squares
 
-        trained = descend(objectives, dict(self.values), self.rates.to(features.device), len(features))
+        rates = self.rates.to(features.device)
+        trained = descend(objectives, dict(self.values), rates, len(features), batch_items=self.batch_items)
         for name, value in trained.items():
             self.values[name].copy_(value)
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from whisper_aut.errors import UserError
-from whisper_aut.probes import knn, layers, linear, mlp, retrieval, transcription
+from whisper_aut.probes import attention, knn, layers, linear, mlp, retrieval, transcription
 from whisper_aut.probes.fitting import Setting, threads
 from whisper_aut.probes.items import class_names, items_of, strata
 from whisper_aut.probes.metrics import ANSWERS, Answer
@@ -65,6 +65,11 @@ def _clip_learner(made: Callable) -> Callable[[Round, Question], Learner]:
     return lambda round, question: made(round.pool, round.sampled, round.test, question.device)
 
 
+def _attention(round: Round, question: Question) -> Learner:
+    parts = round.pool, round.sampled, round.test
+    return attention.attention_learner(*parts, question.metric, question.classes, question.device)
+
+
 _linear = _class_learner(linear.LinearFitter.on)
 KINDS: dict[str, ProbeKind] = {
     "linear": ProbeKind("linear probes", ("class", "classes"), "pooled", linear.CANDIDATES, linear.LINEAR_VERSION, _linear),
@@ -75,6 +80,10 @@ KINDS: dict[str, ProbeKind] = {
     "layers": ProbeKind(
         "linear probes over weighted layers", ("class", "classes"), "layers", layers.CANDIDATES, layers.LAYERS_VERSION,
         _class_learner(layers.layer_fitter),
+    ),
+    "attention": ProbeKind(
+        "linear probes under attention pooling", ("class", "classes"), "frames", attention.CANDIDATES,
+        attention.ATTENTION_VERSION, _attention,
     ),
     # A segment is an item of any number of classes: logistic regressions on the mean frame of each.
     "frame": ProbeKind("linear probes of segments", ("events",), "segments", linear.CANDIDATES, linear.LINEAR_VERSION, _linear),
