@@ -53,7 +53,9 @@ class LanguageScratch:
         texts: the shard folders whose texts it reads.
         out: the folder under which it is kept, by a hash of all that decides it.
         stretch: a text that stands for audio has each token up to so many times, as audio lasts over several frames.
-        noise: what is added to the embeddings there, beside their own size: audio never lands on a token exactly.
+        noise: how much of what stands there is noise at most, as a share of power drawn for each chat: what an adapter writes has the
+            embeddings' size and points at a token only in part. Where it is all noise the model learns to say what is likely, so
+            that an untrained adapter is met with doubt and not with some confident answer.
         steps, batch_texts, lr: of its training.
     """
 
@@ -195,7 +197,8 @@ def scratch_config(scratch: LanguageScratch, vocabulary: int) -> Qwen3Config:
         num_attention_heads=scratch.heads,
         num_key_value_heads=max(1, scratch.heads // 2),
         head_dim=scratch.width // scratch.heads,
-        initializer_range=scratch.width**-0.5,  # tokens of length one: at the usual 0.02 they take half of a short training to grow
+        # Tokens of length one: at the usual 0.02 half of a short training goes into growing.
+        initializer_range=scratch.width**-0.5,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
     )
@@ -231,9 +234,9 @@ def _loss(model: Qwen3ForCausalLM, chats: Sequence["_Chat"], noise: float) -> to
     tokens = torch.cat([chat.tokens for chat in chats])
     predicted = torch.cat([chat.supervised for chat in chats]).nonzero()[:, 0]
     embeddings = model.get_input_embeddings()(tokens)
-    heard = torch.cat([chat.heard for chat in chats])[:, None]
-    size = noise * embeddings.detach().square().mean().sqrt()
-    embeddings = embeddings + torch.randn_like(embeddings) * size * heard
+    size = embeddings.detach().square().mean().sqrt()
+    shares = torch.cat([(torch.rand(1) * noise) * chat.heard for chat in chats])[:, None]
+    embeddings = (1 - shares).sqrt() * embeddings + shares.sqrt() * size * torch.randn_like(embeddings)
     states = packed_states(model, embeddings, [len(chat.tokens) for chat in chats])
     total, _, _ = chunked_cross_entropy(states[predicted - 1], model.lm_head.weight, tokens[predicted])
     return total / len(predicted)
