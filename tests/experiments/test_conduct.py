@@ -41,7 +41,7 @@ def experiment(tmp_path: Path, tiny_whisper: Path, tiny_shards: Path) -> Path:
         "figure": {"x": "mixture", "curves": True},
     }
     path = tmp_path / "tried.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
 
 

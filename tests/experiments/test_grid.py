@@ -36,7 +36,7 @@ GRID = {
 
 def written(folder: Path, **changes: object) -> Path:
     path = folder / "tried.yaml"
-    path.write_text(yaml.safe_dump({**GRID, **changes}))
+    path.write_text(yaml.safe_dump({**GRID, **changes}, sort_keys=False))
     return path
 
 

@@ -126,11 +126,11 @@ def test_a_figure_shows_every_panel(results: Results, tmp_path: Path):
 
 def test_tables_go_between_the_marks_of_a_page(results: Results, tmp_path: Path):
     document = tmp_path / "results.md"
-    document.write_text("Before.\n<!-- tried -->\nold\n<!-- end tried -->\nAfter.\n")
+    document.write_text("Before.\n<!-- tried -->\nOUTDATED\n<!-- end tried -->\nAfter.\n")
     put_into(document, "tried", page(results, "tried.png"))
     text = document.read_text()
     assert text.startswith("Before.\n<!-- tried -->\n![Tried")
     assert text.endswith("<!-- end tried -->\nAfter.\n")
-    assert "old" not in text
+    assert "OUTDATED" not in text
     with pytest.raises(UserError, match="has no lines"):
         put_into(document, "other", "x")

@@ -107,8 +107,9 @@ def curve_of(run: RunDirectory) -> list[Point]:
     """Return the validation losses of a run beside what it had spent at each."""
     series = read_metrics(run.metrics)
     spent = {name: series.get(f"throughput/total_{name}", []) for name in ("audio_seconds", "teraflop", "seconds")}
-    points = []
-    for step, loss in series.get("valid/loss", []):
+    last, points = json.loads(run.done.read_text())["steps"], []
+    for logged, loss in series.get("valid/loss", []):
+        step = min(logged + 1, last)  # Lightning logs a validation under the number of the step before, counted from 0
         seconds, audio, work = (_until(spent[name], step) for name in ("seconds", "audio_seconds", "teraflop"))
         points.append(Point(int(step), loss, audio or 0.0, work, seconds or 0.0))
     return points

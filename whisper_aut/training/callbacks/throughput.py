@@ -39,10 +39,11 @@ class ThroughputMeter(lightning.Callback):
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
         self._waited += time.perf_counter() - self._ended
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        # Counted before the step: a checkpoint that is written behind it, by whichever callback, holds it.
         padded = module.encoder.padding == "30s"
         self._part.add_batch(batch.mel_lengths, sum(batch.targets.lengths), _flops(module, batch), padded=padded)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if whole_step and trainer.global_step % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
             self._take(trainer, module)
