@@ -105,7 +105,7 @@ def test_yes_no_tasks_ask_about_the_class_or_another_one():
 
 def test_what_can_be_answered_does_not_depend_on_the_question(shipped: Instructions):
     annotation = Annotation(text="a dog barks", domain="sound", task="caption", label="dog")
-    assert shipped.facts(annotation, "sound") == ["a dog barks", "dog"]
+    assert shipped.facts(annotation, "sound") == {"audio_caption": "a dog barks", "sound_class": "dog", "sound_present": "dog"}
 
 
 def test_a_sample_that_serves_no_task_is_refused(shipped: Instructions):

@@ -38,6 +38,24 @@ def test_reading_teaches_it_to_repeat(tiny_language_model: Path):
         assert loss_of(one, one) < loss_of(one, other)
 
 
+def test_what_is_asked_for_is_always_told_and_the_rest_at_times(tiny_language_model: Path):
+    """In the tokens that the answer has: a model that copies needs no second spelling of each word."""
+    _, tokenizer = load_language_model(str(tiny_language_model))
+    asked = Instruction(["What?"], "{label:words}")
+    codec = ChatText(tokenizer, Instructions({"class": asked, "caption": Instruction(["Say it."], weight=1e-9)}))
+    text = scratch_language._Text(Annotation(text="rain on a tin roof", label="water_drops"), "sound")
+    reader = scratch_language._Reader(codec, [text], 1, random.Random(0))
+    chats = list(reader.batch(60))
+    told = [tokenizer.decode(chat.tokens[chat.heard]).split("\n") for chat in chats]
+    assert all("water drops" in facts for facts in told)
+    assert 15 <= sum("rain on a tin roof" in facts for facts in told) <= 45
+    assert {facts[0] for facts in told} == {"water drops", "rain on a tin roof"}
+    answer = chats[0].tokens[chats[0].supervised][:-1].tolist()
+    for chat in chats:
+        written = chat.tokens[chat.heard].tolist()
+        assert any(written[at : at + len(answer)] == answer for at in range(len(written)))
+
+
 def test_it_is_made_once_and_anew_when_anything_changes(tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     scratch = LanguageScratch([str(tiny_shards / "sound")], str(tmp_path), width=16, layers=1, heads=2, vocabulary=300, steps=2)
     first = make_language_model(scratch, CAPTION)

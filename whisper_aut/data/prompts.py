@@ -96,10 +96,10 @@ class Instructions:
         row = _row(annotation)
         return [name for name, entry in self.entries.items() if self._fits(name, entry, annotation.task, domain, row)]
 
-    def facts(self, annotation: Annotation, domain: str) -> list[str]:
-        """Return, each once, what can be answered about a sample whatever the question."""
+    def facts(self, annotation: Annotation, domain: str) -> dict[str, str]:
+        """Return what can be answered about a sample, by task; of a yes/no task what it asks about."""
         row = _row(annotation)
-        return list(dict.fromkeys(self._answers[name].fill(row) for name in self.fitting(annotation, domain)))
+        return {name: self._answers[name].fill(row) for name in self.fitting(annotation, domain)}
 
     def draw(self, annotation: Annotation, domain: str, position: int) -> Question:
         """Pick a task and a paraphrase for one sample; its own instruction and answer are used as they are.

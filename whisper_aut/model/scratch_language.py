@@ -42,6 +42,7 @@ CHAT_TEMPLATE = (
 )
 MAX_POSITIONS = 2048
 WARMUP_SHARE = 0.1
+OTHER_FACTS = 0.5  # the chance of each fact beside the one that is asked for: audio tells some things and not others
 
 
 @dataclass
@@ -52,7 +53,9 @@ class LanguageScratch:
         texts: the shard folders whose texts it reads.
         out: the folder under which it is kept, by a hash of all that decides it.
         stretch: a text that stands for audio has each token up to so many times, as audio lasts over several frames.
-        noise: what is added to the embeddings there, beside their own size: audio never lands on a token exactly.
+        noise: how much of what stands there is noise at most, as a share of power drawn for each chat: what an adapter writes has the
+            embeddings' size and points at a token only in part. Where it is all noise the model learns to say what is likely, so
+            that an untrained adapter is met with doubt and not with some confident answer.
         steps, batch_texts, lr: of its training.
     """
 
@@ -104,12 +107,19 @@ class _Reader:
             except SampleRefused:
                 continue
             size -= 1
-            yield self._written_out(chat, self.codec.instructions.facts(text.annotation, text.domain))
+            yield self._written_out(chat, self._facts(text, chat))
+
+    def _facts(self, text: _Text, chat: TokenTarget) -> list[str]:
+        """Return what the question asks for, and half of all else that can be asked about the clip, each once, in any order."""
+        known = self.codec.instructions.facts(text.annotation, text.domain)
+        asked = known.pop(chat.task, chat.text)  # a sample's own question has no entry: what it asks for is its answer
+        told = list(dict.fromkeys([asked, *(fact for fact in known.values() if self.rng.random() < OTHER_FACTS)]))
+        self.rng.shuffle(told)
+        return told
 
     def _written_out(self, chat: TokenTarget, facts: list[str]) -> "_Chat":
-        """Put all that can be asked about a clip where its audio stands, in any order."""
-        self.rng.shuffle(facts)
-        tokens = self.codec.tokenizer(", ".join(facts), add_special_tokens=False, split_special_tokens=True).input_ids
+        """Put facts where the clip's audio stands, a line each: behind a line break a word has the tokens that it has in an answer."""
+        tokens = self.codec.tokenizer("\n".join(facts), add_special_tokens=False, split_special_tokens=True).input_ids
         spoken = torch.tensor([token for token in tokens for _ in range(self.rng.randint(1, self.stretch))])
         at = int((chat.tokens == AUDIO).nonzero()[0])
         tokens = torch.cat([chat.tokens[:at], spoken, chat.tokens[at + 1 :]])
@@ -187,6 +197,8 @@ def scratch_config(scratch: LanguageScratch, vocabulary: int) -> Qwen3Config:
         num_attention_heads=scratch.heads,
         num_key_value_heads=max(1, scratch.heads // 2),
         head_dim=scratch.width // scratch.heads,
+        # Tokens of length one: at the usual 0.02 half of a short training goes into growing.
+        initializer_range=scratch.width**-0.5,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
     )
@@ -222,9 +234,9 @@ def _loss(model: Qwen3ForCausalLM, chats: Sequence["_Chat"], noise: float) -> to
     tokens = torch.cat([chat.tokens for chat in chats])
     predicted = torch.cat([chat.supervised for chat in chats]).nonzero()[:, 0]
     embeddings = model.get_input_embeddings()(tokens)
-    heard = torch.cat([chat.heard for chat in chats])[:, None]
-    size = noise * embeddings.detach().square().mean().sqrt()
-    embeddings = embeddings + torch.randn_like(embeddings) * size * heard
+    size = embeddings.detach().square().mean().sqrt()
+    shares = torch.cat([(torch.rand(1) * noise) * chat.heard for chat in chats])[:, None]
+    embeddings = (1 - shares).sqrt() * embeddings + shares.sqrt() * size * torch.randn_like(embeddings)
     states = packed_states(model, embeddings, [len(chat.tokens) for chat in chats])
     total, _, _ = chunked_cross_entropy(states[predicted - 1], model.lm_head.weight, tokens[predicted])
     return total / len(predicted)
