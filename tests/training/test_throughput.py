@@ -62,7 +62,9 @@ def test_a_run_logs_its_throughput_and_closes_with_it(tiny_whisper: Path, tiny_s
 
 def test_sums_go_on_over_a_resume(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
     whole = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "a", "trainer.log_every_steps=1"), QUIET).run
-    stopped = settings_for(tiny_whisper, tiny_shards, tmp_path / "b", "trainer.log_every_steps=1", "trainer.checkpoint_every_steps=3")
+    stopped = settings_for(
+        tiny_whisper, tiny_shards, tmp_path / "b", "trainer.log_every_steps=1", "trainer.checkpoint_every_steps=3"
+    )
     with pytest.raises(RuntimeError, match="pulled the plug"):
         train(stopped, QUIET, callbacks=[_Unplugged(step=4)])
     resumed = train(stopped, QUIET, resume="auto").run

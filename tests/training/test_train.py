@@ -282,7 +282,9 @@ def test_other_strategies_train_to_the_same_weights(tiny_whisper: Path, tiny_sha
 
 
 def test_a_pipe_is_read_where_it_is_allowed_and_only_there(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
-    pipes = ", ".join(f"{{path: 'pipe:cat {tiny_shards / name}/{{}}', domain: {name}}}" for name in ("speech", "sound", "music"))
+    pipes = ", ".join(
+        f"{{path: 'pipe:cat {tiny_shards / name}/{{}}', domain: {name}}}" for name in ("speech", "sound", "music")
+    )
     source = f"data.train=[{pipes}]"
     with pytest.raises(UserError, match=r"would run a command.*data\.allow_pipe"):
         train(settings_for(tiny_whisper, tiny_shards, tmp_path, source), QUIET)
