@@ -46,7 +46,7 @@ def test_what_is_asked_for_is_always_told_and_the_rest_at_times(tiny_language_mo
     text = scratch_language._Text(Annotation(text="rain on a tin roof", label="water_drops"), "sound")
     reader = scratch_language._Reader(codec, [text], 1, random.Random(0))
     chats = list(reader.batch(60))
-    told = [tokenizer.decode(chat.tokens[chat.heard]).split("\n") for chat in chats]
+    told = [codec.decode(chat.tokens[chat.heard].tolist()).split("\n") for chat in chats]
     assert all("water drops" in facts for facts in told)
     assert 15 <= sum("rain on a tin roof" in facts for facts in told) <= 45
     assert {facts[0] for facts in told} == {"water drops", "rain on a tin roof"}
