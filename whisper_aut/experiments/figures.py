@@ -23,6 +23,8 @@ Stroke = Literal["-", "--", ":", "-."]
 LINES: tuple[Stroke, ...] = ("-", "--", ":", "-.")
 SHIFT = 0.14  # between series at one place of x
 PANEL_HEIGHT = 3.1
+ANSWERS, PRICE = "answers", "price"  # panels beside those of domains
+LABELS = {ANSWERS: "right answers (%)", PRICE: "wall clock of training (s)"}
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,11 @@ def draw(results: Results, path: Path) -> Path:
         UserError: nothing is measured yet, or no room to write.
     """
     domains = domains_of(results)
-    panels = [*domains, *(["answers"] if results.answers else [])]
+    layout, curves = _Layout.of(results), results.settings["figure"]["curves"]
+    panels = [*domains, *([ANSWERS] if results.answers else [])]
     if not panels:
         raise UserError("Nothing is measured yet: there is no figure to draw.")
-    layout, curves = _Layout.of(results), results.settings["figure"]["curves"]
+    panels += [PRICE] if not curves and any(measure.cost for measure in results.measures) else []
     columns = max(2, len(panels))
     figure = blank_figure(height=PANEL_HEIGHT * (1 + curves) + 0.5, columns=columns, rows=1 + curves)
     for axes, panel in zip(figure.axes, panels, strict=False):
@@ -93,7 +96,7 @@ def _draw_panel(axes: Axes, results: Results, layout: _Layout, panel: str) -> No
         hue, marker, stroke = _look(layout, colour, line)
         for arm in arms:
             values = [_value(results, measure, panel) for measure in results.of(arm.name)]
-            known = [100 * value for value in values if value is not None]
+            known = [value for value in values if value is not None]
             if known:
                 found, place = spread(known), layout.place(layout.x, arm) + offset
                 places.append(place)
@@ -111,11 +114,11 @@ def _draw_panel(axes: Axes, results: Results, layout: _Layout, panel: str) -> No
     axes.set_xticks(range(len(names)), titles, fontsize=8, rotation=35 if long else 0, ha="right" if long else "center")
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_xlabel(layout.x.replace("_", " "), fontsize=9)
-    axes.set_ylabel("right answers (%)" if panel == "answers" else "probe accuracy (%)", fontsize=9)
-    tasks = [result.title for result in results.tasks.values() if result.domain == panel]
-    panel_title(
-        axes, panel if panel == "answers" else fill(f"{panel}: {', '.join(tasks)}", 30 if len(results.tasks) > 3 else 40)
-    )
+    axes.set_ylabel(LABELS.get(panel, "probe accuracy (%)"), fontsize=9)
+    if panel == PRICE:
+        axes.set_ylim(0, None)
+    tasks = ", ".join(result.title for result in results.tasks.values() if result.domain == panel)
+    panel_title(axes, panel if panel in LABELS else fill(f"{panel}: {tasks}", 26))
     axes.grid(axis="y")
 
 
@@ -149,10 +152,13 @@ def _belongs(arm: ArmFacts, layout: _Layout, colour: str, line: str) -> bool:
 
 
 def _value(results: Results, measure: Measure, panel: str) -> float | None:
-    if panel != "answers":
-        return domain_score(results, measure, panel)
-    exact = [value for name, value in measure.answers.items() if name.startswith("exact_")]
-    return float(np.mean(exact)) if exact else None
+    """Return what a panel shows of an arm and seed, in the unit of its axis."""
+    if panel == PRICE:
+        return measure.cost.seconds if measure.cost else None
+    if panel == ANSWERS:
+        exact = [value for name, value in measure.answers.items() if name.startswith("exact_")]
+        return 100 * float(np.mean(exact)) if exact else None
+    return 100 * domain_score(results, measure, panel)
 
 
 def _look(layout: _Layout, colour: str, line: str) -> tuple[str, str, Stroke]:
@@ -174,7 +180,11 @@ def _legend(results: Results, layout: _Layout, curves: bool) -> list[Line2D]:
     handles = []
     for colour, line in layout.series() if layout.colour or layout.line else []:
         hue, marker, stroke = _look(layout, colour, line)
-        parts = [layout.titles[axis, name] for axis, name in ((layout.colour, colour), (layout.line, line)) if axis]
+        parts = [
+            f"{axis.replace('_', ' ')}: {layout.titles[axis, name]}"
+            for axis, name in ((layout.colour, colour), (layout.line, line))
+            if axis
+        ]
         handles.append(Line2D([], [], color=hue, marker=marker, linestyle=stroke, label=", ".join(parts)))
     if results.baseline:
         handles.append(Line2D([], [], color=BASELINE_COLOUR, linestyle=(0, (4, 2)), label=BASELINE_NAME))

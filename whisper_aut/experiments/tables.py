@@ -74,7 +74,7 @@ def cost_sheet(results: Results) -> Sheet:
             _number(spread([cost.steps for cost in costs]) if costs else None, "{:.0f}"),
             _number(spread([cost.audio_seconds for cost in costs]) if costs else None, "{:.0f}"),
             _number(spread([cost.audio_seconds / (1 - cost.padding_share) for cost in costs]) if costs else None, "{:.0f}"),
-            _number(spread(work) if work else None, "{:.2f}"),
+            _number(spread(work) if work else None, "{:.3f}"),
             _number(spread([cost.seconds for cost in costs]) if costs else None, "{:.0f}"),
             _number(spread(finals) if finals else None, "{:.3f}"),
         ))  # fmt: skip
@@ -105,7 +105,7 @@ def price_sheet(results: Results) -> Sheet:
             cells = (
                 (found.steps, "{:.0f}"),
                 (found.audio_seconds, "{:.0f}"),
-                (found.teraflop, "{:.2f}"),
+                (found.teraflop, "{:.3f}"),
                 (found.seconds, "{:.0f}"),
             )
             rows.append(
@@ -147,10 +147,23 @@ def difference_sheet(results: Results) -> Sheet:
 
 
 def commands_page(results: Results) -> str:
-    """Return every command of the experiment, arm by arm."""
-    lines = [f"# {results.title}: commands", ""]
+    """Return every command of the experiment once: the runs in their order, then what measures each arm."""
+    of_runs = {command: None for measure in results.measures for command in measure.commands if " train " in command}
+    lines = [
+        f"# {results.title}: commands",
+        "",
+        "## Runs, in the order in which they can be made",
+        "",
+        "```",
+        *of_runs,
+        "```",
+        "",
+        "## Probes",
+        "",
+    ]
     for measure in results.measures:
-        lines += [f"## {measure.arm}, seed {measure.seed}", "", "```", *measure.commands, "```", ""]
+        probes = [command for command in measure.commands if command not in of_runs]
+        lines += [f"{measure.arm}, seed {measure.seed}:", "", "```", *probes, "```", ""] if probes else []
     return "\n".join(lines)
 
 
@@ -211,8 +224,8 @@ def _percent(value: Spread | None) -> str:
 def _number(value: Spread | None, written: str) -> str:
     if value is None:
         return BLANK
-    std = "" if value.std is None or not round(value.std, 6) else f" ± {written.format(value.std)}"
-    return written.format(value.mean) + std
+    std = written.format(value.std or 0.0)
+    return written.format(value.mean) + ("" if std == written.format(0) else f" ± {std}")
 
 
 def _p_value(value: float | None) -> str:
