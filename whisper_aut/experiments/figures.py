@@ -23,6 +23,7 @@ Stroke = Literal["-", "--", ":", "-."]
 LINES: tuple[Stroke, ...] = ("-", "--", ":", "-.")
 SHIFT = 0.14  # between series at one place of x
 PANEL_HEIGHT = 3.1
+CHARACTERS = 100  # that stand side by side under all panels; more are turned
 ANSWERS, PRICE = "answers", "price"  # panels beside those of domains
 LABELS = {ANSWERS: "right answers (%)", PRICE: "wall clock of training (s)"}
 
@@ -110,7 +111,8 @@ def _draw_panel(axes: Axes, results: Results, layout: _Layout, panel: str) -> No
     if known:
         axes.axhline(100 * float(np.mean(known)), color=BASELINE_COLOUR, linestyle=(0, (4, 2)), linewidth=1.2)
     titles = [fill(layout.titles[layout.x, name], 11) for name in names]
-    long = max(len(title) for title in titles) > 12 or len(titles) > 5
+    panels = axes.get_gridspec().ncols  # pyright: ignore[reportOptionalMemberAccess]
+    long = sum(len(title.split("\n")[0]) + 2 for title in titles) > CHARACTERS // panels
     axes.set_xticks(range(len(names)), titles, fontsize=8, rotation=35 if long else 0, ha="right" if long else "center")
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_xlabel(layout.x.replace("_", " "), fontsize=9)
@@ -118,7 +120,7 @@ def _draw_panel(axes: Axes, results: Results, layout: _Layout, panel: str) -> No
     if panel == PRICE:
         axes.set_ylim(0, None)
     tasks = ", ".join(result.title for result in results.tasks.values() if result.domain == panel)
-    panel_title(axes, panel if panel in LABELS else fill(f"{panel}: {tasks}", 26))
+    panel_title(axes, panel if panel in LABELS else fill(f"{panel}: {tasks}", 24))
     axes.grid(axis="y")
 
 
