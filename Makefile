@@ -20,7 +20,7 @@ OVERRIDES := $(if $(DATA),data.root=$(DATA)) $(ARGS)
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup lock train-aut train-uniwhisper probe report test smoke notebooks bench docs lint clean
+.PHONY: help setup lock train-aut train-uniwhisper probe experiment report test smoke notebooks bench docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ probe: $(STAMP) ## score an encoder (ENCODER=, TASKS="a b", optional AGAINST=, D
 	@test -n "$(ENCODER)" -a -n "$(TASKS)" || { echo 'make probe ENCODER=DIR_OR_HUB_ID TASKS="esc50 fsdd" [AGAINST="BASE logmel"] [DATA=FOLDER]'; exit 1; }
 	@$(BIN)/whisper-aut probe $(ENCODER) $(foreach base,$(AGAINST),--against $(base)) --tasks $(TASKS) \
 		$(if $(DATA),--root $(DATA)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+experiment: $(STAMP) ## a grid of configs and seeds, resumed where it was stopped (CONFIG=, DATA=, OUT=, ARGS="--plan")
+	@test -n "$(CONFIG)" || { echo 'make experiment CONFIG=conf/experiments/e4_mixture.yaml [DATA=FOLDER] [OUT=FOLDER] [ARGS=--plan]'; exit 1; }
+	@$(BIN)/whisper-aut experiment $(CONFIG) $(if $(DATA),root=$(DATA)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 report: $(STAMP) ## tables and plots of runs (RUNS="runs/NAME/TIMESTAMP …", optional OUT=)
 	@test -n "$(RUNS)" || { echo 'make report RUNS="runs/NAME/latest …" [OUT=FOLDER]'; exit 1; }

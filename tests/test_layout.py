@@ -22,7 +22,10 @@ def stage_of(module: str) -> int:
         return STAGES.index(parts[1])
     # The schema of settings is read by builders from training on; errors and schema by everyone.
     ground = {"whisper_aut", "whisper_aut.errors", "whisper_aut.schema", "whisper_aut.settings", "whisper_aut.turns"}
-    return -1 if module in ground else len(STAGES)
+    if module in ground:
+        return -1
+    drivers = ("pipeline", "experiments")  # one run; many of them. The commands drive both
+    return len(STAGES) + (drivers.index(parts[1]) if parts[1] in drivers else len(drivers))
 
 
 def imports_of(path: Path) -> set[str]:
@@ -52,6 +55,8 @@ def test_only_builders_read_settings():
     readers = {module_of(path) for path in SOURCES if "whisper_aut.settings" in imports_of(path)}
     assert readers == {
         "whisper_aut.commands.training",
+        "whisper_aut.experiments.runs",
+        "whisper_aut.experiments.settings",
         "whisper_aut.pipeline",
         "whisper_aut.training.build",
         "whisper_aut.training.train",

@@ -8,6 +8,8 @@ import yaml
 
 from tests.conftest import REPOSITORY
 from whisper_aut.errors import UserError
+from whisper_aut.experiments.grid import arms_of, runs_of
+from whisper_aut.experiments.settings import load_experiment
 from whisper_aut.model.decoders import check_decoder
 from whisper_aut.probes.tasks import load_task
 from whisper_aut.schema import compose
@@ -15,12 +17,29 @@ from whisper_aut.settings import dump_settings, load_settings
 
 CONF = REPOSITORY / "conf"
 RUN_CONFIGS = sorted(path for path in CONF.glob("*.yaml") if path.name != "probe.yaml")
-GROUP_FILES = sorted(CONF.glob("*/*.yaml"))
+EXPERIMENTS = sorted((CONF / "experiments").glob("e[0-9]*.yaml"))
+GROUP_FILES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name != "experiments")
 
 
 def test_how_many_configs_there_are():
     assert len(RUN_CONFIGS) == 11
     assert len(GROUP_FILES) == 60
+    assert len(EXPERIMENTS) == 5
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
+def test_every_run_of_every_experiment_loads(path: Path):
+    experiment = load_experiment(path)
+    assert len(experiment.seeds) >= 3
+    runs = runs_of(arms_of(experiment, path))
+    for run in runs[: len(runs) // len(experiment.seeds)]:  # seeds differ in nothing else
+        settings = load_settings(run.config, run.overrides)
+        check_decoder(settings.decoder)
+        assert (settings.name, settings.probe.tasks) == (run.name, [])
+    assert len({run.name for run in runs}) == len(runs)
+    for probes in experiment.probes:
+        for name in probes.tasks:
+            load_task(name, CONF / "probe_tasks")
 
 
 @pytest.mark.parametrize("path", RUN_CONFIGS, ids=lambda path: path.name)

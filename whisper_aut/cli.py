@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from whisper_aut import __version__
-from whisper_aut.commands import corpora, demo, embed, export, probes, training
+from whisper_aut.commands import corpora, demo, embed, experiments, export, probes, training
 from whisper_aut.errors import Interrupted, Preempted, UserError
 
 EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 75, 130  # 75: EX_TEMPFAIL of sysexits.h, "try again"
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="whisper-aut", description="Train universal audio encoders from Whisper.")
     parser.add_argument("--version", action="version", version=f"whisper-aut {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for stage in (corpora, training, export, embed, probes, demo):
+    for stage in (corpora, training, export, embed, probes, experiments, demo):
         stage.add_parsers(commands)
     return parser
 

@@ -49,12 +49,14 @@ class Story:
         config: where the settings came from; configs that it names are found beside it.
         overrides: those that also hold for the config that this one starts `after`.
         resume, fresh: see `training.train`.
+        report: write the run's report; `whisper-aut report RUN` does it later.
     """
 
     config: Path
     overrides: tuple[str, ...] = ()
     resume: str = ""
     fresh: bool = False
+    report: bool = True
 
 
 def run_config(config: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> RunDirectory:
@@ -102,7 +104,8 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
     for kind in settings.export:  # behind the probes: the cards hold their scores
         if trained.run.export(kind).is_dir():
             write_card(trained.run.path, trained.run.export(kind), kind)
-    build_report([trained.run.path], trained.run.report, console)
+    if story.report:
+        build_report([trained.run.path], trained.run.report, console)
     return trained.run
 
 

@@ -45,6 +45,10 @@ def test_formulas_count_what_pytorch_counts(width: int):
     ours += whisper_decoder_flops(config, frames.lengths, TEXT_LENGTHS, supervised)
     # The convolutions also run over the zeros between clips, which are no useful work.
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.005)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(mel, MEL_LENGTHS)
+    held = encoder_flops(config, MEL_LENGTHS, frames.lengths, trained=False)
+    assert held == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert decoder.flops(frames.lengths, targets) == whisper_decoder_flops(config, frames.lengths, TEXT_LENGTHS, supervised)
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 
@@ -57,3 +58,27 @@ def test_a_run_logs_its_throughput_and_closes_with_it(tiny_whisper: Path, tiny_s
     assert metrics["throughput/padding_share"] == 0
     assert metrics["throughput/teraflops"] > 0
     assert "throughput/mfu" not in metrics
+
+
+def test_sums_go_on_over_a_resume(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    whole = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "a", "trainer.log_every_steps=1"), QUIET).run
+    stopped = settings_for(
+        tiny_whisper, tiny_shards, tmp_path / "b", "trainer.log_every_steps=1", "trainer.checkpoint_every_steps=3"
+    )
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        train(stopped, QUIET, callbacks=[_Unplugged(step=4)])
+    resumed = train(stopped, QUIET, resume="auto").run
+    one, other = (json.loads(run.done.read_text())["metrics"] for run in (whole, resumed))
+    for name in ("throughput/total_audio_seconds", "throughput/total_teraflop"):
+        assert other[name] == pytest.approx(one[name], rel=1e-5)
+
+
+class _Unplugged(lightning.Callback):
+    """Fails at a step, as a machine does."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: object, batch: object, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("pulled the plug")

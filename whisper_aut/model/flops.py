@@ -17,20 +17,20 @@ FROZEN_PRODUCT = 2  # the weights need none
 KERNEL = 3  # of both convolutions
 
 
-def encoder_flops(config: Any, mel_lengths: Sequence[int], lengths: Sequence[int]) -> float:
+def encoder_flops(config: Any, mel_lengths: Sequence[int], lengths: Sequence[int], *, trained: bool = True) -> float:
     """Return the FLOPs of a training step of the encoder.
 
     Args:
         config: a `WhisperConfig`.
         mel_lengths: F per clip, as convolved.
         lengths: T per clip.
+        trained: whether it is; no gradient passes through one that is not.
     """
     width, frames = config.d_model, sum(lengths)
-    stem = (
-        FIRST_PRODUCT * 2 * KERNEL * config.num_mel_bins * width * sum(mel_lengths) + PRODUCT * 2 * KERNEL * width**2 * frames
-    )
-    products = PRODUCT * frames * (8 * width**2 + 4 * width * config.encoder_ffn_dim)
-    attention = PRODUCT * 4 * width * sum(length**2 for length in lengths)
+    first, product = (FIRST_PRODUCT, PRODUCT) if trained else (1, 1)
+    stem = first * 2 * KERNEL * config.num_mel_bins * width * sum(mel_lengths) + product * 2 * KERNEL * width**2 * frames
+    products = product * frames * (8 * width**2 + 4 * width * config.encoder_ffn_dim)
+    attention = product * 4 * width * sum(length**2 for length in lengths)
     return stem + config.encoder_layers * (products + attention)
 
 

@@ -76,3 +76,8 @@ class Throughput:
             if peak:
                 figures["mfu"] = self.flops / self.seconds / peak
         return figures
+
+    def sums(self, ranks: int = 1) -> dict[str, float]:
+        """Return what it cost so far, of all ranks together: time, audio heard, and work where all parts can tell theirs."""
+        sums = {"total_seconds": self.seconds, "total_audio_seconds": ranks * self.mel_frames / 100}
+        return sums if self.flops is None else sums | {"total_teraflop": ranks * self.flops / 1e12}

@@ -5,6 +5,7 @@ them over the whole run in `summary()`. Validation and checkpoints are not count
 """
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import lightning
@@ -38,10 +39,11 @@ class ThroughputMeter(lightning.Callback):
 
     def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
         self._waited += time.perf_counter() - self._ended
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        # Counted before the step: a checkpoint that is written behind it, by whichever callback, holds it.
         padded = module.encoder.padding == "30s"
         self._part.add_batch(batch.mel_lengths, sum(batch.targets.lengths), _flops(module, batch), padded=padded)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if whole_step and trainer.global_step % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
             self._take(trainer, module)
@@ -59,8 +61,17 @@ class ThroughputMeter(lightning.Callback):
     def summary(self, trainer: lightning.Trainer) -> dict[str, float]:
         """Return the figures of the whole run for `done.json`."""
         device = trainer.strategy.root_device
-        figures = self.total.figures(trainer.world_size, self._peak(device))
+        figures = self.total.figures(trainer.world_size, self._peak(device)) | self.total.sums(trainer.world_size)
         return {PREFIX + name: value for name, value in (figures | {"peak_memory_gib": peak_memory_gib(device)}).items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was done so far, for a checkpoint: the figures of a resumed run are of the whole."""
+        part = replace(self._part)
+        part.add_time(time.perf_counter() - self._begun, self._waited)
+        return vars(self.total + part) if part.clips else vars(self.total)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total = Throughput(**state)
 
     def closing_line(self, trainer: lightning.Trainer) -> str:
         """Say in a line how fast the run was."""
@@ -87,9 +98,10 @@ class ThroughputMeter(lightning.Callback):
         self._part.add_time(now - self._begun, self._waited)
         figures = self._part.figures(trainer.world_size, self._peak(device)) | {"peak_memory_gib": peak_memory_gib(device)}
         self.shown = f"{figures['audio_seconds_per_second']:.0f}"
+        self.total += self._part
+        figures |= self.total.sums(trainer.world_size)
         for logger in trainer.loggers:
             logger.log_metrics({PREFIX + name: value for name, value in figures.items()}, step=trainer.global_step)
-        self.total += self._part
         self._part, self._begun, self._waited = Throughput(), now, 0.0
 
     def _peak(self, device: torch.device) -> float | None:
@@ -102,4 +114,6 @@ def _flops(module: Any, batch: Batch) -> float | None:
     if of_decoder is None:
         return None
     lengths = [encoder_frames(length) for length in batch.mel_lengths]
-    return encoder_flops(module.encoder.whisper.config, batch.mel_lengths, lengths) + of_decoder(lengths, batch.targets)
+    learns = module.encoder_learns and any(parameter.requires_grad for parameter in module.encoder.parameters())
+    of_encoder = encoder_flops(module.encoder.whisper.config, batch.mel_lengths, lengths, trained=learns)
+    return of_encoder + of_decoder(lengths, batch.targets)

@@ -1,0 +1,206 @@
+"""An experiment from its YAML to its table: what is missing is run, all of it is measured, and the results are written down.
+
+In: `ExperimentSettings`. Out: `OUT/NAME.json`, `NAME.md`, `NAME.png` and `NAME.commands.md`. Next: people, `docs/results.md`, the
+notebooks. Stopped anywhere, the same command goes on.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from whisper_aut.corpora.audit import AUDIT_NAME, read_audit, run_audit, unaudited
+from whisper_aut.errors import Interrupted
+from whisper_aut.experiments.figures import draw
+from whisper_aut.experiments.grid import Arm, Run, arms_of, conf_folder, runs_of
+from whisper_aut.experiments.measure import Bench, cost_of, measure_arm, measure_baseline, probes_there
+from whisper_aut.experiments.results import ArmFacts, Measure, Results
+from whisper_aut.experiments.runs import Expected, Found, expected_cost, find, make, prepare
+from whisper_aut.experiments.settings import ExperimentSettings
+from whisper_aut.experiments.tables import commands_page, page, sheets
+from whisper_aut.pipeline import load_tasks
+from whisper_aut.report.tables import rich_table
+
+QUIET = Console(quiet=True)  # of the single runs, whose reports lie beside them
+PACKAGES = ("whisper-aut", "torch", "transformers", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class Conducted:
+    """What an experiment wrote."""
+
+    results: Results
+    page: Path
+    json: Path
+
+
+def conduct(settings: ExperimentSettings, path: Path, out: Path, console: Console) -> Conducted:
+    """Run what is missing of an experiment, measure everything, and write table, figure and JSON to `out`.
+
+    Raises:
+        UserError: a mistake in a config, or data that is not there.
+        Interrupted: it was asked to stop; what is finished is kept.
+    """
+    arms = arms_of(settings, path)
+    runs = runs_of(arms)
+    probes, lacking = probes_there(settings)
+    if lacking:
+        console.print(
+            f"[yellow]Left out[/]: probe tasks built from {', '.join(lacking)}, which are not there; root=FOLDER names their folder."
+        )
+    for corpora in probes:
+        settings.corpora.manifests += corpora.manifests
+    prepare(settings, runs, console)
+    found = _make_all(settings, runs, console)
+    bench = Bench(settings, conf_folder(settings, path), Path(settings.runs) / settings.name, tuple(probes))
+    results = _results(settings, arms, found, bench, console)
+    return _write(results, out, console)
+
+
+def _make_all(settings: ExperimentSettings, runs: Sequence[Run], console: Console) -> dict[str, Found]:
+    found: dict[str, Found] = {}
+    for number, run in enumerate(runs, 1):
+        known = find(run)
+        try:
+            found[run.name] = known if known.state == "done" else make(run, QUIET)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            kind = type(stop) if isinstance(stop, Interrupted) else Interrupted
+            raise kind(
+                f"{settings.name} stopped at run {number} of {len(runs)}, {run.name}; what was reached is saved. "
+                "The same command goes on."
+            ) from None
+        if known.state != "done":
+            directory = found[run.name].directory
+            assert directory is not None
+            cost = cost_of(directory)
+            console.print(f"[{number}/{len(runs)}] {run.name}: {cost.steps} steps in {cost.seconds:.0f} s", markup=False)
+    return found
+
+
+def _results(
+    settings: ExperimentSettings, arms: Sequence[Arm], found: dict[str, Found], bench: Bench, console: Console
+) -> Results:
+    measures: list[Measure] = []
+    for seed in settings.seeds:
+        for arm in arms:
+            console.print(f"Measuring {arm.name}, seed {seed}", markup=False)
+            measures.append(measure_arm(bench, arm, seed, [found[run.name] for run in arm.runs[seed].chain()]))
+    return Results(
+        name=settings.name,
+        title=settings.title,
+        question=settings.question,
+        reference=settings.reference,
+        seeds=tuple(settings.seeds),
+        probe_seeds=settings.probe_seeds,
+        arms=tuple(ArmFacts(arm.name, arm.titles, arm.choices) for arm in arms),
+        measures=tuple(sorted(measures, key=lambda measure: [arm.name for arm in arms].index(measure.arm))),
+        baseline=measure_baseline(bench) if settings.log_mel and bench.probes else {},
+        audits=tuple(_audit(list(found.values()), bench)),
+        environment=_environment(),
+        settings=_published(settings),
+    )
+
+
+def _audit(found: Sequence[Found], bench: Bench) -> list[str]:
+    """Compare every training source of every run with every probe set, once, and return a line for each."""
+    train = sorted({source.path for one in found for source in one.settings.data.train})
+    lines = []
+    for number, probes in enumerate(bench.probes):
+        tested = sorted({f for task in load_tasks(probes.tasks, bench.conf) for f in task.tested_folders(probes.root)})
+        out = bench.work / f"audit-{number}"
+        audit = read_audit(out / AUDIT_NAME)
+        if not audit or unaudited(audit, "train", train) or unaudited(audit, "probes", tested):
+            run_audit(train, tested, out)
+            audit = read_audit(out / AUDIT_NAME)
+        counts = audit["counts"]
+        lines.append(
+            f"{counts['train_clips']} training clips ({', '.join(train)}) against {counts['probe_clips']} test clips "
+            f"({', '.join(tested)}): {counts['train_clips_that_overlap']} overlap"
+        )
+    return lines
+
+
+def _write(results: Results, out: Path, console: Console) -> Conducted:
+    out.mkdir(parents=True, exist_ok=True)
+    stored, text = out / f"{results.name}.json", out / f"{results.name}.md"
+    results.save(stored)
+    draw(results, out / f"{results.name}.png")
+    text.write_text(f"# {results.title}\n\n{results.question}\n\n{page(results, f'{results.name}.png')}", encoding="utf-8")
+    (out / f"{results.name}.commands.md").write_text(commands_page(results), encoding="utf-8")
+    for sheet in sheets(results):
+        console.print(rich_table(sheet))
+    return Conducted(results, text, stored)
+
+
+def plan_table(settings: ExperimentSettings, path: Path) -> Table:
+    """Return what would be run: every run, whether it is there, and what it is expected to cost.
+
+    Raises:
+        UserError: a mistake in the experiment or in a config of it.
+    """
+    arms = arms_of(settings, path)
+    runs = runs_of(arms)
+    found = {run.name: find(run) for run in runs}
+    rates = [
+        cost.teraflop / cost.seconds for one in found.values() if (cost := _known_cost(one)) and cost.teraflop and cost.seconds
+    ]
+    rate = sorted(rates)[len(rates) // 2] if rates else None
+    table = Table(title=f"{settings.title}: {len(arms)} arms × {len(settings.seeds)} seeds, {len(runs)} runs")
+    for name in ("run", "state", "starts from", "steps", "audio heard (s)", "TFLOP", "about"):
+        words = name in ("run", "state", "starts from")
+        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=name in ("run", "state"))
+    left = 0.0
+    for run in runs:
+        expected = expected_cost(run)
+        seconds = expected.teraflop / rate if rate and expected.teraflop else None
+        left += seconds or 0.0 if found[run.name].state != "done" else 0.0
+        origin = f"{'random weights of ' * run.random}{run.start.name}" if run.start else "its config"
+        table.add_row(run.name, found[run.name].state, origin, *_expected_cells(expected, seconds))
+    to_do = sum(one.state != "done" for one in found.values())
+    time = f", about {left / 60:.0f} min of training on this machine" if rate else "; time is told once a run is done"
+    table.caption = f"{to_do} of {len(runs)} runs to make{time}. Measuring comes on top."
+    return table
+
+
+def _known_cost(found: Found) -> Any:
+    return cost_of(found.directory) if found.state == "done" and found.directory else None
+
+
+def _expected_cells(expected: Expected, seconds: float | None) -> tuple[str, ...]:
+    numbers = (
+        (expected.steps, "{:.0f}"),
+        (expected.audio_seconds, "{:.0f}"),
+        (expected.teraflop, "{:.2f}"),
+        (seconds, "{:.0f} s"),
+    )
+    return tuple("–" if value is None else written.format(value) for value, written in numbers)
+
+
+def _published(settings: ExperimentSettings) -> dict[str, Any]:
+    """Return the settings without the places of this machine."""
+    values = asdict(settings)
+    for name in ("root", "runs", "corpora", "conf"):
+        values.pop(name)
+    for probes in values["probes"]:
+        probes.pop("manifests")
+    return json.loads(json.dumps(values))
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }

@@ -1,0 +1,168 @@
+"""Results → means over seeds, paired comparisons between arms, and what a loss cost.
+
+In: `Results`. Out: numbers for `experiments.tables` and `experiments.figures`. Two kinds of chance are kept apart: which test clips there
+happen to be (paired bootstrap and sign flips over clips, each clip's correctness a mean over seeds; `probes.stats`), and which seed a
+training happens to have (paired t-test over seeds, Student 1908). A difference is only called one where the test over clips, corrected
+after Holm, and the sign for every single seed agree.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import ttest_rel
+
+from whisper_aut.corpora.annotation import DOMAINS
+from whisper_aut.errors import UserError
+from whisper_aut.experiments.results import Measure, Point, Results, right_share
+from whisper_aut.probes.stats import holm, mean_std, paired_difference
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over seeds; no deviation with one seed."""
+
+    mean: float
+    std: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`arm` − the reference in one domain, its tasks weighing alike, 0 … 1.
+
+    Attributes:
+        value, std: mean and deviation over seeds. per_seed: each of them.
+        low, high: 95 % interval over test clips; None where the clips are not right or wrong.
+        p_clips: of no difference, over clips; p_holm: corrected for all differences of the table.
+        p_seeds: of no difference, over seeds; None with one seed.
+    """
+
+    arm: str
+    domain: str
+    value: float
+    std: float | None
+    per_seed: tuple[float, ...]
+    low: float | None
+    high: float | None
+    p_clips: float | None
+    p_holm: float | None
+    p_seeds: float | None
+
+    @property
+    def verdict(self) -> str:
+        agree = len({value > 0 for value in self.per_seed}) == 1 and all(self.per_seed)
+        if self.p_holm is None or self.p_holm >= SIGNIFICANT or not agree:
+            return "no significant difference"
+        return "better" if self.value > 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Price:
+    """What it took to bring the validation loss down to a threshold: how many seeds reached it, and their means."""
+
+    threshold: float
+    reached: int
+    seeds: int
+    steps: Spread | None
+    audio_seconds: Spread | None
+    teraflop: Spread | None
+    seconds: Spread | None
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(*mean_std(values), len(values))
+
+
+def domains_of(results: Results) -> list[str]:
+    present = {result.domain for result in results.tasks.values()}
+    return [domain for domain in DOMAINS if domain in present]
+
+
+def domain_score(results: Results, measure: Measure, domain: str) -> float:
+    """Return the mean of a domain's tasks, which weigh alike."""
+    return float(np.mean([result.score for result in measure.tasks.values() if result.domain == domain]))
+
+
+def differences(results: Results) -> list[Difference]:
+    """Compare every arm with the reference, domain by domain, over the seeds that both have.
+
+    Raises:
+        UserError: arms were tested on different clips.
+    """
+    base = {measure.seed: measure for measure in results.of(results.reference)}
+    found = []
+    for arm in results.arms:
+        pairs = [(measure, base[measure.seed]) for measure in results.of(arm.name) if measure.seed in base]
+        if arm.name == results.reference or not pairs:
+            continue
+        found += [_difference(results, arm.name, domain, pairs) for domain in domains_of(results)]
+    tested = [i for i, one in enumerate(found) if one.p_clips is not None]
+    adjusted = holm([found[i].p_clips for i in tested])  # pyright: ignore[reportArgumentType]
+    for i, p_holm in zip(tested, adjusted, strict=True):
+        found[i] = Difference(**{**vars(found[i]), "p_holm": p_holm})
+    return found
+
+
+def price(curves: Sequence[Sequence[Point]], threshold: float) -> Price:
+    """Return what the first validation at or below a threshold had cost, over the seeds that reached it."""
+    reached = [point for curve in curves if (point := next((p for p in curve if p.loss <= threshold), None))]
+
+    def over(values: Sequence[float | None]) -> Spread | None:
+        known = [value for value in values if value is not None]
+        return spread(known) if known and len(known) == len(values) else None
+
+    return Price(
+        threshold,
+        len(reached),
+        len(curves),
+        over([point.step for point in reached]),
+        over([point.audio_seconds for point in reached]),
+        over([point.teraflop for point in reached]),
+        over([point.seconds for point in reached]),
+    )
+
+
+def _difference(results: Results, arm: str, domain: str, pairs: Sequence[tuple[Measure, Measure]]) -> Difference:
+    per_seed = [domain_score(results, one, domain) - domain_score(results, other, domain) for one, other in pairs]
+    value, std = mean_std(per_seed)
+    clips = _clips(results, domain, pairs)
+    over_clips = paired_difference(*clips, [1.0] * len(clips[0])) if clips else None
+    return Difference(
+        arm=arm,
+        domain=domain,
+        value=value,
+        std=std,
+        per_seed=tuple(per_seed),
+        low=over_clips.low if over_clips else None,
+        high=over_clips.high if over_clips else None,
+        p_clips=over_clips.p_value if over_clips else None,
+        p_holm=None,
+        p_seeds=_over_seeds(per_seed),
+    )
+
+
+def _clips(
+    results: Results, domain: str, pairs: Sequence[tuple[Measure, Measure]]
+) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
+    """Return for each task of a domain the correctness of each clip, a mean over seeds, of both arms."""
+    ours, theirs = [], []
+    for task in [name for name, result in results.tasks.items() if result.domain == domain]:
+        found = [(one.tasks[task], other.tasks[task]) for one, other in pairs]
+        if len({result.keys for pair in found for result in pair}) > 1:
+            raise UserError(f"Arms were tested on different clips of {task!r}: their shards changed. Run the experiment anew.")
+        if not all(result.right for pair in found for result in pair):
+            return None
+        ours.append(np.mean([right_share(one, results.probe_seeds) for one, _ in found], axis=0))
+        theirs.append(np.mean([right_share(other, results.probe_seeds) for _, other in found], axis=0))
+    return ours, theirs
+
+
+def _over_seeds(per_seed: Sequence[float]) -> float | None:
+    if len(per_seed) < 2 or np.ptp(per_seed) == 0:
+        return None
+    p_value = float(ttest_rel(per_seed, np.zeros(len(per_seed))).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
+    return p_value if math.isfinite(p_value) else None
