@@ -35,7 +35,7 @@ def measure(arm: str, seed: int, chance: float, *, slow: bool = False) -> Measur
 def results() -> Results:
     arms = (ArmFacts("good", ("good arm",), {"arm": "good"}), ArmFacts("poor", ("poor arm",), {"arm": "poor"}))
     measures = [measure("good", seed, 0.8) for seed in range(3)] + [measure("poor", seed, 0.6, slow=True) for seed in range(3)]
-    figure = {"x": "arm", "colour": "", "line": "", "curves": True}
+    figure = {"x": "arm", "colour": "", "line": "", "curves": True, "ordered": False}
     return Results(
         "tried", "Tried", "Which?", "poor", (0, 1, 2), PROBE_SEEDS, arms, tuple(measures), {"a": task("A", 0.3, 5)},
         ("no overlap",), {"date": "today"}, {"figure": figure, "thresholds": [2.05, 1.0]},

@@ -82,7 +82,7 @@ def draw(results: Results, path: Path) -> Path:
     figure.suptitle(results.title, x=0.01, ha="left", fontsize=12)
     handles = _legend(results, layout, curves)
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8.5)
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=8.5)
     return save_figure(figure, path)
 
 
@@ -105,7 +105,15 @@ def _draw_panel(axes: Axes, results: Results, layout: _Layout, panel: str) -> No
                 deviations.append(found.std or 0.0)
                 axes.plot([place] * len(known), known, ".", color=hue, markersize=3, alpha=0.5)
         axes.errorbar(
-            places, means, yerr=deviations, color=hue, marker=marker, markersize=5, linestyle=stroke, linewidth=1.2, capsize=2
+            places,
+            means,
+            yerr=deviations,
+            color=hue,
+            marker=marker,
+            markersize=5,
+            linewidth=1.2,
+            capsize=2,
+            linestyle=stroke if results.settings["figure"].get("ordered", True) else "none",
         )
     known = [result.score for result in results.baseline.values() if result.domain == panel]
     if known:
@@ -194,10 +202,17 @@ def _legend(results: Results, layout: _Layout, curves: bool) -> list[Line2D]:
 
 
 def _curve_legend(results: Results, layout: _Layout) -> list[Line2D]:
-    handles = []
-    for number, arm in enumerate(results.arms):
-        if any(measure.curve for measure in results.of(arm.name)):
-            colour, marker, stroke = _curve_look(results, layout, arm, number)
+    """Name what tells curves apart: colours alone, or colours along x and strokes along the axis of colours."""
+    shown = [arm for arm in results.arms if any(measure.curve for measure in results.of(arm.name))]
+    handles: dict[str, Line2D] = {}
+    for number, arm in enumerate(shown):
+        colour, marker, stroke = _curve_look(results, layout, arm, number)
+        if not layout.colour:
             label = "curve: " + ", ".join(arm.titles)
-            handles.append(Line2D([], [], color=colour, marker=marker, markersize=3, linestyle=stroke, label=label))
-    return handles
+            handles[label] = Line2D([], [], color=colour, marker=marker, markersize=3, label=label)
+            continue
+        label = f"curve: {layout.titles[layout.x, arm.choices[layout.x]]}"
+        handles[label] = Line2D([], [], color=colour, marker=marker, markersize=3, label=label)
+        label = f"curve: {layout.titles[layout.colour, arm.choices[layout.colour]]}"
+        handles[label] = Line2D([], [], color="#000000", linestyle=stroke, label=label)
+    return sorted(handles.values(), key=lambda handle: handle.get_color() == "#000000")
