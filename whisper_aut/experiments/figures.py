@@ -121,7 +121,12 @@ def _draw_panel(axes: Axes, results: Results, layout: _Layout, panel: str) -> No
     titles = [fill(layout.titles[layout.x, name], 11) for name in names]
     panels = axes.get_gridspec().ncols  # pyright: ignore[reportOptionalMemberAccess]
     long = sum(len(title.split("\n")[0]) + 2 for title in titles) > CHARACTERS // panels
-    axes.set_xticks(range(len(names)), titles, fontsize=8, rotation=35 if long else 0, ha="right" if long else "center")
+    if long:  # turned, and therefore in one line each
+        axes.set_xticks(
+            range(len(names)), [layout.titles[layout.x, name] for name in names], fontsize=8, rotation=35, ha="right"
+        )
+    else:
+        axes.set_xticks(range(len(names)), titles, fontsize=8)
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_xlabel(layout.x.replace("_", " "), fontsize=9)
     axes.set_ylabel(LABELS.get(panel, "probe accuracy (%)"), fontsize=9)
