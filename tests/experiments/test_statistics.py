@@ -35,7 +35,7 @@ def measure(arm: str, seed: int, chance: float, *, slow: bool = False) -> Measur
 def results() -> Results:
     arms = (ArmFacts("good", ("good arm",), {"arm": "good"}), ArmFacts("poor", ("poor arm",), {"arm": "poor"}))
     measures = [measure("good", seed, 0.8) for seed in range(3)] + [measure("poor", seed, 0.6, slow=True) for seed in range(3)]
-    figure = {"x": "arm", "colour": "", "line": "", "curves": True}
+    figure = {"x": "arm", "colour": "", "line": "", "curves": True, "ordered": False}
     return Results(
         "tried", "Tried", "Which?", "poor", (0, 1, 2), PROBE_SEEDS, arms, tuple(measures), {"a": task("A", 0.3, 5)},
         ("no overlap",), {"date": "today"}, {"figure": figure, "thresholds": [2.05, 1.0]},
@@ -104,7 +104,7 @@ def test_tables_hold_means_deviations_and_prices(results: Results):
     assert row[1] == f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}"
     assert score_sheet(results).rows[0][0] == "log-mel statistics"
     cost = cost_sheet(results).rows[0]
-    assert cost[1:6] == ("30", "300", "600", "0.30", "7 ± 1")  # half of what the encoder ran on was padding
+    assert cost[1:6] == ("30", "300", "600", "0.300", "7 ± 1")  # half of what the encoder ran on was padding
     assert [row[2] for row in price_sheet(results).rows] == ["3 of 3", "0 of 3", "0 of 3", "0 of 3"]
     assert difference_sheet(results).rows[0][-1] == "better"
     assert len(sheets(results)) == 4

@@ -82,7 +82,7 @@ def draw(results: Results, path: Path) -> Path:
     figure.suptitle(results.title, x=0.01, ha="left", fontsize=12)
     handles = _legend(results, layout, curves)
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8.5)
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=8.5)
     return save_figure(figure, path)
 
 
@@ -105,7 +105,15 @@ def _draw_panel(axes: Axes, results: Results, layout: _Layout, panel: str) -> No
                 deviations.append(found.std or 0.0)
                 axes.plot([place] * len(known), known, ".", color=hue, markersize=3, alpha=0.5)
         axes.errorbar(
-            places, means, yerr=deviations, color=hue, marker=marker, markersize=5, linestyle=stroke, linewidth=1.2, capsize=2
+            places,
+            means,
+            yerr=deviations,
+            color=hue,
+            marker=marker,
+            markersize=5,
+            linewidth=1.2,
+            capsize=2,
+            linestyle=stroke if results.settings["figure"].get("ordered", True) else "none",
         )
     known = [result.score for result in results.baseline.values() if result.domain == panel]
     if known:
@@ -113,7 +121,12 @@ def _draw_panel(axes: Axes, results: Results, layout: _Layout, panel: str) -> No
     titles = [fill(layout.titles[layout.x, name], 11) for name in names]
     panels = axes.get_gridspec().ncols  # pyright: ignore[reportOptionalMemberAccess]
     long = sum(len(title.split("\n")[0]) + 2 for title in titles) > CHARACTERS // panels
-    axes.set_xticks(range(len(names)), titles, fontsize=8, rotation=35 if long else 0, ha="right" if long else "center")
+    if long:  # turned, and therefore in one line each
+        axes.set_xticks(
+            range(len(names)), [layout.titles[layout.x, name] for name in names], fontsize=8, rotation=35, ha="right"
+        )
+    else:
+        axes.set_xticks(range(len(names)), titles, fontsize=8)
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_xlabel(layout.x.replace("_", " "), fontsize=9)
     axes.set_ylabel(LABELS.get(panel, "probe accuracy (%)"), fontsize=9)
@@ -194,10 +207,17 @@ def _legend(results: Results, layout: _Layout, curves: bool) -> list[Line2D]:
 
 
 def _curve_legend(results: Results, layout: _Layout) -> list[Line2D]:
-    handles = []
-    for number, arm in enumerate(results.arms):
-        if any(measure.curve for measure in results.of(arm.name)):
-            colour, marker, stroke = _curve_look(results, layout, arm, number)
+    """Name what tells curves apart: colours alone, or colours along x and strokes along the axis of colours."""
+    shown = [arm for arm in results.arms if any(measure.curve for measure in results.of(arm.name))]
+    handles: dict[str, Line2D] = {}
+    for number, arm in enumerate(shown):
+        colour, marker, stroke = _curve_look(results, layout, arm, number)
+        if not layout.colour:
             label = "curve: " + ", ".join(arm.titles)
-            handles.append(Line2D([], [], color=colour, marker=marker, markersize=3, linestyle=stroke, label=label))
-    return handles
+            handles[label] = Line2D([], [], color=colour, marker=marker, markersize=3, label=label)
+            continue
+        label = f"curve: {layout.titles[layout.x, arm.choices[layout.x]]}"
+        handles[label] = Line2D([], [], color=colour, marker=marker, markersize=3, label=label)
+        label = f"curve: {layout.titles[layout.colour, arm.choices[layout.colour]]}"
+        handles[label] = Line2D([], [], color="#000000", linestyle=stroke, label=label)
+    return sorted(handles.values(), key=lambda handle: handle.get_color() == "#000000")

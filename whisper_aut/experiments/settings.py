@@ -77,12 +77,17 @@ class AnswerSettings:
 
 @dataclass
 class FigureSettings:
-    """What the figure shows: the axis along x, the axes told by colour and by line; loss curves where `curves` is set."""
+    """What the figure shows: the axis along x, the axes told by colour and by line; loss curves where `curves` is set.
+
+    Attributes:
+        ordered: whether the choices along x have an order; if so, points are joined.
+    """
 
     x: str
     colour: str = ""
     line: str = ""
     curves: bool = False
+    ordered: bool = True
 
 
 @dataclass

@@ -120,10 +120,7 @@ def price_sheet(results: Results) -> Sheet:
         "TFLOP, useful",
         "wall clock (s)",
     )
-    caption = (
-        "Read off at the first validation at or below the threshold, which was fixed before the runs; means over the seeds that "
-        "reach it."
-    )
+    caption = "Read off at the first validation at or below it; means over the seeds that reach it."
     return Sheet("Price of a validation loss", caption, head, tuple(rows), _axes(results))
 
 
