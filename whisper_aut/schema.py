@@ -5,7 +5,7 @@ In: a YAML file, `key=value` overrides, a dataclass. Out: an instance of it, or 
 
 A config may name another that it `extends`, and `defaults` that pick one file of a group each: `defaults: {decoder: whisper}`
 reads `decoder/whisper.yaml` beside the config and puts it under the key `decoder`. On the command line `decoder=NAME`
-picks another file of the group, and `decoder.key=value` changes one value. A file of a group may have `defaults` too: their choices
+picks another file of the group, and `decoder.key=value` changes one value. A file of a group may extend another, or have `defaults`: their choices
 come under its own keys, and a list of choices is merged.
 """
 
@@ -13,7 +13,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -104,8 +104,8 @@ def _groups(folder: Path) -> dict[str, list[str]]:
 
 
 def _read_group(folder: Path, group: str, choice: str, groups: Mapping[str, list[str]]) -> DictConfig:
-    """Read one file of a group, with the files of other groups that its own `defaults` pick."""
-    values = _read_yaml(_group_file(folder, group, choice, groups))
+    """Read one file of a group, what it extends, and the files of other groups that its `defaults` pick."""
+    values = cast(DictConfig, OmegaConf.merge(*_layers(_group_file(folder, group, choice, groups))))
     within = OmegaConf.create({})
     for inner, choices in values.pop("defaults", {}).items():
         names = [choices] if isinstance(choices, str) else list(choices)
