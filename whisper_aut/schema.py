@@ -5,8 +5,8 @@ In: a YAML file, `key=value` overrides, a dataclass. Out: an instance of it, or 
 
 A config may name another that it `extends`, and `defaults` that pick one file of a group each: `defaults: {decoder: whisper}`
 reads `decoder/whisper.yaml` beside the config and puts it under the key `decoder`. On the command line `decoder=NAME`
-picks another file of the group, and `decoder.key=value` changes one value. A file of a group may extend another, or have `defaults`: their choices
-come under its own keys, and a list of choices is merged.
+picks another file of the group, and `decoder.key=value` changes one value. A file of a group may extend another, or have
+`defaults`: their choices come under its own keys, and a list of choices is merged.
 """
 
 import types

@@ -1,6 +1,7 @@
 """The plan against real steps: its memory against PyTorch's allocator, its parameters and work against the built model."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,6 +105,16 @@ def test_the_papers_recipe_is_planned_from_known_sizes(capsys: pytest.CaptureFix
 def test_a_chain_of_configs_is_planned_from_its_first_sizes(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", str(REPOSITORY / "conf" / "smoke.yaml")]) == 0
     assert "4 steps" in capsys.readouterr().out
+
+
+def test_a_plan_with_lora_says_what_to_plan_instead(
+    tiny_whisper: Path, tiny_language_model: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = [str(REPOSITORY / "conf" / "aut.yaml"), "decoder=causal_lm", f"model.path={tiny_whisper}"]
+    config += [f"decoder.language_model={tiny_language_model}", "data.batch_clips=2", "strategy=auto"]
+    assert main(["plan", *config]) == 0
+    assert main(["plan", *config, "decoder.train=lora"]) == 1
+    assert "Plan with decoder.train=frozen" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_fits_names_the_least_measure():

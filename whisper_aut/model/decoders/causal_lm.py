@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, WhisperConfig
 
@@ -253,6 +254,11 @@ def _choose_trainable(model: PreTrainedModel, options: CausalLMOptions) -> None:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
             raise UserError("decoder.train=lora needs peft: pip install 'whisper-aut[lora]'") from None
+        if isinstance(next(model.parameters()), FakeTensor):
+            raise UserError(
+                "A plan cannot hold LoRA's weights: peft does not work on tensors without memory. Plan with decoder.train=frozen; "
+                "LoRA adds the gradients and moments of a few per cent of the language model."
+            )
         updates = LoraConfig(r=options.lora.rank, lora_alpha=options.lora.alpha, target_modules="all-linear")
         inject_adapter_in_model(updates, model)
 
