@@ -227,4 +227,4 @@ def test_layers_are_probed_and_only_where_there_are_any(scenes, task_with, tiny_
 
 
 def test_every_kind_is_tried_above():
-    assert {"knn", "layers", *(case.split(",")[0] for case in CASES)} == set(KINDS)
+    assert {"attention", "knn", "layers", *(case.split(",")[0] for case in CASES)} == set(KINDS)
