@@ -282,25 +282,7 @@ def _parse_index(root: str, data: bytes) -> ShardIndex:
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Python's tarfile takes a damaged header inside an archive for its end, without a word; this one raises.
-
-    It also reads the header of a plain file itself, by the offsets of POSIX ustar: only the name and size are wanted, and a stream of
-    short clips otherwise spends a fifth of its time on the rest. Whatever is not plain goes to tarfile.
-    """
-
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_StrictHeader":
-        if len(buf) == tarfile.BLOCKSIZE and buf[156:157] == tarfile.REGTYPE and buf[257:263] == b"ustar\0":
-            try:
-                size, checksum = int(buf[124:135], 8), int(buf[148:154], 8)
-            except ValueError:
-                size, checksum = 0, -1
-            if checksum == sum(buf) - sum(buf[148:156]) + 8 * ord(" "):
-                name, prefix = (field.partition(b"\0")[0].decode(encoding, errors) for field in (buf[:100], buf[345:500]))
-                header = cls(f"{prefix}/{name}" if prefix else name)
-                header.size = size
-                return header
-        return super().frombuf(buf, encoding, errors)
+    """Python's tarfile takes a damaged header inside an archive for its end, without a word; this one raises."""
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> "_StrictHeader":

@@ -129,7 +129,7 @@ def _draw_panel(axes: Axes, results: Results, layout: _Layout, panel: str) -> No
         axes.set_xticks(range(len(names)), titles, fontsize=8)
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_xlabel(layout.x.replace("_", " "), fontsize=9)
-    axes.set_ylabel(LABELS.get(panel, "probe accuracy (%)"), fontsize=9)
+    axes.set_ylabel(LABELS.get(panel, "probe score (%)"), fontsize=9)
     if panel == PRICE:
         axes.set_ylim(0, None)
     tasks = ", ".join(result.title for result in results.tasks.values() if result.domain == panel)

@@ -8,7 +8,7 @@ import json
 import shlex
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -206,5 +206,5 @@ def probes_there(settings: ExperimentSettings) -> tuple[list[ProbeSetSettings], 
         if missing and not probes.optional:
             raise UserError(f"There is no {', '.join(missing)}. Give the folder that holds them: root=FOLDER")
         lacking += missing
-        found += [] if missing else [replace(probes)]
+        found += [] if missing else [probes]
     return found, lacking

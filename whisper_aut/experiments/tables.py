@@ -38,7 +38,7 @@ def score_sheet(results: Results) -> Sheet:
         rows.append((*arm.titles, *(_percent(spread(cell) if cell else None) for cell in cells)))
     head = (*_axis_names(results), *(f"{task.title} ({task.domain}, {task.test_clips})" for task in tasks.values()))
     return Sheet(
-        "Linear probes, protocol strict: accuracy in %",
+        "Linear probes, protocol strict: scores in %",
         f"In brackets: domain and test clips. ± is the standard deviation over {len(results.seeds)} trainings with other seeds, each a "
         f"mean over {results.probe_seeds} subsamples of the probe's training clips. Log-mel statistics are not trained: one value.",
         head,

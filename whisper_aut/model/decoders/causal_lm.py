@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, WhisperConfig
 
@@ -104,7 +103,15 @@ def build_causal_lm(start: Start, options: CausalLMOptions, gradient_checkpointi
 
 
 def sketch_causal_lm(config: WhisperConfig, options: CausalLMOptions, gradient_checkpointing: bool) -> nn.Module:
-    """Return the decoder that `build_causal_lm` would, with sizes alone; see `DecoderEntry.sketch`."""
+    """Return the decoder that `build_causal_lm` would, with sizes alone; see `DecoderEntry.sketch`.
+
+    Raises:
+        UserError: with LoRA, whose weights peft cannot make without memory.
+    """
+    if options.train == "lora":
+        raise UserError(
+            "LoRA cannot be planned: peft needs real weights. Plan with decoder.train=frozen and leave room for its updates."
+        )
     scratch = options.scratch
     sizes = (
         scratch_config(scratch, scratch.vocabulary) if scratch else language_config(options.language_model, options.revision)
@@ -254,11 +261,6 @@ def _choose_trainable(model: PreTrainedModel, options: CausalLMOptions) -> None:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
             raise UserError("decoder.train=lora needs peft: pip install 'whisper-aut[lora]'") from None
-        if isinstance(next(model.parameters()), FakeTensor):
-            raise UserError(
-                "A plan cannot hold LoRA's weights: peft does not work on tensors without memory. Plan with decoder.train=frozen; "
-                "LoRA adds the gradients and moments of a few per cent of the language model."
-            )
         updates = LoraConfig(r=options.lora.rank, lora_alpha=options.lora.alpha, target_modules="all-linear")
         inject_adapter_in_model(updates, model)
 
