@@ -40,5 +40,5 @@ def demo_mixture(corpus: Path, rounds: int = 1) -> Clips:
         for waveform, sample in waveforms_and_samples(corpus / "train" / domain)[: share * rounds]
     ]
     codec = WhisperText(train_tokenizer([sample.annotation.text for _, sample, _ in chosen], 1500))
-    tokens = [codec.encode(sample.annotation, domain).tokens for _, sample, domain in chosen]
+    tokens = [codec.encode(sample.annotation, domain, place).tokens for place, (_, sample, domain) in enumerate(chosen)]
     return Clips([waveform for waveform, _, _ in chosen], tokens)

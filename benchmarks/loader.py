@@ -17,9 +17,9 @@ import soundfile
 import soxr
 import torch
 import torchaudio
-import webdataset
 from pairs import Row, compare_values, main
 from torch.testing import assert_close
+from webdataset.compat import WebDataset
 
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits
@@ -39,7 +39,7 @@ def cases(runs: int) -> Iterator[Row]:
         with TemporaryDirectory() as folder:
             index = shards(Path(folder), suffix, kind, rate)
             urls = [index.url(number) for number in range(len(index.shards))]
-            encoded = [sample[suffix] for sample in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)]
+            encoded = [sample[suffix] for sample in WebDataset(urls, shardshuffle=False, empty_check=False)]
             same_clips(ours(index), plain(urls, suffix))
             same_clips(ours(index), raw(encoded))
             yield compare_values(
@@ -90,7 +90,8 @@ def ours(index: ShardIndex) -> list[torch.Tensor]:
 
 def plain(urls: list[str], suffix: str) -> list[torch.Tensor]:
     clips = []
-    for sample in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode():
+    dataset: Any = WebDataset(urls, shardshuffle=False, empty_check=False).decode()
+    for sample in dataset:
         samples, rate = soundfile.read(io.BytesIO(sample[suffix]), dtype="float32", always_2d=True)
         waveform = torch.from_numpy(samples).mean(1)
         clips.append(torchaudio.functional.resample(waveform, rate, 16_000) if rate != 16_000 else waveform)

@@ -57,13 +57,13 @@ def cases(runs: int) -> Iterable[Row]:
         check=_agree,
         runs=min(runs, 3),
     )
-    if DATA is not None:
+    if (data := DATA) is not None:
         with tempfile.TemporaryDirectory() as folder:
-            whisper, root = _whisper(Path(folder)), _shards(DATA / "esc10", Path(folder))
+            whisper, root = _whisper(Path(folder)), _shards(data / "esc10", Path(folder))
             yield compare_values(
                 "esc10 end to end",
                 lambda: _timed("ours", lambda: _ours(fold_rounds(_embed(whisper, root)), (0,), PENALTIES)),
-                lambda: _timed("theirs", lambda: _xares_folds(_embed_padded(whisper, DATA / "esc10"))),
+                lambda: _timed("theirs", lambda: _xares_folds(_embed_padded(whisper, data / "esc10"))),
                 unit="s",
                 against=f"Hugging Face padded to 30 s + {xares_peer.NAME}",
                 runs=1,

@@ -9,6 +9,7 @@ that `Seq2SeqTrainingArguments` picks by default, which is the fused AdamW.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,14 @@ class Clips:
 def whisper_tiny(seed: int = 0) -> WhisperForConditionalGeneration:
     """The shape of openai/whisper-tiny with random weights."""
     torch.manual_seed(seed)
-    sizes = {"d_model": 384, "encoder_layers": 4, "decoder_layers": 4, "encoder_ffn_dim": 1536, "decoder_ffn_dim": 1536}
-    heads = {"encoder_attention_heads": 6, "decoder_attention_heads": 6}
+    sizes: dict[str, Any] = {
+        "d_model": 384,
+        "encoder_layers": 4,
+        "decoder_layers": 4,
+        "encoder_ffn_dim": 1536,
+        "decoder_ffn_dim": 1536,
+    }
+    heads: dict[str, Any] = {"encoder_attention_heads": 6, "decoder_attention_heads": 6}
     return WhisperForConditionalGeneration(WhisperConfig(**sizes, **heads, vocab_size=51_865, num_mel_bins=80)).train()
 
 
@@ -56,7 +63,7 @@ class PackedStep:
         model = copy.deepcopy(model)
         self.clips, self.logmel = clips, LogMel(model.config.num_mel_bins)
         self.encoder = PackedEncoder(model.model.encoder, padding).train()
-        self.decoder = WhisperDecoder(model.model.decoder, model.config.eos_token_id).train()
+        self.decoder = WhisperDecoder(model.model.decoder, end_token=50_257).train()
         groups = parameter_groups(self.encoder, self.decoder, LEARNING_RATE, WEIGHT_DECAY, layer_decay=1.0)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)

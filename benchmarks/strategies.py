@@ -46,10 +46,19 @@ def seconds(corpus: Path, model: Path, strategy: str, ranks: int = 1) -> float:
 def trained(corpus: Path, model: Path, strategy: str, ranks: int = 1) -> dict[str, float]:
     """Train in a process of its own; return the seconds of its steps, and its last loss and gradient norm."""
     settings = story_settings(corpus, model, STEPS * BATCH_CLIPS * ranks)
-    settings.strategy.name, settings.hardware.devices, settings.export = strategy, ranks, []
+    settings.hardware.devices, settings.export = ranks, []
     config = corpus.parent / f"{strategy}-{ranks}.yaml"
     config.write_text(dump_settings(settings))
-    command = [sys.executable, "-m", "whisper_aut.cli", "train", str(config), "--fresh", "hardware.threads=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "whisper_aut.cli",
+        "train",
+        str(config),
+        "--fresh",
+        "hardware.threads=1",
+        f"strategy.name={strategy}",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:

@@ -15,10 +15,10 @@ import numpy as np
 import soundfile
 import torch
 import torchaudio
-import webdataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import WhisperFeatureExtractor, WhisperModel
+from webdataset.writer import TarWriter
 
 EPOCHS, BATCH = 10, 32
 Part = tuple[Tensor, Tensor]  # features [B, D], answers [B]
@@ -45,8 +45,8 @@ def task(shards: Path, classes: list[str], whisper: Path) -> tuple[float, float]
     Returns:
         Accuracies of the trainer and of the neighbours.
     """
-    from loguru import logger
-    from xares.task import TaskConfig, XaresTask
+    from loguru import logger  # pyright: ignore[reportMissingImports]
+    from xares.task import TaskConfig, XaresTask  # pyright: ignore[reportMissingImports]
 
     logger.disable("xares")
     torchaudio.load = _load  # torchaudio's own needs torchcodec and FFmpeg; without them X-ARES silently drops every clip
@@ -87,10 +87,10 @@ class PaddedWhisper(nn.Module):
 
 
 def _package(pool: Part, test: Part, rate: float) -> float:
-    from loguru import logger
-    from xares.audiowebdataset import create_embedding_webdataset
-    from xares.models.simple import Mlp
-    from xares.trainer import Trainer
+    from loguru import logger  # pyright: ignore[reportMissingImports]
+    from xares.audiowebdataset import create_embedding_webdataset  # pyright: ignore[reportMissingImports]
+    from xares.models.simple import Mlp  # pyright: ignore[reportMissingImports]
+    from xares.trainer import Trainer  # pyright: ignore[reportMissingImports]
 
     logger.disable("xares")
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +112,7 @@ def _package(pool: Part, test: Part, rate: float) -> float:
 
 
 def _write(tar: Path, part: Part) -> None:
-    with webdataset.TarWriter(str(tar)) as writer:
+    with TarWriter(str(tar)) as writer:
         for number, (features, answer) in enumerate(zip(*part, strict=True)):
             buffer = io.BytesIO()
             np.save(buffer, features.numpy()[None])

@@ -93,14 +93,19 @@ def _sdpa_by_length(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool, dropout: float, scale: float | None
 ) -> Tensor:
     # Heads first before the cut: one clip then costs its SDPA and nothing else, which is what small models wait for.
-    query_runs = query.transpose(0, 1)[None].split([lq * clips for lq, _, clips in segments.runs], dim=2)
+    query_runs = _cut(query, [lq * clips for lq, _, clips in segments.runs])
     key_sizes = [lk * clips for _, lk, clips in segments.runs]
-    key_runs = key.transpose(0, 1)[None].split(key_sizes, dim=2)
-    value_runs = value.transpose(0, 1)[None].split(key_sizes, dim=2)
+    key_runs, value_runs = _cut(key, key_sizes), _cut(value, key_sizes)
     attended = []
     for q, k, v, (_, _, clips) in zip(query_runs, key_runs, value_runs, segments.runs, strict=True):
         if clips > 1:
-            q, k, v = (x[0].unflatten(1, (clips, -1)).transpose(0, 1) for x in (q, k, v))  # [clips, H, L, d]
+            q, k, v = (x.squeeze(0).unflatten(1, (clips, -1)).transpose(0, 1) for x in (q, k, v))  # [clips, H, L, d]
         out = scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout, scale=scale).transpose(1, 2)
-        attended.append(out[0] if clips == 1 else out.flatten(0, 1))
+        attended.append(out.squeeze(0) if clips == 1 else out.flatten(0, 1))
     return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+
+def _cut(packed: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Cut `[ΣL, H, d]` into `[1, H, L, d]`; one piece alone is not cut, as the gradient of a cut is a copy."""
+    heads_first = packed.transpose(0, 1)[None]
+    return heads_first.split(list(sizes), dim=2) if len(sizes) > 1 else (heads_first,)
