@@ -15,6 +15,7 @@ from transformers import WhisperFeatureExtractor
 
 from whisper_aut.data.logmel import LogMel, mel_frames
 from whisper_aut.model.encoder import PackedEncoder
+from whisper_aut.training.faults import find_compiler
 
 CASES_SECONDS = {"5 s": [5.0] * 8, "1-10 s": [1.0, 2.3, 3.6, 4.9, 6.1, 7.4, 8.7, 10.0], "30 s": [30.0] * 4}
 
@@ -39,6 +40,16 @@ def cases(runs: int) -> Iterator[Row]:
             against="transformers.WhisperEncoder, clips padded to 30 s",
             runs=runs,
         )
+        if find_compiler():
+            compiled = PackedEncoder(whisper, "none", compile=True).train()
+            assert_close(compiled(mel, lengths).values, ours(mel, lengths).values, atol=1e-5, rtol=0)
+            yield compare(
+                f"{case}, compiled",
+                lambda compiled=compiled, mel=mel, lengths=lengths: compiled(mel, lengths).values.square().mean().backward(),
+                lambda ours=ours, mel=mel, lengths=lengths: ours(mel, lengths).values.square().mean().backward(),
+                against="ours without torch.compile",
+                runs=runs,
+            )
 
 
 if __name__ == "__main__":

@@ -25,8 +25,11 @@ from whisper_aut.model.module import AudioTextModule
 from whisper_aut.model.pretrained import DTYPES, AudioEncoder, load_encoder
 from whisper_aut.model.start import Start
 from whisper_aut.probes.baseline import BASELINE_NAME, LogMelBaseline
+from whisper_aut.probes.clips import WHOLE
 from whisper_aut.probes.during import ForgettingGuard, ProbeDuringTraining
 from whisper_aut.probes.embed import EmbedSettings, FrameEncoder
+from whisper_aut.probes.protocols import protocol_named
+from whisper_aut.probes.ranks import SharedEmbedding, launched_share, own_device
 from whisper_aut.probes.suite import run_suite
 from whisper_aut.probes.tasks import ProbeTask, expand_suites, load_task
 from whisper_aut.report.build import build_report
@@ -145,14 +148,22 @@ class ProbeRequest:
 def run_probe(request: ProbeRequest, console: Console) -> Path:
     """Score one encoder, beside those it is compared with, and write scores and report to `request.out`.
 
+    Under `torchrun` all ranks embed and the first one scores.
+
     Raises:
         UserError: an encoder, a task or its shards cannot be loaded.
     """
-    tasks = load_tasks(request.tasks, request.conf)
-    embedding = EmbedSettings(pooling=request.pooling, layers=request.layers)
+    tasks, share, device = load_tasks(request.tasks, request.conf), launched_share(), own_device(request.device)
+    embedding = EmbedSettings(pooling=request.pooling, layers=request.layers, quiet=share.rank > 0)
     names = (*request.against, request.encoder)
-    encoders = {_short_name(name): open_encoder(name, request.padding, request.device) for name in names}
+    encoders = {_short_name(name): open_encoder(name, request.padding, device) for name in names}
     request.out.mkdir(parents=True, exist_ok=True)
+    if share != WHOLE:
+        rules = protocol_named(request.protocol)
+        cache = request.out / "embeddings"
+        SharedEmbedding(encoders, tasks, request.root, cache, embedding, rules, request.kind).run(share)
+        if share.rank:
+            return request.out
     run_suite(
         encoders,
         tasks,
@@ -164,7 +175,7 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
         scores_file=request.out / "scores.json",
         protocol=request.protocol,
         kind=request.kind,
-        device=request.device,
+        device=device,
     )
     return build_report([request.out], request.out, console)
 

@@ -45,6 +45,7 @@ class ModelSettings:
         padding: `none` encodes each clip at its own length, `30s` pads it as Hugging Face does.
         gradient_checkpointing: trade a third more compute for most of the activation memory.
         freeze_encoder: train the decoder alone.
+        compile: fuse the encoder's layers with `torch.compile`, which takes a C++ compiler and a minute at the start.
     """
 
     path: str = ""
@@ -55,6 +56,7 @@ class ModelSettings:
     padding: Literal["none", "30s"] = "none"
     gradient_checkpointing: bool = False
     freeze_encoder: bool = False
+    compile: bool = False
 
 
 @dataclass
@@ -148,6 +150,7 @@ class DataSettings:
         valid_clips: the first so many clips of each validation source; null for all.
         window: clips of a source that are shuffled among each other; what is read again at most after a resume.
         workers: processes per rank that decode.
+        features: where log-mels are made: by those processes, or on the training device.
         exclude: a list of clips that are not trained on, as `whisper-aut data audit` writes it; empty for none.
         licences: which clips may be trained on.
         max_refused_share: the run stops when more than this share of a source is refused.
@@ -170,6 +173,7 @@ class DataSettings:
     valid_clips: int | None = None
     window: int = 1000
     workers: int = 2
+    features: Literal["workers", "device"] = "workers"
     min_seconds: float = 0.1
     max_seconds: float = 30.0
     exclude: str = ""

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from whisper_aut.data.logmel import LogMel, mel_frames
 from whisper_aut.model.encoder import PackedEncoder, encoder_frames
+from whisper_aut.training.faults import find_compiler
 
 SECONDS = (1.0, 5.0, 0.11, 30.0, 29.99, 7.3135, 2.0)
 
@@ -126,3 +128,32 @@ def test_runs_in_bfloat16_under_autocast(model: WhisperModel, waveforms: list[Te
         with torch.autocast("cpu", torch.bfloat16):
             rough = encoder(mel, lengths).values
     assert torch.nn.functional.cosine_similarity(rough.float(), exact).min() > 0.999
+
+
+@pytest.mark.parametrize("model", [80], indirect=True)
+@pytest.mark.skipif(find_compiler() is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_encoder_computes_the_same_and_is_compiled_once_for_all_lengths(
+    model: WhisperModel, waveforms: list[Tensor]
+):
+    bins = model.config.num_mel_bins
+    plain, compiled = (PackedEncoder(model.encoder, "none", compile=wanted).train() for wanted in (False, True))
+    torch._dynamo.reset()
+    counters.clear()
+    for chosen in (waveforms[:2], waveforms[1:2], waveforms[:4], waveforms[2:5], waveforms[::-1]):
+        mel, lengths = packed([waveform[:32_000] for waveform in chosen], bins)
+        outputs, gradients = [], []
+        for encoder in (plain, compiled):
+            frames = encoder(mel, lengths).values
+            frames.square().mean().backward()
+            outputs.append(frames.detach())
+            gradients.append({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None})
+            encoder.zero_grad()
+        assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-5)
+        for name, gradient in gradients[0].items():
+            assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-3, msg=name)
+    assert counters["stats"]["unique_graphs"] == 2, "one for each half of a layer, whatever the layer and the lengths"
+    model.eval()
+    with torch.no_grad():
+        for chosen in (waveforms[:2], waveforms[:3]):
+            compiled.eval()(*packed(chosen, bins))
+    assert counters["stats"]["unique_graphs"] == 4, "and as many for evaluation"

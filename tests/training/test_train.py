@@ -61,6 +61,23 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
             assert one[name] == other[name]
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_features_on_the_device_train_the_same(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, precision: str):
+    def losses(features: str) -> list[float]:
+        overrides = [
+            f"data.features={features}",
+            f"hardware.precision={precision}",
+            "data.augment.spec=true",
+            "trainer.max_steps=3",
+        ]
+        run = train(settings_for(tiny_whisper, tiny_shards, tmp_path / features, *overrides), QUIET).run
+        return [value for _, value in read_metrics(run.path / "logs" / "metrics.csv")["train/loss"]]
+
+    by_workers, on_device = losses("workers"), losses("device")
+    assert len(by_workers) == 3
+    assert_close(on_device, by_workers, atol=0.0 if precision == "32-true" else 0.05, rtol=0)
+
+
 def test_a_run_leaves_everything_behind_and_is_not_run_twice(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path)
     run = train(settings, QUIET).run

@@ -44,7 +44,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument(
         "--layers", type=int, nargs="+", default=[], metavar="N", help="pool these layers; 0 is the first's input"
     )
-    command.add_argument("--device", default="cpu", help="where encoders run and probes are fitted, e.g. cuda:0")
+    command.add_argument(
+        "--device", default="cpu", help="where encoders run and probes are fitted: cpu, cuda:0; cuda is one GPU a rank"
+    )
     command.add_argument("--conf", default="conf", help="folder that holds probe_tasks/")
     command.add_argument("--out", default="runs/probe", help="where scores.json and the report go")
     command.set_defaults(run=probe)

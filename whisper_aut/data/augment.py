@@ -8,6 +8,7 @@ position) alone, so that a resumed run, or one with other workers, draws them ag
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ class Augment:
         if spec is None:
             return mel
         masked = mel[None, :mel_length]
-        mean = float(masked.mean())
+        mean: Any = masked.mean()  # stays on its device, which nobody has to wait for
         bins = round(spec.frequency_share * mel.shape[1])
         with _random_numbers(self.seed, _SPECTRUM, position):
             for _ in range(spec.frequency_masks):

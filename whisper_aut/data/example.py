@@ -1,7 +1,8 @@
 """Sample → example: decode, features, tokens.
 
 In: a `Sample` as it lies in a shard. Out: an `Example` ready to be packed, or a `Refusal`. Next: `data.stream` collects a batch of
-them. Runs in the data workers; picklable.
+them. Where features are made on the device, an example holds its waveform and `data.features` does the rest. Runs in the data
+workers; picklable.
 """
 
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ class ExampleBuilder:
         codec: the tokens of the decoder.
         limits: what clips are taken.
         augment: what is done to them; None for validation.
+        on_device: leave the log-mel, and its masks, to `data.features`.
     """
 
     logmel: LogMel
     codec: TextCodec
     limits: ClipLimits
     augment: Augment | None = None
+    on_device: bool = False
 
     def __call__(self, sample: Sample, domain: str, position: int) -> Example | Refusal:
         """Build one example.
@@ -47,14 +50,15 @@ class ExampleBuilder:
             return Refusal(sample.shard, sample.key, refused.reason, refused.detail)
         if self.augment:
             waveform = self.augment.waveform(waveform, position)
-        mel = self.logmel(waveform)
-        if self.augment:
-            mel = self.augment.mel(mel, mel_frames(len(waveform)), position)
+        audio = waveform if self.on_device else self.logmel(waveform)
+        if self.augment and not self.on_device:
+            audio = self.augment.mel(audio, mel_frames(len(waveform)), position)
         return Example(
-            mel=mel,
+            audio=audio,
             mel_length=mel_frames(len(waveform)),
             target=target,
             domain=domain,
             key=sample.key,
             source=sample.shard.rsplit("/", 1)[0],
+            position=position if self.augment else None,
         )

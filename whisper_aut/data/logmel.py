@@ -6,6 +6,9 @@ frame. The two extra frames are what the encoder's convolutions see past a clip'
 them the last encoder frame is the one that padding would have given.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from transformers.audio_utils import mel_filter_bank
@@ -59,7 +62,6 @@ class LogMel(nn.Module):
         self.register_buffer("window", torch.hann_window(WINDOW_SAMPLES), persistent=False)
 
     @torch.no_grad()
-    @torch.autocast("cpu", enabled=False)
     def forward(self, waveform: Tensor) -> Tensor:
         """Return `[F', M]` for a waveform `[S]` of at most 30 s.
 
@@ -68,10 +70,14 @@ class LogMel(nn.Module):
         """
         if waveform.ndim != 1 or not 0 < len(waveform) <= MAX_SAMPLES:
             raise ValueError(f"expected 1 to {MAX_SAMPLES} samples of one channel, got shape {tuple(waveform.shape)}")
+        with _full_precision(waveform.device):
+            return self._features(waveform.float())
+
+    def _features(self, waveform: Tensor) -> Tensor:
         frames = frames_with_context(mel_frames(len(waveform)))
-        windows = _pad_as_centred(waveform.float(), frames).unfold(0, WINDOW_SAMPLES, HOP_SAMPLES)
-        mel = waveform.new_empty(frames, self.num_mel_bins, dtype=torch.float32)
-        blocks = -(-frames // BLOCK_FRAMES)
+        windows = _pad_as_centred(waveform, frames).unfold(0, WINDOW_SAMPLES, HOP_SAMPLES)
+        mel = waveform.new_empty(frames, self.num_mel_bins)
+        blocks = -(-frames // BLOCK_FRAMES) if waveform.device.type == "cpu" else 1  # elsewhere it is calls that cost
         size = -(-frames // blocks)  # equal blocks: a last one of two frames would cost as many calls as the others
         windowed, power = windows.new_empty(size, WINDOW_SAMPLES), windows.new_empty(size, len(self.filters))
         for start in range(0, frames, size):
@@ -84,6 +90,18 @@ class LogMel(nn.Module):
         mel.clamp_(min=LOG_FLOOR).log10_()
         floor = mel.max() - DYNAMIC_RANGE  # the clip's own maximum: features never depend on a neighbour
         return mel.clamp_(min=floor).add_(4.0).mul_(0.25)
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Multiply in float32, whatever training has set: under autocast it would be half precision, on recent GPUs TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def silence_level(mel: Tensor) -> Tensor:

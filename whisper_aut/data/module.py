@@ -16,6 +16,7 @@ from whisper_aut.corpora.shards import ShardIndex
 from whisper_aut.data.augment import Augment
 from whisper_aut.data.batching import ByClips, BySeconds, Cursor
 from whisper_aut.data.example import ExampleBuilder
+from whisper_aut.data.features import DeviceFeatures
 from whisper_aut.data.loader import TrainLoader, batch_loader
 from whisper_aut.data.order import EpochOrder, MixtureOrder, SequentialOrder, SourceShape
 from whisper_aut.data.pack import Batch
@@ -75,6 +76,7 @@ class ShardDataModule(lightning.LightningDataModule):
             slowest = min(augment.speeds) if augment else 1.0  # stretches what was planned
             self.batching = BySeconds(self.order, indexes, batch_seconds * min(1.0, slowest), longest, policy)
         self.train_build = replace(build, augment=augment)
+        self.features = DeviceFeatures(build.logmel, augment)
         self.accumulate, self.workers = accumulate, workers
         self.samples_per_epoch = samples_per_epoch or sum(source.index.samples for source in train)
         self.position = 0  # clips of the order trained on, over all ranks; with `batch_seconds` to the start of a chunk
@@ -152,6 +154,9 @@ class ShardDataModule(lightning.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: Any, dataloader_idx: int) -> Batch:
         return batch.to(device)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return self.features(batch)
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -1,9 +1,10 @@
 """Clips → one batch, packed end to end without padding.
 
-In: per clip a log-mel, tokens and facts. Out: a `Batch` whose tensors hold all clips one after another, with every clip's length
-beside them. Next: `model.encoder` reads the mel, a decoder the targets. Shapes, here and everywhere:
-B clips, S samples, M mel bins, F mel frames (10 ms), T encoder frames (20 ms), L text tokens, D width, V vocabulary;
-ΣF is a sum over the clips of a batch. Lengths are plain integers on the host, so that nothing waits for a device to read them.
+In: per clip a log-mel or its waveform, tokens and facts. Out: a `Batch` whose tensors hold all clips one after another, with every
+clip's length beside them. Next: `data.features` where there are waveforms; `model.encoder` reads the mel, a decoder the targets.
+Shapes, here and everywhere: B clips, S samples, M mel bins, F mel frames (10 ms), T encoder frames (20 ms), L text tokens, D width,
+V vocabulary; ΣF is a sum over the clips of a batch. Lengths are plain integers on the host, so that nothing waits for a device to
+read them.
 """
 
 from collections.abc import Sequence
@@ -80,17 +81,49 @@ class Targets:
 
 
 @dataclass
+class Waveforms:
+    """Clips whose log-mel is made on the training device.
+
+    Attributes:
+        bits: `[ΣS]` int32, the bits of float32 samples: half-precision plugins round every float on its way to the device.
+        samples: S per clip.
+        positions: of the clips in the order, by which SpecAugment draws; None for clips that nothing is done to.
+    """
+
+    bits: Tensor
+    samples: tuple[int, ...]
+    positions: tuple[int | None, ...]
+
+    @classmethod
+    def pack(cls, waveforms: Sequence[Tensor], positions: Sequence[int | None]) -> "Waveforms":
+        bits = torch.cat([waveform.float() for waveform in waveforms]).view(torch.int32)
+        return cls(bits, tuple(len(waveform) for waveform in waveforms), tuple(positions))
+
+    def clips(self) -> tuple[Tensor, ...]:
+        """Return each clip, `[S]` float32."""
+        return self.bits.view(torch.float32).split(self.samples)
+
+    def to(self, device: torch.device) -> "Waveforms":
+        return replace(self, bits=self.bits.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Waveforms":
+        return replace(self, bits=self.bits.pin_memory())
+
+
+@dataclass
 class Batch:
     """What one step sees. Not frozen, nor is what it holds: Lightning's half-precision and DeepSpeed plugins fill in a copy.
 
     Attributes:
-        mel: `[ΣF', M]` float32; F' counts a clip's valid frames and the silence after them (`data.logmel`).
+        mel: `[ΣF', M]` float32; F' counts a clip's valid frames and the silence after them (`data.logmel`). `[0, M]` while the batch
+            has waveforms instead.
         mel_lengths: F per clip, valid frames only.
         targets: the tokens to learn.
         texts, tasks, domains, keys, sources: per clip, for metrics, the ledger and people.
         refusals: samples that stood in this batch's places of the order and were refused.
         behind: where the order stands when every rank has had its batch; what a resume begins from.
         supervised_in_step: supervised tokens of all micro-batches of this rank's optimiser step, which normalise its loss.
+        waveforms: what `data.features` makes the mel from; None once it is there.
     """
 
     mel: Tensor
@@ -104,6 +137,7 @@ class Batch:
     refusals: tuple[Refusal, ...] = ()
     behind: Cursor = Cursor()  # noqa: RUF009 — immutable
     supervised_in_step: int = 0
+    waveforms: Waveforms | None = None
 
     def __len__(self) -> int:
         return len(self.mel_lengths)
@@ -117,22 +151,31 @@ class Batch:
         return sum(self.mel_lengths) / 100
 
     def to(self, device: torch.device) -> "Batch":
-        return replace(self, mel=self.mel.to(device, non_blocking=True), targets=self.targets.to(device))
+        waveforms = self.waveforms and self.waveforms.to(device)
+        return replace(self, mel=self.mel.to(device, non_blocking=True), targets=self.targets.to(device), waveforms=waveforms)
 
     def pin_memory(self) -> "Batch":
-        return replace(self, mel=self.mel.pin_memory(), targets=self.targets.pin_memory())
+        waveforms = self.waveforms and self.waveforms.pin_memory()
+        return replace(self, mel=self.mel.pin_memory(), targets=self.targets.pin_memory(), waveforms=waveforms)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One clip, ready to be packed: log-mel `[F', M]`, its valid frames F, its target and its facts."""
+    """One clip, ready to be packed.
 
-    mel: Tensor
+    Attributes:
+        audio: its log-mel `[F', M]`, or its waveform `[S]` where features are made on the device.
+        mel_length: F, valid frames.
+        position: see `Waveforms.positions`.
+    """
+
+    audio: Tensor
     mel_length: int
     target: TokenTarget
     domain: str
     key: str
     source: str
+    position: int | None = None
 
 
 def pack(
@@ -142,8 +185,10 @@ def pack(
     behind: Cursor = Cursor(),  # noqa: B008 — immutable
 ) -> Batch:
     """Lay examples end to end. Without any (all refused) the batch is empty, yet still one step of the schedule."""
+    audio = [example.audio for example in examples]
+    heard = bool(audio) and audio[0].ndim == 1
     return Batch(
-        mel=torch.cat([example.mel for example in examples]) if examples else torch.zeros(0, num_mel_bins),
+        mel=torch.cat(audio) if audio and not heard else torch.zeros(0, num_mel_bins),
         mel_lengths=tuple(example.mel_length for example in examples),
         targets=Targets.pack([example.target for example in examples]),
         texts=tuple(example.target.text for example in examples),
@@ -153,4 +198,5 @@ def pack(
         sources=tuple(example.source for example in examples),
         refusals=tuple(refusals),
         behind=behind,
+        waveforms=Waveforms.pack(audio, [example.position for example in examples]) if heard else None,
     )

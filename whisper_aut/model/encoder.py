@@ -8,7 +8,7 @@ Two paddings, one set of weights: `none` runs each clip at its own length, and a
 `30s` extends every clip with silence to Whisper's window and computes exactly what Hugging Face computes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,13 +59,21 @@ class PackedEncoder(nn.Module):
         whisper: the encoder whose modules and weights are used; its parameters stay where they are.
         padding: `none` or `30s`.
         gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations.
+        compile: let `torch.compile` fuse what lies between attentions. Sizes are symbolic, so that all layers and all batches share
+            one compilation for training and one for evaluation.
     """
 
-    def __init__(self, whisper: WhisperEncoder, padding: Padding = "none", gradient_checkpointing: bool = False):
+    def __init__(
+        self, whisper: WhisperEncoder, padding: Padding = "none", gradient_checkpointing: bool = False, compile: bool = False
+    ):
         super().__init__()
         self.whisper = whisper
         self.padding = padding
         self.gradient_checkpointing = gradient_checkpointing
+        self._halves = _HALVES
+        if compile:
+            before_attention, after_attention = _HALVES
+            self._halves = torch.compile(before_attention, dynamic=True), torch.compile(after_attention, dynamic=True)
         # Whisper's positions are fixed sinusoids; transformers leaves them trainable when it loads a checkpoint.
         whisper.embed_positions.requires_grad_(False)
 
@@ -93,10 +101,19 @@ class PackedEncoder(nn.Module):
         segments = Segments.of(lengths, lengths, hidden.device)
         for layer in self.whisper.layers:
             if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(_encoder_layer, layer, hidden, segments, use_reentrant=False)
+                hidden = checkpoint(self._layer, layer, hidden, segments, use_reentrant=False)
             else:
-                hidden = _encoder_layer(layer, hidden, segments)  # pyright: ignore[reportArgumentType]
+                hidden = self._layer(layer, hidden, segments)  # pyright: ignore[reportArgumentType]
         return Frames(self.whisper.layer_norm(hidden), lengths, valid)
+
+    def _layer(self, layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
+        """One transformer layer on packed clips `[ΣT, D]`, in the order of `WhisperEncoderLayer.forward`."""
+        before_attention, after_attention = self._halves
+        attention = layer.self_attn
+        p = attention.dropout if attention.training else 0.0
+        q, k, v = before_attention(layer, hidden)
+        attended = clip_attention(q, k, v, segments, dropout=p)
+        return after_attention(layer, hidden, attended)
 
     def _embed(self, mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
         """Convolve and add positions: `[ΣF', M]` → `[ΣT, D]`.
@@ -105,6 +122,8 @@ class PackedEncoder(nn.Module):
         sees at each clip's edges exactly what it would see alone.
         """
         whisper = self.whisper
+        if len(set(mel_lengths)) == 1:
+            return self._embed_equal(mel, len(mel_lengths), encoder_frames(mel_lengths[0]))
         layout = _Spread.of(mel_lengths)
         mel_index, frame_index, positions = (index.to(mel.device, non_blocking=True) for index in layout.indices())
         spread = mel.new_zeros(layout.width, mel.shape[1]).index_copy(0, mel_index, mel)
@@ -114,6 +133,14 @@ class PackedEncoder(nn.Module):
         hidden = gelu(whisper.conv2(hidden * inside.to(hidden.dtype)))[0].T
         hidden = hidden.index_select(0, frame_index) + whisper.embed_positions(positions)
         return dropout(hidden, p=whisper.dropout, training=self.training)
+
+    def _embed_equal(self, mel: Tensor, clips: int, frames: int) -> Tensor:
+        """The same where all clips are equally long: a plain batch, whose convolutions pad each clip by themselves."""
+        whisper = self.whisper
+        batch = mel.unflatten(0, (clips, -1)).transpose(1, 2).to(whisper.conv1.weight.dtype)
+        hidden = gelu(whisper.conv2(gelu(whisper.conv1(batch)))).transpose(1, 2)[:, :frames]
+        hidden = (hidden + whisper.embed_positions.weight[:frames]).contiguous()  # once, not in every layer
+        return dropout(hidden.flatten(0, 1), p=whisper.dropout, training=self.training)
 
 
 @dataclass(frozen=True)
@@ -153,10 +180,15 @@ def _pad_with_silence(mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
     return torch.cat(padded)
 
 
-def _encoder_layer(layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
-    """One transformer layer on packed clips `[ΣT, D]`, in the order of `WhisperEncoderLayer.forward`."""
+def _before_attention(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values, `[ΣT, H, d]`."""
     normed = layer.self_attn_layer_norm(hidden)
-    attended = packed_attention(layer.self_attn, normed, normed, segments)
+    return _projected(layer.self_attn, normed, normed)
+
+
+def _after_attention(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
+    """Finish a layer: `[ΣT, D]` and the attended values `[ΣT, H, d]` → `[ΣT, D]`."""
+    attended = layer.self_attn.out_proj(attended.flatten(-2))
     hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
     hidden = hidden + packed_feed_forward(layer, layer.final_layer_norm(hidden))
     if hidden.dtype == torch.float16:
@@ -165,19 +197,21 @@ def _encoder_layer(layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
     return hidden
 
 
+_HALVES: tuple[Callable[..., Any], Callable[..., Any]] = (_before_attention, _after_attention)
+
+
 def packed_attention(attention: Any, queries: Tensor, keys: Tensor, segments: Segments, *, causal: bool = False) -> Tensor:
     """A Hugging Face `WhisperAttention` on packed clips: `[ΣLq, D]` and `[ΣLk, D]` → `[ΣLq, D]`."""
+    p = attention.dropout if attention.training else 0.0
+    attended = clip_attention(*_projected(attention, queries, keys), segments, causal=causal, dropout=p)
+    return attention.out_proj(attended.flatten(-2))
+
+
+def _projected(attention: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values of a `WhisperAttention`, `[ΣL, H, d]` each."""
     heads = (attention.num_heads, attention.head_dim)
     q, k, v = attention.q_proj(queries), attention.k_proj(keys), attention.v_proj(keys)
-    attended = clip_attention(
-        q.unflatten(-1, heads),
-        k.unflatten(-1, heads),
-        v.unflatten(-1, heads),
-        segments,
-        causal=causal,
-        dropout=attention.dropout if attention.training else 0.0,
-    )
-    return attention.out_proj(attended.flatten(-2))
+    return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
 
 
 def packed_feed_forward(layer: Any, normed: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import Any
 
 import torch
@@ -65,12 +66,33 @@ class Cropping:
         return list(waveform[: whole * length].split(length))
 
 
+@dataclass(frozen=True)
+class Share:
+    """The samples of a folder that one of several processes takes: a run of them, so that shares lie end to end."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def bounds(self, samples: int) -> tuple[int, int | None]:
+        """Return how many samples come before the share, and before its end; the last share has none."""
+        last = self.rank + 1 == self.ranks
+        return samples * self.rank // self.ranks, None if last else samples * (self.rank + 1) // self.ranks
+
+    def identity(self, whole: dict[str, Any]) -> dict[str, Any]:
+        """Return the identity of the share's embeddings, given the folder's."""
+        return whole | {"share": [self.rank, self.ranks]} if self.ranks > 1 else whole
+
+
+WHOLE = Share()
+
+
 @dataclass
 class ClipReader:
     """Iterates over the clips of one folder.
 
     Attributes:
-        skip: samples at the beginning that an interrupted run has dealt with.
+        skip: samples at the beginning that an interrupted run, or another process, deals with.
+        stop: how many samples come before the end; None for all.
         left_out: filled while iterating: which sample was left out, counted from 1, and why.
         advance: called for every sample read.
     """
@@ -82,6 +104,7 @@ class ClipReader:
     workers: int
     skip: int
     advance: Callable[[], None]
+    stop: int | None = None
     left_out: list[tuple[int, str]] = field(default_factory=list)
 
     def skipped(self, upto: int | None = None) -> dict[str, int]:
@@ -105,10 +128,10 @@ class ClipReader:
             yield Clip(f"{found.key}#{number}" if number else found.key, found.label, crop, found.seen)
 
     def _found(self) -> Iterator["_Found"]:
-        for seen, item in enumerate(iter_samples(self.index, self.limits), 1):
-            self.advance()
+        for seen, item in enumerate(islice(iter_samples(self.index, self.limits), self.stop), 1):
             if seen <= self.skip:
                 continue
+            self.advance()
             if isinstance(item, Refusal):
                 self.left_out.append((seen, str(item.reason)))
             elif (label := self._label(item, seen)) is not None:

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ from whisper_aut.data.waveform import SAMPLE_RATE_HZ
 from whisper_aut.errors import Reason, UserError
 from whisper_aut.model.windows import BATCH_SECONDS, batches_by_seconds, pooling_named
 from whisper_aut.probes.cache import Embeddings, PartialEmbeddings, digest, read_embeddings, write_embeddings
-from whisper_aut.probes.clips import LEFT_OUT, Clip, ClipReader, Cropping
+from whisper_aut.probes.clips import LEFT_OUT, WHOLE, Clip, ClipReader, Cropping, Share
 from whisper_aut.probes.hearing import Hearing, View, join, pieces
 from whisper_aut.probes.tasks import ProbeTask
 
@@ -89,12 +89,14 @@ def embed_task(
     settings: EmbedSettings | None = None,
     fingerprint: str | None = None,
     view: str = "pooled",
+    share: Share = WHOLE,
 ) -> dict[str, Embeddings]:
     """Return the embeddings of each of the task's parts, from the cache where it holds them.
 
     Args:
         fingerprint: the encoder's, where the caller has it: hashing gigabytes of weights takes seconds.
         view: what a probe wants to see of a clip, see `hearing.View`.
+        share: of every folder's samples; folders that are in the cache come whole.
 
     Raises:
         UserError: shards are missing, too many clips are broken, or frames are not finite.
@@ -104,7 +106,9 @@ def embed_task(
     _check_disjoint(indexes, task)
     seen = view_of(encoder, settings, view, task)
     return {
-        part: Embeddings.join([_embed_folder(encoder, fingerprint, index, task, cache, settings, seen) for index in listed])
+        part: Embeddings.join(
+            [_embed_folder(encoder, fingerprint, index, task, cache, settings, seen, share) for index in listed]
+        )
         for part, listed in indexes.items()
     }
 
@@ -153,13 +157,16 @@ def frame_seconds(encoder: FrameEncoder) -> float:
 
 def _embed_folder(
     encoder: FrameEncoder, fingerprint: str, index: ShardIndex, task: ProbeTask, cache: str | Path, settings: EmbedSettings,
-    view: View,
+    view: View, share: Share,
 ) -> Embeddings:  # fmt: skip
     identity = folder_identity(fingerprint, view, index, task, settings)
     found = read_embeddings(cache, identity)
+    if found is None and share != WHOLE:
+        identity = share.identity(identity)
+        found = read_embeddings(cache, identity)
     if found is None:
         partial = PartialEmbeddings(cache, identity)
-        found = _embed(encoder, index, task, settings, view, partial)
+        found = _embed(encoder, index, task, settings, view, partial, share)
         write_embeddings(cache, identity, found)
         partial.remove()
     return found
@@ -190,15 +197,19 @@ def _data_fingerprint(index: ShardIndex) -> str:
 
 
 def _embed(
-    encoder: FrameEncoder, index: ShardIndex, task: ProbeTask, settings: EmbedSettings, view: View, partial: PartialEmbeddings
-) -> Embeddings:
+    encoder: FrameEncoder, index: ShardIndex, task: ProbeTask, settings: EmbedSettings, view: View, partial: PartialEmbeddings,
+    share: Share,
+) -> Embeddings:  # fmt: skip
     done, seen = partial.read()
+    first, stop = share.bounds(index.samples)
     hop = frame_seconds(encoder) if view.name == "segments" else 0.0
     parts, rows, clips, written = [done], [], [], time.monotonic()
     with _progress(settings.quiet) as bar:
-        line = bar.add_task(f"{task.name} · {index.root.rstrip('/').rpartition('/')[2]}", total=index.samples)
+        total, begun = (stop or index.samples) - first, max(0, seen - first)
+        line = bar.add_task(f"{task.name} · {index.root.rstrip('/').rpartition('/')[2]}", total=total, completed=begun)
         cropping = Cropping(task.crop_seconds, settings.successive_crops, settings.drop_clipped)
-        reader = ClipReader(index, task, settings.limits, cropping, settings.workers, seen, lambda: bar.advance(line))
+        skip = max(seen, first)
+        reader = ClipReader(index, task, settings.limits, cropping, settings.workers, skip, lambda: bar.advance(line), stop)
         for window, whole in _windows(reader, settings.batch_seconds, _padded(encoder, view)):
             rows += _encode(encoder, [clip.waveform for clip in window], settings, view, hop)
             clips += [Clip(clip.key, clip.label, torch.empty(0), clip.seen) for clip in window]
@@ -208,7 +219,7 @@ def _embed(
                 rows, clips, written = [], [], time.monotonic()
     parts.append(_collect(rows, clips, view, index))
     skipped = Counter(done.skipped) + Counter(reader.skipped())
-    _check_refused(index, skipped, settings)
+    check_refused(index, skipped, settings)
     joined = Embeddings.join(parts)
     return Embeddings(joined.features, joined.labels, joined.keys, dict(skipped), joined.lengths)
 
@@ -260,7 +271,12 @@ def _batches(lengths: list[int], batch_seconds: float, padded: bool) -> Iterator
         yield [order[place] for place in batch]
 
 
-def _check_refused(index: ShardIndex, skipped: Counter[str], settings: EmbedSettings) -> None:
+def check_refused(index: ShardIndex, skipped: Mapping[str, int], settings: EmbedSettings) -> None:
+    """Say what is left out of a folder's embeddings.
+
+    Raises:
+        UserError: too many clips are broken.
+    """
     broken = {reason: count for reason, count in skipped.items() if reason not in LEFT_OUT}
     if not broken:
         return

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from whisper_aut.errors import UserError
+from whisper_aut.errors import UserError, nearest
 from whisper_aut.probes.cache import Embeddings
 from whisper_aut.probes.embed import EmbedSettings
 from whisper_aut.probes.items import class_names
@@ -121,3 +121,14 @@ def _known(kind: str, kinds: Sequence[str], protocol: str) -> str:
 
 
 PROTOCOLS: dict[str, Protocol] = {rules.name: rules for rules in (Protocol(), XaresProtocol(), MaebProtocol())}
+
+
+def protocol_named(name: str) -> Protocol:
+    """Return the protocol of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in PROTOCOLS:
+        raise UserError(f"There is no protocol {name!r}.{nearest(name, PROTOCOLS)} There are: {', '.join(PROTOCOLS)}.")
+    return PROTOCOLS[name]

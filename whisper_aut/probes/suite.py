@@ -22,7 +22,7 @@ from whisper_aut.probes.embed import EmbedSettings, FrameEncoder, embed_task, fo
 from whisper_aut.probes.hearing import View
 from whisper_aut.probes.items import class_names
 from whisper_aut.probes.kinds import KINDS
-from whisper_aut.probes.protocols import PROTOCOLS, Protocol, rounds_of
+from whisper_aut.probes.protocols import Protocol, protocol_named, rounds_of
 from whisper_aut.probes.scores import AVERAGE, NO_ASR, Comparison, Confusion, Scores, TaskScore
 from whisper_aut.probes.selection import SeedRun
 from whisper_aut.probes.stats import holm, paired_difference
@@ -76,7 +76,7 @@ def run_suite(
         UserError: nothing to do, two tasks of one name, an unknown name, or whatever is wrong with a task.
     """
     _check(encoders, tasks, seeds, against, protocol)
-    rules = PROTOCOLS[protocol]
+    rules = protocol_named(protocol)
     plan = _Plan(root, cache, tuple(seeds), rules.embedding(embedding or EmbedSettings()), rules, kind, device)
     for task in tasks:
         rules.kind_of(task, kind)  # every task that cannot be probed so is told before anything is embedded
@@ -264,8 +264,7 @@ def _check(
 ) -> None:
     if not (encoders and tasks and seeds):
         raise UserError(f"Nothing to probe: {len(encoders)} encoders, {len(tasks)} tasks, {len(seeds)} seeds.")
-    if protocol not in PROTOCOLS:
-        raise UserError(f"There is no protocol {protocol!r}.{nearest(protocol, PROTOCOLS)} There are: {', '.join(PROTOCOLS)}.")
+    protocol_named(protocol)
     twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
     if twice:
         raise UserError(f"Two probe tasks have the name {twice[0]!r}. Give each its own.")

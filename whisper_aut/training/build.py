@@ -35,7 +35,7 @@ from whisper_aut.model.scratch import SPECIAL_TOKENS, make_whisper
 from whisper_aut.model.shapes import config_of, shaped_config
 from whisper_aut.model.start import Start
 from whisper_aut.settings import DataSettings, ModelSettings, OptimSettings, ScratchSettings, Settings, SourceSettings
-from whisper_aut.training.faults import BYTES_OF_STATE
+from whisper_aut.training.faults import BYTES_OF_STATE, check_compilable
 from whisper_aut.training.forecast import FLAC_BYTES_PER_SECOND, Forecast
 from whisper_aut.training.optim import optimizer_factory
 from whisper_aut.training.plan import StepCost, StepShape, step_cost
@@ -117,7 +117,7 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
         train,
         valid,
         shares,
-        ExampleBuilder(LogMel(num_mel_bins), codec, clip_limits(data)),
+        ExampleBuilder(LogMel(num_mel_bins), codec, clip_limits(data), on_device=data.features == "device"),
         seed=settings.seed,
         window=data.window,
         batch_clips=data.batch_clips,
@@ -184,7 +184,10 @@ def build_decoder(settings: Settings, start: Start) -> tuple[Any, TextCodec]:
 
 
 def build_module(settings: Settings, start: Start, decoder: Any, codec: TextCodec, total_steps: int) -> AudioTextModule:
-    encoder = PackedEncoder(start.encoder, settings.model.padding, settings.model.gradient_checkpointing)
+    model = settings.model
+    if model.compile:
+        check_compilable(settings.strategy.name)
+    encoder = PackedEncoder(start.encoder, model.padding, model.gradient_checkpointing, model.compile)
     if settings.model.freeze_encoder:
         encoder.requires_grad_(False)
     factory = _optimizer(settings.optim, total_steps, offload=settings.strategy.name.endswith(OFFLOAD))
@@ -201,6 +204,7 @@ def build_module(settings: Settings, start: Start, decoder: Any, codec: TextCode
 
 def build_trained(settings: Settings, weights: dict[str, Any]) -> AudioTextModule:
     """Return the module of a run with the weights of one of its checkpoints, in eval mode."""
+    settings = replace(settings, model=replace(settings.model, compile=False))  # not worth it for a few clips
     start = build_start(settings)
     decoder, codec = build_decoder(settings, start)
     module = build_module(settings, start, decoder, codec, total_steps=1)

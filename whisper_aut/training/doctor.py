@@ -27,7 +27,7 @@ from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy
 from whisper_aut.corpora.shards import ShardIndex
 from whisper_aut.data.sample import Sample, iter_samples
 from whisper_aut.errors import UserError
-from whisper_aut.training.faults import check_room
+from whisper_aut.training.faults import check_room, find_compiler
 
 Status = Literal["ok", "warn", "fail"]
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -113,7 +113,7 @@ def check_deepspeed(strategy: str) -> Finding:
     import deepspeed
 
     compatible = deepspeed.ops.op_builder.CPUAdamBuilder().is_compatible(verbose=False)  # pyright: ignore[reportAttributeAccessIssue]
-    compiler = shutil.which("c++") or shutil.which("g++")
+    compiler = find_compiler()
     if strategy.endswith("_offload") and not (compatible and compiler):
         return Finding("DeepSpeed", "fail", "offloading compiles DeepSpeed's CPU Adam, which needs a C++ compiler")
     note = "CPU Adam can be built" if compatible and compiler else "CPU Adam cannot be built, so no offloading"

@@ -1,10 +1,11 @@
-"""What the machine can do to a run: no room on the disk, no right to write, no memory, a rank that is gone.
+"""What the machine can do to a run: no compiler, no room on the disk, no right to write, no memory, a rank that is gone.
 
 In: the size of the model, a run directory, an exception out of the Trainer. Out: `UserError`s that say what happened and how to go on.
 Next: `training.train` checks before the first step and translates behind the last.
 """
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -59,6 +60,26 @@ def check_room(folder: Path, one_checkpoint: int, kept: int) -> str:
             "lower trainer.keep_checkpoints or make room."
         )
     return ""
+
+
+def find_compiler() -> str | None:
+    """Return the path of a C++ compiler, or None."""
+    named = os.environ.get("CXX")
+    return next((path for name in (named, "c++", "g++", "clang++") if name and (path := shutil.which(name))), None)
+
+
+def check_compilable(strategy: str) -> None:
+    """Check that `model.compile` can be had.
+
+    Raises:
+        UserError: no compiler, or ZeRO-3, which fetches a layer's weights while the layer runs.
+    """
+    if "stage_3" in strategy:
+        raise UserError(f"model.compile does not go with strategy.name={strategy}: compiled layers cannot fetch their weights.")
+    if find_compiler() is None:
+        raise UserError(
+            "model.compile=true needs a C++ compiler, such as g++ or what CXX names. Install one, or leave it false."
+        )
 
 
 @contextmanager
