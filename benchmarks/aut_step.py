@@ -49,7 +49,7 @@ def timed(case: str, clips: Clips, runs: int, labels_to: int = 0) -> Row:
     with torch.no_grad():
         alone = [ours.alone(number) for number in range(len(clips.waveforms))]
         same(float(ours.loss()), sum(float(total) for total, _ in alone) / sum(tokens for _, tokens in alone))
-    return compare(case, ours.step, theirs.step, against=against, runs=runs)
+    return compare(case, ours.step, theirs.step, against=against, runs=runs, steps=True)
 
 
 def same(one: float, other: float) -> None:

@@ -39,6 +39,7 @@ def cases(runs: int) -> Iterator[Row]:
             lambda features=features: theirs(features).last_hidden_state.square().mean().backward(),
             against="transformers.WhisperEncoder, clips padded to 30 s",
             runs=runs,
+            steps=True,
         )
         if find_compiler():
             compiled = PackedEncoder(whisper, "none", compile=True).train()
@@ -49,6 +50,7 @@ def cases(runs: int) -> Iterator[Row]:
                 lambda ours=ours, mel=mel, lengths=lengths: ours(mel, lengths).values.square().mean().backward(),
                 against="ours without torch.compile",
                 runs=runs,
+                steps=True,
             )
 
 

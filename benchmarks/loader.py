@@ -1,5 +1,5 @@
 """Tar shards to 16 kHz waveforms in one process and one thread: our reader against webdataset with soundfile and torchaudio's resampler,
-and against soundfile alone on bytes that are in memory already.
+against X-ARES's loader where it is installed, and against soundfile alone on bytes that are in memory already.
 
 Clips of 5 s of coloured noise with a tone. Both sides read the same tars, all clips of them; their outputs are compared before anything
 is timed, in seconds of CPU time. The resamplers are different filters, so the comparison is below 6 kHz, where both pass everything.
@@ -20,6 +20,7 @@ import torchaudio
 from pairs import Row, compare_values, main
 from torch.testing import assert_close
 from webdataset.compat import WebDataset
+from xares_peer import clips, installed
 
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits
@@ -50,6 +51,16 @@ def cases(runs: int) -> Iterator[Row]:
                 against="webdataset + soundfile + torchaudio.functional.resample",
                 runs=runs,
             )
+            if installed():
+                same_clips(ours(index), clips(urls))
+                yield compare_values(
+                    f"{name}, X-ARES's loader",
+                    lambda index=index: cpu_seconds(ours, index),
+                    lambda urls=urls: cpu_seconds(clips, urls),
+                    unit="s",
+                    against=f"{installed()}, create_rawaudio_webdataset; torchaudio.load by soundfile",
+                    runs=runs,
+                )
             yield compare_values(
                 f"{name}, raw decoding",
                 lambda index=index: cpu_seconds(ours, index),

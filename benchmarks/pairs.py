@@ -51,16 +51,20 @@ def compare(
     against: str,
     check: Callable[[Any, Any], None] | None = None,
     runs: int = DEFAULT_RUNS,
+    steps: bool = False,
 ) -> Row:
     """Time both sides in turn; lower is better.
 
     Args:
+        steps: a side is one of many steps that follow each other, so that each turn begins with one that is not timed. Otherwise the
+            smaller side would pay for the memory that the larger one has just given back.
         check: given both outputs once, before anything is timed; raises where they differ. That call also warms both sides up.
     """
     outputs = ours(), theirs()
     if check:
         check(*outputs)
-    return compare_values(case, lambda: _seconds(ours), lambda: _seconds(theirs), unit="s", against=against, runs=runs)
+    turns = (lambda side=side: _seconds(side, warm_up=steps) for side in (ours, theirs))
+    return compare_values(case, *turns, unit="s", against=against, runs=runs)
 
 
 def compare_values(
@@ -115,7 +119,9 @@ def _printed(rows: Iterable[Row]) -> Iterator[Row]:
         yield row
 
 
-def _seconds(side: Callable[[], Any]) -> float:
+def _seconds(side: Callable[[], Any], warm_up: bool) -> float:
+    if warm_up:
+        side()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()

@@ -72,9 +72,9 @@ class Step:
 
 def cases(runs: int) -> Iterator[Row]:
     step = Step([400] * 4)
-    yield compare("step time, 4 x 8 s", step.ours, step.theirs, against=AGAINST, check=_same, runs=runs)
+    yield compare("step time, 4 x 8 s", step.ours, step.theirs, against=AGAINST, check=_same, runs=runs, steps=True)
     mixture = Step([100, 180, 260, 700])
-    yield compare("step time, 2-14 s", mixture.ours, mixture.theirs, against=AGAINST, check=_same, runs=runs)
+    yield compare("step time, 2-14 s", mixture.ours, mixture.theirs, against=AGAINST, check=_same, runs=runs, steps=True)
     against = "logits and cross-entropy of all positions"
     measured = (lambda: apart(loss_megabytes, True), lambda: apart(loss_megabytes, False))
     yield compare_values("loss memory", *measured, unit="MB", against=against, runs=runs)

@@ -29,6 +29,22 @@ except PackageNotFoundError:
     NAME = "X-ARES's training loop in plain PyTorch, embeddings in memory"
 
 
+def installed() -> str:
+    """Return the name and version of the package, or nothing."""
+    return NAME.partition(",")[0] if NAME.startswith("xares") else ""
+
+
+def clips(urls: list[str]) -> list[Tensor]:
+    """Read tars of audio as X-ARES does before it encodes them, in this process: each clip `[S]` at 16 kHz."""
+    from loguru import logger  # pyright: ignore[reportMissingImports]
+    from xares.audiowebdataset import create_rawaudio_webdataset  # pyright: ignore[reportMissingImports]
+
+    logger.disable("xares")
+    torchaudio.load = _load
+    batches = create_rawaudio_webdataset(urls, target_sample_rate=16_000, num_workers=0, batch_size=1)
+    return [audio[0] for (audio, _), *_ in batches]
+
+
 def training(pool: Part, test: Part, rate: float) -> float:
     """Train once and return the accuracy that is reported."""
     torch.manual_seed(42)

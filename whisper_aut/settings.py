@@ -78,6 +78,8 @@ class ManifestSettings:
     audio: str = ""
     text: str = ""
     label: str = ""
+    offset: str = ""
+    duration: str = ""
     domain: str = ""
     task: str = ""
     language: str = ""

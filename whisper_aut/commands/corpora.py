@@ -75,7 +75,7 @@ def _manifest_spec(options: argparse.Namespace) -> "ManifestSpec":
         if not separator:
             raise UserError(f"--where takes COLUMN=VALUE[,VALUE…], not {condition!r}.")
         where.setdefault(column, []).extend(values.split(","))
-    named = ("audio", "text", "label", "domain", "task", "language", "source", "licence", "split_by")
+    named = ("audio", "text", "label", "offset", "duration", "domain", "task", "language", "source", "licence", "split_by")
     return ManifestSpec(
         manifest=Path(options.manifest),
         audio_root=Path(options.audio_root) if options.audio_root else None,
@@ -151,6 +151,13 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--audio", default="", help="column with the path")
     command.add_argument("--text", default="", help="column or template, e.g. 'the sound of a {category:words}'")
     command.add_argument("--label", default="", help="column or template of the class")
+    command.add_argument(
+        "--offset",
+        default="",
+        metavar="COLUMN",
+        help="seconds at which a clip begins in a longer file; `offset` where there is one",
+    )
+    command.add_argument("--duration", default="", metavar="COLUMN", help="seconds of it; `duration` where there is an offset")
     for name in ("domain", "task", "language", "source", "licence"):
         command.add_argument(f"--{name}", default="", help=f"{name} of all rows")
     command.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE[,VALUE…]", help="keep these rows")

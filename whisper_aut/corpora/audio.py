@@ -8,6 +8,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -103,14 +104,34 @@ def read_header(data: bytes, limits: ClipLimits) -> Header:
 
 
 @contextmanager
+def opened_recording(path: Path) -> Iterator[soundfile.SoundFile]:
+    """Open a file of which parts are to be read; how long it is does not matter, but it must say so.
+
+    Raises:
+        SampleRefused: undecodable, or of unknown length.
+    """
+    with _refusing(), soundfile.SoundFile(path) as file:
+        _check_format(file)
+        if file.frames == UNKNOWN_FRAMES:
+            raise SampleRefused(Reason.UNDECODABLE, "no part can be cut from a stream of unknown length")
+        yield file
+
+
+@contextmanager
 def _opened(data: bytes, limits: ClipLimits, opener: type[soundfile.SoundFile]) -> Iterator[soundfile.SoundFile]:
     if not data:
         raise SampleRefused(Reason.EMPTY, "0 bytes")
     if len(data) > limits.max_bytes:
         raise SampleRefused(Reason.TOO_LARGE, f"{len(data)} bytes, limit {limits.max_bytes}")
+    with _refusing(), opener(io.BytesIO(data)) as file:
+        yield file
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn what goes wrong in a decoder into a refusal."""
     try:
-        with opener(io.BytesIO(data)) as file:
-            yield file
+        yield
     except soundfile.LibsndfileError as error:  # its str() holds a memory address, and ledgers should be comparable
         raise SampleRefused(Reason.UNDECODABLE, error.error_string) from None
     except (soundfile.SoundFileError, OSError, ValueError, TypeError, MemoryError) as error:
@@ -123,15 +144,19 @@ def _read(file: soundfile.SoundFile, limits: ClipLimits) -> np.ndarray:
 
 
 def _checked_header(file: soundfile.SoundFile, limits: ClipLimits) -> Header:
+    _check_format(file)
     rate = file.samplerate
-    if not MIN_SAMPLE_RATE_HZ <= rate <= MAX_SAMPLE_RATE_HZ:
-        raise SampleRefused(Reason.UNDECODABLE, f"sample rate of {rate} Hz")
-    if not 1 <= file.channels <= MAX_CHANNELS:
-        raise SampleRefused(Reason.UNDECODABLE, f"{file.channels} channels")
     seconds = None if file.frames == UNKNOWN_FRAMES else file.frames / rate
     if seconds is not None:
         _check_not_longer(seconds, limits)
     return Header(rate, file.channels, f"{file.format}/{file.subtype}", seconds)
+
+
+def _check_format(file: soundfile.SoundFile) -> None:
+    if not MIN_SAMPLE_RATE_HZ <= file.samplerate <= MAX_SAMPLE_RATE_HZ:
+        raise SampleRefused(Reason.UNDECODABLE, f"sample rate of {file.samplerate} Hz")
+    if not 1 <= file.channels <= MAX_CHANNELS:
+        raise SampleRefused(Reason.UNDECODABLE, f"{file.channels} channels")
 
 
 def _check_not_longer(seconds: float, limits: ClipLimits) -> None:

@@ -2,7 +2,8 @@
 
 In: `Entry` items of `corpora.manifest`. Out: `Ingested` clips, or the `RefusedRow` that says why there is none. Next:
 `corpora.build` writes them. What is FLAC, WAV, Ogg, Opus or MP3 passes through byte for byte; what else libsndfile reads (AIFF,
-AU, CAF, W64, …) becomes FLAC, or WAV where the samples are floats, at its own rate and without loss.
+AU, CAF, W64, …), and what is cut out of a longer file, becomes FLAC, or WAV where the samples are floats, at its own rate and
+without loss.
 """
 
 import io
@@ -18,11 +19,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import soundfile
 
-from whisper_aut.corpora.audio import ClipLimits, decode
-from whisper_aut.corpora.manifest import Entry, RefusedRow
+from whisper_aut.corpora.audio import ClipLimits, decode, opened_recording
+from whisper_aut.corpora.manifest import Entry, RefusedRow, Segment
 from whisper_aut.errors import Reason, SampleRefused, UserError
 
 SUFFIX_OF_FORMAT = {"FLAC": "flac", "WAV": "wav", "WAVEX": "wav", "OGG": "ogg", "MP3": "mp3"}
@@ -30,6 +33,7 @@ MAX_FLAC_CHANNELS = 8
 MAX_FLAC_RATE_HZ = 655_350
 BATCH_FILES = 32
 BATCH_BYTES = 8 << 20  # of encoded audio that one message between processes carries
+ROUNDING_SECONDS = 0.1  # that the end of a segment may lie behind the end of its file
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Ingested:
 
 
 Batch = list[Entry | RefusedRow]
+Job = tuple[Path, Segment | None]
 Outcome = EncodedClip | SampleRefused
 
 
@@ -61,7 +66,7 @@ def ingest(entries: Iterable[Entry | RefusedRow], limits: ClipLimits, workers: i
     """
     if workers == 1:
         for batch in _batches(entries):
-            yield from _settle(batch, _read_batch(_paths(batch), limits))
+            yield from _settle(batch, _read_batch(_jobs(batch), limits))
         return
     # Linux forks: starting afresh would import torch in every worker. They only decode, no thread's lock is theirs.
     context = get_context("fork" if sys.platform == "linux" else None)
@@ -69,7 +74,7 @@ def ingest(entries: Iterable[Entry | RefusedRow], limits: ClipLimits, workers: i
     with ProcessPoolExecutor(workers, context, initializer=obey_parent) as pool:
         try:
             for batch in _batches(entries):
-                pending.append((batch, pool.submit(_read_batch, _paths(batch), limits)))
+                pending.append((batch, pool.submit(_read_batch, _jobs(batch), limits)))
                 if len(pending) > 2 * workers:
                     yield from _result(*pending.popleft())
             while pending:
@@ -78,16 +83,18 @@ def ingest(entries: Iterable[Entry | RefusedRow], limits: ClipLimits, workers: i
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def read_clip(path: Path, limits: ClipLimits) -> EncodedClip:
-    """Read one file, check that it decodes within the limits, and return what a shard should hold of it.
+def read_clip(path: Path, limits: ClipLimits, segment: Segment | None = None) -> EncodedClip:
+    """Read one file, or a segment of it, check that it decodes within the limits, and return what a shard should hold of it.
 
     Raises:
-        SampleRefused: missing or not a file, or refused by `corpora.audio.decode`.
+        SampleRefused: missing or not a file, a segment that is not in it, or refused by `corpora.audio.decode`.
     """
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a pipe would block for ever
             raise SampleRefused(Reason.MISSING_FILE, "not a file")
+        if segment:
+            return _cut(path, segment, limits)
         if found.st_size > limits.max_bytes:
             raise SampleRefused(Reason.TOO_LARGE, f"{found.st_size} bytes, limit {limits.max_bytes}")
         data = path.read_bytes()
@@ -102,14 +109,39 @@ def read_clip(path: Path, limits: ClipLimits) -> EncodedClip:
     return EncodedClip(data, "opus" if is_opus else SUFFIX_OF_FORMAT[kind], clip.seconds)
 
 
+def _cut(path: Path, segment: Segment, limits: ClipLimits) -> EncodedClip:
+    """Read a segment and nothing else of its file, which may be hours long."""
+    with opened_recording(path) as file:
+        rate, there = file.samplerate, file.frames / file.samplerate
+        end = there if segment.seconds is None else segment.start_seconds + segment.seconds
+        if segment.start_seconds >= there or end > there + ROUNDING_SECONDS:
+            raise SampleRefused(
+                Reason.BAD_ROW, f"a segment from {segment.start_seconds:g} to {end:g} s of a file that ends at {there:g} s"
+            )
+        start = round(segment.start_seconds * rate)
+        file.seek(start)
+        wanted = min(round(end * rate) - start, round((limits.max_seconds + 1) * rate))  # enough to know that it is too long
+        samples, subtype = file.read(wanted, dtype=_sample_type(file.subtype)), file.subtype
+    data, suffix = _encode(samples, rate, subtype)
+    return EncodedClip(data, suffix, decode(data, limits).seconds)
+
+
 def _reencode(data: bytes, subtype: str) -> tuple[bytes, str]:
-    is_float = subtype in ("FLOAT", "DOUBLE")
-    is_deep = subtype.endswith(("20", "24", "32"))
+    samples, rate = soundfile.read(io.BytesIO(data), dtype=_sample_type(subtype))
+    return _encode(samples, rate, subtype)
+
+
+def _sample_type(subtype: str) -> Literal["float32", "int32", "int16"]:
     # Integers are read as integers: libsndfile's scales for reading and for writing floats differ by one step.
-    samples, rate = soundfile.read(io.BytesIO(data), dtype="float32" if is_float else "int32" if is_deep else "int16")
+    return "float32" if subtype in ("FLOAT", "DOUBLE") else "int32" if subtype.endswith(("20", "24", "32")) else "int16"
+
+
+def _encode(samples: np.ndarray, rate: int, subtype: str) -> tuple[bytes, str]:
+    """Return samples of `_sample_type(subtype)` as FLAC, or as WAV where FLAC cannot hold them, and the suffix."""
+    kind = _sample_type(subtype)
     channels = 1 if samples.ndim == 1 else samples.shape[1]
-    fits_flac = not is_float and channels <= MAX_FLAC_CHANNELS and rate <= MAX_FLAC_RATE_HZ
-    depth = "FLOAT" if is_float else "PCM_24" if is_deep else "PCM_16"
+    fits_flac = kind != "float32" and channels <= MAX_FLAC_CHANNELS and rate <= MAX_FLAC_RATE_HZ
+    depth = {"float32": "FLOAT", "int32": "PCM_24", "int16": "PCM_16"}[kind]
     encoded = io.BytesIO()
     soundfile.write(encoded, samples, rate, subtype=depth, format="FLAC" if fits_flac else "WAV")
     return encoded.getvalue(), "flac" if fits_flac else "wav"
@@ -120,7 +152,7 @@ def _batches(entries: Iterable[Entry | RefusedRow]) -> Iterator[Batch]:
     size = 0
     for item in entries:
         batch.append(item)
-        size += file_size(item.path) if isinstance(item, Entry) else 0
+        size += file_size(item.path) if isinstance(item, Entry) and not item.segment else 0
         if len(batch) == BATCH_FILES or size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -136,15 +168,15 @@ def file_size(path: Path) -> int:
         return 0
 
 
-def _paths(batch: Batch) -> list[Path]:
-    return [item.path for item in batch if isinstance(item, Entry)]
+def _jobs(batch: Batch) -> list[Job]:
+    return [(item.path, item.segment) for item in batch if isinstance(item, Entry)]
 
 
-def _read_batch(paths: Sequence[Path], limits: ClipLimits) -> list[Outcome]:
+def _read_batch(jobs: Sequence[Job], limits: ClipLimits) -> list[Outcome]:
     outcomes: list[Outcome] = []
-    for path in paths:
+    for path, segment in jobs:
         try:
-            outcomes.append(read_clip(path, limits))
+            outcomes.append(read_clip(path, limits, segment))
         except SampleRefused as refused:
             outcomes.append(refused)
     return outcomes

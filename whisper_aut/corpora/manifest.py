@@ -5,6 +5,7 @@ each row that can be tried, `RefusedRow` for each that cannot. Next: `corpora.bu
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -17,6 +18,7 @@ from whisper_aut.corpora.template import Template, plain
 from whisper_aut.errors import Reason, SampleRefused, UserError, nearest
 
 AUDIO_COLUMNS = ("audio", "path", "file", "filename", "audio_path", "wav", "audio_filepath", "file_name")
+OFFSET_COLUMN, DURATION_COLUMN = "offset", "duration"  # as NeMo's manifests call them
 TEXT_COLUMNS = ("text", "caption", "sentence", "transcript", "transcription")
 ANNOTATION_COLUMNS = tuple(f.name for f in fields(Annotation) if f.name not in ("extra", "duration_seconds"))
 TEXT_FIELDS = tuple(name for name in ANNOTATION_COLUMNS if name != "label")  # a label may be a list
@@ -38,6 +40,8 @@ class ManifestSpec:
         text: a column, or a template over columns such as `a {mood} tune`; `{category:words}` writes the underscores of a value
             as spaces. A row in which one of the columns is empty has no text. By default the first of `TEXT_COLUMNS`.
         label: the class, a column or a template likewise.
+        offset: column with the second at which a clip begins in a longer file; `offset` where there is one.
+        duration: column with a clip's seconds; `duration` where clips have an offset. Without, a clip ends where its file does.
         domain, task, language, source, licence: the same for every row; they win over columns of these names.
         where: rows are kept whose column has one of the values.
         split_by: a column; each of its values gets its own folder of shards.
@@ -48,6 +52,8 @@ class ManifestSpec:
     audio: str = ""
     text: str = ""
     label: str = ""
+    offset: str = ""
+    duration: str = ""
     domain: str = ""
     task: str = ""
     language: str = ""
@@ -58,14 +64,29 @@ class ManifestSpec:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A part of a file: where it begins, and how long it is; None for up to the end."""
+
+    start_seconds: float
+    seconds: float | None
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One clip to be: `line` is where its row ends in the manifest, `split` the folder that it belongs to."""
+    """One clip to be.
+
+    Attributes:
+        line: where its row ends in the manifest.
+        split: the folder that it belongs to.
+        segment: the part of the file that it is; None for all of it.
+    """
 
     line: int
     path: Path
     key: str
     split: str
     annotation: Annotation
+    segment: Segment | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +124,8 @@ class Manifest:
         self.audio = self._column("audio", spec.audio, AUDIO_COLUMNS)
         if not self.audio:
             raise self._no_column("audio", AUDIO_COLUMNS)
+        self._offset = self._column("offset", spec.offset, (OFFSET_COLUMN,))
+        self._duration = self._column("duration", spec.duration, (DURATION_COLUMN,) if self._offset else ())
         self._text = self._reader("text", spec.text or self._column("text", "", TEXT_COLUMNS))
         self._label = self._reader("label", spec.label or self._column("label", "", ("label",)))
         if not (self._text or self._label or "answer" in self.columns):
@@ -142,10 +165,15 @@ class Manifest:
             written = _text_of(row.get(self.audio), self.audio)
             if not written or "\0" in written:
                 raise SampleRefused(Reason.BAD_ROW, f"no path in column {self.audio!r}")
+            segment = self._segment(row)
             annotation = self._annotation(row, Path(written))
         except SampleRefused as refused:
             return RefusedRow(line, written, refused.reason, refused.detail, split)
-        return Entry(line, self.root / written, _unique(_safe(annotation.id) or "clip", keys), split, annotation)
+        return Entry(line, self.root / written, _unique(_safe(annotation.id) or "clip", keys), split, annotation, segment)
+
+    def _segment(self, row: Row) -> Segment | None:
+        start, seconds = (_seconds_of(row.get(column), column) for column in (self._offset, self._duration))
+        return None if start is None and seconds is None else Segment(start or 0.0, seconds)
 
     def _split(self, row: Row) -> str:
         if not self.spec.split_by:
@@ -219,6 +247,18 @@ def _text_of(value: Any, column: str) -> str:
     if value is None or isinstance(value, (str, int, float)):
         return plain(value).strip()
     raise SampleRefused(Reason.BAD_ROW, f"column {column!r} must be text, not {type(value).__name__}")
+
+
+def _seconds_of(value: Any, column: str) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise SampleRefused(Reason.BAD_ROW, f"column {column!r} must be seconds, not {value!r:.40}")
+    return seconds
 
 
 def _safe(name: str) -> str:
