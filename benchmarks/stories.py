@@ -11,15 +11,16 @@ CONFIG = Path(__file__).parents[1] / "conf" / "aut_tiny.yaml"
 BATCH_CLIPS = 8
 
 
-def small_whisper(corpus: Path, out: Path) -> Path:
-    """The size of `conf/speech_tiny.yaml`, with random weights and a tokenizer of the corpus."""
+def small_whisper(corpus: Path, out: Path, width: int = 128, layers: int = 3, heads: int = 4) -> Path:
+    """By default the size of `conf/speech_tiny.yaml`, with random weights and a tokenizer of the corpus."""
     texts = [
         sample.annotation.text
         for domain in ("speech", "sound")
         for _, sample in waveforms_and_samples(corpus / "train" / domain)
     ]
     return make_whisper(
-        out, texts, d_model=128, encoder_layers=3, decoder_layers=3, heads=4, num_mel_bins=80, vocabulary=1500, seed=0
+        out, texts, d_model=width, encoder_layers=layers, decoder_layers=layers, heads=heads, num_mel_bins=80, vocabulary=1500,
+        seed=0,
     )
 
 
