@@ -19,7 +19,14 @@ def small_whisper(corpus: Path, out: Path, width: int = 128, layers: int = 3, he
         for _, sample in waveforms_and_samples(corpus / "train" / domain)
     ]
     return make_whisper(
-        out, texts, d_model=width, encoder_layers=layers, decoder_layers=layers, heads=heads, num_mel_bins=80, vocabulary=1500,
+        out,
+        texts,
+        d_model=width,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        heads=heads,
+        num_mel_bins=80,
+        vocabulary=1500,
         seed=0,
     )
 

@@ -324,3 +324,15 @@ def test_the_citation_names_this_version_and_both_papers():
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     assert (citation["cff-version"], citation["version"], citation["license"]) == ("1.2.0", __version__, "Apache-2.0")
     assert {one["identifiers"][0]["value"] for one in citation["references"]} == {"arXiv:2604.10438", "arXiv:2602.21772"}
+
+
+def test_the_readmes_speeds_are_those_measured():
+    section = (REPOSITORY / "README.md").read_text().partition("## How fast")[2].partition("\n## ")[0]
+    quoted = [figure for row in re.findall(r"^\|[^|]+\| ([\d. ·]+) \|$", section, re.M) for figure in row.split(" · ")]
+    results = (REPOSITORY / "benchmarks" / "RESULTS.md").read_text().splitlines()
+    cells = [line.split("|")[5].strip() for line in results if line.startswith("| ")]
+    ratios = [float(cell) for cell in cells if cell[0].isdigit()]
+    assert len(quoted) >= 10
+    for figure in quoted:
+        decimals = len(figure.partition(".")[2])
+        assert any(f"{ratio:.{decimals}f}" == figure for ratio in ratios), f"{figure} is no ratio of RESULTS.md"
