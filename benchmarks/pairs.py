@@ -56,8 +56,7 @@ def compare(
     """Time both sides in turn; lower is better.
 
     Args:
-        steps: a side is one of many steps that follow each other, so that each turn begins with one that is not timed. Otherwise the
-            smaller side would pay for the memory that the larger one has just given back.
+        steps: a side is one of many steps that follow each other, so that each turn begins with one that is not timed.
         check: given both outputs once, before anything is timed; raises where they differ. That call also warms both sides up.
     """
     outputs = ours(), theirs()

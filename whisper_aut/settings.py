@@ -45,7 +45,7 @@ class ModelSettings:
         padding: `none` encodes each clip at its own length, `30s` pads it as Hugging Face does.
         gradient_checkpointing: trade a third more compute for most of the activation memory.
         freeze_encoder: train the decoder alone.
-        compile: fuse the encoder's layers with `torch.compile`, which takes a C++ compiler and a minute at the start.
+        compile: fuse the encoder's layers with `torch.compile`, which takes a C++ compiler.
     """
 
     path: str = ""

@@ -59,8 +59,8 @@ class PackedEncoder(nn.Module):
         whisper: the encoder whose modules and weights are used; its parameters stay where they are.
         padding: `none` or `30s`.
         gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations.
-        compile: let `torch.compile` fuse what lies between attentions. Sizes are symbolic, so that all layers and all batches share
-            one compilation for training and one for evaluation.
+        compile: let `torch.compile` fuse what lies between attentions. Sizes are symbolic: all layers and all
+            batches share two compilations for training, before and after attention, and two for evaluation.
     """
 
     def __init__(

@@ -56,14 +56,14 @@ class SharedEmbedding:
         Raises:
             UserError: what `embed_task` raises, another rank is gone, or the ranks do not see one cache folder.
         """
+        views = {task.name: self.rules.view_of(self.rules.kind_of(task, self.kind)) for task in self.tasks}
+        fingerprints = {name: encoder.fingerprint() for name, encoder in self.encoders.items()}
+        settings = self.rules.embedding(self.embedding)
         dist.init_process_group("gloo", timeout=PATIENCE)
         try:
-            settings = self.rules.embedding(self.embedding)
-            for encoder in self.encoders.values():
-                fingerprint = encoder.fingerprint()
+            for name, encoder in self.encoders.items():
                 for task in self.tasks:
-                    view = self._view(task)
-                    embed_task(encoder, task, self.root, self.cache, settings, fingerprint, view, share)
+                    embed_task(encoder, task, self.root, self.cache, settings, fingerprints[name], views[task.name], share)
             try:
                 dist.barrier()
             except RuntimeError as error:
@@ -71,20 +71,17 @@ class SharedEmbedding:
                     f"Another rank is gone: {str(error).splitlines()[0][:300]}. Start again: shares are kept."
                 ) from error
             if share.rank == 0:
-                self._join(share.ranks, settings)
+                self._join(share.ranks, settings, fingerprints, views)
         finally:
             dist.destroy_process_group()
 
-    def _view(self, task: ProbeTask) -> str:
-        return self.rules.view_of(self.rules.kind_of(task, self.kind))
-
-    def _join(self, ranks: int, settings: EmbedSettings) -> None:
-        for encoder in self.encoders.values():
-            fingerprint = encoder.fingerprint()
+    def _join(self, ranks: int, settings: EmbedSettings, fingerprints: Mapping[str, str], views: Mapping[str, str]) -> None:
+        for name, encoder in self.encoders.items():
             for task in self.tasks:
-                view = view_of(encoder, settings, self._view(task), task)
+                view = view_of(encoder, settings, views[task.name], task)
                 for index in (open_index(folder) for part in task.parts for folder in task.folders(part, self.root)):
-                    join_shares(self.cache, folder_identity(fingerprint, view, index, task, settings), ranks, index, settings)
+                    identity = folder_identity(fingerprints[name], view, index, task, settings)
+                    join_shares(self.cache, identity, ranks, index, settings)
 
 
 def join_shares(cache: str | Path, identity: dict[str, object], ranks: int, index: ShardIndex, settings: EmbedSettings) -> None:

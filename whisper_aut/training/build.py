@@ -188,7 +188,7 @@ def build_module(settings: Settings, start: Start, decoder: Any, codec: TextCode
     if model.compile:
         check_compilable(settings.strategy.name)
     encoder = PackedEncoder(start.encoder, model.padding, model.gradient_checkpointing, model.compile)
-    if settings.model.freeze_encoder:
+    if model.freeze_encoder:
         encoder.requires_grad_(False)
     factory = _optimizer(settings.optim, total_steps, offload=settings.strategy.name.endswith(OFFLOAD))
     return AudioTextModule(
