@@ -7,6 +7,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import REPOSITORY, encode_audio, tone
 from whisper_aut import load_encoder
@@ -21,7 +22,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_cli(folder: Path, *extra: str, config: str = "smoke") -> str:
-    places = [f"data.shards={folder}/data", f"runs={folder}/runs", f"probe.root={folder}/data/demo"]
+    places = [f"data.shards={folder}/data", f"runs={folder}/runs", f"probe.root={folder}/data/demo", "hardware.threads=1"]
     command = [sys.executable, "-m", "whisper_aut.cli", "train", str(REPOSITORY / "conf" / f"{config}.yaml"), *places, *extra]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
@@ -38,6 +39,11 @@ def test_shards_to_report(story: Path):
     for picture in ("scores.png", "losses.png"):
         assert (run / "report" / picture).read_bytes().startswith(b"\x89PNG")
     assert load_encoder(str(run / "export" / "encoder")).width == 32
+
+
+def test_the_config_that_it_starts_after_runs_on_as_many_threads(story: Path):
+    configs = [story / "runs" / name / "latest" / "config.yaml" for name in ("smoke_speech", "smoke")]
+    assert [yaml.safe_load(config.read_text())["hardware"]["threads"] for config in configs] == [1, 1]
 
 
 def test_the_second_run_trains_nothing_again(story: Path):

@@ -285,6 +285,7 @@ def _start_after(settings: Settings, story: Story, console: Console) -> Settings
     config = story.config.parent / settings.model.after
     places = {
         "seed": settings.seed,
+        "hardware.threads": settings.hardware.threads,
         "runs": settings.runs,
         "data.root": settings.data.root,
         "data.shards": settings.data.shards,
