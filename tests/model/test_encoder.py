@@ -108,6 +108,26 @@ def test_gradients_equal_a_loop_over_clips(model: WhisperModel, waveforms: list[
     encoder.zero_grad()
 
 
+def test_ranks_with_equal_and_with_mixed_clips_call_the_same_modules(model: WhisperModel, waveforms: list[Tensor]):
+    """ZeRO-3 gathers weights at each call, on all ranks together: another call, or one less, and they wait or mix them up."""
+    encoder = PackedEncoder(model.encoder)
+    called: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+        for name, module in encoder.named_modules()
+        if list(module.parameters(recurse=False))
+    ]
+    orders = []
+    for chosen in ([waveforms[0], waveforms[0]], [waveforms[0], waveforms[1]]):
+        called.clear()
+        encoder(*packed(chosen, encoder.num_mel_bins))
+        orders.append(list(called))
+    for hook in hooks:
+        hook.remove()
+    assert orders[0] == orders[1]
+    assert {"whisper.conv1", "whisper.embed_positions", "whisper.layers.2.fc2"} <= set(called)
+
+
 def test_checkpointing_changes_no_gradient(model: WhisperModel, waveforms: list[Tensor]):
     bins = model.config.num_mel_bins
     grads = []

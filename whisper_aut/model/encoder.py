@@ -139,7 +139,9 @@ class PackedEncoder(nn.Module):
         whisper = self.whisper
         batch = mel.unflatten(0, (clips, -1)).transpose(1, 2).to(whisper.conv1.weight.dtype)
         hidden = gelu(whisper.conv2(gelu(whisper.conv1(batch)))).transpose(1, 2)[:, :frames]
-        hidden = (hidden + whisper.embed_positions.weight[:frames]).contiguous()  # once, not in every layer
+        # The modules of the other way, called in its order: under ZeRO-3 each call gathers weights, on all ranks together.
+        positions = whisper.embed_positions(torch.arange(frames, device=mel.device))
+        hidden = (hidden + positions).contiguous()  # once, not in every layer
         return dropout(hidden.flatten(0, 1), p=whisper.dropout, training=self.training)
 
 
