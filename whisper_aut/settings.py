@@ -215,6 +215,7 @@ class TrainerSettings:
 
     Attributes:
         keep_checkpoints: so many of the newest; the best by validation loss stays beside them.
+        async_checkpoints: write them while training goes on; takes the memory of a rank's share once more meanwhile.
         deterministic: refuse operations whose result depends on timing; slower on GPUs.
         max_bad_steps: so many steps in a row without a finite gradient stop the run; until then each is left out.
         spike_factor: a loss so many robust deviations above its running median is a spike; 0 does not look.
@@ -229,6 +230,7 @@ class TrainerSettings:
     log_every_steps: int = 25
     loggers: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] = field(default_factory=lambda: ["csv", "tensorboard"])
     keep_checkpoints: int = 2
+    async_checkpoints: bool = False
     generate_clips: int = 4
     generate_tokens: int = 64
     deterministic: bool = False

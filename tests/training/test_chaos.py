@@ -74,10 +74,15 @@ OTHER_RANKS: list[tuple[int, dict[str, Any]]] = [
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("plan", "tolerance"), [(SAME_RANKS, 1e-6), (OTHER_RANKS, 1e-4)], ids=["2 ranks", "2, 1, 2, 1 ranks"])
+@pytest.mark.parametrize(
+    ("plan", "tolerance", "asynchronous"),
+    [(SAME_RANKS, 1e-6, False), (SAME_RANKS, 1e-6, True), (OTHER_RANKS, 1e-4, False)],
+    ids=["2 ranks", "2 ranks, asynchronous checkpoints", "2, 1, 2, 1 ranks"],
+)
 def test_a_job_killed_at_random_moments_ends_as_if_nothing_had_happened(
     plan: list[tuple[int, dict[str, Any]]],
     tolerance: float,
+    asynchronous: bool,
     jobs: Jobs,  # noqa: F811
     tmp_path: Path,
 ):
@@ -87,7 +92,12 @@ def test_a_job_killed_at_random_moments_ends_as_if_nothing_had_happened(
     jobs.done(ranks=2)
     for number, ((ranks, fault), step) in enumerate(zip(plan, moments, strict=True)):
         run = jobs.add(
-            "parts", *on(ranks), resume="auto", fault=fault | {"step": step} if fault else {}, file=f"parts-{number}"
+            "parts",
+            *on(ranks),
+            f"trainer.async_checkpoints={asynchronous}",
+            resume="auto",
+            fault=fault | {"step": step} if fault else {},
+            file=f"parts-{number}",
         )
         finished = jobs.run(ranks=ranks)
         assert (finished.returncode == 0) == (not fault), (fault, finished.stdout[-1000:], finished.stderr[-3000:])

@@ -4,6 +4,7 @@ import errno
 import json
 import resource
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from whisper_aut.errors import UserError
 from whisper_aut.export.hf import read_checkpoint
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.settings import Settings
+from whisper_aut.training.callbacks.guard import Guard
 from whisper_aut.training.checkpoint import (
     MANIFEST,
     CheckpointDraft,
@@ -130,6 +132,41 @@ def test_the_last_few_and_the_best_are_kept(tiny_whisper: Path, tiny_shards: Pat
     assert read_checkpoint(run.checkpoints / "last.ckpt").keys() == read_checkpoint(run.last_checkpoint).keys()
 
 
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of_its_step(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    overrides = ("trainer.checkpoint_every_steps=2", "trainer.valid_every_steps=100", "trainer.keep_checkpoints=9")
+    plain = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "plain", *overrides), QUIET).run
+
+    begin, count = CheckpointDraft.begin, Guard.on_train_batch_end
+    reached, seen = threading.Condition(), [0]
+
+    def begin_a_step_later(draft: CheckpointDraft) -> None:
+        step = int(draft.path.stem.removeprefix("step-"))
+        with reached:
+            assert reached.wait_for(lambda: seen[-1] > step or step == 6, timeout=60), "training waits for the checkpoint"
+        begin(draft)
+
+    def counted(guard: Guard, trainer: Any, *rest: Any) -> None:
+        count(guard, trainer, *rest)
+        with reached:
+            seen.append(trainer.global_step)
+            reached.notify_all()
+
+    monkeypatch.setattr(CheckpointDraft, "begin", begin_a_step_later)
+    monkeypatch.setattr(Guard, "on_train_batch_end", counted)
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "async", *overrides, "trainer.async_checkpoints=true")
+    run = train(settings, QUIET).run
+    assert [read_manifest(path).step for path in checkpoints_in(run.checkpoints)] == [2, 4, 6]
+    assert (run.checkpoints / "last.ckpt").resolve() == run.last_checkpoint.resolve()
+    for path in checkpoints_in(run.checkpoints):
+        other = plain.checkpoints / path.name
+        assert not damage_of(path)
+        assert_same_weights(read_weights(path), read_weights(other), atol=0)
+        assert_close(dict(read_moments(path)), dict(read_moments(other)), atol=0, rtol=0)
+        assert read_state(path)["loops"] == read_state(other)["loops"]
+
+
 def test_steps_of_another_size_are_refused_with_the_way_out(tmp_path: Path):
     path = written(tmp_path / "step-0000005.ckpt")  # steps of 8 clips
     check_step_size(path, batch_clips=2, ranks=2, accumulate=2)
@@ -167,11 +204,12 @@ def _train_with_files_up_to(size_bytes: int, settings: Settings) -> None:
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_full_disk_ends_the_run_with_a_sentence_and_what_was_saved_is_whole(
-    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+    asynchronous: bool, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
     whole = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "whole"), QUIET).run
-    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "parts")
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "parts", f"trainer.async_checkpoints={asynchronous}")
     weights = max(file.stat().st_size for file in whole.last_checkpoint.glob("weights-*"))
     with pytest.raises(UserError, match=r"could not be written: File too large.*What was saved before is whole"):
         _train_with_files_up_to(weights // 2, settings)

@@ -118,7 +118,7 @@ def test_a_run_goes_on_with_other_ranks_and_stages(first: tuple[str, ...], then:
     pieces = {}
     for before, after in pairs:
         name = f"{before}-{after}"
-        pieces[name] = jobs.add(name, *first, f"strategy={before}")
+        pieces[name] = jobs.add(name, *first, f"strategy={before}", "trainer.async_checkpoints=true")
     jobs.done(ranks=2 if first is TWO_RANKS else 1)
     for before, after in pairs:
         name = f"{before}-{after}"

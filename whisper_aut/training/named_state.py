@@ -7,7 +7,7 @@ ranks the checkpoint of any other.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,11 @@ class NamedState:
     moments: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def copied(self) -> "NamedState":
+        """Return it with tensors of its own: on a CPU, `collect` gives the parameters themselves, which training changes."""
+        weights, moments = ({name: value.clone() for name, value in part.items()} for part in (self.weights, self.moments))
+        return replace(self, weights=weights, moments=moments)
 
 
 class PlainState:

@@ -5,8 +5,11 @@ ranks over gloo, by a small subclass, so that the real engine is tested where th
 directories of `training.checkpoint`, so a run goes on under another strategy, ZeRO stage or number of ranks.
 """
 
+import copy
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 
 from whisper_aut.data.batching import Cursor
 from whisper_aut.errors import UserError
+from whisper_aut.training.background import Background
 from whisper_aut.training.checkpoint import (
     CheckpointDraft,
     Manifest,
@@ -26,7 +30,9 @@ from whisper_aut.training.checkpoint import (
     read_state,
     read_weights,
 )
-from whisper_aut.training.named_state import DeepSpeedState, PlainState
+from whisper_aut.training.named_state import DeepSpeedState, NamedState, PlainState
+
+log = logging.getLogger(__name__)
 
 OFFLOAD = "_offload"
 DEEPSPEED = "deepspeed_stage_"
@@ -40,6 +46,7 @@ def build_strategy(
     clips_per_step: int = 0,
     accelerator: str = "auto",
     skip_to: Cursor | None = None,
+    async_checkpoints: bool = False,
 ) -> Strategy:
     """Return the strategy that a config names.
 
@@ -50,6 +57,7 @@ def build_strategy(
         clips_per_step: recorded in checkpoints.
         accelerator: Lightning's, for a run on one device.
         skip_to: a checkpoint is read as if its place in the data were this one.
+        async_checkpoints: write them while training goes on.
 
     Raises:
         UserError: offloading without a GPU.
@@ -68,6 +76,7 @@ def build_strategy(
     else:
         strategy = _SingleDevice(_one_device(accelerator))
     strategy.word, strategy.clips_per_step, strategy.skip_to = name, clips_per_step, skip_to
+    strategy.background = Background() if async_checkpoints else None
     return strategy
 
 
@@ -76,28 +85,69 @@ class NamedCheckpoints:
 
     word, clips_per_step = "", 0
     skip_to: Cursor | None = None
+    background: Background | None = None
+    _writers: Any = None  # the ranks' threads among themselves: the training's own group is in use meanwhile
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint directory. All ranks call it together, and all raise where one cannot write.
+
+        With `background` only the copying is done here, and what goes wrong later is raised by the next call or `settle_checkpoint`.
+
+        Args:
+            checkpoint: what Lightning's loops, callbacks and schedules keep.
+            filepath: of the directory.
+            storage_options: called without arguments by the first rank when the checkpoint is whole.
 
         Raises:
             UserError: the disk is full or the directory cannot be written.
         """
         strategy: Any = self
+        self.settle_checkpoint()
         draft = CheckpointDraft(Path(strategy.broadcast(str(filepath))), strategy.global_rank, strategy.world_size)
         named = self._named_state().collect(draft.rank, draft.ranks)
-        self._together(draft, lambda: draft.begin() if not draft.rank else None)
-        written = self._together(draft, lambda: draft.write_tensors(named.weights, named.moments))
         state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         state |= {"extra": named.extra, "accumulate": strategy.lightning_module.trainer.accumulate_grad_batches}
+        state |= self._own_state()
         manifest = Manifest(
             step=checkpoint["global_step"],
             clips_per_step=self.clips_per_step,
             written_by={"strategy": self.word, "ranks": draft.ranks, "precision": str(strategy.precision_plugin.precision)},
-            files={name: facts for share in written for name, facts in share.items()},
+            files={},
             aliases=named.aliases,
         )
-        self._together(draft, lambda: draft.finish(state | self._own_state(), manifest) if not draft.rank else None)
+        if self.background is None:
+            self._write(draft, named, state, manifest, storage_options)
+            return
+        if draft.ranks > 1 and self._writers is None:
+            self._writers = dist.new_group(backend="gloo")
+        named, state = named.copied(), copy.deepcopy(state)
+        self.background.start(lambda: self._write(draft, named, state, manifest, storage_options))
+
+    def settle_checkpoint(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self.background:
+            self.background.wait()
+
+    def teardown(self) -> None:
+        """End, also after an error, with the last checkpoint on the disk."""
+        try:
+            self.settle_checkpoint()
+        except UserError as error:  # where training ended well, it was raised before
+            log.warning("%s", error)
+        super().teardown()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _write(self, draft: CheckpointDraft, named: NamedState, state: dict[str, Any], manifest: Manifest, then: Any) -> None:
+        first = draft.rank == 0
+        self._together(draft, lambda: draft.begin() if first else None)
+        written = self._together(draft, lambda: draft.write_tensors(named.weights, named.moments))
+        manifest = replace(manifest, files={name: facts for share in written for name, facts in share.items()})
+        self._together(draft, lambda: draft.finish(state, manifest) if first else None)
+        if first and then:
+            then()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read what is no tensor; the tensors follow when there is something to put them into."""
@@ -147,7 +197,7 @@ class NamedCheckpoints:
             problem = full_disk_message(draft.path, error)
         results: list[Any] = [None] * draft.ranks
         if draft.ranks > 1:
-            dist.all_gather_object(results, (given, problem))
+            dist.all_gather_object(results, (given, problem), group=self._writers)
         else:
             results = [(given, problem)]
         if problems := [problem for _, problem in results if problem]:

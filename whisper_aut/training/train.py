@@ -160,6 +160,7 @@ def _fit(
             clips_per_step=_clips_per_step(settings),
             accelerator=settings.hardware.accelerator,
             skip_to=skip_to,
+            async_checkpoints=settings.trainer.async_checkpoints,
         )
         trainer = _trainer(settings, run, strategy, ledger, meter, parts.total_steps, console, extra)
         try:

@@ -7,6 +7,7 @@ stopped while it validates loses nothing.
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class RollingCheckpoints(lightning.Callback):
         """Remember the best. All ranks hold the same figure: the module reduces it over them."""
         loss, step = trainer.callback_metrics.get(JUDGED_BY), trainer.global_step
         self.validated_step = step
+        self.settle(trainer)
         if trainer.sanity_checking or loss is None or not float(loss) < self.best_loss:
             return
         self.best_loss, self.best_step = float(loss), step
@@ -58,23 +60,30 @@ class RollingCheckpoints(lightning.Callback):
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
+        self.settle(trainer)
 
     def save(self, trainer: lightning.Trainer) -> Path:
         """Save this step, where it has not been saved yet, and remove what is kept no longer."""
         path = self.folder / checkpoint_name(trainer.global_step)
         if self._saved != trainer.global_step:
-            trainer.save_checkpoint(path, False)  # the whole state, not the weights alone
+            trainer.save_checkpoint(path, False, partial(self._keep, path))  # the whole state, not the weights alone
             self._saved = trainer.global_step
-            if trainer.is_global_zero:
-                point_to(self.folder / LAST, path)
-                self._prune()
         return path
+
+    def settle(self, trainer: lightning.Trainer) -> None:
+        """Wait until what was saved is on the disk; see `NamedCheckpoints.settle_checkpoint`."""
+        trainer.strategy.settle_checkpoint()  # pyright: ignore[reportAttributeAccessIssue]
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_loss": self.best_loss, "best_step": self.best_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
+
+    def _keep(self, path: Path) -> None:
+        """Called in the first rank when a checkpoint is whole."""
+        point_to(self.folder / LAST, path)
+        self._prune()
 
     def _prune(self) -> None:
         kept = {self.folder / checkpoint_name(self.best_step)}

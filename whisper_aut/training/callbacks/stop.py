@@ -57,6 +57,7 @@ class CleanStop(lightning.Callback):
 
     def _end(self, trainer: lightning.Trainer, asked: int) -> None:
         saved = self.checkpoints.save(trainer)
+        self.checkpoints.settle(trainer)
         kind = Preempted if asked >= PREEMPTION else Interrupted
         raise kind(f"stopped after step {trainer.global_step}; saved {saved}")
 
