@@ -52,7 +52,7 @@ def test_formulas_count_what_pytorch_counts(width: int):
     assert decoder.flops(frames.lengths, targets) == whisper_decoder_flops(config, frames.lengths, TEXT_LENGTHS, supervised)
 
 
-@pytest.mark.parametrize("train", ["frozen", "full"])
+@pytest.mark.parametrize("train", ["frozen", "lora", "full"])
 def test_the_language_models_formula_counts_what_pytorch_counts(train: str, tiny_whisper: Path, tiny_language_model: Path):
     options = {
         "language_model": str(tiny_language_model),

@@ -54,18 +54,22 @@ def whisper_decoder_flops(
     return config.decoder_layers * layer + PRODUCT * 2 * width * config.vocab_size * supervised
 
 
-def language_model_flops(model: Any, lengths: Sequence[int], supervised: int, *, trained: bool) -> float:
+def language_model_flops(model: Any, lengths: Sequence[int], supervised: int) -> float:
     """Return the FLOPs of a training step through a causal language model.
 
     Args:
-        model: of `transformers`; its linear layers are counted, all of them run on every position but the last.
+        model: of `transformers`; its linear layers are counted, all of them run on every position but the last. The weights that
+            are trained get gradients, among them LoRA's; inputs always do.
         lengths: positions per chat, audio included.
         supervised: positions with logits.
-        trained: whether its own weights get gradients; its inputs always do.
     """
-    factors = PRODUCT if trained else FROZEN_PRODUCT
     config, head = model.config, model.get_output_embeddings()
-    linear = sum(m.in_features * m.out_features for m in model.base_model.modules() if isinstance(m, nn.Linear))
+    linear = sum(_products(m) for m in model.base_model.modules() if isinstance(m, nn.Linear))
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     attention = PRODUCT * 4 * width * config.num_hidden_layers * sum(length**2 for length in lengths)
-    return factors * 2 * (linear * sum(lengths) + head.weight.numel() * supervised) + attention
+    return 2 * (linear * sum(lengths) + _products(head) * supervised) + attention
+
+
+def _products(layer: nn.Linear) -> int:
+    """Multiply-adds per position in forward and backward, where the input needs a gradient."""
+    return (PRODUCT if layer.weight.requires_grad else FROZEN_PRODUCT) * layer.in_features * layer.out_features

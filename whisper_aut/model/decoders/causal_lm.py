@@ -198,7 +198,7 @@ class CausalLMDecoder(nn.Module):
         """Return the FLOPs of a training step on clips of T frames; what the meters divide by."""
         audio = [-(-length // self.adapter.hop) for length in lengths]
         chats = [text - 1 + sounding for text, sounding in zip(targets.lengths, audio, strict=True)]
-        of_model = language_model_flops(self.model, chats, sum(targets.counts), trained=not self.held)
+        of_model = language_model_flops(self.model, chats, sum(targets.counts))
         weights = sum(parameter.numel() for parameter in self.adapter.parameters() if parameter.ndim > 1)
         return of_model + PRODUCT * 2 * weights * sum(audio)
 
