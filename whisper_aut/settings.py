@@ -215,7 +215,7 @@ class TrainerSettings:
 
     Attributes:
         keep_checkpoints: so many of the newest; the best by validation loss stays beside them.
-        async_checkpoints: write them while training goes on; takes the memory of a rank's share once more meanwhile.
+        async_checkpoints: write them while training goes on; a copy of the rank's share stays in main memory meanwhile.
         deterministic: refuse operations whose result depends on timing; slower on GPUs.
         max_bad_steps: so many steps in a row without a finite gradient stop the run; until then each is left out.
         spike_factor: a loss so many robust deviations above its running median is a spike; 0 does not look.

@@ -18,6 +18,7 @@ from whisper_aut.export.hf import read_checkpoint
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.settings import Settings
 from whisper_aut.training.callbacks.guard import Guard
+from whisper_aut.training.callbacks.stop import CleanStop
 from whisper_aut.training.checkpoint import (
     MANIFEST,
     CheckpointDraft,
@@ -165,6 +166,31 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of
         assert_same_weights(read_weights(path), read_weights(other), atol=0)
         assert_close(dict(read_moments(path)), dict(read_moments(other)), atol=0, rtol=0)
         assert read_state(path)["loops"] == read_state(other)["loops"]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    let_go, count = threading.Event(), Guard.on_train_batch_end
+
+    def interrupted(guard: Guard, trainer: Any, *rest: Any) -> None:
+        count(guard, trainer, *rest)
+        if trainer.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointDraft, "begin", lambda _: let_go.wait(60))
+    monkeypatch.setattr(Guard, "on_train_batch_end", interrupted)
+    overrides = ("trainer.checkpoint_every_steps=2", "trainer.valid_every_steps=100", "trainer.async_checkpoints=true")
+    handlers = {number: signal.getsignal(number) for number in CleanStop.SIGNALS}  # Lightning ignores Ctrl-C from here on
+    try:
+        with pytest.raises(SystemExit):
+            train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), QUIET)
+        (writer,) = [thread for thread in threading.enumerate() if thread.name == "background"]
+        assert writer.is_alive(), "the run waited"
+    finally:
+        let_go.set()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_steps_of_another_size_are_refused_with_the_way_out(tmp_path: Path):

@@ -7,7 +7,7 @@ ranks the checkpoint of any other.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class NamedState:
     """What one rank writes.
 
     Attributes:
-        weights, moments: its share of the tensors, on the CPU.
+        weights, moments: its share of the tensors, copies on the CPU that training does not change.
         aliases: names of tied weights → the name that is stored; the same on all ranks.
         extra: entries of the module's state that are no tensors; the same on all ranks.
     """
@@ -32,11 +32,6 @@ class NamedState:
     moments: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
-
-    def copied(self) -> "NamedState":
-        """Return it with tensors of its own: on a CPU, `collect` gives the parameters themselves, which training changes."""
-        weights, moments = ({name: value.clone() for name, value in part.items()} for part in (self.weights, self.moments))
-        return replace(self, weights=weights, moments=moments)
 
 
 class PlainState:
@@ -94,11 +89,11 @@ class PlainState:
     def _take(self, state: NamedState, name: str, value: Tensor, mine: bool, *, trained: bool) -> None:
         if not mine:
             return
-        state.weights[name] = value.detach().cpu()
+        state.weights[name] = value.detach().to("cpu", copy=True)
         if trained:
             for key in (*MOMENTS, STEP):
                 if key in (kept := self.optimizer.state.get(value, {})):
-                    state.moments[f"{name}.{key}"] = torch.as_tensor(kept[key]).detach().float().cpu()
+                    state.moments[f"{name}.{key}"] = torch.as_tensor(kept[key]).detach().to("cpu", torch.float32, copy=True)
 
 
 class DeepSpeedState(PlainState):

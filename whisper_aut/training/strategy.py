@@ -7,6 +7,7 @@ directories of `training.checkpoint`, so a run goes on under another strategy, Z
 
 import copy
 import logging
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -76,7 +77,7 @@ def build_strategy(
     else:
         strategy = _SingleDevice(_one_device(accelerator))
     strategy.word, strategy.clips_per_step, strategy.skip_to = name, clips_per_step, skip_to
-    strategy.background = Background() if async_checkpoints else None
+    strategy.background, strategy.timeout = Background() if async_checkpoints else None, timeout
     return strategy
 
 
@@ -86,6 +87,7 @@ class NamedCheckpoints:
     word, clips_per_step = "", 0
     skip_to: Cursor | None = None
     background: Background | None = None
+    timeout = timedelta(minutes=30)
     _writers: Any = None  # the ranks' threads among themselves: the training's own group is in use meanwhile
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -119,8 +121,8 @@ class NamedCheckpoints:
             self._write(draft, named, state, manifest, storage_options)
             return
         if draft.ranks > 1 and self._writers is None:
-            self._writers = dist.new_group(backend="gloo")
-        named, state = named.copied(), copy.deepcopy(state)
+            self._writers = dist.new_group(backend="gloo", timeout=self.timeout)
+        state = copy.deepcopy(state)
         self.background.start(lambda: self._write(draft, named, state, manifest, storage_options))
 
     def settle_checkpoint(self) -> None:
@@ -133,10 +135,11 @@ class NamedCheckpoints:
             self.background.wait()
 
     def teardown(self) -> None:
-        """End, also after an error, with the last checkpoint on the disk."""
+        """End, also after an error, with the last checkpoint on the disk; only a second Ctrl-C does not wait for it."""
         try:
-            self.settle_checkpoint()
-        except UserError as error:  # where training ended well, it was raised before
+            if not isinstance(sys.exception(), KeyboardInterrupt):
+                self.settle_checkpoint()
+        except Exception as error:  # where training ended well, it was raised before: here it would hide why the run ends
             log.warning("%s", error)
         super().teardown()  # pyright: ignore[reportAttributeAccessIssue]
 

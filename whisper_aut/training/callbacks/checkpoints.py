@@ -63,10 +63,10 @@ class RollingCheckpoints(lightning.Callback):
         self.settle(trainer)
 
     def save(self, trainer: lightning.Trainer) -> Path:
-        """Save this step, where it has not been saved yet, and remove what is kept no longer."""
+        """Save this step, where it has not been saved yet, and remove what is kept no longer. Asynchronous, it ends with `settle`."""
         path = self.folder / checkpoint_name(trainer.global_step)
         if self._saved != trainer.global_step:
-            trainer.save_checkpoint(path, False, partial(self._keep, path))  # the whole state, not the weights alone
+            trainer.save_checkpoint(path, False, partial(self._written, path))  # the whole state, not the weights alone
             self._saved = trainer.global_step
         return path
 
@@ -80,7 +80,7 @@ class RollingCheckpoints(lightning.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
 
-    def _keep(self, path: Path) -> None:
+    def _written(self, path: Path) -> None:
         """Called in the first rank when a checkpoint is whole."""
         point_to(self.folder / LAST, path)
         self._prune()
