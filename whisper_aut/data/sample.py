@@ -12,13 +12,14 @@ from typing import BinaryIO
 from whisper_aut.corpora.annotation import MAX_JSON_BYTES, Annotation
 from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.members import Group, MemberGroups, audio_and_json
-from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy, open_stream
+from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy, is_local, open_stream
 from whisper_aut.corpora.sample_table import SampleTable
 from whisper_aut.corpora.shards import ShardIndex
 from whisper_aut.errors import Reason, SampleRefused
 
 END_OF_TAR = bytes(1024)
-MAX_RUN_BYTES = 8 << 20  # of neighbours fetched at once
+LOCAL_RUN_BYTES = 1 << 19  # of neighbours fetched at once: no more than a cache holds, or each copy of them waits for memory
+REMOTE_RUN_BYTES = 8 << 20  # where every fetch is a request
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def read_samples(
     Raises:
         ValueError: the tar is not the one that the table was made of.
     """
-    for first, last in _runs(sorted(wanted), table):
+    for first, last in _runs(sorted(wanted), table, LOCAL_RUN_BYTES if is_local(url) else REMOTE_RUN_BYTES):
         start, end = int(table.starts[first]), int(table.starts[last])
         if last - first == 1 and end - start > limits.max_bytes + MAX_JSON_BYTES:
             yield first, Refusal(url, f"#{first}", Reason.TOO_LARGE, f"{end - start} bytes, limit {limits.max_bytes}")
@@ -85,11 +86,11 @@ def read_samples(
             raise ValueError(f"{count} samples where the table has {last - first}")
 
 
-def _runs(wanted: Sequence[int], table: SampleTable) -> Iterator[tuple[int, int]]:
-    """Join neighbours into ranges `[first, last)` of at most `MAX_RUN_BYTES`, unless a single sample is larger."""
+def _runs(wanted: Sequence[int], table: SampleTable, max_bytes: int) -> Iterator[tuple[int, int]]:
+    """Join neighbours into ranges `[first, last)` of at most `max_bytes`, unless a single sample is larger."""
     first, last = None, 0
     for number in wanted:
-        if first is not None and (number != last or table.starts[number + 1] - table.starts[first] > MAX_RUN_BYTES):
+        if first is not None and (number != last or table.starts[number + 1] - table.starts[first] > max_bytes):
             yield first, last
             first = None
         first, last = number if first is None else first, number + 1
