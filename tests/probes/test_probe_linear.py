@@ -1,5 +1,8 @@
 """probes.linear: scikit-learn's optimum, selection that never sees the test split, and errors that say what is wrong."""
 
+from collections.abc import Mapping
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +101,31 @@ def test_penalties_do_not_disturb_each_other():
     one, other = together.objectives(basis(features), labels)[1], alone.objectives(basis(features), labels)[0]
     assert float(together.objectives(basis(features), labels)[0].detach()) < float(one.detach())
     assert float(one.detach()) == pytest.approx(float(other.detach()), abs=1e-5)
+
+
+def last_end(probe: LinearProbe, problem: int, passed: Mapping[float, int]) -> torch.Tensor:
+    return probe.weight[[problem, *passed.values()][-1]]
+
+
+@pytest.mark.parametrize(
+    "penalties", [[1000.0, 100.0, 10.0, 1.0, 0.1, 0.01], [1000.0, 50.0, 50.0, 1.0, 0.5, 0.05, 0.0]], ids=["even", "uneven"]
+)
+def test_a_path_looks_ahead(penalties, monkeypatch):
+    """It ends where it would if each problem started at the end of the one before, in fewer steps; also where no penalty is left."""
+    monkeypatch.setattr(linear, "PATH_FLOPS", 0)
+    features, labels = clips(200, 0)
+    basis = Basis.fit(features, features[:0])
+    ends, evaluations = [], []
+    for expected in (LinearProbe._expected, last_end):
+        probe = LinearProbe(basis.variances, CLASSES, penalties, 200)
+        evaluate = Mock(side_effect=probe._evaluate)
+        monkeypatch.setattr(probe, "_evaluate", evaluate)
+        monkeypatch.setattr(LinearProbe, "_expected", expected)
+        fit(probe, (basis(features), labels))
+        evaluations.append(evaluate.call_count)
+        ends.append(probe.objectives(basis(features), labels))
+    torch.testing.assert_close(*ends, atol=1e-4, rtol=0)
+    assert evaluations[0] < evaluations[1]
 
 
 def test_basis_is_a_rotation_of_standardised_features():

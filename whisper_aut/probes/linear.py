@@ -9,7 +9,9 @@ does not restart it: seed s draws a stratified 90 % of the training clips. The s
 clips were trained on.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +23,7 @@ from whisper_aut.probes.fitting import Setting, fit
 from whisper_aut.probes.items import Items
 from whisper_aut.probes.lbfgs import minimise
 
-LINEAR_VERSION = 3  # raise it when anything here changes a score
+LINEAR_VERSION = 4  # raise it when anything here changes a score
 PENALTIES = tuple(10.0**exponent for exponent in range(-2, 5))
 CANDIDATES: tuple[Setting, ...] = tuple({"penalty": penalty} for penalty in PENALTIES)
 MAX_SCORES = 1 << 22  # floats in one [I, J, C] block
@@ -67,7 +69,7 @@ class LinearProbe(LightningModule):
     """J independent logistic regressions trained as one batched problem.
 
     The objective of each is scikit-learn's over its own items: loss summed + penalty / 2 · |weight|², here divided by their
-    number. Problems of the same items and falling penalties are a path: each starts where the one before it ended. What
+    number. Problems of the same items and falling penalties are a path: each starts where the two before it point to. What
     `minimise` sees is in units in which the curvature at its start is about 1.
 
     Args:
@@ -105,11 +107,12 @@ class LinearProbe(LightningModule):
         rows = batch[2] if len(batch) > 2 else None
         shares, wide = self._shares(features, rows), _with_ones(features)
         paths = [0] * len(self.weight) if rows is None else _alike(rows)
-        ended: dict[int, int] = {}  # the problem that each path stands at
+        passed: dict[int, dict[float, int]] = defaultdict(dict)  # on each path: penalties, and a problem of each
         for level, penalties, tolerance in self._levels(len(features)):
-            start = [ended.get(paths[problem], problem) for problem in level.tolist()]
-            self.weight[level] = self._minimise(self.weight[start], level, penalties, tolerance, wide, answers, shares)
-            ended |= {paths[problem]: problem for problem in level.tolist()}
+            start = torch.stack([self._expected(problem, passed[paths[problem]]) for problem in level.tolist()])
+            self.weight[level] = self._minimise(start, level, penalties, tolerance, wide, answers, shares)
+            for problem in level.tolist():
+                passed[paths[problem]][float(self.grades[problem])] = problem
 
     def configure_optimizers(self) -> None:
         """None of Lightning's: one training step runs `minimise` to its end."""
@@ -123,6 +126,15 @@ class LinearProbe(LightningModule):
             return [(torch.arange(len(self.weight)), self.penalties, self.tolerance)]
         levels = [torch.nonzero(self.grades == grade)[:, 0] for grade in self.grades.unique().flip(0)]
         return [(level, self.penalties[level], self.tolerance) for level in levels]
+
+    def _expected(self, problem: int, passed: Mapping[float, int]) -> Tensor:
+        """Return `[C, R + 1]`, where a path should end next: on its last two ends' line, by the logarithms of the penalties."""
+        if len(passed) < 2:
+            return self.weight[[problem, *passed.values()][-1]]
+        (before, one), (last, other) = list(passed.items())[-2:]
+        following = max(float(self.grades[problem]), 1e-12 * last)
+        further = min(math.log(last / following) / math.log(before / last), 1)
+        return self.weight[other] + further * (self.weight[other] - self.weight[one])
 
     def _minimise(
         self,
