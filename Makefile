@@ -25,15 +25,19 @@ export TOKENIZERS_PARALLELISM := false
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## install the pinned environment into .venv (about 30 s; runs by itself where needed)
+setup: $(STAMP) ## install the pinned environment into .venv (about a minute; runs by itself where needed)
 
-# uv is bootstrapped with pip into a corner of its own, so that the environment holds exactly what the lock names.
+# uv is bootstrapped with pip into a corner of its own, so that the environment holds exactly what the lock names. It leaves bytecode out;
+# where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would compile the sources anew and take twice as long.
+IMPORT_ALL := import importlib, pkgutil, whisper_aut as w; \
+	[importlib.import_module(found.name) for found in pkgutil.walk_packages(w.__path__, 'whisper_aut.')]
 $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, this is {v.major}.{v.minor}")'
 	@test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/pip install -q --disable-pip-version-check uv; }
 	@.uv/bin/uv venv -q --allow-existing --python $(PYTHON) $(VENV)
 	@.uv/bin/uv pip install -q --python $(BIN)/python --require-hashes -r requirements.lock
 	@.uv/bin/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "$(IMPORT_ALL)"
 	@touch $@
 
 lock: ## resolve the dependencies anew and rewrite requirements.lock

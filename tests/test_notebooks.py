@@ -1,21 +1,18 @@
-"""Notebooks are stripped, valid and free of this or that machine; they run under `-m slow` and by `make notebooks`."""
+"""Notebooks are stripped, valid and free of this or that machine; they run by `make notebooks`, in CI too."""
 
 import ast
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from tests.conftest import REPOSITORY
 from whisper_aut.settings import load_settings
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 NAMES = ["01_shards_and_logmel", "02_compare_decoders", "03_embeddings_before_after", "04_read_a_report"]
-TIMEOUT_SECONDS = 600  # a machine that others use; alone each takes less than three minutes
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -67,13 +64,3 @@ def test_the_configs_of_both_scales_load(path: Path, scale: str, monkeypatch: py
     recipes = names["RECIPES"][scale].values() if "RECIPES" in names else [(names["CONFIG"], names["OVERRIDES"])]
     for config, overrides in recipes:
         assert load_settings(config, overrides).probe.tasks == ["demo_speech", "demo_sound", "demo_music"]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(4 * TIMEOUT_SECONDS)
-def test_notebooks_run_top_to_bottom_in_a_fresh_folder(tmp_path: Path):
-    for name in ("conf", "notebooks"):
-        shutil.copytree(REPOSITORY / name, tmp_path / name)
-    for name in NAMES:
-        book = nbformat.read(tmp_path / "notebooks" / f"{name}.ipynb", as_version=4)
-        NotebookClient(book, timeout=TIMEOUT_SECONDS, resources={"metadata": {"path": str(tmp_path / "notebooks")}}).execute()

@@ -1,6 +1,5 @@
 """probes.linear: scikit-learn's optimum, selection that never sees the test split, and errors that say what is wrong."""
 
-from collections.abc import Mapping
 from unittest.mock import Mock
 
 import numpy as np
@@ -103,8 +102,8 @@ def test_penalties_do_not_disturb_each_other():
     assert float(one.detach()) == pytest.approx(float(other.detach()), abs=1e-5)
 
 
-def last_end(probe: LinearProbe, problem: int, passed: Mapping[float, int]) -> torch.Tensor:
-    return probe.weight[[problem, *passed.values()][-1]]
+def last_end(path: linear.Path, penalty: float, otherwise: torch.Tensor) -> torch.Tensor:
+    return path[-1][1] if path else otherwise
 
 
 @pytest.mark.parametrize(
@@ -116,11 +115,11 @@ def test_a_path_looks_ahead(penalties, monkeypatch):
     features, labels = clips(200, 0)
     basis = Basis.fit(features, features[:0])
     ends, evaluations = [], []
-    for expected in (LinearProbe._expected, last_end):
+    for expected in (linear._expected, last_end):
         probe = LinearProbe(basis.variances, CLASSES, penalties, 200)
         evaluate = Mock(side_effect=probe._evaluate)
         monkeypatch.setattr(probe, "_evaluate", evaluate)
-        monkeypatch.setattr(LinearProbe, "_expected", expected)
+        monkeypatch.setattr(linear, "_expected", expected)
         fit(probe, (basis(features), labels))
         evaluations.append(evaluate.call_count)
         ends.append(probe.objectives(basis(features), labels))

@@ -75,7 +75,7 @@ def test_the_page_answers_over_http(listener: Listener, story: Path, tmp_path: P
         clip = handle_file(str(story / "clips" / "880.flac"))
         shown = client.predict(clip, api_name="/neighbours")
         assert shown[0]["data"][0][0] == "880.flac"
-        assert Path(shown[1]).stat().st_size > 1_000  # the clip itself, to be played
+        assert Path(shown[1]["value"]).stat().st_size > 1_000  # the clip itself, to be played
         assert client.predict(clip, "sound", api_name="/text") == listener.text(str(story / "clips" / "880.flac"), "sound")
         assert "plot" in client.predict(clip, api_name="/spectrogram")
         (tmp_path / "silent.wav").write_bytes(encode_audio(0 * tone(1.0), kind="WAV"))

@@ -10,8 +10,8 @@ clips were trained on.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,11 @@ PENALTIES = tuple(10.0**exponent for exponent in range(-2, 5))
 CANDIDATES: tuple[Setting, ...] = tuple({"penalty": penalty} for penalty in PENALTIES)
 MAX_SCORES = 1 << 22  # floats in one [I, J, C] block
 MAX_WEIGHTS = 1 << 24  # floats in one [J, C, R] block, of which L-BFGS keeps about twenty
+ROUGHLY = 1e-3  # the tolerance where an end only ranks penalties, or is where the next begins
+APPROACH = (1000.0, 100.0, 10.0)
 PATH_FLOPS = 1e9  # a step of all problems at once: above it, starting from the neighbouring penalty's end pays
+
+Path = deque[tuple[float, Tensor]]  # the last two penalties that were passed, and the weights there
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class LinearProbe(LightningModule):
         penalties: one per problem.
         items: how many items each problem is fitted on; one number for all, or one per problem.
         multilabel: any number of classes an item, each a logistic regression of its own.
+        approach: what penalties are raised by, one after another, on the way to their own; for problems that are no path.
     """
 
     penalties: Tensor
@@ -84,11 +89,11 @@ class LinearProbe(LightningModule):
 
     def __init__(
         self, variances: Tensor, classes: int, penalties: Sequence[float], items: int | Sequence[int], *,
-        multilabel: bool = False, max_steps: int = 300, tolerance: float = 1e-6,
+        multilabel: bool = False, max_steps: int = 300, tolerance: float = 1e-6, approach: Sequence[float] = (),
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
-        self.multilabel, self.max_steps, self.tolerance = multilabel, max_steps, tolerance
+        self.multilabel, self.max_steps, self.tolerance, self.approach = multilabel, max_steps, tolerance, approach
         self.grades = torch.tensor(penalties)  # [J] as they were given, by which a path goes
         self.register_buffer("penalties", self.grades / torch.tensor(items))  # [J] beside a mean loss
         self.register_buffer("variances", torch.cat([variances, torch.ones(1)]))  # [R + 1], the last the bias's
@@ -107,34 +112,32 @@ class LinearProbe(LightningModule):
         rows = batch[2] if len(batch) > 2 else None
         shares, wide = self._shares(features, rows), _with_ones(features)
         paths = [0] * len(self.weight) if rows is None else _alike(rows)
-        passed: dict[int, dict[float, int]] = defaultdict(dict)  # on each path: penalties, and a problem of each
-        for level, penalties, tolerance in self._levels(len(features)):
-            start = torch.stack([self._expected(problem, passed[paths[problem]]) for problem in level.tolist()])
-            self.weight[level] = self._minimise(start, level, penalties, tolerance, wide, answers, shares)
-            for problem in level.tolist():
-                passed[paths[problem]][float(self.grades[problem])] = problem
+        passed: dict[int, Path] = defaultdict(lambda: deque(maxlen=2))
+        for level, raised, tolerance in self._levels(len(features)):
+            numbers, grades = level.tolist(), (self.grades[level] * raised).tolist()
+            start = [_expected(passed[paths[n]], grade, self.weight[n]) for n, grade in zip(numbers, grades, strict=True)]
+            ends = self._minimise(torch.stack(start), level, self.penalties[level] * raised, tolerance, wide, answers, shares)
+            self.weight[level] = ends
+            for number, grade, end in zip(numbers, grades, ends, strict=True):
+                path = passed[paths[number]]
+                if not path or path[-1][0] > grade:
+                    path.append((grade, end))
 
     def configure_optimizers(self) -> None:
         """None of Lightning's: one training step runs `minimise` to its end."""
 
-    def _levels(self, items: int) -> list[tuple[Tensor, Tensor, float]]:
-        """Return what is minimised one after another: problems, their penalties, to which tolerance.
+    def _levels(self, items: int) -> list[tuple[Tensor, float, float]]:
+        """Return what is minimised one after another: problems, how far their penalties are raised, to which tolerance.
 
         The largest penalties come first. Steps that cost little more than their overhead are better taken by all problems at once.
         """
+        everything = torch.arange(len(self.weight))
         if 4 * items * self.weight.numel() < PATH_FLOPS:
-            return [(torch.arange(len(self.weight)), self.penalties, self.tolerance)]
+            return [(everything, 1.0, self.tolerance)]
+        if self.approach:
+            return [*((everything, raised, ROUGHLY) for raised in self.approach), (everything, 1.0, self.tolerance)]
         levels = [torch.nonzero(self.grades == grade)[:, 0] for grade in self.grades.unique().flip(0)]
-        return [(level, self.penalties[level], self.tolerance) for level in levels]
-
-    def _expected(self, problem: int, passed: Mapping[float, int]) -> Tensor:
-        """Return `[C, R + 1]`, where a path should end next: on its last two ends' line, by the logarithms of the penalties."""
-        if len(passed) < 2:
-            return self.weight[[problem, *passed.values()][-1]]
-        (before, one), (last, other) = list(passed.items())[-2:]
-        following = max(float(self.grades[problem]), 1e-12 * last)
-        further = min(math.log(last / following) / math.log(before / last), 1)
-        return self.weight[other] + further * (self.weight[other] - self.weight[one])
+        return [(level, 1.0, self.tolerance) for level in levels]
 
     def _minimise(
         self,
@@ -226,7 +229,9 @@ class LinearFitter:
         used = rows.any(1)
         rows, features, answers = rows[used], self.rotated[used.to(self.device)], self.pool.answers[used.to(self.device)]
         # A path of penalties only ranks them. Tolerances are shares of the loss: where classes part cleanly it is tiny at its optimum.
-        effort = {"max_steps": 300, "tolerance": 1e-5} if thorough else {"max_steps": 60, "tolerance": 1e-3}
+        effort = (
+            {"max_steps": 300, "tolerance": 1e-5, "approach": APPROACH} if thorough else {"max_steps": 60, "tolerance": ROUGHLY}
+        )
         probe = LinearProbe(
             self.basis.variances, self.classes, [setting["penalty"] for setting in settings], rows.sum(0).tolist(),
             multilabel=answers.ndim == 2, **effort,
@@ -244,6 +249,15 @@ def _with_ones(features: Tensor) -> Tensor:
 def _scores(weight: Tensor, features: Tensor) -> Tensor:
     """`[j, C, R + 1]` on `[I, R + 1]` → `[I, j, C]`."""
     return F.linear(features, weight.flatten(0, 1)).unflatten(1, weight.shape[:2])
+
+
+def _expected(path: Path, penalty: float, otherwise: Tensor) -> Tensor:
+    """Return where a path should end next: on the line through its last two ends, by the logarithms of the penalties."""
+    if len(path) < 2:
+        return path[-1][1] if path else otherwise
+    (before, one), (last, other) = path
+    further = math.log(last / max(penalty, 1e-12 * last)) / math.log(before / last)
+    return other + min(further, 1) * (other - one)
 
 
 def _alike(rows: Tensor) -> list[int]:

@@ -108,7 +108,7 @@ def build_page(listener: Listener, title: str) -> Any:
         gradio.Markdown(f"# {title}")
         with gradio.Row():
             clip = gradio.Audio(sources=["upload", "microphone"], type="filepath", label="Clip, up to 30 s")
-            picture = gradio.Plot(label="Spectrogram")
+            picture = gradio.Plot(show_label=False)  # the figure has a title
         clip.change(_told(spectrogram), clip, picture, api_name="spectrogram")
         if listener.module is not None:
             _text_row(gradio, listener, clip)
@@ -155,20 +155,24 @@ def _text_row(gradio: Any, listener: Listener, clip: Any) -> None:
 
 
 def _neighbour_row(gradio: Any, listener: Listener, clip: Any) -> None:
-    button = gradio.Button("Nearest clips", variant="primary")
+    button = gradio.Button("Nearest clips")
     outputs = []
     with gradio.Row():
         for name in listener.indexes:
             with gradio.Column():
                 outputs.append(gradio.Dataframe(headers=["clip", "cosine"], label=name, interactive=False))
-                outputs += [gradio.Audio(label=f"{name}, {place + 1}", interactive=False) for place in range(PLAYERS)]
+                players = (
+                    gradio.Audio(label=f"{name}, {place + 1}", interactive=False, visible=False) for place in range(PLAYERS)
+                )
+                outputs += players
 
     def show(path: str) -> list[Any]:
         cells: list[Any] = []
         for found in listener.neighbours(path).values():
             cells.append([[Path(one.name).name, one.similarity] for one in found])
-            files = [one.name if Path(one.name).is_file() else None for one in found[:PLAYERS]]
-            cells += files + [None] * (PLAYERS - len(files))
+            files = [one.name for one in found[:PLAYERS] if Path(one.name).is_file()]
+            cells += [gradio.Audio(value=file, visible=True) for file in files]
+            cells += [gradio.Audio(value=None, visible=False)] * (PLAYERS - len(files))
         return cells
 
     button.click(_told(show), clip, outputs, api_name="neighbours")
