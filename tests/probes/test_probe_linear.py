@@ -46,15 +46,17 @@ def probe_linear(data: dict[str, Embeddings], **more):
     return probe_rounds([split_round(data)], **more)
 
 
-@pytest.mark.parametrize("path_flops", [0, 1e30])  # one penalty after another, and all at once
+@pytest.mark.parametrize(
+    ("path_flops", "approach"), [(0, ()), (0, linear.APPROACH), (1e30, ())], ids=["a path", "approached", "all at once"]
+)
 @pytest.mark.parametrize(("count", "width"), [(300, 24), (60, 200)])  # more clips than features, and fewer
-def test_path_equals_scikit_learn(count, width, path_flops, monkeypatch):
+def test_path_equals_scikit_learn(count, width, path_flops, approach, monkeypatch):
     monkeypatch.setattr(linear, "PATH_FLOPS", path_flops)
     features, labels = clips(count, 0, width)
     tested, answers = clips(500, 1, width)
     penalties = [0.1, 1.0, 10.0, 100.0]
     basis = Basis.fit(features, features[:0])
-    probe = LinearProbe(basis.variances, CLASSES, penalties, count)
+    probe = LinearProbe(basis.variances, CLASSES, penalties, count, approach=approach)
     assert isinstance(probe, LightningModule)
     fit(probe, (basis(features), labels))
     right = (probe(basis(tested)).argmax(2) == answers[:, None]).float().mean(0)

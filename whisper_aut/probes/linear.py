@@ -29,7 +29,7 @@ CANDIDATES: tuple[Setting, ...] = tuple({"penalty": penalty} for penalty in PENA
 MAX_SCORES = 1 << 22  # floats in one [I, J, C] block
 MAX_WEIGHTS = 1 << 24  # floats in one [J, C, R] block, of which L-BFGS keeps about twenty
 ROUGHLY = 1e-3  # the tolerance where an end only ranks penalties, or is where the next begins
-APPROACH = (1000.0, 100.0, 10.0)
+APPROACH = (1000.0, 100.0, 10.0)  # what the penalty of a final fit is raised by on the way
 PATH_FLOPS = 1e9  # a step of all problems at once: above it, starting from the neighbouring penalty's end pays
 
 Path = deque[tuple[float, Tensor]]  # the last two penalties that were passed, and the weights there
