@@ -104,7 +104,7 @@ def test_penalties_do_not_disturb_each_other():
     assert float(one.detach()) == pytest.approx(float(other.detach()), abs=1e-5)
 
 
-def last_end(path: linear.Path, penalty: float, otherwise: torch.Tensor) -> torch.Tensor:
+def last_end(path: linear.Ends, penalty: float, otherwise: torch.Tensor) -> torch.Tensor:
     return path[-1][1] if path else otherwise
 
 
@@ -127,6 +127,39 @@ def test_a_path_looks_ahead(penalties, monkeypatch):
         ends.append(probe.objectives(basis(features), labels))
     torch.testing.assert_close(*ends, atol=1e-4, rtol=0)
     assert evaluations[0] < evaluations[1]
+
+
+def own_items(problems: int, seed: int) -> torch.Tensor:
+    """`[200, J]`: nine tenths of the items, others for each problem."""
+    return (torch.rand(200, problems, generator=torch.Generator().manual_seed(seed)) < 0.9).float()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own items", "the same items"])
+def test_small_penalties_are_approached(shared, monkeypatch):
+    """In fewer steps than from nothing, and each problem by itself, also where all have the same items and one no penalty."""
+    monkeypatch.setattr(linear, "PATH_FLOPS", 0)
+    features, labels = clips(200, 0, width=200)
+    basis, penalties = Basis.fit(features, features[:0]), [1e4, 1e-2, 1e-2, 0.0] if shared else [1e-2, 1e-2, 1e-1, 1e2]
+    rows = torch.ones(200, 4) if shared else own_items(4, 0)
+    ends, evaluations = [], []
+    for approach in (linear.APPROACH, ()):
+        probe = LinearProbe(basis.variances, CLASSES, penalties, rows.sum(0).tolist(), tolerance=1e-5, approach=approach)
+        evaluate = Mock(side_effect=probe._evaluate)
+        monkeypatch.setattr(probe, "_evaluate", evaluate)
+        fit(probe, (basis(features), labels, rows))
+        evaluations.append(evaluate.call_count)
+        ends.append(probe.objectives(basis(features), labels, rows))
+    torch.testing.assert_close(*ends, atol=1e-4, rtol=0)
+    assert evaluations[0] < evaluations[1] / 2
+
+
+@pytest.mark.gpu
+def test_problems_of_many_penalties_are_fitted_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(linear, "PATH_FLOPS", 0)
+    data = splits()
+    (found,), (expected,) = (probe_linear(data, device=device) for device in ("cuda", "cpu"))
+    assert found.settings == expected.settings
+    assert found.scores == pytest.approx(expected.scores, abs=0.01)
 
 
 def test_basis_is_a_rotation_of_standardised_features():

@@ -168,6 +168,29 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of
         assert read_state(path)["loops"] == read_state(other)["loops"]
 
 
+def test_what_broke_the_run_is_said_and_not_what_broke_the_checkpoint_after_it(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    failed, count = threading.Event(), Guard.on_train_batch_end
+
+    def fails(_: CheckpointDraft) -> None:
+        failed.wait(60)
+        raise RuntimeError("the writers lost each other")
+
+    def breaks(guard: Guard, trainer: Any, *rest: Any) -> None:
+        count(guard, trainer, *rest)
+        if trainer.global_step == 3:
+            failed.set()
+            raise ArithmeticError("the model broke")
+
+    monkeypatch.setattr(CheckpointDraft, "begin", fails)
+    monkeypatch.setattr(Guard, "on_train_batch_end", breaks)
+    overrides = ("trainer.checkpoint_every_steps=2", "trainer.valid_every_steps=100", "trainer.async_checkpoints=true")
+    with pytest.raises(ArithmeticError, match="the model broke"):
+        train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), QUIET)
+    assert "The last checkpoint was not written: the writers lost each other" in caplog.text
+
+
 def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

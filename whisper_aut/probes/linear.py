@@ -28,11 +28,12 @@ PENALTIES = tuple(10.0**exponent for exponent in range(-2, 5))
 CANDIDATES: tuple[Setting, ...] = tuple({"penalty": penalty} for penalty in PENALTIES)
 MAX_SCORES = 1 << 22  # floats in one [I, J, C] block
 MAX_WEIGHTS = 1 << 24  # floats in one [J, C, R] block, of which L-BFGS keeps about twenty
-ROUGHLY = 1e-3  # the tolerance where an end only ranks penalties, or is where the next begins
-APPROACH = (1000.0, 100.0, 10.0)  # what the penalty of a final fit is raised by on the way
+ROUGH_TOLERANCE = 1e-3  # where an end only ranks penalties, or is where the next begins
+APPROACH = (1000.0, 100.0, 10.0)  # what the penalty of a final fit is multiplied by on the way
+MAX_APPROACH = 10.0  # no penalty is raised above this one, whose optimum is soon found from nothing
 PATH_FLOPS = 1e9  # a step of all problems at once: above it, starting from the neighbouring penalty's end pays
 
-Path = deque[tuple[float, Tensor]]  # the last two penalties that were passed, and the weights there
+Ends = deque[tuple[float, Tensor]]  # of a path so far, the last two: penalties, and the weights there
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class LinearProbe(LightningModule):
         penalties: one per problem.
         items: how many items each problem is fitted on; one number for all, or one per problem.
         multilabel: any number of classes an item, each a logistic regression of its own.
-        approach: what penalties are raised by, one after another, on the way to their own; for problems that are no path.
+        approach: what penalties are multiplied by, one after another, on the way to their own; no problem then starts from another.
     """
 
     penalties: Tensor
@@ -111,8 +112,8 @@ class LinearProbe(LightningModule):
         features, answers = batch[:2]
         rows = batch[2] if len(batch) > 2 else None
         shares, wide = self._shares(features, rows), _with_ones(features)
-        paths = [0] * len(self.weight) if rows is None else _alike(rows)
-        passed: dict[int, Path] = defaultdict(lambda: deque(maxlen=2))
+        paths = range(len(self.weight)) if self.approach else _alike(rows, len(self.weight))
+        passed: dict[int, Ends] = defaultdict(lambda: deque(maxlen=2))
         for level, raised, tolerance in self._levels(len(features)):
             numbers, grades = level.tolist(), (self.grades[level] * raised).tolist()
             start = [_expected(passed[paths[n]], grade, self.weight[n]) for n, grade in zip(numbers, grades, strict=True)]
@@ -135,7 +136,11 @@ class LinearProbe(LightningModule):
         if 4 * items * self.weight.numel() < PATH_FLOPS:
             return [(everything, 1.0, self.tolerance)]
         if self.approach:
-            return [*((everything, raised, ROUGHLY) for raised in self.approach), (everything, 1.0, self.tolerance)]
+            low = [(torch.nonzero(self.grades * raised <= MAX_APPROACH)[:, 0], raised) for raised in self.approach]
+            return [
+                *((level, raised, ROUGH_TOLERANCE) for level, raised in low if len(level)),
+                (everything, 1.0, self.tolerance),
+            ]
         levels = [torch.nonzero(self.grades == grade)[:, 0] for grade in self.grades.unique().flip(0)]
         return [(level, 1.0, self.tolerance) for level in levels]
 
@@ -149,6 +154,7 @@ class LinearProbe(LightningModule):
         answers: Tensor,
         shares: Tensor,
     ) -> Tensor:
+        level = level.to(start.device)
         scale = self._scale(start, penalties, features, shares[:, level])
 
         def objective(weight: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,7 +236,9 @@ class LinearFitter:
         rows, features, answers = rows[used], self.rotated[used.to(self.device)], self.pool.answers[used.to(self.device)]
         # A path of penalties only ranks them. Tolerances are shares of the loss: where classes part cleanly it is tiny at its optimum.
         effort = (
-            {"max_steps": 300, "tolerance": 1e-5, "approach": APPROACH} if thorough else {"max_steps": 60, "tolerance": ROUGHLY}
+            {"max_steps": 300, "tolerance": 1e-5, "approach": APPROACH}
+            if thorough
+            else {"max_steps": 60, "tolerance": ROUGH_TOLERANCE}
         )
         probe = LinearProbe(
             self.basis.variances, self.classes, [setting["penalty"] for setting in settings], rows.sum(0).tolist(),
@@ -251,16 +259,19 @@ def _scores(weight: Tensor, features: Tensor) -> Tensor:
     return F.linear(features, weight.flatten(0, 1)).unflatten(1, weight.shape[:2])
 
 
-def _expected(path: Path, penalty: float, otherwise: Tensor) -> Tensor:
+def _expected(path: Ends, penalty: float, otherwise: Tensor) -> Tensor:
     """Return where a path should end next: on the line through its last two ends, by the logarithms of the penalties."""
     if len(path) < 2:
         return path[-1][1] if path else otherwise
     (before, one), (last, other) = path
-    further = math.log(last / max(penalty, 1e-12 * last)) / math.log(before / last)
-    return other + min(further, 1) * (other - one)
+    following = max(penalty, 1e-12 * last)  # no penalty at all has no logarithm
+    stride = math.log(last / following) / math.log(before / last)
+    return other + min(stride, 1) * (other - one)  # no further than the last time: the line bends
 
 
-def _alike(rows: Tensor) -> list[int]:
-    """Number the columns of `rows` `[I, J]`: equal columns have equal numbers."""
+def _alike(rows: Tensor | None, problems: int) -> list[int]:
+    """Number the columns of `rows` `[I, J]`: equal columns have equal numbers; without rows, all are equal."""
+    if rows is None:
+        return [0] * problems
     numbers: dict[bytes, int] = {}
     return [numbers.setdefault(column.tobytes(), len(numbers)) for column in rows.T.bool().cpu().numpy()]

@@ -140,7 +140,7 @@ class NamedCheckpoints:
             if not isinstance(sys.exception(), KeyboardInterrupt):
                 self.settle_checkpoint()
         except Exception as error:  # where training ended well, it was raised before: here it would hide why the run ends
-            log.warning("%s", error)
+            log.warning("The last checkpoint was not written: %s", error, exc_info=not isinstance(error, UserError))
         super().teardown()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _write(self, draft: CheckpointDraft, named: NamedState, state: dict[str, Any], manifest: Manifest, then: Any) -> None:
