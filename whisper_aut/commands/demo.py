@@ -13,7 +13,7 @@ def demo(options: argparse.Namespace, console: Console) -> None:
     if options.index:
         with console.status("Embedding the clips to search among"):
             listener.index(options.index)
-    page = build_page(listener, f"whisper-aut · {' · '.join(listener.encoders)}")
+    page = build_page(listener, f"whisper-aut · {options.encoder}")
     folders = [options.index] if options.index else []
     address = launch_page(page, port=options.port, folders=folders, wait=False)
     console.print(f"Open {address} (Ctrl-C ends it). Only this machine can.")
