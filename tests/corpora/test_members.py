@@ -8,6 +8,7 @@ import pytest
 
 from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.members import MemberGroups
+from whisper_aut.corpora.shards import count_samples
 
 LIMITS = ClipLimits(max_bytes=4096)
 END = bytes(1024)
@@ -19,26 +20,39 @@ def member(name: str, body: bytes = b"") -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT) + body + bytes(-len(body) % 512)
 
 
-def negative_in_binary() -> bytes:
+def negative_in_binary(size: int) -> bytes:
     info = tarfile.TarInfo("b.flac")
-    info.size = -1
+    info.size = size
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
-def negative_in_pax() -> bytes:
+def negative_in_pax(size: int) -> bytes:
     info = tarfile.TarInfo("b.flac")
-    info.pax_headers = {"size": "-1"}
+    info.pax_headers = {"size": str(size)}
     return info.tobuf(tarfile.PAX_FORMAT)
 
 
-@pytest.mark.parametrize("lie", [negative_in_binary, negative_in_pax])
-def test_a_negative_size_is_damage_and_reads_nothing(lie: Callable[[], bytes]):
+def negative_long_name(size: int) -> bytes:
+    info = tarfile.TarInfo("b.flac")
+    info.size, info.type = size, tarfile.GNUTYPE_LONGNAME
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("size", [-1, -512, -1536])  # the last two lead back to headers that were read already
+@pytest.mark.parametrize("lie", [negative_in_binary, negative_in_pax, negative_long_name])
+@pytest.mark.parametrize("wanted", [None, {0}], ids=["all", "the first"])
+def test_a_negative_size_is_damage_and_neither_reads_on_nor_goes_back(
+    lie: Callable[[int], bytes], size: int, wanted: set[int] | None
+):
     sound = member("a.flac", b"one") + member("a.json", b"{}")
-    groups = MemberGroups(io.BytesIO(sound + lie() + member("c.flac", bytes(9000)) + END), LIMITS)
+    data = sound + lie(size) + member("c.flac", bytes(9000)) + END
+    groups = MemberGroups(io.BytesIO(data), LIMITS, wanted)
     found = [group for _, group in groups]
     assert [group["__key__"] for group in found] == ["a"]
     assert found[0]["flac"] == b"one"
-    assert "-1 bytes" in groups.damage
+    assert f"{size} bytes" in groups.damage
+    assert count_samples(io.BytesIO(data)) == 1
 
 
 def test_the_holes_of_a_sparse_member_are_zeros():

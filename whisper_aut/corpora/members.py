@@ -53,8 +53,6 @@ class MemberGroups:
             self.damage = str(error) or type(error).__name__
 
     def _body(self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> bytes | SampleRefused:
-        if member.size < 0:
-            raise tarfile.ReadError(f"{member.name} says that it has {member.size} bytes")
         limit = MAX_JSON_BYTES if suffix.lower() == "json" else self.limits.max_bytes
         if member.size > limit:
             return SampleRefused(Reason.TOO_LARGE, f"{member.name}: {member.size} bytes, limit {limit}")

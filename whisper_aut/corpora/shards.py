@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tarfile import EOFHeaderError, HeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
+from tarfile import EOFHeaderError, HeaderError, InvalidHeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
 from typing import Any, BinaryIO
 
 import fsspec
@@ -282,16 +282,32 @@ def _parse_index(root: str, data: bytes) -> ShardIndex:
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Python's tarfile takes a damaged header inside an archive for its end, without a word; this one raises."""
+    """Python's tarfile takes a damaged header inside an archive for its end, without a word; this one raises.
+
+    It also refuses sizes below zero, which send tarfile back to where it was, for ever.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictHeader":
+        header = super().frombuf(buf, encoding, errors)
+        _check_size(header)  # of headers that only prepare for the next too
+        return header
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> "_StrictHeader":
         try:
-            return super().fromtarfile(tarfile)
+            header = super().fromtarfile(tarfile)
+            _check_size(header)  # again: a pax header may have changed it
         except EOFHeaderError:  # the zero block that ends an archive
             raise
         except (HeaderError, ValueError, OverflowError) as error:
             raise ReadError(f"{error}, at byte {tarfile.offset}") from None
+        return header
+
+
+def _check_size(header: tarfile.TarInfo) -> None:
+    if header.size < 0:
+        raise InvalidHeaderError(f"{header.name} says that it has {header.size} bytes")
 
 
 def tar_members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:

@@ -31,7 +31,7 @@ MAX_WEIGHTS = 1 << 24  # floats in one [J, C, R] block, of which L-BFGS keeps ab
 ROUGH_TOLERANCE = 1e-3  # where an end only ranks penalties, or is where the next begins
 APPROACH = (1000.0, 100.0, 10.0)  # what the penalty of a final fit is multiplied by on the way
 MAX_APPROACH = 10.0  # no penalty is raised above this one, whose optimum is soon found from nothing
-PATH_FLOPS = 1e9  # a step of all problems at once: above it, starting from the neighbouring penalty's end pays
+PATH_FLOPS = 1e9  # a step of all problems at once: above it, one penalty after another pays
 
 Ends = deque[tuple[float, Tensor]]  # of a path so far, the last two: penalties, and the weights there
 
@@ -128,7 +128,7 @@ class LinearProbe(LightningModule):
         """None of Lightning's: one training step runs `minimise` to its end."""
 
     def _levels(self, items: int) -> list[tuple[Tensor, float, float]]:
-        """Return what is minimised one after another: problems, how far their penalties are raised, to which tolerance.
+        """Return what is minimised one after another: problems, what their penalties are multiplied by, to which tolerance.
 
         The largest penalties come first. Steps that cost little more than their overhead are better taken by all problems at once.
         """
