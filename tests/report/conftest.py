@@ -1,4 +1,6 @@
-"""Scores of two encoders on two tasks, as `probes.suite` would have left them."""
+"""Scores of two encoders on two tasks, as `probes.suite` would have left them, and a port to serve a page at."""
+
+import socket
 
 import pytest
 
@@ -38,3 +40,10 @@ def two_encoders() -> Scores:
         entry("base", "speak", "speech", (9, 8)),
     )
     return Scores(entries, (), (0, 1))
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

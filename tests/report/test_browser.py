@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -56,21 +55,17 @@ def test_the_report_prints_without_javascript(report: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_demo_draws_itself_without_the_outside_world(story: Path, tmp_path: Path):
+def test_the_demo_draws_itself_without_the_outside_world(story: Path, free_port: int, tmp_path: Path):
     pytest.importorskip("gradio")
     listener = open_listener(str(story / "runs" / "aut_tiny" / "latest"), "", "none")
     listener.index(str(story / "clips"))
     page = build_page(listener, "a test")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = launch_page(page, port=port, wait=False)
+    address = launch_page(page, port=free_port, wait=False)
     try:
         drawn = browse(address, tmp_path, "--virtual-time-budget=30000", "--dump-dom")
     finally:
         page.close()
-    drawn = re.sub(
-        r"<(script|style|title)\b.*?</\1>", "", drawn, flags=re.DOTALL
-    )  # which hold every label even where nothing is drawn
+    # Scripts hold every label even where nothing is drawn.
+    drawn = re.sub(r"<(script|style|title)\b.*?</\1>", "", drawn, flags=re.DOTALL)
     for text in ("a test", "Clip, up to 30 s", "Write as for", "The decoder writes", "Nearest clips", "before", "after"):
         assert text in drawn, text

@@ -1,6 +1,5 @@
 """The page: what it shows is right, and it answers over HTTP as a browser would ask it."""
 
-import socket
 from pathlib import Path
 
 import pytest
@@ -60,15 +59,12 @@ def test_the_spectrogram_has_units_and_the_clips_length(story: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_page_answers_over_http(listener: Listener, story: Path, tmp_path: Path):
+def test_the_page_answers_over_http(listener: Listener, story: Path, free_port: int, tmp_path: Path):
     pytest.importorskip("gradio")
     from gradio_client import Client, handle_file
 
     page = build_page(listener, "a test")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = launch_page(page, port=port, folders=[str(story / "clips")], wait=False)
+    address = launch_page(page, port=free_port, folders=[str(story / "clips")], wait=False)
     try:
         assert address.startswith("http://127.0.0.1:")
         client = Client(address, verbose=False)
@@ -82,7 +78,7 @@ def test_the_page_answers_over_http(listener: Listener, story: Path, tmp_path: P
         with pytest.raises(Exception, match="silent audio"):
             client.predict(handle_file(str(tmp_path / "silent.wav")), "sound", api_name="/text")
         with pytest.raises(UserError, match="Name another with --port"):
-            launch_page(build_page(listener, "again"), port=port, wait=False)
+            launch_page(build_page(listener, "again"), port=free_port, wait=False)
     finally:
         page.close()
 
