@@ -188,7 +188,7 @@ def _expected_cells(expected: Expected, seconds: float | None) -> tuple[str, ...
 def _published(settings: ExperimentSettings) -> dict[str, Any]:
     """Return the settings without the places of this machine."""
     values = asdict(settings)
-    for name in ("root", "runs", "corpora", "conf"):
+    for name in ("root", "runs", "corpora", "conf", "data"):
         values.pop(name)
     for probes in values["probes"]:
         probes.pop("manifests")

@@ -76,6 +76,25 @@ class AnswerSettings:
 
 
 @dataclass
+class DataSettings:
+    """What an experiment trains and tests on, picked by `data=NAME` from its folder `data/`; other keys refer to these.
+
+    Attributes:
+        suffix: of the experiment's name, so that results on other data lie beside each other.
+        speech, aut, uniwhisper: run configs of the speech model and of its two adaptations.
+    """
+
+    name: str
+    speech: str
+    aut: str
+    uniwhisper: str
+    suffix: str = ""
+    probes: list[ProbeSetSettings] = field(default_factory=list)
+    answers: AnswerSettings = field(default_factory=AnswerSettings)
+    thresholds: list[float] = field(default_factory=list)
+
+
+@dataclass
 class FigureSettings:
     """What the figure shows: the axis along x, the axes told by colour and by line; loss curves where `curves` is set.
 
@@ -105,6 +124,7 @@ class ExperimentSettings:
         thresholds: validation losses whose price is read off.
         price: show what the arms' own runs cost.
         log_mel: score plain log-mel statistics beside the arms.
+        data: where probes, answers and configs above come from, if they name it.
         conf: folder of run configs and `probe_tasks/`, from here.
         root: the user's own corpora; manifests refer to it.
     """
@@ -128,6 +148,7 @@ class ExperimentSettings:
     thresholds: list[float] = field(default_factory=list)
     price: bool = True
     log_mel: bool = True
+    data: DataSettings | None = None
     conf: str = ".."
     runs: str = "runs/experiments"
     root: str = "data/corpora"
