@@ -82,12 +82,14 @@ class DataSettings:
     Attributes:
         suffix: of the experiment's name, so that results on other data lie beside each other.
         speech, aut, uniwhisper: run configs of the speech model and of its two adaptations.
+        steps: budgets, by what they are for.
     """
 
     name: str
     speech: str
     aut: str
     uniwhisper: str
+    steps: dict[str, int]
     suffix: str = ""
     probes: list[ProbeSetSettings] = field(default_factory=list)
     answers: AnswerSettings = field(default_factory=AnswerSettings)
