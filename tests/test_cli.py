@@ -55,6 +55,18 @@ def test_data_build_and_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert '"sound": 4' in capsys.readouterr().out
 
 
+def test_a_table_in_a_file_is_as_wide_as_it_has_to_be(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert main(["data", "list"]) == 0
+    whole = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "70")  # somebody's wish
+    assert main(["data", "list"]) == 0
+    cut = capsys.readouterr().out
+    assert "by clip: CC0, CC BY, CC BY-NC, CC Sampling+ " in whole
+    assert len(whole.splitlines()) < len(cut.splitlines())
+    assert max(map(len, cut.splitlines())) <= 70
+
+
 def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture[str]):
     assert main(["train", str(CONF / "aut.yaml"), "optim.lr=5e-5", "--print-config"]) == 0
     shown = capsys.readouterr().out

@@ -28,8 +28,10 @@ def test_how_many_configs_there_are():
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
-def test_every_run_of_every_experiment_loads(path: Path):
-    experiment = load_experiment(path)
+@pytest.mark.parametrize("data", ["demo", "recordings"])
+def test_every_run_of_every_experiment_loads(path: Path, data: str):
+    experiment = load_experiment(path, [f"data={data}"])
+    assert experiment.name == path.stem + ("" if data == "demo" else f"_{data}")
     assert len(experiment.seeds) >= 3
     runs = runs_of(arms_of(experiment, path))
     for run in runs[: len(runs) // len(experiment.seeds)]:  # seeds differ in nothing else

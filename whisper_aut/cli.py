@@ -19,13 +19,14 @@ from whisper_aut import __version__
 from whisper_aut.commands import corpora, demo, embed, experiments, export, probes, training
 from whisper_aut.errors import Interrupted, Preempted, UserError
 
+FILE_COLUMNS = 160  # of tables that go into a file or a pipe, which no window bounds
 EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 75, 130  # 75: EX_TEMPFAIL of sysexits.h, "try again"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the return value is the exit status."""
     options = _parse(arguments)
-    console, errors = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+    console, errors = _console(), _console(stderr=True)
     _quieten()
     try:
         options.run(options, console)
@@ -38,6 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"[bold]Interrupted:[/] {escape(str(stop) or 'nothing was being trained; finished parts are kept.')}")
         return EXIT_PREEMPTED if isinstance(stop, Preempted) else EXIT_INTERRUPTED
     return 0
+
+
+def _console(stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, soft_wrap=True)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = FILE_COLUMNS
+    return console
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
