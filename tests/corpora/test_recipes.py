@@ -95,18 +95,18 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], dict[str, set[str]]]] = {
     ),
     "clotho": (
         {
-            f"{folder}/{folder} bell.wav": WAV for folder in ("development", "validation", "evaluation")
+            f"{folder}/{folder} bell’s.wav": WAV for folder in ("development", "validation", "evaluation")
         }
         | {
             f"clotho_captions_{folder}.csv": csv(
-                "file_name,caption_1,caption_2,caption_3,caption_4,caption_5", f"{folder} bell.wav,A bell,B,C,D,E"
+                "file_name,caption_1,caption_2,caption_3,caption_4,caption_5", f"{folder} bell’s.wav,A bell,B,C,D,E"
             )
             for folder in ("development", "validation", "evaluation")
         }
         | {
             f"clotho_metadata_{folder}.csv": "file_name,keywords,sound_id,sound_link,start_end_samples,manufacturer,license\n"
-            f"{folder} bell.wav,bell,1234,x,\"[0, 1]\",caf\xe9,http://creativecommons.org/licenses/by/3.0/".encode("latin-1")
-            for folder in ("development", "validation", "evaluation")
+            f"{folder} bell’s.wav,bell,{number},x,\"[0, 1]\",caf\xe9,http://creativecommons.org/licenses/by/3.0/".encode("cp1252")
+            for folder, number in (("development", "1234"), ("validation", "Not found"), ("evaluation", "5678"))
         },
         {"train": {"A bell"}, "valid": {"A bell"}, "test": {"A bell"}},
     ),
@@ -124,15 +124,22 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], dict[str, set[str]]]] = {
             "audio/17.flac": FLAC,
             "audio/18.flac": FLAC,
             "audio/YrbFXkhbpFJA.flac": FLAC,
+            "audio/YtestOfCaps.flac": FLAC,
+            "FreeSound_flac/9.flac": FLAC,
+            "SoundBible_flac/9.flac": b"not what FreeSound's 9 sounds like",
             **{
                 f"json_files/{name}": lines({"data": []})
                 for name in ("BBC_Sound_Effects/bbc_final.json", "SoundBible/sb_final.json")
             },
-            "json_files/FreeSound/fsd_final.json": lines({"data": [{"id": "17", "caption": "Rain"}, {"id": "18", "caption": "No"}]}),
-            "json_files/AudioSet_SL/as_final.json": lines({"data": [{"id": "YrbFXkhbpFJA.wav", "caption": "Bells"}]}),
-            "json_files/blacklist/blacklist_exclude_all_ac.json": lines({"FreeSound": ["18"], "AudioSet": []}),
+            "json_files/FreeSound/fsd_final.json": lines(
+                {"data": [{"id": "17", "caption": "Rain"}, {"id": "18", "caption": "No"}, {"id": "9", "caption": "Own"}]}
+            ),
+            "json_files/AudioSet_SL/as_final.json": lines(
+                {"data": [{"id": "YrbFXkhbpFJA.wav", "caption": "Bells"}, {"id": "YtestOfCaps.wav", "caption": "No"}]}
+            ),
+            "json_files/blacklist/blacklist_exclude_all_ac.json": lines({"FreeSound": ["18"], "AudioSet": ["YtestOfCaps.wav"]}),
         },
-        {"": {"Rain", "Bells"}},
+        {"": {"Rain", "Own", "Bells"}},
     ),
     "fsd50k": (
         {
@@ -236,6 +243,10 @@ def test_a_corpus_builds_as_it_is_published(name: str, tmp_path: Path):
     if name == "fsd50k":
         assert first.licence == "http://creativecommons.org/licenses/by/3.0/"
         assert first.extra["freesound_id"] == "64760"
+    if name == "clotho":
+        sites = [clips[0].annotation.extra.get("freesound_id", "") for clips in found.values()]
+        assert sites == ["1234", "", "5678"]
+        assert first.licence == "http://creativecommons.org/licenses/by/3.0/"
     if name == "gtzan":
         ids = {split: {sample.annotation.id for sample in clips} for split, clips in found.items()}
         assert sum(map(len, ids.values())) == len(set.union(*ids.values()))
@@ -273,6 +284,7 @@ def test_get_and_build_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         (["build", "x-ares", "empty", "--out", "x"], "nothing has to be built"),
         (["build", "clips.csv", "empty", "--out", "x"], "is no recipe"),
         (["build", "wavcaps", "empty", "--out", "x"], "blacklist"),
+        (["build", "wavcaps", "odd", "--out", "x"], "excludes clips of 'Clotho'"),
     ],
 )
 def test_mistakes(
@@ -280,6 +292,7 @@ def test_mistakes(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    lay_out(tmp_path / "odd", {"blacklist.json": lines({"Clotho": ["1"]})})
     lay_out(tmp_path / "flat", {"a.wav": WAV})
     assert main(["data", *arguments]) == 1
     captured = capsys.readouterr().err

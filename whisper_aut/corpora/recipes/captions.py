@@ -4,6 +4,8 @@ In: the published tables, and the audio beside them. Out: rows; a clip with seve
 `caption_1 …`. Clips of a table whose audio is not there are refused as missing files, and counted.
 """
 
+import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,13 @@ from typing import Any
 from whisper_aut.corpora.recipes.recipe import Recipe, audio_files, find, read_json, read_lines, read_table
 from whisper_aut.errors import UserError
 
+WAVCAPS_PARTS = {
+    "AudioSet_SL": "as_final.json",
+    "BBC_Sound_Effects": "bbc_final.json",
+    "FreeSound": "fsd_final.json",
+    "SoundBible": "sb_final.json",
+}
+WAVCAPS_LISTS = {"AudioSet": "AudioSet_SL", "FreeSound": "FreeSound"}  # what the exclusion lists call a part
 YOUTUBE = (
     "The release names YouTube videos, whose audio a person has to fetch under YouTube's terms. Put {tables} into the folder, and the "
     "audio into audio/, each file named by its video's id, or by id and start (`ID_30.wav`)."
@@ -47,7 +56,7 @@ def clotho(raw: Path) -> Iterator[dict[str, Any]]:
             yield {
                 "audio": str((folder / row["file_name"]).relative_to(raw)),
                 "split": split,
-                "freesound_id": own.get("sound_id", ""),
+                "freesound_id": number if (number := own.get("sound_id", "")).isdigit() else "",  # or "Not found"
                 "licence": own.get("license", ""),
             } | _captions([row[f"caption_{number}"] for number in range(1, 6)])
 
@@ -64,20 +73,15 @@ def musicbench(raw: Path) -> Iterator[dict[str, Any]]:
 
 
 def wavcaps(raw: Path) -> Iterator[dict[str, Any]]:
-    files, banned = _by_stem(raw), _wavcaps_exclusions(raw)
-    for part, name in (
-        ("AudioSet_SL", "as_final.json"),
-        ("BBC_Sound_Effects", "bbc_final.json"),
-        ("FreeSound", "fsd_final.json"),
-        ("SoundBible", "sb_final.json"),
-    ):
+    files, banned = _by_part(raw), _wavcaps_exclusions(raw)
+    for part, name in WAVCAPS_PARTS.items():
         for row in read_json(find(raw, f"{part}/{name}"))["data"]:
             stem = str(row["id"]).removesuffix(".wav")
-            if stem in banned.get(part, ()):
+            if stem in banned[part]:
                 continue
             site = {"FreeSound": {"freesound_id": stem}, "AudioSet_SL": {"youtube_id": stem.removeprefix("Y")}}.get(part, {})
             yield {
-                "audio": files.get(stem, f"{part}/{stem}.flac"),
+                "audio": files[part].get(stem, f"{part}/{stem}.flac"),
                 "text": row["caption"],
                 "part": part,
                 "id": f"{part}-{stem}",
@@ -86,11 +90,14 @@ def wavcaps(raw: Path) -> Iterator[dict[str, Any]]:
 
 def _wavcaps_exclusions(raw: Path) -> dict[str, set[str]]:
     """Return the ids that the release's own lists keep away from AudioCaps, ESC-50, UrbanSound8K and VGGSound."""
-    banned: dict[str, set[str]] = {}
-    for path in sorted(raw.rglob("blacklist*.json")):
-        for part, names in read_json(path).items():
-            banned.setdefault(part, set()).update(str(name).removesuffix(".wav") for name in names)
-    if not banned:
+    banned: dict[str, set[str]] = {part: set() for part in WAVCAPS_PARTS}
+    lists = sorted(raw.rglob("blacklist*.json"))
+    for path in lists:
+        for called, names in read_json(path).items():
+            if called not in WAVCAPS_LISTS:
+                raise UserError(f"{path} excludes clips of {called!r}; known are {' and '.join(WAVCAPS_LISTS)}.")
+            banned[WAVCAPS_LISTS[called]].update(str(name).removesuffix(".wav") for name in names)
+    if not lists:
         raise UserError(
             f"{raw} holds none of the release's blacklist_*.json, without which clips of ESC-50, UrbanSound8K, AudioCaps and VGGSound "
             "would be trained on. They lie in json_files/blacklist of the release."
@@ -99,15 +106,15 @@ def _wavcaps_exclusions(raw: Path) -> dict[str, set[str]]:
 
 
 def read_table_of_any_encoding(path: Path) -> Iterator[dict[str, str]]:
-    """Clotho's metadata is in part Latin-1."""
-    import csv
-
+    """Read a CSV that is UTF-8, or else Windows-1252 or Latin-1, as parts of Clotho's metadata are."""
     data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("latin-1")
-    yield from csv.DictReader(text.splitlines())
+    for encoding in ("utf-8-sig", "cp1252", "latin-1"):  # the last reads any byte
+        try:
+            text = data.decode(encoding)
+            break
+        except UnicodeDecodeError:
+            continue
+    yield from csv.DictReader(io.StringIO(text, newline=""))
 
 
 def _video(video: str, start: str, files: dict[str, str]) -> dict[str, Any]:
@@ -124,6 +131,21 @@ def _captions(texts: list[str]) -> dict[str, Any]:
 
 def _by_stem(raw: Path) -> dict[str, str]:
     return {path.stem: str(path.relative_to(raw)) for path in audio_files(raw)}
+
+
+def _by_part(raw: Path) -> dict[str, dict[str, str]]:
+    """Return the audio of each part of WavCaps, by stem: parts number their clips from the beginning, so that names collide.
+
+    Audio in a folder called after a part (`FreeSound_flac`) is that part's; audio elsewhere may be any part's.
+    """
+    found: dict[str, dict[str, str]] = {part: {} for part in WAVCAPS_PARTS}
+    for path in audio_files(raw):
+        place = path.relative_to(raw)
+        owners = [part for part in WAVCAPS_PARTS if any(piece.startswith(part) for piece in place.parts[:-1])]
+        for part in owners or WAVCAPS_PARTS:
+            if owners or path.stem not in found[part]:
+                found[part][path.stem] = str(place)
+    return found
 
 
 def _object(line: str, name: str) -> dict[str, Any]:
