@@ -5,6 +5,7 @@ what an earlier run left behind is used again where nothing has changed.
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -155,8 +156,8 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
     """
     tasks, share, device = load_tasks(request.tasks, request.conf), launched_share(), own_device(request.device)
     embedding = EmbedSettings(pooling=request.pooling, layers=request.layers, quiet=share.rank > 0)
-    names = (*request.against, request.encoder)
-    encoders = {_short_name(name): open_encoder(name, request.padding, device) for name in names}
+    names = encoder_names((*request.against, request.encoder))
+    encoders = {short: open_encoder(name, request.padding, device) for name, short in names.items()}
     request.out.mkdir(parents=True, exist_ok=True)
     if share != WHOLE:
         rules = protocol_named(request.protocol)
@@ -170,7 +171,7 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
         root=request.root,
         cache=request.out / "embeddings",
         seeds=range(request.seeds),
-        against=[_short_name(name) for name in request.against],
+        against=[names[name] for name in request.against],
         embedding=embedding,
         scores_file=request.out / "scores.json",
         protocol=request.protocol,
@@ -333,6 +334,7 @@ def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[
             start.path, padding=padding, revision=start.revision, random_init=True, seed=settings.seed
         )
     before = _short_name(start.path)
+    before = f"{before} (start)" if before in (settings.name, *encoders) else before
     encoders[before] = load_encoder(start.path, padding=padding, revision=start.revision)
     encoders[settings.name] = load_encoder(str(run.export("encoder")), padding=padding)
     run_suite(
@@ -346,10 +348,29 @@ def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[
     )
 
 
+def encoder_names(given: Sequence[str]) -> dict[str, str]:
+    """Return what tables call each encoder: its short name, or all that was given where two would share one.
+
+    Raises:
+        UserError: the same encoder twice.
+    """
+    twice = [name for name, times in Counter(given).items() if times > 1]
+    if twice:
+        raise UserError(f"{twice[0]} is named twice: an encoder is compared with others, not with itself.")
+    short = {name: _short_name(name) for name in given}
+    shared = {name for name, times in Counter(short.values()).items() if times > 1}
+    return {name: name.rstrip("/") if called in shared else called for name, called in short.items()}
+
+
 def _short_name(name: str) -> str:
-    """Return what tables call an encoder: a run's name for its exports, else the last part of the path."""
+    """Return a run's name for a run and its exports, else the last part of the path."""
     if name == LOGMEL:
         return BASELINE_NAME
     path = Path(name.removeprefix(RANDOM_PREFIX))
-    short = path.resolve().parents[2].name if path.parent.name == "export" else path.name.lstrip(".")
+    if path.parent.name == "export":
+        short = path.resolve().parents[2].name
+    elif RunDirectory(path).config.is_file():
+        short = path.resolve().parent.name
+    else:
+        short = path.name.lstrip(".")
     return f"random {short}" if name.startswith(RANDOM_PREFIX) else short

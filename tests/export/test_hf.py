@@ -1,5 +1,6 @@
 """Exports: strict loading by transformers' own classes, and the very frames of the training encoder."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,14 @@ def test_an_old_export_is_replaced_whole(checkpoint: Path, tiny_whisper: Path, t
     (out / "stale.txt").touch()
     with pytest.raises(UserError, match="would be lost"):  # no export: perhaps somebody's work
         export_checkpoint(checkpoint, Start(str(tiny_whisper)), out, "encoder")
-    (out / "config.json").touch()
+    (out / "config.json").touch()  # anybody's may be called so
+    with pytest.raises(UserError, match="would be lost"):
+        export_checkpoint(checkpoint, Start(str(tiny_whisper)), out, "encoder")
+    shutil.rmtree(out)
+    export_checkpoint(checkpoint, Start(str(tiny_whisper)), out, "encoder")
+    (out / "stale.txt").touch()
+    with pytest.raises(UserError, match="started from"):
+        export_checkpoint(checkpoint, Start(str(out)), out, "encoder")
     export_checkpoint(checkpoint, Start(str(tiny_whisper)), out, "encoder")
     assert not (out / "stale.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]

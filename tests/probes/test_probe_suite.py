@@ -10,6 +10,7 @@ import pytest
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.shards import ShardFolder
 from whisper_aut.errors import UserError
+from whisper_aut.pipeline import encoder_names
 from whisper_aut.probes import protocols
 from whisper_aut.probes.baseline import BASELINE_NAME, LogMelBaseline
 from whisper_aut.probes.embed import EmbedSettings
@@ -177,3 +178,22 @@ def test_log_mel_floor_on_esc10(tmp_path):
     )
     assert 0.78 <= scores.entries[0].mean <= 0.92
     assert scores.entries[0].clips == {"train": 240, "valid": 80, "test": 80}
+
+
+def test_encoders_of_one_name_are_told_apart(tmp_path: Path):
+    runs = [tmp_path / name / "20260101-000000" for name in ("aut", "again")]
+    for run in runs:
+        (run / "export" / "encoder").mkdir(parents=True)
+        (run / "config.yaml").touch()
+    assert list(encoder_names([str(run) for run in runs]).values()) == ["aut", "again"]
+    exports = [str(run / "export" / "encoder") for run in runs]
+    assert list(encoder_names(exports).values()) == ["aut", "again"]
+    assert encoder_names(["openai/whisper-tiny", "models/whisper-tiny/", "random:openai/whisper-tiny", "logmel"]) == {
+        "openai/whisper-tiny": "openai/whisper-tiny",
+        "models/whisper-tiny/": "models/whisper-tiny",
+        "random:openai/whisper-tiny": "random whisper-tiny",
+        "logmel": "log-mel statistics",
+    }
+    assert list(encoder_names([str(runs[0]), exports[0]]).values()) == [str(runs[0]), exports[0]]
+    with pytest.raises(UserError, match="named twice"):
+        encoder_names(["logmel", "logmel"])

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from whisper_aut.model.start import Start
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.settings import Settings, dump_settings, load_settings
 from whisper_aut.training import train as train_module
+from whisper_aut.training.build import run_fingerprint
 from whisper_aut.training.checkpoint import read_manifest
 from whisper_aut.training.train import train
 
@@ -95,6 +97,33 @@ def test_a_run_leaves_everything_behind_and_is_not_run_twice(tiny_whisper: Path,
     assert again.run == run
     other = train(settings_for(tiny_whisper, tiny_shards, tmp_path, "seed=1"), QUIET)
     assert not other.reused
+
+
+def test_other_weights_at_the_same_place_are_another_run(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    start, read, heard = tmp_path / "start", tmp_path / "lm", tmp_path / "valid"
+    shutil.copytree(tiny_whisper, start)
+    shutil.copytree(tiny_shards / "speech", heard)
+    read.mkdir()
+    (read / "model.safetensors").write_bytes(b"one")
+    settings = settings_for(
+        start, tiny_shards, tmp_path, f"data.valid=[{{path: {heard}, domain: speech}}]", "data.augment.noise=[]"
+    )
+    settings = replace(settings, decoder={**settings.decoder, "language_model": str(read)})
+    known = [run_fingerprint(settings)]
+    assert run_fingerprint(settings) == known[0]
+    weights = start / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    known.append(run_fingerprint(settings))
+    (read / "model.safetensors").write_bytes(b"two")
+    known.append(run_fingerprint(settings))
+    shutil.rmtree(heard)
+    shutil.copytree(tiny_shards / "sound", heard)
+    known.append(run_fingerprint(settings))
+    settings.data.augment.noise.append(str(heard))
+    known.append(run_fingerprint(settings))
+    assert len(set(known)) == 5
 
 
 def test_the_last_checkpoint_is_of_the_last_step(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):

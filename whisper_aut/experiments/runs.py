@@ -20,7 +20,7 @@ from whisper_aut.experiments.settings import ExperimentSettings
 from whisper_aut.model.decoders import check_decoder
 from whisper_aut.pipeline import Story, prepare_corpora, run_story
 from whisper_aut.settings import CorporaSettings, Settings, load_settings
-from whisper_aut.training.build import build_forecast, open_sources, planned_config, read_policy, run_fingerprint
+from whisper_aut.training.build import build_forecast, planned_config, run_fingerprint
 from whisper_aut.training.rundir import RunDirectory
 from whisper_aut.turns import one_at_a_time
 
@@ -71,7 +71,7 @@ def find(run: Run) -> Found:
     if start and start.state != "done":
         return Found(run, settings, overrides, "missing", None)
     try:
-        fingerprint = run_fingerprint(settings, open_sources(settings.data.train, read_policy(settings.data)))
+        fingerprint = run_fingerprint(settings)
     except UserError:  # its shards are not built yet
         return Found(run, settings, overrides, "missing", None)
     exports = [kind for kind in settings.export if kind in check_decoder(settings.decoder)[0].exports]

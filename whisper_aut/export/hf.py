@@ -27,7 +27,7 @@ ExportKind = Literal["encoder", "whisper", "qwen2-audio", "qwen2.5-omni", "voxtr
 KINDS: tuple[ExportKind, ...] = get_args(ExportKind)
 ENCODER_PREFIX = "encoder.whisper."
 DECODER_PREFIX = "decoder.whisper."
-MARKS = ("config.json", "encoder.onnx")  # one of them is in every export
+MARK = ".whisper-aut-export"  # in every export, and holds its kind
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
@@ -72,12 +72,14 @@ def export_checkpoint(
     Raises:
         UserError: the checkpoint is unusable or lacks what is asked for, or `out` holds something else.
     """
-    _refuse_foreign(out)
+    _refuse_foreign(out, start)
     weights = read_checkpoint(checkpoint)
-    partial = out.with_name(f".{out.name}.partial")
+    whole = out.absolute()  # "." has no name
+    partial = whole.with_name(f".{whole.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write(weights, start, partial, kind, dtype, padding)
+        (partial / MARK).write_text(f"{kind}\n")
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -106,10 +108,12 @@ def _write(
         start.generation_config.save_pretrained(out)
 
 
-def _refuse_foreign(out: Path) -> None:
-    """An export replaces its directory whole: that must be an export, or nothing."""
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not any((out / mark).is_file() for mark in MARKS)):
+def _refuse_foreign(out: Path, start: Start) -> None:
+    """An export replaces its directory whole: that must be an export, or nothing, and not what the run started from."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file()):
         raise UserError(f"{out} holds something that is no export and would be lost. Name an empty or a new folder.")
+    if Path(start.path).resolve() == out.resolve():
+        raise UserError(f"{out} is the model that this run started from, and would be lost. Name another folder.")
 
 
 def _encoder_model(weights: dict[str, torch.Tensor], start: Start) -> WhisperModel:

@@ -1,12 +1,14 @@
 """Attention that stays inside each clip of a packed batch.
 
 In: queries `[ΣLq, H, d]` and keys, values `[ΣLk, H, d]` of clips laid end to end, and the `Segments` that say where each clip
-lies. Out: `[ΣLq, H, d]`. Used by `model.encoder` and the packed Whisper decoder. On CUDA in half precision one variable-length
-flash-attention kernel takes the whole batch; elsewhere runs of clips with equal lengths share one call of PyTorch's SDPA.
+lies. Out: `[ΣLq, H, d]`. Used by `model.encoder`, the packed Whisper decoder and the packed language model. On CUDA in half
+precision, from Ampere on, one variable-length flash-attention kernel takes the whole batch; elsewhere runs of clips with equal lengths
+share one call of PyTorch's SDPA.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+
+FLASH_CAPABILITY = (8, 0)  # Ampere: PyTorch's flash attention runs on nothing older
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ def clip_attention(
 
     Args:
         query: `[ΣLq, H, d]`, not yet scaled.
-        key, value: `[ΣLk, H, d]`.
+        key, value: `[ΣLk, H, d]`. The values' precision is that of the attention: norms of queries and keys that are kept in
+            float32 give float32 under autocast.
         segments: where the clips lie.
         causal: a query sees the keys up to its own position; needs equal query and key lengths.
         dropout: probability with which attention weights are dropped.
@@ -66,7 +71,8 @@ def clip_attention(
     Returns:
         `[ΣLq, H, d]`.
     """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout and _has_flash(query.device):
         window = (-1, 0) if causal else (-1, -1)
         attended: Any = varlen_attn(
             query,
@@ -81,6 +87,11 @@ def clip_attention(
         )
         return attended
     return _sdpa_by_length(query, key, value, segments, causal, dropout, scale)
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
 def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:

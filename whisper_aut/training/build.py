@@ -42,6 +42,8 @@ from whisper_aut.training.plan import StepCost, StepShape, step_cost
 from whisper_aut.training.strategy import DEEPSPEED, OFFLOAD
 from whisper_aut.turns import one_at_a_time
 
+SAMPLE_BYTES, SAMPLES = 1 << 16, 1 << 12  # of files beyond their product, as many samples are hashed
+
 ASSUMED_CLIP_SECONDS, ASSUMED_TOKENS = 10.0, 32  # of a plan, where no shards tell
 
 
@@ -70,14 +72,36 @@ def open_sources(sources: Sequence[SourceSettings], policy: ReadPolicy) -> list[
     return opened
 
 
-def run_fingerprint(settings: Settings, sources: Sequence[StreamSource]) -> str:
-    """Return a hash of everything that decides what a run computes: config, data and release, but not the place of outputs."""
-    values = asdict(settings)
+def run_fingerprint(settings: Settings) -> str:
+    """Return a hash of everything that decides what a run computes, but not of the place of outputs.
+
+    That is the config, the release, the shards it reads, and the files of models that lie in local directories.
+
+    Raises:
+        UserError: a source of the data cannot be read.
+    """
+    values, data, policy = asdict(settings), settings.data, read_policy(settings.data)
     for name in ("runs", "probe", "export"):
         values.pop(name)
-    excluded = Path(settings.data.exclude).read_text() if Path(settings.data.exclude).is_file() else ""
-    facts = [__version__, values, [source.index.fingerprint() for source in sources], excluded]
+    excluded = Path(data.exclude).read_text() if Path(data.exclude).is_file() else ""
+    read = open_sources(data.train, policy) + open_sources(data.valid, policy)
+    shards = [source.index.fingerprint() for source in read] + [open_index(f, policy).fingerprint() for f in data.augment.noise]
+    models = [settings.model.path, str(settings.decoder.get("language_model", ""))]
+    facts = [__version__, values, shards, excluded, [_files(Path(place)) for place in models if place]]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _files(folder: Path) -> list[list[Any]]:
+    """Return name, size and hash of every file of a local model; large ones by samples, as other weights differ everywhere."""
+    found = []
+    for path in sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else ():
+        size, digest = path.stat().st_size, hashlib.sha256()
+        with path.open("rb") as file:
+            for place in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
+                file.seek(place)
+                digest.update(file.read(SAMPLE_BYTES))
+        found.append([path.name, size, digest.hexdigest()])
+    return found
 
 
 def build_start(settings: Settings) -> Start:

@@ -1,7 +1,7 @@
 """AdamW with decay groups, layer-wise learning rates and a warm-up schedule.
 
-In: encoder and decoder modules and numbers. Out: an optimiser and its schedule, as Lightning wants them. Next: the Trainer. Biases,
-norms and embeddings are not decayed; layer-wise rates follow BEiT (Bao et al. 2021, appendix): the top encoder layer gets the
+In: encoder and decoder modules and numbers. Out: an optimiser and its schedule, as Lightning wants them. Next: the Trainer. Biases
+and norms are not decayed; layer-wise rates follow BEiT (Bao et al. 2021, appendix): the top encoder layer gets the
 full rate, each one below `layer_decay` times that.
 """
 

@@ -29,8 +29,6 @@ from whisper_aut.training.build import (
     build_decoder,
     build_module,
     build_start,
-    open_sources,
-    read_policy,
     run_fingerprint,
     trainer_arguments,
 )
@@ -81,7 +79,7 @@ def train(
         UserError: a mistake in config, data or checkpoint.
         Interrupted: the run was asked to stop; its message says how to go on.
     """
-    fingerprint = run_fingerprint(settings, open_sources(settings.data.train, read_policy(settings.data)))
+    fingerprint = run_fingerprint(settings)
     newest = latest_run(Path(settings.runs), settings.name)
     if newest and newest.finished_with(fingerprint) and not fresh:
         console.print(f"[bold]{settings.name}[/]: nothing has changed since {newest.path} was trained; using it.")
