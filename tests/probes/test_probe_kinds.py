@@ -1,5 +1,7 @@
 """Every probe kind on a synthesised corpus of its own sort: what is there to be learned is learned, and no more than that."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -224,6 +226,44 @@ def test_layers_are_probed_and_only_where_there_are_any(scenes, task_with, tiny_
         embed_task(LogMelBaseline(), task, scenes, tmp_path, QUIET, view="layers")
     with pytest.raises(UserError, match=r"layers 0 .* to 2; asked for: 3"):
         embed_task(load_encoder(str(tiny_whisper)), task, scenes, tmp_path, EmbedSettings(layers=(3,), quiet=True))
+
+
+LABELLED = {
+    "frame": ("segment_f1_macro", lambda label, frames: ((0.0, 0.1 * frames, label),)),
+    "retrieval": ("recall@1", lambda label, frames: (f"a {label}", f"the {label}")),
+    "transcription": ("word_accuracy", lambda label, frames: label),
+}
+
+
+def seen_by(kind: str, part: Embeddings) -> Embeddings:
+    """Frames and classes of clips → what a kind of probe is given."""
+    _, labelled = LABELLED.get(kind, ("", lambda label, frames: label))
+    labels = tuple(labelled(label, frames) for label, frames in zip(part.labels, part.lengths, strict=True))
+    part = replace(part, labels=labels)
+    if KINDS[kind].view in ("segments", "frames"):
+        return part
+    means = torch.stack([clip.mean(0) for clip in part.features.split(part.lengths)])
+    return replace(part, features=torch.stack([means, -means], 1) if KINDS[kind].view == "layers" else means, lengths=())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_fitted_on_a_gpu(kind):
+    rounds = fold_rounds([seen_by(kind, brief(60, seed)) for seed in range(3)])
+    metric = LABELLED[kind][0] if kind in LABELLED else "accuracy"
+    (found,), (expected,) = (
+        probe_rounds(
+            rounds,
+            metric=metric,
+            kind=kind,
+            seeds=(0,),
+            candidates=KINDS[kind].candidates[:1],
+            segment_seconds=0.1,
+            device=device,
+        )
+        for device in ("cuda", "cpu")
+    )
+    assert found.scores == pytest.approx(expected.scores, abs=0.05)
 
 
 def test_every_kind_is_tried_above():
