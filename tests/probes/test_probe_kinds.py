@@ -209,7 +209,7 @@ def test_every_answer_is_learned_and_paired(case, scenes, task_with, tmp_path):
     entry = scores.entries[0]
     assert entry.kind == case.split(",")[0]
     assert entry.mean > least
-    assert np.mean(entry.per_unit()) == pytest.approx(entry.mean, abs=0.02)
+    assert np.mean(entry.per_unit()) == pytest.approx(entry.mean, abs=1e-5)
     assert scores.comparisons[0].p_value == 1.0
     assert type(scores).from_json(scores.to_json()) == scores
 
