@@ -145,6 +145,20 @@ def test_metrics_equal_scikit_learns_and_torchmetrics_own():
     assert recall_credit(similarity, owner).mean() == pytest.approx(float(metric.compute()))
 
 
+def test_average_precision_is_that_of_logits_of_any_size_and_of_classes_that_are_there():
+    generator = torch.Generator().manual_seed(0)
+    for low, high in ((17, 40), (-40, -17), (-120, -90), (-1, 1)):
+        scores = low + (high - low) * torch.rand(300, 6, generator=generator)
+        scores[:, 3:] = scores[:, 3:].round()  # true ties
+        answers = (torch.rand(300, 6, generator=generator) < torch.tensor([0.01, 0.1, 0.3, 0.01, 0.1, 0.9])).float()
+        answers[:5] = 1
+        theirs = [average_precision_score(answers[:, i], scores[:, i]) for i in range(6)]
+        assert class_metric("mAP", 6, scores, answers) == pytest.approx(np.mean(theirs), abs=1e-5)
+        answers[:, :4] = 0
+        assert class_metric("mAP", 6, scores, answers) == pytest.approx(np.mean(theirs[4:]), abs=1e-5)
+    assert class_metric("mAP", 6, scores, torch.zeros(300, 6)) == 0.0
+
+
 PITCHES = {"a": 400.0, "b": 1000.0, "c": 2500.0}
 WORDS = {"a": "dog", "b": "bird", "c": "bell"}
 

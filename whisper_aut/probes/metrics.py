@@ -81,9 +81,19 @@ METRIC_VERSIONS: dict[str, str] = {
 
 
 def class_metric(metric: str, classes: int, scores: Tensor, answers: Tensor) -> float:
-    """Score `[B, C]` class scores (logits) against `[B]` classes, or `[B, C]` answers of 0 and 1."""
+    """Score `[B, C]` class scores (logits) against `[B]` classes, or `[B, C]` answers of 0 and 1.
+
+    Mean average precision is that of the classes that one of these clips has: of another there is nothing to be found.
+    """
+    if metric == "mAP":
+        present = answers.any(0)
+        scores, answers, classes = _ranks(scores[:, present]), answers[:, present], int(present.sum())
+        if not classes:
+            return 0.0
+    elif answers.ndim == 2:
+        scores = scores.sigmoid()
     made = METRICS[metric](classes).to(scores.device)
-    made.update(scores if answers.ndim == 1 else scores.sigmoid(), answers.long())
+    made.update(scores, answers.long())
     return float(made.compute())
 
 
@@ -92,3 +102,11 @@ def text_metric(texts: Sequence[str], transcripts: Sequence[str]) -> float:
     made = METRICS["word_accuracy"](0)
     made.update(list(texts), list(transcripts))
     return float(made.compute())
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Place the scores of each class in 0 … 1, in their order and with their ties; a sigmoid would make ties of large ones."""
+    ordered, clips = scores.sort(dim=0)
+    rises = torch.zeros_like(ordered, dtype=torch.double)
+    rises[1:] = ordered[1:] > ordered[:-1]
+    return torch.zeros_like(rises).scatter_(0, clips, rises.cumsum(0) / len(scores))
