@@ -159,6 +159,20 @@ def test_average_precision_is_that_of_logits_of_any_size_and_of_classes_that_are
     assert class_metric("mAP", 6, scores, torch.zeros(300, 6)) == 0.0
 
 
+def test_a_class_of_events_that_is_only_validated_on_changes_nothing():
+    train, valid, test = (seen_by("frame", brief(60, seed)) for seed in range(3))
+    odd = replace(valid, labels=(*valid.labels[:-1], (*valid.labels[-1], (0.0, 0.1, "only here"))))
+    with_it, without = (
+        probe_rounds(
+            [split_round({"train": train, "valid": part, "test": test})],
+            metric="segment_f1_macro", kind="frame", seeds=(0,), segment_seconds=0.1,
+        )
+        for part in (odd, valid)
+    )  # fmt: skip
+    assert with_it[0].scores == without[0].scores
+    assert with_it[0].settings == without[0].settings
+
+
 PITCHES = {"a": 400.0, "b": 1000.0, "c": 2500.0}
 WORDS = {"a": "dog", "b": "bird", "c": "bell"}
 
