@@ -71,6 +71,14 @@ def test_labels_become_natural_answers_and_lists_have_one_order(shipped: Instruc
     assert shipped.only([name]).draw(SAMPLES[name], SAMPLES[name].domain, 3).answer == answer
 
 
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [("he", "Hebrew"), ("jw", "Javanese"), ("ab", "Abkhazian"), ("war", "Waray"), ("gv", "Manx"), ("sco", "Scots")],
+)
+def test_every_language_of_voxlingua_can_be_named(shipped: Instructions, code: str, name: str):
+    assert shipped.draw(Annotation(domain="speech", task="language", language=code), "speech", 0).answer == name
+
+
 def test_the_order_of_labels_and_repeats_do_not_matter(shipped: Instructions):
     one, other = (Annotation(domain="sound", task="tag", label=label) for label in (["b", "a", "b"], ["a", "b"]))
     assert shipped.draw(one, "sound", 1).answer in ("a, b", "yes", "no")

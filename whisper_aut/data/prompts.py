@@ -19,6 +19,16 @@ from whisper_aut.errors import Reason, SampleRefused, UserError, nearest
 
 OWN_TASK = "question"  # of samples that bring their own instruction and answer
 CANDIDATE = "candidate"
+LANGUAGE_NAMES = {code: name.title() for code, name in LANGUAGES.items()} | {
+    "ab": "Abkhazian",  # from here on languages of VoxLingua107 that Whisper has no token for
+    "ceb": "Cebuano",
+    "eo": "Esperanto",
+    "gn": "Guarani",
+    "gv": "Manx",
+    "ia": "Interlingua",
+    "sco": "Scots",
+    "war": "Waray",
+}
 
 
 @dataclass
@@ -136,7 +146,7 @@ def _row(annotation: Annotation) -> Row:
     own = {
         "text": " ".join(annotation.text.split()),
         "label": label,
-        "language_name": LANGUAGES.get(annotation.language, "").title(),
+        "language_name": LANGUAGE_NAMES.get(annotation.language, ""),
         "instruction": annotation.instruction,
         "answer": annotation.answer,
     }
