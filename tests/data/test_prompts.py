@@ -111,6 +111,23 @@ def test_yes_no_tasks_ask_about_the_class_or_another_one():
     assert all(70 <= count <= 130 for count in drawn.values())
 
 
+@pytest.mark.parametrize(
+    ("label", "others", "asked"),
+    [
+        ("sea_waves", ["waves"], set()),
+        ("clock_tick", ["clock"], set()),
+        (["Bird", "Crackling_fire"], ["birds", "fire"], set()),
+        ("train", ["rain"], {"rain"}),
+        ("fireworks", ["fire"], {"fire"}),
+        ("bus", ["bu"], {"bu"}),
+    ],
+)
+def test_a_sound_that_a_label_names_is_never_answered_with_no(label: str | list[str], others: list[str], asked: set[str]):
+    instructions = Instructions({"present": Instruction(["{candidate}"], "{label:words}", others=[*others, "siren"])})
+    drawn = [instructions.draw(Annotation(label=label), "sound", position) for position in range(100)]
+    assert {question.ask for question in drawn if question.answer == "no"} == {*asked, "siren"}
+
+
 def test_what_can_be_answered_does_not_depend_on_the_question(shipped: Instructions):
     annotation = Annotation(text="a dog barks", domain="sound", task="caption", label="dog")
     assert shipped.facts(annotation, "sound") == {"audio_caption": "a dog barks", "sound_class": "dog", "sound_present": "dog"}

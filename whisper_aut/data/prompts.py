@@ -6,6 +6,7 @@ is instruction → answer. What is drawn for a sample is drawn by its position i
 """
 
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -154,12 +155,19 @@ def _row(annotation: Annotation) -> Row:
 
 
 def _candidate(answer: str, others: list[str], rng: random.Random) -> tuple[str, str]:
-    """Return what a yes/no question asks about and its answer. Several labels are one by one candidates for a yes."""
-    true = [part.strip() for part in answer.split(",")]
-    false = [other for other in others if other.lower() not in {part.lower() for part in true}]
+    """Return what a yes/no question asks about and its answer. Several labels are one by one candidates for a yes; for a no, what
+    has no word of theirs: waves are heard in sea waves."""
+    true, heard = [part.strip() for part in answer.split(",")], _words(answer)
+    false = [other for other in others if not _words(other) & heard]
     if not false or rng.random() < 0.5:
         return rng.choice(true), "yes"
     return rng.choice(false), "no"
+
+
+def _words(label: str) -> set[str]:
+    """Return the words of a label in lower case, without the `s` of a plural."""
+    words = re.findall(r"[^\W_]+", label.lower())
+    return {word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words}
 
 
 def _problems(name: str, entry: Instruction) -> Iterator[str]:
