@@ -23,6 +23,11 @@ def test_foreign_fields_are_kept_and_nulls_are_absent():
     assert annotation.extra == {"esc50": True, "target": [1, 2]}
 
 
+@pytest.mark.parametrize("events", [[], [{"onset": 0.5, "offset": 1.5, "event_label": "Speech"}]])
+def test_a_bare_list_is_that_of_a_clips_events_and_may_be_empty(events: list):
+    assert Annotation.from_json(json.dumps(events).encode()) == Annotation(extra={"events": events})
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [

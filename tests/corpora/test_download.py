@@ -6,10 +6,11 @@ import os
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from whisper_aut.corpora.download import download
@@ -156,3 +157,29 @@ def test_bombs_and_damage_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyP
     damaged.write_bytes(damaged.read_bytes()[:2000])
     with pytest.raises(UserError, match="cannot be unpacked"):
         unpack(damaged, tmp_path / "out")
+
+
+def corrupt(data: bytes) -> bytes:
+    """Overwrite the middle of the compressed data, headers and directory being left."""
+    middle = len(data) // 2
+    return data[:middle] + b"\xff" * 200 + data[middle + 200 :]
+
+
+@pytest.mark.parametrize(
+    ("harm", "compression"),
+    [
+        (lambda data: data[:2000], zipfile.ZIP_DEFLATED),
+        (lambda data: b"<html>Sign in</html>", zipfile.ZIP_DEFLATED),
+        (corrupt, zipfile.ZIP_DEFLATED),
+        (corrupt, zipfile.ZIP_LZMA),
+    ],
+    ids=["cut short", "a web page", "deflate", "lzma"],
+)
+def test_a_zip_that_is_none_or_broken_is_said_and_not_marked(harm: Callable[[bytes], bytes], compression: int, tmp_path: Path):
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w", compression) as written:
+        written.writestr("1.wav", "".join(np.random.default_rng(0).choice(list("abcdef"), 20_000)))
+    archive.write_bytes(harm(archive.read_bytes()))
+    with pytest.raises(UserError, match="If it is damaged, delete it and fetch it again"):
+        unpack(archive, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.wav")) + list((tmp_path / "out").glob(".unpacked-*"))

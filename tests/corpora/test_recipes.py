@@ -199,7 +199,7 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], dict[str, set[str]]]] = {
         },
         {"train": {"cough"}, "valid": {"sigh"}, "test": {"sniff"}},
     ),
-    "voxlingua": ({"et/U__abc.wav": WAV, "dev/fi/U__def.wav": WAV}, {"train": {"et"}, "valid": {"fi"}}),
+    "voxlingua": ({"et/U__abc.wav": WAV, "iw/U__ghi.wav": WAV, "dev/fi/U__def.wav": WAV}, {"train": {"et", "iw"}, "valid": {"fi"}}),
     "folder": ({"train/dog/1.wav": WAV, "train/cat/1.wav": WAV, "test/dog/1.wav": WAV}, {"train": {"dog", "cat"}, "test": {"dog"}}),
 }  # fmt: skip
 BY_TEXT = {"librispeech", "audiocaps", "musiccaps", "clotho", "musicbench", "wavcaps"}
@@ -247,6 +247,8 @@ def test_a_corpus_builds_as_it_is_published(name: str, tmp_path: Path):
         sites = [clips[0].annotation.extra.get("freesound_id", "") for clips in found.values()]
         assert sites == ["1234", "", "5678"]
         assert first.licence == "http://creativecommons.org/licenses/by/3.0/"
+    if name == "voxlingua":
+        assert {sample.annotation.language for sample in found["train"]} == {"et", "he"}
     if name == "gtzan":
         ids = {split: {sample.annotation.id for sample in clips} for split, clips in found.items()}
         assert sum(map(len, ids.values())) == len(set.union(*ids.values()))

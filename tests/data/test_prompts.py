@@ -71,6 +71,14 @@ def test_labels_become_natural_answers_and_lists_have_one_order(shipped: Instruc
     assert shipped.only([name]).draw(SAMPLES[name], SAMPLES[name].domain, 3).answer == answer
 
 
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [("he", "Hebrew"), ("jw", "Javanese"), ("ab", "Abkhazian"), ("war", "Waray"), ("gv", "Manx"), ("sco", "Scots")],
+)
+def test_every_language_of_voxlingua_can_be_named(shipped: Instructions, code: str, name: str):
+    assert shipped.draw(Annotation(domain="speech", task="language", language=code), "speech", 0).answer == name
+
+
 def test_the_order_of_labels_and_repeats_do_not_matter(shipped: Instructions):
     one, other = (Annotation(domain="sound", task="tag", label=label) for label in (["b", "a", "b"], ["a", "b"]))
     assert shipped.draw(one, "sound", 1).answer in ("a, b", "yes", "no")
@@ -101,6 +109,23 @@ def test_yes_no_tasks_ask_about_the_class_or_another_one():
     drawn = Counter((q.ask, q.answer) for q in (instructions.draw(annotation, "sound", p) for p in range(200)))
     assert set(drawn) == {("dog?", "yes"), ("rain?", "no")}
     assert all(70 <= count <= 130 for count in drawn.values())
+
+
+@pytest.mark.parametrize(
+    ("label", "others", "asked"),
+    [
+        ("sea_waves", ["waves"], set()),
+        ("clock_tick", ["clock"], set()),
+        (["Bird", "Crackling_fire"], ["birds", "fire"], set()),
+        ("train", ["rain"], {"rain"}),
+        ("fireworks", ["fire"], {"fire"}),
+        ("bus", ["bu"], {"bu"}),
+    ],
+)
+def test_a_sound_that_a_label_names_is_never_answered_with_no(label: str | list[str], others: list[str], asked: set[str]):
+    instructions = Instructions({"present": Instruction(["{candidate}"], "{label:words}", others=[*others, "siren"])})
+    drawn = [instructions.draw(Annotation(label=label), "sound", position) for position in range(100)]
+    assert {question.ask for question in drawn if question.answer == "no"} == {*asked, "siren"}
 
 
 def test_what_can_be_answered_does_not_depend_on_the_question(shipped: Instructions):

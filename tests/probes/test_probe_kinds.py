@@ -1,5 +1,7 @@
 """Every probe kind on a synthesised corpus of its own sort: what is there to be learned is learned, and no more than that."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -143,6 +145,34 @@ def test_metrics_equal_scikit_learns_and_torchmetrics_own():
     assert recall_credit(similarity, owner).mean() == pytest.approx(float(metric.compute()))
 
 
+def test_average_precision_is_that_of_logits_of_any_size_and_of_classes_that_are_there():
+    generator = torch.Generator().manual_seed(0)
+    for low, high in ((17, 40), (-40, -17), (-120, -90), (-1, 1)):
+        scores = low + (high - low) * torch.rand(300, 6, generator=generator)
+        scores[:, 3:] = scores[:, 3:].round()  # true ties
+        answers = (torch.rand(300, 6, generator=generator) < torch.tensor([0.01, 0.1, 0.3, 0.01, 0.1, 0.9])).float()
+        answers[:5] = 1
+        theirs = [average_precision_score(answers[:, i], scores[:, i]) for i in range(6)]
+        assert class_metric("mAP", 6, scores, answers) == pytest.approx(np.mean(theirs), abs=1e-5)
+        answers[:, :4] = 0
+        assert class_metric("mAP", 6, scores, answers) == pytest.approx(np.mean(theirs[4:]), abs=1e-5)
+    assert class_metric("mAP", 6, scores, torch.zeros(300, 6)) == 0.0
+
+
+def test_a_class_of_events_that_is_only_validated_on_changes_nothing():
+    train, valid, test = (seen_by("frame", brief(60, seed)) for seed in range(3))
+    odd = replace(valid, labels=(*valid.labels[:-1], (*valid.labels[-1], (0.0, 0.1, "only here"))))
+    with_it, without = (
+        probe_rounds(
+            [split_round({"train": train, "valid": part, "test": test})],
+            metric="segment_f1_macro", kind="frame", seeds=(0,), segment_seconds=0.1,
+        )
+        for part in (odd, valid)
+    )  # fmt: skip
+    assert with_it[0].scores == without[0].scores
+    assert with_it[0].settings == without[0].settings
+
+
 PITCHES = {"a": 400.0, "b": 1000.0, "c": 2500.0}
 WORDS = {"a": "dog", "b": "bird", "c": "bell"}
 
@@ -207,7 +237,7 @@ def test_every_answer_is_learned_and_paired(case, scenes, task_with, tmp_path):
     entry = scores.entries[0]
     assert entry.kind == case.split(",")[0]
     assert entry.mean > least
-    assert np.mean(entry.per_unit()) == pytest.approx(entry.mean, abs=0.02)
+    assert np.mean(entry.per_unit()) == pytest.approx(entry.mean, abs=1e-5)
     assert scores.comparisons[0].p_value == 1.0
     assert type(scores).from_json(scores.to_json()) == scores
 
@@ -224,6 +254,44 @@ def test_layers_are_probed_and_only_where_there_are_any(scenes, task_with, tiny_
         embed_task(LogMelBaseline(), task, scenes, tmp_path, QUIET, view="layers")
     with pytest.raises(UserError, match=r"layers 0 .* to 2; asked for: 3"):
         embed_task(load_encoder(str(tiny_whisper)), task, scenes, tmp_path, EmbedSettings(layers=(3,), quiet=True))
+
+
+LABELLED = {
+    "frame": ("segment_f1_macro", lambda label, frames: ((0.0, 0.1 * frames, label),)),
+    "retrieval": ("recall@1", lambda label, frames: (f"a {label}", f"the {label}")),
+    "transcription": ("word_accuracy", lambda label, frames: label),
+}
+
+
+def seen_by(kind: str, part: Embeddings) -> Embeddings:
+    """Frames and classes of clips → what a kind of probe is given."""
+    _, labelled = LABELLED.get(kind, ("", lambda label, frames: label))
+    labels = tuple(labelled(label, frames) for label, frames in zip(part.labels, part.lengths, strict=True))
+    part = replace(part, labels=labels)
+    if KINDS[kind].view in ("segments", "frames"):
+        return part
+    means = torch.stack([clip.mean(0) for clip in part.features.split(part.lengths)])
+    return replace(part, features=torch.stack([means, -means], 1) if KINDS[kind].view == "layers" else means, lengths=())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_fitted_on_a_gpu(kind):
+    rounds = fold_rounds([seen_by(kind, brief(60, seed)) for seed in range(3)])
+    metric = LABELLED[kind][0] if kind in LABELLED else "accuracy"
+    (found,), (expected,) = (
+        probe_rounds(
+            rounds,
+            metric=metric,
+            kind=kind,
+            seeds=(0,),
+            candidates=KINDS[kind].candidates[:1],
+            segment_seconds=0.1,
+            device=device,
+        )
+        for device in ("cuda", "cpu")
+    )
+    assert found.scores == pytest.approx(expected.scores, abs=0.05)
 
 
 def test_every_kind_is_tried_above():

@@ -132,6 +132,13 @@ def test_jackknife_of_a_mean_is_the_clips_themselves():
     assert grouped.mean() == pytest.approx(values.mean())
 
 
+def test_jackknife_is_centred_on_the_score_however_rare_a_class():
+    found = np.arange(40) % 20 == 0  # two clips of forty
+    units = jackknife(lambda clips: float(found[clips].mean() ** 0.5), 40)
+    assert units.mean() == pytest.approx(0.05**0.5, abs=1e-9)
+    assert units[0] > units[1]
+
+
 def test_two_folds_hold_out_a_share_to_choose_by(folds):
     runs = probe_rounds(fold_rounds(folds[:2]), seeds=(0,))
     assert len(runs[0].scores) == 2

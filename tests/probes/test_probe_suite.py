@@ -12,6 +12,9 @@ from whisper_aut.corpora.shards import ShardFolder
 from whisper_aut.errors import UserError
 from whisper_aut.pipeline import encoder_names
 from whisper_aut.probes import protocols
+
+
+from whisper_aut.probes import metrics, protocols
 from whisper_aut.probes.baseline import BASELINE_NAME, LogMelBaseline
 from whisper_aut.probes.embed import EmbedSettings
 from whisper_aut.probes.scores import AVERAGE, Scores
@@ -121,7 +124,9 @@ def test_stored_scores_count_while_nothing_changed(run, tmp_path, fits):
     assert Scores.load(file) == again
 
 
-def test_stored_scores_lapse_with_encoder_data_settings(run, tmp_path, fits, tiny_encoder, task_with, write_shards, tones):
+def test_stored_scores_lapse_with_encoder_data_settings(
+    run, tmp_path, fits, tiny_encoder, task_with, write_shards, tones, monkeypatch
+):
     file = tmp_path / "scores.json"
 
     def newly_fitted(**changes) -> int:
@@ -134,6 +139,9 @@ def test_stored_scores_lapse_with_encoder_data_settings(run, tmp_path, fits, tin
     assert newly_fitted(**one) == 0
     assert newly_fitted(**one | {"encoders": {"tiny": tiny_encoder(seed=1)}}) == 1
     assert newly_fitted(**one, seeds=(0, 1, 2)) == 1
+    with monkeypatch.context() as changed:
+        changed.setitem(metrics.METRIC_VERSIONS, "accuracy", "accuracy 2")
+        assert newly_fitted(**one) == 1
     assert newly_fitted(**one, embedding=EmbedSettings(pooling="mean_std", quiet=True)) == 1
     write_shards(tmp_path / "other", 8, seed=50)
     assert newly_fitted(encoders=one["encoders"], tasks=[task_with(test=[str(tmp_path / "other")])]) == 1

@@ -79,8 +79,8 @@ class Annotation:
             mapping = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise SampleRefused(Reason.BAD_JSON, str(error)) from None
-        if isinstance(mapping, list) and mapping and all(isinstance(event, dict) for event in mapping):
-            mapping = {"events": mapping}  # X-ARES's tars of sound events hold the bare list
+        if isinstance(mapping, list) and all(isinstance(event, dict) for event in mapping):
+            mapping = {"events": mapping}  # X-ARES's tars of sound events hold the bare list, empty where nothing happens
         if not isinstance(mapping, dict):
             raise SampleRefused(Reason.BAD_JSON, f"expected an object, found {type(mapping).__name__}")
         return cls.from_mapping(mapping)

@@ -5,10 +5,12 @@ second call has nothing to do. Next: a recipe's rows. Names that lead out of the
 reason are refused.
 """
 
+import lzma
 import os
 import shutil
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -18,6 +20,10 @@ from whisper_aut.errors import UserError
 MAX_SWELLING = 100  # of the archive's size: audio hardly shrinks, a bomb does
 MIN_ALLOWED_BYTES = 1 << 30
 MAX_MEMBERS = 20_000_000
+
+DAMAGE = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, OSError
+)  # fmt: skip
 
 Member = tuple[str, int, Callable[[], IO[bytes] | None]]
 
@@ -43,14 +49,14 @@ def unpack(archive: Path, folder: Path) -> None:
                 raise UserError(f"{folder} has no room for {name} of {archive} ({size} bytes).")
             _write(folder, name, size, open_member, archive)
         mark.write_text(stamp)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except DAMAGE as error:
         raise UserError(
             f"{archive} cannot be unpacked to {folder}: {error}. If it is damaged, delete it and fetch it again."
         ) from None
 
 
 def _members(archive: Path) -> Iterator[Member]:
-    if zipfile.is_zipfile(archive):
+    if archive.name.lower().endswith(".zip") or zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
             for info in opened.infolist():
                 is_link = (info.external_attr >> 16) & 0o170000 == 0o120000

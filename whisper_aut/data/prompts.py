@@ -6,6 +6,7 @@ is instruction → answer. What is drawn for a sample is drawn by its position i
 """
 
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +20,16 @@ from whisper_aut.errors import Reason, SampleRefused, UserError, nearest
 
 OWN_TASK = "question"  # of samples that bring their own instruction and answer
 CANDIDATE = "candidate"
+LANGUAGE_NAMES = {code: name.title() for code, name in LANGUAGES.items()} | {
+    "ab": "Abkhazian",  # from here on languages of VoxLingua107 that Whisper has no token for
+    "ceb": "Cebuano",
+    "eo": "Esperanto",
+    "gn": "Guarani",
+    "gv": "Manx",
+    "ia": "Interlingua",
+    "sco": "Scots",
+    "war": "Waray",
+}
 
 
 @dataclass
@@ -136,7 +147,7 @@ def _row(annotation: Annotation) -> Row:
     own = {
         "text": " ".join(annotation.text.split()),
         "label": label,
-        "language_name": LANGUAGES.get(annotation.language, "").title(),
+        "language_name": LANGUAGE_NAMES.get(annotation.language, ""),
         "instruction": annotation.instruction,
         "answer": annotation.answer,
     }
@@ -144,12 +155,19 @@ def _row(annotation: Annotation) -> Row:
 
 
 def _candidate(answer: str, others: list[str], rng: random.Random) -> tuple[str, str]:
-    """Return what a yes/no question asks about and its answer. Several labels are one by one candidates for a yes."""
-    true = [part.strip() for part in answer.split(",")]
-    false = [other for other in others if other.lower() not in {part.lower() for part in true}]
+    """Return what a yes/no question asks about and its answer. Several labels are one by one candidates for a yes; for a no, what
+    has no word of theirs: waves are heard in sea waves."""
+    true, heard = [part.strip() for part in answer.split(",")], _words(answer)
+    false = [other for other in others if not _words(other) & heard]
     if not false or rng.random() < 0.5:
         return rng.choice(true), "yes"
     return rng.choice(false), "no"
+
+
+def _words(label: str) -> set[str]:
+    """Return the words of a label in lower case, without the `s` of a plural."""
+    words = re.findall(r"[^\W_]+", label.lower())
+    return {word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words}
 
 
 def _problems(name: str, entry: Instruction) -> Iterator[str]:

@@ -59,7 +59,7 @@ def items_of(part: Embeddings, answer: Answer, classes: Sequence[str], segment_s
 
 
 def class_names(rounds: Sequence[Round], answer: Answer, name: str) -> list[str]:
-    """Return the classes that the pools hold, in order, once all rounds have been found fit to probe.
+    """Return the classes that are trained or tested on, in order, once all rounds have been found fit to probe.
 
     Raises:
         UserError: a single class, a class that is only validated or tested on, or too few clips to choose settings by.
@@ -110,10 +110,10 @@ def _marks(names: Sequence[str], classes: Sequence[str]) -> Tensor:
 
 
 def _roll(events: Sequence, classes: Sequence[str], segments: int, segment_seconds: float) -> Tensor:
-    """Mark, `[segments, C]`, every segment that an event `(start, end, class)` touches."""
+    """Mark, `[segments, C]`, every segment that an event `(start, end, class)` touches; a class that is only validated on is no class."""
     roll = torch.zeros(segments, len(classes))
     number = {name: code for code, name in enumerate(classes)}
-    for start, end, name in events:
+    for start, end, name in (event for event in events if event[2] in number):
         # A millionth of slack: 0.3 / 0.1 is a little below 3, and an event that ends at a border does not touch what follows.
         first, last = floor(start / segment_seconds + 1e-6), ceil(end / segment_seconds - 1e-6)
         roll[first : max(last, first + 1), number[name]] = 1.0

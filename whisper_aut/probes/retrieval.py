@@ -61,7 +61,7 @@ class RetrievalProbe(LightningModule):
         decays, generator = self.decays.to(features.device), torch.Generator().manual_seed(0)
 
         def objectives(values: dict[str, Tensor], chosen: Tensor) -> Tensor:
-            place = (torch.rand(len(chosen), generator=generator) * count[chosen]).long()
+            place = (torch.rand(len(chosen), generator=generator).to(count.device) * count[chosen]).long()
             logits = _cosines(values, features[chosen], bags[first[chosen] + place]) * values["sharpness"].exp()[:, None, None]
             own = rows[chosen].T > 0  # [J, b]
             logits = logits.masked_fill(~(own[:, None] & own[:, :, None]), -1e4)

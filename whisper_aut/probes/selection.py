@@ -119,9 +119,9 @@ def shortened(score: float) -> float:
 def jackknife(score: Callable[[np.ndarray], float], clips: int) -> np.ndarray:
     """Return pseudo-values `[U]` of a score that is no mean over clips (F1, mean average precision).
 
-    Each of up to `JACKKNIFE_GROUPS` groups is left out once: U · all − (U − 1) · all but it. Their mean is the score, to within
-    its small-sample bias, and they scatter as the score does, so that paired tests may treat them as clips are treated
-    (Tukey's pseudo-values; Efron & Tibshirani, chapter 11).
+    Each of up to `JACKKNIFE_GROUPS` groups is left out once: U · all − (U − 1) · all but it. They scatter as the score does, so
+    that paired tests may treat them as clips are treated (Tukey's pseudo-values; Efron & Tibshirani, chapter 11). They are moved
+    until their mean is the score: their own mean corrects the score for a bias that rare classes make larger than the score.
 
     Args:
         score: of the clips that a mask `[B]` marks.
@@ -132,7 +132,7 @@ def jackknife(score: Callable[[np.ndarray], float], clips: int) -> np.ndarray:
     if count == 1:
         return np.array([whole])
     without = np.array([score(groups != group) for group in range(count)])
-    return count * whole - (count - 1) * without
+    return whole + (count - 1) * (without.mean() - without)
 
 
 def _trials(learner: Learner, draws: Sequence[Draw], candidates: Sequence[Setting]) -> tuple[np.ndarray, np.ndarray]:

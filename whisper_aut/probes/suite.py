@@ -22,6 +22,7 @@ from whisper_aut.probes.embed import EmbedSettings, FrameEncoder, embed_task, fo
 from whisper_aut.probes.hearing import View
 from whisper_aut.probes.items import class_names
 from whisper_aut.probes.kinds import KINDS
+from whisper_aut.probes.metrics import METRIC_VERSIONS
 from whisper_aut.probes.protocols import Protocol, protocol_named, rounds_of
 from whisper_aut.probes.scores import AVERAGE, NO_ASR, Comparison, Confusion, Scores, TaskScore
 from whisper_aut.probes.selection import SeedRun
@@ -228,7 +229,8 @@ def _identity(encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _P
         for part in task.parts
     }
     probe = {**plan.protocol.identity(kind), "seeds": list(plan.seeds), "protocol": plan.protocol.name}
-    facts = [task.name, task.domain, task.metric, task.classes, task.segment_seconds]
+    metric = METRIC_VERSIONS.get(task.metric, task.metric)
+    facts = [task.name, task.domain, metric, task.classes, task.segment_seconds]
     return digest({"data": data, "probe": probe, "task": facts})
 
 

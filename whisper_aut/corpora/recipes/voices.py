@@ -23,6 +23,8 @@ VOCALSOUNDS = {
     "sniff": "sniffing",
 }
 
+WHISPER_CODES = {"iw": "he"}  # VoxLingua107 writes Hebrew by its former code; Javanese is `jw` in both
+
 
 def crema_d(raw: Path) -> Iterator[dict[str, Any]]:
     for path in audio_files(find(raw, "AudioWAV")):
@@ -69,11 +71,12 @@ def voxlingua(raw: Path) -> Iterator[dict[str, Any]]:
         if len(parts) < 2:
             continue
         code, is_dev = parts[-2], "dev" in parts[:-2]
+        language = WHISPER_CODES.get(code, code)
         yield {
             "audio": str(path.relative_to(raw)),
             "label": code,
-            "language": code,
-            "text": f"speech in the language {code}",
+            "language": language,
+            "text": f"speech in the language {language}",
             "split": "valid" if is_dev else "train",
             "id": f"{code}-{path.stem}",
         }
