@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,13 +199,14 @@ def _trainer(
         every_steps=min(every.checkpoint_every_steps, total_steps),
         valid_every_steps=min(every.valid_every_steps, total_steps),
         keep=every.keep_checkpoints,
+        warn=partial(_warn, console),
     )
     guard = Guard(
         ledger,
         max_bad_steps=every.max_bad_steps,
         spike_factor=every.spike_factor,
         rewind=every.on_spike == "rewind",
-        warn=lambda line: _say(console, f"[bold yellow]Warning:[/] {line}"),
+        warn=partial(_warn, console),
     )
     callbacks = [
         guard,
@@ -258,6 +260,10 @@ def _say(console: Console, line: str) -> None:
     """Print once, however many ranks there are."""
     if is_first_rank():
         console.print(line)
+
+
+def _warn(console: Console, line: str) -> None:
+    _say(console, f"[bold yellow]Warning:[/] {line}")
 
 
 def _clips_per_step(settings: Settings) -> int:
