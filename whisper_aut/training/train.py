@@ -162,6 +162,7 @@ def _fit(
             accelerator=settings.hardware.accelerator,
             skip_to=skip_to,
             async_checkpoints=settings.trainer.async_checkpoints,
+            warn=partial(_warn, console),
         )
         trainer = _trainer(settings, run, strategy, ledger, meter, parts.total_steps, console, extra)
         try:
