@@ -201,6 +201,7 @@ def _trainer(
         valid_every_steps=min(every.valid_every_steps, total_steps),
         keep=every.keep_checkpoints,
         warn=partial(_warn, console),
+        paused=meter.paused,
     )
     guard = Guard(
         ledger,

@@ -8,6 +8,7 @@ stopped while it validates loses nothing.
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class RollingCheckpoints(lightning.Callback):
         valid_every_steps: between two validations.
         keep: how many of the newest stay; the best stays beside them.
         warn: told what happened, in a sentence.
+        paused: the context in which the run saves and waits for what it saves.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class RollingCheckpoints(lightning.Callback):
         valid_every_steps: int,
         keep: int,
         warn: Callable[[str], None] = lambda _: None,
+        paused: Callable[[lightning.Trainer], AbstractContextManager[None]] = lambda _: nullcontext(),
     ):
-        self.warn = warn
+        self.warn, self.paused = warn, paused
         self.folder, self.every_steps, self.valid_every_steps, self.keep = folder, every_steps, valid_every_steps, keep
         self.best_loss, self.best_step = math.inf, 0
         self.validated_step = -1  # the last one that this process validated
@@ -82,13 +85,15 @@ class RollingCheckpoints(lightning.Callback):
         """Save this step, where it has not been saved yet, and remove what is kept no longer. Asynchronous, it ends with `settle`."""
         path = self.folder / checkpoint_name(trainer.global_step)
         if self._saved != trainer.global_step:
-            trainer.save_checkpoint(path, False, partial(self._written, path))  # the whole state, not the weights alone
+            with self.paused(trainer):
+                trainer.save_checkpoint(path, False, partial(self._written, path))  # the whole state, not the weights alone
             self._saved = trainer.global_step
         return path
 
     def settle(self, trainer: lightning.Trainer) -> None:
         """Wait until what was saved is on the disk; see `NamedCheckpoints.settle_checkpoint`."""
-        trainer.strategy.settle_checkpoint()  # pyright: ignore[reportAttributeAccessIssue]
+        with self.paused(trainer):
+            trainer.strategy.settle_checkpoint()  # pyright: ignore[reportAttributeAccessIssue]
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_loss": self.best_loss, "best_step": self.best_step}
