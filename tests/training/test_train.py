@@ -29,6 +29,7 @@ from whisper_aut.report.plots import read_metrics
 from whisper_aut.settings import Settings, dump_settings, load_settings
 from whisper_aut.training import train as train_module
 from whisper_aut.training.checkpoint import read_manifest
+from whisper_aut.training.faults import explained
 from whisper_aut.training.train import train
 
 QUIET = Console(quiet=True)
@@ -312,8 +313,17 @@ def test_a_source_of_nothing_but_faults_stops_the_run_with_a_reason(tiny_whisper
     assert len(ledger.read_text().splitlines()) == 256
 
 
-def test_mistakes_are_found_before_anything_is_written(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_what_lightning_refuses_is_said_in_a_sentence(tmp_path: Path):
+    with pytest.raises(UserError, match="This machine cannot run the config"), explained(tmp_path, ranks=1):
+        lightning.Trainer(accelerator="cpu", devices=0, logger=False)
+
+
+def test_mistakes_are_found_before_anything_is_written(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     bad = [
+        (["hardware.accelerator=cuda"], "PyTorch sees no such device here"),
         (["data.train=[{path: nowhere, domain: speech}]"], "There are no shards at nowhere"),
         ([f"model.path={tmp_path}"], "not a usable Whisper checkpoint"),
         (["decoder.max_tokens=1000"], "outside 8 to 448"),

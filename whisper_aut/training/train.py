@@ -44,7 +44,7 @@ from whisper_aut.training.callbacks.sources import SourceEpochs
 from whisper_aut.training.callbacks.stop import CleanStop
 from whisper_aut.training.callbacks.throughput import ThroughputMeter
 from whisper_aut.training.callbacks.world import AnotherWorld, loader_state
-from whisper_aut.training.faults import check_room, checkpoint_bytes, explained
+from whisper_aut.training.faults import check_accelerator, check_room, checkpoint_bytes, explained
 from whisper_aut.training.loggers import build_loggers
 from whisper_aut.training.resume import check_step_size, newest_in, resume_from
 from whisper_aut.training.rundir import RunDirectory, announced, is_first_rank, job_run, latest_run, write_whole
@@ -82,6 +82,7 @@ def train(
         UserError: a mistake in config, data or checkpoint.
         Interrupted: the run was asked to stop; its message says how to go on.
     """
+    check_accelerator(settings.hardware.accelerator)
     fingerprint = run_fingerprint(settings, open_sources(settings.data.train, read_policy(settings.data)))
     newest = latest_run(Path(settings.runs), settings.name)
     if newest and newest.finished_with(fingerprint) and not fresh:
