@@ -415,6 +415,13 @@ def _number_problems(settings: Settings) -> list[str]:
     problems = [f"{name}: {value} is below {least}" for name, (value, least) in at_least.items() if value < least]
     if settings.data.batch_seconds is not None and settings.model.padding == "30s":
         problems.append("data.batch_seconds: with model.padding=30s every clip costs 30 s; give data.batch_clips")
+    steps, devices, betas = settings.trainer.max_steps, settings.hardware.devices, settings.optim.betas
+    if steps is not None and steps < 1:
+        problems.append(f"trainer.max_steps: {steps} is below 1; null trains all of trainer.max_epochs")
+    if devices != "auto" and (not isinstance(devices, int) or devices < 1):
+        problems.append(f"hardware.devices: {devices!r} is neither auto nor a whole number from 1 up")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        problems.append(f"optim.betas: {betas} are not two numbers from 0 to below 1")
     if settings.optim.lr <= 0:
         problems.append(f"optim.lr: {settings.optim.lr} is not positive")
     return problems

@@ -8,8 +8,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
+from rich.console import Console
 from torch.testing import assert_close
 
 from tests.training.test_train import QUIET, assert_same_weights, settings_for, weights_of
@@ -17,6 +19,7 @@ from whisper_aut.errors import UserError
 from whisper_aut.export.hf import read_checkpoint
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.settings import Settings
+from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
 from whisper_aut.training.callbacks.guard import Guard
 from whisper_aut.training.callbacks.stop import CleanStop
 from whisper_aut.training.checkpoint import (
@@ -24,6 +27,7 @@ from whisper_aut.training.checkpoint import (
     CheckpointDraft,
     FileFacts,
     Manifest,
+    checkpoint_name,
     checkpoints_in,
     damage_of,
     newest_sound,
@@ -131,6 +135,40 @@ def test_the_last_few_and_the_best_are_kept(tiny_whisper: Path, tiny_shards: Pat
     assert [read_manifest(path).step for path in checkpoints_in(run.checkpoints)] == [best, 5, 6]
     assert (run.checkpoints / "last.ckpt").resolve() == run.last_checkpoint.resolve()
     assert read_checkpoint(run.checkpoints / "last.ckpt").keys() == read_checkpoint(run.last_checkpoint).keys()
+
+
+def test_a_run_that_goes_back_sets_aside_what_lies_behind(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    overrides = ("trainer.checkpoint_every_steps=1", "trainer.valid_every_steps=2", "trainer.keep_checkpoints=4")
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), QUIET).run
+    assert read_manifest(run.checkpoints / "best.ckpt").step == 6, "the best is not given up: this shows less"
+    run.done.unlink()
+    seen: list[list[str]] = []
+
+    class Look(lightning.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            names = sorted(path.name for path in run.checkpoints.iterdir())
+            seen.append([*names, (run.checkpoints / "last.ckpt").resolve().name])
+
+    back = settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides, "trainer.max_steps=4", "trainer.keep_checkpoints=1")
+    again = train(back, Console(width=400), resume=str(run.checkpoints / "step-0000003.ckpt"), callbacks=[Look()]).run
+    assert seen == [[".superseded-step-0000006.ckpt", "last.ckpt", "step-0000003.ckpt", "step-0000003.ckpt"]]
+    said = capsys.readouterr().out
+    assert said.count("step-0000004.ckpt, step-0000005.ckpt, step-0000006.ckpt in") == 1
+    assert again == run
+    assert [path.name for path in checkpoints_in(run.checkpoints)] == ["step-0000004.ckpt"]
+    assert run.last_checkpoint.name == "step-0000004.ckpt"
+    assert (
+        (run.checkpoints / "best.ckpt").resolve() == (run.checkpoints / "last.ckpt").resolve() == run.last_checkpoint.resolve()
+    )
+
+
+def test_what_was_just_written_is_never_removed(tmp_path: Path):
+    for step in (1, 8, 9):
+        written(tmp_path / checkpoint_name(step), step=step)
+    RollingCheckpoints(tmp_path, every_steps=1, valid_every_steps=1, keep=1)._written(tmp_path / checkpoint_name(1))
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-0000001.ckpt", "step-0000009.ckpt"]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of_its_step(

@@ -5,13 +5,23 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import REPOSITORY
 from tests.training.test_train import settings_for
 from whisper_aut.cli import main
+from whisper_aut.commands.training import _two_steps
 from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.shards import open_index
 from whisper_aut.errors import UserError
-from whisper_aut.settings import dump_settings
-from whisper_aut.training.doctor import Finding, check_devices, check_disk, check_shards, check_versions, examine
+from whisper_aut.settings import dump_settings, load_settings
+from whisper_aut.training.doctor import (
+    Finding,
+    check_devices,
+    check_disk,
+    check_dry_run,
+    check_shards,
+    check_versions,
+    examine,
+)
 
 
 def test_a_failed_check_is_a_finding_and_the_rest_goes_on():
@@ -66,6 +76,24 @@ def test_the_command_exits_with_one_where_something_fails(
     assert "This machine is not ready: devices." in shown.err
     assert "3 sources" in shown.out or "6 sources" in shown.out
     assert not (tmp_path / "runs").exists(), "the doctor leaves nothing behind"
+
+
+def test_a_dry_run_asks_for_nothing_that_other_nodes_have(monkeypatch: pytest.MonkeyPatch):
+    path = REPOSITORY / "conf" / "aut.yaml"
+    settings = load_settings(path, ["hardware=8x8gpu"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    hardware = _two_steps(settings, path).hardware
+    assert (hardware.nodes, hardware.devices) == (1, 4)
+    assert (settings.hardware.nodes, settings.hardware.devices) == (8, 8)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert _two_steps(settings, path).hardware.devices == 8  # which is what is said to be lacking
+
+
+def test_a_dry_run_that_does_not_end_is_ended_and_said():
+    finding = check_dry_run("name: x", minutes=0)  # no process starts in no time
+    assert finding.status == "fail"
+    assert "two steps were not done after 0 minutes" in finding.detail
 
 
 @pytest.mark.slow

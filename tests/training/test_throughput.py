@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from tests.training.test_train import QUIET, settings_for
 from whisper_aut.training.accelerators import peak_flops
+from whisper_aut.training.background import Background
+from whisper_aut.training.checkpoint import CheckpointDraft
 from whisper_aut.training.throughput import Throughput, peak_memory_gib
 from whisper_aut.training.train import train
 
@@ -71,6 +74,31 @@ def test_sums_go_on_over_a_resume(tiny_whisper: Path, tiny_shards: Path, tmp_pat
     one, other = (json.loads(run.done.read_text())["metrics"] for run in (whole, resumed))
     for name in ("throughput/total_audio_seconds", "throughput/total_teraflop"):
         assert other[name] == pytest.approx(one[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_checkpoints_are_not_counted(
+    asynchronous: bool, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a clock that ticks when it is read, and takes an hour for a checkpoint; one in the background is waited for in whole."""
+    clock, begin, background = [0.0], CheckpointDraft.begin, []
+
+    def ticked() -> float:
+        clock[0] += 0.001
+        return clock[0]
+
+    def slowly(draft: CheckpointDraft) -> None:
+        clock[0] += 3600
+        begin(draft)
+
+    monkeypatch.setattr(CheckpointDraft, "begin", slowly)
+    monkeypatch.setattr("whisper_aut.training.callbacks.throughput.time", SimpleNamespace(perf_counter=ticked))
+    monkeypatch.setattr(Background, "start", lambda _, work: background.append(work))
+    monkeypatch.setattr(Background, "wait", lambda _: background.pop()() if background else None)
+    chosen = ("trainer.checkpoint_every_steps=2", "trainer.valid_every_steps=4", f"trainer.async_checkpoints={asynchronous}")
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *chosen), QUIET).run
+    assert clock[0] >= 3 * 3600, "no checkpoint was written"
+    assert 0 < json.loads(run.done.read_text())["metrics"]["throughput/total_seconds"] < 60
 
 
 class _Unplugged(lightning.Callback):

@@ -8,25 +8,30 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.plugins import HalfPrecision
 from rich.console import Console
 from torch.testing import assert_close
+from torchmetrics import Metric
 
 from tests.conftest import REPOSITORY
 from whisper_aut.cli import _rank, main
 from whisper_aut.corpora.shards import open_index
 from whisper_aut.errors import Interrupted, Preempted, UserError
 from whisper_aut.export.hf import read_checkpoint
+from whisper_aut.model.module import AudioTextModule
 from whisper_aut.model.start import Start
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.settings import Settings, dump_settings, load_settings
 from whisper_aut.training import train as train_module
 from whisper_aut.training.build import run_fingerprint
 from whisper_aut.training.checkpoint import read_manifest
+from whisper_aut.training.faults import explained
 from whisper_aut.training.train import train
 
 QUIET = Console(quiet=True)
@@ -191,6 +196,42 @@ def test_mixed_precision_clips(tiny_whisper: Path, tiny_shards: Path, tmp_path: 
     assert len(read_metrics(run.metrics)["train/grad_norm"]) == 2
 
 
+def test_validation_counts_in_float32_whatever_the_precision(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[tuple[str, torch.Tensor]] = []
+    modules: list[AudioTextModule] = []
+    forward = AudioTextModule.forward
+
+    def recorded(module: AudioTextModule, batch: Any) -> Any:
+        frames, loss = forward(module, batch)
+        modules.append(module)
+        if not module.training:
+            seen.extend(zip(batch.domains, loss.token_nll.double().split(loss.counts), strict=True))
+        return frames, loss
+
+    monkeypatch.setattr(AudioTextModule, "forward", recorded)
+    overrides = ("hardware.precision=bf16-true", "trainer.max_steps=1", "trainer.generate_clips=100")
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), QUIET).run
+    means = {
+        domain: float(torch.cat([nll for part, nll in seen if part == domain]).mean())
+        for domain in ("speech", "sound", "music")
+    }
+    metrics = json.loads(run.done.read_text())["metrics"]
+    for domain, mean in means.items():
+        assert metrics[f"valid/loss_{domain}"] == pytest.approx(mean, rel=1e-5)
+    assert metrics["valid/loss"] == pytest.approx(sum(means.values()) / 3, rel=1e-5)
+    assert {part.dtype for part in modules[-1].modules() if isinstance(part, Metric)} == {torch.float32}
+    assert {weight.dtype for weight in weights_of(run).values()} == {torch.bfloat16}
+
+
+def test_the_tokens_of_all_ranks_are_counted_whatever_the_precision(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: None)
+    batch, module = SimpleNamespace(supervised_in_step=1001), SimpleNamespace(device=torch.device("cpu"))
+    with HalfPrecision("bf16-true").forward_context():  # of a training step
+        assert int(AudioTextModule._step_tokens(module, batch, ranks=2)) == 1001  # pyright: ignore[reportArgumentType]
+
+
 def test_a_deterministic_run_is_the_same_again(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
     try:
         runs = [
@@ -301,8 +342,17 @@ def test_a_source_of_nothing_but_faults_stops_the_run_with_a_reason(tiny_whisper
     assert len(ledger.read_text().splitlines()) == 256
 
 
-def test_mistakes_are_found_before_anything_is_written(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_what_lightning_refuses_is_said_in_a_sentence(tmp_path: Path):
+    with pytest.raises(UserError, match="This machine cannot run the config"), explained(tmp_path, ranks=1):
+        lightning.Trainer(accelerator="cpu", devices=0, logger=False)
+
+
+def test_mistakes_are_found_before_anything_is_written(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     bad = [
+        (["hardware.accelerator=cuda"], "PyTorch sees no such device here"),
         (["data.train=[{path: nowhere, domain: speech}]"], "There are no shards at nowhere"),
         ([f"model.path={tmp_path}"], "not a usable Whisper checkpoint"),
         (["decoder.max_tokens=1000"], "outside 8 to 448"),

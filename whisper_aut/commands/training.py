@@ -76,7 +76,9 @@ def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, An
 
 
 def _two_steps(settings: Any, config: Path) -> Any:
-    """Return the settings of a dry run; a model that another config would train first is made from that config's sizes."""
+    """Return the settings of a dry run on this node alone; a model that another config would train first is made from its sizes."""
+    import torch
+
     from whisper_aut.settings import CorporaSettings, load_settings
 
     trainer = replace(settings.trainer, max_steps=2, valid_every_steps=2, checkpoint_every_steps=2, log_every_steps=1)
@@ -86,7 +88,19 @@ def _two_steps(settings: Any, config: Path) -> Any:
         model = replace(load_settings(config).model, padding=settings.model.padding)
     probe = replace(settings.probe, tasks=[])
     data = replace(settings.data, valid_clips=2)
-    return replace(settings, trainer=trainer, model=model, data=data, probe=probe, export=[], corpora=CorporaSettings())
+    hardware = replace(settings.hardware, nodes=1)
+    if hardware.accelerator in ("gpu", "cuda") and isinstance(hardware.devices, int) and torch.cuda.is_available():
+        hardware.devices = min(hardware.devices, torch.cuda.device_count())
+    return replace(
+        settings,
+        trainer=trainer,
+        model=model,
+        data=data,
+        probe=probe,
+        hardware=hardware,
+        export=[],
+        corpora=CorporaSettings(),
+    )
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

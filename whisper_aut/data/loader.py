@@ -6,10 +6,14 @@ last batch that was trained on. It counts clips of the order, not steps: another
 another size, go on at the same clip, and none is lost or repeated.
 """
 
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
+from multiprocessing.process import BaseProcess
+from threading import Thread
 from typing import Any
 
 import torch
@@ -32,7 +36,7 @@ def batch_loader(stream: BatchStream, workers: int) -> DataLoader[Batch]:
         num_workers=workers,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_outlive_signals,
     )
 
 
@@ -138,6 +142,19 @@ class TrainLoader:
         return -(-batches // (self.ranks * self.accumulate)) * self.accumulate
 
 
-def _ignore_interrupts(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides what happens, workers only follow.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _outlive_signals(_: int) -> None:
+    """Leave it to the main process what happens: terminals, Slurm and systemd send a signal to all processes, workers only follow."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    main = multiprocessing.parent_process()
+    if main is None or not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by all threads to come
+    Thread(target=_end_with, args=(main,), daemon=True).start()
+
+
+def _end_with(main: BaseProcess) -> None:
+    """End this process at the first SIGTERM that its main process sends, or that comes when that one is gone."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid and main.is_alive():
+        pass
+    os._exit(0)

@@ -12,7 +12,7 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import MeanMetric, Metric, SumMetric
 
 from whisper_aut.corpora.annotation import DOMAINS
 from whisper_aut.data.pack import Batch
@@ -138,6 +138,9 @@ class AudioTextModule(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.generated = []
+        for module in self.modules():
+            if isinstance(module, Metric):  # a module in bfloat16 takes its sums along, and those stop counting at 256
+                module.set_dtype(torch.float32)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if not len(batch):
@@ -195,7 +198,7 @@ class AudioTextModule(lightning.LightningModule):
     def _step_tokens(self, batch: Batch, ranks: int) -> Tensor | int:
         if ranks == 1:
             return max(1, batch.supervised_in_step)
-        tokens = torch.tensor(float(batch.supervised_in_step), device=self.device)
+        tokens = torch.tensor(batch.supervised_in_step, dtype=torch.float32, device=self.device)
         torch.distributed.all_reduce(tokens)
         return tokens.clamp(min=1.0)
 

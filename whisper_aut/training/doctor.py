@@ -6,6 +6,7 @@ them as a table. Nothing is left behind: what has to be written goes to a folder
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 PACKAGES = ("torch", "torchaudio", "lightning", "transformers", "deepspeed", "webdataset")
 REDUCE_TIMEOUT = timedelta(seconds=60)
 LOW_DISK_GIB = 20.0
+DRY_RUN_MINUTES = 60.0  # a first run also downloads its model
 
 
 @dataclass(frozen=True)
@@ -147,16 +149,25 @@ def check_shards(indexes: Sequence[ShardIndex], limits: ClipLimits, policy: Read
     )
 
 
-def check_dry_run(config_yaml: str) -> Finding:
+def check_dry_run(config_yaml: str, minutes: float = DRY_RUN_MINUTES) -> Finding:
     """Train two steps of a config in a process of its own, as it would be launched, and throw the run away."""
     with TemporaryDirectory(prefix="whisper-aut-doctor-") as folder:
         config = Path(folder) / "config.yaml"
         config.write_text(config_yaml)
         command = [sys.executable, "-m", "whisper_aut.cli", "train", str(config), f"runs={folder}/runs"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return Finding("dry run", "fail", f"two steps failed: {(done.stderr.strip() or done.stdout.strip())[-800:]}")
-        line = next((line for line in done.stdout.splitlines() if line.startswith("Trained at")), "")
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+            try:
+                output, errors = process.communicate(timeout=60 * minutes)
+            except BaseException as error:
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks and workers that it started too
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                why = f"two steps were not done after {minutes:g} minutes; whisper-aut train on this node alone shows where it waits"
+                return Finding("dry run", "fail", why)
+        if process.returncode:
+            return Finding("dry run", "fail", f"two steps failed: {(errors.strip() or output.strip())[-800:]}")
+        line = next((line for line in output.splitlines() if line.startswith("Trained at")), "")
     return Finding("dry run", "ok", f"two steps, a validation and a checkpoint. {line}")
 
 

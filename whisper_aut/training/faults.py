@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from whisper_aut.errors import UserError
 from whisper_aut.training.checkpoint import FULL_DISK, existing_parent, full_disk_message
@@ -62,6 +63,20 @@ def check_room(folder: Path, one_checkpoint: int, kept: int) -> str:
     return ""
 
 
+def check_accelerator(accelerator: str) -> None:
+    """Check that a device of the kind that a config asks for is there.
+
+    Raises:
+        UserError: none is.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if not {"gpu": cuda or mps, "cuda": cuda, "mps": mps}.get(accelerator, True):
+        raise UserError(
+            f"hardware.accelerator={accelerator}, and PyTorch sees no such device here. hardware=cpu runs on the CPU, hardware=auto on "
+            "what is there; whisper-aut doctor looks at drivers and devices."
+        )
+
+
 def find_compiler() -> str | None:
     """Return the path of a C++ compiler, or None."""
     named = os.environ.get("CXX")
@@ -87,10 +102,14 @@ def explained(folder: Path, ranks: int) -> Iterator[None]:
     """Turn what the machine did to a run into words.
 
     Raises:
-        UserError: memory or disk ran out, or another rank is gone.
+        UserError: memory or disk ran out, another rank is gone, or Lightning cannot use the devices as the config wants.
     """
     try:
         yield
+    except MisconfigurationException as error:
+        raise UserError(
+            f"This machine cannot run the config as hardware and strategy ask: {' '.join(str(error).split())}"
+        ) from error
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(
             f"The GPU's memory is not enough: {str(error).splitlines()[0]}\n"

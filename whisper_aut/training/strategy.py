@@ -8,7 +8,7 @@ directories of `training.checkpoint`, so a run goes on under another strategy, Z
 import copy
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from torch.optim.lr_scheduler import LambdaLR
 
 from whisper_aut.data.batching import Cursor
 from whisper_aut.errors import UserError
@@ -48,6 +49,7 @@ def build_strategy(
     accelerator: str = "auto",
     skip_to: Cursor | None = None,
     async_checkpoints: bool = False,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Strategy:
     """Return the strategy that a config names.
 
@@ -59,6 +61,7 @@ def build_strategy(
         accelerator: Lightning's, for a run on one device.
         skip_to: a checkpoint is read as if its place in the data were this one.
         async_checkpoints: write them while training goes on.
+        warn: told in a sentence where a checkpoint's learning rates are not this config's.
 
     Raises:
         UserError: offloading without a GPU.
@@ -77,7 +80,7 @@ def build_strategy(
     else:
         strategy = _SingleDevice(_one_device(accelerator))
     strategy.word, strategy.clips_per_step, strategy.skip_to = name, clips_per_step, skip_to
-    strategy.background, strategy.timeout = Background() if async_checkpoints else None, timeout
+    strategy.background, strategy.timeout, strategy.warn = Background() if async_checkpoints else None, timeout, warn
     return strategy
 
 
@@ -87,6 +90,7 @@ class NamedCheckpoints:
     word, clips_per_step = "", 0
     skip_to: Cursor | None = None
     background: Background | None = None
+    warn: Callable[[str], None] = staticmethod(lambda _: None)
     timeout = timedelta(minutes=30)
     _writers: Any = None  # the ranks' threads among themselves: the training's own group is in use meanwhile
 
@@ -180,9 +184,15 @@ class NamedCheckpoints:
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         strategy: Any = self
         self._named_state().fill_moments(read_moments(Path(checkpoint["path"])))
-        for optimizer, schedule in zip(strategy.optimizers, checkpoint["lr_schedulers"], strict=True):
-            for group, rate in zip(optimizer.param_groups, schedule["_last_lr"], strict=True):
+        own = [config.scheduler for config in strategy.lr_scheduler_configs]
+        for optimizer, schedule, state in zip(strategy.optimizers, own, checkpoint["lr_schedulers"], strict=True):
+            before, rates = state["_last_lr"], _take_rates_of(schedule, state)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
+            if rates != before:
+                self.warn(
+                    f"The learning rate was {_span(before)} in the checkpoint; by this config it goes on at {_span(rates)}."
+                )
 
     def _named_state(self) -> PlainState:
         strategy: Any = self
@@ -280,6 +290,19 @@ def _one_device(accelerator: str) -> torch.device:
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return torch.device("mps", 0)
     return torch.device("cpu")
+
+
+def _take_rates_of(schedule: LambdaLR, state: dict[str, Any]) -> list[float]:
+    """Put this config's learning rates into the state of a checkpoint's schedule, and return those at its step."""
+    factors = [factor(state["last_epoch"]) for factor in schedule.lr_lambdas]
+    rates = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    state |= {"base_lrs": schedule.base_lrs, "_last_lr": rates}
+    return rates
+
+
+def _span(rates: Sequence[float]) -> str:
+    lowest, highest = f"{min(rates):.4g}", f"{max(rates):.4g}"
+    return highest if lowest == highest else f"{lowest} to {highest}"
 
 
 def _count_in_micro_batches_of(state: dict[str, Any], accumulate: int) -> None:

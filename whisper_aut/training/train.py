@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from whisper_aut.training.callbacks.sources import SourceEpochs
 from whisper_aut.training.callbacks.stop import CleanStop
 from whisper_aut.training.callbacks.throughput import ThroughputMeter
 from whisper_aut.training.callbacks.world import AnotherWorld, loader_state
-from whisper_aut.training.faults import check_room, checkpoint_bytes, explained
+from whisper_aut.training.faults import check_accelerator, check_room, checkpoint_bytes, explained
 from whisper_aut.training.loggers import build_loggers
 from whisper_aut.training.resume import check_step_size, newest_in, resume_from
 from whisper_aut.training.rundir import RunDirectory, announced, is_first_rank, job_run, latest_run, write_whole
@@ -84,6 +85,7 @@ def train(
     if newest and newest.finished_with(fingerprint) and not fresh:
         console.print(f"[bold]{settings.name}[/]: nothing has changed since {newest.path} was trained; using it.")
         return Trained(newest, reused=True)
+    check_accelerator(settings.hardware.accelerator)
     place = f"{settings.runs}/{settings.name}"
     checkpoint = resume_from(resume, newest, place, lambda line: _say(console, f"[bold yellow]Warning:[/] {line}"))
     if checkpoint and not settings.data.batch_seconds:
@@ -159,6 +161,7 @@ def _fit(
             accelerator=settings.hardware.accelerator,
             skip_to=skip_to,
             async_checkpoints=settings.trainer.async_checkpoints,
+            warn=partial(_warn, console),
         )
         trainer = _trainer(settings, run, strategy, ledger, meter, parts.total_steps, console, extra)
         try:
@@ -196,13 +199,15 @@ def _trainer(
         every_steps=min(every.checkpoint_every_steps, total_steps),
         valid_every_steps=min(every.valid_every_steps, total_steps),
         keep=every.keep_checkpoints,
+        warn=partial(_warn, console),
+        paused=meter.paused,
     )
     guard = Guard(
         ledger,
         max_bad_steps=every.max_bad_steps,
         spike_factor=every.spike_factor,
         rewind=every.on_spike == "rewind",
-        warn=lambda line: _say(console, f"[bold yellow]Warning:[/] {line}"),
+        warn=partial(_warn, console),
     )
     callbacks = [
         guard,
@@ -256,6 +261,10 @@ def _say(console: Console, line: str) -> None:
     """Print once, however many ranks there are."""
     if is_first_rank():
         console.print(line)
+
+
+def _warn(console: Console, line: str) -> None:
+    _say(console, f"[bold yellow]Warning:[/] {line}")
 
 
 def _clips_per_step(settings: Settings) -> int:

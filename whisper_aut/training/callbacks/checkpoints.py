@@ -7,6 +7,8 @@ stopped while it validates loses nothing.
 
 import math
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import lightning
 from whisper_aut.training.checkpoint import BEST, LAST, checkpoint_name, checkpoints_in, point_to
 
 JUDGED_BY = "valid/loss"
+SUPERSEDED = ".superseded-"  # before the name of a checkpoint that the run has gone back behind
 
 
 class RollingCheckpoints(lightning.Callback):
@@ -26,13 +29,29 @@ class RollingCheckpoints(lightning.Callback):
         every_steps: between two.
         valid_every_steps: between two validations.
         keep: how many of the newest stay; the best stays beside them.
+        warn: told what happened, in a sentence.
+        paused: the context in which the run saves and waits for what it saves.
     """
 
-    def __init__(self, folder: Path, *, every_steps: int, valid_every_steps: int, keep: int):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every_steps: int,
+        valid_every_steps: int,
+        keep: int,
+        warn: Callable[[str], None] = lambda _: None,
+        paused: Callable[[lightning.Trainer], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ):
+        self.warn, self.paused = warn, paused
         self.folder, self.every_steps, self.valid_every_steps, self.keep = folder, every_steps, valid_every_steps, keep
         self.best_loss, self.best_step = math.inf, 0
         self.validated_step = -1  # the last one that this process validated
         self._saved = 0  # the step saved last by this process; one from before a resume is written over
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        if trainer.is_global_zero:
+            self._set_aside_after(trainer.global_step)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
@@ -52,7 +71,7 @@ class RollingCheckpoints(lightning.Callback):
         path = self.folder / checkpoint_name(step)
         if trainer.is_global_zero and path.exists():
             point_to(self.folder / BEST, path)
-            self._prune()
+            self._prune(path)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         """Validate the last step where none was due: its figures are those of the run."""
@@ -66,13 +85,15 @@ class RollingCheckpoints(lightning.Callback):
         """Save this step, where it has not been saved yet, and remove what is kept no longer. Asynchronous, it ends with `settle`."""
         path = self.folder / checkpoint_name(trainer.global_step)
         if self._saved != trainer.global_step:
-            trainer.save_checkpoint(path, False, partial(self._written, path))  # the whole state, not the weights alone
+            with self.paused(trainer):
+                trainer.save_checkpoint(path, False, partial(self._written, path))  # the whole state, not the weights alone
             self._saved = trainer.global_step
         return path
 
     def settle(self, trainer: lightning.Trainer) -> None:
         """Wait until what was saved is on the disk; see `NamedCheckpoints.settle_checkpoint`."""
-        trainer.strategy.settle_checkpoint()  # pyright: ignore[reportAttributeAccessIssue]
+        with self.paused(trainer):
+            trainer.strategy.settle_checkpoint()  # pyright: ignore[reportAttributeAccessIssue]
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_loss": self.best_loss, "best_step": self.best_step}
@@ -83,10 +104,31 @@ class RollingCheckpoints(lightning.Callback):
     def _written(self, path: Path) -> None:
         """Called in the first rank when a checkpoint is whole."""
         point_to(self.folder / LAST, path)
-        self._prune()
+        self._prune(path)
 
-    def _prune(self) -> None:
-        kept = {self.folder / checkpoint_name(self.best_step)}
+    def _prune(self, written: Path) -> None:
+        kept = {self.folder / checkpoint_name(self.best_step), written}
         kept |= set(checkpoints_in(self.folder)[-self.keep :])
         for path in set(checkpoints_in(self.folder)) - kept:
             shutil.rmtree(path, ignore_errors=True)
+
+    def _set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints of later steps, which a run that goes on from here gives up: they must not pass for its newest."""
+        later = [path for path in checkpoints_in(self.folder) if path.name > checkpoint_name(step)]
+        if not later:
+            return
+        for path in later:
+            aside = path.with_name(SUPERSEDED + path.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        for path in sorted(self.folder.glob(f"{SUPERSEDED}*"))[: -self.keep]:
+            shutil.rmtree(path, ignore_errors=True)
+        for link, target in ((LAST, checkpoint_name(step)), (BEST, checkpoint_name(self.best_step))):
+            if (self.folder / target).exists():
+                point_to(self.folder / link, self.folder / target)
+            else:
+                (self.folder / link).unlink(missing_ok=True)
+        self.warn(
+            f"{', '.join(path.name for path in later)} in {self.folder} are of later steps than {step}, from which the run goes on. "
+            f"They are named {SUPERSEDED}step-… now and may be deleted."
+        )

@@ -5,6 +5,8 @@ them over the whole run in `summary()`. Validation and checkpoints are not count
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +60,15 @@ class ThroughputMeter(lightning.Callback):
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self._take(trainer, module)
 
+    @contextmanager
+    def paused(self, trainer: lightning.Trainer) -> Iterator[None]:
+        """Leave out the time that is spent inside, once the device has done the steps that are queued."""
+        begun = self._now(trainer)
+        try:
+            yield
+        finally:
+            self._begun += time.perf_counter() - begun
+
     def summary(self, trainer: lightning.Trainer) -> dict[str, float]:
         """Return the figures of the whole run for `done.json`."""
         device = trainer.strategy.root_device
@@ -91,10 +102,7 @@ class ThroughputMeter(lightning.Callback):
         """Close the stretch since figures were last taken."""
         if not self._part.clips:
             return
-        device = trainer.strategy.root_device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
+        device, now = trainer.strategy.root_device, self._now(trainer)
         self._part.add_time(now - self._begun, self._waited)
         figures = self._part.figures(trainer.world_size, self._peak(device)) | {"peak_memory_gib": peak_memory_gib(device)}
         self.shown = f"{figures['audio_seconds_per_second']:.0f}"
@@ -103,6 +111,11 @@ class ThroughputMeter(lightning.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({PREFIX + name: value for name, value in figures.items()}, step=trainer.global_step)
         self._part, self._begun, self._waited = Throughput(), now, 0.0
+
+    def _now(self, trainer: lightning.Trainer) -> float:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize(trainer.strategy.root_device)
+        return time.perf_counter()
 
     def _peak(self, device: torch.device) -> float | None:
         return peak_flops(torch.cuda.get_device_name(device), self.precision) if device.type == "cuda" else None
