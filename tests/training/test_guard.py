@@ -142,3 +142,21 @@ def test_a_spike_goes_back_and_leaves_out_the_data_since(
     train(settings_for(tiny_whisper, tiny_shards, tmp_path / "other", *steps[1:], "trainer.max_steps=36"), QUIET)
     assert [keys for _, keys in derail.read[26:]] == [keys for _, keys in plain.read[26:]]
     assert max(loss for _, loss in read_metrics(run.metrics)["train/loss"][20:]) < 7
+
+
+def test_a_rewound_run_plans_the_epochs_that_are_left(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    chosen = ("data.mode=epochs", "data.batch_clips=4", "trainer.max_epochs=3", "trainer.max_steps=null")
+    steps = ("trainer.checkpoint_every_steps=10", "trainer.valid_every_steps=50")
+    derail = _Derail(25)
+    trainers = watched(monkeypatch, derail)
+    settings = settings_for(
+        tiny_whisper, tiny_shards, tmp_path, *chosen, *steps, "trainer.spike_factor=10", "trainer.on_spike=rewind"
+    )
+    run = train(settings, QUIET).run
+    assert [trainer.max_steps for trainer in trainers] == [33, 27]
+    assert [step for step, _ in derail.read] == [*range(26), *range(20, 27)]
+    done = json.loads(run.done.read_text())
+    assert done["steps"] == 27
+    assert set(done["sources"].values()) == {3.0}

@@ -18,6 +18,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import LearningRateMonitor
 from rich.console import Console
 
+from whisper_aut.data.batching import Cursor
 from whisper_aut.data.ledger import Ledger
 from whisper_aut.data.module import ShardDataModule
 from whisper_aut.errors import UserError
@@ -129,12 +130,12 @@ class _Parts:
     total_steps: int
 
 
-def _build(settings: Settings, checkpoint: Path | None) -> _Parts:
+def _build(settings: Settings, checkpoint: Path | None, skip_to: Cursor | None = None) -> _Parts:
     _seed(settings)
     start = build_start(settings)
     decoder, codec = build_decoder(settings, start)
     data = build_data(settings, codec, start.config.num_mel_bins)
-    total_steps = _total_steps(settings, data, checkpoint)
+    total_steps = _total_steps(settings, data, checkpoint, skip_to)
     module = build_module(settings, start, decoder, codec, total_steps).train()  # transformers loads in eval mode
     return _Parts(start, module, data, total_steps)
 
@@ -173,7 +174,7 @@ def _fit(
                 why = "no checkpoint to go back to" if checkpoint is None else f"gone back {MAX_REWINDS} times already"
                 raise UserError(f"{rewind} The run has {why}. Lower optim.lr, or look at the data around that step.") from None
             _say(console, f"[bold yellow]Warning:[/] {rewind} Going back to {checkpoint}, past the data read since.")
-            skip_to, parts = rewind.cursor, _build(settings, checkpoint)
+            skip_to, parts = rewind.cursor, _build(settings, checkpoint, rewind.cursor)
             if is_first_rank():
                 run.keep_metrics()
     checkpoints = next(callback for callback in trainer.callbacks if isinstance(callback, RollingCheckpoints))  # pyright: ignore
@@ -274,13 +275,11 @@ def _seed(settings: Settings) -> None:
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
 
 
-def _total_steps(settings: Settings, data: ShardDataModule, checkpoint: Path | None) -> int:
-    ranks, epochs = _ranks(settings), settings.trainer.max_epochs
-    begun = loader_state(checkpoint) if checkpoint else None
-    if begun and begun.state["world"] != [ranks, settings.trainer.accumulate]:
-        by_epochs = data.total_steps_resumed(ranks, epochs, begun.state, begun.step)
-    else:
-        by_epochs = data.total_steps(ranks, epochs)
+def _total_steps(settings: Settings, data: ShardDataModule, checkpoint: Path | None, skip_to: Cursor | None) -> int:
+    ranks = _ranks(settings)
+    if checkpoint and (begun := loader_state(checkpoint)):
+        data.go_on(ranks, begun.state, begun.step, skip_to)
+    by_epochs = data.total_steps(ranks, settings.trainer.max_epochs)
     return min(by_epochs, settings.trainer.max_steps) if settings.trainer.max_steps else by_epochs
 
 
