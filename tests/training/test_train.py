@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,19 @@ def test_other_strategies_train_to_the_same_weights(tiny_whisper: Path, tiny_sha
     other = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "other", f"strategy={strategy}"), QUIET).run
     metrics = [json.loads(run.done.read_text())["metrics"] for run in (plain, other)]
     assert metrics[0]["valid/loss"] == pytest.approx(metrics[1]["valid/loss"], abs=1e-4)
+
+
+@pytest.mark.timeout(120)
+def test_a_run_ends_with_its_data_however_many_steps_were_planned(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(train_module.ShardDataModule, "total_steps", lambda *_: 20)
+    overrides = ("data.mode=epochs", "data.batch_clips=8", "trainer.max_epochs=2", "trainer.max_steps=null")
+    shown = Console(record=True, file=StringIO(), width=200)
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), shown).run
+    assert "The training data ended after step 12 of 20 planned" in shown.export_text()
+    assert json.loads(run.done.read_text())["steps"] == 12
+    assert read_manifest(run.last_checkpoint).step == 12
 
 
 def test_a_pipe_is_read_where_it_is_allowed_and_only_there(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):

@@ -36,6 +36,7 @@ from whisper_aut.training.build import (
     trainer_arguments,
 )
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
+from whisper_aut.training.callbacks.exhaustion import Exhaustion
 from whisper_aut.training.callbacks.guard import Guard, Rewind
 from whisper_aut.training.callbacks.ledger import LedgerCallback
 from whisper_aut.training.callbacks.progress import RunProgressBar
@@ -200,12 +201,16 @@ def _trainer(
         valid_every_steps=min(every.valid_every_steps, total_steps),
         keep=every.keep_checkpoints,
     )
+
+    def warn(line: str) -> None:
+        _say(console, f"[bold yellow]Warning:[/] {line}")
+
     guard = Guard(
         ledger,
         max_bad_steps=every.max_bad_steps,
         spike_factor=every.spike_factor,
         rewind=every.on_spike == "rewind",
-        warn=lambda line: _say(console, f"[bold yellow]Warning:[/] {line}"),
+        warn=warn,
     )
     callbacks = [
         guard,
@@ -214,6 +219,7 @@ def _trainer(
         LedgerCallback(ledger),
         SourceEpochs(),
         AnotherWorld(),
+        Exhaustion(checkpoints, warn),
         SampleWriter(run.path / "samples.jsonl", console),
         CleanStop(checkpoints),
         meter,
