@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from rich.console import Console
 
 from whisper_aut.data.batching import Cursor
-from whisper_aut.data.ledger import Ledger
+from whisper_aut.data.ledger import Ledger, by_source
 from whisper_aut.data.module import ShardDataModule
 from whisper_aut.errors import UserError
 from whisper_aut.model.module import AudioTextModule
@@ -38,7 +38,7 @@ from whisper_aut.training.build import (
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
 from whisper_aut.training.callbacks.exhaustion import Exhaustion
 from whisper_aut.training.callbacks.guard import Guard, Rewind
-from whisper_aut.training.callbacks.ledger import LedgerCallback
+from whisper_aut.training.callbacks.ledger import LedgerCallback, refused_by_all_ranks
 from whisper_aut.training.callbacks.progress import RunProgressBar
 from whisper_aut.training.callbacks.samples import SampleWriter
 from whisper_aut.training.callbacks.sources import SourceEpochs
@@ -248,17 +248,19 @@ def _finish(
     fingerprint: str,
     console: Console,
 ) -> None:
+    refused = refused_by_all_ranks(ledger)
     if not trainer.is_global_zero:
         return
     guard = next(callback for callback in trainer.callbacks if isinstance(callback, Guard))  # pyright: ignore[reportAttributeAccessIssue]
     figures = {**guard.figures, **trainer.callback_metrics, **meter.summary(trainer)}
     metrics = {name: round(float(value), 6) for name, value in figures.items() if math.isfinite(value)}  # JSON has no NaN
     console.print(meter.closing_line(trainer))
-    done = {"fingerprint": fingerprint, "steps": trainer.global_step, "metrics": metrics, "refused": ledger.summary()}
+    done = {"fingerprint": fingerprint, "steps": trainer.global_step, "metrics": metrics, "refused": by_source(refused)}
     done["sources"] = {root: round(epochs, 4) for root, epochs in data.source_epochs(data.position).items()}
     write_whole(run.done, json.dumps(done, indent=1))
-    if ledger.total:
-        console.print(f"{ledger.total} samples were refused; {run.path / 'ledger.jsonl'} lists them.")
+    if refused:
+        files = "ledger.jsonl" if trainer.world_size == 1 else "ledger*.jsonl"
+        console.print(f"{refused.total()} samples were refused; {run.path / files} lists them.")
 
 
 def _say(console: Console, line: str) -> None:
