@@ -37,6 +37,25 @@ def test_a_few_early_refusals_do_not_stop_a_run():
     assert ledger.total == 5
 
 
+def test_validation_counts_but_is_no_part_of_the_share():
+    ledger = Ledger(None, max_share=0.01)
+    ledger.record(["a"] * MIN_SEEN, [])
+    ledger.record_validation([refusal("a")] * MIN_SEEN)
+    ledger.record([], [refusal("a")])
+    assert ledger.summary() == {"a": {"silent audio": 1}}, "it has not come to its end"
+    ledger.validated = True
+    assert ledger.summary() == {"a": {"silent audio": MIN_SEEN + 1}}
+
+
+def test_what_was_counted_before_is_taken_over_once():
+    ledger = Ledger(None)
+    ledger.go_on({"a": {"silent audio": 2}}, validated=True)
+    assert (dict(ledger.earlier), ledger.validated, ledger.total) == ({("a", "silent audio"): 2}, True, 0)
+    ledger.record(["a"], [refusal("a")])
+    ledger.go_on({"a": {"silent audio": 3}}, validated=False)
+    assert (dict(ledger.earlier), ledger.validated, ledger.total) == ({("a", "silent audio"): 2}, True, 1)
+
+
 def test_one_bad_source_is_not_hidden_by_a_good_one():
     ledger = Ledger(None, max_share=0.05)
     ledger.record(["good"] * 10_000, [])

@@ -2,6 +2,7 @@
 
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.conftest import encode_audio, tone, write_shards
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.shards import ShardFolder, open_index
-from whisper_aut.data.batching import Cursor
+from whisper_aut.data.batching import Cursor, batches_from
 from whisper_aut.data.example import ExampleBuilder
 from whisper_aut.data.logmel import LogMel
 from whisper_aut.data.module import ShardDataModule
@@ -117,6 +118,59 @@ def test_an_epoch_follows_one_whose_batches_were_counted_and_not_exhausted(tiny_
 def test_an_epoch_smaller_than_a_step_is_a_clear_error(tiny_shards: Path, build: ExampleBuilder):
     with pytest.raises(UserError, match=r"holds no step.*data\.batch_clips"):
         data_module(tiny_shards, build, samples_per_epoch=2).train_dataloader()
+
+
+class Leg:
+    """A run on so many ranks, without its audio: begun anew or where another leg stopped."""
+
+    def __init__(self, root: Path, build: ExampleBuilder, ranks: int, before: "Leg | None" = None, **options: object):
+        self.module = data_module(root, build, **options)
+        self.ranks, self.step, self.epochs = ranks, before.step if before else 0, int(str(options.get("epochs") or 1))
+        if before:
+            self.module.go_on(ranks, before.loader.state_dict(), before.step)
+        self.plan = self.module.total_steps(ranks, self.epochs)
+        self.module._place = lambda: (0, ranks)
+        self.loader = self.module.train_dataloader()
+        if before:
+            self.loader.load_state_dict(before.loader.state_dict())
+
+    def take(self, steps: int) -> "Leg":
+        order = self.module.order
+        for _ in range(steps):
+            clips = order.epoch_clips
+            end = (self.loader.cursor.position // clips + 1) * clips if clips else None
+            *_, (_, self.loader.cursor) = islice(batches_from(self.module.batching, self.loader.cursor, end), self.ranks)
+        self.step += steps
+        return self
+
+
+@pytest.mark.parametrize("worlds", [(4, 2, 2, 2), (2, 4, 4, 4), (4, 2, 1, 1), (1, 2, 4, 1)], ids=str)
+@pytest.mark.parametrize("mode", ["mixture", "epochs"])
+def test_a_run_that_changes_its_ranks_again_and_again_reads_its_epochs_and_no_more(
+    tiny_shards: Path, build: ExampleBuilder, mode: str, worlds: tuple[int, ...]
+):
+    """Steps measured in seconds have the size of their ranks. A leg in the same world keeps the plan of the one before."""
+    build = replace(build, limits=ClipLimits(max_seconds=3.0))
+    of_mode = {"epochs": 3} if mode == "epochs" else {"samples_per_epoch": 600}
+    options = {"batch_seconds": 5.0, **of_mode}
+    leg = Leg(tiny_shards, build, worlds[0], **options)
+    for ranks in worlds[1:]:
+        before = leg.take((leg.plan - leg.step) // 3)
+        leg = Leg(tiny_shards, build, ranks, before, **options)
+        assert leg.ranks != before.ranks or leg.plan == before.plan
+    leg.take(leg.plan - leg.step)
+    if mode == "epochs":
+        assert leg.loader.cursor == (3 * 43, 0)
+    else:
+        clips = 5.0 / leg.module.batching.mean_seconds  # pyright: ignore[reportAttributeAccessIssue]
+        read = leg.loader.cursor.position + leg.loader.cursor.taken * clips
+        assert read == pytest.approx(600, abs=4 * clips + 0.1 * 600)
+
+
+def test_steps_end_with_the_data_that_a_rewind_has_left(tiny_shards: Path, build: ExampleBuilder):
+    leg = Leg(tiny_shards, build, 1, epochs=2).take(4)
+    leg.module.go_on(1, leg.loader.state_dict(), leg.step, skip_to=Cursor(30))
+    assert leg.module.total_steps(1, 2) == 4 + 5 + 15, "13 clips of the first epoch are left, and the second"
 
 
 def faulty_shards(folder: Path) -> Path:

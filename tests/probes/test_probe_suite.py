@@ -11,9 +11,6 @@ from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.shards import ShardFolder
 from whisper_aut.errors import UserError
 from whisper_aut.pipeline import encoder_names
-from whisper_aut.probes import protocols
-
-
 from whisper_aut.probes import metrics, protocols
 from whisper_aut.probes.baseline import BASELINE_NAME, LogMelBaseline
 from whisper_aut.probes.embed import EmbedSettings

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from rich.console import Console
 
 from whisper_aut.errors import Preempted, UserError
@@ -30,7 +31,8 @@ class Chronicle(lightning.Callback):
 
     Args:
         file: where.
-        fault: `{"kind", "step", "rank"}`; kinds are names of signals, of which SIGKILL leaves no time for anything.
+        fault: `{"kind", "step", "rank"}`; kinds are `poison`, by which a clip is no number, and names of signals, of which SIGKILL
+            leaves no time for anything.
     """
 
     def __init__(self, file: Path, fault: dict[str, Any]):
@@ -39,7 +41,10 @@ class Chronicle(lightning.Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         self.file.write(json.dumps({"step": trainer.global_step, "batch": batch_idx, "keys": batch.keys}) + "\n")
         if self.fault.get("step") == trainer.global_step and self.fault["rank"] in (RANK, "all") and "kind" in self.fault:
-            os.kill(os.getpid(), getattr(signal, self.fault["kind"]))
+            if self.fault["kind"] == "poison":
+                batch.mel[0] = torch.nan
+            else:
+                os.kill(os.getpid(), getattr(signal, self.fault["kind"]))
 
 
 def die_while_writing(rank: int) -> None:

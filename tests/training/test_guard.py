@@ -73,7 +73,8 @@ def test_too_many_bad_steps_stop_the_run(
     assert read_manifest(last).step == 4  # of the validation: nothing was written behind the fault
 
 
-def test_a_gradient_without_a_culprit_names_the_clips_of_the_step(tmp_path: Path):
+@pytest.mark.parametrize("another_rank_names_one", [False, True])
+def test_a_gradient_without_a_culprit_names_the_clips_of_the_step(tmp_path: Path, another_rank_names_one: bool):
     class Step:
         clips = (("sound", "a"), ("speech", "b"))
 
@@ -81,19 +82,25 @@ def test_a_gradient_without_a_culprit_names_the_clips_of_the_step(tmp_path: Path
             return []
 
     class Module:
-        seen = (Step(),)
+        seen, device = (Step(),), "cpu"
 
         def log(self, *_: Any, **__: Any) -> None: ...
 
+    class Strategy:
+        def reduce(self, value: torch.Tensor, reduce_op: str) -> torch.Tensor:
+            return torch.tensor(max(float(value), float(another_rank_names_one)))
+
     class Trainer:
-        global_step = 7
+        global_step, world_size, strategy = 7, 2, Strategy()
 
     said: list[str] = []
     ledger = Ledger(tmp_path / "ledger.jsonl")
     guard = Guard(ledger, max_bad_steps=2, warn=said.append)
     guard._count_bad(Trainer(), Module())  # pyright: ignore[reportArgumentType]
-    lines = [json.loads(line) for line in ledger.path.read_text().splitlines()]  # pyright: ignore[reportOptionalMemberAccess]
-    assert [(line["key"], line["reason"]) for line in lines] == [("a", "non-finite gradient"), ("b", "non-finite gradient")]
+    written = (tmp_path / "ledger.jsonl").read_text() if (tmp_path / "ledger.jsonl").exists() else ""
+    lines = [json.loads(line) for line in written.splitlines()]
+    innocent = [] if another_rank_names_one else [("a", "non-finite gradient"), ("b", "non-finite gradient")]
+    assert [(line["key"], line["reason"]) for line in lines] == innocent
     assert "Step 7 was left out on all ranks" in said[0]
     assert guard.state_dict()["streak"] == 1
 
@@ -142,3 +149,21 @@ def test_a_spike_goes_back_and_leaves_out_the_data_since(
     train(settings_for(tiny_whisper, tiny_shards, tmp_path / "other", *steps[1:], "trainer.max_steps=36"), QUIET)
     assert [keys for _, keys in derail.read[26:]] == [keys for _, keys in plain.read[26:]]
     assert max(loss for _, loss in read_metrics(run.metrics)["train/loss"][20:]) < 7
+
+
+def test_a_rewound_run_plans_the_epochs_that_are_left(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    chosen = ("data.mode=epochs", "data.batch_clips=4", "trainer.max_epochs=3", "trainer.max_steps=null")
+    steps = ("trainer.checkpoint_every_steps=10", "trainer.valid_every_steps=50")
+    derail = _Derail(25)
+    trainers = watched(monkeypatch, derail)
+    settings = settings_for(
+        tiny_whisper, tiny_shards, tmp_path, *chosen, *steps, "trainer.spike_factor=10", "trainer.on_spike=rewind"
+    )
+    run = train(settings, QUIET).run
+    assert [trainer.max_steps for trainer in trainers] == [33, 27]
+    assert [step for step, _ in derail.read] == [*range(26), *range(20, 27)]
+    done = json.loads(run.done.read_text())
+    assert done["steps"] == 27
+    assert set(done["sources"].values()) == {3.0}

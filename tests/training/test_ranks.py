@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,3 +129,28 @@ def test_a_run_goes_on_with_other_ranks_and_stages(first: tuple[str, ...], then:
     for name, run in pieces.items():
         assert curve(run) == pytest.approx(curve(whole), abs=1e-4), name
         assert_close_weights(run, whole, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_refusals_and_bad_clips_are_those_of_all_ranks(tmp_path: Path, tiny_whisper: Path, tiny_shards: Path):
+    """Clips of a damaged shard fall to both ranks; the counts go on over a stop, on another number of ranks too."""
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    damaged = sorted((shards / "speech").glob("*.tar"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:700])
+    jobs = Jobs(tmp_path, tiny_whisper, shards)
+    share = "data.max_refused_share=1"
+    whole = jobs.add("whole", share, *ONE_RANK)
+    jobs.done(ranks=1)
+    poisoned = jobs.add("poisoned", share, *TWO_RANKS, fault={"kind": "poison", "step": 3, "rank": 1})
+    parts = jobs.add("parts", share, *TWO_RANKS, fault={"kind": "SIGTERM", "step": 7, "rank": 1})
+    assert "Preempted" in jobs.run(ranks=2).stdout
+    jobs.add("parts", share, *ONE_RANK, resume="auto")
+    jobs.done(ranks=1)
+    refused = [json.loads(run.done.read_text())["refused"] for run in (whole, poisoned, parts)]
+    assert refused[0] == refused[1] == refused[2] != {}
+    by_rank = [[json.loads(line) for line in poisoned.ledger(rank).read_text().splitlines()] for rank in (0, 1)]
+    reasons = [[line["reason"] for line in lines] for lines in by_rank]
+    assert set(reasons[0]) == {"bad tar"}
+    assert set(reasons[1]) == {"bad tar", "non-finite loss"}
+    written = (reasons[0] + reasons[1]).count("bad tar")
+    assert written == sum(sum(counts.values()) for counts in refused[0].values())

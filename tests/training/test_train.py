@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -281,6 +282,39 @@ def test_a_damaged_shard_costs_its_samples_and_no_more(tiny_whisper: Path, tiny_
     assert json.loads(run.done.read_text())["steps"] == 6
 
 
+@pytest.mark.parametrize("step", [2, 4], ids=["before the first validation", "behind it"])
+def test_refusals_are_counted_once_over_validations_and_resumes(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+):
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    damaged = sorted((shards / "speech").glob("*.tar"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:700])
+    valid = f"data.valid=[{{path: {tmp_path / 'valid'}, domain: speech}}]"
+    (tmp_path / "valid").symlink_to(shards / "speech")
+    overrides = ("data.max_refused_share=1", "data.valid_clips=3", "trainer.valid_every_steps=4", valid)
+    whole = train(settings_for(tiny_whisper, shards, tmp_path / "whole", *overrides), QUIET).run
+    expected = json.loads(whole.done.read_text())["refused"]
+    assert expected[str(tmp_path / "valid")] == {"bad tar": 3}
+    lines = (whole.path / "ledger.jsonl").read_text().splitlines()
+    assert len(lines) == sum(sum(reasons.values()) for reasons in expected.values()) > 3
+    logged = read_metrics(whole.metrics)["data/refused"]
+    assert logged[-1][1] == len(lines)
+    settings = settings_for(tiny_whisper, shards, tmp_path / "parts", *overrides)
+    with monkeypatch.context() as patch:
+        original = train_module._trainer
+
+        def make(*arguments: Any) -> lightning.Trainer:
+            trainer = original(*arguments)
+            trainer.callbacks.insert(0, _SignalAt(step, signal.SIGTERM))  # pyright: ignore[reportAttributeAccessIssue]
+            return trainer
+
+        patch.setattr(train_module, "_trainer", make)
+        with pytest.raises(Preempted):
+            train(settings, QUIET)
+    resumed = train(settings, QUIET, resume="auto").run
+    assert json.loads(resumed.done.read_text())["refused"] == expected
+
+
 def test_accumulated_micro_batches_equal_one_big_batch(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
     """Texts differ in length, so averaging the averages of micro-batches would give other weights."""
     big = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "big", "data.batch_clips=6"), QUIET).run
@@ -375,6 +409,19 @@ def test_other_strategies_train_to_the_same_weights(tiny_whisper: Path, tiny_sha
     other = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "other", f"strategy={strategy}"), QUIET).run
     metrics = [json.loads(run.done.read_text())["metrics"] for run in (plain, other)]
     assert metrics[0]["valid/loss"] == pytest.approx(metrics[1]["valid/loss"], abs=1e-4)
+
+
+@pytest.mark.timeout(120)
+def test_a_run_ends_with_its_data_however_many_steps_were_planned(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(train_module.ShardDataModule, "total_steps", lambda *_: 20)
+    overrides = ("data.mode=epochs", "data.batch_clips=8", "trainer.max_epochs=2", "trainer.max_steps=null")
+    shown = Console(record=True, file=StringIO(), width=200)
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), shown).run
+    assert "The training data ended after step 12 of 20 planned" in shown.export_text()
+    assert json.loads(run.done.read_text())["steps"] == 12
+    assert read_manifest(run.last_checkpoint).step == 12
 
 
 def test_a_pipe_is_read_where_it_is_allowed_and_only_there(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):

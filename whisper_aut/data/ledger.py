@@ -6,7 +6,7 @@ summary and the report. When too large a share of a source is refused, the run s
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -29,6 +29,9 @@ class Ledger:
         self.path, self.max_share = path, max_share
         self.seen: Counter[str] = Counter()
         self.refused: Counter[tuple[str, str]] = Counter()
+        self.refused_in_validation: Counter[tuple[str, str]] = Counter()
+        self.earlier: Counter[tuple[str, str]] = Counter()  # of the run before this process, over all ranks
+        self.validated = False  # a validation of the run was recorded to its end
         self._file: TextIO | None = None
 
     def record(self, sources: Iterable[str], refusals: Sequence[Refusal]) -> None:
@@ -39,27 +42,40 @@ class Ledger:
         """
         self.seen.update(sources)
         for refusal in refusals:
-            folder = refusal.source.rsplit("/", 1)[0]
-            self.seen[folder] += refusal.reason not in WISHED
-            self.refused[folder, str(refusal.reason)] += 1
+            self.seen[_folder(refusal)] += refusal.reason not in WISHED
+            self.refused[_folder(refusal), str(refusal.reason)] += 1
             self._write(refusal)
         if refusals:
             self._check()
+
+    def record_validation(self, refusals: Sequence[Refusal]) -> None:
+        """Count what a batch of validation refuses, apart: the share that may be refused is of training clips."""
+        for refusal in refusals:
+            self.refused_in_validation[_folder(refusal), str(refusal.reason)] += 1
+            self._write(refusal)
+
+    def go_on(self, refused: Mapping[str, Mapping[str, int]], validated: bool) -> None:
+        """Add what the run had counted up to a checkpoint, unless this process counted it itself: a rewind reads nothing again."""
+        if not self.seen:
+            self.earlier = Counter({(source, reason): n for source, counts in refused.items() for reason, n in counts.items()})
+            self.validated = validated
 
     def note(self, refusal: Refusal) -> None:
         """Write down a clip that was trained on and gave trouble, without counting it as refused."""
         self._write(refusal)
 
     @property
+    def counts(self) -> Counter[tuple[str, str]]:
+        """Refusals of this rank in this process, by source and reason; a validation that is broken off comes again, and counts then."""
+        return self.refused + self.refused_in_validation if self.validated else self.refused
+
+    @property
     def total(self) -> int:
-        return sum(self.refused.values())
+        return self.counts.total()
 
     def summary(self) -> dict[str, dict[str, int]]:
         """Return refusals by source and reason."""
-        result: dict[str, dict[str, int]] = {}
-        for (source, reason), count in sorted(self.refused.items()):
-            result.setdefault(source, {})[reason] = count
-        return result
+        return by_source(self.counts)
 
     def close(self) -> None:
         if self._file:
@@ -87,3 +103,15 @@ class Ledger:
                     f"{refused} of {seen} samples of {source} were refused ({listed}); data.max_refused_share allows "
                     f"{self.max_share:.1%}.{where} Mend the source, or raise data.max_refused_share."
                 )
+
+
+def by_source(counts: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
+    """Return counts by source, then by reason, as files hold them."""
+    result: dict[str, dict[str, int]] = {}
+    for (source, reason), count in sorted(counts.items()):
+        result.setdefault(source, {})[reason] = count
+    return result
+
+
+def _folder(refusal: Refusal) -> str:
+    return refusal.source.rsplit("/", 1)[0]

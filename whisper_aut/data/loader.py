@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -40,6 +40,13 @@ def batch_loader(stream: BatchStream, workers: int) -> DataLoader[Batch]:
     )
 
 
+class Stretch(NamedTuple):
+    """Steps of one size: behind which optimiser step they begin, and where in the data. The steps of a whole run are counted by it."""
+
+    step: int = 0
+    cursor: Cursor = Cursor()
+
+
 class TrainLoader:
     """One epoch after another of the training stream.
 
@@ -51,6 +58,7 @@ class TrainLoader:
         accumulate: micro-batches per optimiser step.
         ranks: processes that share each row of micro-batches.
         workers: decoding processes.
+        stretch: the present one, for checkpoints.
     """
 
     def __init__(
@@ -63,10 +71,11 @@ class TrainLoader:
         accumulate: int,
         ranks: int,
         workers: int,
+        stretch: Stretch = Stretch(),  # noqa: B008 — immutable
     ):
         self.make_stream, self.order, self.batching = make_stream, order, batching
         self.steps_per_epoch, self.accumulate, self.ranks, self.workers = steps_per_epoch, accumulate, ranks, workers
-        self.cursor, self.in_epoch = Cursor(), 0
+        self.stretch, self.cursor, self.in_epoch = stretch, Cursor(), 0
         self._length: tuple[int, int] = (-1, 0)  # of which epoch, and how many batches
 
     def __len__(self) -> int:
@@ -102,7 +111,7 @@ class TrainLoader:
             "order": self.order.fingerprint(),
             "batching": self.batching.fingerprint(),
             "world": [self.ranks, self.accumulate],
-            "steps_per_epoch": self.steps_per_epoch,
+            "stretch": [self.stretch.step, *self.stretch.cursor],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

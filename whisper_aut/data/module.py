@@ -4,6 +4,7 @@ In: sources with their shards, shares, and an `ExampleBuilder`. Out: loaders in 
 Next: the Trainer.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from whisper_aut.data.augment import Augment
 from whisper_aut.data.batching import ByClips, BySeconds, Cursor
 from whisper_aut.data.example import ExampleBuilder
 from whisper_aut.data.features import DeviceFeatures
-from whisper_aut.data.loader import TrainLoader, batch_loader
+from whisper_aut.data.loader import Stretch, TrainLoader, batch_loader
 from whisper_aut.data.order import EpochOrder, MixtureOrder, SequentialOrder, SourceShape
 from whisper_aut.data.pack import Batch
 from whisper_aut.data.stream import BatchStream, StreamSource
@@ -80,6 +81,7 @@ class ShardDataModule(lightning.LightningDataModule):
         self.accumulate, self.workers = accumulate, workers
         self.samples_per_epoch = samples_per_epoch or sum(source.index.samples for source in train)
         self.position = 0  # clips of the order trained on, over all ranks; with `batch_seconds` to the start of a chunk
+        self.stretch = Stretch()
         self._loader: TrainLoader | None = None
 
     @property
@@ -98,8 +100,7 @@ class ShardDataModule(lightning.LightningDataModule):
         """
         if self.order.epoch_clips:
             return self._steps_of_epochs(ranks, 1, Cursor())
-        batching = self.batching
-        clips = batching.clips if isinstance(batching, ByClips) else batching.budget_ms / 1000 / batching.mean_seconds
+        clips = self._batch_clips
         steps = int(self.samples_per_epoch / (clips * ranks * self.accumulate))
         if not steps:
             raise UserError(
@@ -110,22 +111,33 @@ class ShardDataModule(lightning.LightningDataModule):
         return steps
 
     def total_steps(self, ranks: int, epochs: int) -> int:
-        """Return the optimiser steps of so many epochs."""
-        return (
-            self._steps_of_epochs(ranks, epochs, Cursor()) if self.order.epoch_clips else epochs * self.steps_per_epoch(ranks)
-        )
+        """Return at which optimiser step so many epochs end: what lies behind the stretch's beginning goes by steps of today's size."""
+        step, cursor = self.stretch
+        if self.order.epoch_clips:
+            return step + self._steps_of_epochs(ranks, epochs, cursor)
+        clips_before = cursor.position + cursor.taken * self._batch_clips
+        steps_before = clips_before / (self._batch_clips * ranks * self.accumulate)
+        return step + max(0, math.ceil(epochs * self.steps_per_epoch(ranks) - steps_before))
 
-    def total_steps_resumed(self, ranks: int, epochs: int, state: dict[str, Any], step: int) -> int:
-        """Return at which optimiser step a run ends that goes on from a checkpoint, perhaps with steps of another size.
+    def go_on(self, ranks: int, state: dict[str, Any], step: int, skip_to: Cursor | None = None) -> None:
+        """Count the steps of a run that goes on from a checkpoint: where they have another size than before, a new stretch begins.
+
+        An order that has epochs of its own counts from the checkpoint in any case; what is skipped of an endless one is made up for.
 
         Args:
             state: of the loader.
             step: how many optimiser steps were taken.
+            skip_to: where the data goes on instead.
         """
+        same_steps = state["world"] == [ranks, self.accumulate] and state["batching"] == self.batching.fingerprint()
+        here = Cursor(state["position"], state["taken"])
         if self.order.epoch_clips:
-            return step + self._steps_of_epochs(ranks, epochs, Cursor(state["position"], state["taken"]))
-        total, before = epochs * self.steps_per_epoch(ranks), epochs * state["steps_per_epoch"]
-        return step + round(total * max(0.0, 1 - step / before))
+            self.stretch = Stretch(step, skip_to or here)
+        elif same_steps:
+            begun, *place = state.get("stretch", (0, 0, 0))
+            self.stretch = Stretch(begun, Cursor(*place))
+        else:
+            self.stretch = Stretch(step, here)
 
     def source_epochs(self, position: int) -> dict[str, float]:
         """Return how often each training source has been gone through before a position, by its folder."""
@@ -143,6 +155,7 @@ class ShardDataModule(lightning.LightningDataModule):
                 accumulate=self.accumulate,
                 ranks=ranks,
                 workers=self.workers,
+                stretch=self.stretch,
             )
         return self._loader
 
@@ -157,6 +170,12 @@ class ShardDataModule(lightning.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         return self.features(batch)
+
+    @property
+    def _batch_clips(self) -> float:
+        """Clips of a micro-batch, on average."""
+        batching = self.batching
+        return batching.clips if isinstance(batching, ByClips) else batching.budget_ms / 1000 / batching.mean_seconds
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

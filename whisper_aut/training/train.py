@@ -19,7 +19,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import LearningRateMonitor
 from rich.console import Console
 
-from whisper_aut.data.ledger import Ledger
+from whisper_aut.data.batching import Cursor
+from whisper_aut.data.ledger import Ledger, by_source
 from whisper_aut.data.module import ShardDataModule
 from whisper_aut.errors import UserError
 from whisper_aut.model.module import AudioTextModule
@@ -34,8 +35,9 @@ from whisper_aut.training.build import (
     trainer_arguments,
 )
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
+from whisper_aut.training.callbacks.exhaustion import Exhaustion
 from whisper_aut.training.callbacks.guard import Guard, Rewind
-from whisper_aut.training.callbacks.ledger import LedgerCallback
+from whisper_aut.training.callbacks.ledger import LedgerCallback, refused_by_all_ranks
 from whisper_aut.training.callbacks.progress import RunProgressBar
 from whisper_aut.training.callbacks.samples import SampleWriter
 from whisper_aut.training.callbacks.sources import SourceEpochs
@@ -96,7 +98,7 @@ def train(
         checkpoint_bytes(parts.module),
         settings.trainer.keep_checkpoints + 1,
     ):
-        _say(console, f"[bold yellow]Warning:[/] {warning}")
+        _warn(console, warning)
     facts = {
         "fingerprint": fingerprint,
         "start": {"path": parts.start.path, "revision": parts.start.revision},
@@ -129,12 +131,12 @@ class _Parts:
     total_steps: int
 
 
-def _build(settings: Settings, checkpoint: Path | None) -> _Parts:
+def _build(settings: Settings, checkpoint: Path | None, skip_to: Cursor | None = None) -> _Parts:
     _seed(settings)
     start = build_start(settings)
     decoder, codec = build_decoder(settings, start)
     data = build_data(settings, codec, start.config.num_mel_bins)
-    total_steps = _total_steps(settings, data, checkpoint)
+    total_steps = _total_steps(settings, data, checkpoint, skip_to)
     module = build_module(settings, start, decoder, codec, total_steps).train()  # transformers loads in eval mode
     return _Parts(start, module, data, total_steps)
 
@@ -174,7 +176,7 @@ def _fit(
                 why = "no checkpoint to go back to" if checkpoint is None else f"gone back {MAX_REWINDS} times already"
                 raise UserError(f"{rewind} The run has {why}. Lower optim.lr, or look at the data around that step.") from None
             _say(console, f"[bold yellow]Warning:[/] {rewind} Going back to {checkpoint}, past the data read since.")
-            skip_to, parts = rewind.cursor, _build(settings, checkpoint)
+            skip_to, parts = rewind.cursor, _build(settings, checkpoint, rewind.cursor)
             if is_first_rank():
                 run.keep_metrics()
     checkpoints = next(callback for callback in trainer.callbacks if isinstance(callback, RollingCheckpoints))  # pyright: ignore
@@ -193,13 +195,13 @@ def _trainer(
     console: Console,
     extra: Sequence[lightning.Callback],
 ) -> lightning.Trainer:
-    every = settings.trainer
+    every, warn = settings.trainer, partial(_warn, console)
     checkpoints = RollingCheckpoints(
         run.checkpoints,
         every_steps=min(every.checkpoint_every_steps, total_steps),
         valid_every_steps=min(every.valid_every_steps, total_steps),
         keep=every.keep_checkpoints,
-        warn=partial(_warn, console),
+        warn=warn,
         paused=meter.paused,
     )
     guard = Guard(
@@ -207,7 +209,7 @@ def _trainer(
         max_bad_steps=every.max_bad_steps,
         spike_factor=every.spike_factor,
         rewind=every.on_spike == "rewind",
-        warn=partial(_warn, console),
+        warn=warn,
     )
     callbacks = [
         guard,
@@ -216,6 +218,7 @@ def _trainer(
         LedgerCallback(ledger),
         SourceEpochs(),
         AnotherWorld(),
+        Exhaustion(checkpoints, warn),
         SampleWriter(run.path / "samples.jsonl", console),
         CleanStop(checkpoints),
         meter,
@@ -244,17 +247,19 @@ def _finish(
     fingerprint: str,
     console: Console,
 ) -> None:
+    refused = refused_by_all_ranks(ledger)
     if not trainer.is_global_zero:
         return
     guard = next(callback for callback in trainer.callbacks if isinstance(callback, Guard))  # pyright: ignore[reportAttributeAccessIssue]
     figures = {**guard.figures, **trainer.callback_metrics, **meter.summary(trainer)}
     metrics = {name: round(float(value), 6) for name, value in figures.items() if math.isfinite(value)}  # JSON has no NaN
     console.print(meter.closing_line(trainer))
-    done = {"fingerprint": fingerprint, "steps": trainer.global_step, "metrics": metrics, "refused": ledger.summary()}
+    done = {"fingerprint": fingerprint, "steps": trainer.global_step, "metrics": metrics, "refused": by_source(refused)}
     done["sources"] = {root: round(epochs, 4) for root, epochs in data.source_epochs(data.position).items()}
     write_whole(run.done, json.dumps(done, indent=1))
-    if ledger.total:
-        console.print(f"{ledger.total} samples were refused; {run.path / 'ledger.jsonl'} lists them.")
+    if refused:
+        files = "ledger.jsonl" if trainer.world_size == 1 else "ledger*.jsonl"
+        console.print(f"{refused.total()} samples were refused; {run.path / files} lists them.")
 
 
 def _say(console: Console, line: str) -> None:
@@ -281,13 +286,11 @@ def _seed(settings: Settings) -> None:
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
 
 
-def _total_steps(settings: Settings, data: ShardDataModule, checkpoint: Path | None) -> int:
-    ranks, epochs = _ranks(settings), settings.trainer.max_epochs
-    begun = loader_state(checkpoint) if checkpoint else None
-    if begun and begun.state["world"] != [ranks, settings.trainer.accumulate]:
-        by_epochs = data.total_steps_resumed(ranks, epochs, begun.state, begun.step)
-    else:
-        by_epochs = data.total_steps(ranks, epochs)
+def _total_steps(settings: Settings, data: ShardDataModule, checkpoint: Path | None, skip_to: Cursor | None) -> int:
+    ranks = _ranks(settings)
+    if checkpoint and (begun := loader_state(checkpoint)):
+        data.go_on(ranks, begun.state, begun.step, skip_to)
+    by_epochs = data.total_steps(ranks, settings.trainer.max_epochs)
     return min(by_epochs, settings.trainer.max_steps) if settings.trainer.max_steps else by_epochs
 
 

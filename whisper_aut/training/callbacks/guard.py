@@ -4,7 +4,8 @@ In: gradients, and the per-token losses that the module keeps of each step. Out:
 `train/accuracy`, `train/grad_norm` and `train/skipped_steps` of whole steps in the log; `UserError` after too many bad steps in a row;
 `Rewind` where a spike of the loss asks for it. Next: `training.train` goes on from an earlier checkpoint after a `Rewind`.
 
-Ranks need not agree on anything: gradients are summed over them before this looks, so one bad clip makes the norm non-finite on all.
+Gradients are summed over ranks before this looks, so one bad clip makes the norm non-finite on all; ranks then tell each other whether
+one of them can name it.
 Under DeepSpeed the engine itself leaves such a step out; here that is only counted and explained. The schedule moves on in any case.
 """
 
@@ -21,6 +22,7 @@ from whisper_aut.data.batching import Cursor
 from whisper_aut.data.ledger import Ledger
 from whisper_aut.data.sample import Refusal
 from whisper_aut.errors import Reason, UserError
+from whisper_aut.training.callbacks.stop import highest
 
 SPIKE_WINDOW, SPIKE_HISTORY = 100, 20  # steps that are looked back on, and how many of them a judgement needs
 MAD_TO_DEVIATION = 1.4826  # of a normal distribution
@@ -106,12 +108,13 @@ class Guard(lightning.Callback):
         self.skipped, self.streak = self.skipped + 1, self.streak + 1
         module.log("train/skipped_steps", float(self.skipped), prog_bar=True, batch_size=1)
         step = trainer.global_step
-        by_loss = [clip for seen in module.seen for clip in seen.non_finite()]
-        reason = Reason.NON_FINITE_LOSS if by_loss else Reason.NON_FINITE_GRADIENT
-        named = by_loss or [clip for seen in module.seen for clip in seen.clips]
+        reason, named = Reason.NON_FINITE_LOSS, [clip for seen in module.seen for clip in seen.non_finite()]
+        if not highest(trainer, module, bool(named)):
+            reason, named = Reason.NON_FINITE_GRADIENT, [clip for seen in module.seen for clip in seen.clips]
         for source, key in named:
             self.ledger.note(Refusal(source, key, reason, f"step {step} was left out"))
-        where = f" {self.ledger.path} names the clips." if self.ledger.path else ""
+        files = "ledger.jsonl" if trainer.world_size == 1 else "ledger*.jsonl"
+        where = f" {self.ledger.path.with_name(files)} names the clips." if self.ledger.path else ""
         self.warn(f"Step {step} was left out on all ranks: its gradient is not finite.{where}")
         if self.streak >= self.max_bad_steps:
             raise UserError(

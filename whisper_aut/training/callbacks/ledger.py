@@ -1,15 +1,17 @@
-"""Carries the refusals of every batch into the run's ledger, and their total into the log."""
+"""Carries the refusals of every batch into the run's ledger, and their total over ranks and resumes into log and checkpoints."""
 
+from collections import Counter
 from typing import Any
 
 import lightning
+import torch.distributed as dist
 
-from whisper_aut.data.ledger import Ledger
+from whisper_aut.data.ledger import Ledger, by_source
 from whisper_aut.data.pack import Batch
 
 
 class LedgerCallback(lightning.Callback):
-    """Records each training and validation batch in a `Ledger`.
+    """Records each training batch, and the batches of the run's first validation, in a `Ledger`.
 
     Args:
         ledger: of this rank.
@@ -24,13 +26,33 @@ class LedgerCallback(lightning.Callback):
     def on_validation_batch_start(
         self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        # The same clips come back in every validation: written down once, and not counted into the training share.
-        if not trainer.sanity_checking and trainer.global_step == 0:
-            self.ledger.record((), batch.refusals)
+        if not trainer.sanity_checking and not self.ledger.validated:  # the same clips come back in every validation
+            self.ledger.record_validation(batch.refusals)
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        self.ledger.validated |= not trainer.sanity_checking
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if self.ledger.total:
-            module.log("data/refused", float(self.ledger.total), prog_bar=True, batch_size=1)
+        whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        due = whole_step and trainer.global_step % trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
+        if due and (total := refused_by_all_ranks(self.ledger).total()):
+            module.log("data/refused", float(total), prog_bar=True, batch_size=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the run has counted so far; all ranks write a checkpoint together."""
+        return {"refused": by_source(refused_by_all_ranks(self.ledger)), "validated": self.ledger.validated}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ledger.go_on(state["refused"], state["validated"])
 
     def teardown(self, trainer: lightning.Trainer, module: Any, stage: str) -> None:
         self.ledger.close()
+
+
+def refused_by_all_ranks(ledger: Ledger) -> Counter[tuple[str, str]]:
+    """Return the refusals of the whole run by source and reason; all ranks call it together."""
+    counts: list[Any] = [ledger.counts]
+    if dist.is_initialized() and (ranks := dist.get_world_size()) > 1:
+        counts = [None] * ranks
+        dist.all_gather_object(counts, ledger.counts)
+    return sum(counts, ledger.earlier)
