@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,9 +124,9 @@ def test_an_epoch_smaller_than_a_step_is_a_clear_error(tiny_shards: Path, build:
 class Leg:
     """A run on so many ranks, without its audio: begun anew or where another leg stopped."""
 
-    def __init__(self, root: Path, build: ExampleBuilder, ranks: int, before: "Leg | None" = None, **options: object):
+    def __init__(self, root: Path, build: ExampleBuilder, ranks: int, before: "Leg | None" = None, **options: Any):
         self.module = data_module(root, build, **options)
-        self.ranks, self.step, self.epochs = ranks, before.step if before else 0, int(str(options.get("epochs") or 1))
+        self.ranks, self.step, self.epochs = ranks, before.step if before else 0, options.get("epochs", 1)
         if before:
             self.module.go_on(ranks, before.loader.state_dict(), before.step)
         self.plan = self.module.total_steps(ranks, self.epochs)
@@ -152,7 +153,7 @@ def test_a_run_that_changes_its_ranks_again_and_again_reads_its_epochs_and_no_mo
     """Steps measured in seconds have the size of their ranks. A leg in the same world keeps the plan of the one before."""
     build = replace(build, limits=ClipLimits(max_seconds=3.0))
     of_mode = {"epochs": 3} if mode == "epochs" else {"samples_per_epoch": 600}
-    options = {"batch_seconds": 5.0, **of_mode}
+    options: dict[str, Any] = {"batch_seconds": 5.0, **of_mode}
     leg = Leg(tiny_shards, build, worlds[0], **options)
     for ranks in worlds[1:]:
         before = leg.take((leg.plan - leg.step) // 3)
