@@ -295,7 +295,7 @@ def _one_device(accelerator: str) -> torch.device:
 def _take_rates_of(schedule: LambdaLR, state: dict[str, Any]) -> list[float]:
     """Put this config's learning rates into the state of a checkpoint's schedule, and return those at its step."""
     factors = [factor(state["last_epoch"]) for factor in schedule.lr_lambdas]
-    rates = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    rates = [float(base) * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
     state |= {"base_lrs": schedule.base_lrs, "_last_lr": rates}
     return rates
 
