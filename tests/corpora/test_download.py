@@ -140,6 +140,18 @@ def test_archives_unpack_once_and_only_into_their_folder(make, name: str, tmp_pa
     assert not list(tmp_path.rglob("evil.wav"))
 
 
+def test_a_tar_gz_is_read_to_its_checksum(tmp_path: Path):
+    archive = tar_of(tmp_path / "a.tar.gz", {"1.wav": os.urandom(5000)})
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])  # of the data's CRC
+    with pytest.raises(UserError, match="If it is damaged, delete it and fetch it again"):
+        unpack(archive, tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".unpacked-*"))
+    archive.write_bytes(whole)
+    unpack(archive, tmp_path / "out")
+    assert list((tmp_path / "out").glob(".unpacked-*"))
+
+
 def test_links_are_not_made_and_not_followed(tmp_path: Path):
     unpack(tar_of(tmp_path / "l.tar.gz", {"passwd": b""}, tarfile.SYMTYPE), tmp_path / "out")
     assert not (tmp_path / "out/passwd").exists()

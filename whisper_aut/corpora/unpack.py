@@ -5,6 +5,7 @@ second call has nothing to do. Next: a recipe's rows. Names that lead out of the
 reason are refused.
 """
 
+import gzip
 import lzma
 import os
 import shutil
@@ -63,11 +64,15 @@ def _members(archive: Path) -> Iterator[Member]:
                 if not info.is_dir() and not is_link:
                     yield info.filename, info.file_size, lambda info=info: opened.open(info)
     elif archive.name.endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
-        with tarfile.open(archive, "r|*") as opened:
-            for member in opened:
-                if member.isreg():
-                    yield member.name, member.size, lambda member=member: opened.extractfile(member)
-                opened.members = []  # pyright: ignore[reportAttributeAccessIssue] (it would keep every header)
+        # tarfile's own gzip does not look at the checksum behind the data; gzip does, once all of it is read.
+        with gzip.open(archive) if archive.name.endswith("gz") else archive.open("rb") as stream:
+            with tarfile.open(fileobj=stream, mode="r|*") as opened:
+                for member in opened:
+                    if member.isreg():
+                        yield member.name, member.size, lambda member=member: opened.extractfile(member)
+                    opened.members = []  # pyright: ignore[reportAttributeAccessIssue] (it would keep every header)
+            while stream.read(1 << 20):
+                pass
     else:
         yield archive.name, archive.stat().st_size, lambda: archive.open("rb")
 
