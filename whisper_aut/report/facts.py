@@ -78,7 +78,13 @@ def refusal_sheet(run: Path) -> Sheet | None:
     rows = tuple((source, reason, f"{count:,}") for source, reasons in refused.items() for reason, count in reasons.items())
     if not rows:
         return None
-    return Sheet("Refused samples", "`ledger.jsonl` lists each.", ("source", "reason", "samples"), rows, 2)
+    return Sheet(
+        "Refused samples",
+        "`ledger.jsonl` lists each; `ledger-rankN.jsonl` of other ranks.",
+        ("source", "reason", "samples"),
+        rows,
+        2,
+    )
 
 
 def _place(start: dict[str, Any]) -> str:
