@@ -354,7 +354,7 @@ def encoder_names(given: Sequence[str]) -> dict[str, str]:
     Raises:
         UserError: the same encoder twice.
     """
-    twice = [name for name, times in Counter(given).items() if times > 1]
+    twice = [name for name, times in Counter(name.rstrip("/") for name in given).items() if times > 1]
     if twice:
         raise UserError(f"{twice[0]} is named twice: an encoder is compared with others, not with itself.")
     short = {name: _short_name(name) for name in given}

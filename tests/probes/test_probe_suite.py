@@ -202,3 +202,5 @@ def test_encoders_of_one_name_are_told_apart(tmp_path: Path):
     assert list(encoder_names([str(runs[0]), exports[0]]).values()) == [str(runs[0]), exports[0]]
     with pytest.raises(UserError, match="named twice"):
         encoder_names(["logmel", "logmel"])
+    with pytest.raises(UserError, match="named twice"):
+        encoder_names([f"{runs[0]}/", str(runs[0])])
