@@ -37,6 +37,7 @@ from whisper_aut.report.build import build_report
 from whisper_aut.report.demo import Listener
 from whisper_aut.settings import CorporaSettings, ManifestSettings, Settings, load_settings
 from whisper_aut.training.build import build_forecast, build_start, build_trained, planned_config
+from whisper_aut.training.faults import check_accelerator
 from whisper_aut.training.forecast import tables
 from whisper_aut.training.rundir import RunDirectory, is_first_rank, wait_for_all_ranks
 from whisper_aut.training.train import Trained, train
@@ -86,6 +87,7 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
     prepare_corpora(settings.corpora, console)
     _warn_of_unaudited(settings, tasks, console)
     if settings.model.after:
+        check_accelerator(settings.hardware.accelerator)  # before its start is trained in vain
         settings = _start_after(settings, story, console)
     watching = _probes_during(settings, story.config.parent)
     try:

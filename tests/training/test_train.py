@@ -27,6 +27,7 @@ from whisper_aut.errors import Interrupted, Preempted, UserError
 from whisper_aut.export.hf import read_checkpoint
 from whisper_aut.model.module import AudioTextModule
 from whisper_aut.model.start import Start
+from whisper_aut.pipeline import Story, run_story
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.settings import Settings, dump_settings, load_settings
 from whisper_aut.training import train as train_module
@@ -400,6 +401,19 @@ def test_mistakes_are_found_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
     with pytest.raises(UserError, match="There is no checkpoint"):
         train(settings_for(tiny_whisper, tiny_shards, tmp_path / "runs"), QUIET, resume=str(tmp_path / "x.ckpt"))
+
+
+def test_a_missing_device_is_found_before_the_run_it_starts_after(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    runs = tmp_path / "runs"
+    settings = settings_for(
+        tiny_whisper, tiny_shards, runs, "model.after=smoke_speech.yaml", "model.path=", "hardware.accelerator=cuda"
+    )
+    with pytest.raises(UserError, match="PyTorch sees no such device here"):
+        run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
+    assert not runs.exists()
 
 
 @pytest.mark.slow
