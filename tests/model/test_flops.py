@@ -20,6 +20,12 @@ from whisper_aut.model.start import Start
 MEL_LENGTHS, TEXT_LENGTHS = (300, 501, 77), (12, 30, 7)
 
 
+@pytest.fixture(autouse=True)
+def counted_products(monkeypatch: pytest.MonkeyPatch):
+    """Keep to products that PyTorch's counter knows; oneDNN's are none of them."""
+    monkeypatch.setattr("whisper_aut.model.dense.mkl_is_slow", lambda: False)
+
+
 @pytest.mark.parametrize("width", [32, 64])
 def test_formulas_count_what_pytorch_counts(width: int):
     tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1)

@@ -20,6 +20,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.data.logmel import MAX_MEL_FRAMES, frames_with_context, silence_level
 from whisper_aut.model.attention import Segments, clip_attention
+from whisper_aut.model.dense import speed_up_products
 
 Padding = Literal["none", "30s"]
 PADDINGS = ("none", "30s")
@@ -76,6 +77,7 @@ class PackedEncoder(nn.Module):
             self._halves = torch.compile(before_attention, dynamic=True), torch.compile(after_attention, dynamic=True)
         # Whisper's positions are fixed sinusoids; transformers leaves them trainable when it loads a checkpoint.
         whisper.embed_positions.requires_grad_(False)
+        speed_up_products(whisper)
 
     @property
     def width(self) -> int:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from whisper_aut.model.dense import add_product, product
+
 CHUNK_POSITIONS = 512
 
 
@@ -64,13 +66,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))  # one for all chunks: fresh memory is slow memory
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = torch.mm(hidden[part], weight.T, out=buffer[: len(hidden[part])]).float()
+            logits = product(hidden[part], weight, out=buffer[: len(hidden[part])]).float()
             nll[part], correct[part], grad_logits = _softmax_gradient(logits, labels[part])
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[part])
+                grad_hidden[part] = product(grad_logits, weight.T)
             if wants_weight:
                 grad_weight = _accumulated(grad_weight, grad_logits, hidden[part])
+            del logits, grad_logits  # before the next chunk's are made
         if wants_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         # Not saved as tensors of the graph: they are handed over once, without the copy that would protect them.
@@ -109,7 +112,7 @@ def _softmax_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, T
 def _accumulated(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> Tensor:
     """Add a chunk's gradient of the output embedding; in float32, as a bfloat16 sum over many chunks would lose the small ones."""
     if total is None:
-        return (grad_logits.T @ hidden).float()
+        return product(grad_logits.T, hidden.T).float()
     if hidden.dtype == torch.float32:
-        return total.addmm_(grad_logits.T, hidden)
+        return add_product(total, grad_logits.T, hidden.T)
     return total.add_(grad_logits.T @ hidden)

@@ -19,6 +19,7 @@ from whisper_aut.data.pack import Targets
 from whisper_aut.data.prompts import Instruction, Instructions
 from whisper_aut.errors import UserError
 from whisper_aut.model.adapter import AdapterOptions, StackAdapter, build_adapter, embedding_scale
+from whisper_aut.model.dense import speed_up_products
 from whisper_aut.model.flops import PRODUCT, language_model_flops
 from whisper_aut.model.language import (
     language_config,
@@ -154,6 +155,7 @@ class CausalLMDecoder(nn.Module):
         model.generation_config = GenerationConfig()  # its own may ask for sampling
         model.register_state_dict_post_hook(_leave_out_frozen)
         model.register_load_state_dict_pre_hook(_keep_frozen)
+        speed_up_products(model, adapter)
         self.train()
 
     def train(self, mode: bool = True) -> "CausalLMDecoder":

@@ -22,6 +22,7 @@ from whisper_aut.data.pack import Targets
 from whisper_aut.data.text import LANGUAGE_CODES, DomainPrompt, WhisperText
 from whisper_aut.errors import UserError
 from whisper_aut.model.attention import Segments
+from whisper_aut.model.dense import speed_up_products
 from whisper_aut.model.encoder import packed_attention, packed_feed_forward
 from whisper_aut.model.flops import whisper_decoder_flops
 from whisper_aut.model.loss import DecoderLoss, chunked_cross_entropy
@@ -82,6 +83,7 @@ class WhisperDecoder(nn.Module):
         self.whisper = whisper
         self.end_token = end_token
         self.gradient_checkpointing = gradient_checkpointing
+        speed_up_products(whisper)
 
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         hidden = self._hidden(frames, lengths, targets)
