@@ -76,6 +76,15 @@ class AnswerSettings:
 
 
 @dataclass
+class PaddedSettings:
+    """Budget and probes of runs that pad every clip to 30 s: steps, clips a step, probe sets that are small enough to be padded too."""
+
+    steps: int = 0
+    clips: int = 0
+    probes: list[ProbeSetSettings] = field(default_factory=list)
+
+
+@dataclass
 class DataSettings:
     """What an experiment trains and tests on, picked by `data=NAME` from its folder `data/`; other keys refer to these.
 
@@ -83,6 +92,7 @@ class DataSettings:
         suffix: of the experiment's name, so that results on other data lie beside each other.
         speech, aut, uniwhisper: run configs of the speech model and of its two adaptations.
         steps: budgets, by what they are for.
+        padding: what the experiment on padding runs on.
     """
 
     name: str
@@ -93,6 +103,7 @@ class DataSettings:
     suffix: str = ""
     probes: list[ProbeSetSettings] = field(default_factory=list)
     answers: AnswerSettings = field(default_factory=AnswerSettings)
+    padding: PaddedSettings = field(default_factory=PaddedSettings)
     thresholds: list[float] = field(default_factory=list)
 
 
