@@ -10,8 +10,17 @@ from scipy.stats import ttest_1samp, wilcoxon
 from whisper_aut.errors import UserError
 from whisper_aut.experiments.figures import draw
 from whisper_aut.experiments.results import ArmFacts, Cost, Measure, Point, Results, TaskResult
-from whisper_aut.experiments.statistics import differences, domain_score, price, spread
-from whisper_aut.experiments.tables import cost_sheet, difference_sheet, page, price_sheet, put_into, score_sheet, sheets
+from whisper_aut.experiments.statistics import differences, domain_score, price, seed_differences, spread
+from whisper_aut.experiments.tables import (
+    cost_sheet,
+    difference_sheet,
+    page,
+    price_sheet,
+    put_into,
+    score_sheet,
+    seed_difference_sheet,
+    sheets,
+)
 
 CLIPS, PROBE_SEEDS = 200, 3
 
@@ -107,7 +116,40 @@ def test_tables_hold_means_deviations_and_prices(results: Results):
     assert cost[1:6] == ("30", "300", "600", "0.300", "7 ± 1")  # half of what the encoder ran on was padding
     assert [row[2] for row in price_sheet(results).rows] == ["3 of 3", "0 of 3", "0 of 3", "0 of 3"]
     assert difference_sheet(results).rows[0][-1] == "better"
-    assert len(sheets(results)) == 4
+    assert len(sheets(results)) == 5
+
+
+def test_whole_trainings_are_compared_seed_by_seed(results: Results):
+    rng = np.random.default_rng(0)
+    answers = {arm: 0.2 + 0.4 * (arm == "good") + 0.05 * rng.random((3, 2)) for arm in ("good", "poor")}
+    answered = tuple(
+        replace(one, answers=dict(zip(("exact_a", "exact_b"), answers[one.arm][one.seed], strict=True)))
+        for one in results.measures
+    )
+    told = replace(results, measures=answered, settings={**results.settings, "thresholds": [2.6, 2.2, 1.0]})
+    one = told.of("poor")[1]
+    lower = replace(one, curve=(*one.curve[:-1], replace(one.curve[-1], loss=one.curve[-1].loss - 0.1)))
+    told = replace(told, measures=tuple(lower if measure is one else measure for measure in told.measures))
+    points, loss, work = seed_differences(told)
+    assert points.p_value
+    expected = 100 * (answers["good"] - answers["poor"]).mean(1)
+    assert points.per_seed == pytest.approx(expected)
+    assert (points.value, points.std) == pytest.approx((expected.mean(), expected.std(ddof=1)))
+    assert points.p_value == pytest.approx(ttest_1samp(expected, 0).pvalue)
+    assert points.p_holm == pytest.approx(2 * points.p_value)  # of two: equal seeds leave the ratio without one
+    assert points.verdict == "better"
+    assert (loss.value, loss.lower_is_better, work.p_value) == (pytest.approx(-0.6 + 0.1 / 3), True, None)
+    assert np.exp(work.value) == pytest.approx(2 / 3)  # 2.2, the lowest loss that all reach: after 20 steps, and after 30
+    cells = seed_difference_sheet(told).rows
+    assert [row[2] for row in cells] == [f"{expected.mean():+.1f} ± {expected.std(ddof=1):.1f}", "-0.567 ± 0.058", "× 0.67"]
+    worse = next(one for one in seed_differences(replace(told, reference="good")) if "points" in one.figure)
+    assert (worse.value, worse.verdict) == (pytest.approx(-expected.mean()), "worse")
+
+
+def test_losses_are_not_compared_where_no_threshold_says_that_they_may(results: Results):
+    assert seed_differences(replace(results, settings={})) == []
+    none_shared = replace(results, settings={"thresholds": [1.0]})
+    assert {one.figure for one in seed_differences(none_shared)} == {"final validation loss"}
 
 
 def test_results_survive_their_json(results: Results, tmp_path: Path):

@@ -7,8 +7,8 @@ after Holm, and the sign for every single seed agree.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import ttest_rel
@@ -19,6 +19,7 @@ from whisper_aut.experiments.results import Measure, Point, Results, right_share
 from whisper_aut.probes.stats import holm, mean_std, paired_difference
 
 SIGNIFICANT = 0.05
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,35 @@ class Difference:
         if self.p_holm is None or self.p_holm >= SIGNIFICANT or not agree:
             return "no significant difference"
         return "better" if self.value > 0 else "worse"
+
+
+@dataclass(frozen=True)
+class SeedDifference:
+    """`arm` against the reference in a figure that a whole training has: one pair a seed, and nothing to resample within it.
+
+    Attributes:
+        figure: what is compared.
+        value, std: mean and deviation over seeds of `per_seed`: differences, or logarithms of ratios.
+        ratio: whether they are the latter.
+        lower_is_better: of the figure.
+        p_value: of no difference, by a paired t-test over seeds; p_holm: corrected for all differences of the table.
+    """
+
+    arm: str
+    figure: str
+    value: float
+    std: float | None
+    per_seed: tuple[float, ...]
+    ratio: bool
+    lower_is_better: bool
+    p_value: float | None
+    p_holm: float | None
+
+    @property
+    def verdict(self) -> str:
+        if self.p_holm is None or self.p_holm >= SIGNIFICANT:
+            return "no significant difference"
+        return "better" if (self.value < 0) == self.lower_is_better else "worse"
 
 
 @dataclass(frozen=True)
@@ -103,7 +133,27 @@ def differences(results: Results) -> list[Difference]:
     tested = [i for i, one in enumerate(found) if one.p_clips is not None]
     adjusted = holm([found[i].p_clips for i in tested])  # pyright: ignore[reportArgumentType]
     for i, p_holm in zip(tested, adjusted, strict=True):
-        found[i] = Difference(**{**vars(found[i]), "p_holm": p_holm})
+        found[i] = replace(found[i], p_holm=p_holm)
+    return found
+
+
+def seed_differences(results: Results) -> list[SeedDifference]:
+    """Compare what arms answer and, where losses compare, their last loss and what a loss cost, seed by seed with the reference."""
+    base = {measure.seed: measure for measure in results.of(results.reference)}
+    found = []
+    for arm in results.arms:
+        pairs = [(measure, base[measure.seed]) for measure in results.of(arm.name) if measure.seed in base]
+        if arm.name == results.reference or not pairs:
+            continue
+        for figure in _seed_figures(results):
+            values = [(figure.of(one), figure.of(other)) for one, other in pairs]
+            known = [(mine, theirs) for mine, theirs in values if mine is not None and theirs is not None]
+            if known and len(known) == len(values):
+                found.append(_seed_difference(arm.name, figure, known))
+    tested = [i for i, one in enumerate(found) if one.p_value is not None]
+    adjusted = holm([found[i].p_value for i in tested])
+    for i, p_holm in zip(tested, adjusted, strict=True):
+        found[i] = replace(found[i], p_holm=p_holm)
     return found
 
 
@@ -124,6 +174,47 @@ def price(curves: Sequence[Sequence[Point]], threshold: float) -> Price:
         over([point.teraflop for point in reached]),
         over([point.seconds for point in reached]),
     )
+
+
+@dataclass(frozen=True)
+class _SeedFigure:
+    name: str
+    of: Callable[[Measure], float | None]
+    ratio: bool = False
+    lower_is_better: bool = True
+
+
+def _seed_figures(results: Results) -> list[_SeedFigure]:
+    """Name what a whole training is compared by. Losses compare where an experiment has thresholds for them."""
+    figures = []
+    if results.answers:
+        figures.append(_SeedFigure("right answers (points)", _right_answers, lower_is_better=False))
+    thresholds = results.settings.get("thresholds", [])
+    if not thresholds:
+        return figures
+    figures.append(_SeedFigure("final validation loss", lambda measure: measure.curve[-1].loss if measure.curve else None))
+    shared = [threshold for threshold in thresholds if all(_teraflop_to(measure, threshold) for measure in results.measures)]
+    if shared:
+        lowest = min(shared)
+        name = f"TFLOP to a loss of {lowest:g}, ratio"
+        figures.append(_SeedFigure(name, lambda measure: _teraflop_to(measure, lowest), ratio=True))
+    return figures
+
+
+def _right_answers(measure: Measure) -> float | None:
+    """Return the mean over tasks, which weigh alike, in points."""
+    return 100 * float(np.mean(list(measure.answers.values()))) if measure.answers else None
+
+
+def _teraflop_to(measure: Measure, threshold: float) -> float | None:
+    return next((point.teraflop for point in measure.curve if point.loss <= threshold), None)
+
+
+def _seed_difference(arm: str, figure: _SeedFigure, pairs: Sequence[tuple[float, float]]) -> SeedDifference:
+    per_seed = tuple(math.log(mine / theirs) if figure.ratio else mine - theirs for mine, theirs in pairs)
+    value, std = mean_std(per_seed)
+    p_value = _over_seeds(per_seed)
+    return SeedDifference(arm, figure.name, value, std, per_seed, figure.ratio, figure.lower_is_better, p_value, None)
 
 
 def _difference(results: Results, arm: str, domain: str, pairs: Sequence[tuple[Measure, Measure]]) -> Difference:
@@ -162,7 +253,7 @@ def _clips(
 
 
 def _over_seeds(per_seed: Sequence[float]) -> float | None:
-    if len(per_seed) < 2 or np.ptp(per_seed) == 0:
-        return None
+    if len(per_seed) < 2 or np.ptp(per_seed) <= ROUNDING * np.abs(per_seed).max():
+        return None  # one and the same value: nothing to test it by
     p_value = float(ttest_rel(per_seed, np.zeros(len(per_seed))).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
     return p_value if math.isfinite(p_value) else None

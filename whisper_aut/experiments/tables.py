@@ -3,12 +3,21 @@
 In: `Results`. Out: Markdown, whole or put between the marks of a page. Next: `docs/results.md`, the console.
 """
 
+import math
 import re
 from pathlib import Path
 
 from whisper_aut.errors import UserError
 from whisper_aut.experiments.results import Results, TaskResult
-from whisper_aut.experiments.statistics import Difference, Spread, differences, price, spread
+from whisper_aut.experiments.statistics import (
+    Difference,
+    SeedDifference,
+    Spread,
+    differences,
+    price,
+    seed_differences,
+    spread,
+)
 from whisper_aut.probes.baseline import BASELINE_NAME
 from whisper_aut.report.tables import BLANK, Sheet, markdown
 
@@ -22,6 +31,7 @@ def sheets(results: Results) -> list[Sheet]:
     found += [cost_sheet(results)] if any(measure.cost for measure in results.measures) else []
     found += [price_sheet(results)] if _thresholds(results) else []
     found += [difference_sheet(results)] if results.tasks and len(results.arms) > 1 else []
+    found += [seed_difference_sheet(results)] if seed_differences(results) else []
     return found
 
 
@@ -143,6 +153,19 @@ def difference_sheet(results: Results) -> Sheet:
     return Sheet("Paired comparisons", caption, head, rows, _axes(results) + 1)
 
 
+def seed_difference_sheet(results: Results) -> Sheet:
+    """Lay out each arm against the reference in what whole trainings are compared by."""
+    titles = {arm.name: arm.titles for arm in results.arms}
+    found = seed_differences(results)
+    rows = tuple((*titles[one.arm], one.figure, *_seed_difference_cells(one)) for one in found)
+    head = (*_axis_names(results), "figure", "difference or ratio", "seed by seed", "p, seeds", "p, seeds (Holm)", "verdict")
+    caption = (
+        f"Against {', '.join(titles[results.reference])}, by a paired t-test over seeds, corrected after Holm for the whole table. Ratios "
+        "are compared by their logarithms. Answers: the mean of the tasks, which weigh alike. Few seeds find large differences only."
+    )
+    return Sheet("Paired comparisons of trainings", caption, head, rows, _axes(results) + 1)
+
+
 def commands_page(results: Results) -> str:
     """Return every command of the experiment once: the runs in their order, then what measures each arm."""
     of_runs = {command: None for measure in results.measures for command in measure.commands if " train " in command}
@@ -194,6 +217,16 @@ def _difference_cells(one: Difference) -> tuple[str, ...]:
     interval = BLANK if one.low is None or one.high is None else f"{100 * one.low:+.1f} … {100 * one.high:+.1f}"
     deviation = "" if one.std is None else f" ± {100 * one.std:.1f}"
     return f"{100 * one.value:+.1f}{deviation}", interval, _p_value(one.p_holm), _p_value(one.p_seeds), one.verdict
+
+
+def _seed_difference_cells(one: SeedDifference) -> tuple[str, ...]:
+    written = "{:+.1f}" if "points" in one.figure else "{:+.3f}"
+    if one.ratio:
+        value, each = f"× {math.exp(one.value):.2f}", [f"{math.exp(value):.2f}" for value in one.per_seed]
+    else:
+        value, each = written.format(one.value), [written.format(value) for value in one.per_seed]
+        value += "" if one.std is None else f" ± {written.format(one.std).lstrip('+')}"
+    return value, " · ".join(each), _p_value(one.p_value), _p_value(one.p_holm), one.verdict
 
 
 def _thresholds(results: Results) -> list[float]:
