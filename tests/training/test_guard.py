@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -103,6 +104,31 @@ def test_a_gradient_without_a_culprit_names_the_clips_of_the_step(tmp_path: Path
     assert [(line["key"], line["reason"]) for line in lines] == innocent
     assert "Step 7 was left out on all ranks" in said[0]
     assert guard.state_dict()["streak"] == 1
+
+
+@pytest.mark.parametrize(("clip", "factor"), [(0.5, 0.1), (50.0, 1.0), (0.0, 1.0)])
+def test_gradients_are_clipped_as_pytorch_does(clip: float, factor: float, tmp_path: Path):
+    def layer() -> torch.nn.Linear:
+        torch.manual_seed(0)
+        made = torch.nn.Linear(6, 4)
+        for parameter in made.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in made.parameters()])
+        for parameter in made.parameters():
+            parameter.grad.mul_(5 / norm)  # pyright: ignore[reportOptionalMemberAccess]
+        return made
+
+    ours, theirs = layer(), layer()
+    before = ours.weight.grad.clone()  # pyright: ignore[reportOptionalMemberAccess]
+    guard = Guard(Ledger(tmp_path / "ledger.jsonl"), max_bad_steps=1, gradient_clip=clip)
+    trainer = SimpleNamespace(strategy=None)
+    guard.on_before_optimizer_step(trainer, None, torch.optim.SGD(ours.parameters()))  # pyright: ignore[reportArgumentType]
+    if clip:
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine.grad, reference.grad)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(ours.weight.grad, factor * before)
+    assert guard._norm == pytest.approx(5.0)
 
 
 def test_spikes_stand_out_from_noise_and_plateaus():

@@ -247,7 +247,8 @@ def trainer_arguments(settings: Settings, total_steps: int) -> dict[str, Any]:
         "max_steps": total_steps,
         "max_epochs": -1,
         "accumulate_grad_batches": trainer.accumulate,
-        "gradient_clip_val": settings.optim.gradient_clip or None,
+        # Elsewhere `Guard` clips, which has the norm already.
+        "gradient_clip_val": (settings.optim.gradient_clip or None) if settings.strategy.name.startswith(DEEPSPEED) else None,
         "val_check_interval": min(trainer.valid_every_steps, total_steps) * trainer.accumulate,
         "check_val_every_n_epoch": None,
         "log_every_n_steps": min(trainer.log_every_steps, total_steps),

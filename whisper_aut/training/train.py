@@ -207,6 +207,7 @@ def _trainer(
     guard = Guard(
         ledger,
         max_bad_steps=every.max_bad_steps,
+        gradient_clip=settings.optim.gradient_clip,
         spike_factor=every.spike_factor,
         rewind=every.on_spike == "rewind",
         warn=warn,

@@ -1,8 +1,8 @@
 """Guard rails around the optimiser: a step whose gradient is not finite is left out on all ranks, and who caused it is written down.
 
-In: gradients, and the per-token losses that the module keeps of each step. Out: skipped steps, lines in the ledger; `train/loss`,
-`train/accuracy`, `train/grad_norm` and `train/skipped_steps` of whole steps in the log; `UserError` after too many bad steps in a row;
-`Rewind` where a spike of the loss asks for it. Next: `training.train` goes on from an earlier checkpoint after a `Rewind`.
+In: gradients, and the per-token losses that the module keeps of each step. Out: clipped gradients, skipped steps, lines in the ledger;
+`train/loss`, `train/accuracy`, `train/grad_norm` and `train/skipped_steps` of whole steps in the log; `UserError` after too many bad steps
+in a row; `Rewind` where a spike of the loss asks for it. Next: `training.train` goes on from an earlier checkpoint after a `Rewind`.
 
 Gradients are summed over ranks before this looks, so one bad clip makes the norm non-finite on all; ranks then tell each other whether
 one of them can name it.
@@ -47,6 +47,8 @@ class Guard(lightning.Callback):
     Args:
         ledger: of this rank; the clips behind a bad step are written there.
         max_bad_steps: so many in a row stop the run.
+        gradient_clip: gradients of a larger norm are scaled down to it, by the norm that is looked at anyway; 0 does not. DeepSpeed clips
+            by itself.
         spike_factor: a loss so many robust deviations above the running median is a spike; 0 does not look.
         rewind: answer a spike with `Rewind` and not with a warning alone.
         warn: told what happened, in a sentence.
@@ -57,11 +59,12 @@ class Guard(lightning.Callback):
         ledger: Ledger,
         *,
         max_bad_steps: int,
+        gradient_clip: float = 0.0,
         spike_factor: float = 0.0,
         rewind: bool = False,
         warn: Callable[[str], None] = lambda _: None,
     ):
-        self.ledger, self.max_bad_steps, self.warn = ledger, max_bad_steps, warn
+        self.ledger, self.max_bad_steps, self.gradient_clip, self.warn = ledger, max_bad_steps, gradient_clip, warn
         self.spikes = SpikeDetector(spike_factor) if spike_factor else None
         self.rewind = rewind
         self.skipped = self.streak = 0
@@ -71,13 +74,15 @@ class Guard(lightning.Callback):
     def on_before_optimizer_step(self, trainer: lightning.Trainer, module: Any, optimizer: Any) -> None:
         if _engine(trainer) is not None:
             return
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]) if parameters else torch.zeros(())
+        self._norm = float(norm)
         self._bad = not math.isfinite(self._norm)
         if self._bad:  # without gradients the optimiser does nothing: no update, no decay, no moment
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+            for parameter in parameters:
+                parameter.grad = None
+        elif self.gradient_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
