@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import average_precision_score
 
 from whisper_aut.errors import UserError
 from whisper_aut.probes.cache import Embeddings
 from whisper_aut.probes.embed import EmbedSettings, embed_task
 from whisper_aut.probes.items import items_of
 from whisper_aut.probes.metrics import class_metric
-from whisper_aut.probes.peers import _xares_mlp
+from whisper_aut.probes.peers import _xares_metric, _xares_mlp
 from whisper_aut.probes.protocols import PROTOCOLS, rounds_of
 from whisper_aut.probes.suite import run_suite
 
@@ -42,7 +43,7 @@ def test_the_epoch_is_chosen_by_the_score_that_is_reported(folded):
         for one in rounds_of(noise(4, 30, seed), folded):
             pool, test = (items_of(part, "class", ["a", "b"]) for part in (one.pool, one.test))
             seen, blind = (
-                class_metric("accuracy", 2, _xares_mlp(pool, valid, test, "accuracy", 2, seed=1), test.answers)
+                class_metric("accuracy", 2, _xares_mlp(pool, valid, test, folded, 2, seed=1), test.answers)
                 for valid in (test, pool)
             )
             gains.append(seen - blind)
@@ -50,6 +51,29 @@ def test_the_epoch_is_chosen_by_the_score_that_is_reported(folded):
         assert len(run.scores) == 4
     assert min(gains) >= 0
     assert np.mean(gains) > 0.01
+
+
+@pytest.mark.parametrize(("length", "steps"), [({}, 20), ({"epochs": 3}, 6), ({"epochs": 5, "batch_clips": 64}, 5)])
+def test_xares_trains_as_long_as_its_task_says(length, steps, task_with, monkeypatch):
+    pool, test = (items_of(part, "class", ["a", "b"]) for part in noise(2, 60, 0).values())
+    taken, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (taken.append(1), step(self)))
+    _xares_mlp(pool, pool, test, task_with(xares=length), 2, seed=1)
+    assert len(taken) == steps
+
+
+def test_lengths_of_nothing_are_refused(task_with):
+    with pytest.raises(UserError, match="xares: epochs and batch_clips must be at least 1, got 0 and 32"):
+        task_with(xares={"epochs": 0})
+
+
+def test_a_class_that_no_tested_clip_has_counts_nothing_in_their_mean_average_precision():
+    generator = torch.Generator().manual_seed(0)
+    scores, answers = torch.randn(40, 5, generator=generator), torch.rand(40, 5, generator=generator) > 0.6
+    answers[:, 3] = False
+    each = [average_precision_score(answers[:, i], scores[:, i]) if i != 3 else 0.0 for i in range(5)]
+    assert _xares_metric("mAP", 5, scores, answers) == pytest.approx(np.mean(each), abs=1e-6)
+    assert class_metric("mAP", 5, scores, answers) == pytest.approx(np.sum(each) / 4, abs=1e-6)
 
 
 def test_xares_pools_over_silence_and_cuts_successive_crops(tones, task_with, tiny_encoder, tmp_path):

@@ -19,21 +19,22 @@ from torch import Tensor, nn
 
 from whisper_aut.probes.fitting import threads
 from whisper_aut.probes.items import Items, items_of
-from whisper_aut.probes.metrics import Answer, class_metric
+from whisper_aut.probes.metrics import class_metric
 from whisper_aut.probes.rounds import Round
 from whisper_aut.probes.selection import SeedRun, jackknife, shortened
+from whisper_aut.probes.tasks import ProbeTask
 
 THEIR_SEED = 42
-XARES_EPOCHS, XARES_BATCH, XARES_RATE, XARES_LAST_RATE = 10, 32, 1e-3, 1e-4
+XARES_RATE, XARES_LAST_RATE = 1e-3, 1e-4
 XARES_NEIGHBOURS, XARES_TEMPERATURE = 10, 0.07
 MAEB_CLIPS_PER_CLASS, MAEB_FOLDS, MAEB_EXPERIMENTS, MAEB_ITERATIONS = 8, 5, 10, 100
 
 
 def xares_runs(
-    rounds: Sequence[Round], answer: Answer, metric: str, classes: Sequence[str], kind: str, seeds: Sequence[int]
+    rounds: Sequence[Round], task: ProbeTask, classes: Sequence[str], kind: str, seeds: Sequence[int]
 ) -> list[SeedRun]:
-    """X-ARES: ten epochs of Adam on normalised features, the best epoch by the score that is reported; or its nearest neighbours."""
-    found = []
+    """X-ARES: the task's epochs of Adam on normalised features, the best epoch by the score that is reported; or its nearest neighbours."""
+    answer, metric, found = task.answer, task.metric, []
     for seed in seeds:
         scores, units = [], []
         for one in rounds:
@@ -45,16 +46,16 @@ def xares_runs(
             valid = _only(pool, ~pool.of(one.sampled)) if own_valid else test
             with threads(1):
                 predicted = _xares_neighbours(train, test, len(classes)) if kind == "knn" else _xares_mlp(
-                    train, valid, test, metric, len(classes), THEIR_SEED + seed
+                    train, valid, test, task, len(classes), THEIR_SEED + seed
                 )  # fmt: skip
-            scores.append(shortened(class_metric(metric, len(classes), predicted, test.answers)))
+            scores.append(shortened(_xares_metric(metric, len(classes), predicted, test.answers)))
             units.append(_units(predicted, test, metric, len(classes)))
         count = len(scores)
         found.append(SeedRun(seed, tuple(scores), ({},) * count, (None,) * count, tuple(units)))
     return found
 
 
-def _xares_mlp(train: Items, valid: Items, test: Items, metric: str, classes: int, seed: int) -> Tensor:
+def _xares_mlp(train: Items, valid: Items, test: Items, task: ProbeTask, classes: int, seed: int) -> Tensor:
     """A linear layer behind a LayerNorm, called MLP there; return its scores of the test items at the best epoch."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -62,15 +63,15 @@ def _xares_mlp(train: Items, valid: Items, test: Items, metric: str, classes: in
         model = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
         optimiser = torch.optim.Adam(model.parameters(), lr=XARES_RATE)
         best, kept = -1.0, torch.zeros(len(test.features), classes)
-        for epoch in range(XARES_EPOCHS):
-            share = (1 + cos(pi * epoch / XARES_EPOCHS)) / 2
+        for epoch in range(task.xares.epochs):
+            share = (1 + cos(pi * epoch / task.xares.epochs)) / 2
             optimiser.param_groups[0]["lr"] = XARES_LAST_RATE + (XARES_RATE - XARES_LAST_RATE) * share
-            for batch in torch.randperm(len(train.features)).split(XARES_BATCH):
+            for batch in torch.randperm(len(train.features)).split(task.xares.batch_clips):
                 optimiser.zero_grad()
                 _loss(model(train.features[batch]), train.answers[batch]).backward()
                 optimiser.step()
             with torch.no_grad():
-                score = class_metric(metric, classes, model(valid.features), valid.answers)
+                score = _xares_metric(task.metric, classes, model(valid.features), valid.answers)
                 if score > best:
                     best, kept = score, model(test.features)
     return kept
@@ -144,9 +145,15 @@ def _loss(scores: Tensor, answers: Tensor) -> Tensor:
     return F.cross_entropy(scores, answers) if answers.ndim == 1 else F.binary_cross_entropy_with_logits(scores, answers)
 
 
+def _xares_metric(metric: str, classes: int, scores: Tensor, answers: Tensor) -> float:
+    """Ours, but for mean average precision, in which a class that no clip has counts nothing there."""
+    value = class_metric(metric, classes, scores, answers)
+    return value * float(answers.any(0).double().mean()) if metric == "mAP" else value
+
+
 def _units(scores: Tensor, test: Items, metric: str, classes: int) -> np.ndarray:
     if test.answers.ndim == 1:
         return (scores.argmax(1) == test.answers).double().numpy()
     return jackknife(
-        lambda clips: class_metric(metric, classes, scores[test.of(clips)], test.answers[test.of(clips)]), test.clips
+        lambda clips: _xares_metric(metric, classes, scores[test.of(clips)], test.answers[test.of(clips)]), test.clips
     )

@@ -21,7 +21,7 @@ from whisper_aut.probes.rounds import TRAIN_SHARE, Round, check_rounds, fold_rou
 from whisper_aut.probes.selection import SeedRun
 from whisper_aut.probes.tasks import ProbeTask
 
-PEERS_VERSION = 1  # raise it when anything in `probes.peers` changes a score
+PEERS_VERSION = 2  # raise it when anything in `probes.peers` changes a score
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class XaresProtocol(Protocol):
 
     name: str = "xares"
     description: str = (
-        "X-ARES's rules, flaws included: pooling over padding, successive crops, ten epochs, the best chosen by the score that is "
+        "X-ARES's rules, flaws included: pooling over padding, successive crops, few epochs, the best chosen by the score that is "
         "reported where a task has no validation split; nearest neighbours of features scaled across samples"
     )
 
@@ -87,7 +87,7 @@ class XaresProtocol(Protocol):
     def run(self, parts: dict[str, Embeddings], task: ProbeTask, kind: str, seeds: Sequence[int], device: str) -> list[SeedRun]:
         rounds = rounds_of(parts, task)
         check_rounds(rounds, task.name)
-        return xares_runs(rounds, task.answer, task.metric, class_names(rounds, task.answer, task.name), kind, seeds)
+        return xares_runs(rounds, task, class_names(rounds, task.answer, task.name), kind, seeds)
 
 
 @dataclass(frozen=True)
