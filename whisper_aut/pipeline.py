@@ -296,6 +296,9 @@ def _start_after(settings: Settings, story: Story, console: Console) -> Settings
     }
     overrides = tuple(f"{key}={value}" for key, value in places.items())
     before = load_settings(config, overrides)
+    ours, theirs = settings.corpora.demo, before.corpora.demo
+    if ours and theirs and ours.out == theirs.out:  # one folder holds one corpus
+        before = replace(before, corpora=replace(before.corpora, demo=ours))
     decoder, _ = check_decoder(before.decoder)
     if "whisper" not in before.export or "whisper" not in decoder.exports:
         raise UserError(f"{config} must train and export `whisper`: {settings.name} starts from the model that it trains.")

@@ -21,6 +21,7 @@ from torch.testing import assert_close
 from torchmetrics import Metric
 
 from tests.conftest import REPOSITORY
+from whisper_aut import pipeline
 from whisper_aut.cli import _rank, main
 from whisper_aut.corpora.shards import open_index
 from whisper_aut.errors import Interrupted, Preempted, UserError
@@ -448,3 +449,21 @@ def test_a_pipe_is_read_where_it_is_allowed_and_only_there(tiny_whisper: Path, t
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, source, "data.allow_pipe=true"), QUIET).run
     done = json.loads(run.done.read_text())
     assert (done["steps"], done["refused"]) == (6, {})
+
+
+def test_what_a_run_starts_after_reads_the_same_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Settings] = []
+
+    def noted(settings: Settings, story: Story, console: Console) -> SimpleNamespace:
+        seen.append(settings)
+        return SimpleNamespace(export=lambda name: tmp_path / name)
+
+    monkeypatch.setattr(pipeline, "run_story", noted)
+    config = REPOSITORY / "conf" / "smoke.yaml"
+    settings = load_settings(config, ["corpora.demo.scale=0.07", "corpora.demo.seed=5", f"data.shards={tmp_path}"])
+    started = pipeline._start_after(settings, Story(config), QUIET)
+    assert seen[0].corpora.demo == settings.corpora.demo  # or one would overwrite what the other wrote
+    assert started.model.path == str(tmp_path / "whisper")
+    elsewhere = load_settings(config, ["corpora.demo.scale=0.07", f"corpora.demo.out={tmp_path / 'other'}"])
+    pipeline._start_after(elsewhere, Story(config), QUIET)
+    assert seen[1].corpora.demo == load_settings(REPOSITORY / "conf" / "smoke_speech.yaml").corpora.demo
