@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from whisper_aut.model.dense import product
 from whisper_aut.probes.fitting import Setting, fit
 from whisper_aut.probes.items import Items
 from whisper_aut.probes.lbfgs import minimise
@@ -193,7 +194,7 @@ class LinearProbe(LightningModule):
             # Chances below exp(-30) pull at nothing, and as denormal numbers they slow every product after this.
             slopes = slopes.clamp_(min=-30).exp_().mul_(shares[:, :, None]).scatter_add_(2, place, -shares[:, :, None])
         pull = penalties[:, None, None] * self._penalised() * weight
-        gradients = (slopes.flatten(1).T @ features).view_as(weight) + pull
+        gradients = product(slopes.flatten(1).T, features.T).view_as(weight) + pull
         return (losses * shares).sum(0, dtype=torch.double) + 0.5 * (pull * weight).sum((1, 2), dtype=torch.double), gradients
 
     def _shares(self, features: Tensor, rows: Tensor | None) -> Tensor:
@@ -256,7 +257,7 @@ def _with_ones(features: Tensor) -> Tensor:
 
 def _scores(weight: Tensor, features: Tensor) -> Tensor:
     """`[j, C, R + 1]` on `[I, R + 1]` → `[I, j, C]`."""
-    return F.linear(features, weight.flatten(0, 1)).unflatten(1, weight.shape[:2])
+    return product(features, weight.flatten(0, 1)).unflatten(1, weight.shape[:2])
 
 
 def _expected(path: Ends, penalty: float, otherwise: Tensor) -> Tensor:
