@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from whisper_aut.model import dense
@@ -91,6 +92,8 @@ def test_small_products_half_precision_and_captured_graphs_stay_with_pytorch(one
     exported = torch.export.export(ours, (x,))
     assert_close(exported.module()(x), theirs(x))
     assert_close(torch.jit.trace(ours, (x,), check_trace=False)(x), theirs(x))  # pyright: ignore[reportCallIssue]
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        ours(fake.from_tensor(x))
     half, reference = ours.bfloat16(), theirs.bfloat16()
     assert torch.equal(half(x.bfloat16()), reference(x.bfloat16()))
     assert torch.equal(product(x.bfloat16(), half.weight), x.bfloat16() @ half.weight.T)

@@ -53,7 +53,8 @@ def _takes_onednn(left: Tensor, right: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
     return (
-        left.device.type == right.device.type == "cpu"
+        type(left) is Tensor  # subclasses, among them those without memory by which runs are planned, have rules of their own
+        and left.device.type == right.device.type == "cpu"
         and left.dtype == right.dtype == torch.float32
         and left.numel() * right.shape[0] >= MIN_PRODUCTS
         and mkl_is_slow()
