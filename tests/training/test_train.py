@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -171,8 +172,8 @@ def test_two_cpu_ranks_equal_one_with_the_doubled_batch(
 ):
     """Through the real command line, where Lightning launches the second rank; texts differ in length between the ranks."""
     runs = []
-    # A DeepSpeed run in this process, of another test, leaves the address that it listens at.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
+    # A DeepSpeed run in this process, of another test, leaves the address that it listens at, and that it is rank 0.
+    environment = {name: value for name, value in os.environ.items() if not re.search("MASTER_|RANK|WORLD_SIZE", name)}
     for name, overrides in (
         ("one", ["data.batch_clips=4"]),
         ("two", ["data.batch_clips=2", "hardware.devices=2", "strategy=ddp"]),
