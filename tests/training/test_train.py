@@ -22,14 +22,12 @@ from torch.testing import assert_close
 from torchmetrics import Metric
 
 from tests.conftest import REPOSITORY
-from whisper_aut import pipeline
 from whisper_aut.cli import _rank, main
 from whisper_aut.corpora.shards import open_index
 from whisper_aut.errors import Interrupted, Preempted, UserError
 from whisper_aut.export.hf import read_checkpoint
 from whisper_aut.model.module import AudioTextModule
 from whisper_aut.model.start import Start
-from whisper_aut.pipeline import Story, run_story
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.settings import Settings, dump_settings, load_settings
 from whisper_aut.training import train as train_module
@@ -407,19 +405,6 @@ def test_mistakes_are_found_before_anything_is_written(
         train(settings_for(tiny_whisper, tiny_shards, tmp_path / "runs"), QUIET, resume=str(tmp_path / "x.ckpt"))
 
 
-def test_a_missing_device_is_found_before_the_run_it_starts_after(
-    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    runs = tmp_path / "runs"
-    settings = settings_for(
-        tiny_whisper, tiny_shards, runs, "model.after=smoke_speech.yaml", "model.path=", "hardware.accelerator=cuda"
-    )
-    with pytest.raises(UserError, match="PyTorch sees no such device here"):
-        run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
-    assert not runs.exists()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp"])
 def test_other_strategies_train_to_the_same_weights(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, strategy: str):
@@ -452,21 +437,3 @@ def test_a_pipe_is_read_where_it_is_allowed_and_only_there(tiny_whisper: Path, t
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, source, "data.allow_pipe=true"), QUIET).run
     done = json.loads(run.done.read_text())
     assert (done["steps"], done["refused"]) == (6, {})
-
-
-def test_what_a_run_starts_after_reads_the_same_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    seen: list[Settings] = []
-
-    def noted(settings: Settings, story: Story, console: Console) -> SimpleNamespace:
-        seen.append(settings)
-        return SimpleNamespace(export=lambda name: tmp_path / name)
-
-    monkeypatch.setattr(pipeline, "run_story", noted)
-    config = REPOSITORY / "conf" / "smoke.yaml"
-    settings = load_settings(config, ["corpora.demo.scale=0.07", "corpora.demo.seed=5", f"data.shards={tmp_path}"])
-    started = pipeline._start_after(settings, Story(config), QUIET)
-    assert seen[0].corpora.demo == settings.corpora.demo  # or one would overwrite what the other wrote
-    assert started.model.path == str(tmp_path / "whisper")
-    elsewhere = load_settings(config, ["corpora.demo.scale=0.07", f"corpora.demo.out={tmp_path / 'other'}"])
-    pipeline._start_after(elsewhere, Story(config), QUIET)
-    assert seen[1].corpora.demo == load_settings(REPOSITORY / "conf" / "smoke_speech.yaml").corpora.demo

@@ -7,7 +7,7 @@ after Holm, and the sign for every single seed agree.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,6 +69,7 @@ class SeedDifference:
         figure: what is compared.
         value, std: mean and deviation over seeds of `per_seed`: differences, or logarithms of ratios.
         ratio: whether they are the latter.
+        decimals: with which a difference is written.
         lower_is_better: of the figure.
         p_value: of no difference, by a paired t-test over seeds; p_holm: corrected for all differences of the table.
     """
@@ -79,6 +80,7 @@ class SeedDifference:
     std: float | None
     per_seed: tuple[float, ...]
     ratio: bool
+    decimals: int
     lower_is_better: bool
     p_value: float | None
     p_holm: float | None
@@ -123,38 +125,24 @@ def differences(results: Results) -> list[Difference]:
     Raises:
         UserError: arms were tested on different clips.
     """
-    base = {measure.seed: measure for measure in results.of(results.reference)}
     found = []
-    for arm in results.arms:
-        pairs = [(measure, base[measure.seed]) for measure in results.of(arm.name) if measure.seed in base]
-        if arm.name == results.reference or not pairs:
-            continue
-        found += [_difference(results, arm.name, domain, pairs) for domain in domains_of(results)]
-    tested = [i for i, one in enumerate(found) if one.p_clips is not None]
-    adjusted = holm([found[i].p_clips for i in tested])  # pyright: ignore[reportArgumentType]
-    for i, p_holm in zip(tested, adjusted, strict=True):
-        found[i] = replace(found[i], p_holm=p_holm)
-    return found
+    for arm, pairs in _pairs(results):
+        found += [_difference(results, arm, domain, pairs) for domain in domains_of(results)]
+    corrected = _corrected([one.p_clips for one in found])
+    return [replace(one, p_holm=p_holm) for one, p_holm in zip(found, corrected, strict=True)]
 
 
 def seed_differences(results: Results) -> list[SeedDifference]:
     """Compare what arms answer and, where losses compare, their last loss and what a loss cost, seed by seed with the reference."""
-    base = {measure.seed: measure for measure in results.of(results.reference)}
     found = []
-    for arm in results.arms:
-        pairs = [(measure, base[measure.seed]) for measure in results.of(arm.name) if measure.seed in base]
-        if arm.name == results.reference or not pairs:
-            continue
+    for arm, pairs in _pairs(results):
         for figure in _seed_figures(results):
             values = [(figure.of(one), figure.of(other)) for one, other in pairs]
             known = [(mine, theirs) for mine, theirs in values if mine is not None and theirs is not None]
             if known and len(known) == len(values):
-                found.append(_seed_difference(arm.name, figure, known))
-    tested = [i for i, one in enumerate(found) if one.p_value is not None]
-    adjusted = holm([found[i].p_value for i in tested])
-    for i, p_holm in zip(tested, adjusted, strict=True):
-        found[i] = replace(found[i], p_holm=p_holm)
-    return found
+                found.append(_seed_difference(arm, figure, known))
+    corrected = _corrected([one.p_value for one in found])
+    return [replace(one, p_holm=p_holm) for one, p_holm in zip(found, corrected, strict=True)]
 
 
 def price(curves: Sequence[Sequence[Point]], threshold: float) -> Price:
@@ -176,11 +164,27 @@ def price(curves: Sequence[Sequence[Point]], threshold: float) -> Price:
     )
 
 
+def _pairs(results: Results) -> Iterator[tuple[str, list[tuple[Measure, Measure]]]]:
+    """Yield each arm but the reference with its measures beside the reference's of the same seeds."""
+    base = {measure.seed: measure for measure in results.of(results.reference)}
+    for arm in results.arms:
+        pairs = [(measure, base[measure.seed]) for measure in results.of(arm.name) if measure.seed in base]
+        if arm.name != results.reference and pairs:
+            yield arm.name, pairs
+
+
+def _corrected(p_values: Sequence[float | None]) -> list[float | None]:
+    """Correct the p-values that there are after Holm; None stays."""
+    adjusted = iter(holm([p_value for p_value in p_values if p_value is not None]))
+    return [None if p_value is None else next(adjusted) for p_value in p_values]
+
+
 @dataclass(frozen=True)
 class _SeedFigure:
     name: str
     of: Callable[[Measure], float | None]
     ratio: bool = False
+    decimals: int = 3
     lower_is_better: bool = True
 
 
@@ -188,7 +192,7 @@ def _seed_figures(results: Results) -> list[_SeedFigure]:
     """Name what a whole training is compared by. Losses compare where an experiment has thresholds for them."""
     figures = []
     if results.answers:
-        figures.append(_SeedFigure("right answers (points)", _right_answers, lower_is_better=False))
+        figures.append(_SeedFigure("right answers (points)", _right_answers, decimals=1, lower_is_better=False))
     thresholds = results.settings.get("thresholds", [])
     if not thresholds:
         return figures
@@ -214,7 +218,9 @@ def _seed_difference(arm: str, figure: _SeedFigure, pairs: Sequence[tuple[float,
     per_seed = tuple(math.log(mine / theirs) if figure.ratio else mine - theirs for mine, theirs in pairs)
     value, std = mean_std(per_seed)
     p_value = _over_seeds(per_seed)
-    return SeedDifference(arm, figure.name, value, std, per_seed, figure.ratio, figure.lower_is_better, p_value, None)
+    return SeedDifference(
+        arm, figure.name, value, std, per_seed, figure.ratio, figure.decimals, figure.lower_is_better, p_value, None
+    )
 
 
 def _difference(results: Results, arm: str, domain: str, pairs: Sequence[tuple[Measure, Measure]]) -> Difference:

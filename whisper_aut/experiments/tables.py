@@ -31,8 +31,8 @@ def sheets(results: Results) -> list[Sheet]:
     found += [cost_sheet(results)] if any(measure.cost for measure in results.measures) else []
     found += [price_sheet(results)] if _thresholds(results) else []
     found += [difference_sheet(results)] if results.tasks and len(results.arms) > 1 else []
-    found += [seed_difference_sheet(results)] if seed_differences(results) else []
-    return found
+    of_trainings = seed_difference_sheet(results)
+    return [*found, of_trainings] if of_trainings.rows else found
 
 
 def score_sheet(results: Results) -> Sheet:
@@ -220,7 +220,7 @@ def _difference_cells(one: Difference) -> tuple[str, ...]:
 
 
 def _seed_difference_cells(one: SeedDifference) -> tuple[str, ...]:
-    written = "{:+.1f}" if "points" in one.figure else "{:+.3f}"
+    written = f"{{:+.{one.decimals}f}}"
     if one.ratio:
         value, each = f"× {math.exp(one.value):.2f}", [f"{math.exp(value):.2f}" for value in one.per_seed]
     else:

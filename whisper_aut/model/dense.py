@@ -1,9 +1,8 @@
 """Linear layers through oneDNN, on the processors where PyTorch's choice is slow.
 
-In: the modules of a model, and matrix products. Out: the same. PyTorch gives float32 products on x86 to MKL, which uses the wide vector
-units of Intel's processors only; oneDNN, which PyTorch brings too and uses for bfloat16 and convolutions, uses AMD's as well and is more
-than twice as fast there (`benchmarks/dense.py`). Everywhere else, on GPUs, under autocast and while a graph is captured, the layers
-are PyTorch's own. Source: Intel oneAPI Math Kernel Library, notices on optimisation for processors of other makers.
+In: the modules of a model, and matrix products. Out: the same. PyTorch gives float32 products on x86 to MKL; on AMD's processors oneDNN,
+which PyTorch brings too and uses for bfloat16 and convolutions, was found twice as fast (`benchmarks/dense.py`). Everywhere else, on
+GPUs, under autocast and while a graph is captured, the layers are PyTorch's own.
 """
 
 import platform
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 CPU_INFO = Path("/proc/cpuinfo")
 AMD = "AuthenticAMD"
@@ -34,12 +32,16 @@ class Dense(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if not _takes_onednn(input, self.weight):
-            return linear(input, self.weight, self.bias)
+            return super().forward(input)  # which looks functions up where ZeRO-3 puts its own
         return _Linear.apply(input, self.weight, self.bias)  # pyright: ignore[reportReturnType]
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return `left @ right.T` of `[N, K]` and `[M, K]`, without a gradient: `[N, M]`, in `out` where the library writes there."""
+    """Return `left @ right.T` of `[N, K]` and `[M, K]`, without a gradient: `[N, M]`.
+
+    Args:
+        out: memory that may be used for it. Only what is returned is sure to hold the product.
+    """
     return _onednn(left, right, None) if _takes_onednn(left, right) else torch.mm(left, right.T, out=out)
 
 

@@ -1,0 +1,63 @@
+"""The story of a config: what is found before anything is trained, and what a run shares with the one that it starts after."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from tests.conftest import REPOSITORY
+from tests.training.test_train import QUIET, settings_for
+from whisper_aut import pipeline
+from whisper_aut.errors import UserError
+from whisper_aut.pipeline import Story, run_story
+from whisper_aut.settings import Settings, load_settings
+from whisper_aut.training.rundir import RunDirectory
+
+
+def test_a_missing_device_is_found_before_the_run_it_starts_after(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    runs = tmp_path / "runs"
+    settings = settings_for(
+        tiny_whisper, tiny_shards, runs, "model.after=smoke_speech.yaml", "model.path=", "hardware.accelerator=cuda"
+    )
+    with pytest.raises(UserError, match="PyTorch sees no such device here"):
+        run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
+    assert not runs.exists()
+
+
+def test_a_finished_run_is_used_where_its_device_is_not(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    runs = tmp_path / "runs"
+    settings = settings_for(
+        tiny_whisper, tiny_shards, runs, "model.after=smoke_speech.yaml", "model.path=", "hardware.accelerator=cuda"
+    )
+    finished = RunDirectory(runs / settings.name / "1")
+    finished.path.mkdir(parents=True)
+    finished.config.touch()
+    finished.done.touch()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(pipeline, "_start_after", lambda *_: pytest.fail("reached", pytrace=False))
+    with pytest.raises(pytest.fail.Exception, match="reached"):  # it was not refused before
+        run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
+
+
+def test_what_a_run_starts_after_reads_the_same_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Settings] = []
+
+    def noted(settings: Settings, story: Story, console: Console) -> SimpleNamespace:
+        seen.append(settings)
+        return SimpleNamespace(export=lambda name: tmp_path / name)
+
+    monkeypatch.setattr(pipeline, "run_story", noted)
+    config = REPOSITORY / "conf" / "smoke.yaml"
+    settings = load_settings(config, ["corpora.demo.scale=0.07", "corpora.demo.seed=5", f"data.shards={tmp_path}"])
+    started = pipeline._start_after(settings, Story(config), QUIET)
+    assert seen[0].corpora.demo == settings.corpora.demo  # or one would overwrite what the other wrote
+    assert started.model.path == str(tmp_path / "whisper")
+    elsewhere = load_settings(config, ["corpora.demo.scale=0.07", f"corpora.demo.out={tmp_path / 'other'}"])
+    pipeline._start_after(elsewhere, Story(config), QUIET)
+    assert seen[1].corpora.demo == load_settings(REPOSITORY / "conf" / "smoke_speech.yaml").corpora.demo
