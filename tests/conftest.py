@@ -2,7 +2,9 @@
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -50,6 +52,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_SECONDS))
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take back what DeepSpeed leaves in this process: its address and rank in the environment, and a linear function of its own."""
+    monkeypatch.setattr("torch.nn.functional.linear", torch.nn.functional.linear)
+    with mock.patch.dict(os.environ):
+        yield
 
 
 def encode_audio(samples: np.ndarray, sample_rate_hz: int = 16_000, kind: str = "FLAC", subtype: str | None = None) -> bytes:

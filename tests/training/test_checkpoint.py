@@ -126,8 +126,10 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny_whisper: Pa
 
 def test_the_last_few_and_the_best_are_kept(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
     overrides = ("trainer.checkpoint_every_steps=1", "trainer.valid_every_steps=2", "trainer.keep_checkpoints=2")
-    # A rate at which the model gets worse after its first steps.
-    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides, "optim.lr=30", "optim.warmup_steps=3"), QUIET).run
+    # A rate that grows to where the model gets worse and worse.
+    run = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides, "optim.lr=3", "optim.warmup_steps=100"), QUIET
+    ).run
     losses = {round(step) + 1: loss for step, loss in read_metrics(run.metrics)["valid/loss"]}
     best = min(losses, key=losses.__getitem__)
     assert best < 5, "the newest is the best: this shows nothing"
