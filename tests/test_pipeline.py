@@ -1,17 +1,21 @@
 """The story of a config: what is found before anything is trained, and what a run shares with the one that it starts after."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from rich.console import Console
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, TONES
 from tests.training.test_train import QUIET, settings_for
 from whisper_aut import pipeline
 from whisper_aut.errors import UserError
 from whisper_aut.pipeline import Story, run_story
-from whisper_aut.settings import Settings, load_settings
+from whisper_aut.settings import Settings, dump_settings, load_settings
 from whisper_aut.training.rundir import RunDirectory
 
 
@@ -61,3 +65,29 @@ def test_what_a_run_starts_after_reads_the_same_corpus(tmp_path: Path, monkeypat
     elsewhere = load_settings(config, ["corpora.demo.scale=0.07", f"corpora.demo.out={tmp_path / 'other'}"])
     pipeline._start_after(elsewhere, Story(config), QUIET)
     assert seen[1].corpora.demo == load_settings(REPOSITORY / "conf" / "smoke_speech.yaml").corpora.demo
+
+
+def test_a_job_of_two_ranks_probes_while_it_trains_and_behind(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    """The first rank scores alone, while the other waits for its word, or is gone."""
+    (tmp_path / "tones.yaml").write_text(yaml.safe_dump({**TONES, "train": ["{root}/speech"], "test": ["{root}/sound"]}))
+    task = f"[{tmp_path / 'tones.yaml'}]"
+    probes = [f"probe.tasks={task}", f"probe.during.tasks={task}", "probe.during.every_steps=2", "probe.seeds=1"]
+    ranks = ["hardware.devices=2", "strategy=ddp", "strategy.timeout_minutes=1", "trainer.max_steps=2", "export=[encoder]"]
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", f"probe.root={tiny_shards}", *probes, *ranks)
+    (tmp_path / "config.yaml").write_text(dump_settings(settings))
+    command = [sys.executable, "-m", "whisper_aut.cli", "train", str(tmp_path / "config.yaml")]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    run = RunDirectory(tmp_path / "runs" / "smoke" / "latest")
+    assert {entry["task"] for entry in json.loads(run.scores.read_text())["entries"]} == {"tones"}
+    assert "probe/tones" in run.metrics.read_text()
+    assert (run.report / "report.html").exists()
+
+
+def test_encoders_are_probed_where_they_were_trained(monkeypatch: pytest.MonkeyPatch):
+    settings = load_settings(REPOSITORY / "conf" / "smoke.yaml", ["hardware=1xgpu"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    assert pipeline._probing_device(settings) == "cuda:3"
+    settings.hardware.accelerator = "cpu"
+    assert pipeline._probing_device(settings) == "cpu"

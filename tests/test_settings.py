@@ -168,3 +168,10 @@ def test_missing_and_broken_files(tmp_path: Path):
     for name, message in (("list", "keys and values"), ("broken", "not readable as YAML"), ("circle", "circle")):
         with pytest.raises(UserError, match=message):
             load_settings(tmp_path / f"{name}.yaml")
+
+
+def test_a_folder_without_configs_is_no_group(tmp_path: Path):
+    (tmp_path / "runs" / "smoke").mkdir(parents=True)
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_settings(load_settings(REPOSITORY / "conf" / "smoke.yaml")))
+    assert load_settings(config, [f"runs={tmp_path / 'runs'}"]).runs == str(tmp_path / "runs")

@@ -1,10 +1,14 @@
 """Several processes that need one thing: one makes it, and a maker that dies does not block the others."""
 
+import errno
 import multiprocessing
 import os
 import time
 from pathlib import Path
 
+import pytest
+
+from whisper_aut.errors import UserError
 from whisper_aut.turns import one_at_a_time
 
 
@@ -39,3 +43,15 @@ def test_a_maker_that_dies_gives_its_turn_back(tmp_path: Path):
     place, made = tmp_path / "thing", tmp_path / "made"
     _run(place, made, dying=2, working=2)
     assert made.read_text() == "made\n"
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with (
+        pytest.raises(UserError, match=rf"{tmp_path} has no file locks \(Function not implemented\)"),
+        one_at_a_time(tmp_path / "x"),
+    ):
+        pass

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.console import Console
 
 from whisper_aut.corpora.audit import AUDIT_NAME, EXCLUDE_NAME, read_audit, unaudited
@@ -332,18 +333,19 @@ def _probes_during(settings: Settings, conf: Path) -> list[ProbeDuringTraining]:
 
 def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[ProbeTask]) -> None:
     """Score the trained encoder, the one it started from, a random one and log-mel statistics on the same clips."""
-    padding = settings.model.padding
+    padding, device = settings.model.padding, _probing_device(settings)
+    torch.set_float32_matmul_precision("highest")  # as `run_probe` finds it: training may have had TF32
     encoders: dict[str, FrameEncoder] = {}
     if settings.probe.logmel_baseline:
         encoders[BASELINE_NAME] = LogMelBaseline(start.config.num_mel_bins)
     if settings.probe.random_encoder:
         encoders["random"] = load_encoder(
-            start.path, padding=padding, revision=start.revision, random_init=True, seed=settings.seed
+            start.path, padding=padding, revision=start.revision, random_init=True, seed=settings.seed, device=device
         )
     before = _short_name(start.path)
     before = f"{before} (start)" if before in (settings.name, *encoders) else before
-    encoders[before] = load_encoder(start.path, padding=padding, revision=start.revision)
-    encoders[settings.name] = load_encoder(str(run.export("encoder")), padding=padding)
+    encoders[before] = load_encoder(start.path, padding=padding, revision=start.revision, device=device)
+    encoders[settings.name] = load_encoder(str(run.export("encoder")), padding=padding, device=device)
     run_suite(
         encoders,
         tasks,
@@ -352,7 +354,14 @@ def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[
         seeds=range(settings.probe.seeds),
         against=[before],
         scores_file=run.scores,
+        device=device,
     )
+
+
+def _probing_device(settings: Settings) -> str:
+    """Return the first rank's own device, on which nothing else is done by then."""
+    on_gpu = settings.hardware.accelerator != "cpu" and torch.cuda.is_available()
+    return f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
 
 
 def encoder_names(given: Sequence[str]) -> dict[str, str]:

@@ -96,11 +96,9 @@ def _read_yaml(path: Path) -> DictConfig:
 
 
 def _groups(folder: Path) -> dict[str, list[str]]:
-    return (
-        {sub.name: sorted(file.stem for file in sub.glob("*.yaml")) for sub in folder.iterdir() if sub.is_dir()}
-        if folder.is_dir()
-        else {}
-    )
+    """Return the folders that hold configs, with their names; a folder without one is no group: `runs`, say, beside a config."""
+    found = {sub.name: sorted(file.stem for file in sub.glob("*.yaml")) for sub in folder.iterdir()} if folder.is_dir() else {}
+    return {name: choices for name, choices in found.items() if choices}
 
 
 def _read_group(folder: Path, group: str, choice: str, groups: Mapping[str, list[str]]) -> DictConfig:

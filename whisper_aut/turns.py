@@ -9,10 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from whisper_aut.errors import UserError
+
 
 @contextmanager
 def one_at_a_time(place: Path) -> Iterator[None]:
-    """Hold the turn for `place`. Who comes second finds it made; a process that dies gives its turn back."""
+    """Hold the turn for `place`. Who comes second finds it made; a process that dies gives its turn back.
+
+    Raises:
+        UserError: the file system has no locks.
+    """
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = place.with_name(f".{place.name}.lock").open("a")
@@ -20,5 +26,11 @@ def one_at_a_time(place: Path) -> Iterator[None]:
         yield
         return
     with lock:  # closing it gives the turn back
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"The file system of {place.parent} has no file locks ({error.strerror}), by which several processes take turns in "
+                f"making {place.name}. Use another one, or have it mounted with them (for Lustre: -o flock)."
+            ) from None
         yield

@@ -86,3 +86,18 @@ def test_follows_autocast():
     assert total.dtype == torch.float32
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_is_computed(context: Any, monkeypatch: pytest.MonkeyPatch):
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    products: list[tuple[int, ...]] = []
+
+    def counted(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        products.append((len(left), len(right)))
+        return torch.mm(left, right.T, out=out)
+
+    monkeypatch.setattr("whisper_aut.model.loss.product", counted)
+    with context():
+        chunked_cross_entropy(hidden, weight, torch.randint(0, 9, (5,)))
+    assert products == [(5, 9)]  # the logits

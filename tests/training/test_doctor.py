@@ -104,3 +104,16 @@ def test_the_doctor_trains_two_steps_and_leaves_nothing(
     assert main(["doctor", str(tmp_path / "config.yaml")]) == 0
     assert "two steps" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_starts_its_own_ranks_inside_a_job_too(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)  # as in the shell of a batch job, which waits for nobody
+    settings = settings_for(
+        tiny_whisper, tiny_shards, tmp_path, "hardware.devices=2", "strategy=ddp", "probe.tasks=[]", "trainer.max_steps=2"
+    )
+    finding = check_dry_run(dump_settings(settings), minutes=3)
+    assert finding.status == "ok", finding.detail

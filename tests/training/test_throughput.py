@@ -43,6 +43,8 @@ def test_padding_counts_what_the_encoder_runs_on():
 
 def test_peaks_know_the_devices_and_precisions():
     assert peak_flops("NVIDIA H100 80GB HBM3", "bf16-mixed") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", "bf16-mixed") == 756e12
+    assert peak_flops("NVIDIA H100 NVL", "bf16-mixed") == 835e12
     assert peak_flops("NVIDIA A100-SXM4-40GB", "32-true") == 156e12
     assert peak_flops("NVIDIA GeForce RTX 4090", "16-mixed") == 165.2e12
     assert peak_flops("Something new", "bf16-mixed") is None

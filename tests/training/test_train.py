@@ -434,3 +434,9 @@ def test_a_pipe_is_read_where_it_is_allowed_and_only_there(tiny_whisper: Path, t
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, source, "data.allow_pipe=true"), QUIET).run
     done = json.loads(run.done.read_text())
     assert (done["steps"], done["refused"]) == (6, {})
+
+
+def test_what_bf16_true_rounds_is_said(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    said = Console(record=True, file=StringIO(), width=200)
+    train(settings_for(tiny_whisper, tiny_shards, tmp_path, "hardware.precision=bf16-true", "trainer.max_steps=1"), said)
+    assert "updates below 0.4 % of a weight are lost" in said.export_text()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from whisper_aut.errors import UserError, nearest
+from whisper_aut.model.transfer import sent
 
 FRAME_MS = 20
 
@@ -45,7 +46,7 @@ def windows(frames: Tensor, lengths: Sequence[int], size: int, hop: int) -> tupl
         places.append(torch.where((inside >= 0) & (inside < length), inside + start, outside))
         start += length
     padded = torch.cat([frames, frames.new_zeros(1, frames.shape[1])])
-    index = torch.cat(places).flatten().to(frames.device, non_blocking=True)
+    index = sent(torch.cat(places).flatten(), frames.device)
     return padded.index_select(0, index).view(-1, size * frames.shape[1]), counts
 
 

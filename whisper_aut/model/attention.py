@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
+from whisper_aut.model.transfer import sent
+
 FLASH_CAPABILITY = (8, 0)  # Ampere: PyTorch's flash attention runs on nothing older
 
 
@@ -97,7 +99,7 @@ def _has_flash(device: torch.device) -> bool:
 def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
     sums = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=sums[1:])
-    return sums.pin_memory().to(device, non_blocking=True)
+    return sent(sums, device)
 
 
 def _sdpa_by_length(

@@ -21,6 +21,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper_aut.data.logmel import MAX_MEL_FRAMES, frames_with_context, silence_level
 from whisper_aut.model.attention import Segments, clip_attention
 from whisper_aut.model.dense import speed_up_products
+from whisper_aut.model.transfer import sent
 
 Padding = Literal["none", "30s"]
 PADDINGS = ("none", "30s")
@@ -127,7 +128,7 @@ class PackedEncoder(nn.Module):
         if len(set(mel_lengths)) == 1:
             return self._embed_equal(mel, len(mel_lengths), encoder_frames(mel_lengths[0]))
         layout = _Spread.of(mel_lengths)
-        mel_index, frame_index, positions = (index.to(mel.device, non_blocking=True) for index in layout.indices())
+        mel_index, frame_index, positions = (sent(index, mel.device) for index in layout.indices())
         spread = mel.new_zeros(layout.width, mel.shape[1]).index_copy(0, mel_index, mel)
         inside = spread.new_zeros(layout.width).index_fill(0, mel_index, 1.0)
         weight_dtype = whisper.conv1.weight.dtype

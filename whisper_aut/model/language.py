@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from whisper_aut.errors import UserError
 from whisper_aut.model.attention import Segments, clip_attention
 from whisper_aut.model.start import describe_missing, quiet_loading, refuse_gaps
+from whisper_aut.model.transfer import sent
 
 PACKED = "whisper_aut_packed"  # our name among the attention implementations of transformers
 KIND, EXAMPLE = "language model", "Qwen/Qwen3-0.6B"  # for messages
@@ -105,7 +106,7 @@ def packed_states(model: PreTrainedModel, embeddings: Tensor, lengths: Sequence[
         raise UserError(f"A sequence of {max(lengths)} positions exceeds the language model's attention window of {window}.")
     # Set for good, not for this call: a layer that is recomputed in the backward pass must find it there.
     model.config._attn_implementation = PACKED
-    positions = torch.cat([torch.arange(length) for length in lengths]).to(embeddings.device, non_blocking=True)
+    positions = sent(torch.cat([torch.arange(length) for length in lengths]), embeddings.device)
     segments = Segments.of(lengths, lengths, embeddings.device)
     states = model.base_model(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False, segments=segments)
     return states.last_hidden_state[0]

@@ -52,6 +52,8 @@ def chunked_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):  # custom functions run outside autocast: take its dtype explicitly
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if not torch.is_grad_enabled():  # which the function below is not told: it would compute gradients for nobody
+        hidden, weight = hidden.detach(), weight.detach()
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)  # pyright: ignore[reportReturnType]
 
 

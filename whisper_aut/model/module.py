@@ -43,7 +43,7 @@ class SeenBatch:
 
     def sums(self) -> Tensor:
         """Return the sums of losses and of right tokens, and the tokens' number: `[3]`."""
-        return torch.stack([self.nll.sum(), self.correct.sum().to(self.nll.dtype), self.nll.new_tensor(len(self.nll))])
+        return torch.stack([self.nll.sum(), self.correct.sum().to(self.nll.dtype), self.nll.new_full((), len(self.nll))])
 
     def non_finite(self) -> list[tuple[str, str]]:
         """Return the clips whose loss is not finite."""
@@ -198,7 +198,7 @@ class AudioTextModule(lightning.LightningModule):
     def _step_tokens(self, batch: Batch, ranks: int) -> Tensor | int:
         if ranks == 1:
             return max(1, batch.supervised_in_step)
-        tokens = torch.tensor(batch.supervised_in_step, dtype=torch.float32, device=self.device)
+        tokens = torch.full((), float(batch.supervised_in_step), device=self.device)
         torch.distributed.all_reduce(tokens)
         return tokens.clamp(min=1.0)
 

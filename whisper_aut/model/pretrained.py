@@ -148,12 +148,13 @@ class AudioEncoder(nn.Module):
         mel = torch.cat([self.logmel(waveform.to(self.device)) for waveform in waveforms])
         lengths = [mel_frames(len(waveform)) for waveform in waveforms]
         if not layers:
-            return [clip.float().cpu() for clip in self.encoder(mel, lengths).valid()]
+            frames = self.encoder(mel, lengths)
+            return replace(frames, values=frames.values.float().cpu()).valid()  # one copy for all clips
         with hidden_states(self.encoder) as states:
             frames = self.encoder(mel, lengths)
         states.append(frames.values)
-        per_layer = [replace(frames, values=states[layer]).valid() for layer in layers]
-        return [torch.stack(clip).float().cpu() for clip in zip(*per_layer, strict=True)]
+        per_layer = [replace(frames, values=states[layer].float().cpu()).valid() for layer in layers]
+        return [torch.stack(clip) for clip in zip(*per_layer, strict=True)]
 
     def _check_layers(self, layers: Sequence[int]) -> None:
         if any(not 0 <= layer <= self.layers for layer in layers):

@@ -80,6 +80,12 @@ METRIC_VERSIONS: dict[str, str] = {
 }
 
 
+def alone(metric: Metric) -> Metric:
+    """Let a metric count what this process saw, also in a job of several ranks: the first one scores, while others wait or are gone."""
+    metric.distributed_available_fn = lambda: False
+    return metric
+
+
 def class_metric(metric: str, classes: int, scores: Tensor, answers: Tensor) -> float:
     """Score `[B, C]` class scores (logits) against `[B]` classes, or `[B, C]` answers of 0 and 1.
 
@@ -92,14 +98,14 @@ def class_metric(metric: str, classes: int, scores: Tensor, answers: Tensor) -> 
             return 0.0
     elif answers.ndim == 2:
         scores = scores.sigmoid()
-    made = METRICS[metric](classes).to(scores.device)
+    made = alone(METRICS[metric](classes)).to(scores.device)
     made.update(scores, answers.long())
     return float(made.compute())
 
 
 def text_metric(texts: Sequence[str], transcripts: Sequence[str]) -> float:
     """Score recognised texts against transcripts."""
-    made = METRICS["word_accuracy"](0)
+    made = alone(METRICS["word_accuracy"](0))
     made.update(list(texts), list(transcripts))
     return float(made.compute())
 

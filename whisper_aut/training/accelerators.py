@@ -24,6 +24,8 @@ class Accelerator:
 
 ACCELERATORS = (
     Accelerator("H200 141 GB", "H200", 140.0, 989.0, 494.5),
+    Accelerator("H100 PCIe 80 GB", "H100 PCIe", 79.0, 756.0, 378.0),
+    Accelerator("H100 NVL 94 GB", "H100 NVL", 93.0, 835.0, 417.5),
     Accelerator("H100 80 GB", "H100", 79.0, 989.0, 494.5),
     Accelerator("A100 80 GB", "A100", 79.0, 312.0, 156.0),
     Accelerator("A100 40 GB", "A100", 39.0, 312.0, 156.0),
@@ -33,4 +35,6 @@ ACCELERATORS = (
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Return the FLOP/s that a device could do, or None where the table does not know it."""
-    return next((device.peak_flops(precision) for device in ACCELERATORS if device.part in device_name), None)
+    return next(
+        (device.peak_flops(precision) for device in ACCELERATORS if device.part in device_name), None
+    )  # the narrower first

@@ -5,6 +5,7 @@ them as a table. Nothing is left behind: what has to be written goes to a folder
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -36,6 +37,7 @@ PACKAGES = ("torch", "torchaudio", "lightning", "transformers", "deepspeed", "we
 REDUCE_TIMEOUT = timedelta(seconds=60)
 LOW_DISK_GIB = 20.0
 DRY_RUN_MINUTES = 60.0  # a first run also downloads its model
+LAUNCHERS = re.compile("SLURM_|TORCHELASTIC_|MASTER_|(RANK|LOCAL_RANK|NODE_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK)$")
 
 
 @dataclass(frozen=True)
@@ -150,13 +152,17 @@ def check_shards(indexes: Sequence[ShardIndex], limits: ClipLimits, policy: Read
 
 
 def check_dry_run(config_yaml: str, minutes: float = DRY_RUN_MINUTES) -> Finding:
-    """Train two steps of a config in a process of its own, as it would be launched, and throw the run away."""
+    """Train two steps of a config in a process of its own, as a shell would launch it, and throw the run away.
+
+    What Slurm or torchrun has told this process is kept from it: it would wait for ranks that nobody starts.
+    """
     with TemporaryDirectory(prefix="whisper-aut-doctor-") as folder:
         config = Path(folder) / "config.yaml"
         config.write_text(config_yaml)
         command = [sys.executable, "-m", "whisper_aut.cli", "train", str(config), f"runs={folder}/runs"]
         pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        alone = {name: value for name, value in os.environ.items() if not LAUNCHERS.match(name)}
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=alone) as process:
             try:
                 output, errors = process.communicate(timeout=60 * minutes)
             except BaseException as error:

@@ -7,6 +7,7 @@ directories of `training.checkpoint`, so a run goes on under another strategy, Z
 
 import copy
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -70,13 +71,16 @@ def build_strategy(
     strategy: Any
     if name.startswith(DEEPSPEED):
         offload = name.endswith(OFFLOAD)
-        if offload and not torch.cuda.is_available():
-            raise UserError(f"strategy.name={name} moves optimiser state from the GPU to the CPU, and there is no GPU here.")
+        on_gpu = accelerator != "cpu" and torch.cuda.is_available()
+        if offload and not on_gpu:
+            raise UserError(f"strategy.name={name} moves optimiser state from the GPU to the CPU, and no GPU is used here.")
         stage = int(name.removeprefix(DEEPSPEED).removesuffix(OFFLOAD))
-        kind = _DeepSpeed if torch.cuda.is_available() else _CPUDeepSpeed
+        if not on_gpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed takes a GPU that is there
+        kind = _DeepSpeed if on_gpu else _CPUDeepSpeed
         strategy = kind(stage=stage, offload_optimizer=offload, timeout=timeout)
     elif name == "ddp" or ranks > 1:
-        strategy = _DDP(timeout=timeout)
+        strategy = _DDP(timeout=timeout, gradient_as_bucket_view=True)  # gradients lie in memory once
     else:
         strategy = _SingleDevice(_one_device(accelerator))
     strategy.word, strategy.clips_per_step, strategy.skip_to = name, clips_per_step, skip_to

@@ -15,6 +15,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import LearningRateMonitor
 from rich.console import Console
@@ -51,6 +52,10 @@ from whisper_aut.training.rundir import RunDirectory, announced, is_first_rank, 
 from whisper_aut.training.strategy import build_strategy
 
 MAX_REWINDS = 3
+ROUNDED = (
+    "hardware.precision=bf16-true keeps no float32 weights outside DeepSpeed, so that updates below 0.4 % of a weight are lost, and "
+    "rounds the positions of a language model. bf16-mixed does neither."
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ def train(
         settings.trainer.keep_checkpoints + 1,
     ):
         _warn(console, warning)
+    if settings.hardware.precision == "bf16-true":
+        _warn(console, ROUNDED)
     facts = {
         "fingerprint": fingerprint,
         "start": {"path": parts.start.path, "revision": parts.start.revision},
@@ -231,7 +238,7 @@ def _trainer(
         **trainer_arguments(settings, total_steps),
         strategy=strategy,
         # A job under Slurm saves and ends on a signal by our own rules; Lightning would save elsewhere and requeue.
-        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() and _ranks(settings) > 1 else None,
+        plugins=[SLURMEnvironment(auto_requeue=False)] if _launched_by_slurm() and _ranks(settings) > 1 else None,
         callbacks=callbacks,
         logger=loggers,
         enable_checkpointing=False,  # `RollingCheckpoints` does it
@@ -271,6 +278,11 @@ def _say(console: Console, line: str) -> None:
 
 def _warn(console: Console, line: str) -> None:
     _say(console, f"[bold yellow]Warning:[/] {line}")
+
+
+def _launched_by_slurm() -> bool:
+    """Whether `srun` started this rank; where torchrun did, inside a Slurm job, it alone knows the ranks."""
+    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
 
 
 def _clips_per_step(settings: Settings) -> int:

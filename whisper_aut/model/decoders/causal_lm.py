@@ -32,6 +32,7 @@ from whisper_aut.model.language import (
 from whisper_aut.model.loss import DecoderLoss, chunked_cross_entropy
 from whisper_aut.model.scratch_language import LanguageScratch, make_language_model, scratch_config
 from whisper_aut.model.start import Start
+from whisper_aut.model.transfer import sent
 
 SKETCHED_AUDIO_AT = 3  # behind what ChatML writes before the first turn's text
 Training = Literal["frozen", "lora", "full"]
@@ -223,7 +224,7 @@ class CausalLMDecoder(nn.Module):
         text = self.model.get_input_embeddings()(tokens.clamp(min=0))
         order, places, lengths = _interleave(token_lengths, self.audio_at, audio_lengths)
         source = torch.cat([text, audio.to(text.dtype)])
-        order, places = (index.to(source.device, non_blocking=True) for index in (order, places))
+        order, places = (sent(index, source.device) for index in (order, places))
         return _Chats(source.index_select(0, order), places, lengths)
 
 

@@ -27,6 +27,7 @@ from whisper_aut.model.encoder import packed_attention, packed_feed_forward
 from whisper_aut.model.flops import whisper_decoder_flops
 from whisper_aut.model.loss import DecoderLoss, chunked_cross_entropy
 from whisper_aut.model.start import Start
+from whisper_aut.model.transfer import sent
 
 
 @dataclass
@@ -114,7 +115,7 @@ class WhisperDecoder(nn.Module):
         """Return the last hidden state of every token, `[ΣL, D]`."""
         whisper = self.whisper
         positions = torch.cat([torch.arange(length) for length in targets.lengths])
-        places = whisper.embed_positions(None, position_ids=positions.to(frames.device, non_blocking=True))
+        places = whisper.embed_positions(None, position_ids=sent(positions, frames.device))
         hidden = whisper.embed_tokens(targets.tokens) + places
         hidden = dropout(hidden, p=whisper.dropout, training=self.training)
         own, across = (Segments.of(targets.lengths, keys, frames.device) for keys in (targets.lengths, tuple(lengths)))

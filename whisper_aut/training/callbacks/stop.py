@@ -76,5 +76,5 @@ def highest(trainer: lightning.Trainer, module: Any, value: float) -> int:
     """Return the largest of a small whole number over the ranks; all of them call it together."""
     if trainer.world_size == 1:
         return int(value)
-    flag = torch.tensor(float(value), device=module.device)
+    flag = torch.full((), float(value), device=module.device)
     return int(trainer.strategy.reduce(flag, reduce_op="max"))  # pyright: ignore[reportArgumentType]
