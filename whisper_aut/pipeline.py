@@ -102,6 +102,10 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
         ) from None
     start = build_start(settings)
     if is_first_rank():
+        if left := [kind for kind in settings.export if kind not in decoder.exports]:
+            console.print(
+                f"Not exported: {', '.join(left)}, which a run with decoder={settings.decoder['name']} has no decoder for."
+            )
         _export([kind for kind in settings.export if kind in decoder.exports], trained, start)
     wait_for_all_ranks()  # a run that starts from this one needs what it exports
     if not is_first_rank():  # what follows is for one process

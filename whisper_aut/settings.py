@@ -411,6 +411,10 @@ def _number_problems(settings: Settings) -> list[str]:
         "probe.seeds": (settings.probe.seeds, 1),
         "probe.during.every_steps": (settings.probe.during.every_steps, 1),
         "probe.during.max_drop": (settings.probe.during.max_drop, 0),
+        "trainer.generate_clips": (settings.trainer.generate_clips, 0),
+        "trainer.generate_tokens": (settings.trainer.generate_tokens, 1),
+        "hardware.threads": (settings.hardware.threads, 0),
+        "seed": (settings.seed, 0),
     }
     problems = [f"{name}: {value} is below {least}" for name, (value, least) in at_least.items() if value < least]
     if settings.data.batch_seconds is not None and settings.model.padding == "30s":
@@ -422,6 +426,10 @@ def _number_problems(settings: Settings) -> list[str]:
         problems.append(f"hardware.devices: {devices!r} is neither auto nor a whole number from 1 up")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         problems.append(f"optim.betas: {betas} are not two numbers from 0 to below 1")
+    if not 0 <= settings.data.max_refused_share <= 1:
+        problems.append(f"data.max_refused_share: {settings.data.max_refused_share} is not a share from 0 to 1")
+    if not settings.name or Path(settings.name).name != settings.name:
+        problems.append(f"name: {settings.name!r} cannot be the name of a folder in {settings.runs}")
     if settings.optim.lr <= 0:
         problems.append(f"optim.lr: {settings.optim.lr} is not positive")
     return problems

@@ -37,6 +37,22 @@ def test_a_few_early_refusals_do_not_stop_a_run():
     assert ledger.total == 5
 
 
+def test_at_the_end_small_sources_are_judged_too():
+    ledger = Ledger(None, max_share=0.5)
+    ledger.record(["a"] * 4, [refusal("a")] * 6)
+    ledger.check_at_end()  # ten samples say too little
+    ledger.record(["a"] * 4, [refusal("a")] * 6)
+    with pytest.raises(UserError, match="12 of 20 samples of a were refused"):
+        ledger.check_at_end()
+
+
+def test_at_the_end_a_source_has_given_something():
+    ledger = Ledger(None, max_share=0.5)
+    ledger.record(["a"] * 100, [refusal("b")])
+    with pytest.raises(UserError, match="1 of 1 samples of b were refused"):
+        ledger.check_at_end()
+
+
 def test_validation_counts_but_is_no_part_of_the_share():
     ledger = Ledger(None, max_share=0.01)
     ledger.record(["a"] * MIN_SEEN, [])

@@ -52,13 +52,17 @@ def test_a_pickled_checkpoint_is_not_opened(copy: Path):
         load_whisper_encoder(str(copy))
 
 
-def test_other_models_and_missing_places_are_user_errors(copy: Path, tmp_path: Path):
+def test_other_models_and_missing_places_are_user_errors(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"encoder_layerdrop": 0.1}))
     with pytest.raises(UserError, match="layer dropout"):
         _ = Start(str(copy)).config
     with pytest.raises(UserError, match="There is no model directory"):
         load_encoder(str(tmp_path / "nowhere"))
+    (tmp_path / "runs" / "aut_tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"There is no runs/aut_tny\. Did you mean 'aut_tiny'\? runs has: aut_tiny"):
+        load_encoder("runs/aut_tny")  # and no hub is asked
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="it holds nothing"):
         load_encoder(str(tmp_path / "empty"))

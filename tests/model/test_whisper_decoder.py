@@ -1,15 +1,21 @@
 """What is special to Whisper's own decoder: it computes what Hugging Face computes."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch.testing import assert_close
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from tests.model.test_decoders import TEXTS, targets_of
 from whisper_aut.data.logmel import LogMel, mel_frames
+from whisper_aut.errors import UserError
 from whisper_aut.model.decoders import check_decoder
+from whisper_aut.model.decoders.whisper import WhisperDecoderOptions, build_whisper_decoder
 from whisper_aut.model.encoder import PackedEncoder
 from whisper_aut.model.start import Start
 
@@ -61,3 +67,26 @@ def test_whisper_greedy_text_equals_hugging_face(tiny_whisper: Path):
     )[0]
     expected = [int(token) for token in expected if int(token) not in (*prompt[0].tolist(), decoder.end_token)]
     assert [token for token in written if token not in prompt[0].tolist()] == expected
+
+
+def test_another_tokenizer_is_refused(tiny_whisper: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(tiny_whisper, tmp_path / "copy"))
+    options = WhisperDecoderOptions(max_tokens=32)
+    build_whisper_decoder(Start(str(copy)), options, gradient_checkpointing=False)
+    for file in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (copy / file).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"The tokenizer of .* is not this checkpoint's: it "):
+        build_whisper_decoder(Start(str(copy)), options, gradient_checkpointing=False)
+    model, tokenizer = Tokenizer(BPE()), copy / "tokenizer.json"
+    model.add_tokens(["a", "b"])
+    model.save(str(tokenizer))
+    with pytest.raises(UserError, match=r"The tokenizer of .* is not this checkpoint's: it "):
+        build_whisper_decoder(Start(str(copy)), options, gradient_checkpointing=False)
+
+
+def test_an_encoder_alone_is_said_before_anything_else(tiny_whisper: Path, tmp_path: Path):
+    copy = Path(shutil.copytree(tiny_whisper, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"decoder_layers": 0, "max_target_positions": 1}))
+    with pytest.raises(UserError, match="holds an encoder without its decoder"):
+        build_whisper_decoder(Start(str(copy)), WhisperDecoderOptions(), gradient_checkpointing=False)

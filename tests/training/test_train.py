@@ -376,6 +376,13 @@ def test_a_source_of_nothing_but_faults_stops_the_run_with_a_reason(tiny_whisper
     assert len(ledger.read_text().splitlines()) == 256
 
 
+def test_a_checkpoint_behind_the_last_step_is_refused(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path), QUIET).run
+    run.done.unlink()
+    with pytest.raises(UserError, match="stands at step 6, behind the 3 that this config trains"):
+        train(settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.max_steps=3"), QUIET, resume="auto")
+
+
 def test_what_lightning_refuses_is_said_in_a_sentence(tmp_path: Path):
     with pytest.raises(UserError, match="This machine cannot run the config"), explained(tmp_path, ranks=1):
         lightning.Trainer(accelerator="cpu", devices=0, logger=False)

@@ -13,7 +13,8 @@ from typing import TextIO
 from whisper_aut.data.sample import Refusal
 from whisper_aut.errors import WISHED, UserError
 
-MIN_SEEN = 200  # below this many samples of a source its share of refusals says little
+MIN_SEEN = 200  # below this many samples of a source its share of refusals says little yet
+MIN_SEEN_AT_END = 20  # of a small source no more may ever come
 MAX_LINES = 100_000
 
 
@@ -46,7 +47,15 @@ class Ledger:
             self.refused[_folder(refusal), str(refusal.reason)] += 1
             self._write(refusal)
         if refusals:
-            self._check()
+            self._check(MIN_SEEN)
+
+    def check_at_end(self) -> None:
+        """Look once more, when all has been read: at small sources too, and at those that gave nothing.
+
+        Raises:
+            UserError: a source exceeds the share that may be refused.
+        """
+        self._check(MIN_SEEN_AT_END)
 
     def record_validation(self, refusals: Sequence[Refusal]) -> None:
         """Count what a batch of validation refuses, apart: the share that may be refused is of training clips."""
@@ -90,13 +99,13 @@ class Ledger:
         line = {"shard": refusal.source, "key": refusal.key, "reason": str(refusal.reason), "detail": refusal.detail}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def _check(self) -> None:
+    def _check(self, min_seen: int) -> None:
         for source, seen in self.seen.items():
             reasons = {
                 reason: count for (name, reason), count in self.refused.items() if name == source and reason not in WISHED
             }
             refused = sum(reasons.values())
-            if seen >= MIN_SEEN and refused > self.max_share * seen:
+            if (seen >= min_seen or (min_seen < MIN_SEEN and refused == seen)) and refused > self.max_share * seen:
                 listed = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
                 where = f" Each is listed in {self.path}." if self.path else ""
                 raise UserError(

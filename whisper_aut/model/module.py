@@ -198,7 +198,7 @@ class AudioTextModule(lightning.LightningModule):
     def _step_tokens(self, batch: Batch, ranks: int) -> Tensor | int:
         if ranks == 1:
             return max(1, batch.supervised_in_step)
-        tokens = torch.full((), float(batch.supervised_in_step), device=self.device)
+        tokens = torch.full((), float(batch.supervised_in_step), dtype=torch.float32, device=self.device)
         torch.distributed.all_reduce(tokens)
         return tokens.clamp(min=1.0)
 

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging as transformers_logging
 
-from whisper_aut.errors import UserError
+from whisper_aut.errors import UserError, nearest
 
 LOADING: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
 # Frozen tables that checkpoints may leave out: Hugging Face rebuilds the first from the second or by formula.
@@ -166,8 +166,16 @@ def refuse_gaps(
 
 def refuse_no_place(path: str) -> None:
     """Raise where a path is neither a directory nor like a hub id, before a minute is spent asking the hub for it."""
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+    place = Path(path)
+    if place.is_dir():
+        return
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(describe_missing(path, OSError()))
+    if place.parent.is_dir():  # `runs/…`, say: whoever names it means what is here
+        there = sorted(entry.name for entry in place.parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        raise UserError(
+            f"There is no {path}.{nearest(place.name, there)} {place.parent} has: {', '.join(there) or 'no folder'}."
+        )
 
 
 def describe_missing(

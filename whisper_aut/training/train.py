@@ -45,6 +45,7 @@ from whisper_aut.training.callbacks.sources import SourceEpochs
 from whisper_aut.training.callbacks.stop import CleanStop
 from whisper_aut.training.callbacks.throughput import ThroughputMeter
 from whisper_aut.training.callbacks.world import AnotherWorld, loader_state
+from whisper_aut.training.checkpoint import read_manifest
 from whisper_aut.training.faults import check_accelerator, check_room, checkpoint_bytes, explained
 from whisper_aut.training.loggers import build_loggers
 from whisper_aut.training.resume import check_step_size, newest_in, resume_from
@@ -98,6 +99,11 @@ def train(
     if checkpoint and not settings.data.batch_seconds:
         check_step_size(checkpoint, settings.data.batch_clips, _ranks(settings), settings.trainer.accumulate)
     parts = _build(settings, checkpoint)
+    if checkpoint and (step := read_manifest(checkpoint).step) > parts.total_steps:
+        raise UserError(
+            f"{checkpoint} stands at step {step}, behind the {parts.total_steps} that this config trains: its learning rate would never "
+            "have fallen to the end. Raise trainer.max_steps, resume from an earlier checkpoint, or start anew with --fresh."
+        )
     if warning := check_room(
         checkpoint.parent if checkpoint else Path(settings.runs),
         checkpoint_bytes(parts.module),
@@ -256,6 +262,7 @@ def _finish(
     console: Console,
 ) -> None:
     refused = refused_by_all_ranks(ledger)
+    ledger.check_at_end()
     if not trainer.is_global_zero:
         return
     guard = next(callback for callback in trainer.callbacks if isinstance(callback, Guard))  # pyright: ignore[reportAttributeAccessIssue]

@@ -54,6 +54,8 @@ def build_whisper_decoder(
             raise UserError(f"decoder.prompts.{domain}: not a domain; there are {', '.join(DOMAINS)}.")
         if prompt.language != "sample" and prompt.language not in LANGUAGE_CODES:
             raise UserError(f"decoder.prompts.{domain}.language: {prompt.language!r} is no language code of Whisper.")
+    model = start.model  # first: of an export without a decoder nothing else is worth saying
+    _check_tokenizer(start)
     longest = start.config.max_target_positions
     if not 8 <= options.max_tokens <= longest:
         raise UserError(f"decoder.max_tokens: {options.max_tokens} is outside 8 to {longest}, what {start.path} can place.")
@@ -61,7 +63,27 @@ def build_whisper_decoder(
         start.tokenizer, options.prompts, options.max_tokens, options.overflow, options.supervise_prompt, start.multilingual
     )
     end_token = start.token_id("<|endoftext|>")
-    return WhisperDecoder(start.model.model.decoder, end_token, gradient_checkpointing), codec
+    return WhisperDecoder(model.model.decoder, end_token, gradient_checkpointing), codec
+
+
+def _check_tokenizer(start: Start) -> None:
+    """Refuse a tokenizer that is not the checkpoint's: where files are missing, transformers makes up one without words."""
+    config, special = start.config, ("<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>")
+    ids = [start.token_id(token) for token in special]
+    lacking = [token for token, id in zip(special, ids, strict=True) if start.tokenizer.convert_ids_to_tokens(id) != token]
+    written = start.tokenizer("a", add_special_tokens=False).input_ids
+    if lacking:
+        why = f"lacks {', '.join(lacking)}"
+    elif not written:
+        why = "writes no text"
+    elif max(*written, *ids) >= config.vocab_size or ids[:2] != [config.decoder_start_token_id, config.eos_token_id]:
+        why = "numbers tokens otherwise"
+    else:
+        return
+    raise UserError(
+        f"The tokenizer of {start.path} is not this checkpoint's: it {why}. Copy tokenizer.json, or vocab.json and merges.txt, and "
+        "tokenizer_config.json from where the weights come from."
+    )
 
 
 def sketch_whisper_decoder(config: WhisperConfig, options: WhisperDecoderOptions, gradient_checkpointing: bool) -> nn.Module:
