@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from whisper_aut.corpora.annotation import Annotation
-from whisper_aut.data.text import DomainPrompt, WhisperText
+from whisper_aut.data.text import DomainPrompt, WhisperText, language_code
 from whisper_aut.errors import Reason, SampleRefused
 from whisper_aut.model.start import Start
 
@@ -34,6 +34,24 @@ def test_a_sample_may_say_its_own_language(tokenizer):
     for given, used in (("fr", "fr"), ("", "en"), ("klingon", "en")):
         tokens = codec.encode(Annotation(text="x", language=given), "speech", 0).tokens
         assert tokenizer.convert_ids_to_tokens(int(tokens[1])) == f"<|{used}|>"
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("fr", "fr"),
+        ("FR", "fr"),
+        ("fr-FR", "fr"),
+        ("fr_fr", "fr"),
+        ("French", "fr"),
+        ("zh-CN", "zh"),
+        ("mandarin", "zh"),
+        ("", "en"),
+        ("klingon", "en"),
+    ],
+)
+def test_languages_are_said_in_several_ways(said: str, code: str):
+    assert language_code(said) == code
 
 
 def test_english_only_checkpoints_get_no_language_and_task(tokenizer):

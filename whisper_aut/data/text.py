@@ -106,7 +106,17 @@ class WhisperText:
             return _prefix(self.tokenizer, None, None)
         prompt = self.prompts.get(domain, DomainPrompt())
         language = sample_language if prompt.language == "sample" else prompt.language
-        return _prefix(self.tokenizer, language if language in LANGUAGE_CODES else FALLBACK_LANGUAGE, prompt.task)
+        return _prefix(self.tokenizer, language_code(language), prompt.task)
+
+
+def language_code(said: str) -> str:
+    """Return Whisper's code for a code or an English name, in any case and with a region: `fr` for `fr-FR`, `fr_fr`, `French`.
+
+    What Whisper has no language for becomes English, as the empty string does.
+    """
+    said = said.strip().lower().replace("_", "-")
+    code = TO_LANGUAGE_CODE.get(said, said.partition("-")[0])
+    return code if code in LANGUAGE_CODES else FALLBACK_LANGUAGE
 
 
 @lru_cache(maxsize=512)
