@@ -145,6 +145,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_name():
         (["data.max_refused_share=2"], r"data\.max_refused_share: 2.* is not a share"),
         (["name=../x"], r"name: '\.\./x' cannot be the name of a folder"),
         (["name="], "name: '' cannot be"),
+        (["name=.."], r"name: '\.\.' cannot be"),
         (["seed=-1"], "seed: -1 is below 0"),
         (["hardware.threads=-1"], r"hardware\.threads: -1 is below 0"),
         (["optim.betas=[0.9]"], r"optim\.betas: \[0\.9\] are not two numbers"),

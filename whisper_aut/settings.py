@@ -428,7 +428,7 @@ def _number_problems(settings: Settings) -> list[str]:
         problems.append(f"optim.betas: {betas} are not two numbers from 0 to below 1")
     if not 0 <= settings.data.max_refused_share <= 1:
         problems.append(f"data.max_refused_share: {settings.data.max_refused_share} is not a share from 0 to 1")
-    if not settings.name or Path(settings.name).name != settings.name:
+    if settings.name in ("", "..") or Path(settings.name).name != settings.name:
         problems.append(f"name: {settings.name!r} cannot be the name of a folder in {settings.runs}")
     if settings.optim.lr <= 0:
         problems.append(f"optim.lr: {settings.optim.lr} is not positive")

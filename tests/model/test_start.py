@@ -59,7 +59,7 @@ def test_other_models_and_missing_places_are_user_errors(copy: Path, tmp_path: P
         _ = Start(str(copy)).config
     with pytest.raises(UserError, match="There is no model directory"):
         load_encoder(str(tmp_path / "nowhere"))
-    (tmp_path / "runs" / "aut_tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "aut_tiny" / "latest").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"There is no runs/aut_tny\. Did you mean 'aut_tiny'\? runs has: aut_tiny"):
         load_encoder("runs/aut_tny")  # and no hub is asked

@@ -6,7 +6,7 @@ summary and the report. When too large a share of a source is refused, the run s
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -47,7 +47,7 @@ class Ledger:
             self.refused[_folder(refusal), str(refusal.reason)] += 1
             self._write(refusal)
         if refusals:
-            self._check(MIN_SEEN)
+            self._check(lambda seen, refused: seen >= MIN_SEEN)
 
     def check_at_end(self) -> None:
         """Look once more, when all has been read: at small sources too, and at those that gave nothing.
@@ -55,7 +55,7 @@ class Ledger:
         Raises:
             UserError: a source exceeds the share that may be refused.
         """
-        self._check(MIN_SEEN_AT_END)
+        self._check(lambda seen, refused: seen >= MIN_SEEN_AT_END or refused == seen)
 
     def record_validation(self, refusals: Sequence[Refusal]) -> None:
         """Count what a batch of validation refuses, apart: the share that may be refused is of training clips."""
@@ -99,13 +99,13 @@ class Ledger:
         line = {"shard": refusal.source, "key": refusal.key, "reason": str(refusal.reason), "detail": refusal.detail}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def _check(self, min_seen: int) -> None:
+    def _check(self, says_enough: Callable[[int, int], bool]) -> None:
         for source, seen in self.seen.items():
             reasons = {
                 reason: count for (name, reason), count in self.refused.items() if name == source and reason not in WISHED
             }
             refused = sum(reasons.values())
-            if (seen >= min_seen or (min_seen < MIN_SEEN and refused == seen)) and refused > self.max_share * seen:
+            if refused > self.max_share * seen and says_enough(seen, refused):
                 listed = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
                 where = f" Each is listed in {self.path}." if self.path else ""
                 raise UserError(

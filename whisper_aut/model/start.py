@@ -171,7 +171,7 @@ def refuse_no_place(path: str) -> None:
         return
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(describe_missing(path, OSError()))
-    if place.parent.is_dir():  # `runs/…`, say: whoever names it means what is here
+    if any(place.parent.glob("*/latest")):  # a folder of runs, not an owner of models on the hub
         there = sorted(entry.name for entry in place.parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         raise UserError(
             f"There is no {path}.{nearest(place.name, there)} {place.parent} has: {', '.join(there) or 'no folder'}."

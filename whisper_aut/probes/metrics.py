@@ -34,7 +34,7 @@ class CrossRecall(Metric):
     full_state_update = False
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)
         self.add_state("hits", default=[], dist_reduce_fx="cat")
 
     def update(self, similarity: Tensor, owner: Tensor) -> None:
@@ -55,13 +55,14 @@ def recall_credit(similarity: Tensor, owner: Tensor) -> Tensor:
 
 
 # A metric's name → one for C classes. Class metrics are fed with `[B, C]` scores and `[B]` classes or `[B, C]` answers of 0 and 1.
+# None syncs: the first rank of a job scores while the others wait elsewhere, or are gone.
 METRICS: dict[str, Callable[[int], Metric]] = {
-    "accuracy": lambda classes: MulticlassAccuracy(classes, average="micro", validate_args=False),
-    "mAP": lambda classes: MultilabelAveragePrecision(classes, average="macro", validate_args=False),
-    "segment_f1_macro": lambda classes: MultilabelF1Score(classes, average="macro", validate_args=False),
-    "segment_f1_micro": lambda classes: MultilabelF1Score(classes, average="micro", validate_args=False),
+    "accuracy": lambda classes: MulticlassAccuracy(classes, average="micro", validate_args=False, sync_on_compute=False),
+    "mAP": lambda classes: MultilabelAveragePrecision(classes, average="macro", validate_args=False, sync_on_compute=False),
+    "segment_f1_macro": lambda classes: MultilabelF1Score(classes, average="macro", validate_args=False, sync_on_compute=False),
+    "segment_f1_micro": lambda classes: MultilabelF1Score(classes, average="micro", validate_args=False, sync_on_compute=False),
     "recall@1": lambda classes: CrossRecall(),
-    "word_accuracy": lambda classes: WordAccuracy(),
+    "word_accuracy": lambda classes: WordAccuracy(sync_on_compute=False),
 }
 ANSWERS: dict[str, Answer] = {
     "accuracy": "class",
@@ -80,12 +81,6 @@ METRIC_VERSIONS: dict[str, str] = {
 }
 
 
-def alone(metric: Metric) -> Metric:
-    """Let a metric count what this process saw, also in a job of several ranks: the first one scores, while others wait or are gone."""
-    metric.distributed_available_fn = lambda: False
-    return metric
-
-
 def class_metric(metric: str, classes: int, scores: Tensor, answers: Tensor) -> float:
     """Score `[B, C]` class scores (logits) against `[B]` classes, or `[B, C]` answers of 0 and 1.
 
@@ -98,14 +93,14 @@ def class_metric(metric: str, classes: int, scores: Tensor, answers: Tensor) -> 
             return 0.0
     elif answers.ndim == 2:
         scores = scores.sigmoid()
-    made = alone(METRICS[metric](classes)).to(scores.device)
+    made = METRICS[metric](classes).to(scores.device)
     made.update(scores, answers.long())
     return float(made.compute())
 
 
 def text_metric(texts: Sequence[str], transcripts: Sequence[str]) -> float:
     """Score recognised texts against transcripts."""
-    made = alone(METRICS["word_accuracy"](0))
+    made = METRICS["word_accuracy"](0)
     made.update(list(texts), list(transcripts))
     return float(made.compute())
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from whisper_aut.probes.cache import Embeddings
 from whisper_aut.probes.descent import descend
 from whisper_aut.probes.fitting import Setting, fit
-from whisper_aut.probes.metrics import CrossRecall, alone, recall_credit
+from whisper_aut.probes.metrics import CrossRecall, recall_credit
 from whisper_aut.probes.selection import Judgement
 
 RETRIEVAL_VERSION = 1
@@ -139,7 +139,7 @@ class FittedRetrieval:
 
     def _judge(self, features: Tensor, captions: Captions, problem: int) -> Judgement:
         cosines = self.probe(features, captions.bags)[problem]
-        metric = alone(CrossRecall())
+        metric = CrossRecall()
         metric.update(cosines, captions.owner)
         loss = F.cross_entropy(cosines.T / 0.07, captions.owner)
         return Judgement(float(metric.compute()), float(loss), recall_credit(cosines, captions.owner).mean(1).numpy())

@@ -1,7 +1,7 @@
 """Devices by name: their memory and what they could compute.
 
 In: a device's name. Out: an `Accelerator`. Next: the meters' MFU and the plan. Figures are the vendors' data sheets: dense tensor-core
-TFLOP/s of H100 and H200 SXM, A100, and of the RTX 4090 with float32 accumulation.
+TFLOP/s of H100 (SXM, PCIe, NVL) and H200 SXM, A100, and of the RTX 4090 with float32 accumulation.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Accelerator:
         return 1e12 * (self.single_tflops if precision.startswith("32") else self.half_tflops)
 
 
-ACCELERATORS = (
+ACCELERATORS = (  # a longer part before one that it contains: the first that fits is taken
     Accelerator("H200 141 GB", "H200", 140.0, 989.0, 494.5),
     Accelerator("H100 PCIe 80 GB", "H100 PCIe", 79.0, 756.0, 378.0),
     Accelerator("H100 NVL 94 GB", "H100 NVL", 93.0, 835.0, 417.5),
@@ -35,6 +35,4 @@ ACCELERATORS = (
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Return the FLOP/s that a device could do, or None where the table does not know it."""
-    return next(
-        (device.peak_flops(precision) for device in ACCELERATORS if device.part in device_name), None
-    )  # the narrower first
+    return next((device.peak_flops(precision) for device in ACCELERATORS if device.part in device_name), None)
