@@ -82,7 +82,7 @@ def _quieten() -> None:
     for message in (
         ".*LeafSpec.*",  # between Lightning and PyTorch
         ".*IterableDataset.* has .*__len__.* defined",  # ours is right about its length with any number of workers
-        "Experiment logs directory .* exists and is not empty",  # `RunDirectory.keep_metrics` has put them aside
+        "Experiment logs directory .* exists and is not empty",  # `RunDirectory.metrics_aside` has put them aside
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -40,7 +40,7 @@ from whisper_aut.settings import CorporaSettings, ManifestSettings, Settings, lo
 from whisper_aut.training.build import build_forecast, build_start, build_trained, planned_config
 from whisper_aut.training.faults import check_accelerator
 from whisper_aut.training.forecast import tables
-from whisper_aut.training.rundir import RunDirectory, is_first_rank, latest_run, wait_for_all_ranks
+from whisper_aut.training.rundir import RunDirectory, is_first_rank, runs_of, wait_for_all_ranks
 from whisper_aut.training.train import Trained, train
 from whisper_aut.turns import one_at_a_time
 
@@ -88,8 +88,8 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
     prepare_corpora(settings.corpora, console)
     _warn_of_unaudited(settings, tasks, console)
     if settings.model.after:
-        newest = latest_run(Path(settings.runs), settings.name)
-        if not newest or not newest.done.exists():  # a finished run may be used where its device is not
+        runs = runs_of(Path(settings.runs), settings.name)
+        if not any(run.done.exists() for run in runs):  # a finished run may be used where its device is not
             check_accelerator(settings.hardware.accelerator)  # before its start is trained in vain
         settings = _start_after(settings, story, console)
     watching = _probes_during(settings, story.config.parent)

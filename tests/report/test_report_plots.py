@@ -63,3 +63,12 @@ def test_logs_without_losses_are_told(tmp_path, text):
         plot_losses(log, tmp_path / "losses.png")
     with pytest.raises(UserError, match="Cannot read"):
         plot_losses(tmp_path / "none.csv", tmp_path / "losses.png")
+
+
+def test_parts_of_a_log_are_read_in_their_order(tmp_path):
+    for number in range(12):  # every part did step 1 anew
+        (tmp_path / f"metrics.{number}.csv").write_text(f"step,train/loss\n1,{number}\n{number + 2},0.5\n")
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n20,0.1\n")
+    series = read_metrics(tmp_path / "metrics.csv")["train/loss"]
+    assert series[0] == (1, 11)
+    assert [step for step, _ in series] == [1, *range(2, 14), 20]

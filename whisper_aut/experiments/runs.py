@@ -21,7 +21,7 @@ from whisper_aut.model.decoders import check_decoder
 from whisper_aut.pipeline import Story, prepare_corpora, run_story
 from whisper_aut.settings import CorporaSettings, Settings, load_settings
 from whisper_aut.training.build import build_forecast, planned_config, run_fingerprint
-from whisper_aut.training.rundir import RunDirectory
+from whisper_aut.training.rundir import RunDirectory, runs_of
 from whisper_aut.turns import one_at_a_time
 
 State = Literal["done", "begun", "missing"]
@@ -76,7 +76,7 @@ def find(run: Run) -> Found:
         return Found(run, settings, overrides, "missing", None)
     exports = [kind for kind in settings.export if kind in check_decoder(settings.decoder)[0].exports]
     begun = None
-    for directory in _directories(Path(settings.runs) / settings.name):
+    for directory in runs_of(Path(settings.runs), settings.name):
         if directory.finished_with(fingerprint) and all(directory.export(kind).is_dir() for kind in exports):
             return Found(run, settings, overrides, "done", directory)
         if begun is None and _begun_with(directory, fingerprint):
@@ -154,20 +154,10 @@ def _start_overrides(run: Run, start: Found) -> tuple[str, ...]:
     return (f"model.path={path}", "model.after=", "model.scratch=null", *(("model.random_init=true",) if run.random else ()))
 
 
-def _directories(folder: Path) -> list[RunDirectory]:
-    """Return the run directories of a name, the newest first."""
-    paths = (
-        [path for path in folder.iterdir() if not path.is_symlink() and (path / "config.yaml").is_file()]
-        if folder.is_dir()
-        else []
-    )
-    return [RunDirectory(path) for path in sorted(paths, key=lambda path: path.name, reverse=True)]
-
-
 def _begun_with(directory: RunDirectory, fingerprint: str) -> bool:
     """Return whether a run was begun with this config and data."""
     try:
-        return json.loads((directory.path / "environment.json").read_text())["fingerprint"] == fingerprint
+        return json.loads(directory.environment.read_text())["fingerprint"] == fingerprint
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -135,7 +135,8 @@ def read_metrics(metrics_csv: str | Path) -> dict[str, Series]:
     """
     newest = Path(metrics_csv)
     series: dict[str, dict[float, float]] = defaultdict(dict)
-    for part in [*sorted(newest.parent.glob(f"{newest.stem}.*.csv")), newest]:
+    kept = sorted(newest.parent.glob(f"{newest.stem}.*.csv"), key=lambda path: (len(path.name), path.name))  # 10 behind 9
+    for part in [*kept, newest]:
         try:
             for step, name, value in _logged(part):
                 series[name][step] = value

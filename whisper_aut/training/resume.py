@@ -7,6 +7,8 @@ In: what `--resume` was given, and the newest run of the name. Out: the path of 
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
 from whisper_aut.errors import UserError
 from whisper_aut.training.checkpoint import checkpoints_in, damage_of, is_checkpoint, newest_sound, read_manifest
 from whisper_aut.training.rundir import RunDirectory, is_first_rank
@@ -24,7 +26,7 @@ def resume_from(resume: str, newest: RunDirectory | None, place: str, warn: Call
         warn: told about each checkpoint that is passed over.
 
     Raises:
-        UserError: there is no such checkpoint, or none that is whole.
+        UserError: there is no such checkpoint, none that is whole, or it is of a run of another name.
     """
     if not resume:
         return None
@@ -35,6 +37,7 @@ def resume_from(resume: str, newest: RunDirectory | None, place: str, warn: Call
         found = newest_in(RunDirectory(path), warn)
         if found is None:
             raise UserError(f"{path} has saved no checkpoint yet. Without --resume, the run begins anew.")
+        _check_name(found, Path(place).name)
         return found
     if not is_checkpoint(path):
         kind = "is not a checkpoint" if path.exists() else "does not exist"
@@ -44,7 +47,19 @@ def resume_from(resume: str, newest: RunDirectory | None, place: str, warn: Call
         )
     if damage := damage_of(path, hashes=is_first_rank()):
         raise UserError(f"{path} is damaged: {damage}. --resume auto takes the newest one that is not.")
+    _check_name(path.resolve(), Path(place).name)
     return path.resolve()
+
+
+def _check_name(checkpoint: Path, name: str) -> None:
+    """Refuse to train inside a run that another config began: it may be what others start from."""
+    config = RunDirectory(checkpoint.parent.parent).config
+    began = yaml.safe_load(config.read_text())["name"] if config.is_file() else name
+    if began != name:
+        raise UserError(
+            f"{checkpoint} is of a run of {began!r}; this config trains {name!r}. To go on with that run, add name={began}; to begin "
+            f"another from its weights, whisper-aut export {config.parent} --format whisper --out FOLDER and set model.path=FOLDER."
+        )
 
 
 def newest_in(run: RunDirectory, warn: Callable[[str], None]) -> Path | None:

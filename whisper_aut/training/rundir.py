@@ -48,6 +48,10 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
     def done(self) -> Path:
         return self.path / "done.json"
 
@@ -55,11 +59,18 @@ class RunDirectory:
     def metrics(self) -> Path:
         return self.path / "logs" / "metrics.csv"
 
-    def keep_metrics(self) -> None:
-        """Put the figures logged so far aside, as `metrics.N.csv`: a resumed run's logger begins its file anew."""
-        if self.metrics.exists():
-            number = len(list(self.metrics.parent.glob("metrics.*.csv")))
-            self.metrics.rename(self.metrics.with_name(f"metrics.{number}.csv"))
+    @contextmanager
+    def metrics_aside(self) -> Iterator[None]:
+        """Keep the figures logged so far as `metrics.N.csv`, as a logger begins its file anew; where it logs none, all stays as it was."""
+        if not self.metrics.exists():
+            yield
+            return
+        kept = _put_aside(self.metrics)
+        try:
+            yield
+        finally:
+            if not self.metrics.exists():
+                kept.rename(self.metrics)
 
     @property
     def scores(self) -> Path:
@@ -74,6 +85,24 @@ class RunDirectory:
 
     def export(self, kind: str) -> Path:
         return self.path / "export" / kind
+
+    def record(self, config_yaml: str, facts: Mapping[str, Any]) -> None:
+        """Write down what is trained and where; what an earlier part of the run was trained with is kept as `config.N.yaml` and so on."""
+        environment = json.dumps({**_environment(), **facts}, indent=1)
+        for path, text in ((self.config, config_yaml), (self.environment, environment)):
+            if path.exists() and path.read_text() != text:
+                _put_aside(path)
+            write_whole(path, text)
+        self.point_latest()
+
+    def point_latest(self) -> None:
+        """Let `latest` beside the runs of this name be this one."""
+        link, partial = self.path.with_name("latest"), self.path.with_name(f".latest-{os.getpid()}")
+        try:
+            partial.symlink_to(self.path.name)
+            os.replace(partial, link)
+        except OSError:  # a file system without links: the timestamps still sort
+            partial.unlink(missing_ok=True)
 
     def finished_with(self, fingerprint: str) -> bool:
         """Return whether this run went to its end with the config and data that `fingerprint` stands for."""
@@ -153,9 +182,7 @@ def create_run(root: Path, name: str, config_yaml: str, facts: Mapping[str, Any]
                 f"{run.path} holds the checkpoints of an earlier run of this name. Go on with it by --resume {run.path}, or set "
                 f"{RUN_VARIABLE} to another name."
             )
-        run.config.write_text(config_yaml)
-        (run.path / "environment.json").write_text(json.dumps({**_environment(), **facts}, indent=1))
-        _point_latest(folder, run.path.name)
+        run.record(config_yaml, facts)
     except OSError as error:
         raise UserError(
             f"Cannot write the run directory {run.path}: {error.strerror}. Set runs=FOLDER to write elsewhere."
@@ -170,28 +197,24 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def latest_run(root: Path, name: str) -> RunDirectory | None:
-    """Return the newest run of a name, if there is one."""
+def runs_of(root: Path, name: str) -> list[RunDirectory]:
+    """Return the runs of a name, newest first: one that went on is as new as what it last trained with."""
     folder = root / name
     paths = (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()) if folder.is_dir() else ()
     runs = [RunDirectory(path) for path in paths if (path / "config.yaml").exists()]
-    return max(runs, key=lambda run: (run.config.stat().st_mtime_ns, run.path.name), default=None)
+    return sorted(runs, key=lambda run: (run.config.stat().st_mtime_ns, run.path.name), reverse=True)
+
+
+def _put_aside(path: Path) -> Path:
+    """Rename `NAME.EXT` to the first `NAME.N.EXT` that is free, and return it."""
+    number = len(list(path.parent.glob(f"{path.stem}.*{path.suffix}")))
+    return path.rename(path.with_name(f"{path.stem}.{number}{path.suffix}"))
 
 
 def _unused(folder: Path, stamp: str) -> Path:
     """Return a path that does not exist: two runs may begin in one second."""
     names = (stamp, *(f"{stamp}-{number}" for number in range(2, 1000)))
     return next(folder / name for name in names if not (folder / name).exists())
-
-
-def _point_latest(folder: Path, target: str) -> None:
-    link = folder / "latest"
-    partial = folder / f".latest-{os.getpid()}"
-    try:
-        partial.symlink_to(target)
-        os.replace(partial, link)
-    except OSError:  # a file system without links: the timestamps still sort
-        partial.unlink(missing_ok=True)
 
 
 def _environment() -> dict[str, Any]:

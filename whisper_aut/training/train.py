@@ -7,6 +7,7 @@ Next: `export` takes the encoder out of its last checkpoint.
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor
 from rich.console import Console
 
 from whisper_aut.data.batching import Cursor
@@ -49,7 +50,7 @@ from whisper_aut.training.checkpoint import read_manifest
 from whisper_aut.training.faults import check_accelerator, check_room, checkpoint_bytes, explained
 from whisper_aut.training.loggers import build_loggers
 from whisper_aut.training.resume import check_step_size, newest_in, resume_from
-from whisper_aut.training.rundir import RunDirectory, announced, is_first_rank, job_run, latest_run, write_whole
+from whisper_aut.training.rundir import RunDirectory, announced, is_first_rank, job_run, runs_of, write_whole
 from whisper_aut.training.strategy import build_strategy
 
 MAX_REWINDS = 3
@@ -75,7 +76,7 @@ def train(
     fresh: bool = False,
     callbacks: Sequence[lightning.Callback] = (),
 ) -> Trained:
-    """Train, or return the newest run where it finished with the same config, data and release.
+    """Train, or return the newest run that finished with the same config, data and release.
 
     Args:
         settings: the run.
@@ -89,13 +90,18 @@ def train(
         Interrupted: the run was asked to stop; its message says how to go on.
     """
     fingerprint = run_fingerprint(settings)
-    newest = latest_run(Path(settings.runs), settings.name)
-    if newest and newest.finished_with(fingerprint) and not fresh:
-        console.print(f"[bold]{settings.name}[/]: nothing has changed since {newest.path} was trained; using it.")
-        return Trained(newest, reused=True)
+    runs = runs_of(Path(settings.runs), settings.name)
+    finished = next((run for run in runs if run.finished_with(fingerprint)), None)
+    if finished and not fresh:
+        console.print(f"[bold]{settings.name}[/]: nothing has changed since {finished.path} was trained; using it.")
+        if is_first_rank():
+            finished.point_latest()
+        return Trained(finished, reused=True)
     check_accelerator(settings.hardware.accelerator)
     place = f"{settings.runs}/{settings.name}"
-    checkpoint = resume_from(resume, newest, place, lambda line: _say(console, f"[bold yellow]Warning:[/] {line}"))
+    checkpoint = resume_from(
+        resume, runs[0] if runs else None, place, lambda line: _say(console, f"[bold yellow]Warning:[/] {line}")
+    )
     if checkpoint and not settings.data.batch_seconds:
         check_step_size(checkpoint, settings.data.batch_clips, _ranks(settings), settings.trainer.accumulate)
     parts = _build(settings, checkpoint)
@@ -126,11 +132,10 @@ def train(
         if checkpoint
         else job_run(Path(settings.runs), settings.name, dump_settings(settings), facts)
     )
-    if checkpoint and is_first_rank():
-        run.keep_metrics()
     console.print(_headline(settings, parts, run, checkpoint))
+    goes_on = LambdaCallback(on_train_start=lambda *_: _go_on(run, settings, facts))  # by then the checkpoint has been accepted
     with announced(run), explained(run.path, _ranks(settings)):
-        _fit(settings, parts, run, checkpoint, fingerprint, console, callbacks)
+        _fit(settings, parts, run, checkpoint, fingerprint, console, [goes_on, *callbacks] if checkpoint else callbacks)
     return Trained(run, reused=False)
 
 
@@ -180,7 +185,8 @@ def _fit(
         )
         trainer = _trainer(settings, run, strategy, ledger, meter, parts.total_steps, console, extra)
         try:
-            trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+            with run.metrics_aside() if is_first_rank() else nullcontext():
+                trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
             break
         except Rewind as rewind:
             rewinds += 1
@@ -190,12 +196,17 @@ def _fit(
                 raise UserError(f"{rewind} The run has {why}. Lower optim.lr, or look at the data around that step.") from None
             _say(console, f"[bold yellow]Warning:[/] {rewind} Going back to {checkpoint}, past the data read since.")
             skip_to, parts = rewind.cursor, _build(settings, checkpoint, rewind.cursor)
-            if is_first_rank():
-                run.keep_metrics()
     checkpoints = next(callback for callback in trainer.callbacks if isinstance(callback, RollingCheckpoints))  # pyright: ignore
     if checkpoints.validated_step != trainer.global_step:
         trainer.validate(parts.module, datamodule=parts.data, verbose=False)  # the last step's own figures
     _finish(trainer, run, parts.data, ledger, meter, fingerprint, console)
+
+
+def _go_on(run: RunDirectory, settings: Settings, facts: dict[str, Any]) -> None:
+    """Write down what an earlier run is trained on with; until it ends again it is not done."""
+    if is_first_rank():
+        run.done.unlink(missing_ok=True)
+        run.record(dump_settings(settings), facts)
 
 
 def _trainer(
