@@ -12,9 +12,11 @@ from rich.console import Console
 
 from tests.conftest import REPOSITORY, TONES
 from tests.training.test_train import QUIET, settings_for
-from whisper_aut import pipeline
+from whisper_aut import load_encoder, pipeline
 from whisper_aut.errors import UserError
 from whisper_aut.pipeline import Story, run_story
+from whisper_aut.probes.baseline import BASELINE_NAME
+from whisper_aut.probes.scores import Scores
 from whisper_aut.settings import Settings, dump_settings, load_settings
 from whisper_aut.training.rundir import RunDirectory
 
@@ -91,3 +93,26 @@ def test_encoders_are_probed_where_they_were_trained(monkeypatch: pytest.MonkeyP
     assert pipeline._probing_device(settings) == "cuda:3"
     settings.hardware.accelerator = "cpu"
     assert pipeline._probing_device(settings) == "cpu"
+
+
+def test_a_run_s_own_config_runs_the_story_again(
+    tiny_whisper: Path,
+    tiny_language_model: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """It stands where no probe tasks are: those of `conf` are meant. What it exported is run as it was trained."""
+    chosen = ("trainer.max_steps=1", "model.padding=30s", "export=[encoder, whisper]", "probe.seeds=1", "probe.tasks=[]")
+    language = ("decoder=causal_lm", f"decoder.language_model={tiny_language_model}", f"probe.root={tiny_shards}")
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *chosen, *language)
+    run = run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml", report=False), Console(width=400))
+    assert "Not exported: whisper, which a run with decoder=causal_lm has no decoder for." in capsys.readouterr().out
+    assert load_encoder(run.path).padding == "30s"
+    (tmp_path / "conf" / "probe_tasks").mkdir(parents=True)
+    task = {**TONES, "train": ["{root}/speech"], "test": ["{root}/sound"]}
+    (tmp_path / "conf" / "probe_tasks" / "tones.yaml").write_text(yaml.safe_dump(task))
+    monkeypatch.chdir(tmp_path)
+    assert run_story(load_settings(run.config, ["probe.tasks=[tones]"]), Story(run.config, report=False), QUIET) == run
+    assert {entry.padding for entry in Scores.load(run.scores).entries if entry.encoder != BASELINE_NAME} == {"30s"}

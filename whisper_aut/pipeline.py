@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -23,6 +22,7 @@ from whisper_aut.export.card import write_card
 from whisper_aut.export.hf import ExportKind, export_checkpoint, read_checkpoint
 from whisper_aut.export.source import find_checkpoint
 from whisper_aut.model.decoders import check_decoder
+from whisper_aut.model.encoder import Padding
 from whisper_aut.model.module import AudioTextModule
 from whisper_aut.model.pretrained import DTYPES, AudioEncoder, load_encoder
 from whisper_aut.model.start import Start
@@ -64,6 +64,12 @@ class Story:
     fresh: bool = False
     report: bool = True
 
+    @property
+    def tasks_folder(self) -> Path:
+        """Where probe tasks are found by name: beside the config, or in `conf` where it stands elsewhere, as a run's own does."""
+        beside = self.config.parent
+        return beside if (beside / "probe_tasks").is_dir() else Path("conf")
+
 
 def run_config(config: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> RunDirectory:
     """Read a config and run its story, as `whisper-aut train CONFIG key=value …` does; without a console, only progress bars show.
@@ -84,7 +90,7 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
         Interrupted: training was asked to stop.
     """
     decoder, _ = check_decoder(settings.decoder)
-    tasks = load_tasks(settings.probe.tasks, story.config.parent)
+    tasks = load_tasks(settings.probe.tasks, story.tasks_folder)
     prepare_corpora(settings.corpora, console)
     _warn_of_unaudited(settings, tasks, console)
     if settings.model.after:
@@ -92,7 +98,7 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
         if not any(run.done.exists() for run in runs):  # a finished run may be used where its device is not
             check_accelerator(settings.hardware.accelerator)  # before its start is trained in vain
         settings = _start_after(settings, story, console)
-    watching = _probes_during(settings, story.config.parent)
+    watching = _probes_during(settings, story.tasks_folder)
     try:
         trained = train(settings, console, resume=story.resume, fresh=story.fresh, callbacks=watching)
     except Interrupted as interrupted:
@@ -106,7 +112,7 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
             console.print(
                 f"Not exported: {', '.join(left)}, which a run with decoder={settings.decoder['name']} has no decoder for."
             )
-        _export([kind for kind in settings.export if kind in decoder.exports], trained, start)
+        _export([kind for kind in settings.export if kind in decoder.exports], trained, start, settings.model.padding)
     wait_for_all_ranks()  # a run that starts from this one needs what it exports
     if not is_first_rank():  # what follows is for one process
         return trained.run
@@ -146,7 +152,7 @@ class ProbeRequest:
     seeds: int
     conf: Path
     root: str
-    padding: Literal["none", "30s"]
+    padding: Padding | None
     out: Path
     protocol: str = "strict"
     kind: str = ""
@@ -215,7 +221,7 @@ def open_run(path: Path) -> AudioTextModule:
     return build_trained(settings, read_checkpoint(checkpoint))
 
 
-def open_listener(name: str, against: str, padding: Literal["none", "30s"]) -> Listener:
+def open_listener(name: str, against: str, padding: Padding | None) -> Listener:
     """Load what the page of `whisper-aut demo` asks: an encoder, or a run with its decoder and the encoder that it started from.
 
     Raises:
@@ -236,7 +242,7 @@ def open_listener(name: str, against: str, padding: Literal["none", "30s"]) -> L
     return Listener(encoders, module)
 
 
-def open_encoder(name: str, padding: Literal["none", "30s"], device: str = "cpu") -> FrameEncoder:
+def open_encoder(name: str, padding: Padding | None, device: str = "cpu") -> FrameEncoder:
     """Load what a command line calls an encoder."""
     if name == LOGMEL:
         return LogMelBaseline()
@@ -320,10 +326,10 @@ def _manifest_spec(manifest: ManifestSettings) -> ManifestSpec:
     return ManifestSpec(**values | {"manifest": Path(manifest.manifest), "audio_root": audio_root})
 
 
-def _export(kinds: Sequence[ExportKind], trained: Trained, start: Start) -> None:
+def _export(kinds: Sequence[ExportKind], trained: Trained, start: Start, padding: Padding) -> None:
     for kind in kinds:
         if not trained.reused or not trained.run.export(kind).exists():
-            export_checkpoint(trained.run.last_checkpoint, start, trained.run.export(kind), kind)
+            export_checkpoint(trained.run.last_checkpoint, start, trained.run.export(kind), kind, padding=padding)
 
 
 def _probes_during(settings: Settings, conf: Path) -> list[ProbeDuringTraining]:

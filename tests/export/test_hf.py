@@ -17,7 +17,7 @@ from transformers import (
 
 from whisper_aut import load_encoder
 from whisper_aut.errors import UserError
-from whisper_aut.export.hf import export_checkpoint, read_checkpoint
+from whisper_aut.export.hf import ExportKind, export_checkpoint, read_checkpoint
 from whisper_aut.export.source import find_checkpoint
 from whisper_aut.model.encoder import PackedEncoder
 from whisper_aut.model.pretrained import AudioEncoder
@@ -67,6 +67,22 @@ def test_the_encoder_export_loads_strictly_and_gives_the_training_frames(checkpo
     packed = load_encoder(str(out)).encode(clips(), 16_000)
     for clip, reference in zip(packed, training_encoder(checkpoint, tiny_whisper, "none").encode(clips(), 16_000), strict=True):
         assert torch.equal(clip, reference)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "whisper"])
+def test_an_export_is_run_as_it_was_trained(kind: ExportKind, checkpoint: Path, tiny_whisper: Path, tmp_path: Path):
+    out = export_checkpoint(checkpoint, Start(str(tiny_whisper)), tmp_path / "padded", kind, padding="30s")
+    assert (load_encoder(out).padding, load_encoder(out, padding="none").padding) == ("30s", "none")
+    assert load_encoder(out, random_init=True).padding == "30s"
+    frames = zip(
+        load_encoder(out).encode(clips(), 16_000), load_encoder(out, padding="30s").encode(clips(), 16_000), strict=True
+    )
+    assert all(torch.equal(clip, padded) for clip, padded in frames)
+    again = export_checkpoint(
+        checkpoint, Start(str(out)), tmp_path / "again", "encoder", padding="none"
+    )  # trained on at its length
+    assert load_encoder(again).padding == "none"
+    assert load_encoder(tiny_whisper).padding == "none", "a checkpoint that does not say"
 
 
 def test_the_whisper_export_keeps_decoder_tokenizer_and_generation(checkpoint: Path, tiny_whisper: Path, tmp_path: Path):

@@ -4,6 +4,8 @@ import argparse
 
 from rich.console import Console
 
+from whisper_aut.commands import add_padding
+
 
 def demo(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.pipeline import open_listener
@@ -25,6 +27,6 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("encoder", metavar="RUN_OR_ENCODER", help="a run has a decoder and a start to compare with")
     command.add_argument("--index", metavar="FOLDER", default="", help="clips to search among: files or shards")
     command.add_argument("--against", default="", help="the encoder before; by default what the run started from")
-    command.add_argument("--padding", choices=("none", "30s"), default="none")
+    add_padding(command)
     command.add_argument("--port", type=int, default=7860)
     command.set_defaults(run=demo)

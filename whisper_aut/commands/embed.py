@@ -5,6 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from whisper_aut.commands import add_padding
+
 
 def embed(options: argparse.Namespace, console: Console) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -63,7 +65,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--frames", action="store_true", help="keep all frames in place of one vector a clip")
     command.add_argument("--pooling", default="mean", help="mean or mean_std, over a clip's own frames")
     command.add_argument("--layers", type=int, nargs="+", default=[], metavar="N", help="these layers; 0 is the first's input")
-    command.add_argument("--padding", choices=("none", "30s"), default="none", help="30s computes what Hugging Face computes")
+    add_padding(command)
     command.add_argument("--device", default="cpu", help="e.g. cuda:0")
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="what the encoder runs in")
     command.add_argument("--batch-seconds", type=float, default=160.0, help="audio that runs at once")

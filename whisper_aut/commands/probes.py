@@ -5,6 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from whisper_aut.commands import add_padding
+
 
 def probe(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.pipeline import ProbeRequest, run_probe
@@ -37,7 +39,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     command.add_argument("--root", default="data", help="what {root} stands for in the tasks")
     command.add_argument("--seeds", type=int, default=5)
-    command.add_argument("--padding", choices=("none", "30s"), default="none")
+    add_padding(command)
     command.add_argument("--protocol", default="strict", help="strict (ours), xares or maeb (the peers' rules, flaws included)")
     command.add_argument("--kind", default="", help="linear, knn, mlp, layers, …; by default the one that each task names")
     command.add_argument("--pooling", default="mean", help="mean or mean_std, over a clip's own frames")

@@ -72,9 +72,9 @@ def _opening(config: Mapping[str, Any], kind: str, dtype: str) -> str:
         "onnx": "An audio encoder as an ONNX graph: 16 kHz waveform in, frames out.",
     }.get(kind, f"The encoder's weights as the audio tower of {kind}.")
     length = (
-        'It was trained on clips at their own length: run it so (`padding="none"`, the default of `load_encoder`).'
+        'It was trained on clips at their own length: run it so (`padding="none"`), as `load_encoder` does.'
         if config["model"]["padding"] == "none"
-        else 'It was trained on clips padded to 30 s: run it so (`padding="30s"`).'
+        else 'It was trained on clips padded to 30 s: run it so (`padding="30s"`), as `load_encoder` does.'
     )
     return f"{what} A frame every 20 ms; weights in {dtype}. {length} Made with whisper-aut {__version__}."
 

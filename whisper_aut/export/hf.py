@@ -19,7 +19,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper_aut.errors import UserError
 from whisper_aut.export.onnx import write_onnx
 from whisper_aut.export.towers import TOWERS, write_tower
-from whisper_aut.model.encoder import Padding
+from whisper_aut.model.encoder import TRAINED_PADDING, Padding
 from whisper_aut.model.start import Start
 from whisper_aut.training.checkpoint import read_weights
 
@@ -67,7 +67,7 @@ def export_checkpoint(
         out: the directory; an earlier export there is replaced.
         kind: one of `KINDS`.
         dtype: of the weights.
-        padding: what the run was trained with; only a graph has it built in.
+        padding: what the run was trained with: a graph has it built in, `load_encoder` reads it in `config.json`.
 
     Raises:
         UserError: the checkpoint is unusable or lacks what is asked for, or `out` holds something else.
@@ -101,6 +101,7 @@ def _write(
         write_tower(kind, {name: weight.to(dtype) for name, weight in encoder.items()}, start.config, out)
     else:
         model = _encoder_model(weights, start) if kind == "encoder" else _whisper_model(weights, start)
+        setattr(model.config, TRAINED_PADDING, padding)
         model.to(dtype).save_pretrained(out)  # pyright: ignore[reportArgumentType]
     start.feature_extractor.save_pretrained(out)
     if kind == "whisper":

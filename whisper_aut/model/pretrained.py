@@ -23,7 +23,7 @@ from whisper_aut.corpora.audio import LONG_CLIPS
 from whisper_aut.data.logmel import WINDOW_SECONDS, LogMel, mel_frames
 from whisper_aut.data.waveform import SAMPLE_RATE_HZ, load_file, to_mono_16k
 from whisper_aut.errors import SampleRefused, UserError, nearest
-from whisper_aut.model.encoder import PADDINGS, PackedEncoder, Padding
+from whisper_aut.model.encoder import PADDINGS, TRAINED_PADDING, PackedEncoder, Padding
 from whisper_aut.model.start import Start, load_whisper_encoder
 from whisper_aut.model.windows import BATCH_SECONDS, batches_by_seconds, cut_windows, join_windows, pooling_named
 
@@ -188,7 +188,7 @@ def hidden_states(encoder: PackedEncoder) -> Iterator[list[Tensor]]:
 def load_encoder(
     path_or_hub_id: str | os.PathLike[str],
     *,
-    padding: Padding = "none",
+    padding: Padding | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
     revision: str = "",
@@ -200,7 +200,8 @@ def load_encoder(
     Args:
         path_or_hub_id: a directory in Hugging Face's format, a run of ours (its exported encoder is taken), or a hub id such as
             `openai/whisper-tiny`.
-        padding: `none` runs clips at their own length, as encoders trained here expect; `30s` computes what Hugging Face computes.
+        padding: `none` runs clips at their own length, `30s` computes what Hugging Face computes; by default as the encoder was
+            trained, where its export says so, else `none`.
         device, dtype: where and in which precision it runs; `fp32`, `bf16` and `fp16` are short for PyTorch's.
         revision: branch, tag or commit on the hub.
         random_init: keep the architecture and draw new weights by `seed`: the encoder that has learned nothing.
@@ -217,8 +218,6 @@ def load_encoder(
     path = str(path_or_hub_id)
     exported = Path(path) / "export" / "encoder"
     path = str(exported) if exported.is_dir() else path
-    if padding not in PADDINGS:
-        raise UserError(f"padding must be one of {', '.join(PADDINGS)}, not {padding!r}.")
     place, precision = _device(device), _dtype(dtype)
     if random_init:
         with torch.random.fork_rng(devices=[]):
@@ -226,6 +225,9 @@ def load_encoder(
             whisper = Start(path, revision, random_init=True).encoder
     else:
         whisper = load_whisper_encoder(path, revision)
+    padding = padding or getattr(whisper.config, TRAINED_PADDING, "none")
+    if padding not in PADDINGS:
+        raise UserError(f"padding must be one of {', '.join(PADDINGS)}, not {padding!r}.")
     return AudioEncoder(PackedEncoder(whisper, padding).to(device=place, dtype=precision)).to(place)
 
 

@@ -46,6 +46,7 @@ class TaskScore:
         chance: the share of the commonest class among the test clips; None where clips have no single class.
         confusion: where clips have one class: the classes, and counts over all seeds and folds, a row per true class.
         embedded: names of the cache files that hold the test clips' embeddings.
+        padding: how the encoder was run: on clips at their own length, or padded to `30s`.
         identity: hash of encoder, data and settings. A stored score counts only while it is the same.
     """
 
@@ -71,6 +72,7 @@ class TaskScore:
     protocol: str = PROTOCOL
     confusion: "Confusion | None" = None
     embedded: tuple[str, ...] = ()
+    padding: str = "none"
 
     @property
     def mean(self) -> float:

@@ -167,6 +167,7 @@ def _score(encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _Plan
         protocol=plan.protocol.name,
         confusion=_confusion(runs, class_names(rounds_of(parts, task), task.answer, task.name), truth) if labels else None,
         embedded=_embedded(fingerprint, task, plan, view_of(encoder, plan.embedding, view, task)),
+        padding=getattr(encoder, "padding", "none"),
     )
 
 

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from whisper_aut.model.pretrained import AudioEncoder
 
 
-def mteb_model(path: str, *, padding: Padding = "none", pooling: str = "mean", device: str = "cpu", name: str = "") -> "Any":
+def mteb_model(
+    path: str, *, padding: Padding | None = None, pooling: str = "mean", device: str = "cpu", name: str = ""
+) -> "Any":
     """Return an object that `mteb.evaluate` takes.
 
     Args:
         path: a directory, a run, or a hub id.
+        padding: as for `load_encoder`.
         name: under which MTEB keeps results, as `org/name`.
 
     Raises:

@@ -27,7 +27,8 @@ class WhisperAutEncoder(nn.Module):
     """What X-ARES instantiates.
 
     Args:
-        path: a directory, run or hub id; by default what `WHISPER_AUT_ENCODER` names. `WHISPER_AUT_PADDING` may say `30s`.
+        path: a directory, run or hub id; by default what `WHISPER_AUT_ENCODER` names. `WHISPER_AUT_PADDING` may say `none` or
+            `30s`; by default the encoder runs as it was trained.
 
     Raises:
         UserError: no path by either way, or nothing usable at it.
@@ -41,7 +42,7 @@ class WhisperAutEncoder(nn.Module):
         path = path or os.environ.get(PATH_VARIABLE, "")
         if not path:
             raise UserError(f"X-ARES takes no arguments for an encoder: name it in the environment, {PATH_VARIABLE}=DIR.")
-        self.inner = pretrained.load_encoder(path, padding=os.environ.get(PADDING_VARIABLE, "none"))  # pyright: ignore[reportArgumentType]
+        self.inner = pretrained.load_encoder(path, padding=os.environ.get(PADDING_VARIABLE))  # pyright: ignore[reportArgumentType]
         self.output_dim = self.inner.width
 
     @torch.inference_mode()
