@@ -3,19 +3,24 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, encode_audio
+from tests.training.test_train import settings_for
 from whisper_aut.cli import main
+from whisper_aut.corpora.annotation import Annotation
+from whisper_aut.corpora.shards import ShardFolder
 from whisper_aut.data.logmel import frames_with_context
 from whisper_aut.data.pack import Targets, TokenTarget
 from whisper_aut.model.decoders.whisper import WhisperDecoder, WhisperDecoderOptions, sketch_whisper_decoder
 from whisper_aut.model.encoder import PackedEncoder
 from whisper_aut.model.flops import encoder_flops, whisper_decoder_flops
 from whisper_aut.training.accelerators import ACCELERATORS
+from whisper_aut.training.build import stored_audio
 from whisper_aut.training.forecast import Forecast
 from whisper_aut.training.plan import StepCost, StepShape, device_memory, step_cost
 
@@ -138,3 +143,21 @@ def test_what_fits_names_the_least_measure():
         cost=replace(cost, live_bytes=2**40),
     )
     assert huge.what_fits(ACCELERATORS[0]).startswith("too large")
+
+
+def test_clips_count_as_often_as_they_are_drawn(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    for domain, clips, seconds in (("speech", 30, 0.5), ("sound", 5, 3.0)):
+        with ShardFolder(tmp_path / domain) as shards:
+            for number in range(clips):
+                clip = encode_audio(np.zeros(round(16_000 * seconds), dtype=np.float32))
+                shards.write(f"{number}", "wav", clip, Annotation(text="x", domain=domain, duration_seconds=seconds))
+    sources = ", ".join(f"{{path: {tmp_path / domain}, domain: {domain}}}" for domain in ("speech", "sound"))
+    chosen = (f"data.train=[{sources}]", "data.domains={speech: 1, sound: 3, music: 0}")
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, *chosen)
+    stored, assumptions = stored_audio(settings.data)
+    assert (stored.clips, assumptions) == (35, ())
+    assert stored.clip_seconds == pytest.approx(0.25 * 0.5 + 0.75 * 3.0)
+    settings.data.mode = "epochs"  # every clip once
+    assert stored_audio(settings.data)[0].clip_seconds == pytest.approx((30 * 0.5 + 5 * 3.0) / 35)
+    settings.data.train[0].path = str(tmp_path / "nowhere")
+    assert stored_audio(settings.data)[1] != ()

@@ -17,7 +17,7 @@ from whisper_aut import __version__
 from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.exclusion import Exclusions, Selection
 from whisper_aut.corpora.licences import allows
-from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy
+from whisper_aut.corpora.remote import ReadPolicy
 from whisper_aut.corpora.shards import open_index
 from whisper_aut.data.augment import Augment, SpecAugment
 from whisper_aut.data.example import ExampleBuilder
@@ -132,15 +132,10 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
     empty = [source.index.root for source in train if not source.index.samples]
     if empty:
         raise UserError(f"Training sources without a single sample: {', '.join(empty)}.")
-    weights = [
-        float(opened.index.samples) if source.weight is None else source.weight
-        for source, opened in zip(data.train, train, strict=True)
-    ]
-    shares = mixture_shares([source.domain for source in data.train], weights, data.domains, data.temperature)
     return ShardDataModule(
         train,
         valid,
-        shares,
+        _shares(data, [source.index.samples for source in train]),
         ExampleBuilder(LogMel(num_mel_bins), codec, clip_limits(data), on_device=data.features == "device"),
         seed=settings.seed,
         window=data.window,
@@ -154,6 +149,14 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
         policy=policy,
         augment=build_augment(settings, policy),
     )
+
+
+def _shares(data: DataSettings, samples: Sequence[int]) -> list[float]:
+    """Return the share of each training source among the clips that are drawn, given how many clips it holds."""
+    weights = [
+        float(clips) if source.weight is None else source.weight for source, clips in zip(data.train, samples, strict=True)
+    ]
+    return mixture_shares([source.domain for source in data.train], weights, data.domains, data.temperature)
 
 
 def build_augment(settings: Settings, policy: ReadPolicy) -> Augment:
@@ -269,7 +272,7 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
     if entry.sketch is None:
         raise UserError(f"The decoder {settings.decoder['name']!r} brings no sketch, so a run with it cannot be planned.")
     sketch, data, hardware, trainer = entry.sketch, settings.data, settings.hardware, settings.trainer
-    stored, assumptions = stored_audio(data.train, read_policy(data))
+    stored, assumptions = stored_audio(data)
     ranks = (hardware.devices if isinstance(hardware.devices, int) else 1) * hardware.nodes
     half = not hardware.precision.startswith("32")
     batch_clips = max(1, round(data.batch_seconds / stored.clip_seconds)) if data.batch_seconds else data.batch_clips
@@ -315,24 +318,28 @@ def planned_checkpoint_bytes(settings: Settings) -> int:
 
 @dataclass(frozen=True)
 class StoredAudio:
-    """What the training shards hold: clips (0 where it is not known), their mean length, and bytes for a second of audio."""
+    """What the training shards hold: clips (0 where it is not known), the mean length of those that are drawn, and bytes for a second."""
 
     clips: int
     clip_seconds: float
     bytes_per_second: float
 
 
-def stored_audio(sources: Sequence[SourceSettings], policy: ReadPolicy = DEFAULT_POLICY) -> tuple[StoredAudio, tuple[str, ...]]:
-    """Read the indexes of the sources; return what they hold, and what had to be assumed where one cannot be read."""
+def stored_audio(data: DataSettings) -> tuple[StoredAudio, tuple[str, ...]]:
+    """Read the indexes of the training sources; return what they hold, and what had to be assumed where one cannot be read."""
     try:
-        shards = [shard for source in open_sources(sources, policy) for shard in source.index.shards]
+        indexes = [source.index for source in open_sources(data.train, read_policy(data))]
     except UserError:
-        shards = []
-    clips, seconds = sum(shard.samples for shard in shards), sum(shard.seconds for shard in shards)
-    if not clips or not seconds:
+        indexes = []
+    if not indexes or not all(index.samples and index.seconds for index in indexes):
         assumption = f"clips of {ASSUMED_CLIP_SECONDS:g} s as 16 kHz FLAC: the training shards are not there to be looked at"
         return StoredAudio(0, ASSUMED_CLIP_SECONDS, FLAC_BYTES_PER_SECOND), (assumption,)
-    return StoredAudio(clips, seconds / clips, sum(shard.bytes for shard in shards) / seconds), ()
+    samples = [index.samples for index in indexes]
+    shares = samples if data.mode == "epochs" else _shares(data, samples)
+    drawn = list(zip(shares, indexes, strict=True))  # a corpus that is drawn often counts often, however small
+    seconds = sum(share * index.seconds / index.samples for share, index in drawn)
+    stored = sum(share * sum(shard.bytes for shard in index.shards) / index.samples for share, index in drawn)
+    return StoredAudio(sum(samples), seconds / sum(shares), stored / seconds), ()
 
 
 def planned_config(model: ModelSettings) -> WhisperConfig:
