@@ -1,5 +1,6 @@
 """The command line: exit codes, messages, and no traceback for a user's mistake."""
 
+import io
 import subprocess
 import sys
 import time
@@ -26,16 +27,47 @@ CONF = REPOSITORY / "conf"
         (["probe", "logmel", "--tasks", "esc11", "--conf", str(CONF)], "esc10"),
         (["probe", "logmel", "--tasks", "esc10", "--conf", str(CONF), "--root", "nowhere"], "There are no shards at nowhere"),
         (["report", "nowhere", "--out", "x"], "No scores.json"),
+        (["probe", "logmel", "--tasks", "esc10", "--conf", str(CONF), "--out", "file/x"], "file/x: Not a directory."),
+        (["data", "demo", "--out", "x", "--scale", "0"], "give a scale above 0"),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_exit_status_1(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     assert main(arguments) == 1
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bounds"),
+    [
+        (["data", "build", "a.csv", "--out", "x", "--workers", "-3"], "-3 is not a whole number from 1 up"),
+        (["evaluate", "run", "shards", "--limit", "0"], "0 is not a whole number from 1 up"),
+        (["chat", "run", "a.wav", "--max-new-tokens", "many"], "'many' is not a whole number"),
+        (["demo", "run", "--port", "99999"], "99999 is not a whole number from 1 to 65535"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused_with_the_usage(
+    arguments: list[str], bounds: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert bounds in capsys.readouterr().err
+
+
+def test_questions_end_with_the_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("whisper_aut.pipeline.open_run", lambda path: path)
+    monkeypatch.setattr("whisper_aut.export.chat.answer", lambda module, audio, question, max_new_tokens: question.upper())
+    monkeypatch.setattr("sys.stdin", io.StringIO("what?\nwho?\n"))
+    assert main(["chat", "run", "clip.wav"]) == 0
+    shown = capsys.readouterr().out
+    assert "WHAT?" in shown
+    assert "WHO?" in shown
 
 
 def test_data_build_and_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -146,6 +146,8 @@ def test_all_problems_are_reported_at_once_with_the_nearest_name():
         (["name=../x"], r"name: '\.\./x' cannot be the name of a folder"),
         (["name="], "name: '' cannot be"),
         (["name=.."], r"name: '\.\.' cannot be"),
+        (["corpora.demo.scale=0"], r"corpora\.demo\.scale: 0\.0 is not positive"),
+        (["data.train.0.path=x"], r"inside a list.*data\.train=\["),
         (["seed=-1"], "seed: -1 is below 0"),
         (["hardware.threads=-1"], r"hardware\.threads: -1 is below 0"),
         (["optim.betas=[0.9]"], r"optim\.betas: \[0\.9\] are not two numbers"),

@@ -33,6 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         errors.print(f"[bold red]Error:[/] {escape(str(error))}")
         return EXIT_USER_ERROR
+    except OSError as error:  # a file that a command was told to read or write
+        if not error.filename:
+            raise
+        errors.print(f"[bold red]Error:[/] {escape(str(error.filename))}: {error.strerror}.")
+        return EXIT_USER_ERROR
     except (Interrupted, KeyboardInterrupt) as stop:
         if _rank():  # the first rank speaks for all; a launcher takes a failed rank as a reason to kill the others
             return 0

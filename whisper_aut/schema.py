@@ -45,6 +45,10 @@ def compose(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         container = OmegaConf.to_container(result, resolve=True)
     except (OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    except TypeError:  # OmegaConf's word for a mapping on top of a list
+        raise UserError(
+            f"{path}: an override reaches inside a list, or puts keys where there are none. Give the list whole, as in data.train=[…]."
+        ) from None
     return container  # pyright: ignore[reportReturnType]
 
 

@@ -430,6 +430,8 @@ def _number_problems(settings: Settings) -> list[str]:
         problems.append(f"data.max_refused_share: {settings.data.max_refused_share} is not a share from 0 to 1")
     if settings.name in ("", "..") or Path(settings.name).name != settings.name:
         problems.append(f"name: {settings.name!r} cannot be the name of a folder in {settings.runs}")
+    if settings.corpora.demo and settings.corpora.demo.scale <= 0:
+        problems.append(f"corpora.demo.scale: {settings.corpora.demo.scale} is not positive")
     if settings.optim.lr <= 0:
         problems.append(f"optim.lr: {settings.optim.lr} is not positive")
     return problems

@@ -312,6 +312,43 @@ def test_a_table_beside_the_audio_is_read(tmp_path: Path):
     assert (sample.annotation.label, sample.annotation.text, sample.annotation.domain) == ("cat", "the sound of a cat", "sound")
 
 
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        (["7/a.wav", "8/a.wav"], {"": {"7", "8"}}),  # digits, and no folds
+        (["1/dog/a.wav", "2/cat/a.wav"], {"1": {"dog"}, "2": {"cat"}}),
+        (["fold_1/dog/a.wav", "Test/cat/a.wav"], {"fold_1": {"dog"}, "Test": {"cat"}}),
+        (["dog/a.aiff", "cat/b.WAV", ".trash/x/c.wav", "__MACOSX/dog/d.wav", "dog/.e.wav"], {"": {"dog", "cat"}}),
+    ],
+)
+def test_folders_of_classes_and_splits(files: list[str], splits: dict[str, set[str]], tmp_path: Path):
+    aiff = encode_audio(tone(0.5), kind="AIFF", subtype="PCM_16")
+    raw = lay_out(tmp_path / "raw", {name: aiff if name.endswith("aiff") else WAV for name in files})
+    assert main(["data", "build", "folder", str(raw), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert {split: {sample.annotation.label for sample in samples(tmp_path / "out" / split)} for split in splits} == splits
+
+
+@pytest.mark.parametrize("name", ["dog/takes/a.wav", "train/a.wav", "fold1/a.wav", "train/dog/a/b.wav"])
+def test_a_file_too_high_or_too_deep_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    raw = lay_out(
+        tmp_path / "raw", {name: WAV, f"{Path(name).parts[0]}/cat/b.wav" if "dog/t" not in name else "cat/b.wav": WAV}
+    )
+    assert main(["data", "build", "folder", str(raw), "--out", str(tmp_path / "out")]) == 1
+    assert "lies in no folder of a class" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_what_cannot_be_read_in_a_folder_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    raw = lay_out(tmp_path / "raw", {"dog/a.wav": WAV, "dog/b.wav": WAV, "dog/c.m4a": b"\0\0\0 ftypM4A "})
+    assert main(["data", "build", "folder", str(raw), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert "undecodable audio" in capsys.readouterr().out
+    table = csv("filename,fold,category", "a.wav,1,dog", "b.wav,2,cat,too,many", "c.wav,2,cat")
+    raw = lay_out(tmp_path / "table", {"audio/a.wav": WAV, "audio/b.wav": WAV, "audio/c.wav": WAV, "clips.csv": table})
+    assert main(["data", "build", "folder", str(raw), "--out", str(tmp_path / "rows"), "--workers", "1"]) == 0
+    assert "1 bad manifest row" in capsys.readouterr().out
+    assert "line 3 of clips.csv" in (tmp_path / "rows" / "manifest.jsonl").read_text()
+    assert {path.name for path in (tmp_path / "rows").iterdir() if path.is_dir()} == {"1", "2"}
+
+
 @pytest.mark.parametrize(("name", "clips"), [("esc10", 400), ("fsdd", 3000), ("gmnotes", 797), ("gmpieces", 400)])
 def test_the_real_corpora_build_as_folders(name: str, clips: int, real_data: Path, tmp_path: Path):
     assert main(["data", "build", "folder", str(real_data / name), "--out", str(tmp_path / "out")]) == 0

@@ -52,6 +52,15 @@ def test_a_pickled_checkpoint_is_not_opened(copy: Path):
         load_whisper_encoder(str(copy))
 
 
+def test_a_file_cut_short_is_a_user_error(copy: Path):
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=r"not a usable Whisper checkpoint: .*not fully covered"):
+        load_encoder(copy)
+    with pytest.raises(UserError, match="not a usable Whisper checkpoint"):
+        _ = Start(str(copy)).model
+
+
 def test_other_models_and_missing_places_are_user_errors(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"encoder_layerdrop": 0.1}))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from whisper_aut.commands import whole_number
 from whisper_aut.errors import UserError
 
 if TYPE_CHECKING:
@@ -128,9 +129,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     command = commands.add_parser("demo", help="synthesise the demo corpus")
     command.add_argument("--out", default="data/demo")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=whole_number(0), default=0)
     command.add_argument("--scale", type=float, default=1.0, help="size beside the default one")
-    command.add_argument("--workers", type=int)
+    command.add_argument("--workers", type=whole_number(1))
     command.set_defaults(run=data_demo)
 
     command = commands.add_parser("list", help="the public corpora that can be fetched and built by name")
@@ -163,7 +164,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE[,VALUE…]", help="keep these rows")
     command.add_argument("--split-by", default="", metavar="COLUMN", help="one folder of shards per value")
     command.add_argument("--max-refused-share", type=float, default=0.5, help="fail when more of the rows are refused")
-    command.add_argument("--workers", type=int)
+    command.add_argument("--workers", type=whole_number(1))
     command.set_defaults(run=data_build)
 
     command = commands.add_parser("index", help="write the index and sample tables of a folder of tars from elsewhere")
@@ -178,7 +179,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--root", default="data", help="what {root} stands for in the tasks")
     command.add_argument("--conf", default="conf", help="folder that holds probe_tasks/")
     command.add_argument("--out", default="runs/audit", help="where audit.json and exclude.jsonl go")
-    command.add_argument("--workers", type=int)
+    command.add_argument("--workers", type=whole_number(1))
     command.set_defaults(run=data_audit)
 
     command = commands.add_parser("inspect", help="what is in a folder of shards")

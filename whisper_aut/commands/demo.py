@@ -4,7 +4,7 @@ import argparse
 
 from rich.console import Console
 
-from whisper_aut.commands import add_padding
+from whisper_aut.commands import add_padding, whole_number
 
 
 def demo(options: argparse.Namespace, console: Console) -> None:
@@ -28,5 +28,5 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--index", metavar="FOLDER", default="", help="clips to search among: files or shards")
     command.add_argument("--against", default="", help="the encoder before; by default what the run started from")
     add_padding(command)
-    command.add_argument("--port", type=int, default=7860)
+    command.add_argument("--port", type=whole_number(1, 65_535), default=7860)
     command.set_defaults(run=demo)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from whisper_aut.commands import add_padding
+from whisper_aut.commands import add_padding, whole_number
 
 
 def embed(options: argparse.Namespace, console: Console) -> None:
@@ -64,7 +64,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--out", required=True, help="a .safetensors, .npz or .parquet file")
     command.add_argument("--frames", action="store_true", help="keep all frames in place of one vector a clip")
     command.add_argument("--pooling", default="mean", help="mean or mean_std, over a clip's own frames")
-    command.add_argument("--layers", type=int, nargs="+", default=[], metavar="N", help="these layers; 0 is the first's input")
+    command.add_argument(
+        "--layers", type=whole_number(0), nargs="+", default=[], metavar="N", help="these layers; 0 is the first's input"
+    )
     add_padding(command)
     command.add_argument("--device", default="cpu", help="e.g. cuda:0")
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="what the encoder runs in")

@@ -1,10 +1,13 @@
 """`whisper-aut export`, `chat` and `evaluate`: what a trained run gives."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
+from whisper_aut.commands import whole_number
 from whisper_aut.corpora.annotation import DOMAINS
 
 SWAP = "Put it in a model: whisper_aut.export.towers.swap_tower(model, '{out}')"
@@ -36,10 +39,16 @@ def chat(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.pipeline import open_run
 
     module = open_run(Path(options.run_or_checkpoint))
-    questions = [options.question] if options.question else iter(lambda: console.input("[bold]?[/] ").strip(), "")
-    for question in questions:
+    for question in [options.question] if options.question else _asked(console):
         text = answer(module, Path(options.audio), question, max_new_tokens=options.max_new_tokens)
         console.print(text, markup=False, highlight=False)
+
+
+def _asked(console: Console) -> Iterator[str]:
+    """Yield what is typed, up to an empty line or the end."""
+    with suppress(EOFError):
+        while question := console.input("[bold]?[/] ").strip():
+            yield question
 
 
 def evaluate(options: argparse.Namespace, console: Console) -> None:
@@ -70,7 +79,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("run_or_checkpoint", metavar="RUN_OR_CKPT")
     command.add_argument("audio")
     command.add_argument("question", nargs="?", default="", help="asked for in the terminal where it is left out")
-    command.add_argument("--max-new-tokens", type=int, default=64)
+    command.add_argument("--max-new-tokens", type=whole_number(1), default=64)
     command.set_defaults(run=chat)
 
     command = commands.add_parser("evaluate", help="measure the texts that a trained run writes for shards")
@@ -78,6 +87,6 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("shards", nargs="+")
     command.add_argument("--tasks", nargs="+", default=[], help="ask these only, by their names in conf/instructions")
     command.add_argument("--domain", choices=DOMAINS, default="", help="of clips that do not say their own")
-    command.add_argument("--limit", type=int, help="the first so many clips of each folder")
+    command.add_argument("--limit", type=whole_number(1), help="the first so many clips of each folder")
     command.add_argument("--out", default="", help="a JSON-lines file of answers and references")
     command.set_defaults(run=evaluate)

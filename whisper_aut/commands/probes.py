@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from whisper_aut.commands import add_padding
+from whisper_aut.commands import add_padding, whole_number
 
 
 def probe(options: argparse.Namespace, console: Console) -> None:
@@ -38,13 +38,13 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--tasks", nargs="+", required=True, help="names from CONF/probe_tasks, suites from CONF/probe.yaml, or paths of YAMLs"
     )
     command.add_argument("--root", default="data", help="what {root} stands for in the tasks")
-    command.add_argument("--seeds", type=int, default=5)
+    command.add_argument("--seeds", type=whole_number(1), default=5)
     add_padding(command)
     command.add_argument("--protocol", default="strict", help="strict (ours), xares or maeb (the peers' rules, flaws included)")
     command.add_argument("--kind", default="", help="linear, knn, mlp, layers, …; by default the one that each task names")
     command.add_argument("--pooling", default="mean", help="mean or mean_std, over a clip's own frames")
     command.add_argument(
-        "--layers", type=int, nargs="+", default=[], metavar="N", help="pool these layers; 0 is the first's input"
+        "--layers", type=whole_number(0), nargs="+", default=[], metavar="N", help="pool these layers; 0 is the first's input"
     )
     command.add_argument(
         "--device", default="cpu", help="where encoders run and probes are fitted: cpu, cuda:0; cuda is one GPU a rank"

@@ -51,7 +51,13 @@ class DemoOptions:
     test: DomainClips = DomainClips(speech=480, sound=304, music=234)
 
     def scaled(self, factor: float) -> "DemoOptions":
-        """Return a corpus of the same proportions, smaller or larger."""
+        """Return a corpus of the same proportions, smaller or larger.
+
+        Raises:
+            UserError: a factor that is not positive.
+        """
+        if factor <= 0:
+            raise UserError(f"The demo corpus cannot be {factor:g} times its size: give a scale above 0.")
         return replace(self, **{split: getattr(self, split).scaled(factor) for split in SPLITS})
 
     def recipe(self) -> str:

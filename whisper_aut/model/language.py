@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from whisper_aut.errors import UserError
 from whisper_aut.model.attention import Segments, clip_attention
-from whisper_aut.model.start import describe_missing, quiet_loading, refuse_gaps
+from whisper_aut.model.start import UNLOADABLE, describe_missing, quiet_loading, refuse_gaps
 from whisper_aut.model.transfer import sent
 
 PACKED = "whisper_aut_packed"  # our name among the attention implementations of transformers
@@ -63,7 +63,7 @@ def language_config(path: str, revision: str = "") -> Any:
     try:
         with quiet_loading():
             return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except UNLOADABLE as error:
         raise UserError(describe_missing(path, error, kind=KIND, example=EXAMPLE)) from None
 
 
@@ -87,7 +87,7 @@ def load_language_model(
             )
             model, info = loaded
             tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except UNLOADABLE as error:
         raise UserError(describe_missing(path, error, kind=KIND, example=EXAMPLE)) from None
     tied = {OUTPUT_EMBEDDING} if model.config.tie_word_embeddings else set()
     refuse_gaps(path, info, tied, kind=KIND)

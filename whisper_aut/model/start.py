@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerBase,
@@ -25,6 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 from whisper_aut.errors import UserError, nearest
 
+# What transformers raises on a directory or a download that it cannot load.
+UNLOADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
 LOADING: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
 # Frozen tables that checkpoints may leave out: Hugging Face rebuilds the first from the second or by formula.
 MAY_BE_MISSING = {"proj_out.weight"}
@@ -110,7 +113,7 @@ class Start:
         try:
             with quiet_loading():
                 return loader(path, revision=self.revision or "main", **options)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except UNLOADABLE as error:
             raise UserError(describe_missing(path, error)) from None
 
 
@@ -131,7 +134,7 @@ def load_whisper_encoder(path: str, revision: str = "") -> WhisperEncoder:
                 **LOADING,
             )
             encoder, info = loaded
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except UNLOADABLE as error:
         raise UserError(describe_missing(path, error)) from None
     refuse_gaps(path, info, set(), only_missing=True)
     return encoder

@@ -91,7 +91,7 @@ def _write_manifest(recipe: Recipe, raw: Path, out: Path) -> tuple[Path, bool]:
         out.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
             for number, row in enumerate(recipe.rows(raw), 1):  # noqa: B007 (the last number counts them)
-                has_splits = has_splits and bool(row.get("split"))
+                has_splits = has_splits and bool(row.get("split") or not row["audio"])
                 if recipe.licence and not row.get("licence"):
                     row["licence"] = recipe.licence
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")

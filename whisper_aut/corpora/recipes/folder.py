@@ -1,7 +1,8 @@
 """Anybody's folder: classes as subfolders, or a table beside the audio. In: a path. Out: rows.
 
-`train/dog/1.wav` and `fold1/…`, if all top folders are named like splits, give splits; the folder that holds a file names its class. A
-single CSV, TSV or JSONL in the folder is read instead: its audio column, its class and its split by the usual names.
+`dog/1.wav` gives a class; `train/dog/1.wav` and `fold1/dog/1.wav`, where all top folders are named like splits, a split too. A single CSV,
+TSV or JSONL in the folder is read instead: its audio column, its class and its split by the usual names. Whatever is audio by its
+name becomes a row, what libsndfile cannot read as well: it is refused and counted when shards are built.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from whisper_aut.corpora.tables import TABLE_SUFFIXES, read_columns, read_rows
 from whisper_aut.errors import UserError
 
 SPLIT_NAMES = ("train", "training", "valid", "validation", "val", "dev", "test", "testing", "eval", "evaluation")
+READABLE = (".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
+UNREADABLE = (".m4a", ".aac", ".wma", ".mp4", ".webm", ".amr")  # by libsndfile
 LABEL_COLUMNS = ("label", "category", "class", "class_name", "genre", "style", "family", "instrument", "emotion", "word")
 SPLIT_COLUMNS = ("split", "fold", "subset")
 
@@ -39,8 +42,9 @@ def _from_table(root: Path, table: Path) -> Iterator[dict[str, Any]]:
         )
     label = next((name for name in LABEL_COLUMNS if name in columns), "")
     split = next((name for name in SPLIT_COLUMNS if name in columns), "")
-    for _, row in read_rows(table):
-        if isinstance(row, str):
+    for number, row in read_rows(table):
+        if isinstance(row, str):  # no audio: refused and counted
+            yield {"audio": "", "unreadable": f"line {number} of {table.name}: {row}"}
             continue
         path = Path(str(row[audio]))
         inside = path if (root / path).exists() or not (root / "audio" / path).exists() else Path("audio") / path
@@ -52,22 +56,26 @@ def _from_table(root: Path, table: Path) -> Iterator[dict[str, Any]]:
 
 
 def _from_classes(root: Path) -> Iterator[dict[str, Any]]:
-    files = audio_files(root)
+    files = [path.relative_to(root) for path in audio_files(root, READABLE + UNREADABLE)]
     if not files:
+        raise UserError(f"{root} holds no audio ({' '.join(READABLE)}), neither in folders of classes nor beside a table.")
+    tops = sorted({path.parts[0] for path in files})
+    deep = any(len(path.parts) > 2 for path in files)
+    has_splits = all(_names_a_split(top) or (deep and top.isdecimal()) for top in tops)  # 7/1.wav may be a digit
+    odd = next((path for path in files if len(path.parts) != (3 if has_splits else 2)), None)
+    if odd:
         raise UserError(
-            f"{root} holds no audio (.wav .flac .ogg .mp3 .opus), neither in folders of classes nor beside a table."
-        )
-    tops = {path.relative_to(root).parts[0] for path in files}
-    has_splits = all(top.lower() in SPLIT_NAMES or top.lower().removeprefix("fold").strip("_-").isdecimal() for top in tops)
-    flat = [path for path in files if len(path.relative_to(root).parts) < (3 if has_splits else 2)]
-    if flat:
-        raise UserError(
-            f"{flat[0]} lies in no folder of a class. Expected {root}/CLASS/FILE or {root}/SPLIT/CLASS/FILE, or a table in {root}."
+            f"{root / odd} lies in no folder of a class. Expected {root}/CLASS/FILE or {root}/SPLIT/CLASS/FILE, where all splits are "
+            f"named like train, valid, test or fold1, or a table in {root}. It holds: {', '.join(tops[:10])}"
         )
     for path in files:
-        inside = path.relative_to(root)
-        split = {"split": inside.parts[0]} if has_splits else {}
-        yield {"audio": str(inside), "label": path.parent.name, "id": "-".join(inside.with_suffix("").parts)} | split
+        split = {"split": path.parts[0]} if has_splits else {}
+        yield {"audio": str(path), "label": path.parent.name, "id": "-".join(path.with_suffix("").parts)} | split
+
+
+def _names_a_split(folder: str) -> bool:
+    name = folder.lower()
+    return name in SPLIT_NAMES or (name.startswith("fold") and name.removeprefix("fold").strip("_-").isdecimal())
 
 
 RECIPE = Recipe(
