@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _console(stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, soft_wrap=True)
+    console = Console(stderr=stderr, soft_wrap=True, emoji=False)  # or a path with `:-1` in it is printed as a thumb
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = FILE_COLUMNS
     return console

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from whisper_aut.commands import whole_number
-from whisper_aut.errors import UserError
+from whisper_aut.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from whisper_aut.corpora.manifest import ManifestSpec
@@ -59,9 +59,13 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
         result = build(RECIPES[options.manifest], raw, Path(options.out), spec, **how)
     elif options.path:
         raise UserError(
-            f"{options.manifest} is no recipe, so {options.path} means nothing. There are {', '.join(RECIPES)}; a manifest's audio "
-            "folder is named by --audio-root."
+            f"{options.manifest} is no recipe, so {options.path} means nothing.{nearest(options.manifest, RECIPES)} There are "
+            f"{', '.join(RECIPES)}; a manifest's audio folder is named by --audio-root."
         )
+    elif Path(options.manifest).is_dir():
+        raise UserError(f"{options.manifest} is a folder: whisper-aut data build folder {options.manifest} --out {options.out}")
+    elif not Path(options.manifest).exists() and (hint := nearest(options.manifest, RECIPES)):
+        raise UserError(f"There is neither a manifest nor a recipe {options.manifest}.{hint}")
     else:
         result = build_shards(spec, Path(options.out), **how)
     console.print(result.summary(), markup=False)
