@@ -184,7 +184,7 @@ def test_a_csv_row_of_another_length_is_refused(tmp_path: Path):
         ("wav,text\na.wav,t\n", {"split_by": "fold"}, "no column 'fold', which --split-by names"),
         ("wav,text\na.wav,t\n", {"domain": "sounds"}, "Domain 'sounds' is not one of.*Did you mean 'sound'"),
         (b"wav,text\na.wav,caf\xe9\n", {}, r"Line 2 of .* is not UTF-8 \(byte 0xe9\).*iconv -f LATIN1"),
-        ("wav,text\na.wav,t\n".encode("utf-16"), {}, "is not UTF-8"),
+        ("wav,text\na.wav,t\n".encode("utf-16"), {}, r"is not UTF-8.*iconv -f UTF-16"),
         ('wav,text\na.wav,t\nb.wav,"t\nc.wav,t\n', {}, "row that begins at line 3 of .* is never closed"),
         ('wav,"text\na.wav,t\n', {}, "header line of .* cannot be read"),
     ],

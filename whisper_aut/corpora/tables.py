@@ -7,6 +7,7 @@ RFC 4180 with a header line; TSV has no quoting (https://www.iana.org/assignment
 
 import csv
 import json
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ def _lines(path: Path) -> Iterator[str]:
             try:
                 yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
+                guess = "UTF-16" if raw.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "LATIN1"
                 raise UserError(
-                    f"Line {number} of {path} is not UTF-8 (byte 0x{raw[error.start]:02x}). Convert it, for instance from "
-                    f"Latin-1: iconv -f LATIN1 -t UTF-8 {path.name} > utf8{path.suffix}"
+                    f"Line {number} of {path} is not UTF-8 (byte 0x{raw[error.start]:02x}). Convert it, for instance from {guess}: "
+                    f"iconv -f {guess} -t UTF-8 {path.name} > utf8{path.suffix}"
                 ) from None
