@@ -22,7 +22,7 @@ GROUP_FILES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name 
 
 
 def test_how_many_configs_there_are():
-    assert len(RUN_CONFIGS) == 12
+    assert len(RUN_CONFIGS) == 13
     assert len(GROUP_FILES) == 62
     assert len(EXPERIMENTS) == 5
 
