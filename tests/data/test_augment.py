@@ -5,16 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
+from torchaudio import functional
 
 from tests.conftest import tone, write_shards
 from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.shards import open_index
-from whisper_aut.data.augment import Augment, SpecAugment
+from whisper_aut.data.augment import Augment, SpecAugment, at_speed
 from whisper_aut.data.example import ExampleBuilder
 from whisper_aut.data.logmel import LogMel, mel_frames
 from whisper_aut.data.module import ShardDataModule
 from whisper_aut.data.stream import StreamSource
 from whisper_aut.data.text import WhisperText
+from whisper_aut.data.waveform import SAMPLE_RATE_HZ
 from whisper_aut.model.start import Start
 
 CLIP = torch.from_numpy(tone(2.0))
@@ -47,6 +49,13 @@ def test_noise_stands_at_the_ratio_asked_for(noise):
     assert 10 * ratio.log10() == pytest.approx(10.0, abs=0.01)
     untouched = Augment(noise=[noise], noise_share=0.0).waveform(CLIP, 3)
     assert torch.equal(untouched, CLIP)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.1, 1.25, 2.0])
+@pytest.mark.parametrize("samples", [1, 1_601, 7_999, 8_000, 8_001, 48_123])
+def test_another_speed_is_torchaudios(factor: float, samples: int):
+    waveform = torch.randn(samples, generator=torch.Generator().manual_seed(samples))
+    assert_close(at_speed(waveform, factor), functional.speed(waveform, SAMPLE_RATE_HZ, factor)[0], atol=1e-5, rtol=0)
 
 
 def test_gain_and_speed_do_what_they_say():

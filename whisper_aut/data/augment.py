@@ -8,12 +8,13 @@ position) alone, so that a resumed run, or one with other workers, draws them ag
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchaudio import functional
+from torchaudio import functional, transforms
 
 from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy
@@ -80,7 +81,7 @@ class Augment:
         noisy, snr = random.random() < self.noise_share, random.uniform(*self.snr_db)
         gain = random.uniform(-self.gain_db, self.gain_db)
         if speed != 1.0 and len(waveform) / speed <= self.max_seconds * SAMPLE_RATE_HZ:
-            waveform = functional.speed(waveform, SAMPLE_RATE_HZ, speed)[0]
+            waveform = at_speed(waveform, speed)
         if self.noise and noisy:
             noise = self._noise(position, len(waveform))
             if noise is not None:
@@ -121,6 +122,21 @@ class Augment:
         noise = noise.repeat(-(-samples // len(noise)) + 1)
         start = int(random.integers(len(noise) - samples + 1))
         return noise[start : start + samples]
+
+
+def at_speed(waveform: Tensor, factor: float) -> Tensor:
+    """Return `[S']` for `[S]`, as `torchaudio.functional.speed` does.
+
+    Its convolution runs on whole half seconds: oneDNN compiles one for each length that it meets, which takes longer than to run it.
+    """
+    padded = torch.nn.functional.pad(waveform, (0, -len(waveform) % (SAMPLE_RATE_HZ // 2)))
+    faster, length = _speed(factor)(padded, torch.tensor(len(waveform)))
+    return faster[: int(length)]
+
+
+@cache
+def _speed(factor: float) -> transforms.Speed:
+    return transforms.Speed(SAMPLE_RATE_HZ, factor)
 
 
 @contextmanager
