@@ -229,7 +229,7 @@ def open_listener(name: str, against: str, padding: Padding | None) -> Listener:
     """
     encoders: dict[str, AudioEncoder] = {}
     path, module = Path(name), None
-    if (path / "environment.json").is_file() or path.suffix == ".ckpt":
+    if RunDirectory(path).environment.is_file() or path.suffix == ".ckpt":
         checkpoint, start = find_checkpoint(path)
         module = open_run(path)
         padding = load_settings(RunDirectory(checkpoint.parent.parent).config).model.padding

@@ -76,7 +76,10 @@ def test_other_models_and_missing_places_are_user_errors(copy: Path, tmp_path: P
     with pytest.raises(UserError, match="it holds nothing"):
         load_encoder(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="padding must be one of"):
-        load_encoder(str(copy), padding="60s")  # pyright: ignore[reportArgumentType]
+        load_encoder("org/never-asked-for", padding="60s")  # pyright: ignore[reportArgumentType]
+    (copy / "config.json").write_text(json.dumps(config | {"trained_padding": "60s"}))
+    with pytest.raises(UserError, match="padding must be one of"):
+        load_encoder(copy)
 
 
 def test_encode_equals_hugging_face_in_30s_mode(tiny_whisper: Path):

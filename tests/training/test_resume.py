@@ -63,3 +63,15 @@ def test_an_older_run_that_fits_is_used_again_and_is_the_latest(tiny_whisper: Pa
     again = train(one, QUIET)
     assert (again.run, again.reused) == (first, True)
     assert latest.resolve() == first.path.resolve()
+
+
+def test_what_is_put_aside_overwrites_nothing(tmp_path: Path):
+    run = RunDirectory(tmp_path / "smoke" / "a")
+    run.path.mkdir(parents=True)
+    for number in range(12):
+        run.record(f"name: {number}", {})
+    (run.path / "config.0.yaml").unlink()
+    (run.path / "config.note.yaml").touch()
+    run.record("name: last", {})
+    kept = {path.name: path.read_text() for path in run.path.glob("config.*.yaml")}
+    assert kept == {f"config.{number}.yaml": f"name: {number}" for number in range(1, 12)} | {"config.note.yaml": ""}

@@ -20,7 +20,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Start]:
     """
     named = path.is_file() or is_checkpoint(path)
     run = RunDirectory(path.parent.parent if named else path)
-    facts = run.path / "environment.json"
+    facts = run.environment
     if not facts.exists():
         raise UserError(
             f"{path} is neither a run directory nor a checkpoint in one. Runs lie under "

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -218,6 +218,7 @@ def load_encoder(
     path = str(path_or_hub_id)
     exported = Path(path) / "export" / "encoder"
     path = str(exported) if exported.is_dir() else path
+    given = None if padding is None else _padding(padding)
     place, precision = _device(device), _dtype(dtype)
     if random_init:
         with torch.random.fork_rng(devices=[]):
@@ -225,10 +226,15 @@ def load_encoder(
             whisper = Start(path, revision, random_init=True).encoder
     else:
         whisper = load_whisper_encoder(path, revision)
-    padding = padding or getattr(whisper.config, TRAINED_PADDING, "none")
-    if padding not in PADDINGS:
-        raise UserError(f"padding must be one of {', '.join(PADDINGS)}, not {padding!r}.")
+    padding = given or _padding(getattr(whisper.config, TRAINED_PADDING, "none"))
     return AudioEncoder(PackedEncoder(whisper, padding).to(device=place, dtype=precision)).to(place)
+
+
+def _padding(said: str) -> Padding:
+    """Check what a caller or an export's `config.json`, which may be anybody's, says."""
+    if said not in PADDINGS:
+        raise UserError(f"padding must be one of {', '.join(PADDINGS)}, not {said!r}.")
+    return cast(Padding, said)
 
 
 def _device(device: str | torch.device) -> torch.device:

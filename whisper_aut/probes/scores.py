@@ -46,7 +46,7 @@ class TaskScore:
         chance: the share of the commonest class among the test clips; None where clips have no single class.
         confusion: where clips have one class: the classes, and counts over all seeds and folds, a row per true class.
         embedded: names of the cache files that hold the test clips' embeddings.
-        padding: how the encoder was run: on clips at their own length, or padded to `30s`.
+        padding: the encoder's own: `none`, or `30s`. What a protocol pads beside it is the protocol's.
         identity: hash of encoder, data and settings. A stored score counts only while it is the same.
     """
 

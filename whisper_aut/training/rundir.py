@@ -206,8 +206,9 @@ def runs_of(root: Path, name: str) -> list[RunDirectory]:
 
 
 def _put_aside(path: Path) -> Path:
-    """Rename `NAME.EXT` to the first `NAME.N.EXT` that is free, and return it."""
-    number = len(list(path.parent.glob(f"{path.stem}.*{path.suffix}")))
+    """Rename `NAME.EXT` to `NAME.N.EXT`, N behind the highest that is there, and return it."""
+    middles = (other.name.removeprefix(f"{path.stem}.").removesuffix(path.suffix) for other in path.parent.iterdir())
+    number = max((int(middle) for middle in middles if middle.isdecimal()), default=-1) + 1
     return path.rename(path.with_name(f"{path.stem}.{number}{path.suffix}"))
 
 
