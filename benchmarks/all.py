@@ -33,7 +33,9 @@ def measured(script: Path, runs: int, folder: Path) -> list[dict[str, Any]] | No
     out = folder / f"{script.stem}.json"
     data = os.environ.get("DATA")
     extra = ["--data", data] if data and "--data" in script.read_text() else []
-    done = subprocess.run([sys.executable, str(script), "--json", str(out), "--runs", str(runs), *extra], check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), "--json", str(out), "--runs", str(runs), *extra], check=False
+    )
     return json.loads(out.read_text()) if not done.returncode and out.exists() else None
 
 
@@ -41,17 +43,30 @@ def section(rows: list[dict[str, Any]] | None) -> str:
     """Return one benchmark's rows as a table, with what they were measured on."""
     if rows is None:
         return f"{machine()}: failed\n"
-    lines = [f"{machine()}", "", "| " + " | ".join(COLUMNS) + " |", "|:---|---:|---:|:---|---:|---:|:---|"]
+    lines = [
+        f"{machine()}",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|:---|---:|---:|:---|---:|---:|:---|",
+    ]
     for row in rows:
-        cells = (f"{row[column]:.4g}" if isinstance(row[column], float) else str(row[column]) for column in COLUMNS)
+        cells = (
+            f"{row[column]:.4g}" if isinstance(row[column], float) else str(row[column])
+            for column in COLUMNS
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def merged(before: str, sections: dict[str, str]) -> str:
     """Put sections in the place of those of the same name; the others stay as they were."""
-    kept = {name: body.strip() + "\n" for name, _, body in (part.partition("\n") for part in before.split("\n## ")[1:])}
-    return HEAD + "".join(f"\n## {name}\n{body}" for name, body in sorted({**kept, **sections}.items()))
+    kept = {
+        name: body.strip() + "\n"
+        for name, _, body in (part.partition("\n") for part in before.split("\n## ")[1:])
+    }
+    return HEAD + "".join(
+        f"\n## {name}\n{body}" for name, body in sorted({**kept, **sections}.items())
+    )
 
 
 def run() -> int:

@@ -26,7 +26,14 @@ from whisper_aut.corpora.shards import ShardFolder, open_index
 
 HIDDEN, OTHERS = 200, 3_000
 RATES_HZ = (8_000, 16_000, 22_050, 32_000, 48_000)
-MP3_LEVEL = {8_000: 0.9, 16_000: 0.6, 22_050: 0.6, 32_000: 0.8, 44_100: 0.88, 48_000: 0.88}  # libsndfile's for about 64 kb/s
+MP3_LEVEL = {
+    8_000: 0.9,
+    16_000: 0.6,
+    22_050: 0.6,
+    32_000: 0.8,
+    44_100: 0.88,
+    48_000: 0.88,
+}  # libsndfile's for about 64 kb/s
 KINDS = ("MP3 64 kb/s", "Ogg", "resampled", "resampled, MP3", "resampled, Ogg")
 # Uploads of one recording under two Freesound ids, which waveforms confirm (cross-correlation 0.90 and more over a second).
 SAME_RECORDING = {"151085": "151080", "30322": "28314"}
@@ -46,7 +53,9 @@ def main() -> None:
         root = Path(folder)
         kinds = write_corpora(options.data, root, np.random.default_rng(options.seed))
         started = time.process_time()
-        audit = run_audit([str(root / "train")], [str(root / "probe")], root / "out", workers=1, progress=False)
+        audit = run_audit(
+            [str(root / "train")], [str(root / "probe")], root / "out", workers=1, progress=False
+        )
         seconds = time.process_time() - started
         figures = score(audit, *kinds) | {"seed": options.seed, **cost(audit, seconds, root)}
     print(json.dumps(figures, indent=1))
@@ -54,7 +63,9 @@ def main() -> None:
         options.json.write_text(json.dumps(figures, indent=1))
 
 
-def write_corpora(data: Path, root: Path, generator: np.random.Generator) -> tuple[dict[str, str], list[str]]:
+def write_corpora(
+    data: Path, root: Path, generator: np.random.Generator
+) -> tuple[dict[str, str], list[str]]:
     """Write both sides; return how each hidden clip was altered, and the recording that each is of."""
     uploads: dict[str, list[Path]] = defaultdict(list)
     for file in sorted((data / "esc10" / "audio").iterdir()):
@@ -66,9 +77,16 @@ def write_corpora(data: Path, root: Path, generator: np.random.Generator) -> tup
         chosen += order.pop()
     chosen = chosen[:HIDDEN]  # the last upload's further clips, if any, stand on neither side
     others = [file for group in order for file in group]
-    more = [file for name in ("gmnotes", "gmpieces", "fsdd") for file in sorted((data / name / "audio").iterdir())]
+    more = [
+        file
+        for name in ("gmnotes", "gmpieces", "fsdd")
+        for file in sorted((data / name / "audio").iterdir())
+    ]
     kinds = {}
-    with ShardFolder(root / "probe") as probe, ShardFolder(root / "train", max_bytes=16 << 20) as train:
+    with (
+        ShardFolder(root / "probe") as probe,
+        ShardFolder(root / "train", max_bytes=16 << 20) as train,
+    ):
         for number, file in enumerate(chosen):
             probe.write(f"probe{number}", "ogg", file.read_bytes(), Annotation(text="-"))
         for number, file in enumerate([*others, *more][:OTHERS]):
@@ -78,7 +96,9 @@ def write_corpora(data: Path, root: Path, generator: np.random.Generator) -> tup
             suffix, audio = altered(soundfile.read(file, dtype="float32"), kind, generator)
             train.write(f"hidden{number}", suffix, audio, Annotation(text="-"))
             kinds[f"hidden{number}"] = kind
-    recordings = [SAME_RECORDING.get(name, name) for name in (file.name.split("-")[1] for file in chosen)]
+    recordings = [
+        SAME_RECORDING.get(name, name) for name in (file.name.split("-")[1] for file in chosen)
+    ]
     return kinds, recordings
 
 
@@ -91,10 +111,19 @@ def altered(source: Samples, kind: str, generator: np.random.Generator) -> tuple
     samples = samples * min(10 ** (generator.uniform(-20, 6) / 20), 0.99 / np.abs(samples).max())
     buffer = io.BytesIO()
     if "MP3" in kind:
-        soundfile.write(buffer, samples, rate, format="MP3", bitrate_mode="CONSTANT", compression_level=MP3_LEVEL[rate])
+        soundfile.write(
+            buffer,
+            samples,
+            rate,
+            format="MP3",
+            bitrate_mode="CONSTANT",
+            compression_level=MP3_LEVEL[rate],
+        )
         return "mp3", buffer.getvalue()
     if "Ogg" in kind:
-        soundfile.write(buffer, samples, rate, format="OGG", subtype="VORBIS", compression_level=0.9)
+        soundfile.write(
+            buffer, samples, rate, format="OGG", subtype="VORBIS", compression_level=0.9
+        )
         return "ogg", buffer.getvalue()
     soundfile.write(buffer, samples, rate, format="WAV", subtype="PCM_16")
     return "wav", buffer.getvalue()

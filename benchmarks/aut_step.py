@@ -27,7 +27,9 @@ def cases(runs: int) -> Iterator[Row]:
     yield timed("5 s, 8 clips, labels to 448", five, runs, labels_to=448)
     with demo_corpus(scale=0.03) as corpus:
         yield timed("mix, 10 demo clips", demo_mixture(corpus), runs)
-    yield timed("30 s short labels, 4 clips", Clips.noise(thirty, SHORT_LABELS), runs, labels_to=448)
+    yield timed(
+        "30 s short labels, 4 clips", Clips.noise(thirty, SHORT_LABELS), runs, labels_to=448
+    )
     yield timed("30 s full labels, 4 clips", Clips.noise(thirty, FULL_LABELS), runs)
     yield compare_values(
         "5 s memory, 8 clips",
@@ -48,7 +50,10 @@ def timed(case: str, clips: Clips, runs: int, labels_to: int = 0) -> Row:
     ours = PackedStep(model, clips)
     with torch.no_grad():
         alone = [ours.alone(number) for number in range(len(clips.waveforms))]
-        same(float(ours.loss()), sum(float(total) for total, _ in alone) / sum(tokens for _, tokens in alone))
+        same(
+            float(ours.loss()),
+            sum(float(total) for total, _ in alone) / sum(tokens for _, tokens in alone),
+        )
     return compare(case, ours.step, theirs.step, against=against, runs=runs, steps=True)
 
 
@@ -62,7 +67,9 @@ def peak_extra_megabytes(side: Callable[[Any, Clips], Any], clips: Clips) -> flo
     trainer = side(whisper_tiny(), clips)
     trainer.step()  # makes the optimiser's state
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, so that the step is seen to take it again
+    ctypes.CDLL("libc.so.6").malloc_trim(
+        0
+    )  # what is free goes back, so that the step is seen to take it again
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = _status_kilobytes("VmRSS")
     trainer.step()

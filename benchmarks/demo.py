@@ -24,7 +24,9 @@ LIMITS = ClipLimits(min_seconds=0.1, max_seconds=30.0)
 def demo_corpus(scale: float) -> Iterator[Path]:
     """Synthesise a demo corpus and forget it afterwards."""
     with TemporaryDirectory() as folder:
-        yield build_demo(Path(folder) / "demo", DemoOptions().scaled(scale), workers=1, progress=False)
+        yield build_demo(
+            Path(folder) / "demo", DemoOptions().scaled(scale), workers=1, progress=False
+        )
 
 
 def waveforms_and_samples(shards: Path) -> list[tuple[Tensor, Sample]]:
@@ -40,5 +42,8 @@ def demo_mixture(corpus: Path, rounds: int = 1) -> Clips:
         for waveform, sample in waveforms_and_samples(corpus / "train" / domain)[: share * rounds]
     ]
     codec = WhisperText(train_tokenizer([sample.annotation.text for _, sample, _ in chosen], 1500))
-    tokens = [codec.encode(sample.annotation, domain, place).tokens for place, (_, sample, domain) in enumerate(chosen)]
+    tokens = [
+        codec.encode(sample.annotation, domain, place).tokens
+        for place, (_, sample, domain) in enumerate(chosen)
+    ]
     return Clips([waveform for waveform, _, _ in chosen], tokens)

@@ -42,7 +42,10 @@ def _step(layers: nn.Module, states: Tensor) -> list[Tensor]:
     layers.zero_grad()
     out = layers(states)
     (out / out.numel()).sum().backward()
-    return [out, *(value.grad for value in (states, *layers.parameters()) if value.grad is not None)]
+    return [
+        out,
+        *(value.grad for value in (states, *layers.parameters()) if value.grad is not None),
+    ]
 
 
 if __name__ == "__main__":

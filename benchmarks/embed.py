@@ -35,9 +35,14 @@ def cases(runs: int) -> Iterator[Row]:
         place = Path(folder)
         whisper_tiny().model.save_pretrained(place / "whisper")
         name, files = given_files(DATA) if DATA else written_demo(place)
-        own, padded = (whisper_aut.load_encoder(place / "whisper", padding=padding) for padding in ("none", "30s"))
+        own, padded = (
+            whisper_aut.load_encoder(place / "whisper", padding=padding)
+            for padding in ("none", "30s")
+        )
         theirs = WhisperModel.from_pretrained(place / "whisper").encoder.eval()
-        assert_close(ours(padded, files[:CHECKED]), reference(theirs, files[:CHECKED]), atol=1e-4, rtol=1e-3)
+        assert_close(
+            ours(padded, files[:CHECKED]), reference(theirs, files[:CHECKED]), atol=1e-4, rtol=1e-3
+        )
         yield compare(
             f"{name}, {len(files)} clips",
             lambda: ours(own, files),
@@ -57,7 +62,9 @@ def reference(encoder: torch.nn.Module, files: list[Path]) -> Tensor:
     for start in range(0, len(files), BATCH):
         waveforms = [read(file) for file in files[start : start + BATCH]]
         arrays = [waveform.numpy() for waveform in waveforms]
-        hidden = encoder(extractor(arrays, sampling_rate=16_000, return_tensors="pt").input_features).last_hidden_state
+        hidden = encoder(
+            extractor(arrays, sampling_rate=16_000, return_tensors="pt").input_features
+        ).last_hidden_state
         valid = [-(-mel_frames(len(waveform)) // 2) for waveform in waveforms]
         pooled += [frames[:length].mean(0) for frames, length in zip(hidden, valid, strict=True)]
     return torch.stack(pooled)
@@ -70,7 +77,9 @@ def read(file: Path) -> Tensor:
 
 def given_files(folder: Path) -> tuple[str, list[Path]]:
     root = folder / "esc10" if (folder / "esc10").is_dir() else folder
-    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in ENDINGS)[:CLIPS_WANTED]
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in ENDINGS)[
+        :CLIPS_WANTED
+    ]
     if not files:
         sys.exit(f"no audio files under {root}")
     return root.name, files
@@ -79,7 +88,9 @@ def given_files(folder: Path) -> tuple[str, list[Path]]:
 def written_demo(place: Path) -> tuple[str, list[Path]]:
     with demo_corpus(scale=0.03) as corpus:
         clips = [
-            clip for domain in ("speech", "sound", "music") for clip, _ in waveforms_and_samples(corpus / "train" / domain)
+            clip
+            for domain in ("speech", "sound", "music")
+            for clip, _ in waveforms_and_samples(corpus / "train" / domain)
         ]
     for number, clip in enumerate(clips[:CLIPS_WANTED]):
         soundfile.write(place / f"{number:03d}.flac", clip.numpy(), 16_000)

@@ -34,7 +34,15 @@ def cases(runs: int) -> Iterator[Row]:
 
 
 def ours(corpus: Path, model: Path) -> dict[str, int]:
-    command = [sys.executable, "-m", "whisper_aut.cli", "train", str(CONFIG), *overrides(corpus, model, CLIPS), "--fresh"]
+    command = [
+        sys.executable,
+        "-m",
+        "whisper_aut.cli",
+        "train",
+        str(CONFIG),
+        *overrides(corpus, model, CLIPS),
+        "--fresh",
+    ]
     _run(command)
     done = json.loads((corpus.parent / "runs" / "aut_tiny" / "latest" / "done.json").read_text())
     return {"clips": done["steps"] * BATCH_CLIPS, "steps": done["steps"]}
@@ -42,7 +50,9 @@ def ours(corpus: Path, model: Path) -> dict[str, int]:
 
 def theirs(corpus: Path, model: Path) -> dict[str, int]:
     arguments = [str(corpus), str(model), str(CLIPS), str(BATCH_CLIPS)]
-    return json.loads(_run([sys.executable, str(FOLDER / "seq2seq.py"), *arguments]).splitlines()[-1])
+    return json.loads(
+        _run([sys.executable, str(FOLDER / "seq2seq.py"), *arguments]).splitlines()[-1]
+    )
 
 
 def as_much_work(one: Any, other: Any) -> None:

@@ -40,7 +40,9 @@ def cases(runs: int) -> Iterator[Row]:
         with TemporaryDirectory() as folder:
             index = shards(Path(folder), suffix, kind, rate)
             urls = [index.url(number) for number in range(len(index.shards))]
-            encoded = [sample[suffix] for sample in WebDataset(urls, shardshuffle=False, empty_check=False)]
+            encoded = [
+                sample[suffix] for sample in WebDataset(urls, shardshuffle=False, empty_check=False)
+            ]
             same_clips(ours(index), plain(urls, suffix))
             same_clips(ours(index), raw(encoded))
             yield compare_values(
@@ -86,14 +88,21 @@ def shards(folder: Path, suffix: str, kind: str, rate: int) -> ShardIndex:
             clip = 0.1 * noise + 0.2 * np.sin(2 * np.pi * 300 * np.arange(samples) / rate)
             buffer = io.BytesIO()
             soundfile.write(buffer, clip.astype(np.float32), rate, format=kind)
-            out.write(str(number), suffix, buffer.getvalue(), Annotation(text="x", domain="sound", duration_seconds=SECONDS))
+            out.write(
+                str(number),
+                suffix,
+                buffer.getvalue(),
+                Annotation(text="x", domain="sound", duration_seconds=SECONDS),
+            )
     return open_index(folder)
 
 
 def ours(index: ShardIndex) -> list[torch.Tensor]:
     reader, clips = ShardReader(LIMITS, DEFAULT_POLICY), []
     for shard, entry in enumerate(index.shards):
-        for _, item in reader.read({number: (shard, number) for number in range(entry.samples)}, index):
+        for _, item in reader.read(
+            {number: (shard, number) for number in range(entry.samples)}, index
+        ):
             assert isinstance(item, Sample)
             clips.append(load_waveform(item.audio, LIMITS))
     return clips
@@ -105,7 +114,9 @@ def plain(urls: list[str], suffix: str) -> list[torch.Tensor]:
     for sample in dataset:
         samples, rate = soundfile.read(io.BytesIO(sample[suffix]), dtype="float32", always_2d=True)
         waveform = torch.from_numpy(samples).mean(1)
-        clips.append(torchaudio.functional.resample(waveform, rate, 16_000) if rate != 16_000 else waveform)
+        clips.append(
+            torchaudio.functional.resample(waveform, rate, 16_000) if rate != 16_000 else waveform
+        )
     return clips
 
 
@@ -113,7 +124,9 @@ def raw(encoded: list[bytes]) -> list[torch.Tensor]:
     clips = []
     for data in encoded:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32")
-        clips.append(torch.from_numpy(samples if rate == 16_000 else soxr.resample(samples, rate, 16_000)))
+        clips.append(
+            torch.from_numpy(samples if rate == 16_000 else soxr.resample(samples, rate, 16_000))
+        )
     return clips
 
 
@@ -122,7 +135,9 @@ def same_clips(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
     for mine, other in zip(ours, theirs, strict=True):
         assert abs(len(mine) - len(other)) <= 1
         common = min(len(mine), len(other)) // 2 * 2
-        spectra = [torch.fft.rfft(clip[:common] * torch.hann_window(common)) for clip in (mine, other)]
+        spectra = [
+            torch.fft.rfft(clip[:common] * torch.hann_window(common)) for clip in (mine, other)
+        ]
         passed = round(6_000 * common / 16_000)
         scale = float(spectra[1].abs().max())
         assert_close(spectra[0][:passed] / scale, spectra[1][:passed] / scale, atol=1e-3, rtol=0)

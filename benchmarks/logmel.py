@@ -27,7 +27,9 @@ def cases(runs: int) -> Iterator[Row]:
         yield compare(
             f"{seconds} s",
             lambda waveforms=waveforms: [logmel(waveform) for waveform in waveforms],
-            lambda arrays=arrays: extractor(arrays, sampling_rate=16_000, return_tensors="pt").input_features,
+            lambda arrays=arrays: (
+                extractor(arrays, sampling_rate=16_000, return_tensors="pt").input_features
+            ),
             against=AGAINST,
             check=same_frames,
             runs=4 * runs,  # a run takes milliseconds

@@ -9,7 +9,9 @@ from pathlib import Path
 
 def peak_rise_megabytes(action: Callable[[], object]) -> float:
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, so that the action is seen to take it again
+    ctypes.CDLL("libc.so.6").malloc_trim(
+        0
+    )  # what is free goes back, so that the action is seen to take it again
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = _status_kilobytes("VmRSS")
     action()

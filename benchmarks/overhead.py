@@ -30,19 +30,30 @@ CHECKED_STEPS = 20  # rounding grows from step to step
 
 def cases(runs: int) -> Iterator[Row]:
     with demo_corpus(scale=0.1) as corpus:
-        model = small_whisper(corpus, corpus.parent / "whisper", width=384, layers=4, heads=6)  # as whisper-tiny's
+        model = small_whisper(
+            corpus, corpus.parent / "whisper", width=384, layers=4, heads=6
+        )  # as whisper-tiny's
         settings = story_settings(corpus, model, (STEPS + 1) * BATCH_CLIPS)
         settings.trainer.log_every_steps = CHECKED_STEPS
         same(checked_losses(settings))
-        settings.trainer.log_every_steps = STEPS  # figures are taken before the last step, which writes a checkpoint
-        case, against = f"{STEPS} steps of {BATCH_CLIPS} demo clips", "a bare loop over the same batches, held in memory"
+        settings.trainer.log_every_steps = (
+            STEPS  # figures are taken before the last step, which writes a checkpoint
+        )
+        case, against = (
+            f"{STEPS} steps of {BATCH_CLIPS} demo clips",
+            "a bare loop over the same batches, held in memory",
+        )
         sides = {
             f"{case}, held in memory": partial(held_seconds, settings, decoded(settings)),
             f"{case}, decoded in the same process": partial(trained_seconds, settings, 0),
             f"{case}, decoded by a worker": partial(trained_seconds, settings, 1),
         }
         yield from compare_all(
-            sides, lambda: bare_seconds(settings), unit="s", against=dict.fromkeys(sides, against), runs=runs
+            sides,
+            lambda: bare_seconds(settings),
+            unit="s",
+            against=dict.fromkeys(sides, against),
+            runs=runs,
         )
 
 
@@ -63,7 +74,9 @@ def trained(settings: Settings) -> dict[str, Series]:
 
 def held_seconds(settings: Settings, batches: list[Batch]) -> float:
     """Train on batches that are there already; the last step's is no matter, its time is not taken."""
-    with mock.patch.object(TrainLoader, "__iter__", side_effect=lambda: iter([*batches, batches[0]])):
+    with mock.patch.object(
+        TrainLoader, "__iter__", side_effect=lambda: iter([*batches, batches[0]])
+    ):
         return trained_seconds(settings, workers=0)
 
 
@@ -75,7 +88,11 @@ def trained_seconds(settings: Settings, workers: int) -> float:
 def decoded(settings: Settings) -> list[Batch]:
     start = build_start(settings)
     _, codec = build_decoder(settings, start)
-    return list(itertools.islice(build_data(settings, codec, start.config.num_mel_bins).train_dataloader(), STEPS))
+    return list(
+        itertools.islice(
+            build_data(settings, codec, start.config.num_mel_bins).train_dataloader(), STEPS
+        )
+    )
 
 
 def bare_seconds(settings: Settings) -> float:

@@ -67,7 +67,13 @@ def compare(
 
 
 def compare_values(
-    case: str, ours: Callable[[], float], theirs: Callable[[], float], *, unit: str, against: str, runs: int = DEFAULT_RUNS
+    case: str,
+    ours: Callable[[], float],
+    theirs: Callable[[], float],
+    *,
+    unit: str,
+    against: str,
+    runs: int = DEFAULT_RUNS,
 ) -> Row:
     """Compare numbers that the two sides measure themselves (seconds, megabytes); lower is better."""
     (row,) = compare_all({case: ours}, theirs, unit=unit, against={case: against}, runs=runs)
@@ -75,13 +81,21 @@ def compare_values(
 
 
 def compare_all(
-    ours: Mapping[str, Callable[[], float]], theirs: Callable[[], float], *, unit: str, against: Mapping[str, str], runs: int
+    ours: Mapping[str, Callable[[], float]],
+    theirs: Callable[[], float],
+    *,
+    unit: str,
+    against: Mapping[str, str],
+    runs: int,
 ) -> list[Row]:
     """Compare several cases with one other side, which is measured once a round: for sides that take long to start."""
     rounds = [({case: side() for case, side in ours.items()}, theirs()) for _ in range(runs)]
     other = statistics.median(their for _, their in rounds)
     medians = {case: statistics.median(mine[case] for mine, _ in rounds) for case in ours}
-    return [Row(case, mine, other, unit, other / mine, runs, against[case]) for case, mine in medians.items()]
+    return [
+        Row(case, mine, other, unit, other / mine, runs, against[case])
+        for case, mine in medians.items()
+    ]
 
 
 def main(cases: Callable[[int], Iterable[Row]], description: str) -> None:
@@ -99,7 +113,9 @@ def main(cases: Callable[[int], Iterable[Row]], description: str) -> None:
 def machine() -> str:
     """Say on what and with what a figure was measured."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lightning"))
+    versions = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "transformers", "lightning")
+    )
     return f"{date.today()}, {device}, {os.cpu_count()} cores, {versions}"
 
 

@@ -62,8 +62,12 @@ def cases(runs: int) -> Iterable[Row]:
             whisper, root = _whisper(Path(folder)), _shards(data / "esc10", Path(folder))
             yield compare_values(
                 "esc10 end to end",
-                lambda: _timed("ours", lambda: _ours(fold_rounds(_embed(whisper, root)), (0,), PENALTIES)),
-                lambda: _timed("theirs", lambda: _xares_folds(_embed_padded(whisper, data / "esc10"))),
+                lambda: _timed(
+                    "ours", lambda: _ours(fold_rounds(_embed(whisper, root)), (0,), PENALTIES)
+                ),
+                lambda: _timed(
+                    "theirs", lambda: _xares_folds(_embed_padded(whisper, data / "esc10"))
+                ),
                 unit="s",
                 against=f"Hugging Face padded to 30 s + {xares_peer.NAME}",
                 runs=1,
@@ -73,12 +77,17 @@ def cases(runs: int) -> Iterable[Row]:
 def _sweep(runs: int) -> Row:
     one = fold_rounds(_synthesised(2_000, 1_280, 50))[0]
     names = sorted(set(one.pool.labels))
-    pool, test = ((part.features, torch.tensor([names.index(label) for label in part.labels])) for part in (one.pool, one.test))
+    pool, test = (
+        (part.features, torch.tensor([names.index(label) for label in part.labels]))
+        for part in (one.pool, one.test)
+    )
     rates, trainings = itertools.cycle(RATES[3::2]), len(WIDE_SEEDS) * len(RATES)
     return compare_values(
         "sweep, one fold, 5 seeds x 8 settings",
         lambda: _timed("ours", lambda: _ours([one], WIDE_SEEDS, WIDE_PENALTIES)),
-        lambda: trainings * _timed("theirs, once", lambda: xares_peer.training(pool, test, next(rates))),
+        lambda: (
+            trainings * _timed("theirs, once", lambda: xares_peer.training(pool, test, next(rates)))
+        ),
         unit="s",
         against=f"{xares_peer.NAME}, 1 training timed and counted {trainings} times, 2,000 x 1,280, 50 classes",
         runs=runs,
@@ -95,16 +104,23 @@ def _timed(side: str, run: Callable[[], float]) -> float:
 
 def _xares_folds(folds: list[Embeddings]) -> float:
     names = sorted(set(folds[0].labels))
-    sides = [(part.features, torch.tensor([names.index(label) for label in part.labels])) for part in folds]
+    sides = [
+        (part.features, torch.tensor([names.index(label) for label in part.labels]))
+        for part in folds
+    ]
     scores = []
     for number, test in enumerate(sides):
-        features, answers = zip(*(side for other, side in enumerate(sides) if other != number), strict=True)
+        features, answers = zip(
+            *(side for other, side in enumerate(sides) if other != number), strict=True
+        )
         scores.append(xares_peer.training((torch.cat(features), torch.cat(answers)), test, 1e-3))
     return float(np.mean(scores))
 
 
 def _ours(rounds_at: list[Round], seeds: tuple[int, ...], penalties: tuple[float, ...]) -> float:
-    found = probe_rounds(rounds_at, seeds=seeds, candidates=[{"penalty": penalty} for penalty in penalties])
+    found = probe_rounds(
+        rounds_at, seeds=seeds, candidates=[{"penalty": penalty} for penalty in penalties]
+    )
     return float(np.mean([run.scores for run in found]))
 
 
@@ -113,14 +129,23 @@ def _theirs(rounds_at: list[Round]) -> float:
     for one in rounds_at:
         labels = np.array(one.pool.labels)
         mean, deviation = one.pool.features.mean(0), one.pool.features.std(0, correction=0)
-        features, tested = (((part.features - mean) / deviation).numpy() for part in (one.pool, one.test))
+        features, tested = (
+            ((part.features - mean) / deviation).numpy() for part in (one.pool, one.test)
+        )
         for seed in SEEDS:
             drawn = draw(one, np.unique(labels, return_inverse=True)[1], seed)
             valid = [
-                np.mean([_fit(features[f], labels[f], penalty).score(features[v], labels[v]) for f, v in drawn.trials])
+                np.mean(
+                    [
+                        _fit(features[f], labels[f], penalty).score(features[v], labels[v])
+                        for f, v in drawn.trials
+                    ]
+                )
                 for penalty in PENALTIES
             ]
-            best = _fit(features[drawn.final], labels[drawn.final], PENALTIES[int(np.argmax(valid))])
+            best = _fit(
+                features[drawn.final], labels[drawn.final], PENALTIES[int(np.argmax(valid))]
+            )
             scores.append(best.score(tested, np.array(one.test.labels)))
     return float(np.mean(scores))
 
@@ -145,7 +170,9 @@ def _synthesised(clips: int, width: int, classes: int) -> list[Embeddings]:
     labels = torch.arange(clips // FOLDS) % classes
     folds = []
     for number in range(FOLDS):
-        noise = 4 * torch.randn(len(labels), width, generator=torch.Generator().manual_seed(number + 1))
+        noise = 4 * torch.randn(
+            len(labels), width, generator=torch.Generator().manual_seed(number + 1)
+        )
         keys = tuple(f"{number}:{i}" for i in range(len(labels)))
         features = ((centres[labels] + noise) * fading) @ rotation
         folds.append(Embeddings(features, tuple(map(str, labels.tolist())), keys, {}))
@@ -155,7 +182,11 @@ def _synthesised(clips: int, width: int, classes: int) -> list[Embeddings]:
 def _whisper(folder: Path) -> Path:
     torch.manual_seed(0)
     config = WhisperConfig(
-        d_model=384, encoder_layers=4, decoder_layers=1, encoder_attention_heads=6, decoder_attention_heads=6
+        d_model=384,
+        encoder_layers=4,
+        decoder_layers=1,
+        encoder_attention_heads=6,
+        decoder_attention_heads=6,
     )
     WhisperModel(config).save_pretrained(folder / "whisper")
     return folder / "whisper"
@@ -171,33 +202,55 @@ def _shards(folder: Path, out: Path) -> Path:
         with ShardFolder(out / "shards" / fold) as shards:
             for row in (row for row in _rows(folder) if row["fold"] == fold):
                 audio = folder / "audio" / row["filename"]
-                shards.write(audio.stem, audio.suffix[1:], audio.read_bytes(), Annotation(label=row["category"]))
+                shards.write(
+                    audio.stem,
+                    audio.suffix[1:],
+                    audio.read_bytes(),
+                    Annotation(label=row["category"]),
+                )
     return out / "shards"
 
 
 def _embed(whisper: Path, root: Path) -> list[Embeddings]:
     folds = {"scheme": "folds", "folds": [f"{{root}}/{fold}" for fold in "12345"]}
-    task = task_from_mapping({"name": "esc10", "title": "ESC-10", "domain": "sound", "split": folds}, "benchmark")
+    task = task_from_mapping(
+        {"name": "esc10", "title": "ESC-10", "domain": "sound", "split": folds}, "benchmark"
+    )
     with tempfile.TemporaryDirectory() as cache:  # nothing is taken from an earlier run
-        return list(embed_task(load_encoder(str(whisper)), task, root, cache, EmbedSettings(quiet=True)).values())
+        return list(
+            embed_task(
+                load_encoder(str(whisper)), task, root, cache, EmbedSettings(quiet=True)
+            ).values()
+        )
 
 
 @torch.inference_mode()
 def _embed_padded(whisper: Path, folder: Path) -> list[Embeddings]:
-    encoder, extract = WhisperModel.from_pretrained(whisper).encoder.eval(), WhisperFeatureExtractor()
+    encoder, extract = (
+        WhisperModel.from_pretrained(whisper).encoder.eval(),
+        WhisperFeatureExtractor(),
+    )
     folds = []
     for fold in "12345":
         rows = [row for row in _rows(folder) if row["fold"] == fold]
         features = []
         for first in range(0, len(rows), 8):
             waves = [
-                load_waveform((folder / "audio" / row["filename"]).read_bytes(), ClipLimits()).numpy()
+                load_waveform(
+                    (folder / "audio" / row["filename"]).read_bytes(), ClipLimits()
+                ).numpy()
                 for row in rows[first : first + 8]
             ]
-            frames = encoder(extract(waves, sampling_rate=16_000, return_tensors="pt").input_features).last_hidden_state
+            frames = encoder(
+                extract(waves, sampling_rate=16_000, return_tensors="pt").input_features
+            ).last_hidden_state
             features += list(frames.mean(1))  # silence included, as X-ARES does
         names = tuple(row["filename"] for row in rows)
-        folds.append(Embeddings(torch.stack(features).clone(), tuple(row["category"] for row in rows), names, {}))
+        folds.append(
+            Embeddings(
+                torch.stack(features).clone(), tuple(row["category"] for row in rows), names, {}
+            )
+        )
     return folds
 
 

@@ -35,11 +35,18 @@ class Clips:
     tokens: list[Tensor]
 
     @classmethod
-    def noise(cls, seconds: Sequence[float], labels: int, vocabulary: int = 50_000, seed: int = 0) -> "Clips":
+    def noise(
+        cls, seconds: Sequence[float], labels: int, vocabulary: int = 50_000, seed: int = 0
+    ) -> "Clips":
         """Noise of given lengths, each with so many labels: a start token, which is only read, and random ones."""
         generator = torch.Generator().manual_seed(seed)
-        waveforms = [torch.randn(round(16_000 * length), generator=generator) * 0.1 for length in seconds]
-        return cls(waveforms, [torch.randint(vocabulary, (labels + 1,), generator=generator) for _ in seconds])
+        waveforms = [
+            torch.randn(round(16_000 * length), generator=generator) * 0.1 for length in seconds
+        ]
+        return cls(
+            waveforms,
+            [torch.randint(vocabulary, (labels + 1,), generator=generator) for _ in seconds],
+        )
 
 
 def whisper_tiny(seed: int = 0) -> WhisperForConditionalGeneration:
@@ -53,18 +60,24 @@ def whisper_tiny(seed: int = 0) -> WhisperForConditionalGeneration:
         "decoder_ffn_dim": 1536,
     }
     heads: dict[str, Any] = {"encoder_attention_heads": 6, "decoder_attention_heads": 6}
-    return WhisperForConditionalGeneration(WhisperConfig(**sizes, **heads, vocab_size=51_865, num_mel_bins=80)).train()
+    return WhisperForConditionalGeneration(
+        WhisperConfig(**sizes, **heads, vocab_size=51_865, num_mel_bins=80)
+    ).train()
 
 
 class PackedStep:
     """This project's step."""
 
-    def __init__(self, model: WhisperForConditionalGeneration, clips: Clips, padding: Padding = "none"):
+    def __init__(
+        self, model: WhisperForConditionalGeneration, clips: Clips, padding: Padding = "none"
+    ):
         model = copy.deepcopy(model)
         self.clips, self.logmel = clips, LogMel(model.config.num_mel_bins)
         self.encoder = PackedEncoder(model.model.encoder, padding).train()
         self.decoder = WhisperDecoder(model.model.decoder, end_token=50_257).train()
-        groups = parameter_groups(self.encoder, self.decoder, LEARNING_RATE, WEIGHT_DECAY, layer_decay=1.0)
+        groups = parameter_groups(
+            self.encoder, self.decoder, LEARNING_RATE, WEIGHT_DECAY, layer_decay=1.0
+        )
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
 
@@ -88,7 +101,9 @@ class PackedStep:
     def _summed(self, waveforms: Sequence[Tensor], tokens: Sequence[Tensor]) -> DecoderLoss:
         mel = torch.cat([self.logmel(waveform) for waveform in waveforms])
         frames = self.encoder(mel, [mel_frames(len(waveform)) for waveform in waveforms])
-        return self.decoder.loss(frames.values, frames.lengths, Targets.pack([_target(clip) for clip in tokens]))
+        return self.decoder.loss(
+            frames.values, frames.lengths, Targets.pack([_target(clip) for clip in tokens])
+        )
 
 
 class HuggingFaceStep:
@@ -103,13 +118,26 @@ class HuggingFaceStep:
         self.extractor = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
         self.arrays = [waveform.numpy() for waveform in clips.waveforms]
         longest = max(labels_to, *(len(tokens) - 1 for tokens in clips.tokens))
-        self.inputs = torch.stack([pad(tokens[:-1], (0, longest + 1 - len(tokens))) for tokens in clips.tokens])
-        self.labels = torch.stack([pad(tokens[1:], (0, longest + 1 - len(tokens)), value=IGNORED) for tokens in clips.tokens])
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+        self.inputs = torch.stack(
+            [pad(tokens[:-1], (0, longest + 1 - len(tokens))) for tokens in clips.tokens]
+        )
+        self.labels = torch.stack(
+            [
+                pad(tokens[1:], (0, longest + 1 - len(tokens)), value=IGNORED)
+                for tokens in clips.tokens
+            ]
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+        )
 
     def loss(self) -> Tensor:
-        features = self.extractor(self.arrays, sampling_rate=16_000, return_tensors="pt").input_features
-        return self.model(input_features=features, decoder_input_ids=self.inputs, labels=self.labels).loss
+        features = self.extractor(
+            self.arrays, sampling_rate=16_000, return_tensors="pt"
+        ).input_features
+        return self.model(
+            input_features=features, decoder_input_ids=self.inputs, labels=self.labels
+        ).loss
 
     def step(self) -> float:
         loss = self.loss()

@@ -32,7 +32,10 @@ class DemoClips(Dataset[dict[str, Any]]):
     """The demo corpus in AuT's shares, decoded when asked for."""
 
     def __init__(self, corpus: Path, model: str, clips: int):
-        self.extractor, self.tokenizer = WhisperFeatureExtractor.from_pretrained(model), WhisperTokenizer.from_pretrained(model)
+        self.extractor, self.tokenizer = (
+            WhisperFeatureExtractor.from_pretrained(model),
+            WhisperTokenizer.from_pretrained(model),
+        )
         self.samples: list[Sample] = []
         for domain, tenths in MIXTURE.items():
             items = iter_samples(open_index(corpus / "train" / domain), LIMITS)
@@ -45,8 +48,13 @@ class DemoClips(Dataset[dict[str, Any]]):
     def __getitem__(self, number: int) -> dict[str, Any]:
         sample = self.samples[number]
         array = load_waveform(sample.audio, LIMITS).numpy()
-        features = self.extractor(array, sampling_rate=16_000, return_tensors="pt").input_features[0]
-        return {"input_features": features, "labels": self.tokenizer(sample.annotation.text).input_ids}
+        features = self.extractor(array, sampling_rate=16_000, return_tensors="pt").input_features[
+            0
+        ]
+        return {
+            "input_features": features,
+            "labels": self.tokenizer(sample.annotation.text).input_ids,
+        }
 
 
 class Collator:
@@ -54,8 +62,13 @@ class Collator:
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         longest = max(len(item["labels"]) for item in items)
-        labels = [item["labels"][1:] + [IGNORED] * (longest - len(item["labels"])) for item in items]
-        return {"input_features": torch.stack([item["input_features"] for item in items]), "labels": torch.tensor(labels)}
+        labels = [
+            item["labels"][1:] + [IGNORED] * (longest - len(item["labels"])) for item in items
+        ]
+        return {
+            "input_features": torch.stack([item["input_features"] for item in items]),
+            "labels": torch.tensor(labels),
+        }
 
 
 def run(corpus: Path, model: str, clips: int, batch: int) -> dict[str, int]:
@@ -74,7 +87,9 @@ def run(corpus: Path, model: str, clips: int, batch: int) -> dict[str, int]:
             use_cpu=not torch.cuda.is_available(),
             disable_tqdm=True,
         )
-        trainer = Seq2SeqTrainer(model=whisper, args=arguments, train_dataset=data, data_collator=Collator())
+        trainer = Seq2SeqTrainer(
+            model=whisper, args=arguments, train_dataset=data, data_collator=Collator()
+        )
         trainer.train()
         whisper.save_pretrained(folder)  # the other side saves and exports too
     return {"clips": len(data), "steps": trainer.state.global_step}

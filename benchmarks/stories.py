@@ -11,7 +11,9 @@ CONFIG = Path(__file__).parents[1] / "conf" / "aut_tiny.yaml"
 BATCH_CLIPS = 8
 
 
-def small_whisper(corpus: Path, out: Path, width: int = 128, layers: int = 3, heads: int = 4) -> Path:
+def small_whisper(
+    corpus: Path, out: Path, width: int = 128, layers: int = 3, heads: int = 4
+) -> Path:
     """By default the size of `conf/speech_tiny.yaml`, with random weights and a tokenizer of the corpus."""
     texts = [
         sample.annotation.text

@@ -30,13 +30,16 @@ def cases(runs: int) -> Iterator[Row]:
             same(plain, trained(corpus, model, strategy))
         sides = {f"{name}, one rank": partial(seconds, corpus, model, name) for name in DEEPSPEED}
         against = dict.fromkeys(
-            sides, f"plain Lightning, {STEPS} steps of {BATCH_CLIPS} clips; below one is DeepSpeed's overhead"
+            sides,
+            f"plain Lightning, {STEPS} steps of {BATCH_CLIPS} clips; below one is DeepSpeed's overhead",
         )
         sides["ddp, 2 CPU ranks"] = partial(seconds, corpus, model, "ddp", ranks=2)
         against["ddp, 2 CPU ranks"] = (
             f"one rank; {STEPS} steps of {BATCH_CLIPS} clips a rank, one thread each; 1 is perfect scaling"
         )
-        yield from compare_all(sides, partial(seconds, corpus, model, "auto"), unit="s", against=against, runs=runs)
+        yield from compare_all(
+            sides, partial(seconds, corpus, model, "auto"), unit="s", against=against, runs=runs
+        )
 
 
 def seconds(corpus: Path, model: Path, strategy: str, ranks: int = 1) -> float:
@@ -63,7 +66,9 @@ def trained(corpus: Path, model: Path, strategy: str, ranks: int = 1) -> dict[st
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
-    metrics = json.loads((corpus.parent / "runs" / settings.name / "latest" / "done.json").read_text())["metrics"]
+    metrics = json.loads(
+        (corpus.parent / "runs" / settings.name / "latest" / "done.json").read_text()
+    )["metrics"]
     clips = STEPS * BATCH_CLIPS * ranks
     return {
         "seconds": clips / metrics["throughput/clips_per_second"],

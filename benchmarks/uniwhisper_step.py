@@ -50,16 +50,24 @@ class Step:
     def theirs(self) -> tuple[Tensor, Tensor]:
         self.model.config._attn_implementation = "sdpa"
         embed, sequences, labels = self.model.get_input_embeddings(), [], []
-        for clip, tokens in zip(self.frames.split(self.lengths), self.targets.tokens.split(self.targets.lengths), strict=True):
+        for clip, tokens in zip(
+            self.frames.split(self.lengths),
+            self.targets.tokens.split(self.targets.lengths),
+            strict=True,
+        ):
             audio, _ = self.decoder.adapter(clip, (len(clip),))
-            sequences.append(torch.cat([embed(tokens[:AUDIO_AT]), audio, embed(tokens[AUDIO_AT + 1 :])]))
+            sequences.append(
+                torch.cat([embed(tokens[:AUDIO_AT]), audio, embed(tokens[AUDIO_AT + 1 :])])
+            )
             masked = torch.full((len(sequences[-1]),), IGNORED)
             masked[-ANSWER:] = tokens[-ANSWER:]
             labels.append(masked)
         batch = pad_sequence(sequences, batch_first=True)
         mask = pad_sequence([torch.ones(len(sequence)) for sequence in sequences], batch_first=True)
         padded = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-        mean = self.model(inputs_embeds=batch, attention_mask=mask, labels=padded, use_cache=False).loss
+        mean = self.model(
+            inputs_embeds=batch, attention_mask=mask, labels=padded, use_cache=False
+        ).loss
         return self._through(mean * sum(self.targets.counts))
 
     def _through(self, total: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,9 +80,25 @@ class Step:
 
 def cases(runs: int) -> Iterator[Row]:
     step = Step([400] * 4)
-    yield compare("step time, 4 x 8 s", step.ours, step.theirs, against=AGAINST, check=_same, runs=runs, steps=True)
+    yield compare(
+        "step time, 4 x 8 s",
+        step.ours,
+        step.theirs,
+        against=AGAINST,
+        check=_same,
+        runs=runs,
+        steps=True,
+    )
     mixture = Step([100, 180, 260, 700])
-    yield compare("step time, 2-14 s", mixture.ours, mixture.theirs, against=AGAINST, check=_same, runs=runs, steps=True)
+    yield compare(
+        "step time, 2-14 s",
+        mixture.ours,
+        mixture.theirs,
+        against=AGAINST,
+        check=_same,
+        runs=runs,
+        steps=True,
+    )
     against = "logits and cross-entropy of all positions"
     measured = (lambda: apart(loss_megabytes, True), lambda: apart(loss_megabytes, False))
     yield compare_values("loss memory", *measured, unit="MB", against=against, runs=runs)
@@ -90,12 +114,19 @@ def loss_megabytes(ours: bool) -> float:
 
     def answers_only() -> None:
         places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        chunked_cross_entropy(hidden[:, :-1][places], embedding, labels[:, 1:][places])[0].backward()
+        chunked_cross_entropy(hidden[:, :-1][places], embedding, labels[:, 1:][places])[
+            0
+        ].backward()
 
     def all_positions() -> None:
         logits = hidden @ embedding.T
         model_loss = torch.nn.functional.cross_entropy
-        model_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum").backward()
+        model_loss(
+            logits[:, :-1].flatten(0, 1),
+            labels[:, 1:].flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+        ).backward()
 
     return peak_rise_megabytes(answers_only if ours else all_positions)
 

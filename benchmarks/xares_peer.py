@@ -41,7 +41,9 @@ def clips(urls: list[str]) -> list[Tensor]:
 
     logger.disable("xares")
     torchaudio.load = _load
-    batches = create_rawaudio_webdataset(urls, target_sample_rate=16_000, num_workers=0, batch_size=1)
+    batches = create_rawaudio_webdataset(
+        urls, target_sample_rate=16_000, num_workers=0, batch_size=1
+    )
     return [audio[0] for (audio, _), *_ in batches]
 
 
@@ -94,11 +96,16 @@ class PaddedWhisper(nn.Module):
 
     def __init__(self, whisper: Path):
         super().__init__()
-        self.encoder, self.extract = WhisperModel.from_pretrained(whisper).encoder.eval(), WhisperFeatureExtractor()
+        self.encoder, self.extract = (
+            WhisperModel.from_pretrained(whisper).encoder.eval(),
+            WhisperFeatureExtractor(),
+        )
         self.output_dim = self.encoder.config.d_model
 
     def forward(self, audio: Tensor) -> Tensor:
-        mel = self.extract(list(audio.numpy()), sampling_rate=self.sampling_rate, return_tensors="pt").input_features
+        mel = self.extract(
+            list(audio.numpy()), sampling_rate=self.sampling_rate, return_tensors="pt"
+        ).input_features
         return self.encoder(mel).last_hidden_state
 
 
@@ -120,8 +127,19 @@ def _package(pool: Part, test: Part, rate: float) -> float:
                     training=name == "pool", label_processor=_answer,
                 )
             )  # fmt: skip
-        model = Mlp(in_features=pool[0].shape[1], out_features=int(pool[1].max()) + 1, criterion="CrossEntropyLoss")
-        trainer = Trainer(model, device="cpu", ckpt_dir=f"{folder}/checkpoints", lr=rate, max_epochs=EPOCHS, metric="accuracy")
+        model = Mlp(
+            in_features=pool[0].shape[1],
+            out_features=int(pool[1].max()) + 1,
+            criterion="CrossEntropyLoss",
+        )
+        trainer = Trainer(
+            model,
+            device="cpu",
+            ckpt_dir=f"{folder}/checkpoints",
+            lr=rate,
+            max_epochs=EPOCHS,
+            metric="accuracy",
+        )
         trainer.run(*loaders)
         best = torch.load(f"{folder}/checkpoints/best_model.pt", weights_only=True)
         return trainer.load_state_dict(best).run_inference(loaders[1])
@@ -141,7 +159,10 @@ def _answer(facts: dict[str, int]) -> int:
 
 
 def _loop(pool: Part, test: Part, rate: float) -> float:
-    train, reported = DataLoader(TensorDataset(*pool), BATCH, shuffle=True), DataLoader(TensorDataset(*test), BATCH)
+    train, reported = (
+        DataLoader(TensorDataset(*pool), BATCH, shuffle=True),
+        DataLoader(TensorDataset(*test), BATCH),
+    )
     width, classes = pool[0].shape[1], int(pool[1].max()) + 1
     model = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
     optimiser = torch.optim.Adam(model.parameters(), lr=rate)
@@ -154,6 +175,8 @@ def _loop(pool: Part, test: Part, rate: float) -> float:
             optimiser.step()
         schedule.step()
         with torch.inference_mode():
-            right = sum(int((model(features).argmax(1) == answers).sum()) for features, answers in reported)
+            right = sum(
+                int((model(features).argmax(1) == answers).sum()) for features, answers in reported
+            )
         best = max(best, right / len(test[1]))
     return best

@@ -62,7 +62,12 @@ def leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def encode_audio(samples: np.ndarray, sample_rate_hz: int = 16_000, kind: str = "FLAC", subtype: str | None = None) -> bytes:
+def encode_audio(
+    samples: np.ndarray,
+    sample_rate_hz: int = 16_000,
+    kind: str = "FLAC",
+    subtype: str | None = None,
+) -> bytes:
     """Return samples as the bytes of an audio file."""
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, sample_rate_hz, format=kind, subtype=subtype)
@@ -74,17 +79,32 @@ def tone(seconds: float, frequency_hz: float = 440.0, sample_rate_hz: int = 16_0
     return (0.3 * np.sin(2 * np.pi * frequency_hz * time)).astype(np.float32)
 
 
-def write_shards(folder: Path, clips: int, domain: str, *, per_shard_bytes: int = 60_000, labels: int = 2) -> Path:
+def write_shards(
+    folder: Path, clips: int, domain: str, *, per_shard_bytes: int = 60_000, labels: int = 2
+) -> Path:
     """Write shards of short tones, texts and labels; the label decides the pitch, so that probes can learn it."""
     generator = np.random.default_rng([clips, *domain.encode()])
     with ShardFolder(folder, max_bytes=per_shard_bytes) as shards:
         for number in range(clips):
             seconds = float(generator.uniform(0.3, 1.2))
             label = number % labels
-            samples = tone(seconds, 300.0 * (label + 1)) + 0.01 * generator.standard_normal(round(seconds * 16_000))
+            samples = tone(seconds, 300.0 * (label + 1)) + 0.01 * generator.standard_normal(
+                round(seconds * 16_000)
+            )
             text = TEXTS[number % len(TEXTS)]
-            annotation = Annotation(text=text, domain=domain, label=f"class {label}", duration_seconds=seconds, id=str(number))
-            shards.write(f"{domain}-{number:04d}", "flac", encode_audio(samples.astype(np.float32)), annotation)
+            annotation = Annotation(
+                text=text,
+                domain=domain,
+                label=f"class {label}",
+                duration_seconds=seconds,
+                id=str(number),
+            )
+            shards.write(
+                f"{domain}-{number:04d}",
+                "flac",
+                encode_audio(samples.astype(np.float32)),
+                annotation,
+            )
     return folder
 
 
@@ -93,7 +113,15 @@ def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A randomly initialised Whisper of two layers, with a tokenizer of its own."""
     out = tmp_path_factory.mktemp("whisper") / "tiny"
     return make_whisper(
-        out, TEXTS * 4, d_model=32, encoder_layers=2, decoder_layers=2, heads=2, num_mel_bins=80, vocabulary=320, seed=0
+        out,
+        TEXTS * 4,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        heads=2,
+        num_mel_bins=80,
+        vocabulary=320,
+        seed=0,
     )
 
 
@@ -112,9 +140,22 @@ def tiny_language_model(tmp_path_factory: pytest.TempPathFactory, tiny_shards: P
     texts = [str(tiny_shards / domain) for domain in ("speech", "sound", "music")]
     out = str(tmp_path_factory.mktemp("language"))
     scratch = LanguageScratch(
-        texts, out, width=32, layers=2, heads=4, vocabulary=400, steps=60, batch_texts=16, lr=1e-2, noise=0.0
+        texts,
+        out,
+        width=32,
+        layers=2,
+        heads=4,
+        vocabulary=400,
+        steps=60,
+        batch_texts=16,
+        lr=1e-2,
+        noise=0.0,
     )
-    return Path(make_language_model(scratch, Instructions({"caption": Instruction(["Describe it.", "What is it?"])})))
+    return Path(
+        make_language_model(
+            scratch, Instructions({"caption": Instruction(["Describe it.", "What is it?"])})
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +174,8 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_whisper: Path, tiny_sha
     (folder / "tones.yaml").write_text(yaml.safe_dump(TONES))
     licences = {"speech": "CC0-1.0", "sound": "CC-BY-3.0", "music": ""}  # music says none
     sources = ", ".join(
-        f"{{path: {tiny_shards / domain}, domain: {domain}, licence: '{licence}'}}" for domain, licence in licences.items()
+        f"{{path: {tiny_shards / domain}, domain: {domain}, licence: '{licence}'}}"
+        for domain, licence in licences.items()
     )
     config = REPOSITORY / "conf" / "smoke.yaml"
     overrides = [

@@ -20,23 +20,45 @@ CONF = REPOSITORY / "conf"
         (["train", "conf/nothing.yaml"], "There is no config"),
         (["train", str(CONF / "aut_tiny.yaml"), "optim.lrr=1"], "Did you mean 'lr'"),
         (["data", "build", "nothing.csv", "--out", "x"], "There is no manifest"),
-        (["data", "build", "foldr", "--out", "x"], "neither a manifest nor a recipe foldr. Did you mean 'folder'?"),
-        (["data", "build", "foldr", "here", "--out", "x"], "foldr is no recipe, so here means nothing. Did you mean 'folder'?"),
-        (["data", "build", ".", "--out", "x"], ". is a folder: whisper-aut data build folder . --out x"),
+        (
+            ["data", "build", "foldr", "--out", "x"],
+            "neither a manifest nor a recipe foldr. Did you mean 'folder'?",
+        ),
+        (
+            ["data", "build", "foldr", "here", "--out", "x"],
+            "foldr is no recipe, so here means nothing. Did you mean 'folder'?",
+        ),
+        (
+            ["data", "build", ".", "--out", "x"],
+            ". is a folder: whisper-aut data build folder . --out x",
+        ),
         (["data", "inspect", "a:-1:b"], "no shards at a:-1:b"),
         (["data", "inspect", "nowhere"], "no shards at nowhere"),
         (["data", "build", "a.csv", "--out", "x", "--where", "fold"], "COLUMN=VALUE"),
         (["export", "nowhere", "--out", "x"], "neither a run directory"),
-        (["probe", "nowhere", "--tasks", "esc10", "--conf", str(CONF)], "There is no model directory nowhere"),
+        (
+            ["probe", "nowhere", "--tasks", "esc10", "--conf", str(CONF)],
+            "There is no model directory nowhere",
+        ),
         (["probe", "logmel", "--tasks", "esc11", "--conf", str(CONF)], "esc10"),
-        (["probe", "logmel", "--tasks", "esc10", "--conf", str(CONF), "--root", "nowhere"], "There are no shards at nowhere"),
+        (
+            ["probe", "logmel", "--tasks", "esc10", "--conf", str(CONF), "--root", "nowhere"],
+            "There are no shards at nowhere",
+        ),
         (["report", "nowhere", "--out", "x"], "No scores.json"),
-        (["probe", "logmel", "--tasks", "esc10", "--conf", str(CONF), "--out", "file/x"], "file/x: Not a directory."),
+        (
+            ["probe", "logmel", "--tasks", "esc10", "--conf", str(CONF), "--out", "file/x"],
+            "file/x: Not a directory.",
+        ),
         (["data", "demo", "--out", "x", "--scale", "0"], "give a scale above 0"),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_exit_status_1(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
@@ -49,7 +71,10 @@ def test_a_mistake_is_one_paragraph_and_exit_status_1(
 @pytest.mark.parametrize(
     ("arguments", "bounds"),
     [
-        (["data", "build", "a.csv", "--out", "x", "--workers", "-3"], "-3 is not a whole number from 1 up"),
+        (
+            ["data", "build", "a.csv", "--out", "x", "--workers", "-3"],
+            "-3 is not a whole number from 1 up",
+        ),
         (["evaluate", "run", "shards", "--limit", "0"], "0 is not a whole number from 1 up"),
         (["chat", "run", "a.wav", "--max-new-tokens", "many"], "'many' is not a whole number"),
         (["demo", "run", "--port", "99999"], "99999 is not a whole number from 1 to 65535"),
@@ -64,9 +89,14 @@ def test_numbers_out_of_bounds_are_refused_with_the_usage(
     assert bounds in capsys.readouterr().err
 
 
-def test_questions_end_with_the_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_questions_end_with_the_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setattr("whisper_aut.pipeline.open_run", lambda path: path)
-    monkeypatch.setattr("whisper_aut.export.chat.answer", lambda module, audio, question, max_new_tokens: question.upper())
+    monkeypatch.setattr(
+        "whisper_aut.export.chat.answer",
+        lambda module, audio, question, max_new_tokens: question.upper(),
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO("what?\nwho?\n"))
     assert main(["chat", "run", "clip.wav"]) == 0
     shown = capsys.readouterr().out
@@ -74,14 +104,29 @@ def test_questions_end_with_the_input(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "WHO?" in shown
 
 
-def test_data_build_and_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_data_build_and_inspect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.chdir(tmp_path)
     for number in range(4):
         Path(f"{number}.flac").write_bytes(encode_audio(tone(0.5 + number / 10)))
     Path("bad.wav").write_text("not audio")
-    rows = [f"{number}.flac,dog_bark,{number % 2}" for number in range(4)] + ["bad.wav,rain,1", "gone.wav,rain,1"]
+    rows = [f"{number}.flac,dog_bark,{number % 2}" for number in range(4)] + [
+        "bad.wav,rain,1",
+        "gone.wav,rain,1",
+    ]
     Path("clips.csv").write_text("\n".join(["path,category,fold", *rows]))
-    build = ["data", "build", "clips.csv", "--out", "shards", "--domain", "sound", "--text", "the sound of a {category:words}"]
+    build = [
+        "data",
+        "build",
+        "clips.csv",
+        "--out",
+        "shards",
+        "--domain",
+        "sound",
+        "--text",
+        "the sound of a {category:words}",
+    ]
     assert main([*build, "--label", "category"]) == 0
     assert "4 clips" in capsys.readouterr().out
     assert main(["data", "inspect", "shards"]) == 0
@@ -91,7 +136,9 @@ def test_data_build_and_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert '"sound": 4' in capsys.readouterr().out
 
 
-def test_a_table_in_a_file_is_as_wide_as_it_has_to_be(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_table_in_a_file_is_as_wide_as_it_has_to_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.delenv("COLUMNS", raising=False)
     assert main(["data", "list"]) == 0
     whole = capsys.readouterr().out
@@ -122,5 +169,8 @@ def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str]):
 def test_help_does_not_import_torch():
     code = "import sys; from whisper_aut.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
     started = time.monotonic()
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
+        == 0
+    )
     assert time.monotonic() - started < 60

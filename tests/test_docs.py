@@ -41,13 +41,17 @@ PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *DOCS.
 FOLLOWED = {"export.md", "extending.md"}
 BLOCK = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
-KEY = re.compile(r"^(data|optim|trainer|model|decoder|probe|hardware|strategy|corpora|adapter|lora)\.([a-z_.]+)(?==|$)")
+KEY = re.compile(
+    r"^(data|optim|trainer|model|decoder|probe|hardware|strategy|corpora|adapter|lora)\.([a-z_.]+)(?==|$)"
+)
 FILE = re.compile(r"^(?:conf|docs|tests|benchmarks|notebooks|whisper_aut)/[\w./]+$")
 PLACEHOLDERS = {"my_task"}  # names of what the reader is told to make
 THEIRS = {"--rdzv-id", "--kill-on-bad-exit"}  # torchrun's and Slurm's own
 QUOTED = re.compile(r"^> `(.+)`$", re.M)
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+each_page = pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY))
+)
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,17 @@ class Block:
     def commands(self) -> list[list[str]]:
         """Its command lines, without comments; continued lines are one."""
         joined = self.text.replace("\\\n", " ")
-        return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+        return [
+            words for line in joined.splitlines() if (words := shlex.split(line, comments=True))
+        ]
 
 
 def blocks_of(page: Path) -> list[Block]:
     text = page.read_text()
     blocks = [Block(*found) for found in BLOCK.findall(text)]
-    assert len(blocks) == len(re.findall("^```", text, re.M)) / 2, f"{page.name} has a fence that is not understood"
+    assert len(blocks) == len(re.findall("^```", text, re.M)) / 2, (
+        f"{page.name} has a fence that is not understood"
+    )
     return blocks
 
 
@@ -92,7 +100,9 @@ def folder(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         registry.update(entries)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.name
+)
 def test_what_a_page_tells_to_run_runs(page: Path, folder: Path):
     if page.name == "export.md":
         for package in ("onnxruntime", "onnxscript"):
@@ -113,12 +123,19 @@ def test_what_a_page_tells_to_run_runs(page: Path, folder: Path):
 def test_every_block_says_what_it_is(page: Path):
     for block in blocks_of(page):
         assert block.language in ("", "python", "yaml", "csv", "bash", "text"), block.text
-        assert not block.title or page.name in FOLLOWED, "titles are files, which only pages that are followed have"
+        assert not block.title or page.name in FOLLOWED, (
+            "titles are files, which only pages that are followed have"
+        )
         if block.language == "bash":
-            assert subprocess.run(["bash", "-n"], input=block.text, text=True, check=False).returncode == 0, block.text
+            assert (
+                subprocess.run(["bash", "-n"], input=block.text, text=True, check=False).returncode
+                == 0
+            ), block.text
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in FOLLOWED], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in FOLLOWED], ids=lambda page: page.name
+)
 def test_commands_in_blocks_are_understood(page: Path):
     for block in blocks_of(page):
         for words in block.commands if block.language in ("", "bash") else []:
@@ -133,7 +150,9 @@ def test_commands_in_blocks_are_understood(page: Path):
                 assert (launch.module, launch.training_script) == (True, "whisper_aut.cli")
                 check_command(launch.training_script_args)
             else:
-                assert block.language == "bash", f"not a command that a page may have: {' '.join(words)}"
+                assert block.language == "bash", (
+                    f"not a command that a page may have: {' '.join(words)}"
+                )
 
 
 def check_command(arguments: list[str]) -> None:
@@ -157,7 +176,9 @@ def subparser(words: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
     """Return the parser of a command and the words behind its name."""
     parser = _parser()
     while words:
-        action = next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
+        action = next(
+            (a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None
+        )
         if action is None:
             break
         assert words[0] in action.choices, f"there is no command {words[0]}"
@@ -188,14 +209,22 @@ def test_commands_flags_files_and_keys_in_the_text_exist(page: Path):
             known = {flag for action in parser._actions for flag in action.option_strings}
             assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= known, code
         elif words[0] == "make":
-            check_make([word for word in words[1:] if "=" not in word or word.partition("=")[0].isupper()][:1])
+            check_make(
+                [word for word in words[1:] if "=" not in word or word.partition("=")[0].isupper()][
+                    :1
+                ]
+            )
         elif words[0].startswith("--"):
             assert words[0].partition("=")[0] in all_flags() | THEIRS, code
         for word in words:
             if FILE.match(word) and not re.search(r"[A-Z]{3}", word):
-                assert (REPOSITORY / word).exists() or word in titles_of("extending.md"), f"{page.name}: there is no {word}"
+                assert (REPOSITORY / word).exists() or word in titles_of("extending.md"), (
+                    f"{page.name}: there is no {word}"
+                )
             if (found := KEY.match(word)) and "/" not in word:
-                assert is_key(f"{found[1]}.{found[2]}".rstrip(".")), f"{page.name}: configs have no {word}"
+                assert is_key(f"{found[1]}.{found[2]}".rstrip(".")), (
+                    f"{page.name}: configs have no {word}"
+                )
 
 
 @cache
@@ -229,7 +258,9 @@ def has_field(kind: Any, names: list[str]) -> bool:
 @each_page
 def test_yaml_blocks_are_what_they_stand_for(page: Path, tmp_path: Path):
     for block in blocks_of(page):
-        if block.language != "yaml" or block.title.startswith(("conf/decoder", "conf/mine")):  # those are followed
+        if block.language != "yaml" or block.title.startswith(
+            ("conf/decoder", "conf/mine")
+        ):  # those are followed
             continue
         values = yaml.safe_load(block.text)
         if "metric" in values:
@@ -258,7 +289,9 @@ def test_pictures_are_small_and_used():
 
 
 def test_every_page_is_in_the_navigation():
-    site = yaml.load((REPOSITORY / "mkdocs.yml").read_text(), Loader=yaml.BaseLoader)  # plain text, no tags of mkdocs
+    site = yaml.load(
+        (REPOSITORY / "mkdocs.yml").read_text(), Loader=yaml.BaseLoader
+    )  # plain text, no tags of mkdocs
     listed = re.findall(r"'([\w/]+\.md)'", str(site["nav"]))
     written = [page.relative_to(DOCS) for page in DOCS.rglob("*.md")]
     assert sorted(listed) == sorted(
@@ -268,7 +301,14 @@ def test_every_page_is_in_the_navigation():
 
 def test_every_command_is_on_a_page():
     def commands(parser: argparse.ArgumentParser, name: str) -> Iterator[str]:
-        inner = next((action for action in parser._actions if isinstance(action, argparse._SubParsersAction)), None)
+        inner = next(
+            (
+                action
+                for action in parser._actions
+                if isinstance(action, argparse._SubParsersAction)
+            ),
+            None,
+        )
         for word, one in inner.choices.items() if inner else ():
             yield from commands(one, f"{name} {word}")
         if inner is None:
@@ -281,9 +321,15 @@ def test_every_command_is_on_a_page():
 def test_the_reference_holds_every_group_of_settings():
     reference = (DOCS / "api" / "training.md").read_text()
     groups = [
-        kind for kind in vars(settings).values() if dataclasses.is_dataclass(kind) and kind.__module__ == settings.__name__
+        kind
+        for kind in vars(settings).values()
+        if dataclasses.is_dataclass(kind) and kind.__module__ == settings.__name__
     ]
-    assert not [kind for kind in groups if f"::: {settings.__name__}.{kind.__name__}\n" not in reference + "\n"]
+    assert not [
+        kind
+        for kind in groups
+        if f"::: {settings.__name__}.{kind.__name__}\n" not in reference + "\n"
+    ]
 
 
 def test_the_readme_is_short():
@@ -292,7 +338,11 @@ def test_the_readme_is_short():
 
 def test_quoted_messages_are_ones_that_the_program_says():
     """Of messages with values in them, `…` stands for each; a quotation is the whole message or its beginning."""
-    said = {text for path in (REPOSITORY / "whisper_aut").rglob("*.py") for text in literals(ast.parse(path.read_text()))}
+    said = {
+        text
+        for path in (REPOSITORY / "whisper_aut").rglob("*.py")
+        for text in literals(ast.parse(path.read_text()))
+    }
     quoted = QUOTED.findall((DOCS / "troubleshooting.md").read_text())
     assert len(quoted) > 20
     assert not [message for message in quoted if not any(says(text, message) for text in said)]
@@ -302,10 +352,16 @@ def literals(tree: ast.AST) -> Iterator[str]:
     """Yield the texts in a module that are no docstrings, values in them as `…`; texts that stand side by side are one."""
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in docstrings
+        ):
             yield node.value
         elif isinstance(node, ast.JoinedStr):
-            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+            yield "".join(
+                str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values
+            )
 
 
 def says(text: str, message: str) -> bool:
@@ -322,17 +378,32 @@ def says(text: str, message: str) -> bool:
 
 def test_the_citation_names_this_version_and_both_papers():
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
-    assert (citation["cff-version"], citation["version"], citation["license"]) == ("1.2.0", __version__, "Apache-2.0")
-    assert {one["identifiers"][0]["value"] for one in citation["references"]} == {"arXiv:2604.10438", "arXiv:2602.21772"}
+    assert (citation["cff-version"], citation["version"], citation["license"]) == (
+        "1.2.0",
+        __version__,
+        "Apache-2.0",
+    )
+    assert {one["identifiers"][0]["value"] for one in citation["references"]} == {
+        "arXiv:2604.10438",
+        "arXiv:2602.21772",
+    }
 
 
 def test_the_readmes_speeds_are_those_measured():
-    section = (REPOSITORY / "README.md").read_text().partition("## How fast")[2].partition("\n## ")[0]
-    quoted = [figure for row in re.findall(r"^\|[^|]+\| ([\d. ·]+) \|$", section, re.M) for figure in row.split(" · ")]
+    section = (
+        (REPOSITORY / "README.md").read_text().partition("## How fast")[2].partition("\n## ")[0]
+    )
+    quoted = [
+        figure
+        for row in re.findall(r"^\|[^|]+\| ([\d. ·]+) \|$", section, re.M)
+        for figure in row.split(" · ")
+    ]
     results = (REPOSITORY / "benchmarks" / "RESULTS.md").read_text().splitlines()
     cells = [line.split("|")[5].strip() for line in results if line.startswith("| ")]
     ratios = [float(cell) for cell in cells if cell[0].isdigit()]
     assert len(quoted) >= 10
     for figure in quoted:
         decimals = len(figure.partition(".")[2])
-        assert any(f"{ratio:.{decimals}f}" == figure for ratio in ratios), f"{figure} is no ratio of RESULTS.md"
+        assert any(f"{ratio:.{decimals}f}" == figure for ratio in ratios), (
+            f"{figure} is no ratio of RESULTS.md"
+        )

@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check: import direction, sizes, names, and a README that is true."""
+"""Rules that a machine can check: import direction, safe loading, and a README that is true."""
 
 import ast
 import re
@@ -10,8 +10,6 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "whisper_aut"
 STAGES = ("corpora", "data", "model", "training", "export", "probes", "report")
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 70
-FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -21,7 +19,13 @@ def stage_of(module: str) -> int:
     if len(parts) > 1 and parts[1] in STAGES:
         return STAGES.index(parts[1])
     # The schema of settings is read by builders from training on; errors and schema by everyone.
-    ground = {"whisper_aut", "whisper_aut.errors", "whisper_aut.schema", "whisper_aut.settings", "whisper_aut.turns"}
+    ground = {
+        "whisper_aut",
+        "whisper_aut.errors",
+        "whisper_aut.schema",
+        "whisper_aut.settings",
+        "whisper_aut.turns",
+    }
     if module in ground:
         return -1
     drivers = ("pipeline", "experiments")  # one run; many of them. The commands drive both
@@ -45,7 +49,10 @@ def module_of(path: Path) -> str:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_imports_point_along_the_data(path: Path):
     module = module_of(path)
-    if module in ("whisper_aut", "whisper_aut.settings"):  # the first re-exports lazily, the second checks domain names
+    if module in (
+        "whisper_aut",
+        "whisper_aut.settings",
+    ):  # the first re-exports lazily, the second checks domain names
         return
     backwards = {name for name in imports_of(path) if stage_of(name) > stage_of(module)}
     assert not backwards, f"{module} imports from later stages: {sorted(backwards)}"
@@ -63,28 +70,20 @@ def test_only_builders_read_settings():
     }
 
 
-def test_files_and_functions_stay_small():
-    long_files = {str(path): count for path in SOURCES if (count := len(path.read_text().splitlines())) > MAX_FILE_LINES}
-    assert not long_files
-    long_functions = {
-        f"{path.name}:{node.name}": length
-        for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        and (length := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
-    }
-    assert not long_functions
-
-
-def test_modules_are_nouns_with_an_opening():
+def test_modules_have_a_docstring():
     for path in SOURCES:
-        assert path.stem not in FORBIDDEN_NAMES, path
-        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} does not say what enters and what leaves"
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no module docstring"
 
 
 def test_nothing_is_unpickled_and_no_remote_code_runs():
-    forbidden = re.compile(r"weights_only\s*=\s*False|trust_remote_code\s*=\s*True|pickle\.loads?\(|yaml\.load\(")
-    hits = [f"{path}: {match.group()}" for path in SOURCES for match in forbidden.finditer(path.read_text())]
+    forbidden = re.compile(
+        r"weights_only\s*=\s*False|trust_remote_code\s*=\s*True|pickle\.loads?\(|yaml\.load\("
+    )
+    hits = [
+        f"{path}: {match.group()}"
+        for path in SOURCES
+        for match in forbidden.finditer(path.read_text())
+    ]
     assert not hits
 
 
@@ -94,7 +93,11 @@ def test_the_readmes_tree_is_the_real_one():
     assert tree, "README.md has no tree of whisper_aut/"
     named = set(re.findall(r"\b([a-z_]+/|[a-z_]+\.py)", tree.group(1)))
     real = {path.name for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-    real |= {f"{path.name}/" for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    real |= {
+        f"{path.name}/"
+        for path in PACKAGE.iterdir()
+        if path.is_dir() and path.name != "__pycache__"
+    }
     assert real <= named, f"not in the README's tree: {sorted(real - named)}"
     files = {path.name for path in SOURCES} | {f"{path.parent.name}/" for path in SOURCES}
     assert named <= files, f"named in the README but not there: {sorted(named - files)}"

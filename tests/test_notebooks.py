@@ -12,7 +12,12 @@ from tests.conftest import REPOSITORY
 from whisper_aut.settings import load_settings
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
-NAMES = ["01_shards_and_logmel", "02_compare_decoders", "03_embeddings_before_after", "04_read_a_report"]
+NAMES = [
+    "01_shards_and_logmel",
+    "02_compare_decoders",
+    "03_embeddings_before_after",
+    "04_read_a_report",
+]
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -41,7 +46,9 @@ def test_a_notebook_is_valid_and_stripped(path: Path):
 
 @each_notebook
 def test_the_smoke_scale_is_the_default(path: Path):
-    tagged = [cell.source for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    tagged = [
+        cell.source for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])
+    ]
     assert len(tagged) == 1
     assert tagged[0].startswith('SCALE = "smoke"')
     assert '"tiny": ' in tagged[0]
@@ -51,16 +58,29 @@ def test_notebooks_share_one_corpus_and_one_run():
     shared = {name: set(re.findall(r"^SMALL \+?= .*$", "\n".join(cell.source for cell in code_cells(path)), re.M))
               for name, path in zip(NAMES, NOTEBOOKS, strict=True)}  # fmt: skip
     assert shared[NAMES[1]] == shared[NAMES[2]] == shared[NAMES[3]]
-    assert all(any("data.shards=runs/notebooks/data" in line for line in lines) for lines in shared.values())
+    assert all(
+        any("data.shards=runs/notebooks/data" in line for line in lines)
+        for lines in shared.values()
+    )
 
 
 @each_notebook
 @pytest.mark.parametrize("scale", ["smoke", "tiny"])
 def test_the_configs_of_both_scales_load(path: Path, scale: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(REPOSITORY)
-    (cell,) = [cell.source for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    (cell,) = [
+        cell.source for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])
+    ]
     names: dict[str, Any] = {"load_settings": load_settings}
     exec(cell.replace('SCALE = "smoke"', f'SCALE = "{scale}"', 1), names)
-    recipes = names["RECIPES"][scale].values() if "RECIPES" in names else [(names["CONFIG"], names["OVERRIDES"])]
+    recipes = (
+        names["RECIPES"][scale].values()
+        if "RECIPES" in names
+        else [(names["CONFIG"], names["OVERRIDES"])]
+    )
     for config, overrides in recipes:
-        assert load_settings(config, overrides).probe.tasks == ["demo_speech", "demo_sound", "demo_music"]
+        assert load_settings(config, overrides).probe.tasks == [
+            "demo_speech",
+            "demo_sound",
+            "demo_music",
+        ]

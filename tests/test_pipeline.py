@@ -27,7 +27,12 @@ def test_a_missing_device_is_found_before_the_run_it_starts_after(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     runs = tmp_path / "runs"
     settings = settings_for(
-        tiny_whisper, tiny_shards, runs, "model.after=smoke_speech.yaml", "model.path=", "hardware.accelerator=cuda"
+        tiny_whisper,
+        tiny_shards,
+        runs,
+        "model.after=smoke_speech.yaml",
+        "model.path=",
+        "hardware.accelerator=cuda",
     )
     with pytest.raises(UserError, match="PyTorch sees no such device here"):
         run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
@@ -39,7 +44,12 @@ def test_a_finished_run_is_used_where_its_device_is_not(
 ):
     runs = tmp_path / "runs"
     settings = settings_for(
-        tiny_whisper, tiny_shards, runs, "model.after=smoke_speech.yaml", "model.path=", "hardware.accelerator=cuda"
+        tiny_whisper,
+        tiny_shards,
+        runs,
+        "model.after=smoke_speech.yaml",
+        "model.path=",
+        "hardware.accelerator=cuda",
     )
     finished = RunDirectory(runs / settings.name / "1")
     finished.path.mkdir(parents=True)
@@ -51,7 +61,9 @@ def test_a_finished_run_is_used_where_its_device_is_not(
         run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
 
 
-def test_what_a_run_starts_after_reads_the_same_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_a_run_starts_after_reads_the_same_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     seen: list[Settings] = []
 
     def noted(settings: Settings, story: Story, console: Console) -> SimpleNamespace:
@@ -60,22 +72,48 @@ def test_what_a_run_starts_after_reads_the_same_corpus(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(pipeline, "run_story", noted)
     config = REPOSITORY / "conf" / "smoke.yaml"
-    settings = load_settings(config, ["corpora.demo.scale=0.07", "corpora.demo.seed=5", f"data.shards={tmp_path}"])
+    settings = load_settings(
+        config, ["corpora.demo.scale=0.07", "corpora.demo.seed=5", f"data.shards={tmp_path}"]
+    )
     started = pipeline._start_after(settings, Story(config), QUIET)
-    assert seen[0].corpora.demo == settings.corpora.demo  # or one would overwrite what the other wrote
+    assert (
+        seen[0].corpora.demo == settings.corpora.demo
+    )  # or one would overwrite what the other wrote
     assert started.model.path == str(tmp_path / "whisper")
-    elsewhere = load_settings(config, ["corpora.demo.scale=0.07", f"corpora.demo.out={tmp_path / 'other'}"])
+    elsewhere = load_settings(
+        config, ["corpora.demo.scale=0.07", f"corpora.demo.out={tmp_path / 'other'}"]
+    )
     pipeline._start_after(elsewhere, Story(config), QUIET)
-    assert seen[1].corpora.demo == load_settings(REPOSITORY / "conf" / "smoke_speech.yaml").corpora.demo
+    assert (
+        seen[1].corpora.demo
+        == load_settings(REPOSITORY / "conf" / "smoke_speech.yaml").corpora.demo
+    )
 
 
-def test_a_job_of_two_ranks_probes_while_it_trains_and_behind(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_a_job_of_two_ranks_probes_while_it_trains_and_behind(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
     """The first rank scores alone, while the other waits for its word, or is gone."""
-    (tmp_path / "tones.yaml").write_text(yaml.safe_dump({**TONES, "train": ["{root}/speech"], "test": ["{root}/sound"]}))
+    (tmp_path / "tones.yaml").write_text(
+        yaml.safe_dump({**TONES, "train": ["{root}/speech"], "test": ["{root}/sound"]})
+    )
     task = f"[{tmp_path / 'tones.yaml'}]"
-    probes = [f"probe.tasks={task}", f"probe.during.tasks={task}", "probe.during.every_steps=2", "probe.seeds=1"]
-    ranks = ["hardware.devices=2", "strategy=ddp", "strategy.timeout_minutes=1", "trainer.max_steps=2", "export=[encoder]"]
-    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", f"probe.root={tiny_shards}", *probes, *ranks)
+    probes = [
+        f"probe.tasks={task}",
+        f"probe.during.tasks={task}",
+        "probe.during.every_steps=2",
+        "probe.seeds=1",
+    ]
+    ranks = [
+        "hardware.devices=2",
+        "strategy=ddp",
+        "strategy.timeout_minutes=1",
+        "trainer.max_steps=2",
+        "export=[encoder]",
+    ]
+    settings = settings_for(
+        tiny_whisper, tiny_shards, tmp_path / "runs", f"probe.root={tiny_shards}", *probes, *ranks
+    )
     (tmp_path / "config.yaml").write_text(dump_settings(settings))
     command = [sys.executable, "-m", "whisper_aut.cli", "train", str(tmp_path / "config.yaml")]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
@@ -104,15 +142,39 @@ def test_a_run_s_own_config_runs_the_story_again(
     capsys: pytest.CaptureFixture[str],
 ):
     """It stands where no probe tasks are: those of `conf` are meant. What it exported is run as it was trained."""
-    chosen = ("trainer.max_steps=1", "model.padding=30s", "export=[encoder, whisper]", "probe.seeds=1", "probe.tasks=[]")
-    language = ("decoder=causal_lm", f"decoder.language_model={tiny_language_model}", f"probe.root={tiny_shards}")
+    chosen = (
+        "trainer.max_steps=1",
+        "model.padding=30s",
+        "export=[encoder, whisper]",
+        "probe.seeds=1",
+        "probe.tasks=[]",
+    )
+    language = (
+        "decoder=causal_lm",
+        f"decoder.language_model={tiny_language_model}",
+        f"probe.root={tiny_shards}",
+    )
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *chosen, *language)
-    run = run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml", report=False), Console(width=400))
-    assert "Not exported: whisper, which a run with decoder=causal_lm has no decoder for." in capsys.readouterr().out
+    run = run_story(
+        settings, Story(REPOSITORY / "conf" / "smoke.yaml", report=False), Console(width=400)
+    )
+    assert (
+        "Not exported: whisper, which a run with decoder=causal_lm has no decoder for."
+        in capsys.readouterr().out
+    )
     assert load_encoder(run.path).padding == "30s"
     (tmp_path / "conf" / "probe_tasks").mkdir(parents=True)
     task = {**TONES, "train": ["{root}/speech"], "test": ["{root}/sound"]}
     (tmp_path / "conf" / "probe_tasks" / "tones.yaml").write_text(yaml.safe_dump(task))
     monkeypatch.chdir(tmp_path)
-    assert run_story(load_settings(run.config, ["probe.tasks=[tones]"]), Story(run.config, report=False), QUIET) == run
-    assert {entry.padding for entry in Scores.load(run.scores).entries if entry.encoder != BASELINE_NAME} == {"30s"}
+    assert (
+        run_story(
+            load_settings(run.config, ["probe.tasks=[tones]"]),
+            Story(run.config, report=False),
+            QUIET,
+        )
+        == run
+    )
+    assert {
+        entry.padding for entry in Scores.load(run.scores).entries if entry.encoder != BASELINE_NAME
+    } == {"30s"}

@@ -66,7 +66,8 @@ def test_every_choice_of_a_group_can_be_picked(path: Path):
         assert set(yaml.safe_load(path.read_text())) <= set(entries)
         return
     settings = load_settings(
-        CONF / "aut.yaml", [f"{path.parent.name}={path.stem}", "data.domains={speech: 1, sound: 0, music: 0}"]
+        CONF / "aut.yaml",
+        [f"{path.parent.name}={path.stem}", "data.domains={speech: 1, sound: 0, music: 0}"],
     )
     chosen = getattr(settings, path.parent.name)
     values = yaml.safe_load(path.read_text())
@@ -91,7 +92,10 @@ def test_the_papers_recipe_is_the_papers():
 def test_uniwhisper_is_the_papers_and_differs_by_its_decoder():
     settings = load_settings(CONF / "uniwhisper.yaml")
     assert settings.model.path == "openai/whisper-large-v3"
-    assert (settings.decoder["language_model"], settings.decoder["train"]) == ("Qwen/Qwen3-0.6B", "frozen")
+    assert (settings.decoder["language_model"], settings.decoder["train"]) == (
+        "Qwen/Qwen3-0.6B",
+        "frozen",
+    )
     swapped = load_settings(CONF / "uniwhisper.yaml", ["decoder=whisper"])
     assert check_decoder(swapped.decoder)[1].name == "whisper"
     assert replace(swapped, decoder=settings.decoder) == settings
@@ -102,7 +106,9 @@ def test_a_group_file_may_pick_files_of_other_groups(tmp_path: Path):
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "a.yaml").write_text("x: {n: 1}\ny: {n: 2}")
     (tmp_path / "words" / "b.yaml").write_text("y: {n: 3}")
-    (tmp_path / "decoder" / "d.yaml").write_text("defaults: {words: [a, b]}\nname: d\nwords: {x: {m: 4}}")
+    (tmp_path / "decoder" / "d.yaml").write_text(
+        "defaults: {words: [a, b]}\nname: d\nwords: {x: {m: 4}}"
+    )
     (tmp_path / "run.yaml").write_text("defaults: {decoder: d}")
     found = compose(tmp_path / "run.yaml", ["decoder.words.y.n=5"])
     assert found == {"decoder": {"name": "d", "words": {"x": {"n": 1, "m": 4}, "y": {"n": 5}}}}
@@ -113,16 +119,28 @@ def test_a_group_file_may_pick_files_of_other_groups(tmp_path: Path):
 
 def test_overrides_win_over_files_and_groups():
     settings = load_settings(
-        CONF / "aut_tiny.yaml", ["optim.lr=3e-4", "strategy=ddp", "data.domains.speech=0.5", "model.after=", "model.path=x/y"]
+        CONF / "aut_tiny.yaml",
+        [
+            "optim.lr=3e-4",
+            "strategy=ddp",
+            "data.domains.speech=0.5",
+            "model.after=",
+            "model.path=x/y",
+        ],
     )
-    assert (settings.optim.lr, settings.strategy.name, settings.data.domains["speech"]) == (3e-4, "ddp", 0.5)
+    assert (settings.optim.lr, settings.strategy.name, settings.data.domains["speech"]) == (
+        3e-4,
+        "ddp",
+        0.5,
+    )
     assert (settings.model.after, settings.model.path) == ("", "x/y")
 
 
 def test_all_problems_are_reported_at_once_with_the_nearest_name():
     with pytest.raises(UserError) as caught:
         load_settings(
-            CONF / "aut_tiny.yaml", ["trainer.max_stepz=3", "optim.lr=fast", "model.padding=60s", "data.batch_clips=two"]
+            CONF / "aut_tiny.yaml",
+            ["trainer.max_stepz=3", "optim.lr=fast", "model.padding=60s", "data.batch_clips=two"],
         )
     message = str(caught.value)
     assert "4 problems" in message
@@ -173,7 +191,11 @@ def test_missing_and_broken_files(tmp_path: Path):
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     (tmp_path / "circle.yaml").write_text("extends: circle.yaml\n")
-    for name, message in (("list", "keys and values"), ("broken", "not readable as YAML"), ("circle", "circle")):
+    for name, message in (
+        ("list", "keys and values"),
+        ("broken", "not readable as YAML"),
+        ("circle", "circle"),
+    ):
         with pytest.raises(UserError, match=message):
             load_settings(tmp_path / f"{name}.yaml")
 

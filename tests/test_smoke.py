@@ -22,8 +22,21 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_cli(folder: Path, *extra: str, config: str = "smoke") -> str:
-    places = [f"data.shards={folder}/data", f"runs={folder}/runs", f"probe.root={folder}/data/demo", "hardware.threads=1"]
-    command = [sys.executable, "-m", "whisper_aut.cli", "train", str(REPOSITORY / "conf" / f"{config}.yaml"), *places, *extra]
+    places = [
+        f"data.shards={folder}/data",
+        f"runs={folder}/runs",
+        f"probe.root={folder}/data/demo",
+        "hardware.threads=1",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "whisper_aut.cli",
+        "train",
+        str(REPOSITORY / "conf" / f"{config}.yaml"),
+        *places,
+        *extra,
+    ]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout
@@ -32,8 +45,17 @@ def run_cli(folder: Path, *extra: str, config: str = "smoke") -> str:
 def test_shards_to_report(story: Path):
     run = story / "runs" / "smoke" / "latest"
     scores = json.loads((run / "scores.json").read_text())
-    assert {entry["encoder"] for entry in scores["entries"]} == {"log-mel statistics", "random", "smoke_speech", "smoke"}
-    assert {entry["task"] for entry in scores["entries"]} == {"demo_speech", "demo_sound", "demo_music"}
+    assert {entry["encoder"] for entry in scores["entries"]} == {
+        "log-mel statistics",
+        "random",
+        "smoke_speech",
+        "smoke",
+    }
+    assert {entry["task"] for entry in scores["entries"]} == {
+        "demo_speech",
+        "demo_sound",
+        "demo_music",
+    }
     report = (run / "report" / "report.md").read_text()
     assert "protocol strict" in report
     for picture in ("scores.png", "losses.png"):
@@ -42,8 +64,13 @@ def test_shards_to_report(story: Path):
 
 
 def test_the_config_that_it_starts_after_runs_on_as_many_threads(story: Path):
-    configs = [story / "runs" / name / "latest" / "config.yaml" for name in ("smoke_speech", "smoke")]
-    assert [yaml.safe_load(config.read_text())["hardware"]["threads"] for config in configs] == [1, 1]
+    configs = [
+        story / "runs" / name / "latest" / "config.yaml" for name in ("smoke_speech", "smoke")
+    ]
+    assert [yaml.safe_load(config.read_text())["hardware"]["threads"] for config in configs] == [
+        1,
+        1,
+    ]
 
 
 def test_the_second_run_trains_nothing_again(story: Path):
@@ -55,9 +82,20 @@ def test_the_second_run_trains_nothing_again(story: Path):
 
 def test_the_export_command_gives_the_same_encoder(story: Path):
     run = story / "runs" / "smoke" / "latest"
-    command = [sys.executable, "-m", "whisper_aut.cli", "export", str(run), "--out", str(story / "again")]
+    command = [
+        sys.executable,
+        "-m",
+        "whisper_aut.cli",
+        "export",
+        str(run),
+        "--out",
+        str(story / "again"),
+    ]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
-    assert load_encoder(str(story / "again")).fingerprint() == load_encoder(str(run / "export" / "encoder")).fingerprint()
+    assert (
+        load_encoder(str(story / "again")).fingerprint()
+        == load_encoder(str(run / "export" / "encoder")).fingerprint()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +105,9 @@ def uniwhisper(story: Path) -> Path:
     return story / "runs" / "smoke_uniwhisper" / "latest"
 
 
-def test_uniwhisper_goes_through_the_same_doors(uniwhisper: Path, story: Path, capsys: pytest.CaptureFixture[str]):
+def test_uniwhisper_goes_through_the_same_doors(
+    uniwhisper: Path, story: Path, capsys: pytest.CaptureFixture[str]
+):
     assert load_encoder(str(uniwhisper / "export" / "encoder")).width == 32
     scores = json.loads((uniwhisper / "scores.json").read_text())
     assert "smoke_uniwhisper" in {entry["encoder"] for entry in scores["entries"]}
@@ -79,7 +119,10 @@ def test_uniwhisper_goes_through_the_same_doors(uniwhisper: Path, story: Path, c
 
 
 def test_a_trained_run_answers_and_is_measured(
-    uniwhisper: Path, story: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    uniwhisper: Path,
+    story: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     clip = story / "clip.wav"
     clip.write_bytes(encode_audio(tone(0.7), kind="WAV"))
@@ -88,16 +131,27 @@ def test_a_trained_run_answers_and_is_measured(
     assert main(["chat", str(uniwhisper), str(clip)]) == 0
     capsys.readouterr()
     shards, out = str(story / "data" / "demo" / "test" / "sound"), story / "answers.jsonl"
-    assert main(["evaluate", str(uniwhisper), shards, "--tasks", "sound_class", "--out", str(out)]) == 0
+    assert (
+        main(["evaluate", str(uniwhisper), shards, "--tasks", "sound_class", "--out", str(out)])
+        == 0
+    )
     entries = [json.loads(line) for line in out.read_text().splitlines()]
     assert entries
     assert {entry["task"] for entry in entries} == {"sound_class"}
-    exact = sum(entry["generated"].lower() == entry["reference"].lower() for entry in entries) / len(entries)
+    exact = sum(
+        entry["generated"].lower() == entry["reference"].lower() for entry in entries
+    ) / len(entries)
     assert f"exact_sound_class            {exact:.4f}" in capsys.readouterr().out
 
 
-def test_mistakes_in_questions_are_named(uniwhisper: Path, story: Path, capsys: pytest.CaptureFixture[str]):
-    clip, broken, shards = story / "a.wav", story / "broken.wav", str(story / "data" / "demo" / "test" / "sound")
+def test_mistakes_in_questions_are_named(
+    uniwhisper: Path, story: Path, capsys: pytest.CaptureFixture[str]
+):
+    clip, broken, shards = (
+        story / "a.wav",
+        story / "broken.wav",
+        str(story / "data" / "demo" / "test" / "sound"),
+    )
     whisper_run = str(story / "runs" / "smoke" / "latest")
     clip.write_bytes(encode_audio(tone(0.7), kind="WAV"))
     broken.write_text("not audio")
@@ -105,7 +159,10 @@ def test_mistakes_in_questions_are_named(uniwhisper: Path, story: Path, capsys: 
         (["chat", whisper_run, str(clip), "What?"], "takes no questions"),
         (["chat", str(uniwhisper), "gone.wav", "What?"], "Cannot read gone.wav"),
         (["chat", str(uniwhisper), str(broken), "What?"], "undecodable audio"),
-        (["evaluate", str(uniwhisper), shards, "--tasks", "sound_clas"], "Did you mean 'sound_class'"),
+        (
+            ["evaluate", str(uniwhisper), shards, "--tasks", "sound_clas"],
+            "Did you mean 'sound_class'",
+        ),
         (["evaluate", whisper_run, shards, "--tasks", "sound_class"], "cannot be asked"),
         (["chat", "nowhere", str(clip), "What?"], "neither a run directory"),
     ):

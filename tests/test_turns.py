@@ -25,7 +25,10 @@ def _make(place: Path, made: Path, die: bool) -> None:
 
 def _run(place: Path, made: Path, dying: int, working: int) -> None:
     fork = multiprocessing.get_context("fork")
-    makers = [fork.Process(target=_make, args=(place, made, number < dying)) for number in range(dying + working)]
+    makers = [
+        fork.Process(target=_make, args=(place, made, number < dying))
+        for number in range(dying + working)
+    ]
     for maker in makers:
         maker.start()
     for maker in makers:
@@ -51,7 +54,9 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr("fcntl.flock", refused)
     with (
-        pytest.raises(UserError, match=rf"{tmp_path} has no file locks \(Function not implemented\)"),
+        pytest.raises(
+            UserError, match=rf"{tmp_path} has no file locks \(Function not implemented\)"
+        ),
         one_at_a_time(tmp_path / "x"),
     ):
         pass

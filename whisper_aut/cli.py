@@ -20,7 +20,11 @@ from whisper_aut.commands import corpora, demo, embed, experiments, export, prob
 from whisper_aut.errors import Interrupted, Preempted, UserError
 
 FILE_COLUMNS = 160  # of tables that go into a file or a pipe, which no window bounds
-EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 75, 130  # 75: EX_TEMPFAIL of sysexits.h, "try again"
+EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = (
+    1,
+    75,
+    130,
+)  # 75: EX_TEMPFAIL of sysexits.h, "try again"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,13 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt) as stop:
         if _rank():  # the first rank speaks for all; a launcher takes a failed rank as a reason to kill the others
             return 0
-        errors.print(f"[bold]Interrupted:[/] {escape(str(stop) or 'nothing was being trained; finished parts are kept.')}")
+        errors.print(
+            f"[bold]Interrupted:[/] {escape(str(stop) or 'nothing was being trained; finished parts are kept.')}"
+        )
         return EXIT_PREEMPTED if isinstance(stop, Preempted) else EXIT_INTERRUPTED
     return 0
 
 
 def _console(stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, soft_wrap=True, emoji=False)  # or a path with `:-1` in it is printed as a thumb
+    console = Console(
+        stderr=stderr, soft_wrap=True, emoji=False
+    )  # or a path with `:-1` in it is printed as a thumb
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = FILE_COLUMNS
     return console
@@ -57,7 +65,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse ends a list of positionals at the first option; overrides may also follow one.
-    if rest and hasattr(options, "overrides") and all("=" in item and not item.startswith("-") for item in rest):
+    if (
+        rest
+        and hasattr(options, "overrides")
+        and all("=" in item and not item.startswith("-") for item in rest)
+    ):
         options.overrides += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -65,7 +77,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="whisper-aut", description="Train universal audio encoders from Whisper.")
+    parser = argparse.ArgumentParser(
+        prog="whisper-aut", description="Train universal audio encoders from Whisper."
+    )
     parser.add_argument("--version", action="version", version=f"whisper-aut {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for stage in (corpora, training, export, embed, probes, experiments, demo):
@@ -75,7 +89,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _rank() -> int:
     """Return this process's rank as a launcher told it: torchrun, Slurm, or Lightning for the ranks that it starts."""
-    return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0))
+    return int(
+        next(
+            (
+                os.environ[name]
+                for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+                if name in os.environ
+            ),
+            0,
+        )
+    )
 
 
 def _quieten() -> None:

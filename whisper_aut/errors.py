@@ -46,7 +46,9 @@ class Reason(StrEnum):
     LICENCE = "licence not allowed"
 
 
-WISHED = frozenset({Reason.EXCLUDED, Reason.LICENCE})  # asked for by the config: counted, but no damage
+WISHED = frozenset(
+    {Reason.EXCLUDED, Reason.LICENCE}
+)  # asked for by the config: counted, but no damage
 
 
 class SampleRefused(Exception):
@@ -62,7 +64,9 @@ class SampleRefused(Exception):
         self.reason = reason
         self.detail = detail
 
-    def __reduce__(self):  # two arguments: the default would rebuild the exception from its one-line message
+    def __reduce__(
+        self,
+    ):  # two arguments: the default would rebuild the exception from its one-line message
         return type(self), (self.reason, self.detail)
 
 

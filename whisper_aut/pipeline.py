@@ -44,7 +44,10 @@ from whisper_aut.training.rundir import RunDirectory, is_first_rank, runs_of, wa
 from whisper_aut.training.train import Trained, train
 from whisper_aut.turns import one_at_a_time
 
-LOGMEL, RANDOM_PREFIX = "logmel", "random:"  # encoders that a command line names without a checkpoint
+LOGMEL, RANDOM_PREFIX = (
+    "logmel",
+    "random:",
+)  # encoders that a command line names without a checkpoint
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,9 @@ class Story:
         return beside if (beside / "probe_tasks").is_dir() else Path("conf")
 
 
-def run_config(config: str | Path, overrides: Sequence[str] = (), console: Console | None = None) -> RunDirectory:
+def run_config(
+    config: str | Path, overrides: Sequence[str] = (), console: Console | None = None
+) -> RunDirectory:
     """Read a config and run its story, as `whisper-aut train CONFIG key=value …` does; without a console, only progress bars show.
 
     Raises:
@@ -79,7 +84,9 @@ def run_config(config: str | Path, overrides: Sequence[str] = (), console: Conso
         Interrupted: training was asked to stop.
     """
     settings = load_settings(config, overrides)
-    return run_story(settings, Story(Path(config), tuple(overrides)), console or Console(quiet=True))
+    return run_story(
+        settings, Story(Path(config), tuple(overrides)), console or Console(quiet=True)
+    )
 
 
 def run_story(settings: Settings, story: Story, console: Console) -> RunDirectory:
@@ -95,12 +102,16 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
     _warn_of_unaudited(settings, tasks, console)
     if settings.model.after:
         runs = runs_of(Path(settings.runs), settings.name)
-        if not any(run.done.exists() for run in runs):  # a finished run may be used where its device is not
+        if not any(
+            run.done.exists() for run in runs
+        ):  # a finished run may be used where its device is not
             check_accelerator(settings.hardware.accelerator)  # before its start is trained in vain
         settings = _start_after(settings, story, console)
     watching = _probes_during(settings, story.tasks_folder)
     try:
-        trained = train(settings, console, resume=story.resume, fresh=story.fresh, callbacks=watching)
+        trained = train(
+            settings, console, resume=story.resume, fresh=story.fresh, callbacks=watching
+        )
     except Interrupted as interrupted:
         command = " ".join([str(story.config), *story.overrides])
         raise type(interrupted)(
@@ -112,7 +123,12 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
             console.print(
                 f"Not exported: {', '.join(left)}, which a run with decoder={settings.decoder['name']} has no decoder for."
             )
-        _export([kind for kind in settings.export if kind in decoder.exports], trained, start, settings.model.padding)
+        _export(
+            [kind for kind in settings.export if kind in decoder.exports],
+            trained,
+            start,
+            settings.model.padding,
+        )
     wait_for_all_ranks()  # a run that starts from this one needs what it exports
     if not is_first_rank():  # what follows is for one process
         return trained.run
@@ -169,7 +185,11 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
     Raises:
         UserError: an encoder, a task or its shards cannot be loaded.
     """
-    tasks, share, device = load_tasks(request.tasks, request.conf), launched_share(), own_device(request.device)
+    tasks, share, device = (
+        load_tasks(request.tasks, request.conf),
+        launched_share(),
+        own_device(request.device),
+    )
     embedding = EmbedSettings(pooling=request.pooling, layers=request.layers, quiet=share.rank > 0)
     names = encoder_names((*request.against, request.encoder))
     encoders = {short: open_encoder(name, request.padding, device) for name, short in names.items()}
@@ -177,7 +197,9 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
     if share != WHOLE:
         rules = protocol_named(request.protocol)
         cache = request.out / "embeddings"
-        SharedEmbedding(encoders, tasks, request.root, cache, embedding, rules, request.kind).run(share)
+        SharedEmbedding(encoders, tasks, request.root, cache, embedding, rules, request.kind).run(
+            share
+        )
         if share.rank:
             return request.out
     run_suite(
@@ -247,7 +269,9 @@ def open_encoder(name: str, padding: Padding | None, device: str = "cpu") -> Fra
     if name == LOGMEL:
         return LogMelBaseline()
     random = name.startswith(RANDOM_PREFIX)
-    return load_encoder(name.removeprefix(RANDOM_PREFIX), padding=padding, device=device, random_init=random)
+    return load_encoder(
+        name.removeprefix(RANDOM_PREFIX), padding=padding, device=device, random_init=random
+    )
 
 
 def prepare_corpora(corpora: CorporaSettings, console: Console) -> None:
@@ -279,7 +303,9 @@ def _warn_of_unaudited(settings: Settings, tasks: Sequence[ProbeTask], console: 
     sources = [source.path for source in data.train]
     try:
         stale = unaudited(audit, "train", sources)
-        missing = [task for task in tasks if stale or unaudited(audit, "probes", task.tested_folders(root))]
+        missing = [
+            task for task in tasks if stale or unaudited(audit, "probes", task.tested_folders(root))
+        ]
     except UserError:  # shards that are not there: whoever reads them says so
         return
     if missing and is_first_rank():
@@ -293,7 +319,10 @@ def _warn_of_unaudited(settings: Settings, tasks: Sequence[ProbeTask], console: 
 
 def load_tasks(names: Sequence[str], folder: Path) -> list[ProbeTask]:
     """Load probe tasks by name from `folder/probe_tasks`, by path, or by the name of a suite in `folder/probe.yaml`."""
-    return [load_task(name, folder / "probe_tasks") for name in expand_suites(names, folder / "probe.yaml")]
+    return [
+        load_task(name, folder / "probe_tasks")
+        for name in expand_suites(names, folder / "probe.yaml")
+    ]
 
 
 def _start_after(settings: Settings, story: Story, console: Console) -> Settings:
@@ -314,9 +343,13 @@ def _start_after(settings: Settings, story: Story, console: Console) -> Settings
         before = replace(before, corpora=replace(before.corpora, demo=ours))
     decoder, _ = check_decoder(before.decoder)
     if "whisper" not in before.export or "whisper" not in decoder.exports:
-        raise UserError(f"{config} must train and export `whisper`: {settings.name} starts from the model that it trains.")
+        raise UserError(
+            f"{config} must train and export `whisper`: {settings.name} starts from the model that it trains."
+        )
     run = run_story(before, replace(story, config=config, overrides=overrides), console)
-    return replace(settings, model=replace(settings.model, path=str(run.export("whisper")), after=""))
+    return replace(
+        settings, model=replace(settings.model, path=str(run.export("whisper")), after="")
+    )
 
 
 def _manifest_spec(manifest: ManifestSettings) -> ManifestSpec:
@@ -329,7 +362,9 @@ def _manifest_spec(manifest: ManifestSettings) -> ManifestSpec:
 def _export(kinds: Sequence[ExportKind], trained: Trained, start: Start, padding: Padding) -> None:
     for kind in kinds:
         if not trained.reused or not trained.run.export(kind).exists():
-            export_checkpoint(trained.run.last_checkpoint, start, trained.run.export(kind), kind, padding=padding)
+            export_checkpoint(
+                trained.run.last_checkpoint, start, trained.run.export(kind), kind, padding=padding
+            )
 
 
 def _probes_during(settings: Settings, conf: Path) -> list[ProbeDuringTraining]:
@@ -338,24 +373,43 @@ def _probes_during(settings: Settings, conf: Path) -> list[ProbeDuringTraining]:
     tasks = load_tasks(during.tasks, conf)
     if not tasks:
         return []
-    return [ProbeDuringTraining(tasks, settings.probe.root, every_steps=during.every_steps, kind=during.kind, guard=guard)]
+    return [
+        ProbeDuringTraining(
+            tasks,
+            settings.probe.root,
+            every_steps=during.every_steps,
+            kind=during.kind,
+            guard=guard,
+        )
+    ]
 
 
 def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[ProbeTask]) -> None:
     """Score the trained encoder, the one it started from, a random one and log-mel statistics on the same clips."""
     padding, device = settings.model.padding, _probing_device(settings)
-    torch.set_float32_matmul_precision("highest")  # as `run_probe` finds it: training may have had TF32
+    torch.set_float32_matmul_precision(
+        "highest"
+    )  # as `run_probe` finds it: training may have had TF32
     encoders: dict[str, FrameEncoder] = {}
     if settings.probe.logmel_baseline:
         encoders[BASELINE_NAME] = LogMelBaseline(start.config.num_mel_bins)
     if settings.probe.random_encoder:
         encoders["random"] = load_encoder(
-            start.path, padding=padding, revision=start.revision, random_init=True, seed=settings.seed, device=device
+            start.path,
+            padding=padding,
+            revision=start.revision,
+            random_init=True,
+            seed=settings.seed,
+            device=device,
         )
     before = _short_name(start.path)
     before = f"{before} (start)" if before in (settings.name, *encoders) else before
-    encoders[before] = load_encoder(start.path, padding=padding, revision=start.revision, device=device)
-    encoders[settings.name] = load_encoder(str(run.export("encoder")), padding=padding, device=device)
+    encoders[before] = load_encoder(
+        start.path, padding=padding, revision=start.revision, device=device
+    )
+    encoders[settings.name] = load_encoder(
+        str(run.export("encoder")), padding=padding, device=device
+    )
     run_suite(
         encoders,
         tasks,
@@ -380,12 +434,18 @@ def encoder_names(given: Sequence[str]) -> dict[str, str]:
     Raises:
         UserError: the same encoder twice.
     """
-    twice = [name for name, times in Counter(name.rstrip("/") for name in given).items() if times > 1]
+    twice = [
+        name for name, times in Counter(name.rstrip("/") for name in given).items() if times > 1
+    ]
     if twice:
-        raise UserError(f"{twice[0]} is named twice: an encoder is compared with others, not with itself.")
+        raise UserError(
+            f"{twice[0]} is named twice: an encoder is compared with others, not with itself."
+        )
     short = {name: _short_name(name) for name in given}
     shared = {name for name, times in Counter(short.values()).items() if times > 1}
-    return {name: name.rstrip("/") if called in shared else called for name, called in short.items()}
+    return {
+        name: name.rstrip("/") if called in shared else called for name, called in short.items()
+    }
 
 
 def _short_name(name: str) -> str:

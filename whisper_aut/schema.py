@@ -34,7 +34,9 @@ def compose(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     path = Path(path)
     layers = _layers(path)
     groups = _groups(path.parent)
-    choices = {name: choice for layer in layers for name, choice in layer.pop("defaults", {}).items()}
+    choices = {
+        name: choice for layer in layers for name, choice in layer.pop("defaults", {}).items()
+    }
     picked, values = _split_overrides(overrides, groups)
     choices |= picked
     merged = OmegaConf.create({})
@@ -67,7 +69,9 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
     result = _convert(schema, values, "", problems)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise UserError(f"{where} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listed}")
+        raise UserError(
+            f"{where} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listed}"
+        )
     return result
 
 
@@ -77,7 +81,9 @@ def _layers(path: Path) -> list[DictConfig]:
     current: Path | None = path
     while current is not None:
         if len(layers) == MAX_EXTENDS:
-            raise UserError(f"{path} extends more than {MAX_EXTENDS} configs in a row; is there a circle?")
+            raise UserError(
+                f"{path} extends more than {MAX_EXTENDS} configs in a row; is there a circle?"
+            )
         layer = _read_yaml(current)
         parent = layer.pop("extends", None)
         layers.insert(0, layer)
@@ -87,7 +93,9 @@ def _layers(path: Path) -> list[DictConfig]:
 
 def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
-        there = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        there = (
+            sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        )
         listed = f" {path.parent} has: {', '.join(there)}." if there else ""
         raise UserError(f"There is no config {path}.{nearest(path.name, there)}{listed}")
     try:
@@ -101,17 +109,25 @@ def _read_yaml(path: Path) -> DictConfig:
 
 def _groups(folder: Path) -> dict[str, list[str]]:
     """Return the folders that hold configs, with their names; a folder without one is no group: `runs`, say, beside a config."""
-    found = {sub.name: sorted(file.stem for file in sub.glob("*.yaml")) for sub in folder.iterdir()} if folder.is_dir() else {}
+    found = (
+        {sub.name: sorted(file.stem for file in sub.glob("*.yaml")) for sub in folder.iterdir()}
+        if folder.is_dir()
+        else {}
+    )
     return {name: choices for name, choices in found.items() if choices}
 
 
-def _read_group(folder: Path, group: str, choice: str, groups: Mapping[str, list[str]]) -> DictConfig:
+def _read_group(
+    folder: Path, group: str, choice: str, groups: Mapping[str, list[str]]
+) -> DictConfig:
     """Read one file of a group, what it extends, and the files of other groups that its `defaults` pick."""
     values = cast(DictConfig, OmegaConf.merge(*_layers(_group_file(folder, group, choice, groups))))
     within = OmegaConf.create({})
     for inner, choices in values.pop("defaults", {}).items():
         names = [choices] if isinstance(choices, str) else list(choices)
-        within[inner] = OmegaConf.merge(*(_read_yaml(_group_file(folder, inner, name, groups)) for name in names))
+        within[inner] = OmegaConf.merge(
+            *(_read_yaml(_group_file(folder, inner, name, groups)) for name in names)
+        )
     return OmegaConf.merge(within, values)  # pyright: ignore[reportReturnType]
 
 
@@ -127,7 +143,9 @@ def _group_file(folder: Path, group: str, choice: str, groups: Mapping[str, list
     return folder / group / f"{choice}.yaml"
 
 
-def _split_overrides(overrides: Sequence[str], groups: Mapping[str, list[str]]) -> tuple[dict[str, str], list[str]]:
+def _split_overrides(
+    overrides: Sequence[str], groups: Mapping[str, list[str]]
+) -> tuple[dict[str, str], list[str]]:
     bad = [item for item in overrides if "=" not in item or item.startswith(("=", "-"))]
     if bad:
         raise UserError(f"Overrides are written key=value; not understood: {', '.join(bad)}.")
@@ -149,18 +167,25 @@ def _convert(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     if origin is Literal:
         if value not in arguments:
             suggestion = nearest(str(value), map(str, arguments))
-            problems.append(f"{path}: {value!r} is not one of {', '.join(map(repr, arguments))}.{suggestion}")
+            problems.append(
+                f"{path}: {value!r} is not one of {', '.join(map(repr, arguments))}.{suggestion}"
+            )
         return value
     if origin in (list, Sequence, tuple):
         if not isinstance(value, (list, tuple)):
             problems.append(f"{path}: expected a list, got {value!r}")
             return value
-        return [_convert(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value)]
+        return [
+            _convert(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value)
+        ]
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             problems.append(f"{path}: expected keys and values, got {value!r}")
             return value
-        return {str(key): _convert(arguments[1], item, f"{path}.{key}", problems) for key, item in value.items()}
+        return {
+            str(key): _convert(arguments[1], item, f"{path}.{key}", problems)
+            for key, item in value.items()
+        }
     return _convert_scalar(kind, value, path, problems)
 
 

@@ -167,7 +167,9 @@ class DataSettings:
     train: list[SourceSettings] = field(default_factory=list)
     valid: list[SourceSettings] = field(default_factory=list)
     mode: Literal["mixture", "epochs"] = "mixture"
-    domains: dict[str, float] = field(default_factory=lambda: {"speech": 0.8, "sound": 0.1, "music": 0.1})
+    domains: dict[str, float] = field(
+        default_factory=lambda: {"speech": 0.8, "sound": 0.1, "music": 0.1}
+    )
     temperature: float = 1.0
     batch_clips: int = 16
     batch_seconds: float | None = None
@@ -228,7 +230,9 @@ class TrainerSettings:
     valid_every_steps: int = 1000
     checkpoint_every_steps: int = 1000
     log_every_steps: int = 25
-    loggers: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] = field(default_factory=lambda: ["csv", "tensorboard"])
+    loggers: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] = field(
+        default_factory=lambda: ["csv", "tensorboard"]
+    )
     keep_checkpoints: int = 2
     async_checkpoints: bool = False
     generate_clips: int = 4
@@ -326,13 +330,18 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         UserError: listing all problems.
     """
     settings = build(Settings, compose(path, overrides), str(path))
-    problems = [*_model_problems(settings.model), *_data_problems(settings.data), *_number_problems(settings)]
+    problems = [
+        *_model_problems(settings.model),
+        *_data_problems(settings.data),
+        *_number_problems(settings),
+    ]
     problems += _logger_problems(settings.trainer.loggers)
     if "name" not in settings.decoder:
         problems.append("decoder.name: missing; pick a decoder with decoder=whisper")
     if problems:
         raise UserError(
-            f"{path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n" + "\n".join(f"  - {p}" for p in problems)
+            f"{path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n"
+            + "\n".join(f"  - {p}" for p in problems)
         )
     return settings
 
@@ -345,15 +354,23 @@ def dump_settings(settings: Settings) -> str:
 def _model_problems(model: ModelSettings) -> list[str]:
     given = [name for name in ("path", "scratch", "after") if getattr(model, name)]
     if len(given) != 1:
-        return [f"model: give exactly one of path, scratch, after; given: {', '.join(given) or 'none'}"]
+        return [
+            f"model: give exactly one of path, scratch, after; given: {', '.join(given) or 'none'}"
+        ]
     return []
 
 
 def _data_problems(data: DataSettings) -> list[str]:
     problems = [
-        f"data.domains.{name}: not a domain; there are {', '.join(DOMAINS)}" for name in data.domains if name not in DOMAINS
+        f"data.domains.{name}: not a domain; there are {', '.join(DOMAINS)}"
+        for name in data.domains
+        if name not in DOMAINS
     ]
-    problems += [f"data.domains.{name}: {share} is negative" for name, share in data.domains.items() if share < 0]
+    problems += [
+        f"data.domains.{name}: {share} is negative"
+        for name, share in data.domains.items()
+        if share < 0
+    ]
     if not sum(data.domains.values()) > 0:
         problems.append("data.domains: the shares sum to nothing")
     served = {source.domain for source in data.train}
@@ -363,7 +380,9 @@ def _data_problems(data: DataSettings) -> list[str]:
         if share > 0 and name not in served and name in DOMAINS
     ]
     if not 0 < data.min_seconds <= data.max_seconds <= 30:
-        problems.append(f"data: need 0 < min_seconds <= max_seconds <= 30, got {data.min_seconds} and {data.max_seconds}")
+        problems.append(
+            f"data: need 0 < min_seconds <= max_seconds <= 30, got {data.min_seconds} and {data.max_seconds}"
+        )
     if data.batch_seconds is not None and data.batch_seconds < data.max_seconds:
         problems.append(
             f"data.batch_seconds: {data.batch_seconds:g} s hold no clip of data.max_seconds, {data.max_seconds:g} s"
@@ -374,16 +393,24 @@ def _data_problems(data: DataSettings) -> list[str]:
     if len(augment.snr_db) != 2 or augment.snr_db[0] > augment.snr_db[1]:
         problems.append(f"data.augment.snr_db: {augment.snr_db} is not [lowest, highest]")
     if augment.gain_db < 0 or not 0 <= augment.noise_share <= 1:
-        problems.append("data.augment: gain_db must not be negative, and noise_share lies between 0 and 1")
+        problems.append(
+            "data.augment: gain_db must not be negative, and noise_share lies between 0 and 1"
+        )
     if data.mode == "epochs" and data.samples_per_epoch is not None:
-        problems.append("data.samples_per_epoch: with data.mode=epochs an epoch is every clip once; leave it null")
+        problems.append(
+            "data.samples_per_epoch: with data.mode=epochs an epoch is every clip once; leave it null"
+        )
     if data.temperature <= 0 or data.timeout_seconds <= 0:
         problems.append("data: temperature and timeout_seconds must be positive")
     return problems
 
 
 def _logger_problems(names: Sequence[str]) -> list[str]:
-    problems = [] if "csv" in names else ["trainer.loggers: csv must be among them; reports are drawn from it"]
+    problems = (
+        []
+        if "csv" in names
+        else ["trainer.loggers: csv must be among them; reports are drawn from it"]
+    )
     problems += [
         f"trainer.loggers: {name} is not installed; pip install 'whisper-aut[{name}]'"
         for name in ("wandb", "mlflow")
@@ -416,20 +443,38 @@ def _number_problems(settings: Settings) -> list[str]:
         "hardware.threads": (settings.hardware.threads, 0),
         "seed": (settings.seed, 0),
     }
-    problems = [f"{name}: {value} is below {least}" for name, (value, least) in at_least.items() if value < least]
+    problems = [
+        f"{name}: {value} is below {least}"
+        for name, (value, least) in at_least.items()
+        if value < least
+    ]
     if settings.data.batch_seconds is not None and settings.model.padding == "30s":
-        problems.append("data.batch_seconds: with model.padding=30s every clip costs 30 s; give data.batch_clips")
-    steps, devices, betas = settings.trainer.max_steps, settings.hardware.devices, settings.optim.betas
+        problems.append(
+            "data.batch_seconds: with model.padding=30s every clip costs 30 s; give data.batch_clips"
+        )
+    steps, devices, betas = (
+        settings.trainer.max_steps,
+        settings.hardware.devices,
+        settings.optim.betas,
+    )
     if steps is not None and steps < 1:
-        problems.append(f"trainer.max_steps: {steps} is below 1; null trains all of trainer.max_epochs")
+        problems.append(
+            f"trainer.max_steps: {steps} is below 1; null trains all of trainer.max_epochs"
+        )
     if devices != "auto" and (not isinstance(devices, int) or devices < 1):
-        problems.append(f"hardware.devices: {devices!r} is neither auto nor a whole number from 1 up")
+        problems.append(
+            f"hardware.devices: {devices!r} is neither auto nor a whole number from 1 up"
+        )
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         problems.append(f"optim.betas: {betas} are not two numbers from 0 to below 1")
     if not 0 <= settings.data.max_refused_share <= 1:
-        problems.append(f"data.max_refused_share: {settings.data.max_refused_share} is not a share from 0 to 1")
+        problems.append(
+            f"data.max_refused_share: {settings.data.max_refused_share} is not a share from 0 to 1"
+        )
     if settings.name in ("", "..") or Path(settings.name).name != settings.name:
-        problems.append(f"name: {settings.name!r} cannot be the name of a folder in {settings.runs}")
+        problems.append(
+            f"name: {settings.name!r} cannot be the name of a folder in {settings.runs}"
+        )
     if settings.corpora.demo and settings.corpora.demo.scale <= 0:
         problems.append(f"corpora.demo.scale: {settings.corpora.demo.scale} is not positive")
     if settings.optim.lr <= 0:

@@ -8,17 +8,28 @@ from whisper_aut.errors import Reason, SampleRefused
 
 def test_what_is_written_reads_back_the_same():
     annotation = Annotation(
-        "a dog · 犬", "sound", "caption", label=["dog", "bark"], duration_seconds=1.5, id="7", extra={"fold": 1}
+        "a dog · 犬",
+        "sound",
+        "caption",
+        label=["dog", "bark"],
+        duration_seconds=1.5,
+        id="7",
+        extra={"fold": 1},
     )
     assert Annotation.from_json(annotation.to_json()) == annotation
 
 
 def test_only_fields_that_are_set_are_written():
-    assert json.loads(Annotation(text="hello", extra={"speaker": "x"}).to_json()) == {"text": "hello", "speaker": "x"}
+    assert json.loads(Annotation(text="hello", extra={"speaker": "x"}).to_json()) == {
+        "text": "hello",
+        "speaker": "x",
+    }
 
 
 def test_foreign_fields_are_kept_and_nulls_are_absent():
-    annotation = Annotation.from_json(b'{"text": null, "label": 3, "esc50": true, "target": [1, 2]}')
+    annotation = Annotation.from_json(
+        b'{"text": null, "label": 3, "esc50": true, "target": [1, 2]}'
+    )
     assert (annotation.text, annotation.label) == ("", "3")
     assert annotation.extra == {"esc50": True, "target": [1, 2]}
 

@@ -14,11 +14,17 @@ RATE_HZ = 16_000
 
 
 def noise(seconds: float, rate_hz: int = RATE_HZ, channels: int = 1) -> np.ndarray:
-    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (round(seconds * rate_hz), channels)).astype(np.float32)
+    samples = (
+        np.random.default_rng(0)
+        .uniform(-0.5, 0.5, (round(seconds * rate_hz), channels))
+        .astype(np.float32)
+    )
     return samples[:, 0] if channels == 1 else samples
 
 
-def encode(samples: np.ndarray, rate_hz: int = RATE_HZ, kind: str = "WAV", subtype: str | None = None) -> bytes:
+def encode(
+    samples: np.ndarray, rate_hz: int = RATE_HZ, kind: str = "WAV", subtype: str | None = None
+) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, samples, rate_hz, format=kind, subtype=subtype)
     return file.getvalue()
@@ -40,11 +46,22 @@ def reason_of(data: bytes, limits: ClipLimits = LIMITS) -> Reason:
 
 @pytest.mark.parametrize(
     ("kind", "subtype"),
-    [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", None), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)],
+    [
+        ("WAV", "PCM_16"),
+        ("WAV", "FLOAT"),
+        ("FLAC", None),
+        ("OGG", "VORBIS"),
+        ("OGG", "OPUS"),
+        ("MP3", None),
+    ],
 )
 def test_every_kind_of_audio_decodes_at_its_own_rate_and_length(kind: str, subtype: str | None):
     clip = decode(encode(noise(1), 16_000, kind, subtype), LIMITS)
-    assert (clip.samples.dtype, clip.sample_rate_hz, clip.codec.split("/")[0]) == (np.float32, 16_000, kind)
+    assert (clip.samples.dtype, clip.sample_rate_hz, clip.codec.split("/")[0]) == (
+        np.float32,
+        16_000,
+        kind,
+    )
     assert clip.seconds == pytest.approx(1, abs=0.08)
 
 
@@ -93,7 +110,10 @@ def test_a_header_that_promises_hours_is_refused_before_decoding(claimed: int):
 
 
 def test_a_flac_that_was_cut_short_of_its_header_is_refused():
-    assert reason_of(with_flac_samples(encode(noise(1), kind="FLAC"), RATE_HZ + 1000)) is Reason.UNDECODABLE
+    assert (
+        reason_of(with_flac_samples(encode(noise(1), kind="FLAC"), RATE_HZ + 1000))
+        is Reason.UNDECODABLE
+    )
 
 
 def test_a_flac_from_a_pipe_which_does_not_say_its_length_decodes():
@@ -115,10 +135,17 @@ def test_a_wav_header_that_lies_gives_only_what_is_there():
 
 def test_a_header_is_read_without_decoding():
     header = read_header(encode(noise(2, 8_000, 2), 8_000), LIMITS)
-    assert (header.sample_rate_hz, header.channels, header.codec, header.seconds) == (8_000, 2, "WAV/PCM_16", 2.0)
+    assert (header.sample_rate_hz, header.channels, header.codec, header.seconds) == (
+        8_000,
+        2,
+        "WAV/PCM_16",
+        2.0,
+    )
 
 
-@pytest.mark.parametrize(("seconds", "reason"), [(0, Reason.EMPTY), (0.05, Reason.TOO_SHORT), (31, Reason.TOO_LONG)])
+@pytest.mark.parametrize(
+    ("seconds", "reason"), [(0, Reason.EMPTY), (0.05, Reason.TOO_SHORT), (31, Reason.TOO_LONG)]
+)
 def test_a_header_outside_the_limits_is_refused(seconds: float, reason: Reason):
     with pytest.raises(SampleRefused) as refused:
         read_header(encode(noise(seconds)), LIMITS)

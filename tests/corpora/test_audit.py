@@ -43,7 +43,10 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     probe = write(
         root / "probe",
         {
-            **{f"p{number}": ("flac", audio, Annotation(text="rain", source="ours")) for number, audio in enumerate(flacs)},
+            **{
+                f"p{number}": ("flac", audio, Annotation(text="rain", source="ours"))
+                for number, audio in enumerate(flacs)
+            },
             "1-100032-A-0": ("flac", flac(texture(50)), note),
         },
     )
@@ -55,7 +58,11 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             "same_bytes": ("flac", flacs[0], note),
             "same_samples": ("wav", encode_audio(decoded, RATE_HZ, "WAV"), note),
             "cut_mp3": ("mp3", mp3(0.3 * sounds[2][RATE_HZ // 2 :], RATE_HZ), note),
-            "named": ("flac", flac(texture(60)), Annotation(text="dog", extra={"freesound_id": 100032})),
+            "named": (
+                "flac",
+                flac(texture(60)),
+                Annotation(text="dog", extra={"freesound_id": 100032}),
+            ),
             "broken": ("flac", flacs[3][:200], note),
         },
     )
@@ -63,11 +70,29 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_copies_are_found_with_the_reason_and_nothing_else(
-    corpora: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    corpora: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     train, probe = corpora
     monkeypatch.chdir(tmp_path)
-    assert main(["data", "audit", str(train), "--against", str(probe), "--out", "found", "--workers", "2"]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "audit",
+                str(train),
+                "--against",
+                str(probe),
+                "--out",
+                "found",
+                "--workers",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert "data.exclude=found/exclude.jsonl" in capsys.readouterr().out
     audit = read_audit(Path("found/audit.json"))
     found = {match["train"]["key"]: match for match in audit["matches"]}
@@ -92,7 +117,9 @@ def test_copies_are_found_with_the_reason_and_nothing_else(
     assert unaudited(audit, "probes", [str(train)]) == [str(train)]
 
 
-def test_an_audit_that_was_stopped_goes_on(corpora: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_audit_that_was_stopped_goes_on(
+    corpora: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     train, probe = corpora
     whole = run_audit([str(train)], [str(probe)], tmp_path / "whole", workers=1, progress=False)
     from whisper_aut.corpora import audit
@@ -109,7 +136,9 @@ def test_an_audit_that_was_stopped_goes_on(corpora: tuple[Path, Path], tmp_path:
     with pytest.raises(KeyboardInterrupt):
         run_audit([str(train)], [str(probe)], tmp_path / "stopped", workers=1, progress=False)
     resumed = run_audit([str(train)], [str(probe)], tmp_path / "stopped", workers=1, progress=False)
-    assert len(seen) == len(open_index(train).shards) + 1  # only the tar that was cut short is read again
+    assert (
+        len(seen) == len(open_index(train).shards) + 1
+    )  # only the tar that was cut short is read again
     assert resumed.matches == whole.matches
     assert resumed.counts() == whole.counts()
     assert not (tmp_path / "stopped" / ".audit.jsonl").exists()
@@ -138,7 +167,9 @@ def test_refusals_that_were_asked_for_do_not_stop_a_run():
     ledger.record(["folder"] * 300, wished)
     assert ledger.summary() == {"folder": {"excluded by an audit": 300}}
     with pytest.raises(UserError, match="4 of 304 samples"):
-        ledger.record([], [Refusal("folder/a.tar", str(number), Reason.UNDECODABLE) for number in range(4)])
+        ledger.record(
+            [], [Refusal("folder/a.tar", str(number), Reason.UNDECODABLE) for number in range(4)]
+        )
 
 
 def test_a_selection_refuses_what_is_listed_and_what_is_not_allowed(tmp_path: Path):

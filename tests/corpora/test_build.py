@@ -23,11 +23,17 @@ REAL_CORPORA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def noise(seconds: float = 0.5, rate_hz: int = 16_000, channels: int = 1) -> np.ndarray:
-    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (round(seconds * rate_hz), channels)).astype(np.float32)
+    samples = (
+        np.random.default_rng(0)
+        .uniform(-0.5, 0.5, (round(seconds * rate_hz), channels))
+        .astype(np.float32)
+    )
     return samples[:, 0] if channels == 1 else samples
 
 
-def write(path: Path, samples: np.ndarray | None = None, rate_hz: int = 16_000, **options: Any) -> Path:
+def write(
+    path: Path, samples: np.ndarray | None = None, rate_hz: int = 16_000, **options: Any
+) -> Path:
     soundfile.write(path, noise() if samples is None else samples, rate_hz, **options)
     return path
 
@@ -43,8 +49,14 @@ def corpus(folder: Path, clips: int = 4, rows: str = "") -> Path:
 
 
 def build(manifest: Path, out: Path, workers: int = 1, **options: Any) -> BuildReport:
-    spec = {name: options.pop(name) for name in ("split_by", "where", "text", "audio_root") if name in options}
-    return build_shards(ManifestSpec(manifest, **spec), out, workers=workers, progress=False, **options)
+    spec = {
+        name: options.pop(name)
+        for name in ("split_by", "where", "text", "audio_root")
+        if name in options
+    }
+    return build_shards(
+        ManifestSpec(manifest, **spec), out, workers=workers, progress=False, **options
+    )
 
 
 def members(folder: Path) -> dict[str, bytes]:
@@ -56,7 +68,11 @@ def members(folder: Path) -> dict[str, bytes]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def refusals(out: Path) -> list[dict[str, Any]]:
@@ -68,10 +84,18 @@ def test_rows_become_samples_with_the_files_own_bytes(tmp_path: Path):
     assert (report.clips, report.rows, report.refused, report.reused) == (4, 4, {}, False)
     assert report.seconds == pytest.approx(0.86)
     found = members(tmp_path / "out")
-    assert list(found) == [f"{number}.{suffix}" for number in range(4) for suffix in ("json", "wav")]
+    assert list(found) == [
+        f"{number}.{suffix}" for number in range(4) for suffix in ("json", "wav")
+    ]
     assert found["2.wav"] == (tmp_path / "in/2.wav").read_bytes()
     annotation = json.loads(found["2.json"])
-    assert annotation == {"text": "clip 2", "duration_seconds": 0.22, "id": "2", "filename": "2.wav", "fold": "0"}
+    assert annotation == {
+        "text": "clip 2",
+        "duration_seconds": 0.22,
+        "id": "2",
+        "filename": "2.wav",
+        "fold": "0",
+    }
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         INDEX_NAME,
         "shard-000000.samples.npy",
@@ -79,7 +103,9 @@ def test_rows_become_samples_with_the_files_own_bytes(tmp_path: Path):
     ]
 
 
-def test_shards_are_the_same_whatever_the_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_shards_are_the_same_whatever_the_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(ingest, "BATCH_FILES", 3)
     manifest = corpus(tmp_path / "in", 40, "missing.wav,t,1\nclips.csv,t,1\n0.wav,,1\n")
     for workers in (1, 2, 3):
@@ -91,7 +117,10 @@ def test_shards_are_the_same_whatever_the_number_of_workers(tmp_path: Path, monk
 def test_each_value_of_split_by_gets_its_own_folder(tmp_path: Path):
     report = build(corpus(tmp_path / "in", 5), tmp_path / "out", split_by="fold")
     assert report.folders == {"0": tmp_path / "out/0", "1": tmp_path / "out/1"}
-    assert {split: open_index(folder).samples for split, folder in report.folders.items()} == {"0": 3, "1": 2}
+    assert {split: open_index(folder).samples for split, folder in report.folders.items()} == {
+        "0": 3,
+        "1": 2,
+    }
     assert not (tmp_path / "out" / INDEX_NAME).exists()
     assert build(tmp_path / "in/clips.csv", tmp_path / "out", split_by="fold").reused
 
@@ -99,7 +128,9 @@ def test_each_value_of_split_by_gets_its_own_folder(tmp_path: Path):
 def test_refusals_are_counted_listed_and_written_into_the_index(tmp_path: Path):
     folder = tmp_path / "in"
     manifest = corpus(
-        folder, 12, "text.wav,t,0\nempty.wav,t,0\nnan.wav,t,1\nlong.wav,t,1\ngone.wav,t,1\n0.wav,,0\n,t,0\nin,t,0\n"
+        folder,
+        12,
+        "text.wav,t,0\nempty.wav,t,0\nnan.wav,t,1\nlong.wav,t,1\ngone.wav,t,1\n0.wav,,0\n,t,0\nin,t,0\n",
     )
     (folder / "text.wav").write_text("this is text " * 100)
     (folder / "in").mkdir()
@@ -141,7 +172,8 @@ def test_too_many_refusals_fail_with_their_reasons_and_leave_no_shards(tmp_path:
     for name in ("a.wav", "b.wav"):
         (folder / name).write_text("text")
     with pytest.raises(
-        UserError, match=r"2 of 3 rows .* more than the 50%.*\n +2  undecodable audio, first in line 3: .*a\.wav"
+        UserError,
+        match=r"2 of 3 rows .* more than the 50%.*\n +2  undecodable audio, first in line 3: .*a\.wav",
     ):
         build(manifest, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["refused.jsonl"]
@@ -151,7 +183,8 @@ def test_too_many_refusals_fail_with_their_reasons_and_leave_no_shards(tmp_path:
 def test_missing_files_are_known_before_anything_is_decoded_and_name_the_root(tmp_path: Path):
     manifest = corpus(tmp_path / "in")
     with pytest.raises(
-        UserError, match=rf"4 of 4 rows(?s:.*)missing file(?s:.*)paths start from {tmp_path}/audio; --audio-root"
+        UserError,
+        match=rf"4 of 4 rows(?s:.*)missing file(?s:.*)paths start from {tmp_path}/audio; --audio-root",
     ):
         build(manifest, tmp_path / "out", audio_root=tmp_path / "audio", max_refused_share=1)
     assert not (tmp_path / "out").exists()
@@ -160,7 +193,9 @@ def test_missing_files_are_known_before_anything_is_decoded_and_name_the_root(tm
 def test_a_split_without_a_clip_fails(tmp_path: Path):
     manifest = corpus(tmp_path / "in", 4, "bad.wav,t,9\n")
     (tmp_path / "in/bad.wav").write_text("text")
-    with pytest.raises(UserError, match=r"All rows of fold '9' were refused \(1 undecodable audio\)"):
+    with pytest.raises(
+        UserError, match=r"All rows of fold '9' were refused \(1 undecodable audio\)"
+    ):
         build(manifest, tmp_path / "out", split_by="fold")
     assert not list((tmp_path / "out").rglob("*.tar"))
 
@@ -176,11 +211,18 @@ def test_the_same_inputs_are_not_built_twice(tmp_path: Path):
     before = files(tmp_path / "out")
     again = build(manifest, tmp_path / "out", workers=2)
     assert again.reused
-    assert (again.clips, again.rows, again.refused, again.recipe) == (first.clips, first.rows, first.refused, first.recipe)
+    assert (again.clips, again.rows, again.refused, again.recipe) == (
+        first.clips,
+        first.rows,
+        first.refused,
+        first.recipe,
+    )
     assert files(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("change", ["audio", "manifest", "spec", "limits", "tar gone", "tar cut", "index gone"])
+@pytest.mark.parametrize(
+    "change", ["audio", "manifest", "spec", "limits", "tar gone", "tar cut", "index gone"]
+)
 def test_any_change_builds_anew(tmp_path: Path, change: str):
     manifest, out = corpus(tmp_path / "in"), tmp_path / "out"
     build(manifest, out)
@@ -226,7 +268,9 @@ def test_an_interrupted_build_leaves_nothing_that_looks_complete(tmp_path: Path)
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
-def test_a_worker_that_dies_is_told_with_the_rows_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_worker_that_dies_is_told_with_the_rows_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(ingest, "read_clip", lambda *_: os._exit(11))
     with pytest.raises(UserError, match=r"(?s)worker process died.*lines 2 to 5.*--workers 1"):
         build(corpus(tmp_path / "in"), tmp_path / "out", workers=2)
@@ -246,7 +290,9 @@ def test_workers_do_not_outlive_a_parent_that_was_killed(tmp_path: Path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout.readline() == "working\n"
         parent.kill()
-        parent.communicate(timeout=60)  # ends when the last process that could write to the pipe is gone
+        parent.communicate(
+            timeout=60
+        )  # ends when the last process that could write to the pipe is gone
 
 
 def test_tars_that_are_not_ours_are_never_replaced(tmp_path: Path):
@@ -287,7 +333,9 @@ def test_an_out_that_is_a_file_is_the_users_matter(tmp_path: Path):
         ("a.wav", {"format": "FLAC"}, "flac"),  # the content counts, not the name
     ],
 )
-def test_audio_that_a_shard_can_hold_passes_byte_for_byte(tmp_path: Path, name: str, options: dict[str, str], suffix: str):
+def test_audio_that_a_shard_can_hold_passes_byte_for_byte(
+    tmp_path: Path, name: str, options: dict[str, str], suffix: str
+):
     path = write(tmp_path / name, **options)
     clip = read_clip(path, ClipLimits())
     assert (clip.audio, clip.suffix) == (path.read_bytes(), suffix)
@@ -303,8 +351,12 @@ def test_audio_that_a_shard_can_hold_passes_byte_for_byte(tmp_path: Path, name: 
         ("a.w64", {"subtype": "FLOAT"}, "WAV/FLOAT"),
     ],
 )
-def test_other_audio_is_reencoded_at_its_own_rate_without_loss(tmp_path: Path, name: str, options: dict[str, str], codec: str):
-    path = write(tmp_path / name, noise(0.5, 44_100, 2) * 3, 44_100, **options)  # louder than full scale, where floats allow it
+def test_other_audio_is_reencoded_at_its_own_rate_without_loss(
+    tmp_path: Path, name: str, options: dict[str, str], codec: str
+):
+    path = write(
+        tmp_path / name, noise(0.5, 44_100, 2) * 3, 44_100, **options
+    )  # louder than full scale, where floats allow it
     clip = read_clip(path, ClipLimits())
     held = soundfile.info(io.BytesIO(clip.audio))
     assert (f"{held.format}/{held.subtype}", clip.suffix) == (codec, codec.split("/")[0].lower())
@@ -334,15 +386,29 @@ def test_a_large_file_is_not_read(tmp_path: Path):
     assert isinstance(read_clip(tmp_path / "a.wav", ClipLimits()), EncodedClip)
 
 
-@pytest.mark.skipif(not REAL_CORPORA.is_dir(), reason="the real corpora are not at ../shared/data beside the repository")
+@pytest.mark.skipif(
+    not REAL_CORPORA.is_dir(),
+    reason="the real corpora are not at ../shared/data beside the repository",
+)
 @pytest.mark.parametrize(
     ("name", "spec", "clips"),
     [
-        ("esc10", {"text": "the sound of a {category:words}", "label": "category", "split_by": "fold", "domain": "sound"}, 400),
+        (
+            "esc10",
+            {
+                "text": "the sound of a {category:words}",
+                "label": "category",
+                "split_by": "fold",
+                "domain": "sound",
+            },
+            400,
+        ),
         ("gmpieces", {"label": "style", "where": {"fold": ["1", "2"]}, "domain": "music"}, 160),
     ],
 )
 def test_real_corpora_lose_no_clip(tmp_path: Path, name: str, spec: dict[str, Any], clips: int):
     root = REAL_CORPORA / name
-    report = build_shards(ManifestSpec(root / f"{name}.csv", root / "audio", **spec), tmp_path, progress=False)
+    report = build_shards(
+        ManifestSpec(root / f"{name}.csv", root / "audio", **spec), tmp_path, progress=False
+    )
     assert (report.clips, report.refused) == (clips, {})

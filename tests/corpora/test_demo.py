@@ -15,7 +15,9 @@ from whisper_aut.errors import UserError
 
 pytest.importorskip("espeakng_loader", reason="the demo corpus needs the extra `demo`")
 
-TINY = DemoOptions(seed=3, train=DomainClips(4, 3, 2), valid=DomainClips(2, 1, 1), test=DomainClips(2, 2, 1))
+TINY = DemoOptions(
+    seed=3, train=DomainClips(4, 3, 2), valid=DomainClips(2, 1, 1), test=DomainClips(2, 2, 1)
+)
 FOLDERS = [f"{split}/{domain}" for split in SPLITS for domain in DOMAINS]
 
 
@@ -25,7 +27,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def checksums(root: Path) -> dict[str, list[str]]:
-    return {folder: [shard.sha256 for shard in open_index(root / folder).shards] for folder in FOLDERS}
+    return {
+        folder: [shard.sha256 for shard in open_index(root / folder).shards] for folder in FOLDERS
+    }
 
 
 def samples(folder: Path) -> list[tuple[bytes, Annotation]]:
@@ -53,17 +57,25 @@ def failing_after(clips: int, error: type[BaseException]):
 def test_every_split_and_domain_holds_what_was_asked_for(corpus: Path, folder: str):
     split, domain = folder.split("/")
     clips = samples(corpus / folder)
-    assert len(clips) == open_index(corpus / folder).samples == getattr(getattr(TINY, split), domain)
+    assert (
+        len(clips) == open_index(corpus / folder).samples == getattr(getattr(TINY, split), domain)
+    )
     for flac, annotation in clips:
         audio = soundfile.info(io.BytesIO(flac))
         assert (audio.samplerate, audio.channels) == (16_000, 1)
         assert 1 <= audio.duration <= 12
         assert annotation.duration_seconds == pytest.approx(audio.duration, abs=1e-3)
-        assert (annotation.domain, annotation.source, annotation.licence) == (domain, "demo", LICENCE)
+        assert (annotation.domain, annotation.source, annotation.licence) == (
+            domain,
+            "demo",
+            LICENCE,
+        )
         assert annotation.task == ("asr" if domain == "speech" else "caption")
         assert annotation.id.startswith(f"{split}-{domain}-")
         assert annotation.text
-        assert annotation.label in LABELS[domain] or (domain == "speech" and annotation.label is None)
+        assert annotation.label in LABELS[domain] or (
+            domain == "speech" and annotation.label is None
+        )
 
 
 def test_shards_are_the_same_bytes_whatever_the_workers(corpus: Path, tmp_path: Path):
@@ -73,7 +85,12 @@ def test_shards_are_the_same_bytes_whatever_the_workers(corpus: Path, tmp_path: 
 
 def test_another_seed_gives_other_clips_and_splits_share_none(corpus: Path, tmp_path: Path):
     build_demo(tmp_path, DemoOptions(4, *(DomainClips(1, 1, 1),) * 3), workers=1, progress=False)
-    flacs = [flac for root in (corpus, tmp_path) for folder in FOLDERS for flac, _ in samples(root / folder)]
+    flacs = [
+        flac
+        for root in (corpus, tmp_path)
+        for folder in FOLDERS
+        for flac, _ in samples(root / folder)
+    ]
     assert len(set(flacs)) == len(flacs)
 
 

@@ -68,7 +68,9 @@ def server() -> Iterator[Server]:
 
 
 def fetch(server: Server, path: Path, checksum: str = "", name: str = "a.bin") -> Path:
-    return download(f"{server.url}/{name}", path, checksum, attempts=3, first_wait_seconds=0, progress=False)
+    return download(
+        f"{server.url}/{name}", path, checksum, attempts=3, first_wait_seconds=0, progress=False
+    )
 
 
 def test_a_dropped_connection_goes_on_where_it_was_cut(server: Server, tmp_path: Path):
@@ -113,7 +115,11 @@ def tar_of(path: Path, members: dict[str, bytes], kind: bytes = tarfile.REGTYPE)
     with tarfile.open(path, "w:gz") as tar:
         for name, body in members.items():
             info = tarfile.TarInfo(name)
-            info.size, info.type, info.linkname = (len(body) if kind == tarfile.REGTYPE else 0), kind, "/etc/passwd"
+            info.size, info.type, info.linkname = (
+                (len(body) if kind == tarfile.REGTYPE else 0),
+                kind,
+                "/etc/passwd",
+            )
             tar.addfile(info, io.BytesIO(body))
     return path
 
@@ -187,11 +193,15 @@ def corrupt(data: bytes) -> bytes:
     ],
     ids=["cut short", "a web page", "deflate", "lzma"],
 )
-def test_a_zip_that_is_none_or_broken_is_said_and_not_marked(harm: Callable[[bytes], bytes], compression: int, tmp_path: Path):
+def test_a_zip_that_is_none_or_broken_is_said_and_not_marked(
+    harm: Callable[[bytes], bytes], compression: int, tmp_path: Path
+):
     archive = tmp_path / "a.zip"
     with zipfile.ZipFile(archive, "w", compression) as written:
         written.writestr("1.wav", "".join(np.random.default_rng(0).choice(list("abcdef"), 20_000)))
     archive.write_bytes(harm(archive.read_bytes()))
     with pytest.raises(UserError, match="If it is damaged, delete it and fetch it again"):
         unpack(archive, tmp_path / "out")
-    assert not list((tmp_path / "out").rglob("*.wav")) + list((tmp_path / "out").glob(".unpacked-*"))
+    assert not list((tmp_path / "out").rglob("*.wav")) + list(
+        (tmp_path / "out").glob(".unpacked-*")
+    )

@@ -17,8 +17,12 @@ def texture(seed: int, seconds: float = 5.0) -> np.ndarray:
     """Noise of changing colour: rain, more or less, in which there are no peaks to hold on to."""
     generator = np.random.default_rng(seed)
     noise = generator.standard_normal(round(seconds * RATE_HZ))
-    slow = np.interp(np.arange(len(noise)), np.linspace(0, len(noise), 12), generator.uniform(0.3, 1, 12))
-    return (0.1 * slow * np.convolve(noise, generator.uniform(0.2, 1, 4), "same")).astype(np.float32)
+    slow = np.interp(
+        np.arange(len(noise)), np.linspace(0, len(noise), 12), generator.uniform(0.3, 1, 12)
+    )
+    return (0.1 * slow * np.convolve(noise, generator.uniform(0.2, 1, 4), "same")).astype(
+        np.float32
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +37,16 @@ def index(clips: list[np.ndarray]) -> FingerprintIndex:
 
 def mp3(samples: np.ndarray, rate_hz: int) -> bytes:
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate_hz, format="MP3", bitrate_mode="CONSTANT", compression_level=0.6)
+    soundfile.write(
+        buffer, samples, rate_hz, format="MP3", bitrate_mode="CONSTANT", compression_level=0.6
+    )
     return buffer.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["mp3", "ogg", "gain", "16 kHz", "8 kHz mp3"])
-def test_a_changed_part_is_found_where_it_was_cut(kind: str, clips: list[np.ndarray], index: FingerprintIndex):
+def test_a_changed_part_is_found_where_it_was_cut(
+    kind: str, clips: list[np.ndarray], index: FingerprintIndex
+):
     number, start = 7, 1.3
     part, rate = clips[number][round(start * RATE_HZ) : round((start + 3.1) * RATE_HZ)], RATE_HZ
     if kind == "gain":
@@ -51,7 +59,9 @@ def test_a_changed_part_is_found_where_it_was_cut(kind: str, clips: list[np.ndar
         assert kind != "mp3" or abs(len(data) * 8 / 3.1 - 64_000) < 4_000  # it is what it is called
         part, rate = soundfile.read(io.BytesIO(data), dtype="float32")
     elif kind == "ogg":
-        part, rate = soundfile.read(io.BytesIO(encode_audio(part, rate, "OGG", "VORBIS")), dtype="float32")
+        part, rate = soundfile.read(
+            io.BytesIO(encode_audio(part, rate, "OGG", "VORBIS")), dtype="float32"
+        )
     (found,) = index.search(fingerprint(part, rate))
     assert found.clip == number
     assert found.bit_error < 0.2
@@ -59,15 +69,23 @@ def test_a_changed_part_is_found_where_it_was_cut(kind: str, clips: list[np.ndar
 
 
 def test_a_part_inside_something_else_is_found(clips: list[np.ndarray], index: FingerprintIndex):
-    mixed = np.concatenate([texture(100, 4.0), clips[3][RATE_HZ : 4 * RATE_HZ + RATE_HZ // 4], texture(101, 4.0)])
+    mixed = np.concatenate(
+        [texture(100, 4.0), clips[3][RATE_HZ : 4 * RATE_HZ + RATE_HZ // 4], texture(101, 4.0)]
+    )
     (found,) = index.search(fingerprint(mixed, RATE_HZ))
     assert found.clip == 3
     assert found.starts_at - found.indexed_starts_at == pytest.approx(3.0, abs=0.05)
 
 
-def test_unrelated_sounds_differ_in_half_of_their_bits(clips: list[np.ndarray], index: FingerprintIndex):
+def test_unrelated_sounds_differ_in_half_of_their_bits(
+    clips: list[np.ndarray], index: FingerprintIndex
+):
     words = [fingerprint(clip, RATE_HZ).words for clip in clips]
-    shares = [np.bitwise_count(a ^ b).mean() / BITS for number, a in enumerate(words) for b in words[:number]]
+    shares = [
+        np.bitwise_count(a ^ b).mean() / BITS
+        for number, a in enumerate(words)
+        for b in words[:number]
+    ]
     assert np.mean(shares) == pytest.approx(0.5, abs=0.02)
     assert min(shares) > 0.4
     assert not any(index.search(fingerprint(texture(seed), RATE_HZ)) for seed in range(200, 230))
@@ -75,7 +93,13 @@ def test_unrelated_sounds_differ_in_half_of_their_bits(clips: list[np.ndarray], 
 
 @pytest.mark.parametrize(
     "samples",
-    [np.zeros(3 * RATE_HZ), tone(3.0, 440, RATE_HZ), np.full(3 * RATE_HZ, 0.2), tone(0.05, 440, RATE_HZ), np.zeros(0)],
+    [
+        np.zeros(3 * RATE_HZ),
+        tone(3.0, 440, RATE_HZ),
+        np.full(3 * RATE_HZ, 0.2),
+        tone(0.05, 440, RATE_HZ),
+        np.zeros(0),
+    ],
     ids=["silence", "hum", "offset", "short", "nothing"],
 )
 def test_what_says_nothing_matches_nothing(samples: np.ndarray):
@@ -85,10 +109,14 @@ def test_what_says_nothing_matches_nothing(samples: np.ndarray):
 
 
 def test_padding_with_silence_changes_nothing(clips: list[np.ndarray], index: FingerprintIndex):
-    padded = np.concatenate([np.zeros(RATE_HZ), clips[5][: 2 * RATE_HZ], np.zeros(3 * RATE_HZ)]).astype(np.float32)
+    padded = np.concatenate(
+        [np.zeros(RATE_HZ), clips[5][: 2 * RATE_HZ], np.zeros(3 * RATE_HZ)]
+    ).astype(np.float32)
     found = index.search(fingerprint(padded, RATE_HZ))
     assert [stretch.clip for stretch in found] == [5]
-    assert found[0].starts_at - found[0].indexed_starts_at == pytest.approx(1.0, abs=2 * FRAME_SECONDS)
+    assert found[0].starts_at - found[0].indexed_starts_at == pytest.approx(
+        1.0, abs=2 * FRAME_SECONDS
+    )
 
 
 def test_an_empty_index_finds_nothing():

@@ -17,7 +17,9 @@ from whisper_aut.corpora.shards import INDEX_NAME, ShardFolder
 from whisper_aut.errors import UserError
 
 
-def audio(seconds: float = 1, rate_hz: int = 16_000, channels: int = 1, kind: str = "FLAC") -> bytes:
+def audio(
+    seconds: float = 1, rate_hz: int = 16_000, channels: int = 1, kind: str = "FLAC"
+) -> bytes:
     file = io.BytesIO()
     samples = np.random.default_rng(0).uniform(-0.5, 0.5, (round(seconds * rate_hz), channels))
     soundfile.write(file, samples, rate_hz, format=kind)
@@ -46,9 +48,21 @@ def annotation(**fields: Any) -> bytes:
 
 def test_facts_of_a_folder_of_ours(tmp_path: Path):
     with ShardFolder(tmp_path) as shard:
-        shard.write("a", "flac", audio(1), Annotation("one two", "sound", "caption", label="dog", licence="CC0"))
-        shard.write("b", "wav", audio(3, 48_000, 2, "WAV"), Annotation("eins", "speech", "asr", language="de"))
-        shard.write("c", "ogg", audio(3, kind="OGG"), Annotation(domain="sound", label=["dog", "bark"]))
+        shard.write(
+            "a",
+            "flac",
+            audio(1),
+            Annotation("one two", "sound", "caption", label="dog", licence="CC0"),
+        )
+        shard.write(
+            "b",
+            "wav",
+            audio(3, 48_000, 2, "WAV"),
+            Annotation("eins", "speech", "asr", language="de"),
+        )
+        shard.write(
+            "c", "ogg", audio(3, kind="OGG"), Annotation(domain="sound", label=["dog", "bark"])
+        )
         shard.facts = {"recipe": "r", "refused": {"silent audio": 2}}
     facts = inspect_shards(tmp_path)
     told = json.loads(json.dumps(facts.as_dict()))
@@ -58,11 +72,18 @@ def test_facts_of_a_folder_of_ours(tmp_path: Path):
     assert (told["channels"], told["codecs"]["OGG/VORBIS"]) == ({"1": 2, "2": 1}, 1)
     assert (told["domain"], told["language"]) == ({"sound": 2, "speech": 1}, {"": 2, "de": 1})
     assert told["labels"] == {"dog": 2, "bark": 1}
-    assert (told["clips_with_text"], told["words"]["max"], told["characters"]["median"]) == (2, 2, 5.5)
+    assert (told["clips_with_text"], told["words"]["max"], told["characters"]["median"]) == (
+        2,
+        2,
+        5.5,
+    )
     assert told["builds"] == {"": {"recipe": "r", "refused": {"silent audio": 2}}}
     assert told["examples"][1]["text"] == "eins"
     assert (told["refused"], told["warnings"]) == ({}, [])
-    assert all(word in shown(facts) for word in ("48000 Hz (1)", "OGG/VORBIS (1)", "dog", "eins", "silent audio (2)"))
+    assert all(
+        word in shown(facts)
+        for word in ("48000 Hz (1)", "OGG/VORBIS (1)", "dog", "eins", "silent audio (2)")
+    )
 
 
 def test_folders_of_a_split_are_told_together(tmp_path: Path):
@@ -113,10 +134,16 @@ def test_every_kind_of_refusal_is_counted(tmp_path: Path):
     assert "nojson: bad or missing JSON: no .json member" in shown(facts).replace("\n", "")
 
 
-def test_a_header_that_lies_about_its_length_is_refused_and_one_that_is_silent_about_it_is_decoded(tmp_path: Path):
+def test_a_header_that_lies_about_its_length_is_refused_and_one_that_is_silent_about_it_is_decoded(
+    tmp_path: Path,
+):
     def with_samples(claimed: int) -> bytes:  # RFC 9639, section 8.2
         data = audio(1)
-        return data[:18] + ((int.from_bytes(data[18:26], "big") >> 36 << 36) | claimed).to_bytes(8, "big") + data[26:]
+        return (
+            data[:18]
+            + ((int.from_bytes(data[18:26], "big") >> 36 << 36) | claimed).to_bytes(8, "big")
+            + data[26:]
+        )
 
     lies = {"lie.flac": with_samples(2**36 - 1), "lie.json": annotation()}
     tar(tmp_path, {**lies, "pipe.flac": with_samples(0), "pipe.json": annotation()})
@@ -150,13 +177,20 @@ def test_what_is_no_tar_is_a_fact_not_a_crash(tmp_path: Path, data: bytes):
 def test_hostile_bytes_are_counted_whatever_they_are(tmp_path: Path):
     random = np.random.default_rng(0)
     whole = tar(
-        tmp_path, {f"{n}.{suffix}": body for n in range(5) for suffix, body in (("flac", audio(0.2)), ("json", annotation()))}
+        tmp_path,
+        {
+            f"{n}.{suffix}": body
+            for n in range(5)
+            for suffix, body in (("flac", audio(0.2)), ("json", annotation()))
+        },
     )
     sound = np.frombuffer(whole.read_bytes(), np.uint8)
     for _ in range(150):
         data = sound.copy()
         block = random.integers(0, 20) * 512 % len(data)  # headers too, not only bodies
-        where = np.concatenate([random.integers(0, len(data), 4), block + random.integers(0, 512, 4)])
+        where = np.concatenate(
+            [random.integers(0, len(data), 4), block + random.integers(0, 512, 4)]
+        )
         data[where] = random.integers(0, 256, 8)
         whole.write_bytes(data.tobytes())
         facts = inspect_shards(tmp_path)
@@ -164,7 +198,13 @@ def test_hostile_bytes_are_counted_whatever_they_are(tmp_path: Path):
 
 
 def test_markup_in_names_and_texts_is_not_obeyed(tmp_path: Path):
-    tar(tmp_path, {"[red]x[.flac": audio(), "[red]x[.json": annotation(text="[/bold] [link=x]", label="[/]", source="[/x]")})
+    tar(
+        tmp_path,
+        {
+            "[red]x[.flac": audio(),
+            "[red]x[.json": annotation(text="[/bold] [link=x]", label="[/]", source="[/x]"),
+        },
+    )
     told = shown(inspect_shards(tmp_path))
     assert all(word in told for word in ("[red]x[", "[/bold] [link=x]", "[/]", "[/x]"))
 
@@ -184,7 +224,13 @@ def test_an_index_that_names_a_missing_shard_is_the_users_matter(tmp_path: Path)
 
 def test_distribution_and_histogram():
     assert distribution([]) == {}
-    assert distribution([1, 2, 3, 4]) == {"min": 1, "median": 2.5, "mean": 2.5, "p95": pytest.approx(3.85), "max": 4}
+    assert distribution([1, 2, 3, 4]) == {
+        "min": 1,
+        "median": 2.5,
+        "mean": 2.5,
+        "p95": pytest.approx(3.85),
+        "max": 4,
+    }
     counts = histogram([0.1, 0.5, 0.7, 5.0, 5.01, 30.0, 30.0004, 31])
     assert counts == {
         "0–0.5 s": 2,

@@ -18,7 +18,10 @@ from whisper_aut.corpora.licences import allows, licence_id
         ("http://creativecommons.org/publicdomain/zero/1.0/", "CC0-1.0"),
         ("CC0", "CC0-1.0"),
         ("mit", "MIT"),
-        ("http://creativecommons.org/licenses/sampling+/1.0/", "http://creativecommons.org/licenses/sampling+/1.0/"),
+        (
+            "http://creativecommons.org/licenses/sampling+/1.0/",
+            "http://creativecommons.org/licenses/sampling+/1.0/",
+        ),
         ("for research only", "for research only"),
         ("", ""),
     ],

@@ -34,11 +34,22 @@ def refusal(path: Path, **spec: Any) -> RefusedRow:
 
 
 def test_a_csv_needs_no_spec(tmp_path: Path):
-    path = table(tmp_path, '\ufefffilename,caption,fold,domain\na/b.wav,"a dog,\nbarking",1,sound\nc.wav,rain,2,sound\n')
+    path = table(
+        tmp_path,
+        '\ufefffilename,caption,fold,domain\na/b.wav,"a dog,\nbarking",1,sound\nc.wav,rain,2,sound\n',
+    )
     first, second = entries(path)
     assert (first.path, first.key, first.line, second.line) == (tmp_path / "a/b.wav", "b", 3, 4)
-    assert (first.annotation.text, first.annotation.domain, first.annotation.id) == ("a dog,\nbarking", "sound", "b")
-    assert first.annotation.extra == {"filename": "a/b.wav", "caption": "a dog,\nbarking", "fold": "1"}
+    assert (first.annotation.text, first.annotation.domain, first.annotation.id) == (
+        "a dog,\nbarking",
+        "sound",
+        "b",
+    )
+    assert first.annotation.extra == {
+        "filename": "a/b.wav",
+        "caption": "a dog,\nbarking",
+        "fold": "1",
+    }
 
 
 def test_a_tsv_has_no_quoting(tmp_path: Path):
@@ -48,7 +59,9 @@ def test_a_tsv_has_no_quoting(tmp_path: Path):
 
 def test_jsonl_keeps_types_and_columns_that_only_some_rows_have(tmp_path: Path):
     path = jsonl(
-        tmp_path, {"audio": "a.wav", "text": 7, "id": 12}, {"audio": "b.wav", "text": "x", "tags": [1, {"k": None}], "n": 0.5}
+        tmp_path,
+        {"audio": "a.wav", "text": 7, "id": 12},
+        {"audio": "b.wav", "text": "x", "tags": [1, {"k": None}], "n": 0.5},
     )
     first, second = entries(path)
     assert (first.annotation.text, first.annotation.id, first.key) == ("7", "12", "12")
@@ -56,22 +69,34 @@ def test_jsonl_keeps_types_and_columns_that_only_some_rows_have(tmp_path: Path):
 
 
 def test_the_spec_wins_over_columns_of_the_same_name(tmp_path: Path):
-    path = table(tmp_path, "path,text,label,domain,task,language,source,licence,answer\na.wav,t,l,speech,asr,en,here,MIT,yes\n")
+    path = table(
+        tmp_path,
+        "path,text,label,domain,task,language,source,licence,answer\na.wav,t,l,speech,asr,en,here,MIT,yes\n",
+    )
     own = entries(path)[0].annotation
     assert (own.label, own.domain, own.task, own.language, own.source, own.licence, own.answer) == (
         *("l", "speech", "asr", "en", "here", "MIT", "yes"),
     )
-    given = {"domain": "music", "task": "tag", "language": "de", "source": "there", "licence": "CC0"}
+    given = {
+        "domain": "music",
+        "task": "tag",
+        "language": "de",
+        "source": "there",
+        "licence": "CC0",
+    }
     assert {name: getattr(entries(path, **given)[0].annotation, name) for name in given} == given
     assert entries(path, text="task", label="{source}-{licence}")[0].annotation.label == "here-MIT"
 
 
 def test_templates_fill_in_columns_and_write_underscores_as_spaces(tmp_path: Path):
     path = jsonl(tmp_path, {"wav": "a.wav", "meta.class": "dog_bark", "tags": ["a_b", "c"], "n": 3})
-    annotation = entries(path, text="the sound of a {meta.class:words}, {tags:words} {{{n}}}", label="{meta.class}")[
-        0
-    ].annotation
-    assert (annotation.text, annotation.label) == ("the sound of a dog bark, a b, c {3}", "dog_bark")
+    annotation = entries(
+        path, text="the sound of a {meta.class:words}, {tags:words} {{{n}}}", label="{meta.class}"
+    )[0].annotation
+    assert (annotation.text, annotation.label) == (
+        "the sound of a dog bark, a b, c {3}",
+        "dog_bark",
+    )
 
 
 def test_labels_may_be_numbers_or_lists(tmp_path: Path):
@@ -98,8 +123,20 @@ def test_an_empty_text_is_refused_unless_there_is_a_label_or_an_answer(tmp_path:
 
 
 def test_keys_are_unique_and_safe_whatever_the_names(tmp_path: Path):
-    names = ["a.wav", "x/a.wav", "a-2.wav", "../../etc/pass.wd.wav", "ü 犬.wav", "....wav", "b" * 150 + ".wav", "y/a.wav"]
-    keys = [entry.key for entry in entries(jsonl(tmp_path, *({"wav": name, "text": "t"} for name in names)))]
+    names = [
+        "a.wav",
+        "x/a.wav",
+        "a-2.wav",
+        "../../etc/pass.wd.wav",
+        "ü 犬.wav",
+        "....wav",
+        "b" * 150 + ".wav",
+        "y/a.wav",
+    ]
+    keys = [
+        entry.key
+        for entry in entries(jsonl(tmp_path, *({"wav": name, "text": "t"} for name in names)))
+    ]
     assert keys == ["a", "a-2", "a-2-2", "pass_wd", "ü_犬", "clip", "b" * 100, "a-3"]
 
 
@@ -109,14 +146,22 @@ def test_relative_paths_start_from_the_root_and_absolute_ones_stay(tmp_path: Pat
         tmp_path / "audio/a.wav",
         Path("/data/b.wav"),
     ]
-    assert "wav" not in entries(path)[1].annotation.extra  # the name of a folder on somebody's machine is not published
+    assert (
+        "wav" not in entries(path)[1].annotation.extra
+    )  # the name of a folder on somebody's machine is not published
 
 
 def test_where_keeps_rows_by_value(tmp_path: Path):
     manifest = Manifest(
-        ManifestSpec(table(tmp_path, "wav,text,fold\na.wav,t,1\nb.wav,t,2\nc.wav,t,3\n"), where={"fold": ["1", "3"]})
+        ManifestSpec(
+            table(tmp_path, "wav,text,fold\na.wav,t,1\nb.wav,t,2\nc.wav,t,3\n"),
+            where={"fold": ["1", "3"]},
+        )
     )
-    assert [item.path.name for item in manifest.entries() if isinstance(item, Entry)] == ["a.wav", "c.wav"]
+    assert [item.path.name for item in manifest.entries() if isinstance(item, Entry)] == [
+        "a.wav",
+        "c.wav",
+    ]
     assert manifest.passed_over == 1
 
 
@@ -152,7 +197,11 @@ def test_a_column_of_names_is_no_split(tmp_path: Path):
     ],
 )
 def test_a_bad_row_is_refused_and_the_others_stand(tmp_path: Path, line: str, said: str):
-    path = table(tmp_path, '{"wav": "a.wav", "text": "t"}\n\n' + line + "\n" + '{"wav": "c.wav", "text": "t"}', "clips.jsonl")
+    path = table(
+        tmp_path,
+        '{"wav": "a.wav", "text": "t"}\n\n' + line + "\n" + '{"wav": "c.wav", "text": "t"}',
+        "clips.jsonl",
+    )
     row = refusal(path)
     assert (row.reason, row.line, len(items(path))) == (Reason.BAD_ROW, 3, 3)
     assert said in row.detail
@@ -175,21 +224,55 @@ def test_a_csv_row_of_another_length_is_refused(tmp_path: Path):
         ("wav,text\n", {}, "holds no rows"),
         ("wav,text\na\nb\n", {}, "no row that can be read. Line 2: 1 cells"),
         ("wav,text,text\na.wav,t,t\n", {}, "has the column 'text' twice"),
-        ("clip,text\na.wav,t\n", {}, r"no audio column \(looked for audio, path.*Its columns: clip, text.*--audio COLUMN"),
+        (
+            "clip,text\na.wav,t\n",
+            {},
+            r"no audio column \(looked for audio, path.*Its columns: clip, text.*--audio COLUMN",
+        ),
         ("wav,words\na.wav,t\n", {}, r"no text column.*Its columns: wav, words.*--text COLUMN"),
-        ("wav,text\na.wav,t\n", {"audio": "wave"}, "no column 'wave', which --audio names. Did you mean 'wav'"),
-        ("wav,text\na.wav,t\n", {"text": "a {txt}"}, "no column 'txt', which --text names. Did you mean 'text'"),
-        ("wav,text\na.wav,t\n", {"label": "class"}, "no column 'class', which --label names. Its columns: wav, text"),
-        ("wav,text\na.wav,t\n", {"where": {"fold": ["1"]}}, "no column 'fold', which --where names"),
+        (
+            "wav,text\na.wav,t\n",
+            {"audio": "wave"},
+            "no column 'wave', which --audio names. Did you mean 'wav'",
+        ),
+        (
+            "wav,text\na.wav,t\n",
+            {"text": "a {txt}"},
+            "no column 'txt', which --text names. Did you mean 'text'",
+        ),
+        (
+            "wav,text\na.wav,t\n",
+            {"label": "class"},
+            "no column 'class', which --label names. Its columns: wav, text",
+        ),
+        (
+            "wav,text\na.wav,t\n",
+            {"where": {"fold": ["1"]}},
+            "no column 'fold', which --where names",
+        ),
         ("wav,text\na.wav,t\n", {"split_by": "fold"}, "no column 'fold', which --split-by names"),
-        ("wav,text\na.wav,t\n", {"domain": "sounds"}, "Domain 'sounds' is not one of.*Did you mean 'sound'"),
-        (b"wav,text\na.wav,caf\xe9\n", {}, r"Line 2 of .* is not UTF-8 \(byte 0xe9\).*iconv -f LATIN1"),
+        (
+            "wav,text\na.wav,t\n",
+            {"domain": "sounds"},
+            "Domain 'sounds' is not one of.*Did you mean 'sound'",
+        ),
+        (
+            b"wav,text\na.wav,caf\xe9\n",
+            {},
+            r"Line 2 of .* is not UTF-8 \(byte 0xe9\).*iconv -f LATIN1",
+        ),
         ("wav,text\na.wav,t\n".encode("utf-16"), {}, r"is not UTF-8.*iconv -f UTF-16"),
-        ('wav,text\na.wav,t\nb.wav,"t\nc.wav,t\n', {}, "row that begins at line 3 of .* is never closed"),
+        (
+            'wav,text\na.wav,t\nb.wav,"t\nc.wav,t\n',
+            {},
+            "row that begins at line 3 of .* is never closed",
+        ),
         ('wav,"text\na.wav,t\n', {}, "header line of .* cannot be read"),
     ],
 )
-def test_what_no_row_can_mend_is_told_to_the_user(tmp_path: Path, content: str | bytes, spec: dict[str, Any], said: str):
+def test_what_no_row_can_mend_is_told_to_the_user(
+    tmp_path: Path, content: str | bytes, spec: dict[str, Any], said: str
+):
     with pytest.raises(UserError, match=said):
         items(table(tmp_path, content), **spec)
 
@@ -201,7 +284,10 @@ def test_a_json_array_is_told_how_to_become_lines(tmp_path: Path):
 
 def test_a_missing_manifest_says_where_it_looked_and_what_is_there(tmp_path: Path):
     table(tmp_path, "", "clips.csv")
-    with pytest.raises(UserError, match=rf"no manifest {tmp_path}/clip\.csv\. Did you mean 'clips\.csv'\? There: clips\.csv"):
+    with pytest.raises(
+        UserError,
+        match=rf"no manifest {tmp_path}/clip\.csv\. Did you mean 'clips\.csv'\? There: clips\.csv",
+    ):
         Manifest(ManifestSpec(tmp_path / "clip.csv"))
     with pytest.raises(UserError, match="is not a manifest: expected a file that ends in"):
         Manifest(ManifestSpec(table(tmp_path, "", "clips.xlsx")))

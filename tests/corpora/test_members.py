@@ -39,7 +39,9 @@ def negative_long_name(size: int) -> bytes:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("size", [-1, -512, -1536])  # the last two lead back to headers that were read already
+@pytest.mark.parametrize(
+    "size", [-1, -512, -1536]
+)  # the last two lead back to headers that were read already
 @pytest.mark.parametrize("lie", [negative_in_binary, negative_in_pax, negative_long_name])
 @pytest.mark.parametrize("wanted", [None, {0}], ids=["all", "the first"])
 def test_a_negative_size_is_damage_and_neither_reads_on_nor_goes_back(

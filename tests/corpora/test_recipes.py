@@ -213,28 +213,51 @@ def lay_out(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def samples(folder: Path) -> list[Sample]:
-    return [item for item in iter_samples(open_index(folder), ClipLimits()) if isinstance(item, Sample)]
+    return [
+        item for item in iter_samples(open_index(folder), ClipLimits()) if isinstance(item, Sample)
+    ]
 
 
 def values(found: list[Sample], by_text: bool) -> set[str]:
     if by_text:
         return {sample.annotation.text for sample in found}
     labels = [sample.annotation.label for sample in found]
-    return {name for label in labels for name in (label if isinstance(label, list) else [label]) if name}
+    return {
+        name for label in labels for name in (label if isinstance(label, list) else [label]) if name
+    }
 
 
 def test_every_recipe_has_a_miniature():
     assert set(LAYOUTS) | {"speech_commands_v2", "x-ares"} == set(RECIPES)
     for recipe in RECIPES.values():
         assert recipe.archives or recipe.by_hand
-        assert all(re.fullmatch(r"(sha256:\w{64}|sha1:\w{40}|md5:\w{32}|)", archive.checksum) for archive in recipe.archives)
+        assert all(
+            re.fullmatch(r"(sha256:\w{64}|sha1:\w{40}|md5:\w{32}|)", archive.checksum)
+            for archive in recipe.archives
+        )
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_corpus_builds_as_it_is_published(name: str, tmp_path: Path):
     files, expected = LAYOUTS[name]
     raw, out = lay_out(tmp_path / "raw", files), tmp_path / "out"
-    assert main(["data", "build", name, str(raw), "--out", str(out), "--workers", "1", "--max-refused-share", "0.9"]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "build",
+                name,
+                str(raw),
+                "--out",
+                str(out),
+                "--workers",
+                "1",
+                "--max-refused-share",
+                "0.9",
+            ]
+        )
+        == 0
+    )
     found = {split: samples(out / split) for split in expected}
     assert {split: values(clips, name in BY_TEXT) for split, clips in found.items()} == expected
     first = next(iter(found.values()))[0].annotation
@@ -254,7 +277,9 @@ def test_a_corpus_builds_as_it_is_published(name: str, tmp_path: Path):
         assert sum(map(len, ids.values())) == len(set.union(*ids.values()))
 
 
-def test_get_and_build_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_get_and_build_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.chdir(tmp_path)
     archive = zip_of(tmp_path / "master.zip", LAYOUTS["esc50"][0]).read_bytes()
     server = Server({"master.zip": archive})
@@ -265,7 +290,9 @@ def test_get_and_build_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "2 clips" in capsys.readouterr().out
     assert main(["data", "build", "esc50", "--out", "shards", "--workers", "1"]) == 0
     assert "reused" in capsys.readouterr().out
-    wrong = tar_of(tmp_path / "speech_commands_v0.01.tar.gz", LAYOUTS["speech_commands_v1"][0]).read_bytes()
+    wrong = tar_of(
+        tmp_path / "speech_commands_v0.01.tar.gz", LAYOUTS["speech_commands_v1"][0]
+    ).read_bytes()
     server.files["speech_commands_v0.01.tar.gz"], server.cut = wrong, 0
     assert main(["data", "get", "speech_commands_v1", "--mirror", server.url]) == 1
     assert "not the file that the recipe was written for" in capsys.readouterr().err
@@ -290,7 +317,11 @@ def test_get_and_build_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     ],
 )
 def test_mistakes(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -309,7 +340,11 @@ def test_a_table_beside_the_audio_is_read(tmp_path: Path):
     command = ["data", "build", "folder", str(raw), "--out", out, "--workers", "1"]
     assert main([*command, "--text", "the sound of a {category}", "--domain", "sound"]) == 0
     (sample,) = samples(tmp_path / "out" / "2")
-    assert (sample.annotation.label, sample.annotation.text, sample.annotation.domain) == ("cat", "the sound of a cat", "sound")
+    assert (sample.annotation.label, sample.annotation.text, sample.annotation.domain) == (
+        "cat",
+        "the sound of a cat",
+        "sound",
+    )
 
 
 @pytest.mark.parametrize(
@@ -318,41 +353,91 @@ def test_a_table_beside_the_audio_is_read(tmp_path: Path):
         (["7/a.wav", "8/a.wav"], {"": {"7", "8"}}),  # digits, and no folds
         (["1/dog/a.wav", "2/cat/a.wav"], {"1": {"dog"}, "2": {"cat"}}),
         (["fold_1/dog/a.wav", "Test/cat/a.wav"], {"fold_1": {"dog"}, "Test": {"cat"}}),
-        (["dog/a.aiff", "cat/b.WAV", ".trash/x/c.wav", "__MACOSX/dog/d.wav", "dog/.e.wav"], {"": {"dog", "cat"}}),
+        (
+            ["dog/a.aiff", "cat/b.WAV", ".trash/x/c.wav", "__MACOSX/dog/d.wav", "dog/.e.wav"],
+            {"": {"dog", "cat"}},
+        ),
     ],
 )
-def test_folders_of_classes_and_splits(files: list[str], splits: dict[str, set[str]], tmp_path: Path):
+def test_folders_of_classes_and_splits(
+    files: list[str], splits: dict[str, set[str]], tmp_path: Path
+):
     aiff = encode_audio(tone(0.5), kind="AIFF", subtype="PCM_16")
-    raw = lay_out(tmp_path / "raw", {name: aiff if name.endswith("aiff") else WAV for name in files})
-    assert main(["data", "build", "folder", str(raw), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
-    assert {split: {sample.annotation.label for sample in samples(tmp_path / "out" / split)} for split in splits} == splits
-
-
-@pytest.mark.parametrize("name", ["dog/takes/a.wav", "train/a.wav", "fold1/a.wav", "train/dog/a/b.wav"])
-def test_a_file_too_high_or_too_deep_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     raw = lay_out(
-        tmp_path / "raw", {name: WAV, f"{Path(name).parts[0]}/cat/b.wav" if "dog/t" not in name else "cat/b.wav": WAV}
+        tmp_path / "raw", {name: aiff if name.endswith("aiff") else WAV for name in files}
+    )
+    assert (
+        main(
+            ["data", "build", "folder", str(raw), "--out", str(tmp_path / "out"), "--workers", "1"]
+        )
+        == 0
+    )
+    assert {
+        split: {sample.annotation.label for sample in samples(tmp_path / "out" / split)}
+        for split in splits
+    } == splits
+
+
+@pytest.mark.parametrize(
+    "name", ["dog/takes/a.wav", "train/a.wav", "fold1/a.wav", "train/dog/a/b.wav"]
+)
+def test_a_file_too_high_or_too_deep_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    raw = lay_out(
+        tmp_path / "raw",
+        {
+            name: WAV,
+            f"{Path(name).parts[0]}/cat/b.wav" if "dog/t" not in name else "cat/b.wav": WAV,
+        },
     )
     assert main(["data", "build", "folder", str(raw), "--out", str(tmp_path / "out")]) == 1
     assert "lies in no folder of a class" in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_what_cannot_be_read_in_a_folder_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    raw = lay_out(tmp_path / "raw", {"dog/a.wav": WAV, "dog/b.wav": WAV, "dog/c.m4a": b"\0\0\0 ftypM4A "})
-    assert main(["data", "build", "folder", str(raw), "--out", str(tmp_path / "out"), "--workers", "1"]) == 0
+def test_what_cannot_be_read_in_a_folder_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    raw = lay_out(
+        tmp_path / "raw", {"dog/a.wav": WAV, "dog/b.wav": WAV, "dog/c.m4a": b"\0\0\0 ftypM4A "}
+    )
+    assert (
+        main(
+            ["data", "build", "folder", str(raw), "--out", str(tmp_path / "out"), "--workers", "1"]
+        )
+        == 0
+    )
     assert "undecodable audio" in capsys.readouterr().out
     table = csv("filename,fold,category", "a.wav,1,dog", "b.wav,2,cat,too,many", "c.wav,2,cat")
-    raw = lay_out(tmp_path / "table", {"audio/a.wav": WAV, "audio/b.wav": WAV, "audio/c.wav": WAV, "clips.csv": table})
-    assert main(["data", "build", "folder", str(raw), "--out", str(tmp_path / "rows"), "--workers", "1"]) == 0
+    raw = lay_out(
+        tmp_path / "table",
+        {"audio/a.wav": WAV, "audio/b.wav": WAV, "audio/c.wav": WAV, "clips.csv": table},
+    )
+    assert (
+        main(
+            ["data", "build", "folder", str(raw), "--out", str(tmp_path / "rows"), "--workers", "1"]
+        )
+        == 0
+    )
     assert "1 bad manifest row" in capsys.readouterr().out
     assert "line 3 of clips.csv" in (tmp_path / "rows" / "manifest.jsonl").read_text()
     assert {path.name for path in (tmp_path / "rows").iterdir() if path.is_dir()} == {"1", "2"}
 
 
-@pytest.mark.parametrize(("name", "clips"), [("esc10", 400), ("fsdd", 3000), ("gmnotes", 797), ("gmpieces", 400)])
+@pytest.mark.parametrize(
+    ("name", "clips"), [("esc10", 400), ("fsdd", 3000), ("gmnotes", 797), ("gmpieces", 400)]
+)
 def test_the_real_corpora_build_as_folders(name: str, clips: int, real_data: Path, tmp_path: Path):
-    assert main(["data", "build", "folder", str(real_data / name), "--out", str(tmp_path / "out")]) == 0
-    assert sum(open_index(folder).samples for folder in (tmp_path / "out").iterdir() if folder.is_dir()) == clips
+    assert (
+        main(["data", "build", "folder", str(real_data / name), "--out", str(tmp_path / "out")])
+        == 0
+    )
+    assert (
+        sum(
+            open_index(folder).samples for folder in (tmp_path / "out").iterdir() if folder.is_dir()
+        )
+        == clips
+    )
 
 
 def test_list_prints_and_the_documentation_holds_the_same_table(capsys: pytest.CaptureFixture[str]):

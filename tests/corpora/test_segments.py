@@ -27,10 +27,16 @@ def recording(tmp_path: Path) -> np.ndarray:
     return samples
 
 
-def build(folder: Path, rows: list[dict[str, Any]], spec: dict[str, str] | None = None, **options: Any) -> BuildReport:
-    (folder / "talk.jsonl").write_text("".join(json.dumps({"text": "words", **row}) + "\n" for row in rows))
+def build(
+    folder: Path, rows: list[dict[str, Any]], spec: dict[str, str] | None = None, **options: Any
+) -> BuildReport:
+    (folder / "talk.jsonl").write_text(
+        "".join(json.dumps({"text": "words", **row}) + "\n" for row in rows)
+    )
     manifest = ManifestSpec(folder / "talk.jsonl", **(spec or {}))
-    return build_shards(manifest, folder / "out", workers=1, progress=False, max_refused_share=1.0, **options)
+    return build_shards(
+        manifest, folder / "out", workers=1, progress=False, max_refused_share=1.0, **options
+    )
 
 
 def members(folder: Path) -> dict[str, bytes]:
@@ -50,12 +56,19 @@ def test_a_nemo_manifest_is_cut_to_the_sample(tmp_path: Path, recording: np.ndar
     assert (tmp_path / "talk.flac").stat().st_size > 200_000, "only the part is bounded"
     assert (report.clips, report.refused, report.seconds) == (4, {}, pytest.approx(4.7))
     found = members(tmp_path)
-    for key, start, seconds in (("talk", 1.5, 0.7), ("talk-2", 39, 1), ("talk-3", 0, 2), ("talk-4", 0, 1)):
+    for key, start, seconds in (
+        ("talk", 1.5, 0.7),
+        ("talk-2", 39, 1),
+        ("talk-3", 0, 2),
+        ("talk-4", 0, 1),
+    ):
         samples, rate = soundfile.read(io.BytesIO(found[f"{key}.flac"]), dtype="int16")
         first = round(start * RATE_HZ)
         assert rate == RATE_HZ
         np.testing.assert_array_equal(samples, recording[first : first + round(seconds * RATE_HZ)])
-        assert json.loads(found[f"{key}.json"])["duration_seconds"] == pytest.approx(seconds, abs=1e-4)
+        assert json.loads(found[f"{key}.json"])["duration_seconds"] == pytest.approx(
+            seconds, abs=1e-4
+        )
     assert json.loads(found["talk.json"])["offset"] == 1.5, "where it came from stays"
 
 
@@ -68,7 +81,11 @@ def test_floats_stay_floats(tmp_path: Path, recording: np.ndarray):
 @pytest.mark.parametrize(
     ("row", "reason", "detail"),
     [
-        ({"offset": 41.0, "duration": 1.0}, "bad manifest row", "a segment from 41 to 42 s of a file that ends at 40 s"),
+        (
+            {"offset": 41.0, "duration": 1.0},
+            "bad manifest row",
+            "a segment from 41 to 42 s of a file that ends at 40 s",
+        ),
         ({"offset": 39.0, "duration": 3.0}, "bad manifest row", "a segment from 39 to 42 s"),
         ({"offset": -1.0, "duration": 3.0}, "bad manifest row", "'offset' must be seconds"),
         ({"offset": "soon"}, "bad manifest row", "'offset' must be seconds, not 'soon'"),
@@ -82,7 +99,11 @@ def test_floats_stay_floats(tmp_path: Path, recording: np.ndarray):
 def test_what_is_not_in_the_file_is_refused(
     tmp_path: Path, recording: np.ndarray, row: dict[str, Any], reason: str, detail: str
 ):
-    good = {"path": "talk.flac", "offset": 39.5, "duration": 0.55}  # a rounded end behind the file's is no fault
+    good = {
+        "path": "talk.flac",
+        "offset": 39.5,
+        "duration": 0.55,
+    }  # a rounded end behind the file's is no fault
     report = build(tmp_path, [good, {"path": "talk.flac", **row}])
     assert (report.clips, report.refused) == (1, {reason: 1})
     (line,) = (tmp_path / "out" / "refused.jsonl").read_text().splitlines()
@@ -90,13 +111,17 @@ def test_what_is_not_in_the_file_is_refused(
 
 
 def test_a_duration_alone_cuts_nothing_unless_it_is_named(tmp_path: Path):
-    soundfile.write(tmp_path / "clip.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 16_000), 16_000)
+    soundfile.write(
+        tmp_path / "clip.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 16_000), 16_000
+    )
     rows = [{"path": "clip.wav", "duration": 0.4, "begins": 0.2}]
     assert build(tmp_path, rows).seconds == pytest.approx(1.0)
     assert build(tmp_path, rows, {"offset": "begins"}).seconds == pytest.approx(0.4)
 
 
-def test_columns_are_named_on_the_command_line(tmp_path: Path, recording: np.ndarray, capsys: pytest.CaptureFixture[str]):
+def test_columns_are_named_on_the_command_line(
+    tmp_path: Path, recording: np.ndarray, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "talk.csv").write_text("path,text,from,for\ntalk.flac,words,3,0.5\n")
     command = ["data", "build", str(tmp_path / "talk.csv"), "--out", str(tmp_path / "out")]
     assert main([*command, "--offset", "from", "--duration", "for"]) == 0

@@ -8,19 +8,34 @@ import webdataset
 
 from whisper_aut.corpora import shards
 from whisper_aut.corpora.annotation import Annotation
-from whisper_aut.corpora.shards import INDEX_NAME, ShardFolder, count_samples, open_index, tar_members
+from whisper_aut.corpora.shards import (
+    INDEX_NAME,
+    ShardFolder,
+    count_samples,
+    open_index,
+    tar_members,
+)
 from whisper_aut.errors import UserError
 
 
 def fill(folder: Path, samples: int = 6, audio: bytes = b"x" * 1000, **options) -> None:
     with ShardFolder(folder, **options) as shard:
         for number in range(samples):
-            shard.write(f"clip{number}", "wav", audio, Annotation(text=str(number), domain="sound", duration_seconds=0.5))
+            shard.write(
+                f"clip{number}",
+                "wav",
+                audio,
+                Annotation(text=str(number), domain="sound", duration_seconds=0.5),
+            )
 
 
 def fill_until_it_fails(folder: Path) -> None:
     with ShardFolder(folder, max_bytes=600) as shard:
-        for annotation in (Annotation(text="x" * 600), Annotation(), None):  # a tar that is full, one begun, and a bug
+        for annotation in (
+            Annotation(text="x" * 600),
+            Annotation(),
+            None,
+        ):  # a tar that is full, one begun, and a bug
             shard.write("a", "wav", b"1", annotation)
 
 
@@ -69,7 +84,9 @@ def test_a_build_that_fails_leaves_the_former_one_as_it_was(tmp_path: Path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_build_that_is_killed_while_it_publishes_does_not_look_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_build_that_is_killed_while_it_publishes_does_not_look_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     replace = shards.os.replace
 
     def die_at_the_second_tar(source: Path, target: Path) -> None:
@@ -180,7 +197,11 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path, stream):
 def test_only_regular_files_are_members():
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, kind in (("a.wav", tarfile.SYMTYPE), ("b", tarfile.DIRTYPE), ("c.wav", tarfile.REGTYPE)):
+        for name, kind in (
+            ("a.wav", tarfile.SYMTYPE),
+            ("b", tarfile.DIRTYPE),
+            ("c.wav", tarfile.REGTYPE),
+        ):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/hostname"
             tar.addfile(member)
@@ -191,7 +212,11 @@ def test_only_regular_files_are_members():
 NAMES = ("a.flac", "deep/" * 30 + "b.flac", "long" * 40 + ".flac", "ünïcode.flac", "x" * 100)
 
 
-@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["ustar", "gnu", "pax"])
+@pytest.mark.parametrize(
+    "kind",
+    [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT],
+    ids=["ustar", "gnu", "pax"],
+)
 def test_members_are_those_that_tarfile_reads(kind: int):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=kind) as tar:

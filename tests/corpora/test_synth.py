@@ -10,7 +10,14 @@ from whisper_aut.corpora.synth import room, signals
 from whisper_aut.corpora.synth.captions import MAX_WORDS, article, composed, times_word
 from whisper_aut.corpora.synth.catalogue import SOUND_CLASSES
 from whisper_aut.corpora.synth.espeak import Voice, speak
-from whisper_aut.corpora.synth.grammar import CARRIERS, GRAMMAR, KEYWORDS, keyword_phrase, sentence, transcript
+from whisper_aut.corpora.synth.grammar import (
+    CARRIERS,
+    GRAMMAR,
+    KEYWORDS,
+    keyword_phrase,
+    sentence,
+    transcript,
+)
 from whisper_aut.corpora.synth.instruments import INSTRUMENTS, play_note, specimen
 from whisper_aut.corpora.synth.music import MUSIC_LABELS, render_music, write_score
 from whisper_aut.corpora.synth.signals import SAMPLE_RATE_HZ
@@ -47,8 +54,12 @@ def test_there_are_classes_enough():
     assert len(set(SOUND_LABELS + MUSIC_LABELS)) == len(SOUND_LABELS) + len(MUSIC_LABELS)
 
 
-@pytest.mark.parametrize(("render", "labels", "number"), RENDERED, ids=lambda value: str(value)[:24])
-def test_a_clip_can_be_stored_and_its_caption_is_short_lower_case_english(render, labels, number: int):
+@pytest.mark.parametrize(
+    ("render", "labels", "number"), RENDERED, ids=lambda value: str(value)[:24]
+)
+def test_a_clip_can_be_stored_and_its_caption_is_short_lower_case_english(
+    render, labels, number: int
+):
     waveform, annotation = render(generator(number), number)
     assert_fit_to_store(waveform)
     assert annotation.label == labels[number % len(labels)]
@@ -71,7 +82,9 @@ def test_captions_of_one_class_differ_and_name_attributes():
     texts = {render_sound(generator(seed), SOUND_LABELS.index("dog"))[1].text for seed in range(12)}
     assert len(texts) >= 10
     assert all("dog" in text for text in texts)
-    assert any(word in text for text in texts for word in ("once", "twice", "three times", "repeatedly"))
+    assert any(
+        word in text for text in texts for word in ("once", "twice", "three times", "repeatedly")
+    )
 
 
 @pytest.mark.parametrize("instrument", INSTRUMENTS, ids=lambda instrument: instrument.label)
@@ -105,7 +118,12 @@ def test_sentences_vary_and_leave_no_symbol():
 
 
 def test_every_symbol_of_the_grammar_is_reachable_and_defined():
-    used = {symbol for rules in GRAMMAR.values() for rule in rules for symbol in re.findall(r"\{(\w+)\}", rule)}
+    used = {
+        symbol
+        for rules in GRAMMAR.values()
+        for rule in rules
+        for symbol in re.findall(r"\{(\w+)\}", rule)
+    }
     assert used | {"sentence"} == set(GRAMMAR)
 
 
@@ -146,8 +164,12 @@ def test_every_voice_speaks_and_obeys_its_rate():
     pytest.importorskip("espeakng_loader")
     for accent in ACCENTS.values():
         for variant in VARIANTS:
-            assert np.abs(speak("yes", Voice(f"{accent}+{variant}", 170, 50, 50), seed=1)).max() > 0.05
-    slow, fast = (speak("one two three four", Voice("gmw/en", rate, 50, 50), seed=1) for rate in (110, 240))
+            assert (
+                np.abs(speak("yes", Voice(f"{accent}+{variant}", 170, 50, 50), seed=1)).max() > 0.05
+            )
+    slow, fast = (
+        speak("one two three four", Voice("gmw/en", rate, 50, 50), seed=1) for rate in (110, 240)
+    )
     assert len(slow) > 1.5 * len(fast)
 
 
@@ -158,7 +180,9 @@ def test_every_voice_speaks_and_obeys_its_rate():
 def test_coloured_noise_has_its_slope(slope: float):
     power = np.abs(np.fft.rfft(signals.coloured_noise(generator(), 1 << 17, slope))) ** 2
     hertz = np.fft.rfftfreq(1 << 17, 1 / SAMPLE_RATE_HZ)
-    octave = [10 * np.log10(power[(hertz > low) & (hertz < 2 * low)].mean()) for low in (500, 2_000)]
+    octave = [
+        10 * np.log10(power[(hertz > low) & (hertz < 2 * low)].mean()) for low in (500, 2_000)
+    ]
     assert (octave[1] - octave[0]) / 2 == pytest.approx(slope, abs=0.3)
 
 
@@ -190,7 +214,9 @@ def test_background_noise_lies_as_far_below_as_asked():
 def test_a_hall_rings_on_and_a_dry_place_does_not():
     click = np.zeros(32_000, dtype=np.float32)
     click[1_000] = 1
-    dry, hall = (room.placed(generator(), click, place, tilt_db=1) for place in (None, room.LARGE_HALL))
+    dry, hall = (
+        room.placed(generator(), click, place, tilt_db=1) for place in (None, room.LARGE_HALL)
+    )
     assert len(dry) == len(hall) == len(click)
     late = slice(1_000 + SAMPLE_RATE_HZ // 5, None)
     assert np.mean(hall[late] ** 2) > 100 * np.mean(dry[late] ** 2)
@@ -200,5 +226,10 @@ def test_levels_and_words():
     assert np.abs(room.at_level(np.array([0.1, -0.2], np.float32), -20)).max() == pytest.approx(0.1)
     assert (times_word(1), times_word(3), times_word(9)) == ("once", "three times", "repeatedly")
     assert (article("organ"), article("piano")) == ("an organ", "a piano")
-    text = composed(generator(), "a dog barks", ["twice", "", "in a very " + "long " * 12 + "hall", "indoors"], keep=1)
+    text = composed(
+        generator(),
+        "a dog barks",
+        ["twice", "", "in a very " + "long " * 12 + "hall", "indoors"],
+        keep=1,
+    )
     assert text == "a dog barks twice indoors"

@@ -30,7 +30,9 @@ def noise(tmp_path_factory: pytest.TempPathFactory):
 def test_the_same_position_gives_the_same_clip_and_another_one_another(noise):
     def made(position: int, seed: int = 0) -> torch.Tensor:
         torch.rand(1)  # whatever else draws random numbers
-        return Augment(seed, gain_db=6, speeds=(0.9, 1.0, 1.1), noise=[noise], noise_share=1.0).waveform(CLIP, position)
+        return Augment(
+            seed, gain_db=6, speeds=(0.9, 1.0, 1.1), noise=[noise], noise_share=1.0
+        ).waveform(CLIP, position)
 
     assert torch.equal(made(5), made(5))
     assert not torch.equal(made(5)[:100], made(6)[:100])
@@ -40,7 +42,9 @@ def test_the_same_position_gives_the_same_clip_and_another_one_another(noise):
     drawn = torch.rand(3)
     torch.random.set_rng_state(state)
     torch.rand(202, 80)
-    assert torch.equal(drawn, torch.rand(3))  # torch's own generator goes on as if nothing had been masked
+    assert torch.equal(
+        drawn, torch.rand(3)
+    )  # torch's own generator goes on as if nothing had been masked
 
 
 def test_noise_stands_at_the_ratio_asked_for(noise):
@@ -55,11 +59,19 @@ def test_noise_stands_at_the_ratio_asked_for(noise):
 @pytest.mark.parametrize("samples", [1, 1_601, 7_999, 8_000, 8_001, 48_123])
 def test_another_speed_is_torchaudios(factor: float, samples: int):
     waveform = torch.randn(samples, generator=torch.Generator().manual_seed(samples))
-    assert_close(at_speed(waveform, factor), functional.speed(waveform, SAMPLE_RATE_HZ, factor)[0], atol=1e-5, rtol=0)
+    assert_close(
+        at_speed(waveform, factor),
+        functional.speed(waveform, SAMPLE_RATE_HZ, factor)[0],
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 def test_gain_and_speed_do_what_they_say():
-    factors = [float(Augment(gain_db=6.0).waveform(CLIP, position).abs().max() / CLIP.abs().max()) for position in range(50)]
+    factors = [
+        float(Augment(gain_db=6.0).waveform(CLIP, position).abs().max() / CLIP.abs().max())
+        for position in range(50)
+    ]
     assert min(factors) >= 10 ** (-6 / 20) - 1e-4
     assert max(factors) <= 10 ** (6 / 20) + 1e-4
     assert max(factors) > 1.2 > 0.8 > min(factors)
@@ -72,7 +84,9 @@ def test_gain_and_speed_do_what_they_say():
 
 def test_masks_keep_to_valid_frames_and_to_their_widths():
     length = mel_frames(len(CLIP))
-    mel = LogMel(80)(CLIP + 0.01 * torch.randn(len(CLIP), generator=torch.Generator().manual_seed(0)))
+    mel = LogMel(80)(
+        CLIP + 0.01 * torch.randn(len(CLIP), generator=torch.Generator().manual_seed(0))
+    )
     spec = SpecAugment(frequency_masks=1, time_masks=1, time_share=0.1)
     bins, frames = [], []
     for position in range(60):
@@ -89,12 +103,22 @@ def test_masks_keep_to_valid_frames_and_to_their_widths():
 
 
 def test_training_is_changed_and_validation_is_not(tiny_whisper: Path, tiny_shards: Path):
-    build = ExampleBuilder(LogMel(80), WhisperText(Start(str(tiny_whisper)).tokenizer), ClipLimits())
+    build = ExampleBuilder(
+        LogMel(80), WhisperText(Start(str(tiny_whisper)).tokenizer), ClipLimits()
+    )
     source = StreamSource(open_index(tiny_shards / "music"), "music")
 
     def batches(augment: Augment | None, workers: int = 0) -> tuple[list, list]:
         module = ShardDataModule(
-            [source], [source], [1.0], build, seed=0, window=4, batch_clips=3, workers=workers, augment=augment
+            [source],
+            [source],
+            [1.0],
+            build,
+            seed=0,
+            window=4,
+            batch_clips=3,
+            workers=workers,
+            augment=augment,
         )
         return list(module.train_dataloader()), list(module.val_dataloader())
 

@@ -24,11 +24,19 @@ def test_the_tokens_are_those_of_the_chat_template(codec: ChatText):
     tokens = target.tokens.tolist()
     assert tokens.count(AUDIO) == 1
     prompt = codec.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "\nDescribe it."}], add_generation_prompt=True, enable_thinking=False, return_dict=False
+        [{"role": "user", "content": "\nDescribe it."}],
+        add_generation_prompt=True,
+        enable_thinking=False,
+        return_dict=False,
     )
     assert [token for token in tokens[: target.prompt_length] if token != AUDIO] == prompt
-    assert codec.tokenizer.decode(tokens[target.prompt_length :]) == "rain falls on a tin roof<|im_end|>"
-    assert target.supervised.tolist() == [place >= target.prompt_length for place in range(len(tokens))]
+    assert (
+        codec.tokenizer.decode(tokens[target.prompt_length :])
+        == "rain falls on a tin roof<|im_end|>"
+    )
+    assert target.supervised.tolist() == [
+        place >= target.prompt_length for place in range(len(tokens))
+    ]
     assert codec.ask("Describe it.").tolist() == tokens[: target.prompt_length]
     assert codec.decode(tokens[target.prompt_length :]) == target.text == "rain falls on a tin roof"
     assert target.task == "caption"
@@ -39,9 +47,9 @@ def test_special_tokens_in_texts_are_text(codec: ChatText):
     end = codec.frame.end
     assert target.tokens[target.prompt_length :].tolist().count(end) == 1
     assert int(target.tokens[-1]) == end
-    assert codec.ask("<|im_start|>").tolist().count(codec.frame.opening[0]) == codec.ask("x").tolist().count(
-        codec.frame.opening[0]
-    )
+    assert codec.ask("<|im_start|>").tolist().count(codec.frame.opening[0]) == codec.ask(
+        "x"
+    ).tolist().count(codec.frame.opening[0])
 
 
 def test_long_chats_are_cut_or_refused(codec: ChatText):
@@ -49,7 +57,10 @@ def test_long_chats_are_cut_or_refused(codec: ChatText):
     cut = ChatText(codec.tokenizer, CAPTION, max_tokens=64).encode(annotation, "sound", 0)
     assert len(cut.tokens) == 64
     assert int(cut.tokens[-1]) != codec.frame.end
-    for strict in (ChatText(codec.tokenizer, CAPTION, 64, "drop"), ChatText(codec.tokenizer, CAPTION, max_tokens=8)):
+    for strict in (
+        ChatText(codec.tokenizer, CAPTION, 64, "drop"),
+        ChatText(codec.tokenizer, CAPTION, max_tokens=8),
+    ):
         with pytest.raises(SampleRefused) as refused:
             strict.encode(annotation, "sound", 0)
         assert refused.value.reason == Reason.LABEL_TOO_LONG

@@ -31,7 +31,11 @@ LIMITS = ClipLimits(max_bytes=1 << 20)
 
 @pytest.fixture(scope="module")
 def build(tiny_whisper: Path) -> ExampleBuilder:
-    return ExampleBuilder(LogMel(80), WhisperText(Start(str(tiny_whisper)).tokenizer, max_tokens=40, overflow="drop"), LIMITS)
+    return ExampleBuilder(
+        LogMel(80),
+        WhisperText(Start(str(tiny_whisper)).tokenizer, max_tokens=40, overflow="drop"),
+        LIMITS,
+    )
 
 
 class Bomb:
@@ -46,8 +50,16 @@ class Bomb:
 
 def clips() -> dict[str, bytes]:
     sound = tone(0.3)
-    kinds = {"flac": ("FLAC", None), "wav": ("WAV", "PCM_16"), "ogg": ("OGG", "VORBIS"), "mp3": ("MP3", None)}
-    made = {suffix: encode_audio(sound, 16_000, kind, subtype) for suffix, (kind, subtype) in kinds.items()}
+    kinds = {
+        "flac": ("FLAC", None),
+        "wav": ("WAV", "PCM_16"),
+        "ogg": ("OGG", "VORBIS"),
+        "mp3": ("MP3", None),
+    }
+    made = {
+        suffix: encode_audio(sound, 16_000, kind, subtype)
+        for suffix, (kind, subtype) in kinds.items()
+    }
     return {**made, "opus": encode_audio(sound, 16_000, "OGG", "OPUS")}
 
 
@@ -99,12 +111,18 @@ HOSTILE_NAMES = [
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], chance: random.Random) -> None:
-    with tarfile.open(path, "w", format=chance.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])) as tar:
+    with tarfile.open(
+        path, "w", format=chance.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+    ) as tar:
         for name, body in members:
             header = tarfile.TarInfo(name)
             header.size = len(body)
             if chance.random() < 0.03:
-                header.type, header.linkname, header.size = chance.choice([tarfile.SYMTYPE, tarfile.LNKTYPE]), "/etc/passwd", 0
+                header.type, header.linkname, header.size = (
+                    chance.choice([tarfile.SYMTYPE, tarfile.LNKTYPE]),
+                    "/etc/passwd",
+                    0,
+                )
             tar.addfile(header, io.BytesIO(body))
 
 
@@ -121,8 +139,12 @@ def mutate(folder: Path, chance: random.Random, bomb: bytes) -> int:
             elif kind == 1:
                 audio = audio[: chance.randrange(len(audio))]
             elif kind == 2:
-                named = chance.choice(["wav", "flac", "mp3", "ogg", "opus", "pkl", "pth", "py", "FLAC"])
-                audio = chance.choice([audio, bomb, b"#!/bin/sh\ntouch x", pickle.dumps(np.zeros(3))])
+                named = chance.choice(
+                    ["wav", "flac", "mp3", "ogg", "opus", "pkl", "pth", "py", "FLAC"]
+                )
+                audio = chance.choice(
+                    [audio, bomb, b"#!/bin/sh\ntouch x", pickle.dumps(np.zeros(3))]
+                )
             elif kind == 3:
                 audio = lying(audio, chance)
             elif kind == 4:
@@ -134,7 +156,9 @@ def mutate(folder: Path, chance: random.Random, bomb: bytes) -> int:
     write_tar(path, members, chance)
     if kind >= 6:
         data = path.read_bytes()
-        path.write_bytes(flipped(data, chance, 12) if kind == 6 else data[: chance.randrange(1, len(data))])
+        path.write_bytes(
+            flipped(data, chance, 12) if kind == 6 else data[: chance.randrange(1, len(data))]
+        )
     write_index(folder, [ShardEntry(path.name, SAMPLES, 0.3 * SAMPLES, path.stat().st_size)], {})
     return SAMPLES
 
@@ -149,7 +173,9 @@ def fuzz(root: Path, build: ExampleBuilder, shards: int, seed: int) -> Counter[s
         folder.mkdir()
         mutate(folder, random.Random(seed * 100_000 + number), bomb)
         source = StreamSource(open_index(folder), "sound")
-        module = ShardDataModule([source], [source], [1.0], build, seed=0, window=10, batch_clips=4, epochs=1)
+        module = ShardDataModule(
+            [source], [source], [1.0], build, seed=0, window=10, batch_clips=4, epochs=1
+        )
         ledger = Ledger(root / "ledger.jsonl")
         came = 0
         for loader in (module.train_dataloader(), module.val_dataloader()):
@@ -159,7 +185,9 @@ def fuzz(root: Path, build: ExampleBuilder, shards: int, seed: int) -> Counter[s
                 ledger.record(batch.sources, batch.refusals)
                 reasons.update(str(refusal.reason) for refusal in batch.refusals)
         ledger.close()
-        assert came == 2 * SAMPLES, f"shard {number} of seed {seed}: {came} of {2 * SAMPLES} samples accounted for"
+        assert came == 2 * SAMPLES, (
+            f"shard {number} of seed {seed}: {came} of {2 * SAMPLES} samples accounted for"
+        )
         (folder / "shard-000000.tar").unlink()
     assert not marker.exists()
     lines = (root / "ledger.jsonl").read_text(errors="strict").splitlines()
@@ -181,25 +209,34 @@ def test_thousands_of_mutated_shards_are_refused_and_counted(tmp_path: Path, bui
     assert len(reasons) >= 7
 
 
-def test_sizes_are_bounded_before_anything_is_read_or_decoded(tmp_path: Path, build: ExampleBuilder):
+def test_sizes_are_bounded_before_anything_is_read_or_decoded(
+    tmp_path: Path, build: ExampleBuilder
+):
     """A 4 GB member that is not there, a 10-hour header in a kilobyte, a label that is too long."""
     hours = bytearray(CLIPS["wav"][:1000])
     hours[40:44] = struct.pack("<I", 10 * 3600 * 32_000)
     hours[4:8] = struct.pack("<I", 10 * 3600 * 32_000 + 36)
     flac = CLIPS["flac"]
     word = int.from_bytes(flac[18:26], "big")
-    flac_hours = flac[:18] + ((word >> 36 << 36) | 10 * 3600 * 16_000).to_bytes(8, "big") + flac[26:1000]
+    flac_hours = (
+        flac[:18] + ((word >> 36 << 36) | 10 * 3600 * 16_000).to_bytes(8, "big") + flac[26:1000]
+    )
     with ShardFolder(tmp_path / "a") as shards:
         shards.write("wav_hours", "wav", bytes(hours), Annotation(text="x", domain="sound"))
         shards.write("flac_hours", "flac", flac_hours, Annotation(text="x", domain="sound"))
         shards.write("long_label", "flac", flac, Annotation(text="word " * 100, domain="sound"))
     source = StreamSource(open_index(tmp_path / "a"), "sound")
-    module = ShardDataModule([source], [source], [1.0], build, seed=0, window=10, batch_clips=8, epochs=1)
+    module = ShardDataModule(
+        [source], [source], [1.0], build, seed=0, window=10, batch_clips=8, epochs=1
+    )
     (batch,) = module.train_dataloader()
     reasons = {refusal.key: refusal.reason for refusal in batch.refusals}
     assert reasons["flac_hours"] is Reason.TOO_LONG
     assert reasons["long_label"] is Reason.LABEL_TOO_LONG
-    assert reasons["wav_hours"] in (Reason.TOO_LONG, Reason.TOO_SHORT)  # libsndfile corrects a WAV header that lies
+    assert reasons["wav_hours"] in (
+        Reason.TOO_LONG,
+        Reason.TOO_SHORT,
+    )  # libsndfile corrects a WAV header that lies
     folder = tmp_path / "b"
     folder.mkdir()
     header = tarfile.TarInfo("big.wav")

@@ -16,18 +16,27 @@ def refusal(folder: str, reason: Reason = Reason.SILENT, key: str = "k") -> Refu
 
 def test_counts_by_source_and_reason_and_writes_lines(tmp_path: Path):
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.record(["a", "a", "b"], [refusal("a"), refusal("a", Reason.NO_TEXT), refusal("b", key="ü")])
+    ledger.record(
+        ["a", "a", "b"], [refusal("a"), refusal("a", Reason.NO_TEXT), refusal("b", key="ü")]
+    )
     ledger.close()
     assert ledger.total == 3
     assert ledger.summary() == {"a": {"no text": 1, "silent audio": 1}, "b": {"silent audio": 1}}
     lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
-    assert lines[2] == {"shard": "b/shard-000000.tar", "key": "ü", "reason": "silent audio", "detail": "peak 0"}
+    assert lines[2] == {
+        "shard": "b/shard-000000.tar",
+        "key": "ü",
+        "reason": "silent audio",
+        "detail": "peak 0",
+    }
 
 
 def test_stops_the_run_above_the_share_and_says_why():
     ledger = Ledger(None, max_share=0.1)
     ledger.record(["a"] * (MIN_SEEN - 30), [refusal("a")] * 20)
-    with pytest.raises(UserError, match=r"of a were refused \(silent audio: 40\).*max_refused_share"):
+    with pytest.raises(
+        UserError, match=r"of a were refused \(silent audio: 40\).*max_refused_share"
+    ):
         ledger.record([], [refusal("a")] * 20)
 
 
@@ -66,10 +75,18 @@ def test_validation_counts_but_is_no_part_of_the_share():
 def test_what_was_counted_before_is_taken_over_once():
     ledger = Ledger(None)
     ledger.go_on({"a": {"silent audio": 2}}, validated=True)
-    assert (dict(ledger.earlier), ledger.validated, ledger.total) == ({("a", "silent audio"): 2}, True, 0)
+    assert (dict(ledger.earlier), ledger.validated, ledger.total) == (
+        {("a", "silent audio"): 2},
+        True,
+        0,
+    )
     ledger.record(["a"], [refusal("a")])
     ledger.go_on({"a": {"silent audio": 3}}, validated=False)
-    assert (dict(ledger.earlier), ledger.validated, ledger.total) == ({("a", "silent audio"): 2}, True, 1)
+    assert (dict(ledger.earlier), ledger.validated, ledger.total) == (
+        {("a", "silent audio"): 2},
+        True,
+        1,
+    )
 
 
 def test_one_bad_source_is_not_hidden_by_a_good_one():

@@ -51,7 +51,9 @@ def test_a_signal_to_all_processes_leaves_the_workers_at_work():
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", MAIN]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, start_new_session=True, stdout=pipe, stderr=pipe, text=True, env=environment) as main:
+    with subprocess.Popen(
+        command, start_new_session=True, stdout=pipe, stderr=pipe, text=True, env=environment
+    ) as main:
         assert main.stdout
         assert main.stdout.readline() == "ready\n"
         for _ in range(2):
@@ -60,9 +62,15 @@ def test_a_signal_to_all_processes_leaves_the_workers_at_work():
     assert (main.returncode, output) == (75, "200\n"), errors[-2000:]
 
 
-@pytest.mark.parametrize("then_seconds", [0.0, 3600.0], ids=["at rest", "in the middle of a long read"])
-def test_a_loader_that_is_dropped_ends_its_workers(then_seconds: float, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # how long PyTorch waits before it terminates
+@pytest.mark.parametrize(
+    "then_seconds", [0.0, 3600.0], ids=["at rest", "in the middle of a long read"]
+)
+def test_a_loader_that_is_dropped_ends_its_workers(
+    then_seconds: float, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5
+    )  # how long PyTorch waits before it terminates
     loader: Any = batch_loader(Numbers(2, then_seconds), workers=2)  # pyright: ignore[reportArgumentType]
     batches = iter(loader)
     assert [next(batches) for _ in range(4)] == [0, 0, 1, 1]

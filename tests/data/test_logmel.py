@@ -4,14 +4,24 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
-from whisper_aut.data.logmel import MAX_MEL_FRAMES, LogMel, frames_with_context, mel_frames, silence_level
+from whisper_aut.data.logmel import (
+    MAX_MEL_FRAMES,
+    LogMel,
+    frames_with_context,
+    mel_frames,
+    silence_level,
+)
 
 
 @pytest.mark.parametrize("bins", [80, 128])
 @pytest.mark.parametrize("seconds", [0.01, 0.1, 1.0, 5.0, 5.00006, 29.975, 29.99, 30.0])
 def test_equals_the_feature_extractor(bins: int, seconds: float):
-    waveform = torch.randn(round(seconds * 16_000), generator=torch.Generator().manual_seed(0)) * 0.1
-    reference = WhisperFeatureExtractor(feature_size=bins)(waveform.numpy(), sampling_rate=16_000, return_tensors="pt")
+    waveform = (
+        torch.randn(round(seconds * 16_000), generator=torch.Generator().manual_seed(0)) * 0.1
+    )
+    reference = WhisperFeatureExtractor(feature_size=bins)(
+        waveform.numpy(), sampling_rate=16_000, return_tensors="pt"
+    )
     expected = reference.input_features[0].T
     ours = LogMel(bins)(waveform)
     assert len(ours) == frames_with_context(mel_frames(len(waveform)))
@@ -24,7 +34,9 @@ def test_equals_the_feature_extractor(bins: int, seconds: float):
 def test_valid_frames_are_those_of_the_extractors_mask():
     extractor = WhisperFeatureExtractor(feature_size=80)
     for samples in (1, 159, 160, 161, 16_000, 479_999):
-        mask = extractor([0.1] * samples, sampling_rate=16_000, return_attention_mask=True).attention_mask[0]
+        mask = extractor(
+            [0.1] * samples, sampling_rate=16_000, return_attention_mask=True
+        ).attention_mask[0]
         assert mel_frames(samples) == mask.sum()
 
 

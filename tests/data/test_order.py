@@ -6,7 +6,11 @@ from scipy.stats import binom
 
 from whisper_aut.data.order import MixtureOrder, SequentialOrder, SourceShape, mixture_shares
 
-SOURCES = (SourceShape("a", (5, 3, 7, 1), 0.8), SourceShape("b", (4, 4), 0.1), SourceShape("c", (9,), 0.1))
+SOURCES = (
+    SourceShape("a", (5, 3, 7, 1), 0.8),
+    SourceShape("b", (4, 4), 0.1),
+    SourceShape("c", (9,), 0.1),
+)
 
 
 @pytest.mark.parametrize("window", [1, 4, 7, 1000])
@@ -21,7 +25,11 @@ def test_every_epoch_of_a_source_holds_every_clip_once(window: int, epoch: int):
             shards, ordinals = order.places(number, first, last)
             seen += list(zip(shards.tolist(), ordinals.tolist(), strict=True))
             place = last
-        expected = [(shard, ordinal) for shard, samples in enumerate(source.shard_samples) for ordinal in range(samples)]
+        expected = [
+            (shard, ordinal)
+            for shard, samples in enumerate(source.shard_samples)
+            for ordinal in range(samples)
+        ]
         assert sorted(seen) == expected
 
 
@@ -62,19 +70,27 @@ def test_shares_lie_in_the_binomial_interval(seed: int):
 
 
 def test_domain_shares_divide_by_weight():
-    shares = mixture_shares(["speech", "speech", "sound"], [3.0, 1.0, 7.0], {"speech": 0.8, "sound": 0.2})
+    shares = mixture_shares(
+        ["speech", "speech", "sound"], [3.0, 1.0, 7.0], {"speech": 0.8, "sound": 0.2}
+    )
     assert shares == pytest.approx([0.6, 0.2, 0.2])
 
 
 def test_a_source_without_a_share_is_never_drawn():
-    order = MixtureOrder([SourceShape("a", (3,), 0.0), SourceShape("b", (3,), 1.0)], seed=0, window=2)
+    order = MixtureOrder(
+        [SourceShape("a", (3,), 0.0), SourceShape("b", (3,), 1.0)], seed=0, window=2
+    )
     assert set(order.draws(0, 5_000)[0].tolist()) == {1}
 
 
 def test_fingerprints_tell_orders_apart():
     base = MixtureOrder(SOURCES, seed=0, window=4).fingerprint()
     assert base == MixtureOrder(SOURCES, seed=0, window=4).fingerprint()
-    changed = [MixtureOrder(SOURCES, 1, 4), MixtureOrder(SOURCES, 0, 5), MixtureOrder(SOURCES[:2], 0, 4)]
+    changed = [
+        MixtureOrder(SOURCES, 1, 4),
+        MixtureOrder(SOURCES, 0, 5),
+        MixtureOrder(SOURCES[:2], 0, 4),
+    ]
     assert len({base, *(order.fingerprint() for order in changed)}) == 4
 
 

@@ -35,7 +35,9 @@ def build(tiny_whisper: Path) -> ExampleBuilder:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_shards(tmp_path_factory.mktemp("served") / "sound", CLIPS, "sound", per_shard_bytes=200_000)
+    return write_shards(
+        tmp_path_factory.mktemp("served") / "sound", CLIPS, "sound", per_shard_bytes=200_000
+    )
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -98,7 +100,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served(folder: Path, fault: Callable[[int], str] = lambda number: "", *, ranges: bool = True) -> Iterator[Server]:
+def served(
+    folder: Path, fault: Callable[[int], str] = lambda number: "", *, ranges: bool = True
+) -> Iterator[Server]:
     server = Server(folder, fault, ranges=ranges)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -153,23 +157,38 @@ def test_a_sample_table_spares_the_bytes_of_other_samples(tmp_path: Path):
     folder = write_shards(tmp_path / "sound", 40, "sound", per_shard_bytes=1 << 30)
     index = open_index(folder)
     table = index.table(0)
-    with served(folder) as server, open_stream(f"{server.url}/shard-000000.tar", PATIENT, whole=False) as stream:
+    with (
+        served(folder) as server,
+        open_stream(f"{server.url}/shard-000000.tar", PATIENT, whole=False) as stream,
+    ):
         stream.seek(int(table.starts[7]))
         assert stream.read(int(table.starts[8] - table.starts[7]))[:14] == b"sound-0007.fla"
         ranges = [wanted[6:].partition("-") for _, wanted in server.asked if wanted]
-    assert sum(int(last) - int(first) + 1 for first, _, last in ranges) < 0.1 * index.shards[0].bytes
+    assert (
+        sum(int(last) - int(first) + 1 for first, _, last in ranges) < 0.1 * index.shards[0].bytes
+    )
 
 
-def test_when_attempts_run_out_the_samples_are_refused_and_the_run_goes_on(folder: Path, build: ExampleBuilder):
+def test_when_attempts_run_out_the_samples_are_refused_and_the_run_goes_on(
+    folder: Path, build: ExampleBuilder
+):
     hasty = ReadPolicy(retries=1, timeout_seconds=2, pause_seconds=0.001)
     source_down = threading.Event()
     with served(folder, lambda number: "busy" if source_down.is_set() else "") as server:
         source = StreamSource(open_index(server.url, hasty), "sound")
-        module = ShardDataModule([source], [], [1.0], build, seed=0, window=12, batch_clips=4, epochs=1, policy=hasty)
+        module = ShardDataModule(
+            [source], [], [1.0], build, seed=0, window=12, batch_clips=4, epochs=1, policy=hasty
+        )
         source_down.set()
         batches = list(module.train_dataloader())
-    assert Counter(refusal.reason for batch in batches for refusal in batch.refusals) == {Reason.BAD_TAR: CLIPS}
-    assert all("given up after 2 attempts" in refusal.detail for batch in batches for refusal in batch.refusals)
+    assert Counter(refusal.reason for batch in batches for refusal in batch.refusals) == {
+        Reason.BAD_TAR: CLIPS
+    }
+    assert all(
+        "given up after 2 attempts" in refusal.detail
+        for batch in batches
+        for refusal in batch.refusals
+    )
 
 
 def test_what_is_not_there_is_not_asked_for_again(folder: Path):
@@ -188,7 +207,9 @@ def test_a_silent_server_is_given_up_in_time():
             PatientReader(url, ReadPolicy(retries=0, timeout_seconds=0.3))
 
 
-def test_s3_feeds_a_full_epoch(folder: Path, build: ExampleBuilder, monkeypatch: pytest.MonkeyPatch):
+def test_s3_feeds_a_full_epoch(
+    folder: Path, build: ExampleBuilder, monkeypatch: pytest.MonkeyPatch
+):
     moto = pytest.importorskip("moto.server")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
@@ -224,7 +245,9 @@ def test_pipes_run_only_where_they_are_allowed(folder: Path, build: ExampleBuild
     assert not marker.exists()
 
 
-def test_tars_from_elsewhere_become_readable_over_a_network(folder: Path, build: ExampleBuilder, tmp_path: Path):
+def test_tars_from_elsewhere_become_readable_over_a_network(
+    folder: Path, build: ExampleBuilder, tmp_path: Path
+):
     bare = tmp_path / "bare"
     bare.mkdir()
     for tar in folder.glob("*.tar"):

@@ -29,7 +29,11 @@ from whisper_aut.data.text import WhisperText
 from whisper_aut.errors import UserError
 from whisper_aut.model.start import Start
 
-SIZES = {"many": [1] * 7 + [2], "few": [13], "mixed": [5, 1, 9, 2]}  # clips of each shard of a source
+SIZES = {
+    "many": [1] * 7 + [2],
+    "few": [13],
+    "mixed": [5, 1, 9, 2],
+}  # clips of each shard of a source
 Batches = list[tuple[str, ...]]
 
 
@@ -49,12 +53,16 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 for clip in range(size):
                     seconds = float(generator.uniform(0.03, 0.3))
                     annotation = Annotation(text="a tone", domain="sound", duration_seconds=seconds)
-                    shards.write(f"{name}-{number}-{clip}", "flac", encode_audio(tone(seconds)), annotation)
+                    shards.write(
+                        f"{name}-{number}-{clip}", "flac", encode_audio(tone(seconds)), annotation
+                    )
                 shards._finish_shard()
     return root
 
 
-worlds = st.fixed_dictionaries({"ranks": st.integers(1, 5), "workers": st.integers(1, 4), "accumulate": st.integers(1, 2)})
+worlds = st.fixed_dictionaries(
+    {"ranks": st.integers(1, 5), "workers": st.integers(1, 4), "accumulate": st.integers(1, 2)}
+)
 plans = st.fixed_dictionaries(
     {
         "sources": st.lists(st.sampled_from(sorted(SIZES)), min_size=1, max_size=3, unique=True),
@@ -71,20 +79,31 @@ plans = st.fixed_dictionaries(
 class World:
     """All ranks of a run, each with its workers, in one process: the loaders are the real ones, torch's worker id is set by hand."""
 
-    def __init__(self, root: Path, build: ExampleBuilder, plan: dict[str, Any], world: dict[str, int]):
+    def __init__(
+        self, root: Path, build: ExampleBuilder, plan: dict[str, Any], world: dict[str, int]
+    ):
         self.ranks, self.workers = world["ranks"], world["workers"]
         indexes = [open_index(root / name) for name in plan["sources"]]
         if not plan["tables"] and plan["batch_seconds"] is None:
-            indexes = [replace(index, facts={**index.facts, HAS_TABLES: False}) for index in indexes]
+            indexes = [
+                replace(index, facts={**index.facts, HAS_TABLES: False}) for index in indexes
+            ]
         sources = [StreamSource(index, "sound") for index in indexes]
-        options = {name: plan[name] for name in ("seed", "window", "batch_clips", "batch_seconds", "epochs")}
-        self.module = ShardDataModule(sources, [], [1.0] * len(sources), build, accumulate=world["accumulate"], **options)
+        options = {
+            name: plan[name]
+            for name in ("seed", "window", "batch_clips", "batch_seconds", "epochs")
+        }
+        self.module = ShardDataModule(
+            sources, [], [1.0] * len(sources), build, accumulate=world["accumulate"], **options
+        )
         self.clips = sum(index.samples for index in indexes)
         self.loaders = [self._loader(rank, world) for rank in range(self.ranks)]
 
     def _loader(self, rank: int, world: dict[str, int]) -> TrainLoader:
         return TrainLoader(
-            lambda start, end, count: WorkedStream(self.module._stream(rank, self.ranks, start, end, count), self.workers),  # pyright: ignore
+            lambda start, end, count: WorkedStream(
+                self.module._stream(rank, self.ranks, start, end, count), self.workers
+            ),  # pyright: ignore
             order=self.module.order,
             batching=self.module.batching,
             steps_per_epoch=self.module.steps_per_epoch(self.ranks),
@@ -118,7 +137,9 @@ class WorkedStream(torch.utils.data.IterableDataset):
             number += 1
 
     def _part(self, number: int) -> Iterator[Any]:
-        torch_worker._worker_info = torch_worker.WorkerInfo(id=number, num_workers=self.workers, seed=0, dataset=self.stream)
+        torch_worker._worker_info = torch_worker.WorkerInfo(
+            id=number, num_workers=self.workers, seed=0, dataset=self.stream
+        )
         batches = iter(self.stream)
         while True:
             torch_worker._worker_info = torch_worker.WorkerInfo(
@@ -138,7 +159,14 @@ def flat(rows: Iterator[list[tuple[str, ...]]] | list[list[tuple[str, ...]]]) ->
     return [batch for row in rows for batch in row if batch]
 
 
-def check(root: Path, build: ExampleBuilder, plan: dict[str, Any], before: dict[str, int], after: dict[str, int], cut: int):
+def check(
+    root: Path,
+    build: ExampleBuilder,
+    plan: dict[str, Any],
+    before: dict[str, int],
+    after: dict[str, int],
+    cut: int,
+):
     reference = World(root, build, plan, {"ranks": 1, "workers": 1, "accumulate": 1})
     run = World(root, build, plan, before)
     if plan["epochs"]:
@@ -165,11 +193,17 @@ def check(root: Path, build: ExampleBuilder, plan: dict[str, Any], before: dict[
         assert len(both) == len(seen) * before["ranks"] + len(rest) * after["ranks"]
 
 
-quick = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-long = settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+quick = settings(
+    max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+long = settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 
 
-def holds_a_step(root: Path, build: ExampleBuilder, plan: dict[str, Any], *chosen: dict[str, int]) -> bool:
+def holds_a_step(
+    root: Path, build: ExampleBuilder, plan: dict[str, Any], *chosen: dict[str, int]
+) -> bool:
     try:
         for world in chosen:
             World(root, build, plan, world)
@@ -180,7 +214,9 @@ def holds_a_step(root: Path, build: ExampleBuilder, plan: dict[str, Any], *chose
 
 @quick
 @given(plan=plans, before=worlds, after=worlds, cut=st.integers(0, 12))
-def test_a_resumed_run_misses_and_repeats_nothing(corpora: Path, build: ExampleBuilder, plan, before, after, cut):
+def test_a_resumed_run_misses_and_repeats_nothing(
+    corpora: Path, build: ExampleBuilder, plan, before, after, cut
+):
     assume(holds_a_step(corpora, build, plan, before, after))
     check(corpora, build, plan, before, after, cut)
 
@@ -189,7 +225,9 @@ def test_a_resumed_run_misses_and_repeats_nothing(corpora: Path, build: ExampleB
 @pytest.mark.timeout(1200)
 @long
 @given(plan=plans, before=worlds, after=worlds, cut=st.integers(0, 30))
-def test_a_resumed_run_misses_and_repeats_nothing_at_length(corpora: Path, build: ExampleBuilder, plan, before, after, cut):
+def test_a_resumed_run_misses_and_repeats_nothing_at_length(
+    corpora: Path, build: ExampleBuilder, plan, before, after, cut
+):
     assume(holds_a_step(corpora, build, plan, before, after))
     check(corpora, build, plan, before, after, cut)
 

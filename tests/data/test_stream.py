@@ -33,7 +33,9 @@ def build(tiny_whisper: Path) -> ExampleBuilder:
     return ExampleBuilder(LogMel(80), WhisperText(Start(str(tiny_whisper)).tokenizer), ClipLimits())
 
 
-def data_module(root: Path, build: ExampleBuilder, domains: tuple[str, ...] = DOMAINS, **options: object) -> ShardDataModule:
+def data_module(
+    root: Path, build: ExampleBuilder, domains: tuple[str, ...] = DOMAINS, **options: object
+) -> ShardDataModule:
     sources = [StreamSource(open_index(root / domain), domain) for domain in domains]
     settings = {"seed": 0, "window": 6, "batch_clips": 3, "samples_per_epoch": 36, **options}
     return ShardDataModule(sources, sources, [1.0] * len(sources), build, **settings)  # pyright: ignore[reportArgumentType]
@@ -44,19 +46,24 @@ def keys_of(batches: list[Batch]) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_batches_do_not_depend_on_the_number_of_workers(tiny_shards: Path, build: ExampleBuilder, workers: int):
+def test_batches_do_not_depend_on_the_number_of_workers(
+    tiny_shards: Path, build: ExampleBuilder, workers: int
+):
     alone = list(data_module(tiny_shards, build).train_dataloader())
     many = list(data_module(tiny_shards, build, workers=workers).train_dataloader())
     assert len(alone) == 12
     assert keys_of(alone) == keys_of(many)
     assert all(
-        torch.equal(a.mel, b.mel) and torch.equal(a.targets.tokens, b.targets.tokens) for a, b in zip(alone, many, strict=True)
+        torch.equal(a.mel, b.mel) and torch.equal(a.targets.tokens, b.targets.tokens)
+        for a, b in zip(alone, many, strict=True)
     )
 
 
 @pytest.mark.parametrize("stopped_after", [1, 5, 12, 17])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_loader_goes_on_exactly(tiny_shards: Path, build: ExampleBuilder, stopped_after: int, workers: int):
+def test_a_resumed_loader_goes_on_exactly(
+    tiny_shards: Path, build: ExampleBuilder, stopped_after: int, workers: int
+):
     whole = data_module(tiny_shards, build).train_dataloader()
     expected = keys_of([*whole, *whole])
     first = data_module(tiny_shards, build, workers=workers).train_dataloader()
@@ -94,7 +101,9 @@ def test_ranks_share_each_batch_without_overlap(tiny_shards: Path, build: Exampl
     assert [a + b for a, b in zip(*ranks, strict=True)] == whole
 
 
-def test_validation_gives_every_clip_once_and_every_rank_the_same_steps(tiny_shards: Path, build: ExampleBuilder):
+def test_validation_gives_every_clip_once_and_every_rank_the_same_steps(
+    tiny_shards: Path, build: ExampleBuilder
+):
     module = data_module(tiny_shards, build)
     assert sum(len(batch) for batch in module.val_dataloader()) == 43
     ranks = [list(module._valid_stream(rank, 2)) for rank in (0, 1)]
@@ -102,18 +111,26 @@ def test_validation_gives_every_clip_once_and_every_rank_the_same_steps(tiny_sha
     assert sum(len(batch) for rank in ranks for batch in rank) == 43
 
 
-def test_accumulated_batches_know_the_tokens_of_their_step(tiny_shards: Path, build: ExampleBuilder):
+def test_accumulated_batches_know_the_tokens_of_their_step(
+    tiny_shards: Path, build: ExampleBuilder
+):
     batches = list(data_module(tiny_shards, build, accumulate=3).train_dataloader())
     for step in (batches[i : i + 3] for i in range(0, 12, 3)):
-        assert {batch.supervised_in_step for batch in step} == {sum(batch.supervised for batch in step)}
+        assert {batch.supervised_in_step for batch in step} == {
+            sum(batch.supervised for batch in step)
+        }
 
 
-def test_an_epoch_follows_one_whose_batches_were_counted_and_not_exhausted(tiny_shards: Path, build: ExampleBuilder):
+def test_an_epoch_follows_one_whose_batches_were_counted_and_not_exhausted(
+    tiny_shards: Path, build: ExampleBuilder
+):
     loader = data_module(tiny_shards, build).train_dataloader()
     epochs = [list(islice(iter(loader), len(loader))) for _ in range(3)]  # as Lightning does
     assert [len(epoch) for epoch in epochs] == [len(loader)] * 3
     straight = data_module(tiny_shards, build).train_dataloader()
-    assert keys_of([batch for epoch in epochs for batch in epoch]) == keys_of([batch for _ in range(3) for batch in straight])
+    assert keys_of([batch for epoch in epochs for batch in epoch]) == keys_of(
+        [batch for _ in range(3) for batch in straight]
+    )
 
 
 def test_an_epoch_smaller_than_a_step_is_a_clear_error(tiny_shards: Path, build: ExampleBuilder):
@@ -124,9 +141,20 @@ def test_an_epoch_smaller_than_a_step_is_a_clear_error(tiny_shards: Path, build:
 class Leg:
     """A run on so many ranks, without its audio: begun anew or where another leg stopped."""
 
-    def __init__(self, root: Path, build: ExampleBuilder, ranks: int, before: "Leg | None" = None, **options: Any):
+    def __init__(
+        self,
+        root: Path,
+        build: ExampleBuilder,
+        ranks: int,
+        before: "Leg | None" = None,
+        **options: Any,
+    ):
         self.module = data_module(root, build, **options)
-        self.ranks, self.step, self.epochs = ranks, before.step if before else 0, options.get("epochs", 1)
+        self.ranks, self.step, self.epochs = (
+            ranks,
+            before.step if before else 0,
+            options.get("epochs", 1),
+        )
         if before:
             self.module.go_on(ranks, before.loader.state_dict(), before.step)
         self.plan = self.module.total_steps(ranks, self.epochs)
@@ -140,12 +168,16 @@ class Leg:
         for _ in range(steps):
             clips = order.epoch_clips
             end = (self.loader.cursor.position // clips + 1) * clips if clips else None
-            *_, (_, self.loader.cursor) = islice(batches_from(self.module.batching, self.loader.cursor, end), self.ranks)
+            *_, (_, self.loader.cursor) = islice(
+                batches_from(self.module.batching, self.loader.cursor, end), self.ranks
+            )
         self.step += steps
         return self
 
 
-@pytest.mark.parametrize("worlds", [(4, 2, 2, 2), (2, 4, 4, 4), (4, 2, 1, 1), (1, 2, 4, 1)], ids=str)
+@pytest.mark.parametrize(
+    "worlds", [(4, 2, 2, 2), (2, 4, 4, 4), (4, 2, 1, 1), (1, 2, 4, 1)], ids=str
+)
 @pytest.mark.parametrize("mode", ["mixture", "epochs"])
 def test_a_run_that_changes_its_ranks_again_and_again_reads_its_epochs_and_no_more(
     tiny_shards: Path, build: ExampleBuilder, mode: str, worlds: tuple[int, ...]
@@ -171,7 +203,9 @@ def test_a_run_that_changes_its_ranks_again_and_again_reads_its_epochs_and_no_mo
 def test_steps_end_with_the_data_that_a_rewind_has_left(tiny_shards: Path, build: ExampleBuilder):
     leg = Leg(tiny_shards, build, 1, epochs=2).take(4)
     leg.module.go_on(1, leg.loader.state_dict(), leg.step, skip_to=Cursor(30))
-    assert leg.module.total_steps(1, 2) == 4 + 5 + 15, "13 clips of the first epoch are left, and the second"
+    assert leg.module.total_steps(1, 2) == 4 + 5 + 15, (
+        "13 clips of the first epoch are left, and the second"
+    )
 
 
 def faulty_shards(folder: Path) -> Path:
@@ -181,7 +215,11 @@ def faulty_shards(folder: Path) -> Path:
     nan[10] = np.nan
     bodies = {
         "good": ("flac", encode_audio(tone(1.0)), good),
-        "stereo48k": ("wav", encode_audio(np.stack([tone(1.0, 440, 48_000)] * 2, 1), 48_000, "WAV"), good),
+        "stereo48k": (
+            "wav",
+            encode_audio(np.stack([tone(1.0, 440, 48_000)] * 2, 1), 48_000, "WAV"),
+            good,
+        ),
         "not_audio": ("wav", b"this is a text file", good),
         "no_samples": ("wav", encode_audio(np.zeros(0, np.float32), kind="WAV"), good),
         "nan": ("wav", encode_audio(nan, kind="WAV", subtype="FLOAT"), good),
@@ -221,7 +259,9 @@ def test_a_batch_of_nothing_but_faults_is_still_a_batch(tmp_path: Path, build: E
     assert sum(len(batch.refusals) for batch in batches) == 6
 
 
-def test_a_shard_without_json_and_a_truncated_tar_cost_only_their_samples(tmp_path: Path, build: ExampleBuilder):
+def test_a_shard_without_json_and_a_truncated_tar_cost_only_their_samples(
+    tmp_path: Path, build: ExampleBuilder
+):
     folder = write_shards(tmp_path / "sound", 8, "sound", per_shard_bytes=1 << 30)
     shard = folder / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size * 6 // 10])
@@ -245,4 +285,6 @@ def test_a_shard_that_vanishes_during_the_run_is_counted(tmp_path: Path, build: 
     for shard in (tmp_path / "sound").glob("*.tar"):
         shard.unlink()
     batches = list(module.val_dataloader())
-    assert [refusal.reason for batch in batches for refusal in batch.refusals] == [Reason.BAD_TAR] * 8
+    assert [refusal.reason for batch in batches for refusal in batch.refusals] == [
+        Reason.BAD_TAR
+    ] * 8

@@ -15,7 +15,9 @@ def tokenizer(tiny_whisper: Path):
     return Start(str(tiny_whisper)).tokenizer
 
 
-@pytest.mark.parametrize(("language", "task"), [("en", "transcribe"), ("de", "translate"), ("yue", "transcribe")])
+@pytest.mark.parametrize(
+    ("language", "task"), [("en", "transcribe"), ("de", "translate"), ("yue", "transcribe")]
+)
 def test_tokens_are_those_of_the_processor(tokenizer, language: str, task: str):
     codec = WhisperText(tokenizer, {"sound": DomainPrompt(task, language)})
     target = codec.encode(Annotation(text="rain falls on a tin roof"), "sound", 0)
@@ -56,7 +58,10 @@ def test_languages_are_said_in_several_ways(said: str, code: str):
 
 def test_english_only_checkpoints_get_no_language_and_task(tokenizer):
     target = WhisperText(tokenizer, multilingual=False).encode(Annotation(text="x"), "speech", 0)
-    assert tokenizer.convert_ids_to_tokens(target.tokens[:2].tolist()) == ["<|startoftranscript|>", "<|notimestamps|>"]
+    assert tokenizer.convert_ids_to_tokens(target.tokens[:2].tolist()) == [
+        "<|startoftranscript|>",
+        "<|notimestamps|>",
+    ]
     assert target.prompt_length == 2
 
 

@@ -17,7 +17,10 @@ def experiment(tmp_path: Path, tiny_whisper: Path, tiny_shards: Path) -> Path:
     """Two arms, one seed, a start; on the shards of the tests."""
     task = tmp_path / "tones.yaml"
     task.write_text(yaml.safe_dump({**TONES, "train": ["{root}/speech"], "test": ["{root}/sound"]}))
-    sources = [{"path": str(tiny_shards / domain), "domain": domain} for domain in ("speech", "sound", "music")]
+    sources = [
+        {"path": str(tiny_shards / domain), "domain": domain}
+        for domain in ("speech", "sound", "music")
+    ]
     everywhere = {
         "corpora": {"demo": None},
         "model": {"after": "", "path": str(tiny_whisper)},
@@ -35,7 +38,10 @@ def experiment(tmp_path: Path, tiny_whisper: Path, tiny_shards: Path) -> Path:
         "everywhere": everywhere,
         "starts": {"base": {"config": "smoke.yaml"}},
         "axes": {
-            "mixture": {"even": {"start": "base"}, "speech": {"start": "base", "set": {"data": {"domains": {"sound": 0}}}}}
+            "mixture": {
+                "even": {"start": "base"},
+                "speech": {"start": "base", "set": {"data": {"domains": {"sound": 0}}}},
+            }
         },
         "reference": "even",
         "probes": [{"root": str(tiny_shards), "tasks": [str(task)]}],
@@ -48,11 +54,18 @@ def experiment(tmp_path: Path, tiny_whisper: Path, tiny_shards: Path) -> Path:
 
 
 def trained(folder: Path) -> dict[str, int]:
-    return {place.name: len(list(place.glob("2*"))) for place in (folder / "runs").iterdir() if place.name.endswith("-s0")}
+    return {
+        place.name: len(list(place.glob("2*")))
+        for place in (folder / "runs").iterdir()
+        if place.name.endswith("-s0")
+    }
 
 
 def test_an_experiment_runs_what_is_missing_and_nothing_twice(
-    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    experiment: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     out = ["--out", str(tmp_path / "out")]
     made, make = [], conduct.make
@@ -74,7 +87,11 @@ def test_an_experiment_runs_what_is_missing_and_nothing_twice(
     assert (even.cost.steps, even.cost.padding_share) == (2, 0.0)  # pyright: ignore[reportOptionalMemberAccess]
     assert [point.step for point in even.curve] == [1, 2]
     assert even.curve[-1].audio_seconds == pytest.approx(even.cost.audio_seconds)  # pyright: ignore[reportOptionalMemberAccess]
-    assert even.curve[0].teraflop < even.curve[1].teraflop == pytest.approx(even.cost.teraflop, abs=1e-6)  # pyright: ignore
+    assert (
+        even.curve[0].teraflop
+        < even.curve[1].teraflop
+        == pytest.approx(even.cost.teraflop, abs=1e-6)
+    )  # pyright: ignore
     assert set(even.tasks) == {"tones"} == set(results.baseline)
     assert speech.commands[1].endswith("model.after= model.scratch=null")
     assert "11 overlap" in results.audits[0]  # of the shards of the tests, which are trained on

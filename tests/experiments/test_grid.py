@@ -25,7 +25,10 @@ GRID = {
     "starts": {"base": {"config": "speech_tiny.yaml", "set": {"trainer": {"max_steps": 5}}}},
     "axes": {
         "encoder": {"new": {"start": "random:base"}, "old": {"title": "trained", "start": "base"}},
-        "padding": {"none": {"set": {"model": {"padding": "none"}}}, "30s": {"set": {"model": {"padding": "30s"}}}},
+        "padding": {
+            "none": {"set": {"model": {"padding": "none"}}},
+            "30s": {"set": {"model": {"padding": "30s"}}},
+        },
         "heard": {"own": {}, "deviation": {"evaluate": {"pooling": "mean_std", "layer": 0}}},
     },
     "reference": "old/none/own",
@@ -65,16 +68,30 @@ def test_the_runs_of_a_seed_come_before_those_of_the_next(tmp_path: Path):
 
 def test_overrides_reach_the_runs_and_starts_keep_their_own(tmp_path: Path):
     path = written(tmp_path)
-    runs = {run.name: run for run in runs_of(arms_of(load_experiment(path, ["set.optim.lr=0.5"]), path))}
+    runs = {
+        run.name: run for run in runs_of(arms_of(load_experiment(path, ["set.optim.lr=0.5"]), path))
+    }
     arm, start = runs["tried-old-30s-s7"], runs["start-base-s7"]
     settings = load_settings(arm.config, arm.overrides)
-    assert (settings.trainer.max_steps, settings.optim.lr, settings.model.padding, settings.seed) == (9, 0.5, "30s", 7)
+    assert (
+        settings.trainer.max_steps,
+        settings.optim.lr,
+        settings.model.padding,
+        settings.seed,
+    ) == (9, 0.5, "30s", 7)
     before = load_settings(start.config, start.overrides)
-    assert (before.trainer.max_steps, before.optim.lr, before.seed, before.data.workers) == (5, 2e-3, 7, 0)
+    assert (before.trainer.max_steps, before.optim.lr, before.seed, before.data.workers) == (
+        5,
+        2e-3,
+        7,
+        0,
+    )
 
 
 def test_a_group_is_picked_before_what_is_set_in_it(tmp_path: Path):
-    axes = {"decoder": {"conv": {"set": {"decoder.adapter.name": "conv", "decoder": "causal_lm_tiny"}}}}
+    axes = {
+        "decoder": {"conv": {"set": {"decoder.adapter.name": "conv", "decoder": "causal_lm_tiny"}}}
+    }
     path = written(tmp_path, axes=axes, reference="conv", figure={"x": "decoder"})
     (run, _) = runs_of(arms_of(load_experiment(path), path))
     assert load_settings(run.config, run.overrides).decoder["adapter"]["name"] == "conv"
@@ -93,17 +110,28 @@ def test_nested_and_dotted_keys_are_the_same():
         ({"probe_seeds": 0}, "probe_seeds: 0 is not between 1 and 9"),
         ({"reference": "old/none/owm"}, "no arm 'old/none/owm'. Did you mean 'old/none/own'"),
         ({"leave_out": ["old/60s/own"]}, "leave_out: there is no arm"),
-        ({"figure": {"x": "encodr"}}, "figure.x: there is no axis 'encodr'. Did you mean 'encoder'"),
+        (
+            {"figure": {"x": "encodr"}},
+            "figure.x: there is no axis 'encodr'. Did you mean 'encoder'",
+        ),
         ({"starts": {}}, "there is no start 'base'"),
-        ({"starts": {"base": {"config": "speech_tiny.yaml", "start": "base"}}}, "leads back to itself"),
+        (
+            {"starts": {"base": {"config": "speech_tiny.yaml", "start": "base"}}},
+            "leads back to itself",
+        ),
         ({"probes": []}, "nothing is measured"),
         ({"config": "", "axes": {"a": {"b": {}}}, "figure": {"x": "a"}}, "config: missing"),
-        ({"axes": {**GRID["axes"], "more": {"c": {"start": "base"}}}}, "only one axis can say where arms start"),
+        (
+            {"axes": {**GRID["axes"], "more": {"c": {"start": "base"}}}},
+            "only one axis can say where arms start",
+        ),
         ({"config": "aut_tinny.yaml"}, "Did you mean 'aut_tiny.yaml'"),
         ({"set": {"trainer": {"max_stepz": 1}}}, "Did you mean 'max_steps'"),
     ],
 )
-def test_each_mistake_is_named(changes: dict, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_each_mistake_is_named(
+    changes: dict, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert main(["experiment", str(written(tmp_path, **changes)), "--plan"]) == 1
     assert message in capsys.readouterr().err.replace("\n", " ")
 

@@ -46,7 +46,11 @@ def test_xares_names_its_encoder_in_the_environment(story: Path, monkeypatch: py
 
 @pytest.mark.parametrize("adapter", [xares, mteb], ids=["xares", "mteb"])
 def test_no_peer_is_imported_before_it_is_needed(adapter: ModuleType):
-    imports = [node for node in ast.parse(inspect.getsource(adapter)).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imports = [
+        node
+        for node in ast.parse(inspect.getsource(adapter)).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
     assert not [node for node in imports if "mteb" in ast.dump(node) or "xares" in ast.dump(node)]
 
 
@@ -111,12 +115,16 @@ def test_mteb_evaluates_it(story: Path, tmp_path: Path):
         def load_data(self, **_: object) -> None:
             rows = {
                 "audio": [
-                    {"array": tone(1.0, hertz, rate), "sampling_rate": rate} for hertz in (300, 600) for rate in (16_000, 8_000)
+                    {"array": tone(1.0, hertz, rate), "sampling_rate": rate}
+                    for hertz in (300, 600)
+                    for rate in (16_000, 8_000)
                 ],
                 "label": [1, 1, 2, 2],
             }
             part = datasets.Dataset.from_dict(rows)
-            self.dataset = datasets.DatasetDict({"test": part, "train": datasets.concatenate_datasets([part] * 4)})
+            self.dataset = datasets.DatasetDict(
+                {"test": part, "train": datasets.concatenate_datasets([part] * 4)}
+            )
             self.data_loaded = True
 
     model = mteb_model(str(story / RUN))

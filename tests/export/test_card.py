@@ -26,7 +26,14 @@ def test_the_card_of_an_export(story: Path):
     data = ModelCard(card).data  # as the hub reads it
     assert data.library_name == "transformers"
     assert data.pipeline_tag == "feature-extraction"
-    for section in ("Use", "Recipe", "Training data", "Overlap with the probe sets", "Probes", "Intended use and limits"):
+    for section in (
+        "Use",
+        "Recipe",
+        "Training data",
+        "Overlap with the probe sets",
+        "Probes",
+        "Intended use and limits",
+    ):
         assert f"\n## {section}\n" in card
     for source, share in (
         ("speech | speech | 80.0% | 23", "CC0-1.0"),
@@ -69,7 +76,9 @@ def test_the_card_of_a_run_with_less_and_with_more(story: Path, tmp_path: Path):
         assert text in card
     assert ModelCard(card).data.base_model == "openai/whisper-tiny"
     assert 'padding="30s"' in card
-    (run / "audit.json").write_text(json.dumps({"counts": {"train_clips": 40, "pairs_by_evidence": {"sound": 3}}}))
+    (run / "audit.json").write_text(
+        json.dumps({"counts": {"train_clips": 40, "pairs_by_evidence": {"sound": 3}}})
+    )
     card = write_card(run, out, "encoder").read_text()
     assert "- train clips: 40\n- pairs by evidence sound: 3\n" in card.replace(
         "pairs by evidence  sound", "pairs by evidence sound"
@@ -93,13 +102,22 @@ class _Hub(BaseHTTPRequestHandler):
             self._answer({"url": f"{host}/org/name", "name": "org/name", "id": "1"})
         elif "/preupload/" in self.path:
             listed = json.loads(body)["files"]
-            self._answer({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in listed]})
+            self._answer(
+                {
+                    "files": [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for f in listed
+                    ]
+                }
+            )
         elif "/commit/" in self.path:
             for line in body.splitlines():
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            self._answer({"commitUrl": f"{host}/org/name/commit/0123", "commitOid": "0123", "success": True})
+            self._answer(
+                {"commitUrl": f"{host}/org/name/commit/0123", "commitOid": "0123", "success": True}
+            )
         else:
             self._answer({})
 
@@ -144,7 +162,9 @@ def test_a_push_sends_every_file(story: Path, hub: str):
     assert _Hub.created[0]["organization"] == "org"
     assert {name: (folder / name).read_bytes() for name in _Hub.files} == _Hub.files
     assert set(_Hub.files) == {path.name for path in folder.iterdir()}
-    assert {"README.md", "model.safetensors", "config.json", "preprocessor_config.json"} <= set(_Hub.files)
+    assert {"README.md", "model.safetensors", "config.json", "preprocessor_config.json"} <= set(
+        _Hub.files
+    )
 
 
 def test_a_push_that_cannot_be_is_said(story: Path, hub: str):
@@ -159,11 +179,17 @@ def test_a_push_that_cannot_be_is_said(story: Path, hub: str):
         push(folder, "org/name", api=HfApi(endpoint="http://127.0.0.1:9", token="hf_stub"))
 
 
-def test_the_command_exports_and_says_how_to_go_on(in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_exports_and_says_how_to_go_on(
+    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     out = tmp_path / "export"
     assert main(["export", str(RUN), "--out", str(out), "--dtype", "fp16"]) == 0
     assert f"whisper_aut.load_encoder('{out}')" in capsys.readouterr().out
     assert "weights in fp16" in (out / "README.md").read_text()
     assert main(["export", str(RUN), "--out", str(in_story / "clips")]) == 1
     assert "would be lost" in capsys.readouterr().err
-    assert sorted(path.name for path in (in_story / "clips").iterdir()) == ["220.flac", "440.flac", "880.flac"]
+    assert sorted(path.name for path in (in_story / "clips").iterdir()) == [
+        "220.flac",
+        "440.flac",
+        "880.flac",
+    ]

@@ -34,7 +34,13 @@ RUN = Path("runs/aut_tiny/latest")
 AUDIO_TOKEN, VOCABULARY = 7, 64
 SIZES = {"encoder_layers": 2, "encoder_attention_heads": 2, "num_mel_bins": 80}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
-TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": VOCABULARY, **HEADS}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "vocab_size": VOCABULARY,
+    **HEADS,
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,9 @@ def clips() -> list[np.ndarray]:
 
 def features(run: Path, clips: list[np.ndarray], mask: bool = False) -> dict[str, Tensor]:
     extractor = WhisperFeatureExtractor.from_pretrained(run / "export" / "encoder")
-    return dict(extractor(clips, sampling_rate=16_000, return_tensors="pt", return_attention_mask=mask))
+    return dict(
+        extractor(clips, sampling_rate=16_000, return_tensors="pt", return_attention_mask=mask)
+    )
 
 
 def before_norm(run: Path, clips: list[np.ndarray], padding: str) -> list[Tensor]:
@@ -60,7 +68,10 @@ def before_norm(run: Path, clips: list[np.ndarray], padding: str) -> list[Tensor
     encoder.whisper.layer_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     logmel = LogMel(80)
     with torch.no_grad():
-        frames = encoder(torch.cat([logmel(torch.from_numpy(c)) for c in clips]), [mel_frames(len(c)) for c in clips])
+        frames = encoder(
+            torch.cat([logmel(torch.from_numpy(c)) for c in clips]),
+            [mel_frames(len(c)) for c in clips],
+        )
     return list(seen[0].split(frames.lengths))
 
 
@@ -70,20 +81,27 @@ def test_in_whisper(run: Path, tiny_whisper: Path, clips: list[np.ndarray]):
     model.model.encoder = WhisperModel.from_pretrained(run / "export" / "encoder").encoder
     mel = features(run, clips)["input_features"]
     theirs = model.model.encoder(mel).last_hidden_state
-    for clip, other in zip(load_encoder(run, padding="30s").encode(clips, 16_000), theirs, strict=True):
+    for clip, other in zip(
+        load_encoder(run, padding="30s").encode(clips, 16_000), theirs, strict=True
+    ):
         assert_close(clip, other[: len(clip)], atol=1e-5, rtol=0)
     assert model.generate(mel, language="en", task="transcribe", max_new_tokens=5).shape[0] == 2
 
 
 def test_in_the_recognition_pipeline(run: Path, clips: list[np.ndarray]):
     recognise = pipeline("automatic-speech-recognition", model=str(run / "export" / "whisper"))
-    found = recognise([{"raw": clip, "sampling_rate": 16_000} for clip in clips], generate_kwargs={"max_new_tokens": 5})
+    found = recognise(
+        [{"raw": clip, "sampling_rate": 16_000} for clip in clips],
+        generate_kwargs={"max_new_tokens": 5},
+    )
     assert [type(one["text"]) for one in found] == [str, str]
 
 
 def tiny_qwen2_audio(**sizes: int) -> Qwen2AudioForConditionalGeneration:
     audio = Qwen2AudioEncoderConfig(**{**SIZES, "d_model": 32, "encoder_ffn_dim": 128, **sizes})
-    config = Qwen2AudioConfig(audio_config=audio, text_config=Qwen2Config(**TEXT), audio_token_index=AUDIO_TOKEN)
+    config = Qwen2AudioConfig(
+        audio_config=audio, text_config=Qwen2Config(**TEXT), audio_token_index=AUDIO_TOKEN
+    )
     return Qwen2AudioForConditionalGeneration(config).eval()
 
 
@@ -94,19 +112,32 @@ def test_in_qwen2_audio(run: Path, clips: list[np.ndarray], tmp_path: Path):
     tower = model.model.audio_tower
     inputs = features(run, clips, mask=True)
     pooled = [nn.functional.avg_pool1d(hidden.T, 2).T for hidden in before_norm(run, clips, "30s")]
-    assert_close(tower(inputs["input_features"]).last_hidden_state, tower.layer_norm(torch.stack(pooled)), atol=1e-5, rtol=0)
+    assert_close(
+        tower(inputs["input_features"]).last_hidden_state,
+        tower.layer_norm(torch.stack(pooled)),
+        atol=1e-5,
+        rtol=0,
+    )
     # The whole model masks what lies behind a clip, which is our `none` mode: its tokens are what training saw.
     seen = []
-    model.model.multi_modal_projector.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model.model.multi_modal_projector.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0])
+    )
     lengths = [(-(-mel_frames(len(clip)) // 2) - 2) // 2 + 1 for clip in clips]
     width = max(lengths)
-    ids = torch.tensor([[1] * (width - length) + [AUDIO_TOKEN] * length + [3] for length in lengths])
+    ids = torch.tensor(
+        [[1] * (width - length) + [AUDIO_TOKEN] * length + [3] for length in lengths]
+    )
     mask = torch.tensor([[0] * (width - length) + [1] * (length + 1) for length in lengths])
     given = {"input_ids": ids, "attention_mask": mask, "input_features": inputs["input_features"]}
-    written = model.generate(**given, feature_attention_mask=inputs["attention_mask"], max_new_tokens=3, do_sample=False)
+    written = model.generate(
+        **given, feature_attention_mask=inputs["attention_mask"], max_new_tokens=3, do_sample=False
+    )
     assert written.shape[0] == 2
     assert written.shape[1] > width + 1
-    for frames, hidden, length in zip(seen[0], before_norm(run, clips, "none"), lengths, strict=True):
+    for frames, hidden, length in zip(
+        seen[0], before_norm(run, clips, "none"), lengths, strict=True
+    ):
         expected = tower.layer_norm(nn.functional.avg_pool1d(hidden.T, 2).T)
         assert_close(frames[:length], expected[:length], atol=1e-5, rtol=0)
 
@@ -115,17 +146,28 @@ def test_in_qwen2_audio(run: Path, clips: list[np.ndarray], tmp_path: Path):
 def test_in_voxtral(run: Path, clips: list[np.ndarray], tmp_path: Path):
     out = export_run(run, tmp_path / "tower", "voxtral")
     audio = VoxtralEncoderConfig(
-        hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_mel_bins=80
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_mel_bins=80,
     )
     text = {**TEXT, "model_type": "llama"}
-    model = VoxtralForConditionalGeneration(VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_TOKEN))
+    model = VoxtralForConditionalGeneration(
+        VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_TOKEN)
+    )
     swap_tower(model.eval(), out)
     mel = features(run, clips[:1])["input_features"]
     theirs = model.model.audio_tower(mel).last_hidden_state[0]
     (ours,) = load_encoder(run, padding="30s").encode(clips[:1], 16_000)
     assert_close(theirs[: len(ours)], ours, atol=1e-5, rtol=0)
     ids = torch.tensor([[1] + [AUDIO_TOKEN] * 375 + [3]])
-    assert model.generate(input_ids=ids, input_features=mel, max_new_tokens=3, do_sample=False).shape[1] > 377
+    assert (
+        model.generate(input_ids=ids, input_features=mel, max_new_tokens=3, do_sample=False).shape[
+            1
+        ]
+        > 377
+    )
 
 
 @torch.no_grad()
@@ -141,11 +183,15 @@ def test_in_the_tower_of_qwen2_5_omni(run: Path, clips: list[np.ndarray], tmp_pa
     holder.audio_tower.proj = nn.Identity()
     whisper = WhisperModel.from_pretrained(run / "export" / "encoder").encoder
     mel = features(run, clips)["input_features"][1][:, :125]
-    hidden = nn.functional.gelu(whisper.conv2(nn.functional.gelu(whisper.conv1(mel[None])))).transpose(1, 2)
+    hidden = nn.functional.gelu(
+        whisper.conv2(nn.functional.gelu(whisper.conv1(mel[None])))
+    ).transpose(1, 2)
     hidden = hidden + whisper.embed_positions.weight[: hidden.shape[1]]
     for layer in whisper.layers:
         hidden = layer(hidden, None)
-    expected = whisper.layer_norm(nn.functional.avg_pool1d(hidden.transpose(1, 2), 2).transpose(1, 2))
+    expected = whisper.layer_norm(
+        nn.functional.avg_pool1d(hidden.transpose(1, 2), 2).transpose(1, 2)
+    )
     theirs = holder.audio_tower(mel, feature_lens=torch.tensor([125])).last_hidden_state
     assert_close(theirs, expected[0], atol=1e-5, rtol=0)
 
@@ -178,4 +224,9 @@ def test_towers_that_cannot_compute_an_encoder_are_refused(run: Path):
     config.scale_embedding = True
     with pytest.raises(UserError, match="scale_embedding"):
         check_matches("qwen2-audio", weights, config)
-    assert_close(sinusoids(*weights["embed_positions.weight"].shape), weights["embed_positions.weight"], atol=1e-5, rtol=0)
+    assert_close(
+        sinusoids(*weights["embed_positions.weight"].shape),
+        weights["embed_positions.weight"],
+        atol=1e-5,
+        rtol=0,
+    )

@@ -45,7 +45,9 @@ def test_files_need_no_rate_and_equal_arrays(in_story: Path, encoder: AudioEncod
 
 def test_batches_by_seconds_change_nothing(encoder: AudioEncoder):
     clips = [tone(seconds) for seconds in (0.5, 2.0, 0.2, 1.1)]
-    whole, one_by_one = (encoder.encode(clips, 16_000, batch_seconds=seconds) for seconds in (100.0, 0.1))
+    whole, one_by_one = (
+        encoder.encode(clips, 16_000, batch_seconds=seconds) for seconds in (100.0, 0.1)
+    )
     for clip, other in zip(whole, one_by_one, strict=True):
         assert_close(clip, other, atol=1e-5, rtol=0)
 
@@ -56,7 +58,9 @@ def test_long_audio_is_heard_in_windows(encoder: AudioEncoder):
     assert frames.shape == (3_500, encoder.width)
     (first,) = encoder.encode([noise[: 30 * 16_000]], 16_000)
     (second,) = encoder.encode([noise[28 * 16_000 : 58 * 16_000]], 16_000)
-    assert torch.equal(frames[:1_450], first[:1_450])  # each instant from the window in which it lies farther from the edge
+    assert torch.equal(
+        frames[:1_450], first[:1_450]
+    )  # each instant from the window in which it lies farther from the edge
     assert torch.equal(frames[1_450:2_850], second[50:1_450])
     assert encoder.encode([noise], 16_000, layers=[0, 2])[0].shape == (2, 3_500, encoder.width)
 
@@ -81,21 +85,30 @@ def test_precisions_and_devices(in_story: Path, encoder: AudioEncoder):
         load_encoder(RUN, device="cuda:99")
 
 
-def test_files_folders_and_shards_give_what_the_encoder_gives(in_story: Path, encoder: AudioEncoder):
+def test_files_folders_and_shards_give_what_the_encoder_gives(
+    in_story: Path, encoder: AudioEncoder
+):
     found = embed_paths(encoder, ["clip.wav", "clips", "data/music"], name="x")
     assert found.names[:4] == ("clip.wav", "clips/220.flac", "clips/440.flac", "clips/880.flac")
     assert len(found) == 4 + 9
     assert_close(found.values[:4], encoder.embed(list(found.names[:4])), atol=1e-5, rtol=0)
     assert found.names[4].startswith("data/music/")
     assert found.seconds[0] == 1.0
-    frames = embed_paths(encoder, ["clips"], name="x", options=EmbedOptions(pooling="", layers=(0, 2), batch_seconds=0.5))
+    frames = embed_paths(
+        encoder,
+        ["clips"],
+        name="x",
+        options=EmbedOptions(pooling="", layers=(0, 2), batch_seconds=0.5),
+    )
     expected = encoder.encode([f"clips/{hertz}.flac" for hertz in (220, 440, 880)], layers=[0, 2])
     for clip, reference in zip(frames.frames(), expected, strict=True):
         assert_close(clip.transpose(0, 1), reference, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_holds_what_was_written(suffix: str, in_story: Path, tmp_path: Path, encoder: AudioEncoder):
+def test_a_file_holds_what_was_written(
+    suffix: str, in_story: Path, tmp_path: Path, encoder: AudioEncoder
+):
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     options = [EmbedOptions(layers=(0, 1)), EmbedOptions(), EmbedOptions(pooling="")]
@@ -118,7 +131,10 @@ def test_a_file_holds_what_was_written(suffix: str, in_story: Path, tmp_path: Pa
 
 
 def test_the_command_counts_bad_files_and_goes_on(
-    in_story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    in_story: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     folder = tmp_path / "mixed"
     folder.mkdir()
@@ -148,17 +164,24 @@ def test_the_command_counts_bad_files_and_goes_on(
         (["embed", "nowhere", "clips", "--out", "x.npz"], "There is no model directory nowhere"),
         (["embed", RUN, "clips", "--out", "x.npz", "--layers", "7"], "layers 0"),
         (["embed", RUN, "clips", "--out", "x.parquet", "--frames"], "one vector a clip"),
-        (["search", "nowhere.npz", "clip.wav"], "whisper-aut embed ENCODER FOLDER --out nowhere.npz"),
+        (
+            ["search", "nowhere.npz", "clip.wav"],
+            "whisper-aut embed ENCODER FOLDER --out nowhere.npz",
+        ),
         (["search", "clip.wav", "clip.wav"], "end in .safetensors"),
     ],
 )
-def test_mistakes_are_said(arguments: list[str], message: str, in_story: Path, capsys: pytest.CaptureFixture[str]):
+def test_mistakes_are_said(
+    arguments: list[str], message: str, in_story: Path, capsys: pytest.CaptureFixture[str]
+):
     assert main(arguments) == 1
     assert message in capsys.readouterr().err
     assert not list(in_story.glob("x.*"))
 
 
-def test_search_finds_the_clip_itself_first(in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_search_finds_the_clip_itself_first(
+    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     index = tmp_path / "clips.npz"
     assert main(["embed", RUN, "clips", "data/sound", "--out", str(index)]) == 0
     capsys.readouterr()
@@ -172,10 +195,15 @@ def test_search_finds_the_clip_itself_first(in_story: Path, tmp_path: Path, caps
         order = np.argsort(-(units @ units[file["names"].tolist().index("clips/440.flac")]))[:3]
         assert [line.split(maxsplit=1)[1] for line in lines] == file["names"][order].tolist()
     assert main(["search", str(index), "clip.wav", "-k", "0"]) == 1
-    assert main(["search", str(index), "clip.wav", "--encoder", "runs/aut_tiny/latest/export/whisper"]) == 0
+    assert (
+        main(["search", str(index), "clip.wav", "--encoder", "runs/aut_tiny/latest/export/whisper"])
+        == 0
+    )
 
 
-def test_an_index_of_another_encoder_or_of_frames_is_refused(in_story: Path, encoder: AudioEncoder, tiny_whisper: Path):
+def test_an_index_of_another_encoder_or_of_frames_is_refused(
+    in_story: Path, encoder: AudioEncoder, tiny_whisper: Path
+):
     index = SearchIndex(embed_paths(encoder, ["clips"], name=RUN))
     with pytest.raises(UserError, match="not the encoder that made the index"):
         index.open_encoder(path=str(tiny_whisper))

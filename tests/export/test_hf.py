@@ -30,7 +30,10 @@ def checkpoint(tiny_whisper: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     model = Start(str(tiny_whisper)).model
     generator = torch.Generator().manual_seed(7)
     weights = {}
-    for prefix, module in (("encoder.whisper.", model.model.encoder), ("decoder.whisper.", model.model.decoder)):
+    for prefix, module in (
+        ("encoder.whisper.", model.model.encoder),
+        ("decoder.whisper.", model.model.decoder),
+    ):
         for name, weight in module.state_dict().items():
             weights[prefix + name] = weight + 0.02 * torch.randn(weight.shape, generator=generator)
     path = tmp_path_factory.mktemp("run") / "checkpoints" / "last.ckpt"
@@ -41,41 +44,61 @@ def checkpoint(tiny_whisper: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def training_encoder(checkpoint: Path, tiny_whisper: Path, padding: str) -> AudioEncoder:
     encoder = PackedEncoder(Start(str(tiny_whisper)).encoder, padding)  # pyright: ignore[reportArgumentType]
-    weights = {n.removeprefix("encoder."): w for n, w in read_checkpoint(checkpoint).items() if n.startswith("encoder.")}
+    weights = {
+        n.removeprefix("encoder."): w
+        for n, w in read_checkpoint(checkpoint).items()
+        if n.startswith("encoder.")
+    }
     encoder.load_state_dict(weights)
     return AudioEncoder(encoder)
 
 
 def clips() -> list[np.ndarray]:
     generator = np.random.default_rng(0)
-    return [generator.standard_normal(samples).astype(np.float32) * 0.1 for samples in (5_000, 32_000)]
+    return [
+        generator.standard_normal(samples).astype(np.float32) * 0.1 for samples in (5_000, 32_000)
+    ]
 
 
-def test_the_encoder_export_loads_strictly_and_gives_the_training_frames(checkpoint: Path, tiny_whisper: Path, tmp_path: Path):
+def test_the_encoder_export_loads_strictly_and_gives_the_training_frames(
+    checkpoint: Path, tiny_whisper: Path, tmp_path: Path
+):
     out = export_checkpoint(checkpoint, Start(str(tiny_whisper)), tmp_path / "encoder", "encoder")
     model, info = WhisperModel.from_pretrained(out, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert isinstance(AutoModel.from_pretrained(out), WhisperModel)
     assert len(model.decoder.layers) == 0
     assert sum(p.numel() for p in model.decoder.parameters()) < 200
-    features = WhisperFeatureExtractor.from_pretrained(out)(clips(), sampling_rate=16_000, return_tensors="pt").input_features
+    features = WhisperFeatureExtractor.from_pretrained(out)(
+        clips(), sampling_rate=16_000, return_tensors="pt"
+    ).input_features
     with torch.no_grad():
         frames = model.eval().encoder(features).last_hidden_state
     expected = training_encoder(checkpoint, tiny_whisper, "30s").encode(clips(), 16_000)
     for clip, reference in zip(expected, frames, strict=True):
         assert_close(clip, reference[: len(clip)], atol=1e-5, rtol=0)
     packed = load_encoder(str(out)).encode(clips(), 16_000)
-    for clip, reference in zip(packed, training_encoder(checkpoint, tiny_whisper, "none").encode(clips(), 16_000), strict=True):
+    for clip, reference in zip(
+        packed,
+        training_encoder(checkpoint, tiny_whisper, "none").encode(clips(), 16_000),
+        strict=True,
+    ):
         assert torch.equal(clip, reference)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "whisper"])
-def test_an_export_is_run_as_it_was_trained(kind: ExportKind, checkpoint: Path, tiny_whisper: Path, tmp_path: Path):
-    out = export_checkpoint(checkpoint, Start(str(tiny_whisper)), tmp_path / "padded", kind, padding="30s")
+def test_an_export_is_run_as_it_was_trained(
+    kind: ExportKind, checkpoint: Path, tiny_whisper: Path, tmp_path: Path
+):
+    out = export_checkpoint(
+        checkpoint, Start(str(tiny_whisper)), tmp_path / "padded", kind, padding="30s"
+    )
     assert (load_encoder(out).padding, load_encoder(out, padding="none").padding) == ("30s", "none")
     assert load_encoder(out, random_init=True).padding == "30s"
     frames = zip(
-        load_encoder(out).encode(clips(), 16_000), load_encoder(out, padding="30s").encode(clips(), 16_000), strict=True
+        load_encoder(out).encode(clips(), 16_000),
+        load_encoder(out, padding="30s").encode(clips(), 16_000),
+        strict=True,
     )
     assert all(torch.equal(clip, padded) for clip, padded in frames)
     again = export_checkpoint(
@@ -85,21 +108,29 @@ def test_an_export_is_run_as_it_was_trained(kind: ExportKind, checkpoint: Path, 
     assert load_encoder(tiny_whisper).padding == "none", "a checkpoint that does not say"
 
 
-def test_the_whisper_export_keeps_decoder_tokenizer_and_generation(checkpoint: Path, tiny_whisper: Path, tmp_path: Path):
+def test_the_whisper_export_keeps_decoder_tokenizer_and_generation(
+    checkpoint: Path, tiny_whisper: Path, tmp_path: Path
+):
     out = export_checkpoint(checkpoint, Start(str(tiny_whisper)), tmp_path / "whisper", "whisper")
     model, info = WhisperForConditionalGeneration.from_pretrained(out, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     weights = read_checkpoint(checkpoint)
-    assert torch.equal(model.model.decoder.embed_tokens.weight, weights["decoder.whisper.embed_tokens.weight"])
+    assert torch.equal(
+        model.model.decoder.embed_tokens.weight, weights["decoder.whisper.embed_tokens.weight"]
+    )
     assert model.proj_out.weight.data_ptr() == model.model.decoder.embed_tokens.weight.data_ptr()
     processor = WhisperProcessor.from_pretrained(out)
     features = processor(clips(), sampling_rate=16_000, return_tensors="pt").input_features
-    texts = processor.batch_decode(model.generate(features, language="en", task="transcribe", max_new_tokens=4))
+    texts = processor.batch_decode(
+        model.generate(features, language="en", task="transcribe", max_new_tokens=4)
+    )
     assert len(texts) == 2
     assert Start(str(out)).multilingual
 
 
-def test_an_encoder_export_cannot_start_the_whisper_decoder(checkpoint: Path, tiny_whisper: Path, tmp_path: Path):
+def test_an_encoder_export_cannot_start_the_whisper_decoder(
+    checkpoint: Path, tiny_whisper: Path, tmp_path: Path
+):
     out = export_checkpoint(checkpoint, Start(str(tiny_whisper)), tmp_path / "encoder", "encoder")
     with pytest.raises(UserError, match="encoder without its decoder"):
         _ = Start(str(out)).model
@@ -130,7 +161,11 @@ def test_precisions(checkpoint: Path, tiny_whisper: Path, tmp_path: Path):
         out = export_checkpoint(checkpoint, start, tmp_path / str(dtype), "encoder", dtype=dtype)
         assert WhisperModel.from_pretrained(out).dtype == dtype
         rough = load_encoder(out, padding="30s").encode(clips(), 16_000)
-        for clip, exact in zip(rough, training_encoder(checkpoint, tiny_whisper, "30s").encode(clips(), 16_000), strict=True):
+        for clip, exact in zip(
+            rough,
+            training_encoder(checkpoint, tiny_whisper, "30s").encode(clips(), 16_000),
+            strict=True,
+        ):
             assert torch.nn.functional.cosine_similarity(clip, exact).min() > 0.999
     with pytest.raises(UserError, match="float32"):
         export_checkpoint(checkpoint, start, tmp_path / "onnx", "onnx", dtype=torch.float16)

@@ -31,12 +31,23 @@ def test_the_traced_encoder_is_the_encoder(tiny_whisper: Path, padding: Padding)
         assert_close(traced(torch.from_numpy(clip)), expected, atol=1e-5, rtol=0)
 
 
-def test_the_command_writes_a_graph_that_onnxruntime_runs(in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_writes_a_graph_that_onnxruntime_runs(
+    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     runtime = pytest.importorskip("onnxruntime")
-    assert main(["export", "runs/aut_tiny/latest", "--out", str(tmp_path / "graph"), "--format", "onnx"]) == 0
+    assert (
+        main(
+            ["export", "runs/aut_tiny/latest", "--out", str(tmp_path / "graph"), "--format", "onnx"]
+        )
+        == 0
+    )
     assert "onnxruntime.InferenceSession" in capsys.readouterr().out
-    session = runtime.InferenceSession(tmp_path / "graph" / GRAPH, providers=["CPUExecutionProvider"])
-    for clip, expected in zip(clips(), load_encoder("runs/aut_tiny/latest").encode(clips(), 16_000), strict=True):
+    session = runtime.InferenceSession(
+        tmp_path / "graph" / GRAPH, providers=["CPUExecutionProvider"]
+    )
+    for clip, expected in zip(
+        clips(), load_encoder("runs/aut_tiny/latest").encode(clips(), 16_000), strict=True
+    ):
         (frames,) = session.run(None, {"waveform": clip})
         assert_close(torch.from_numpy(frames), expected, atol=1e-4, rtol=0)
     assert (tmp_path / "graph" / "README.md").is_file()
@@ -49,4 +60,6 @@ def test_a_graph_of_padded_clips(tiny_whisper: Path, tmp_path: Path):
     path = write_onnx(encoder.encoder.whisper, "30s", tmp_path)
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for clip, expected in zip(clips(), encoder.encode(clips(), 16_000), strict=True):
-        assert_close(torch.from_numpy(session.run(None, {"waveform": clip})[0]), expected, atol=1e-4, rtol=0)
+        assert_close(
+            torch.from_numpy(session.run(None, {"waveform": clip})[0]), expected, atol=1e-4, rtol=0
+        )

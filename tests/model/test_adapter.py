@@ -59,7 +59,9 @@ def test_a_clip_in_a_batch_is_the_clip_alone_and_starts_at_the_embeddings_scale(
     assert counts == (2, 1, 3)
     alone = [adapter(clip, (len(clip),))[0] for clip in frames().split(LENGTHS)]
     assert_close(out, torch.cat(alone))
-    assert float(out.detach().square().mean().sqrt()) == pytest.approx(float(embeddings.square().mean().sqrt()), rel=0.02)
+    assert float(out.detach().square().mean().sqrt()) == pytest.approx(
+        float(embeddings.square().mean().sqrt()), rel=0.02
+    )
 
 
 def test_bad_options_are_refused():

@@ -7,7 +7,9 @@ from whisper_aut.model.answers import AnswerMetrics, tag_f1
 
 
 def test_each_task_has_its_measures():
-    metrics = AnswerMetrics({"say": "words", "class": "exact", "tags": "tags", "caption": "caption", "unseen": "exact"})
+    metrics = AnswerMetrics(
+        {"say": "words", "class": "exact", "tags": "tags", "caption": "caption", "unseen": "exact"}
+    )
     said = [("turn the light off", "Turn the lights off!"), ("seven", "seven"), ("", "nine birds")]
     for written, meant in said:
         metrics.update("say", written, meant)
@@ -19,8 +21,12 @@ def test_each_task_has_its_measures():
     metrics.update("other", "x", "y")
     metrics.update("class", "x", "...")  # nothing is left of this reference
     computed = {name: float(value) for name, value in metrics.compute().items()}
-    assert computed["wer_say"] == pytest.approx(jiwer.wer(["turn the lights off", "seven", "nine birds"], [s for s, _ in said]))
-    assert computed["cer_say"] == pytest.approx(jiwer.cer(["turn the lights off", "seven", "nine birds"], [s for s, _ in said]))
+    assert computed["wer_say"] == pytest.approx(
+        jiwer.wer(["turn the lights off", "seven", "nine birds"], [s for s, _ in said])
+    )
+    assert computed["cer_say"] == pytest.approx(
+        jiwer.cer(["turn the lights off", "seven", "nine birds"], [s for s, _ in said])
+    )
     assert computed["exact_class"] == 0.5
     assert computed["f1_tags"] == pytest.approx((1 + 2 / 3) / 2)
     assert computed["exact_tags"] == 0.5

@@ -35,7 +35,9 @@ def test_flash_attention_takes_half_precision_from_ampere_on(
     attention._has_flash.cache_clear()
     segments = Segments.of(LENGTHS, LENGTHS, torch.device("cpu"))
     with FakeTensorMode():
-        query, key, value = (torch.empty(sum(LENGTHS), 2, 4, device="cuda", dtype=dtype) for _ in range(3))
+        query, key, value = (
+            torch.empty(sum(LENGTHS), 2, 4, device="cuda", dtype=dtype) for _ in range(3)
+        )
         attended = clip_attention(query, key, value, segments)
     attention._has_flash.cache_clear()
     assert attended.shape == (sum(LENGTHS), 2, 4)
@@ -43,7 +45,9 @@ def test_flash_attention_takes_half_precision_from_ampere_on(
 
 
 def test_attention_runs_in_the_precision_of_the_values():
-    query, key, value = torch.randn(3, sum(LENGTHS), 2, 4, generator=torch.Generator().manual_seed(0))
+    query, key, value = torch.randn(
+        3, sum(LENGTHS), 2, 4, generator=torch.Generator().manual_seed(0)
+    )
     segments = Segments.of(LENGTHS, LENGTHS, query.device)
     mixed = clip_attention(query, key, value.bfloat16(), segments)
     assert mixed.dtype == torch.bfloat16

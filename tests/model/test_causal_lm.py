@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from tests.conftest import REPOSITORY
 from tests.model.test_decoders import TEXTS, frames_and_lengths, targets_of
@@ -23,9 +30,16 @@ from whisper_aut.model.start import Start
 CAPTION = {"caption": {"asks": ["Describe it.", "What is it?"]}}
 
 
-def build(tiny_whisper: Path, language_model: Path, *, checkpointing: bool = False, **options: Any) -> tuple[Any, Any]:
+def build(
+    tiny_whisper: Path, language_model: Path, *, checkpointing: bool = False, **options: Any
+) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    values = {"name": "causal_lm", "language_model": str(language_model), "instructions": CAPTION, **options}
+    values = {
+        "name": "causal_lm",
+        "language_model": str(language_model),
+        "instructions": CAPTION,
+        **options,
+    }
     entry, checked = check_decoder(values)
     return entry.build(Start(str(tiny_whisper)), checked, checkpointing)
 
@@ -35,17 +49,29 @@ def tiny_llama(tiny_language_model: Path, tmp_path_factory: pytest.TempPathFacto
     """Another architecture: no norms on queries, an output embedding of its own, every head with its own keys."""
     _, tokenizer = load_language_model(str(tiny_language_model))
     out = tmp_path_factory.mktemp("llama") / "tiny"
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **sizes)).save_pretrained(out)  # pyright: ignore
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **sizes)
+    ).save_pretrained(out)  # pyright: ignore
     tokenizer.save_pretrained(out)
     return out
 
 
-def naive_losses(model: Any, adapter: Any, frames: Tensor, lengths: tuple[int, ...], targets: Targets) -> list[Tensor]:
+def naive_losses(
+    model: Any, adapter: Any, frames: Tensor, lengths: tuple[int, ...], targets: Targets
+) -> list[Tensor]:
     """One clip at a time through the whole model, all logits, the labels that are not to be learned masked by -100."""
     losses = []
     clips = zip(
-        frames.split(lengths), targets.tokens.split(targets.lengths), targets.supervised.split(targets.lengths), strict=True
+        frames.split(lengths),
+        targets.tokens.split(targets.lengths),
+        targets.supervised.split(targets.lengths),
+        strict=True,
     )
     for clip, tokens, supervised in clips:
         at = tokens.tolist().index(AUDIO)
@@ -53,16 +79,26 @@ def naive_losses(model: Any, adapter: Any, frames: Tensor, lengths: tuple[int, .
         embed = model.get_input_embeddings()
         sequence = torch.cat([embed(tokens[:at]), audio, embed(tokens[at + 1 :])])
         labels = torch.full((len(sequence),), -100)
-        labels[len(sequence) - len(tokens) + at + 1 :] = torch.where(supervised, tokens, -100)[at + 1 :]
+        labels[len(sequence) - len(tokens) + at + 1 :] = torch.where(supervised, tokens, -100)[
+            at + 1 :
+        ]
         logits = model(inputs_embeds=sequence[None]).logits[0].float()
-        losses.append(torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum"))
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                logits[:-1], labels[1:], ignore_index=-100, reduction="sum"
+            )
+        )
     return losses
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])
 def test_loss_and_gradients_equal_a_naive_pass(
-    architecture: str, checkpointing: bool, tiny_whisper: Path, tiny_language_model: Path, tiny_llama: Path
+    architecture: str,
+    checkpointing: bool,
+    tiny_whisper: Path,
+    tiny_language_model: Path,
+    tiny_llama: Path,
 ):
     path = tiny_language_model if architecture == "qwen3" else tiny_llama
     decoder, codec = build(tiny_whisper, path, checkpointing=checkpointing)
@@ -71,7 +107,10 @@ def test_loss_and_gradients_equal_a_naive_pass(
     targets = targets_of(codec)
     loss = decoder.loss(frames, lengths, targets)
     loss.total.backward()
-    ours = {"frames": frames.grad, **{name: p.grad for name, p in decoder.adapter.named_parameters()}}
+    ours = {
+        "frames": frames.grad,
+        **{name: p.grad for name, p in decoder.adapter.named_parameters()},
+    }
 
     again = frames.detach().clone().requires_grad_(True)
     decoder.adapter.zero_grad()
@@ -80,12 +119,17 @@ def test_loss_and_gradients_equal_a_naive_pass(
     torch.stack(expected).sum().backward()
     per_clip = torch.stack([part.sum() for part in loss.token_nll.split(loss.counts)])
     assert_close(per_clip, torch.stack(expected).detach(), rtol=1e-5, atol=1e-5)
-    theirs = {"frames": again.grad, **{name: p.grad for name, p in decoder.adapter.named_parameters()}}
+    theirs = {
+        "frames": again.grad,
+        **{name: p.grad for name, p in decoder.adapter.named_parameters()},
+    }
     for name, grad in theirs.items():
         assert (ours[name] - grad).norm() <= 1e-5 * max(float(grad.norm()), 1e-2), name
 
 
-def test_generation_of_a_batch_is_what_the_model_generates_for_each_clip(tiny_whisper: Path, tiny_language_model: Path):
+def test_generation_of_a_batch_is_what_the_model_generates_for_each_clip(
+    tiny_whisper: Path, tiny_language_model: Path
+):
     decoder, codec = build(tiny_whisper, tiny_language_model)
     frames, lengths = frames_and_lengths()
     prompts = targets_of(codec).prompts()
@@ -105,7 +149,9 @@ def test_generation_of_a_batch_is_what_the_model_generates_for_each_clip(tiny_wh
         assert answer == expected
 
 
-def test_frozen_weights_stay_what_they_were_and_out_of_the_state(tiny_whisper: Path, tiny_language_model: Path):
+def test_frozen_weights_stay_what_they_were_and_out_of_the_state(
+    tiny_whisper: Path, tiny_language_model: Path
+):
     decoder, codec = build(tiny_whisper, tiny_language_model)
     before = weights_hash(AutoModelForCausalLM.from_pretrained(tiny_language_model))
     frames, lengths = frames_and_lengths()
@@ -129,14 +175,18 @@ def test_frozen_weights_stay_what_they_were_and_out_of_the_state(tiny_whisper: P
     assert before == state["_extra_state"]["weights"]
 
 
-def test_a_checkpoint_refuses_another_language_model(tiny_whisper: Path, tiny_language_model: Path, tiny_llama: Path):
+def test_a_checkpoint_refuses_another_language_model(
+    tiny_whisper: Path, tiny_language_model: Path, tiny_llama: Path
+):
     decoder, _ = build(tiny_whisper, tiny_language_model)
     other, _ = build(tiny_whisper, tiny_llama)
     with pytest.raises(UserError, match="holds others"):
         other.load_state_dict(decoder.state_dict())
 
 
-def test_a_random_language_model_is_the_same_one_every_time(tiny_whisper: Path, tiny_language_model: Path):
+def test_a_random_language_model_is_the_same_one_every_time(
+    tiny_whisper: Path, tiny_language_model: Path
+):
     one, _ = build(tiny_whisper, tiny_language_model, random_init=True)
     torch.randn(3)
     other, _ = build(tiny_whisper, tiny_language_model, random_init=True)
@@ -145,7 +195,9 @@ def test_a_random_language_model_is_the_same_one_every_time(tiny_whisper: Path, 
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
-def test_trained_parts_learn_and_travel_in_the_state(train: str, tiny_whisper: Path, tiny_language_model: Path):
+def test_trained_parts_learn_and_travel_in_the_state(
+    train: str, tiny_whisper: Path, tiny_language_model: Path
+):
     decoder, codec = build(tiny_whisper, tiny_language_model, train=train, lora={"rank": 4})
     trained = [name for name, p in decoder.model.named_parameters() if p.requires_grad]
     assert all(("lora_" in name) == (train == "lora") for name in trained)
@@ -157,16 +209,22 @@ def test_trained_parts_learn_and_travel_in_the_state(train: str, tiny_whisper: P
         decoder.loss(frames, lengths, targets_of(codec)).total.backward()
         optimizer.step()
     state = decoder.state_dict()
-    kept = {name.removeprefix("model.") for name in state if name.startswith("model.")} - {"lm_head.weight"}
+    kept = {name.removeprefix("model.") for name in state if name.startswith("model.")} - {
+        "lm_head.weight"
+    }
     assert kept == set(trained)
     fresh, _ = build(tiny_whisper, tiny_language_model, train=train, lora={"rank": 4})
     fresh.load_state_dict(state)
     again = fresh.loss(frames, lengths, targets_of(codec)).total.item()
-    assert again == pytest.approx(decoder.loss(frames, lengths, targets_of(codec)).total.item(), rel=1e-6)
+    assert again == pytest.approx(
+        decoder.loss(frames, lengths, targets_of(codec)).total.item(), rel=1e-6
+    )
     assert again < first
 
 
-def test_what_cannot_be_a_language_model_is_refused(tiny_whisper: Path, tiny_language_model: Path, tmp_path: Path):
+def test_what_cannot_be_a_language_model_is_refused(
+    tiny_whisper: Path, tiny_language_model: Path, tmp_path: Path
+):
     with pytest.raises(UserError, match="is neither a directory here nor a model"):
         build(tiny_whisper, Path("nobody/nothing-1b"))
     with pytest.raises(UserError, match="not a usable language model"):
@@ -191,10 +249,19 @@ def test_empty_audio_never_moves_text_between_clips(tiny_whisper: Path, tiny_lan
 
 
 @pytest.mark.slow
-def test_qwen3_at_its_real_size_takes_a_step_within_12_gb(tiny_whisper: Path, tiny_language_model: Path, tmp_path: Path):
+def test_qwen3_at_its_real_size_takes_a_step_within_12_gb(
+    tiny_whisper: Path, tiny_language_model: Path, tmp_path: Path
+):
     """The architecture of Qwen/Qwen3-0.6B with random weights, from a local directory, in a process whose memory is measured."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
-    config = Qwen3Config(vocab_size=151_936, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, **sizes)
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+    }
+    config = Qwen3Config(
+        vocab_size=151_936, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, **sizes
+    )
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)  # pyright: ignore
     AutoTokenizer.from_pretrained(tiny_language_model).save_pretrained(tmp_path)
     script = f"""
@@ -212,7 +279,9 @@ optimizer.step()
 assert frames.grad.abs().sum() > 0
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
-    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=REPOSITORY
+    )
     assert finished.returncode == 0, finished.stderr[-2000:]
     peak_gib = float(finished.stdout.split()[-1])
     assert peak_gib < 12, peak_gib

@@ -37,8 +37,12 @@ class CTCText:
     metrics = {"transcription": "words"}  # noqa: RUF012
 
     def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
-        tokens = torch.tensor(self.tokenizer(annotation.text, add_special_tokens=False).input_ids) + 1
-        return TokenTarget(tokens, torch.ones(len(tokens), dtype=torch.bool), 0, annotation.text, "transcription")
+        tokens = (
+            torch.tensor(self.tokenizer(annotation.text, add_special_tokens=False).input_ids) + 1
+        )
+        return TokenTarget(
+            tokens, torch.ones(len(tokens), dtype=torch.bool), 0, annotation.text, "transcription"
+        )
 
     def decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode([token - 1 for token in tokens])).strip()
@@ -53,14 +57,26 @@ class CTCDecoder(nn.Module):
 
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         losses = [
-            nn.functional.ctc_loss(clip.log_softmax(-1), text, [len(clip)], [len(text)], BLANK, "sum")
-            for clip, text in zip(self.head(frames).split(lengths), targets.tokens.split(targets.lengths), strict=True)
+            nn.functional.ctc_loss(
+                clip.log_softmax(-1), text, [len(clip)], [len(text)], BLANK, "sum"
+            )
+            for clip, text in zip(
+                self.head(frames).split(lengths), targets.tokens.split(targets.lengths), strict=True
+            )
         ]
-        nll = torch.cat([(one.detach() / n).expand(n) for one, n in zip(losses, targets.lengths, strict=True)])
-        return DecoderLoss(torch.stack(losses).sum(), nll, torch.zeros(len(nll), dtype=torch.bool), targets.lengths)
+        nll = torch.cat(
+            [(one.detach() / n).expand(n) for one, n in zip(losses, targets.lengths, strict=True)]
+        )
+        return DecoderLoss(
+            torch.stack(losses).sum(), nll, torch.zeros(len(nll), dtype=torch.bool), targets.lengths
+        )
 
     def generate(
-        self, frames: Tensor, lengths: Sequence[int], prompts: Sequence[Tensor], max_new_tokens: int = 64
+        self,
+        frames: Tensor,
+        lengths: Sequence[int],
+        prompts: Sequence[Tensor],
+        max_new_tokens: int = 64,
     ) -> list[list[int]]:
         best = [clip.argmax(-1).unique_consecutive() for clip in self.head(frames).split(lengths)]
         return [tokens[tokens != BLANK].tolist()[:max_new_tokens] for tokens in best]
@@ -69,18 +85,27 @@ class CTCDecoder(nn.Module):
         return self.parameters()
 
 
-def build_ctc(start: Start, options: CTCOptions, gradient_checkpointing: bool) -> tuple[nn.Module, TextCodec]:
+def build_ctc(
+    start: Start, options: CTCOptions, gradient_checkpointing: bool
+) -> tuple[nn.Module, TextCodec]:
     return CTCDecoder(start.config.d_model, len(start.tokenizer)), CTCText(start.tokenizer)
 
 
 @pytest.fixture(params=[*sorted(DECODERS), "ctc", "causal_lm trained"])
 def kit(
-    request: pytest.FixtureRequest, tiny_whisper: Path, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    tiny_whisper: Path,
+    tiny_language_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Any, TextCodec]:
     monkeypatch.setitem(DECODERS, "ctc", DecoderEntry(CTCOptions, build_ctc))
     name, _, trained = request.param.partition(" ")
     caption = {"caption": {"asks": ["Describe it.", "What is it?"]}}
-    language = {"language_model": str(tiny_language_model), "instructions": caption, "train": "full" if trained else "frozen"}
+    language = {
+        "language_model": str(tiny_language_model),
+        "instructions": caption,
+        "train": "full" if trained else "frozen",
+    }
     torch.manual_seed(0)
     entry, options = check_decoder({"name": name, **(language if name == "causal_lm" else {})})
     return entry.build(Start(str(tiny_whisper)), options, False)
@@ -106,7 +131,12 @@ def test_loss_counts_supervised_tokens_and_reaches_the_frames(kit: tuple[Any, Te
     frames.requires_grad_(True)
     targets = targets_of(codec)
     loss = decoder.loss(frames, lengths, targets)
-    assert sum(loss.counts) == int(targets.supervised.sum()) == len(loss.token_nll) == len(loss.correct)
+    assert (
+        sum(loss.counts)
+        == int(targets.supervised.sum())
+        == len(loss.token_nll)
+        == len(loss.correct)
+    )
     assert_close(loss.total.detach(), loss.token_nll.sum())
     loss.total.backward()
     assert all(clip.abs().sum() > 0 for clip in frames.grad.split(lengths))
@@ -121,7 +151,10 @@ def test_a_clip_in_a_batch_is_the_clip_alone(kit: tuple[Any, TextCodec]):
         decoder.loss(clip, (len(clip),), targets_of(codec, (text,))).total
         for clip, text in zip(frames.split(lengths), TEXTS, strict=True)
     ]
-    assert_close(torch.stack([part.sum() for part in together.token_nll.split(together.counts)]), torch.stack(alone).detach())
+    assert_close(
+        torch.stack([part.sum() for part in together.token_nll.split(together.counts)]),
+        torch.stack(alone).detach(),
+    )
 
 
 def test_generates_token_lists_within_the_limit(kit: tuple[Any, TextCodec]):

@@ -37,7 +37,9 @@ def _pair(inputs: int, outputs: int, *, bias: bool = True) -> tuple[nn.Linear, n
 
 @pytest.mark.parametrize("shape", [(300, 80), (2, 150, 80), (1, 300, 80)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_and_its_gradients_are_those_in_float64(onednn: list, shape: tuple[int, ...], bias: bool):
+def test_a_layer_and_its_gradients_are_those_in_float64(
+    onednn: list, shape: tuple[int, ...], bias: bool
+):
     torch.manual_seed(0)
     ours, theirs = _pair(80, 120, bias=bias)
     x = torch.randn(shape, requires_grad=True)
@@ -114,7 +116,9 @@ def test_only_plain_linear_layers_change_and_their_names_do_not():
 
 
 @pytest.mark.parametrize(("vendor", "slow"), [("AuthenticAMD", True), ("GenuineIntel", False)])
-def test_the_processor_decides(vendor: str, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_processor_decides(
+    vendor: str, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "cpuinfo").write_text(f"processor: 0\nvendor_id: {vendor}\n")
     monkeypatch.setattr(dense, "CPU_INFO", tmp_path / "cpuinfo")
     mkl_is_slow.cache_clear()
@@ -123,7 +127,9 @@ def test_the_processor_decides(vendor: str, slow: bool, tmp_path: Path, monkeypa
         assert mkl_is_slow() == (slow and has_both)
         mkl_is_slow.cache_clear()
         monkeypatch.setattr(dense, "CPU_INFO", tmp_path / "none")
-        monkeypatch.setattr("platform.processor", lambda: f"AMD64 Family 25 Model 33 Stepping 0, {vendor}")
+        monkeypatch.setattr(
+            "platform.processor", lambda: f"AMD64 Family 25 Model 33 Stepping 0, {vendor}"
+        )
         assert mkl_is_slow() == (slow and has_both)
     finally:
         mkl_is_slow.cache_clear()

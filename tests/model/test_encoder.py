@@ -33,12 +33,16 @@ def model(request: pytest.FixtureRequest) -> WhisperModel:
         "encoder_attention_heads": 4,
         "decoder_attention_heads": 4,
     }
-    return WhisperModel(WhisperConfig(**sizes, encoder_ffn_dim=128, decoder_ffn_dim=128, num_mel_bins=request.param)).eval()
+    return WhisperModel(
+        WhisperConfig(**sizes, encoder_ffn_dim=128, decoder_ffn_dim=128, num_mel_bins=request.param)
+    ).eval()
 
 
 def packed(waveforms: Sequence[Tensor], bins: int) -> tuple[Tensor, list[int]]:
     logmel = LogMel(bins)
-    return torch.cat([logmel(waveform) for waveform in waveforms]), [mel_frames(len(waveform)) for waveform in waveforms]
+    return torch.cat([logmel(waveform) for waveform in waveforms]), [
+        mel_frames(len(waveform)) for waveform in waveforms
+    ]
 
 
 def reference_features(waveforms: Sequence[Tensor], bins: int) -> Tensor:
@@ -72,19 +76,26 @@ def test_a_clip_is_the_same_alone_and_in_any_batch(model: WhisperModel, waveform
 
 
 @torch.no_grad()
-def test_none_mode_equals_the_padded_run_with_masked_keys(model: WhisperModel, waveforms: list[Tensor]):
+def test_none_mode_equals_the_padded_run_with_masked_keys(
+    model: WhisperModel, waveforms: list[Tensor]
+):
     """The independent reference: Hugging Face's own layers on 30 s, every key behind the clip's end masked out."""
     bins = model.config.num_mel_bins
     frames = PackedEncoder(model.encoder, "none")(*packed(waveforms, bins)).valid()
     for waveform, clip in zip(waveforms, frames, strict=True):
-        hidden = masked_reference(model, reference_features([waveform], bins), len(clip)).last_hidden_state
+        hidden = masked_reference(
+            model, reference_features([waveform], bins), len(clip)
+        ).last_hidden_state
         assert_close(clip, hidden[0, : len(clip)], atol=1e-5, rtol=0)
 
 
 def masked_reference(model: WhisperModel, features: Tensor, valid: int) -> BaseModelOutput:
     encoder = model.encoder
     hidden = torch.nn.functional.gelu(encoder.conv1(features))
-    hidden = torch.nn.functional.gelu(encoder.conv2(hidden)).permute(0, 2, 1) + encoder.embed_positions.weight
+    hidden = (
+        torch.nn.functional.gelu(encoder.conv2(hidden)).permute(0, 2, 1)
+        + encoder.embed_positions.weight
+    )
     mask = torch.zeros(1, 1, 1, hidden.shape[1])
     mask[..., valid:] = float("-inf")
     for layer in encoder.layers:
@@ -98,17 +109,26 @@ def test_gradients_equal_a_loop_over_clips(model: WhisperModel, waveforms: list[
     clips = [waveform[:48_000] for waveform in waveforms]
     weights = torch.randn(64, generator=torch.Generator().manual_seed(1))
     encoder(*packed(clips, bins)).values.matmul(weights).sum().backward()
-    together = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+    together = {
+        name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None
+    }
     encoder.zero_grad()
     for clip in clips:
         encoder(*packed([clip], bins)).values.matmul(weights).sum().backward()
     for name, parameter in encoder.named_parameters():
         if parameter.grad is not None:
-            assert_close(together[name], parameter.grad, atol=1e-5 * float(parameter.grad.abs().max().clamp(min=1)), rtol=1e-4)
+            assert_close(
+                together[name],
+                parameter.grad,
+                atol=1e-5 * float(parameter.grad.abs().max().clamp(min=1)),
+                rtol=1e-4,
+            )
     encoder.zero_grad()
 
 
-def test_ranks_with_equal_and_with_mixed_clips_call_the_same_modules(model: WhisperModel, waveforms: list[Tensor]):
+def test_ranks_with_equal_and_with_mixed_clips_call_the_same_modules(
+    model: WhisperModel, waveforms: list[Tensor]
+):
     """ZeRO-3 gathers weights at each call, on all ranks together: another call, or one less, and they wait or mix them up."""
     encoder = PackedEncoder(model.encoder)
     called: list[str] = []
@@ -156,7 +176,9 @@ def test_a_compiled_encoder_computes_the_same_and_is_compiled_once_for_all_lengt
     model: WhisperModel, waveforms: list[Tensor]
 ):
     bins = model.config.num_mel_bins
-    plain, compiled = (PackedEncoder(model.encoder, "none", compile=wanted).train() for wanted in (False, True))
+    plain, compiled = (
+        PackedEncoder(model.encoder, "none", compile=wanted).train() for wanted in (False, True)
+    )
     torch._dynamo.reset()
     counters.clear()
     for chosen in (waveforms[:2], waveforms[1:2], waveforms[:4], waveforms[2:5], waveforms[::-1]):
@@ -166,12 +188,16 @@ def test_a_compiled_encoder_computes_the_same_and_is_compiled_once_for_all_lengt
             frames = encoder(mel, lengths).values
             frames.square().mean().backward()
             outputs.append(frames.detach())
-            gradients.append({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None})
+            gradients.append(
+                {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+            )
             encoder.zero_grad()
         assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-5)
         for name, gradient in gradients[0].items():
             assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-3, msg=name)
-    assert counters["stats"]["unique_graphs"] == 2, "one for each half of a layer, whatever the layer and the lengths"
+    assert counters["stats"]["unique_graphs"] == 2, (
+        "one for each half of a layer, whatever the layer and the lengths"
+    )
     model.eval()
     with torch.no_grad():
         for chosen in (waveforms[:2], waveforms[:3]):

@@ -28,7 +28,9 @@ def counted_products(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("width", [32, 64])
 def test_formulas_count_what_pytorch_counts(width: int):
-    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1)
+    tokens = dict.fromkeys(
+        ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1
+    )
     sizes = {
         "d_model": width,
         "encoder_layers": 3,
@@ -55,11 +57,15 @@ def test_formulas_count_what_pytorch_counts(width: int):
         encoder(mel, MEL_LENGTHS)
     held = encoder_flops(config, MEL_LENGTHS, frames.lengths, trained=False)
     assert held == pytest.approx(counter.get_total_flops(), rel=0.01)
-    assert decoder.flops(frames.lengths, targets) == whisper_decoder_flops(config, frames.lengths, TEXT_LENGTHS, supervised)
+    assert decoder.flops(frames.lengths, targets) == whisper_decoder_flops(
+        config, frames.lengths, TEXT_LENGTHS, supervised
+    )
 
 
 @pytest.mark.parametrize("train", ["frozen", "lora", "full"])
-def test_the_language_models_formula_counts_what_pytorch_counts(train: str, tiny_whisper: Path, tiny_language_model: Path):
+def test_the_language_models_formula_counts_what_pytorch_counts(
+    train: str, tiny_whisper: Path, tiny_language_model: Path
+):
     options = {
         "language_model": str(tiny_language_model),
         "instructions": {"caption": {"asks": ["Describe it."]}},
@@ -67,7 +73,12 @@ def test_the_language_models_formula_counts_what_pytorch_counts(train: str, tiny
     }
     entry, checked = check_decoder({"name": "causal_lm", **options})
     decoder, codec = entry.build(Start(str(tiny_whisper)), checked, False)
-    targets = Targets.pack([codec.encode(Annotation(text=text), "sound", 0) for text in ("rain falls", "a dog barks twice")])
+    targets = Targets.pack(
+        [
+            codec.encode(Annotation(text=text), "sound", 0)
+            for text in ("rain falls", "a dog barks twice")
+        ]
+    )
     lengths = (150, 251)
     frames = torch.randn(sum(lengths), 32, requires_grad=True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -60,7 +60,10 @@ def test_nothing_supervised_is_nothing_lost():
 
 
 def test_no_tensor_of_all_logits_ever_exists():
-    hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+    hidden, weight = (
+        torch.randn(64, 8, requires_grad=True),
+        torch.randn(1000, 8, requires_grad=True),
+    )
     with LargestTensor() as made:
         total, _, _ = chunked_cross_entropy(hidden, weight, torch.randint(0, 1000, (64,)), chunk=8)
         total.backward()
@@ -93,7 +96,9 @@ def test_without_gradients_none_is_computed(context: Any, monkeypatch: pytest.Mo
     hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     products: list[tuple[int, ...]] = []
 
-    def counted(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    def counted(
+        left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         products.append((len(left), len(right)))
         return torch.mm(left, right.T, out=out)
 

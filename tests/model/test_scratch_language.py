@@ -28,12 +28,17 @@ def test_reading_teaches_it_to_repeat(tiny_language_model: Path):
         chat = reader._written_out(codec.encode(text.annotation, "sound", 0), [written])
         assert AUDIO not in chat.tokens.tolist()
         with torch.no_grad():
-            states = packed_states(model, model.get_input_embeddings()(chat.tokens), [len(chat.tokens)])
+            states = packed_states(
+                model, model.get_input_embeddings()(chat.tokens), [len(chat.tokens)]
+            )
         places = chat.supervised.nonzero()[:, 0]
         logits = states[places - 1] @ model.get_input_embeddings().weight.T  # pyright: ignore[reportOperatorIssue]
         return torch.nn.functional.cross_entropy(logits, chat.tokens[places]).item()
 
-    pairs = [("a dog barks twice", "nine birds sing"), ("rain falls on a tin roof", "turn the light off")]
+    pairs = [
+        ("a dog barks twice", "nine birds sing"),
+        ("rain falls on a tin roof", "turn the light off"),
+    ]
     for one, other in pairs:
         assert loss_of(one, one) < loss_of(one, other)
 
@@ -42,8 +47,12 @@ def test_what_is_asked_for_is_always_told_and_the_rest_at_times(tiny_language_mo
     """In the tokens that the answer has: a model that copies needs no second spelling of each word."""
     _, tokenizer = load_language_model(str(tiny_language_model))
     asked = Instruction(["What?"], "{label:words}")
-    codec = ChatText(tokenizer, Instructions({"class": asked, "caption": Instruction(["Say it."], weight=1e-9)}))
-    text = scratch_language._Text(Annotation(text="rain on a tin roof", label="water_drops"), "sound")
+    codec = ChatText(
+        tokenizer, Instructions({"class": asked, "caption": Instruction(["Say it."], weight=1e-9)})
+    )
+    text = scratch_language._Text(
+        Annotation(text="rain on a tin roof", label="water_drops"), "sound"
+    )
     reader = scratch_language._Reader(codec, [text], 1, random.Random(0))
     chats = list(reader.batch(60))
     told = [codec.decode(chat.tokens[chat.heard].tolist()).split("\n") for chat in chats]
@@ -56,14 +65,26 @@ def test_what_is_asked_for_is_always_told_and_the_rest_at_times(tiny_language_mo
         assert any(written[at : at + len(answer)] == answer for at in range(len(written)))
 
 
-def test_it_is_made_once_and_anew_when_anything_changes(tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    scratch = LanguageScratch([str(tiny_shards / "sound")], str(tmp_path), width=16, layers=1, heads=2, vocabulary=300, steps=2)
+def test_it_is_made_once_and_anew_when_anything_changes(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scratch = LanguageScratch(
+        [str(tiny_shards / "sound")],
+        str(tmp_path),
+        width=16,
+        layers=1,
+        heads=2,
+        vocabulary=300,
+        steps=2,
+    )
     first = make_language_model(scratch, CAPTION)
     model, _ = load_language_model(first)
     with monkeypatch.context() as patch:
         patch.setattr(scratch_language, "_trained", lambda *_: pytest.fail("trained again"))
         assert make_language_model(scratch, CAPTION) == first
-    assert make_language_model(scratch, Instructions({"caption": Instruction(["Say it."])})) != first
+    assert (
+        make_language_model(scratch, Instructions({"caption": Instruction(["Say it."])})) != first
+    )
     assert not list(tmp_path.glob(".*partial"))
     scratch.out = str(tmp_path / "elsewhere")
     again, _ = load_language_model(make_language_model(scratch, CAPTION))

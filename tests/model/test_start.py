@@ -21,7 +21,10 @@ def copy(tiny_whisper: Path, tmp_path: Path) -> Path:
 
 
 def test_the_encoder_alone_equals_the_encoder_of_the_whole(tiny_whisper: Path):
-    alone, whole = load_whisper_encoder(str(tiny_whisper)), Start(str(tiny_whisper)).model.model.encoder
+    alone, whole = (
+        load_whisper_encoder(str(tiny_whisper)),
+        Start(str(tiny_whisper)).model.model.encoder,
+    )
     weights = whole.state_dict()
     assert alone.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in alone.state_dict().items())
@@ -29,7 +32,10 @@ def test_the_encoder_alone_equals_the_encoder_of_the_whole(tiny_whisper: Path):
 
 def test_random_init_keeps_the_shape_and_follows_the_seed(tiny_whisper: Path):
     clip = [np.random.default_rng(0).standard_normal(8000).astype(np.float32)]
-    frames = [load_encoder(str(tiny_whisper), random_init=True, seed=seed).encode(clip, 16_000)[0] for seed in (5, 5, 6)]
+    frames = [
+        load_encoder(str(tiny_whisper), random_init=True, seed=seed).encode(clip, 16_000)[0]
+        for seed in (5, 5, 6)
+    ]
     assert torch.equal(frames[0], frames[1])
     assert not torch.allclose(frames[0], frames[2])
     assert not torch.allclose(frames[0], load_encoder(str(tiny_whisper)).encode(clip, 16_000)[0])
@@ -61,7 +67,9 @@ def test_a_file_cut_short_is_a_user_error(copy: Path):
         _ = Start(str(copy)).model
 
 
-def test_other_models_and_missing_places_are_user_errors(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_models_and_missing_places_are_user_errors(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"encoder_layerdrop": 0.1}))
     with pytest.raises(UserError, match="layer dropout"):
@@ -70,7 +78,9 @@ def test_other_models_and_missing_places_are_user_errors(copy: Path, tmp_path: P
         load_encoder(str(tmp_path / "nowhere"))
     (tmp_path / "runs" / "aut_tiny" / "latest").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"There is no runs/aut_tny\. Did you mean 'aut_tiny'\? runs has: aut_tiny"):
+    with pytest.raises(
+        UserError, match=r"There is no runs/aut_tny\. Did you mean 'aut_tiny'\? runs has: aut_tiny"
+    ):
         load_encoder("runs/aut_tny")  # and no hub is asked
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="it holds nothing"):
@@ -84,12 +94,16 @@ def test_other_models_and_missing_places_are_user_errors(copy: Path, tmp_path: P
 
 def test_encode_equals_hugging_face_in_30s_mode(tiny_whisper: Path):
     generator = np.random.default_rng(0)
-    clips = [generator.standard_normal(samples).astype(np.float32) * 0.1 for samples in (16_000, 40_123)]
+    clips = [
+        generator.standard_normal(samples).astype(np.float32) * 0.1 for samples in (16_000, 40_123)
+    ]
     features = WhisperFeatureExtractor.from_pretrained(tiny_whisper)(
         clips, sampling_rate=16_000, return_tensors="pt"
     ).input_features
     with torch.no_grad():
-        expected = WhisperModel.from_pretrained(tiny_whisper).eval().encoder(features).last_hidden_state
+        expected = (
+            WhisperModel.from_pretrained(tiny_whisper).eval().encoder(features).last_hidden_state
+        )
     frames = load_encoder(str(tiny_whisper), padding="30s").encode(clips, sample_rate_hz=16_000)
     assert [len(clip) for clip in frames] == [50, 126]
     for clip, reference in zip(frames, expected, strict=True):

@@ -21,23 +21,34 @@ from whisper_aut.model.start import Start
 
 
 @pytest.mark.parametrize("lengths_seconds", [(1.0, 5.0, 3.0)])
-def test_whisper_loss_and_gradients_equal_hugging_face(tiny_whisper: Path, lengths_seconds: tuple[float, ...]):
+def test_whisper_loss_and_gradients_equal_hugging_face(
+    tiny_whisper: Path, lengths_seconds: tuple[float, ...]
+):
     start = Start(str(tiny_whisper))
     entry, options = check_decoder({"name": "whisper"})
     decoder, codec = entry.build(start, options, False)
     encoder = PackedEncoder(start.encoder, "30s")
     generator = torch.Generator().manual_seed(0)
-    waveforms = [torch.randn(round(16_000 * seconds), generator=generator) * 0.1 for seconds in lengths_seconds]
+    waveforms = [
+        torch.randn(round(16_000 * seconds), generator=generator) * 0.1
+        for seconds in lengths_seconds
+    ]
     targets = targets_of(codec)
     logmel = LogMel(80)
-    frames = encoder(torch.cat([logmel(w) for w in waveforms]), [mel_frames(len(w)) for w in waveforms])
+    frames = encoder(
+        torch.cat([logmel(w) for w in waveforms]), [mel_frames(len(w)) for w in waveforms]
+    )
     loss = decoder.loss(frames.values, frames.lengths, targets)
     (loss.total / sum(loss.counts)).backward()
-    ours = {name: p.grad.clone() for name, p in start.model.named_parameters() if p.grad is not None}
+    ours = {
+        name: p.grad.clone() for name, p in start.model.named_parameters() if p.grad is not None
+    }
 
     reference = WhisperForConditionalGeneration.from_pretrained(tiny_whisper)
     arrays = [w.numpy() for w in waveforms]
-    features = WhisperFeatureExtractor(80)(arrays, sampling_rate=16_000, return_tensors="pt").input_features
+    features = WhisperFeatureExtractor(80)(
+        arrays, sampling_rate=16_000, return_tensors="pt"
+    ).input_features
     # The recipe's labels: what the tokenizer gives without the start token, padded with -100.
     labels = [torch.tensor(start.tokenizer(text).input_ids[1:]) for text in TEXTS]
     labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
@@ -45,7 +56,9 @@ def test_whisper_loss_and_gradients_equal_hugging_face(tiny_whisper: Path, lengt
     expected.backward()
     assert_close(loss.total.detach() / sum(loss.counts), expected.detach(), rtol=1e-5, atol=0)
     theirs = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
-    theirs.pop("model.encoder.embed_positions.weight")  # fixed in Whisper and here; transformers trains it by oversight
+    theirs.pop(
+        "model.encoder.embed_positions.weight"
+    )  # fixed in Whisper and here; transformers trains it by oversight
     assert ours.keys() == theirs.keys()
     for name, grad in theirs.items():
         assert (ours[name] - grad).norm() <= 1e-5 * max(float(grad.norm()), 1e-3), name
@@ -61,11 +74,17 @@ def test_whisper_greedy_text_equals_hugging_face(tiny_whisper: Path):
     frames = encoder(LogMel(80)(waveform), [mel_frames(len(waveform))])
     prompt = targets_of(codec, ("x",)).prompts()
     written = decoder.generate(frames.values, frames.lengths, prompt, max_new_tokens=12)[0]
-    features = WhisperFeatureExtractor(80)(waveform.numpy(), sampling_rate=16_000, return_tensors="pt").input_features
+    features = WhisperFeatureExtractor(80)(
+        waveform.numpy(), sampling_rate=16_000, return_tensors="pt"
+    ).input_features
     expected = start.model.generate(
         features, language="en", task="transcribe", max_new_tokens=12, do_sample=False, num_beams=1
     )[0]
-    expected = [int(token) for token in expected if int(token) not in (*prompt[0].tolist(), decoder.end_token)]
+    expected = [
+        int(token)
+        for token in expected
+        if int(token) not in (*prompt[0].tolist(), decoder.end_token)
+    ]
     assert [token for token in written if token not in prompt[0].tolist()] == expected
 
 
@@ -87,6 +106,10 @@ def test_another_tokenizer_is_refused(tiny_whisper: Path, tmp_path: Path):
 def test_an_encoder_alone_is_said_before_anything_else(tiny_whisper: Path, tmp_path: Path):
     copy = Path(shutil.copytree(tiny_whisper, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"decoder_layers": 0, "max_target_positions": 1}))
+    (copy / "config.json").write_text(
+        json.dumps(config | {"decoder_layers": 0, "max_target_positions": 1})
+    )
     with pytest.raises(UserError, match="holds an encoder without its decoder"):
-        build_whisper_decoder(Start(str(copy)), WhisperDecoderOptions(), gradient_checkpointing=False)
+        build_whisper_decoder(
+            Start(str(copy)), WhisperDecoderOptions(), gradient_checkpointing=False
+        )

@@ -30,7 +30,10 @@ class TinyEncoder:
 
     def encode(self, waveforms, sample_rate_hz):
         self.encoded += len(waveforms)
-        return [torch.relu(frames @ self.weight) for frames in self.log_mel.encode(waveforms, sample_rate_hz)]
+        return [
+            torch.relu(frames @ self.weight)
+            for frames in self.log_mel.encode(waveforms, sample_rate_hz)
+        ]
 
     def fingerprint(self):
         return f"tiny-{self.seed}"
@@ -39,9 +42,9 @@ class TinyEncoder:
 def tone(label: str, seed: int, noise: float = 0.3) -> bytes:
     rng = np.random.default_rng(seed)
     seconds = np.arange(int(rng.uniform(0.15, 0.5) * RATE_HZ)) / RATE_HZ
-    wave = 0.2 * np.sin(2 * np.pi * TONES_HZ[label] * rng.uniform(0.6, 1.6) * seconds) + noise * rng.standard_normal(
-        seconds.size
-    )
+    wave = 0.2 * np.sin(
+        2 * np.pi * TONES_HZ[label] * rng.uniform(0.6, 1.6) * seconds
+    ) + noise * rng.standard_normal(seconds.size)
     file = io.BytesIO()
     soundfile.write(file, wave.clip(-1, 1).astype(np.float32), RATE_HZ, format="WAV")
     return file.getvalue()
@@ -51,8 +54,14 @@ def write_tones(folder: Path, clips_per_class: int, seed: int, **changes) -> Non
     with ShardFolder(folder, max_bytes=200_000) as shards:
         for number in range(clips_per_class * len(TONES_HZ)):
             label = list(TONES_HZ)[number % len(TONES_HZ)]
-            facts = {"label": label, "duration_seconds": 0.3, "extra": {"pitch": label, "half": str(number % 2)}} | changes
-            shards.write(f"clip{number}", "wav", tone(label, 1000 * seed + number), Annotation(**facts))
+            facts = {
+                "label": label,
+                "duration_seconds": 0.3,
+                "extra": {"pitch": label, "half": str(number % 2)},
+            } | changes
+            shards.write(
+                f"clip{number}", "wav", tone(label, 1000 * seed + number), Annotation(**facts)
+            )
 
 
 @pytest.fixture(scope="session")

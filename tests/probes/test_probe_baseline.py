@@ -17,11 +17,18 @@ def test_frames_are_the_valid_ones(samples):
 
 def test_other_rates_are_resampled():
     tone = torch.sin(torch.arange(8_000) / 8_000 * 2 * torch.pi * 440)
-    slow, fast = LogMelBaseline().encode([tone], 8_000)[0], LogMelBaseline().encode([tone], 16_000)[0]
+    slow, fast = (
+        LogMelBaseline().encode([tone], 8_000)[0],
+        LogMelBaseline().encode([tone], 16_000)[0],
+    )
     assert (len(slow), len(fast)) == (100, 50)
     assert slow.mean(0).argmax() < fast.mean(0).argmax()
 
 
 def test_fingerprint_follows_the_features():
-    assert LogMelBaseline().fingerprint() == LogMelBaseline(80).fingerprint() != LogMelBaseline(128).fingerprint()
+    assert (
+        LogMelBaseline().fingerprint()
+        == LogMelBaseline(80).fingerprint()
+        != LogMelBaseline(128).fingerprint()
+    )
     assert LogMelBaseline(128).width == 128

@@ -24,14 +24,24 @@ def task(tmp_path_factory):
     root = tmp_path_factory.mktemp("probe")
     write_shards(root / "train", 16, "speech")
     write_shards(root / "test", 10, "sound")
-    values = {"name": "two", "title": "Two", "domain": "speech", "train": [str(root / "train")], "test": [str(root / "test")]}
+    values = {
+        "name": "two",
+        "title": "Two",
+        "domain": "speech",
+        "train": [str(root / "train")],
+        "test": [str(root / "test")],
+    }
     return task_from_mapping(values, "test")
 
 
-def test_curves_are_logged_and_training_does_not_notice(task, tiny_whisper, tiny_shards, tmp_path: Path):
+def test_curves_are_logged_and_training_does_not_notice(
+    task, tiny_whisper, tiny_shards, tmp_path: Path
+):
     watching = ProbeDuringTraining([task], None, every_steps=2, kind="knn")
     plain = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "plain"), QUIET).run
-    watched = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "seen"), QUIET, callbacks=[watching]).run
+    watched = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path / "seen"), QUIET, callbacks=[watching]
+    ).run
     assert_same_weights(weights_of(plain), weights_of(watched), atol=0)
     curve = read_metrics(watched.metrics)["probe/two"]
     assert [step for step, _ in curve] == [0, 2, 4, 6] == sorted(watching.scores)
@@ -42,14 +52,18 @@ def test_curves_are_logged_and_training_does_not_notice(task, tiny_whisper, tiny
     assert resumed.scores == watching.scores
 
 
-def test_a_fall_stops_the_run_with_its_last_step_saved(task, tiny_whisper, tiny_shards, tmp_path: Path, caplog):
+def test_a_fall_stops_the_run_with_its_last_step_saved(
+    task, tiny_whisper, tiny_shards, tmp_path: Path, caplog
+):
     guard = ForgettingGuard("speech", max_drop=-1.5, action="stop")  # any score is a fall
     watching = ProbeDuringTraining([task], None, every_steps=4, guard=guard)
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path), QUIET, callbacks=[watching]).run
     assert json.loads(run.done.read_text())["steps"] == 4
     assert (run.checkpoints / "step-0000004.ckpt").exists()
     assert "has fallen by" in caplog.text
-    warned = ProbeDuringTraining([task], None, every_steps=4, guard=ForgettingGuard("music", max_drop=-1.5, action="stop"))
+    warned = ProbeDuringTraining(
+        [task], None, every_steps=4, guard=ForgettingGuard("music", max_drop=-1.5, action="stop")
+    )
     warned.scores = {0: {"two": 0.9}, 4: {"two": 0.1}}
     assert warned.forgotten() is None, "the task is of another domain"
     watching.scores = {0: {"two": 0.9}, 4: {"two": 0.1}}

@@ -26,12 +26,16 @@ from whisper_aut.probes.hearing import join, pieces, segment_borders
 QUIET = EmbedSettings(quiet=True, batch_seconds=1.5, workers=2)
 
 
-def test_features_are_those_of_each_clip_alone_in_shard_order(tones, task_with, tiny_encoder, tmp_path):
+def test_features_are_those_of_each_clip_alone_in_shard_order(
+    tones, task_with, tiny_encoder, tmp_path
+):
     found = embed_task(tiny_encoder(), task_with(), tones, tmp_path, QUIET)["train"]
     samples = list(iter_samples(open_index(tones / "tones" / "train"), ClipLimits()))
     assert len(found) == len(samples) == 48
     assert len(open_index(tones / "tones" / "train").shards) > 1
-    for sample, label, key, row in zip(samples, found.labels, found.keys, found.features, strict=True):
+    for sample, label, key, row in zip(
+        samples, found.labels, found.keys, found.features, strict=True
+    ):
         assert isinstance(sample, Sample)
         assert label == sample.annotation.label
         assert key.endswith(":" + sample.key)
@@ -39,17 +43,27 @@ def test_features_are_those_of_each_clip_alone_in_shard_order(tones, task_with, 
         torch.testing.assert_close(row, frames.mean(0), atol=1e-5, rtol=1e-5)
 
 
-def test_batching_and_padding_cost_do_not_touch_the_result(tones, task_with, tiny_encoder, tmp_path):
+def test_batching_and_padding_cost_do_not_touch_the_result(
+    tones, task_with, tiny_encoder, tmp_path
+):
     padded = tiny_encoder()
     padded.padding = "30s"
-    one = embed_task(tiny_encoder(), task_with(), tones, tmp_path / "a", EmbedSettings(quiet=True))["test"]
-    other = embed_task(padded, task_with(), tones, tmp_path / "b", EmbedSettings(quiet=True, batch_seconds=0.2))["test"]
+    one = embed_task(tiny_encoder(), task_with(), tones, tmp_path / "a", EmbedSettings(quiet=True))[
+        "test"
+    ]
+    other = embed_task(
+        padded, task_with(), tones, tmp_path / "b", EmbedSettings(quiet=True, batch_seconds=0.2)
+    )["test"]
     torch.testing.assert_close(one.features, other.features, atol=1e-5, rtol=1e-5)
     assert one.keys == other.keys
 
 
-def test_mean_std_pooling_is_asked_for_or_the_encoders_own(tones, task_with, tiny_encoder, tmp_path):
-    asked = embed_task(tiny_encoder(), task_with(), tones, tmp_path, EmbedSettings(pooling="mean_std", quiet=True))
+def test_mean_std_pooling_is_asked_for_or_the_encoders_own(
+    tones, task_with, tiny_encoder, tmp_path
+):
+    asked = embed_task(
+        tiny_encoder(), task_with(), tones, tmp_path, EmbedSettings(pooling="mean_std", quiet=True)
+    )
     assert asked["test"].features.shape == (30, 24)
     own = embed_task(LogMelBaseline(), task_with(), tones, tmp_path, QUIET)
     assert own["test"].features.shape == (30, 160)
@@ -73,7 +87,11 @@ def test_another_task_shares_the_folders(tones, task_with, tiny_encoder, tmp_pat
     embed_task(tiny_encoder(), task_with(), tones, tmp_path, QUIET)
     swapped = tiny_encoder()
     embed_task(
-        swapped, task_with(name="swapped", train=["{root}/tones/valid"], valid=["{root}/tones/train"]), tones, tmp_path, QUIET
+        swapped,
+        task_with(name="swapped", train=["{root}/tones/valid"], valid=["{root}/tones/train"]),
+        tones,
+        tmp_path,
+        QUIET,
     )
     assert swapped.encoded == 0
 
@@ -82,7 +100,9 @@ def test_another_task_shares_the_folders(tones, task_with, tiny_encoder, tmp_pat
 def test_whatever_changes_is_computed_anew(tones, task_with, tiny_encoder, tmp_path, change):
     embed_task(tiny_encoder(), task_with(), tones, tmp_path, QUIET)
     encoder = tiny_encoder(seed=1 if change == "encoder" else 0)
-    task = task_with(**{"label": {"label": "pitch"}, "select": {"select": {"half": ["0", "1"]}}}.get(change, {}))
+    task = task_with(
+        **{"label": {"label": "pitch"}, "select": {"select": {"half": ["0", "1"]}}}.get(change, {})
+    )
     settings = {
         "pooling": EmbedSettings(pooling="mean_std", quiet=True),
         "limits": EmbedSettings(limits=ClipLimits(0.05), quiet=True),
@@ -92,7 +112,9 @@ def test_whatever_changes_is_computed_anew(tones, task_with, tiny_encoder, tmp_p
 
 
 @pytest.mark.parametrize("with_index", [True, False])
-def test_changed_shards_are_embedded_anew(task_with, tiny_encoder, write_shards, tmp_path, with_index):
+def test_changed_shards_are_embedded_anew(
+    task_with, tiny_encoder, write_shards, tmp_path, with_index
+):
     task = task_with(train=["{root}/a"], valid=[], test=["{root}/b"])
     for seed in (0, 1):
         for name in ("a", "b"):
@@ -113,15 +135,21 @@ def test_a_damaged_cache_is_computed_anew(tones, task_with, tiny_encoder, tmp_pa
     for path in tmp_path.glob("*.safetensors"):
         data = bytearray(path.read_bytes())
         data[-3] ^= 0x40
-        path.write_bytes({"truncate": data[:-40], "flip": data, "text": b"not safetensors", "empty": b""}[damage])
+        path.write_bytes(
+            {"truncate": data[:-40], "flip": data, "text": b"not safetensors", "empty": b""}[damage]
+        )
     encoder = tiny_encoder()
     again = embed_task(encoder, task_with(), tones, tmp_path, QUIET)
     assert encoder.encoded == 102
     assert torch.equal(whole["train"].features, again["train"].features)
 
 
-def test_select_and_missing_labels_are_counted_not_refused(tones, task_with, tiny_encoder, tmp_path):
-    found = embed_task(tiny_encoder(), task_with(select={"half": [0]}), tones, tmp_path, QUIET)["test"]
+def test_select_and_missing_labels_are_counted_not_refused(
+    tones, task_with, tiny_encoder, tmp_path
+):
+    found = embed_task(tiny_encoder(), task_with(select={"half": [0]}), tones, tmp_path, QUIET)[
+        "test"
+    ]
     assert (len(found), found.skipped) == (15, {"not selected": 15})
     nothing = embed_task(tiny_encoder(), task_with(label="genre"), tones, tmp_path, QUIET)["test"]
     assert (len(nothing), nothing.skipped) == (0, {"no label": 30})
@@ -161,7 +189,9 @@ def test_too_much_broken_audio_is_fatal(train_only, tiny_encoder, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_damaged_tar_is_fatal_however_few_clips_it_loses(train_only, tiny_encoder, write_shards, tmp_path):
+def test_a_damaged_tar_is_fatal_however_few_clips_it_loses(
+    train_only, tiny_encoder, write_shards, tmp_path
+):
     write_shards(tmp_path / "a", 20, seed=0)
     last = sorted((tmp_path / "a").glob("*.tar"))[-1]
     last.write_bytes(last.read_bytes()[:-12_000])
@@ -174,7 +204,11 @@ def test_a_tar_in_two_splits_is_refused(task_with, tiny_encoder, write_shards, t
         write_shards(tmp_path / name, 2, seed=0)
     with pytest.raises(UserError, match="of 'test' is in 'train' too"):
         embed_task(
-            tiny_encoder(), task_with(train=["{root}/a"], valid=[], test=["{root}/b"]), tmp_path, tmp_path / "cache", QUIET
+            tiny_encoder(),
+            task_with(train=["{root}/a"], valid=[], test=["{root}/b"]),
+            tmp_path,
+            tmp_path / "cache",
+            QUIET,
         )
 
 
@@ -197,7 +231,9 @@ def test_a_cache_that_cannot_be_written_is_said(tones, task_with, tiny_encoder, 
         embed_task(tiny_encoder(), task_with(), tones, tmp_path / "file", QUIET)
 
 
-def test_an_interrupted_run_goes_on_from_its_last_part(tones, task_with, tiny_encoder, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_from_its_last_part(
+    tones, task_with, tiny_encoder, tmp_path, monkeypatch
+):
     whole = embed_task(tiny_encoder(), task_with(), tones, tmp_path / "whole", QUIET)["train"]
     monkeypatch.setattr(embed, "PART_SECONDS", 0.0)
     dying = tiny_encoder()
@@ -228,7 +264,9 @@ def test_long_clips_are_heard_in_windows_that_count_each_instant_once():
     encoder = LogMelBaseline()
     joined = join(encoder.encode(cut, 16_000), "masked")
     assert joined.shape == (7_500, 80)
-    middle = encoder.encode([waveform[20 * 16_000 : 50 * 16_000]], 16_000)[0]  # across the first seam
+    middle = encoder.encode([waveform[20 * 16_000 : 50 * 16_000]], 16_000)[
+        0
+    ]  # across the first seam
     assert (joined[2_100:4_900] - middle[100:2_900]).abs().median() < 1e-4
 
 
@@ -253,16 +291,22 @@ def test_a_crop_lets_clips_pass_that_are_a_little_too_long(task_with, tiny_encod
             for number in range(3):
                 file = io.BytesIO()
                 wave = (
-                    np.random.default_rng([number, *name.encode()]).uniform(-0.1, 0.1, int(30.013 * 16_000)).astype(np.float32)
+                    np.random.default_rng([number, *name.encode()])
+                    .uniform(-0.1, 0.1, int(30.013 * 16_000))
+                    .astype(np.float32)
                 )
                 soundfile.write(file, wave, 16_000, format="FLAC")
-                shards.write(f"{number}", "flac", file.getvalue(), Annotation(label=str(number % 2)))
+                shards.write(
+                    f"{number}", "flac", file.getvalue(), Annotation(label=str(number % 2))
+                )
     task = task_with(train=["{root}/a"], valid=[], test=["{root}/b"], crop_seconds=30)
     found = embed_task(tiny_encoder(), task, tmp_path, tmp_path / "cache", QUIET)
     assert (len(found["train"]), found["train"].skipped) == (3, {})
 
 
-def test_tars_of_x_ares_are_read_by_pattern_and_by_their_own_keys(task_with, tiny_encoder, tmp_path):
+def test_tars_of_x_ares_are_read_by_pattern_and_by_their_own_keys(
+    task_with, tiny_encoder, tmp_path
+):
     events = [{"onset": 0.0, "offset": 0.1, "label": "Dog,Speech"}]
     facts = {"a": {"genre": "jazz"}, "b": {"soundevent": "Dog;Bark"}, "c": events}
     for name, fact in facts.items():
@@ -271,7 +315,13 @@ def test_tars_of_x_ares_are_read_by_pattern_and_by_their_own_keys(task_with, tin
                 file = io.BytesIO()
                 wave = np.random.default_rng(number).uniform(-0.1, 0.1, 3_200).astype(np.float32)
                 soundfile.write(file, wave, 16_000, format="WAV")
-                tar.write({"__key__": f"x{number}", "wav": file.getvalue(), "json": json.dumps(fact).encode()})
+                tar.write(
+                    {
+                        "__key__": f"x{number}",
+                        "wav": file.getvalue(),
+                        "json": json.dumps(fact).encode(),
+                    }
+                )
 
     def labels(name, **more):
         task = task_with(
@@ -281,11 +331,18 @@ def test_tars_of_x_ares_are_read_by_pattern_and_by_their_own_keys(task_with, tin
             **more,
         )
         view = "segments" if "segment_seconds" in more else "pooled"
-        return embed_task(tiny_encoder(), task, tmp_path, tmp_path / "cache", QUIET, view=view)["train"]
+        return embed_task(tiny_encoder(), task, tmp_path, tmp_path / "cache", QUIET, view=view)[
+            "train"
+        ]
 
     assert labels("a", label="genre").labels == ("jazz", "jazz")
-    assert labels("b", label="soundevent", separator=";", metric="mAP").labels == (("Dog", "Bark"),) * 2
-    found = labels("c", label="events", separator=",", metric="segment_f1_macro", segment_seconds=0.1)
+    assert (
+        labels("b", label="soundevent", separator=";", metric="mAP").labels
+        == (("Dog", "Bark"),) * 2
+    )
+    found = labels(
+        "c", label="events", separator=",", metric="segment_f1_macro", segment_seconds=0.1
+    )
     assert found.labels == (((0.0, 0.1, "Dog"), (0.0, 0.1, "Speech")),) * 2
     assert found.lengths == (2, 2)
     assert found.features.shape == (4, 12)

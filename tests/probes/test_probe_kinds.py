@@ -30,9 +30,17 @@ def ring(clips: int, seed: int) -> Embeddings:
     """Two classes, one around the other: no plane parts them."""
     rng = np.random.default_rng(seed)
     labels = np.arange(clips) % 2
-    angle, radius = rng.uniform(0, 2 * np.pi, clips), 1 + 2 * labels + 0.2 * rng.standard_normal(clips)
+    angle, radius = (
+        rng.uniform(0, 2 * np.pi, clips),
+        1 + 2 * labels + 0.2 * rng.standard_normal(clips),
+    )
     features = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).astype(np.float32)
-    return Embeddings(torch.from_numpy(features), tuple(map(str, labels)), tuple(f"{seed}:{i}" for i in range(clips)), {})
+    return Embeddings(
+        torch.from_numpy(features),
+        tuple(map(str, labels)),
+        tuple(f"{seed}:{i}" for i in range(clips)),
+        {},
+    )
 
 
 def test_a_hidden_layer_parts_what_no_plane_does():
@@ -49,7 +57,12 @@ def test_the_layer_that_knows_gets_the_weight():
         labels = torch.arange(60) % 3
         features = torch.randn(60, 4, 8, generator=torch.Generator().manual_seed(seed))
         features[:, 2] += 2 * centres[labels]
-        return Embeddings(features, tuple(f"c{int(i)}" for i in labels), tuple(f"{seed}:{i}" for i in range(60)), {})
+        return Embeddings(
+            features,
+            tuple(f"c{int(i)}" for i in labels),
+            tuple(f"{seed}:{i}" for i in range(60)),
+            {},
+        )
 
     centres = torch.randn(3, 8, generator=generator)
     rounds = fold_rounds([layered(seed) for seed in range(3)])
@@ -72,17 +85,28 @@ def brief(clips: int, seed: int) -> Embeddings:
     frames = []
     for clip, length in enumerate(lengths):
         one = torch.randn(length, 8, generator=generator)
-        one[2:4] = 2 * centres[clip % 3] + torch.tensor([*[0.0] * 7, 6.0])  # what speaks is marked in the last dimension
+        one[2:4] = 2 * centres[clip % 3] + torch.tensor(
+            [*[0.0] * 7, 6.0]
+        )  # what speaks is marked in the last dimension
         frames.append(one)
     labels = tuple(f"c{clip % 3}" for clip in range(clips))
-    return Embeddings(torch.cat(frames), labels, tuple(f"{seed}:{i}" for i in range(clips)), {}, tuple(lengths))
+    return Embeddings(
+        torch.cat(frames), labels, tuple(f"{seed}:{i}" for i in range(clips)), {}, tuple(lengths)
+    )
 
 
 def test_attention_finds_the_frames_that_know():
     parts = [brief(60, seed) for seed in range(3)]
-    means = [Embeddings(torch.stack([f.mean(0) for f in p.features.split(p.lengths)]), p.labels, p.keys, {}) for p in parts]
+    means = [
+        Embeddings(
+            torch.stack([f.mean(0) for f in p.features.split(p.lengths)]), p.labels, p.keys, {}
+        )
+        for p in parts
+    ]
     only = [{"rate": 1e-2, "decay": 1e-3}]
-    attended = np.mean(probe_rounds(fold_rounds(parts), kind="attention", seeds=(0,), candidates=only)[0].scores)
+    attended = np.mean(
+        probe_rounds(fold_rounds(parts), kind="attention", seeds=(0,), candidates=only)[0].scores
+    )
     averaged = np.mean(probe_rounds(fold_rounds(means), seeds=(0,))[0].scores)
     assert attended > 0.95
     assert averaged < attended - 0.05
@@ -99,14 +123,19 @@ def test_attention_scores_equal_a_loop_over_clips():
     for clip, own in enumerate(frames.split(lengths)):
         for problem in range(2):
             weights = torch.softmax(own @ values["query"][problem], 0)
-            wanted = (weights[:, None] * own).sum(0) @ values["weight"][problem] + values["bias"][problem]
+            wanted = (weights[:, None] * own).sum(0) @ values["weight"][problem] + values["bias"][
+                problem
+            ]
             torch.testing.assert_close(found[clip, problem], wanted)
 
 
 @pytest.mark.parametrize("padding", ["none", "30s"])
 def test_layers_are_hugging_faces_hidden_states(tiny_whisper, padding):
     encoder = load_encoder(str(tiny_whisper), padding=padding)
-    waveforms = [torch.randn(samples, generator=torch.Generator().manual_seed(samples)) * 0.1 for samples in (8_000, 20_000)]
+    waveforms = [
+        torch.randn(samples, generator=torch.Generator().manual_seed(samples)) * 0.1
+        for samples in (8_000, 20_000)
+    ]
     found = encoder.encode(waveforms, 16_000, layers=(0, 1, 2))
     for clip, last in zip(found, encoder.encode(waveforms, 16_000), strict=True):
         torch.testing.assert_close(clip[2], last)
@@ -121,16 +150,25 @@ def test_layers_are_hugging_faces_hidden_states(tiny_whisper, padding):
             theirs = whisper.encoder(mel, output_hidden_states=True).hidden_states
         for i, clip in enumerate(found):
             for layer in (0, 1, 2):
-                torch.testing.assert_close(clip[layer], theirs[layer][i, : clip.shape[1]], atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(
+                    clip[layer], theirs[layer][i, : clip.shape[1]], atol=2e-5, rtol=1e-4
+                )
 
 
 def test_metrics_equal_scikit_learns_and_torchmetrics_own():
     generator = torch.Generator().manual_seed(0)
-    scores, answers = torch.randn(200, 7, generator=generator), (torch.rand(200, 7, generator=generator) < 0.3).float()
-    assert class_metric("mAP", 7, scores, answers) == pytest.approx(average_precision_score(answers, scores), abs=1e-5)
+    scores, answers = (
+        torch.randn(200, 7, generator=generator),
+        (torch.rand(200, 7, generator=generator) < 0.3).float(),
+    )
+    assert class_metric("mAP", 7, scores, answers) == pytest.approx(
+        average_precision_score(answers, scores), abs=1e-5
+    )
     for average in ("macro", "micro"):
         theirs = f1_score(answers, scores > 0, average=average)
-        assert class_metric(f"segment_f1_{average}", 7, scores, answers) == pytest.approx(theirs, abs=1e-6)
+        assert class_metric(f"segment_f1_{average}", 7, scores, answers) == pytest.approx(
+            theirs, abs=1e-6
+        )
     assert text_metric(["a b c d"], ["a x c"]) == pytest.approx(1 - 2 / 3)
     assert text_metric(["a b c d e f g"], ["z"]) == 0.0
     owner = torch.arange(20).repeat_interleave(5)
@@ -139,8 +177,12 @@ def test_metrics_equal_scikit_learns_and_torchmetrics_own():
     metric, hit = CrossRecall(), RetrievalHitRate(top_k=1)
     metric.update(similarity, owner)
     right = torch.nn.functional.one_hot(owner).T.bool()
-    to_text = hit(similarity.flatten(), right.flatten(), indexes=torch.arange(20).repeat_interleave(100))
-    to_audio = hit(similarity.T.flatten(), right.T.flatten(), indexes=torch.arange(100).repeat_interleave(20))
+    to_text = hit(
+        similarity.flatten(), right.flatten(), indexes=torch.arange(20).repeat_interleave(100)
+    )
+    to_audio = hit(
+        similarity.T.flatten(), right.T.flatten(), indexes=torch.arange(100).repeat_interleave(20)
+    )
     assert float(metric.compute()) == pytest.approx(float(to_text + to_audio) / 2, abs=1e-6)
     assert recall_credit(similarity, owner).mean() == pytest.approx(float(metric.compute()))
 
@@ -150,12 +192,16 @@ def test_average_precision_is_that_of_logits_of_any_size_and_of_classes_that_are
     for low, high in ((17, 40), (-40, -17), (-120, -90), (-1, 1)):
         scores = low + (high - low) * torch.rand(300, 6, generator=generator)
         scores[:, 3:] = scores[:, 3:].round()  # true ties
-        answers = (torch.rand(300, 6, generator=generator) < torch.tensor([0.01, 0.1, 0.3, 0.01, 0.1, 0.9])).float()
+        answers = (
+            torch.rand(300, 6, generator=generator) < torch.tensor([0.01, 0.1, 0.3, 0.01, 0.1, 0.9])
+        ).float()
         answers[:5] = 1
         theirs = [average_precision_score(answers[:, i], scores[:, i]) for i in range(6)]
         assert class_metric("mAP", 6, scores, answers) == pytest.approx(np.mean(theirs), abs=1e-5)
         answers[:, :4] = 0
-        assert class_metric("mAP", 6, scores, answers) == pytest.approx(np.mean(theirs[4:]), abs=1e-5)
+        assert class_metric("mAP", 6, scores, answers) == pytest.approx(
+            np.mean(theirs[4:]), abs=1e-5
+        )
     assert class_metric("mAP", 6, scores, torch.zeros(300, 6)) == 0.0
 
 
@@ -179,7 +225,10 @@ WORDS = {"a": "dog", "b": "bird", "c": "bell"}
 
 def sing(letters: str, rng: np.random.Generator, seconds: float = 0.2) -> np.ndarray:
     time = np.arange(int(seconds * 16_000)) / 16_000
-    parts = [0.2 * np.sin(2 * np.pi * PITCHES[letter] * time) if letter in PITCHES else 0 * time for letter in letters]
+    parts = [
+        0.2 * np.sin(2 * np.pi * PITCHES[letter] * time) if letter in PITCHES else 0 * time
+        for letter in letters
+    ]
     wave = np.concatenate(parts)
     return (wave + 0.02 * rng.standard_normal(len(wave))).astype(np.float32)
 
@@ -201,10 +250,16 @@ def scenes(tmp_path_factory):
                 ]
                 heard = sorted(set(letters) - {"_"})
                 captions = {
-                    f"caption_{i}": f"{start} {' and '.join(WORDS[x] for x in heard)}" for i, start in enumerate(("a", "the"))
+                    f"caption_{i}": f"{start} {' and '.join(WORDS[x] for x in heard)}"
+                    for i, start in enumerate(("a", "the"))
                 }
                 extra = {"events": events, "tags": ";".join(heard), **captions}
-                facts = Annotation(text=" ".join(letters.replace("_", "")), label=heard[0], duration_seconds=0.6, extra=extra)
+                facts = Annotation(
+                    text=" ".join(letters.replace("_", "")),
+                    label=heard[0],
+                    duration_seconds=0.6,
+                    extra=extra,
+                )
                 shards.write(f"{number}", "flac", encode_audio(sing(letters, rng)), facts)
     return root
 
@@ -213,11 +268,21 @@ CASES = {
     "linear": ({"metric": "mAP", "label": "tags", "separator": ";"}, 0.9),
     "mlp": ({"metric": "mAP", "label": "tags", "separator": ";", "kind": "mlp"}, 0.9),
     "frame": (
-        {"metric": "segment_f1_micro", "label": "events", "event": ["start", "end", "note"], "segment_seconds": 0.1},
+        {
+            "metric": "segment_f1_micro",
+            "label": "events",
+            "event": ["start", "end", "note"],
+            "segment_seconds": 0.1,
+        },
         0.9,
     ),
     "frame, macro": (
-        {"metric": "segment_f1_macro", "label": "events", "event": ["start", "end", "note"], "segment_seconds": 0.2},
+        {
+            "metric": "segment_f1_macro",
+            "label": "events",
+            "event": ["start", "end", "note"],
+            "segment_seconds": 0.2,
+        },
         0.9,
     ),
     "retrieval": ({"metric": "recall@1", "label": "caption_*"}, 0.15),
@@ -245,15 +310,29 @@ def test_every_answer_is_learned_and_paired(case, scenes, task_with, tmp_path):
 def test_layers_are_probed_and_only_where_there_are_any(scenes, task_with, tiny_whisper, tmp_path):
     folders = {split: [f"{{root}}/scenes/{split}"] for split in ("train", "valid", "test")}
     task = task_with(**folders, kind="layers")
-    found = embed_task(load_encoder(str(tiny_whisper)), task, scenes, tmp_path, QUIET, view="layers")
+    found = embed_task(
+        load_encoder(str(tiny_whisper)), task, scenes, tmp_path, QUIET, view="layers"
+    )
     assert found["train"].features.shape == (60, 3, 32)
     assert probe_rounds([split_round(found)], kind="layers", seeds=(0,))[0].scores[0] > 0.4
-    some = embed_task(load_encoder(str(tiny_whisper)), task, scenes, tmp_path, EmbedSettings(layers=(0, 2), quiet=True))
+    some = embed_task(
+        load_encoder(str(tiny_whisper)),
+        task,
+        scenes,
+        tmp_path,
+        EmbedSettings(layers=(0, 2), quiet=True),
+    )
     torch.testing.assert_close(some["test"].features[:, 32:], found["test"].features[:, 2])
     with pytest.raises(UserError, match="no single layers"):
         embed_task(LogMelBaseline(), task, scenes, tmp_path, QUIET, view="layers")
     with pytest.raises(UserError, match=r"layers 0 .* to 2; asked for: 3"):
-        embed_task(load_encoder(str(tiny_whisper)), task, scenes, tmp_path, EmbedSettings(layers=(3,), quiet=True))
+        embed_task(
+            load_encoder(str(tiny_whisper)),
+            task,
+            scenes,
+            tmp_path,
+            EmbedSettings(layers=(3,), quiet=True),
+        )
 
 
 LABELLED = {
@@ -266,12 +345,18 @@ LABELLED = {
 def seen_by(kind: str, part: Embeddings) -> Embeddings:
     """Frames and classes of clips → what a kind of probe is given."""
     _, labelled = LABELLED.get(kind, ("", lambda label, frames: label))
-    labels = tuple(labelled(label, frames) for label, frames in zip(part.labels, part.lengths, strict=True))
+    labels = tuple(
+        labelled(label, frames) for label, frames in zip(part.labels, part.lengths, strict=True)
+    )
     part = replace(part, labels=labels)
     if KINDS[kind].view in ("segments", "frames"):
         return part
     means = torch.stack([clip.mean(0) for clip in part.features.split(part.lengths)])
-    return replace(part, features=torch.stack([means, -means], 1) if KINDS[kind].view == "layers" else means, lengths=())
+    return replace(
+        part,
+        features=torch.stack([means, -means], 1) if KINDS[kind].view == "layers" else means,
+        lengths=(),
+    )
 
 
 @pytest.mark.gpu

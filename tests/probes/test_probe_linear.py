@@ -25,7 +25,10 @@ def clips(
     """Overlapping clusters in correlated features of very unlike scales."""
     g = torch.Generator().manual_seed(seed)
     world = torch.Generator().manual_seed(99)
-    centres, mixing = torch.randn(classes, width, generator=world), torch.randn(width, width, generator=world)
+    centres, mixing = (
+        torch.randn(classes, width, generator=world),
+        torch.randn(width, width, generator=world),
+    )
     labels = torch.arange(count) % classes
     noise = spread * torch.randn(count, width, generator=g)
     return (0.5 * centres[labels] + noise) @ mixing * torch.logspace(-2, 2, width) + 3.0, labels
@@ -33,13 +36,21 @@ def clips(
 
 def embeddings(count: int, seed: int, **more) -> Embeddings:
     features, labels = clips(count, seed, **more)
-    return Embeddings(features, tuple(f"class {int(i)}" for i in labels), tuple(f"{seed}:{i}" for i in range(count)), {})
+    return Embeddings(
+        features,
+        tuple(f"class {int(i)}" for i in labels),
+        tuple(f"{seed}:{i}" for i in range(count)),
+        {},
+    )
 
 
 def splits(train: int = 150, valid: int = 60, test: int = 200, **more) -> dict[str, Embeddings]:
     counts = {"train": train, "valid": valid, "test": test}
     empty = Embeddings(torch.empty(0, 0), (), (), {})
-    return {split: embeddings(count, seed, **more) if count else empty for seed, (split, count) in enumerate(counts.items())}
+    return {
+        split: embeddings(count, seed, **more) if count else empty
+        for seed, (split, count) in enumerate(counts.items())
+    }
 
 
 def probe_linear(data: dict[str, Embeddings], **more):
@@ -47,9 +58,13 @@ def probe_linear(data: dict[str, Embeddings], **more):
 
 
 @pytest.mark.parametrize(
-    ("path_flops", "approach"), [(0, ()), (0, linear.APPROACH), (1e30, ())], ids=["a path", "approached", "all at once"]
+    ("path_flops", "approach"),
+    [(0, ()), (0, linear.APPROACH), (1e30, ())],
+    ids=["a path", "approached", "all at once"],
 )
-@pytest.mark.parametrize(("count", "width"), [(300, 24), (60, 200)])  # more clips than features, and fewer
+@pytest.mark.parametrize(
+    ("count", "width"), [(300, 24), (60, 200)]
+)  # more clips than features, and fewer
 def test_path_equals_scikit_learn(count, width, path_flops, approach, monkeypatch):
     monkeypatch.setattr(linear, "PATH_FLOPS", path_flops)
     features, labels = clips(count, 0, width)
@@ -61,10 +76,16 @@ def test_path_equals_scikit_learn(count, width, path_flops, approach, monkeypatc
     fit(probe, (basis(features), labels))
     right = (probe(basis(tested)).argmax(2) == answers[:, None]).float().mean(0)
     ours = probe.objectives(basis(features), labels).detach()
-    standard, standard_tested = ((x - features.mean(0)) / features.std(0, correction=0) for x in (features, tested))
+    standard, standard_tested = (
+        (x - features.mean(0)) / features.std(0, correction=0) for x in (features, tested)
+    )
     for number, penalty in enumerate(penalties):
-        theirs = LogisticRegression(C=1 / penalty, max_iter=5_000, tol=1e-8).fit(standard.double().numpy(), labels.numpy())
-        log_probabilities = theirs.predict_log_proba(standard.double().numpy())[np.arange(count), labels.numpy()]
+        theirs = LogisticRegression(C=1 / penalty, max_iter=5_000, tol=1e-8).fit(
+            standard.double().numpy(), labels.numpy()
+        )
+        log_probabilities = theirs.predict_log_proba(standard.double().numpy())[
+            np.arange(count), labels.numpy()
+        ]
         loss = -log_probabilities.mean() + 0.5 * penalty / count * np.square(theirs.coef_).sum()
         assert float(ours[number]) == pytest.approx(loss, abs=1e-3)
         accuracy = theirs.score(standard_tested.double().numpy(), answers.numpy())
@@ -78,16 +99,22 @@ def test_gradients_are_those_of_the_objective(multilabel):
     answers = torch.randint(CLASSES, (30,), generator=generator)
     answers = torch.nn.functional.one_hot(answers, CLASSES) if multilabel else answers
     shares = torch.rand(30, 3, generator=generator).double()
-    probe = LinearProbe(torch.ones(6), CLASSES, [0.1, 1.0, 10.0], 30, multilabel=multilabel).double()
+    probe = LinearProbe(
+        torch.ones(6), CLASSES, [0.1, 1.0, 10.0], 30, multilabel=multilabel
+    ).double()
     weight = torch.randn(3, CLASSES, 7, generator=generator).double().requires_grad_()
     _, gradients = probe._evaluate(weight.detach(), probe.penalties, features, answers, shares)
     scores = torch.einsum("jcr,ir->ijc", weight, features)
     if multilabel:
         wanted = answers[:, None].double().expand_as(scores)
-        losses = torch.nn.functional.binary_cross_entropy_with_logits(scores, wanted, reduction="none").sum(2)
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(
+            scores, wanted, reduction="none"
+        ).sum(2)
     else:
         losses = -scores.log_softmax(2)[torch.arange(30), :, answers]
-    values = (losses * shares).sum(0) + 0.5 * probe.penalties * weight[:, :, :-1].square().sum((1, 2))
+    values = (losses * shares).sum(0) + 0.5 * probe.penalties * weight[:, :, :-1].square().sum(
+        (1, 2)
+    )
     values.sum().backward()
     torch.testing.assert_close(gradients, weight.grad)
 
@@ -99,7 +126,10 @@ def test_penalties_do_not_disturb_each_other():
     alone = LinearProbe(basis.variances, CLASSES, [1000.0], 200)
     for probe in (together, alone):
         fit(probe, (basis(features), labels))
-    one, other = together.objectives(basis(features), labels)[1], alone.objectives(basis(features), labels)[0]
+    one, other = (
+        together.objectives(basis(features), labels)[1],
+        alone.objectives(basis(features), labels)[0],
+    )
     assert float(together.objectives(basis(features), labels)[0].detach()) < float(one.detach())
     assert float(one.detach()) == pytest.approx(float(other.detach()), abs=1e-5)
 
@@ -109,7 +139,9 @@ def last_end(path: linear.Ends, penalty: float, otherwise: torch.Tensor) -> torc
 
 
 @pytest.mark.parametrize(
-    "penalties", [[1000.0, 100.0, 10.0, 1.0, 0.1, 0.01], [1000.0, 50.0, 50.0, 1.0, 0.5, 0.05, 0.0]], ids=["even", "uneven"]
+    "penalties",
+    [[1000.0, 100.0, 10.0, 1.0, 0.1, 0.01], [1000.0, 50.0, 50.0, 1.0, 0.5, 0.05, 0.0]],
+    ids=["even", "uneven"],
 )
 def test_a_path_looks_ahead(penalties, monkeypatch):
     """It ends where it would if each problem started at the end of the one before, in fewer steps; also where no penalty is left."""
@@ -139,11 +171,21 @@ def test_small_penalties_are_approached(shared, monkeypatch):
     """In fewer steps than from nothing, and each problem by itself, also where all have the same items and one no penalty."""
     monkeypatch.setattr(linear, "PATH_FLOPS", 0)
     features, labels = clips(200, 0, width=200)
-    basis, penalties = Basis.fit(features, features[:0]), [1e4, 1e-2, 1e-2, 0.0] if shared else [1e-2, 1e-2, 1e-1, 1e2]
+    basis, penalties = (
+        Basis.fit(features, features[:0]),
+        [1e4, 1e-2, 1e-2, 0.0] if shared else [1e-2, 1e-2, 1e-1, 1e2],
+    )
     rows = torch.ones(200, 4) if shared else own_items(4, 0)
     ends, evaluations = [], []
     for approach in (linear.APPROACH, ()):
-        probe = LinearProbe(basis.variances, CLASSES, penalties, rows.sum(0).tolist(), tolerance=1e-5, approach=approach)
+        probe = LinearProbe(
+            basis.variances,
+            CLASSES,
+            penalties,
+            rows.sum(0).tolist(),
+            tolerance=1e-5,
+            approach=approach,
+        )
         evaluate = Mock(side_effect=probe._evaluate)
         monkeypatch.setattr(probe, "_evaluate", evaluate)
         fit(probe, (basis(features), labels, rows))
@@ -173,7 +215,9 @@ def test_basis_is_a_rotation_of_standardised_features():
     )
     rotated = basis(torch.cat([features, more]))
     torch.testing.assert_close(rotated @ rotated.T, standard @ standard.T, atol=1e-2, rtol=1e-3)
-    torch.testing.assert_close(basis.axes.T @ basis.axes, torch.eye(basis.axes.shape[1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        basis.axes.T @ basis.axes, torch.eye(basis.axes.shape[1]), atol=1e-4, rtol=0
+    )
 
 
 def test_a_score_per_seed_with_its_record():
@@ -190,21 +234,35 @@ def test_a_score_per_seed_with_its_record():
 def test_a_seed_gives_the_same_score_again():
     data = splits()
     one, other = (probe_linear(data, seeds=(3,))[0] for _ in range(2))
-    assert (one.settings, one.scores, one.valid_scores) == (other.settings, other.scores, other.valid_scores)
+    assert (one.settings, one.scores, one.valid_scores) == (
+        other.settings,
+        other.scores,
+        other.valid_scores,
+    )
 
 
 @pytest.mark.parametrize("valid", [60, 0])
 def test_selection_never_sees_the_test_split(valid):
     data = splits(valid=valid)
-    moved = data | {"test": Embeddings(data["test"].features.flip(0) * 5, data["test"].labels, data["test"].keys, {})}
-    for one, other in zip(probe_linear(data, seeds=(0, 1)), probe_linear(moved, seeds=(0, 1)), strict=True):
+    moved = data | {
+        "test": Embeddings(
+            data["test"].features.flip(0) * 5, data["test"].labels, data["test"].keys, {}
+        )
+    }
+    for one, other in zip(
+        probe_linear(data, seeds=(0, 1)), probe_linear(moved, seeds=(0, 1)), strict=True
+    ):
         assert (one.settings, one.valid_scores) == (other.settings, other.valid_scores)
         assert one.scores != other.scores
 
 
 def test_noise_asks_for_a_large_penalty_and_clear_classes_do_not():
-    noisy = np.median([result.settings[0]["penalty"] for result in probe_linear(splits(spread=6.0))])
-    clear = np.median([result.settings[0]["penalty"] for result in probe_linear(splits(spread=0.3))])
+    noisy = np.median(
+        [result.settings[0]["penalty"] for result in probe_linear(splits(spread=6.0))]
+    )
+    clear = np.median(
+        [result.settings[0]["penalty"] for result in probe_linear(splits(spread=0.3))]
+    )
     assert noisy > clear
 
 
@@ -212,7 +270,8 @@ def test_labels_that_mean_nothing_score_as_chance():
     data = splits(test=500)
     rng = np.random.default_rng(0)
     shuffled = {
-        s: Embeddings(p.features, tuple(rng.permutation(np.array(p.labels)).tolist()), p.keys, {}) for s, p in data.items()
+        s: Embeddings(p.features, tuple(rng.permutation(np.array(p.labels)).tolist()), p.keys, {})
+        for s, p in data.items()
     }
     scores = [result.scores[0] for result in probe_linear(shuffled, seeds=(0, 1, 2))]
     assert np.mean(scores) == pytest.approx(1 / CLASSES, abs=0.07)
@@ -228,7 +287,10 @@ def test_probing_works_within_a_validation_hook():
 def test_features_made_in_inference_mode_are_taken():
     data = splits()
     with torch.inference_mode():
-        made = {s: Embeddings(torch.stack(list(p.features)), p.labels, p.keys, {}) for s, p in data.items()}
+        made = {
+            s: Embeddings(torch.stack(list(p.features)), p.labels, p.keys, {})
+            for s, p in data.items()
+        }
     assert probe_linear(made, seeds=(0,))[0].scores == probe_linear(data, seeds=(0,))[0].scores
 
 
@@ -252,7 +314,10 @@ def test_stratified_draws_the_share_of_every_class():
 
 def relabelled(part: Embeddings, **names: str) -> Embeddings:
     return Embeddings(
-        part.features, tuple(names.get(label.replace(" ", "_"), label) for label in part.labels), part.keys, part.skipped
+        part.features,
+        tuple(names.get(label.replace(" ", "_"), label) for label in part.labels),
+        part.keys,
+        part.skipped,
     )
 
 

@@ -20,8 +20,15 @@ CLASSES = 4
 def fold(number: int, clips: int = 40, width: int = 10, spread: float = 1.5) -> Embeddings:
     generator, world = torch.Generator().manual_seed(number), torch.Generator().manual_seed(99)
     labels = torch.arange(clips) % CLASSES
-    features = torch.randn(CLASSES, width, generator=world)[labels] + spread * torch.randn(clips, width, generator=generator)
-    return Embeddings(features, tuple(f"c{int(i)}" for i in labels), tuple(f"{number}:{i}" for i in range(clips)), {})
+    features = torch.randn(CLASSES, width, generator=world)[labels] + spread * torch.randn(
+        clips, width, generator=generator
+    )
+    return Embeddings(
+        features,
+        tuple(f"c{int(i)}" for i in labels),
+        tuple(f"{number}:{i}" for i in range(clips)),
+        {},
+    )
 
 
 @pytest.fixture
@@ -37,7 +44,10 @@ def test_each_fold_is_tested_once_and_validates_in_the_rounds_of_the_others(fold
         drawn = draw(one, np.zeros(len(one.pool), dtype=int), seed=3)
         assert len(drawn.trials) == 3
         for fit, valid in drawn.trials:
-            fitted, validated = ({one.pool.keys[i].split(":")[0] for i in np.flatnonzero(mask)} for mask in (fit, valid))
+            fitted, validated = (
+                {one.pool.keys[i].split(":")[0] for i in np.flatnonzero(mask)}
+                for mask in (fit, valid)
+            )
             assert len(validated) == 1
             assert not fitted & validated
             assert valid.sum() == 40
@@ -52,7 +62,11 @@ def test_label_noise_in_a_test_fold_cannot_raise_its_score_or_move_a_choice(fold
         zip(
             clean,
             probe_rounds(
-                [*fold_rounds(folds)[:2], *fold_rounds([*folds[:2], noisy_fold, folds[3]])[2:3], *fold_rounds(folds)[3:]],
+                [
+                    *fold_rounds(folds)[:2],
+                    *fold_rounds([*folds[:2], noisy_fold, folds[3]])[2:3],
+                    *fold_rounds(folds)[3:],
+                ],
                 kind=kind,
                 seeds=(0, 1),
             ),
@@ -68,26 +82,43 @@ def test_label_noise_in_a_test_fold_cannot_raise_its_score_or_move_a_choice(fold
 def test_batched_folds_equal_a_plain_loop_of_scikit_learn(folds):
     """The same draws, one LogisticRegression after another: the same penalties are chosen, the same clips are right."""
     penalties = (0.1, 1.0, 10.0, 100.0)
-    found = probe_rounds(fold_rounds(folds), seeds=(0, 1), candidates=[{"penalty": p} for p in penalties])
+    found = probe_rounds(
+        fold_rounds(folds), seeds=(0, 1), candidates=[{"penalty": p} for p in penalties]
+    )
     for seed, run in enumerate(found):
         for number, one in enumerate(fold_rounds(folds)):
             labels = np.array(one.pool.labels)
-            standard = (one.pool.features - one.pool.features.mean(0)) / one.pool.features.std(0, correction=0)
-            tested = (one.test.features - one.pool.features.mean(0)) / one.pool.features.std(0, correction=0)
+            standard = (one.pool.features - one.pool.features.mean(0)) / one.pool.features.std(
+                0, correction=0
+            )
+            tested = (one.test.features - one.pool.features.mean(0)) / one.pool.features.std(
+                0, correction=0
+            )
             drawn = draw(one, np.unique(labels, return_inverse=True)[1], seed)
             valid = [
-                np.mean([_logistic(standard[fit], labels[fit], p).score(standard[v], labels[v]) for fit, v in drawn.trials])
+                np.mean(
+                    [
+                        _logistic(standard[fit], labels[fit], p).score(standard[v], labels[v])
+                        for fit, v in drawn.trials
+                    ]
+                )
                 for p in penalties
             ]
             chosen = run.settings[number]["penalty"]
             assert valid[penalties.index(chosen)] == pytest.approx(max(valid), abs=0.009)
-            assert run.valid_scores[number] == pytest.approx(valid[penalties.index(chosen)], abs=0.009)
-            right = _logistic(standard[drawn.final], labels[drawn.final], chosen).predict(tested) == np.array(one.test.labels)
+            assert run.valid_scores[number] == pytest.approx(
+                valid[penalties.index(chosen)], abs=0.009
+            )
+            right = _logistic(standard[drawn.final], labels[drawn.final], chosen).predict(
+                tested
+            ) == np.array(one.test.labels)
             assert (right == run.units[number]).mean() > 0.97
 
 
 def _logistic(features: torch.Tensor, labels: np.ndarray, penalty: float) -> LogisticRegression:
-    return LogisticRegression(C=1 / penalty, max_iter=5_000, tol=1e-8).fit(features.double().numpy(), labels)
+    return LogisticRegression(C=1 / penalty, max_iter=5_000, tol=1e-8).fit(
+        features.double().numpy(), labels
+    )
 
 
 @pytest.mark.parametrize("k", [1, 7])
@@ -96,13 +127,17 @@ def test_neighbours_equal_scikit_learns(folds, k):
     labels = torch.tensor([int(label[1]) for label in pool.labels])
     probe = KNNProbe(pool.features, labels, CLASSES)
     everyone = torch.ones(len(labels), dtype=torch.bool)
-    found = probe.vote(*probe.nearest(probe.cosines(test.features), everyone, k), temperature=0.07).exp()
+    found = probe.vote(
+        *probe.nearest(probe.cosines(test.features), everyone, k), temperature=0.07
+    ).exp()
 
     def weights(distances):
         e = np.exp((1 - distances - (1 - distances).max(1, keepdims=True)) / 0.07)
         return e / e.sum(1, keepdims=True)
 
-    theirs = KNeighborsClassifier(k, metric="cosine", weights=weights).fit(pool.features.numpy(), labels.numpy())
+    theirs = KNeighborsClassifier(k, metric="cosine", weights=weights).fit(
+        pool.features.numpy(), labels.numpy()
+    )
     assert np.abs(found.numpy() - theirs.predict_proba(test.features.numpy())).max() < 1e-4
 
 

@@ -18,7 +18,10 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     truth = _true_difference()
     for simulation in range(simulations):
         shared = rng.random(150)  # clips have a difficulty of their own: the pairs are correlated
-        a, b = shared + 0.2 * rng.standard_normal(150) < 0.75, shared + 0.2 * rng.standard_normal(150) < 0.65
+        a, b = (
+            shared + 0.2 * rng.standard_normal(150) < 0.75,
+            shared + 0.2 * rng.standard_normal(150) < 0.65,
+        )
         found = paired_difference([a], [b], [1.0], resamples=1_000, seed=simulation)
         covered += found.low <= truth <= found.high
     assert 0.93 <= covered / simulations <= 0.97
@@ -35,12 +38,16 @@ def test_p_value_is_that_of_all_sign_flips():
     differences = a - b
     sums = [abs(np.dot(signs, differences)) for signs in product((-1, 1), repeat=len(a))]
     exact = np.mean(np.array(sums) >= abs(differences.sum()) - 1e-12)
-    assert paired_difference([a], [b], [1.0], resamples=100_000).p_value == pytest.approx(exact, abs=0.005)
+    assert paired_difference([a], [b], [1.0], resamples=100_000).p_value == pytest.approx(
+        exact, abs=0.005
+    )
 
 
 def test_ties_of_thirds_count_as_extreme():
     rng = np.random.default_rng(0)
-    a, b = (rng.binomial(3, 0.5, 180) for _ in range(2))  # of three seeds, how many had each clip right
+    a, b = (
+        rng.binomial(3, 0.5, 180) for _ in range(2)
+    )  # of three seeds, how many had each clip right
     chances = np.ones(1)  # of the sum of signed differences, in thirds, from -spread to spread
     for step in np.abs(a - b):
         widened = np.zeros(len(chances) + 2 * step)
@@ -49,14 +56,19 @@ def test_ties_of_thirds_count_as_extreme():
         chances = widened
     sums = np.arange(len(chances)) - len(chances) // 2
     exact = chances[np.abs(sums) >= abs((a - b).sum())].sum()
-    assert paired_difference([a / 3], [b / 3], [1.0], resamples=100_000).p_value == pytest.approx(exact, abs=0.007)
+    assert paired_difference([a / 3], [b / 3], [1.0], resamples=100_000).p_value == pytest.approx(
+        exact, abs=0.007
+    )
 
 
 def test_false_alarms_are_as_rare_as_promised():
     rng = np.random.default_rng(3)
     records = [(rng.random(100) < 0.7, rng.random(100) < 0.7) for _ in range(600)]
     p_values = np.array(
-        [paired_difference([a], [b], [1.0], resamples=1_000, seed=i).p_value for i, (a, b) in enumerate(records)]
+        [
+            paired_difference([a], [b], [1.0], resamples=1_000, seed=i).p_value
+            for i, (a, b) in enumerate(records)
+        ]
     )
     assert 0.01 <= (p_values < 0.05).mean() <= 0.065
 

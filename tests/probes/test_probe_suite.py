@@ -30,11 +30,21 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def run(tones, task_with, tiny_encoder, cache):
-    tasks = [task_with(), task_with(name="half", title="Half", domain="music", label="half", weight=3.0)]
+    tasks = [
+        task_with(),
+        task_with(name="half", title="Half", domain="music", label="half", weight=3.0),
+    ]
 
     def run(**changes) -> Scores:
         encoders = {"tiny": tiny_encoder(), BASELINE_NAME: LogMelBaseline()}
-        arguments = {"encoders": encoders, "tasks": tasks, "root": tones, "cache": cache, "seeds": (0, 1), "embedding": QUIET}
+        arguments = {
+            "encoders": encoders,
+            "tasks": tasks,
+            "root": tones,
+            "cache": cache,
+            "seeds": (0, 1),
+            "embedding": QUIET,
+        }
         return run_suite(**(arguments | changes))
 
     return run
@@ -42,7 +52,11 @@ def run(tones, task_with, tiny_encoder, cache):
 
 def test_a_run_end_to_end(run):
     scores = run(against=[BASELINE_NAME])
-    assert (scores.encoders, scores.tasks, scores.protocol) == (["tiny", BASELINE_NAME], ["tones", "half"], "strict")
+    assert (scores.encoders, scores.tasks, scores.protocol) == (
+        ["tiny", BASELINE_NAME],
+        ["tones", "half"],
+        "strict",
+    )
     floor = scores.get(BASELINE_NAME, "tones")
     assert floor.mean > 0.6 > floor.chance == pytest.approx(1 / 3)
     assert scores.get(BASELINE_NAME, "half").mean < 0.9  # which half a clip is in cannot be heard
@@ -74,7 +88,11 @@ def test_averages_are_weighted(run):
 def test_an_encoder_against_itself_is_no_difference(run, tiny_encoder):
     scores = run(encoders={"a": tiny_encoder(), "b": tiny_encoder()}, against=["a"])
     for comparison in scores.comparisons:
-        assert (comparison.difference, comparison.p_holm, comparison.significant) == (0.0, 1.0, False)
+        assert (comparison.difference, comparison.p_holm, comparison.significant) == (
+            0.0,
+            1.0,
+            False,
+        )
 
 
 def test_scores_survive_json(run, tmp_path):
@@ -86,7 +104,9 @@ def test_scores_survive_json(run, tmp_path):
     assert json.loads(scores.to_json())["averages"][0]["encoder"] == "tiny"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 99}', '{"version": 2, "entries": [{}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"version": 99}', '{"version": 2, "entries": [{}]}']
+)
 def test_what_is_no_score_file_is_said(tmp_path, text):
     (tmp_path / "scores.json").write_text(text)
     with pytest.raises(UserError, match="Probe again"):
@@ -107,7 +127,9 @@ def fits(monkeypatch):
     """Counts the probes that are really fitted."""
     counted = []
     original = protocols.probe_rounds
-    monkeypatch.setattr(protocols, "probe_rounds", lambda *a, **k: counted.append(k["name"]) or original(*a, **k))
+    monkeypatch.setattr(
+        protocols, "probe_rounds", lambda *a, **k: counted.append(k["name"]) or original(*a, **k)
+    )
     return counted
 
 
@@ -141,8 +163,16 @@ def test_stored_scores_lapse_with_encoder_data_settings(
         assert newly_fitted(**one) == 1
     assert newly_fitted(**one, embedding=EmbedSettings(pooling="mean_std", quiet=True)) == 1
     write_shards(tmp_path / "other", 8, seed=50)
-    assert newly_fitted(encoders=one["encoders"], tasks=[task_with(test=[str(tmp_path / "other")])]) == 1
-    assert newly_fitted(encoders=one["encoders"], tasks=[task_with(test=[str(tmp_path / "other")], weight=2.0)]) == 0
+    assert (
+        newly_fitted(encoders=one["encoders"], tasks=[task_with(test=[str(tmp_path / "other")])])
+        == 1
+    )
+    assert (
+        newly_fitted(
+            encoders=one["encoders"], tasks=[task_with(test=[str(tmp_path / "other")], weight=2.0)]
+        )
+        == 0
+    )
     file.write_text("{damaged")
     assert newly_fitted(**one) == 1
 
@@ -164,11 +194,15 @@ def test_mistakes_are_told_before_anything_is_embedded(run, task_with, tiny_enco
 
 
 def test_an_unexpected_number_of_classes_is_told(run, task_with):
-    with pytest.raises(UserError, match="should have 10 classes; its training clips have 3: high, low, middle"):
+    with pytest.raises(
+        UserError, match="should have 10 classes; its training clips have 3: high, low, middle"
+    ):
         run(tasks=[task_with(classes=10)])
 
 
-@pytest.mark.skipif(not (REAL_DATA / "esc10").is_dir(), reason="the real corpora are not beside this checkout")
+@pytest.mark.skipif(
+    not (REAL_DATA / "esc10").is_dir(), reason="the real corpora are not beside this checkout"
+)
 def test_log_mel_floor_on_esc10(tmp_path):
     with (REAL_DATA / "esc10" / "esc10.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -176,10 +210,17 @@ def test_log_mel_floor_on_esc10(tmp_path):
         with ShardFolder(tmp_path / "esc10" / fold) as shards:
             for row in (row for row in rows if row["fold"] == fold):
                 path = REAL_DATA / "esc10" / "audio" / row["filename"]
-                shards.write(path.stem, path.suffix[1:], path.read_bytes(), Annotation(label=row["category"]))
+                shards.write(
+                    path.stem, path.suffix[1:], path.read_bytes(), Annotation(label=row["category"])
+                )
     task = load_task("esc10", REPOSITORY / "conf" / "probe_tasks")
     scores = run_suite(
-        {BASELINE_NAME: LogMelBaseline()}, [task], root=tmp_path, cache=tmp_path / "cache", seeds=(0, 1), embedding=QUIET
+        {BASELINE_NAME: LogMelBaseline()},
+        [task],
+        root=tmp_path,
+        cache=tmp_path / "cache",
+        seeds=(0, 1),
+        embedding=QUIET,
     )
     assert 0.78 <= scores.entries[0].mean <= 0.92
     assert scores.entries[0].clips == {"train": 240, "valid": 80, "test": 80}
@@ -193,7 +234,9 @@ def test_encoders_of_one_name_are_told_apart(tmp_path: Path):
     assert list(encoder_names([str(run) for run in runs]).values()) == ["aut", "again"]
     exports = [str(run / "export" / "encoder") for run in runs]
     assert list(encoder_names(exports).values()) == ["aut", "again"]
-    assert encoder_names(["openai/whisper-tiny", "models/whisper-tiny/", "random:openai/whisper-tiny", "logmel"]) == {
+    assert encoder_names(
+        ["openai/whisper-tiny", "models/whisper-tiny/", "random:openai/whisper-tiny", "logmel"]
+    ) == {
         "openai/whisper-tiny": "openai/whisper-tiny",
         "models/whisper-tiny/": "models/whisper-tiny",
         "random:openai/whisper-tiny": "random whisper-tiny",

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from whisper_aut.errors import UserError
-from whisper_aut.probes.tasks import METRICS, SPLITS, expand_suites, list_tasks, load_task, task_from_mapping
+from whisper_aut.probes.tasks import (
+    METRICS,
+    SPLITS,
+    expand_suites,
+    list_tasks,
+    load_task,
+    task_from_mapping,
+)
 
 TASK_FOLDER = Path(__file__).parents[2] / "conf" / "probe_tasks"
 SHIPPED = {"demo_music", "demo_sound", "demo_speech", "esc10", "fsdd", "gmpieces"}
@@ -35,30 +42,47 @@ def test_the_public_x_ares_tasks_carry_its_weights():
         "xares_gtzan": 10,
     }  # fmt: skip
     classes = {task.name.removeprefix("xares_"): task.classes for task in theirs}
-    assert (classes["voxceleb1"], classes["fluent_speech_commands"], classes["fsd50k"], classes["fsd18_kaggle"]) == (
+    assert (
+        classes["voxceleb1"],
+        classes["fluent_speech_commands"],
+        classes["fsd50k"],
+        classes["fsd18_kaggle"],
+    ) == (
         1251,
         248,
         200,
         41,
     )
-    crops = {task.name.removeprefix("xares_"): task.crop_seconds for task in theirs if task.crop_seconds}
+    crops = {
+        task.name.removeprefix("xares_"): task.crop_seconds for task in theirs if task.crop_seconds
+    }
     assert crops == {
         "librispeech_gender": 5, "voxceleb1": 6, "voxlingua33": 10, "clotho": 30, "fsd50k": 10, "fma_small": 10, "gtzan": 30
     }  # fmt: skip
-    headline = {"esc50": 50, "gtzan_filtered": 10, "speech_commands_v2_35": 35, "speech_commands_v2_12": 12}
+    headline = {
+        "esc50": 50,
+        "gtzan_filtered": 10,
+        "speech_commands_v2_35": 35,
+        "speech_commands_v2_12": 12,
+    }
     assert {task.name: task.classes for task in tasks if task.name in headline} == headline
 
 
 def test_the_table_of_tasks_is_that_of_the_yamls():
     """docs/probes.md lists what conf/probe_tasks holds; the failure prints the lines to paste."""
-    lines = ["| task | domain | classes | metric | split | weight |", "|:---|:---|---:|:---|:---|---:|"]
+    lines = [
+        "| task | domain | classes | metric | split | weight |",
+        "|:---|:---|---:|:---|:---|---:|",
+    ]
     for task in (load_task(name, TASK_FOLDER) for name in list_tasks(TASK_FOLDER)):
         split = (
             f"{len(task.split.folds)} folds"
             if task.split.scheme == "folds"
             else "/".join(s for s in SPLITS if getattr(task, s))
         )
-        lines.append(f"| `{task.name}` | {task.domain} | {task.classes or '–'} | {task.metric} | {split} | {task.weight:g} |")
+        lines.append(
+            f"| `{task.name}` | {task.domain} | {task.classes or '–'} | {task.metric} | {split} | {task.weight:g} |"
+        )
     table = "\n".join(lines)
     assert table in (TASK_FOLDER.parents[1] / "docs" / "probes.md").read_text(), table
 
@@ -113,13 +137,29 @@ def test_all_schema_problems_at_once(task_with):
 
 def test_all_problems_of_meaning_at_once(task_with):
     with pytest.raises(UserError) as caught:
-        task_with(train=["{root}/a"], valid=[], test=["{root}/a/", "{fold}/b", "{root"], weight=-1, classes=1, label=" ")
+        task_with(
+            train=["{root}/a"],
+            valid=[],
+            test=["{root}/a/", "{fold}/b", "{root"],
+            weight=-1,
+            classes=1,
+            label=" ",
+        )
     message = str(caught.value)
-    for part in ("6 problems", "{root}/a/' is in train too", "{fold}/b", "weight", "classes", "label"):
+    for part in (
+        "6 problems",
+        "{root}/a/' is in train too",
+        "{fold}/b",
+        "weight",
+        "classes",
+        "label",
+    ):
         assert part in message
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "name: [unclosed\n", "train: [{root}/x]\n", "name: ${missing}\n"])
+@pytest.mark.parametrize(
+    "text", ["- a\n- b\n", "name: [unclosed\n", "train: [{root}/x]\n", "name: ${missing}\n"]
+)
 def test_files_that_are_no_task(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)

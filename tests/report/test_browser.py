@@ -13,7 +13,9 @@ from whisper_aut.cli import main
 from whisper_aut.pipeline import open_listener
 from whisper_aut.report.demo import build_page, launch_page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
 WIDTH, HEIGHT = 1200, 3000
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
 
@@ -48,14 +50,18 @@ def test_the_report_fills_the_window_and_not_more(report: Path, tmp_path: Path):
 def test_the_report_prints_without_javascript(report: Path, tmp_path: Path):
     barred = "<head><meta http-equiv='Content-Security-Policy' content=\"script-src 'none'\">"
     (tmp_path / "barred.html").write_text(report.read_text().replace("<head>", barred, 1))
-    browse((tmp_path / "barred.html").as_uri(), tmp_path, f"--print-to-pdf={tmp_path / 'report.pdf'}")
+    browse(
+        (tmp_path / "barred.html").as_uri(), tmp_path, f"--print-to-pdf={tmp_path / 'report.pdf'}"
+    )
     pdf = (tmp_path / "report.pdf").read_bytes()
     assert pdf.startswith(b"%PDF")
     assert pdf.count(b"/Subtype /Image") >= 2, "the figures are missing"
 
 
 @pytest.mark.slow
-def test_the_demo_draws_itself_without_the_outside_world(story: Path, free_port: int, tmp_path: Path):
+def test_the_demo_draws_itself_without_the_outside_world(
+    story: Path, free_port: int, tmp_path: Path
+):
     pytest.importorskip("gradio")
     listener = open_listener(str(story / "runs" / "aut_tiny" / "latest"), "", "none")
     listener.index(str(story / "clips"))
@@ -67,5 +73,13 @@ def test_the_demo_draws_itself_without_the_outside_world(story: Path, free_port:
         page.close()
     # Scripts hold every label even where nothing is drawn.
     drawn = re.sub(r"<(script|style|title)\b.*?</\1>", "", drawn, flags=re.DOTALL)
-    for text in ("a test", "Clip, up to 30 s", "Write as for", "The decoder writes", "Nearest clips", "before", "after"):
+    for text in (
+        "a test",
+        "Clip, up to 30 s",
+        "Write as for",
+        "The decoder writes",
+        "Nearest clips",
+        "before",
+        "after",
+    ):
         assert text in drawn, text

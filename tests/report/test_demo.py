@@ -42,7 +42,9 @@ def test_an_encoder_alone_has_no_text(story: Path):
     assert list(alone.encoders) == ["encoder"]
     with pytest.raises(UserError, match="writes nothing"):
         alone.text(str(story / "clip.wav"), "sound")
-    against = open_listener(str(story / RUN / "export" / "encoder"), str(story / RUN / "export" / "whisper"), "none")
+    against = open_listener(
+        str(story / RUN / "export" / "encoder"), str(story / RUN / "export" / "whisper"), "none"
+    )
     assert list(against.encoders) == ["before", "after"]
 
 
@@ -59,7 +61,9 @@ def test_the_spectrogram_has_units_and_the_clips_length(story: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_the_page_answers_over_http(listener: Listener, story: Path, free_port: int, tmp_path: Path):
+def test_the_page_answers_over_http(
+    listener: Listener, story: Path, free_port: int, tmp_path: Path
+):
     pytest.importorskip("gradio")
     from gradio_client import Client, handle_file
 
@@ -72,7 +76,9 @@ def test_the_page_answers_over_http(listener: Listener, story: Path, free_port: 
         shown = client.predict(clip, api_name="/neighbours")
         assert shown[0]["data"][0][0] == "880.flac"
         assert Path(shown[1]["value"]).stat().st_size > 1_000  # the clip itself, to be played
-        assert client.predict(clip, "sound", api_name="/text") == listener.text(str(story / "clips" / "880.flac"), "sound")
+        assert client.predict(clip, "sound", api_name="/text") == listener.text(
+            str(story / "clips" / "880.flac"), "sound"
+        )
         assert "plot" in client.predict(clip, api_name="/spectrogram")
         (tmp_path / "silent.wav").write_bytes(encode_audio(0 * tone(1.0), kind="WAV"))
         with pytest.raises(Exception, match="silent audio"):
@@ -83,7 +89,9 @@ def test_the_page_answers_over_http(listener: Listener, story: Path, free_port: 
         page.close()
 
 
-def test_what_cannot_be_opened_is_said(story: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_what_cannot_be_opened_is_said(
+    story: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.chdir(story)
     assert main(["demo", "./nowhere"]) == 1
     assert "There is no model directory" in capsys.readouterr().err

@@ -43,7 +43,11 @@ class Balanced(HTMLParser):
 def test_the_page_is_whole_and_escapes_what_it_shows(tmp_path):
     (tmp_path / "p.png").write_bytes(b"\x89PNG")
     hostile = '<script>alert("x")</script>'
-    blocks = [Sheet(hostile, "note", ("a", "b"), ((hostile, "1"),), 1), Picture(tmp_path / "p.png", hostile), hostile]
+    blocks = [
+        Sheet(hostile, "note", ("a", "b"), ((hostile, "1"),), 1),
+        Picture(tmp_path / "p.png", hostile),
+        hostile,
+    ]
     clips = [Listened(hostile, hostile, "b", b"OggS", b"\x89PNG"), Listened("silent", "a", "b")]
     page = html_page([Run("one", [Section("Probes", [*blocks, *clips])]), Run("two", [])])
     parsed = Balanced()
@@ -80,10 +84,15 @@ def test_counts_of_a_confusion_are_scikit_learns():
     classes = ["a", "b", "c"]
     true = generator.integers(0, 3, 50)
     guesses = [generator.integers(0, 3, 50) for _ in range(2)]
-    runs = [SeedRun(s, (0.0,), ({},), (None,), (), (guess[:30], guess[30:])) for s, guess in enumerate(guesses)]
+    runs = [
+        SeedRun(s, (0.0,), ({},), (None,), (), (guess[:30], guess[30:]))
+        for s, guess in enumerate(guesses)
+    ]
     found = _confusion(runs, classes, [classes[place] for place in true])
     assert isinstance(found, Confusion)
-    np.testing.assert_array_equal(found.counts, sum(confusion_matrix(true, guess) for guess in guesses))
+    np.testing.assert_array_equal(
+        found.counts, sum(confusion_matrix(true, guess) for guess in guesses)
+    )
     assert _confusion([SeedRun(0, (0.0,), ({},), (None,), ())], classes, ["a"]) is None
 
 
@@ -92,13 +101,45 @@ def run(tmp_path, tiny_shards) -> Path:
     """A run directory with what training writes, over the tests' shards."""
     folder = tiny_shards
     lines = [
-        {"step": 5, "domain": "sound", "task": "t", "key": "no", "reference": "old", "generated": "old"},
-        {"step": 9, "domain": "sound", "task": "t", "key": "missing", "reference": "r", "generated": "g"},
-        {"step": 9, "domain": "sound", "task": "t", "key": _key(folder / "sound"), "reference": "r", "generated": "g"},
-        {"step": 9, "domain": "sound", "task": "t", "key": "third", "reference": "r", "generated": "g"},
+        {
+            "step": 5,
+            "domain": "sound",
+            "task": "t",
+            "key": "no",
+            "reference": "old",
+            "generated": "old",
+        },
+        {
+            "step": 9,
+            "domain": "sound",
+            "task": "t",
+            "key": "missing",
+            "reference": "r",
+            "generated": "g",
+        },
+        {
+            "step": 9,
+            "domain": "sound",
+            "task": "t",
+            "key": _key(folder / "sound"),
+            "reference": "r",
+            "generated": "g",
+        },
+        {
+            "step": 9,
+            "domain": "sound",
+            "task": "t",
+            "key": "third",
+            "reference": "r",
+            "generated": "g",
+        },
     ]
-    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 9, "dom')
-    (tmp_path / "config.yaml").write_text(json.dumps({"data": {"valid": [{"path": str(folder / "sound")}, {"path": "gone"}]}}))
+    (tmp_path / "samples.jsonl").write_text(
+        "\n".join(map(json.dumps, lines)) + '\n{"step": 9, "dom'
+    )
+    (tmp_path / "config.yaml").write_text(
+        json.dumps({"data": {"valid": [{"path": str(folder / "sound")}, {"path": "gone"}]}})
+    )
     return tmp_path
 
 
@@ -107,7 +148,11 @@ def _key(folder: Path) -> str:
     from whisper_aut.corpora.shards import open_index
     from whisper_aut.data.sample import Sample, iter_samples
 
-    return next(sample.key for sample in iter_samples(open_index(str(folder)), ClipLimits()) if isinstance(sample, Sample))
+    return next(
+        sample.key
+        for sample in iter_samples(open_index(str(folder)), ClipLimits())
+        if isinstance(sample, Sample)
+    )
 
 
 def test_samples_of_the_last_validation_come_with_their_sound(run):
@@ -122,15 +167,32 @@ def test_samples_of_the_last_validation_come_with_their_sound(run):
 
 def test_a_run_without_samples_or_facts_has_none(tmp_path):
     assert listened(tmp_path) == []
-    assert [run_sheet(tmp_path), data_sheet(tmp_path), refusal_sheet(tmp_path)] == [None, None, None]
+    assert [run_sheet(tmp_path), data_sheet(tmp_path), refusal_sheet(tmp_path)] == [
+        None,
+        None,
+        None,
+    ]
     (tmp_path / "environment.json").write_text("[broken")
     assert run_sheet(tmp_path) is None
 
 
 def test_facts_are_laid_out(tmp_path):
-    facts = {"command": ["whisper-aut", "train"], "gpus": [], "cpus": 2, "packages": {"torch": "2"}, "start": {"path": "w"}}
+    facts = {
+        "command": ["whisper-aut", "train"],
+        "gpus": [],
+        "cpus": 2,
+        "packages": {"torch": "2"},
+        "start": {"path": "w"},
+    }
     sources = [
-        {"root": "a", "domain": "speech", "clips": 3, "seconds": 7200, "share": 0.8, "licences": {"CC0-1.0": {}}},
+        {
+            "root": "a",
+            "domain": "speech",
+            "clips": 3,
+            "seconds": 7200,
+            "share": 0.8,
+            "licences": {"CC0-1.0": {}},
+        },
         {"root": "b", "share": 0.2},
     ]
     (tmp_path / "environment.json").write_text(json.dumps({**facts, "data": sources}))

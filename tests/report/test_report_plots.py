@@ -15,13 +15,18 @@ HEAD = "epoch,step,train/loss,valid/loss,valid/loss_speech,lr\n"
 def test_bars_are_drawn_at_page_width(two_encoders, tmp_path):
     image = imread(plot_scores(two_encoders, tmp_path / "deep" / "scores.png", baseline="base"))
     assert image.shape[1] == 1200
-    colours = {tuple((pixel[:3] * 255).round().astype(int)) for pixel in image[::4, ::4].reshape(-1, image.shape[2])}
+    colours = {
+        tuple((pixel[:3] * 255).round().astype(int))
+        for pixel in image[::4, ::4].reshape(-1, image.shape[2])
+    }
     assert (0, 0x72, 0xB2) in colours  # ours
     assert (0xE6, 0x9F, 0) not in colours  # the baseline is a line, no second kind of bars
 
 
 def test_an_encoder_may_lack_a_task_or_have_one_seed(two_encoders, tmp_path):
-    plot_scores(replace(two_encoders, entries=two_encoders.entries[:3]), tmp_path / "a.png", baseline="base")
+    plot_scores(
+        replace(two_encoders, entries=two_encoders.entries[:3]), tmp_path / "a.png", baseline="base"
+    )
     one = tuple(replace(e, scores=e.scores[:1], record=e.record[:1]) for e in two_encoders.entries)
     plot_scores(replace(two_encoders, entries=one, seeds=(0,)), tmp_path / "b.png")
     assert (tmp_path / "a.png").stat().st_size > 5_000
@@ -30,12 +35,19 @@ def test_an_encoder_may_lack_a_task_or_have_one_seed(two_encoders, tmp_path):
 
 def test_nothing_but_a_baseline_is_no_chart(two_encoders, tmp_path):
     with pytest.raises(UserError, match="besides the baseline"):
-        plot_scores(replace(two_encoders, entries=two_encoders.entries[1:2]), tmp_path / "a.png", baseline="base")
+        plot_scores(
+            replace(two_encoders, entries=two_encoders.entries[1:2]),
+            tmp_path / "a.png",
+            baseline="base",
+        )
 
 
 def test_blanks_and_values_that_are_not_finite_are_passed_over(tmp_path):
     log = tmp_path / "metrics.csv"
-    log.write_text(HEAD + "0,20,3.0,,,1e-4\n0,10,5.0,,,1e-4\n0,20,,4.0,2.5,\n0,30,nan,,,\n0,40,inf,oops,,\n0,,1.0,,,\n")
+    log.write_text(
+        HEAD
+        + "0,20,3.0,,,1e-4\n0,10,5.0,,,1e-4\n0,20,,4.0,2.5,\n0,30,nan,,,\n0,40,inf,oops,,\n0,,1.0,,,\n"
+    )
     assert read_metrics(log) == {
         "train/loss": [(10, 5.0), (20, 3.0)],
         "valid/loss": [(20, 4.0)],
@@ -47,7 +59,8 @@ def test_blanks_and_values_that_are_not_finite_are_passed_over(tmp_path):
 def test_losses_are_drawn(tmp_path):
     log = tmp_path / "metrics.csv"
     rows = [
-        f"0,{step},{2 + math.exp(-step / 50)},,,\n0,{step},,{3 + math.exp(-step / 50)},2.0,\n" for step in range(0, 300, 10)
+        f"0,{step},{2 + math.exp(-step / 50)},,,\n0,{step},,{3 + math.exp(-step / 50)},2.0,\n"
+        for step in range(0, 300, 10)
     ]
     log.write_text(HEAD + "".join(rows))
     image = imread(plot_losses(log, tmp_path / "losses.png"))
@@ -67,7 +80,9 @@ def test_logs_without_losses_are_told(tmp_path, text):
 
 def test_parts_of_a_log_are_read_in_their_order(tmp_path):
     for number in range(12):  # every part did step 1 anew
-        (tmp_path / f"metrics.{number}.csv").write_text(f"step,train/loss\n1,{number}\n{number + 2},0.5\n")
+        (tmp_path / f"metrics.{number}.csv").write_text(
+            f"step,train/loss\n1,{number}\n{number + 2},0.5\n"
+        )
     (tmp_path / "metrics.csv").write_text("step,train/loss\n20,0.1\n")
     series = read_metrics(tmp_path / "metrics.csv")["train/loss"]
     assert series[0] == (1, 11)

@@ -44,7 +44,13 @@ def test_a_difference_without_support_is_called_that(two_encoders):
 
 def test_one_seed_has_no_deviation(two_encoders):
     entries = tuple(
-        replace(e, scores=e.scores[:1], record=e.record[:1], chosen=({"penalty": 1.0},), valid_scores=(0.5,))
+        replace(
+            e,
+            scores=e.scores[:1],
+            record=e.record[:1],
+            chosen=({"penalty": 1.0},),
+            valid_scores=(0.5,),
+        )
         for e in two_encoders.entries
     )
     text = rendered(replace(two_encoders, entries=entries, seeds=(0,)))
@@ -54,14 +60,19 @@ def test_one_seed_has_no_deviation(two_encoders):
 
 
 def test_markdown_has_as_many_cells_in_every_row(two_encoders):
-    odd = replace(two_encoders, entries=tuple(replace(e, title="a|b") for e in two_encoders.entries))
+    odd = replace(
+        two_encoders, entries=tuple(replace(e, title="a|b") for e in two_encoders.entries)
+    )
     rows = [line for line in markdown(sheets(odd)[0]).splitlines() if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
     assert len(rows) == 2 + 2 + 3
 
 
 def test_brackets_in_names_are_not_markup(two_encoders):
-    named = replace(two_encoders, entries=tuple(replace(e, title="[red]tone[/red]") for e in two_encoders.entries))
+    named = replace(
+        two_encoders,
+        entries=tuple(replace(e, title="[red]tone[/red]") for e in two_encoders.entries),
+    )
     assert "[red]tone[/red]" in rendered(named)
 
 
@@ -71,6 +82,8 @@ def test_a_task_that_one_encoder_lacks_is_blank(two_encoders):
 
 def test_csv_is_read_back(two_encoders):
     rows = list(csv.DictReader(io.StringIO(scores_csv(two_encoders))))
-    assert [(row["encoder"], row["task"]) for row in rows] == [(e.encoder, e.task) for e in two_encoders.entries]
+    assert [(row["encoder"], row["task"]) for row in rows] == [
+        (e.encoder, e.task) for e in two_encoders.entries
+    ]
     assert float(rows[0]["mean"]) == pytest.approx(0.75)
     assert rows[0]["protocol"] == "strict"

@@ -39,8 +39,14 @@ class Chronicle(lightning.Callback):
         self.file, self.fault = file.open("a", buffering=1), fault
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        self.file.write(json.dumps({"step": trainer.global_step, "batch": batch_idx, "keys": batch.keys}) + "\n")
-        if self.fault.get("step") == trainer.global_step and self.fault["rank"] in (RANK, "all") and "kind" in self.fault:
+        self.file.write(
+            json.dumps({"step": trainer.global_step, "batch": batch_idx, "keys": batch.keys}) + "\n"
+        )
+        if (
+            self.fault.get("step") == trainer.global_step
+            and self.fault["rank"] in (RANK, "all")
+            and "kind" in self.fault
+        ):
             if self.fault["kind"] == "poison":
                 batch.mel[0] = torch.nan
             else:
@@ -68,7 +74,9 @@ def run(job: dict[str, Any]) -> None:
 
     def make(*arguments: Any) -> lightning.Trainer:
         trainer = original(*arguments)
-        trainer.callbacks.insert(0, Chronicle(config.with_name(f"{config.stem}-keys-rank{RANK}.jsonl"), fault))  # pyright: ignore
+        trainer.callbacks.insert(
+            0, Chronicle(config.with_name(f"{config.stem}-keys-rank{RANK}.jsonl"), fault)
+        )  # pyright: ignore
         return trainer
 
     train_module._trainer = make

@@ -100,8 +100,14 @@ def test_a_job_killed_at_random_moments_ends_as_if_nothing_had_happened(
             file=f"parts-{number}",
         )
         finished = jobs.run(ranks=ranks)
-        assert (finished.returncode == 0) == (not fault), (fault, finished.stdout[-1000:], finished.stderr[-3000:])
-        assert ("Preempted" in finished.stdout) == (fault.get("kind") in ("SIGTERM", "SIGUSR1")), finished.stdout[-1000:]
+        assert (finished.returncode == 0) == (not fault), (
+            fault,
+            finished.stdout[-1000:],
+            finished.stderr[-3000:],
+        )
+        assert ("Preempted" in finished.stdout) == (fault.get("kind") in ("SIGTERM", "SIGUSR1")), (
+            finished.stdout[-1000:]
+        )
     assert_close_weights(whole, run, atol=tolerance)
     assert curve(run) == pytest.approx(curve(whole), abs=tolerance)
     assert curve(run, "valid/loss") == pytest.approx(curve(whole, "valid/loss"), abs=tolerance)
@@ -114,7 +120,11 @@ def test_a_job_killed_at_random_moments_ends_as_if_nothing_had_happened(
 def two_ranks(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path) -> Path:
     """A config of two ranks that would take minutes."""
     rest = ("trainer.max_epochs=1000", "probe.tasks=[]", "export=[]")
-    steps = ("trainer.max_steps=2000", "trainer.checkpoint_every_steps=1000", "trainer.valid_every_steps=1000")
+    steps = (
+        "trainer.max_steps=2000",
+        "trainer.checkpoint_every_steps=1000",
+        "trainer.valid_every_steps=1000",
+    )
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *OVERRIDES, *steps, *rest)
     (tmp_path / "long.yaml").write_text(dump_settings(settings))
     return tmp_path / "long.yaml"
@@ -130,7 +140,8 @@ def start(config: Path, *launcher: str) -> tuple[subprocess.Popen[str], RunDirec
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "WHISPER_AUT_RUN": "job", "PYTHONPATH": str(REPOSITORY)},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "WHISPER_AUT_RUN": "job", "PYTHONPATH": str(REPOSITORY)},
         start_new_session=True,
     )
     run = RunDirectory(Path(yaml.safe_load(config.read_text())["runs"]) / "smoke" / "job")
@@ -165,7 +176,9 @@ def command_of(pid: int) -> str:
 def test_a_dead_rank_ends_the_job(two_ranks: Path):
     process, _ = start(two_ranks)
     second = next(  # before the workers that it started
-        pid for pid in descendants(process.pid) if "whisper_aut.cli train" in command_of(pid) and _is_rank(pid, "1")
+        pid
+        for pid in descendants(process.pid)
+        if "whisper_aut.cli train" in command_of(pid) and _is_rank(pid, "1")
     )
     os.kill(second, signal.SIGKILL)
     killed = time.monotonic()
@@ -178,8 +191,14 @@ def test_a_dead_rank_ends_the_job(two_ranks: Path):
 
 @pytest.mark.slow
 def test_slurm_style_preemption_under_torchrun_exits_with_its_code(two_ranks: Path):
-    process, run = start(two_ranks, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    ranks = [pid for pid in descendants(process.pid) if "whisper_aut.cli" in command_of(pid) and _is_rank(pid, "0")]
+    process, run = start(
+        two_ranks, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+    )
+    ranks = [
+        pid
+        for pid in descendants(process.pid)
+        if "whisper_aut.cli" in command_of(pid) and _is_rank(pid, "0")
+    ]
     os.kill(ranks[0], signal.SIGUSR1)
     output, _ = process.communicate(timeout=90)
     assert "exitcode  : 75" in output or "exitcode: 75" in output, output[-3000:]

@@ -49,9 +49,14 @@ def written(path: Path, step: int = 5, value: float = 1.0) -> Path:
     drafts[0].begin()
     for rank, draft in enumerate(drafts):
         name = f"encoder.{rank}"
-        files |= draft.write_tensors({name: torch.full((3,), value)}, {f"{name}.exp_avg": torch.ones(3)})
+        files |= draft.write_tensors(
+            {name: torch.full((3,), value)}, {f"{name}.exp_avg": torch.ones(3)}
+        )
     facts: dict[str, Any] = {"strategy": "ddp", "ranks": 2}
-    drafts[0].finish({"global_step": step, "extra": {}}, Manifest(step, 8, facts, files, {"encoder.tied": "encoder.1"}))
+    drafts[0].finish(
+        {"global_step": step, "extra": {}},
+        Manifest(step, 8, facts, files, {"encoder.tied": "encoder.1"}),
+    )
     return path
 
 
@@ -76,7 +81,9 @@ def test_a_draft_is_never_taken_for_a_checkpoint(tmp_path: Path):
     assert len(checkpoints_in(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("fault", ["truncated", "flipped", "missing", "manifest", "unreadable manifest"])
+@pytest.mark.parametrize(
+    "fault", ["truncated", "flipped", "missing", "manifest", "unreadable manifest"]
+)
 def test_damage_is_said_and_the_one_before_is_used(fault: str, tmp_path: Path):
     sound = written(tmp_path / "step-0000001.ckpt", step=1)
     newest = written(tmp_path / "step-0000002.ckpt", step=2)
@@ -99,7 +106,9 @@ def test_damage_is_said_and_the_one_before_is_used(fault: str, tmp_path: Path):
     assert "step-0000002.ckpt is damaged and was passed over" in refused[0]
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
     whole = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "whole"), QUIET).run
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "parts")
     run = train(settings, QUIET).run
@@ -125,10 +134,17 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny_whisper: Pa
 
 
 def test_the_last_few_and_the_best_are_kept(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
-    overrides = ("trainer.checkpoint_every_steps=1", "trainer.valid_every_steps=2", "trainer.keep_checkpoints=2")
+    overrides = (
+        "trainer.checkpoint_every_steps=1",
+        "trainer.valid_every_steps=2",
+        "trainer.keep_checkpoints=2",
+    )
     # A rate that grows to where the model gets worse and worse.
     run = train(
-        settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides, "optim.lr=3", "optim.warmup_steps=100"), QUIET
+        settings_for(
+            tiny_whisper, tiny_shards, tmp_path, *overrides, "optim.lr=3", "optim.warmup_steps=100"
+        ),
+        QUIET,
     ).run
     losses = {round(step) + 1: loss for step, loss in read_metrics(run.metrics)["valid/loss"]}
     best = min(losses, key=losses.__getitem__)
@@ -136,48 +152,86 @@ def test_the_last_few_and_the_best_are_kept(tiny_whisper: Path, tiny_shards: Pat
     assert read_manifest(run.checkpoints / "best.ckpt").step == best
     assert [read_manifest(path).step for path in checkpoints_in(run.checkpoints)] == [best, 5, 6]
     assert (run.checkpoints / "last.ckpt").resolve() == run.last_checkpoint.resolve()
-    assert read_checkpoint(run.checkpoints / "last.ckpt").keys() == read_checkpoint(run.last_checkpoint).keys()
+    assert (
+        read_checkpoint(run.checkpoints / "last.ckpt").keys()
+        == read_checkpoint(run.last_checkpoint).keys()
+    )
 
 
 def test_a_run_that_goes_back_sets_aside_what_lies_behind(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    overrides = ("trainer.checkpoint_every_steps=1", "trainer.valid_every_steps=2", "trainer.keep_checkpoints=4")
+    overrides = (
+        "trainer.checkpoint_every_steps=1",
+        "trainer.valid_every_steps=2",
+        "trainer.keep_checkpoints=4",
+    )
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), QUIET).run
-    assert read_manifest(run.checkpoints / "best.ckpt").step == 6, "the best is not given up: this shows less"
+    assert read_manifest(run.checkpoints / "best.ckpt").step == 6, (
+        "the best is not given up: this shows less"
+    )
     run.done.unlink()
     seen: list[list[str]] = []
 
     class Look(lightning.Callback):
-        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(
+            self, trainer: Any, module: Any, batch: Any, batch_idx: int
+        ) -> None:
             names = sorted(path.name for path in run.checkpoints.iterdir())
             seen.append([*names, (run.checkpoints / "last.ckpt").resolve().name])
 
-    back = settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides, "trainer.max_steps=4", "trainer.keep_checkpoints=1")
-    again = train(back, Console(width=400), resume=str(run.checkpoints / "step-0000003.ckpt"), callbacks=[Look()]).run
-    assert seen == [[".superseded-step-0000006.ckpt", "last.ckpt", "step-0000003.ckpt", "step-0000003.ckpt"]]
+    back = settings_for(
+        tiny_whisper,
+        tiny_shards,
+        tmp_path,
+        *overrides,
+        "trainer.max_steps=4",
+        "trainer.keep_checkpoints=1",
+    )
+    again = train(
+        back,
+        Console(width=400),
+        resume=str(run.checkpoints / "step-0000003.ckpt"),
+        callbacks=[Look()],
+    ).run
+    assert seen == [
+        [".superseded-step-0000006.ckpt", "last.ckpt", "step-0000003.ckpt", "step-0000003.ckpt"]
+    ]
     said = capsys.readouterr().out
     assert said.count("step-0000004.ckpt, step-0000005.ckpt, step-0000006.ckpt in") == 1
     assert again == run
     assert [path.name for path in checkpoints_in(run.checkpoints)] == ["step-0000004.ckpt"]
     assert run.last_checkpoint.name == "step-0000004.ckpt"
     assert (
-        (run.checkpoints / "best.ckpt").resolve() == (run.checkpoints / "last.ckpt").resolve() == run.last_checkpoint.resolve()
+        (run.checkpoints / "best.ckpt").resolve()
+        == (run.checkpoints / "last.ckpt").resolve()
+        == run.last_checkpoint.resolve()
     )
 
 
 def test_what_was_just_written_is_never_removed(tmp_path: Path):
     for step in (1, 8, 9):
         written(tmp_path / checkpoint_name(step), step=step)
-    RollingCheckpoints(tmp_path, every_steps=1, valid_every_steps=1, keep=1)._written(tmp_path / checkpoint_name(1))
-    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-0000001.ckpt", "step-0000009.ckpt"]
+    RollingCheckpoints(tmp_path, every_steps=1, valid_every_steps=1, keep=1)._written(
+        tmp_path / checkpoint_name(1)
+    )
+    assert [path.name for path in checkpoints_in(tmp_path)] == [
+        "step-0000001.ckpt",
+        "step-0000009.ckpt",
+    ]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of_its_step(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    overrides = ("trainer.checkpoint_every_steps=2", "trainer.valid_every_steps=100", "trainer.keep_checkpoints=9")
-    plain = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "plain", *overrides), QUIET).run
+    overrides = (
+        "trainer.checkpoint_every_steps=2",
+        "trainer.valid_every_steps=100",
+        "trainer.keep_checkpoints=9",
+    )
+    plain = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path / "plain", *overrides), QUIET
+    ).run
 
     begin, count = CheckpointDraft.begin, Guard.on_train_batch_end
     reached, seen = threading.Condition(), [0]
@@ -185,7 +239,9 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of
     def begin_a_step_later(draft: CheckpointDraft) -> None:
         step = int(draft.path.stem.removeprefix("step-"))
         with reached:
-            assert reached.wait_for(lambda: seen[-1] > step or step == 6, timeout=60), "training waits for the checkpoint"
+            assert reached.wait_for(lambda: seen[-1] > step or step == 6, timeout=60), (
+                "training waits for the checkpoint"
+            )
         begin(draft)
 
     def counted(guard: Guard, trainer: Any, *rest: Any) -> None:
@@ -196,7 +252,9 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of
 
     monkeypatch.setattr(CheckpointDraft, "begin", begin_a_step_later)
     monkeypatch.setattr(Guard, "on_train_batch_end", counted)
-    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "async", *overrides, "trainer.async_checkpoints=true")
+    settings = settings_for(
+        tiny_whisper, tiny_shards, tmp_path / "async", *overrides, "trainer.async_checkpoints=true"
+    )
     run = train(settings, QUIET).run
     assert [read_manifest(path).step for path in checkpoints_in(run.checkpoints)] == [2, 4, 6]
     assert (run.checkpoints / "last.ckpt").resolve() == run.last_checkpoint.resolve()
@@ -209,7 +267,11 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of
 
 
 def test_what_broke_the_run_is_said_and_not_what_broke_the_checkpoint_after_it(
-    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     failed, count = threading.Event(), Guard.on_train_batch_end
 
@@ -225,7 +287,11 @@ def test_what_broke_the_run_is_said_and_not_what_broke_the_checkpoint_after_it(
 
     monkeypatch.setattr(CheckpointDraft, "begin", fails)
     monkeypatch.setattr(Guard, "on_train_batch_end", breaks)
-    overrides = ("trainer.checkpoint_every_steps=2", "trainer.valid_every_steps=100", "trainer.async_checkpoints=true")
+    overrides = (
+        "trainer.checkpoint_every_steps=2",
+        "trainer.valid_every_steps=100",
+        "trainer.async_checkpoints=true",
+    )
     with pytest.raises(ArithmeticError, match="the model broke"):
         train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), QUIET)
     assert "The last checkpoint was not written: the writers lost each other" in caplog.text
@@ -243,8 +309,14 @@ def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(
 
     monkeypatch.setattr(CheckpointDraft, "begin", lambda _: let_go.wait(60))
     monkeypatch.setattr(Guard, "on_train_batch_end", interrupted)
-    overrides = ("trainer.checkpoint_every_steps=2", "trainer.valid_every_steps=100", "trainer.async_checkpoints=true")
-    handlers = {number: signal.getsignal(number) for number in CleanStop.SIGNALS}  # Lightning ignores Ctrl-C from here on
+    overrides = (
+        "trainer.checkpoint_every_steps=2",
+        "trainer.valid_every_steps=100",
+        "trainer.async_checkpoints=true",
+    )
+    handlers = {
+        number: signal.getsignal(number) for number in CleanStop.SIGNALS
+    }  # Lightning ignores Ctrl-C from here on
     try:
         with pytest.raises(SystemExit):
             train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), QUIET)
@@ -276,7 +348,10 @@ def test_resume_says_what_it_was_given(tmp_path: Path):
     with pytest.raises(UserError, match="it is not a checkpoint"):
         resume_from(str(tmp_path), None, "runs/smoke", print)
     written(run.checkpoints / "step-0000003.ckpt")
-    assert resume_from(str(run.path), None, "runs/smoke", print) == (run.checkpoints / "step-0000003.ckpt").resolve()
+    assert (
+        resume_from(str(run.path), None, "runs/smoke", print)
+        == (run.checkpoints / "step-0000003.ckpt").resolve()
+    )
     run.done.write_text("{}")
     assert resume_from("auto", run, "runs/smoke", print) is None  # it has finished
 
@@ -298,9 +373,13 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_what_was_saved_is_whole(
     asynchronous: bool, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
     whole = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "whole"), QUIET).run
-    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "parts", f"trainer.async_checkpoints={asynchronous}")
+    settings = settings_for(
+        tiny_whisper, tiny_shards, tmp_path / "parts", f"trainer.async_checkpoints={asynchronous}"
+    )
     weights = max(file.stat().st_size for file in whole.last_checkpoint.glob("weights-*"))
-    with pytest.raises(UserError, match=r"could not be written: File too large.*What was saved before is whole"):
+    with pytest.raises(
+        UserError, match=r"could not be written: File too large.*What was saved before is whole"
+    ):
         _train_with_files_up_to(weights // 2, settings)
     (run,) = (RunDirectory(path) for path in (tmp_path / "parts" / "smoke").glob("2*"))
     assert not checkpoints_in(run.checkpoints)
@@ -316,13 +395,19 @@ def test_room_is_looked_for_before_the_first_step(tmp_path: Path, monkeypatch: p
     import shutil
 
     free = shutil.disk_usage(tmp_path).free
-    assert "lower trainer.keep_checkpoints" in check_room(tmp_path, one_checkpoint=free // 4, kept=5)
+    assert "lower trainer.keep_checkpoints" in check_room(
+        tmp_path, one_checkpoint=free // 4, kept=5
+    )
 
     def refuse(**_: Any) -> Any:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("whisper_aut.training.faults.TemporaryFile", refuse)  # root may write anywhere
-    with pytest.raises(UserError, match=r"Cannot write to .*: Read-only file system\. Set runs=FOLDER"):
+    monkeypatch.setattr(
+        "whisper_aut.training.faults.TemporaryFile", refuse
+    )  # root may write anywhere
+    with pytest.raises(
+        UserError, match=r"Cannot write to .*: Read-only file system\. Set runs=FOLDER"
+    ):
         check_room(tmp_path, one_checkpoint=1, kept=1)
 
 

@@ -31,7 +31,11 @@ def test_a_failed_check_is_a_finding_and_the_rest_goes_on():
 
         return check
 
-    checks = [("a", raises(UserError("no room"))), ("b", raises(RuntimeError("broken\nmore"))), ("c", check_versions)]
+    checks = [
+        ("a", raises(UserError("no room"))),
+        ("b", raises(RuntimeError("broken\nmore"))),
+        ("c", check_versions),
+    ]
     found = {finding.name: finding for finding in examine(checks)}
     assert (found["a"].status, found["a"].detail) == ("fail", "no room")
     assert found["b"].detail == "RuntimeError: broken"
@@ -39,7 +43,9 @@ def test_a_failed_check_is_a_finding_and_the_rest_goes_on():
     assert "torch 2.11.0" in found["versions"].detail
 
 
-def test_what_a_config_asks_for_is_compared_with_what_is_there(tiny_shards: Path, tmp_path: Path, monkeypatch: Any):
+def test_what_a_config_asks_for_is_compared_with_what_is_there(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: Any
+):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert check_devices("gpu", 8).status == "fail"
     assert "asks for 8 GPUs and PyTorch sees 0" in check_devices("gpu", 8).detail
@@ -64,13 +70,26 @@ def test_a_shard_that_cannot_be_read_is_found(tiny_shards: Path, tmp_path: Path)
 
 
 def test_the_command_exits_with_one_where_something_fails(
-    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", "hardware.accelerator=gpu", "hardware.devices=8")
+    settings = settings_for(
+        tiny_whisper,
+        tiny_shards,
+        tmp_path / "runs",
+        "hardware.accelerator=gpu",
+        "hardware.devices=8",
+    )
     (tmp_path / "config.yaml").write_text(dump_settings(settings))
-    monkeypatch.setattr("whisper_aut.training.doctor.check_collectives", lambda: Finding("collectives", "ok", "not tried here"))
+    monkeypatch.setattr(
+        "whisper_aut.training.doctor.check_collectives",
+        lambda: Finding("collectives", "ok", "not tried here"),
+    )
     assert main(["doctor", str(tmp_path / "config.yaml"), "--no-dry-run"]) == 1
     shown = capsys.readouterr()
     assert "This machine is not ready: devices." in shown.err
@@ -100,7 +119,9 @@ def test_a_dry_run_that_does_not_end_is_ended_and_said():
 def test_the_doctor_trains_two_steps_and_leaves_nothing(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    (tmp_path / "config.yaml").write_text(dump_settings(settings_for(tiny_whisper, tiny_shards, tmp_path / "runs")))
+    (tmp_path / "config.yaml").write_text(
+        dump_settings(settings_for(tiny_whisper, tiny_shards, tmp_path / "runs"))
+    )
     assert main(["doctor", str(tmp_path / "config.yaml")]) == 0
     assert "two steps" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
@@ -110,10 +131,21 @@ def test_the_doctor_trains_two_steps_and_leaves_nothing(
 def test_a_dry_run_starts_its_own_ranks_inside_a_job_too(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    for name, value in {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "WORLD_SIZE": "2"}.items():
+    for name, value in {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "0",
+        "WORLD_SIZE": "2",
+    }.items():
         monkeypatch.setenv(name, value)  # as in the shell of a batch job, which waits for nobody
     settings = settings_for(
-        tiny_whisper, tiny_shards, tmp_path, "hardware.devices=2", "strategy=ddp", "probe.tasks=[]", "trainer.max_steps=2"
+        tiny_whisper,
+        tiny_shards,
+        tmp_path,
+        "hardware.devices=2",
+        "strategy=ddp",
+        "probe.tasks=[]",
+        "trainer.max_steps=2",
     )
     finding = check_dry_run(dump_settings(settings), minutes=3)
     assert finding.status == "ok", finding.detail

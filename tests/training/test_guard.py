@@ -33,14 +33,23 @@ class _Poison(lightning.Callback):
 
 @pytest.mark.parametrize(
     "strategy",
-    ["auto", *(pytest.param(f"deepspeed_stage_{stage}", marks=pytest.mark.slow) for stage in (1, 2, 3))],
+    [
+        "auto",
+        *(pytest.param(f"deepspeed_stage_{stage}", marks=pytest.mark.slow) for stage in (1, 2, 3)),
+    ],
 )
 def test_a_bad_clip_costs_one_step_and_is_named(
-    strategy: str, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strategy: str,
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     poison = _Poison(2, 4)
     watched(monkeypatch, poison)
-    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, f"strategy={strategy}"), QUIET).run
+    run = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path, f"strategy={strategy}"), QUIET
+    ).run
     lines = [json.loads(line) for line in (run.path / "ledger.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == poison.keys
     assert {line["reason"] for line in lines} == {"non-finite loss"}
@@ -50,13 +59,21 @@ def test_a_bad_clip_costs_one_step_and_is_named(
             assert weight.isfinite().all(), name
     metrics = json.loads(run.done.read_text())["metrics"]
     assert metrics["train/skipped_steps"] == 2
-    assert json.loads(run.done.read_text())["refused"] == {}, "the clips were trained on, not refused"
+    assert json.loads(run.done.read_text())["refused"] == {}, (
+        "the clips were trained on, not refused"
+    )
 
 
-def test_a_skipped_step_changes_nothing(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_skipped_step_changes_nothing(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """All steps but the first are bad: the weights are those of the first alone, moments and decay included."""
     settings = settings_for(
-        tiny_whisper, tiny_shards, tmp_path, "trainer.checkpoint_every_steps=1", "trainer.keep_checkpoints=9"
+        tiny_whisper,
+        tiny_shards,
+        tmp_path,
+        "trainer.checkpoint_every_steps=1",
+        "trainer.keep_checkpoints=9",
     )
     watched(monkeypatch, _Poison(1, 2, 3, 4, 5))
     run = train(settings, QUIET).run
@@ -67,15 +84,25 @@ def test_too_many_bad_steps_stop_the_run(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     watched(monkeypatch, _Poison(1, 3, 4, 5))
-    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.max_bad_steps=3", "trainer.checkpoint_every_steps=3")
-    with pytest.raises(UserError, match=r"3 steps in a row.*up to step 6.*ledger.*trainer\.max_bad_steps"):
+    settings = settings_for(
+        tiny_whisper,
+        tiny_shards,
+        tmp_path,
+        "trainer.max_bad_steps=3",
+        "trainer.checkpoint_every_steps=3",
+    )
+    with pytest.raises(
+        UserError, match=r"3 steps in a row.*up to step 6.*ledger.*trainer\.max_bad_steps"
+    ):
         train(settings, QUIET)
     (last,) = tmp_path.glob("smoke/2*/checkpoints/last.ckpt")
     assert read_manifest(last).step == 4  # of the validation: nothing was written behind the fault
 
 
 @pytest.mark.parametrize("another_rank_names_one", [False, True])
-def test_a_gradient_without_a_culprit_names_the_clips_of_the_step(tmp_path: Path, another_rank_names_one: bool):
+def test_a_gradient_without_a_culprit_names_the_clips_of_the_step(
+    tmp_path: Path, another_rank_names_one: bool
+):
     class Step:
         clips = (("sound", "a"), ("speech", "b"))
 
@@ -98,9 +125,15 @@ def test_a_gradient_without_a_culprit_names_the_clips_of_the_step(tmp_path: Path
     ledger = Ledger(tmp_path / "ledger.jsonl")
     guard = Guard(ledger, max_bad_steps=2, warn=said.append)
     guard._count_bad(Trainer(), Module())  # pyright: ignore[reportArgumentType]
-    written = (tmp_path / "ledger.jsonl").read_text() if (tmp_path / "ledger.jsonl").exists() else ""
+    written = (
+        (tmp_path / "ledger.jsonl").read_text() if (tmp_path / "ledger.jsonl").exists() else ""
+    )
     lines = [json.loads(line) for line in written.splitlines()]
-    innocent = [] if another_rank_names_one else [("a", "non-finite gradient"), ("b", "non-finite gradient")]
+    innocent = (
+        []
+        if another_rank_names_one
+        else [("a", "non-finite gradient"), ("b", "non-finite gradient")]
+    )
     assert [(line["key"], line["reason"]) for line in lines] == innocent
     assert "Step 7 was left out on all ranks" in said[0]
     assert guard.state_dict()["streak"] == 1
@@ -134,7 +167,9 @@ def test_gradients_are_clipped_as_pytorch_does(clip: float, factor: float, tmp_p
 def test_spikes_stand_out_from_noise_and_plateaus():
     detector = SpikeDetector(factor=6.0)
     generator = torch.Generator().manual_seed(0)
-    noisy = [5.0 - 0.01 * step + 0.05 * float(torch.randn((), generator=generator)) for step in range(60)]
+    noisy = [
+        5.0 - 0.01 * step + 0.05 * float(torch.randn((), generator=generator)) for step in range(60)
+    ]
     assert not any(detector.judge(loss) for loss in noisy)
     assert detector.judge(9.0) == pytest.approx(4.6, abs=0.2)
     assert detector.judge(9.0), "a spike is not taken into the history"
@@ -164,15 +199,31 @@ class _Derail(lightning.Callback):
 def test_a_spike_goes_back_and_leaves_out_the_data_since(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    steps = ("trainer.max_steps=30", "trainer.checkpoint_every_steps=10", "trainer.valid_every_steps=30")
+    steps = (
+        "trainer.max_steps=30",
+        "trainer.checkpoint_every_steps=10",
+        "trainer.valid_every_steps=30",
+    )
     derail, plain = _Derail(25), _Derail(-1)
-    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, *steps, "trainer.spike_factor=20", "trainer.on_spike=rewind")
+    settings = settings_for(
+        tiny_whisper,
+        tiny_shards,
+        tmp_path,
+        *steps,
+        "trainer.spike_factor=20",
+        "trainer.on_spike=rewind",
+    )
     with monkeypatch.context() as patch:
         watched(patch, derail)
         run = train(settings, QUIET).run
     assert [step for step, _ in derail.read] == [*range(26), *range(20, 30)]
     watched(monkeypatch, plain)
-    train(settings_for(tiny_whisper, tiny_shards, tmp_path / "other", *steps[1:], "trainer.max_steps=36"), QUIET)
+    train(
+        settings_for(
+            tiny_whisper, tiny_shards, tmp_path / "other", *steps[1:], "trainer.max_steps=36"
+        ),
+        QUIET,
+    )
     assert [keys for _, keys in derail.read[26:]] == [keys for _, keys in plain.read[26:]]
     assert max(loss for _, loss in read_metrics(run.metrics)["train/loss"][20:]) < 7
 
@@ -180,12 +231,23 @@ def test_a_spike_goes_back_and_leaves_out_the_data_since(
 def test_a_rewound_run_plans_the_epochs_that_are_left(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    chosen = ("data.mode=epochs", "data.batch_clips=4", "trainer.max_epochs=3", "trainer.max_steps=null")
+    chosen = (
+        "data.mode=epochs",
+        "data.batch_clips=4",
+        "trainer.max_epochs=3",
+        "trainer.max_steps=null",
+    )
     steps = ("trainer.checkpoint_every_steps=10", "trainer.valid_every_steps=50")
     derail = _Derail(25)
     trainers = watched(monkeypatch, derail)
     settings = settings_for(
-        tiny_whisper, tiny_shards, tmp_path, *chosen, *steps, "trainer.spike_factor=10", "trainer.on_spike=rewind"
+        tiny_whisper,
+        tiny_shards,
+        tmp_path,
+        *chosen,
+        *steps,
+        "trainer.spike_factor=10",
+        "trainer.on_spike=rewind",
     )
     run = train(settings, QUIET).run
     assert [trainer.max_steps for trainer in trainers] == [33, 27]

@@ -41,7 +41,9 @@ class Recorder(lightning.Callback):
     def __init__(self, path: Path, stop_at: int = -1):
         self.path, self.stop_at = path, stop_at
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         line = {"step": trainer.global_step, "keys": batch.keys, "loss": float(outputs["loss"])}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -73,19 +75,47 @@ def last_of_each_step(lines: list[dict[str, Any]]) -> dict[int, tuple[tuple[str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batches", ["data.batch_clips=3", "data.batch_seconds=6"])
-def test_a_killed_run_resumes_to_the_same_keys_and_losses(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, batches: str):
-    overrides = ["trainer.max_steps=40", "trainer.checkpoint_every_steps=3", "data.workers=2", "export=[]", "probe.tasks=[]"]
+def test_a_killed_run_resumes_to_the_same_keys_and_losses(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, batches: str
+):
+    overrides = [
+        "trainer.max_steps=40",
+        "trainer.checkpoint_every_steps=3",
+        "data.workers=2",
+        "export=[]",
+        "probe.tasks=[]",
+    ]
     augment = "data.augment={spec: true, gain_db: 6}"
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
 
     def start(name: str, *arguments: str) -> subprocess.Popen:
-        settings = settings_for(tiny_whisper, tiny_shards, tmp_path / name, *overrides, batches, "data.max_seconds=2", augment)
+        settings = settings_for(
+            tiny_whisper,
+            tiny_shards,
+            tmp_path / name,
+            *overrides,
+            batches,
+            "data.max_seconds=2",
+            augment,
+        )
         (tmp_path / f"{name}.yaml").write_text(dump_settings(settings))
-        command = [sys.executable, str(driver), str(tmp_path / f"{name}.jsonl"), "train", str(tmp_path / f"{name}.yaml")]
+        command = [
+            sys.executable,
+            str(driver),
+            str(tmp_path / f"{name}.jsonl"),
+            "train",
+            str(tmp_path / f"{name}.yaml"),
+        ]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
         with (tmp_path / f"{name}.log").open("ab") as log:  # not a pipe: nobody would empty it
-            return subprocess.Popen([*command, *arguments], start_new_session=True, env=environment, stdout=log, stderr=log)
+            return subprocess.Popen(
+                [*command, *arguments],
+                start_new_session=True,
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
 
     whole = start("whole")
     assert whole.wait(250) == 0, (tmp_path / "whole.log").read_text()[-2000:]
@@ -109,9 +139,16 @@ def test_a_killed_run_resumes_to_the_same_keys_and_losses(tiny_whisper: Path, ti
 
 
 @pytest.mark.parametrize("mode", ["mixture", "epochs"])
-def test_another_batch_size_goes_on_at_the_same_clip(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, mode: str):
+def test_another_batch_size_goes_on_at_the_same_clip(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, mode: str
+):
     """Batches of 6 clips, then of 2 accumulated thrice: the same optimiser steps, so the same weights in the end."""
-    chosen = ["trainer.max_steps=null", f"data.mode={mode}", "trainer.max_epochs=1", "trainer.valid_every_steps=1000"]
+    chosen = [
+        "trainer.max_steps=null",
+        f"data.mode={mode}",
+        "trainer.max_epochs=1",
+        "trainer.valid_every_steps=1000",
+    ]
     chosen += ["data.samples_per_epoch=null"]
 
     def settings(name: str, *overrides: str) -> Any:
@@ -125,8 +162,12 @@ def test_another_batch_size_goes_on_at_the_same_clip(tiny_whisper: Path, tiny_sh
         train(settings("parts", "data.batch_clips=6"), QUIET)
     parts.stop_at = -1
     with recorded(parts):
-        resumed = train(settings("parts", "data.batch_clips=2", "trainer.accumulate=3"), QUIET, resume="auto").run
-    keys = [[key for line in recorder.lines() for key in line["keys"]] for recorder in (whole, parts)]
+        resumed = train(
+            settings("parts", "data.batch_clips=2", "trainer.accumulate=3"), QUIET, resume="auto"
+        ).run
+    keys = [
+        [key for line in recorder.lines() for key in line["keys"]] for recorder in (whole, parts)
+    ]
     assert keys[0] == keys[1]
     if mode == "epochs":
         assert len(keys[0]) == len(set(keys[0])) == 43
@@ -140,15 +181,31 @@ def test_another_batch_size_goes_on_at_the_same_clip(tiny_whisper: Path, tiny_sh
 
 @pytest.mark.slow
 def test_two_ranks_go_on_where_one_stopped(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
-    chosen = ["data.mode=epochs", "trainer.max_steps=null", "trainer.max_epochs=2", "export=[]", "probe.tasks=[]"]
+    chosen = [
+        "data.mode=epochs",
+        "trainer.max_steps=null",
+        "trainer.max_epochs=2",
+        "export=[]",
+        "probe.tasks=[]",
+    ]
     recorder = Recorder(tmp_path / "one.jsonl", stop_at=4)
-    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *chosen, "data.batch_clips=4")
+    settings = settings_for(
+        tiny_whisper, tiny_shards, tmp_path / "runs", *chosen, "data.batch_clips=4"
+    )
     with recorded(recorder), pytest.raises(Interrupted):
         train(settings, QUIET)
     more = ["data.batch_clips=2", "hardware.devices=2", "strategy=ddp"]
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *chosen, *more)
     (tmp_path / "two.yaml").write_text(dump_settings(settings))
-    command = [sys.executable, "-m", "whisper_aut.cli", "train", str(tmp_path / "two.yaml"), "--resume", "auto"]
+    command = [
+        sys.executable,
+        "-m",
+        "whisper_aut.cli",
+        "train",
+        str(tmp_path / "two.yaml"),
+        "--resume",
+        "auto",
+    ]
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert finished.returncode == 0, finished.stderr[-2000:]
     (run,) = (path for path in (tmp_path / "runs" / "smoke").glob("2*") if path.is_dir())

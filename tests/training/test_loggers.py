@@ -22,7 +22,9 @@ def test_only_what_is_named_is_written(tiny_whisper: Path, tiny_shards: Path, tm
     assert not (run / "tensorboard").exists()
 
 
-def test_a_logger_that_cannot_be_is_refused_before_anything_is_loaded(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_a_logger_that_cannot_be_is_refused_before_anything_is_loaded(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
     with pytest.raises(UserError) as caught:
         settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.loggers=[tensorboard,comet]")
     assert "comet" in str(caught.value)
@@ -32,14 +34,22 @@ def test_a_logger_that_cannot_be_is_refused_before_anything_is_loaded(tiny_whisp
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_missing_package_is_said(
-    name: str, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr("whisper_aut.settings.find_spec", lambda _: None)
-    with pytest.raises(UserError, match=rf"{name} is not installed; pip install 'whisper-aut\[{name}\]'"):
+    with pytest.raises(
+        UserError, match=rf"{name} is not installed; pip install 'whisper-aut\[{name}\]'"
+    ):
         settings_for(tiny_whisper, tiny_shards, tmp_path, f"trainer.loggers=[csv,{name}]")
 
 
-def test_wandb_writes_offline(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_writes_offline(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     pytest.importorskip("wandb")
     for variable in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(variable, raising=False)
@@ -47,7 +57,9 @@ def test_wandb_writes_offline(tiny_whisper: Path, tiny_shards: Path, tmp_path: P
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_mlflow_writes_into_the_run(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_mlflow_writes_into_the_run(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -33,8 +33,14 @@ class Jobs:
         self.tmp_path, self.inputs = tmp_path, (tiny_whisper, tiny_shards)
         self.jobs: list[dict[str, Any]] = []
 
-    def add(self, name: str, *overrides: str, resume: str = "", fault: Any = None, file: str = "") -> RunDirectory:
-        base = (f"trainer.max_steps={STEPS}", "trainer.valid_every_steps=10", "trainer.checkpoint_every_steps=10")
+    def add(
+        self, name: str, *overrides: str, resume: str = "", fault: Any = None, file: str = ""
+    ) -> RunDirectory:
+        base = (
+            f"trainer.max_steps={STEPS}",
+            "trainer.valid_every_steps=10",
+            "trainer.checkpoint_every_steps=10",
+        )
         settings = settings_for(*self.inputs, self.tmp_path / name, *base, *overrides)
         config = self.tmp_path / f"{file or f'{name}-{len(self.jobs)}'}.yaml"
         config.write_text(dump_settings(settings))
@@ -45,10 +51,16 @@ class Jobs:
         file = self.tmp_path / "jobs.json"
         file.write_text(json.dumps(self.jobs))
         self.jobs = []
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        launch = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            if ranks > 1
+            else []
+        )
         command = [sys.executable, *launch, str(Path(__file__).with_name("job.py")), str(file)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process:
             try:
                 output, errors = process.communicate(timeout=900)
             except subprocess.TimeoutExpired:
@@ -75,12 +87,16 @@ def assert_close_weights(one: RunDirectory, other: RunDirectory, atol: float) ->
     assert first.keys() == second.keys()
     for name, weight in first.items():
         if isinstance(weight, torch.Tensor):
-            torch.testing.assert_close(weight.float(), second[name].float(), atol=atol, rtol=0, msg=name)
+            torch.testing.assert_close(
+                weight.float(), second[name].float(), atol=atol, rtol=0, msg=name
+            )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["whisper", "causal_lm"])
-def test_two_ranks_take_the_steps_of_one(decoder: str, jobs: Jobs, tiny_language_model: Path, tmp_path: Path, capsys: Any):
+def test_two_ranks_take_the_steps_of_one(
+    decoder: str, jobs: Jobs, tiny_language_model: Path, tmp_path: Path, capsys: Any
+):
     """Texts and clips differ in length, three micro-batches a step; clipping binds, so a wrong scale of the gradient shows."""
     chosen = [f"decoder={decoder}"]
     if decoder == "causal_lm":
@@ -91,22 +107,34 @@ def test_two_ranks_take_the_steps_of_one(decoder: str, jobs: Jobs, tiny_language
     jobs.done(ranks=2)
     for name, run in runs.items():
         assert curve(run) == pytest.approx(curve(single), abs=1e-4), name
-        assert curve(run, "train/grad_norm") == pytest.approx(curve(single, "train/grad_norm"), rel=1e-3), name
+        assert curve(run, "train/grad_norm") == pytest.approx(
+            curve(single, "train/grad_norm"), rel=1e-3
+        ), name
         assert len(curve(run)) == STEPS
         assert main(["export", str(run.path), "--out", str(tmp_path / f"export-{name}")]) == 0
         exported = load_encoder(str(tmp_path / f"export-{name}")).encoder.state_dict()
         trained = read_checkpoint(run.last_checkpoint)
-        assert not any(key.startswith("decoder.model.") for key in trained), "the frozen language model is in the checkpoint"
+        assert not any(key.startswith("decoder.model.") for key in trained), (
+            "the frozen language model is in the checkpoint"
+        )
         for key, weight in exported.items():
-            own = next(value for name, value in trained.items() if name.startswith("encoder.") and name.endswith(f".{key}"))
+            own = next(
+                value
+                for name, value in trained.items()
+                if name.startswith("encoder.") and name.endswith(f".{key}")
+            )
             assert torch.equal(weight, own), key
     for name in STRATEGIES[1:]:
         assert_close_weights(runs["ddp"], runs[name], atol=2e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "then"), [(TWO_RANKS, ONE_RANK), (ONE_RANK, TWO_RANKS)], ids=["2 to 1", "1 to 2"])
-def test_a_run_goes_on_with_other_ranks_and_stages(first: tuple[str, ...], then: tuple[str, ...], jobs: Jobs):
+@pytest.mark.parametrize(
+    ("first", "then"), [(TWO_RANKS, ONE_RANK), (ONE_RANK, TWO_RANKS)], ids=["2 to 1", "1 to 2"]
+)
+def test_a_run_goes_on_with_other_ranks_and_stages(
+    first: tuple[str, ...], then: tuple[str, ...], jobs: Jobs
+):
     """Ten steps under one strategy, ten under another on other ranks; weights and losses are those of a run in one piece."""
     pairs = [
         ("ddp", "ddp"),
@@ -119,7 +147,9 @@ def test_a_run_goes_on_with_other_ranks_and_stages(first: tuple[str, ...], then:
     pieces = {}
     for before, after in pairs:
         name = f"{before}-{after}"
-        pieces[name] = jobs.add(name, *first, f"strategy={before}", "trainer.async_checkpoints=true")
+        pieces[name] = jobs.add(
+            name, *first, f"strategy={before}", "trainer.async_checkpoints=true"
+        )
     jobs.done(ranks=2 if first is TWO_RANKS else 1)
     for before, after in pairs:
         name = f"{before}-{after}"
@@ -132,7 +162,9 @@ def test_a_run_goes_on_with_other_ranks_and_stages(first: tuple[str, ...], then:
 
 
 @pytest.mark.slow
-def test_refusals_and_bad_clips_are_those_of_all_ranks(tmp_path: Path, tiny_whisper: Path, tiny_shards: Path):
+def test_refusals_and_bad_clips_are_those_of_all_ranks(
+    tmp_path: Path, tiny_whisper: Path, tiny_shards: Path
+):
     """Clips of a damaged shard fall to both ranks; the counts go on over a stop, on another number of ranks too."""
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
     damaged = sorted((shards / "speech").glob("*.tar"))[0]
@@ -141,14 +173,19 @@ def test_refusals_and_bad_clips_are_those_of_all_ranks(tmp_path: Path, tiny_whis
     share = "data.max_refused_share=1"
     whole = jobs.add("whole", share, *ONE_RANK)
     jobs.done(ranks=1)
-    poisoned = jobs.add("poisoned", share, *TWO_RANKS, fault={"kind": "poison", "step": 3, "rank": 1})
+    poisoned = jobs.add(
+        "poisoned", share, *TWO_RANKS, fault={"kind": "poison", "step": 3, "rank": 1}
+    )
     parts = jobs.add("parts", share, *TWO_RANKS, fault={"kind": "SIGTERM", "step": 7, "rank": 1})
     assert "Preempted" in jobs.run(ranks=2).stdout
     jobs.add("parts", share, *ONE_RANK, resume="auto")
     jobs.done(ranks=1)
     refused = [json.loads(run.done.read_text())["refused"] for run in (whole, poisoned, parts)]
     assert refused[0] == refused[1] == refused[2] != {}
-    by_rank = [[json.loads(line) for line in poisoned.ledger(rank).read_text().splitlines()] for rank in (0, 1)]
+    by_rank = [
+        [json.loads(line) for line in poisoned.ledger(rank).read_text().splitlines()]
+        for rank in (0, 1)
+    ]
     reasons = [[line["reason"] for line in lines] for lines in by_rank]
     assert set(reasons[0]) == {"bad tar"}
     assert set(reasons[1]) == {"bad tar", "non-finite loss"}

@@ -10,7 +10,10 @@ from rich.console import Console
 from tests.training.test_train import settings_for
 from whisper_aut.training.train import train
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", *(f"deepspeed_stage_{stage}" for stage in (1, 2, 3)))]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("ddp", *(f"deepspeed_stage_{stage}" for stage in (1, 2, 3)))
+]
 
 
 class _Rates(lightning.Callback):
@@ -28,9 +31,18 @@ class _Rates(lightning.Callback):
 
 @pytest.mark.parametrize("strategy", ["auto", *SLOW])
 def test_a_resumed_run_takes_the_rates_of_its_config(
-    strategy: str, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    strategy: str,
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
-    steps = ("trainer.checkpoint_every_steps=3", "trainer.keep_checkpoints=9", "optim.layer_decay=0.5", "optim.warmup_steps=2")
+    steps = (
+        "trainer.checkpoint_every_steps=3",
+        "trainer.keep_checkpoints=9",
+        "optim.layer_decay=0.5",
+        "optim.warmup_steps=2",
+    )
 
     def rates(folder: str, lr: float, resume: str = "") -> dict[int, list[float]]:
         chosen = (*steps, f"strategy={strategy}", f"optim.lr={lr}", f"optim.encoder_lr={lr / 4}")

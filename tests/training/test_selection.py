@@ -28,10 +28,20 @@ def audited(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_excluded_clips_are_not_trained_on_and_the_run_says_so(
     audited: Path, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
-    excluded = {json.loads(line)["key"] for line in (audited / "exclude.jsonl").read_text().splitlines()}
-    assert {key for key in excluded if key.startswith("sound")} == {f"sound-{number:04d}" for number in range(11)}
+    excluded = {
+        json.loads(line)["key"] for line in (audited / "exclude.jsonl").read_text().splitlines()
+    }
+    assert {key for key in excluded if key.startswith("sound")} == {
+        f"sound-{number:04d}" for number in range(11)
+    }
     # All of one source goes: far above max_refused_share, and no reason to stop.
-    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, f"data.exclude={audited}/exclude.jsonl", "probe.tasks=[]")
+    settings = settings_for(
+        tiny_whisper,
+        tiny_shards,
+        tmp_path,
+        f"data.exclude={audited}/exclude.jsonl",
+        "probe.tasks=[]",
+    )
     run = run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
     ledger = [json.loads(line) for line in (run.path / "ledger.jsonl").read_text().splitlines()]
     assert {line["reason"] for line in ledger} == {str(Reason.EXCLUDED)}
@@ -41,7 +51,9 @@ def test_excluded_clips_are_not_trained_on_and_the_run_says_so(
     assert [source["excluded"] for source in sources][1] == 11
 
 
-def test_licences_are_filtered_and_written_down(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_licences_are_filtered_and_written_down(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
     speech = f"{{path: {tiny_shards}/speech, domain: speech, licence: CC BY 4.0}}"
     noncommercial = f"{{path: {tiny_shards}/sound, domain: sound, licence: CC BY-NC 4.0}}"
     allow = [
@@ -51,8 +63,19 @@ def test_licences_are_filtered_and_written_down(tiny_whisper: Path, tiny_shards:
         "trainer.max_steps=1",
     ]
     with pytest.raises(UserError, match=r"leaves nothing of .*sound \(CC-BY-NC-4.0\)"):
-        train(settings_for(tiny_whisper, tiny_shards, tmp_path, f"data.train=[{speech}, {noncommercial}]", *allow), QUIET)
-    trained = train(settings_for(tiny_whisper, tiny_shards, tmp_path, f"data.train=[{speech}]", *allow), QUIET)
+        train(
+            settings_for(
+                tiny_whisper,
+                tiny_shards,
+                tmp_path,
+                f"data.train=[{speech}, {noncommercial}]",
+                *allow,
+            ),
+            QUIET,
+        )
+    trained = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path, f"data.train=[{speech}]", *allow), QUIET
+    )
     (source,) = json.loads((trained.run.path / "environment.json").read_text())["data"]
     seconds = pytest.approx(open_index(tiny_shards / "speech").seconds, abs=0.01)
     assert source["licences"] == {"CC-BY-4.0": {"clips": 23, "seconds": seconds}}
@@ -71,8 +94,13 @@ def test_a_probe_set_that_nobody_audited_is_named(audited: Path, tiny_shards: Pa
         tasks += load_tasks([str(tmp_path / f"{name}.yaml")], tmp_path)
 
     def said(*overrides: str) -> str:
-        sources = ", ".join(f"{{path: {tiny_shards}/{domain}, domain: {domain}}}" for domain in ("speech", "sound", "music"))
-        settings = load_settings(REPOSITORY / "conf" / "smoke.yaml", [f"data.train=[{sources}]", *overrides])
+        sources = ", ".join(
+            f"{{path: {tiny_shards}/{domain}, domain: {domain}}}"
+            for domain in ("speech", "sound", "music")
+        )
+        settings = load_settings(
+            REPOSITORY / "conf" / "smoke.yaml", [f"data.train=[{sources}]", *overrides]
+        )
         console = Console(file=StringIO(), width=1000)
         _warn_of_unaudited(settings, tasks, console)
         return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]

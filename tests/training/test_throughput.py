@@ -52,8 +52,12 @@ def test_peaks_know_the_devices_and_precisions():
     assert peak_memory_gib(torch.device("cpu")) > held.nbytes / 2**30
 
 
-def test_a_run_logs_its_throughput_and_closes_with_it(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
-    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.log_every_steps=2"), QUIET).run
+def test_a_run_logs_its_throughput_and_closes_with_it(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    run = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.log_every_steps=2"), QUIET
+    ).run
     rows = list(csv.DictReader(run.metrics.open()))
     logged = [row for row in rows if row.get("throughput/audio_seconds_per_second")]
     assert [int(row["step"]) for row in logged] == [2, 4, 6]
@@ -66,9 +70,15 @@ def test_a_run_logs_its_throughput_and_closes_with_it(tiny_whisper: Path, tiny_s
 
 
 def test_sums_go_on_over_a_resume(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
-    whole = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "a", "trainer.log_every_steps=1"), QUIET).run
+    whole = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path / "a", "trainer.log_every_steps=1"), QUIET
+    ).run
     stopped = settings_for(
-        tiny_whisper, tiny_shards, tmp_path / "b", "trainer.log_every_steps=1", "trainer.checkpoint_every_steps=3"
+        tiny_whisper,
+        tiny_shards,
+        tmp_path / "b",
+        "trainer.log_every_steps=1",
+        "trainer.checkpoint_every_steps=3",
     )
     with pytest.raises(RuntimeError, match="pulled the plug"):
         train(stopped, QUIET, callbacks=[_Unplugged(step=4)])
@@ -80,7 +90,11 @@ def test_sums_go_on_over_a_resume(tiny_whisper: Path, tiny_shards: Path, tmp_pat
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_checkpoints_are_not_counted(
-    asynchronous: bool, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asynchronous: bool,
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """On a clock that ticks when it is read, and takes an hour for a checkpoint; one in the background is waited for in whole."""
     clock, begin, background = [0.0], CheckpointDraft.begin, []
@@ -94,10 +108,16 @@ def test_checkpoints_are_not_counted(
         begin(draft)
 
     monkeypatch.setattr(CheckpointDraft, "begin", slowly)
-    monkeypatch.setattr("whisper_aut.training.callbacks.throughput.time", SimpleNamespace(perf_counter=ticked))
+    monkeypatch.setattr(
+        "whisper_aut.training.callbacks.throughput.time", SimpleNamespace(perf_counter=ticked)
+    )
     monkeypatch.setattr(Background, "start", lambda _, work: background.append(work))
     monkeypatch.setattr(Background, "wait", lambda _: background.pop()() if background else None)
-    chosen = ("trainer.checkpoint_every_steps=2", "trainer.valid_every_steps=4", f"trainer.async_checkpoints={asynchronous}")
+    chosen = (
+        "trainer.checkpoint_every_steps=2",
+        "trainer.valid_every_steps=4",
+        f"trainer.async_checkpoints={asynchronous}",
+    )
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *chosen), QUIET).run
     assert clock[0] >= 3 * 3600, "no checkpoint was written"
     assert 0 < json.loads(run.done.read_text())["metrics"]["throughput/total_seconds"] < 60
@@ -109,6 +129,8 @@ class _Unplugged(lightning.Callback):
     def __init__(self, step: int):
         self.step = step
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, module: object, batch: object, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: object, batch: object, batch_idx: int
+    ) -> None:
         if trainer.global_step == self.step:
             raise RuntimeError("pulled the plug")

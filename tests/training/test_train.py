@@ -39,7 +39,10 @@ QUIET = Console(quiet=True)
 
 
 def settings_for(tiny_whisper: Path, tiny_shards: Path, runs: Path, *overrides: str) -> Settings:
-    sources = ", ".join(f"{{path: {tiny_shards / domain}, domain: {domain}}}" for domain in ("speech", "sound", "music"))
+    sources = ", ".join(
+        f"{{path: {tiny_shards / domain}, domain: {domain}}}"
+        for domain in ("speech", "sound", "music")
+    )
     return load_settings(
         REPOSITORY / "conf" / "smoke.yaml",
         [
@@ -60,7 +63,9 @@ def weights_of(run: Any, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
     return read_checkpoint(run.checkpoints / name)
 
 
-def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float) -> None:
+def assert_same_weights(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float
+) -> None:
     assert one.keys() == other.keys()
     for name in one:
         if isinstance(one[name], torch.Tensor):
@@ -70,7 +75,9 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_features_on_the_device_train_the_same(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, precision: str):
+def test_features_on_the_device_train_the_same(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, precision: str
+):
     def losses(features: str) -> list[float]:
         overrides = [
             f"data.features={features}",
@@ -78,7 +85,9 @@ def test_features_on_the_device_train_the_same(tiny_whisper: Path, tiny_shards: 
             "data.augment.spec=true",
             "trainer.max_steps=3",
         ]
-        run = train(settings_for(tiny_whisper, tiny_shards, tmp_path / features, *overrides), QUIET).run
+        run = train(
+            settings_for(tiny_whisper, tiny_shards, tmp_path / features, *overrides), QUIET
+        ).run
         return [value for _, value in read_metrics(run.path / "logs" / "metrics.csv")["train/loss"]]
 
     by_workers, on_device = losses("workers"), losses("device")
@@ -86,16 +95,27 @@ def test_features_on_the_device_train_the_same(tiny_whisper: Path, tiny_shards: 
     assert_close(on_device, by_workers, atol=0.0 if precision == "32-true" else 0.05, rtol=0)
 
 
-def test_a_run_leaves_everything_behind_and_is_not_run_twice(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_a_run_leaves_everything_behind_and_is_not_run_twice(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path)
     run = train(settings, QUIET).run
-    for name in ("config.yaml", "environment.json", "done.json", "samples.jsonl", "logs/metrics.csv", "checkpoints/last.ckpt"):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "done.json",
+        "samples.jsonl",
+        "logs/metrics.csv",
+        "checkpoints/last.ckpt",
+    ):
         assert (run.path / name).exists(), name
     assert any((run.path / "tensorboard").iterdir())
     done = json.loads(run.done.read_text())
     assert done["steps"] == 6
     assert {"train/loss", "train/grad_norm"} <= done["metrics"].keys()
-    assert {f"valid/loss_{domain}" for domain in ("speech", "sound", "music")} <= done["metrics"].keys()
+    assert {f"valid/loss_{domain}" for domain in ("speech", "sound", "music")} <= done[
+        "metrics"
+    ].keys()
     facts = json.loads((run.path / "environment.json").read_text())
     assert sum(source["share"] for source in facts["data"]) == pytest.approx(1.0)
     again = train(settings, QUIET)
@@ -105,14 +125,20 @@ def test_a_run_leaves_everything_behind_and_is_not_run_twice(tiny_whisper: Path,
     assert not other.reused
 
 
-def test_other_weights_at_the_same_place_are_another_run(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_other_weights_at_the_same_place_are_another_run(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
     start, read, heard = tmp_path / "start", tmp_path / "lm", tmp_path / "valid"
     shutil.copytree(tiny_whisper, start)
     shutil.copytree(tiny_shards / "speech", heard)
     read.mkdir()
     (read / "model.safetensors").write_bytes(b"one")
     settings = settings_for(
-        start, tiny_shards, tmp_path, f"data.valid=[{{path: {heard}, domain: speech}}]", "data.augment.noise=[]"
+        start,
+        tiny_shards,
+        tmp_path,
+        f"data.valid=[{{path: {heard}, domain: speech}}]",
+        "data.augment.noise=[]",
     )
     settings = replace(settings, decoder={**settings.decoder, "language_model": str(read)})
     known = [run_fingerprint(settings)]
@@ -132,16 +158,24 @@ def test_other_weights_at_the_same_place_are_another_run(tiny_whisper: Path, tin
     assert len(set(known)) == 5
 
 
-def test_the_last_checkpoint_is_of_the_last_step(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
-    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.checkpoint_every_steps=4"), QUIET).run
+def test_the_last_checkpoint_is_of_the_last_step(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    run = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.checkpoint_every_steps=4"), QUIET
+    ).run
     assert read_manifest(run.last_checkpoint).step == 6
 
 
-def test_the_module_trains_in_train_mode_with_fixed_positions(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_the_module_trains_in_train_mode_with_fixed_positions(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
     modes: list[bool] = []
 
     class Watch(lightning.Callback):
-        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        def on_train_batch_start(
+            self, trainer: Any, module: Any, batch: Any, batch_idx: int
+        ) -> None:
             modes.extend(part.training for part in module.modules())
 
     original = train_module._trainer
@@ -158,7 +192,9 @@ def test_the_module_trains_in_train_mode_with_fixed_positions(tiny_whisper: Path
     assert all(modes)
     before = Start(str(tiny_whisper)).encoder.state_dict()
     after = weights_of(run)
-    assert torch.equal(after["encoder.whisper.embed_positions.weight"], before["embed_positions.weight"])
+    assert torch.equal(
+        after["encoder.whisper.embed_positions.weight"], before["embed_positions.weight"]
+    )
     assert not torch.equal(after["encoder.whisper.conv1.weight"], before["conv1.weight"])
 
 
@@ -173,7 +209,9 @@ def test_two_cpu_ranks_equal_one_with_the_doubled_batch(
         ("one", ["data.batch_clips=4"]),
         ("two", ["data.batch_clips=2", "hardware.devices=2", "strategy=ddp"]),
     ):
-        language = [f"decoder.language_model={tiny_language_model}"] if decoder == "causal_lm" else []
+        language = (
+            [f"decoder.language_model={tiny_language_model}"] if decoder == "causal_lm" else []
+        )
         chosen = [f"decoder={decoder}", *language, *overrides, "export=[]", "probe.tasks=[]"]
         settings = settings_for(tiny_whisper, tiny_shards, tmp_path / name, *chosen)
         (tmp_path / f"{name}.yaml").write_text(dump_settings(settings))
@@ -186,7 +224,9 @@ def test_two_cpu_ranks_equal_one_with_the_doubled_batch(
 
 
 def test_two_runs_of_one_config_are_the_same(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
-    runs = [train(settings_for(tiny_whisper, tiny_shards, tmp_path / name), QUIET).run for name in "ab"]
+    runs = [
+        train(settings_for(tiny_whisper, tiny_shards, tmp_path / name), QUIET).run for name in "ab"
+    ]
     assert_same_weights(weights_of(runs[0]), weights_of(runs[1]), atol=0)
 
 
@@ -212,7 +252,11 @@ def test_validation_counts_in_float32_whatever_the_precision(
         return frames, loss
 
     monkeypatch.setattr(AudioTextModule, "forward", recorded)
-    overrides = ("hardware.precision=bf16-true", "trainer.max_steps=1", "trainer.generate_clips=100")
+    overrides = (
+        "hardware.precision=bf16-true",
+        "trainer.max_steps=1",
+        "trainer.generate_clips=100",
+    )
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), QUIET).run
     means = {
         domain: float(torch.cat([nll for part, nll in seen if part == domain]).mean())
@@ -222,21 +266,35 @@ def test_validation_counts_in_float32_whatever_the_precision(
     for domain, mean in means.items():
         assert metrics[f"valid/loss_{domain}"] == pytest.approx(mean, rel=1e-5)
     assert metrics["valid/loss"] == pytest.approx(sum(means.values()) / 3, rel=1e-5)
-    assert {part.dtype for part in modules[-1].modules() if isinstance(part, Metric)} == {torch.float32}
+    assert {part.dtype for part in modules[-1].modules() if isinstance(part, Metric)} == {
+        torch.float32
+    }
     assert {weight.dtype for weight in weights_of(run).values()} == {torch.bfloat16}
 
 
-def test_the_tokens_of_all_ranks_are_counted_whatever_the_precision(monkeypatch: pytest.MonkeyPatch):
+def test_the_tokens_of_all_ranks_are_counted_whatever_the_precision(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: None)
-    batch, module = SimpleNamespace(supervised_in_step=1001), SimpleNamespace(device=torch.device("cpu"))
+    batch, module = (
+        SimpleNamespace(supervised_in_step=1001),
+        SimpleNamespace(device=torch.device("cpu")),
+    )
     with HalfPrecision("bf16-true").forward_context():  # of a training step
         assert int(AudioTextModule._step_tokens(module, batch, ranks=2)) == 1001  # pyright: ignore[reportArgumentType]
 
 
-def test_a_deterministic_run_is_the_same_again(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_a_deterministic_run_is_the_same_again(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
     try:
         runs = [
-            train(settings_for(tiny_whisper, tiny_shards, tmp_path / name, "trainer.deterministic=true"), QUIET).run
+            train(
+                settings_for(
+                    tiny_whisper, tiny_shards, tmp_path / name, "trainer.deterministic=true"
+                ),
+                QUIET,
+            ).run
             for name in "ab"
         ]
         assert torch.are_deterministic_algorithms_enabled()
@@ -249,7 +307,11 @@ def test_a_deterministic_run_is_the_same_again(tiny_whisper: Path, tiny_shards: 
 
 
 def test_preemption_has_an_exit_status_of_its_own(
-    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path, "probe.tasks=[]")
     (tmp_path / "config.yaml").write_text(dump_settings(settings))
@@ -269,7 +331,9 @@ def test_preemption_has_an_exit_status_of_its_own(
     assert _rank() == 1
 
 
-def test_a_damaged_shard_costs_its_samples_and_no_more(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_a_damaged_shard_costs_its_samples_and_no_more(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
     open_index(str(shards / "speech"))
     damaged = sorted((shards / "speech").glob("*.tar"))[0]
@@ -284,14 +348,23 @@ def test_a_damaged_shard_costs_its_samples_and_no_more(tiny_whisper: Path, tiny_
 
 @pytest.mark.parametrize("step", [2, 4], ids=["before the first validation", "behind it"])
 def test_refusals_are_counted_once_over_validations_and_resumes(
-    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
 ):
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
     damaged = sorted((shards / "speech").glob("*.tar"))[0]
     damaged.write_bytes(damaged.read_bytes()[:700])
     valid = f"data.valid=[{{path: {tmp_path / 'valid'}, domain: speech}}]"
     (tmp_path / "valid").symlink_to(shards / "speech")
-    overrides = ("data.max_refused_share=1", "data.valid_clips=3", "trainer.valid_every_steps=4", valid)
+    overrides = (
+        "data.max_refused_share=1",
+        "data.valid_clips=3",
+        "trainer.valid_every_steps=4",
+        valid,
+    )
     whole = train(settings_for(tiny_whisper, shards, tmp_path / "whole", *overrides), QUIET).run
     expected = json.loads(whole.done.read_text())["refused"]
     assert expected[str(tmp_path / "valid")] == {"bad tar": 3}
@@ -315,11 +388,22 @@ def test_refusals_are_counted_once_over_validations_and_resumes(
     assert json.loads(resumed.done.read_text())["refused"] == expected
 
 
-def test_accumulated_micro_batches_equal_one_big_batch(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_accumulated_micro_batches_equal_one_big_batch(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
     """Texts differ in length, so averaging the averages of micro-batches would give other weights."""
-    big = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "big", "data.batch_clips=6"), QUIET).run
+    big = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path / "big", "data.batch_clips=6"), QUIET
+    ).run
     small = train(
-        settings_for(tiny_whisper, tiny_shards, tmp_path / "small", "data.batch_clips=2", "trainer.accumulate=3"), QUIET
+        settings_for(
+            tiny_whisper,
+            tiny_shards,
+            tmp_path / "small",
+            "data.batch_clips=2",
+            "trainer.accumulate=3",
+        ),
+        QUIET,
     ).run
     assert_same_weights(weights_of(big), weights_of(small), atol=2e-5)
 
@@ -337,9 +421,15 @@ class _SignalAt(lightning.Callback):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
-    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
 ):
-    whole = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "whole", "data.workers=1"), QUIET).run
+    whole = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path / "whole", "data.workers=1"), QUIET
+    ).run
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "parts", "data.workers=1")
     original = train_module._trainer
 
@@ -357,34 +447,54 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     assert_same_weights(weights_of(whole), weights_of(resumed), atol=1e-6)
     assert len(list((tmp_path / "parts" / "smoke").glob("2*"))) == 1
     curves = [read_metrics(run.metrics)["train/loss"] for run in (whole, resumed)]
-    assert [step for step, _ in curves[0]] == [step for step, _ in curves[1]]  # nothing logged before the stop is lost
-    assert [loss for _, loss in curves[0]] == pytest.approx([loss for _, loss in curves[1]], abs=1e-5)
+    assert [step for step, _ in curves[0]] == [
+        step for step, _ in curves[1]
+    ]  # nothing logged before the stop is lost
+    assert [loss for _, loss in curves[0]] == pytest.approx(
+        [loss for _, loss in curves[1]], abs=1e-5
+    )
 
 
-def test_a_source_of_nothing_but_faults_stops_the_run_with_a_reason(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_a_source_of_nothing_but_faults_stops_the_run_with_a_reason(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
     from whisper_aut.corpora.annotation import Annotation
     from whisper_aut.corpora.shards import ShardFolder
 
     with ShardFolder(tmp_path / "bad") as shards:
         for i in range(260):
             shards.write(f"k{i}", "wav", b"not audio", Annotation(text="x", domain="sound"))
-    overrides = [f"data.train=[{{path: {tmp_path / 'bad'}, domain: sound}}]", "data.domains={sound: 1, speech: 0, music: 0}"]
-    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *overrides, "data.batch_clips=64")
+    overrides = [
+        f"data.train=[{{path: {tmp_path / 'bad'}, domain: sound}}]",
+        "data.domains={sound: 1, speech: 0, music: 0}",
+    ]
+    settings = settings_for(
+        tiny_whisper, tiny_shards, tmp_path / "runs", *overrides, "data.batch_clips=64"
+    )
     with pytest.raises(UserError, match=r"were refused \(undecodable audio: 256\)"):
         train(settings, QUIET)
     (ledger,) = (tmp_path / "runs").rglob("ledger.jsonl")
     assert len(ledger.read_text().splitlines()) == 256
 
 
-def test_a_checkpoint_behind_the_last_step_is_refused(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_a_checkpoint_behind_the_last_step_is_refused(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path), QUIET).run
     run.done.unlink()
     with pytest.raises(UserError, match="stands at step 6, behind the 3 that this config trains"):
-        train(settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.max_steps=3"), QUIET, resume="auto")
+        train(
+            settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.max_steps=3"),
+            QUIET,
+            resume="auto",
+        )
 
 
 def test_what_lightning_refuses_is_said_in_a_sentence(tmp_path: Path):
-    with pytest.raises(UserError, match="This machine cannot run the config"), explained(tmp_path, ranks=1):
+    with (
+        pytest.raises(UserError, match="This machine cannot run the config"),
+        explained(tmp_path, ranks=1),
+    ):
         lightning.Trainer(accelerator="cpu", devices=0, logger=False)
 
 
@@ -403,17 +513,30 @@ def test_mistakes_are_found_before_anything_is_written(
     for overrides, message in bad:
         domains = ["data.domains={speech: 1, sound: 0, music: 0}"]
         with pytest.raises(UserError, match=message):
-            train(settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *domains, *overrides), QUIET)
+            train(
+                settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *domains, *overrides),
+                QUIET,
+            )
     assert not (tmp_path / "runs").exists()
     with pytest.raises(UserError, match="There is no checkpoint"):
-        train(settings_for(tiny_whisper, tiny_shards, tmp_path / "runs"), QUIET, resume=str(tmp_path / "x.ckpt"))
+        train(
+            settings_for(tiny_whisper, tiny_shards, tmp_path / "runs"),
+            QUIET,
+            resume=str(tmp_path / "x.ckpt"),
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp"])
-def test_other_strategies_train_to_the_same_weights(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, strategy: str):
+@pytest.mark.parametrize(
+    "strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp"]
+)
+def test_other_strategies_train_to_the_same_weights(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, strategy: str
+):
     plain = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "plain"), QUIET).run
-    other = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "other", f"strategy={strategy}"), QUIET).run
+    other = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path / "other", f"strategy={strategy}"), QUIET
+    ).run
     metrics = [json.loads(run.done.read_text())["metrics"] for run in (plain, other)]
     assert metrics[0]["valid/loss"] == pytest.approx(metrics[1]["valid/loss"], abs=1e-4)
 
@@ -423,7 +546,12 @@ def test_a_run_ends_with_its_data_however_many_steps_were_planned(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(train_module.ShardDataModule, "total_steps", lambda *_: 20)
-    overrides = ("data.mode=epochs", "data.batch_clips=8", "trainer.max_epochs=2", "trainer.max_steps=null")
+    overrides = (
+        "data.mode=epochs",
+        "data.batch_clips=8",
+        "trainer.max_epochs=2",
+        "trainer.max_steps=null",
+    )
     shown = Console(record=True, file=StringIO(), width=200)
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), shown).run
     assert "The training data ended after step 12 of 20 planned" in shown.export_text()
@@ -431,19 +559,33 @@ def test_a_run_ends_with_its_data_however_many_steps_were_planned(
     assert read_manifest(run.last_checkpoint).step == 12
 
 
-def test_a_pipe_is_read_where_it_is_allowed_and_only_there(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_a_pipe_is_read_where_it_is_allowed_and_only_there(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
     pipes = ", ".join(
-        f"{{path: 'pipe:cat {tiny_shards / name}/{{}}', domain: {name}}}" for name in ("speech", "sound", "music")
+        f"{{path: 'pipe:cat {tiny_shards / name}/{{}}', domain: {name}}}"
+        for name in ("speech", "sound", "music")
     )
     source = f"data.train=[{pipes}]"
     with pytest.raises(UserError, match=r"would run a command.*data\.allow_pipe"):
         train(settings_for(tiny_whisper, tiny_shards, tmp_path, source), QUIET)
-    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, source, "data.allow_pipe=true"), QUIET).run
+    run = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path, source, "data.allow_pipe=true"), QUIET
+    ).run
     done = json.loads(run.done.read_text())
     assert (done["steps"], done["refused"]) == (6, {})
 
 
 def test_what_bf16_true_rounds_is_said(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
     said = Console(record=True, file=StringIO(), width=200)
-    train(settings_for(tiny_whisper, tiny_shards, tmp_path, "hardware.precision=bf16-true", "trainer.max_steps=1"), said)
+    train(
+        settings_for(
+            tiny_whisper,
+            tiny_shards,
+            tmp_path,
+            "hardware.precision=bf16-true",
+            "trainer.max_steps=1",
+        ),
+        said,
+    )
     assert "updates below 0.4 % of a weight are lost" in said.export_text()

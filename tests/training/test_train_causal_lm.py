@@ -8,7 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.training.test_train import QUIET, _SignalAt, assert_same_weights, settings_for, weights_of
+from tests.training.test_train import (
+    QUIET,
+    _SignalAt,
+    assert_same_weights,
+    settings_for,
+    weights_of,
+)
 from whisper_aut.errors import Interrupted
 from whisper_aut.model.language import weights_hash
 from whisper_aut.model.start import Start
@@ -50,12 +56,19 @@ def test_decoders_are_swapped_on_the_command_line_alone(
         metrics = json.loads(run.done.read_text())["metrics"]
         assert {"valid/loss_speech", "valid/loss_sound", "valid/loss_music"} <= metrics.keys()
         assert any(key.startswith("tasks/loss_") for key in metrics)
-        generated = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
+        generated = [
+            json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()
+        ]
         assert {"domain", "task", "key", "reference", "generated", "step"} == generated[0].keys()
 
 
 @pytest.mark.parametrize(
-    "strategy", ["auto", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("deepspeed_stage_2", marks=pytest.mark.slow)]
+    "strategy",
+    [
+        "auto",
+        pytest.param("ddp", marks=pytest.mark.slow),
+        pytest.param("deepspeed_stage_2", marks=pytest.mark.slow),
+    ],
 )
 def test_the_language_model_is_bit_identical_after_20_steps(
     strategy: str,
@@ -77,7 +90,10 @@ def test_the_language_model_is_bit_identical_after_20_steps(
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), QUIET).run
     decoder: Any = trainers[0].lightning_module.decoder
     assert not decoder.model.training
-    assert weights_hash(AutoModelForCausalLM.from_pretrained(tiny_language_model)) == decoder.identity["weights"]
+    assert (
+        weights_hash(AutoModelForCausalLM.from_pretrained(tiny_language_model))
+        == decoder.identity["weights"]
+    )
     frozen = AutoModelForCausalLM.from_pretrained(tiny_language_model).state_dict()
     for name, parameter in decoder.model.named_parameters():
         assert torch.equal(parameter, frozen[name]), name
@@ -85,28 +101,54 @@ def test_the_language_model_is_bit_identical_after_20_steps(
         assert not any(key.startswith("decoder.model.") for key in weights_of(run))
 
 
-def test_the_adapter_learns_alone_first(language: list[str], tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_the_adapter_learns_alone_first(
+    language: list[str], tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
     before = Start(str(tiny_whisper)).encoder.state_dict()
     options = [*language, "trainer.max_steps=3", "optim.warmup_steps=1"]
     alone = train(
-        settings_for(tiny_whisper, tiny_shards, tmp_path / "alone", *options, "optim.encoder_after_step=3"), QUIET
+        settings_for(
+            tiny_whisper, tiny_shards, tmp_path / "alone", *options, "optim.encoder_after_step=3"
+        ),
+        QUIET,
     ).run
-    both = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "both", *options, "optim.encoder_after_step=2"), QUIET).run
+    both = train(
+        settings_for(
+            tiny_whisper, tiny_shards, tmp_path / "both", *options, "optim.encoder_after_step=2"
+        ),
+        QUIET,
+    ).run
     for name, weight in before.items():
         assert torch.equal(weights_of(alone)[f"encoder.whisper.{name}"], weight), name
     assert not torch.equal(weights_of(both)["encoder.whisper.conv1.weight"], before["conv1.weight"])
-    changed = [key for key, weight in weights_of(alone).items() if key.startswith("decoder.adapter") and weight.ndim > 1]
+    changed = [
+        key
+        for key, weight in weights_of(alone).items()
+        if key.startswith("decoder.adapter") and weight.ndim > 1
+    ]
     assert len(changed) == 2
 
 
-def test_a_frozen_encoder_stays(language: list[str], tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
-    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *language, "model.freeze_encoder=true"), QUIET).run
+def test_a_frozen_encoder_stays(
+    language: list[str], tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    run = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path, *language, "model.freeze_encoder=true"),
+        QUIET,
+    ).run
     before = Start(str(tiny_whisper)).encoder.state_dict()
-    assert all(torch.equal(weights_of(run)[f"encoder.whisper.{name}"], weight) for name, weight in before.items())
+    assert all(
+        torch.equal(weights_of(run)[f"encoder.whisper.{name}"], weight)
+        for name, weight in before.items()
+    )
 
 
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
-    language: list[str], tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    language: list[str],
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """What a sample is asked, and the phase of training, are the same after a resume."""
     options = [*language, "optim.encoder_after_step=2"]

@@ -19,8 +19,14 @@ RAW = Path("data/raw")
 def data_demo(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.corpora.demo import DemoOptions, build_demo
 
-    out = build_demo(Path(options.out), DemoOptions(seed=options.seed).scaled(options.scale), workers=options.workers)
-    console.print(f"The demo corpus is in {out}. Look at it: whisper-aut data inspect {out}/train/sound")
+    out = build_demo(
+        Path(options.out),
+        DemoOptions(seed=options.seed).scaled(options.scale),
+        workers=options.workers,
+    )
+    console.print(
+        f"The demo corpus is in {out}. Look at it: whisper-aut data inspect {out}/train/sound"
+    )
 
 
 def data_list(options: argparse.Namespace, console: Console) -> None:
@@ -42,9 +48,14 @@ def data_get(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.corpora.recipes.build import get
 
     recipe = find_recipe(options.name)
-    folder = get(recipe, Path(options.out or RAW / recipe.name), mirror=options.mirror, only=options.only)
+    folder = get(
+        recipe, Path(options.out or RAW / recipe.name), mirror=options.mirror, only=options.only
+    )
     console.print(f"{recipe.title} is in {folder}; its licence: {recipe.licence}.", markup=False)
-    console.print(f"Go on: whisper-aut data build {recipe.name} {folder} --out data/shards/{recipe.name}", markup=False)
+    console.print(
+        f"Go on: whisper-aut data build {recipe.name} {folder} --out data/shards/{recipe.name}",
+        markup=False,
+    )
 
 
 def data_build(options: argparse.Namespace, console: Console) -> None:
@@ -63,7 +74,9 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
             f"{', '.join(RECIPES)}; a manifest's audio folder is named by --audio-root."
         )
     elif Path(options.manifest).is_dir():
-        raise UserError(f"{options.manifest} is a folder: whisper-aut data build folder {options.manifest} --out {options.out}")
+        raise UserError(
+            f"{options.manifest} is a folder: whisper-aut data build folder {options.manifest} --out {options.out}"
+        )
     elif not Path(options.manifest).exists() and (hint := nearest(options.manifest, RECIPES)):
         raise UserError(f"There is neither a manifest nor a recipe {options.manifest}.{hint}")
     else:
@@ -80,7 +93,19 @@ def _manifest_spec(options: argparse.Namespace) -> "ManifestSpec":
         if not separator:
             raise UserError(f"--where takes COLUMN=VALUE[,VALUE…], not {condition!r}.")
         where.setdefault(column, []).extend(values.split(","))
-    named = ("audio", "text", "label", "offset", "duration", "domain", "task", "language", "source", "licence", "split_by")
+    named = (
+        "audio",
+        "text",
+        "label",
+        "offset",
+        "duration",
+        "domain",
+        "task",
+        "language",
+        "source",
+        "licence",
+        "split_by",
+    )
     return ManifestSpec(
         manifest=Path(options.manifest),
         audio_root=Path(options.audio_root) if options.audio_root else None,
@@ -94,7 +119,9 @@ def data_inspect(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.corpora.inspect_view import render
 
     facts = inspect_shards(options.shards)
-    console.print_json(json.dumps(facts.as_dict())) if options.json else console.print(render(facts))
+    console.print_json(json.dumps(facts.as_dict())) if options.json else console.print(
+        render(facts)
+    )
 
 
 def data_index(options: argparse.Namespace, console: Console) -> None:
@@ -102,20 +129,28 @@ def data_index(options: argparse.Namespace, console: Console) -> None:
 
     index = index_folder(Path(options.folder))
     console.print(
-        f"{index.root}: {index.samples} samples, {index.seconds / 3600:.2f} h in {len(index.shards)} tars", markup=False
+        f"{index.root}: {index.samples} samples, {index.seconds / 3600:.2f} h in {len(index.shards)} tars",
+        markup=False,
     )
 
 
 def data_audit(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.corpora.audit import AUDIT_NAME, EXCLUDE_NAME, run_audit
 
-    against = [folder for name in options.against for folder in _probe_folders(name, Path(options.conf), options.root)]
+    against = [
+        folder
+        for name in options.against
+        for folder in _probe_folders(name, Path(options.conf), options.root)
+    ]
     audit = run_audit(options.train, against, options.out, workers=options.workers)
     console.print(audit.summary(), markup=False)
     for folder, clips in audit.counts()["probe_clips_in_training_by_folder"].items():
         console.print(f"  {clips:>7}  clips of {folder} are in the training shards", markup=False)
     out = Path(options.out)
-    console.print(f"All pairs and why: {out / AUDIT_NAME}. Leave them out: data.exclude={out / EXCLUDE_NAME}", markup=False)
+    console.print(
+        f"All pairs and why: {out / AUDIT_NAME}. Leave them out: data.exclude={out / EXCLUDE_NAME}",
+        markup=False,
+    )
 
 
 def _probe_folders(name: str, conf: Path, root: str) -> list[str]:
@@ -138,23 +173,47 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--workers", type=whole_number(1))
     command.set_defaults(run=data_demo)
 
-    command = commands.add_parser("list", help="the public corpora that can be fetched and built by name")
+    command = commands.add_parser(
+        "list", help="the public corpora that can be fetched and built by name"
+    )
     command.set_defaults(run=data_list)
 
-    command = commands.add_parser("get", help="fetch and unpack a public corpus; goes on where it was stopped")
+    command = commands.add_parser(
+        "get", help="fetch and unpack a public corpus; goes on where it was stopped"
+    )
     command.add_argument("name")
     command.add_argument("--out", default="", help="folder; data/raw/NAME by default")
-    command.add_argument("--mirror", default="", metavar="URL", help="where the same archives lie, if not at the publisher's")
-    command.add_argument("--only", default="", metavar="TEXT", help="archives whose name holds this")
+    command.add_argument(
+        "--mirror",
+        default="",
+        metavar="URL",
+        help="where the same archives lie, if not at the publisher's",
+    )
+    command.add_argument(
+        "--only", default="", metavar="TEXT", help="archives whose name holds this"
+    )
     command.set_defaults(run=data_get)
 
-    command = commands.add_parser("build", help="a CSV, TSV or JSONL manifest, or a corpus by name → shards")
-    command.add_argument("manifest", help="a table, the name of a recipe, or `folder` for a folder of your own")
-    command.add_argument("path", nargs="?", default="", help="of a recipe: where it is unpacked (data/raw/NAME by default)")
+    command = commands.add_parser(
+        "build", help="a CSV, TSV or JSONL manifest, or a corpus by name → shards"
+    )
+    command.add_argument(
+        "manifest", help="a table, the name of a recipe, or `folder` for a folder of your own"
+    )
+    command.add_argument(
+        "path",
+        nargs="?",
+        default="",
+        help="of a recipe: where it is unpacked (data/raw/NAME by default)",
+    )
     command.add_argument("--out", required=True)
-    command.add_argument("--audio-root", default="", help="folder that relative audio paths start from")
+    command.add_argument(
+        "--audio-root", default="", help="folder that relative audio paths start from"
+    )
     command.add_argument("--audio", default="", help="column with the path")
-    command.add_argument("--text", default="", help="column or template, e.g. 'the sound of a {category:words}'")
+    command.add_argument(
+        "--text", default="", help="column or template, e.g. 'the sound of a {category:words}'"
+    )
     command.add_argument("--label", default="", help="column or template of the class")
     command.add_argument(
         "--offset",
@@ -162,27 +221,57 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         metavar="COLUMN",
         help="seconds at which a clip begins in a longer file; `offset` where there is one",
     )
-    command.add_argument("--duration", default="", metavar="COLUMN", help="seconds of it; `duration` where there is an offset")
+    command.add_argument(
+        "--duration",
+        default="",
+        metavar="COLUMN",
+        help="seconds of it; `duration` where there is an offset",
+    )
     for name in ("domain", "task", "language", "source", "licence"):
         command.add_argument(f"--{name}", default="", help=f"{name} of all rows")
-    command.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE[,VALUE…]", help="keep these rows")
-    command.add_argument("--split-by", default="", metavar="COLUMN", help="one folder of shards per value")
-    command.add_argument("--max-refused-share", type=float, default=0.5, help="fail when more of the rows are refused")
+    command.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE[,VALUE…]",
+        help="keep these rows",
+    )
+    command.add_argument(
+        "--split-by", default="", metavar="COLUMN", help="one folder of shards per value"
+    )
+    command.add_argument(
+        "--max-refused-share",
+        type=float,
+        default=0.5,
+        help="fail when more of the rows are refused",
+    )
     command.add_argument("--workers", type=whole_number(1))
     command.set_defaults(run=data_build)
 
-    command = commands.add_parser("index", help="write the index and sample tables of a folder of tars from elsewhere")
+    command = commands.add_parser(
+        "index", help="write the index and sample tables of a folder of tars from elsewhere"
+    )
     command.add_argument("folder")
     command.set_defaults(run=data_index)
 
-    command = commands.add_parser("audit", help="which training clips are also in probe sets, whole or in part")
-    command.add_argument("train", nargs="+", metavar="TRAIN", help="folders of shards, or folders of such folders")
+    command = commands.add_parser(
+        "audit", help="which training clips are also in probe sets, whole or in part"
+    )
     command.add_argument(
-        "--against", nargs="+", required=True, metavar="PROBE", help="folders of shards, or names of probe tasks"
+        "train", nargs="+", metavar="TRAIN", help="folders of shards, or folders of such folders"
+    )
+    command.add_argument(
+        "--against",
+        nargs="+",
+        required=True,
+        metavar="PROBE",
+        help="folders of shards, or names of probe tasks",
     )
     command.add_argument("--root", default="data", help="what {root} stands for in the tasks")
     command.add_argument("--conf", default="conf", help="folder that holds probe_tasks/")
-    command.add_argument("--out", default="runs/audit", help="where audit.json and exclude.jsonl go")
+    command.add_argument(
+        "--out", default="runs/audit", help="where audit.json and exclude.jsonl go"
+    )
     command.add_argument("--workers", type=whole_number(1))
     command.set_defaults(run=data_audit)
 

@@ -23,10 +23,18 @@ def demo(options: argparse.Namespace, console: Console) -> None:
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    command = commands.add_parser("demo", help="a local page: spectrogram, what the decoder writes, nearest clips")
-    command.add_argument("encoder", metavar="RUN_OR_ENCODER", help="a run has a decoder and a start to compare with")
-    command.add_argument("--index", metavar="FOLDER", default="", help="clips to search among: files or shards")
-    command.add_argument("--against", default="", help="the encoder before; by default what the run started from")
+    command = commands.add_parser(
+        "demo", help="a local page: spectrogram, what the decoder writes, nearest clips"
+    )
+    command.add_argument(
+        "encoder", metavar="RUN_OR_ENCODER", help="a run has a decoder and a start to compare with"
+    )
+    command.add_argument(
+        "--index", metavar="FOLDER", default="", help="clips to search among: files or shards"
+    )
+    command.add_argument(
+        "--against", default="", help="the encoder before; by default what the run started from"
+    )
     add_padding(command)
     command.add_argument("--port", type=whole_number(1, 65_535), default=7860)
     command.set_defaults(run=demo)

@@ -9,7 +9,13 @@ from whisper_aut.commands import add_padding, whole_number
 
 
 def embed(options: argparse.Namespace, console: Console) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from whisper_aut.errors import Interrupted
     from whisper_aut.export.embed import EmbedOptions, count_clips, embed_paths, summary
@@ -19,16 +25,24 @@ def embed(options: argparse.Namespace, console: Console) -> None:
     out = Path(options.out)
     check_suffix(out, frames=options.frames)
     clips = count_clips(options.audio)
-    encoder = load_encoder(options.encoder, padding=options.padding, device=options.device, dtype=options.dtype)
+    encoder = load_encoder(
+        options.encoder, padding=options.padding, device=options.device, dtype=options.dtype
+    )
     pooling = "" if options.frames else options.pooling
     wanted = EmbedOptions(pooling, tuple(options.layers), options.batch_seconds)
     screen = Console(stderr=True)
     columns = (TextColumn("embed"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=screen, disable=not screen.is_terminal, transient=True) as bar:
+        with Progress(
+            *columns, console=screen, disable=not screen.is_terminal, transient=True
+        ) as bar:
             line = bar.add_task("", total=clips)
             vectors = embed_paths(
-                encoder, options.audio, name=options.encoder, options=wanted, advance=lambda: bar.advance(line)
+                encoder,
+                options.audio,
+                name=options.encoder,
+                options=wanted,
+                advance=lambda: bar.advance(line),
             )
     except KeyboardInterrupt:
         raise Interrupted(f"{out} was not written. Run the same command to begin anew.") from None
@@ -36,10 +50,16 @@ def embed(options: argparse.Namespace, console: Console) -> None:
     shape = " × ".join(map(str, vectors.values.shape))
     minutes = sum(vectors.seconds) / 60
     console.print(
-        f"Wrote {out}: {len(vectors)} clips, {minutes:.1f} min of audio, {shape} numbers.", markup=False, highlight=False
+        f"Wrote {out}: {len(vectors)} clips, {minutes:.1f} min of audio, {shape} numbers.",
+        markup=False,
+        highlight=False,
     )
     if vectors.refused:
-        console.print(f"{len(vectors.refused)} clips were refused: {summary(vectors.refused)}.", markup=False, highlight=False)
+        console.print(
+            f"{len(vectors.refused)} clips were refused: {summary(vectors.refused)}.",
+            markup=False,
+            highlight=False,
+        )
         for name, reason in list(vectors.refused.items())[:5]:
             console.print(f"  {name}: {reason}", markup=False, highlight=False)
 
@@ -54,29 +74,52 @@ def search(options: argparse.Namespace, console: Console) -> None:
         if len(options.audio) > 1:
             console.print(f"[bold]{query}[/]", highlight=False)
         for neighbour in index.nearest(vector, options.k):
-            console.print(f"{neighbour.similarity:7.4f}  {neighbour.name}", markup=False, highlight=False)
+            console.print(
+                f"{neighbour.similarity:7.4f}  {neighbour.name}", markup=False, highlight=False
+            )
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    command = commands.add_parser("embed", help="embed audio files, folders or shards with an encoder")
+    command = commands.add_parser(
+        "embed", help="embed audio files, folders or shards with an encoder"
+    )
     command.add_argument("encoder", help="a directory, a run, or a hub id")
-    command.add_argument("audio", nargs="+", help="files, folders of files, folders or URLs of shards, tars")
-    command.add_argument("--out", required=True, help="a .safetensors, .npz or .parquet file")
-    command.add_argument("--frames", action="store_true", help="keep all frames in place of one vector a clip")
-    command.add_argument("--pooling", default="mean", help="mean or mean_std, over a clip's own frames")
     command.add_argument(
-        "--layers", type=whole_number(0), nargs="+", default=[], metavar="N", help="these layers; 0 is the first's input"
+        "audio", nargs="+", help="files, folders of files, folders or URLs of shards, tars"
+    )
+    command.add_argument("--out", required=True, help="a .safetensors, .npz or .parquet file")
+    command.add_argument(
+        "--frames", action="store_true", help="keep all frames in place of one vector a clip"
+    )
+    command.add_argument(
+        "--pooling", default="mean", help="mean or mean_std, over a clip's own frames"
+    )
+    command.add_argument(
+        "--layers",
+        type=whole_number(0),
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="these layers; 0 is the first's input",
     )
     add_padding(command)
     command.add_argument("--device", default="cpu", help="e.g. cuda:0")
-    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="what the encoder runs in")
-    command.add_argument("--batch-seconds", type=float, default=160.0, help="audio that runs at once")
+    command.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="what the encoder runs in"
+    )
+    command.add_argument(
+        "--batch-seconds", type=float, default=160.0, help="audio that runs at once"
+    )
     command.set_defaults(run=embed)
 
-    command = commands.add_parser("search", help="the clips of an embedded folder that sound most like a clip")
+    command = commands.add_parser(
+        "search", help="the clips of an embedded folder that sound most like a clip"
+    )
     command.add_argument("index", help="a file that `embed` wrote")
     command.add_argument("audio", nargs="+")
     command.add_argument("-k", type=int, default=5, help="how many")
-    command.add_argument("--encoder", default="", help="where the index's encoder lies now, if it was moved")
+    command.add_argument(
+        "--encoder", default="", help="where the index's encoder lies now, if it was moved"
+    )
     command.add_argument("--device", default="cpu")
     command.set_defaults(run=search)

@@ -27,12 +27,30 @@ def experiment(options: argparse.Namespace, console: Console) -> None:
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    command = commands.add_parser("experiment", help="run a grid of configs and seeds, and compare: one table, one figure")
+    command = commands.add_parser(
+        "experiment", help="run a grid of configs and seeds, and compare: one table, one figure"
+    )
     command.add_argument("experiment", help="a YAML such as conf/experiments/e4_mixture.yaml")
     command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. seeds=[0] set.trainer.max_steps=20 root=FOLDER"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="e.g. seeds=[0] set.trainer.max_steps=20 root=FOLDER",
     )
-    command.add_argument("--plan", action="store_true", help="list the runs, which are there, and what the others would cost")
-    command.add_argument("--out", default="", help="where table, figure and JSON go; by default beside the scores under runs/")
-    command.add_argument("--page", default="", metavar="FILE", help="a Markdown page between whose marks the tables are put")
+    command.add_argument(
+        "--plan",
+        action="store_true",
+        help="list the runs, which are there, and what the others would cost",
+    )
+    command.add_argument(
+        "--out",
+        default="",
+        help="where table, figure and JSON go; by default beside the scores under runs/",
+    )
+    command.add_argument(
+        "--page",
+        default="",
+        metavar="FILE",
+        help="a Markdown page between whose marks the tables are put",
+    )
     command.set_defaults(run=experiment)

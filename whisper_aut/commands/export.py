@@ -24,14 +24,22 @@ NEXT_STEPS = {
 def export(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.pipeline import export_run
 
-    out = export_run(Path(options.run_or_checkpoint), Path(options.out), options.format, options.dtype)
+    out = export_run(
+        Path(options.run_or_checkpoint), Path(options.out), options.format, options.dtype
+    )
     console.print(
-        f"Wrote {out}, with a card in README.md. {NEXT_STEPS[options.format].format(out=out)}", markup=False, highlight=False
+        f"Wrote {out}, with a card in README.md. {NEXT_STEPS[options.format].format(out=out)}",
+        markup=False,
+        highlight=False,
     )
     if options.push:
         from whisper_aut.export.hub import push
 
-        console.print(f"Pushed to {push(out, options.push, private=options.private)}", markup=False, highlight=False)
+        console.print(
+            f"Pushed to {push(out, options.push, private=options.private)}",
+            markup=False,
+            highlight=False,
+        )
 
 
 def chat(options: argparse.Namespace, console: Console) -> None:
@@ -57,7 +65,14 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
 
     out = Path(options.out) if options.out else None
     module = open_run(Path(options.run_or_checkpoint))
-    result = evaluate(module, options.shards, tasks=options.tasks, domain=options.domain, limit=options.limit, out=out)
+    result = evaluate(
+        module,
+        options.shards,
+        tasks=options.tasks,
+        domain=options.domain,
+        limit=options.limit,
+        out=out,
+    )
     console.print(f"{result.clips} clips" + (f", answers in {out}" if out else ""), markup=False)
     for name, value in sorted(result.figures.items()):
         console.print(f"  {name:<28} {value:.4f}", markup=False, highlight=False)
@@ -66,27 +81,50 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    command = commands.add_parser("export", help="write what a run trained as a directory that others load")
+    command = commands.add_parser(
+        "export", help="write what a run trained as a directory that others load"
+    )
     command.add_argument("run_or_checkpoint", metavar="RUN_OR_CKPT")
     command.add_argument("--out", required=True)
-    command.add_argument("--format", choices=tuple(NEXT_STEPS), default="encoder", help="see docs/export.md")
-    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights")
-    command.add_argument("--push", metavar="ORG/NAME", default="", help="upload the directory to the Hugging Face hub")
+    command.add_argument(
+        "--format", choices=tuple(NEXT_STEPS), default="encoder", help="see docs/export.md"
+    )
+    command.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights"
+    )
+    command.add_argument(
+        "--push",
+        metavar="ORG/NAME",
+        default="",
+        help="upload the directory to the Hugging Face hub",
+    )
     command.add_argument("--private", action="store_true", help="of a repository that --push makes")
     command.set_defaults(run=export)
 
-    command = commands.add_parser("chat", help="ask a trained run about an audio file (runs with decoder=causal_lm)")
+    command = commands.add_parser(
+        "chat", help="ask a trained run about an audio file (runs with decoder=causal_lm)"
+    )
     command.add_argument("run_or_checkpoint", metavar="RUN_OR_CKPT")
     command.add_argument("audio")
-    command.add_argument("question", nargs="?", default="", help="asked for in the terminal where it is left out")
+    command.add_argument(
+        "question", nargs="?", default="", help="asked for in the terminal where it is left out"
+    )
     command.add_argument("--max-new-tokens", type=whole_number(1), default=64)
     command.set_defaults(run=chat)
 
-    command = commands.add_parser("evaluate", help="measure the texts that a trained run writes for shards")
+    command = commands.add_parser(
+        "evaluate", help="measure the texts that a trained run writes for shards"
+    )
     command.add_argument("run_or_checkpoint", metavar="RUN_OR_CKPT")
     command.add_argument("shards", nargs="+")
-    command.add_argument("--tasks", nargs="+", default=[], help="ask these only, by their names in conf/instructions")
-    command.add_argument("--domain", choices=DOMAINS, default="", help="of clips that do not say their own")
-    command.add_argument("--limit", type=whole_number(1), help="the first so many clips of each folder")
+    command.add_argument(
+        "--tasks", nargs="+", default=[], help="ask these only, by their names in conf/instructions"
+    )
+    command.add_argument(
+        "--domain", choices=DOMAINS, default="", help="of clips that do not say their own"
+    )
+    command.add_argument(
+        "--limit", type=whole_number(1), help="the first so many clips of each folder"
+    )
     command.add_argument("--out", default="", help="a JSON-lines file of answers and references")
     command.set_defaults(run=evaluate)

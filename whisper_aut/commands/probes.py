@@ -29,25 +29,50 @@ def report(options: argparse.Namespace, console: Console) -> None:
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser("probe", help="score an encoder on probe tasks")
     command.add_argument(
-        "encoder", help="a directory or hub id; `logmel` for log-mel statistics, `random:DIR` for random weights"
+        "encoder",
+        help="a directory or hub id; `logmel` for log-mel statistics, `random:DIR` for random weights",
     )
     command.add_argument(
-        "--against", action="append", default=[], metavar="BASE", help="compare with this one; may be repeated"
+        "--against",
+        action="append",
+        default=[],
+        metavar="BASE",
+        help="compare with this one; may be repeated",
     )
     command.add_argument(
-        "--tasks", nargs="+", required=True, help="names from CONF/probe_tasks, suites from CONF/probe.yaml, or paths of YAMLs"
+        "--tasks",
+        nargs="+",
+        required=True,
+        help="names from CONF/probe_tasks, suites from CONF/probe.yaml, or paths of YAMLs",
     )
     command.add_argument("--root", default="data", help="what {root} stands for in the tasks")
     command.add_argument("--seeds", type=whole_number(1), default=5)
     add_padding(command)
-    command.add_argument("--protocol", default="strict", help="strict (ours), xares or maeb (the peers' rules, flaws included)")
-    command.add_argument("--kind", default="", help="linear, knn, mlp, layers, …; by default the one that each task names")
-    command.add_argument("--pooling", default="mean", help="mean or mean_std, over a clip's own frames")
     command.add_argument(
-        "--layers", type=whole_number(0), nargs="+", default=[], metavar="N", help="pool these layers; 0 is the first's input"
+        "--protocol",
+        default="strict",
+        help="strict (ours), xares or maeb (the peers' rules, flaws included)",
     )
     command.add_argument(
-        "--device", default="cpu", help="where encoders run and probes are fitted: cpu, cuda:0; cuda is one GPU a rank"
+        "--kind",
+        default="",
+        help="linear, knn, mlp, layers, …; by default the one that each task names",
+    )
+    command.add_argument(
+        "--pooling", default="mean", help="mean or mean_std, over a clip's own frames"
+    )
+    command.add_argument(
+        "--layers",
+        type=whole_number(0),
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="pool these layers; 0 is the first's input",
+    )
+    command.add_argument(
+        "--device",
+        default="cpu",
+        help="where encoders run and probes are fitted: cpu, cuda:0; cuda is one GPU a rank",
     )
     command.add_argument("--conf", default="conf", help="folder that holds probe_tasks/")
     command.add_argument("--out", default="runs/probe", help="where scores.json and the report go")

@@ -20,7 +20,9 @@ def train(options: argparse.Namespace, console: Console) -> None:
     story = Story(Path(options.config), tuple(options.overrides), options.resume, options.fresh)
     run = run_story(settings, story, console)
     if is_first_rank():
-        console.print(f"[bold green]Done.[/] Everything is in {run.path}; the encoder in {run.export('encoder')}.")
+        console.print(
+            f"[bold green]Done.[/] Everything is in {run.path}; the encoder in {run.export('encoder')}."
+        )
 
 
 def plan(options: argparse.Namespace, console: Console) -> None:
@@ -45,9 +47,17 @@ def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, An
     """Choose what to look at: the machine, and with a config what that config needs of it."""
     from whisper_aut.settings import dump_settings, load_settings
     from whisper_aut.training import doctor as look
-    from whisper_aut.training.build import clip_limits, open_sources, planned_checkpoint_bytes, read_policy
+    from whisper_aut.training.build import (
+        clip_limits,
+        open_sources,
+        planned_checkpoint_bytes,
+        read_policy,
+    )
 
-    checks: list[tuple[str, Any]] = [("versions", look.check_versions), ("collectives", look.check_collectives)]
+    checks: list[tuple[str, Any]] = [
+        ("versions", look.check_versions),
+        ("collectives", look.check_collectives),
+    ]
     if not options.config:
         return [
             *checks,
@@ -59,17 +69,29 @@ def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, An
     dry = _two_steps(settings, Path(options.config))
     kept = settings.trainer.keep_checkpoints + 1
     checks += [
-        ("devices", lambda: look.check_devices(settings.hardware.accelerator, settings.hardware.devices)),
+        (
+            "devices",
+            lambda: look.check_devices(settings.hardware.accelerator, settings.hardware.devices),
+        ),
         ("DeepSpeed", lambda: look.check_deepspeed(settings.strategy.name)),
         ("disk", lambda: look.check_disk(Path(settings.runs), planned_checkpoint_bytes(dry), kept)),
     ]
     built = settings.corpora.demo or settings.corpora.manifests
     if built and not all(Path(source.path).exists() for source in settings.data.train):
-        console.print("The shards are built when the config is trained; they and the two steps are left out here.")
+        console.print(
+            "The shards are built when the config is trained; they and the two steps are left out here."
+        )
         return checks
     sources, policy = [*settings.data.train, *settings.data.valid], read_policy(settings.data)
     limits = clip_limits(settings.data)
-    checks.append(("shards", lambda: look.check_shards([s.index for s in open_sources(sources, policy)], limits, policy)))
+    checks.append(
+        (
+            "shards",
+            lambda: look.check_shards(
+                [s.index for s in open_sources(sources, policy)], limits, policy
+            ),
+        )
+    )
     if not options.no_dry_run:
         checks.append(("dry run", lambda: look.check_dry_run(dump_settings(dry))))
     return checks
@@ -81,7 +103,13 @@ def _two_steps(settings: Any, config: Path) -> Any:
 
     from whisper_aut.settings import CorporaSettings, load_settings
 
-    trainer = replace(settings.trainer, max_steps=2, valid_every_steps=2, checkpoint_every_steps=2, log_every_steps=1)
+    trainer = replace(
+        settings.trainer,
+        max_steps=2,
+        valid_every_steps=2,
+        checkpoint_every_steps=2,
+        log_every_steps=1,
+    )
     model = settings.model
     while model.after:
         config = config.parent / model.after
@@ -89,7 +117,11 @@ def _two_steps(settings: Any, config: Path) -> Any:
     probe = replace(settings.probe, tasks=[])
     data = replace(settings.data, valid_clips=2)
     hardware = replace(settings.hardware, nodes=1)
-    if hardware.accelerator in ("gpu", "cuda") and isinstance(hardware.devices, int) and torch.cuda.is_available():
+    if (
+        hardware.accelerator in ("gpu", "cuda")
+        and isinstance(hardware.devices, int)
+        and torch.cuda.is_available()
+    ):
         hardware.devices = min(hardware.devices, torch.cuda.device_count())
     return replace(
         settings,
@@ -104,23 +136,48 @@ def _two_steps(settings: Any, config: Path) -> Any:
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    command = commands.add_parser("train", help="run a config: data, training, export, probes, report")
+    command = commands.add_parser(
+        "train", help="run a config: data, training, export, probes, report"
+    )
     command.add_argument("config", help="a YAML such as conf/aut.yaml")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. trainer.max_steps=100 decoder=whisper")
-    command.add_argument("--resume", default="", metavar="auto|CKPT", help="go on with an unfinished run")
-    command.add_argument("--fresh", action="store_true", help="train again even if nothing has changed")
-    command.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="e.g. trainer.max_steps=100 decoder=whisper",
+    )
+    command.add_argument(
+        "--resume", default="", metavar="auto|CKPT", help="go on with an unfinished run"
+    )
+    command.add_argument(
+        "--fresh", action="store_true", help="train again even if nothing has changed"
+    )
+    command.add_argument(
+        "--print-config", action="store_true", help="print the resolved config and stop"
+    )
     command.set_defaults(run=train)
 
-    command = commands.add_parser("plan", help="what a config would need: memory, time, cores; nothing is loaded")
+    command = commands.add_parser(
+        "plan", help="what a config would need: memory, time, cores; nothing is loaded"
+    )
     command.add_argument("config", help="a YAML such as conf/aut.yaml")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. strategy=deepspeed_stage_3")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. strategy=deepspeed_stage_3"
+    )
     command.set_defaults(run=plan)
 
     command = commands.add_parser(
-        "doctor", help="whether this machine can run a config: versions, ranks, disk, shards, two steps"
+        "doctor",
+        help="whether this machine can run a config: versions, ranks, disk, shards, two steps",
     )
-    command.add_argument("config", nargs="?", default="", help="a YAML such as conf/aut.yaml; without it, the machine alone")
+    command.add_argument(
+        "config",
+        nargs="?",
+        default="",
+        help="a YAML such as conf/aut.yaml; without it, the machine alone",
+    )
     command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. hardware=8xgpu")
-    command.add_argument("--no-dry-run", action="store_true", help="leave out the two steps of training")
+    command.add_argument(
+        "--no-dry-run", action="store_true", help="leave out the two steps of training"
+    )
     command.set_defaults(run=doctor)

@@ -52,19 +52,29 @@ class Annotation:
             SampleRefused: a known field has the wrong type, or the domain is not one of `DOMAINS`.
         """
         known = {f.name for f in fields(cls)} - {"extra"}
-        values = {name: value for name, value in mapping.items() if name in known and value is not None}
+        values = {
+            name: value for name, value in mapping.items() if name in known and value is not None
+        }
         for name in known & values.keys() - {"label", "duration_seconds"}:
             if not isinstance(values[name], str):
-                raise SampleRefused(Reason.BAD_JSON, f"{name!r} must be text, not {type(values[name]).__name__}")
+                raise SampleRefused(
+                    Reason.BAD_JSON, f"{name!r} must be text, not {type(values[name]).__name__}"
+                )
             if not _is_unicode(values[name]):
-                raise SampleRefused(Reason.BAD_JSON, f"{name!r} holds half a surrogate pair, which is no character")
+                raise SampleRefused(
+                    Reason.BAD_JSON, f"{name!r} holds half a surrogate pair, which is no character"
+                )
         if values.get("domain", "") not in ("", *DOMAINS):
-            raise SampleRefused(Reason.BAD_JSON, f"domain {values['domain']!r} is not one of {', '.join(DOMAINS)}")
+            raise SampleRefused(
+                Reason.BAD_JSON, f"domain {values['domain']!r} is not one of {', '.join(DOMAINS)}"
+            )
         if "label" in values:
             values["label"] = _label(values["label"])
         if "duration_seconds" in values:
             values["duration_seconds"] = _seconds(values["duration_seconds"])
-        return cls(**values, extra={name: value for name, value in mapping.items() if name not in known})
+        return cls(
+            **values, extra={name: value for name, value in mapping.items() if name not in known}
+        )
 
     @classmethod
     def from_json(cls, data: bytes) -> "Annotation":
@@ -80,14 +90,22 @@ class Annotation:
         except (ValueError, RecursionError) as error:
             raise SampleRefused(Reason.BAD_JSON, str(error)) from None
         if isinstance(mapping, list) and all(isinstance(event, dict) for event in mapping):
-            mapping = {"events": mapping}  # X-ARES's tars of sound events hold the bare list, empty where nothing happens
+            mapping = {
+                "events": mapping
+            }  # X-ARES's tars of sound events hold the bare list, empty where nothing happens
         if not isinstance(mapping, dict):
-            raise SampleRefused(Reason.BAD_JSON, f"expected an object, found {type(mapping).__name__}")
+            raise SampleRefused(
+                Reason.BAD_JSON, f"expected an object, found {type(mapping).__name__}"
+            )
         return cls.from_mapping(mapping)
 
     def to_json(self) -> bytes:
         """Return the `.json` member: the fields that are set, one object, UTF-8."""
-        own = {name: value for name, value in vars(self).items() if name != "extra" and value not in ("", None)}
+        own = {
+            name: value
+            for name, value in vars(self).items()
+            if name != "extra" and value not in ("", None)
+        }
         return json.dumps({**own, **self.extra}, ensure_ascii=False).encode()
 
 
@@ -109,10 +127,18 @@ def _label(value: Any) -> str | list[str]:
 def _class_name(value: Any) -> str:
     if isinstance(value, (str, int, float)) and _is_unicode(str(value)):
         return str(value)
-    raise SampleRefused(Reason.BAD_JSON, f"'label' must be text or a list of texts, not {type(value).__name__}")
+    raise SampleRefused(
+        Reason.BAD_JSON, f"'label' must be text or a list of texts, not {type(value).__name__}"
+    )
 
 
 def _seconds(value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf"):
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and 0 <= value < float("inf")
+    ):
         return float(value)
-    raise SampleRefused(Reason.BAD_JSON, f"'duration_seconds' must be a number of seconds, not {value!r}")
+    raise SampleRefused(
+        Reason.BAD_JSON, f"'duration_seconds' must be a number of seconds, not {value!r}"
+    )

@@ -19,7 +19,9 @@ AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3", "opus")
 MAX_CHANNELS = 32
 MAX_SAMPLE_RATE_HZ = 768_000
 MIN_SAMPLE_RATE_HZ = 1_000
-UNKNOWN_FRAMES = 2**63 - 1  # libsndfile's SF_COUNT_MAX: FLAC written to a pipe does not say how long it is
+UNKNOWN_FRAMES = (
+    2**63 - 1
+)  # libsndfile's SF_COUNT_MAX: FLAC written to a pipe does not say how long it is
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class ClipLimits:
     silence_peak: float = 1e-5
 
 
-LONG_CLIPS = ClipLimits(max_seconds=3600.0, max_bytes=1 << 30)  # what is heard in windows, as against trained on
+LONG_CLIPS = ClipLimits(
+    max_seconds=3600.0, max_bytes=1 << 30
+)  # what is heard in windows, as against trained on
 
 
 @dataclass(frozen=True)
@@ -113,12 +117,16 @@ def opened_recording(path: Path) -> Iterator[soundfile.SoundFile]:
     with _refusing(), soundfile.SoundFile(path) as file:
         _check_format(file)
         if file.frames == UNKNOWN_FRAMES:
-            raise SampleRefused(Reason.UNDECODABLE, "no part can be cut from a stream of unknown length")
+            raise SampleRefused(
+                Reason.UNDECODABLE, "no part can be cut from a stream of unknown length"
+            )
         yield file
 
 
 @contextmanager
-def _opened(data: bytes, limits: ClipLimits, opener: type[soundfile.SoundFile]) -> Iterator[soundfile.SoundFile]:
+def _opened(
+    data: bytes, limits: ClipLimits, opener: type[soundfile.SoundFile]
+) -> Iterator[soundfile.SoundFile]:
     if not data:
         raise SampleRefused(Reason.EMPTY, "0 bytes")
     if len(data) > limits.max_bytes:
@@ -132,7 +140,9 @@ def _refusing() -> Iterator[None]:
     """Turn what goes wrong in a decoder into a refusal."""
     try:
         yield
-    except soundfile.LibsndfileError as error:  # its str() holds a memory address, and ledgers should be comparable
+    except (
+        soundfile.LibsndfileError
+    ) as error:  # its str() holds a memory address, and ledgers should be comparable
         raise SampleRefused(Reason.UNDECODABLE, error.error_string) from None
     except (soundfile.SoundFileError, OSError, ValueError, TypeError, MemoryError) as error:
         raise SampleRefused(Reason.UNDECODABLE, str(error)) from None

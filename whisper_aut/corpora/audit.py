@@ -19,7 +19,15 @@ from typing import Any
 from whisper_aut import __version__
 from whisper_aut.corpora import fingerprint as sound
 from whisper_aut.corpora.inspect import open_indices
-from whisper_aut.corpora.overlap import ClipFacts, Match, Place, ProbeClips, ShardFindings, indexed_part, read_facts
+from whisper_aut.corpora.overlap import (
+    ClipFacts,
+    Match,
+    Place,
+    ProbeClips,
+    ShardFindings,
+    indexed_part,
+    read_facts,
+)
 from whisper_aut.corpora.shards import ShardIndex
 from whisper_aut.corpora.tars import Journal, Tar, over_tars
 from whisper_aut.errors import UserError
@@ -63,7 +71,9 @@ class Audit:
 
     def counts(self) -> dict[str, Any]:
         """Return how much was compared and how much overlaps, over all and by kind of evidence and probe folder."""
-        by_kind = Counter(kind for match in self.matches for kind in {reason["kind"] for reason in match.evidence})
+        by_kind = Counter(
+            kind for match in self.matches for kind in {reason["kind"] for reason in match.evidence}
+        )
         heard = {match.probe for match in self.matches}
         by_probe = Counter(place.folder for place in heard)
         return {
@@ -72,7 +82,9 @@ class Audit:
             "probe_clips": sum(folder["clips"] for folder in self.probes),
             "train_clips_that_overlap": len(self.excluded),
             "probe_clips_in_training": len(heard),
-            "probe_clips_in_training_by_folder": {folder["root"]: by_probe[folder["root"]] for folder in self.probes},
+            "probe_clips_in_training_by_folder": {
+                folder["root"]: by_probe[folder["root"]] for folder in self.probes
+            },
             "pairs": len(self.matches),
             "pairs_by_evidence": dict(by_kind),
         }
@@ -85,14 +97,23 @@ class Audit:
             f"{counts['train_clips_that_overlap']} overlap"
         )
         if self.matches:
-            kinds = ", ".join(f"{count} by {kind}" for kind, count in counts["pairs_by_evidence"].items())
+            kinds = ", ".join(
+                f"{count} by {kind}" for kind, count in counts["pairs_by_evidence"].items()
+            )
             text += f" with {counts['probe_clips_in_training']} probe clips (pairs: {kinds})"
         unread = sum(sum(folder["refused"].values()) for folder in (*self.train, *self.probes))
-        return text + (f". {unread} clips could not be read and were not compared." if unread else ".")
+        return text + (
+            f". {unread} clips could not be read and were not compared." if unread else "."
+        )
 
 
 def run_audit(
-    train: Sequence[str], probes: Sequence[str], out: str | Path, *, workers: int | None = None, progress: bool = True
+    train: Sequence[str],
+    probes: Sequence[str],
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    progress: bool = True,
 ) -> Audit:
     """Compare folders of shards (or folders of such folders) and write what was found to `out`.
 
@@ -100,15 +121,21 @@ def run_audit(
         UserError: no shards, no clip that could be read, `out` cannot be written, or a process died.
     """
     started, out = time.monotonic(), Path(out)
-    workers = workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+    workers = workers or len(
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
     trained, tested = _indices(train), _indices(probes)
     clips: list[ClipFacts] = []
     heard: dict[Tar, ShardFindings] = {}
-    for tar, (findings, facts) in over_tars(_read_probe, _tars(tested), workers, None, "probe shards", progress):
+    for tar, (findings, facts) in over_tars(
+        _read_probe, _tars(tested), workers, None, "probe shards", progress
+    ):
         heard[tar] = findings
         clips += facts
     if not clips:
-        raise UserError(f"Not one clip of {', '.join(probes)} could be read, so there is nothing to compare with.")
+        raise UserError(
+            f"Not one clip of {', '.join(probes)} could be read, so there is nothing to compare with."
+        )
     searched = ProbeClips(clips)
     clips.clear()
     try:
@@ -116,15 +143,24 @@ def run_audit(
         journal = Journal(out / JOURNAL_NAME, _key(trained, tested))
         done = journal.read()
         remaining = [tar for tar in _tars(trained) if tar not in done]
-        for tar, findings in over_tars(_read_train, remaining, workers, searched, "training shards", progress):
+        for tar, findings in over_tars(
+            _read_train, remaining, workers, searched, "training shards", progress
+        ):
             done[tar] = findings
             journal.write(tar, findings)
         matches = [match for tar in _tars(trained) for match in done[tar].matches]
-        audit = Audit(_folders(trained, done), _folders(tested, heard), matches, round(time.monotonic() - started, 1))
+        audit = Audit(
+            _folders(trained, done),
+            _folders(tested, heard),
+            matches,
+            round(time.monotonic() - started, 1),
+        )
         _write(audit, out)
         journal.remove()
     except OSError as error:
-        raise UserError(f"Cannot read the shards, or write to {out}: {error.strerror or error}.") from None
+        raise UserError(
+            f"Cannot read the shards, or write to {out}: {error.strerror or error}."
+        ) from None
     return audit
 
 
@@ -134,7 +170,11 @@ def read_audit(path: Path) -> dict[str, Any]:
         audit = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return audit if isinstance(audit, dict) and audit.get("settings", {}).get("version") == AUDIT_VERSION else {}
+    return (
+        audit
+        if isinstance(audit, dict) and audit.get("settings", {}).get("version") == AUDIT_VERSION
+        else {}
+    )
 
 
 def unaudited(audit: dict[str, Any], side: str, roots: Sequence[str]) -> list[str]:
@@ -142,7 +182,11 @@ def unaudited(audit: dict[str, Any], side: str, roots: Sequence[str]) -> list[st
     known = {folder["fingerprint"] for folder in audit.get(side, ())}
     if not known:
         return list(roots)  # without opening a thing
-    return [root for root in roots if any(index.fingerprint() not in known for _, index in open_indices(root))]
+    return [
+        root
+        for root in roots
+        if any(index.fingerprint() not in known for _, index in open_indices(root))
+    ]
 
 
 def _indices(roots: Sequence[str]) -> list[ShardIndex]:
@@ -170,7 +214,9 @@ def _key(*sides: Sequence[ShardIndex]) -> str:
     return hashlib.sha256(json.dumps([facts, SETTINGS, __version__]).encode()).hexdigest()
 
 
-def _folders(indices: Sequence[ShardIndex], found: Mapping[Tar, ShardFindings]) -> list[dict[str, Any]]:
+def _folders(
+    indices: Sequence[ShardIndex], found: Mapping[Tar, ShardFindings]
+) -> list[dict[str, Any]]:
     folders = []
     for index in indices:
         parts = [found[tar] for tar in _tars([index])]
@@ -206,7 +252,9 @@ def _write(audit: Audit, out: Path) -> None:
         "seconds_taken": audit.seconds_taken,
         "matches": [asdict(match) for match in audit.matches],
     }
-    _replace(out / EXCLUDE_NAME, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    _replace(
+        out / EXCLUDE_NAME, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    )
     _replace(out / AUDIT_NAME, json.dumps(whole, indent=1, ensure_ascii=False))
 
 

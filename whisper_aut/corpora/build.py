@@ -57,7 +57,9 @@ class BuildReport:
         if self.refused:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.refused.items())
             text += f". Refused: {reasons}; see {self.out / REFUSED_NAME}"
-        return text + ("." if not self.reused else ". Nothing has changed since they were built: reused.")
+        return text + (
+            "." if not self.reused else ". Nothing has changed since they were built: reused."
+        )
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,15 @@ def build_shards(
     """
     out = Path(out).absolute()
     manifest = Manifest(spec)
-    settings = {"limits": asdict(limits), "max_shard_bytes": max_shard_bytes, "max_refused_share": max_refused_share}
+    settings = {
+        "limits": asdict(limits),
+        "max_shard_bytes": max_shard_bytes,
+        "max_refused_share": max_refused_share,
+    }
     plan = _survey(manifest, settings)
-    _check_share(manifest, plan.refusals, plan.rows, max_refused_share)  # missing files need no build to be found
+    _check_share(
+        manifest, plan.refusals, plan.rows, max_refused_share
+    )  # missing files need no build to be found
     folders = {split: out / split for split in plan.splits}
     _check_out(out, folders)
     indices = _built_before(folders, plan.recipe)
@@ -104,10 +112,17 @@ def build_shards(
             refusals = Refusals(log)
             with ExitStack() as stack:
                 shards = {
-                    split: stack.enter_context(ShardFolder(path, max_bytes=max_shard_bytes)) for split, path in folders.items()
+                    split: stack.enter_context(ShardFolder(path, max_bytes=max_shard_bytes))
+                    for split, path in folders.items()
                 }
                 _write(items, shards, refusals, stack.enter_context(_progress(plan.rows, progress)))
-                _check_share(manifest, refusals, plan.rows, max_refused_share, f" All are listed in {out / REFUSED_NAME}.")
+                _check_share(
+                    manifest,
+                    refusals,
+                    plan.rows,
+                    max_refused_share,
+                    f" All are listed in {out / REFUSED_NAME}.",
+                )
                 _check_splits(spec, shards, refusals)
                 _add_facts(shards, manifest, plan, refusals)
     except OSError as error:
@@ -116,7 +131,11 @@ def build_shards(
 
 
 def _survey(manifest: Manifest, settings: dict[str, Any]) -> _Plan:
-    spec = {name: value for name, value in asdict(manifest.spec).items() if name not in ("manifest", "audio_root")}
+    spec = {
+        name: value
+        for name, value in asdict(manifest.spec).items()
+        if name not in ("manifest", "audio_root")
+    }
     facts = {"version": RECIPE_VERSION, "spec": spec, "manifest": manifest.digest(), **settings}
     recipe = hashlib.sha256(json.dumps(facts, sort_keys=True, default=list).encode())
     rows, splits, refusals = 0, {}, Refusals()
@@ -129,26 +148,43 @@ def _survey(manifest: Manifest, settings: dict[str, Any]) -> _Plan:
             found = item.path.stat()
             recipe.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
         except (OSError, ValueError):
-            refusals.add(RefusedRow(item.line, str(item.path), Reason.MISSING_FILE, split=item.split))
+            refusals.add(
+                RefusedRow(item.line, str(item.path), Reason.MISSING_FILE, split=item.split)
+            )
             recipe.update(b"missing\n")
     if not rows:
-        kept = " and ".join(f"{column} {'|'.join(values)}" for column, values in manifest.spec.where.items())
-        there = "; ".join(f"{column}: {', '.join(manifest.values(column))}" for column in manifest.spec.where)
-        raise UserError(f"--where {kept} keeps none of the rows of {manifest.path}. First values of {there}.")
+        kept = " and ".join(
+            f"{column} {'|'.join(values)}" for column, values in manifest.spec.where.items()
+        )
+        there = "; ".join(
+            f"{column}: {', '.join(manifest.values(column))}" for column in manifest.spec.where
+        )
+        raise UserError(
+            f"--where {kept} keeps none of the rows of {manifest.path}. First values of {there}."
+        )
     return _Plan(recipe.hexdigest()[:16], rows, tuple(splits), refusals)
 
 
-def _write(items: Iterator[Ingested | RefusedRow], shards: dict[str, ShardFolder], refusals: Refusals, bar: Progress) -> None:
+def _write(
+    items: Iterator[Ingested | RefusedRow],
+    shards: dict[str, ShardFolder],
+    refusals: Refusals,
+    bar: Progress,
+) -> None:
     for item in items:
         if isinstance(item, RefusedRow):
             refusals.add(item)
         else:
             annotation = replace(item.entry.annotation, duration_seconds=item.clip.seconds)
-            shards[item.entry.split].write(item.entry.key, item.clip.suffix, item.clip.audio, annotation)
+            shards[item.entry.split].write(
+                item.entry.key, item.clip.suffix, item.clip.audio, annotation
+            )
         bar.advance(bar.task_ids[0])
 
 
-def _add_facts(shards: dict[str, ShardFolder], manifest: Manifest, plan: _Plan, refusals: Refusals) -> None:
+def _add_facts(
+    shards: dict[str, ShardFolder], manifest: Manifest, plan: _Plan, refusals: Refusals
+) -> None:
     build = {
         "rows": plan.rows,
         "passed_over": manifest.passed_over,
@@ -156,21 +192,36 @@ def _add_facts(shards: dict[str, ShardFolder], manifest: Manifest, plan: _Plan, 
         "split_by": manifest.spec.split_by,
     }
     for split, folder in shards.items():
-        folder.facts = {"recipe": plan.recipe, "refused": dict(refusals.by_split[split]), "build": build}
+        folder.facts = {
+            "recipe": plan.recipe,
+            "refused": dict(refusals.by_split[split]),
+            "build": build,
+        }
 
 
 def _progress(rows: int, enabled: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     bar = Progress(*columns, console=Console(stderr=True), disable=not enabled)
     bar.add_task("clips", total=rows)
     return bar
 
 
-def _check_share(manifest: Manifest, refusals: Refusals, rows: int, max_share: float, more: str = "") -> None:
+def _check_share(
+    manifest: Manifest, refusals: Refusals, rows: int, max_share: float, more: str = ""
+) -> None:
     refused = refusals.counts.total()
     if refused < rows and refused <= max_share * rows:
         return
-    allowed = "" if refused == rows else f", more than the {max_share:.0%} that --max-refused-share allows"
+    allowed = (
+        ""
+        if refused == rows
+        else f", more than the {max_share:.0%} that --max-refused-share allows"
+    )
     hint = f" Relative paths start from {manifest.root}; --audio-root names another folder."
     hint = hint if Reason.MISSING_FILE in refusals.counts else ""
     raise UserError(
@@ -181,7 +232,9 @@ def _check_share(manifest: Manifest, refusals: Refusals, rows: int, max_share: f
 def _check_splits(spec: ManifestSpec, shards: dict[str, ShardFolder], refusals: Refusals) -> None:
     empty = [split for split, folder in shards.items() if not folder.samples]
     if empty:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in refusals.by_split[empty[0]].items())
+        reasons = ", ".join(
+            f"{count} {reason}" for reason, count in refusals.by_split[empty[0]].items()
+        )
         raise UserError(
             f"All rows of {spec.split_by} {empty[0]!r} were refused ({reasons}). Mend them or leave them out by --where."
         )
@@ -193,7 +246,9 @@ def _check_out(out: Path, folders: dict[str, Path]) -> None:
         raise UserError(f"Cannot write shards to {out}: it is a file.")
     for folder in folders.values():
         if next(folder.glob("*.tar"), None) and "recipe" not in _facts(folder):
-            raise UserError(f"{folder} holds tars that `data build` did not write. Choose another --out, or move them away.")
+            raise UserError(
+                f"{folder} holds tars that `data build` did not write. Choose another --out, or move them away."
+            )
     for index in sorted([*out.glob(INDEX_NAME), *out.glob(f"*/{INDEX_NAME}")]):
         facts = _facts(index.parent)
         if (
@@ -222,11 +277,17 @@ def _built_before(folders: dict[str, Path], recipe: str) -> dict[str, ShardIndex
         indices = {split: open_index(folder) for split, folder in folders.items()}
     except UserError:  # a tar is missing: build again
         return {}
-    sizes = [(folders[split] / shard.name, shard.bytes) for split, index in indices.items() for shard in index.shards]
+    sizes = [
+        (folders[split] / shard.name, shard.bytes)
+        for split, index in indices.items()
+        for shard in index.shards
+    ]
     return indices if all(file_size(path) == size for path, size in sizes) else {}
 
 
-def _report(out: Path, folders: dict[str, Path], indices: dict[str, ShardIndex], reused: bool = False) -> BuildReport:
+def _report(
+    out: Path, folders: dict[str, Path], indices: dict[str, ShardIndex], reused: bool = False
+) -> BuildReport:
     facts = next(iter(indices.values())).facts
     return BuildReport(
         out=out,

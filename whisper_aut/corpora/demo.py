@@ -21,7 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from whisper_aut.corpora.annotation import DOMAINS
 from whisper_aut.corpora.shards import INDEX_NAME, ShardFolder, open_index
-from whisper_aut.corpora.synth.render import GENERATOR_VERSION, SPLITS, ClipOrder, RenderedClip, render_clip
+from whisper_aut.corpora.synth.render import (
+    GENERATOR_VERSION,
+    SPLITS,
+    ClipOrder,
+    RenderedClip,
+    render_clip,
+)
 from whisper_aut.errors import UserError
 
 BUILDER = "whisper-aut data demo"
@@ -57,7 +63,9 @@ class DemoOptions:
             UserError: a factor that is not positive.
         """
         if factor <= 0:
-            raise UserError(f"The demo corpus cannot be {factor:g} times its size: give a scale above 0.")
+            raise UserError(
+                f"The demo corpus cannot be {factor:g} times its size: give a scale above 0."
+            )
         return replace(self, **{split: getattr(self, split).scaled(factor) for split in SPLITS})
 
     def recipe(self) -> str:
@@ -70,7 +78,9 @@ class DemoOptions:
         return [ClipOrder(self.seed, split, domain, number) for number in range(clips)]
 
 
-def build_demo(out: Path, options: DemoOptions, *, workers: int | None = None, progress: bool = True) -> Path:
+def build_demo(
+    out: Path, options: DemoOptions, *, workers: int | None = None, progress: bool = True
+) -> Path:
     """Synthesise the corpus under `out`, or return at once where it stands already; return `out`.
 
     Args:
@@ -87,10 +97,17 @@ def build_demo(out: Path, options: DemoOptions, *, workers: int | None = None, p
     shutil.rmtree(staging, ignore_errors=True)
     orders = [order for part in parts for order in options.orders(*part)]
     try:
-        with _rendered(orders, workers or os.cpu_count() or 1) as clips, _bar(len(orders), progress) as advance:
+        with (
+            _rendered(orders, workers or os.cpu_count() or 1) as clips,
+            _bar(len(orders), progress) as advance,
+        ):
             for split, domain in parts:
                 with ShardFolder(staging / split / domain) as folder:
-                    folder.facts = {"builder": BUILDER, "recipe": recipe, "options": asdict(options)}
+                    folder.facts = {
+                        "builder": BUILDER,
+                        "recipe": recipe,
+                        "options": asdict(options),
+                    }
                     for clip in islice(clips, len(options.orders(split, domain))):
                         folder.write(clip.key, "flac", clip.flac, clip.annotation)
                         advance()
@@ -114,7 +131,9 @@ def _recipe_at(folder: Path) -> str | None:
     except (OSError, ValueError):
         index = {}
     if not isinstance(index, dict) or index.get("builder") != BUILDER:
-        raise UserError(f"{folder} holds files that are not the demo corpus. Give another folder: {BUILDER} --out DIR")
+        raise UserError(
+            f"{folder} holds files that are not the demo corpus. Give another folder: {BUILDER} --out DIR"
+        )
     try:
         return open_index(folder).facts["recipe"]
     except UserError:  # the demo's, but shards are missing: it is built anew
@@ -130,9 +149,13 @@ def _rendered(orders: list[ClipOrder], workers: int) -> Iterator[Iterator[Render
     # Spawned, not forked: this process may hold the threads of torch and of the progress bar.
     # They leave Ctrl-C to this process, which stops them.
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(
+        workers, spawn, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
     try:
-        yield pool.map(render_clip, orders, chunksize=min(CLIPS_PER_JOB, max(1, len(orders) // (4 * workers))))
+        yield pool.map(
+            render_clip, orders, chunksize=min(CLIPS_PER_JOB, max(1, len(orders) // (4 * workers)))
+        )
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import cast
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from whisper_aut import __version__
 from whisper_aut.errors import UserError
@@ -26,7 +33,13 @@ FATAL_STATUS = range(400, 500)
 
 
 def download(
-    url: str, path: Path, checksum: str = "", *, attempts: int = 8, first_wait_seconds: float = 1.0, progress: bool = True
+    url: str,
+    path: Path,
+    checksum: str = "",
+    *,
+    attempts: int = 8,
+    first_wait_seconds: float = 1.0,
+    progress: bool = True,
 ) -> Path:
     """Fetch `url` to `path`, or go on with what an earlier call left; a file that is there and right is left alone.
 
@@ -85,16 +98,22 @@ def _persist(url: str, part: Path, bar: Progress, attempts: int, wait_seconds: f
 def _fetch(url: str, part: Path, bar: Progress) -> bool:
     """Append what the server sends; return whether that was all of it."""
     have = _size(part)
-    request = urllib.request.Request(url, headers={"User-Agent": f"whisper-aut/{__version__}", "Accept-Encoding": "identity"})
+    request = urllib.request.Request(
+        url, headers={"User-Agent": f"whisper-aut/{__version__}", "Accept-Encoding": "identity"}
+    )
     if have:
         request.add_header("Range", f"bytes={have}-")
     try:
         response = cast(HTTPResponse, urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS))
     except urllib.error.HTTPError as error:
-        total = error.headers.get("Content-Range", "").rpartition("/")[2] if error.code == 416 else ""
+        total = (
+            error.headers.get("Content-Range", "").rpartition("/")[2] if error.code == 416 else ""
+        )
         if total.isdecimal() and int(total) == have:
             return True
-        if error.code == 416:  # what is there is longer than what the server has: it is of something else
+        if (
+            error.code == 416
+        ):  # what is there is longer than what the server has: it is of something else
             part.unlink()
             return False
         raise

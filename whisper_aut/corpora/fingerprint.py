@@ -27,14 +27,19 @@ BITS = BANDS - 1
 FRAME_SECONDS = HOP_SAMPLES / RATE_HZ
 SPAN_SECONDS = (WINDOW_SAMPLES + LAG_FRAMES * HOP_SAMPLES) / RATE_HZ  # of audio under one word
 FLOOR = 1e-6  # frames 60 dB below the loudest say more about the codec than about the sound
-SILENCE = (1e-5 * WINDOW_SAMPLES / 4) ** 2  # about what a sine of amplitude 1e-5 gives, and above 16-bit rounding
+SILENCE = (
+    1e-5 * WINDOW_SAMPLES / 4
+) ** 2  # about what a sine of amplitude 1e-5 gives, and above 16-bit rounding
 STEADY = 1e-3  # a hum does not change: the signs of its differences are those of rounding
 BLOCK_FRAMES = 512
 DOUBTFUL_BITS = 3
 RUN_LIMIT, CANDIDATES = 32, 48  # bounds on what one word, and one clip, may cost
 WINDOW_FRAMES = 164  # a part of 3 s holds as many words
 MIN_FRAMES = 20
-TOLERATED = ((MIN_FRAMES, 24, 40, 60, 100), (0.055, 0.09, 0.09, 0.16, 0.25))  # words, and the share of bits that may differ
+TOLERATED = (
+    (MIN_FRAMES, 24, 40, 60, 100),
+    (0.055, 0.09, 0.09, 0.16, 0.25),
+)  # words, and the share of bits that may differ
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,18 @@ def fingerprint(samples: np.ndarray, sample_rate_hz: int) -> Fingerprint:
     # What stands at the very edge of a clip, such as half a bark, would fall under the slopes of the window alone.
     energies = _band_energies(np.pad(np.asarray(mono, dtype=np.float32), EDGE_SAMPLES))
     if len(energies) <= LAG_FRAMES:
-        return Fingerprint(np.zeros(0, np.uint32), np.zeros(0, bool), np.zeros((0, DOUBTFUL_BITS), np.uint32))
+        return Fingerprint(
+            np.zeros(0, np.uint32), np.zeros(0, bool), np.zeros((0, DOUBTFUL_BITS), np.uint32)
+        )
     total = energies.sum(axis=1)
     slopes = energies[:, :-1] - energies[:, 1:]
     change = slopes[LAG_FRAMES:] - slopes[:-LAG_FRAMES]
     louder = np.maximum(total[LAG_FRAMES:], total[:-LAG_FRAMES])
     nearby = energies[LAG_FRAMES:] + energies[:-LAG_FRAMES]
     certainty = np.abs(change) / (nearby[:, :-1] + nearby[:, 1:] + 1e-20)
-    heard = (louder > max(SILENCE, FLOOR * float(total.max()))) & (np.abs(change).sum(axis=1) > STEADY * louder)
+    heard = (louder > max(SILENCE, FLOOR * float(total.max()))) & (
+        np.abs(change).sum(axis=1) > STEADY * louder
+    )
     weakest = np.argpartition(certainty, DOUBTFUL_BITS, axis=1)[:, :DOUBTFUL_BITS]
     powers = np.uint32(1) << np.arange(BITS, dtype=np.uint32)
     words = ((change > 0) * powers).sum(axis=1, dtype=np.uint32)
@@ -97,9 +106,14 @@ def _band_energies(mono: np.ndarray) -> np.ndarray:
     taper, edges = _tables()
     blocks = []
     for start in range(0, frames, BLOCK_FRAMES):
-        spectrum: np.ndarray = np.asarray(scipy.fft.rfft(windows[start : start + BLOCK_FRAMES] * taper, axis=1))
+        spectrum: np.ndarray = np.asarray(
+            scipy.fft.rfft(windows[start : start + BLOCK_FRAMES] * taper, axis=1)
+        )
         power = np.square(np.abs(spectrum[..., edges[0] : edges[-1]]))
-        blocks.append(np.add.reduceat(power, edges[:-1] - edges[0], axis=1) / np.diff(edges).astype(np.float32))
+        blocks.append(
+            np.add.reduceat(power, edges[:-1] - edges[0], axis=1)
+            / np.diff(edges).astype(np.float32)
+        )
     return np.concatenate(blocks)
 
 
@@ -127,7 +141,9 @@ class FingerprintIndex:
         self._words = np.concatenate(words) if words else np.zeros(0, np.uint32)
         self._heard = np.concatenate(heard) if heard else np.zeros(0, bool)
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        places = np.flatnonzero(self._heard).astype(np.uint32 if len(self._words) < 2**32 else np.uint64)
+        places = np.flatnonzero(self._heard).astype(
+            np.uint32 if len(self._words) < 2**32 else np.uint64
+        )
         order = np.argsort(self._words[places], kind="stable")
         self._places, self._keys = places[order], self._words[places][order]
 
@@ -151,7 +167,9 @@ class FingerprintIndex:
             return
         variants = _variants(wanted.words[asked], wanted.doubtful[asked])
         first = np.searchsorted(self._keys, variants, side="left").ravel()
-        counts = np.minimum(np.searchsorted(self._keys, variants, side="right").ravel() - first, RUN_LIMIT)
+        counts = np.minimum(
+            np.searchsorted(self._keys, variants, side="right").ravel() - first, RUN_LIMIT
+        )
         asked = np.repeat(asked, variants.shape[1])
         hit = counts > 0
         first, counts, asked = first[hit], counts[hit], asked[hit]

@@ -16,11 +16,21 @@ from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits, read_header
 from whisper_aut.corpora.members import Group, MemberGroups, audio_and_json
 from whisper_aut.corpora.sample_table import SampleTable, TableWriter, table_name
-from whisper_aut.corpora.shards import HAS_TABLES, INDEX_NAME, ShardEntry, ShardIndex, open_index, tar_members, write_index
+from whisper_aut.corpora.shards import (
+    HAS_TABLES,
+    INDEX_NAME,
+    ShardEntry,
+    ShardIndex,
+    open_index,
+    tar_members,
+    write_index,
+)
 from whisper_aut.errors import SampleRefused, UserError
 
 TAR_BLOCK_BYTES = 512
-ANY_LENGTH = ClipLimits(min_seconds=0.0, max_seconds=1e6)  # lengths are written down here, and judged by the run
+ANY_LENGTH = ClipLimits(
+    min_seconds=0.0, max_seconds=1e6
+)  # lengths are written down here, and judged by the run
 
 
 def index_folder(folder: Path) -> ShardIndex:
@@ -42,8 +52,14 @@ def index_folder(folder: Path) -> ShardIndex:
             with tar.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             seconds = float(table.milliseconds.clip(min=0).sum()) / 1000
-            entries.append(ShardEntry(tar.name, len(table), round(seconds, 3), tar.stat().st_size, digest))
-        facts = {name: value for name, value in facts.items() if name not in ("version", "samples", "seconds")}
+            entries.append(
+                ShardEntry(tar.name, len(table), round(seconds, 3), tar.stat().st_size, digest)
+            )
+        facts = {
+            name: value
+            for name, value in facts.items()
+            if name not in ("version", "samples", "seconds")
+        }
         write_index(folder, entries, {"domains": dict(domains), **facts, HAS_TABLES: True})
     except OSError as error:
         raise UserError(f"{folder} cannot be indexed: {error}.") from None
@@ -55,7 +71,9 @@ def table_of(tar: Path, domains: Counter[str]) -> SampleTable:
     with tar.open("rb") as stream:
         starts, end = _starts(stream)
         stream.seek(0)
-        lengths = {number: _seconds(group, domains) for number, group in MemberGroups(stream, ANY_LENGTH)}
+        lengths = {
+            number: _seconds(group, domains) for number, group in MemberGroups(stream, ANY_LENGTH)
+        }
     writer = TableWriter()
     for number, start in enumerate(starts):
         writer.add(start, lengths.get(number))

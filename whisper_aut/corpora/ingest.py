@@ -58,7 +58,9 @@ Job = tuple[Path, Segment | None]
 Outcome = EncodedClip | SampleRefused
 
 
-def ingest(entries: Iterable[Entry | RefusedRow], limits: ClipLimits, workers: int) -> Generator[Ingested | RefusedRow]:
+def ingest(
+    entries: Iterable[Entry | RefusedRow], limits: ClipLimits, workers: int
+) -> Generator[Ingested | RefusedRow]:
     """Read and check the audio of all entries; one item comes out per item that goes in, in the same order.
 
     Raises:
@@ -96,7 +98,9 @@ def read_clip(path: Path, limits: ClipLimits, segment: Segment | None = None) ->
         if segment:
             return _cut(path, segment, limits)
         if found.st_size > limits.max_bytes:
-            raise SampleRefused(Reason.TOO_LARGE, f"{found.st_size} bytes, limit {limits.max_bytes}")
+            raise SampleRefused(
+                Reason.TOO_LARGE, f"{found.st_size} bytes, limit {limits.max_bytes}"
+            )
         data = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file system could hold
         detail = error.strerror if isinstance(error, OSError) else None
@@ -116,11 +120,14 @@ def _cut(path: Path, segment: Segment, limits: ClipLimits) -> EncodedClip:
         end = there if segment.seconds is None else segment.start_seconds + segment.seconds
         if segment.start_seconds >= there or end > there + ROUNDING_SECONDS:
             raise SampleRefused(
-                Reason.BAD_ROW, f"a segment from {segment.start_seconds:g} to {end:g} s of a file that ends at {there:g} s"
+                Reason.BAD_ROW,
+                f"a segment from {segment.start_seconds:g} to {end:g} s of a file that ends at {there:g} s",
             )
         start = round(segment.start_seconds * rate)
         file.seek(start)
-        wanted = min(round(end * rate) - start, round((limits.max_seconds + 1) * rate))  # enough to know that it is too long
+        wanted = min(
+            round(end * rate) - start, round((limits.max_seconds + 1) * rate)
+        )  # enough to know that it is too long
         samples, subtype = file.read(wanted, dtype=_sample_type(file.subtype)), file.subtype
     data, suffix = _encode(samples, rate, subtype)
     return EncodedClip(data, suffix, decode(data, limits).seconds)
@@ -133,7 +140,13 @@ def _reencode(data: bytes, subtype: str) -> tuple[bytes, str]:
 
 def _sample_type(subtype: str) -> Literal["float32", "int32", "int16"]:
     # Integers are read as integers: libsndfile's scales for reading and for writing floats differ by one step.
-    return "float32" if subtype in ("FLOAT", "DOUBLE") else "int32" if subtype.endswith(("20", "24", "32")) else "int16"
+    return (
+        "float32"
+        if subtype in ("FLOAT", "DOUBLE")
+        else "int32"
+        if subtype.endswith(("20", "24", "32"))
+        else "int16"
+    )
 
 
 def _encode(samples: np.ndarray, rate: int, subtype: str) -> tuple[bytes, str]:
@@ -208,7 +221,9 @@ def _settle(batch: Batch, outcomes: Sequence[Outcome]) -> Iterator[Ingested | Re
 
 
 def obey_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle: one message, not one per worker
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is the parent's to handle: one message, not one per worker
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 

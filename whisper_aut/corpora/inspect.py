@@ -56,7 +56,9 @@ class ShardFacts:
     rates_hz: Counter[int] = field(default_factory=Counter)
     channels: Counter[int] = field(default_factory=Counter)
     codecs: Counter[str] = field(default_factory=Counter)
-    fields: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in FIELDS})
+    fields: dict[str, Counter[str]] = field(
+        default_factory=lambda: {name: Counter() for name in FIELDS}
+    )
     labels: Counter[str] = field(default_factory=Counter)
     words: array = field(default_factory=lambda: array("L"))
     characters: array = field(default_factory=lambda: array("L"))
@@ -108,7 +110,11 @@ def inspect_shards(root: str | Path, limits: ClipLimits = ClipLimits()) -> Shard
         for number in range(len(index.shards)):
             _read_shard(facts, index, number, limits)
         facts.folders[name] = facts.clips - before
-        facts.builds[name] = {key: value for key, value in index.facts.items() if key in ("recipe", "refused", "build")}
+        facts.builds[name] = {
+            key: value
+            for key, value in index.facts.items()
+            if key in ("recipe", "refused", "build")
+        }
     return facts
 
 
@@ -134,7 +140,11 @@ def histogram(seconds: Iterable[float]) -> dict[str, int]:
 
 def open_indices(root: str) -> Iterator[tuple[str, ShardIndex]]:
     filesystem, path = fsspec.url_to_fs(root)
-    is_own = filesystem.exists(f"{path}/{INDEX_NAME}") or not filesystem.isdir(path) or filesystem.glob(f"{path}/*.tar")
+    is_own = (
+        filesystem.exists(f"{path}/{INDEX_NAME}")
+        or not filesystem.isdir(path)
+        or filesystem.glob(f"{path}/*.tar")
+    )
     below = [] if is_own else sorted(filesystem.glob(f"{path}/*/{INDEX_NAME}"))
     if not below:
         yield "", open_index(root)
@@ -159,7 +169,9 @@ def _read_shard(facts: ShardFacts, index: ShardIndex, number: int, limits: ClipL
     if groups.damage:
         _refuse(facts, url, Reason.BAD_TAR, groups.damage)
     if samples != shard.samples:
-        facts.warnings.append(f"{url} holds {samples} samples where its index counts {shard.samples}")
+        facts.warnings.append(
+            f"{url} holds {samples} samples where its index counts {shard.samples}"
+        )
 
 
 def _add(facts: ShardFacts, group: dict[str, Any], limits: ClipLimits) -> None:
@@ -175,7 +187,9 @@ def _add(facts: ShardFacts, group: dict[str, Any], limits: ClipLimits) -> None:
     _add_annotation(facts, annotation)
     if len(facts.examples) < EXAMPLES:
         text = annotation.text or annotation.answer
-        facts.examples.append({"key": group["__key__"], "seconds": seconds, "text": text, "label": annotation.label})
+        facts.examples.append(
+            {"key": group["__key__"], "seconds": seconds, "text": text, "label": annotation.label}
+        )
 
 
 def _add_annotation(facts: ShardFacts, annotation: Annotation) -> None:

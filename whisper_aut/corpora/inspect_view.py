@@ -26,7 +26,10 @@ def render(facts: ShardFacts) -> RenderableType:
         parts.append(_counted(f"{len(facts.labels)} labels", facts.labels, MOST_LABELS))
     if facts.refused:
         parts.append(_counted("Samples that cannot be used", facts.refused, len(facts.refused)))
-        parts += [f"  {escape(fault['place'])}: {escape(fault['reason'])}: {escape(fault['detail'])}" for fault in facts.faults]
+        parts += [
+            f"  {escape(fault['place'])}: {escape(fault['reason'])}: {escape(fault['detail'])}"
+            for fault in facts.faults
+        ]
     parts += [f"Warning: {escape(warning)}" for warning in facts.warnings]
     if facts.examples:
         parts.append(_examples(facts))
@@ -40,12 +43,16 @@ def _overview(facts: ShardFacts) -> Table:
     if any(facts.folders):
         table.add_row("folders", _inline(facts.folders))
     table.add_row("audio", f"{facts.hours:.2f} h")
-    table.add_row("rates", _inline({f"{rate} Hz": count for rate, count in facts.rates_hz.most_common()}))
+    table.add_row(
+        "rates", _inline({f"{rate} Hz": count for rate, count in facts.rates_hz.most_common()})
+    )
     table.add_row("channels", _inline(dict(facts.channels.most_common())))
     table.add_row("codecs", _inline(dict(facts.codecs.most_common())))
     for name, counts in facts.fields.items():
         if set(counts) - {""}:
-            table.add_row(name, _inline({value or "(none)": count for value, count in counts.most_common()}))
+            table.add_row(
+                name, _inline({value or "(none)": count for value, count in counts.most_common()})
+            )
     table.add_row("text", f"{len(facts.words)} clips")
     refused = Counter()
     for build in facts.builds.values():
@@ -57,7 +64,11 @@ def _overview(facts: ShardFacts) -> Table:
 
 def _lengths(facts: ShardFacts) -> Table:
     table = Table("", "min", "median", "mean", "95 %", "max")
-    for name, values in (("seconds", facts.seconds), ("words", facts.words), ("characters", facts.characters)):
+    for name, values in (
+        ("seconds", facts.seconds),
+        ("words", facts.words),
+        ("characters", facts.characters),
+    ):
         if len(values):
             table.add_row(name, *(f"{value:.4g}" for value in distribution(values).values()))
     return table
@@ -85,10 +96,19 @@ def _examples(facts: ShardFacts) -> Table:
     for example in facts.examples:
         label = example["label"]
         written = ", ".join(label) if isinstance(label, list) else label or ""
-        table.add_row(escape(example["key"]), f"{example['seconds']:.2f}", escape(example["text"]), escape(written))
+        table.add_row(
+            escape(example["key"]),
+            f"{example['seconds']:.2f}",
+            escape(example["text"]),
+            escape(written),
+        )
     return table
 
 
 def _inline(counts: Mapping) -> str:
-    shown = [f"{escape(str(value))} ({count})" for value, count in list(counts.items())[:MOST_VALUES]]
-    return ", ".join(shown) + (f", … {len(counts) - MOST_VALUES} more" if len(counts) > MOST_VALUES else "")
+    shown = [
+        f"{escape(str(value))} ({count})" for value, count in list(counts.items())[:MOST_VALUES]
+    ]
+    return ", ".join(shown) + (
+        f", … {len(counts) - MOST_VALUES} more" if len(counts) > MOST_VALUES else ""
+    )

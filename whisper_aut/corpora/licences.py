@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 _VERSION = re.compile(r"(\d)(?:\.(\d))?")
-_PARTS = (("NC", r"\bnc\b|non-?commercial"), ("SA", r"\bsa\b|share-?alike"), ("ND", r"\bnd\b|no-?deriv\w*"))
+_PARTS = (
+    ("NC", r"\bnc\b|non-?commercial"),
+    ("SA", r"\bsa\b|share-?alike"),
+    ("ND", r"\bnd\b|no-?deriv\w*"),
+)
 _PLAIN = {"mit": "MIT", "apache 2.0": "Apache-2.0", "apache-2.0": "Apache-2.0", "cc0": "CC0-1.0"}
 _SAMPLING = re.compile(r"sampling")
 
@@ -35,4 +39,7 @@ def allows(allowed: Sequence[str], written: str) -> bool:
     if not allowed:
         return True
     own = licence_id(written)
-    return any(own == wanted or re.fullmatch(re.escape(wanted) + r"-\d\.\d", own) for wanted in map(licence_id, allowed))
+    return any(
+        own == wanted or re.fullmatch(re.escape(wanted) + r"-\d\.\d", own)
+        for wanted in map(licence_id, allowed)
+    )

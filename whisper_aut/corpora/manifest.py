@@ -17,10 +17,21 @@ from whisper_aut.corpora.tables import Row, check_table, read_columns, read_rows
 from whisper_aut.corpora.template import Template, plain
 from whisper_aut.errors import Reason, SampleRefused, UserError, nearest
 
-AUDIO_COLUMNS = ("audio", "path", "file", "filename", "audio_path", "wav", "audio_filepath", "file_name")
+AUDIO_COLUMNS = (
+    "audio",
+    "path",
+    "file",
+    "filename",
+    "audio_path",
+    "wav",
+    "audio_filepath",
+    "file_name",
+)
 OFFSET_COLUMN, DURATION_COLUMN = "offset", "duration"  # as NeMo's manifests call them
 TEXT_COLUMNS = ("text", "caption", "sentence", "transcript", "transcription")
-ANNOTATION_COLUMNS = tuple(f.name for f in fields(Annotation) if f.name not in ("extra", "duration_seconds"))
+ANNOTATION_COLUMNS = tuple(
+    f.name for f in fields(Annotation) if f.name not in ("extra", "duration_seconds")
+)
 TEXT_FIELDS = tuple(name for name in ANNOTATION_COLUMNS if name != "label")  # a label may be a list
 CONSTANTS = ("domain", "task", "language", "source", "licence")
 MAX_KEY_CHARACTERS = 100
@@ -116,7 +127,9 @@ class Manifest:
         self.path = Path(spec.manifest)
         check_table(self.path)
         if spec.domain not in ("", *DOMAINS):
-            raise UserError(f"Domain {spec.domain!r} is not one of {', '.join(DOMAINS)}.{nearest(spec.domain, DOMAINS)}")
+            raise UserError(
+                f"Domain {spec.domain!r} is not one of {', '.join(DOMAINS)}.{nearest(spec.domain, DOMAINS)}"
+            )
         self.spec, self.passed_over = spec, 0
         self._splits: dict[str, str] = {}
         self.root = Path(spec.audio_root or self.path.parent).absolute()
@@ -125,7 +138,9 @@ class Manifest:
         if not self.audio:
             raise self._no_column("audio", AUDIO_COLUMNS)
         self._offset = self._column("offset", spec.offset, (OFFSET_COLUMN,))
-        self._duration = self._column("duration", spec.duration, (DURATION_COLUMN,) if self._offset else ())
+        self._duration = self._column(
+            "duration", spec.duration, (DURATION_COLUMN,) if self._offset else ()
+        )
         self._text = self._reader("text", spec.text or self._column("text", "", TEXT_COLUMNS))
         self._label = self._reader("label", spec.label or self._column("label", "", ("label",)))
         if not (self._text or self._label or "answer" in self.columns):
@@ -145,7 +160,9 @@ class Manifest:
         for line, row in read_rows(self.path):
             if isinstance(row, str):
                 yield RefusedRow(line, "", Reason.BAD_ROW, row)
-            elif all(plain(row.get(column)) in values for column, values in self.spec.where.items()):
+            elif all(
+                plain(row.get(column)) in values for column, values in self.spec.where.items()
+            ):
                 yield self._entry(line, row, keys)
             else:
                 self.passed_over += 1
@@ -169,10 +186,19 @@ class Manifest:
             annotation = self._annotation(row, Path(written))
         except SampleRefused as refused:
             return RefusedRow(line, written, refused.reason, refused.detail, split)
-        return Entry(line, self.root / written, _unique(_safe(annotation.id) or "clip", keys), split, annotation, segment)
+        return Entry(
+            line,
+            self.root / written,
+            _unique(_safe(annotation.id) or "clip", keys),
+            split,
+            annotation,
+            segment,
+        )
 
     def _segment(self, row: Row) -> Segment | None:
-        start, seconds = (_seconds_of(row.get(column), column) for column in (self._offset, self._duration))
+        start, seconds = (
+            _seconds_of(row.get(column), column) for column in (self._offset, self._duration)
+        )
         return None if start is None and seconds is None else Segment(start or 0.0, seconds)
 
     def _split(self, row: Row) -> str:
@@ -181,15 +207,23 @@ class Manifest:
         value = plain(row.get(self.spec.split_by)).strip()
         split = _safe(value)
         if not split:
-            raise SampleRefused(Reason.BAD_ROW, f"no name for a split in column {self.spec.split_by!r}")
+            raise SampleRefused(
+                Reason.BAD_ROW, f"no name for a split in column {self.spec.split_by!r}"
+            )
         if self._splits.setdefault(split, value) != value:
-            raise UserError(f"--split-by: {value!r} and {self._splits[split]!r} would share the folder {split}. Rename one.")
+            raise UserError(
+                f"--split-by: {value!r} and {self._splits[split]!r} would share the folder {split}. Rename one."
+            )
         if len(self._splits) > MAX_SPLITS:
-            raise UserError(f"--split-by {self.spec.split_by}: more than {MAX_SPLITS} values. Name a column of splits.")
+            raise UserError(
+                f"--split-by {self.spec.split_by}: more than {MAX_SPLITS} values. Name a column of splits."
+            )
         return split
 
     def _annotation(self, row: Row, written: Path) -> Annotation:
-        own: dict[str, Any] = {name: _text_of(row[name], name) for name in TEXT_FIELDS if name in row}
+        own: dict[str, Any] = {
+            name: _text_of(row[name], name) for name in TEXT_FIELDS if name in row
+        }
         own |= {name: getattr(self.spec, name) for name in CONSTANTS if getattr(self.spec, name)}
         own["text"] = _text_of(self._text(row), "text") if self._text else ""
         label = self._label(row) if self._label else None
@@ -198,13 +232,20 @@ class Manifest:
         if not own["text"] and own["label"] is None and not own.get("answer"):
             raise SampleRefused(Reason.NO_TEXT, "neither text nor label nor answer")
         taken = {*ANNOTATION_COLUMNS, "duration_seconds", ""}
-        if written.is_absolute():  # a path of somebody's machine has no place in a shard that may be published
+        if (
+            written.is_absolute()
+        ):  # a path of somebody's machine has no place in a shard that may be published
             taken.add(self.audio)
-        extra = {name: value for name, value in row.items() if name not in taken and value is not None}
+        extra = {
+            name: value for name, value in row.items() if name not in taken and value is not None
+        }
         try:
             annotation = Annotation.from_mapping({**own, **extra})
             size = len(annotation.to_json())
-        except (SampleRefused, ValueError) as error:  # ValueError: lone surrogates, which are not UTF-8
+        except (
+            SampleRefused,
+            ValueError,
+        ) as error:  # ValueError: lone surrogates, which are not UTF-8
             detail = error.detail if isinstance(error, SampleRefused) else str(error)
             raise SampleRefused(Reason.BAD_ROW, detail) from None
         if size > MAX_JSON_BYTES:
@@ -224,7 +265,9 @@ class Manifest:
             return lambda row: cell.strip() if isinstance(cell := row.get(column), str) else cell
         template = Template(value)
         if template.fault:
-            raise UserError(f"--{option} {value!r}: {template.fault}. Write {{column}} or {{column:words}}.")
+            raise UserError(
+                f"--{option} {value!r}: {template.fault}. Write {{column}} or {{column:words}}."
+            )
         for column in template.columns:
             self._known(option, column)
         return template.fill
@@ -232,7 +275,9 @@ class Manifest:
     def _known(self, option: str, column: str) -> str:
         if column not in self.columns:
             hint = nearest(column, self.columns)
-            raise UserError(f"{self.path} has no column {column!r}, which --{option} names.{hint} {self._listed()}")
+            raise UserError(
+                f"{self.path} has no column {column!r}, which --{option} names.{hint} {self._listed()}"
+            )
         return column
 
     def _listed(self) -> str:
@@ -240,13 +285,17 @@ class Manifest:
 
     def _no_column(self, option: str, usual: Sequence[str]) -> UserError:
         looked = f"looked for {', '.join(usual)}"
-        return UserError(f"{self.path} has no {option} column ({looked}). {self._listed()} Name one with --{option} COLUMN.")
+        return UserError(
+            f"{self.path} has no {option} column ({looked}). {self._listed()} Name one with --{option} COLUMN."
+        )
 
 
 def _text_of(value: Any, column: str) -> str:
     if value is None or isinstance(value, (str, int, float)):
         return plain(value).strip()
-    raise SampleRefused(Reason.BAD_ROW, f"column {column!r} must be text, not {type(value).__name__}")
+    raise SampleRefused(
+        Reason.BAD_ROW, f"column {column!r} must be text, not {type(value).__name__}"
+    )
 
 
 def _seconds_of(value: Any, column: str) -> float | None:

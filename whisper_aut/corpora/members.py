@@ -36,7 +36,9 @@ class MemberGroups:
 
     def __iter__(self) -> Iterator[tuple[int, Group]]:
         # A key with two members of one suffix: WebDataset raises ValueError; the first one stands and the stream goes on.
-        return enumerate(group_by_keys(self._members(), handler=lambda error: isinstance(error, ValueError)))
+        return enumerate(
+            group_by_keys(self._members(), handler=lambda error: isinstance(error, ValueError))
+        )
 
     def _members(self) -> Iterator[dict[str, Any]]:
         ordinal, last = -1, None
@@ -47,17 +49,27 @@ class MemberGroups:
                     continue
                 if key != last:
                     ordinal, last = ordinal + 1, key
-                body = self._body(tar, member, suffix) if self.wanted is None or ordinal in self.wanted else b""
+                body = (
+                    self._body(tar, member, suffix)
+                    if self.wanted is None or ordinal in self.wanted
+                    else b""
+                )
                 yield {"fname": member.name, "data": body, "__url__": ""}
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             self.damage = str(error) or type(error).__name__
 
-    def _body(self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> bytes | SampleRefused:
+    def _body(
+        self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str
+    ) -> bytes | SampleRefused:
         limit = MAX_JSON_BYTES if suffix.lower() == "json" else self.limits.max_bytes
         if member.size > limit:
-            return SampleRefused(Reason.TOO_LARGE, f"{member.name}: {member.size} bytes, limit {limit}")
+            return SampleRefused(
+                Reason.TOO_LARGE, f"{member.name}: {member.size} bytes, limit {limit}"
+            )
         if self.stream.seekable() and not member.issparse():
-            self.stream.seek(member.offset_data)  # tarfile's own file object takes several times as long
+            self.stream.seek(
+                member.offset_data
+            )  # tarfile's own file object takes several times as long
             body = self.stream.read(member.size)
         else:
             file = tar.extractfile(member)

@@ -20,7 +20,9 @@ from whisper_aut.corpora.provenance import names_of
 from whisper_aut.corpora.remote import beside, open_stream
 from whisper_aut.errors import Reason, SampleRefused
 
-LIMITS = ClipLimits(min_seconds=0.0, max_seconds=3600.0)  # probe sets hold clips that training would refuse
+LIMITS = ClipLimits(
+    min_seconds=0.0, max_seconds=3600.0
+)  # probe sets hold clips that training would refuse
 HASH_BYTES = 12
 MATCHES_PER_CLIP = 20  # a name may be shared by every slice of a recording
 _NO_DOUBT = np.zeros((0, 0), np.uint32)

@@ -32,7 +32,11 @@ def names_of(key: str, annotation: Annotation) -> frozenset[str]:
             names.add(f"file:{_plain(name)}")
         names |= _origins(name, annotation.source)
     for site, fields in (("freesound", FREESOUND_FIELDS), ("youtube", YOUTUBE_FIELDS)):
-        names |= {f"{site}:{annotation.extra[field]}" for field in fields if annotation.extra.get(field) not in (None, "")}
+        names |= {
+            f"{site}:{annotation.extra[field]}"
+            for field in fields
+            if annotation.extra.get(field) not in (None, "")
+        }
     return frozenset(names)
 
 

@@ -33,7 +33,9 @@ class Refusals:
         self.by_split[row.split][row.reason] += 1
         self.examples.setdefault(row.reason, row)
         if self.log:
-            self.log.write(json.dumps(asdict(row)) + "\n")  # ASCII: a path may hold what UTF-8 does not
+            self.log.write(
+                json.dumps(asdict(row)) + "\n"
+            )  # ASCII: a path may hold what UTF-8 does not
 
     def table(self) -> str:
         """Return one line per reason, the most frequent first."""

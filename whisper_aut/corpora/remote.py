@@ -48,7 +48,11 @@ DEFAULT_POLICY = ReadPolicy()
 
 
 def is_local(url: str) -> bool:
-    return not url.startswith(PIPE) and fsspec.core.split_protocol(url)[0] in (None, "file", "local")
+    return not url.startswith(PIPE) and fsspec.core.split_protocol(url)[0] in (
+        None,
+        "file",
+        "local",
+    )
 
 
 def beside(root: str, name: str) -> str:
@@ -59,7 +63,9 @@ def beside(root: str, name: str) -> str:
 
 
 @contextmanager
-def open_stream(url: str, policy: ReadPolicy = DEFAULT_POLICY, *, whole: bool = True) -> Iterator[BinaryIO]:
+def open_stream(
+    url: str, policy: ReadPolicy = DEFAULT_POLICY, *, whole: bool = True
+) -> Iterator[BinaryIO]:
     """Open a file for reading.
 
     Args:
@@ -76,7 +82,9 @@ def open_stream(url: str, policy: ReadPolicy = DEFAULT_POLICY, *, whole: bool = 
         with fsspec.open(url, "rb") as stream:
             yield cast(BinaryIO, stream)
     else:
-        with io.BufferedReader(PatientReader(url, policy, whole=whole), BUFFER_BYTES if whole else 4096) as stream:
+        with io.BufferedReader(
+            PatientReader(url, policy, whole=whole), BUFFER_BYTES if whole else 4096
+        ) as stream:
             yield cast(BinaryIO, stream)
 
 
@@ -177,15 +185,23 @@ class PatientReader(io.RawIOBase):
                 raise
             except Exception as error:  # each file system raises its own
                 self._drop()
-                if self._ranges and "range request" in str(error):  # fsspec, of a server that ignored one
+                if self._ranges and "range request" in str(
+                    error
+                ):  # fsspec, of a server that ignored one
                     self._ranges = False
                 elif _is_final(error):
-                    raise error if isinstance(error, OSError) else OSError(f"{self.url}: {error}") from error
+                    raise (
+                        error if isinstance(error, OSError) else OSError(f"{self.url}: {error}")
+                    ) from error
                 elif attempt == self.policy.retries:
-                    raise OSError(f"{self.url}: {_said(error)} (given up after {attempt + 1} attempts)") from error
+                    raise OSError(
+                        f"{self.url}: {_said(error)} (given up after {attempt + 1} attempts)"
+                    ) from error
                 else:
                     pause = min(self.policy.pause_seconds * 2**attempt, MAX_PAUSE_SECONDS)
-                    time.sleep(pause * (1 + random.random()))  # ranks that failed together do not come back together
+                    time.sleep(
+                        pause * (1 + random.random())
+                    )  # ranks that failed together do not come back together
         return act()  # only where the last attempt found that there are no ranges
 
 
@@ -213,7 +229,9 @@ def _filesystem(url: str, policy: ReadPolicy) -> tuple[Any, str]:
 
 def _only_streams(file: Any) -> bool:
     """Tell whether fsspec fell back to a body without ranges, which it does by itself where a server refuses them outright."""
-    http = sys.modules.get("fsspec.implementations.http")  # imported by then, where it has to do with it
+    http = sys.modules.get(
+        "fsspec.implementations.http"
+    )  # imported by then, where it has to do with it
     return http is not None and isinstance(file, http.HTTPStreamFile)
 
 
@@ -224,7 +242,9 @@ def _is_final(error: BaseException) -> bool:
         return status not in TRY_AGAIN_LATER
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         return _is_final(error.__cause__)
-    return isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError))
+    return isinstance(
+        error, (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
+    )
 
 
 def _said(error: Exception) -> str:
@@ -234,7 +254,9 @@ def _said(error: Exception) -> str:
 @contextmanager
 def _piped(url: str, policy: ReadPolicy) -> Iterator[BinaryIO]:
     if not policy.allow_pipe:
-        raise UserError(f"{url} would run a command. Set data.allow_pipe=true if you trust where this config comes from.")
+        raise UserError(
+            f"{url} would run a command. Set data.allow_pipe=true if you trust where this config comes from."
+        )
     with subprocess.Popen(url.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE) as process:
         assert process.stdout
         yield cast(BinaryIO, process.stdout)

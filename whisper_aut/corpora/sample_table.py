@@ -61,4 +61,6 @@ class TableWriter:
         self._milliseconds.append(UNKNOWN_MS if seconds is None else round(seconds * 1000))
 
     def finish(self, end: int) -> SampleTable:
-        return SampleTable(np.array([*self._starts, end], np.int64), np.array(self._milliseconds, np.int64))
+        return SampleTable(
+            np.array([*self._starts, end], np.int64), np.array(self._milliseconds, np.int64)
+        )

@@ -79,7 +79,11 @@ class ShardIndex:
             OSError: there is no table, or it cannot be read.
             ValueError: it is damaged or another tar's.
         """
-        data = read_file(beside(self.root, table_name(self.shards[number].name)), policy, max_bytes=MAX_TABLE_BYTES)
+        data = read_file(
+            beside(self.root, table_name(self.shards[number].name)),
+            policy,
+            max_bytes=MAX_TABLE_BYTES,
+        )
         return SampleTable.from_bytes(data, self.shards[number].samples)
 
     def fingerprint(self) -> str:
@@ -97,7 +101,9 @@ class ShardFolder:
     """
 
     def __init__(self, folder: str | Path, prefix: str = "shard", max_bytes: int = 256 << 20):
-        self.folder = Path(folder).absolute()  # TarWriter would take `name:` at the start of a relative path for a URL
+        self.folder = Path(
+            folder
+        ).absolute()  # TarWriter would take `name:` at the start of a relative path for a URL
         self.prefix, self.max_bytes = prefix, max_bytes
         self.facts: dict[str, Any] = {}
         self._shards: list[ShardEntry] = []
@@ -123,7 +129,9 @@ class ShardFolder:
     def write(self, key: str, suffix: str, audio: bytes, annotation: Annotation) -> None:
         """Append one sample. `key` loses its dots (WebDataset would read an extension there); `suffix` names the codec."""
         key = key.replace(".", "_")
-        writer = self._writer or TarWriter(str(self._partial(len(self._shards))), encoder=False, mtime=0)
+        writer = self._writer or TarWriter(
+            str(self._partial(len(self._shards))), encoder=False, mtime=0
+        )
         self._writer = writer
         facts = annotation.to_json()
         self._table.add(writer.tarstream.offset, annotation.duration_seconds)
@@ -176,17 +184,31 @@ class ShardFolder:
         with partial.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         entry = ShardEntry(
-            self._name(len(self._shards)), self._samples, round(self._seconds, 3), partial.stat().st_size, digest
+            self._name(len(self._shards)),
+            self._samples,
+            round(self._seconds, 3),
+            partial.stat().st_size,
+            digest,
         )
         self._shards.append(entry)
         self._table = TableWriter()
         self._writer, self._samples, self._seconds, self._bytes = None, 0, 0.0, 0
 
     def _publish(self) -> None:
-        self._remove(f"{self.prefix}-*.tar")  # a former build's: from here to the end the folder is visibly incomplete
+        self._remove(
+            f"{self.prefix}-*.tar"
+        )  # a former build's: from here to the end the folder is visibly incomplete
         self._remove(table_name(f"{self.prefix}-*.tar"))
-        licences = {name: {"clips": clips, "seconds": round(seconds, 3)} for name, (clips, seconds) in self._licences.items()}
-        facts = {"domains": dict(self._domains), "licences": licences, **self.facts, HAS_TABLES: True}
+        licences = {
+            name: {"clips": clips, "seconds": round(seconds, 3)}
+            for name, (clips, seconds) in self._licences.items()
+        }
+        facts = {
+            "domains": dict(self._domains),
+            "licences": licences,
+            **self.facts,
+            HAS_TABLES: True,
+        }
         write_index(self.folder, self._shards, facts)
         for number, shard in enumerate(self._shards):
             os.replace(self._partial(number), self.folder / shard.name)
@@ -222,10 +244,14 @@ def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIn
     if root.endswith(".tar"):
         return _count_tars(filesystem, root.rpartition("/")[0] or ".", path)
     if not filesystem.exists(path):
-        raise UserError(f"There are no shards at {root}. Build some: whisper-aut data build MANIFEST --out {root}")
+        raise UserError(
+            f"There are no shards at {root}. Build some: whisper-aut data build MANIFEST --out {root}"
+        )
     if filesystem.exists(f"{path}/{INDEX_NAME}"):
         index = _parse_index(root, filesystem.cat_file(f"{path}/{INDEX_NAME}"))
-        missing = [shard.name for shard in index.shards if not filesystem.exists(f"{path}/{shard.name}")]
+        missing = [
+            shard.name for shard in index.shards if not filesystem.exists(f"{path}/{shard.name}")
+        ]
         if missing:
             listed = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
             raise UserError(
@@ -239,7 +265,9 @@ def _remote_index(root: str, policy: ReadPolicy) -> ShardIndex:
     try:
         # A tar that the index names and the server lacks is found, and refused, when its turn comes: asking for each would take
         # as many requests as there are tars.
-        return _parse_index(root, read_file(beside(root, INDEX_NAME), policy, max_bytes=MAX_INDEX_BYTES))
+        return _parse_index(
+            root, read_file(beside(root, INDEX_NAME), policy, max_bytes=MAX_INDEX_BYTES)
+        )
     except FileNotFoundError:
         raise UserError(
             f"There is no {INDEX_NAME} at {root}, and remote tars are not read through to count them. Make one where the tars are "
@@ -259,7 +287,9 @@ def _count_tars(filesystem: Any, root: str, pattern: str) -> ShardIndex:
     entries = []
     for tar in tars:
         with filesystem.open(tar, "rb") as stream:
-            entries.append(ShardEntry(Path(tar).name, count_samples(stream), bytes=filesystem.size(tar) or 0))
+            entries.append(
+                ShardEntry(Path(tar).name, count_samples(stream), bytes=filesystem.size(tar) or 0)
+            )
     return ShardIndex(root, tuple(entries))
 
 
@@ -316,7 +346,9 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.Tar
     Raises:
         tarfile.TarError: the tar is damaged or lacks the mark at its end; members before the damage have been yielded.
     """
-    with tarfile.open(fileobj=stream, mode="r:" if stream.seekable() else "r|", tarinfo=_StrictHeader) as tar:
+    with tarfile.open(
+        fileobj=stream, mode="r:" if stream.seekable() else "r|", tarinfo=_StrictHeader
+    ) as tar:
         for member in tar:
             if member.isreg():
                 yield tar, member

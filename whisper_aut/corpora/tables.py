@@ -25,12 +25,18 @@ def check_table(path: Path) -> None:
     """Raise `UserError` unless there is a table at `path`, by its name."""
     if not path.exists():
         there = (
-            sorted(p.name for p in path.parent.glob("*") if p.suffix.lower() in TABLE_SUFFIXES) if path.parent.is_dir() else []
+            sorted(p.name for p in path.parent.glob("*") if p.suffix.lower() in TABLE_SUFFIXES)
+            if path.parent.is_dir()
+            else []
         )
         listed = f" There: {', '.join(there[:10])}." if there else ""
-        raise UserError(f"There is no manifest {path.absolute()}.{nearest(path.name, there)}{listed}")
+        raise UserError(
+            f"There is no manifest {path.absolute()}.{nearest(path.name, there)}{listed}"
+        )
     if not path.is_file() or path.suffix.lower() not in TABLE_SUFFIXES:
-        raise UserError(f"{path} is not a manifest: expected a file that ends in {', '.join(TABLE_SUFFIXES)}.")
+        raise UserError(
+            f"{path} is not a manifest: expected a file that ends in {', '.join(TABLE_SUFFIXES)}."
+        )
 
 
 def read_columns(path: Path) -> tuple[str, ...]:
@@ -48,7 +54,9 @@ def read_columns(path: Path) -> tuple[str, ...]:
         if path.suffix.lower() in DELIMITERS:
             break  # the header line named them all
     if not columns:
-        raise UserError(f"{path} holds {'no row that can be read' if number else 'no rows'}.{fault}")
+        raise UserError(
+            f"{path} holds {'no row that can be read' if number else 'no rows'}.{fault}"
+        )
     return tuple(column for column in columns if column)
 
 
@@ -75,7 +83,10 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
         except (ValueError, RecursionError) as error:
             yield number, f"not JSON: {error}"
         else:
-            yield number, row if isinstance(row, dict) else f"expected an object, found {type(row).__name__}"
+            yield (
+                number,
+                row if isinstance(row, dict) else f"expected an object, found {type(row).__name__}",
+            )
 
 
 def _refuse_constant(name: str) -> None:
@@ -96,8 +107,12 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Row | str]]:
         except csv.Error as error:
             if not header:
                 raise UserError(f"The header line of {path} cannot be read: {error}.") from None
-            if "unexpected end of data" in str(error):  # all rows from here on are inside that quote
-                raise UserError(f"A quote in the row that begins at line {start} of {path} is never closed.") from None
+            if "unexpected end of data" in str(
+                error
+            ):  # all rows from here on are inside that quote
+                raise UserError(
+                    f"A quote in the row that begins at line {start} of {path} is never closed."
+                ) from None
             yield reader.line_num, str(error)
             continue
         if not cells:

@@ -23,7 +23,9 @@ from whisper_aut.errors import UserError
 
 Tar = tuple[str, str]  # folder, name
 
-_shared: list[Any] = [None]  # what a worker process was given when it began: too large to send with every tar
+_shared: list[Any] = [
+    None
+]  # what a worker process was given when it began: too large to send with every tar
 
 
 def _begin(shared: Any) -> None:
@@ -44,7 +46,12 @@ def over_tars(
     progress: bool,
 ) -> Iterator[tuple[Tar, Any]]:
     """Yield `(tar, result)` for every tar, in order, with at most a few of them under way."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         bar.add_task(what, total=len(tars))
         if min(workers, len(tars)) <= 1:
@@ -52,8 +59,12 @@ def over_tars(
                 yield tar, work(tar, shared)
                 bar.advance(bar.task_ids[0])
             return
-        context = get_context("fork" if sys.platform == "linux" else None)  # children share the index's pages
-        pool = ProcessPoolExecutor(min(workers, len(tars)), context, initializer=_begin, initargs=(shared,))
+        context = get_context(
+            "fork" if sys.platform == "linux" else None
+        )  # children share the index's pages
+        pool = ProcessPoolExecutor(
+            min(workers, len(tars)), context, initializer=_begin, initargs=(shared,)
+        )
         pending: deque = deque()
         try:
             for tar in tars:
@@ -93,12 +104,17 @@ class Journal:
                 tar, clips, seconds, refused, matches = json.loads(line)
             except ValueError:  # cut short by whatever stopped it
                 continue
-            found = [Match(Place(*train), Place(*probe), tuple(evidence)) for train, probe, evidence in matches]
+            found = [
+                Match(Place(*train), Place(*probe), tuple(evidence))
+                for train, probe, evidence in matches
+            ]
             done[tar[0], tar[1]] = ShardFindings(clips, seconds, Counter(refused), found)
         return done
 
     def write(self, tar: Tar, findings: ShardFindings) -> None:
-        matches = [[_place(match.train), _place(match.probe), match.evidence] for match in findings.matches]
+        matches = [
+            [_place(match.train), _place(match.probe), match.evidence] for match in findings.matches
+        ]
         line = json.dumps([tar, findings.clips, findings.seconds, findings.refused, matches])
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -45,7 +45,9 @@ def unpack(archive: Path, folder: Path) -> None:
         for number, (name, size, open_member) in enumerate(_members(archive)):
             allowed -= size
             if allowed < 0 or number >= MAX_MEMBERS:
-                raise UserError(f"{archive} swells beyond {MAX_SWELLING} times its size: not unpacked further.")
+                raise UserError(
+                    f"{archive} swells beyond {MAX_SWELLING} times its size: not unpacked further."
+                )
             if size > shutil.disk_usage(folder).free:
                 raise UserError(f"{folder} has no room for {name} of {archive} ({size} bytes).")
             _write(folder, name, size, open_member, archive)
@@ -69,7 +71,11 @@ def _members(archive: Path) -> Iterator[Member]:
             with tarfile.open(fileobj=stream, mode="r|*") as opened:
                 for member in opened:
                     if member.isreg():
-                        yield member.name, member.size, lambda member=member: opened.extractfile(member)
+                        yield (
+                            member.name,
+                            member.size,
+                            lambda member=member: opened.extractfile(member),
+                        )
                     opened.members = []  # pyright: ignore[reportAttributeAccessIssue] (it would keep every header)
             while stream.read(1 << 20):
                 pass
@@ -77,7 +83,9 @@ def _members(archive: Path) -> Iterator[Member]:
         yield archive.name, archive.stat().st_size, lambda: archive.open("rb")
 
 
-def _write(folder: Path, name: str, size: int, open_member: Callable[[], IO[bytes] | None], archive: Path) -> None:
+def _write(
+    folder: Path, name: str, size: int, open_member: Callable[[], IO[bytes] | None], archive: Path
+) -> None:
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not parts or parts[0] == "/" or ".." in parts or ":" in parts[0] or "\0" in name:
         raise UserError(
@@ -87,7 +95,9 @@ def _write(folder: Path, name: str, size: int, open_member: Callable[[], IO[byte
         return
     path = folder.joinpath(*parts)
     if not path.parent.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{archive}: {name!r} would be written through a link that leads out of {folder}.")
+        raise UserError(
+            f"{archive}: {name!r} would be written through a link that leads out of {folder}."
+        )
     if path.is_file() and path.stat().st_size == size:  # of an unpacking that was cut short
         return
     path.parent.mkdir(parents=True, exist_ok=True)

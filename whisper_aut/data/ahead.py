@@ -19,7 +19,10 @@ Item = TypeVar("Item")
 
 
 def decoded_ahead(
-    items: Iterable[Item], load: Callable[[Item], Tensor], encoded_bytes: Callable[[Item], int], workers: int
+    items: Iterable[Item],
+    load: Callable[[Item], Tensor],
+    encoded_bytes: Callable[[Item], int],
+    workers: int,
 ) -> Iterator[tuple[Item, Tensor | SampleRefused]]:
     """Yield each item with what `load` returns for it, or with the refusal that it raises."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")

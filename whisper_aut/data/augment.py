@@ -100,7 +100,9 @@ class Augment:
             for _ in range(spec.frequency_masks):
                 masked = functional.mask_along_axis(masked, bins, mean, axis=2)
             for _ in range(spec.time_masks):
-                masked = functional.mask_along_axis(masked, spec.time_frames, mean, axis=1, p=spec.time_share)
+                masked = functional.mask_along_axis(
+                    masked, spec.time_frames, mean, axis=1, p=spec.time_share
+                )
         return torch.cat([masked[0], mel[mel_length:]])
 
     def _noise(self, position: int, samples: int) -> Tensor | None:

@@ -23,7 +23,9 @@ from whisper_aut.corpora.shards import ShardIndex
 from whisper_aut.data.order import Order, ShuffledOrder
 from whisper_aut.errors import UserError
 
-CHUNK_BATCHES = 64  # about so many batches are planned together; the last one's emptiness is spread over them
+CHUNK_BATCHES = (
+    64  # about so many batches are planned together; the last one's emptiness is spread over them
+)
 TABLES_HELD = 512
 _BATCH_ORDER = 5
 
@@ -56,13 +58,17 @@ class Batching(Protocol):
         ...
 
 
-def batches_from(batching: Batching, cursor: Cursor, end: int | None) -> Iterator[tuple[np.ndarray, Cursor]]:
+def batches_from(
+    batching: Batching, cursor: Cursor, end: int | None
+) -> Iterator[tuple[np.ndarray, Cursor]]:
     """Yield micro-batches from a cursor up to a position, each with the cursor behind it."""
     position, taken = cursor
     while end is None or position < end:
         batches, following = batching.chunk(position)
         for number in range(taken, len(batches)):
-            behind = Cursor(following) if number + 1 == len(batches) else Cursor(position, number + 1)
+            behind = (
+                Cursor(following) if number + 1 == len(batches) else Cursor(position, number + 1)
+            )
             yield batches[number], behind
         position, taken = following, 0
 
@@ -76,7 +82,9 @@ class ByClips:
     span_batches: int = 256
 
     def chunk(self, position: int) -> tuple[list[np.ndarray], int]:
-        following = min(position + self.clips, _boundary(self.order, position, position + self.clips))
+        following = min(
+            position + self.clips, _boundary(self.order, position, position + self.clips)
+        )
         return [np.arange(position, following)], following
 
     def count(self, cursor: Cursor, end: int) -> int:
@@ -115,7 +123,9 @@ class BySeconds:
         following = _boundary(self.order, position, position + self.chunk_clips)
         batches = fill(self.lengths_ms(position, following), self.budget_ms)
         # Batches that hold the longest clips would come first.
-        turns = np.random.default_rng([self.order.seed, _BATCH_ORDER, position]).permutation(len(batches))
+        turns = np.random.default_rng([self.order.seed, _BATCH_ORDER, position]).permutation(
+            len(batches)
+        )
         return [position + batches[turn] for turn in turns], following
 
     def count(self, cursor: Cursor, end: int) -> int:
@@ -129,7 +139,9 @@ class BySeconds:
         sources, numbers = self.order.draws(start, stop)
         lengths = np.empty(len(sources), dtype=np.int64)
         windows: dict[tuple[int, int], list[int]] = {}
-        for place, (source, number) in enumerate(zip(sources.tolist(), numbers.tolist(), strict=True)):
+        for place, (source, number) in enumerate(
+            zip(sources.tolist(), numbers.tolist(), strict=True)
+        ):
             windows.setdefault((source, self.order.window(source, number)[0]), []).append(place)
         for (source, first), places in windows.items():
             lengths[places] = self._window(source, first)[numbers[places] - first]
@@ -172,7 +184,11 @@ def fill(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
             heapq.heapreplace(heap, (filled + length, number))
             chosen[item] = number
         if max(heap)[0] <= budget or bins >= len(lengths):
-            return [items for items in (np.flatnonzero(chosen == number) for number in range(bins)) if len(items)]
+            return [
+                items
+                for items in (np.flatnonzero(chosen == number) for number in range(bins))
+                if len(items)
+            ]
         bins += 1
 
 
@@ -184,6 +200,9 @@ def _boundary(order: Order, position: int, stop: int) -> int:
 
 
 def _mean_seconds(order: ShuffledOrder, indexes: Sequence[ShardIndex]) -> float:
-    shares = [index.samples if order.epoch_clips else shape.share for index, shape in zip(indexes, order.sources, strict=True)]
+    shares = [
+        index.samples if order.epoch_clips else shape.share
+        for index, shape in zip(indexes, order.sources, strict=True)
+    ]
     means = [index.seconds / max(1, index.samples) for index in indexes]
     return sum(share * mean for share, mean in zip(shares, means, strict=True)) / sum(shares)

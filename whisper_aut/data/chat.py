@@ -40,18 +40,28 @@ class ChatFrame:
             UserError: the tokenizer has no chat template, or one that loses the message.
         """
         if not tokenizer.chat_template:
-            raise UserError(f"{tokenizer.name_or_path} has no chat template; pick a language model that was trained to chat.")
+            raise UserError(
+                f"{tokenizer.name_or_path} has no chat template; pick a language model that was trained to chat."
+            )
         asked = [{"role": "user", "content": f"{_AUDIO_MARK}\n{_ASK_MARK}"}]
         options: dict[str, Any] = {"tokenize": False, "enable_thinking": False}
         prompt = str(tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options))
-        whole = str(tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": _ANSWER_MARK}], **options))
+        whole = str(
+            tokenizer.apply_chat_template(
+                [*asked, {"role": "assistant", "content": _ANSWER_MARK}], **options
+            )
+        )
         if _ASK_MARK not in prompt or _ANSWER_MARK not in whole:
-            raise UserError(f"The chat template of {tokenizer.name_or_path} does not repeat what it is given.")
+            raise UserError(
+                f"The chat template of {tokenizer.name_or_path} does not repeat what it is given."
+            )
         opening, _, rest = prompt.partition(_AUDIO_MARK)
         between, _, closing = rest.partition(_ASK_MARK)
         after = _ids(tokenizer, whole.partition(_ANSWER_MARK)[2])
         end = after[0] if after else int(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
-        return cls(_ids(tokenizer, opening), _ids(tokenizer, between), _ids(tokenizer, closing), end)
+        return cls(
+            _ids(tokenizer, opening), _ids(tokenizer, between), _ids(tokenizer, closing), end
+        )
 
 
 @dataclass
@@ -84,11 +94,15 @@ class ChatText:
         tokens = [*prompt, *self._text(question.answer), self.frame.end]
         if len(tokens) > self.max_tokens:
             if self.overflow == "drop" or len(prompt) >= self.max_tokens:
-                raise SampleRefused(Reason.LABEL_TOO_LONG, f"{len(tokens)} tokens, limit {self.max_tokens}")
+                raise SampleRefused(
+                    Reason.LABEL_TOO_LONG, f"{len(tokens)} tokens, limit {self.max_tokens}"
+                )
             tokens = tokens[: self.max_tokens]
         supervised = torch.zeros(len(tokens), dtype=torch.bool)
         supervised[len(prompt) :] = True
-        return TokenTarget(torch.tensor(tokens), supervised, len(prompt), question.answer, question.task)
+        return TokenTarget(
+            torch.tensor(tokens), supervised, len(prompt), question.answer, question.task
+        )
 
     def decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
@@ -98,11 +112,19 @@ class ChatText:
         return torch.tensor(self._prompt(question))
 
     def _prompt(self, ask: str) -> list[int]:
-        return [*self.frame.opening, AUDIO, *self.frame.between, *self._text(ask), *self.frame.closing]
+        return [
+            *self.frame.opening,
+            AUDIO,
+            *self.frame.between,
+            *self._text(ask),
+            *self.frame.closing,
+        ]
 
     def _text(self, text: str) -> list[int]:
         # `split_special_tokens`: a caption that spells "<|im_end|>" is text, not an instruction to the model.
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+        return list(
+            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        )
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

@@ -44,7 +44,9 @@ class ExampleBuilder:
         """
         domain = sample.annotation.domain or domain
         try:
-            target = self.codec.encode(sample.annotation, domain, position)  # first: it is cheap, and decoding is not
+            target = self.codec.encode(
+                sample.annotation, domain, position
+            )  # first: it is cheap, and decoding is not
             waveform = load_waveform(sample.audio, self.limits)
         except SampleRefused as refused:
             return Refusal(sample.shard, sample.key, refused.reason, refused.detail)

@@ -28,14 +28,18 @@ class DeviceFeatures:
     augment: Augment | None = None
 
     def __post_init__(self) -> None:
-        self.logmel = deepcopy(self.logmel)  # it follows the device; the one given stays with the workers
+        self.logmel = deepcopy(
+            self.logmel
+        )  # it follows the device; the one given stays with the workers
 
     def __call__(self, batch: Batch) -> Batch:
         if batch.waveforms is None:
             return batch
         logmel = self.logmel.to(batch.waveforms.bits.device)
         clips = []
-        for waveform, position in zip(batch.waveforms.clips(), batch.waveforms.positions, strict=True):
+        for waveform, position in zip(
+            batch.waveforms.clips(), batch.waveforms.positions, strict=True
+        ):
             mel = logmel(waveform)
             if self.augment and position is not None:
                 mel = self.augment.mel(mel, mel_frames(len(waveform)), position)

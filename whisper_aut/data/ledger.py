@@ -31,7 +31,9 @@ class Ledger:
         self.seen: Counter[str] = Counter()
         self.refused: Counter[tuple[str, str]] = Counter()
         self.refused_in_validation: Counter[tuple[str, str]] = Counter()
-        self.earlier: Counter[tuple[str, str]] = Counter()  # of the run before this process, over all ranks
+        self.earlier: Counter[tuple[str, str]] = (
+            Counter()
+        )  # of the run before this process, over all ranks
         self.validated = False  # a validation of the run was recorded to its end
         self._file: TextIO | None = None
 
@@ -66,7 +68,13 @@ class Ledger:
     def go_on(self, refused: Mapping[str, Mapping[str, int]], validated: bool) -> None:
         """Add what the run had counted up to a checkpoint, unless this process counted it itself: a rewind reads nothing again."""
         if not self.seen:
-            self.earlier = Counter({(source, reason): n for source, counts in refused.items() for reason, n in counts.items()})
+            self.earlier = Counter(
+                {
+                    (source, reason): n
+                    for source, counts in refused.items()
+                    for reason, n in counts.items()
+                }
+            )
             self.validated = validated
 
     def note(self, refusal: Refusal) -> None:
@@ -95,18 +103,30 @@ class Ledger:
         if self.path is None or self.total > MAX_LINES:
             return
         if self._file is None:
-            self._file = self.path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")  # names may be any bytes
-        line = {"shard": refusal.source, "key": refusal.key, "reason": str(refusal.reason), "detail": refusal.detail}
+            self._file = self.path.open(
+                "a", buffering=1, encoding="utf-8", errors="backslashreplace"
+            )  # names may be any bytes
+        line = {
+            "shard": refusal.source,
+            "key": refusal.key,
+            "reason": str(refusal.reason),
+            "detail": refusal.detail,
+        }
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _check(self, says_enough: Callable[[int, int], bool]) -> None:
         for source, seen in self.seen.items():
             reasons = {
-                reason: count for (name, reason), count in self.refused.items() if name == source and reason not in WISHED
+                reason: count
+                for (name, reason), count in self.refused.items()
+                if name == source and reason not in WISHED
             }
             refused = sum(reasons.values())
             if refused > self.max_share * seen and says_enough(seen, refused):
-                listed = ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+                listed = ", ".join(
+                    f"{reason}: {count}"
+                    for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
+                )
                 where = f" Each is listed in {self.path}." if self.path else ""
                 raise UserError(
                     f"{refused} of {seen} samples of {source} were refused ({listed}); data.max_refused_share allows "

@@ -74,7 +74,12 @@ class TrainLoader:
         stretch: Stretch = Stretch(),  # noqa: B008 — immutable
     ):
         self.make_stream, self.order, self.batching = make_stream, order, batching
-        self.steps_per_epoch, self.accumulate, self.ranks, self.workers = steps_per_epoch, accumulate, ranks, workers
+        self.steps_per_epoch, self.accumulate, self.ranks, self.workers = (
+            steps_per_epoch,
+            accumulate,
+            ranks,
+            workers,
+        )
         self.stretch, self.cursor, self.in_epoch = stretch, Cursor(), 0
         self._length: tuple[int, int] = (-1, 0)  # of which epoch, and how many batches
 
@@ -86,13 +91,17 @@ class TrainLoader:
         if self._length[0] != epoch:
             begins = epoch * self.order.epoch_clips
             over = self.order.end is not None and begins >= self.order.end
-            count = 0 if over else self.batching.count(Cursor(begins), begins + self.order.epoch_clips)
+            count = (
+                0 if over else self.batching.count(Cursor(begins), begins + self.order.epoch_clips)
+            )
             self._length = epoch, self._rows(count)
         return self._length[1]
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.order.epoch_clips and self.in_epoch >= len(self):
-            self.in_epoch = 0  # who counted the batches of the last epoch need not have asked for one more
+            self.in_epoch = (
+                0  # who counted the batches of the last epoch need not have asked for one more
+            )
         end, count = self._rest()
         batches = iter(batch_loader(self.make_stream(self.cursor, end, count), self.workers))
         while step := list(islice(batches, self.accumulate)):

@@ -69,7 +69,9 @@ class LogMel(nn.Module):
             ValueError: empty, more than one channel, or longer than Whisper's window.
         """
         if waveform.ndim != 1 or not 0 < len(waveform) <= MAX_SAMPLES:
-            raise ValueError(f"expected 1 to {MAX_SAMPLES} samples of one channel, got shape {tuple(waveform.shape)}")
+            raise ValueError(
+                f"expected 1 to {MAX_SAMPLES} samples of one channel, got shape {tuple(waveform.shape)}"
+            )
         with _full_precision(waveform.device):
             return self._features(waveform.float())
 
@@ -77,9 +79,16 @@ class LogMel(nn.Module):
         frames = frames_with_context(mel_frames(len(waveform)))
         windows = _pad_as_centred(waveform, frames).unfold(0, WINDOW_SAMPLES, HOP_SAMPLES)
         mel = waveform.new_empty(frames, self.num_mel_bins)
-        blocks = -(-frames // BLOCK_FRAMES) if waveform.device.type == "cpu" else 1  # elsewhere it is calls that cost
-        size = -(-frames // blocks)  # equal blocks: a last one of two frames would cost as many calls as the others
-        windowed, power = windows.new_empty(size, WINDOW_SAMPLES), windows.new_empty(size, len(self.filters))
+        blocks = (
+            -(-frames // BLOCK_FRAMES) if waveform.device.type == "cpu" else 1
+        )  # elsewhere it is calls that cost
+        size = -(
+            -frames // blocks
+        )  # equal blocks: a last one of two frames would cost as many calls as the others
+        windowed, power = (
+            windows.new_empty(size, WINDOW_SAMPLES),
+            windows.new_empty(size, len(self.filters)),
+        )
         for start in range(0, frames, size):
             block = windows[start : start + size]
             spectrum = torch.fft.rfft(torch.mul(block, self.window, out=windowed[: len(block)]))
@@ -88,7 +97,9 @@ class LogMel(nn.Module):
             torch.add(parts[..., 0], parts[..., 1], out=power[: len(block)])
             torch.mm(power[: len(block)], self.filters, out=mel[start : start + size])
         mel.clamp_(min=LOG_FLOOR).log10_()
-        floor = mel.max() - DYNAMIC_RANGE  # the clip's own maximum: features never depend on a neighbour
+        floor = (
+            mel.max() - DYNAMIC_RANGE
+        )  # the clip's own maximum: features never depend on a neighbour
         return mel.clamp_(min=floor).add_(4.0).mul_(0.25)
 
 
@@ -106,7 +117,9 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 def silence_level(mel: Tensor) -> Tensor:
     """The value that a silent frame has in a clip's log-mel `[F', M]`: the floor of its dynamic range."""
-    return (mel.max() - DYNAMIC_RANGE / 4.0).clamp(min=(torch.tensor(LOG_FLOOR).log10().item() + 4.0) / 4.0)
+    return (mel.max() - DYNAMIC_RANGE / 4.0).clamp(
+        min=(torch.tensor(LOG_FLOOR).log10().item() + 4.0) / 4.0
+    )
 
 
 def _pad_as_centred(waveform: Tensor, frames: int) -> Tensor:
@@ -123,7 +136,9 @@ def _pad_as_centred(waveform: Tensor, frames: int) -> Tensor:
     padded[half + there :] = 0.0
     start = waveform[1 : half + 1]
     padded[half - len(start) : half] = start.flip(0)
-    padded[: half - len(start)] = 0.0  # of a clip shorter than the mirror, its silence is mirrored too
+    padded[: half - len(start)] = (
+        0.0  # of a clip shorter than the mirror, its silence is mirrored too
+    )
     if reach > MAX_SAMPLES:
         beyond = reach - MAX_SAMPLES
         mirrored = padded[half + MAX_SAMPLES - 1 - beyond : half + MAX_SAMPLES - 1].flip(0)

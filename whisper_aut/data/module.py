@@ -66,16 +66,25 @@ class ShardDataModule(lightning.LightningDataModule):
         super().__init__()
         self.train, self.valid, self.build, self.policy = tuple(train), tuple(valid), build, policy
         shapes = _shapes(train, shares)
-        self.order = EpochOrder(shapes, seed, window, epochs) if epochs else MixtureOrder(shapes, seed, window)
+        self.order = (
+            EpochOrder(shapes, seed, window, epochs)
+            if epochs
+            else MixtureOrder(shapes, seed, window)
+        )
         self.valid_order = SequentialOrder(_shapes(valid, [1.0] * len(valid)), valid_clips)
         longest = build.limits.max_seconds
-        self.valid_batching = ByClips(self.valid_order, max(1, int(batch_seconds // longest)) if batch_seconds else batch_clips)
+        self.valid_batching = ByClips(
+            self.valid_order,
+            max(1, int(batch_seconds // longest)) if batch_seconds else batch_clips,
+        )
         self.batching: ByClips | BySeconds = ByClips(self.order, batch_clips)
         if batch_seconds:
             indexes = [source.index for source in train]
             _check_tables(indexes)
             slowest = min(augment.speeds) if augment else 1.0  # stretches what was planned
-            self.batching = BySeconds(self.order, indexes, batch_seconds * min(1.0, slowest), longest, policy)
+            self.batching = BySeconds(
+                self.order, indexes, batch_seconds * min(1.0, slowest), longest, policy
+            )
         self.train_build = replace(build, augment=augment)
         self.features = DeviceFeatures(build.logmel, augment)
         self.accumulate, self.workers = accumulate, workers
@@ -119,7 +128,9 @@ class ShardDataModule(lightning.LightningDataModule):
         steps_before = clips_before / (self._batch_clips * ranks * self.accumulate)
         return step + max(0, math.ceil(epochs * self.steps_per_epoch(ranks) - steps_before))
 
-    def go_on(self, ranks: int, state: dict[str, Any], step: int, skip_to: Cursor | None = None) -> None:
+    def go_on(
+        self, ranks: int, state: dict[str, Any], step: int, skip_to: Cursor | None = None
+    ) -> None:
         """Count the steps of a run that goes on from a checkpoint: where they have another size than before, a new stretch begins.
 
         An order that has epochs of its own counts from the checkpoint in any case; what is skipped of an endless one is made up for.
@@ -129,7 +140,10 @@ class ShardDataModule(lightning.LightningDataModule):
             step: how many optimiser steps were taken.
             skip_to: where the data goes on instead.
         """
-        same_steps = state["world"] == [ranks, self.accumulate] and state["batching"] == self.batching.fingerprint()
+        same_steps = (
+            state["world"] == [ranks, self.accumulate]
+            and state["batching"] == self.batching.fingerprint()
+        )
         here = Cursor(state["position"], state["taken"])
         if self.order.epoch_clips:
             self.stretch = Stretch(step, skip_to or here)
@@ -142,7 +156,10 @@ class ShardDataModule(lightning.LightningDataModule):
     def source_epochs(self, position: int) -> dict[str, float]:
         """Return how often each training source has been gone through before a position, by its folder."""
         drawn = self.order.drawn(position)
-        return {source.index.root: float(count) / source.index.samples for source, count in zip(self.train, drawn, strict=True)}
+        return {
+            source.index.root: float(count) / source.index.samples
+            for source, count in zip(self.train, drawn, strict=True)
+        }
 
     def train_dataloader(self) -> TrainLoader:
         rank, ranks = self._place()
@@ -175,7 +192,11 @@ class ShardDataModule(lightning.LightningDataModule):
     def _batch_clips(self) -> float:
         """Clips of a micro-batch, on average."""
         batching = self.batching
-        return batching.clips if isinstance(batching, ByClips) else batching.budget_ms / 1000 / batching.mean_seconds
+        return (
+            batching.clips
+            if isinstance(batching, ByClips)
+            else batching.budget_ms / 1000 / batching.mean_seconds
+        )
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
@@ -187,7 +208,9 @@ class ShardDataModule(lightning.LightningDataModule):
             for epoch in range(cursor.position // clips, epochs)
         )
 
-    def _stream(self, rank: int, ranks: int, start: Cursor, end: int | None, count: int) -> BatchStream:
+    def _stream(
+        self, rank: int, ranks: int, start: Cursor, end: int | None, count: int
+    ) -> BatchStream:
         return BatchStream(
             self.order,
             self.batching,
@@ -218,7 +241,9 @@ class ShardDataModule(lightning.LightningDataModule):
 
 def _shapes(sources: Sequence[StreamSource], shares: Sequence[float]) -> list[SourceShape]:
     return [
-        SourceShape(source.index.fingerprint(), tuple(shard.samples for shard in source.index.shards), share)
+        SourceShape(
+            source.index.fingerprint(), tuple(shard.samples for shard in source.index.shards), share
+        )
         for source, share in zip(sources, shares, strict=True)
     ]
 

@@ -85,7 +85,9 @@ class ShuffledOrder:
         self.epoch_clips: int | None = None
         self.end: int | None = None
         self.sources, self.seed, self.window_clips = tuple(sources), seed, window
-        self._counts = [np.zeros(len(sources), dtype=np.int64)]  # draws of each source before chunk number i
+        self._counts = [
+            np.zeros(len(sources), dtype=np.int64)
+        ]  # draws of each source before chunk number i
 
     def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         stop = stop if self.end is None else min(stop, self.end)
@@ -160,7 +162,9 @@ class MixtureOrder(ShuffledOrder):
     @lru_cache(maxsize=4)  # noqa: B019 — an order lives as long as its run
     def _chunk_sources(self, number: int) -> np.ndarray:
         uniform = self._random(_MIXTURE, number).random(CHUNK_DRAWS)
-        return np.minimum(np.searchsorted(self._edges, uniform, side="right"), len(self.sources) - 1)
+        return np.minimum(
+            np.searchsorted(self._edges, uniform, side="right"), len(self.sources) - 1
+        )
 
 
 class EpochOrder(ShuffledOrder):
@@ -193,7 +197,9 @@ class EpochOrder(ShuffledOrder):
         epoch = number // self._per_epoch
         left = (epoch + 1) * self._samples - self._count(number)
         random = self._random(_INTERLEAVE, number)
-        taken = random.multivariate_hypergeometric(left, min(CHUNK_DRAWS, int(left.sum())), method="marginals")
+        taken = random.multivariate_hypergeometric(
+            left, min(CHUNK_DRAWS, int(left.sum())), method="marginals"
+        )
         sources = np.repeat(np.arange(len(self.sources)), taken)
         random.shuffle(sources)
         return sources
@@ -206,7 +212,12 @@ class SequentialOrder:
 
     def __init__(self, sources: Sequence[SourceShape], limit: int | None = None):
         self.sources = tuple(sources)
-        self._ends = np.cumsum([min(source.samples, limit) if limit is not None else source.samples for source in sources])
+        self._ends = np.cumsum(
+            [
+                min(source.samples, limit) if limit is not None else source.samples
+                for source in sources
+            ]
+        )
         self.end = len(self)
 
     def __len__(self) -> int:
@@ -231,7 +242,10 @@ class SequentialOrder:
 
 
 def mixture_shares(
-    domains: Sequence[str], weights: Sequence[float], domain_shares: dict[str, float], temperature: float = 1.0
+    domains: Sequence[str],
+    weights: Sequence[float],
+    domain_shares: dict[str, float],
+    temperature: float = 1.0,
 ) -> list[float]:
     """Give each source its share: its domain's share, divided within the domain by weight.
 
@@ -240,13 +254,17 @@ def mixture_shares(
             more often, towards all alike.
     """
     weights = [weight ** (1 / temperature) for weight in weights]
-    flattened = {domain: share ** (1 / temperature) for domain, share in domain_shares.items() if share}
+    flattened = {
+        domain: share ** (1 / temperature) for domain, share in domain_shares.items() if share
+    }
     whole = math.fsum(share for domain, share in flattened.items() if domain in domains)
     totals: dict[str, float] = {}
     for domain, weight in zip(domains, weights, strict=True):
         totals[domain] = totals.get(domain, 0.0) + weight
     return [
-        flattened.get(domain, 0.0) / whole * weight / totals[domain] if totals[domain] and whole else 0.0
+        flattened.get(domain, 0.0) / whole * weight / totals[domain]
+        if totals[domain] and whole
+        else 0.0
         for domain, weight in zip(domains, weights, strict=True)
     ]
 

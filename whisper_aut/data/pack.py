@@ -57,9 +57,15 @@ class Targets:
 
     @classmethod
     def pack(cls, targets: Sequence[TokenTarget]) -> "Targets":
-        supervised = torch.cat([target.supervised for target in targets]) if targets else torch.zeros(0, dtype=torch.bool)
+        supervised = (
+            torch.cat([target.supervised for target in targets])
+            if targets
+            else torch.zeros(0, dtype=torch.bool)
+        )
         return cls(
-            tokens=torch.cat([target.tokens for target in targets]) if targets else torch.zeros(0, dtype=torch.long),
+            tokens=torch.cat([target.tokens for target in targets])
+            if targets
+            else torch.zeros(0, dtype=torch.long),
             supervised=supervised,
             places=supervised.nonzero()[:, 0],
             lengths=tuple(len(target.tokens) for target in targets),
@@ -152,11 +158,18 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         waveforms = self.waveforms and self.waveforms.to(device)
-        return replace(self, mel=self.mel.to(device, non_blocking=True), targets=self.targets.to(device), waveforms=waveforms)
+        return replace(
+            self,
+            mel=self.mel.to(device, non_blocking=True),
+            targets=self.targets.to(device),
+            waveforms=waveforms,
+        )
 
     def pin_memory(self) -> "Batch":
         waveforms = self.waveforms and self.waveforms.pin_memory()
-        return replace(self, mel=self.mel.pin_memory(), targets=self.targets.pin_memory(), waveforms=waveforms)
+        return replace(
+            self, mel=self.mel.pin_memory(), targets=self.targets.pin_memory(), waveforms=waveforms
+        )
 
 
 @dataclass(frozen=True)
@@ -198,5 +211,7 @@ def pack(
         sources=tuple(example.source for example in examples),
         refusals=tuple(refusals),
         behind=behind,
-        waveforms=Waveforms.pack(audio, [example.position for example in examples]) if heard else None,
+        waveforms=Waveforms.pack(audio, [example.position for example in examples])
+        if heard
+        else None,
     )

@@ -75,14 +75,21 @@ class Instructions:
     """
 
     def __init__(self, entries: Mapping[str, Instruction]):
-        problems = [problem for name, entry in entries.items() for problem in _problems(name, entry)]
+        problems = [
+            problem for name, entry in entries.items() for problem in _problems(name, entry)
+        ]
         if not entries:
             problems.append("there is no task at all")
         if problems:
-            raise UserError("Instructions that cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
+            raise UserError(
+                "Instructions that cannot be used:\n"
+                + "\n".join(f"  - {problem}" for problem in problems)
+            )
         self.entries = dict(entries)
         self._answers = {name: Template(entry.answer) for name, entry in entries.items()}
-        self._asks = {name: [Template(ask) for ask in entry.asks] for name, entry in entries.items()}
+        self._asks = {
+            name: [Template(ask) for ask in entry.asks] for name, entry in entries.items()
+        }
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -99,13 +106,19 @@ class Instructions:
         for name in names:
             if name not in self.entries:
                 known = ", ".join(sorted(self.entries))
-                raise UserError(f"There is no task {name!r}.{nearest(name, self.entries)} Tasks of this run: {known}.")
+                raise UserError(
+                    f"There is no task {name!r}.{nearest(name, self.entries)} Tasks of this run: {known}."
+                )
         return Instructions({name: self.entries[name] for name in names})
 
     def fitting(self, annotation: Annotation, domain: str) -> list[str]:
         """Return the tasks that a sample can serve."""
         row = _row(annotation)
-        return [name for name, entry in self.entries.items() if self._fits(name, entry, annotation.task, domain, row)]
+        return [
+            name
+            for name, entry in self.entries.items()
+            if self._fits(name, entry, annotation.task, domain, row)
+        ]
 
     def facts(self, annotation: Annotation, domain: str) -> dict[str, str]:
         """Return what can be answered about a sample, by task; of a yes/no task what it asks about."""
@@ -123,8 +136,12 @@ class Instructions:
         names = self.fitting(annotation, domain)
         if not names:
             has = ", ".join(name for name, value in _row(annotation).items() if value) or "nothing"
-            raise SampleRefused(Reason.NO_TASK, f"task {annotation.task!r}, domain {domain!r}, has {has}")
-        rng = random.Random(f"{position} {annotation.source} {annotation.id}")  # text seeds are the same in every process
+            raise SampleRefused(
+                Reason.NO_TASK, f"task {annotation.task!r}, domain {domain!r}, has {has}"
+            )
+        rng = random.Random(
+            f"{position} {annotation.source} {annotation.id}"
+        )  # text seeds are the same in every process
         name = rng.choices(names, [self.entries[name].weight for name in names])[0]
         row = _row(annotation)
         ask, answer = rng.choice(self._asks[name]), self._answers[name].fill(row)
@@ -134,7 +151,9 @@ class Instructions:
         return Question(name, ask.fill(row), answer)
 
     def _fits(self, name: str, entry: Instruction, task: str, domain: str, row: Row) -> bool:
-        right_place = (not entry.tasks or task in (name, *entry.tasks)) and (not entry.domains or domain in entry.domains)
+        right_place = (not entry.tasks or task in (name, *entry.tasks)) and (
+            not entry.domains or domain in entry.domains
+        )
         if not right_place or not entry.weight or not self._answers[name].fill(row):
             return False
         given = {**row, CANDIDATE: "any"}
@@ -143,7 +162,9 @@ class Instructions:
 
 def _row(annotation: Annotation) -> Row:
     """Return the fields that templates may use; several labels stand in alphabetical order, each once."""
-    label = sorted(set(annotation.label)) if isinstance(annotation.label, list) else annotation.label
+    label = (
+        sorted(set(annotation.label)) if isinstance(annotation.label, list) else annotation.label
+    )
     own = {
         "text": " ".join(annotation.text.split()),
         "label": label,

@@ -18,7 +18,9 @@ from whisper_aut.corpora.shards import ShardIndex
 from whisper_aut.errors import Reason, SampleRefused
 
 END_OF_TAR = bytes(1024)
-LOCAL_RUN_BYTES = 1 << 19  # of neighbours fetched at once: no more than a cache holds, or each copy of them waits for memory
+LOCAL_RUN_BYTES = (
+    1 << 19
+)  # of neighbours fetched at once: no more than a cache holds, or each copy of them waits for memory
 REMOTE_RUN_BYTES = 8 << 20  # where every fetch is a request
 
 
@@ -67,10 +69,20 @@ def read_samples(
     Raises:
         ValueError: the tar is not the one that the table was made of.
     """
-    for first, last in _runs(sorted(wanted), table, LOCAL_RUN_BYTES if is_local(url) else REMOTE_RUN_BYTES):
+    for first, last in _runs(
+        sorted(wanted), table, LOCAL_RUN_BYTES if is_local(url) else REMOTE_RUN_BYTES
+    ):
         start, end = int(table.starts[first]), int(table.starts[last])
         if last - first == 1 and end - start > limits.max_bytes + MAX_JSON_BYTES:
-            yield first, Refusal(url, f"#{first}", Reason.TOO_LARGE, f"{end - start} bytes, limit {limits.max_bytes}")
+            yield (
+                first,
+                Refusal(
+                    url,
+                    f"#{first}",
+                    Reason.TOO_LARGE,
+                    f"{end - start} bytes, limit {limits.max_bytes}",
+                ),
+            )
             continue
         stream.seek(start)
         data = stream.read(end - start)
@@ -90,7 +102,9 @@ def _runs(wanted: Sequence[int], table: SampleTable, max_bytes: int) -> Iterator
     """Join neighbours into ranges `[first, last)` of at most `max_bytes`, unless a single sample is larger."""
     first, last = None, 0
     for number in wanted:
-        if first is not None and (number != last or table.starts[number + 1] - table.starts[first] > max_bytes):
+        if first is not None and (
+            number != last or table.starts[number + 1] - table.starts[first] > max_bytes
+        ):
             yield first, last
             first = None
         first, last = number if first is None else first, number + 1
@@ -98,7 +112,9 @@ def _runs(wanted: Sequence[int], table: SampleTable, max_bytes: int) -> Iterator
         yield first, last
 
 
-def iter_samples(index: ShardIndex, limits: ClipLimits, policy: ReadPolicy = DEFAULT_POLICY) -> Iterator[Sample | Refusal]:
+def iter_samples(
+    index: ShardIndex, limits: ClipLimits, policy: ReadPolicy = DEFAULT_POLICY
+) -> Iterator[Sample | Refusal]:
     """Yield every sample of an index once, in the order in which the shards hold them."""
     for number in range(len(index.shards)):
         url = index.url(number)

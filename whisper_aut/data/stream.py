@@ -38,10 +38,14 @@ class StreamSource:
     @property
     def licences(self) -> dict[str, dict[str, float]]:
         """Clips and seconds by licence, as far as the index tells; clips that state none have the source's."""
-        own = self.index.facts.get("licences") or {"": {"clips": self.index.samples, "seconds": self.index.seconds}}
+        own = self.index.facts.get("licences") or {
+            "": {"clips": self.index.samples, "seconds": self.index.seconds}
+        }
         found: dict[str, dict[str, float]] = {}
         for written, counts in own.items():
-            total = found.setdefault(licence_id(written or self.wanted.licence), {"clips": 0, "seconds": 0.0})
+            total = found.setdefault(
+                licence_id(written or self.wanted.licence), {"clips": 0, "seconds": 0.0}
+            )
             total["clips"] += counts["clips"]
             total["seconds"] = round(total["seconds"] + counts["seconds"], 3)
         return found
@@ -111,7 +115,9 @@ class BatchStream(IterableDataset[Batch]):
             for position, (source, number) in zip(positions.tolist(), batch, strict=True):
                 key = (source, self.order.window(source, number)[0])
                 if key not in opened:
-                    opened[key] = _Window(self.order, source, self.sources[source].index, wanted[key], self.shards)
+                    opened[key] = _Window(
+                        self.order, source, self.sources[source].index, wanted[key], self.shards
+                    )
                 items.append(self._example(opened[key].take(number), source, position))
                 if opened[key].exhausted:
                     del opened[key]
@@ -127,7 +133,13 @@ class BatchStream(IterableDataset[Batch]):
             return []
         start = int(positions[0])
         sources, numbers = self.order.draws(start, int(positions[-1]) + 1)
-        return list(zip(sources[positions - start].tolist(), numbers[positions - start].tolist(), strict=True))
+        return list(
+            zip(
+                sources[positions - start].tolist(),
+                numbers[positions - start].tolist(),
+                strict=True,
+            )
+        )
 
     def _example(self, item: Sample | Refusal, source: int, position: int) -> Example | Refusal:
         if isinstance(item, Refusal):
@@ -141,10 +153,15 @@ class BatchStream(IterableDataset[Batch]):
 class _Window:
     """The encoded samples of one shuffle window that a worker needs, read in one pass over the shards it spans."""
 
-    def __init__(self, order: Order, source: int, index: ShardIndex, numbers: set[int], reader: ShardReader):
+    def __init__(
+        self, order: Order, source: int, index: ShardIndex, numbers: set[int], reader: ShardReader
+    ):
         first, last = order.window(source, min(numbers))
         shards, ordinals = order.places(source, first, last)
-        places = {number: (int(shards[number - first]), int(ordinals[number - first])) for number in numbers}
+        places = {
+            number: (int(shards[number - first]), int(ordinals[number - first]))
+            for number in numbers
+        }
         self._items = dict(reader.read(places, index))
 
     @property

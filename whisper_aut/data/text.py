@@ -90,12 +90,22 @@ class WhisperText:
         tokens = [*prompt, *answer, self.tokenizer.eos_token_id]
         if len(tokens) > self.max_tokens:
             if self.overflow == "drop":
-                raise SampleRefused(Reason.LABEL_TOO_LONG, f"{len(tokens)} tokens, limit {self.max_tokens}")
+                raise SampleRefused(
+                    Reason.LABEL_TOO_LONG, f"{len(tokens)} tokens, limit {self.max_tokens}"
+                )
             tokens = tokens[: self.max_tokens]
         supervised = torch.ones(len(tokens), dtype=torch.bool)
         supervised[: 1 if self.supervise_prompt else len(prompt)] = False
-        speech = annotation.task in TRANSCRIPTION_TASKS or (not annotation.task and domain == "speech")
-        return TokenTarget(torch.tensor(tokens), supervised, len(prompt), text, TRANSCRIPTION if speech else CAPTION)
+        speech = annotation.task in TRANSCRIPTION_TASKS or (
+            not annotation.task and domain == "speech"
+        )
+        return TokenTarget(
+            torch.tensor(tokens),
+            supervised,
+            len(prompt),
+            text,
+            TRANSCRIPTION if speech else CAPTION,
+        )
 
     def decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()

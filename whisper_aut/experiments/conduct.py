@@ -22,7 +22,13 @@ from whisper_aut.corpora.audit import AUDIT_NAME, read_audit, run_audit, unaudit
 from whisper_aut.errors import Interrupted
 from whisper_aut.experiments.figures import draw
 from whisper_aut.experiments.grid import Arm, Run, arms_of, conf_folder, runs_of
-from whisper_aut.experiments.measure import Bench, cost_of, measure_arm, measure_baseline, probes_there
+from whisper_aut.experiments.measure import (
+    Bench,
+    cost_of,
+    measure_arm,
+    measure_baseline,
+    probes_there,
+)
 from whisper_aut.experiments.results import ArmFacts, Measure, Results
 from whisper_aut.experiments.runs import Expected, Found, expected_cost, find, make, prepare
 from whisper_aut.experiments.settings import ExperimentSettings
@@ -61,12 +67,16 @@ def conduct(settings: ExperimentSettings, path: Path, out: Path, console: Consol
         settings.corpora.manifests += corpora.manifests
     prepare(settings, runs, console)
     found = _make_all(settings, runs, console)
-    bench = Bench(settings, conf_folder(settings, path), Path(settings.runs) / settings.name, tuple(probes))
+    bench = Bench(
+        settings, conf_folder(settings, path), Path(settings.runs) / settings.name, tuple(probes)
+    )
     results = _results(settings, arms, found, bench, console)
     return _write(results, out, console)
 
 
-def _make_all(settings: ExperimentSettings, runs: Sequence[Run], console: Console) -> dict[str, Found]:
+def _make_all(
+    settings: ExperimentSettings, runs: Sequence[Run], console: Console
+) -> dict[str, Found]:
     found: dict[str, Found] = {}
     for number, run in enumerate(runs, 1):
         known = find(run)
@@ -82,18 +92,27 @@ def _make_all(settings: ExperimentSettings, runs: Sequence[Run], console: Consol
             directory = found[run.name].directory
             assert directory is not None
             cost = cost_of(directory)
-            console.print(f"[{number}/{len(runs)}] {run.name}: {cost.steps} steps in {cost.seconds:.0f} s", markup=False)
+            console.print(
+                f"[{number}/{len(runs)}] {run.name}: {cost.steps} steps in {cost.seconds:.0f} s",
+                markup=False,
+            )
     return found
 
 
 def _results(
-    settings: ExperimentSettings, arms: Sequence[Arm], found: dict[str, Found], bench: Bench, console: Console
+    settings: ExperimentSettings,
+    arms: Sequence[Arm],
+    found: dict[str, Found],
+    bench: Bench,
+    console: Console,
 ) -> Results:
     measures: list[Measure] = []
     for seed in settings.seeds:
         for arm in arms:
             console.print(f"Measuring {arm.name}, seed {seed}", markup=False)
-            measures.append(measure_arm(bench, arm, seed, [found[run.name] for run in arm.runs[seed].chain()]))
+            measures.append(
+                measure_arm(bench, arm, seed, [found[run.name] for run in arm.runs[seed].chain()])
+            )
     return Results(
         name=settings.name,
         title=settings.title,
@@ -102,7 +121,9 @@ def _results(
         seeds=tuple(settings.seeds),
         probe_seeds=settings.probe_seeds,
         arms=tuple(ArmFacts(arm.name, arm.titles, arm.choices) for arm in arms),
-        measures=tuple(sorted(measures, key=lambda measure: [arm.name for arm in arms].index(measure.arm))),
+        measures=tuple(
+            sorted(measures, key=lambda measure: [arm.name for arm in arms].index(measure.arm))
+        ),
         baseline=measure_baseline(bench) if settings.log_mel and bench.probes else {},
         audits=tuple(_audit(list(found.values()), bench)),
         environment=_environment(),
@@ -115,7 +136,13 @@ def _audit(found: Sequence[Found], bench: Bench) -> list[str]:
     train = sorted({source.path for one in found for source in one.settings.data.train})
     lines = []
     for number, probes in enumerate(bench.probes):
-        tested = sorted({f for task in load_tasks(probes.tasks, bench.conf) for f in task.tested_folders(probes.root)})
+        tested = sorted(
+            {
+                f
+                for task in load_tasks(probes.tasks, bench.conf)
+                for f in task.tested_folders(probes.root)
+            }
+        )
         out = bench.work / f"audit-{number}"
         audit = read_audit(out / AUDIT_NAME)
         if not audit or unaudited(audit, "train", train) or unaudited(audit, "probes", tested):
@@ -134,7 +161,10 @@ def _write(results: Results, out: Path, console: Console) -> Conducted:
     stored, text = out / f"{results.name}.json", out / f"{results.name}.md"
     results.save(stored)
     draw(results, out / f"{results.name}.png")
-    text.write_text(f"# {results.title}\n\n{results.question}\n\n{page(results, f'{results.name}.png')}", encoding="utf-8")
+    text.write_text(
+        f"# {results.title}\n\n{results.question}\n\n{page(results, f'{results.name}.png')}",
+        encoding="utf-8",
+    )
     (out / f"{results.name}.commands.md").write_text(commands_page(results), encoding="utf-8")
     for sheet in sheets(results):
         console.print(rich_table(sheet))
@@ -151,22 +181,37 @@ def plan_table(settings: ExperimentSettings, path: Path) -> Table:
     runs = runs_of(arms)
     found = {run.name: find(run) for run in runs}
     rates = [
-        cost.teraflop / cost.seconds for one in found.values() if (cost := _known_cost(one)) and cost.teraflop and cost.seconds
+        cost.teraflop / cost.seconds
+        for one in found.values()
+        if (cost := _known_cost(one)) and cost.teraflop and cost.seconds
     ]
     rate = sorted(rates)[len(rates) // 2] if rates else None
-    table = Table(title=f"{settings.title}: {len(arms)} arms × {len(settings.seeds)} seeds, {len(runs)} runs")
+    table = Table(
+        title=f"{settings.title}: {len(arms)} arms × {len(settings.seeds)} seeds, {len(runs)} runs"
+    )
     for name in ("run", "state", "starts from", "steps", "audio heard (s)", "TFLOP", "about"):
         words = name in ("run", "state", "starts from")
-        table.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=name in ("run", "state"))
+        table.add_column(
+            name,
+            justify="left" if words else "right",
+            overflow="fold",
+            no_wrap=name in ("run", "state"),
+        )
     left = 0.0
     for run in runs:
         expected = expected_cost(run)
         seconds = expected.teraflop / rate if rate and expected.teraflop else None
         left += seconds or 0.0 if found[run.name].state != "done" else 0.0
-        origin = f"{'random weights of ' * run.random}{run.start.name}" if run.start else "its config"
+        origin = (
+            f"{'random weights of ' * run.random}{run.start.name}" if run.start else "its config"
+        )
         table.add_row(run.name, found[run.name].state, origin, *_expected_cells(expected, seconds))
     to_do = sum(one.state != "done" for one in found.values())
-    time = f", about {left / 60:.0f} min of training on this machine" if rate else "; time is told once a run is done"
+    time = (
+        f", about {left / 60:.0f} min of training on this machine"
+        if rate
+        else "; time is told once a run is done"
+    )
     table.caption = f"{to_do} of {len(runs)} runs to make{time}. Measuring comes on top."
     return table
 

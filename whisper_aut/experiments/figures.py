@@ -17,7 +17,14 @@ from whisper_aut.errors import UserError
 from whisper_aut.experiments.results import ArmFacts, Measure, Results
 from whisper_aut.experiments.statistics import domain_score, domains_of, spread
 from whisper_aut.probes.baseline import BASELINE_NAME
-from whisper_aut.report.plots import BASELINE_COLOUR, MARKERS, PALETTE, blank_figure, panel_title, save_figure
+from whisper_aut.report.plots import (
+    BASELINE_COLOUR,
+    MARKERS,
+    PALETTE,
+    blank_figure,
+    panel_title,
+    save_figure,
+)
 
 Stroke = Literal["-", "--", ":", "-."]
 LINES: tuple[Stroke, ...] = ("-", "--", ":", "-.")
@@ -42,9 +49,13 @@ class _Layout:
     def of(cls, results: Results) -> "_Layout":
         figure = results.settings["figure"]
         axes = list(results.arms[0].choices)
-        choices = {axis: list(dict.fromkeys(arm.choices[axis] for arm in results.arms)) for axis in axes}
+        choices = {
+            axis: list(dict.fromkeys(arm.choices[axis] for arm in results.arms)) for axis in axes
+        }
         titles = {
-            (axis, arm.choices[axis]): title for arm in results.arms for axis, title in zip(axes, arm.titles, strict=True)
+            (axis, arm.choices[axis]): title
+            for arm in results.arms
+            for axis, title in zip(axes, arm.titles, strict=True)
         }
         return cls(figure["x"], figure["colour"], figure["line"], choices, titles)
 
@@ -53,7 +64,11 @@ class _Layout:
 
     def series(self) -> list[tuple[str, str]]:
         """Return the combinations of colour and line, each drawn as one series."""
-        return [(c, m) for c in self.choices.get(self.colour, [""]) for m in self.choices.get(self.line, [""])]
+        return [
+            (c, m)
+            for c in self.choices.get(self.colour, [""])
+            for m in self.choices.get(self.line, [""])
+        ]
 
 
 def draw(results: Results, path: Path) -> Path:
@@ -69,20 +84,30 @@ def draw(results: Results, path: Path) -> Path:
         raise UserError("Nothing is measured yet: there is no figure to draw.")
     panels += [PRICE] if not curves and any(measure.cost for measure in results.measures) else []
     columns = max(2, len(panels))
-    figure = blank_figure(height=PANEL_HEIGHT * (1 + curves) + 0.5, columns=columns, rows=1 + curves)
+    figure = blank_figure(
+        height=PANEL_HEIGHT * (1 + curves) + 0.5, columns=columns, rows=1 + curves
+    )
     for axes, panel in zip(figure.axes, panels, strict=False):
         _draw_panel(axes, results, layout, panel)
     for axes in figure.axes[len(panels) : columns]:
         axes.set_axis_off()
     if curves:
         _draw_curves(figure.axes[columns], results, layout, "teraflop", "TFLOP of training, useful")
-        _draw_curves(figure.axes[columns + 1], results, layout, "seconds", "wall clock of training (s)")
+        _draw_curves(
+            figure.axes[columns + 1], results, layout, "seconds", "wall clock of training (s)"
+        )
         for axes in figure.axes[columns + 2 :]:
             axes.set_axis_off()
     figure.suptitle(results.title, x=0.01, ha="left", fontsize=12)
     handles = _legend(results, layout, curves)
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False, fontsize=8.5)
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=min(3, len(handles)),
+            frameon=False,
+            fontsize=8.5,
+        )
     return save_figure(figure, path)
 
 
@@ -117,13 +142,19 @@ def _draw_panel(axes: Axes, results: Results, layout: _Layout, panel: str) -> No
         )
     known = [result.score for result in results.baseline.values() if result.domain == panel]
     if known:
-        axes.axhline(100 * float(np.mean(known)), color=BASELINE_COLOUR, linestyle=(0, (4, 2)), linewidth=1.2)
+        axes.axhline(
+            100 * float(np.mean(known)), color=BASELINE_COLOUR, linestyle=(0, (4, 2)), linewidth=1.2
+        )
     titles = [fill(layout.titles[layout.x, name], 11) for name in names]
     panels = axes.get_gridspec().ncols  # pyright: ignore[reportOptionalMemberAccess]
     long = sum(len(title.split("\n")[0]) + 2 for title in titles) > CHARACTERS // panels
     if long:  # turned, and therefore in one line each
         axes.set_xticks(
-            range(len(names)), [layout.titles[layout.x, name] for name in names], fontsize=8, rotation=35, ha="right"
+            range(len(names)),
+            [layout.titles[layout.x, name] for name in names],
+            fontsize=8,
+            rotation=35,
+            ha="right",
         )
     else:
         axes.set_xticks(range(len(names)), titles, fontsize=8)
@@ -141,18 +172,35 @@ def _draw_curves(axes: Axes, results: Results, layout: _Layout, spent: str, labe
     """Draw the mean validation loss of each arm against what was spent; every seed validates at the same steps."""
     for number, arm in enumerate(results.arms):
         curves = [measure.curve for measure in results.of(arm.name) if measure.curve]
-        steps = set.intersection(*({point.step for point in curve} for curve in curves)) if curves else set()
+        steps = (
+            set.intersection(*({point.step for point in curve} for curve in curves))
+            if curves
+            else set()
+        )
         points = [[point for point in curve if point.step in steps] for curve in curves]
         if not steps or any(getattr(point, spent) is None for curve in points for point in curve):
             continue
         price = np.mean([[getattr(point, spent) for point in curve] for curve in points], axis=0)
         losses = np.array([[point.loss for point in curve] for curve in points])
         colour, marker, stroke = _curve_look(results, layout, arm, number)
-        axes.plot(price, losses.mean(0), color=colour, linestyle=stroke, marker=marker, markersize=3, linewidth=1.4)
+        axes.plot(
+            price,
+            losses.mean(0),
+            color=colour,
+            linestyle=stroke,
+            marker=marker,
+            markersize=3,
+            linewidth=1.4,
+        )
         if len(losses) > 1:
             deviation = losses.std(0, ddof=1)
             axes.fill_between(
-                price, losses.mean(0) - deviation, losses.mean(0) + deviation, color=colour, alpha=0.15, linewidth=0
+                price,
+                losses.mean(0) - deviation,
+                losses.mean(0) + deviation,
+                color=colour,
+                alpha=0.15,
+                linewidth=0,
             )
     for threshold in results.settings.get("thresholds", []):
         axes.axhline(threshold, color="#888888", linewidth=0.8, linestyle=":")
@@ -180,10 +228,16 @@ def _look(layout: _Layout, colour: str, line: str) -> tuple[str, str, Stroke]:
     """Return colour, marker and stroke of a series. Without an order along x, nothing is joined by lines."""
     c = layout.choices[layout.colour].index(colour) if layout.colour else 0
     m = layout.choices[layout.line].index(line) if layout.line else 0
-    return PALETTE[c % len(PALETTE)], MARKERS[(c if not layout.line else m) % len(MARKERS)], LINES[m % len(LINES)]
+    return (
+        PALETTE[c % len(PALETTE)],
+        MARKERS[(c if not layout.line else m) % len(MARKERS)],
+        LINES[m % len(LINES)],
+    )
 
 
-def _curve_look(results: Results, layout: _Layout, arm: ArmFacts, number: int) -> tuple[str, str, Stroke]:
+def _curve_look(
+    results: Results, layout: _Layout, arm: ArmFacts, number: int
+) -> tuple[str, str, Stroke]:
     """Return how an arm's curve looks: its colour along x, its stroke along the axis of colours."""
     if not layout.colour:
         return PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)], "-"
@@ -200,9 +254,13 @@ def _legend(results: Results, layout: _Layout, curves: bool) -> list[Line2D]:
             for axis, name in ((layout.colour, colour), (layout.line, line))
             if axis
         ]
-        handles.append(Line2D([], [], color=hue, marker=marker, linestyle=stroke, label=", ".join(parts)))
+        handles.append(
+            Line2D([], [], color=hue, marker=marker, linestyle=stroke, label=", ".join(parts))
+        )
     if results.baseline:
-        handles.append(Line2D([], [], color=BASELINE_COLOUR, linestyle=(0, (4, 2)), label=BASELINE_NAME))
+        handles.append(
+            Line2D([], [], color=BASELINE_COLOUR, linestyle=(0, (4, 2)), label=BASELINE_NAME)
+        )
     return handles + (_curve_legend(results, layout) if curves else [])
 
 

@@ -15,7 +15,13 @@ from typing import Any
 import yaml
 
 from whisper_aut.errors import UserError, nearest
-from whisper_aut.experiments.settings import RANDOM, ChoiceSettings, EvaluateSettings, ExperimentSettings, flatten
+from whisper_aut.experiments.settings import (
+    RANDOM,
+    ChoiceSettings,
+    EvaluateSettings,
+    ExperimentSettings,
+    flatten,
+)
 
 BETWEEN = "/"  # the choices of an arm's name
 
@@ -86,7 +92,9 @@ def arms_of(settings: ExperimentSettings, path: Path) -> list[Arm]:
     everything = [BETWEEN.join(combination) for combination in product(*settings.axes.values())]
     unknown = [name for name in settings.leave_out if name not in everything]
     if unknown:
-        raise UserError(f"{path}: leave_out: there is no arm {unknown[0]!r}.{nearest(unknown[0], everything)}")
+        raise UserError(
+            f"{path}: leave_out: there is no arm {unknown[0]!r}.{nearest(unknown[0], everything)}"
+        )
     return arms
 
 
@@ -105,7 +113,12 @@ def conf_folder(settings: ExperimentSettings, path: Path) -> Path:
     return Path(os.path.normpath(path.parent / settings.conf))
 
 
-def _arm(settings: ExperimentSettings, path: Path, name: str, combination: Sequence[tuple[str, ChoiceSettings]]) -> Arm:
+def _arm(
+    settings: ExperimentSettings,
+    path: Path,
+    name: str,
+    combination: Sequence[tuple[str, ChoiceSettings]],
+) -> Arm:
     start = next((choice.start for _, choice in combination if choice.start), "")
     changing = [(chosen, choice) for chosen, choice in combination if choice.set or choice.start]
     heard = EvaluateSettings()
@@ -140,14 +153,22 @@ def _start(settings: ExperimentSettings, path: Path, name: str, seed: int) -> Ru
 
 
 def _run(
-    settings: ExperimentSettings, path: Path, name: str, config: str, sets: Sequence[dict[str, Any]], start: str, seed: int
+    settings: ExperimentSettings,
+    path: Path,
+    name: str,
+    config: str,
+    sets: Sequence[dict[str, Any]],
+    start: str,
+    seed: int,
 ) -> Run:
     name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-s{seed}"
     places = {"name": name, "seed": seed, "runs": settings.runs, "probe.tasks": []}
     return Run(
         name=name,
         config=conf_folder(settings, path) / config,
-        overrides=tuple(_written(pair) for pair in _pairs({**_merged([settings.everywhere, *sets]), **places})),
+        overrides=tuple(
+            _written(pair) for pair in _pairs({**_merged([settings.everywhere, *sets]), **places})
+        ),
         start=_start(settings, path, start.removeprefix(RANDOM), seed) if start else None,
         random=start.startswith(RANDOM),
     )

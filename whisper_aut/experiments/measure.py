@@ -67,11 +67,17 @@ def measure_arm(bench: Bench, arm: Arm, seed: int, chain: Sequence[Found]) -> Me
     export = str(own.export())
     encoder = load_encoder(export, padding=padding, random_init=arm.random, seed=seed)
     embedding = EmbedSettings(
-        pooling=arm.evaluate.pooling or "mean", layers=() if arm.evaluate.layer is None else (arm.evaluate.layer,), quiet=True
+        pooling=arm.evaluate.pooling or "mean",
+        layers=() if arm.evaluate.layer is None else (arm.evaluate.layer,),
+        quiet=True,
     )
     label = f"{arm.name.replace('/', '-')}-s{seed}"
     priced = bench.settings.price and not arm.random
-    asked = bench.settings.answers if priced and own.settings.decoder["name"] == "causal_lm" else AnswerSettings()
+    asked = (
+        bench.settings.answers
+        if priced and own.settings.decoder["name"] == "causal_lm"
+        else AnswerSettings()
+    )
     commands = [found.command for found in chain]
     commands += [_probe_command(bench, arm, probes, export, padding) for probes in bench.probes]
     return Measure(
@@ -87,7 +93,9 @@ def measure_arm(bench: Bench, arm: Arm, seed: int, chain: Sequence[Found]) -> Me
 
 def measure_baseline(bench: Bench) -> dict[str, TaskResult]:
     """Score log-mel statistics, which know nothing of training."""
-    return _scored(bench, BASELINE_NAME.replace(" ", "-"), LogMelBaseline(), EmbedSettings(quiet=True))
+    return _scored(
+        bench, BASELINE_NAME.replace(" ", "-"), LogMelBaseline(), EmbedSettings(quiet=True)
+    )
 
 
 def cost_of(run: RunDirectory) -> Cost:
@@ -106,11 +114,18 @@ def cost_of(run: RunDirectory) -> Cost:
 def curve_of(run: RunDirectory) -> list[Point]:
     """Return the validation losses of a run beside what it had spent at each."""
     series = read_metrics(run.metrics)
-    spent = {name: series.get(f"throughput/total_{name}", []) for name in ("audio_seconds", "teraflop", "seconds")}
+    spent = {
+        name: series.get(f"throughput/total_{name}", [])
+        for name in ("audio_seconds", "teraflop", "seconds")
+    }
     last, points = json.loads(run.done.read_text())["steps"], []
     for logged, loss in series.get("valid/loss", []):
-        step = min(logged + 1, last)  # Lightning logs a validation under the number of the step before, counted from 0
-        seconds, audio, work = (_until(spent[name], step) for name in ("seconds", "audio_seconds", "teraflop"))
+        step = min(
+            logged + 1, last
+        )  # Lightning logs a validation under the number of the step before, counted from 0
+        seconds, audio, work = (
+            _until(spent[name], step) for name in ("seconds", "audio_seconds", "teraflop")
+        )
         points.append(Point(int(step), loss, audio or 0.0, work, seconds or 0.0))
     return points
 
@@ -121,7 +136,9 @@ def _until(series: Sequence[tuple[float, float]], step: float) -> float | None:
     return series[place - 1][1] if place else None
 
 
-def _scored(bench: Bench, label: str, encoder: FrameEncoder, embedding: EmbedSettings) -> dict[str, TaskResult]:
+def _scored(
+    bench: Bench, label: str, encoder: FrameEncoder, embedding: EmbedSettings
+) -> dict[str, TaskResult]:
     found: dict[str, TaskResult] = {}
     for number, probes in enumerate(bench.probes):
         scores = run_suite(
@@ -173,7 +190,11 @@ def _answers(bench: Bench, found: Found, asked: AnswerSettings) -> dict[str, flo
     module, figures = open_run(found.directory.path), dict[str, float]()
     for task, folder in asked.tasks.items():
         result = evaluate(module, [folder], tasks=[task], limit=asked.limit, max_new_tokens=32)
-        figures |= {name: round(value, 6) for name, value in result.figures.items() if not name.startswith("cer_")}
+        figures |= {
+            name: round(value, 6)
+            for name, value in result.figures.items()
+            if not name.startswith("cer_")
+        }
     place.parent.mkdir(parents=True, exist_ok=True)
     write_whole(place, json.dumps({"identity": identity, "figures": figures}, indent=1))
     return figures
@@ -186,9 +207,24 @@ def _read(path: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _probe_command(bench: Bench, arm: Arm, probes: ProbeSetSettings, export: str, padding: str) -> str:
-    parts = ["whisper-aut", "probe", f"random:{export}" if arm.random else export, "--tasks", *probes.tasks]
-    parts += ["--root", probes.root, "--seeds", str(bench.settings.probe_seeds), "--padding", padding]
+def _probe_command(
+    bench: Bench, arm: Arm, probes: ProbeSetSettings, export: str, padding: str
+) -> str:
+    parts = [
+        "whisper-aut",
+        "probe",
+        f"random:{export}" if arm.random else export,
+        "--tasks",
+        *probes.tasks,
+    ]
+    parts += [
+        "--root",
+        probes.root,
+        "--seeds",
+        str(bench.settings.probe_seeds),
+        "--padding",
+        padding,
+    ]
     parts += ["--pooling", arm.evaluate.pooling] if arm.evaluate.pooling else []
     parts += ["--layers", str(arm.evaluate.layer)] if arm.evaluate.layer is not None else []
     return shlex.join([*parts, "--conf", str(bench.conf), "--out", str(bench.work / "probe")])
@@ -202,9 +238,15 @@ def probes_there(settings: ExperimentSettings) -> tuple[list[ProbeSetSettings], 
     """
     found, lacking = [], []
     for probes in settings.probes:
-        missing = [m.manifest for m in probes.manifests if not Path(m.manifest).is_file() and not Path(m.out).is_dir()]
+        missing = [
+            m.manifest
+            for m in probes.manifests
+            if not Path(m.manifest).is_file() and not Path(m.out).is_dir()
+        ]
         if missing and not probes.optional:
-            raise UserError(f"There is no {', '.join(missing)}. Give the folder that holds them: root=FOLDER")
+            raise UserError(
+                f"There is no {', '.join(missing)}. Give the folder that holds them: root=FOLDER"
+            )
         lacking += missing
         found += [] if missing else [probes]
     return found, lacking

@@ -119,7 +119,11 @@ class Results:
     @property
     def tasks(self) -> dict[str, TaskResult]:
         """Return one result of each task, for its title and domain."""
-        return {name: result for measure in reversed(self.measures) for name, result in measure.tasks.items()}
+        return {
+            name: result
+            for measure in reversed(self.measures)
+            for name, result in measure.tasks.items()
+        }
 
     @property
     def answers(self) -> list[str]:
@@ -127,10 +131,15 @@ class Results:
 
     def of(self, arm: str) -> list[Measure]:
         """Return the measures of an arm, seed by seed."""
-        return sorted((measure for measure in self.measures if measure.arm == arm), key=lambda measure: measure.seed)
+        return sorted(
+            (measure for measure in self.measures if measure.arm == arm),
+            key=lambda measure: measure.seed,
+        )
 
     def to_json(self) -> str:
-        return json.dumps({"version": RESULTS_VERSION, **asdict(self)}, indent=1, ensure_ascii=False)
+        return json.dumps(
+            {"version": RESULTS_VERSION, **asdict(self)}, indent=1, ensure_ascii=False
+        )
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,9 +157,15 @@ class Results:
             if data.pop("version") != RESULTS_VERSION:
                 raise ValueError("another version")
             tupled = {name: tuple(data[name]) for name in ("seeds", "audits")}
-            arms = tuple(ArmFacts(arm["name"], tuple(arm["titles"]), arm["choices"]) for arm in data["arms"])
+            arms = tuple(
+                ArmFacts(arm["name"], tuple(arm["titles"]), arm["choices"]) for arm in data["arms"]
+            )
             measures = tuple(_measure(measure) for measure in data["measures"])
-            return cls(**data | tupled | {"arms": arms, "measures": measures, "baseline": _tasks(data["baseline"])})
+            return cls(
+                **data
+                | tupled
+                | {"arms": arms, "measures": measures, "baseline": _tasks(data["baseline"])}
+            )
         except OSError as error:
             raise UserError(f"Cannot read results from {path}: {error.strerror}.") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -167,7 +182,15 @@ def right_share(result: TaskResult, probe_seeds: int) -> np.ndarray:
 def _measure(data: dict[str, Any]) -> Measure:
     curve = tuple(Point(**point) for point in data["curve"])
     cost = Cost(**data["cost"]) if data["cost"] else None
-    return Measure(**data | {"tasks": _tasks(data["tasks"]), "curve": curve, "cost": cost, "commands": tuple(data["commands"])})
+    return Measure(
+        **data
+        | {
+            "tasks": _tasks(data["tasks"]),
+            "curve": curve,
+            "cost": cost,
+            "commands": tuple(data["commands"]),
+        }
+    )
 
 
 def _tasks(data: dict[str, Any]) -> dict[str, TaskResult]:

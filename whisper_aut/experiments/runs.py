@@ -50,7 +50,10 @@ class Found:
     @property
     def kind(self) -> Literal["encoder", "whisper"]:
         """What others start from: with its decoder, where it exports that."""
-        whole = "whisper" in self.settings.export and "whisper" in check_decoder(self.settings.decoder)[0].exports
+        whole = (
+            "whisper" in self.settings.export
+            and "whisper" in check_decoder(self.settings.decoder)[0].exports
+        )
         return "whisper" if whole else "encoder"
 
     def export(self) -> Path:
@@ -74,10 +77,14 @@ def find(run: Run) -> Found:
         fingerprint = run_fingerprint(settings)
     except UserError:  # its shards are not built yet
         return Found(run, settings, overrides, "missing", None)
-    exports = [kind for kind in settings.export if kind in check_decoder(settings.decoder)[0].exports]
+    exports = [
+        kind for kind in settings.export if kind in check_decoder(settings.decoder)[0].exports
+    ]
     begun = None
     for directory in runs_of(Path(settings.runs), settings.name):
-        if directory.finished_with(fingerprint) and all(directory.export(kind).is_dir() for kind in exports):
+        if directory.finished_with(fingerprint) and all(
+            directory.export(kind).is_dir() for kind in exports
+        ):
             return Found(run, settings, overrides, "done", directory)
         if begun is None and _begun_with(directory, fingerprint):
             begun = directory
@@ -92,11 +99,17 @@ def make(run: Run, console: Console) -> Found:
         Interrupted: it was asked to stop.
     """
     place = find(run).settings
-    with one_at_a_time(Path(place.runs) / run.name):  # another process may be at the same experiment
+    with one_at_a_time(
+        Path(place.runs) / run.name
+    ):  # another process may be at the same experiment
         found = find(run)
         if found.state == "done":
             return found
-        resume = str(found.directory.path) if found.directory and _has_checkpoint(found.directory) else ""
+        resume = (
+            str(found.directory.path)
+            if found.directory and _has_checkpoint(found.directory)
+            else ""
+        )
         story = Story(run.config, found.overrides, resume, report=False)
         run_story(found.settings, story, console)
         found = find(run)
@@ -145,13 +158,26 @@ def expected_cost(run: Run) -> Expected:
     if forecast.steps is None:
         return Expected(None, None, None)
     times = forecast.steps * forecast.micro_batches
-    return Expected(forecast.steps, forecast.steps * forecast.step_audio_seconds, times * forecast.cost.flops / 1e12)
+    return Expected(
+        forecast.steps,
+        forecast.steps * forecast.step_audio_seconds,
+        times * forecast.cost.flops / 1e12,
+    )
 
 
 def _start_overrides(run: Run, start: Found) -> tuple[str, ...]:
     """Return the overrides that put the exported start in the place of the config's own."""
-    path = str(start.export()) if start.state == "done" else f"{start.settings.runs}/{start.run.name}/…/export/{start.kind}"
-    return (f"model.path={path}", "model.after=", "model.scratch=null", *(("model.random_init=true",) if run.random else ()))
+    path = (
+        str(start.export())
+        if start.state == "done"
+        else f"{start.settings.runs}/{start.run.name}/…/export/{start.kind}"
+    )
+    return (
+        f"model.path={path}",
+        "model.after=",
+        "model.scratch=null",
+        *(("model.random_init=true",) if run.random else ()),
+    )
 
 
 def _begun_with(directory: RunDirectory, fingerprint: str) -> bool:

@@ -174,7 +174,11 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         UserError: listing all problems.
     """
     settings = build(ExperimentSettings, compose(path, overrides), str(path))
-    problems = [*_number_problems(settings), *_start_problems(settings), *_figure_problems(settings)]
+    problems = [
+        *_number_problems(settings),
+        *_start_problems(settings),
+        *_figure_problems(settings),
+    ]
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise UserError(f"{path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listed}")
@@ -186,7 +190,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+        flat |= (
+            flatten(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+        )
     return flat
 
 
@@ -205,27 +211,42 @@ def _number_problems(settings: ExperimentSettings) -> list[str]:
 
 def _start_problems(settings: ExperimentSettings) -> list[str]:
     """Say which starts are named but not defined, lead back to themselves, or compete."""
-    problems = [f"axes.{axis}: has no choice" for axis, choices in settings.axes.items() if not choices]
+    problems = [
+        f"axes.{axis}: has no choice" for axis, choices in settings.axes.items() if not choices
+    ]
     used = {f"starts.{name}.start": start.start for name, start in settings.starts.items()}
-    givers = [axis for axis, choices in settings.axes.items() if any(choice.start for choice in choices.values())]
+    givers = [
+        axis
+        for axis, choices in settings.axes.items()
+        if any(choice.start for choice in choices.values())
+    ]
     for axis in givers:
-        used |= {f"axes.{axis}.{name}.start": choice.start for name, choice in settings.axes[axis].items()}
+        used |= {
+            f"axes.{axis}.{name}.start": choice.start
+            for name, choice in settings.axes[axis].items()
+        }
     for place, start in used.items():
         name = start.removeprefix(RANDOM)
         if name and name not in settings.starts:
             known = ", ".join(settings.starts) or "none"
-            problems.append(f"{place}: there is no start {name!r}.{nearest(name, settings.starts)} There are: {known}")
+            problems.append(
+                f"{place}: there is no start {name!r}.{nearest(name, settings.starts)} There are: {known}"
+            )
     if len(givers) > 1:
         problems.append(f"axes: only one axis can say where arms start; {' and '.join(givers)} do")
     if not settings.config and not givers:
-        problems.append("config: missing; without one, an axis must say by `start` which encoders are measured")
+        problems.append(
+            "config: missing; without one, an axis must say by `start` which encoders are measured"
+        )
     for name in settings.starts:
         seen, current = [name], settings.starts[name].start.removeprefix(RANDOM)
         while current in settings.starts and current not in seen:
             seen.append(current)
             current = settings.starts[current].start.removeprefix(RANDOM)
         if current in seen:
-            problems.append(f"starts.{name}: leads back to itself by {' → '.join([*seen, current])}")
+            problems.append(
+                f"starts.{name}: leads back to itself by {' → '.join([*seen, current])}"
+            )
     return problems
 
 

@@ -116,7 +116,9 @@ def domains_of(results: Results) -> list[str]:
 
 def domain_score(results: Results, measure: Measure, domain: str) -> float:
     """Return the mean of a domain's tasks, which weigh alike."""
-    return float(np.mean([result.score for result in measure.tasks.values() if result.domain == domain]))
+    return float(
+        np.mean([result.score for result in measure.tasks.values() if result.domain == domain])
+    )
 
 
 def differences(results: Results) -> list[Difference]:
@@ -138,7 +140,9 @@ def seed_differences(results: Results) -> list[SeedDifference]:
     for arm, pairs in _pairs(results):
         for figure in _seed_figures(results):
             values = [(figure.of(one), figure.of(other)) for one, other in pairs]
-            known = [(mine, theirs) for mine, theirs in values if mine is not None and theirs is not None]
+            known = [
+                (mine, theirs) for mine, theirs in values if mine is not None and theirs is not None
+            ]
             if known and len(known) == len(values):
                 found.append(_seed_difference(arm, figure, known))
     corrected = _corrected([one.p_value for one in found])
@@ -147,7 +151,11 @@ def seed_differences(results: Results) -> list[SeedDifference]:
 
 def price(curves: Sequence[Sequence[Point]], threshold: float) -> Price:
     """Return what the first validation at or below a threshold had cost, over the seeds that reached it."""
-    reached = [point for curve in curves if (point := next((p for p in curve if p.loss <= threshold), None))]
+    reached = [
+        point
+        for curve in curves
+        if (point := next((p for p in curve if p.loss <= threshold), None))
+    ]
 
     def over(values: Sequence[float | None]) -> Spread | None:
         known = [value for value in values if value is not None]
@@ -168,7 +176,11 @@ def _pairs(results: Results) -> Iterator[tuple[str, list[tuple[Measure, Measure]
     """Yield each arm but the reference with its measures beside the reference's of the same seeds."""
     base = {measure.seed: measure for measure in results.of(results.reference)}
     for arm in results.arms:
-        pairs = [(measure, base[measure.seed]) for measure in results.of(arm.name) if measure.seed in base]
+        pairs = [
+            (measure, base[measure.seed])
+            for measure in results.of(arm.name)
+            if measure.seed in base
+        ]
         if arm.name != results.reference and pairs:
             yield arm.name, pairs
 
@@ -192,12 +204,23 @@ def _seed_figures(results: Results) -> list[_SeedFigure]:
     """Name what a whole training is compared by. Losses compare where an experiment has thresholds for them."""
     figures = []
     if results.answers:
-        figures.append(_SeedFigure("right answers (points)", _right_answers, decimals=1, lower_is_better=False))
+        figures.append(
+            _SeedFigure("right answers (points)", _right_answers, decimals=1, lower_is_better=False)
+        )
     thresholds = results.settings.get("thresholds", [])
     if not thresholds:
         return figures
-    figures.append(_SeedFigure("final validation loss", lambda measure: measure.curve[-1].loss if measure.curve else None))
-    shared = [threshold for threshold in thresholds if all(_teraflop_to(measure, threshold) for measure in results.measures)]
+    figures.append(
+        _SeedFigure(
+            "final validation loss",
+            lambda measure: measure.curve[-1].loss if measure.curve else None,
+        )
+    )
+    shared = [
+        threshold
+        for threshold in thresholds
+        if all(_teraflop_to(measure, threshold) for measure in results.measures)
+    ]
     if shared:
         lowest = min(shared)
         name = f"TFLOP to a loss of {lowest:g}, ratio"
@@ -214,17 +237,35 @@ def _teraflop_to(measure: Measure, threshold: float) -> float | None:
     return next((point.teraflop for point in measure.curve if point.loss <= threshold), None)
 
 
-def _seed_difference(arm: str, figure: _SeedFigure, pairs: Sequence[tuple[float, float]]) -> SeedDifference:
-    per_seed = tuple(math.log(mine / theirs) if figure.ratio else mine - theirs for mine, theirs in pairs)
+def _seed_difference(
+    arm: str, figure: _SeedFigure, pairs: Sequence[tuple[float, float]]
+) -> SeedDifference:
+    per_seed = tuple(
+        math.log(mine / theirs) if figure.ratio else mine - theirs for mine, theirs in pairs
+    )
     value, std = mean_std(per_seed)
     p_value = _over_seeds(per_seed)
     return SeedDifference(
-        arm, figure.name, value, std, per_seed, figure.ratio, figure.decimals, figure.lower_is_better, p_value, None
+        arm,
+        figure.name,
+        value,
+        std,
+        per_seed,
+        figure.ratio,
+        figure.decimals,
+        figure.lower_is_better,
+        p_value,
+        None,
     )
 
 
-def _difference(results: Results, arm: str, domain: str, pairs: Sequence[tuple[Measure, Measure]]) -> Difference:
-    per_seed = [domain_score(results, one, domain) - domain_score(results, other, domain) for one, other in pairs]
+def _difference(
+    results: Results, arm: str, domain: str, pairs: Sequence[tuple[Measure, Measure]]
+) -> Difference:
+    per_seed = [
+        domain_score(results, one, domain) - domain_score(results, other, domain)
+        for one, other in pairs
+    ]
     value, std = mean_std(per_seed)
     clips = _clips(results, domain, pairs)
     over_clips = paired_difference(*clips, [1.0] * len(clips[0])) if clips else None
@@ -250,11 +291,15 @@ def _clips(
     for task in [name for name, result in results.tasks.items() if result.domain == domain]:
         found = [(one.tasks[task], other.tasks[task]) for one, other in pairs]
         if len({result.keys for pair in found for result in pair}) > 1:
-            raise UserError(f"Arms were tested on different clips of {task!r}: their shards changed. Run the experiment anew.")
+            raise UserError(
+                f"Arms were tested on different clips of {task!r}: their shards changed. Run the experiment anew."
+            )
         if not all(result.right for pair in found for result in pair):
             return None
         ours.append(np.mean([right_share(one, results.probe_seeds) for one, _ in found], axis=0))
-        theirs.append(np.mean([right_share(other, results.probe_seeds) for _, other in found], axis=0))
+        theirs.append(
+            np.mean([right_share(other, results.probe_seeds) for _, other in found], axis=0)
+        )
     return ours, theirs
 
 

@@ -41,12 +41,21 @@ def score_sheet(results: Results) -> Sheet:
     rows = []
     if results.baseline:
         known = [results.baseline.get(name) for name in tasks]
-        rows.append((BASELINE_NAME, *[""] * (_axes(results) - 1), *(_percent(_alone(result)) for result in known)))
+        rows.append(
+            (
+                BASELINE_NAME,
+                *[""] * (_axes(results) - 1),
+                *(_percent(_alone(result)) for result in known),
+            )
+        )
     for arm in results.arms:
         measures = results.of(arm.name)
         cells = [[m.tasks[name].score for m in measures if name in m.tasks] for name in tasks]
         rows.append((*arm.titles, *(_percent(spread(cell) if cell else None) for cell in cells)))
-    head = (*_axis_names(results), *(f"{task.title} ({task.domain}, {task.test_clips})" for task in tasks.values()))
+    head = (
+        *_axis_names(results),
+        *(f"{task.title} ({task.domain}, {task.test_clips})" for task in tasks.values()),
+    )
     return Sheet(
         "Linear probes, protocol strict: scores in %",
         f"In brackets: domain and test clips. ± is the standard deviation over {len(results.seeds)} trainings with other seeds, each a "
@@ -62,12 +71,12 @@ def answer_sheet(results: Results) -> Sheet:
     rows = []
     for arm in results.arms:
         measures = results.of(arm.name)
-        cells = [[m.answers[name] for m in measures if name in m.answers] for name in results.answers]
+        cells = [
+            [m.answers[name] for m in measures if name in m.answers] for name in results.answers
+        ]
         rows.append((*arm.titles, *(_percent(spread(cell) if cell else None) for cell in cells)))
     head = (*_axis_names(results), *(name.replace("_", " ") for name in results.answers))
-    caption = (
-        "What the language model answers about test clips, greedily, in %. `exact`: equal to the reference after normalisation."
-    )
+    caption = "What the language model answers about test clips, greedily, in %. `exact`: equal to the reference after normalisation."
     return Sheet("Answers", caption, head, tuple(rows), _axes(results))
 
 
@@ -119,7 +128,12 @@ def price_sheet(results: Results) -> Sheet:
                 (found.seconds, "{:.0f}"),
             )
             rows.append(
-                (*arm.titles, f"{threshold:g}", f"{found.reached} of {found.seeds}", *(_number(*cell) for cell in cells))
+                (
+                    *arm.titles,
+                    f"{threshold:g}",
+                    f"{found.reached} of {found.seeds}",
+                    *(_number(*cell) for cell in cells),
+                )
             )
     head = (
         *_axis_names(results),
@@ -138,7 +152,11 @@ def difference_sheet(results: Results) -> Sheet:
     """Lay out each arm against the reference, domain by domain."""
     titles = {arm.name: arm.titles for arm in results.arms}
     found = differences(results)
-    shown = found if len(found) <= MAX_DIFFERENCES else [one for one in found if one.verdict != "no significant difference"]
+    shown = (
+        found
+        if len(found) <= MAX_DIFFERENCES
+        else [one for one in found if one.verdict != "no significant difference"]
+    )
     rows = tuple((*titles[one.arm], one.domain, *_difference_cells(one)) for one in shown)
     head = (
         *_axis_names(results), "domain", "difference", "95 % interval, clips", "p, clips (Holm)", "p, seeds", "verdict"
@@ -158,7 +176,15 @@ def seed_difference_sheet(results: Results) -> Sheet:
     titles = {arm.name: arm.titles for arm in results.arms}
     found = seed_differences(results)
     rows = tuple((*titles[one.arm], one.figure, *_seed_difference_cells(one)) for one in found)
-    head = (*_axis_names(results), "figure", "difference or ratio", "seed by seed", "p, seeds", "p, seeds (Holm)", "verdict")
+    head = (
+        *_axis_names(results),
+        "figure",
+        "difference or ratio",
+        "seed by seed",
+        "p, seeds",
+        "p, seeds (Holm)",
+        "verdict",
+    )
     caption = (
         f"Against {', '.join(titles[results.reference])}, by a paired t-test over seeds, corrected after Holm for the whole table. Ratios "
         "are compared by their logarithms. Answers: the mean of the tasks, which weigh alike. Few seeds find large differences only."
@@ -168,7 +194,12 @@ def seed_difference_sheet(results: Results) -> Sheet:
 
 def commands_page(results: Results) -> str:
     """Return every command of the experiment once: the runs in their order, then what measures each arm."""
-    of_runs = {command: None for measure in results.measures for command in measure.commands if " train " in command}
+    of_runs = {
+        command: None
+        for measure in results.measures
+        for command in measure.commands
+        if " train " in command
+    }
     lines = [
         f"# {results.title}: commands",
         "",
@@ -183,7 +214,11 @@ def commands_page(results: Results) -> str:
     ]
     for measure in results.measures:
         probes = [command for command in measure.commands if command not in of_runs]
-        lines += [f"{measure.arm}, seed {measure.seed}:", "", "```", *probes, "```", ""] if probes else []
+        lines += (
+            [f"{measure.arm}, seed {measure.seed}:", "", "```", *probes, "```", ""]
+            if probes
+            else []
+        )
     return "\n".join(lines)
 
 
@@ -192,7 +227,12 @@ def page(results: Results, picture: str) -> str:
     parts = [f"![{results.title}: {results.question}]({picture})", ""]
     parts += [markdown(sheet) for sheet in sheets(results)]
     if results.audits:
-        parts += ["**Audit of the training shards**", "", *(f"- {line}" for line in results.audits), ""]
+        parts += [
+            "**Audit of the training shards**",
+            "",
+            *(f"- {line}" for line in results.audits),
+            "",
+        ]
     return "\n".join(parts)
 
 
@@ -210,19 +250,34 @@ def put_into(document: Path, name: str, text: str) -> None:
     pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.S)
     if not pattern.search(before):
         raise UserError(f"{document} has no lines {begin} and {end}; the tables go between them.")
-    document.write_text(pattern.sub(lambda _: f"{begin}\n{text.strip()}\n{end}", before), encoding="utf-8")
+    document.write_text(
+        pattern.sub(lambda _: f"{begin}\n{text.strip()}\n{end}", before), encoding="utf-8"
+    )
 
 
 def _difference_cells(one: Difference) -> tuple[str, ...]:
-    interval = BLANK if one.low is None or one.high is None else f"{100 * one.low:+.1f} … {100 * one.high:+.1f}"
+    interval = (
+        BLANK
+        if one.low is None or one.high is None
+        else f"{100 * one.low:+.1f} … {100 * one.high:+.1f}"
+    )
     deviation = "" if one.std is None else f" ± {100 * one.std:.1f}"
-    return f"{100 * one.value:+.1f}{deviation}", interval, _p_value(one.p_holm), _p_value(one.p_seeds), one.verdict
+    return (
+        f"{100 * one.value:+.1f}{deviation}",
+        interval,
+        _p_value(one.p_holm),
+        _p_value(one.p_seeds),
+        one.verdict,
+    )
 
 
 def _seed_difference_cells(one: SeedDifference) -> tuple[str, ...]:
     written = f"{{:+.{one.decimals}f}}"
     if one.ratio:
-        value, each = f"× {math.exp(one.value):.2f}", [f"{math.exp(value):.2f}" for value in one.per_seed]
+        value, each = (
+            f"× {math.exp(one.value):.2f}",
+            [f"{math.exp(value):.2f}" for value in one.per_seed],
+        )
     else:
         value, each = written.format(one.value), [written.format(value) for value in one.per_seed]
         value += "" if one.std is None else f" ± {written.format(one.std).lstrip('+')}"

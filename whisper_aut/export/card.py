@@ -57,7 +57,9 @@ def write_card(run: Path, out: Path, kind: str, dtype: str = "fp32") -> Path:
 def _front_matter(config: Mapping[str, Any], facts: Mapping[str, Any], kind: str) -> str:
     values: dict[str, Any] = {
         "library_name": "onnx" if kind == "onnx" else "transformers",
-        "pipeline_tag": "automatic-speech-recognition" if kind == "whisper" else "feature-extraction",
+        "pipeline_tag": "automatic-speech-recognition"
+        if kind == "whisper"
+        else "feature-extraction",
         "tags": ["audio", "whisper", "whisper-aut"],
     }
     if "/" in (start := _start(config)):
@@ -84,16 +86,22 @@ def _recipe(config: Mapping[str, Any], facts: Mapping[str, Any], done: Mapping[s
     lines = {
         "recipe": PAPERS.get(decoder["name"], f"decoder `{decoder['name']}`"),
         "started from": _start(config) or "a random initialisation",
-        "taught through": facts.get("decoder", {}).get("language_model") or decoder.get("language_model") or "its own decoder",
+        "taught through": facts.get("decoder", {}).get("language_model")
+        or decoder.get("language_model")
+        or "its own decoder",
         "optimiser": f"AdamW, learning rate {optim['lr']:g}, {optim['schedule']} schedule, {optim['warmup_steps']} warm-up steps, "
         f"weight decay {optim['weight_decay']:g}",
         "steps": f"{done.get('steps', 'unfinished')} of {config['data']['batch_clips'] * trainer['accumulate']} clips a rank",
         "seed, precision": f"{config['seed']}, {config['hardware']['precision']}",
         "code": facts.get("git") or f"whisper-aut {__version__}",
     }
-    figures = {name: value for name, value in done.get("metrics", {}).items() if name.startswith("valid/")}
+    figures = {
+        name: value for name, value in done.get("metrics", {}).items() if name.startswith("valid/")
+    }
     if figures:
-        lines["validation"] = ", ".join(f"{name.removeprefix('valid/')} {value:.4g}" for name, value in sorted(figures.items()))
+        lines["validation"] = ", ".join(
+            f"{name.removeprefix('valid/')} {value:.4g}" for name, value in sorted(figures.items())
+        )
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
 
 
@@ -116,20 +124,26 @@ def _data(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     for source in facts["data"]:
         shares[source["domain"]] += source["share"]
     mixture = ", ".join(f"{share:.0%} {domain}" for domain, share in shares.most_common())
-    unknown = sum(source["share"] for source in facts["data"] if not _licences(source, stated).strip("–"))
+    unknown = sum(
+        source["share"] for source in facts["data"] if not _licences(source, stated).strip("–")
+    )
     note = f"\n\n{unknown:.0%} of what was trained on states no licence." if unknown else ""
     return f"{mixture}, by clips.\n\n{_table(['source', 'domain', 'share', 'clips', 'hours', 'licence'], rows)}{note}"
 
 
 def _licences(source: Mapping[str, Any], stated: Mapping[str, str]) -> str:
-    listed = [licence for licence in source.get("licences", []) if licence] or [stated.get(source["root"], "")]
+    listed = [licence for licence in source.get("licences", []) if licence] or [
+        stated.get(source["root"], "")
+    ]
     return ", ".join(listed) or "–"
 
 
 def _audit(audit: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     if not audit:
         return "Not audited: whether clips of the probe sets were trained on is unknown."
-    counts = "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in _flat(audit.get("counts", {})))
+    counts = "\n".join(
+        f"- {name.replace('_', ' ')}: {value}" for name, value in _flat(audit.get("counts", {}))
+    )
     excluded = sum(source.get("excluded", 0) for source in facts.get("data", []))
     return f"`whisper-aut data audit` compared the training data with the probe sets:\n{counts}\n- clips left out of training: {excluded}"
 
@@ -137,7 +151,11 @@ def _audit(audit: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for name, value in values.items():
-        found += _flat(value, f"{prefix}{name} ") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+        found += (
+            _flat(value, f"{prefix}{name} ")
+            if isinstance(value, Mapping)
+            else [(f"{prefix}{name}", value)]
+        )
     return found
 
 
@@ -147,8 +165,13 @@ def _probes(scores: Mapping[str, Any]) -> str:
         return "Not probed."
     encoders = list(dict.fromkeys(entry["encoder"] for entry in entries))
     cells = {(entry["task"], entry["encoder"]): _score(entry) for entry in entries}
-    titles = {entry["task"]: f"{entry['title']} ({entry['metric']}, {entry['kind']})" for entry in entries}
-    rows = [[title, *(cells.get((task, encoder), "–") for encoder in encoders)] for task, title in titles.items()]
+    titles = {
+        entry["task"]: f"{entry['title']} ({entry['metric']}, {entry['kind']})" for entry in entries
+    }
+    rows = [
+        [title, *(cells.get((task, encoder), "–") for encoder in encoders)]
+        for task, title in titles.items()
+    ]
     table = _table(["in %", *encoders], rows)
     seeds = len(scores.get("seeds", []))
     note = (

@@ -48,11 +48,15 @@ def answer(module: AudioTextModule, audio: Path, question: str, *, max_new_token
         UserError: the file cannot be used, or the decoder takes no questions.
     """
     if not isinstance(module.codec, Askable):
-        raise UserError("The decoder of this run takes no questions; runs with decoder=causal_lm do.")
+        raise UserError(
+            "The decoder of this run takes no questions; runs with decoder=causal_lm do."
+        )
     return _written(module, audio, module.codec.ask(question), max_new_tokens)
 
 
-def describe(module: AudioTextModule, audio: Path, *, domain: str = "sound", max_new_tokens: int = 64) -> str:
+def describe(
+    module: AudioTextModule, audio: Path, *, domain: str = "sound", max_new_tokens: int = 64
+) -> str:
     """Return the text that a run's Whisper decoder writes for one file, as for a clip of a domain.
 
     Raises:
@@ -71,9 +75,13 @@ def _written(module: AudioTextModule, audio: Path, prompt: Tensor, max_new_token
     except SampleRefused as refused:
         missing = refused.reason is Reason.MISSING_FILE
         raise UserError(
-            f"Cannot read {audio}: {refused.detail}." if missing else f"{audio} cannot be used: {refused}."
+            f"Cannot read {audio}: {refused.detail}."
+            if missing
+            else f"{audio} cannot be used: {refused}."
         ) from None
-    frames = module.encoder(LogMel(module.encoder.num_mel_bins)(waveform), [mel_frames(len(waveform))])
+    frames = module.encoder(
+        LogMel(module.encoder.num_mel_bins)(waveform), [mel_frames(len(waveform))]
+    )
     (tokens,) = module.decoder.generate(frames.values, frames.lengths, [prompt], max_new_tokens)
     return module.codec.decode(tokens)
 
@@ -114,9 +122,15 @@ def evaluate(
     metrics, ledger, clips = AnswerMetrics(codec.metrics), Ledger(None), 0
     with out.open("w") if out else nullcontext() as file:
         for group in _groups(shards, limit, build.limits):
-            items = [item if isinstance(item, Refusal) else build(item, domain, place) for place, item in group]
+            items = [
+                item if isinstance(item, Refusal) else build(item, domain, place)
+                for place, item in group
+            ]
             examples = [item for item in items if isinstance(item, Example)]
-            ledger.record((example.source for example in examples), [item for item in items if isinstance(item, Refusal)])
+            ledger.record(
+                (example.source for example in examples),
+                [item for item in items if isinstance(item, Refusal)],
+            )
             clips += len(examples)
             for entry in _answered(module, codec, examples, max_new_tokens):
                 metrics.update(entry["task"], entry["generated"], entry["reference"])
@@ -126,7 +140,9 @@ def evaluate(
     return Evaluation(figures, clips, ledger.summary())
 
 
-def _groups(shards: Sequence[str], limit: int | None, limits: ClipLimits) -> Iterator[list[tuple[int, Sample | Refusal]]]:
+def _groups(
+    shards: Sequence[str], limit: int | None, limits: ClipLimits
+) -> Iterator[list[tuple[int, Sample | Refusal]]]:
     """Yield the samples of all folders with their places in their folder, some at a time."""
     for folder in shards:
         samples = enumerate(islice(iter_samples(open_index(folder), limits), limit))
@@ -141,7 +157,9 @@ def _answered(
         return
     batch = pack(examples, [], module.encoder.num_mel_bins)
     frames = module.encoder(batch.mel, batch.mel_lengths)
-    answers = module.decoder.generate(frames.values, frames.lengths, batch.targets.prompts(), max_new_tokens)
+    answers = module.decoder.generate(
+        frames.values, frames.lengths, batch.targets.prompts(), max_new_tokens
+    )
     for example, tokens in zip(examples, answers, strict=True):
         facts = {"key": example.key, "domain": example.domain, "task": example.target.task}
         yield {**facts, "reference": example.target.text, "generated": codec.decode(tokens)}
@@ -151,5 +169,7 @@ def _codec_for(codec: TextCodec, tasks: Sequence[str]) -> TextCodec:
     if not tasks:
         return codec
     if not isinstance(codec, ChatText):
-        raise UserError(f"The decoder of this run cannot be asked for {', '.join(tasks)}; runs with decoder=causal_lm can.")
+        raise UserError(
+            f"The decoder of this run cannot be asked for {', '.join(tasks)}; runs with decoder=causal_lm can."
+        )
     return replace(codec, instructions=codec.instructions.only(tasks))

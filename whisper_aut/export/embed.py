@@ -36,7 +36,11 @@ class _Source:
     def load(self, limits: ClipLimits) -> Tensor:
         if isinstance(self.content, SampleRefused):
             raise self.content
-        return load_file(self.content, limits) if isinstance(self.content, Path) else load_waveform(self.content, limits)
+        return (
+            load_file(self.content, limits)
+            if isinstance(self.content, Path)
+            else load_waveform(self.content, limits)
+        )
 
     def size(self) -> int:
         return len(self.content) if isinstance(self.content, bytes) else 0
@@ -89,7 +93,9 @@ def embed_paths(
     sources = (source for path in paths for source in _sources(path, options.limits))
     for group in _groups(sources, options, refused, advance):
         waveforms = [waveform for _, waveform in group]
-        encoded = encoder.encode(waveforms, SAMPLE_RATE_HZ, options.layers, batch_seconds=options.batch_seconds)
+        encoded = encoder.encode(
+            waveforms, SAMPLE_RATE_HZ, options.layers, batch_seconds=options.batch_seconds
+        )
         rows += [pool(frames) for frames in encoded]
         names += [source.name for source, _ in group]
         seconds += [len(waveform) / SAMPLE_RATE_HZ for waveform in waveforms]
@@ -107,7 +113,9 @@ def count_clips(paths: Sequence[str]) -> int:
     Raises:
         UserError: a path with no audio at it.
     """
-    return sum(open_index(path).samples if _is_shards(path) else len(_files(path)) for path in paths)
+    return sum(
+        open_index(path).samples if _is_shards(path) else len(_files(path)) for path in paths
+    )
 
 
 def summary(refused: dict[str, str]) -> str:
@@ -122,11 +130,16 @@ def _frames_first(frames: Tensor) -> Tensor:
 
 
 def _groups(
-    sources: Iterator[_Source], options: EmbedOptions, refused: dict[str, str], advance: Callable[[], object]
+    sources: Iterator[_Source],
+    options: EmbedOptions,
+    refused: dict[str, str],
+    advance: Callable[[], object],
 ) -> Iterator[list[tuple[_Source, Tensor]]]:
     """Collect decoded clips into groups of a batch's seconds; what cannot be decoded goes to `refused`."""
     group, seconds = [], 0.0
-    for source, waveform in decoded_ahead(sources, lambda source: source.load(options.limits), _Source.size, options.workers):
+    for source, waveform in decoded_ahead(
+        sources, lambda source: source.load(options.limits), _Source.size, options.workers
+    ):
         advance()
         if isinstance(waveform, SampleRefused):
             refused[source.name] = str(waveform)
@@ -167,7 +180,11 @@ def _files(path: str) -> list[Path]:
             raise UserError(f"There is no file or folder {path}.")
         return [Path(path)]
     below = glob.iglob(os.path.join(glob.escape(path), "**", "*"), recursive=True)
-    files = sorted(Path(name) for name in below if name.rpartition(".")[2].lower() in AUDIO_SUFFIXES and os.path.isfile(name))
+    files = sorted(
+        Path(name)
+        for name in below
+        if name.rpartition(".")[2].lower() in AUDIO_SUFFIXES and os.path.isfile(name)
+    )
     if not files:
         raise UserError(f"{path} holds no shards and no audio files ({', '.join(AUDIO_SUFFIXES)}).")
     return files

@@ -37,14 +37,20 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         UserError: missing, damaged, or not a checkpoint of this project.
     """
     if not path.exists():
-        raise UserError(f"There is no checkpoint {path}. Train first, or name a run directory under runs/.")
+        raise UserError(
+            f"There is no checkpoint {path}. Train first, or name a run directory under runs/."
+        )
     if path.is_dir():
         weights = read_weights(path)
     else:
         try:
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[
+                "state_dict"
+            ]
         except Exception as error:
-            raise UserError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
+            raise UserError(
+                f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}"
+            ) from None
     if not any(name.startswith(ENCODER_PREFIX) for name in weights):
         raise UserError(f"{path} holds no encoder of whisper-aut.")
     return weights
@@ -89,18 +95,29 @@ def export_checkpoint(
 
 
 def _write(
-    weights: dict[str, torch.Tensor], start: Start, out: Path, kind: ExportKind, dtype: torch.dtype, padding: Padding
+    weights: dict[str, torch.Tensor],
+    start: Start,
+    out: Path,
+    kind: ExportKind,
+    dtype: torch.dtype,
+    padding: Padding,
 ) -> None:
     if kind == "onnx":
         if dtype != torch.float32:
-            raise UserError("The ONNX graph is float32, as its log-mel needs; convert it with your runtime's own tools.")
+            raise UserError(
+                "The ONNX graph is float32, as its log-mel needs; convert it with your runtime's own tools."
+            )
         write_onnx(_encoder_model(weights, start).encoder, padding, out)
         return
     if kind in TOWERS:
         encoder = _encoder_model(weights, start).encoder.state_dict()
-        write_tower(kind, {name: weight.to(dtype) for name, weight in encoder.items()}, start.config, out)
+        write_tower(
+            kind, {name: weight.to(dtype) for name, weight in encoder.items()}, start.config, out
+        )
     else:
-        model = _encoder_model(weights, start) if kind == "encoder" else _whisper_model(weights, start)
+        model = (
+            _encoder_model(weights, start) if kind == "encoder" else _whisper_model(weights, start)
+        )
         setattr(model.config, TRAINED_PADDING, padding)
         model.to(dtype).save_pretrained(out)  # pyright: ignore[reportArgumentType]
     start.feature_extractor.save_pretrained(out)
@@ -112,9 +129,13 @@ def _write(
 def _refuse_foreign(out: Path, start: Start) -> None:
     """An export replaces its directory whole: that must be an export, or nothing, and not what the run started from."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file()):
-        raise UserError(f"{out} holds something that is no export and would be lost. Name an empty or a new folder.")
+        raise UserError(
+            f"{out} holds something that is no export and would be lost. Name an empty or a new folder."
+        )
     if Path(start.path).resolve() == out.resolve():
-        raise UserError(f"{out} is the model that this run started from, and would be lost. Name another folder.")
+        raise UserError(
+            f"{out} is the model that this run started from, and would be lost. Name another folder."
+        )
 
 
 def _encoder_model(weights: dict[str, torch.Tensor], start: Start) -> WhisperModel:
@@ -137,9 +158,13 @@ def _encoder_model(weights: dict[str, torch.Tensor], start: Start) -> WhisperMod
     return model
 
 
-def _whisper_model(weights: dict[str, torch.Tensor], start: Start) -> WhisperForConditionalGeneration:
+def _whisper_model(
+    weights: dict[str, torch.Tensor], start: Start
+) -> WhisperForConditionalGeneration:
     if not any(name.startswith(DECODER_PREFIX) for name in weights):
-        raise UserError("This run trained no Whisper decoder, so there is none to keep. Export the encoder: --format encoder.")
+        raise UserError(
+            "This run trained no Whisper decoder, so there is none to keep. Export the encoder: --format encoder."
+        )
     model = WhisperForConditionalGeneration(start.config)
     _fill(model.model.encoder, weights, ENCODER_PREFIX)
     _fill(model.model.decoder, weights, DECODER_PREFIX)
@@ -147,6 +172,12 @@ def _whisper_model(weights: dict[str, torch.Tensor], start: Start) -> WhisperFor
     return model
 
 
-def _fill(module: WhisperEncoder | torch.nn.Module, weights: dict[str, torch.Tensor], prefix: str) -> None:
-    own: dict[str, Any] = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+def _fill(
+    module: WhisperEncoder | torch.nn.Module, weights: dict[str, torch.Tensor], prefix: str
+) -> None:
+    own: dict[str, Any] = {
+        name.removeprefix(prefix): weight
+        for name, weight in weights.items()
+        if name.startswith(prefix)
+    }
     module.load_state_dict(own, strict=True)

@@ -15,7 +15,9 @@ from whisper_aut import __version__
 from whisper_aut.errors import UserError
 
 # Version 1 of huggingface_hub speaks through httpx, version 2 through its successor; both call their errors alike.
-HTTPError: type[Exception] = import_module(type(get_session()).__module__.partition(".")[0]).HTTPError
+HTTPError: type[Exception] = import_module(
+    type(get_session()).__module__.partition(".")[0]
+).HTTPError
 
 
 def push(folder: Path, repository: str, *, private: bool = False, api: HfApi | None = None) -> str:
@@ -38,7 +40,11 @@ def push(folder: Path, repository: str, *, private: bool = False, api: HfApi | N
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "no")
         hint = " Log in first: hf auth login" if status == 401 else ""
-        raise UserError(f"The hub refused {repository} with status {status}: {str(error).splitlines()[0]}{hint}") from None
+        raise UserError(
+            f"The hub refused {repository} with status {status}: {str(error).splitlines()[0]}{hint}"
+        ) from None
     except (OSError, HTTPError) as error:
-        raise UserError(f"The hub cannot be reached: {error}. What was exported lies in {folder}.") from None
+        raise UserError(
+            f"The hub cannot be reached: {error}. What was exported lies in {folder}."
+        ) from None
     return str(commit.commit_url)

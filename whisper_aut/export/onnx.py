@@ -53,7 +53,13 @@ class WaveformEncoder(nn.Module):
         super().__init__()
         self.whisper, self.padding = whisper, padding
         logmel = LogMel(whisper.config.num_mel_bins)
-        angle = 2 * pi * torch.arange(len(logmel.filters)).double()[:, None] * torch.arange(WINDOW_SAMPLES) / WINDOW_SAMPLES
+        angle = (
+            2
+            * pi
+            * torch.arange(len(logmel.filters)).double()[:, None]
+            * torch.arange(WINDOW_SAMPLES)
+            / WINDOW_SAMPLES
+        )
         window = torch.hann_window(WINDOW_SAMPLES, dtype=torch.float64)
         waves = torch.cat([angle.cos() * window, angle.sin() * window])[:, None]
         self.register_buffer("spectrum", waves.float())
@@ -81,7 +87,9 @@ class WaveformEncoder(nn.Module):
         """`[S]` → `[M, F']`, as `data.logmel` computes it: mirrored at the start, and at the end of the 30 s."""
         half = WINDOW_SAMPLES // 2
         recording = torch.cat([waveform, waveform.new_zeros(MAX_SAMPLES)])[:MAX_SAMPLES]
-        padded = torch.cat([recording[1 : half + 1].flip(0), recording, recording[-half - 1 : -1].flip(0)])
+        padded = torch.cat(
+            [recording[1 : half + 1].flip(0), recording, recording[-half - 1 : -1].flip(0)]
+        )
         seen = padded[: (frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES]
         real, imaginary = conv1d(seen[None, None], self.spectrum, stride=HOP_SAMPLES)[0].chunk(2)
         mel = (self.filters @ (real.square() + imaginary.square())).clamp(min=LOG_FLOOR).log10()

@@ -39,7 +39,9 @@ class SearchIndex:
 
     def __init__(self, vectors: Vectors):
         if vectors.lengths:
-            raise UserError("The index holds frames; search needs one vector a clip. Embed again without --frames.")
+            raise UserError(
+                "The index holds frames; search needs one vector a clip. Embed again without --frames."
+            )
         self.names, self.origin = vectors.names, vectors.origin
         self.units = normalize(vectors.values.flatten(1), dim=1)
 
@@ -55,7 +57,9 @@ class SearchIndex:
         Raises:
             UserError: it is not there, or its weights are others.
         """
-        encoder = load_encoder(path or self.origin.encoder, padding=cast(Padding, self.origin.padding), device=device)
+        encoder = load_encoder(
+            path or self.origin.encoder, padding=cast(Padding, self.origin.padding), device=device
+        )
         if encoder.fingerprint() != self.origin.fingerprint:
             raise UserError(
                 f"{path or self.origin.encoder} is not the encoder that made the index: its weights are others. "

@@ -28,6 +28,8 @@ def find_checkpoint(path: Path) -> tuple[Path, Start]:
         )
     checkpoint = path if named else run.last_checkpoint
     if not checkpoint.exists():
-        raise UserError(f"{run.path} has saved no checkpoint yet ({checkpoint.relative_to(run.path)} is missing).")
+        raise UserError(
+            f"{run.path} has saved no checkpoint yet ({checkpoint.relative_to(run.path)} is missing)."
+        )
     start = json.loads(facts.read_text())["start"]
     return checkpoint, Start(start["path"], start["revision"])

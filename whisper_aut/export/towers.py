@@ -28,8 +28,21 @@ from whisper_aut.errors import UserError
 
 POSITIONS = "embed_positions.weight"
 WEIGHTS, PARTIAL_WEIGHTS = "model.safetensors", "tower.safetensors"
-SIZES = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins", "max_source_positions")
-BEHAVIOUR = ("activation_function", "scale_embedding", "dropout", "attention_dropout", "activation_dropout")
+SIZES = (
+    "d_model",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "num_mel_bins",
+    "max_source_positions",
+)
+BEHAVIOUR = (
+    "activation_function",
+    "scale_embedding",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,11 @@ def write_tower(name: str, weights: dict[str, Tensor], config: WhisperConfig, ou
     if kind.theirs:
         tower_config.dtype = dtype
         tower_config.save_pretrained(out)
-        save_file({key: weight.contiguous() for key, weight in state.items()}, out / PARTIAL_WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            {key: weight.contiguous() for key, weight in state.items()},
+            out / PARTIAL_WEIGHTS,
+            metadata={"format": "pt"},
+        )
     else:
         tower.to(dtype).save_pretrained(out)  # pyright: ignore[reportArgumentType]
 
@@ -113,7 +130,9 @@ def check_matches(name: str, weights: dict[str, Tensor], config: WhisperConfig) 
     kind = TOWERS[name]
     problems = []
     if config.scale_embedding:
-        problems.append("it scales what enters the first layer (scale_embedding), which the tower does not do")
+        problems.append(
+            "it scales what enters the first layer (scale_embedding), which the tower does not do"
+        )
     if kind.widths_per_token and config.encoder_ffn_dim != kind.widths_per_token * config.d_model:
         problems.append(
             f"its feed-forward is {config.encoder_ffn_dim} wide; the tower's projector joins {kind.widths_per_token} frames of "
@@ -122,14 +141,20 @@ def check_matches(name: str, weights: dict[str, Tensor], config: WhisperConfig) 
     if POSITIONS in kind.computed and not torch.allclose(
         weights[POSITIONS].float(), sinusoids(*weights[POSITIONS].shape), atol=1e-3
     ):
-        problems.append("its positions are not Whisper's sinusoids, which the tower computes by formula")
+        problems.append(
+            "its positions are not Whisper's sinusoids, which the tower computes by formula"
+        )
     if problems:
-        raise UserError(f"This encoder is no {name} tower: {'; '.join(problems)}. Export it with --format encoder.")
+        raise UserError(
+            f"This encoder is no {name} tower: {'; '.join(problems)}. Export it with --format encoder."
+        )
 
 
 def sinusoids(length: int, width: int) -> Tensor:
     """Whisper's positions, `[length, width]`: sines, then cosines, over timescales from 1 to 10,000."""
-    rates = torch.exp(-torch.log(torch.tensor(10_000.0)) / (width // 2 - 1) * torch.arange(width // 2))
+    rates = torch.exp(
+        -torch.log(torch.tensor(10_000.0)) / (width // 2 - 1) * torch.arange(width // 2)
+    )
     angles = torch.arange(length)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], 1)
 
@@ -151,15 +176,25 @@ def swap_tower(model: nn.Module, directory: str | Path) -> nn.Module:
     folder = Path(directory)
     files = [folder / name for name in (WEIGHTS, PARTIAL_WEIGHTS) if (folder / name).is_file()]
     if not files or not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no audio tower. Write one: whisper-aut export RUN --format qwen2-audio --out {folder}")
+        raise UserError(
+            f"{folder} holds no audio tower. Write one: whisper-aut export RUN --format qwen2-audio --out {folder}"
+        )
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    found = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "audio_tower"]
-    towers = [module for module in found if getattr(getattr(module, "config", None), "model_type", None) == kind]
+    found = [
+        module for name, module in model.named_modules() if name.rpartition(".")[2] == "audio_tower"
+    ]
+    towers = [
+        module
+        for module in found
+        if getattr(getattr(module, "config", None), "model_type", None) == kind
+    ]
     if len(towers) != 1:
         raise UserError(
             f"{type(model).__name__} has {len(towers)} audio towers of the kind {kind!r} that {folder} holds; one is needed."
         )
-    theirs = next((set(tower.theirs) for tower in TOWERS.values() if tower.config.model_type == kind), set())  # pyright: ignore
+    theirs = next(
+        (set(tower.theirs) for tower in TOWERS.values() if tower.config.model_type == kind), set()
+    )  # pyright: ignore
     fill_strictly(towers[0], load_file(files[0]), theirs)
     return model
 
@@ -175,9 +210,13 @@ def fill_strictly(tower: nn.Module, state: dict[str, Tensor], theirs: set[str]) 
     lists = {
         "missing": sorted(set(own) - set(state) - theirs),
         "without a place": sorted(set(state) - set(own)),
-        "of another shape": [f"{key} ({tuple(state[key].shape)}, there {tuple(own[key].shape)})" for key in others],
+        "of another shape": [
+            f"{key} ({tuple(state[key].shape)}, there {tuple(own[key].shape)})" for key in others
+        ],
     }
-    problems = [f"{len(keys)} weights are {what}, first {keys[0]}" for what, keys in lists.items() if keys]
+    problems = [
+        f"{len(keys)} weights are {what}, first {keys[0]}" for what, keys in lists.items() if keys
+    ]
     if problems:
         raise UserError(f"The encoder does not fit {type(tower).__name__}: {'; '.join(problems)}.")
     tower.load_state_dict(state, strict=False)

@@ -94,16 +94,32 @@ class Vectors:
             UserError: nothing there, or no embeddings of ours.
         """
         if not path.is_file():
-            raise UserError(f"There is no file {path}. Make one: whisper-aut embed ENCODER FOLDER --out {path}")
+            raise UserError(
+                f"There is no file {path}. Make one: whisper-aut embed ENCODER FOLDER --out {path}"
+            )
         check_suffix(path)
         try:
             return _READERS[path.suffix](path)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, EOFError, BadZipFile) as error:
-            raise UserError(f"{path} holds no embeddings of whisper-aut, or is damaged ({error}). Embed again.") from None
+        except (
+            SafetensorError,
+            OSError,
+            KeyError,
+            TypeError,
+            ValueError,
+            EOFError,
+            BadZipFile,
+        ) as error:
+            raise UserError(
+                f"{path} holds no embeddings of whisper-aut, or is damaged ({error}). Embed again."
+            ) from None
 
     def facts(self) -> dict[str, Any]:
         """Return what stands beside the numbers."""
-        return {"version": VECTORS_VERSION, "origin": asdict(self.origin), "refused": self.refused or {}}
+        return {
+            "version": VECTORS_VERSION,
+            "origin": asdict(self.origin),
+            "refused": self.refused or {},
+        }
 
 
 def check_suffix(path: Path, *, frames: bool = False) -> None:
@@ -116,7 +132,9 @@ def check_suffix(path: Path, *, frames: bool = False) -> None:
         raise UserError(f"{path}: embeddings are kept in files that end in {', '.join(SUFFIXES)}.")
     if path.suffix == ".parquet":
         if frames:
-            raise UserError("A parquet table holds one vector a clip. Keep frames in .safetensors or .npz.")
+            raise UserError(
+                "A parquet table holds one vector a clip. Keep frames in .safetensors or .npz."
+            )
         _pyarrow()
 
 
@@ -128,11 +146,19 @@ def _origin(facts: dict[str, Any]) -> Origin:
 
 
 def _of(
-    names: Sequence[str], seconds: Sequence[float], values: Tensor, lengths: Sequence[int], facts: dict[str, Any]
+    names: Sequence[str],
+    seconds: Sequence[float],
+    values: Tensor,
+    lengths: Sequence[int],
+    facts: dict[str, Any],
 ) -> Vectors:
-    if not len(names) == len(seconds) == (len(lengths) or len(values)) or (lengths and sum(lengths) != len(values)):
+    if not len(names) == len(seconds) == (len(lengths) or len(values)) or (
+        lengths and sum(lengths) != len(values)
+    ):
         raise ValueError("names and rows differ in number")
-    return Vectors(tuple(names), tuple(seconds), values, _origin(facts), tuple(lengths), facts["refused"])
+    return Vectors(
+        tuple(names), tuple(seconds), values, _origin(facts), tuple(lengths), facts["refused"]
+    )
 
 
 def _write_safetensors(vectors: Vectors, path: Path) -> None:
@@ -140,7 +166,11 @@ def _write_safetensors(vectors: Vectors, path: Path) -> None:
     if vectors.lengths:
         tensors["lengths"] = torch.tensor(vectors.lengths)
     texts = {"names": vectors.names, "seconds": vectors.seconds, "facts": vectors.facts()}
-    save_file(tensors, path, metadata={name: json.dumps(value, ensure_ascii=False) for name, value in texts.items()})
+    save_file(
+        tensors,
+        path,
+        metadata={name: json.dumps(value, ensure_ascii=False) for name, value in texts.items()},
+    )
 
 
 def _read_safetensors(path: Path) -> Vectors:
@@ -168,16 +198,28 @@ def _read_npz(path: Path) -> Vectors:
     with np.load(path, allow_pickle=False) as file:
         values = torch.from_numpy(file["frames"] if "frames" in file else file["embeddings"])
         lengths = file["lengths"].tolist() if "lengths" in file else ()
-        return _of(file["names"].tolist(), file["seconds"].tolist(), values, lengths, json.loads(str(file["facts"])))
+        return _of(
+            file["names"].tolist(),
+            file["seconds"].tolist(),
+            values,
+            lengths,
+            json.loads(str(file["facts"])),
+        )
 
 
 def _write_parquet(vectors: Vectors, path: Path) -> None:
     arrow, parquet = _pyarrow()
     flat = vectors.values.flatten(1)
-    column = arrow.FixedSizeListArray.from_arrays(arrow.array(flat.flatten().numpy()), flat.shape[1])
-    table = arrow.table({"name": list(vectors.names), "seconds": list(vectors.seconds), "embedding": column})
+    column = arrow.FixedSizeListArray.from_arrays(
+        arrow.array(flat.flatten().numpy()), flat.shape[1]
+    )
+    table = arrow.table(
+        {"name": list(vectors.names), "seconds": list(vectors.seconds), "embedding": column}
+    )
     facts = vectors.facts() | {"shape": list(vectors.values.shape[1:])}
-    parquet.write_table(table.replace_schema_metadata({"whisper_aut": json.dumps(facts, ensure_ascii=False)}), path)
+    parquet.write_table(
+        table.replace_schema_metadata({"whisper_aut": json.dumps(facts, ensure_ascii=False)}), path
+    )
 
 
 def _read_parquet(path: Path) -> Vectors:
@@ -194,7 +236,9 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError("Parquet needs pyarrow: pip install 'whisper-aut[parquet]'. Or write .safetensors or .npz.") from None
+        raise UserError(
+            "Parquet needs pyarrow: pip install 'whisper-aut[parquet]'. Or write .safetensors or .npz."
+        ) from None
     return pyarrow, pyarrow.parquet
 
 

@@ -32,7 +32,9 @@ class AdapterOptions:
     hidden: int = 0
 
 
-def windows(frames: Tensor, lengths: Sequence[int], size: int, hop: int) -> tuple[Tensor, tuple[int, ...]]:
+def windows(
+    frames: Tensor, lengths: Sequence[int], size: int, hop: int
+) -> tuple[Tensor, tuple[int, ...]]:
     """Gather windows of `size` frames every `hop` inside each clip: `[ΣT, D]` → `[ΣT', size · D]`, and T' per clip.
 
     Windows are centred on their hop where `size` exceeds it; frames outside the clip are zero.
@@ -67,7 +69,9 @@ class StackAdapter(nn.Module):
         super().__init__()
         self.hop = hop
         self.norm_in = nn.LayerNorm(width)
-        self.layers = nn.Sequential(nn.Linear(self.overlap * hop * width, hidden), nn.GELU(), nn.Linear(hidden, out_width))
+        self.layers = nn.Sequential(
+            nn.Linear(self.overlap * hop * width, hidden), nn.GELU(), nn.Linear(hidden, out_width)
+        )
         self.norm_out = nn.RMSNorm(out_width)
         nn.init.constant_(self.norm_out.weight, scale)
 
@@ -91,7 +95,9 @@ def embedding_scale(embeddings: Tensor) -> float:
     return float(embeddings.detach().float().square().mean().sqrt())
 
 
-def build_adapter(options: AdapterOptions, width: int, out_width: int, scale: float) -> StackAdapter:
+def build_adapter(
+    options: AdapterOptions, width: int, out_width: int, scale: float
+) -> StackAdapter:
     """Build the adapter between an encoder and a language model.
 
     Args:
@@ -104,7 +110,13 @@ def build_adapter(options: AdapterOptions, width: int, out_width: int, scale: fl
     """
     if options.name not in ADAPTERS:
         hint = nearest(options.name, ADAPTERS)
-        raise UserError(f"decoder.adapter.name: there is no adapter {options.name!r}.{hint} There are: {', '.join(ADAPTERS)}.")
+        raise UserError(
+            f"decoder.adapter.name: there is no adapter {options.name!r}.{hint} There are: {', '.join(ADAPTERS)}."
+        )
     if options.frames < 1 or options.hidden < 0:
-        raise UserError(f"decoder.adapter: frames must be at least 1 and hidden at least 0, got {options}.")
-    return ADAPTERS[options.name](width, out_width, options.frames, options.hidden or 2 * out_width, scale)
+        raise UserError(
+            f"decoder.adapter: frames must be at least 1 and hidden at least 0, got {options}."
+        )
+    return ADAPTERS[options.name](
+        width, out_width, options.frames, options.hidden or 2 * out_width, scale
+    )

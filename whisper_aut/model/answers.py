@@ -68,7 +68,10 @@ class AnswerMetrics(nn.Module):
         return computed
 
     def reset(self) -> None:
-        for metric in [*self.clips.values(), *(metric for part in self.figures.values() for metric in part.values())]:  # pyright: ignore
+        for metric in [
+            *self.clips.values(),
+            *(metric for part in self.figures.values() for metric in part.values()),
+        ]:  # pyright: ignore
             metric.reset()  # pyright: ignore[reportCallIssue]
 
     def _tags(self, text: str) -> set[str]:

@@ -39,13 +39,17 @@ class Segments:
     longest_key: int
 
     @classmethod
-    def of(cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> "Segments":
+    def of(
+        cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device
+    ) -> "Segments":
         pairs = list(zip(query_lengths, key_lengths, strict=True))
         runs = tuple((query, key, len(list(run))) for (query, key), run in groupby(pairs))
         query_bounds = key_bounds = None
         if device.type == "cuda":
             query_bounds = _bounds(query_lengths, device)
-            key_bounds = query_bounds if query_lengths is key_lengths else _bounds(key_lengths, device)
+            key_bounds = (
+                query_bounds if query_lengths is key_lengths else _bounds(key_lengths, device)
+            )
         return cls(runs, query_bounds, key_bounds, max(query_lengths), max(key_lengths))
 
 
@@ -74,7 +78,12 @@ def clip_attention(
         `[ΣLq, H, d]`.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout and _has_flash(query.device):
+    if (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and not dropout
+        and _has_flash(query.device)
+    ):
         window = (-1, 0) if causal else (-1, -1)
         attended: Any = varlen_attn(
             query,
@@ -103,7 +112,13 @@ def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _sdpa_by_length(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, causal: bool, dropout: float, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    causal: bool,
+    dropout: float,
+    scale: float | None,
 ) -> Tensor:
     # Heads first before the cut: one clip then costs its SDPA and nothing else, which is what small models wait for.
     query_runs = _cut(query, [lq * clips for lq, _, clips in segments.runs])
@@ -112,8 +127,12 @@ def _sdpa_by_length(
     attended = []
     for q, k, v, (_, _, clips) in zip(query_runs, key_runs, value_runs, segments.runs, strict=True):
         if clips > 1:
-            q, k, v = (x.squeeze(0).unflatten(1, (clips, -1)).transpose(0, 1) for x in (q, k, v))  # [clips, H, L, d]
-        out = scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout, scale=scale).transpose(1, 2)
+            q, k, v = (
+                x.squeeze(0).unflatten(1, (clips, -1)).transpose(0, 1) for x in (q, k, v)
+            )  # [clips, H, L, d]
+        out = scaled_dot_product_attention(
+            q, k, v, is_causal=causal, dropout_p=dropout, scale=scale
+        ).transpose(1, 2)
         attended.append(out.squeeze(0) if clips == 1 else out.flatten(0, 1))
     return torch.cat(attended) if len(attended) > 1 else attended[0]
 

@@ -16,7 +16,9 @@ from torch.autograd.function import once_differentiable
 
 CPU_INFO = Path("/proc/cpuinfo")
 AMD = "AuthenticAMD"
-MIN_PRODUCTS = 1 << 21  # multiply-adds; a call of oneDNN costs some 15 µs, so that smaller products gain nothing
+MIN_PRODUCTS = (
+    1 << 21
+)  # multiply-adds; a call of oneDNN costs some 15 µs, so that smaller products gain nothing
 
 
 def speed_up_products(*modules: nn.Module) -> None:
@@ -42,12 +44,20 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     Args:
         out: memory that may be used for it. Only what is returned is sure to hold the product.
     """
-    return _onednn(left, right, None) if _takes_onednn(left, right) else torch.mm(left, right.T, out=out)
+    return (
+        _onednn(left, right, None)
+        if _takes_onednn(left, right)
+        else torch.mm(left, right.T, out=out)
+    )
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Add `left @ right.T` to `total` `[N, M]`, in place and without a gradient."""
-    return total.add_(_onednn(left, right, None)) if _takes_onednn(left, right) else total.addmm_(left, right.T)
+    return (
+        total.add_(_onednn(left, right, None))
+        if _takes_onednn(left, right)
+        else total.addmm_(left, right.T)
+    )
 
 
 def _takes_onednn(left: Tensor, right: Tensor) -> bool:
@@ -55,7 +65,8 @@ def _takes_onednn(left: Tensor, right: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
     return (
-        type(left) is Tensor  # subclasses, among them those without memory by which runs are planned, have rules of their own
+        type(left)
+        is Tensor  # subclasses, among them those without memory by which runs are planned, have rules of their own
         and left.device.type == right.device.type == "cpu"
         and left.dtype == right.dtype == torch.float32
         and left.numel() * right.shape[0] >= MIN_PRODUCTS
@@ -69,7 +80,12 @@ def _takes_onednn(left: Tensor, right: Tensor) -> bool:
 def mkl_is_slow() -> bool:
     """Whether PyTorch has MKL and oneDNN, and the processor is AMD's."""
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and known and _is_amd()
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and known
+        and _is_amd()
+    )
 
 
 def _is_amd() -> bool:

@@ -67,7 +67,11 @@ class PackedEncoder(nn.Module):
     """
 
     def __init__(
-        self, whisper: WhisperEncoder, padding: Padding = "none", gradient_checkpointing: bool = False, compile: bool = False
+        self,
+        whisper: WhisperEncoder,
+        padding: Padding = "none",
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
     ):
         super().__init__()
         self.whisper = whisper
@@ -76,7 +80,10 @@ class PackedEncoder(nn.Module):
         self._halves = _HALVES
         if compile:
             before_attention, after_attention = _HALVES
-            self._halves = torch.compile(before_attention, dynamic=True), torch.compile(after_attention, dynamic=True)
+            self._halves = (
+                torch.compile(before_attention, dynamic=True),
+                torch.compile(after_attention, dynamic=True),
+            )
         # Whisper's positions are fixed sinusoids; transformers leaves them trainable when it loads a checkpoint.
         whisper.embed_positions.requires_grad_(False)
         speed_up_products(whisper)
@@ -162,7 +169,9 @@ class _Spread:
         starts, position = [], CONV_STRIDE
         for length in mel_lengths:
             starts.append(position)
-            after = position + frames_with_context(length) + 1  # at least one zero frame, then the next even place
+            after = (
+                position + frames_with_context(length) + 1
+            )  # at least one zero frame, then the next even place
             position = after + after % CONV_STRIDE
         return cls(tuple(starts), tuple(mel_lengths), position)
 
@@ -171,7 +180,9 @@ class _Spread:
         clips = list(zip(self.starts, self.mel_lengths, strict=True))
         mel = [torch.arange(start, start + frames_with_context(length)) for start, length in clips]
         positions = [torch.arange(encoder_frames(length)) for _, length in clips]
-        frames = [start // CONV_STRIDE + place for (start, _), place in zip(clips, positions, strict=True)]
+        frames = [
+            start // CONV_STRIDE + place for (start, _), place in zip(clips, positions, strict=True)
+        ]
         return torch.cat(mel), torch.cat(frames), torch.cat(positions)
 
 
@@ -206,10 +217,14 @@ def _after_attention(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
 _HALVES: tuple[Callable[..., Any], Callable[..., Any]] = (_before_attention, _after_attention)
 
 
-def packed_attention(attention: Any, queries: Tensor, keys: Tensor, segments: Segments, *, causal: bool = False) -> Tensor:
+def packed_attention(
+    attention: Any, queries: Tensor, keys: Tensor, segments: Segments, *, causal: bool = False
+) -> Tensor:
     """A Hugging Face `WhisperAttention` on packed clips: `[ΣLq, D]` and `[ΣLk, D]` → `[ΣLq, D]`."""
     p = attention.dropout if attention.training else 0.0
-    attended = clip_attention(*_projected(attention, queries, keys), segments, causal=causal, dropout=p)
+    attended = clip_attention(
+        *_projected(attention, queries, keys), segments, causal=causal, dropout=p
+    )
     return attention.out_proj(attended.flatten(-2))
 
 

@@ -17,7 +17,9 @@ FROZEN_PRODUCT = 2  # the weights need none
 KERNEL = 3  # of both convolutions
 
 
-def encoder_flops(config: Any, mel_lengths: Sequence[int], lengths: Sequence[int], *, trained: bool = True) -> float:
+def encoder_flops(
+    config: Any, mel_lengths: Sequence[int], lengths: Sequence[int], *, trained: bool = True
+) -> float:
     """Return the FLOPs of a training step of the encoder.
 
     Args:
@@ -28,14 +30,22 @@ def encoder_flops(config: Any, mel_lengths: Sequence[int], lengths: Sequence[int
     """
     width, frames = config.d_model, sum(lengths)
     first, product = (FIRST_PRODUCT, PRODUCT) if trained else (1, 1)
-    stem = first * 2 * KERNEL * config.num_mel_bins * width * sum(mel_lengths) + product * 2 * KERNEL * width**2 * frames
+    stem = (
+        first * 2 * KERNEL * config.num_mel_bins * width * sum(mel_lengths)
+        + product * 2 * KERNEL * width**2 * frames
+    )
     products = product * frames * (8 * width**2 + 4 * width * config.encoder_ffn_dim)
     attention = product * 4 * width * sum(length**2 for length in lengths)
     return stem + config.encoder_layers * (products + attention)
 
 
 def whisper_decoder_flops(
-    config: Any, lengths: Sequence[int], text_lengths: Sequence[int], supervised: int, *, through_frames: bool = True
+    config: Any,
+    lengths: Sequence[int],
+    text_lengths: Sequence[int],
+    supervised: int,
+    *,
+    through_frames: bool = True,
 ) -> float:
     """Return the FLOPs of a training step of Whisper's decoder.
 
@@ -65,11 +75,19 @@ def language_model_flops(model: Any, lengths: Sequence[int], supervised: int) ->
     """
     config, head = model.config, model.get_output_embeddings()
     linear = sum(_products(m) for m in model.base_model.modules() if isinstance(m, nn.Linear))
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    attention = PRODUCT * 4 * width * config.num_hidden_layers * sum(length**2 for length in lengths)
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    attention = (
+        PRODUCT * 4 * width * config.num_hidden_layers * sum(length**2 for length in lengths)
+    )
     return 2 * (linear * sum(lengths) + _products(head) * supervised) + attention
 
 
 def _products(layer: nn.Linear) -> int:
     """Multiply-adds per position in forward and backward, where the input needs a gradient."""
-    return (PRODUCT if layer.weight.requires_grad else FROZEN_PRODUCT) * layer.in_features * layer.out_features
+    return (
+        (PRODUCT if layer.weight.requires_grad else FROZEN_PRODUCT)
+        * layer.in_features
+        * layer.out_features
+    )

@@ -62,7 +62,9 @@ def language_config(path: str, revision: str = "") -> Any:
         return KNOWN_SHAPES[path]
     try:
         with quiet_loading():
-            return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+            return AutoConfig.from_pretrained(
+                path, revision=revision or "main", trust_remote_code=False
+            )
     except UNLOADABLE as error:
         raise UserError(describe_missing(path, error, kind=KIND, example=EXAMPLE)) from None
 
@@ -86,7 +88,9 @@ def load_language_model(
                 output_loading_info=True,
             )
             model, info = loaded
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, revision=revision or "main", trust_remote_code=False
+            )
     except UNLOADABLE as error:
         raise UserError(describe_missing(path, error, kind=KIND, example=EXAMPLE)) from None
     tied = {OUTPUT_EMBEDDING} if model.config.tie_word_embeddings else set()
@@ -103,12 +107,19 @@ def packed_states(model: PreTrainedModel, embeddings: Tensor, lengths: Sequence[
     """
     window = getattr(model.config, "sliding_window", None)
     if window and max(lengths) > window:
-        raise UserError(f"A sequence of {max(lengths)} positions exceeds the language model's attention window of {window}.")
+        raise UserError(
+            f"A sequence of {max(lengths)} positions exceeds the language model's attention window of {window}."
+        )
     # Set for good, not for this call: a layer that is recomputed in the backward pass must find it there.
     model.config._attn_implementation = PACKED
     positions = sent(torch.cat([torch.arange(length) for length in lengths]), embeddings.device)
     segments = Segments.of(lengths, lengths, embeddings.device)
-    states = model.base_model(inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False, segments=segments)
+    states = model.base_model(
+        inputs_embeds=embeddings[None],
+        position_ids=positions[None],
+        use_cache=False,
+        segments=segments,
+    )
     return states.last_hidden_state[0]
 
 
@@ -159,7 +170,9 @@ def _attend(
     groups = query.shape[1] // key.shape[1]  # query heads per key head
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     k, v = (states.repeat_interleave(groups, dim=1) if groups > 1 else states for states in (k, v))
-    return clip_attention(q, k, v, segments, causal=True, dropout=dropout, scale=scaling)[None], None
+    return clip_attention(q, k, v, segments, causal=True, dropout=dropout, scale=scaling)[
+        None
+    ], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, _attend)
@@ -168,9 +181,13 @@ ALL_ATTENTION_FUNCTIONS.register(PACKED, _attend)
 def _refuse_unknown_head(path: str, model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     changed = [
-        name for name in ("final_logit_softcapping", "logits_scaling", "logit_scale") if getattr(model.config, name, None)
+        name
+        for name in ("final_logit_softcapping", "logits_scaling", "logit_scale")
+        if getattr(model.config, name, None)
     ]
     if getattr(head, "bias", None) is not None:
         changed.append("an output bias")
     if changed:
-        raise UserError(f"{path}: its logits are more than states times embeddings ({', '.join(changed)}); pick another model.")
+        raise UserError(
+            f"{path}: its logits are more than states times embeddings ({', '.join(changed)}); pick another model."
+        )

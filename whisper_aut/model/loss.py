@@ -49,23 +49,31 @@ def chunked_cross_entropy(
     Returns:
         The differentiable sum (float32), the detached loss per position `[N]`, and whether each prediction is right `[N]`.
     """
-    if torch.is_autocast_enabled(hidden.device.type):  # custom functions run outside autocast: take its dtype explicitly
+    if torch.is_autocast_enabled(
+        hidden.device.type
+    ):  # custom functions run outside autocast: take its dtype explicitly
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if not torch.is_grad_enabled():  # which the function below is not told: it would compute gradients for nobody
+    if (
+        not torch.is_grad_enabled()
+    ):  # which the function below is not told: it would compute gradients for nobody
         hidden, weight = hidden.detach(), weight.detach()
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)  # pyright: ignore[reportReturnType]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = None
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))  # one for all chunks: fresh memory is slow memory
+        buffer = hidden.new_empty(
+            min(chunk, len(hidden)), len(weight)
+        )  # one for all chunks: fresh memory is slow memory
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = product(hidden[part], weight, out=buffer[: len(hidden[part])]).float()
@@ -85,7 +93,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, grad_total: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this loss were taken already; compute it again")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None

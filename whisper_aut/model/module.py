@@ -43,7 +43,13 @@ class SeenBatch:
 
     def sums(self) -> Tensor:
         """Return the sums of losses and of right tokens, and the tokens' number: `[3]`."""
-        return torch.stack([self.nll.sum(), self.correct.sum().to(self.nll.dtype), self.nll.new_full((), len(self.nll))])
+        return torch.stack(
+            [
+                self.nll.sum(),
+                self.correct.sum().to(self.nll.dtype),
+                self.nll.new_full((), len(self.nll)),
+            ]
+        )
 
     def non_finite(self) -> list[tuple[str, str]]:
         """Return the clips whose loss is not finite."""
@@ -77,12 +83,17 @@ class AudioTextModule(lightning.LightningModule):
     ):
         super().__init__()
         if not isinstance(decoder, Decoder):
-            raise TypeError(f"{type(decoder).__name__} lacks loss, generate or trainable_parameters")
+            raise TypeError(
+                f"{type(decoder).__name__} lacks loss, generate or trainable_parameters"
+            )
         self.encoder, self.decoder, self.codec = encoder, decoder, codec
         self.make_optimizer = make_optimizer
         self.generate_clips, self.generate_tokens = generate_clips, generate_tokens
         self.encoder_after_step = encoder_after_step
-        parts = (*DOMAINS, *codec.metrics)  # of the validation clips: by domain, and by what they are asked
+        parts = (
+            *DOMAINS,
+            *codec.metrics,
+        )  # of the validation clips: by domain, and by what they are asked
         self.nll = nn.ModuleDict({part: MeanMetric() for part in parts})
         self.accuracy = nn.ModuleDict({part: MeanMetric() for part in parts})
         self.clips = nn.ModuleDict({part: SumMetric() for part in parts})
@@ -106,24 +117,32 @@ class AudioTextModule(lightning.LightningModule):
         ranks, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
         if batch_idx % accumulate == 0:  # all ranks take part in it, those without a clip too
             self._tokens, self.seen = self._step_tokens(batch, ranks), []
-        if not len(batch):  # every sample of this rank's share was refused; the step still counts for all ranks
+        if not len(
+            batch
+        ):  # every sample of this rank's share was refused; the step still counts for all ranks
             return self._nothing_to_learn()
         self._stand_in = batch
         _, loss = self(batch)
         clips = tuple(zip(batch.sources, batch.keys, strict=True))
-        self.seen.append(SeenBatch(clips, loss.token_nll.detach().float(), loss.correct, tuple(loss.counts)))
+        self.seen.append(
+            SeenBatch(clips, loss.token_nll.detach().float(), loss.correct, tuple(loss.counts))
+        )
         if (
             not self.encoder_learns and not self._partitioned
         ):  # its parameters take part with no gradient at all, which every strategy can carry
             loss = replace(loss, total=loss.total + self._nothing_to_learn())
         # Ranks average their gradients and micro-batches are averaged too; undoing both leaves the sum over the tokens of the
         # whole step divided by their number, whatever the split. DeepSpeed averages micro-batches once more than Lightning.
-        averaged = accumulate**2 if self.trainer.strategy.handles_gradient_accumulation else accumulate
+        averaged = (
+            accumulate**2 if self.trainer.strategy.handles_gradient_accumulation else accumulate
+        )
         return loss.total * (ranks * averaged / self._tokens)
 
     def step_figures(self) -> tuple[Tensor, Tensor]:
         """Return loss and accuracy of the step's tokens, over all ranks and micro-batches; all ranks call it together."""
-        sums = torch.stack([torch.zeros(3, device=self.device), *(seen.sums() for seen in self.seen)]).sum(0)
+        sums = torch.stack(
+            [torch.zeros(3, device=self.device), *(seen.sums() for seen in self.seen)]
+        ).sum(0)
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(sums)
         return sums[0] / sums[2].clamp(min=1.0), sums[1] / sums[2].clamp(min=1.0)
@@ -139,14 +158,22 @@ class AudioTextModule(lightning.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.generated = []
         for module in self.modules():
-            if isinstance(module, Metric):  # a module in bfloat16 takes its sums along, and those stop counting at 256
+            if isinstance(
+                module, Metric
+            ):  # a module in bfloat16 takes its sums along, and those stop counting at 256
                 module.set_dtype(torch.float32)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if not len(batch):
             return
         frames, loss = self(batch)
-        clips = zip(batch.domains, batch.tasks, loss.token_nll.split(loss.counts), loss.correct.split(loss.counts), strict=True)
+        clips = zip(
+            batch.domains,
+            batch.tasks,
+            loss.token_nll.split(loss.counts),
+            loss.correct.split(loss.counts),
+            strict=True,
+        )
         for domain, task, nll, correct in clips:
             for part in (domain, task):
                 self.nll[part].update(nll)  # pyright: ignore[reportCallIssue]
@@ -159,7 +186,9 @@ class AudioTextModule(lightning.LightningModule):
         for part in self.nll:
             group = "valid" if part in DOMAINS else "tasks"
             with unseen_parts_allowed():
-                clips, nll, accuracy = (metrics[part].compute() for metrics in (self.clips, self.nll, self.accuracy))  # pyright: ignore
+                clips, nll, accuracy = (
+                    metrics[part].compute() for metrics in (self.clips, self.nll, self.accuracy)
+                )  # pyright: ignore
             if clips > 0:
                 losses += [nll] if part in DOMAINS else []
                 self.log(f"{group}/loss_{part}", nll, sync_dist=True)
@@ -198,7 +227,9 @@ class AudioTextModule(lightning.LightningModule):
     def _step_tokens(self, batch: Batch, ranks: int) -> Tensor | int:
         if ranks == 1:
             return max(1, batch.supervised_in_step)
-        tokens = torch.full((), float(batch.supervised_in_step), dtype=torch.float32, device=self.device)
+        tokens = torch.full(
+            (), float(batch.supervised_in_step), dtype=torch.float32, device=self.device
+        )
         torch.distributed.all_reduce(tokens)
         return tokens.clamp(min=1.0)
 
@@ -209,7 +240,11 @@ class AudioTextModule(lightning.LightningModule):
         """
         if self._partitioned:
             if self._stand_in is None:
-                raise UserError("Every clip of a rank's first batch was refused. Mend the source, or raise data.batch_clips.")
+                raise UserError(
+                    "Every clip of a rank's first batch was refused. Mend the source, or raise data.batch_clips."
+                )
             return self(self._stand_in)[1].total * 0.0
         parameters = [p for p in self.parameters() if p.requires_grad]
-        return sum((p.flatten()[:1].sum() * 0.0 for p in parameters), torch.zeros((), device=self.device))
+        return sum(
+            (p.flatten()[:1].sum() * 0.0 for p in parameters), torch.zeros((), device=self.device)
+        )

@@ -25,7 +25,13 @@ from whisper_aut.data.waveform import SAMPLE_RATE_HZ, load_file, to_mono_16k
 from whisper_aut.errors import SampleRefused, UserError, nearest
 from whisper_aut.model.encoder import PADDINGS, TRAINED_PADDING, PackedEncoder, Padding
 from whisper_aut.model.start import Start, load_whisper_encoder
-from whisper_aut.model.windows import BATCH_SECONDS, batches_by_seconds, cut_windows, join_windows, pooling_named
+from whisper_aut.model.windows import (
+    BATCH_SECONDS,
+    batches_by_seconds,
+    cut_windows,
+    join_windows,
+    pooling_named,
+)
 
 Audio: TypeAlias = np.ndarray | Tensor | str | os.PathLike[str]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -103,7 +109,13 @@ class AudioEncoder(nn.Module):
         """
         self._check_layers(layers)
         with ThreadPoolExecutor(DECODERS, thread_name_prefix="decode") as pool:
-            clips = list(pool.map(partial(_waveform, sample_rate_hz=sample_rate_hz), _listed(audio), range(len(audio))))
+            clips = list(
+                pool.map(
+                    partial(_waveform, sample_rate_hz=sample_rate_hz),
+                    _listed(audio),
+                    range(len(audio)),
+                )
+            )
         windows = [cut_windows(clip) for clip in clips]
         flat = [window for listed in windows for window in listed]
         padded = self.padding == "30s"
@@ -140,7 +152,12 @@ class AudioEncoder(nn.Module):
         rows = []
         for start in range(0, len(clips), CLIPS_AT_ONCE):
             group = clips[start : start + CLIPS_AT_ONCE]
-            rows += [pool(frames) for frames in self.encode(group, sample_rate_hz, layers, batch_seconds=batch_seconds)]
+            rows += [
+                pool(frames)
+                for frames in self.encode(
+                    group, sample_rate_hz, layers, batch_seconds=batch_seconds
+                )
+            ]
         return torch.stack(rows) if rows else torch.empty(0, self.width)
 
     def _encode(self, waveforms: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
@@ -149,17 +166,23 @@ class AudioEncoder(nn.Module):
         lengths = [mel_frames(len(waveform)) for waveform in waveforms]
         if not layers:
             frames = self.encoder(mel, lengths)
-            return replace(frames, values=frames.values.float().cpu()).valid()  # one copy for all clips
+            return replace(
+                frames, values=frames.values.float().cpu()
+            ).valid()  # one copy for all clips
         with hidden_states(self.encoder) as states:
             frames = self.encoder(mel, lengths)
         states.append(frames.values)
-        per_layer = [replace(frames, values=states[layer].float().cpu()).valid() for layer in layers]
+        per_layer = [
+            replace(frames, values=states[layer].float().cpu()).valid() for layer in layers
+        ]
         return [torch.stack(clip) for clip in zip(*per_layer, strict=True)]
 
     def _check_layers(self, layers: Sequence[int]) -> None:
         if any(not 0 <= layer <= self.layers for layer in layers):
             asked = ", ".join(map(str, layers))
-            raise UserError(f"The encoder has layers 0 (what enters the first) to {self.layers}; asked for: {asked}.")
+            raise UserError(
+                f"The encoder has layers 0 (what enters the first) to {self.layers}; asked for: {asked}."
+            )
 
     def fingerprint(self) -> str:
         """Return a hash of the weights and the padding: what decides the frames."""
@@ -175,7 +198,9 @@ def hidden_states(encoder: PackedEncoder) -> Iterator[list[Tensor]]:
     """Collect what enters each layer, packed `[ΣT, D]`, while the encoder runs: the input of its first norm."""
     states: list[Tensor] = []
     hooks = [
-        layer.self_attn_layer_norm.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))  # pyright: ignore[reportAttributeAccessIssue]
+        layer.self_attn_layer_norm.register_forward_pre_hook(
+            lambda _, inputs: states.append(inputs[0])
+        )  # pyright: ignore[reportAttributeAccessIssue]
         for layer in encoder.whisper.layers
     ]
     try:
@@ -242,7 +267,9 @@ def _device(device: str | torch.device) -> torch.device:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built with CUDA
-        raise UserError(f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from None
     return place
 
 
@@ -250,7 +277,9 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, or PyTorch's own, not {dtype!r}.{nearest(dtype, DTYPES)}")
+        raise UserError(
+            f"dtype must be one of {', '.join(DTYPES)}, or PyTorch's own, not {dtype!r}.{nearest(dtype, DTYPES)}"
+        )
     return DTYPES[dtype]
 
 
@@ -271,9 +300,13 @@ def _waveform(clip: Audio, number: int, *, sample_rate_hz: int | None) -> Tensor
         raise UserError("An array does not know its sampling rate: give sample_rate_hz.")
     samples = clip.detach().cpu().numpy() if isinstance(clip, Tensor) else np.asarray(clip)
     if samples.ndim not in (1, 2) or not len(samples):
-        raise ValueError(f"clip {number}: expected [S] or [S, channels] with samples, got shape {samples.shape}")
+        raise ValueError(
+            f"clip {number}: expected [S] or [S, channels] with samples, got shape {samples.shape}"
+        )
     if samples.dtype.kind in "iu":
-        raise ValueError(f"clip {number}: samples are {samples.dtype}; give floats between -1 and 1")
+        raise ValueError(
+            f"clip {number}: samples are {samples.dtype}; give floats between -1 and 1"
+        )
     if not np.isfinite(samples).all():
         raise ValueError(f"clip {number}: NaN or infinite samples")
     return to_mono_16k(samples.astype(np.float32, copy=False), sample_rate_hz)

@@ -43,13 +43,17 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> WhisperTokenizer:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False, special_tokens=[END])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False, special_tokens=[END]
+    )
     bpe.train_from_iterator(texts, trainer)
     trained = bpe.get_vocab()
     ordered = sorted((token for token in trained if token != END), key=trained.__getitem__)
     vocab = {token: number for number, token in enumerate([*ordered, *SPECIAL_TOKENS])}
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-    tokenizer = WhisperTokenizer(vocab=vocab, merges=merges, extra_special_tokens=list(SPECIAL_TOKENS[1:]), pad_token=END)
+    tokenizer = WhisperTokenizer(
+        vocab=vocab, merges=merges, extra_special_tokens=list(SPECIAL_TOKENS[1:]), pad_token=END
+    )
     tokenizer.set_prefix_tokens(language="en", task="transcribe", predict_timestamps=False)
     return tokenizer
 
@@ -70,7 +74,9 @@ def make_whisper(
     tokenizer = train_tokenizer(texts, vocabulary)
     vocab = tokenizer.get_vocab()
     start, end = vocab[START], vocab[END]
-    config = shaped_config(d_model, encoder_layers, decoder_layers, heads, num_mel_bins, len(tokenizer))
+    config = shaped_config(
+        d_model, encoder_layers, decoder_layers, heads, num_mel_bins, len(tokenizer)
+    )
     config.decoder_start_token_id = start
     config.bos_token_id = config.eos_token_id = config.pad_token_id = end
     with torch.random.fork_rng(devices=[]):

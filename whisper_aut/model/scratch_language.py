@@ -112,18 +112,30 @@ class _Reader:
     def _facts(self, text: _Text, chat: TokenTarget) -> list[str]:
         """Return what the question asks for, and half of all else that can be asked about the clip, each once, in any order."""
         known = self.codec.instructions.facts(text.annotation, text.domain)
-        asked = known.pop(chat.task, chat.text)  # a sample's own question has no entry: what it asks for is its answer
-        told = list(dict.fromkeys([asked, *(fact for fact in known.values() if self.rng.random() < OTHER_FACTS)]))
+        asked = known.pop(
+            chat.task, chat.text
+        )  # a sample's own question has no entry: what it asks for is its answer
+        told = list(
+            dict.fromkeys(
+                [asked, *(fact for fact in known.values() if self.rng.random() < OTHER_FACTS)]
+            )
+        )
         self.rng.shuffle(told)
         return told
 
     def _written_out(self, chat: TokenTarget, facts: list[str]) -> "_Chat":
         """Put facts where the clip's audio stands, a line each: behind a line break a word has the tokens that it has in an answer."""
-        tokens = self.codec.tokenizer("\n".join(facts), add_special_tokens=False, split_special_tokens=True).input_ids
-        spoken = torch.tensor([token for token in tokens for _ in range(self.rng.randint(1, self.stretch))])
+        tokens = self.codec.tokenizer(
+            "\n".join(facts), add_special_tokens=False, split_special_tokens=True
+        ).input_ids
+        spoken = torch.tensor(
+            [token for token in tokens for _ in range(self.rng.randint(1, self.stretch))]
+        )
         at = int((chat.tokens == AUDIO).nonzero()[0])
         tokens = torch.cat([chat.tokens[:at], spoken, chat.tokens[at + 1 :]])
-        supervised = torch.cat([torch.zeros(len(tokens) - len(chat.tokens), dtype=torch.bool), chat.supervised])
+        supervised = torch.cat(
+            [torch.zeros(len(tokens) - len(chat.tokens), dtype=torch.bool), chat.supervised]
+        )
         places = torch.arange(len(tokens))
         return _Chat(tokens, supervised, (places >= at) & (places < at + len(spoken)))
 
@@ -136,17 +148,31 @@ def make_language_model(scratch: LanguageScratch, instructions: Instructions) ->
     """
     indexes = [open_index(folder) for folder in scratch.texts]
     asked = {name: asdict(entry) for name, entry in instructions.entries.items()}
-    facts = [__version__, asdict(scratch) | {"out": ""}, asked, [index.fingerprint() for index in indexes]]
-    out = Path(scratch.out) / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    facts = [
+        __version__,
+        asdict(scratch) | {"out": ""},
+        asked,
+        [index.fingerprint() for index in indexes],
+    ]
+    out = (
+        Path(scratch.out)
+        / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    )
     with one_at_a_time(out):
         if not out.exists():  # it is moved there when whole
             _make(out, scratch, instructions, indexes)
     return str(out)
 
 
-def _make(out: Path, scratch: LanguageScratch, instructions: Instructions, indexes: Sequence[ShardIndex]) -> None:
+def _make(
+    out: Path, scratch: LanguageScratch, instructions: Instructions, indexes: Sequence[ShardIndex]
+) -> None:
     items = (item for index in indexes for item in iter_samples(index, ClipLimits()))
-    annotations = [item.annotation for item in items if isinstance(item, Sample) and item.annotation.text.strip()]
+    annotations = [
+        item.annotation
+        for item in items
+        if isinstance(item, Sample) and item.annotation.text.strip()
+    ]
     texts = [_Text(annotation, annotation.domain) for annotation in annotations]
     texts = [text for text in texts if instructions.fitting(text.annotation, text.domain)]
     if not texts:
@@ -154,12 +180,16 @@ def _make(out: Path, scratch: LanguageScratch, instructions: Instructions, index
             f"No text in {', '.join(scratch.texts)} fits an instruction, so no language model can be trained on them."
         )
     asks = [ask for entry in instructions.entries.values() for ask in entry.asks]
-    tokenizer = train_chat_tokenizer([*asks, *(text.annotation.text for text in texts)], scratch.vocabulary)
+    tokenizer = train_chat_tokenizer(
+        [*asks, *(text.annotation.text for text in texts)], scratch.vocabulary
+    )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(scratch.seed)
-        reader = _Reader(ChatText(tokenizer, instructions), texts, scratch.stretch, random.Random(scratch.seed))
+        reader = _Reader(
+            ChatText(tokenizer, instructions), texts, scratch.stretch, random.Random(scratch.seed)
+        )
         config = scratch_config(scratch, len(tokenizer))
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id  # pyright: ignore
         model = _trained(Qwen3ForCausalLM(config), reader, scratch)
@@ -180,8 +210,12 @@ def train_chat_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTok
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(["user\nassistant\n\n", *texts] * 2, trainer)  # twice: the names of the roles are words too
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=TURN_END, pad_token=END_OF_TEXT)
+    bpe.train_from_iterator(
+        ["user\nassistant\n\n", *texts] * 2, trainer
+    )  # twice: the names of the roles are words too
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=TURN_END, pad_token=END_OF_TEXT
+    )
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -204,10 +238,18 @@ def scratch_config(scratch: LanguageScratch, vocabulary: int) -> Qwen3Config:
     )
 
 
-def _trained(model: Qwen3ForCausalLM, reader: _Reader, scratch: LanguageScratch) -> Qwen3ForCausalLM:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=scratch.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+def _trained(
+    model: Qwen3ForCausalLM, reader: _Reader, scratch: LanguageScratch
+) -> Qwen3ForCausalLM:
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=scratch.lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=scratch.lr, total_steps=scratch.steps, pct_start=WARMUP_SHARE, cycle_momentum=False
+        optimizer,
+        max_lr=scratch.lr,
+        total_steps=scratch.steps,
+        pct_start=WARMUP_SHARE,
+        cycle_momentum=False,
     )
     columns = (
         TextColumn("Language model"),
@@ -236,7 +278,11 @@ def _loss(model: Qwen3ForCausalLM, chats: Sequence["_Chat"], noise: float) -> to
     embeddings = model.get_input_embeddings()(tokens)
     size = embeddings.detach().square().mean().sqrt()
     shares = torch.cat([(torch.rand(1) * noise) * chat.heard for chat in chats])[:, None]
-    embeddings = (1 - shares).sqrt() * embeddings + shares.sqrt() * size * torch.randn_like(embeddings)
+    embeddings = (1 - shares).sqrt() * embeddings + shares.sqrt() * size * torch.randn_like(
+        embeddings
+    )
     states = packed_states(model, embeddings, [len(chat.tokens) for chat in chats])
-    total, _, _ = chunked_cross_entropy(states[predicted - 1], model.lm_head.weight, tokens[predicted])
+    total, _, _ = chunked_cross_entropy(
+        states[predicted - 1], model.lm_head.weight, tokens[predicted]
+    )
     return total / len(predicted)

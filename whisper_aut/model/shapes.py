@@ -25,10 +25,17 @@ FEED_FORWARD_RATIO = 4
 
 
 def shaped_config(
-    width: int, encoder_layers: int, decoder_layers: int, heads: int, num_mel_bins: int, vocabulary: int
+    width: int,
+    encoder_layers: int,
+    decoder_layers: int,
+    heads: int,
+    num_mel_bins: int,
+    vocabulary: int,
 ) -> WhisperConfig:
     """Return the configuration of a Whisper of these sizes; its special tokens are the vocabulary's last until they are set."""
-    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), vocabulary - 1)
+    tokens = dict.fromkeys(
+        ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), vocabulary - 1
+    )
     return WhisperConfig(
         d_model=width,
         encoder_layers=encoder_layers,

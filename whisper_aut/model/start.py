@@ -51,7 +51,9 @@ class Start:
     def config(self) -> WhisperConfig:
         config = self._load(WhisperConfig.from_pretrained, self.path)
         if config.model_type != "whisper":
-            raise UserError(f"{self.path} is a {config.model_type!r} model; a Whisper checkpoint is expected.")
+            raise UserError(
+                f"{self.path} is a {config.model_type!r} model; a Whisper checkpoint is expected."
+            )
         if config.encoder_layerdrop or config.decoder_layerdrop:
             raise UserError(
                 f"{self.path} sets layer dropout, which packed clips do not support; set it to 0 in its config.json."
@@ -73,7 +75,10 @@ class Start:
         if self.random_init:
             return WhisperForConditionalGeneration(self.config)
         model, info = self._load(
-            WhisperForConditionalGeneration.from_pretrained, self.path, output_loading_info=True, **LOADING
+            WhisperForConditionalGeneration.from_pretrained,
+            self.path,
+            output_loading_info=True,
+            **LOADING,
         )
         refuse_gaps(self.path, info, MAY_BE_MISSING)
         return model
@@ -83,7 +88,11 @@ class Start:
         """The encoder alone, float32; the decoder's weights are not read into memory where it was not loaded already."""
         if "model" in self.__dict__:
             return self.model.model.encoder
-        return load_whisper_encoder(self.path, self.revision) if not self.random_init else WhisperEncoder(self.config)
+        return (
+            load_whisper_encoder(self.path, self.revision)
+            if not self.random_init
+            else WhisperEncoder(self.config)
+        )
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -143,7 +152,10 @@ def load_whisper_encoder(path: str, revision: str = "") -> WhisperEncoder:
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silence transformers' bars and reports of a load: `refuse_gaps` says what matters of them."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -155,16 +167,27 @@ def quiet_loading() -> Iterator[None]:
 
 
 def refuse_gaps(
-    path: str, info: dict[str, Any], allowed: set[str], *, only_missing: bool = False, kind: str = "Whisper model"
+    path: str,
+    info: dict[str, Any],
+    allowed: set[str],
+    *,
+    only_missing: bool = False,
+    kind: str = "Whisper model",
 ) -> None:
     """Raise where loading left weights at their random start, or read weights that the model has no place for."""
     missing = sorted(set(info["missing_keys"]) - allowed)
     mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
     unexpected = [] if only_missing else sorted(info["unexpected_keys"])
-    for what, keys in (("lacks", missing), ("has other shapes for", mismatched), ("has no place for", unexpected)):
+    for what, keys in (
+        ("lacks", missing),
+        ("has other shapes for", mismatched),
+        ("has no place for", unexpected),
+    ):
         if keys:
             listed = ", ".join(map(str, keys[:5])) + (" …" if len(keys) > 5 else "")
-            raise UserError(f"The checkpoint {path} {what} {len(keys)} weights of a {kind}: {listed}.")
+            raise UserError(
+                f"The checkpoint {path} {what} {len(keys)} weights of a {kind}: {listed}."
+            )
 
 
 def refuse_no_place(path: str) -> None:
@@ -175,14 +198,22 @@ def refuse_no_place(path: str) -> None:
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(describe_missing(path, OSError()))
     if any(place.parent.glob("*/latest")):  # a folder of runs, not an owner of models on the hub
-        there = sorted(entry.name for entry in place.parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        there = sorted(
+            entry.name
+            for entry in place.parent.iterdir()
+            if entry.is_dir() and not entry.name.startswith(".")
+        )
         raise UserError(
             f"There is no {path}.{nearest(place.name, there)} {place.parent} has: {', '.join(there) or 'no folder'}."
         )
 
 
 def describe_missing(
-    path: str, error: Exception, *, kind: str = "Whisper checkpoint", example: str = "openai/whisper-tiny"
+    path: str,
+    error: Exception,
+    *,
+    kind: str = "Whisper checkpoint",
+    example: str = "openai/whisper-tiny",
 ) -> str:
     """Say what a checkpoint directory lacks, what is in it, and what to do."""
     folder = Path(path)

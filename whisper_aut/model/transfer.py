@@ -10,4 +10,8 @@ from torch import Tensor
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a host's tensor on the device, queued where that is a GPU."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )

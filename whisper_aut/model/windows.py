@@ -30,7 +30,10 @@ def cut_windows(waveform: Tensor) -> list[Tensor]:
     if len(waveform) <= MAX_SAMPLES:
         return [waveform]
     step = MAX_SAMPLES - OVERLAP_SAMPLES
-    return [waveform[i * step : i * step + MAX_SAMPLES] for i in range(ceil((len(waveform) - OVERLAP_SAMPLES) / step))]
+    return [
+        waveform[i * step : i * step + MAX_SAMPLES]
+        for i in range(ceil((len(waveform) - OVERLAP_SAMPLES) / step))
+    ]
 
 
 def join_windows(frames: Sequence[Tensor]) -> Tensor:
@@ -42,9 +45,15 @@ def join_windows(frames: Sequence[Tensor]) -> Tensor:
     """
     if len(frames) == 1:
         return frames[0]
-    half = round(frames[0].shape[-2] * OVERLAP_SECONDS / WINDOW_SECONDS / 2)  # the first window is a full one
+    half = round(
+        frames[0].shape[-2] * OVERLAP_SECONDS / WINDOW_SECONDS / 2
+    )  # the first window is a full one
     first, *middle, last = frames
-    cut = [first[..., :-half, :], *(window[..., half:-half, :] for window in middle), last[..., half:, :]]
+    cut = [
+        first[..., :-half, :],
+        *(window[..., half:-half, :] for window in middle),
+        last[..., half:, :],
+    ]
     return torch.cat(cut, -2)
 
 

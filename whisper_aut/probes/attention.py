@@ -20,7 +20,9 @@ from whisper_aut.probes.metrics import ANSWERS
 from whisper_aut.probes.selection import ClassLearner
 
 ATTENTION_VERSION = 1
-CANDIDATES: tuple[Setting, ...] = tuple({"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-3, 1e-2, 1e-1))
+CANDIDATES: tuple[Setting, ...] = tuple(
+    {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-3, 1e-2, 1e-1)
+)
 BATCH_CLIPS = 64
 MAX_ACTIVATIONS = 1 << 26
 
@@ -40,7 +42,9 @@ class AttentionProbe(DescentProbe):
             "weight": torch.zeros(count, width, classes),
             "bias": torch.zeros(count, classes),
         }
-        super().__init__(values, partial(_scores, frames), ("query", "weight"), settings, BATCH_CLIPS)
+        super().__init__(
+            values, partial(_scores, frames), ("query", "weight"), settings, BATCH_CLIPS
+        )
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ class AttentionFitter:
     classes: int
     device: str
 
-    def __call__(self, rows: Tensor, settings: Sequence[Setting], thorough: bool) -> partial[Tensor]:
+    def __call__(
+        self, rows: Tensor, settings: Sequence[Setting], thorough: bool
+    ) -> partial[Tensor]:
         used = rows.any(1)
         probe = AttentionProbe(self.frames, self.classes, settings)
         batch = self.spans[used], self.answers[used], rows[used].float()
@@ -62,14 +68,25 @@ class AttentionFitter:
 
 
 def attention_learner(
-    pool: Embeddings, sampled: np.ndarray, test: Embeddings, metric: str, classes: Sequence[str], device: str
+    pool: Embeddings,
+    sampled: np.ndarray,
+    test: Embeddings,
+    metric: str,
+    classes: Sequence[str],
+    device: str,
 ) -> ClassLearner:
     """Return a learner on the frames of a round, standardised by those of the pool's sampled clips."""
     taken = torch.from_numpy(np.repeat(sampled, pool.lengths))
-    mean, deviation = pool.features[taken].mean(0), pool.features[taken].std(0, correction=0).clamp_min(1e-6)
+    mean, deviation = (
+        pool.features[taken].mean(0),
+        pool.features[taken].std(0, correction=0).clamp_min(1e-6),
+    )
     frames = ((torch.cat([pool.features, test.features]) - mean) / deviation).to(device)
     spans = _spans([*pool.lengths, *test.lengths]).split([len(pool), len(test)])
-    parts = (replace(part, features=span, lengths=()) for part, span in zip((pool, test), spans, strict=True))
+    parts = (
+        replace(part, features=span, lengths=())
+        for part, span in zip((pool, test), spans, strict=True)
+    )
     items, asked = (items_of(part, ANSWERS[metric], classes) for part in parts)
     longest, width = max(pool.lengths), frames.shape[1]
     block = max(1, MAX_ACTIVATIONS // (BATCH_CLIPS * (longest + width) + 8 * width * len(classes)))

@@ -91,7 +91,13 @@ def load_cached(path: Path) -> Embeddings:
     with safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["facts"])
         features = file.get_tensor("features")
-    found = Embeddings(features, _frozen(facts["labels"]), _frozen(facts["keys"]), facts["skipped"], tuple(facts["lengths"]))
+    found = Embeddings(
+        features,
+        _frozen(facts["labels"]),
+        _frozen(facts["keys"]),
+        facts["skipped"],
+        tuple(facts["lengths"]),
+    )
     if facts["sha256"] != _checksum(found):
         raise ValueError(f"{path} is damaged")
     return found
@@ -161,12 +167,16 @@ def _write(path: Path, identity: dict[str, Any], embeddings: Embeddings, seen: i
         save_file(tensors, partial, metadata={"facts": json.dumps(facts, ensure_ascii=False)})
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"Cannot write embeddings to {path.parent}: {error}. Name another cache folder.") from None
+        raise UserError(
+            f"Cannot write embeddings to {path.parent}: {error}. Name another cache folder."
+        ) from None
 
 
 def _checksum(embeddings: Embeddings) -> str:
     names = json.dumps([embeddings.labels, embeddings.keys, embeddings.skipped, embeddings.lengths])
-    return hashlib.sha256(embeddings.features.contiguous().numpy().tobytes() + names.encode()).hexdigest()
+    return hashlib.sha256(
+        embeddings.features.contiguous().numpy().tobytes() + names.encode()
+    ).hexdigest()
 
 
 def _frozen(value: Any) -> Any:

@@ -24,7 +24,11 @@ from whisper_aut.errors import Reason, SampleRefused, UserError
 from whisper_aut.probes.tasks import ProbeTask
 
 NOT_SELECTED, CLIPPED = "not selected", "clipped"
-LEFT_OUT = (NOT_SELECTED, CLIPPED, str(Reason.NO_LABEL))  # clips that are no part of the task, as against clips that are broken
+LEFT_OUT = (
+    NOT_SELECTED,
+    CLIPPED,
+    str(Reason.NO_LABEL),
+)  # clips that are no part of the task, as against clips that are broken
 CLIPPED_PEAK = 0.99
 
 
@@ -76,7 +80,9 @@ class Share:
     def bounds(self, samples: int) -> tuple[int, int | None]:
         """Return how many samples come before the share, and before its end; the last share has none."""
         last = self.rank + 1 == self.ranks
-        return samples * self.rank // self.ranks, None if last else samples * (self.rank + 1) // self.ranks
+        return samples * self.rank // self.ranks, None if last else samples * (
+            self.rank + 1
+        ) // self.ranks
 
     def identity(self, whole: dict[str, Any]) -> dict[str, Any]:
         """Return the identity of the share's embeddings, given the folder's."""
@@ -109,11 +115,16 @@ class ClipReader:
 
     def skipped(self, upto: int | None = None) -> dict[str, int]:
         """Count what was left out, by reason, among the samples up to one; clips further ahead have been looked at too."""
-        return dict(Counter(reason for seen, reason in self.left_out if upto is None or seen <= upto))
+        return dict(
+            Counter(reason for seen, reason in self.left_out if upto is None or seen <= upto)
+        )
 
     def __iter__(self) -> Iterator[Clip]:
         for found, waveform in decoded_ahead(
-            self._found(), lambda item: load_waveform(item.audio, self.limits), lambda item: len(item.audio), self.workers
+            self._found(),
+            lambda item: load_waveform(item.audio, self.limits),
+            lambda item: len(item.audio),
+            self.workers,
         ):
             yield from self._crops(found, waveform)
 
@@ -125,7 +136,9 @@ class ClipReader:
             self.left_out.append((found.seen, CLIPPED))
             return
         for number, crop in enumerate(self.cropping(waveform)):
-            yield Clip(f"{found.key}#{number}" if number else found.key, found.label, crop, found.seen)
+            yield Clip(
+                f"{found.key}#{number}" if number else found.key, found.label, crop, found.seen
+            )
 
     def _found(self) -> Iterator["_Found"]:
         for seen, item in enumerate(islice(iter_samples(self.index, self.limits), self.stop), 1):
@@ -138,7 +151,10 @@ class ClipReader:
                 yield _Found(f"{item.shard.rpartition('/')[2]}:{item.key}", label, item.audio, seen)
 
     def _label(self, sample: Sample, seen: int) -> Any:
-        if any(_single(sample.annotation, name) not in wanted for name, wanted in self.task.select.items()):
+        if any(
+            _single(sample.annotation, name) not in wanted
+            for name, wanted in self.task.select.items()
+        ):
             self.left_out.append((seen, NOT_SELECTED))
             return None
         label = label_of(sample.annotation, self.task)
@@ -163,7 +179,14 @@ def label_of(annotation: Annotation, task: ProbeTask) -> Any:
     """
     if task.answer == "captions":
         fields = {**annotation.extra, "text": annotation.text}
-        return tuple(str(fields[name]) for name in sorted(fields) if fnmatchcase(name, task.label) and fields[name]) or None
+        return (
+            tuple(
+                str(fields[name])
+                for name in sorted(fields)
+                if fnmatchcase(name, task.label) and fields[name]
+            )
+            or None
+        )
     if task.answer in ("class", "text"):
         return _single(annotation, task.label)
     value = _field(annotation, task.label)
@@ -179,7 +202,9 @@ def _events(value: Any, task: ProbeTask) -> tuple[tuple[float, float, str], ...]
     start, end, name = task.event
     try:
         return tuple(
-            (float(event[start]), float(event[end]), one) for event in value for one in _names(event[name], task.separator)
+            (float(event[start]), float(event[end]), one)
+            for event in value
+            for one in _names(event[name], task.separator)
         )
     except (TypeError, KeyError, ValueError):
         raise UserError(
@@ -204,4 +229,8 @@ def _single(annotation: Annotation, name: str) -> str | None:
 
 
 def _field(annotation: Annotation, name: str) -> Any:
-    return getattr(annotation, name) if name in annotation.__dataclass_fields__ else annotation.extra.get(name)
+    return (
+        getattr(annotation, name)
+        if name in annotation.__dataclass_fields__
+        else annotation.extra.get(name)
+    )

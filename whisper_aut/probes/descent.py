@@ -49,7 +49,10 @@ def descend(
 
 
 def _values(start: Mapping[str, Tensor], away: Mapping[str, Tensor], rates: Tensor) -> Values:
-    return {name: value + rates.view(-1, *[1] * (value.ndim - 1)) * away[name] for name, value in start.items()}
+    return {
+        name: value + rates.view(-1, *[1] * (value.ndim - 1)) * away[name]
+        for name, value in start.items()
+    }
 
 
 def masked_means(losses: Tensor, rows: Tensor) -> Tensor:
@@ -78,7 +81,9 @@ class DescentProbe(LightningModule):
     ):
         super().__init__()
         self.automatic_optimization = False
-        self.values = nn.ParameterDict({name: nn.Parameter(value, requires_grad=False) for name, value in values.items()})
+        self.values = nn.ParameterDict(
+            {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
+        )
         self.scores, self.decayed, self.batch_items = scores, tuple(decayed), batch_items
         self.rates = torch.tensor([setting["rate"] for setting in settings])
         self.decays = torch.tensor([setting["decay"] for setting in settings])
@@ -93,11 +98,15 @@ class DescentProbe(LightningModule):
 
         def objectives(values: Values, chosen: Tensor) -> Tensor:
             losses = class_losses(self.scores(values, features[chosen]), answers[chosen])
-            squares = torch.stack([values[name].square().flatten(1).sum(1) for name in self.decayed]).sum(0)
+            squares = torch.stack(
+                [values[name].square().flatten(1).sum(1) for name in self.decayed]
+            ).sum(0)
             return masked_means(losses, rows[chosen]) + 0.5 * decays * squares
 
         rates = self.rates.to(features.device)
-        trained = descend(objectives, dict(self.values), rates, len(features), batch_items=self.batch_items)
+        trained = descend(
+            objectives, dict(self.values), rates, len(features), batch_items=self.batch_items
+        )
         for name, value in trained.items():
             self.values[name].copy_(value)
 
@@ -124,14 +133,23 @@ class DescentFitter:
 
     @classmethod
     def on(cls, pool: Items, sampled: Tensor, device: str, **parts: Any) -> "DescentFitter":
-        mean, deviation = pool.features[sampled].mean(0), pool.features[sampled].std(0, correction=0).clamp_min(1e-6)
+        mean, deviation = (
+            pool.features[sampled].mean(0),
+            pool.features[sampled].std(0, correction=0).clamp_min(1e-6),
+        )
         return cls(pool, mean, deviation, device, **parts)
 
-    def __call__(self, rows: Tensor, settings: Sequence[Setting], thorough: bool) -> Callable[[Tensor], Tensor]:
+    def __call__(
+        self, rows: Tensor, settings: Sequence[Setting], thorough: bool
+    ) -> Callable[[Tensor], Tensor]:
         used = rows.any(1)
         probe = self.probe(settings)
         features = self._standard(self.pool.features[used]).to(self.device)
-        fit(probe, (features, self.pool.answers[used].to(self.device), rows[used].float().to(self.device)), self.device)
+        fit(
+            probe,
+            (features, self.pool.answers[used].to(self.device), rows[used].float().to(self.device)),
+            self.device,
+        )
         probe = probe.to(self.device)
         return lambda features: probe(self._standard(features).to(self.device)).detach()
 

@@ -73,7 +73,9 @@ class ProbeDuringTraining(lightning.Callback):
         if not self.scores:
             self._measure(trainer, module)
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
         if step % self.every_steps == 0 and step not in self.scores:
             self._measure(trainer, module)
@@ -89,7 +91,10 @@ class ProbeDuringTraining(lightning.Callback):
         guarded = [task.name for task in self.tasks if task.domain == self.guard.domain]
         if not guarded or len(self.scores) < 2:
             return None
-        first, last = (sum(scores[name] for name in guarded) / len(guarded) for scores in (self._first(), self._last()))
+        first, last = (
+            sum(scores[name] for name in guarded) / len(guarded)
+            for scores in (self._first(), self._last())
+        )
         return first - last
 
     def _first(self) -> dict[str, float]:
@@ -124,10 +129,17 @@ class ProbeDuringTraining(lightning.Callback):
 
     def _score(self, module: Any, step: int) -> dict[str, float]:
         training, weights = module.encoder.training, next(module.encoder.parameters())
-        whole = module.encoder if weights.dtype == torch.float32 else copy.deepcopy(module.encoder).float()
+        whole = (
+            module.encoder
+            if weights.dtype == torch.float32
+            else copy.deepcopy(module.encoder).float()
+        )
         encoder = AudioEncoder(whole).to(module.device)
         try:
-            with isolate_rng(), tempfile.TemporaryDirectory() as cache:  # training draws what it would have drawn
+            with (
+                isolate_rng(),
+                tempfile.TemporaryDirectory() as cache,
+            ):  # training draws what it would have drawn
                 scores = run_suite(
                     {f"step {step}": encoder}, self.tasks, root=self.root, cache=cache, seeds=(0,), kind=self.kind,
                     embedding=EmbedSettings(quiet=True),

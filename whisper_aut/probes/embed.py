@@ -27,7 +27,13 @@ from whisper_aut.data.logmel import WINDOW_SECONDS
 from whisper_aut.data.waveform import SAMPLE_RATE_HZ
 from whisper_aut.errors import Reason, UserError
 from whisper_aut.model.windows import BATCH_SECONDS, batches_by_seconds, pooling_named
-from whisper_aut.probes.cache import Embeddings, PartialEmbeddings, digest, read_embeddings, write_embeddings
+from whisper_aut.probes.cache import (
+    Embeddings,
+    PartialEmbeddings,
+    digest,
+    read_embeddings,
+    write_embeddings,
+)
 from whisper_aut.probes.clips import LEFT_OUT, WHOLE, Clip, ClipReader, Cropping, Share
 from whisper_aut.probes.hearing import Hearing, View, join, pieces
 from whisper_aut.probes.tasks import ProbeTask
@@ -102,12 +108,17 @@ def embed_task(
         UserError: shards are missing, too many clips are broken, or frames are not finite.
     """
     settings, fingerprint = settings or EmbedSettings(), fingerprint or encoder.fingerprint()
-    indexes = {part: [open_index(folder) for folder in task.folders(part, root)] for part in task.parts}
+    indexes = {
+        part: [open_index(folder) for folder in task.folders(part, root)] for part in task.parts
+    }
     _check_disjoint(indexes, task)
     seen = view_of(encoder, settings, view, task)
     return {
         part: Embeddings.join(
-            [_embed_folder(encoder, fingerprint, index, task, cache, settings, seen, share) for index in listed]
+            [
+                _embed_folder(encoder, fingerprint, index, task, cache, settings, seen, share)
+                for index in listed
+            ]
         )
         for part, listed in indexes.items()
     }
@@ -122,7 +133,12 @@ def folder_identity(
         "encoder": fingerprint,
         "data": _data_fingerprint(index),
         "view": {**asdict(view), "layers": list(view.layers)},
-        "label": [task.answer, task.label, task.separator, *(task.event if task.answer == "events" else ())],
+        "label": [
+            task.answer,
+            task.label,
+            task.separator,
+            *(task.event if task.answer == "events" else ()),
+        ],
         "select": {name: sorted(values) for name, values in task.select.items()},
         "crop": [task.crop_seconds, settings.successive_crops, settings.drop_clipped],
         "limits": asdict(settings.limits),
@@ -136,8 +152,12 @@ def view_of(encoder: FrameEncoder, settings: EmbedSettings, name: str, task: Pro
         UserError: layers are asked of an encoder that has none to show.
     """
     layers = settings.layers
-    if (name == "layers" or layers) and "layers" not in inspect.signature(encoder.encode).parameters:
-        raise UserError(f"{type(encoder).__name__} gives no single layers: probe its output, with a kind that needs no layers.")
+    if (name == "layers" or layers) and "layers" not in inspect.signature(
+        encoder.encode
+    ).parameters:
+        raise UserError(
+            f"{type(encoder).__name__} gives no single layers: probe its output, with a kind that needs no layers."
+        )
     highest = getattr(encoder, "layers", None)
     if highest is not None and any(not 0 <= layer <= highest for layer in layers):
         raise UserError(
@@ -146,7 +166,9 @@ def view_of(encoder: FrameEncoder, settings: EmbedSettings, name: str, task: Pro
     if name == "layers" and not layers:
         layers = tuple(range(encoder.layers + 1))  # pyright: ignore[reportAttributeAccessIssue]
     pooling = getattr(encoder, "pooling", settings.pooling)
-    return View(name, pooling, layers, task.segment_seconds if name == "segments" else 0.0, settings.hearing)
+    return View(
+        name, pooling, layers, task.segment_seconds if name == "segments" else 0.0, settings.hearing
+    )
 
 
 def frame_seconds(encoder: FrameEncoder) -> float:
@@ -178,7 +200,9 @@ def _check_disjoint(indexes: dict[str, list[ShardIndex]], task: ProbeTask) -> No
     for split, listed in indexes.items():
         for index in listed:
             for number, shard in enumerate(index.shards):
-                name = shard.sha256 or index.url(number)  # without a checksum, the very same file at least
+                name = shard.sha256 or index.url(
+                    number
+                )  # without a checksum, the very same file at least
                 if where.setdefault(name, split) != split:
                     raise UserError(
                         f"Probe task {task.name!r}: {index.url(number)} of {split!r} is in {where[name]!r} too. A score on "
@@ -206,16 +230,33 @@ def _embed(
     parts, rows, clips, written = [done], [], [], time.monotonic()
     with _progress(settings.quiet) as bar:
         total, begun = (stop or index.samples) - first, max(0, seen - first)
-        line = bar.add_task(f"{task.name} · {index.root.rstrip('/').rpartition('/')[2]}", total=total, completed=begun)
+        line = bar.add_task(
+            f"{task.name} · {index.root.rstrip('/').rpartition('/')[2]}",
+            total=total,
+            completed=begun,
+        )
         cropping = Cropping(task.crop_seconds, settings.successive_crops, settings.drop_clipped)
         skip = max(seen, first)
-        reader = ClipReader(index, task, settings.limits, cropping, settings.workers, skip, lambda: bar.advance(line), stop)
+        reader = ClipReader(
+            index,
+            task,
+            settings.limits,
+            cropping,
+            settings.workers,
+            skip,
+            lambda: bar.advance(line),
+            stop,
+        )
         for window, whole in _windows(reader, settings.batch_seconds, _padded(encoder, view)):
             rows += _encode(encoder, [clip.waveform for clip in window], settings, view, hop)
             clips += [Clip(clip.key, clip.label, torch.empty(0), clip.seen) for clip in window]
             if whole and time.monotonic() - written > PART_SECONDS:
                 parts.append(_collect(rows, clips, view, index))
-                partial.write(parts[-1], clips[-1].seen, Counter(done.skipped) + Counter(reader.skipped(clips[-1].seen)))
+                partial.write(
+                    parts[-1],
+                    clips[-1].seen,
+                    Counter(done.skipped) + Counter(reader.skipped(clips[-1].seen)),
+                )
                 rows, clips, written = [], [], time.monotonic()
     parts.append(_collect(rows, clips, view, index))
     skipped = Counter(done.skipped) + Counter(reader.skipped())
@@ -224,7 +265,9 @@ def _embed(
     return Embeddings(joined.features, joined.labels, joined.keys, dict(skipped), joined.lengths)
 
 
-def _encode(encoder: FrameEncoder, waveforms: list[Tensor], settings: EmbedSettings, view: View, hop: float) -> list[Tensor]:
+def _encode(
+    encoder: FrameEncoder, waveforms: list[Tensor], settings: EmbedSettings, view: View, hop: float
+) -> list[Tensor]:
     """Encode clips, their pieces batched by length, and pool each."""
     cut = [pieces(waveform, view.hearing) for waveform in waveforms]
     flat = [(i, j) for i, listed in enumerate(cut) for j in range(len(listed))]
@@ -232,9 +275,16 @@ def _encode(encoder: FrameEncoder, waveforms: list[Tensor], settings: EmbedSetti
     layers = {"layers": view.layers} if view.layers else {}
     lengths = [len(cut[i][j]) for i, j in flat]
     for batch in _batches(lengths, settings.batch_seconds, _padded(encoder, view)):
-        encoded = encoder.encode([cut[i][j] for i, j in (flat[b] for b in batch)], SAMPLE_RATE_HZ, **layers)
-        frames.update(zip((flat[b] for b in batch), (clip.float() for clip in encoded), strict=True))
-    joined = (join([frames[i, j] for j in range(len(listed))], view.hearing) for i, listed in enumerate(cut))
+        encoded = encoder.encode(
+            [cut[i][j] for i, j in (flat[b] for b in batch)], SAMPLE_RATE_HZ, **layers
+        )
+        frames.update(
+            zip((flat[b] for b in batch), (clip.float() for clip in encoded), strict=True)
+        )
+    joined = (
+        join([frames[i, j] for j in range(len(listed))], view.hearing)
+        for i, listed in enumerate(cut)
+    )
     return [view(clip, hop).cpu() for clip in joined]
 
 
@@ -243,14 +293,22 @@ def _collect(rows: list[Tensor], clips: list[Clip], view: View, index: ShardInde
     features = (torch.cat(rows) if ragged else torch.stack(rows)) if rows else torch.empty(0, 0)
     _check_finite([bool(row.isfinite().all()) for row in rows], clips, index)
     lengths = tuple(len(row) for row in rows) if ragged else ()
-    return Embeddings(features, tuple(clip.label for clip in clips), tuple(clip.key for clip in clips), {}, lengths)
+    return Embeddings(
+        features,
+        tuple(clip.label for clip in clips),
+        tuple(clip.key for clip in clips),
+        {},
+        lengths,
+    )
 
 
 def _padded(encoder: FrameEncoder, view: View) -> bool:
     return view.hearing == "padded" or getattr(encoder, "padding", "none") == "30s"
 
 
-def _windows(reader: ClipReader, batch_seconds: float, padded: bool) -> Iterator[tuple[list[Clip], bool]]:
+def _windows(
+    reader: ClipReader, batch_seconds: float, padded: bool
+) -> Iterator[tuple[list[Clip], bool]]:
     """Collect clips into windows of some batches; a window is `whole` where no crop of its last sample is still to come."""
     window, seconds = [], 0.0
     for clip in reader:
@@ -281,7 +339,10 @@ def check_refused(index: ShardIndex, skipped: Mapping[str, int], settings: Embed
     if not broken:
         return
     listed = ", ".join(f"{count} × {reason}" for reason, count in sorted(broken.items()))
-    if sum(broken.values()) > settings.max_refused_share * max(index.samples, 1) or str(Reason.BAD_TAR) in broken:
+    if (
+        sum(broken.values()) > settings.max_refused_share * max(index.samples, 1)
+        or str(Reason.BAD_TAR) in broken
+    ):
         raise UserError(
             f"{index.root}: {sum(broken.values())} of {index.samples} samples cannot be used ({listed}); at most "
             f"{settings.max_refused_share:.0%} may be left out of a probe. See them: whisper-aut data inspect {index.root}"
@@ -299,6 +360,13 @@ def _check_finite(finite: list[bool], clips: list[Clip], index: ShardIndex) -> N
 
 
 def _progress(quiet: bool) -> Progress:
-    columns = (TextColumn("embed {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("embed {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
-    return Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
+    return Progress(
+        *columns, console=console, disable=quiet or not console.is_terminal, transient=True
+    )

@@ -16,7 +16,9 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor
 
 Setting = dict[str, float]  # what a probe is trained with, by name: a penalty, a learning rate
-ONE_THREAD_FLOPS = 4e9  # a step: below it threads cost more than they bring, on a busy machine up to 30 times more
+ONE_THREAD_FLOPS = (
+    4e9  # a step: below it threads cost more than they bring, on a busy machine up to 30 times more
+)
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
@@ -34,14 +36,20 @@ class OneBatch:
         return 1
 
 
-@torch.inference_mode(False)  # within a validation hook, parameters made in inference mode would silently never train
+@torch.inference_mode(
+    False
+)  # within a validation hook, parameters made in inference mode would silently never train
 @torch.enable_grad()
-def fit(probe: LightningModule, batch: tuple[Tensor, ...], device: str = "cpu", epochs: int = 1) -> None:
+def fit(
+    probe: LightningModule, batch: tuple[Tensor, ...], device: str = "cpu", epochs: int = 1
+) -> None:
     """Fit a probe on one full batch, `epochs` times over."""
     accelerator, _, number = device.partition(":")
     sizes = [parameter.numel() for parameter in probe.parameters()]
     step_flops = 4 * len(batch[0]) * max(sizes)
-    assert not any(parameter.is_inference() for parameter in probe.parameters()), "a probe made in inference mode never trains"
+    assert not any(parameter.is_inference() for parameter in probe.parameters()), (
+        "a probe made in inference mode never trains"
+    )
     with _quiet_trainer(), threads(1 if step_flops < ONE_THREAD_FLOPS else THREADS):
         trainer = Trainer(
             accelerator=accelerator, devices=[int(number)] if number else 1, max_epochs=epochs, barebones=True,
@@ -82,5 +90,7 @@ def class_losses(scores: Tensor, answers: Tensor) -> Tensor:
     if answers.ndim == 2:
         wanted = answers[:, None].to(scores.dtype).expand_as(scores)
         return F.binary_cross_entropy_with_logits(scores, wanted, reduction="none").sum(2)
-    each = F.cross_entropy(scores.flatten(0, 1), answers.repeat_interleave(problems), reduction="none")
+    each = F.cross_entropy(
+        scores.flatten(0, 1), answers.repeat_interleave(problems), reduction="none"
+    )
     return each.view(items, problems)

@@ -63,7 +63,10 @@ class View:
 def pieces(waveform: Tensor, hearing: Hearing) -> list[Tensor]:
     """Cut `[S]` into waveforms that an encoder takes."""
     if hearing == "padded":
-        return [torch.nn.functional.pad(chunk, (0, MAX_SAMPLES - len(chunk))) for chunk in waveform.split(CHUNK_SAMPLES)]
+        return [
+            torch.nn.functional.pad(chunk, (0, MAX_SAMPLES - len(chunk)))
+            for chunk in waveform.split(CHUNK_SAMPLES)
+        ]
     return cut_windows(waveform)
 
 
@@ -74,8 +77,15 @@ def join(frames: Sequence[Tensor], hearing: Hearing) -> Tensor:
     return join_windows(frames)
 
 
-def segment_borders(frames: int, frame_seconds: float, segment_seconds: float) -> list[tuple[int, int]]:
+def segment_borders(
+    frames: int, frame_seconds: float, segment_seconds: float
+) -> list[tuple[int, int]]:
     """Return for each segment of a clip of T frames its first frame and the one behind its last; none is empty."""
     count = max(1, ceil(frames * frame_seconds / segment_seconds - 1e-6))
-    edges = [min(int(i * segment_seconds / frame_seconds + 1e-6), frames) for i in range(count)] + [frames]
-    return [(min(start, frames - 1), max(end, min(start, frames - 1) + 1)) for start, end in pairwise(edges)]
+    edges = [min(int(i * segment_seconds / frame_seconds + 1e-6), frames) for i in range(count)] + [
+        frames
+    ]
+    return [
+        (min(start, frames - 1), max(end, min(start, frames - 1) + 1))
+        for start, end in pairwise(edges)
+    ]

@@ -39,22 +39,35 @@ class Items:
         return torch.from_numpy(clips).to(self.owner.device)[self.owner]
 
     def to(self, device: str) -> "Items":
-        return Items(self.features.to(device), self.answers.to(device), self.owner.to(device), self.clips)
+        return Items(
+            self.features.to(device), self.answers.to(device), self.owner.to(device), self.clips
+        )
 
 
-def items_of(part: Embeddings, answer: Answer, classes: Sequence[str], segment_seconds: float = 0.0) -> Items:
+def items_of(
+    part: Embeddings, answer: Answer, classes: Sequence[str], segment_seconds: float = 0.0
+) -> Items:
     """Turn embeddings and labels into items; events are laid out over segments of `segment_seconds`."""
     if answer == "class":
         number = {name: code for code, name in enumerate(classes)}
         answers = torch.tensor([number[label] for label in part.labels], dtype=torch.long)
     elif answer == "classes":
-        answers = torch.stack([_marks(label, classes) for label in part.labels]) if len(part) else torch.zeros(0, len(classes))
+        answers = (
+            torch.stack([_marks(label, classes) for label in part.labels])
+            if len(part)
+            else torch.zeros(0, len(classes))
+        )
     else:
         rolls = [
-            _roll(label, classes, length, segment_seconds) for label, length in zip(part.labels, part.lengths, strict=True)
+            _roll(label, classes, length, segment_seconds)
+            for label, length in zip(part.labels, part.lengths, strict=True)
         ]
         answers = torch.cat(rolls) if rolls else torch.zeros(0, len(classes))
-    owner = torch.arange(len(part)).repeat_interleave(torch.tensor(part.lengths)) if part.lengths else torch.arange(len(part))
+    owner = (
+        torch.arange(len(part)).repeat_interleave(torch.tensor(part.lengths))
+        if part.lengths
+        else torch.arange(len(part))
+    )
     return Items(part.features, answers, owner, len(part))
 
 
@@ -68,12 +81,17 @@ def class_names(rounds: Sequence[Round], answer: Answer, name: str) -> list[str]
         return []
     found: set[str] = set()
     for one in rounds:
-        known = _classes([label for label, taken in zip(one.pool.labels, one.sampled, strict=True) if taken], answer)
+        known = _classes(
+            [label for label, taken in zip(one.pool.labels, one.sampled, strict=True) if taken],
+            answer,
+        )
         if len(known) < (2 if answer == "class" else 1):
             raise UserError(
                 f"Probe task {name!r} has a single class in 'train', {next(iter(known), 'none')!r}: there is nothing to tell apart."
             )
-        valid = [label for label, taken in zip(one.pool.labels, one.sampled, strict=True) if not taken]
+        valid = [
+            label for label, taken in zip(one.pool.labels, one.sampled, strict=True) if not taken
+        ]
         for split, labels in (("valid", valid), ("test", one.test.labels)):
             unknown = sorted(_classes(labels, answer) - known)
             if unknown and answer == "class":
@@ -82,7 +100,9 @@ def class_names(rounds: Sequence[Round], answer: Answer, name: str) -> list[str]
                     "Check that label and split fields are the right ones."
                 )
         if answer == "class" and not one.validate and len(known) == int(one.sampled.sum()):
-            raise UserError(f"Probe task {name!r} has one clip per class and no validation split: no penalty can be chosen.")
+            raise UserError(
+                f"Probe task {name!r} has one clip per class and no validation split: no penalty can be chosen."
+            )
         found |= known
     for one in rounds if answer != "class" else ():
         found |= _classes(one.test.labels, answer)
@@ -109,7 +129,9 @@ def _marks(names: Sequence[str], classes: Sequence[str]) -> Tensor:
     return torch.tensor([float(name in present) for name in classes])
 
 
-def _roll(events: Sequence, classes: Sequence[str], segments: int, segment_seconds: float) -> Tensor:
+def _roll(
+    events: Sequence, classes: Sequence[str], segments: int, segment_seconds: float
+) -> Tensor:
     """Mark, `[segments, C]`, every segment that an event `(start, end, class)` touches; a class that is only validated on is no class."""
     roll = torch.zeros(segments, len(classes))
     number = {name: code for code, name in enumerate(classes)}

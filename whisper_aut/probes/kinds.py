@@ -54,7 +54,10 @@ class ProbeKind:
 def _class_learner(fitter: Callable) -> Callable[[Round, Question], Learner]:
     def make(round: Round, question: Question) -> Learner:
         answer = ANSWERS[question.metric]
-        pool, test = (items_of(part, answer, question.classes, question.segment_seconds) for part in (round.pool, round.test))
+        pool, test = (
+            items_of(part, answer, question.classes, question.segment_seconds)
+            for part in (round.pool, round.test)
+        )
         made = fitter(pool, pool.of(round.sampled), len(question.classes), question.device)
         return ClassLearner(pool, test, len(question.classes), question.metric, made, made.block)
 
@@ -117,11 +120,15 @@ def kind_for(name: str, metric: str, task: str) -> str:
         raise UserError(f"There is no probe kind {chosen!r}. There are: {', '.join(KINDS)}.")
     if answer not in KINDS[chosen].answers:
         able = ", ".join(kind for kind, facts in KINDS.items() if answer in facts.answers)
-        raise UserError(f"Probe task {task!r} is scored by {metric}, which a {chosen} probe does not give. Able to: {able}.")
+        raise UserError(
+            f"Probe task {task!r} is scored by {metric}, which a {chosen} probe does not give. Able to: {able}."
+        )
     return chosen
 
 
-@torch.inference_mode(False)  # within a validation hook, tensors made in inference mode could not be trained on
+@torch.inference_mode(
+    False
+)  # within a validation hook, tensors made in inference mode could not be trained on
 @torch.enable_grad()
 def probe_rounds(
     rounds: Sequence[Round], *, metric: str = "accuracy", kind: str = "", seeds: Sequence[int] = (0, 1, 2, 3, 4),
@@ -142,7 +149,11 @@ def probe_rounds(
     runs = []
     for one in rounds:
         groups = strata(one, ANSWERS[metric])
-        with threads(1):  # thousands of small products and scores; `fit` takes more where a step is worth it
+        with threads(
+            1
+        ):  # thousands of small products and scores; `fit` takes more where a step is worth it
             learner = chosen.learner(one, question)
-            runs.append(score_round(learner, one, groups, candidates or chosen.candidates, list(seeds)))
+            runs.append(
+                score_round(learner, one, groups, candidates or chosen.candidates, list(seeds))
+            )
     return join_rounds(runs)

@@ -63,19 +63,27 @@ class KNNFitter:
         """All problems share one product of cosines."""
         return max(1, MAX_SIMILARITIES // (len(self.pool.features) * self.classes))
 
-    def __call__(self, rows: Tensor, settings: Sequence[Setting], thorough: bool) -> Callable[[Tensor], Tensor]:
+    def __call__(
+        self, rows: Tensor, settings: Sequence[Setting], thorough: bool
+    ) -> Callable[[Tensor], Tensor]:
         probe = KNNProbe(self.pool.features, self.pool.answers, self.classes)
         most = max(int(setting["k"]) for setting in settings)
 
         def scores(features: Tensor) -> Tensor:
             parts = []
-            for chunk in features.to(self.pool.features.device).split(max(1, MAX_SIMILARITIES // len(self.pool.features))):
+            for chunk in features.to(self.pool.features.device).split(
+                max(1, MAX_SIMILARITIES // len(self.pool.features))
+            ):
                 cosines, columns, found, last = probe.cosines(chunk), [], None, None
                 for own, setting in zip(rows.T.to(cosines.device), settings, strict=True):
-                    if found is None or last is None or not torch.equal(own, last):  # candidates share their neighbours
+                    if (
+                        found is None or last is None or not torch.equal(own, last)
+                    ):  # candidates share their neighbours
                         found, last = probe.nearest(cosines, own, most), own
                     k = int(setting["k"])
-                    columns.append(probe.vote(found[0][:, :k], found[1][:, :k], setting["temperature"]))
+                    columns.append(
+                        probe.vote(found[0][:, :k], found[1][:, :k], setting["temperature"])
+                    )
                 parts.append(torch.stack(columns, 1))
             return torch.cat(parts)
 

@@ -15,7 +15,9 @@ from whisper_aut.probes.fitting import Setting
 from whisper_aut.probes.items import Items
 
 LAYERS_VERSION = 1
-CANDIDATES: tuple[Setting, ...] = tuple({"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-3, 1e-2, 1e-1))
+CANDIDATES: tuple[Setting, ...] = tuple(
+    {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-3, 1e-2, 1e-1)
+)
 MAX_ACTIVATIONS = 1 << 26
 
 
@@ -44,7 +46,13 @@ def layer_fitter(pool: Items, sampled: Tensor, classes: int, device: str) -> Des
     """Return what fits layer-weighted probes on one pool, standardised by its sampled clips."""
     items, layers, width = pool.features.shape
     block = max(1, MAX_ACTIVATIONS // (items * width + 8 * width * classes + layers))
-    return DescentFitter.on(pool, sampled, device, probe=partial(LayerWeightedProbe, layers, width, classes), block=block)
+    return DescentFitter.on(
+        pool,
+        sampled,
+        device,
+        probe=partial(LayerWeightedProbe, layers, width, classes),
+        block=block,
+    )
 
 
 def _scores(values: Mapping[str, Tensor], features: Tensor) -> Tensor:

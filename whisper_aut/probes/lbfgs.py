@@ -56,7 +56,9 @@ class _State:
         self.value, gradient = objective(weight, problems)
         self.calm = torch.zeros(len(problems), dtype=torch.long, device=weight.device)
         self.history = weight.new_zeros(len(problems), 2 * MEMORY + 1, weight.shape[1])
-        self.products = torch.zeros(len(problems), 2 * MEMORY + 1, 2 * MEMORY + 1, dtype=torch.double, device=weight.device)
+        self.products = torch.zeros(
+            len(problems), 2 * MEMORY + 1, 2 * MEMORY + 1, dtype=torch.double, device=weight.device
+        )
         self.steps = 0
         self._note([2 * MEMORY], gradient[:, None])
 
@@ -84,7 +86,9 @@ class _State:
     def _note(self, slots: list[int], vectors: Tensor) -> None:
         """Put vectors `[j, n, P]` into n slots of the history."""
         self.history[:, slots] = vectors
-        products = torch.bmm(vectors, self.history.mT).double()  # this way round three times as fast as the other
+        products = torch.bmm(
+            vectors, self.history.mT
+        ).double()  # this way round three times as fast as the other
         self.products[:, slots] = products
         self.products[:, :, slots] = products.mT
 
@@ -95,7 +99,9 @@ class _State:
         shares[:, -1] = -1
         order = [step % MEMORY for step in range(max(0, self.steps - MEMORY), self.steps)]
         curvature = products.diagonal(MEMORY, 1, 2)[:, :MEMORY]  # step · change, of each pair
-        inverse = torch.where(curvature > 1e-20, 1 / curvature.clamp(min=1e-20), 0.0)  # zero: this pair says nothing
+        inverse = torch.where(
+            curvature > 1e-20, 1 / curvature.clamp(min=1e-20), 0.0
+        )  # zero: this pair says nothing
         for slot in reversed(order):
             share = inverse[:, slot] * (products[:, slot] * shares).sum(1)
             shares[:, MEMORY + slot] -= share
@@ -105,7 +111,9 @@ class _State:
             square = products[:, MEMORY + slot, MEMORY + slot].clamp(min=1e-20)
             shares *= torch.where(inverse[:, slot] > 0, curvature[:, slot] / square, 1.0)[:, None]
         for slot, share in zip(order, reversed(taken), strict=True):
-            shares[:, slot] += share - inverse[:, slot] * (products[:, MEMORY + slot] * shares).sum(1)
+            shares[:, slot] += share - inverse[:, slot] * (products[:, MEMORY + slot] * shares).sum(
+                1
+            )
         return shares
 
     def _search(self, direction: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,12 +122,20 @@ class _State:
         value, gradient = self.objective(weight, self.problems)
         length = torch.ones_like(slope)
         for _ in range(MAX_HALVINGS):
-            short = ~(value <= self.value + SUFFICIENT_DECREASE * length * slope)  # also where it is not a number
+            short = ~(
+                value <= self.value + SUFFICIENT_DECREASE * length * slope
+            )  # also where it is not a number
             if not short.any():
                 return weight, value, gradient
             length[short] *= 0.5
-            weight[short] = self.weight[short] + length[short, None].to(weight.dtype) * direction[short]
+            weight[short] = (
+                self.weight[short] + length[short, None].to(weight.dtype) * direction[short]
+            )
             value[short], gradient[short] = self.objective(weight[short], self.problems[short])
         short = ~(value <= self.value)
-        weight[short], value[short], gradient[short] = self.weight[short], self.value[short], self.history[short, -1]
+        weight[short], value[short], gradient[short] = (
+            self.weight[short],
+            self.value[short],
+            self.history[short, -1],
+        )
         return weight, value, gradient

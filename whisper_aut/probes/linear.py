@@ -34,7 +34,9 @@ APPROACH = (1000.0, 100.0, 10.0)  # what the penalty of a final fit is multiplie
 MAX_APPROACH = 10.0  # no penalty is raised above this one, whose optimum is soon found from nothing
 PATH_FLOPS = 1e9  # a step of all problems at once: above it, one penalty after another pays
 
-Ends = deque[tuple[float, Tensor]]  # of a path so far, the last two: penalties, and the weights there
+Ends = deque[
+    tuple[float, Tensor]
+]  # of a path so far, the last two: penalties, and the weights there
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Basis:
     def fit(cls, train: Tensor, others: Tensor) -> "Basis":
         """Take statistics from `train` `[B, D]`; `others` (validation clips) only widen the span that weights may use."""
         mean, deviation = train.mean(0), train.std(0, correction=0)
-        deviation = torch.where(deviation > 1e-7 * mean.abs().clamp_min(1e-6), deviation, 1.0)  # constant features stay put
+        deviation = torch.where(
+            deviation > 1e-7 * mean.abs().clamp_min(1e-6), deviation, 1.0
+        )  # constant features stay put
         rows = ((torch.cat([train, others]) - mean) / deviation).double()
         if len(rows) < rows.shape[1]:
             values, vectors = torch.linalg.eigh(rows @ rows.T)
@@ -95,11 +99,22 @@ class LinearProbe(LightningModule):
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
-        self.multilabel, self.max_steps, self.tolerance, self.approach = multilabel, max_steps, tolerance, approach
+        self.multilabel, self.max_steps, self.tolerance, self.approach = (
+            multilabel,
+            max_steps,
+            tolerance,
+            approach,
+        )
         self.grades = torch.tensor(penalties)  # [J] as they were given, by which a path goes
-        self.register_buffer("penalties", self.grades / torch.tensor(items))  # [J] beside a mean loss
-        self.register_buffer("variances", torch.cat([variances, torch.ones(1)]))  # [R + 1], the last the bias's
-        self.weight = nn.Parameter(torch.zeros(len(penalties), classes, len(variances) + 1), requires_grad=False)
+        self.register_buffer(
+            "penalties", self.grades / torch.tensor(items)
+        )  # [J] beside a mean loss
+        self.register_buffer(
+            "variances", torch.cat([variances, torch.ones(1)])
+        )  # [R + 1], the last the bias's
+        self.weight = nn.Parameter(
+            torch.zeros(len(penalties), classes, len(variances) + 1), requires_grad=False
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """`[I, R]` → class scores `[I, J, C]`."""
@@ -107,7 +122,9 @@ class LinearProbe(LightningModule):
 
     def objectives(self, features: Tensor, answers: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the `[J]` objectives on features `[I, R]` and answers; `rows` `[I, J]` marks each problem's own items."""
-        return self._evaluate(self.weight, self.penalties, _with_ones(features), answers, self._shares(features, rows))[0]
+        return self._evaluate(
+            self.weight, self.penalties, _with_ones(features), answers, self._shares(features, rows)
+        )[0]
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
         features, answers = batch[:2]
@@ -117,8 +134,19 @@ class LinearProbe(LightningModule):
         passed: dict[int, Ends] = defaultdict(lambda: deque(maxlen=2))
         for level, raised, tolerance in self._levels(len(features)):
             numbers, grades = level.tolist(), (self.grades[level] * raised).tolist()
-            start = [_expected(passed[paths[n]], grade, self.weight[n]) for n, grade in zip(numbers, grades, strict=True)]
-            ends = self._minimise(torch.stack(start), level, self.penalties[level] * raised, tolerance, wide, answers, shares)
+            start = [
+                _expected(passed[paths[n]], grade, self.weight[n])
+                for n, grade in zip(numbers, grades, strict=True)
+            ]
+            ends = self._minimise(
+                torch.stack(start),
+                level,
+                self.penalties[level] * raised,
+                tolerance,
+                wide,
+                answers,
+                shares,
+            )
             self.weight[level] = ends
             for number, grade, end in zip(numbers, grades, ends, strict=True):
                 path = passed[paths[number]]
@@ -137,12 +165,17 @@ class LinearProbe(LightningModule):
         if 4 * items * self.weight.numel() < PATH_FLOPS:
             return [(everything, 1.0, self.tolerance)]
         if self.approach:
-            low = [(torch.nonzero(self.grades * raised <= MAX_APPROACH)[:, 0], raised) for raised in self.approach]
+            low = [
+                (torch.nonzero(self.grades * raised <= MAX_APPROACH)[:, 0], raised)
+                for raised in self.approach
+            ]
             return [
                 *((level, raised, ROUGH_TOLERANCE) for level, raised in low if len(level)),
                 (everything, 1.0, self.tolerance),
             ]
-        levels = [torch.nonzero(self.grades == grade)[:, 0] for grade in self.grades.unique().flip(0)]
+        levels = [
+            torch.nonzero(self.grades == grade)[:, 0] for grade in self.grades.unique().flip(0)
+        ]
         return [(level, 1.0, self.tolerance) for level in levels]
 
     def _minimise(
@@ -160,10 +193,14 @@ class LinearProbe(LightningModule):
 
         def objective(weight: Tensor, problems: Tensor) -> tuple[Tensor, Tensor]:
             own, weights = scale[problems], shares[:, level[problems]]
-            values, gradients = self._evaluate(weight.view_as(own) * own, penalties[problems], features, answers, weights)
+            values, gradients = self._evaluate(
+                weight.view_as(own) * own, penalties[problems], features, answers, weights
+            )
             return values, (gradients * own).flatten(1)
 
-        found = minimise(objective, (start / scale).flatten(1), max_steps=self.max_steps, tolerance=tolerance)
+        found = minimise(
+            objective, (start / scale).flatten(1), max_steps=self.max_steps, tolerance=tolerance
+        )
         return found.view_as(scale) * scale
 
     def _scale(self, start: Tensor, penalties: Tensor, features: Tensor, shares: Tensor) -> Tensor:
@@ -171,7 +208,9 @@ class LinearProbe(LightningModule):
         scores = _scores(start, features)
         chances = scores.sigmoid() if self.multilabel else scores.softmax(2)
         steepness = torch.einsum("ijc,ij->jc", chances * (1 - chances), shares).clamp(min=1e-8)
-        curvature = steepness[:, :, None] * self.variances + penalties[:, None, None] * self._penalised()
+        curvature = (
+            steepness[:, :, None] * self.variances + penalties[:, None, None] * self._penalised()
+        )
         return (curvature + 1e-12).rsqrt()
 
     def _evaluate(
@@ -192,14 +231,25 @@ class LinearProbe(LightningModule):
             slopes = scores.log_softmax(2)
             losses = -slopes.gather(2, place)[:, :, 0]
             # Chances below exp(-30) pull at nothing, and as denormal numbers they slow every product after this.
-            slopes = slopes.clamp_(min=-30).exp_().mul_(shares[:, :, None]).scatter_add_(2, place, -shares[:, :, None])
+            slopes = (
+                slopes.clamp_(min=-30)
+                .exp_()
+                .mul_(shares[:, :, None])
+                .scatter_add_(2, place, -shares[:, :, None])
+            )
         pull = penalties[:, None, None] * self._penalised() * weight
         gradients = product(slopes.flatten(1).T, features.T).view_as(weight) + pull
-        return (losses * shares).sum(0, dtype=torch.double) + 0.5 * (pull * weight).sum((1, 2), dtype=torch.double), gradients
+        return (losses * shares).sum(0, dtype=torch.double) + 0.5 * (pull * weight).sum(
+            (1, 2), dtype=torch.double
+        ), gradients
 
     def _shares(self, features: Tensor, rows: Tensor | None) -> Tensor:
         """Return `[I, J]`: what each item weighs in each problem."""
-        rows = torch.ones(len(features), len(self.weight), device=features.device) if rows is None else rows
+        rows = (
+            torch.ones(len(features), len(self.weight), device=features.device)
+            if rows is None
+            else rows
+        )
         return rows / rows.sum(0)
 
     def _penalised(self) -> Tensor:
@@ -229,12 +279,20 @@ class LinearFitter:
     def block(self) -> int:
         """How many problems are fitted at once."""
         items, rank = self.rotated.shape
-        return max(1, min(MAX_SCORES // (items * self.classes), MAX_WEIGHTS // (rank * self.classes)))
+        return max(
+            1, min(MAX_SCORES // (items * self.classes), MAX_WEIGHTS // (rank * self.classes))
+        )
 
-    def __call__(self, rows: Tensor, settings: Sequence[Setting], thorough: bool) -> Callable[[Tensor], Tensor]:
+    def __call__(
+        self, rows: Tensor, settings: Sequence[Setting], thorough: bool
+    ) -> Callable[[Tensor], Tensor]:
         """Fit one probe per column of `rows` `[I, J]`."""
         used = rows.any(1)
-        rows, features, answers = rows[used], self.rotated[used.to(self.device)], self.pool.answers[used.to(self.device)]
+        rows, features, answers = (
+            rows[used],
+            self.rotated[used.to(self.device)],
+            self.pool.answers[used.to(self.device)],
+        )
         # A path of penalties only ranks them. Tolerances are shares of the loss: where classes part cleanly it is tiny at its optimum.
         effort = (
             {"max_steps": 300, "tolerance": 1e-5, "approach": APPROACH}
@@ -275,4 +333,6 @@ def _alike(rows: Tensor | None, problems: int) -> list[int]:
     if rows is None:
         return [0] * problems
     numbers: dict[bytes, int] = {}
-    return [numbers.setdefault(column.tobytes(), len(numbers)) for column in rows.T.bool().cpu().numpy()]
+    return [
+        numbers.setdefault(column.tobytes(), len(numbers)) for column in rows.T.bool().cpu().numpy()
+    ]

@@ -10,7 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision, MultilabelF1Score
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MultilabelAveragePrecision,
+    MultilabelF1Score,
+)
 from torchmetrics.text import WordErrorRate
 
 Answer = Literal["class", "classes", "events", "captions", "text"]
@@ -50,17 +54,28 @@ def recall_credit(similarity: Tensor, owner: Tensor) -> Tensor:
     to_text = owner[similarity.argmax(1)] == clips
     found = (similarity.argmax(0) == owner).double()
     counts = torch.bincount(owner, minlength=len(clips)).clamp(min=1)
-    to_audio = torch.zeros(len(clips), dtype=torch.double, device=owner.device).index_add(0, owner, found) / counts
+    to_audio = (
+        torch.zeros(len(clips), dtype=torch.double, device=owner.device).index_add(0, owner, found)
+        / counts
+    )
     return torch.stack([to_text.double(), to_audio], 1)
 
 
 # A metric's name → one for C classes. Class metrics are fed with `[B, C]` scores and `[B]` classes or `[B, C]` answers of 0 and 1.
 # None syncs: the first rank of a job scores while the others wait elsewhere, or are gone.
 METRICS: dict[str, Callable[[int], Metric]] = {
-    "accuracy": lambda classes: MulticlassAccuracy(classes, average="micro", validate_args=False, sync_on_compute=False),
-    "mAP": lambda classes: MultilabelAveragePrecision(classes, average="macro", validate_args=False, sync_on_compute=False),
-    "segment_f1_macro": lambda classes: MultilabelF1Score(classes, average="macro", validate_args=False, sync_on_compute=False),
-    "segment_f1_micro": lambda classes: MultilabelF1Score(classes, average="micro", validate_args=False, sync_on_compute=False),
+    "accuracy": lambda classes: MulticlassAccuracy(
+        classes, average="micro", validate_args=False, sync_on_compute=False
+    ),
+    "mAP": lambda classes: MultilabelAveragePrecision(
+        classes, average="macro", validate_args=False, sync_on_compute=False
+    ),
+    "segment_f1_macro": lambda classes: MultilabelF1Score(
+        classes, average="macro", validate_args=False, sync_on_compute=False
+    ),
+    "segment_f1_micro": lambda classes: MultilabelF1Score(
+        classes, average="micro", validate_args=False, sync_on_compute=False
+    ),
     "recall@1": lambda classes: CrossRecall(),
     "word_accuracy": lambda classes: WordAccuracy(sync_on_compute=False),
 }
@@ -88,7 +103,11 @@ def class_metric(metric: str, classes: int, scores: Tensor, answers: Tensor) -> 
     """
     if metric == "mAP":
         present = answers.any(0)
-        scores, answers, classes = _ranks(scores[:, present]), answers[:, present], int(present.sum())
+        scores, answers, classes = (
+            _ranks(scores[:, present]),
+            answers[:, present],
+            int(present.sum()),
+        )
         if not classes:
             return 0.0
     elif answers.ndim == 2:

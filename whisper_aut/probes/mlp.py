@@ -16,7 +16,9 @@ from whisper_aut.probes.items import Items
 
 MLP_VERSION = 1
 HIDDEN = 256
-CANDIDATES: tuple[Setting, ...] = tuple({"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-4, 1e-3, 1e-2))
+CANDIDATES: tuple[Setting, ...] = tuple(
+    {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-4, 1e-3, 1e-2)
+)
 MAX_ACTIVATIONS = 1 << 26
 
 
@@ -27,9 +29,19 @@ class MLPProbe(DescentProbe):
         settings: each problem's learning `rate` and `decay` (half the squared weights, times this, is added to its loss).
     """
 
-    def __init__(self, width: int, classes: int, settings: Sequence[Setting], hidden: int = HIDDEN, seed: int = 0):
+    def __init__(
+        self,
+        width: int,
+        classes: int,
+        settings: Sequence[Setting],
+        hidden: int = HIDDEN,
+        seed: int = 0,
+    ):
         generator = torch.Generator().manual_seed(seed)
-        first, second = torch.randn(width, hidden, generator=generator), torch.randn(hidden, classes, generator=generator)
+        first, second = (
+            torch.randn(width, hidden, generator=generator),
+            torch.randn(hidden, classes, generator=generator),
+        )
         count = len(settings)  # all start alike, so that settings are compared and not starts
         values = {
             "first": (first * (2 / width) ** 0.5).repeat(count, 1, 1),
@@ -44,7 +56,9 @@ def mlp_fitter(pool: Items, sampled: Tensor, classes: int, device: str) -> Desce
     """Return what fits networks on one pool, standardised by its sampled clips."""
     items, width = pool.features.shape
     block = max(1, MAX_ACTIVATIONS // (HIDDEN * (items + 8 * width)))
-    return DescentFitter.on(pool, sampled, device, probe=partial(MLPProbe, width, classes), block=block)
+    return DescentFitter.on(
+        pool, sampled, device, probe=partial(MLPProbe, width, classes), block=block
+    )
 
 
 def _scores(values: Mapping[str, Tensor], features: Tensor) -> Tensor:

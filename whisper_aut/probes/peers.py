@@ -31,7 +31,11 @@ MAEB_CLIPS_PER_CLASS, MAEB_FOLDS, MAEB_EXPERIMENTS, MAEB_ITERATIONS = 8, 5, 10, 
 
 
 def xares_runs(
-    rounds: Sequence[Round], task: ProbeTask, classes: Sequence[str], kind: str, seeds: Sequence[int]
+    rounds: Sequence[Round],
+    task: ProbeTask,
+    classes: Sequence[str],
+    kind: str,
+    seeds: Sequence[int],
 ) -> list[SeedRun]:
     """X-ARES: the task's epochs of Adam on normalised features, the best epoch by the score that is reported; or its nearest neighbours."""
     answer, metric, found = task.answer, task.metric, []
@@ -55,7 +59,9 @@ def xares_runs(
     return found
 
 
-def _xares_mlp(train: Items, valid: Items, test: Items, task: ProbeTask, classes: int, seed: int) -> Tensor:
+def _xares_mlp(
+    train: Items, valid: Items, test: Items, task: ProbeTask, classes: int, seed: int
+) -> Tensor:
     """A linear layer behind a LayerNorm, called MLP there; return its scores of the test items at the best epoch."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -65,7 +71,9 @@ def _xares_mlp(train: Items, valid: Items, test: Items, task: ProbeTask, classes
         best, kept = -1.0, torch.zeros(len(test.features), classes)
         for epoch in range(task.xares.epochs):
             share = (1 + cos(pi * epoch / task.xares.epochs)) / 2
-            optimiser.param_groups[0]["lr"] = XARES_LAST_RATE + (XARES_RATE - XARES_LAST_RATE) * share
+            optimiser.param_groups[0]["lr"] = (
+                XARES_LAST_RATE + (XARES_RATE - XARES_LAST_RATE) * share
+            )
             for batch in torch.randperm(len(train.features)).split(task.xares.batch_clips):
                 optimiser.zero_grad()
                 _loss(model(train.features[batch]), train.answers[batch]).backward()
@@ -85,7 +93,9 @@ def _xares_neighbours(train: Items, test: Items, classes: int) -> Tensor:
     return votes.scatter_add_(1, train.answers[positions], (nearest / XARES_TEMPERATURE).softmax(1))
 
 
-def maeb_runs(rounds: Sequence[Round], classes: Sequence[str], seeds: Sequence[int]) -> list[SeedRun]:
+def maeb_runs(
+    rounds: Sequence[Round], classes: Sequence[str], seeds: Sequence[int]
+) -> list[SeedRun]:
     """MAEB: logistic regression on raw features of eight clips a class; clips of official folds are shuffled across them."""
     found = []
     for seed in seeds:
@@ -99,7 +109,10 @@ def maeb_runs(rounds: Sequence[Round], classes: Sequence[str], seeds: Sequence[i
             one = rounds[0]
             pool, test = items_of(one.pool, "class", classes), items_of(one.test, "class", classes)
             train = _only(pool, pool.of(one.sampled))
-            parts = [part.numpy() for part in (train.features, train.answers, test.features, test.answers)]
+            parts = [
+                part.numpy()
+                for part in (train.features, train.answers, test.features, test.answers)
+            ]
             trials = [(*parts, np.arange(len(test.answers)))] * MAEB_EXPERIMENTS
         found.append(_maeb_run(trials, seed))
     return found
@@ -142,7 +155,11 @@ def _only(items: Items, kept: Tensor) -> Items:
 
 
 def _loss(scores: Tensor, answers: Tensor) -> Tensor:
-    return F.cross_entropy(scores, answers) if answers.ndim == 1 else F.binary_cross_entropy_with_logits(scores, answers)
+    return (
+        F.cross_entropy(scores, answers)
+        if answers.ndim == 1
+        else F.binary_cross_entropy_with_logits(scores, answers)
+    )
 
 
 def _xares_metric(metric: str, classes: int, scores: Tensor, answers: Tensor) -> float:
@@ -155,5 +172,8 @@ def _units(scores: Tensor, test: Items, metric: str, classes: int) -> np.ndarray
     if test.answers.ndim == 1:
         return (scores.argmax(1) == test.answers).double().numpy()
     return jackknife(
-        lambda clips: _xares_metric(metric, classes, scores[test.of(clips)], test.answers[test.of(clips)]), test.clips
+        lambda clips: _xares_metric(
+            metric, classes, scores[test.of(clips)], test.answers[test.of(clips)]
+        ),
+        test.clips,
     )

@@ -45,9 +45,21 @@ class Protocol:
     def identity(self, kind: str) -> dict[str, Any]:
         """Return what of the rules a score depends on."""
         facts = KINDS[kind]
-        return {"kind": kind, "version": facts.version, "candidates": list(facts.candidates), "share": TRAIN_SHARE}
+        return {
+            "kind": kind,
+            "version": facts.version,
+            "candidates": list(facts.candidates),
+            "share": TRAIN_SHARE,
+        }
 
-    def run(self, parts: dict[str, Embeddings], task: ProbeTask, kind: str, seeds: Sequence[int], device: str) -> list[SeedRun]:
+    def run(
+        self,
+        parts: dict[str, Embeddings],
+        task: ProbeTask,
+        kind: str,
+        seeds: Sequence[int],
+        device: str,
+    ) -> list[SeedRun]:
         """Score a task, once per seed."""
         return probe_rounds(
             rounds_of(parts, task), metric=task.metric, kind=kind, seeds=seeds, segment_seconds=task.segment_seconds,
@@ -57,7 +69,9 @@ class Protocol:
 
 def rounds_of(parts: dict[str, Embeddings], task: ProbeTask) -> list[Round]:
     """Return the rounds of a task: one for splits, one per fold for folds."""
-    return fold_rounds(list(parts.values())) if task.split.scheme == "folds" else [split_round(parts)]
+    return (
+        fold_rounds(list(parts.values())) if task.split.scheme == "folds" else [split_round(parts)]
+    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,14 @@ class XaresProtocol(Protocol):
     def identity(self, kind: str) -> dict[str, Any]:
         return {"kind": kind, "version": PEERS_VERSION}
 
-    def run(self, parts: dict[str, Embeddings], task: ProbeTask, kind: str, seeds: Sequence[int], device: str) -> list[SeedRun]:
+    def run(
+        self,
+        parts: dict[str, Embeddings],
+        task: ProbeTask,
+        kind: str,
+        seeds: Sequence[int],
+        device: str,
+    ) -> list[SeedRun]:
         rounds = rounds_of(parts, task)
         check_rounds(rounds, task.name)
         return xares_runs(rounds, task, class_names(rounds, task.answer, task.name), kind, seeds)
@@ -102,13 +123,22 @@ class MaebProtocol(Protocol):
 
     def kind_of(self, task: ProbeTask, kind: str) -> str:
         if task.answer != "class":
-            raise UserError(f"Protocol {self.name} scores no {task.metric}: leave out {task.name!r}, or use strict.")
+            raise UserError(
+                f"Protocol {self.name} scores no {task.metric}: leave out {task.name!r}, or use strict."
+            )
         return _known(kind or "linear", ("linear",), self.name)
 
     def identity(self, kind: str) -> dict[str, Any]:
         return {"kind": kind, "version": PEERS_VERSION}
 
-    def run(self, parts: dict[str, Embeddings], task: ProbeTask, kind: str, seeds: Sequence[int], device: str) -> list[SeedRun]:
+    def run(
+        self,
+        parts: dict[str, Embeddings],
+        task: ProbeTask,
+        kind: str,
+        seeds: Sequence[int],
+        device: str,
+    ) -> list[SeedRun]:
         rounds = rounds_of(parts, task)
         check_rounds(rounds, task.name)
         return maeb_runs(rounds, class_names(rounds, task.answer, task.name), seeds)
@@ -120,7 +150,9 @@ def _known(kind: str, kinds: Sequence[str], protocol: str) -> str:
     return kind
 
 
-PROTOCOLS: dict[str, Protocol] = {rules.name: rules for rules in (Protocol(), XaresProtocol(), MaebProtocol())}
+PROTOCOLS: dict[str, Protocol] = {
+    rules.name: rules for rules in (Protocol(), XaresProtocol(), MaebProtocol())
+}
 
 
 def protocol_named(name: str) -> Protocol:
@@ -130,5 +162,7 @@ def protocol_named(name: str) -> Protocol:
         UserError: there is none.
     """
     if name not in PROTOCOLS:
-        raise UserError(f"There is no protocol {name!r}.{nearest(name, PROTOCOLS)} There are: {', '.join(PROTOCOLS)}.")
+        raise UserError(
+            f"There is no protocol {name!r}.{nearest(name, PROTOCOLS)} There are: {', '.join(PROTOCOLS)}."
+        )
     return PROTOCOLS[name]

@@ -16,11 +16,20 @@ from whisper_aut.corpora.shards import ShardIndex, open_index
 from whisper_aut.errors import UserError
 from whisper_aut.probes.cache import Embeddings, cache_path, read_embeddings, write_embeddings
 from whisper_aut.probes.clips import Share
-from whisper_aut.probes.embed import EmbedSettings, FrameEncoder, check_refused, embed_task, folder_identity, view_of
+from whisper_aut.probes.embed import (
+    EmbedSettings,
+    FrameEncoder,
+    check_refused,
+    embed_task,
+    folder_identity,
+    view_of,
+)
 from whisper_aut.probes.protocols import Protocol
 from whisper_aut.probes.tasks import ProbeTask
 
-PATIENCE = timedelta(hours=12)  # a rank that ends is noticed at once; this is for one that has more to embed
+PATIENCE = timedelta(
+    hours=12
+)  # a rank that ends is noticed at once; this is for one that has more to embed
 
 
 def launched_share() -> Share:
@@ -56,14 +65,26 @@ class SharedEmbedding:
         Raises:
             UserError: what `embed_task` raises, another rank is gone, or the ranks do not see one cache folder.
         """
-        views = {task.name: self.rules.view_of(self.rules.kind_of(task, self.kind)) for task in self.tasks}
+        views = {
+            task.name: self.rules.view_of(self.rules.kind_of(task, self.kind))
+            for task in self.tasks
+        }
         fingerprints = {name: encoder.fingerprint() for name, encoder in self.encoders.items()}
         settings = self.rules.embedding(self.embedding)
         dist.init_process_group("gloo", timeout=PATIENCE)
         try:
             for name, encoder in self.encoders.items():
                 for task in self.tasks:
-                    embed_task(encoder, task, self.root, self.cache, settings, fingerprints[name], views[task.name], share)
+                    embed_task(
+                        encoder,
+                        task,
+                        self.root,
+                        self.cache,
+                        settings,
+                        fingerprints[name],
+                        views[task.name],
+                        share,
+                    )
             try:
                 dist.barrier()
             except RuntimeError as error:
@@ -75,16 +96,32 @@ class SharedEmbedding:
         finally:
             dist.destroy_process_group()
 
-    def _join(self, ranks: int, settings: EmbedSettings, fingerprints: Mapping[str, str], views: Mapping[str, str]) -> None:
+    def _join(
+        self,
+        ranks: int,
+        settings: EmbedSettings,
+        fingerprints: Mapping[str, str],
+        views: Mapping[str, str],
+    ) -> None:
         for name, encoder in self.encoders.items():
             for task in self.tasks:
                 view = view_of(encoder, settings, views[task.name], task)
-                for index in (open_index(folder) for part in task.parts for folder in task.folders(part, self.root)):
+                for index in (
+                    open_index(folder)
+                    for part in task.parts
+                    for folder in task.folders(part, self.root)
+                ):
                     identity = folder_identity(fingerprints[name], view, index, task, settings)
                     join_shares(self.cache, identity, ranks, index, settings)
 
 
-def join_shares(cache: str | Path, identity: dict[str, object], ranks: int, index: ShardIndex, settings: EmbedSettings) -> None:
+def join_shares(
+    cache: str | Path,
+    identity: dict[str, object],
+    ranks: int,
+    index: ShardIndex,
+    settings: EmbedSettings,
+) -> None:
     """Put the shares of a folder end to end under the folder's own identity, where it is not there yet.
 
     Raises:

@@ -26,7 +26,9 @@ from whisper_aut.probes.selection import Judgement
 RETRIEVAL_VERSION = 1
 SHARED_WIDTH = 128
 BATCH_CLIPS = 256
-CANDIDATES: tuple[Setting, ...] = tuple({"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-4, 1e-3, 1e-2))
+CANDIDATES: tuple[Setting, ...] = tuple(
+    {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-4, 1e-3, 1e-2)
+)
 
 
 class RetrievalProbe(LightningModule):
@@ -47,7 +49,9 @@ class RetrievalProbe(LightningModule):
             "words": text.repeat(count, 1, 1),
             "sharpness": torch.full((count,), float(np.log(1 / 0.07))),
         }
-        self.values = nn.ParameterDict({name: nn.Parameter(value, requires_grad=False) for name, value in values.items()})
+        self.values = nn.ParameterDict(
+            {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
+        )
         self.rates = torch.tensor([setting["rate"] for setting in settings])
         self.decays = torch.tensor([setting["decay"] for setting in settings])
 
@@ -61,8 +65,13 @@ class RetrievalProbe(LightningModule):
         decays, generator = self.decays.to(features.device), torch.Generator().manual_seed(0)
 
         def objectives(values: dict[str, Tensor], chosen: Tensor) -> Tensor:
-            place = (torch.rand(len(chosen), generator=generator).to(count.device) * count[chosen]).long()
-            logits = _cosines(values, features[chosen], bags[first[chosen] + place]) * values["sharpness"].exp()[:, None, None]
+            place = (
+                torch.rand(len(chosen), generator=generator).to(count.device) * count[chosen]
+            ).long()
+            logits = (
+                _cosines(values, features[chosen], bags[first[chosen] + place])
+                * values["sharpness"].exp()[:, None, None]
+            )
             own = rows[chosen].T > 0  # [J, b]
             logits = logits.masked_fill(~(own[:, None] & own[:, :, None]), -1e4)
             right = logits.diagonal(dim1=1, dim2=2)
@@ -71,7 +80,9 @@ class RetrievalProbe(LightningModule):
             return (losses * own).sum(1) / own.sum(1).clamp(min=1) + 0.5 * decays * squares
 
         rates = self.rates.to(features.device)
-        trained = descend(objectives, dict(self.values), rates, len(features), batch_items=BATCH_CLIPS)
+        trained = descend(
+            objectives, dict(self.values), rates, len(features), batch_items=BATCH_CLIPS
+        )
         for name, value in trained.items():
             self.values[name].copy_(value)
 
@@ -89,7 +100,9 @@ class Captions:
     @classmethod
     def of(cls, labels: Sequence[Sequence[str]], vocabulary: dict[str, int]) -> "Captions":
         bags = [_bag(caption, vocabulary) for captions in labels for caption in captions]
-        owner = torch.arange(len(labels)).repeat_interleave(torch.tensor([len(captions) for captions in labels]))
+        owner = torch.arange(len(labels)).repeat_interleave(
+            torch.tensor([len(captions) for captions in labels])
+        )
         return cls(torch.stack(bags), owner)
 
     def among(self, clips: Tensor) -> "Captions":
@@ -105,16 +118,30 @@ class RetrievalLearner:
 
     def __init__(self, pool: Embeddings, sampled: np.ndarray, test: Embeddings, device: str):
         taken = torch.from_numpy(sampled)
-        mean, deviation = pool.features[taken].mean(0), pool.features[taken].std(0, correction=0).clamp_min(1e-6)
-        self.pool, self.test = (pool.features - mean) / deviation, (test.features - mean) / deviation
+        mean, deviation = (
+            pool.features[taken].mean(0),
+            pool.features[taken].std(0, correction=0).clamp_min(1e-6),
+        )
+        self.pool, self.test = (
+            (pool.features - mean) / deviation,
+            (test.features - mean) / deviation,
+        )
         words = Counter(
-            word for label, own in zip(pool.labels, sampled, strict=True) if own for text in label for word in _words(text)
+            word
+            for label, own in zip(pool.labels, sampled, strict=True)
+            if own
+            for text in label
+            for word in _words(text)
         )
         self.vocabulary = {word: number for number, word in enumerate(sorted(words))}
-        self.pool_captions, self.test_captions = (Captions.of(part.labels, self.vocabulary) for part in (pool, test))
+        self.pool_captions, self.test_captions = (
+            Captions.of(part.labels, self.vocabulary) for part in (pool, test)
+        )
         self.device = device
 
-    def fit(self, clips: Sequence[np.ndarray], settings: Sequence[Setting], thorough: bool) -> "FittedRetrieval":
+    def fit(
+        self, clips: Sequence[np.ndarray], settings: Sequence[Setting], thorough: bool
+    ) -> "FittedRetrieval":
         rows = torch.from_numpy(np.stack(clips, 1))
         probe = RetrievalProbe(self.pool.shape[1], len(self.vocabulary), settings)
         count = torch.bincount(self.pool_captions.owner, minlength=len(self.pool))
@@ -142,7 +169,11 @@ class FittedRetrieval:
         metric = CrossRecall()
         metric.update(cosines, captions.owner)
         loss = F.cross_entropy(cosines.T / 0.07, captions.owner)
-        return Judgement(float(metric.compute()), float(loss), recall_credit(cosines, captions.owner).mean(1).numpy())
+        return Judgement(
+            float(metric.compute()),
+            float(loss),
+            recall_credit(cosines, captions.owner).mean(1).numpy(),
+        )
 
 
 def _cosines(values: dict[str, Tensor], features: Tensor, bags: Tensor) -> Tensor:
@@ -158,4 +189,6 @@ def _words(text: str) -> list[str]:
 def _bag(text: str, vocabulary: dict[str, int]) -> Tensor:
     known = [vocabulary[word] for word in _words(text) if word in vocabulary]
     bag = torch.zeros(len(vocabulary))
-    return bag.index_add(0, torch.tensor(known, dtype=torch.long), torch.full((len(known),), 1 / max(1, len(known))))
+    return bag.index_add(
+        0, torch.tensor(known, dtype=torch.long), torch.full((len(known),), 1 / max(1, len(known)))
+    )

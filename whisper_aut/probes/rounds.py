@@ -15,7 +15,9 @@ from whisper_aut.probes.cache import Embeddings
 
 TRAIN_SHARE = 0.9
 HELD_OUT_SHARE = 0.2  # of the training clips, where a task has no validation split
-MAX_INNER_FOLDS = 4  # validation folds per test fold: all of a 5-fold task, the next four of a 10-fold one
+MAX_INNER_FOLDS = (
+    4  # validation folds per test fold: all of a 5-fold task, the next four of a 10-fold one
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,14 @@ def split_round(splits: dict[str, Embeddings]) -> Round:
     """Return the one round of a task with a train, a valid (perhaps empty) and a test split."""
     train, valid = splits["train"], splits["valid"]
     parts = np.repeat([-1, 0], [len(train), len(valid)])
-    return Round(0, Embeddings.join([train, valid]), parts, parts < 0, (0,) if len(valid) else (), splits["test"])
+    return Round(
+        0,
+        Embeddings.join([train, valid]),
+        parts,
+        parts < 0,
+        (0,) if len(valid) else (),
+        splits["test"],
+    )
 
 
 def fold_rounds(folds: Sequence[Embeddings]) -> list[Round]:
@@ -63,7 +72,16 @@ def fold_rounds(folds: Sequence[Embeddings]) -> list[Round]:
         parts = np.repeat(np.arange(len(others)), [len(fold) for fold in others])
         # With two folds there is no fold left to validate on beside the one to train on.
         validate = tuple(range(min(len(others), MAX_INNER_FOLDS))) if len(others) > 1 else ()
-        rounds.append(Round(number, Embeddings.join(others), parts, np.ones(len(parts), dtype=bool), validate, test))
+        rounds.append(
+            Round(
+                number,
+                Embeddings.join(others),
+                parts,
+                np.ones(len(parts), dtype=bool),
+                validate,
+                test,
+            )
+        )
     return rounds
 
 
@@ -78,14 +96,20 @@ def draw(round: Round, strata: np.ndarray, seed: int) -> Draw:
     chosen = candidates[stratified(strata[candidates], TRAIN_SHARE, rng)]
     drawn = _mask(chosen, len(strata))
     if round.validate:
-        trials = tuple((drawn & (round.parts != part), round.parts == part) for part in round.validate)
+        trials = tuple(
+            (drawn & (round.parts != part), round.parts == part) for part in round.validate
+        )
     else:
-        held_out = _mask(chosen[stratified(strata[chosen], HELD_OUT_SHARE, rng, leave_one=True)], len(strata))
+        held_out = _mask(
+            chosen[stratified(strata[chosen], HELD_OUT_SHARE, rng, leave_one=True)], len(strata)
+        )
         trials = ((drawn & ~held_out, held_out),)
     return Draw(trials, drawn | ~round.sampled)
 
 
-def stratified(labels: np.ndarray, share: float, rng: np.random.Generator, leave_one: bool = False) -> np.ndarray:
+def stratified(
+    labels: np.ndarray, share: float, rng: np.random.Generator, leave_one: bool = False
+) -> np.ndarray:
     """Draw a share of every class without replacement, at least one clip of each; return sorted positions.
 
     `leave_one`: never draw the last clip of a class.
@@ -107,7 +131,10 @@ def check_rounds(rounds: Sequence[Round], name: str) -> None:
     for one in rounds:
         for where, part in (("train", one.pool), ("test", one.test)):
             if not len(part) or (where == "train" and not one.sampled.any()):
-                skipped = ", ".join(f"{count} {reason}" for reason, count in part.skipped.items()) or "no samples at all"
+                skipped = (
+                    ", ".join(f"{count} {reason}" for reason, count in part.skipped.items())
+                    or "no samples at all"
+                )
                 raise UserError(
                     f"Probe task {name!r} has no clips in {where!r} ({skipped}). Check its folders, label and select."
                 )

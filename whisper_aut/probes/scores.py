@@ -99,7 +99,9 @@ class TaskScore:
     def per_unit(self) -> np.ndarray:
         """Return `[U]`: what each unit adds to the score, a mean over seeds; the mean of all is `mean`, folds weighing alike."""
         mean = np.mean([_numbers(seed) for seed in self.record], axis=0)
-        return mean * np.repeat([mean.size / (len(self.units) * count) for count in self.units], self.units)
+        return mean * np.repeat(
+            [mean.size / (len(self.units) * count) for count in self.units], self.units
+        )
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,10 @@ class Scores:
         return list(dict.fromkeys(entry.domain for entry in self.entries))
 
     def get(self, encoder: str, task: str) -> TaskScore | None:
-        return next((entry for entry in self.entries if (entry.encoder, entry.task) == (encoder, task)), None)
+        return next(
+            (entry for entry in self.entries if (entry.encoder, entry.task) == (encoder, task)),
+            None,
+        )
 
     def averages(self) -> list[Average]:
         """Return, for each encoder, the weighted average of every domain and, under `AVERAGE`, of all tasks; where recognition is
@@ -165,7 +170,11 @@ class Scores:
             own = [entry for entry in self.entries if entry.encoder == encoder]
             spoken = [entry for entry in own if entry.metric != "word_accuracy"]
             for domain in [*self.domains, AVERAGE, *([NO_ASR] if len(spoken) < len(own) else [])]:
-                chosen = spoken if domain == NO_ASR else [entry for entry in own if domain in (entry.domain, AVERAGE)]
+                chosen = (
+                    spoken
+                    if domain == NO_ASR
+                    else [entry for entry in own if domain in (entry.domain, AVERAGE)]
+                )
                 if chosen:
                     mean, std = mean_std(_per_seed(chosen))
                     found.append(Average(encoder, domain, mean, std, len(chosen)))
@@ -174,7 +183,11 @@ class Scores:
     def to_json(self) -> str:
         """Return the whole as JSON; averages are added for readers and computed anew by `from_json`."""
         averages = [asdict(average) for average in self.averages()]
-        return json.dumps({"version": SCORES_VERSION, **asdict(self), "averages": averages}, indent=1, ensure_ascii=False)
+        return json.dumps(
+            {"version": SCORES_VERSION, **asdict(self), "averages": averages},
+            indent=1,
+            ensure_ascii=False,
+        )
 
     @classmethod
     def from_json(cls, text: str) -> "Scores":
@@ -186,14 +199,20 @@ class Scores:
         try:
             data = json.loads(text)
             if data["version"] != SCORES_VERSION:
-                raise UserError(f"The scores have version {data['version']}; this release reads {SCORES_VERSION}. Probe again.")
+                raise UserError(
+                    f"The scores have version {data['version']}; this release reads {SCORES_VERSION}. Probe again."
+                )
             entries = tuple(TaskScore(**_tuples(entry)) for entry in data["entries"])
             if not all(_whole(entry) for entry in entries):
                 raise ValueError("seeds and records differ in number")
             comparisons = tuple(Comparison(**comparison) for comparison in data["comparisons"])
-            return cls(entries, comparisons, tuple(data["seeds"]), data["settings"], data["protocol"])
+            return cls(
+                entries, comparisons, tuple(data["seeds"]), data["settings"], data["protocol"]
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"These are not probe scores, or they are damaged ({error!r}). Probe again.") from None
+            raise UserError(
+                f"These are not probe scores, or they are damaged ({error!r}). Probe again."
+            ) from None
 
     def save(self, path: str | Path) -> None:
         """Write the JSON under a temporary name, then rename it."""
@@ -222,7 +241,9 @@ class Scores:
 
 def _per_seed(entries: Sequence[TaskScore]) -> list[float]:
     """Weighted average of each seed: its spread is that of the average, not the average of spreads."""
-    return np.average([entry.per_seed() for entry in entries], axis=0, weights=[entry.weight for entry in entries]).tolist()
+    return np.average(
+        [entry.per_seed() for entry in entries], axis=0, weights=[entry.weight for entry in entries]
+    ).tolist()
 
 
 def _numbers(record: str | tuple[float, ...]) -> np.ndarray:
@@ -233,7 +254,11 @@ def _numbers(record: str | tuple[float, ...]) -> np.ndarray:
 
 def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
     values = {name: _tuple(value) for name, value in entry.items()}
-    return values | {"confusion": Confusion(**_tuples(entry["confusion"]))} if entry.get("confusion") else values
+    return (
+        values | {"confusion": Confusion(**_tuples(entry["confusion"]))}
+        if entry.get("confusion")
+        else values
+    )
 
 
 def _tuple(value: Any) -> Any:
@@ -241,10 +266,16 @@ def _tuple(value: Any) -> Any:
 
 
 def _whole(entry: TaskScore) -> bool:
-    same = len(entry.scores) == len(entry.chosen) == len(entry.valid_scores) > 0 and len(entry.record) > 0
+    same = (
+        len(entry.scores) == len(entry.chosen) == len(entry.valid_scores) > 0
+        and len(entry.record) > 0
+    )
     units = sum(entry.units)
     return (
         same
         and not len(entry.scores) % len(entry.record)
-        and all(len(seed) == units and (not isinstance(seed, str) or set(seed) <= {"0", "1"}) for seed in entry.record)
+        and all(
+            len(seed) == units and (not isinstance(seed, str) or set(seed) <= {"0", "1"})
+            for seed in entry.record
+        )
     )

@@ -75,24 +75,40 @@ class Learner(Protocol):
         """How many problems fit into memory at once."""
         ...
 
-    def fit(self, clips: Sequence[np.ndarray], settings: Sequence[Setting], thorough: bool) -> Fitted: ...
+    def fit(
+        self, clips: Sequence[np.ndarray], settings: Sequence[Setting], thorough: bool
+    ) -> Fitted: ...
 
 
 def score_round(
-    learner: Learner, round: Round, strata: np.ndarray, candidates: Sequence[Setting], seeds: Sequence[int]
+    learner: Learner,
+    round: Round,
+    strata: np.ndarray,
+    candidates: Sequence[Setting],
+    seeds: Sequence[int],
 ) -> list[SeedRun]:
     """Choose settings and score the test part, once per seed."""
     draws = [draw(round, strata, seed) for seed in seeds]
     scores, losses = _trials(learner, draws, candidates)
-    chosen = [int(np.lexsort((loss, -score))[0]) for score, loss in zip(scores, losses, strict=True)]
+    chosen = [
+        int(np.lexsort((loss, -score))[0]) for score, loss in zip(scores, losses, strict=True)
+    ]
     runs = []
     for first in range(0, len(seeds), learner.block):
         span = range(first, min(first + learner.block, len(seeds)))
-        fitted = learner.fit([draws[s].final for s in span], [candidates[chosen[s]] for s in span], thorough=True)
+        fitted = learner.fit(
+            [draws[s].final for s in span], [candidates[chosen[s]] for s in span], thorough=True
+        )
         for problem, s in enumerate(span):
             test, valid = fitted.on_test(problem), scores[s, chosen[s]]
             valid_score = None if np.isnan(valid) else shortened(valid)
-            parts = (shortened(test.score),), (candidates[chosen[s]],), (valid_score,), (test.units,), (test.predicted,)
+            parts = (
+                (shortened(test.score),),
+                (candidates[chosen[s]],),
+                (valid_score,),
+                (test.units,),
+                (test.predicted,),
+            )
             runs.append(SeedRun(seeds[s], *parts))
     return runs
 
@@ -135,14 +151,20 @@ def jackknife(score: Callable[[np.ndarray], float], clips: int) -> np.ndarray:
     return whole + (count - 1) * (without.mean() - without)
 
 
-def _trials(learner: Learner, draws: Sequence[Draw], candidates: Sequence[Setting]) -> tuple[np.ndarray, np.ndarray]:
+def _trials(
+    learner: Learner, draws: Sequence[Draw], candidates: Sequence[Setting]
+) -> tuple[np.ndarray, np.ndarray]:
     """Return validation scores and losses, `[seeds, candidates]`, each a mean over the seed's trials."""
     shape = (len(draws), len(draws[0].trials), len(candidates))
     scores, losses = np.zeros(shape), np.zeros(shape)
     if len(candidates) == 1:  # nothing to choose, nothing to try
         return np.full(shape, np.nan).mean(1), losses.mean(1)
     for block in _blocks(shape, learner.block):
-        fitted = learner.fit([draws[s].trials[t][0] for s, t, _ in block], [candidates[c] for _, _, c in block], thorough=False)
+        fitted = learner.fit(
+            [draws[s].trials[t][0] for s, t, _ in block],
+            [candidates[c] for _, _, c in block],
+            thorough=False,
+        )
         for problem, (s, t, c) in enumerate(block):
             judged = fitted.on_pool(draws[s].trials[t][1], problem)
             scores[s, t, c], losses[s, t, c] = judged.score, judged.loss
@@ -182,7 +204,9 @@ class ClassLearner:
     fitter: Fitter
     block: int
 
-    def fit(self, clips: Sequence[np.ndarray], settings: Sequence[Setting], thorough: bool) -> "FittedClasses":
+    def fit(
+        self, clips: Sequence[np.ndarray], settings: Sequence[Setting], thorough: bool
+    ) -> "FittedClasses":
         rows = torch.stack([self.pool.of(mask).cpu() for mask in clips], 1)
         return FittedClasses(self, self.fitter(rows, settings, thorough))
 
@@ -209,11 +233,20 @@ class FittedClasses:
         score, loss = self._judge(scores, test.answers)
         if test.answers.ndim == 1:
             predicted = scores.argmax(1)
-            return Judgement(score, loss, (predicted == test.answers).double().numpy(), predicted.numpy())
-        without = jackknife(lambda clips: self._judge(scores[test.of(clips)], test.answers[test.of(clips)])[0], test.clips)
+            return Judgement(
+                score, loss, (predicted == test.answers).double().numpy(), predicted.numpy()
+            )
+        without = jackknife(
+            lambda clips: self._judge(scores[test.of(clips)], test.answers[test.of(clips)])[0],
+            test.clips,
+        )
         return Judgement(score, loss, without)
 
     def _judge(self, scores: Tensor, answers: Tensor) -> tuple[float, float]:
         score = class_metric(self.learner.metric, self.learner.classes, scores, answers)
-        loss = F.cross_entropy(scores, answers) if answers.ndim == 1 else F.binary_cross_entropy_with_logits(scores, answers)
+        loss = (
+            F.cross_entropy(scores, answers)
+            if answers.ndim == 1
+            else F.binary_cross_entropy_with_logits(scores, answers)
+        )
         return score, float(loss)

@@ -15,7 +15,9 @@ import numpy as np
 
 CONFIDENCE = 0.95
 DECIMALS = 9  # of a clip's difference
-TIE = 10.0 ** (1 - DECIMALS)  # means that differ by less are equal but for that rounding: thirds, of three seeds, have no end
+TIE = 10.0 ** (
+    1 - DECIMALS
+)  # means that differ by less are equal but for that rounding: thirds, of three seeds, have no end
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,12 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def paired_difference(
-    a: Sequence[np.ndarray], b: Sequence[np.ndarray], weights: Sequence[float], *, resamples: int = 10_000, seed: int = 0
+    a: Sequence[np.ndarray],
+    b: Sequence[np.ndarray],
+    weights: Sequence[float],
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> Difference:
     """Compare two encoders over one task or a weighted average of several.
 
@@ -48,7 +55,9 @@ def paired_difference(
         assert one.shape == other.shape, (one.shape, other.shape)
         assert one.size, "no clips"
         # Rounding merges values that differ in the last bit only.
-        differences = np.round(np.asarray(one, dtype=float) - np.asarray(other, dtype=float), DECIMALS)
+        differences = np.round(
+            np.asarray(one, dtype=float) - np.asarray(other, dtype=float), DECIMALS
+        )
         value += share * differences.mean()
         drawn += share * _bootstrap_means(differences, resamples, rng)
         flipped += share * _sign_flip_means(differences, resamples, rng)
@@ -57,12 +66,20 @@ def paired_difference(
     return Difference(float(value), float(low), float(high), (1 + extreme) / (1 + resamples))
 
 
-def _bootstrap_means(differences: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+def _bootstrap_means(
+    differences: np.ndarray, resamples: int, rng: np.random.Generator
+) -> np.ndarray:
     values, counts = np.unique(differences, return_counts=True)
-    return rng.multinomial(differences.size, counts / differences.size, size=resamples) @ values / differences.size
+    return (
+        rng.multinomial(differences.size, counts / differences.size, size=resamples)
+        @ values
+        / differences.size
+    )
 
 
-def _sign_flip_means(differences: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+def _sign_flip_means(
+    differences: np.ndarray, resamples: int, rng: np.random.Generator
+) -> np.ndarray:
     magnitudes, counts = np.unique(np.abs(differences), return_counts=True)
     positive = rng.binomial(counts, 0.5, size=(resamples, len(counts)))
     return (2 * positive - counts) @ magnitudes / differences.size

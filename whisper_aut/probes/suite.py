@@ -18,7 +18,13 @@ import numpy as np
 from whisper_aut.corpora.shards import open_index
 from whisper_aut.errors import UserError, nearest
 from whisper_aut.probes.cache import Embeddings, cache_path, digest
-from whisper_aut.probes.embed import EmbedSettings, FrameEncoder, embed_task, folder_identity, view_of
+from whisper_aut.probes.embed import (
+    EmbedSettings,
+    FrameEncoder,
+    embed_task,
+    folder_identity,
+    view_of,
+)
 from whisper_aut.probes.hearing import View
 from whisper_aut.probes.items import class_names
 from whisper_aut.probes.kinds import KINDS
@@ -78,9 +84,19 @@ def run_suite(
     """
     _check(encoders, tasks, seeds, against, protocol)
     rules = protocol_named(protocol)
-    plan = _Plan(root, cache, tuple(seeds), rules.embedding(embedding or EmbedSettings()), rules, kind, device)
+    plan = _Plan(
+        root,
+        cache,
+        tuple(seeds),
+        rules.embedding(embedding or EmbedSettings()),
+        rules,
+        kind,
+        device,
+    )
     for task in tasks:
-        rules.kind_of(task, kind)  # every task that cannot be probed so is told before anything is embedded
+        rules.kind_of(
+            task, kind
+        )  # every task that cannot be probed so is told before anything is embedded
     fingerprints = {name: encoder.fingerprint() for name, encoder in encoders.items()}
     known = {entry.identity: entry for entry in _stored(scores_file)}
     scores = Scores((), (), tuple(seeds), _settings(plan), protocol)
@@ -109,7 +125,9 @@ def compare(scores: Scores, against: Sequence[str]) -> list[Comparison]:
     """
     found = []
     for base in against:
-        for encoder in (name for name in scores.encoders if name not in against[: against.index(base) + 1]):
+        for encoder in (
+            name for name in scores.encoders if name not in against[: against.index(base) + 1]
+        ):
             found += _compare_pair(scores, encoder, base)
     return found
 
@@ -119,12 +137,18 @@ def _compare_pair(scores: Scores, encoder: str, base: str) -> list[Comparison]:
     pairs = [(one, other) for one, other in pairs if one is not None and other is not None]
     for one, other in pairs:
         if one.keys_sha256 != other.keys_sha256:
-            raise UserError(f"{encoder!r} and {base!r} were tested on different clips of {one.task!r}: probe both again.")
+            raise UserError(
+                f"{encoder!r} and {base!r} were tested on different clips of {one.task!r}: probe both again."
+            )
     records = [(one.per_unit(), other.per_unit(), one.weight) for one, other in pairs]
     questions = [(one.task, [record]) for (one, _), record in zip(pairs, records, strict=True)]
     if len(records) > 1:
         questions.append((AVERAGE, records))
-        others = [record for (one, _), record in zip(pairs, records, strict=True) if one.metric != "word_accuracy"]
+        others = [
+            record
+            for (one, _), record in zip(pairs, records, strict=True)
+            if one.metric != "word_accuracy"
+        ]
         questions += [(NO_ASR, others)] if 0 < len(others) < len(records) else []
     differences = [paired_difference(*zip(*chosen, strict=True)) for _, chosen in questions]
     adjusted = holm([difference.p_value for difference in differences[: len(pairs)]])
@@ -135,13 +159,17 @@ def _compare_pair(scores: Scores, encoder: str, base: str) -> list[Comparison]:
     ]
 
 
-def _score(encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _Plan, identity: str) -> TaskScore:
+def _score(
+    encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _Plan, identity: str
+) -> TaskScore:
     kind = plan.protocol.kind_of(task, plan.kind)
     view = plan.protocol.view_of(kind)
     parts = embed_task(encoder, task, plan.root, plan.cache, plan.embedding, fingerprint, view)
     classes = _check_classes(task, parts)
     runs = plan.protocol.run(parts, task, kind, plan.seeds, plan.device)
-    tested = [part for name, part in parts.items() if name == "test" or task.split.scheme == "folds"]
+    tested = [
+        part for name, part in parts.items() if name == "test" or task.split.scheme == "folds"
+    ]
     truth = [label for part in tested for label in part.labels]
     labels = Counter(truth) if task.answer == "class" else None
     return TaskScore(
@@ -157,7 +185,9 @@ def _score(encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _Plan
         valid_scores=tuple(score for run in runs for score in run.valid_scores),
         record=tuple(_record(run) for run in runs),
         units=tuple(len(units) for units in runs[0].units),
-        keys_sha256=hashlib.sha256("\n".join(key for part in tested for key in part.keys).encode()).hexdigest()[:24],
+        keys_sha256=hashlib.sha256(
+            "\n".join(key for part in tested for key in part.keys).encode()
+        ).hexdigest()[:24],
         clips={name: len(part) for name, part in parts.items()},
         skipped={name: part.skipped for name, part in parts.items() if part.skipped},
         chance=labels.most_common(1)[0][1] / labels.total() if labels else None,
@@ -165,13 +195,19 @@ def _score(encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _Plan
         identity=identity,
         kind=kind,
         protocol=plan.protocol.name,
-        confusion=_confusion(runs, class_names(rounds_of(parts, task), task.answer, task.name), truth) if labels else None,
+        confusion=_confusion(
+            runs, class_names(rounds_of(parts, task), task.answer, task.name), truth
+        )
+        if labels
+        else None,
         embedded=_embedded(fingerprint, task, plan, view_of(encoder, plan.embedding, view, task)),
         padding=getattr(encoder, "padding", "none"),
     )
 
 
-def _confusion(runs: Sequence[SeedRun], classes: Sequence[str], truth: Sequence[str]) -> Confusion | None:
+def _confusion(
+    runs: Sequence[SeedRun], classes: Sequence[str], truth: Sequence[str]
+) -> Confusion | None:
     """Count what was taken for what; None where a protocol keeps no predictions."""
     if not all(len(part) for run in runs for part in run.predicted) or not runs[0].predicted:
         return None
@@ -185,7 +221,10 @@ def _confusion(runs: Sequence[SeedRun], classes: Sequence[str], truth: Sequence[
 def _embedded(fingerprint: str, task: ProbeTask, plan: _Plan, view: View) -> tuple[str, ...]:
     tested = task.parts if task.split.scheme == "folds" else ("test",)
     folders = [folder for part in tested for folder in task.folders(part, plan.root)]
-    identities = (folder_identity(fingerprint, view, open_index(folder), task, plan.embedding) for folder in folders)
+    identities = (
+        folder_identity(fingerprint, view, open_index(folder), task, plan.embedding)
+        for folder in folders
+    )
     return tuple(cache_path(plan.cache, identity).name for identity in identities)
 
 
@@ -204,11 +243,18 @@ def _check_classes(task: ProbeTask, parts: dict[str, Embeddings]) -> int:
     """
     if task.answer in ("captions", "text"):
         return 0
-    learned = [label for name, part in parts.items() if name not in ("valid", "test") for label in part.labels]
+    learned = [
+        label
+        for name, part in parts.items()
+        if name not in ("valid", "test")
+        for label in part.labels
+    ]
     if task.answer == "class":
         found = set(learned)
     else:
-        found = {item if task.answer == "classes" else item[2] for label in learned for item in label}
+        found = {
+            item if task.answer == "classes" else item[2] for label in learned for item in label
+        }
     if task.classes is not None and len(found) != task.classes and found:
         listed = ", ".join(sorted(found)[:12])
         raise UserError(
@@ -229,7 +275,11 @@ def _identity(encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _P
         ]
         for part in task.parts
     }
-    probe = {**plan.protocol.identity(kind), "seeds": list(plan.seeds), "protocol": plan.protocol.name}
+    probe = {
+        **plan.protocol.identity(kind),
+        "seeds": list(plan.seeds),
+        "protocol": plan.protocol.name,
+    }
     metric = METRIC_VERSIONS.get(task.metric, task.metric)
     facts = [task.name, task.domain, metric, task.classes, task.segment_seconds]
     return digest({"data": data, "probe": probe, "task": facts})
@@ -241,7 +291,11 @@ def _settings(plan: _Plan) -> dict[str, Any]:
     return {
         "root": str(plan.root),
         "cache": str(plan.cache),
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in embedding.items() if name not in speed},
+        **{
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in embedding.items()
+            if name not in speed
+        },
         "kind": plan.kind or "each task's own",
         "candidates": {name: list(kind.candidates) for name, kind in KINDS.items()},
         "protocol": plan.protocol.description,
@@ -266,7 +320,9 @@ def _check(
     protocol: str,
 ) -> None:
     if not (encoders and tasks and seeds):
-        raise UserError(f"Nothing to probe: {len(encoders)} encoders, {len(tasks)} tasks, {len(seeds)} seeds.")
+        raise UserError(
+            f"Nothing to probe: {len(encoders)} encoders, {len(tasks)} tasks, {len(seeds)} seeds."
+        )
     protocol_named(protocol)
     twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
     if twice:

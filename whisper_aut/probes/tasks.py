@@ -20,7 +20,16 @@ from whisper_aut.schema import build
 
 SPLITS = ("train", "valid", "test")
 
-__all__ = ["METRICS", "SPLITS", "ProbeTask", "SplitScheme", "expand_suites", "list_tasks", "load_task", "task_from_mapping"]
+__all__ = [
+    "METRICS",
+    "SPLITS",
+    "ProbeTask",
+    "SplitScheme",
+    "expand_suites",
+    "list_tasks",
+    "load_task",
+    "task_from_mapping",
+]
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,9 @@ class ProbeTask:
     test: list[str]
     valid: list[str] = field(default_factory=list)
     split: SplitScheme = field(default_factory=SplitScheme)
-    metric: Literal["accuracy", "mAP", "segment_f1_macro", "segment_f1_micro", "recall@1", "word_accuracy"] = "accuracy"
+    metric: Literal[
+        "accuracy", "mAP", "segment_f1_macro", "segment_f1_micro", "recall@1", "word_accuracy"
+    ] = "accuracy"
     kind: str = ""
     label: str = "label"
     separator: str = ""
@@ -103,9 +114,13 @@ class ProbeTask:
             UserError: a folder needs `{root}` and none was given.
         """
         folded = self.split.scheme == "folds"
-        listed: list[str] = [self.split.folds[self.parts.index(part)]] if folded else getattr(self, part)
+        listed: list[str] = (
+            [self.split.folds[self.parts.index(part)]] if folded else getattr(self, part)
+        )
         if root is None and any("{root}" in folder for folder in listed):
-            raise UserError(f"Probe task {self.name!r} lies under {{root}}: say which data folder that is.")
+            raise UserError(
+                f"Probe task {self.name!r} lies under {{root}}: say which data folder that is."
+            )
         return [folder.replace("{root}", str(root).rstrip("/")) for folder in listed]
 
     def tested_folders(self, root: str | Path | None) -> list[str]:
@@ -155,7 +170,9 @@ def expand_suites(names: Sequence[str], suites: str | Path) -> list[str]:
         UserError: the YAML has problems.
     """
     path = Path(suites)
-    listed = build(ProbeSuites, _mapping(path, "`suites`"), str(path)).suites if path.is_file() else {}
+    listed = (
+        build(ProbeSuites, _mapping(path, "`suites`"), str(path)).suites if path.is_file() else {}
+    )
     return list(dict.fromkeys(task for name in names for task in listed.get(name, [name])))
 
 
@@ -164,7 +181,9 @@ def _mapping(path: Path, content: str) -> Mapping[str, Any]:
         config = OmegaConf.load(path)
         values = OmegaConf.to_container(config, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not readable as YAML: {error}. Quote paths that begin with {{root}}.") from None
+        raise UserError(
+            f"{path} is not readable as YAML: {error}. Quote paths that begin with {{root}}."
+        ) from None
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} must hold {content}, not a list.")
     return values  # pyright: ignore[reportReturnType]
@@ -181,7 +200,11 @@ def task_from_mapping(values: Mapping[str, Any], where: str) -> ProbeTask:
         values = {"train": [], "test": [], **values}
     task = build(ProbeTask, values, where)
     problems = _split_problems(task) + _answer_problems(task)
-    problems += [f"{key}: must not be empty" for key in ("name", "title", "label") if not getattr(task, key).strip()]
+    problems += [
+        f"{key}: must not be empty"
+        for key in ("name", "title", "label")
+        if not getattr(task, key).strip()
+    ]
     if not 0 < task.weight < float("inf"):
         problems.append(f"weight: must be above 0, got {task.weight:g}")
     if task.classes is not None and task.classes < 2:
@@ -193,22 +216,34 @@ def task_from_mapping(values: Mapping[str, Any], where: str) -> ProbeTask:
     problems += _folder_problems(task)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise UserError(f"{where} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listed}")
+        raise UserError(
+            f"{where} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listed}"
+        )
     return task
 
 
 def _split_problems(task: ProbeTask) -> list[str]:
     if task.split.scheme == "splits":
-        problems = [f"{split}: must name at least one shard folder" for split in ("train", "test") if not getattr(task, split)]
+        problems = [
+            f"{split}: must name at least one shard folder"
+            for split in ("train", "test")
+            if not getattr(task, split)
+        ]
         return problems + (["split.folds: needs split.scheme folds"] if task.split.folds else [])
-    problems = [f"{split}: must be empty for a task in folds" for split in SPLITS if getattr(task, split)]
-    return problems + (["split.folds: must name at least two folds"] if len(task.split.folds) < 2 else [])
+    problems = [
+        f"{split}: must be empty for a task in folds" for split in SPLITS if getattr(task, split)
+    ]
+    return problems + (
+        ["split.folds: must name at least two folds"] if len(task.split.folds) < 2 else []
+    )
 
 
 def _answer_problems(task: ProbeTask) -> list[str]:
     problems = []
     if (task.answer == "events") != (task.segment_seconds > 0):
-        problems.append(f"segment_seconds: {task.metric} {'needs a length' if task.answer == 'events' else 'takes none'}")
+        problems.append(
+            f"segment_seconds: {task.metric} {'needs a length' if task.answer == 'events' else 'takes none'}"
+        )
     if len(task.event) != 3:
         problems.append("event: names three fields, those of start, end and class")
     if task.crop_seconds is not None and not task.crop_seconds > 0:
@@ -230,6 +265,9 @@ def _folder_problems(task: ProbeTask) -> list[str]:
 
 def _only_root(folder: str) -> bool:
     try:
-        return all(name in (None, "root") and not spec and not how for _, name, spec, how in Formatter().parse(folder))
+        return all(
+            name in (None, "root") and not spec and not how
+            for _, name, spec, how in Formatter().parse(folder)
+        )
     except ValueError:
         return False

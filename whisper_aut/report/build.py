@@ -16,7 +16,13 @@ from whisper_aut.report.facts import data_sheet, refusal_sheet, run_sheet
 from whisper_aut.report.html import html_page
 from whisper_aut.report.maps import plot_confusions, plot_maps, shown_encoders
 from whisper_aut.report.page import Block, Picture, Run, Section, markdown_page
-from whisper_aut.report.plots import plot_learning, plot_losses, plot_scores, plot_speed, read_metrics
+from whisper_aut.report.plots import (
+    plot_learning,
+    plot_losses,
+    plot_scores,
+    plot_speed,
+    read_metrics,
+)
 from whisper_aut.report.sounds import listened
 from whisper_aut.report.tables import rich_table, scores_csv, sheets
 from whisper_aut.training.rundir import RunDirectory
@@ -31,9 +37,13 @@ def build_report(runs: Sequence[Path], out: Path, console: Console) -> Path:
         UserError: a path is no run, or there is nothing in it to report.
     """
     found = [RunDirectory(run.resolve()) for run in runs]
-    empty = [str(run) for run, resolved in zip(runs, found, strict=True) if not _has_content(resolved)]
+    empty = [
+        str(run) for run, resolved in zip(runs, found, strict=True) if not _has_content(resolved)
+    ]
     if empty:
-        raise UserError(f"No scores.json and no logs/metrics.csv in {', '.join(empty)}. Runs lie under runs/NAME/TIMESTAMP.")
+        raise UserError(
+            f"No scores.json and no logs/metrics.csv in {', '.join(empty)}. Runs lie under runs/NAME/TIMESTAMP."
+        )
     pages = []
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -55,9 +65,19 @@ def _run(run: RunDirectory, out: Path, prefix: str, console: Console) -> Run:
         Section("What the encoder keeps apart", _maps(run, out, prefix)),
         Section("Training", _training(run, out, prefix)),
         Section("What the decoder writes", [*listened(run.path)]),
-        Section("Run", [sheet for sheet in (run_sheet(run.path), data_sheet(run.path), refusal_sheet(run.path)) if sheet]),
+        Section(
+            "Run",
+            [
+                sheet
+                for sheet in (run_sheet(run.path), data_sheet(run.path), refusal_sheet(run.path))
+                if sheet
+            ],
+        ),
     ]
-    return Run(f"{run.path.parent.name} · {run.path.name}", [section for section in sections if section.blocks])
+    return Run(
+        f"{run.path.parent.name} · {run.path.name}",
+        [section for section in sections if section.blocks],
+    )
 
 
 def _probes(run: RunDirectory, out: Path, prefix: str, console: Console) -> list[Block]:
@@ -71,7 +91,9 @@ def _probes(run: RunDirectory, out: Path, prefix: str, console: Console) -> list
         blocks.append(sheet)
     (out / f"{prefix}scores.csv").write_text(scores_csv(scores), encoding="utf-8")
     baseline = BASELINE_NAME if BASELINE_NAME in scores.encoders else None
-    if scores.encoders != [baseline]:  # the baseline is a line across the others' bars; alone it is no picture
+    if scores.encoders != [
+        baseline
+    ]:  # the baseline is a line across the others' bars; alone it is no picture
         picture = plot_scores(scores, out / f"{prefix}scores.png", baseline=baseline)
         blocks.insert(0, Picture(picture, "Scores of every task and encoder"))
     return blocks
@@ -90,7 +112,12 @@ def _maps(run: RunDirectory, out: Path, prefix: str) -> list[Block]:
         blocks.append(Picture(picture, f"Test clips in the space of {named}"))
     for task in scores.tasks[:MAX_CONFUSIONS]:
         if picture := plot_confusions(scores, task, out / f"{prefix}confusion-{task}.png"):
-            blocks.append(Picture(picture, f"What probes of {named} take for what in {task}, over all seeds and folds"))
+            blocks.append(
+                Picture(
+                    picture,
+                    f"What probes of {named} take for what in {task}, over all seeds and folds",
+                )
+            )
     return blocks
 
 
@@ -100,7 +127,10 @@ def _training(run: RunDirectory, out: Path, prefix: str) -> list[Block]:
     pictures = []
     if any("loss" in name for name in read_metrics(run.metrics)):
         pictures.append(
-            Picture(plot_losses(run.metrics, out / f"{prefix}losses.png"), "Training and validation loss by domain")
+            Picture(
+                plot_losses(run.metrics, out / f"{prefix}losses.png"),
+                "Training and validation loss by domain",
+            )
         )
     if learning := plot_learning(run.metrics, out / f"{prefix}learning.png"):
         pictures.append(Picture(learning, "Scores of the probes that ran during training"))

@@ -61,7 +61,9 @@ class Listener:
             UserError: there is no decoder, or the clip cannot be used.
         """
         if self.module is None:
-            raise UserError("An encoder alone writes nothing. Open the page on a run: whisper-aut demo runs/NAME/latest")
+            raise UserError(
+                "An encoder alone writes nothing. Open the page on a run: whisper-aut demo runs/NAME/latest"
+            )
         if self.takes_questions:
             return answer(self.module, Path(clip), asked)
         return describe(self.module, Path(clip), domain=asked)
@@ -72,7 +74,10 @@ class Listener:
         Raises:
             UserError: the clip cannot be used.
         """
-        return {name: index.nearest(index.embed(self.encoders[name], [clip])[0], k) for name, index in self.indexes.items()}
+        return {
+            name: index.nearest(index.embed(self.encoders[name], [clip])[0], k)
+            for name, index in self.indexes.items()
+        }
 
 
 def spectrogram(clip: str) -> Figure:
@@ -91,7 +96,9 @@ def spectrogram(clip: str) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     extent = (0, frames * HOP_SAMPLES / SAMPLE_RATE_HZ, 0, mel.shape[1])
-    image = axes.imshow(20 * (mel.T - mel.max()), origin="lower", aspect="auto", extent=extent, cmap="viridis")
+    image = axes.imshow(
+        20 * (mel.T - mel.max()), origin="lower", aspect="auto", extent=extent, cmap="viridis"
+    )
     axes.set(title="What the encoder hears", xlabel="time / s", ylabel="mel band")
     figure.colorbar(image, ax=axes, label="dB below the peak")
     return figure
@@ -107,7 +114,9 @@ def build_page(listener: Listener, title: str) -> Any:
     with gradio.Blocks(title=title, analytics_enabled=False) as page:
         gradio.Markdown(f"# {title}")
         with gradio.Row():
-            clip = gradio.Audio(sources=["upload", "microphone"], type="filepath", label="Clip, up to 30 s")
+            clip = gradio.Audio(
+                sources=["upload", "microphone"], type="filepath", label="Clip, up to 30 s"
+            )
             picture = gradio.Plot(show_label=False)  # the figure has a title
         clip.change(_told(spectrogram), clip, picture, api_name="spectrogram")
         if listener.module is not None:
@@ -138,7 +147,9 @@ def launch_page(page: Any, *, port: int, folders: Sequence[str] = (), wait: bool
             theme=theme,
         )
     except OSError as error:
-        raise UserError(f"The page cannot be served at port {port}: {error} Name another with --port.") from None
+        raise UserError(
+            f"The page cannot be served at port {port}: {error} Name another with --port."
+        ) from None
     if wait:
         page.block_thread()
     return str(address)
@@ -151,7 +162,9 @@ def _text_row(gradio: Any, listener: Listener, clip: Any) -> None:
         else:
             asked = gradio.Radio(list(DOMAINS), value="sound", label="Write as for")
         written = gradio.Textbox(label="The decoder writes", interactive=False)
-    gradio.Button("Write", variant="primary").click(_told(listener.text), [clip, asked], written, api_name="text")
+    gradio.Button("Write", variant="primary").click(
+        _told(listener.text), [clip, asked], written, api_name="text"
+    )
 
 
 def _neighbour_row(gradio: Any, listener: Listener, clip: Any) -> None:
@@ -160,9 +173,12 @@ def _neighbour_row(gradio: Any, listener: Listener, clip: Any) -> None:
     with gradio.Row():
         for name in listener.indexes:
             with gradio.Column():
-                outputs.append(gradio.Dataframe(headers=["clip", "cosine"], label=name, interactive=False))
+                outputs.append(
+                    gradio.Dataframe(headers=["clip", "cosine"], label=name, interactive=False)
+                )
                 players = (
-                    gradio.Audio(label=f"{name}, {place + 1}", interactive=False, visible=False) for place in range(PLAYERS)
+                    gradio.Audio(label=f"{name}, {place + 1}", interactive=False, visible=False)
+                    for place in range(PLAYERS)
                 )
                 outputs += players
 

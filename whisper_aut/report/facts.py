@@ -35,18 +35,28 @@ def run_sheet(run: Path) -> Sheet | None:
         ("GPUs", ", ".join(facts.get("gpus", [])) or "none"),
         ("packages", f"Python {facts.get('python', '')}, {packages}"),
         ("start", _place(facts.get("start", {}))),
-        ("decoder", ", ".join(f"{name} {value}" for name, value in facts.get("decoder", {}).items() if value)),
+        (
+            "decoder",
+            ", ".join(
+                f"{name} {value}" for name, value in facts.get("decoder", {}).items() if value
+            ),
+        ),
         ("steps", str(done.get("steps", f"stopped before {facts.get('steps', '?')}"))),
     ]
     rows += [
-        (title, f"{scale * metrics[name]:,.{digits}f}") for name, (title, scale, digits) in FIGURES.items() if name in metrics
+        (title, f"{scale * metrics[name]:,.{digits}f}")
+        for name, (title, scale, digits) in FIGURES.items()
+        if name in metrics
     ]
     return Sheet("Where and how it ran", "", ("", ""), tuple(row for row in rows if row[1]), 2)
 
 
 def data_sheet(run: Path) -> Sheet | None:
     """Lay out the sources that were trained on: what they hold, how often each was gone through, and its share of what was heard."""
-    sources, epochs = _read(run / "environment.json").get("data", []), _read(run / "done.json").get("sources", {})
+    sources, epochs = (
+        _read(run / "environment.json").get("data", []),
+        _read(run / "done.json").get("sources", {}),
+    )
     if not sources:
         return None
     heard = [epochs.get(source.get("root"), 0) * source.get("clips", 0) for source in sources]
@@ -58,14 +68,30 @@ def data_sheet(run: Path) -> Sheet | None:
         )
         for source, clips in zip(sources, heard, strict=True)
     )  # fmt: skip
-    head = ("source", "domain", "licences", "clips", "hours", "share asked (%)", "share heard (%)", "epochs")
+    head = (
+        "source",
+        "domain",
+        "licences",
+        "clips",
+        "hours",
+        "share asked (%)",
+        "share heard (%)",
+        "epochs",
+    )
     return Sheet(
-        "What it was trained on", "Shares are by clips, of the mixture that was asked for and of what was drawn.", head, rows, 3
+        "What it was trained on",
+        "Shares are by clips, of the mixture that was asked for and of what was drawn.",
+        head,
+        rows,
+        3,
     )
 
 
 def _licences(source: dict[str, Any]) -> str:
-    return ", ".join(source.get("licences") or ([source["licence"]] if source.get("licence") else [])) or "–"
+    return (
+        ", ".join(source.get("licences") or ([source["licence"]] if source.get("licence") else []))
+        or "–"
+    )
 
 
 def _share(part: float, parts: list[float]) -> str:
@@ -75,7 +101,11 @@ def _share(part: float, parts: list[float]) -> str:
 def refusal_sheet(run: Path) -> Sheet | None:
     """Lay out refused samples by source and reason."""
     refused = _read(run / "done.json").get("refused", {})
-    rows = tuple((source, reason, f"{count:,}") for source, reasons in refused.items() for reason, count in reasons.items())
+    rows = tuple(
+        (source, reason, f"{count:,}")
+        for source, reasons in refused.items()
+        for reason, count in reasons.items()
+    )
     if not rows:
         return None
     return Sheet(

@@ -58,7 +58,9 @@ def html_page(runs: Sequence[Run], title: str = "whisper_aut report") -> str:
 
 
 def _run(run: Run, number: int) -> str:
-    sections = "".join(_section(section, f"r{number}s{place}") for place, section in enumerate(run.sections))
+    sections = "".join(
+        _section(section, f"r{number}s{place}") for place, section in enumerate(run.sections)
+    )
     return f'<h2 id="r{number}">{escape(run.title)}</h2>\n{sections}'
 
 
@@ -85,8 +87,12 @@ def _block(block: Block) -> str:
 
 def _table(sheet: Sheet) -> str:
     def cells(row: Sequence[str], tag: str) -> str:
-        kinds = ('class="text"' if number < sheet.text_columns else "" for number in range(len(row)))
-        return "".join(f"<{tag} {kind}>{escape(cell)}</{tag}>" for cell, kind in zip(row, kinds, strict=True))
+        kinds = (
+            'class="text"' if number < sheet.text_columns else "" for number in range(len(row))
+        )
+        return "".join(
+            f"<{tag} {kind}>{escape(cell)}</{tag}>" for cell, kind in zip(row, kinds, strict=True)
+        )
 
     rows = "".join(f"<tr>{cells(row, 'td')}</tr>\n" for row in sheet.rows)
     note = f'<p class="note">{escape(sheet.caption)}</p>' if sheet.caption else ""
@@ -98,8 +104,16 @@ def _table(sheet: Sheet) -> str:
 
 def _listened(clip: Listened) -> str:
     seen = f"log-mel of {escape(clip.title)}, time to the right, mel bins upwards"
-    picture = f'<img src="{_embedded("image/png", clip.spectrogram)}" alt="{seen}">' if clip.spectrogram else ""
-    player = f'<audio controls preload="none" src="{_embedded("audio/ogg", clip.ogg)}"></audio>' if clip.ogg else ""
+    picture = (
+        f'<img src="{_embedded("image/png", clip.spectrogram)}" alt="{seen}">'
+        if clip.spectrogram
+        else ""
+    )
+    player = (
+        f'<audio controls preload="none" src="{_embedded("audio/ogg", clip.ogg)}"></audio>'
+        if clip.ogg
+        else ""
+    )
     texts = f"<dl><dt>should be</dt><dd>{escape(clip.reference)}</dd><dt>written</dt><dd>{escape(clip.generated)}</dd></dl>"
     return f'<div class="clip"><h4>{escape(clip.title)}</h4>{picture}{player}{texts}</div>'
 

@@ -15,12 +15,22 @@ from sklearn.manifold import TSNE
 
 from whisper_aut.probes.cache import Embeddings, load_cached
 from whisper_aut.probes.scores import Scores, TaskScore
-from whisper_aut.report.plots import DOMAIN_COLOURS, MARKERS, PALETTE, blank_figure, panel_title, save_figure
+from whisper_aut.report.plots import (
+    DOMAIN_COLOURS,
+    MARKERS,
+    PALETTE,
+    blank_figure,
+    panel_title,
+    save_figure,
+)
 
 MAX_CLIPS = 400  # of a task
 MAX_STEPS = 500
 MIN_CLIPS = 12
-NAMED_CLASSES, LABELLED_CLASSES = 12, 36  # so many fit a legend or a matrix with numbers; the axes of a matrix
+NAMED_CLASSES, LABELLED_CLASSES = (
+    12,
+    36,
+)  # so many fit a legend or a matrix with numbers; the axes of a matrix
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,11 @@ def shown_encoders(scores: Scores) -> list[str]:
 
 def plot_confusions(scores: Scores, task: str, path: Path) -> Path | None:
     """Draw what was taken for what in one task, an encoder a panel; None where nothing was recorded."""
-    entries = [entry for name in shown_encoders(scores) if (entry := scores.get(name, task)) and entry.confusion]
+    entries = [
+        entry
+        for name in shown_encoders(scores)
+        if (entry := scores.get(name, task)) and entry.confusion
+    ]
     if not entries:
         return None
     figure = blank_figure(columns=len(entries), height=4.0)
@@ -60,7 +74,9 @@ def plot_maps(scores: Scores, path: Path) -> Path | None:
     rows = {name: tasks for name, tasks in found.items() if tasks}
     if not rows:
         return None
-    columns = max(len(tasks) + (len({task.domain for task in tasks}) > 1) for tasks in rows.values())
+    columns = max(
+        len(tasks) + (len({task.domain for task in tasks}) > 1) for tasks in rows.values()
+    )
     figure = blank_figure(columns=columns, rows=len(rows), height=0.6 + 2.6 * len(rows))
     grid = [figure.axes[first : first + columns] for first in range(0, len(figure.axes), columns)]
     for places, (encoder, tasks) in zip(grid, rows.items(), strict=True):
@@ -79,7 +95,9 @@ def project(features: np.ndarray, seed: int = 0) -> np.ndarray:
     """Return t-SNE coordinates `[B, 2]` of standardised features `[B, D]`, the same for the same input."""
     centred = (features - features.mean(0)) / np.maximum(features.std(0), 1e-6)
     perplexity = min(30.0, (len(features) - 1) / 3)
-    return TSNE(perplexity=perplexity, init="pca", max_iter=MAX_STEPS, random_state=seed, n_jobs=1).fit_transform(centred)
+    return TSNE(
+        perplexity=perplexity, init="pca", max_iter=MAX_STEPS, random_state=seed, n_jobs=1
+    ).fit_transform(centred)
 
 
 def _mapped(scores: Scores, encoder: str) -> list[MappedTask]:
@@ -89,13 +107,17 @@ def _mapped(scores: Scores, encoder: str) -> list[MappedTask]:
         if entry is None or entry.confusion is None:  # only clips of one class each
             continue
         parts = [_read(Path(scores.settings.get("cache", "")) / name) for name in entry.embedded]
-        held = [part for part in parts if part is not None and part.features.ndim == 2 and len(part)]
+        held = [
+            part for part in parts if part is not None and part.features.ndim == 2 and len(part)
+        ]
         if not held or sum(map(len, held)) < MIN_CLIPS:
             continue
         joined = Embeddings.join(held)
         chosen = np.random.default_rng(0).permutation(len(joined))[:MAX_CLIPS]
         labels = tuple(joined.labels[place] for place in chosen)
-        mapped.append(MappedTask(entry.title, entry.domain, joined.features.numpy()[chosen], labels))
+        mapped.append(
+            MappedTask(entry.title, entry.domain, joined.features.numpy()[chosen], labels)
+        )
     return mapped
 
 
@@ -112,7 +134,14 @@ def _map_domains(axes: Axes, tasks: Sequence[MappedTask]) -> None:
     for number, domain in enumerate(DOMAIN_COLOURS):
         own = places[domains == domain]
         if len(own):
-            axes.scatter(*own.T, s=7, marker=MARKERS[number], color=DOMAIN_COLOURS[domain], label=domain, linewidths=0)
+            axes.scatter(
+                *own.T,
+                s=7,
+                marker=MARKERS[number],
+                color=DOMAIN_COLOURS[domain],
+                label=domain,
+                linewidths=0,
+            )
     panel_title(axes, "All, by domain")
     axes.legend(frameon=False, fontsize=7, markerscale=1.6, handletextpad=0.1, loc="best")
 
@@ -121,11 +150,23 @@ def _map_classes(axes: Axes, task: MappedTask) -> None:
     places, labels = project(task.features), np.array(task.labels)
     classes = sorted(set(task.labels))
     for number, name in enumerate(classes):
-        colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number // len(PALETTE) % len(MARKERS)]
-        axes.scatter(*places[labels == name].T, s=9, marker=marker, color=colour, label=name, linewidths=0)
+        colour, marker = (
+            PALETTE[number % len(PALETTE)],
+            MARKERS[number // len(PALETTE) % len(MARKERS)],
+        )
+        axes.scatter(
+            *places[labels == name].T, s=9, marker=marker, color=colour, label=name, linewidths=0
+        )
     panel_title(axes, f"{task.title}, {len(classes)} classes")
     if len(classes) <= NAMED_CLASSES:
-        axes.legend(frameon=False, fontsize=5.5, markerscale=1.2, handletextpad=0.1, labelspacing=0.2, loc="best")
+        axes.legend(
+            frameon=False,
+            fontsize=5.5,
+            markerscale=1.2,
+            handletextpad=0.1,
+            labelspacing=0.2,
+            loc="best",
+        )
 
 
 def _confusion(axes: Axes, entry: TaskScore) -> None:
@@ -140,7 +181,9 @@ def _confusion(axes: Axes, entry: TaskScore) -> None:
         axes.set_xlabel("taken for (classes by their place in the alphabet)")
         return
     size = 7 if len(names) <= NAMED_CLASSES else 5.5
-    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=size)
+    axes.set_xticks(
+        range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=size
+    )
     axes.set_yticks(range(len(names)), names, fontsize=size)
     if len(names) > NAMED_CLASSES:
         return
@@ -148,5 +191,11 @@ def _confusion(axes: Axes, entry: TaskScore) -> None:
         for taken, share in enumerate(row):
             if share >= 0.5:
                 axes.text(
-                    taken, true, f"{share:.0f}", ha="center", va="center", fontsize=6, color="white" if share < 55 else "black"
+                    taken,
+                    true,
+                    f"{share:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=6,
+                    color="white" if share < 55 else "black",
                 )

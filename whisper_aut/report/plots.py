@@ -52,15 +52,45 @@ def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None
         )  # fmt: skip
     if baseline is not None:
         ends = [(cells[baseline, i][0], i) for i in range(len(labels)) if (baseline, i) in cells]
-        heights, left, right = [100 * mean for mean, _ in ends], [i - 0.46 for _, i in ends], [i + 0.46 for _, i in ends]
-        axes.hlines(heights, left, right, colors=BASELINE_COLOUR, linestyles=(0, (4, 2)), linewidth=1.4, label=baseline)
+        heights, left, right = (
+            [100 * mean for mean, _ in ends],
+            [i - 0.46 for _, i in ends],
+            [i + 0.46 for _, i in ends],
+        )
+        axes.hlines(
+            heights,
+            left,
+            right,
+            colors=BASELINE_COLOUR,
+            linestyles=(0, (4, 2)),
+            linewidth=1.4,
+            label=baseline,
+        )
     rotated = len(labels) > 7
-    wrapped = labels if rotated else [fill(label, width=max(8, 80 // len(labels))) for label in labels]
-    axes.set_xticks(range(len(labels)), wrapped, rotation=30 if rotated else 0, ha="right" if rotated else "center")
+    wrapped = (
+        labels if rotated else [fill(label, width=max(8, 80 // len(labels))) for label in labels]
+    )
+    axes.set_xticks(
+        range(len(labels)),
+        wrapped,
+        rotation=30 if rotated else 0,
+        ha="right" if rotated else "center",
+    )
     axes.set_ylim(0, 100 + (2 if any(mean > 0.98 for mean, _ in cells.values()) else 0))
-    axes.set_ylabel("accuracy (%)" if {entry.metric for entry in scores.entries} == {"accuracy"} else "score (%)")
-    seeds, kinds = len(scores.seeds), ", ".join(dict.fromkeys(entry.kind for entry in scores.entries))
-    spread = f"bars end at the mean of {seeds} seeds, whiskers ± 1 standard deviation" if seeds > 1 else "one seed"
+    axes.set_ylabel(
+        "accuracy (%)"
+        if {entry.metric for entry in scores.entries} == {"accuracy"}
+        else "score (%)"
+    )
+    seeds, kinds = (
+        len(scores.seeds),
+        ", ".join(dict.fromkeys(entry.kind for entry in scores.entries)),
+    )
+    spread = (
+        f"bars end at the mean of {seeds} seeds, whiskers ± 1 standard deviation"
+        if seeds > 1
+        else "one seed"
+    )
     _title(axes, f"Probes ({kinds}), protocol “{scores.protocol}”", spread)
     axes.grid(axis="y")
     _legend(axes, len(encoders) + (baseline is not None))
@@ -74,10 +104,15 @@ def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
         UserError: no such log, or no loss in it.
     """
     series = {name: points for name, points in read_metrics(metrics_csv).items() if "loss" in name}
-    panels = {kind: {n: p for n, p in series.items() if n.startswith(f"{kind}/")} for kind in ("train", "valid")}
+    panels = {
+        kind: {n: p for n, p in series.items() if n.startswith(f"{kind}/")}
+        for kind in ("train", "valid")
+    }
     panels = {kind: lines for kind, lines in panels.items() if lines}
     if not panels:
-        raise UserError(f"{metrics_csv} has no columns train/loss… or valid/loss… with values in them: nothing to draw.")
+        raise UserError(
+            f"{metrics_csv} has no columns train/loss… or valid/loss… with values in them: nothing to draw."
+        )
     figure = blank_figure(height=3.6, columns=len(panels), sharey=True)
     for axes, (kind, lines) in zip(figure.axes, panels.items(), strict=True):
         for number, (name, points) in enumerate(sorted(lines.items())):
@@ -93,13 +128,24 @@ def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
 def plot_speed(metrics_csv: str | Path, path: str | Path) -> Path | None:
     """Draw audio-seconds a second and the share of time spent waiting for data; None where no meter ran."""
     series = read_metrics(metrics_csv)
-    speed, wait = series.get("throughput/audio_seconds_per_second"), series.get("throughput/data_wait_share")
+    speed, wait = (
+        series.get("throughput/audio_seconds_per_second"),
+        series.get("throughput/data_wait_share"),
+    )
     if not speed or not wait:
         return None
     figure = blank_figure(height=2.6, columns=2)
-    panels = ((speed, "Speed", "audio-seconds per second", 1), (wait, "Waiting for data", "share of the time (%)", 100))
+    panels = (
+        (speed, "Speed", "audio-seconds per second", 1),
+        (wait, "Waiting for data", "share of the time (%)", 100),
+    )
     for axes, (points, title, unit, scale) in zip(figure.axes, panels, strict=True):
-        axes.plot([step for step, _ in points], [scale * value for _, value in points], color=PALETTE[0], linewidth=1.4)
+        axes.plot(
+            [step for step, _ in points],
+            [scale * value for _, value in points],
+            color=PALETTE[0],
+            linewidth=1.4,
+        )
         axes.set(xlabel="optimiser step", ylabel=unit, ylim=(0, None))
         _title(axes, title)
         axes.grid(axis="both")
@@ -108,7 +154,11 @@ def plot_speed(metrics_csv: str | Path, path: str | Path) -> Path | None:
 
 def plot_learning(metrics_csv: str | Path, path: str | Path) -> Path | None:
     """Draw the scores of the probes that ran during training against the step; None where none did."""
-    series = {name.split("/", 1)[1]: points for name, points in read_metrics(metrics_csv).items() if name.startswith("probe/")}
+    series = {
+        name.split("/", 1)[1]: points
+        for name, points in read_metrics(metrics_csv).items()
+        if name.startswith("probe/")
+    }
     if not series:
         return None
     figure = blank_figure(height=3.2)
@@ -116,7 +166,12 @@ def plot_learning(metrics_csv: str | Path, path: str | Path) -> Path | None:
     for number, (name, points) in enumerate(sorted(series.items())):
         steps, values = [step for step, _ in points], [100 * value for _, value in points]
         axes.plot(
-            steps, values, color=PALETTE[number % len(PALETTE)], marker=MARKERS[number % len(MARKERS)], markersize=4, label=name
+            steps,
+            values,
+            color=PALETTE[number % len(PALETTE)],
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=4,
+            label=name,
         )
     axes.set(xlabel="optimiser step", ylabel="score (%)")
     _title(axes, "Probes during training")
@@ -135,7 +190,9 @@ def read_metrics(metrics_csv: str | Path) -> dict[str, Series]:
     """
     newest = Path(metrics_csv)
     series: dict[str, dict[float, float]] = defaultdict(dict)
-    kept = sorted(newest.parent.glob(f"{newest.stem}.*.csv"), key=lambda path: (len(path.name), path.name))  # 10 behind 9
+    kept = sorted(
+        newest.parent.glob(f"{newest.stem}.*.csv"), key=lambda path: (len(path.name), path.name)
+    )  # 10 behind 9
     for part in [*kept, newest]:
         try:
             for step, name, value in _logged(part):
@@ -149,7 +206,9 @@ def _logged(metrics_csv: Path) -> Iterator[tuple[float, str, float]]:
     with metrics_csv.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if "step" not in (reader.fieldnames or ()):
-            raise UserError(f"{metrics_csv} has no column 'step': it is not a log of Lightning's CSVLogger.")
+            raise UserError(
+                f"{metrics_csv} has no column 'step': it is not a log of Lightning's CSVLogger."
+            )
         for row in reader:
             step = _number(row["step"])
             for name, text in row.items():
@@ -162,21 +221,42 @@ def _cells(scores: Scores) -> tuple[dict[tuple[str, int], tuple[float, float | N
     """Return mean and deviation by (encoder, position), and the label of each position: tasks, then the average."""
     tasks = scores.tasks
     titles = {entry.task: entry.title for entry in scores.entries}
-    cells = {(entry.encoder, tasks.index(entry.task)): (entry.mean, entry.std) for entry in scores.entries}
+    cells = {
+        (entry.encoder, tasks.index(entry.task)): (entry.mean, entry.std)
+        for entry in scores.entries
+    }
     labels = [titles[task] for task in tasks]
     if len(tasks) > 1:
         labels.append("weighted average")
-        cells |= {(a.encoder, len(tasks)): (a.mean, a.std) for a in scores.averages() if a.domain == AVERAGE}
+        cells |= {
+            (a.encoder, len(tasks)): (a.mean, a.std)
+            for a in scores.averages()
+            if a.domain == AVERAGE
+        }
     return cells, labels
 
 
 def _draw_loss(axes: Axes, name: str, points: Series, number: int) -> None:
     domain = next((domain for domain in DOMAIN_COLOURS if domain in name), None)
-    colour = DOMAIN_COLOURS[domain] if domain else "#000000" if name == "loss" else PALETTE[(number + 3) % len(PALETTE)]
+    colour = (
+        DOMAIN_COLOURS[domain]
+        if domain
+        else "#000000"
+        if name == "loss"
+        else PALETTE[(number + 3) % len(PALETTE)]
+    )
     steps, values = [step for step, _ in points], [value for _, value in points]
     marker = "o" if len(points) <= 30 else None
     label = {"loss": "all domains"}.get(name, domain or name)
-    axes.plot(steps, values, color=colour, label=label, linewidth=2.0 if name == "loss" else 1.4, marker=marker, markersize=3)
+    axes.plot(
+        steps,
+        values,
+        color=colour,
+        label=label,
+        linewidth=2.0 if name == "loss" else 1.4,
+        marker=marker,
+        markersize=3,
+    )
 
 
 def blank_figure(height: float, columns: int = 1, rows: int = 1, sharey: bool = False) -> Figure:

@@ -48,7 +48,10 @@ def last_written(samples: Path) -> list[Written]:
     newest = max((entry.step for entry in entries), default=0)
     chosen: dict[str, list[Written]] = {}
     for entry in entries:
-        if entry.step == newest and len(chosen.setdefault(f"{entry.domain} {entry.task}", [])) < PER_TASK:
+        if (
+            entry.step == newest
+            and len(chosen.setdefault(f"{entry.domain} {entry.task}", [])) < PER_TASK
+        ):
             chosen[f"{entry.domain} {entry.task}"].append(entry)
     return [entry for listed in chosen.values() for entry in listed][:MOST]
 
@@ -80,7 +83,11 @@ def _entry(line: str) -> Written | None:
     try:
         facts = json.loads(line)
         return Written(
-            int(facts["step"]), *(str(facts.get(name, "")) for name in ("domain", "task", "key", "reference", "generated"))
+            int(facts["step"]),
+            *(
+                str(facts.get(name, ""))
+                for name in ("domain", "task", "key", "reference", "generated")
+            ),
         )
     except (ValueError, KeyError, TypeError):
         return None  # a line that a killed run did not finish

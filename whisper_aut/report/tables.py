@@ -49,17 +49,35 @@ def score_sheet(scores: Scores) -> Sheet:
         entries = {encoder: scores.get(encoder, task) for encoder in scores.encoders}
         any_entry = next(entry for entry in entries.values() if entry is not None)
         chance = BLANK if any_entry.chance is None else _percent(any_entry.chance)
-        facts = (any_entry.title, any_entry.domain, METRIC_NAMES.get(any_entry.metric, any_entry.metric))
+        facts = (
+            any_entry.title,
+            any_entry.domain,
+            METRIC_NAMES.get(any_entry.metric, any_entry.metric),
+        )
         found = (_spread(entry.mean, entry.std) if entry else BLANK for entry in entries.values())
         rows.append((*facts, str(any_entry.test_clips), chance, *found))
     averages = {(average.domain, average.encoder): average for average in scores.averages()}
     for domain in [*scores.domains, *AVERAGE_NAMES] if len(scores.tasks) > 1 else []:
         found = [averages.get((domain, encoder)) for encoder in scores.encoders]
         if any(found):
-            label, named = AVERAGE_NAMES.get(domain, f"{domain}, weighted"), "" if domain in AVERAGE_NAMES else domain
-            rows.append((label, named, "0 … 1", "", "", *(_spread(a.mean, a.std, _share) if a else BLANK for a in found)))
+            label, named = (
+                AVERAGE_NAMES.get(domain, f"{domain}, weighted"),
+                "" if domain in AVERAGE_NAMES else domain,
+            )
+            rows.append(
+                (
+                    label,
+                    named,
+                    "0 … 1",
+                    "",
+                    "",
+                    *(_spread(a.mean, a.std, _share) if a else BLANK for a in found),
+                )
+            )
     head = ("task", "domain", "metric", "test clips", "commonest class", *scores.encoders)
-    kinds = " and ".join(dict.fromkeys(KIND_NAMES.get(entry.kind, entry.kind) for entry in scores.entries))
+    kinds = " and ".join(
+        dict.fromkeys(KIND_NAMES.get(entry.kind, entry.kind) for entry in scores.entries)
+    )
     title = f"{kinds[:1].upper()}{kinds[1:]}, protocol {scores.protocol}: scores in %"
     return Sheet(title, _score_caption(scores), head, tuple(rows), 3)
 
@@ -100,7 +118,11 @@ def rich_table(sheet: Sheet) -> Table:
     """Render for the terminal."""
     table = Table(title=escape(sheet.title), caption=escape(sheet.caption), caption_justify="left")
     for number, name in enumerate(sheet.head):
-        table.add_column(escape(name), justify="left" if number < sheet.text_columns else "right", overflow="fold")
+        table.add_column(
+            escape(name),
+            justify="left" if number < sheet.text_columns else "right",
+            overflow="fold",
+        )
     for row in sheet.rows:
         table.add_row(*map(escape, row))
     return table
@@ -137,7 +159,18 @@ def scores_csv(scores: Scores) -> str:
     )
     for e in scores.entries:
         std = "" if e.std is None else e.std
-        row = [e.encoder, e.task, e.domain, e.protocol, e.kind, e.metric, e.mean, std, len(e.record), e.folds]
+        row = [
+            e.encoder,
+            e.task,
+            e.domain,
+            e.protocol,
+            e.kind,
+            e.metric,
+            e.mean,
+            std,
+            len(e.record),
+            e.folds,
+        ]
         writer.writerow([*row, e.test_clips, e.classes, e.weight, e.identity])
     return text.getvalue()
 

@@ -35,4 +35,7 @@ ACCELERATORS = (  # a longer part before one that it contains: the first that fi
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Return the FLOP/s that a device could do, or None where the table does not know it."""
-    return next((device.peak_flops(precision) for device in ACCELERATORS if device.part in device_name), None)
+    return next(
+        (device.peak_flops(precision) for device in ACCELERATORS if device.part in device_name),
+        None,
+    )

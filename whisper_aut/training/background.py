@@ -19,7 +19,9 @@ class Background:
         """Begin, when what was given before is done. Raises what that raised."""
         self.wait()
         # A daemon: a second Ctrl-C ends the process without waiting for it.
-        self._thread = threading.Thread(target=self._do, args=(work,), name="background", daemon=True)
+        self._thread = threading.Thread(
+            target=self._do, args=(work,), name="background", daemon=True
+        )
         self._thread.start()
 
     def wait(self) -> None:

@@ -34,7 +34,14 @@ from whisper_aut.model.module import AudioTextModule
 from whisper_aut.model.scratch import SPECIAL_TOKENS, make_whisper
 from whisper_aut.model.shapes import config_of, shaped_config
 from whisper_aut.model.start import Start
-from whisper_aut.settings import DataSettings, ModelSettings, OptimSettings, ScratchSettings, Settings, SourceSettings
+from whisper_aut.settings import (
+    DataSettings,
+    ModelSettings,
+    OptimSettings,
+    ScratchSettings,
+    Settings,
+    SourceSettings,
+)
 from whisper_aut.training.faults import BYTES_OF_STATE, check_compilable
 from whisper_aut.training.forecast import FLAC_BYTES_PER_SECOND, Forecast
 from whisper_aut.training.optim import optimizer_factory
@@ -42,7 +49,10 @@ from whisper_aut.training.plan import StepCost, StepShape, step_cost
 from whisper_aut.training.strategy import DEEPSPEED, OFFLOAD
 from whisper_aut.turns import one_at_a_time
 
-SAMPLE_BYTES, SAMPLES = 1 << 16, 1 << 12  # of files beyond their product, as many samples are hashed
+SAMPLE_BYTES, SAMPLES = (
+    1 << 16,
+    1 << 12,
+)  # of files beyond their product, as many samples are hashed
 
 ASSUMED_CLIP_SECONDS, ASSUMED_TOKENS = 10.0, 32  # of a plan, where no shards tell
 
@@ -52,7 +62,9 @@ def clip_limits(data: DataSettings) -> ClipLimits:
 
 
 def read_policy(data: DataSettings) -> ReadPolicy:
-    return ReadPolicy(retries=data.retries, timeout_seconds=data.timeout_seconds, allow_pipe=data.allow_pipe)
+    return ReadPolicy(
+        retries=data.retries, timeout_seconds=data.timeout_seconds, allow_pipe=data.allow_pipe
+    )
 
 
 def open_sources(sources: Sequence[SourceSettings], policy: ReadPolicy) -> list[StreamSource]:
@@ -85,16 +97,26 @@ def run_fingerprint(settings: Settings) -> str:
         values.pop(name)
     excluded = Path(data.exclude).read_text() if Path(data.exclude).is_file() else ""
     read = open_sources(data.train, policy) + open_sources(data.valid, policy)
-    shards = [source.index.fingerprint() for source in read] + [open_index(f, policy).fingerprint() for f in data.augment.noise]
+    shards = [source.index.fingerprint() for source in read] + [
+        open_index(f, policy).fingerprint() for f in data.augment.noise
+    ]
     models = [settings.model.path, str(settings.decoder.get("language_model", ""))]
-    facts = [__version__, values, shards, excluded, [_files(Path(place)) for place in models if place]]
+    facts = [
+        __version__,
+        values,
+        shards,
+        excluded,
+        [_files(Path(place)) for place in models if place],
+    ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _files(folder: Path) -> list[list[Any]]:
     """Return name, size and hash of every file of a local model; large ones by samples, as other weights differ everywhere."""
     found = []
-    for path in sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else ():
+    for path in (
+        sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else ()
+    ):
         size, digest = path.stat().st_size, hashlib.sha256()
         with path.open("rb") as file:
             for place in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
@@ -120,7 +142,11 @@ def build_start(settings: Settings) -> Start:
         if not out.exists():  # it is moved there when whole
             limits = clip_limits(settings.data)
             items = (item for index in indexes for item in iter_samples(index, limits, policy))
-            texts = [item.annotation.text for item in items if isinstance(item, Sample) and item.annotation.text]
+            texts = [
+                item.annotation.text
+                for item in items
+                if isinstance(item, Sample) and item.annotation.text
+            ]
             _make_scratch(out, texts, model.scratch, settings.seed)
     return Start(str(out))
 
@@ -136,7 +162,9 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
         train,
         valid,
         _shares(data, [source.index.samples for source in train]),
-        ExampleBuilder(LogMel(num_mel_bins), codec, clip_limits(data), on_device=data.features == "device"),
+        ExampleBuilder(
+            LogMel(num_mel_bins), codec, clip_limits(data), on_device=data.features == "device"
+        ),
         seed=settings.seed,
         window=data.window,
         batch_clips=data.batch_clips,
@@ -154,9 +182,12 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
 def _shares(data: DataSettings, samples: Sequence[int]) -> list[float]:
     """Return the share of each training source among the clips that are drawn, given how many clips it holds."""
     weights = [
-        float(clips) if source.weight is None else source.weight for source, clips in zip(data.train, samples, strict=True)
+        float(clips) if source.weight is None else source.weight
+        for source, clips in zip(data.train, samples, strict=True)
     ]
-    return mixture_shares([source.domain for source in data.train], weights, data.domains, data.temperature)
+    return mixture_shares(
+        [source.domain for source in data.train], weights, data.domains, data.temperature
+    )
 
 
 def build_augment(settings: Settings, policy: ReadPolicy) -> Augment:
@@ -169,7 +200,9 @@ def build_augment(settings: Settings, policy: ReadPolicy) -> Augment:
     noise = [open_index(folder, policy) for folder in chosen.noise]
     unfit = [index.root for index in noise if not index.samples or not index.has_tables]
     if unfit:
-        raise UserError(f"Noise shards without clips or sample tables: {', '.join(unfit)}. Run: whisper-aut data index FOLDER")
+        raise UserError(
+            f"Noise shards without clips or sample tables: {', '.join(unfit)}. Run: whisper-aut data index FOLDER"
+        )
     return Augment(
         seed=settings.seed,
         spectrum=SpecAugment() if chosen.spec else None,
@@ -195,9 +228,16 @@ def _wanted(data: DataSettings, opened: Sequence[StreamSource]) -> list[StreamSo
         replace(one, wanted=Selection(exclusions.of(one.index), allowed, source.licence))
         for source, one in zip(data.train, opened, strict=True)
     ]
-    barred = [one for one in chosen if one.licences and not any(allows(allowed, licence) for licence in one.licences)]
+    barred = [
+        one
+        for one in chosen
+        if one.licences and not any(allows(allowed, licence) for licence in one.licences)
+    ]
     if barred:
-        listed = "; ".join(f"{one.index.root} ({', '.join(name or 'none stated' for name in one.licences)})" for one in barred)
+        listed = "; ".join(
+            f"{one.index.root} ({', '.join(name or 'none stated' for name in one.licences)})"
+            for one in barred
+        )
         raise UserError(
             f"data.licences.allow ({', '.join(allowed)}) leaves nothing of {listed}. Take these sources out of data.train, or "
             "allow their licences; a source whose clips state none takes the `licence` of its entry."
@@ -210,14 +250,20 @@ def build_decoder(settings: Settings, start: Start) -> tuple[Any, TextCodec]:
     return entry.build(start, options, settings.model.gradient_checkpointing)
 
 
-def build_module(settings: Settings, start: Start, decoder: Any, codec: TextCodec, total_steps: int) -> AudioTextModule:
+def build_module(
+    settings: Settings, start: Start, decoder: Any, codec: TextCodec, total_steps: int
+) -> AudioTextModule:
     model = settings.model
     if model.compile:
         check_compilable(settings.strategy.name)
-    encoder = PackedEncoder(start.encoder, model.padding, model.gradient_checkpointing, model.compile)
+    encoder = PackedEncoder(
+        start.encoder, model.padding, model.gradient_checkpointing, model.compile
+    )
     if model.freeze_encoder:
         encoder.requires_grad_(False)
-    factory = _optimizer(settings.optim, total_steps, offload=settings.strategy.name.endswith(OFFLOAD))
+    factory = _optimizer(
+        settings.optim, total_steps, offload=settings.strategy.name.endswith(OFFLOAD)
+    )
     return AudioTextModule(
         encoder,
         decoder,
@@ -231,7 +277,9 @@ def build_module(settings: Settings, start: Start, decoder: Any, codec: TextCode
 
 def build_trained(settings: Settings, weights: dict[str, Any]) -> AudioTextModule:
     """Return the module of a run with the weights of one of its checkpoints, in eval mode."""
-    settings = replace(settings, model=replace(settings.model, compile=False))  # not worth it for a few clips
+    settings = replace(
+        settings, model=replace(settings.model, compile=False)
+    )  # not worth it for a few clips
     start = build_start(settings)
     decoder, codec = build_decoder(settings, start)
     module = build_module(settings, start, decoder, codec, total_steps=1)
@@ -251,7 +299,9 @@ def trainer_arguments(settings: Settings, total_steps: int) -> dict[str, Any]:
         "max_epochs": -1,
         "accumulate_grad_batches": trainer.accumulate,
         # Elsewhere `Guard` clips, which has the norm already.
-        "gradient_clip_val": (settings.optim.gradient_clip or None) if settings.strategy.name.startswith(DEEPSPEED) else None,
+        "gradient_clip_val": (settings.optim.gradient_clip or None)
+        if settings.strategy.name.startswith(DEEPSPEED)
+        else None,
         "val_check_interval": min(trainer.valid_every_steps, total_steps) * trainer.accumulate,
         "check_val_every_n_epoch": None,
         "log_every_n_steps": min(trainer.log_every_steps, total_steps),
@@ -270,12 +320,23 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
     """
     entry, options = check_decoder(settings.decoder)
     if entry.sketch is None:
-        raise UserError(f"The decoder {settings.decoder['name']!r} brings no sketch, so a run with it cannot be planned.")
-    sketch, data, hardware, trainer = entry.sketch, settings.data, settings.hardware, settings.trainer
+        raise UserError(
+            f"The decoder {settings.decoder['name']!r} brings no sketch, so a run with it cannot be planned."
+        )
+    sketch, data, hardware, trainer = (
+        entry.sketch,
+        settings.data,
+        settings.hardware,
+        settings.trainer,
+    )
     stored, assumptions = stored_audio(data)
     ranks = (hardware.devices if isinstance(hardware.devices, int) else 1) * hardware.nodes
     half = not hardware.precision.startswith("32")
-    batch_clips = max(1, round(data.batch_seconds / stored.clip_seconds)) if data.batch_seconds else data.batch_clips
+    batch_clips = (
+        max(1, round(data.batch_seconds / stored.clip_seconds))
+        if data.batch_seconds
+        else data.batch_clips
+    )
 
     def cost(checkpointing: bool) -> StepCost:
         shape = StepShape(
@@ -285,11 +346,17 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
             half_precision=half,
             gradient_checkpointing=checkpointing,
         )
-        return step_cost(config, lambda config, checkpointing: sketch(config, options, checkpointing), shape)
+        return step_cost(
+            config, lambda config, checkpointing: sketch(config, options, checkpointing), shape
+        )
 
     plain, checkpointed = cost(False), cost(True)
     clips = data.samples_per_epoch or stored.clips
-    epochs = trainer.max_epochs * (clips // (batch_clips * ranks * trainer.accumulate)) if clips else None
+    epochs = (
+        trainer.max_epochs * (clips // (batch_clips * ranks * trainer.accumulate))
+        if clips
+        else None
+    )
     steps = min((count for count in (epochs, trainer.max_steps) if count), default=None)
     strategy = settings.strategy.name
     return Forecast(
@@ -304,14 +371,19 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
         steps=steps,
         step_audio_seconds=stored.clip_seconds * batch_clips * trainer.accumulate,
         bytes_per_audio_second=stored.bytes_per_second,
-        assumptions=(*assumptions, f"{ASSUMED_TOKENS} text tokens a clip, all clips of the mean length"),
+        assumptions=(
+            *assumptions,
+            f"{ASSUMED_TOKENS} text tokens a clip, all clips of the mean length",
+        ),
     )
 
 
 def planned_checkpoint_bytes(settings: Settings) -> int:
     """Return about what a checkpoint of a run would take; 0 where nothing can be planned."""
     try:
-        return BYTES_OF_STATE * build_forecast(settings, planned_config(settings.model)).cost.trainable
+        return (
+            BYTES_OF_STATE * build_forecast(settings, planned_config(settings.model)).cost.trainable
+        )
     except UserError:
         return 0
 
@@ -336,9 +408,13 @@ def stored_audio(data: DataSettings) -> tuple[StoredAudio, tuple[str, ...]]:
         return StoredAudio(0, ASSUMED_CLIP_SECONDS, FLAC_BYTES_PER_SECOND), (assumption,)
     samples = [index.samples for index in indexes]
     shares = samples if data.mode == "epochs" else _shares(data, samples)
-    drawn = list(zip(shares, indexes, strict=True))  # a corpus that is drawn often counts often, however small
+    drawn = list(
+        zip(shares, indexes, strict=True)
+    )  # a corpus that is drawn often counts often, however small
     seconds = sum(share * index.seconds / index.samples for share, index in drawn)
-    stored = sum(share * sum(shard.bytes for shard in index.shards) / index.samples for share, index in drawn)
+    stored = sum(
+        share * sum(shard.bytes for shard in index.shards) / index.samples for share, index in drawn
+    )
     return StoredAudio(sum(samples), seconds / sum(shares), stored / seconds), ()
 
 

@@ -85,10 +85,17 @@ def read_manifest(path: Path) -> Manifest:
     try:
         values = json.loads((path / MANIFEST).read_text())
         if values["format"] != FORMAT:
-            raise UserError(f"{path} has the format {values['format']}; this release reads {FORMAT}.")
-        return Manifest(**values | {"files": {name: FileFacts(**facts) for name, facts in values["files"].items()}})
+            raise UserError(
+                f"{path} has the format {values['format']}; this release reads {FORMAT}."
+            )
+        return Manifest(
+            **values
+            | {"files": {name: FileFacts(**facts) for name, facts in values["files"].items()}}
+        )
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is not a whole checkpoint: its {MANIFEST} cannot be read ({error}).") from None
+        raise UserError(
+            f"{path} is not a whole checkpoint: its {MANIFEST} cannot be read ({error})."
+        ) from None
 
 
 def damage_of(path: Path, *, hashes: bool = True) -> str:
@@ -173,13 +180,18 @@ class CheckpointDraft:
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
 
-    def write_tensors(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> dict[str, FileFacts]:
+    def write_tensors(
+        self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+    ) -> dict[str, FileFacts]:
         """Write this rank's share; return what was written."""
         facts = {}
         for kind, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments)):
             name = f"{kind}-{self.rank:05d}-of-{self.ranks:05d}.safetensors"
             try:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self.partial / name)
+                save_file(
+                    {key: tensor.contiguous() for key, tensor in tensors.items()},
+                    self.partial / name,
+                )
             except SafetensorError as error:  # wraps what the system said, in words alone
                 raise _as_os_error(error, self.partial / name) from None
             facts[name] = _settle(self.partial / name)
@@ -189,7 +201,9 @@ class CheckpointDraft:
         """Add what is not tensors, then give the directory its name."""
         torch.save(dict(state), self.partial / STATE)
         files = manifest.files | {STATE: _settle(self.partial / STATE)}
-        values = asdict(manifest) | {"files": {name: asdict(facts) for name, facts in files.items()}}
+        values = asdict(manifest) | {
+            "files": {name: asdict(facts) for name, facts in files.items()}
+        }
         (self.partial / MANIFEST).write_text(json.dumps(values, indent=1))
         _settle(self.partial / MANIFEST)
         if self.path.exists():  # the same step again, after a resume behind it

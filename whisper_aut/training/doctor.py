@@ -37,7 +37,9 @@ PACKAGES = ("torch", "torchaudio", "lightning", "transformers", "deepspeed", "we
 REDUCE_TIMEOUT = timedelta(seconds=60)
 LOW_DISK_GIB = 20.0
 DRY_RUN_MINUTES = 60.0  # a first run also downloads its model
-LAUNCHERS = re.compile("SLURM_|TORCHELASTIC_|MASTER_|(RANK|LOCAL_RANK|NODE_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK)$")
+LAUNCHERS = re.compile(
+    "SLURM_|TORCHELASTIC_|MASTER_|(RANK|LOCAL_RANK|NODE_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK)$"
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,11 @@ def examine(checks: Sequence[tuple[str, Callable[[], Finding]]]) -> Iterator[Fin
         except UserError as error:
             yield Finding(name, "fail", str(error))
         except Exception as error:
-            yield Finding(name, "fail", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            yield Finding(
+                name,
+                "fail",
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            )
 
 
 def table_of(findings: Sequence[Finding]) -> Table:
@@ -65,7 +71,11 @@ def table_of(findings: Sequence[Finding]) -> Table:
     for column in ("what", "", "found"):
         table.add_column(column, overflow="fold")
     for finding in findings:
-        table.add_row(finding.name, f"[{STYLES[finding.status]}]{finding.status}[/]", finding.detail.replace("[", r"\["))
+        table.add_row(
+            finding.name,
+            f"[{STYLES[finding.status]}]{finding.status}[/]",
+            finding.detail.replace("[", r"\["),
+        )
     return table
 
 
@@ -78,8 +88,15 @@ def check_versions() -> Finding:
             missing.append(name)
     if missing:
         return Finding("versions", "fail", f"missing: {', '.join(missing)}; run make setup")
-    if version("torch").split("+")[0].rsplit(".", 1)[0] != version("torchaudio").split("+")[0].rsplit(".", 1)[0]:
-        return Finding("versions", "fail", f"torch and torchaudio do not fit: {', '.join(found)}; run make setup")
+    if (
+        version("torch").split("+")[0].rsplit(".", 1)[0]
+        != version("torchaudio").split("+")[0].rsplit(".", 1)[0]
+    ):
+        return Finding(
+            "versions",
+            "fail",
+            f"torch and torchaudio do not fit: {', '.join(found)}; run make setup",
+        )
     return Finding("versions", "ok", ", ".join(found))
 
 
@@ -89,7 +106,9 @@ def check_devices(accelerator: str, devices: int | str) -> Finding:
     wanted = devices if isinstance(devices, int) else 1
     if accelerator in ("gpu", "cuda") and count < wanted:
         return Finding(
-            "devices", "fail", f"the config asks for {wanted} GPUs and PyTorch sees {count}; hardware=cpu runs on the CPU"
+            "devices",
+            "fail",
+            f"the config asks for {wanted} GPUs and PyTorch sees {count}; hardware=cpu runs on the CPU",
         )
     if not count:
         return Finding("devices", "ok", f"no GPU; {os.cpu_count()} CPU cores")
@@ -108,7 +127,11 @@ def check_collectives() -> Finding:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     multiprocessing.spawn(_reduce, args=(backend, port), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
-    note = "; NCCL needs two GPUs to be tried" if backend == "gloo" and torch.cuda.is_available() else ""
+    note = (
+        "; NCCL needs two GPUs to be tried"
+        if backend == "gloo" and torch.cuda.is_available()
+        else ""
+    )
     return Finding("collectives", "ok", f"{backend}: two ranks of this machine sum up{note}")
 
 
@@ -119,9 +142,19 @@ def check_deepspeed(strategy: str) -> Finding:
     compatible = deepspeed.ops.op_builder.CPUAdamBuilder().is_compatible(verbose=False)  # pyright: ignore[reportAttributeAccessIssue]
     compiler = find_compiler()
     if strategy.endswith("_offload") and not (compatible and compiler):
-        return Finding("DeepSpeed", "fail", "offloading compiles DeepSpeed's CPU Adam, which needs a C++ compiler")
-    note = "CPU Adam can be built" if compatible and compiler else "CPU Adam cannot be built, so no offloading"
-    return Finding("DeepSpeed", "ok" if compatible and compiler else "warn", f"{deepspeed.__version__}; {note}")
+        return Finding(
+            "DeepSpeed",
+            "fail",
+            "offloading compiles DeepSpeed's CPU Adam, which needs a C++ compiler",
+        )
+    note = (
+        "CPU Adam can be built"
+        if compatible and compiler
+        else "CPU Adam cannot be built, so no offloading"
+    )
+    return Finding(
+        "DeepSpeed", "ok" if compatible and compiler else "warn", f"{deepspeed.__version__}; {note}"
+    )
 
 
 def check_disk(folder: Path, checkpoint_bytes: int = 0, kept: int = 0) -> Finding:
@@ -130,24 +163,35 @@ def check_disk(folder: Path, checkpoint_bytes: int = 0, kept: int = 0) -> Findin
     place = next(part for part in (folder, *folder.absolute().parents) if part.exists())
     free = shutil.disk_usage(place).free / 2**30
     detail = f"{folder} can be written, {free:.1f} GiB free"
-    detail += f"; a checkpoint takes about {checkpoint_bytes / 2**30:.1f} GiB" if checkpoint_bytes else ""
+    detail += (
+        f"; a checkpoint takes about {checkpoint_bytes / 2**30:.1f} GiB" if checkpoint_bytes else ""
+    )
     if warning:
         return Finding("disk", "warn", warning)
     return Finding("disk", "ok" if free > LOW_DISK_GIB or checkpoint_bytes else "warn", detail)
 
 
-def check_shards(indexes: Sequence[ShardIndex], limits: ClipLimits, policy: ReadPolicy = DEFAULT_POLICY) -> Finding:
+def check_shards(
+    indexes: Sequence[ShardIndex], limits: ClipLimits, policy: ReadPolicy = DEFAULT_POLICY
+) -> Finding:
     """Read the first sample of every source, through the network where it lies there."""
     for index in indexes:
         first = next(iter_samples(index, limits, policy), None)
         if not isinstance(first, Sample):
             why = "it holds no sample" if first is None else f"{first.reason}: {first.detail}"
             return Finding(
-                "shards", "fail", f"{index.root}: the first sample cannot be read ({why}); whisper-aut data inspect says more"
+                "shards",
+                "fail",
+                f"{index.root}: the first sample cannot be read ({why}); whisper-aut data inspect says more",
             )
-    clips, hours = sum(index.samples for index in indexes), sum(index.seconds for index in indexes) / 3600
+    clips, hours = (
+        sum(index.samples for index in indexes),
+        sum(index.seconds for index in indexes) / 3600,
+    )
     return Finding(
-        "shards", "ok", f"{len(indexes)} sources, {clips:,} clips, {hours:,.1f} hours; the first sample of each was read"
+        "shards",
+        "ok",
+        f"{len(indexes)} sources, {clips:,} clips, {hours:,.1f} hours; the first sample of each was read",
     )
 
 
@@ -159,10 +203,19 @@ def check_dry_run(config_yaml: str, minutes: float = DRY_RUN_MINUTES) -> Finding
     with TemporaryDirectory(prefix="whisper-aut-doctor-") as folder:
         config = Path(folder) / "config.yaml"
         config.write_text(config_yaml)
-        command = [sys.executable, "-m", "whisper_aut.cli", "train", str(config), f"runs={folder}/runs"]
+        command = [
+            sys.executable,
+            "-m",
+            "whisper_aut.cli",
+            "train",
+            str(config),
+            f"runs={folder}/runs",
+        ]
         pipe = subprocess.PIPE
         alone = {name: value for name, value in os.environ.items() if not LAUNCHERS.match(name)}
-        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=alone) as process:
+        with subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=alone
+        ) as process:
             try:
                 output, errors = process.communicate(timeout=60 * minutes)
             except BaseException as error:
@@ -172,13 +225,21 @@ def check_dry_run(config_yaml: str, minutes: float = DRY_RUN_MINUTES) -> Finding
                 why = f"two steps were not done after {minutes:g} minutes; whisper-aut train on this node alone shows where it waits"
                 return Finding("dry run", "fail", why)
         if process.returncode:
-            return Finding("dry run", "fail", f"two steps failed: {(errors.strip() or output.strip())[-800:]}")
+            return Finding(
+                "dry run", "fail", f"two steps failed: {(errors.strip() or output.strip())[-800:]}"
+            )
         line = next((line for line in output.splitlines() if line.startswith("Trained at")), "")
     return Finding("dry run", "ok", f"two steps, a validation and a checkpoint. {line}")
 
 
 def _reduce(rank: int, backend: str, port: int) -> None:
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=REDUCE_TIMEOUT)
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=2,
+        timeout=REDUCE_TIMEOUT,
+    )
     value = torch.ones(1, device=f"cuda:{rank}" if backend == "nccl" else "cpu")
     dist.all_reduce(value)
     dist.destroy_process_group()

@@ -21,7 +21,8 @@ from whisper_aut.training.checkpoint import FULL_DISK, existing_parent, full_dis
 
 BYTES_OF_STATE = 12  # float32 weight and two moments of a trained parameter
 LOST_RANK = re.compile(
-    r"connection (was )?(closed|reset)|broken pipe|connection refused|timed out|timeout|peer|gloo|nccl|socket", re.I
+    r"connection (was )?(closed|reset)|broken pipe|connection refused|timed out|timeout|peer|gloo|nccl|socket",
+    re.I,
 )
 UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -48,7 +49,9 @@ def check_room(folder: Path, one_checkpoint: int, kept: int) -> str:
         with TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise UserError(f"Cannot write to {place}: {error.strerror}. Set runs=FOLDER to write elsewhere.") from None
+        raise UserError(
+            f"Cannot write to {place}: {error.strerror}. Set runs=FOLDER to write elsewhere."
+        ) from None
     free, size = shutil.disk_usage(place).free, one_checkpoint / 2**30
     if free < 2 * one_checkpoint:
         raise UserError(
@@ -80,7 +83,14 @@ def check_accelerator(accelerator: str) -> None:
 def find_compiler() -> str | None:
     """Return the path of a C++ compiler, or None."""
     named = os.environ.get("CXX")
-    return next((path for name in (named, "c++", "g++", "clang++") if name and (path := shutil.which(name))), None)
+    return next(
+        (
+            path
+            for name in (named, "c++", "g++", "clang++")
+            if name and (path := shutil.which(name))
+        ),
+        None,
+    )
 
 
 def check_compilable(strategy: str) -> None:
@@ -90,7 +100,9 @@ def check_compilable(strategy: str) -> None:
         UserError: no compiler, or ZeRO-3, which fetches a layer's weights while the layer runs.
     """
     if "stage_3" in strategy:
-        raise UserError(f"model.compile does not go with strategy.name={strategy}: compiled layers cannot fetch their weights.")
+        raise UserError(
+            f"model.compile does not go with strategy.name={strategy}: compiled layers cannot fetch their weights."
+        )
     if find_compiler() is None:
         raise UserError(
             "model.compile=true needs a C++ compiler, such as g++ or what CXX names. Install one, or leave it false."

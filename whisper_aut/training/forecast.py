@@ -14,7 +14,9 @@ from whisper_aut.training.accelerators import ACCELERATORS, Accelerator
 from whisper_aut.training.plan import GIBIBYTE, STAGES, DeviceMemory, StepCost, device_memory
 
 ASSUMED_MFU = 0.40
-LAUNCH_SECONDS = 10e-6  # of one operation by PyTorch without compilation; what small models wait for
+LAUNCH_SECONDS = (
+    10e-6  # of one operation by PyTorch without compilation; what small models wait for
+)
 RESERVED_GIB = 2.0  # CUDA's context, cuBLAS, communication buffers, gaps between blocks
 CORE_AUDIO_SECONDS = 2_000  # a second, FLAC → log-mel on one core: decoding at 3,800 and features at 5,000 one after the other
 FLAC_BYTES_PER_SECOND = 19_000  # of 16 kHz mono, where no index tells the shards' own
@@ -54,7 +56,13 @@ class Forecast:
 
     def memory(self, stage: int, cost: StepCost) -> DeviceMemory:
         half = stage > 0 and not self.precision.startswith("32")
-        return device_memory(cost, stage=stage, ranks=self.ranks, half_weights=half, offload=self.offload and stage > 0)
+        return device_memory(
+            cost,
+            stage=stage,
+            ranks=self.ranks,
+            half_weights=half,
+            offload=self.offload and stage > 0,
+        )
 
     def step_seconds(self, device: Accelerator) -> float:
         computing = self.cost.flops / (ASSUMED_MFU * device.peak_flops(self.precision))
@@ -90,12 +98,29 @@ def tables(plan: Forecast) -> Iterator[Table | str]:
 
 
 def _memory_table(plan: Forecast) -> Table:
-    table = Table(title=f"GiB per device over {plan.ranks}, at the worst moment of a step", title_justify="left")
-    for column in ("", "weights", "gradients", "optimiser", "activations", "total", "with checkpointing"):
+    table = Table(
+        title=f"GiB per device over {plan.ranks}, at the worst moment of a step",
+        title_justify="left",
+    )
+    for column in (
+        "",
+        "weights",
+        "gradients",
+        "optimiser",
+        "activations",
+        "total",
+        "with checkpointing",
+    ):
         table.add_column(column, justify="left" if not column else "right")
     for stage, name in enumerate(STAGES):
         memory = plan.memory(stage, plan.plain)
-        parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
+        parts = (
+            memory.weights,
+            memory.gradients,
+            memory.optimizer,
+            memory.activations,
+            memory.total,
+        )
         lean = plan.memory(stage, plan.checkpointed).total
         marked = f"[bold]{name}[/]" if stage == plan.stage else name
         table.add_row(marked, *(f"{part / GIBIBYTE:.2f}" for part in (*parts, lean)))
@@ -103,8 +128,19 @@ def _memory_table(plan: Forecast) -> Table:
 
 
 def _device_table(plan: Forecast) -> Table:
-    table = Table(title=f"On {plan.ranks} of these, at {ASSUMED_MFU:.0%} of their peak at most", title_justify="left")
-    for column in ("device", "what fits", "step", "whole run", "audio-s/s", "cores for data", "reads MB/s"):
+    table = Table(
+        title=f"On {plan.ranks} of these, at {ASSUMED_MFU:.0%} of their peak at most",
+        title_justify="left",
+    )
+    for column in (
+        "device",
+        "what fits",
+        "step",
+        "whole run",
+        "audio-s/s",
+        "cores for data",
+        "reads MB/s",
+    ):
         table.add_column(column, justify="left" if column in ("device", "what fits") else "right")
     for device in ACCELERATORS:
         seconds = plan.step_seconds(device)

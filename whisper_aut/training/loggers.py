@@ -10,7 +10,13 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import (
+    CSVLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
 
 
 def _wandb(run: Path, name: str) -> Logger:
@@ -21,7 +27,9 @@ def _wandb(run: Path, name: str) -> Logger:
 def _mlflow(run: Path, name: str) -> Logger:
     place = run.absolute()  # a file of SQLite: MLflow has given up its plain folders
     server = os.environ.get("MLFLOW_TRACKING_URI", "") or f"sqlite:///{place / 'mlflow.db'}"
-    return MLFlowLogger(name, run_name=run.name, tracking_uri=server, artifact_location=(place / "mlruns").as_uri())
+    return MLFlowLogger(
+        name, run_name=run.name, tracking_uri=server, artifact_location=(place / "mlruns").as_uri()
+    )
 
 
 BUILDERS: dict[str, Callable[[Path, str], Logger]] = {

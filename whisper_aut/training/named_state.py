@@ -59,9 +59,17 @@ class PlainState:
                 state.aliases[name] = stored[id(value)]
             else:
                 stored[id(value)] = name
-                mine = sizes * ranks // total == rank  # equal shares, and no two ranks the same tensor
+                mine = (
+                    sizes * ranks // total == rank
+                )  # equal shares, and no two ranks the same tensor
                 sizes += _elements(value)
-                self._take(state, name, value, mine, trained=parameters.get(name) is value and value.requires_grad)
+                self._take(
+                    state,
+                    name,
+                    value,
+                    mine,
+                    trained=parameters.get(name) is value and value.requires_grad,
+                )
         return state
 
     def fill_weights(self, weights: Mapping[str, Any]) -> None:
@@ -77,23 +85,33 @@ class PlainState:
 
     def fill_moments(self, moments: Iterable[tuple[str, Tensor]]) -> None:
         """Put the optimiser's state back; parameters without any stay as they are."""
-        names = {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        names = {
+            name: parameter
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad
+        }
         for parameter_name, key, value in _split(moments):
             parameter = names.get(parameter_name)
             if parameter is None:
-                raise UserError(f"The checkpoint holds optimiser state of {parameter_name}, which is not trained here.")
+                raise UserError(
+                    f"The checkpoint holds optimiser state of {parameter_name}, which is not trained here."
+                )
             kept = self.optimizer.state[parameter]
             on_device = value.to(parameter.device)
             kept[key] = on_device.float() if key == STEP else on_device.to(parameter.dtype)
 
-    def _take(self, state: NamedState, name: str, value: Tensor, mine: bool, *, trained: bool) -> None:
+    def _take(
+        self, state: NamedState, name: str, value: Tensor, mine: bool, *, trained: bool
+    ) -> None:
         if not mine:
             return
         state.weights[name] = value.detach().to("cpu", copy=True)
         if trained:
             for key in (*MOMENTS, STEP):
                 if key in (kept := self.optimizer.state.get(value, {})):
-                    state.moments[f"{name}.{key}"] = torch.as_tensor(kept[key]).detach().to("cpu", torch.float32, copy=True)
+                    state.moments[f"{name}.{key}"] = (
+                        torch.as_tensor(kept[key]).detach().to("cpu", torch.float32, copy=True)
+                    )
 
 
 class DeepSpeedState(PlainState):
@@ -125,7 +143,11 @@ class DeepSpeedState(PlainState):
             value = weights[name].to(parameter.device)
             with self._whole(parameter, changed=True):
                 if parameter.shape != value.shape:
-                    raise _unfitting(RuntimeError(f"{name} is {list(value.shape)}, expected {list(parameter.shape)}"))
+                    raise _unfitting(
+                        RuntimeError(
+                            f"{name} is {list(value.shape)}, expected {list(parameter.shape)}"
+                        )
+                    )
                 parameter.data.copy_(value)
             if parameter.requires_grad:
                 if self.partitioned:
@@ -147,9 +169,13 @@ class DeepSpeedState(PlainState):
             if self.partitioned:
                 self._set_piece(parameters[name], value, key)
             else:
-                safe_set_full_optimizer_state(parameters[name], value.to(parameters[name].device), key)
+                safe_set_full_optimizer_state(
+                    parameters[name], value.to(parameters[name].device), key
+                )
 
-    def _take(self, state: NamedState, name: str, value: Tensor, mine: bool, *, trained: bool) -> None:
+    def _take(
+        self, state: NamedState, name: str, value: Tensor, mine: bool, *, trained: bool
+    ) -> None:
         """Put one parameter together, on all ranks at once; keep it where it is this rank's."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -159,10 +185,16 @@ class DeepSpeedState(PlainState):
                     state.weights[name] = value.detach().cpu().clone()
             return
         whole: Any = safe_get_full_fp32_param(value)
-        kept = {key: safe_get_full_optimizer_state(value, key) for key in MOMENTS if self.base.state}
+        kept = {
+            key: safe_get_full_optimizer_state(value, key) for key in MOMENTS if self.base.state
+        }
         if mine:
             state.weights[name] = whole.detach().cpu().clone()
-            state.moments |= {f"{name}.{key}": moment.cpu().clone() for key, moment in kept.items() if moment is not None}
+            state.moments |= {
+                f"{name}.{key}": moment.cpu().clone()
+                for key, moment in kept.items()
+                if moment is not None
+            }
             if kept:
                 state.moments[f"{name}.{STEP}"] = torch.tensor(float(self._steps()))
 
@@ -178,15 +210,22 @@ class DeepSpeedState(PlainState):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _steps(self) -> int:
-        return max((int(kept[STEP]) for kept in self.base.state.values() if STEP in kept), default=0)
+        return max(
+            (int(kept[STEP]) for kept in self.base.state.values() if STEP in kept), default=0
+        )
 
     def _create_moments(self, steps: int) -> None:
         """Give every flat piece the state that the optimiser would have made in its first step."""
         for piece in self._pieces():
-            torch_step = isinstance(self.base, torch.optim.Optimizer) and type(self.base).__module__.startswith("torch.")
+            torch_step = isinstance(self.base, torch.optim.Optimizer) and type(
+                self.base
+            ).__module__.startswith("torch.")
             self.base.state[piece] = {
                 STEP: torch.tensor(float(steps), device=piece.device) if torch_step else steps,
-                **{key: torch.zeros_like(piece, memory_format=torch.preserve_format) for key in MOMENTS},
+                **{
+                    key: torch.zeros_like(piece, memory_format=torch.preserve_format)
+                    for key in MOMENTS
+                },
             }
         self._link_moments()
 

@@ -38,7 +38,9 @@ def parameter_groups(
     def add(parameters: Iterable[nn.Parameter], rate: float, part: str = "encoder") -> None:
         for parameter in parameters:
             if parameter.requires_grad:
-                groups.setdefault((part, rate, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+                groups.setdefault(
+                    (part, rate, weight_decay if parameter.ndim > 1 else 0.0), []
+                ).append(parameter)
 
     top = lr if encoder_lr is None else encoder_lr
 
@@ -47,18 +49,29 @@ def parameter_groups(
     for number, layer in enumerate(layers):
         add(layer.parameters(), top * layer_decay ** (depth - 1 - number))
     inside = {id(parameter) for parameter in layers.parameters()}
-    stem = [parameter for module in (encoder.whisper.conv1, encoder.whisper.conv2) for parameter in module.parameters()]
+    stem = [
+        parameter
+        for module in (encoder.whisper.conv1, encoder.whisper.conv2)
+        for parameter in module.parameters()
+    ]
     add(stem, top * layer_decay**depth)
     placed = inside | {id(parameter) for parameter in stem}
     add((parameter for parameter in encoder.parameters() if id(parameter) not in placed), top)
     add(decoder.trainable_parameters(), lr, "decoder")
     return [
-        {"params": params, "lr": rate, "weight_decay": decay, "part": part} for (part, rate, decay), params in groups.items()
+        {"params": params, "lr": rate, "weight_decay": decay, "part": part}
+        for (part, rate, decay), params in groups.items()
     ]
 
 
 def rate_factor(
-    step: int, *, total_steps: int, warmup_steps: int, schedule: Schedule, final_share: float, first_step: int = 0
+    step: int,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    schedule: Schedule,
+    final_share: float,
+    first_step: int = 0,
 ) -> float:
     """Return the factor on the learning rate at an optimiser step: nothing before `first_step`, linear warm-up from there, then
     the schedule down to `final_share`."""
@@ -66,8 +79,12 @@ def rate_factor(
         return 0.0
     if step < first_step + warmup_steps:
         return (step - first_step + 1) / warmup_steps
-    done = min(1.0, (step - first_step - warmup_steps) / max(1, total_steps - first_step - warmup_steps))
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+    done = min(
+        1.0, (step - first_step - warmup_steps) / max(1, total_steps - first_step - warmup_steps)
+    )
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[
+        schedule
+    ]
     return final_share + (1 - final_share) * shape
 
 
@@ -97,7 +114,9 @@ def optimizer_factory(
     def make(encoder: Any, decoder: Any) -> dict[str, Any]:
         groups = parameter_groups(encoder, decoder, lr, weight_decay, layer_decay, encoder_lr)
         if cpu_offload:
-            from deepspeed.ops.adam import DeepSpeedCPUAdam  # builds its kernel on import: only where it is used
+            from deepspeed.ops.adam import (
+                DeepSpeedCPUAdam,
+            )  # builds its kernel on import: only where it is used
 
             optimizer: Any = DeepSpeedCPUAdam(groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
         else:
@@ -106,10 +125,19 @@ def optimizer_factory(
             # It could unscale 16-bit gradients by itself, for which Lightning refuses to clip beside it in bf16-mixed and 16-mixed.
             optimizer._step_supports_amp_scaling = False
         shape = partial(
-            rate_factor, total_steps=total_steps, warmup_steps=warmup_steps, schedule=schedule, final_share=final_share
+            rate_factor,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            schedule=schedule,
+            final_share=final_share,
         )
         late = partial(shape, first_step=encoder_after_step)
-        scheduler = LambdaLR(optimizer, [late if group["part"] == "encoder" else shape for group in groups])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        scheduler = LambdaLR(
+            optimizer, [late if group["part"] == "encoder" else shape for group in groups]
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     return make

@@ -28,7 +28,9 @@ ADAM_BYTES = 8  # two float32 moments a parameter
 STAGES = ("one device or ddp", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 _ATEN: Any = torch.ops.aten
 ATTENTION_ON_CPU = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: (
+        sdpa_flop_count(q, k, v)
+    ),
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, out_shape=None, **__: (
         sdpa_backward_flop_count(g, q, k, v)
     ),
@@ -105,7 +107,9 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def step_cost(config: WhisperConfig, sketch: Callable[[WhisperConfig, bool], nn.Module], shape: StepShape) -> StepCost:
+def step_cost(
+    config: WhisperConfig, sketch: Callable[[WhisperConfig, bool], nn.Module], shape: StepShape
+) -> StepCost:
     """Run one micro-batch on tensors without memory and count.
 
     Args:
@@ -115,10 +119,15 @@ def step_cost(config: WhisperConfig, sketch: Callable[[WhisperConfig, bool], nn.
     """
     counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
     with FakeTensorMode():
-        encoder = PackedEncoder(WhisperEncoder(config), shape.padding, shape.gradient_checkpointing).train()
+        encoder = PackedEncoder(
+            WhisperEncoder(config), shape.padding, shape.gradient_checkpointing
+        ).train()
         decoder: Any = sketch(config, shape.gradient_checkpointing).train()
         parameters = [*encoder.parameters(), *decoder.parameters()]
-        trainable = [*(p for p in encoder.parameters() if p.requires_grad), *decoder.trainable_parameters()]
+        trainable = [
+            *(p for p in encoder.parameters() if p.requires_grad),
+            *decoder.trainable_parameters(),
+        ]
         live = LiveBytes()
         # One after the other: the counter's own hooks would keep alive what gradient checkpointing lets go.
         with counter:
@@ -151,7 +160,9 @@ class DeviceMemory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def device_memory(cost: StepCost, *, stage: int, ranks: int, half_weights: bool, offload: bool = False) -> DeviceMemory:
+def device_memory(
+    cost: StepCost, *, stage: int, ranks: int, half_weights: bool, offload: bool = False
+) -> DeviceMemory:
     """Return what one of `ranks` devices holds.
 
     Args:

@@ -10,13 +10,21 @@ from pathlib import Path
 import yaml
 
 from whisper_aut.errors import UserError
-from whisper_aut.training.checkpoint import checkpoints_in, damage_of, is_checkpoint, newest_sound, read_manifest
+from whisper_aut.training.checkpoint import (
+    checkpoints_in,
+    damage_of,
+    is_checkpoint,
+    newest_sound,
+    read_manifest,
+)
 from whisper_aut.training.rundir import RunDirectory, is_first_rank
 
 AUTO = "auto"
 
 
-def resume_from(resume: str, newest: RunDirectory | None, place: str, warn: Callable[[str], None]) -> Path | None:
+def resume_from(
+    resume: str, newest: RunDirectory | None, place: str, warn: Callable[[str], None]
+) -> Path | None:
     """Return the checkpoint to go on from.
 
     Args:
@@ -36,7 +44,9 @@ def resume_from(resume: str, newest: RunDirectory | None, place: str, warn: Call
     if (path / "checkpoints").is_dir():
         found = newest_in(RunDirectory(path), warn)
         if found is None:
-            raise UserError(f"{path} has saved no checkpoint yet. Without --resume, the run begins anew.")
+            raise UserError(
+                f"{path} has saved no checkpoint yet. Without --resume, the run begins anew."
+            )
         _check_name(found, Path(place).name)
         return found
     if not is_checkpoint(path):
@@ -46,7 +56,9 @@ def resume_from(resume: str, newest: RunDirectory | None, place: str, warn: Call
             "--resume auto."
         )
     if damage := damage_of(path, hashes=is_first_rank()):
-        raise UserError(f"{path} is damaged: {damage}. --resume auto takes the newest one that is not.")
+        raise UserError(
+            f"{path} is damaged: {damage}. --resume auto takes the newest one that is not."
+        )
     _check_name(path.resolve(), Path(place).name)
     return path.resolve()
 
@@ -73,7 +85,10 @@ def newest_in(run: RunDirectory, warn: Callable[[str], None]) -> Path | None:
     for line in refused:
         warn(line)
     if path is None and checkpoints_in(run.checkpoints):
-        raise UserError(f"No checkpoint in {run.checkpoints} is whole:\n" + "\n".join(f"  - {line}" for line in refused))
+        raise UserError(
+            f"No checkpoint in {run.checkpoints} is whole:\n"
+            + "\n".join(f"  - {line}" for line in refused)
+        )
     return path.resolve() if path else None
 
 

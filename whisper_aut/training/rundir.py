@@ -25,7 +25,16 @@ from whisper_aut.errors import UserError
 from whisper_aut.training.checkpoint import LAST, checkpoints_in
 
 RUN_VARIABLE = "WHISPER_AUT_RUN"  # the run's name, for all ranks of a job
-RECORDED_PACKAGES = ("whisper-aut", "torch", "torchaudio", "lightning", "transformers", "webdataset", "deepspeed", "omegaconf")
+RECORDED_PACKAGES = (
+    "whisper-aut",
+    "torch",
+    "torchaudio",
+    "lightning",
+    "transformers",
+    "webdataset",
+    "deepspeed",
+    "omegaconf",
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +134,9 @@ def job_run(root: Path, name: str, config_yaml: str, facts: Mapping[str, Any]) -
     """
     given = _given_name()
     run = create_run(root, name, config_yaml, facts, given) if is_first_rank() else None
-    if dist.is_initialized() and dist.get_world_size() > 1:  # a later run of the same job: ranks can be told
+    if (
+        dist.is_initialized() and dist.get_world_size() > 1
+    ):  # a later run of the same job: ranks can be told
         told = [run.path.name if run else ""]
         dist.broadcast_object_list(told)
         return RunDirectory(root / name / told[0])
@@ -167,14 +178,18 @@ def announced(run: RunDirectory) -> Iterator[None]:
         del os.environ[RUN_VARIABLE]
 
 
-def create_run(root: Path, name: str, config_yaml: str, facts: Mapping[str, Any], given: str | None = None) -> RunDirectory:
+def create_run(
+    root: Path, name: str, config_yaml: str, facts: Mapping[str, Any], given: str | None = None
+) -> RunDirectory:
     """Make a new run directory, under a given name or a timestamp, and record config, environment and data in it.
 
     Raises:
         UserError: the directory cannot be written.
     """
     folder = root / name
-    run = RunDirectory(folder / given if given else _unused(folder, datetime.now().strftime("%Y%m%d-%H%M%S")))
+    run = RunDirectory(
+        folder / given if given else _unused(folder, datetime.now().strftime("%Y%m%d-%H%M%S"))
+    )
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=given is not None)
         if checkpoints_in(run.checkpoints):
@@ -200,14 +215,23 @@ def write_whole(path: Path, text: str) -> None:
 def runs_of(root: Path, name: str) -> list[RunDirectory]:
     """Return the runs of a name, newest first: one that went on is as new as what it last trained with."""
     folder = root / name
-    paths = (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()) if folder.is_dir() else ()
+    paths = (
+        (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+        if folder.is_dir()
+        else ()
+    )
     runs = [RunDirectory(path) for path in paths if (path / "config.yaml").exists()]
-    return sorted(runs, key=lambda run: (run.config.stat().st_mtime_ns, run.path.name), reverse=True)
+    return sorted(
+        runs, key=lambda run: (run.config.stat().st_mtime_ns, run.path.name), reverse=True
+    )
 
 
 def _put_aside(path: Path) -> Path:
     """Rename `NAME.EXT` to `NAME.N.EXT`, N behind the highest that is there, and return it."""
-    middles = (other.name.removeprefix(f"{path.stem}.").removesuffix(path.suffix) for other in path.parent.iterdir())
+    middles = (
+        other.name.removeprefix(f"{path.stem}.").removesuffix(path.suffix)
+        for other in path.parent.iterdir()
+    )
     number = max((int(middle) for middle in middles if middle.isdecimal()), default=-1) + 1
     return path.rename(path.with_name(f"{path.stem}.{number}{path.suffix}"))
 
@@ -231,8 +255,18 @@ def _environment() -> dict[str, Any]:
 
 
 def _git_revision() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    ]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -19,7 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch.optim.lr_scheduler import LambdaLR
 
 from whisper_aut.data.batching import Cursor
@@ -73,18 +78,26 @@ def build_strategy(
         offload = name.endswith(OFFLOAD)
         on_gpu = accelerator != "cpu" and torch.cuda.is_available()
         if offload and not on_gpu:
-            raise UserError(f"strategy.name={name} moves optimiser state from the GPU to the CPU, and no GPU is used here.")
+            raise UserError(
+                f"strategy.name={name} moves optimiser state from the GPU to the CPU, and no GPU is used here."
+            )
         stage = int(name.removeprefix(DEEPSPEED).removesuffix(OFFLOAD))
         if not on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed takes a GPU that is there
         kind = _DeepSpeed if on_gpu else _CPUDeepSpeed
         strategy = kind(stage=stage, offload_optimizer=offload, timeout=timeout)
     elif name == "ddp" or ranks > 1:
-        strategy = _DDP(timeout=timeout, gradient_as_bucket_view=True)  # gradients lie in memory once
+        strategy = _DDP(
+            timeout=timeout, gradient_as_bucket_view=True
+        )  # gradients lie in memory once
     else:
         strategy = _SingleDevice(_one_device(accelerator))
     strategy.word, strategy.clips_per_step, strategy.skip_to = name, clips_per_step, skip_to
-    strategy.background, strategy.timeout, strategy.warn = Background() if async_checkpoints else None, timeout, warn
+    strategy.background, strategy.timeout, strategy.warn = (
+        Background() if async_checkpoints else None,
+        timeout,
+        warn,
+    )
     return strategy
 
 
@@ -96,9 +109,13 @@ class NamedCheckpoints:
     background: Background | None = None
     warn: Callable[[str], None] = staticmethod(lambda _: None)
     timeout = timedelta(minutes=30)
-    _writers: Any = None  # the ranks' threads among themselves: the training's own group is in use meanwhile
+    _writers: Any = (
+        None  # the ranks' threads among themselves: the training's own group is in use meanwhile
+    )
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
         """Write a checkpoint directory. All ranks call it together, and all raise where one cannot write.
 
         With `background` only the copying is done here, and what goes wrong later is raised by the next call or `settle_checkpoint`.
@@ -113,15 +130,28 @@ class NamedCheckpoints:
         """
         strategy: Any = self
         self.settle_checkpoint()
-        draft = CheckpointDraft(Path(strategy.broadcast(str(filepath))), strategy.global_rank, strategy.world_size)
+        draft = CheckpointDraft(
+            Path(strategy.broadcast(str(filepath))), strategy.global_rank, strategy.world_size
+        )
         named = self._named_state().collect(draft.rank, draft.ranks)
-        state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-        state |= {"extra": named.extra, "accumulate": strategy.lightning_module.trainer.accumulate_grad_batches}
+        state = {
+            key: value
+            for key, value in checkpoint.items()
+            if key not in ("state_dict", "optimizer_states")
+        }
+        state |= {
+            "extra": named.extra,
+            "accumulate": strategy.lightning_module.trainer.accumulate_grad_batches,
+        }
         state |= self._own_state()
         manifest = Manifest(
             step=checkpoint["global_step"],
             clips_per_step=self.clips_per_step,
-            written_by={"strategy": self.word, "ranks": draft.ranks, "precision": str(strategy.precision_plugin.precision)},
+            written_by={
+                "strategy": self.word,
+                "ranks": draft.ranks,
+                "precision": str(strategy.precision_plugin.precision),
+            },
             files={},
             aliases=named.aliases,
         )
@@ -148,19 +178,34 @@ class NamedCheckpoints:
             if not isinstance(sys.exception(), KeyboardInterrupt):
                 self.settle_checkpoint()
         except Exception as error:  # where training ended well, it was raised before: here it would hide why the run ends
-            log.warning("The last checkpoint was not written: %s", error, exc_info=not isinstance(error, UserError))
+            log.warning(
+                "The last checkpoint was not written: %s",
+                error,
+                exc_info=not isinstance(error, UserError),
+            )
         super().teardown()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _write(self, draft: CheckpointDraft, named: NamedState, state: dict[str, Any], manifest: Manifest, then: Any) -> None:
+    def _write(
+        self,
+        draft: CheckpointDraft,
+        named: NamedState,
+        state: dict[str, Any],
+        manifest: Manifest,
+        then: Any,
+    ) -> None:
         first = draft.rank == 0
         self._together(draft, lambda: draft.begin() if first else None)
         written = self._together(draft, lambda: draft.write_tensors(named.weights, named.moments))
-        manifest = replace(manifest, files={name: facts for share in written for name, facts in share.items()})
+        manifest = replace(
+            manifest, files={name: facts for share in written for name, facts in share.items()}
+        )
         self._together(draft, lambda: draft.finish(state, manifest) if first else None)
         if first and then:
             then()
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Read what is no tensor; the tensors follow when there is something to put them into."""
         strategy: Any = self
         path = Path(strategy.broadcast(str(checkpoint_path)))
@@ -189,7 +234,9 @@ class NamedCheckpoints:
         strategy: Any = self
         self._named_state().fill_moments(read_moments(Path(checkpoint["path"])))
         own = [config.scheduler for config in strategy.lr_scheduler_configs]
-        for optimizer, schedule, state in zip(strategy.optimizers, own, checkpoint["lr_schedulers"], strict=True):
+        for optimizer, schedule, state in zip(
+            strategy.optimizers, own, checkpoint["lr_schedulers"], strict=True
+        ):
             before, rates = state["_last_lr"], _take_rates_of(schedule, state)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
@@ -200,7 +247,9 @@ class NamedCheckpoints:
 
     def _named_state(self) -> PlainState:
         strategy: Any = self
-        return PlainState(strategy.lightning_module, strategy.optimizers[0] if strategy.optimizers else None)
+        return PlainState(
+            strategy.lightning_module, strategy.optimizers[0] if strategy.optimizers else None
+        )
 
     def _own_state(self) -> dict[str, Any]:
         return {}
@@ -237,7 +286,9 @@ class _DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
         super().__init__(**options)
         self._whole_model = ExitStack()
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         state = super().load_checkpoint(checkpoint_path, weights_only)
         scale: Any = getattr(self.deepspeed_engine.optimizer, "loss_scaler", None)
         for name, value in state.get("loss_scale", {}).items():
@@ -264,7 +315,13 @@ class _DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
     def _own_state(self) -> dict[str, Any]:
         scale = getattr(self.deepspeed_engine.optimizer, "loss_scaler", None)
         plain = (int, float, bool)
-        return {"loss_scale": {name: value for name, value in vars(scale).items() if isinstance(value, plain)} if scale else {}}
+        return {
+            "loss_scale": {
+                name: value for name, value in vars(scale).items() if isinstance(value, plain)
+            }
+            if scale
+            else {}
+        }
 
 
 class _CPUDeepSpeed(_DeepSpeed):
@@ -312,11 +369,21 @@ def _span(rates: Sequence[float]) -> str:
 def _count_in_micro_batches_of(state: dict[str, Any], accumulate: int) -> None:
     """Rewrite the loop's counts of micro-batches for another number of them a step: other ranks share the same step."""
     before = state["accumulate"]
-    for counts in (state["loops"]["fit_loop"]["epoch_loop.batch_progress"][part] for part in ("total", "current")):
+    for counts in (
+        state["loops"]["fit_loop"]["epoch_loop.batch_progress"][part]
+        for part in ("total", "current")
+    ):
         if before != accumulate:
             done = counts["ready"] // before * accumulate
-            open_batches = counts["ready"] - counts["completed"]  # one where the batch's own hooks wrote the checkpoint
-            counts |= {"ready": done, "started": done, "processed": done, "completed": done - open_batches}
+            open_batches = (
+                counts["ready"] - counts["completed"]
+            )  # one where the batch's own hooks wrote the checkpoint
+            counts |= {
+                "ready": done,
+                "started": done,
+                "processed": done,
+                "completed": done - open_batches,
+            }
 
 
 def _validate_first(state: dict[str, Any], every_micro_batches: int) -> None:
@@ -328,4 +395,6 @@ def _validate_first(state: dict[str, Any], every_micro_batches: int) -> None:
     validation["current"] |= dict.fromkeys(("ready", "started", "processed", "completed"), 0)
     # What Lightning takes for a validation that was broken off in its first batch, and so does from its beginning.
     validation["total"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # Lightning counts the step once more behind it
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= (
+        1  # Lightning counts the step once more behind it
+    )

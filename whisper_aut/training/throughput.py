@@ -44,9 +44,13 @@ class Throughput:
     clips: int = 0
     flops: float | None = 0.0
 
-    def add_batch(self, mel_lengths: Sequence[int], tokens: int, flops: float | None, *, padded: bool) -> None:
+    def add_batch(
+        self, mel_lengths: Sequence[int], tokens: int, flops: float | None, *, padded: bool
+    ) -> None:
         self.mel_frames += sum(mel_lengths)
-        self.computed_mel_frames += MAX_MEL_FRAMES * len(mel_lengths) if padded else sum(mel_lengths)
+        self.computed_mel_frames += (
+            MAX_MEL_FRAMES * len(mel_lengths) if padded else sum(mel_lengths)
+        )
         self.token_count += tokens
         self.clips += len(mel_lengths)
         self.flops = None if flops is None or self.flops is None else self.flops + flops
@@ -57,7 +61,11 @@ class Throughput:
 
     def __add__(self, other: "Throughput") -> "Throughput":
         flops = None if self.flops is None or other.flops is None else self.flops + other.flops
-        sums = {name: getattr(self, name) + getattr(other, name) for name in vars(self) if name != "flops"}
+        sums = {
+            name: getattr(self, name) + getattr(other, name)
+            for name in vars(self)
+            if name != "flops"
+        }
         return Throughput(**sums, flops=flops)
 
     def figures(self, ranks: int = 1, peak: float | None = None) -> dict[str, float]:

@@ -50,7 +50,14 @@ from whisper_aut.training.checkpoint import read_manifest
 from whisper_aut.training.faults import check_accelerator, check_room, checkpoint_bytes, explained
 from whisper_aut.training.loggers import build_loggers
 from whisper_aut.training.resume import check_step_size, newest_in, resume_from
-from whisper_aut.training.rundir import RunDirectory, announced, is_first_rank, job_run, runs_of, write_whole
+from whisper_aut.training.rundir import (
+    RunDirectory,
+    announced,
+    is_first_rank,
+    job_run,
+    runs_of,
+    write_whole,
+)
 from whisper_aut.training.strategy import build_strategy
 
 MAX_REWINDS = 3
@@ -93,17 +100,24 @@ def train(
     runs = runs_of(Path(settings.runs), settings.name)
     finished = next((run for run in runs if run.finished_with(fingerprint)), None)
     if finished and not fresh:
-        console.print(f"[bold]{settings.name}[/]: nothing has changed since {finished.path} was trained; using it.")
+        console.print(
+            f"[bold]{settings.name}[/]: nothing has changed since {finished.path} was trained; using it."
+        )
         if is_first_rank():
             finished.point_latest()
         return Trained(finished, reused=True)
     check_accelerator(settings.hardware.accelerator)
     place = f"{settings.runs}/{settings.name}"
     checkpoint = resume_from(
-        resume, runs[0] if runs else None, place, lambda line: _say(console, f"[bold yellow]Warning:[/] {line}")
+        resume,
+        runs[0] if runs else None,
+        place,
+        lambda line: _say(console, f"[bold yellow]Warning:[/] {line}"),
     )
     if checkpoint and not settings.data.batch_seconds:
-        check_step_size(checkpoint, settings.data.batch_clips, _ranks(settings), settings.trainer.accumulate)
+        check_step_size(
+            checkpoint, settings.data.batch_clips, _ranks(settings), settings.trainer.accumulate
+        )
     parts = _build(settings, checkpoint)
     if checkpoint and (step := read_manifest(checkpoint).step) > parts.total_steps:
         raise UserError(
@@ -121,7 +135,10 @@ def train(
     facts = {
         "fingerprint": fingerprint,
         "start": {"path": parts.start.path, "revision": parts.start.revision},
-        "decoder": {"name": settings.decoder["name"], **getattr(parts.module.decoder, "identity", {})},
+        "decoder": {
+            "name": settings.decoder["name"],
+            **getattr(parts.module.decoder, "identity", {}),
+        },
         "steps": parts.total_steps,
         "seed": settings.seed,
         "ranks": _ranks(settings),
@@ -133,9 +150,19 @@ def train(
         else job_run(Path(settings.runs), settings.name, dump_settings(settings), facts)
     )
     console.print(_headline(settings, parts, run, checkpoint))
-    goes_on = LambdaCallback(on_train_start=lambda *_: _go_on(run, settings, facts))  # by then the checkpoint has been accepted
+    goes_on = LambdaCallback(
+        on_train_start=lambda *_: _go_on(run, settings, facts)
+    )  # by then the checkpoint has been accepted
     with announced(run), explained(run.path, _ranks(settings)):
-        _fit(settings, parts, run, checkpoint, fingerprint, console, [goes_on, *callbacks] if checkpoint else callbacks)
+        _fit(
+            settings,
+            parts,
+            run,
+            checkpoint,
+            fingerprint,
+            console,
+            [goes_on, *callbacks] if checkpoint else callbacks,
+        )
     return Trained(run, reused=False)
 
 
@@ -155,7 +182,9 @@ def _build(settings: Settings, checkpoint: Path | None, skip_to: Cursor | None =
     decoder, codec = build_decoder(settings, start)
     data = build_data(settings, codec, start.config.num_mel_bins)
     total_steps = _total_steps(settings, data, checkpoint, skip_to)
-    module = build_module(settings, start, decoder, codec, total_steps).train()  # transformers loads in eval mode
+    module = build_module(
+        settings, start, decoder, codec, total_steps
+    ).train()  # transformers loads in eval mode
     return _Parts(start, module, data, total_steps)
 
 
@@ -183,22 +212,39 @@ def _fit(
             async_checkpoints=settings.trainer.async_checkpoints,
             warn=partial(_warn, console),
         )
-        trainer = _trainer(settings, run, strategy, ledger, meter, parts.total_steps, console, extra)
+        trainer = _trainer(
+            settings, run, strategy, ledger, meter, parts.total_steps, console, extra
+        )
         try:
             with run.metrics_aside() if is_first_rank() else nullcontext():
-                trainer.fit(parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True)
+                trainer.fit(
+                    parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True
+                )
             break
         except Rewind as rewind:
             rewinds += 1
             checkpoint = newest_in(run, lambda line: _say(console, line))
             if checkpoint is None or rewinds > MAX_REWINDS:
-                why = "no checkpoint to go back to" if checkpoint is None else f"gone back {MAX_REWINDS} times already"
-                raise UserError(f"{rewind} The run has {why}. Lower optim.lr, or look at the data around that step.") from None
-            _say(console, f"[bold yellow]Warning:[/] {rewind} Going back to {checkpoint}, past the data read since.")
+                why = (
+                    "no checkpoint to go back to"
+                    if checkpoint is None
+                    else f"gone back {MAX_REWINDS} times already"
+                )
+                raise UserError(
+                    f"{rewind} The run has {why}. Lower optim.lr, or look at the data around that step."
+                ) from None
+            _say(
+                console,
+                f"[bold yellow]Warning:[/] {rewind} Going back to {checkpoint}, past the data read since.",
+            )
             skip_to, parts = rewind.cursor, _build(settings, checkpoint, rewind.cursor)
-    checkpoints = next(callback for callback in trainer.callbacks if isinstance(callback, RollingCheckpoints))  # pyright: ignore
+    checkpoints = next(
+        callback for callback in trainer.callbacks if isinstance(callback, RollingCheckpoints)
+    )  # pyright: ignore
     if checkpoints.validated_step != trainer.global_step:
-        trainer.validate(parts.module, datamodule=parts.data, verbose=False)  # the last step's own figures
+        trainer.validate(
+            parts.module, datamodule=parts.data, verbose=False
+        )  # the last step's own figures
     _finish(trainer, run, parts.data, ledger, meter, fingerprint, console)
 
 
@@ -255,7 +301,9 @@ def _trainer(
         **trainer_arguments(settings, total_steps),
         strategy=strategy,
         # A job under Slurm saves and ends on a signal by our own rules; Lightning would save elsewhere and requeue.
-        plugins=[SLURMEnvironment(auto_requeue=False)] if _launched_by_slurm() and _ranks(settings) > 1 else None,
+        plugins=[SLURMEnvironment(auto_requeue=False)]
+        if _launched_by_slurm() and _ranks(settings) > 1
+        else None,
         callbacks=callbacks,
         logger=loggers,
         enable_checkpointing=False,  # `RollingCheckpoints` does it
@@ -278,10 +326,19 @@ def _finish(
         return
     guard = next(callback for callback in trainer.callbacks if isinstance(callback, Guard))  # pyright: ignore[reportAttributeAccessIssue]
     figures = {**guard.figures, **trainer.callback_metrics, **meter.summary(trainer)}
-    metrics = {name: round(float(value), 6) for name, value in figures.items() if math.isfinite(value)}  # JSON has no NaN
+    metrics = {
+        name: round(float(value), 6) for name, value in figures.items() if math.isfinite(value)
+    }  # JSON has no NaN
     console.print(meter.closing_line(trainer))
-    done = {"fingerprint": fingerprint, "steps": trainer.global_step, "metrics": metrics, "refused": by_source(refused)}
-    done["sources"] = {root: round(epochs, 4) for root, epochs in data.source_epochs(data.position).items()}
+    done = {
+        "fingerprint": fingerprint,
+        "steps": trainer.global_step,
+        "metrics": metrics,
+        "refused": by_source(refused),
+    }
+    done["sources"] = {
+        root: round(epochs, 4) for root, epochs in data.source_epochs(data.position).items()
+    }
     write_whole(run.done, json.dumps(done, indent=1))
     if refused:
         files = "ledger.jsonl" if trainer.world_size == 1 else "ledger*.jsonl"
@@ -313,11 +370,15 @@ def _clips_per_step(settings: Settings) -> int:
 def _seed(settings: Settings) -> None:
     if settings.hardware.threads:
         torch.set_num_threads(settings.hardware.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 where the device has it; CPUs are not affected
+    torch.set_float32_matmul_precision(
+        "high"
+    )  # TF32 where the device has it; CPUs are not affected
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
 
 
-def _total_steps(settings: Settings, data: ShardDataModule, checkpoint: Path | None, skip_to: Cursor | None) -> int:
+def _total_steps(
+    settings: Settings, data: ShardDataModule, checkpoint: Path | None, skip_to: Cursor | None
+) -> int:
     ranks = _ranks(settings)
     if checkpoint and (begun := loader_state(checkpoint)):
         data.go_on(ranks, begun.state, begun.step, skip_to)
@@ -355,7 +416,9 @@ def _headline(settings: Settings, parts: _Parts, run: RunDirectory, checkpoint: 
         name: sum(p.numel() for p in part.parameters()) / 1e6
         for name, part in (("encoder", parts.module.encoder), ("decoder", parts.module.decoder))
     }
-    shares = " · ".join(f"{domain} {share:.0%}" for domain, share in _domain_shares(parts.data).items())
+    shares = " · ".join(
+        f"{domain} {share:.0%}" for domain, share in _domain_shares(parts.data).items()
+    )
     begun = f"going on from {checkpoint}" if checkpoint else f"into {run.path}"
     return (
         f"[bold]{settings.name}[/]: encoder {millions['encoder']:.1f} M, decoder {millions['decoder']:.1f} M parameters · {shares} · "
@@ -367,5 +430,7 @@ def _domain_shares(data: ShardDataModule) -> dict[str, float]:
     """Return the share of each domain among the training clips, as they are drawn."""
     shares: dict[str, float] = {}
     for source, shape in zip(data.train, data.order.sources, strict=True):
-        shares[source.domain] = shares.get(source.domain, 0.0) + (shape.samples if data.order.epoch_clips else shape.share)
+        shares[source.domain] = shares.get(source.domain, 0.0) + (
+            shape.samples if data.order.epoch_clips else shape.share
+        )
     return {domain: share / sum(shares.values()) for domain, share in shares.items() if share}

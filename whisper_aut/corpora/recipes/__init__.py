@@ -52,5 +52,7 @@ def find_recipe(name: str) -> Recipe:
         UserError: there is none of that name.
     """
     if name not in RECIPES:
-        raise UserError(f"There is no recipe {name!r}.{nearest(name, RECIPES)} List them: whisper-aut data list")
+        raise UserError(
+            f"There is no recipe {name!r}.{nearest(name, RECIPES)} List them: whisper-aut data list"
+        )
     return RECIPES[name]

@@ -20,7 +20,9 @@ from whisper_aut.errors import UserError
 MANIFEST_NAME = "manifest.jsonl"
 
 
-def get(recipe: Recipe, folder: Path, *, mirror: str = "", only: str = "", progress: bool = True) -> Path:
+def get(
+    recipe: Recipe, folder: Path, *, mirror: str = "", only: str = "", progress: bool = True
+) -> Path:
     """Fetch and unpack a corpus into `folder`; what is there already is not fetched again.
 
     Args:
@@ -38,10 +40,14 @@ def get(recipe: Recipe, folder: Path, *, mirror: str = "", only: str = "", progr
         )
     chosen = [archive for archive in recipe.archives if only in archive.name]
     if not chosen:
-        raise UserError(f"{recipe.name} has no archive {only!r}: {', '.join(archive.name for archive in recipe.archives)}.")
+        raise UserError(
+            f"{recipe.name} has no archive {only!r}: {', '.join(archive.name for archive in recipe.archives)}."
+        )
     for archive in chosen:
         url = f"{mirror.rstrip('/')}/{archive.name}" if mirror else archive.url
-        path = download(url, folder / "archives" / archive.name, archive.checksum, progress=progress)
+        path = download(
+            url, folder / "archives" / archive.name, archive.checksum, progress=progress
+        )
         unpack(path, folder / archive.into)
     return folder
 
@@ -65,7 +71,9 @@ def build(
         UserError: `raw` does not hold the corpus, or see `build_shards`.
     """
     if not raw.is_dir():
-        raise UserError(f"There is no folder {raw}. Fetch the corpus: whisper-aut data get {recipe.name} --out {raw}")
+        raise UserError(
+            f"There is no folder {raw}. Fetch the corpus: whisper-aut data get {recipe.name} --out {raw}"
+        )
     manifest, has_splits = _write_manifest(recipe, raw, out)
     given = overrides or ManifestSpec(manifest)
     spec = replace(
@@ -80,7 +88,14 @@ def build(
         split_by=given.split_by or ("split" if has_splits else ""),
     )
     limits = ClipLimits(max_seconds=max(recipe.max_seconds, ClipLimits().max_seconds))
-    return build_shards(spec, out, limits=limits, workers=workers, max_refused_share=max_refused_share, progress=progress)
+    return build_shards(
+        spec,
+        out,
+        limits=limits,
+        workers=workers,
+        max_refused_share=max_refused_share,
+        progress=progress,
+    )
 
 
 def _write_manifest(recipe: Recipe, raw: Path, out: Path) -> tuple[Path, bool]:
@@ -96,7 +111,9 @@ def _write_manifest(recipe: Recipe, raw: Path, out: Path) -> tuple[Path, bool]:
                     row["licence"] = recipe.licence
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         if not number:
-            raise UserError(f"{raw} holds no clip of {recipe.title}. Is that where it was unpacked?")
+            raise UserError(
+                f"{raw} holds no clip of {recipe.title}. Is that where it was unpacked?"
+            )
         os.replace(partial, path)
     except OSError as error:
         raise UserError(f"Cannot read {raw}, or write {path}: {error}.") from None

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from whisper_aut.corpora.recipes.recipe import Recipe, audio_files, find, read_json, read_lines, read_table
+from whisper_aut.corpora.recipes.recipe import (
+    Recipe,
+    audio_files,
+    find,
+    read_json,
+    read_lines,
+    read_table,
+)
 from whisper_aut.errors import UserError
 
 WAVCAPS_PARTS = {
@@ -19,7 +26,10 @@ WAVCAPS_PARTS = {
     "FreeSound": "fsd_final.json",
     "SoundBible": "sb_final.json",
 }
-WAVCAPS_LISTS = {"AudioSet": "AudioSet_SL", "FreeSound": "FreeSound"}  # what the exclusion lists call a part
+WAVCAPS_LISTS = {
+    "AudioSet": "AudioSet_SL",
+    "FreeSound": "FreeSound",
+}  # what the exclusion lists call a part
 YOUTUBE = (
     "The release names YouTube videos, whose audio a person has to fetch under YouTube's terms. Put {tables} into the folder, and the "
     "audio into audio/, each file named by its video's id, or by id and start (`ID_30.wav`)."
@@ -49,14 +59,19 @@ def musiccaps(raw: Path) -> Iterator[dict[str, Any]]:
 
 def clotho(raw: Path) -> Iterator[dict[str, Any]]:
     for split, name in (("train", "development"), ("valid", "validation"), ("test", "evaluation")):
-        facts = {row["file_name"]: row for row in read_table_of_any_encoding(find(raw, f"clotho_metadata_{name}.csv"))}
+        facts = {
+            row["file_name"]: row
+            for row in read_table_of_any_encoding(find(raw, f"clotho_metadata_{name}.csv"))
+        }
         folder = find(raw, name)
         for row in read_table(find(raw, f"clotho_captions_{name}.csv")):
             own = facts.get(row["file_name"], {})
             yield {
                 "audio": str((folder / row["file_name"]).relative_to(raw)),
                 "split": split,
-                "freesound_id": number if (number := own.get("sound_id", "")).isdigit() else "",  # or "Not found"
+                "freesound_id": number
+                if (number := own.get("sound_id", "")).isdigit()
+                else "",  # or "Not found"
                 "licence": own.get("license", ""),
             } | _captions([row[f"caption_{number}"] for number in range(1, 6)])
 
@@ -79,7 +94,10 @@ def wavcaps(raw: Path) -> Iterator[dict[str, Any]]:
             stem = str(row["id"]).removesuffix(".wav")
             if stem in banned[part]:
                 continue
-            site = {"FreeSound": {"freesound_id": stem}, "AudioSet_SL": {"youtube_id": stem.removeprefix("Y")}}.get(part, {})
+            site = {
+                "FreeSound": {"freesound_id": stem},
+                "AudioSet_SL": {"youtube_id": stem.removeprefix("Y")},
+            }.get(part, {})
             yield {
                 "audio": files[part].get(stem, f"{part}/{stem}.flac"),
                 "text": row["caption"],
@@ -95,7 +113,9 @@ def _wavcaps_exclusions(raw: Path) -> dict[str, set[str]]:
     for path in lists:
         for called, names in read_json(path).items():
             if called not in WAVCAPS_LISTS:
-                raise UserError(f"{path} excludes clips of {called!r}; known are {' and '.join(WAVCAPS_LISTS)}.")
+                raise UserError(
+                    f"{path} excludes clips of {called!r}; known are {' and '.join(WAVCAPS_LISTS)}."
+                )
             banned[WAVCAPS_LISTS[called]].update(str(name).removesuffix(".wav") for name in names)
     if not lists:
         raise UserError(
@@ -119,13 +139,22 @@ def read_table_of_any_encoding(path: Path) -> Iterator[dict[str, str]]:
 
 def _video(video: str, start: str, files: dict[str, str]) -> dict[str, Any]:
     start = str(int(float(start)))
-    found = files.get(f"{video}_{start}") or files.get(video) or files.get(f"Y{video}") or f"audio/{video}.wav"
+    found = (
+        files.get(f"{video}_{start}")
+        or files.get(video)
+        or files.get(f"Y{video}")
+        or f"audio/{video}.wav"
+    )
     return {"audio": found, "youtube_id": video, "start_seconds": start, "id": f"{video}_{start}"}
 
 
 def _captions(texts: list[str]) -> dict[str, Any]:
     texts = [text.strip() for text in texts if text and text.strip()]
-    several = {f"caption_{number}": text for number, text in enumerate(texts, 1)} if len(texts) > 1 else {}
+    several = (
+        {f"caption_{number}": text for number, text in enumerate(texts, 1)}
+        if len(texts) > 1
+        else {}
+    )
     return {"text": texts[0] if texts else "", **several}
 
 
@@ -141,7 +170,11 @@ def _by_part(raw: Path) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {part: {} for part in WAVCAPS_PARTS}
     for path in audio_files(raw):
         place = path.relative_to(raw)
-        owners = [part for part in WAVCAPS_PARTS if any(piece.startswith(part) for piece in place.parts[:-1])]
+        owners = [
+            part
+            for part in WAVCAPS_PARTS
+            if any(piece.startswith(part) for piece in place.parts[:-1])
+        ]
         for part in owners or WAVCAPS_PARTS:
             if owners or path.stem not in found[part]:
                 found[part][path.stem] = str(place)

@@ -14,17 +14,55 @@ from whisper_aut.corpora.recipes.recipe import Recipe, audio_files
 from whisper_aut.corpora.tables import TABLE_SUFFIXES, read_columns, read_rows
 from whisper_aut.errors import UserError
 
-SPLIT_NAMES = ("train", "training", "valid", "validation", "val", "dev", "test", "testing", "eval", "evaluation")
-READABLE = (".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
+SPLIT_NAMES = (
+    "train",
+    "training",
+    "valid",
+    "validation",
+    "val",
+    "dev",
+    "test",
+    "testing",
+    "eval",
+    "evaluation",
+)
+READABLE = (
+    ".wav",
+    ".flac",
+    ".ogg",
+    ".oga",
+    ".mp3",
+    ".opus",
+    ".aif",
+    ".aiff",
+    ".aifc",
+    ".au",
+    ".caf",
+    ".w64",
+    ".rf64",
+)
 UNREADABLE = (".m4a", ".aac", ".wma", ".mp4", ".webm", ".amr")  # by libsndfile
-LABEL_COLUMNS = ("label", "category", "class", "class_name", "genre", "style", "family", "instrument", "emotion", "word")
+LABEL_COLUMNS = (
+    "label",
+    "category",
+    "class",
+    "class_name",
+    "genre",
+    "style",
+    "family",
+    "instrument",
+    "emotion",
+    "word",
+)
 SPLIT_COLUMNS = ("split", "fold", "subset")
 
 
 def rows(root: Path) -> Iterator[dict[str, Any]]:
     if not root.is_dir():
         raise UserError(f"There is no folder {root}.")
-    tables = sorted(path for path in root.iterdir() if path.suffix.lower() in TABLE_SUFFIXES and path.is_file())
+    tables = sorted(
+        path for path in root.iterdir() if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()
+    )
     if len(tables) > 1:
         raise UserError(
             f"{root} holds {len(tables)} tables: {', '.join(path.name for path in tables)}. Build from the one that you mean: "
@@ -47,7 +85,11 @@ def _from_table(root: Path, table: Path) -> Iterator[dict[str, Any]]:
             yield {"audio": "", "unreadable": f"line {number} of {table.name}: {row}"}
             continue
         path = Path(str(row[audio]))
-        inside = path if (root / path).exists() or not (root / "audio" / path).exists() else Path("audio") / path
+        inside = (
+            path
+            if (root / path).exists() or not (root / "audio" / path).exists()
+            else Path("audio") / path
+        )
         own = {key: value for key, value in row.items() if key and key != audio}
         own |= {"audio": str(inside)}
         own |= {"label": row[label]} if label and row[label] else {}
@@ -58,10 +100,14 @@ def _from_table(root: Path, table: Path) -> Iterator[dict[str, Any]]:
 def _from_classes(root: Path) -> Iterator[dict[str, Any]]:
     files = [path.relative_to(root) for path in audio_files(root, READABLE + UNREADABLE)]
     if not files:
-        raise UserError(f"{root} holds no audio ({' '.join(READABLE)}), neither in folders of classes nor beside a table.")
+        raise UserError(
+            f"{root} holds no audio ({' '.join(READABLE)}), neither in folders of classes nor beside a table."
+        )
     tops = sorted({path.parts[0] for path in files})
     deep = any(len(path.parts) > 2 for path in files)
-    has_splits = all(_names_a_split(top) or (deep and top.isdecimal()) for top in tops)  # 7/1.wav may be a digit
+    has_splits = all(
+        _names_a_split(top) or (deep and top.isdecimal()) for top in tops
+    )  # 7/1.wav may be a digit
     odd = next((path for path in files if len(path.parts) != (3 if has_splits else 2)), None)
     if odd:
         raise UserError(
@@ -70,12 +116,18 @@ def _from_classes(root: Path) -> Iterator[dict[str, Any]]:
         )
     for path in files:
         split = {"split": path.parts[0]} if has_splits else {}
-        yield {"audio": str(path), "label": path.parent.name, "id": "-".join(path.with_suffix("").parts)} | split
+        yield {
+            "audio": str(path),
+            "label": path.parent.name,
+            "id": "-".join(path.with_suffix("").parts),
+        } | split
 
 
 def _names_a_split(folder: str) -> bool:
     name = folder.lower()
-    return name in SPLIT_NAMES or (name.startswith("fold") and name.removeprefix("fold").strip("_-").isdecimal())
+    return name in SPLIT_NAMES or (
+        name.startswith("fold") and name.removeprefix("fold").strip("_-").isdecimal()
+    )
 
 
 RECIPE = Recipe(

@@ -66,7 +66,8 @@ URBANSOUND8K = Recipe(
     rows=urbansound8k,
     archives=(
         Archive(
-            "https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz?download=1", "md5:9aa69802bbf37fb986f71ec1483a196e"
+            "https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz?download=1",
+            "md5:9aa69802bbf37fb986f71ec1483a196e",
         ),
     ),
     clips=8_732,

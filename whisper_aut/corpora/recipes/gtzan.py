@@ -16,12 +16,22 @@ def rows(raw: Path) -> Iterator[dict[str, Any]]:
     from torchaudio.datasets import gtzan  # imports torch, which nothing else here needs
 
     root = find(raw, "blues").parent
-    lists = {"train": gtzan.filtered_train, "valid": gtzan.filtered_valid, "test": gtzan.filtered_test}
+    lists = {
+        "train": gtzan.filtered_train,
+        "valid": gtzan.filtered_valid,
+        "test": gtzan.filtered_test,
+    }
     for split, names in lists.items():
         for name in names:
             genre = name.partition(".")[0]
             audio = root.relative_to(raw) / genre / f"{name}.wav"
-            yield {"audio": str(audio), "text": f"a piece of {genre} music", "label": genre, "split": split, "id": name}
+            yield {
+                "audio": str(audio),
+                "text": f"a piece of {genre} music",
+                "label": genre,
+                "split": split,
+                "id": name,
+            }
 
 
 RECIPE = Recipe(

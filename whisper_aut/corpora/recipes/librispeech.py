@@ -27,7 +27,12 @@ def rows(raw: Path) -> Iterator[dict[str, Any]]:
             name, _, text = line.partition(" ")
             audio = transcripts.parent / f"{name}.flac"
             split = audio.parents[2].name
-            yield {"audio": str(audio.relative_to(raw)), "text": text.lower(), "split": split, "speaker": name.split("-")[0]}
+            yield {
+                "audio": str(audio.relative_to(raw)),
+                "text": text.lower(),
+                "split": split,
+                "speaker": name.split("-")[0],
+            }
 
 
 RECIPE = Recipe(
@@ -38,7 +43,9 @@ RECIPE = Recipe(
     licence="CC BY 4.0",
     source="https://www.openslr.org/12",
     rows=rows,
-    archives=tuple(Archive(f"{URL}/{name}.tar.gz", f"sha256:{digest}") for name, digest in SHA256.items()),
+    archives=tuple(
+        Archive(f"{URL}/{name}.tar.gz", f"sha256:{digest}") for name, digest in SHA256.items()
+    ),
     hours=982,
     language="en",
     max_seconds=36.0,

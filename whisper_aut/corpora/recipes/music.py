@@ -23,7 +23,8 @@ def nsynth(raw: Path) -> Iterator[dict[str, Any]]:
             qualities = ", ".join(words(quality) for quality in note.get("qualities_str", ()))
             yield {
                 "audio": str(folder.relative_to(raw) / "audio" / f"{name}.wav"),
-                "text": f"a single note of {with_article(kind)} {words(family)}" + (f", {qualities}" if qualities else ""),
+                "text": f"a single note of {with_article(kind)} {words(family)}"
+                + (f", {qualities}" if qualities else ""),
                 "label": family,
                 "split": split,
                 "pitch": note["pitch"],
@@ -35,9 +36,15 @@ def fma_small(raw: Path) -> Iterator[dict[str, Any]]:
     audio = find(raw, "fma_small").relative_to(raw)
     with find(raw, "fma_metadata/tracks.csv").open(encoding="utf-8", newline="") as file:
         lines = csv.reader(file)
-        groups, names = next(lines), next(lines)  # a header of two lines, then one with the index's name
+        groups, names = (
+            next(lines),
+            next(lines),
+        )  # a header of two lines, then one with the index's name
         next(lines)
-        place = {(group, name): number for number, (group, name) in enumerate(zip(groups, names, strict=True))}
+        place = {
+            (group, name): number
+            for number, (group, name) in enumerate(zip(groups, names, strict=True))
+        }
         for line in lines:
             if line[place["set", "subset"]] == "small":
                 track, genre = f"{int(line[0]):06d}", line[place["track", "genre_top"]]
@@ -58,7 +65,10 @@ NSYNTH = Recipe(
     licence="CC BY 4.0",
     source="https://magenta.tensorflow.org/datasets/nsynth",
     rows=nsynth,
-    archives=tuple(Archive(f"{NSYNTH_URL}/nsynth-{split}.jsonwav.tar.gz") for split in ("train", "valid", "test")),
+    archives=tuple(
+        Archive(f"{NSYNTH_URL}/nsynth-{split}.jsonwav.tar.gz")
+        for split in ("train", "valid", "test")
+    ),
     clips=305_979,
     hours=340,  # of 4 s each
     checked=("clips", "hours"),

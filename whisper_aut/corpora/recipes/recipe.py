@@ -80,11 +80,17 @@ def find(root: Path, pattern: str) -> Path:
     return found[0]
 
 
-def audio_files(folder: Path, suffixes: tuple[str, ...] = (".wav", ".flac", ".ogg", ".mp3", ".opus")) -> list[Path]:
+def audio_files(
+    folder: Path, suffixes: tuple[str, ...] = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+) -> list[Path]:
     """Return the audio files under a folder, sorted; hidden ones, also by the folder they lie in, are not looked at."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    found = (
+        path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file()
+    )
     return sorted(
-        path for path in found if not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
+        path
+        for path in found
+        if not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
     )
 
 

@@ -15,7 +15,9 @@ URL = "http://download.tensorflow.org/data"
 def rows(raw: Path) -> Iterator[dict[str, Any]]:
     testing = find(raw, "testing_list.txt")
     root = testing.parent
-    split_of = dict.fromkeys(read_lines(root / "validation_list.txt"), "valid") | dict.fromkeys(read_lines(testing), "test")
+    split_of = dict.fromkeys(read_lines(root / "validation_list.txt"), "valid") | dict.fromkeys(
+        read_lines(testing), "test"
+    )
     for path in audio_files(root):
         name = path.relative_to(root).as_posix()
         word = path.parent.name
@@ -38,7 +40,13 @@ def _recipe(name: str, title: str, release: str, digest: str) -> Recipe:
         licence="CC BY 4.0",
         source="https://arxiv.org/abs/1804.03209",
         rows=rows,
-        archives=(Archive(f"{URL}/speech_commands_{release}.tar.gz", f"sha256:{digest}", into=f"speech_commands_{release}"),),
+        archives=(
+            Archive(
+                f"{URL}/speech_commands_{release}.tar.gz",
+                f"sha256:{digest}",
+                into=f"speech_commands_{release}",
+            ),
+        ),
         language="en",
         checked=("checksums",),
     )

@@ -9,9 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from whisper_aut.corpora.recipes.recipe import Archive, Recipe, audio_files, find, read_json, with_article
+from whisper_aut.corpora.recipes.recipe import (
+    Archive,
+    Recipe,
+    audio_files,
+    find,
+    read_json,
+    with_article,
+)
 
-CREMA_EMOTIONS = {"ANG": "angry", "DIS": "disgusted", "FEA": "fearful", "HAP": "happy", "NEU": "neutral", "SAD": "sad"}
+CREMA_EMOTIONS = {
+    "ANG": "angry",
+    "DIS": "disgusted",
+    "FEA": "fearful",
+    "HAP": "happy",
+    "NEU": "neutral",
+    "SAD": "sad",
+}
 RAVDESS_EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgusted", "surprised")
 RAVDESS_SENTENCES = ("kids are talking by the door", "dogs are sitting by the door")
 VOCALSOUNDS = {
@@ -23,7 +37,9 @@ VOCALSOUNDS = {
     "sniff": "sniffing",
 }
 
-WHISPER_CODES = {"iw": "he"}  # VoxLingua107 writes Hebrew by its former code; Javanese is `jw` in both
+WHISPER_CODES = {
+    "iw": "he"
+}  # VoxLingua107 writes Hebrew by its former code; Javanese is `jw` in both
 
 
 def crema_d(raw: Path) -> Iterator[dict[str, Any]]:
@@ -62,7 +78,12 @@ def vocalsound(raw: Path) -> Iterator[dict[str, Any]]:
         for item in read_json(find(raw, f"datafiles/{name}.json"))["data"]:
             file = item["wav"].rpartition("/")[2]
             kind = Path(file).stem.rpartition("_")[2]
-            yield {"audio": str(audio / file), "text": f"a person {VOCALSOUNDS[kind]}", "label": kind, "split": split}
+            yield {
+                "audio": str(audio / file),
+                "text": f"a person {VOCALSOUNDS[kind]}",
+                "label": kind,
+                "split": split,
+            }
 
 
 def voxlingua(raw: Path) -> Iterator[dict[str, Any]]:

@@ -28,7 +28,9 @@ def article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def composed(rng: np.random.Generator, essential: str, optional: Sequence[str], keep: float = 0.8) -> str:
+def composed(
+    rng: np.random.Generator, essential: str, optional: Sequence[str], keep: float = 0.8
+) -> str:
     """Return the essential words and, in order, each optional phrase that chance (`keep`) and `MAX_WORDS` leave in."""
     phrases, words = [essential], len(essential.split())
     for phrase in optional:
@@ -40,4 +42,6 @@ def composed(rng: np.random.Generator, essential: str, optional: Sequence[str], 
 
 def backdrop(rng: np.random.Generator, name: str) -> str:
     """Return a phrase for something heard behind the main sound."""
-    return pick(rng, ("with {} in the background", "over {}", "with {} behind it", "against {}")).format(name)
+    return pick(
+        rng, ("with {} in the background", "over {}", "with {} behind it", "against {}")
+    ).format(name)

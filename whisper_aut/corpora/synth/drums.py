@@ -28,14 +28,18 @@ PATTERNS = {  # one bar in sixteenths: kick, snare, hi-hat
 }
 
 
-def play_drums(rng: np.random.Generator, samples: int, beats_per_minute: float) -> tuple[np.ndarray, str]:
+def play_drums(
+    rng: np.random.Generator, samples: int, beats_per_minute: float
+) -> tuple[np.ndarray, str]:
     """Return a drum track in a random pattern, every stroke a little different in strength and time."""
     style = pick(rng, list(PATTERNS))
     sixteenth_seconds = 15 / beats_per_minute
     steps = int(np.ceil(samples / SAMPLE_RATE_HZ / sixteenth_seconds))
     track = np.zeros(samples, dtype=np.float32)
     for pattern, stroke in zip(PATTERNS[style], (_kick(rng), _snare(rng), _hat(rng)), strict=True):
-        struck = np.array([step for step in range(steps) if pattern[step % 16] == "x"], dtype=np.float64)
+        struck = np.array(
+            [step for step in range(steps) if pattern[step % 16] == "x"], dtype=np.float64
+        )
         onsets = np.maximum(0, struck * sixteenth_seconds + rng.normal(0, 0.006, len(struck)))
         track += lay(samples, onsets, [stroke * np.float32(uniform(rng, (0.6, 1))) for _ in struck])
     return track, style

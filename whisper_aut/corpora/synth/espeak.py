@@ -18,7 +18,9 @@ from whisper_aut.errors import UserError
 SYNCHRONOUS_OUTPUT, UTF8_TEXT = 2, 1
 RATE, PITCH, RANGE = 1, 3, 4
 FULL_SCALE = 1 << 15
-OnSamples = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+OnSamples = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+)
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,20 @@ def speak(text: str, voice: Voice, seed: int) -> np.ndarray:
     espeakng_loader = _loader()
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     try:
-        native_rate_hz = library.espeak_Initialize(SYNCHRONOUS_OUTPUT, 0, espeakng_loader.get_data_path().encode(), 0)
+        native_rate_hz = library.espeak_Initialize(
+            SYNCHRONOUS_OUTPUT, 0, espeakng_loader.get_data_path().encode(), 0
+        )
         if native_rate_hz <= 0:
-            raise UserError(f"espeak-ng did not start with the voices at {espeakng_loader.get_data_path()}.")
+            raise UserError(
+                f"espeak-ng did not start with the voices at {espeakng_loader.get_data_path()}."
+            )
         samples = _synthesise(library, text, voice, seed)
         library.espeak_Terminate()
     finally:
         _ctypes.dlclose(library._handle)
-    return soxr.resample(samples.astype(np.float32) / FULL_SCALE, native_rate_hz, SAMPLE_RATE_HZ, quality="HQ")
+    return soxr.resample(
+        samples.astype(np.float32) / FULL_SCALE, native_rate_hz, SAMPLE_RATE_HZ, quality="HQ"
+    )
 
 
 def _loader():
@@ -81,11 +89,19 @@ def _synthesise(library: ctypes.CDLL, text: str, voice: Voice, seed: int) -> np.
 
     library.espeak_SetSynthCallback(collect)
     library.espeak_ng_SetRandSeed(ctypes.c_long(seed))
-    assert library.espeak_SetVoiceByName(voice.name.encode()) == 0, f"espeak-ng has no voice {voice.name}"
-    for parameter, value in ((RATE, voice.words_per_minute), (PITCH, voice.pitch), (RANGE, voice.pitch_range)):
+    assert library.espeak_SetVoiceByName(voice.name.encode()) == 0, (
+        f"espeak-ng has no voice {voice.name}"
+    )
+    for parameter, value in (
+        (RATE, voice.words_per_minute),
+        (PITCH, voice.pitch),
+        (RANGE, voice.pitch_range),
+    ):
         library.espeak_SetParameter(parameter, value, 0)
     encoded = text.encode()
-    status = library.espeak_Synth(encoded, ctypes.c_size_t(len(encoded) + 1), 0, 1, 0, UTF8_TEXT, None, None)
+    status = library.espeak_Synth(
+        encoded, ctypes.c_size_t(len(encoded) + 1), 0, 1, 0, UTF8_TEXT, None, None
+    )
     assert status == 0, f"espeak-ng refused {text!r} (status {status})"
     assert blocks, f"espeak-ng said nothing for {text!r}"
     return np.concatenate(blocks)

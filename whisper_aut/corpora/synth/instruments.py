@@ -24,7 +24,12 @@ from whisper_aut.corpora.synth.signals import (
 MAX_HARMONICS = 16
 FAINT = 0.008  # strength under which a partial is left out
 LIFE_IN_FALLS = 8
-VOWELS_HZ = ((700, 1_150, 2_600), (350, 900, 2_500), (300, 2_200, 2_900), (500, 1_800, 2_500))  # ah, oo, ee, eh
+VOWELS_HZ = (
+    (700, 1_150, 2_600),
+    (350, 900, 2_500),
+    (300, 2_200, 2_900),
+    (500, 1_800, 2_500),
+)  # ah, oo, ee, eh
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,11 @@ INSTRUMENTS = (
         breath=(0.05, 0.2),
     ),
     Instrument(
-        "synth bass", ("synth bass", "bass synthesiser"), register=(30, 43), rolloff=(0.7, 1.3), decay_seconds=(0.2, 0.8)
+        "synth bass",
+        ("synth bass", "bass synthesiser"),
+        register=(30, 43),
+        rolloff=(0.7, 1.3),
+        decay_seconds=(0.2, 0.8),
     ),
     Instrument(
         "choir",
@@ -196,7 +205,9 @@ def specimen(rng: np.random.Generator, instrument: Instrument) -> Timbre:
         instrument,
         rolloff=uniform(rng, instrument.rolloff),
         attack_seconds=log_uniform(rng, instrument.attack_seconds),
-        decay_seconds=log_uniform(rng, instrument.decay_seconds) if instrument.decay_seconds else None,
+        decay_seconds=log_uniform(rng, instrument.decay_seconds)
+        if instrument.decay_seconds
+        else None,
         damping=uniform(rng, instrument.damping),
         even=uniform(rng, instrument.even),
         vibrato_cents=uniform(rng, instrument.vibrato_cents),
@@ -209,7 +220,11 @@ def specimen(rng: np.random.Generator, instrument: Instrument) -> Timbre:
 
 
 def play_note(
-    rng: np.random.Generator, timbre: Timbre, pitch_hz: float, seconds: float, air: np.ndarray | None = None
+    rng: np.random.Generator,
+    timbre: Timbre,
+    pitch_hz: float,
+    seconds: float,
+    air: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return one note; a struck or plucked one rings on for a while after its time. `air` is the noise of its breath."""
     ring_seconds = min(1.0, timbre.decay_seconds) if timbre.decay_seconds else timbre.attack_seconds
@@ -227,7 +242,9 @@ def play_note(
     note *= np.minimum(1, times / np.float32(timbre.attack_seconds))
     if air is not None:  # a mallet's knock is short, a player's breath goes on
         breath = air[:samples] * np.float32(timbre.breath)
-        fall = 1 if timbre.decay_seconds is None else np.exp(times[: len(breath)] / np.float32(-0.03))
+        fall = (
+            1 if timbre.decay_seconds is None else np.exp(times[: len(breath)] / np.float32(-0.03))
+        )
         note[: len(breath)] += breath * fall
     return faded(note, min(0.06, ring_seconds), start=False)
 
@@ -239,14 +256,18 @@ def _partials(timbre: Timbre, pitch_hz: float, cycles: np.ndarray, times: np.nda
     tuned = timbre.instrument.ratios
     waves = (sine(ratio * cycles) for ratio in ratios) if tuned else map(np.imag, harmonics(cycles))
     total = np.zeros(len(cycles), dtype=np.float32)
-    for ratio, strength, wave in zip(ratios, _strengths(timbre, pitch_hz, ratios), waves, strict=False):
+    for ratio, strength, wave in zip(
+        ratios, _strengths(timbre, pitch_hz, ratios), waves, strict=False
+    ):
         if strength < FAINT:
             continue
         if timbre.decay_seconds is None:
             total += np.float32(strength) * wave
             continue
         fall_seconds = float(timbre.decay_seconds / ratio**timbre.damping)
-        heard = samples_in(LIFE_IN_FALLS * fall_seconds)  # what follows is below 16 bits, and subnormal floats are slow
+        heard = samples_in(
+            LIFE_IN_FALLS * fall_seconds
+        )  # what follows is below 16 bits, and subnormal floats are slow
         fall = np.float32(strength) * np.exp(times[:heard] * np.float32(-1 / fall_seconds))
         total[:heard] += wave[:heard] * fall
     return total

@@ -17,7 +17,9 @@ from whisper_aut.corpora.synth.signals import SAMPLE_RATE_HZ
 from whisper_aut.corpora.synth.sound import SOUND_LABELS, render_sound
 from whisper_aut.corpora.synth.speech import KEYWORDS, render_speech
 
-GENERATOR_VERSION = 1  # raise it with every change that changes a clip: built corpora are then rebuilt
+GENERATOR_VERSION = (
+    1  # raise it with every change that changes a clip: built corpora are then rebuilt
+)
 LICENCE = "CC0-1.0"
 SPLITS = ("train", "valid", "test")
 RENDERERS = {"speech": render_speech, "sound": render_sound, "music": render_music}
@@ -57,4 +59,6 @@ def render_clip(order: ClipOrder) -> RenderedClip:
     encoded = io.BytesIO()
     soundfile.write(encoded, waveform, SAMPLE_RATE_HZ, format="FLAC", subtype="PCM_16")
     facts = {"duration_seconds": round(len(waveform) / SAMPLE_RATE_HZ, 4), "id": order.key}
-    return RenderedClip(order.key, encoded.getvalue(), replace(annotation, source="demo", licence=LICENCE, **facts))
+    return RenderedClip(
+        order.key, encoded.getvalue(), replace(annotation, source="demo", licence=LICENCE, **facts)
+    )

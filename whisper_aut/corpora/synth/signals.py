@@ -10,7 +10,9 @@ import numpy as np
 from scipy.fft import irfft, next_fast_len, rfftfreq
 
 SAMPLE_RATE_HZ = 16_000
-HIGHEST_HZ = 0.475 * SAMPLE_RATE_HZ  # partials above are left out: they would alias or sit in the resampler's slope
+HIGHEST_HZ = (
+    0.475 * SAMPLE_RATE_HZ
+)  # partials above are left out: they would alias or sit in the resampler's slope
 Span = tuple[float, float]
 
 
@@ -39,15 +41,21 @@ def pick(rng: np.random.Generator, choices: Sequence):
 # ------------------------------------------------------------------------------------------------------------- noise
 
 
-def shaped_noise(rng: np.random.Generator, samples: int, gain: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def shaped_noise(
+    rng: np.random.Generator, samples: int, gain: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
     """Return noise of unit RMS whose magnitude spectrum follows `gain(frequencies in Hz)`."""
     size = next_fast_len(samples, real=True)
     frequencies_hz = rfftfreq(size, 1 / SAMPLE_RATE_HZ).astype(np.float32)
     spectrum = rng.standard_normal(2 * len(frequencies_hz), dtype=np.float32).view(np.complex64)
-    return unit_rms(np.asarray(irfft(spectrum * gain(frequencies_hz).astype(np.float32), size))[:samples])
+    return unit_rms(
+        np.asarray(irfft(spectrum * gain(frequencies_hz).astype(np.float32), size))[:samples]
+    )
 
 
-def coloured_noise(rng: np.random.Generator, samples: int, slope_db_per_octave: float) -> np.ndarray:
+def coloured_noise(
+    rng: np.random.Generator, samples: int, slope_db_per_octave: float
+) -> np.ndarray:
     """Return noise with a straight spectrum on a log-frequency axis: 0 is white, -3 pink, -6 brown."""
     exponent = slope_db_per_octave / (20 * np.log10(2))
     return shaped_noise(rng, samples, lambda hz: np.maximum(hz, 40.0) ** exponent)
@@ -55,7 +63,11 @@ def coloured_noise(rng: np.random.Generator, samples: int, slope_db_per_octave: 
 
 def band_noise(rng: np.random.Generator, samples: int, low_hz: float, high_hz: float) -> np.ndarray:
     """Return noise between two corners with gentle slopes outside (12 dB per octave)."""
-    return shaped_noise(rng, samples, lambda hz: 1 / ((1 + (low_hz / np.maximum(hz, 1.0)) ** 2) * (1 + (hz / high_hz) ** 2)))
+    return shaped_noise(
+        rng,
+        samples,
+        lambda hz: 1 / ((1 + (low_hz / np.maximum(hz, 1.0)) ** 2) * (1 + (hz / high_hz) ** 2)),
+    )
 
 
 def random_clicks(rng: np.random.Generator, samples: int, clicks_per_second: float) -> np.ndarray:
@@ -81,7 +93,9 @@ def slow_curve(rng: np.random.Generator, samples: int, changes_per_second: float
 def decay_curve(samples: int, decay_seconds: float, attack_seconds: float = 0.002) -> np.ndarray:
     """Return a short rise and an exponential fall (to 1/e in `decay_seconds`), closed to zero at its end."""
     times = seconds_axis(samples)
-    curve = np.exp(-times / np.float32(decay_seconds)) * np.minimum(1, times / np.float32(attack_seconds))
+    curve = np.exp(-times / np.float32(decay_seconds)) * np.minimum(
+        1, times / np.float32(attack_seconds)
+    )
     return faded(curve, edge_seconds=min(0.01, samples / SAMPLE_RATE_HZ / 4), start=False)
 
 
@@ -101,7 +115,9 @@ def faded(waveform: np.ndarray, edge_seconds: float, start: bool = True) -> np.n
 def arch(samples: int, peak_power: float, lean: float = 1.0) -> np.ndarray:
     """Return half a sine, `[S]`, raised to a power; a `lean` below 1 moves its top towards the start."""
     place = np.linspace(0, 1, samples, dtype=np.float32)
-    return np.sin(np.pi * place**lean).clip(0) ** np.float32(peak_power)  # the last sine is a hair below zero
+    return np.sin(np.pi * place**lean).clip(0) ** np.float32(
+        peak_power
+    )  # the last sine is a hair below zero
 
 
 # ------------------------------------------------------------------------------------------------------------- tones
@@ -131,14 +147,18 @@ def harmonic_tone(frequency_hz: np.ndarray, amplitudes: Iterable[float]) -> np.n
     """Sum the harmonics 1, 2, 3 … of a gliding fundamental `[S]`, each as strong as given; none aliases."""
     top_hz = float(frequency_hz.max())
     tone = np.zeros(len(frequency_hz), dtype=np.float32)
-    for number, (amplitude, turning) in enumerate(zip(amplitudes, harmonics(phase_of(frequency_hz)), strict=False), 1):
+    for number, (amplitude, turning) in enumerate(
+        zip(amplitudes, harmonics(phase_of(frequency_hz)), strict=False), 1
+    ):
         if number * top_hz > HIGHEST_HZ:
             break
         tone += np.float32(amplitude) * np.imag(turning)
     return tone
 
 
-def struck_body(rng: np.random.Generator, low_hz: float, high_hz: float, decay_seconds: float, modes: int = 5) -> np.ndarray:
+def struck_body(
+    rng: np.random.Generator, low_hz: float, high_hz: float, decay_seconds: float, modes: int = 5
+) -> np.ndarray:
     """Return one blow on something solid: a contact click and `modes` damped resonances; higher ones die sooner."""
     samples = samples_in(min(1.2, 6 * decay_seconds))
     times = seconds_axis(samples)
@@ -165,19 +185,25 @@ def lay(samples: int, onsets_seconds: Iterable[float], grains: Iterable[np.ndarr
     return clip
 
 
-def steady_onsets(rng: np.random.Generator, seconds: float, per_second: float, jitter: float) -> np.ndarray:
+def steady_onsets(
+    rng: np.random.Generator, seconds: float, per_second: float, jitter: float
+) -> np.ndarray:
     """Return onsets at a steady rate; `jitter` is the spread of each one as a share of the interval."""
     interval = 1 / per_second
     grid = np.arange(uniform(rng, (0.02, min(interval, seconds / 3))), seconds - 0.05, interval)
     return np.maximum(0, grid + rng.normal(0, 1, len(grid)) * jitter * interval)
 
 
-def bouts(rng: np.random.Generator, seconds: float, per_bout: Span, per_second: float, pause: Span) -> list[np.ndarray]:
+def bouts(
+    rng: np.random.Generator, seconds: float, per_bout: Span, per_second: float, pause: Span
+) -> list[np.ndarray]:
     """Return groups of onsets: so many per bout, at a rate within it, with a pause between bouts."""
     groups, now = [], uniform(rng, (0.02, 0.25))
     while now < seconds - 0.15:
         count = int(rng.integers(int(per_bout[0]), int(per_bout[1]) + 1))
-        group = now + np.cumsum(np.r_[0, rng.normal(1, 0.06, count - 1).clip(0.7, 1.3)]) / per_second
+        group = (
+            now + np.cumsum(np.r_[0, rng.normal(1, 0.06, count - 1).clip(0.7, 1.3)]) / per_second
+        )
         groups.append(group[group < seconds - 0.1])
         now = float(group[-1]) + uniform(rng, pause)
     return groups

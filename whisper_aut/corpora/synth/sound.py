@@ -37,11 +37,18 @@ def render_sound(rng: np.random.Generator, number: int) -> tuple[np.ndarray, Ann
     if rng.random() < BEHIND_SHARE:
         other = SOUND_CLASSES[pick(rng, [label for label in SOUND_LABELS if label != kind.label])]
         level = np.float32(10 ** (uniform(rng, BEHIND_DB) / 20))
-        waveform, behind = waveform + level * unit_rms(other.render(rng, len(waveform)).waveform), other.backdrop
+        waveform, behind = (
+            waveform + level * unit_rms(other.render(rng, len(waveform)).waveform),
+            other.backdrop,
+        )
     ratio_db = uniform(rng, SIGNAL_TO_NOISE_DB)
     waveform, noise = with_background(rng, waveform, ratio_db)
     heard = backdrop(rng, behind or noise) if behind or ratio_db < 15 else ""
     text = composed(rng, pick(rng, kind.clauses), (*event.details, place, heard))
-    extra = {"details": [detail for detail in event.details if detail], "room": place, "signal_to_noise_db": round(ratio_db, 1)}
+    extra = {
+        "details": [detail for detail in event.details if detail],
+        "room": place,
+        "signal_to_noise_db": round(ratio_db, 1),
+    }
     annotation = Annotation(text, domain="sound", task="caption", label=kind.label, extra=extra)
     return at_level(waveform, uniform(rng, (-16, -2))), annotation

@@ -12,7 +12,12 @@ from whisper_aut.corpora.synth.grammar import KEYWORDS, keyword_phrase, sentence
 from whisper_aut.corpora.synth.room import SMALL_ROOM, at_level, draw_room, placed, with_background
 from whisper_aut.corpora.synth.signals import pick, samples_in, uniform
 
-ACCENTS = {"american": "gmw/en-US", "british": "gmw/en", "received": "gmw/en-GB-x-rp", "scottish": "gmw/en-GB-scotland"}
+ACCENTS = {
+    "american": "gmw/en-US",
+    "british": "gmw/en",
+    "received": "gmw/en-GB-x-rp",
+    "scottish": "gmw/en-GB-scotland",
+}
 VARIANTS = (
     *("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5"),
     *("Alex", "Andy", "Annie", "belinda", "steph", "linda", "john", "grandma", "grandpa"),
@@ -26,8 +31,12 @@ AUDIBLE = 0.01  # of the peak: espeak-ng pads an utterance with silence below th
 def draw_voice(rng: np.random.Generator) -> tuple[Voice, str]:
     """Draw a speaker and a manner; return the accent's name as well."""
     accent = pick(rng, list(ACCENTS))
-    rate, pitch, spread = rng.integers((WORDS_PER_MINUTE[0], 25, 25), (WORDS_PER_MINUTE[1] + 1, 76, 76))
-    return Voice(f"{ACCENTS[accent]}+{pick(rng, VARIANTS)}", int(rate), int(pitch), int(spread)), accent
+    rate, pitch, spread = rng.integers(
+        (WORDS_PER_MINUTE[0], 25, 25), (WORDS_PER_MINUTE[1] + 1, 76, 76)
+    )
+    return Voice(
+        f"{ACCENTS[accent]}+{pick(rng, VARIANTS)}", int(rate), int(pitch), int(spread)
+    ), accent
 
 
 def render_speech(rng: np.random.Generator, number: int) -> tuple[np.ndarray, Annotation]:
@@ -40,7 +49,9 @@ def render_speech(rng: np.random.Generator, number: int) -> tuple[np.ndarray, An
     waveform = placed(rng, waveform, room, tilt_db=2)
     waveform, _ = with_background(rng, waveform, uniform(rng, SIGNAL_TO_NOISE_DB))
     extra = {"voice": voice.name, "accent": accent, "words_per_minute": voice.words_per_minute}
-    annotation = Annotation(transcript(spoken), domain="speech", task="asr", label=keyword, language="en", extra=extra)
+    annotation = Annotation(
+        transcript(spoken), domain="speech", task="asr", label=keyword, language="en", extra=extra
+    )
     return at_level(waveform, uniform(rng, (-20, -2))), annotation
 
 

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def mteb_model(
-    path: str, *, padding: Padding | None = None, pooling: str = "mean", device: str = "cpu", name: str = ""
+    path: str,
+    *,
+    padding: Padding | None = None,
+    pooling: str = "mean",
+    device: str = "cpu",
+    name: str = "",
 ) -> "Any":
     """Return an object that `mteb.evaluate` takes.
 

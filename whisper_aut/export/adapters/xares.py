@@ -41,7 +41,9 @@ class WhisperAutEncoder(nn.Module):
         super().__init__()
         path = path or os.environ.get(PATH_VARIABLE, "")
         if not path:
-            raise UserError(f"X-ARES takes no arguments for an encoder: name it in the environment, {PATH_VARIABLE}=DIR.")
+            raise UserError(
+                f"X-ARES takes no arguments for an encoder: name it in the environment, {PATH_VARIABLE}=DIR."
+            )
         self.inner = pretrained.load_encoder(path, padding=os.environ.get(PADDING_VARIABLE))  # pyright: ignore[reportArgumentType]
         self.output_dim = self.inner.width
 

@@ -13,7 +13,11 @@ from transformers import WhisperConfig
 from whisper_aut.data.text import TextCodec
 from whisper_aut.errors import UserError, nearest
 from whisper_aut.model.decoders.causal_lm import CausalLMOptions, build_causal_lm, sketch_causal_lm
-from whisper_aut.model.decoders.whisper import WhisperDecoderOptions, build_whisper_decoder, sketch_whisper_decoder
+from whisper_aut.model.decoders.whisper import (
+    WhisperDecoderOptions,
+    build_whisper_decoder,
+    sketch_whisper_decoder,
+)
 from whisper_aut.model.start import Start
 from whisper_aut.schema import build
 
@@ -38,7 +42,10 @@ class DecoderEntry:
 
 DECODERS: dict[str, DecoderEntry] = {
     "whisper": DecoderEntry(
-        WhisperDecoderOptions, build_whisper_decoder, exports=("encoder", "whisper"), sketch=sketch_whisper_decoder
+        WhisperDecoderOptions,
+        build_whisper_decoder,
+        exports=("encoder", "whisper"),
+        sketch=sketch_whisper_decoder,
     ),
     "causal_lm": DecoderEntry(CausalLMOptions, build_causal_lm, sketch=sketch_causal_lm),
 }

@@ -75,36 +75,59 @@ class CausalLMOptions:
     overflow: Literal["cut", "drop"] = "cut"
 
 
-def build_causal_lm(start: Start, options: CausalLMOptions, gradient_checkpointing: bool) -> "tuple[CausalLMDecoder, ChatText]":
+def build_causal_lm(
+    start: Start, options: CausalLMOptions, gradient_checkpointing: bool
+) -> "tuple[CausalLMDecoder, ChatText]":
     """Load the language model, put an adapter before it, and make a codec around its tokenizer.
 
     Raises:
         UserError: the language model cannot be used, or an option does not fit.
     """
     if options.max_tokens < 8:
-        raise UserError(f"decoder.max_tokens: {options.max_tokens} is below 8, the least that a chat takes.")
+        raise UserError(
+            f"decoder.max_tokens: {options.max_tokens} is below 8, the least that a chat takes."
+        )
     instructions = Instructions(options.instructions)
-    path = make_language_model(options.scratch, instructions) if options.scratch else options.language_model
+    path = (
+        make_language_model(options.scratch, instructions)
+        if options.scratch
+        else options.language_model
+    )
     dtype: torch.dtype = getattr(torch, options.dtype)
     model, tokenizer = load_language_model(path, options.revision, dtype)
     if options.random_init:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # a checkpoint does not hold a frozen model, so it must come out the same again
+            torch.manual_seed(
+                0
+            )  # a checkpoint does not hold a frozen model, so it must come out the same again
             model = type(model)(model.config).to(dtype)  # pyright: ignore[reportArgumentType]
     codec = ChatText(tokenizer, instructions, options.max_tokens, options.overflow)
     embeddings: Any = model.get_input_embeddings().weight
-    adapter = build_adapter(options.adapter, start.config.d_model, embeddings.shape[1], embedding_scale(embeddings))
-    identity = {"language_model": path, "revision": options.revision, "weights": weights_hash(model)}
+    adapter = build_adapter(
+        options.adapter, start.config.d_model, embeddings.shape[1], embedding_scale(embeddings)
+    )
+    identity = {
+        "language_model": path,
+        "revision": options.revision,
+        "weights": weights_hash(model),
+    }
     _choose_trainable(model, options)
     if gradient_checkpointing:
         recompute_layers(model)
     decoder = CausalLMDecoder(
-        model, adapter, len(codec.frame.opening), codec.frame.end, identity, held=options.train == "frozen"
+        model,
+        adapter,
+        len(codec.frame.opening),
+        codec.frame.end,
+        identity,
+        held=options.train == "frozen",
     )
     return decoder, codec
 
 
-def sketch_causal_lm(config: WhisperConfig, options: CausalLMOptions, gradient_checkpointing: bool) -> nn.Module:
+def sketch_causal_lm(
+    config: WhisperConfig, options: CausalLMOptions, gradient_checkpointing: bool
+) -> nn.Module:
     """Return the decoder that `build_causal_lm` would, with sizes alone; see `DecoderEntry.sketch`.
 
     Raises:
@@ -116,14 +139,20 @@ def sketch_causal_lm(config: WhisperConfig, options: CausalLMOptions, gradient_c
         )
     scratch = options.scratch
     sizes = (
-        scratch_config(scratch, scratch.vocabulary) if scratch else language_config(options.language_model, options.revision)
+        scratch_config(scratch, scratch.vocabulary)
+        if scratch
+        else language_config(options.language_model, options.revision)
     )
-    model = AutoModelForCausalLM.from_config(sizes, dtype=getattr(torch, options.dtype), trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(
+        sizes, dtype=getattr(torch, options.dtype), trust_remote_code=False
+    )
     _choose_trainable(model, options)
     if gradient_checkpointing:
         recompute_layers(model)
     adapter = build_adapter(options.adapter, config.d_model, sizes.hidden_size, scale=1.0)
-    return CausalLMDecoder(model, adapter, SKETCHED_AUDIO_AT, end_token=0, identity={}, held=options.train == "frozen")
+    return CausalLMDecoder(
+        model, adapter, SKETCHED_AUDIO_AT, end_token=0, identity={}, held=options.train == "frozen"
+    )
 
 
 class CausalLMDecoder(nn.Module):
@@ -152,7 +181,12 @@ class CausalLMDecoder(nn.Module):
     ):
         super().__init__()
         self.model, self.adapter = model, adapter
-        self.audio_at, self.end_token, self.identity, self.held = audio_at, end_token, identity, held
+        self.audio_at, self.end_token, self.identity, self.held = (
+            audio_at,
+            end_token,
+            identity,
+            held,
+        )
         model.generation_config = GenerationConfig()  # its own may ask for sampling
         model.register_state_dict_post_hook(_leave_out_frozen)
         model.register_load_state_dict_pre_hook(_keep_frozen)
@@ -177,14 +211,20 @@ class CausalLMDecoder(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, frames: Tensor, lengths: Sequence[int], prompts: Sequence[Tensor], max_new_tokens: int = 64
+        self,
+        frames: Tensor,
+        lengths: Sequence[int],
+        prompts: Sequence[Tensor],
+        max_new_tokens: int = 64,
     ) -> list[list[int]]:
         tokens = torch.cat(list(prompts)).to(frames.device)
         chats = self._lay_out(frames, lengths, tokens, [len(prompt) for prompt in prompts])
         sequences = chats.embeddings.split(chats.lengths)
         # One batch, padded on the left behind a mask, so that all answers grow at the same end.
         embeddings = pad_sequence(sequences, batch_first=True, padding_side="left")  # pyright: ignore[reportArgumentType]
-        ones = [torch.ones(length, dtype=torch.long, device=frames.device) for length in chats.lengths]
+        ones = [
+            torch.ones(length, dtype=torch.long, device=frames.device) for length in chats.lengths
+        ]
         mask = pad_sequence(ones, batch_first=True, padding_side="left")
         greedy = GenerationConfig(
             do_sample=False,
@@ -194,7 +234,9 @@ class CausalLMDecoder(nn.Module):
             use_cache=True,
         )
         with padded_attention(self.model):
-            written: Any = self.model.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=greedy)  # pyright: ignore
+            written: Any = self.model.generate(
+                inputs_embeds=embeddings, attention_mask=mask, generation_config=greedy
+            )  # pyright: ignore
         return [_until(answer.tolist(), self.end_token) for answer in written]
 
     def flops(self, lengths: Sequence[int], targets: Targets) -> float:
@@ -202,7 +244,9 @@ class CausalLMDecoder(nn.Module):
         audio = [-(-length // self.adapter.hop) for length in lengths]
         chats = [text - 1 + sounding for text, sounding in zip(targets.lengths, audio, strict=True)]
         of_model = language_model_flops(self.model, chats, sum(targets.counts))
-        weights = sum(parameter.numel() for parameter in self.adapter.parameters() if parameter.ndim > 1)
+        weights = sum(
+            parameter.numel() for parameter in self.adapter.parameters() if parameter.ndim > 1
+        )
         return of_model + PRODUCT * 2 * weights * sum(audio)
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
@@ -218,7 +262,13 @@ class CausalLMDecoder(nn.Module):
                 f"{self.identity['language_model']} holds others ({self.identity['weights']})."
             )
 
-    def _lay_out(self, frames: Tensor, frame_lengths: Sequence[int], tokens: Tensor, token_lengths: Sequence[int]) -> "_Chats":
+    def _lay_out(
+        self,
+        frames: Tensor,
+        frame_lengths: Sequence[int],
+        tokens: Tensor,
+        token_lengths: Sequence[int],
+    ) -> "_Chats":
         """Embed packed chats `[ΣL]` and put each clip's audio where its `AUDIO` token stands."""
         audio, audio_lengths = self.adapter(frames, frame_lengths)
         text = self.model.get_input_embeddings()(tokens.clamp(min=0))
@@ -249,10 +299,17 @@ def _interleave(
     token, audio, position = 0, sum(token_lengths), 0
     for length, sounding in zip(token_lengths, audio_lengths, strict=True):
         at, end = token + audio_at, token + length
-        order += [torch.arange(token, at), torch.arange(audio, audio + sounding), torch.arange(at + 1, end)]
+        order += [
+            torch.arange(token, at),
+            torch.arange(audio, audio + sounding),
+            torch.arange(at + 1, end),
+        ]
         lengths.append(length - 1 + sounding)
         after = position + audio_at + sounding
-        places += [torch.arange(position, position + audio_at + 1), torch.arange(after, position + lengths[-1])]
+        places += [
+            torch.arange(position, position + audio_at + 1),
+            torch.arange(after, position + lengths[-1]),
+        ]
         token, audio, position = end, audio + sounding, position + lengths[-1]
     return torch.cat(order), torch.cat(places), tuple(lengths)
 
@@ -263,8 +320,12 @@ def _choose_trainable(model: PreTrainedModel, options: CausalLMOptions) -> None:
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
-            raise UserError("decoder.train=lora needs peft: pip install 'whisper-aut[lora]'") from None
-        updates = LoraConfig(r=options.lora.rank, lora_alpha=options.lora.alpha, target_modules="all-linear")
+            raise UserError(
+                "decoder.train=lora needs peft: pip install 'whisper-aut[lora]'"
+            ) from None
+        updates = LoraConfig(
+            r=options.lora.rank, lora_alpha=options.lora.alpha, target_modules="all-linear"
+        )
         inject_adapter_in_model(updates, model)
 
 
@@ -280,7 +341,11 @@ def _keep_frozen(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
 
 def _frozen(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that are not trained, tied ones under each of their names."""
-    return {name: value for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
+    return {
+        name: value
+        for name, value in model.named_parameters(remove_duplicate=False)
+        if not value.requires_grad
+    }
 
 
 def _until(tokens: list[int], end: int) -> list[int]:

@@ -32,7 +32,11 @@ class Decoder(Protocol):
         ...
 
     def generate(
-        self, frames: Tensor, lengths: Sequence[int], prompts: Sequence[Tensor], max_new_tokens: int = 64
+        self,
+        frames: Tensor,
+        lengths: Sequence[int],
+        prompts: Sequence[Tensor],
+        max_new_tokens: int = 64,
     ) -> list[list[int]]:
         """Return per clip the tokens that greedy decoding appends to its prompt, the end token left out."""
         ...

@@ -51,16 +51,27 @@ def build_whisper_decoder(
     """
     for domain, prompt in options.prompts.items():
         if domain not in DOMAINS:
-            raise UserError(f"decoder.prompts.{domain}: not a domain; there are {', '.join(DOMAINS)}.")
+            raise UserError(
+                f"decoder.prompts.{domain}: not a domain; there are {', '.join(DOMAINS)}."
+            )
         if prompt.language != "sample" and prompt.language not in LANGUAGE_CODES:
-            raise UserError(f"decoder.prompts.{domain}.language: {prompt.language!r} is no language code of Whisper.")
+            raise UserError(
+                f"decoder.prompts.{domain}.language: {prompt.language!r} is no language code of Whisper."
+            )
     model = start.model  # first: of an export without a decoder nothing else is worth saying
     _check_tokenizer(start)
     longest = start.config.max_target_positions
     if not 8 <= options.max_tokens <= longest:
-        raise UserError(f"decoder.max_tokens: {options.max_tokens} is outside 8 to {longest}, what {start.path} can place.")
+        raise UserError(
+            f"decoder.max_tokens: {options.max_tokens} is outside 8 to {longest}, what {start.path} can place."
+        )
     codec = WhisperText(
-        start.tokenizer, options.prompts, options.max_tokens, options.overflow, options.supervise_prompt, start.multilingual
+        start.tokenizer,
+        options.prompts,
+        options.max_tokens,
+        options.overflow,
+        options.supervise_prompt,
+        start.multilingual,
     )
     end_token = start.token_id("<|endoftext|>")
     return WhisperDecoder(model.model.decoder, end_token, gradient_checkpointing), codec
@@ -70,13 +81,20 @@ def _check_tokenizer(start: Start) -> None:
     """Refuse a tokenizer that is not the checkpoint's: where files are missing, transformers makes up one without words."""
     config, special = start.config, ("<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>")
     ids = [start.token_id(token) for token in special]
-    lacking = [token for token, id in zip(special, ids, strict=True) if start.tokenizer.convert_ids_to_tokens(id) != token]
+    lacking = [
+        token
+        for token, id in zip(special, ids, strict=True)
+        if start.tokenizer.convert_ids_to_tokens(id) != token
+    ]
     written = start.tokenizer("a", add_special_tokens=False).input_ids
     if lacking:
         why = f"lacks {', '.join(lacking)}"
     elif not written:
         why = "writes no text"
-    elif max(*written, *ids) >= config.vocab_size or ids[:2] != [config.decoder_start_token_id, config.eos_token_id]:
+    elif max(*written, *ids) >= config.vocab_size or ids[:2] != [
+        config.decoder_start_token_id,
+        config.eos_token_id,
+    ]:
         why = "numbers tokens otherwise"
     else:
         return
@@ -86,10 +104,14 @@ def _check_tokenizer(start: Start) -> None:
     )
 
 
-def sketch_whisper_decoder(config: WhisperConfig, options: WhisperDecoderOptions, gradient_checkpointing: bool) -> nn.Module:
+def sketch_whisper_decoder(
+    config: WhisperConfig, options: WhisperDecoderOptions, gradient_checkpointing: bool
+) -> nn.Module:
     """Return the decoder that `build_whisper_decoder` would, with sizes alone; see `DecoderEntry.sketch`."""
     end = config.eos_token_id
-    return WhisperDecoder(HFWhisperDecoder(config), end if isinstance(end, int) else 0, gradient_checkpointing)
+    return WhisperDecoder(
+        HFWhisperDecoder(config), end if isinstance(end, int) else 0, gradient_checkpointing
+    )
 
 
 class WhisperDecoder(nn.Module):
@@ -101,7 +123,9 @@ class WhisperDecoder(nn.Module):
         gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations.
     """
 
-    def __init__(self, whisper: HFWhisperDecoder, end_token: int, gradient_checkpointing: bool = False):
+    def __init__(
+        self, whisper: HFWhisperDecoder, end_token: int, gradient_checkpointing: bool = False
+    ):
         super().__init__()
         self.whisper = whisper
         self.end_token = end_token
@@ -113,12 +137,18 @@ class WhisperDecoder(nn.Module):
         # The state at position i predicts token i + 1, so a supervised token is read off the position before it.
         predicted = targets.places
         weight = self.whisper.embed_tokens.weight
-        total, nll, correct = chunked_cross_entropy(hidden[predicted - 1], weight, targets.tokens[predicted])
+        total, nll, correct = chunked_cross_entropy(
+            hidden[predicted - 1], weight, targets.tokens[predicted]
+        )
         return DecoderLoss(total, nll, correct, targets.counts)
 
     @torch.no_grad()
     def generate(
-        self, frames: Tensor, lengths: Sequence[int], prompts: Sequence[Tensor], max_new_tokens: int = 64
+        self,
+        frames: Tensor,
+        lengths: Sequence[int],
+        prompts: Sequence[Tensor],
+        max_new_tokens: int = 64,
     ) -> list[list[int]]:
         # One clip after another: its frames need no mask then, and Hugging Face's cache does the rest.
         return [
@@ -128,7 +158,9 @@ class WhisperDecoder(nn.Module):
 
     def flops(self, lengths: Sequence[int], targets: Targets) -> float:
         """Return the FLOPs of a training step on clips of T frames; what the meters divide by."""
-        return whisper_decoder_flops(self.whisper.config, lengths, targets.lengths, sum(targets.counts))
+        return whisper_decoder_flops(
+            self.whisper.config, lengths, targets.lengths, sum(targets.counts)
+        )
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
@@ -140,7 +172,10 @@ class WhisperDecoder(nn.Module):
         places = whisper.embed_positions(None, position_ids=sent(positions, frames.device))
         hidden = whisper.embed_tokens(targets.tokens) + places
         hidden = dropout(hidden, p=whisper.dropout, training=self.training)
-        own, across = (Segments.of(targets.lengths, keys, frames.device) for keys in (targets.lengths, tuple(lengths)))
+        own, across = (
+            Segments.of(targets.lengths, keys, frames.device)
+            for keys in (targets.lengths, tuple(lengths))
+        )
         for layer in whisper.layers:
             arguments = (layer, hidden, frames, own, across)
             if self.gradient_checkpointing and self.training:
@@ -155,8 +190,15 @@ class WhisperDecoder(nn.Module):
         answer: list[int] = []
         tokens = prompt.to(frames.device)[None]
         for _ in range(limit):
-            state = self.whisper(input_ids=tokens, encoder_hidden_states=frames[None], past_key_values=cache, use_cache=True)
-            best = int((state.last_hidden_state[0, -1] @ self.whisper.embed_tokens.weight.T).argmax())
+            state = self.whisper(
+                input_ids=tokens,
+                encoder_hidden_states=frames[None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            best = int(
+                (state.last_hidden_state[0, -1] @ self.whisper.embed_tokens.weight.T).argmax()
+            )
             if best == self.end_token:
                 break
             answer.append(best)
@@ -164,7 +206,9 @@ class WhisperDecoder(nn.Module):
         return answer
 
 
-def _decoder_layer(layer: Any, hidden: Tensor, frames: Tensor, own: Segments, across: Segments) -> Tensor:
+def _decoder_layer(
+    layer: Any, hidden: Tensor, frames: Tensor, own: Segments, across: Segments
+) -> Tensor:
     """One transformer layer on packed texts `[ΣL, D]`, in the order of `WhisperDecoderLayer.forward`."""
     normed = layer.self_attn_layer_norm(hidden)
     attended = packed_attention(layer.self_attn, normed, normed, own, causal=True)

@@ -41,22 +41,37 @@ class RollingCheckpoints(lightning.Callback):
         valid_every_steps: int,
         keep: int,
         warn: Callable[[str], None] = lambda _: None,
-        paused: Callable[[lightning.Trainer], AbstractContextManager[None]] = lambda _: nullcontext(),
+        paused: Callable[[lightning.Trainer], AbstractContextManager[None]] = lambda _: (
+            nullcontext()
+        ),
     ):
         self.warn, self.paused = warn, paused
-        self.folder, self.every_steps, self.valid_every_steps, self.keep = folder, every_steps, valid_every_steps, keep
+        self.folder, self.every_steps, self.valid_every_steps, self.keep = (
+            folder,
+            every_steps,
+            valid_every_steps,
+            keep,
+        )
         self.best_loss, self.best_step = math.inf, 0
         self.validated_step = -1  # the last one that this process validated
-        self._saved = 0  # the step saved last by this process; one from before a resume is written over
+        self._saved = (
+            0  # the step saved last by this process; one from before a resume is written over
+        )
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
             self._set_aside_after(trainer.global_step)
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        due = step % self.every_steps == 0 or step % self.valid_every_steps == 0 or step == trainer.max_steps
+        due = (
+            step % self.every_steps == 0
+            or step % self.valid_every_steps == 0
+            or step == trainer.max_steps
+        )
         if whole_step and due:
             self.save(trainer)
 
@@ -75,7 +90,11 @@ class RollingCheckpoints(lightning.Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         """Validate the last step where none was due: its figures are those of the run."""
-        if self.validated_step != trainer.global_step and trainer.num_val_batches != [] and not trainer.sanity_checking:
+        if (
+            self.validated_step != trainer.global_step
+            and trainer.num_val_batches != []
+            and not trainer.sanity_checking
+        ):
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
@@ -86,7 +105,9 @@ class RollingCheckpoints(lightning.Callback):
         path = self.folder / checkpoint_name(trainer.global_step)
         if self._saved != trainer.global_step:
             with self.paused(trainer):
-                trainer.save_checkpoint(path, False, partial(self._written, path))  # the whole state, not the weights alone
+                trainer.save_checkpoint(
+                    path, False, partial(self._written, path)
+                )  # the whole state, not the weights alone
             self._saved = trainer.global_step
         return path
 
@@ -123,7 +144,10 @@ class RollingCheckpoints(lightning.Callback):
             path.rename(aside)
         for path in sorted(self.folder.glob(f"{SUPERSEDED}*"))[: -self.keep]:
             shutil.rmtree(path, ignore_errors=True)
-        for link, target in ((LAST, checkpoint_name(step)), (BEST, checkpoint_name(self.best_step))):
+        for link, target in (
+            (LAST, checkpoint_name(step)),
+            (BEST, checkpoint_name(self.best_step)),
+        ):
             if (self.folder / target).exists():
                 point_to(self.folder / link, self.folder / target)
             else:

@@ -11,7 +11,9 @@ import lightning
 
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
 
-EMPTY_EPOCHS = 2  # in a row; a run that goes on behind the last batch of an epoch may begin with one
+EMPTY_EPOCHS = (
+    2  # in a row; a run that goes on behind the last batch of an epoch may begin with one
+)
 
 
 class Exhaustion(lightning.Callback):
@@ -26,7 +28,9 @@ class Exhaustion(lightning.Callback):
         self.checkpoints, self.warn = checkpoints, warn
         self._batches = self._empty = 0
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._batches += 1
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:

@@ -24,7 +24,10 @@ from whisper_aut.data.sample import Refusal
 from whisper_aut.errors import Reason, UserError
 from whisper_aut.training.callbacks.stop import highest
 
-SPIKE_WINDOW, SPIKE_HISTORY = 100, 20  # steps that are looked back on, and how many of them a judgement needs
+SPIKE_WINDOW, SPIKE_HISTORY = (
+    100,
+    20,
+)  # steps that are looked back on, and how many of them a judgement needs
 MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 LEAST_DEVIATION = 0.02  # of the median: a plateau must not turn noise into spikes
 
@@ -64,34 +67,60 @@ class Guard(lightning.Callback):
         rewind: bool = False,
         warn: Callable[[str], None] = lambda _: None,
     ):
-        self.ledger, self.max_bad_steps, self.gradient_clip, self.warn = ledger, max_bad_steps, gradient_clip, warn
+        self.ledger, self.max_bad_steps, self.gradient_clip, self.warn = (
+            ledger,
+            max_bad_steps,
+            gradient_clip,
+            warn,
+        )
         self.spikes = SpikeDetector(spike_factor) if spike_factor else None
         self.rewind = rewind
         self.skipped = self.streak = 0
         self._norm, self._bad = math.nan, False
-        self.figures: dict[str, Any] = {}  # of the last step; Lightning forgets them over a validation
+        self.figures: dict[
+            str, Any
+        ] = {}  # of the last step; Lightning forgets them over a validation
 
-    def on_before_optimizer_step(self, trainer: lightning.Trainer, module: Any, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, module: Any, optimizer: Any
+    ) -> None:
         if _engine(trainer) is not None:
             return
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters]) if parameters else torch.zeros(())
+        parameters = [
+            p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        norm = (
+            torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            if parameters
+            else torch.zeros(())
+        )
         self._norm = float(norm)
         self._bad = not math.isfinite(self._norm)
-        if self._bad:  # without gradients the optimiser does nothing: no update, no decay, no moment
+        if (
+            self._bad
+        ):  # without gradients the optimiser does nothing: no update, no decay, no moment
             for parameter in parameters:
                 parameter.grad = None
         elif self.gradient_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if (engine := _engine(trainer)) is not None:
             norm: Any = engine.get_global_grad_norm()
-            self._norm, self._bad = math.nan if norm is None else float(norm), not engine.was_step_applied()
+            self._norm, self._bad = (
+                math.nan if norm is None else float(norm),
+                not engine.was_step_applied(),
+            )
         loss, accuracy = module.step_figures()
-        self.figures = {"train/loss": loss, "train/accuracy": accuracy, "train/grad_norm": self._norm}
+        self.figures = {
+            "train/loss": loss,
+            "train/accuracy": accuracy,
+            "train/grad_norm": self._norm,
+        }
         for name, value in self.figures.items():
             module.log(name, value, prog_bar=name == "train/loss", batch_size=1)
         if self._bad:
@@ -102,7 +131,11 @@ class Guard(lightning.Callback):
             self._answer_spike(trainer.global_step, float(loss), usual, batch.behind)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "streak": self.streak, "losses": list(self.spikes.losses) if self.spikes else []}
+        return {
+            "skipped": self.skipped,
+            "streak": self.streak,
+            "losses": list(self.spikes.losses) if self.spikes else [],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped, self.streak = state["skipped"], state["streak"]
@@ -113,9 +146,15 @@ class Guard(lightning.Callback):
         self.skipped, self.streak = self.skipped + 1, self.streak + 1
         module.log("train/skipped_steps", float(self.skipped), prog_bar=True, batch_size=1)
         step = trainer.global_step
-        reason, named = Reason.NON_FINITE_LOSS, [clip for seen in module.seen for clip in seen.non_finite()]
+        reason, named = (
+            Reason.NON_FINITE_LOSS,
+            [clip for seen in module.seen for clip in seen.non_finite()],
+        )
         if not highest(trainer, module, bool(named)):
-            reason, named = Reason.NON_FINITE_GRADIENT, [clip for seen in module.seen for clip in seen.clips]
+            reason, named = (
+                Reason.NON_FINITE_GRADIENT,
+                [clip for seen in module.seen for clip in seen.clips],
+            )
         for source, key in named:
             self.ledger.note(Refusal(source, key, reason, f"step {step} was left out"))
         files = "ledger.jsonl" if trainer.world_size == 1 else "ledger*.jsonl"
@@ -146,7 +185,9 @@ class SpikeDetector:
         """Return the usual loss where this one is a spike; else take it into the history."""
         if len(self.losses) >= SPIKE_HISTORY:
             median = statistics.median(self.losses)
-            deviation = MAD_TO_DEVIATION * statistics.median(abs(before - median) for before in self.losses)
+            deviation = MAD_TO_DEVIATION * statistics.median(
+                abs(before - median) for before in self.losses
+            )
             if loss > median + self.factor * max(deviation, LEAST_DEVIATION * abs(median)):
                 return median
         self.losses.append(loss)

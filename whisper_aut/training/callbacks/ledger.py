@@ -20,19 +20,30 @@ class LedgerCallback(lightning.Callback):
     def __init__(self, ledger: Ledger):
         self.ledger = ledger
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int
+    ) -> None:
         self.ledger.record(batch.sources, batch.refusals)
 
     def on_validation_batch_start(
-        self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: lightning.Trainer,
+        module: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        if not trainer.sanity_checking and not self.ledger.validated:  # the same clips come back in every validation
+        if (
+            not trainer.sanity_checking and not self.ledger.validated
+        ):  # the same clips come back in every validation
             self.ledger.record_validation(batch.refusals)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self.ledger.validated |= not trainer.sanity_checking
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         due = whole_step and trainer.global_step % trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
         if due and (total := refused_by_all_ranks(self.ledger).total()):
@@ -40,7 +51,10 @@ class LedgerCallback(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the run has counted so far; all ranks write a checkpoint together."""
-        return {"refused": by_source(refused_by_all_ranks(self.ledger)), "validated": self.ledger.validated}
+        return {
+            "refused": by_source(refused_by_all_ranks(self.ledger)),
+            "validated": self.ledger.validated,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.ledger.go_on(state["refused"], state["validated"])

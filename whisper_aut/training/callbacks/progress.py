@@ -23,17 +23,28 @@ class RunProgressBar(TQDMProgressBar):
         self.meter = meter
         self._started, self._first_step = 0.0, 0
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         super().on_train_start(trainer, pl_module)
         self._started, self._first_step = time.monotonic(), trainer.global_step
 
-    def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
+    def get_metrics(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         done = trainer.global_step - self._first_step
         if trainer.training and done:
-            seconds = (time.monotonic() - self._started) / done * (trainer.max_steps - trainer.global_step)
-            metrics |= {"step": f"{trainer.global_step}/{trainer.max_steps}", "left": str(timedelta(seconds=round(seconds)))}
+            seconds = (
+                (time.monotonic() - self._started)
+                / done
+                * (trainer.max_steps - trainer.global_step)
+            )
+            metrics |= {
+                "step": f"{trainer.global_step}/{trainer.max_steps}",
+                "left": str(timedelta(seconds=round(seconds))),
+            }
         if self.meter.shown:
             metrics["audio-s/s"] = self.meter.shown
         return metrics

@@ -30,7 +30,9 @@ class SampleWriter(lightning.Callback):
         self._last = list(module.generated)
         with self.path.open("a") as file:
             for entry in module.generated:
-                file.write(json.dumps({"step": trainer.global_step, **entry}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps({"step": trainer.global_step, **entry}, ensure_ascii=False) + "\n"
+                )
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         if not self._last:

@@ -8,7 +8,9 @@ import lightning
 class SourceEpochs(lightning.Callback):
     """Writes the epochs of every source into the loggers, as often as they log."""
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         data.position = batch.behind.position
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
@@ -25,6 +27,12 @@ def _short_names(roots: list[str]) -> dict[str, str]:
     """Leave out the folders that all sources share."""
     parts = {root: root.rstrip("/").split("/") for root in roots}
     shared = 0
-    while all(len(names) > shared + 1 for names in parts.values()) and len({names[shared] for names in parts.values()}) == 1:
+    while (
+        all(len(names) > shared + 1 for names in parts.values())
+        and len({names[shared] for names in parts.values()}) == 1
+    ):
         shared += 1
-    return {root: "/".join(names[shared:]) if len(roots) > 1 else names[-1] for root, names in parts.items()}
+    return {
+        root: "/".join(names[shared:]) if len(roots) > 1 else names[-1]
+        for root, names in parts.items()
+    }

@@ -36,16 +36,27 @@ class CleanStop(lightning.Callback):
         # handler, which hangs where one rank alone gets the signal, and ends the run without saving.
         self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if whole_step and (asked := self._asked_anywhere(trainer, module)):
-            figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+            figures = {
+                name: float(value)
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith("train/")
+            }
             for logger in trainer.loggers:  # Lightning would have logged this step behind this hook
                 logger.log_metrics(figures, step=trainer.global_step - 1)
             self._end(trainer, asked)
 
     def on_validation_batch_start(
-        self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: lightning.Trainer,
+        module: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if trainer.state.fn == "fit" and (asked := self._asked_anywhere(trainer, module)):
             self._end(trainer, asked)  # the step was saved before it is validated

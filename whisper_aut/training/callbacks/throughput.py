@@ -39,13 +39,19 @@ class ThroughputMeter(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self._begun = self._ended = time.perf_counter()
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int
+    ) -> None:
         self._waited += time.perf_counter() - self._ended
         # Counted before the step: a checkpoint that is written behind it, by whichever callback, holds it.
         padded = module.encoder.padding == "30s"
-        self._part.add_batch(batch.mel_lengths, sum(batch.targets.lengths), _flops(module, batch), padded=padded)
+        self._part.add_batch(
+            batch.mel_lengths, sum(batch.targets.lengths), _flops(module, batch), padded=padded
+        )
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if whole_step and trainer.global_step % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
             self._take(trainer, module)
@@ -72,8 +78,13 @@ class ThroughputMeter(lightning.Callback):
     def summary(self, trainer: lightning.Trainer) -> dict[str, float]:
         """Return the figures of the whole run for `done.json`."""
         device = trainer.strategy.root_device
-        figures = self.total.figures(trainer.world_size, self._peak(device)) | self.total.sums(trainer.world_size)
-        return {PREFIX + name: value for name, value in (figures | {"peak_memory_gib": peak_memory_gib(device)}).items()}
+        figures = self.total.figures(trainer.world_size, self._peak(device)) | self.total.sums(
+            trainer.world_size
+        )
+        return {
+            PREFIX + name: value
+            for name, value in (figures | {"peak_memory_gib": peak_memory_gib(device)}).items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was done so far, for a checkpoint: the figures of a resumed run are of the whole."""
@@ -86,7 +97,9 @@ class ThroughputMeter(lightning.Callback):
 
     def closing_line(self, trainer: lightning.Trainer) -> str:
         """Say in a line how fast the run was."""
-        figures = {name.removeprefix(PREFIX): value for name, value in self.summary(trainer).items()}
+        figures = {
+            name.removeprefix(PREFIX): value for name, value in self.summary(trainer).items()
+        }
         parts = [
             f"{figures.get('audio_seconds_per_second', 0):,.0f} audio-seconds a second",
             f"{figures.get('tokens_per_second', 0):,.0f} tokens a second",
@@ -104,12 +117,16 @@ class ThroughputMeter(lightning.Callback):
             return
         device, now = trainer.strategy.root_device, self._now(trainer)
         self._part.add_time(now - self._begun, self._waited)
-        figures = self._part.figures(trainer.world_size, self._peak(device)) | {"peak_memory_gib": peak_memory_gib(device)}
+        figures = self._part.figures(trainer.world_size, self._peak(device)) | {
+            "peak_memory_gib": peak_memory_gib(device)
+        }
         self.shown = f"{figures['audio_seconds_per_second']:.0f}"
         self.total += self._part
         figures |= self.total.sums(trainer.world_size)
         for logger in trainer.loggers:
-            logger.log_metrics({PREFIX + name: value for name, value in figures.items()}, step=trainer.global_step)
+            logger.log_metrics(
+                {PREFIX + name: value for name, value in figures.items()}, step=trainer.global_step
+            )
         self._part, self._begun, self._waited = Throughput(), now, 0.0
 
     def _now(self, trainer: lightning.Trainer) -> float:
@@ -118,7 +135,11 @@ class ThroughputMeter(lightning.Callback):
         return time.perf_counter()
 
     def _peak(self, device: torch.device) -> float | None:
-        return peak_flops(torch.cuda.get_device_name(device), self.precision) if device.type == "cuda" else None
+        return (
+            peak_flops(torch.cuda.get_device_name(device), self.precision)
+            if device.type == "cuda"
+            else None
+        )
 
 
 def _flops(module: Any, batch: Batch) -> float | None:
@@ -127,6 +148,10 @@ def _flops(module: Any, batch: Batch) -> float | None:
     if of_decoder is None:
         return None
     lengths = [encoder_frames(length) for length in batch.mel_lengths]
-    learns = module.encoder_learns and any(parameter.requires_grad for parameter in module.encoder.parameters())
-    of_encoder = encoder_flops(module.encoder.whisper.config, batch.mel_lengths, lengths, trained=learns)
+    learns = module.encoder_learns and any(
+        parameter.requires_grad for parameter in module.encoder.parameters()
+    )
+    of_encoder = encoder_flops(
+        module.encoder.whisper.config, batch.mel_lengths, lengths, trained=learns
+    )
     return of_encoder + of_decoder(lengths, batch.targets)

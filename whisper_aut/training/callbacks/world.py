@@ -31,9 +31,14 @@ def loader_state(checkpoint: Path) -> LoaderState | None:
 class AnotherWorld(lightning.Callback):
     """Begins Lightning's epoch anew where the checkpoint was written by other ranks or with another accumulation."""
 
-    def on_load_checkpoint(self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]
+    ) -> None:
         states = _loaders(checkpoint)
-        if not states or states[0]["world"] == [trainer.world_size, trainer.accumulate_grad_batches]:
+        if not states or states[0]["world"] == [
+            trainer.world_size,
+            trainer.accumulate_grad_batches,
+        ]:
             return
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         # Lightning counts a batch as completed after the hooks that write checkpoints, and makes up for it on restart.
@@ -43,4 +48,9 @@ class AnotherWorld(lightning.Callback):
 
 
 def _loaders(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-    return checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", [])
+    return (
+        checkpoint.get("loops", {})
+        .get("fit_loop", {})
+        .get("state_dict", {})
+        .get("combined_loader", [])
+    )
