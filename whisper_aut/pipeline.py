@@ -36,6 +36,7 @@ from whisper_aut.probes.suite import run_suite
 from whisper_aut.probes.tasks import ProbeTask, expand_suites, load_task
 from whisper_aut.report.build import build_report
 from whisper_aut.report.demo import Listener
+from whisper_aut.schema import LOCAL, find_config
 from whisper_aut.settings import CorporaSettings, ManifestSettings, Settings, load_settings
 from whisper_aut.training.build import build_forecast, build_start, build_trained, planned_config
 from whisper_aut.training.faults import check_accelerator
@@ -69,9 +70,9 @@ class Story:
 
     @property
     def tasks_folder(self) -> Path:
-        """Where probe tasks are found by name: beside the config, or in `conf` where it stands elsewhere, as a run's own does."""
-        beside = self.config.parent
-        return beside if (beside / "probe_tasks").is_dir() else Path("conf")
+        """Where probe tasks are found by name, before those of the package: next to the config, else in `conf`."""
+        near = self.config.parent
+        return near if (near / "probe_tasks").is_dir() else LOCAL
 
 
 def run_config(
@@ -83,10 +84,9 @@ def run_config(
         UserError: a mistake in config or data.
         Interrupted: training was asked to stop.
     """
-    settings = load_settings(config, overrides)
-    return run_story(
-        settings, Story(Path(config), tuple(overrides)), console or Console(quiet=True)
-    )
+    path = find_config(config)
+    settings = load_settings(path, overrides)
+    return run_story(settings, Story(path, tuple(overrides)), console or Console(quiet=True))
 
 
 def run_story(settings: Settings, story: Story, console: Console) -> RunDirectory:
@@ -152,7 +152,7 @@ def run_plan(settings: Settings, config: Path, console: Console) -> None:
     """
     model, after = settings.model, config
     while model.after:  # a chain of configs ends in sizes or in a checkpoint
-        after = after.parent / model.after
+        after = find_config(model.after, after.parent)
         model = load_settings(after).model
     for part in tables(build_forecast(settings, planned_config(model))):
         console.print(part)
@@ -327,7 +327,7 @@ def load_tasks(names: Sequence[str], folder: Path) -> list[ProbeTask]:
 
 def _start_after(settings: Settings, story: Story, console: Console) -> Settings:
     """Run the config that this one starts after, and return the settings with its exported model as the start."""
-    config = story.config.parent / settings.model.after
+    config = find_config(settings.model.after, story.config.parent)
     places = {
         "seed": settings.seed,
         "hardware.threads": settings.hardware.threads,

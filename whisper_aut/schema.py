@@ -23,17 +23,44 @@ from whisper_aut.errors import UserError, nearest
 
 T = TypeVar("T")
 MAX_EXTENDS = 8
+LOCAL = Path("conf")  # in the working directory
+SHIPPED = Path(__file__).parent / "conf"  # part of the package, in a checkout too
 
 
-def compose(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def find_config(name: str | Path, near: Path = Path(), kind: str = "") -> Path:
+    """Return the file of a config, which may be given by its path or by its name.
+
+    Args:
+        name: any path, or a name such as `aut`; `.yaml` may be left out.
+        near: the folder that is searched first. `conf/` of the working directory and then the configs of the package follow.
+        kind: the folder within those two, such as `experiments` or `probe_tasks`.
+
+    Returns:
+        The first file found; `name` itself where there is none, for the error of whoever reads it.
+    """
+    given = Path(name)
+    paths = [near / given, LOCAL / kind / given, SHIPPED / kind / given]
+    if given.parts[:1] == LOCAL.parts:  # conf/aut.yaml, as the docs write it, away from a checkout
+        paths.append(SHIPPED / given.relative_to(LOCAL))
+    files = (file for path in paths for file in (path, path.with_name(f"{path.name}.yaml")))
+    return next((file for file in files if file.is_file()), given)
+
+
+def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> dict[str, Any]:
     """Merge a config with what it extends, its groups and the overrides, and resolve interpolations.
+
+    Args:
+        path: of the config, or its name: see `find_config`.
+        overrides: `key=value`, or `group=choice`.
+        kind: the folder of `conf/` that holds configs like this one, such as `experiments`.
 
     Raises:
         UserError: a file is missing or not YAML, a group has no such choice, an override is not `key=value`.
     """
-    path = Path(path)
-    layers = _layers(path)
-    groups = _groups(path.parent)
+    path = find_config(path, kind=kind)
+    layers = _layers(path, kind)
+    shelves = [LOCAL / kind, SHIPPED / kind]
+    groups = _groups(shelves if path.parent in shelves else [path.parent, *shelves])
     choices = {
         name: choice for layer in layers for name, choice in layer.pop("defaults", {}).items()
     }
@@ -41,7 +68,7 @@ def compose(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     choices |= picked
     merged = OmegaConf.create({})
     for group, choice in choices.items():
-        merged[group] = _read_group(path.parent, group, choice, groups)
+        merged[group] = _read_group(group, choice, groups, f"{kind}/{group}")
     try:
         result = OmegaConf.merge(merged, *layers, OmegaConf.from_dotlist(values))
         container = OmegaConf.to_container(result, resolve=True)
@@ -75,7 +102,7 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
     return result
 
 
-def _layers(path: Path) -> list[DictConfig]:
+def _layers(path: Path, kind: str) -> list[DictConfig]:
     """Return the config and all it extends, the farthest first."""
     layers: list[DictConfig] = []
     current: Path | None = path
@@ -87,17 +114,18 @@ def _layers(path: Path) -> list[DictConfig]:
         layer = _read_yaml(current)
         parent = layer.pop("extends", None)
         layers.insert(0, layer)
-        current = current.parent / str(parent) if parent else None
+        current = find_config(str(parent), current.parent, kind) if parent else None
     return layers
 
 
 def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
-        there = (
-            sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        folder = path.parent if any(path.parent.glob("*.yaml")) else SHIPPED
+        known = sorted(file.name for file in folder.glob("*.yaml"))
+        raise UserError(
+            f"There is no config {path}.{nearest(path.name, known) or nearest(path.stem, known)} "
+            f"{folder} has: {', '.join(known)}."
         )
-        listed = f" {path.parent} has: {', '.join(there)}." if there else ""
-        raise UserError(f"There is no config {path}.{nearest(path.name, there)}{listed}")
     try:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
@@ -107,45 +135,44 @@ def _read_yaml(path: Path) -> DictConfig:
     return loaded
 
 
-def _groups(folder: Path) -> dict[str, list[str]]:
-    """Return the folders that hold configs, with their names; a folder without one is no group: `runs`, say, beside a config."""
-    found = (
-        {sub.name: sorted(file.stem for file in sub.glob("*.yaml")) for sub in folder.iterdir()}
-        if folder.is_dir()
-        else {}
-    )
-    return {name: choices for name, choices in found.items() if choices}
+Groups = Mapping[str, Mapping[str, Path]]
 
 
-def _read_group(
-    folder: Path, group: str, choice: str, groups: Mapping[str, list[str]]
-) -> DictConfig:
+def _groups(folders: Sequence[Path]) -> dict[str, dict[str, Path]]:
+    """Return group → choice → file. A file of an earlier folder hides one of the same name in a later one."""
+    groups: dict[str, dict[str, Path]] = {}
+    for folder in reversed(folders):
+        for file in sorted(folder.glob("*/*.yaml")):
+            groups.setdefault(file.parent.name, {})[file.stem] = file
+    return groups
+
+
+def _read_group(group: str, choice: str, groups: Groups, kind: str) -> DictConfig:
     """Read one file of a group, what it extends, and the files of other groups that its `defaults` pick."""
-    values = cast(DictConfig, OmegaConf.merge(*_layers(_group_file(folder, group, choice, groups))))
+    layers = _layers(_group_file(group, choice, groups), kind.lstrip("/"))
+    values = cast(DictConfig, OmegaConf.merge(*layers))
     within = OmegaConf.create({})
     for inner, choices in values.pop("defaults", {}).items():
         names = [choices] if isinstance(choices, str) else list(choices)
         within[inner] = OmegaConf.merge(
-            *(_read_yaml(_group_file(folder, inner, name, groups)) for name in names)
+            *(_read_yaml(_group_file(inner, name, groups)) for name in names)
         )
     return OmegaConf.merge(within, values)  # pyright: ignore[reportReturnType]
 
 
-def _group_file(folder: Path, group: str, choice: str, groups: Mapping[str, list[str]]) -> Path:
+def _group_file(group: str, choice: str, groups: Groups) -> Path:
     if group not in groups:
         raise UserError(
-            f"There is no config group {group!r} in {folder}.{nearest(group, groups)} Groups: {', '.join(sorted(groups))}."
+            f"There is no config group {group!r}.{nearest(group, groups)} Groups: {', '.join(sorted(groups))}."
         )
     if choice not in groups[group]:
         raise UserError(
             f"{group}={choice}: no such choice.{nearest(str(choice), groups[group])} There are: {', '.join(groups[group])}."
         )
-    return folder / group / f"{choice}.yaml"
+    return groups[group][choice]
 
 
-def _split_overrides(
-    overrides: Sequence[str], groups: Mapping[str, list[str]]
-) -> tuple[dict[str, str], list[str]]:
+def _split_overrides(overrides: Sequence[str], groups: Groups) -> tuple[dict[str, str], list[str]]:
     bad = [item for item in overrides if "=" not in item or item.startswith(("=", "-"))]
     if bad:
         raise UserError(f"Overrides are written key=value; not understood: {', '.join(bad)}.")

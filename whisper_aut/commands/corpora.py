@@ -155,11 +155,12 @@ def data_audit(options: argparse.Namespace, console: Console) -> None:
 
 def _probe_folders(name: str, conf: Path, root: str) -> list[str]:
     """Return the folders that a task tests on; a name that is no task is a folder itself."""
-    if not (conf / "probe_tasks" / f"{name}.yaml").exists() and not name.endswith(".yaml"):
-        return [name]
-    from whisper_aut.probes.tasks import load_task
+    from whisper_aut.probes.tasks import list_tasks, load_task
 
-    return load_task(name, conf / "probe_tasks").tested_folders(root)
+    folder = conf / "probe_tasks"
+    if not name.endswith(".yaml") and name not in list_tasks(folder):
+        return [name]
+    return load_task(name, folder).tested_folders(root)
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -11,8 +11,9 @@ def experiment(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.experiments.conduct import conduct, plan_table
     from whisper_aut.experiments.settings import load_experiment
     from whisper_aut.experiments.tables import page, put_into
+    from whisper_aut.schema import find_config
 
-    path = Path(options.experiment)
+    path = find_config(options.experiment, kind="experiments")
     settings = load_experiment(path, options.overrides)
     if options.plan:
         console.print(plan_table(settings, path))
@@ -30,7 +31,10 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command = commands.add_parser(
         "experiment", help="run a grid of configs and seeds, and compare: one table, one figure"
     )
-    command.add_argument("experiment", help="a YAML such as conf/experiments/e4_mixture.yaml")
+    command.add_argument(
+        "experiment",
+        help="a YAML, or the name of an experiment that the package has, such as e4_mixture",
+    )
     command.add_argument(
         "overrides",
         nargs="*",

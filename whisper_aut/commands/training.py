@@ -10,6 +10,7 @@ from rich.console import Console
 
 def train(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.pipeline import Story, run_story
+    from whisper_aut.schema import find_config
     from whisper_aut.settings import dump_settings, load_settings
     from whisper_aut.training.rundir import is_first_rank
 
@@ -17,7 +18,9 @@ def train(options: argparse.Namespace, console: Console) -> None:
     if options.print_config:
         console.print(dump_settings(settings), markup=False, highlight=False)
         return
-    story = Story(Path(options.config), tuple(options.overrides), options.resume, options.fresh)
+    story = Story(
+        find_config(options.config), tuple(options.overrides), options.resume, options.fresh
+    )
     run = run_story(settings, story, console)
     if is_first_rank():
         console.print(
@@ -27,9 +30,10 @@ def train(options: argparse.Namespace, console: Console) -> None:
 
 def plan(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.pipeline import run_plan
+    from whisper_aut.schema import find_config
     from whisper_aut.settings import load_settings
 
-    run_plan(load_settings(options.config, options.overrides), Path(options.config), console)
+    run_plan(load_settings(options.config, options.overrides), find_config(options.config), console)
 
 
 def doctor(options: argparse.Namespace, console: Console) -> None:
@@ -45,6 +49,7 @@ def doctor(options: argparse.Namespace, console: Console) -> None:
 
 def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, Any]]:
     """Choose what to look at: the machine, and with a config what that config needs of it."""
+    from whisper_aut.schema import find_config
     from whisper_aut.settings import dump_settings, load_settings
     from whisper_aut.training import doctor as look
     from whisper_aut.training.build import (
@@ -66,7 +71,7 @@ def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, An
             ("disk", lambda: look.check_disk(Path())),
         ]
     settings = load_settings(options.config, options.overrides)
-    dry = _two_steps(settings, Path(options.config))
+    dry = _two_steps(settings, find_config(options.config))
     kept = settings.trainer.keep_checkpoints + 1
     checks += [
         (
@@ -101,6 +106,7 @@ def _two_steps(settings: Any, config: Path) -> Any:
     """Return the settings of a dry run on this node alone; a model that another config would train first is made from its sizes."""
     import torch
 
+    from whisper_aut.schema import find_config
     from whisper_aut.settings import CorporaSettings, load_settings
 
     trainer = replace(
@@ -112,7 +118,7 @@ def _two_steps(settings: Any, config: Path) -> Any:
     )
     model = settings.model
     while model.after:
-        config = config.parent / model.after
+        config = find_config(model.after, config.parent)
         model = replace(load_settings(config).model, padding=settings.model.padding)
     probe = replace(settings.probe, tasks=[])
     data = replace(settings.data, valid_clips=2)
@@ -139,7 +145,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command = commands.add_parser(
         "train", help="run a config: data, training, export, probes, report"
     )
-    command.add_argument("config", help="a YAML such as conf/aut.yaml")
+    command.add_argument(
+        "config", help="a YAML, or the name of a config that the package has, such as aut_tiny"
+    )
     command.add_argument(
         "overrides",
         nargs="*",
@@ -160,7 +168,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command = commands.add_parser(
         "plan", help="what a config would need: memory, time, cores; nothing is loaded"
     )
-    command.add_argument("config", help="a YAML such as conf/aut.yaml")
+    command.add_argument(
+        "config", help="a YAML, or the name of a config that the package has, such as aut_tiny"
+    )
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. strategy=deepspeed_stage_3"
     )
@@ -174,7 +184,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "config",
         nargs="?",
         default="",
-        help="a YAML such as conf/aut.yaml; without it, the machine alone",
+        help="a YAML or a name such as aut_tiny; without it, the machine alone",
     )
     command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. hardware=8xgpu")
     command.add_argument(

@@ -22,6 +22,7 @@ from whisper_aut.experiments.settings import (
     ExperimentSettings,
     flatten,
 )
+from whisper_aut.schema import find_config
 
 BETWEEN = "/"  # the choices of an arm's name
 
@@ -165,7 +166,7 @@ def _run(
     places = {"name": name, "seed": seed, "runs": settings.runs, "probe.tasks": []}
     return Run(
         name=name,
-        config=conf_folder(settings, path) / config,
+        config=find_config(config, conf_folder(settings, path)),
         overrides=tuple(
             _written(pair) for pair in _pairs({**_merged([settings.everywhere, *sets]), **places})
         ),

@@ -173,7 +173,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     Raises:
         UserError: listing all problems.
     """
-    settings = build(ExperimentSettings, compose(path, overrides), str(path))
+    settings = build(ExperimentSettings, compose(path, overrides, "experiments"), str(path))
     problems = [
         *_number_problems(settings),
         *_start_problems(settings),

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from whisper_aut.errors import UserError, nearest
 from whisper_aut.probes.metrics import ANSWERS, METRICS, Answer
-from whisper_aut.schema import build
+from whisper_aut.schema import SHIPPED, build, find_config
 
 SPLITS = ("train", "valid", "test")
 
@@ -137,19 +137,25 @@ class ProbeSuites:
 
 
 def list_tasks(task_folder: str | Path) -> list[str]:
-    """Return the names of all tasks in a folder of YAMLs."""
-    return sorted(path.stem for path in Path(task_folder).glob("*.yaml"))
+    """Return the names of all tasks in a folder of YAMLs, and of those that the package has."""
+    folders = (Path(task_folder), SHIPPED / "probe_tasks")
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
 def load_task(name_or_path: str | Path, task_folder: str | Path) -> ProbeTask:
-    """Load and check a task by its name in `task_folder`, or by the path of its YAML.
+    """Load and check a task by its name, or by the path of its YAML.
+
+    Args:
+        name_or_path: a name is looked up in `task_folder`, then among the package's own tasks.
 
     Raises:
         UserError: no such task, not YAML, or a file with problems, which are all listed.
     """
     given = str(name_or_path)
     is_path = given.endswith((".yaml", ".yml")) or "/" in given
-    path = Path(given) if is_path else Path(task_folder) / f"{given}.yaml"
+    path = (
+        Path(given) if is_path else find_config(f"{given}.yaml", Path(task_folder), "probe_tasks")
+    )
     if not path.is_file():
         known = list_tasks(task_folder)
         raise UserError(
@@ -164,15 +170,15 @@ def expand_suites(names: Sequence[str], suites: str | Path) -> list[str]:
 
     Args:
         names: of tasks, paths of tasks, or of suites.
-        suites: the YAML that lists them; without it there are none.
+        suites: the YAML that lists them; those of the package are known too.
 
     Raises:
         UserError: the YAML has problems.
     """
-    path = Path(suites)
-    listed = (
-        build(ProbeSuites, _mapping(path, "`suites`"), str(path)).suites if path.is_file() else {}
-    )
+    listed: dict[str, list[str]] = {}
+    for path in (SHIPPED / "probe.yaml", Path(suites)):
+        if path.is_file():
+            listed |= build(ProbeSuites, _mapping(path, "`suites`"), str(path)).suites
     return list(dict.fromkeys(task for name in names for task in listed.get(name, [name])))
 
 
