@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from whisper_aut.corpora.annotation import DOMAINS
+from whisper_aut.corpora.licences import allowed_id
 from whisper_aut.errors import UserError
 from whisper_aut.schema import build, compose
 
@@ -130,7 +131,7 @@ class AugmentSettings:
 @dataclass
 class LicenceSettings:
     """Which licences clips may have, by SPDX id (`CC-BY-4.0`) or without its version (`CC-BY`: every one). Empty: all, and
-    unknown ones too. A clip that states none has its source's `licence`."""
+    unknown ones too; otherwise a clip whose licence is not understood is left out. A clip that states none has its source's `licence`."""
 
     allow: list[str] = field(default_factory=list)
 
@@ -371,6 +372,11 @@ def _data_problems(data: DataSettings) -> list[str]:
         for name, share in data.domains.items()
         if share < 0
     ]
+    for entry in data.licences.allow:
+        try:
+            allowed_id(entry)
+        except UserError as error:
+            problems.append(str(error))
     if not sum(data.domains.values()) > 0:
         problems.append("data.domains: the shares sum to nothing")
     served = {source.domain for source in data.train}

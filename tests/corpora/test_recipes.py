@@ -277,6 +277,16 @@ def test_a_corpus_builds_as_it_is_published(name: str, tmp_path: Path):
         assert sum(map(len, ids.values())) == len(set.union(*ids.values()))
 
 
+def test_a_clip_whose_licence_the_tables_do_not_tell_states_none(tmp_path: Path):
+    files, _ = LAYOUTS["fsd50k"]
+    files = files | {"FSD50K.metadata/dev_clips_info_FSD50K.json": lines({})}
+    raw = lay_out(tmp_path / "raw", files)
+    command = ["data", "build", "fsd50k", str(raw), "--out", str(tmp_path / "out")]
+    assert main([*command, "--workers", "1", "--max-refused-share", "0.9"]) == 0
+    clips = samples(tmp_path / "out" / "train")
+    assert {clip.annotation.licence for clip in clips} == {""}
+
+
 def test_get_and_build_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

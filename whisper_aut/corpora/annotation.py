@@ -27,7 +27,7 @@ class Annotation:
         label: the class, or classes, of a probe task.
         language: ISO 639-1 code of the speech.
         duration_seconds: length of the clip as the builder measured it.
-        source, id, licence: where the clip comes from, its name there, and on what terms.
+        source, id, licence: where the clip comes from, its name there, and on what terms (`license` is read too).
         extra: every other field of the JSON object.
     """
 
@@ -55,6 +55,8 @@ class Annotation:
         values = {
             name: value for name, value in mapping.items() if name in known and value is not None
         }
+        if not values.get("licence") and (license := mapping.get("license")):  # as others spell it
+            values["licence"] = license if isinstance(license, str) else json.dumps(license)
         for name in known & values.keys() - {"label", "duration_seconds"}:
             if not isinstance(values[name], str):
                 raise SampleRefused(
@@ -73,7 +75,12 @@ class Annotation:
         if "duration_seconds" in values:
             values["duration_seconds"] = _seconds(values["duration_seconds"])
         return cls(
-            **values, extra={name: value for name, value in mapping.items() if name not in known}
+            **values,
+            extra={
+                name: value
+                for name, value in mapping.items()
+                if name not in known and name != "license"
+            },
         )
 
     @classmethod

@@ -1,45 +1,177 @@
-"""The many ways in which corpora write a licence → one id, and whether it is among those that are allowed.
+"""A licence as a corpus writes it → its SPDX id (https://spdx.org/licenses), and whether a config allows it.
 
-In: a licence as written (`CC BY 4.0`, `https://creativecommons.org/licenses/by/4.0/`, `Attribution NonCommercial`). Out: an SPDX id
-(https://spdx.org/licenses) where the writing is known, else the writing itself. Next: `corpora.exclusion` filters by it, `training.train`
-lists it. Nothing here is legal advice: what is compared is what a corpus says of itself.
+Only whole, known writings are understood: SPDX ids, the addresses and official titles of Creative Commons and Open Data Commons, and their
+usual abbreviations. Everything else is unknown, and no allow-list admits the unknown. This is no legal advice: it compares what corpora
+say of themselves.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 
-_VERSION = re.compile(r"(\d)(?:\.(\d))?")
-_PARTS = (
-    ("NC", r"\bnc\b|non-?commercial"),
-    ("SA", r"\bsa\b|share-?alike"),
-    ("ND", r"\bnd\b|no-?deriv\w*"),
+from whisper_aut.errors import UserError
+
+SPDX_IDS = (
+    "0BSD", "AGPL-3.0-only", "AGPL-3.0-or-later", "Apache-2.0", "Artistic-2.0", "BSD-2-Clause",
+    "BSD-3-Clause", "BSL-1.0", "C-UDA-1.0", "CC-PDDC", "CC-PDM-1.0", "CC0-1.0",
+    "CDLA-Permissive-1.0", "CDLA-Permissive-2.0", "CDLA-Sharing-1.0", "DL-DE-BY-2.0",
+    "DL-DE-ZERO-2.0", "EUPL-1.2", "GFDL-1.2-only", "GFDL-1.2-or-later", "GFDL-1.3-only",
+    "GFDL-1.3-or-later", "GPL-2.0-only", "GPL-2.0-or-later", "GPL-3.0-only", "GPL-3.0-or-later",
+    "ISC", "LAL-1.2", "LAL-1.3", "LGPL-2.1-only", "LGPL-2.1-or-later", "LGPL-3.0-only",
+    "LGPL-3.0-or-later", "MIT", "MIT-0", "MPL-2.0", "O-UDA-1.0", "ODC-By-1.0", "ODbL-1.0",
+    "OGL-Canada-2.0", "OGL-UK-1.0", "OGL-UK-2.0", "OGL-UK-3.0", "PDDL-1.0", "Unlicense",
+    "WTFPL", "etalab-2.0",
+)  # fmt: skip
+# Other writings, lower case, without "the" in front and "license" at the end.
+TITLES = {
+    "CC0-1.0": (
+        "cc0", "cc-0", "cc zero", "cc0 1.0", "cc0 1.0 universal", "creative commons 0",
+        "creative commons 0 1.0", "creative commons cc0", "creative commons zero",
+        "creative commons zero v1.0 universal", "cc0 1.0 universal public domain dedication",
+        "creative commons cc0 1.0 universal", "creative commons zero 1.0 universal",
+        "creative commons cc0 1.0 universal public domain dedication",
+    ),
+    "CC-PDM-1.0": ("public domain mark 1.0", "public domain mark 1.0 universal"),
+    "ODbL-1.0": (
+        "odbl", "odbl 1.0", "odbl v1.0", "open database license", "open database license 1.0",
+        "open database license v1.0", "open data commons open database license",
+        "open data commons open database license 1.0",
+        "open data commons open database license v1.0",
+    ),
+    "ODC-By-1.0": (
+        "odc-by", "odc by 1.0", "open data commons attribution",
+        "open data commons attribution license 1.0", "open data commons attribution license v1.0",
+    ),
+    "PDDL-1.0": (
+        "pddl", "open data commons public domain dedication & license",
+        "open data commons public domain dedication & license 1.0",
+    ),
+    "MIT": ("mit/expat", "expat"),
+    "Apache-2.0": ("apache 2.0", "apache license 2.0", "apache license version 2.0", "apache 2"),
+    "BSD-2-Clause": ('bsd 2-clause "simplified"', "bsd 2-clause"),
+    "BSD-3-Clause": ('bsd 3-clause "new" or "revised"', "bsd 3-clause"),
+    "GPL-3.0-only": ("gnu general public license v3.0 only",),
+    "GPL-3.0-or-later": ("gnu general public license v3.0 or later",),
+    "LAL-1.3": ("free art license 1.3", "free art 1.3"),
+    "OGL-UK-3.0": ("open government licence v3.0", "open government licence 3.0"),
+    "CDLA-Permissive-2.0": ("community data license agreement permissive 2.0",),
+    "C-UDA-1.0": ("computational use of data agreement v1.0",),
+}  # fmt: skip
+URLS = {
+    "creativecommons.org/publicdomain/zero/1.0": "CC0-1.0",
+    "creativecommons.org/publicdomain/mark/1.0": "CC-PDM-1.0",
+    "creativecommons.org/licenses/publicdomain": "CC-PDDC",
+    "opendatacommons.org/licenses/odbl/1-0": "ODbL-1.0",
+    "opendatacommons.org/licenses/odbl/1.0": "ODbL-1.0",
+    "opendatacommons.org/licenses/by/1-0": "ODC-By-1.0",
+    "opendatacommons.org/licenses/by/1.0": "ODC-By-1.0",
+    "opendatacommons.org/licenses/pddl/1-0": "PDDL-1.0",
+    "opendatacommons.org/licenses/pddl/1.0": "PDDL-1.0",
+    "opensource.org/licenses/mit": "MIT",
+    "opensource.org/license/mit": "MIT",
+    "apache.org/licenses/license-2.0": "Apache-2.0",
+    "artlibre.org/licence/lal/en": "LAL-1.3",
+    "artlibre.org/licence/lal": "LAL-1.3",
+}
+# Countries to whose law Creative Commons adapted its licences. The adaptations count as their version.
+PORTS = {
+    "ar": "argentina", "am": "armenia", "au": "australia", "at": "austria", "az": "azerbaijan",
+    "be": "belgium", "br": "brazil", "bg": "bulgaria", "ca": "canada", "cl": "chile",
+    "cn": "china mainland", "co": "colombia", "cr": "costa rica", "hr": "croatia",
+    "cz": "czech republic", "dk": "denmark", "ec": "ecuador", "eg": "egypt", "ee": "estonia",
+    "fi": "finland", "fr": "france", "ge": "georgia", "de": "germany", "gr": "greece",
+    "gt": "guatemala", "hk": "hong kong", "hu": "hungary", "igo": "igo", "in": "india",
+    "ie": "ireland", "il": "israel", "it": "italy", "jp": "japan", "kr": "korea",
+    "lu": "luxembourg", "mk": "macedonia", "my": "malaysia", "mt": "malta", "mx": "mexico",
+    "nl": "netherlands", "nz": "new zealand", "no": "norway", "pe": "peru", "ph": "philippines",
+    "pl": "poland", "pt": "portugal", "pr": "puerto rico", "ro": "romania", "rs": "serbia",
+    "scotland": "uk: scotland", "sg": "singapore", "si": "slovenia", "za": "south africa",
+    "es": "spain", "se": "sweden", "ch": "switzerland", "tw": "taiwan", "th": "thailand",
+    "ug": "uganda", "uk": "uk: england & wales", "us": "united states", "ve": "venezuela",
+    "vn": "vietnam",
+}  # fmt: skip
+
+_VERSION = r"(?P<version>1\.0|2\.0|2\.1|2\.5|3\.0|4\.0)"
+_TERMS = r"by(?:[-_ ]?(?P<nc>nc))?(?:[-_ ]?(?:(?P<sa>sa)|(?P<nd>nd)))?"
+_CODES = "|".join(PORTS)
+_NAMES = "|".join(re.escape(name) for name in PORTS.values())
+_CREATIVE_COMMONS = tuple(
+    map(
+        re.compile,
+        (
+            # CC-BY-NC-4.0, CC BY 3.0 US, creative commons by-sa 4.0
+            rf"(?:cc|creative commons(?: cc)?)[-_ ]?{_TERMS}"
+            rf"(?:[-_ ]?v?{_VERSION}(?:[-_ ](?:{_CODES}|international|unported|generic))?)?",
+            # Attribution-NonCommercial-ShareAlike 4.0 International
+            r"(?:creative commons )?attribution(?:[- ](?P<nc>non[- ]?commercial))?"
+            r"(?:[- ](?:(?P<sa>share[- ]?alike)|(?P<nd>no[- ]?deriv(?:ative)?s(?:[- ]works)?|"
+            r"no[- ]?derivative works)))?(?: aka music sharing)?"
+            rf"(?: v?{_VERSION}(?: (?:international|unported|generic|{_NAMES}))?)?",
+            rf"creativecommons\.org/licenses/{_TERMS}(?:/{_VERSION}(?:/(?:{_CODES}))?)?",
+        ),
+    )
 )
-_PLAIN = {"mit": "MIT", "apache 2.0": "Apache-2.0", "apache-2.0": "Apache-2.0", "cc0": "CC0-1.0"}
-_SAMPLING = re.compile(r"sampling")
+_KNOWN = {name.lower(): name for name in SPDX_IDS} | {
+    title: name for name, titles in TITLES.items() for title in titles
+}
+_OWN = re.compile(r"licenseref-[a-z0-9.-]+")
 
 
 @lru_cache(maxsize=4096)
 def licence_id(written: str) -> str:
-    """Return the SPDX id of a licence as written; without a version where none is stated, `""` for nothing."""
-    text = re.sub(r"[\s_/]+", " ", written.strip().lower())
-    if text in _PLAIN:
-        return _PLAIN[text]
-    if re.search(r"publicdomain zero|\bcc-?0\b|\bcc zero\b|creative commons 0", text):
-        return "CC0-1.0"
-    if _SAMPLING.search(text) or not re.search(r"\bby\b|attribution", text):
+    """Return the SPDX id of a licence as written, without a version where none is stated, or `""` where it is not understood.
+
+    A licence of one's own is written as SPDX has it, `LicenseRef-NAME`.
+    """
+    text = re.sub(r"[‐‑‒–—−]", "-", unicodedata.normalize("NFKC", written))
+    text = " ".join(text.lower().replace(",", " ").split())
+    text = text.replace("(aka music sharing)", "aka music sharing")
+    if brackets := re.fullmatch(r"(.+?) ?\((.+?)\)(.*)", text):  # around the short form of a title
+        title = licence_id(brackets[1] + brackets[3])
+        return title if title == licence_id(brackets[2]) else ""
+    if _OWN.fullmatch(text):
         return written.strip()
-    parts = ["CC", "BY", *(name for name, pattern in _PARTS if re.search(pattern, text))]
-    version = _VERSION.search(text)
-    return "-".join(parts) + (f"-{version[1]}.{version[2] or 0}" if version else "")
+    if address := re.fullmatch(r"(?:https?://)?(?:www\.)?([a-z]+\.org/.+)", text):
+        text = re.sub(r"/?(?:(?:deed|legalcode)(?:[.-][a-z_-]+)?|\.html|\.txt)$", "", address[1])
+        text = text.rstrip("/")
+        if text in URLS:
+            return URLS[text]
+    text = re.sub(r" (?:public )?licen[cs]e$| deed$", "", text.removeprefix("the "))
+    text = text.replace(" and ", " & ")
+    if text in _KNOWN:
+        return _KNOWN[text]
+    for pattern in _CREATIVE_COMMONS:
+        if found := pattern.fullmatch(text):
+            terms = [name.upper() for name in ("nc", "sa", "nd") if found[name]]
+            return "-".join(["CC", "BY", *terms, *filter(None, [found["version"]])])
+    return ""
 
 
 def allows(allowed: Sequence[str], written: str) -> bool:
-    """Return whether a licence is one of `allowed`; one of these without a version stands for every version, an empty list for all."""
-    if not allowed:
-        return True
+    """Return whether a licence is one of `allowed`: one of these without a version stands for every version, an empty list for all.
+
+    Raises:
+        UserError: an entry of `allowed` is not understood.
+    """
     own = licence_id(written)
-    return any(
-        own == wanted or re.fullmatch(re.escape(wanted) + r"-\d\.\d", own)
-        for wanted in map(licence_id, allowed)
+    wanted = [allowed_id(entry) for entry in allowed]
+    return not wanted or any(
+        own and (own == entry or re.fullmatch(re.escape(entry) + r"-\d\.\d", own))
+        for entry in wanted
     )
+
+
+def allowed_id(entry: str) -> str:
+    """Return the SPDX id of an entry of an allow-list.
+
+    Raises:
+        UserError: it is not understood, so it would allow nothing.
+    """
+    found = licence_id(entry)
+    if not found:
+        raise UserError(
+            f"data.licences.allow: {entry!r} is no licence that is understood. Give SPDX ids (CC-BY-4.0, CC0-1.0, MIT), "
+            "CC-BY for all its versions, or LicenseRef-NAME for one of your own."
+        )
+    return found

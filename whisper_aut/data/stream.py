@@ -43,9 +43,8 @@ class StreamSource:
         }
         found: dict[str, dict[str, float]] = {}
         for written, counts in own.items():
-            total = found.setdefault(
-                licence_id(written or self.wanted.licence), {"clips": 0, "seconds": 0.0}
-            )
+            written = written or self.wanted.licence
+            total = found.setdefault(licence_id(written) or written, {"clips": 0, "seconds": 0.0})
             total["clips"] += counts["clips"]
             total["seconds"] = round(total["seconds"] + counts["seconds"], 3)
         return found

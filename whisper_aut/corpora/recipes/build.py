@@ -99,7 +99,7 @@ def build(
 
 
 def _write_manifest(recipe: Recipe, raw: Path, out: Path) -> tuple[Path, bool]:
-    """Write the rows down; a row that states no licence has the corpus's."""
+    """Write the rows down. A row without the key `licence` has the corpus's; where each clip has its own, an empty one stays empty."""
     has_splits, number = True, 0
     path, partial = out / MANIFEST_NAME, out / f".{MANIFEST_NAME}.partial"
     try:
@@ -107,7 +107,7 @@ def _write_manifest(recipe: Recipe, raw: Path, out: Path) -> tuple[Path, bool]:
         with partial.open("w", encoding="utf-8") as file:
             for number, row in enumerate(recipe.rows(raw), 1):  # noqa: B007 (the last number counts them)
                 has_splits = has_splits and bool(row.get("split") or not row["audio"])
-                if recipe.licence and not row.get("licence"):
+                if recipe.licence and "licence" not in row:
                     row["licence"] = recipe.licence
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         if not number:

@@ -37,10 +37,10 @@ class Recipe:
     Attributes:
         name, title: for commands; for tables.
         domain, task: of all clips, where the rows do not say otherwise.
-        licence: as the publisher states it.
+        licence: as the publisher states it for all clips; where it differs by clip, words that name no licence.
         source: the publisher's page.
-        rows: unpacked folder → rows with `audio` (relative to it), `text` or `label`, and where there are any `split`, `licence`,
-            `freesound_id` or `youtube_id`.
+        rows: unpacked folder → rows with `audio` (relative to it), `text` or `label`, and where there are any `split`,
+            `freesound_id` or `youtube_id`. Where licences differ by clip every row has a `licence`, empty where the tables name none.
         archives: what is fetched.
         by_hand: what a person must do, where the terms or the form of the release want it.
         clips, hours, download_gb: of the whole; None where not known.
