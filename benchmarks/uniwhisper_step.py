@@ -37,7 +37,7 @@ class Step:
             num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
         )  # fmt: skip
         self.model: Any = Qwen3ForCausalLM(config).requires_grad_(False).eval()
-        scale = embedding_scale(self.model.get_input_embeddings().weight)
+        scale = embedding_scale(self.model.get_input_embeddings())
         adapter = build_adapter(AdapterOptions(), ENCODER_WIDTH, WIDTH, scale)
         self.decoder = CausalLMDecoder(self.model, adapter, AUDIO_AT, end_token=0, identity={})
         self.lengths = tuple(frames)

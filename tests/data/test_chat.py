@@ -76,6 +76,69 @@ def test_templates_that_cannot_be_used_are_refused(codec: ChatText):
         ChatText(mute, CAPTION)
 
 
+@pytest.mark.parametrize("blank", [" ", "\n", "  ", " \n\t"])
+def test_a_blank_that_the_template_writes_before_the_end_token_is_not_the_end(
+    codec: ChatText, blank: str
+):
+    spaced = AutoTokenizer.from_pretrained(codec.tokenizer.name_or_path)
+    spaced.chat_template = (
+        "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content | trim }}"
+        + "{% if turn.role == 'assistant' %}"
+        + blank
+        + "{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    target = ChatText(spaced, CAPTION).encode(Annotation(text="rain"), "sound", 0)
+    assert spaced.decode(target.tokens[target.prompt_length :]) == "rain<|im_end|>"
+
+
+def test_what_a_template_writes_after_the_answer_is_its_end_only_where_it_is_a_special_token(
+    codec: ChatText,
+):
+    plain = AutoTokenizer.from_pretrained(codec.tokenizer.name_or_path)
+    turns = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}"
+    plain.chat_template = turns + "\n### END{% endfor %}"
+    assert ChatText(plain, CAPTION).frame.end == plain.eos_token_id
+    plain.chat_template = turns + " .{{ '<|endoftext|>' }}<|im_end|>{% endfor %}"
+    assert ChatText(plain, CAPTION).frame.end == plain.convert_tokens_to_ids("<|endoftext|>")
+    plain.chat_template, plain.eos_token = turns + "{% endfor %}", None
+    with pytest.raises(UserError, match="a token that ends an answer"):
+        ChatText(plain, CAPTION)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('System role is required') }}", "System role is required"),
+        ("{{ messages[0].content.text }}{{ messages | nothing }}", "nothing"),
+        ("{% for turn in messages %}{{ turn.content + 1 }}{% endfor %}", "str"),
+        ("{{ messages[3].content.text }}", "no element 3"),
+    ],
+)
+def test_a_chat_template_that_fails_is_a_user_error_with_its_reason(
+    codec: ChatText, template: str, why: str
+):
+    broken = AutoTokenizer.from_pretrained(codec.tokenizer.name_or_path)
+    broken.chat_template = template
+    with pytest.raises(UserError, match=rf"(?s)The chat template of .* fails on .*{why}"):
+        ChatText(broken, CAPTION)
+
+
+def test_a_date_in_the_template_is_the_one_that_was_given(codec: ChatText):
+    dated = AutoTokenizer.from_pretrained(codec.tokenizer.name_or_path)
+    dated.chat_template = (
+        "Today is {{ strftime_now('%d %b %Y') }}.{% for turn in messages %}[{{ turn.content }}"
+        "{% endfor %}<|im_end|>"
+    )
+    opening = ChatText(dated, CAPTION, date="2025-02-03").frame.opening
+    assert dated.decode(opening) == "Today is 03 Feb 2025.["
+    with pytest.raises(UserError, match=r"decoder\.date: 'yesterday' is not a day"):
+        ChatText(dated, CAPTION, date="yesterday")
+    dated.chat_template = "{% set day = '%d' %}{{ strftime_now(day) }}{{ messages[0].content }}"
+    with pytest.raises(UserError, match="prompts would change from day to day"):
+        ChatText(dated, CAPTION)
+
+
 def test_a_template_without_an_end_ends_with_the_tokenizers_own(codec: ChatText):
     plain = AutoTokenizer.from_pretrained(codec.tokenizer.name_or_path)
     plain.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"

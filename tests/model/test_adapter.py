@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from whisper_aut.errors import UserError
 from whisper_aut.model.adapter import (
@@ -53,15 +54,33 @@ def test_the_conv_adapter_is_a_strided_convolution():
 @pytest.mark.parametrize("name", sorted(ADAPTERS))
 def test_a_clip_in_a_batch_is_the_clip_alone_and_starts_at_the_embeddings_scale(name: str):
     torch.manual_seed(0)
-    embeddings = torch.randn(50, 16) * 0.03
-    adapter = build_adapter(AdapterOptions(name, frames=5), 6, 16, embedding_scale(embeddings))
+    embed = nn.Embedding.from_pretrained(torch.randn(50, 16) * 0.03)
+    adapter = build_adapter(AdapterOptions(name, frames=5), 6, 16, embedding_scale(embed))
     out, counts = adapter(frames(), LENGTHS)
     assert counts == (2, 1, 3)
     alone = [adapter(clip, (len(clip),))[0] for clip in frames().split(LENGTHS)]
     assert_close(out, torch.cat(alone))
     assert float(out.detach().square().mean().sqrt()) == pytest.approx(
-        float(embeddings.square().mean().sqrt()), rel=0.02
+        float(embed.weight.square().mean().sqrt()), rel=0.02
     )
+
+
+def test_the_starting_scale_is_that_of_embeddings_as_the_layer_returns_them():
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=5000,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+    )
+    embed = Gemma3ForCausalLM(config).get_input_embeddings()
+    returned = embed(torch.arange(5000)).detach()
+    assert embedding_scale(embed) == pytest.approx(float(returned.square().mean().sqrt()), rel=1e-5)
+    weights = float(embed.weight.detach().square().mean().sqrt())
+    assert embedding_scale(embed) == pytest.approx(8 * weights, rel=1e-5)  # √64: Gemma's own factor
 
 
 def test_bad_options_are_refused():

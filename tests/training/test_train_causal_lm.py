@@ -1,11 +1,14 @@
 """Training through a language model: swapped in by one word, frozen whatever the strategy, the adapter first where asked."""
 
 import json
+import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from tests.training.test_train import (
@@ -18,7 +21,9 @@ from tests.training.test_train import (
 from whisper_aut.errors import Interrupted
 from whisper_aut.model.language import weights_hash
 from whisper_aut.model.start import Start
+from whisper_aut.pipeline import open_run
 from whisper_aut.training import train as train_module
+from whisper_aut.training.rundir import runs_of
 from whisper_aut.training.train import train
 
 
@@ -160,3 +165,31 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
             train(settings, QUIET)
     resumed = train(settings, QUIET, resume="auto").run
     assert_same_weights(weights_of(whole), weights_of(resumed), atol=1e-6)
+
+
+def test_a_date_in_the_chat_template_is_that_of_the_runs_start_however_late_it_goes_on(
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tiny_language_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    dated = Path(shutil.copytree(tiny_language_model, tmp_path / "dated"))
+    template = (dated / "chat_template.jinja").read_text()
+    (dated / "chat_template.jinja").write_text("Today: {{ strftime_now('%d %b %Y') }}\n" + template)
+    options = ["decoder=causal_lm", f"decoder.language_model={dated}"]
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, *options)
+    with monkeypatch.context() as patch:
+        watched(patch, _SignalAt(3, 15))
+        with pytest.raises(Interrupted):
+            train(settings, QUIET)
+    (run,) = runs_of(Path(settings.runs), settings.name)
+    config = yaml.safe_load(run.config.read_text())
+    assert config["decoder"]["date"] == date.today().isoformat()
+    config["decoder"]["date"] = "2025-02-03"  # as if it had begun then
+    run.config.write_text(yaml.safe_dump(config))
+    trainers = watched(monkeypatch)
+    train(settings, QUIET, resume="auto")
+    for module in (trainers[0].lightning_module, open_run(run.path)):
+        opening = module.codec.tokenizer.decode(module.codec.frame.opening)
+        assert opening.startswith("Today: 03 Feb 2025\n")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from whisper_aut.errors import UserError, nearest
 from whisper_aut.model.transfer import sent
 
-FRAME_MS = 20
+EMBEDDINGS_AT_ONCE = 4096
 
 
 @dataclass
@@ -90,9 +90,15 @@ class ConvAdapter(StackAdapter):
 ADAPTERS: dict[str, type[StackAdapter]] = {"stack": StackAdapter, "conv": ConvAdapter}
 
 
-def embedding_scale(embeddings: Tensor) -> float:
-    """Return the root mean square of token embeddings `[V, W]`: the size at which an adapter's output begins."""
-    return float(embeddings.detach().float().square().mean().sqrt())
+@torch.no_grad()
+def embedding_scale(embed: nn.Embedding) -> float:
+    """Return the root mean square of a language model's token embeddings: the size at which an adapter's output begins.
+
+    Measured on what the layer returns: Gemma's multiplies its weights by √W.
+    """
+    tokens = torch.arange(embed.num_embeddings, device=embed.weight.device)
+    squares = [embed(some).double().square().sum() for some in tokens.split(EMBEDDINGS_AT_ONCE)]
+    return float(torch.stack(squares).sum() / embed.weight.numel()) ** 0.5
 
 
 def build_adapter(

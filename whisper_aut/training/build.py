@@ -8,9 +8,11 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import WhisperConfig
 
 from whisper_aut import __version__
@@ -243,6 +245,22 @@ def _wanted(data: DataSettings, opened: Sequence[StreamSource]) -> list[StreamSo
             "allow their licences; a source whose clips state none takes the `licence` of its entry."
         )
     return chosen
+
+
+def fix_chat_date(settings: Settings, before: Path | None) -> Settings:
+    """Set the day that a chat template may write as today: that of the run which goes on, else today.
+
+    Prompts of a run thus stay what they were, however long it takes and whenever it is asked something.
+
+    Args:
+        before: the recorded config of the run that goes on.
+    """
+    _, options = check_decoder(settings.decoder)
+    if getattr(options, "date", None) != "":  # set by the user, or a decoder without a chat
+        return settings
+    recorded = yaml.safe_load(before.read_text()) if before and before.is_file() else {}
+    day = recorded.get("decoder", {}).get("date") or datetime.now().date().isoformat()
+    return replace(settings, decoder={**settings.decoder, "date": day})
 
 
 def build_decoder(settings: Settings, start: Start) -> tuple[Any, TextCodec]:

@@ -33,6 +33,7 @@ from whisper_aut.training.build import (
     build_decoder,
     build_module,
     build_start,
+    fix_chat_date,
     run_fingerprint,
     trainer_arguments,
 )
@@ -118,6 +119,9 @@ def train(
         check_step_size(
             checkpoint, settings.data.batch_clips, _ranks(settings), settings.trainer.accumulate
         )
+    settings = fix_chat_date(
+        settings, RunDirectory(checkpoint.parent.parent).config if checkpoint else None
+    )
     parts = _build(settings, checkpoint)
     if checkpoint and (step := read_manifest(checkpoint).step) > parts.total_steps:
         raise UserError(

@@ -59,6 +59,7 @@ class CausalLMOptions:
         dtype: of the language model's weights; `bfloat16` halves a frozen one on a GPU.
         instructions: the tasks (`data.prompts`), by default the files of `conf/instructions`.
         max_tokens: longest chat in text tokens; `overflow` says what happens to a longer one.
+        date: the day that a chat template writes as today, such as 2026-11-28; by default the day on which the run started.
     """
 
     name: str = "causal_lm"
@@ -73,6 +74,7 @@ class CausalLMOptions:
     instructions: dict[str, Instruction] = field(default_factory=dict)
     max_tokens: int = 512
     overflow: Literal["cut", "drop"] = "cut"
+    date: str = ""
 
 
 def build_causal_lm(
@@ -101,10 +103,10 @@ def build_causal_lm(
                 0
             )  # a checkpoint does not hold a frozen model, so it must come out the same again
             model = type(model)(model.config).to(dtype)  # pyright: ignore[reportArgumentType]
-    codec = ChatText(tokenizer, instructions, options.max_tokens, options.overflow)
-    embeddings: Any = model.get_input_embeddings().weight
+    codec = ChatText(tokenizer, instructions, options.max_tokens, options.overflow, options.date)
+    embed: Any = model.get_input_embeddings()
     adapter = build_adapter(
-        options.adapter, start.config.d_model, embeddings.shape[1], embedding_scale(embeddings)
+        options.adapter, start.config.d_model, embed.embedding_dim, embedding_scale(embed)
     )
     identity = {
         "language_model": path,
