@@ -30,7 +30,6 @@ from whisper_aut.probes.baseline import BASELINE_NAME, LogMelBaseline
 from whisper_aut.probes.clips import WHOLE
 from whisper_aut.probes.during import ForgettingGuard, ProbeDuringTraining
 from whisper_aut.probes.embed import EmbedSettings, FrameEncoder
-from whisper_aut.probes.protocols import protocol_named
 from whisper_aut.probes.ranks import SharedEmbedding, launched_share, own_device
 from whisper_aut.probes.suite import run_suite
 from whisper_aut.probes.tasks import ProbeTask, expand_suites, load_task
@@ -170,7 +169,6 @@ class ProbeRequest:
     root: str
     padding: Padding | None
     out: Path
-    protocol: str = "strict"
     kind: str = ""
     pooling: str = "mean"
     layers: tuple[int, ...] = ()
@@ -195,11 +193,8 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
     encoders = {short: open_encoder(name, request.padding, device) for name, short in names.items()}
     request.out.mkdir(parents=True, exist_ok=True)
     if share != WHOLE:
-        rules = protocol_named(request.protocol)
         cache = request.out / "embeddings"
-        SharedEmbedding(encoders, tasks, request.root, cache, embedding, rules, request.kind).run(
-            share
-        )
+        SharedEmbedding(encoders, tasks, request.root, cache, embedding, request.kind).run(share)
         if share.rank:
             return request.out
     run_suite(
@@ -211,7 +206,6 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
         against=[names[name] for name in request.against],
         embedding=embedding,
         scores_file=request.out / "scores.json",
-        protocol=request.protocol,
         kind=request.kind,
         device=device,
     )

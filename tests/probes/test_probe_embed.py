@@ -16,12 +16,11 @@ from whisper_aut.corpora.shards import ShardFolder, open_index
 from whisper_aut.data.sample import Sample, iter_samples
 from whisper_aut.data.waveform import load_waveform
 from whisper_aut.errors import UserError
-from whisper_aut.model.windows import POOLINGS
+from whisper_aut.model.windows import POOLINGS, cut_windows, join_windows
 from whisper_aut.probes import embed
 from whisper_aut.probes.baseline import LogMelBaseline
-from whisper_aut.probes.clips import Cropping
 from whisper_aut.probes.embed import EmbedSettings, embed_task
-from whisper_aut.probes.hearing import join, pieces, segment_borders
+from whisper_aut.probes.hearing import segment_borders
 
 QUIET = EmbedSettings(quiet=True, batch_seconds=1.5, workers=2)
 
@@ -259,10 +258,10 @@ def test_an_interrupted_run_goes_on_from_its_last_part(
 
 def test_long_clips_are_heard_in_windows_that_count_each_instant_once():
     waveform = torch.randn(75 * 16_000, generator=torch.Generator().manual_seed(0)) * 0.1
-    cut = pieces(waveform, "masked")
+    cut = cut_windows(waveform)
     assert [len(piece) / 16_000 for piece in cut] == [30, 30, 19]
     encoder = LogMelBaseline()
-    joined = join(encoder.encode(cut, 16_000), "masked")
+    joined = join_windows(encoder.encode(cut, 16_000))
     assert joined.shape == (7_500, 80)
     middle = encoder.encode([waveform[20 * 16_000 : 50 * 16_000]], 16_000)[
         0
@@ -276,13 +275,11 @@ def test_segments_cover_a_clip_and_none_is_empty():
     assert segment_borders(10, 0.02, 0.01) == [(i // 2, i // 2 + 1) for i in range(20)]
 
 
-def test_crops_ours_and_the_peers():
-    waveform = torch.ones(25 * 16_000)
-    assert [len(crop) for crop in Cropping(10.0)(waveform)] == [160_000]
-    assert [len(crop) for crop in Cropping(10.0, successive=True)(waveform)] == [160_000, 160_000]
-    assert [len(crop) for crop in Cropping(30.0)(waveform)] == [400_000]
-    (filled,) = Cropping(30.0, successive=True)(waveform)
-    assert (len(filled), float(filled.sum())) == (480_000, 400_000.0)
+def test_a_crop_keeps_the_beginning_of_each_clip(tones, task_with, tiny_encoder, tmp_path):
+    task = task_with(crop_seconds=0.2)
+    found = embed_task(tiny_encoder(), task, tones, tmp_path, QUIET, view="frames")["test"]
+    assert max(found.lengths) == 20
+    assert len(found) == 30
 
 
 def test_a_crop_lets_clips_pass_that_are_a_little_too_long(task_with, tiny_encoder, tmp_path):

@@ -180,10 +180,11 @@ def test_two_folds_hold_out_a_share_to_choose_by(folds):
     assert all(0 < score <= 1 for score in runs[0].valid_scores)
 
 
-def test_a_kind_that_cannot_answer_is_told():
+def test_a_kind_that_cannot_answer_is_told(task_with):
+    birds = task_with(name="birds", metric="mAP")
     with pytest.raises(UserError, match="Able to: linear"):
-        kind_for("knn", "mAP", "birds")
+        kind_for("knn", birds)
     with pytest.raises(UserError, match="There is no probe kind 'forest'"):
-        kind_for("forest", "accuracy", "birds")
-    assert kind_for("", "mAP", "birds") == "linear"
+        kind_for("forest", birds)
+    assert kind_for("", birds) == "linear"
     assert all(kind.version for kind in KINDS.values())

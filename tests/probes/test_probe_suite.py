@@ -11,7 +11,7 @@ from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.shards import ShardFolder
 from whisper_aut.errors import UserError
 from whisper_aut.pipeline import encoder_names
-from whisper_aut.probes import metrics, protocols
+from whisper_aut.probes import metrics, suite
 from whisper_aut.probes.baseline import BASELINE_NAME, LogMelBaseline
 from whisper_aut.probes.embed import EmbedSettings
 from whisper_aut.probes.scores import AVERAGE, Scores
@@ -126,9 +126,9 @@ def test_a_record_that_was_cut_is_refused(run):
 def fits(monkeypatch):
     """Counts the probes that are really fitted."""
     counted = []
-    original = protocols.probe_rounds
+    original = suite.probe_rounds
     monkeypatch.setattr(
-        protocols, "probe_rounds", lambda *a, **k: counted.append(k["name"]) or original(*a, **k)
+        suite, "probe_rounds", lambda *a, **k: counted.append(k["name"]) or original(*a, **k)
     )
     return counted
 

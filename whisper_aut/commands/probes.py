@@ -15,7 +15,7 @@ def probe(options: argparse.Namespace, console: Console) -> None:
     conf, out = Path(options.conf), Path(options.out)
     request = ProbeRequest(
         options.encoder, options.against, tasks, options.seeds, conf, options.root, options.padding, out,
-        protocol=options.protocol, kind=options.kind, pooling=options.pooling, layers=tuple(options.layers), device=options.device,
+        kind=options.kind, pooling=options.pooling, layers=tuple(options.layers), device=options.device,
     )  # fmt: skip
     run_probe(request, console)
 
@@ -48,11 +48,6 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument("--root", default="data", help="what {root} stands for in the tasks")
     command.add_argument("--seeds", type=whole_number(1), default=5)
     add_padding(command)
-    command.add_argument(
-        "--protocol",
-        default="strict",
-        help="strict (ours), xares or maeb (the peers' rules, flaws included)",
-    )
     command.add_argument(
         "--kind",
         default="",

@@ -1,7 +1,7 @@
 """Clips of any length and number → what an encoder takes at a time, and back.
 
 In: a waveform `[S]`, then frames `[…, T, D]` of its windows. Out: the frames of the whole clip, or their mean. Next: `model.pretrained` and
-`probes.hearing`. Audio over 30 s is heard in windows that overlap; each instant counts once, seen from the window in which it lies farther
+`probes.embed`. Audio over 30 s is heard in windows that overlap; each instant counts once, seen from the window in which it lies farther
 from the edge.
 """
 

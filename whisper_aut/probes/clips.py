@@ -11,7 +11,6 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from whisper_aut.corpora.annotation import Annotation
@@ -23,13 +22,8 @@ from whisper_aut.data.waveform import SAMPLE_RATE_HZ, load_waveform
 from whisper_aut.errors import Reason, SampleRefused, UserError
 from whisper_aut.probes.tasks import ProbeTask
 
-NOT_SELECTED, CLIPPED = "not selected", "clipped"
-LEFT_OUT = (
-    NOT_SELECTED,
-    CLIPPED,
-    str(Reason.NO_LABEL),
-)  # clips that are no part of the task, as against clips that are broken
-CLIPPED_PEAK = 0.99
+NOT_SELECTED = "not selected"
+LEFT_OUT = (NOT_SELECTED, str(Reason.NO_LABEL))  # not part of the task, as opposed to broken
 
 
 @dataclass(frozen=True)
@@ -40,34 +34,6 @@ class Clip:
     label: Any
     waveform: Tensor
     seen: int
-
-
-@dataclass(frozen=True)
-class Cropping:
-    """How clips are cut.
-
-    Attributes:
-        seconds: None for whole clips.
-        successive: X-ARES's way: every full crop is a clip of its own, the rest is dropped, and a short clip is filled up with
-            silence. Otherwise one crop, from the beginning, as long as the clip allows.
-        drop_clipped: leave out clips whose peak reaches `CLIPPED_PEAK`.
-    """
-
-    seconds: float | None = None
-    successive: bool = False
-    drop_clipped: bool = False
-
-    def __call__(self, waveform: Tensor) -> list[Tensor]:
-        """`[S]` → crops of it."""
-        if self.seconds is None:
-            return [waveform]
-        length = round(self.seconds * SAMPLE_RATE_HZ)
-        if not self.successive:
-            return [waveform[:length]]
-        whole = len(waveform) // length
-        if not whole:
-            return [torch.nn.functional.pad(waveform, (0, length - len(waveform)))]
-        return list(waveform[: whole * length].split(length))
 
 
 @dataclass(frozen=True)
@@ -106,7 +72,6 @@ class ClipReader:
     index: ShardIndex
     task: ProbeTask
     limits: ClipLimits
-    cropping: Cropping
     workers: int
     skip: int
     advance: Callable[[], None]
@@ -126,19 +91,12 @@ class ClipReader:
             lambda item: len(item.audio),
             self.workers,
         ):
-            yield from self._crops(found, waveform)
-
-    def _crops(self, found: "_Found", waveform: Tensor | SampleRefused) -> Iterator[Clip]:
-        if isinstance(waveform, SampleRefused):
-            self.left_out.append((found.seen, str(waveform.reason)))
-            return
-        if self.cropping.drop_clipped and waveform.abs().max() >= CLIPPED_PEAK:
-            self.left_out.append((found.seen, CLIPPED))
-            return
-        for number, crop in enumerate(self.cropping(waveform)):
-            yield Clip(
-                f"{found.key}#{number}" if number else found.key, found.label, crop, found.seen
-            )
+            if isinstance(waveform, SampleRefused):
+                self.left_out.append((found.seen, str(waveform.reason)))
+                continue
+            if self.task.crop_seconds is not None:
+                waveform = waveform[: round(self.task.crop_seconds * SAMPLE_RATE_HZ)]
+            yield Clip(found.key, found.label, waveform, found.seen)
 
     def _found(self) -> Iterator["_Found"]:
         for seen, item in enumerate(islice(iter_samples(self.index, self.limits), self.stop), 1):

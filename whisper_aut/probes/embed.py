@@ -26,7 +26,13 @@ from whisper_aut.corpora.shards import ShardIndex, open_index
 from whisper_aut.data.logmel import WINDOW_SECONDS
 from whisper_aut.data.waveform import SAMPLE_RATE_HZ
 from whisper_aut.errors import Reason, UserError
-from whisper_aut.model.windows import BATCH_SECONDS, batches_by_seconds, pooling_named
+from whisper_aut.model.windows import (
+    BATCH_SECONDS,
+    batches_by_seconds,
+    cut_windows,
+    join_windows,
+    pooling_named,
+)
 from whisper_aut.probes.cache import (
     Embeddings,
     PartialEmbeddings,
@@ -34,11 +40,11 @@ from whisper_aut.probes.cache import (
     read_embeddings,
     write_embeddings,
 )
-from whisper_aut.probes.clips import LEFT_OUT, WHOLE, Clip, ClipReader, Cropping, Share
-from whisper_aut.probes.hearing import Hearing, View, join, pieces
+from whisper_aut.probes.clips import LEFT_OUT, WHOLE, Clip, ClipReader, Share
+from whisper_aut.probes.hearing import View
 from whisper_aut.probes.tasks import ProbeTask
 
-EMBED_VERSION = 2  # raise it when anything here changes what an embedding is
+EMBED_VERSION = 3  # raise it when anything here changes what an embedding is
 WINDOW_BATCHES = 8  # clips are sorted by length within this many batches
 PART_SECONDS = 60.0  # an interrupted run loses at most so much work
 
@@ -65,7 +71,6 @@ class EmbedSettings:
 
     Attributes:
         layers: of the encoder, 0 for what enters the first; none for its output.
-        hearing, successive_crops, drop_clipped: see `probes.hearing` and `probes.clips`; X-ARES's ways are not the defaults.
         batch_seconds: audio encoded at once; the memory that encoding takes grows with it.
         workers: decoding threads.
         max_refused_share: of a folder's clips, above which broken audio is fatal.
@@ -74,9 +79,6 @@ class EmbedSettings:
 
     pooling: str = "mean"
     layers: tuple[int, ...] = ()
-    hearing: Hearing = "masked"
-    successive_crops: bool = False
-    drop_clipped: bool = False
     limits: ClipLimits = field(default_factory=lambda: LONG_CLIPS)
     batch_seconds: float = BATCH_SECONDS
     workers: int = min(8, os.cpu_count() or 1)
@@ -140,7 +142,7 @@ def folder_identity(
             *(task.event if task.answer == "events" else ()),
         ],
         "select": {name: sorted(values) for name, values in task.select.items()},
-        "crop": [task.crop_seconds, settings.successive_crops, settings.drop_clipped],
+        "crop_seconds": task.crop_seconds,
         "limits": asdict(settings.limits),
     }
 
@@ -166,9 +168,7 @@ def view_of(encoder: FrameEncoder, settings: EmbedSettings, name: str, task: Pro
     if name == "layers" and not layers:
         layers = tuple(range(encoder.layers + 1))  # pyright: ignore[reportAttributeAccessIssue]
     pooling = getattr(encoder, "pooling", settings.pooling)
-    return View(
-        name, pooling, layers, task.segment_seconds if name == "segments" else 0.0, settings.hearing
-    )
+    return View(name, pooling, layers, task.segment_seconds if name == "segments" else 0.0)
 
 
 def frame_seconds(encoder: FrameEncoder) -> float:
@@ -235,22 +235,20 @@ def _embed(
             total=total,
             completed=begun,
         )
-        cropping = Cropping(task.crop_seconds, settings.successive_crops, settings.drop_clipped)
         skip = max(seen, first)
         reader = ClipReader(
             index,
             task,
             settings.limits,
-            cropping,
             settings.workers,
             skip,
             lambda: bar.advance(line),
             stop,
         )
-        for window, whole in _windows(reader, settings.batch_seconds, _padded(encoder, view)):
+        for window in _windows(reader, settings.batch_seconds, _padded(encoder)):
             rows += _encode(encoder, [clip.waveform for clip in window], settings, view, hop)
             clips += [Clip(clip.key, clip.label, torch.empty(0), clip.seen) for clip in window]
-            if whole and time.monotonic() - written > PART_SECONDS:
+            if time.monotonic() - written > PART_SECONDS:
                 parts.append(_collect(rows, clips, view, index))
                 partial.write(
                     parts[-1],
@@ -269,12 +267,12 @@ def _encode(
     encoder: FrameEncoder, waveforms: list[Tensor], settings: EmbedSettings, view: View, hop: float
 ) -> list[Tensor]:
     """Encode clips, their pieces batched by length, and pool each."""
-    cut = [pieces(waveform, view.hearing) for waveform in waveforms]
+    cut = [cut_windows(waveform) for waveform in waveforms]
     flat = [(i, j) for i, listed in enumerate(cut) for j in range(len(listed))]
     frames: dict[tuple[int, int], Tensor] = {}
     layers = {"layers": view.layers} if view.layers else {}
     lengths = [len(cut[i][j]) for i, j in flat]
-    for batch in _batches(lengths, settings.batch_seconds, _padded(encoder, view)):
+    for batch in _batches(lengths, settings.batch_seconds, _padded(encoder)):
         encoded = encoder.encode(
             [cut[i][j] for i, j in (flat[b] for b in batch)], SAMPLE_RATE_HZ, **layers
         )
@@ -282,8 +280,7 @@ def _encode(
             zip((flat[b] for b in batch), (clip.float() for clip in encoded), strict=True)
         )
     joined = (
-        join([frames[i, j] for j in range(len(listed))], view.hearing)
-        for i, listed in enumerate(cut)
+        join_windows([frames[i, j] for j in range(len(listed))]) for i, listed in enumerate(cut)
     )
     return [view(clip, hop).cpu() for clip in joined]
 
@@ -302,23 +299,21 @@ def _collect(rows: list[Tensor], clips: list[Clip], view: View, index: ShardInde
     )
 
 
-def _padded(encoder: FrameEncoder, view: View) -> bool:
-    return view.hearing == "padded" or getattr(encoder, "padding", "none") == "30s"
+def _padded(encoder: FrameEncoder) -> bool:
+    return getattr(encoder, "padding", "none") == "30s"
 
 
-def _windows(
-    reader: ClipReader, batch_seconds: float, padded: bool
-) -> Iterator[tuple[list[Clip], bool]]:
-    """Collect clips into windows of some batches; a window is `whole` where no crop of its last sample is still to come."""
+def _windows(reader: ClipReader, batch_seconds: float, padded: bool) -> Iterator[list[Clip]]:
+    """Collect clips into windows of some batches."""
     window, seconds = [], 0.0
     for clip in reader:
         if seconds >= WINDOW_BATCHES * batch_seconds:
-            yield window, clip.seen != window[-1].seen
+            yield window
             window, seconds = [], 0.0
         window.append(clip)
         seconds += WINDOW_SECONDS if padded else len(clip.waveform) / SAMPLE_RATE_HZ
     if window:
-        yield window, True
+        yield window
 
 
 def _batches(lengths: list[int], batch_seconds: float, padded: bool) -> Iterator[list[int]]:

@@ -1,28 +1,17 @@
-"""A clip → what a probe sees of it: the pieces that an encoder takes, their frames joined again, and pooled.
+"""What a probe sees of a clip's frames: all of them, pooled, pooled per segment, or pooled per layer.
 
-In: a waveform `[S]` of any length, then frames `[T, D]` or `[layers, T, D]` of its pieces. Out: one vector, one per layer, one per
-segment, or the frames. Next: `probes.embed`. Clips longer than the encoder's window are heard in windows that overlap; each instant
-counts once, seen from the window in which it lies farther from the edge. Only frames that hold the clip are averaged, except under the
-`padded` hearing, which is X-ARES's: chunks of ten seconds, each in thirty seconds of silence, silence included in the mean.
+In: frames `[T, D]` or `[layers, T, D]` of a clip. Out: one vector, one per layer, one per segment, or the frames. Only frames that hold
+the clip are averaged.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from whisper_aut.data.logmel import MAX_SAMPLES
-from whisper_aut.data.waveform import SAMPLE_RATE_HZ
-from whisper_aut.model.windows import cut_windows, join_windows, pooling_named
-
-PADDED_CHUNK_SECONDS = 10
-CHUNK_SAMPLES = PADDED_CHUNK_SECONDS * SAMPLE_RATE_HZ
-
-Hearing = Literal["masked", "padded"]
+from whisper_aut.model.windows import pooling_named
 
 
 @dataclass(frozen=True)
@@ -34,14 +23,12 @@ class View:
         pooling: a key of `POOLINGS`.
         layers: which layers, 0 for what enters the first; none for the encoder's output.
         segment_seconds: the grid of `segments`.
-        hearing: `masked` or `padded`.
     """
 
     name: str = "pooled"
     pooling: str = "mean"
     layers: tuple[int, ...] = ()
     segment_seconds: float = 0.0
-    hearing: Hearing = "masked"
 
     def __post_init__(self) -> None:
         pooling_named(self.pooling)
@@ -58,23 +45,6 @@ class View:
             borders = segment_borders(len(frames), frame_seconds, self.segment_seconds)
             return torch.stack([pool(frames[start:end]) for start, end in borders])
         return pool(frames)
-
-
-def pieces(waveform: Tensor, hearing: Hearing) -> list[Tensor]:
-    """Cut `[S]` into waveforms that an encoder takes."""
-    if hearing == "padded":
-        return [
-            torch.nn.functional.pad(chunk, (0, MAX_SAMPLES - len(chunk)))
-            for chunk in waveform.split(CHUNK_SAMPLES)
-        ]
-    return cut_windows(waveform)
-
-
-def join(frames: Sequence[Tensor], hearing: Hearing) -> Tensor:
-    """Put the frames `[…, T, D]` of a clip's pieces end to end."""
-    if hearing == "padded":
-        return torch.cat(list(frames), -2)
-    return join_windows(frames)
 
 
 def segment_borders(

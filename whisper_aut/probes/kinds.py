@@ -16,6 +16,7 @@ from whisper_aut.probes.items import class_names, items_of, strata
 from whisper_aut.probes.metrics import ANSWERS, Answer
 from whisper_aut.probes.rounds import Round, check_rounds
 from whisper_aut.probes.selection import ClassLearner, Learner, SeedRun, join_rounds, score_round
+from whisper_aut.probes.tasks import ProbeTask
 
 View = Literal["pooled", "layers", "segments", "frames"]
 
@@ -108,20 +109,19 @@ DEFAULT_KINDS: dict[Answer, str] = {
 }
 
 
-def kind_for(name: str, metric: str, task: str) -> str:
-    """Return the kind that is to answer a task: `name`, or the usual one for its metric where `name` is empty.
+def kind_for(name: str, task: ProbeTask) -> str:
+    """Return the kind that is to answer a task: `name`, else the task's own, else the usual one for its metric.
 
     Raises:
         UserError: there is no such kind, or it does not answer such a task.
     """
-    answer = ANSWERS[metric]
-    chosen = name or DEFAULT_KINDS[answer]
+    chosen = name or task.kind or DEFAULT_KINDS[task.answer]
     if chosen not in KINDS:
         raise UserError(f"There is no probe kind {chosen!r}. There are: {', '.join(KINDS)}.")
-    if answer not in KINDS[chosen].answers:
-        able = ", ".join(kind for kind, facts in KINDS.items() if answer in facts.answers)
+    if task.answer not in KINDS[chosen].answers:
+        able = ", ".join(kind for kind, facts in KINDS.items() if task.answer in facts.answers)
         raise UserError(
-            f"Probe task {task!r} is scored by {metric}, which a {chosen} probe does not give. Able to: {able}."
+            f"Probe task {task.name!r} is scored by {task.metric}, which a {chosen} probe does not give. Able to: {able}."
         )
     return chosen
 
@@ -144,7 +144,7 @@ def probe_rounds(
         UserError: an empty split, a single class, or a class that is tested but never trained on.
     """
     check_rounds(rounds, name)
-    chosen = KINDS[kind_for(kind, metric, name)]
+    chosen = KINDS[kind or DEFAULT_KINDS[ANSWERS[metric]]]
     question = Question(metric, class_names(rounds, ANSWERS[metric], name), segment_seconds, device)
     runs = []
     for one in rounds:

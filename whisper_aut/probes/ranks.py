@@ -24,7 +24,7 @@ from whisper_aut.probes.embed import (
     folder_identity,
     view_of,
 )
-from whisper_aut.probes.protocols import Protocol
+from whisper_aut.probes.kinds import KINDS, kind_for
 from whisper_aut.probes.tasks import ProbeTask
 
 PATIENCE = timedelta(
@@ -48,7 +48,6 @@ class SharedEmbedding:
 
     Attributes:
         encoders, tasks, root, cache, embedding, kind: as `suite.run_suite` takes them.
-        rules: the protocol.
     """
 
     encoders: Mapping[str, FrameEncoder]
@@ -56,7 +55,6 @@ class SharedEmbedding:
     root: str | Path | None
     cache: str | Path
     embedding: EmbedSettings
-    rules: Protocol
     kind: str
 
     def run(self, share: Share) -> None:
@@ -65,12 +63,8 @@ class SharedEmbedding:
         Raises:
             UserError: what `embed_task` raises, another rank is gone, or the ranks do not see one cache folder.
         """
-        views = {
-            task.name: self.rules.view_of(self.rules.kind_of(task, self.kind))
-            for task in self.tasks
-        }
+        views = {task.name: KINDS[kind_for(self.kind, task)].view for task in self.tasks}
         fingerprints = {name: encoder.fingerprint() for name, encoder in self.encoders.items()}
-        settings = self.rules.embedding(self.embedding)
         dist.init_process_group("gloo", timeout=PATIENCE)
         try:
             for name, encoder in self.encoders.items():
@@ -80,7 +74,7 @@ class SharedEmbedding:
                         task,
                         self.root,
                         self.cache,
-                        settings,
+                        self.embedding,
                         fingerprints[name],
                         views[task.name],
                         share,
@@ -92,27 +86,28 @@ class SharedEmbedding:
                     f"Another rank is gone: {str(error).splitlines()[0][:300]}. Start again: shares are kept."
                 ) from error
             if share.rank == 0:
-                self._join(share.ranks, settings, fingerprints, views)
+                self._join(share.ranks, fingerprints, views)
         finally:
             dist.destroy_process_group()
 
     def _join(
         self,
         ranks: int,
-        settings: EmbedSettings,
         fingerprints: Mapping[str, str],
         views: Mapping[str, str],
     ) -> None:
         for name, encoder in self.encoders.items():
             for task in self.tasks:
-                view = view_of(encoder, settings, views[task.name], task)
+                view = view_of(encoder, self.embedding, views[task.name], task)
                 for index in (
                     open_index(folder)
                     for part in task.parts
                     for folder in task.folders(part, self.root)
                 ):
-                    identity = folder_identity(fingerprints[name], view, index, task, settings)
-                    join_shares(self.cache, identity, ranks, index, settings)
+                    identity = folder_identity(
+                        fingerprints[name], view, index, task, self.embedding
+                    )
+                    join_shares(self.cache, identity, ranks, index, self.embedding)
 
 
 def join_shares(

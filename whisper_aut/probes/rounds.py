@@ -12,6 +12,7 @@ import numpy as np
 
 from whisper_aut.errors import UserError
 from whisper_aut.probes.cache import Embeddings
+from whisper_aut.probes.tasks import ProbeTask
 
 TRAIN_SHARE = 0.9
 HELD_OUT_SHARE = 0.2  # of the training clips, where a task has no validation split
@@ -47,6 +48,13 @@ class Draw:
 
     trials: tuple[tuple[np.ndarray, np.ndarray], ...]  # (clips to fit, clips to validate on)
     final: np.ndarray
+
+
+def rounds_of(parts: dict[str, Embeddings], task: ProbeTask) -> list[Round]:
+    """Return the rounds of a task: one for splits, one per fold for folds."""
+    if task.split.scheme == "folds":
+        return fold_rounds(list(parts.values()))
+    return [split_round(parts)]
 
 
 def split_round(splits: dict[str, Embeddings]) -> Round:

@@ -1,8 +1,8 @@
 """Encoders × tasks → `Scores`: embed once, probe with every seed, compare in pairs.
 
-In: encoders by name (log-mel statistics are one more), tasks, seeds, a protocol. Out: `Scores`. Next: `report`. The default protocol,
-`strict`: official splits and folds, pooling over valid frames, settings chosen on validation only, each test part read once a seed. A
-score that a file already holds is taken from it only if encoder, data and settings hash to the same.
+In: encoders by name (log-mel statistics are one more), tasks, seeds. Out: `Scores`. Next: `report`. The protocol, `strict`: official
+splits and folds, pooling over valid frames, settings chosen on validation only, each test part read once a seed. A score that a file
+already holds is taken from it only if encoder, data and settings hash to the same.
 """
 
 import hashlib
@@ -27,10 +27,18 @@ from whisper_aut.probes.embed import (
 )
 from whisper_aut.probes.hearing import View
 from whisper_aut.probes.items import class_names
-from whisper_aut.probes.kinds import KINDS
+from whisper_aut.probes.kinds import KINDS, kind_for, probe_rounds
 from whisper_aut.probes.metrics import METRIC_VERSIONS
-from whisper_aut.probes.protocols import Protocol, protocol_named, rounds_of
-from whisper_aut.probes.scores import AVERAGE, NO_ASR, Comparison, Confusion, Scores, TaskScore
+from whisper_aut.probes.rounds import TRAIN_SHARE, rounds_of
+from whisper_aut.probes.scores import (
+    AVERAGE,
+    NO_ASR,
+    PROTOCOL,
+    Comparison,
+    Confusion,
+    Scores,
+    TaskScore,
+)
 from whisper_aut.probes.selection import SeedRun
 from whisper_aut.probes.stats import holm, paired_difference
 from whisper_aut.probes.tasks import ProbeTask
@@ -48,7 +56,6 @@ class _Plan:
     cache: str | Path
     seeds: tuple[int, ...]
     embedding: EmbedSettings
-    protocol: Protocol
     kind: str
     device: str
 
@@ -63,7 +70,6 @@ def run_suite(
     against: Sequence[str] = (),
     embedding: EmbedSettings | None = None,
     scores_file: str | Path | None = None,
-    protocol: str = "strict",
     kind: str = "",
     device: str = "cpu",
 ) -> Scores:
@@ -75,31 +81,19 @@ def run_suite(
         cache: folder for embeddings.
         against: names of encoders that all others are compared with, pair by pair.
         scores_file: read for scores that still hold, and written after each new one, so that an interrupted run goes on.
-        protocol: a key of `protocols.PROTOCOLS`.
         kind: of probe, a key of `kinds.KINDS`; empty for each task's own.
         device: where probes are fitted.
 
     Raises:
         UserError: nothing to do, two tasks of one name, an unknown name, or whatever is wrong with a task.
     """
-    _check(encoders, tasks, seeds, against, protocol)
-    rules = protocol_named(protocol)
-    plan = _Plan(
-        root,
-        cache,
-        tuple(seeds),
-        rules.embedding(embedding or EmbedSettings()),
-        rules,
-        kind,
-        device,
-    )
+    _check(encoders, tasks, seeds, against)
+    plan = _Plan(root, cache, tuple(seeds), embedding or EmbedSettings(), kind, device)
     for task in tasks:
-        rules.kind_of(
-            task, kind
-        )  # every task that cannot be probed so is told before anything is embedded
+        kind_for(kind, task)  # a task that this kind cannot answer is reported before embedding
     fingerprints = {name: encoder.fingerprint() for name, encoder in encoders.items()}
     known = {entry.identity: entry for entry in _stored(scores_file)}
-    scores = Scores((), (), tuple(seeds), _settings(plan), protocol)
+    scores = Scores((), (), tuple(seeds), _settings(plan))
     for task in tasks:
         for name, encoder in encoders.items():
             identity = _identity(encoder, fingerprints[name], task, plan)
@@ -162,11 +156,15 @@ def _compare_pair(scores: Scores, encoder: str, base: str) -> list[Comparison]:
 def _score(
     encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _Plan, identity: str
 ) -> TaskScore:
-    kind = plan.protocol.kind_of(task, plan.kind)
-    view = plan.protocol.view_of(kind)
+    kind = kind_for(plan.kind, task)
+    view = KINDS[kind].view
     parts = embed_task(encoder, task, plan.root, plan.cache, plan.embedding, fingerprint, view)
     classes = _check_classes(task, parts)
-    runs = plan.protocol.run(parts, task, kind, plan.seeds, plan.device)
+    rounds = rounds_of(parts, task)
+    runs = probe_rounds(
+        rounds, metric=task.metric, kind=kind, seeds=plan.seeds, segment_seconds=task.segment_seconds,
+        device=plan.device, name=task.name,
+    )  # fmt: skip
     tested = [
         part for name, part in parts.items() if name == "test" or task.split.scheme == "folds"
     ]
@@ -194,10 +192,7 @@ def _score(
         pooling=view_of(encoder, plan.embedding, view, task).pooling,
         identity=identity,
         kind=kind,
-        protocol=plan.protocol.name,
-        confusion=_confusion(
-            runs, class_names(rounds_of(parts, task), task.answer, task.name), truth
-        )
+        confusion=_confusion(runs, class_names(rounds, task.answer, task.name), truth)
         if labels
         else None,
         embedded=_embedded(fingerprint, task, plan, view_of(encoder, plan.embedding, view, task)),
@@ -205,12 +200,8 @@ def _score(
     )
 
 
-def _confusion(
-    runs: Sequence[SeedRun], classes: Sequence[str], truth: Sequence[str]
-) -> Confusion | None:
-    """Count what was taken for what; None where a protocol keeps no predictions."""
-    if not all(len(part) for run in runs for part in run.predicted) or not runs[0].predicted:
-        return None
+def _confusion(runs: Sequence[SeedRun], classes: Sequence[str], truth: Sequence[str]) -> Confusion:
+    """Count what was predicted for each true class, over all seeds and folds."""
     counts = np.zeros((len(classes), len(classes)), dtype=int)
     true = np.searchsorted(classes, truth)
     for run in runs:
@@ -266,8 +257,8 @@ def _check_classes(task: ProbeTask, parts: dict[str, Embeddings]) -> int:
 
 def _identity(encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _Plan) -> str:
     """Hash all that a score depends on; a task's title and weight are not among it."""
-    kind = plan.protocol.kind_of(task, plan.kind)
-    view = view_of(encoder, plan.embedding, plan.protocol.view_of(kind), task)
+    kind = KINDS[kind_for(plan.kind, task)]
+    view = view_of(encoder, plan.embedding, kind.view, task)
     data = {
         part: [
             folder_identity(fingerprint, view, open_index(folder), task, plan.embedding)
@@ -276,9 +267,12 @@ def _identity(encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _P
         for part in task.parts
     }
     probe = {
-        **plan.protocol.identity(kind),
+        "kind": kind_for(plan.kind, task),
+        "version": kind.version,
+        "candidates": list(kind.candidates),
+        "share": TRAIN_SHARE,
         "seeds": list(plan.seeds),
-        "protocol": plan.protocol.name,
+        "protocol": PROTOCOL,
     }
     metric = METRIC_VERSIONS.get(task.metric, task.metric)
     facts = [task.name, task.domain, metric, task.classes, task.segment_seconds]
@@ -298,7 +292,6 @@ def _settings(plan: _Plan) -> dict[str, Any]:
         },
         "kind": plan.kind or "each task's own",
         "candidates": {name: list(kind.candidates) for name, kind in KINDS.items()},
-        "protocol": plan.protocol.description,
     }
 
 
@@ -317,13 +310,11 @@ def _check(
     tasks: Sequence[ProbeTask],
     seeds: Sequence[int],
     against: Sequence[str],
-    protocol: str,
 ) -> None:
     if not (encoders and tasks and seeds):
         raise UserError(
             f"Nothing to probe: {len(encoders)} encoders, {len(tasks)} tasks, {len(seeds)} seeds."
         )
-    protocol_named(protocol)
     twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
     if twice:
         raise UserError(f"Two probe tasks have the name {twice[0]!r}. Give each its own.")

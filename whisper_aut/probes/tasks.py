@@ -42,14 +42,6 @@ class SplitScheme:
 
 
 @dataclass(frozen=True)
-class XaresTraining:
-    """How long X-ARES trains its probe of a task, for its protocol alone: epochs, and clips a step."""
-
-    epochs: int = 10
-    batch_clips: int = 32
-
-
-@dataclass(frozen=True)
 class ProbeTask:
     """One task over shards.
 
@@ -70,7 +62,6 @@ class ProbeTask:
         classes: how many classes there must be, where that is known.
         crop_seconds: only so much of a clip's beginning is heard.
         segment_seconds: for events, the grid on which they are scored.
-        xares: how long X-ARES trains.
     """
 
     name: str
@@ -94,7 +85,6 @@ class ProbeTask:
     classes: int | None = None
     crop_seconds: float | None = None
     segment_seconds: float = 0.0
-    xares: XaresTraining = field(default_factory=XaresTraining)
 
     @property
     def answer(self) -> Answer:
@@ -215,10 +205,6 @@ def task_from_mapping(values: Mapping[str, Any], where: str) -> ProbeTask:
         problems.append(f"weight: must be above 0, got {task.weight:g}")
     if task.classes is not None and task.classes < 2:
         problems.append(f"classes: must be at least 2, got {task.classes}")
-    if min(task.xares.epochs, task.xares.batch_clips) < 1:
-        problems.append(
-            f"xares: epochs and batch_clips must be at least 1, got {task.xares.epochs} and {task.xares.batch_clips}"
-        )
     problems += _folder_problems(task)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)

@@ -13,7 +13,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from whisper_aut.probes.kinds import KINDS
-from whisper_aut.probes.protocols import PROTOCOLS
 from whisper_aut.probes.scores import AVERAGE, NO_ASR, Comparison, Scores
 
 BLANK = "–"
@@ -22,11 +21,6 @@ METRIC_NAMES = {
     "segment_f1_macro": "segment F1, macro",
     "segment_f1_micro": "segment F1, micro",
     "word_accuracy": "1 − word error rate",
-}
-SEED_MEANINGS = {
-    "strict": "trains on another stratified 90 % of the training clips",
-    "xares": "starts the probe from other weights",
-    "maeb": "draws other clips",
 }
 KIND_NAMES = {name: kind.title for name, kind in KINDS.items()}
 
@@ -179,15 +173,14 @@ def _score_caption(scores: Scores) -> str:
     parts = []
     if len(scores.seeds) > 1:
         parts.append(
-            f"± is the standard deviation over {len(scores.seeds)} seeds, each of which {SEED_MEANINGS[scores.protocol]}, and over "
-            "folds where a task has them; that of averages is over seeds. It says how far a score hangs on training clips."
+            f"± is the standard deviation over {len(scores.seeds)} seeds, each of which trains on another stratified 90 % of the "
+            "training clips, and over folds where a task has them; that of averages is over seeds. It says how far a score hangs on "
+            "training clips."
         )
     elif any(entry.folds > 1 for entry in scores.entries):
         parts.append("One seed: ± is the standard deviation over folds.")
     else:
         parts.append("One seed: no standard deviation.")
-    if scores.protocol != "strict":
-        parts.append(f"Protocol {scores.protocol}: {PROTOCOLS[scores.protocol].description}.")
     skipped = [
         f"{entry.task} {split}: {count} {reason}"
         for entry in {entry.task: entry for entry in scores.entries}.values()
