@@ -83,6 +83,7 @@ def test_tasks_and_suites_of_the_package_are_known_everywhere(tmp_path: Path):
     (tmp_path / "conf" / "probe.yaml").write_text("suites: {ours: [esc50, own]}\n")
     (tasks / "own.yaml").write_text((SHIPPED / "probe_tasks" / "fsdd.yaml").read_text())
     names = expand_suites(["ours", "small"], tmp_path / "conf" / "probe.yaml")
-    assert names[:2] == ["esc50", "own"] and "gmnotes" in names
+    assert names[:2] == ["esc50", "own"]
+    assert "gmnotes" in names
     for name in names:
         load_task(name, tasks)

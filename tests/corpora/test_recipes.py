@@ -2,6 +2,9 @@
 
 import json
 import re
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +71,7 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], dict[str, set[str]]]] = {
         },
         {"1": {"dog"}, "2": {"crackling_fire"}},
     ),
-    "gtzan": (
+    "gtzan_filtered": (
         {f"genres/{genre}/{genre}.{number:05d}.wav": WAV for genre in ("blues", "jazz") for number in range(100)},
         {"train": {"blues", "jazz"}, "valid": {"blues", "jazz"}, "test": {"blues", "jazz"}},
     ),
@@ -228,7 +231,7 @@ def values(found: list[Sample], by_text: bool) -> set[str]:
 
 
 def test_every_recipe_has_a_miniature():
-    assert set(LAYOUTS) | {"speech_commands_v2", "x-ares"} == set(RECIPES)
+    assert set(LAYOUTS) | {"speech_commands_v2_35", "x-ares"} == set(RECIPES)
     for recipe in RECIPES.values():
         assert recipe.archives or recipe.by_hand
         assert all(
@@ -272,7 +275,7 @@ def test_a_corpus_builds_as_it_is_published(name: str, tmp_path: Path):
         assert first.licence == "http://creativecommons.org/licenses/by/3.0/"
     if name == "voxlingua":
         assert {sample.annotation.language for sample in found["train"]} == {"et", "he"}
-    if name == "gtzan":
+    if name == "gtzan_filtered":
         ids = {split: {sample.annotation.id for sample in clips} for split, clips in found.items()}
         assert sum(map(len, ids.values())) == len(set.union(*ids.values()))
 
@@ -309,11 +312,87 @@ def test_get_and_build_by_name(
     server.shutdown()
 
 
+def _esc50() -> dict[str, bytes]:
+    clips = [(fold, number) for fold in range(1, 6) for number in range(50)]
+    rows = [f"{fold}-{n}-A-{n}.wav,{fold},{n},class {n},False,{fold}{n},A" for fold, n in clips]
+    table = csv("filename,fold,target,category,esc10,src_file,take", *rows)
+    audio = {f"ESC-50-master/audio/{fold}-{n}-A-{n}.wav": WAV for fold, n in clips}
+    return audio | {"ESC-50-master/meta/esc50.csv": table}
+
+
+def _gtzan() -> dict[str, bytes]:
+    from torchaudio.datasets import gtzan
+
+    names = [*gtzan.filtered_train, *gtzan.filtered_valid, *gtzan.filtered_test]
+    return {f"genres/{name.partition('.')[0]}/{name}.wav": WAV for name in names}
+
+
+def _speech_commands() -> dict[str, bytes]:
+    words = [f"word{number}" for number in range(35)]
+    lists = {
+        f"{split}_list.txt": "".join(f"{word}/{split}.wav\n" for word in words).encode()
+        for split in ("validation", "testing")
+    }
+    return lists | {
+        f"{word}/{clip}.wav": WAV
+        for word in words
+        for clip in ("training", "validation", "testing")
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "archive", "files"),
+    [
+        ("esc50", "master.zip", _esc50),
+        ("gtzan_filtered", "genres.tar.gz", _gtzan),
+        ("speech_commands_v2_35", "speech_commands_v0.02.tar.gz", _speech_commands),
+    ],
+)
+def test_each_printed_command_works_as_printed_and_the_last_one_scores(
+    name: str,
+    archive: str,
+    files: Callable[[], dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    pack = zip_of if archive.endswith(".zip") else tar_of
+    server = Server({archive: pack(tmp_path / archive, files()).read_bytes()})
+    recipe = RECIPES[name]
+    unchecked = tuple(replace(one, checksum="") for one in recipe.archives)
+    monkeypatch.setitem(RECIPES, name, replace(recipe, archives=unchecked))
+    command = ["data", "get", name, "--mirror", server.url]
+    commands = []
+    while command:
+        assert main(command) == 0, command
+        printed = re.search(r"^Next: whisper-aut (.+)$", capsys.readouterr().out, re.M)
+        command = shlex.split(printed.group(1)) if printed else []
+        commands.append(command[:2])
+    server.shutdown()
+    assert commands == [["data", "build"], ["probe", "logmel"], []]
+    scores = json.loads(Path("runs/probe/scores.json").read_text())
+    assert [entry["task"] for entry in scores["entries"]] == [name]
+
+
+def test_other_corpora_print_a_command_that_looks_at_their_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    lay_out(Path("my clips"), {"train/dog/a.wav": WAV, "train/cat/b.wav": WAV})
+    build = ["data", "build", "folder", "my clips", "--domain", "sound", "--workers", "1"]
+    assert main([*build, "--out", "data/my shards"]) == 0
+    printed = re.search(r"^Next: whisper-aut (.+)$", capsys.readouterr().out, re.M)
+    assert printed
+    assert main(shlex.split(printed.group(1))) == 0
+    assert "2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["get", "clotho"], "has to be fetched by a person"),
-        (["get", "gtzan"], "has to be fetched by a person"),
+        (["get", "gtzan_filtered"], "has to be fetched by a person"),
         (["get", "esc-50"], "Did you mean 'esc50'"),
         (["get", "librispeech", "--only", "train-clean-999"], "no archive"),
         (["build", "esc50", "--out", "x"], "whisper-aut data get esc50"),

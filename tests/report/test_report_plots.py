@@ -3,10 +3,12 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from whisper_aut.errors import UserError
+from whisper_aut.report.maps import project
 from whisper_aut.report.plots import plot_losses, plot_scores, read_metrics
 
 HEAD = "epoch,step,train/loss,valid/loss,valid/loss_speech,lr\n"
@@ -87,3 +89,10 @@ def test_parts_of_a_log_are_read_in_their_order(tmp_path):
     series = read_metrics(tmp_path / "metrics.csv")["train/loss"]
     assert series[0] == (1, 11)
     assert [step for step, _ in series] == [1, *range(2, 14), 20]
+
+
+def test_a_map_of_equal_clips_is_one_point():
+    same = np.full((40, 8), 0.3, dtype=np.float32)
+    assert project(same).tolist() == [[0.0, 0.0]] * 40
+    different = np.concatenate([same, same + 1])
+    assert len(np.unique(project(different).round(3), axis=0)) > 1

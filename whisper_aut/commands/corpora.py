@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,8 @@ from whisper_aut.errors import UserError, nearest
 if TYPE_CHECKING:
     from whisper_aut.corpora.manifest import ManifestSpec
 
-RAW = Path("data/raw")
+SHARDS = Path("data")  # where `probe` looks for the corpora of its tasks
+RAW = SHARDS / "raw"
 
 
 def data_demo(options: argparse.Namespace, console: Console) -> None:
@@ -52,9 +54,9 @@ def data_get(options: argparse.Namespace, console: Console) -> None:
         recipe, Path(options.out or RAW / recipe.name), mirror=options.mirror, only=options.only
     )
     console.print(f"{recipe.title} is in {folder}; its licence: {recipe.licence}.", markup=False)
+    where = "" if folder == RAW / recipe.name else f" {shlex.quote(str(folder))}"
     console.print(
-        f"Go on: whisper-aut data build {recipe.name} {folder} --out data/shards/{recipe.name}",
-        markup=False,
+        f"Next: whisper-aut data build {recipe.name}{where}", markup=False, soft_wrap=True
     )
 
 
@@ -64,10 +66,13 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.corpora.recipes.build import build
 
     spec = _manifest_spec(options)
+    if not options.out and options.manifest not in RECIPES:
+        raise UserError(f"Where do the shards of {options.manifest} go? Name a folder with --out.")
+    out = Path(options.out or SHARDS / options.manifest)
     how = {"workers": options.workers, "max_refused_share": options.max_refused_share}
     if options.manifest in RECIPES:
         raw = Path(options.path or RAW / options.manifest)
-        result = build(RECIPES[options.manifest], raw, Path(options.out), spec, **how)
+        result = build(RECIPES[options.manifest], raw, out, spec, **how)
     elif options.path:
         raise UserError(
             f"{options.manifest} is no recipe, so {options.path} means nothing.{nearest(options.manifest, RECIPES)} There are "
@@ -75,13 +80,25 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
         )
     elif Path(options.manifest).is_dir():
         raise UserError(
-            f"{options.manifest} is a folder: whisper-aut data build folder {options.manifest} --out {options.out}"
+            f"{options.manifest} is a folder: whisper-aut data build folder {options.manifest} --out {out}"
         )
     elif not Path(options.manifest).exists() and (hint := nearest(options.manifest, RECIPES)):
         raise UserError(f"There is neither a manifest nor a recipe {options.manifest}.{hint}")
     else:
-        result = build_shards(spec, Path(options.out), **how)
+        result = build_shards(spec, out, **how)
     console.print(result.summary(), markup=False)
+    console.print(f"Next: {_after_build(options.manifest, out)}", markup=False, soft_wrap=True)
+
+
+def _after_build(recipe: str, out: Path) -> str:
+    """Return the command that scores log-mel statistics on a corpus with a probe task, or looks at any other one."""
+    from whisper_aut.probes.tasks import list_tasks
+
+    if recipe in list_tasks(Path("conf") / "probe_tasks") and out.name == recipe:
+        root = "" if out.parent == SHARDS else f" --root {shlex.quote(str(out.parent))}"
+        return f"whisper-aut probe logmel --tasks {recipe}{root}"
+    folder = next((path.parent for path in sorted(out.rglob("*.tar"))), out)
+    return f"whisper-aut data inspect {shlex.quote(str(folder))}"
 
 
 def _manifest_spec(options: argparse.Namespace) -> "ManifestSpec":
@@ -207,7 +224,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         default="",
         help="of a recipe: where it is unpacked (data/raw/NAME by default)",
     )
-    command.add_argument("--out", required=True)
+    command.add_argument(
+        "--out", default="", help="folder of the shards; of a recipe, data/NAME by default"
+    )
     command.add_argument(
         "--audio-root", default="", help="folder that relative audio paths start from"
     )

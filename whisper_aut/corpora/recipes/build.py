@@ -36,7 +36,7 @@ def get(
         raise UserError(
             f"{recipe.title} has to be fetched by a person. {recipe.by_hand}\n"
             f"  page: {recipe.source or '-'}\n  licence: {recipe.licence or '-'}\n  folder: {folder}\n"
-            f"Then: whisper-aut data build {recipe.name} {folder} --out OUT"
+            f"Then: whisper-aut data build {recipe.name} {folder}"
         )
     chosen = [archive for archive in recipe.archives if only in archive.name]
     if not chosen:

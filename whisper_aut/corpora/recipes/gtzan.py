@@ -35,7 +35,7 @@ def rows(raw: Path) -> Iterator[dict[str, Any]]:
 
 
 RECIPE = Recipe(
-    name="gtzan",
+    name="gtzan_filtered",
     title="GTZAN, fault-filtered",
     domain="music",
     task="caption",

@@ -59,7 +59,7 @@ V1 = _recipe(
     "743935421bb51cccdb6bdd152e04c5c70274e935c82119ad7faeec31780d811d",
 )
 V2 = _recipe(
-    "speech_commands_v2",
+    "speech_commands_v2_35",
     "Speech Commands v0.02, 35 words",
     "v0.02",
     "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
