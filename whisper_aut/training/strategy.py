@@ -5,6 +5,7 @@ ranks over gloo, by a small subclass, so that the real engine is tested where th
 directories of `training.checkpoint`, so a run goes on under another strategy, ZeRO stage or number of ranks.
 """
 
+import atexit
 import copy
 import logging
 import os
@@ -98,7 +99,19 @@ def build_strategy(
         timeout,
         warn,
     )
+    atexit.unregister(_destroy_process_groups)
+    atexit.register(_destroy_process_groups)
     return strategy
+
+
+def _destroy_process_groups() -> None:
+    """Leave the other ranks before the interpreter ends; Lightning does it for NCCL alone.
+
+    gloo's threads may still hold the tensors of the last collective. One that frees them while the
+    interpreter ends aborts the process, "terminate called without an active exception".
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class NamedCheckpoints:
@@ -173,7 +186,10 @@ class NamedCheckpoints:
             self.background.wait()
 
     def teardown(self) -> None:
-        """End, also after an error, with the last checkpoint on the disk; only a second Ctrl-C does not wait for it."""
+        """End, also after an error, with the last checkpoint on the disk and its thread joined.
+
+        Only a second Ctrl-C does not wait for them.
+        """
         try:
             if not isinstance(sys.exception(), KeyboardInterrupt):
                 self.settle_checkpoint()
@@ -183,6 +199,9 @@ class NamedCheckpoints:
                 error,
                 exc_info=not isinstance(error, UserError),
             )
+        if self._writers is not None and not (self.background and self.background.busy):
+            dist.destroy_process_group(self._writers)
+            self._writers = None
         super().teardown()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _write(
