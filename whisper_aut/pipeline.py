@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +25,7 @@ from whisper_aut.export.source import find_checkpoint
 from whisper_aut.model.decoders import check_decoder
 from whisper_aut.model.encoder import Padding
 from whisper_aut.model.module import AudioTextModule
-from whisper_aut.model.pretrained import DTYPES, AudioEncoder, load_encoder
+from whisper_aut.model.pretrained import DTYPES, AudioEncoder, load_encoder, split_padding
 from whisper_aut.model.start import Start
 from whisper_aut.probes.baseline import BASELINE_NAME, LogMelBaseline
 from whisper_aut.probes.clips import WHOLE
@@ -238,34 +239,51 @@ def open_run(path: Path) -> AudioTextModule:
 
 
 def open_listener(name: str, against: str, padding: Padding | None) -> Listener:
-    """Load what the page of `whisper-aut demo` asks: an encoder, or a run with its decoder and the encoder that it started from.
+    """Load what the page of `whisper-aut demo` shows: an encoder, or a run with its decoder and the encoder that it started from.
+
+    Args:
+        padding: of an encoder that is named without one; a run runs as it was trained.
 
     Raises:
         UserError: no run and no encoder by that name.
     """
     encoders: dict[str, AudioEncoder] = {}
-    path, module = Path(name), None
+    path, module = Path(split_padding(name)[0]), None
     if RunDirectory(path).environment.is_file() or path.suffix == ".ckpt":
-        checkpoint, start = find_checkpoint(path)
+        _, start = find_checkpoint(path)
         module = open_run(path)
-        padding = load_settings(RunDirectory(checkpoint.parent.parent).config).model.padding
         if not against:
-            encoders["before"] = load_encoder(start.path, padding=padding, revision=start.revision)
+            encoders["before"] = load_encoder(start.path, revision=start.revision)
     if against:
-        encoders["before"] = load_encoder(against, padding=padding)
-    after = AudioEncoder(module.encoder) if module else load_encoder(name, padding=padding)
+        encoders["before"] = _load_encoder(against, padding)
+    after = AudioEncoder(module.encoder) if module else _load_encoder(name, padding)
     encoders["after" if encoders else "encoder"] = after
     return Listener(encoders, module)
 
 
 def open_encoder(name: str, padding: Padding | None, device: str = "cpu") -> FrameEncoder:
-    """Load what a command line calls an encoder."""
-    if name == LOGMEL:
+    """Load what a command line calls an encoder.
+
+    Args:
+        padding: of an encoder that is named without one.
+
+    Raises:
+        UserError: there is no such encoder, or log-mel statistics with a padding.
+    """
+    path, marked = split_padding(name)
+    if path == LOGMEL:
+        if marked:
+            raise UserError(f"{name}: log-mel statistics know no padding. Write {LOGMEL}.")
         return LogMelBaseline()
     random = name.startswith(RANDOM_PREFIX)
-    return load_encoder(
-        name.removeprefix(RANDOM_PREFIX), padding=padding, device=device, random_init=random
+    return _load_encoder(
+        name.removeprefix(RANDOM_PREFIX), padding, device=device, random_init=random
     )
+
+
+def _load_encoder(name: str, padding: Padding | None, **how: Any) -> AudioEncoder:
+    """Load an encoder at the padding of its name, else at the command's, else as it was trained."""
+    return load_encoder(name, padding=split_padding(name)[1] or padding, **how)
 
 
 def prepare_corpora(corpora: CorporaSettings, console: Console) -> None:
@@ -379,8 +397,11 @@ def _probes_during(settings: Settings, conf: Path) -> list[ProbeDuringTraining]:
 
 
 def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[ProbeTask]) -> None:
-    """Score the trained encoder, the one it started from, a random one and log-mel statistics on the same clips."""
-    padding, device = settings.model.padding, _probing_device(settings)
+    """Score the trained encoder, the one it started from, a random one and log-mel statistics on the same clips.
+
+    Each encoder runs as it was trained; the random one, as the run's.
+    """
+    device = _probing_device(settings)
     torch.set_float32_matmul_precision(
         "highest"
     )  # as `run_probe` finds it: training may have had TF32
@@ -390,7 +411,7 @@ def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[
     if settings.probe.random_encoder:
         encoders["random"] = load_encoder(
             start.path,
-            padding=padding,
+            padding=settings.model.padding,
             revision=start.revision,
             random_init=True,
             seed=settings.seed,
@@ -398,12 +419,8 @@ def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[
         )
     before = _short_name(start.path)
     before = f"{before} (start)" if before in (settings.name, *encoders) else before
-    encoders[before] = load_encoder(
-        start.path, padding=padding, revision=start.revision, device=device
-    )
-    encoders[settings.name] = load_encoder(
-        str(run.export("encoder")), padding=padding, device=device
-    )
+    encoders[before] = load_encoder(start.path, revision=start.revision, device=device)
+    encoders[settings.name] = load_encoder(run.export("encoder"), device=device)
     run_suite(
         encoders,
         tasks,
@@ -443,14 +460,16 @@ def encoder_names(given: Sequence[str]) -> dict[str, str]:
 
 
 def _short_name(name: str) -> str:
-    """Return a run's name for a run and its exports, else the last part of the path."""
+    """Return a run's name for a run and its exports, else the last part of the path; a padding that was named stays."""
     if name == LOGMEL:
         return BASELINE_NAME
-    path = Path(name.removeprefix(RANDOM_PREFIX))
+    given, marked = split_padding(name)
+    path = Path(given.removeprefix(RANDOM_PREFIX))
     if path.parent.name == "export":
         short = path.resolve().parents[2].name
     elif RunDirectory(path).config.is_file():
         short = path.resolve().parent.name
     else:
         short = path.name.lstrip(".")
+    short = f"{short}@{marked}" if marked else short
     return f"random {short}" if name.startswith(RANDOM_PREFIX) else short

@@ -48,6 +48,8 @@ def test_the_card_of_an_export(story: Path):
     mine = next(entry for entry in scores["entries"] if entry["encoder"] == "aut_tiny")
     mean = sum(mine["scores"]) / len(mine["scores"])
     assert f" {100 * mean:.1f} ± " in card
+    assert "| in % | log-mel statistics | random@none | tiny@30s | aut_tiny@none |" in card
+    assert "aut_tiny@none against tiny@30s" in card
     assert "no significant difference" in card
     assert "- started from: tiny\n" in card
     assert str(story.parent) not in card

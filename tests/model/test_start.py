@@ -110,6 +110,27 @@ def test_encode_equals_hugging_face_in_30s_mode(tiny_whisper: Path):
         torch.testing.assert_close(clip, reference[: len(clip)], atol=1e-5, rtol=0)
 
 
+def test_a_checkpoint_without_a_record_of_its_training_runs_padded_unless_marked(
+    copy: Path, tmp_path: Path
+):
+    """As every released Whisper was trained."""
+    assert load_encoder(copy).padding == "30s"
+    assert load_encoder(copy, random_init=True).padding == "30s"
+    assert load_encoder(f"{copy}@none").padding == "none"
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"trained_padding": "none"}))
+    assert load_encoder(copy).padding == "none"
+    assert load_encoder(f"{copy}@30s").padding == "30s"
+    assert load_encoder(f"{copy}@30s", padding="30s").padding == "30s"
+    with pytest.raises(UserError, match="asks for padding 30s, and padding='none' was given"):
+        load_encoder(f"{copy}@30s", padding="none")
+    with pytest.raises(UserError, match=r"must be one of none, 30s, not '3s'\. Did you mean '30s'"):
+        load_encoder(f"{copy}@3s")
+    strange = copy.rename(tmp_path / "model@none")  # a folder whose name has an @ is a folder
+    assert load_encoder(strange).padding == "none"
+    assert load_encoder(f"{strange}@30s").padding == "30s"
+
+
 def test_encode_takes_other_rates_and_channels_and_refuses_what_it_cannot_take(tiny_whisper: Path):
     encoder = load_encoder(str(tiny_whisper))
     stereo = np.random.default_rng(0).standard_normal((48_000, 2)).astype(np.float32)
@@ -127,7 +148,7 @@ def test_encode_takes_other_rates_and_channels_and_refuses_what_it_cannot_take(t
 def test_fingerprints_follow_weights_and_padding(tiny_whisper: Path):
     prints = {
         load_encoder(str(tiny_whisper), **options).fingerprint()
-        for options in ({}, {"padding": "30s"}, {"random_init": True, "seed": 5})
+        for options in ({}, {"padding": "none"}, {"random_init": True, "seed": 5})
     }
     assert len(prints) == 3
     assert load_encoder(str(tiny_whisper)).fingerprint() in prints

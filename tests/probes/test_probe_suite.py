@@ -242,6 +242,8 @@ def test_encoders_of_one_name_are_told_apart(tmp_path: Path):
         "random:openai/whisper-tiny": "random whisper-tiny",
         "logmel": "log-mel statistics",
     }
+    marked = encoder_names(["openai/whisper-tiny@30s", f"{runs[0]}@none", f"{runs[0]}@30s"])
+    assert list(marked.values()) == ["whisper-tiny@30s", "aut@none", "aut@30s"]
     assert list(encoder_names([str(runs[0]), exports[0]]).values()) == [str(runs[0]), exports[0]]
     with pytest.raises(UserError, match="named twice"):
         encoder_names(["logmel", "logmel"])

@@ -6,7 +6,7 @@ export, with the front matter that the Hugging Face hub reads. Next: people who 
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +172,14 @@ def _probes(scores: Mapping[str, Any]) -> str:
         [title, *(cells.get((task, encoder), "–") for encoder in encoders)]
         for task, title in titles.items()
     ]
-    table = _table(["in %", *encoders], rows)
+    labels = _labels(entries)
+    table = _table(["in %", *(labels[encoder] for encoder in encoders)], rows)
     seeds = len(scores.get("seeds", []))
     note = (
         f"Protocol `{scores['protocol']}`, {seeds} seeds: mean ± standard deviation over seeds and folds. The frozen encoder's frames "
         "are pooled over each clip's own length."
     )
-    return "\n\n".join([table, note, *_differences(scores, titles)])
+    return "\n\n".join([table, note, *_differences(scores, titles, labels)])
 
 
 def _score(entry: Mapping[str, Any]) -> str:
@@ -186,12 +187,26 @@ def _score(entry: Mapping[str, Any]) -> str:
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
-def _differences(scores: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
+def _labels(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return what tables call each encoder, as `probes.scores.Scores.label` does."""
+    paddings = {entry["encoder"]: entry.get("padding", "") for entry in entries}
+    return {
+        encoder: encoder
+        if encoder.endswith(f"@{padding}") or not padding
+        else f"{encoder}@{padding}"
+        for encoder, padding in paddings.items()
+    }
+
+
+def _differences(
+    scores: Mapping[str, Any], titles: Mapping[str, str], labels: Mapping[str, str]
+) -> list[str]:
     lines = []
     for one in scores.get("comparisons", []):
         verdict = "" if one["p_holm"] < 0.05 else ", no significant difference"
         lines.append(
-            f"- {titles.get(one['task'], one['task'])}: {one['encoder']} against {one['against']} {100 * one['difference']:+.1f} points "
+            f"- {titles.get(one['task'], one['task'])}: {labels[one['encoder']]} against {labels[one['against']]} "
+            f"{100 * one['difference']:+.1f} points "
             f"(95 % interval {100 * one['low']:.1f} … {100 * one['high']:.1f}, corrected p = {one['p_holm']:.3f}{verdict})"
         )
     return ["\n".join(lines)] if lines else []

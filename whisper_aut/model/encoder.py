@@ -26,6 +26,7 @@ from whisper_aut.model.transfer import sent
 Padding = Literal["none", "30s"]
 PADDINGS = ("none", "30s")
 TRAINED_PADDING = "trained_padding"  # the key under which an exported config.json says it
+RELEASED_PADDING: Padding = "30s"  # of checkpoints without that key: every released Whisper
 CONV_STRIDE = 2
 FLOAT16_MARGIN = 1_000  # Whisper's own: float16 activations are kept this far from infinity
 

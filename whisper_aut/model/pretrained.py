@@ -23,7 +23,13 @@ from whisper_aut.corpora.audio import LONG_CLIPS
 from whisper_aut.data.logmel import WINDOW_SECONDS, LogMel, mel_frames
 from whisper_aut.data.waveform import SAMPLE_RATE_HZ, load_file, to_mono_16k
 from whisper_aut.errors import SampleRefused, UserError, nearest
-from whisper_aut.model.encoder import PADDINGS, TRAINED_PADDING, PackedEncoder, Padding
+from whisper_aut.model.encoder import (
+    PADDINGS,
+    RELEASED_PADDING,
+    TRAINED_PADDING,
+    PackedEncoder,
+    Padding,
+)
 from whisper_aut.model.start import Start, load_whisper_encoder
 from whisper_aut.model.windows import (
     BATCH_SECONDS,
@@ -197,11 +203,9 @@ class AudioEncoder(nn.Module):
 def hidden_states(encoder: PackedEncoder) -> Iterator[list[Tensor]]:
     """Collect what enters each layer, packed `[ΣT, D]`, while the encoder runs: the input of its first norm."""
     states: list[Tensor] = []
+    norms = cast(list[nn.Module], [layer.self_attn_layer_norm for layer in encoder.whisper.layers])
     hooks = [
-        layer.self_attn_layer_norm.register_forward_pre_hook(
-            lambda _, inputs: states.append(inputs[0])
-        )  # pyright: ignore[reportAttributeAccessIssue]
-        for layer in encoder.whisper.layers
+        norm.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])) for norm in norms
     ]
     try:
         yield states
@@ -224,26 +228,33 @@ def load_encoder(
 
     Args:
         path_or_hub_id: a directory in Hugging Face's format, a run of ours (its exported encoder is taken), or a hub id such as
-            `openai/whisper-tiny`.
-        padding: `none` runs clips at their own length, `30s` computes what Hugging Face computes; by default as the encoder was
-            trained, where its export says so, else `none`.
+            `openai/whisper-tiny`; `openai/whisper-tiny@none` states the padding as well.
+        padding: `none` runs clips at their own length, `30s` computes what Hugging Face computes. By default an
+            encoder runs as it was trained: as its export's `config.json` says, or at `30s` where it
+            says nothing, as in every released Whisper.
         device, dtype: where and in which precision it runs; `fp32`, `bf16` and `fp16` are short for PyTorch's.
         revision: branch, tag or commit on the hub.
         random_init: keep the architecture and draw new weights by `seed`: the encoder that has learned nothing.
         seed: of those weights.
 
     Raises:
-        UserError: nothing usable at the path, an unknown padding or precision, or a device that is not there.
+        UserError: nothing usable at the path, an unknown padding or precision, two different paddings,
+            or a device that is not there.
 
     Examples:
         >>> encoder = load_encoder("runs/aut_tiny/latest", dtype="bf16")
         >>> encoder.encode(["clip.wav"])[0].dtype  # what comes back is float32 whatever it ran in
         torch.float32
     """
-    path = str(path_or_hub_id)
+    path, marked = split_padding(str(path_or_hub_id))
     exported = Path(path) / "export" / "encoder"
     path = str(exported) if exported.is_dir() else path
-    given = None if padding is None else _padding(padding)
+    given = marked if padding is None else _padding(padding)
+    if marked and given != marked:
+        raise UserError(
+            f"{path_or_hub_id} asks for padding {marked}, and padding={padding!r} was given as well. "
+            "Leave one of them out."
+        )
     place, precision = _device(device), _dtype(dtype)
     if random_init:
         with torch.random.fork_rng(devices=[]):
@@ -251,8 +262,29 @@ def load_encoder(
             whisper = Start(path, revision, random_init=True).encoder
     else:
         whisper = load_whisper_encoder(path, revision)
-    padding = given or _padding(getattr(whisper.config, TRAINED_PADDING, "none"))
+    padding = given or _padding(getattr(whisper.config, TRAINED_PADDING, RELEASED_PADDING))
     return AudioEncoder(PackedEncoder(whisper, padding).to(device=place, dtype=precision)).to(place)
+
+
+def split_padding(name: str) -> tuple[str, Padding | None]:
+    """Split `NAME@30s` or `NAME@none` into a path or hub id and its padding, None without a mark.
+
+    Raises:
+        UserError: something else follows the `@`.
+
+    Examples:
+        >>> split_padding("openai/whisper-tiny@30s"), split_padding("runs/aut_tiny/latest")
+        (('openai/whisper-tiny', '30s'), ('runs/aut_tiny/latest', None))
+    """
+    path, at, mark = name.rpartition("@")
+    if not at or "/" in mark or Path(name).exists():  # `@` is a letter like any other in a path
+        return name, None
+    if mark not in PADDINGS:
+        raise UserError(
+            f"{name}: the padding after @ must be one of {', '.join(PADDINGS)}, not {mark!r}."
+            f"{nearest(mark, PADDINGS)}"
+        )
+    return path, cast(Padding, mark)
 
 
 def _padding(said: str) -> Padding:

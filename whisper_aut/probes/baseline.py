@@ -20,7 +20,6 @@ BASELINE_VERSION = 1
 class LogMelBaseline:
     """An "encoder" whose frames are the log-mel frames themselves."""
 
-    padding = "none"
     pooling = "mean_std"
 
     def __init__(self, num_mel_bins: int = 80):

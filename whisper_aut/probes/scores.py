@@ -46,7 +46,7 @@ class TaskScore:
         chance: the share of the commonest class among the test clips; None where clips have no single class.
         confusion: where clips have one class: the classes, and counts over all seeds and folds, a row per true class.
         embedded: names of the cache files that hold the test clips' embeddings.
-        padding: the encoder's own: `none`, or `30s`. What a protocol pads beside it is the protocol's.
+        padding: what the encoder ran at, `none` or `30s`; empty for features that know no padding.
         identity: hash of encoder, data and settings. A stored score counts only while it is the same.
     """
 
@@ -72,7 +72,7 @@ class TaskScore:
     protocol: str = PROTOCOL
     confusion: "Confusion | None" = None
     embedded: tuple[str, ...] = ()
-    padding: str = "none"
+    padding: str = ""
 
     @property
     def mean(self) -> float:
@@ -161,6 +161,12 @@ class Scores:
             (entry for entry in self.entries if (entry.encoder, entry.task) == (encoder, task)),
             None,
         )
+
+    def label(self, encoder: str) -> str:
+        """Return what tables call an encoder: its name and the padding that it ran at."""
+        entry = next((entry for entry in self.entries if entry.encoder == encoder), None)
+        mark = f"@{entry.padding}" if entry and entry.padding else ""
+        return encoder if encoder.endswith(mark) else f"{encoder}{mark}"
 
     def averages(self) -> list[Average]:
         """Return, for each encoder, the weighted average of every domain and, under `AVERAGE`, of all tasks; where recognition is

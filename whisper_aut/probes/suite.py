@@ -196,7 +196,7 @@ def _score(
         if labels
         else None,
         embedded=_embedded(fingerprint, task, plan, view_of(encoder, plan.embedding, view, task)),
-        padding=getattr(encoder, "padding", "none"),
+        padding=getattr(encoder, "padding", ""),
     )
 
 

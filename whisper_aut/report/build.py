@@ -104,7 +104,8 @@ def _maps(run: RunDirectory, out: Path, prefix: str) -> list[Block]:
     if not run.scores.exists():
         return []
     scores = Scores.load(run.scores)
-    named, blocks = " and ".join(shown_encoders(scores)), list[Block]()
+    named = " and ".join(map(scores.label, shown_encoders(scores)))
+    blocks: list[Block] = []
     if picture := plot_maps(scores, out / f"{prefix}maps.png"):
         blocks.append(
             "Test clips as t-SNE lays them out: neighbours are alike to the encoder; distances between clusters say nothing."

@@ -61,7 +61,7 @@ def plot_confusions(scores: Scores, task: str, path: Path) -> Path | None:
         return None
     figure = blank_figure(columns=len(entries), height=4.0)
     for axes, entry in zip(figure.axes, entries, strict=True):
-        _confusion(axes, entry)
+        _confusion(axes, entry, f"{entry.title}, {scores.label(entry.encoder)}")
     figure.axes[0].set_ylabel("true class")
     image = figure.axes[0].images[0]
     figure.colorbar(image, ax=figure.axes, shrink=0.7, label="share of the true class's clips (%)")
@@ -80,7 +80,7 @@ def plot_maps(scores: Scores, path: Path) -> Path | None:
     figure = blank_figure(columns=columns, rows=len(rows), height=0.6 + 2.6 * len(rows))
     grid = [figure.axes[first : first + columns] for first in range(0, len(figure.axes), columns)]
     for places, (encoder, tasks) in zip(grid, rows.items(), strict=True):
-        places[0].set_ylabel(encoder)
+        places[0].set_ylabel(scores.label(encoder))
         several = len({task.domain for task in tasks}) > 1
         if several:
             _map_domains(places[0], tasks)
@@ -171,13 +171,13 @@ def _map_classes(axes: Axes, task: MappedTask) -> None:
         )
 
 
-def _confusion(axes: Axes, entry: TaskScore) -> None:
+def _confusion(axes: Axes, entry: TaskScore, title: str) -> None:
     assert entry.confusion
     counts = np.array(entry.confusion.counts, dtype=float)
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)
     axes.set_xlabel("taken for")
-    panel_title(axes, f"{entry.title}, {entry.encoder}")
+    panel_title(axes, title)
     names = entry.confusion.classes
     if len(names) > LABELLED_CLASSES:
         axes.set_xlabel("taken for (classes by their place in the alphabet)")

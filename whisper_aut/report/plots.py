@@ -47,7 +47,7 @@ def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None
         found = [cells[encoder, i] for i in places]
         axes.bar(
             [i + (number - (len(encoders) - 1) / 2) * width for i in places], [100 * mean for mean, _ in found], width * 0.94,
-            yerr=[100 * (std or 0.0) for _, std in found], capsize=2, color=PALETTE[number % len(PALETTE)], label=encoder,
+            yerr=[100 * (std or 0.0) for _, std in found], capsize=2, color=PALETTE[number % len(PALETTE)], label=scores.label(encoder),
             error_kw={"elinewidth": 1.0}, hatch="//" if number >= len(PALETTE) else None,
         )  # fmt: skip
     if baseline is not None:

@@ -68,7 +68,8 @@ def score_sheet(scores: Scores) -> Sheet:
                     *(_spread(a.mean, a.std, _share) if a else BLANK for a in found),
                 )
             )
-    head = ("task", "domain", "metric", "test clips", "commonest class", *scores.encoders)
+    named = map(scores.label, scores.encoders)
+    head = ("task", "domain", "metric", "test clips", "commonest class", *named)
     kinds = " and ".join(
         dict.fromkeys(KIND_NAMES.get(entry.kind, entry.kind) for entry in scores.entries)
     )
@@ -83,10 +84,18 @@ def comparison_sheet(scores: Scores) -> Sheet:
         NO_ASR: "all but recognition, weighted",
     }
     rows = tuple(
-        (c.encoder, c.against, titles[c.task], f"{100 * c.difference:+.1f}", f"{100 * c.low:+.1f} … {100 * c.high:+.1f}",
-         _p_value(c.p_value), _p_value(c.p_holm), verdict(c))
+        (
+            scores.label(c.encoder),
+            scores.label(c.against),
+            titles[c.task],
+            f"{100 * c.difference:+.1f}",
+            f"{100 * c.low:+.1f} … {100 * c.high:+.1f}",
+            _p_value(c.p_value),
+            _p_value(c.p_holm),
+            verdict(c),
+        )
         for c in scores.comparisons
-    )  # fmt: skip
+    )
     caption = (
         "Difference in points, 95 % interval by paired bootstrap over the test clips of all folds (over groups of them for scores "
         "that are no mean over clips), p by paired sign flips, corrected after Holm over the tasks of a pair. The interval covers "
