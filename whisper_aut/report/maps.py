@@ -93,7 +93,9 @@ def plot_maps(scores: Scores, path: Path) -> Path | None:
 
 def project(features: np.ndarray, seed: int = 0) -> np.ndarray:
     """Return t-SNE coordinates `[B, 2]` of standardised features `[B, D]`, the same for the same input."""
-    if not np.ptp(features, axis=0).any():  # equal clips, on which scikit-learn crashes (NaN from its PCA)
+    if not np.ptp(
+        features, axis=0
+    ).any():  # equal clips, on which scikit-learn crashes (NaN from its PCA)
         return np.zeros((len(features), 2))
     centred = (features - features.mean(0)) / np.maximum(features.std(0), 1e-6)
     perplexity = min(30.0, (len(features) - 1) / 3)
