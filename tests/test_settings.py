@@ -205,3 +205,42 @@ def test_a_folder_without_configs_is_no_group(tmp_path: Path):
     config = tmp_path / "config.yaml"
     config.write_text(dump_settings(load_settings(REPOSITORY / "conf" / "smoke.yaml")))
     assert load_settings(config, [f"runs={tmp_path / 'runs'}"]).runs == str(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (["2", "null", "1"], "speech/1 has none. Give one to every source"),
+        (["null", "1", "null"], "speech/0, speech/2 have none"),
+        (["-1", "1", "1"], "speech/0 has the weight -1"),
+        (["0", "1", "1"], "speech/0 has the weight 0"),
+        ([".nan", "1", "1"], r"data\.train\.0\.weight: nan is not"),
+        ([".inf", "1", "1"], r"data\.train\.0\.weight: inf is not"),
+    ],
+)
+def test_a_domain_weighs_all_of_its_sources_or_none_and_says_which_is_wrong(
+    weights: list[str], message: str
+):
+    sources = ", ".join(
+        f"{{path: speech/{number}, domain: speech, weight: {weight}}}"
+        for number, weight in enumerate(weights)
+    )
+    domains = "data.domains={speech: 1, sound: 0, music: 0}"
+    with pytest.raises(UserError, match=message):
+        load_settings(CONF / "aut.yaml", [f"data.train=[{sources}]", domains])
+
+
+def test_each_domain_decides_by_itself_whether_its_sources_have_weights():
+    speech = "{path: a, domain: speech, weight: 2}, {path: b, domain: speech, weight: 0.5}"
+    train = f"data.train=[{speech}, {{path: c, domain: sound}}]"
+    domains = "data.domains={speech: 1, sound: 1, music: 0}"
+    loaded = load_settings(CONF / "aut.yaml", [train, domains])
+    assert [source.weight for source in loaded.data.train] == [2, 0.5, None]
+
+
+@pytest.mark.parametrize(
+    "name", ["optim.lr", "data.temperature", "data.max_refused_share", "data.domains.speech"]
+)
+def test_a_number_that_is_none_is_named(name: str):
+    with pytest.raises(UserError, match=f"{name}: nan is not a finite number"):
+        load_settings(CONF / "aut.yaml", [f"{name}=.nan"])

@@ -5,7 +5,8 @@ it; every other module takes plain values. The decoder's own options are checked
 names, so that a new decoder brings its schema with it.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,7 +101,10 @@ class CorporaSettings:
 
 @dataclass
 class SourceSettings:
-    """A folder or URL of shards, its domain, and its weight among the sources of that domain (by clips where null)."""
+    """A folder or URL of shards, its domain, and its weight among the sources of that domain.
+
+    Weights are positive, and all sources of a domain have one or none has (each counts by its clips).
+    """
 
     path: str
     domain: Literal["speech", "sound", "music"]
@@ -130,8 +134,11 @@ class AugmentSettings:
 
 @dataclass
 class LicenceSettings:
-    """Which licences clips may have, by SPDX id (`CC-BY-4.0`) or without its version (`CC-BY`: every one). Empty: all, and
-    unknown ones too; otherwise a clip whose licence is not understood is left out. A clip that states none has its source's `licence`."""
+    """Which licences clips may have, by SPDX id: `CC-BY-4.0`, or `CC-BY` for all its versions.
+
+    Empty: all, and unknown ones too; otherwise a clip whose licence is not understood is left out.
+    A clip that states none has its source's `licence`.
+    """
 
     allow: list[str] = field(default_factory=list)
 
@@ -334,7 +341,9 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     problems = [
         *_model_problems(settings.model),
         *_data_problems(settings.data),
+        *_weight_problems(settings.data.train),
         *_number_problems(settings),
+        *_not_finite(asdict(settings)),
     ]
     problems += _logger_problems(settings.trainer.loggers)
     if "name" not in settings.decoder:
@@ -409,6 +418,33 @@ def _data_problems(data: DataSettings) -> list[str]:
     if data.temperature <= 0 or data.timeout_seconds <= 0:
         problems.append("data: temperature and timeout_seconds must be positive")
     return problems
+
+
+def _weight_problems(sources: Sequence[SourceSettings]) -> list[str]:
+    problems = [
+        f"data.train: {source.path} has the weight {source.weight:g}; weights must be positive"
+        for source in sources
+        if source.weight is not None and source.weight <= 0
+    ]
+    for domain in DOMAINS:
+        own = [source for source in sources if source.domain == domain]
+        without = [source.path for source in own if source.weight is None]
+        if 0 < len(without) < len(own):
+            problems.append(
+                f"data.train: some {domain} sources have a weight, but {', '.join(without)} "
+                f"{'has' if len(without) == 1 else 'have'} none. Give one to every source of a "
+                "domain, or to none: then each counts by its clips"
+            )
+    return problems
+
+
+def _not_finite(value: Any, name: str = "") -> Iterator[str]:
+    """Yield a problem for each NaN and infinity, which comparisons with a bound would let pass."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name}: {value} is not a finite number"
+    children = enumerate(value) if isinstance(value, list) else getattr(value, "items", tuple)()
+    for key, child in children:
+        yield from _not_finite(child, f"{name}.{key}" if name else str(key))
 
 
 def _logger_problems(names: Sequence[str]) -> list[str]:
