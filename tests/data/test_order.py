@@ -95,10 +95,16 @@ def test_fingerprints_tell_orders_apart():
 
 
 def test_the_validation_order_takes_the_first_clips_of_each_source():
-    order = SequentialOrder(SOURCES, limit=6)
+    order = SequentialOrder(SOURCES, window=4, limit=6)
     assert len(order) == 18
     sources, numbers = order.draws(4, 100)
     assert sources.tolist() == [0] * 2 + [1] * 6 + [2] * 6
     assert numbers[:4].tolist() == [4, 5, 0, 1]
+    assert [order.window(0, number) for number in (0, 3, 4, 15)] == [
+        (0, 4),
+        (0, 4),
+        (4, 8),
+        (12, 16),
+    ]
     shards, ordinals = order.places(0, *order.window(0, 5))
-    assert (shards[5], ordinals[5]) == (1, 0)
+    assert (shards.tolist(), ordinals.tolist()) == ([0, 1, 1, 1], [4, 0, 1, 2])

@@ -111,6 +111,20 @@ def test_validation_gives_every_clip_once_and_every_rank_the_same_steps(
     assert sum(len(batch) for rank in ranks for batch in rank) == 43
 
 
+def test_validation_holds_no_more_clips_than_the_shuffle_window(
+    tmp_path: Path, build: ExampleBuilder
+):
+    """What has not been read when the first batch is out is missed once its tars are gone."""
+    folder = write_shards(tmp_path / "sound", 24, "sound", per_shard_bytes=1)  # a clip a tar
+    batches = iter(data_module(tmp_path, build, ("sound",), window=6).val_dataloader())
+    first = next(batches)
+    for tar in folder.glob("*.tar"):
+        tar.unlink()
+    rest = list(batches)
+    assert len(first) + sum(len(batch) for batch in rest) == 6
+    assert sum(len(batch.refusals) for batch in rest) == 18
+
+
 def test_accumulated_batches_know_the_tokens_of_their_step(
     tiny_shards: Path, build: ExampleBuilder
 ):

@@ -32,7 +32,8 @@ class ShardDataModule(lightning.LightningDataModule):
         train, valid: the sources.
         shares: the share of each training source.
         build: sample → example.
-        seed, window: of the training order.
+        seed: of the training order.
+        window: clips of a source that are shuffled among each other in training, and read together in both.
         epochs: every clip of every source so many times, whatever the shares; None for the endless mixture.
         batch_clips: clips per rank and micro-batch.
         batch_seconds: instead, the most seconds of audio per rank and micro-batch.
@@ -71,7 +72,7 @@ class ShardDataModule(lightning.LightningDataModule):
             if epochs
             else MixtureOrder(shapes, seed, window)
         )
-        self.valid_order = SequentialOrder(_shapes(valid, [1.0] * len(valid)), valid_clips)
+        self.valid_order = SequentialOrder(_shapes(valid, [1.0] * len(valid)), window, valid_clips)
         longest = build.limits.max_seconds
         self.valid_batching = ByClips(
             self.valid_order,

@@ -206,12 +206,18 @@ class EpochOrder(ShuffledOrder):
 
 
 class SequentialOrder:
-    """The finite validation order: the first clips of each source, source after source, as the shards hold them."""
+    """The finite validation order: the first clips of each source, source after source, as the shards hold them.
+
+    Args:
+        sources: any number of them.
+        window: clips that are read together.
+        limit: clips of each source; None for all.
+    """
 
     epoch_clips: int | None = None
 
-    def __init__(self, sources: Sequence[SourceShape], limit: int | None = None):
-        self.sources = tuple(sources)
+    def __init__(self, sources: Sequence[SourceShape], window: int, limit: int | None = None):
+        self.sources, self.window_clips = tuple(sources), window
         self._ends = np.cumsum(
             [
                 min(source.samples, limit) if limit is not None else source.samples
@@ -229,13 +235,14 @@ class SequentialOrder:
         return sources, positions - np.concatenate([[0], self._ends])[sources]
 
     def window(self, source: int, number: int) -> tuple[int, int]:
-        return 0, self.sources[source].samples
+        first = number // self.window_clips * self.window_clips
+        return first, min(first + self.window_clips, self.sources[source].samples)
 
     def places(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        samples = self.sources[source].shard_samples
-        shards = np.repeat(np.arange(len(samples)), samples)
-        ordinals = np.concatenate([np.arange(count) for count in samples])
-        return shards[first:last], ordinals[first:last]
+        ends = np.cumsum(self.sources[source].shard_samples)
+        row = np.arange(first, last)
+        shards = np.searchsorted(ends, row, side="right")
+        return shards, row - np.concatenate([[0], ends])[shards]
 
     def fingerprint(self) -> str:
         return _fingerprint(self.sources, int(self._ends[-1]))
