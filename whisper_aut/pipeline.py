@@ -213,8 +213,11 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
     return build_report([request.out], request.out, console)
 
 
-def export_run(path: Path, out: Path, kind: ExportKind, dtype: str = "fp32") -> Path:
+def export_run(path: Path, out: Path, kind: ExportKind, dtype: str = "fp32", **card: str) -> Path:
     """Write what a run trained, and a card that says how, as a directory that others load.
+
+    Args:
+        card: `name` and `licence`, see `write_card`.
 
     Raises:
         UserError: not a run, or what is asked for cannot be made of it.
@@ -223,7 +226,7 @@ def export_run(path: Path, out: Path, kind: ExportKind, dtype: str = "fp32") -> 
     run = RunDirectory(checkpoint.parent.parent)
     padding = load_settings(run.config).model.padding
     export_checkpoint(checkpoint, start, out, kind, dtype=DTYPES[dtype], padding=padding)
-    write_card(run.path, out, kind, dtype)
+    write_card(run.path, out, kind, dtype, **card)
     return out
 
 

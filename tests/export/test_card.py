@@ -25,7 +25,17 @@ def test_the_card_of_an_export(story: Path):
     card = (run / "export" / "encoder" / "README.md").read_text()
     data = ModelCard(card).data  # as the hub reads it
     assert data.library_name == "transformers"
-    assert data.pipeline_tag == "feature-extraction"
+    assert data.pipeline_tag is None  # no pipeline gives frames of audio
+    assert data.license == "unknown"
+    assert data.datasets == ["speech", "sound", "music"]
+    assert data.metrics == ["accuracy"]
+    (result,) = data.eval_results
+    assert (data.model_name, result.dataset_name, result.metric_type) == (
+        "aut_tiny",
+        "Tones",
+        "accuracy",
+    )
+    assert 0 <= result.metric_value <= 1
     for section in (
         "Use",
         "Recipe",

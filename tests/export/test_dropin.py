@@ -1,14 +1,18 @@
 """The exported encoder in other people's models: identical frames, and a `generate` that works."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import (
     Qwen2_5OmniAudioEncoderConfig,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2AudioConfig,
     Qwen2AudioEncoderConfig,
     Qwen2AudioForConditionalGeneration,
@@ -23,10 +27,11 @@ from transformers import (
 )
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
 
-from tests.conftest import tone
+from tests.conftest import encode_audio, tone
 from whisper_aut import load_encoder
 from whisper_aut.data.logmel import LogMel, mel_frames
 from whisper_aut.errors import UserError
+from whisper_aut.export.hf import KINDS, ExportKind
 from whisper_aut.export.towers import sinusoids, swap_tower
 from whisper_aut.pipeline import export_run
 
@@ -142,9 +147,7 @@ def test_in_qwen2_audio(run: Path, clips: list[np.ndarray], tmp_path: Path):
         assert_close(frames[:length], expected[:length], atol=1e-5, rtol=0)
 
 
-@torch.no_grad()
-def test_in_voxtral(run: Path, clips: list[np.ndarray], tmp_path: Path):
-    out = export_run(run, tmp_path / "tower", "voxtral")
+def tiny_voxtral() -> VoxtralForConditionalGeneration:
     audio = VoxtralEncoderConfig(
         hidden_size=32,
         intermediate_size=128,
@@ -153,10 +156,24 @@ def test_in_voxtral(run: Path, clips: list[np.ndarray], tmp_path: Path):
         num_mel_bins=80,
     )
     text = {**TEXT, "model_type": "llama"}
-    model = VoxtralForConditionalGeneration(
-        VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_TOKEN)
+    config = VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_TOKEN)
+    return VoxtralForConditionalGeneration(config).eval()
+
+
+def tiny_qwen2_5_omni() -> Qwen2_5OmniThinkerForConditionalGeneration:
+    audio = {**SIZES, "d_model": 32, "encoder_ffn_dim": 128, "output_dim": 32}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
+    text = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+    config = Qwen2_5OmniThinkerConfig(
+        audio_config=audio, vision_config={**vision, "out_hidden_size": 32}, text_config=text
     )
-    swap_tower(model.eval(), out)
+    return Qwen2_5OmniThinkerForConditionalGeneration(config)
+
+
+@torch.no_grad()
+def test_in_voxtral(run: Path, clips: list[np.ndarray], tmp_path: Path):
+    out = export_run(run, tmp_path / "tower", "voxtral")
+    model = swap_tower(tiny_voxtral(), out)
     mel = features(run, clips[:1])["input_features"]
     theirs = model.model.audio_tower(mel).last_hidden_state[0]
     (ours,) = load_encoder(run, padding="30s").encode(clips[:1], 16_000)
@@ -230,3 +247,38 @@ def test_towers_that_cannot_compute_an_encoder_are_refused(run: Path):
         atol=1e-5,
         rtol=0,
     )
+
+
+TOWERS = {
+    "qwen2-audio": ("Qwen/Qwen2-Audio-7B", tiny_qwen2_audio),
+    "qwen2.5-omni": ("Qwen/Qwen2.5-Omni-3B", tiny_qwen2_5_omni),
+    "voxtral": ("mistralai/Voxtral-Mini-3B-2507", tiny_voxtral),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_snippet_of_a_card_runs_as_it_is_written(
+    kind: ExportKind, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("clip.wav").write_bytes(encode_audio(tone(1.0), kind="WAV"))
+    if kind in TOWERS:  # a small model where the published one would be downloaded from
+        repository, make = TOWERS[kind]
+        make().save_pretrained(repository)
+    card = (export_run(run, Path("exported"), kind) / "README.md").read_text()
+    snippets = re.findall(r"^```python\n(.*?)^```", card, re.M | re.S)
+    found = {}
+    for snippet in snippets:
+        exec(compile(snippet, "card", "exec"), found)
+        if "frames" in found:
+            assert found["frames"].shape[-2:] == (50, 32)
+    assert len(snippets) == (2 if kind == "encoder" else 1)
+    if kind in TOWERS:
+        assert "swap_tower" in found
+
+
+def test_a_card_that_is_pushed_names_its_repository(run: Path, tmp_path: Path):
+    out = export_run(run, tmp_path / "out", "encoder", name="org/name", licence="cc-by-4.0")
+    card = ModelCard((out / "README.md").read_text())
+    assert 'load_encoder("org/name")' in card.text
+    assert card.data.license == "cc-by-4.0"

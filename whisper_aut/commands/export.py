@@ -25,7 +25,12 @@ def export(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.pipeline import export_run
 
     out = export_run(
-        Path(options.run_or_checkpoint), Path(options.out), options.format, options.dtype
+        Path(options.run_or_checkpoint),
+        Path(options.out),
+        options.format,
+        options.dtype,
+        name=options.push,
+        licence=options.licence,
     )
     console.print(
         f"Wrote {out}, with a card in README.md. {NEXT_STEPS[options.format].format(out=out)}",
@@ -91,6 +96,12 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     command.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights"
+    )
+    command.add_argument(
+        "--licence",
+        default="unknown",
+        metavar="ID",
+        help="of the weights, as the hub writes it (apache-2.0, cc-by-nc-4.0, …), for the card",
     )
     command.add_argument(
         "--push",

@@ -5,6 +5,7 @@ export, with the front matter that the Hugging Face hub reads. Next: people who 
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,41 +13,110 @@ from typing import Any
 
 import numpy as np
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from whisper_aut import __version__
 
 CARD = "README.md"
+UNKNOWN_LICENCE = "unknown"
 PAPERS = {
     "whisper": "AuT ([arXiv 2604.10438](https://arxiv.org/abs/2604.10438)): encoder and decoder fine-tuned on texts of all domains.",
     "causal_lm": "UniWhisper ([arXiv 2602.21772](https://arxiv.org/abs/2602.21772)): the encoder learns through an adapter and a "
     "language model.",
 }
+SWAP = """from transformers import {model}
+
+from whisper_aut.export.towers import swap_tower
+
+model = {model}.from_pretrained("{repository}")  # or another of its architecture
+swap_tower(model, "{{name}}")"""
+# Kind → Python that uses the export. `{name}` is its folder, or its repository on the hub.
 USES = {
-    "encoder": 'import whisper_aut\n\nencoder = whisper_aut.load_encoder("{name}")\nframes = encoder.encode(["clip.wav"])',
-    "whisper": 'from transformers import pipeline\n\npipeline("automatic-speech-recognition", model="{name}")("clip.wav")',
-    "tower": 'from whisper_aut.export.towers import swap_tower\n\nswap_tower(model, "{name}")  # a model that you have loaded',
-    "onnx": 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{name}/encoder.onnx")\n'
-    '(frames,) = session.run(None, {{"waveform": waveform}})  # float32 [S] at 16 kHz',
+    "encoder": """With whisper-aut, at each clip's own length where the encoder was trained so:
+
+```python
+import whisper_aut
+
+encoder = whisper_aut.load_encoder("{name}")
+(frames,) = encoder.encode(["clip.wav"])  # [T, D], a frame every 20 ms
+```
+
+With transformers alone, which pads each clip to 30 s:
+
+```python
+import soundfile
+import torch
+from transformers import AutoFeatureExtractor, AutoModel
+
+encoder = AutoModel.from_pretrained("{name}").encoder.eval()
+features = AutoFeatureExtractor.from_pretrained("{name}")
+waveform, rate = soundfile.read("clip.wav")  # 16 kHz, one channel
+inputs = features(waveform, sampling_rate=rate, return_tensors="pt").input_features
+with torch.no_grad():
+    frames = encoder(inputs).last_hidden_state[:, : len(waveform) // 320]  # [1, T, D]
+```""",
+    "whisper": """```python
+import soundfile
+from transformers import pipeline
+
+recognise = pipeline("automatic-speech-recognition", model="{name}")
+waveform, rate = soundfile.read("clip.wav")  # one channel; a path in its place needs ffmpeg
+print(recognise({{"raw": waveform, "sampling_rate": rate}})["text"])
+```""",
+    "onnx": """```python
+import onnxruntime
+import soundfile
+
+session = onnxruntime.InferenceSession("{name}/encoder.onnx")
+waveform, _ = soundfile.read("clip.wav", dtype="float32")  # 16 kHz, one channel
+(frames,) = session.run(None, {{"waveform": waveform}})  # [T, D]
+```""",
+    **{
+        kind: f"```python\n{SWAP.format(model=model, repository=repository)}\n```"
+        for kind, model, repository in (
+            ("qwen2-audio", "Qwen2AudioForConditionalGeneration", "Qwen/Qwen2-Audio-7B"),
+            (
+                "qwen2.5-omni",
+                "Qwen2_5OmniThinkerForConditionalGeneration",
+                "Qwen/Qwen2.5-Omni-3B",
+            ),
+            ("voxtral", "VoxtralForConditionalGeneration", "mistralai/Voxtral-Mini-3B-2507"),
+        )
+    },
 }
+# What loads an export, by the hub's names. The hub writes a snippet for a `pipeline_tag`; only recognition has a pipeline that works.
+LIBRARIES = {"onnx": "onnx", "qwen2.5-omni": "whisper-aut"}
+TASK_TYPES = {"word_accuracy": "automatic-speech-recognition", "recall@1": "feature-extraction"}
 
 
-def write_card(run: Path, out: Path, kind: str, dtype: str = "fp32") -> Path:
+def write_card(
+    run: Path,
+    out: Path,
+    kind: str,
+    dtype: str = "fp32",
+    *,
+    name: str = "",
+    licence: str = UNKNOWN_LICENCE,
+) -> Path:
     """Write the card of an export into it.
 
     Args:
         run: the run directory that the export was made from.
         kind, dtype: how it was exported.
+        name: what its readers load it by: the hub's `ORG/NAME`; the folder's own name by default.
+        licence: of the weights, as the hub writes it.
     """
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     facts, done = _json(run / "environment.json"), _json(run / "done.json")
+    scores = _json(run / "scores.json")
     sections = [
-        _front_matter(config, facts, kind),
+        f"---\n{_metadata(config, facts, scores, kind, licence).to_yaml()}\n---",
         f"# {config['name']}\n\n{_opening(config, kind, dtype)}",
-        f"## Use\n```python\n{USES.get(kind, USES['tower']).format(name=out.name)}\n```",
+        f"## Use\n{USES[kind].format(name=name or out.name)}",
         f"## Recipe\n{_recipe(config, facts, done)}",
         f"## Training data\n{_data(config, facts)}",
         f"## Overlap with the probe sets\n{_audit(_json(run / 'audit.json'), facts)}",
-        f"## Probes\n{_probes(_json(run / 'scores.json'))}",
+        f"## Probes\n{_probes(scores)}",
         f"## Intended use and limits\n{_limits(config, kind, done)}",
     ]
     path = out / CARD
@@ -54,17 +124,40 @@ def write_card(run: Path, out: Path, kind: str, dtype: str = "fp32") -> Path:
     return path
 
 
-def _front_matter(config: Mapping[str, Any], facts: Mapping[str, Any], kind: str) -> str:
-    values: dict[str, Any] = {
-        "library_name": "onnx" if kind == "onnx" else "transformers",
-        "pipeline_tag": "automatic-speech-recognition"
-        if kind == "whisper"
-        else "feature-extraction",
-        "tags": ["audio", "whisper", "whisper-aut"],
-    }
-    if "/" in (start := _start(config)):
-        values["base_model"] = start
-    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
+def _metadata(
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    scores: Mapping[str, Any],
+    kind: str,
+    licence: str,
+) -> ModelCardData:
+    """Return the front matter. Scores are those of the run's encoder, which every kind of export holds."""
+    entries = [one for one in scores.get("entries", []) if one["encoder"] == config["name"]]
+    results = [
+        EvalResult(
+            task_type=TASK_TYPES.get(entry["metric"], "audio-classification"),
+            dataset_type=entry["task"],
+            dataset_name=entry["title"],
+            dataset_split="test",
+            metric_type=entry["metric"],
+            metric_name=f"{entry['metric']}, {entry['kind']} probe, protocol {entry['protocol']}",
+            metric_value=round(float(np.mean(entry["scores"])), 4),
+        )
+        for entry in entries
+    ]
+    start = _start(config)
+    sources = (re.sub(r"[^\w.-]+", "-", Path(one["root"]).name) for one in facts.get("data", []))
+    return ModelCardData(
+        license=licence,
+        library_name=LIBRARIES.get(kind, "transformers"),
+        pipeline_tag="automatic-speech-recognition" if kind == "whisper" else None,
+        base_model=start if "/" in start else None,
+        datasets=list(dict.fromkeys(sources)) or None,
+        metrics=sorted({entry["metric"] for entry in entries}) or None,
+        tags=["audio", "whisper", "whisper-aut"],
+        model_name=config["name"] if results else None,
+        eval_results=results or None,
+    )
 
 
 def _opening(config: Mapping[str, Any], kind: str, dtype: str) -> str:
