@@ -28,6 +28,8 @@ class Reason(StrEnum):
     NO_AUDIO = "no audio member"
     EMPTY = "empty audio"
     NON_FINITE = "non-finite audio"
+    OUT_OF_SCALE = "audio out of scale"
+    JOINED = "several files in one"
     SILENT = "silent audio"
     TOO_LONG = "audio too long"
     TOO_SHORT = "audio too short"

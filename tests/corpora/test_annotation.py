@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from whisper_aut.corpora.annotation import MAX_JSON_BYTES, Annotation
+from whisper_aut.corpora.annotation import MAX_JSON_BYTES, Annotation, has_value
 from whisper_aut.errors import Reason, SampleRefused
 
 
@@ -34,6 +34,36 @@ def test_foreign_fields_are_kept_and_nulls_are_absent():
     assert annotation.extra == {"esc50": True, "target": [1, 2]}
 
 
+@pytest.mark.parametrize("nothing", ["null", "NaN", '""', '" \\t"', "[]", '[NaN, ""]'])
+def test_null_nan_and_blank_are_no_value_in_any_field(nothing: str):
+    whole = '{"text": T, "label": T, "language": T, "duration_seconds": T, "genre": T, "id": 7}'
+    annotation = Annotation.from_json(whole.replace("T", nothing).encode())
+    assert annotation == Annotation(id="7")
+
+
+def test_a_nan_given_by_a_program_is_no_value_either():
+    assert not has_value(float("nan"))
+    assert Annotation.from_mapping({"label": ["a", float("nan")]}).label == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("data", "text", "texts"),
+    [
+        ('{"text": ["one", "two"]}', "one", ["one", "two"]),
+        ('{"text": ["", "two"]}', "two", ["", "two"]),
+        ('{"texts": ["one", "two"]}', "one", ["one", "two"]),
+        ('{"caption": "a dog"}', "a dog", None),
+        ('{"text": "", "transcript": "hello"}', "hello", None),
+        ('{"text": 7, "caption": "a dog"}', "7", None),
+        ('{"note": "x"}', "of the .txt", None),
+        ('{"text": "own"}', "own", None),
+    ],
+)
+def test_a_text_is_found_where_published_tars_keep_it(data: str, text: str, texts: list | None):
+    annotation = Annotation.from_json(data.encode(), "of the .txt")
+    assert (annotation.text, annotation.extra.get("texts")) == (text, texts)
+
+
 @pytest.mark.parametrize("events", [[], [{"onset": 0.5, "offset": 1.5, "event_label": "Speech"}]])
 def test_a_bare_list_is_that_of_a_clips_events_and_may_be_empty(events: list):
     assert Annotation.from_json(json.dumps(events).encode()) == Annotation(extra={"events": events})
@@ -45,12 +75,14 @@ def test_a_bare_list_is_that_of_a_clips_events_and_may_be_empty(events: list):
         (b"", "Expecting value"),
         (b"\xff\xfe\x00", "decode"),
         (b"[1]", "expected an object"),
-        (b'{"text": 3}', "'text' must be text, not int"),
+        (b'{"text": {"en": "a"}}', "'text' must be text, not dict"),
+        (b'{"text": [["a"]]}', "'text' must be text, not list"),
         (b'{"domain": "noise"}', "not one of speech, sound, music"),
         (b'{"label": {"a": 1}}', "'label' must be text"),
         (b'{"label": [["a"]]}', "'label' must be text"),
         (b'{"duration_seconds": -1}', "number of seconds"),
-        (b'{"duration_seconds": Infinity}', "number of seconds"),
+        (b'{"duration_seconds": Infinity}', "Infinity is no JSON value"),
+        (b'{"snr": -Infinity}', "-Infinity is no JSON value"),
         (b'{"duration_seconds": true}', "number of seconds"),
         (b"[" * 100_000, ""),
     ],

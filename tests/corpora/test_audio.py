@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from whisper_aut.corpora.audio import ClipLimits, decode, read_header
+from whisper_aut.corpora.audio import DOWNMIX, ClipLimits, decode, read_header, second_file
+from whisper_aut.data.waveform import load_waveform
 from whisper_aut.errors import Reason, SampleRefused
 
 LIMITS = ClipLimits()
@@ -65,9 +66,10 @@ def test_every_kind_of_audio_decodes_at_its_own_rate_and_length(kind: str, subty
     assert clip.seconds == pytest.approx(1, abs=0.08)
 
 
-def test_stereo_48_khz_keeps_its_channels():
-    clip = decode(encode(noise(0.5, 48_000, 2), 48_000), LIMITS)
-    assert clip.samples.shape == (24_000, 2)
+def test_stereo_is_averaged_at_its_own_rate():
+    samples = noise(0.5, 48_000, 2)
+    clip = decode(encode(samples, 48_000, subtype="FLOAT"), LIMITS)
+    np.testing.assert_allclose(clip.samples, samples.mean(axis=1), atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -164,3 +166,94 @@ def test_hostile_bytes_are_refused_or_decoded_and_nothing_else(kind: str):
                 read(data.tobytes(), LIMITS)
             except SampleRefused:
                 continue
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
+def test_stereo_in_opposite_phase_is_silent_once_it_is_mixed_down(subtype: str):
+    left = noise(1)
+    assert reason_of(encode(np.stack([left, -left], axis=1), subtype=subtype)) is Reason.SILENT
+
+
+def test_a_clip_that_resampling_leaves_nothing_of_is_silent():
+    whistle = 0.5 * np.sin(2 * np.pi * 20_000 * np.arange(48_000) / 48_000)
+    fade = np.hanning(len(whistle))
+    data = encode((whistle * fade).astype(np.float32), 48_000, subtype="FLOAT")
+    assert decode(data, LIMITS).seconds == 1
+    with pytest.raises(SampleRefused) as refused:
+        load_waveform(data, LIMITS)
+    assert refused.value.reason is Reason.SILENT
+
+
+def one_channel(channel: int, channels: int) -> np.ndarray:
+    samples = np.zeros((RATE_HZ, channels), np.float32)
+    samples[:, channel] = noise(1)
+    return samples
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype", "centre", "low"),
+    [("FLAC", None, 2, 3), ("WAVEX", "PCM_16", 2, 3), ("OGG", "VORBIS", 1, 5)],
+)
+def test_speech_in_the_centre_of_5_1_comes_out_3_db_down_and_the_low_frequencies_not_at_all(
+    kind: str, subtype: str | None, centre: int, low: int
+):
+    """As in BS.775's stereo, averaged. An average over six channels would be 15.6 dB down."""
+    data = encode(one_channel(centre, 6), RATE_HZ, kind, subtype)
+    level = np.std(decode(data, LIMITS).samples) / np.std(noise(1))
+    assert 20 * np.log10(level) == pytest.approx(-3.01, abs=1.0 if kind == "OGG" else 0.01)
+    assert reason_of(encode(one_channel(low, 6), RATE_HZ, kind, subtype)) is Reason.SILENT
+
+
+def test_front_and_surround_channels_have_the_weights_of_bs_775():
+    samples = noise(1, channels=6)
+    found = decode(encode(samples, kind="FLAC", subtype="PCM_24"), LIMITS).samples
+    weights = [0.5, 0.5, 0.5**0.5, 0.0, 0.5**1.5, 0.5**1.5]
+    np.testing.assert_allclose(found, samples @ np.array(weights, np.float32), atol=1e-6)
+    assert [DOWNMIX[channel] for channel in "LRCXSS"] == pytest.approx(weights)
+
+
+def test_channels_of_an_unknown_layout_are_averaged():
+    samples = noise(1, channels=6)
+    found = decode(encode(samples, kind="WAV", subtype="FLOAT"), LIMITS).samples
+    np.testing.assert_allclose(found, samples.mean(axis=1), atol=1e-6)
+
+
+def test_floats_on_the_scale_of_integers_are_refused_and_named():
+    integers = np.round(noise(1) * 32_767)
+    with pytest.raises(SampleRefused, match=r"peak of 1.*divide integers"):
+        decode(encode(integers, subtype="FLOAT"), LIMITS)
+    assert reason_of(encode(integers, subtype="FLOAT")) is Reason.OUT_OF_SCALE
+    assert decode(encode(noise(1) * 6, subtype="FLOAT"), LIMITS).seconds == 1, "loud is no fault"
+
+
+KINDS = [
+    ("WAV", None),
+    ("AIFF", None),
+    ("FLAC", None),
+    ("OGG", "VORBIS"),
+    ("OGG", "OPUS"),
+    ("MP3", None),
+]
+
+
+@pytest.mark.parametrize(("kind", "subtype"), KINDS)
+def test_two_files_joined_into_one_are_refused(kind: str, subtype: str | None):
+    first, second = (encode(noise(seconds), RATE_HZ, kind, subtype) for seconds in (1, 2))
+    assert second_file(first) is second_file(second) is None
+    assert second_file(first + second) == len(first)
+    assert reason_of(first + second) is Reason.JOINED
+    with pytest.raises(SampleRefused, match=f"another file begins at byte {len(first)}"):
+        read_header(first + second, LIMITS)
+
+
+def test_mp3_frames_after_those_that_the_header_counts_are_a_second_file():
+    first, second = (encode(noise(seconds), RATE_HZ, "MP3") for seconds in (1, 2))
+    begin = next(at for at in range(4, len(second)) if second[at : at + 2] == second[:2])
+    without_header = second[begin:]
+    assert second_file(first + without_header) == len(first)
+    tagged = b"ID3\x04\x00\x00\x00\x00\x00\x05hello"
+    assert second_file(tagged + first + tagged + without_header) == len(tagged + first)
+    assert second_file(tagged + first + b"TAG" + bytes(125)) is None
+    assert second_file(without_header) is None
+    both = decode(without_header + without_header, LIMITS).seconds
+    assert both == pytest.approx(2 * decode(without_header, LIMITS).seconds, abs=0.1)

@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import tarfile
@@ -9,11 +10,13 @@ import pytest
 import soundfile
 from rich.console import Console
 
+from whisper_aut.cli import main
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits
+from whisper_aut.corpora.index import index_folder
 from whisper_aut.corpora.inspect import ShardFacts, distribution, histogram, inspect_shards
 from whisper_aut.corpora.inspect_view import render
-from whisper_aut.corpora.shards import INDEX_NAME, ShardFolder
+from whisper_aut.corpora.shards import INDEX_NAME, ShardFolder, open_index
 from whisper_aut.errors import UserError
 
 
@@ -131,7 +134,7 @@ def test_every_kind_of_refusal_is_counted(tmp_path: Path):
         "audio too long": 1,
         "member too large": 1,
     }
-    assert "nojson: bad or missing JSON: no .json member" in shown(facts).replace("\n", "")
+    assert "nojson: bad or missing JSON: no .json or .txt member" in shown(facts).replace("\n", "")
 
 
 def test_a_header_that_lies_about_its_length_is_refused_and_one_that_is_silent_about_it_is_decoded(
@@ -207,6 +210,50 @@ def test_markup_in_names_and_texts_is_not_obeyed(tmp_path: Path):
     )
     told = shown(inspect_shards(tmp_path))
     assert all(word in told for word in ("[red]x[", "[/bold] [link=x]", "[/]", "[/x]"))
+
+
+def test_brackets_in_a_folder_are_no_pattern_and_no_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "set [2024] [bold]x"
+    folder.mkdir()
+    tar(folder, {"a.flac": audio(), "a.json": annotation()})
+    for root in (str(folder), f"{folder}/for*.tar"):
+        assert inspect_shards(root).clips == 1
+    assert "set [2024] [bold]x" in " ".join(shown(inspect_shards(folder)).split())
+    assert main(["data", "index", str(folder)]) == 0
+    assert main(["data", "inspect", str(folder.parent)]) == 0
+    assert "set [2024] [bold]x (1)" in capsys.readouterr().out
+    assert main(["data", "inspect", str(folder / "none [here]")]) == 1
+    assert "none [here]" in capsys.readouterr().err
+
+
+def test_tars_that_gzip_compressed_are_named_wherever_a_folder_is_read(tmp_path: Path):
+    path = tar(tmp_path, {"a.flac": audio(), "a.json": annotation()})
+    (tmp_path / "more.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
+    for read in (inspect_shards, open_index, index_folder):
+        with pytest.raises(UserError, match=r"more\.tar\.gz is compressed by gzip.*gunzip"):
+            read(tmp_path)
+
+
+def test_floats_on_the_scale_of_integers_are_counted(tmp_path: Path):
+    file = io.BytesIO()
+    samples = np.random.default_rng(0).integers(-9000, 9000, 16_000).astype(np.float32)
+    soundfile.write(file, samples, 16_000, format="WAV", subtype="FLOAT")
+    tar(tmp_path, {"a.wav": file.getvalue(), "a.json": annotation()})
+    facts = inspect_shards(tmp_path)
+    assert (facts.clips, facts.refused) == (0, {"audio out of scale": 1})
+
+
+def test_a_key_that_is_repeated_is_counted_and_warned_about(tmp_path: Path):
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        for name, body in [("0.flac", audio()), ("0.json", annotation())] * 2:
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            file.addfile(member, io.BytesIO(body))
+    facts = inspect_shards(tmp_path)
+    assert facts.clips == 2
+    assert "1 samples have the key of the sample before them" in facts.warnings[0]
 
 
 def test_an_index_that_names_a_missing_shard_is_the_users_matter(tmp_path: Path):

@@ -1,9 +1,11 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.manifest import Entry, Manifest, ManifestSpec, RefusedRow
 from whisper_aut.errors import Reason, UserError
 
@@ -50,6 +52,37 @@ def test_a_csv_needs_no_spec(tmp_path: Path):
         "caption": "a dog,\nbarking",
         "fold": "1",
     }
+
+
+@pytest.mark.parametrize("first", [0, 1, 30])
+def test_the_nameless_index_that_pandas_writes_is_no_column(tmp_path: Path, first: int):
+    rows = "".join(f"{first + n},r{n}.wav,clip {n}\n" for n in range(6))
+    path = table(tmp_path, ",path,text\n" + rows)
+    found = entries(path)
+    assert Manifest(ManifestSpec(path)).columns == ("path", "text")
+    assert [entry.segment for entry in found] == [None] * 6, "whole clips"
+    assert found[0].annotation.extra == {"path": "r0.wav"}
+    found = entries(jsonl(tmp_path, {"": first, "path": "r0.wav", "text": "clip 0"}))
+    assert (found[0].segment, found[0].annotation.extra) == (None, {"path": "r0.wav"})
+
+
+@pytest.mark.parametrize("nothing", ["null", "NaN", '""', '" "', "[]", "[null]"])
+def test_what_is_no_value_in_a_tar_is_none_in_a_manifest(tmp_path: Path, nothing: str):
+    whole = '{"path": "a.wav", "text": "t", "label": T, "offset": T, "language": T, "genre": T}'
+    path = table(tmp_path, whole.replace("T", nothing), "clips.jsonl")
+    (entry,) = entries(path)
+    in_tar = Annotation.from_json(whole.replace("T", nothing).encode())
+    assert entry.annotation == replace(in_tar, id="a")
+    assert (entry.annotation.label, entry.segment) == (None, None)
+    alone = table(tmp_path, '{"path": "a.wav", "text": T}'.replace("T", nothing), "alone.jsonl")
+    assert refusal(alone).reason is Reason.NO_TEXT
+
+
+def test_a_text_is_looked_for_in_each_row_unless_a_column_is_named(tmp_path: Path):
+    rows = ({"wav": "a.wav", "caption": ["one", "two"]}, {"wav": "b.wav", "text": "three"})
+    path = jsonl(tmp_path, *rows)
+    assert [entry.annotation.text for entry in entries(path)] == ["one", "three"]
+    assert refusal(path, text="caption").reason is Reason.NO_TEXT
 
 
 def test_a_tsv_has_no_quoting(tmp_path: Path):
@@ -185,12 +218,12 @@ def test_a_column_of_names_is_no_split(tmp_path: Path):
     [
         ("{not json", "not JSON"),
         ("[1, 2]", "expected an object, found list"),
-        ('{"wav": "b.wav", "text": NaN}', "NaN is no JSON value"),
+        ('{"wav": "b.wav", "text": "t", "n": Infinity}', "Infinity is no JSON value"),
         ("[" * 100_000, "not JSON"),
         ('{"text": "t"}', "no path in column 'wav'"),
         ('{"wav": "b\\u0000.wav", "text": "t"}', "no path in column 'wav'"),
         ('{"wav": {"path": "b.wav"}, "text": "t"}', "column 'wav' must be text, not dict"),
-        ('{"wav": "b.wav", "text": ["t"]}', "column 'text' must be text, not list"),
+        ('{"wav": "b.wav", "text": {"en": "t"}}', "'text' must be text, not dict"),
         ('{"wav": "b.wav", "text": "t", "domain": "noise"}', "not one of speech"),
         ('{"wav": "b.wav", "text": "\\ud800"}', "surrogate pair"),
         ('{"wav": "b.wav", "text": "' + "t" * (1 << 20) + '"}', "bytes of JSON, limit"),

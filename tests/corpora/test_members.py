@@ -1,14 +1,20 @@
 """corpora.members: what tar headers may say."""
 
+import gzip
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from whisper_aut.corpora.audio import ClipLimits
-from whisper_aut.corpora.members import MemberGroups
-from whisper_aut.corpora.shards import count_samples
+from whisper_aut.corpora.index import table_of
+from whisper_aut.corpora.members import MemberGroups, audio_and_annotation
+from whisper_aut.corpora.shards import count_samples, split_name
+from whisper_aut.data.sample import Sample, read_samples, read_shard
+from whisper_aut.errors import Reason, SampleRefused
 
 LIMITS = ClipLimits(max_bytes=4096)
 END = bytes(1024)
@@ -68,3 +74,72 @@ def test_the_holes_of_a_sparse_member_are_zeros():
     groups = MemberGroups(io.BytesIO(bytes(header) + b"x" * 512 + END), LIMITS)
     assert [group["flac"] for _, group in groups] == [bytes(512) + b"x" * 512]
     assert not groups.damage
+
+
+def test_a_key_that_comes_twice_in_a_row_is_two_samples(tmp_path: Path):
+    """Nothing is dropped without a word, and the table says the same as a reading from the start."""
+    pairs = [("0", b"first"), ("0", b"second"), ("1", b"third")]
+    data = b"".join(
+        member(f"{key}.wav", text) + member(f"{key}.json", b'{"text": "%s"}' % text)
+        for key, text in pairs
+    )
+    path = tmp_path / "a.tar"
+    path.write_bytes(data + END)
+    table = table_of(path, Counter())
+    with path.open("rb") as stream:
+        whole = list(read_shard(stream, "a.tar", None, LIMITS))
+        single = [
+            item for n in range(3) for item in read_samples(stream, "a.tar", table, [n], LIMITS)
+        ]
+    assert whole == single
+    samples = [item for _, item in whole if isinstance(item, Sample)]
+    assert [(sample.key, sample.annotation.text) for sample in samples] == [
+        ("0", "first"),
+        ("0", "second"),
+        ("1", "third"),
+    ]
+    assert count_samples(io.BytesIO(path.read_bytes())) == len(table) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "suffix"),
+    [
+        ("a.wav", "a", "wav"),
+        ("x.y/a.JSON", "x.y/a", "json"),
+        ("a.seg.json", "a", "seg.json"),
+        ("Track 2.0 v0.wav", "Track 2.0 v0", "wav"),
+        ("2024.01.15 rain.flac", "2024.01.15 rain", "flac"),
+        ("Mr. Smith.take.json", "Mr. Smith", "take.json"),
+        ("README", "README", ""),
+        (".hidden.wav", ".hidden.wav", ""),
+    ],
+)
+def test_dots_in_a_name_belong_to_its_key_where_no_suffix_follows(name: str, key: str, suffix: str):
+    assert split_name(name) == (key, suffix)
+
+
+def test_dots_that_could_be_a_suffix_are_named_as_the_cause():
+    data = member("song.v1.wav", b"one") + member("song.v1.json", b"{}") + END
+    ((_, group),) = MemberGroups(io.BytesIO(data), LIMITS)
+    with pytest.raises(SampleRefused, match=r"'song\.v1\.wav' is the member '\.v1\.wav' of 'song'"):
+        audio_and_annotation(group)
+
+
+def test_a_txt_member_is_the_text_where_the_json_has_none():
+    members = member("0.wav", b"one") + member("0.txt", "\ufeff a caf\u00e9\n".encode())
+    ((_, group),) = MemberGroups(io.BytesIO(members + END), LIMITS)
+    assert audio_and_annotation(group)[2].text == "a caf\u00e9"
+    both = members + member("0.json", b'{"label": "x"}') + END
+    ((_, group),) = MemberGroups(io.BytesIO(both), LIMITS)
+    annotation = audio_and_annotation(group)[2]
+    assert (annotation.text, annotation.label) == ("a caf\u00e9", "x")
+    group["txt"] = b"\xff\xfe"
+    with pytest.raises(SampleRefused, match="not UTF-8") as refused:
+        audio_and_annotation(group)
+    assert refused.value.reason is Reason.BAD_JSON
+
+
+def test_a_tar_that_gzip_compressed_says_so():
+    groups = MemberGroups(io.BytesIO(gzip.compress(member("a.wav", b"one") + END)), LIMITS)
+    assert not list(groups)
+    assert "compressed by gzip" in groups.damage

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from whisper_aut.cli import main
-from whisper_aut.corpora.audio import ClipLimits
+from whisper_aut.corpora.audio import ClipLimits, decode
 from whisper_aut.corpora.build import BuildReport, build_shards
 from whisper_aut.corpora.manifest import ManifestSpec
 
@@ -76,6 +76,46 @@ def test_floats_stay_floats(tmp_path: Path, recording: np.ndarray):
     build(tmp_path, [{"path": "floats.wav", "offset": 2.0, "duration": 1.0}])
     samples, _ = soundfile.read(io.BytesIO(members(tmp_path)["floats.wav"]), dtype="float32")
     np.testing.assert_array_equal(samples, recording[2 * RATE_HZ : 3 * RATE_HZ] / np.float32(2**15))
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype"), [("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
+)
+def test_a_segment_of_a_loud_lossy_file_does_not_wrap_round(
+    tmp_path: Path, kind: str, subtype: str
+):
+    """Decoders give more than full scale, which read as 16-bit integers would turn from +1.0 into -1.0."""
+    time = np.arange(4 * 16_000) / 16_000
+    loud = np.sign(np.sin(2 * np.pi * 220 * time)).astype(np.float32)
+    soundfile.write(tmp_path / "loud.bin", loud, 16_000, format=kind, subtype=subtype)
+    whole, _ = soundfile.read(tmp_path / "loud.bin", dtype="float32")
+    assert np.abs(whole).max() > 1.1
+    build(tmp_path, [{"path": "loud.bin", "offset": 1.25, "duration": 2.0}])
+    part, _ = soundfile.read(io.BytesIO(members(tmp_path)["loud.flac"]), dtype="float32")
+    expected = whole[20_000:52_000].clip(-1, 1)
+    np.testing.assert_allclose(part, expected, rtol=0, atol=2.0**-15)
+
+
+def test_a_segment_of_surround_sound_is_mixed_down_as_the_whole_file_is(tmp_path: Path):
+    samples = np.random.default_rng(0).uniform(-0.4, 0.4, (3 * 16_000, 6)).astype(np.float32)
+    soundfile.write(tmp_path / "film.bin", samples, 16_000, format="OGG", subtype="VORBIS")
+    whole = decode((tmp_path / "film.bin").read_bytes(), ClipLimits()).samples
+    build(tmp_path, [{"path": "film.bin", "offset": 1.0, "duration": 1.0}])
+    part = decode(members(tmp_path)["film.wav"], ClipLimits()).samples
+    np.testing.assert_allclose(part, whole[16_000:32_000], atol=1e-6)
+
+
+def test_no_segment_is_cut_from_two_files_joined_into_one(tmp_path: Path):
+    parts = []
+    for seed in (0, 1):
+        encoded = io.BytesIO()
+        samples = np.random.default_rng(seed).uniform(-0.4, 0.4, 32_000)
+        soundfile.write(encoded, samples, 16_000, format="OGG", subtype="VORBIS")
+        parts.append(encoded.getvalue())
+    (tmp_path / "two.ogg").write_bytes(b"".join(parts))
+    (tmp_path / "one.ogg").write_bytes(parts[0])
+    report = build(tmp_path, [{"path": f"{name}.ogg", "offset": 0.5} for name in ("one", "two")])
+    assert (report.clips, report.refused) == (1, {"several files in one": 1})
 
 
 @pytest.mark.parametrize(

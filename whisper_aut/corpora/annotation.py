@@ -1,11 +1,11 @@
-"""What is written beside a clip: the `.json` member of a shard's sample.
+"""The annotation of a clip: the `.json` member of a shard's sample, or a row of a manifest, checked field by field.
 
-In: a JSON object, from a shard or made by a corpus builder. Out: an `Annotation`, checked field by field. Next:
-`corpora.shards` writes it, `data.sample` reads it, `data.text` turns it into tokens. Unknown fields are kept, so that tars
-published elsewhere (X-ARES, for one) read as they are.
+Unknown fields are kept, so that tars published elsewhere (X-ARES, for one) read as they are. What counts as a value, and where
+a text is looked for, is the same for tars and manifests.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,6 +13,7 @@ from whisper_aut.errors import Reason, SampleRefused
 
 DOMAINS = ("speech", "sound", "music")
 MAX_JSON_BYTES = 1 << 20
+TEXT_FIELDS = ("text", "texts", "caption", "captions", "sentence", "transcript", "transcription")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Annotation:
         language: ISO 639-1 code of the speech.
         duration_seconds: length of the clip as the builder measured it.
         source, id, licence: where the clip comes from, its name there, and on what terms (`license` is read too).
-        extra: every other field of the JSON object.
+        extra: every other field of the JSON object that has a value.
     """
 
     text: str = ""
@@ -45,47 +46,42 @@ class Annotation:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_mapping(cls, mapping: dict[str, Any]) -> "Annotation":
-        """Check a JSON object's fields.
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> "Annotation":
+        """Check the fields of a sample. Null, NaN, blank text and an empty list are no value, in any field.
+
+        Numbers become text where text is expected. Of a list of texts the first is taken; all of them stay in `extra["texts"]`.
 
         Raises:
             SampleRefused: a known field has the wrong type, or the domain is not one of `DOMAINS`.
         """
+        given = {name: value for name, value in mapping.items() if has_value(value)}
         known = {f.name for f in fields(cls)} - {"extra"}
-        values = {
-            name: value for name, value in mapping.items() if name in known and value is not None
-        }
-        if not values.get("licence") and (license := mapping.get("license")):  # as others spell it
-            values["licence"] = license if isinstance(license, str) else json.dumps(license)
-        for name in known & values.keys() - {"label", "duration_seconds"}:
-            if not isinstance(values[name], str):
-                raise SampleRefused(
-                    Reason.BAD_JSON, f"{name!r} must be text, not {type(values[name]).__name__}"
-                )
-            if not _is_unicode(values[name]):
-                raise SampleRefused(
-                    Reason.BAD_JSON, f"{name!r} holds half a surrogate pair, which is no character"
-                )
+        if "licence" not in given and "license" in given:  # as others spell it
+            license = given.pop("license")
+            given["licence"] = license if isinstance(license, str) else json.dumps(license)
+        given.pop("license", None)
+        values: dict[str, Any] = {}
+        for name in known & given.keys() - {"label", "duration_seconds"}:
+            values[name] = _text(_first(given[name]) if name == "text" else given[name], name)
         if values.get("domain", "") not in ("", *DOMAINS):
             raise SampleRefused(
                 Reason.BAD_JSON, f"domain {values['domain']!r} is not one of {', '.join(DOMAINS)}"
             )
-        if "label" in values:
-            values["label"] = _label(values["label"])
-        if "duration_seconds" in values:
-            values["duration_seconds"] = _seconds(values["duration_seconds"])
-        return cls(
-            **values,
-            extra={
-                name: value
-                for name, value in mapping.items()
-                if name not in known and name != "license"
-            },
-        )
+        if "label" in given:
+            values["label"] = _label(given["label"])
+        if "duration_seconds" in given:
+            values["duration_seconds"] = _seconds(given["duration_seconds"])
+        extra = {name: value for name, value in given.items() if name not in known}
+        if isinstance(texts := given.get("text"), list) and len(texts) > 1:
+            extra.setdefault("texts", texts)
+        return cls(**values, extra=extra)
 
     @classmethod
-    def from_json(cls, data: bytes) -> "Annotation":
-        """Parse and check a `.json` member.
+    def from_json(cls, data: bytes, text: str = "") -> "Annotation":
+        """Parse and check a `.json` member; its text is in the first of `TEXT_FIELDS` that has a value.
+
+        Args:
+            text: of a `.txt` member, for JSON that holds none.
 
         Raises:
             SampleRefused: larger than `MAX_JSON_BYTES`, not JSON, not an object, or a field of the wrong type.
@@ -93,18 +89,19 @@ class Annotation:
         if len(data) > MAX_JSON_BYTES:
             raise SampleRefused(Reason.TOO_LARGE, f"JSON of {len(data)} bytes")
         try:
-            mapping = json.loads(data)
+            mapping = parse_json(data)
         except (ValueError, RecursionError) as error:
             raise SampleRefused(Reason.BAD_JSON, str(error)) from None
         if isinstance(mapping, list) and all(isinstance(event, dict) for event in mapping):
-            mapping = {
-                "events": mapping
-            }  # X-ARES's tars of sound events hold the bare list, empty where nothing happens
+            return cls(
+                extra={"events": mapping}
+            )  # X-ARES's tars of sound events hold the bare list, empty where nothing happens
         if not isinstance(mapping, dict):
             raise SampleRefused(
                 Reason.BAD_JSON, f"expected an object, found {type(mapping).__name__}"
             )
-        return cls.from_mapping(mapping)
+        found = find_text(mapping)
+        return cls.from_mapping({**mapping, "text": found if has_value(found) else text})
 
     def to_json(self) -> bytes:
         """Return the `.json` member: the fields that are set, one object, UTF-8."""
@@ -116,27 +113,55 @@ class Annotation:
         return json.dumps({**own, **self.extra}, ensure_ascii=False).encode()
 
 
-def _is_unicode(text: str) -> bool:
-    """Tell whether a text can be written at all: JSON's `\\ud800` parses, and then kills whatever encodes it."""
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON in which a bare NaN, as Python and pandas write it, is null.
+
+    Raises:
+        ValueError: not JSON; infinities are none.
+    """
+    return json.loads(data, parse_constant=_constant)
+
+
+def _constant(name: str) -> None:
+    if name != "NaN":
+        raise ValueError(f"{name} is no JSON value")
+
+
+def has_value(value: Any) -> bool:
+    """Tell a value from null, NaN, blank text, and a list of nothing else."""
+    if isinstance(value, list):
+        return any(map(has_value, value))
+    return (
+        value is not None and value == value and not (isinstance(value, str) and not value.strip())
+    )
+
+
+def find_text(mapping: Mapping[str, Any]) -> Any:
+    """Return the first of `TEXT_FIELDS` that has a value."""
+    return next((mapping[name] for name in TEXT_FIELDS if has_value(mapping.get(name))), None)
+
+
+def _first(value: Any) -> Any:
+    return next(filter(has_value, value)) if isinstance(value, list) else value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, (str, int, float)):
+        raise SampleRefused(Reason.BAD_JSON, f"{name!r} must be text, not {type(value).__name__}")
+    text = str(value).strip()
     try:
         text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    except UnicodeEncodeError:  # JSON's `\\ud800` parses, and then kills whatever encodes it
+        raise SampleRefused(
+            Reason.BAD_JSON, f"{name!r} holds half a surrogate pair, which is no character"
+        ) from None
+    return text
 
 
 def _label(value: Any) -> str | list[str]:
     if isinstance(value, list):
-        return [_class_name(item) for item in value]
-    return _class_name(value)
-
-
-def _class_name(value: Any) -> str:
-    if isinstance(value, (str, int, float)) and _is_unicode(str(value)):
-        return str(value)
-    raise SampleRefused(
-        Reason.BAD_JSON, f"'label' must be text or a list of texts, not {type(value).__name__}"
-    )
+        return [_text(item, "label") for item in value if has_value(item)]
+    return _text(value, "label")
 
 
 def _seconds(value: Any) -> float:

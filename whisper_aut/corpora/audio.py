@@ -1,13 +1,17 @@
-"""Encoded audio → samples, with every size bounded before anything is decoded.
+"""Decode audio to mono, with every size bounded before anything is decoded.
 
-In: the bytes of a `.flac .wav .ogg .mp3 .opus` file. Out: float32 samples and their rate, or `SampleRefused`. Next:
-`corpora.build` checks clips with it, `data.waveform` makes them mono 16 kHz. Decoding is libsndfile's, through soundfile.
+Decoding is libsndfile's, through soundfile. Surround sound is mixed down with the weights of ITU-R BS.775-3
+(https://www.itu.int/rec/R-REC-BS.775) where the order of the channels is known: FLAC, Ogg and Opus fix it, an extensible WAV
+states it. Elsewhere (a plain WAV of several microphones, for one) channels are averaged, as those of stereo are.
 """
 
 import io
+import mmap
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +26,17 @@ MIN_SAMPLE_RATE_HZ = 1_000
 UNKNOWN_FRAMES = (
     2**63 - 1
 )  # libsndfile's SF_COUNT_MAX: FLAC written to a pipe does not say how long it is
+MAX_PEAK = 4.0  # +12 dB over full scale; beyond it, floats are integers that nobody divided
+
+LONGEST_MP3_FRAME = 2048
+
+# Channels in the order in which a file holds them: L, R front; C centre; S surround; B back centre; X low frequencies.
+FLAC_LAYOUTS = ("LRC", "LRSS", "LRCSS", "LRCXSS", "LRCXBSS", "LRCXSSSS")  # RFC 9639, 9.1.3
+VORBIS_LAYOUTS = ("LCR", "LRSS", "LCRSS", "LCRSSX", "LCRSSBX", "LCRSSSSX")  # Vorbis I, 4.3.9
+WAVE_MASK_BITS = "LRCXSSLRBSS"  # of dwChannelMask in WAVEFORMATEXTENSIBLE, from the lowest
+HALF_POWER = 0.5**0.5
+# To stereo by BS.775-3 (centre and surrounds at -3 dB, no low frequencies), which is averaged as stereo is.
+DOWNMIX = {"L": 0.5, "R": 0.5, "C": HALF_POWER, "S": HALF_POWER / 2, "B": 0.5, "X": 0.0}
 
 
 @dataclass(frozen=True)
@@ -31,13 +46,14 @@ class ClipLimits:
     Attributes:
         min_seconds, max_seconds: duration, both ends allowed. Whisper's window ends at 30 s.
         max_bytes: encoded size.
-        silence_peak: a clip whose largest sample magnitude stays below this is silent (full scale is 1).
+        silence_peak: a clip whose mix-down stays below this is silent (full scale is 1); by default just above half a step
+            of 16 bits, which is what rounding leaves of two channels in opposite phase.
     """
 
     min_seconds: float = 0.1
     max_seconds: float = 30.0
     max_bytes: int = 64 << 20
-    silence_peak: float = 1e-5
+    silence_peak: float = 2e-5
 
 
 LONG_CLIPS = ClipLimits(
@@ -47,7 +63,7 @@ LONG_CLIPS = ClipLimits(
 
 @dataclass(frozen=True)
 class Clip:
-    """Decoded audio: `samples` is float32 `[S]` or `[S, channels]`."""
+    """Decoded audio: `samples` is float32 `[S]`, mono, at the file's own rate."""
 
     samples: np.ndarray
     sample_rate_hz: int
@@ -76,22 +92,65 @@ class _Forward(soundfile.SoundFile):
 
 
 def decode(data: bytes, limits: ClipLimits) -> Clip:
-    """Decode one clip, trusting neither its header nor its samples.
+    """Decode one clip to mono, trusting neither its header nor its samples.
 
     Raises:
-        SampleRefused: empty, too large, undecodable, outside the duration limits, silent, or with samples that are not
-            finite. A header that promises more audio than the limit is refused before decoding, and decoding stops at the
-            limit whatever the header says.
+        SampleRefused: empty, too large, undecodable, several files joined together, outside the duration limits, silent once
+            it is mixed down, or with samples that are not finite or far above full scale. A header that promises more audio
+            than the limit is rejected before decoding, and decoding stops at the limit whatever the header says.
     """
     with _opened(data, limits, soundfile.SoundFile) as file:
         header = _checked_header(file, limits)
+        layout = channel_layout(file, data)
         samples = _read(file, limits) if header.seconds is not None else None
     if samples is None:
         with _opened(data, limits, _Forward) as file:
             samples = _read(file, limits)
-    clip = Clip(samples, header.sample_rate_hz, header.codec)
-    _check_samples(clip, limits)
+    seconds = len(samples) / header.sample_rate_hz
+    _check_not_longer(seconds, limits)
+    _check_not_shorter(seconds, limits)
+    _check_range(samples)
+    clip = Clip(mix_down(samples, layout), header.sample_rate_hz, header.codec)
+    check_not_silent(clip.samples, limits)
     return clip
+
+
+def mix_down(samples: np.ndarray, layout: str = "") -> np.ndarray:
+    """Return `[S]` or `[S, channels]` as `[S]`: by the weights of `DOWNMIX` where the layout is known, else the average."""
+    if samples.ndim == 1:
+        return samples
+    if not layout:
+        return samples.mean(axis=1)
+    return samples @ np.array([DOWNMIX[channel] for channel in layout], samples.dtype)
+
+
+def channel_layout(file: soundfile.SoundFile, data: bytes) -> str:
+    """Return a letter for each channel, as in `DOWNMIX`; empty for mono and stereo, and where the order is not known.
+
+    Args:
+        data: the file's bytes, or the first of them.
+    """
+    if file.channels <= 2:
+        return ""
+    if file.format == "FLAC" or (file.format == "OGG" and file.subtype in ("VORBIS", "OPUS")):
+        layouts = FLAC_LAYOUTS if file.format == "FLAC" else VORBIS_LAYOUTS
+        return layouts[file.channels - 3] if file.channels <= 8 else ""
+    start = data.find(b"fmt ", 12)
+    if not data.startswith((b"RIFF", b"RF64")) or start < 0 or len(data) < start + 32:
+        return ""
+    (tag,), (mask,) = (
+        struct.unpack_from(kind, data, start + at) for kind, at in (("<H", 8), ("<I", 28))
+    )
+    letters = "".join(letter for bit, letter in enumerate(WAVE_MASK_BITS) if mask >> bit & 1)
+    is_whole = tag == 0xFFFE and mask.bit_count() == len(letters) == file.channels
+    return letters if is_whole else ""
+
+
+def check_not_silent(samples: np.ndarray, limits: ClipLimits) -> None:
+    """Raise `SampleRefused` for a mono clip that stays below the limit of silence."""
+    peak = float(np.abs(samples).max(initial=0.0))
+    if peak < limits.silence_peak:
+        raise SampleRefused(Reason.SILENT, f"peak {peak:.1e} of the mono mix")
 
 
 def read_header(data: bytes, limits: ClipLimits) -> Header:
@@ -112,8 +171,10 @@ def opened_recording(path: Path) -> Iterator[soundfile.SoundFile]:
     """Open a file of which parts are to be read; how long it is does not matter, but it must say so.
 
     Raises:
-        SampleRefused: undecodable, or of unknown length.
+        SampleRefused: undecodable, several files joined together, or of unknown length.
     """
+    found = path.stat()
+    _check_single(_joined_at(path, found.st_size, found.st_mtime_ns))
     with _refusing(), soundfile.SoundFile(path) as file:
         _check_format(file)
         if file.frames == UNKNOWN_FRAMES:
@@ -131,8 +192,104 @@ def _opened(
         raise SampleRefused(Reason.EMPTY, "0 bytes")
     if len(data) > limits.max_bytes:
         raise SampleRefused(Reason.TOO_LARGE, f"{len(data)} bytes, limit {limits.max_bytes}")
+    _check_single(second_file(data))
     with _refusing(), opener(io.BytesIO(data)) as file:
         yield file
+
+
+@lru_cache(maxsize=64)
+def _joined_at(
+    path: Path, size: int, mtime_ns: int
+) -> int | None:  # looked for once, however many parts are cut
+    del mtime_ns
+    if not size:
+        return None
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return second_file(data)
+
+
+def _check_single(joined_at: int | None) -> None:
+    if joined_at is not None:
+        raise SampleRefused(
+            Reason.JOINED,
+            f"another file begins at byte {joined_at}, and decoders stop there; split them, or encode them as one",
+        )
+
+
+def second_file(data: bytes | mmap.mmap) -> int | None:
+    """Return where a second audio file begins, in two that were joined as by `cat a.mp3 b.mp3`; None for one whole file."""
+    start = data[:4]
+    if start in (b"RIFF", b"FORM"):
+        (size,) = (
+            struct.unpack_from("<I" if start == b"RIFF" else ">I", data, 4)
+            if len(data) >= 8
+            else (0,)
+        )
+        ends = (8 + size, 8 + size + size % 2)
+        return next((end for end in ends if size and data[end : end + 4] == start), None)
+    if start == b"fLaC":  # and STREAMINFO, 34 bytes, as its first or only block
+        found = [data.find(b"fLaC" + flag + b"\0\0\x22", 4) for flag in (b"\0", b"\x80")]
+        return min((at for at in found if at > 0), default=None)
+    return _second_ogg(data) if start == b"OggS" else _second_mp3(data)
+
+
+def _second_ogg(data: bytes | mmap.mmap) -> int | None:
+    """Walk the pages (RFC 3533): one that begins a stream after others have gone on is a chained stream's."""
+    at, within = 0, False
+    while data[at : at + 4] == b"OggS" and len(data) >= at + 27:
+        begins = bool(data[at + 5] & 2)
+        if begins and within:
+            return at
+        within = within or not begins
+        segments = data[at + 27 : at + 27 + data[at + 26]]
+        at += 27 + len(segments) + sum(segments)
+    return None
+
+
+def _second_mp3(data: bytes | mmap.mmap) -> int | None:
+    """Find a second Xing header, or frames after those that the first one counts; without one, decoders read on by themselves."""
+    start = _after_id3(data, 0)
+    first = _xing(data, start)
+    if first is None:
+        return None
+    for mark in (b"Xing", b"Info"):
+        at = first
+        while (at := data.find(mark, at + 4)) > 0:
+            begins = next(
+                (at - side for side in (36, 21, 13) if _xing(data, at - side) == at), None
+            )
+            if begins is not None:
+                return begins
+    flags, *counts = (
+        struct.unpack_from(">III", data, first + 4) if len(data) >= first + 16 else (0, 0, 0)
+    )
+    if not flags & 2:  # how many bytes it has, after how many frames if it says that too
+        return None
+    end = start + counts[flags & 1]
+    follows = _side_info(data, _after_id3(data, end)) is not None
+    return end if follows and len(data) - end > LONGEST_MP3_FRAME else None
+
+
+def _after_id3(data: bytes | mmap.mmap, at: int) -> int:
+    """Return where an ID3v2 tag that begins at `at` ends, or `at`; its size has seven bits a byte."""
+    if data[at : at + 3] != b"ID3" or len(data) < at + 10:
+        return at
+    size = data[at + 6 : at + 10]
+    return at + 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3])
+
+
+def _side_info(data: bytes | mmap.mmap, at: int) -> int | None:
+    """Return the bytes of header and side information of the layer III frame that begins here, or None where none does."""
+    if len(data) < at + 4 or data[at] != 0xFF or data[at + 1] & 0xE6 != 0xE2:
+        return None
+    is_mpeg1, is_mono = data[at + 1] & 0x18 == 0x18, data[at + 3] & 0xC0 == 0xC0
+    return 4 + ((17 if is_mono else 32) if is_mpeg1 else (9 if is_mono else 17))
+
+
+def _xing(data: bytes | mmap.mmap, at: int) -> int | None:
+    """Return where the Xing header of the frame that begins here is, if it has one."""
+    side = _side_info(data, at) if at >= 0 else None
+    return at + side if side and data[at + side : at + side + 4] in (b"Xing", b"Info") else None
 
 
 @contextmanager
@@ -182,11 +339,12 @@ def _check_not_shorter(seconds: float, limits: ClipLimits) -> None:
         raise SampleRefused(Reason.TOO_SHORT, f"{seconds:.3f} s, limit {limits.min_seconds:g} s")
 
 
-def _check_samples(clip: Clip, limits: ClipLimits) -> None:
-    _check_not_longer(clip.seconds, limits)
-    _check_not_shorter(clip.seconds, limits)
-    low, high = float(clip.samples.min()), float(clip.samples.max())
+def _check_range(samples: np.ndarray) -> None:
+    low, high = float(samples.min()), float(samples.max())
     if not (np.isfinite(low) and np.isfinite(high)):  # NaN and infinities survive min and max
         raise SampleRefused(Reason.NON_FINITE, "NaN or infinite samples")
-    if max(-low, high) < limits.silence_peak:
-        raise SampleRefused(Reason.SILENT, f"peak {max(-low, high):.1e}")
+    if (peak := max(-low, high)) > MAX_PEAK:
+        raise SampleRefused(
+            Reason.OUT_OF_SCALE,
+            f"floats with a peak of {peak:g} where full scale is 1: divide integers by their own full scale (32768 of 16 bits)",
+        )

@@ -24,7 +24,7 @@ from whisper_aut.corpora.refusals import REFUSED_NAME, Refusals, refusal_log
 from whisper_aut.corpora.shards import INDEX_NAME, ShardFolder, ShardIndex, open_index
 from whisper_aut.errors import Reason, UserError
 
-RECIPE_VERSION = 1  # raise it when the same inputs would give other shards
+RECIPE_VERSION = 2  # raise it when the same inputs would give other shards
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.licences import allows
 from whisper_aut.corpora.shards import ShardIndex
+from whisper_aut.corpora.tables import read_lines
 from whisper_aut.errors import Reason, UserError
 
 Place = tuple[str, str]  # shard, key
@@ -56,7 +57,7 @@ class Exclusions:
             UserError: there is none, or a line is not of the form.
         """
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = read_lines(Path(path))
         except OSError as error:
             raise UserError(
                 f"data.exclude: cannot read {path} ({error.strerror}). Write one: whisper-aut data audit TRAIN --against PROBE"

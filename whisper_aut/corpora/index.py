@@ -10,19 +10,19 @@ from collections import Counter
 from pathlib import Path
 from typing import BinaryIO
 
-from webdataset.tariterators import base_plus_ext
+from fsspec.implementations.local import LocalFileSystem
 
-from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits, read_header
-from whisper_aut.corpora.members import Group, MemberGroups, audio_and_json
+from whisper_aut.corpora.members import Group, MemberGroups, audio_and_annotation
 from whisper_aut.corpora.sample_table import SampleTable, TableWriter, table_name
 from whisper_aut.corpora.shards import (
     HAS_TABLES,
     INDEX_NAME,
     ShardEntry,
     ShardIndex,
+    list_tars,
     open_index,
-    tar_members,
+    sample_members,
     write_index,
 )
 from whisper_aut.errors import SampleRefused, UserError
@@ -39,7 +39,7 @@ def index_folder(folder: Path) -> ShardIndex:
     Raises:
         UserError: no folder, no tars, or not writable.
     """
-    tars = sorted(folder.glob("*.tar"))
+    tars = [Path(tar) for tar in list_tars(LocalFileSystem(), str(folder.absolute()))]
     if not tars:
         raise UserError(f"There are no tars in {folder} to index.")
     facts = dict(open_index(folder).facts) if (folder / INDEX_NAME).exists() else {}
@@ -82,15 +82,11 @@ def table_of(tar: Path, domains: Counter[str]) -> SampleTable:
 
 def _starts(stream: BinaryIO) -> tuple[list[int], int]:
     starts: list[int] = []
-    last, end = None, 0
+    end = 0
     try:
-        for _, member in tar_members(stream):
-            key, suffix = base_plus_ext(member.name)
-            if key is None or suffix is None:
-                continue
-            if key != last:
+        for ordinal, _, _, _, member in sample_members(stream):
+            if ordinal == len(starts):
                 starts.append(member.offset)
-                last = key
             end = member.offset_data + -(-member.size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
     except (tarfile.TarError, ValueError) as error:  # what stands before the damage is counted
         if not starts:
@@ -100,8 +96,7 @@ def _starts(stream: BinaryIO) -> tuple[list[int], int]:
 
 def _seconds(group: Group, domains: Counter[str]) -> float | None:
     try:
-        _, audio, facts = audio_and_json(group)
-        annotation = Annotation.from_json(facts)
+        _, audio, annotation = audio_and_annotation(group)
         domains[annotation.domain] += 1
         stated = annotation.duration_seconds
         return read_header(audio, ANY_LENGTH).seconds if stated is None else stated

@@ -3,7 +3,8 @@
 In: `Entry` items of `corpora.manifest`. Out: `Ingested` clips, or the `RefusedRow` that says why there is none. Next:
 `corpora.build` writes them. What is FLAC, WAV, Ogg, Opus or MP3 passes through byte for byte; what else libsndfile reads (AIFF,
 AU, CAF, W64, …), and what is cut out of a longer file, becomes FLAC, or WAV where the samples are floats, at its own rate and
-without loss.
+without loss. More than two channels are mixed down then, since another format orders them otherwise; Vorbis, Opus and MP3 decode
+to floats beyond full scale, which are clipped to 16 bits.
 """
 
 import io
@@ -19,17 +20,17 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import soundfile
 
-from whisper_aut.corpora.audio import ClipLimits, decode, opened_recording
+from whisper_aut.corpora.audio import ClipLimits, channel_layout, decode, mix_down, opened_recording
 from whisper_aut.corpora.manifest import Entry, RefusedRow, Segment
 from whisper_aut.errors import Reason, SampleRefused, UserError
 
 SUFFIX_OF_FORMAT = {"FLAC": "flac", "WAV": "wav", "WAVEX": "wav", "OGG": "ogg", "MP3": "mp3"}
-MAX_FLAC_CHANNELS = 8
+LOSSY = ("VORBIS", "OPUS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
+HEAD_BYTES = 4096  # that tell a file's layout of channels
 MAX_FLAC_RATE_HZ = 655_350
 BATCH_FILES = 32
 BATCH_BYTES = 8 << 20  # of encoded audio that one message between processes carries
@@ -108,7 +109,8 @@ def read_clip(path: Path, limits: ClipLimits, segment: Segment | None = None) ->
     clip = decode(data, limits)
     kind, _, subtype = clip.codec.partition("/")
     if kind not in SUFFIX_OF_FORMAT:
-        return EncodedClip(*_reencode(data, subtype), clip.seconds)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            return EncodedClip(*_encode(_native(file, -1, data), file.samplerate), clip.seconds)
     is_opus = subtype == "OPUS" and path.suffix.lower() == ".opus"
     return EncodedClip(data, "opus" if is_opus else SUFFIX_OF_FORMAT[kind], clip.seconds)
 
@@ -128,33 +130,31 @@ def _cut(path: Path, segment: Segment, limits: ClipLimits) -> EncodedClip:
         wanted = min(
             round(end * rate) - start, round((limits.max_seconds + 1) * rate)
         )  # enough to know that it is too long
-        samples, subtype = file.read(wanted, dtype=_sample_type(file.subtype)), file.subtype
-    data, suffix = _encode(samples, rate, subtype)
+        with path.open("rb") as head:
+            samples = _native(file, wanted, head.read(HEAD_BYTES))
+    data, suffix = _encode(samples, rate)
     return EncodedClip(data, suffix, decode(data, limits).seconds)
 
 
-def _reencode(data: bytes, subtype: str) -> tuple[bytes, str]:
-    samples, rate = soundfile.read(io.BytesIO(data), dtype=_sample_type(subtype))
-    return _encode(samples, rate, subtype)
-
-
-def _sample_type(subtype: str) -> Literal["float32", "int32", "int16"]:
+def _native(file: soundfile.SoundFile, frames: int, head: bytes) -> np.ndarray:
+    """Read samples as the file holds them: int16, int32 or float32. `head` are its first bytes."""
+    if file.channels > 2:
+        return mix_down(file.read(frames, dtype="float32"), channel_layout(file, head))
+    if file.subtype in ("FLOAT", "DOUBLE"):
+        return file.read(frames, dtype="float32")
+    if file.subtype in LOSSY:  # read as integers they would wrap round: +1.0 becomes -1.0
+        samples = file.read(frames, dtype="float32")
+        return np.clip(np.rint(samples * 2.0**15), -(2**15), 2**15 - 1).astype(np.int16)
     # Integers are read as integers: libsndfile's scales for reading and for writing floats differ by one step.
-    return (
-        "float32"
-        if subtype in ("FLOAT", "DOUBLE")
-        else "int32"
-        if subtype.endswith(("20", "24", "32"))
-        else "int16"
+    return file.read(
+        frames, dtype="int32" if file.subtype.endswith(("20", "24", "32")) else "int16"
     )
 
 
-def _encode(samples: np.ndarray, rate: int, subtype: str) -> tuple[bytes, str]:
-    """Return samples of `_sample_type(subtype)` as FLAC, or as WAV where FLAC cannot hold them, and the suffix."""
-    kind = _sample_type(subtype)
-    channels = 1 if samples.ndim == 1 else samples.shape[1]
-    fits_flac = kind != "float32" and channels <= MAX_FLAC_CHANNELS and rate <= MAX_FLAC_RATE_HZ
-    depth = {"float32": "FLOAT", "int32": "PCM_24", "int16": "PCM_16"}[kind]
+def _encode(samples: np.ndarray, rate: int) -> tuple[bytes, str]:
+    """Return samples as FLAC, or as WAV where FLAC cannot hold them, and the suffix."""
+    fits_flac = samples.dtype != np.float32 and rate <= MAX_FLAC_RATE_HZ
+    depth = {"float32": "FLOAT", "int32": "PCM_24", "int16": "PCM_16"}[samples.dtype.name]
     encoded = io.BytesIO()
     soundfile.write(encoded, samples, rate, subtype=depth, format="FLAC" if fits_flac else "WAV")
     return encoded.getvalue(), "flac" if fits_flac else "wav"

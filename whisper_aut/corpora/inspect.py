@@ -1,8 +1,8 @@
 """Shards → facts about them, from headers alone.
 
 In: a folder or URL of shards, ours or anybody's, or a folder of such folders (`data build --split-by`). Out: `ShardFacts`: how
-much of what, and what cannot be used and why. Next: `corpora.inspect_view` prints them, `--json` writes them. No audio is
-decoded, so a clip that is damaged behind a sound header is only found by the run that decodes it.
+much of what, and what cannot be used and why. Next: `corpora.inspect_view` prints them, `--json` writes them. Only audio of
+floats is decoded, for its scale; damage after a valid header is found by the run that decodes the clip.
 """
 
 from array import array
@@ -18,9 +18,9 @@ import numpy as np
 
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits, decode, read_header
-from whisper_aut.corpora.members import MemberGroups, audio_and_json
+from whisper_aut.corpora.members import MemberGroups, audio_and_annotation
 from whisper_aut.corpora.remote import open_stream
-from whisper_aut.corpora.shards import INDEX_NAME, ShardIndex, open_index
+from whisper_aut.corpora.shards import INDEX_NAME, ShardIndex, list_tars, open_index
 from whisper_aut.errors import Reason, SampleRefused
 
 HISTOGRAM_EDGES_SECONDS = (0, 0.5, 1, 2, 5, 10, 15, 20, 30)
@@ -143,13 +143,14 @@ def open_indices(root: str) -> Iterator[tuple[str, ShardIndex]]:
     is_own = (
         filesystem.exists(f"{path}/{INDEX_NAME}")
         or not filesystem.isdir(path)
-        or filesystem.glob(f"{path}/*.tar")
+        or list_tars(filesystem, path)
     )
-    below = [] if is_own else sorted(filesystem.glob(f"{path}/*/{INDEX_NAME}"))
+    folders = [] if is_own else sorted(filesystem.ls(path, detail=False))
+    below = [folder for folder in folders if filesystem.exists(f"{folder}/{INDEX_NAME}")]
     if not below:
         yield "", open_index(root)
-    for index in below:
-        name = index.rsplit("/", 2)[-2]
+    for folder in below:
+        name = folder.rpartition("/")[2]
         yield name, open_index(f"{root.rstrip('/')}/{name}")
 
 
@@ -158,8 +159,11 @@ def _read_shard(facts: ShardFacts, index: ShardIndex, number: int, limits: ClipL
     samples = 0
     with open_stream(url) as stream:
         groups = MemberGroups(stream, limits)
+        last, repeated = None, 0
         for _, group in groups:
             samples += 1
+            repeated += group["__key__"] == last
+            last = group["__key__"]
             try:
                 _add(facts, group, limits)
             except SampleRefused as refused:
@@ -168,6 +172,8 @@ def _read_shard(facts: ShardFacts, index: ShardIndex, number: int, limits: ClipL
     facts.shards += 1
     if groups.damage:
         _refuse(facts, url, Reason.BAD_TAR, groups.damage)
+    if repeated:
+        facts.warnings.append(f"{url}: {repeated} samples have the key of the sample before them")
     if samples != shard.samples:
         facts.warnings.append(
             f"{url} holds {samples} samples where its index counts {shard.samples}"
@@ -175,10 +181,11 @@ def _read_shard(facts: ShardFacts, index: ShardIndex, number: int, limits: ClipL
 
 
 def _add(facts: ShardFacts, group: dict[str, Any], limits: ClipLimits) -> None:
-    _, audio, annotated = audio_and_json(group)
-    annotation = Annotation.from_json(annotated)
+    _, audio, annotation = audio_and_annotation(group)
     header = read_header(audio, limits)
-    seconds = decode(audio, limits).seconds if header.seconds is None else header.seconds
+    seconds = header.seconds
+    if seconds is None or header.codec.endswith(("FLOAT", "DOUBLE")):  # floats may be on any scale
+        seconds = decode(audio, limits).seconds
     facts.clips += 1
     facts.seconds.append(seconds)
     facts.rates_hz[header.sample_rate_hz] += 1

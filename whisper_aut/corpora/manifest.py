@@ -12,7 +12,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from whisper_aut.corpora.annotation import DOMAINS, MAX_JSON_BYTES, Annotation
+from whisper_aut.corpora.annotation import (
+    DOMAINS,
+    MAX_JSON_BYTES,
+    TEXT_FIELDS,
+    Annotation,
+    find_text,
+    has_value,
+)
 from whisper_aut.corpora.tables import Row, check_table, read_columns, read_rows
 from whisper_aut.corpora.template import Template, plain
 from whisper_aut.errors import Reason, SampleRefused, UserError, nearest
@@ -28,11 +35,9 @@ AUDIO_COLUMNS = (
     "file_name",
 )
 OFFSET_COLUMN, DURATION_COLUMN = "offset", "duration"  # as NeMo's manifests call them
-TEXT_COLUMNS = ("text", "caption", "sentence", "transcript", "transcription")
 ANNOTATION_COLUMNS = tuple(
     f.name for f in fields(Annotation) if f.name not in ("extra", "duration_seconds")
 )
-TEXT_FIELDS = tuple(name for name in ANNOTATION_COLUMNS if name != "label")  # a label may be a list
 CONSTANTS = ("domain", "task", "language", "source", "licence")
 MAX_KEY_CHARACTERS = 100
 MAX_SPLITS = 256  # each has a tar open; more of them are a column of names rather than of splits
@@ -49,7 +54,8 @@ class ManifestSpec:
         audio_root: folder that relative audio paths start from; the manifest's own by default.
         audio: column with the path; the first of `AUDIO_COLUMNS` that exists by default.
         text: a column, or a template over columns such as `a {mood} tune`; `{category:words}` writes the underscores of a value
-            as spaces. A row in which one of the columns is empty has no text. By default the first of `TEXT_COLUMNS`.
+            as spaces. A row in which one of the columns is empty has no text. By default the first of `TEXT_FIELDS` that has a value
+            in the row.
         label: the class, a column or a template likewise.
         offset: column with the second at which a clip begins in a longer file; `offset` where there is one.
         duration: column with a clip's seconds; `duration` where clips have an offset. Without, a clip ends where its file does.
@@ -134,17 +140,18 @@ class Manifest:
         self._splits: dict[str, str] = {}
         self.root = Path(spec.audio_root or self.path.parent).absolute()
         self.columns = read_columns(self.path)
-        self.audio = self._column("audio", spec.audio, AUDIO_COLUMNS)
-        if not self.audio:
+        audio = self._column("audio", spec.audio, AUDIO_COLUMNS)
+        if audio is None:
             raise self._no_column("audio", AUDIO_COLUMNS)
+        self.audio = audio
         self._offset = self._column("offset", spec.offset, (OFFSET_COLUMN,))
         self._duration = self._column(
             "duration", spec.duration, (DURATION_COLUMN,) if self._offset else ()
         )
-        self._text = self._reader("text", spec.text or self._column("text", "", TEXT_COLUMNS))
-        self._label = self._reader("label", spec.label or self._column("label", "", ("label",)))
-        if not (self._text or self._label or "answer" in self.columns):
-            raise self._no_column("text", (*TEXT_COLUMNS, "label"))
+        self._text = self._reader("text", spec.text) if spec.text else find_text
+        self._label = self._reader("label", spec.label) if spec.label else _label_of
+        if not (spec.text or spec.label or {*TEXT_FIELDS, "label", "answer"} & {*self.columns}):
+            raise self._no_column("text", (*TEXT_FIELDS, "label"))
         for column in (*spec.where, *filter(None, [spec.split_by])):
             self._known("where" if column in spec.where else "split-by", column)
 
@@ -197,7 +204,8 @@ class Manifest:
 
     def _segment(self, row: Row) -> Segment | None:
         start, seconds = (
-            _seconds_of(row.get(column), column) for column in (self._offset, self._duration)
+            None if column is None else _seconds_of(row.get(column), column)
+            for column in (self._offset, self._duration)
         )
         return None if start is None and seconds is None else Segment(start or 0.0, seconds)
 
@@ -221,24 +229,19 @@ class Manifest:
         return split
 
     def _annotation(self, row: Row, written: Path) -> Annotation:
-        own: dict[str, Any] = {
-            name: _text_of(row[name], name) for name in TEXT_FIELDS if name in row
-        }
+        own: dict[str, Any] = {name: row[name] for name in ANNOTATION_COLUMNS if name in row}
         own |= {name: getattr(self.spec, name) for name in CONSTANTS if getattr(self.spec, name)}
-        own["text"] = _text_of(self._text(row), "text") if self._text else ""
-        label = self._label(row) if self._label else None
-        own["label"] = None if label in ("", []) else label
-        own["id"] = own.get("id") or written.stem
-        if not own["text"] and own["label"] is None and not own.get("answer"):
+        own |= {"text": self._text(row), "label": self._label(row)}
+        if not any(has_value(own.get(name)) for name in ("text", "label", "answer")):
             raise SampleRefused(Reason.NO_TEXT, "neither text nor label nor answer")
+        if not has_value(own.get("id")):
+            own["id"] = written.stem
         taken = {*ANNOTATION_COLUMNS, "duration_seconds", ""}
         if (
             written.is_absolute()
         ):  # a path of somebody's machine has no place in a shard that may be published
             taken.add(self.audio)
-        extra = {
-            name: value for name, value in row.items() if name not in taken and value is not None
-        }
+        extra = {name: value for name, value in row.items() if name not in taken}
         try:
             annotation = Annotation.from_mapping({**own, **extra})
             size = len(annotation.to_json())
@@ -252,17 +255,15 @@ class Manifest:
             raise SampleRefused(Reason.BAD_ROW, f"{size} bytes of JSON, limit {MAX_JSON_BYTES}")
         return annotation
 
-    def _column(self, option: str, given: str, usual: Sequence[str]) -> str:
+    def _column(self, option: str, given: str, usual: Sequence[str]) -> str | None:
         if given:
             return self._known(option, given)
-        return next((column for column in usual if column in self.columns), "")
+        return next((column for column in usual if column in self.columns), None)
 
-    def _reader(self, option: str, value: str) -> Reader | None:
-        if not value:
-            return None
+    def _reader(self, option: str, value: str) -> Reader:
         if "{" not in value:
             column = self._known(option, value)
-            return lambda row: cell.strip() if isinstance(cell := row.get(column), str) else cell
+            return lambda row: row.get(column)
         template = Template(value)
         if template.fault:
             raise UserError(
@@ -298,8 +299,12 @@ def _text_of(value: Any, column: str) -> str:
     )
 
 
+def _label_of(row: Row) -> Any:
+    return row.get("label")
+
+
 def _seconds_of(value: Any, column: str) -> float | None:
-    if value is None or value == "":
+    if not has_value(value):
         return None
     try:
         seconds = float(value)

@@ -1,18 +1,16 @@
 """An open tar → groups of members, one group a sample: bounded before a body is read, and never dying of what is in the tar.
 
-In: a tar stream, the ordinals that are wanted, limits. Out: WebDataset's own grouping by key, and what damage stopped it. Next:
-`data.sample` makes samples of the groups, `corpora.inspect` facts.
+In: a tar stream, the ordinals that are wanted, limits. Out: the members of each sample (`shards.sample_members` says which belong
+together), and what damage stopped the iteration. Next: `data.sample` makes samples of the groups, `corpora.inspect` facts.
 """
 
 import tarfile
 from collections.abc import Container, Iterator
 from typing import Any, BinaryIO
 
-from webdataset.tariterators import base_plus_ext, group_by_keys
-
-from whisper_aut.corpora.annotation import MAX_JSON_BYTES
+from whisper_aut.corpora.annotation import MAX_JSON_BYTES, Annotation
 from whisper_aut.corpora.audio import AUDIO_SUFFIXES, ClipLimits
-from whisper_aut.corpora.shards import tar_members
+from whisper_aut.corpora.shards import sample_members
 from whisper_aut.errors import Reason, SampleRefused
 
 Group = dict[str, Any]
@@ -35,33 +33,26 @@ class MemberGroups:
         self.damage = ""
 
     def __iter__(self) -> Iterator[tuple[int, Group]]:
-        # A key with two members of one suffix: WebDataset raises ValueError; the first one stands and the stream goes on.
-        return enumerate(
-            group_by_keys(self._members(), handler=lambda error: isinstance(error, ValueError))
-        )
-
-    def _members(self) -> Iterator[dict[str, Any]]:
-        ordinal, last = -1, None
+        ordinal = -1
+        group: Group = {}
         try:
-            for tar, member in tar_members(self.stream):
-                key, suffix = base_plus_ext(member.name)
-                if key is None or suffix is None:
-                    continue
-                if key != last:
-                    ordinal, last = ordinal + 1, key
-                body = (
-                    self._body(tar, member, suffix)
-                    if self.wanted is None or ordinal in self.wanted
-                    else b""
-                )
-                yield {"fname": member.name, "data": body, "__url__": ""}
+            for number, key, suffix, tar, member in sample_members(self.stream):
+                is_wanted = self.wanted is None or number in self.wanted
+                body = self._body(tar, member, suffix) if is_wanted else b""
+                if number != ordinal:
+                    if group:
+                        yield ordinal, group
+                    ordinal, group = number, {"__key__": key}
+                group[suffix] = body
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             self.damage = str(error) or type(error).__name__
+        if group:
+            yield ordinal, group
 
     def _body(
         self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str
     ) -> bytes | SampleRefused:
-        limit = MAX_JSON_BYTES if suffix.lower() == "json" else self.limits.max_bytes
+        limit = MAX_JSON_BYTES if suffix in ("json", "txt") else self.limits.max_bytes
         if member.size > limit:
             return SampleRefused(
                 Reason.TOO_LARGE, f"{member.name}: {member.size} bytes, limit {limit}"
@@ -79,19 +70,37 @@ class MemberGroups:
         return body
 
 
-def audio_and_json(group: Group) -> tuple[str, bytes, bytes]:
-    """Return the audio member's suffix, its bytes, and the bytes of the `.json` member.
+def audio_and_annotation(group: Group) -> tuple[str, bytes, Annotation]:
+    """Return the audio member's suffix, its bytes, and the annotation: the `.json` member's, the `.txt` member being its text.
 
     Raises:
-        SampleRefused: one of them is missing, or a member was too large to be read.
+        SampleRefused: there is no audio, or neither JSON nor text; a member is too large, or not what its name says.
     """
     bodies = {suffix: body for suffix, body in group.items() if not suffix.startswith("__")}
     for body in bodies.values():
         if isinstance(body, SampleRefused):
             raise body
     suffix = next((suffix for suffix in AUDIO_SUFFIXES if suffix in bodies), None)
-    if "json" not in bodies:
-        raise SampleRefused(Reason.BAD_JSON, "no .json member")
+    listed = f"members: {', '.join(f'.{suffix}' for suffix in sorted(bodies))}"
+    if "json" not in bodies and "txt" not in bodies:
+        raise SampleRefused(Reason.BAD_JSON, f"no .json or .txt member; {listed}{_dots(group)}")
     if suffix is None:
-        raise SampleRefused(Reason.NO_AUDIO, f"members: {', '.join(sorted(bodies))}")
-    return suffix, bodies[suffix], bodies["json"]
+        raise SampleRefused(Reason.NO_AUDIO, f"{listed}{_dots(group)}")
+    try:
+        text = bodies.get("txt", b"").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SampleRefused(Reason.BAD_JSON, f"the .txt member is not UTF-8: {error}") from None
+    return suffix, bodies[suffix], Annotation.from_json(bodies.get("json", b"{}"), text)
+
+
+def _dots(group: Group) -> str:
+    """Return the cause where a name with dots in it hides what its last suffix says."""
+    known = (*AUDIO_SUFFIXES, "json", "txt")
+    hidden = [suffix for suffix in group if "." in suffix and suffix.rpartition(".")[2] in known]
+    if not hidden:
+        return ""
+    key = group["__key__"]
+    return (
+        f". WebDataset ends a key at the first dot, so {f'{key}.{hidden[0]}'!r} is the member "
+        f"{f'.{hidden[0]}'!r} of {key!r}: rename the files with no dot but the suffix's"
+    )

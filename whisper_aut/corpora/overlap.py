@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits, decode
 from whisper_aut.corpora.fingerprint import Fingerprint, FingerprintIndex, Stretch, fingerprint
-from whisper_aut.corpora.members import Group, MemberGroups, audio_and_json
+from whisper_aut.corpora.members import Group, MemberGroups, audio_and_annotation
 from whisper_aut.corpora.provenance import names_of
 from whisper_aut.corpora.remote import beside, open_stream
 from whisper_aut.errors import Reason, SampleRefused
@@ -86,8 +85,7 @@ def read_facts(folder: str, shard: str, findings: ShardFindings) -> Iterator[Cli
 
 
 def _facts(folder: str, shard: str, group: Group) -> ClipFacts:
-    _, audio, annotated = audio_and_json(group)
-    annotation = Annotation.from_json(annotated)
+    _, audio, annotation = audio_and_annotation(group)
     clip = decode(audio, LIMITS)
     samples = hashlib.blake2b(clip.samples.tobytes(), digest_size=HASH_BYTES)
     samples.update(str(clip.sample_rate_hz).encode())

@@ -8,11 +8,13 @@ by. Next: `data.order` plans over the index, `data.stream` reads the tars. The f
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from tarfile import EOFHeaderError, HeaderError, InvalidHeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
 from typing import Any, BinaryIO
@@ -29,6 +31,10 @@ from whisper_aut.errors import UserError
 INDEX_NAME = "index.json"
 INDEX_VERSION = 1
 HAS_TABLES = "sample_tables"  # the fact that says that a table lies beside each tar
+SUFFIX = re.compile(r"[A-Za-z_][\w-]*")  # one part of a suffix such as `seg.json`
+COMPRESSED = (
+    "compressed by gzip, which allows no reading by position and saves nothing on audio: gunzip it"
+)
 MAX_INDEX_BYTES, MAX_TABLE_BYTES = 256 << 20, 256 << 20
 
 
@@ -278,7 +284,7 @@ def _remote_index(root: str, policy: ReadPolicy) -> ShardIndex:
 
 
 def _count_tars(filesystem: Any, root: str, pattern: str) -> ShardIndex:
-    tars = sorted(file for file in filesystem.glob(pattern))
+    tars = list_tars(filesystem, *pattern.rsplit("/", 1))
     if not tars:
         raise UserError(
             f"{root} holds neither {INDEX_NAME} nor any {pattern.rpartition('/')[2]}. Build shards: whisper-aut data build MANIFEST "
@@ -291,6 +297,24 @@ def _count_tars(filesystem: Any, root: str, pattern: str) -> ShardIndex:
                 ShardEntry(Path(tar).name, count_samples(stream), bytes=filesystem.size(tar) or 0)
             )
     return ShardIndex(root, tuple(entries))
+
+
+def list_tars(filesystem: Any, folder: str, pattern: str = "*.tar") -> list[str]:
+    """Return the paths of a folder's tars, sorted; brackets in the folder's name are no pattern.
+
+    Raises:
+        UserError: there are tars that gzip compressed.
+    """
+    paths = filesystem.ls(folder, detail=False) if filesystem.isdir(folder) else []
+    names = {path.rpartition("/")[2]: path for path in paths}
+    compressed = [
+        name
+        for name in sorted(names)
+        if fnmatchcase(name, f"{pattern}.gz") or name.endswith(".tgz")
+    ]
+    if compressed:
+        raise UserError(f"{folder}/{compressed[0]} is {COMPRESSED}: gunzip {folder}/*.gz")
+    return sorted(path for name, path in names.items() if fnmatchcase(name, pattern))
 
 
 def _parse_index(root: str, data: bytes) -> ShardIndex:
@@ -346,6 +370,11 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.Tar
     Raises:
         tarfile.TarError: the tar is damaged or lacks the mark at its end; members before the damage have been yielded.
     """
+    if stream.seekable():
+        is_gzip = stream.read(2) == b"\x1f\x8b"
+        stream.seek(0)
+        if is_gzip:
+            raise ReadError(COMPRESSED)
     with tarfile.open(
         fileobj=stream, mode="r:" if stream.seekable() else "r|", tarinfo=_StrictHeader
     ) as tar:
@@ -356,14 +385,49 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.Tar
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def sample_members(
+    stream: BinaryIO,
+) -> Iterator[tuple[int, str, str, tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield `(ordinal, key, suffix, tar, member)` for the members of a tar's samples, the suffix in lower case.
+
+    Consecutive members with one key are one sample, until a suffix comes twice: a key that is repeated is a sample of its own.
+
+    Raises:
+        tarfile.TarError: see `tar_members`.
+    """
+    ordinal, last, suffixes = -1, None, set()
+    for tar, member in tar_members(stream):
+        key, suffix = split_name(member.name)
+        if not suffix:
+            continue
+        if key != last or suffix in suffixes:
+            ordinal, last, suffixes = ordinal + 1, key, set()
+        suffixes.add(suffix)
+        yield ordinal, key, suffix, tar, member
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split a member's name into key and suffix; a file without a suffix, or hidden, has an empty one.
+
+    As in WebDataset the suffix begins at the first dot of the file's name, but only where each part of it could be one: the dots
+    of `Track 2.0 v0.wav`, after which come digits or blanks, belong to the key.
+    """
+    key, suffix = base_plus_ext(name)
+    if key is None or suffix is None:
+        return name, ""
+    parts = suffix.split(".")
+    of_key = max(
+        (n for n, part in enumerate(parts[:-1], 1) if not SUFFIX.fullmatch(part)), default=0
+    )
+    return ".".join([key, *parts[:of_key]]), ".".join(parts[of_key:]).lower()
+
+
 def count_samples(stream: BinaryIO) -> int:
-    """Count the samples of a tar by its member names alone: consecutive members with one key are one sample."""
-    samples, last = 0, None
+    """Count the samples of a tar by its member names alone."""
+    samples = 0
     try:
-        for _, member in tar_members(stream):
-            key, _ = base_plus_ext(member.name)
-            if key is not None and key != last:
-                samples, last = samples + 1, key
+        for ordinal, *_ in sample_members(stream):
+            samples = ordinal + 1
     except tarfile.TarError:
-        pass  # what stands before the damage is counted; reading reports the damage itself
+        pass  # what comes before the damage is counted; reading reports the damage itself
     return samples

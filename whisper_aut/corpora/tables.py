@@ -6,13 +6,12 @@ RFC 4180 with a header line; TSV has no quoting (https://www.iana.org/assignment
 """
 
 import csv
-import json
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from whisper_aut.corpora.annotation import MAX_JSON_BYTES
+from whisper_aut.corpora.annotation import MAX_JSON_BYTES, parse_json
 from whisper_aut.errors import UserError, nearest
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -40,7 +39,7 @@ def check_table(path: Path) -> None:
 
 
 def read_columns(path: Path) -> tuple[str, ...]:
-    """Return the names of all columns, in order of appearance; the nameless one of a CSV written with an index is left out.
+    """Return the names of all columns, in order of appearance.
 
     Raises:
         UserError: there is not one readable row.
@@ -57,11 +56,13 @@ def read_columns(path: Path) -> tuple[str, ...]:
         raise UserError(
             f"{path} holds {'no row that can be read' if number else 'no rows'}.{fault}"
         )
-    return tuple(column for column in columns if column)
+    return tuple(columns)
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
     """Yield `(line number, row)`; in place of a row that cannot be read, what is wrong with it.
+
+    A column without a name, such as the index that pandas writes first, is left out.
 
     Raises:
         UserError: the file as a whole is not what its name says: not UTF-8, no header, a quote that never ends.
@@ -79,18 +80,14 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
                 f"{path} is one JSON array; expected one object a line. Convert it: jq -c '.[]' {path.name} > rows.jsonl"
             )
         try:
-            row = json.loads(line, parse_constant=_refuse_constant)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             yield number, f"not JSON: {error}"
         else:
-            yield (
-                number,
-                row if isinstance(row, dict) else f"expected an object, found {type(row).__name__}",
-            )
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
+            if isinstance(row, dict):
+                yield number, {name: value for name, value in row.items() if name}
+            else:
+                yield number, f"expected an object, found {type(row).__name__}"
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Row | str]]:
@@ -122,7 +119,8 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Row | str]]:
         elif len(cells) != len(header):
             yield reader.line_num, f"{len(cells)} cells where the header has {len(header)}"
         else:
-            yield reader.line_num, dict(zip(header, cells, strict=True))
+            cells_of = zip(header, cells, strict=True)
+            yield reader.line_num, {name: cell for name, cell in cells_of if name}
 
 
 def _checked_header(path: Path, cells: list[str]) -> list[str]:
@@ -131,6 +129,15 @@ def _checked_header(path: Path, cells: list[str]) -> list[str]:
     if twice:
         raise UserError(f"{path} has the column {twice[0]!r} twice. Rename one of them.")
     return header
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 file that are not blank; only `\\n` and `\\r\\n` end one.
+
+    `str.splitlines` would end them at U+0085, U+2028 and others too, which JSON and captions may hold.
+    """
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        return [line for line in (line.strip(" \t\r\n") for line in file) if line]
 
 
 def _lines(path: Path) -> Iterator[str]:

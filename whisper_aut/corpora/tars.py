@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from whisper_aut.corpora.ingest import obey_parent
 from whisper_aut.corpora.overlap import Match, Place, ShardFindings
+from whisper_aut.corpora.tables import read_lines
 from whisper_aut.errors import UserError
 
 Tar = tuple[str, str]  # folder, name
@@ -93,7 +94,7 @@ class Journal:
     def read(self) -> dict[Tar, ShardFindings]:
         done: dict[Tar, ShardFindings] = {}
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = read_lines(self.path)
         except OSError:
             lines = []
         if not lines or lines[0] != self.key:

@@ -1,7 +1,7 @@
 """Tar → samples: the members of one shard, grouped, bounded and checked.
 
 In: an open tar and the ordinals that are wanted. Out: per ordinal a `Sample` (still encoded) or a `Refusal`. Next:
-`data.waveform` decodes it, `data.stream` puts samples in order. Grouping and key rules are WebDataset's own (`corpora.members`).
+`data.waveform` decodes it, `data.stream` puts samples in order. Which members belong together: `corpora.shards.sample_members`.
 """
 
 from collections.abc import Container, Iterator, Sequence
@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from whisper_aut.corpora.annotation import MAX_JSON_BYTES, Annotation
 from whisper_aut.corpora.audio import ClipLimits
-from whisper_aut.corpora.members import Group, MemberGroups, audio_and_json
+from whisper_aut.corpora.members import Group, MemberGroups, audio_and_annotation
 from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy, is_local, open_stream
 from whisper_aut.corpora.sample_table import SampleTable
 from whisper_aut.corpora.shards import ShardIndex
@@ -129,7 +129,7 @@ def iter_samples(
 def _sample_of(group: Group, url: str) -> Sample | Refusal:
     key = group["__key__"]
     try:
-        suffix, audio, facts = audio_and_json(group)
-        return Sample(key, url, audio, suffix, Annotation.from_json(facts))
+        suffix, audio, annotation = audio_and_annotation(group)
+        return Sample(key, url, audio, suffix, annotation)
     except SampleRefused as refused:
         return Refusal(url, key, refused.reason, refused.detail)

@@ -1,7 +1,7 @@
-"""Encoded clip → mono 16 kHz waveform.
+"""Encoded clip → mono waveform at 16 kHz, float32 `[S]`.
 
-In: the bytes of an audio file. Out: float32 `[S]` at 16 kHz, or `SampleRefused`. Next: `data.logmel`. Channels are averaged, as
-`whisper.load_audio` does; other rates are resampled by libsoxr at its high-quality setting, the fastest of those measured.
+`corpora.audio` decodes and mixes down. Other rates are resampled by libsoxr at its high-quality setting, the fastest of those
+measured.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 import soxr
 import torch
 
-from whisper_aut.corpora.audio import ClipLimits, decode
+from whisper_aut.corpora.audio import ClipLimits, check_not_silent, decode, mix_down
 from whisper_aut.errors import Reason, SampleRefused
 
 SAMPLE_RATE_HZ = 16_000
@@ -24,6 +24,7 @@ def load_waveform(data: bytes, limits: ClipLimits) -> torch.Tensor:
     """
     clip = decode(data, limits)
     waveform = to_mono_16k(clip.samples, clip.sample_rate_hz)
+    check_not_silent(waveform.numpy(), limits)  # again: what lay above 8 kHz is gone
     # Resampling may round the limit itself up by a sample; what is longer was refused above.
     return waveform[: round(limits.max_seconds * SAMPLE_RATE_HZ)]
 
@@ -45,7 +46,7 @@ def load_file(path: Path, limits: ClipLimits) -> torch.Tensor:
 
 def to_mono_16k(samples: np.ndarray, sample_rate_hz: int) -> torch.Tensor:
     """Average the channels of `[S]` or `[S, channels]` and resample to `[S]` at 16 kHz."""
-    mono = samples if samples.ndim == 1 else samples.mean(axis=1)
+    mono = mix_down(samples)
     if sample_rate_hz != SAMPLE_RATE_HZ:
         mono = soxr.resample(mono, sample_rate_hz, SAMPLE_RATE_HZ)
     return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))

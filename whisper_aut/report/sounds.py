@@ -18,6 +18,7 @@ from matplotlib.image import imsave
 
 from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.shards import open_index
+from whisper_aut.corpora.tables import read_lines
 from whisper_aut.data.logmel import LogMel, mel_frames
 from whisper_aut.data.sample import Sample, iter_samples
 from whisper_aut.data.waveform import SAMPLE_RATE_HZ, load_waveform
@@ -74,7 +75,7 @@ def _listened(entry: Written, clips: Mapping[str, np.ndarray]) -> Listened:
 
 def _lines(samples: Path) -> list[str]:
     try:
-        return samples.read_text(encoding="utf-8").splitlines()
+        return read_lines(samples)
     except (OSError, UnicodeDecodeError):
         return []
 

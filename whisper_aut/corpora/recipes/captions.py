@@ -15,9 +15,9 @@ from whisper_aut.corpora.recipes.recipe import (
     audio_files,
     find,
     read_json,
-    read_lines,
     read_table,
 )
+from whisper_aut.corpora.tables import read_lines
 from whisper_aut.errors import UserError
 
 WAVCAPS_PARTS = {

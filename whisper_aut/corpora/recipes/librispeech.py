@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from whisper_aut.corpora.recipes.recipe import Archive, Recipe, find, read_lines
+from whisper_aut.corpora.recipes.recipe import Archive, Recipe, find
+from whisper_aut.corpora.tables import read_lines
 
 URL = "https://www.openslr.org/resources/12"
 SHA256 = {

@@ -112,11 +112,6 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not JSON: {error}.") from None
 
 
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a list that are not empty."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def with_article(noun: str) -> str:
     """Write `organ` as `an organ`, by its first letter."""
     return f"{'an' if noun.startswith(tuple('aeiou')) else 'a'} {noun}"
