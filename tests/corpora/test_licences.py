@@ -90,7 +90,7 @@ UNKNOWN = (
 OF_RECIPES = {
     "librispeech": "CC-BY-4.0",
     "speech_commands_v1": "CC-BY-4.0",
-    "speech_commands_v2": "CC-BY-4.0",
+    "speech_commands_v2_35": "CC-BY-4.0",
     "crema_d": "ODbL-1.0",
     "ravdess": "CC-BY-NC-SA-4.0",
     "voxlingua": "",
@@ -101,7 +101,7 @@ OF_RECIPES = {
     "audiocaps": "",
     "clotho": "",
     "wavcaps": "",
-    "gtzan": "",
+    "gtzan_filtered": "",
     "nsynth": "CC-BY-4.0",
     "fma_small": "",
     "musiccaps": "",
