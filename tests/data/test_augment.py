@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -37,14 +38,6 @@ def test_the_same_position_gives_the_same_clip_and_another_one_another(noise):
     assert torch.equal(made(5), made(5))
     assert not torch.equal(made(5)[:100], made(6)[:100])
     assert not torch.equal(made(5)[:100], made(5, seed=1)[:100])
-    state = torch.random.get_rng_state()
-    Augment(spectrum=SpecAugment()).mel(torch.rand(202, 80), 200, 0)
-    drawn = torch.rand(3)
-    torch.random.set_rng_state(state)
-    torch.rand(202, 80)
-    assert torch.equal(
-        drawn, torch.rand(3)
-    )  # torch's own generator goes on as if nothing had been masked
 
 
 def test_noise_stands_at_the_ratio_asked_for(noise):
@@ -100,6 +93,43 @@ def test_masks_keep_to_valid_frames_and_to_their_widths():
         assert_close(kept, torch.full_like(kept, float(mel[:length].mean())), atol=1e-6, rtol=0)
     assert 15 < max(bins) <= 27
     assert 10 < max(frames) <= length // 10
+
+
+def test_masks_are_torchaudios_from_the_seed_and_the_position():
+    spec = SpecAugment()
+    for position, length in enumerate((5, 40, 300, 2_998)):
+        mel = torch.rand(length + 2, 80, generator=torch.Generator().manual_seed(position))
+        expected = mel[None, :length]
+        mean = float(expected.mean())
+        seed = int(np.random.default_rng([3, 7, position]).integers(2**63))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            for _ in range(spec.frequency_masks):
+                expected = functional.mask_along_axis(expected, 27, mean, axis=2)
+            for _ in range(spec.time_masks):
+                expected = functional.mask_along_axis(expected, 100, mean, axis=1, p=0.1)
+        masked = Augment(seed=3, spectrum=spec).mel(mel, length, position)
+        assert torch.equal(masked[:length], expected[0])
+
+
+def test_masking_touches_no_global_generator(monkeypatch: pytest.MonkeyPatch):
+    """Dropout draws from the GPU's, which `torch.manual_seed` reseeds; it is told so without a GPU too."""
+    reseeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
+    before, mel = torch.get_rng_state(), torch.arange(202.0 * 80).view(202, 80)
+    masked = Augment(spectrum=SpecAugment()).mel(mel, 200, 0)
+    assert not torch.equal(masked, mel)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert reseeded == []
+
+
+@pytest.mark.gpu
+def test_a_gpu_masks_what_the_cpu_masks():
+    augment, mel = Augment(spectrum=SpecAugment()), torch.rand(202, 80)
+    before = torch.cuda.get_rng_state()
+    on_gpu = augment.mel(mel.cuda(), 200, 5).cpu()
+    assert_close(on_gpu, augment.mel(mel, 200, 5))
+    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 def test_training_is_changed_and_validation_is_not(tiny_whisper: Path, tiny_shards: Path):

@@ -30,6 +30,17 @@ def test_the_encoder_alone_equals_the_encoder_of_the_whole(tiny_whisper: Path):
     assert all(torch.equal(value, weights[name]) for name, value in alone.state_dict().items())
 
 
+def test_drawing_weights_touches_no_global_generator(
+    tiny_whisper: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reseeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
+    before = torch.get_rng_state()
+    load_encoder(str(tiny_whisper), random_init=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert reseeded == []
+
+
 def test_random_init_keeps_the_shape_and_follows_the_seed(tiny_whisper: Path):
     clip = [np.random.default_rng(0).standard_normal(8000).astype(np.float32)]
     frames = [

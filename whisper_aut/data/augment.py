@@ -1,15 +1,13 @@
-"""Changed clips for training: speed, added noise and gain on the waveform, SpecAugment on the log-mel. All through torchaudio.
+"""Changed clips for training: speed, added noise, gain, and SpecAugment on the log-mel.
 
-In: a waveform `[S]` or a log-mel `[F', M]`, and the clip's position in the order. Out: the same, changed by numbers drawn from (seed,
-position) alone, so that a resumed run, or one with other workers, draws them again. Next: `data.example`. Sources: Park et al. 2019
-(SpecAugment), Ko et al. 2015 (speed perturbation). Validation is never changed.
+Every change is drawn from (seed, position in the order) alone, so that a resumed run, or one with
+other workers, draws it again. Validation is never changed. Sources: Park et al. 2019 (SpecAugment),
+Ko et al. 2015 (speed perturbation).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -93,17 +91,20 @@ class Augment:
         spec = self.spectrum
         if spec is None:
             return mel
-        masked = mel[None, :mel_length]
-        mean: Any = masked.mean()  # stays on its device, which nobody has to wait for
+        masked = mel.clone()
+        valid = masked[:mel_length]
+        mean = valid.mean()  # stays on its device, which nobody has to wait for
         bins = round(spec.frequency_share * mel.shape[1])
-        with _random_numbers(self.seed, _SPECTRUM, position):
-            for _ in range(spec.frequency_masks):
-                masked = functional.mask_along_axis(masked, bins, mean, axis=2)
-            for _ in range(spec.time_masks):
-                masked = functional.mask_along_axis(
-                    masked, spec.time_frames, mean, axis=1, p=spec.time_share
-                )
-        return torch.cat([masked[0], mel[mel_length:]])
+        frames = min(spec.time_frames, int(spec.time_share * mel_length))
+        # Drawn on the host whatever the device: a clip gets the same masks everywhere, and no
+        # generator that others draw from is touched.
+        seed = np.random.default_rng([self.seed, _SPECTRUM, position]).integers(2**63)
+        random = torch.Generator().manual_seed(int(seed))
+        for _ in range(spec.frequency_masks):
+            valid[:, _stripe(random, mel.shape[1], bins)] = mean
+        for _ in range(spec.time_masks):
+            valid[_stripe(random, mel_length, frames)] = mean
+        return masked
 
     def _noise(self, position: int, samples: int) -> Tensor | None:
         """Return `[S]` of noise, a piece of a longer recording or a shorter one over and over; None where it was refused."""
@@ -141,9 +142,10 @@ def _speed(factor: float) -> transforms.Speed:
     return transforms.Speed(SAMPLE_RATE_HZ, factor)
 
 
-@contextmanager
-def _random_numbers(*key: int) -> Iterator[None]:
-    """torchaudio draws from torch's one generator: lend it a seed, and give its state back."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(np.random.default_rng(list(key)).integers(2**63)))
-        yield
+def _stripe(random: torch.Generator, size: int, widest: int) -> slice:
+    """Draw up to `widest` neighbours out of `size`, as `torchaudio.functional.mask_along_axis` does."""
+    if widest < 1:
+        return slice(0)
+    width = torch.rand((), generator=random) * widest
+    start = int(torch.rand((), generator=random) * (size - width))
+    return slice(start, start + int(width))

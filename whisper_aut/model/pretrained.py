@@ -30,6 +30,7 @@ from whisper_aut.model.encoder import (
     PackedEncoder,
     Padding,
 )
+from whisper_aut.model.seeding import seeded
 from whisper_aut.model.start import Start, load_whisper_encoder
 from whisper_aut.model.windows import (
     BATCH_SECONDS,
@@ -257,8 +258,7 @@ def load_encoder(
         )
     place, precision = _device(device), _dtype(dtype)
     if random_init:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             whisper = Start(path, revision, random_init=True).encoder
     else:
         whisper = load_whisper_encoder(path, revision)

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -19,6 +18,7 @@ from transformers import (
 )
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
+from whisper_aut.model.seeding import seeded
 from whisper_aut.model.shapes import shaped_config
 
 END, START = "<|endoftext|>", "<|startoftranscript|>"
@@ -79,8 +79,7 @@ def make_whisper(
     )
     config.decoder_start_token_id = start
     config.bos_token_id = config.eos_token_id = config.pad_token_id = end
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = WhisperForConditionalGeneration(config)
     model.generation_config = _generation_config(tokenizer, start, end)
     model.save_pretrained(out)

@@ -29,6 +29,7 @@ from whisper_aut.data.sample import Sample, iter_samples
 from whisper_aut.errors import SampleRefused, UserError
 from whisper_aut.model.language import packed_states
 from whisper_aut.model.loss import chunked_cross_entropy
+from whisper_aut.model.seeding import seeded
 from whisper_aut.model.start import quiet_loading
 from whisper_aut.turns import one_at_a_time
 
@@ -185,8 +186,7 @@ def _make(
     )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(scratch.seed)
+    with seeded(scratch.seed):
         reader = _Reader(
             ChatText(tokenizer, instructions), texts, scratch.stretch, random.Random(scratch.seed)
         )

@@ -31,6 +31,7 @@ from whisper_aut.model.language import (
 )
 from whisper_aut.model.loss import DecoderLoss, chunked_cross_entropy
 from whisper_aut.model.scratch_language import LanguageScratch, make_language_model, scratch_config
+from whisper_aut.model.seeding import seeded
 from whisper_aut.model.start import Start
 from whisper_aut.model.transfer import sent
 
@@ -98,10 +99,8 @@ def build_causal_lm(
     dtype: torch.dtype = getattr(torch, options.dtype)
     model, tokenizer = load_language_model(path, options.revision, dtype)
     if options.random_init:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                0
-            )  # a checkpoint does not hold a frozen model, so it must come out the same again
+        # A checkpoint does not hold a frozen model, so it must come out the same again.
+        with seeded(0):
             model = type(model)(model.config).to(dtype)  # pyright: ignore[reportArgumentType]
     codec = ChatText(tokenizer, instructions, options.max_tokens, options.overflow, options.date)
     embed: Any = model.get_input_embeddings()
