@@ -253,12 +253,19 @@ class TrainerSettings:
 
 @dataclass
 class HardwareSettings:
-    """The machine: Lightning's accelerator, devices per node, nodes and precision; `threads` for CPU training (0: all)."""
+    """The machine.
+
+    Attributes:
+        accelerator, devices, nodes: Lightning's; devices are those of a node.
+        precision: Lightning's. `auto` is bf16-mixed on a GPU that computes in bfloat16, else
+            32-true. Trained weights are float32 under each; DeepSpeed computes with 16-bit copies.
+        threads: of a CPU training; 0 for all.
+    """
 
     accelerator: str = "auto"
     devices: int | str = "auto"
     nodes: int = 1
-    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true"
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     threads: int = 0
 
 

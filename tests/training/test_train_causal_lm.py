@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import LambdaCallback
 from transformers import AutoModelForCausalLM
 
 from tests.training.test_train import (
@@ -148,7 +149,9 @@ def test_a_frozen_encoder_stays(
     )
 
 
+@pytest.mark.parametrize("chosen", ["frozen", "lora"])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
+    chosen: str,
     language: list[str],
     tiny_whisper: Path,
     tiny_shards: Path,
@@ -156,7 +159,9 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """What a sample is asked, and the phase of training, are the same after a resume."""
-    options = [*language, "optim.encoder_after_step=2"]
+    options = [*language, f"decoder.train={chosen}", "optim.encoder_after_step=2"]
+    if chosen != "frozen":
+        options += ["decoder.dtype=bfloat16", "hardware.precision=bf16-mixed"]
     whole = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "whole", *options), QUIET).run
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "parts", *options)
     with monkeypatch.context() as patch:
@@ -193,3 +198,55 @@ def test_a_date_in_the_chat_template_is_that_of_the_runs_start_however_late_it_g
     for module in (trainers[0].lightning_module, open_run(run.path)):
         opening = module.codec.tokenizer.decode(module.codec.frame.opening)
         assert opening.startswith("Today: 03 Feb 2025\n")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [
+        pytest.param("auto", "32-true", marks=pytest.mark.slow),
+        ("auto", "bf16-mixed"),
+        pytest.param("ddp", "bf16-mixed", marks=pytest.mark.slow),
+        pytest.param("deepspeed_stage_2", "32-true", marks=pytest.mark.slow),
+        pytest.param("deepspeed_stage_2", "bf16-mixed", marks=pytest.mark.slow),
+        pytest.param("deepspeed_stage_3", "bf16-mixed", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("trained", ["lora", "full"])
+def test_all_that_is_trained_moves_though_the_language_model_is_in_bfloat16(
+    trained: str,
+    strategy: str,
+    precision: str,
+    language: list[str],
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """At the learning rate of a fine-tuning, whose steps are smaller than what bfloat16 can tell apart."""
+    before: dict[str, torch.Tensor] = {}
+
+    def remember(trainer: Any, module: Any) -> None:
+        before.update(trainer.strategy._named_state().collect(rank=0, ranks=1).weights)
+
+    trainers = watched(monkeypatch, LambdaCallback(on_train_start=remember))
+    overrides = [
+        *language,
+        f"decoder.train={trained}",
+        "decoder.dtype=bfloat16",
+        f"strategy={strategy}",
+        f"hardware.precision={precision}",
+        "optim.lr=1e-6",
+        "optim.weight_decay=0",
+        "optim.warmup_steps=1",
+        "trainer.max_steps=20",
+        "data.batch_clips=2",
+        "trainer.valid_every_steps=20",
+    ]
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), QUIET).run
+    after, module = weights_of(run), trainers[0].lightning_module
+    learned = [name for name, p in module.named_parameters() if p.requires_grad and name in before]
+    assert any(name.startswith("decoder.model.") for name in learned)
+    assert [name for name in learned if torch.equal(after[name], before[name])] == []
+    assert {after[name].dtype for name in learned} == {torch.float32}
+    if trained == "lora" and strategy in ("auto", "ddp"):
+        assert module.decoder.model.get_input_embeddings().weight.dtype == torch.bfloat16

@@ -12,7 +12,7 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, SumMetric
+from torchmetrics import MeanMetric, SumMetric
 
 from whisper_aut.corpora.annotation import DOMAINS
 from whisper_aut.data.pack import Batch
@@ -157,11 +157,6 @@ class AudioTextModule(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.generated = []
-        for module in self.modules():
-            if isinstance(
-                module, Metric
-            ):  # a module in bfloat16 takes its sums along, and those stop counting at 256
-                module.set_dtype(torch.float32)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if not len(batch):

@@ -1,10 +1,17 @@
-"""Devices by name: their memory and what they could compute.
+"""Devices by name: their memory and what they could compute; and the precision for the one at hand.
 
-In: a device's name. Out: an `Accelerator`. Next: the meters' MFU and the plan. Figures are the vendors' data sheets: dense tensor-core
-TFLOP/s of H100 (SXM, PCIe, NVL) and H200 SXM, A100, and of the RTX 4090 with float32 accumulation.
+Figures are the vendors' data sheets: dense tensor-core TFLOP/s of H100 (SXM, PCIe, NVL) and H200
+SXM, A100, and of the RTX 4090 with float32 accumulation.
 """
 
 from dataclasses import dataclass
+
+import torch
+
+NO_BFLOAT16 = (
+    "This GPU does not compute in bfloat16, so hardware.precision=auto trains in float32. "
+    "hardware.precision=16-mixed is faster on it and may need a lower optim.lr."
+)
 
 
 @dataclass(frozen=True)
@@ -39,3 +46,20 @@ def peak_flops(device_name: str, precision: str) -> float | None:
         (device.peak_flops(precision) for device in ACCELERATORS if device.part in device_name),
         None,
     )
+
+
+def resolved_precision(precision: str, accelerator: str) -> tuple[str, str]:
+    """Return what a config's precision means on this machine, and a hint for its user or "".
+
+    Args:
+        precision: Lightning's, or `auto`: bf16-mixed on a CUDA device that computes in bfloat16,
+            else 32-true.
+        accelerator: Lightning's.
+    """
+    if precision != "auto":
+        return precision, ""
+    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return "32-true", ""
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16-mixed", ""
+    return "32-true", NO_BFLOAT16

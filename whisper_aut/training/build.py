@@ -44,6 +44,7 @@ from whisper_aut.settings import (
     Settings,
     SourceSettings,
 )
+from whisper_aut.training.accelerators import resolved_precision
 from whisper_aut.training.faults import BYTES_OF_STATE, check_compilable
 from whisper_aut.training.forecast import FLAC_BYTES_PER_SECOND, Forecast
 from whisper_aut.training.optim import optimizer_factory
@@ -97,6 +98,10 @@ def run_fingerprint(settings: Settings) -> str:
     values, data, policy = asdict(settings), settings.data, read_policy(settings.data)
     for name in ("runs", "probe", "export"):
         values.pop(name)
+    hardware = settings.hardware
+    values["hardware"]["precision"], _ = resolved_precision(
+        hardware.precision, hardware.accelerator
+    )
     excluded = Path(data.exclude).read_text() if Path(data.exclude).is_file() else ""
     read = open_sources(data.train, policy) + open_sources(data.valid, policy)
     shards = [source.index.fingerprint() for source in read] + [
@@ -279,6 +284,9 @@ def build_module(
     )
     if model.freeze_encoder:
         encoder.requires_grad_(False)
+    for parameter in (*encoder.parameters(), *decoder.parameters()):
+        if parameter.requires_grad:  # AdamW's small steps are lost in 16-bit weights
+            parameter.data = parameter.data.float()
     factory = _optimizer(
         settings.optim, total_steps, offload=settings.strategy.name.endswith(OFFLOAD)
     )

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from whisper_aut.errors import UserError
 from whisper_aut.model.module import AudioTextModule
 from whisper_aut.model.start import Start
 from whisper_aut.settings import Settings, dump_settings
+from whisper_aut.training.accelerators import resolved_precision
 from whisper_aut.training.build import (
     build_data,
     build_decoder,
@@ -62,10 +63,6 @@ from whisper_aut.training.rundir import (
 from whisper_aut.training.strategy import build_strategy
 
 MAX_REWINDS = 3
-ROUNDED = (
-    "hardware.precision=bf16-true keeps no float32 weights outside DeepSpeed, so that updates below 0.4 % of a weight are lost, and "
-    "rounds the positions of a language model. bf16-mixed does neither."
-)
 
 
 @dataclass(frozen=True)
@@ -97,6 +94,9 @@ def train(
         UserError: a mistake in config, data or checkpoint.
         Interrupted: the run was asked to stop; its message says how to go on.
     """
+    hardware = settings.hardware
+    precision, hint = resolved_precision(hardware.precision, hardware.accelerator)
+    settings = replace(settings, hardware=replace(hardware, precision=precision))
     fingerprint = run_fingerprint(settings)
     runs = runs_of(Path(settings.runs), settings.name)
     finished = next((run for run in runs if run.finished_with(fingerprint)), None)
@@ -134,8 +134,8 @@ def train(
         settings.trainer.keep_checkpoints + 1,
     ):
         _warn(console, warning)
-    if settings.hardware.precision == "bf16-true":
-        _warn(console, ROUNDED)
+    if hint:
+        _warn(console, hint)
     facts = {
         "fingerprint": fingerprint,
         "start": {"path": parts.start.path, "revision": parts.start.revision},

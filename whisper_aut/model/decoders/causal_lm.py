@@ -57,7 +57,8 @@ class CausalLMOptions:
         scratch: instead, a small language model made and trained on the texts of shards first.
         train: what of the language model training may change: nothing (`frozen`), low-rank updates (`lora`), all of it (`full`).
         random_init: keep its architecture and tokenizer but not its weights.
-        dtype: of the language model's weights; `bfloat16` halves a frozen one on a GPU.
+        dtype: of the language model's frozen weights; `bfloat16` halves their memory. What is trained
+            is float32: low-rank updates, or with `full` the whole model.
         instructions: the tasks (`data.prompts`), by default the files of `conf/instructions`.
         max_tokens: longest chat in text tokens; `overflow` says what happens to a longer one.
         date: the day that a chat template writes as today, such as 2026-11-28; by default the day on which the run started.
@@ -96,7 +97,7 @@ def build_causal_lm(
         if options.scratch
         else options.language_model
     )
-    dtype: torch.dtype = getattr(torch, options.dtype)
+    dtype = _frozen_dtype(options)
     model, tokenizer = load_language_model(path, options.revision, dtype)
     if options.random_init:
         # A checkpoint does not hold a frozen model, so it must come out the same again.
@@ -145,7 +146,7 @@ def sketch_causal_lm(
         else language_config(options.language_model, options.revision)
     )
     model = AutoModelForCausalLM.from_config(
-        sizes, dtype=getattr(torch, options.dtype), trust_remote_code=False
+        sizes, dtype=_frozen_dtype(options), trust_remote_code=False
     )
     _choose_trainable(model, options)
     if gradient_checkpointing:
@@ -313,6 +314,11 @@ def _interleave(
         ]
         token, audio, position = end, audio + sounding, position + lengths[-1]
     return torch.cat(order), torch.cat(places), tuple(lengths)
+
+
+def _frozen_dtype(options: CausalLMOptions) -> torch.dtype:
+    """Return what the language model is loaded in; where all of it is trained, nothing is frozen."""
+    return torch.float32 if options.train == "full" else getattr(torch, options.dtype)
 
 
 def _choose_trainable(model: PreTrainedModel, options: CausalLMOptions) -> None:
