@@ -160,7 +160,7 @@ def test_all_problems_are_reported_at_once_with_the_nearest_name():
         (["data.max_seconds=60"], "max_seconds <= 30"),
         (["data.batch_clips=0"], "below 1"),
         (["optim.lr=0"], "not positive"),
-        (["data.max_refused_share=2"], r"data\.max_refused_share: 2.* is not a share"),
+        (["data.max_skipped_fraction=2"], r"data\.max_skipped_fraction: 2.* is not a fraction"),
         (["name=../x"], r"name: '\.\./x' cannot be the name of a folder"),
         (["name="], "name: '' cannot be"),
         (["name=.."], r"name: '\.\.' cannot be"),
@@ -239,7 +239,7 @@ def test_each_domain_decides_by_itself_whether_its_sources_have_weights():
 
 
 @pytest.mark.parametrize(
-    "name", ["optim.lr", "data.temperature", "data.max_refused_share", "data.domains.speech"]
+    "name", ["optim.lr", "data.temperature", "data.max_skipped_fraction", "data.domains.speech"]
 )
 def test_a_number_that_is_none_is_named(name: str):
     with pytest.raises(UserError, match=f"{name}: nan is not a finite number"):

@@ -163,7 +163,7 @@ class DataSettings:
         features: where log-mels are made: by those processes, or on the training device.
         exclude: a list of clips that are not trained on, as `whisper-aut data audit` writes it; empty for none.
         licences: which clips may be trained on.
-        max_refused_share: the run stops when more than this share of a source is refused.
+        max_skipped_fraction: the run stops when more than this fraction of a source's samples is skipped, over all ranks and resumes.
         retries, timeout_seconds: how often a failing read of a remote shard is tried again, after pauses that double, and after how
             much silence a read has failed.
         allow_pipe: sources may be `pipe:COMMAND`; the commands of this config are run.
@@ -190,7 +190,7 @@ class DataSettings:
     max_seconds: float = 30.0
     exclude: str = ""
     licences: LicenceSettings = field(default_factory=LicenceSettings)
-    max_refused_share: float = 0.05
+    max_skipped_fraction: float = 0.05
     retries: int = 6
     timeout_seconds: float = 30.0
     allow_pipe: bool = False
@@ -516,9 +516,9 @@ def _number_problems(settings: Settings) -> list[str]:
         )
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         problems.append(f"optim.betas: {betas} are not two numbers from 0 to below 1")
-    if not 0 <= settings.data.max_refused_share <= 1:
+    if not 0 <= settings.data.max_skipped_fraction <= 1:
         problems.append(
-            f"data.max_refused_share: {settings.data.max_refused_share} is not a share from 0 to 1"
+            f"data.max_skipped_fraction: {settings.data.max_skipped_fraction} is not a fraction from 0 to 1"
         )
     if settings.name in ("", "..") or Path(settings.name).name != settings.name:
         problems.append(

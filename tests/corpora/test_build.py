@@ -177,7 +177,7 @@ def test_too_many_refusals_fail_with_their_reasons_and_leave_no_shards(tmp_path:
     ):
         build(manifest, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["refused.jsonl"]
-    assert build(manifest, tmp_path / "out", max_refused_share=0.7).clips == 1
+    assert build(manifest, tmp_path / "out", max_skipped_fraction=0.7).clips == 1
 
 
 def test_missing_files_are_known_before_anything_is_decoded_and_name_the_root(tmp_path: Path):
@@ -186,7 +186,7 @@ def test_missing_files_are_known_before_anything_is_decoded_and_name_the_root(tm
         UserError,
         match=rf"4 of 4 rows(?s:.*)missing file(?s:.*)paths start from {tmp_path}/audio; --audio-root",
     ):
-        build(manifest, tmp_path / "out", audio_root=tmp_path / "audio", max_refused_share=1)
+        build(manifest, tmp_path / "out", audio_root=tmp_path / "audio", max_skipped_fraction=1)
     assert not (tmp_path / "out").exists()
 
 

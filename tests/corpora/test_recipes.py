@@ -255,7 +255,7 @@ def test_a_corpus_builds_as_it_is_published(name: str, tmp_path: Path):
                 str(out),
                 "--workers",
                 "1",
-                "--max-refused-share",
+                "--max-skipped-fraction",
                 "0.9",
             ]
         )
@@ -285,7 +285,7 @@ def test_a_clip_whose_licence_the_tables_do_not_tell_states_none(tmp_path: Path)
     files = files | {"FSD50K.metadata/dev_clips_info_FSD50K.json": lines({})}
     raw = lay_out(tmp_path / "raw", files)
     command = ["data", "build", "fsd50k", str(raw), "--out", str(tmp_path / "out")]
-    assert main([*command, "--workers", "1", "--max-refused-share", "0.9"]) == 0
+    assert main([*command, "--workers", "1", "--max-skipped-fraction", "0.9"]) == 0
     clips = samples(tmp_path / "out" / "train")
     assert {clip.annotation.licence for clip in clips} == {""}
 

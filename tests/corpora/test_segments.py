@@ -35,7 +35,7 @@ def build(
     )
     manifest = ManifestSpec(folder / "talk.jsonl", **(spec or {}))
     return build_shards(
-        manifest, folder / "out", workers=1, progress=False, max_refused_share=1.0, **options
+        manifest, folder / "out", workers=1, progress=False, max_skipped_fraction=1.0, **options
     )
 
 

@@ -170,7 +170,7 @@ def test_refusals_and_bad_clips_are_those_of_all_ranks(
     damaged = sorted((shards / "speech").glob("*.tar"))[0]
     damaged.write_bytes(damaged.read_bytes()[:700])
     jobs = Jobs(tmp_path, tiny_whisper, shards)
-    share = "data.max_refused_share=1"
+    share = "data.max_skipped_fraction=1"
     whole = jobs.add("whole", share, *ONE_RANK)
     jobs.done(ranks=1)
     poisoned = jobs.add(

@@ -34,7 +34,7 @@ def test_excluded_clips_are_not_trained_on_and_the_run_says_so(
     assert {key for key in excluded if key.startswith("sound")} == {
         f"sound-{number:04d}" for number in range(11)
     }
-    # All of one source goes: far above max_refused_share, and no reason to stop.
+    # All of one source goes: far above max_skipped_fraction, and no reason to stop.
     settings = settings_for(
         tiny_whisper,
         tiny_shards,

@@ -345,7 +345,7 @@ def test_a_damaged_shard_costs_its_samples_and_no_more(
     open_index(str(shards / "speech"))
     damaged = sorted((shards / "speech").glob("*.tar"))[0]
     damaged.write_bytes(damaged.read_bytes()[:700])
-    settings = settings_for(tiny_whisper, shards, tmp_path / "runs", "data.max_refused_share=1")
+    settings = settings_for(tiny_whisper, shards, tmp_path / "runs", "data.max_skipped_fraction=1")
     run = train(settings, QUIET).run
     lines = [json.loads(line) for line in (run.path / "ledger.jsonl").read_text().splitlines()]
     assert lines
@@ -367,7 +367,7 @@ def test_refusals_are_counted_once_over_validations_and_resumes(
     valid = f"data.valid=[{{path: {tmp_path / 'valid'}, domain: speech}}]"
     (tmp_path / "valid").symlink_to(shards / "speech")
     overrides = (
-        "data.max_refused_share=1",
+        "data.max_skipped_fraction=1",
         "data.valid_clips=3",
         "trainer.valid_every_steps=4",
         valid,
@@ -478,7 +478,7 @@ def test_a_source_of_nothing_but_faults_stops_the_run_with_a_reason(
     settings = settings_for(
         tiny_whisper, tiny_shards, tmp_path / "runs", *overrides, "data.batch_clips=64"
     )
-    with pytest.raises(UserError, match=r"were refused \(undecodable audio: 256\)"):
+    with pytest.raises(UserError, match=r"were skipped \(undecodable audio: 256\)"):
         train(settings, QUIET)
     (ledger,) = (tmp_path / "runs").rglob("ledger.jsonl")
     assert len(ledger.read_text().splitlines()) == 256

@@ -69,7 +69,7 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
     if not options.out and options.manifest not in RECIPES:
         raise UserError(f"Where do the shards of {options.manifest} go? Name a folder with --out.")
     out = Path(options.out or SHARDS / options.manifest)
-    how = {"workers": options.workers, "max_refused_share": options.max_refused_share}
+    how = {"workers": options.workers, "max_skipped_fraction": options.max_skipped_fraction}
     if options.manifest in RECIPES:
         raw = Path(options.path or RAW / options.manifest)
         result = build(RECIPES[options.manifest], raw, out, spec, **how)
@@ -260,7 +260,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--split-by", default="", metavar="COLUMN", help="one folder of shards per value"
     )
     command.add_argument(
-        "--max-refused-share",
+        "--max-skipped-fraction",
         type=float,
         default=0.5,
         help="fail when more of the rows are refused",

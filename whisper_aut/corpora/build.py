@@ -79,7 +79,7 @@ def build_shards(
     limits: ClipLimits = ClipLimits(),  # noqa: B008 (frozen)
     workers: int | None = None,
     max_shard_bytes: int = 256 << 20,
-    max_refused_share: float = 0.5,
+    max_skipped_fraction: float = 0.5,
     progress: bool = True,
 ) -> BuildReport:
     """Build the shards of a manifest under `out`, unless they are there already.
@@ -87,7 +87,7 @@ def build_shards(
     `workers` is the number of decoding processes, by default one per core that this process may use.
 
     Raises:
-        UserError: see `Manifest`; `out` is not a place to write to; more than `max_refused_share` of the rows were refused, or
+        UserError: see `Manifest`; `out` is not a place to write to; more than `max_skipped_fraction` of the rows were refused, or
             all of one split.
     """
     out = Path(out).absolute()
@@ -95,11 +95,11 @@ def build_shards(
     settings = {
         "limits": asdict(limits),
         "max_shard_bytes": max_shard_bytes,
-        "max_refused_share": max_refused_share,
+        "max_skipped_fraction": max_skipped_fraction,
     }
     plan = _survey(manifest, settings)
     _check_share(
-        manifest, plan.refusals, plan.rows, max_refused_share
+        manifest, plan.refusals, plan.rows, max_skipped_fraction
     )  # missing files need no build to be found
     folders = {split: out / split for split in plan.splits}
     _check_out(out, folders)
@@ -120,7 +120,7 @@ def build_shards(
                     manifest,
                     refusals,
                     plan.rows,
-                    max_refused_share,
+                    max_skipped_fraction,
                     f" All are listed in {out / REFUSED_NAME}.",
                 )
                 _check_splits(spec, shards, refusals)
@@ -220,7 +220,7 @@ def _check_share(
     allowed = (
         ""
         if refused == rows
-        else f", more than the {max_share:.0%} that --max-refused-share allows"
+        else f", more than the {max_share:.0%} that --max-skipped-fraction allows"
     )
     hint = f" Relative paths start from {manifest.root}; --audio-root names another folder."
     hint = hint if Reason.MISSING_FILE in refusals.counts else ""

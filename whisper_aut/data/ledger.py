@@ -1,98 +1,153 @@
-"""The ledger: every refused sample, counted by source and reason, and written down.
+"""The ledger: every skipped sample as a line of a file, and counts by source and reason.
 
-In: the `Refusal`s and sources that batches carry. Out: `ledger.jsonl` in the run directory and totals. Next: the log, the final
-summary and the report. When too large a share of a source is refused, the run stops: it would not train on what its config says.
+A run stops when too large a fraction of a source is skipped: it would not train on what its config
+says. `training.callbacks.ledger` adds the counts of all ranks and carries them through checkpoints.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from whisper_aut.data.sample import Refusal
 from whisper_aut.errors import WISHED, UserError
 
-MIN_SEEN = 200  # below this many samples of a source its share of refusals says little yet
-MIN_SEEN_AT_END = 20  # of a small source no more may ever come
+MIN_SEEN = 200  # with fewer samples of a source, its skipped fraction says little yet
+MIN_SEEN_AT_END = 20  # a small source may never give more
 MAX_LINES = 100_000
+
+ByReason = Counter[tuple[str, str]]  # (source, reason) → samples
+
+
+@dataclass
+class Counts:
+    """Samples by source folder.
+
+    Attributes:
+        read: training samples, skipped ones included, without those that the config filters out.
+        skipped: training samples by source and reason.
+        skipped_in_validation: validation samples by source and reason.
+    """
+
+    read: Counter[str] = field(default_factory=Counter)
+    skipped: ByReason = field(default_factory=Counter)
+    skipped_in_validation: ByReason = field(default_factory=Counter)
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.read + other.read,
+            self.skipped + other.skipped,
+            self.skipped_in_validation + other.skipped_in_validation,
+        )
+
+    @property
+    def all_skipped(self) -> ByReason:
+        """Skipped samples of training and validation."""
+        return self.skipped + self.skipped_in_validation
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts as plain dictionaries, for a checkpoint."""
+        return {
+            "read": dict(self.read),
+            "skipped": by_source(self.skipped),
+            "skipped_in_validation": by_source(self.skipped_in_validation),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Counts":
+        return cls(
+            Counter(state["read"]),
+            _by_reason(state["skipped"]),
+            _by_reason(state["skipped_in_validation"]),
+        )
 
 
 class Ledger:
-    """Counts refusals and writes them down, one JSON object a line, as they come.
+    """Counts skipped samples and writes them down, one JSON object a line, as they come.
 
     Args:
         path: the file; None to count only.
-        max_share: the share of a source's samples that may be refused.
+        max_fraction: the fraction of a source's samples that may be skipped.
+
+    Attributes:
+        earlier: counts of the run before this process, over all ranks.
+        validated: a validation of the run was recorded to its end.
     """
 
-    def __init__(self, path: Path | None, max_share: float = 1.0):
-        self.path, self.max_share = path, max_share
-        self.seen: Counter[str] = Counter()
-        self.refused: Counter[tuple[str, str]] = Counter()
-        self.refused_in_validation: Counter[tuple[str, str]] = Counter()
-        self.earlier: Counter[tuple[str, str]] = (
-            Counter()
-        )  # of the run before this process, over all ranks
-        self.validated = False  # a validation of the run was recorded to its end
+    def __init__(self, path: Path | None, max_fraction: float = 1.0):
+        self.path, self.max_fraction = path, max_fraction
+        self.earlier, self.validated = Counts(), False
+        self._own = Counts()
         self._file: TextIO | None = None
 
     def record(self, sources: Iterable[str], refusals: Sequence[Refusal]) -> None:
-        """Count one batch: the source folder of each clip that was taken, and what was refused.
-
-        Raises:
-            UserError: a source exceeds the share that may be refused.
-        """
-        self.seen.update(sources)
+        """Count one batch: the source folder of each clip in it, and the samples skipped for it."""
+        self._own.read.update(sources)
         for refusal in refusals:
-            self.seen[_folder(refusal)] += refusal.reason not in WISHED
-            self.refused[_folder(refusal), str(refusal.reason)] += 1
+            self._own.read[_folder(refusal)] += refusal.reason not in WISHED
+            self._own.skipped[_folder(refusal), str(refusal.reason)] += 1
             self._write(refusal)
-        if refusals:
-            self._check(lambda seen, refused: seen >= MIN_SEEN)
-
-    def check_at_end(self) -> None:
-        """Look once more, when all has been read: at small sources too, and at those that gave nothing.
-
-        Raises:
-            UserError: a source exceeds the share that may be refused.
-        """
-        self._check(lambda seen, refused: seen >= MIN_SEEN_AT_END or refused == seen)
 
     def record_validation(self, refusals: Sequence[Refusal]) -> None:
-        """Count what a batch of validation refuses, apart: the share that may be refused is of training clips."""
+        """Count what a validation batch skips; `max_fraction` limits training samples only."""
         for refusal in refusals:
-            self.refused_in_validation[_folder(refusal), str(refusal.reason)] += 1
+            self._own.skipped_in_validation[_folder(refusal), str(refusal.reason)] += 1
             self._write(refusal)
 
-    def go_on(self, refused: Mapping[str, Mapping[str, int]], validated: bool) -> None:
-        """Add what the run had counted up to a checkpoint, unless this process counted it itself: a rewind reads nothing again."""
-        if not self.seen:
-            self.earlier = Counter(
-                {
-                    (source, reason): n
-                    for source, counts in refused.items()
-                    for reason, n in counts.items()
-                }
-            )
-            self.validated = validated
+    def resume(self, earlier: Counts, validated: bool) -> None:
+        """Add what the run had counted up to a checkpoint.
+
+        Does nothing where this process counted it itself: a rewind reads nothing again.
+        """
+        if not self._own.read:
+            self.earlier, self.validated = earlier, validated
 
     def note(self, refusal: Refusal) -> None:
-        """Write down a clip that was trained on and gave trouble, without counting it as refused."""
+        """Write down a clip that was trained on and gave trouble, without counting it as skipped."""
         self._write(refusal)
 
     @property
-    def counts(self) -> Counter[tuple[str, str]]:
-        """Refusals of this rank in this process, by source and reason; a validation that is broken off comes again, and counts then."""
-        return self.refused + self.refused_in_validation if self.validated else self.refused
+    def counts(self) -> Counts:
+        """Counts of this rank in this process.
 
-    @property
-    def total(self) -> int:
-        return self.counts.total()
+        An interrupted validation is left out: it is repeated, and counts then.
+        """
+        if self.validated:
+            return self._own
+        return Counts(self._own.read, self._own.skipped)
 
-    def summary(self) -> dict[str, dict[str, int]]:
-        """Return refusals by source and reason."""
-        return by_source(self.counts)
+    def check(self, counts: Counts, *, at_end: bool = False) -> None:
+        """Check that no source exceeds the limit.
+
+        Args:
+            counts: of all ranks and of the whole run.
+            at_end: no more samples will come, so small sources are judged too, and those of which
+                every sample was skipped.
+
+        Raises:
+            UserError: more than `max_fraction` of a source was skipped.
+        """
+        for source, read in counts.read.items():
+            reasons = {
+                reason: count
+                for (name, reason), count in counts.skipped.items()
+                if name == source and reason not in WISHED
+            }
+            skipped = sum(reasons.values())
+            enough = read >= (MIN_SEEN_AT_END if at_end else MIN_SEEN)
+            if skipped > self.max_fraction * read and (enough or (at_end and skipped == read)):
+                listed = ", ".join(
+                    f"{reason}: {count}"
+                    for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
+                )
+                where = f" {self.path.parent}/ledger*.jsonl lists them." if self.path else ""
+                raise UserError(
+                    f"{skipped} of {read} samples of {source} were skipped ({listed}); "
+                    f"data.max_skipped_fraction allows {self.max_fraction:.1%}.{where} "
+                    "Fix the source, or raise data.max_skipped_fraction."
+                )
 
     def close(self) -> None:
         if self._file:
@@ -100,7 +155,7 @@ class Ledger:
             self._file = None
 
     def _write(self, refusal: Refusal) -> None:
-        if self.path is None or self.total > MAX_LINES:
+        if self.path is None or self._own.all_skipped.total() > MAX_LINES:
             return
         if self._file is None:
             self._file = self.path.open(
@@ -114,25 +169,6 @@ class Ledger:
         }
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def _check(self, says_enough: Callable[[int, int], bool]) -> None:
-        for source, seen in self.seen.items():
-            reasons = {
-                reason: count
-                for (name, reason), count in self.refused.items()
-                if name == source and reason not in WISHED
-            }
-            refused = sum(reasons.values())
-            if refused > self.max_share * seen and says_enough(seen, refused):
-                listed = ", ".join(
-                    f"{reason}: {count}"
-                    for reason, count in sorted(reasons.items(), key=lambda item: -item[1])
-                )
-                where = f" Each is listed in {self.path}." if self.path else ""
-                raise UserError(
-                    f"{refused} of {seen} samples of {source} were refused ({listed}); data.max_refused_share allows "
-                    f"{self.max_share:.1%}.{where} Mend the source, or raise data.max_refused_share."
-                )
-
 
 def by_source(counts: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
     """Return counts by source, then by reason, as files hold them."""
@@ -140,6 +176,12 @@ def by_source(counts: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]
     for (source, reason), count in sorted(counts.items()):
         result.setdefault(source, {})[reason] = count
     return result
+
+
+def _by_reason(counts: Mapping[str, Mapping[str, int]]) -> ByReason:
+    return Counter(
+        {(source, reason): n for source, reasons in counts.items() for reason, n in reasons.items()}
+    )
 
 
 def _folder(refusal: Refusal) -> str:

@@ -19,7 +19,7 @@ from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.shards import open_index
 from whisper_aut.data.chat import ChatText
 from whisper_aut.data.example import ExampleBuilder
-from whisper_aut.data.ledger import Ledger
+from whisper_aut.data.ledger import Ledger, by_source
 from whisper_aut.data.logmel import LogMel, mel_frames
 from whisper_aut.data.pack import Example, pack
 from whisper_aut.data.sample import Refusal, Sample, iter_samples
@@ -137,7 +137,7 @@ def evaluate(
                 if file:
                     file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     figures = {name: float(value) for name, value in metrics.compute().items()}
-    return Evaluation(figures, clips, ledger.summary())
+    return Evaluation(figures, clips, by_source(ledger.counts.skipped))
 
 
 def _groups(

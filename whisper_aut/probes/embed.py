@@ -73,7 +73,7 @@ class EmbedSettings:
         layers: of the encoder, 0 for what enters the first; none for its output.
         batch_seconds: audio encoded at once; the memory that encoding takes grows with it.
         workers: decoding threads.
-        max_refused_share: of a folder's clips, above which broken audio is fatal.
+        max_skipped_fraction: of a folder's clips, above which broken audio is fatal.
         quiet: no progress bar.
     """
 
@@ -82,7 +82,7 @@ class EmbedSettings:
     limits: ClipLimits = field(default_factory=lambda: LONG_CLIPS)
     batch_seconds: float = BATCH_SECONDS
     workers: int = min(8, os.cpu_count() or 1)
-    max_refused_share: float = 0.02
+    max_skipped_fraction: float = 0.02
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -335,12 +335,12 @@ def check_refused(index: ShardIndex, skipped: Mapping[str, int], settings: Embed
         return
     listed = ", ".join(f"{count} × {reason}" for reason, count in sorted(broken.items()))
     if (
-        sum(broken.values()) > settings.max_refused_share * max(index.samples, 1)
+        sum(broken.values()) > settings.max_skipped_fraction * max(index.samples, 1)
         or str(Reason.BAD_TAR) in broken
     ):
         raise UserError(
             f"{index.root}: {sum(broken.values())} of {index.samples} samples cannot be used ({listed}); at most "
-            f"{settings.max_refused_share:.0%} may be left out of a probe. See them: whisper-aut data inspect {index.root}"
+            f"{settings.max_skipped_fraction:.0%} may be left out of a probe. See them: whisper-aut data inspect {index.root}"
         )
     log.warning("%s: %s left out of the probe.", index.root, listed)
 

@@ -281,7 +281,7 @@ def _identity(encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _P
 
 def _settings(plan: _Plan) -> dict[str, Any]:
     embedding = asdict(plan.embedding)
-    speed = ("batch_seconds", "workers", "max_refused_share", "quiet")
+    speed = ("batch_seconds", "workers", "max_skipped_fraction", "quiet")
     return {
         "root": str(plan.root),
         "cache": str(plan.cache),

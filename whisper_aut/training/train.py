@@ -41,7 +41,7 @@ from whisper_aut.training.build import (
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
 from whisper_aut.training.callbacks.exhaustion import Exhaustion
 from whisper_aut.training.callbacks.guard import Guard, Rewind
-from whisper_aut.training.callbacks.ledger import LedgerCallback, refused_by_all_ranks
+from whisper_aut.training.callbacks.ledger import LedgerCallback, counts_of_all_ranks
 from whisper_aut.training.callbacks.progress import RunProgressBar
 from whisper_aut.training.callbacks.samples import SampleWriter
 from whisper_aut.training.callbacks.sources import SourceEpochs
@@ -202,7 +202,7 @@ def _fit(
     extra: Sequence[lightning.Callback],
 ) -> None:
     """Train to the last step; after a `Rewind`, once more from an earlier checkpoint with what is to be skipped left out."""
-    ledger = Ledger(run.ledger(rank_zero_only.rank or 0), settings.data.max_refused_share)
+    ledger = Ledger(run.ledger(rank_zero_only.rank or 0), settings.data.max_skipped_fraction)
     skip_to, rewinds = None, 0
     while True:
         meter = ThroughputMeter(settings.hardware.precision)
@@ -324,8 +324,10 @@ def _finish(
     fingerprint: str,
     console: Console,
 ) -> None:
-    refused = refused_by_all_ranks(ledger)
-    ledger.check_at_end()
+    # Every rank comes here after all that may fail on it, and all judge the same counts, so a rank
+    # that fails leaves no done.json.
+    counts = counts_of_all_ranks(ledger)
+    ledger.check(counts, at_end=True)
     if not trainer.is_global_zero:
         return
     guard = next(callback for callback in trainer.callbacks if isinstance(callback, Guard))  # pyright: ignore[reportAttributeAccessIssue]
@@ -338,15 +340,15 @@ def _finish(
         "fingerprint": fingerprint,
         "steps": trainer.global_step,
         "metrics": metrics,
-        "refused": by_source(refused),
+        "refused": by_source(counts.all_skipped),
     }
     done["sources"] = {
         root: round(epochs, 4) for root, epochs in data.source_epochs(data.position).items()
     }
     write_whole(run.done, json.dumps(done, indent=1))
-    if refused:
+    if skipped := counts.all_skipped.total():
         files = "ledger.jsonl" if trainer.world_size == 1 else "ledger*.jsonl"
-        console.print(f"{refused.total()} samples were refused; {run.path / files} lists them.")
+        console.print(f"{skipped} samples were skipped; {run.path / files} lists them.")
 
 
 def _say(console: Console, line: str) -> None:

@@ -59,7 +59,7 @@ def build(
     overrides: ManifestSpec | None = None,
     *,
     workers: int | None = None,
-    max_refused_share: float = 0.5,
+    max_skipped_fraction: float = 0.5,
     progress: bool = True,
 ) -> BuildReport:
     """Build the shards of an unpacked corpus.
@@ -93,7 +93,7 @@ def build(
         out,
         limits=limits,
         workers=workers,
-        max_refused_share=max_refused_share,
+        max_skipped_fraction=max_skipped_fraction,
         progress=progress,
     )
 

@@ -1,17 +1,19 @@
-"""Carries the refusals of every batch into the run's ledger, and their total over ranks and resumes into log and checkpoints."""
+"""Carries the counts of skipped samples over ranks and resumes, and stops the run at the limit."""
 
-from collections import Counter
 from typing import Any
 
 import lightning
 import torch.distributed as dist
 
-from whisper_aut.data.ledger import Ledger, by_source
+from whisper_aut.data.ledger import Counts, Ledger
 from whisper_aut.data.pack import Batch
 
 
 class LedgerCallback(lightning.Callback):
     """Records each training batch, and the batches of the run's first validation, in a `Ledger`.
+
+    The limit is checked as often as the run logs, on the counts of all ranks: all of them stop
+    together.
 
     Args:
         ledger: of this rank.
@@ -45,26 +47,26 @@ class LedgerCallback(lightning.Callback):
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        due = whole_step and trainer.global_step % trainer.log_every_n_steps == 0  # pyright: ignore[reportAttributeAccessIssue]
-        if due and (total := refused_by_all_ranks(self.ledger).total()):
-            module.log("data/refused", float(total), prog_bar=True, batch_size=1)
+        if not whole_step or trainer.global_step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        counts = counts_of_all_ranks(self.ledger)
+        if skipped := counts.all_skipped.total():
+            module.log("data/refused", float(skipped), prog_bar=True, batch_size=1)
+        self.ledger.check(counts)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the run has counted so far; all ranks write a checkpoint together."""
-        return {
-            "refused": by_source(refused_by_all_ranks(self.ledger)),
-            "validated": self.ledger.validated,
-        }
+        return counts_of_all_ranks(self.ledger).state_dict() | {"validated": self.ledger.validated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ledger.go_on(state["refused"], state["validated"])
+        self.ledger.resume(Counts.from_state(state), state["validated"])
 
     def teardown(self, trainer: lightning.Trainer, module: Any, stage: str) -> None:
         self.ledger.close()
 
 
-def refused_by_all_ranks(ledger: Ledger) -> Counter[tuple[str, str]]:
-    """Return the refusals of the whole run by source and reason; all ranks call it together."""
+def counts_of_all_ranks(ledger: Ledger) -> Counts:
+    """Return the counts of the whole run; all ranks call it together."""
     counts: list[Any] = [ledger.counts]
     if dist.is_initialized() and (ranks := dist.get_world_size()) > 1:
         counts = [None] * ranks

@@ -1,0 +1,60 @@
+"""Two gloo ranks that train together, through the real entry point."""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from tests.conftest import TEXTS
+from tests.training.launch import on_ranks
+from tests.training.test_train import settings_for
+from whisper_aut.corpora.annotation import Annotation
+from whisper_aut.corpora.shards import ShardFolder
+from whisper_aut.errors import UserError
+from whisper_aut.settings import dump_settings, load_settings
+from whisper_aut.training.train import train
+
+TWO_RANKS = ("hardware.devices=2", "strategy=ddp", "data.workers=0", "data.batch_clips=2")
+
+
+def train_here(config: str) -> str:
+    """Train on this rank; return how it ended."""
+    os.environ["WHISPER_AUT_RUN"] = "job"
+    try:
+        train(load_settings(config), Console(quiet=True))
+    except UserError as error:
+        return str(error)
+    return "done"
+
+
+def test_a_limit_that_one_rank_exceeds_at_the_end_leaves_no_finished_run(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    """The second rank alone reads the one clip of a source, and cannot use it."""
+    with ShardFolder(tmp_path / "bad") as shards:
+        shards.write("k", "wav", b"not audio", Annotation(text=TEXTS[0], domain="sound"))
+    sources = f"{{path: {tiny_shards / 'speech'}, domain: speech}}, {{path: {tmp_path / 'bad'}, domain: sound}}"
+    settings = settings_for(
+        tiny_whisper,
+        tiny_shards,
+        tmp_path / "runs",
+        *TWO_RANKS,
+        f"data.train=[{sources}]",
+        "data.domains={speech: 1, sound: 1, music: 0}",
+        "data.mode=epochs",
+        "data.samples_per_epoch=null",
+        "trainer.max_steps=null",
+        "trainer.max_epochs=1",
+        "data.valid_clips=1",
+        "seed=1",  # by which the second rank reads the clip
+    )
+    (tmp_path / "config.yaml").write_text(dump_settings(settings))
+    ends = on_ranks(train_here, str(tmp_path / "config.yaml"))
+    run = tmp_path / "runs" / "smoke" / "job"
+    assert [f"1 of 1 samples of {tmp_path / 'bad'} were skipped" in end for end in ends] == [
+        True,
+        True,
+    ], ends
+    assert (run / "ledger-rank1.jsonl").exists()
+    assert not (run / "ledger.jsonl").exists()
+    assert not (run / "done.json").exists()
