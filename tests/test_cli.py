@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.table import Table
+from rich.text import Text
 
 from tests.conftest import REPOSITORY, encode_audio, tone
-from whisper_aut.cli import main
+from whisper_aut.cli import _console, main
 
 CONF = REPOSITORY / "conf"
 
@@ -174,3 +176,13 @@ def test_help_does_not_import_torch():
         == 0
     )
     assert time.monotonic() - started < 60
+
+
+def test_brackets_in_names_are_printed_and_are_no_markup(capsys: pytest.CaptureFixture[str]):
+    """A folder `set [2024]` would otherwise be printed without its year, in lines as in tables."""
+    table = Table("[b]", title="set [2024]")
+    table.add_row("[laughs] yes")
+    for thing in ("into set [2024]", table, Text.assemble(("Warning:", "bold"), " [x]")):
+        _console().print(thing)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("into set [2024]", "[b]", "[laughs]", "Warning: [x]"))

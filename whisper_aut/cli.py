@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from whisper_aut import __version__
 from whisper_aut.commands import corpora, demo, embed, experiments, export, probes, training
 from whisper_aut.errors import Interrupted, Preempted, UserError
 
 FILE_COLUMNS = 160  # of tables that go into a file or a pipe, which no window bounds
+NOTHING_TRAINED = "nothing was being trained; finished parts are kept."
 EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = (
     1,
     75,
@@ -35,27 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options, console)
     except UserError as error:
-        errors.print(f"[bold red]Error:[/] {escape(str(error))}")
+        errors.print(Text.assemble(("Error:", "bold red"), f" {error}"))
         return EXIT_USER_ERROR
     except OSError as error:  # a file that a command was told to read or write
         if not error.filename:
             raise
-        errors.print(f"[bold red]Error:[/] {escape(str(error.filename))}: {error.strerror}.")
+        errors.print(Text.assemble(("Error:", "bold red"), f" {error.filename}: {error.strerror}."))
         return EXIT_USER_ERROR
     except (Interrupted, KeyboardInterrupt) as stop:
         if _rank():  # the first rank speaks for all; a launcher takes a failed rank as a reason to kill the others
             return 0
-        errors.print(
-            f"[bold]Interrupted:[/] {escape(str(stop) or 'nothing was being trained; finished parts are kept.')}"
-        )
+        errors.print(Text.assemble(("Interrupted:", "bold"), f" {str(stop) or NOTHING_TRAINED}"))
         return EXIT_PREEMPTED if isinstance(stop, Preempted) else EXIT_INTERRUPTED
     return 0
 
 
 def _console(stderr: bool = False) -> Console:
-    console = Console(
-        stderr=stderr, soft_wrap=True, emoji=False
-    )  # or a path with `:-1` in it is printed as a thumb
+    # Names may hold brackets, which are no markup here, and `:-1`, which is no thumb.
+    console = Console(stderr=stderr, soft_wrap=True, emoji=False, markup=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = FILE_COLUMNS
     return console

@@ -327,7 +327,7 @@ def _warn_of_unaudited(settings: Settings, tasks: Sequence[ProbeTask], console: 
         out = Path(data.shards) / "audit"
         tested = " ".join(folder for task in missing for folder in task.tested_folders(root))
         console.print(
-            f"[yellow]Not audited[/]: whether clips of {', '.join(task.name for task in missing)} are in the training shards. Find out: "
+            f"Not audited: whether clips of {', '.join(task.name for task in missing)} are in the training shards. Find out: "
             f"whisper-aut data audit {' '.join(sources)} --against {tested} --out {out}; then set data.exclude={out / EXCLUDE_NAME}"
         )
 

@@ -40,7 +40,7 @@ def tar(folder: Path, members: dict[str, bytes], name: str = "foreign.tar") -> P
 
 
 def shown(facts: ShardFacts) -> str:
-    console = Console(width=120, file=io.StringIO(), record=True)
+    console = Console(width=120, file=io.StringIO(), record=True, markup=False)
     console.print(render(facts))
     return console.export_text()
 

@@ -12,7 +12,7 @@ from whisper_aut.report.tables import markdown, rich_table, scores_csv, sheets, 
 
 
 def rendered(scores: Scores) -> str:
-    console = Console(width=220, file=io.StringIO(), record=True)
+    console = Console(width=220, file=io.StringIO(), record=True, markup=False)
     for sheet in sheets(scores):
         console.print(rich_table(sheet))
     return console.export_text()

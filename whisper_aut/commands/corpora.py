@@ -53,11 +53,9 @@ def data_get(options: argparse.Namespace, console: Console) -> None:
     folder = get(
         recipe, Path(options.out or RAW / recipe.name), mirror=options.mirror, only=options.only
     )
-    console.print(f"{recipe.title} is in {folder}; its licence: {recipe.licence}.", markup=False)
+    console.print(f"{recipe.title} is in {folder}; its licence: {recipe.licence}.")
     where = "" if folder == RAW / recipe.name else f" {shlex.quote(str(folder))}"
-    console.print(
-        f"Next: whisper-aut data build {recipe.name}{where}", markup=False, soft_wrap=True
-    )
+    console.print(f"Next: whisper-aut data build {recipe.name}{where}", soft_wrap=True)
 
 
 def data_build(options: argparse.Namespace, console: Console) -> None:
@@ -86,8 +84,8 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
         raise UserError(f"There is neither a manifest nor a recipe {options.manifest}.{hint}")
     else:
         result = build_shards(spec, out, **how)
-    console.print(result.summary(), markup=False)
-    console.print(f"Next: {_after_build(options.manifest, out)}", markup=False, soft_wrap=True)
+    console.print(result.summary())
+    console.print(f"Next: {_after_build(options.manifest, out)}", soft_wrap=True)
 
 
 def _after_build(recipe: str, out: Path) -> str:
@@ -147,7 +145,6 @@ def data_index(options: argparse.Namespace, console: Console) -> None:
     index = index_folder(Path(options.folder))
     console.print(
         f"{index.root}: {index.samples} samples, {index.seconds / 3600:.2f} h in {len(index.shards)} tars",
-        markup=False,
     )
 
 
@@ -160,13 +157,12 @@ def data_audit(options: argparse.Namespace, console: Console) -> None:
         for folder in _probe_folders(name, Path(options.conf), options.root)
     ]
     audit = run_audit(options.train, against, options.out, workers=options.workers)
-    console.print(audit.summary(), markup=False)
+    console.print(audit.summary())
     for folder, clips in audit.counts()["probe_clips_in_training_by_folder"].items():
-        console.print(f"  {clips:>7}  clips of {folder} are in the training shards", markup=False)
+        console.print(f"  {clips:>7}  clips of {folder} are in the training shards")
     out = Path(options.out)
     console.print(
         f"All pairs and why: {out / AUDIT_NAME}. Leave them out: data.exclude={out / EXCLUDE_NAME}",
-        markup=False,
     )
 
 

@@ -51,17 +51,15 @@ def embed(options: argparse.Namespace, console: Console) -> None:
     minutes = sum(vectors.seconds) / 60
     console.print(
         f"Wrote {out}: {len(vectors)} clips, {minutes:.1f} min of audio, {shape} numbers.",
-        markup=False,
         highlight=False,
     )
     if vectors.refused:
         console.print(
             f"{len(vectors.refused)} clips were refused: {summary(vectors.refused)}.",
-            markup=False,
             highlight=False,
         )
         for name, reason in list(vectors.refused.items())[:5]:
-            console.print(f"  {name}: {reason}", markup=False, highlight=False)
+            console.print(f"  {name}: {reason}", highlight=False)
 
 
 def search(options: argparse.Namespace, console: Console) -> None:
@@ -72,11 +70,9 @@ def search(options: argparse.Namespace, console: Console) -> None:
     encoder = index.open_encoder(device=options.device, path=options.encoder)
     for query, vector in zip(options.audio, index.embed(encoder, options.audio), strict=True):
         if len(options.audio) > 1:
-            console.print(f"[bold]{query}[/]", highlight=False)
+            console.print(query, style="bold", highlight=False)
         for neighbour in index.nearest(vector, options.k):
-            console.print(
-                f"{neighbour.similarity:7.4f}  {neighbour.name}", markup=False, highlight=False
-            )
+            console.print(f"{neighbour.similarity:7.4f}  {neighbour.name}", highlight=False)
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

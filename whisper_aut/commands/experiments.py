@@ -24,7 +24,7 @@ def experiment(options: argparse.Namespace, console: Console) -> None:
         document = Path(options.page)
         picture = os.path.relpath(out / f"{settings.name}.png", document.parent)
         put_into(document, settings.name, page(done.results, picture))
-    console.print(f"[bold green]Done.[/] Tables in {done.page}, everything in {done.json}.")
+    console.print(f"Done. Tables in {done.page}, everything in {done.json}.")
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

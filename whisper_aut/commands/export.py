@@ -34,7 +34,6 @@ def export(options: argparse.Namespace, console: Console) -> None:
     )
     console.print(
         f"Wrote {out}, with a card in README.md. {NEXT_STEPS[options.format].format(out=out)}",
-        markup=False,
         highlight=False,
     )
     if options.push:
@@ -42,7 +41,6 @@ def export(options: argparse.Namespace, console: Console) -> None:
 
         console.print(
             f"Pushed to {push(out, options.push, private=options.private)}",
-            markup=False,
             highlight=False,
         )
 
@@ -54,7 +52,7 @@ def chat(options: argparse.Namespace, console: Console) -> None:
     module = open_run(Path(options.run_or_checkpoint))
     for question in [options.question] if options.question else _asked(console):
         text = answer(module, Path(options.audio), question, max_new_tokens=options.max_new_tokens)
-        console.print(text, markup=False, highlight=False)
+        console.print(text, highlight=False)
 
 
 def _asked(console: Console) -> Iterator[str]:
@@ -78,11 +76,11 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
         limit=options.limit,
         out=out,
     )
-    console.print(f"{result.clips} clips" + (f", answers in {out}" if out else ""), markup=False)
+    console.print(f"{result.clips} clips" + (f", answers in {out}" if out else ""))
     for name, value in sorted(result.figures.items()):
-        console.print(f"  {name:<28} {value:.4f}", markup=False, highlight=False)
+        console.print(f"  {name:<28} {value:.4f}", highlight=False)
     for source, reasons in result.refused.items():
-        console.print(f"  refused of {source}: {reasons}", markup=False, highlight=False)
+        console.print(f"  refused of {source}: {reasons}", highlight=False)
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

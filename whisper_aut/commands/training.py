@@ -16,16 +16,14 @@ def train(options: argparse.Namespace, console: Console) -> None:
 
     settings = load_settings(options.config, options.overrides)
     if options.print_config:
-        console.print(dump_settings(settings), markup=False, highlight=False)
+        console.print(dump_settings(settings), highlight=False)
         return
     story = Story(
         find_config(options.config), tuple(options.overrides), options.resume, options.fresh
     )
     run = run_story(settings, story, console)
     if is_first_rank():
-        console.print(
-            f"[bold green]Done.[/] Everything is in {run.path}; the encoder in {run.export('encoder')}."
-        )
+        console.print(f"Done. Everything is in {run.path}; the encoder in {run.export('encoder')}.")
 
 
 def plan(options: argparse.Namespace, console: Console) -> None:

@@ -53,7 +53,7 @@ def download(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),

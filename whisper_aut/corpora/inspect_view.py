@@ -1,13 +1,12 @@
 """Facts about shards → tables for the terminal.
 
-In: `ShardFacts` of `corpora.inspect`. Out: a rich renderable. Next: `whisper-aut data inspect` prints it.
+In: `ShardFacts` of `corpora.inspect`. Out: a rich renderable, for a console without markup: names may hold brackets.
 """
 
 from collections import Counter
 from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from whisper_aut.corpora.inspect import ShardFacts, distribution, histogram
@@ -27,17 +26,16 @@ def render(facts: ShardFacts) -> RenderableType:
     if facts.refused:
         parts.append(_counted("Samples that cannot be used", facts.refused, len(facts.refused)))
         parts += [
-            f"  {escape(fault['place'])}: {escape(fault['reason'])}: {escape(fault['detail'])}"
-            for fault in facts.faults
+            f"  {fault['place']}: {fault['reason']}: {fault['detail']}" for fault in facts.faults
         ]
-    parts += [f"Warning: {escape(warning)}" for warning in facts.warnings]
+    parts += [f"Warning: {warning}" for warning in facts.warnings]
     if facts.examples:
         parts.append(_examples(facts))
     return Group(*parts)
 
 
 def _overview(facts: ShardFacts) -> Table:
-    table = Table(title=escape(facts.root), show_header=False)
+    table = Table(title=facts.root, show_header=False)
     size = f"{facts.bytes / 1e9:.2f} GB" if facts.bytes >= 1e9 else f"{facts.bytes / 1e6:.1f} MB"
     table.add_row("clips", f"{facts.clips} in {facts.shards} shards, {size}")
     if any(facts.folders):
@@ -85,7 +83,7 @@ def _durations(facts: ShardFacts) -> Table:
 def _counted(title: str, counts: Counter[str], most: int) -> Table:
     table = Table("", "clips", title=title)
     for value, count in counts.most_common(most):
-        table.add_row(escape(value), str(count))
+        table.add_row(value, str(count))
     if len(counts) > most:
         table.add_row(f"… {len(counts) - most} more", "")
     return table
@@ -97,18 +95,16 @@ def _examples(facts: ShardFacts) -> Table:
         label = example["label"]
         written = ", ".join(label) if isinstance(label, list) else label or ""
         table.add_row(
-            escape(example["key"]),
+            example["key"],
             f"{example['seconds']:.2f}",
-            escape(example["text"]),
-            escape(written),
+            example["text"],
+            written,
         )
     return table
 
 
 def _inline(counts: Mapping) -> str:
-    shown = [
-        f"{escape(str(value))} ({count})" for value, count in list(counts.items())[:MOST_VALUES]
-    ]
+    shown = [f"{value!s} ({count})" for value, count in list(counts.items())[:MOST_VALUES]]
     return ", ".join(shown) + (
         f", … {len(counts) - MOST_VALUES} more" if len(counts) > MOST_VALUES else ""
     )

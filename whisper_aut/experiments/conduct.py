@@ -61,7 +61,7 @@ def conduct(settings: ExperimentSettings, path: Path, out: Path, console: Consol
     probes, lacking = probes_there(settings)
     if lacking:
         console.print(
-            f"[yellow]Left out[/]: probe tasks built from {', '.join(lacking)}, which are not there; root=FOLDER names their folder."
+            f"Left out: probe tasks built from {', '.join(lacking)}, which are not there; root=FOLDER names their folder."
         )
     for corpora in probes:
         settings.corpora.manifests += corpora.manifests
@@ -93,8 +93,7 @@ def _make_all(
             assert directory is not None
             cost = cost_of(directory)
             console.print(
-                f"[{number}/{len(runs)}] {run.name}: {cost.steps} steps in {cost.seconds:.0f} s",
-                markup=False,
+                f"[{number}/{len(runs)}] {run.name}: {cost.steps} steps in {cost.seconds:.0f} s"
             )
     return found
 
@@ -109,7 +108,7 @@ def _results(
     measures: list[Measure] = []
     for seed in settings.seeds:
         for arm in arms:
-            console.print(f"Measuring {arm.name}, seed {seed}", markup=False)
+            console.print(f"Measuring {arm.name}, seed {seed}")
             measures.append(
                 measure_arm(bench, arm, seed, [found[run.name] for run in arm.runs[seed].chain()])
             )

@@ -356,7 +356,7 @@ def _check_finite(finite: list[bool], clips: list[Clip], index: ShardIndex) -> N
 
 def _progress(quiet: bool) -> Progress:
     columns = (
-        TextColumn("embed {task.description}"),
+        TextColumn("embed {task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

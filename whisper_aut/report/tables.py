@@ -9,7 +9,6 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rich.markup import escape
 from rich.table import Table
 
 from whisper_aut.probes.kinds import KINDS
@@ -119,15 +118,15 @@ def sheets(scores: Scores) -> list[Sheet]:
 
 def rich_table(sheet: Sheet) -> Table:
     """Render for the terminal."""
-    table = Table(title=escape(sheet.title), caption=escape(sheet.caption), caption_justify="left")
+    table = Table(title=sheet.title, caption=sheet.caption, caption_justify="left")
     for number, name in enumerate(sheet.head):
         table.add_column(
-            escape(name),
+            name,
             justify="left" if number < sheet.text_columns else "right",
             overflow="fold",
         )
     for row in sheet.rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     return table
 
 

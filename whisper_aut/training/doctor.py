@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from rich.table import Table
+from rich.text import Text
 
 from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy
@@ -73,8 +74,8 @@ def table_of(findings: Sequence[Finding]) -> Table:
     for finding in findings:
         table.add_row(
             finding.name,
-            f"[{STYLES[finding.status]}]{finding.status}[/]",
-            finding.detail.replace("[", r"\["),
+            Text(finding.status, style=STYLES[finding.status]),
+            finding.detail,
         )
     return table
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from rich.table import Table
+from rich.text import Text
 
 from whisper_aut.training.accelerators import ACCELERATORS, Accelerator
 from whisper_aut.training.plan import GIBIBYTE, STAGES, DeviceMemory, StepCost, device_memory
@@ -122,7 +123,7 @@ def _memory_table(plan: Forecast) -> Table:
             memory.total,
         )
         lean = plan.memory(stage, plan.checkpointed).total
-        marked = f"[bold]{name}[/]" if stage == plan.stage else name
+        marked = Text(name, style="bold" if stage == plan.stage else "")
         table.add_row(marked, *(f"{part / GIBIBYTE:.2f}" for part in (*parts, lean)))
     return table
 

@@ -20,6 +20,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor
 from rich.console import Console
+from rich.text import Text
 
 from whisper_aut.data.batching import Cursor
 from whisper_aut.data.ledger import Ledger, by_source
@@ -102,7 +103,10 @@ def train(
     finished = next((run for run in runs if run.finished_with(fingerprint)), None)
     if finished and not fresh:
         console.print(
-            f"[bold]{settings.name}[/]: nothing has changed since {finished.path} was trained; using it."
+            Text.assemble(
+                (settings.name, "bold"),
+                f": nothing has changed since {finished.path} was trained; using it.",
+            )
         )
         if is_first_rank():
             finished.point_latest()
@@ -113,7 +117,7 @@ def train(
         resume,
         runs[0] if runs else None,
         place,
-        lambda line: _say(console, f"[bold yellow]Warning:[/] {line}"),
+        lambda line: _warn(console, line),
     )
     if checkpoint and not settings.data.batch_seconds:
         check_step_size(
@@ -237,10 +241,7 @@ def _fit(
                 raise UserError(
                     f"{rewind} The run has {why}. Lower optim.lr, or look at the data around that step."
                 ) from None
-            _say(
-                console,
-                f"[bold yellow]Warning:[/] {rewind} Going back to {checkpoint}, past the data read since.",
-            )
+            _warn(console, f"{rewind} Going back to {checkpoint}, past the data read since.")
             skip_to, parts = rewind.cursor, _build(settings, checkpoint, rewind.cursor)
     checkpoints = next(
         callback for callback in trainer.callbacks if isinstance(callback, RollingCheckpoints)
@@ -351,14 +352,14 @@ def _finish(
         console.print(f"{skipped} samples were skipped; {run.path / files} lists them.")
 
 
-def _say(console: Console, line: str) -> None:
+def _say(console: Console, line: str | Text) -> None:
     """Print once, however many ranks there are."""
     if is_first_rank():
         console.print(line)
 
 
 def _warn(console: Console, line: str) -> None:
-    _say(console, f"[bold yellow]Warning:[/] {line}")
+    _say(console, Text.assemble(("Warning:", "bold yellow"), f" {line}"))
 
 
 def _launched_by_slurm() -> bool:
@@ -417,7 +418,9 @@ def _data_facts(data: ShardDataModule) -> list[dict[str, Any]]:
     ]
 
 
-def _headline(settings: Settings, parts: _Parts, run: RunDirectory, checkpoint: Path | None) -> str:
+def _headline(
+    settings: Settings, parts: _Parts, run: RunDirectory, checkpoint: Path | None
+) -> Text:
     millions = {
         name: sum(p.numel() for p in part.parameters()) / 1e6
         for name, part in (("encoder", parts.module.encoder), ("decoder", parts.module.decoder))
@@ -426,9 +429,10 @@ def _headline(settings: Settings, parts: _Parts, run: RunDirectory, checkpoint: 
         f"{domain} {share:.0%}" for domain, share in _domain_shares(parts.data).items()
     )
     begun = f"going on from {checkpoint}" if checkpoint else f"into {run.path}"
-    return (
-        f"[bold]{settings.name}[/]: encoder {millions['encoder']:.1f} M, decoder {millions['decoder']:.1f} M parameters · {shares} · "
-        f"{parts.total_steps} steps of {settings.trainer.accumulate * _ranks(settings)} × {parts.data.batch_name} · {begun}"
+    return Text.assemble(
+        (settings.name, "bold"),
+        f": encoder {millions['encoder']:.1f} M, decoder {millions['decoder']:.1f} M parameters · {shares} · "
+        f"{parts.total_steps} steps of {settings.trainer.accumulate * _ranks(settings)} × {parts.data.batch_name} · {begun}",
     )
 
 
