@@ -274,7 +274,8 @@ def test_a_corpus_builds_as_it_is_published(name: str, tmp_path: Path):
         assert sites == ["1234", "", "5678"]
         assert first.licence == "http://creativecommons.org/licenses/by/3.0/"
     if name == "voxlingua":
-        assert {sample.annotation.language for sample in found["train"]} == {"et", "he"}
+        spoken = {(sample.annotation.language, sample.annotation.text) for sample in found["train"]}
+        assert spoken == {("et", "speech in Estonian"), ("he", "speech in Hebrew")}
     if name == "gtzan_filtered":
         ids = {split: {sample.annotation.id for sample in clips} for split, clips in found.items()}
         assert sum(map(len, ids.values())) == len(set.union(*ids.values()))

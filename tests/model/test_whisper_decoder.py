@@ -12,7 +12,9 @@ from torch.testing import assert_close
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from tests.model.test_decoders import TEXTS, targets_of
+from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.data.logmel import LogMel, mel_frames
+from whisper_aut.data.text import DomainPrompt
 from whisper_aut.errors import UserError
 from whisper_aut.model.decoders import check_decoder
 from whisper_aut.model.decoders.whisper import WhisperDecoderOptions, build_whisper_decoder
@@ -113,3 +115,68 @@ def test_an_encoder_alone_is_said_before_anything_else(tiny_whisper: Path, tmp_p
         build_whisper_decoder(
             Start(str(copy)), WhisperDecoderOptions(), gradient_checkpointing=False
         )
+
+
+ENGLISH_ONLY_TOKENS = 51_864  # of `openai/whisper-*.en`
+
+
+@pytest.fixture
+def without_generation_config(tiny_whisper: Path, tmp_path: Path) -> Path:
+    copy = Path(shutil.copytree(tiny_whisper, tmp_path / "copy"))
+    (copy / "generation_config.json").unlink()
+    return copy
+
+
+def test_an_english_only_checkpoint_is_known_without_a_generation_config(
+    without_generation_config: Path,
+):
+    """Its tokenizer holds language and task tokens too, which it was never trained with."""
+    model = WhisperForConditionalGeneration.from_pretrained(without_generation_config)
+    model.resize_token_embeddings(ENGLISH_ONLY_TOKENS)
+    model.save_pretrained(without_generation_config)
+    (without_generation_config / "generation_config.json").unlink()
+    start = Start(str(without_generation_config))
+    decoder, codec = build_whisper_decoder(start, WhisperDecoderOptions(), False)
+    target = codec.encode(Annotation(text="x", language="deu"), "speech", 0)
+    assert start.tokenizer.convert_ids_to_tokens(target.tokens[:2].tolist()) == [
+        "<|startoftranscript|>",
+        "<|notimestamps|>",
+    ]
+    assert target.prompt_length == 2
+    assert not start.multilingual
+    assert start.generation_config.is_multilingual is False  # and so an export says
+
+
+def test_a_multilingual_checkpoint_is_known_without_a_generation_config(
+    without_generation_config: Path, tiny_whisper: Path
+):
+    made, given = (
+        Start(str(path)).generation_config for path in (without_generation_config, tiny_whisper)
+    )
+    for name in ("is_multilingual", "lang_to_id", "task_to_id", "no_timestamps_token_id"):
+        assert getattr(made, name) == getattr(given, name), name
+
+
+def test_a_language_of_the_config_that_the_checkpoint_has_no_token_for_is_an_error(
+    tiny_whisper: Path,
+):
+    for language, message in (
+        ("klingon", "is no language of Whisper's"),
+        ("spoken", "is no language of Whisper's"),
+    ):
+        options = WhisperDecoderOptions(prompts={"speech": DomainPrompt(language=language)})
+        with pytest.raises(UserError, match=rf"decoder\.prompts\.speech\.language.*{message}"):
+            build_whisper_decoder(Start(str(tiny_whisper)), options, False)
+    options = WhisperDecoderOptions(prompts={"speech": DomainPrompt(language="deu")})
+    _, codec = build_whisper_decoder(Start(str(tiny_whisper)), options, False)
+    assert codec.language_token("deu") == "<|de|>"
+
+
+def test_a_tokenizer_of_another_generation_is_refused(tiny_whisper: Path, tmp_path: Path):
+    """One language more: every token after the languages has another number than in the weights."""
+    copy = Path(shutil.copytree(tiny_whisper, tmp_path / "copy"))
+    config = json.loads((copy / "generation_config.json").read_text())
+    config["no_timestamps_token_id"] -= 1
+    (copy / "generation_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="numbers tokens otherwise"):
+        build_whisper_decoder(Start(str(copy)), WhisperDecoderOptions(), False)

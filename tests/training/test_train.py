@@ -514,7 +514,7 @@ def test_mistakes_are_found_before_anything_is_written(
         (["data.train=[{path: nowhere, domain: speech}]"], "There are no shards at nowhere"),
         ([f"model.path={tmp_path}"], "not a usable Whisper checkpoint"),
         (["decoder.max_tokens=1000"], "outside 8 to 448"),
-        (["decoder.prompts.sound.language=xx"], "no language code"),
+        (["decoder.prompts.sound.language=xx"], "no language of Whisper's"),
         (["data.samples_per_epoch=1"], "holds no step"),
     ]
     for overrides, message in bad:

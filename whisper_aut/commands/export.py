@@ -63,6 +63,7 @@ def _asked(console: Console) -> Iterator[str]:
 
 
 def evaluate(options: argparse.Namespace, console: Console) -> None:
+    from whisper_aut.data.text import without_language_token
     from whisper_aut.export.chat import evaluate
     from whisper_aut.pipeline import open_run
 
@@ -79,6 +80,8 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     console.print(f"{result.clips} clips" + (f", answers in {out}" if out else ""))
     for name, value in sorted(result.figures.items()):
         console.print(f"  {name:<28} {value:.4f}", highlight=False)
+    if result.unknown_languages:
+        console.print(f"  {without_language_token(result.unknown_languages)}")
     for source, reasons in result.refused.items():
         console.print(f"  refused of {source}: {reasons}", highlight=False)
 

@@ -26,7 +26,7 @@ class Annotation:
         task: `asr`, `caption`, `tag`, `qa`, … (free; instructions are chosen by it).
         instruction, answer: a sample's own question and answer, used as they are.
         label: the class, or classes, of a probe task.
-        language: ISO 639-1 code of the speech.
+        language: of the speech; any code, tag or name that `corpora.languages` reads.
         duration_seconds: length of the clip as the builder measured it.
         source, id, licence: where the clip comes from, its name there, and on what terms (`license` is read too).
         extra: every other field of the JSON object that has a value.

@@ -18,6 +18,7 @@ import numpy as np
 
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits, decode, read_header
+from whisper_aut.corpora.languages import whisper_codes
 from whisper_aut.corpora.members import MemberGroups, audio_and_annotation
 from whisper_aut.corpora.remote import open_stream
 from whisper_aut.corpora.shards import INDEX_NAME, ShardIndex, list_tars, open_index
@@ -115,6 +116,14 @@ def inspect_shards(root: str | Path, limits: ClipLimits = ClipLimits()) -> Shard
             for key, value in index.facts.items()
             if key in ("recipe", "refused", "build")
         }
+    unknown = {
+        tag: n for tag, n in facts.fields["language"].items() if tag and not whisper_codes(tag)
+    }
+    if unknown:
+        listed = ", ".join(f"{tag!r}: {n}" for tag, n in Counter(unknown).most_common(EXAMPLES))
+        facts.warnings.append(
+            f"{sum(unknown.values())} clips have a language that no Whisper has a token for ({listed})."
+        )
     return facts
 
 

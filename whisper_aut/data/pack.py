@@ -29,6 +29,7 @@ class TokenTarget:
         prompt_length: how many of the tokens are given at generation; the answer follows them.
         text: what it should write then.
         task: what it is asked to do, by which metrics are kept apart.
+        unknown_language: the clip's language where its decoder has no token for it, else empty.
     """
 
     tokens: Tensor
@@ -36,6 +37,7 @@ class TokenTarget:
     prompt_length: int
     text: str = ""
     task: str = ""
+    unknown_language: str = ""
 
 
 @dataclass
@@ -130,6 +132,7 @@ class Batch:
         behind: where the order stands when every rank has had its batch; what a resume begins from.
         supervised_in_step: supervised tokens of all micro-batches of this rank's optimiser step, which normalise its loss.
         waveforms: what `data.features` makes the mel from; None once it is there.
+        unknown_languages: of the clips whose decoder has no token for their language.
     """
 
     mel: Tensor
@@ -144,6 +147,7 @@ class Batch:
     behind: Cursor = Cursor()  # noqa: RUF009 — immutable
     supervised_in_step: int = 0
     waveforms: Waveforms | None = None
+    unknown_languages: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.mel_lengths)
@@ -214,4 +218,9 @@ def pack(
         waveforms=Waveforms.pack(audio, [example.position for example in examples])
         if heard
         else None,
+        unknown_languages=tuple(
+            example.target.unknown_language
+            for example in examples
+            if example.target.unknown_language
+        ),
     )

@@ -10,9 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
 from whisper_aut.corpora.annotation import DOMAINS, Annotation
+from whisper_aut.corpora.languages import language_name
 from whisper_aut.corpora.tables import Row
 from whisper_aut.corpora.template import Template
 from whisper_aut.data.text import Metric
@@ -20,16 +19,6 @@ from whisper_aut.errors import Reason, SampleRefused, UserError, nearest
 
 OWN_TASK = "question"  # of samples that bring their own instruction and answer
 CANDIDATE = "candidate"
-LANGUAGE_NAMES = {code: name.title() for code, name in LANGUAGES.items()} | {
-    "ab": "Abkhazian",  # from here on languages of VoxLingua107 that Whisper has no token for
-    "ceb": "Cebuano",
-    "eo": "Esperanto",
-    "gn": "Guarani",
-    "gv": "Manx",
-    "ia": "Interlingua",
-    "sco": "Scots",
-    "war": "Waray",
-}
 
 
 @dataclass
@@ -168,7 +157,7 @@ def _row(annotation: Annotation) -> Row:
     own = {
         "text": " ".join(annotation.text.split()),
         "label": label,
-        "language_name": LANGUAGE_NAMES.get(annotation.language, ""),
+        "language_name": language_name(annotation.language),
         "instruction": annotation.instruction,
         "answer": annotation.answer,
     }

@@ -1,20 +1,20 @@
 """Annotation → tokens for Whisper's decoder, and tokens → text.
 
 In: an `Annotation` and the domain of its source. Out: a `TokenTarget`: Whisper's prompt (start, language, task, no-timestamps), the
-text, the end token. Next: `data.pack`. The prompt is what `WhisperTokenizer.prefix_tokens` builds; which language and task
-token a domain gets is a setting.
+text, the end token. Next: `data.pack`. Which language and task a domain gets is a setting; their tokens are looked up in the
+checkpoint's own tokenizer, as checkpoints differ in the languages that they have.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from transformers import PreTrainedTokenizerBase, WhisperTokenizer
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+from transformers import PreTrainedTokenizerBase
 
 from whisper_aut.corpora.annotation import Annotation
+from whisper_aut.corpora.languages import whisper_codes
 from whisper_aut.data.pack import TokenTarget
 from whisper_aut.errors import Reason, SampleRefused
 
@@ -22,8 +22,8 @@ from whisper_aut.errors import Reason, SampleRefused
 Metric = Literal["words", "exact", "tags", "caption"]
 TRANSCRIPTION, CAPTION = "transcription", "caption"
 TRANSCRIPTION_TASKS = ("asr", TRANSCRIPTION)
-LANGUAGE_CODES = frozenset(TO_LANGUAGE_CODE.values())
-FALLBACK_LANGUAGE = "en"
+DEFAULT_LANGUAGE = "en"  # of clips that state none
+OF_THE_SAMPLE = "sample"
 
 
 @runtime_checkable
@@ -50,15 +50,18 @@ class TextCodec(Protocol):
 
 @dataclass(frozen=True)
 class DomainPrompt:
-    """The prompt tokens of one domain: a Whisper task, and a language code or `sample` for what the sample itself says."""
+    """The prompt tokens of one domain: a Whisper task, and a language (any tag that `corpora.languages` reads) or `sample` for
+    what the sample itself says."""
 
     task: Literal["transcribe", "translate"] = "transcribe"
-    language: str = "sample"
+    language: str = OF_THE_SAMPLE
 
 
 @dataclass
 class WhisperText:
     """Tokens of the original Whisper decoder.
+
+    A clip without a language opens as English. One whose language the tokenizer has no token for opens without a language token.
 
     Args:
         tokenizer: a `WhisperTokenizer`, local or from the hub.
@@ -75,6 +78,10 @@ class WhisperText:
     overflow: Literal["cut", "drop"] = "cut"
     supervise_prompt: bool = True
     multilingual: bool = True
+    vocabulary: Mapping[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.vocabulary = self.tokenizer.get_vocab()
 
     @property
     def metrics(self) -> Mapping[str, Metric]:
@@ -95,7 +102,10 @@ class WhisperText:
                 )
             tokens = tokens[: self.max_tokens]
         supervised = torch.ones(len(tokens), dtype=torch.bool)
-        supervised[: 1 if self.supervise_prompt else len(prompt)] = False
+        unknown_language = self._unknown_language(domain, annotation.language)
+        # A prompt that lacks its language is given and not learned: a language must not be skipped where it is known.
+        learns_prompt = self.supervise_prompt and not unknown_language
+        supervised[: 1 if learns_prompt else len(prompt)] = False
         speech = annotation.task in TRANSCRIPTION_TASKS or (
             not annotation.task and domain == "speech"
         )
@@ -105,32 +115,44 @@ class WhisperText:
             len(prompt),
             text,
             TRANSCRIPTION if speech else CAPTION,
+            unknown_language=unknown_language,
         )
 
     def decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def prompt_tokens(self, domain: str, sample_language: str) -> tuple[int, ...]:
-        """Return start, language, task and no-timestamps for one clip."""
-        if not self.multilingual:
-            return _prefix(self.tokenizer, None, None)
-        prompt = self.prompts.get(domain, DomainPrompt())
-        language = sample_language if prompt.language == "sample" else prompt.language
-        return _prefix(self.tokenizer, language_code(language), prompt.task)
+        """Return start, language, task and no-timestamps for one clip: those of them that the checkpoint has."""
+        names = ["<|startoftranscript|>"]
+        if self.multilingual:
+            language = self.language_token(self._language(domain, sample_language))
+            names += [*([language] if language else []), f"<|{self._prompt(domain).task}|>"]
+        return tuple(self.vocabulary[name] for name in [*names, "<|notimestamps|>"])
+
+    def language_token(self, tag: str) -> str | None:
+        """Return the token that the checkpoint has for a language, or for the macrolanguage that it belongs to."""
+        tokens = (f"<|{code}|>" for code in whisper_codes(tag))
+        return next((token for token in tokens if token in self.vocabulary), None)
+
+    def _unknown_language(self, domain: str, sample_language: str) -> str:
+        """Return the language of a clip where it has no token, else nothing."""
+        language = self._language(domain, sample_language)
+        return "" if not self.multilingual or self.language_token(language) else language
+
+    def _language(self, domain: str, sample_language: str) -> str:
+        language = self._prompt(domain).language
+        stated = sample_language if language == OF_THE_SAMPLE else language
+        return stated.strip() or DEFAULT_LANGUAGE
+
+    def _prompt(self, domain: str) -> DomainPrompt:
+        return self.prompts.get(domain, DomainPrompt())
 
 
-def language_code(said: str) -> str:
-    """Return Whisper's code for a code or an English name, in any case and with a region: `fr` for `fr-FR`, `fr_fr`, `French`.
-
-    What Whisper has no language for becomes English, as the empty string does.
-    """
-    said = said.strip().lower().replace("_", "-")
-    code = TO_LANGUAGE_CODE.get(said, said.partition("-")[0])
-    return code if code in LANGUAGE_CODES else FALLBACK_LANGUAGE
-
-
-@lru_cache(maxsize=512)
-def _prefix(tokenizer: WhisperTokenizer, language: str | None, task: str | None) -> tuple[int, ...]:
-    # Not `set_prefix_tokens`: it keeps the former language and task where it is given none.
-    tokenizer.language, tokenizer.task, tokenizer.predict_timestamps = language, task, False
-    return tuple(tokenizer.prefix_tokens)
+def without_language_token(clips: Mapping[str, int]) -> str:
+    """Say how many clips have a language for which the decoder has no token, given their numbers by language."""
+    listed = ", ".join(f"{tag!r}: {n}" for tag, n in Counter(clips).most_common(10))
+    more = ", …" if len(clips) > 10 else ""
+    return (
+        f"{sum(clips.values())} clips have a language for which this Whisper has no token ({listed}{more}); their texts open without "
+        "a language token. Correct their `language` where it is a mistake."
+    )

@@ -5,6 +5,7 @@ file. This is for looking at what a decoder learned; what a run is trained for i
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from whisper_aut.data.ledger import Ledger, by_source
 from whisper_aut.data.logmel import LogMel, mel_frames
 from whisper_aut.data.pack import Example, pack
 from whisper_aut.data.sample import Refusal, Sample, iter_samples
-from whisper_aut.data.text import FALLBACK_LANGUAGE, TextCodec, WhisperText
+from whisper_aut.data.text import DEFAULT_LANGUAGE, TextCodec, WhisperText
 from whisper_aut.data.waveform import load_file
 from whisper_aut.errors import Reason, SampleRefused, UserError
 from whisper_aut.model.answers import AnswerMetrics
@@ -64,7 +65,7 @@ def describe(
     """
     if not isinstance(module.codec, WhisperText):
         raise UserError("This run has no Whisper decoder: ask it a question.")
-    prompt = torch.tensor(module.codec.prompt_tokens(domain, FALLBACK_LANGUAGE))
+    prompt = torch.tensor(module.codec.prompt_tokens(domain, DEFAULT_LANGUAGE))
     return _written(module, audio, prompt, max_new_tokens)
 
 
@@ -88,11 +89,12 @@ def _written(module: AudioTextModule, audio: Path, prompt: Tensor, max_new_token
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures by name (`exact_sound_class`), clips asked, and refusals by source and reason."""
+    """Figures by name (`exact_sound_class`), clips asked, refusals by source and reason, and clips of languages without a token."""
 
     figures: dict[str, float]
     clips: int
     refused: dict[str, dict[str, int]]
+    unknown_languages: dict[str, int]
 
 
 @torch.inference_mode()
@@ -120,6 +122,7 @@ def evaluate(
     codec = _codec_for(module.codec, tasks)
     build = ExampleBuilder(LogMel(module.encoder.num_mel_bins), codec, ClipLimits())
     metrics, ledger, clips = AnswerMetrics(codec.metrics), Ledger(None), 0
+    unknown_languages: Counter[str] = Counter()
     with out.open("w") if out else nullcontext() as file:
         for group in _groups(shards, limit, build.limits):
             items = [
@@ -132,12 +135,18 @@ def evaluate(
                 [item for item in items if isinstance(item, Refusal)],
             )
             clips += len(examples)
+            unknown_languages.update(
+                example.target.unknown_language
+                for example in examples
+                if example.target.unknown_language
+            )
             for entry in _answered(module, codec, examples, max_new_tokens):
                 metrics.update(entry["task"], entry["generated"], entry["reference"])
                 if file:
                     file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     figures = {name: float(value) for name, value in metrics.compute().items()}
-    return Evaluation(figures, clips, by_source(ledger.counts.skipped))
+    skipped = by_source(ledger.counts.skipped)
+    return Evaluation(figures, clips, skipped, dict(unknown_languages))
 
 
 def _groups(

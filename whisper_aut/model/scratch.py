@@ -20,6 +20,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from whisper_aut.model.seeding import seeded
 from whisper_aut.model.shapes import shaped_config
+from whisper_aut.model.start import set_prompt_tokens
 
 END, START = "<|endoftext|>", "<|startoftranscript|>"
 # The order is the released tokenizers': WhisperTokenizer counts language tokens from the start token on.
@@ -89,17 +90,14 @@ def make_whisper(
 
 
 def _generation_config(tokenizer: WhisperTokenizer, start: int, end: int) -> GenerationConfig:
-    ids = tokenizer.convert_tokens_to_ids
-    return GenerationConfig(
+    config = GenerationConfig(
         decoder_start_token_id=start,
         bos_token_id=end,
         eos_token_id=end,
         pad_token_id=end,
         max_length=MAX_TEXT_TOKENS,
-        is_multilingual=True,
-        lang_to_id={f"<|{code}|>": ids(f"<|{code}|>") for code in LANGUAGES},
-        task_to_id={"transcribe": ids("<|transcribe|>"), "translate": ids("<|translate|>")},
-        no_timestamps_token_id=ids("<|notimestamps|>"),
         suppress_tokens=[],
         begin_suppress_tokens=[],
     )
+    set_prompt_tokens(config, tokenizer, multilingual=True)
+    return config

@@ -22,6 +22,7 @@ from transformers import (
     WhisperTokenizer,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from transformers.utils import logging as transformers_logging
 
 from whisper_aut.errors import UserError, nearest
@@ -31,6 +32,7 @@ UNLOADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, Safetensor
 LOADING: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
 # Frozen tables that checkpoints may leave out: Hugging Face rebuilds the first from the second or by formula.
 MAY_BE_MISSING = {"proj_out.weight"}
+ENGLISH_ONLY_TOKENS = 51_864  # of every `whisper-*.en`; the multilingual ones have 51,865 or 51,866
 
 
 @dataclass
@@ -108,14 +110,19 @@ class Start:
     @property
     def multilingual(self) -> bool:
         """Whether the checkpoint was trained with language and task tokens."""
-        return bool(getattr(self.generation_config, "is_multilingual", True))
+        return bool(self.generation_config.is_multilingual)  # pyright: ignore[reportAttributeAccessIssue]
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
         try:
-            return GenerationConfig.from_pretrained(self.path, revision=self.revision or "main")
+            config = GenerationConfig.from_pretrained(self.path, revision=self.revision or "main")
         except OSError:  # checkpoints made by hand often have none
-            return GenerationConfig.from_model_config(self.config)
+            config = GenerationConfig.from_model_config(self.config)
+        if getattr(config, "is_multilingual", None) is None:
+            # The tokenizers of English-only checkpoints hold language tokens too, never trained.
+            english_only = self.config.vocab_size == ENGLISH_ONLY_TOKENS
+            set_prompt_tokens(config, self.tokenizer, multilingual=not english_only)
+        return config
 
     def _load(self, loader: Any, path: str, **options: Any) -> Any:
         refuse_no_place(path)
@@ -124,6 +131,23 @@ class Start:
                 return loader(path, revision=self.revision or "main", **options)
         except UNLOADABLE as error:
             raise UserError(describe_missing(path, error)) from None
+
+
+def set_prompt_tokens(
+    config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, *, multilingual: bool
+) -> None:
+    """Write into a generation config which prompt tokens a Whisper has, as `generate` of transformers reads them."""
+    ids = tokenizer.get_vocab()
+    languages = [f"<|{code}|>" for code in LANGUAGES]
+    tokens: dict[str, Any] = {
+        "is_multilingual": multilingual and "<|transcribe|>" in ids,
+        "no_timestamps_token_id": ids.get("<|notimestamps|>"),
+    }
+    if tokens["is_multilingual"]:
+        tokens["lang_to_id"] = {token: ids[token] for token in languages if token in ids}
+        tokens["task_to_id"] = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
+    for name, value in tokens.items():
+        setattr(config, name, value)
 
 
 def load_whisper_encoder(path: str, revision: str = "") -> WhisperEncoder:

@@ -42,6 +42,7 @@ from whisper_aut.training.build import (
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
 from whisper_aut.training.callbacks.exhaustion import Exhaustion
 from whisper_aut.training.callbacks.guard import Guard, Rewind
+from whisper_aut.training.callbacks.languages import UnknownLanguages
 from whisper_aut.training.callbacks.ledger import LedgerCallback, counts_of_all_ranks
 from whisper_aut.training.callbacks.progress import RunProgressBar
 from whisper_aut.training.callbacks.samples import SampleWriter
@@ -292,6 +293,7 @@ def _trainer(
         checkpoints,
         LearningRateMonitor("step"),
         LedgerCallback(ledger),
+        UnknownLanguages(warn),
         SourceEpochs(),
         AnotherWorld(),
         Exhaustion(checkpoints, warn),
@@ -328,6 +330,10 @@ def _finish(
     # Every rank comes here after all that may fail on it, and all judge the same counts, so a rank
     # that fails leaves no done.json.
     counts = counts_of_all_ranks(ledger)
+    callbacks: list[lightning.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    unknown_languages = next(
+        callback.total() for callback in callbacks if isinstance(callback, UnknownLanguages)
+    )
     ledger.check(counts, at_end=True)
     if not trainer.is_global_zero:
         return
@@ -342,11 +348,16 @@ def _finish(
         "steps": trainer.global_step,
         "metrics": metrics,
         "refused": by_source(counts.all_skipped),
+        "unknown_languages": dict(unknown_languages),
     }
     done["sources"] = {
         root: round(epochs, 4) for root, epochs in data.source_epochs(data.position).items()
     }
     write_whole(run.done, json.dumps(done, indent=1))
+    if unknown_languages:
+        console.print(
+            f"{unknown_languages.total()} clips were trained without a language token; {run.done} lists their languages."
+        )
     if skipped := counts.all_skipped.total():
         files = "ledger.jsonl" if trainer.world_size == 1 else "ledger*.jsonl"
         console.print(f"{skipped} samples were skipped; {run.path / files} lists them.")

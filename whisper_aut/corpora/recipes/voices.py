@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from whisper_aut.corpora.languages import language_name, whisper_codes
 from whisper_aut.corpora.recipes.recipe import (
     Archive,
     Recipe,
@@ -36,10 +37,6 @@ VOCALSOUNDS = {
     "sneeze": "sneezing",
     "sniff": "sniffing",
 }
-
-WHISPER_CODES = {
-    "iw": "he"
-}  # VoxLingua107 writes Hebrew by its former code; Javanese is `jw` in both
 
 
 def crema_d(raw: Path) -> Iterator[dict[str, Any]]:
@@ -92,12 +89,13 @@ def voxlingua(raw: Path) -> Iterator[dict[str, Any]]:
         if len(parts) < 2:
             continue
         code, is_dev = parts[-2], "dev" in parts[:-2]
-        language = WHISPER_CODES.get(code, code)
+        # VoxLingua107 writes Hebrew as `iw`; some of its languages Whisper has no code for.
+        language = next(iter(whisper_codes(code)), code)
         yield {
             "audio": str(path.relative_to(raw)),
             "label": code,
             "language": language,
-            "text": f"speech in the language {language}",
+            "text": f"speech in {language_name(code)}",
             "split": "valid" if is_dev else "train",
             "id": f"{code}-{path.stem}",
         }

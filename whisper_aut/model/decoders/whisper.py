@@ -18,8 +18,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.whisper.modeling_whisper import WhisperDecoder as HFWhisperDecoder
 
 from whisper_aut.corpora.annotation import DOMAINS
+from whisper_aut.corpora.languages import whisper_codes
 from whisper_aut.data.pack import Targets
-from whisper_aut.data.text import LANGUAGE_CODES, DomainPrompt, WhisperText
+from whisper_aut.data.text import OF_THE_SAMPLE, DomainPrompt, WhisperText
 from whisper_aut.errors import UserError
 from whisper_aut.model.attention import Segments
 from whisper_aut.model.dense import speed_up_products
@@ -54,9 +55,10 @@ def build_whisper_decoder(
             raise UserError(
                 f"decoder.prompts.{domain}: not a domain; there are {', '.join(DOMAINS)}."
             )
-        if prompt.language != "sample" and prompt.language not in LANGUAGE_CODES:
+        if prompt.language != OF_THE_SAMPLE and not whisper_codes(prompt.language):
             raise UserError(
-                f"decoder.prompts.{domain}.language: {prompt.language!r} is no language code of Whisper."
+                f"decoder.prompts.{domain}.language: {prompt.language!r} is no language of Whisper's. Give a code such as `en`, or "
+                f"`{OF_THE_SAMPLE}` for what each sample states."
             )
     model = start.model  # first: of an export without a decoder nothing else is worth saying
     _check_tokenizer(start)
@@ -73,13 +75,20 @@ def build_whisper_decoder(
         options.supervise_prompt,
         start.multilingual,
     )
+    for domain, prompt in options.prompts.items():
+        if prompt.language != OF_THE_SAMPLE and not codec.language_token(prompt.language):
+            raise UserError(
+                f"decoder.prompts.{domain}.language: the tokenizer of {start.path} has no token for {prompt.language!r}."
+            )
     end_token = start.token_id("<|endoftext|>")
     return WhisperDecoder(model.model.decoder, end_token, gradient_checkpointing), codec
 
 
 def _check_tokenizer(start: Start) -> None:
     """Refuse a tokenizer that is not the checkpoint's: where files are missing, transformers makes up one without words."""
-    config, special = start.config, ("<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>")
+    config = start.config
+    special = ["<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>"]
+    special += ["<|transcribe|>", "<|translate|>"] if start.multilingual else []
     ids = [start.token_id(token) for token in special]
     lacking = [
         token
@@ -91,9 +100,11 @@ def _check_tokenizer(start: Start) -> None:
         why = f"lacks {', '.join(lacking)}"
     elif not written:
         why = "writes no text"
-    elif max(*written, *ids) >= config.vocab_size or ids[:2] != [
+    elif max(*written, *ids) >= config.vocab_size or ids[:3] != [
         config.decoder_start_token_id,
         config.eos_token_id,
+        # A tokenizer of another generation of Whisper has a language more or less before this one.
+        getattr(start.generation_config, "no_timestamps_token_id", None) or ids[2],
     ]:
         why = "numbers tokens otherwise"
     else:
