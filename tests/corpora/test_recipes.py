@@ -281,6 +281,125 @@ def test_a_corpus_builds_as_it_is_published(name: str, tmp_path: Path):
         assert sum(map(len, ids.values())) == len(set.union(*ids.values()))
 
 
+@pytest.mark.parametrize(
+    ("name", "missing", "splits"),
+    [
+        ("nsynth", ("nsynth-valid", "nsynth-test"), {"train"}),
+        ("audiocaps", ("train.csv", "test.csv"), {"valid"}),
+        (
+            "clotho",
+            ("development", "clotho_metadata_dev", "clotho_captions_dev"),
+            {"valid", "test"},
+        ),
+        ("musicbench", ("MusicBench_train.json",), {"test"}),
+        ("fsd50k", ("FSD50K.eval_audio",), {"train", "valid"}),
+        ("fsd50k", ("FSD50K.dev_audio",), {"test"}),
+        ("wavcaps", ("json_files/BBC", "json_files/SoundBible"), {""}),
+    ],
+)
+def test_a_corpus_that_was_fetched_in_part_builds_from_what_is_there(
+    name: str, missing: tuple[str, ...], splits: set[str], tmp_path: Path
+):
+    files = {path: body for path, body in LAYOUTS[name][0].items() if not path.startswith(missing)}
+    raw, out = lay_out(tmp_path / "raw", files), tmp_path / "out"
+    command = ["data", "build", name, str(raw), "--out", str(out), "--workers", "1"]
+    assert main([*command, "--max-skipped-fraction", "0.9"]) == 0
+    assert {path.parent.name if any(splits) else "" for path in out.rglob("*.tar")} == splits
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(LAYOUTS) - {"folder", "wavcaps", "ravdess", "voxlingua"})
+)
+def test_what_is_missing_is_named_with_the_command_that_fetches_it(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "my raw").mkdir()
+    out = str(tmp_path / "out")
+    assert main(["data", "build", name, str(tmp_path / "my raw"), "--out", out]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"whisper-aut data get {name} --out '{tmp_path / 'my raw'}'" in said
+    assert "NAME" not in said
+
+
+def test_get_only_one_archive_and_build_it_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    name = "nsynth-train.jsonwav.tar.gz"
+    files = {path: body for path, body in LAYOUTS["nsynth"][0].items() if "-train/" in path}
+    server = Server({name: tar_of(tmp_path / name, files).read_bytes()})
+    command = ["data", "get", "nsynth", "--only", "train", "--mirror", server.url]
+    ran = []
+    while command:
+        assert main(command) == 0, command
+        ran.append(command[1])
+        printed = re.search(r"^Next: whisper-aut (.+)$", capsys.readouterr().out, re.M)
+        command = shlex.split(printed.group(1)) if printed else []
+    server.shutdown()
+    assert ran == ["get", "build", "inspect"]
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        "r1nicOVtvkQ",
+        "Yr1nicOVtvkQ",
+        "r1nicOVtvkQ_130",
+        "Yr1nicOVtvkQ_130",
+        "r1nicOVtvkQ_130_140",
+        "r1nicOVtvkQ_130000_140000",
+        "r1nicOVtvkQ_130000_138480",
+        "r1nicOVtvkQ_130.000_140.000",
+        "91139",
+    ],
+)
+def test_audiocaps_is_found_under_every_downloaders_names(stem: str, tmp_path: Path):
+    table = csv("audiocap_id,youtube_id,start_time,caption", "91139,r1nicOVtvkQ,130,A woman talks")
+    files = {"train.csv": table, f"audio/{stem}.flac": FLAC, "audio/r1nicOVtvkQ_7_17.flac": FLAC}
+    (row,) = RECIPES["audiocaps"].rows(lay_out(tmp_path, files))
+    assert (row["audio"], row["id"]) == (f"audio/{stem}.flac", "r1nicOVtvkQ_130")
+
+
+def test_voxlingua_writes_the_languages_name(tmp_path: Path):
+    codes = ("et", "iw", "jw", "haw", "war", "sco", "ht")
+    rows = RECIPES["voxlingua"].rows(lay_out(tmp_path, {f"{code}/a.wav": WAV for code in codes}))
+    assert {row["label"]: row["text"].removeprefix("speech in ") for row in rows} == {
+        "et": "Estonian",
+        "iw": "Hebrew",
+        "jw": "Javanese",
+        "haw": "Hawaiian",
+        "war": "Waray",
+        "sco": "Scots",
+        "ht": "Haitian Creole",
+    }
+
+
+def test_the_texts_of_fsd50k_leave_out_what_a_class_implies(tmp_path: Path):
+    files, _ = LAYOUTS["fsd50k"]
+    music = "Musical_instrument,Music"
+    labels = [
+        f"Electric_guitar,Guitar,{music}",
+        f"Electric_guitar,Guitar,Rain,{music}",
+        f"Acoustic_guitar,Guitar,{music}",
+        f"Piano,{music}",
+        music,
+        "Rain",
+    ]
+    rows = [f'{number},"{names}",x,train' for number, names in enumerate(labels)]
+    audio = {f"FSD50K.dev_audio/{number}.wav": WAV for number in range(len(labels))}
+    table = {"FSD50K.ground_truth/dev.csv": csv("fname,labels,mids,split", *rows)}
+    found = list(RECIPES["fsd50k"].rows(lay_out(tmp_path, files | audio | table)))
+    assert [row["text"].removeprefix("the sounds of ") for row in found[: len(labels)]] == [
+        "electric guitar",
+        "electric guitar, rain",
+        "acoustic guitar",
+        "piano",
+        "musical instrument, music",
+        "rain",
+    ]
+    assert found[0]["label"] == labels[0].split(","), "the probe task wants all classes"
+
+
 def test_a_clip_whose_licence_the_tables_do_not_tell_states_none(tmp_path: Path):
     files, _ = LAYOUTS["fsd50k"]
     files = files | {"FSD50K.metadata/dev_clips_info_FSD50K.json": lines({})}

@@ -90,9 +90,13 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
 
 def _after_build(recipe: str, out: Path) -> str:
     """Return the command that scores log-mel statistics on a corpus with a probe task, or looks at any other one."""
-    from whisper_aut.probes.tasks import list_tasks
+    from whisper_aut.probes.tasks import list_tasks, load_task
 
-    if recipe in list_tasks(Path("conf") / "probe_tasks") and out.name == recipe:
+    tasks = Path("conf") / "probe_tasks"
+    task = load_task(recipe, tasks) if recipe in list_tasks(tasks) and out.name == recipe else None
+    if task and all(
+        Path(folder).is_dir() for part in task.parts for folder in task.folders(part, out.parent)
+    ):
         root = "" if out.parent == SHARDS else f" --root {shlex.quote(str(out.parent))}"
         return f"whisper-aut probe logmel --tasks {recipe}{root}"
     folder = next((path.parent for path in sorted(out.rglob("*.tar"))), out)

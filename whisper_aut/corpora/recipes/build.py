@@ -6,6 +6,7 @@ folder of them per split. Next: `corpora.build`, which does what it does for any
 
 import json
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.build import BuildReport, build_shards
 from whisper_aut.corpora.download import download
 from whisper_aut.corpora.manifest import ManifestSpec
-from whisper_aut.corpora.recipes.recipe import Recipe
+from whisper_aut.corpora.recipes.recipe import NotThere, Recipe
 from whisper_aut.corpora.unpack import unpack
 from whisper_aut.errors import UserError
 
@@ -115,6 +116,11 @@ def _write_manifest(recipe: Recipe, raw: Path, out: Path) -> tuple[Path, bool]:
                 f"{raw} holds no clip of {recipe.title}. Is that where it was unpacked?"
             )
         os.replace(partial, path)
+    except NotThere as error:
+        raise UserError(
+            f"{error} Is that where {recipe.title} was unpacked? How to fetch what is missing: "
+            f"whisper-aut data get {recipe.name} --out {shlex.quote(str(raw))}"
+        ) from None
     except OSError as error:
         raise UserError(f"Cannot read {raw}, or write {path}: {error}.") from None
     except (KeyError, TypeError, IndexError, ValueError) as error:

@@ -6,7 +6,8 @@ In: the published tables, and the audio beside them. Out: rows; a clip with seve
 
 import csv
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from whisper_aut.corpora.recipes.recipe import (
     Recipe,
     audio_files,
     find,
+    find_parts,
     read_json,
     read_table,
 )
@@ -32,18 +34,21 @@ WAVCAPS_LISTS = {
 }  # what the exclusion lists call a part
 YOUTUBE = (
     "The release names YouTube videos, whose audio a person has to fetch under YouTube's terms. Put {tables} into the folder, and the "
-    "audio into audio/, each file named by its video's id, or by id and start (`ID_30.wav`)."
+    "audio into audio/, each file named by its video's id, or by id and start (`ID_30.wav`, `ID_30000_40000.flac`)."
 )
 
 
 def audiocaps(raw: Path) -> Iterator[dict[str, Any]]:
     files = _by_stem(raw)
-    for split, name in (("train", "train.csv"), ("valid", "val.csv"), ("test", "test.csv")):
-        captions: dict[tuple[str, str], list[str]] = {}
-        for row in read_table(find(raw, name)):  # validation and test have five rows a clip
-            captions.setdefault((row["youtube_id"], row["start_time"]), []).append(row["caption"])
-        for (video, start), texts in captions.items():
-            yield _video(video, start, files) | _captions(texts) | {"split": split}
+    tables = {"train": "train.csv", "valid": "val.csv", "test": "test.csv"}
+    for split, table in find_parts(raw, tables).items():
+        clips: dict[tuple[str, str], list[dict[str, str]]] = {}
+        for row in read_table(table):  # validation and test have five rows a clip
+            clips.setdefault((row["youtube_id"], row["start_time"]), []).append(row)
+        for (video, start), rows in clips.items():
+            numbers = [row.get("audiocap_id", "") for row in rows]
+            texts = [row["caption"] for row in rows]
+            yield _video(video, start, files, numbers) | _captions(texts) | {"split": split}
 
 
 def musiccaps(raw: Path) -> Iterator[dict[str, Any]]:
@@ -58,13 +63,13 @@ def musiccaps(raw: Path) -> Iterator[dict[str, Any]]:
 
 
 def clotho(raw: Path) -> Iterator[dict[str, Any]]:
-    for split, name in (("train", "development"), ("valid", "validation"), ("test", "evaluation")):
-        facts = {
-            row["file_name"]: row
-            for row in read_table_of_any_encoding(find(raw, f"clotho_metadata_{name}.csv"))
-        }
-        folder = find(raw, name)
-        for row in read_table(find(raw, f"clotho_captions_{name}.csv")):
+    names = {"train": "development", "valid": "validation", "test": "evaluation"}
+    tables = {split: f"clotho_captions_{name}.csv" for split, name in names.items()}
+    for split, table in find_parts(raw, tables).items():
+        metadata = find(raw, f"clotho_metadata_{names[split]}.csv")
+        facts = {row["file_name"]: row for row in read_table_of_any_encoding(metadata)}
+        folder = find(raw, names[split])
+        for row in read_table(table):
             own = facts.get(row["file_name"], {})
             yield {
                 "audio": str((folder / row["file_name"]).relative_to(raw)),
@@ -77,9 +82,10 @@ def clotho(raw: Path) -> Iterator[dict[str, Any]]:
 
 
 def musicbench(raw: Path) -> Iterator[dict[str, Any]]:
-    for split, name in (("train", "MusicBench_train.json"), ("test", "MusicBench_test_A.json")):
-        for line in read_lines(find(raw, name)):
-            row = _object(line, name)
+    tables = {"train": "MusicBench_train.json", "test": "MusicBench_test_A.json"}
+    for split, table in find_parts(raw, tables).items():
+        for line in read_lines(table):
+            row = _object(line, table.name)
             yield {
                 "audio": str(find(raw, "datashare").relative_to(raw) / row["location"]),
                 "text": row["main_caption"],
@@ -89,8 +95,9 @@ def musicbench(raw: Path) -> Iterator[dict[str, Any]]:
 
 def wavcaps(raw: Path) -> Iterator[dict[str, Any]]:
     files, banned = _by_part(raw), _wavcaps_exclusions(raw)
-    for part, name in WAVCAPS_PARTS.items():
-        for row in read_json(find(raw, f"{part}/{name}"))["data"]:
+    tables = {part: f"{part}/{name}" for part, name in WAVCAPS_PARTS.items()}
+    for part, table in find_parts(raw, tables).items():
+        for row in read_json(table)["data"]:
             stem = str(row["id"]).removesuffix(".wav")
             if stem in banned[part]:
                 continue
@@ -137,14 +144,20 @@ def read_table_of_any_encoding(path: Path) -> Iterator[dict[str, str]]:
     yield from csv.DictReader(io.StringIO(text, newline=""))
 
 
-def _video(video: str, start: str, files: dict[str, str]) -> dict[str, Any]:
-    start = str(int(float(start)))
-    found = (
-        files.get(f"{video}_{start}")
-        or files.get(video)
-        or files.get(f"Y{video}")
-        or f"audio/{video}.wav"
-    )
+def _video(
+    video: str, start: str, files: dict[str, str], numbers: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the file of a part of a video, as any of the usual downloaders names it.
+
+    Args:
+        numbers: names of the clip in its table.
+    """
+    seconds = int(float(start))
+    start = str(seconds)
+    begins = (f"_{start}", f"_{seconds * 1000}", f"_{seconds}.000")  # with or without its end
+    stems = [f"{prefix}{video}{begin}" for begin in (*begins, "") for prefix in ("", "Y")]
+    stems += numbers
+    found = next((files[stem] for stem in stems if stem in files), f"audio/{video}.wav")
     return {"audio": found, "youtube_id": video, "start_seconds": start, "id": f"{video}_{start}"}
 
 
@@ -159,7 +172,12 @@ def _captions(texts: list[str]) -> dict[str, Any]:
 
 
 def _by_stem(raw: Path) -> dict[str, str]:
-    return {path.stem: str(path.relative_to(raw)) for path in audio_files(raw)}
+    """Return the audio by stem, and where `ID_START_END` names a file, by `ID_START` too."""
+    found = {path.stem: str(path.relative_to(raw)) for path in audio_files(raw)}
+    for stem, file in list(found.items()):
+        if is_part := re.fullmatch(r"(.+_[\d.]+)_[\d.]+", stem):
+            found.setdefault(is_part[1], file)
+    return found
 
 
 def _by_part(raw: Path) -> dict[str, dict[str, str]]:

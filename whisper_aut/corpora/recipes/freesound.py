@@ -3,28 +3,58 @@
 Sources: Fonseca et al. 2020, https://zenodo.org/records/4060432; Salamon et al. 2014, https://zenodo.org/records/1203745.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from whisper_aut.corpora.recipes.recipe import Archive, Recipe, find, read_json, read_table, words
+from whisper_aut.corpora.recipes.recipe import (
+    Archive,
+    Recipe,
+    find,
+    find_parts,
+    read_json,
+    read_table,
+    words,
+)
 
 
 def fsd50k(raw: Path) -> Iterator[dict[str, Any]]:
-    for part, splits in (("dev", None), ("eval", "test")):
+    tables = {part: f"FSD50K.ground_truth/{part}.csv" for part in ("dev", "eval")}
+    rows = {part: list(read_table(path)) for part, path in find_parts(raw, tables).items()}
+    ancestors = _ancestors([row["labels"].split(",") for part in rows.values() for row in part])
+    for part in find_parts(raw, {part: f"FSD50K.{part}_audio" for part in rows}):
         folder = find(raw, f"FSD50K.{part}_audio").relative_to(raw)
         facts = read_json(find(raw, f"{part}_clips_info_FSD50K.json"))
-        for row in read_table(find(raw, f"FSD50K.ground_truth/{part}.csv")):
+        for row in rows[part]:
             labels = row["labels"].split(",")
-            named = ", ".join(words(label).lower() for label in labels)
+            implied = set().union(*(ancestors[label] for label in labels))
+            named = ", ".join(words(label).lower() for label in labels if label not in implied)
             yield {
                 "audio": str(folder / f"{row['fname']}.wav"),
                 "text": f"the sounds of {named}",
                 "label": labels,
-                "split": splits or {"train": "train", "val": "valid"}[row["split"]],
+                "split": "test"
+                if part == "eval"
+                else {"train": "train", "val": "valid"}[row["split"]],
                 "freesound_id": row["fname"],
                 "licence": facts.get(row["fname"], {}).get("license", ""),
             }
+
+
+def _ancestors(clips: Sequence[Sequence[str]]) -> dict[str, set[str]]:
+    """Return the ancestors of each class: those that hold all of its clips, and others.
+
+    The release gives a clip every ancestor of its classes in the AudioSet ontology, so the tables tell the hierarchy.
+    """
+    counts = Counter(label for labels in clips for label in labels)
+    together = Counter(pair for labels in clips for pair in permutations(labels, 2))
+    ancestors: dict[str, set[str]] = {label: set() for label in counts}
+    for (label, other), shared in together.items():
+        if shared == counts[label] < counts[other]:
+            ancestors[label].add(other)
+    return ancestors
 
 
 def urbansound8k(raw: Path) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from whisper_aut.corpora.recipes.recipe import Archive, Recipe, find, read_json, with_article, words
+from whisper_aut.corpora.recipes.recipe import (
+    Archive,
+    Recipe,
+    find,
+    find_parts,
+    read_json,
+    with_article,
+    words,
+)
 
 NSYNTH_URL = "http://download.magenta.tensorflow.org/datasets/nsynth"
 FMA_URL = "https://os.unil.cloud.switch.ch/fma"
@@ -16,8 +24,8 @@ FMA_SPLITS = {"training": "train", "validation": "valid", "test": "test"}
 
 
 def nsynth(raw: Path) -> Iterator[dict[str, Any]]:
-    for split in ("train", "valid", "test"):
-        folder = find(raw, f"nsynth-{split}")
+    folders = {split: f"nsynth-{split}" for split in ("train", "valid", "test")}
+    for split, folder in find_parts(raw, folders).items():
         for name, note in read_json(folder / "examples.json").items():
             family, kind = note["instrument_family_str"], note["instrument_source_str"]
             qualities = ", ".join(words(quality) for quality in note.get("qualities_str", ()))

@@ -7,7 +7,8 @@ a release of torchaudio; the others are as papers tell them, and nobody has comp
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,18 +67,35 @@ class Recipe:
     checked: tuple[str, ...] = ()
 
 
+class NotThere(UserError):
+    """A part of a corpus is not in its folder; `recipes.build` adds how to get it."""
+
+
 def find(root: Path, pattern: str) -> Path:
     """Return the one path under `root` that fits, at whatever depth the archive put it.
 
     Raises:
-        UserError: none fits.
+        NotThere: none fits.
     """
     found = sorted(root.glob(pattern)) or sorted(root.glob(f"**/{pattern}"))
     if not found:
-        raise UserError(
-            f"{root} holds no {pattern}. Is that where the corpus was unpacked? Fetch it: whisper-aut data get NAME"
-        )
+        raise NotThere(f"{root} holds no {pattern}.")
     return found[0]
+
+
+def find_parts(root: Path, patterns: Mapping[str, str]) -> dict[str, Path]:
+    """Return the parts of a corpus that are there, by split; a corpus may be fetched in part.
+
+    Raises:
+        NotThere: there is none.
+    """
+    found: dict[str, Path] = {}
+    for split, pattern in patterns.items():
+        with suppress(NotThere):
+            found[split] = find(root, pattern)
+    if not found:
+        raise NotThere(f"{root} holds none of {', '.join(patterns.values())}.")
+    return found
 
 
 def audio_files(
