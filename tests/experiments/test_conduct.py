@@ -99,11 +99,25 @@ def test_an_experiment_runs_what_is_missing_and_nothing_twice(
     assert "Price of a validation loss" in text
     assert str(tmp_path / "out" / "tried.png") not in text  # the page and the picture move together
 
+    assert "no claim (1 training)" in text
+
     capsys.readouterr()
     assert main(["experiment", str(experiment), "--plan"]) == 0
-    assert "0 of 3 runs to make" in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    assert "0 of 3 runs to make" in told
+    assert "Fewer than 5 seeds: differences are shown, and nothing is claimed." in told
     assert main(["experiment", str(experiment), *out, "axes.mixture.speech.set.optim.lr=1e-3"]) == 0
     assert made[4:] == ["tried-speech-s0"]  # what changed is made anew, the rest is not
     assert trained(tmp_path) == {"start-base-s0": 1, "tried-even-s0": 1, "tried-speech-s0": 2}
     assert main(["experiment", str(experiment), *out]) == 0  # and back: the older run still counts
     assert len(made) == 5
+
+
+def test_a_primary_comparison_that_nothing_measures_is_found_before_training(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    primary = ["primary.arm=speech", "primary.endpoint=answers"]
+    assert main(["experiment", str(experiment), *primary]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "primary.endpoint: answers is not measured. Measured: compute, loss, sound." in told
+    assert not (tmp_path / "runs").exists()

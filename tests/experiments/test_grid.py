@@ -109,6 +109,17 @@ def test_nested_and_dotted_keys_are_the_same():
         ({"seeds": [1, 1]}, "not different numbers"),
         ({"probe_seeds": 0}, "probe_seeds: 0 is not between 1 and 9"),
         ({"reference": "old/none/owm"}, "no arm 'old/none/owm'. Did you mean 'old/none/own'"),
+        (
+            {"primary": {"arm": "old/none/deviatoin", "endpoint": "sound"}},
+            "primary.arm: there is no arm 'old/none/deviatoin'. Did you mean 'old/none/deviation'",
+        ),
+        (
+            {"primary": {"arm": "old/none/own", "endpoint": "sound"}},
+            "primary.arm: old/none/own is the reference",
+        ),
+        ({"primary": {"arm": "old/30s/own"}}, "primary: needs both an arm and an endpoint"),
+        ({"primary": {"arm": "old/30s/own", "endpoint": "sounds"}}, "primary.endpoint"),
+        ({"margin": 0}, "margin: 0 is not above 0"),
         ({"leave_out": ["old/60s/own"]}, "leave_out: there is no arm"),
         (
             {"figure": {"x": "encodr"}},

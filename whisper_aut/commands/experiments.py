@@ -8,22 +8,31 @@ from rich.console import Console
 
 
 def experiment(options: argparse.Namespace, console: Console) -> None:
-    from whisper_aut.experiments.conduct import conduct, plan_table
+    from whisper_aut.errors import UserError
+    from whisper_aut.experiments.conduct import analyse, conduct, plan_table
     from whisper_aut.experiments.settings import load_experiment
     from whisper_aut.experiments.tables import page, put_into
     from whisper_aut.schema import find_config
 
-    path = find_config(options.experiment, kind="experiments")
-    settings = load_experiment(path, options.overrides)
-    if options.plan:
-        console.print(plan_table(settings, path))
-        return
-    out = Path(options.out or Path(settings.runs) / settings.name)
-    done = conduct(settings, path, out, console)
+    if options.experiment.endswith(".json"):
+        if options.overrides or options.plan or options.out:
+            raise UserError(
+                f"{options.experiment} holds results: its tables and figure are written again next "
+                "to it, and nothing is run. Only --page goes with it."
+            )
+        done = analyse(Path(options.experiment), console)
+    else:
+        path = find_config(options.experiment, kind="experiments")
+        settings = load_experiment(path, options.overrides)
+        if options.plan:
+            console.print(plan_table(settings, path))
+            return
+        out = Path(options.out or Path(settings.runs) / settings.name)
+        done = conduct(settings, path, out, console)
     if options.page:
-        document = Path(options.page)
-        picture = os.path.relpath(out / f"{settings.name}.png", document.parent)
-        put_into(document, settings.name, page(done.results, picture))
+        document, name = Path(options.page), done.results.name
+        picture = os.path.relpath(done.page.with_suffix(".png"), document.parent)
+        put_into(document, name, page(done.results, picture))
     console.print(f"Done. Tables in {done.page}, everything in {done.json}.")
 
 
@@ -33,7 +42,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     command.add_argument(
         "experiment",
-        help="a YAML, or the name of an experiment that the package has, such as e4_mixture",
+        help="a YAML, or the name of an experiment that the package has, such as e4_mixture; or "
+        "stored results such as docs/results/e4_mixture.json, whose tables are written again",
     )
     command.add_argument(
         "overrides",

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from whisper_aut.corpora.audit import AUDIT_NAME, read_audit, run_audit, unaudited
-from whisper_aut.errors import Interrupted
+from whisper_aut.errors import Interrupted, UserError
 from whisper_aut.experiments.figures import draw
 from whisper_aut.experiments.grid import Arm, Run, arms_of, conf_folder, runs_of
 from whisper_aut.experiments.measure import (
@@ -31,7 +31,8 @@ from whisper_aut.experiments.measure import (
 )
 from whisper_aut.experiments.results import ArmFacts, Measure, Results
 from whisper_aut.experiments.runs import Expected, Found, expected_cost, find, make, prepare
-from whisper_aut.experiments.settings import ExperimentSettings
+from whisper_aut.experiments.settings import ExperimentSettings, ProbeSetSettings
+from whisper_aut.experiments.statistics import MIN_TRAININGS, detectable_difference
 from whisper_aut.experiments.tables import commands_page, page, sheets
 from whisper_aut.pipeline import load_tasks
 from whisper_aut.report.tables import rich_table
@@ -63,6 +64,7 @@ def conduct(settings: ExperimentSettings, path: Path, out: Path, console: Consol
         console.print(
             f"Left out: probe tasks built from {', '.join(lacking)}, which are not there; root=FOLDER names their folder."
         )
+    _check_primary(settings, probes, conf_folder(settings, path))
     for corpora in probes:
         settings.corpora.manifests += corpora.manifests
     prepare(settings, runs, console)
@@ -72,6 +74,21 @@ def conduct(settings: ExperimentSettings, path: Path, out: Path, console: Consol
     )
     results = _results(settings, arms, found, bench, console)
     return _write(results, out, console)
+
+
+def _check_primary(
+    settings: ExperimentSettings, probes: Sequence[ProbeSetSettings], conf: Path
+) -> None:
+    """A primary comparison that is never measured is found before anything is trained."""
+    measured = {task.domain for one in probes for task in load_tasks(one.tasks, conf)}
+    measured |= {"answers"} if settings.answers.tasks else set()
+    measured |= {"loss", "compute"} if settings.thresholds and settings.price else set()
+    endpoint = settings.primary.endpoint
+    if endpoint and endpoint not in measured:
+        raise UserError(
+            f"primary.endpoint: {endpoint} is not measured. "
+            f"Measured: {', '.join(sorted(measured))}."
+        )
 
 
 def _make_all(
@@ -157,14 +174,25 @@ def _audit(found: Sequence[Found], bench: Bench) -> list[str]:
 
 def _write(results: Results, out: Path, console: Console) -> Conducted:
     out.mkdir(parents=True, exist_ok=True)
-    stored, text = out / f"{results.name}.json", out / f"{results.name}.md"
+    stored = out / f"{results.name}.json"
     results.save(stored)
-    draw(results, out / f"{results.name}.png")
+    (out / f"{results.name}.commands.md").write_text(commands_page(results), encoding="utf-8")
+    return analyse(stored, console)
+
+
+def analyse(stored: Path, console: Console) -> Conducted:
+    """Write the page and the figure of stored results into their folder, and print the tables.
+
+    Raises:
+        UserError: the file holds no results of this release.
+    """
+    results = Results.load(stored)
+    text = stored.with_name(f"{results.name}.md")
+    draw(results, stored.with_name(f"{results.name}.png"))
     text.write_text(
         f"# {results.title}\n\n{results.question}\n\n{page(results, f'{results.name}.png')}",
         encoding="utf-8",
     )
-    (out / f"{results.name}.commands.md").write_text(commands_page(results), encoding="utf-8")
     for sheet in sheets(results):
         console.print(rich_table(sheet))
     return Conducted(results, text, stored)
@@ -212,7 +240,18 @@ def plan_table(settings: ExperimentSettings, path: Path) -> Table:
         else "; time is told once a run is done"
     )
     table.caption = f"{to_do} of {len(runs)} runs to make{time}. Measuring comes on top."
+    table.caption += f" {_power(len(settings.seeds))}"
     return table
+
+
+def _power(trainings: int) -> str:
+    if trainings < MIN_TRAININGS:
+        return f"Fewer than {MIN_TRAININGS} seeds: differences are shown, and nothing is claimed."
+    smallest = detectable_difference(1, trainings)
+    return (
+        f"{trainings} trainings find a primary difference of {smallest:.1f} standard deviations "
+        "between trainings with a probability of 80 %."
+    )
 
 
 def _known_cost(found: Found) -> Any:

@@ -77,7 +77,7 @@ def arms_of(settings: ExperimentSettings, path: Path) -> list[Arm]:
         path: of its YAML; configs are found from there.
 
     Raises:
-        UserError: the reference, or an arm that is left out, is not among them.
+        UserError: the reference, the primary arm, or an arm that is left out is not among them.
     """
     arms = []
     for combination in product(*(choices.items() for choices in settings.axes.values())):
@@ -85,10 +85,16 @@ def arms_of(settings: ExperimentSettings, path: Path) -> list[Arm]:
         if name not in settings.leave_out:
             arms.append(_arm(settings, path, name, combination))
     names = [arm.name for arm in arms]
-    if settings.reference not in names:
+    for key, name in (("reference", settings.reference), ("primary.arm", settings.primary.arm)):
+        if name not in names and (name or key == "reference"):
+            raise UserError(
+                f"{path}: {key}: there is no arm {name!r}.{nearest(name, names)} "
+                f"Arms: {', '.join(names) or 'none'}."
+            )
+    if settings.primary.arm == settings.reference:
         raise UserError(
-            f"{path}: reference: there is no arm {settings.reference!r}.{nearest(settings.reference, names)} "
-            f"Arms: {', '.join(names) or 'none'}."
+            f"{path}: primary.arm: {settings.reference} is the reference; "
+            "name an arm to compare with it."
         )
     everything = [BETWEEN.join(combination) for combination in product(*settings.axes.values())]
     unknown = [name for name in settings.leave_out if name not in everything]

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from whisper_aut.errors import UserError
 from whisper_aut.training.rundir import write_whole
 
@@ -50,7 +48,7 @@ class TaskResult:
         spread: its deviation over probe seeds; None with one.
         valid: the score on validation clips by which the penalty was chosen; None where nothing was to be chosen.
         right: a digit for each test clip: in how many probe seeds it was right. Empty where clips are not right or wrong.
-        keys: hash of the test clips' names: digits of equal hashes are pairs.
+        keys: hash of the test clips' names: scores of equal hashes are of the same clips.
     """
 
     title: str
@@ -172,11 +170,6 @@ class Results:
             raise UserError(
                 f"{path} does not hold results of this release ({error!r}). Run whisper-aut experiment again."
             ) from None
-
-
-def right_share(result: TaskResult, probe_seeds: int) -> np.ndarray:
-    """Return `[clips]`: in which share of the probe seeds each test clip was right."""
-    return (np.frombuffer(result.right.encode(), dtype=np.uint8) - ord("0")) / probe_seeds
 
 
 def _measure(data: dict[str, Any]) -> Measure:

@@ -68,6 +68,20 @@ class ProbeSetSettings:
 
 
 @dataclass
+class PrimarySettings:
+    """The one comparison that the experiment is for, named before anything is trained.
+
+    Attributes:
+        arm: that is compared with the reference.
+        endpoint: a domain of the probes, `answers`, `loss` (the final validation loss) or `compute`
+            (FLOPs to the lowest threshold that every training reaches).
+    """
+
+    arm: str = ""
+    endpoint: Literal["", "speech", "sound", "music", "answers", "loss", "compute"] = ""
+
+
+@dataclass
 class AnswerSettings:
     """Questions that arms with a language model are asked after training: task of `conf/instructions` → shards of a test split."""
 
@@ -131,8 +145,11 @@ class ExperimentSettings:
         axes: name → choices; the arms are all combinations of one choice of each.
         leave_out: arms that are not run, by name.
         reference: the arm that all others are compared with.
+        primary: the comparison that is tested by itself, before all others; without one all are
+            corrected together.
+        margin: an arm that is worse by less, in points, counts as no worse; null makes no such claim.
         set: what is changed in the config of every arm. everywhere: in that of every run, starts included.
-        seeds: each of which every arm is trained with.
+        seeds: each of which every arm is trained with; a claim needs five.
         probe_seeds: subsamples of the training clips of a probe, for each arm and seed.
         thresholds: validation losses whose price is read off.
         price: show what the arms' own runs cost.
@@ -149,6 +166,8 @@ class ExperimentSettings:
     axes: dict[str, dict[str, ChoiceSettings]]
     seeds: list[int]
     reference: str
+    primary: PrimarySettings = field(default_factory=PrimarySettings)
+    margin: float | None = None
     config: str = ""
     set: dict[str, Any] = field(default_factory=dict)
     everywhere: dict[str, Any] = field(default_factory=dict)
@@ -204,6 +223,12 @@ def _number_problems(settings: ExperimentSettings) -> list[str]:
         problems.append(f"seeds: {settings.seeds} are not different numbers from 0 on")
     if not 1 <= settings.probe_seeds <= 9:
         problems.append(f"probe_seeds: {settings.probe_seeds} is not between 1 and 9")
+    if bool(settings.primary.arm) != bool(settings.primary.endpoint):
+        problems.append("primary: needs both an arm and an endpoint")
+    if settings.margin is not None and settings.margin <= 0:
+        problems.append(
+            f"margin: {settings.margin:g} is not above 0; null makes no claim of no worse"
+        )
     if not settings.probes and not settings.answers.tasks:
         problems.append("probes: nothing is measured; name probe tasks or answers")
     return problems

@@ -1,30 +1,39 @@
-"""Results → means over seeds, paired comparisons between arms, and what a loss cost.
+"""Results → means over trainings, comparisons between recipes, and what a validation loss cost.
 
-In: `Results`. Out: numbers for `experiments.tables` and `experiments.figures`. Two kinds of chance are kept apart: which test clips there
-happen to be (paired bootstrap and sign flips over clips, each clip's correctness a mean over seeds; `probes.stats`), and which seed a
-training happens to have (paired t-test over seeds, Student 1908). A difference is only called one where the test over clips, corrected
-after Holm, and the sign for every single seed agree.
+The unit is a training. Each arm is compared with the reference seed by seed (arms of one seed share
+their start), by a t test over these differences with n − 1 degrees of freedom. Test clips tell
+whether two given encoders differ, not whether two recipes do, so they are not resampled here.
+
+One primary comparison, named in the experiment's YAML, is tested at 5 % by itself. All others are
+corrected after Holm (1979) and claimed only where the primary one is: gatekeeping (Westfall &
+Krishen 2001), which holds the chance of any false claim of a difference in the whole experiment to
+5 %. Without a primary comparison Holm's correction covers all.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from math import log, sqrt
 
 import numpy as np
-from scipy.stats import ttest_rel
+from scipy.optimize import root_scalar
+from scipy.stats import chi2, norm, t, ttest_1samp
 
 from whisper_aut.corpora.annotation import DOMAINS
 from whisper_aut.errors import UserError
-from whisper_aut.experiments.results import Measure, Point, Results, right_share
-from whisper_aut.probes.stats import holm, mean_std, paired_difference
+from whisper_aut.experiments.results import Measure, Point, Results
+from whisper_aut.probes.stats import holm, mean_std
 
-SIGNIFICANT = 0.05
+ALPHA = 0.05
+POWER = 0.8  # of the smallest detectable difference
+MIN_TRAININGS = 5  # of each recipe, for any claim
 ROUNDING = 1e-9
+NO_DIFFERENCE = "no difference shown"
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds; no deviation with one seed."""
+    """Mean and sample standard deviation over trainings; no deviation with one."""
 
     mean: float
     std: float | None
@@ -32,64 +41,76 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """`arm` − the reference in one domain, its tasks weighing alike, 0 … 1.
+class Endpoint:
+    """What trainings are compared by.
 
     Attributes:
-        value, std: mean and deviation over seeds. per_seed: each of them.
-        low, high: 95 % interval over test clips; None where the clips are not right or wrong.
-        p_clips: of no difference, over clips; p_holm: corrected for all differences of the table.
-        p_seeds: of no difference, over seeds; None with one seed.
+        name: as `primary.endpoint` says it. title: for tables.
+        of: its value for one training; None where it has none.
+        points: in points of 0 … 100: higher is better, and the margin applies. Otherwise lower is
+            better.
+        ratio: values are logarithms; differences are those of ratios.
     """
 
-    arm: str
-    domain: str
-    value: float
-    std: float | None
-    per_seed: tuple[float, ...]
-    low: float | None
-    high: float | None
-    p_clips: float | None
-    p_holm: float | None
-    p_seeds: float | None
-
-    @property
-    def verdict(self) -> str:
-        agree = len({value > 0 for value in self.per_seed}) == 1 and all(self.per_seed)
-        if self.p_holm is None or self.p_holm >= SIGNIFICANT or not agree:
-            return "no significant difference"
-        return "better" if self.value > 0 else "worse"
+    name: str
+    title: str
+    of: Callable[[Measure], float | None]
+    points: bool = True
+    ratio: bool = False
 
 
 @dataclass(frozen=True)
-class SeedDifference:
-    """`arm` against the reference in a figure that a whole training has: one pair a seed, and nothing to resample within it.
+class Comparison:
+    """One arm − the reference in one endpoint, paired by seed.
 
     Attributes:
-        figure: what is compared.
-        value, std: mean and deviation over seeds of `per_seed`: differences, or logarithms of ratios.
-        ratio: whether they are the latter.
-        decimals: with which a difference is written.
-        lower_is_better: of the figure.
-        p_value: of no difference, by a paired t-test over seeds; p_holm: corrected for all differences of the table.
+        per_training: the difference of each seed.
+        value, std: their mean and sample standard deviation.
+        low, high: 95 % t interval of the mean, of this comparison by itself.
+        p_value: of no difference, by a paired t test; None with one training, or where all
+            differences are the same.
+        p_adjusted: corrected for all comparisons of the experiment.
+        p_no_worse: of being worse by the margin or more, one-sided, corrected after Holm; None
+            without a margin.
+        detectable: the true difference that would be found with a probability of 80 %, at this
+            spread, number of trainings (`MIN_TRAININGS`, where there are fewer) and correction.
     """
 
     arm: str
-    figure: str
+    endpoint: Endpoint
+    primary: bool
+    per_training: tuple[float, ...]
     value: float
     std: float | None
-    per_seed: tuple[float, ...]
-    ratio: bool
-    decimals: int
-    lower_is_better: bool
-    p_value: float | None
-    p_holm: float | None
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    p_adjusted: float | None = None
+    p_no_worse: float | None = None
+    detectable: float | None = None
 
     @property
     def verdict(self) -> str:
-        if self.p_holm is None or self.p_holm >= SIGNIFICANT:
-            return "no significant difference"
-        return "better" if (self.value < 0) == self.lower_is_better else "worse"
+        trainings = len(self.per_training)
+        if trainings < MIN_TRAININGS:
+            return f"no claim ({trainings} training{'s' * (trainings > 1)})"
+        no_worse = self.p_no_worse is not None and self.p_no_worse < ALPHA / 2
+        if self.p_adjusted is not None and self.p_adjusted < ALPHA:
+            better = (self.value > 0) == self.endpoint.points
+            return "better" if better else "worse, within the margin" if no_worse else "worse"
+        return "no worse" if no_worse else NO_DIFFERENCE
+
+
+@dataclass(frozen=True)
+class Tests:
+    """`[R]` each, for R comparisons; NaN where there is nothing to test."""
+
+    p_value: np.ndarray
+    p_adjusted: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    p_no_worse: np.ndarray
+    alpha: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -115,38 +136,83 @@ def domains_of(results: Results) -> list[str]:
 
 
 def domain_score(results: Results, measure: Measure, domain: str) -> float:
-    """Return the mean of a domain's tasks, which weigh alike."""
+    """Return the unweighted mean score of a domain's tasks, 0 … 1."""
     return float(
         np.mean([result.score for result in measure.tasks.values() if result.domain == domain])
     )
 
 
-def differences(results: Results) -> list[Difference]:
-    """Compare every arm with the reference, domain by domain, over the seeds that both have.
+def compare(results: Results) -> list[Comparison]:
+    """Compare every arm with the reference in every endpoint, over the seeds that both have.
 
     Raises:
         UserError: arms were tested on different clips.
     """
-    found = []
+    primary = results.settings.get("primary") or {}
+    margin = results.settings.get("margin")
+    found: list[Comparison] = []
     for arm, pairs in _pairs(results):
-        found += [_difference(results, arm, domain, pairs) for domain in domains_of(results)]
-    corrected = _corrected([one.p_clips for one in found])
-    return [replace(one, p_holm=p_holm) for one, p_holm in zip(found, corrected, strict=True)]
+        for endpoint in endpoints_of(results):
+            values = [(endpoint.of(one), endpoint.of(other)) for one, other in pairs]
+            known = [one - other for one, other in values if one is not None and other is not None]
+            if len(known) == len(values):
+                chosen = (primary.get("arm"), primary.get("endpoint")) == (arm, endpoint.name)
+                found.append(Comparison(arm, endpoint, chosen, tuple(known), *mean_std(known)))
+    if not found:
+        return []
+    longest = max(len(one.per_training) for one in found)
+    differences = np.full((len(found), longest), np.nan)
+    for row, one in enumerate(found):
+        differences[row, : len(one.per_training)] = one.per_training
+    margins = [margin if one.endpoint.points and margin else np.nan for one in found]
+    first = next((row for row, one in enumerate(found) if one.primary), None)
+    tests = judge(differences, np.array(margins), first, gated=any(primary.values()))
+    return [_tested(one, tests, row) for row, one in enumerate(found)]
 
 
-def seed_differences(results: Results) -> list[SeedDifference]:
-    """Compare what arms answer and, where losses compare, their last loss and what a loss cost, seed by seed with the reference."""
-    found = []
-    for arm, pairs in _pairs(results):
-        for figure in _seed_figures(results):
-            values = [(figure.of(one), figure.of(other)) for one, other in pairs]
-            known = [
-                (mine, theirs) for mine, theirs in values if mine is not None and theirs is not None
-            ]
-            if known and len(known) == len(values):
-                found.append(_seed_difference(arm, figure, known))
-    corrected = _corrected([one.p_value for one in found])
-    return [replace(one, p_holm=p_holm) for one, p_holm in zip(found, corrected, strict=True)]
+def judge(
+    differences: np.ndarray, margins: np.ndarray, primary: int | None = None, *, gated: bool = False
+) -> Tests:
+    """Test all comparisons of an experiment.
+
+    Args:
+        differences: `[R, N]`, a row for each comparison, NaN where a training is missing.
+        margins: `[R]`: worse by less than this counts as no worse; NaN where no margin applies.
+        primary: row of the primary comparison; None: Holm's correction covers all rows.
+        gated: the other rows need a primary comparison that is not among them, so they cannot pass.
+    """
+    two_sided, interval = _t_test(differences)
+    no_worse, _ = _t_test(differences + margins[:, None], alternative="greater")
+    rest = np.arange(len(differences)) != (-1 if primary is None else primary)
+    p_adjusted, p_no_worse = two_sided.copy(), no_worse.copy()
+    p_adjusted[rest], p_no_worse[rest] = _holm(two_sided[rest]), _holm(no_worse[rest])
+    if gated or primary is not None:
+        gate = 1.0 if primary is None else np.nan_to_num(two_sided[primary], nan=1.0)
+        p_adjusted[rest] = np.maximum(p_adjusted[rest], gate)
+    strictest = ALPHA / max(1, int(np.isfinite(two_sided[rest]).sum()))  # Holm's first step
+    return Tests(two_sided, p_adjusted, *interval, p_no_worse, np.where(rest, strictest, ALPHA))
+
+
+def detectable_difference(
+    std: float, trainings: int, alpha: float = ALPHA, power: float = POWER
+) -> float:
+    """Return the true difference that a two-sided paired t test finds with a given probability.
+
+    Args:
+        std: standard deviation of the differences between trainings, in the unit of the result.
+        trainings: of each recipe, at least 2.
+        alpha: the level that the p-value must reach.
+        power: the probability.
+    """
+    freedom = trainings - 1
+    critical = t.isf(alpha / 2, freedom)
+    # scipy's noncentral t is NaN this far out: average the normal over quantiles of the chi-square.
+    bounds = critical * np.sqrt(chi2.ppf((np.arange(2_000) + 0.5) / 2_000, freedom) / freedom)
+
+    def missing(effect: float) -> float:
+        return float(np.mean(norm.sf(bounds - effect) + norm.cdf(-bounds - effect))) - power
+
+    return root_scalar(missing, bracket=(0.0, 10 * (critical + 1))).root * std / sqrt(trainings)
 
 
 def price(curves: Sequence[Sequence[Point]], threshold: float) -> Price:
@@ -172,8 +238,31 @@ def price(curves: Sequence[Sequence[Point]], threshold: float) -> Price:
     )
 
 
+def endpoints_of(results: Results) -> list[Endpoint]:
+    """Return what trainings are compared by; losses only where the experiment has thresholds."""
+    endpoints = [
+        Endpoint(domain, domain, partial(_domain_points, results, domain))
+        for domain in domains_of(results)
+    ]
+    if results.answers:
+        endpoints.append(Endpoint("answers", "right answers", _right_answers))
+    thresholds = results.settings.get("thresholds", [])
+    if thresholds:
+        endpoints.append(Endpoint("loss", "final validation loss", _final_loss, points=False))
+    shared = [
+        threshold
+        for threshold in thresholds
+        if all(_teraflop_to(threshold, measure) for measure in results.measures)
+    ]
+    if shared:
+        title = f"TFLOP to a loss of {min(shared):g}, ratio"
+        log_work = partial(_log_teraflop_to, min(shared))
+        endpoints.append(Endpoint("compute", title, log_work, points=False, ratio=True))
+    return endpoints
+
+
 def _pairs(results: Results) -> Iterator[tuple[str, list[tuple[Measure, Measure]]]]:
-    """Yield each arm but the reference with its measures beside the reference's of the same seeds."""
+    """Yield each arm but the reference with its measures and the reference's of the same seeds."""
     base = {measure.seed: measure for measure in results.of(results.reference)}
     for arm in results.arms:
         pairs = [
@@ -182,129 +271,79 @@ def _pairs(results: Results) -> Iterator[tuple[str, list[tuple[Measure, Measure]
             if measure.seed in base
         ]
         if arm.name != results.reference and pairs:
+            _check_clips(pairs)
             yield arm.name, pairs
 
 
-def _corrected(p_values: Sequence[float | None]) -> list[float | None]:
-    """Correct the p-values that there are after Holm; None stays."""
-    adjusted = iter(holm([p_value for p_value in p_values if p_value is not None]))
-    return [None if p_value is None else next(adjusted) for p_value in p_values]
+def _check_clips(pairs: Sequence[tuple[Measure, Measure]]) -> None:
+    for one, other in pairs:
+        for task in one.tasks.keys() & other.tasks.keys():
+            if one.tasks[task].keys != other.tasks[task].keys:
+                raise UserError(
+                    f"Arms were tested on different clips of {task!r}: its shards have changed. "
+                    "Run the experiment again."
+                )
 
 
-@dataclass(frozen=True)
-class _SeedFigure:
-    name: str
-    of: Callable[[Measure], float | None]
-    ratio: bool = False
-    decimals: int = 3
-    lower_is_better: bool = True
-
-
-def _seed_figures(results: Results) -> list[_SeedFigure]:
-    """Name what a whole training is compared by. Losses compare where an experiment has thresholds for them."""
-    figures = []
-    if results.answers:
-        figures.append(
-            _SeedFigure("right answers (points)", _right_answers, decimals=1, lower_is_better=False)
-        )
-    thresholds = results.settings.get("thresholds", [])
-    if not thresholds:
-        return figures
-    figures.append(
-        _SeedFigure(
-            "final validation loss",
-            lambda measure: measure.curve[-1].loss if measure.curve else None,
-        )
-    )
-    shared = [
-        threshold
-        for threshold in thresholds
-        if all(_teraflop_to(measure, threshold) for measure in results.measures)
-    ]
-    if shared:
-        lowest = min(shared)
-        name = f"TFLOP to a loss of {lowest:g}, ratio"
-        figures.append(_SeedFigure(name, lambda measure: _teraflop_to(measure, lowest), ratio=True))
-    return figures
+def _domain_points(results: Results, domain: str, measure: Measure) -> float:
+    return 100 * domain_score(results, measure, domain)
 
 
 def _right_answers(measure: Measure) -> float | None:
-    """Return the mean over tasks, which weigh alike, in points."""
+    """Return the unweighted mean over tasks, in points."""
     return 100 * float(np.mean(list(measure.answers.values()))) if measure.answers else None
 
 
-def _teraflop_to(measure: Measure, threshold: float) -> float | None:
+def _final_loss(measure: Measure) -> float | None:
+    return measure.curve[-1].loss if measure.curve else None
+
+
+def _teraflop_to(threshold: float, measure: Measure) -> float | None:
     return next((point.teraflop for point in measure.curve if point.loss <= threshold), None)
 
 
-def _seed_difference(
-    arm: str, figure: _SeedFigure, pairs: Sequence[tuple[float, float]]
-) -> SeedDifference:
-    per_seed = tuple(
-        math.log(mine / theirs) if figure.ratio else mine - theirs for mine, theirs in pairs
-    )
-    value, std = mean_std(per_seed)
-    p_value = _over_seeds(per_seed)
-    return SeedDifference(
-        arm,
-        figure.name,
-        value,
-        std,
-        per_seed,
-        figure.ratio,
-        figure.decimals,
-        figure.lower_is_better,
-        p_value,
-        None,
-    )
+def _log_teraflop_to(threshold: float, measure: Measure) -> float | None:
+    work = _teraflop_to(threshold, measure)
+    return log(work) if work else None
 
 
-def _difference(
-    results: Results, arm: str, domain: str, pairs: Sequence[tuple[Measure, Measure]]
-) -> Difference:
-    per_seed = [
-        domain_score(results, one, domain) - domain_score(results, other, domain)
-        for one, other in pairs
-    ]
-    value, std = mean_std(per_seed)
-    clips = _clips(results, domain, pairs)
-    over_clips = paired_difference(*clips, [1.0] * len(clips[0])) if clips else None
-    return Difference(
-        arm=arm,
-        domain=domain,
-        value=value,
-        std=std,
-        per_seed=tuple(per_seed),
-        low=over_clips.low if over_clips else None,
-        high=over_clips.high if over_clips else None,
-        p_clips=over_clips.p_value if over_clips else None,
-        p_holm=None,
-        p_seeds=_over_seeds(per_seed),
-    )
+def _t_test(
+    values: np.ndarray, alternative: str = "two-sided"
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Test the mean of each row of `[R, N]` against 0.
+
+    Returns:
+        p-values `[R]` and 95 % intervals, NaN where a row does not vary.
+    """
+    p_value, low, high = (np.full(len(values), np.nan) for _ in range(3))
+    known = np.isfinite(values)
+    largest = np.max(np.abs(values), axis=1, where=known, initial=0.0)
+    ranges = np.where(known, values, -np.inf).max(1) - np.where(known, values, np.inf).min(1)
+    varied = ranges > ROUNDING * largest
+    if varied.any():
+        test = ttest_1samp(values[varied], 0.0, axis=1, nan_policy="omit", alternative=alternative)
+        interval = test.confidence_interval(1 - ALPHA)
+        p_value[varied] = test.pvalue  # pyright: ignore[reportAttributeAccessIssue]
+        low[varied], high[varied] = interval
+    return p_value, (low, high)
 
 
-def _clips(
-    results: Results, domain: str, pairs: Sequence[tuple[Measure, Measure]]
-) -> tuple[list[np.ndarray], list[np.ndarray]] | None:
-    """Return for each task of a domain the correctness of each clip, a mean over seeds, of both arms."""
-    ours, theirs = [], []
-    for task in [name for name, result in results.tasks.items() if result.domain == domain]:
-        found = [(one.tasks[task], other.tasks[task]) for one, other in pairs]
-        if len({result.keys for pair in found for result in pair}) > 1:
-            raise UserError(
-                f"Arms were tested on different clips of {task!r}: their shards changed. Run the experiment anew."
-            )
-        if not all(result.right for pair in found for result in pair):
-            return None
-        ours.append(np.mean([right_share(one, results.probe_seeds) for one, _ in found], axis=0))
-        theirs.append(
-            np.mean([right_share(other, results.probe_seeds) for _, other in found], axis=0)
-        )
-    return ours, theirs
+def _holm(p_values: np.ndarray) -> np.ndarray:
+    """Correct the p-values that there are after Holm; NaN stays."""
+    adjusted = p_values.copy()
+    known = np.isfinite(p_values)
+    adjusted[known] = holm(p_values[known].tolist())
+    return adjusted
 
 
-def _over_seeds(per_seed: Sequence[float]) -> float | None:
-    if len(per_seed) < 2 or np.ptp(per_seed) <= ROUNDING * np.abs(per_seed).max():
-        return None  # one and the same value: nothing to test it by
-    p_value = float(ttest_rel(per_seed, np.zeros(len(per_seed))).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
-    return p_value if math.isfinite(p_value) else None
+def _tested(one: Comparison, tests: Tests, row: int) -> Comparison:
+    known = {
+        field.name: float(values[row])
+        for field in fields(Tests)
+        if np.isfinite((values := getattr(tests, field.name))[row])
+    }
+    alpha = known.pop("alpha")
+    if one.std and "p_value" in known:
+        trainings = max(len(one.per_training), MIN_TRAININGS)
+        known["detectable"] = detectable_difference(one.std, trainings, alpha)
+    return replace(one, **known)

@@ -1,27 +1,22 @@
-"""Results → tables: quality beside price, paired comparisons, what fixed losses cost, and the commands.
-
-In: `Results`. Out: Markdown, whole or put between the marks of a page. Next: `docs/results.md`, the console.
-"""
+"""Results → tables: scores, answers, costs, comparisons between recipes, and the commands."""
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from whisper_aut.errors import UserError
 from whisper_aut.experiments.results import Results, TaskResult
 from whisper_aut.experiments.statistics import (
-    Difference,
-    SeedDifference,
+    MIN_TRAININGS,
+    Comparison,
     Spread,
-    differences,
+    compare,
     price,
-    seed_differences,
     spread,
 )
 from whisper_aut.probes.baseline import BASELINE_NAME
 from whisper_aut.report.tables import BLANK, Sheet, markdown
-
-MAX_DIFFERENCES = 45  # in a table for people; the JSON gives all
 
 
 def sheets(results: Results) -> list[Sheet]:
@@ -30,9 +25,8 @@ def sheets(results: Results) -> list[Sheet]:
     found += [answer_sheet(results)] if results.answers else []
     found += [cost_sheet(results)] if any(measure.cost for measure in results.measures) else []
     found += [price_sheet(results)] if _thresholds(results) else []
-    found += [difference_sheet(results)] if results.tasks and len(results.arms) > 1 else []
-    of_trainings = seed_difference_sheet(results)
-    return [*found, of_trainings] if of_trainings.rows else found
+    comparisons = comparison_sheet(results)
+    return [*found, comparisons] if comparisons.rows else found
 
 
 def score_sheet(results: Results) -> Sheet:
@@ -148,48 +142,32 @@ def price_sheet(results: Results) -> Sheet:
     return Sheet("Price of a validation loss", caption, head, tuple(rows), _axes(results))
 
 
-def difference_sheet(results: Results) -> Sheet:
-    """Lay out each arm against the reference, domain by domain."""
+def comparison_sheet(results: Results) -> Sheet:
+    """Lay out each arm against the reference, endpoint by endpoint."""
     titles = {arm.name: arm.titles for arm in results.arms}
-    found = differences(results)
-    shown = (
-        found
-        if len(found) <= MAX_DIFFERENCES
-        else [one for one in found if one.verdict != "no significant difference"]
-    )
-    rows = tuple((*titles[one.arm], one.domain, *_difference_cells(one)) for one in shown)
-    head = (
-        *_axis_names(results), "domain", "difference", "95 % interval, clips", "p, clips (Holm)", "p, seeds", "verdict"
-    )  # fmt: skip
-    caption = (
-        f"Points against {', '.join(titles[results.reference])}; ± over seeds. A domain's tasks weigh alike. Interval by paired bootstrap "
-        "over test clips, p by paired sign flips over clips, corrected after Holm for the whole table, and by a paired t-test over seeds. "
-        "Better or worse: the corrected p over clips is below 0.05 and all seeds agree in sign."
-    )
-    if len(shown) < len(found):
-        caption += f" Only significant ones of {len(found)} are shown."
-    return Sheet("Paired comparisons", caption, head, rows, _axes(results) + 1)
-
-
-def seed_difference_sheet(results: Results) -> Sheet:
-    """Lay out each arm against the reference in what whole trainings are compared by."""
-    titles = {arm.name: arm.titles for arm in results.arms}
-    found = seed_differences(results)
-    rows = tuple((*titles[one.arm], one.figure, *_seed_difference_cells(one)) for one in found)
+    found = compare(results)
     head = (
         *_axis_names(results),
-        "figure",
-        "difference or ratio",
-        "seed by seed",
-        "p, seeds",
-        "p, seeds (Holm)",
+        "endpoint",
+        "difference",
+        "training by training",
+        "95 % interval",
+        "p",
+        "p, corrected",
+        "detectable",
         "verdict",
     )
+    rows = tuple((*titles[one.arm], *_comparison_cells(one)) for one in found)
     caption = (
-        f"Against {', '.join(titles[results.reference])}, by a paired t-test over seeds, corrected after Holm for the whole table. Ratios "
-        "are compared by their logarithms. Answers: the mean of the tasks, which weigh alike. Few seeds find large differences only."
+        f"Against {', '.join(titles[results.reference])}, paired by seed: the unit is a training. "
+        "± is the standard deviation of the differences; intervals and p are of a paired t test over "
+        f"trainings, {_correction(found, results)} Domains (their tasks count alike) and answers in "
+        "points, losses in nats; ratios are compared by their logarithms. Detectable: the true "
+        f"difference that this number of trainings ({MIN_TRAININGS} where there are fewer), with this "
+        "standard deviation and correction, finds with a probability of 80 %. Better, worse: the "
+        f"corrected p is below 0.05. A claim needs {MIN_TRAININGS} trainings. {_margin(results)}"
     )
-    return Sheet("Paired comparisons of trainings", caption, head, rows, _axes(results) + 1)
+    return Sheet("Comparisons of trainings", caption.strip(), head, rows, _axes(results) + 1)
 
 
 def commands_page(results: Results) -> str:
@@ -255,33 +233,44 @@ def put_into(document: Path, name: str, text: str) -> None:
     )
 
 
-def _difference_cells(one: Difference) -> tuple[str, ...]:
-    interval = (
-        BLANK
-        if one.low is None or one.high is None
-        else f"{100 * one.low:+.1f} … {100 * one.high:+.1f}"
-    )
-    deviation = "" if one.std is None else f" ± {100 * one.std:.1f}"
+def _comparison_cells(one: Comparison) -> tuple[str, ...]:
+    def show(value: float, sign: str = "+") -> str:
+        if one.endpoint.ratio:
+            return f"{math.exp(value):.3g}"
+        return f"{value:{sign}.{1 if one.endpoint.points else 3}f}"
+
+    times = "× " * one.endpoint.ratio
+    deviation = f" ± {show(one.std, '')}" if one.std is not None and not one.endpoint.ratio else ""
     return (
-        f"{100 * one.value:+.1f}{deviation}",
-        interval,
-        _p_value(one.p_holm),
-        _p_value(one.p_seeds),
+        one.endpoint.title + ", primary" * one.primary,
+        times + show(one.value) + deviation,
+        " · ".join(map(show, one.per_training)),
+        BLANK if one.low is None or one.high is None else f"{show(one.low)} … {show(one.high)}",
+        _p_value(one.p_value),
+        _p_value(one.p_adjusted),
+        BLANK if one.detectable is None else times + show(one.detectable, ""),
         one.verdict,
     )
 
 
-def _seed_difference_cells(one: SeedDifference) -> tuple[str, ...]:
-    written = f"{{:+.{one.decimals}f}}"
-    if one.ratio:
-        value, each = (
-            f"× {math.exp(one.value):.2f}",
-            [f"{math.exp(value):.2f}" for value in one.per_seed],
+def _correction(found: Sequence[Comparison], results: Results) -> str:
+    rest = sum(not one.primary for one in found)
+    if results.settings.get("primary", {}).get("arm"):
+        return (
+            "the primary one at 5 % by itself, the others corrected after Holm for "
+            f"{rest} comparisons and no smaller than the primary one's."
         )
-    else:
-        value, each = written.format(one.value), [written.format(value) for value in one.per_seed]
-        value += "" if one.std is None else f" ± {written.format(one.std).lstrip('+')}"
-    return value, " · ".join(each), _p_value(one.p_value), _p_value(one.p_holm), one.verdict
+    return f"corrected after Holm for all {rest} comparisons; no primary one was named beforehand."
+
+
+def _margin(results: Results) -> str:
+    margin = results.settings.get("margin")
+    if not margin:
+        return ""
+    return (
+        f"No worse: the lower end of the 95 % interval is above -{margin:g} points, corrected after "
+        "Holm but for the primary comparison."
+    )
 
 
 def _thresholds(results: Results) -> list[float]:
