@@ -227,9 +227,12 @@ def second_file(data: bytes | mmap.mmap) -> int | None:
         )
         ends = (8 + size, 8 + size + size % 2)
         return next((end for end in ends if size and data[end : end + 4] == start), None)
-    if start == b"fLaC":  # and STREAMINFO, 34 bytes, as its first or only block
-        found = [data.find(b"fLaC" + flag + b"\0\0\x22", 4) for flag in (b"\0", b"\x80")]
-        return min((at for at in found if at > 0), default=None)
+    if start == b"fLaC":
+        at = 0
+        while (at := data.find(b"fLaC", at + 4)) > 0:
+            if data[at + 5 : at + 8] == b"\0\0\x22":  # STREAMINFO, 34 bytes, comes first
+                return at
+        return None
     return _second_ogg(data) if start == b"OggS" else _second_mp3(data)
 
 
