@@ -308,12 +308,20 @@ class DuringSettings:
 
 @dataclass
 class ProbeSettings:
-    """The probes after training: tasks by name or path, the folder that stands for `{root}` in them, and whether a random
-    encoder and log-mel statistics stand beside; and those during training."""
+    """The probes after training, and those during training.
+
+    Attributes:
+        root: the folder that `{root}` in the tasks stands for.
+        tasks: by name or path.
+        seeds: of probes with a random start; the others are fitted once.
+        final_fit: what the tested probe is fitted on: the training split, or the validation split too.
+        random_encoder, logmel_baseline: also probe random weights, and log-mel statistics.
+    """
 
     root: str = "data"
     tasks: list[str] = field(default_factory=list)
     seeds: int = 3
+    final_fit: Literal["train", "train+valid"] = "train"
     random_encoder: bool = True
     logmel_baseline: bool = True
     during: DuringSettings = field(default_factory=DuringSettings)

@@ -1,5 +1,7 @@
 """probes.rounds, selection and kinds: folds are nested, the test part has no say, and the plain loop gives the same."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,8 @@ from whisper_aut.probes.cache import Embeddings
 from whisper_aut.probes.kinds import KINDS, kind_for, probe_rounds
 from whisper_aut.probes.knn import KNNProbe
 from whisper_aut.probes.lbfgs import minimise
-from whisper_aut.probes.rounds import draw, fold_rounds
+from whisper_aut.probes.mlp import MLPProbe
+from whisper_aut.probes.rounds import fold_rounds, split_round, trials
 from whisper_aut.probes.selection import jackknife
 
 CLASSES = 4
@@ -41,78 +44,125 @@ def test_each_fold_is_tested_once_and_validates_in_the_rounds_of_the_others(fold
     assert [one.test.keys[0] for one in rounds] == ["0:0", "1:0", "2:0", "3:0"]
     for one in rounds:
         assert not set(one.pool.keys) & set(one.test.keys)
-        drawn = draw(one, np.zeros(len(one.pool), dtype=int), seed=3)
-        assert len(drawn.trials) == 3
-        for fit, valid in drawn.trials:
+        inner = trials(one, np.zeros(len(one.pool), dtype=int))
+        assert len(inner) == 3
+        for trial in inner:
             fitted, validated = (
                 {one.pool.keys[i].split(":")[0] for i in np.flatnonzero(mask)}
-                for mask in (fit, valid)
+                for mask in (trial.fit, trial.valid)
             )
             assert len(validated) == 1
             assert not fitted & validated
-            assert valid.sum() == 40
-        assert drawn.final.sum() == round(0.9 * 120)
+            assert trial.valid.sum() == 40
 
 
 @pytest.mark.parametrize("kind", ["linear", "knn"])
 def test_label_noise_in_a_test_fold_cannot_raise_its_score_or_move_a_choice(folds, kind):
-    clean = probe_rounds(fold_rounds(folds), kind=kind, seeds=(0, 1))
+    (honest,) = probe_rounds(fold_rounds(folds), kind=kind)
     noisy_fold = Embeddings(folds[2].features, folds[2].labels[::-1], folds[2].keys, {})
-    for one, (honest, planted) in enumerate(
-        zip(
-            clean,
-            probe_rounds(
-                [
-                    *fold_rounds(folds)[:2],
-                    *fold_rounds([*folds[:2], noisy_fold, folds[3]])[2:3],
-                    *fold_rounds(folds)[3:],
-                ],
-                kind=kind,
-                seeds=(0, 1),
-            ),
-            strict=True,
-        )
-    ):
-        assert honest.settings == planted.settings, one
-        assert honest.valid_scores == planted.valid_scores
-        assert planted.scores[2] < honest.scores[2] - 0.2
-        assert planted.scores[3] == honest.scores[3]
+    rounds = [
+        *fold_rounds(folds)[:2],
+        *fold_rounds([*folds[:2], noisy_fold, folds[3]])[2:3],
+        *fold_rounds(folds)[3:],
+    ]
+    (planted,) = probe_rounds(rounds, kind=kind)
+    assert honest.settings == planted.settings
+    assert honest.valid_scores == planted.valid_scores
+    assert planted.scores[2] < honest.scores[2] - 0.2
+    assert planted.scores[3] == honest.scores[3]
 
 
-def test_batched_folds_equal_a_plain_loop_of_scikit_learn(folds):
-    """The same draws, one LogisticRegression after another: the same penalties are chosen, the same clips are right."""
+def standardised(part: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
+    return (part - train.mean(0)) / train.std(0, correction=0)
+
+
+def test_folds_equal_a_plain_loop_of_scikit_learn_on_all_other_folds(folds):
+    """One LogisticRegression after another: the same penalties are chosen, the same clips are right; nothing is left out."""
     penalties = (0.1, 1.0, 10.0, 100.0)
-    found = probe_rounds(
-        fold_rounds(folds), seeds=(0, 1), candidates=[{"penalty": p} for p in penalties]
-    )
-    for seed, run in enumerate(found):
-        for number, one in enumerate(fold_rounds(folds)):
-            labels = np.array(one.pool.labels)
-            standard = (one.pool.features - one.pool.features.mean(0)) / one.pool.features.std(
-                0, correction=0
+    (run,) = probe_rounds(fold_rounds(folds), candidates=[{"penalty": p} for p in penalties])
+    for number, one in enumerate(fold_rounds(folds)):
+        labels, features = np.array(one.pool.labels), one.pool.features
+        standard, tested = (
+            standardised(features, features),
+            standardised(one.test.features, features),
+        )
+        inner = trials(one, np.unique(labels, return_inverse=True)[1])
+        valid = [
+            np.mean(
+                [
+                    _logistic(standard[t.fit], labels[t.fit], p).score(
+                        standard[t.valid], labels[t.valid]
+                    )
+                    for t in inner
+                ]
             )
-            tested = (one.test.features - one.pool.features.mean(0)) / one.pool.features.std(
-                0, correction=0
-            )
-            drawn = draw(one, np.unique(labels, return_inverse=True)[1], seed)
-            valid = [
-                np.mean(
-                    [
-                        _logistic(standard[fit], labels[fit], p).score(standard[v], labels[v])
-                        for fit, v in drawn.trials
-                    ]
-                )
-                for p in penalties
-            ]
-            chosen = run.settings[number]["penalty"]
-            assert valid[penalties.index(chosen)] == pytest.approx(max(valid), abs=0.009)
-            assert run.valid_scores[number] == pytest.approx(
-                valid[penalties.index(chosen)], abs=0.009
-            )
-            right = _logistic(standard[drawn.final], labels[drawn.final], chosen).predict(
-                tested
-            ) == np.array(one.test.labels)
-            assert (right == run.units[number]).mean() > 0.97
+            for p in penalties
+        ]
+        chosen = run.settings[number]["penalty"]
+        assert valid[penalties.index(chosen)] == pytest.approx(max(valid), abs=0.009)
+        assert run.valid_scores[number] == pytest.approx(valid[penalties.index(chosen)], abs=0.009)
+        theirs = _logistic(standard, labels, chosen).predict(tested)
+        assert (theirs == np.array(run.predicted[number])).mean() > 0.97
+
+
+@pytest.mark.parametrize("final_fit", ["train", "train+valid"])
+def test_the_tested_probe_is_fitted_on_the_whole_training_split(folds, final_fit):
+    """Its probabilities are scikit-learn's on all of `train`, or on `train` and `valid` where that is asked for."""
+    train, valid, test, _ = folds
+    round = split_round({"train": train, "valid": valid, "test": test})
+    (run,) = probe_rounds([round], final_fit=final_fit)
+    used = [train] if final_fit == "train" else [train, valid]
+    features = standardised(torch.cat([part.features for part in used]), train.features)
+    labels = np.array([label for part in used for label in part.labels])
+    model = _logistic(features, labels, run.settings[0]["penalty"])
+    expected = model.predict_proba(standardised(test.features, train.features).double().numpy())
+    assert np.abs(expected.max(1) - run.probabilities[0]).max() < 2e-3
+    assert (model.classes_[expected.argmax(1)] == np.array(run.predicted[0])).all()
+
+
+def test_a_probe_without_a_random_start_is_fitted_once_whatever_the_seeds(folds):
+    for kind in ("linear", "knn"):
+        runs = [
+            probe_rounds(fold_rounds(folds), kind=kind, seeds=seeds) for seeds in ((0,), (1, 2))
+        ]
+        assert [run.seed for run in (*runs[0], *runs[1])] == [None, None]
+        assert runs[0][0].scores == runs[1][0].scores
+
+
+SEEDED = [kind for kind, facts in KINDS.items() if facts.seeded and "class" in facts.answers]
+
+
+@pytest.mark.parametrize("kind", SEEDED)
+def test_a_seeds_score_is_the_same_alone_and_in_company(kind):
+    """To the last bit: each seed's probe is trained by itself, and choosing knows no seeds."""
+    noisy = [seen_by(kind, fold(number, spread=4.0)) for number in range(3)]
+    rounds = [split_round(dict(zip(("train", "valid", "test"), noisy, strict=True)))]
+    few = [{"rate": rate, "decay": 1e-3} for rate in (1e-3, 1e-2)]
+    together = probe_rounds(rounds, kind=kind, seeds=(0, 1, 2), candidates=few)
+    (alone,) = probe_rounds(rounds, kind=kind, seeds=(2,), candidates=few)
+    assert together[2].probabilities == alone.probabilities
+    assert together[2].scores == alone.scores
+    assert together[0].settings == together[2].settings == alone.settings
+    assert together[0].probabilities != together[2].probabilities, "a seed decides something"
+
+
+def seen_by(kind: str, part: Embeddings) -> Embeddings:
+    """Give clips the form that a kind of probe takes: layers, or three frames a clip."""
+    if KINDS[kind].view == "layers":
+        return replace(part, features=torch.stack([part.features, part.features.square()], 1))
+    if KINDS[kind].view == "frames":
+        frames = (
+            part.features.repeat_interleave(3, 0)
+            * torch.tensor([0.5, 1.0, 1.5]).repeat(40)[:, None]
+        )
+        return replace(part, features=frames, lengths=(3,) * len(part))
+    return part
+
+
+def test_a_seed_decides_the_start_and_nothing_else_does():
+    one, same, other = (MLPProbe(4, 3, [{"rate": 1.0, "decay": 0.0}], seed) for seed in (0, 0, 1))
+    assert torch.equal(one.values["first"], same.values["first"])
+    assert not torch.equal(one.values["first"], other.values["first"])
 
 
 def _logistic(features: torch.Tensor, labels: np.ndarray, penalty: float) -> LogisticRegression:
@@ -178,6 +228,10 @@ def test_two_folds_hold_out_a_share_to_choose_by(folds):
     runs = probe_rounds(fold_rounds(folds[:2]), seeds=(0,))
     assert len(runs[0].scores) == 2
     assert all(0 < score <= 1 for score in runs[0].valid_scores)
+    labels = np.unique(folds[1].labels, return_inverse=True)[1]
+    (trial,) = trials(fold_rounds(folds[:2])[0], labels)
+    assert np.bincount(labels[trial.valid]).tolist() == [2] * CLASSES
+    assert (trial.fit ^ trial.valid).all()
 
 
 def test_a_kind_that_cannot_answer_is_told(task_with):

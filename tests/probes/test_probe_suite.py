@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from whisper_aut.corpora.annotation import Annotation
@@ -81,8 +82,19 @@ def test_averages_are_weighted(run):
     tones, half = scores.get("tiny", "tones"), scores.get("tiny", "half")
     assert averages["tiny", "sound"].mean == pytest.approx(tones.mean)
     assert averages["tiny", AVERAGE].mean == pytest.approx((tones.mean + 3 * half.mean) / 4)
-    seeds = [(a + 3 * b) / 4 for a, b in zip(tones.scores, half.scores, strict=True)]
-    assert averages["tiny", AVERAGE].std == pytest.approx(abs(seeds[0] - seeds[1]) / 2**0.5)
+    assert averages["tiny", AVERAGE].std is None, "linear probes are fitted once"
+
+
+def test_an_average_scatters_as_its_seeds_do(run, task_with):
+    fitted_once = task_with(name="half", domain="music", label="half", weight=3.0)
+    scores = run(tasks=[task_with(kind="mlp"), fitted_once], seeds=(0, 1))
+    tones, half = scores.get("tiny", "tones"), scores.get("tiny", "half")
+    assert (tones.seeds, half.seeds) == ((0, 1), ())
+    seeds = [(score + 3 * half.mean) / 4 for score in tones.scores]
+    average = next(a for a in scores.averages() if (a.encoder, a.domain) == ("tiny", AVERAGE))
+    assert average.std == pytest.approx(abs(seeds[0] - seeds[1]) / 2**0.5)
+    assert tones.epochs == np.mean([setting["epochs"] for setting in tones.chosen])
+    assert half.epochs is None
 
 
 def test_an_encoder_against_itself_is_no_difference(run, tiny_encoder):
@@ -105,7 +117,7 @@ def test_scores_survive_json(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"version": 99}', '{"version": 2, "entries": [{}]}']
+    "text", ["", "[]", "{}", '{"version": 99}', '{"version": 3, "entries": [{}]}']
 )
 def test_what_is_no_score_file_is_said(tmp_path, text):
     (tmp_path / "scores.json").write_text(text)
@@ -156,8 +168,9 @@ def test_stored_scores_lapse_with_encoder_data_settings(
     one = {"encoders": {"tiny": tiny_encoder()}, "tasks": [task_with()]}
     assert newly_fitted(**one) == 1
     assert newly_fitted(**one) == 0
+    assert newly_fitted(**one, seeds=(0, 1, 2)) == 0, "linear probes know no seeds"
     assert newly_fitted(**one | {"encoders": {"tiny": tiny_encoder(seed=1)}}) == 1
-    assert newly_fitted(**one, seeds=(0, 1, 2)) == 1
+    assert newly_fitted(**one, final_fit="train+valid") == 1
     with monkeypatch.context() as changed:
         changed.setitem(metrics.METRIC_VERSIONS, "accuracy", "accuracy 2")
         assert newly_fitted(**one) == 1
@@ -175,6 +188,32 @@ def test_stored_scores_lapse_with_encoder_data_settings(
     )
     file.write_text("{damaged")
     assert newly_fitted(**one) == 1
+
+
+def test_predictions_trace_each_score_to_its_clips(run, tmp_path, task_with, fits, tiny_encoder):
+    file, lines = tmp_path / "scores.json", tmp_path / "predictions.jsonl"
+    arguments = {"tasks": [task_with(kind="knn"), task_with(name="mlp", kind="mlp")]}
+    arguments |= {"scores_file": file, "predictions_file": lines}
+    scores = run(**arguments)
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(rows) == 2 * 30 * (1 + 2), "encoders × clips × (once without seeds, and two seeds)"
+    for entry in scores.entries:
+        own = [row for row in rows if (row["encoder"], row["task"]) == (entry.encoder, entry.task)]
+        right = [row["predicted"] == row["true"] for row in own]
+        assert np.mean(right) == pytest.approx(entry.mean, abs=1e-6)
+        assert len({row["key"] for row in own}) == 30
+        assert {row.get("seed") for row in own} == ({0, 1} if entry.kind == "mlp" else {None})
+        assert all(0 <= row["probability"] <= 1 for row in own)
+    assert len(fits) == 4
+    renamed = {"encoders": {"other": tiny_encoder()}}
+    run(**arguments | renamed)
+    again = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(fits) == 4, "stored scores are used again, with their predictions"
+    assert again == [row | {"encoder": "other"} for row in rows if row["encoder"] == "tiny"]
+    lines.unlink()
+    run(**arguments | renamed)
+    assert len(fits) == 6, "a score whose predictions are gone does not count"
+    assert lines.read_text().count("\n") == 90
 
 
 def test_different_test_clips_cannot_be_paired(run):

@@ -18,8 +18,10 @@ def entry(encoder: str, task: str, domain: str, right: tuple[int, int]) -> TaskS
         metric="accuracy",
         classes=4,
         scores=tuple(count / 10 for count in right),
-        chosen=({"penalty": 1.0}, {"penalty": 10.0}),
+        chosen=({"rate": 1e-3, "epochs": 20}, {"rate": 1e-2, "epochs": 10}),
         valid_scores=(0.5, 0.6),
+        seeds=(0, 1),
+        final_fit="train",
         record=correct,
         units=(10,),
         keys_sha256=task,
@@ -28,6 +30,7 @@ def entry(encoder: str, task: str, domain: str, right: tuple[int, int]) -> TaskS
         chance=0.25,
         pooling="mean",
         identity=f"{encoder}-{task}",
+        kind="mlp",
     )
 
 

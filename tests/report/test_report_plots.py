@@ -29,7 +29,9 @@ def test_an_encoder_may_lack_a_task_or_have_one_seed(two_encoders, tmp_path):
     plot_scores(
         replace(two_encoders, entries=two_encoders.entries[:3]), tmp_path / "a.png", baseline="base"
     )
-    one = tuple(replace(e, scores=e.scores[:1], record=e.record[:1]) for e in two_encoders.entries)
+    one = tuple(
+        replace(e, seeds=(), scores=e.scores[:1], record=e.record[:1]) for e in two_encoders.entries
+    )
     plot_scores(replace(two_encoders, entries=one, seeds=(0,)), tmp_path / "b.png")
     assert (tmp_path / "a.png").stat().st_size > 5_000
     assert (tmp_path / "b.png").stat().st_size > 5_000

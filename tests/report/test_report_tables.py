@@ -15,7 +15,7 @@ def rendered(scores: Scores) -> str:
     console = Console(width=220, file=io.StringIO(), record=True, markup=False)
     for sheet in sheets(scores):
         console.print(rich_table(sheet))
-    return console.export_text()
+    return " ".join(console.export_text().split())
 
 
 def test_scores_with_spread_and_averages(two_encoders):
@@ -42,10 +42,12 @@ def test_a_difference_without_support_is_called_that(two_encoders):
     assert "no significant difference" in text
 
 
-def test_one_seed_has_no_deviation(two_encoders):
+def test_a_probe_that_is_fitted_once_has_no_deviation(two_encoders):
     entries = tuple(
         replace(
             e,
+            kind="linear",
+            seeds=(),
             scores=e.scores[:1],
             record=e.record[:1],
             chosen=({"penalty": 1.0},),
@@ -56,7 +58,16 @@ def test_one_seed_has_no_deviation(two_encoders):
     text = rendered(replace(two_encoders, entries=entries, seeds=(0,)))
     assert "80.0" in text
     assert " ± " not in text
-    assert "no standard deviation" in text
+    assert "fitted once and has no ±" in text
+
+
+def test_the_table_says_what_the_tested_probes_were_fitted_on(two_encoders):
+    assert "fitted on the full training split (train)." in rendered(two_encoders)
+    both = tuple(replace(e, final_fit="train+valid") for e in two_encoders.entries)
+    text = rendered(replace(two_encoders, entries=both))
+    assert "fitted on training and validation split (train+valid)." in text
+    folds = tuple(replace(e, seeds=(0,), record=("1" * 10,)) for e in two_encoders.entries)
+    assert "fitted on all other folds." in rendered(replace(two_encoders, entries=folds))
 
 
 def test_markdown_has_as_many_cells_in_every_row(two_encoders):

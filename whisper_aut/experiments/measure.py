@@ -150,11 +150,13 @@ def _scored(
             embedding=embedding,
             scores_file=bench.work / "scores" / f"{label}-{number}.json",
         )
-        found |= {entry.task: _result(entry) for entry in scores.entries}
+        found |= {
+            entry.task: _result(entry, bench.settings.probe_seeds) for entry in scores.entries
+        }
     return found
 
 
-def _result(entry: TaskScore) -> TaskResult:
+def _result(entry: TaskScore, probe_seeds: int) -> TaskResult:
     valid = [score for score in entry.valid_scores if score is not None]
     return TaskResult(
         title=entry.title,
@@ -162,14 +164,14 @@ def _result(entry: TaskScore) -> TaskResult:
         score=round(entry.mean, 6),
         spread=None if entry.std is None else round(entry.std, 6),
         valid=round(sum(valid) / len(valid), 6) if valid else None,
-        right=_digits(entry.record),
+        right=_digits(entry.record if entry.seeds else entry.record * probe_seeds),
         keys=entry.keys_sha256,
         test_clips=entry.test_clips,
     )
 
 
 def _digits(record: Sequence[Any]) -> str:
-    """Count per clip in how many probe seeds it was right."""
+    """Count per clip in how many probe seeds it was right; a probe without seeds is the same in each."""
     if not all(isinstance(seed, str) for seed in record):
         return ""
     return "".join(str(sum(map(int, clip))) for clip in zip(*record, strict=True))

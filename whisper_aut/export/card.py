@@ -267,16 +267,19 @@ def _probes(scores: Mapping[str, Any]) -> str:
     ]
     labels = _labels(entries)
     table = _table(["in %", *(labels[encoder] for encoder in encoders)], rows)
-    seeds = len(scores.get("seeds", []))
+    fitted = " or ".join(sorted({f"`{entry['final_fit']}`" for entry in entries}))
+    seeds = max(len(entry["seeds"]) for entry in entries)
+    spread = f"± is the standard deviation over {seeds} seeds of probes with a random start. "
     note = (
-        f"Protocol `{scores['protocol']}`, {seeds} seeds: mean ± standard deviation over seeds and folds. The frozen encoder's frames "
-        "are pooled over each clip's own length."
+        f"Protocol `{scores['protocol']}`: settings are chosen on validation clips, and the tested probe is fitted on the full split "
+        f"{fitted}, or in folds on all other folds. {spread if seeds > 1 else ''}The frozen encoder's frames are pooled over each "
+        "clip's own length."
     )
     return "\n\n".join([table, note, *_differences(scores, titles, labels)])
 
 
 def _score(entry: Mapping[str, Any]) -> str:
-    values = 100 * np.array(entry["scores"])
+    values = 100 * np.reshape(entry["scores"], (len(entry["record"]), -1)).mean(1)  # one a seed
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 

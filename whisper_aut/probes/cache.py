@@ -43,6 +43,10 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def clips(self) -> Sequence[Tensor]:
+        """Return the items of each clip, `[T, D]`, of embeddings with `lengths`."""
+        return self.features.split(self.lengths)
+
     @classmethod
     def join(cls, parts: Sequence["Embeddings"]) -> "Embeddings":
         """Put folders end to end into one split."""

@@ -6,8 +6,9 @@ In: a LightningModule and the tensors it trains on. Out: the module, trained. Us
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,19 @@ ONE_THREAD_FLOPS = (
 )
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class FittedProbes:
+    """J probes that were fitted together.
+
+    Attributes:
+        scores: features of I items → `[I, J, C]`.
+        epochs: how many each was trained for; none where nothing trains by epochs.
+    """
+
+    scores: Callable[[Tensor], Tensor]
+    epochs: Sequence[int] = ()
 
 
 class OneBatch:

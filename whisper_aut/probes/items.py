@@ -82,7 +82,7 @@ def class_names(rounds: Sequence[Round], answer: Answer, name: str) -> list[str]
     found: set[str] = set()
     for one in rounds:
         known = _classes(
-            [label for label, taken in zip(one.pool.labels, one.sampled, strict=True) if taken],
+            [label for label, taken in zip(one.pool.labels, one.train, strict=True) if taken],
             answer,
         )
         if len(known) < (2 if answer == "class" else 1):
@@ -90,7 +90,7 @@ def class_names(rounds: Sequence[Round], answer: Answer, name: str) -> list[str]
                 f"Probe task {name!r} has a single class in 'train', {next(iter(known), 'none')!r}: there is nothing to tell apart."
             )
         valid = [
-            label for label, taken in zip(one.pool.labels, one.sampled, strict=True) if not taken
+            label for label, taken in zip(one.pool.labels, one.train, strict=True) if not taken
         ]
         for split, labels in (("valid", valid), ("test", one.test.labels)):
             unknown = sorted(_classes(labels, answer) - known)
@@ -99,7 +99,7 @@ def class_names(rounds: Sequence[Round], answer: Answer, name: str) -> list[str]
                     f"Probe task {name!r} has {len(unknown)} classes in {split!r} that 'train' lacks: {', '.join(unknown[:8])}. "
                     "Check that label and split fields are the right ones."
                 )
-        if answer == "class" and not one.validate and len(known) == int(one.sampled.sum()):
+        if answer == "class" and not one.validate and len(known) == int(one.train.sum()):
             raise UserError(
                 f"Probe task {name!r} has one clip per class and no validation split: no penalty can be chosen."
             )

@@ -14,7 +14,7 @@ from whisper_aut.probes import attention, knn, layers, linear, mlp, retrieval, t
 from whisper_aut.probes.fitting import Setting, threads
 from whisper_aut.probes.items import class_names, items_of, strata
 from whisper_aut.probes.metrics import ANSWERS, Answer
-from whisper_aut.probes.rounds import Round, check_rounds
+from whisper_aut.probes.rounds import FinalFit, Round, check_rounds
 from whisper_aut.probes.selection import ClassLearner, Learner, SeedRun, join_rounds, score_round
 from whisper_aut.probes.tasks import ProbeTask
 
@@ -41,6 +41,8 @@ class ProbeKind:
         view: what it sees of a clip: one vector, one per layer, one per segment, or every frame.
         candidates: the settings among which validation chooses.
         version: raised when anything changes a score.
+        seeded: it trains by epochs from a start and in an order that a seed decides. The others have one solution: they are fitted
+            once, and seeds do not apply.
         learner: makes one for a round.
     """
 
@@ -49,6 +51,7 @@ class ProbeKind:
     view: View
     candidates: tuple[Setting, ...]
     version: int
+    seeded: bool
     learner: Callable[[Round, Question], Learner] = field(repr=False)
 
 
@@ -59,44 +62,46 @@ def _class_learner(fitter: Callable) -> Callable[[Round, Question], Learner]:
             items_of(part, answer, question.classes, question.segment_seconds)
             for part in (round.pool, round.test)
         )
-        made = fitter(pool, pool.of(round.sampled), len(question.classes), question.device)
-        return ClassLearner(pool, test, len(question.classes), question.metric, made, made.block)
+        made = fitter(pool, pool.of(round.train), len(question.classes), question.device)
+        return ClassLearner(
+            pool, test, tuple(question.classes), question.metric, made, question.segment_seconds
+        )
 
     return make
 
 
 def _clip_learner(made: Callable) -> Callable[[Round, Question], Learner]:
-    return lambda round, question: made(round.pool, round.sampled, round.test, question.device)
+    return lambda round, question: made(round.pool, round.train, round.test, question.device)
 
 
 def _attention(round: Round, question: Question) -> Learner:
-    parts = round.pool, round.sampled, round.test
+    parts = round.pool, round.train, round.test
     return attention.attention_learner(*parts, question.metric, question.classes, question.device)
 
 
 _linear = _class_learner(linear.LinearFitter.on)
 KINDS: dict[str, ProbeKind] = {
-    "linear": ProbeKind("linear probes", ("class", "classes"), "pooled", linear.CANDIDATES, linear.LINEAR_VERSION, _linear),
-    "knn": ProbeKind("nearest neighbours", ("class",), "pooled", knn.CANDIDATES, knn.KNN_VERSION, _class_learner(knn.KNNFitter.on)),
+    "linear": ProbeKind("linear probes", ("class", "classes"), "pooled", linear.CANDIDATES, linear.LINEAR_VERSION, False, _linear),
+    "knn": ProbeKind("nearest neighbours", ("class",), "pooled", knn.CANDIDATES, knn.KNN_VERSION, False, _class_learner(knn.KNNFitter.on)),
     "mlp": ProbeKind(
-        "one hidden layer", ("class", "classes"), "pooled", mlp.CANDIDATES, mlp.MLP_VERSION, _class_learner(mlp.mlp_fitter)
+        "one hidden layer", ("class", "classes"), "pooled", mlp.CANDIDATES, mlp.MLP_VERSION, True, _class_learner(mlp.mlp_fitter)
     ),
     "layers": ProbeKind(
-        "linear probes over weighted layers", ("class", "classes"), "layers", layers.CANDIDATES, layers.LAYERS_VERSION,
+        "linear probes over weighted layers", ("class", "classes"), "layers", layers.CANDIDATES, layers.LAYERS_VERSION, True,
         _class_learner(layers.layer_fitter),
     ),
     "attention": ProbeKind(
         "linear probes under attention pooling", ("class", "classes"), "frames", attention.CANDIDATES,
-        attention.ATTENTION_VERSION, _attention,
+        attention.ATTENTION_VERSION, True, _attention,
     ),
     # A segment is an item of any number of classes: logistic regressions on the mean frame of each.
-    "frame": ProbeKind("linear probes of segments", ("events",), "segments", linear.CANDIDATES, linear.LINEAR_VERSION, _linear),
+    "frame": ProbeKind("linear probes of segments", ("events",), "segments", linear.CANDIDATES, linear.LINEAR_VERSION, False, _linear),
     "retrieval": ProbeKind(
-        "audio-text retrieval", ("captions",), "pooled", retrieval.CANDIDATES, retrieval.RETRIEVAL_VERSION,
+        "audio-text retrieval", ("captions",), "pooled", retrieval.CANDIDATES, retrieval.RETRIEVAL_VERSION, True,
         _clip_learner(retrieval.RetrievalLearner),
     ),
     "transcription": ProbeKind(
-        "CTC heads", ("text",), "frames", transcription.CANDIDATES, transcription.TRANSCRIPTION_VERSION,
+        "CTC heads", ("text",), "frames", transcription.CANDIDATES, transcription.TRANSCRIPTION_VERSION, True,
         _clip_learner(transcription.TranscriptionLearner),
     ),
 }  # fmt: skip
@@ -133,10 +138,12 @@ def kind_for(name: str, task: ProbeTask) -> str:
 def probe_rounds(
     rounds: Sequence[Round], *, metric: str = "accuracy", kind: str = "", seeds: Sequence[int] = (0, 1, 2, 3, 4),
     candidates: Sequence[Setting] = (), segment_seconds: float = 0.0, device: str = "cpu", name: str = "task",
+    final_fit: FinalFit = "train",
 ) -> list[SeedRun]:  # fmt: skip
-    """Score the rounds of one task, once per seed.
+    """Score the rounds of one task: once per seed, or once where the kind knows no seeds.
 
     Args:
+        final_fit: what the tested probe is fitted on; in folds always on all other folds.
         kind: a key of `KINDS`; empty for the usual one of the metric.
         candidates: the settings among which validation chooses, in place of the kind's own.
 
@@ -146,14 +153,16 @@ def probe_rounds(
     check_rounds(rounds, name)
     chosen = KINDS[kind or DEFAULT_KINDS[ANSWERS[metric]]]
     question = Question(metric, class_names(rounds, ANSWERS[metric], name), segment_seconds, device)
+    own_seeds = list(seeds) if chosen.seeded else [None]
     runs = []
     for one in rounds:
         groups = strata(one, ANSWERS[metric])
-        with threads(
-            1
-        ):  # thousands of small products and scores; `fit` takes more where a step is worth it
-            learner = chosen.learner(one, question)
+        # One thread: thousands of small products and scores; `fit` takes more where a step is worth it.
+        with threads(1):
+            learner, settings = chosen.learner(one, question), candidates or chosen.candidates
             runs.append(
-                score_round(learner, one, groups, candidates or chosen.candidates, list(seeds))
+                score_round(
+                    learner, one, groups, settings, own_seeds, final_fit, by_epochs=chosen.seeded
+                )
             )
     return join_rounds(runs)

@@ -5,14 +5,14 @@ which chooses k and temperature on validation clips. Every sample is scaled to u
 (Wu et al. 2018, section 3.4, for the weighting by exp(cosine / temperature)); scaling features across samples is X-ARES's mistake.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whisper_aut.probes.fitting import Setting
+from whisper_aut.probes.fitting import FittedProbes, Setting
 from whisper_aut.probes.items import Items
 
 KNN_VERSION = 1
@@ -49,13 +49,13 @@ class KNNProbe:
 
 @dataclass(frozen=True)
 class KNNFitter:
-    """Holds one pool; `fitter(rows, settings, thorough)` gives a function from features to class scores."""
+    """Holds one pool, in which each column of `rows` marks the neighbours that count."""
 
     pool: Items
     classes: int
 
     @classmethod
-    def on(cls, pool: Items, sampled: Tensor, classes: int, device: str) -> "KNNFitter":
+    def on(cls, pool: Items, train: Tensor, classes: int, device: str) -> "KNNFitter":
         return cls(pool.to(device), classes)
 
     @property
@@ -64,8 +64,8 @@ class KNNFitter:
         return max(1, MAX_SIMILARITIES // (len(self.pool.features) * self.classes))
 
     def __call__(
-        self, rows: Tensor, settings: Sequence[Setting], thorough: bool
-    ) -> Callable[[Tensor], Tensor]:
+        self, rows: Tensor, settings: Sequence[Setting], valid: Tensor | None, seed: int
+    ) -> FittedProbes:
         probe = KNNProbe(self.pool.features, self.pool.answers, self.classes)
         most = max(int(setting["k"]) for setting in settings)
 
@@ -87,4 +87,4 @@ class KNNFitter:
                 parts.append(torch.stack(columns, 1))
             return torch.cat(parts)
 
-        return scores
+        return FittedProbes(scores)

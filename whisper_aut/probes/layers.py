@@ -14,7 +14,7 @@ from whisper_aut.probes.descent import DescentFitter, DescentProbe
 from whisper_aut.probes.fitting import Setting
 from whisper_aut.probes.items import Items
 
-LAYERS_VERSION = 1
+LAYERS_VERSION = 2
 CANDIDATES: tuple[Setting, ...] = tuple(
     {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-3, 1e-2, 1e-1)
 )
@@ -26,29 +26,32 @@ class LayerWeightedProbe(DescentProbe):
 
     Args:
         settings: each problem's learning `rate` and `decay` of the linear weights.
+        seed: decides the order of batches; all weights start at zero.
     """
 
-    def __init__(self, layers: int, width: int, classes: int, settings: Sequence[Setting]):
+    def __init__(
+        self, layers: int, width: int, classes: int, settings: Sequence[Setting], seed: int = 0
+    ):
         count = len(settings)
         values = {
             "shares": torch.zeros(count, layers),  # before the softmax: all layers alike
             "weight": torch.zeros(count, width, classes),
             "bias": torch.zeros(count, classes),
         }
-        super().__init__(values, _scores, ("weight",), settings)
+        super().__init__(values, _scores, ("weight",), settings, seed)
 
     def shares(self) -> Tensor:
         """Return what each layer counts, `[J, layers]`, summing to one."""
         return self.values["shares"].softmax(1)
 
 
-def layer_fitter(pool: Items, sampled: Tensor, classes: int, device: str) -> DescentFitter:
-    """Return what fits layer-weighted probes on one pool, standardised by its sampled clips."""
+def layer_fitter(pool: Items, train: Tensor, classes: int, device: str) -> DescentFitter:
+    """Return what fits layer-weighted probes on one pool, standardised by the items `train`."""
     items, layers, width = pool.features.shape
     block = max(1, MAX_ACTIVATIONS // (items * width + 8 * width * classes + layers))
     return DescentFitter.on(
         pool,
-        sampled,
+        train,
         device,
         probe=partial(LayerWeightedProbe, layers, width, classes),
         block=block,

@@ -4,14 +4,13 @@ In: items `[I, D]`, for each of J problems the items it may train on and its pen
 `probes.selection` chooses among them. The objective is scikit-learn's with C = 1 / penalty (Alain & Bengio 2016 for the probe): ten
 epochs of a minibatch optimiser leave a probe under-trained, and then rank optimisers, not encoders.
 
-Seeds, inner folds and penalties of one test part are J columns of one wide product. A convex probe has no random start, so a seed
-does not restart it: seed s draws a stratified 90 % of the training clips. The spread over seeds says how far a score hangs on which
-clips were trained on.
+Inner folds and penalties of one test part are J columns of one wide product. A convex problem has one optimum and no random start, so
+seeds do not apply: it is fitted once, and its uncertainty is that of the test clips.
 """
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +19,11 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from whisper_aut.model.dense import product
-from whisper_aut.probes.fitting import Setting, fit
+from whisper_aut.probes.fitting import FittedProbes, Setting, fit
 from whisper_aut.probes.items import Items
 from whisper_aut.probes.lbfgs import minimise
 
-LINEAR_VERSION = 4  # raise it when anything here changes a score
+LINEAR_VERSION = 5  # raise it when anything here changes a score
 PENALTIES = tuple(10.0**exponent for exponent in range(-2, 5))
 CANDIDATES: tuple[Setting, ...] = tuple({"penalty": penalty} for penalty in PENALTIES)
 MAX_SCORES = 1 << 22  # floats in one [I, J, C] block
@@ -261,7 +260,7 @@ class LinearProbe(LightningModule):
 
 @dataclass(frozen=True)
 class LinearFitter:
-    """Fits linear probes on one pool: `fitter(rows, settings, thorough)` gives a function from features to class scores."""
+    """Fits linear probes on one pool."""
 
     pool: Items
     basis: Basis
@@ -270,9 +269,9 @@ class LinearFitter:
     device: str
 
     @classmethod
-    def on(cls, pool: Items, sampled: Tensor, classes: int, device: str) -> "LinearFitter":
-        """Prepare a pool; statistics are taken from the items `sampled` `[I]`, those that are trained on."""
-        basis = Basis.fit(pool.features[sampled], pool.features[~sampled])
+    def on(cls, pool: Items, train: Tensor, classes: int, device: str) -> "LinearFitter":
+        """Prepare a pool; statistics are taken from the items `train` `[I]`, those of the training split."""
+        basis = Basis.fit(pool.features[train], pool.features[~train])
         return cls(pool.to(device), basis, basis(pool.features).to(device), classes, device)
 
     @property
@@ -284,9 +283,9 @@ class LinearFitter:
         )
 
     def __call__(
-        self, rows: Tensor, settings: Sequence[Setting], thorough: bool
-    ) -> Callable[[Tensor], Tensor]:
-        """Fit one probe per column of `rows` `[I, J]`."""
+        self, rows: Tensor, settings: Sequence[Setting], valid: Tensor | None, seed: int
+    ) -> FittedProbes:
+        """Fit one probe per column of `rows` `[I, J]`: roughly where `valid` clips will only rank penalties, else to convergence."""
         used = rows.any(1)
         rows, features, answers = (
             rows[used],
@@ -296,7 +295,7 @@ class LinearFitter:
         # A path of penalties only ranks them. Tolerances are shares of the loss: where classes part cleanly it is tiny at its optimum.
         effort = (
             {"max_steps": 300, "tolerance": 1e-5, "approach": APPROACH}
-            if thorough
+            if valid is None
             else {"max_steps": 60, "tolerance": ROUGH_TOLERANCE}
         )
         probe = LinearProbe(
@@ -305,7 +304,9 @@ class LinearFitter:
         )  # fmt: skip
         fit(probe, (features, answers, rows.float().to(self.device)), self.device)
         probe = probe.to(self.device)
-        return lambda features: probe(self.basis(features.cpu()).to(self.device)).detach()
+        return FittedProbes(
+            lambda features: probe(self.basis(features.cpu()).to(self.device)).detach()
+        )
 
 
 def _with_ones(features: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The probe with one hidden layer: what an encoder holds that no plane separates.
 
 In: items `[I, D]`. Out: class scores `[I, J, C]`. Next: `probes.selection`, which chooses learning rate and decay on validation clips.
-All seeds, inner folds, rates and decays are one batch of networks. Features are standardised by the clips that are trained on.
+All inner folds, rates and decays are one batch of networks. Features are standardised by the training split.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from whisper_aut.probes.descent import DescentFitter, DescentProbe
 from whisper_aut.probes.fitting import Setting
 from whisper_aut.probes.items import Items
 
-MLP_VERSION = 1
+MLP_VERSION = 2
 HIDDEN = 256
 CANDIDATES: tuple[Setting, ...] = tuple(
     {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-4, 1e-3, 1e-2)
@@ -27,6 +27,7 @@ class MLPProbe(DescentProbe):
 
     Args:
         settings: each problem's learning `rate` and `decay` (half the squared weights, times this, is added to its loss).
+        seed: decides the starting weights and the order of batches.
     """
 
     def __init__(
@@ -34,8 +35,8 @@ class MLPProbe(DescentProbe):
         width: int,
         classes: int,
         settings: Sequence[Setting],
-        hidden: int = HIDDEN,
         seed: int = 0,
+        hidden: int = HIDDEN,
     ):
         generator = torch.Generator().manual_seed(seed)
         first, second = (
@@ -49,15 +50,15 @@ class MLPProbe(DescentProbe):
             "second": (second * hidden**-0.5).repeat(count, 1, 1),
             "second_bias": torch.zeros(count, classes),
         }
-        super().__init__(values, _scores, ("first", "second"), settings)
+        super().__init__(values, _scores, ("first", "second"), settings, seed)
 
 
-def mlp_fitter(pool: Items, sampled: Tensor, classes: int, device: str) -> DescentFitter:
-    """Return what fits networks on one pool, standardised by its sampled clips."""
+def mlp_fitter(pool: Items, train: Tensor, classes: int, device: str) -> DescentFitter:
+    """Return what fits networks on one pool, standardised by the items `train`."""
     items, width = pool.features.shape
     block = max(1, MAX_ACTIVATIONS // (HIDDEN * (items + 8 * width)))
     return DescentFitter.on(
-        pool, sampled, device, probe=partial(MLPProbe, width, classes), block=block
+        pool, train, device, probe=partial(MLPProbe, width, classes), block=block
     )
 
 

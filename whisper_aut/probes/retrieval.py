@@ -8,7 +8,7 @@ text encoder would bring in knowledge that the encoder does not have. Words that
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,13 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from whisper_aut.probes.cache import Embeddings
-from whisper_aut.probes.descent import descend
+from whisper_aut.probes.descent import Values, batch_size, descend, epochs_of
 from whisper_aut.probes.fitting import Setting, fit
 from whisper_aut.probes.metrics import CrossRecall, recall_credit
-from whisper_aut.probes.selection import Judgement
+from whisper_aut.probes.rounds import Trial
+from whisper_aut.probes.selection import Judgement, Validation
 
-RETRIEVAL_VERSION = 1
+RETRIEVAL_VERSION = 2
 SHARED_WIDTH = 128
 BATCH_CLIPS = 256
 CANDIDATES: tuple[Setting, ...] = tuple(
@@ -35,7 +36,8 @@ class RetrievalProbe(LightningModule):
     """J pairs of maps into a shared space: audio `[D, E]`, words `[V, E]`, and a learned sharpness.
 
     Args:
-        settings: each problem's learning `rate` and `decay`.
+        settings: each problem's learning `rate` and `decay`, and `epochs` once they are chosen.
+        seed: decides the starting weights, the order of batches, and which caption of a clip a step sees.
     """
 
     def __init__(self, width: int, words: int, settings: Sequence[Setting], seed: int = 0):
@@ -52,37 +54,41 @@ class RetrievalProbe(LightningModule):
         self.values = nn.ParameterDict(
             {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
         )
+        self.seed, self.chosen_epochs = seed, epochs_of(settings)
         self.rates = torch.tensor([setting["rate"] for setting in settings])
         self.decays = torch.tensor([setting["decay"] for setting in settings])
+        self.epochs: list[int] = []
 
     def forward(self, features: Tensor, bags: Tensor) -> Tensor:
         """Clips `[B, D]` and captions `[N, V]` → cosines `[J, B, N]`."""
         return _cosines(dict(self.values), features, bags)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        """`features [B, D]`, `bags [N, V]`, `first [B]` and `count [B]` of each clip's captions, `rows [B, J]`."""
-        features, bags, first, count, rows = batch
-        decays, generator = self.decays.to(features.device), torch.Generator().manual_seed(0)
+        """`features [B, D]`, `bags [N, V]`, `first [B]` and `count [B]` of each clip's captions, `rows [B, J]` to train on, and
+        `[B, J]` to validate on, if there are any."""
+        (features, bags, first, count, rows), valid = batch[:5], batch[5:]
+        decays, generator = self.decays.to(rows.device), torch.Generator().manual_seed(self.seed)
+        used = torch.nonzero(rows.any(1))[:, 0]
 
-        def objectives(values: dict[str, Tensor], chosen: Tensor) -> Tensor:
-            place = (
-                torch.rand(len(chosen), generator=generator).to(count.device) * count[chosen]
-            ).long()
-            logits = (
-                _cosines(values, features[chosen], bags[first[chosen] + place])
-                * values["sharpness"].exp()[:, None, None]
-            )
-            own = rows[chosen].T > 0  # [J, b]
-            logits = logits.masked_fill(~(own[:, None] & own[:, :, None]), -1e4)
-            right = logits.diagonal(dim1=1, dim2=2)
-            losses = logits.logsumexp(1) + logits.logsumexp(2) - 2 * right
+        def objectives(values: Values, chosen: Tensor) -> Tensor:
+            clips = used[chosen.to(used.device)]
+            drawn = torch.rand(len(clips), generator=generator).to(count.device)
+            captions = first[clips] + (drawn * count[clips]).long()
+            own = rows[clips].T > 0  # [J, b]
+            losses = _contrast(values, features[clips], bags[captions], own)
             squares = values["audio"].square().sum((1, 2)) + values["words"].square().sum((1, 2))
             return (losses * own).sum(1) / own.sum(1).clamp(min=1) + 0.5 * decays * squares
 
-        rates = self.rates.to(features.device)
-        trained = descend(
-            objectives, dict(self.values), rates, len(features), batch_items=BATCH_CLIPS
-        )
+        def validate(values: Values) -> Tensor:
+            clips = torch.nonzero(valid[0].any(1))[:, 0]
+            own = valid[0][clips].T > 0
+            losses = _contrast(values, features[clips], bags[first[clips]], own)
+            return (losses * own).sum(1) / own.sum(1)
+
+        trained, self.epochs = descend(
+            objectives, dict(self.values), self.rates.to(rows.device), len(used), seed=self.seed,
+            batch_items=batch_size(len(used), BATCH_CLIPS), epochs=self.chosen_epochs, validate=validate if valid else None,
+        )  # fmt: skip
         for name, value in trained.items():
             self.values[name].copy_(value)
 
@@ -106,7 +112,7 @@ class Captions:
         return cls(torch.stack(bags), owner)
 
     def among(self, clips: Tensor) -> "Captions":
-        """Keep the captions of the clips that a mask `[B]` marks, numbering those anew."""
+        """Keep the captions of the clips that a mask `[B]` marks, numbering those again."""
         kept, number = clips[self.owner], clips.long().cumsum(0) - 1
         return Captions(self.bags[kept], number[self.owner[kept]])
 
@@ -116,19 +122,19 @@ class RetrievalLearner:
 
     block = 4  # problems; each holds a vector for every word
 
-    def __init__(self, pool: Embeddings, sampled: np.ndarray, test: Embeddings, device: str):
-        taken = torch.from_numpy(sampled)
+    def __init__(self, pool: Embeddings, train: np.ndarray, test: Embeddings, device: str):
+        taken = torch.from_numpy(train)
         mean, deviation = (
             pool.features[taken].mean(0),
             pool.features[taken].std(0, correction=0).clamp_min(1e-6),
         )
-        self.pool, self.test = (
+        self.pool, self.tested = (
             (pool.features - mean) / deviation,
             (test.features - mean) / deviation,
         )
         words = Counter(
             word
-            for label, own in zip(pool.labels, sampled, strict=True)
+            for label, own in zip(pool.labels, train, strict=True)
             if own
             for text in label
             for word in _words(text)
@@ -137,46 +143,58 @@ class RetrievalLearner:
         self.pool_captions, self.test_captions = (
             Captions.of(part.labels, self.vocabulary) for part in (pool, test)
         )
+        self.test_texts = [text for label in test.labels for text in label]
         self.device = device
 
-    def fit(
-        self, clips: Sequence[np.ndarray], settings: Sequence[Setting], thorough: bool
-    ) -> "FittedRetrieval":
-        rows = torch.from_numpy(np.stack(clips, 1))
-        probe = RetrievalProbe(self.pool.shape[1], len(self.vocabulary), settings)
-        count = torch.bincount(self.pool_captions.owner, minlength=len(self.pool))
-        first = count.cumsum(0) - count
-        batch = (self.pool, self.pool_captions.bags, first, count, rows.float())
-        fit(probe, tuple(part.to(self.device) for part in batch), self.device)
-        return FittedRetrieval(self, probe.cpu())
+    def validate(self, trials: Sequence[Trial], settings: Sequence[Setting]) -> list[Validation]:
+        probe = self._fit([trial.fit for trial in trials], settings, 0, [t.valid for t in trials])
+        found = []
+        for problem, (trial, epochs) in enumerate(zip(trials, probe.epochs, strict=True)):
+            own = torch.from_numpy(trial.valid)
+            captions = self.pool_captions.among(own)
+            cosines = probe(self.pool[own], captions.bags)[problem]
+            loss = F.cross_entropy(cosines.T / 0.07, captions.owner)
+            found.append(Validation(_recall(cosines, captions.owner), float(loss), epochs))
+        return found
 
-
-class FittedRetrieval:
-    """Retrieval probes that were fitted together."""
-
-    def __init__(self, learner: RetrievalLearner, probe: RetrievalProbe):
-        self.learner, self.probe = learner, probe
-
-    def on_pool(self, clips: np.ndarray, problem: int) -> Judgement:
-        own = torch.from_numpy(clips)
-        return self._judge(self.learner.pool[own], self.learner.pool_captions.among(own), problem)
-
-    def on_test(self, problem: int) -> Judgement:
-        return self._judge(self.learner.test, self.learner.test_captions, problem)
-
-    def _judge(self, features: Tensor, captions: Captions, problem: int) -> Judgement:
-        cosines = self.probe(features, captions.bags)[problem]
-        metric = CrossRecall()
-        metric.update(cosines, captions.owner)
-        loss = F.cross_entropy(cosines.T / 0.07, captions.owner)
+    def test(self, clips: np.ndarray, setting: Setting, seed: int) -> Judgement:
+        probe, captions = self._fit([clips], [setting], seed), self.test_captions
+        cosines = probe(self.tested, captions.bags)[0]
         return Judgement(
-            float(metric.compute()),
-            float(loss),
+            _recall(cosines, captions.owner),
             recall_credit(cosines, captions.owner).mean(1).numpy(),
+            tuple(self.test_texts[nearest] for nearest in cosines.argmax(1).tolist()),
         )
 
+    def _fit(
+        self, clips: Sequence[np.ndarray], settings: Sequence[Setting], seed: int,
+        valid: Sequence[np.ndarray] = (),
+    ) -> RetrievalProbe:  # fmt: skip
+        probe = RetrievalProbe(self.pool.shape[1], len(self.vocabulary), settings, seed)
+        count = torch.bincount(self.pool_captions.owner, minlength=len(self.pool))
+        first = count.cumsum(0) - count
+        rows = [
+            torch.from_numpy(np.stack(masks, 1)).float() for masks in (clips, valid) if len(masks)
+        ]
+        batch = (self.pool, self.pool_captions.bags, first, count, *rows)
+        fit(probe, tuple(part.to(self.device) for part in batch), self.device)
+        return probe.cpu()
 
-def _cosines(values: dict[str, Tensor], features: Tensor, bags: Tensor) -> Tensor:
+
+def _recall(cosines: Tensor, owner: Tensor) -> float:
+    metric = CrossRecall()
+    metric.update(cosines, owner)
+    return float(metric.compute())
+
+
+def _contrast(values: Mapping[str, Tensor], features: Tensor, bags: Tensor, own: Tensor) -> Tensor:
+    """Return the losses `[J, b]` of clips `[b, D]` and one caption `[b, V]` of each, among a problem's `own` clips `[J, b]`."""
+    logits = _cosines(values, features, bags) * values["sharpness"].exp()[:, None, None]
+    logits = logits.masked_fill(~(own[:, None] & own[:, :, None]), -1e4)
+    return logits.logsumexp(1) + logits.logsumexp(2) - 2 * logits.diagonal(dim1=1, dim2=2)
+
+
+def _cosines(values: Mapping[str, Tensor], features: Tensor, bags: Tensor) -> Tensor:
     audio = F.normalize(features @ values["audio"], dim=-1)
     text = F.normalize(bags @ values["words"], dim=-1)
     return audio @ text.transpose(1, 2)

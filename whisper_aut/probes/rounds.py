@@ -1,12 +1,12 @@
-"""Splits or folds → rounds of one test part each, and what every seed may train and select on.
+"""Splits or folds → rounds of one test part each, and which clips of the rest settings are chosen and the probe is fitted on.
 
-In: embeddings by split, or by fold. Out: `Round`s, and per seed a `Draw` of clips. Next: `probes.selection`. Folds are nested: a test
-fold is judged by a probe whose settings were chosen on validation folds among the others, so no clip that is reported has had a
-say in anything. Splits and folds stay as they were published; only a training clip may be left out by a seed.
+Folds are nested: a test fold is scored by a probe whose settings were chosen on validation folds among the others, so no clip that is
+reported has a say in anything. Splits and folds stay as they were published.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from whisper_aut.errors import UserError
 from whisper_aut.probes.cache import Embeddings
 from whisper_aut.probes.tasks import ProbeTask
 
-TRAIN_SHARE = 0.9
+FinalFit = Literal["train", "train+valid"]
+FINAL_FITS: tuple[FinalFit, ...] = ("train", "train+valid")
 HELD_OUT_SHARE = 0.2  # of the training clips, where a task has no validation split
 MAX_INNER_FOLDS = (
     4  # validation folds per test fold: all of a 5-fold task, the next four of a 10-fold one
@@ -29,7 +30,7 @@ class Round:
         number: which round of the task this is.
         pool: the clips to learn from.
         parts: `[B]`, the validation part that a clip of the pool belongs to; -1 where it is none's.
-        sampled: `[B]`, whether a seed may leave the clip out.
+        train: `[B]`, whether the clip is in the training split; in folds all are.
         validate: the parts that settings are chosen on; none means that a share of the training clips is held out.
         test: read once a seed.
     """
@@ -37,17 +38,17 @@ class Round:
     number: int
     pool: Embeddings
     parts: np.ndarray
-    sampled: np.ndarray
+    train: np.ndarray
     validate: tuple[int, ...]
     test: Embeddings
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What one seed works with, all `[B]` masks over a pool: trials to choose settings by, and the clips of the last fit."""
+class Trial:
+    """Clips of a pool to fit on and others to validate on, `[B]` masks."""
 
-    trials: tuple[tuple[np.ndarray, np.ndarray], ...]  # (clips to fit, clips to validate on)
-    final: np.ndarray
+    fit: np.ndarray
+    valid: np.ndarray
 
 
 def rounds_of(parts: dict[str, Embeddings], task: ProbeTask) -> list[Round]:
@@ -93,26 +94,27 @@ def fold_rounds(folds: Sequence[Embeddings]) -> list[Round]:
     return rounds
 
 
-def draw(round: Round, strata: np.ndarray, seed: int) -> Draw:
-    """Draw a seed's training clips, a stratified share without replacement, and lay out its trials.
+def trials(round: Round, strata: np.ndarray) -> list[Trial]:
+    """Return what settings are chosen by: one trial per validation part, or a fifth of every class of the training clips held out.
 
     Args:
         strata: `[B]`, the class of each clip of the pool; all alike where clips have more than one.
     """
-    rng = np.random.default_rng([seed, round.number] if round.number else seed)
-    candidates = np.flatnonzero(round.sampled)
-    chosen = candidates[stratified(strata[candidates], TRAIN_SHARE, rng)]
-    drawn = _mask(chosen, len(strata))
     if round.validate:
-        trials = tuple(
-            (drawn & (round.parts != part), round.parts == part) for part in round.validate
-        )
-    else:
-        held_out = _mask(
-            chosen[stratified(strata[chosen], HELD_OUT_SHARE, rng, leave_one=True)], len(strata)
-        )
-        trials = ((drawn & ~held_out, held_out),)
-    return Draw(trials, drawn | ~round.sampled)
+        return [
+            Trial(round.train & (round.parts != part), round.parts == part)
+            for part in round.validate
+        ]
+    clips = np.flatnonzero(round.train)
+    rng = np.random.default_rng(round.number)
+    drawn = stratified(strata[clips], HELD_OUT_SHARE, rng, leave_one=True)
+    held_out = _mask(clips[drawn], len(strata))
+    return [Trial(round.train & ~held_out, held_out)]
+
+
+def final_clips(round: Round, final_fit: FinalFit) -> np.ndarray:
+    """Return `[B]`, the clips that the tested probe is fitted on: all training clips, and with `train+valid` the validation split."""
+    return round.train if final_fit == "train" else np.ones(len(round.pool), dtype=bool)
 
 
 def stratified(
@@ -138,7 +140,7 @@ def check_rounds(rounds: Sequence[Round], name: str) -> None:
     """
     for one in rounds:
         for where, part in (("train", one.pool), ("test", one.test)):
-            if not len(part) or (where == "train" and not one.sampled.any()):
+            if not len(part) or (where == "train" and not one.train.any()):
                 skipped = (
                     ", ".join(f"{count} {reason}" for reason, count in part.skipped.items())
                     or "no samples at all"

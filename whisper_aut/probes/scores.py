@@ -16,7 +16,7 @@ import numpy as np
 from whisper_aut.errors import UserError
 from whisper_aut.probes.stats import mean_std
 
-SCORES_VERSION = 2
+SCORES_VERSION = 3
 PROTOCOL = "strict"
 AVERAGE = "average"  # the name under which a comparison over all tasks stands
 NO_ASR = "average without recognition"  # which alone carries a quarter of X-ARES's weight
@@ -37,10 +37,13 @@ class TaskScore:
     Attributes:
         kind: of probe, a key of `probes.kinds.KINDS`.
         scores: the metric on the test part, 0 … 1: for each seed, one per fold (a task in splits has one).
-        chosen, valid_scores: what was chosen for each of them, and on what grounds (None where nothing was to be chosen).
+        chosen, valid_scores: the setting of each of them, with `epochs` where a probe trains by epochs, and its score on validation
+            clips (None where nothing was to be chosen).
+        seeds: those that were trained; none for a probe without a random start, which is fitted once.
+        final_fit: what the tested probe was fitted on, `train` or `train+valid`; for a task in folds all other folds.
         units: how many units of the record each test part has.
-        record: per seed, the units of which the scores are means, in the order of `keys_sha256`: what each test clip, or each
-            group of test clips, adds. A text of `0` and `1` where clips are right or wrong.
+        record: for each seed, or once without seeds, the units of which the scores are means, in the order of `keys_sha256`: what
+            each test clip, or each group of test clips, adds. A text of `0` and `1` where clips are right or wrong.
         keys_sha256: hash of the test clips' names in order; equal hashes make two records paired.
         clips: used, per split or fold. skipped: not used, per split or fold and reason.
         chance: the share of the commonest class among the test clips; None where clips have no single class.
@@ -60,6 +63,8 @@ class TaskScore:
     scores: tuple[float, ...]
     chosen: tuple[dict[str, float], ...]
     valid_scores: tuple[float | None, ...]
+    seeds: tuple[int, ...]
+    final_fit: str
     record: tuple[str | tuple[float, ...], ...]
     units: tuple[int, ...]
     keys_sha256: str
@@ -80,8 +85,8 @@ class TaskScore:
 
     @property
     def std(self) -> float | None:
-        """The deviation over all seeds and folds."""
-        return mean_std(self.scores)[1]
+        """The deviation over seeds, of means over folds; None for a probe that is fitted once."""
+        return mean_std(self.per_seed())[1]
 
     @property
     def folds(self) -> int:
@@ -89,11 +94,17 @@ class TaskScore:
         return len(self.scores) // len(self.record)
 
     @property
+    def epochs(self) -> float | None:
+        """The mean number of epochs that the tested probes were trained for; None where they are not trained by epochs."""
+        found = [setting["epochs"] for setting in self.chosen if "epochs" in setting]
+        return float(np.mean(found)) if found else None
+
+    @property
     def test_clips(self) -> int:
         return self.clips["test"] if "test" in self.clips else sum(self.clips.values())
 
     def per_seed(self) -> list[float]:
-        """Return each seed's mean over the folds."""
+        """Return each seed's mean over the folds; one value without seeds."""
         return np.reshape(self.scores, (-1, self.folds)).mean(1).tolist()
 
     def per_unit(self) -> np.ndarray:
@@ -125,7 +136,7 @@ class Comparison:
 @dataclass(frozen=True)
 class Average:
     """A weighted average of one encoder over the tasks of a domain, or over all (`AVERAGE`, `NO_ASR`), 0 … 1, as X-ARES and
-    UniWhisper print it: mean and deviation over seeds."""
+    UniWhisper print it: mean, and deviation over seeds where any probe has some."""
 
     encoder: str
     domain: str
@@ -136,7 +147,7 @@ class Average:
 
 @dataclass(frozen=True)
 class Scores:
-    """All scores and comparisons of one run; `seeds` and `settings` hold for every one of them."""
+    """All scores and comparisons of one run; `seeds` (those asked for) and `settings` hold for every one of them."""
 
     entries: tuple[TaskScore, ...]
     comparisons: tuple[Comparison, ...] = ()
@@ -245,11 +256,47 @@ class Scores:
         return cls.from_json(text)
 
 
+def read_predictions(path: str | Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Return the lines of a file of predictions by encoder and task; none where there is no file.
+
+    A line has `encoder`, `task`, `key` (tar and sample), `seed` where the probe has one, `true`, `predicted`, and `probability`, that
+    of each class predicted, where the probe gives one.
+    """
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    if not Path(path).exists():
+        return found
+    with Path(path).open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                found.setdefault((row.pop("encoder"), row.pop("task")), []).append(row)
+            except (ValueError, KeyError, AttributeError):
+                continue  # half a line, written when a run was interrupted: no stored score needs it
+    return found
+
+
+def append_predictions(path: str | Path, entry: TaskScore, rows: Sequence[dict[str, Any]]) -> None:
+    """Add the predictions of a score to a file, a line each.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    names = {"encoder": entry.encoder, "task": entry.task}
+    try:
+        with Path(path).open("a", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(names | row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(f"Cannot write predictions to {path}: {error.strerror}.") from None
+
+
 def _per_seed(entries: Sequence[TaskScore]) -> list[float]:
-    """Weighted average of each seed: its spread is that of the average, not the average of spreads."""
-    return np.average(
-        [entry.per_seed() for entry in entries], axis=0, weights=[entry.weight for entry in entries]
-    ).tolist()
+    """Weighted average of each seed: its spread is that of the average, not the average of spreads.
+
+    A score without seeds counts the same in every one.
+    """
+    most = max(len(entry.record) for entry in entries)
+    scores = [np.broadcast_to(entry.per_seed(), most) for entry in entries]
+    return np.average(scores, axis=0, weights=[entry.weight for entry in entries]).tolist()
 
 
 def _numbers(record: str | tuple[float, ...]) -> np.ndarray:
@@ -272,10 +319,9 @@ def _tuple(value: Any) -> Any:
 
 
 def _whole(entry: TaskScore) -> bool:
-    same = (
-        len(entry.scores) == len(entry.chosen) == len(entry.valid_scores) > 0
-        and len(entry.record) > 0
-    )
+    same = len(entry.scores) == len(entry.chosen) == len(entry.valid_scores) > 0 and len(
+        entry.record
+    ) == max(1, len(entry.seeds))
     units = sum(entry.units)
     return (
         same

@@ -1,41 +1,52 @@
-"""Rounds × seeds → scores: settings chosen on validation clips only, each test part read once a seed.
+"""Rounds → scores: settings are chosen on validation clips only, and each test part is scored once per seed.
 
-In: a round and a learner for it. Out: one `SeedRun` per seed. Next: `probes.suite`. For each round, the trials of all
-seeds, inner folds and candidate settings are problems of one batched fit; a candidate's worth is its mean validation score over the
-inner folds (ties: the lower loss there); the probe that is tested is fitted anew, with what was chosen, on all of the seed's clips.
+For each round, all inner folds and candidate settings are problems of one batched fit. A candidate is as good as its mean validation
+score over the inner folds (ties: the lower loss there). The probe that is tested is fitted again, with what was chosen, on the full
+training split, or on training and validation split. Choosing knows no seeds: a seed decides batch order and starting weights of the
+tested probe, and each seed's probe is trained by itself, so that its score does not depend on the other seeds of a run.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whisper_aut.probes.fitting import Setting
+from whisper_aut.probes.fitting import FittedProbes, Setting
 from whisper_aut.probes.items import Items
-from whisper_aut.probes.metrics import class_metric
-from whisper_aut.probes.rounds import Draw, Round, draw
+from whisper_aut.probes.metrics import ANSWERS, class_metric
+from whisper_aut.probes.rounds import FinalFit, Round, Trial, final_clips, trials
 
 JACKKNIFE_GROUPS = 100
 
 
 @dataclass(frozen=True)
+class Validation:
+    """A setting on validation clips: score, loss, and for probes that train by epochs the best number of them."""
+
+    score: float
+    loss: float
+    epochs: int | None = None
+
+
+@dataclass(frozen=True)
 class Judgement:
-    """A probe's score on some clips, its loss there, and the units of which the score is the mean.
+    """A probe's score on the test clips, and what it is made of.
 
     Attributes:
         units: `[U]`: for a score that is a mean over clips, what each adds to it; otherwise what groups of clips would, see
             `jackknife`. They are what two encoders are compared by.
-        predicted: `[B]` the class given to each clip, where a clip has one; otherwise empty.
+        predicted: per clip the class, the classes, the events, the nearest caption or the transcript.
+        probabilities: per clip that of the class or of each class predicted; empty where there are none.
     """
 
     score: float
-    loss: float
     units: np.ndarray
-    predicted: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=int))
+    predicted: tuple[Any, ...]
+    probabilities: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,41 +54,35 @@ class SeedRun:
     """One seed on one task.
 
     Attributes:
+        seed: None for a probe without a random start.
         scores, settings, valid_scores: per round (test part): the score, the setting chosen, its score on validation.
-        units, predicted: per test part, see `Judgement`.
+        units, predicted, probabilities: per test part, see `Judgement`.
     """
 
-    seed: int
+    seed: int | None
     scores: tuple[float, ...]
     settings: tuple[Setting, ...]
     valid_scores: tuple[float | None, ...]
     units: tuple[np.ndarray, ...]
-    predicted: tuple[np.ndarray, ...] = ()
-
-
-class Fitted(Protocol):
-    """Probes that were fitted together."""
-
-    def on_pool(self, clips: np.ndarray, problem: int) -> Judgement:
-        """Judge one of them on the clips that a mask over the pool marks."""
-        ...
-
-    def on_test(self, problem: int) -> Judgement:
-        """Judge one of them on the test part."""
-        ...
+    predicted: tuple[tuple[Any, ...], ...] = ()
+    probabilities: tuple[tuple[Any, ...], ...] = ()
 
 
 class Learner(Protocol):
-    """A probe kind on one round: fits any number of problems, each with clips `[B]` and a setting of its own."""
+    """A probe kind on one round."""
 
     @property
     def block(self) -> int:
         """How many problems fit into memory at once."""
         ...
 
-    def fit(
-        self, clips: Sequence[np.ndarray], settings: Sequence[Setting], thorough: bool
-    ) -> Fitted: ...
+    def validate(self, trials: Sequence[Trial], settings: Sequence[Setting]) -> list[Validation]:
+        """Fit one probe per trial and setting, together, and judge each on its validation clips."""
+        ...
+
+    def test(self, clips: np.ndarray, setting: Setting, seed: int) -> Judgement:
+        """Fit one probe on the clips of the pool that a mask `[B]` marks, and judge it on the test part."""
+        ...
 
 
 def score_round(
@@ -85,43 +90,71 @@ def score_round(
     round: Round,
     strata: np.ndarray,
     candidates: Sequence[Setting],
-    seeds: Sequence[int],
+    seeds: Sequence[int | None],
+    final_fit: FinalFit,
+    by_epochs: bool,
 ) -> list[SeedRun]:
-    """Choose settings and score the test part, once per seed."""
-    draws = [draw(round, strata, seed) for seed in seeds]
-    scores, losses = _trials(learner, draws, candidates)
-    chosen = [
-        int(np.lexsort((loss, -score))[0]) for score, loss in zip(scores, losses, strict=True)
-    ]
-    runs = []
-    for first in range(0, len(seeds), learner.block):
-        span = range(first, min(first + learner.block, len(seeds)))
-        fitted = learner.fit(
-            [draws[s].final for s in span], [candidates[chosen[s]] for s in span], thorough=True
-        )
-        for problem, s in enumerate(span):
-            test, valid = fitted.on_test(problem), scores[s, chosen[s]]
-            valid_score = None if np.isnan(valid) else shortened(valid)
-            parts = (
-                (shortened(test.score),),
-                (candidates[chosen[s]],),
-                (valid_score,),
-                (test.units,),
-                (test.predicted,),
-            )
-            runs.append(SeedRun(seeds[s], *parts))
+    """Choose a setting and score the test part, once per seed.
+
+    Args:
+        strata: `[B]`, the class of each clip of the pool; all alike where clips have more than one.
+        by_epochs: the probe trains by epochs, of which validation chooses the number, also for a single candidate.
+    """
+    setting, valid_score = candidates[0], None
+    if len(candidates) > 1 or by_epochs:
+        setting, valid_score = _choose(learner, trials(round, strata), candidates)
+    clips, runs = final_clips(round, final_fit), []
+    for seed in seeds:
+        test = learner.test(clips, setting, seed or 0)
+        score = shortened(test.score)
+        made_of = (test.units,), (test.predicted,), (test.probabilities,)
+        runs.append(SeedRun(seed, (score,), (setting,), (valid_score,), *made_of))
     return runs
 
 
+def _choose(
+    learner: Learner, inner: Sequence[Trial], candidates: Sequence[Setting]
+) -> tuple[Setting, float]:
+    """Return the candidate with the best mean validation score, with the number of epochs where there is one, and that score."""
+    shape = len(inner), len(candidates)
+    scores, losses, epochs = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    for block in _blocks(*shape, learner.block):
+        found = learner.validate([inner[t] for t, _ in block], [candidates[c] for _, c in block])
+        for (t, c), one in zip(block, found, strict=True):
+            scores[t, c], losses[t, c], epochs[t, c] = one.score, one.loss, one.epochs or 0
+    # A validation clip or two decides nothing: scores that differ in rounding only are ties, and the loss breaks them.
+    means = scores.mean(0).round(9)
+    best = int(np.lexsort((losses.mean(0), -means))[0])
+    chosen = dict(candidates[best])
+    if epochs[:, best].all():
+        chosen["epochs"] = round(epochs[:, best].mean())
+    return chosen, shortened(means[best])
+
+
+def _blocks(trials: int, candidates: int, most: int) -> list[list[tuple[int, int]]]:
+    """Lay out (trial, candidate) in blocks of at most `most`.
+
+    The problems of one trial leave the same fold out: such a block is fitted without that fold's items. Where all trials fit into one
+    block, one is less work than several.
+    """
+    blocks: list[list[tuple[int, int]]] = [[]]
+    for trial in range(trials):
+        problems = [(trial, candidate) for candidate in range(candidates)]
+        for first in range(0, len(problems), most):
+            chunk = problems[first : first + most]
+            if len(blocks[-1]) + len(chunk) > most:
+                blocks.append([])
+            blocks[-1] += chunk
+    return [block for block in blocks if block]
+
+
 def join_rounds(rounds: Sequence[Sequence[SeedRun]]) -> list[SeedRun]:
-    """Put the rounds of each seed side by side."""
+    """Collect the rounds of each seed."""
+    names = ("scores", "settings", "valid_scores", "units", "predicted", "probabilities")
     return [
         SeedRun(
             runs[0].seed,
-            *(
-                tuple(value for run in runs for value in getattr(run, name))
-                for name in ("scores", "settings", "valid_scores", "units", "predicted")
-            ),
+            *(tuple(value for run in runs for value in getattr(run, name)) for name in names),
         )
         for runs in zip(*rounds, strict=True)
     ]
@@ -151,102 +184,113 @@ def jackknife(score: Callable[[np.ndarray], float], clips: int) -> np.ndarray:
     return whole + (count - 1) * (without.mean() - without)
 
 
-def _trials(
-    learner: Learner, draws: Sequence[Draw], candidates: Sequence[Setting]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return validation scores and losses, `[seeds, candidates]`, each a mean over the seed's trials."""
-    shape = (len(draws), len(draws[0].trials), len(candidates))
-    scores, losses = np.zeros(shape), np.zeros(shape)
-    if len(candidates) == 1:  # nothing to choose, nothing to try
-        return np.full(shape, np.nan).mean(1), losses.mean(1)
-    for block in _blocks(shape, learner.block):
-        fitted = learner.fit(
-            [draws[s].trials[t][0] for s, t, _ in block],
-            [candidates[c] for _, _, c in block],
-            thorough=False,
-        )
-        for problem, (s, t, c) in enumerate(block):
-            judged = fitted.on_pool(draws[s].trials[t][1], problem)
-            scores[s, t, c], losses[s, t, c] = judged.score, judged.loss
-    # A validation clip or two decides nothing: scores that differ in rounding only are ties, and the loss breaks them.
-    return scores.mean(1).round(9), losses.mean(1)
+class Fitter(Protocol):
+    """Fits class probes on the items of one pool."""
 
+    @property
+    def block(self) -> int: ...
 
-def _blocks(shape: tuple[int, int, int], most: int) -> list[list[tuple[int, int, int]]]:
-    """Lay out (seed, trial, candidate) in blocks of at most `most`.
+    def __call__(
+        self, rows: Tensor, settings: Sequence[Setting], valid: Tensor | None, seed: int
+    ) -> FittedProbes:
+        """Fit J probes together.
 
-    Trials of one number leave the same fold out, in every seed: such a block is fitted without that fold's items. Where all trials
-    fit into one block, one is less work than several.
-    """
-    seeds, trials, candidates = (range(count) for count in shape)
-    blocks: list[list[tuple[int, int, int]]] = [[]]
-    for trial in trials:
-        problems = [(seed, trial, candidate) for seed in seeds for candidate in candidates]
-        for first in range(0, len(problems), most):
-            chunk = problems[first : first + most]
-            if len(blocks[-1]) + len(chunk) > most:
-                blocks.append([])
-            blocks[-1] += chunk
-    return [block for block in blocks if block]
-
-
-Fitter = Callable[[Tensor, Sequence[Setting], bool], Callable[[Tensor], Tensor]]
+        Args:
+            rows: `[I, J]`, the items that each is fitted on.
+            valid: `[I, J]`, the items by which probes that train by epochs are stopped; None for a final fit.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class ClassLearner:
-    """A learner for every kind whose probes give class scores: `fitter(rows [I, J], settings, thorough)` → features → `[I, J, C]`."""
+    """A learner for every kind whose probes give class scores.
+
+    Attributes:
+        segment_seconds: of the items of a task with events.
+    """
 
     pool: Items
-    test: Items
-    classes: int
+    tested: Items
+    classes: tuple[str, ...]
     metric: str
     fitter: Fitter
-    block: int
+    segment_seconds: float = 0.0
 
-    def fit(
-        self, clips: Sequence[np.ndarray], settings: Sequence[Setting], thorough: bool
-    ) -> "FittedClasses":
-        rows = torch.stack([self.pool.of(mask).cpu() for mask in clips], 1)
-        return FittedClasses(self, self.fitter(rows, settings, thorough))
+    @property
+    def block(self) -> int:
+        return self.fitter.block
 
-
-class FittedClasses:
-    """Class probes that were fitted together; the test items are not looked at before they are asked for."""
-
-    def __init__(self, learner: ClassLearner, scorer: Callable[[Tensor], Tensor]):
-        self.learner, self.scorer = learner, scorer
-        self._pool: Tensor | None = None
-        self._test: Tensor | None = None
-
-    def on_pool(self, clips: np.ndarray, problem: int) -> Judgement:
-        if self._pool is None:
-            self._pool = self.scorer(self.learner.pool.features).cpu()
-        own = self.learner.pool.of(clips).cpu()
-        score, loss = self._judge(self._pool[own, problem], self.learner.pool.answers[own])
-        return Judgement(score, loss, np.empty(0))
-
-    def on_test(self, problem: int) -> Judgement:
-        if self._test is None:
-            self._test = self.scorer(self.learner.test.features).cpu()
-        test, scores = self.learner.test, self._test[:, problem]
-        score, loss = self._judge(scores, test.answers)
-        if test.answers.ndim == 1:
-            predicted = scores.argmax(1)
-            return Judgement(
-                score, loss, (predicted == test.answers).double().numpy(), predicted.numpy()
-            )
-        without = jackknife(
-            lambda clips: self._judge(scores[test.of(clips)], test.answers[test.of(clips)])[0],
-            test.clips,
+    def validate(self, trials: Sequence[Trial], settings: Sequence[Setting]) -> list[Validation]:
+        rows, valid = (
+            torch.stack([self.pool.of(mask).cpu() for mask in masks], 1)
+            for masks in zip(*((trial.fit, trial.valid) for trial in trials), strict=True)
         )
-        return Judgement(score, loss, without)
+        fitted = self.fitter(rows, settings, valid, 0)
+        used = valid.any(1)
+        scores = fitted.scores(self.pool.features[used]).cpu()
+        answers, found = self.pool.answers[used], []
+        for problem, own in enumerate(valid[used].T):
+            score, loss = self._judge(scores[own, problem], answers[own])
+            found.append(Validation(score, loss, fitted.epochs[problem] if fitted.epochs else None))
+        return found
+
+    def test(self, clips: np.ndarray, setting: Setting, seed: int) -> Judgement:
+        rows = self.pool.of(clips).cpu()[:, None]
+        scores = self.fitter(rows, [setting], None, seed).scores(self.tested.features).cpu()[:, 0]
+        answers = self.tested.answers
+        score, _ = self._judge(scores, answers)
+        if answers.ndim == 1:
+            highest, predicted = scores.softmax(1).max(1)
+            return Judgement(
+                score,
+                (predicted == answers).double().numpy(),
+                tuple(self.classes[code] for code in predicted.tolist()),
+                tuple(_rounded(highest)),
+            )
+
+        def without(clips: np.ndarray) -> float:
+            own = self.tested.of(clips)
+            return self._judge(scores[own], answers[own])[0]
+
+        units, probabilities = jackknife(without, self.tested.clips), scores.sigmoid()
+        if ANSWERS[self.metric] == "events":
+            return Judgement(score, units, self._events(probabilities))
+        marked = [torch.nonzero(row > 0.5)[:, 0] for row in probabilities]
+        return Judgement(
+            score,
+            units,
+            tuple(tuple(self.classes[code] for code in codes.tolist()) for codes in marked),
+            tuple(
+                tuple(_rounded(row[codes]))
+                for row, codes in zip(probabilities, marked, strict=True)
+            ),
+        )
+
+    def _events(self, probabilities: Tensor) -> tuple[Any, ...]:
+        """Return for each clip its events (start, end, class): runs of segments with a class above one half."""
+        found: list[list[tuple[float, float, str]]] = [[] for _ in range(self.tested.clips)]
+        for clip in range(self.tested.clips):
+            marks = (probabilities[self.tested.owner == clip] > 0.5).int().numpy()
+            edges = np.diff(np.pad(marks, ((1, 1), (0, 0))), axis=0)
+            for code, name in enumerate(self.classes):
+                bounds = zip(
+                    *(np.flatnonzero(edges[:, code] == turn) for turn in (1, -1)), strict=True
+                )
+                for first, last in bounds:
+                    span = (round(float(edge * self.segment_seconds), 3) for edge in (first, last))
+                    found[clip].append((*span, name))  # pyright: ignore[reportArgumentType]
+        return tuple(tuple(sorted(events)) for events in found)
 
     def _judge(self, scores: Tensor, answers: Tensor) -> tuple[float, float]:
-        score = class_metric(self.learner.metric, self.learner.classes, scores, answers)
+        score = class_metric(self.metric, len(self.classes), scores, answers)
         loss = (
             F.cross_entropy(scores, answers)
             if answers.ndim == 1
             else F.binary_cross_entropy_with_logits(scores, answers)
         )
         return score, float(loss)
+
+
+def _rounded(probabilities: Tensor) -> list[float]:
+    return [round(value, 4) for value in probabilities.tolist()]

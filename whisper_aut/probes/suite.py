@@ -1,8 +1,8 @@
 """Encoders × tasks → `Scores`: embed once, probe with every seed, compare in pairs.
 
-In: encoders by name (log-mel statistics are one more), tasks, seeds. Out: `Scores`. Next: `report`. The protocol, `strict`: official
-splits and folds, pooling over valid frames, settings chosen on validation only, each test part read once a seed. A score that a file
-already holds is taken from it only if encoder, data and settings hash to the same.
+In: encoders by name (log-mel statistics are one more), tasks, seeds. Out: `Scores`. The protocol, `strict`: official splits and folds,
+pooling over valid frames, settings chosen on validation only, the tested probe fitted on the full training split, each test part read
+once a seed. A score that a file already holds is taken from it only if encoder, data and settings hash to the same.
 """
 
 import hashlib
@@ -16,21 +16,20 @@ from typing import Any
 import numpy as np
 
 from whisper_aut.corpora.shards import open_index
-from whisper_aut.errors import Problems, UserError, nearest
+from whisper_aut.errors import UserError, nearest
 from whisper_aut.probes.cache import Embeddings, cache_path, digest
 from whisper_aut.probes.embed import (
     EmbedSettings,
     FrameEncoder,
     embed_task,
     folder_identity,
-    open_parts,
     view_of,
 )
 from whisper_aut.probes.hearing import View
 from whisper_aut.probes.items import class_names
 from whisper_aut.probes.kinds import KINDS, kind_for, probe_rounds
 from whisper_aut.probes.metrics import METRIC_VERSIONS
-from whisper_aut.probes.rounds import TRAIN_SHARE, rounds_of
+from whisper_aut.probes.rounds import FinalFit, rounds_of
 from whisper_aut.probes.scores import (
     AVERAGE,
     NO_ASR,
@@ -39,6 +38,8 @@ from whisper_aut.probes.scores import (
     Confusion,
     Scores,
     TaskScore,
+    append_predictions,
+    read_predictions,
 )
 from whisper_aut.probes.selection import SeedRun
 from whisper_aut.probes.stats import holm, paired_difference
@@ -59,6 +60,7 @@ class _Plan:
     embedding: EmbedSettings
     kind: str
     device: str
+    final_fit: FinalFit
 
 
 def run_suite(
@@ -73,6 +75,8 @@ def run_suite(
     scores_file: str | Path | None = None,
     kind: str = "",
     device: str = "cpu",
+    final_fit: FinalFit = "train",
+    predictions_file: str | Path | None = None,
 ) -> Scores:
     """Score every encoder on every task.
 
@@ -80,29 +84,38 @@ def run_suite(
         encoders: display name → encoder, in the order of the tables.
         root: what `{root}` stands for in the tasks' folders.
         cache: folder for embeddings.
+        seeds: of the probes that have a random start; the others are fitted once.
         against: names of encoders that all others are compared with, pair by pair.
         scores_file: read for scores that still hold, and written after each new one, so that an interrupted run goes on.
         kind: of probe, a key of `kinds.KINDS`; empty for each task's own.
         device: where probes are fitted.
+        final_fit: the clips that a tested probe is fitted on, once its settings are chosen: the training split, or with `train+valid`
+            the validation split too. In folds they are always all other folds.
+        predictions_file: JSON lines, one per test clip and seed, see `scores.read_predictions`.
 
     Raises:
-        UserError: nothing to do, two tasks of one name, an unknown name, an option that a task or an
-            encoder does not take, or shards that are missing: all of them at once, before any clip is
-            embedded. Later, whatever is wrong with a task's clips.
+        UserError: nothing to do, two tasks of one name, an unknown name, or whatever is wrong with a task.
     """
-    plan = _Plan(root, cache, tuple(seeds), embedding or EmbedSettings(), kind, device)
-    problems = _problems(encoders, tasks, seeds, against)
-    find_problems(problems, encoders, tasks, root=root, embedding=plan.embedding, kind=kind)
-    problems.tell("The probe")
+    _check(encoders, tasks, seeds, against)
+    plan = _Plan(root, cache, tuple(seeds), embedding or EmbedSettings(), kind, device, final_fit)
+    for task in tasks:
+        kind_for(kind, task)  # a task that this kind cannot answer is reported before embedding
     fingerprints = {name: encoder.fingerprint() for name, encoder in encoders.items()}
-    known = {entry.identity: entry for entry in _stored(scores_file)}
+    known = _stored(scores_file, predictions_file)
+    if predictions_file is not None:
+        Path(predictions_file).unlink(
+            missing_ok=True
+        )  # written again, entry by entry, as the scores
     scores = Scores((), (), tuple(seeds), _settings(plan))
     for task in tasks:
         for name, encoder in encoders.items():
             identity = _identity(encoder, fingerprints[name], task, plan)
-            entry = known.get(identity) or _score(encoder, fingerprints[name], task, plan, identity)
-            known[identity] = entry
+            if identity not in known:
+                known[identity] = _score(encoder, fingerprints[name], task, plan, identity)
+            entry, rows = known[identity]
             entry = replace(entry, encoder=name, title=task.title, weight=task.weight)
+            if predictions_file is not None:
+                append_predictions(predictions_file, entry, rows)
             scores = replace(scores, entries=(*scores.entries, entry))
             if scores_file is not None:
                 scores.save(scores_file)
@@ -110,32 +123,6 @@ def run_suite(
     if scores_file is not None:
         scores.save(scores_file)
     return scores
-
-
-def find_problems(
-    problems: Problems,
-    encoders: Mapping[str, FrameEncoder],
-    tasks: Sequence[ProbeTask],
-    *,
-    root: str | Path | None,
-    embedding: EmbedSettings | None = None,
-    kind: str = "",
-) -> None:
-    """Gather what would stop `run_suite`, as far as it can be known before clips are decoded.
-
-    Args:
-        problems: where they go.
-        encoders, tasks, root, embedding, kind: as `run_suite` takes them.
-    """
-    views = []
-    for task in tasks:
-        with problems.gather():
-            views.append((task, KINDS[kind_for(kind, task)].view))
-        open_parts(task, root, problems)
-    for name, encoder in encoders.items():
-        for task, view in views:
-            with problems.gather(f"{name}: "):
-                view_of(encoder, embedding or EmbedSettings(), view, task)
 
 
 def compare(scores: Scores, against: Sequence[str]) -> list[Comparison]:
@@ -184,7 +171,8 @@ def _compare_pair(scores: Scores, encoder: str, base: str) -> list[Comparison]:
 
 def _score(
     encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _Plan, identity: str
-) -> TaskScore:
+) -> tuple[TaskScore, list[dict[str, Any]]]:
+    """Return the score, and its predictions clip by clip."""
     kind = kind_for(plan.kind, task)
     view = KINDS[kind].view
     parts = embed_task(encoder, task, plan.root, plan.cache, plan.embedding, fingerprint, view)
@@ -192,14 +180,15 @@ def _score(
     rounds = rounds_of(parts, task)
     runs = probe_rounds(
         rounds, metric=task.metric, kind=kind, seeds=plan.seeds, segment_seconds=task.segment_seconds,
-        device=plan.device, name=task.name,
+        device=plan.device, name=task.name, final_fit=plan.final_fit,
     )  # fmt: skip
     tested = [
         part for name, part in parts.items() if name == "test" or task.split.scheme == "folds"
     ]
     truth = [label for part in tested for label in part.labels]
     labels = Counter(truth) if task.answer == "class" else None
-    return TaskScore(
+    keys = [key for part in tested for key in part.keys]
+    entry = TaskScore(
         encoder="",
         task=task.name,
         title=task.title,
@@ -210,11 +199,11 @@ def _score(
         scores=tuple(score for run in runs for score in run.scores),
         chosen=tuple(setting for run in runs for setting in run.settings),
         valid_scores=tuple(score for run in runs for score in run.valid_scores),
+        seeds=tuple(run.seed for run in runs if run.seed is not None),
+        final_fit=plan.final_fit if task.split.scheme == "splits" else "train",
         record=tuple(_record(run) for run in runs),
         units=tuple(len(units) for units in runs[0].units),
-        keys_sha256=hashlib.sha256(
-            "\n".join(key for part in tested for key in part.keys).encode()
-        ).hexdigest()[:24],
+        keys_sha256=hashlib.sha256("\n".join(keys).encode()).hexdigest()[:24],
         clips={name: len(part) for name, part in parts.items()},
         skipped={name: part.skipped for name, part in parts.items() if part.skipped},
         chance=labels.most_common(1)[0][1] / labels.total() if labels else None,
@@ -227,6 +216,21 @@ def _score(
         embedded=_embedded(fingerprint, task, plan, view_of(encoder, plan.embedding, view, task)),
         padding=getattr(encoder, "padding", ""),
     )
+    return entry, _predictions(runs, keys, truth)
+
+
+def _predictions(
+    runs: Sequence[SeedRun], keys: Sequence[str], truth: Sequence[Any]
+) -> list[dict[str, Any]]:
+    rows = []
+    for run in runs:
+        seed = {} if run.seed is None else {"seed": run.seed}
+        predicted = [one for part in run.predicted for one in part]
+        probabilities = [one for part in run.probabilities for one in part]
+        for number, (key, true, guess) in enumerate(zip(keys, truth, predicted, strict=True)):
+            row = {"key": key, **seed, "true": true, "predicted": guess}
+            rows.append(row | ({"probability": probabilities[number]} if probabilities else {}))
+    return rows
 
 
 def _confusion(runs: Sequence[SeedRun], classes: Sequence[str], truth: Sequence[str]) -> Confusion:
@@ -234,7 +238,8 @@ def _confusion(runs: Sequence[SeedRun], classes: Sequence[str], truth: Sequence[
     counts = np.zeros((len(classes), len(classes)), dtype=int)
     true = np.searchsorted(classes, truth)
     for run in runs:
-        np.add.at(counts, (true, np.concatenate(run.predicted)), 1)
+        predicted = [name for part in run.predicted for name in part]
+        np.add.at(counts, (true, np.searchsorted(classes, predicted)), 1)
     return Confusion(tuple(classes), tuple(map(tuple, counts.tolist())))
 
 
@@ -299,8 +304,8 @@ def _identity(encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _P
         "kind": kind_for(plan.kind, task),
         "version": kind.version,
         "candidates": list(kind.candidates),
-        "share": TRAIN_SHARE,
-        "seeds": list(plan.seeds),
+        "final_fit": plan.final_fit,
+        "seeds": list(plan.seeds) if kind.seeded else [],
         "protocol": PROTOCOL,
     }
     metric = METRIC_VERSIONS.get(task.metric, task.metric)
@@ -320,37 +325,50 @@ def _settings(plan: _Plan) -> dict[str, Any]:
             if name not in speed
         },
         "kind": plan.kind or "each task's own",
+        "final_fit": plan.final_fit,
         "candidates": {name: list(kind.candidates) for name, kind in KINDS.items()},
     }
 
 
-def _stored(scores_file: str | Path | None) -> Sequence[TaskScore]:
+def _stored(
+    scores_file: str | Path | None, predictions_file: str | Path | None
+) -> dict[str, tuple[TaskScore, list[dict[str, Any]]]]:
+    """Return stored scores with their predictions, by identity; without its predictions, where a run keeps them, a score does not count."""
     if scores_file is None or not Path(scores_file).exists():
-        return ()
+        return {}
     try:
-        return Scores.load(scores_file).entries
+        entries = Scores.load(scores_file).entries
     except UserError as error:
         log.warning("%s: %s", scores_file, error)
-        return ()
+        return {}
+    if predictions_file is None:
+        return {entry.identity: (entry, []) for entry in entries}
+    rows = read_predictions(predictions_file)
+    found = {
+        entry.identity: (entry, rows.get((entry.encoder, entry.task), [])) for entry in entries
+    }
+    return {
+        identity: (entry, own)
+        for identity, (entry, own) in found.items()
+        if len(own) == entry.test_clips * len(entry.record)
+    }
 
 
-def _problems(
+def _check(
     encoders: Mapping[str, FrameEncoder],
     tasks: Sequence[ProbeTask],
     seeds: Sequence[int],
     against: Sequence[str],
-) -> Problems:
-    problems = Problems()
+) -> None:
     if not (encoders and tasks and seeds):
-        problems.add(
+        raise UserError(
             f"Nothing to probe: {len(encoders)} encoders, {len(tasks)} tasks, {len(seeds)} seeds."
         )
-    names = Counter(task.name for task in tasks)
-    for name in (name for name, count in names.items() if count > 1):
-        problems.add(f"Two probe tasks have the name {name!r}. Give each its own.")
-    for name in (name for name in against if name not in encoders):
-        problems.add(
-            f"Cannot compare against {name!r}: it is not probed.{nearest(name, encoders)} "
-            f"Probed: {', '.join(encoders)}."
-        )
-    return problems
+    twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
+    if twice:
+        raise UserError(f"Two probe tasks have the name {twice[0]!r}. Give each its own.")
+    for name in against:
+        if name not in encoders:
+            raise UserError(
+                f"Cannot compare against {name!r}: it is not probed.{nearest(name, encoders)} Probed: {', '.join(encoders)}."
+            )

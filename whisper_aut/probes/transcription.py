@@ -1,11 +1,11 @@
 """The transcription probe: a linear CTC head over frames, reported as max(0, 1 − word error rate).
 
-In: every frame of every clip, `[T, D]`, and transcripts. Out: texts, read off greedily, and their score. Next: `probes.selection`. The head
-knows no language: what it writes is what frames hold by themselves (Graves et al. 2006 for the loss). X-ARES puts a frozen language
-model behind an adapter instead; figures of the two are not comparable. All frames are held in memory.
+In: every frame of every clip, `[T, D]`, and transcripts. Out: texts, read off greedily, and their score. The head knows no language: what
+it writes is what frames hold by themselves (Graves et al. 2006 for the loss). X-ARES puts a frozen language model after an adapter
+instead; numbers of the two are not comparable. Frames stay in their files (`probes.frames`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jiwer
 import numpy as np
@@ -13,32 +13,40 @@ import torch
 import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from whisper_aut.probes.cache import Embeddings
-from whisper_aut.probes.descent import descend
+from whisper_aut.probes.descent import Values, batch_size, descend, epochs_of, masked_means
 from whisper_aut.probes.fitting import Setting, fit
+from whisper_aut.probes.frames import Frames
 from whisper_aut.probes.metrics import text_metric
-from whisper_aut.probes.selection import Judgement, jackknife
+from whisper_aut.probes.rounds import Trial
+from whisper_aut.probes.selection import Judgement, Validation, jackknife
 
-TRANSCRIPTION_VERSION = 1
+TRANSCRIPTION_VERSION = 2
 BLANK = 0
 BATCH_CLIPS = 64
-EPOCHS, MIN_STEPS = 20, 300
+MAX_EPOCHS, PATIENCE = 100, 5  # frames are read again in every epoch
 CANDIDATES: tuple[Setting, ...] = tuple({"rate": rate} for rate in (1e-3, 3e-3, 1e-2))
 
 
 class TranscriptionProbe(LightningModule):
-    """J linear heads from a frame to the characters and a blank, trained as one.
+    """J linear heads from a frame to the characters and a blank, trained as one; clips are given by number.
 
     Args:
+        frames: clip numbers → frames.
+        spelled: the transcript of each clip, in characters.
         symbols: V, the blank included.
-        settings: each problem's learning `rate`.
+        settings: each problem's learning `rate`, and `epochs` once they are chosen.
+        seed: decides the order of batches; all weights start at zero.
     """
 
-    def __init__(self, width: int, symbols: int, settings: Sequence[Setting]):
+    def __init__(
+        self, frames: Frames, spelled: Sequence[Tensor], symbols: int, settings: Sequence[Setting], seed: int = 0
+    ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
+        self.frames, self.spelled = frames, spelled
+        width = len(frames.mean)
         values = {
             "weight": torch.zeros(len(settings), width, symbols),
             "bias": torch.zeros(len(settings), symbols),
@@ -46,48 +54,55 @@ class TranscriptionProbe(LightningModule):
         self.values = nn.ParameterDict(
             {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
         )
+        self.seed, self.chosen_epochs = seed, epochs_of(settings)
         self.rates = torch.tensor([setting["rate"] for setting in settings])
-        self.lengths: tuple[int, ...] = ()
-        self.spelled: list[Tensor] = []
+        self.epochs: list[int] = []
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """`[…, T, D]` → `[J, …, T, V]`."""
-        return _scores(dict(self.values), frames)
+    def forward(self, frames: Tensor, problem: int) -> Tensor:
+        """`[…, T, D]` → `[…, T, V]` by one of the heads."""
+        return frames @ self.values["weight"][problem] + self.values["bias"][problem]
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """`frames [ΣT, D]` of the clips whose `lengths` and `spelled` transcripts are set, `rows [B, J]`."""
-        packed, rows = batch
-        clips = packed.split(self.lengths)
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        """Clips' `rows [B, J]` to train on, and `[B, J]` to validate on, if there are any."""
+        rows, valid = batch[0], batch[1:]
+        used = torch.nonzero(rows.any(1))[:, 0]
 
-        def objectives(values: dict[str, Tensor], chosen: Tensor) -> Tensor:
-            picked = chosen.tolist()
-            padded = pad_sequence([clips[i] for i in picked], batch_first=True)
-            scores = (
-                _scores(values, padded).log_softmax(-1).flatten(0, 1).transpose(0, 1)
-            )  # [T, J · b, V]
-            problems = len(rows[0])
-            targets = torch.cat([self.spelled[i] for i in picked] * problems).to(packed.device)
-            frame_counts = torch.tensor([self.lengths[i] for i in picked] * problems)
-            letters = torch.tensor([len(self.spelled[i]) for i in picked] * problems)
-            losses = F.ctc_loss(
-                scores, targets, frame_counts, letters, reduction="none", zero_infinity=True
-            )
-            own = rows[chosen].T
-            per_letter = losses.view(problems, -1) / letters.view(problems, -1).clamp(min=1).to(
-                packed.device
-            )
-            return (per_letter * own).sum(1) / own.sum(1).clamp(min=1)
+        def objectives(values: Values, chosen: Tensor) -> Tensor:
+            numbers = used[chosen.to(used.device)]
+            return masked_means(self._losses(values, numbers), rows[numbers])
 
-        steps = max(MIN_STEPS, EPOCHS * len(clips) // BATCH_CLIPS)
-        rates = self.rates.to(packed.device)
-        trained = descend(
-            objectives, dict(self.values), rates, len(clips), steps=steps, batch_items=BATCH_CLIPS
-        )
+        def validate(values: Values) -> Tensor:
+            numbers = torch.nonzero(valid[0].any(1))[:, 0]
+            losses = [self._losses(values, some) for some in numbers.split(BATCH_CLIPS)]
+            return masked_means(torch.cat(losses), valid[0][numbers])
+
+        trained, self.epochs = descend(
+            objectives, dict(self.values), self.rates.to(rows.device), len(used), seed=self.seed,
+            batch_items=batch_size(len(used), BATCH_CLIPS), epochs=self.chosen_epochs, validate=validate if valid else None,
+            max_epochs=MAX_EPOCHS, patience=PATIENCE,
+        )  # fmt: skip
         for name, value in trained.items():
             self.values[name].copy_(value)
 
     def configure_optimizers(self) -> None:
         """None of Lightning's: one training step runs `descend` to its end."""
+
+    def _losses(self, values: Mapping[str, Tensor], numbers: Tensor) -> Tensor:
+        """Return the CTC losses a letter, `[b, J]`, of some clips `[b]`."""
+        padded, lengths = self.frames(numbers)
+        scores = torch.einsum("btd,jdv->tjbv", padded, values["weight"])
+        scores = (scores + values["bias"][:, None]).log_softmax(-1).flatten(1, 2)  # [T, J · b, V]
+        problems, spelled = len(self.rates), [self.spelled[i] for i in numbers.tolist()]
+        letters = torch.tensor([len(text) for text in spelled])
+        losses = F.ctc_loss(
+            scores,
+            torch.cat(spelled * problems).to(padded.device),
+            lengths.repeat(problems),
+            letters.repeat(problems),
+            reduction="none",
+            zero_infinity=True,
+        )
+        return (losses.view(problems, -1) / letters.clamp(min=1).to(padded.device)).T
 
 
 class TranscriptionLearner:
@@ -95,29 +110,16 @@ class TranscriptionLearner:
 
     block = 8
 
-    def __init__(self, pool: Embeddings, sampled: np.ndarray, test: Embeddings, device: str):
-        taken = torch.from_numpy(np.repeat(sampled, pool.lengths))
-        mean, deviation = (
-            pool.features[taken].mean(0),
-            pool.features[taken].std(0, correction=0).clamp_min(1e-6),
-        )
-        self.pool, self.test = (
-            (pool.features - mean) / deviation,
-            (test.features - mean) / deviation,
-        )
-        self.lengths, self.test_lengths = pool.lengths, test.lengths
+    def __init__(self, pool: Embeddings, train: np.ndarray, test: Embeddings, device: str):
+        taken = np.concatenate([train, np.zeros(len(test), dtype=bool)])
+        self.frames = Frames([*pool.clips(), *test.clips()], taken, device)
         self.texts, self.test_texts = (
             [_plain(text) for text in part.labels] for part in (pool, test)
         )
-        letters = sorted(
-            {
-                letter
-                for text, own in zip(self.texts, sampled, strict=True)
-                if own
-                for letter in text
-            }
-        )
-        self.letters = ["", *letters]
+        found = {
+            letter for text, own in zip(self.texts, train, strict=True) if own for letter in text
+        }
+        self.letters = ["", *sorted(found)]
         number = {letter: code for code, letter in enumerate(self.letters)}
         self.spelled = [
             torch.tensor([number[letter] for letter in text if letter in number], dtype=torch.long)
@@ -125,43 +127,19 @@ class TranscriptionLearner:
         ]
         self.device = device
 
-    def fit(
-        self, clips: Sequence[np.ndarray], settings: Sequence[Setting], thorough: bool
-    ) -> "FittedTranscription":
-        used = np.flatnonzero(np.any(clips, axis=0))
-        frames = self.pool.split(self.lengths)
-        probe = TranscriptionProbe(self.pool.shape[1], len(self.letters), settings)
-        probe.lengths, probe.spelled = (
-            tuple(self.lengths[i] for i in used),
-            [self.spelled[i] for i in used],
-        )
-        rows = torch.from_numpy(np.stack(clips, 1)[used]).float()
-        fit(
-            probe,
-            (torch.cat([frames[i] for i in used]).to(self.device), rows.to(self.device)),
-            self.device,
-        )
-        return FittedTranscription(self, probe.cpu())
+    def validate(self, trials: Sequence[Trial], settings: Sequence[Setting]) -> list[Validation]:
+        probe = self._fit([trial.fit for trial in trials], settings, 0, [t.valid for t in trials])
+        found = []
+        for problem, (trial, epochs) in enumerate(zip(trials, probe.epochs, strict=True)):
+            chosen = np.flatnonzero(trial.valid)
+            texts = self._read(probe, chosen, problem)
+            score = text_metric(texts, [self.texts[i] for i in chosen])
+            found.append(Validation(score, 0.0, epochs))
+        return found
 
-
-class FittedTranscription:
-    """Transcription probes that were fitted together."""
-
-    def __init__(self, learner: TranscriptionLearner, probe: TranscriptionProbe):
-        self.learner, self.probe = learner, probe
-
-    def on_pool(self, clips: np.ndarray, problem: int) -> Judgement:
-        chosen, frames = np.flatnonzero(clips), self.learner.pool.split(self.learner.lengths)
-        texts = [self._read(frames[i], problem) for i in chosen]
-        return Judgement(
-            text_metric(texts, [self.learner.texts[i] for i in chosen]), 0.0, np.empty(0)
-        )
-
-    def on_test(self, problem: int) -> Judgement:
-        wanted = self.learner.test_texts
-        texts = [
-            self._read(clip, problem) for clip in self.learner.test.split(self.learner.test_lengths)
-        ]
+    def test(self, clips: np.ndarray, setting: Setting, seed: int) -> Judgement:
+        probe, wanted = self._fit([clips], [setting], seed), self.test_texts
+        texts = self._read(probe, len(self.texts) + np.arange(len(wanted)), 0)
         words = np.array([len(text.split()) for text in wanted], dtype=float)
         # A clip's own rate, unclamped, times its words is the errors it adds to the whole.
         errors = np.array(
@@ -172,17 +150,26 @@ class FittedTranscription:
             lambda clips: max(0.0, 1 - errors[clips].sum() / max(1.0, words[clips].sum())),
             len(wanted),
         )
-        return Judgement(text_metric(texts, wanted), 0.0, units)
+        return Judgement(text_metric(texts, wanted), units, tuple(texts))
 
-    def _read(self, frames: Tensor, problem: int) -> str:
-        best = self.probe(frames)[problem].argmax(-1).unique_consecutive()
-        return "".join(self.learner.letters[code] for code in best.tolist() if code != BLANK)
+    def _fit(
+        self, clips: Sequence[np.ndarray], settings: Sequence[Setting], seed: int,
+        valid: Sequence[np.ndarray] = (),
+    ) -> TranscriptionProbe:  # fmt: skip
+        probe = TranscriptionProbe(self.frames, self.spelled, len(self.letters), settings, seed)
+        rows = [
+            torch.from_numpy(np.stack(masks, 1)).float() for masks in (clips, valid) if len(masks)
+        ]
+        fit(probe, tuple(part.to(self.device) for part in rows), self.device)
+        return probe.to(self.device)
 
-
-def _scores(values: dict[str, Tensor], frames: Tensor) -> Tensor:
-    spread = [1] * (frames.ndim - 2)
-    weight = values["weight"].view(len(values["weight"]), *spread, *values["weight"].shape[1:])
-    return frames @ weight + values["bias"].view(len(weight), *spread, 1, -1)
+    def _read(self, probe: TranscriptionProbe, numbers: np.ndarray, problem: int) -> list[str]:
+        """Write what one head reads in some clips, greedily."""
+        texts = []
+        for number in torch.from_numpy(numbers).split(1):
+            codes = probe(self.frames(number)[0][0], problem).argmax(-1).unique_consecutive()
+            texts.append("".join(self.letters[code] for code in codes.tolist() if code != BLANK))
+        return texts
 
 
 def _plain(text: str) -> str:

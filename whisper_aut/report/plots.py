@@ -82,14 +82,12 @@ def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None
         if {entry.metric for entry in scores.entries} == {"accuracy"}
         else "score (%)"
     )
-    seeds, kinds = (
-        len(scores.seeds),
-        ", ".join(dict.fromkeys(entry.kind for entry in scores.entries)),
-    )
+    kinds = ", ".join(dict.fromkeys(entry.kind for entry in scores.entries))
+    seeds = max(len(entry.seeds) for entry in scores.entries)
     spread = (
         f"bars end at the mean of {seeds} seeds, whiskers ± 1 standard deviation"
         if seeds > 1
-        else "one seed"
+        else "each probe fitted once"
     )
     _title(axes, f"Probes ({kinds}), protocol “{scores.protocol}”", spread)
     axes.grid(axis="y")

@@ -21,6 +21,10 @@ METRIC_NAMES = {
     "segment_f1_micro": "segment F1, micro",
     "word_accuracy": "1 − word error rate",
 }
+FITTED_ON = {
+    "train": "on the full training split (train)",
+    "train+valid": "on training and validation split (train+valid)",
+}
 KIND_NAMES = {name: kind.title for name, kind in KINDS.items()}
 
 
@@ -151,6 +155,8 @@ def scores_csv(scores: Scores) -> str:
             "metric",
             "mean",
             "std",
+            "final_fit",
+            "epochs",
             "seeds",
             "folds",
             "test_clips",
@@ -170,7 +176,9 @@ def scores_csv(scores: Scores) -> str:
             e.metric,
             e.mean,
             std,
-            len(e.record),
+            e.final_fit,
+            "" if e.epochs is None else e.epochs,
+            len(e.seeds),
             e.folds,
         ]
         writer.writerow([*row, e.test_clips, e.classes, e.weight, e.identity])
@@ -178,17 +186,7 @@ def scores_csv(scores: Scores) -> str:
 
 
 def _score_caption(scores: Scores) -> str:
-    parts = []
-    if len(scores.seeds) > 1:
-        parts.append(
-            f"± is the standard deviation over {len(scores.seeds)} seeds, each of which trains on another stratified 90 % of the "
-            "training clips, and over folds where a task has them; that of averages is over seeds. It says how far a score hangs on "
-            "training clips."
-        )
-    elif any(entry.folds > 1 for entry in scores.entries):
-        parts.append("One seed: ± is the standard deviation over folds.")
-    else:
-        parts.append("One seed: no standard deviation.")
+    parts = [_fitting(scores)]
     skipped = [
         f"{entry.task} {split}: {count} {reason}"
         for entry in {entry.task: entry for entry in scores.entries}.values()
@@ -196,6 +194,25 @@ def _score_caption(scores: Scores) -> str:
         for reason, count in reasons.items()
     ]
     return " ".join([*parts, *(["Clips left out: " + "; ".join(skipped) + "."] if skipped else [])])
+
+
+def _fitting(scores: Scores) -> str:
+    """Say on which clips settings were chosen and probes fitted, and what ± is."""
+    fitted_on = {
+        "on all other folds" if entry.folds > 1 else FITTED_ON[entry.final_fit]
+        for entry in scores.entries
+    }
+    seeded = {KIND_NAMES[entry.kind]: len(entry.seeds) for entry in scores.entries if entry.seeds}
+    parts = [
+        f"Settings are chosen on validation clips; the tested probe is fitted {' or '.join(sorted(fitted_on, reverse=True))}."
+    ]
+    if any(count > 1 for count in seeded.values()):
+        parts.append(
+            f"± is the standard deviation over {max(seeded.values())} seeds, which decide start and batch order of {', '.join(seeded)}."
+        )
+    if any(not entry.seeds for entry in scores.entries):
+        parts.append("A probe without a random start is fitted once and has no ±.")
+    return " ".join(parts)
 
 
 def _percent(value: float) -> str:

@@ -86,6 +86,10 @@ class RunDirectory:
         return self.path / "scores.json"
 
     @property
+    def predictions(self) -> Path:
+        return self.path / "predictions.jsonl"
+
+    @property
     def report(self) -> Path:
         return self.path / "report"
 
