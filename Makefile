@@ -20,7 +20,7 @@ OVERRIDES := $(if $(DATA),data.root=$(DATA)) $(ARGS)
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup lock train-aut train-uniwhisper probe experiment report test smoke notebooks bench docs lint clean
+.PHONY: help setup lock train-aut train-uniwhisper probe experiment report test test-all smoke notebooks bench docs lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ report: $(STAMP) ## tables and plots of runs (RUNS="runs/NAME/TIMESTAMP …", op
 
 test: $(STAMP) ## the test suite (ARGS="-k name")
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-all: $(STAMP) ## the slow tests too: several processes, kills, long runs (half an hour on two cores)
+	@$(BIN)/python -m pytest -n 2 -m "not gpu and not network" $(ARGS)
 
 smoke: $(STAMP) ## shards to report through the real command line, for both decoders
 	@$(BIN)/python -m pytest tests/test_smoke.py $(ARGS)

@@ -1,9 +1,11 @@
 """The command line: exit codes, messages, and no traceback for a user's mistake."""
 
+import argparse
 import io
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tests.conftest import REPOSITORY, encode_audio, tone
-from whisper_aut.cli import _console, main
+from whisper_aut import commands
+from whisper_aut.cli import _console, _parser, main
+from whisper_aut.model import encoder, pretrained, windows
+from whisper_aut.probes.kinds import KINDS
 
 CONF = REPOSITORY / "conf"
 
@@ -48,10 +53,6 @@ CONF = REPOSITORY / "conf"
             "There are no shards at nowhere",
         ),
         (["report", "nowhere", "--out", "x"], "No scores.json"),
-        (
-            ["probe", "logmel", "--tasks", "esc10", "--conf", str(CONF), "--out", "file/x"],
-            "file/x: Not a directory.",
-        ),
         (["data", "demo", "--out", "x", "--scale", "0"], "give a scale above 0"),
     ],
 )
@@ -91,10 +92,129 @@ def test_numbers_out_of_bounds_are_refused_with_the_usage(
     assert bounds in capsys.readouterr().err
 
 
+def parsers() -> Iterator[argparse.ArgumentParser]:
+    """Every parser of a command, without those that only hold commands."""
+
+    def walk(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+        subcommands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        for action in subcommands:
+            for below in action.choices.values():
+                yield from walk(below)
+        if not subcommands:
+            yield parser
+
+    return walk(_parser())
+
+
+@pytest.mark.parametrize("parser", parsers(), ids=lambda parser: parser.prog)
+def test_every_argument_of_every_command_has_a_help_text(parser: argparse.ArgumentParser):
+    lacking = [action.dest for action in parser._actions if not (action.help or "").strip()]
+    assert not lacking
+
+
+@pytest.mark.parametrize("name", ["probe", "embed", "search", "demo", "chat", "evaluate"])
+def test_whatever_runs_an_encoder_takes_device_and_precision(name: str):
+    parser = next(parser for parser in parsers() if parser.prog == f"whisper-aut {name}")
+    options = {
+        action.option_strings[-1]: action for action in parser._actions if action.option_strings
+    }
+    assert options["--device"].default == "auto"
+    assert tuple(options["--dtype"].choices or ()) == tuple(pretrained.DTYPES)
+    if name != "chat":  # one clip
+        assert options["--batch-seconds"].default == windows.BATCH_SECONDS
+
+
+def test_choices_are_the_keys_of_their_registries():
+    assert tuple(KINDS) == commands.PROBE_KINDS
+    assert tuple(windows.POOLINGS) == commands.POOLINGS
+    assert commands.PADDINGS == encoder.PADDINGS
+    assert tuple(pretrained.DTYPES) == commands.DTYPES
+    assert commands.BATCH_SECONDS == windows.BATCH_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        (["--kind", "liner"], "'liner' is not one of linear, knn, mlp"),
+        (["--pooling", "mean-std"], "not one of mean, mean_std. Did you mean 'mean_std'?"),
+        (["--padding", "30"], "not one of none, 30s. Did you mean '30s'?"),
+        (["--dtype", "bf61"], "not one of fp32, bf16, fp16. Did you mean 'bf16'?"),
+        (["--batch-seconds", "0"], "'0' is not a number above 0"),
+    ],
+)
+def test_a_word_that_is_no_choice_is_answered_with_the_nearest(
+    option: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        main(["probe", "logmel", "--tasks", "esc10", *option])
+    assert meant in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "order"),
+    [
+        (
+            ["probe", "--tasks", "esc10", "fsdd", "runs/aut/latest"],
+            "arguments are required: encoder. --tasks and --layers take every word that follows: "
+            "write whisper-aut probe ENCODER --tasks …",
+        ),
+        (
+            ["embed", "--layers", "0", "2", "runs/aut/latest", "clip.wav", "--out", "x.npz"],
+            "--layers takes every word that follows: write whisper-aut embed ENCODER AUDIO --layers …",
+        ),
+        (
+            ["data", "audit", "--against", "esc10", "data/train"],
+            "write whisper-aut data audit TRAIN --against …",
+        ),
+        (["evaluate", "--tasks", "asr", "runs/x", "shards"], "evaluate RUN_OR_CKPT SHARDS --tasks"),
+    ],
+)
+def test_options_of_several_words_before_what_comes_first_are_told_the_right_order(
+    arguments: list[str], order: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert order in capsys.readouterr().err
+
+
+def test_all_problems_of_a_probe_are_told_at_once_before_anything_is_embedded(
+    tmp_path: Path, tiny_whisper: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "probe"
+    command = ["probe", f"{tiny_whisper}@3s", "--against", "logmel", "--against", "./nowhere"]
+    command += ["--against", str(tiny_whisper), "--layers", "0", "7", "--kind", "knn"]
+    command += ["--tasks", "esc11", "xares_clotho", "fsdd", "--root", "nowhere", "--out", str(out)]
+    assert main(command) == 1
+    told = capsys.readouterr().err
+    for problem in (
+        "There is no probe task 'esc11'. Did you mean 'esc10'?",
+        "not '3s'. Did you mean '30s'?",
+        "There is no model directory ./nowhere",
+        "'xares_clotho' is scored by recall@1, which a knn probe does not give",
+        "any clotho_development*.tar",
+        "no shards at nowhere/fsdd/train",
+        "no shards at nowhere/fsdd/test",
+        "log-mel statistics: LogMelBaseline gives no single layers",
+        "tiny: The encoder has layers 0 (what enters the first) to 2; asked for: 0, 7",
+    ):
+        assert problem in told, problem
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(
+    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    command = ["probe", "logmel", "--tasks", "tones.yaml", "--root", "data"]
+    assert main([*command, "--out", str(tmp_path / "file" / "x")]) == 1
+    assert "file/x: Not a directory." in capsys.readouterr().err
+
+
 def test_questions_end_with_the_input(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("whisper_aut.pipeline.open_run", lambda path: path)
+    monkeypatch.setattr("whisper_aut.pipeline.open_run", lambda path, device, dtype: path)
     monkeypatch.setattr(
         "whisper_aut.export.chat.answer",
         lambda module, audio, question, max_new_tokens: question.upper(),

@@ -21,6 +21,21 @@ from whisper_aut.settings import Settings, dump_settings, load_settings
 from whisper_aut.training.rundir import RunDirectory
 
 
+def test_probe_shards_that_are_missing_are_found_before_training(
+    tiny_whisper: Path, tiny_shards: Path, story: Path, tmp_path: Path
+):
+    task = f"[{story / 'tones.yaml'}]"
+    during = (f"probe.during.tasks={task}", "probe.during.kind=retrieval")
+    settings = settings_for(
+        tiny_whisper, tiny_shards, tmp_path, f"probe.tasks={task}", "probe.root=nowhere", *during
+    )
+    with pytest.raises(UserError, match="is to be probed on has 3 problems") as raised:
+        run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
+    assert "no shards at nowhere/speech" in str(raised.value)
+    assert "which a retrieval probe does not give" in str(raised.value)
+    assert not any(tmp_path.iterdir()), "no run was begun"
+
+
 def test_a_missing_device_is_found_before_the_run_it_starts_after(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -33,6 +48,7 @@ def test_a_missing_device_is_found_before_the_run_it_starts_after(
         "model.after=smoke_speech.yaml",
         "model.path=",
         "hardware.accelerator=cuda",
+        "probe.tasks=[]",
     )
     with pytest.raises(UserError, match="PyTorch sees no such device here"):
         run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
@@ -50,6 +66,7 @@ def test_a_finished_run_is_used_where_its_device_is_not(
         "model.after=smoke_speech.yaml",
         "model.path=",
         "hardware.accelerator=cuda",
+        "probe.tasks=[]",
     )
     finished = RunDirectory(runs / settings.name / "1")
     finished.path.mkdir(parents=True)

@@ -4,13 +4,57 @@ In: messages. Out: exceptions that `cli.main` turns into one clear paragraph (Us
 counted line of the ledger (SampleRefused).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from enum import StrEnum
 
 
 class UserError(Exception):
     """A mistake that the user can mend. The message says what was given, what was expected, and what to run."""
+
+
+class Problems:
+    """Mistakes that are gathered, so that the user is told all of them at once.
+
+    Examples:
+        >>> problems = Problems()
+        >>> for name in ("one", "two"):
+        ...     with problems.gather():
+        ...         raise UserError(f"{name} is missing.")
+        >>> problems.tell("The request")
+        Traceback (most recent call last):
+        whisper_aut.errors.UserError: The request has 2 problems:
+          - one is missing.
+          - two is missing.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    @contextmanager
+    def gather(self, prefix: str = "") -> Iterator[None]:
+        """Keep the mistake that ends the block, and go on after it."""
+        try:
+            yield
+        except UserError as error:
+            self.add(f"{prefix}{error}")
+
+    def add(self, problem: str) -> None:
+        if problem not in self.found:
+            self.found.append(problem)
+
+    def tell(self, where: str) -> None:
+        """Do nothing where nothing was found.
+
+        Raises:
+            UserError: one problem as it is, several as a list under what `where` names.
+        """
+        if len(self.found) == 1:
+            raise UserError(self.found[0])
+        if self.found:
+            listed = "\n".join(f"  - {problem}" for problem in self.found)
+            raise UserError(f"{where} has {len(self.found)} problems:\n{listed}")
 
 
 class Interrupted(Exception):

@@ -18,22 +18,30 @@ from whisper_aut.corpora.audit import AUDIT_NAME, EXCLUDE_NAME, read_audit, unau
 from whisper_aut.corpora.build import build_shards
 from whisper_aut.corpora.demo import DemoOptions, build_demo
 from whisper_aut.corpora.manifest import ManifestSpec
-from whisper_aut.errors import Interrupted, UserError
+from whisper_aut.errors import Interrupted, Problems, UserError
 from whisper_aut.export.card import write_card
 from whisper_aut.export.hf import ExportKind, export_checkpoint, read_checkpoint
 from whisper_aut.export.source import find_checkpoint
 from whisper_aut.model.decoders import check_decoder
 from whisper_aut.model.encoder import Padding
 from whisper_aut.model.module import AudioTextModule
-from whisper_aut.model.pretrained import DTYPES, AudioEncoder, load_encoder, split_padding
+from whisper_aut.model.pretrained import (
+    DTYPES,
+    AudioEncoder,
+    device_named,
+    device_of,
+    load_encoder,
+    split_padding,
+)
 from whisper_aut.model.start import Start
+from whisper_aut.model.windows import BATCH_SECONDS
 from whisper_aut.probes.baseline import BASELINE_NAME, LogMelBaseline
 from whisper_aut.probes.clips import WHOLE
 from whisper_aut.probes.during import ForgettingGuard, ProbeDuringTraining
 from whisper_aut.probes.embed import EmbedSettings, FrameEncoder
-from whisper_aut.probes.ranks import SharedEmbedding, launched_share, own_device
+from whisper_aut.probes.ranks import SharedEmbedding, joined_ranks, launched_share
 from whisper_aut.probes.rounds import FinalFit
-from whisper_aut.probes.suite import run_suite
+from whisper_aut.probes.suite import find_problems, run_suite
 from whisper_aut.probes.tasks import ProbeTask, expand_suites, load_task
 from whisper_aut.report.build import build_report
 from whisper_aut.report.demo import Listener
@@ -101,6 +109,9 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
     tasks = load_tasks(settings.probe.tasks, story.tasks_folder)
     prepare_corpora(settings.corpora, console)
     _warn_of_unaudited(settings, tasks, console)
+    watching = _probes_during(settings, story.tasks_folder)
+    if is_first_rank():
+        _check_probes(settings, tasks, watching)
     if settings.model.after:
         runs = runs_of(Path(settings.runs), settings.name)
         if not any(
@@ -108,7 +119,6 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
         ):  # a finished run may be used where its device is not
             check_accelerator(settings.hardware.accelerator)  # before its start is trained in vain
         settings = _start_after(settings, story, console)
-    watching = _probes_during(settings, story.tasks_folder)
     try:
         trained = train(
             settings, console, resume=story.resume, fresh=story.fresh, callbacks=watching
@@ -161,7 +171,7 @@ def run_plan(settings: Settings, config: Path, console: Console) -> None:
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """What `whisper-aut probe` was asked: encoders by path, hub id, `logmel` or `random:PATH`, tasks, places, and how to probe."""
+    """What `whisper-aut probe` was asked: encoders by path, hub id, `logmel` or `random:PATH`, tasks, folders, and how to probe."""
 
     encoder: str
     against: Sequence[str]
@@ -169,44 +179,50 @@ class ProbeRequest:
     seeds: int
     conf: Path
     root: str
-    padding: Padding | None
     out: Path
+    padding: Padding | None = None
     kind: str = ""
     pooling: str = "mean"
     layers: tuple[int, ...] = ()
-    device: str = "cpu"
+    device: str = "auto"
+    dtype: str = "fp32"
+    batch_seconds: float = BATCH_SECONDS
     final_fit: FinalFit = "train"
 
 
 def run_probe(request: ProbeRequest, console: Console) -> Path:
-    """Score one encoder, beside those it is compared with, and write scores and report to `request.out`.
+    """Score one encoder and those it is compared with, and write scores and report to `request.out`.
 
     Under `torchrun` all ranks embed and the first one scores.
 
     Raises:
-        UserError: an encoder, a task or its shards cannot be loaded.
+        UserError: encoders, tasks or shards cannot be loaded, or do not go with the options: all problems
+            at once, before the first clip is embedded.
     """
-    tasks, share, device = (
-        load_tasks(request.tasks, request.conf),
-        launched_share(),
-        own_device(request.device),
+    share, device = launched_share(), device_named(request.device)
+    embedding = EmbedSettings(
+        pooling=request.pooling,
+        layers=request.layers,
+        batch_seconds=request.batch_seconds,
+        quiet=share.rank > 0,
     )
-    embedding = EmbedSettings(pooling=request.pooling, layers=request.layers, quiet=share.rank > 0)
-    names = encoder_names((*request.against, request.encoder))
-    encoders = {short: open_encoder(name, request.padding, device) for name, short in names.items()}
-    request.out.mkdir(parents=True, exist_ok=True)
-    if share != WHOLE:
-        cache = request.out / "embeddings"
-        SharedEmbedding(encoders, tasks, request.root, cache, embedding, request.kind).run(share)
-        if share.rank:
-            return request.out
+    cache = request.out / "embeddings"
+    with joined_ranks(share):  # a rank that finds a problem ends the others
+        tasks, encoders = _find_all(request, device, embedding)
+        request.out.mkdir(parents=True, exist_ok=True)
+        if share != WHOLE:
+            SharedEmbedding(encoders, tasks, request.root, cache, embedding, request.kind).run(
+                share
+            )
+    if share.rank:
+        return request.out
     run_suite(
         encoders,
         tasks,
         root=request.root,
-        cache=request.out / "embeddings",
+        cache=cache,
         seeds=range(request.seeds),
-        against=[names[name] for name in request.against],
+        against=list(encoders)[: len(request.against)],
         embedding=embedding,
         scores_file=request.out / "scores.json",
         predictions_file=request.out / "predictions.jsonl",
@@ -215,6 +231,35 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
         final_fit=request.final_fit,
     )
     return build_report([request.out], request.out, console)
+
+
+def _find_all(
+    request: ProbeRequest, device: str, embedding: EmbedSettings
+) -> tuple[list[ProbeTask], dict[str, FrameEncoder]]:
+    """Return the tasks, and the encoders by their names in tables, those that are compared against first.
+
+    Raises:
+        UserError: with every problem of tasks, encoders and options.
+    """
+    problems = Problems()
+    tasks = _find_tasks(request.tasks, request.conf, problems)
+    named: list[str] = []
+    for name in (*request.against, request.encoder):
+        with problems.gather():
+            split_padding(name)
+            named.append(name)
+    encoders: dict[str, FrameEncoder] = {}
+    with problems.gather():
+        for name, short in encoder_names(named).items():
+            with problems.gather():
+                encoders[short] = open_encoder(
+                    name, request.padding, device=device, dtype=request.dtype
+                )
+    find_problems(
+        problems, encoders, tasks, root=request.root, embedding=embedding, kind=request.kind
+    )
+    problems.tell("The probe")
+    return tasks, encoders
 
 
 def export_run(path: Path, out: Path, kind: ExportKind, dtype: str = "fp32", **card: str) -> Path:
@@ -234,18 +279,30 @@ def export_run(path: Path, out: Path, kind: ExportKind, dtype: str = "fp32", **c
     return out
 
 
-def open_run(path: Path) -> AudioTextModule:
+def open_run(path: Path, *, device: str = "cpu", dtype: str = "fp32") -> AudioTextModule:
     """Load what a run trained, decoder included, from its directory or one of its checkpoints.
 
+    Args:
+        dtype: of all weights; with `fp32` a frozen language model keeps its own.
+
     Raises:
-        UserError: not a run, or what it needs is not there any more.
+        UserError: not a run, what it needs is not there any more, or a device that is not there.
     """
     checkpoint, _ = find_checkpoint(path)
+    place = device_of(device)
     settings = load_settings(RunDirectory(checkpoint.parent.parent).config)
-    return build_trained(settings, read_checkpoint(checkpoint))
+    module = build_trained(settings, read_checkpoint(checkpoint))
+    return module.to(device=place, dtype=None if dtype == "fp32" else DTYPES[dtype])
 
 
-def open_listener(name: str, against: str, padding: Padding | None) -> Listener:
+def open_listener(
+    name: str,
+    against: str,
+    padding: Padding | None,
+    *,
+    device: str = "cpu",
+    dtype: str = "fp32",
+) -> Listener:
     """Load what the page of `whisper-aut demo` shows: an encoder, or a run with its decoder and the encoder that it started from.
 
     Args:
@@ -258,21 +315,28 @@ def open_listener(name: str, against: str, padding: Padding | None) -> Listener:
     path, module = Path(split_padding(name)[0]), None
     if RunDirectory(path).environment.is_file() or path.suffix == ".ckpt":
         _, start = find_checkpoint(path)
-        module = open_run(path)
+        module = open_run(path, device=device, dtype=dtype)
         if not against:
-            encoders["before"] = load_encoder(start.path, revision=start.revision)
+            encoders["before"] = load_encoder(
+                start.path, revision=start.revision, device=device, dtype=dtype
+            )
     if against:
-        encoders["before"] = _load_encoder(against, padding)
-    after = AudioEncoder(module.encoder) if module else _load_encoder(name, padding)
+        encoders["before"] = _load_encoder(against, padding, device=device, dtype=dtype)
+    after = (
+        AudioEncoder(module.encoder).to(module.device)
+        if module
+        else _load_encoder(name, padding, device=device, dtype=dtype)
+    )
     encoders["after" if encoders else "encoder"] = after
     return Listener(encoders, module)
 
 
-def open_encoder(name: str, padding: Padding | None, device: str = "cpu") -> FrameEncoder:
+def open_encoder(name: str, padding: Padding | None, **how: Any) -> FrameEncoder:
     """Load what a command line calls an encoder.
 
     Args:
         padding: of an encoder that is named without one.
+        how: the device and dtype of `load_encoder`.
 
     Raises:
         UserError: there is no such encoder, or log-mel statistics with a padding.
@@ -283,9 +347,7 @@ def open_encoder(name: str, padding: Padding | None, device: str = "cpu") -> Fra
             raise UserError(f"{name}: log-mel statistics know no padding. Write {LOGMEL}.")
         return LogMelBaseline()
     random = name.startswith(RANDOM_PREFIX)
-    return _load_encoder(
-        name.removeprefix(RANDOM_PREFIX), padding, device=device, random_init=random
-    )
+    return _load_encoder(name.removeprefix(RANDOM_PREFIX), padding, random_init=random, **how)
 
 
 def _load_encoder(name: str, padding: Padding | None, **how: Any) -> AudioEncoder:
@@ -337,11 +399,24 @@ def _warn_of_unaudited(settings: Settings, tasks: Sequence[ProbeTask], console: 
 
 
 def load_tasks(names: Sequence[str], folder: Path) -> list[ProbeTask]:
-    """Load probe tasks by name from `folder/probe_tasks`, by path, or by the name of a suite in `folder/probe.yaml`."""
-    return [
-        load_task(name, folder / "probe_tasks")
-        for name in expand_suites(names, folder / "probe.yaml")
-    ]
+    """Load probe tasks by name from `folder/probe_tasks`, by path, or by the name of a suite in `folder/probe.yaml`.
+
+    Raises:
+        UserError: with the problems of all of them.
+    """
+    problems = Problems()
+    tasks = _find_tasks(names, folder, problems)
+    problems.tell("The list of probe tasks")
+    return tasks
+
+
+def _find_tasks(names: Sequence[str], folder: Path, problems: Problems) -> list[ProbeTask]:
+    tasks: list[ProbeTask] = []
+    with problems.gather():
+        for name in expand_suites(names, folder / "probe.yaml"):
+            with problems.gather():
+                tasks.append(load_task(name, folder / "probe_tasks"))
+    return tasks
 
 
 def _start_after(settings: Settings, story: Story, console: Console) -> Settings:
@@ -401,6 +476,22 @@ def _probes_during(settings: Settings, conf: Path) -> list[ProbeDuringTraining]:
             guard=guard,
         )
     ]
+
+
+def _check_probes(
+    settings: Settings, tasks: Sequence[ProbeTask], watching: Sequence[ProbeDuringTraining]
+) -> None:
+    """Find what would stop the probes, before hours of training end at it.
+
+    Raises:
+        UserError: with every such problem.
+    """
+    problems = Problems()
+    find_problems(problems, {}, tasks, root=settings.probe.root)
+    for callback in watching:
+        kind = callback.kind
+        find_problems(problems, {}, callback.tasks, root=settings.probe.root, kind=kind)
+    problems.tell(f"What {settings.name} is to be probed on")
 
 
 def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[ProbeTask]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from whisper_aut.corpora.audio import DOWNMIX, ClipLimits, decode, read_header, second_file
+from whisper_aut.corpora.audio import DOWNMIX, ClipLimits, decode, read_header
 from whisper_aut.data.waveform import load_waveform
 from whisper_aut.errors import Reason, SampleRefused
 
@@ -224,36 +224,3 @@ def test_floats_on_the_scale_of_integers_are_refused_and_named():
         decode(encode(integers, subtype="FLOAT"), LIMITS)
     assert reason_of(encode(integers, subtype="FLOAT")) is Reason.OUT_OF_SCALE
     assert decode(encode(noise(1) * 6, subtype="FLOAT"), LIMITS).seconds == 1, "loud is no fault"
-
-
-KINDS = [
-    ("WAV", None),
-    ("AIFF", None),
-    ("FLAC", None),
-    ("OGG", "VORBIS"),
-    ("OGG", "OPUS"),
-    ("MP3", None),
-]
-
-
-@pytest.mark.parametrize(("kind", "subtype"), KINDS)
-def test_two_files_joined_into_one_are_refused(kind: str, subtype: str | None):
-    first, second = (encode(noise(seconds), RATE_HZ, kind, subtype) for seconds in (1, 2))
-    assert second_file(first) is second_file(second) is None
-    assert second_file(first + second) == len(first)
-    assert reason_of(first + second) is Reason.JOINED
-    with pytest.raises(SampleRefused, match=f"another file begins at byte {len(first)}"):
-        read_header(first + second, LIMITS)
-
-
-def test_mp3_frames_after_those_that_the_header_counts_are_a_second_file():
-    first, second = (encode(noise(seconds), RATE_HZ, "MP3") for seconds in (1, 2))
-    begin = next(at for at in range(4, len(second)) if second[at : at + 2] == second[:2])
-    without_header = second[begin:]
-    assert second_file(first + without_header) == len(first)
-    tagged = b"ID3\x04\x00\x00\x00\x00\x00\x05hello"
-    assert second_file(tagged + first + tagged + without_header) == len(tagged + first)
-    assert second_file(tagged + first + b"TAG" + bytes(125)) is None
-    assert second_file(without_header) is None
-    both = decode(without_header + without_header, LIMITS).seconds
-    assert both == pytest.approx(2 * decode(without_header, LIMITS).seconds, abs=0.1)

@@ -245,6 +245,17 @@ def test_floats_on_the_scale_of_integers_are_counted(tmp_path: Path):
     assert (facts.clips, facts.refused) == (0, {"audio out of scale": 1})
 
 
+def test_clips_without_a_label_are_counted(tmp_path: Path):
+    labels = ['"dog"', "NaN", "null", '""', '["cat", NaN]']
+    members = {}
+    for number, label in enumerate(labels):
+        members |= {f"{number}.flac": audio(), f"{number}.json": b'{"label": %s}' % label.encode()}
+    tar(tmp_path, members)
+    facts = inspect_shards(tmp_path)
+    assert (facts.labels, facts.labelled) == ({"dog": 1, "cat": 1}, 2)
+    assert "2 labels, 3 clips without one" in " ".join(shown(facts).split())
+
+
 def test_a_key_that_is_repeated_is_counted_and_warned_about(tmp_path: Path):
     with tarfile.open(tmp_path / "a.tar", "w") as file:
         for name, body in [("0.flac", audio()), ("0.json", annotation())] * 2:

@@ -96,6 +96,17 @@ def test_a_segment_of_a_loud_lossy_file_does_not_wrap_round(
     np.testing.assert_allclose(part, expected, rtol=0, atol=2.0**-15)
 
 
+def test_a_segment_is_cut_from_the_end_of_an_mp3_that_does_not_say_its_length(tmp_path: Path):
+    """libsndfile takes the 4 s for 1.7 s, by the bit rate of the loud first frame."""
+    noise = np.random.default_rng(0).uniform(-0.4, 0.4, 64_000) * np.linspace(1, 0.1, 64_000) ** 4
+    soundfile.write(tmp_path / "a.mp3", noise, 16_000, bitrate_mode="VARIABLE")
+    without_header = (tmp_path / "a.mp3").read_bytes()
+    begin = next(n for n in range(4, 2000) if without_header[n : n + 2] == without_header[:2])
+    (tmp_path / "a.mp3").write_bytes(without_header[begin:])
+    report = build(tmp_path, [{"path": "a.mp3", "offset": 3.0, "duration": 0.9}])
+    assert (report.clips, report.seconds) == (1, pytest.approx(0.9))
+
+
 def test_a_segment_of_surround_sound_is_mixed_down_as_the_whole_file_is(tmp_path: Path):
     samples = np.random.default_rng(0).uniform(-0.4, 0.4, (3 * 16_000, 6)).astype(np.float32)
     soundfile.write(tmp_path / "film.bin", samples, 16_000, format="OGG", subtype="VORBIS")

@@ -240,6 +240,17 @@ def faulty_shards(folder: Path) -> Path:
         "too_long": ("flac", encode_audio(np.tile(tone(1.0), 31)), good),
         "too_short": ("flac", encode_audio(tone(0.05)), good),
         "silent": ("flac", encode_audio(np.zeros(16_000, np.float32)), good),
+        "phases": (
+            "flac",
+            encode_audio(np.stack([tone(1.0), -tone(1.0)], 1), kind="FLAC"),
+            good,
+        ),
+        "integers": (
+            "wav",
+            encode_audio(tone(1.0) * 32_767, kind="WAV", subtype="FLOAT"),
+            good,
+        ),
+        "joined": ("ogg", encode_audio(tone(1.0), kind="OGG") * 2, good),
         "no_text": ("flac", encode_audio(tone(1.0)), Annotation(domain="sound")),
     }
     with ShardFolder(folder) as shards:
@@ -260,6 +271,9 @@ def test_every_fault_is_refused_under_its_own_reason(tmp_path: Path, build: Exam
         "too_long": Reason.TOO_LONG,
         "too_short": Reason.TOO_SHORT,
         "silent": Reason.SILENT,
+        "phases": Reason.SILENT,
+        "integers": Reason.OUT_OF_SCALE,
+        "joined": Reason.JOINED,
         "no_text": Reason.NO_TEXT,
     }
 

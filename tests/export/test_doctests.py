@@ -10,7 +10,7 @@ import torch
 
 from whisper_aut import load_encoder
 
-MODULES = ("model.windows", "model.pretrained", "export.embed", "export.search")
+MODULES = ("errors", "model.windows", "model.pretrained", "export.embed", "export.search")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -81,6 +81,7 @@ def test_precisions_and_devices(in_story: Path, encoder: AudioEncoder):
     assert torch.nn.functional.cosine_similarity(rough, encoder.embed(["clip.wav"])).item() > 0.999
     with pytest.raises(UserError, match=r"dtype must be one of.*Did you mean 'fp16'"):
         load_encoder(RUN, dtype="f16")
+    assert load_encoder(RUN, device="auto").device.type in ("cpu", "cuda")
     with pytest.raises(UserError, match="Device 'cuda:99' cannot be used"):
         load_encoder(RUN, device="cuda:99")
 
@@ -179,6 +180,21 @@ def test_mistakes_are_said(
     assert not list(in_story.glob("x.*"))
 
 
+def test_search_runs_the_encoder_in_the_precision_of_the_index(
+    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    index = str(tmp_path / "clips.npz")
+    assert main(["embed", f"{RUN}@30s", "clips", "--out", index, "--dtype", "bf16"]) == 0
+    searched = SearchIndex(Vectors.load(Path(index)))
+    assert (searched.origin.dtype, searched.origin.padding) == ("bf16", "30s")
+    assert searched.open_encoder().dtype == "bf16"
+    assert searched.open_encoder(dtype="fp32").dtype == "fp32"
+    for dtype in ([], ["--dtype", "fp32"]):
+        capsys.readouterr()
+        assert main(["search", index, "clips/440.flac", "--batch-seconds", "30", *dtype]) == 0
+        assert capsys.readouterr().out.splitlines()[0].split()[1] == "clips/440.flac"
+
+
 def test_search_finds_the_clip_itself_first(
     in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -194,7 +210,8 @@ def test_search_finds_the_clip_itself_first(
         units = file["embeddings"] / np.linalg.norm(file["embeddings"], axis=1, keepdims=True)
         order = np.argsort(-(units @ units[file["names"].tolist().index("clips/440.flac")]))[:3]
         assert [line.split(maxsplit=1)[1] for line in lines] == file["names"][order].tolist()
-    assert main(["search", str(index), "clip.wav", "-k", "0"]) == 1
+    with pytest.raises(SystemExit):
+        main(["search", str(index), "clip.wav", "-k", "0"])
     assert (
         main(["search", str(index), "clip.wav", "--encoder", "runs/aut_tiny/latest/export/whisper"])
         == 0

@@ -149,6 +149,16 @@ def test_generation_of_a_batch_is_what_the_model_generates_for_each_clip(
         assert answer == expected
 
 
+def test_in_half_precision_it_answers_too(tiny_whisper: Path, tiny_language_model: Path):
+    """As `whisper-aut chat --dtype bf16` runs it."""
+    decoder, codec = build(tiny_whisper, tiny_language_model)
+    frames, lengths = frames_and_lengths()
+    prompts = targets_of(codec).prompts()
+    written = decoder.to(torch.bfloat16).generate(frames.bfloat16(), lengths, prompts, 6)
+    assert len(written) == len(prompts)
+    assert all(len(answer) <= 6 for answer in written)
+
+
 def test_frozen_weights_stay_what_they_were_and_out_of_the_state(
     tiny_whisper: Path, tiny_language_model: Path
 ):

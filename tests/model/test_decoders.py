@@ -18,6 +18,7 @@ from whisper_aut.errors import UserError
 from whisper_aut.model.decoders import DECODERS, DecoderEntry, check_decoder
 from whisper_aut.model.decoders.protocol import Decoder
 from whisper_aut.model.loss import DecoderLoss
+from whisper_aut.model.module import ONE_LETTER
 from whisper_aut.model.start import Start
 
 TEXTS = ("a dog barks twice", "rain falls", "a slow tune on a piano")
@@ -123,6 +124,10 @@ def targets_of(codec: TextCodec, texts: tuple[str, ...] = TEXTS) -> Targets:
 def test_keeps_the_protocols(kit: tuple[Any, TextCodec]):
     assert isinstance(kit[0], Decoder)
     assert isinstance(kit[1], TextCodec)
+
+
+def test_encodes_the_text_that_a_rank_without_clips_runs_on(kit: tuple[Any, TextCodec]):
+    assert kit[1].encode(ONE_LETTER, "speech", 0).supervised.any()
 
 
 def test_loss_counts_supervised_tokens_and_reaches_the_frames(kit: tuple[Any, TextCodec]):

@@ -19,6 +19,7 @@ from whisper_aut.errors import UserError
 from whisper_aut.model.windows import POOLINGS, cut_windows, join_windows
 from whisper_aut.probes import embed
 from whisper_aut.probes.baseline import LogMelBaseline
+from whisper_aut.probes.clips import label_of
 from whisper_aut.probes.embed import EmbedSettings, embed_task
 from whisper_aut.probes.hearing import segment_borders
 
@@ -152,6 +153,13 @@ def test_select_and_missing_labels_are_counted_not_refused(
     assert (len(found), found.skipped) == (15, {"not selected": 15})
     nothing = embed_task(tiny_encoder(), task_with(label="genre"), tones, tmp_path, QUIET)["test"]
     assert (len(nothing), nothing.skipped) == (0, {"no label": 30})
+
+
+@pytest.mark.parametrize("nothing", ["NaN", "null", '" "', "[]", "[NaN]"])
+@pytest.mark.parametrize("field", ["label", "genre"])
+def test_a_nan_is_no_class(task_with, field: str, nothing: str):
+    annotation = Annotation.from_json(f'{{"text": "t", "{field}": {nothing}}}'.encode())
+    assert label_of(annotation, task_with(label=field)) is None
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ import torch
 
 from whisper_aut.corpora.shards import open_index
 from whisper_aut.errors import UserError
+from whisper_aut.model.pretrained import device_named
 from whisper_aut.probes.clips import WHOLE, Share
 from whisper_aut.probes.embed import EmbedSettings, embed_task, folder_identity, view_of
-from whisper_aut.probes.ranks import join_shares, launched_share, own_device
+from whisper_aut.probes.ranks import join_shares, launched_share
 
 QUIET = EmbedSettings(quiet=True, batch_seconds=1.5, workers=2)
 
@@ -68,15 +69,15 @@ def test_a_missing_share_is_named(tones, task_with, tiny_encoder, tmp_path):
 
 def test_ranks_are_read_from_the_launcher(monkeypatch):
     assert launched_share() == WHOLE
-    assert own_device("cuda") == "cuda:0"
+    assert device_named("cuda") == "cuda:0"
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     assert launched_share() == Share(5, 8)
-    assert (own_device("cuda"), own_device("cuda:3"), own_device("cpu")) == (
-        "cuda:1",
-        "cuda:3",
-        "cpu",
-    )
+    assert [device_named(name) for name in ("cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:3", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_named("auto") == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_named("auto") == "cpu"
 
 
 def probe(

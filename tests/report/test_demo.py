@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import encode_audio, tone
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
 from whisper_aut.export.chat import answer, describe
-from whisper_aut.pipeline import open_listener
+from whisper_aut.pipeline import open_listener, open_run
 from whisper_aut.report.demo import Listener, build_page, launch_page, spectrogram
 
 RUN = "runs/aut_tiny/latest"
@@ -35,6 +36,30 @@ def test_a_run_has_before_after_and_a_decoder(listener: Listener, story: Path):
     assert listener.text(str(clip), "music") == describe(listener.module, clip, domain="music")  # pyright: ignore
     with pytest.raises(UserError, match="takes no questions"):
         answer(listener.module, clip, "What?")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("batch_seconds", ["160", "0.5"])
+def test_evaluate_answers_the_same_clip_by_clip(
+    batch_seconds: str, in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    answers = [tmp_path / name for name in ("whole", "cut")]
+    command = ["evaluate", RUN, "data/sound", "--limit", "5", "--out"]
+    assert main([*command, str(answers[0])]) == 0
+    assert main([*command, str(answers[1]), "--batch-seconds", batch_seconds]) == 0
+    assert answers[0].read_text() == answers[1].read_text()
+    assert capsys.readouterr().out.startswith("5 clips")
+
+
+def test_a_run_is_opened_on_a_device_and_in_a_precision(in_story: Path):
+    module = open_run(Path(RUN), device="auto", dtype="bf16")
+    assert {weight.dtype for weight in module.parameters()} == {torch.bfloat16}
+    assert describe(module, Path("clip.wav"), max_new_tokens=3) is not None
+    listener = open_listener(RUN, "", None, dtype="bf16")
+    assert {encoder.dtype for encoder in listener.encoders.values()} == {"bf16"}
+    listener.index("clips", batch_seconds=1.0)
+    assert main(["evaluate", RUN, "data/sound", "--limit", "2", "--dtype", "bf16"]) == 0
+    with pytest.raises(UserError, match="Device 'cuda:99' cannot be used"):
+        open_run(Path(RUN), device="cuda:99")
 
 
 def test_an_encoder_alone_has_no_text(story: Path):

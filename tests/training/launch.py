@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-SECONDS = 240
+SECONDS = 900
 
 
 def on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2) -> list[Any]:

@@ -1,8 +1,10 @@
 """Two gloo ranks that train together, through the real entry point."""
 
+import json
 import os
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from tests.conftest import TEXTS
@@ -11,7 +13,7 @@ from tests.training.test_train import settings_for
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.shards import ShardFolder
 from whisper_aut.errors import UserError
-from whisper_aut.settings import dump_settings, load_settings
+from whisper_aut.settings import Settings, dump_settings, load_settings
 from whisper_aut.training.train import train
 
 TWO_RANKS = ("hardware.devices=2", "strategy=ddp", "data.workers=0", "data.batch_clips=2")
@@ -58,3 +60,26 @@ def test_a_limit_that_one_rank_exceeds_at_the_end_leaves_no_finished_run(
     assert (run / "ledger-rank1.jsonl").exists()
     assert not (run / "ledger.jsonl").exists()
     assert not (run / "done.json").exists()
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp", pytest.param("deepspeed_stage_3", marks=pytest.mark.slow)]
+)
+def test_a_rank_without_validation_clips_changes_no_metric(
+    strategy: str, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    def settings(*overrides: str) -> Settings:
+        valid = f"data.valid=[{{path: {tiny_shards / 'speech'}, domain: speech}}]"
+        short = ("trainer.max_steps=2", valid, "data.valid_clips=1")
+        return settings_for(tiny_whisper, tiny_shards, tmp_path, *short, *overrides)
+
+    def metrics(run: Path) -> dict[str, float]:
+        found = json.loads((run / "done.json").read_text())["metrics"]
+        return {key: found[key] for key in found if key.startswith(("valid/", "tasks/"))}
+
+    one = metrics(train(settings("data.batch_clips=4"), Console(quiet=True)).run.path)
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_settings(settings(*TWO_RANKS, f"strategy={strategy}")))
+    assert on_ranks(train_here, str(config)) == ["done", "done"]
+    assert one.keys() >= {"valid/loss", "valid/accuracy_speech"}
+    assert metrics(tmp_path / "smoke" / "job") == pytest.approx(one, abs=1e-5)

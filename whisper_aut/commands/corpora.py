@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from whisper_aut.commands import whole_number
+from whisper_aut.commands import add_workers, whole_number
 from whisper_aut.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -185,10 +185,14 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         required=True, metavar="COMMAND"
     )
     command = commands.add_parser("demo", help="synthesise the demo corpus")
-    command.add_argument("--out", default="data/demo")
-    command.add_argument("--seed", type=whole_number(0), default=0)
-    command.add_argument("--scale", type=float, default=1.0, help="size beside the default one")
-    command.add_argument("--workers", type=whole_number(1))
+    command.add_argument("--out", default="data/demo", help="folder of the shards (data/demo)")
+    command.add_argument(
+        "--seed", type=whole_number(0), default=0, help="another seed draws other clips"
+    )
+    command.add_argument(
+        "--scale", type=float, default=1.0, help="size: 2 makes twice the default number of clips"
+    )
+    add_workers(command)
     command.set_defaults(run=data_demo)
 
     command = commands.add_parser(
@@ -199,7 +203,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command = commands.add_parser(
         "get", help="fetch and unpack a public corpus; goes on where it was stopped"
     )
-    command.add_argument("name")
+    command.add_argument("name", help="a corpus that `data list` lists")
     command.add_argument("--out", default="", help="folder; data/raw/NAME by default")
     command.add_argument(
         "--mirror",
@@ -265,13 +269,13 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         default=0.5,
         help="fail when more of the rows are refused",
     )
-    command.add_argument("--workers", type=whole_number(1))
+    add_workers(command)
     command.set_defaults(run=data_build)
 
     command = commands.add_parser(
         "index", help="write the index and sample tables of a folder of tars from elsewhere"
     )
-    command.add_argument("folder")
+    command.add_argument("folder", help="a folder of tars; they are read, never changed")
     command.set_defaults(run=data_index)
 
     command = commands.add_parser(
@@ -292,10 +296,10 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument(
         "--out", default="runs/audit", help="where audit.json and exclude.jsonl go"
     )
-    command.add_argument("--workers", type=whole_number(1))
+    add_workers(command)
     command.set_defaults(run=data_audit)
 
     command = commands.add_parser("inspect", help="what is in a folder of shards")
-    command.add_argument("shards")
-    command.add_argument("--json", action="store_true")
+    command.add_argument("shards", help="a folder or URL of shards")
+    command.add_argument("--json", action="store_true", help="print the facts as JSON")
     command.set_defaults(run=data_inspect)

@@ -5,7 +5,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from whisper_aut.commands import add_padding, whole_number
+from whisper_aut.commands import (
+    add_device_options,
+    add_encoder_options,
+    add_pooling_options,
+    whole_number,
+)
 
 
 def embed(options: argparse.Namespace, console: Console) -> None:
@@ -67,8 +72,11 @@ def search(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.export.vectors import Vectors
 
     index = SearchIndex(Vectors.load(Path(options.index)))
-    encoder = index.open_encoder(device=options.device, path=options.encoder)
-    for query, vector in zip(options.audio, index.embed(encoder, options.audio), strict=True):
+    encoder = index.open_encoder(
+        path=options.encoder, device=options.device, dtype=options.dtype or ""
+    )
+    found = index.embed(encoder, options.audio, batch_seconds=options.batch_seconds)
+    for query, vector in zip(options.audio, found, strict=True):
         if len(options.audio) > 1:
             console.print(query, style="bold", highlight=False)
         for neighbour in index.nearest(vector, options.k):
@@ -79,7 +87,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command = commands.add_parser(
         "embed", help="embed audio files, folders or shards with an encoder"
     )
-    command.add_argument("encoder", help="a directory, a run, or a hub id")
+    command.add_argument(
+        "encoder", help="a directory, a run, or a hub id; NAME@30s and NAME@none choose the padding"
+    )
     command.add_argument(
         "audio", nargs="+", help="files, folders of files, folders or URLs of shards, tars"
     )
@@ -87,35 +97,20 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument(
         "--frames", action="store_true", help="keep all frames in place of one vector a clip"
     )
-    command.add_argument(
-        "--pooling", default="mean", help="mean or mean_std, over a clip's own frames"
-    )
-    command.add_argument(
-        "--layers",
-        type=whole_number(0),
-        nargs="+",
-        default=[],
-        metavar="N",
-        help="these layers; 0 is the first's input",
-    )
-    add_padding(command)
-    command.add_argument("--device", default="cpu", help="e.g. cuda:0")
-    command.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="what the encoder runs in"
-    )
-    command.add_argument(
-        "--batch-seconds", type=float, default=160.0, help="audio that runs at once"
-    )
+    add_pooling_options(command)
+    add_encoder_options(command)
     command.set_defaults(run=embed)
 
     command = commands.add_parser(
         "search", help="the clips of an embedded folder that sound most like a clip"
     )
     command.add_argument("index", help="a file that `embed` wrote")
-    command.add_argument("audio", nargs="+")
-    command.add_argument("-k", type=int, default=5, help="how many")
+    command.add_argument("audio", nargs="+", help="files to look for")
     command.add_argument(
-        "--encoder", default="", help="where the index's encoder lies now, if it was moved"
+        "-k", type=whole_number(1), default=5, help="how many neighbours to list (default: 5)"
     )
-    command.add_argument("--device", default="cpu")
+    command.add_argument(
+        "--encoder", default="", help="where the index's encoder is now, if it was moved"
+    )
+    add_device_options(command, dtype=None)
     command.set_defaults(run=search)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from whisper_aut.commands import whole_number
+from whisper_aut.commands import DTYPES, add_choice, add_device_options, whole_number
 from whisper_aut.corpora.annotation import DOMAINS
 
 SWAP = "Put it in a model: whisper_aut.export.towers.swap_tower(model, '{out}')"
@@ -49,7 +49,7 @@ def chat(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.export.chat import answer
     from whisper_aut.pipeline import open_run
 
-    module = open_run(Path(options.run_or_checkpoint))
+    module = open_run(Path(options.run_or_checkpoint), device=options.device, dtype=options.dtype)
     for question in [options.question] if options.question else _asked(console):
         text = answer(module, Path(options.audio), question, max_new_tokens=options.max_new_tokens)
         console.print(text, highlight=False)
@@ -68,13 +68,14 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.pipeline import open_run
 
     out = Path(options.out) if options.out else None
-    module = open_run(Path(options.run_or_checkpoint))
+    module = open_run(Path(options.run_or_checkpoint), device=options.device, dtype=options.dtype)
     result = evaluate(
         module,
         options.shards,
         tasks=options.tasks,
-        domain=options.domain,
+        domain=options.domain or "",
         limit=options.limit,
+        batch_seconds=options.batch_seconds,
         out=out,
     )
     console.print(f"{result.clips} clips" + (f", answers in {out}" if out else ""))
@@ -86,18 +87,25 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
         console.print(f"  refused of {source}: {reasons}", highlight=False)
 
 
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "run_or_checkpoint",
+        metavar="RUN_OR_CKPT",
+        help="runs/NAME/latest, another run directory, or a checkpoint in one",
+    )
+
+
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser(
         "export", help="write what a run trained as a directory that others load"
     )
-    command.add_argument("run_or_checkpoint", metavar="RUN_OR_CKPT")
-    command.add_argument("--out", required=True)
+    _add_run(command)
     command.add_argument(
-        "--format", choices=tuple(NEXT_STEPS), default="encoder", help="see docs/export.md"
+        "--out", required=True, help="the directory to write; an earlier export is replaced"
     )
-    command.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights"
-    )
+    formats = tuple(NEXT_STEPS)
+    add_choice(command, "--format", formats, "what to write: see docs/export.md", "encoder")
+    add_choice(command, "--dtype", DTYPES, "of the weights (default: fp32)", "fp32")
     command.add_argument(
         "--licence",
         default="unknown",
@@ -116,27 +124,32 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command = commands.add_parser(
         "chat", help="ask a trained run about an audio file (runs with decoder=causal_lm)"
     )
-    command.add_argument("run_or_checkpoint", metavar="RUN_OR_CKPT")
-    command.add_argument("audio")
+    _add_run(command)
+    command.add_argument("audio", help="a file of at most 30 s")
     command.add_argument(
         "question", nargs="?", default="", help="asked for in the terminal where it is left out"
     )
-    command.add_argument("--max-new-tokens", type=whole_number(1), default=64)
+    command.add_argument(
+        "--max-new-tokens",
+        type=whole_number(1),
+        default=64,
+        help="the longest answer, in tokens (default: 64)",
+    )
+    add_device_options(command, batches=False)
     command.set_defaults(run=chat)
 
     command = commands.add_parser(
         "evaluate", help="measure the texts that a trained run writes for shards"
     )
-    command.add_argument("run_or_checkpoint", metavar="RUN_OR_CKPT")
-    command.add_argument("shards", nargs="+")
+    _add_run(command)
+    command.add_argument("shards", nargs="+", help="folders or URLs of shards")
     command.add_argument(
         "--tasks", nargs="+", default=[], help="ask these only, by their names in conf/instructions"
     )
+    add_choice(command, "--domain", DOMAINS, "of clips that do not say their own")
     command.add_argument(
-        "--domain", choices=DOMAINS, default="", help="of clips that do not say their own"
+        "--limit", type=whole_number(1), metavar="N", help="only the first N clips of each folder"
     )
-    command.add_argument(
-        "--limit", type=whole_number(1), help="the first so many clips of each folder"
-    )
+    add_device_options(command)
     command.add_argument("--out", default="", help="a JSON-lines file of answers and references")
     command.set_defaults(run=evaluate)

@@ -5,19 +5,36 @@ from pathlib import Path
 
 from rich.console import Console
 
-from whisper_aut.commands import add_padding, whole_number
+from whisper_aut.commands import (
+    PROBE_KINDS,
+    add_choice,
+    add_encoder_options,
+    add_pooling_options,
+    whole_number,
+)
 
 
 def probe(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.pipeline import ProbeRequest, run_probe
 
     tasks = [name for names in options.tasks for name in names.split(",") if name]
-    conf, out = Path(options.conf), Path(options.out)
     request = ProbeRequest(
-        options.encoder, options.against, tasks, options.seeds, conf, options.root, options.padding, out,
-        kind=options.kind, pooling=options.pooling, layers=tuple(options.layers), device=options.device,
+        encoder=options.encoder,
+        against=options.against,
+        tasks=tasks,
+        seeds=options.seeds,
+        conf=Path(options.conf),
+        root=options.root,
+        out=Path(options.out),
+        padding=options.padding,
+        kind=options.kind or "",
+        pooling=options.pooling,
+        layers=tuple(options.layers),
+        device=options.device,
+        dtype=options.dtype,
+        batch_seconds=options.batch_seconds,
         final_fit=options.final_fit,
-    )  # fmt: skip
+    )
     run_probe(request, console)
 
 
@@ -31,7 +48,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command = commands.add_parser("probe", help="score an encoder on probe tasks")
     command.add_argument(
         "encoder",
-        help="a directory or hub id; `logmel` for log-mel statistics, `random:DIR` for random weights",
+        help="a directory, a run or a hub id; `logmel` for log-mel statistics, `random:DIR` for random "
+        "weights; NAME@30s and NAME@none choose the padding",
     )
     command.add_argument(
         "--against",
@@ -44,48 +62,32 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--tasks",
         nargs="+",
         required=True,
+        metavar="TASK",
         help="names from CONF/probe_tasks, suites from CONF/probe.yaml, or paths of YAMLs",
     )
-    command.add_argument("--root", default="data", help="what {root} stands for in the tasks")
+    command.add_argument(
+        "--root", default="data", help="what {root} stands for in the tasks (default: data)"
+    )
     command.add_argument(
         "--seeds",
         type=whole_number(1),
         default=5,
-        help="how often a probe with a random start is trained (mlp, layers, attention, retrieval, transcription)",
+        help="trainings of each probe with a random start; linear and knn probes are fitted once "
+        "(default: 5)",
     )
-    command.add_argument(
-        "--final-fit",
-        choices=["train", "train+valid"],
-        default="train",
-        help="what the tested probe is fitted on once its settings are chosen; folds: all other folds",
-    )
-    add_padding(command)
-    command.add_argument(
-        "--kind",
-        default="",
-        help="linear, knn, mlp, layers, …; by default the one that each task names",
-    )
-    command.add_argument(
-        "--pooling", default="mean", help="mean or mean_std, over a clip's own frames"
-    )
-    command.add_argument(
-        "--layers",
-        type=whole_number(0),
-        nargs="+",
-        default=[],
-        metavar="N",
-        help="pool these layers; 0 is the first's input",
-    )
-    command.add_argument(
-        "--device",
-        default="cpu",
-        help="where encoders run and probes are fitted: cpu, cuda:0; cuda is one GPU a rank",
-    )
+    finals = "what the tested probe is fitted on once its settings are chosen (default: train)"
+    add_choice(command, "--final-fit", ("train", "train+valid"), finals, default="train")
+    kinds = "the kind of probe; by default the one that each task names"
+    add_choice(command, "--kind", PROBE_KINDS, kinds)
+    add_pooling_options(command)
+    add_encoder_options(command)
     command.add_argument("--conf", default="conf", help="folder that holds probe_tasks/")
     command.add_argument("--out", default="runs/probe", help="where scores.json and the report go")
     command.set_defaults(run=probe)
 
     command = commands.add_parser("report", help="tables and plots of one or more runs")
-    command.add_argument("runs", nargs="+", metavar="RUN")
-    command.add_argument("--out", required=True)
+    command.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run directories, of training or of `probe`"
+    )
+    command.add_argument("--out", required=True, help="folder of report.html, tables and pictures")
     command.set_defaults(run=report)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from whisper_aut.corpora.containers import second_file, with_length
 from whisper_aut.errors import Reason, SampleRefused
 
 AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3", "opus")
@@ -27,8 +28,6 @@ UNKNOWN_FRAMES = (
     2**63 - 1
 )  # libsndfile's SF_COUNT_MAX: FLAC written to a pipe does not say how long it is
 MAX_PEAK = 4.0  # +12 dB over full scale; beyond it, floats are integers that nobody divided
-
-LONGEST_MP3_FRAME = 2048
 
 # Channels in the order in which a file holds them: L, R front; C centre; S surround; B back centre; X low frequencies.
 FLAC_LAYOUTS = ("LRC", "LRSS", "LRCSS", "LRCXSS", "LRCXBSS", "LRCXSSSS")  # RFC 9639, 9.1.3
@@ -174,8 +173,10 @@ def opened_recording(path: Path) -> Iterator[soundfile.SoundFile]:
         SampleRefused: undecodable, several files joined together, or of unknown length.
     """
     found = path.stat()
-    _check_single(_joined_at(path, found.st_size, found.st_mtime_ns))
-    with _refusing(), soundfile.SoundFile(path) as file:
+    joined_at, counted = _examine(path, found.st_size, found.st_mtime_ns)
+    _check_single(joined_at)
+    source = path if counted is None else io.BytesIO(counted)
+    with _refusing(), soundfile.SoundFile(source) as file:
         _check_format(file)
         if file.frames == UNKNOWN_FRAMES:
             raise SampleRefused(
@@ -193,19 +194,19 @@ def _opened(
     if len(data) > limits.max_bytes:
         raise SampleRefused(Reason.TOO_LARGE, f"{len(data)} bytes, limit {limits.max_bytes}")
     _check_single(second_file(data))
-    with _refusing(), opener(io.BytesIO(data)) as file:
+    with _refusing(), opener(io.BytesIO(with_length(data))) as file:
         yield file
 
 
-@lru_cache(maxsize=64)
-def _joined_at(
-    path: Path, size: int, mtime_ns: int
-) -> int | None:  # looked for once, however many parts are cut
+@lru_cache(maxsize=4)
+def _examine(path: Path, size: int, mtime_ns: int) -> tuple[int | None, bytes | None]:
+    """Return where a second file begins, and what to decode in place of the file, if anything: once for all its parts."""
     del mtime_ns
     if not size:
-        return None
+        return None, None
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return second_file(data)
+        counted = with_length(data)
+        return second_file(data), None if isinstance(counted, mmap.mmap) else counted
 
 
 def _check_single(joined_at: int | None) -> None:
@@ -214,82 +215,6 @@ def _check_single(joined_at: int | None) -> None:
             Reason.JOINED,
             f"another file begins at byte {joined_at}, and decoders stop there; split them, or encode them as one",
         )
-
-
-def second_file(data: bytes | mmap.mmap) -> int | None:
-    """Return where a second audio file begins, in two that were joined as by `cat a.mp3 b.mp3`; None for one whole file."""
-    start = data[:4]
-    if start in (b"RIFF", b"FORM"):
-        (size,) = (
-            struct.unpack_from("<I" if start == b"RIFF" else ">I", data, 4)
-            if len(data) >= 8
-            else (0,)
-        )
-        ends = (8 + size, 8 + size + size % 2)
-        return next((end for end in ends if size and data[end : end + 4] == start), None)
-    if start == b"fLaC":  # and STREAMINFO, 34 bytes, as its first or only block
-        found = [data.find(b"fLaC" + flag + b"\0\0\x22", 4) for flag in (b"\0", b"\x80")]
-        return min((at for at in found if at > 0), default=None)
-    return _second_ogg(data) if start == b"OggS" else _second_mp3(data)
-
-
-def _second_ogg(data: bytes | mmap.mmap) -> int | None:
-    """Walk the pages (RFC 3533): one that begins a stream after others have gone on is a chained stream's."""
-    at, within = 0, False
-    while data[at : at + 4] == b"OggS" and len(data) >= at + 27:
-        begins = bool(data[at + 5] & 2)
-        if begins and within:
-            return at
-        within = within or not begins
-        segments = data[at + 27 : at + 27 + data[at + 26]]
-        at += 27 + len(segments) + sum(segments)
-    return None
-
-
-def _second_mp3(data: bytes | mmap.mmap) -> int | None:
-    """Find a second Xing header, or frames after those that the first one counts; without one, decoders read on by themselves."""
-    start = _after_id3(data, 0)
-    first = _xing(data, start)
-    if first is None:
-        return None
-    for mark in (b"Xing", b"Info"):
-        at = first
-        while (at := data.find(mark, at + 4)) > 0:
-            begins = next(
-                (at - side for side in (36, 21, 13) if _xing(data, at - side) == at), None
-            )
-            if begins is not None:
-                return begins
-    flags, *counts = (
-        struct.unpack_from(">III", data, first + 4) if len(data) >= first + 16 else (0, 0, 0)
-    )
-    if not flags & 2:  # how many bytes it has, after how many frames if it says that too
-        return None
-    end = start + counts[flags & 1]
-    follows = _side_info(data, _after_id3(data, end)) is not None
-    return end if follows and len(data) - end > LONGEST_MP3_FRAME else None
-
-
-def _after_id3(data: bytes | mmap.mmap, at: int) -> int:
-    """Return where an ID3v2 tag that begins at `at` ends, or `at`; its size has seven bits a byte."""
-    if data[at : at + 3] != b"ID3" or len(data) < at + 10:
-        return at
-    size = data[at + 6 : at + 10]
-    return at + 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3])
-
-
-def _side_info(data: bytes | mmap.mmap, at: int) -> int | None:
-    """Return the bytes of header and side information of the layer III frame that begins here, or None where none does."""
-    if len(data) < at + 4 or data[at] != 0xFF or data[at + 1] & 0xE6 != 0xE2:
-        return None
-    is_mpeg1, is_mono = data[at + 1] & 0x18 == 0x18, data[at + 3] & 0xC0 == 0xC0
-    return 4 + ((17 if is_mono else 32) if is_mpeg1 else (9 if is_mono else 17))
-
-
-def _xing(data: bytes | mmap.mmap, at: int) -> int | None:
-    """Return where the Xing header of the frame that begins here is, if it has one."""
-    side = _side_info(data, at) if at >= 0 else None
-    return at + side if side and data[at + side : at + side + 4] in (b"Xing", b"Info") else None
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class ShardFacts:
         seconds: duration per clip.
         rates_hz, channels, codecs: of the audio as it is stored.
         fields: the values of each of `FIELDS`, counted.
-        labels: classes, counted; a clip with several counts for each.
+        labels: classes, counted; a clip with several counts for each. `labelled` clips have one at all.
         words, characters: length of the text per clip that has one.
         refused: samples that cannot be used, by reason.
         examples: a few clips (key, seconds, text); `faults` a few refusals (place, reason).
@@ -61,6 +61,7 @@ class ShardFacts:
         default_factory=lambda: {name: Counter() for name in FIELDS}
     )
     labels: Counter[str] = field(default_factory=Counter)
+    labelled: int = 0
     words: array = field(default_factory=lambda: array("L"))
     characters: array = field(default_factory=lambda: array("L"))
     refused: Counter[str] = field(default_factory=Counter)
@@ -88,6 +89,7 @@ class ShardFacts:
             "seconds": {**distribution(self.seconds), "histogram": histogram(self.seconds)},
             **{name: _ranked(counts) for name, counts in self.fields.items()},
             "labels": _ranked(self.labels),
+            "clips_with_label": self.labelled,
             "clips_with_text": len(self.words),
             "words": distribution(self.words),
             "characters": distribution(self.characters),
@@ -213,6 +215,7 @@ def _add_annotation(facts: ShardFacts, annotation: Annotation) -> None:
         counts[getattr(annotation, name)] += 1
     labels = annotation.label if isinstance(annotation.label, list) else [annotation.label]
     facts.labels.update(label for label in labels if label is not None)
+    facts.labelled += annotation.label is not None
     text = annotation.text or annotation.answer
     if text:
         facts.words.append(len(text.split()))

@@ -22,7 +22,11 @@ def render(facts: ShardFacts) -> RenderableType:
     if facts.clips:
         parts += [_lengths(facts), _durations(facts)]
     if facts.labels:
-        parts.append(_counted(f"{len(facts.labels)} labels", facts.labels, MOST_LABELS))
+        without = facts.clips - facts.labelled
+        title = f"{len(facts.labels)} labels" + (
+            f", {without} clips without one" if without else ""
+        )
+        parts.append(_counted(title, facts.labels, MOST_LABELS))
     if facts.refused:
         parts.append(_counted("Samples that cannot be used", facts.refused, len(facts.refused)))
         parts += [

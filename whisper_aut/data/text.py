@@ -38,6 +38,9 @@ class TextCodec(Protocol):
     def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
         """Return the tokens of one clip; a codec that draws something for it draws by its position in the order.
 
+        A rank without clips runs on the text "a" (which is also instruction, answer and label), so
+        that must be encoded.
+
         Raises:
             SampleRefused: no text, or more tokens than the decoder takes.
         """

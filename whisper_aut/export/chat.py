@@ -21,7 +21,7 @@ from whisper_aut.corpora.shards import open_index
 from whisper_aut.data.chat import ChatText
 from whisper_aut.data.example import ExampleBuilder
 from whisper_aut.data.ledger import Ledger, by_source
-from whisper_aut.data.logmel import LogMel, mel_frames
+from whisper_aut.data.logmel import WINDOW_SECONDS, LogMel, mel_frames
 from whisper_aut.data.pack import Example, pack
 from whisper_aut.data.sample import Refusal, Sample, iter_samples
 from whisper_aut.data.text import DEFAULT_LANGUAGE, TextCodec, WhisperText
@@ -29,6 +29,7 @@ from whisper_aut.data.waveform import load_file
 from whisper_aut.errors import Reason, SampleRefused, UserError
 from whisper_aut.model.answers import AnswerMetrics
 from whisper_aut.model.module import AudioTextModule
+from whisper_aut.model.windows import BATCH_SECONDS, batches_by_seconds
 
 CLIPS_AT_ONCE = 16
 
@@ -80,9 +81,8 @@ def _written(module: AudioTextModule, audio: Path, prompt: Tensor, max_new_token
             if missing
             else f"{audio} cannot be used: {refused}."
         ) from None
-    frames = module.encoder(
-        LogMel(module.encoder.num_mel_bins)(waveform), [mel_frames(len(waveform))]
-    )
+    mel = LogMel(module.encoder.num_mel_bins)(waveform).to(module.device)
+    frames = module.encoder(mel, [mel_frames(len(waveform))])
     (tokens,) = module.decoder.generate(frames.values, frames.lengths, [prompt], max_new_tokens)
     return module.codec.decode(tokens)
 
@@ -105,6 +105,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     domain: str = "",
     limit: int | None = None,
+    batch_seconds: float = BATCH_SECONDS,
     out: Path | None = None,
     max_new_tokens: int = 64,
 ) -> Evaluation:
@@ -113,7 +114,8 @@ def evaluate(
     Args:
         tasks: the only tasks to ask; by default one is drawn for each clip, as in training.
         domain: of clips that do not say their own.
-        limit: the first so many clips of each folder.
+        limit: only the first clips of each folder.
+        batch_seconds: audio that runs at once, padding included.
         out: a JSON-lines file of clips, questions' tasks, answers and references.
 
     Raises:
@@ -140,10 +142,14 @@ def evaluate(
                 for example in examples
                 if example.target.unknown_language
             )
-            for entry in _answered(module, codec, examples, max_new_tokens):
-                metrics.update(entry["task"], entry["generated"], entry["reference"])
-                if file:
-                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            padded = module.encoder.padding == "30s"
+            seconds = [WINDOW_SECONDS if padded else one.mel_length / 100 for one in examples]
+            for batch in batches_by_seconds(seconds, batch_seconds):
+                chosen = [examples[place] for place in batch]
+                for entry in _answered(module, codec, chosen, max_new_tokens):
+                    metrics.update(entry["task"], entry["generated"], entry["reference"])
+                    if file:
+                        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     figures = {name: float(value) for name, value in metrics.compute().items()}
     skipped = by_source(ledger.counts.skipped)
     return Evaluation(figures, clips, skipped, dict(unknown_languages))
@@ -162,9 +168,7 @@ def _groups(
 def _answered(
     module: AudioTextModule, codec: TextCodec, examples: Sequence[Example], max_new_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    if not examples:
-        return
-    batch = pack(examples, [], module.encoder.num_mel_bins)
+    batch = pack(examples, [], module.encoder.num_mel_bins).to(module.device)
     frames = module.encoder(batch.mel, batch.mel_lengths)
     answers = module.decoder.generate(
         frames.values, frames.lengths, batch.targets.prompts(), max_new_tokens

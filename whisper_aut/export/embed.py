@@ -103,7 +103,14 @@ def embed_paths(
         raise UserError(f"Not one clip of {', '.join(paths)} could be used: {summary(refused)}.")
     lengths = () if options.pooling else tuple(len(row) for row in rows)
     values = torch.cat(rows) if lengths else torch.stack(rows)
-    origin = Origin(name, encoder.fingerprint(), encoder.padding, options.pooling, options.layers)
+    origin = Origin(
+        name,
+        encoder.fingerprint(),
+        encoder.padding,
+        options.pooling,
+        options.layers,
+        encoder.dtype,
+    )
     return Vectors(tuple(names), tuple(seconds), values, origin, lengths, refused)
 
 

@@ -17,6 +17,7 @@ from whisper_aut.errors import UserError
 from whisper_aut.export.vectors import Vectors
 from whisper_aut.model.encoder import Padding
 from whisper_aut.model.pretrained import AudioEncoder, load_encoder
+from whisper_aut.model.windows import BATCH_SECONDS
 
 
 @dataclass(frozen=True)
@@ -48,28 +49,41 @@ class SearchIndex:
     def __len__(self) -> int:
         return len(self.names)
 
-    def open_encoder(self, *, device: str = "cpu", path: str = "") -> AudioEncoder:
+    def open_encoder(self, *, path: str = "", device: str = "cpu", dtype: str = "") -> AudioEncoder:
         """Load the encoder that made the index.
 
         Args:
-            path: where it lies now, if not where it lay then.
+            path: where it is now, if it was moved.
+            dtype: the precision it runs in; by default the index's. Another one changes similarities
+                in their third digit or so.
 
         Raises:
             UserError: it is not there, or its weights are others.
         """
-        encoder = load_encoder(
-            path or self.origin.encoder, padding=cast(Padding, self.origin.padding), device=device
-        )
-        if encoder.fingerprint() != self.origin.fingerprint:
+        name, origin = path or self.origin.encoder, self.origin
+        padding = cast(Padding, origin.padding)
+        encoder = load_encoder(name, padding=padding, device=device, dtype=origin.dtype)
+        if encoder.fingerprint() != origin.fingerprint:
             raise UserError(
-                f"{path or self.origin.encoder} is not the encoder that made the index: its weights are others. "
+                f"{name} is not the encoder that made the index: its weights are others. "
                 "Embed the clips again, or name the right one with --encoder."
             )
-        return encoder
+        if dtype in ("", origin.dtype):
+            return encoder
+        return load_encoder(name, padding=padding, device=device, dtype=dtype)
 
-    def embed(self, encoder: AudioEncoder, files: Sequence[str | Path]) -> Tensor:
+    def embed(
+        self,
+        encoder: AudioEncoder,
+        files: Sequence[str | Path],
+        *,
+        batch_seconds: float = BATCH_SECONDS,
+    ) -> Tensor:
         """Embed files as the index was: `[B, …, D]`."""
-        return encoder.embed(list(files), pooling=self.origin.pooling, layers=self.origin.layers)
+        origin = self.origin
+        return encoder.embed(
+            list(files), pooling=origin.pooling, layers=origin.layers, batch_seconds=batch_seconds
+        )
 
     def nearest(self, vector: Tensor, k: int = 5) -> list[Neighbour]:
         """Return the k clips whose embeddings are most like `vector` `[…, D]`, the nearest first.

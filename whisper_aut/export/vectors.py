@@ -33,7 +33,7 @@ class Origin:
     """How embeddings were made: all that it takes to make one more that can be compared with them.
 
     Attributes:
-        encoder: the path or hub id it was loaded from; `fingerprint` is its weights' and padding's hash.
+        encoder: the path or hub id it was loaded from; `fingerprint` is the hash of its weights, padding and dtype.
         pooling: of frames; empty where the frames themselves were kept.
         layers: none for the encoder's output.
     """
@@ -43,6 +43,7 @@ class Origin:
     padding: str = "none"
     pooling: str = "mean"
     layers: tuple[int, ...] = ()
+    dtype: str = "fp32"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ In: `Batch`es. Out: a loss normalised by the tokens of the whole optimiser step,
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import lightning
@@ -14,16 +14,19 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
-from whisper_aut.corpora.annotation import DOMAINS
-from whisper_aut.data.pack import Batch
+from whisper_aut.corpora.annotation import DOMAINS, Annotation
+from whisper_aut.data.logmel import frames_with_context
+from whisper_aut.data.pack import Batch, Example, pack
 from whisper_aut.data.text import TextCodec
-from whisper_aut.errors import UserError
+from whisper_aut.errors import SampleRefused, UserError
 from whisper_aut.model.answers import AnswerMetrics, unseen_parts_allowed
 from whisper_aut.model.decoders.protocol import Decoder
 from whisper_aut.model.encoder import Frames, PackedEncoder
 from whisper_aut.model.loss import DecoderLoss
 
 OptimizerFactory = Callable[[nn.Module, nn.Module], Any]
+# What a rank without clips runs on.
+SILENT_MEL_FRAMES, ONE_LETTER = 100, Annotation(text="a", instruction="a", answer="a", label="a")
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class AudioTextModule(lightning.LightningModule):
         self.generated: list[dict[str, str]] = []
         self.seen: list[SeenBatch] = []  # the micro-batches of the step in work
         self._tokens: Tensor | int = 1
-        self._stand_in: Batch | None = None
+        self._silence: Batch | None = None
 
     def configure_optimizers(self) -> Any:
         if self.make_optimizer is None:
@@ -117,26 +120,25 @@ class AudioTextModule(lightning.LightningModule):
         ranks, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
         if batch_idx % accumulate == 0:  # all ranks take part in it, those without a clip too
             self._tokens, self.seen = self._step_tokens(batch, ranks), []
-        if not len(
-            batch
-        ):  # every sample of this rank's share was refused; the step still counts for all ranks
-            return self._nothing_to_learn()
-        self._stand_in = batch
-        _, loss = self(batch)
+        # Every rank runs the same graph in every micro-batch. ZeRO reduces gradients in the order in
+        # which they arrive, and ZeRO-3 gathers weights layer by layer: ranks that differ there mix
+        # up gradients, or wait for each other for ever.
+        _, loss = self(batch if len(batch) else self._silent_clip())
+        total = loss.total
+        if not self.encoder_learns and not self._partitioned:
+            total = total + self._zero_gradients()
+        if not len(batch):
+            return total * 0.0
         clips = tuple(zip(batch.sources, batch.keys, strict=True))
         self.seen.append(
             SeenBatch(clips, loss.token_nll.detach().float(), loss.correct, tuple(loss.counts))
         )
-        if (
-            not self.encoder_learns and not self._partitioned
-        ):  # its parameters take part with no gradient at all, which every strategy can carry
-            loss = replace(loss, total=loss.total + self._nothing_to_learn())
         # Ranks average their gradients and micro-batches are averaged too; undoing both leaves the sum over the tokens of the
         # whole step divided by their number, whatever the split. DeepSpeed averages micro-batches once more than Lightning.
         averaged = (
             accumulate**2 if self.trainer.strategy.handles_gradient_accumulation else accumulate
         )
-        return loss.total * (ranks * averaged / self._tokens)
+        return total * (ranks * averaged / self._tokens)
 
     def step_figures(self) -> tuple[Tensor, Tensor]:
         """Return loss and accuracy of the step's tokens, over all ranks and micro-batches; all ranks call it together."""
@@ -228,18 +230,29 @@ class AudioTextModule(lightning.LightningModule):
         torch.distributed.all_reduce(tokens)
         return tokens.clamp(min=1.0)
 
-    def _nothing_to_learn(self) -> Tensor:
-        """Return a loss of zero in which all trained parameters take part.
-
-        Where they are partitioned (ZeRO-3), ranks must run the same layers together: an earlier batch stands in.
-        """
-        if self._partitioned:
-            if self._stand_in is None:
-                raise UserError(
-                    "Every clip of a rank's first batch was refused. Mend the source, or raise data.batch_clips."
-                )
-            return self(self._stand_in)[1].total * 0.0
+    def _zero_gradients(self) -> Tensor:
+        """Return zero, with a gradient of zero for every trained parameter."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         return sum(
             (p.flatten()[:1].sum() * 0.0 for p in parameters), torch.zeros((), device=self.device)
         )
+
+    def _silent_clip(self) -> Batch:
+        """Return a second of silence with a text of one letter, for a rank that has no clips.
+
+        Raises:
+            UserError: the codec encodes no text.
+        """
+        if self._silence is None:
+            try:
+                target = self.codec.encode(ONE_LETTER, DOMAINS[0], 0)
+            except SampleRefused as error:
+                raise UserError(
+                    "A rank without clips needs the tokens of some text, and the decoder's codec "
+                    f"rejects a text of one letter ({error}). Raise decoder.max_tokens."
+                ) from None
+            bins = self.encoder.num_mel_bins
+            silence = torch.zeros(frames_with_context(SILENT_MEL_FRAMES), bins)
+            example = Example(silence, SILENT_MEL_FRAMES, target, DOMAINS[0], "", "")
+            self._silence = pack([example], [], bins).to(self.device)
+        return self._silence

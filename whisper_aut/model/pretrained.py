@@ -83,6 +83,12 @@ class AudioEncoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    @property
+    def dtype(self) -> str:
+        """What it runs in: a key of `DTYPES`."""
+        found = next(self.parameters()).dtype
+        return next(name for name, dtype in DTYPES.items() if dtype == found)
+
     @torch.inference_mode()
     def encode(
         self,
@@ -192,8 +198,8 @@ class AudioEncoder(nn.Module):
             )
 
     def fingerprint(self) -> str:
-        """Return a hash of the weights and the padding: what decides the frames."""
-        digest = hashlib.sha256(self.padding.encode())
+        """Return a hash of weights, padding and precision: what decides the frames."""
+        digest = hashlib.sha256(f"{self.padding}{self.dtype}".encode())
         for name, weight in sorted(self.encoder.state_dict().items()):
             digest.update(name.encode())
             digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
@@ -233,7 +239,8 @@ def load_encoder(
         padding: `none` runs clips at their own length, `30s` computes what Hugging Face computes. By default an
             encoder runs as it was trained: as its export's `config.json` says, or at `30s` where it
             says nothing, as in every released Whisper.
-        device, dtype: where and in which precision it runs; `fp32`, `bf16` and `fp16` are short for PyTorch's.
+        device: where it runs; `auto` takes a GPU where there is one.
+        dtype: the precision it runs in; `fp32`, `bf16` and `fp16` are short for PyTorch's.
         revision: branch, tag or commit on the hub.
         random_init: keep the architecture and draw new weights by `seed`: the encoder that has learned nothing.
         seed: of those weights.
@@ -256,7 +263,7 @@ def load_encoder(
             f"{path_or_hub_id} asks for padding {marked}, and padding={padding!r} was given as well. "
             "Leave one of them out."
         )
-    place, precision = _device(device), _dtype(dtype)
+    place, precision = device_of(device), _dtype(dtype)
     if random_init:
         with seeded(seed):
             whisper = Start(path, revision, random_init=True).encoder
@@ -294,9 +301,21 @@ def _padding(said: str) -> Padding:
     return cast(Padding, said)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_named(name: str) -> str:
+    """Return what PyTorch calls a device: `auto` is a GPU where there is one, else the CPU; `auto` and `cuda` are one GPU a rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """Return a device that can be used.
+
+    Raises:
+        UserError: it is not there.
+    """
     try:
-        place = torch.device(device)
+        place = torch.device(device_named(device) if isinstance(device, str) else device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built with CUDA
         raise UserError(

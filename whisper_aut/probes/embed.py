@@ -7,6 +7,7 @@ read. A run that is interrupted goes on from the last part it wrote.
 
 import inspect
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from whisper_aut.corpora.audio import LONG_CLIPS, ClipLimits
 from whisper_aut.corpora.shards import ShardIndex, open_index
 from whisper_aut.data.logmel import WINDOW_SECONDS
 from whisper_aut.data.waveform import SAMPLE_RATE_HZ
-from whisper_aut.errors import Reason, UserError
+from whisper_aut.errors import Problems, Reason, UserError
 from whisper_aut.model.windows import (
     BATCH_SECONDS,
     batches_by_seconds,
@@ -55,7 +56,8 @@ class FrameEncoder(Protocol):
     """What a probe asks of an encoder; `model.pretrained.AudioEncoder` and `probes.baseline.LogMelBaseline` are two.
 
     An encoder may name its own `pooling`, which then stands for it whatever the run's is. One whose `encode` takes `layers`
-    gives `[layers, T, D]` when asked for them; 0 is what enters the first layer, `layers` how many follow.
+    gives `[layers, T, D]` when asked for them; 0 is what enters the first layer, `layers` how many follow. One whose `encode` takes
+    `batch_seconds` is told to run what it is given at once.
     """
 
     def encode(self, waveforms: Sequence[Tensor], sample_rate_hz: int, /) -> list[Tensor]:
@@ -110,10 +112,9 @@ def embed_task(
         UserError: shards are missing, too many clips are broken, or frames are not finite.
     """
     settings, fingerprint = settings or EmbedSettings(), fingerprint or encoder.fingerprint()
-    indexes = {
-        part: [open_index(folder) for folder in task.folders(part, root)] for part in task.parts
-    }
-    _check_disjoint(indexes, task)
+    problems = Problems()
+    indexes = open_parts(task, root, problems)
+    problems.tell(f"Probe task {task.name!r}")
     seen = view_of(encoder, settings, view, task)
     return {
         part: Embeddings.join(
@@ -124,6 +125,26 @@ def embed_task(
         )
         for part, listed in indexes.items()
     }
+
+
+def open_parts(
+    task: ProbeTask, root: str | Path | None, problems: Problems
+) -> dict[str, list[ShardIndex]]:
+    """Return the indexes of the shards of each of a task's parts.
+
+    Args:
+        problems: gathers shards that are missing, and tars that are in two parts.
+    """
+    indexes: dict[str, list[ShardIndex]] = {part: [] for part in task.parts}
+    for part, listed in indexes.items():
+        with problems.gather():
+            folders = task.folders(part, root)
+            for folder in folders:
+                with problems.gather():
+                    listed.append(open_index(folder))
+    with problems.gather():
+        _check_disjoint(indexes, task)
+    return indexes
 
 
 def folder_identity(
@@ -270,11 +291,13 @@ def _encode(
     cut = [cut_windows(waveform) for waveform in waveforms]
     flat = [(i, j) for i, listed in enumerate(cut) for j in range(len(listed))]
     frames: dict[tuple[int, int], Tensor] = {}
-    layers = {"layers": view.layers} if view.layers else {}
+    options: dict[str, Any] = {"layers": view.layers} if view.layers else {}
+    if "batch_seconds" in inspect.signature(encoder.encode).parameters:
+        options["batch_seconds"] = math.inf  # batches are cut here
     lengths = [len(cut[i][j]) for i, j in flat]
     for batch in _batches(lengths, settings.batch_seconds, _padded(encoder)):
         encoded = encoder.encode(
-            [cut[i][j] for i, j in (flat[b] for b in batch)], SAMPLE_RATE_HZ, **layers
+            [cut[i][j] for i, j in (flat[b] for b in batch)], SAMPLE_RATE_HZ, **options
         )
         frames.update(
             zip((flat[b] for b in batch), (clip.float() for clip in encoded), strict=True)

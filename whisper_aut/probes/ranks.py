@@ -5,7 +5,8 @@ would have written, clip for clip in the same order. Next: `probes.suite`, in th
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from whisper_aut.corpora.shards import ShardIndex, open_index
 from whisper_aut.errors import UserError
 from whisper_aut.probes.cache import Embeddings, cache_path, read_embeddings, write_embeddings
-from whisper_aut.probes.clips import Share
+from whisper_aut.probes.clips import WHOLE, Share
 from whisper_aut.probes.embed import (
     EmbedSettings,
     FrameEncoder,
@@ -37,9 +38,17 @@ def launched_share() -> Share:
     return Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
-def own_device(device: str) -> str:
-    """Return the device of this rank: `cuda` alone is one GPU for each."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+@contextmanager
+def joined_ranks(share: Share) -> Iterator[None]:
+    """Join the process group of all ranks, and leave it however the block ends: the others notice then."""
+    if share == WHOLE:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -60,35 +69,33 @@ class SharedEmbedding:
     def run(self, share: Share) -> None:
         """Embed a share of everything, wait for the other ranks, and in the first rank join what all of them made.
 
+        Inside `joined_ranks`.
+
         Raises:
             UserError: what `embed_task` raises, another rank is gone, or the ranks do not see one cache folder.
         """
         views = {task.name: KINDS[kind_for(self.kind, task)].view for task in self.tasks}
         fingerprints = {name: encoder.fingerprint() for name, encoder in self.encoders.items()}
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        for name, encoder in self.encoders.items():
+            for task in self.tasks:
+                embed_task(
+                    encoder,
+                    task,
+                    self.root,
+                    self.cache,
+                    self.embedding,
+                    fingerprints[name],
+                    views[task.name],
+                    share,
+                )
         try:
-            for name, encoder in self.encoders.items():
-                for task in self.tasks:
-                    embed_task(
-                        encoder,
-                        task,
-                        self.root,
-                        self.cache,
-                        self.embedding,
-                        fingerprints[name],
-                        views[task.name],
-                        share,
-                    )
-            try:
-                dist.barrier()
-            except RuntimeError as error:
-                raise UserError(
-                    f"Another rank is gone: {str(error).splitlines()[0][:300]}. Start again: shares are kept."
-                ) from error
-            if share.rank == 0:
-                self._join(share.ranks, fingerprints, views)
-        finally:
-            dist.destroy_process_group()
+            dist.barrier()
+        except RuntimeError as error:
+            raise UserError(
+                f"Another rank is gone: {str(error).splitlines()[0][:300]}. Start again: shares are kept."
+            ) from error
+        if share.rank == 0:
+            self._join(share.ranks, fingerprints, views)
 
     def _join(
         self,

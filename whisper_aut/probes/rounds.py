@@ -15,7 +15,6 @@ from whisper_aut.probes.cache import Embeddings
 from whisper_aut.probes.tasks import ProbeTask
 
 FinalFit = Literal["train", "train+valid"]
-FINAL_FITS: tuple[FinalFit, ...] = ("train", "train+valid")
 HELD_OUT_SHARE = 0.2  # of the training clips, where a task has no validation split
 MAX_INNER_FOLDS = (
     4  # validation folds per test fold: all of a 5-fold task, the next four of a 10-fold one

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from whisper_aut.corpora.shards import open_index
-from whisper_aut.errors import UserError, nearest
+from whisper_aut.errors import Problems, UserError, nearest
 from whisper_aut.probes.cache import Embeddings, cache_path, digest
 from whisper_aut.probes.embed import (
     EmbedSettings,
     FrameEncoder,
     embed_task,
     folder_identity,
+    open_parts,
     view_of,
 )
 from whisper_aut.probes.hearing import View
@@ -94,18 +95,19 @@ def run_suite(
         predictions_file: JSON lines, one per test clip and seed, see `scores.read_predictions`.
 
     Raises:
-        UserError: nothing to do, two tasks of one name, an unknown name, or whatever is wrong with a task.
+        UserError: nothing to do, two tasks of one name, an unknown name, an option that a task or an
+            encoder does not take, or shards that are missing: all of them at once, before any clip is
+            embedded. Later, whatever is wrong with a task's clips.
     """
-    _check(encoders, tasks, seeds, against)
     plan = _Plan(root, cache, tuple(seeds), embedding or EmbedSettings(), kind, device, final_fit)
-    for task in tasks:
-        kind_for(kind, task)  # a task that this kind cannot answer is reported before embedding
+    problems = _problems(encoders, tasks, seeds, against)
+    find_problems(problems, encoders, tasks, root=root, embedding=plan.embedding, kind=kind)
+    problems.tell("The probe")
     fingerprints = {name: encoder.fingerprint() for name, encoder in encoders.items()}
     known = _stored(scores_file, predictions_file)
     if predictions_file is not None:
-        Path(predictions_file).unlink(
-            missing_ok=True
-        )  # written again, entry by entry, as the scores
+        # Written again, score by score, as the scores are.
+        Path(predictions_file).unlink(missing_ok=True)
     scores = Scores((), (), tuple(seeds), _settings(plan))
     for task in tasks:
         for name, encoder in encoders.items():
@@ -123,6 +125,32 @@ def run_suite(
     if scores_file is not None:
         scores.save(scores_file)
     return scores
+
+
+def find_problems(
+    problems: Problems,
+    encoders: Mapping[str, FrameEncoder],
+    tasks: Sequence[ProbeTask],
+    *,
+    root: str | Path | None,
+    embedding: EmbedSettings | None = None,
+    kind: str = "",
+) -> None:
+    """Gather what would stop `run_suite`, as far as it can be known before clips are decoded.
+
+    Args:
+        problems: where they go.
+        encoders, tasks, root, embedding, kind: as `run_suite` takes them.
+    """
+    views = []
+    for task in tasks:
+        with problems.gather():
+            views.append((task, KINDS[kind_for(kind, task)].view))
+        open_parts(task, root, problems)
+    for name, encoder in encoders.items():
+        for task, view in views:
+            with problems.gather(f"{name}: "):
+                view_of(encoder, embedding or EmbedSettings(), view, task)
 
 
 def compare(scores: Scores, against: Sequence[str]) -> list[Comparison]:
@@ -354,21 +382,23 @@ def _stored(
     }
 
 
-def _check(
+def _problems(
     encoders: Mapping[str, FrameEncoder],
     tasks: Sequence[ProbeTask],
     seeds: Sequence[int],
     against: Sequence[str],
-) -> None:
+) -> Problems:
+    problems = Problems()
     if not (encoders and tasks and seeds):
-        raise UserError(
+        problems.add(
             f"Nothing to probe: {len(encoders)} encoders, {len(tasks)} tasks, {len(seeds)} seeds."
         )
-    twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
-    if twice:
-        raise UserError(f"Two probe tasks have the name {twice[0]!r}. Give each its own.")
-    for name in against:
-        if name not in encoders:
-            raise UserError(
-                f"Cannot compare against {name!r}: it is not probed.{nearest(name, encoders)} Probed: {', '.join(encoders)}."
-            )
+    names = Counter(task.name for task in tasks)
+    for name in (name for name, count in names.items() if count > 1):
+        problems.add(f"Two probe tasks have the name {name!r}. Give each its own.")
+    for name in (name for name in against if name not in encoders):
+        problems.add(
+            f"Cannot compare against {name!r}: it is not probed.{nearest(name, encoders)} "
+            f"Probed: {', '.join(encoders)}."
+        )
+    return problems

@@ -18,10 +18,11 @@ from whisper_aut.data.logmel import HOP_SAMPLES, MAX_SAMPLES, LogMel, mel_frames
 from whisper_aut.data.waveform import SAMPLE_RATE_HZ, load_file
 from whisper_aut.errors import SampleRefused, UserError
 from whisper_aut.export.chat import Askable, answer, describe
-from whisper_aut.export.embed import embed_paths
+from whisper_aut.export.embed import EmbedOptions, embed_paths
 from whisper_aut.export.search import Neighbour, SearchIndex
 from whisper_aut.model.module import AudioTextModule
 from whisper_aut.model.pretrained import AudioEncoder
+from whisper_aut.model.windows import BATCH_SECONDS
 
 NEIGHBOURS, PLAYERS = 5, 3
 FONTS = ["system-ui", "sans-serif"]  # names, so that the page fetches none
@@ -41,14 +42,16 @@ class Listener:
     module: AudioTextModule | None = None
     indexes: dict[str, SearchIndex] = field(default_factory=dict)
 
-    def index(self, folder: str) -> None:
+    def index(self, folder: str, batch_seconds: float = BATCH_SECONDS) -> None:
         """Embed the clips of a folder with every encoder.
 
         Raises:
             UserError: there are none.
         """
+        options = EmbedOptions(batch_seconds=batch_seconds)
         for name, encoder in self.encoders.items():
-            self.indexes[name] = SearchIndex(embed_paths(encoder, [folder], name=name))
+            embedded = embed_paths(encoder, [folder], name=name, options=options)
+            self.indexes[name] = SearchIndex(embedded)
 
     @property
     def takes_questions(self) -> bool:
