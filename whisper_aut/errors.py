@@ -88,13 +88,9 @@ class Reason(StrEnum):
     BAD_TAR = "bad tar"
     MISSING_FILE = "missing file"
     BAD_ROW = "bad manifest row"
+    # Of clips that the config leaves out of the index; they are never read.
     EXCLUDED = "excluded by an audit"
     LICENCE = "licence not allowed"
-
-
-WISHED = frozenset(
-    {Reason.EXCLUDED, Reason.LICENCE}
-)  # asked for by the config: counted, but no damage
 
 
 class SampleRefused(Exception):

@@ -1,7 +1,6 @@
 """The audit from the command line to the stream: copies are found and why, the list is honoured, nothing else is touched."""
 
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +12,10 @@ from tests.corpora.test_fingerprint import RATE_HZ, mp3, texture
 from whisper_aut.cli import main
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audit import read_audit, run_audit, unaudited
-from whisper_aut.corpora.exclusion import Exclusions, Selection
+from whisper_aut.corpora.exclusion import Exclusions
 from whisper_aut.corpora.provenance import names_of
 from whisper_aut.corpora.shards import ShardFolder, open_index
-from whisper_aut.data.ledger import Ledger
-from whisper_aut.data.sample import Refusal
-from whisper_aut.errors import Reason, UserError
+from whisper_aut.errors import Reason
 
 
 def write(folder: Path, clips: dict[str, tuple[str, bytes, Annotation]]) -> Path:
@@ -159,27 +156,3 @@ def test_an_audit_that_was_stopped_goes_on(
 )  # fmt: skip
 def test_names(key: str, annotation: Annotation, expected: set[str]):
     assert names_of(key, annotation) == expected
-
-
-def test_refusals_that_were_asked_for_do_not_stop_a_run():
-    ledger = Ledger(None, max_share=0.01)
-    wished = [Refusal("folder/a.tar", str(number), Reason.EXCLUDED) for number in range(300)]
-    ledger.record(["folder"] * 300, wished)
-    assert ledger.summary() == {"folder": {"excluded by an audit": 300}}
-    with pytest.raises(UserError, match="4 of 304 samples"):
-        ledger.record(
-            [], [Refusal("folder/a.tar", str(number), Reason.UNDECODABLE) for number in range(4)]
-        )
-
-
-def test_a_selection_refuses_what_is_listed_and_what_is_not_allowed(tmp_path: Path):
-    chosen = Selection(frozenset({("a.tar", "1")}), ("CC-BY", "CC0-1.0"), licence="CC BY 4.0")
-    assert chosen.refuses("folder/a.tar", "1", Annotation()) is Reason.EXCLUDED
-    assert chosen.refuses("folder/b.tar", "1", Annotation()) is None
-    assert chosen.refuses("folder/b.tar", "1", Annotation(licence="CC BY-NC 4.0")) is Reason.LICENCE
-    assert Selection(allowed=("MIT",)).refuses("a.tar", "1", Annotation()) is Reason.LICENCE
-    (tmp_path / "bad.jsonl").write_text(json.dumps({"shard": "a"}) + "\n")
-    with pytest.raises(UserError, match="Line 1"):
-        Exclusions.load(tmp_path / "bad.jsonl")
-    with pytest.raises(UserError, match="data audit"):
-        Exclusions.load(tmp_path / "none.jsonl")

@@ -3,7 +3,6 @@
 import gzip
 import io
 import tarfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.index import table_of
 from whisper_aut.corpora.members import MemberGroups, audio_and_annotation
-from whisper_aut.corpora.shards import count_samples, split_name
+from whisper_aut.corpora.shards import FolderCounts, count_samples, split_name
 from whisper_aut.data.sample import Sample, read_samples, read_shard
 from whisper_aut.errors import Reason, SampleRefused
 
@@ -85,7 +84,7 @@ def test_a_key_that_comes_twice_in_a_row_is_two_samples(tmp_path: Path):
     )
     path = tmp_path / "a.tar"
     path.write_bytes(data + END)
-    table = table_of(path, Counter())
+    table = table_of(io.BytesIO(path.read_bytes()), FolderCounts())
     with path.open("rb") as stream:
         whole = list(read_shard(stream, "a.tar", None, LIMITS))
         single = [

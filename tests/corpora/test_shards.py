@@ -132,10 +132,10 @@ def test_tars_without_an_index_are_counted(tmp_path: Path):
     [
         ("{", "is damaged"),
         ("[]", "is damaged"),
-        ('{"version": 1}', "is damaged"),
+        ('{"version": 2}', "is damaged"),
         ('{"version": 99, "shards": []}', "has version 99"),
-        ('{"version": 1, "shards": [{"name": "../x.tar", "samples": 1}]}', "outside its folder"),
-        ('{"version": 1, "shards": [{"nom": "x.tar"}]}', "is damaged"),
+        ('{"version": 2, "shards": [{"name": "../x.tar", "samples": 1}]}', "outside its folder"),
+        ('{"version": 2, "shards": [{"nom": "x.tar"}]}', "is damaged"),
     ],
 )
 def test_an_index_that_cannot_be_believed_says_so(tmp_path: Path, index: str, said: str):

@@ -200,6 +200,18 @@ def test_what_is_not_there_is_not_asked_for_again(folder: Path):
         open_index(server.url, ReadPolicy(retries=1, timeout_seconds=1, pause_seconds=0.001))
 
 
+def test_a_part_of_a_remote_folder_is_named_by_a_pattern(folder: Path, build: ExampleBuilder):
+    tars = len(open_index(folder).shards)
+    with served(folder) as server:
+        keys, refused = epoch(
+            f"{server.url}/shard-{{000000..000001}}.tar", build, batch_seconds=31.0
+        )
+        with pytest.raises(UserError, match=f"holds no shard-{tars:06d}.tar"):
+            open_index(f"{server.url}/shard-{{000000..{tars:06d}}}.tar")
+    index = open_index(folder)
+    assert (len(keys), refused) == (sum(index.shard_samples[:2]), Counter())
+
+
 def test_a_silent_server_is_given_up_in_time():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/x.tar"

@@ -18,6 +18,7 @@ from torch.utils.data._utils import worker as torch_worker
 from tests.conftest import encode_audio, tone
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits
+from whisper_aut.corpora.exclusion import select
 from whisper_aut.corpora.shards import HAS_TABLES, ShardFolder, open_index
 from whisper_aut.data.batching import fill
 from whisper_aut.data.example import ExampleBuilder
@@ -34,6 +35,12 @@ SIZES = {
     "few": [13],
     "mixed": [5, 1, 9, 2],
 }  # clips of each shard of a source
+ODD_CLIPS = frozenset(
+    (f"shard-{number:06d}.tar", f"{name}-{number}-{clip}")
+    for name, sizes in SIZES.items()
+    for number, size in enumerate(sizes)
+    for clip in range(1, size, 2)
+)
 Batches = list[tuple[str, ...]]
 
 
@@ -72,6 +79,7 @@ plans = st.fixed_dictionaries(
         "batch_seconds": st.sampled_from([None, 0.3, 0.7, 2.0]),
         "epochs": st.sampled_from([None, 1, 2, 3]),
         "tables": st.booleans(),
+        "selected": st.booleans(),
     }
 )
 
@@ -88,6 +96,8 @@ class World:
             indexes = [
                 replace(index, facts={**index.facts, HAS_TABLES: False}) for index in indexes
             ]
+        if plan["selected"]:
+            indexes = [select(index, ODD_CLIPS) for index in indexes]
         sources = [StreamSource(index, "sound") for index in indexes]
         options = {
             name: plan[name]

@@ -1,4 +1,4 @@
-"""What an audit and a list of licences do to a run: clips left out and counted, sources refused, warnings, and what is written down."""
+"""What an audit and an allow-list do to a run: clips left out, errors, warnings, records."""
 
 import json
 from io import StringIO
@@ -6,14 +6,18 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from scipy.stats import binom
 
-from tests.conftest import REPOSITORY, write_shards
+from tests.conftest import REPOSITORY, encode_audio, tone, write_shards
 from tests.training.test_train import QUIET, settings_for
+from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audit import run_audit
-from whisper_aut.corpora.shards import open_index
-from whisper_aut.errors import Reason, UserError
+from whisper_aut.corpora.shards import ShardFolder, open_index
+from whisper_aut.data.batching import Cursor
+from whisper_aut.errors import UserError
 from whisper_aut.pipeline import Story, run_story
 from whisper_aut.settings import load_settings
+from whisper_aut.training.build import build_data, build_decoder, build_start
 from whisper_aut.training.train import train
 
 
@@ -25,30 +29,121 @@ def audited(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
+def write_licensed(folder: Path, clips: int, allowed: int) -> Path:
+    """Write clips of which the last ones are CC BY, and the others CC BY-NC."""
+    with ShardFolder(folder, max_bytes=60_000) as shards:
+        for number in range(clips):
+            seconds = 0.2 + 0.01 * (number % 10)
+            licence = "CC BY 4.0" if number >= clips - allowed else "CC BY-NC 4.0"
+            annotation = Annotation(
+                "a tone", folder.name, licence=licence, duration_seconds=seconds
+            )
+            shards.write(f"{folder.name}-{number}", "flac", encode_audio(tone(seconds)), annotation)
+    return folder
+
+
+@pytest.mark.parametrize("batches", ["clips", "seconds", "clips of bare tars"])
+def test_a_source_that_is_mostly_left_out_keeps_its_weight_and_batches_are_full(
+    batches: str, tiny_whisper: Path, tmp_path: Path
+):
+    """One tenth of the music is allowed: half of what is drawn is music all the same."""
+    for domain, allowed in (("speech", 60), ("music", 6)):
+        folder = write_licensed(tmp_path / domain, 60, allowed)
+        if batches == "clips of bare tars":
+            (folder / "index.json").unlink()
+    sources = ", ".join(
+        f"{{path: {tmp_path}/{domain}, domain: {domain}}}" for domain in ("speech", "music")
+    )
+    seconds = ["data.batch_seconds=4", "data.max_seconds=1"] if batches == "seconds" else []
+    settings = load_settings(
+        REPOSITORY / "conf" / "smoke.yaml",
+        [
+            "model.after=",
+            f"model.path={tiny_whisper}",
+            f"data.train=[{sources}]",
+            "data.valid=[]",
+            "data.domains={speech: 0.5, sound: 0, music: 0.5}",
+            "data.licences.allow=[CC-BY]",
+            "data.batch_clips=16",
+            "data.samples_per_epoch=640",
+            *seconds,
+        ],
+    )
+    start = build_start(settings)
+    _, codec = build_decoder(settings, start)
+    data = build_data(settings, codec, 80)
+    read = list(data.train_dataloader())
+    assert not [refusal for batch in read for refusal in batch.refusals]
+    clips = [key for batch in read for key in batch.keys]
+    music = [key for key in clips if key.startswith("music")]
+    assert set(music) == {f"music-{number}" for number in range(54, 60)}
+    low, high = binom.interval(0.999, len(clips), 0.5)
+    assert low <= len(music) <= high
+    if seconds:
+        spoken = [sum(batch.mel_lengths) / 100 for batch in read]
+        assert min(spoken) > 0.9 * 4
+    else:
+        assert {len(batch) for batch in read} == {16}
+
+
+def test_an_epoch_is_every_clip_that_is_left_once_whatever_the_ranks(
+    tiny_whisper: Path, tmp_path: Path
+):
+    write_licensed(tmp_path / "music", 60, 25)
+    settings = load_settings(
+        REPOSITORY / "conf" / "smoke.yaml",
+        [
+            "model.after=",
+            f"model.path={tiny_whisper}",
+            f"data.train=[{{path: {tmp_path}/music, domain: music}}]",
+            "data.valid=[]",
+            "data.domains={speech: 0, sound: 0, music: 1}",
+            "data.mode=epochs",
+            "data.licences.allow=[CC-BY]",
+        ],
+    )
+    _, codec = build_decoder(settings, build_start(settings))
+    data = build_data(settings, codec, 80)
+    alone = [key for batch in data.train_dataloader() for key in batch.keys]
+    assert sorted(alone) == sorted(f"music-{number}" for number in range(35, 60))
+    count = data.batching.count(Cursor(), 25)
+    ranks = [list(data._stream(rank, 2, Cursor(), 25, -(-count // 2))) for rank in (0, 1)]
+    both = [key for row in zip(*ranks, strict=True) for batch in row for key in batch.keys]
+    assert both == alone
+
+
 def test_excluded_clips_are_not_trained_on_and_the_run_says_so(
     audited: Path, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
-    excluded = {
-        json.loads(line)["key"] for line in (audited / "exclude.jsonl").read_text().splitlines()
-    }
+    lines = (audited / "exclude.jsonl").read_text().splitlines()
+    excluded = {json.loads(line)["key"]: line for line in lines}
     assert {key for key in excluded if key.startswith("sound")} == {
         f"sound-{number:04d}" for number in range(11)
     }
-    # All of one source goes: far above max_skipped_fraction, and no reason to stop.
+    listed = tmp_path / "audit" / "exclude.jsonl"  # five of the eleven
+    listed.parent.mkdir()
+    listed.write_text("\n".join(excluded[f"sound-{number:04d}"] for number in range(5)) + "\n")
+    (listed.parent / "audit.json").write_bytes((audited / "audit.json").read_bytes())
     settings = settings_for(
-        tiny_whisper,
-        tiny_shards,
-        tmp_path,
-        f"data.exclude={audited}/exclude.jsonl",
-        "probe.tasks=[]",
+        tiny_whisper, tiny_shards, tmp_path, f"data.exclude={listed}", "probe.tasks=[]"
     )
-    run = run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
-    ledger = [json.loads(line) for line in (run.path / "ledger.jsonl").read_text().splitlines()]
-    assert {line["reason"] for line in ledger} == {str(Reason.EXCLUDED)}
-    assert {line["key"] for line in ledger} <= excluded
+    console = Console(file=StringIO(), width=1000)
+    run = run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), console)
+    said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert "sound: 6 of 11 clips are trained on; left out: 5 excluded by an audit" in said
+    assert not (run.path / "ledger.jsonl").exists()
     assert json.loads((run.path / "audit.json").read_text())["counts"]["train_clips"] == 43
     sources = json.loads((run.path / "environment.json").read_text())["data"]
-    assert [source["excluded"] for source in sources][1] == 11
+    assert [source["left_out"] for source in sources] == [{}, {"excluded by an audit": 5}, {}]
+    assert [source["clips"] for source in sources] == [23, 6, 9]
+
+
+def test_a_source_of_which_the_list_leaves_nothing_is_an_error(
+    audited: Path, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    exclude = f"data.exclude={audited}/exclude.jsonl"
+    with pytest.raises(UserError, match=r"leave nothing of .*sound \(none stated\)"):
+        train(settings_for(tiny_whisper, tiny_shards, tmp_path, exclude), QUIET)
 
 
 def test_licences_are_filtered_and_written_down(
@@ -62,7 +157,7 @@ def test_licences_are_filtered_and_written_down(
         "data.domains={speech: 1, sound: 0, music: 0}",
         "trainer.max_steps=1",
     ]
-    with pytest.raises(UserError, match=r"leaves nothing of .*sound \(CC-BY-NC-4.0\)"):
+    with pytest.raises(UserError, match=r"leave nothing of .*sound \(CC-BY-NC-4.0\)"):
         train(
             settings_for(
                 tiny_whisper,

@@ -185,7 +185,7 @@ def unaudited(audit: dict[str, Any], side: str, roots: Sequence[str]) -> list[st
     return [
         root
         for root in roots
-        if any(index.fingerprint() not in known for _, index in open_indices(root))
+        if not all(known & index.identities() for _, index in open_indices(root))
     ]
 
 

@@ -1,44 +1,30 @@
-"""The clips that a run must not train on: those of `exclude.jsonl`, and those whose licence is not allowed.
+"""Leave out of an index the clips of `exclude.jsonl`, and those whose licence is not allowed.
 
-In: the list that `whisper-aut data audit` writes, or one made by hand: JSON lines with `fingerprint` (of the folder of shards, as its index
-gives it), `shard` and `key`. Out: per folder, the samples that are excluded. Next: `data.stream` refuses them. Folders are known by
-what they hold, so a list stays true when they move and is void when they are built anew.
+The list is what `whisper-aut data audit` writes, or one made by hand: JSON lines with `fingerprint`
+(of the folder of shards, as its index gives it), `shard` and `key`. Folders are known by what they
+hold, so a list stays true when they move and is void when they are built again. What is left out
+never enters the order of clips, so the mixture's weights hold among the rest.
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-from whisper_aut.corpora.annotation import Annotation
+import numpy as np
+
+from whisper_aut.corpora.index import table_of
 from whisper_aut.corpora.licences import allows
-from whisper_aut.corpora.shards import ShardIndex
+from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy, is_local, open_stream
+from whisper_aut.corpora.sample_table import SampleTable, TableWriter, text_hash
+from whisper_aut.corpora.shards import FolderCounts, Selection, ShardIndex
 from whisper_aut.corpora.tables import read_lines
 from whisper_aut.errors import Reason, UserError
 
+READERS = 16
 Place = tuple[str, str]  # shard, key
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which clips of a source are wanted: all but the `excluded`, and of these the ones whose licence is one of `allowed`, if any.
-
-    `licence` is that of clips which state none.
-    """
-
-    excluded: frozenset[Place] = frozenset()
-    allowed: tuple[str, ...] = ()
-    licence: str = ""
-
-    def refuses(self, url: str, key: str, annotation: Annotation) -> Reason | None:
-        """Return why a clip is not wanted, or None where it is."""
-        if self.excluded and (url.rpartition("/")[2], key) in self.excluded:
-            return Reason.EXCLUDED
-        return None if allows(self.allowed, annotation.licence or self.licence) else Reason.LICENCE
-
-
-EVERYTHING = Selection()
 
 
 class Exclusions:
@@ -76,7 +62,83 @@ class Exclusions:
 
     def of(self, index: ShardIndex) -> frozenset[Place]:
         """Return `(shard, key)` of the excluded samples of a folder."""
-        return frozenset(self._places.get(index.fingerprint(), ()))
+        return frozenset().union(*(self._places[one] for one in index.identities()))
 
     def __len__(self) -> int:
         return sum(map(len, self._places.values()))
+
+
+def select(
+    index: ShardIndex,
+    excluded: Collection[Place] = (),
+    allowed: Sequence[str] = (),
+    licence: str = "",
+    policy: ReadPolicy = DEFAULT_POLICY,
+) -> ShardIndex:
+    """Return an index without the excluded samples and those whose licence is not allowed.
+
+    Sample tables tell which these are. A local folder without tables is read through for them, its
+    audio left aside.
+
+    Args:
+        excluded: shard and key of each.
+        allowed: licences, see `licences.allows`; empty for all.
+        licence: of samples that state none.
+
+    Raises:
+        UserError: a remote folder without tables, or tables that cannot be read.
+    """
+    all_allowed = not allowed or (
+        index.has_tables and all(allows(allowed, name or licence) for name in index.licences)
+    )
+    if all_allowed and not excluded:
+        return index
+    tables, licences = _tables(index, policy)
+    admitted = [text_hash(name) for name in licences if allows(allowed, name or licence)]
+    names = {text_hash(name): name for name in licences}
+    keys: dict[str, list[int]] = defaultdict(list)
+    for shard, key in excluded:
+        keys[shard].append(text_hash(key))
+    ordinals, kept, left_out = [], FolderCounts(), Counter[str]()
+    for shard, table in zip(index.shards, tables, strict=True):
+        listed = np.isin(table.keys, keys[shard.name])
+        barred = ~np.isin(table.licences, admitted) & ~listed & bool(allowed)
+        left_out[str(Reason.EXCLUDED)] += int(listed.sum())
+        left_out[str(Reason.LICENCE)] += int(barred.sum())
+        chosen = np.flatnonzero(~listed & ~barred)
+        ordinals.append(chosen.astype(np.uint32))
+        for number, clips, seconds in table.licence_counts(chosen):
+            kept.add("", names.get(number, "unknown"), seconds, clips)
+    total = sum(counts["seconds"] for counts in kept.licences.values())
+    selection = Selection(tuple(ordinals), total, kept.facts()["licences"], dict(+left_out))
+    return replace(index, selection=selection)
+
+
+def _tables(index: ShardIndex, policy: ReadPolicy) -> tuple[list[SampleTable], Collection[str]]:
+    """Return the table of each shard, and the licences in them as written."""
+    if not index.has_tables and not is_local(index.root):
+        raise UserError(
+            f"{index.root} has no sample tables, which data.exclude and data.licences.allow go by. "
+            "Make them where the tars are on a disk: whisper-aut data index FOLDER"
+        )
+    numbers = range(len(index.shards))
+    try:
+        if not index.has_tables:
+            counts = FolderCounts()
+            return [_read_table(index, number, counts) for number in numbers], counts.licences
+        with ThreadPoolExecutor(READERS) as pool:  # for object stores, where each takes a while
+            return list(
+                pool.map(lambda number: index.table(number, policy), numbers)
+            ), index.licences
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The sample tables of {index.root} cannot be read ({error}), and data.exclude and "
+            f"data.licences.allow go by them. Make them again: whisper-aut data index {index.root}"
+        ) from None
+
+
+def _read_table(index: ShardIndex, number: int, counts: FolderCounts) -> SampleTable:
+    if not index.shards[number].samples:  # damaged from the start
+        return TableWriter().finish(0)
+    with open_stream(index.url(number)) as stream:
+        return table_of(stream, counts, audio=False)

@@ -23,13 +23,20 @@ class MemberGroups:
         stream: the tar.
         limits: members above its bytes are not read; a `SampleRefused` stands in their place.
         wanted: ordinals of samples; None for all.
+        suffixes: members whose bodies are read; None for all.
 
     Attributes:
         damage: what stopped the iteration, empty after a sound tar.
     """
 
-    def __init__(self, stream: BinaryIO, limits: ClipLimits, wanted: Container[int] | None = None):
-        self.stream, self.limits, self.wanted = stream, limits, wanted
+    def __init__(
+        self,
+        stream: BinaryIO,
+        limits: ClipLimits,
+        wanted: Container[int] | None = None,
+        suffixes: Container[str] | None = None,
+    ):
+        self.stream, self.limits, self.wanted, self.suffixes = stream, limits, wanted, suffixes
         self.damage = ""
 
     def __iter__(self) -> Iterator[tuple[int, Group]]:
@@ -38,7 +45,8 @@ class MemberGroups:
         try:
             for number, key, suffix, tar, member in sample_members(self.stream):
                 is_wanted = self.wanted is None or number in self.wanted
-                body = self._body(tar, member, suffix) if is_wanted else b""
+                is_read = is_wanted and (self.suffixes is None or suffix in self.suffixes)
+                body = self._body(tar, member, suffix) if is_read else b""
                 if number != ordinal:
                     if group:
                         yield ordinal, group

@@ -5,6 +5,7 @@ by. Next: `data.order` plans over the index, `data.stream` reads the tars. The f
 (https://github.com/webdataset/webdataset); nothing in it is ever unpickled.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -14,22 +15,23 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from tarfile import EOFHeaderError, HeaderError, InvalidHeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
 from typing import Any, BinaryIO
 
 import fsspec
+import numpy as np
+from braceexpand import braceexpand
 from webdataset.tariterators import base_plus_ext
 from webdataset.writer import TarWriter
 
 from whisper_aut.corpora.annotation import Annotation
-from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy, beside, is_local, read_file
-from whisper_aut.corpora.sample_table import SampleTable, TableWriter, table_name
+from whisper_aut.corpora.remote import DEFAULT_POLICY, PIPE, ReadPolicy, beside, is_local, read_file
+from whisper_aut.corpora.sample_table import SampleTable, TableWriter, table_name, text_hash
 from whisper_aut.errors import UserError
 
 INDEX_NAME = "index.json"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 HAS_TABLES = "sample_tables"  # the fact that says that a table lies beside each tar
 SUFFIX = re.compile(r"[A-Za-z_][\w-]*")  # one part of a suffix such as `seg.json`
 COMPRESSED = (
@@ -49,6 +51,53 @@ class ShardEntry:
     sha256: str = ""
 
 
+class FolderCounts:
+    """Clips by domain, and clips and seconds by licence as written."""
+
+    def __init__(self) -> None:
+        self.domains: Counter[str] = Counter()
+        self.licences: dict[str, dict[str, float]] = {}
+
+    def add(self, domain: str, licence: str, seconds: float, clips: int = 1) -> None:
+        """Count clips that are `seconds` long together."""
+        self.domains[domain] += clips
+        total = self.licences.setdefault(licence, {"clips": 0, "seconds": 0.0})
+        total["clips"] += clips
+        total["seconds"] += seconds
+
+    def facts(self) -> dict[str, Any]:
+        """Return the counts as an index holds them."""
+        licences = {
+            written: {"clips": total["clips"], "seconds": round(total["seconds"], 3)}
+            for written, total in self.licences.items()
+        }
+        return {"domains": dict(self.domains), "licences": licences}
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The samples of a folder that a run may use.
+
+    Attributes:
+        ordinals: of each shard, which of its samples they are, ascending.
+        seconds: of audio that they hold.
+        licences: clips and seconds by licence as written.
+        left_out: how many are left out, by reason.
+    """
+
+    ordinals: tuple[np.ndarray, ...]
+    seconds: float
+    licences: dict[str, dict[str, float]]
+    left_out: dict[str, int]
+
+    def digest(self) -> str:
+        """Return a hash of which samples are selected."""
+        digest = hashlib.sha256()
+        for ordinals in self.ordinals:
+            digest.update(len(ordinals).to_bytes(8) + ordinals.astype("<i8").tobytes())
+        return digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class ShardIndex:
     """All tars under one folder or URL, in order.
@@ -57,19 +106,37 @@ class ShardIndex:
         root: folder or URL prefix.
         shards: the tars.
         facts: what the builder counted over the whole (domains, refusals, …), for people.
+        selection: the samples that a run may use; None for all.
     """
 
     root: str
     shards: tuple[ShardEntry, ...]
     facts: dict[str, Any] = field(default_factory=dict)
+    selection: Selection | None = None
+
+    @property
+    def shard_samples(self) -> tuple[int, ...]:
+        """Selected samples of each shard."""
+        if self.selection:
+            return tuple(map(len, self.selection.ordinals))
+        return tuple(shard.samples for shard in self.shards)
 
     @property
     def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
+        return sum(self.shard_samples)
 
     @property
     def seconds(self) -> float:
+        if self.selection:
+            return self.selection.seconds
         return sum(shard.seconds for shard in self.shards)
+
+    @property
+    def licences(self) -> dict[str, dict[str, float]]:
+        """Clips and seconds by licence as written; all under `""` where nobody counted them."""
+        if self.selection:
+            return self.selection.licences
+        return self.facts.get("licences") or {"": {"clips": self.samples, "seconds": self.seconds}}
 
     @property
     def has_tables(self) -> bool:
@@ -77,6 +144,12 @@ class ShardIndex:
 
     def url(self, number: int) -> str:
         return beside(self.root, self.shards[number].name)
+
+    def ordinals(self, shard: int) -> np.ndarray:
+        """Return which samples of a shard are selected, by their place in it."""
+        if self.selection:
+            return self.selection.ordinals[shard]
+        return np.arange(self.shards[shard].samples)
 
     def table(self, number: int, policy: ReadPolicy = DEFAULT_POLICY) -> SampleTable:
         """Read where the samples of one tar lie and how long they are.
@@ -93,9 +166,18 @@ class ShardIndex:
         return SampleTable.from_bytes(data, self.shards[number].samples)
 
     def fingerprint(self) -> str:
-        """A hash of what the shards hold: names, sizes and checksums, not where they lie."""
+        """A hash of what all shards hold: names, sizes and checksums, not where they are."""
         listing = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)
         return hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+    def identities(self) -> set[str]:
+        """Fingerprints under which an audit knows these shards: their own, and their folder's."""
+        return {self.fingerprint(), self.facts.get("folder", self.fingerprint())}
+
+    def selected_fingerprint(self) -> str:
+        """A hash of the shards and of which of their samples are selected."""
+        chosen = f"-{self.selection.digest()}" if self.selection else ""
+        return self.fingerprint() + chosen
 
 
 class ShardFolder:
@@ -113,8 +195,7 @@ class ShardFolder:
         self.prefix, self.max_bytes = prefix, max_bytes
         self.facts: dict[str, Any] = {}
         self._shards: list[ShardEntry] = []
-        self._domains: Counter[str] = Counter()
-        self._licences: dict[str, list[float]] = {}
+        self._counts = FolderCounts()
         self._writer: TarWriter | None = None
         self._table = TableWriter()
         self._samples, self._seconds, self._bytes = 0, 0.0, 0
@@ -140,15 +221,13 @@ class ShardFolder:
         )
         self._writer = writer
         facts = annotation.to_json()
-        self._table.add(writer.tarstream.offset, annotation.duration_seconds)
+        seconds = annotation.duration_seconds
+        self._table.add(writer.tarstream.offset, seconds, key, annotation.licence)
         writer.write({"__key__": key, suffix: audio, "json": facts})
         self._samples += 1
-        self._seconds += annotation.duration_seconds or 0.0
+        self._seconds += seconds or 0.0
         self._bytes += len(audio) + len(facts)
-        self._domains[annotation.domain] += 1
-        licence = self._licences.setdefault(annotation.licence, [0, 0.0])
-        licence[0] += 1
-        licence[1] += annotation.duration_seconds or 0.0
+        self._counts.add(annotation.domain, annotation.licence, seconds or 0.0)
         if self._bytes >= self.max_bytes:
             self._finish_shard()
 
@@ -205,16 +284,7 @@ class ShardFolder:
             f"{self.prefix}-*.tar"
         )  # a former build's: from here to the end the folder is visibly incomplete
         self._remove(table_name(f"{self.prefix}-*.tar"))
-        licences = {
-            name: {"clips": clips, "seconds": round(seconds, 3)}
-            for name, (clips, seconds) in self._licences.items()
-        }
-        facts = {
-            "domains": dict(self._domains),
-            "licences": licences,
-            **self.facts,
-            HAS_TABLES: True,
-        }
+        facts = {**self.facts, **self._counts.facts(), HAS_TABLES: True}
         write_index(self.folder, self._shards, facts)
         for number, shard in enumerate(self._shards):
             os.replace(self._partial(number), self.folder / shard.name)
@@ -222,12 +292,12 @@ class ShardFolder:
 
 
 def write_index(folder: Path, shards: Sequence[ShardEntry], facts: dict[str, Any]) -> None:
-    """Write `index.json`, at once or not at all."""
+    """Write `index.json`, at once or not at all; what `shards` tell wins over `facts`."""
     index = {
+        **facts,
         "version": INDEX_VERSION,
         "samples": sum(shard.samples for shard in shards),
         "seconds": round(sum(shard.seconds for shard in shards), 3),
-        **facts,
         "shards": [asdict(shard) for shard in shards],
     }
     partial = folder / f".{INDEX_NAME}.partial"
@@ -238,23 +308,24 @@ def write_index(folder: Path, shards: Sequence[ShardEntry], facts: dict[str, Any
 def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIndex:
     """Read the index of a folder or URL of shards; a local folder without one is listed and its tars are counted.
 
-    A root that ends in `.tar` is a pattern, `FOLDER/train-*.tar`: some of a local folder's tars, whatever its index says.
+    A root that ends in `.tar` is a pattern for some of a folder's tars, `FOLDER/train-*.tar` or
+    `FOLDER/{000000..000999}.tar`. The folder's index and tables are used where they list them all.
 
     Raises:
         UserError: nothing there, no tars, a damaged index, or an index that names tars which are missing.
     """
     root = str(root)
+    if root.endswith(".tar") and not root.startswith(PIPE):
+        return _some_tars(root, policy)
     if not is_local(root):
         return _remote_index(root, policy)
     filesystem, path = fsspec.url_to_fs(root)
-    if root.endswith(".tar"):
-        return _count_tars(filesystem, root.rpartition("/")[0] or ".", path)
     if not filesystem.exists(path):
         raise UserError(
             f"There are no shards at {root}. Build some: whisper-aut data build MANIFEST --out {root}"
         )
     if filesystem.exists(f"{path}/{INDEX_NAME}"):
-        index = _parse_index(root, filesystem.cat_file(f"{path}/{INDEX_NAME}"))
+        index = _read_index(filesystem, path, root)
         missing = [
             shard.name for shard in index.shards if not filesystem.exists(f"{path}/{shard.name}")
         ]
@@ -264,7 +335,13 @@ def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIn
                 f"{root}/{INDEX_NAME} names {len(missing)} shards that are missing: {listed}. Bring them back or rebuild."
             )
         return index
-    return _count_tars(filesystem, root, f"{path}/*.tar")
+    tars = list_tars(filesystem, path)
+    if not tars:
+        raise UserError(
+            f"{root} holds neither {INDEX_NAME} nor any *.tar. Build shards: "
+            f"whisper-aut data build MANIFEST --out {root}"
+        )
+    return _count_tars(filesystem, root, tars)
 
 
 def _remote_index(root: str, policy: ReadPolicy) -> ShardIndex:
@@ -283,13 +360,57 @@ def _remote_index(root: str, policy: ReadPolicy) -> ShardIndex:
         raise UserError(f"{root} cannot be read: {error}.") from None
 
 
-def _count_tars(filesystem: Any, root: str, pattern: str) -> ShardIndex:
-    tars = list_tars(filesystem, *pattern.rsplit("/", 1))
-    if not tars:
-        raise UserError(
-            f"{root} holds neither {INDEX_NAME} nor any {pattern.rpartition('/')[2]}. Build shards: whisper-aut data build MANIFEST "
-            f"--out {root}"
-        )
+def _some_tars(root: str, policy: ReadPolicy) -> ShardIndex:
+    """Open the tars of a folder that fit a pattern: by its index, or counted where it lacks one."""
+    folder, _, pattern = root.rpartition("/")
+    folder = folder or "."
+    try:
+        patterns = list(braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"{root}: {error}.") from None
+    if is_local(root):
+        filesystem, path = fsspec.url_to_fs(folder)
+        names = sorted(_names(filesystem, path))
+        has_index = filesystem.exists(f"{path}/{INDEX_NAME}")
+        whole = _read_index(filesystem, path, folder) if has_index else ShardIndex(folder, ())
+    else:
+        whole = _remote_index(folder, policy)
+        names = [shard.name for shard in whole.shards]
+    there, chosen, missing = set(names), set[str](), []
+    for one in patterns:
+        found = [one] if one in there else fnmatch.filter(names, one)
+        chosen.update(found)
+        missing += [] if found else [one]
+    if missing:
+        if is_local(root):
+            list_tars(
+                fsspec.filesystem("file"), folder, missing[0]
+            )  # says so where gzip packed them
+        listed = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
+        raise UserError(f"{folder} holds no {listed} ({len(missing)} of {len(patterns)} patterns).")
+    if chosen <= {shard.name for shard in whole.shards}:
+        return _part(whole, chosen, policy)
+    return _count_tars(filesystem, folder, [f"{path}/{name}" for name in sorted(chosen)])
+
+
+def _part(whole: ShardIndex, names: set[str], policy: ReadPolicy) -> ShardIndex:
+    """Return the index of some of a folder's tars, with what its tables tell of them alone."""
+    shards = tuple(shard for shard in whole.shards if shard.name in names)
+    if len(shards) == len(whole.shards):
+        return whole
+    facts: dict[str, Any] = {"folder": whole.fingerprint()}
+    part = ShardIndex(whole.root, shards, facts)
+    if whole.has_tables:
+        counts, written = FolderCounts(), {text_hash(name): name for name in whole.licences}
+        with suppress(OSError, ValueError):  # then it is read without tables
+            for number in range(len(shards)):
+                for licence, clips, seconds in part.table(number, policy).licence_counts():
+                    counts.add("", written.get(licence, "unknown"), seconds, clips)
+            facts |= {"licences": counts.facts()["licences"], HAS_TABLES: True}
+    return part
+
+
+def _count_tars(filesystem: Any, root: str, tars: Sequence[str]) -> ShardIndex:
     entries = []
     for tar in tars:
         with filesystem.open(tar, "rb") as stream:
@@ -305,16 +426,26 @@ def list_tars(filesystem: Any, folder: str, pattern: str = "*.tar") -> list[str]
     Raises:
         UserError: there are tars that gzip compressed.
     """
-    paths = filesystem.ls(folder, detail=False) if filesystem.isdir(folder) else []
-    names = {path.rpartition("/")[2]: path for path in paths}
+    names = _names(filesystem, folder)
     compressed = [
         name
         for name in sorted(names)
-        if fnmatchcase(name, f"{pattern}.gz") or name.endswith(".tgz")
+        if fnmatch.fnmatchcase(name, f"{pattern}.gz") or name.endswith(".tgz")
     ]
     if compressed:
         raise UserError(f"{folder}/{compressed[0]} is {COMPRESSED}: gunzip {folder}/*.gz")
-    return sorted(path for name, path in names.items() if fnmatchcase(name, pattern))
+    return sorted(path for name, path in names.items() if fnmatch.fnmatchcase(name, pattern))
+
+
+def _names(filesystem: Any, folder: str) -> dict[str, str]:
+    """Return the paths of what is in a folder by name, without what is hidden."""
+    paths = filesystem.ls(folder, detail=False) if filesystem.isdir(folder) else []
+    names = {path.rpartition("/")[2]: path for path in paths}
+    return {name: path for name, path in names.items() if not name.startswith(".")}
+
+
+def _read_index(filesystem: Any, path: str, root: str) -> ShardIndex:
+    return _parse_index(root, filesystem.cat_file(f"{path}/{INDEX_NAME}"))
 
 
 def _parse_index(root: str, data: bytes) -> ShardIndex:
@@ -322,7 +453,8 @@ def _parse_index(root: str, data: bytes) -> ShardIndex:
         index = json.loads(data)
         if index["version"] != INDEX_VERSION:
             raise UserError(
-                f"{root}/{INDEX_NAME} has version {index['version']}; this release reads {INDEX_VERSION}. Rebuild it."
+                f"{root}/{INDEX_NAME} has version {index['version']}; this release reads "
+                f"{INDEX_VERSION}. Write it again: whisper-aut data index {root}"
             )
         shards = tuple(ShardEntry(**shard) for shard in index.pop("shards"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

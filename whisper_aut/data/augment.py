@@ -111,10 +111,10 @@ class Augment:
         random = np.random.default_rng([self.seed, _NOISE, position])
         sizes = np.array([index.samples for index in self.noise])
         index = self.noise[int(random.choice(len(sizes), p=sizes / sizes.sum()))]
-        ends = np.cumsum([shard.samples for shard in index.shards])
+        ends = np.cumsum(index.shard_samples)
         number = int(random.integers(ends[-1]))
         shard = int(np.searchsorted(ends, number, side="right"))
-        place = (shard, number - int(ends[shard] - index.shards[shard].samples))
+        place = (shard, number - int(ends[shard] - index.shard_samples[shard]))
         _, item = next(iter(self._reader.read({0: place}, index)))
         try:
             noise = load_waveform(item.audio, NOISE_LIMITS) if isinstance(item, Sample) else None

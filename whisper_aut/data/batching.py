@@ -160,7 +160,7 @@ class BySeconds:
     def _table(self, source: int, shard: int) -> np.ndarray:
         index = self.indexes[source]
         try:
-            return index.table(shard, self.policy).milliseconds
+            return index.table(shard, self.policy).milliseconds[index.ordinals(shard)]
         except (OSError, ValueError) as error:
             raise UserError(
                 f"The lengths of {index.url(shard)} cannot be read ({error}), and data.batch_seconds plans by them. "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from whisper_aut.data.sample import Refusal
-from whisper_aut.errors import WISHED, UserError
+from whisper_aut.errors import UserError
 
 MIN_SEEN = 200  # with fewer samples of a source, its skipped fraction says little yet
 MIN_SEEN_AT_END = 20  # a small source may never give more
@@ -86,7 +86,7 @@ class Ledger:
         """Count one batch: the source folder of each clip in it, and the samples skipped for it."""
         self._own.read.update(sources)
         for refusal in refusals:
-            self._own.read[_folder(refusal)] += refusal.reason not in WISHED
+            self._own.read[_folder(refusal)] += 1
             self._own.skipped[_folder(refusal), str(refusal.reason)] += 1
             self._write(refusal)
 
@@ -131,9 +131,7 @@ class Ledger:
         """
         for source, read in counts.read.items():
             reasons = {
-                reason: count
-                for (name, reason), count in counts.skipped.items()
-                if name == source and reason not in WISHED
+                reason: count for (name, reason), count in counts.skipped.items() if name == source
             }
             skipped = sum(reasons.values())
             enough = read >= (MIN_SEEN_AT_END if at_end else MIN_SEEN)

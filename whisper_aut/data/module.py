@@ -242,9 +242,7 @@ class ShardDataModule(lightning.LightningDataModule):
 
 def _shapes(sources: Sequence[StreamSource], shares: Sequence[float]) -> list[SourceShape]:
     return [
-        SourceShape(
-            source.index.fingerprint(), tuple(shard.samples for shard in source.index.shards), share
-        )
+        SourceShape(source.index.selected_fingerprint(), source.index.shard_samples, share)
         for source, share in zip(sources, shares, strict=True)
     ]
 

@@ -25,11 +25,17 @@ class ShardReader:
         self._tables: dict[str, SampleTable | None] = {}
 
     def read(self, places: Mapping[int, tuple[int, int]], index: ShardIndex) -> Items:
-        """Yield `(number, item)` for every number, given the shard and ordinal of each."""
-        by_shard: dict[int, dict[int, int]] = {}
-        for number, (shard, ordinal) in places.items():
-            by_shard.setdefault(shard, {})[ordinal] = number
-        for shard, numbers in by_shard.items():
+        """Yield `(number, item)` for every number.
+
+        Args:
+            places: of each number the shard, and which of the shard's selected samples it is.
+        """
+        by_shard: dict[int, list[tuple[int, int]]] = {}
+        for number, (shard, selected) in places.items():
+            by_shard.setdefault(shard, []).append((selected, number))
+        for shard, chosen in by_shard.items():
+            ordinals = index.ordinals(shard)
+            numbers = {int(ordinals[selected]): number for selected, number in chosen}
             url = index.url(shard)
             damage = "the shard ends before this sample"
             try:
@@ -52,8 +58,10 @@ class ShardReader:
                 with open_stream(url, self.policy, whole=False) as stream:
                     yield from read_samples(stream, url, table, ordinals, self.limits)
                 return
-            except ValueError:
-                pass  # not the tar that the table was made of
+            except ValueError as error:  # not the tar that the table was made of
+                if index.selection:  # which was made by the table too
+                    hint = f"make its table again: whisper-aut data index {index.root}"
+                    raise OSError(f"{error}; {hint}") from None
         with open_stream(url, self.policy) as stream:
             yield from read_shard(stream, url, set(ordinals), self.limits)
 

@@ -13,7 +13,7 @@ from whisper_aut.corpora.annotation import MAX_JSON_BYTES, Annotation
 from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.members import Group, MemberGroups, audio_and_annotation
 from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy, is_local, open_stream
-from whisper_aut.corpora.sample_table import SampleTable
+from whisper_aut.corpora.sample_table import SampleTable, text_hash
 from whisper_aut.corpora.shards import ShardIndex
 from whisper_aut.errors import Reason, SampleRefused
 
@@ -90,6 +90,8 @@ def read_samples(
         for place, item in read_shard(BytesIO(data + END_OF_TAR), url, None, limits):
             if place >= 0:
                 count += 1
+                if text_hash(item.key) != table.keys[first + place]:
+                    raise ValueError(f"{url} has another sample {item.key!r} than its table")
                 yield first + place, item
             elif len(data) < end - start:
                 yield -1, item  # the tar was cut
@@ -115,12 +117,13 @@ def _runs(wanted: Sequence[int], table: SampleTable, max_bytes: int) -> Iterator
 def iter_samples(
     index: ShardIndex, limits: ClipLimits, policy: ReadPolicy = DEFAULT_POLICY
 ) -> Iterator[Sample | Refusal]:
-    """Yield every sample of an index once, in the order in which the shards hold them."""
+    """Yield every selected sample of an index once, in the order in which the shards hold them."""
     for number in range(len(index.shards)):
         url = index.url(number)
+        wanted = set(index.ordinals(number).tolist()) if index.selection else None
         try:
             with open_stream(url, policy) as stream:
-                for _, item in read_shard(stream, url, None, limits):
+                for _, item in read_shard(stream, url, wanted, limits):
                     yield item
         except OSError as error:
             yield Refusal(url, "", Reason.BAD_TAR, str(error))

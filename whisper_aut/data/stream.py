@@ -13,7 +13,6 @@ from itertools import islice
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from whisper_aut.corpora.exclusion import EVERYTHING, Selection
 from whisper_aut.corpora.licences import licence_id
 from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy
 from whisper_aut.corpora.shards import ShardIndex
@@ -29,21 +28,18 @@ NOTHING = np.arange(0)
 
 @dataclass(frozen=True)
 class StreamSource:
-    """Shards, the domain that their clips have where they do not say it themselves, and which of them are wanted."""
+    """Shards, and the domain and licence of clips that do not state their own."""
 
     index: ShardIndex
     domain: str
-    wanted: Selection = EVERYTHING
+    licence: str = ""
 
     @property
     def licences(self) -> dict[str, dict[str, float]]:
-        """Clips and seconds by licence, as far as the index tells; clips that state none have the source's."""
-        own = self.index.facts.get("licences") or {
-            "": {"clips": self.index.samples, "seconds": self.index.seconds}
-        }
+        """Clips and seconds by SPDX id, or as written where that is unknown."""
         found: dict[str, dict[str, float]] = {}
-        for written, counts in own.items():
-            written = written or self.wanted.licence
+        for written, counts in self.index.licences.items():
+            written = written or self.licence
             total = found.setdefault(licence_id(written) or written, {"clips": 0, "seconds": 0.0})
             total["clips"] += counts["clips"]
             total["seconds"] = round(total["seconds"] + counts["seconds"], 3)
@@ -143,9 +139,6 @@ class BatchStream(IterableDataset[Batch]):
     def _example(self, item: Sample | Refusal, source: int, position: int) -> Example | Refusal:
         if isinstance(item, Refusal):
             return item
-        unwanted = self.sources[source].wanted.refuses(item.shard, item.key, item.annotation)
-        if unwanted:
-            return Refusal(item.shard, item.key, unwanted)
         return self.build(item, self.sources[source].domain, position)
 
 

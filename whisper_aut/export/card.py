@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from whisper_aut import __version__
+from whisper_aut.errors import Reason
 
 CARD = "README.md"
 UNKNOWN_LICENCE = "unknown"
@@ -237,7 +238,9 @@ def _audit(audit: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     counts = "\n".join(
         f"- {name.replace('_', ' ')}: {value}" for name, value in _flat(audit.get("counts", {}))
     )
-    excluded = sum(source.get("excluded", 0) for source in facts.get("data", []))
+    excluded = sum(
+        source.get("left_out", {}).get(Reason.EXCLUDED, 0) for source in facts.get("data", [])
+    )
     return f"`whisper-aut data audit` compared the training data with the probe sets:\n{counts}\n- clips left out of training: {excluded}"
 
 

@@ -17,8 +17,7 @@ from transformers import WhisperConfig
 
 from whisper_aut import __version__
 from whisper_aut.corpora.audio import ClipLimits
-from whisper_aut.corpora.exclusion import Exclusions, Selection
-from whisper_aut.corpora.licences import allows
+from whisper_aut.corpora.exclusion import Exclusions, select
 from whisper_aut.corpora.remote import ReadPolicy
 from whisper_aut.corpora.shards import open_index
 from whisper_aut.data.augment import Augment, SpecAugment
@@ -79,7 +78,8 @@ def open_sources(sources: Sequence[SourceSettings], policy: ReadPolicy) -> list[
     opened, problems = [], []
     for source in sources:
         try:
-            opened.append(StreamSource(open_index(source.path, policy), source.domain))
+            index = open_index(source.path, policy)
+            opened.append(StreamSource(index, source.domain, source.licence))
         except UserError as error:
             problems.append(f"  - {error}")
     if problems:
@@ -139,11 +139,13 @@ def build_start(settings: Settings) -> Start:
     if model.scratch is None:
         return Start(model.path, model.revision, model.random_init)
     key = hashlib.sha256(json.dumps([asdict(model.scratch), settings.seed, __version__]).encode())
-    folders = model.scratch.texts or [source.path for source in settings.data.train]
     policy = read_policy(settings.data)
-    indexes = [open_index(folder, policy) for folder in folders]
+    if model.scratch.texts:
+        indexes = [open_index(folder, policy) for folder in model.scratch.texts]
+    else:
+        indexes = [source.index for source in open_selected(settings.data)]
     for index in indexes:
-        key.update(index.fingerprint().encode())
+        key.update(index.selected_fingerprint().encode())
     out = Path(settings.runs) / settings.name / f".scratch-{key.hexdigest()[:12]}"
     with one_at_a_time(out):
         if not out.exists():  # it is moved there when whole
@@ -161,7 +163,7 @@ def build_start(settings: Settings) -> Start:
 def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> ShardDataModule:
     data = settings.data
     policy = read_policy(data)
-    train, valid = _wanted(data, open_sources(data.train, policy)), open_sources(data.valid, policy)
+    train, valid = open_selected(data), open_sources(data.valid, policy)
     empty = [source.index.root for source in train if not source.index.samples]
     if empty:
         raise UserError(f"Training sources without a single sample: {', '.join(empty)}.")
@@ -204,7 +206,8 @@ def build_augment(settings: Settings, policy: ReadPolicy) -> Augment:
         UserError: noise shards that cannot be read, are empty, or lack the tables by which single clips are found.
     """
     chosen = settings.data.augment
-    noise = [open_index(folder, policy) for folder in chosen.noise]
+    opened = [StreamSource(open_index(folder, policy), "sound") for folder in chosen.noise]
+    noise = [source.index for source in _selected(settings.data, opened)]
     unfit = [index.root for index in noise if not index.samples or not index.has_tables]
     if unfit:
         raise UserError(
@@ -223,31 +226,32 @@ def build_augment(settings: Settings, policy: ReadPolicy) -> Augment:
     )
 
 
-def _wanted(data: DataSettings, opened: Sequence[StreamSource]) -> list[StreamSource]:
-    """Say of each training source which of its clips the config wants.
+def open_selected(data: DataSettings) -> list[StreamSource]:
+    """Open the training sources without clips that are excluded or whose licence is not allowed.
 
     Raises:
-        UserError: no exclusion list where one is named, or a source of which nothing is left.
+        UserError: sources that cannot be read, or of which nothing is left; no exclusion list where
+            one is named.
     """
+    return _selected(data, open_sources(data.train, read_policy(data)))
+
+
+def _selected(data: DataSettings, sources: Sequence[StreamSource]) -> list[StreamSource]:
     exclusions = Exclusions.load(data.exclude) if data.exclude else Exclusions()
-    allowed = tuple(data.licences.allow)
-    chosen = [
-        replace(one, wanted=Selection(exclusions.of(one.index), allowed, source.licence))
-        for source, one in zip(data.train, opened, strict=True)
-    ]
-    barred = [
-        one
-        for one in chosen
-        if one.licences and not any(allows(allowed, licence) for licence in one.licences)
-    ]
-    if barred:
-        listed = "; ".join(
-            f"{one.index.root} ({', '.join(name or 'none stated' for name in one.licences)})"
-            for one in barred
-        )
+    chosen, empty = [], []
+    for source in sources:
+        excluded, allowed = exclusions.of(source.index), data.licences.allow
+        index = select(source.index, excluded, allowed, source.licence, read_policy(data))
+        chosen.append(replace(source, index=index))
+        if source.index.samples and not index.samples:
+            stated = ", ".join(name or "none stated" for name in source.licences)
+            empty.append(f"{index.root} ({stated})")
+    if empty:
         raise UserError(
-            f"data.licences.allow ({', '.join(allowed)}) leaves nothing of {listed}. Take these sources out of data.train, or "
-            "allow their licences; a source whose clips state none takes the `licence` of its entry."
+            f"data.licences.allow ({', '.join(data.licences.allow) or 'everything'}) and "
+            f"data.exclude ({data.exclude or 'nothing'}) leave nothing of {'; '.join(empty)}. Take "
+            "these sources out of the config, or allow their licences; a source of data.train "
+            "whose clips state none takes the `licence` of its entry."
         )
     return chosen
 
@@ -426,9 +430,10 @@ class StoredAudio:
 def stored_audio(data: DataSettings) -> tuple[StoredAudio, tuple[str, ...]]:
     """Read the indexes of the training sources; return what they hold, and what had to be assumed where one cannot be read."""
     try:
-        indexes = [source.index for source in open_sources(data.train, read_policy(data))]
+        opened = open_sources(data.train, read_policy(data))
     except UserError:
-        indexes = []
+        opened = []
+    indexes = [source.index for source in _selected(data, opened)] if opened else []
     if not indexes or not all(index.samples and index.seconds for index in indexes):
         assumption = f"clips of {ASSUMED_CLIP_SECONDS:g} s as 16 kHz FLAC: the training shards are not there to be looked at"
         return StoredAudio(0, ASSUMED_CLIP_SECONDS, FLAC_BYTES_PER_SECOND), (assumption,)
@@ -439,7 +444,10 @@ def stored_audio(data: DataSettings) -> tuple[StoredAudio, tuple[str, ...]]:
     )  # a corpus that is drawn often counts often, however small
     seconds = sum(share * index.seconds / index.samples for share, index in drawn)
     stored = sum(
-        share * sum(shard.bytes for shard in index.shards) / index.samples for share, index in drawn
+        share
+        * sum(shard.bytes for shard in index.shards)
+        / sum(shard.samples for shard in index.shards)
+        for share, index in drawn
     )
     return StoredAudio(sum(samples), seconds / sum(shares), stored / seconds), ()
 

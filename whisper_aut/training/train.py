@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor
 from rich.console import Console
 from rich.text import Text
 
+from whisper_aut.corpora.shards import ShardIndex
 from whisper_aut.data.batching import Cursor
 from whisper_aut.data.ledger import Ledger, by_source
 from whisper_aut.data.module import ShardDataModule
@@ -159,6 +160,9 @@ def train(
         else job_run(Path(settings.runs), settings.name, dump_settings(settings), facts)
     )
     console.print(_headline(settings, parts, run, checkpoint))
+    for source in parts.data.train:
+        if source.index.selection:
+            console.print(_left_out(source.index), markup=False)
     goes_on = LambdaCallback(
         on_train_start=lambda *_: _go_on(run, settings, facts)
     )  # by then the checkpoint has been accepted
@@ -413,7 +417,6 @@ def _ranks(settings: Settings) -> int:
 
 
 def _data_facts(data: ShardDataModule) -> list[dict[str, Any]]:
-    shares = {shape.name: shape.share for shape in data.order.sources}
     return [
         {
             "root": source.index.root,
@@ -422,11 +425,19 @@ def _data_facts(data: ShardDataModule) -> list[dict[str, Any]]:
             "seconds": source.index.seconds,
             "fingerprint": source.index.fingerprint(),
             "licences": source.licences,
-            "excluded": len(source.wanted.excluded),
-            "share": round(shares[source.index.fingerprint()], 4),
+            "left_out": source.index.selection.left_out if source.index.selection else {},
+            "share": round(shape.share, 4),
         }
-        for source in data.train
+        for source, shape in zip(data.train, data.order.sources, strict=True)
     ]
+
+
+def _left_out(index: ShardIndex) -> str:
+    assert index.selection
+    counts = index.selection.left_out
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
+    total = index.samples + sum(counts.values())
+    return f"{index.root}: {index.samples} of {total} clips are trained on; left out: {reasons}"
 
 
 def _headline(
