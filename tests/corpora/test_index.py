@@ -79,6 +79,7 @@ def test_a_pattern_uses_the_index_and_the_tables_of_the_folder(tmp_path: Path):
     assert part.licences == {"CC0-1.0": {"clips": 2, "seconds": 0.5}}
     assert open_index(f"{folder}/*.tar").fingerprint() == open_index(folder).fingerprint()
     assert keys(f"{folder}/own-*.tar") == ["sound-0"]
+    assert (part.root, part.name) == (str(folder), f"{folder}/shard-00000[01].tar")
 
 
 @pytest.mark.parametrize("has_index", [True, False], ids=["index", "bare tars"])

@@ -83,7 +83,7 @@ def test_a_resumed_loader_goes_on_exactly(
 
 def test_another_order_refuses_the_position(tiny_shards: Path, build: ExampleBuilder):
     state = data_module(tiny_shards, build).train_dataloader().state_dict()
-    with pytest.raises(UserError, match="other training data, shares, seed or window"):
+    with pytest.raises(UserError, match="other training data, exclusions, shares, seed or window"):
         data_module(tiny_shards, build, seed=1).train_dataloader().load_state_dict(state)
 
 

@@ -93,52 +93,57 @@ def select(
     )
     if all_allowed and not excluded:
         return index
-    tables, licences = _tables(index, policy)
-    admitted = [text_hash(name) for name in licences if allows(allowed, name or licence)]
-    names = {text_hash(name): name for name in licences}
-    keys: dict[str, list[int]] = defaultdict(list)
-    for shard, key in excluded:
-        keys[shard].append(text_hash(key))
-    ordinals, kept, left_out = [], FolderCounts(), Counter[str]()
-    for shard, table in zip(index.shards, tables, strict=True):
-        listed = np.isin(table.keys, keys[shard.name])
-        barred = ~np.isin(table.licences, admitted) & ~listed & bool(allowed)
-        left_out[str(Reason.EXCLUDED)] += int(listed.sum())
-        left_out[str(Reason.LICENCE)] += int(barred.sum())
-        chosen = np.flatnonzero(~listed & ~barred)
-        ordinals.append(chosen.astype(np.uint32))
-        for number, clips, seconds in table.licence_counts(chosen):
-            kept.add("", names.get(number, "unknown"), seconds, clips)
-    total = sum(counts["seconds"] for counts in kept.licences.values())
-    selection = Selection(tuple(ordinals), total, kept.facts()["licences"], dict(+left_out))
-    return replace(index, selection=selection)
-
-
-def _tables(index: ShardIndex, policy: ReadPolicy) -> tuple[list[SampleTable], Collection[str]]:
-    """Return the table of each shard, and the licences in them as written."""
     if not index.has_tables and not is_local(index.root):
         raise UserError(
             f"{index.root} has no sample tables, which data.exclude and data.licences.allow go by. "
             "Make them where the tars are on a disk: whisper-aut data index FOLDER"
         )
-    numbers = range(len(index.shards))
+    keys: dict[str, list[int]] = defaultdict(list)
+    for shard, key in excluded:
+        keys[shard].append(text_hash(key))
+
+    def choose(number: int) -> tuple[np.ndarray, Counter[str], list[tuple[str, int, float]]]:
+        table, licences = _table(index, number, policy)
+        names = {text_hash(name): name for name in licences}
+        admitted = [own for own, name in names.items() if allows(allowed, name or licence)]
+        listed = np.isin(table.keys, keys.get(index.shards[number].name, []))
+        barred = ~np.isin(table.licences, admitted) & ~listed & bool(allowed)
+        rows = np.flatnonzero(~listed & ~barred).astype(np.uint32)
+        left_out = {Reason.EXCLUDED: int(listed.sum()), Reason.LICENCE: int(barred.sum())}
+        counts = [
+            (names.get(own, "unknown"), clips, seconds)
+            for own, clips, seconds in table.licence_counts(rows)
+        ]
+        return rows, Counter({str(why): count for why, count in left_out.items()}), counts
+
     try:
-        if not index.has_tables:
-            counts = FolderCounts()
-            return [_read_table(index, number, counts) for number in numbers], counts.licences
-        with ThreadPoolExecutor(READERS) as pool:  # for object stores, where each takes a while
-            return list(
-                pool.map(lambda number: index.table(number, policy), numbers)
-            ), index.licences
+        with ThreadPoolExecutor(READERS) as pool:  # an object store takes a while for each
+            chosen = list(pool.map(choose, range(len(index.shards))))
     except (OSError, ValueError) as error:
         raise UserError(
             f"The sample tables of {index.root} cannot be read ({error}), and data.exclude and "
             f"data.licences.allow go by them. Make them again: whisper-aut data index {index.root}"
         ) from None
+    kept = FolderCounts()
+    for name, clips, seconds in (count for *_, counts in chosen for count in counts):
+        kept.add("", name, seconds, clips)
+    selection = Selection(
+        ordinals=tuple(rows for rows, *_ in chosen),
+        seconds=sum(counts["seconds"] for counts in kept.licences.values()),
+        licences=kept.facts()["licences"],
+        left_out=dict(sum((counts for _, counts, _ in chosen), Counter())),
+    )
+    return replace(index, selection=selection)
 
 
-def _read_table(index: ShardIndex, number: int, counts: FolderCounts) -> SampleTable:
+def _table(
+    index: ShardIndex, number: int, policy: ReadPolicy
+) -> tuple[SampleTable, Collection[str]]:
+    """Return the table of a shard, read or made, and the licences that may be in it as written."""
+    if index.has_tables:
+        return index.table(number, policy), index.licences
     if not index.shards[number].samples:  # damaged from the start
-        return TableWriter().finish(0)
+        return TableWriter().finish(0), ()
+    counts = FolderCounts()
     with open_stream(index.url(number)) as stream:
-        return table_of(stream, counts, audio=False)
+        return table_of(stream, counts, audio=False), counts.licences

@@ -14,7 +14,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tarfile import EOFHeaderError, HeaderError, InvalidHeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
 from typing import Any, BinaryIO
@@ -106,13 +106,20 @@ class ShardIndex:
         root: folder or URL prefix.
         shards: the tars.
         facts: what the builder counted over the whole (domains, refusals, …), for people.
+        pattern: of the shards' names, where they are a part of their folder.
         selection: the samples that a run may use; None for all.
     """
 
     root: str
     shards: tuple[ShardEntry, ...]
     facts: dict[str, Any] = field(default_factory=dict)
+    pattern: str = ""
     selection: Selection | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder or URL, and the pattern if there is one."""
+        return f"{self.root.rstrip('/')}/{self.pattern}" if self.pattern else self.root
 
     @property
     def shard_samples(self) -> tuple[int, ...]:
@@ -389,8 +396,10 @@ def _some_tars(root: str, policy: ReadPolicy) -> ShardIndex:
         listed = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
         raise UserError(f"{folder} holds no {listed} ({len(missing)} of {len(patterns)} patterns).")
     if chosen <= {shard.name for shard in whole.shards}:
-        return _part(whole, chosen, policy)
-    return _count_tars(filesystem, folder, [f"{path}/{name}" for name in sorted(chosen)])
+        index = _part(whole, chosen, policy)
+    else:
+        index = _count_tars(filesystem, folder, [f"{path}/{name}" for name in sorted(chosen)])
+    return replace(index, pattern=pattern)
 
 
 def _part(whole: ShardIndex, names: set[str], policy: ReadPolicy) -> ShardIndex:

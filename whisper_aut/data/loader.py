@@ -131,7 +131,8 @@ class TrainLoader:
         """
         if state["order"] != self.order.fingerprint():
             raise UserError(
-                "The checkpoint was made with other training data, shares, seed or window, so its position means nothing here. "
+                "The checkpoint was made with other training data, exclusions, shares, seed or window, "
+                "so its position means nothing here. "
                 "Resume with the config that stands in its run directory, or start anew from the exported weights."
             )
         if state["taken"] and state["batching"] != self.batching.fingerprint():

@@ -158,7 +158,7 @@ class ShardDataModule(lightning.LightningDataModule):
         """Return how often each training source has been gone through before a position, by its folder."""
         drawn = self.order.drawn(position)
         return {
-            source.index.root: float(count) / source.index.samples
+            source.index.name: float(count) / source.index.samples
             for source, count in zip(self.train, drawn, strict=True)
         }
 

@@ -164,7 +164,7 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
     data = settings.data
     policy = read_policy(data)
     train, valid = open_selected(data), open_sources(data.valid, policy)
-    empty = [source.index.root for source in train if not source.index.samples]
+    empty = [source.index.name for source in train if not source.index.samples]
     if empty:
         raise UserError(f"Training sources without a single sample: {', '.join(empty)}.")
     return ShardDataModule(
@@ -245,7 +245,7 @@ def _selected(data: DataSettings, sources: Sequence[StreamSource]) -> list[Strea
         chosen.append(replace(source, index=index))
         if source.index.samples and not index.samples:
             stated = ", ".join(name or "none stated" for name in source.licences)
-            empty.append(f"{index.root} ({stated})")
+            empty.append(f"{index.name} ({stated})")
     if empty:
         raise UserError(
             f"data.licences.allow ({', '.join(data.licences.allow) or 'everything'}) and "

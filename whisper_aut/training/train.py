@@ -419,7 +419,7 @@ def _ranks(settings: Settings) -> int:
 def _data_facts(data: ShardDataModule) -> list[dict[str, Any]]:
     return [
         {
-            "root": source.index.root,
+            "root": source.index.name,
             "domain": source.domain,
             "clips": source.index.samples,
             "seconds": source.index.seconds,
@@ -437,7 +437,7 @@ def _left_out(index: ShardIndex) -> str:
     counts = index.selection.left_out
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
     total = index.samples + sum(counts.values())
-    return f"{index.root}: {index.samples} of {total} clips are trained on; left out: {reasons}"
+    return f"{index.name}: {index.samples} of {total} clips are trained on; left out: {reasons}"
 
 
 def _headline(
