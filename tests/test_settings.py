@@ -177,6 +177,10 @@ def test_all_problems_are_reported_at_once_with_the_nearest_name():
         (["decoder=whsper"], "Did you mean 'whisper'"),
         (["trainer.max_steps"], "written key=value"),
         (["data.train=[]"], "has a share but no source"),
+        (
+            ["data.valid=[{path: x, domain: sound, text: '{a!r}'}]"],
+            r"the text '\{a!r\}' of x is no template",
+        ),
         (["name=${nothing.there}"], "nothing"),
     ],
 )

@@ -16,6 +16,7 @@ import yaml
 
 from whisper_aut.corpora.annotation import DOMAINS
 from whisper_aut.corpora.licences import allowed_id
+from whisper_aut.corpora.template import text_template
 from whisper_aut.errors import UserError
 from whisper_aut.schema import build, compose
 
@@ -103,13 +104,16 @@ class CorporaSettings:
 class SourceSettings:
     """A folder or URL of shards, its domain, and its weight among the sources of that domain.
 
-    Weights are positive, and all sources of a domain have one or none has (each counts by its clips).
+    Weights are positive, and all sources of a domain have one or none has (each counts by its clips). `text` names the field of
+    the samples' JSON that holds their text, or is a template over fields such as `{title}, played by {artist}`; without it the
+    text is looked for under the usual names.
     """
 
     path: str
     domain: Literal["speech", "sound", "music"]
     weight: float | None = None
     licence: str = ""
+    text: str = ""
 
 
 @dataclass
@@ -357,6 +361,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         *_model_problems(settings.model),
         *_data_problems(settings.data),
         *_weight_problems(settings.data.train),
+        *_text_problems([*settings.data.train, *settings.data.valid]),
         *_number_problems(settings),
         *_not_finite(asdict(settings)),
     ]
@@ -433,6 +438,14 @@ def _data_problems(data: DataSettings) -> list[str]:
     if data.temperature <= 0 or data.timeout_seconds <= 0:
         problems.append("data: temperature and timeout_seconds must be positive")
     return problems
+
+
+def _text_problems(sources: Sequence[SourceSettings]) -> list[str]:
+    return [
+        f"data: the text {source.text!r} of {source.path} is no template: {fault}. Write {{field}} or {{field:words}}"
+        for source in sources
+        if source.text and (fault := text_template(source.text).fault)
+    ]
 
 
 def _weight_problems(sources: Sequence[SourceSettings]) -> list[str]:

@@ -256,6 +256,14 @@ def test_clips_without_a_label_are_counted(tmp_path: Path):
     assert "2 labels, 3 clips without one" in " ".join(shown(facts).split())
 
 
+def test_the_fields_of_clips_without_text_are_told(tmp_path: Path):
+    tar(tmp_path, {"a.flac": audio(), "a.json": b'{"description": "rain", "artist": "x"}'})
+    facts = inspect_shards(tmp_path)
+    assert facts.fields_without_text == {"description": 1, "artist": 1}
+    said = " ".join(shown(facts).split())
+    assert "have the fields description, artist. data.train[].text names one to read" in said
+
+
 def test_a_key_that_is_repeated_is_counted_and_warned_about(tmp_path: Path):
     with tarfile.open(tmp_path / "a.tar", "w") as file:
         for name, body in [("0.flac", audio()), ("0.json", annotation())] * 2:

@@ -14,6 +14,7 @@ import torch
 from tests.conftest import encode_audio, tone, write_shards
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audio import ClipLimits
+from whisper_aut.corpora.remote import ReadPolicy
 from whisper_aut.corpora.shards import ShardFolder, open_index
 from whisper_aut.data.batching import Cursor, batches_from
 from whisper_aut.data.example import ExampleBuilder
@@ -24,6 +25,8 @@ from whisper_aut.data.stream import StreamSource
 from whisper_aut.data.text import WhisperText
 from whisper_aut.errors import Reason, UserError
 from whisper_aut.model.start import Start
+from whisper_aut.settings import SourceSettings
+from whisper_aut.training.build import open_sources
 
 DOMAINS = ("speech", "sound", "music")
 
@@ -276,6 +279,27 @@ def test_every_fault_is_refused_under_its_own_reason(tmp_path: Path, build: Exam
         "joined": Reason.JOINED,
         "no_text": Reason.NO_TEXT,
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("title", "rain"), ("{title:words}, by {artist}", "rain, by x")]
+)
+def test_a_source_may_name_the_field_that_holds_its_text(
+    tmp_path: Path, build: ExampleBuilder, text: str, expected: str
+):
+    with ShardFolder(tmp_path / "sound") as shards:
+        fields = {"title": "rain", "artist": "x"}
+        shards.write("a", "flac", encode_audio(tone(1.0)), Annotation(extra=fields))
+    batches = []
+    for template in (text, ""):
+        settings = SourceSettings(str(tmp_path / "sound"), "sound", text=template)
+        sources = open_sources([settings], ReadPolicy())
+        options = {"seed": 0, "window": 6, "batch_clips": 1, "samples_per_epoch": 1}
+        batches += ShardDataModule(sources, sources, [1.0], build, **options).val_dataloader()
+    assert list(batches[0].texts) == [expected]
+    (refusal,) = batches[1].refusals
+    assert refusal.reason is Reason.NO_TEXT
+    assert refusal.detail == "its fields: artist, title; data.train[].text names the one to read"
 
 
 def test_a_batch_of_nothing_but_faults_is_still_a_batch(tmp_path: Path, build: ExampleBuilder):

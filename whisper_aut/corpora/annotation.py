@@ -6,9 +6,10 @@ a text is looked for, is the same for tars and manifests.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from whisper_aut.corpora.template import Template
 from whisper_aut.errors import Reason, SampleRefused
 
 DOMAINS = ("speech", "sound", "music")
@@ -102,6 +103,16 @@ class Annotation:
             )
         found = find_text(mapping)
         return cls.from_mapping({**mapping, "text": found if has_value(found) else text})
+
+    def told_by(self, template: Template) -> "Annotation":
+        """Return the annotation with the text that a template over its fields gives."""
+        own = {name: value for name, value in vars(self).items() if name != "extra"}
+        return replace(self, text=template.fill({**self.extra, **own}))
+
+    def without_text(self) -> str:
+        """Return what to do about a missing text, for messages."""
+        others = ", ".join(sorted(self.extra))
+        return f"its fields: {others}; data.train[].text names the one to read" if others else ""
 
     def to_json(self) -> bytes:
         """Return the `.json` member: the fields that are set, one object, UTF-8."""

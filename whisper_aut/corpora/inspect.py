@@ -41,6 +41,7 @@ class ShardFacts:
         rates_hz, channels, codecs: of the audio as it is stored.
         fields: the values of each of `FIELDS`, counted.
         labels: classes, counted; a clip with several counts for each. `labelled` clips have one at all.
+        fields_without_text: other fields of the clips that have neither text nor label, counted.
         words, characters: length of the text per clip that has one.
         refused: samples that cannot be used, by reason.
         examples: a few clips (key, seconds, text); `faults` a few refusals (place, reason).
@@ -62,6 +63,7 @@ class ShardFacts:
     )
     labels: Counter[str] = field(default_factory=Counter)
     labelled: int = 0
+    fields_without_text: Counter[str] = field(default_factory=Counter)
     words: array = field(default_factory=lambda: array("L"))
     characters: array = field(default_factory=lambda: array("L"))
     refused: Counter[str] = field(default_factory=Counter)
@@ -91,6 +93,7 @@ class ShardFacts:
             "labels": _ranked(self.labels),
             "clips_with_label": self.labelled,
             "clips_with_text": len(self.words),
+            "fields_without_text": _ranked(self.fields_without_text),
             "words": distribution(self.words),
             "characters": distribution(self.characters),
             "refused": _ranked(self.refused),
@@ -217,6 +220,8 @@ def _add_annotation(facts: ShardFacts, annotation: Annotation) -> None:
     facts.labels.update(label for label in labels if label is not None)
     facts.labelled += annotation.label is not None
     text = annotation.text or annotation.answer
+    if not text and annotation.label is None:
+        facts.fields_without_text.update(list(annotation.extra))
     if text:
         facts.words.append(len(text.split()))
         facts.characters.append(len(text))

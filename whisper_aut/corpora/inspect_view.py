@@ -32,6 +32,11 @@ def render(facts: ShardFacts) -> RenderableType:
         parts += [
             f"  {fault['place']}: {fault['reason']}: {fault['detail']}" for fault in facts.faults
         ]
+    if facts.fields_without_text:
+        named = ", ".join(facts.fields_without_text)
+        parts.append(
+            f"Clips without text have the fields {named}. data.train[].text names one to read."
+        )
     parts += [f"Warning: {warning}" for warning in facts.warnings]
     if facts.examples:
         parts.append(_examples(facts))

@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
 
-from whisper_aut.corpora.tables import Row
-
 
 def plain(value: Any) -> str:
     """Write a cell as text: nothing for null, a list with commas."""
     if isinstance(value, list):
         return ", ".join(plain(item) for item in value)
     return "" if value is None else str(value)
+
+
+def text_template(value: str) -> "Template":
+    """Return a template, or the name of one column as a template."""
+    return Template(value if "{" in value else f"{{{value}}}")
 
 
 class Template(Formatter):
@@ -38,7 +41,7 @@ class Template(Formatter):
         except ValueError as error:
             self.fault = str(error)
 
-    def fill(self, row: Row) -> str:
+    def fill(self, row: Mapping[str, Any]) -> str:
         """Return the text; empty where a column that it needs is."""
         if not all(plain(row.get(column)).strip() for column in self.columns):
             return ""

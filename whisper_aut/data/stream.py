@@ -7,7 +7,7 @@ one by skipping over the others.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from whisper_aut.corpora.licences import licence_id
 from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy
 from whisper_aut.corpora.shards import ShardIndex
+from whisper_aut.corpora.template import Template
 from whisper_aut.data.batching import Batching, Cursor, batches_from
 from whisper_aut.data.example import ExampleBuilder
 from whisper_aut.data.order import Order
@@ -33,6 +34,7 @@ class StreamSource:
     index: ShardIndex
     domain: str
     licence: str = ""
+    text: Template | None = None  # over the fields of a sample that holds its text elsewhere
 
     @property
     def licences(self) -> dict[str, dict[str, float]]:
@@ -139,6 +141,9 @@ class BatchStream(IterableDataset[Batch]):
     def _example(self, item: Sample | Refusal, source: int, position: int) -> Example | Refusal:
         if isinstance(item, Refusal):
             return item
+        template = self.sources[source].text
+        if template:
+            item = replace(item, annotation=item.annotation.told_by(template))
         return self.build(item, self.sources[source].domain, position)
 
 

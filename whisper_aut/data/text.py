@@ -93,7 +93,7 @@ class WhisperText:
     def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
         text = " ".join(annotation.text.split())
         if not text:
-            raise SampleRefused(Reason.NO_TEXT)
+            raise SampleRefused(Reason.NO_TEXT, annotation.without_text())
         prompt = self.prompt_tokens(domain, annotation.language)
         # `split_special_tokens`: a caption that spells "<|endoftext|>" is text, not an instruction to the decoder.
         answer = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids

@@ -20,6 +20,7 @@ from whisper_aut.corpora.audio import ClipLimits
 from whisper_aut.corpora.exclusion import Exclusions, select
 from whisper_aut.corpora.remote import ReadPolicy
 from whisper_aut.corpora.shards import open_index
+from whisper_aut.corpora.template import text_template
 from whisper_aut.data.augment import Augment, SpecAugment
 from whisper_aut.data.example import ExampleBuilder
 from whisper_aut.data.logmel import LogMel
@@ -79,7 +80,8 @@ def open_sources(sources: Sequence[SourceSettings], policy: ReadPolicy) -> list[
     for source in sources:
         try:
             index = open_index(source.path, policy)
-            opened.append(StreamSource(index, source.domain, source.licence))
+            text = text_template(source.text) if source.text else None
+            opened.append(StreamSource(index, source.domain, source.licence, text))
         except UserError as error:
             problems.append(f"  - {error}")
     if problems:
