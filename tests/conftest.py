@@ -2,9 +2,11 @@
 
 import io
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 # What people and clusters set must not decide whether a test passes: hubs, launchers, devices, proxies, languages, times. It goes before
@@ -42,6 +44,8 @@ import pytest
 import soundfile
 import torch
 import yaml
+from transformers import WhisperForConditionalGeneration
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.shards import ShardFolder
@@ -158,6 +162,49 @@ def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocabulary=320,
         seed=0,
     )
+
+
+@torch.no_grad()
+def enlarge(encoder: WhisperEncoder) -> None:
+    """Give a random encoder values of whisper-base's size: hundreds within, about 24 in its frames.
+
+    Random weights keep values near 1, where rounding hides: absolute tolerances that hold on them
+    fail on released ones.
+    """
+    for layer in encoder.layers:
+        attention: Any = layer.self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
+        for linear in (*projections, layer.fc1, layer.fc2):
+            linear.weight *= (
+                50 / linear.in_features**0.5
+            )  # a deviation of 0.02 → one that keeps size
+    first: Any = encoder.layers[0]
+    first.fc2.weight[0] *= 200  # one channel carries most of the power, as in released encoders
+    encoder.layer_norm.weight *= 10
+    encoder.layer_norm.weight[0] = 24 / encoder.config.d_model**0.5
+
+
+def assert_frames_close(
+    actual: torch.Tensor | np.ndarray, expected: torch.Tensor, relative: float = 1e-5
+) -> None:
+    """Compare frames `[…, D]` by what the docs claim: the norm of the difference over their norm.
+
+    A single value may be off by ten times that fraction of the largest.
+    """
+    difference = torch.as_tensor(actual) - expected
+    assert difference.norm() <= relative * expected.norm()
+    assert difference.abs().max() <= 10 * relative * expected.abs().max()
+
+
+@pytest.fixture(scope="session")
+def life_size_whisper(tiny_whisper: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_whisper` with an encoder whose values are of whisper-base's size."""
+    out = tmp_path_factory.mktemp("whisper") / "life_size"
+    shutil.copytree(tiny_whisper, out)
+    model = WhisperForConditionalGeneration.from_pretrained(out)
+    enlarge(model.model.encoder)
+    model.save_pretrained(out)
+    return out
 
 
 @pytest.fixture(scope="session")

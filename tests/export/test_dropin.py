@@ -8,7 +8,6 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
-from torch.testing import assert_close
 from transformers import (
     Qwen2_5OmniAudioEncoderConfig,
     Qwen2_5OmniThinkerConfig,
@@ -27,7 +26,7 @@ from transformers import (
 )
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
 
-from tests.conftest import encode_audio, tone
+from tests.conftest import assert_frames_close, encode_audio, tone
 from whisper_aut import load_encoder
 from whisper_aut.data.logmel import LogMel, mel_frames
 from whisper_aut.errors import UserError
@@ -89,7 +88,7 @@ def test_in_whisper(run: Path, tiny_whisper: Path, clips: list[np.ndarray]):
     for clip, other in zip(
         load_encoder(run, padding="30s").encode(clips, 16_000), theirs, strict=True
     ):
-        assert_close(clip, other[: len(clip)], atol=1e-5, rtol=0)
+        assert_frames_close(clip, other[: len(clip)])
     assert model.generate(mel, language="en", task="transcribe", max_new_tokens=5).shape[0] == 2
 
 
@@ -117,11 +116,8 @@ def test_in_qwen2_audio(run: Path, clips: list[np.ndarray], tmp_path: Path):
     tower = model.model.audio_tower
     inputs = features(run, clips, mask=True)
     pooled = [nn.functional.avg_pool1d(hidden.T, 2).T for hidden in before_norm(run, clips, "30s")]
-    assert_close(
-        tower(inputs["input_features"]).last_hidden_state,
-        tower.layer_norm(torch.stack(pooled)),
-        atol=1e-5,
-        rtol=0,
+    assert_frames_close(
+        tower(inputs["input_features"]).last_hidden_state, tower.layer_norm(torch.stack(pooled))
     )
     # The whole model masks what lies behind a clip, which is our `none` mode: its tokens are what training saw.
     seen = []
@@ -144,7 +140,7 @@ def test_in_qwen2_audio(run: Path, clips: list[np.ndarray], tmp_path: Path):
         seen[0], before_norm(run, clips, "none"), lengths, strict=True
     ):
         expected = tower.layer_norm(nn.functional.avg_pool1d(hidden.T, 2).T)
-        assert_close(frames[:length], expected[:length], atol=1e-5, rtol=0)
+        assert_frames_close(frames[:length], expected[:length])
 
 
 def tiny_voxtral() -> VoxtralForConditionalGeneration:
@@ -177,7 +173,7 @@ def test_in_voxtral(run: Path, clips: list[np.ndarray], tmp_path: Path):
     mel = features(run, clips[:1])["input_features"]
     theirs = model.model.audio_tower(mel).last_hidden_state[0]
     (ours,) = load_encoder(run, padding="30s").encode(clips[:1], 16_000)
-    assert_close(theirs[: len(ours)], ours, atol=1e-5, rtol=0)
+    assert_frames_close(theirs[: len(ours)], ours)
     ids = torch.tensor([[1] + [AUDIO_TOKEN] * 375 + [3]])
     assert (
         model.generate(input_ids=ids, input_features=mel, max_new_tokens=3, do_sample=False).shape[
@@ -210,7 +206,7 @@ def test_in_the_tower_of_qwen2_5_omni(run: Path, clips: list[np.ndarray], tmp_pa
         nn.functional.avg_pool1d(hidden.transpose(1, 2), 2).transpose(1, 2)
     )
     theirs = holder.audio_tower(mel, feature_lens=torch.tensor([125])).last_hidden_state
-    assert_close(theirs, expected[0], atol=1e-5, rtol=0)
+    assert_frames_close(theirs, expected[0])
 
 
 def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path):
@@ -241,11 +237,8 @@ def test_towers_that_cannot_compute_an_encoder_are_refused(run: Path):
     config.scale_embedding = True
     with pytest.raises(UserError, match="scale_embedding"):
         check_matches("qwen2-audio", weights, config)
-    assert_close(
-        sinusoids(*weights["embed_positions.weight"].shape),
-        weights["embed_positions.weight"],
-        atol=1e-5,
-        rtol=0,
+    assert_frames_close(
+        sinusoids(*weights["embed_positions.weight"].shape), weights["embed_positions.weight"]
     )
 
 

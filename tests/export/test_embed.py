@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from tests.conftest import encode_audio, tone
+from tests.conftest import assert_frames_close, encode_audio, tone
 from whisper_aut import load_encoder
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
@@ -49,7 +49,7 @@ def test_batches_by_seconds_change_nothing(encoder: AudioEncoder):
         encoder.encode(clips, 16_000, batch_seconds=seconds) for seconds in (100.0, 0.1)
     )
     for clip, other in zip(whole, one_by_one, strict=True):
-        assert_close(clip, other, atol=1e-5, rtol=0)
+        assert_frames_close(clip, other)
 
 
 def test_long_audio_is_heard_in_windows(encoder: AudioEncoder):
@@ -92,7 +92,7 @@ def test_files_folders_and_shards_give_what_the_encoder_gives(
     found = embed_paths(encoder, ["clip.wav", "clips", "data/music"], name="x")
     assert found.names[:4] == ("clip.wav", "clips/220.flac", "clips/440.flac", "clips/880.flac")
     assert len(found) == 4 + 9
-    assert_close(found.values[:4], encoder.embed(list(found.names[:4])), atol=1e-5, rtol=0)
+    assert_frames_close(found.values[:4], encoder.embed(list(found.names[:4])))
     assert found.names[4].startswith("data/music/")
     assert found.seconds[0] == 1.0
     frames = embed_paths(
@@ -103,7 +103,7 @@ def test_files_folders_and_shards_give_what_the_encoder_gives(
     )
     expected = encoder.encode([f"clips/{hertz}.flac" for hertz in (220, 440, 880)], layers=[0, 2])
     for clip, reference in zip(frames.frames(), expected, strict=True):
-        assert_close(clip.transpose(0, 1), reference, atol=1e-5, rtol=0)
+        assert_frames_close(clip.transpose(0, 1), reference)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.testing import assert_close
 from transformers import (
     AutoModel,
     WhisperFeatureExtractor,
@@ -15,6 +14,7 @@ from transformers import (
     WhisperProcessor,
 )
 
+from tests.conftest import assert_frames_close
 from whisper_aut import load_encoder
 from whisper_aut.errors import UserError
 from whisper_aut.export.hf import ExportKind, export_checkpoint, read_checkpoint
@@ -25,9 +25,9 @@ from whisper_aut.model.start import Start
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_whisper: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose weights are not those of its start."""
-    model = Start(str(tiny_whisper)).model
+def checkpoint(life_size_whisper: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose weights are not those of its start, with values of real size."""
+    model = Start(str(life_size_whisper)).model
     generator = torch.Generator().manual_seed(7)
     weights = {}
     for prefix, module in (
@@ -76,7 +76,7 @@ def test_the_encoder_export_loads_strictly_and_gives_the_training_frames(
         frames = model.eval().encoder(features).last_hidden_state
     expected = training_encoder(checkpoint, tiny_whisper, "30s").encode(clips(), 16_000)
     for clip, reference in zip(expected, frames, strict=True):
-        assert_close(clip, reference[: len(clip)], atol=1e-5, rtol=0)
+        assert_frames_close(clip, reference[: len(clip)])
     packed = load_encoder(str(out)).encode(clips(), 16_000)
     for clip, reference in zip(
         packed,
@@ -165,7 +165,9 @@ def test_precisions(checkpoint: Path, tiny_whisper: Path, tmp_path: Path):
             training_encoder(checkpoint, tiny_whisper, "30s").encode(clips(), 16_000),
             strict=True,
         ):
-            assert torch.nn.functional.cosine_similarity(clip, exact).min() > 0.999
+            cosine = torch.nn.functional.cosine_similarity(clip, exact)
+            assert cosine.median() > 0.999
+            assert cosine.min() > 0.9
     with pytest.raises(UserError, match="float32"):
         export_checkpoint(checkpoint, start, tmp_path / "onnx", "onnx", dtype=torch.float16)
     assert not list(tmp_path.glob("*onnx*"))

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from tests.conftest import assert_frames_close, enlarge
 from whisper_aut.data.logmel import LogMel, mel_frames
 from whisper_aut.model.encoder import PackedEncoder, encoder_frames
 from whisper_aut.training.faults import find_compiler
@@ -33,9 +34,11 @@ def model(request: pytest.FixtureRequest) -> WhisperModel:
         "encoder_attention_heads": 4,
         "decoder_attention_heads": 4,
     }
-    return WhisperModel(
+    model = WhisperModel(
         WhisperConfig(**sizes, encoder_ffn_dim=128, decoder_ffn_dim=128, num_mel_bins=request.param)
     ).eval()
+    enlarge(model.encoder)
+    return model
 
 
 def packed(waveforms: Sequence[Tensor], bins: int) -> tuple[Tensor, list[int]]:
@@ -52,15 +55,26 @@ def reference_features(waveforms: Sequence[Tensor], bins: int) -> Tensor:
 
 
 @torch.no_grad()
+def test_the_model_of_these_tests_has_values_of_a_released_encoders_size(
+    model: WhisperModel, waveforms: list[Tensor]
+):
+    """whisper-base: up to 510 between layers, 11 to 24 in the frames of a clip."""
+    features = reference_features(waveforms[:2], model.config.num_mel_bins)
+    found = model.encoder(features, output_hidden_states=True)
+    assert max(float(hidden.abs().max()) for hidden in found.hidden_states[:-1]) > 200
+    assert 11 < found.last_hidden_state.abs().max() < 40
+
+
+@torch.no_grad()
 def test_30s_mode_equals_hugging_face(model: WhisperModel, waveforms: list[Tensor]):
     bins = model.config.num_mel_bins
     expected = model.encoder(reference_features(waveforms, bins)).last_hidden_state
     frames = PackedEncoder(model.encoder, "30s")(*packed(waveforms, bins))
     assert frames.lengths == (1500,) * len(waveforms)
-    assert_close(frames.values.view_as(expected), expected, atol=1e-5, rtol=0)
+    assert_frames_close(frames.values.view_as(expected), expected)
     for clip, waveform, reference in zip(frames.valid(), waveforms, expected, strict=True):
         valid = encoder_frames(mel_frames(len(waveform)))
-        assert_close(clip, reference[:valid], atol=1e-5, rtol=0)
+        assert_frames_close(clip, reference[:valid])
 
 
 @torch.no_grad()
@@ -71,8 +85,8 @@ def test_a_clip_is_the_same_alone_and_in_any_batch(model: WhisperModel, waveform
     backwards = encoder(*packed(waveforms[::-1], bins)).valid()[::-1]
     for waveform, clip, other in zip(waveforms, together, backwards, strict=True):
         alone = encoder(*packed([waveform], bins)).values
-        assert_close(clip, alone, atol=1e-5, rtol=0)
-        assert_close(other, alone, atol=1e-5, rtol=0)
+        assert_frames_close(clip, alone)
+        assert_frames_close(other, alone)
 
 
 @torch.no_grad()
@@ -86,7 +100,7 @@ def test_none_mode_equals_the_padded_run_with_masked_keys(
         hidden = masked_reference(
             model, reference_features([waveform], bins), len(clip)
         ).last_hidden_state
-        assert_close(clip, hidden[0, : len(clip)], atol=1e-5, rtol=0)
+        assert_frames_close(clip, hidden[0, : len(clip)])
 
 
 def masked_reference(model: WhisperModel, features: Tensor, valid: int) -> BaseModelOutput:
@@ -167,7 +181,9 @@ def test_runs_in_bfloat16_under_autocast(model: WhisperModel, waveforms: list[Te
         exact = encoder(mel, lengths).values
         with torch.autocast("cpu", torch.bfloat16):
             rough = encoder(mel, lengths).values
-    assert torch.nn.functional.cosine_similarity(rough.float(), exact).min() > 0.999
+    cosine = torch.nn.functional.cosine_similarity(rough.float(), exact)
+    assert cosine.median() > 0.999
+    assert cosine.min() > 0.9  # on whisper-base 0.95
 
 
 @pytest.mark.parametrize("model", [80], indirect=True)
@@ -192,9 +208,10 @@ def test_a_compiled_encoder_computes_the_same_and_is_compiled_once_for_all_lengt
                 {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
             )
             encoder.zero_grad()
-        assert_close(outputs[1], outputs[0], atol=1e-5, rtol=1e-5)
+        assert_frames_close(outputs[1], outputs[0])
         for name, gradient in gradients[0].items():
-            assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-3, msg=name)
+            largest = float(gradient.abs().max())
+            assert_close(gradients[1][name], gradient, atol=1e-4 * largest, rtol=1e-3, msg=name)
     assert counters["stats"]["unique_graphs"] == 2, (
         "one for each half of a layer, whatever the layer and the lengths"
     )

@@ -2,8 +2,9 @@
 
 In: an encoder and its padding. Out: `encoder.onnx`, float32. Next: onnxruntime on whatever device it knows. The graph holds log-mel,
 encoder and the removal of padding, so that a caller needs neither PyTorch nor a feature extractor: `waveform` `[S]` at 16 kHz, from
-`MIN_SAMPLES` to 30 s, gives `frames` `[T, D]`, one every 20 ms. The spectrum is a convolution with windowed sines and cosines, which
-every runtime has, where Fourier transforms are rare.
+`MIN_SAMPLES` to 30 s, gives `frames` `[T, D]`, one every 20 ms. They equal the encoder's to a relative error of 1e-5: the norm of
+the difference over the norm of the frames. The spectrum is a convolution with windowed sines and cosines, which every runtime has,
+where Fourier transforms are rare.
 """
 
 import contextlib
