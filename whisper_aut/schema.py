@@ -72,12 +72,12 @@ def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> 
     try:
         result = OmegaConf.merge(merged, *layers, OmegaConf.from_dotlist(values))
         container = OmegaConf.to_container(result, resolve=True)
-    except (OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
     except TypeError:  # OmegaConf's word for a mapping on top of a list
         raise UserError(
             f"{path}: an override reaches inside a list, or puts keys where there are none. Give the list whole, as in data.train=[…]."
         ) from None
+    except (OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
     return container  # pyright: ignore[reportReturnType]
 
 

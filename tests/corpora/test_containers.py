@@ -1,4 +1,4 @@
-"""Two files in one, and MP3s that do not say how long they are: decoded whole or rejected by name, never cut in silence."""
+"""Two files in one, and MP3s that do not say how long they are: whole or rejected, never cut."""
 
 import io
 import time
@@ -72,7 +72,7 @@ def test_mp3_frames_after_those_that_the_header_counts_are_a_second_file():
 
 @pytest.mark.parametrize("rate_hz", [16_000, 44_100])
 def test_an_mp3_that_does_not_say_its_length_is_decoded_to_its_end(rate_hz: int):
-    """libsndfile guesses it from the first frame, which is loud, and would stop before half of the recording."""
+    """libsndfile guesses it from the first frame, which is loud, and would stop before the half."""
     data = mp3(noise(4, rate_hz, falling=True), rate_hz)
     guessed = soundfile.info(io.BytesIO(data)).frames / rate_hz
     assert guessed < 2.5

@@ -76,7 +76,7 @@ def test_the_holes_of_a_sparse_member_are_zeros():
 
 
 def test_a_key_that_comes_twice_in_a_row_is_two_samples(tmp_path: Path):
-    """Nothing is dropped without a word, and the table says the same as a reading from the start."""
+    """Nothing is dropped, and the table says the same as a reading from the start."""
     pairs = [("0", b"first"), ("0", b"second"), ("1", b"third")]
     data = b"".join(
         member(f"{key}.wav", text) + member(f"{key}.json", b'{"text": "%s"}' % text)

@@ -84,7 +84,7 @@ def test_floats_stay_floats(tmp_path: Path, recording: np.ndarray):
 def test_a_segment_of_a_loud_lossy_file_does_not_wrap_round(
     tmp_path: Path, kind: str, subtype: str
 ):
-    """Decoders give more than full scale, which read as 16-bit integers would turn from +1.0 into -1.0."""
+    """Decoders exceed full scale, which read as integers would turn from +1.0 into -1.0."""
     time = np.arange(4 * 16_000) / 16_000
     loud = np.sign(np.sin(2 * np.pi * 220 * time)).astype(np.float32)
     soundfile.write(tmp_path / "loud.bin", loud, 16_000, format=kind, subtype=subtype)

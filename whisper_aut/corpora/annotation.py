@@ -1,7 +1,7 @@
-"""The annotation of a clip: the `.json` member of a shard's sample, or a row of a manifest, checked field by field.
+"""The annotation of a clip: the `.json` member of a sample, or a row of a manifest, field by field.
 
-Unknown fields are kept, so that tars published elsewhere (X-ARES, for one) read as they are. What counts as a value, and where
-a text is looked for, is the same for tars and manifests.
+Unknown fields are kept, so that tars published elsewhere (X-ARES, for one) read as they are. What
+counts as a value, and where a text is looked for, is the same for tars and manifests.
 """
 
 import json
@@ -48,9 +48,11 @@ class Annotation:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Annotation":
-        """Check the fields of a sample. Null, NaN, blank text and an empty list are no value, in any field.
+        """Check the fields of a sample.
 
-        Numbers become text where text is expected. Of a list of texts the first is taken; all of them stay in `extra["texts"]`.
+        Null, NaN, blank text and an empty list are no value, in any field. Numbers become text
+        where text is expected. Of a list of texts the first is taken; all of them stay in
+        `extra["texts"]`.
 
         Raises:
             SampleRefused: a known field has the wrong type, or the domain is not one of `DOMAINS`.
@@ -79,7 +81,7 @@ class Annotation:
 
     @classmethod
     def from_json(cls, data: bytes, text: str = "") -> "Annotation":
-        """Parse and check a `.json` member; its text is in the first of `TEXT_FIELDS` that has a value.
+        """Parse and check a `.json` member; its text is in the first of `TEXT_FIELDS` with a value.
 
         Args:
             text: of a `.txt` member, for JSON that holds none.

@@ -1,8 +1,9 @@
 """Decode audio to mono, with every size bounded before anything is decoded.
 
-Decoding is libsndfile's, through soundfile. Surround sound is mixed down with the weights of ITU-R BS.775-3
-(https://www.itu.int/rec/R-REC-BS.775) where the order of the channels is known: FLAC, Ogg and Opus fix it, an extensible WAV
-states it. Elsewhere (a plain WAV of several microphones, for one) channels are averaged, as those of stereo are.
+Decoding is libsndfile's, through soundfile. Surround sound is mixed down with the weights of ITU-R
+BS.775-3 (https://www.itu.int/rec/R-REC-BS.775) where the order of the channels is known: FLAC, Ogg
+and Opus fix it, an extensible WAV states it. Elsewhere, as in a plain WAV of several microphones,
+channels are averaged, as those of stereo are.
 """
 
 import io
@@ -29,12 +30,12 @@ UNKNOWN_FRAMES = (
 )  # libsndfile's SF_COUNT_MAX: FLAC written to a pipe does not say how long it is
 MAX_PEAK = 4.0  # +12 dB over full scale; beyond it, floats are integers that nobody divided
 
-# Channels in the order in which a file holds them: L, R front; C centre; S surround; B back centre; X low frequencies.
+# Channels as files order them: L, R front; C centre; S surround; B back centre; X low frequencies.
 FLAC_LAYOUTS = ("LRC", "LRSS", "LRCSS", "LRCXSS", "LRCXBSS", "LRCXSSSS")  # RFC 9639, 9.1.3
 VORBIS_LAYOUTS = ("LCR", "LRSS", "LCRSS", "LCRSSX", "LCRSSBX", "LCRSSSSX")  # Vorbis I, 4.3.9
 WAVE_MASK_BITS = "LRCXSSLRBSS"  # of dwChannelMask in WAVEFORMATEXTENSIBLE, from the lowest
 HALF_POWER = 0.5**0.5
-# To stereo by BS.775-3 (centre and surrounds at -3 dB, no low frequencies), which is averaged as stereo is.
+# To stereo by BS.775-3 (centre and surrounds at -3 dB, no low frequencies), and that averaged.
 DOWNMIX = {"L": 0.5, "R": 0.5, "C": HALF_POWER, "S": HALF_POWER / 2, "B": 0.5, "X": 0.0}
 
 
@@ -45,8 +46,8 @@ class ClipLimits:
     Attributes:
         min_seconds, max_seconds: duration, both ends allowed. Whisper's window ends at 30 s.
         max_bytes: encoded size.
-        silence_peak: a clip whose mix-down stays below this is silent (full scale is 1); by default just above half a step
-            of 16 bits, which is what rounding leaves of two channels in opposite phase.
+        silence_peak: a clip whose mix-down stays below this is silent (full scale is 1); by default
+            just above half a step of 16 bits, which is what rounding leaves of opposite phases.
     """
 
     min_seconds: float = 0.1
@@ -94,9 +95,10 @@ def decode(data: bytes, limits: ClipLimits) -> Clip:
     """Decode one clip to mono, trusting neither its header nor its samples.
 
     Raises:
-        SampleRefused: empty, too large, undecodable, several files joined together, outside the duration limits, silent once
-            it is mixed down, or with samples that are not finite or far above full scale. A header that promises more audio
-            than the limit is rejected before decoding, and decoding stops at the limit whatever the header says.
+        SampleRefused: empty, too large, undecodable, several files joined together, outside the
+            duration limits, silent once it is mixed down, or with samples that are not finite or
+            far above full scale. A header that promises more audio than the limit is rejected
+            before decoding, and decoding stops at the limit whatever the header says.
     """
     with _opened(data, limits, soundfile.SoundFile) as file:
         header = _checked_header(file, limits)
@@ -115,7 +117,7 @@ def decode(data: bytes, limits: ClipLimits) -> Clip:
 
 
 def mix_down(samples: np.ndarray, layout: str = "") -> np.ndarray:
-    """Return `[S]` or `[S, channels]` as `[S]`: by the weights of `DOWNMIX` where the layout is known, else the average."""
+    """Return `[S]` or `[S, channels]` as `[S]`: the average, or by the weights of a layout."""
     if samples.ndim == 1:
         return samples
     if not layout:
@@ -124,7 +126,7 @@ def mix_down(samples: np.ndarray, layout: str = "") -> np.ndarray:
 
 
 def channel_layout(file: soundfile.SoundFile, data: bytes) -> str:
-    """Return a letter for each channel, as in `DOWNMIX`; empty for mono and stereo, and where the order is not known.
+    """Return a letter for each channel, as in `DOWNMIX`; empty up to stereo, and where unknown.
 
     Args:
         data: the file's bytes, or the first of them.
@@ -200,7 +202,7 @@ def _opened(
 
 @lru_cache(maxsize=4)
 def _examine(path: Path, size: int, mtime_ns: int) -> tuple[int | None, bytes | None]:
-    """Return where a second file begins, and what to decode in place of the file, if anything: once for all its parts."""
+    """Return where a second file begins, and bytes to decode in place of the file, where needed."""
     del mtime_ns
     if not size:
         return None, None
@@ -213,7 +215,8 @@ def _check_single(joined_at: int | None) -> None:
     if joined_at is not None:
         raise SampleRefused(
             Reason.JOINED,
-            f"another file begins at byte {joined_at}, and decoders stop there; split them, or encode them as one",
+            f"another file begins at byte {joined_at}, and decoders stop there; "
+            "split them, or encode them as one",
         )
 
 
@@ -271,5 +274,6 @@ def _check_range(samples: np.ndarray) -> None:
     if (peak := max(-low, high)) > MAX_PEAK:
         raise SampleRefused(
             Reason.OUT_OF_SCALE,
-            f"floats with a peak of {peak:g} where full scale is 1: divide integers by their own full scale (32768 of 16 bits)",
+            f"floats with a peak of {peak:g} where full scale is 1: divide integers by their own "
+            "full scale (32768 of 16 bits)",
         )

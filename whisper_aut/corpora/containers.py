@@ -1,7 +1,8 @@
 """Where an audio file ends: two files joined into one, and MP3s that do not say how long they are.
 
-libsndfile reads the first of several joined files and says nothing. Of an MP3 without a Xing header it guesses the length from the
-first frame's bit rate, and stops there: a recording that begins loud loses its end. Both are looked for in the encoded bytes.
+libsndfile reads the first of several joined files and says nothing. Of an MP3 without a Xing header
+it guesses the length from the first frame's bit rate, and stops there: a recording that begins loud
+loses its end. Both are looked for in the encoded bytes.
 """
 
 import mmap
@@ -27,7 +28,7 @@ SIZES = {  # what a file begins with → where it says its size, and what that l
 
 
 def second_file(data: Data) -> int | None:
-    """Return where a second audio file begins, as after `cat a.mp3 b.mp3`; None for one whole file."""
+    """Return where a second file begins, as after `cat a.mp3 b.mp3`; None for one whole file."""
     begin = _after_id3(data, 0)
     magic = data[begin : begin + 4]
     if magic in SIZES:
@@ -50,7 +51,7 @@ def second_file(data: Data) -> int | None:
 
 
 def with_length(data: Data) -> Data:
-    """Return an MP3 with its number of frames in front, as a Xing header; anything else, and an MP3 that has one, as it is."""
+    """Return an MP3 with a Xing header that counts its frames; anything else as it is."""
     begin = _after_id3(data, 0)
     first = _frame(data, begin)
     if first is None or _xing(data, begin) is not None:
@@ -67,7 +68,7 @@ def with_length(data: Data) -> Data:
 
 
 def _second_ogg(data: Data) -> int | None:
-    """Walk the pages (RFC 3533): one that begins a stream after others have gone on is a chained stream's."""
+    """Walk the pages (RFC 3533): a stream that begins after others went on is a second file."""
     at, within = 0, False
     while data[at : at + 4] == b"OggS" and len(data) >= at + 27:
         begins = bool(data[at + 5] & 2)
@@ -80,7 +81,7 @@ def _second_ogg(data: Data) -> int | None:
 
 
 def _second_mp3(data: Data, begin: int) -> int | None:
-    """Find a second Xing header, frames after those that the first one counts, or frames of another format."""
+    """Find a second Xing header, frames beyond those it counts, or frames of another format."""
     if _frame(data, begin) is None:
         return None
     first = _xing(data, begin)
@@ -107,7 +108,7 @@ def _second_mp3(data: Data, begin: int) -> int | None:
 
 @dataclass(frozen=True)
 class _Frame:
-    """A layer III frame: its length in bytes, where its Xing header would be, and what all frames of a file have in common."""
+    """A layer III frame: its length, the place of a Xing header, and what a file's frames share."""
 
     bytes: int
     side: int
@@ -129,7 +130,7 @@ def _frame(data: Data, at: int) -> _Frame | None:
 
 
 def _walk(data: Data, at: int) -> tuple[int, int, int | None]:
-    """Count the frames of one format; return also where they end, and where frames of another format begin, if any do."""
+    """Return the number of frames of one format, where they end, and where another begins."""
     frames, end, format, tries = 0, at, None, 0
     while at >= 0 and tries < MOST_TRIES:
         frame = _frame(data, at)
@@ -147,7 +148,7 @@ def _walk(data: Data, at: int) -> tuple[int, int, int | None]:
 
 
 def _after_id3(data: Data, at: int) -> int:
-    """Return where an ID3v2 tag that begins at `at` ends, or `at`; its size has seven bits a byte."""
+    """Return where an ID3v2 tag at `at` ends, or `at` itself; its size has seven bits a byte."""
     if data[at : at + 3] != b"ID3" or len(data) < at + 10:
         return at
     size = data[at + 6 : at + 10]

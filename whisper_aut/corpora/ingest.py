@@ -3,8 +3,8 @@
 In: `Entry` items of `corpora.manifest`. Out: `Ingested` clips, or the `RefusedRow` that says why there is none. Next:
 `corpora.build` writes them. What is FLAC, WAV, Ogg, Opus or MP3 passes through byte for byte; what else libsndfile reads (AIFF,
 AU, CAF, W64, …), and what is cut out of a longer file, becomes FLAC, or WAV where the samples are floats, at its own rate and
-without loss. More than two channels are mixed down then, since another format orders them otherwise; Vorbis, Opus and MP3 decode
-to floats beyond full scale, which are clipped to 16 bits.
+without loss. More than two channels are mixed down then, since another format orders them otherwise;
+Vorbis, Opus and MP3 decode to floats beyond full scale, which are clipped to 16 bits.
 """
 
 import io

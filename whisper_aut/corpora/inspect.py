@@ -1,8 +1,9 @@
 """Shards → facts about them, from headers alone.
 
 In: a folder or URL of shards, ours or anybody's, or a folder of such folders (`data build --split-by`). Out: `ShardFacts`: how
-much of what, and what cannot be used and why. Next: `corpora.inspect_view` prints them, `--json` writes them. Only audio of
-floats is decoded, for its scale; damage after a valid header is found by the run that decodes the clip.
+much of what, and what cannot be used and why. Next: `corpora.inspect_view` prints them, `--json`
+writes them. Only audio of floats is decoded, for its scale; damage after a valid header is found by
+the run that decodes the clip.
 """
 
 from array import array
@@ -40,7 +41,8 @@ class ShardFacts:
         seconds: duration per clip.
         rates_hz, channels, codecs: of the audio as it is stored.
         fields: the values of each of `FIELDS`, counted.
-        labels: classes, counted; a clip with several counts for each. `labelled` clips have one at all.
+        labels: classes, counted; a clip with several counts for each.
+        labelled: clips that have a class.
         fields_without_text: other fields of the clips that have neither text nor label, counted.
         words, characters: length of the text per clip that has one.
         refused: samples that cannot be used, by reason.

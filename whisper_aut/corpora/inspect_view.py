@@ -1,6 +1,7 @@
 """Facts about shards → tables for the terminal.
 
-In: `ShardFacts` of `corpora.inspect`. Out: a rich renderable, for a console without markup: names may hold brackets.
+In: `ShardFacts` of `corpora.inspect`. Out: a rich renderable, for a console without markup, since
+names may hold brackets.
 """
 
 from collections import Counter

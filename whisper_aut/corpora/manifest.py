@@ -54,8 +54,8 @@ class ManifestSpec:
         audio_root: folder that relative audio paths start from; the manifest's own by default.
         audio: column with the path; the first of `AUDIO_COLUMNS` that exists by default.
         text: a column, or a template over columns such as `a {mood} tune`; `{category:words}` writes the underscores of a value
-            as spaces. A row in which one of the columns is empty has no text. By default the first of `TEXT_FIELDS` that has a value
-            in the row.
+            as spaces. A row in which one of the columns is empty has no text. By default the first
+            of `TEXT_FIELDS` that has a value in the row.
         label: the class, a column or a template likewise.
         offset: column with the second at which a clip begins in a longer file; `offset` where there is one.
         duration: column with a clip's seconds; `duration` where clips have an offset. Without, a clip ends where its file does.

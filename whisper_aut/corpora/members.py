@@ -1,7 +1,8 @@
 """An open tar → groups of members, one group a sample: bounded before a body is read, and never dying of what is in the tar.
 
-In: a tar stream, the ordinals that are wanted, limits. Out: the members of each sample (`shards.sample_members` says which belong
-together), and what damage stopped the iteration. Next: `data.sample` makes samples of the groups, `corpora.inspect` facts.
+In: a tar stream, the ordinals that are wanted, limits. Out: the members of each sample, which belong
+together by `shards.sample_members`, and what damage stopped the iteration. Next: `data.sample` makes
+samples of the groups, `corpora.inspect` facts.
 """
 
 import tarfile
@@ -79,10 +80,11 @@ class MemberGroups:
 
 
 def audio_and_annotation(group: Group) -> tuple[str, bytes, Annotation]:
-    """Return the audio member's suffix, its bytes, and the annotation: the `.json` member's, the `.txt` member being its text.
+    """Return the audio member's suffix, its bytes, and the annotation of `.json` and `.txt` members.
 
     Raises:
-        SampleRefused: there is no audio, or neither JSON nor text; a member is too large, or not what its name says.
+        SampleRefused: there is no audio, or neither JSON nor text; a member is too large, or not
+            what its name says.
     """
     bodies = {suffix: body for suffix, body in group.items() if not suffix.startswith("__")}
     for body in bodies.values():

@@ -34,9 +34,7 @@ INDEX_NAME = "index.json"
 INDEX_VERSION = 2
 HAS_TABLES = "sample_tables"  # the fact that says that a table lies beside each tar
 SUFFIX = re.compile(r"[A-Za-z_][\w-]*")  # one part of a suffix such as `seg.json`
-COMPRESSED = (
-    "compressed by gzip, which allows no reading by position and saves nothing on audio: gunzip it"
-)
+COMPRESSED = "compressed by gzip, which allows no reading by position and saves nothing on audio"
 MAX_INDEX_BYTES, MAX_TABLE_BYTES = 256 << 20, 256 << 20
 
 
@@ -442,7 +440,7 @@ def list_tars(filesystem: Any, folder: str, pattern: str = "*.tar") -> list[str]
         if fnmatch.fnmatchcase(name, f"{pattern}.gz") or name.endswith(".tgz")
     ]
     if compressed:
-        raise UserError(f"{folder}/{compressed[0]} is {COMPRESSED}: gunzip {folder}/*.gz")
+        raise UserError(f"{folder}/{compressed[0]} is {COMPRESSED}: run gunzip {folder}/*.gz")
     return sorted(path for name, path in names.items() if fnmatch.fnmatchcase(name, pattern))
 
 
@@ -515,7 +513,7 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.Tar
         is_gzip = stream.read(2) == b"\x1f\x8b"
         stream.seek(0)
         if is_gzip:
-            raise ReadError(COMPRESSED)
+            raise ReadError(f"{COMPRESSED}: gunzip it")
     with tarfile.open(
         fileobj=stream, mode="r:" if stream.seekable() else "r|", tarinfo=_StrictHeader
     ) as tar:
@@ -529,9 +527,10 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.Tar
 def sample_members(
     stream: BinaryIO,
 ) -> Iterator[tuple[int, str, str, tarfile.TarFile, tarfile.TarInfo]]:
-    """Yield `(ordinal, key, suffix, tar, member)` for the members of a tar's samples, the suffix in lower case.
+    """Yield `(ordinal, key, suffix, tar, member)` for the members of a tar's samples.
 
-    Consecutive members with one key are one sample, until a suffix comes twice: a key that is repeated is a sample of its own.
+    The suffix is in lower case. Consecutive members with one key are one sample, until a suffix
+    comes twice: a key that is repeated is a sample of its own.
 
     Raises:
         tarfile.TarError: see `tar_members`.
@@ -548,10 +547,11 @@ def sample_members(
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split a member's name into key and suffix; a file without a suffix, or hidden, has an empty one.
+    """Split a member's name into key and suffix, which is empty where there is none.
 
-    As in WebDataset the suffix begins at the first dot of the file's name, but only where each part of it could be one: the dots
-    of `Track 2.0 v0.wav`, after which come digits or blanks, belong to the key.
+    As in WebDataset the suffix begins at the first dot of the file's name, but only where each part
+    of it could be one: the dots of `Track 2.0 v0.wav`, after which come digits or blanks, belong to
+    the key.
     """
     key, suffix = base_plus_ext(name)
     if key is None or suffix is None:

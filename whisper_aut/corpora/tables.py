@@ -134,7 +134,7 @@ def _checked_header(path: Path, cells: list[str]) -> list[str]:
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a UTF-8 file that are not blank; only `\\n` and `\\r\\n` end one.
 
-    `str.splitlines` would end them at U+0085, U+2028 and others too, which JSON and captions may hold.
+    `str.splitlines` would also end them at U+0085, U+2028 and others, which captions may hold.
     """
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         return [line for line in (line.strip(" \t\r\n") for line in file) if line]

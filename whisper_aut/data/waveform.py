@@ -1,7 +1,7 @@
 """Encoded clip → mono waveform at 16 kHz, float32 `[S]`.
 
-`corpora.audio` decodes and mixes down. Other rates are resampled by libsoxr at its high-quality setting, the fastest of those
-measured.
+`corpora.audio` decodes and mixes down. Other rates are resampled by libsoxr at its high-quality
+setting, the fastest of those measured.
 """
 
 from pathlib import Path

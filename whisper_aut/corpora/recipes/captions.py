@@ -34,7 +34,8 @@ WAVCAPS_LISTS = {
 }  # what the exclusion lists call a part
 YOUTUBE = (
     "The release names YouTube videos, whose audio a person has to fetch under YouTube's terms. Put {tables} into the folder, and the "
-    "audio into audio/, each file named by its video's id, or by id and start (`ID_30.wav`, `ID_30000_40000.flac`)."
+    "audio into audio/, each file named by its video's id, or by id and start (`ID_30.wav`, "
+    "`ID_30000_40000.flac`)."
 )
 
 

@@ -46,7 +46,8 @@ def fsd50k(raw: Path) -> Iterator[dict[str, Any]]:
 def _ancestors(clips: Sequence[Sequence[str]]) -> dict[str, set[str]]:
     """Return the ancestors of each class: those that hold all of its clips, and others.
 
-    The release gives a clip every ancestor of its classes in the AudioSet ontology, so the tables tell the hierarchy.
+    The release gives a clip every ancestor of its classes in the AudioSet ontology, so the tables
+    tell the hierarchy.
     """
     counts = Counter(label for labels in clips for label in labels)
     together = Counter(pair for labels in clips for pair in permutations(labels, 2))
