@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import WhisperFeatureExtractor, WhisperModel
+from transformers import (
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperModel,
+)
 
 from whisper_aut import load_encoder
 from whisper_aut.errors import UserError
+from whisper_aut.model.decoders import check_decoder
+from whisper_aut.model.decoders.whisper import WhisperDecoderOptions
+from whisper_aut.model.language import load_language_model
 from whisper_aut.model.start import Start, load_whisper_encoder
 
 
@@ -163,3 +170,47 @@ def test_fingerprints_follow_weights_and_padding(tiny_whisper: Path):
     }
     assert len(prints) == 3
     assert load_encoder(str(tiny_whisper)).fingerprint() in prints
+
+
+@pytest.fixture
+def adapter(tiny_whisper: Path, tmp_path: Path) -> Path:
+    """A PEFT adapter that changes what the encoder gives, and beside it, merged into the model."""
+    peft = pytest.importorskip("peft")
+    model = WhisperForConditionalGeneration.from_pretrained(tiny_whisper)
+    updates = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    adapted = peft.get_peft_model(model, updates)
+    torch.manual_seed(0)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_as_a_start_is_named_in_one_line(
+    adapter: Path, tiny_whisper: Path, tiny_language_model: Path
+):
+    message = rf"{adapter} is a PEFT adapter of {tiny_whisper}, not a model\. Merge it first: "
+    for part in ("config", "model"):
+        with pytest.raises(UserError, match=message) as caught:
+            getattr(Start(str(adapter)), part)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=message):
+        load_language_model(str(adapter))
+    for file in Path(tiny_whisper).glob("*token*"):  # as people add them to it
+        shutil.copy(file, adapter)
+    with pytest.raises(UserError, match=message):
+        check_decoder({"name": "whisper"})[0].build(
+            Start(str(adapter)), WhisperDecoderOptions(), False
+        )
+
+
+def test_an_encoder_with_an_adapter_is_the_merged_encoder(adapter: Path, tiny_whisper: Path):
+    clip = [np.random.default_rng(0).standard_normal(8000).astype(np.float32)]
+    adapted, merged, base = (
+        load_encoder(path).encode(clip, 16_000)[0]
+        for path in (adapter, adapter.with_name("merged"), tiny_whisper)
+    )
+    torch.testing.assert_close(adapted, merged, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(adapted, base, atol=1e-2)

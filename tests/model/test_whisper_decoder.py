@@ -136,7 +136,7 @@ def test_an_english_only_checkpoint_is_known_without_a_generation_config(
     model.save_pretrained(without_generation_config)
     (without_generation_config / "generation_config.json").unlink()
     start = Start(str(without_generation_config))
-    decoder, codec = build_whisper_decoder(start, WhisperDecoderOptions(), False)
+    _, codec = build_whisper_decoder(start, WhisperDecoderOptions(), False)
     target = codec.encode(Annotation(text="x", language="deu"), "speech", 0)
     assert start.tokenizer.convert_ids_to_tokens(target.tokens[:2].tolist()) == [
         "<|startoftranscript|>",

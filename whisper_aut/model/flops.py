@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 PRODUCT = 3  # forward, and in the backward pass the gradients of both factors
 FIRST_PRODUCT = 2  # the input is data and needs no gradient
@@ -74,20 +75,17 @@ def language_model_flops(model: Any, lengths: Sequence[int], supervised: int) ->
         supervised: positions with logits.
     """
     config, head = model.config, model.get_output_embeddings()
-    linear = sum(_products(m) for m in model.base_model.modules() if isinstance(m, nn.Linear))
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    linear = sum(
+        _products(m) for m in model.base_model.modules() if isinstance(m, (nn.Linear, Conv1D))
     )
+    heads = getattr(config, "num_attention_heads", 0)  # none in Mamba
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
     attention = (
         PRODUCT * 4 * width * config.num_hidden_layers * sum(length**2 for length in lengths)
     )
     return 2 * (linear * sum(lengths) + _products(head) * supervised) + attention
 
 
-def _products(layer: nn.Linear) -> int:
+def _products(layer: nn.Linear | Conv1D) -> int:
     """Multiply-adds per position in forward and backward, where the input needs a gradient."""
-    return (
-        (PRODUCT if layer.weight.requires_grad else FROZEN_PRODUCT)
-        * layer.in_features
-        * layer.out_features
-    )
+    return (PRODUCT if layer.weight.requires_grad else FROZEN_PRODUCT) * layer.weight.numel()

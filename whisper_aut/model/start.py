@@ -4,6 +4,7 @@ In: a hub id or directory. Out: `Start`, which loads model, tokenizer and featur
 Next: `model.decoders` and `training.build`. Nothing is unpickled and no remote code runs.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from transformers.utils import logging as transformers_logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from whisper_aut.errors import UserError, nearest
 
@@ -51,7 +53,10 @@ class Start:
 
     @cached_property
     def config(self) -> WhisperConfig:
+        if Path(self.path).is_dir():
+            refuse_adapter(self.path)
         config = self._load(WhisperConfig.from_pretrained, self.path)
+        refuse_adapter(self.path, self.revision)  # of the hub, which has been reached by now
         if config.model_type != "whisper":
             raise UserError(
                 f"{self.path} is a {config.model_type!r} model; a Whisper checkpoint is expected."
@@ -229,6 +234,22 @@ def refuse_no_place(path: str) -> None:
         )
         raise UserError(
             f"There is no {path}.{nearest(place.name, there)} {place.parent} has: {', '.join(there) or 'no folder'}."
+        )
+
+
+def refuse_adapter(path: str, revision: str = "") -> None:
+    """Raise where a directory or hub id holds low-rank updates and no model; `load_encoder` applies them, training does not."""
+    try:
+        found = find_adapter_config_file(path, revision=revision or "main")
+    except OSError:  # no such model, or no hub: loading says so
+        return
+    if found:
+        base = (
+            json.loads(Path(found).read_text()).get("base_model_name_or_path") or "its base model"
+        )
+        raise UserError(
+            f"{path} is a PEFT adapter of {base}, not a model. Merge it first: "
+            f"peft.PeftModel.from_pretrained(model, {path!r}).merge_and_unload().save_pretrained(FOLDER), with the tokenizer's files."
         )
 
 

@@ -2,7 +2,8 @@
 
 In: encoder frames `[ΣT, D]` and chats with a place for the audio (`data.chat`). Out: loss and text. Source: UniWhisper (arXiv 2602.21772):
 the language model stays frozen, so the encoder has to bring sound to where language already is. Chats lie end to end like the clips
-do: attention stays inside each, positions restart at each, and logits exist for supervised positions only.
+do: attention stays inside each, positions restart at each, and logits exist for supervised positions only. A language model that cannot
+run so is given padded batches (`model.language`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, WhisperConfig
 
 from whisper_aut.data.chat import ChatText
@@ -22,11 +22,14 @@ from whisper_aut.model.adapter import AdapterOptions, StackAdapter, build_adapte
 from whisper_aut.model.dense import speed_up_products
 from whisper_aut.model.flops import PRODUCT, language_model_flops
 from whisper_aut.model.language import (
+    SequenceLayout,
+    check_layout,
+    greedy_tokens,
     language_config,
     load_language_model,
-    packed_states,
-    padded_attention,
     recompute_layers,
+    sequence_states,
+    sketched_layout,
     weights_hash,
 )
 from whisper_aut.model.loss import DecoderLoss, chunked_cross_entropy
@@ -99,6 +102,7 @@ def build_causal_lm(
     )
     dtype = _frozen_dtype(options)
     model, tokenizer = load_language_model(path, options.revision, dtype)
+    layout = check_layout(path, model)
     if options.random_init:
         # A checkpoint does not hold a frozen model, so it must come out the same again.
         with seeded(0):
@@ -122,6 +126,7 @@ def build_causal_lm(
         len(codec.frame.opening),
         codec.frame.end,
         identity,
+        layout,
         held=options.train == "frozen",
     )
     return decoder, codec
@@ -133,7 +138,7 @@ def sketch_causal_lm(
     """Return the decoder that `build_causal_lm` would, with sizes alone; see `DecoderEntry.sketch`.
 
     Raises:
-        UserError: with LoRA, whose weights peft cannot make without memory.
+        UserError: with LoRA, whose weights peft cannot make without memory, or a model that does not run without its own.
     """
     if options.train == "lora":
         raise UserError(
@@ -153,12 +158,18 @@ def sketch_causal_lm(
         recompute_layers(model)
     adapter = build_adapter(options.adapter, config.d_model, sizes.hidden_size, scale=1.0)
     return CausalLMDecoder(
-        model, adapter, SKETCHED_AUDIO_AT, end_token=0, identity={}, held=options.train == "frozen"
+        model,
+        adapter,
+        SKETCHED_AUDIO_AT,
+        end_token=0,
+        identity={},
+        layout=sketched_layout(model, sizes.hidden_size),
+        held=options.train == "frozen",
     )
 
 
 class CausalLMDecoder(nn.Module):
-    """Runs a language model on packed chats.
+    """Runs a language model on chats.
 
     Weights of the language model that are not trained are not in its state dict: a checkpoint names them, and refuses others.
 
@@ -168,6 +179,7 @@ class CausalLMDecoder(nn.Module):
         audio_at: the index at which every chat has its audio.
         end_token: the token that ends an answer.
         identity: what a checkpoint records of the language model as it was loaded.
+        layout: how it runs on a batch.
         held: keep it in eval mode whatever mode the rest is in.
     """
 
@@ -178,17 +190,14 @@ class CausalLMDecoder(nn.Module):
         audio_at: int,
         end_token: int,
         identity: dict[str, str],
+        layout: SequenceLayout = SequenceLayout(),  # noqa: B008 — immutable
         *,
         held: bool = True,
     ):
         super().__init__()
         self.model, self.adapter = model, adapter
-        self.audio_at, self.end_token, self.identity, self.held = (
-            audio_at,
-            end_token,
-            identity,
-            held,
-        )
+        self.audio_at, self.end_token, self.identity = audio_at, end_token, identity
+        self.layout, self.held = layout, held
         model.generation_config = GenerationConfig()  # its own may ask for sampling
         model.register_state_dict_post_hook(_leave_out_frozen)
         model.register_load_state_dict_pre_hook(_keep_frozen)
@@ -203,7 +212,7 @@ class CausalLMDecoder(nn.Module):
 
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         chats = self._lay_out(frames, lengths, targets.tokens, targets.lengths)
-        states = packed_states(self.model, chats.embeddings, chats.lengths)
+        states = sequence_states(self.model, chats.embeddings, chats.lengths, self.layout)
         predicted = targets.places
         # The state before a token predicts it.
         hidden = states.index_select(0, chats.places.index_select(0, predicted) - 1)
@@ -221,25 +230,14 @@ class CausalLMDecoder(nn.Module):
     ) -> list[list[int]]:
         tokens = torch.cat(list(prompts)).to(frames.device)
         chats = self._lay_out(frames, lengths, tokens, [len(prompt) for prompt in prompts])
-        sequences = chats.embeddings.split(chats.lengths)
-        # One batch, padded on the left behind a mask, so that all answers grow at the same end.
-        embeddings = pad_sequence(sequences, batch_first=True, padding_side="left")  # pyright: ignore[reportArgumentType]
-        ones = [
-            torch.ones(length, dtype=torch.long, device=frames.device) for length in chats.lengths
-        ]
-        mask = pad_sequence(ones, batch_first=True, padding_side="left")
-        greedy = GenerationConfig(
-            do_sample=False,
+        return greedy_tokens(
+            self.model,
+            chats.embeddings,
+            chats.lengths,
+            self.layout,
+            end=self.end_token,
             max_new_tokens=max_new_tokens,
-            eos_token_id=self.end_token,
-            pad_token_id=self.end_token,
-            use_cache=True,
         )
-        with padded_attention(self.model):
-            written: Any = self.model.generate(
-                inputs_embeds=embeddings, attention_mask=mask, generation_config=greedy
-            )  # pyright: ignore
-        return [_until(answer.tolist(), self.end_token) for answer in written]
 
     def flops(self, lengths: Sequence[int], targets: Targets) -> float:
         """Return the FLOPs of a training step on clips of T frames; what the meters divide by."""
@@ -353,7 +351,3 @@ def _frozen(model: nn.Module) -> dict[str, Tensor]:
         for name, value in model.named_parameters(remove_duplicate=False)
         if not value.requires_grad
     }
-
-
-def _until(tokens: list[int], end: int) -> list[int]:
-    return tokens[: tokens.index(end)] if end in tokens else tokens
