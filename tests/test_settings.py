@@ -161,6 +161,25 @@ def test_all_problems_are_reported_at_once_with_the_nearest_name():
         (["data.batch_clips=0"], "below 1"),
         (["optim.lr=0"], "not positive"),
         (["data.max_skipped_fraction=2"], r"data\.max_skipped_fraction: 2.* is not a fraction"),
+        (["strategy.deepspeed={zero_optimization: {}}"], r"strategy.name is 'auto', which is not"),
+        (
+            [
+                "strategy=deepspeed_stage_2",
+                "strategy.deepspeed={gradient_clipping: 1, bf16: {enabled: true}}",
+            ],
+            r"(?s)deepspeed.gradient_clipping: set optim.gradient_clip .*bf16.enabled: set hardware.pre",
+        ),
+        (
+            ["strategy=deepspeed_stage_2", "strategy.deepspeed.zero_optimization.stage=3"],
+            r"deepspeed.zero_optimization.stage: set strategy.name instead",
+        ),
+        (
+            [
+                "strategy=deepspeed_stage_2",
+                "strategy.deepspeed.zero_optimization.offload_optimizer={device: cpu}",
+            ],
+            r"offload_optimizer: needs a strategy.name that ends in _offload",
+        ),
         (["name=../x"], r"name: '\.\./x' cannot be the name of a folder"),
         (["name="], "name: '' cannot be"),
         (["name=.."], r"name: '\.\.' cannot be"),

@@ -20,6 +20,19 @@ from whisper_aut.corpora.template import text_template
 from whisper_aut.errors import UserError
 from whisper_aut.schema import build, compose
 
+# DeepSpeed's options that a config has under another name.
+SET_ELSEWHERE = {
+    "train_batch_size": "data.batch_clips",
+    "train_micro_batch_size_per_gpu": "data.batch_clips",
+    "gradient_accumulation_steps": "trainer.accumulate",
+    "gradient_clipping": "optim.gradient_clip",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "bf16.enabled": "hardware.precision",
+    "fp16.enabled": "hardware.precision",
+    "zero_optimization.stage": "strategy.name",
+}
+
 
 @dataclass
 class ScratchSettings:
@@ -275,7 +288,15 @@ class HardwareSettings:
 
 @dataclass
 class StrategySettings:
-    """How ranks share the work."""
+    """How ranks share the work.
+
+    Attributes:
+        name: one device or DDP (`auto`), DDP, or a ZeRO stage of DeepSpeed; `_offload` moves the
+            optimizer state to the CPU.
+        timeout_minutes: how long a rank waits for the others before the job ends.
+        deepspeed: options of DeepSpeed's own config, such as
+            `{zero_optimization: {reduce_bucket_size: 50000000}}`; they go over those of `name`.
+    """
 
     name: Literal[
         "auto",
@@ -287,6 +308,7 @@ class StrategySettings:
         "deepspeed_stage_3_offload",
     ] = "auto"
     timeout_minutes: float = 30.0
+    deepspeed: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -366,6 +388,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         *_not_finite(asdict(settings)),
     ]
     problems += _logger_problems(settings.trainer.loggers)
+    problems += _strategy_problems(settings.strategy)
     if "name" not in settings.decoder:
         problems.append("decoder.name: missing; pick a decoder with decoder=whisper")
     if problems:
@@ -473,6 +496,25 @@ def _not_finite(value: Any, name: str = "") -> Iterator[str]:
     children = enumerate(value) if isinstance(value, list) else getattr(value, "items", tuple)()
     for key, child in children:
         yield from _not_finite(child, f"{name}.{key}" if name else str(key))
+
+
+def _strategy_problems(strategy: StrategySettings) -> list[str]:
+    if strategy.deepspeed and not strategy.name.startswith("deepspeed"):
+        return [f"strategy.deepspeed: strategy.name is {strategy.name!r}, which is not DeepSpeed"]
+    problems = []
+    for name, own in SET_ELSEWHERE.items():
+        value: Any = strategy.deepspeed
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            problems.append(f"strategy.deepspeed.{name}: set {own} instead")
+    zero = strategy.deepspeed.get("zero_optimization")
+    if isinstance(zero, dict) and "offload_optimizer" in zero and "offload" not in strategy.name:
+        problems.append(
+            "strategy.deepspeed.zero_optimization.offload_optimizer: needs a strategy.name that ends "
+            "in _offload, which picks the optimizer for it"
+        )
+    return problems
 
 
 def _logger_problems(names: Sequence[str]) -> list[str]:

@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from torch.testing import assert_close
 
 from tests.conftest import TEXTS
 from tests.training.launch import on_ranks
@@ -14,16 +16,17 @@ from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.shards import ShardFolder
 from whisper_aut.errors import UserError
 from whisper_aut.settings import Settings, dump_settings, load_settings
+from whisper_aut.training.checkpoint import read_moments, read_weights
 from whisper_aut.training.train import train
 
 TWO_RANKS = ("hardware.devices=2", "strategy=ddp", "data.workers=0", "data.batch_clips=2")
 
 
-def train_here(config: str) -> str:
+def train_here(config: str, resume: str = "") -> str:
     """Train on this rank; return how it ended."""
     os.environ["WHISPER_AUT_RUN"] = "job"
     try:
-        train(load_settings(config), Console(quiet=True))
+        train(load_settings(config), Console(quiet=True), resume=resume)
     except UserError as error:
         return str(error)
     return "done"
@@ -83,3 +86,37 @@ def test_a_rank_without_validation_clips_changes_no_metric(
     assert on_ranks(train_here, str(config)) == ["done", "done"]
     assert one.keys() >= {"valid/loss", "valid/accuracy_speech"}
     assert metrics(tmp_path / "smoke" / "job") == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_bfloat16_run_of_deepspeed_resumes_as_if_it_had_not_stopped(
+    stage: int, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    def config(name: str, *overrides: str) -> str:
+        settings = settings_for(
+            tiny_whisper,
+            tiny_shards,
+            tmp_path,
+            *TWO_RANKS,
+            f"strategy=deepspeed_stage_{stage}",
+            "hardware.precision=bf16-mixed",
+            "trainer.accumulate=2",
+            "trainer.max_steps=4",
+            "trainer.checkpoint_every_steps=2",
+            "trainer.keep_checkpoints=9",
+            *overrides,
+        )
+        (tmp_path / name).write_text(dump_settings(settings))
+        return str(tmp_path / name)
+
+    assert on_ranks(train_here, config("whole.yaml")) == ["done", "done"]
+    checkpoints = tmp_path / "smoke" / "job" / "checkpoints"
+    whole = read_weights(checkpoints / "last.ckpt")
+    assert whole["encoder.whisper.conv1.weight"].dtype == torch.float32
+    moments = dict(read_moments(checkpoints / "last.ckpt"))
+    again = config("again.yaml", "trainer.generate_clips=1")  # another run than the finished one
+    step_2 = str(checkpoints / "step-0000002.ckpt")
+    assert on_ranks(train_here, again, step_2) == ["done", "done"]
+    assert_close(read_weights(checkpoints / "last.ckpt"), whole, atol=1e-6, rtol=0)
+    assert_close(dict(read_moments(checkpoints / "last.ckpt")), moments, atol=1e-6, rtol=0)

@@ -230,10 +230,15 @@ class DeepSpeedState(PlainState):
         self._link_moments()
 
     def _pieces(self) -> Iterator[Tensor]:
-        if self.partitioned:
-            yield from self.optimizer.fp32_partitioned_groups_flat
-        else:
-            yield from self.optimizer.single_partition_of_fp32_groups
+        # Stages 1 and 2; stage 1 in bfloat16 with float32 gradients; stage 3.
+        names = (
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+            "fp32_partitioned_groups_flat",
+        )
+        yield from next(
+            getattr(self.optimizer, name) for name in names if hasattr(self.optimizer, name)
+        )
 
     def _set_piece(self, parameter: Any, value: Tensor, key: str | None) -> None:
         """Set this rank's piece of a parameter under ZeRO-3. The last rank's is padded."""

@@ -26,6 +26,8 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     Strategy,
 )
+from omegaconf import OmegaConf
+from pydantic import ValidationError
 from torch.optim.lr_scheduler import LambdaLR
 
 from whisper_aut.data.batching import Cursor
@@ -56,6 +58,7 @@ def build_strategy(
     accelerator: str = "auto",
     skip_to: Cursor | None = None,
     async_checkpoints: bool = False,
+    deepspeed_options: Mapping[str, Any] | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> Strategy:
     """Return the strategy that a config names.
@@ -68,6 +71,7 @@ def build_strategy(
         accelerator: Lightning's, for a run on one device.
         skip_to: a checkpoint is read as if its place in the data were this one.
         async_checkpoints: write them while training goes on.
+        deepspeed_options: of DeepSpeed's own config, over what follows from `name`.
         warn: told in a sentence where a checkpoint's learning rates are not this config's.
 
     Raises:
@@ -86,7 +90,9 @@ def build_strategy(
         if not on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed takes a GPU that is there
         kind = _DeepSpeed if on_gpu else _CPUDeepSpeed
-        strategy = kind(stage=stage, offload_optimizer=offload, timeout=timeout)
+        strategy = kind(
+            deepspeed_options or {}, stage=stage, offload_optimizer=offload, timeout=timeout
+        )
     elif name == "ddp" or ranks > 1:
         strategy = _DDP(
             timeout=timeout, gradient_as_bucket_view=True
@@ -300,10 +306,55 @@ class _DDP(NamedCheckpoints, DDPStrategy):
     pass
 
 
+class _ReadKeys(dict[str, Any]):
+    """A config that remembers which of its keys were read: DeepSpeed ignores what it does not know."""
+
+    def __init__(self, values: Any):
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+
 class _DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
-    def __init__(self, **options: Any):
-        super().__init__(**options)
+    def __init__(self, options: Mapping[str, Any], **arguments: Any):
+        super().__init__(**arguments)
+        self._options = options
         self._whole_model = ExitStack()
+
+    def _format_config(self) -> None:
+        """Put the user's options over Lightning's, which takes a config or arguments, not both."""
+        super()._format_config()
+        sums: dict[str, Any] = {}
+        if str(self.precision_plugin.precision).startswith("bf16"):
+            # In bfloat16, a sum over micro-batches loses what is below 0.4 % of it.
+            sums = {"data_types": {"grad_accum_dtype": "fp32"}}
+        merged = OmegaConf.merge(self.config or {}, sums, dict(self._options))
+        self.config = _ReadKeys(OmegaConf.to_container(merged))  # pyright: ignore
+
+    def init_deepspeed(self) -> None:
+        """Start the engine.
+
+        Raises:
+            UserError: DeepSpeed rejects an option.
+        """
+        from deepspeed.runtime.config import DeepSpeedConfigError
+
+        try:
+            super().init_deepspeed()
+        except (ValidationError, DeepSpeedConfigError) as error:
+            raise UserError(f"strategy.deepspeed, rejected by DeepSpeed: {error}") from None
+        read = self.config.read if isinstance(self.config, _ReadKeys) else set()
+        if unread := sorted(self._options.keys() - read):
+            self.warn(
+                f"strategy.deepspeed: DeepSpeed has not read {', '.join(unread)}; is it a typo?"
+            )
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
@@ -346,8 +397,8 @@ class _DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
 class _CPUDeepSpeed(_DeepSpeed):
     """DeepSpeed's engine on CPU ranks: Lightning's checks for CUDA devices are left out, the rest is its own."""
 
-    def __init__(self, **options: Any):
-        super().__init__(process_group_backend="gloo", **options)
+    def __init__(self, options: Mapping[str, Any], **arguments: Any):
+        super().__init__(options, process_group_backend="gloo", **arguments)
 
     def setup_environment(self) -> None:
         # Past DeepSpeedStrategy's own method, which does nothing but insist on CUDA.

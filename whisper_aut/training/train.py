@@ -223,6 +223,7 @@ def _fit(
             accelerator=settings.hardware.accelerator,
             skip_to=skip_to,
             async_checkpoints=settings.trainer.async_checkpoints,
+            deepspeed_options=settings.strategy.deepspeed,
             warn=partial(_warn, console),
         )
         trainer = _trainer(
