@@ -238,10 +238,14 @@ def test_a_cache_that_cannot_be_written_is_said(tones, task_with, tiny_encoder, 
         embed_task(tiny_encoder(), task_with(), tones, tmp_path / "file", QUIET)
 
 
+@pytest.mark.parametrize("view", ["pooled", "frames"])
 def test_an_interrupted_run_goes_on_from_its_last_part(
-    tones, task_with, tiny_encoder, tmp_path, monkeypatch
+    view, tones, task_with, tiny_encoder, tmp_path, monkeypatch
 ):
-    whole = embed_task(tiny_encoder(), task_with(), tones, tmp_path / "whole", QUIET)["train"]
+    def embedded(encoder, cache, settings):
+        return embed_task(encoder, task_with(), tones, cache, settings, view=view)["train"]
+
+    whole = embedded(tiny_encoder(), tmp_path / "whole", QUIET)
     monkeypatch.setattr(embed, "PART_SECONDS", 0.0)
     dying = tiny_encoder()
 
@@ -253,14 +257,16 @@ def test_an_interrupted_run_goes_on_from_its_last_part(
     dying.encode = encode
     small = EmbedSettings(quiet=True, batch_seconds=0.5, workers=2)
     with pytest.raises(KeyboardInterrupt):
-        embed_task(dying, task_with(), tones, tmp_path / "cut", small)
+        embedded(dying, tmp_path / "cut", small)
     parts = list((tmp_path / "cut").glob("*.part-*"))
     assert parts
     going_on = tiny_encoder()
-    found = embed_task(going_on, task_with(), tones, tmp_path / "cut", small)["train"]
+    found = embedded(going_on, tmp_path / "cut", small)
     assert going_on.encoded < 102
     assert (found.keys, found.labels) == (whole.keys, whole.labels)
     torch.testing.assert_close(found.features, whole.features, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.frames, whole.frames, atol=1e-5, rtol=1e-5)
+    assert bool(found.frames) == (view == "frames")
     assert not list((tmp_path / "cut").glob("*.part-*"))
 
 
@@ -286,7 +292,7 @@ def test_segments_cover_a_clip_and_none_is_empty():
 def test_a_crop_keeps_the_beginning_of_each_clip(tones, task_with, tiny_encoder, tmp_path):
     task = task_with(crop_seconds=0.2)
     found = embed_task(tiny_encoder(), task, tones, tmp_path, QUIET, view="frames")["test"]
-    assert max(found.lengths) == 20
+    assert max(len(clip) for clip in found.frames) == 20
     assert len(found) == 30
 
 

@@ -95,17 +95,14 @@ def brief(clips: int, seed: int) -> Embeddings:
         )  # what speaks is marked in the last dimension
         frames.append(one)
     labels = tuple(f"c{clip % 3}" for clip in range(clips))
-    return Embeddings(
-        torch.cat(frames), labels, tuple(f"{seed}:{i}" for i in range(clips)), {}, tuple(lengths)
-    )
+    keys = tuple(f"{seed}:{i}" for i in range(clips))
+    return Embeddings(torch.empty(0, 0), labels, keys, {}, (), tuple(frames))
 
 
 def test_attention_finds_the_frames_that_know():
     parts = [brief(60, seed) for seed in range(3)]
     means = [
-        Embeddings(
-            torch.stack([f.mean(0) for f in p.features.split(p.lengths)]), p.labels, p.keys, {}
-        )
+        Embeddings(torch.stack([clip.mean(0) for clip in p.frames]), p.labels, p.keys, {})
         for p in parts
     ]
     only = [{"rate": 1e-2, "decay": 1e-3}]
@@ -353,17 +350,17 @@ def seen_by(kind: str, part: Embeddings) -> Embeddings:
     """Frames and classes of clips → what a kind of probe is given."""
     _, labelled = LABELLED.get(kind, ("", lambda label, frames: label))
     labels = tuple(
-        labelled(label, frames) for label, frames in zip(part.labels, part.lengths, strict=True)
+        labelled(label, len(clip)) for label, clip in zip(part.labels, part.frames, strict=True)
     )
     part = replace(part, labels=labels)
-    if KINDS[kind].view in ("segments", "frames"):
+    if KINDS[kind].view == "frames":
         return part
-    means = torch.stack([clip.mean(0) for clip in part.features.split(part.lengths)])
-    return replace(
-        part,
-        features=torch.stack([means, -means], 1) if KINDS[kind].view == "layers" else means,
-        lengths=(),
-    )
+    if KINDS[kind].view == "segments":
+        lengths = tuple(len(clip) for clip in part.frames)
+        return replace(part, features=torch.cat(part.frames), lengths=lengths, frames=())
+    means = torch.stack([clip.mean(0) for clip in part.frames])
+    features = torch.stack([means, -means], 1) if KINDS[kind].view == "layers" else means
+    return replace(part, features=features, frames=())
 
 
 @pytest.mark.gpu

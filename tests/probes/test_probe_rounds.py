@@ -151,11 +151,8 @@ def seen_by(kind: str, part: Embeddings) -> Embeddings:
     if KINDS[kind].view == "layers":
         return replace(part, features=torch.stack([part.features, part.features.square()], 1))
     if KINDS[kind].view == "frames":
-        frames = (
-            part.features.repeat_interleave(3, 0)
-            * torch.tensor([0.5, 1.0, 1.5]).repeat(40)[:, None]
-        )
-        return replace(part, features=frames, lengths=(3,) * len(part))
+        loudness = torch.tensor([[0.5], [1.0], [1.5]])
+        return replace(part, frames=tuple(vector * loudness for vector in part.features))
     return part
 
 

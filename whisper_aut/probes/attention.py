@@ -85,13 +85,13 @@ def attention_learner(
 ) -> ClassLearner:
     """Return a learner on the frames of a round, standardised by those of the training split."""
     taken = np.concatenate([train, np.zeros(len(test), dtype=bool)])
-    frames = Frames([*pool.clips(), *test.clips()], taken, device)
+    frames = Frames([*pool.frames, *test.frames], taken, device)
     numbers = torch.arange(len(pool) + len(test)).split([len(pool), len(test)])
     items, tested = (
-        items_of(replace(part, features=own, lengths=()), ANSWERS[metric], classes)
+        items_of(replace(part, features=own), ANSWERS[metric], classes)
         for part, own in zip((pool, test), numbers, strict=True)
     )
-    longest, width = max(pool.lengths), len(frames.mean)
+    longest, width = int(frames.lengths.max()), len(frames.mean)
     block = max(1, MAX_ACTIVATIONS // (BATCH_CLIPS * (longest + width) + 8 * width * len(classes)))
     fitter = AttentionFitter(frames, items.features, items.answers, len(classes), device, block)
     return ClassLearner(items, tested, tuple(classes), metric, fitter)

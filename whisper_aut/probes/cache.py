@@ -1,7 +1,8 @@
 """Embeddings as a file: written once, read back only if they are what was asked for, and whole.
 
-In: `Embeddings` of one shard folder and the identity they were made under. Out: a safetensors file named by the identity's hash.
-Next: `probes.embed`. The file repeats the identity and carries a checksum; on any mismatch or damage it counts as absent.
+`Embeddings` of one shard folder, and the identity they were made under, become a safetensors file named by the identity's hash. The file
+repeats the identity and carries a checksum; on any mismatch or damage it counts as absent. Files are memory-mapped when read and written
+piece by piece, so that all frames of a corpus are never in memory at once (103 GB for 100 h at large-v3's width).
 """
 
 import hashlib
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from whisper_aut.errors import UserError
@@ -29,9 +29,10 @@ class Embeddings:
     """The clips of a folder or split.
 
     Attributes:
-        features: float32 `[B, D]`, or `[B, layers, D]`; with `lengths` `[ΣI, D]`, so many items (segments, frames) a clip.
+        features: float32 `[B, D]`, or `[B, layers, D]`; with `lengths` `[ΣI, D]`, that many segments a clip. Empty for frames.
         labels: per clip a class, a tuple of classes or captions, a tuple of events, or a transcript.
         skipped: clips that are not among them, by reason.
+        frames: where every frame is kept, those of each clip, `[T, D]`, in its cache file until they are used.
     """
 
     features: Tensor
@@ -39,18 +40,15 @@ class Embeddings:
     keys: tuple[str, ...]
     skipped: dict[str, int]
     lengths: tuple[int, ...] = ()
+    frames: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def clips(self) -> Sequence[Tensor]:
-        """Return the items of each clip, `[T, D]`, of embeddings with `lengths`."""
-        return self.features.split(self.lengths)
-
     @classmethod
     def join(cls, parts: Sequence["Embeddings"]) -> "Embeddings":
-        """Put folders end to end into one split."""
-        filled = [part.features for part in parts if len(part)]
+        """Put folders end to end into one split; frames stay where they are."""
+        filled = [part.features for part in parts if len(part.features)]
         skipped = sum((Counter(part.skipped) for part in parts), Counter())
         return cls(
             torch.cat(filled) if filled else torch.empty(0, 0),
@@ -58,6 +56,7 @@ class Embeddings:
             tuple(key for part in parts for key in part.keys),
             dict(skipped),
             tuple(length for part in parts for length in part.lengths),
+            tuple(clip for part in parts for clip in part.frames),
         )
 
 
@@ -92,19 +91,7 @@ def load_cached(path: Path) -> Embeddings:
     Raises:
         OSError, SafetensorError, KeyError, ValueError: not there, or damaged.
     """
-    with safe_open(path, framework="pt") as file:
-        facts = json.loads(file.metadata()["facts"])
-        features = file.get_tensor("features")
-    found = Embeddings(
-        features,
-        _frozen(facts["labels"]),
-        _frozen(facts["keys"]),
-        facts["skipped"],
-        tuple(facts["lengths"]),
-    )
-    if facts["sha256"] != _checksum(found):
-        raise ValueError(f"{path} is damaged")
-    return found
+    return _open(path)[0]
 
 
 class PartialEmbeddings:
@@ -141,17 +128,34 @@ def _read(path: Path, identity: dict[str, Any]) -> tuple[Embeddings, int] | None
     if not path.exists():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            features = file.get_tensor("features")
-        labels, keys = _frozen(facts["labels"]), _frozen(facts["keys"])
-        found = Embeddings(features, labels, keys, facts["skipped"], tuple(facts["lengths"]))
-        if facts["identity"] == identity and facts["sha256"] == _checksum(found):
+        found, facts = _open(path)
+        if facts["identity"] == identity:
             return found, facts["seen"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         pass
     log.warning("Cached embeddings %s are damaged; computing them again.", path.name)
     return None
+
+
+def _open(path: Path) -> tuple[Embeddings, dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+        stored = file.get_tensor("features")  # memory-mapped
+    lengths = tuple(facts["lengths"])
+    features, frames = (
+        (torch.empty(0, 0), stored.split(lengths)) if facts["frames"] else (stored, ())
+    )
+    found = Embeddings(
+        features,
+        _frozen(facts["labels"]),
+        _frozen(facts["keys"]),
+        facts["skipped"],
+        () if frames else lengths,
+        tuple(frames),
+    )
+    if facts["sha256"] != _checksum(found):
+        raise ValueError(f"{path} is damaged")
+    return found, facts
 
 
 def _write(path: Path, identity: dict[str, Any], embeddings: Embeddings, seen: int) -> None:
@@ -161,26 +165,46 @@ def _write(path: Path, identity: dict[str, Any], embeddings: Embeddings, seen: i
         "labels": embeddings.labels,
         "keys": embeddings.keys,
         "skipped": embeddings.skipped,
-        "lengths": embeddings.lengths,
+        "lengths": [len(clip) for clip in embeddings.frames] or embeddings.lengths,
+        "frames": bool(embeddings.frames),
         "seen": seen,
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"features": embeddings.features.contiguous()}
-        save_file(tensors, partial, metadata={"facts": json.dumps(facts, ensure_ascii=False)})
+        _save(partial, _pieces(embeddings), {"facts": json.dumps(facts, ensure_ascii=False)})
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(
             f"Cannot write embeddings to {path.parent}: {error}. Name another cache folder."
         ) from None
 
 
+def _save(path: Path, pieces: Sequence[Tensor], metadata: dict[str, str]) -> None:
+    """Write float32 pieces `[n, …]` end to end as the tensor `features` of a safetensors file; `save_file` wants it whole in memory."""
+    shape = [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
+    end = sum(piece.nbytes for piece in pieces)
+    features = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
+    header = json.dumps({"__metadata__": metadata, "features": features}).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for piece in pieces:
+            file.write(piece.numpy().data)
+
+
+def _pieces(embeddings: Embeddings) -> list[Tensor]:
+    return [piece.contiguous() for piece in embeddings.frames or (embeddings.features,)]
+
+
 def _checksum(embeddings: Embeddings) -> str:
-    names = json.dumps([embeddings.labels, embeddings.keys, embeddings.skipped, embeddings.lengths])
-    return hashlib.sha256(
-        embeddings.features.contiguous().numpy().tobytes() + names.encode()
-    ).hexdigest()
+    checksum = hashlib.sha256()
+    for piece in _pieces(embeddings):
+        checksum.update(piece.numpy().data)
+    lengths = [len(clip) for clip in embeddings.frames] or embeddings.lengths
+    names = json.dumps([embeddings.labels, embeddings.keys, embeddings.skipped, lengths])
+    checksum.update(names.encode())
+    return checksum.hexdigest()
 
 
 def _frozen(value: Any) -> Any:

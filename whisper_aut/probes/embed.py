@@ -12,7 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,9 +45,10 @@ from whisper_aut.probes.clips import LEFT_OUT, WHOLE, Clip, ClipReader, Share
 from whisper_aut.probes.hearing import View
 from whisper_aut.probes.tasks import ProbeTask
 
-EMBED_VERSION = 3  # raise it when anything here changes what an embedding is
+EMBED_VERSION = 4  # raise it when anything here changes what an embedding is
 WINDOW_BATCHES = 8  # clips are sorted by length within this many batches
-PART_SECONDS = 60.0  # an interrupted run loses at most so much work
+PART_SECONDS = 60.0  # an interrupted run loses at most this much work
+PART_BYTES = 1 << 28  # of embeddings in memory, before they go to a file
 
 log = logging.getLogger(__name__)
 
@@ -212,6 +213,7 @@ def _embed_folder(
         found = _embed(encoder, index, task, settings, view, partial, share)
         write_embeddings(cache, identity, found)
         partial.remove()
+        found = read_embeddings(cache, identity) or found  # frames stay in the file
     return found
 
 
@@ -248,7 +250,7 @@ def _embed(
     done, seen = partial.read()
     first, stop = share.bounds(index.samples)
     hop = frame_seconds(encoder) if view.name == "segments" else 0.0
-    parts, rows, clips, written = [done], [], [], time.monotonic()
+    rows, clips, written = [], [], time.monotonic()
     with _progress(settings.quiet) as bar:
         total, begun = (stop or index.samples) - first, max(0, seen - first)
         line = bar.add_task(
@@ -269,19 +271,21 @@ def _embed(
         for window in _windows(reader, settings.batch_seconds, _padded(encoder)):
             rows += _encode(encoder, [clip.waveform for clip in window], settings, view, hop)
             clips += [Clip(clip.key, clip.label, torch.empty(0), clip.seen) for clip in window]
-            if time.monotonic() - written > PART_SECONDS:
-                parts.append(_collect(rows, clips, view, index))
-                partial.write(
-                    parts[-1],
-                    clips[-1].seen,
-                    Counter(done.skipped) + Counter(reader.skipped(clips[-1].seen)),
-                )
+            held = sum(row.nbytes for row in rows)
+            if held > PART_BYTES or time.monotonic() - written > PART_SECONDS:
+                left_out = Counter(done.skipped) + Counter(reader.skipped(clips[-1].seen))
+                partial.write(_collect(rows, clips, view, index), clips[-1].seen, left_out)
                 rows, clips, written = [], [], time.monotonic()
-    parts.append(_collect(rows, clips, view, index))
     skipped = Counter(done.skipped) + Counter(reader.skipped())
     check_refused(index, skipped, settings)
-    joined = Embeddings.join(parts)
-    return Embeddings(joined.features, joined.labels, joined.keys, dict(skipped), joined.lengths)
+    parts = [_collect(rows, clips, view, index)]
+    if (written_parts := partial.written) > 0:
+        parts.insert(0, partial.read()[0])
+        if partial.written < written_parts:
+            raise UserError(
+                f"Embeddings in {partial.path.parent} cannot be read back. Start again."
+            )
+    return replace(Embeddings.join(parts), skipped=dict(skipped))
 
 
 def _encode(
@@ -309,16 +313,19 @@ def _encode(
 
 
 def _collect(rows: list[Tensor], clips: list[Clip], view: View, index: ShardIndex) -> Embeddings:
-    ragged = view.name in ("segments", "frames")
-    features = (torch.cat(rows) if ragged else torch.stack(rows)) if rows else torch.empty(0, 0)
     _check_finite([bool(row.isfinite().all()) for row in rows], clips, index)
-    lengths = tuple(len(row) for row in rows) if ragged else ()
+    features, lengths = torch.empty(0, 0), ()
+    if view.name == "segments" and rows:
+        features, lengths = torch.cat(rows), tuple(len(row) for row in rows)
+    elif view.name != "frames" and rows:
+        features = torch.stack(rows)
     return Embeddings(
         features,
         tuple(clip.label for clip in clips),
         tuple(clip.key for clip in clips),
         {},
         lengths,
+        tuple(rows) if view.name == "frames" else (),
     )
 
 

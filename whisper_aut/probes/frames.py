@@ -12,7 +12,7 @@ class Frames:
     """The frames `[T, D]` of each of B clips, standardised by those of the training clips.
 
     Args:
-        clips: as `Embeddings.features` holds them, memory-mapped; never all in memory.
+        clips: as `Embeddings.frames` holds them, memory-mapped.
         train: `[B]`, the clips whose mean and deviation count.
         device: where batches are put.
     """

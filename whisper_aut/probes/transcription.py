@@ -112,7 +112,7 @@ class TranscriptionLearner:
 
     def __init__(self, pool: Embeddings, train: np.ndarray, test: Embeddings, device: str):
         taken = np.concatenate([train, np.zeros(len(test), dtype=bool)])
-        self.frames = Frames([*pool.clips(), *test.clips()], taken, device)
+        self.frames = Frames([*pool.frames, *test.frames], taken, device)
         self.texts, self.test_texts = (
             [_plain(text) for text in part.labels] for part in (pool, test)
         )

@@ -112,7 +112,9 @@ def _mapped(scores: Scores, encoder: str) -> list[MappedTask]:
             continue
         parts = [_read(Path(scores.settings.get("cache", "")) / name) for name in entry.embedded]
         held = [
-            part for part in parts if part is not None and part.features.ndim == 2 and len(part)
+            part
+            for part in parts
+            if part is not None and part.features.ndim == 2 and len(part.features) == len(part) > 0
         ]
         if not held or sum(map(len, held)) < MIN_CLIPS:
             continue
