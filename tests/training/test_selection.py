@@ -12,12 +12,19 @@ from tests.conftest import REPOSITORY, encode_audio, tone, write_shards
 from tests.training.test_train import QUIET, settings_for
 from whisper_aut.corpora.annotation import Annotation
 from whisper_aut.corpora.audit import run_audit
+from whisper_aut.corpora.remote import DEFAULT_POLICY
 from whisper_aut.corpora.shards import ShardFolder, open_index
 from whisper_aut.data.batching import Cursor
 from whisper_aut.errors import UserError
 from whisper_aut.pipeline import Story, run_story
 from whisper_aut.settings import load_settings
-from whisper_aut.training.build import build_data, build_decoder, build_start
+from whisper_aut.training.build import (
+    build_augment,
+    build_data,
+    build_decoder,
+    build_start,
+    stored_audio,
+)
 from whisper_aut.training.train import train
 
 
@@ -110,6 +117,32 @@ def test_an_epoch_is_every_clip_that_is_left_once_whatever_the_ranks(
     ranks = [list(data._stream(rank, 2, Cursor(), 25, -(-count // 2))) for rank in (0, 1)]
     both = [key for row in zip(*ranks, strict=True) for batch in row for key in batch.keys]
     assert both == alone
+
+
+def test_noise_a_new_tokenizer_and_the_plan_go_by_the_clips_that_are_left(
+    tmp_path: Path,
+):
+    write_licensed(tmp_path / "music", 20, 5)
+    write_licensed(tmp_path / "sound", 20, 2)
+    settings = load_settings(
+        REPOSITORY / "conf" / "smoke.yaml",
+        [
+            "model.after=",
+            "model.scratch={vocabulary: 300}",
+            f"runs={tmp_path}/runs",
+            f"data.train=[{{path: {tmp_path}/music, domain: music}}]",
+            f"data.augment.noise=[{tmp_path}/sound]",
+            "data.valid=[]",
+            "data.domains={speech: 0, sound: 0, music: 1}",
+            "data.licences.allow=[CC-BY]",
+        ],
+    )
+    assert [index.samples for index in build_augment(settings, DEFAULT_POLICY).noise] == [2]
+    assert stored_audio(settings.data)[0].clips == 5
+    some = build_start(settings).path
+    settings.data.licences.allow.clear()
+    assert stored_audio(settings.data)[0].clips == 20
+    assert build_start(settings).path != some
 
 
 def test_excluded_clips_are_not_trained_on_and_the_run_says_so(

@@ -1,7 +1,7 @@
 """Training shards × probe shards → which clips of the one are in the other.
 
 In: folders of shards to train on and folders that probes test on. Out: `OUT/audit.json` (settings, counts, every match with its evidence)
-and `OUT/exclude.jsonl`. Next: `data.exclude` in a config names the list, the stream refuses what stands in it, and the run directory
+and `OUT/exclude.jsonl`. Next: `data.exclude` in a config names the list, `corpora.exclusion` leaves its clips out, and the run directory
 keeps the audit. The probes' side is held in memory, the training side is read once, tar by tar, by as many processes as there are cores;
 finished tars are written down, so an audit that was stopped goes on.
 """
