@@ -10,11 +10,15 @@ import hashlib
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 
 UNKNOWN_MS = -1
 COLUMNS = 4
+# NumPy parses a header with `ast`, which in Python 3.11 is not safe in threads:
+# https://github.com/python/cpython/issues/106905
+_HEADER_LOCK = Lock()
 
 
 def table_name(tar: str) -> str:
@@ -68,7 +72,8 @@ class SampleTable:
         Raises:
             ValueError: it is damaged, or not of a tar with so many samples.
         """
-        rows = np.load(io.BytesIO(data), allow_pickle=False)
+        with _HEADER_LOCK:
+            rows = np.load(io.BytesIO(data), allow_pickle=False)
         if rows.dtype.kind != "i" or rows.shape != (samples + 1, COLUMNS):
             raise ValueError(f"a table of {rows.dtype} {rows.shape} for {samples} samples")
         starts, (milliseconds, keys, licences) = rows[:, 0], rows[:-1, 1:].T
