@@ -1,6 +1,7 @@
 """The packed encoder against Hugging Face's, clip by clip."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from tests.conftest import assert_frames_close, enlarge
 from whisper_aut.data.logmel import LogMel, mel_frames
+from whisper_aut.errors import UserError
 from whisper_aut.model.encoder import PackedEncoder, encoder_frames
 from whisper_aut.training.faults import find_compiler
 
@@ -220,3 +223,20 @@ def test_a_compiled_encoder_computes_the_same_and_is_compiled_once_for_all_lengt
         for chosen in (waveforms[:2], waveforms[:3]):
             compiled.eval()(*packed(chosen, bins))
     assert counters["stats"]["unique_graphs"] == 4, "and as many for evaluation"
+
+
+def test_a_clip_beyond_the_encoders_positions_is_an_error_that_says_how_long_clips_may_be(
+    tiny_whisper: Path,
+):
+    config = WhisperConfig.from_pretrained(tiny_whisper)
+    config.max_source_positions = 500
+    encoder = WhisperEncoder(config).eval()
+    logmel = LogMel(80)
+    fits, too_long = (torch.randn(16_000 * seconds) for seconds in (10, 15))
+    assert PackedEncoder(encoder)(logmel(fits), [1000]).lengths == (500,)
+    with pytest.raises(
+        UserError, match=r"500 positions .* reach 10 s; 15 s do not fit.*at most 10 s"
+    ):
+        PackedEncoder(encoder)(logmel(too_long), [1500])
+    with pytest.raises(UserError, match="choose padding none"):
+        PackedEncoder(encoder, "30s")(logmel(fits), [1000])

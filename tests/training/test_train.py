@@ -17,6 +17,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import HalfPrecision
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from torchmetrics import Metric
 
@@ -36,6 +37,7 @@ from whisper_aut.training.faults import explained
 from whisper_aut.training.train import train
 
 QUIET = Console(quiet=True)
+POSITIONS = "model.encoder.embed_positions.weight"
 
 
 def settings_for(tiny_whisper: Path, tiny_shards: Path, runs: Path, *overrides: str) -> Settings:
@@ -524,6 +526,18 @@ def test_mistakes_are_found_before_anything_is_written(
                 settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *domains, *overrides),
                 QUIET,
             )
+    short = Path(shutil.copytree(tiny_whisper, tmp_path / "short"))
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_source_positions": 500}))
+    weights = load_file(short / "model.safetensors")
+    weights[POSITIONS] = weights[POSITIONS][:500].clone()
+    save_file(weights, short / "model.safetensors", metadata={"format": "pt"})
+    for overrides, message in (
+        (["data.max_seconds=30"], "30 s do not fit. Clips may be at most 10 s"),
+        (["model.padding=30s", "data.max_seconds=10"], "choose padding none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(settings_for(short, tiny_shards, tmp_path / "runs", *overrides), QUIET)
     assert not (tmp_path / "runs").exists()
     with pytest.raises(UserError, match="There is no checkpoint"):
         train(

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu
 from torch.utils.checkpoint import checkpoint
+from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.data.logmel import MAX_MEL_FRAMES, frames_with_context, silence_level
+from whisper_aut.errors import UserError
 from whisper_aut.model.attention import Segments, clip_attention
 from whisper_aut.model.dense import speed_up_products
 from whisper_aut.model.transfer import sent
@@ -28,6 +30,7 @@ PADDINGS = ("none", "30s")
 TRAINED_PADDING = "trained_padding"  # the key under which an exported config.json says it
 RELEASED_PADDING: Padding = "30s"  # of checkpoints without that key: every released Whisper
 CONV_STRIDE = 2
+FRAME_SECONDS = 0.02
 FLOAT16_MARGIN = 1_000  # Whisper's own: float16 activations are kept this far from infinity
 
 
@@ -49,6 +52,25 @@ class Frames:
         """Return each clip's own frames, `[T, D]`."""
         clips = self.values.split(self.lengths)
         return [clip[:length] for clip, length in zip(clips, self.valid_lengths, strict=True)]
+
+
+def longest_clip_seconds(config: WhisperConfig) -> float:
+    """Return how long a clip may be for the positions that an encoder has: 30 for a released Whisper's 1,500."""
+    return config.max_source_positions * FRAME_SECONDS
+
+
+def too_long(config: WhisperConfig, padding: Padding, clip_seconds: float) -> str:
+    """Say that clips of this length, padding included, do not fit an encoder's positions, and how long clips may be."""
+    longest = longest_clip_seconds(config)
+    way = (
+        "Padding to 30s does not fit; choose padding none, which runs clips at their own length"
+        if padding == "30s"
+        else f"Clips may be at most {longest:g} s long; in training, set data.max_seconds={longest:g} to skip longer ones"
+    )
+    return (
+        f"This encoder has {config.max_source_positions} positions (max_source_positions in its config.json), which reach {longest:g} s; "
+        f"{clip_seconds:g} s do not fit. {way}."
+    )
 
 
 def encoder_frames(mel_length: int) -> int:
@@ -76,7 +98,7 @@ class PackedEncoder(nn.Module):
     ):
         super().__init__()
         self.whisper = whisper
-        self.padding = padding
+        self.padding: Padding = padding
         self.gradient_checkpointing = gradient_checkpointing
         self._halves = _HALVES
         if compile:
@@ -109,6 +131,8 @@ class PackedEncoder(nn.Module):
             mel = _pad_with_silence(mel, mel_lengths)
             mel_lengths = (MAX_MEL_FRAMES,) * len(valid)
         lengths = tuple(encoder_frames(length) for length in mel_lengths)
+        if max(lengths) > self.whisper.config.max_source_positions:
+            raise UserError(too_long(self.whisper.config, self.padding, max(mel_lengths) / 100))
         hidden = self._embed(mel, mel_lengths)
         segments = Segments.of(lengths, lengths, hidden.device)
         for layer in self.whisper.layers:

@@ -23,7 +23,7 @@ from whisper_aut.corpora.shards import open_index
 from whisper_aut.corpora.template import text_template
 from whisper_aut.data.augment import Augment, SpecAugment
 from whisper_aut.data.example import ExampleBuilder
-from whisper_aut.data.logmel import LogMel
+from whisper_aut.data.logmel import WINDOW_SECONDS, LogMel
 from whisper_aut.data.module import ShardDataModule
 from whisper_aut.data.order import mixture_shares
 from whisper_aut.data.sample import Sample, iter_samples
@@ -31,7 +31,7 @@ from whisper_aut.data.stream import StreamSource
 from whisper_aut.data.text import TextCodec
 from whisper_aut.errors import UserError
 from whisper_aut.model.decoders import check_decoder
-from whisper_aut.model.encoder import PackedEncoder
+from whisper_aut.model.encoder import PackedEncoder, longest_clip_seconds, too_long
 from whisper_aut.model.module import AudioTextModule
 from whisper_aut.model.scratch import SPECIAL_TOKENS, make_whisper
 from whisper_aut.model.shapes import config_of, shaped_config
@@ -283,6 +283,9 @@ def build_module(
     settings: Settings, start: Start, decoder: Any, codec: TextCodec, total_steps: int
 ) -> AudioTextModule:
     model = settings.model
+    seconds = WINDOW_SECONDS if model.padding == "30s" else settings.data.max_seconds
+    if seconds > longest_clip_seconds(start.config):
+        raise UserError(too_long(start.config, model.padding, seconds))
     if model.compile:
         check_compilable(settings.strategy.name)
     encoder = PackedEncoder(
