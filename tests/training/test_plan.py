@@ -1,11 +1,14 @@
 """The plan against real steps: its memory against PyTorch's allocator, its parameters and work against the built model."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
@@ -23,10 +26,17 @@ from whisper_aut.model.decoders.whisper import (
 )
 from whisper_aut.model.encoder import PackedEncoder
 from whisper_aut.model.flops import encoder_flops, whisper_decoder_flops
-from whisper_aut.training.accelerators import ACCELERATORS
+from whisper_aut.training.accelerators import ACCELERATORS, Accelerator
 from whisper_aut.training.build import stored_audio
 from whisper_aut.training.forecast import Forecast
-from whisper_aut.training.plan import StepCost, StepShape, device_memory, step_cost
+from whisper_aut.training.plan import (
+    Compute,
+    StepCost,
+    StepCounter,
+    StepShape,
+    device_memory,
+    step_cost,
+)
 
 MEL_LENGTHS, TEXT_LENGTHS = (300, 501, 770, 120), (12, 30, 7, 20)
 
@@ -50,17 +60,31 @@ def sketch(config: WhisperConfig, gradient_checkpointing: bool) -> torch.nn.Modu
     return sketch_whisper_decoder(config, WhisperDecoderOptions(), gradient_checkpointing)
 
 
-def measured_peak_bytes(checkpointing: bool) -> int:
-    """What PyTorch's allocator handed out at the worst moment of a real step, gradients included."""
+def real_step(shape: StepShape) -> Callable[[], None]:
+    """Return the forward and backward pass that a plan of this shape describes, on real tensors."""
+    checkpointing, half = shape.gradient_checkpointing, shape.compute == "bfloat16"
     model = WhisperForConditionalGeneration(config()).train()
     encoder = PackedEncoder(model.model.encoder, "none", checkpointing).train()
     decoder = WhisperDecoder(model.model.decoder, 1, checkpointing).train()
     mel = torch.randn(sum(map(frames_with_context, MEL_LENGTHS)), 80)
+    if half:
+        encoder, decoder, mel = encoder.bfloat16(), decoder.bfloat16(), mel.bfloat16()
     clips = [torch.ones(length, dtype=torch.long) for length in TEXT_LENGTHS]
     targets = Targets.pack([TokenTarget(clip, torch.arange(len(clip)) > 0, 1) for clip in clips])
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=shape.compute == "autocast"):
+            frames = encoder(mel, MEL_LENGTHS)
+            loss = decoder.loss(frames.values, frames.lengths, targets).total
+        loss.backward()
+
+    return step
+
+
+def measured_peak_bytes(step: Callable[[], None]) -> int:
+    """What PyTorch's allocator handed out at the worst moment of a real step."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        frames = encoder(mel, MEL_LENGTHS)
-        decoder.loss(frames.values, frames.lengths, targets).total.backward()
+        step()
     now = peak = 0
     for event in profiler.profiler.kineto_results.events():  # pyright: ignore[reportOptionalMemberAccess]
         if event.name() == "[memory]":
@@ -69,13 +93,42 @@ def measured_peak_bytes(checkpointing: bool) -> int:
     return peak
 
 
+@pytest.mark.parametrize("compute", ["float32", "autocast", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_is_what_a_real_step_takes(checkpointing: bool):
-    cost = step_cost(
-        config(), sketch, StepShape(MEL_LENGTHS, TEXT_LENGTHS, gradient_checkpointing=checkpointing)
+def test_memory_is_what_a_real_step_takes(checkpointing: bool, compute: Compute):
+    shape = StepShape(
+        MEL_LENGTHS, TEXT_LENGTHS, compute=compute, gradient_checkpointing=checkpointing
     )
-    planned = cost.live_bytes + 4 * cost.trainable
-    assert planned == pytest.approx(measured_peak_bytes(checkpointing), rel=0.15)
+    cost, step = step_cost(config(), sketch, shape), real_step(shape)
+    assert cost.peak_bytes == pytest.approx(measured_peak_bytes(step), rel=0.15)
+    # The second micro-batch of a step finds the gradients of the first one.
+    assert cost.activation_bytes == pytest.approx(measured_peak_bytes(step), rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_kernels_are_those_of_a_real_step(checkpointing: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("whisper_aut.model.dense.mkl_is_slow", lambda: False)  # PyTorch's products
+    shape = StepShape(MEL_LENGTHS, TEXT_LENGTHS, gradient_checkpointing=checkpointing)
+    counted = StepCounter()
+    step = real_step(shape)
+    with counted:
+        step()
+    planned = step_cost(config(), sketch, shape)
+    assert planned.launches == pytest.approx(counted.kernels.total(), rel=0.01)
+    assert planned.flops == sum(flops * times for (flops, _), times in counted.kernels.items())
+
+
+def test_what_computes_nothing_is_no_kernel():
+    with FakeTensorMode():
+        x = torch.ones(4, 6)
+        with StepCounter() as counter:
+            assert x.device.type == "cpu"  # a question to the host, of fake tensors an operation
+            y = x.view(2, 12).t()[1:]
+            torch.empty(3), torch.empty_like(y)
+            assert not counter.kernels
+            y.add_(1)
+            (x @ x.t()).relu()
+    assert counter.kernels == {(0, 2 * 88): 1, (2 * 4 * 6 * 4, 2 * 96 + 64): 1, (0, 2 * 64): 1}
 
 
 def test_parameters_and_work_are_the_models():
@@ -88,13 +141,14 @@ def test_parameters_and_work_are_the_models():
     useful += whisper_decoder_flops(
         config(), frames, TEXT_LENGTHS, sum(TEXT_LENGTHS) - len(TEXT_LENGTHS)
     )
-    assert (
-        useful < cost.flops < 1.1 * useful
-    )  # attention computes its scores again in the backward pass
+    assert cost.model_flops == useful
+    # Attention computes its scores again in the backward pass.
+    assert useful < cost.flops < 1.1 * useful
     again = step_cost(
         config(), sketch, StepShape(MEL_LENGTHS, TEXT_LENGTHS, gradient_checkpointing=True)
     )
-    # Every layer runs forward once more, a third of its work, but for its last product, whose result no gradient needs.
+    # Every layer runs forward once more, a third of its work, but for its last product, whose
+    # result no gradient needs. None of that is useful.
     bare = config()
     bare.encoder_layers = bare.decoder_layers = 0
     layers = useful - encoder_flops(bare, MEL_LENGTHS, frames)
@@ -103,12 +157,26 @@ def test_parameters_and_work_are_the_models():
     )
     last_products = 2 * 64 * 256 * (3 * sum(frames) + 2 * sum(TEXT_LENGTHS))
     assert again.flops - cost.flops == layers / 3 - last_products
-    assert again.live_bytes < cost.live_bytes
+    assert again.model_flops == useful
+    assert again.activation_bytes < cost.activation_bytes
+    frozen = step_cost(config(), sketch, StepShape(MEL_LENGTHS, TEXT_LENGTHS, train_encoder=False))
+    assert frozen.trainable == frozen.decoder
+    assert frozen.model_flops < 0.6 * useful
+
+
+COST = StepCost(
+    encoder=600,
+    decoder=400,
+    trainable=900,
+    model_flops=0.0,
+    kernels=((0.0, 0, 1),),
+    activation_bytes=50,
+    peak_bytes=3_650,
+)
 
 
 def test_zero_stages_share_what_they_say():
-    cost = StepCost(encoder=600, decoder=400, trainable=900, flops=0.0, operations=1, live_bytes=50)
-    plain = device_memory(cost, stage=0, ranks=8, half_weights=False)
+    plain = device_memory(COST, stage=0, ranks=8, half_weights=False)
     assert (plain.weights, plain.gradients, plain.optimizer, plain.activations) == (
         4000,
         3600,
@@ -116,12 +184,63 @@ def test_zero_stages_share_what_they_say():
         50,
     )
     one, two, three = (
-        device_memory(cost, stage=stage, ranks=8, half_weights=True) for stage in (1, 2, 3)
+        device_memory(COST, stage=stage, ranks=8, half_weights=True) for stage in (1, 2, 3)
     )
-    assert (one.weights, one.gradients, one.optimizer) == (2000, 1800, 12 * 900 / 8)
-    assert two.gradients == 225
+    # Gradients are summed in float32.
+    assert (one.weights, one.gradients, one.optimizer) == (2000, 3600, 12 * 900 / 8)
+    assert two.gradients == 450
     assert three.weights == 250
-    assert device_memory(cost, stage=2, ranks=8, half_weights=True, offload=True).optimizer == 0
+    offloaded = device_memory(COST, stage=2, ranks=8, half_weights=True, offload=True)
+    assert offloaded.gradients == offloaded.optimizer == 0
+
+
+def test_gradients_count_twice_only_where_they_outlive_a_micro_batch():
+    alone = device_memory(COST, stage=0, ranks=1, half_weights=False)
+    assert alone.gradients + alone.activations == COST.peak_bytes
+    accumulating = device_memory(COST, stage=0, ranks=1, half_weights=False, accumulates=True)
+    assert accumulating.gradients + accumulating.activations == 3600 + COST.activation_bytes
+
+
+def forecast(cost_of: Any, **changes: Any) -> Forecast:
+    run = {
+        "ranks": 1,
+        "stage": 0,
+        "offload": False,
+        "precision": "bf16-mixed",
+        "checkpointing": False,
+        "micro_batches": 1,
+        "steps": 10,
+        "step_audio_seconds": 1.0,
+        "bytes_per_audio_second": 1.0,
+    }
+    return Forecast(cost_of, **(run | changes))
+
+
+def test_time_is_bound_by_products_by_memory_or_by_launches():
+    card = Accelerator("card", "card", 80.0, 100.0, 50.0, terabytes_per_second=1.0)
+
+    def step_seconds(*kernels: tuple[float, int, int], **changes: Any) -> float:
+        cost = replace(COST, kernels=kernels, trainable=0)
+        return forecast(lambda *_: cost, **changes).step_seconds(card)
+
+    products, traffic = (60e12, 8, 2), (0.0, 800 * 10**9, 3)
+    assert step_seconds(products) == pytest.approx(2.0)  # at 0.6 of 100 TFLOP/s
+    assert step_seconds(products, precision="32-true") == pytest.approx(4.0)
+    assert step_seconds(traffic) == pytest.approx(3.0)  # at 0.8 of 1 TB/s
+    assert step_seconds(products, traffic, micro_batches=4) == pytest.approx(4 * 5.0)
+    assert step_seconds((0.0, 8, 100_000)) == pytest.approx(1.0)
+    trained = replace(COST, trainable=2 * 10**10)
+    seconds = forecast(lambda *_: trained).step_seconds(card)
+    assert seconds == pytest.approx(1.0, rel=1e-4)  # AdamW reads and writes 40 bytes a parameter
+    shared = forecast(lambda *_: trained, ranks=4, stage=2)
+    assert shared.step_seconds(card) == pytest.approx(0.25, rel=1e-3)
+
+
+def test_what_is_computed_again_is_utilisation_and_no_mfu():
+    card = Accelerator("card", "card", 80.0, 100.0, 50.0, terabytes_per_second=1.0)
+    cost = replace(COST, model_flops=90e12, kernels=((120e12, 1, 1),), trainable=0)
+    useful, computed = forecast(lambda *_: cost, micro_batches=2).utilisation(card)
+    assert (useful, computed) == (pytest.approx(0.45), pytest.approx(0.6))
 
 
 def test_the_papers_recipe_is_planned_from_known_sizes(
@@ -162,28 +281,24 @@ def test_a_plan_with_lora_says_what_to_plan_instead(
 
 
 def test_what_fits_names_the_least_measure():
-    cost = StepCost(
-        encoder=10**9, decoder=0, trainable=10**9, flops=1e12, operations=1, live_bytes=10 * 2**30
-    )
-    lean = replace(cost, live_bytes=2**30)
-    rest = {
-        "offload": False,
-        "precision": "bf16-mixed",
-        "micro_batches": 1,
-        "steps": 10,
-        "step_audio_seconds": 1.0,
-    }
-    plan = Forecast(cost, cost, lean, ranks=8, stage=0, bytes_per_audio_second=1.0, **rest)
-    cards = {device.name: plan.what_fits(device) for device in ACCELERATORS}
-    assert cards["A100 40 GB"] == "fits as it is"
-    assert cards["RTX 4090 24 GB"] == "one device or ddp + gradient checkpointing"
-    huge = replace(
-        plan,
-        plain=replace(cost, live_bytes=2**40),
-        checkpointed=replace(cost, live_bytes=2**40),
-        cost=replace(cost, live_bytes=2**40),
-    )
-    assert huge.what_fits(ACCELERATORS[0]).startswith("too large")
+    def cards(plain_gib: int, checkpointed_gib: int) -> dict[str, str]:
+        def cost_of(half_weights: bool, checkpointing: bool) -> StepCost:
+            size = (checkpointed_gib if checkpointing else plain_gib) * 2**30
+            return replace(
+                COST,
+                encoder=10**9,
+                decoder=0,
+                trainable=10**9,
+                activation_bytes=size,
+                peak_bytes=size,
+            )
+
+        plan = forecast(cost_of, ranks=8)
+        return {device.name: plan.what_fits(device) for device in ACCELERATORS}
+
+    assert cards(10, 1)["A100 40 GB"] == "fits as it is"
+    assert cards(10, 1)["RTX 4090 24 GB"] == "one device or ddp + gradient checkpointing"
+    assert cards(1024, 1024)["H200 141 GB"].startswith("too large")
 
 
 def test_clips_count_as_often_as_they_are_drawn(

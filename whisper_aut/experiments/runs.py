@@ -161,7 +161,7 @@ def expected_cost(run: Run) -> Expected:
     return Expected(
         forecast.steps,
         forecast.steps * forecast.step_audio_seconds,
-        times * forecast.cost.flops / 1e12,
+        times * forecast.cost.model_flops / 1e12,
     )
 
 

@@ -1,7 +1,7 @@
 """Devices by name: their memory and what they could compute; and the precision for the one at hand.
 
-Figures are the vendors' data sheets: dense tensor-core TFLOP/s of H100 (SXM, PCIe, NVL) and H200
-SXM, A100, and of the RTX 4090 with float32 accumulation.
+The numbers are the vendors' data sheets: dense tensor-core TFLOP/s and memory bandwidth of H100
+(SXM, PCIe, NVL), H200 SXM and A100 SXM, and of the RTX 4090 with float32 accumulation.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,20 @@ NO_BFLOAT16 = (
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A device: what `torch.cuda.get_device_name` contains, GiB, and TFLOP/s in half precision and in float32 as TF32."""
+    """A device.
+
+    Attributes:
+        part: what `torch.cuda.get_device_name` contains.
+        half_tflops, single_tflops: in 16 bits, and in float32 as TF32.
+        terabytes_per_second: of its memory.
+    """
 
     name: str
     part: str
     memory_gib: float
     half_tflops: float
     single_tflops: float
+    terabytes_per_second: float
 
     def peak_flops(self, precision: str) -> float:
         """Return FLOP/s in one of Lightning's precisions."""
@@ -30,13 +37,13 @@ class Accelerator:
 
 
 ACCELERATORS = (  # a longer part before one that it contains: the first that fits is taken
-    Accelerator("H200 141 GB", "H200", 140.0, 989.0, 494.5),
-    Accelerator("H100 PCIe 80 GB", "H100 PCIe", 79.0, 756.0, 378.0),
-    Accelerator("H100 NVL 94 GB", "H100 NVL", 93.0, 835.0, 417.5),
-    Accelerator("H100 80 GB", "H100", 79.0, 989.0, 494.5),
-    Accelerator("A100 80 GB", "A100", 79.0, 312.0, 156.0),
-    Accelerator("A100 40 GB", "A100", 39.0, 312.0, 156.0),
-    Accelerator("RTX 4090 24 GB", "RTX 4090", 23.5, 165.2, 82.6),
+    Accelerator("H200 141 GB", "H200", 140.0, 989.0, 494.5, 4.8),
+    Accelerator("H100 PCIe 80 GB", "H100 PCIe", 79.0, 756.0, 378.0, 2.0),
+    Accelerator("H100 NVL 94 GB", "H100 NVL", 93.0, 835.0, 417.5, 3.9),
+    Accelerator("H100 80 GB", "H100", 79.0, 989.0, 494.5, 3.35),
+    Accelerator("A100 80 GB", "A100", 79.0, 312.0, 156.0, 2.039),
+    Accelerator("A100 40 GB", "A100", 39.0, 312.0, 156.0, 1.555),
+    Accelerator("RTX 4090 24 GB", "RTX 4090", 23.5, 165.2, 82.6, 1.008),
 )
 
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -366,26 +367,30 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
     )
     stored, assumptions = stored_audio(data)
     ranks = (hardware.devices if isinstance(hardware.devices, int) else 1) * hardware.nodes
-    half = not hardware.precision.startswith("32")
+    precision = hardware.precision
+    if precision == "auto":  # every device of the tables computes in bfloat16
+        precision = "32-true" if hardware.accelerator == "cpu" else "bf16-mixed"
     batch_clips = (
         max(1, round(data.batch_seconds / stored.clip_seconds))
         if data.batch_seconds
         else data.batch_clips
     )
 
-    def cost(checkpointing: bool) -> StepCost:
+    @cache
+    def cost(half_weights: bool, checkpointing: bool) -> StepCost:
+        autocast = not precision.startswith("32")
         shape = StepShape(
             mel_lengths=(max(1, round(100 * stored.clip_seconds)),) * batch_clips,
             text_lengths=(ASSUMED_TOKENS,) * batch_clips,
             padding=settings.model.padding,
-            half_precision=half,
+            compute="bfloat16" if half_weights else "autocast" if autocast else "float32",
             gradient_checkpointing=checkpointing,
+            train_encoder=not settings.model.freeze_encoder,
         )
         return step_cost(
             config, lambda config, checkpointing: sketch(config, options, checkpointing), shape
         )
 
-    plain, checkpointed = cost(False), cost(True)
     clips = data.samples_per_epoch or stored.clips
     epochs = (
         trainer.max_epochs * (clips // (batch_clips * ranks * trainer.accumulate))
@@ -395,13 +400,12 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
     steps = min((count for count in (epochs, trainer.max_steps) if count), default=None)
     strategy = settings.strategy.name
     return Forecast(
-        cost=checkpointed if settings.model.gradient_checkpointing else plain,
-        plain=plain,
-        checkpointed=checkpointed,
+        cost_of=cost,
         ranks=ranks,
         stage=int(strategy.removeprefix(DEEPSPEED)[0]) if strategy.startswith(DEEPSPEED) else 0,
         offload=strategy.endswith(OFFLOAD),
-        precision=hardware.precision,
+        precision=precision,
+        checkpointing=settings.model.gradient_checkpointing,
         micro_batches=trainer.accumulate,
         steps=steps,
         step_audio_seconds=stored.clip_seconds * batch_clips * trainer.accumulate,
@@ -409,6 +413,7 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
         assumptions=(
             *assumptions,
             f"{ASSUMED_TOKENS} text tokens a clip, all clips of the mean length",
+            *(["the host updates the weights in no time"] if strategy.endswith(OFFLOAD) else []),
         ),
     )
 

@@ -1,51 +1,75 @@
-"""A run told before it starts: parameters, memory, work, time, and what would fit where.
+"""A training step before it runs: parameters, memory, FLOPs and kernels, from sizes alone.
 
-In: the sizes of a model as a `WhisperConfig`, its decoder's sketch, and the batch. Out: a `StepCost`. Next: `training.forecast`.
-Nothing is loaded: the step itself runs, forward and backward, on PyTorch's fake tensors, which have shapes and no memory, while its
-operations and its live bytes are counted. A decoder joins by its registry entry's `sketch`. ZeRO's shares: Rajbhandari et al. 2020,
-arXiv 1910.02054, section 3.
+The step itself runs, forward and backward, on PyTorch's fake tensors, which have shapes and no
+memory, while its kernels and live bytes are counted. A decoder takes part by its registry entry's
+`sketch`. What ZeRO's ranks share: Rajbhandari et al. 2020, arXiv 1910.02054, section 3.
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import (
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    shape_wrapper,
+)
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.data.logmel import frames_with_context
 from whisper_aut.data.pack import Targets
-from whisper_aut.model.encoder import PackedEncoder, Padding
+from whisper_aut.model.encoder import PackedEncoder, Padding, encoder_frames
+from whisper_aut.model.flops import encoder_flops
 
 GIBIBYTE = 2**30
 ADAM_BYTES = 8  # two float32 moments a parameter
+# What clipping and a fused AdamW read and write of each float32 parameter: the gradient's norm 4,
+# its scaling 8, the update 28.
+UPDATE_BYTES = 40
 STAGES = ("one device or ddp", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+Compute = Literal["float32", "autocast", "bfloat16"]
+
 _ATEN: Any = torch.ops.aten
-ATTENTION_ON_CPU = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: (
-        sdpa_flop_count(q, k, v)
+_FLOPS: dict[Any, Any] = flop_registry | {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(
+        lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v)
     ),
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, out_shape=None, **__: (
-        sdpa_backward_flop_count(g, q, k, v)
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(
+        lambda g, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(g, q, k, v)
     ),
 }
+# They allocate and compute nothing.
+_EMPTY = {_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty}
+# They read of a table no more than what they return.
+_GATHER = {_ATEN.embedding, _ATEN.gather, _ATEN.index, _ATEN.index_select}
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a step of one device holds: F and L of each clip of a micro-batch, and how the model runs it."""
+    """A micro-batch of one device, and how the model runs it.
+
+    Attributes:
+        mel_lengths, text_lengths: F and L of each clip.
+        compute: float32; bfloat16 by autocast over float32 weights; or a model in bfloat16, which
+            is what DeepSpeed makes of it.
+        train_encoder: whether the encoder's weights are trained.
+    """
 
     mel_lengths: tuple[int, ...]
     text_lengths: tuple[int, ...]
     padding: Padding = "none"
-    half_precision: bool = False
+    compute: Compute = "float32"
     gradient_checkpointing: bool = False
+    train_encoder: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,57 +78,42 @@ class StepCost:
 
     Attributes:
         encoder, decoder, trainable: parameters.
-        flops: forward and backward, recomputation included.
-        operations: kernels that are launched.
-        live_bytes: at the worst moment of the step, beside weights and gradients: activations and what operations need for
-            themselves.
+        model_flops: useful work of forward and backward: of the clips' own frames and tokens, each
+            product once. What padding adds, and what gradient checkpointing and attention compute
+            again, is in `flops` alone.
+        kernels: (FLOPs, bytes read and written, how often) of the kernels that are launched.
+        activation_bytes: at the worst moment, without weights and gradients: activations and what
+            kernels need for themselves.
+        peak_bytes: the same with the gradients that exist by then, if the step began with none.
     """
 
     encoder: int
     decoder: int
     trainable: int
-    flops: float
-    operations: int
-    live_bytes: int
+    model_flops: float
+    kernels: tuple[tuple[float, int, int], ...]
+    activation_bytes: int
+    peak_bytes: int
 
     @property
     def parameters(self) -> int:
         return self.encoder + self.decoder
 
+    @property
+    def flops(self) -> float:
+        """All FLOPs that the device computes: what a hardware utilisation counts."""
+        return sum(flops * count for flops, _, count in self.kernels)
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make, until the tensors die; real and fake tensors alike."""
+    @property
+    def launches(self) -> int:
+        return sum(count for *_, count in self.kernels)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = self.operations = 0
-        self._known: dict[int, Any] = {}
-
-    def ignore(self, tensors: Sequence[Tensor]) -> None:
-        """Leave out tensors that are there already."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            self._known[id(storage)] = storage
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.operations += not func.is_view
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self._meet(tensor.untyped_storage())
-        return out
-
-    def _meet(self, storage: Any) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self._known:
-            return
-        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def _forget(self, key: int, size: int) -> None:
-        del self._known[key]
-        self.now -= size
+    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """Return how long the kernels take, each bound by its products or by its memory traffic."""
+        return sum(
+            max(flops / flops_per_second, moved / bytes_per_second) * count
+            for flops, moved, count in self.kernels
+        )
 
 
 def step_cost(
@@ -113,37 +122,116 @@ def step_cost(
     """Run one micro-batch on tensors without memory and count.
 
     Args:
-        config: of the start checkpoint.
+        config: of the pretrained checkpoint.
         sketch: `(config, gradient_checkpointing)` → decoder without weights.
         shape: the micro-batch.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
     with FakeTensorMode():
         encoder = PackedEncoder(
             WhisperEncoder(config), shape.padding, shape.gradient_checkpointing
         ).train()
+        encoder.requires_grad_(shape.train_encoder)
+        encoder.whisper.embed_positions.requires_grad_(False)
         decoder: Any = sketch(config, shape.gradient_checkpointing).train()
-        parameters = [*encoder.parameters(), *decoder.parameters()]
-        trainable = [
-            *(p for p in encoder.parameters() if p.requires_grad),
-            *decoder.trainable_parameters(),
-        ]
-        live = LiveBytes()
-        # One after the other: the counter's own hooks would keep alive what gradient checkpointing lets go.
+        modules = nn.ModuleList([encoder, decoder])
+        tensors = [*modules.parameters(), *modules.buffers()]
+        if shape.compute == "bfloat16":
+            for tensor in filter(torch.is_floating_point, tensors):
+                tensor.data = tensor.data.bfloat16()
+        trainable = [p for p in modules.parameters() if p.requires_grad]
+        counter = StepCounter(tensors)
+        for parameter in trainable:
+            parameter.register_post_accumulate_grad_hook(counter.set_gradient_apart)
+        lengths = [encoder_frames(length) for length in shape.mel_lengths]
+        targets = placeholder_targets(shape.text_lengths)
+        mel = torch.empty(
+            sum(map(frames_with_context, shape.mel_lengths)),
+            encoder.num_mel_bins,
+            dtype=torch.bfloat16 if shape.compute == "bfloat16" else torch.float32,
+        )
         with counter:
-            _step(encoder, decoder, shape)
-        gradients = _forget_gradients(trainable)
-        live.ignore([*parameters, *encoder.buffers(), *decoder.buffers()])
-        with live:
-            _step(encoder, decoder, shape)
+            with torch.autocast("cpu", torch.bfloat16, enabled=shape.compute == "autocast"):
+                frames = encoder(mel, shape.mel_lengths)
+                loss = decoder.loss(frames.values, frames.lengths, targets).total
+            loss.backward()
+        useful = encoder_flops(config, shape.mel_lengths, lengths, trained=shape.train_encoder)
+        useful += decoder.flops(lengths, targets)
     return StepCost(
         encoder=sum(p.numel() for p in encoder.parameters()),
         decoder=sum(p.numel() for p in decoder.parameters()),
         trainable=sum(p.numel() for p in trainable),
-        flops=float(counter.get_total_flops()),
-        operations=live.operations,
-        live_bytes=max(0, live.peak - gradients),
+        model_flops=useful,
+        kernels=tuple((*work, count) for work, count in counter.kernels.items()),
+        activation_bytes=counter.peak,
+        peak_bytes=counter.peak_with_gradients,
     )
+
+
+class StepCounter(TorchDispatchMode):
+    """Counts the kernels of a step, and the bytes of the tensors that they make until these die.
+
+    Real and fake tensors alike.
+
+    Args:
+        present: tensors that were there before; their bytes do not count.
+    """
+
+    def __init__(self, present: Sequence[Tensor] = ()):
+        super().__init__()
+        self.kernels: Counter[tuple[float, int]] = Counter()
+        self.now = self.gradients = self.peak = self.peak_with_gradients = 0
+        self._known: dict[int, Any] = {}
+        for tensor in present:
+            storage = tensor.untyped_storage()
+            self._known[id(storage)] = storage
+
+    def set_gradient_apart(self, parameter: Tensor) -> None:
+        """Count a gradient by itself from now on, once it is complete."""
+        assert parameter.grad is not None
+        storage = parameter.grad.untyped_storage()
+        self._forget(id(storage), storage.nbytes())
+        self._known[id(storage)] = storage
+        self.gradients += storage.nbytes()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if not made:  # `prim.device` and the like: a question to the host
+            return out
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._count(func, args, kwargs, out, read, made)
+        for tensor in made:
+            self._meet(tensor.untyped_storage())
+        return out
+
+    def _count(
+        self, func: Any, args: Any, kwargs: Any, out: Any, read: list[Tensor], made: list[Tensor]
+    ) -> None:
+        given = {id(tensor.untyped_storage()) for tensor in read}
+        is_view = all(id(tensor.untyped_storage()) in given for tensor in made)
+        packet = func._overloadpacket
+        if packet in _EMPTY or (is_view and not func._schema.is_mutable):
+            return
+        flops = _FLOPS[packet](*args, **kwargs, out_val=out) if packet in _FLOPS else 0
+        written = sum(tensor.nbytes for tensor in made)
+        sizes = (tensor.nbytes for tensor in read)
+        self.kernels[
+            flops, written + sum(min(s, written) if packet in _GATHER else s for s in sizes)
+        ] += 1
+
+    def _meet(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._known:
+            return
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self.peak_with_gradients = max(self.peak_with_gradients, self.now + self.gradients)
+
+    def _forget(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.now -= size
 
 
 @dataclass(frozen=True)
@@ -161,50 +249,48 @@ class DeviceMemory:
 
 
 def device_memory(
-    cost: StepCost, *, stage: int, ranks: int, half_weights: bool, offload: bool = False
+    cost: StepCost,
+    *,
+    stage: int,
+    ranks: int,
+    half_weights: bool,
+    offload: bool = False,
+    accumulates: bool = False,
 ) -> DeviceMemory:
     """Return what one of `ranks` devices holds.
 
     Args:
+        cost: of a micro-batch, in bfloat16 where `half_weights`.
         stage: 0 for one device or ddp, else ZeRO's.
-        half_weights: weights and gradients in two bytes with a float32 master copy beside the moments, as DeepSpeed keeps them
-            for half precision; else all in four.
-        offload: the optimiser's state lies in the host's memory.
+        half_weights: the model is in two bytes a weight, with float32 gradients that are summed
+            and a float32 copy of the weights next to the moments, as DeepSpeed keeps them.
+        offload: the optimiser's state and the summed gradients are in the host's memory.
+        accumulates: a step has several micro-batches, so that gradients outlive them.
     """
     size = 2 if half_weights else 4
     states = ADAM_BYTES + (4 if half_weights else 0)
+    gradients = cost.trainable * 4 / (ranks if stage >= 2 else 1)
+    lasting = stage > 0 or ranks > 1 or accumulates  # ddp's buckets outlive a step, ZeRO's too
     return DeviceMemory(
         weights=cost.parameters * size / (ranks if stage >= 3 else 1),
-        gradients=cost.trainable * size / (ranks if stage >= 2 else 1),
+        gradients=0.0 if offload else gradients,
         optimizer=0.0 if offload else cost.trainable * states / (ranks if stage >= 1 else 1),
-        activations=float(cost.live_bytes),
+        activations=float(
+            cost.activation_bytes if lasting else max(0.0, cost.peak_bytes - gradients)
+        ),
     )
 
 
-def _step(encoder: PackedEncoder, decoder: Any, shape: StepShape) -> None:
-    mel = torch.empty(sum(map(frames_with_context, shape.mel_lengths)), encoder.num_mel_bins)
-    with torch.autocast("cpu", torch.bfloat16, enabled=shape.half_precision):
-        frames = encoder(mel, shape.mel_lengths)
-        loss = decoder.loss(frames.values, frames.lengths, _targets(shape.text_lengths)).total
-    loss.backward()
+def placeholder_targets(lengths: Sequence[int]) -> Targets:
+    """Return texts of these lengths, of which all tokens but the first are supervised.
 
-
-def _forget_gradients(parameters: Sequence[nn.Parameter]) -> int:
-    """Drop the gradients and return the bytes that they took."""
-    size = sum(p.grad.untyped_storage().nbytes() for p in parameters if p.grad is not None)
-    for parameter in parameters:
-        parameter.grad = None
-    return size
-
-
-def _targets(lengths: Sequence[int]) -> Targets:
-    """Texts of given lengths of which all but the first token are supervised, made without reading a tensor's values."""
-    total, starts = sum(lengths), [sum(lengths[:number]) for number in range(len(lengths))]
-    places = [place for place in range(total) if place not in set(starts)]
+    They are made without reading a tensor's values, which fake tensors do not have.
+    """
+    count = sum(lengths) - len(lengths)
     return Targets(
-        tokens=torch.zeros(total, dtype=torch.long),
-        supervised=torch.ones(total, dtype=torch.bool),
-        places=torch.zeros(len(places), dtype=torch.long),
+        tokens=torch.zeros(sum(lengths), dtype=torch.long),
+        supervised=torch.ones(sum(lengths), dtype=torch.bool),
+        places=torch.ones(count, dtype=torch.long),
         lengths=tuple(lengths),
         prompt_lengths=(1,) * len(lengths),
         counts=tuple(length - 1 for length in lengths),
