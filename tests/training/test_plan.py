@@ -124,7 +124,8 @@ def test_what_computes_nothing_is_no_kernel():
         with StepCounter() as counter:
             assert x.device.type == "cpu"  # a question to the host, of fake tensors an operation
             y = x.view(2, 12).t()[1:]
-            torch.empty(3), torch.empty_like(y)
+            torch.empty_like(y)
+            torch.empty(3)
             assert not counter.kernels
             y.add_(1)
             (x @ x.t()).relu()
