@@ -103,7 +103,8 @@ def _onednn(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight)
+        # A frozen weight needs no gradient, and its input need not outlive this call.
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
         return _onednn(input, weight, bias)
 
     @staticmethod
@@ -111,9 +112,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         input, weight = ctx.saved_tensors
         wants_input, wants_weight, wants_bias = ctx.needs_input_grad
-        rows, grad_rows = input.flatten(0, -2), grad.flatten(0, -2)
+        grad_rows = grad.flatten(0, -2)
         return (
             _onednn(grad, weight.T, None) if wants_input else None,
-            _onednn(grad_rows.T, rows.T, None) if wants_weight else None,
+            _onednn(grad_rows.T, input.flatten(0, -2).T, None) if wants_weight else None,
             grad_rows.sum(0) if wants_bias else None,
         )
