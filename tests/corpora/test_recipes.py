@@ -174,6 +174,7 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], dict[str, set[str]]]] = {
                 {
                     f"bass_{split}": {
                         "instrument_family_str": "bass",
+                        "instrument_str": "bass_acoustic_003",
                         "instrument_source_str": "acoustic",
                         "qualities_str": ["fast_decay"],
                         "pitch": 40,
@@ -228,6 +229,26 @@ def values(found: list[Sample], by_text: bool) -> set[str]:
     return {
         name for label in labels for name in (label if isinstance(label, list) else [label]) if name
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "groups"),
+    [
+        ("esc50", "freesound_id", {"100032", "100038"}),
+        ("speech_commands_v1", "speaker", {"aaa", "bbb", "ccc"}),
+        ("nsynth", "instrument", {"bass_acoustic_003"}),
+        ("vocalsound", "speaker", {"f0003", "m0004", "m0005"}),
+        ("crema_d", "speaker", {"1001"}),
+        ("ravdess", "speaker", {"12"}),
+        ("urbansound8k", "freesound_id", {"100032"}),
+    ],
+)
+def test_rows_say_which_clips_belong_together(
+    name: str, field: str, groups: set[str], tmp_path: Path
+):
+    """What probe tasks name as `group`: intervals and tests count speakers and recordings, not their clips."""
+    raw = lay_out(tmp_path, LAYOUTS[name][0])
+    assert {str(row[field]) for row in RECIPES[name].rows(raw)} == groups
 
 
 def test_every_recipe_has_a_miniature():

@@ -58,7 +58,9 @@ def test_the_card_of_an_export(story: Path):
     scores = json.loads((run / "scores.json").read_text())
     mine = next(entry for entry in scores["entries"] if entry["encoder"] == "aut_tiny")
     mean = sum(mine["scores"]) / len(mine["scores"])
-    assert f" {100 * mean:.1f} |" in card
+    low, high = mine["interval"]
+    assert f" {100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] |" in card
+    assert "Brackets hold the 95 % interval" in card
     assert "| in % | log-mel statistics | random@none | tiny@30s | aut_tiny@none |" in card
     assert "aut_tiny@none against tiny@30s" in card
     assert "no significant difference" in card

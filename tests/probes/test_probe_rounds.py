@@ -209,14 +209,18 @@ def test_many_problems_reach_the_optima_that_each_reaches_alone():
 
 def test_jackknife_of_a_mean_is_the_clips_themselves():
     values = np.random.default_rng(0).random(40)
-    assert np.allclose(jackknife(lambda clips: float(values[clips].mean()), 40), values)
-    grouped = jackknife(lambda clips: float(values[clips].mean()), 40_0 // 10)
-    assert grouped.mean() == pytest.approx(values.mean())
+
+    def score(clips: np.ndarray) -> float:
+        return float(values[clips].mean())
+
+    assert np.allclose(jackknife(score, np.arange(40)), values)
+    speakers = np.repeat(np.arange(8), 5)  # left out whole
+    assert np.allclose(jackknife(score, speakers), values.reshape(8, 5).mean(1))
 
 
 def test_jackknife_is_centred_on_the_score_however_rare_a_class():
     found = np.arange(40) % 20 == 0  # two clips of forty
-    units = jackknife(lambda clips: float(found[clips].mean() ** 0.5), 40)
+    units = jackknife(lambda clips: float(found[clips].mean() ** 0.5), np.arange(40))
     assert units.mean() == pytest.approx(0.05**0.5, abs=1e-9)
     assert units[0] > units[1]
 

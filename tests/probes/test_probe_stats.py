@@ -1,11 +1,22 @@
-"""probes.stats: intervals cover, p-values are those of full enumeration, Holm is Holm's."""
+"""probes.stats: intervals cover, p-values are those of full enumeration, groups count once, Holm is Holm's."""
 
 from itertools import product
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from whisper_aut.probes.stats import holm, mean_std, paired_difference
+from whisper_aut.probes.stats import GroupTotals, difference, holm, interval, mean_std
+
+
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for simulations, which average over hundreds of intervals."""
+    monkeypatch.setattr("whisper_aut.probes.stats.RESAMPLES", 1_000)
+
+
+def compared(a: np.ndarray, b: np.ndarray, groups: np.ndarray | None = None, seed: int = 0):
+    return difference([GroupTotals.of(a.astype(float) - b, groups=groups, seed=seed)])
 
 
 def test_mean_and_sample_deviation():
@@ -13,16 +24,14 @@ def test_mean_and_sample_deviation():
     assert mean_std([0.5]) == (0.5, None)
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_interval_covers_the_truth_as_often_as_it_says():
     rng, covered, simulations = np.random.default_rng(0), 0, 600
     truth = _true_difference()
     for simulation in range(simulations):
         shared = rng.random(150)  # clips have a difficulty of their own: the pairs are correlated
-        a, b = (
-            shared + 0.2 * rng.standard_normal(150) < 0.75,
-            shared + 0.2 * rng.standard_normal(150) < 0.65,
-        )
-        found = paired_difference([a], [b], [1.0], resamples=1_000, seed=simulation)
+        a, b = (shared + 0.2 * rng.standard_normal(150) < level for level in (0.75, 0.65))
+        found = compared(a, b, seed=simulation)
         covered += found.low <= truth <= found.high
     assert 0.93 <= covered / simulations <= 0.97
 
@@ -33,14 +42,70 @@ def _true_difference() -> float:
     return float((shared + noise < 0.75).mean() - (shared + noise < 0.65).mean())
 
 
+def _speakers(rng: np.random.Generator, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Two equal encoders, each of which knows some speakers better; `[B]` and the speaker of each clip."""
+    sizes = rng.integers(15, 26, groups)
+    speaker = np.repeat(np.arange(groups), sizes)
+    levels = np.clip(rng.normal(0.7, 0.15, (2, groups)), 0, 1)
+    return *(rng.random(speaker.size) < level[speaker] for level in levels), speaker  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.usefixtures("few_draws")
+@pytest.mark.parametrize("groups", [6, 24, 40])
+def test_false_alarms_are_as_rare_as_promised_where_clips_come_in_groups(groups: int):
+    """24 actors, say, or 40 speakers. Clips taken as independent find a difference where there is none."""
+    rng, simulations = np.random.default_rng(groups), 400
+    by_group, by_clip, covered = 0, 0, 0
+    for seed in range(simulations):
+        a, b, speaker = _speakers(rng, groups)
+        found = compared(a, b, speaker, seed)
+        by_group += found.p_value < 0.05
+        covered += found.low <= 0 <= found.high
+        by_clip += compared(a, b, seed=seed).p_value < 0.05
+    assert by_group / simulations < 0.075
+    assert covered / simulations > 0.92
+    assert by_clip / simulations > 0.2
+
+
+def test_few_groups_of_one_size_get_the_t_interval_and_test_of_their_means():
+    rng = np.random.default_rng(5)
+    a, b, speaker = rng.random(120) < 0.8, rng.random(120) < 0.6, np.repeat(np.arange(12), 10)
+    means = (a.astype(float) - b).reshape(12, 10).mean(1)
+    found, expected = compared(a, b, speaker), stats.ttest_1samp(means, 0)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    ends = expected.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((ends.low, ends.high))
+    score = GroupTotals.of(a.astype(float), groups=speaker)
+    ends = stats.ttest_1samp(a.reshape(12, 10).mean(1), 0).confidence_interval(0.95)
+    assert interval([score]) == pytest.approx((ends.low, min(1.0, ends.high)))
+
+
+def test_many_groups_are_resampled_as_scipy_resamples_them():
+    rng = np.random.default_rng(6)
+    a, _, speaker = _speakers(rng, 50)
+    sizes, right = np.bincount(speaker), np.bincount(speaker, a)
+    ends = stats.bootstrap(
+        (right, sizes),
+        lambda r, s, axis: r.sum(axis) / s.sum(axis),
+        paired=True,
+        method="percentile",
+        rng=rng,
+    ).confidence_interval
+    found = interval([GroupTotals.of(a.astype(float), groups=speaker)])
+    assert found == pytest.approx((ends.low, ends.high), abs=0.003)
+
+
 def test_p_value_is_that_of_all_sign_flips():
-    a, b = np.array([1, 1, 1, 0.5, 1, 0, 1, 1]), np.array([0, 0.5, 1, 0, 0.5, 1, 0, 0])
-    differences = a - b
-    sums = [abs(np.dot(signs, differences)) for signs in product((-1, 1), repeat=len(a))]
-    exact = np.mean(np.array(sums) >= abs(differences.sum()) - 1e-12)
-    assert paired_difference([a], [b], [1.0], resamples=100_000).p_value == pytest.approx(
-        exact, abs=0.005
-    )
+    rng = np.random.default_rng(7)
+    groups = np.repeat(np.arange(30), 2)
+    a, b = np.zeros(60), np.zeros(60)
+    a[:24:2] = rng.integers(1, 4, 12) / 3  # of thirty groups, twelve differ
+    b[1:10:2] = 1.0
+    totals = np.bincount(groups, a - b)
+    changing = totals[totals != 0]
+    sums = [abs(np.dot(signs, changing)) for signs in product((-1, 1), repeat=len(changing))]
+    exact = np.mean(np.array(sums) >= abs(changing.sum()) - 1e-9)
+    assert compared(a, b, groups).p_value == pytest.approx(exact, abs=0.015)
 
 
 def test_ties_of_thirds_count_as_extreme():
@@ -56,47 +121,60 @@ def test_ties_of_thirds_count_as_extreme():
         chances = widened
     sums = np.arange(len(chances)) - len(chances) // 2
     exact = chances[np.abs(sums) >= abs((a - b).sum())].sum()
-    assert paired_difference([a / 3], [b / 3], [1.0], resamples=100_000).p_value == pytest.approx(
-        exact, abs=0.007
-    )
+    assert compared(a / 3, b / 3).p_value == pytest.approx(exact, abs=0.015)
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_false_alarms_are_as_rare_as_promised():
     rng = np.random.default_rng(3)
     records = [(rng.random(100) < 0.7, rng.random(100) < 0.7) for _ in range(600)]
-    p_values = np.array(
-        [
-            paired_difference([a], [b], [1.0], resamples=1_000, seed=i).p_value
-            for i, (a, b) in enumerate(records)
-        ]
-    )
+    p_values = np.array([compared(a, b, seed=i).p_value for i, (a, b) in enumerate(records)])
     assert 0.01 <= (p_values < 0.05).mean() <= 0.065
 
 
 def test_difference_of_nothing_and_of_everything():
-    same = paired_difference([np.ones(40)], [np.ones(40)], [1.0])
-    assert (same.value, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
-    far = paired_difference([np.ones(40)], [np.zeros(40)], [1.0])
-    assert (far.value, far.low, far.high) == (1.0, 1.0, 1.0)
-    assert far.p_value == pytest.approx(1 / 10_001)
+    for count in (40, 8):  # resampled, and few
+        same = compared(np.ones(count), np.ones(count))
+        assert (same.value, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
+        far = compared(np.ones(count), np.zeros(count))
+        assert (far.value, far.low, far.high) == (1.0, 1.0, 1.0)
+        assert far.p_value == pytest.approx(1 / 10_001 if count == 40 else 2**-7)
+
+
+def test_one_group_says_nothing():
+    one = np.zeros(20, dtype=int)
+    found = compared(np.ones(20), np.zeros(20), one)
+    assert (found.value, found.low, found.high, found.p_value) == (1.0, -1.0, 1.0, 1.0)
+    assert interval([GroupTotals.of(np.ones(20), groups=one)]) == (0.0, 1.0)
 
 
 def test_swapping_sides_swaps_the_sign():
     rng = np.random.default_rng(4)
     a, b = rng.random(60) < 0.8, rng.random(60) < 0.6
-    one, other = paired_difference([a], [b], [1.0]), paired_difference([b], [a], [1.0])
+    one, other = compared(a, b), compared(b, a)
     assert one.value == -other.value
-    assert one.low == pytest.approx(-other.high, abs=0.02)
+    assert one.low == pytest.approx(-other.high, abs=0.03)
 
 
 def test_weighted_average_over_tasks():
-    a, b = [np.ones(10), np.zeros(30)], [np.zeros(10), np.zeros(30)]
-    assert paired_difference(a, b, [1.0, 3.0]).value == pytest.approx(0.25)
+    tasks = [GroupTotals.of(np.ones(10)), GroupTotals.of(np.zeros(30), seed=1)]
+    assert difference(tasks, [1.0, 3.0]).value == pytest.approx(0.25)
+
+
+def test_the_error_of_an_average_is_that_of_independent_tasks():
+    rng = np.random.default_rng(8)
+    tasks = [
+        GroupTotals.of(rng.random(400) - 0.5, seed=0),
+        GroupTotals.of(rng.random(160) - 0.5, groups=np.repeat(np.arange(16), 10), seed=1),
+    ]
+    low, high = interval(tasks, [1.0, 2.0], (-1.0, 1.0))
+    expected = np.hypot(1.96 * tasks[0].error, 2 * stats.t.ppf(0.975, 15) * tasks[1].error) / 3
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.1)
 
 
 def test_many_clips_cost_no_more_than_few():
     rng = np.random.default_rng(5)
-    found = paired_difference([rng.random(200_000) < 0.7], [rng.random(200_000) < 0.7], [1.0])
+    found = compared(rng.random(200_000) < 0.7, rng.random(200_000) < 0.7)
     assert found.high - found.low == pytest.approx(2 * 1.96 * np.sqrt(0.42 / 200_000), rel=0.1)
 
 

@@ -96,6 +96,8 @@ def test_the_table_of_tasks_is_that_of_the_yamls():
         ({"split": {"folds": ["a", "b"]}}, "needs split.scheme folds"),
         ({"metric": "segment_f1_micro"}, "needs a length"),
         ({"segment_seconds": 1}, "takes none"),
+        ({"group_pattern": "^a"}, "group_pattern: needs group"),
+        ({"group": "key", "group_pattern": "(a"}, r"group_pattern: missing \)"),
         ({"crop_seconds": 0}, "must be above 0"),
         ({"event": ["start"]}, "three fields"),
     ],

@@ -56,7 +56,7 @@ def test_a_probe_that_is_fitted_once_has_no_deviation(two_encoders):
         for e in two_encoders.entries
     )
     text = rendered(replace(two_encoders, entries=entries, seeds=(0,)))
-    assert "80.0" in text
+    assert "80.0 [49.8, 100.0]" in text  # a t interval of ten clips
     assert " ± " not in text
     assert "fitted once and has no ±" in text
 
@@ -68,6 +68,18 @@ def test_the_table_says_what_the_tested_probes_were_fitted_on(two_encoders):
     assert "fitted on training and validation split (train+valid)." in text
     folds = tuple(replace(e, seeds=(0,), record=("1" * 10,)) for e in two_encoders.entries)
     assert "fitted on all other folds." in rendered(replace(two_encoders, entries=folds))
+
+
+def test_folds_are_reported_apart_from_the_deviation_over_seeds(two_encoders):
+    folds = tuple(
+        replace(e, scores=(0.9, 0.5, 0.7, 0.7), chosen=e.chosen * 2, valid_scores=(0.5,) * 4)
+        for e in two_encoders.entries
+    )
+    text = rendered(replace(two_encoders, entries=folds))
+    assert "70.0 ± 0.0" in text  # both seeds reach 0.7 over the folds
+    assert "Scores by fold" in text
+    table = markdown(sheets(replace(two_encoders, entries=folds))[1])
+    assert "| Bark | ours | 80.0 | 60.0 |" in table
 
 
 def test_markdown_has_as_many_cells_in_every_row(two_encoders):
@@ -97,4 +109,6 @@ def test_csv_is_read_back(two_encoders):
         (e.encoder, e.task) for e in two_encoders.entries
     ]
     assert float(rows[0]["mean"]) == pytest.approx(0.75)
+    assert (rows[0]["groups"], rows[0]["fold_means"]) == ("10", "0.75")
+    assert float(rows[0]["low"]) < 0.75 < float(rows[0]["high"])
     assert rows[0]["protocol"] == "strict"

@@ -273,17 +273,21 @@ def _probes(scores: Mapping[str, Any]) -> str:
     fitted = " or ".join(sorted({f"`{entry['final_fit']}`" for entry in entries}))
     seeds = max(len(entry["seeds"]) for entry in entries)
     spread = f"± is the standard deviation over {seeds} seeds of probes with a random start. "
+    fixed = any(entry["std"] is None for entry in entries)
+    between = "Brackets hold the 95 % interval over the choice of test clips, or of the groups that they come in. "
     note = (
         f"Protocol `{scores['protocol']}`: settings are chosen on validation clips, and the tested probe is fitted on the full split "
-        f"{fitted}, or in folds on all other folds. {spread if seeds > 1 else ''}The frozen encoder's frames are pooled over each "
-        "clip's own length."
+        f"{fitted}, or in folds on all other folds. {spread if seeds > 1 else ''}{between if fixed else ''}"
+        "The frozen encoder's frames are pooled over each clip's own length."
     )
     return "\n\n".join([table, note, *_differences(scores, titles, labels)])
 
 
 def _score(entry: Mapping[str, Any]) -> str:
-    values = 100 * np.reshape(entry["scores"], (len(entry["record"]), -1)).mean(1)  # one a seed
-    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+    if entry["std"] is not None:
+        return f"{100 * entry['mean']:.1f} ± {100 * entry['std']:.1f}"
+    low, high = entry["interval"]
+    return f"{100 * entry['mean']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _labels(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:

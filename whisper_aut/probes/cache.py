@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -33,6 +34,7 @@ class Embeddings:
         labels: per clip a class, a tuple of classes or captions, a tuple of events, or a transcript.
         skipped: clips that are not among them, by reason.
         frames: where every frame is kept, those of each clip, `[T, D]`, in its cache file until they are used.
+        groups: per clip the group that it belongs to; empty where it belongs to none.
     """
 
     features: Tensor
@@ -41,9 +43,14 @@ class Embeddings:
     skipped: dict[str, int]
     lengths: tuple[int, ...] = ()
     frames: tuple[Tensor, ...] = ()
+    groups: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def group_numbers(self) -> np.ndarray:
+        """Return `[B]`, see the function."""
+        return group_numbers(self.groups or ("",) * len(self))
 
     @classmethod
     def join(cls, parts: Sequence["Embeddings"]) -> "Embeddings":
@@ -57,7 +64,15 @@ class Embeddings:
             dict(skipped),
             tuple(length for part in parts for length in part.lengths),
             tuple(clip for part in parts for clip in part.frames),
+            tuple(group for part in parts for group in part.groups),
         )
+
+
+def group_numbers(groups: Sequence[str]) -> np.ndarray:
+    """Return `[B]`, a number for the group of each clip; a clip that belongs to none (an empty text) has one of its own."""
+    names = [("group", group) if group else ("clip", str(i)) for i, group in enumerate(groups)]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names], dtype=int)
 
 
 def digest(identity: Any) -> str:
@@ -152,6 +167,7 @@ def _open(path: Path) -> tuple[Embeddings, dict[str, Any]]:
         facts["skipped"],
         () if frames else lengths,
         tuple(frames),
+        tuple(facts["groups"]),
     )
     if facts["sha256"] != _checksum(found):
         raise ValueError(f"{path} is damaged")
@@ -167,6 +183,7 @@ def _write(path: Path, identity: dict[str, Any], embeddings: Embeddings, seen: i
         "skipped": embeddings.skipped,
         "lengths": [len(clip) for clip in embeddings.frames] or embeddings.lengths,
         "frames": bool(embeddings.frames),
+        "groups": embeddings.groups,
         "seen": seen,
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -202,7 +219,8 @@ def _checksum(embeddings: Embeddings) -> str:
     for piece in _pieces(embeddings):
         checksum.update(piece.numpy().data)
     lengths = [len(clip) for clip in embeddings.frames] or embeddings.lengths
-    names = json.dumps([embeddings.labels, embeddings.keys, embeddings.skipped, lengths])
+    own = (embeddings.labels, embeddings.keys, embeddings.skipped, lengths, embeddings.groups)
+    names = json.dumps(own)
     checksum.update(names.encode())
     return checksum.hexdigest()
 

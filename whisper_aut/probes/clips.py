@@ -4,6 +4,7 @@ In: a `ShardIndex` and a `ProbeTask`. Out: `Clip`s in shard order, and a count o
 read as the tars hold them: a class, several in one text, a list of events, captions in fields of their own, a transcript.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,12 +29,13 @@ LEFT_OUT = (NOT_SELECTED, str(Reason.NO_LABEL))  # not part of the task, as oppo
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip of a task: where it lies, its label, `[S]` at 16 kHz, and how many samples of the folder were read up to it."""
+    """One clip of a task: where it is, its label and its group, `[S]` at 16 kHz, and how many samples of the folder were read up to it."""
 
     key: str
     label: Any
     waveform: Tensor
     seen: int
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class ClipReader:
                 continue
             if self.task.crop_seconds is not None:
                 waveform = waveform[: round(self.task.crop_seconds * SAMPLE_RATE_HZ)]
-            yield Clip(found.key, found.label, waveform, found.seen)
+            yield Clip(found.key, found.label, waveform, found.seen, found.group)
 
     def _found(self) -> Iterator["_Found"]:
         for seen, item in enumerate(islice(iter_samples(self.index, self.limits), self.stop), 1):
@@ -106,7 +108,8 @@ class ClipReader:
             if isinstance(item, Refusal):
                 self.left_out.append((seen, str(item.reason)))
             elif (label := self._label(item, seen)) is not None:
-                yield _Found(f"{item.shard.rpartition('/')[2]}:{item.key}", label, item.audio, seen)
+                key = f"{item.shard.rpartition('/')[2]}:{item.key}"
+                yield _Found(key, label, item.audio, seen, group_of(item, self.task))
 
     def _label(self, sample: Sample, seen: int) -> Any:
         if any(
@@ -127,6 +130,18 @@ class _Found:
     label: Any
     audio: bytes
     seen: int
+    group: str
+
+
+def group_of(sample: Sample, task: ProbeTask) -> str:
+    """Return the group that a clip of a task belongs to; empty where it belongs to none."""
+    if not task.group:
+        return ""
+    value = sample.key if task.group == "key" else _single(sample.annotation, task.group) or ""
+    if not task.group_pattern:
+        return value
+    found = re.search(task.group_pattern, value)
+    return (found[1] if found.re.groups else found[0]) if found else ""
 
 
 def label_of(annotation: Annotation, task: ProbeTask) -> Any:

@@ -163,6 +163,7 @@ def folder_identity(
             task.separator,
             *(task.event if task.answer == "events" else ()),
         ],
+        "group": [task.group, task.group_pattern],
         "select": {name: sorted(values) for name, values in task.select.items()},
         "crop_seconds": task.crop_seconds,
         "limits": asdict(settings.limits),
@@ -270,7 +271,7 @@ def _embed(
         )
         for window in _windows(reader, settings.batch_seconds, _padded(encoder)):
             rows += _encode(encoder, [clip.waveform for clip in window], settings, view, hop)
-            clips += [Clip(clip.key, clip.label, torch.empty(0), clip.seen) for clip in window]
+            clips += [replace(clip, waveform=torch.empty(0)) for clip in window]
             held = sum(row.nbytes for row in rows)
             if held > PART_BYTES or time.monotonic() - written > PART_SECONDS:
                 left_out = Counter(done.skipped) + Counter(reader.skipped(clips[-1].seen))
@@ -326,6 +327,7 @@ def _collect(rows: list[Tensor], clips: list[Clip], view: View, index: ShardInde
         {},
         lengths,
         tuple(rows) if view.name == "frames" else (),
+        tuple(clip.group for clip in clips),
     )
 
 

@@ -26,13 +26,18 @@ class Items:
         features: `[I, …, D]`.
         answers: `[I]` classes, or `[I, C]` of 0 and 1.
         owner: `[I]`, the number of the clip that the item belongs to.
-        clips: B.
+        groups: `[B]`, the number of each clip's group.
     """
 
     features: Tensor
     answers: Tensor
     owner: Tensor
-    clips: int
+    groups: np.ndarray
+
+    @property
+    def clips(self) -> int:
+        """B."""
+        return len(self.groups)
 
     def of(self, clips: np.ndarray) -> Tensor:
         """Return `[I]`, whether an item belongs to one of the clips that the mask `[B]` marks."""
@@ -40,7 +45,7 @@ class Items:
 
     def to(self, device: str) -> "Items":
         return Items(
-            self.features.to(device), self.answers.to(device), self.owner.to(device), self.clips
+            self.features.to(device), self.answers.to(device), self.owner.to(device), self.groups
         )
 
 
@@ -68,7 +73,7 @@ def items_of(
         if part.lengths
         else torch.arange(len(part))
     )
-    return Items(part.features, answers, owner, len(part))
+    return Items(part.features, answers, owner, part.group_numbers())
 
 
 def class_names(rounds: Sequence[Round], answer: Answer, name: str) -> list[str]:

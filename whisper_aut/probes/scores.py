@@ -6,17 +6,19 @@ Next: `report.tables`, `report.plots`.
 
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from whisper_aut.errors import UserError
-from whisper_aut.probes.stats import mean_std
+from whisper_aut.probes.stats import GroupTotals, interval, mean_std
 
-SCORES_VERSION = 3
+SCORES_VERSION = 4
 PROTOCOL = "strict"
 AVERAGE = "average"  # the name under which a comparison over all tasks stands
 NO_ASR = "average without recognition"  # which alone carries a quarter of X-ARES's weight
@@ -45,6 +47,8 @@ class TaskScore:
         record: for each seed, or once without seeds, the units of which the scores are means, in the order of `keys_sha256`: what
             each test clip, or each group of test clips, adds. A text of `0` and `1` where clips are right or wrong.
         keys_sha256: hash of the test clips' names in order; equal hashes make two records paired.
+        group: the field by which test clips belong together; empty where each counts by itself.
+        groups: with it, the number of each test clip's group, in the order of `keys_sha256`, as one text.
         clips: used, per split or fold. skipped: not used, per split or fold and reason.
         chance: the share of the commonest class among the test clips; None where clips have no single class.
         confusion: where clips have one class: the classes, and counts over all seeds and folds, a row per true class.
@@ -78,6 +82,8 @@ class TaskScore:
     confusion: "Confusion | None" = None
     embedded: tuple[str, ...] = ()
     padding: str = ""
+    group: str = ""
+    groups: str = ""
 
     @property
     def mean(self) -> float:
@@ -107,12 +113,46 @@ class TaskScore:
         """Return each seed's mean over the folds; one value without seeds."""
         return np.reshape(self.scores, (-1, self.folds)).mean(1).tolist()
 
+    def per_fold(self) -> list[float]:
+        """Return the mean over seeds on each test part."""
+        return np.reshape(self.scores, (-1, self.folds)).mean(0).tolist()
+
     def per_unit(self) -> np.ndarray:
         """Return `[U]`: what each unit adds to the score, a mean over seeds; the mean of all is `mean`, folds weighing alike."""
-        mean = np.mean([_numbers(seed) for seed in self.record], axis=0)
-        return mean * np.repeat(
-            [mean.size / (len(self.units) * count) for count in self.units], self.units
-        )
+        return np.mean([_numbers(seed) for seed in self.record], axis=0) * self._weights()
+
+    def compared_with(self, other: "TaskScore") -> GroupTotals:
+        """Return the paired differences to another score of the same clips."""
+        return self._by_group(self.per_unit() - other.per_unit())
+
+    @cached_property
+    def totals(self) -> GroupTotals:
+        """What each group of test clips adds to the score."""
+        return self._by_group(self.per_unit())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the score over the choice of test clips, or of their groups."""
+        return interval([self.totals])
+
+    @property
+    def group_count(self) -> int:
+        """How many groups the test clips form; as many as there are clips where each counts by itself."""
+        return len(set(self.groups.split())) if self.groups else self.test_clips
+
+    def _weights(self) -> np.ndarray:
+        """Return `[U]`, the weight of each unit, 1 on the mean: folds weigh alike, whatever their size."""
+        total = sum(self.units)
+        return np.repeat([total / (len(self.units) * count) for count in self.units], self.units)
+
+    def _by_group(self, values: np.ndarray) -> GroupTotals:
+        # Where units are no clips, groups were left out whole when they were made.
+        groups = np.array(self.groups.split(), dtype=int)
+        own = groups if len(groups) == len(values) else None
+        seed = zlib.crc32(
+            self.task.encode()
+        )  # tasks are averaged: their draws must not be the same
+        return GroupTotals.of(values, self._weights(), own, seed)
 
 
 @dataclass(frozen=True)
@@ -136,13 +176,14 @@ class Comparison:
 @dataclass(frozen=True)
 class Average:
     """A weighted average of one encoder over the tasks of a domain, or over all (`AVERAGE`, `NO_ASR`), 0 … 1, as X-ARES and
-    UniWhisper print it: mean, and deviation over seeds where any probe has some."""
+    UniWhisper print it: mean, deviation over seeds where any probe has some, and 95 % interval over test clips."""
 
     encoder: str
     domain: str
     mean: float
     std: float | None
     tasks: int
+    interval: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -194,17 +235,18 @@ class Scores:
                 )
                 if chosen:
                     mean, std = mean_std(_per_seed(chosen))
-                    found.append(Average(encoder, domain, mean, std, len(chosen)))
+                    weights = [entry.weight for entry in chosen]
+                    ends = interval([entry.totals for entry in chosen], weights)
+                    found.append(Average(encoder, domain, mean, std, len(chosen), ends))
         return found
 
     def to_json(self) -> str:
-        """Return the whole as JSON; averages are added for readers and computed anew by `from_json`."""
-        averages = [asdict(average) for average in self.averages()]
-        return json.dumps(
-            {"version": SCORES_VERSION, **asdict(self), "averages": averages},
-            indent=1,
-            ensure_ascii=False,
-        )
+        """Return the whole as JSON; means, intervals and averages are added for readers, and computed again by `from_json`."""
+        values = {"version": SCORES_VERSION, **asdict(self)}
+        for entry, written in zip(self.entries, values["entries"], strict=True):
+            written |= {"mean": entry.mean, "std": entry.std, "interval": entry.interval}
+        values["averages"] = [asdict(average) for average in self.averages()]
+        return json.dumps(values, indent=1, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Scores":
@@ -219,7 +261,7 @@ class Scores:
                 raise UserError(
                     f"The scores have version {data['version']}; this release reads {SCORES_VERSION}. Probe again."
                 )
-            entries = tuple(TaskScore(**_tuples(entry)) for entry in data["entries"])
+            entries = tuple(_entry(entry) for entry in data["entries"])
             if not all(_whole(entry) for entry in entries):
                 raise ValueError("seeds and records differ in number")
             comparisons = tuple(Comparison(**comparison) for comparison in data["comparisons"])
@@ -305,6 +347,11 @@ def _numbers(record: str | tuple[float, ...]) -> np.ndarray:
     return np.array(record)
 
 
+def _entry(written: dict[str, Any]) -> TaskScore:
+    added = ("mean", "std", "interval")
+    return TaskScore(**_tuples({k: value for k, value in written.items() if k not in added}))
+
+
 def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
     values = {name: _tuple(value) for name, value in entry.items()}
     return (
@@ -325,6 +372,7 @@ def _whole(entry: TaskScore) -> bool:
     units = sum(entry.units)
     return (
         same
+        and (not entry.groups or len(entry.groups.split()) == entry.test_clips)
         and not len(entry.scores) % len(entry.record)
         and all(
             len(seed) == units and (not isinstance(seed, str) or set(seed) <= {"0", "1"})

@@ -165,17 +165,19 @@ def shortened(score: float) -> float:
     return round(float(score), 6)
 
 
-def jackknife(score: Callable[[np.ndarray], float], clips: int) -> np.ndarray:
+def jackknife(score: Callable[[np.ndarray], float], groups: np.ndarray) -> np.ndarray:
     """Return pseudo-values `[U]` of a score that is no mean over clips (F1, mean average precision).
 
-    Each of up to `JACKKNIFE_GROUPS` groups is left out once: U · all − (U − 1) · all but it. They scatter as the score does, so
-    that paired tests may treat them as clips are treated (Tukey's pseudo-values; Efron & Tibshirani, chapter 11). They are moved
-    until their mean is the score: their own mean corrects the score for a bias that rare classes make larger than the score.
+    Each of up to `JACKKNIFE_GROUPS` bundles of groups is left out once: U · all − (U − 1) · all but it. They scatter as the score
+    does, so that paired tests may treat them as clips are treated (Tukey's pseudo-values; Efron & Tibshirani, chapter 11). They are
+    moved until their mean is the score: their own mean corrects the score for a bias that rare classes make larger than the score.
 
     Args:
         score: of the clips that a mask `[B]` marks.
+        groups: `[B]`, the number of each clip's group, from 0 on; groups are left out whole.
     """
-    groups = np.arange(clips) % min(JACKKNIFE_GROUPS, clips)
+    clips = len(groups)
+    groups = groups % min(JACKKNIFE_GROUPS, int(groups.max()) + 1)
     count = int(groups.max()) + 1
     whole = score(np.ones(clips, dtype=bool))
     if count == 1:
@@ -253,7 +255,7 @@ class ClassLearner:
             own = self.tested.of(clips)
             return self._judge(scores[own], answers[own])[0]
 
-        units, probabilities = jackknife(without, self.tested.clips), scores.sigmoid()
+        units, probabilities = jackknife(without, self.tested.groups), scores.sigmoid()
         if ANSWERS[self.metric] == "events":
             return Judgement(score, units, self._events(probabilities))
         marked = [torch.nonzero(row > 0.5)[:, 0] for row in probabilities]

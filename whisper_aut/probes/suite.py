@@ -17,7 +17,7 @@ import numpy as np
 
 from whisper_aut.corpora.shards import open_index
 from whisper_aut.errors import Problems, UserError, nearest
-from whisper_aut.probes.cache import Embeddings, cache_path, digest
+from whisper_aut.probes.cache import Embeddings, cache_path, digest, group_numbers
 from whisper_aut.probes.embed import (
     EmbedSettings,
     FrameEncoder,
@@ -43,7 +43,7 @@ from whisper_aut.probes.scores import (
     read_predictions,
 )
 from whisper_aut.probes.selection import SeedRun
-from whisper_aut.probes.stats import holm, paired_difference
+from whisper_aut.probes.stats import GroupTotals, difference, holm
 from whisper_aut.probes.tasks import ProbeTask
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -156,45 +156,51 @@ def find_problems(
 def compare(scores: Scores, against: Sequence[str]) -> list[Comparison]:
     """Compare every other encoder with each of `against`, task by task and on the weighted average.
 
-    Holm's correction covers the tasks of one pair of encoders; the averages are questions of their own and stay as they are.
+    Holm's correction covers all of them: every task, average and pair of encoders of the table.
 
     Raises:
         UserError: two encoders were tested on different clips.
     """
-    found = []
-    for base in against:
-        for encoder in (
-            name for name in scores.encoders if name not in against[: against.index(base) + 1]
-        ):
-            found += _compare_pair(scores, encoder, base)
-    return found
+    pairs = [
+        (encoder, base)
+        for number, base in enumerate(against)
+        for encoder in scores.encoders
+        if encoder not in against[: number + 1]
+    ]
+    found = [
+        (encoder, base, task, difference(*question))
+        for encoder, base in pairs
+        for task, question in _questions(scores, encoder, base).items()
+    ]
+    adjusted = holm([one.p_value for *_, one in found])
+    return [
+        Comparison(encoder, base, task, d.value, d.low, d.high, d.p_value, p_holm)
+        for (encoder, base, task, d), p_holm in zip(found, adjusted, strict=True)
+    ]
 
 
-def _compare_pair(scores: Scores, encoder: str, base: str) -> list[Comparison]:
-    pairs = [(scores.get(encoder, task), scores.get(base, task)) for task in scores.tasks]
-    pairs = [(one, other) for one, other in pairs if one is not None and other is not None]
-    for one, other in pairs:
-        if one.keys_sha256 != other.keys_sha256:
+def _questions(
+    scores: Scores, encoder: str, base: str
+) -> dict[str, tuple[list[GroupTotals], list[float]]]:
+    """Return what two encoders are compared on: each task and the averages, with differences and weights of the tasks in it."""
+    differences: dict[str, GroupTotals] = {}
+    both = [(scores.get(encoder, task), scores.get(base, task)) for task in scores.tasks]
+    entries = [one for one, other in both if one is not None and other is not None]
+    for one, other in ((one, other) for one, other in both if one and other):
+        if (one.keys_sha256, one.groups) != (other.keys_sha256, other.groups):
             raise UserError(
                 f"{encoder!r} and {base!r} were tested on different clips of {one.task!r}: probe both again."
             )
-    records = [(one.per_unit(), other.per_unit(), one.weight) for one, other in pairs]
-    questions = [(one.task, [record]) for (one, _), record in zip(pairs, records, strict=True)]
-    if len(records) > 1:
-        questions.append((AVERAGE, records))
-        others = [
-            record
-            for (one, _), record in zip(pairs, records, strict=True)
-            if one.metric != "word_accuracy"
-        ]
-        questions += [(NO_ASR, others)] if 0 < len(others) < len(records) else []
-    differences = [paired_difference(*zip(*chosen, strict=True)) for _, chosen in questions]
-    adjusted = holm([difference.p_value for difference in differences[: len(pairs)]])
-    adjusted += [difference.p_value for difference in differences[len(pairs) :]]
-    return [
-        Comparison(encoder, base, task, d.value, d.low, d.high, d.p_value, p_holm)
-        for (task, _), d, p_holm in zip(questions, differences, adjusted, strict=True)
-    ]
+        differences[one.task] = one.compared_with(other)
+    chosen = {entry.task: [entry] for entry in entries}
+    if len(entries) > 1:
+        chosen[AVERAGE] = entries
+        others = [entry for entry in entries if entry.metric != "word_accuracy"]
+        chosen |= {NO_ASR: others} if 0 < len(others) < len(entries) else {}
+    return {
+        name: ([differences[one.task] for one in listed], [one.weight for one in listed])
+        for name, listed in chosen.items()
+    }
 
 
 def _score(
@@ -216,6 +222,11 @@ def _score(
     truth = [label for part in tested for label in part.labels]
     labels = Counter(truth) if task.answer == "class" else None
     keys = [key for part in tested for key in part.keys]
+    groups = group_numbers([group for part in tested for group in part.groups])
+    if task.group and len(set(groups)) == len(groups):
+        log.warning(
+            "%s: no two test clips share a %s; each counts by itself.", task.name, task.group
+        )
     entry = TaskScore(
         encoder="",
         task=task.name,
@@ -243,6 +254,8 @@ def _score(
         else None,
         embedded=_embedded(fingerprint, task, plan, view_of(encoder, plan.embedding, view, task)),
         padding=getattr(encoder, "padding", ""),
+        group=task.group,
+        groups=" ".join(map(str, groups)) if len(set(groups)) < len(groups) else "",
     )
     return entry, _predictions(runs, keys, truth)
 

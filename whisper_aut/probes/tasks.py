@@ -4,6 +4,7 @@ In: `conf/probe_tasks/NAME.yaml`, or any path. Out: a checked `ProbeTask`. Next:
 scores it. A new task is one YAML and nothing else. Splits are stated, never drawn: official folds stay as they were published.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,9 @@ class ProbeTask:
         separator: between the classes that one text holds, e.g. `;`.
         event: the fields of an event: start, end (seconds) and class.
         select: keep only clips whose field has one of the values.
+        group: annotation field, or field of the sample's JSON, that says which clips belong together: speaker, source recording, song.
+            Intervals and tests then count each group once. `key` is the sample's name. A clip without the field counts by itself.
+        group_pattern: a regular expression of which the first group, or the match, is taken of the field, e.g. `^(\\d+)-` of `key`.
         weight: share in weighted averages; test clips, where nothing better is agreed.
         classes: how many classes there must be, where that is known.
         crop_seconds: only so much of a clip's beginning is heard.
@@ -79,6 +83,8 @@ class ProbeTask:
     separator: str = ""
     event: list[str] = field(default_factory=lambda: ["onset", "offset", "label"])
     select: dict[str, list[str]] = field(default_factory=dict)
+    group: str = ""
+    group_pattern: str = ""
     weight: float = 1.0
     source: str = ""
     licence: str = ""
@@ -238,6 +244,12 @@ def _answer_problems(task: ProbeTask) -> list[str]:
         )
     if len(task.event) != 3:
         problems.append("event: names three fields, those of start, end and class")
+    if task.group_pattern and not task.group:
+        problems.append("group_pattern: needs group, the field that it is looked for in")
+    try:
+        re.compile(task.group_pattern)
+    except re.error as error:
+        problems.append(f"group_pattern: {error}")
     if task.crop_seconds is not None and not task.crop_seconds > 0:
         problems.append(f"crop_seconds: must be above 0, got {task.crop_seconds:g}")
     return problems

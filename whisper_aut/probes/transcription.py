@@ -125,6 +125,7 @@ class TranscriptionLearner:
             torch.tensor([number[letter] for letter in text if letter in number], dtype=torch.long)
             for text in self.texts
         ]
+        self.test_groups = test.group_numbers()
         self.device = device
 
     def validate(self, trials: Sequence[Trial], settings: Sequence[Setting]) -> list[Validation]:
@@ -148,7 +149,7 @@ class TranscriptionLearner:
         )
         units = jackknife(
             lambda clips: max(0.0, 1 - errors[clips].sum() / max(1.0, words[clips].sum())),
-            len(wanted),
+            self.test_groups,
         )
         return Judgement(text_metric(texts, wanted), units, tuple(texts))
 

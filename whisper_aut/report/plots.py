@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from textwrap import fill
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from whisper_aut.errors import UserError
-from whisper_aut.probes.scores import AVERAGE, Scores
+from whisper_aut.probes.scores import AVERAGE, Average, Scores, TaskScore
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 BASELINE_COLOUR = "#333333"
@@ -30,7 +31,9 @@ Series = list[tuple[float, float]]  # (step, value)
 
 
 def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None) -> Path:
-    """Draw bars per task and encoder with their deviation over seeds; `baseline` is drawn as a line across each group.
+    """Draw bars per task and encoder; `baseline` is drawn as a line across each group.
+
+    Whiskers are the deviation over seeds, or the 95 % interval where nothing random was trained.
 
     Raises:
         UserError: there is nothing to draw, or no room to write.
@@ -46,12 +49,18 @@ def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None
         places = [i for i, _ in enumerate(labels) if (encoder, i) in cells]
         found = [cells[encoder, i] for i in places]
         axes.bar(
-            [i + (number - (len(encoders) - 1) / 2) * width for i in places], [100 * mean for mean, _ in found], width * 0.94,
-            yerr=[100 * (std or 0.0) for _, std in found], capsize=2, color=PALETTE[number % len(PALETTE)], label=scores.label(encoder),
-            error_kw={"elinewidth": 1.0}, hatch="//" if number >= len(PALETTE) else None,
-        )  # fmt: skip
+            [i + (number - (len(encoders) - 1) / 2) * width for i in places],
+            [100 * one.mean for one in found],
+            width * 0.94,
+            yerr=100 * np.array([_whiskers(one) for one in found]).reshape(-1, 2).T,
+            capsize=2,
+            color=PALETTE[number % len(PALETTE)],
+            label=scores.label(encoder),
+            error_kw={"elinewidth": 1.0},
+            hatch="//" if number >= len(PALETTE) else None,
+        )
     if baseline is not None:
-        ends = [(cells[baseline, i][0], i) for i in range(len(labels)) if (baseline, i) in cells]
+        ends = [(cells[baseline, i].mean, i) for i in range(len(labels)) if (baseline, i) in cells]
         heights, left, right = (
             [100 * mean for mean, _ in ends],
             [i - 0.46 for _, i in ends],
@@ -76,7 +85,7 @@ def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None
         rotation=30 if rotated else 0,
         ha="right" if rotated else "center",
     )
-    axes.set_ylim(0, 100 + (2 if any(mean > 0.98 for mean, _ in cells.values()) else 0))
+    axes.set_ylim(0, 100 + (2 if any(one.mean > 0.98 for one in cells.values()) else 0))
     axes.set_ylabel(
         "accuracy (%)"
         if {entry.metric for entry in scores.entries} == {"accuracy"}
@@ -84,12 +93,11 @@ def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None
     )
     kinds = ", ".join(dict.fromkeys(entry.kind for entry in scores.entries))
     seeds = max(len(entry.seeds) for entry in scores.entries)
-    spread = (
-        f"bars end at the mean of {seeds} seeds, whiskers ± 1 standard deviation"
-        if seeds > 1
-        else "each probe fitted once"
-    )
-    _title(axes, f"Probes ({kinds}), protocol “{scores.protocol}”", spread)
+    whiskers = [f"± 1 standard deviation over {seeds} seeds"] if seeds > 1 else []
+    if any(entry.std is None for entry in scores.entries):
+        whiskers.append("the 95 % interval over test clips")
+    subtitle = f"whiskers are {', or '.join(whiskers)}"
+    _title(axes, f"Probes ({kinds}), protocol “{scores.protocol}”", subtitle)
     axes.grid(axis="y")
     _legend(axes, len(encoders) + (baseline is not None))
     return save_figure(figure, path)
@@ -215,22 +223,25 @@ def _logged(metrics_csv: Path) -> Iterator[tuple[float, str, float]]:
                     yield step, name, value
 
 
-def _cells(scores: Scores) -> tuple[dict[tuple[str, int], tuple[float, float | None]], list[str]]:
-    """Return mean and deviation by (encoder, position), and the label of each position: tasks, then the average."""
+def _whiskers(one: TaskScore | Average) -> tuple[float, float]:
+    """Return how far a whisker reaches down and up."""
+    if one.std is not None:
+        return one.std, one.std
+    low, high = one.interval
+    return max(0.0, one.mean - low), max(0.0, high - one.mean)
+
+
+def _cells(scores: Scores) -> tuple[dict[tuple[str, int], TaskScore | Average], list[str]]:
+    """Return scores by (encoder, position), and the label of each position: tasks, then the average."""
     tasks = scores.tasks
     titles = {entry.task: entry.title for entry in scores.entries}
-    cells = {
-        (entry.encoder, tasks.index(entry.task)): (entry.mean, entry.std)
-        for entry in scores.entries
+    cells: dict[tuple[str, int], TaskScore | Average] = {
+        (entry.encoder, tasks.index(entry.task)): entry for entry in scores.entries
     }
     labels = [titles[task] for task in tasks]
     if len(tasks) > 1:
         labels.append("weighted average")
-        cells |= {
-            (a.encoder, len(tasks)): (a.mean, a.std)
-            for a in scores.averages()
-            if a.domain == AVERAGE
-        }
+        cells |= {(a.encoder, len(tasks)): a for a in scores.averages() if a.domain == AVERAGE}
     return cells, labels
 
 

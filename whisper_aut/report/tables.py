@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from whisper_aut.probes.kinds import KINDS
-from whisper_aut.probes.scores import AVERAGE, NO_ASR, Comparison, Scores
+from whisper_aut.probes.scores import AVERAGE, NO_ASR, Average, Comparison, Scores, TaskScore
+from whisper_aut.probes.stats import FEW_GROUPS
 
 BLANK = "–"
 AVERAGE_NAMES = {AVERAGE: "all tasks, weighted", NO_ASR: "all but recognition, weighted"}
@@ -51,8 +52,9 @@ def score_sheet(scores: Scores) -> Sheet:
             any_entry.domain,
             METRIC_NAMES.get(any_entry.metric, any_entry.metric),
         )
-        found = (_spread(entry.mean, entry.std) if entry else BLANK for entry in entries.values())
-        rows.append((*facts, str(any_entry.test_clips), chance, *found))
+        clips = f"{any_entry.test_clips}"
+        clips += f" ({any_entry.group_count})" if any_entry.groups else ""
+        rows.append((*facts, clips, chance, *(_cell(entry) for entry in entries.values())))
     averages = {(average.domain, average.encoder): average for average in scores.averages()}
     for domain in [*scores.domains, *AVERAGE_NAMES] if len(scores.tasks) > 1 else []:
         found = [averages.get((domain, encoder)) for encoder in scores.encoders]
@@ -68,16 +70,36 @@ def score_sheet(scores: Scores) -> Sheet:
                     "0 … 1",
                     "",
                     "",
-                    *(_spread(a.mean, a.std, _share) if a else BLANK for a in found),
+                    *(_cell(average, _share) for average in found),
                 )
             )
     named = map(scores.label, scores.encoders)
-    head = ("task", "domain", "metric", "test clips", "commonest class", *named)
+    grouped = any(entry.groups for entry in scores.entries)
+    clips = "test clips (groups)" if grouped else "test clips"
+    head = ("task", "domain", "metric", clips, "commonest class", *named)
     kinds = " and ".join(
         dict.fromkeys(KIND_NAMES.get(entry.kind, entry.kind) for entry in scores.entries)
     )
     title = f"{kinds[:1].upper()}{kinds[1:]}, protocol {scores.protocol}: scores in %"
     return Sheet(title, _score_caption(scores), head, tuple(rows), 3)
+
+
+def fold_sheet(scores: Scores) -> Sheet:
+    """Lay out the score of each fold, a mean over seeds where there are several."""
+    entries = [entry for entry in scores.entries if entry.folds > 1]
+    most = max((entry.folds for entry in entries), default=0)
+    rows = tuple(
+        (
+            entry.title,
+            scores.label(entry.encoder),
+            *(map(_percent, entry.per_fold())),
+            *([BLANK] * (most - entry.folds)),
+        )
+        for entry in entries
+    )
+    head = ("task", "encoder", *(f"fold {number}" for number in range(1, most + 1)))
+    caption = "Folds differ in how hard their clips are: their spread says nothing about how sure the mean is."
+    return Sheet("Scores by fold, in %", caption, head, rows, 2)
 
 
 def comparison_sheet(scores: Scores) -> Sheet:
@@ -100,9 +122,9 @@ def comparison_sheet(scores: Scores) -> Sheet:
         for c in scores.comparisons
     )
     caption = (
-        "Difference in points, 95 % interval by paired bootstrap over the test clips of all folds (over groups of them for scores "
-        "that are no mean over clips), p by paired sign flips, corrected after Holm over the tasks of a pair. The interval covers "
-        "the choice of test clips; the spread over training clips is the ± above."
+        "Difference in points, its 95 % interval by paired bootstrap and p by paired sign flips, over test clips or the groups that "
+        f"they come in; below {FEW_GROUPS} groups a paired t interval and test. p (Holm) is corrected for all "
+        f"{len(scores.comparisons)} rows. What another training of a probe or an encoder would give is not in it."
     )
     head = ("encoder", "against", "task", "difference", "95 % interval", "p", "p (Holm)", "verdict")
     return Sheet("Paired comparisons", caption, head, rows, 3)
@@ -116,8 +138,13 @@ def verdict(comparison: Comparison) -> str:
 
 
 def sheets(scores: Scores) -> list[Sheet]:
-    """Return the tables of a run: scores, and comparisons where there are any."""
-    return [score_sheet(scores)] + ([comparison_sheet(scores)] if scores.comparisons else [])
+    """Return the tables of a run: scores, those of folds and comparisons where there are any."""
+    folds = any(entry.folds > 1 for entry in scores.entries)
+    return [
+        score_sheet(scores),
+        *([fold_sheet(scores)] if folds else []),
+        *([comparison_sheet(scores)] if scores.comparisons else []),
+    ]
 
 
 def rich_table(sheet: Sheet) -> Table:
@@ -155,11 +182,15 @@ def scores_csv(scores: Scores) -> str:
             "metric",
             "mean",
             "std",
+            "low",
+            "high",
             "final_fit",
             "epochs",
             "seeds",
             "folds",
+            "fold_means",
             "test_clips",
+            "groups",
             "classes",
             "weight",
             "identity",
@@ -176,12 +207,15 @@ def scores_csv(scores: Scores) -> str:
             e.metric,
             e.mean,
             std,
+            *e.interval,
             e.final_fit,
             "" if e.epochs is None else e.epochs,
             len(e.seeds),
             e.folds,
+            " ".join(f"{score:.6g}" for score in e.per_fold()),
         ]
-        writer.writerow([*row, e.test_clips, e.classes, e.weight, e.identity])
+        clips = [e.test_clips, e.group_count]
+        writer.writerow([*row, *clips, e.classes, e.weight, e.identity])
     return text.getvalue()
 
 
@@ -197,7 +231,7 @@ def _score_caption(scores: Scores) -> str:
 
 
 def _fitting(scores: Scores) -> str:
-    """Say on which clips settings were chosen and probes fitted, and what ± is."""
+    """Say on which clips settings were chosen and probes fitted, and what ± and brackets are."""
     fitted_on = {
         "on all other folds" if entry.folds > 1 else FITTED_ON[entry.final_fit]
         for entry in scores.entries
@@ -212,6 +246,17 @@ def _fitting(scores: Scores) -> str:
         )
     if any(not entry.seeds for entry in scores.entries):
         parts.append("A probe without a random start is fitted once and has no ±.")
+    if any(entry.std is None for entry in scores.entries):
+        parts.append(
+            "Brackets hold the 95 % interval over the choice of test clips, by bootstrap, or by a t interval below "
+            f"{FEW_GROUPS} clips or groups."
+        )
+    groups = {entry.task: entry.group for entry in scores.entries if entry.groups}
+    if groups:
+        listed = ", ".join(f"{task} by {group}" for task, group in groups.items())
+        parts.append(
+            f"Clips that belong together count as one group, their number in (): {listed}."
+        )
     return " ".join(parts)
 
 
@@ -223,8 +268,14 @@ def _share(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _spread(mean: float, std: float | None, written: Callable[[float], str] = _percent) -> str:
-    return written(mean) if std is None else f"{written(mean)} ± {written(std)}"
+def _cell(one: TaskScore | Average | None, written: Callable[[float], str] = _percent) -> str:
+    """Write a score with its deviation over seeds, or with its interval where nothing random was trained."""
+    if one is None:
+        return BLANK
+    if one.std is not None:
+        return f"{written(one.mean)} ± {written(one.std)}"
+    low, high = one.interval
+    return f"{written(one.mean)} [{written(low)}, {written(high)}]"
 
 
 def _p_value(value: float) -> str:

@@ -35,6 +35,7 @@ def nsynth(raw: Path) -> Iterator[dict[str, Any]]:
                 + (f", {qualities}" if qualities else ""),
                 "label": family,
                 "split": split,
+                "instrument": note["instrument_str"],
                 "pitch": note["pitch"],
                 "velocity": note["velocity"],
             }

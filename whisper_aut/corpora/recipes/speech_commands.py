@@ -29,6 +29,7 @@ def rows(raw: Path) -> Iterator[dict[str, Any]]:
                 "label": word,
                 "split": split_of.get(name, "train"),
                 "id": f"{word}-{path.stem}",
+                "speaker": path.stem.partition("_nohash_")[0],
             }
 
 

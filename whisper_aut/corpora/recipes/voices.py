@@ -80,6 +80,7 @@ def vocalsound(raw: Path) -> Iterator[dict[str, Any]]:
                 "text": f"a person {VOCALSOUNDS[kind]}",
                 "label": kind,
                 "split": split,
+                "speaker": file.partition("_")[0],
             }
 
 
