@@ -1,4 +1,4 @@
-"""A rank whose batch is empty takes part in the step: weights are those of one process on the same clips."""
+"""A rank whose batch is empty: weights are those of one process on the same clips."""
 
 import os
 from collections.abc import Iterator
@@ -103,7 +103,8 @@ def examples(codec: Any, shards: Path) -> list[Example]:
     build = ExampleBuilder(LogMel(80), codec, ClipLimits())
     index = open_index(str(shards / "speech"))
     items = [item for item in iter_samples(index, ClipLimits()) if isinstance(item, Sample)]
-    return [build(item, "speech", position) for position, item in enumerate(items)]  # pyright: ignore
+    made = [build(item, "speech", position) for position, item in enumerate(items)]
+    return [example for example in made if isinstance(example, Example)]
 
 
 def batches(case: Case, clips: list[Example], ranks: int) -> list[list[list[Batch]]]:

@@ -38,7 +38,10 @@ def test_a_limit_that_one_rank_exceeds_at_the_end_leaves_no_finished_run(
     """The second rank alone reads the one clip of a source, and cannot use it."""
     with ShardFolder(tmp_path / "bad") as shards:
         shards.write("k", "wav", b"not audio", Annotation(text=TEXTS[0], domain="sound"))
-    sources = f"{{path: {tiny_shards / 'speech'}, domain: speech}}, {{path: {tmp_path / 'bad'}, domain: sound}}"
+    sources = ", ".join(
+        f"{{path: {folder}, domain: {domain}}}"
+        for folder, domain in ((tiny_shards / "speech", "speech"), (tmp_path / "bad", "sound"))
+    )
     settings = settings_for(
         tiny_whisper,
         tiny_shards,
