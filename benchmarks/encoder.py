@@ -1,7 +1,8 @@
 """Forward and backward of a whisper-tiny encoder against transformers' `WhisperEncoder` on clips padded to 30 s.
 
 Features are made beforehand on both sides. In `30s` mode both encoders' frames are equal; what is timed is `none` mode, where a
-clip costs its own length.
+clip costs its own length. `pad to longest` compares with the layers of `WhisperEncoder` on a batch that is padded to its longest clip
+and no further: what a careful user would write around Hugging Face's length check. It changes the frames of shorter clips.
 """
 
 import copy
@@ -10,8 +11,11 @@ from collections.abc import Iterator
 import torch
 from pairs import Row, compare, main
 from recipes import Clips, whisper_tiny
+from torch import Tensor
+from torch.nn.functional import gelu
 from torch.testing import assert_close
 from transformers import WhisperFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.data.logmel import LogMel, mel_frames
 from whisper_aut.model.encoder import PackedEncoder
@@ -52,6 +56,18 @@ def cases(runs: int) -> Iterator[Row]:
             runs=runs,
             steps=True,
         )
+        if max(seconds) < 30:
+            longest = features[..., : max(lengths)]
+            yield compare(
+                f"{case}, pad to longest",
+                lambda ours=ours, mel=mel, lengths=lengths: (
+                    ours(mel, lengths).values.square().mean().backward()
+                ),
+                lambda longest=longest: shortened(theirs, longest).square().mean().backward(),
+                against="transformers.WhisperEncoder's layers, clips padded to the longest",
+                runs=runs,
+                steps=True,
+            )
         if find_compiler():
             compiled = PackedEncoder(whisper, "none", compile=True).train()
             assert_close(
@@ -69,6 +85,15 @@ def cases(runs: int) -> Iterator[Row]:
                 runs=runs,
                 steps=True,
             )
+
+
+def shortened(encoder: WhisperEncoder, features: Tensor) -> Tensor:
+    """Run a `WhisperEncoder` on features of any length, `[B, M, F]` → `[B, T, D]`; padding is not masked."""
+    hidden = gelu(encoder.conv2(gelu(encoder.conv1(features)))).transpose(1, 2)
+    hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
+    for layer in encoder.layers:
+        hidden = layer(hidden, None)
+    return encoder.layer_norm(hidden)
 
 
 if __name__ == "__main__":

@@ -389,6 +389,15 @@ def test_the_citation_names_this_version_and_both_papers():
     }
 
 
+def test_figures_against_x_ares_trainer_name_faster_other_sides():
+    """It reads tars in every epoch: by itself it says little about what a careful user gains."""
+    for page in (*DOCS.glob("*.md"), REPOSITORY / "benchmarks" / "RESULTS.md"):
+        for paragraph in page.read_text(encoding="utf-8").split("\n\n"):
+            if "X-ARES's trainer" in paragraph:
+                assert "in memory" in paragraph, page.name
+                assert "scikit-learn" in paragraph, page.name
+
+
 def test_the_readmes_speeds_are_those_measured():
     section = (
         (REPOSITORY / "README.md").read_text().partition("## How fast")[2].partition("\n## ")[0]
