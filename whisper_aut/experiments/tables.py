@@ -50,10 +50,13 @@ def score_sheet(results: Results) -> Sheet:
         *_axis_names(results),
         *(f"{task.title} ({task.domain}, {task.test_clips})" for task in tasks.values()),
     )
+    subsampled = any(task.spread is not None for task in tasks.values())  # by earlier releases
+    each = f", each a mean over {results.probe_seeds} subsamples of the probe's training clips"
     return Sheet(
         "Linear probes, protocol strict: scores in %",
-        f"In brackets: domain and test clips. ± is the standard deviation over {len(results.seeds)} trainings with other seeds, each a "
-        f"mean over {results.probe_seeds} subsamples of the probe's training clips. Log-mel statistics are not trained: one value.",
+        "In brackets: domain and test clips. ± is the standard deviation over "
+        f"{len(results.seeds)} trainings with other seeds{each * subsampled}. Log-mel statistics are "
+        "not trained: one value.",
         head,
         tuple(rows),
         _axes(results),
