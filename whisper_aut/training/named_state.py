@@ -120,10 +120,13 @@ class DeepSpeedState(PlainState):
     Args:
         module: as above.
         engine: the engine that holds it.
+        frozen: what is stored but not trained, as it was before the engine rounded it to its
+            precision; brought up to date with the weights that are filled in.
     """
 
-    def __init__(self, module: nn.Module, engine: Any):
+    def __init__(self, module: nn.Module, engine: Any, frozen: dict[str, Tensor]):
         super().__init__(module, engine.optimizer)
+        self.frozen = frozen
         self.base = engine.optimizer.optimizer  # the PyTorch optimiser over the flat pieces
         self.partitioned = engine.zero_optimization_partition_weights()
 
@@ -141,6 +144,8 @@ class DeepSpeedState(PlainState):
             if name not in weights:  # frozen, and not stored
                 continue
             value = weights[name].to(parameter.device)
+            if name in self.frozen:
+                self.frozen[name] = weights[name].cpu()
             with self._whole(parameter, changed=True):
                 if parameter.shape != value.shape:
                     raise _unfitting(
@@ -179,6 +184,10 @@ class DeepSpeedState(PlainState):
         """Put one parameter together, on all ranks at once; keep it where it is this rank's."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        if name in self.frozen:
+            if mine:
+                state.weights[name] = self.frozen[name].clone()
+            return
         if not trained:
             with self._whole(value):
                 if mine:

@@ -327,6 +327,7 @@ class _DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
         super().__init__(**arguments)
         self._options = options
         self._whole_model = ExitStack()
+        self._frozen: dict[str, torch.Tensor] = {}
 
     def _format_config(self) -> None:
         """Put the user's options over Lightning's, which takes a config or arguments, not both."""
@@ -346,6 +347,12 @@ class _DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
         """
         from deepspeed.runtime.config import DeepSpeedConfigError
 
+        # The engine rounds frozen weights too, and keeps no float32 copy of them.
+        self._frozen = self._frozen or {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in self.lightning_module.state_dict(keep_vars=True).items()  # pyright: ignore
+            if isinstance(value, torch.nn.Parameter) and not value.requires_grad
+        }
         try:
             super().init_deepspeed()
         except (ValidationError, DeepSpeedConfigError) as error:
@@ -380,7 +387,8 @@ class _DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
         self._whole_model.close()
 
     def _named_state(self) -> PlainState:
-        return DeepSpeedState(self.lightning_module, self.deepspeed_engine)  # pyright: ignore[reportArgumentType]
+        module: Any = self.lightning_module
+        return DeepSpeedState(module, self.deepspeed_engine, self._frozen)
 
     def _own_state(self) -> dict[str, Any]:
         scale = getattr(self.deepspeed_engine.optimizer, "loss_scaler", None)
