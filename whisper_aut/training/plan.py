@@ -203,6 +203,10 @@ class StepCounter(TorchDispatchMode):
         self._count(func, args, kwargs, out, read, made)
         for tensor in made:
             self._meet(tensor.untyped_storage())
+        # The backward pass sums gradients in place; only of fake tensors it makes a third one.
+        if func is not _ATEN.add.Tensor or torch.is_grad_enabled():
+            self.peak = max(self.peak, self.now)
+            self.peak_with_gradients = max(self.peak_with_gradients, self.now + self.gradients)
         return out
 
     def _count(
@@ -226,8 +230,6 @@ class StepCounter(TorchDispatchMode):
             return
         self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
         self.now += size
-        self.peak = max(self.peak, self.now)
-        self.peak_with_gradients = max(self.peak_with_gradients, self.now + self.gradients)
 
     def _forget(self, key: int, size: int) -> None:
         del self._known[key]
