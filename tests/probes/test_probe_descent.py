@@ -84,4 +84,4 @@ def test_epochs_are_chosen_on_validation_and_reported():
     one, other = probe_rounds(rounds, kind="mlp", seeds=(0, 1), candidates=only)
     assert one.settings == other.settings
     assert 1 <= one.settings[0]["epochs"] <= MAX_EPOCHS
-    assert one.valid_scores[0] > 0.8
+    assert (one.valid_scores[0] or 0) > 0.8
