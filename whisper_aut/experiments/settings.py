@@ -150,7 +150,7 @@ class ExperimentSettings:
         margin: an arm that is worse by less, in points, counts as no worse; null makes no such claim.
         set: what is changed in the config of every arm. everywhere: in that of every run, starts included.
         seeds: each of which every arm is trained with; a claim needs five.
-        probe_seeds: subsamples of the training clips of a probe, for each arm and seed.
+        probe_seeds: of probes with a random start, for each arm and seed; linear probes are fitted once.
         thresholds: validation losses whose price is read off.
         price: show what the arms' own runs cost.
         log_mel: score plain log-mel statistics beside the arms.

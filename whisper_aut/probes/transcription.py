@@ -97,7 +97,7 @@ class TranscriptionProbe(LightningModule):
         losses = F.ctc_loss(
             scores,
             torch.cat(spelled * problems).to(padded.device),
-            lengths.repeat(problems),
+            lengths.cpu().repeat(problems),
             letters.repeat(problems),
             reduction="none",
             zero_infinity=True,
