@@ -193,7 +193,8 @@ def test_stored_scores_lapse_with_encoder_data_settings(
 
 def test_predictions_trace_each_score_to_its_clips(run, tmp_path, task_with, fits, tiny_encoder):
     file, lines = tmp_path / "scores.json", tmp_path / "predictions.jsonl"
-    arguments = {"tasks": [task_with(kind="knn"), task_with(name="mlp", kind="mlp")]}
+    knn = task_with(kind="knn", group="half")
+    arguments = {"tasks": [knn, task_with(name="mlp", kind="mlp")]}
     arguments |= {"scores_file": file, "predictions_file": lines}
     scores = run(**arguments)
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
@@ -205,6 +206,8 @@ def test_predictions_trace_each_score_to_its_clips(run, tmp_path, task_with, fit
         assert len({row["key"] for row in own}) == 30
         assert {row.get("seed") for row in own} == ({0, 1} if entry.kind == "mlp" else {None})
         assert all(0 <= row["probability"] <= 1 for row in own)
+        halves = {row.get("group") for row in own}
+        assert halves == ({"0", "1"} if entry.kind == "knn" else {None})
     assert len(fits) == 4
     renamed = {"encoders": {"other": tiny_encoder()}}
     run(**arguments | renamed)

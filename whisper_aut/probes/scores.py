@@ -301,8 +301,8 @@ class Scores:
 def read_predictions(path: str | Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Return the lines of a file of predictions by encoder and task; none where there is no file.
 
-    A line has `encoder`, `task`, `key` (tar and sample), `seed` where the probe has one, `true`, `predicted`, and `probability`, that
-    of each class predicted, where the probe gives one.
+    A line has `encoder`, `task`, `key` (tar and sample), `seed` where the probe has one, `true`, `predicted`, `probability`, that of
+    each class predicted, where the probe gives one, and `group` where the task has them.
     """
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     if not Path(path).exists():

@@ -222,7 +222,8 @@ def _score(
     truth = [label for part in tested for label in part.labels]
     labels = Counter(truth) if task.answer == "class" else None
     keys = [key for part in tested for key in part.keys]
-    groups = group_numbers([group for part in tested for group in part.groups])
+    group_names = [group for part in tested for group in part.groups]
+    groups = group_numbers(group_names)
     if task.group and len(set(groups)) == len(groups):
         log.warning(
             "%s: no two test clips share a %s; each counts by itself.", task.name, task.group
@@ -257,12 +258,13 @@ def _score(
         group=task.group,
         groups=" ".join(map(str, groups)) if len(set(groups)) < len(groups) else "",
     )
-    return entry, _predictions(runs, keys, truth)
+    return entry, _predictions(runs, keys, truth, group_names)
 
 
 def _predictions(
-    runs: Sequence[SeedRun], keys: Sequence[str], truth: Sequence[Any]
+    runs: Sequence[SeedRun], keys: Sequence[str], truth: Sequence[Any], groups: Sequence[str]
 ) -> list[dict[str, Any]]:
+    """Return a row per test clip and seed, see `scores.read_predictions`."""
     rows = []
     for run in runs:
         seed = {} if run.seed is None else {"seed": run.seed}
@@ -270,7 +272,11 @@ def _predictions(
         probabilities = [one for part in run.probabilities for one in part]
         for number, (key, true, guess) in enumerate(zip(keys, truth, predicted, strict=True)):
             row = {"key": key, **seed, "true": true, "predicted": guess}
-            rows.append(row | ({"probability": probabilities[number]} if probabilities else {}))
+            if probabilities:
+                row["probability"] = probabilities[number]
+            if groups[number]:
+                row["group"] = groups[number]
+            rows.append(row)
     return rows
 
 
