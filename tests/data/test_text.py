@@ -34,8 +34,18 @@ def test_tokens_are_those_of_the_processor(tokenizer, language: str, task: str):
 
 @pytest.mark.parametrize(
     ("tag", "token"),
-    [("fr", "fr"), ("deu", "de"), ("cmn", "zh"), ("nb", "no"), ("jv", "jw"), ("fr-FR", "fr")]
-    + [("German", "de"), ("yue", "yue"), ("", "en"), ("  ", "en")],
+    [
+        ("fr", "fr"),
+        ("deu", "de"),
+        ("cmn", "zh"),
+        ("nb", "no"),
+        ("jv", "jw"),
+        ("fr-FR", "fr"),
+        ("German", "de"),
+        ("yue", "yue"),
+        ("", "en"),
+        ("  ", "en"),
+    ],
 )
 def test_a_sample_may_state_its_own_language_in_any_usual_way(tokenizer, tag: str, token: str):
     target = WhisperText(tokenizer).encode(Annotation(text="x", language=tag), "speech", 0)

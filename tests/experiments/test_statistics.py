@@ -162,7 +162,9 @@ def test_the_detectable_difference_is_found_in_80_percent_of_experiments(
             differences = rng.normal(scale=3.0, size=(rows, TRAININGS))
             differences[0] += smallest
             found.append(judge(differences, np.full(rows, np.nan), primary).p_adjusted[0] < 0.05)
-        record_property(f"power at {smallest:.1f} points, {rows} comparisons", np.mean(found))
+        record_property(
+            f"power at {smallest:.1f} points, {rows} comparisons", float(np.mean(found))
+        )
         assert np.mean(found) == pytest.approx(0.8, abs=0.04)
 
 
