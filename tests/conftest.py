@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ os.environ |= {
     # Two test processes on two cores: more threads would only wait for each other.
     **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
 }
+sys.warnoptions.clear()  # what PYTHONWARNINGS added; processes that tests start would inherit it
+
 import numpy as np
 import pytest
 import soundfile

@@ -192,7 +192,7 @@ def test_all_problems_of_a_probe_are_told_at_once_before_anything_is_embedded(
         "not '3s'. Did you mean '30s'?",
         "There is no model directory ./nowhere",
         "'xares_clotho' is scored by recall@1, which a knn probe does not give",
-        "any clotho_development*.tar",
+        "nowhere/clotho holds no clotho_development*.tar",
         "no shards at nowhere/fsdd/train",
         "no shards at nowhere/fsdd/test",
         "log-mel statistics: LogMelBaseline gives no single layers",

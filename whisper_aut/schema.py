@@ -36,14 +36,14 @@ def find_config(name: str | Path, near: Path = Path(), kind: str = "") -> Path:
         kind: the folder within those two, such as `experiments` or `probe_tasks`.
 
     Returns:
-        The first file found; `name` itself where there is none, for the error of whoever reads it.
+        The first file found; where there is none, the first path that was tried, for the reader's error.
     """
     given = Path(name)
     paths = [near / given, LOCAL / kind / given, SHIPPED / kind / given]
     if given.parts[:1] == LOCAL.parts:  # conf/aut.yaml, as the docs write it, away from a checkout
         paths.append(SHIPPED / given.relative_to(LOCAL))
     files = (file for path in paths for file in (path, path.with_name(f"{path.name}.yaml")))
-    return next((file for file in files if file.is_file()), given)
+    return next((file for file in files if file.is_file()), near / given)
 
 
 def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> dict[str, Any]:
@@ -120,8 +120,8 @@ def _layers(path: Path, kind: str) -> list[DictConfig]:
 
 def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
-        folder = path.parent if any(path.parent.glob("*.yaml")) else SHIPPED
-        known = sorted(file.name for file in folder.glob("*.yaml"))
+        folder = path.parent if any(path.parent.glob("[!.]*.yaml")) else SHIPPED
+        known = sorted(file.name for file in folder.glob("[!.]*.yaml"))
         raise UserError(
             f"There is no config {path}.{nearest(path.name, known) or nearest(path.stem, known)} "
             f"{folder} has: {', '.join(known)}."

@@ -101,6 +101,7 @@ def run_fingerprint(settings: Settings) -> str:
     values, data, policy = asdict(settings), settings.data, read_policy(settings.data)
     for name in ("runs", "probe", "export"):
         values.pop(name)
+    values["decoder"].pop("date", None)  # set when a run starts; see `same_chat_date`
     hardware = settings.hardware
     values["hardware"]["precision"], _ = resolved_precision(
         hardware.precision, hardware.accelerator
@@ -273,6 +274,12 @@ def fix_chat_date(settings: Settings, before: Path | None) -> Settings:
     recorded = yaml.safe_load(before.read_text()) if before and before.is_file() else {}
     day = recorded.get("decoder", {}).get("date") or datetime.now().date().isoformat()
     return replace(settings, decoder={**settings.decoder, "date": day})
+
+
+def same_chat_date(settings: Settings, config: Path) -> bool:
+    """Return whether a recorded run had the chat date that these settings name, if they name one."""
+    date = settings.decoder.get("date")
+    return not date or yaml.safe_load(config.read_text())["decoder"].get("date") == date
 
 
 def build_decoder(settings: Settings, start: Start) -> tuple[Any, TextCodec]:

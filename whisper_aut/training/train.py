@@ -38,6 +38,7 @@ from whisper_aut.training.build import (
     build_start,
     fix_chat_date,
     run_fingerprint,
+    same_chat_date,
     trainer_arguments,
 )
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
@@ -102,7 +103,14 @@ def train(
     settings = replace(settings, hardware=replace(hardware, precision=precision))
     fingerprint = run_fingerprint(settings)
     runs = runs_of(Path(settings.runs), settings.name)
-    finished = next((run for run in runs if run.finished_with(fingerprint)), None)
+    finished = next(
+        (
+            run
+            for run in runs
+            if run.finished_with(fingerprint) and same_chat_date(settings, run.config)
+        ),
+        None,
+    )
     if finished and not fresh:
         console.print(
             Text.assemble(
