@@ -71,7 +71,7 @@ test-all: $(STAMP) ## the slow tests too: several processes, kills, long runs (h
 	@$(BIN)/python -m pytest -n 2 -m "not gpu and not network" $(ARGS)
 
 smoke: $(STAMP) ## shards to report through the real command line, for both decoders
-	@$(BIN)/python -m pytest tests/test_smoke.py $(ARGS)
+	@$(BIN)/python -m pytest tests/integration/test_smoke.py $(ARGS)
 
 notebooks: $(STAMP) ## run all notebooks top to bottom; copies with their outputs go to runs/notebooks/executed
 	@mkdir -p runs/notebooks/executed

@@ -19,10 +19,9 @@ import numpy as np
 import soundfile
 import soxr
 
-from whisper_aut.corpora.annotation import Annotation
-from whisper_aut.corpora.audit import Audit, run_audit
-from whisper_aut.corpora.overlap import ShardFindings, read_facts
-from whisper_aut.corpora.shards import ShardFolder, open_index
+from whisper_aut.corpora.audit import Audit, ShardFindings, read_facts, run_audit
+from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.shards import ShardFolder, open_index
 
 HIDDEN, OTHERS = 200, 3_000
 RATES_HZ = (8_000, 16_000, 22_050, 32_000, 48_000)

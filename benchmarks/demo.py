@@ -8,13 +8,12 @@ from tempfile import TemporaryDirectory
 from recipes import Clips
 from torch import Tensor
 
-from whisper_aut.corpora.audio import ClipLimits
-from whisper_aut.corpora.demo import DemoOptions, build_demo
-from whisper_aut.corpora.shards import open_index
-from whisper_aut.data.sample import Sample, iter_samples
-from whisper_aut.data.text import WhisperText
-from whisper_aut.data.waveform import load_waveform
-from whisper_aut.model.scratch import train_tokenizer
+from whisper_aut.audio.decode import ClipLimits, load_waveform
+from whisper_aut.corpora.synth.corpus import DemoOptions, build_demo
+from whisper_aut.data.reader import Sample, iter_samples
+from whisper_aut.data.shards import open_index
+from whisper_aut.data.targets import WhisperText
+from whisper_aut.models.tiny import train_tokenizer
 
 MIXTURE = {"speech": 8, "sound": 1, "music": 1}  # AuT's 80/10/10
 LIMITS = ClipLimits(min_seconds=0.1, max_seconds=30.0)

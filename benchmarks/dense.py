@@ -11,7 +11,7 @@ from pairs import Row, compare, main
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from whisper_aut.model.dense import mkl_is_slow, speed_up_products
+from whisper_aut.models.dense import mkl_is_slow, speed_up_products
 
 ROWS = {250: "5 s", 4_000: "80 s"}  # encoder frames of 20 ms
 LAYERS = {"tiny": (384, 1536), "large-v3": (1280, 5120)}

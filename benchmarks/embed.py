@@ -22,9 +22,9 @@ from torch.testing import assert_close
 from transformers import WhisperFeatureExtractor, WhisperModel
 
 import whisper_aut
-from whisper_aut.data.logmel import mel_frames
-from whisper_aut.data.waveform import to_mono_16k
-from whisper_aut.export.embed import embed_paths
+from whisper_aut.audio.decode import to_mono_16k
+from whisper_aut.audio.logmel import mel_frames
+from whisper_aut.inference.encoder import embed_paths
 
 CLIPS, BATCH, CHECKED = 40, 16, 32
 ENDINGS = {".wav", ".flac", ".ogg", ".mp3"}

@@ -22,13 +22,11 @@ from torch.testing import assert_close
 from webdataset.compat import WebDataset
 from xares_peer import clips, installed
 
-from whisper_aut.corpora.annotation import Annotation
-from whisper_aut.corpora.audio import ClipLimits
-from whisper_aut.corpora.remote import DEFAULT_POLICY
-from whisper_aut.corpora.shards import ShardFolder, ShardIndex, open_index
-from whisper_aut.data.reader import ShardReader
-from whisper_aut.data.sample import Sample
-from whisper_aut.data.waveform import load_waveform
+from whisper_aut.audio.decode import ClipLimits, load_waveform
+from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.reader import Sample, ShardReader
+from whisper_aut.data.remote import DEFAULT_POLICY
+from whisper_aut.data.shards import ShardFolder, ShardIndex, open_index
 
 CLIPS, SECONDS = 40, 5.0
 CASES = (("flac 16k", "flac", "FLAC", 16_000), ("ogg 44.1k", "ogg", "OGG", 44_100))

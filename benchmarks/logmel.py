@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import WhisperFeatureExtractor
 
-from whisper_aut.data.logmel import LogMel
+from whisper_aut.audio.logmel import LogMel
 
 CLIPS = 8
 CASES_SECONDS = (5, 30)

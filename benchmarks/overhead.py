@@ -17,10 +17,10 @@ from pairs import Row, compare_all, main
 from rich.console import Console
 from stories import BATCH_CLIPS, small_whisper, story_settings
 
-from whisper_aut.data.loader import TrainLoader
-from whisper_aut.data.pack import Batch
+from whisper_aut.config import Settings
+from whisper_aut.data.batch import Batch
+from whisper_aut.data.dataset import TrainLoader
 from whisper_aut.report.plots import Series, read_metrics
-from whisper_aut.settings import Settings
 from whisper_aut.training.build import build_data, build_decoder, build_module, build_start
 from whisper_aut.training.train import train
 

@@ -20,13 +20,12 @@ from pairs import Row, main
 from torch import nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from whisper_aut.data.logmel import frames_with_context
-from whisper_aut.model.decoders.causal_lm import CausalLMOptions, sketch_causal_lm
-from whisper_aut.model.decoders.whisper import WhisperDecoderOptions, sketch_whisper_decoder
-from whisper_aut.model.dense import product
-from whisper_aut.model.encoder import PackedEncoder
-from whisper_aut.model.scratch_language import LanguageScratch
-from whisper_aut.model.shapes import config_of
+from whisper_aut.audio.logmel import frames_with_context
+from whisper_aut.models.decoders.causal_lm import CausalLMOptions, sketch_causal_lm
+from whisper_aut.models.decoders.whisper import WhisperDecoderOptions, sketch_whisper_decoder
+from whisper_aut.models.dense import product
+from whisper_aut.models.encoder import PackedEncoder
+from whisper_aut.models.tiny import LanguageScratch, config_of
 from whisper_aut.training.optim import parameter_groups
 from whisper_aut.training.plan import (
     UPDATE_BYTES,

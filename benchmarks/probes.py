@@ -30,16 +30,14 @@ from pairs import Row, compare_values, main
 from sklearn.linear_model import LogisticRegression
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
-from whisper_aut.corpora.annotation import Annotation
-from whisper_aut.corpora.audio import ClipLimits
-from whisper_aut.corpora.shards import ShardFolder
-from whisper_aut.data.waveform import load_waveform
-from whisper_aut.model.pretrained import load_encoder
+from whisper_aut.audio.decode import ClipLimits, load_waveform
+from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.shards import ShardFolder
+from whisper_aut.models.pretrained import load_encoder
 from whisper_aut.probes.cache import Embeddings
 from whisper_aut.probes.embed import EmbedSettings, embed_task
-from whisper_aut.probes.fitting import threads
+from whisper_aut.probes.fit import Round, fold_rounds, threads
 from whisper_aut.probes.kinds import probe_rounds
-from whisper_aut.probes.rounds import Round, fold_rounds
 from whisper_aut.probes.tasks import task_from_mapping
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)

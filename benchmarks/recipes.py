@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-from whisper_aut.data.logmel import LogMel, mel_frames
-from whisper_aut.data.pack import Targets, TokenTarget
-from whisper_aut.model.decoders.whisper import WhisperDecoder
-from whisper_aut.model.encoder import PackedEncoder, Padding
-from whisper_aut.model.loss import DecoderLoss
+from whisper_aut.audio.logmel import LogMel, mel_frames
+from whisper_aut.data.batch import Targets, TokenTarget
+from whisper_aut.models.decoders.whisper import WhisperDecoder
+from whisper_aut.models.encoder import PackedEncoder, Padding
+from whisper_aut.models.losses import DecoderLoss
 from whisper_aut.training.optim import parameter_groups
 
 LEARNING_RATE, WEIGHT_DECAY, GRADIENT_CLIP = 1e-5, 0.01, 1.0

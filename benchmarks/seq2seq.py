@@ -21,9 +21,9 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from whisper_aut.corpora.shards import open_index
-from whisper_aut.data.sample import Sample, iter_samples
-from whisper_aut.data.waveform import load_waveform
+from whisper_aut.audio.decode import load_waveform
+from whisper_aut.data.reader import Sample, iter_samples
+from whisper_aut.data.shards import open_index
 
 IGNORED = -100
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from demo import waveforms_and_samples
 
-from whisper_aut.model.scratch import make_whisper
-from whisper_aut.settings import Settings, load_settings
+from whisper_aut.config import Settings, load_settings
+from whisper_aut.models.tiny import make_whisper
 
 CONFIG = Path(__file__).parents[1] / "conf" / "aut_tiny.yaml"
 BATCH_CLIPS = 8

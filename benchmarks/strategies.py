@@ -16,7 +16,7 @@ from demo import demo_corpus
 from pairs import Row, compare_all, main
 from stories import BATCH_CLIPS, small_whisper, story_settings
 
-from whisper_aut.settings import dump_settings
+from whisper_aut.config import dump_settings
 
 STEPS = 20
 DEEPSPEED = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")

@@ -19,11 +19,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from whisper_aut.data.chat import AUDIO
-from whisper_aut.data.pack import Targets, TokenTarget
-from whisper_aut.model.adapter import AdapterOptions, build_adapter, embedding_scale
-from whisper_aut.model.decoders.causal_lm import CausalLMDecoder
-from whisper_aut.model.loss import chunked_cross_entropy
+from whisper_aut.data.batch import Targets, TokenTarget
+from whisper_aut.data.targets import AUDIO
+from whisper_aut.models.adapters import AdapterOptions, build_adapter, embedding_scale
+from whisper_aut.models.decoders.causal_lm import CausalLMDecoder
+from whisper_aut.models.losses import chunked_cross_entropy
 
 LAYERS, WIDTH, VOCABULARY, ENCODER_WIDTH = 4, 1024, 151_936, 384
 TEXT, ANSWER, AUDIO_AT, IGNORED = 60, 20, 3, -100

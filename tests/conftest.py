@@ -50,11 +50,10 @@ import yaml
 from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from whisper_aut.corpora.annotation import Annotation
-from whisper_aut.corpora.shards import ShardFolder
-from whisper_aut.data.prompts import Instruction, Instructions
-from whisper_aut.model.scratch import make_whisper
-from whisper_aut.model.scratch_language import LanguageScratch, make_language_model
+from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.shards import ShardFolder
+from whisper_aut.data.targets import Instruction, Instructions
+from whisper_aut.models.tiny import LanguageScratch, make_language_model, make_whisper
 from whisper_aut.pipeline import run_config
 
 torch.set_num_threads(1)

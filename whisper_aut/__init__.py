@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from whisper_aut.model.pretrained import AudioEncoder, load_encoder
+    from whisper_aut.models.pretrained import AudioEncoder, load_encoder
 
 __version__ = "0.1.0"
 __all__ = ["AudioEncoder", "__version__", "load_encoder"]
@@ -12,7 +12,7 @@ __all__ = ["AudioEncoder", "__version__", "load_encoder"]
 def __getattr__(name: str) -> Any:
     # PyTorch and transformers take seconds to import; `whisper-aut --help` should not.
     if name in ("AudioEncoder", "load_encoder"):
-        from whisper_aut.model import pretrained
+        from whisper_aut.models import pretrained
 
         return getattr(pretrained, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

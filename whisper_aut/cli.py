@@ -16,16 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from whisper_aut import __version__
-from whisper_aut.commands import (
-    Parser,
-    corpora,
-    demo,
-    embed,
-    experiments,
-    export,
-    probes,
-    training,
-)
+from whisper_aut.commands import Parser, data, encoder, experiment, export, probe, train
 from whisper_aut.errors import Interrupted, Preempted, UserError
 
 FILE_COLUMNS = 160  # of tables that go into a file or a pipe, which no window bounds
@@ -87,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="whisper-aut", description="Train universal audio encoders from Whisper.")
     parser.add_argument("--version", action="version", version=f"whisper-aut {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for stage in (corpora, training, export, embed, probes, experiments, demo):
+    for stage in (data, train, export, encoder, probe, experiment):
         stage.add_parsers(commands)
     return parser
 

@@ -14,45 +14,56 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from whisper_aut.audio.windows import BATCH_SECONDS
+from whisper_aut.config import (
+    LOCAL,
+    CorporaSettings,
+    ManifestSettings,
+    Settings,
+    find_config,
+    load_settings,
+)
 from whisper_aut.corpora.audit import AUDIT_NAME, EXCLUDE_NAME, read_audit, unaudited
 from whisper_aut.corpora.build import build_shards
-from whisper_aut.corpora.demo import DemoOptions, build_demo
 from whisper_aut.corpora.manifest import ManifestSpec
+from whisper_aut.corpora.synth.corpus import DemoOptions, build_demo
 from whisper_aut.errors import Interrupted, Problems, UserError
 from whisper_aut.export.card import write_card
-from whisper_aut.export.hf import ExportKind, export_checkpoint, read_checkpoint
-from whisper_aut.export.source import find_checkpoint
-from whisper_aut.model.decoders import check_decoder
-from whisper_aut.model.encoder import Padding
-from whisper_aut.model.module import AudioTextModule
-from whisper_aut.model.pretrained import (
+from whisper_aut.export.hf import ExportKind, export_checkpoint, find_checkpoint, read_checkpoint
+from whisper_aut.inference.demo import Listener
+from whisper_aut.locks import file_lock
+from whisper_aut.models.decoders import check_decoder
+from whisper_aut.models.encoder import Padding
+from whisper_aut.models.module import AudioTextModule
+from whisper_aut.models.pretrained import (
     DTYPES,
     AudioEncoder,
+    Start,
     device_named,
     device_of,
     load_encoder,
     split_padding,
 )
-from whisper_aut.model.start import Start
-from whisper_aut.model.windows import BATCH_SECONDS
-from whisper_aut.probes.baseline import BASELINE_NAME, LogMelBaseline
-from whisper_aut.probes.clips import WHOLE
-from whisper_aut.probes.during import ForgettingGuard, ProbeDuringTraining
-from whisper_aut.probes.embed import EmbedSettings, FrameEncoder
-from whisper_aut.probes.ranks import SharedEmbedding, joined_ranks, launched_share
-from whisper_aut.probes.rounds import FinalFit
+from whisper_aut.probes.cache import WHOLE
+from whisper_aut.probes.callback import ForgettingGuard, ProbeDuringTraining
+from whisper_aut.probes.embed import (
+    BASELINE_NAME,
+    EmbedSettings,
+    FrameEncoder,
+    LogMelBaseline,
+    SharedEmbedding,
+    joined_ranks,
+    launched_share,
+)
+from whisper_aut.probes.fit import FinalFit
 from whisper_aut.probes.suite import find_problems, run_suite
 from whisper_aut.probes.tasks import ProbeTask, expand_suites, load_task
-from whisper_aut.report.build import build_report
-from whisper_aut.report.demo import Listener
-from whisper_aut.schema import LOCAL, find_config
-from whisper_aut.settings import CorporaSettings, ManifestSettings, Settings, load_settings
+from whisper_aut.report.html import build_report
 from whisper_aut.training.build import build_forecast, build_start, build_trained, planned_config
-from whisper_aut.training.faults import check_accelerator
-from whisper_aut.training.forecast import tables
-from whisper_aut.training.rundir import RunDirectory, is_first_rank, runs_of, wait_for_all_ranks
+from whisper_aut.training.callbacks.stopping import check_accelerator
+from whisper_aut.training.plan import tables
+from whisper_aut.training.run_dir import RunDirectory, is_first_rank, runs_of, wait_for_all_ranks
 from whisper_aut.training.train import Trained, train
-from whisper_aut.turns import one_at_a_time
 
 LOGMEL, RANDOM_PREFIX = (
     "logmel",
@@ -359,10 +370,10 @@ def prepare_corpora(corpora: CorporaSettings, console: Console) -> None:
     """Build what a config needs and what has not been built yet."""
     if corpora.demo:
         options = DemoOptions(seed=corpora.demo.seed).scaled(corpora.demo.scale)
-        with one_at_a_time(Path(corpora.demo.out)):
+        with file_lock(Path(corpora.demo.out)):
             build_demo(Path(corpora.demo.out), options)
     for manifest in corpora.manifests:
-        with one_at_a_time(Path(manifest.out)):
+        with file_lock(Path(manifest.out)):
             report = build_shards(_manifest_spec(manifest), Path(manifest.out))
         if not report.reused:
             console.print(report.summary())

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from whisper_aut.commands import DTYPES, add_choice, add_device_options, whole_number
-from whisper_aut.corpora.annotation import DOMAINS
+from whisper_aut.data.annotation import DOMAINS
 
 SWAP = "Put it in a model: whisper_aut.export.towers.swap_tower(model, '{out}')"
 NEXT_STEPS = {
@@ -37,7 +37,7 @@ def export(options: argparse.Namespace, console: Console) -> None:
         highlight=False,
     )
     if options.push:
-        from whisper_aut.export.hub import push
+        from whisper_aut.export.hf import push
 
         console.print(
             f"Pushed to {push(out, options.push, private=options.private)}",
@@ -46,7 +46,7 @@ def export(options: argparse.Namespace, console: Console) -> None:
 
 
 def chat(options: argparse.Namespace, console: Console) -> None:
-    from whisper_aut.export.chat import answer
+    from whisper_aut.inference.chat import answer
     from whisper_aut.pipeline import open_run
 
     module = open_run(Path(options.run_or_checkpoint), device=options.device, dtype=options.dtype)
@@ -63,8 +63,8 @@ def _asked(console: Console) -> Iterator[str]:
 
 
 def evaluate(options: argparse.Namespace, console: Console) -> None:
-    from whisper_aut.data.text import without_language_token
-    from whisper_aut.export.chat import evaluate
+    from whisper_aut.data.targets import without_language_token
+    from whisper_aut.inference.chat import evaluate
     from whisper_aut.pipeline import open_run
 
     out = Path(options.out) if options.out else None

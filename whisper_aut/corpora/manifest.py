@@ -12,16 +12,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from whisper_aut.corpora.annotation import (
+from whisper_aut.data.annotation import (
     DOMAINS,
     MAX_JSON_BYTES,
     TEXT_FIELDS,
     Annotation,
+    Row,
+    Template,
+    check_table,
     find_text,
     has_value,
+    plain,
+    read_columns,
+    read_rows,
 )
-from whisper_aut.corpora.tables import Row, check_table, read_columns, read_rows
-from whisper_aut.corpora.template import Template, plain
 from whisper_aut.errors import Reason, SampleRefused, UserError, nearest
 
 AUDIO_COLUMNS = (

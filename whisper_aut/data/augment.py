@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from torchaudio import functional, transforms
 
-from whisper_aut.corpora.audio import ClipLimits
-from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy
-from whisper_aut.corpora.shards import ShardIndex
-from whisper_aut.data.reader import ShardReader
-from whisper_aut.data.sample import Sample
-from whisper_aut.data.waveform import SAMPLE_RATE_HZ, load_waveform
+from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits, load_waveform
+from whisper_aut.data.reader import Sample, ShardReader
+from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy
+from whisper_aut.data.shards import ShardIndex
 from whisper_aut.errors import SampleRefused
 
 NOISE_LIMITS = ClipLimits(min_seconds=0.1, max_seconds=60.0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from whisper_aut.data.sample import Refusal
+from whisper_aut.data.reader import Refusal
 from whisper_aut.errors import UserError
 
 MIN_SEEN = 200  # with fewer samples of a source, its skipped fraction says little yet

@@ -7,21 +7,28 @@ layers and one token. `whisper` keeps the decoder that the run trained beside th
 start of another run. The towers are in `export.towers`, the graph in `export.onnx`; `docs/export.md` says what fits where.
 """
 
+import json
 import os
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import get_session
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from whisper_aut import __version__
 from whisper_aut.errors import UserError
 from whisper_aut.export.onnx import write_onnx
 from whisper_aut.export.towers import TOWERS, write_tower
-from whisper_aut.model.encoder import TRAINED_PADDING, Padding
-from whisper_aut.model.start import Start
-from whisper_aut.training.checkpoint import read_weights
+from whisper_aut.models.encoder import TRAINED_PADDING, Padding
+from whisper_aut.models.pretrained import Start
+from whisper_aut.training.checkpoint import is_checkpoint, read_weights
+from whisper_aut.training.run_dir import RunDirectory
 
 ExportKind = Literal["encoder", "whisper", "qwen2-audio", "qwen2.5-omni", "voxtral", "onnx"]
 KINDS: tuple[ExportKind, ...] = get_args(ExportKind)
@@ -181,3 +188,62 @@ def _fill(
         if name.startswith(prefix)
     }
     module.load_state_dict(own, strict=True)
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Start]:
+    """Return the checkpoint to export and the start of its run.
+
+    Raises:
+        UserError: not a run or a checkpoint in one, or a run that has saved none yet.
+    """
+    named = path.is_file() or is_checkpoint(path)
+    run = RunDirectory(path.parent.parent if named else path)
+    facts = run.environment
+    if not facts.exists():
+        raise UserError(
+            f"{path} is neither a run directory nor a checkpoint in one. Runs lie under "
+            "runs/NAME/; runs/NAME/latest is the newest."
+        )
+    checkpoint = path if named else run.last_checkpoint
+    if not checkpoint.exists():
+        raise UserError(
+            f"{run.path} has saved no checkpoint yet ({checkpoint.relative_to(run.path)} is missing)."
+        )
+    start = json.loads(facts.read_text())["start"]
+    return checkpoint, Start(start["path"], start["revision"])
+
+
+# Version 1 of huggingface_hub speaks through httpx, version 2 through its successor; both call their errors alike.
+HTTPError: type[Exception] = import_module(
+    type(get_session()).__module__.partition(".")[0]
+).HTTPError
+
+
+def push(folder: Path, repository: str, *, private: bool = False, api: HfApi | None = None) -> str:
+    """Upload an export, making the repository where there is none; return the address of the commit.
+
+    Raises:
+        UserError: an impossible name, no token or no right to write, or a hub that cannot be reached.
+    """
+    if repository.count("/") != 1:
+        raise UserError(f"--push takes ORG/NAME, not {repository!r}.")
+    api = api or HfApi(library_name="whisper-aut", library_version=__version__)
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        message = f"Export of whisper-aut {__version__}"
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    except LocalTokenNotFoundError:
+        raise UserError("There is no token to push with. Log in first: hf auth login") from None
+    except HFValidationError as error:
+        raise UserError(f"{repository!r} is no name for a repository: {error}") from None
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "no")
+        hint = " Log in first: hf auth login" if status == 401 else ""
+        raise UserError(
+            f"The hub refused {repository} with status {status}: {str(error).splitlines()[0]}{hint}"
+        ) from None
+    except (OSError, HTTPError) as error:
+        raise UserError(
+            f"The hub cannot be reached: {error}. What was exported lies in {folder}."
+        ) from None
+    return str(commit.commit_url)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv1d, gelu
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from whisper_aut.data.logmel import (
+from whisper_aut.audio.logmel import (
     CONTEXT_FRAMES,
     DYNAMIC_RANGE,
     HOP_SAMPLES,
@@ -31,7 +31,7 @@ from whisper_aut.data.logmel import (
     LogMel,
 )
 from whisper_aut.errors import UserError
-from whisper_aut.model.encoder import CONV_STRIDE, Padding
+from whisper_aut.models.encoder import CONV_STRIDE, Padding
 
 GRAPH = "encoder.onnx"
 OPSET = 18

@@ -12,38 +12,96 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from itertools import pairwise
+from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
 import fsspec
+import numpy as np
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from whisper_aut.corpora.audio import LONG_CLIPS, ClipLimits
-from whisper_aut.corpora.shards import ShardIndex, open_index
-from whisper_aut.data.logmel import WINDOW_SECONDS
-from whisper_aut.data.waveform import SAMPLE_RATE_HZ
-from whisper_aut.errors import Problems, Reason, UserError
-from whisper_aut.model.windows import (
+from whisper_aut.audio.decode import LONG_CLIPS, SAMPLE_RATE_HZ, ClipLimits, to_mono_16k
+from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
+from whisper_aut.audio.windows import (
     BATCH_SECONDS,
     batches_by_seconds,
     cut_windows,
     join_windows,
     pooling_named,
 )
+from whisper_aut.data.shards import ShardIndex, open_index
+from whisper_aut.errors import Problems, Reason, UserError
 from whisper_aut.probes.cache import (
+    LEFT_OUT,
+    WHOLE,
+    Clip,
+    ClipReader,
     Embeddings,
     PartialEmbeddings,
+    Share,
+    cache_path,
     digest,
     read_embeddings,
     write_embeddings,
 )
-from whisper_aut.probes.clips import LEFT_OUT, WHOLE, Clip, ClipReader, Share
-from whisper_aut.probes.hearing import View
+from whisper_aut.probes.kinds import KINDS, kind_for
 from whisper_aut.probes.tasks import ProbeTask
+
+
+@dataclass(frozen=True)
+class View:
+    """What is kept of a clip; all of it decides what an embedding is.
+
+    Attributes:
+        name: `pooled` (one vector), `layers` (one per layer), `segments`, or `frames`.
+        pooling: a key of `POOLINGS`.
+        layers: which layers, 0 for what enters the first; none for the encoder's output.
+        segment_seconds: the grid of `segments`.
+    """
+
+    name: str = "pooled"
+    pooling: str = "mean"
+    layers: tuple[int, ...] = ()
+    segment_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        pooling_named(self.pooling)
+
+    def __call__(self, frames: Tensor, frame_seconds: float) -> Tensor:
+        """`[T, D]` or `[layers, T, D]` → `[D']`, `[layers, D']`, `[segments, D']` or `[T, D]`."""
+        pool = pooling_named(self.pooling)
+        if self.name == "layers":
+            return pool(frames)
+        frames = frames.transpose(0, 1).flatten(1) if frames.ndim == 3 else frames
+        if self.name == "frames":
+            return frames
+        if self.name == "segments":
+            borders = segment_borders(len(frames), frame_seconds, self.segment_seconds)
+            return torch.stack([pool(frames[start:end]) for start, end in borders])
+        return pool(frames)
+
+
+def segment_borders(
+    frames: int, frame_seconds: float, segment_seconds: float
+) -> list[tuple[int, int]]:
+    """Return for each segment of a clip of T frames its first frame and the one behind its last; none is empty."""
+    count = max(1, ceil(frames * frame_seconds / segment_seconds - 1e-6))
+    edges = [min(int(i * segment_seconds / frame_seconds + 1e-6), frames) for i in range(count)] + [
+        frames
+    ]
+    return [
+        (min(start, frames - 1), max(end, min(start, frames - 1) + 1))
+        for start, end in pairwise(edges)
+    ]
+
 
 EMBED_VERSION = 4  # raise it when anything here changes what an embedding is
 WINDOW_BATCHES = 8  # clips are sorted by length within this many batches
@@ -397,3 +455,149 @@ def _progress(quiet: bool) -> Progress:
     return Progress(
         *columns, console=console, disable=quiet or not console.is_terminal, transient=True
     )
+
+
+BASELINE_NAME = "log-mel statistics"
+BASELINE_VERSION = 1
+
+
+class LogMelBaseline:
+    """An "encoder" whose frames are the log-mel frames themselves."""
+
+    pooling = "mean_std"
+
+    def __init__(self, num_mel_bins: int = 80):
+        self.width = num_mel_bins
+        self._log_mel = LogMel(num_mel_bins)
+
+    @torch.no_grad()
+    def encode(self, waveforms: Sequence[Tensor | np.ndarray], sample_rate_hz: int) -> list[Tensor]:
+        """Return one `[F, M]` per waveform `[S]`; frames that only see the silence after a clip are not among them."""
+        frames = []
+        for waveform in waveforms:
+            samples = torch.as_tensor(waveform)
+            if sample_rate_hz != SAMPLE_RATE_HZ:
+                samples = to_mono_16k(samples.numpy(), sample_rate_hz)
+            frames.append(self._log_mel(samples)[: mel_frames(len(samples))])
+        return frames
+
+    def fingerprint(self) -> str:
+        return f"log-mel-{BASELINE_VERSION}-{self.width}"
+
+
+PATIENCE = timedelta(
+    hours=12
+)  # a rank that ends is noticed at once; this is for one that has more to embed
+
+
+def launched_share() -> Share:
+    """Return this process's share, as `torchrun` tells it by RANK and WORLD_SIZE; the whole without."""
+    return Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+@contextmanager
+def joined_ranks(share: Share) -> Iterator[None]:
+    """Join the process group of all ranks, and leave it however the block ends: the others notice then."""
+    if share == WHOLE:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class SharedEmbedding:
+    """What is embedded together.
+
+    Attributes:
+        encoders, tasks, root, cache, embedding, kind: as `suite.run_suite` takes them.
+    """
+
+    encoders: Mapping[str, FrameEncoder]
+    tasks: Sequence[ProbeTask]
+    root: str | Path | None
+    cache: str | Path
+    embedding: EmbedSettings
+    kind: str
+
+    def run(self, share: Share) -> None:
+        """Embed a share of everything, wait for the other ranks, and in the first rank join what all of them made.
+
+        Inside `joined_ranks`.
+
+        Raises:
+            UserError: what `embed_task` raises, another rank is gone, or the ranks do not see one cache folder.
+        """
+        views = {task.name: KINDS[kind_for(self.kind, task)].view for task in self.tasks}
+        fingerprints = {name: encoder.fingerprint() for name, encoder in self.encoders.items()}
+        for name, encoder in self.encoders.items():
+            for task in self.tasks:
+                embed_task(
+                    encoder,
+                    task,
+                    self.root,
+                    self.cache,
+                    self.embedding,
+                    fingerprints[name],
+                    views[task.name],
+                    share,
+                )
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise UserError(
+                f"Another rank is gone: {str(error).splitlines()[0][:300]}. Start again: shares are kept."
+            ) from error
+        if share.rank == 0:
+            self._join(share.ranks, fingerprints, views)
+
+    def _join(
+        self,
+        ranks: int,
+        fingerprints: Mapping[str, str],
+        views: Mapping[str, str],
+    ) -> None:
+        for name, encoder in self.encoders.items():
+            for task in self.tasks:
+                view = view_of(encoder, self.embedding, views[task.name], task)
+                for index in (
+                    open_index(folder)
+                    for part in task.parts
+                    for folder in task.folders(part, self.root)
+                ):
+                    identity = folder_identity(
+                        fingerprints[name], view, index, task, self.embedding
+                    )
+                    join_shares(self.cache, identity, ranks, index, self.embedding)
+
+
+def join_shares(
+    cache: str | Path,
+    identity: dict[str, object],
+    ranks: int,
+    index: ShardIndex,
+    settings: EmbedSettings,
+) -> None:
+    """Put the shares of a folder end to end under the folder's own identity, where it is not there yet.
+
+    Raises:
+        UserError: a share is not there, or too many clips of the folder are broken.
+    """
+    if read_embeddings(cache, identity) is not None:
+        return
+    identities = [Share(rank, ranks).identity(identity) for rank in range(ranks)]
+    found = [read_embeddings(cache, share) for share in identities]
+    parts = [part for part in found if part is not None]
+    if len(parts) < ranks:
+        raise UserError(
+            f"Rank {found.index(None)} left no embeddings of {index.root} in {cache}. All ranks must see one folder: put --out on a "
+            "disk that they share."
+        )
+    joined = Embeddings.join(parts)
+    check_refused(index, joined.skipped, settings)
+    write_embeddings(cache, identity, joined)
+    for share in identities:
+        cache_path(cache, share).unlink(missing_ok=True)

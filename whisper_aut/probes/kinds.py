@@ -10,12 +10,23 @@ from typing import Literal
 import torch
 
 from whisper_aut.errors import UserError
-from whisper_aut.probes import attention, knn, layers, linear, mlp, retrieval, transcription
-from whisper_aut.probes.fitting import Setting, threads
-from whisper_aut.probes.items import class_names, items_of, strata
+from whisper_aut.probes import knn, modules, retrieval, transcription
+from whisper_aut.probes.fit import (
+    ClassLearner,
+    FinalFit,
+    Learner,
+    Round,
+    SeedRun,
+    Setting,
+    check_rounds,
+    class_names,
+    items_of,
+    join_rounds,
+    score_round,
+    strata,
+    threads,
+)
 from whisper_aut.probes.metrics import ANSWERS, Answer
-from whisper_aut.probes.rounds import FinalFit, Round, check_rounds
-from whisper_aut.probes.selection import ClassLearner, Learner, SeedRun, join_rounds, score_round
 from whisper_aut.probes.tasks import ProbeTask
 
 View = Literal["pooled", "layers", "segments", "frames"]
@@ -76,26 +87,29 @@ def _clip_learner(made: Callable) -> Callable[[Round, Question], Learner]:
 
 def _attention(round: Round, question: Question) -> Learner:
     parts = round.pool, round.train, round.test
-    return attention.attention_learner(*parts, question.metric, question.classes, question.device)
+    return modules.attention_learner(*parts, question.metric, question.classes, question.device)
 
 
-_linear = _class_learner(linear.LinearFitter.on)
+_linear = _class_learner(modules.LinearFitter.on)
 KINDS: dict[str, ProbeKind] = {
-    "linear": ProbeKind("linear probes", ("class", "classes"), "pooled", linear.CANDIDATES, linear.LINEAR_VERSION, False, _linear),
+    "linear": ProbeKind("linear probes", ("class", "classes"), "pooled", modules.LINEAR_CANDIDATES, modules.LINEAR_VERSION,
+        False, _linear),
     "knn": ProbeKind("nearest neighbours", ("class",), "pooled", knn.CANDIDATES, knn.KNN_VERSION, False, _class_learner(knn.KNNFitter.on)),
     "mlp": ProbeKind(
-        "one hidden layer", ("class", "classes"), "pooled", mlp.CANDIDATES, mlp.MLP_VERSION, True, _class_learner(mlp.mlp_fitter)
+        "one hidden layer", ("class", "classes"), "pooled", modules.MLP_CANDIDATES, modules.MLP_VERSION, True,
+        _class_learner(modules.mlp_fitter)
     ),
     "layers": ProbeKind(
-        "linear probes over weighted layers", ("class", "classes"), "layers", layers.CANDIDATES, layers.LAYERS_VERSION, True,
-        _class_learner(layers.layer_fitter),
+        "linear probes over weighted layers", ("class", "classes"), "layers", modules.LAYERS_CANDIDATES, modules.LAYERS_VERSION, True,
+        _class_learner(modules.layer_fitter),
     ),
     "attention": ProbeKind(
-        "linear probes under attention pooling", ("class", "classes"), "frames", attention.CANDIDATES,
-        attention.ATTENTION_VERSION, True, _attention,
+        "linear probes under attention pooling", ("class", "classes"), "frames", modules.ATTENTION_CANDIDATES,
+        modules.ATTENTION_VERSION, True, _attention,
     ),
     # A segment is an item of any number of classes: logistic regressions on the mean frame of each.
-    "frame": ProbeKind("linear probes of segments", ("events",), "segments", linear.CANDIDATES, linear.LINEAR_VERSION, False, _linear),
+    "frame": ProbeKind("linear probes of segments", ("events",), "segments", modules.LINEAR_CANDIDATES, modules.LINEAR_VERSION,
+        False, _linear),
     "retrieval": ProbeKind(
         "audio-text retrieval", ("captions",), "pooled", retrieval.CANDIDATES, retrieval.RETRIEVAL_VERSION, True,
         _clip_learner(retrieval.RetrievalLearner),

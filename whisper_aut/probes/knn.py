@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whisper_aut.probes.fitting import FittedProbes, Setting
-from whisper_aut.probes.items import Items
+from whisper_aut.probes.fit import FittedProbes, Items, Setting
 
 KNN_VERSION = 1
 NEIGHBOURS = (1, 3, 5, 10, 20)

@@ -18,11 +18,9 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from whisper_aut.probes.cache import Embeddings
-from whisper_aut.probes.descent import Values, batch_size, descend, epochs_of
-from whisper_aut.probes.fitting import Setting, fit
+from whisper_aut.probes.fit import Judgement, Setting, Trial, Validation, fit
 from whisper_aut.probes.metrics import CrossRecall, recall_credit
-from whisper_aut.probes.rounds import Trial
-from whisper_aut.probes.selection import Judgement, Validation
+from whisper_aut.probes.modules import Values, batch_size, descend, epochs_of
 
 RETRIEVAL_VERSION = 2
 SHARED_WIDTH = 128

@@ -15,23 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from whisper_aut.corpora.shards import open_index
+from whisper_aut.data.shards import open_index
 from whisper_aut.errors import Problems, UserError, nearest
 from whisper_aut.probes.cache import Embeddings, cache_path, digest, group_numbers
 from whisper_aut.probes.embed import (
     EmbedSettings,
     FrameEncoder,
+    View,
     embed_task,
     folder_identity,
     open_parts,
     view_of,
 )
-from whisper_aut.probes.hearing import View
-from whisper_aut.probes.items import class_names
+from whisper_aut.probes.fit import FinalFit, SeedRun, class_names, rounds_of
 from whisper_aut.probes.kinds import KINDS, kind_for, probe_rounds
 from whisper_aut.probes.metrics import METRIC_VERSIONS
-from whisper_aut.probes.rounds import FinalFit, rounds_of
-from whisper_aut.probes.scores import (
+from whisper_aut.probes.results import (
     AVERAGE,
     NO_ASR,
     PROTOCOL,
@@ -42,7 +41,6 @@ from whisper_aut.probes.scores import (
     append_predictions,
     read_predictions,
 )
-from whisper_aut.probes.selection import SeedRun
 from whisper_aut.probes.stats import GroupTotals, difference, holm
 from whisper_aut.probes.tasks import ProbeTask
 

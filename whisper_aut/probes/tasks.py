@@ -15,9 +15,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from whisper_aut.config import SHIPPED, build, find_config
 from whisper_aut.errors import UserError, nearest
 from whisper_aut.probes.metrics import ANSWERS, METRICS, Answer
-from whisper_aut.schema import SHIPPED, build, find_config
 
 SPLITS = ("train", "valid", "test")
 

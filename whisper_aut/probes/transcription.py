@@ -15,12 +15,10 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from whisper_aut.probes.cache import Embeddings
-from whisper_aut.probes.descent import Values, batch_size, descend, epochs_of, masked_means
-from whisper_aut.probes.fitting import Setting, fit
+from whisper_aut.probes.fit import Judgement, Setting, Trial, Validation, fit, jackknife
 from whisper_aut.probes.frames import Frames
 from whisper_aut.probes.metrics import text_metric
-from whisper_aut.probes.rounds import Trial
-from whisper_aut.probes.selection import Judgement, Validation, jackknife
+from whisper_aut.probes.modules import Values, batch_size, descend, epochs_of, masked_means
 
 TRANSCRIPTION_VERSION = 2
 BLANK = 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from whisper_aut.probes.kinds import KINDS
-from whisper_aut.probes.scores import AVERAGE, NO_ASR, Average, Comparison, Scores, TaskScore
+from whisper_aut.probes.results import AVERAGE, NO_ASR, Average, Comparison, Scores, TaskScore
 from whisper_aut.probes.stats import FEW_GROUPS
 
 BLANK = "–"

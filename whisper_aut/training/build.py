@@ -17,27 +17,9 @@ import yaml
 from transformers import WhisperConfig
 
 from whisper_aut import __version__
-from whisper_aut.corpora.audio import ClipLimits
-from whisper_aut.corpora.exclusion import Exclusions, select
-from whisper_aut.corpora.remote import ReadPolicy
-from whisper_aut.corpora.shards import open_index
-from whisper_aut.corpora.template import text_template
-from whisper_aut.data.augment import Augment, SpecAugment
-from whisper_aut.data.example import ExampleBuilder
-from whisper_aut.data.logmel import WINDOW_SECONDS, LogMel
-from whisper_aut.data.module import ShardDataModule
-from whisper_aut.data.order import mixture_shares
-from whisper_aut.data.sample import Sample, iter_samples
-from whisper_aut.data.stream import StreamSource
-from whisper_aut.data.text import TextCodec
-from whisper_aut.errors import UserError
-from whisper_aut.model.decoders import check_decoder
-from whisper_aut.model.encoder import PackedEncoder, longest_clip_seconds, too_long
-from whisper_aut.model.module import AudioTextModule
-from whisper_aut.model.scratch import SPECIAL_TOKENS, make_whisper
-from whisper_aut.model.shapes import config_of, shaped_config
-from whisper_aut.model.start import Start
-from whisper_aut.settings import (
+from whisper_aut.audio.decode import ClipLimits
+from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel
+from whisper_aut.config import (
     DataSettings,
     ModelSettings,
     OptimSettings,
@@ -45,13 +27,33 @@ from whisper_aut.settings import (
     Settings,
     SourceSettings,
 )
-from whisper_aut.training.accelerators import resolved_precision
-from whisper_aut.training.faults import BYTES_OF_STATE, check_compilable
-from whisper_aut.training.forecast import FLAC_BYTES_PER_SECOND, Forecast
+from whisper_aut.data.annotation import text_template
+from whisper_aut.data.augment import Augment, SpecAugment
+from whisper_aut.data.datamodule import ShardDataModule
+from whisper_aut.data.dataset import ExampleBuilder, StreamSource
+from whisper_aut.data.filters import Exclusions, select
+from whisper_aut.data.reader import Sample, iter_samples
+from whisper_aut.data.remote import ReadPolicy
+from whisper_aut.data.sampler import mixture_shares
+from whisper_aut.data.shards import open_index
+from whisper_aut.data.targets import TextCodec
+from whisper_aut.errors import UserError
+from whisper_aut.locks import file_lock
+from whisper_aut.models.decoders import check_decoder
+from whisper_aut.models.encoder import PackedEncoder, longest_clip_seconds, too_long
+from whisper_aut.models.module import AudioTextModule
+from whisper_aut.models.pretrained import Start
+from whisper_aut.models.tiny import WHISPER_SPECIAL_TOKENS, config_of, make_whisper, shaped_config
+from whisper_aut.training.callbacks.stopping import BYTES_OF_STATE, check_compilable
 from whisper_aut.training.optim import optimizer_factory
-from whisper_aut.training.plan import StepCost, StepShape, step_cost
-from whisper_aut.training.strategy import DEEPSPEED, OFFLOAD
-from whisper_aut.turns import one_at_a_time
+from whisper_aut.training.plan import (
+    FLAC_BYTES_PER_SECOND,
+    Forecast,
+    StepCost,
+    StepShape,
+    step_cost,
+)
+from whisper_aut.training.strategies import DEEPSPEED, OFFLOAD, resolved_precision
 
 SAMPLE_BYTES, SAMPLES = (
     1 << 16,
@@ -151,7 +153,7 @@ def build_start(settings: Settings) -> Start:
     for index in indexes:
         key.update(index.selected_fingerprint().encode())
     out = Path(settings.runs) / settings.name / f".scratch-{key.hexdigest()[:12]}"
-    with one_at_a_time(out):
+    with file_lock(out):
         if not out.exists():  # it is moved there when whole
             limits = clip_limits(settings.data)
             items = (item for index in indexes for item in iter_samples(index, limits, policy))
@@ -474,7 +476,7 @@ def planned_config(model: ModelSettings) -> WhisperConfig:
     if model.scratch is None:
         return config_of(model.path, model.revision)
     scratch = model.scratch
-    vocabulary = scratch.vocabulary + len(SPECIAL_TOKENS)  # at most; few texts give fewer
+    vocabulary = scratch.vocabulary + len(WHISPER_SPECIAL_TOKENS)  # at most; few texts give fewer
     sizes = (scratch.d_model, scratch.encoder_layers, scratch.decoder_layers, scratch.heads)
     return shaped_config(*sizes, scratch.num_mel_bins, vocabulary)
 

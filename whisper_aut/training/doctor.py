@@ -25,12 +25,12 @@ import torch.multiprocessing as multiprocessing
 from rich.table import Table
 from rich.text import Text
 
-from whisper_aut.corpora.audio import ClipLimits
-from whisper_aut.corpora.remote import DEFAULT_POLICY, ReadPolicy
-from whisper_aut.corpora.shards import ShardIndex
-from whisper_aut.data.sample import Sample, iter_samples
+from whisper_aut.audio.decode import ClipLimits
+from whisper_aut.data.reader import Sample, iter_samples
+from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy
+from whisper_aut.data.shards import ShardIndex
 from whisper_aut.errors import UserError
-from whisper_aut.training.faults import check_room, find_compiler
+from whisper_aut.training.callbacks.stopping import check_room, find_compiler
 
 Status = Literal["ok", "warn", "fail"]
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}

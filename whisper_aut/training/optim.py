@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from whisper_aut.model.decoders.protocol import Decoder
-from whisper_aut.model.encoder import PackedEncoder
+from whisper_aut.models.decoders.base import Decoder
+from whisper_aut.models.encoder import PackedEncoder
 
 Schedule = Literal["cosine", "linear", "constant"]
 

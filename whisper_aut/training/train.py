@@ -22,15 +22,14 @@ from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor
 from rich.console import Console
 from rich.text import Text
 
-from whisper_aut.corpora.shards import ShardIndex
-from whisper_aut.data.batching import Cursor
+from whisper_aut.config import Settings, dump_settings
+from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.ledger import Ledger, by_source
-from whisper_aut.data.module import ShardDataModule
+from whisper_aut.data.sampler import Cursor
+from whisper_aut.data.shards import ShardIndex
 from whisper_aut.errors import UserError
-from whisper_aut.model.module import AudioTextModule
-from whisper_aut.model.start import Start
-from whisper_aut.settings import Settings, dump_settings
-from whisper_aut.training.accelerators import resolved_precision
+from whisper_aut.models.module import AudioTextModule
+from whisper_aut.models.pretrained import Start
 from whisper_aut.training.build import (
     build_data,
     build_decoder,
@@ -42,29 +41,41 @@ from whisper_aut.training.build import (
     trainer_arguments,
 )
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
-from whisper_aut.training.callbacks.exhaustion import Exhaustion
-from whisper_aut.training.callbacks.guard import Guard, Rewind
 from whisper_aut.training.callbacks.languages import UnknownLanguages
-from whisper_aut.training.callbacks.ledger import LedgerCallback, counts_of_all_ranks
-from whisper_aut.training.callbacks.progress import RunProgressBar
-from whisper_aut.training.callbacks.samples import SampleWriter
-from whisper_aut.training.callbacks.sources import SourceEpochs
-from whisper_aut.training.callbacks.stop import CleanStop
-from whisper_aut.training.callbacks.throughput import ThroughputMeter
-from whisper_aut.training.callbacks.world import AnotherWorld, loader_state
+from whisper_aut.training.callbacks.monitors import (
+    LedgerCallback,
+    RunProgressBar,
+    SampleWriter,
+    SourceEpochs,
+    ThroughputMeter,
+    build_loggers,
+    counts_of_all_ranks,
+)
+from whisper_aut.training.callbacks.stopping import (
+    AnotherWorld,
+    CleanStop,
+    Exhaustion,
+    Guard,
+    Rewind,
+    check_accelerator,
+    check_room,
+    checkpoint_bytes,
+    explained,
+    loader_state,
+)
 from whisper_aut.training.checkpoint import read_manifest
-from whisper_aut.training.faults import check_accelerator, check_room, checkpoint_bytes, explained
-from whisper_aut.training.loggers import build_loggers
-from whisper_aut.training.resume import check_step_size, newest_in, resume_from
-from whisper_aut.training.rundir import (
+from whisper_aut.training.run_dir import (
     RunDirectory,
     announced,
+    check_step_size,
     is_first_rank,
     job_run,
+    newest_in,
+    resume_from,
     runs_of,
     write_whole,
 )
-from whisper_aut.training.strategy import build_strategy
+from whisper_aut.training.strategies import build_strategy, resolved_precision
 
 MAX_REWINDS = 3
 

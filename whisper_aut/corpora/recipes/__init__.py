@@ -3,38 +3,27 @@
 In: a name. Out: its `Recipe`. Next: `corpora.recipes.build`. A new corpus is one `Recipe` and one line here.
 """
 
-from whisper_aut.corpora.recipes import (
-    captions,
-    esc50,
-    folder,
-    freesound,
-    gtzan,
-    librispeech,
-    music,
-    speech_commands,
-    voices,
-    x_ares,
-)
-from whisper_aut.corpora.recipes.recipe import Recipe
+from whisper_aut.corpora.recipes import captions, folder, music, sound, speech, x_ares
+from whisper_aut.corpora.recipes.base import Recipe
 from whisper_aut.errors import UserError, nearest
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        librispeech.RECIPE,
-        speech_commands.V1,
-        speech_commands.V2,
-        voices.CREMA_D,
-        voices.RAVDESS,
-        voices.VOXLINGUA,
-        esc50.RECIPE,
-        freesound.FSD50K,
-        freesound.URBANSOUND8K,
-        voices.VOCALSOUND,
+        speech.LIBRISPEECH,
+        speech.SPEECH_COMMANDS_V1,
+        speech.SPEECH_COMMANDS_V2,
+        speech.CREMA_D,
+        speech.RAVDESS,
+        speech.VOXLINGUA,
+        sound.ESC50,
+        sound.FSD50K,
+        sound.URBANSOUND8K,
+        speech.VOCALSOUND,
         captions.AUDIOCAPS,
         captions.CLOTHO,
         captions.WAVCAPS,
-        gtzan.RECIPE,
+        music.GTZAN,
         music.NSYNTH,
         music.FMA_SMALL,
         captions.MUSICCAPS,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from whisper_aut.corpora.recipes.recipe import (
+from whisper_aut.corpora.recipes.base import (
     Recipe,
     audio_files,
     find,
@@ -19,7 +19,7 @@ from whisper_aut.corpora.recipes.recipe import (
     read_json,
     read_table,
 )
-from whisper_aut.corpora.tables import read_lines
+from whisper_aut.data.annotation import read_lines
 from whisper_aut.errors import UserError
 
 WAVCAPS_PARTS = {

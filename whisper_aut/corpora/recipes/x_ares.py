@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from whisper_aut.corpora.recipes.recipe import Recipe
+from whisper_aut.corpora.recipes.base import Recipe
 from whisper_aut.errors import UserError
 
 

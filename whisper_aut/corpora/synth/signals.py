@@ -5,9 +5,10 @@ In: a NumPy generator and sizes in samples. Out: float32 waveforms `[S]` at 16 k
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from scipy.fft import irfft, next_fast_len, rfftfreq
+from scipy.fft import irfft, next_fast_len, rfft, rfftfreq
 
 SAMPLE_RATE_HZ = 16_000
 HIGHEST_HZ = (
@@ -213,3 +214,182 @@ def unit_rms(waveform: np.ndarray) -> np.ndarray:
     """Return the waveform scaled to an RMS of 1; silence stays silence."""
     rms = float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64))))
     return waveform / np.float32(rms) if rms > 0 else waveform
+
+
+@dataclass(frozen=True)
+class Room:
+    """One kind of place.
+
+    Attributes:
+        words: ways to say it.
+        reverberation_seconds: range of the time in which an echo falls by 60 dB.
+        wet_db: range of the echo's level under the direct sound.
+    """
+
+    words: tuple[str, ...]
+    reverberation_seconds: Span
+    wet_db: Span
+
+
+SMALL_ROOM = Room(
+    ("in a small room", "indoors", "in a room"), reverberation_seconds=(0.2, 0.5), wet_db=(-14, -6)
+)
+LARGE_HALL = Room(
+    ("in a large hall", "in a reverberant hall", "with a long echo", "in a big echoing space"),
+    reverberation_seconds=(1.0, 2.2),
+    wet_db=(-9, -2),
+)
+ROOMS = (SMALL_ROOM, LARGE_HALL)
+BACKGROUNDS = (  # slope of the noise in dB per octave, ways to say it
+    (0.0, ("white noise", "hiss", "static")),
+    (-3.0, ("soft noise", "room noise")),
+    (-6.0, ("low rumble", "a dull hum", "distant traffic")),
+)
+
+
+def placed(
+    rng: np.random.Generator, waveform: np.ndarray, room: Room | None, tilt_db: float
+) -> np.ndarray:
+    """Return the waveform as a microphone in a room hears it, at unit RMS; the echo past the clip's end is cut.
+
+    Args:
+        room: none where the place is dry.
+        tilt_db: bound of the random tilt of the microphone's response, per octave.
+    """
+    echo = impulse_response(rng, room) if room else np.zeros(1, dtype=np.float32)
+    size = next_fast_len(len(waveform) + len(echo), real=True)
+    spectrum = np.asarray(rfft(waveform.astype(np.float32), size))
+    if room:
+        spectrum *= 1 + np.asarray(rfft(echo, size))
+    spectrum *= microphone_gain(rng, rfftfreq(size, 1 / SAMPLE_RATE_HZ).astype(np.float32), tilt_db)
+    return unit_rms(np.asarray(irfft(spectrum, size))[: len(waveform)])
+
+
+def impulse_response(rng: np.random.Generator, room: Room) -> np.ndarray:
+    """Return what follows the direct sound: a noise that falls by 60 dB, with a few early echoes."""
+    samples = samples_in(uniform(rng, room.reverberation_seconds))
+    echo = coloured_noise(rng, samples, uniform(rng, (-5, -1))) * np.logspace(
+        0, -3, samples, dtype=np.float32
+    )
+    for _ in range(4):
+        echo[int(rng.integers(samples_in(0.004), samples_in(0.035)))] += rng.choice(
+            (-1, 1)
+        ) * uniform(rng, (2, 8))
+    return echo * np.float32(10 ** (uniform(rng, room.wet_db) / 20) / np.sqrt(np.sum(echo**2)))
+
+
+def microphone_gain(
+    rng: np.random.Generator, frequencies_hz: np.ndarray, tilt_db: float
+) -> np.ndarray:
+    """Return a random response: a straight tilt about 1 kHz and one broad bump or dip."""
+    octaves = np.log2(np.maximum(frequencies_hz, 50) / 1_000)
+    bump = uniform(rng, (-3, 3)) * tilt_db * np.exp(-2 * (octaves - uniform(rng, (-2.5, 2.5))) ** 2)
+    return (10 ** ((uniform(rng, (-tilt_db, tilt_db)) * octaves + bump) / 20)).astype(np.float32)
+
+
+def draw_room(
+    rng: np.random.Generator, rooms: tuple[Room, ...], dry_share: float
+) -> tuple[Room | None, str]:
+    """Draw a room, or none, and the words for it."""
+    if rng.random() < dry_share:
+        return None, ""
+    room = pick(rng, rooms)
+    return room, pick(rng, room.words)
+
+
+def with_background(
+    rng: np.random.Generator, waveform: np.ndarray, ratio_db: float
+) -> tuple[np.ndarray, str]:
+    """Add wavering noise of a random colour so many decibels under the signal; return the noise's name as well."""
+    slope, names = pick(rng, BACKGROUNDS)
+    noise = coloured_noise(rng, len(waveform), slope + uniform(rng, (-1.5, 1.5)))
+    waver = 1 + uniform(rng, (0, 0.4)) * np.sin(
+        2 * np.pi * uniform(rng, (0.1, 0.8)) * seconds_axis(len(waveform))
+    )
+    return unit_rms(waveform) + noise * waver.astype(np.float32) * np.float32(
+        10 ** (-ratio_db / 20)
+    ), pick(rng, names)
+
+
+def at_level(waveform: np.ndarray, peak_db: float) -> np.ndarray:
+    """Return the waveform with its peak at `peak_db` relative to full scale."""
+    peak = float(np.abs(waveform).max())
+    return (waveform * np.float32(10 ** (peak_db / 20) / max(peak, 1e-9))).astype(np.float32)
+
+
+MAX_WORDS = 16
+COUNTS = ("", "once", "twice", "three times", "four times", "five times")
+
+
+def graded(value: float, low: float, high: float, words: Sequence[str]) -> str:
+    """Return the first word under `low`, the last above `high`, the middle one (often empty) between."""
+    return words[0] if value < low else words[-1] if value > high else words[1]
+
+
+def times_word(count: int) -> str:
+    """Return `twice`, `three times` …, or `repeatedly` where nobody would count."""
+    return COUNTS[count] if 0 < count < len(COUNTS) else "repeatedly"
+
+
+def article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def composed(
+    rng: np.random.Generator, essential: str, optional: Sequence[str], keep: float = 0.8
+) -> str:
+    """Return the essential words and, in order, each optional phrase that chance (`keep`) and `MAX_WORDS` leave in."""
+    phrases, words = [essential], len(essential.split())
+    for phrase in optional:
+        if phrase and rng.random() < keep and words + len(phrase.split()) <= MAX_WORDS:
+            phrases.append(phrase)
+            words += len(phrase.split())
+    return " ".join(phrases)
+
+
+def backdrop(rng: np.random.Generator, name: str) -> str:
+    """Return a phrase for something heard behind the main sound."""
+    return pick(
+        rng, ("with {} in the background", "over {}", "with {} behind it", "against {}")
+    ).format(name)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A rendered sound, waveform `[S]`, and the phrases for its attributes, the most telling first."""
+
+    waveform: np.ndarray
+    details: tuple[str, ...] = ()
+
+
+Render = Callable[[np.random.Generator, int], Event]
+
+
+@dataclass(frozen=True)
+class SoundClass:
+    """One class of environmental sound.
+
+    Attributes:
+        label: the probe's class.
+        clauses: ways to say that it sounds; the details follow them.
+        backdrop: how it is named behind another sound.
+        render: makes it, for a number of samples.
+    """
+
+    label: str
+    clauses: tuple[str, ...]
+    backdrop: str
+    render: Render
+
+
+SOUND_CLASSES: dict[str, SoundClass] = {}
+
+
+def sound_class(label: str, *clauses: str, backdrop: str) -> Callable[[Render], Render]:
+    """Register the decorated function as the renderer of a class."""
+
+    def register(render: Render) -> Render:
+        SOUND_CLASSES[label] = SoundClass(label, clauses, backdrop, render)
+        return render
+
+    return register

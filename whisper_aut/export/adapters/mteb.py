@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from whisper_aut.data.waveform import SAMPLE_RATE_HZ
+from whisper_aut.audio.decode import SAMPLE_RATE_HZ
 from whisper_aut.errors import UserError
-from whisper_aut.model.encoder import Padding
-from whisper_aut.model.pretrained import load_encoder
+from whisper_aut.models.encoder import Padding
+from whisper_aut.models.pretrained import load_encoder
 
 if TYPE_CHECKING:
-    from whisper_aut.model.pretrained import AudioEncoder
+    from whisper_aut.models.pretrained import AudioEncoder
 
 
 def mteb_model(

@@ -13,11 +13,11 @@ import os
 import torch
 from torch import Tensor, nn
 
-from whisper_aut.data.logmel import HOP_SAMPLES
-from whisper_aut.data.waveform import SAMPLE_RATE_HZ
+from whisper_aut.audio.decode import SAMPLE_RATE_HZ
+from whisper_aut.audio.logmel import HOP_SAMPLES
 from whisper_aut.errors import UserError
-from whisper_aut.model import encoder as packed
-from whisper_aut.model import pretrained
+from whisper_aut.models import encoder as packed
+from whisper_aut.models import pretrained
 
 PATH_VARIABLE, PADDING_VARIABLE = "WHISPER_AUT_ENCODER", "WHISPER_AUT_PADDING"
 HOP_MS = 1000 * HOP_SAMPLES * packed.CONV_STRIDE // SAMPLE_RATE_HZ

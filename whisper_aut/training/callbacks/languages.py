@@ -7,8 +7,8 @@ from typing import Any
 import lightning
 import torch.distributed as dist
 
-from whisper_aut.data.pack import Batch
-from whisper_aut.data.text import without_language_token
+from whisper_aut.data.batch import Batch
+from whisper_aut.data.targets import without_language_token
 
 
 class UnknownLanguages(lightning.Callback):

@@ -1,0 +1,153 @@
+"""Embedding by several ranks: the same cache, clip for clip, and a clear end where a share is missing."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from whisper_aut.data.shards import open_index
+from whisper_aut.errors import UserError
+from whisper_aut.models.pretrained import device_named
+from whisper_aut.probes.cache import WHOLE, Share
+from whisper_aut.probes.embed import (
+    EmbedSettings,
+    embed_task,
+    folder_identity,
+    join_shares,
+    launched_share,
+    view_of,
+)
+
+QUIET = EmbedSettings(quiet=True, batch_seconds=1.5, workers=2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_shares_lie_end_to_end(ranks: int):
+    taken = []
+    for rank in range(ranks):
+        first, stop = Share(rank, ranks).bounds(48)
+        taken += range(48)[first:stop]
+    assert taken == list(range(48))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 60])
+def test_joined_shares_are_what_one_process_embeds(tones, task_with, tiny_encoder, tmp_path, ranks):
+    encoder, task, alone, shared = (
+        tiny_encoder(),
+        task_with(),
+        tmp_path / "alone",
+        tmp_path / "shared",
+    )
+    expected = embed_task(encoder, task, tones, alone, QUIET)
+    for rank in range(ranks):
+        embed_task(encoder, task, tones, shared, QUIET, share=Share(rank, ranks))
+    for part in task.parts:
+        for folder in task.folders(part, tones):
+            index = open_index(folder)
+            identity = folder_identity(
+                encoder.fingerprint(), view_of(encoder, QUIET, "pooled", task), index, task, QUIET
+            )
+            join_shares(shared, identity, ranks, index, QUIET)
+    assert sorted(path.name for path in shared.iterdir()) == sorted(
+        path.name for path in alone.iterdir()
+    ), "no share stays"
+    found = embed_task(encoder, task, tones, shared, QUIET)
+    for part, embeddings in expected.items():
+        assert (found[part].keys, found[part].labels) == (embeddings.keys, embeddings.labels)
+        torch.testing.assert_close(found[part].features, embeddings.features, atol=1e-5, rtol=1e-5)
+
+
+def test_a_missing_share_is_named(tones, task_with, tiny_encoder, tmp_path):
+    encoder, task = tiny_encoder(), task_with()
+    embed_task(encoder, task, tones, tmp_path, QUIET, share=Share(0, 2))
+    index = open_index(task.folders("train", tones)[0])
+    identity = folder_identity(
+        encoder.fingerprint(), view_of(encoder, QUIET, "pooled", task), index, task, QUIET
+    )
+    with pytest.raises(UserError, match="Rank 1 left no embeddings"):
+        join_shares(tmp_path, identity, 2, index, QUIET)
+
+
+def test_ranks_are_read_from_the_launcher(monkeypatch):
+    assert launched_share() == WHOLE
+    assert device_named("cuda") == "cuda:0"
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert launched_share() == Share(5, 8)
+    assert [device_named(name) for name in ("cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:3", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_named("auto") == "cuda:1"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_named("auto") == "cpu"
+
+
+def probe(
+    story: Path, shards: Path, out: Path, rank: int = 0, ranks: int = 1, port: int = 0
+) -> "subprocess.Popen[str]":
+    launched = {
+        "RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    environment = os.environ | (
+        {name: str(value) for name, value in launched.items()} if ranks > 1 else {}
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "whisper_aut.cli",
+        "probe",
+        str(story / "runs/aut_tiny/latest/export/encoder"),
+        "--tasks",
+    ]
+    arguments = [
+        str(story / "tones.yaml"),
+        "--against",
+        "logmel",
+        "--root",
+        str(shards),
+        "--seeds",
+        "2",
+        "--out",
+        str(out),
+    ]
+    return subprocess.Popen(
+        [*command, *arguments], env=environment, text=True, stdout=-1, stderr=-1
+    )
+
+
+def test_two_ranks_score_as_one(story: Path, tiny_shards: Path, tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [probe(story, tiny_shards, tmp_path / "two", rank, 2, port) for rank in range(2)]
+    processes.append(probe(story, tiny_shards, tmp_path / "one"))
+    said = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert said[1][0] == "", "the second rank is silent"
+    one, two = (
+        json.loads((tmp_path / name / "scores.json").read_text())["entries"]
+        for name in ("one", "two")
+    )
+    assert [entry["scores"] for entry in one] == [entry["scores"] for entry in two]
+    assert [entry["identity"] for entry in one] == [entry["identity"] for entry in two]
+
+
+def test_a_rank_that_fails_ends_the_other(story: Path, tiny_shards: Path, tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    waits, fails = (
+        probe(story, shards, tmp_path, rank, 2, port)
+        for rank, shards in enumerate((tiny_shards, tmp_path))
+    )
+    assert "Error:" in fails.communicate(timeout=240)[1]
+    assert "Another rank is gone" in " ".join(waits.communicate(timeout=240)[1].split())
+    assert (waits.returncode, fails.returncode) == (1, 1)

@@ -1,0 +1,64 @@
+"""Learning rates over a resume: those of the config that it is given, with the shape and the ratios that the config has."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+from rich.console import Console
+
+from tests.integration.test_train import settings_for
+from whisper_aut.training.train import train
+
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("ddp", *(f"deepspeed_stage_{stage}" for stage in (1, 2, 3)))
+]
+
+
+class _Rates(lightning.Callback):
+    """Writes down the rates of all groups before each step, as the innermost optimiser has them."""
+
+    def __init__(self) -> None:
+        self.by_step: dict[int, list[float]] = {}
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        optimizer = trainer.optimizers[0]
+        while hasattr(optimizer, "optimizer"):  # DeepSpeed's holds the real one
+            optimizer = optimizer.optimizer
+        self.by_step[trainer.global_step] = [group["lr"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("strategy", ["auto", *SLOW])
+def test_a_resumed_run_takes_the_rates_of_its_config(
+    strategy: str,
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    steps = (
+        "trainer.checkpoint_every_steps=3",
+        "trainer.keep_checkpoints=9",
+        "optim.layer_decay=0.5",
+        "optim.warmup_steps=2",
+    )
+
+    def rates(folder: str, lr: float, resume: str = "") -> dict[int, list[float]]:
+        chosen = (*steps, f"strategy={strategy}", f"optim.lr={lr}", f"optim.encoder_lr={lr / 4}")
+        watch = _Rates()
+        settings = settings_for(tiny_whisper, tiny_shards, tmp_path / folder, *chosen)
+        train(settings, Console(width=400), resume=resume, callbacks=[watch])
+        return watch.by_step
+
+    high, low = rates("parts", 1e-3), rates("whole", 1e-5)
+    assert len(set(high[4])) > 3, "no groups of rates of their own"
+    (checkpoint,) = (tmp_path / "parts").glob("smoke/2*/checkpoints/step-0000003.ckpt")
+    capsys.readouterr()
+    lowered = rates("parts", 1e-5, resume=str(checkpoint))
+    assert lowered == {step: low[step] for step in (3, 4, 5)}
+    assert capsys.readouterr().out.count("by this config it goes on at") == 1
+    (checkpoint,) = (tmp_path / "parts").glob("smoke/2*/checkpoints/step-0000003.ckpt")
+    again = rates("parts", 1e-3, resume=str(checkpoint))
+    assert again == {step: high[step] for step in (3, 4, 5)}
+    assert "by this config it goes on at" not in capsys.readouterr().out

@@ -1,0 +1,309 @@
+"""The command line: exit codes, messages, and no traceback for a user's mistake."""
+
+import argparse
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from tests.conftest import REPOSITORY, encode_audio, tone
+from whisper_aut import commands
+from whisper_aut.audio import windows
+from whisper_aut.cli import _console, _parser, main
+from whisper_aut.models import encoder, pretrained
+from whisper_aut.probes.kinds import KINDS
+
+CONF = REPOSITORY / "conf"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "conf/nothing.yaml"], "There is no config"),
+        (["train", str(CONF / "aut_tiny.yaml"), "optim.lrr=1"], "Did you mean 'lr'"),
+        (["data", "build", "nothing.csv", "--out", "x"], "There is no manifest"),
+        (
+            ["data", "build", "foldr", "--out", "x"],
+            "neither a manifest nor a recipe foldr. Did you mean 'folder'?",
+        ),
+        (
+            ["data", "build", "foldr", "here", "--out", "x"],
+            "foldr is no recipe, so here means nothing. Did you mean 'folder'?",
+        ),
+        (
+            ["data", "build", ".", "--out", "x"],
+            ". is a folder: whisper-aut data build folder . --out x",
+        ),
+        (["data", "inspect", "a:-1:b"], "no shards at a:-1:b"),
+        (["data", "inspect", "nowhere"], "no shards at nowhere"),
+        (["data", "build", "a.csv", "--out", "x", "--where", "fold"], "COLUMN=VALUE"),
+        (["export", "nowhere", "--out", "x"], "neither a run directory"),
+        (
+            ["probe", "nowhere", "--tasks", "esc10", "--conf", str(CONF)],
+            "There is no model directory nowhere",
+        ),
+        (["probe", "logmel", "--tasks", "esc11", "--conf", str(CONF)], "esc10"),
+        (
+            ["probe", "logmel", "--tasks", "esc10", "--conf", str(CONF), "--root", "nowhere"],
+            "There are no shards at nowhere",
+        ),
+        (["report", "nowhere", "--out", "x"], "No scores.json"),
+        (["data", "demo", "--out", "x", "--scale", "0"], "give a scale above 0"),
+    ],
+)
+def test_a_mistake_is_one_paragraph_and_exit_status_1(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bounds"),
+    [
+        (
+            ["data", "build", "a.csv", "--out", "x", "--workers", "-3"],
+            "-3 is not a whole number from 1 up",
+        ),
+        (["evaluate", "run", "shards", "--limit", "0"], "0 is not a whole number from 1 up"),
+        (["chat", "run", "a.wav", "--max-new-tokens", "many"], "'many' is not a whole number"),
+        (["demo", "run", "--port", "99999"], "99999 is not a whole number from 1 to 65535"),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused_with_the_usage(
+    arguments: list[str], bounds: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert bounds in capsys.readouterr().err
+
+
+def parsers() -> Iterator[argparse.ArgumentParser]:
+    """Every parser of a command, without those that only hold commands."""
+
+    def walk(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+        subcommands = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        for action in subcommands:
+            for below in action.choices.values():
+                yield from walk(below)
+        if not subcommands:
+            yield parser
+
+    return walk(_parser())
+
+
+@pytest.mark.parametrize("parser", parsers(), ids=lambda parser: parser.prog)
+def test_every_argument_of_every_command_has_a_help_text(parser: argparse.ArgumentParser):
+    lacking = [action.dest for action in parser._actions if not (action.help or "").strip()]
+    assert not lacking
+
+
+@pytest.mark.parametrize("name", ["probe", "embed", "search", "demo", "chat", "evaluate"])
+def test_whatever_runs_an_encoder_takes_device_and_precision(name: str):
+    parser = next(parser for parser in parsers() if parser.prog == f"whisper-aut {name}")
+    options = {
+        action.option_strings[-1]: action for action in parser._actions if action.option_strings
+    }
+    assert options["--device"].default == "auto"
+    assert tuple(options["--dtype"].choices or ()) == tuple(pretrained.DTYPES)
+    if name != "chat":  # one clip
+        assert options["--batch-seconds"].default == windows.BATCH_SECONDS
+
+
+def test_choices_are_the_keys_of_their_registries():
+    assert tuple(KINDS) == commands.PROBE_KINDS
+    assert tuple(windows.POOLINGS) == commands.POOLINGS
+    assert commands.PADDINGS == encoder.PADDINGS
+    assert tuple(pretrained.DTYPES) == commands.DTYPES
+    assert commands.BATCH_SECONDS == windows.BATCH_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        (["--kind", "liner"], "'liner' is not one of linear, knn, mlp"),
+        (["--pooling", "mean-std"], "not one of mean, mean_std. Did you mean 'mean_std'?"),
+        (["--padding", "30"], "not one of none, 30s. Did you mean '30s'?"),
+        (["--dtype", "bf61"], "not one of fp32, bf16, fp16. Did you mean 'bf16'?"),
+        (["--batch-seconds", "0"], "'0' is not a number above 0"),
+    ],
+)
+def test_a_word_that_is_no_choice_is_answered_with_the_nearest(
+    option: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        main(["probe", "logmel", "--tasks", "esc10", *option])
+    assert meant in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "order"),
+    [
+        (
+            ["probe", "--tasks", "esc10", "fsdd", "runs/aut/latest"],
+            "arguments are required: encoder. --tasks and --layers take every word that follows: "
+            "write whisper-aut probe ENCODER --tasks …",
+        ),
+        (
+            ["embed", "--layers", "0", "2", "runs/aut/latest", "clip.wav", "--out", "x.npz"],
+            "--layers takes every word that follows: write whisper-aut embed ENCODER AUDIO --layers …",
+        ),
+        (
+            ["data", "audit", "--against", "esc10", "data/train"],
+            "write whisper-aut data audit TRAIN --against …",
+        ),
+        (["evaluate", "--tasks", "asr", "runs/x", "shards"], "evaluate RUN_OR_CKPT SHARDS --tasks"),
+    ],
+)
+def test_options_of_several_words_before_what_comes_first_are_told_the_right_order(
+    arguments: list[str], order: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert order in capsys.readouterr().err
+
+
+def test_all_problems_of_a_probe_are_told_at_once_before_anything_is_embedded(
+    tmp_path: Path, tiny_whisper: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "probe"
+    command = ["probe", f"{tiny_whisper}@3s", "--against", "logmel", "--against", "./nowhere"]
+    command += ["--against", str(tiny_whisper), "--layers", "0", "7", "--kind", "knn"]
+    command += ["--tasks", "esc11", "xares_clotho", "fsdd", "--root", "nowhere", "--out", str(out)]
+    assert main(command) == 1
+    told = capsys.readouterr().err
+    for problem in (
+        "There is no probe task 'esc11'. Did you mean 'esc10'?",
+        "not '3s'. Did you mean '30s'?",
+        "There is no model directory ./nowhere",
+        "'xares_clotho' is scored by recall@1, which a knn probe does not give",
+        "nowhere/clotho holds no clotho_development*.tar",
+        "no shards at nowhere/fsdd/train",
+        "no shards at nowhere/fsdd/test",
+        "log-mel statistics: LogMelBaseline gives no single layers",
+        "tiny: The encoder has layers 0 (what enters the first) to 2; asked for: 0, 7",
+    ):
+        assert problem in told, problem
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(
+    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    command = ["probe", "logmel", "--tasks", "tones.yaml", "--root", "data"]
+    assert main([*command, "--out", str(tmp_path / "file" / "x")]) == 1
+    assert "file/x: Not a directory." in capsys.readouterr().err
+
+
+def test_questions_end_with_the_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("whisper_aut.pipeline.open_run", lambda path, device, dtype: path)
+    monkeypatch.setattr(
+        "whisper_aut.inference.chat.answer",
+        lambda module, audio, question, max_new_tokens: question.upper(),
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("what?\nwho?\n"))
+    assert main(["chat", "run", "clip.wav"]) == 0
+    shown = capsys.readouterr().out
+    assert "WHAT?" in shown
+    assert "WHO?" in shown
+
+
+def test_data_build_and_inspect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    for number in range(4):
+        Path(f"{number}.flac").write_bytes(encode_audio(tone(0.5 + number / 10)))
+    Path("bad.wav").write_text("not audio")
+    rows = [f"{number}.flac,dog_bark,{number % 2}" for number in range(4)] + [
+        "bad.wav,rain,1",
+        "gone.wav,rain,1",
+    ]
+    Path("clips.csv").write_text("\n".join(["path,category,fold", *rows]))
+    build = [
+        "data",
+        "build",
+        "clips.csv",
+        "--out",
+        "shards",
+        "--domain",
+        "sound",
+        "--text",
+        "the sound of a {category:words}",
+    ]
+    assert main([*build, "--label", "category"]) == 0
+    assert "4 clips" in capsys.readouterr().out
+    assert main(["data", "inspect", "shards"]) == 0
+    shown = capsys.readouterr().out
+    assert "the sound of a dog bark" in shown
+    assert main(["data", "inspect", "shards", "--json"]) == 0
+    assert '"sound": 4' in capsys.readouterr().out
+
+
+def test_a_table_in_a_file_is_as_wide_as_it_has_to_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert main(["data", "list"]) == 0
+    whole = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "70")  # somebody's wish
+    assert main(["data", "list"]) == 0
+    cut = capsys.readouterr().out
+    assert "by clip: CC0, CC BY, CC BY-NC, CC Sampling+ " in whole
+    assert len(whole.splitlines()) < len(cut.splitlines())
+    assert max(map(len, cut.splitlines())) <= 70
+
+
+def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", str(CONF / "aut.yaml"), "optim.lr=5e-5", "--print-config"]) == 0
+    shown = capsys.readouterr().out
+    assert "lr: 5.0e-05" in shown
+    assert "path: openai/whisper-large-v3" in shown
+
+
+def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", str(CONF / "aut.yaml"), "seed=3", "--print-config", "optim.lr=5e-5"]) == 0
+    shown = capsys.readouterr().out
+    assert "lr: 5.0e-05" in shown
+    assert "seed: 3" in shown
+    with pytest.raises(SystemExit):
+        main(["train", str(CONF / "aut.yaml"), "--print-konfig"])
+
+
+def test_help_does_not_import_torch():
+    code = "import sys; from whisper_aut.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    started = time.monotonic()
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode
+        == 0
+    )
+    assert time.monotonic() - started < 60
+
+
+def test_brackets_in_names_are_printed_and_are_no_markup(capsys: pytest.CaptureFixture[str]):
+    """A folder `set [2024]` would otherwise be printed without its year, in lines as in tables."""
+    table = Table("[b]", title="set [2024]")
+    table.add_row("[laughs] yes")
+    for thing in ("into set [2024]", table, Text.assemble(("Warning:", "bold"), " [x]")):
+        _console().print(thing)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("into set [2024]", "[b]", "[laughs]", "Warning: [x]"))

@@ -1,0 +1,124 @@
+"""The page: what it shows is right, and it answers over HTTP as a browser would ask it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import encode_audio, tone
+from whisper_aut.cli import main
+from whisper_aut.errors import UserError
+from whisper_aut.inference.chat import answer, describe
+from whisper_aut.inference.demo import Listener, build_page, launch_page, spectrogram
+from whisper_aut.pipeline import open_listener, open_run
+
+RUN = "runs/aut_tiny/latest"
+
+
+@pytest.fixture(scope="module")
+def listener(story: Path) -> Listener:
+    opened = open_listener(str(story / RUN), "", "none")
+    opened.index(str(story / "clips"))
+    return opened
+
+
+def test_a_run_has_before_after_and_a_decoder(listener: Listener, story: Path):
+    assert list(listener.encoders) == ["before", "after"]
+    assert not listener.takes_questions
+    clip = story / "clips" / "440.flac"
+    found = listener.neighbours(str(clip), 2)
+    assert list(found) == ["before", "after"]
+    for neighbours in found.values():
+        assert neighbours[0].name == str(clip)
+        assert neighbours[0].similarity == pytest.approx(1, abs=1e-3)
+        assert len(neighbours) == 2
+    assert listener.encoders["before"].fingerprint() != listener.encoders["after"].fingerprint()
+    assert listener.text(str(clip), "music") == describe(listener.module, clip, domain="music")  # pyright: ignore
+    with pytest.raises(UserError, match="takes no questions"):
+        answer(listener.module, clip, "What?")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("batch_seconds", ["160", "0.5"])
+def test_evaluate_answers_the_same_clip_by_clip(
+    batch_seconds: str, in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    answers = [tmp_path / name for name in ("whole", "cut")]
+    command = ["evaluate", RUN, "data/sound", "--limit", "5", "--out"]
+    assert main([*command, str(answers[0])]) == 0
+    assert main([*command, str(answers[1]), "--batch-seconds", batch_seconds]) == 0
+    assert answers[0].read_text() == answers[1].read_text()
+    assert capsys.readouterr().out.startswith("5 clips")
+
+
+def test_a_run_is_opened_on_a_device_and_in_a_precision(in_story: Path):
+    module = open_run(Path(RUN), device="auto", dtype="bf16")
+    assert {weight.dtype for weight in module.parameters()} == {torch.bfloat16}
+    assert describe(module, Path("clip.wav"), max_new_tokens=3) is not None
+    listener = open_listener(RUN, "", None, dtype="bf16")
+    assert {encoder.dtype for encoder in listener.encoders.values()} == {"bf16"}
+    listener.index("clips", batch_seconds=1.0)
+    assert main(["evaluate", RUN, "data/sound", "--limit", "2", "--dtype", "bf16"]) == 0
+    with pytest.raises(UserError, match="Device 'cuda:99' cannot be used"):
+        open_run(Path(RUN), device="cuda:99")
+
+
+def test_an_encoder_alone_has_no_text(story: Path):
+    alone = open_listener(str(story / RUN / "export" / "encoder"), "", "none")
+    assert list(alone.encoders) == ["encoder"]
+    with pytest.raises(UserError, match="writes nothing"):
+        alone.text(str(story / "clip.wav"), "sound")
+    against = open_listener(
+        str(story / RUN / "export" / "encoder"), str(story / RUN / "export" / "whisper"), "none"
+    )
+    assert list(against.encoders) == ["before", "after"]
+
+
+def test_the_spectrogram_has_units_and_the_clips_length(story: Path, tmp_path: Path):
+    axes = spectrogram(str(story / "clip.wav")).axes
+    assert axes[0].get_xlim() == (0.0, 1.0)
+    assert (axes[0].get_xlabel(), axes[1].get_ylabel()) == ("time / s", "dB below the peak")
+    image = axes[0].images[0].get_array()
+    assert image is not None
+    assert float(image.max()) == 0.0
+    (tmp_path / "bad.wav").write_text("no")
+    with pytest.raises(UserError, match="cannot be used"):
+        spectrogram(str(tmp_path / "bad.wav"))
+
+
+@pytest.mark.slow
+def test_the_page_answers_over_http(
+    listener: Listener, story: Path, free_port: int, tmp_path: Path
+):
+    pytest.importorskip("gradio")
+    from gradio_client import Client, handle_file
+
+    page = build_page(listener, "a test")
+    address = launch_page(page, port=free_port, folders=[str(story / "clips")], wait=False)
+    try:
+        assert address.startswith("http://127.0.0.1:")
+        client = Client(address, verbose=False)
+        clip = handle_file(str(story / "clips" / "880.flac"))
+        shown = client.predict(clip, api_name="/neighbours")
+        assert shown[0]["data"][0][0] == "880.flac"
+        assert Path(shown[1]["value"]).stat().st_size > 1_000  # the clip itself, to be played
+        assert client.predict(clip, "sound", api_name="/text") == listener.text(
+            str(story / "clips" / "880.flac"), "sound"
+        )
+        assert "plot" in client.predict(clip, api_name="/spectrogram")
+        (tmp_path / "silent.wav").write_bytes(encode_audio(0 * tone(1.0), kind="WAV"))
+        with pytest.raises(Exception, match="silent audio"):
+            client.predict(handle_file(str(tmp_path / "silent.wav")), "sound", api_name="/text")
+        with pytest.raises(UserError, match="Name another with --port"):
+            launch_page(build_page(listener, "again"), port=free_port, wait=False)
+    finally:
+        page.close()
+
+
+def test_what_cannot_be_opened_is_said(
+    story: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(story)
+    assert main(["demo", "./nowhere"]) == 1
+    assert "There is no model directory" in capsys.readouterr().err
+    assert main(["demo", RUN, "--index", "nowhere"]) == 1
+    assert "There is no file or folder nowhere" in capsys.readouterr().err

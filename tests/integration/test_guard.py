@@ -1,0 +1,257 @@
+"""Guard rails: bad steps left out and named, spikes answered, a limit; nothing else of the run changes."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import pytest
+import torch
+
+from tests.integration.test_train import QUIET, assert_same_weights, settings_for, weights_of
+from tests.integration.test_train_causal_lm import watched
+from whisper_aut.data.ledger import Ledger
+from whisper_aut.errors import UserError
+from whisper_aut.report.plots import read_metrics
+from whisper_aut.training.callbacks.stopping import SPIKE_HISTORY, Guard, SpikeDetector
+from whisper_aut.training.checkpoint import read_manifest
+from whisper_aut.training.train import train
+
+
+class _Poison(lightning.Callback):
+    """Makes the audio of the first clip of some steps not a number, behind all checks of the data plane."""
+
+    def __init__(self, *steps: int):
+        self.steps, self.keys = steps, []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step in self.steps:
+            batch.mel[0] = torch.nan
+            self.keys.append(batch.keys[0])
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "auto",
+        *(pytest.param(f"deepspeed_stage_{stage}", marks=pytest.mark.slow) for stage in (1, 2, 3)),
+    ],
+)
+def test_a_bad_clip_costs_one_step_and_is_named(
+    strategy: str,
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    poison = _Poison(2, 4)
+    watched(monkeypatch, poison)
+    run = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path, f"strategy={strategy}"), QUIET
+    ).run
+    lines = [json.loads(line) for line in (run.path / "ledger.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == poison.keys
+    assert {line["reason"] for line in lines} == {"non-finite loss"}
+    assert lines[0]["detail"] == "step 3 was left out"
+    for name, weight in weights_of(run).items():
+        if isinstance(weight, torch.Tensor):
+            assert weight.isfinite().all(), name
+    metrics = json.loads(run.done.read_text())["metrics"]
+    assert metrics["train/skipped_steps"] == 2
+    assert json.loads(run.done.read_text())["refused"] == {}, (
+        "the clips were trained on, not refused"
+    )
+
+
+def test_a_skipped_step_changes_nothing(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All steps but the first are bad: the weights are those of the first alone, moments and decay included."""
+    settings = settings_for(
+        tiny_whisper,
+        tiny_shards,
+        tmp_path,
+        "trainer.checkpoint_every_steps=1",
+        "trainer.keep_checkpoints=9",
+    )
+    watched(monkeypatch, _Poison(1, 2, 3, 4, 5))
+    run = train(settings, QUIET).run
+    assert_same_weights(weights_of(run, "step-0000001.ckpt"), weights_of(run), atol=0)
+
+
+def test_too_many_bad_steps_stop_the_run(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    watched(monkeypatch, _Poison(1, 3, 4, 5))
+    settings = settings_for(
+        tiny_whisper,
+        tiny_shards,
+        tmp_path,
+        "trainer.max_bad_steps=3",
+        "trainer.checkpoint_every_steps=3",
+    )
+    with pytest.raises(
+        UserError, match=r"3 steps in a row.*up to step 6.*ledger.*trainer\.max_bad_steps"
+    ):
+        train(settings, QUIET)
+    (last,) = tmp_path.glob("smoke/2*/checkpoints/last.ckpt")
+    assert read_manifest(last).step == 4  # of the validation: nothing was written behind the fault
+
+
+@pytest.mark.parametrize("another_rank_names_one", [False, True])
+def test_a_gradient_without_a_culprit_names_the_clips_of_the_step(
+    tmp_path: Path, another_rank_names_one: bool
+):
+    class Step:
+        clips = (("sound", "a"), ("speech", "b"))
+
+        def non_finite(self) -> list[Any]:
+            return []
+
+    class Module:
+        seen, device = (Step(),), "cpu"
+
+        def log(self, *_: Any, **__: Any) -> None: ...
+
+    class Strategy:
+        def reduce(self, value: torch.Tensor, reduce_op: str) -> torch.Tensor:
+            return torch.tensor(max(float(value), float(another_rank_names_one)))
+
+    class Trainer:
+        global_step, world_size, strategy = 7, 2, Strategy()
+
+    said: list[str] = []
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    guard = Guard(ledger, max_bad_steps=2, warn=said.append)
+    guard._count_bad(Trainer(), Module())  # pyright: ignore[reportArgumentType]
+    written = (
+        (tmp_path / "ledger.jsonl").read_text() if (tmp_path / "ledger.jsonl").exists() else ""
+    )
+    lines = [json.loads(line) for line in written.splitlines()]
+    innocent = (
+        []
+        if another_rank_names_one
+        else [("a", "non-finite gradient"), ("b", "non-finite gradient")]
+    )
+    assert [(line["key"], line["reason"]) for line in lines] == innocent
+    assert "Step 7 was left out on all ranks" in said[0]
+    assert guard.state_dict()["streak"] == 1
+
+
+@pytest.mark.parametrize(("clip", "factor"), [(0.5, 0.1), (50.0, 1.0), (0.0, 1.0)])
+def test_gradients_are_clipped_as_pytorch_does(clip: float, factor: float, tmp_path: Path):
+    def layer() -> torch.nn.Linear:
+        torch.manual_seed(0)
+        made = torch.nn.Linear(6, 4)
+        for parameter in made.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in made.parameters()])
+        for parameter in made.parameters():
+            parameter.grad.mul_(5 / norm)  # pyright: ignore[reportOptionalMemberAccess]
+        return made
+
+    ours, theirs = layer(), layer()
+    before = ours.weight.grad.clone()  # pyright: ignore[reportOptionalMemberAccess]
+    guard = Guard(Ledger(tmp_path / "ledger.jsonl"), max_bad_steps=1, gradient_clip=clip)
+    trainer = SimpleNamespace(strategy=None)
+    guard.on_before_optimizer_step(trainer, None, torch.optim.SGD(ours.parameters()))  # pyright: ignore[reportArgumentType]
+    if clip:
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine.grad, reference.grad)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(ours.weight.grad, factor * before)
+    assert guard._norm == pytest.approx(5.0)
+
+
+def test_spikes_stand_out_from_noise_and_plateaus():
+    detector = SpikeDetector(factor=6.0)
+    generator = torch.Generator().manual_seed(0)
+    noisy = [
+        5.0 - 0.01 * step + 0.05 * float(torch.randn((), generator=generator)) for step in range(60)
+    ]
+    assert not any(detector.judge(loss) for loss in noisy)
+    assert detector.judge(9.0) == pytest.approx(4.6, abs=0.2)
+    assert detector.judge(9.0), "a spike is not taken into the history"
+    still = SpikeDetector(factor=6.0)
+    assert not any(still.judge(1.0) for _ in range(SPIKE_HISTORY + 1))
+    assert still.judge(1.05) is None
+    assert still.judge(1.5) == 1.0
+    early = SpikeDetector(factor=6.0)
+    assert early.judge(1.0) is None
+    assert early.judge(100.0) is None
+
+
+class _Derail(lightning.Callback):
+    """Spoils the weights once before a step, as a spike does, and writes down what each step has read."""
+
+    def __init__(self, step: int):
+        self.step, self.read, self.done = step, [], False
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        self.read.append((trainer.global_step, batch.keys))
+        if trainer.global_step == self.step and not self.done:
+            self.done = True
+            with torch.no_grad():
+                module.decoder.whisper.embed_tokens.weight.mul_(30.0)
+
+
+def test_a_spike_goes_back_and_leaves_out_the_data_since(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    steps = (
+        "trainer.max_steps=30",
+        "trainer.checkpoint_every_steps=10",
+        "trainer.valid_every_steps=30",
+    )
+    derail, plain = _Derail(25), _Derail(-1)
+    settings = settings_for(
+        tiny_whisper,
+        tiny_shards,
+        tmp_path,
+        *steps,
+        "trainer.spike_factor=20",
+        "trainer.on_spike=rewind",
+    )
+    with monkeypatch.context() as patch:
+        watched(patch, derail)
+        run = train(settings, QUIET).run
+    assert [step for step, _ in derail.read] == [*range(26), *range(20, 30)]
+    watched(monkeypatch, plain)
+    train(
+        settings_for(
+            tiny_whisper, tiny_shards, tmp_path / "other", *steps[1:], "trainer.max_steps=36"
+        ),
+        QUIET,
+    )
+    assert [keys for _, keys in derail.read[26:]] == [keys for _, keys in plain.read[26:]]
+    assert max(loss for _, loss in read_metrics(run.metrics)["train/loss"][20:]) < 7
+
+
+def test_a_rewound_run_plans_the_epochs_that_are_left(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    chosen = (
+        "data.mode=epochs",
+        "data.batch_clips=4",
+        "trainer.max_epochs=3",
+        "trainer.max_steps=null",
+    )
+    steps = ("trainer.checkpoint_every_steps=10", "trainer.valid_every_steps=50")
+    derail = _Derail(25)
+    trainers = watched(monkeypatch, derail)
+    settings = settings_for(
+        tiny_whisper,
+        tiny_shards,
+        tmp_path,
+        *chosen,
+        *steps,
+        "trainer.spike_factor=10",
+        "trainer.on_spike=rewind",
+    )
+    run = train(settings, QUIET).run
+    assert [trainer.max_steps for trainer in trainers] == [33, 27]
+    assert [step for step, _ in derail.read] == [*range(26), *range(20, 27)]
+    done = json.loads(run.done.read_text())
+    assert done["steps"] == 27
+    assert set(done["sources"].values()) == {3.0}

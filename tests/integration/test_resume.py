@@ -1,0 +1,116 @@
+"""What a run that goes on leaves behind: what it trains with now, what it trained with before; where it is refused, nothing."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_train import QUIET, settings_for
+from whisper_aut.config import load_settings
+from whisper_aut.errors import UserError
+from whisper_aut.report.plots import read_metrics
+from whisper_aut.training.checkpoint import checkpoints_in
+from whisper_aut.training.run_dir import RunDirectory
+from whisper_aut.training.train import train
+
+EVERY_STEP = (
+    "trainer.checkpoint_every_steps=1",
+    "trainer.keep_checkpoints=9",
+    "trainer.log_every_steps=1",
+)
+
+
+def contents(run: RunDirectory) -> dict[str, bytes]:
+    """Return every file of a run that is not a log of TensorBoard's."""
+    files = (
+        path for path in run.path.rglob("*") if path.is_file() and "tensorboard" not in path.parts
+    )
+    return {str(path.relative_to(run.path)): path.read_bytes() for path in files}
+
+
+def test_a_run_that_goes_on_says_what_it_trains_with_and_what_it_did(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    short = settings_for(tiny_whisper, tiny_shards, tmp_path, *EVERY_STEP, "trainer.max_steps=3")
+    run = train(short, QUIET).run
+    begun = json.loads(run.environment.read_text())
+    longer = settings_for(
+        tiny_whisper, tiny_shards, tmp_path, *EVERY_STEP, "trainer.max_steps=5", "optim.lr=1e-4"
+    )
+    assert train(longer, QUIET, resume=str(run.path)).run == run
+    assert load_settings(run.config) == longer
+    assert load_settings(run.path / "config.0.yaml") == short
+    assert json.loads(run.environment.read_text())["steps"] == 5
+    assert json.loads((run.path / "environment.0.json").read_text()) == begun
+    done = json.loads(run.done.read_text())
+    assert done["steps"] == 5
+    assert (
+        done["fingerprint"]
+        == json.loads(run.environment.read_text())["fingerprint"]
+        != begun["fingerprint"]
+    )
+    assert [step for step, _ in read_metrics(run.metrics)["train/loss"]] == [0, 1, 2, 3, 4]
+
+
+def test_a_refused_resume_leaves_a_finished_run_as_it_was(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    run = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path, *EVERY_STEP, "trainer.max_steps=3"), QUIET
+    ).run
+    before = contents(run)
+    sizes = "{d_model: 16, encoder_layers: 3, decoder_layers: 2, heads: 2}"
+    bigger = (
+        *EVERY_STEP,
+        "trainer.max_steps=5",
+        "model.path=",
+        f"model.scratch={sizes}",
+        f"data.shards={tmp_path / 'shards'}",
+    )
+    with pytest.raises(UserError, match="is of another model than this config describes"):
+        train(
+            settings_for(tiny_whisper, tiny_shards, tmp_path, *bigger), QUIET, resume=str(run.path)
+        )
+    assert contents(run) == before
+    for given in (run.path, checkpoints_in(run.checkpoints)[0]):
+        with pytest.raises(
+            UserError, match=r"is of a run of 'smoke'; this config trains 'other'.*add name=smoke"
+        ):
+            train(
+                settings_for(tiny_whisper, tiny_shards, tmp_path, *EVERY_STEP, "name=other"),
+                QUIET,
+                resume=str(given),
+            )
+    assert contents(run) == before
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["smoke"]
+
+
+def test_an_older_run_that_fits_is_used_again_and_is_the_latest(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    one, two = (
+        settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.max_steps=1", f"seed={seed}")
+        for seed in (0, 1)
+    )
+    first, second = train(one, QUIET).run, train(two, QUIET).run
+    os.utime(first.config, (1, 1))
+    latest = first.path.with_name("latest")
+    assert latest.resolve() == second.path.resolve() != first.path.resolve()
+    again = train(one, QUIET)
+    assert (again.run, again.reused) == (first, True)
+    assert latest.resolve() == first.path.resolve()
+
+
+def test_what_is_put_aside_overwrites_nothing(tmp_path: Path):
+    run = RunDirectory(tmp_path / "smoke" / "a")
+    run.path.mkdir(parents=True)
+    for number in range(12):
+        run.record(f"name: {number}", {})
+    (run.path / "config.0.yaml").unlink()
+    (run.path / "config.note.yaml").touch()
+    run.record("name: last", {})
+    kept = {path.name: path.read_text() for path in run.path.glob("config.*.yaml")}
+    assert kept == {f"config.{number}.yaml": f"name: {number}" for number in range(1, 12)} | {
+        "config.note.yaml": ""
+    }

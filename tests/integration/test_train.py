@@ -1,0 +1,604 @@
+"""Training through the real entry point: losses, accumulation, resume, a clean stop, and what is left behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.plugins import HalfPrecision
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from torchmetrics import Metric
+
+from tests.conftest import REPOSITORY
+from whisper_aut.cli import _rank, main
+from whisper_aut.config import Settings, dump_settings, load_settings
+from whisper_aut.data.shards import open_index
+from whisper_aut.errors import Interrupted, Preempted, UserError
+from whisper_aut.export.hf import read_checkpoint
+from whisper_aut.models.module import AudioTextModule
+from whisper_aut.models.pretrained import Start
+from whisper_aut.report.plots import read_metrics
+from whisper_aut.training import train as train_module
+from whisper_aut.training.build import run_fingerprint
+from whisper_aut.training.callbacks.stopping import explained
+from whisper_aut.training.checkpoint import read_manifest
+from whisper_aut.training.train import train
+
+QUIET = Console(quiet=True)
+POSITIONS = "model.encoder.embed_positions.weight"
+
+
+def settings_for(tiny_whisper: Path, tiny_shards: Path, runs: Path, *overrides: str) -> Settings:
+    sources = ", ".join(
+        f"{{path: {tiny_shards / domain}, domain: {domain}}}"
+        for domain in ("speech", "sound", "music")
+    )
+    return load_settings(
+        REPOSITORY / "conf" / "smoke.yaml",
+        [
+            "corpora.demo=null",
+            "model.after=",
+            f"model.path={tiny_whisper}",
+            f"data.train=[{sources}]",
+            f"data.valid=[{sources}]",
+            f"runs={runs}",
+            "trainer.max_steps=6",
+            "trainer.log_every_steps=1",
+            *overrides,
+        ],
+    )
+
+
+def weights_of(run: Any, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
+    return read_checkpoint(run.checkpoints / name)
+
+
+def assert_same_weights(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float
+) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        if isinstance(one[name], torch.Tensor):
+            assert_close(one[name], other[name], atol=atol, rtol=0, msg=name)
+        else:
+            assert one[name] == other[name]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_features_on_the_device_train_the_same(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, precision: str
+):
+    def losses(features: str) -> list[float]:
+        overrides = [
+            f"data.features={features}",
+            f"hardware.precision={precision}",
+            "data.augment.spec=true",
+            "trainer.max_steps=3",
+        ]
+        run = train(
+            settings_for(tiny_whisper, tiny_shards, tmp_path / features, *overrides), QUIET
+        ).run
+        return [value for _, value in read_metrics(run.path / "logs" / "metrics.csv")["train/loss"]]
+
+    by_workers, on_device = losses("workers"), losses("device")
+    assert len(by_workers) == 3
+    assert_close(on_device, by_workers, atol=0.0 if precision == "32-true" else 0.05, rtol=0)
+
+
+def test_a_run_leaves_everything_behind_and_is_not_run_twice(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path)
+    run = train(settings, QUIET).run
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "done.json",
+        "samples.jsonl",
+        "logs/metrics.csv",
+        "checkpoints/last.ckpt",
+    ):
+        assert (run.path / name).exists(), name
+    assert any((run.path / "tensorboard").iterdir())
+    done = json.loads(run.done.read_text())
+    assert done["steps"] == 6
+    assert {"train/loss", "train/grad_norm"} <= done["metrics"].keys()
+    assert {f"valid/loss_{domain}" for domain in ("speech", "sound", "music")} <= done[
+        "metrics"
+    ].keys()
+    facts = json.loads((run.path / "environment.json").read_text())
+    assert sum(source["share"] for source in facts["data"]) == pytest.approx(1.0)
+    again = train(settings, QUIET)
+    assert again.reused
+    assert again.run == run
+    other = train(settings_for(tiny_whisper, tiny_shards, tmp_path, "seed=1"), QUIET)
+    assert not other.reused
+
+
+def test_other_weights_at_the_same_place_are_another_run(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    start, read, heard = tmp_path / "start", tmp_path / "lm", tmp_path / "valid"
+    shutil.copytree(tiny_whisper, start)
+    shutil.copytree(tiny_shards / "speech", heard)
+    read.mkdir()
+    (read / "model.safetensors").write_bytes(b"one")
+    settings = settings_for(
+        start,
+        tiny_shards,
+        tmp_path,
+        f"data.valid=[{{path: {heard}, domain: speech}}]",
+        "data.augment.noise=[]",
+    )
+    settings = replace(settings, decoder={**settings.decoder, "language_model": str(read)})
+    known = [run_fingerprint(settings)]
+    assert run_fingerprint(settings) == known[0]
+    weights = start / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    known.append(run_fingerprint(settings))
+    (read / "model.safetensors").write_bytes(b"two")
+    known.append(run_fingerprint(settings))
+    shutil.rmtree(heard)
+    shutil.copytree(tiny_shards / "sound", heard)
+    known.append(run_fingerprint(settings))
+    settings.data.augment.noise.append(str(heard))
+    known.append(run_fingerprint(settings))
+    assert len(set(known)) == 5
+
+
+def test_the_last_checkpoint_is_of_the_last_step(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    run = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.checkpoint_every_steps=4"), QUIET
+    ).run
+    assert read_manifest(run.last_checkpoint).step == 6
+
+
+def test_the_module_trains_in_train_mode_with_fixed_positions(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    modes: list[bool] = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_start(
+            self, trainer: Any, module: Any, batch: Any, batch_idx: int
+        ) -> None:
+            modes.extend(part.training for part in module.modules())
+
+    original = train_module._trainer
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watched(*arguments: Any) -> lightning.Trainer:
+            trainer = original(*arguments)
+            trainer.callbacks.append(Watch())  # pyright: ignore[reportAttributeAccessIssue]
+            return trainer
+
+        patch.setattr(train_module, "_trainer", watched)
+        run = train(settings_for(tiny_whisper, tiny_shards, tmp_path), QUIET).run
+    assert modes
+    assert all(modes)
+    before = Start(str(tiny_whisper)).encoder.state_dict()
+    after = weights_of(run)
+    assert torch.equal(
+        after["encoder.whisper.embed_positions.weight"], before["embed_positions.weight"]
+    )
+    assert not torch.equal(after["encoder.whisper.conv1.weight"], before["conv1.weight"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["whisper", "causal_lm"])
+def test_two_cpu_ranks_equal_one_with_the_doubled_batch(
+    decoder: str, tiny_whisper: Path, tiny_shards: Path, tiny_language_model: Path, tmp_path: Path
+):
+    """Through the real command line, where Lightning launches the second rank; texts differ in length between the ranks."""
+    runs = []
+    for name, overrides in (
+        ("one", ["data.batch_clips=4"]),
+        ("two", ["data.batch_clips=2", "hardware.devices=2", "strategy=ddp"]),
+    ):
+        language = (
+            [f"decoder.language_model={tiny_language_model}"] if decoder == "causal_lm" else []
+        )
+        chosen = [f"decoder={decoder}", *language, *overrides, "export=[]", "probe.tasks=[]"]
+        settings = settings_for(tiny_whisper, tiny_shards, tmp_path / name, *chosen)
+        (tmp_path / f"{name}.yaml").write_text(dump_settings(settings))
+        command = [sys.executable, "-m", "whisper_aut.cli", "train", str(tmp_path / f"{name}.yaml")]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+        assert finished.returncode == 0, finished.stderr[-2000:]
+        (run,) = (path for path in (tmp_path / name / "smoke").glob("2*") if path.is_dir())
+        runs.append(read_checkpoint(run / "checkpoints" / "last.ckpt"))
+    assert_same_weights(runs[0], runs[1], atol=2e-5)
+
+
+def test_two_runs_of_one_config_are_the_same(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    runs = [
+        train(settings_for(tiny_whisper, tiny_shards, tmp_path / name), QUIET).run for name in "ab"
+    ]
+    assert_same_weights(weights_of(runs[0]), weights_of(runs[1]), atol=0)
+
+
+def test_mixed_precision_clips(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+    overrides = ("hardware.precision=bf16-mixed", "optim.gradient_clip=0.1", "trainer.max_steps=2")
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), QUIET).run
+    assert {weight.dtype for weight in weights_of(run).values()} == {torch.float32}
+    assert len(read_metrics(run.metrics)["train/grad_norm"]) == 2
+
+
+@pytest.mark.parametrize(
+    "strategy", ["auto", pytest.param("deepspeed_stage_2", marks=pytest.mark.slow)]
+)
+def test_validation_counts_in_float32_whatever_the_precision(
+    strategy: str,
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    seen: list[tuple[str, torch.Tensor]] = []
+    modules: list[AudioTextModule] = []
+    forward = AudioTextModule.forward
+
+    def recorded(module: AudioTextModule, batch: Any) -> Any:
+        frames, loss = forward(module, batch)
+        modules.append(module)
+        if not module.training:
+            seen.extend(zip(batch.domains, loss.token_nll.double().split(loss.counts), strict=True))
+        return frames, loss
+
+    monkeypatch.setattr(AudioTextModule, "forward", recorded)
+    overrides = (
+        f"strategy={strategy}",
+        "hardware.precision=bf16-mixed",
+        "trainer.max_steps=1",
+        "trainer.generate_clips=100",
+    )
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), QUIET).run
+    means = {
+        domain: float(torch.cat([nll for part, nll in seen if part == domain]).mean())
+        for domain in ("speech", "sound", "music")
+    }
+    metrics = json.loads(run.done.read_text())["metrics"]
+    for domain, mean in means.items():
+        assert metrics[f"valid/loss_{domain}"] == pytest.approx(mean, rel=1e-5)
+    assert metrics["valid/loss"] == pytest.approx(sum(means.values()) / 3, rel=1e-5)
+    assert {part.dtype for part in modules[-1].modules() if isinstance(part, Metric)} == {
+        torch.float32
+    }
+
+
+def test_the_tokens_of_all_ranks_are_counted_whatever_the_precision(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: None)
+    batch, module = (
+        SimpleNamespace(supervised_in_step=1001),
+        SimpleNamespace(device=torch.device("cpu")),
+    )
+    with HalfPrecision("bf16-true").forward_context():  # of a training step
+        assert int(AudioTextModule._step_tokens(module, batch, ranks=2)) == 1001  # pyright: ignore[reportArgumentType]
+
+
+def test_a_deterministic_run_is_the_same_again(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    try:
+        runs = [
+            train(
+                settings_for(
+                    tiny_whisper, tiny_shards, tmp_path / name, "trainer.deterministic=true"
+                ),
+                QUIET,
+            ).run
+            for name in "ab"
+        ]
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    curves = [read_metrics(run.metrics) for run in runs]
+    for name in ("train/loss", "train/grad_norm", "valid/loss"):
+        assert curves[0][name] == curves[1][name]
+        assert len(curves[0][name]) > 1
+
+
+def test_preemption_has_an_exit_status_of_its_own(
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, "probe.tasks=[]")
+    (tmp_path / "config.yaml").write_text(dump_settings(settings))
+    original = train_module._trainer
+    for number, status in ((signal.SIGUSR1, 75), (signal.SIGINT, 130)):
+
+        def make(*arguments: Any, number: int = number) -> lightning.Trainer:
+            trainer = original(*arguments)
+            trainer.callbacks.insert(0, _SignalAt(3, number))  # pyright: ignore[reportAttributeAccessIssue]
+            return trainer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module, "_trainer", make)
+            assert main(["train", str(tmp_path / "config.yaml"), "--fresh"]) == status
+        assert f"train {tmp_path / 'config.yaml'} --resume auto" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "1")  # another rank leaves the word to the first
+    assert _rank() == 1
+
+
+def test_a_damaged_shard_costs_its_samples_and_no_more(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    open_index(str(shards / "speech"))
+    damaged = sorted((shards / "speech").glob("*.tar"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:700])
+    settings = settings_for(tiny_whisper, shards, tmp_path / "runs", "data.max_skipped_fraction=1")
+    run = train(settings, QUIET).run
+    lines = [json.loads(line) for line in (run.path / "ledger.jsonl").read_text().splitlines()]
+    assert lines
+    assert {line["shard"] for line in lines} == {str(damaged)}
+    assert json.loads(run.done.read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize("step", [2, 4], ids=["before the first validation", "behind it"])
+def test_refusals_are_counted_once_over_validations_and_resumes(
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+):
+    shards = shutil.copytree(tiny_shards, tmp_path / "shards")
+    damaged = sorted((shards / "speech").glob("*.tar"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:700])
+    valid = f"data.valid=[{{path: {tmp_path / 'valid'}, domain: speech}}]"
+    (tmp_path / "valid").symlink_to(shards / "speech")
+    overrides = (
+        "data.max_skipped_fraction=1",
+        "data.valid_clips=3",
+        "trainer.valid_every_steps=4",
+        valid,
+    )
+    whole = train(settings_for(tiny_whisper, shards, tmp_path / "whole", *overrides), QUIET).run
+    expected = json.loads(whole.done.read_text())["refused"]
+    assert expected[str(tmp_path / "valid")] == {"bad tar": 3}
+    lines = (whole.path / "ledger.jsonl").read_text().splitlines()
+    assert len(lines) == sum(sum(reasons.values()) for reasons in expected.values()) > 3
+    logged = read_metrics(whole.metrics)["data/refused"]
+    assert logged[-1][1] == len(lines)
+    settings = settings_for(tiny_whisper, shards, tmp_path / "parts", *overrides)
+    with monkeypatch.context() as patch:
+        original = train_module._trainer
+
+        def make(*arguments: Any) -> lightning.Trainer:
+            trainer = original(*arguments)
+            trainer.callbacks.insert(0, _SignalAt(step, signal.SIGTERM))  # pyright: ignore[reportAttributeAccessIssue]
+            return trainer
+
+        patch.setattr(train_module, "_trainer", make)
+        with pytest.raises(Preempted):
+            train(settings, QUIET)
+    resumed = train(settings, QUIET, resume="auto").run
+    assert json.loads(resumed.done.read_text())["refused"] == expected
+
+
+def test_accumulated_micro_batches_equal_one_big_batch(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    """Texts differ in length, so averaging the averages of micro-batches would give other weights."""
+    big = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path / "big", "data.batch_clips=6"), QUIET
+    ).run
+    small = train(
+        settings_for(
+            tiny_whisper,
+            tiny_shards,
+            tmp_path / "small",
+            "data.batch_clips=2",
+            "trainer.accumulate=3",
+        ),
+        QUIET,
+    ).run
+    assert_same_weights(weights_of(big), weights_of(small), atol=2e-5)
+
+
+class _SignalAt(lightning.Callback):
+    """Sends this process a signal in the middle of a step, as a terminal or a scheduler would."""
+
+    def __init__(self, step: int, number: int):
+        self.step, self.number = step, number
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+):
+    whole = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path / "whole", "data.workers=1"), QUIET
+    ).run
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "parts", "data.workers=1")
+    original = train_module._trainer
+
+    def interrupted_trainer(*arguments: Any) -> lightning.Trainer:
+        trainer = original(*arguments)
+        trainer.callbacks.insert(0, _SignalAt(2, number))  # pyright: ignore[reportAttributeAccessIssue]
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "_trainer", interrupted_trainer)
+        with pytest.raises(Interrupted, match="stopped after step 3") as stop:
+            train(settings, QUIET)
+    assert stop.type is (Interrupted if number == signal.SIGINT else Preempted)
+    resumed = train(settings, QUIET, resume="auto").run
+    assert_same_weights(weights_of(whole), weights_of(resumed), atol=1e-6)
+    assert len(list((tmp_path / "parts" / "smoke").glob("2*"))) == 1
+    curves = [read_metrics(run.metrics)["train/loss"] for run in (whole, resumed)]
+    assert [step for step, _ in curves[0]] == [
+        step for step, _ in curves[1]
+    ]  # nothing logged before the stop is lost
+    assert [loss for _, loss in curves[0]] == pytest.approx(
+        [loss for _, loss in curves[1]], abs=1e-5
+    )
+
+
+def test_a_source_of_nothing_but_faults_stops_the_run_with_a_reason(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    from whisper_aut.data.annotation import Annotation
+    from whisper_aut.data.shards import ShardFolder
+
+    with ShardFolder(tmp_path / "bad") as shards:
+        for i in range(260):
+            shards.write(f"k{i}", "wav", b"not audio", Annotation(text="x", domain="sound"))
+    overrides = [
+        f"data.train=[{{path: {tmp_path / 'bad'}, domain: sound}}]",
+        "data.domains={sound: 1, speech: 0, music: 0}",
+    ]
+    settings = settings_for(
+        tiny_whisper, tiny_shards, tmp_path / "runs", *overrides, "data.batch_clips=64"
+    )
+    with pytest.raises(UserError, match=r"were skipped \(undecodable audio: 256\)"):
+        train(settings, QUIET)
+    (ledger,) = (tmp_path / "runs").rglob("ledger.jsonl")
+    assert len(ledger.read_text().splitlines()) == 256
+
+
+def test_a_checkpoint_behind_the_last_step_is_refused(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path), QUIET).run
+    run.done.unlink()
+    with pytest.raises(UserError, match="stands at step 6, behind the 3 that this config trains"):
+        train(
+            settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.max_steps=3"),
+            QUIET,
+            resume="auto",
+        )
+
+
+def test_what_lightning_refuses_is_said_in_a_sentence(tmp_path: Path):
+    with (
+        pytest.raises(UserError, match="This machine cannot run the config"),
+        explained(tmp_path, ranks=1),
+    ):
+        lightning.Trainer(accelerator="cpu", devices=0, logger=False)
+
+
+def test_mistakes_are_found_before_anything_is_written(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    bad = [
+        (["hardware.accelerator=cuda"], "PyTorch sees no such device here"),
+        (["data.train=[{path: nowhere, domain: speech}]"], "There are no shards at nowhere"),
+        ([f"model.path={tmp_path}"], "not a usable Whisper checkpoint"),
+        (["decoder.max_tokens=1000"], "outside 8 to 448"),
+        (["decoder.prompts.sound.language=xx"], "no language of Whisper's"),
+        (["data.samples_per_epoch=1"], "holds no step"),
+    ]
+    for overrides, message in bad:
+        domains = ["data.domains={speech: 1, sound: 0, music: 0}"]
+        with pytest.raises(UserError, match=message):
+            train(
+                settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *domains, *overrides),
+                QUIET,
+            )
+    short = Path(shutil.copytree(tiny_whisper, tmp_path / "short"))
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_source_positions": 500}))
+    weights = load_file(short / "model.safetensors")
+    weights[POSITIONS] = weights[POSITIONS][:500].clone()
+    save_file(weights, short / "model.safetensors", metadata={"format": "pt"})
+    for overrides, message in (
+        (["data.max_seconds=30"], "30 s do not fit. Clips may be at most 10 s"),
+        (["model.padding=30s", "data.max_seconds=10"], "choose padding none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(settings_for(short, tiny_shards, tmp_path / "runs", *overrides), QUIET)
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(UserError, match="There is no checkpoint"):
+        train(
+            settings_for(tiny_whisper, tiny_shards, tmp_path / "runs"),
+            QUIET,
+            resume=str(tmp_path / "x.ckpt"),
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "ddp"]
+)
+def test_other_strategies_train_to_the_same_weights(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, strategy: str
+):
+    plain = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "plain"), QUIET).run
+    other = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path / "other", f"strategy={strategy}"), QUIET
+    ).run
+    metrics = [json.loads(run.done.read_text())["metrics"] for run in (plain, other)]
+    assert metrics[0]["valid/loss"] == pytest.approx(metrics[1]["valid/loss"], abs=1e-4)
+
+
+@pytest.mark.timeout(120)
+def test_a_run_ends_with_its_data_however_many_steps_were_planned(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(train_module.ShardDataModule, "total_steps", lambda *_: 20)
+    overrides = (
+        "data.mode=epochs",
+        "data.batch_clips=8",
+        "trainer.max_epochs=2",
+        "trainer.max_steps=null",
+    )
+    shown = Console(record=True, file=StringIO(), width=200)
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), shown).run
+    assert "The training data ended after step 12 of 20 planned" in shown.export_text()
+    assert json.loads(run.done.read_text())["steps"] == 12
+    assert read_manifest(run.last_checkpoint).step == 12
+
+
+def test_a_pipe_is_read_where_it_is_allowed_and_only_there(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    pipes = ", ".join(
+        f"{{path: 'pipe:cat {tiny_shards / name}/{{}}', domain: {name}}}"
+        for name in ("speech", "sound", "music")
+    )
+    source = f"data.train=[{pipes}]"
+    with pytest.raises(UserError, match=r"would run a command.*data\.allow_pipe"):
+        train(settings_for(tiny_whisper, tiny_shards, tmp_path, source), QUIET)
+    run = train(
+        settings_for(tiny_whisper, tiny_shards, tmp_path, source, "data.allow_pipe=true"), QUIET
+    ).run
+    done = json.loads(run.done.read_text())
+    assert (done["steps"], done["refused"]) == (6, {})
+
+
+def test_there_is_no_precision_without_float32_weights():
+    with pytest.raises(
+        UserError, match="'bf16-true' is not one of 'auto', '32-true', 'bf16-mixed'"
+    ):
+        load_settings(REPOSITORY / "conf" / "smoke.yaml", ["hardware.precision=bf16-true"])

@@ -1,0 +1,109 @@
+"""Two files in one, and MP3s that do not say how long they are: whole or rejected, never cut."""
+
+import io
+import time
+
+import numpy as np
+import pytest
+import soundfile
+
+from whisper_aut.audio.containers import second_file, with_length
+from whisper_aut.audio.decode import ClipLimits, decode, read_header
+from whisper_aut.errors import Reason, SampleRefused
+
+LIMITS = ClipLimits()
+RATE_HZ = 16_000
+
+
+def noise(seconds: float, rate_hz: int = RATE_HZ, falling: bool = False) -> np.ndarray:
+    samples = np.random.default_rng(0).uniform(-0.4, 0.4, round(seconds * rate_hz))
+    return samples * np.linspace(1, 0.05, len(samples)) ** 4 if falling else samples
+
+
+def encode(samples: np.ndarray, kind: str, subtype: str | None = None, rate_hz: int = RATE_HZ):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate_hz, format=kind, subtype=subtype)
+    return file.getvalue()
+
+
+def mp3(samples: np.ndarray, rate_hz: int = RATE_HZ) -> bytes:
+    """An MP3 of variable bit rate without the frame that says how long it is."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate_hz, format="MP3", bitrate_mode="VARIABLE")
+    whole = file.getvalue()
+    begin = next(at for at in range(4, 2000) if whole[at : at + 2] == whole[:2])
+    return whole[begin:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype"),
+    [
+        ("WAV", None),
+        ("RF64", None),
+        ("W64", None),
+        ("AIFF", None),
+        ("AU", None),
+        ("FLAC", None),
+        ("OGG", "VORBIS"),
+        ("OGG", "OPUS"),
+        ("MP3", None),
+    ],
+)
+def test_two_files_joined_into_one_are_rejected_with_the_reason(kind: str, subtype: str | None):
+    first, second = (encode(noise(seconds), kind, subtype) for seconds in (1, 2))
+    assert second_file(first) is second_file(second) is None
+    assert second_file(first + second) == len(first)
+    for read in (decode, read_header):
+        with pytest.raises(SampleRefused, match=f"another file begins at byte {len(first)}") as at:
+            read(first + second, LIMITS)
+        assert at.value.reason is Reason.JOINED
+
+
+TAG = b"ID3\x04\x00\x00\x00\x00\x00\x05hello"
+
+
+def test_mp3_frames_after_those_that_the_header_counts_are_a_second_file():
+    first, second = encode(noise(1), "MP3"), mp3(noise(2))
+    assert second_file(first + second) == len(first)
+    assert second_file(TAG + first + TAG + second) == len(TAG + first)
+    assert second_file(second + first) == len(second)
+    assert second_file(TAG + first + b"TAG" + bytes(125)) is None
+
+
+@pytest.mark.parametrize("rate_hz", [16_000, 44_100])
+def test_an_mp3_that_does_not_say_its_length_is_decoded_to_its_end(rate_hz: int):
+    """libsndfile guesses it from the first frame, which is loud, and would stop before the half."""
+    data = mp3(noise(4, rate_hz, falling=True), rate_hz)
+    guessed = soundfile.info(io.BytesIO(data)).frames / rate_hz
+    assert guessed < 2.5
+    for whole in (data, TAG + data, data + b"TAG" + bytes(125), data + TAG):
+        assert decode(whole, LIMITS).seconds == pytest.approx(4, abs=0.1)
+        assert read_header(whole, LIMITS).seconds == pytest.approx(4, abs=0.1)
+
+
+def test_an_mp3_is_not_too_long_because_it_begins_quietly():
+    data = mp3(noise(12, falling=True)[::-1])
+    assert soundfile.info(io.BytesIO(data)).frames / RATE_HZ > LIMITS.max_seconds
+    assert decode(data, LIMITS).seconds == pytest.approx(12, abs=0.1)
+
+
+def test_mp3s_of_one_format_are_one_recording_and_of_two_formats_are_two_files():
+    first, second, other = mp3(noise(1)), mp3(noise(2)), mp3(noise(2, 22_050), 22_050)
+    for joined in (first + second, first + TAG + second):
+        assert decode(joined, LIMITS).seconds == pytest.approx(3, abs=0.3)
+    assert second_file(first + other) == len(first)
+    assert second_file(other + first) == len(other)
+
+
+def test_what_says_its_length_is_left_as_it_is():
+    for data in (encode(noise(1), "MP3"), encode(noise(1), "FLAC"), b"", b"text", TAG):
+        assert with_length(data) is data
+
+
+@pytest.mark.parametrize("pattern", [b"\xff", b"\xff\xf3", b"Info", b"\xff\xf3\x88\xc4", b"OggS"])
+def test_hostile_bytes_take_no_time(pattern: bytes):
+    data = encode(noise(0.1), "MP3")[:8] + pattern * (1 << 20)
+    start = time.monotonic()
+    second_file(data)
+    with_length(data)
+    assert time.monotonic() - start < 10

@@ -1,0 +1,166 @@
+import io
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from whisper_aut.corpora.synth import corpus as demo
+from whisper_aut.corpora.synth.corpus import (
+    LABELS,
+    LICENCE,
+    SPLITS,
+    STAGING_NAME,
+    ClipOrder,
+    DemoOptions,
+    DomainClips,
+    build_demo,
+)
+from whisper_aut.data.annotation import DOMAINS, Annotation
+from whisper_aut.data.shards import INDEX_NAME, open_index
+from whisper_aut.errors import UserError
+
+pytest.importorskip("espeakng_loader", reason="the demo corpus needs the extra `demo`")
+
+TINY = DemoOptions(
+    seed=3, train=DomainClips(4, 3, 2), valid=DomainClips(2, 1, 1), test=DomainClips(2, 2, 1)
+)
+FOLDERS = [f"{split}/{domain}" for split in SPLITS for domain in DOMAINS]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_demo(tmp_path_factory.mktemp("demo"), TINY, workers=1, progress=False)
+
+
+def checksums(root: Path) -> dict[str, list[str]]:
+    return {
+        folder: [shard.sha256 for shard in open_index(root / folder).shards] for folder in FOLDERS
+    }
+
+
+def samples(folder: Path) -> list[tuple[bytes, Annotation]]:
+    with tarfile.open(folder / "shard-000000.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    keys = sorted({name.split(".")[0] for name in members})
+    return [(members[f"{key}.flac"], Annotation.from_json(members[f"{key}.json"])) for key in keys]
+
+
+def failing_after(clips: int, error: type[BaseException]):
+    """Return a renderer that fails as a user's Ctrl-C or a bug would, so many clips into a build."""
+    done = []
+
+    def render(order: ClipOrder):
+        if len(done) == clips:
+            raise error
+        done.append(order)
+        return demo_render(order)
+
+    demo_render = demo.render_clip
+    return render
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_split_and_domain_holds_what_was_asked_for(corpus: Path, folder: str):
+    split, domain = folder.split("/")
+    clips = samples(corpus / folder)
+    assert (
+        len(clips) == open_index(corpus / folder).samples == getattr(getattr(TINY, split), domain)
+    )
+    for flac, annotation in clips:
+        audio = soundfile.info(io.BytesIO(flac))
+        assert (audio.samplerate, audio.channels) == (16_000, 1)
+        assert 1 <= audio.duration <= 12
+        assert annotation.duration_seconds == pytest.approx(audio.duration, abs=1e-3)
+        assert (annotation.domain, annotation.source, annotation.licence) == (
+            domain,
+            "demo",
+            LICENCE,
+        )
+        assert annotation.task == ("asr" if domain == "speech" else "caption")
+        assert annotation.id.startswith(f"{split}-{domain}-")
+        assert annotation.text
+        assert annotation.label in LABELS[domain] or (
+            domain == "speech" and annotation.label is None
+        )
+
+
+def test_shards_are_the_same_bytes_whatever_the_workers(corpus: Path, tmp_path: Path):
+    build_demo(tmp_path, TINY, workers=2, progress=False)
+    assert checksums(tmp_path) == checksums(corpus)
+
+
+def test_another_seed_gives_other_clips_and_splits_share_none(corpus: Path, tmp_path: Path):
+    build_demo(tmp_path, DemoOptions(4, *(DomainClips(1, 1, 1),) * 3), workers=1, progress=False)
+    flacs = [
+        flac
+        for root in (corpus, tmp_path)
+        for folder in FOLDERS
+        for flac, _ in samples(root / folder)
+    ]
+    assert len(set(flacs)) == len(flacs)
+
+
+def test_a_corpus_that_stands_is_not_rendered_again(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(demo, "render_clip", failing_after(0, AssertionError))
+    assert build_demo(corpus, TINY, workers=1, progress=False) == corpus
+
+
+def test_a_missing_shard_or_other_options_build_it_anew(tmp_path: Path):
+    options = DemoOptions(0, *(DomainClips(1, 1, 1),) * 3)
+    before = checksums(build_demo(tmp_path, options, workers=1, progress=False))
+    (tmp_path / "valid/music/shard-000000.tar").unlink()
+    assert checksums(build_demo(tmp_path, options, workers=1, progress=False)) == before
+    build_demo(tmp_path, DemoOptions(1, *(DomainClips(1, 1, 1),) * 3), workers=1, progress=False)
+    assert not any(checksums(tmp_path)[folder] == before[folder] for folder in FOLDERS)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_build_cut_short_leaves_nothing_and_spares_what_stood(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+):
+    monkeypatch.setattr(demo, "render_clip", failing_after(12, error))
+    with pytest.raises(error):
+        build_demo(tmp_path, TINY, workers=1, progress=False)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    before = checksums(corpus)
+    with pytest.raises(error):
+        build_demo(corpus, DemoOptions(seed=9), workers=1, progress=False)
+    assert checksums(corpus) == before
+    assert not (corpus / STAGING_NAME).exists()
+
+
+@pytest.mark.parametrize("index", [None, "{}", "[]", "not json", '{"builder": "another"}'])
+def test_shards_of_another_builder_are_not_overwritten(tmp_path: Path, index: str | None):
+    folder = tmp_path / "train/sound"
+    folder.mkdir(parents=True)
+    (folder / "shard-000000.tar").write_bytes(b"mine")
+    if index is not None:
+        (folder / INDEX_NAME).write_text(index)
+    with pytest.raises(UserError, match="not the demo corpus"):
+        build_demo(tmp_path, TINY, workers=1, progress=False)
+    assert (folder / "shard-000000.tar").read_bytes() == b"mine"
+
+
+def test_without_the_extra_the_message_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
+    with pytest.raises(UserError, match=r"whisper-aut\[demo\]"):
+        build_demo(tmp_path, TINY, workers=1, progress=False)
+
+
+def test_the_recipe_knows_every_option():
+    one = DemoOptions()
+    others = [DemoOptions(seed=1), one.scaled(0.5), DemoOptions(valid=DomainClips(160, 114, 103))]
+    assert len({options.recipe() for options in (one, *others)}) == 4
+    assert one.scaled(0.5).test == DomainClips(240, 152, 117)
+    assert one.scaled(1e-6).valid == DomainClips(1, 1, 1)
+    assert len(one.orders("valid", "sound")) == one.valid.sound
+
+
+def test_the_defaults_are_large_enough_for_probes():
+    for split, least in (("train", 40), ("test", 14)):
+        clips = getattr(DemoOptions(), split)
+        assert clips.speech // 2 // len(LABELS["speech"]) >= least
+        assert clips.sound // len(LABELS["sound"]) >= least
+        assert clips.music // len(LABELS["music"]) >= least

@@ -1,0 +1,310 @@
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from rich.console import Console
+
+from whisper_aut.audio.decode import ClipLimits
+from whisper_aut.cli import main
+from whisper_aut.corpora.inspect import ShardFacts, distribution, histogram, inspect_shards, render
+from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.shards import INDEX_NAME, ShardFolder, index_folder, open_index
+from whisper_aut.errors import UserError
+
+
+def audio(
+    seconds: float = 1, rate_hz: int = 16_000, channels: int = 1, kind: str = "FLAC"
+) -> bytes:
+    file = io.BytesIO()
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (round(seconds * rate_hz), channels))
+    soundfile.write(file, samples, rate_hz, format=kind)
+    return file.getvalue()
+
+
+def tar(folder: Path, members: dict[str, bytes], name: str = "foreign.tar") -> Path:
+    """A tar that no builder of ours wrote, without an index."""
+    with tarfile.open(folder / name, "w") as file:
+        for member_name, body in members.items():
+            member = tarfile.TarInfo(member_name)
+            member.size = len(body)
+            file.addfile(member, io.BytesIO(body))
+    return folder / name
+
+
+def shown(facts: ShardFacts) -> str:
+    console = Console(width=120, file=io.StringIO(), record=True, markup=False)
+    console.print(render(facts))
+    return console.export_text()
+
+
+def annotation(**fields: Any) -> bytes:
+    return json.dumps({"text": "a dog barks", **fields}).encode()
+
+
+def test_facts_of_a_folder_of_ours(tmp_path: Path):
+    with ShardFolder(tmp_path) as shard:
+        shard.write(
+            "a",
+            "flac",
+            audio(1),
+            Annotation("one two", "sound", "caption", label="dog", licence="CC0"),
+        )
+        shard.write(
+            "b",
+            "wav",
+            audio(3, 48_000, 2, "WAV"),
+            Annotation("eins", "speech", "asr", language="de"),
+        )
+        shard.write(
+            "c", "ogg", audio(3, kind="OGG"), Annotation(domain="sound", label=["dog", "bark"])
+        )
+        shard.facts = {"recipe": "r", "refused": {"silent audio": 2}}
+    facts = inspect_shards(tmp_path)
+    told = json.loads(json.dumps(facts.as_dict()))
+    assert (told["clips"], told["shards"], told["hours"]) == (3, 1, pytest.approx(7 / 3600))
+    assert told["bytes"] == (tmp_path / "shard-000000.tar").stat().st_size
+    assert told["sample_rates_hz"] == {"16000": 2, "48000": 1}
+    assert (told["channels"], told["codecs"]["OGG/VORBIS"]) == ({"1": 2, "2": 1}, 1)
+    assert (told["domain"], told["language"]) == ({"sound": 2, "speech": 1}, {"": 2, "de": 1})
+    assert told["labels"] == {"dog": 2, "bark": 1}
+    assert (told["clips_with_text"], told["words"]["max"], told["characters"]["median"]) == (
+        2,
+        2,
+        5.5,
+    )
+    assert told["builds"] == {"": {"recipe": "r", "refused": {"silent audio": 2}}}
+    assert told["examples"][1]["text"] == "eins"
+    assert (told["refused"], told["warnings"]) == ({}, [])
+    assert all(
+        word in shown(facts)
+        for word in ("48000 Hz (1)", "OGG/VORBIS (1)", "dog", "eins", "silent audio (2)")
+    )
+
+
+def test_folders_of_a_split_are_told_together(tmp_path: Path):
+    for fold, clips in (("1", 2), ("2", 3)):
+        with ShardFolder(tmp_path / fold) as shard:
+            for number in range(clips):
+                shard.write(f"{number}", "flac", audio(), Annotation("t"))
+    facts = inspect_shards(tmp_path)
+    assert (facts.clips, facts.folders) == (5, {"1": 2, "2": 3})
+    assert "1 (2), 2 (3)" in shown(facts)
+
+
+def test_every_kind_of_refusal_is_counted(tmp_path: Path):
+    tar(
+        tmp_path,
+        {
+            "good.flac": audio(),
+            "good.json": annotation(esc=1),
+            "nojson.flac": audio(),
+            "noaudio.json": annotation(),
+            "badjson.flac": audio(),
+            "badjson.json": b"{",
+            "badfield.flac": audio(),
+            "badfield.json": annotation(domain="noise"),
+            "text.wav": b"this is text " * 50,
+            "text.json": annotation(),
+            "empty.wav": audio(0, kind="WAV"),
+            "empty.json": annotation(),
+            "long.wav": audio(31, kind="WAV"),
+            "long.json": annotation(),
+            "large.wav": audio(40, 48_000, kind="WAV"),
+            "large.json": annotation(),
+            "x/good.wav": audio(kind="WAV"),
+            "x/good.json": annotation(),
+            "no_suffix": b"",
+        },
+    )
+    facts = inspect_shards(tmp_path, ClipLimits(max_bytes=3_000_000))
+    assert facts.clips == 2
+    assert facts.refused == {
+        "bad or missing JSON": 3,
+        "no audio member": 1,
+        "undecodable audio": 1,
+        "empty audio": 1,
+        "audio too long": 1,
+        "member too large": 1,
+    }
+    assert "nojson: bad or missing JSON: no .json or .txt member" in shown(facts).replace("\n", "")
+
+
+def test_a_header_that_lies_about_its_length_is_refused_and_one_that_is_silent_about_it_is_decoded(
+    tmp_path: Path,
+):
+    def with_samples(claimed: int) -> bytes:  # RFC 9639, section 8.2
+        data = audio(1)
+        return (
+            data[:18]
+            + ((int.from_bytes(data[18:26], "big") >> 36 << 36) | claimed).to_bytes(8, "big")
+            + data[26:]
+        )
+
+    lies = {"lie.flac": with_samples(2**36 - 1), "lie.json": annotation()}
+    tar(tmp_path, {**lies, "pipe.flac": with_samples(0), "pipe.json": annotation()})
+    facts = inspect_shards(tmp_path)
+    assert (list(facts.seconds), facts.refused) == ([1.0], {"audio too long": 1})
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
+def test_a_truncated_tar_counts_what_is_whole(tmp_path: Path, keep: float):
+    with ShardFolder(tmp_path) as shard:
+        for number in range(10):
+            shard.write(f"{number}", "flac", audio(), Annotation("t"))
+    path = tmp_path / "shard-000000.tar"
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    facts = inspect_shards(tmp_path)
+    assert facts.refused["bad tar"] == 1
+    assert 0 < facts.clips < 10
+    assert "where its index counts 10" in facts.warnings[0]
+    assert "Warning: " in shown(facts)
+
+
+@pytest.mark.parametrize("data", [b"", b"not a tar at all", b"\x00" * 10_240, b"\xff" * 4096])
+def test_what_is_no_tar_is_a_fact_not_a_crash(tmp_path: Path, data: bytes):
+    (tmp_path / "a.tar").write_bytes(data)
+    facts = inspect_shards(tmp_path)
+    assert facts.clips == 0
+    assert shown(facts)
+    assert json.dumps(facts.as_dict())
+
+
+def test_hostile_bytes_are_counted_whatever_they_are(tmp_path: Path):
+    random = np.random.default_rng(0)
+    whole = tar(
+        tmp_path,
+        {
+            f"{n}.{suffix}": body
+            for n in range(5)
+            for suffix, body in (("flac", audio(0.2)), ("json", annotation()))
+        },
+    )
+    sound = np.frombuffer(whole.read_bytes(), np.uint8)
+    for _ in range(150):
+        data = sound.copy()
+        block = random.integers(0, 20) * 512 % len(data)  # headers too, not only bodies
+        where = np.concatenate(
+            [random.integers(0, len(data), 4), block + random.integers(0, 512, 4)]
+        )
+        data[where] = random.integers(0, 256, 8)
+        whole.write_bytes(data.tobytes())
+        facts = inspect_shards(tmp_path)
+        assert facts.clips + facts.refused.total() >= 1
+
+
+def test_markup_in_names_and_texts_is_not_obeyed(tmp_path: Path):
+    tar(
+        tmp_path,
+        {
+            "[red]x[.flac": audio(),
+            "[red]x[.json": annotation(text="[/bold] [link=x]", label="[/]", source="[/x]"),
+        },
+    )
+    told = shown(inspect_shards(tmp_path))
+    assert all(word in told for word in ("[red]x[", "[/bold] [link=x]", "[/]", "[/x]"))
+
+
+def test_brackets_in_a_folder_are_no_pattern_and_no_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "set [2024] [bold]x"
+    folder.mkdir()
+    tar(folder, {"a.flac": audio(), "a.json": annotation()})
+    for root in (str(folder), f"{folder}/for*.tar"):
+        assert inspect_shards(root).clips == 1
+    assert "set [2024] [bold]x" in " ".join(shown(inspect_shards(folder)).split())
+    assert main(["data", "index", str(folder)]) == 0
+    assert main(["data", "inspect", str(folder.parent)]) == 0
+    assert "set [2024] [bold]x (1)" in capsys.readouterr().out
+    assert main(["data", "inspect", str(folder / "none [here]")]) == 1
+    assert "none [here]" in capsys.readouterr().err
+
+
+def test_tars_that_gzip_compressed_are_named_wherever_a_folder_is_read(tmp_path: Path):
+    path = tar(tmp_path, {"a.flac": audio(), "a.json": annotation()})
+    (tmp_path / "more.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
+    for read in (inspect_shards, open_index, index_folder):
+        with pytest.raises(UserError, match=r"more\.tar\.gz is compressed by gzip.*gunzip"):
+            read(tmp_path)
+
+
+def test_floats_on_the_scale_of_integers_are_counted(tmp_path: Path):
+    file = io.BytesIO()
+    samples = np.random.default_rng(0).integers(-9000, 9000, 16_000).astype(np.float32)
+    soundfile.write(file, samples, 16_000, format="WAV", subtype="FLOAT")
+    tar(tmp_path, {"a.wav": file.getvalue(), "a.json": annotation()})
+    facts = inspect_shards(tmp_path)
+    assert (facts.clips, facts.refused) == (0, {"audio out of scale": 1})
+
+
+def test_clips_without_a_label_are_counted(tmp_path: Path):
+    labels = ['"dog"', "NaN", "null", '""', '["cat", NaN]']
+    members = {}
+    for number, label in enumerate(labels):
+        members |= {f"{number}.flac": audio(), f"{number}.json": b'{"label": %s}' % label.encode()}
+    tar(tmp_path, members)
+    facts = inspect_shards(tmp_path)
+    assert (facts.labels, facts.labelled) == ({"dog": 1, "cat": 1}, 2)
+    assert "2 labels, 3 clips without one" in " ".join(shown(facts).split())
+
+
+def test_the_fields_of_clips_without_text_are_told(tmp_path: Path):
+    tar(tmp_path, {"a.flac": audio(), "a.json": b'{"description": "rain", "artist": "x"}'})
+    facts = inspect_shards(tmp_path)
+    assert facts.fields_without_text == {"description": 1, "artist": 1}
+    said = " ".join(shown(facts).split())
+    assert "have the fields description, artist. data.train[].text names one to read" in said
+
+
+def test_a_key_that_is_repeated_is_counted_and_warned_about(tmp_path: Path):
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        for name, body in [("0.flac", audio()), ("0.json", annotation())] * 2:
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            file.addfile(member, io.BytesIO(body))
+    facts = inspect_shards(tmp_path)
+    assert facts.clips == 2
+    assert "1 samples have the key of the sample before them" in facts.warnings[0]
+
+
+def test_an_index_that_names_a_missing_shard_is_the_users_matter(tmp_path: Path):
+    with ShardFolder(tmp_path) as shard:
+        shard.write("a", "flac", audio(), Annotation("t"))
+    (tmp_path / "shard-000000.tar").unlink()
+    with pytest.raises(UserError, match="are missing: shard-000000"):
+        inspect_shards(tmp_path)
+    (tmp_path / INDEX_NAME).unlink()
+    with pytest.raises(UserError, match="holds neither"):
+        inspect_shards(tmp_path)
+    with pytest.raises(UserError, match="There are no shards at"):
+        inspect_shards(tmp_path / "nowhere")
+
+
+def test_distribution_and_histogram():
+    assert distribution([]) == {}
+    assert distribution([1, 2, 3, 4]) == {
+        "min": 1,
+        "median": 2.5,
+        "mean": 2.5,
+        "p95": pytest.approx(3.85),
+        "max": 4,
+    }
+    counts = histogram([0.1, 0.5, 0.7, 5.0, 5.01, 30.0, 30.0004, 31])
+    assert counts == {
+        "0–0.5 s": 2,
+        "0.5–1 s": 1,
+        "1–2 s": 0,
+        "2–5 s": 1,
+        "5–10 s": 1,
+        "10–15 s": 0,
+        "15–20 s": 0,
+        "20–30 s": 2,
+        "> 30 s": 1,
+    }
+    assert sum(histogram([]).values()) == 0

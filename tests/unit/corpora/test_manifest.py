@@ -1,0 +1,326 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from whisper_aut.corpora.manifest import Entry, Manifest, ManifestSpec, RefusedRow
+from whisper_aut.data.annotation import Annotation
+from whisper_aut.errors import Reason, UserError
+
+
+def table(folder: Path, content: str | bytes, name: str = "clips.csv") -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def jsonl(folder: Path, *rows: Any) -> Path:
+    return table(folder, "\n".join(json.dumps(row) for row in rows), "clips.jsonl")
+
+
+def items(path: Path, **spec: Any) -> list[Entry | RefusedRow]:
+    return list(Manifest(ManifestSpec(path, **spec)).entries())
+
+
+def entries(path: Path, **spec: Any) -> list[Entry]:
+    found = items(path, **spec)
+    assert not [item for item in found if isinstance(item, RefusedRow)]
+    return [item for item in found if isinstance(item, Entry)]
+
+
+def refusal(path: Path, **spec: Any) -> RefusedRow:
+    (row,) = [item for item in items(path, **spec) if isinstance(item, RefusedRow)]
+    return row
+
+
+def test_a_csv_needs_no_spec(tmp_path: Path):
+    path = table(
+        tmp_path,
+        '\ufefffilename,caption,fold,domain\na/b.wav,"a dog,\nbarking",1,sound\nc.wav,rain,2,sound\n',
+    )
+    first, second = entries(path)
+    assert (first.path, first.key, first.line, second.line) == (tmp_path / "a/b.wav", "b", 3, 4)
+    assert (first.annotation.text, first.annotation.domain, first.annotation.id) == (
+        "a dog,\nbarking",
+        "sound",
+        "b",
+    )
+    assert first.annotation.extra == {
+        "filename": "a/b.wav",
+        "caption": "a dog,\nbarking",
+        "fold": "1",
+    }
+
+
+@pytest.mark.parametrize("first", [0, 1, 30])
+def test_the_nameless_index_that_pandas_writes_is_no_column(tmp_path: Path, first: int):
+    rows = "".join(f"{first + n},r{n}.wav,clip {n}\n" for n in range(6))
+    path = table(tmp_path, ",path,text\n" + rows)
+    found = entries(path)
+    assert Manifest(ManifestSpec(path)).columns == ("path", "text")
+    assert [entry.segment for entry in found] == [None] * 6, "whole clips"
+    assert found[0].annotation.extra == {"path": "r0.wav"}
+    found = entries(jsonl(tmp_path, {"": first, "path": "r0.wav", "text": "clip 0"}))
+    assert (found[0].segment, found[0].annotation.extra) == (None, {"path": "r0.wav"})
+
+
+@pytest.mark.parametrize("nothing", ["null", "NaN", '""', '" "', "[]", "[null]"])
+def test_what_is_no_value_in_a_tar_is_none_in_a_manifest(tmp_path: Path, nothing: str):
+    whole = '{"path": "a.wav", "text": "t", "label": T, "offset": T, "language": T, "genre": T}'
+    path = table(tmp_path, whole.replace("T", nothing), "clips.jsonl")
+    (entry,) = entries(path)
+    in_tar = Annotation.from_json(whole.replace("T", nothing).encode())
+    assert entry.annotation == replace(in_tar, id="a")
+    assert (entry.annotation.label, entry.segment) == (None, None)
+    alone = table(tmp_path, '{"path": "a.wav", "text": T}'.replace("T", nothing), "alone.jsonl")
+    assert refusal(alone).reason is Reason.NO_TEXT
+
+
+def test_a_text_is_looked_for_in_each_row_unless_a_column_is_named(tmp_path: Path):
+    rows = ({"wav": "a.wav", "caption": ["one", "two"]}, {"wav": "b.wav", "text": "three"})
+    path = jsonl(tmp_path, *rows)
+    assert [entry.annotation.text for entry in entries(path)] == ["one", "three"]
+    assert refusal(path, text="caption").reason is Reason.NO_TEXT
+
+
+def test_a_tsv_has_no_quoting(tmp_path: Path):
+    path = table(tmp_path, 'path\tsentence\na.mp3\t"Go," he said.\n', "clips.tsv")
+    assert entries(path)[0].annotation.text == '"Go," he said.'
+
+
+def test_jsonl_keeps_types_and_columns_that_only_some_rows_have(tmp_path: Path):
+    path = jsonl(
+        tmp_path,
+        {"audio": "a.wav", "text": 7, "id": 12},
+        {"audio": "b.wav", "text": "x", "tags": [1, {"k": None}], "n": 0.5},
+    )
+    first, second = entries(path)
+    assert (first.annotation.text, first.annotation.id, first.key) == ("7", "12", "12")
+    assert second.annotation.extra == {"audio": "b.wav", "tags": [1, {"k": None}], "n": 0.5}
+
+
+def test_the_spec_wins_over_columns_of_the_same_name(tmp_path: Path):
+    path = table(
+        tmp_path,
+        "path,text,label,domain,task,language,source,licence,answer\na.wav,t,l,speech,asr,en,here,MIT,yes\n",
+    )
+    own = entries(path)[0].annotation
+    assert (own.label, own.domain, own.task, own.language, own.source, own.licence, own.answer) == (
+        *("l", "speech", "asr", "en", "here", "MIT", "yes"),
+    )
+    given = {
+        "domain": "music",
+        "task": "tag",
+        "language": "de",
+        "source": "there",
+        "licence": "CC0",
+    }
+    assert {name: getattr(entries(path, **given)[0].annotation, name) for name in given} == given
+    assert entries(path, text="task", label="{source}-{licence}")[0].annotation.label == "here-MIT"
+
+
+def test_templates_fill_in_columns_and_write_underscores_as_spaces(tmp_path: Path):
+    path = jsonl(tmp_path, {"wav": "a.wav", "meta.class": "dog_bark", "tags": ["a_b", "c"], "n": 3})
+    annotation = entries(
+        path, text="the sound of a {meta.class:words}, {tags:words} {{{n}}}", label="{meta.class}"
+    )[0].annotation
+    assert (annotation.text, annotation.label) == (
+        "the sound of a dog bark, a b, c {3}",
+        "dog_bark",
+    )
+
+
+def test_labels_may_be_numbers_or_lists(tmp_path: Path):
+    path = jsonl(tmp_path, {"wav": "a.wav", "label": 0}, {"wav": "b.wav", "label": ["x", "y"]})
+    assert [entry.annotation.label for entry in entries(path)] == ["0", ["x", "y"]]
+
+
+@pytest.mark.parametrize("template", ["{0}", "{}", "{text.__class__}", "{text[0]}"])
+def test_templates_reach_columns_and_nothing_else(tmp_path: Path, template: str):
+    with pytest.raises(UserError):
+        Manifest(ManifestSpec(table(tmp_path, "wav,text\na.wav,t\n"), text=template))
+
+
+@pytest.mark.parametrize("template", ["{text!r}", "{text:>9}", "{text", "text}{"])
+def test_templates_that_are_not_understood_say_so(tmp_path: Path, template: str):
+    with pytest.raises(UserError, match=r"Write \{column\} or \{column:words\}"):
+        Manifest(ManifestSpec(table(tmp_path, "wav,text\na.wav,t\n"), text=template))
+
+
+def test_an_empty_text_is_refused_unless_there_is_a_label_or_an_answer(tmp_path: Path):
+    path = table(tmp_path, "wav,text,label,answer\na.wav, ,,\nb.wav,,dog,\nc.wav,,,yes\n")
+    assert [getattr(item, "reason", None) for item in items(path)] == [Reason.NO_TEXT, None, None]
+    assert refusal(table(tmp_path, "wav,kind\na.wav,\n"), text="a {kind}").reason is Reason.NO_TEXT
+
+
+def test_keys_are_unique_and_safe_whatever_the_names(tmp_path: Path):
+    names = [
+        "a.wav",
+        "x/a.wav",
+        "a-2.wav",
+        "../../etc/pass.wd.wav",
+        "ü 犬.wav",
+        "....wav",
+        "b" * 150 + ".wav",
+        "y/a.wav",
+    ]
+    keys = [
+        entry.key
+        for entry in entries(jsonl(tmp_path, *({"wav": name, "text": "t"} for name in names)))
+    ]
+    assert keys == ["a", "a-2", "a-2-2", "pass_wd", "ü_犬", "clip", "b" * 100, "a-3"]
+
+
+def test_relative_paths_start_from_the_root_and_absolute_ones_stay(tmp_path: Path):
+    path = table(tmp_path, "wav,text\na.wav,t\n/data/b.wav,t\n")
+    assert [entry.path for entry in entries(path, audio_root=tmp_path / "audio")] == [
+        tmp_path / "audio/a.wav",
+        Path("/data/b.wav"),
+    ]
+    assert (
+        "wav" not in entries(path)[1].annotation.extra
+    )  # the name of a folder on somebody's machine is not published
+
+
+def test_where_keeps_rows_by_value(tmp_path: Path):
+    manifest = Manifest(
+        ManifestSpec(
+            table(tmp_path, "wav,text,fold\na.wav,t,1\nb.wav,t,2\nc.wav,t,3\n"),
+            where={"fold": ["1", "3"]},
+        )
+    )
+    assert [item.path.name for item in manifest.entries() if isinstance(item, Entry)] == [
+        "a.wav",
+        "c.wav",
+    ]
+    assert manifest.passed_over == 1
+
+
+def test_splits_get_a_folder_name_and_never_share_one(tmp_path: Path):
+    path = table(tmp_path, "wav,text,split\na.wav,t,train.clean\nb.wav,t,../up\nc.wav,t,\n")
+    assert [item.split for item in items(path, split_by="split")] == ["train_clean", "up", ""]
+    assert refusal(path, split_by="split").reason is Reason.BAD_ROW
+    path = table(tmp_path, "wav,text,split\na.wav,t,a b\nb.wav,t,a/b\n")
+    with pytest.raises(UserError, match="would share the folder a_b"):
+        items(path, split_by="split")
+
+
+def test_a_column_of_names_is_no_split(tmp_path: Path):
+    path = table(tmp_path, "wav,text\n" + "".join(f"{number}.wav,t\n" for number in range(300)))
+    with pytest.raises(UserError, match="more than 256 values"):
+        items(path, split_by="wav")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{not json", "not JSON"),
+        ("[1, 2]", "expected an object, found list"),
+        ('{"wav": "b.wav", "text": "t", "n": Infinity}', "Infinity is no JSON value"),
+        ("[" * 100_000, "not JSON"),
+        ('{"text": "t"}', "no path in column 'wav'"),
+        ('{"wav": "b\\u0000.wav", "text": "t"}', "no path in column 'wav'"),
+        ('{"wav": {"path": "b.wav"}, "text": "t"}', "column 'wav' must be text, not dict"),
+        ('{"wav": "b.wav", "text": {"en": "t"}}', "'text' must be text, not dict"),
+        ('{"wav": "b.wav", "text": "t", "domain": "noise"}', "not one of speech"),
+        ('{"wav": "b.wav", "text": "\\ud800"}', "surrogate pair"),
+        ('{"wav": "b.wav", "text": "' + "t" * (1 << 20) + '"}', "bytes of JSON, limit"),
+    ],
+)
+def test_a_bad_row_is_refused_and_the_others_stand(tmp_path: Path, line: str, said: str):
+    path = table(
+        tmp_path,
+        '{"wav": "a.wav", "text": "t"}\n\n' + line + "\n" + '{"wav": "c.wav", "text": "t"}',
+        "clips.jsonl",
+    )
+    row = refusal(path)
+    assert (row.reason, row.line, len(items(path))) == (Reason.BAD_ROW, 3, 3)
+    assert said in row.detail
+
+
+def test_a_csv_row_of_another_length_is_refused(tmp_path: Path):
+    path = table(tmp_path, 'wav,text\na.wav,t\nb.wav,t,more\nc.wav\n"d.wav"x,t\ne.wav,t\n')
+    rows = [(row.line, row.detail) for row in items(path) if isinstance(row, RefusedRow)]
+    assert rows == [
+        (3, "3 cells where the header has 2"),
+        (4, "1 cells where the header has 2"),
+        (5, "',' expected after '\"'"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "spec", "said"),
+    [
+        ("", {}, "holds no rows"),
+        ("wav,text\n", {}, "holds no rows"),
+        ("wav,text\na\nb\n", {}, "no row that can be read. Line 2: 1 cells"),
+        ("wav,text,text\na.wav,t,t\n", {}, "has the column 'text' twice"),
+        (
+            "clip,text\na.wav,t\n",
+            {},
+            r"no audio column \(looked for audio, path.*Its columns: clip, text.*--audio COLUMN",
+        ),
+        ("wav,words\na.wav,t\n", {}, r"no text column.*Its columns: wav, words.*--text COLUMN"),
+        (
+            "wav,text\na.wav,t\n",
+            {"audio": "wave"},
+            "no column 'wave', which --audio names. Did you mean 'wav'",
+        ),
+        (
+            "wav,text\na.wav,t\n",
+            {"text": "a {txt}"},
+            "no column 'txt', which --text names. Did you mean 'text'",
+        ),
+        (
+            "wav,text\na.wav,t\n",
+            {"label": "class"},
+            "no column 'class', which --label names. Its columns: wav, text",
+        ),
+        (
+            "wav,text\na.wav,t\n",
+            {"where": {"fold": ["1"]}},
+            "no column 'fold', which --where names",
+        ),
+        ("wav,text\na.wav,t\n", {"split_by": "fold"}, "no column 'fold', which --split-by names"),
+        (
+            "wav,text\na.wav,t\n",
+            {"domain": "sounds"},
+            "Domain 'sounds' is not one of.*Did you mean 'sound'",
+        ),
+        (
+            b"wav,text\na.wav,caf\xe9\n",
+            {},
+            r"Line 2 of .* is not UTF-8 \(byte 0xe9\).*iconv -f LATIN1",
+        ),
+        ("wav,text\na.wav,t\n".encode("utf-16"), {}, r"is not UTF-8.*iconv -f UTF-16"),
+        (
+            'wav,text\na.wav,t\nb.wav,"t\nc.wav,t\n',
+            {},
+            "row that begins at line 3 of .* is never closed",
+        ),
+        ('wav,"text\na.wav,t\n', {}, "header line of .* cannot be read"),
+    ],
+)
+def test_what_no_row_can_mend_is_told_to_the_user(
+    tmp_path: Path, content: str | bytes, spec: dict[str, Any], said: str
+):
+    with pytest.raises(UserError, match=said):
+        items(table(tmp_path, content), **spec)
+
+
+def test_a_json_array_is_told_how_to_become_lines(tmp_path: Path):
+    with pytest.raises(UserError, match=r"jq -c '\.\[\]'"):
+        items(table(tmp_path, '[\n{"wav": "a.wav"}]', "clips.json"))
+
+
+def test_a_missing_manifest_says_where_it_looked_and_what_is_there(tmp_path: Path):
+    table(tmp_path, "", "clips.csv")
+    with pytest.raises(
+        UserError,
+        match=rf"no manifest {tmp_path}/clip\.csv\. Did you mean 'clips\.csv'\? There: clips\.csv",
+    ):
+        Manifest(ManifestSpec(tmp_path / "clip.csv"))
+    with pytest.raises(UserError, match="is not a manifest: expected a file that ends in"):
+        Manifest(ManifestSpec(table(tmp_path, "", "clips.xlsx")))

@@ -1,0 +1,157 @@
+"""Augmentation: drawn from (seed, position) alone, as strong as it says, and only where it belongs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from torchaudio import functional
+
+from tests.conftest import tone, write_shards
+from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits
+from whisper_aut.audio.logmel import LogMel, mel_frames
+from whisper_aut.data.augment import Augment, SpecAugment, at_speed
+from whisper_aut.data.datamodule import ShardDataModule
+from whisper_aut.data.dataset import ExampleBuilder, StreamSource
+from whisper_aut.data.shards import open_index
+from whisper_aut.data.targets import WhisperText
+from whisper_aut.models.pretrained import Start
+
+CLIP = torch.from_numpy(tone(2.0))
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory):
+    return open_index(write_shards(tmp_path_factory.mktemp("noise") / "sound", 9, "sound"))
+
+
+def test_the_same_position_gives_the_same_clip_and_another_one_another(noise):
+    def made(position: int, seed: int = 0) -> torch.Tensor:
+        torch.rand(1)  # whatever else draws random numbers
+        return Augment(
+            seed, gain_db=6, speeds=(0.9, 1.0, 1.1), noise=[noise], noise_share=1.0
+        ).waveform(CLIP, position)
+
+    assert torch.equal(made(5), made(5))
+    assert not torch.equal(made(5)[:100], made(6)[:100])
+    assert not torch.equal(made(5)[:100], made(5, seed=1)[:100])
+
+
+def test_noise_stands_at_the_ratio_asked_for(noise):
+    noisy = Augment(noise=[noise], noise_share=1.0, snr_db=(10.0, 10.0)).waveform(CLIP, 3)
+    ratio = CLIP.pow(2).sum() / (noisy - CLIP).pow(2).sum()
+    assert 10 * ratio.log10() == pytest.approx(10.0, abs=0.01)
+    untouched = Augment(noise=[noise], noise_share=0.0).waveform(CLIP, 3)
+    assert torch.equal(untouched, CLIP)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.1, 1.25, 2.0])
+@pytest.mark.parametrize("samples", [1, 1_601, 7_999, 8_000, 8_001, 48_123])
+def test_another_speed_is_torchaudios(factor: float, samples: int):
+    waveform = torch.randn(samples, generator=torch.Generator().manual_seed(samples))
+    assert_close(
+        at_speed(waveform, factor),
+        functional.speed(waveform, SAMPLE_RATE_HZ, factor)[0],
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+def test_gain_and_speed_do_what_they_say():
+    factors = [
+        float(Augment(gain_db=6.0).waveform(CLIP, position).abs().max() / CLIP.abs().max())
+        for position in range(50)
+    ]
+    assert min(factors) >= 10 ** (-6 / 20) - 1e-4
+    assert max(factors) <= 10 ** (6 / 20) + 1e-4
+    assert max(factors) > 1.2 > 0.8 > min(factors)
+    slow = Augment(speeds=(0.8,)).waveform(CLIP, 0)
+    assert len(slow) == pytest.approx(len(CLIP) / 0.8, abs=2)
+    peak = torch.fft.rfft(slow).abs().argmax() / (len(slow) / 16_000)
+    assert float(peak) == pytest.approx(440 * 0.8, abs=1)
+    assert torch.equal(Augment(speeds=(0.8,), max_seconds=2.1).waveform(CLIP, 0), CLIP)
+
+
+def test_masks_keep_to_valid_frames_and_to_their_widths():
+    length = mel_frames(len(CLIP))
+    mel = LogMel(80)(
+        CLIP + 0.01 * torch.randn(len(CLIP), generator=torch.Generator().manual_seed(0))
+    )
+    spec = SpecAugment(frequency_masks=1, time_masks=1, time_share=0.1)
+    bins, frames = [], []
+    for position in range(60):
+        masked = Augment(spectrum=spec).mel(mel, length, position)
+        assert masked.shape == mel.shape
+        assert_close(masked[length:], mel[length:], atol=0, rtol=0)
+        changed = masked[:length] != mel[:length]
+        bins.append(int((changed.float().mean(0) > 0.9).sum()))
+        frames.append(int((changed.float().mean(1) > 0.9).sum()))
+        kept = masked[:length][changed]
+        assert_close(kept, torch.full_like(kept, float(mel[:length].mean())), atol=1e-6, rtol=0)
+    assert 15 < max(bins) <= 27
+    assert 10 < max(frames) <= length // 10
+
+
+def test_masks_are_torchaudios_from_the_seed_and_the_position():
+    spec = SpecAugment()
+    for position, length in enumerate((5, 40, 300, 2_998)):
+        mel = torch.rand(length + 2, 80, generator=torch.Generator().manual_seed(position))
+        expected = mel[None, :length]
+        mean = float(expected.mean())
+        seed = int(np.random.default_rng([3, 7, position]).integers(2**63))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            for _ in range(spec.frequency_masks):
+                expected = functional.mask_along_axis(expected, 27, mean, axis=2)
+            for _ in range(spec.time_masks):
+                expected = functional.mask_along_axis(expected, 100, mean, axis=1, p=0.1)
+        masked = Augment(seed=3, spectrum=spec).mel(mel, length, position)
+        assert torch.equal(masked[:length], expected[0])
+
+
+def test_masking_touches_no_global_generator(monkeypatch: pytest.MonkeyPatch):
+    """Dropout draws from the GPU's, which `torch.manual_seed` reseeds; it is told so without a GPU too."""
+    reseeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
+    before, mel = torch.get_rng_state(), torch.arange(202.0 * 80).view(202, 80)
+    masked = Augment(spectrum=SpecAugment()).mel(mel, 200, 0)
+    assert not torch.equal(masked, mel)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert reseeded == []
+
+
+@pytest.mark.gpu
+def test_a_gpu_masks_what_the_cpu_masks():
+    augment, mel = Augment(spectrum=SpecAugment()), torch.rand(202, 80)
+    before = torch.cuda.get_rng_state()
+    on_gpu = augment.mel(mel.cuda(), 200, 5).cpu()
+    assert_close(on_gpu, augment.mel(mel, 200, 5))
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_training_is_changed_and_validation_is_not(tiny_whisper: Path, tiny_shards: Path):
+    build = ExampleBuilder(
+        LogMel(80), WhisperText(Start(str(tiny_whisper)).tokenizer), ClipLimits()
+    )
+    source = StreamSource(open_index(tiny_shards / "music"), "music")
+
+    def batches(augment: Augment | None, workers: int = 0) -> tuple[list, list]:
+        module = ShardDataModule(
+            [source],
+            [source],
+            [1.0],
+            build,
+            seed=0,
+            window=4,
+            batch_clips=3,
+            workers=workers,
+            augment=augment,
+        )
+        return list(module.train_dataloader()), list(module.val_dataloader())
+
+    plain, augmented = batches(None), batches(Augment(spectrum=SpecAugment()))
+    again = batches(Augment(spectrum=SpecAugment()), workers=2)
+    assert all(not torch.equal(a.mel, b.mel) for a, b in zip(plain[0], augmented[0], strict=True))
+    assert all(torch.equal(a.mel, b.mel) for a, b in zip(augmented[0], again[0], strict=True))
+    assert all(torch.equal(a.mel, b.mel) for a, b in zip(plain[1], augmented[1], strict=True))

@@ -1,0 +1,274 @@
+"""Shards over HTTP and S3, through servers that fail: a full epoch arrives, and nothing is lost."""
+
+import http.server
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import write_shards
+from whisper_aut.audio.decode import ClipLimits
+from whisper_aut.audio.logmel import LogMel
+from whisper_aut.data.datamodule import ShardDataModule
+from whisper_aut.data.dataset import ExampleBuilder, StreamSource
+from whisper_aut.data.remote import PatientReader, ReadPolicy, open_stream
+from whisper_aut.data.shards import index_folder, open_index
+from whisper_aut.data.targets import WhisperText
+from whisper_aut.errors import Reason, UserError
+from whisper_aut.models.pretrained import Start
+
+PATIENT = ReadPolicy(retries=6, timeout_seconds=5, pause_seconds=0.005)
+CLIPS = 30
+
+
+@pytest.fixture(scope="module")
+def build(tiny_whisper: Path) -> ExampleBuilder:
+    return ExampleBuilder(LogMel(80), WhisperText(Start(str(tiny_whisper)).tokenizer), ClipLimits())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(
+        tmp_path_factory.mktemp("served") / "sound", CLIPS, "sound", per_shard_bytes=200_000
+    )
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder, and does to every request what `fault` says for its number."""
+
+    def __init__(self, folder: Path, fault: Callable[[int], str], *, ranges: bool = True):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.fault, self.ranges = folder, fault, ranges
+        self.requests, self.lock = 0, threading.Lock()
+        self.asked: list[tuple[str, str]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        with self.server.lock:
+            self.server.requests += 1
+            fault = self.server.fault(self.server.requests)
+            self.server.asked.append((self.path, self.headers.get("Range", "")))
+        path = self.server.folder / self.path.lstrip("/")
+        if not path.exists():
+            self.send_error(404)
+            return
+        if fault == "busy":
+            self.send_error(503)
+            return
+        if fault == "drop":
+            self.close_connection = True
+            self.connection.close()
+            return
+        data, status = path.read_bytes(), 200
+        size, wanted = len(data), self.headers.get("Range", "")
+        if self.server.ranges and wanted.startswith("bytes="):
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            data, status = data[int(first) : int(last) + 1], 206
+        self.send_response(status)
+        if self.server.ranges:
+            self.send_header("Accept-Ranges", "bytes")
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
+        self.close_connection = fault == "cut"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def served(
+    folder: Path, fault: Callable[[int], str] = lambda number: "", *, ranges: bool = True
+) -> Iterator[Server]:
+    server = Server(folder, fault, ranges=ranges)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def epoch(
+    root: str, build: ExampleBuilder, policy: ReadPolicy = PATIENT, **options: Any
+) -> tuple[Counter[str], Counter[Reason]]:
+    source = StreamSource(open_index(root, policy), "sound")
+    chosen = {"seed": 0, "window": 12, "batch_clips": 4, "epochs": 1, "policy": policy, **options}
+    batches = list(ShardDataModule([source], [], [1.0], build, **chosen).train_dataloader())
+    keys = Counter(key for batch in batches for key in batch.keys)
+    return keys, Counter(refusal.reason for batch in batches for refusal in batch.refusals)
+
+
+def every_third(kind: str) -> Callable[[int], str]:
+    return lambda number: "" if number % 3 else kind
+
+
+@pytest.mark.parametrize("fault", ["drop", "cut", "busy"])
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+def test_a_server_that_fails_every_third_request_feeds_a_full_epoch(
+    folder: Path, build: ExampleBuilder, fault: str, ranges: bool
+):
+    with served(folder, every_third(fault), ranges=ranges) as server:
+        keys, refused = epoch(server.url, build, batch_seconds=31.0)
+    assert (len(keys), set(keys.values()), refused) == (CLIPS, {1}, Counter())
+
+
+def test_data_workers_read_a_faulty_server_too(folder: Path, build: ExampleBuilder):
+    with served(folder, every_third("drop")) as server:
+        keys, refused = epoch(server.url, build, workers=2)
+    assert (len(keys), refused) == (CLIPS, Counter())
+
+
+def test_reading_goes_on_inside_a_file_by_a_range_request(tmp_path: Path):
+    content = bytes(range(256)) * 40_000  # 10 MB: three requests
+    (tmp_path / "file.tar").write_bytes(content)
+    with served(tmp_path, lambda number: "cut" if number == 4 else "") as server:
+        with open_stream(f"{server.url}/file.tar", PATIENT) as stream:
+            assert stream.read() == content
+        starts = [int(wanted[6:].partition("-")[0]) for _, wanted in server.asked if wanted]
+    assert starts.count(0) == 1  # the fault came later, and nothing was read from the start again
+
+
+def test_a_sample_table_spares_the_bytes_of_other_samples(tmp_path: Path):
+    folder = write_shards(tmp_path / "sound", 40, "sound", per_shard_bytes=1 << 30)
+    index = open_index(folder)
+    table = index.table(0)
+    with (
+        served(folder) as server,
+        open_stream(f"{server.url}/shard-000000.tar", PATIENT, whole=False) as stream,
+    ):
+        stream.seek(int(table.starts[7]))
+        assert stream.read(int(table.starts[8] - table.starts[7]))[:14] == b"sound-0007.fla"
+        ranges = [wanted[6:].partition("-") for _, wanted in server.asked if wanted]
+    assert (
+        sum(int(last) - int(first) + 1 for first, _, last in ranges) < 0.1 * index.shards[0].bytes
+    )
+
+
+def test_when_attempts_run_out_the_samples_are_refused_and_the_run_goes_on(
+    folder: Path, build: ExampleBuilder
+):
+    hasty = ReadPolicy(retries=1, timeout_seconds=2, pause_seconds=0.001)
+    source_down = threading.Event()
+    with served(folder, lambda number: "busy" if source_down.is_set() else "") as server:
+        source = StreamSource(open_index(server.url, hasty), "sound")
+        module = ShardDataModule(
+            [source], [], [1.0], build, seed=0, window=12, batch_clips=4, epochs=1, policy=hasty
+        )
+        source_down.set()
+        batches = list(module.train_dataloader())
+    assert Counter(refusal.reason for batch in batches for refusal in batch.refusals) == {
+        Reason.BAD_TAR: CLIPS
+    }
+    assert all(
+        "given up after 2 attempts" in refusal.detail
+        for batch in batches
+        for refusal in batch.refusals
+    )
+
+
+def test_what_is_not_there_is_not_asked_for_again(folder: Path):
+    with served(folder) as server:
+        with pytest.raises(UserError, match=r"no index\.json at .*whisper-aut data index"):
+            open_index(f"{server.url}/nowhere", ReadPolicy(pause_seconds=60))
+        assert server.requests <= 4
+    with pytest.raises(UserError, match="given up after 2 attempts"):
+        open_index(server.url, ReadPolicy(retries=1, timeout_seconds=1, pause_seconds=0.001))
+
+
+def test_a_part_of_a_remote_folder_is_named_by_a_pattern(folder: Path, build: ExampleBuilder):
+    tars = len(open_index(folder).shards)
+    with served(folder) as server:
+        keys, refused = epoch(
+            f"{server.url}/shard-{{000000..000001}}.tar", build, batch_seconds=31.0
+        )
+        with pytest.raises(UserError, match=f"holds no shard-{tars:06d}.tar"):
+            open_index(f"{server.url}/shard-{{000000..{tars:06d}}}.tar")
+    index = open_index(folder)
+    assert (len(keys), refused) == (sum(index.shard_samples[:2]), Counter())
+
+
+def test_a_silent_server_is_given_up_in_time():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/x.tar"
+        with pytest.raises(OSError, match="given up"):
+            PatientReader(url, ReadPolicy(retries=0, timeout_seconds=0.3))
+
+
+def test_s3_feeds_a_full_epoch(
+    folder: Path, build: ExampleBuilder, monkeypatch: pytest.MonkeyPatch
+):
+    moto = pytest.importorskip("moto.server")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        import s3fs
+
+        store = s3fs.S3FileSystem()
+        store.mkdir("corpus")
+        store.put(str(folder), "corpus/sound", recursive=True)
+        for seconds in (None, 31.0):
+            keys, refused = epoch("s3://corpus/sound", build, batch_seconds=seconds)
+            assert (len(keys), set(keys.values()), refused) == (CLIPS, {1}, Counter())
+        with pytest.raises(UserError, match=r"no index\.json"):
+            open_index("s3://corpus/elsewhere", PATIENT)
+    finally:
+        server.stop()
+
+
+def test_pipes_run_only_where_they_are_allowed(folder: Path, build: ExampleBuilder, tmp_path: Path):
+    root = f"pipe:cat {folder}/{{}}"
+    with pytest.raises(UserError, match=r"would run a command.*allow_pipe"):
+        open_index(root)
+    keys, refused = epoch(root, build, ReadPolicy(allow_pipe=True))
+    assert (len(keys), refused) == (CLIPS, Counter())
+    marker = tmp_path / "ran"
+    with pytest.raises(UserError, match="allow_pipe"), open_stream(f"pipe:touch {marker}"):
+        pass
+    assert not marker.exists()
+
+
+def test_tars_from_elsewhere_become_readable_over_a_network(
+    folder: Path, build: ExampleBuilder, tmp_path: Path
+):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for tar in folder.glob("*.tar"):
+        (bare / tar.name).write_bytes(tar.read_bytes())
+    local, remade = open_index(bare), index_folder(bare)
+    assert [shard.samples for shard in local.shards] == [shard.samples for shard in remade.shards]
+    ours = open_index(folder)
+    assert [shard.sha256 for shard in remade.shards] == [shard.sha256 for shard in ours.shards]
+    assert remade.seconds == pytest.approx(ours.seconds, abs=0.001 * CLIPS)
+    for number in range(len(ours.shards)):
+        assert (remade.table(number).starts == ours.table(number).starts).all()
+        assert (remade.table(number).milliseconds == ours.table(number).milliseconds).all()
+    with served(bare) as server:
+        assert epoch(server.url, build)[0] == epoch(str(folder), build)[0]

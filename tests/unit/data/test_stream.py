@@ -1,0 +1,341 @@
+"""Streams and loaders: the same batches for any number of workers, exact resume, faults counted and nothing lost."""
+
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import encode_audio, tone, write_shards
+from whisper_aut.audio.decode import ClipLimits
+from whisper_aut.audio.logmel import LogMel
+from whisper_aut.config import SourceSettings
+from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.batch import Batch
+from whisper_aut.data.datamodule import ShardDataModule
+from whisper_aut.data.dataset import ExampleBuilder, StreamSource
+from whisper_aut.data.remote import ReadPolicy
+from whisper_aut.data.sampler import Cursor, batches_from
+from whisper_aut.data.shards import ShardFolder, open_index
+from whisper_aut.data.targets import WhisperText
+from whisper_aut.errors import Reason, UserError
+from whisper_aut.models.pretrained import Start
+from whisper_aut.training.build import open_sources
+
+DOMAINS = ("speech", "sound", "music")
+
+
+@pytest.fixture(scope="module")
+def build(tiny_whisper: Path) -> ExampleBuilder:
+    return ExampleBuilder(LogMel(80), WhisperText(Start(str(tiny_whisper)).tokenizer), ClipLimits())
+
+
+def data_module(
+    root: Path, build: ExampleBuilder, domains: tuple[str, ...] = DOMAINS, **options: object
+) -> ShardDataModule:
+    sources = [StreamSource(open_index(root / domain), domain) for domain in domains]
+    settings = {"seed": 0, "window": 6, "batch_clips": 3, "samples_per_epoch": 36, **options}
+    return ShardDataModule(sources, sources, [1.0] * len(sources), build, **settings)  # pyright: ignore[reportArgumentType]
+
+
+def keys_of(batches: list[Batch]) -> list[tuple[str, ...]]:
+    return [batch.keys for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_batches_do_not_depend_on_the_number_of_workers(
+    tiny_shards: Path, build: ExampleBuilder, workers: int
+):
+    alone = list(data_module(tiny_shards, build).train_dataloader())
+    many = list(data_module(tiny_shards, build, workers=workers).train_dataloader())
+    assert len(alone) == 12
+    assert keys_of(alone) == keys_of(many)
+    assert all(
+        torch.equal(a.mel, b.mel) and torch.equal(a.targets.tokens, b.targets.tokens)
+        for a, b in zip(alone, many, strict=True)
+    )
+
+
+@pytest.mark.parametrize("stopped_after", [1, 5, 12, 17])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_loader_goes_on_exactly(
+    tiny_shards: Path, build: ExampleBuilder, stopped_after: int, workers: int
+):
+    whole = data_module(tiny_shards, build).train_dataloader()
+    expected = keys_of([*whole, *whole])
+    first = data_module(tiny_shards, build, workers=workers).train_dataloader()
+    seen, state = [], {}
+    while len(seen) < stopped_after:
+        for batch in first:
+            seen.append(batch.keys)
+            state = first.state_dict()
+            if len(seen) == stopped_after:
+                break
+    resumed = data_module(tiny_shards, build, workers=2 - workers).train_dataloader()
+    resumed.load_state_dict(state)
+    while len(seen) < len(expected):
+        seen += keys_of(list(resumed))
+    assert seen == expected
+
+
+def test_another_order_refuses_the_position(tiny_shards: Path, build: ExampleBuilder):
+    state = data_module(tiny_shards, build).train_dataloader().state_dict()
+    with pytest.raises(UserError, match="other training data, exclusions, shares, seed or window"):
+        data_module(tiny_shards, build, seed=1).train_dataloader().load_state_dict(state)
+
+
+def test_one_epoch_of_one_source_is_every_clip_once(tiny_shards: Path, build: ExampleBuilder):
+    loader = data_module(tiny_shards, build, ("music",), samples_per_epoch=None).train_dataloader()
+    seen = Counter(key for batch in loader for key in batch.keys)
+    assert len(seen) == 9
+    assert set(seen.values()) == {1}
+
+
+def test_ranks_share_each_batch_without_overlap(tiny_shards: Path, build: ExampleBuilder):
+    whole = keys_of(list(data_module(tiny_shards, build, batch_clips=6).train_dataloader()))
+    module = data_module(tiny_shards, build)
+    ranks = [keys_of(list(module._stream(rank, 2, Cursor(), None, 6))) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == whole
+
+
+def test_validation_gives_every_clip_once_and_every_rank_the_same_steps(
+    tiny_shards: Path, build: ExampleBuilder
+):
+    module = data_module(tiny_shards, build)
+    assert sum(len(batch) for batch in module.val_dataloader()) == 43
+    ranks = [list(module._valid_stream(rank, 2)) for rank in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1])
+    assert sum(len(batch) for rank in ranks for batch in rank) == 43
+
+
+def test_validation_holds_no_more_clips_than_the_shuffle_window(
+    tmp_path: Path, build: ExampleBuilder
+):
+    """What has not been read when the first batch is out is missed once its tars are gone."""
+    folder = write_shards(tmp_path / "sound", 24, "sound", per_shard_bytes=1)  # a clip a tar
+    batches = iter(data_module(tmp_path, build, ("sound",), window=6).val_dataloader())
+    first = next(batches)
+    for tar in folder.glob("*.tar"):
+        tar.unlink()
+    rest = list(batches)
+    assert len(first) + sum(len(batch) for batch in rest) == 6
+    assert sum(len(batch.refusals) for batch in rest) == 18
+
+
+def test_accumulated_batches_know_the_tokens_of_their_step(
+    tiny_shards: Path, build: ExampleBuilder
+):
+    batches = list(data_module(tiny_shards, build, accumulate=3).train_dataloader())
+    for step in (batches[i : i + 3] for i in range(0, 12, 3)):
+        assert {batch.supervised_in_step for batch in step} == {
+            sum(batch.supervised for batch in step)
+        }
+
+
+def test_an_epoch_follows_one_whose_batches_were_counted_and_not_exhausted(
+    tiny_shards: Path, build: ExampleBuilder
+):
+    loader = data_module(tiny_shards, build).train_dataloader()
+    epochs = [list(islice(iter(loader), len(loader))) for _ in range(3)]  # as Lightning does
+    assert [len(epoch) for epoch in epochs] == [len(loader)] * 3
+    straight = data_module(tiny_shards, build).train_dataloader()
+    assert keys_of([batch for epoch in epochs for batch in epoch]) == keys_of(
+        [batch for _ in range(3) for batch in straight]
+    )
+
+
+def test_an_epoch_smaller_than_a_step_is_a_clear_error(tiny_shards: Path, build: ExampleBuilder):
+    with pytest.raises(UserError, match=r"holds no step.*data\.batch_clips"):
+        data_module(tiny_shards, build, samples_per_epoch=2).train_dataloader()
+
+
+class Leg:
+    """A run on so many ranks, without its audio: begun anew or where another leg stopped."""
+
+    def __init__(
+        self,
+        root: Path,
+        build: ExampleBuilder,
+        ranks: int,
+        before: "Leg | None" = None,
+        **options: Any,
+    ):
+        self.module = data_module(root, build, **options)
+        self.ranks, self.step, self.epochs = (
+            ranks,
+            before.step if before else 0,
+            options.get("epochs", 1),
+        )
+        if before:
+            self.module.go_on(ranks, before.loader.state_dict(), before.step)
+        self.plan = self.module.total_steps(ranks, self.epochs)
+        self.module._place = lambda: (0, ranks)
+        self.loader = self.module.train_dataloader()
+        if before:
+            self.loader.load_state_dict(before.loader.state_dict())
+
+    def take(self, steps: int) -> "Leg":
+        order = self.module.order
+        for _ in range(steps):
+            clips = order.epoch_clips
+            end = (self.loader.cursor.position // clips + 1) * clips if clips else None
+            *_, (_, self.loader.cursor) = islice(
+                batches_from(self.module.batching, self.loader.cursor, end), self.ranks
+            )
+        self.step += steps
+        return self
+
+
+@pytest.mark.parametrize(
+    "worlds", [(4, 2, 2, 2), (2, 4, 4, 4), (4, 2, 1, 1), (1, 2, 4, 1)], ids=str
+)
+@pytest.mark.parametrize("mode", ["mixture", "epochs"])
+def test_a_run_that_changes_its_ranks_again_and_again_reads_its_epochs_and_no_more(
+    tiny_shards: Path, build: ExampleBuilder, mode: str, worlds: tuple[int, ...]
+):
+    """Steps measured in seconds have the size of their ranks. A leg in the same world keeps the plan of the one before."""
+    build = replace(build, limits=ClipLimits(max_seconds=3.0))
+    of_mode = {"epochs": 3} if mode == "epochs" else {"samples_per_epoch": 600}
+    options: dict[str, Any] = {"batch_seconds": 5.0, **of_mode}
+    leg = Leg(tiny_shards, build, worlds[0], **options)
+    for ranks in worlds[1:]:
+        before = leg.take((leg.plan - leg.step) // 3)
+        leg = Leg(tiny_shards, build, ranks, before, **options)
+        assert leg.ranks != before.ranks or leg.plan == before.plan
+    leg.take(leg.plan - leg.step)
+    if mode == "epochs":
+        assert leg.loader.cursor == (3 * 43, 0)
+    else:
+        clips = 5.0 / leg.module.batching.mean_seconds  # pyright: ignore[reportAttributeAccessIssue]
+        read = leg.loader.cursor.position + leg.loader.cursor.taken * clips
+        assert read == pytest.approx(600, abs=4 * clips + 0.1 * 600)
+
+
+def test_steps_end_with_the_data_that_a_rewind_has_left(tiny_shards: Path, build: ExampleBuilder):
+    leg = Leg(tiny_shards, build, 1, epochs=2).take(4)
+    leg.module.go_on(1, leg.loader.state_dict(), leg.step, skip_to=Cursor(30))
+    assert leg.module.total_steps(1, 2) == 4 + 5 + 15, (
+        "13 clips of the first epoch are left, and the second"
+    )
+
+
+def faulty_shards(folder: Path) -> Path:
+    """One good clip and one of each fault, in one shard."""
+    good = Annotation(text="fine", domain="sound")
+    nan = tone(1.0)
+    nan[10] = np.nan
+    bodies = {
+        "good": ("flac", encode_audio(tone(1.0)), good),
+        "stereo48k": (
+            "wav",
+            encode_audio(np.stack([tone(1.0, 440, 48_000)] * 2, 1), 48_000, "WAV"),
+            good,
+        ),
+        "not_audio": ("wav", b"this is a text file", good),
+        "no_samples": ("wav", encode_audio(np.zeros(0, np.float32), kind="WAV"), good),
+        "nan": ("wav", encode_audio(nan, kind="WAV", subtype="FLOAT"), good),
+        "too_long": ("flac", encode_audio(np.tile(tone(1.0), 31)), good),
+        "too_short": ("flac", encode_audio(tone(0.05)), good),
+        "silent": ("flac", encode_audio(np.zeros(16_000, np.float32)), good),
+        "phases": (
+            "flac",
+            encode_audio(np.stack([tone(1.0), -tone(1.0)], 1), kind="FLAC"),
+            good,
+        ),
+        "integers": (
+            "wav",
+            encode_audio(tone(1.0) * 32_767, kind="WAV", subtype="FLOAT"),
+            good,
+        ),
+        "joined": ("ogg", encode_audio(tone(1.0), kind="OGG") * 2, good),
+        "no_text": ("flac", encode_audio(tone(1.0)), Annotation(domain="sound")),
+    }
+    with ShardFolder(folder) as shards:
+        for key, (suffix, audio, annotation) in bodies.items():
+            shards.write(key, suffix, audio, annotation)
+    return folder
+
+
+def test_every_fault_is_refused_under_its_own_reason(tmp_path: Path, build: ExampleBuilder):
+    faulty_shards(tmp_path / "sound")
+    batches = list(data_module(tmp_path, build, ("sound",), batch_clips=4).val_dataloader())
+    assert sorted(key for batch in batches for key in batch.keys) == ["good", "stereo48k"]
+    reasons = {refusal.key: refusal.reason for batch in batches for refusal in batch.refusals}
+    assert reasons == {
+        "not_audio": Reason.UNDECODABLE,
+        "no_samples": Reason.EMPTY,
+        "nan": Reason.NON_FINITE,
+        "too_long": Reason.TOO_LONG,
+        "too_short": Reason.TOO_SHORT,
+        "silent": Reason.SILENT,
+        "phases": Reason.SILENT,
+        "integers": Reason.OUT_OF_SCALE,
+        "joined": Reason.JOINED,
+        "no_text": Reason.NO_TEXT,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("title", "rain"), ("{title:words}, by {artist}", "rain, by x")]
+)
+def test_a_source_may_name_the_field_that_holds_its_text(
+    tmp_path: Path, build: ExampleBuilder, text: str, expected: str
+):
+    with ShardFolder(tmp_path / "sound") as shards:
+        fields = {"title": "rain", "artist": "x"}
+        shards.write("a", "flac", encode_audio(tone(1.0)), Annotation(extra=fields))
+    batches = []
+    for template in (text, ""):
+        settings = SourceSettings(str(tmp_path / "sound"), "sound", text=template)
+        sources = open_sources([settings], ReadPolicy())
+        options = {"seed": 0, "window": 6, "batch_clips": 1, "samples_per_epoch": 1}
+        batches += ShardDataModule(sources, sources, [1.0], build, **options).val_dataloader()
+    assert list(batches[0].texts) == [expected]
+    (refusal,) = batches[1].refusals
+    assert refusal.reason is Reason.NO_TEXT
+    assert refusal.detail == "its fields: artist, title; data.train[].text names the one to read"
+
+
+def test_a_batch_of_nothing_but_faults_is_still_a_batch(tmp_path: Path, build: ExampleBuilder):
+    with ShardFolder(tmp_path / "sound") as shards:
+        for number in range(3):
+            shards.write(f"bad{number}", "wav", b"no", Annotation(text="x", domain="sound"))
+    batches = list(data_module(tmp_path, build, ("sound",), samples_per_epoch=6).train_dataloader())
+    assert [len(batch) for batch in batches] == [0, 0]
+    assert sum(len(batch.refusals) for batch in batches) == 6
+
+
+def test_a_shard_without_json_and_a_truncated_tar_cost_only_their_samples(
+    tmp_path: Path, build: ExampleBuilder
+):
+    folder = write_shards(tmp_path / "sound", 8, "sound", per_shard_bytes=1 << 30)
+    shard = folder / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size * 6 // 10])
+    batches = list(data_module(tmp_path, build, ("sound",)).val_dataloader())
+    refusals = [refusal for batch in batches for refusal in batch.refusals]
+    assert sum(len(batch) for batch in batches) + len(refusals) == 8
+    assert {refusal.reason for refusal in refusals} <= {Reason.BAD_TAR, Reason.BAD_JSON}
+    assert 3 <= sum(len(batch) for batch in batches) <= 6
+
+    with tarfile.open(tmp_path / "plain.tar", "w") as tar:
+        tar.add(folder / "index.json", "a.wav")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "plain.tar").rename(tmp_path / "bare" / "x.tar")
+    (batch,) = data_module(tmp_path, build, ("bare",)).val_dataloader()
+    assert [refusal.reason for refusal in batch.refusals] == [Reason.BAD_JSON]
+
+
+def test_a_shard_that_vanishes_during_the_run_is_counted(tmp_path: Path, build: ExampleBuilder):
+    write_shards(tmp_path / "sound", 8, "sound")
+    module = data_module(tmp_path, build, ("sound",))
+    for shard in (tmp_path / "sound").glob("*.tar"):
+        shard.unlink()
+    batches = list(module.val_dataloader())
+    assert [refusal.reason for batch in batches for refusal in batch.refusals] == [
+        Reason.BAD_TAR
+    ] * 8

@@ -1,0 +1,210 @@
+"""The card says what the run recorded, and no more; pushing sends the export to a hub, here a server of the test's own."""
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import yaml
+from huggingface_hub import HfApi, ModelCard
+
+from whisper_aut.cli import main
+from whisper_aut.errors import UserError
+from whisper_aut.export.card import write_card
+from whisper_aut.export.hf import push
+
+RUN = Path("runs/aut_tiny/latest")
+
+
+def test_the_card_of_an_export(story: Path):
+    run = story / RUN
+    card = (run / "export" / "encoder" / "README.md").read_text()
+    data = ModelCard(card).data  # as the hub reads it
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag is None  # no pipeline gives frames of audio
+    assert data.license == "unknown"
+    assert data.datasets == ["speech", "sound", "music"]
+    assert data.metrics == ["accuracy"]
+    (result,) = data.eval_results
+    assert (data.model_name, result.dataset_name, result.metric_type) == (
+        "aut_tiny",
+        "Tones",
+        "accuracy",
+    )
+    assert 0 <= result.metric_value <= 1
+    for section in (
+        "Use",
+        "Recipe",
+        "Training data",
+        "Overlap with the probe sets",
+        "Probes",
+        "Intended use and limits",
+    ):
+        assert f"\n## {section}\n" in card
+    for source, share in (
+        ("speech | speech | 80.0% | 23", "CC0-1.0"),
+        ("sound | sound | 10.0% | 11", "CC-BY-3.0"),
+        ("music", "–"),
+    ):
+        assert any(source in line and share in line for line in card.splitlines()), source
+    assert "10% of what was trained on states no licence" in card
+    assert "Not audited" in card
+    assert "fitted on the full split `train`" in card
+    assert " ± " not in card, "linear probes are fitted once"
+    scores = json.loads((run / "scores.json").read_text())
+    mine = next(entry for entry in scores["entries"] if entry["encoder"] == "aut_tiny")
+    mean = sum(mine["scores"]) / len(mine["scores"])
+    low, high = mine["interval"]
+    assert f" {100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] |" in card
+    assert "Brackets hold the 95 % interval" in card
+    assert "| in % | log-mel statistics | random@none | tiny@30s | aut_tiny@none |" in card
+    assert "aut_tiny@none against tiny@30s" in card
+    assert "no significant difference" in card
+    assert "- started from: tiny\n" in card
+    assert str(story.parent) not in card
+    whisper = (run / "export" / "whisper" / "README.md").read_text()
+    assert "automatic-speech-recognition" in whisper
+    assert "fluent and wrong" in whisper
+
+
+def test_the_card_of_a_run_with_less_and_with_more(story: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    config = yaml.safe_load((story / RUN / "config.yaml").read_text())
+    config["model"] |= {"path": "openai/whisper-tiny", "padding": "30s"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    out = tmp_path / "out"
+    out.mkdir()
+    card = write_card(run, out, "qwen2-audio", "bf16").read_text()
+    for text in (
+        "Not probed.",
+        "Not audited",
+        "The run recorded none",
+        "was not finished",
+        "audio tower of qwen2-audio",
+        "weights in bf16",
+    ):
+        assert text in card
+    assert ModelCard(card).data.base_model == "openai/whisper-tiny"
+    assert 'padding="30s"' in card
+    (run / "audit.json").write_text(
+        json.dumps({"counts": {"train_clips": 40, "pairs_by_evidence": {"sound": 3}}})
+    )
+    card = write_card(run, out, "encoder").read_text()
+    assert "- train clips: 40\n- pairs by evidence sound: 3\n" in card.replace(
+        "pairs by evidence  sound", "pairs by evidence sound"
+    )
+    assert "Not audited" not in card
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of the hub's HTTP API as an upload of small files needs."""
+
+    created: ClassVar[list[dict]] = []
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        host = f"http://{self.headers['Host']}"
+        if not self._known():
+            return
+        if self.path == "/api/repos/create":
+            self.created.append(json.loads(body))
+            self._answer({"url": f"{host}/org/name", "name": "org/name", "id": "1"})
+        elif "/preupload/" in self.path:
+            listed = json.loads(body)["files"]
+            self._answer(
+                {
+                    "files": [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for f in listed
+                    ]
+                }
+            )
+        elif "/commit/" in self.path:
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            self._answer(
+                {"commitUrl": f"{host}/org/name/commit/0123", "commitOid": "0123", "success": True}
+            )
+        else:
+            self._answer({})
+
+    def do_GET(self) -> None:
+        if self._known():
+            self._answer({"id": "org/name", "sha": "0" * 40, "siblings": [], "private": False})
+
+    def _known(self) -> bool:
+        known = self.headers.get("Authorization") == "Bearer hf_stub"
+        if not known:
+            self._answer({"error": "no"}, 401)
+        return known
+
+    def _answer(self, value: dict, status: int = 200) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(_Hub, "created", [])
+    monkeypatch.setattr(_Hub, "files", {})
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_push_sends_every_file(story: Path, hub: str):
+    folder = story / RUN / "export" / "encoder"
+    url = push(folder, "org/name", private=True, api=HfApi(endpoint=hub, token="hf_stub"))
+    assert url == f"{hub}/org/name/commit/0123"
+    assert _Hub.created[0]["name"] == "name"
+    assert _Hub.created[0]["organization"] == "org"
+    assert {name: (folder / name).read_bytes() for name in _Hub.files} == _Hub.files
+    assert set(_Hub.files) == {path.name for path in folder.iterdir()}
+    assert {"README.md", "model.safetensors", "config.json", "preprocessor_config.json"} <= set(
+        _Hub.files
+    )
+
+
+def test_a_push_that_cannot_be_is_said(story: Path, hub: str):
+    folder = story / RUN / "export" / "encoder"
+    with pytest.raises(UserError, match=r"status 401.*hf auth login"):
+        push(folder, "org/name", api=HfApi(endpoint=hub, token="wrong"))
+    with pytest.raises(UserError, match="ORG/NAME, not 'name'"):
+        push(folder, "name")
+    with pytest.raises(UserError, match="no name for a repository"):
+        push(folder, "or g/na me", api=HfApi(endpoint=hub, token="hf_stub"))
+    with pytest.raises(UserError, match="cannot be reached"):
+        push(folder, "org/name", api=HfApi(endpoint="http://127.0.0.1:9", token="hf_stub"))
+
+
+def test_the_command_exports_and_says_how_to_go_on(
+    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "export"
+    assert main(["export", str(RUN), "--out", str(out), "--dtype", "fp16"]) == 0
+    assert f"whisper_aut.load_encoder('{out}')" in capsys.readouterr().out
+    assert "weights in fp16" in (out / "README.md").read_text()
+    assert main(["export", str(RUN), "--out", str(in_story / "clips")]) == 1
+    assert "would be lost" in capsys.readouterr().err
+    assert sorted(path.name for path in (in_story / "clips").iterdir()) == [
+        "220.flac",
+        "440.flac",
+        "880.flac",
+    ]

@@ -1,0 +1,277 @@
+"""The exported encoder in other people's models: identical frames, and a `generate` that works."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from torch import Tensor, nn
+from transformers import (
+    Qwen2_5OmniAudioEncoderConfig,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen2AudioConfig,
+    Qwen2AudioEncoderConfig,
+    Qwen2AudioForConditionalGeneration,
+    Qwen2Config,
+    VoxtralConfig,
+    VoxtralEncoderConfig,
+    VoxtralForConditionalGeneration,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperModel,
+    pipeline,
+)
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
+
+from tests.conftest import assert_frames_close, encode_audio, tone
+from whisper_aut import load_encoder
+from whisper_aut.audio.logmel import LogMel, mel_frames
+from whisper_aut.errors import UserError
+from whisper_aut.export.hf import KINDS, ExportKind
+from whisper_aut.export.towers import sinusoids, swap_tower
+from whisper_aut.pipeline import export_run
+
+RUN = Path("runs/aut_tiny/latest")
+AUDIO_TOKEN, VOCABULARY = 7, 64
+SIZES = {"encoder_layers": 2, "encoder_attention_heads": 2, "num_mel_bins": 80}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "vocab_size": VOCABULARY,
+    **HEADS,
+}
+
+
+@pytest.fixture(scope="module")
+def run(story: Path) -> Path:
+    return story / RUN
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[np.ndarray]:
+    noise = np.random.default_rng(0).standard_normal(20_000).astype(np.float32) * 0.1
+    return [tone(1.0) + noise[:16_000], noise]
+
+
+def features(run: Path, clips: list[np.ndarray], mask: bool = False) -> dict[str, Tensor]:
+    extractor = WhisperFeatureExtractor.from_pretrained(run / "export" / "encoder")
+    return dict(
+        extractor(clips, sampling_rate=16_000, return_tensors="pt", return_attention_mask=mask)
+    )
+
+
+def before_norm(run: Path, clips: list[np.ndarray], padding: str) -> list[Tensor]:
+    """What enters the last norm of our encoder, `[T, D]` per clip: towers that pool do it there."""
+    encoder = load_encoder(run, padding=padding).encoder
+    seen: list[Tensor] = []
+    encoder.whisper.layer_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    logmel = LogMel(80)
+    with torch.no_grad():
+        frames = encoder(
+            torch.cat([logmel(torch.from_numpy(c)) for c in clips]),
+            [mel_frames(len(c)) for c in clips],
+        )
+    return list(seen[0].split(frames.lengths))
+
+
+@torch.no_grad()
+def test_in_whisper(run: Path, tiny_whisper: Path, clips: list[np.ndarray]):
+    model = WhisperForConditionalGeneration.from_pretrained(tiny_whisper).eval()
+    model.model.encoder = WhisperModel.from_pretrained(run / "export" / "encoder").encoder
+    mel = features(run, clips)["input_features"]
+    theirs = model.model.encoder(mel).last_hidden_state
+    for clip, other in zip(
+        load_encoder(run, padding="30s").encode(clips, 16_000), theirs, strict=True
+    ):
+        assert_frames_close(clip, other[: len(clip)])
+    assert model.generate(mel, language="en", task="transcribe", max_new_tokens=5).shape[0] == 2
+
+
+def test_in_the_recognition_pipeline(run: Path, clips: list[np.ndarray]):
+    recognise = pipeline("automatic-speech-recognition", model=str(run / "export" / "whisper"))
+    found = recognise(
+        [{"raw": clip, "sampling_rate": 16_000} for clip in clips],
+        generate_kwargs={"max_new_tokens": 5},
+    )
+    assert [type(one["text"]) for one in found] == [str, str]
+
+
+def tiny_qwen2_audio(**sizes: int) -> Qwen2AudioForConditionalGeneration:
+    audio = Qwen2AudioEncoderConfig(**{**SIZES, "d_model": 32, "encoder_ffn_dim": 128, **sizes})
+    config = Qwen2AudioConfig(
+        audio_config=audio, text_config=Qwen2Config(**TEXT), audio_token_index=AUDIO_TOKEN
+    )
+    return Qwen2AudioForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def test_in_qwen2_audio(run: Path, clips: list[np.ndarray], tmp_path: Path):
+    out = export_run(run, tmp_path / "tower", "qwen2-audio")
+    model = swap_tower(tiny_qwen2_audio(), out)
+    tower = model.model.audio_tower
+    inputs = features(run, clips, mask=True)
+    pooled = [nn.functional.avg_pool1d(hidden.T, 2).T for hidden in before_norm(run, clips, "30s")]
+    assert_frames_close(
+        tower(inputs["input_features"]).last_hidden_state, tower.layer_norm(torch.stack(pooled))
+    )
+    # The whole model masks what lies behind a clip, which is our `none` mode: its tokens are what training saw.
+    seen = []
+    model.model.multi_modal_projector.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0])
+    )
+    lengths = [(-(-mel_frames(len(clip)) // 2) - 2) // 2 + 1 for clip in clips]
+    width = max(lengths)
+    ids = torch.tensor(
+        [[1] * (width - length) + [AUDIO_TOKEN] * length + [3] for length in lengths]
+    )
+    mask = torch.tensor([[0] * (width - length) + [1] * (length + 1) for length in lengths])
+    given = {"input_ids": ids, "attention_mask": mask, "input_features": inputs["input_features"]}
+    written = model.generate(
+        **given, feature_attention_mask=inputs["attention_mask"], max_new_tokens=3, do_sample=False
+    )
+    assert written.shape[0] == 2
+    assert written.shape[1] > width + 1
+    for frames, hidden, length in zip(
+        seen[0], before_norm(run, clips, "none"), lengths, strict=True
+    ):
+        expected = tower.layer_norm(nn.functional.avg_pool1d(hidden.T, 2).T)
+        assert_frames_close(frames[:length], expected[:length])
+
+
+def tiny_voxtral() -> VoxtralForConditionalGeneration:
+    audio = VoxtralEncoderConfig(
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_mel_bins=80,
+    )
+    text = {**TEXT, "model_type": "llama"}
+    config = VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_TOKEN)
+    return VoxtralForConditionalGeneration(config).eval()
+
+
+def tiny_qwen2_5_omni() -> Qwen2_5OmniThinkerForConditionalGeneration:
+    audio = {**SIZES, "d_model": 32, "encoder_ffn_dim": 128, "output_dim": 32}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
+    text = {**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+    config = Qwen2_5OmniThinkerConfig(
+        audio_config=audio, vision_config={**vision, "out_hidden_size": 32}, text_config=text
+    )
+    return Qwen2_5OmniThinkerForConditionalGeneration(config)
+
+
+@torch.no_grad()
+def test_in_voxtral(run: Path, clips: list[np.ndarray], tmp_path: Path):
+    out = export_run(run, tmp_path / "tower", "voxtral")
+    model = swap_tower(tiny_voxtral(), out)
+    mel = features(run, clips[:1])["input_features"]
+    theirs = model.model.audio_tower(mel).last_hidden_state[0]
+    (ours,) = load_encoder(run, padding="30s").encode(clips[:1], 16_000)
+    assert_frames_close(theirs[: len(ours)], ours)
+    ids = torch.tensor([[1] + [AUDIO_TOKEN] * 375 + [3]])
+    assert (
+        model.generate(input_ids=ids, input_features=mel, max_new_tokens=3, do_sample=False).shape[
+            1
+        ]
+        > 377
+    )
+
+
+@torch.no_grad()
+def test_in_the_tower_of_qwen2_5_omni(run: Path, clips: list[np.ndarray], tmp_path: Path):
+    """It hears two seconds at a time, the last of them without the silence behind: the reference is Whisper's layers on those frames."""
+    out = export_run(run, tmp_path / "tower", "qwen2.5-omni")
+    sizes = {**SIZES, "d_model": 32, "encoder_ffn_dim": 128, "output_dim": 32}
+    holder = nn.Module()
+    holder.audio_tower = Qwen2_5OmniAudioEncoder(Qwen2_5OmniAudioEncoderConfig(**sizes)).eval()
+    bias = holder.audio_tower.proj.bias.clone()
+    swap_tower(holder, out)
+    assert torch.equal(holder.audio_tower.proj.bias, bias)  # not ours: it stays
+    holder.audio_tower.proj = nn.Identity()
+    whisper = WhisperModel.from_pretrained(run / "export" / "encoder").encoder
+    mel = features(run, clips)["input_features"][1][:, :125]
+    hidden = nn.functional.gelu(
+        whisper.conv2(nn.functional.gelu(whisper.conv1(mel[None])))
+    ).transpose(1, 2)
+    hidden = hidden + whisper.embed_positions.weight[: hidden.shape[1]]
+    for layer in whisper.layers:
+        hidden = layer(hidden, None)
+    expected = whisper.layer_norm(
+        nn.functional.avg_pool1d(hidden.transpose(1, 2), 2).transpose(1, 2)
+    )
+    theirs = holder.audio_tower(mel, feature_lens=torch.tensor([125])).last_hidden_state
+    assert_frames_close(theirs, expected[0])
+
+
+def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path):
+    out = export_run(run, tmp_path / "tower", "qwen2-audio", "bf16")
+    with pytest.raises(UserError, match=r"does not fit Qwen2AudioEncoder: .* of another shape"):
+        swap_tower(tiny_qwen2_audio(d_model=64), out)
+    with pytest.raises(UserError, match="are without a place"):
+        swap_tower(tiny_qwen2_audio(encoder_layers=1), out)
+    with pytest.raises(UserError, match="has 0 audio towers"):
+        swap_tower(nn.Linear(1, 1), out)
+    with pytest.raises(UserError, match="holds no audio tower"):
+        swap_tower(tiny_qwen2_audio(), tmp_path)
+
+
+def test_towers_that_cannot_compute_an_encoder_are_refused(run: Path):
+    from whisper_aut.export.towers import check_matches
+
+    whisper = WhisperModel.from_pretrained(run / "export" / "encoder").encoder
+    weights, config = dict(whisper.state_dict()), whisper.config
+    for name in ("qwen2-audio", "qwen2.5-omni", "voxtral"):
+        check_matches(name, weights, config)
+    moved = weights | {"embed_positions.weight": weights["embed_positions.weight"] + 0.1}
+    with pytest.raises(UserError, match="not Whisper's sinusoids"):
+        check_matches("qwen2.5-omni", moved, config)
+    config.encoder_ffn_dim = 64
+    with pytest.raises(UserError, match="feed-forward is 64 wide"):
+        check_matches("voxtral", weights, config)
+    config.scale_embedding = True
+    with pytest.raises(UserError, match="scale_embedding"):
+        check_matches("qwen2-audio", weights, config)
+    assert_frames_close(
+        sinusoids(*weights["embed_positions.weight"].shape), weights["embed_positions.weight"]
+    )
+
+
+TOWERS = {
+    "qwen2-audio": ("Qwen/Qwen2-Audio-7B", tiny_qwen2_audio),
+    "qwen2.5-omni": ("Qwen/Qwen2.5-Omni-3B", tiny_qwen2_5_omni),
+    "voxtral": ("mistralai/Voxtral-Mini-3B-2507", tiny_voxtral),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_snippet_of_a_card_runs_as_it_is_written(
+    kind: ExportKind, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("clip.wav").write_bytes(encode_audio(tone(1.0), kind="WAV"))
+    if kind in TOWERS:  # a small model where the published one would be downloaded from
+        repository, make = TOWERS[kind]
+        make().save_pretrained(repository)
+    card = (export_run(run, Path("exported"), kind) / "README.md").read_text()
+    snippets = re.findall(r"^```python\n(.*?)^```", card, re.M | re.S)
+    found = {}
+    for snippet in snippets:
+        exec(compile(snippet, "card", "exec"), found)
+        if "frames" in found:
+            assert found["frames"].shape[-2:] == (50, 32)
+    assert len(snippets) == (2 if kind == "encoder" else 1)
+    if kind in TOWERS:
+        assert "swap_tower" in found
+
+
+def test_a_card_that_is_pushed_names_its_repository(run: Path, tmp_path: Path):
+    out = export_run(run, tmp_path / "out", "encoder", name="org/name", licence="cc-by-4.0")
+    card = ModelCard((out / "README.md").read_text())
+    assert 'load_encoder("org/name")' in card.text
+    assert card.data.license == "cc-by-4.0"

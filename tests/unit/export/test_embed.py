@@ -1,0 +1,227 @@
+"""Embedding for users: files, arrays and shards in, the same vectors out by every way, and nothing fatal about a bad file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors import safe_open
+from torch.testing import assert_close
+
+from tests.conftest import assert_frames_close, encode_audio, tone
+from whisper_aut import load_encoder
+from whisper_aut.cli import main
+from whisper_aut.errors import UserError
+from whisper_aut.inference.encoder import SUFFIXES, EmbedOptions, Vectors, embed_paths
+from whisper_aut.inference.search import SearchIndex
+from whisper_aut.models.pretrained import AudioEncoder
+
+RUN = "runs/aut_tiny/latest"
+
+
+@pytest.fixture(scope="module")
+def encoder(story: Path) -> AudioEncoder:
+    return load_encoder(story / RUN)
+
+
+def test_files_need_no_rate_and_equal_arrays(in_story: Path, encoder: AudioEncoder):
+    high = tone(0.7, 500, sample_rate_hz=44_100)
+    soundfile.write(in_story / "high.wav", high, 44_100, subtype="FLOAT")
+    by_file, by_array = encoder.encode(["high.wav"]), encoder.encode([high], sample_rate_hz=44_100)
+    assert torch.equal(by_file[0], by_array[0])
+    (in_story / "high.wav").unlink()
+    with pytest.raises(UserError, match="give sample_rate_hz"):
+        encoder.encode([high])
+    with pytest.raises(UserError, match="Give a list of clips"):
+        encoder.encode("clip.wav")
+    with pytest.raises(UserError, match=r"gone\.wav cannot be used: missing file"):
+        encoder.encode(["clip.wav", "gone.wav"])
+    with pytest.raises(UserError, match=r"layers 0 .* to 2; asked for: 3"):
+        encoder.encode(["clip.wav"], layers=[3])
+
+
+def test_batches_by_seconds_change_nothing(encoder: AudioEncoder):
+    clips = [tone(seconds) for seconds in (0.5, 2.0, 0.2, 1.1)]
+    whole, one_by_one = (
+        encoder.encode(clips, 16_000, batch_seconds=seconds) for seconds in (100.0, 0.1)
+    )
+    for clip, other in zip(whole, one_by_one, strict=True):
+        assert_frames_close(clip, other)
+
+
+def test_long_audio_is_heard_in_windows(encoder: AudioEncoder):
+    noise = np.random.default_rng(0).standard_normal(70 * 16_000).astype(np.float32) * 0.1
+    (frames,) = encoder.encode([noise], 16_000)
+    assert frames.shape == (3_500, encoder.width)
+    (first,) = encoder.encode([noise[: 30 * 16_000]], 16_000)
+    (second,) = encoder.encode([noise[28 * 16_000 : 58 * 16_000]], 16_000)
+    assert torch.equal(
+        frames[:1_450], first[:1_450]
+    )  # each instant from the window in which it lies farther from the edge
+    assert torch.equal(frames[1_450:2_850], second[50:1_450])
+    assert encoder.encode([noise], 16_000, layers=[0, 2])[0].shape == (2, 3_500, encoder.width)
+
+
+def test_pooled_vectors_are_means_of_valid_frames(encoder: AudioEncoder):
+    clips = [tone(seconds) for seconds in (0.5, 1.3)]
+    frames = encoder.encode(clips, 16_000)
+    assert torch.equal(encoder.embed(clips, 16_000), torch.stack([clip.mean(0) for clip in frames]))
+    spread = encoder.embed(clips, 16_000, pooling="mean_std", layers=[1, 2])
+    assert spread.shape == (2, 2, 2 * encoder.width)
+    assert_close(spread[1, 1, encoder.width :], frames[1].std(0, correction=0))
+    with pytest.raises(UserError, match="Pooling must be one of"):
+        encoder.embed(clips, 16_000, pooling="max")
+
+
+def test_precisions_and_devices(in_story: Path, encoder: AudioEncoder):
+    rough = load_encoder(RUN, dtype="bf16").embed(["clip.wav"])
+    assert torch.nn.functional.cosine_similarity(rough, encoder.embed(["clip.wav"])).item() > 0.999
+    with pytest.raises(UserError, match=r"dtype must be one of.*Did you mean 'fp16'"):
+        load_encoder(RUN, dtype="f16")
+    assert load_encoder(RUN, device="auto").device.type in ("cpu", "cuda")
+    with pytest.raises(UserError, match="Device 'cuda:99' cannot be used"):
+        load_encoder(RUN, device="cuda:99")
+
+
+def test_files_folders_and_shards_give_what_the_encoder_gives(
+    in_story: Path, encoder: AudioEncoder
+):
+    found = embed_paths(encoder, ["clip.wav", "clips", "data/music"], name="x")
+    assert found.names[:4] == ("clip.wav", "clips/220.flac", "clips/440.flac", "clips/880.flac")
+    assert len(found) == 4 + 9
+    assert_frames_close(found.values[:4], encoder.embed(list(found.names[:4])))
+    assert found.names[4].startswith("data/music/")
+    assert found.seconds[0] == 1.0
+    frames = embed_paths(
+        encoder,
+        ["clips"],
+        name="x",
+        options=EmbedOptions(pooling="", layers=(0, 2), batch_seconds=0.5),
+    )
+    expected = encoder.encode([f"clips/{hertz}.flac" for hertz in (220, 440, 880)], layers=[0, 2])
+    for clip, reference in zip(frames.frames(), expected, strict=True):
+        assert_frames_close(clip.transpose(0, 1), reference)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_holds_what_was_written(
+    suffix: str, in_story: Path, tmp_path: Path, encoder: AudioEncoder
+):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    options = [EmbedOptions(layers=(0, 1)), EmbedOptions(), EmbedOptions(pooling="")]
+    for one in options[: 2 if suffix == ".parquet" else 3]:
+        written = embed_paths(encoder, ["clips"], name=RUN, options=one)
+        written.save(tmp_path / f"x{suffix}")
+        read = Vectors.load(tmp_path / f"x{suffix}")
+        assert (read.names, read.seconds, read.origin, read.lengths) == (
+            written.names,
+            written.seconds,
+            written.origin,
+            written.lengths,
+        )
+        assert torch.equal(read.values, written.values)
+    assert [path.name for path in tmp_path.iterdir()] == [f"x{suffix}"]
+    whole = (tmp_path / f"x{suffix}").read_bytes()
+    (tmp_path / f"x{suffix}").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        Vectors.load(tmp_path / f"x{suffix}")
+
+
+def test_the_command_counts_bad_files_and_goes_on(
+    in_story: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "good.flac").write_bytes(encode_audio(tone(0.6)))
+    (folder / "broken.wav").write_text("not audio")
+    (folder / "silent.wav").write_bytes(encode_audio(np.zeros(16_000, np.float32), kind="WAV"))
+    (folder / "notes.txt").write_text("not looked at")
+    out = tmp_path / "x.safetensors"
+    assert main(["embed", RUN, str(folder), "--out", str(out), "--pooling", "mean_std"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 clips" in shown
+    assert "2 clips were refused: 1 × undecodable audio, 1 × silent audio." in shown
+    with safe_open(out, framework="pt") as file:  # as a user without this package reads it
+        assert file.get_tensor("embeddings").shape == (1, 64)
+        assert json.loads(file.metadata()["names"]) == [str(folder / "good.flac")]
+    (folder / "good.flac").unlink()
+    assert main(["embed", RUN, str(folder), "--out", str(out)]) == 1
+    assert "Not one clip" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["embed", RUN, "clips", "--out", "x.json"], "end in .safetensors, .npz, .parquet"),
+        (["embed", RUN, "nowhere", "--out", "x.npz"], "There is no file or folder nowhere"),
+        (["embed", RUN, "runs", "--out", "x.npz"], "no shards and no audio files"),
+        (["embed", "nowhere", "clips", "--out", "x.npz"], "There is no model directory nowhere"),
+        (["embed", RUN, "clips", "--out", "x.npz", "--layers", "7"], "layers 0"),
+        (["embed", RUN, "clips", "--out", "x.parquet", "--frames"], "one vector a clip"),
+        (
+            ["search", "nowhere.npz", "clip.wav"],
+            "whisper-aut embed ENCODER FOLDER --out nowhere.npz",
+        ),
+        (["search", "clip.wav", "clip.wav"], "end in .safetensors"),
+    ],
+)
+def test_mistakes_are_said(
+    arguments: list[str], message: str, in_story: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not list(in_story.glob("x.*"))
+
+
+def test_search_runs_the_encoder_in_the_precision_of_the_index(
+    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    index = str(tmp_path / "clips.npz")
+    assert main(["embed", f"{RUN}@30s", "clips", "--out", index, "--dtype", "bf16"]) == 0
+    searched = SearchIndex(Vectors.load(Path(index)))
+    assert (searched.origin.dtype, searched.origin.padding) == ("bf16", "30s")
+    assert searched.open_encoder().dtype == "bf16"
+    assert searched.open_encoder(dtype="fp32").dtype == "fp32"
+    for dtype in ([], ["--dtype", "fp32"]):
+        capsys.readouterr()
+        assert main(["search", index, "clips/440.flac", "--batch-seconds", "30", *dtype]) == 0
+        assert capsys.readouterr().out.splitlines()[0].split()[1] == "clips/440.flac"
+
+
+def test_search_finds_the_clip_itself_first(
+    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    index = tmp_path / "clips.npz"
+    assert main(["embed", RUN, "clips", "data/sound", "--out", str(index)]) == 0
+    capsys.readouterr()
+    assert main(["search", str(index), "clips/440.flac", "-k", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == " 1.0000  clips/440.flac"
+    assert len(lines) == 3
+    # The order is that of cosines computed in NumPy.
+    with np.load(index) as file:
+        units = file["embeddings"] / np.linalg.norm(file["embeddings"], axis=1, keepdims=True)
+        order = np.argsort(-(units @ units[file["names"].tolist().index("clips/440.flac")]))[:3]
+        assert [line.split(maxsplit=1)[1] for line in lines] == file["names"][order].tolist()
+    with pytest.raises(SystemExit):
+        main(["search", str(index), "clip.wav", "-k", "0"])
+    assert (
+        main(["search", str(index), "clip.wav", "--encoder", "runs/aut_tiny/latest/export/whisper"])
+        == 0
+    )
+
+
+def test_an_index_of_another_encoder_or_of_frames_is_refused(
+    in_story: Path, encoder: AudioEncoder, tiny_whisper: Path
+):
+    index = SearchIndex(embed_paths(encoder, ["clips"], name=RUN))
+    with pytest.raises(UserError, match="not the encoder that made the index"):
+        index.open_encoder(path=str(tiny_whisper))
+    with pytest.raises(UserError, match="without --frames"):
+        SearchIndex(embed_paths(encoder, ["clips"], name=RUN, options=EmbedOptions(pooling="")))

@@ -1,0 +1,65 @@
+"""The graph against the encoder, under onnxruntime, at every kind of length."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import assert_frames_close
+from whisper_aut import load_encoder
+from whisper_aut.audio.logmel import MAX_SAMPLES
+from whisper_aut.cli import main
+from whisper_aut.export.onnx import GRAPH, MIN_SAMPLES, WaveformEncoder, write_onnx
+from whisper_aut.models.encoder import Padding
+
+# The shortest, an odd one, 0.5 s, 5 s, those whose last windows reach into the mirror at 30 s, and 30 s.
+LENGTHS = (MIN_SAMPLES, 1_601, 8_000, 80_000, MAX_SAMPLES - 240, MAX_SAMPLES - 1, MAX_SAMPLES)
+
+
+def clips() -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [(generator.standard_normal(samples) * 0.1).astype(np.float32) for samples in LENGTHS]
+
+
+@pytest.mark.parametrize("padding", ["none", "30s"])
+@torch.no_grad()
+def test_the_traced_encoder_is_the_encoder(life_size_whisper: Path, padding: Padding):
+    encoder = load_encoder(life_size_whisper, padding=padding)
+    traced = WaveformEncoder(encoder.encoder.whisper, padding).eval()
+    for clip, expected in zip(clips(), encoder.encode(clips(), 16_000), strict=True):
+        assert_frames_close(traced(torch.from_numpy(clip)), expected)
+
+
+def test_the_command_writes_a_graph_that_onnxruntime_runs(
+    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    runtime = pytest.importorskip("onnxruntime")
+    assert (
+        main(
+            ["export", "runs/aut_tiny/latest", "--out", str(tmp_path / "graph"), "--format", "onnx"]
+        )
+        == 0
+    )
+    assert "onnxruntime.InferenceSession" in capsys.readouterr().out
+    session = runtime.InferenceSession(
+        tmp_path / "graph" / GRAPH, providers=["CPUExecutionProvider"]
+    )
+    for clip, expected in zip(
+        clips(), load_encoder("runs/aut_tiny/latest").encode(clips(), 16_000), strict=True
+    ):
+        (frames,) = session.run(None, {"waveform": clip})
+        assert_frames_close(frames, expected)
+    assert (tmp_path / "graph" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("padding", ["none", pytest.param("30s", marks=pytest.mark.slow)])
+def test_a_graph_of_values_of_real_size_computes_the_encoders_frames(
+    life_size_whisper: Path, tmp_path: Path, padding: Padding
+):
+    runtime = pytest.importorskip("onnxruntime")
+    encoder = load_encoder(life_size_whisper, padding=padding)
+    path = write_onnx(encoder.encoder.whisper, padding, tmp_path)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for clip, expected in zip(clips(), encoder.encode(clips(), 16_000), strict=True):
+        assert_frames_close(session.run(None, {"waveform": clip})[0], expected)

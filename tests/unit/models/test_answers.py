@@ -1,0 +1,41 @@
+"""Measures of generated text against libraries and hand-made cases."""
+
+import jiwer
+import pytest
+
+from whisper_aut.models.module import AnswerMetrics, tag_f1
+
+
+def test_each_task_has_its_measures():
+    metrics = AnswerMetrics(
+        {"say": "words", "class": "exact", "tags": "tags", "caption": "caption", "unseen": "exact"}
+    )
+    said = [("turn the light off", "Turn the lights off!"), ("seven", "seven"), ("", "nine birds")]
+    for written, meant in said:
+        metrics.update("say", written, meant)
+    metrics.update("class", " Vacuum cleaner.", "vacuum cleaner")
+    metrics.update("class", "dog", "rain")
+    metrics.update("tags", "rain, dog", "dog, rain")
+    metrics.update("tags", "dog", "dog, rain")
+    metrics.update("caption", "a dog barks", "a dog barks loudly")
+    metrics.update("other", "x", "y")
+    metrics.update("class", "x", "...")  # nothing is left of this reference
+    computed = {name: float(value) for name, value in metrics.compute().items()}
+    assert computed["wer_say"] == pytest.approx(
+        jiwer.wer(["turn the lights off", "seven", "nine birds"], [s for s, _ in said])
+    )
+    assert computed["cer_say"] == pytest.approx(
+        jiwer.cer(["turn the lights off", "seven", "nine birds"], [s for s, _ in said])
+    )
+    assert computed["exact_class"] == 0.5
+    assert computed["f1_tags"] == pytest.approx((1 + 2 / 3) / 2)
+    assert computed["exact_tags"] == 0.5
+    assert computed["rouge_caption"] == pytest.approx(2 * 1 * 0.75 / 1.75)
+    assert not any("unseen" in name for name in computed)
+    metrics.reset()
+    assert metrics.compute() == {}
+
+
+def test_tag_f1_of_empty_sets():
+    assert tag_f1(set(), set()) == 1.0
+    assert tag_f1({"a"}, set()) == 0.0

@@ -1,0 +1,242 @@
+"""The packed encoder against Hugging Face's, clip by clip."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from tests.conftest import assert_frames_close, enlarge
+from whisper_aut.audio.logmel import LogMel, mel_frames
+from whisper_aut.errors import UserError
+from whisper_aut.models.encoder import PackedEncoder, encoder_frames
+from whisper_aut.training.callbacks.stopping import find_compiler
+
+SECONDS = (1.0, 5.0, 0.11, 30.0, 29.99, 7.3135, 2.0)
+
+
+@pytest.fixture(scope="module")
+def waveforms() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(round(16_000 * seconds), generator=generator) * 0.1 for seconds in SECONDS]
+
+
+@pytest.fixture(scope="module", params=[80, 128])
+def model(request: pytest.FixtureRequest) -> WhisperModel:
+    torch.manual_seed(0)
+    sizes = {
+        "d_model": 64,
+        "encoder_layers": 3,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+    }
+    model = WhisperModel(
+        WhisperConfig(**sizes, encoder_ffn_dim=128, decoder_ffn_dim=128, num_mel_bins=request.param)
+    ).eval()
+    enlarge(model.encoder)
+    return model
+
+
+def packed(waveforms: Sequence[Tensor], bins: int) -> tuple[Tensor, list[int]]:
+    logmel = LogMel(bins)
+    return torch.cat([logmel(waveform) for waveform in waveforms]), [
+        mel_frames(len(waveform)) for waveform in waveforms
+    ]
+
+
+def reference_features(waveforms: Sequence[Tensor], bins: int) -> Tensor:
+    extractor = WhisperFeatureExtractor(feature_size=bins)
+    arrays = [waveform.numpy() for waveform in waveforms]
+    return extractor(arrays, sampling_rate=16_000, return_tensors="pt").input_features
+
+
+@torch.no_grad()
+def test_the_model_of_these_tests_has_values_of_a_released_encoders_size(
+    model: WhisperModel, waveforms: list[Tensor]
+):
+    """whisper-base: up to 510 between layers, 11 to 24 in the frames of a clip."""
+    features = reference_features(waveforms[:2], model.config.num_mel_bins)
+    found = model.encoder(features, output_hidden_states=True)
+    assert max(float(hidden.abs().max()) for hidden in found.hidden_states[:-1]) > 200
+    assert 11 < found.last_hidden_state.abs().max() < 40
+
+
+@torch.no_grad()
+def test_30s_mode_equals_hugging_face(model: WhisperModel, waveforms: list[Tensor]):
+    bins = model.config.num_mel_bins
+    expected = model.encoder(reference_features(waveforms, bins)).last_hidden_state
+    frames = PackedEncoder(model.encoder, "30s")(*packed(waveforms, bins))
+    assert frames.lengths == (1500,) * len(waveforms)
+    assert_frames_close(frames.values.view_as(expected), expected)
+    for clip, waveform, reference in zip(frames.valid(), waveforms, expected, strict=True):
+        valid = encoder_frames(mel_frames(len(waveform)))
+        assert_frames_close(clip, reference[:valid])
+
+
+@torch.no_grad()
+def test_a_clip_is_the_same_alone_and_in_any_batch(model: WhisperModel, waveforms: list[Tensor]):
+    bins = model.config.num_mel_bins
+    encoder = PackedEncoder(model.encoder, "none")
+    together = encoder(*packed(waveforms, bins)).valid()
+    backwards = encoder(*packed(waveforms[::-1], bins)).valid()[::-1]
+    for waveform, clip, other in zip(waveforms, together, backwards, strict=True):
+        alone = encoder(*packed([waveform], bins)).values
+        assert_frames_close(clip, alone)
+        assert_frames_close(other, alone)
+
+
+@torch.no_grad()
+def test_none_mode_equals_the_padded_run_with_masked_keys(
+    model: WhisperModel, waveforms: list[Tensor]
+):
+    """The independent reference: Hugging Face's own layers on 30 s, every key behind the clip's end masked out."""
+    bins = model.config.num_mel_bins
+    frames = PackedEncoder(model.encoder, "none")(*packed(waveforms, bins)).valid()
+    for waveform, clip in zip(waveforms, frames, strict=True):
+        hidden = masked_reference(
+            model, reference_features([waveform], bins), len(clip)
+        ).last_hidden_state
+        assert_frames_close(clip, hidden[0, : len(clip)])
+
+
+def masked_reference(model: WhisperModel, features: Tensor, valid: int) -> BaseModelOutput:
+    encoder = model.encoder
+    hidden = torch.nn.functional.gelu(encoder.conv1(features))
+    hidden = (
+        torch.nn.functional.gelu(encoder.conv2(hidden)).permute(0, 2, 1)
+        + encoder.embed_positions.weight
+    )
+    mask = torch.zeros(1, 1, 1, hidden.shape[1])
+    mask[..., valid:] = float("-inf")
+    for layer in encoder.layers:
+        hidden = layer(hidden, mask)
+    return BaseModelOutput(last_hidden_state=encoder.layer_norm(hidden))
+
+
+def test_gradients_equal_a_loop_over_clips(model: WhisperModel, waveforms: list[Tensor]):
+    bins = model.config.num_mel_bins
+    encoder = PackedEncoder(model.encoder, "none")
+    clips = [waveform[:48_000] for waveform in waveforms]
+    weights = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    encoder(*packed(clips, bins)).values.matmul(weights).sum().backward()
+    together = {
+        name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None
+    }
+    encoder.zero_grad()
+    for clip in clips:
+        encoder(*packed([clip], bins)).values.matmul(weights).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        if parameter.grad is not None:
+            assert_close(
+                together[name],
+                parameter.grad,
+                atol=1e-5 * float(parameter.grad.abs().max().clamp(min=1)),
+                rtol=1e-4,
+            )
+    encoder.zero_grad()
+
+
+def test_ranks_with_equal_and_with_mixed_clips_call_the_same_modules(
+    model: WhisperModel, waveforms: list[Tensor]
+):
+    """ZeRO-3 gathers weights at each call, on all ranks together: another call, or one less, and they wait or mix them up."""
+    encoder = PackedEncoder(model.encoder)
+    called: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+        for name, module in encoder.named_modules()
+        if list(module.parameters(recurse=False))
+    ]
+    orders = []
+    for chosen in ([waveforms[0], waveforms[0]], [waveforms[0], waveforms[1]]):
+        called.clear()
+        encoder(*packed(chosen, encoder.num_mel_bins))
+        orders.append(list(called))
+    for hook in hooks:
+        hook.remove()
+    assert orders[0] == orders[1]
+    assert {"whisper.conv1", "whisper.embed_positions", "whisper.layers.2.fc2"} <= set(called)
+
+
+def test_checkpointing_changes_no_gradient(model: WhisperModel, waveforms: list[Tensor]):
+    bins = model.config.num_mel_bins
+    grads = []
+    for checkpointing in (False, True):
+        encoder = PackedEncoder(model.encoder, "none", gradient_checkpointing=checkpointing).train()
+        encoder(*packed(waveforms[:3], bins)).values.square().mean().backward()
+        grads.append(model.encoder.conv1.weight.grad.clone())
+        model.zero_grad()
+    model.eval()
+    assert_close(grads[0], grads[1])
+
+
+def test_runs_in_bfloat16_under_autocast(model: WhisperModel, waveforms: list[Tensor]):
+    encoder = PackedEncoder(model.encoder, "none")
+    mel, lengths = packed(waveforms[:3], model.config.num_mel_bins)
+    with torch.no_grad():
+        exact = encoder(mel, lengths).values
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = encoder(mel, lengths).values
+    cosine = torch.nn.functional.cosine_similarity(rough.float(), exact)
+    assert cosine.median() > 0.999
+    assert cosine.min() > 0.9  # on whisper-base 0.95
+
+
+@pytest.mark.parametrize("model", [80], indirect=True)
+@pytest.mark.skipif(find_compiler() is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_encoder_computes_the_same_and_is_compiled_once_for_all_lengths(
+    model: WhisperModel, waveforms: list[Tensor]
+):
+    bins = model.config.num_mel_bins
+    plain, compiled = (
+        PackedEncoder(model.encoder, "none", compile=wanted).train() for wanted in (False, True)
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    for chosen in (waveforms[:2], waveforms[1:2], waveforms[:4], waveforms[2:5], waveforms[::-1]):
+        mel, lengths = packed([waveform[:32_000] for waveform in chosen], bins)
+        outputs, gradients = [], []
+        for encoder in (plain, compiled):
+            frames = encoder(mel, lengths).values
+            frames.square().mean().backward()
+            outputs.append(frames.detach())
+            gradients.append(
+                {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
+            )
+            encoder.zero_grad()
+        assert_frames_close(outputs[1], outputs[0])
+        for name, gradient in gradients[0].items():
+            largest = float(gradient.abs().max())
+            assert_close(gradients[1][name], gradient, atol=1e-4 * largest, rtol=1e-3, msg=name)
+    assert counters["stats"]["unique_graphs"] == 2, (
+        "one for each half of a layer, whatever the layer and the lengths"
+    )
+    model.eval()
+    with torch.no_grad():
+        for chosen in (waveforms[:2], waveforms[:3]):
+            compiled.eval()(*packed(chosen, bins))
+    assert counters["stats"]["unique_graphs"] == 4, "and as many for evaluation"
+
+
+def test_a_clip_beyond_the_encoders_positions_is_an_error_that_says_how_long_clips_may_be(
+    tiny_whisper: Path,
+):
+    config = WhisperConfig.from_pretrained(tiny_whisper)
+    config.max_source_positions = 500
+    encoder = WhisperEncoder(config).eval()
+    logmel = LogMel(80)
+    fits, too_long = (torch.randn(16_000 * seconds) for seconds in (10, 15))
+    assert PackedEncoder(encoder)(logmel(fits), [1000]).lengths == (500,)
+    with pytest.raises(
+        UserError, match=r"500 positions .* reach 10 s; 15 s do not fit.*at most 10 s"
+    ):
+        PackedEncoder(encoder)(logmel(too_long), [1500])
+    with pytest.raises(UserError, match="choose padding none"):
+        PackedEncoder(encoder, "30s")(logmel(fits), [1000])

@@ -1,0 +1,76 @@
+"""Padding belongs to each encoder: what runs how by default, what a mark changes, and that tables say it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import TONES
+from whisper_aut.cli import main
+from whisper_aut.errors import UserError
+from whisper_aut.pipeline import open_encoder, open_listener
+from whisper_aut.probes.results import Scores
+
+RUN = "runs/aut_tiny/latest"
+
+
+def paddings(path: Path) -> dict[str, str]:
+    return {entry.encoder: entry.padding for entry in Scores.load(path).entries}
+
+
+def test_a_run_compares_its_encoder_with_the_released_start_at_the_starts_own_padding(story: Path):
+    assert paddings(story / RUN / "scores.json") == {
+        "log-mel statistics": "",
+        "random": "none",
+        "tiny": "30s",
+        "aut_tiny": "none",
+    }
+    report = (story / RUN / "report" / "report.md").read_text()
+    assert "| log-mel statistics | random@none | tiny@30s | aut_tiny@none |" in report
+    assert "| aut_tiny@none | tiny@30s |" in report
+
+
+def test_a_mark_chooses_the_padding_of_one_encoder_and_the_option_that_of_the_others(
+    in_story: Path, tiny_whisper: Path, tmp_path: Path
+):
+    (tmp_path / "tones.yaml").write_text(yaml.safe_dump(TONES))
+    command = ["probe", RUN, "--tasks", str(tmp_path / "tones.yaml"), "--root", "data"]
+    command += ["--seeds", "1", "--kind", "knn", "--out", str(tmp_path / "probe")]
+    for encoder in (tiny_whisper, f"{tiny_whisper}@none", f"random:{tiny_whisper}", "logmel"):
+        command += ["--against", str(encoder)]
+    assert main(command) == 0
+    assert paddings(tmp_path / "probe" / "scores.json") == {
+        "tiny": "30s",
+        "tiny@none": "none",
+        "random tiny": "30s",
+        "log-mel statistics": "",
+        "aut_tiny": "none",
+    }
+    assert main([*command, "--padding", "30s"]) == 0
+    assert paddings(tmp_path / "probe" / "scores.json") == {
+        "tiny": "30s",
+        "tiny@none": "none",
+        "random tiny": "30s",
+        "log-mel statistics": "",
+        "aut_tiny": "30s",
+    }
+
+
+def test_log_mel_statistics_know_no_padding():
+    assert not hasattr(open_encoder("logmel", "30s"), "padding")  # the option is for the others
+    with pytest.raises(UserError, match="log-mel statistics know no padding"):
+        open_encoder("logmel@30s", None)
+
+
+def test_the_demo_page_runs_a_run_and_its_start_as_each_was_trained(
+    story: Path, tiny_whisper: Path
+):
+    opened = open_listener(str(story / RUN), "", None).encoders
+    assert {name: encoder.padding for name, encoder in opened.items()} == {
+        "before": "30s",
+        "after": "none",
+    }
+    opened = open_listener(
+        f"{story / RUN / 'export' / 'encoder'}@30s", f"{tiny_whisper}@none", None
+    )
+    assert [encoder.padding for encoder in opened.encoders.values()] == ["none", "30s"]

@@ -1,0 +1,243 @@
+"""probes.rounds, selection and kinds: folds are nested, the test part has no say, and the plain loop gives the same."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from whisper_aut.errors import UserError
+from whisper_aut.probes.cache import Embeddings
+from whisper_aut.probes.fit import fold_rounds, jackknife, split_round, trials
+from whisper_aut.probes.kinds import KINDS, kind_for, probe_rounds
+from whisper_aut.probes.knn import KNNProbe
+from whisper_aut.probes.modules import MLPProbe, minimise
+
+CLASSES = 4
+
+
+def fold(number: int, clips: int = 40, width: int = 10, spread: float = 1.5) -> Embeddings:
+    generator, world = torch.Generator().manual_seed(number), torch.Generator().manual_seed(99)
+    labels = torch.arange(clips) % CLASSES
+    features = torch.randn(CLASSES, width, generator=world)[labels] + spread * torch.randn(
+        clips, width, generator=generator
+    )
+    return Embeddings(
+        features,
+        tuple(f"c{int(i)}" for i in labels),
+        tuple(f"{number}:{i}" for i in range(clips)),
+        {},
+    )
+
+
+@pytest.fixture
+def folds() -> list[Embeddings]:
+    return [fold(number) for number in range(4)]
+
+
+def test_each_fold_is_tested_once_and_validates_in_the_rounds_of_the_others(folds):
+    rounds = fold_rounds(folds)
+    assert [one.test.keys[0] for one in rounds] == ["0:0", "1:0", "2:0", "3:0"]
+    for one in rounds:
+        assert not set(one.pool.keys) & set(one.test.keys)
+        inner = trials(one, np.zeros(len(one.pool), dtype=int))
+        assert len(inner) == 3
+        for trial in inner:
+            fitted, validated = (
+                {one.pool.keys[i].split(":")[0] for i in np.flatnonzero(mask)}
+                for mask in (trial.fit, trial.valid)
+            )
+            assert len(validated) == 1
+            assert not fitted & validated
+            assert trial.valid.sum() == 40
+
+
+@pytest.mark.parametrize("kind", ["linear", "knn"])
+def test_label_noise_in_a_test_fold_cannot_raise_its_score_or_move_a_choice(folds, kind):
+    (honest,) = probe_rounds(fold_rounds(folds), kind=kind)
+    noisy_fold = Embeddings(folds[2].features, folds[2].labels[::-1], folds[2].keys, {})
+    rounds = [
+        *fold_rounds(folds)[:2],
+        *fold_rounds([*folds[:2], noisy_fold, folds[3]])[2:3],
+        *fold_rounds(folds)[3:],
+    ]
+    (planted,) = probe_rounds(rounds, kind=kind)
+    assert honest.settings == planted.settings
+    assert honest.valid_scores == planted.valid_scores
+    assert planted.scores[2] < honest.scores[2] - 0.2
+    assert planted.scores[3] == honest.scores[3]
+
+
+def standardised(part: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
+    return (part - train.mean(0)) / train.std(0, correction=0)
+
+
+def test_folds_equal_a_plain_loop_of_scikit_learn_on_all_other_folds(folds):
+    """One LogisticRegression after another: the same penalties are chosen, the same clips are right; nothing is left out."""
+    penalties = (0.1, 1.0, 10.0, 100.0)
+    (run,) = probe_rounds(fold_rounds(folds), candidates=[{"penalty": p} for p in penalties])
+    for number, one in enumerate(fold_rounds(folds)):
+        labels, features = np.array(one.pool.labels), one.pool.features
+        standard, tested = (
+            standardised(features, features),
+            standardised(one.test.features, features),
+        )
+        inner = trials(one, np.unique(labels, return_inverse=True)[1])
+        valid = [
+            np.mean(
+                [
+                    _logistic(standard[t.fit], labels[t.fit], p).score(
+                        standard[t.valid], labels[t.valid]
+                    )
+                    for t in inner
+                ]
+            )
+            for p in penalties
+        ]
+        chosen = run.settings[number]["penalty"]
+        assert valid[penalties.index(chosen)] == pytest.approx(max(valid), abs=0.009)
+        assert run.valid_scores[number] == pytest.approx(valid[penalties.index(chosen)], abs=0.009)
+        theirs = _logistic(standard, labels, chosen).predict(tested)
+        assert (theirs == np.array(run.predicted[number])).mean() > 0.97
+
+
+@pytest.mark.parametrize("final_fit", ["train", "train+valid"])
+def test_the_tested_probe_is_fitted_on_the_whole_training_split(folds, final_fit):
+    """Its probabilities are scikit-learn's on all of `train`, or on `train` and `valid` where that is asked for."""
+    train, valid, test, _ = folds
+    round = split_round({"train": train, "valid": valid, "test": test})
+    (run,) = probe_rounds([round], final_fit=final_fit)
+    used = [train] if final_fit == "train" else [train, valid]
+    features = standardised(torch.cat([part.features for part in used]), train.features)
+    labels = np.array([label for part in used for label in part.labels])
+    model = _logistic(features, labels, run.settings[0]["penalty"])
+    expected = model.predict_proba(standardised(test.features, train.features).double().numpy())
+    assert np.abs(expected.max(1) - run.probabilities[0]).max() < 2e-3
+    assert (model.classes_[expected.argmax(1)] == np.array(run.predicted[0])).all()
+
+
+def test_a_probe_without_a_random_start_is_fitted_once_whatever_the_seeds(folds):
+    for kind in ("linear", "knn"):
+        runs = [
+            probe_rounds(fold_rounds(folds), kind=kind, seeds=seeds) for seeds in ((0,), (1, 2))
+        ]
+        assert [run.seed for run in (*runs[0], *runs[1])] == [None, None]
+        assert runs[0][0].scores == runs[1][0].scores
+
+
+SEEDED = [kind for kind, facts in KINDS.items() if facts.seeded and "class" in facts.answers]
+
+
+@pytest.mark.parametrize("kind", SEEDED)
+def test_a_seeds_score_is_the_same_alone_and_in_company(kind):
+    """To the last bit: each seed's probe is trained by itself, and choosing knows no seeds."""
+    noisy = [seen_by(kind, fold(number, spread=4.0)) for number in range(3)]
+    rounds = [split_round(dict(zip(("train", "valid", "test"), noisy, strict=True)))]
+    few = [{"rate": rate, "decay": 1e-3} for rate in (1e-3, 1e-2)]
+    together = probe_rounds(rounds, kind=kind, seeds=(0, 1, 2), candidates=few)
+    (alone,) = probe_rounds(rounds, kind=kind, seeds=(2,), candidates=few)
+    assert together[2].probabilities == alone.probabilities
+    assert together[2].scores == alone.scores
+    assert together[0].settings == together[2].settings == alone.settings
+    assert together[0].probabilities != together[2].probabilities, "a seed decides something"
+
+
+def seen_by(kind: str, part: Embeddings) -> Embeddings:
+    """Give clips the form that a kind of probe takes: layers, or three frames a clip."""
+    if KINDS[kind].view == "layers":
+        return replace(part, features=torch.stack([part.features, part.features.square()], 1))
+    if KINDS[kind].view == "frames":
+        loudness = torch.tensor([[0.5], [1.0], [1.5]])
+        return replace(part, frames=tuple(vector * loudness for vector in part.features))
+    return part
+
+
+def test_a_seed_decides_the_start_and_nothing_else_does():
+    one, same, other = (MLPProbe(4, 3, [{"rate": 1.0, "decay": 0.0}], seed) for seed in (0, 0, 1))
+    assert torch.equal(one.values["first"], same.values["first"])
+    assert not torch.equal(one.values["first"], other.values["first"])
+
+
+def _logistic(features: torch.Tensor, labels: np.ndarray, penalty: float) -> LogisticRegression:
+    return LogisticRegression(C=1 / penalty, max_iter=5_000, tol=1e-8).fit(
+        features.double().numpy(), labels
+    )
+
+
+@pytest.mark.parametrize("k", [1, 7])
+def test_neighbours_equal_scikit_learns(folds, k):
+    pool, test = Embeddings.join(folds[:3]), folds[3]
+    labels = torch.tensor([int(label[1]) for label in pool.labels])
+    probe = KNNProbe(pool.features, labels, CLASSES)
+    everyone = torch.ones(len(labels), dtype=torch.bool)
+    found = probe.vote(
+        *probe.nearest(probe.cosines(test.features), everyone, k), temperature=0.07
+    ).exp()
+
+    def weights(distances):
+        e = np.exp((1 - distances - (1 - distances).max(1, keepdims=True)) / 0.07)
+        return e / e.sum(1, keepdims=True)
+
+    theirs = KNeighborsClassifier(k, metric="cosine", weights=weights).fit(
+        pool.features.numpy(), labels.numpy()
+    )
+    assert np.abs(found.numpy() - theirs.predict_proba(test.features.numpy())).max() < 1e-4
+
+
+def test_many_problems_reach_the_optima_that_each_reaches_alone():
+    generator = torch.Generator().manual_seed(0)
+    curvature = torch.rand(5, 18, generator=generator) * 50 + 0.5
+    optimum = torch.randn(5, 18, generator=generator)
+    evaluated = []
+
+    def objective(weight, problems):
+        evaluated.append(len(problems))
+        away = weight - optimum[problems]
+        values = (0.5 * curvature[problems] * away**2 + 0.1 * away**4).sum(1) + 1
+        return values.double(), curvature[problems] * away + 0.4 * away**3
+
+    start = torch.zeros(5, 18)
+    start[0] = optimum[0]  # one is there already and soon leaves
+    found = minimise(objective, start, max_steps=200, tolerance=1e-10)
+    torch.testing.assert_close(found, optimum, atol=2e-3, rtol=0)
+    assert min(evaluated) < 5
+
+
+def test_jackknife_of_a_mean_is_the_clips_themselves():
+    values = np.random.default_rng(0).random(40)
+
+    def score(clips: np.ndarray) -> float:
+        return float(values[clips].mean())
+
+    assert np.allclose(jackknife(score, np.arange(40)), values)
+    speakers = np.repeat(np.arange(8), 5)  # left out whole
+    assert np.allclose(jackknife(score, speakers), values.reshape(8, 5).mean(1))
+
+
+def test_jackknife_is_centred_on_the_score_however_rare_a_class():
+    found = np.arange(40) % 20 == 0  # two clips of forty
+    units = jackknife(lambda clips: float(found[clips].mean() ** 0.5), np.arange(40))
+    assert units.mean() == pytest.approx(0.05**0.5, abs=1e-9)
+    assert units[0] > units[1]
+
+
+def test_two_folds_hold_out_a_share_to_choose_by(folds):
+    runs = probe_rounds(fold_rounds(folds[:2]), seeds=(0,))
+    assert len(runs[0].scores) == 2
+    assert all(0 < score <= 1 for score in runs[0].valid_scores)
+    labels = np.unique(folds[1].labels, return_inverse=True)[1]
+    (trial,) = trials(fold_rounds(folds[:2])[0], labels)
+    assert np.bincount(labels[trial.valid]).tolist() == [2] * CLASSES
+    assert (trial.fit ^ trial.valid).all()
+
+
+def test_a_kind_that_cannot_answer_is_told(task_with):
+    birds = task_with(name="birds", metric="mAP")
+    with pytest.raises(UserError, match="Able to: linear"):
+        kind_for("knn", birds)
+    with pytest.raises(UserError, match="There is no probe kind 'forest'"):
+        kind_for("forest", birds)
+    assert kind_for("", birds) == "linear"
+    assert all(kind.version for kind in KINDS.values())

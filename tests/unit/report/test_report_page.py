@@ -1,0 +1,236 @@
+"""report.html, report.maps, report.sounds, report.facts: one page that holds everything itself."""
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from sklearn.metrics import confusion_matrix
+
+from whisper_aut.errors import UserError
+from whisper_aut.probes.results import Confusion
+from whisper_aut.report.html import (
+    Listened,
+    Picture,
+    Run,
+    Section,
+    data_sheet,
+    html_page,
+    last_written,
+    listened,
+    markdown_page,
+    refusal_sheet,
+    run_sheet,
+)
+from whisper_aut.report.plots import project
+from whisper_aut.report.tables import Sheet
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag that is not closed, or closed out of turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_escapes_what_it_shows(tmp_path):
+    (tmp_path / "p.png").write_bytes(b"\x89PNG")
+    hostile = '<script>alert("x")</script>'
+    blocks = [
+        Sheet(hostile, "note", ("a", "b"), ((hostile, "1"),), 1),
+        Picture(tmp_path / "p.png", hostile),
+        hostile,
+    ]
+    clips = [Listened(hostile, hostile, "b", b"OggS", b"\x89PNG"), Listened("silent", "a", "b")]
+    page = html_page([Run("one", [Section("Probes", [*blocks, *clips])]), Run("two", [])])
+    parsed = Balanced()
+    parsed.feed(page)
+    assert not parsed.open
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 5
+    assert all(source.startswith(("data:", "#")) for source in parsed.sources)  # nothing is fetched
+    assert page.count("<audio") == 1
+    ids = set(re.findall(r'id="(\w+)"', page))
+    assert {source[1:] for source in parsed.sources if source.startswith("#")} <= ids
+    text = markdown_page([Run("one", [Section("Probes", [blocks[1], clips[1]])])])
+    assert "](p.png)" in text
+    assert "silent" in text
+
+
+def test_neighbours_stay_neighbours_on_the_map():
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 20)
+    features = 8 * generator.normal(size=(3, 16))[labels] + generator.normal(size=(60, 16))
+    places = project(features.astype(np.float32))
+    assert places.shape == (60, 2)
+    distances = np.linalg.norm(places[:, None] - places[None], axis=2)
+    np.fill_diagonal(distances, np.inf)
+    assert (labels[distances.argmin(1)] == labels).mean() > 0.95
+    np.testing.assert_array_equal(places, project(features.astype(np.float32)))
+
+
+def test_counts_of_a_confusion_are_scikit_learns():
+    from whisper_aut.probes.fit import SeedRun
+    from whisper_aut.probes.suite import _confusion
+
+    generator = np.random.default_rng(1)
+    classes = ["a", "b", "c"]
+    true = generator.integers(0, 3, 50)
+    guesses = [generator.integers(0, 3, 50) for _ in range(2)]
+    runs = [
+        SeedRun(s, (0.0,), ({},), (None,), (), (names[:30], names[30:]))
+        for s, names in enumerate(tuple(classes[code] for code in guess) for guess in guesses)
+    ]
+    found = _confusion(runs, classes, [classes[place] for place in true])
+    assert isinstance(found, Confusion)
+    np.testing.assert_array_equal(
+        found.counts, sum(confusion_matrix(true, guess) for guess in guesses)
+    )
+
+
+@pytest.fixture
+def run(tmp_path, tiny_shards) -> Path:
+    """A run directory with what training writes, over the tests' shards."""
+    folder = tiny_shards
+    lines = [
+        {
+            "step": 5,
+            "domain": "sound",
+            "task": "t",
+            "key": "no",
+            "reference": "old",
+            "generated": "old",
+        },
+        {
+            "step": 9,
+            "domain": "sound",
+            "task": "t",
+            "key": "missing",
+            "reference": "r",
+            "generated": "g",
+        },
+        {
+            "step": 9,
+            "domain": "sound",
+            "task": "t",
+            "key": _key(folder / "sound"),
+            "reference": "r",
+            "generated": "g",
+        },
+        {
+            "step": 9,
+            "domain": "sound",
+            "task": "t",
+            "key": "third",
+            "reference": "r",
+            "generated": "g",
+        },
+    ]
+    (tmp_path / "samples.jsonl").write_text(
+        "\n".join(map(json.dumps, lines)) + '\n{"step": 9, "dom'
+    )
+    (tmp_path / "config.yaml").write_text(
+        json.dumps({"data": {"valid": [{"path": str(folder / "sound")}, {"path": "gone"}]}})
+    )
+    return tmp_path
+
+
+def _key(folder: Path) -> str:
+    from whisper_aut.audio.decode import ClipLimits
+    from whisper_aut.data.reader import Sample, iter_samples
+    from whisper_aut.data.shards import open_index
+
+    return next(
+        sample.key
+        for sample in iter_samples(open_index(str(folder)), ClipLimits())
+        if isinstance(sample, Sample)
+    )
+
+
+def test_samples_of_the_last_validation_come_with_their_sound(run):
+    assert last_written(run / "samples.jsonl")[0].key == "missing"
+    missing, heard = listened(run)
+    assert not missing.ogg
+    waveform, rate = soundfile.read(io.BytesIO(heard.ogg))
+    assert rate == 16_000
+    assert len(waveform) > 100
+    assert heard.spectrogram.startswith(b"\x89PNG")
+
+
+def test_a_run_without_samples_or_facts_has_none(tmp_path):
+    assert listened(tmp_path) == []
+    assert [run_sheet(tmp_path), data_sheet(tmp_path), refusal_sheet(tmp_path)] == [
+        None,
+        None,
+        None,
+    ]
+    (tmp_path / "environment.json").write_text("[broken")
+    assert run_sheet(tmp_path) is None
+
+
+def test_facts_are_laid_out(tmp_path):
+    facts = {
+        "command": ["whisper-aut", "train"],
+        "gpus": [],
+        "cpus": 2,
+        "packages": {"torch": "2"},
+        "start": {"path": "w"},
+    }
+    sources = [
+        {
+            "root": "a",
+            "domain": "speech",
+            "clips": 3,
+            "seconds": 7200,
+            "share": 0.8,
+            "licences": {"CC0-1.0": {}},
+        },
+        {"root": "b", "share": 0.2},
+    ]
+    (tmp_path / "environment.json").write_text(json.dumps({**facts, "data": sources}))
+    done = {
+        "steps": 4,
+        "sources": {"a": 2.0, "b": 0.0},
+        "metrics": {"throughput/data_wait_share": 0.125},
+        "refused": {"a": {"silent": 2}},
+    }
+    (tmp_path / "done.json").write_text(json.dumps(done))
+    found = dict(run_sheet(tmp_path).rows)
+    assert found["steps"] == "4"
+    assert found["waiting for data, % of the time"] == "12.5"
+    sheet = data_sheet(tmp_path)
+    assert [row[2:] for row in sheet.rows] == [
+        ("CC0-1.0", "3", "2.00", "80.0", "100.0", "2.00"),
+        ("–", "0", "0.00", "20.0", "0.0", "0.00"),
+    ]
+    assert refusal_sheet(tmp_path).rows == (("a", "silent", "2"),)
+
+
+def test_a_report_that_cannot_be_written_is_said(tmp_path):
+    from rich.console import Console
+
+    from whisper_aut.report.html import build_report
+
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "logs" / "metrics.csv").write_text("step,train/loss\n1,2.0\n2,1.5\n")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write the report"):
+        build_report([tmp_path / "run"], tmp_path / "file" / "out", Console(quiet=True))
+    page = build_report([tmp_path / "run"], tmp_path / "out", Console(quiet=True))
+    assert "Training and validation loss" in page.read_text()

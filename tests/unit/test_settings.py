@@ -1,0 +1,267 @@
+"""The schema under the YAMLs: every config loads, every mistake is named, all at once."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+from whisper_aut.config import compose, dump_settings, load_settings
+from whisper_aut.errors import UserError
+from whisper_aut.experiments.grid import all_runs, arms_of, load_experiment
+from whisper_aut.models.decoders import check_decoder
+from whisper_aut.probes.tasks import load_task
+
+CONF = REPOSITORY / "conf"
+RUN_CONFIGS = sorted(path for path in CONF.glob("*.yaml") if path.name != "probe.yaml")
+EXPERIMENTS = sorted((CONF / "experiments").glob("e[0-9]*.yaml"))
+GROUP_FILES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name != "experiments")
+
+
+def test_how_many_configs_there_are():
+    assert len(RUN_CONFIGS) == 13
+    assert len(GROUP_FILES) == 62
+    assert len(EXPERIMENTS) == 5
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("data", ["demo", "recordings"])
+def test_every_run_of_every_experiment_loads(path: Path, data: str):
+    experiment = load_experiment(path, [f"data={data}"])
+    assert experiment.name == path.stem + ("" if data == "demo" else f"_{data}")
+    assert len(experiment.seeds) >= 3
+    runs = all_runs(arms_of(experiment, path))
+    for run in runs[: len(runs) // len(experiment.seeds)]:  # seeds differ in nothing else
+        settings = load_settings(run.config, run.overrides)
+        check_decoder(settings.decoder)
+        assert (settings.name, settings.probe.tasks) == (run.name, [])
+    assert len({run.name for run in runs}) == len(runs)
+    for probes in experiment.probes:
+        for name in probes.tasks:
+            load_task(name, CONF / "probe_tasks")
+
+
+@pytest.mark.parametrize("path", RUN_CONFIGS, ids=lambda path: path.name)
+def test_every_config_loads_and_survives_its_own_dump(path: Path, tmp_path: Path):
+    settings = load_settings(path)
+    check_decoder(settings.decoder)
+    for name in settings.probe.tasks:
+        load_task(name, CONF / "probe_tasks")
+    if settings.model.after:
+        assert (CONF / settings.model.after).exists()
+    (tmp_path / "dumped.yaml").write_text(dump_settings(settings))
+    assert load_settings(tmp_path / "dumped.yaml") == settings
+
+
+@pytest.mark.parametrize("path", GROUP_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_choice_of_a_group_can_be_picked(path: Path):
+    if path.parent.name == "probe_tasks":
+        assert load_task(path.stem, path.parent).name == path.stem
+        return
+    if path.parent.name == "instructions":  # chosen by a decoder, whose own `defaults` pick them
+        entries = load_settings(CONF / "uniwhisper.yaml").decoder["instructions"]
+        assert set(yaml.safe_load(path.read_text())) <= set(entries)
+        return
+    settings = load_settings(
+        CONF / "aut.yaml",
+        [f"{path.parent.name}={path.stem}", "data.domains={speech: 1, sound: 0, music: 0}"],
+    )
+    chosen = getattr(settings, path.parent.name)
+    values = yaml.safe_load(path.read_text())
+    check_decoder(settings.decoder)
+    for key, value in values.items():
+        if isinstance(value, (int, str)) and "$" not in str(value) and key != "extends":
+            assert (chosen[key] if isinstance(chosen, dict) else getattr(chosen, key)) == value
+
+
+def test_the_papers_recipe_is_the_papers():
+    settings = load_settings(CONF / "aut.yaml")
+    assert settings.model.path == "openai/whisper-large-v3"
+    assert settings.data.domains == {"speech": 0.8, "sound": 0.1, "music": 0.1}
+    assert (settings.data.samples_per_epoch, settings.trainer.max_epochs) == (20_000_000, 2)
+    assert (settings.strategy.name, settings.hardware.devices, settings.hardware.precision) == (
+        "deepspeed_stage_2",
+        8,
+        "bf16-mixed",
+    )
+
+
+def test_uniwhisper_is_the_papers_and_differs_by_its_decoder():
+    settings = load_settings(CONF / "uniwhisper.yaml")
+    assert settings.model.path == "openai/whisper-large-v3"
+    assert (settings.decoder["language_model"], settings.decoder["train"]) == (
+        "Qwen/Qwen3-0.6B",
+        "frozen",
+    )
+    swapped = load_settings(CONF / "uniwhisper.yaml", ["decoder=whisper"])
+    assert check_decoder(swapped.decoder)[1].name == "whisper"
+    assert replace(swapped, decoder=settings.decoder) == settings
+
+
+def test_a_group_file_may_pick_files_of_other_groups(tmp_path: Path):
+    (tmp_path / "decoder").mkdir()
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "a.yaml").write_text("x: {n: 1}\ny: {n: 2}")
+    (tmp_path / "words" / "b.yaml").write_text("y: {n: 3}")
+    (tmp_path / "decoder" / "d.yaml").write_text(
+        "defaults: {words: [a, b]}\nname: d\nwords: {x: {m: 4}}"
+    )
+    (tmp_path / "run.yaml").write_text("defaults: {decoder: d}")
+    found = compose(tmp_path / "run.yaml", ["decoder.words.y.n=5"])
+    assert found == {"decoder": {"name": "d", "words": {"x": {"n": 1, "m": 4}, "y": {"n": 5}}}}
+    (tmp_path / "decoder" / "d.yaml").write_text("defaults: {words: c}")
+    with pytest.raises(UserError, match="words=c: no such choice"):
+        compose(tmp_path / "run.yaml")
+
+
+def test_overrides_win_over_files_and_groups():
+    settings = load_settings(
+        CONF / "aut_tiny.yaml",
+        [
+            "optim.lr=3e-4",
+            "strategy=ddp",
+            "data.domains.speech=0.5",
+            "model.after=",
+            "model.path=x/y",
+        ],
+    )
+    assert (settings.optim.lr, settings.strategy.name, settings.data.domains["speech"]) == (
+        3e-4,
+        "ddp",
+        0.5,
+    )
+    assert (settings.model.after, settings.model.path) == ("", "x/y")
+
+
+def test_all_problems_are_reported_at_once_with_the_nearest_name():
+    with pytest.raises(UserError) as caught:
+        load_settings(
+            CONF / "aut_tiny.yaml",
+            ["trainer.max_stepz=3", "optim.lr=fast", "model.padding=60s", "data.batch_clips=two"],
+        )
+    message = str(caught.value)
+    assert "4 problems" in message
+    assert "trainer.max_stepz: unknown key. Did you mean 'max_steps'?" in message
+    assert "optim.lr: expected a number, got 'fast'" in message
+    assert "model.padding: '60s' is not one of 'none', '30s'. Did you mean '30s'?" in message
+    assert "data.batch_clips: expected a whole number, got 'two'" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.domains={noise: 1}"], "not a domain"),
+        (["data.domains={speech: 0, sound: 0, music: 0}"], "sum to nothing"),
+        (["data.domains.sound=-1"], "is negative"),
+        (["data=demo_speech", "data.domains={speech: 1, sound: 1}"], "has a share but no source"),
+        (["data.max_seconds=60"], "max_seconds <= 30"),
+        (["data.batch_clips=0"], "below 1"),
+        (["optim.lr=0"], "not positive"),
+        (["data.max_skipped_fraction=2"], r"data\.max_skipped_fraction: 2.* is not a fraction"),
+        (["strategy.deepspeed={zero_optimization: {}}"], r"strategy.name is 'auto', which is not"),
+        (
+            [
+                "strategy=deepspeed_stage_2",
+                "strategy.deepspeed={gradient_clipping: 1, bf16: {enabled: true}}",
+            ],
+            r"(?s)deepspeed.gradient_clipping: set optim.gradient_clip .*bf16.enabled: set hardware.pre",
+        ),
+        (
+            ["strategy=deepspeed_stage_2", "strategy.deepspeed.zero_optimization.stage=3"],
+            r"deepspeed.zero_optimization.stage: set strategy.name instead",
+        ),
+        (
+            [
+                "strategy=deepspeed_stage_2",
+                "strategy.deepspeed.zero_optimization.offload_optimizer={device: cpu}",
+            ],
+            r"offload_optimizer: needs a strategy.name that ends in _offload",
+        ),
+        (["name=../x"], r"name: '\.\./x' cannot be the name of a folder"),
+        (["name="], "name: '' cannot be"),
+        (["name=.."], r"name: '\.\.' cannot be"),
+        (["corpora.demo.scale=0"], r"corpora\.demo\.scale: 0\.0 is not positive"),
+        (["data.train.0.path=x"], r"inside a list.*data\.train=\["),
+        (["seed=-1"], "seed: -1 is below 0"),
+        (["hardware.threads=-1"], r"hardware\.threads: -1 is below 0"),
+        (["optim.betas=[0.9]"], r"optim\.betas: \[0\.9\] are not two numbers"),
+        (["optim.betas=[0.9, 1]"], r"not two numbers from 0 to below 1"),
+        (["trainer.max_steps=0"], r"trainer\.max_steps: 0 is below 1; null"),
+        (["hardware.devices=0"], r"hardware\.devices: 0 is neither auto nor"),
+        (["hardware.devices=all"], r"hardware\.devices: 'all' is neither auto nor"),
+        (["model.path=a/b"], "exactly one of path, scratch, after"),
+        (["decoder=whsper"], "Did you mean 'whisper'"),
+        (["trainer.max_steps"], "written key=value"),
+        (["data.train=[]"], "has a share but no source"),
+        (
+            ["data.valid=[{path: x, domain: sound, text: '{a!r}'}]"],
+            r"the text '\{a!r\}' of x is no template",
+        ),
+        (["name=${nothing.there}"], "nothing"),
+    ],
+)
+def test_each_mistake_is_named(overrides: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        load_settings(CONF / "aut_tiny.yaml", overrides)
+
+
+def test_missing_and_broken_files(tmp_path: Path):
+    with pytest.raises(UserError, match=r"Did you mean 'aut_tiny.yaml'"):
+        load_settings(CONF / "aut_tinny.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    (tmp_path / "circle.yaml").write_text("extends: circle.yaml\n")
+    for name, message in (
+        ("list", "keys and values"),
+        ("broken", "not readable as YAML"),
+        ("circle", "circle"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_settings(tmp_path / f"{name}.yaml")
+
+
+def test_a_folder_without_configs_is_no_group(tmp_path: Path):
+    (tmp_path / "runs" / "smoke").mkdir(parents=True)
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_settings(load_settings(REPOSITORY / "conf" / "smoke.yaml")))
+    assert load_settings(config, [f"runs={tmp_path / 'runs'}"]).runs == str(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (["2", "null", "1"], "speech/1 has none. Give one to every source"),
+        (["null", "1", "null"], "speech/0, speech/2 have none"),
+        (["-1", "1", "1"], "speech/0 has the weight -1"),
+        (["0", "1", "1"], "speech/0 has the weight 0"),
+        ([".nan", "1", "1"], r"data\.train\.0\.weight: nan is not"),
+        ([".inf", "1", "1"], r"data\.train\.0\.weight: inf is not"),
+    ],
+)
+def test_a_domain_weighs_all_of_its_sources_or_none_and_says_which_is_wrong(
+    weights: list[str], message: str
+):
+    sources = ", ".join(
+        f"{{path: speech/{number}, domain: speech, weight: {weight}}}"
+        for number, weight in enumerate(weights)
+    )
+    domains = "data.domains={speech: 1, sound: 0, music: 0}"
+    with pytest.raises(UserError, match=message):
+        load_settings(CONF / "aut.yaml", [f"data.train=[{sources}]", domains])
+
+
+def test_each_domain_decides_by_itself_whether_its_sources_have_weights():
+    speech = "{path: a, domain: speech, weight: 2}, {path: b, domain: speech, weight: 0.5}"
+    train = f"data.train=[{speech}, {{path: c, domain: sound}}]"
+    domains = "data.domains={speech: 1, sound: 1, music: 0}"
+    loaded = load_settings(CONF / "aut.yaml", [train, domains])
+    assert [source.weight for source in loaded.data.train] == [2, 0.5, None]
+
+
+@pytest.mark.parametrize(
+    "name", ["optim.lr", "data.temperature", "data.max_skipped_fraction", "data.domains.speech"]
+)
+def test_a_number_that_is_none_is_named(name: str):
+    with pytest.raises(UserError, match=f"{name}: nan is not a finite number"):
+        load_settings(CONF / "aut.yaml", [f"{name}=.nan"])

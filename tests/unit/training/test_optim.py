@@ -1,0 +1,92 @@
+"""Parameter groups and the schedule."""
+
+from pathlib import Path
+
+import pytest
+
+from whisper_aut.models.decoders import check_decoder
+from whisper_aut.models.encoder import PackedEncoder
+from whisper_aut.models.pretrained import Start
+from whisper_aut.training.optim import optimizer_factory, parameter_groups, rate_factor
+
+
+def test_every_trainable_parameter_is_in_one_group(tiny_whisper: Path):
+    start = Start(str(tiny_whisper))
+    entry, options = check_decoder({"name": "whisper"})
+    decoder, _ = entry.build(start, options, False)
+    encoder = PackedEncoder(start.encoder)
+    groups = parameter_groups(encoder, decoder, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    placed = [id(parameter) for group in groups for parameter in group["params"]]
+    trainable = {
+        id(p) for module in (encoder, decoder) for p in module.parameters() if p.requires_grad
+    }
+    assert len(placed) == len(set(placed))
+    assert set(placed) == trainable
+    assert not encoder.whisper.embed_positions.weight.requires_grad
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    layers = encoder.whisper.layers
+    assert rate[id(layers[1].fc1.weight)] == 1.0
+    assert rate[id(layers[0].fc1.weight)] == 0.5
+    assert rate[id(encoder.whisper.conv1.weight)] == 0.25
+    assert (
+        rate[id(encoder.whisper.layer_norm.weight)]
+        == rate[id(decoder.whisper.layers[0].fc1.weight)]
+        == 1.0
+    )
+    assert decay[id(layers[0].fc1.weight)] == 0.1
+    assert decay[id(layers[0].fc1.bias)] == decay[id(layers[0].final_layer_norm.weight)] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle"), [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)]
+)
+def test_the_rate_warms_up_and_falls_to_its_final_share(schedule: str, middle: float):
+    def factor(step: int) -> float:
+        return rate_factor(
+            step, total_steps=110, warmup_steps=10, schedule=schedule, final_share=0.1
+        )  # pyright: ignore[reportArgumentType]
+
+    assert [factor(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert factor(10) == pytest.approx(1.0)
+    assert factor(60) == pytest.approx(middle)
+    assert factor(110) == pytest.approx(1.0 if schedule == "constant" else 0.1)
+
+
+def test_a_part_that_joins_later_has_no_rate_before_and_warms_up_from_there():
+    def factor(step: int) -> float:
+        return rate_factor(
+            step,
+            total_steps=110,
+            warmup_steps=10,
+            schedule="linear",
+            final_share=0.0,
+            first_step=50,
+        )
+
+    assert [factor(step) for step in (0, 49, 50, 59)] == pytest.approx([0.0, 0.0, 0.1, 1.0])
+    assert factor(85) == pytest.approx(0.5)
+    assert factor(110) == pytest.approx(0.0)
+
+
+def test_the_encoder_may_have_a_rate_of_its_own(tiny_whisper: Path):
+    start = Start(str(tiny_whisper))
+    entry, options = check_decoder({"name": "whisper"})
+    decoder, _ = entry.build(start, options, False)
+    groups = parameter_groups(PackedEncoder(start.encoder), decoder, 1.0, 0.1, 0.5, encoder_lr=0.2)
+    rates = {
+        part: {group["lr"] for group in groups if group["part"] == part}
+        for part in ("encoder", "decoder")
+    }
+    assert rates == {"encoder": {0.2, 0.1, 0.05}, "decoder": {1.0}}
+    made = optimizer_factory(
+        lr=1.0, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, layer_decay=1.0, total_steps=10, warmup_steps=1,
+        schedule="constant", final_share=0.0, encoder_lr=0.2, encoder_after_step=3,
+    )(PackedEncoder(start.encoder), decoder)  # fmt: skip
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    seen = []
+    for _ in range(4):
+        seen.append({group["part"]: group["lr"] for group in optimizer.param_groups})
+        optimizer.step()
+        schedule.step()
+    assert seen == [{"encoder": 0.0, "decoder": 1.0}] * 3 + [{"encoder": 0.2, "decoder": 1.0}]

@@ -1,0 +1,320 @@
+"""Decode audio to mono, with every size bounded before anything is decoded.
+
+Decoding is libsndfile's, through soundfile. Surround sound is mixed down with the weights of ITU-R
+BS.775-3 (https://www.itu.int/rec/R-REC-BS.775) where the order of the channels is known: FLAC, Ogg
+and Opus fix it, an extensible WAV states it. Elsewhere, as in a plain WAV of several microphones,
+channels are averaged, as those of stereo are.
+"""
+
+import io
+import mmap
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+
+from whisper_aut.audio.containers import second_file, with_length
+from whisper_aut.errors import Reason, SampleRefused
+
+AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3", "opus")
+MAX_CHANNELS = 32
+MAX_SAMPLE_RATE_HZ = 768_000
+MIN_SAMPLE_RATE_HZ = 1_000
+UNKNOWN_FRAMES = (
+    2**63 - 1
+)  # libsndfile's SF_COUNT_MAX: FLAC written to a pipe does not say how long it is
+MAX_PEAK = 4.0  # +12 dB over full scale; beyond it, floats are integers that nobody divided
+
+# Channels as files order them: L, R front; C centre; S surround; B back centre; X low frequencies.
+FLAC_LAYOUTS = ("LRC", "LRSS", "LRCSS", "LRCXSS", "LRCXBSS", "LRCXSSSS")  # RFC 9639, 9.1.3
+VORBIS_LAYOUTS = ("LCR", "LRSS", "LCRSS", "LCRSSX", "LCRSSBX", "LCRSSSSX")  # Vorbis I, 4.3.9
+WAVE_MASK_BITS = "LRCXSSLRBSS"  # of dwChannelMask in WAVEFORMATEXTENSIBLE, from the lowest
+HALF_POWER = 0.5**0.5
+# To stereo by BS.775-3 (centre and surrounds at -3 dB, no low frequencies), and that averaged.
+DOWNMIX = {"L": 0.5, "R": 0.5, "C": HALF_POWER, "S": HALF_POWER / 2, "B": 0.5, "X": 0.0}
+
+
+@dataclass(frozen=True)
+class ClipLimits:
+    """The bounds that a clip must keep.
+
+    Attributes:
+        min_seconds, max_seconds: duration, both ends allowed. Whisper's window ends at 30 s.
+        max_bytes: encoded size.
+        silence_peak: a clip whose mix-down stays below this is silent (full scale is 1); by default
+            just above half a step of 16 bits, which is what rounding leaves of opposite phases.
+    """
+
+    min_seconds: float = 0.1
+    max_seconds: float = 30.0
+    max_bytes: int = 64 << 20
+    silence_peak: float = 2e-5
+
+
+LONG_CLIPS = ClipLimits(
+    max_seconds=3600.0, max_bytes=1 << 30
+)  # what is heard in windows, as against trained on
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Decoded audio: `samples` is float32 `[S]`, mono, at the file's own rate."""
+
+    samples: np.ndarray
+    sample_rate_hz: int
+    codec: str
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / self.sample_rate_hz
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an encoded clip says of itself; `seconds` is None where it does not say."""
+
+    sample_rate_hz: int
+    channels: int
+    codec: str
+    seconds: float | None
+
+
+class _Forward(soundfile.SoundFile):
+    """Reads without seeking, which libsndfile cannot do in a stream of unknown length."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def decode(data: bytes, limits: ClipLimits) -> Clip:
+    """Decode one clip to mono, trusting neither its header nor its samples.
+
+    Raises:
+        SampleRefused: empty, too large, undecodable, several files joined together, outside the
+            duration limits, silent once it is mixed down, or with samples that are not finite or
+            far above full scale. A header that promises more audio than the limit is rejected
+            before decoding, and decoding stops at the limit whatever the header says.
+    """
+    with _opened(data, limits, soundfile.SoundFile) as file:
+        header = _checked_header(file, limits)
+        layout = channel_layout(file, data)
+        samples = _read(file, limits) if header.seconds is not None else None
+    if samples is None:
+        with _opened(data, limits, _Forward) as file:
+            samples = _read(file, limits)
+    seconds = len(samples) / header.sample_rate_hz
+    _check_not_longer(seconds, limits)
+    _check_not_shorter(seconds, limits)
+    _check_range(samples)
+    clip = Clip(mix_down(samples, layout), header.sample_rate_hz, header.codec)
+    check_not_silent(clip.samples, limits)
+    return clip
+
+
+def mix_down(samples: np.ndarray, layout: str = "") -> np.ndarray:
+    """Return `[S]` or `[S, channels]` as `[S]`: the average, or by the weights of a layout."""
+    if samples.ndim == 1:
+        return samples
+    if not layout:
+        return samples.mean(axis=1)
+    return samples @ np.array([DOWNMIX[channel] for channel in layout], samples.dtype)
+
+
+def channel_layout(file: soundfile.SoundFile, data: bytes) -> str:
+    """Return a letter for each channel, as in `DOWNMIX`; empty up to stereo, and where unknown.
+
+    Args:
+        data: the file's bytes, or the first of them.
+    """
+    if file.channels <= 2:
+        return ""
+    if file.format == "FLAC" or (file.format == "OGG" and file.subtype in ("VORBIS", "OPUS")):
+        layouts = FLAC_LAYOUTS if file.format == "FLAC" else VORBIS_LAYOUTS
+        return layouts[file.channels - 3] if file.channels <= 8 else ""
+    start = data.find(b"fmt ", 12)
+    if not data.startswith((b"RIFF", b"RF64")) or start < 0 or len(data) < start + 32:
+        return ""
+    (tag,), (mask,) = (
+        struct.unpack_from(kind, data, start + at) for kind, at in (("<H", 8), ("<I", 28))
+    )
+    letters = "".join(letter for bit, letter in enumerate(WAVE_MASK_BITS) if mask >> bit & 1)
+    is_whole = tag == 0xFFFE and mask.bit_count() == len(letters) == file.channels
+    return letters if is_whole else ""
+
+
+def check_not_silent(samples: np.ndarray, limits: ClipLimits) -> None:
+    """Raise `SampleRefused` for a mono clip that stays below the limit of silence."""
+    peak = float(np.abs(samples).max(initial=0.0))
+    if peak < limits.silence_peak:
+        raise SampleRefused(Reason.SILENT, f"peak {peak:.1e} of the mono mix")
+
+
+def read_header(data: bytes, limits: ClipLimits) -> Header:
+    """Return what a clip's header says, without decoding; a header may lie, `decode` does not believe it.
+
+    Raises:
+        SampleRefused: empty, too large, not audio, or outside the duration limits by its own word.
+    """
+    with _opened(data, limits, soundfile.SoundFile) as file:
+        header = _checked_header(file, limits)
+    if header.seconds is not None:
+        _check_not_shorter(header.seconds, limits)
+    return header
+
+
+@contextmanager
+def opened_recording(path: Path) -> Iterator[soundfile.SoundFile]:
+    """Open a file of which parts are to be read; how long it is does not matter, but it must say so.
+
+    Raises:
+        SampleRefused: undecodable, several files joined together, or of unknown length.
+    """
+    found = path.stat()
+    joined_at, counted = _examine(path, found.st_size, found.st_mtime_ns)
+    _check_single(joined_at)
+    source = path if counted is None else io.BytesIO(counted)
+    with _refusing(), soundfile.SoundFile(source) as file:
+        _check_format(file)
+        if file.frames == UNKNOWN_FRAMES:
+            raise SampleRefused(
+                Reason.UNDECODABLE, "no part can be cut from a stream of unknown length"
+            )
+        yield file
+
+
+@contextmanager
+def _opened(
+    data: bytes, limits: ClipLimits, opener: type[soundfile.SoundFile]
+) -> Iterator[soundfile.SoundFile]:
+    if not data:
+        raise SampleRefused(Reason.EMPTY, "0 bytes")
+    if len(data) > limits.max_bytes:
+        raise SampleRefused(Reason.TOO_LARGE, f"{len(data)} bytes, limit {limits.max_bytes}")
+    _check_single(second_file(data))
+    with _refusing(), opener(io.BytesIO(with_length(data))) as file:
+        yield file
+
+
+@lru_cache(maxsize=4)
+def _examine(path: Path, size: int, mtime_ns: int) -> tuple[int | None, bytes | None]:
+    """Return where a second file begins, and bytes to decode in place of the file, where needed."""
+    del mtime_ns
+    if not size:
+        return None, None
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        counted = with_length(data)
+        return second_file(data), None if isinstance(counted, mmap.mmap) else counted
+
+
+def _check_single(joined_at: int | None) -> None:
+    if joined_at is not None:
+        raise SampleRefused(
+            Reason.JOINED,
+            f"another file begins at byte {joined_at}, and decoders stop there; "
+            "split them, or encode them as one",
+        )
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Turn what goes wrong in a decoder into a refusal."""
+    try:
+        yield
+    except (
+        soundfile.LibsndfileError
+    ) as error:  # its str() holds a memory address, and ledgers should be comparable
+        raise SampleRefused(Reason.UNDECODABLE, error.error_string) from None
+    except (soundfile.SoundFileError, OSError, ValueError, TypeError, MemoryError) as error:
+        raise SampleRefused(Reason.UNDECODABLE, str(error)) from None
+
+
+def _read(file: soundfile.SoundFile, limits: ClipLimits) -> np.ndarray:
+    # One second past the limit is enough to know that a clip is too long, and bounds what a lying header can cost.
+    return file.read(int((limits.max_seconds + 1) * file.samplerate), dtype="float32")
+
+
+def _checked_header(file: soundfile.SoundFile, limits: ClipLimits) -> Header:
+    _check_format(file)
+    rate = file.samplerate
+    seconds = None if file.frames == UNKNOWN_FRAMES else file.frames / rate
+    if seconds is not None:
+        _check_not_longer(seconds, limits)
+    return Header(rate, file.channels, f"{file.format}/{file.subtype}", seconds)
+
+
+def _check_format(file: soundfile.SoundFile) -> None:
+    if not MIN_SAMPLE_RATE_HZ <= file.samplerate <= MAX_SAMPLE_RATE_HZ:
+        raise SampleRefused(Reason.UNDECODABLE, f"sample rate of {file.samplerate} Hz")
+    if not 1 <= file.channels <= MAX_CHANNELS:
+        raise SampleRefused(Reason.UNDECODABLE, f"{file.channels} channels")
+
+
+def _check_not_longer(seconds: float, limits: ClipLimits) -> None:
+    # Half a millisecond of grace: codecs and resamplers round a 30 s clip to a sample more or less.
+    if seconds > limits.max_seconds + 5e-4:
+        raise SampleRefused(Reason.TOO_LONG, f"{seconds:.3f} s, limit {limits.max_seconds:g} s")
+
+
+def _check_not_shorter(seconds: float, limits: ClipLimits) -> None:
+    if not seconds:
+        raise SampleRefused(Reason.EMPTY, "no samples")
+    if seconds < limits.min_seconds:
+        raise SampleRefused(Reason.TOO_SHORT, f"{seconds:.3f} s, limit {limits.min_seconds:g} s")
+
+
+def _check_range(samples: np.ndarray) -> None:
+    low, high = float(samples.min()), float(samples.max())
+    if not (np.isfinite(low) and np.isfinite(high)):  # NaN and infinities survive min and max
+        raise SampleRefused(Reason.NON_FINITE, "NaN or infinite samples")
+    if (peak := max(-low, high)) > MAX_PEAK:
+        raise SampleRefused(
+            Reason.OUT_OF_SCALE,
+            f"floats with a peak of {peak:g} where full scale is 1: divide integers by their own "
+            "full scale (32768 of 16 bits)",
+        )
+
+
+SAMPLE_RATE_HZ = 16_000
+
+
+def load_waveform(data: bytes, limits: ClipLimits) -> torch.Tensor:
+    """Decode, mix down and resample one clip to `[S]` at 16 kHz.
+
+    Raises:
+        SampleRefused: see `corpora.audio.decode`.
+    """
+    clip = decode(data, limits)
+    waveform = to_mono_16k(clip.samples, clip.sample_rate_hz)
+    check_not_silent(waveform.numpy(), limits)  # again: what lay above 8 kHz is gone
+    # Resampling may round the limit itself up by a sample; what is longer was refused above.
+    return waveform[: round(limits.max_seconds * SAMPLE_RATE_HZ)]
+
+
+def load_file(path: Path, limits: ClipLimits) -> torch.Tensor:
+    """Read one audio file as `[S]` at 16 kHz.
+
+    Raises:
+        SampleRefused: not to be read, larger than the limits, or see `corpora.audio.decode`.
+    """
+    try:
+        if (size := path.stat().st_size) > limits.max_bytes:  # before it is read
+            raise SampleRefused(Reason.TOO_LARGE, f"{size} bytes, limit {limits.max_bytes}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise SampleRefused(Reason.MISSING_FILE, error.strerror or str(error)) from None
+    return load_waveform(data, limits)
+
+
+def to_mono_16k(samples: np.ndarray, sample_rate_hz: int) -> torch.Tensor:
+    """Average the channels of `[S]` or `[S, channels]` and resample to `[S]` at 16 kHz."""
+    mono = mix_down(samples)
+    if sample_rate_hz != SAMPLE_RATE_HZ:
+        mono = soxr.resample(mono, sample_rate_hz, SAMPLE_RATE_HZ)
+    return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))

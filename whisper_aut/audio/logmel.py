@@ -1,0 +1,146 @@
+"""Waveform → log-mel spectrogram, Whisper's own features without Whisper's padding.
+
+In: one clip `[S]` at 16 kHz. Out: `[F', M]` with F' = F valid frames (10 ms each) plus up to two frames of the silence that
+follows. Next: `data.pack`. Source: Radford et al. 2022, section 2.2; equal to `transformers.WhisperFeatureExtractor` on every
+frame. The two extra frames are what the encoder's convolutions see past a clip's end when it lies in 30 s of silence: with
+them the last encoder frame is the one that padding would have given.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.audio_utils import mel_filter_bank
+
+from whisper_aut.audio.decode import SAMPLE_RATE_HZ
+
+WINDOW_SAMPLES = 400
+HOP_SAMPLES = 160
+WINDOW_SECONDS = 30
+MAX_SAMPLES = WINDOW_SECONDS * SAMPLE_RATE_HZ
+MAX_MEL_FRAMES = MAX_SAMPLES // HOP_SAMPLES
+CONTEXT_FRAMES = 2
+BLOCK_FRAMES = 512  # at most; what one block needs stays in the cache, where one transform of everything would not
+LOG_FLOOR = 1e-10
+DYNAMIC_RANGE = 8.0  # decades below a clip's own maximum
+
+
+def mel_frames(samples: int) -> int:
+    """F: how many mel frames hold a clip of S samples, the last one begun but perhaps not filled."""
+    return -(-samples // HOP_SAMPLES)
+
+
+def frames_with_context(mel_length: int) -> int:
+    """F': the valid frames and the silence after them, within Whisper's window."""
+    return min(mel_length + CONTEXT_FRAMES, MAX_MEL_FRAMES)
+
+
+class LogMel(nn.Module):
+    """Log-mel features of one clip, computed in float32 whatever the training precision.
+
+    Args:
+        num_mel_bins: M; 80 up to whisper-large-v2, 128 for large-v3.
+    """
+
+    window: Tensor
+    filters: Tensor
+
+    def __init__(self, num_mel_bins: int):
+        super().__init__()
+        self.num_mel_bins = num_mel_bins
+        filters = mel_filter_bank(
+            num_frequency_bins=1 + WINDOW_SAMPLES // 2,
+            num_mel_filters=num_mel_bins,
+            min_frequency=0.0,
+            max_frequency=SAMPLE_RATE_HZ / 2,
+            sampling_rate=SAMPLE_RATE_HZ,
+            norm="slaney",
+            mel_scale="slaney",
+        )
+        self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
+        self.register_buffer("window", torch.hann_window(WINDOW_SAMPLES), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, waveform: Tensor) -> Tensor:
+        """Return `[F', M]` for a waveform `[S]` of at most 30 s.
+
+        Raises:
+            ValueError: empty, more than one channel, or longer than Whisper's window.
+        """
+        if waveform.ndim != 1 or not 0 < len(waveform) <= MAX_SAMPLES:
+            raise ValueError(
+                f"expected 1 to {MAX_SAMPLES} samples of one channel, got shape {tuple(waveform.shape)}"
+            )
+        with _full_precision(waveform.device):
+            return self._features(waveform.float())
+
+    def _features(self, waveform: Tensor) -> Tensor:
+        frames = frames_with_context(mel_frames(len(waveform)))
+        windows = _pad_as_centred(waveform, frames).unfold(0, WINDOW_SAMPLES, HOP_SAMPLES)
+        mel = waveform.new_empty(frames, self.num_mel_bins)
+        blocks = (
+            -(-frames // BLOCK_FRAMES) if waveform.device.type == "cpu" else 1
+        )  # elsewhere it is calls that cost
+        size = -(
+            -frames // blocks
+        )  # equal blocks: a last one of two frames would cost as many calls as the others
+        windowed, power = (
+            windows.new_empty(size, WINDOW_SAMPLES),
+            windows.new_empty(size, len(self.filters)),
+        )
+        for start in range(0, frames, size):
+            block = windows[start : start + size]
+            spectrum = torch.fft.rfft(torch.mul(block, self.window, out=windowed[: len(block)]))
+            # re² + im² spares the square root of abs(), which squaring would only undo.
+            parts = torch.view_as_real(spectrum).square_()
+            torch.add(parts[..., 0], parts[..., 1], out=power[: len(block)])
+            torch.mm(power[: len(block)], self.filters, out=mel[start : start + size])
+        mel.clamp_(min=LOG_FLOOR).log10_()
+        floor = (
+            mel.max() - DYNAMIC_RANGE
+        )  # the clip's own maximum: features never depend on a neighbour
+        return mel.clamp_(min=floor).add_(4.0).mul_(0.25)
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Multiply in float32, whatever training has set: under autocast it would be half precision, on recent GPUs TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def silence_level(mel: Tensor) -> Tensor:
+    """The value that a silent frame has in a clip's log-mel `[F', M]`: the floor of its dynamic range."""
+    return (mel.max() - DYNAMIC_RANGE / 4.0).clamp(
+        min=(torch.tensor(LOG_FLOOR).log10().item() + 4.0) / 4.0
+    )
+
+
+def _pad_as_centred(waveform: Tensor, frames: int) -> Tensor:
+    """Lay out the samples that `frames` centred windows see when the clip starts a 30 s recording of silence.
+
+    `torch.stft(center=True)` mirrors the recording at both its ends. The start is always the clip's; the far end is the
+    clip's only where it reaches into the last half window of the 30 s.
+    """
+    half, samples = WINDOW_SAMPLES // 2, len(waveform)
+    reach = (frames - 1) * HOP_SAMPLES + half  # how far into the recording the last window sees
+    padded = waveform.new_empty(half + reach)
+    there = min(samples, reach)
+    padded[half : half + there] = waveform[:there]
+    padded[half + there :] = 0.0
+    start = waveform[1 : half + 1]
+    padded[half - len(start) : half] = start.flip(0)
+    padded[: half - len(start)] = (
+        0.0  # of a clip shorter than the mirror, its silence is mirrored too
+    )
+    if reach > MAX_SAMPLES:
+        beyond = reach - MAX_SAMPLES
+        mirrored = padded[half + MAX_SAMPLES - 1 - beyond : half + MAX_SAMPLES - 1].flip(0)
+        padded[half + MAX_SAMPLES :] = mirrored
+    return padded

@@ -1,0 +1,97 @@
+"""Clips of any length and number → what an encoder takes at a time, and back.
+
+In: a waveform `[S]`, then frames `[…, T, D]` of its windows. Out: the frames of the whole clip, or their mean. Next: `model.pretrained` and
+`probes.embed`. Audio over 30 s is heard in windows that overlap; each instant counts once, seen from the window in which it lies farther
+from the edge.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from whisper_aut.audio.decode import SAMPLE_RATE_HZ
+from whisper_aut.audio.logmel import MAX_SAMPLES, WINDOW_SECONDS
+from whisper_aut.errors import UserError
+
+OVERLAP_SECONDS = 2
+OVERLAP_SAMPLES = OVERLAP_SECONDS * SAMPLE_RATE_HZ
+BATCH_SECONDS = 160.0
+
+
+def cut_windows(waveform: Tensor) -> list[Tensor]:
+    """Cut `[S]` into waveforms of at most 30 s that overlap by two.
+
+    Examples:
+        >>> [len(window) / 16_000 for window in cut_windows(torch.zeros(75 * 16_000))]
+        [30.0, 30.0, 19.0]
+    """
+    if len(waveform) <= MAX_SAMPLES:
+        return [waveform]
+    step = MAX_SAMPLES - OVERLAP_SAMPLES
+    return [
+        waveform[i * step : i * step + MAX_SAMPLES]
+        for i in range(ceil((len(waveform) - OVERLAP_SAMPLES) / step))
+    ]
+
+
+def join_windows(frames: Sequence[Tensor]) -> Tensor:
+    """Put the frames `[…, T, D]` of a clip's windows end to end, what overlaps cut in the middle.
+
+    Examples:
+        >>> join_windows([torch.zeros(1500, 8), torch.zeros(1500, 8), torch.zeros(950, 8)]).shape
+        torch.Size([3750, 8])
+    """
+    if len(frames) == 1:
+        return frames[0]
+    half = round(
+        frames[0].shape[-2] * OVERLAP_SECONDS / WINDOW_SECONDS / 2
+    )  # the first window is a full one
+    first, *middle, last = frames
+    cut = [
+        first[..., :-half, :],
+        *(window[..., half:-half, :] for window in middle),
+        last[..., half:, :],
+    ]
+    return torch.cat(cut, -2)
+
+
+def batches_by_seconds(seconds: Sequence[float], batch_seconds: float) -> Iterator[list[int]]:
+    """Cut clips into runs of positions that hold at most `batch_seconds` together; a longer clip is a run of its own.
+
+    Examples:
+        >>> list(batches_by_seconds([3.0, 4.0, 20.0, 1.0], batch_seconds=8))
+        [[0, 1], [2], [3]]
+    """
+    batch, held = [], 0.0
+    for place, length in enumerate(seconds):
+        if batch and held + length > batch_seconds:
+            yield batch
+            batch, held = [], 0.0
+        batch.append(place)
+        held += length
+    if batch:
+        yield batch
+
+
+def _mean(frames: Tensor) -> Tensor:
+    return frames.mean(-2)
+
+
+def _mean_std(frames: Tensor) -> Tensor:
+    return torch.cat([frames.mean(-2), frames.std(-2, correction=0)], -1)
+
+
+POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {"mean": _mean, "mean_std": _mean_std}
+
+
+def pooling_named(name: str) -> Callable[[Tensor], Tensor]:
+    """Return a function `[…, T, D]` → `[…, D']`.
+
+    Raises:
+        UserError: there is no such pooling.
+    """
+    if name not in POOLINGS:
+        raise UserError(f"Pooling must be one of {', '.join(POOLINGS)}, not {name!r}.")
+    return POOLINGS[name]

@@ -1,0 +1,165 @@
+"""`whisper-aut embed` and `search`: an encoder at work on a user's own clips."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from whisper_aut.commands import (
+    add_device_options,
+    add_encoder_options,
+    add_pooling_options,
+    whole_number,
+)
+
+
+def embed(options: argparse.Namespace, console: Console) -> None:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from whisper_aut.errors import Interrupted
+    from whisper_aut.inference.encoder import (
+        EmbedOptions,
+        check_suffix,
+        count_clips,
+        embed_paths,
+        summary,
+    )
+    from whisper_aut.models.pretrained import load_encoder
+
+    out = Path(options.out)
+    check_suffix(out, frames=options.frames)
+    clips = count_clips(options.audio)
+    encoder = load_encoder(
+        options.encoder, padding=options.padding, device=options.device, dtype=options.dtype
+    )
+    pooling = "" if options.frames else options.pooling
+    wanted = EmbedOptions(pooling, tuple(options.layers), options.batch_seconds)
+    screen = Console(stderr=True)
+    columns = (TextColumn("embed"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(
+            *columns, console=screen, disable=not screen.is_terminal, transient=True
+        ) as bar:
+            line = bar.add_task("", total=clips)
+            vectors = embed_paths(
+                encoder,
+                options.audio,
+                name=options.encoder,
+                options=wanted,
+                advance=lambda: bar.advance(line),
+            )
+    except KeyboardInterrupt:
+        raise Interrupted(f"{out} was not written. Run the same command to begin anew.") from None
+    vectors.save(out)
+    shape = " × ".join(map(str, vectors.values.shape))
+    minutes = sum(vectors.seconds) / 60
+    console.print(
+        f"Wrote {out}: {len(vectors)} clips, {minutes:.1f} min of audio, {shape} numbers.",
+        highlight=False,
+    )
+    if vectors.refused:
+        console.print(
+            f"{len(vectors.refused)} clips were refused: {summary(vectors.refused)}.",
+            highlight=False,
+        )
+        for name, reason in list(vectors.refused.items())[:5]:
+            console.print(f"  {name}: {reason}", highlight=False)
+
+
+def search(options: argparse.Namespace, console: Console) -> None:
+    from whisper_aut.inference.encoder import Vectors
+    from whisper_aut.inference.search import SearchIndex
+
+    index = SearchIndex(Vectors.load(Path(options.index)))
+    encoder = index.open_encoder(
+        path=options.encoder, device=options.device, dtype=options.dtype or ""
+    )
+    found = index.embed(encoder, options.audio, batch_seconds=options.batch_seconds)
+    for query, vector in zip(options.audio, found, strict=True):
+        if len(options.audio) > 1:
+            console.print(query, style="bold", highlight=False)
+        for neighbour in index.nearest(vector, options.k):
+            console.print(f"{neighbour.similarity:7.4f}  {neighbour.name}", highlight=False)
+
+
+def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "embed", help="embed audio files, folders or shards with an encoder"
+    )
+    command.add_argument(
+        "encoder", help="a directory, a run, or a hub id; NAME@30s and NAME@none choose the padding"
+    )
+    command.add_argument(
+        "audio", nargs="+", help="files, folders of files, folders or URLs of shards, tars"
+    )
+    command.add_argument("--out", required=True, help="a .safetensors, .npz or .parquet file")
+    command.add_argument(
+        "--frames", action="store_true", help="keep all frames in place of one vector a clip"
+    )
+    add_pooling_options(command)
+    add_encoder_options(command)
+    command.set_defaults(run=embed)
+
+    command = commands.add_parser(
+        "search", help="the clips of an embedded folder that sound most like a clip"
+    )
+    command.add_argument("index", help="a file that `embed` wrote")
+    command.add_argument("audio", nargs="+", help="files to look for")
+    command.add_argument(
+        "-k", type=whole_number(1), default=5, help="how many neighbours to list (default: 5)"
+    )
+    command.add_argument(
+        "--encoder", default="", help="where the index's encoder is now, if it was moved"
+    )
+    add_device_options(command, dtype=None)
+    command.set_defaults(run=search)
+    add_demo_parser(commands)
+
+
+def demo(options: argparse.Namespace, console: Console) -> None:
+    from whisper_aut.inference.demo import build_page, launch_page
+    from whisper_aut.pipeline import open_listener
+
+    listener = open_listener(
+        options.encoder,
+        options.against,
+        options.padding,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    if options.index:
+        with console.status("Embedding the clips to search among"):
+            listener.index(options.index, options.batch_seconds)
+    page = build_page(listener, f"whisper-aut · {options.encoder}")
+    folders = [options.index] if options.index else []
+    address = launch_page(page, port=options.port, folders=folders, wait=False)
+    console.print(f"Open {address} (Ctrl-C ends it). Only this machine can.")
+    page.block_thread()
+
+
+def add_demo_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = commands.add_parser(
+        "demo", help="a local page: spectrogram, what the decoder writes, nearest clips"
+    )
+    command.add_argument(
+        "encoder",
+        metavar="RUN_OR_ENCODER",
+        help="a run, which has a decoder and a start to compare with, or an encoder alone",
+    )
+    command.add_argument(
+        "--index", metavar="FOLDER", default="", help="clips to search among: files or shards"
+    )
+    command.add_argument(
+        "--against", default="", help="the encoder before; by default what the run started from"
+    )
+    add_encoder_options(command)
+    command.add_argument(
+        "--port", type=whole_number(1, 65_535), default=7860, help="of the page (default: 7860)"
+    )
+    command.set_defaults(run=demo)

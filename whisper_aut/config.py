@@ -1,0 +1,845 @@
+"""YAML → checked dataclasses: composition of config files, and every problem of a config reported at once.
+
+In: a YAML file, `key=value` overrides, a dataclass. Out: an instance of it, or one `UserError` that lists all problems. Next:
+`settings` defines the dataclasses of runs, `probes.tasks` those of probe tasks. Merging and interpolation are OmegaConf's.
+
+A config may name another that it `extends`, and `defaults` that pick one file of a group each: `defaults: {decoder: whisper}`
+reads `decoder/whisper.yaml` beside the config and puts it under the key `decoder`. On the command line `decoder=NAME`
+picks another file of the group, and `decoder.key=value` changes one value. A file of a group may extend another, or have
+`defaults`: their choices come under its own keys, and a list of choices is merged.
+"""
+
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from whisper_aut.data.annotation import DOMAINS, text_template
+from whisper_aut.data.filters import allowed_id
+from whisper_aut.errors import UserError, nearest
+
+T = TypeVar("T")
+MAX_EXTENDS = 8
+LOCAL = Path("conf")  # in the working directory
+SHIPPED = Path(__file__).parent / "conf"  # part of the package, in a checkout too
+
+
+def find_config(name: str | Path, near: Path = Path(), kind: str = "") -> Path:
+    """Return the file of a config, which may be given by its path or by its name.
+
+    Args:
+        name: any path, or a name such as `aut`; `.yaml` may be left out.
+        near: the folder that is searched first. `conf/` of the working directory and then the configs of the package follow.
+        kind: the folder within those two, such as `experiments` or `probe_tasks`.
+
+    Returns:
+        The first file found; where there is none, the first path that was tried, for the reader's error.
+    """
+    given = Path(name)
+    paths = [near / given, LOCAL / kind / given, SHIPPED / kind / given]
+    if given.parts[:1] == LOCAL.parts:  # conf/aut.yaml, as the docs write it, away from a checkout
+        paths.append(SHIPPED / given.relative_to(LOCAL))
+    files = (file for path in paths for file in (path, path.with_name(f"{path.name}.yaml")))
+    return next((file for file in files if file.is_file()), near / given)
+
+
+def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> dict[str, Any]:
+    """Merge a config with what it extends, its groups and the overrides, and resolve interpolations.
+
+    Args:
+        path: of the config, or its name: see `find_config`.
+        overrides: `key=value`, or `group=choice`.
+        kind: the folder of `conf/` that holds configs like this one, such as `experiments`.
+
+    Raises:
+        UserError: a file is missing or not YAML, a group has no such choice, an override is not `key=value`.
+    """
+    path = find_config(path, kind=kind)
+    layers = _layers(path, kind)
+    shelves = [LOCAL / kind, SHIPPED / kind]
+    groups = _groups(shelves if path.parent in shelves else [path.parent, *shelves])
+    choices = {
+        name: choice for layer in layers for name, choice in layer.pop("defaults", {}).items()
+    }
+    picked, values = _split_overrides(overrides, groups)
+    choices |= picked
+    merged = OmegaConf.create({})
+    for group, choice in choices.items():
+        merged[group] = _read_group(group, choice, groups, f"{kind}/{group}")
+    try:
+        result = OmegaConf.merge(merged, *layers, OmegaConf.from_dotlist(values))
+        container = OmegaConf.to_container(result, resolve=True)
+    except TypeError:  # OmegaConf's word for a mapping on top of a list
+        raise UserError(
+            f"{path}: an override reaches inside a list, or puts keys where there are none. Give the list whole, as in data.train=[…]."
+        ) from None
+    except (OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    return container  # pyright: ignore[reportReturnType]
+
+
+def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Check a mapping against a dataclass, recursively, and build it.
+
+    Args:
+        schema: a dataclass whose fields are plain types, literals, dataclasses, or lists, dicts and options of those.
+        values: the mapping, fully resolved.
+        where: what the error message calls the origin of the values.
+
+    Raises:
+        UserError: listing every unknown key (with the nearest known one), wrong type and missing value.
+    """
+    problems: list[str] = []
+    result = _convert(schema, values, "", problems)
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise UserError(
+            f"{where} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listed}"
+        )
+    return result
+
+
+def _layers(path: Path, kind: str) -> list[DictConfig]:
+    """Return the config and all it extends, the farthest first."""
+    layers: list[DictConfig] = []
+    current: Path | None = path
+    while current is not None:
+        if len(layers) == MAX_EXTENDS:
+            raise UserError(
+                f"{path} extends more than {MAX_EXTENDS} configs in a row; is there a circle?"
+            )
+        layer = _read_yaml(current)
+        parent = layer.pop("extends", None)
+        layers.insert(0, layer)
+        current = find_config(str(parent), current.parent, kind) if parent else None
+    return layers
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        folder = path.parent if any(path.parent.glob("[!.]*.yaml")) else SHIPPED
+        known = sorted(file.name for file in folder.glob("[!.]*.yaml"))
+        raise UserError(
+            f"There is no config {path}.{nearest(path.name, known) or nearest(path.stem, known)} "
+            f"{folder} has: {', '.join(known)}."
+        )
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not readable as YAML: {error}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path} must hold keys and values, not a list.")
+    return loaded
+
+
+Groups = Mapping[str, Mapping[str, Path]]
+
+
+def _groups(folders: Sequence[Path]) -> dict[str, dict[str, Path]]:
+    """Return group → choice → file. A file of an earlier folder hides one of the same name in a later one."""
+    groups: dict[str, dict[str, Path]] = {}
+    for folder in reversed(folders):
+        for file in sorted(folder.glob("*/*.yaml")):
+            groups.setdefault(file.parent.name, {})[file.stem] = file
+    return groups
+
+
+def _read_group(group: str, choice: str, groups: Groups, kind: str) -> DictConfig:
+    """Read one file of a group, what it extends, and the files of other groups that its `defaults` pick."""
+    layers = _layers(_group_file(group, choice, groups), kind.lstrip("/"))
+    values = cast(DictConfig, OmegaConf.merge(*layers))
+    within = OmegaConf.create({})
+    for inner, choices in values.pop("defaults", {}).items():
+        names = [choices] if isinstance(choices, str) else list(choices)
+        within[inner] = OmegaConf.merge(
+            *(_read_yaml(_group_file(inner, name, groups)) for name in names)
+        )
+    return OmegaConf.merge(within, values)  # pyright: ignore[reportReturnType]
+
+
+def _group_file(group: str, choice: str, groups: Groups) -> Path:
+    if group not in groups:
+        raise UserError(
+            f"There is no config group {group!r}.{nearest(group, groups)} Groups: {', '.join(sorted(groups))}."
+        )
+    if choice not in groups[group]:
+        raise UserError(
+            f"{group}={choice}: no such choice.{nearest(str(choice), groups[group])} There are: {', '.join(groups[group])}."
+        )
+    return groups[group][choice]
+
+
+def _split_overrides(overrides: Sequence[str], groups: Groups) -> tuple[dict[str, str], list[str]]:
+    bad = [item for item in overrides if "=" not in item or item.startswith(("=", "-"))]
+    if bad:
+        raise UserError(f"Overrides are written key=value; not understood: {', '.join(bad)}.")
+    pairs = [(item, *item.split("=", 1)) for item in overrides]
+    picked = {key: value for _, key, value in pairs if key in groups}
+    return picked, [item for item, key, _ in pairs if key not in groups]
+
+
+def _convert(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert_union([a for a in arguments if a is not type(None)], value, path, problems)
+    if is_dataclass(kind):
+        return _convert_dataclass(kind, value, path, problems)
+    if origin is Literal:
+        if value not in arguments:
+            suggestion = nearest(str(value), map(str, arguments))
+            problems.append(
+                f"{path}: {value!r} is not one of {', '.join(map(repr, arguments))}.{suggestion}"
+            )
+        return value
+    if origin in (list, Sequence, tuple):
+        if not isinstance(value, (list, tuple)):
+            problems.append(f"{path}: expected a list, got {value!r}")
+            return value
+        return [
+            _convert(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value)
+        ]
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            problems.append(f"{path}: expected keys and values, got {value!r}")
+            return value
+        return {
+            str(key): _convert(arguments[1], item, f"{path}.{key}", problems)
+            for key, item in value.items()
+        }
+    return _convert_scalar(kind, value, path, problems)
+
+
+def _convert_union(kinds: Sequence[Any], value: Any, path: str, problems: list[str]) -> Any:
+    """Take the first kind that the value fits as it is; the last one's problems are those reported."""
+    for kind in kinds[:-1]:
+        found: list[str] = []
+        converted = _convert(kind, value, path, found)
+        if not found:
+            return converted
+    return _convert(kinds[-1], value, path, problems)
+
+
+def _convert_dataclass(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    if is_dataclass(value) and isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        problems.append(f"{path}: expected keys and values, got {value!r}")
+        return None
+    hints = get_type_hints(kind)
+    known = {one.name: one for one in fields(kind)}
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in known:
+            hint = nearest(str(key), known) or f" Known here: {', '.join(known)}."
+            problems.append(f"{prefix}{key}: unknown key.{hint}")
+    converted = {}
+    before = len(problems)
+    for name, one in known.items():
+        if name in value:
+            converted[name] = _convert(hints[name], value[name], prefix + name, problems)
+        elif one.default is MISSING and one.default_factory is MISSING:
+            problems.append(f"{prefix}{name}: missing")
+    return kind(**converted) if len(problems) == before else None
+
+
+def _convert_scalar(kind: type, value: Any, path: str, problems: list[str]) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is str and value is None:  # `key=` on a command line
+        return ""
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # a name or a class that happens to be a number
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        problems.append(f"{path}: expected {names.get(kind, kind.__name__)}, got {value!r}")
+    return value
+
+
+# DeepSpeed's options that a config has under another name.
+SET_ELSEWHERE = {
+    "train_batch_size": "data.batch_clips",
+    "train_micro_batch_size_per_gpu": "data.batch_clips",
+    "gradient_accumulation_steps": "trainer.accumulate",
+    "gradient_clipping": "optim.gradient_clip",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "bf16.enabled": "hardware.precision",
+    "fp16.enabled": "hardware.precision",
+    "zero_optimization.stage": "strategy.name",
+}
+
+
+@dataclass
+class ScratchSettings:
+    """A small Whisper made from nothing: its sizes, and the shard folders whose texts its tokenizer is trained on (by default
+    the training sources)."""
+
+    d_model: int = 128
+    encoder_layers: int = 4
+    decoder_layers: int = 4
+    heads: int = 4
+    num_mel_bins: int = 80
+    vocabulary: int = 1500
+    texts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ModelSettings:
+    """Where the encoder starts.
+
+    Attributes:
+        path: a hub id or a directory in Hugging Face's Whisper format.
+        revision: branch, tag or commit on the hub; empty for the default.
+        scratch: instead of `path`, a new small model.
+        after: instead of `path`, a config whose exported model is the start; it is trained first where it has not been.
+        random_init: keep the architecture and tokenizer of the start but not its weights.
+        padding: `none` encodes each clip at its own length, `30s` pads it as Hugging Face does.
+        gradient_checkpointing: trade a third more compute for most of the activation memory.
+        freeze_encoder: train the decoder alone.
+        compile: fuse the encoder's layers with `torch.compile`, which takes a C++ compiler.
+    """
+
+    path: str = ""
+    revision: str = ""
+    scratch: ScratchSettings | None = None
+    after: str = ""
+    random_init: bool = False
+    padding: Literal["none", "30s"] = "none"
+    gradient_checkpointing: bool = False
+    freeze_encoder: bool = False
+    compile: bool = False
+
+
+@dataclass
+class DemoSettings:
+    """The synthesised corpus of `whisper-aut data demo`: where it goes, its seed, and its size beside the default one."""
+
+    out: str
+    seed: int = 0
+    scale: float = 1.0
+
+
+@dataclass
+class ManifestSettings:
+    """One `whisper-aut data build`: the manifest, and how its columns become annotations (see `corpora.manifest`)."""
+
+    manifest: str
+    out: str
+    audio_root: str = ""
+    audio: str = ""
+    text: str = ""
+    label: str = ""
+    offset: str = ""
+    duration: str = ""
+    domain: str = ""
+    task: str = ""
+    language: str = ""
+    source: str = ""
+    licence: str = ""
+    where: dict[str, list[str]] = field(default_factory=dict)
+    split_by: str = ""
+
+
+@dataclass
+class CorporaSettings:
+    """What is built before training, where it has not been built already."""
+
+    demo: DemoSettings | None = None
+    manifests: list[ManifestSettings] = field(default_factory=list)
+
+
+@dataclass
+class SourceSettings:
+    """A folder or URL of shards, its domain, and its weight among the sources of that domain.
+
+    Weights are positive, and all sources of a domain have one or none has (each counts by its clips). `text` names the field of
+    the samples' JSON that holds their text, or is a template over fields such as `{title}, played by {artist}`; without it the
+    text is looked for under the usual names.
+    """
+
+    path: str
+    domain: Literal["speech", "sound", "music"]
+    weight: float | None = None
+    licence: str = ""
+    text: str = ""
+
+
+@dataclass
+class AugmentSettings:
+    """How training clips are changed; validation clips never are.
+
+    Attributes:
+        spec: SpecAugment on the log-mel.
+        gain_db: loudness changes by up to so much, either way.
+        speeds: one of these factors for each clip, as in [0.9, 1.0, 1.1].
+        noise: folders or URLs of shards, with sample tables, whose clips are added to `noise_share` of the training clips.
+        snr_db: how far above the noise a clip stands, lowest and highest.
+    """
+
+    spec: bool = True
+    gain_db: float = 0.0
+    speeds: list[float] = field(default_factory=lambda: [1.0])
+    noise: list[str] = field(default_factory=list)
+    noise_share: float = 0.5
+    snr_db: list[float] = field(default_factory=lambda: [5.0, 30.0])
+
+
+@dataclass
+class LicenceSettings:
+    """Which licences clips may have, by SPDX id: `CC-BY-4.0`, or `CC-BY` for all its versions.
+
+    Empty: all, and unknown ones too; otherwise a clip whose licence is not understood is left out.
+    A clip that states none has its source's `licence`.
+    """
+
+    allow: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DataSettings:
+    """What is read, and how.
+
+    Attributes:
+        root: where the user's own corpora or shards lie; configs refer to it.
+        shards: where shards are built.
+        train, valid: the sources.
+        mode: `mixture` draws without end by shares; `epochs` gives every clip of every source once an epoch, whatever the shares.
+        domains: share of each domain among the training clips; they need not sum to one.
+        temperature: shares of domains, and weights of sources within theirs, are raised to its inverse; above 1 evens them out.
+        batch_clips: clips per rank and micro-batch.
+        batch_seconds: instead, the most seconds of audio per rank and micro-batch; needs sample tables (`whisper-aut data index`).
+        samples_per_epoch: clips per epoch over all ranks; null for as many as the training shards hold.
+        valid_clips: the first so many clips of each validation source; null for all.
+        window: clips of a source that are shuffled among each other; what is read again at most after a resume.
+        workers: processes per rank that decode.
+        features: where log-mels are made: by those processes, or on the training device.
+        exclude: a list of clips that are not trained on, as `whisper-aut data audit` writes it; empty for none.
+        licences: which clips may be trained on.
+        max_skipped_fraction: the run stops when more than this fraction of a source's samples is skipped, over all ranks and resumes.
+        retries, timeout_seconds: how often a failing read of a remote shard is tried again, after pauses that double, and after how
+            much silence a read has failed.
+        allow_pipe: sources may be `pipe:COMMAND`; the commands of this config are run.
+        augment: what is done to training clips; validation never.
+    """
+
+    root: str = "data"
+    shards: str = "data"
+    train: list[SourceSettings] = field(default_factory=list)
+    valid: list[SourceSettings] = field(default_factory=list)
+    mode: Literal["mixture", "epochs"] = "mixture"
+    domains: dict[str, float] = field(
+        default_factory=lambda: {"speech": 0.8, "sound": 0.1, "music": 0.1}
+    )
+    temperature: float = 1.0
+    batch_clips: int = 16
+    batch_seconds: float | None = None
+    samples_per_epoch: int | None = None
+    valid_clips: int | None = None
+    window: int = 1000
+    workers: int = 2
+    features: Literal["workers", "device"] = "workers"
+    min_seconds: float = 0.1
+    max_seconds: float = 30.0
+    exclude: str = ""
+    licences: LicenceSettings = field(default_factory=LicenceSettings)
+    max_skipped_fraction: float = 0.05
+    retries: int = 6
+    timeout_seconds: float = 30.0
+    allow_pipe: bool = False
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+
+
+@dataclass
+class OptimSettings:
+    """AdamW and its schedule. `warmup_steps` and the decay count optimiser steps; `layer_decay` < 1 slows lower encoder layers.
+
+    Attributes:
+        lr: of decoder or adapter, and of the encoder where `encoder_lr` is null.
+        encoder_after_step: the decoder or adapter learns alone before this step.
+    """
+
+    lr: float = 1e-5
+    encoder_lr: float | None = None
+    encoder_after_step: int = 0
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-6
+    warmup_steps: int = 500
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr_share: float = 0.0
+    layer_decay: float = 1.0
+    gradient_clip: float = 1.0
+
+
+@dataclass
+class TrainerSettings:
+    """How long to train, what is written down on the way, and what stops it. Counts are optimiser steps unless they say otherwise.
+
+    Attributes:
+        keep_checkpoints: so many of the newest; the best by validation loss stays beside them.
+        async_checkpoints: write them while training goes on; a copy of the rank's share stays in main memory meanwhile.
+        deterministic: refuse operations whose result depends on timing; slower on GPUs.
+        max_bad_steps: so many steps in a row without a finite gradient stop the run; until then each is left out.
+        spike_factor: a loss so many robust deviations above its running median is a spike; 0 does not look.
+        on_spike: say so, or go back to the last checkpoint and leave out the data since.
+    """
+
+    max_epochs: int = 1
+    max_steps: int | None = None
+    accumulate: int = 1
+    valid_every_steps: int = 1000
+    checkpoint_every_steps: int = 1000
+    log_every_steps: int = 25
+    loggers: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] = field(
+        default_factory=lambda: ["csv", "tensorboard"]
+    )
+    keep_checkpoints: int = 2
+    async_checkpoints: bool = False
+    generate_clips: int = 4
+    generate_tokens: int = 64
+    deterministic: bool = False
+    max_bad_steps: int = 25
+    spike_factor: float = 0.0
+    on_spike: Literal["warn", "rewind"] = "warn"
+
+
+@dataclass
+class HardwareSettings:
+    """The machine.
+
+    Attributes:
+        accelerator, devices, nodes: Lightning's; devices are those of a node.
+        precision: Lightning's. `auto` is bf16-mixed on a GPU that computes in bfloat16, else
+            32-true. Trained weights are float32 under each; DeepSpeed computes with 16-bit copies.
+        threads: of a CPU training; 0 for all.
+    """
+
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    nodes: int = 1
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    threads: int = 0
+
+
+@dataclass
+class StrategySettings:
+    """How ranks share the work.
+
+    Attributes:
+        name: one device or DDP (`auto`), DDP, or a ZeRO stage of DeepSpeed; `_offload` moves the
+            optimizer state to the CPU.
+        timeout_minutes: how long a rank waits for the others before the job ends.
+        deepspeed: options of DeepSpeed's own config, such as
+            `{zero_optimization: {reduce_bucket_size: 50000000}}`; they go over those of `name`.
+    """
+
+    name: Literal[
+        "auto",
+        "ddp",
+        "deepspeed_stage_1",
+        "deepspeed_stage_2",
+        "deepspeed_stage_3",
+        "deepspeed_stage_2_offload",
+        "deepspeed_stage_3_offload",
+    ] = "auto"
+    timeout_minutes: float = 30.0
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DuringSettings:
+    """Probes while the encoder trains, for watching; none without tasks.
+
+    Attributes:
+        tasks: small ones, by name or path: their shards are read and embedded again each time.
+        every_steps: optimiser steps between two measurements; the first is before the first step.
+        kind: of probe.
+        guarded: the domain that must not be forgotten.
+        max_drop: by how much (0 to 1) its mean score may lie below the first.
+        on_drop: what happens otherwise.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    every_steps: int = 1000
+    kind: str = "knn"
+    guarded: Literal["speech", "sound", "music"] = "speech"
+    max_drop: float = 0.05
+    on_drop: Literal["warn", "stop"] = "warn"
+
+
+@dataclass
+class ProbeSettings:
+    """The probes after training, and those during training.
+
+    Attributes:
+        root: the folder that `{root}` in the tasks stands for.
+        tasks: by name or path.
+        seeds: of probes with a random start; the others are fitted once.
+        final_fit: what the tested probe is fitted on: the training split, or the validation split too.
+        random_encoder, logmel_baseline: also probe random weights, and log-mel statistics.
+    """
+
+    root: str = "data"
+    tasks: list[str] = field(default_factory=list)
+    seeds: int = 3
+    final_fit: Literal["train", "train+valid"] = "train"
+    random_encoder: bool = True
+    logmel_baseline: bool = True
+    during: DuringSettings = field(default_factory=DuringSettings)
+
+
+@dataclass
+class Settings:
+    """One run."""
+
+    name: str
+    model: ModelSettings
+    decoder: dict[str, Any]
+    data: DataSettings
+    seed: int = 0
+    runs: str = "runs"
+    corpora: CorporaSettings = field(default_factory=CorporaSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    hardware: HardwareSettings = field(default_factory=HardwareSettings)
+    strategy: StrategySettings = field(default_factory=StrategySettings)
+    export: list[Literal["encoder", "whisper"]] = field(default_factory=lambda: ["encoder"])
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a config, apply overrides, check everything that can be checked without reading data or weights.
+
+    Raises:
+        UserError: listing all problems.
+    """
+    settings = build(Settings, compose(path, overrides), str(path))
+    problems = [
+        *_model_problems(settings.model),
+        *_data_problems(settings.data),
+        *_weight_problems(settings.data.train),
+        *_text_problems([*settings.data.train, *settings.data.valid]),
+        *_number_problems(settings),
+        *_not_finite(asdict(settings)),
+    ]
+    problems += _logger_problems(settings.trainer.loggers)
+    problems += _strategy_problems(settings.strategy)
+    if "name" not in settings.decoder:
+        problems.append("decoder.name: missing; pick a decoder with decoder=whisper")
+    if problems:
+        raise UserError(
+            f"{path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n"
+            + "\n".join(f"  - {p}" for p in problems)
+        )
+    return settings
+
+
+def dump_settings(settings: Settings) -> str:
+    """Return the resolved config as YAML that `load_settings` reads back."""
+    return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
+
+
+def _model_problems(model: ModelSettings) -> list[str]:
+    given = [name for name in ("path", "scratch", "after") if getattr(model, name)]
+    if len(given) != 1:
+        return [
+            f"model: give exactly one of path, scratch, after; given: {', '.join(given) or 'none'}"
+        ]
+    return []
+
+
+def _data_problems(data: DataSettings) -> list[str]:
+    problems = [
+        f"data.domains.{name}: not a domain; there are {', '.join(DOMAINS)}"
+        for name in data.domains
+        if name not in DOMAINS
+    ]
+    problems += [
+        f"data.domains.{name}: {share} is negative"
+        for name, share in data.domains.items()
+        if share < 0
+    ]
+    for entry in data.licences.allow:
+        try:
+            allowed_id(entry)
+        except UserError as error:
+            problems.append(str(error))
+    if not sum(data.domains.values()) > 0:
+        problems.append("data.domains: the shares sum to nothing")
+    served = {source.domain for source in data.train}
+    problems += [
+        f"data.domains.{name}: has a share but no source in data.train"
+        for name, share in data.domains.items()
+        if share > 0 and name not in served and name in DOMAINS
+    ]
+    if not 0 < data.min_seconds <= data.max_seconds <= 30:
+        problems.append(
+            f"data: need 0 < min_seconds <= max_seconds <= 30, got {data.min_seconds} and {data.max_seconds}"
+        )
+    if data.batch_seconds is not None and data.batch_seconds < data.max_seconds:
+        problems.append(
+            f"data.batch_seconds: {data.batch_seconds:g} s hold no clip of data.max_seconds, {data.max_seconds:g} s"
+        )
+    augment = data.augment
+    if not augment.speeds or not all(0.5 <= speed <= 2 for speed in augment.speeds):
+        problems.append(f"data.augment.speeds: {augment.speeds} are not factors between 0.5 and 2")
+    if len(augment.snr_db) != 2 or augment.snr_db[0] > augment.snr_db[1]:
+        problems.append(f"data.augment.snr_db: {augment.snr_db} is not [lowest, highest]")
+    if augment.gain_db < 0 or not 0 <= augment.noise_share <= 1:
+        problems.append(
+            "data.augment: gain_db must not be negative, and noise_share lies between 0 and 1"
+        )
+    if data.mode == "epochs" and data.samples_per_epoch is not None:
+        problems.append(
+            "data.samples_per_epoch: with data.mode=epochs an epoch is every clip once; leave it null"
+        )
+    if data.temperature <= 0 or data.timeout_seconds <= 0:
+        problems.append("data: temperature and timeout_seconds must be positive")
+    return problems
+
+
+def _text_problems(sources: Sequence[SourceSettings]) -> list[str]:
+    return [
+        f"data: the text {source.text!r} of {source.path} is no template: {fault}. Write {{field}} or {{field:words}}"
+        for source in sources
+        if source.text and (fault := text_template(source.text).fault)
+    ]
+
+
+def _weight_problems(sources: Sequence[SourceSettings]) -> list[str]:
+    problems = [
+        f"data.train: {source.path} has the weight {source.weight:g}; weights must be positive"
+        for source in sources
+        if source.weight is not None and source.weight <= 0
+    ]
+    for domain in DOMAINS:
+        own = [source for source in sources if source.domain == domain]
+        without = [source.path for source in own if source.weight is None]
+        if 0 < len(without) < len(own):
+            problems.append(
+                f"data.train: some {domain} sources have a weight, but {', '.join(without)} "
+                f"{'has' if len(without) == 1 else 'have'} none. Give one to every source of a "
+                "domain, or to none: then each counts by its clips"
+            )
+    return problems
+
+
+def _not_finite(value: Any, name: str = "") -> Iterator[str]:
+    """Yield a problem for each NaN and infinity, which comparisons with a bound would let pass."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{name}: {value} is not a finite number"
+    children = enumerate(value) if isinstance(value, list) else getattr(value, "items", tuple)()
+    for key, child in children:
+        yield from _not_finite(child, f"{name}.{key}" if name else str(key))
+
+
+def _strategy_problems(strategy: StrategySettings) -> list[str]:
+    if strategy.deepspeed and not strategy.name.startswith("deepspeed"):
+        return [f"strategy.deepspeed: strategy.name is {strategy.name!r}, which is not DeepSpeed"]
+    problems = []
+    for name, own in SET_ELSEWHERE.items():
+        value: Any = strategy.deepspeed
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            problems.append(f"strategy.deepspeed.{name}: set {own} instead")
+    zero = strategy.deepspeed.get("zero_optimization")
+    if isinstance(zero, dict) and "offload_optimizer" in zero and "offload" not in strategy.name:
+        problems.append(
+            "strategy.deepspeed.zero_optimization.offload_optimizer: needs a strategy.name that ends "
+            "in _offload, which picks the optimizer for it"
+        )
+    return problems
+
+
+def _logger_problems(names: Sequence[str]) -> list[str]:
+    problems = (
+        []
+        if "csv" in names
+        else ["trainer.loggers: csv must be among them; reports are drawn from it"]
+    )
+    problems += [
+        f"trainer.loggers: {name} is not installed; pip install 'whisper-aut[{name}]'"
+        for name in ("wandb", "mlflow")
+        if name in names and find_spec(name) is None
+    ]
+    return problems
+
+
+def _number_problems(settings: Settings) -> list[str]:
+    at_least = {
+        "data.batch_clips": (settings.data.batch_clips, 1),
+        "data.window": (settings.data.window, 1),
+        "data.workers": (settings.data.workers, 0),
+        "data.retries": (settings.data.retries, 0),
+        "trainer.accumulate": (settings.trainer.accumulate, 1),
+        "trainer.max_epochs": (settings.trainer.max_epochs, 1),
+        "trainer.valid_every_steps": (settings.trainer.valid_every_steps, 1),
+        "trainer.checkpoint_every_steps": (settings.trainer.checkpoint_every_steps, 1),
+        "trainer.log_every_steps": (settings.trainer.log_every_steps, 1),
+        "trainer.keep_checkpoints": (settings.trainer.keep_checkpoints, 1),
+        "trainer.max_bad_steps": (settings.trainer.max_bad_steps, 1),
+        "trainer.spike_factor": (settings.trainer.spike_factor, 0),
+        "optim.encoder_after_step": (settings.optim.encoder_after_step, 0),
+        "hardware.nodes": (settings.hardware.nodes, 1),
+        "probe.seeds": (settings.probe.seeds, 1),
+        "probe.during.every_steps": (settings.probe.during.every_steps, 1),
+        "probe.during.max_drop": (settings.probe.during.max_drop, 0),
+        "trainer.generate_clips": (settings.trainer.generate_clips, 0),
+        "trainer.generate_tokens": (settings.trainer.generate_tokens, 1),
+        "hardware.threads": (settings.hardware.threads, 0),
+        "seed": (settings.seed, 0),
+    }
+    problems = [
+        f"{name}: {value} is below {least}"
+        for name, (value, least) in at_least.items()
+        if value < least
+    ]
+    if settings.data.batch_seconds is not None and settings.model.padding == "30s":
+        problems.append(
+            "data.batch_seconds: with model.padding=30s every clip costs 30 s; give data.batch_clips"
+        )
+    steps, devices, betas = (
+        settings.trainer.max_steps,
+        settings.hardware.devices,
+        settings.optim.betas,
+    )
+    if steps is not None and steps < 1:
+        problems.append(
+            f"trainer.max_steps: {steps} is below 1; null trains all of trainer.max_epochs"
+        )
+    if devices != "auto" and (not isinstance(devices, int) or devices < 1):
+        problems.append(
+            f"hardware.devices: {devices!r} is neither auto nor a whole number from 1 up"
+        )
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        problems.append(f"optim.betas: {betas} are not two numbers from 0 to below 1")
+    if not 0 <= settings.data.max_skipped_fraction <= 1:
+        problems.append(
+            f"data.max_skipped_fraction: {settings.data.max_skipped_fraction} is not a fraction from 0 to 1"
+        )
+    if settings.name in ("", "..") or Path(settings.name).name != settings.name:
+        problems.append(
+            f"name: {settings.name!r} cannot be the name of a folder in {settings.runs}"
+        )
+    if settings.corpora.demo and settings.corpora.demo.scale <= 0:
+        problems.append(f"corpora.demo.scale: {settings.corpora.demo.scale} is not positive")
+    if settings.optim.lr <= 0:
+        problems.append(f"optim.lr: {settings.optim.lr} is not positive")
+    return problems

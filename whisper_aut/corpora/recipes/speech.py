@@ -1,0 +1,262 @@
+"""LibriSpeech: read English books. In: `LibriSpeech/SUBSET/SPEAKER/CHAPTER/*.flac`, a transcript per chapter. Out: rows, split by subset.
+
+Source: Panayotov et al. 2015, https://www.openslr.org/12. Transcripts are upper case; they become lower case.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from whisper_aut.corpora.recipes.base import (
+    Archive,
+    Recipe,
+    audio_files,
+    find,
+    read_json,
+    with_article,
+)
+from whisper_aut.data.annotation import read_lines
+from whisper_aut.data.languages import language_name, whisper_codes
+
+LIBRISPEECH_URL = "https://www.openslr.org/resources/12"
+SHA256 = {
+    "dev-clean": "76f87d090650617fca0cac8f88b9416e0ebf80350acb97b343a85fa903728ab3",
+    "dev-other": "12661c48e8c3fe1de2c1caa4c3e135193bfb1811584f11f569dd12645aa84365",
+    "test-clean": "39fde525e59672dc6d1551919b1478f724438a95aa55f874b576be21967e6c23",
+    "test-other": "d09c181bba5cf717b3dee7d4d592af11a3ee3a09e08ae025c5506f6ebe961c29",
+    "train-clean-100": "d4ddd1d5a6ab303066f14971d768ee43278a5f2a0aa43dc716b0e64ecbbbf6e2",
+    "train-clean-360": "146a56496217e96c14334a160df97fffedd6e0a04e66b9c5af0d40be3c792ecf",
+    "train-other-500": "ddb22f27f96ec163645d53215559df6aa36515f26e01dd70798188350adcb6d2",
+}
+
+
+def librispeech_rows(raw: Path) -> Iterator[dict[str, Any]]:
+    for transcripts in sorted(find(raw, "LibriSpeech").glob("*/*/*/*.trans.txt")):
+        for line in read_lines(transcripts):
+            name, _, text = line.partition(" ")
+            audio = transcripts.parent / f"{name}.flac"
+            split = audio.parents[2].name
+            yield {
+                "audio": str(audio.relative_to(raw)),
+                "text": text.lower(),
+                "split": split,
+                "speaker": name.split("-")[0],
+            }
+
+
+LIBRISPEECH = Recipe(
+    name="librispeech",
+    title="LibriSpeech",
+    domain="speech",
+    task="asr",
+    licence="CC BY 4.0",
+    source="https://www.openslr.org/12",
+    rows=librispeech_rows,
+    archives=tuple(
+        Archive(f"{LIBRISPEECH_URL}/{name}.tar.gz", f"sha256:{digest}")
+        for name, digest in SHA256.items()
+    ),
+    hours=982,
+    language="en",
+    max_seconds=36.0,
+    checked=("checksums",),
+)
+
+
+SPEECH_COMMANDS_URL = "http://download.tensorflow.org/data"
+
+
+def speech_commands_rows(raw: Path) -> Iterator[dict[str, Any]]:
+    testing = find(raw, "testing_list.txt")
+    root = testing.parent
+    split_of = dict.fromkeys(read_lines(root / "validation_list.txt"), "valid") | dict.fromkeys(
+        read_lines(testing), "test"
+    )
+    for path in audio_files(root):
+        name = path.relative_to(root).as_posix()
+        word = path.parent.name
+        if not word.startswith("_") and path.parent != root:
+            yield {
+                "audio": str(path.relative_to(raw)),
+                "text": word,
+                "label": word,
+                "split": split_of.get(name, "train"),
+                "id": f"{word}-{path.stem}",
+                "speaker": path.stem.partition("_nohash_")[0],
+            }
+
+
+def _speech_commands_recipe(name: str, title: str, release: str, digest: str) -> Recipe:
+    return Recipe(
+        name=name,
+        title=title,
+        domain="speech",
+        task="keyword",
+        licence="CC BY 4.0",
+        source="https://arxiv.org/abs/1804.03209",
+        rows=speech_commands_rows,
+        archives=(
+            Archive(
+                f"{SPEECH_COMMANDS_URL}/speech_commands_{release}.tar.gz",
+                f"sha256:{digest}",
+                into=f"speech_commands_{release}",
+            ),
+        ),
+        language="en",
+        checked=("checksums",),
+    )
+
+
+SPEECH_COMMANDS_V1 = _speech_commands_recipe(
+    "speech_commands_v1",
+    "Speech Commands v0.01, 30 words",
+    "v0.01",
+    "743935421bb51cccdb6bdd152e04c5c70274e935c82119ad7faeec31780d811d",
+)
+SPEECH_COMMANDS_V2 = _speech_commands_recipe(
+    "speech_commands_v2_35",
+    "Speech Commands v0.02, 35 words",
+    "v0.02",
+    "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
+)
+
+
+CREMA_EMOTIONS = {
+    "ANG": "angry",
+    "DIS": "disgusted",
+    "FEA": "fearful",
+    "HAP": "happy",
+    "NEU": "neutral",
+    "SAD": "sad",
+}
+RAVDESS_EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgusted", "surprised")
+RAVDESS_SENTENCES = ("kids are talking by the door", "dogs are sitting by the door")
+VOCALSOUNDS = {
+    "laughter": "laughing",
+    "sigh": "sighing",
+    "cough": "coughing",
+    "throatclearing": "clearing the throat",
+    "sneeze": "sneezing",
+    "sniff": "sniffing",
+}
+
+
+def crema_d(raw: Path) -> Iterator[dict[str, Any]]:
+    for path in audio_files(find(raw, "AudioWAV")):
+        parts = path.stem.split("_")
+        if len(parts) == 4 and parts[2] in CREMA_EMOTIONS:
+            emotion = CREMA_EMOTIONS[parts[2]]
+            text = f"a person speaks in {with_article(emotion)} voice"
+            yield {
+                "audio": str(path.relative_to(raw)),
+                "text": text,
+                "label": emotion,
+                "speaker": parts[0],
+                "sentence": parts[1],
+            }
+
+
+def ravdess(raw: Path) -> Iterator[dict[str, Any]]:
+    for path in audio_files(raw, (".wav",)):
+        parts = path.stem.split("-")
+        if len(parts) != 7 or parts[:2] != ["03", "01"]:  # sound alone, spoken
+            continue
+        emotion, actor = RAVDESS_EMOTIONS[int(parts[2]) - 1], int(parts[6])
+        gender = "man" if actor % 2 else "woman"
+        yield {
+            "audio": str(path.relative_to(raw)),
+            "text": f"a {gender} says “{RAVDESS_SENTENCES[int(parts[4]) - 1]}” in {with_article(emotion)} voice",
+            "label": emotion,
+            "speaker": parts[6],
+        }
+
+
+def vocalsound(raw: Path) -> Iterator[dict[str, Any]]:
+    audio = find(raw, "audio_16k").relative_to(raw)
+    for split, name in (("train", "tr"), ("valid", "val"), ("test", "te")):
+        for item in read_json(find(raw, f"datafiles/{name}.json"))["data"]:
+            file = item["wav"].rpartition("/")[2]
+            kind = Path(file).stem.rpartition("_")[2]
+            yield {
+                "audio": str(audio / file),
+                "text": f"a person {VOCALSOUNDS[kind]}",
+                "label": kind,
+                "split": split,
+                "speaker": file.partition("_")[0],
+            }
+
+
+def voxlingua(raw: Path) -> Iterator[dict[str, Any]]:
+    for path in audio_files(raw):
+        parts = path.relative_to(raw).parts
+        if len(parts) < 2:
+            continue
+        code, is_dev = parts[-2], "dev" in parts[:-2]
+        # VoxLingua107 writes Hebrew as `iw`; some of its languages Whisper has no code for.
+        language = next(iter(whisper_codes(code)), code)
+        yield {
+            "audio": str(path.relative_to(raw)),
+            "label": code,
+            "language": language,
+            "text": f"speech in {language_name(code)}",
+            "split": "valid" if is_dev else "train",
+            "id": f"{code}-{path.stem}",
+        }
+
+
+CREMA_D = Recipe(
+    name="crema_d",
+    title="CREMA-D",
+    domain="speech",
+    task="emotion",
+    licence="Open Database License 1.0",
+    source="https://github.com/CheyneyComputerScience/CREMA-D",
+    rows=crema_d,
+    by_hand="The audio is kept in Git LFS: git lfs clone https://github.com/CheyneyComputerScience/CREMA-D FOLDER",
+    clips=7_442,
+)
+RAVDESS = Recipe(
+    name="ravdess",
+    title="RAVDESS, speech",
+    domain="speech",
+    task="emotion",
+    licence="CC BY-NC-SA 4.0",
+    source="https://zenodo.org/records/1188976",
+    rows=ravdess,
+    archives=(
+        Archive(
+            "https://zenodo.org/records/1188976/files/Audio_Speech_Actors_01-24.zip?download=1",
+            "md5:bc696df654c87fed845eb13823edef8a",
+        ),
+    ),
+    clips=1_440,
+    download_gb=0.2,
+    checked=("clips", "download_gb", "licence"),
+)
+VOCALSOUND = Recipe(
+    name="vocalsound",
+    title="VocalSound",
+    domain="sound",
+    task="caption",
+    licence="CC BY-SA 4.0",
+    source="https://github.com/YuanGongND/vocalsound",
+    rows=vocalsound,
+    by_hand="The page links the 16 kHz release, one zip. Unpack it into the folder, so that audio_16k/ and datafiles/ lie in it.",
+    clips=21_024,
+    download_gb=1.7,
+    checked=("clips", "download_gb"),
+)
+VOXLINGUA = Recipe(
+    name="voxlingua",
+    title="VoxLingua107",
+    domain="speech",
+    task="language",
+    licence="collection CC BY 4.0; audio from YouTube",
+    source="https://bark.phon.ioc.ee/voxlingua107",
+    rows=voxlingua,
+    by_hand=(
+        "The page lists one zip per language and dev.zip. Unpack those that you want into the folder, each as a folder named by its "
+        "language's code, and dev.zip as dev/."
+    ),
+    hours=6_628,
+)

@@ -1,0 +1,321 @@
+"""A licence as a corpus writes it → its SPDX id (https://spdx.org/licenses), and whether a config allows it.
+
+Only whole, known writings are understood: SPDX ids, the addresses and official titles of Creative Commons and Open Data Commons, and their
+usual abbreviations. Everything else is unknown, and no allow-list admits the unknown. This is no legal advice: it compares what corpora
+say of themselves.
+"""
+
+import json
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from whisper_aut.data.annotation import read_lines
+from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy, is_local, open_stream
+from whisper_aut.data.shards import (
+    FolderCounts,
+    SampleTable,
+    Selection,
+    ShardIndex,
+    TableWriter,
+    table_of,
+    text_hash,
+)
+from whisper_aut.errors import Reason, UserError
+
+SPDX_IDS = (
+    "0BSD", "AGPL-3.0-only", "AGPL-3.0-or-later", "Apache-2.0", "Artistic-2.0", "BSD-2-Clause",
+    "BSD-3-Clause", "BSL-1.0", "C-UDA-1.0", "CC-PDDC", "CC-PDM-1.0", "CC0-1.0",
+    "CDLA-Permissive-1.0", "CDLA-Permissive-2.0", "CDLA-Sharing-1.0", "DL-DE-BY-2.0",
+    "DL-DE-ZERO-2.0", "EUPL-1.2", "GFDL-1.2-only", "GFDL-1.2-or-later", "GFDL-1.3-only",
+    "GFDL-1.3-or-later", "GPL-2.0-only", "GPL-2.0-or-later", "GPL-3.0-only", "GPL-3.0-or-later",
+    "ISC", "LAL-1.2", "LAL-1.3", "LGPL-2.1-only", "LGPL-2.1-or-later", "LGPL-3.0-only",
+    "LGPL-3.0-or-later", "MIT", "MIT-0", "MPL-2.0", "O-UDA-1.0", "ODC-By-1.0", "ODbL-1.0",
+    "OGL-Canada-2.0", "OGL-UK-1.0", "OGL-UK-2.0", "OGL-UK-3.0", "PDDL-1.0", "Unlicense",
+    "WTFPL", "etalab-2.0",
+)  # fmt: skip
+# Other writings, lower case, without "the" in front and "license" at the end.
+TITLES = {
+    "CC0-1.0": (
+        "cc0", "cc-0", "cc zero", "cc0 1.0", "cc0 1.0 universal", "creative commons 0",
+        "creative commons 0 1.0", "creative commons cc0", "creative commons zero",
+        "creative commons zero v1.0 universal", "cc0 1.0 universal public domain dedication",
+        "creative commons cc0 1.0 universal", "creative commons zero 1.0 universal",
+        "creative commons cc0 1.0 universal public domain dedication",
+    ),
+    "CC-PDM-1.0": ("public domain mark 1.0", "public domain mark 1.0 universal"),
+    "ODbL-1.0": (
+        "odbl", "odbl 1.0", "odbl v1.0", "open database license", "open database license 1.0",
+        "open database license v1.0", "open data commons open database license",
+        "open data commons open database license 1.0",
+        "open data commons open database license v1.0",
+    ),
+    "ODC-By-1.0": (
+        "odc-by", "odc by 1.0", "open data commons attribution",
+        "open data commons attribution license 1.0", "open data commons attribution license v1.0",
+    ),
+    "PDDL-1.0": (
+        "pddl", "open data commons public domain dedication & license",
+        "open data commons public domain dedication & license 1.0",
+    ),
+    "MIT": ("mit/expat", "expat"),
+    "Apache-2.0": ("apache 2.0", "apache license 2.0", "apache license version 2.0", "apache 2"),
+    "BSD-2-Clause": ('bsd 2-clause "simplified"', "bsd 2-clause"),
+    "BSD-3-Clause": ('bsd 3-clause "new" or "revised"', "bsd 3-clause"),
+    "GPL-3.0-only": ("gnu general public license v3.0 only",),
+    "GPL-3.0-or-later": ("gnu general public license v3.0 or later",),
+    "LAL-1.3": ("free art license 1.3", "free art 1.3"),
+    "OGL-UK-3.0": ("open government licence v3.0", "open government licence 3.0"),
+    "CDLA-Permissive-2.0": ("community data license agreement permissive 2.0",),
+    "C-UDA-1.0": ("computational use of data agreement v1.0",),
+}  # fmt: skip
+URLS = {
+    "creativecommons.org/publicdomain/zero/1.0": "CC0-1.0",
+    "creativecommons.org/publicdomain/mark/1.0": "CC-PDM-1.0",
+    "creativecommons.org/licenses/publicdomain": "CC-PDDC",
+    "opendatacommons.org/licenses/odbl/1-0": "ODbL-1.0",
+    "opendatacommons.org/licenses/odbl/1.0": "ODbL-1.0",
+    "opendatacommons.org/licenses/by/1-0": "ODC-By-1.0",
+    "opendatacommons.org/licenses/by/1.0": "ODC-By-1.0",
+    "opendatacommons.org/licenses/pddl/1-0": "PDDL-1.0",
+    "opendatacommons.org/licenses/pddl/1.0": "PDDL-1.0",
+    "opensource.org/licenses/mit": "MIT",
+    "opensource.org/license/mit": "MIT",
+    "apache.org/licenses/license-2.0": "Apache-2.0",
+    "artlibre.org/licence/lal/en": "LAL-1.3",
+    "artlibre.org/licence/lal": "LAL-1.3",
+}
+# Countries to whose law Creative Commons adapted its licences. The adaptations count as their version.
+PORTS = {
+    "ar": "argentina", "am": "armenia", "au": "australia", "at": "austria", "az": "azerbaijan",
+    "be": "belgium", "br": "brazil", "bg": "bulgaria", "ca": "canada", "cl": "chile",
+    "cn": "china mainland", "co": "colombia", "cr": "costa rica", "hr": "croatia",
+    "cz": "czech republic", "dk": "denmark", "ec": "ecuador", "eg": "egypt", "ee": "estonia",
+    "fi": "finland", "fr": "france", "ge": "georgia", "de": "germany", "gr": "greece",
+    "gt": "guatemala", "hk": "hong kong", "hu": "hungary", "igo": "igo", "in": "india",
+    "ie": "ireland", "il": "israel", "it": "italy", "jp": "japan", "kr": "korea",
+    "lu": "luxembourg", "mk": "macedonia", "my": "malaysia", "mt": "malta", "mx": "mexico",
+    "nl": "netherlands", "nz": "new zealand", "no": "norway", "pe": "peru", "ph": "philippines",
+    "pl": "poland", "pt": "portugal", "pr": "puerto rico", "ro": "romania", "rs": "serbia",
+    "scotland": "uk: scotland", "sg": "singapore", "si": "slovenia", "za": "south africa",
+    "es": "spain", "se": "sweden", "ch": "switzerland", "tw": "taiwan", "th": "thailand",
+    "ug": "uganda", "uk": "uk: england & wales", "us": "united states", "ve": "venezuela",
+    "vn": "vietnam",
+}  # fmt: skip
+
+_VERSION = r"(?P<version>1\.0|2\.0|2\.1|2\.5|3\.0|4\.0)"
+_TERMS = r"by(?:[-_ ]?(?P<nc>nc))?(?:[-_ ]?(?:(?P<sa>sa)|(?P<nd>nd)))?"
+_CODES = "|".join(PORTS)
+_NAMES = "|".join(re.escape(name) for name in PORTS.values())
+_CREATIVE_COMMONS = tuple(
+    map(
+        re.compile,
+        (
+            # CC-BY-NC-4.0, CC BY 3.0 US, creative commons by-sa 4.0
+            rf"(?:cc|creative commons(?: cc)?)[-_ ]?{_TERMS}"
+            rf"(?:[-_ ]?v?{_VERSION}(?:[-_ ](?:{_CODES}|international|unported|generic))?)?",
+            # Attribution-NonCommercial-ShareAlike 4.0 International
+            r"(?:creative commons )?attribution(?:[- ](?P<nc>non[- ]?commercial))?"
+            r"(?:[- ](?:(?P<sa>share[- ]?alike)|(?P<nd>no[- ]?deriv(?:ative)?s(?:[- ]works)?|"
+            r"no[- ]?derivative works)))?(?: aka music sharing)?"
+            rf"(?: v?{_VERSION}(?: (?:international|unported|generic|{_NAMES}))?)?",
+            rf"creativecommons\.org/licenses/{_TERMS}(?:/{_VERSION}(?:/(?:{_CODES}))?)?",
+        ),
+    )
+)
+_KNOWN = {name.lower(): name for name in SPDX_IDS} | {
+    title: name for name, titles in TITLES.items() for title in titles
+}
+_OWN = re.compile(r"licenseref-[a-z0-9.-]+")
+
+
+@lru_cache(maxsize=4096)
+def licence_id(written: str) -> str:
+    """Return the SPDX id of a licence as written, without a version where none is stated, or `""` where it is not understood.
+
+    A licence of one's own is written as SPDX has it, `LicenseRef-NAME`.
+    """
+    text = re.sub(r"[‐‑‒–—−]", "-", unicodedata.normalize("NFKC", written))
+    text = " ".join(text.lower().replace(",", " ").split())
+    text = text.replace("(aka music sharing)", "aka music sharing")
+    if brackets := re.fullmatch(r"(.+?) ?\((.+?)\)(.*)", text):  # around the short form of a title
+        title = licence_id(brackets[1] + brackets[3])
+        return title if title == licence_id(brackets[2]) else ""
+    if _OWN.fullmatch(text):
+        return written.strip()
+    if address := re.fullmatch(r"(?:https?://)?(?:www\.)?([a-z]+\.org/.+)", text):
+        text = re.sub(r"/?(?:(?:deed|legalcode)(?:[.-][a-z_-]+)?|\.html|\.txt)$", "", address[1])
+        text = text.rstrip("/")
+        if text in URLS:
+            return URLS[text]
+    text = re.sub(r" (?:public )?licen[cs]e$| deed$", "", text.removeprefix("the "))
+    text = text.replace(" and ", " & ")
+    if text in _KNOWN:
+        return _KNOWN[text]
+    for pattern in _CREATIVE_COMMONS:
+        if found := pattern.fullmatch(text):
+            terms = [name.upper() for name in ("nc", "sa", "nd") if found[name]]
+            return "-".join(["CC", "BY", *terms, *filter(None, [found["version"]])])
+    return ""
+
+
+def allows(allowed: Sequence[str], written: str) -> bool:
+    """Return whether a licence is one of `allowed`: one of these without a version stands for every version, an empty list for all.
+
+    Raises:
+        UserError: an entry of `allowed` is not understood.
+    """
+    own = licence_id(written)
+    wanted = [allowed_id(entry) for entry in allowed]
+    return not wanted or any(
+        own and (own == entry or re.fullmatch(re.escape(entry) + r"-\d\.\d", own))
+        for entry in wanted
+    )
+
+
+def allowed_id(entry: str) -> str:
+    """Return the SPDX id of an entry of an allow-list.
+
+    Raises:
+        UserError: it is not understood, so it would allow nothing.
+    """
+    found = licence_id(entry)
+    if not found:
+        raise UserError(
+            f"data.licences.allow: {entry!r} is no licence that is understood. Give SPDX ids (CC-BY-4.0, CC0-1.0, MIT), "
+            "CC-BY for all its versions, or LicenseRef-NAME for one of your own."
+        )
+    return found
+
+
+READERS = 16
+ShardKey = tuple[str, str]  # shard, key
+
+
+class Exclusions:
+    """Samples by the fingerprint of their folder."""
+
+    def __init__(self, places: Iterable[tuple[str, str, str]] = ()):
+        self._places: dict[str, set[ShardKey]] = defaultdict(set)
+        for fingerprint, shard, key in places:
+            self._places[fingerprint].add((shard, key))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Exclusions":
+        """Read a list.
+
+        Raises:
+            UserError: there is none, or a line is not of the form.
+        """
+        try:
+            lines = read_lines(Path(path))
+        except OSError as error:
+            raise UserError(
+                f"data.exclude: cannot read {path} ({error.strerror}). Write one: whisper-aut data audit TRAIN --against PROBE"
+            ) from None
+        places = []
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                places.append((str(entry["fingerprint"]), str(entry["shard"]), str(entry["key"])))
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"Line {number} of {path} is not an object with fingerprint, shard and key: {line[:80]!r}. "
+                    "Write the list anew: whisper-aut data audit TRAIN --against PROBE"
+                ) from None
+        return cls(places)
+
+    def of(self, index: ShardIndex) -> frozenset[ShardKey]:
+        """Return `(shard, key)` of the excluded samples of a folder."""
+        return frozenset().union(*(self._places[one] for one in index.identities()))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._places.values()))
+
+
+def select(
+    index: ShardIndex,
+    excluded: Collection[ShardKey] = (),
+    allowed: Sequence[str] = (),
+    licence: str = "",
+    policy: ReadPolicy = DEFAULT_POLICY,
+) -> ShardIndex:
+    """Return an index without the excluded samples and those whose licence is not allowed.
+
+    Sample tables tell which these are. A local folder without tables is read through for them, its
+    audio left aside.
+
+    Args:
+        excluded: shard and key of each.
+        allowed: licences, see `licences.allows`; empty for all.
+        licence: of samples that state none.
+
+    Raises:
+        UserError: a remote folder without tables, or tables that cannot be read.
+    """
+    all_allowed = not allowed or (
+        index.has_tables and all(allows(allowed, name or licence) for name in index.licences)
+    )
+    if all_allowed and not excluded:
+        return index
+    if not index.has_tables and not is_local(index.root):
+        raise UserError(
+            f"{index.root} has no sample tables, which data.exclude and data.licences.allow go by. "
+            "Make them where the tars are on a disk: whisper-aut data index FOLDER"
+        )
+    keys: dict[str, list[int]] = defaultdict(list)
+    for shard, key in excluded:
+        keys[shard].append(text_hash(key))
+
+    def choose(number: int) -> tuple[np.ndarray, Counter[str], list[tuple[str, int, float]]]:
+        table, licences = _table(index, number, policy)
+        names = {text_hash(name): name for name in licences}
+        admitted = [own for own, name in names.items() if allows(allowed, name or licence)]
+        listed = np.isin(table.keys, keys.get(index.shards[number].name, []))
+        barred = ~np.isin(table.licences, admitted) & ~listed & bool(allowed)
+        rows = np.flatnonzero(~listed & ~barred).astype(np.uint32)
+        left_out = {Reason.EXCLUDED: int(listed.sum()), Reason.LICENCE: int(barred.sum())}
+        counts = [
+            (names.get(own, "unknown"), clips, seconds)
+            for own, clips, seconds in table.licence_counts(rows)
+        ]
+        return rows, Counter({str(why): count for why, count in left_out.items()}), counts
+
+    try:
+        with ThreadPoolExecutor(READERS) as pool:  # an object store takes a while for each
+            chosen = list(pool.map(choose, range(len(index.shards))))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The sample tables of {index.root} cannot be read ({error}), and data.exclude and "
+            f"data.licences.allow go by them. Make them again: whisper-aut data index {index.root}"
+        ) from None
+    kept = FolderCounts()
+    for name, clips, seconds in (count for *_, counts in chosen for count in counts):
+        kept.add("", name, seconds, clips)
+    selection = Selection(
+        ordinals=tuple(rows for rows, *_ in chosen),
+        seconds=sum(counts["seconds"] for counts in kept.licences.values()),
+        licences=kept.facts()["licences"],
+        left_out=dict(sum((counts for _, counts, _ in chosen), Counter())),
+    )
+    return replace(index, selection=selection)
+
+
+def _table(
+    index: ShardIndex, number: int, policy: ReadPolicy
+) -> tuple[SampleTable, Collection[str]]:
+    """Return the table of a shard, read or made, and the licences that may be in it as written."""
+    if index.has_tables:
+        return index.table(number, policy), index.licences
+    if not index.shards[number].samples:  # damaged from the start
+        return TableWriter().finish(0), ()
+    counts = FolderCounts()
+    with open_stream(index.url(number)) as stream:
+        return table_of(stream, counts, audio=False), counts.licences

@@ -1,0 +1,471 @@
+"""Which clip comes when: an order that is a function of (seed, position) and nothing else.
+
+In: how many samples each shard of each source holds, and the sources' shares. Out: for any range of positions, the source and the
+place in it that each position takes. Next: `data.stream` reads what the order says. Workers, ranks and timing never enter, so a
+run can go on at any position and see what it would have seen.
+
+A position first draws its source: each by its share, endlessly (`MixtureOrder`), or such that every epoch holds every clip of all
+sources exactly once (`EpochOrder`). Within a source, the n-th draw takes the n-th place of an endless row of epochs; every epoch
+holds each clip once, its shards in a new order, and clips shuffled within consecutive windows so that shards are read almost
+sequentially.
+"""
+
+import hashlib
+import heapq
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy
+from whisper_aut.data.shards import UNKNOWN_MS, ShardIndex
+from whisper_aut.errors import UserError
+
+CHUNK_DRAWS = 1 << 16
+_SHARD_ORDER, _WINDOW_ORDER, _MIXTURE, _INTERLEAVE = 1, 2, 3, 4  # keep the random streams apart
+
+
+@dataclass(frozen=True)
+class SourceShape:
+    """A source as the order sees it: a name, the samples of each shard, and its share among all sources."""
+
+    name: str
+    shard_samples: tuple[int, ...]
+    share: float = 1.0
+
+    @property
+    def samples(self) -> int:
+        return sum(self.shard_samples)
+
+
+class Order(Protocol):
+    """An order of clips over sources."""
+
+    @property
+    def sources(self) -> Sequence[SourceShape]:
+        """The sources, in the numbering that `draws` uses."""
+        ...
+
+    @property
+    def epoch_clips(self) -> int | None:
+        """After how many positions a new epoch begins, across which no batch reaches; None where epochs do not matter."""
+        ...
+
+    @property
+    def end(self) -> int | None:
+        """How many positions there are; None for an endless order."""
+        ...
+
+    def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return for positions start … stop - 1 the source numbers and the running numbers within those sources."""
+        ...
+
+    def window(self, source: int, number: int) -> tuple[int, int]:
+        """Return the first running number of the window that `number` lies in, and the first behind it."""
+        ...
+
+    def places(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return shard numbers and ordinals for the running numbers first … last - 1, which form one window."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes whenever the order does."""
+        ...
+
+
+class ShuffledOrder:
+    """What both training orders share: chunks of drawn sources, and each source shuffled anew every epoch.
+
+    Args:
+        sources: at least one with samples; shares are normalised.
+        seed: the only randomness.
+        window: clips shuffled among each other.
+    """
+
+    def __init__(self, sources: Sequence[SourceShape], seed: int, window: int):
+        self.epoch_clips: int | None = None
+        self.end: int | None = None
+        self.sources, self.seed, self.window_clips = tuple(sources), seed, window
+        self._counts = [
+            np.zeros(len(sources), dtype=np.int64)
+        ]  # draws of each source before chunk number i
+
+    def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        stop = stop if self.end is None else min(stop, self.end)
+        numbers = range(self._chunk_of(start), self._chunk_of(max(start, stop - 1)) + 1)
+        parts = [self._chunk(number) for number in numbers]
+        offset = self._chunk_start(numbers.start)
+        within = slice(start - offset, max(start, stop) - offset)
+        return tuple(np.concatenate(column)[within] for column in zip(*parts, strict=True))  # pyright: ignore[reportReturnType]
+
+    def drawn(self, position: int) -> np.ndarray:
+        """Return how many clips of each source stand before a position."""
+        number = self._chunk_of(position)
+        sources = self._chunk_sources(number)[: position - self._chunk_start(number)]
+        return self._count(number) + np.bincount(sources, minlength=len(self.sources))
+
+    def window(self, source: int, number: int) -> tuple[int, int]:
+        samples = self.sources[source].samples
+        epoch, place = divmod(number, samples)
+        first = place // self.window_clips * self.window_clips
+        return epoch * samples + first, epoch * samples + min(first + self.window_clips, samples)
+
+    def places(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        shape = self.sources[source]
+        epoch, place = divmod(first, shape.samples)
+        shards = self._random(_SHARD_ORDER, source, epoch).permutation(len(shape.shard_samples))
+        row = np.arange(place, place + last - first)
+        self._random(_WINDOW_ORDER, source, epoch, place).shuffle(row)
+        ends = np.cumsum(np.array(shape.shard_samples)[shards])
+        turn = np.searchsorted(ends, row, side="right")
+        starts = np.concatenate([[0], ends[:-1]])
+        return shards[turn], row - starts[turn]
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self.sources, self.seed, self.window_clips)
+
+    def _chunk_of(self, position: int) -> int:
+        return position // CHUNK_DRAWS
+
+    def _chunk_start(self, number: int) -> int:
+        return number * CHUNK_DRAWS
+
+    def _chunk_sources(self, number: int) -> np.ndarray:
+        raise AssertionError("each order draws its own way")
+
+    def _chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return sources and running numbers of one chunk of positions."""
+        sources = self._chunk_sources(number)
+        numbers = np.empty(len(sources), dtype=np.int64)
+        for source, before in enumerate(self._count(number)):
+            drawn = np.flatnonzero(sources == source)
+            numbers[drawn] = before + np.arange(len(drawn))
+        return sources, numbers
+
+    def _count(self, number: int) -> np.ndarray:
+        while len(self._counts) <= number:
+            passed = self._chunk_sources(len(self._counts) - 1)
+            self._counts.append(self._counts[-1] + np.bincount(passed, minlength=len(self.sources)))
+        return self._counts[number]
+
+    def _random(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *key])
+
+
+class MixtureOrder(ShuffledOrder):
+    """The endless training order: sources drawn by share."""
+
+    def __init__(self, sources: Sequence[SourceShape], seed: int, window: int):
+        super().__init__(sources, seed, window)
+        shares = np.array([source.share for source in sources], dtype=np.float64)
+        self._edges = np.cumsum(shares / shares.sum())
+
+    @lru_cache(maxsize=4)  # noqa: B019 — an order lives as long as its run
+    def _chunk_sources(self, number: int) -> np.ndarray:
+        uniform = self._random(_MIXTURE, number).random(CHUNK_DRAWS)
+        return np.minimum(
+            np.searchsorted(self._edges, uniform, side="right"), len(self.sources) - 1
+        )
+
+
+class EpochOrder(ShuffledOrder):
+    """The finite training order: every epoch holds every clip of every source once, the sources evenly mingled; shares do not matter.
+
+    A chunk takes clips of each source as a draw without replacement from what the epoch still holds would: an epoch is shuffled
+    as a whole, and yet only chunks are held in memory.
+    """
+
+    def __init__(self, sources: Sequence[SourceShape], seed: int, window: int, epochs: int):
+        super().__init__(sources, seed, window)
+        self._samples = np.array([source.samples for source in sources], dtype=np.int64)
+        self._clips = int(self._samples.sum())
+        self.epoch_clips, self.end = self._clips, epochs * self._clips
+        self._per_epoch = -(-self._clips // CHUNK_DRAWS)
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self.sources, self.seed, self.window_clips, self._per_epoch, -1)
+
+    def _chunk_of(self, position: int) -> int:
+        epoch, place = divmod(position, self._clips)
+        return epoch * self._per_epoch + place // CHUNK_DRAWS
+
+    def _chunk_start(self, number: int) -> int:
+        epoch, chunk = divmod(number, self._per_epoch)
+        return epoch * self._clips + chunk * CHUNK_DRAWS
+
+    @lru_cache(maxsize=4)  # noqa: B019 — an order lives as long as its run
+    def _chunk_sources(self, number: int) -> np.ndarray:
+        epoch = number // self._per_epoch
+        left = (epoch + 1) * self._samples - self._count(number)
+        random = self._random(_INTERLEAVE, number)
+        taken = random.multivariate_hypergeometric(
+            left, min(CHUNK_DRAWS, int(left.sum())), method="marginals"
+        )
+        sources = np.repeat(np.arange(len(self.sources)), taken)
+        random.shuffle(sources)
+        return sources
+
+
+class SequentialOrder:
+    """The finite validation order: the first clips of each source, source after source, as the shards hold them.
+
+    Args:
+        sources: any number of them.
+        window: clips that are read together.
+        limit: clips of each source; None for all.
+    """
+
+    epoch_clips: int | None = None
+
+    def __init__(self, sources: Sequence[SourceShape], window: int, limit: int | None = None):
+        self.sources, self.window_clips = tuple(sources), window
+        self._ends = np.cumsum(
+            [
+                min(source.samples, limit) if limit is not None else source.samples
+                for source in sources
+            ]
+        )
+        self.end = len(self)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        positions = np.arange(start, min(stop, len(self)))
+        sources = np.searchsorted(self._ends, positions, side="right")
+        return sources, positions - np.concatenate([[0], self._ends])[sources]
+
+    def window(self, source: int, number: int) -> tuple[int, int]:
+        first = number // self.window_clips * self.window_clips
+        return first, min(first + self.window_clips, self.sources[source].samples)
+
+    def places(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        ends = np.cumsum(self.sources[source].shard_samples)
+        row = np.arange(first, last)
+        shards = np.searchsorted(ends, row, side="right")
+        return shards, row - np.concatenate([[0], ends])[shards]
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self.sources, int(self._ends[-1]))
+
+
+def mixture_shares(
+    domains: Sequence[str],
+    weights: Sequence[float],
+    domain_shares: dict[str, float],
+    temperature: float = 1.0,
+) -> list[float]:
+    """Give each source its share: its domain's share, divided within the domain by weight.
+
+    Args:
+        temperature: shares of domains, and weights of sources within theirs, are raised to its inverse: above 1 small ones are drawn
+            more often, towards all alike.
+    """
+    weights = [weight ** (1 / temperature) for weight in weights]
+    flattened = {
+        domain: share ** (1 / temperature) for domain, share in domain_shares.items() if share
+    }
+    whole = math.fsum(share for domain, share in flattened.items() if domain in domains)
+    totals: dict[str, float] = {}
+    for domain, weight in zip(domains, weights, strict=True):
+        totals[domain] = totals.get(domain, 0.0) + weight
+    return [
+        flattened.get(domain, 0.0) / whole * weight / totals[domain]
+        if totals[domain] and whole
+        else 0.0
+        for domain, weight in zip(domains, weights, strict=True)
+    ]
+
+
+def _fingerprint(sources: Sequence[SourceShape], *numbers: int) -> str:
+    listing = [[source.name, source.shard_samples, source.share] for source in sources]
+    return hashlib.sha256(json.dumps([listing, numbers]).encode()).hexdigest()[:16]
+
+
+CHUNK_BATCHES = (
+    64  # about so many batches are planned together; the last one's emptiness is spread over them
+)
+TABLES_HELD = 512
+_BATCH_ORDER = 5
+
+
+class Cursor(NamedTuple):
+    """A place between two micro-batches: the position at which a chunk begins, and how many of its batches lie before."""
+
+    position: int = 0
+    taken: int = 0
+
+
+class Batching(Protocol):
+    """Cuts an order into micro-batches."""
+
+    @property
+    def span_batches(self) -> int:
+        """How many batches a worker should look ahead, to read what it needs of a window in one pass."""
+        ...
+
+    def chunk(self, position: int) -> tuple[list[np.ndarray], int]:
+        """Return the batches, as positions, of the chunk that begins there, and where the next chunk begins."""
+        ...
+
+    def count(self, cursor: Cursor, end: int) -> int:
+        """Return the micro-batches between a cursor and a position."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return what a cursor inside a chunk depends on."""
+        ...
+
+
+def batches_from(
+    batching: Batching, cursor: Cursor, end: int | None
+) -> Iterator[tuple[np.ndarray, Cursor]]:
+    """Yield micro-batches from a cursor up to a position, each with the cursor behind it."""
+    position, taken = cursor
+    while end is None or position < end:
+        batches, following = batching.chunk(position)
+        for number in range(taken, len(batches)):
+            behind = (
+                Cursor(following) if number + 1 == len(batches) else Cursor(position, number + 1)
+            )
+            yield batches[number], behind
+        position, taken = following, 0
+
+
+@dataclass(frozen=True)
+class ByClips:
+    """Micro-batches of so many clips; the last of an epoch holds what is left."""
+
+    order: Order
+    clips: int
+    span_batches: int = 256
+
+    def chunk(self, position: int) -> tuple[list[np.ndarray], int]:
+        following = min(
+            position + self.clips, _boundary(self.order, position, position + self.clips)
+        )
+        return [np.arange(position, following)], following
+
+    def count(self, cursor: Cursor, end: int) -> int:
+        return -(-(end - cursor.position) // self.clips)
+
+    def fingerprint(self) -> str:
+        return "clips"  # one batch is one chunk, so a cursor is a position and nothing else
+
+
+class BySeconds:
+    """Micro-batches of at most so many seconds of audio.
+
+    Args:
+        order: a training order.
+        indexes: its sources' shards, with tables.
+        seconds: the budget; no less than the longest clip.
+        longest_seconds: of a clip; longer ones are refused, so they count as this, and so do those of unknown length.
+    """
+
+    span_batches = 32
+
+    def __init__(
+        self,
+        order: ShuffledOrder,
+        indexes: Sequence[ShardIndex],
+        seconds: float,
+        longest_seconds: float,
+        policy: ReadPolicy = DEFAULT_POLICY,
+    ):
+        self.order, self.indexes, self.policy = order, tuple(indexes), policy
+        self.budget_ms, self.longest_ms = round(seconds * 1000), round(longest_seconds * 1000)
+        self.mean_seconds = _mean_seconds(order, indexes) or longest_seconds
+        self.chunk_clips = max(1, round(CHUNK_BATCHES * seconds / self.mean_seconds))
+
+    def chunk(self, position: int) -> tuple[list[np.ndarray], int]:
+        following = _boundary(self.order, position, position + self.chunk_clips)
+        batches = fill(self.lengths_ms(position, following), self.budget_ms)
+        # Batches that hold the longest clips would come first.
+        turns = np.random.default_rng([self.order.seed, _BATCH_ORDER, position]).permutation(
+            len(batches)
+        )
+        return [position + batches[turn] for turn in turns], following
+
+    def count(self, cursor: Cursor, end: int) -> int:
+        return sum(1 for _ in batches_from(self, cursor, end))
+
+    def fingerprint(self) -> str:
+        return f"seconds {self.budget_ms} {self.longest_ms} {self.chunk_clips}"
+
+    def lengths_ms(self, start: int, stop: int) -> np.ndarray:
+        """Return the lengths of the clips at positions start … stop - 1."""
+        sources, numbers = self.order.draws(start, stop)
+        lengths = np.empty(len(sources), dtype=np.int64)
+        windows: dict[tuple[int, int], list[int]] = {}
+        for place, (source, number) in enumerate(
+            zip(sources.tolist(), numbers.tolist(), strict=True)
+        ):
+            windows.setdefault((source, self.order.window(source, number)[0]), []).append(place)
+        for (source, first), places in windows.items():
+            lengths[places] = self._window(source, first)[numbers[places] - first]
+        return lengths
+
+    @lru_cache(maxsize=64)  # noqa: B019 — it lives as long as its run
+    def _window(self, source: int, first: int) -> np.ndarray:
+        shards, ordinals = self.order.places(source, *self.order.window(source, first))
+        lengths = np.empty(len(shards), dtype=np.int64)
+        for shard in np.unique(shards):
+            chosen = shards == shard
+            lengths[chosen] = self._table(source, int(shard))[ordinals[chosen]]
+        return np.where(lengths == UNKNOWN_MS, self.longest_ms, lengths).clip(1, self.longest_ms)
+
+    @lru_cache(maxsize=TABLES_HELD)  # noqa: B019
+    def _table(self, source: int, shard: int) -> np.ndarray:
+        index = self.indexes[source]
+        try:
+            return index.table(shard, self.policy).milliseconds[index.ordinals(shard)]
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"The lengths of {index.url(shard)} cannot be read ({error}), and data.batch_seconds plans by them. "
+                f"Make them anew: whisper-aut data index {index.root}"
+            ) from None
+
+
+def fill(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Put items into the fewest bins that `fill` finds to hold them, all nearly equally full, none above the budget.
+
+    Returns:
+        For each bin the numbers of its items, ascending.
+    """
+    descending = np.argsort(-lengths, kind="stable")
+    bins = max(1, -(-int(lengths.sum()) // budget))
+    while True:
+        heap = [(0, number) for number in range(bins)]
+        chosen = np.empty(len(lengths), dtype=np.int64)
+        for item, length in zip(descending.tolist(), lengths[descending].tolist(), strict=True):
+            filled, number = heap[0]
+            heapq.heapreplace(heap, (filled + length, number))
+            chosen[item] = number
+        if max(heap)[0] <= budget or bins >= len(lengths):
+            return [
+                items
+                for items in (np.flatnonzero(chosen == number) for number in range(bins))
+                if len(items)
+            ]
+        bins += 1
+
+
+def _boundary(order: Order, position: int, stop: int) -> int:
+    """Return `stop`, or the end of the epoch or order that comes before it."""
+    if order.epoch_clips:
+        stop = min(stop, (position // order.epoch_clips + 1) * order.epoch_clips)
+    return stop if order.end is None else min(stop, order.end)
+
+
+def _mean_seconds(order: ShuffledOrder, indexes: Sequence[ShardIndex]) -> float:
+    shares = [
+        index.samples if order.epoch_clips else shape.share
+        for index, shape in zip(indexes, order.sources, strict=True)
+    ]
+    means = [index.seconds / max(1, index.samples) for index in indexes]
+    return sum(share * mean for share, mean in zip(shares, means, strict=True)) / sum(shares)

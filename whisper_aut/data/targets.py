@@ -1,0 +1,507 @@
+"""Annotation → tokens for Whisper's decoder, and tokens → text.
+
+In: an `Annotation` and the domain of its source. Out: a `TokenTarget`: Whisper's prompt (start, language, task, no-timestamps), the
+text, the end token. Next: `data.pack`. Which language and task a domain gets is a setting; their tokens are looked up in the
+checkpoint's own tokenizer, as checkpoints differ in the languages that they have.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from whisper_aut.data.annotation import DOMAINS, Annotation, Row, Template
+from whisper_aut.data.batch import TokenTarget
+from whisper_aut.data.languages import language_name, whisper_codes
+from whisper_aut.errors import Reason, SampleRefused, UserError, nearest
+
+# Word and character error rate; equality after normalisation; overlap of lists; overlap of words with a caption.
+MetricName = Literal["words", "exact", "tags", "caption"]
+TRANSCRIPTION, CAPTION = "transcription", "caption"
+TRANSCRIPTION_TASKS = ("asr", TRANSCRIPTION)
+DEFAULT_LANGUAGE = "en"  # of clips that state none
+OF_THE_SAMPLE = "sample"
+
+
+@runtime_checkable
+class TextCodec(Protocol):
+    """A decoder's own way from a clip's annotation to tokens and back. It is pickled into the data workers."""
+
+    @property
+    def metrics(self) -> Mapping[str, MetricName]:
+        """What the texts of each task are measured by."""
+        ...
+
+    def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
+        """Return the tokens of one clip; a codec that draws something for it draws by its position in the order.
+
+        A rank without clips runs on the text "a" (which is also instruction, answer and label), so
+        that must be encoded.
+
+        Raises:
+            SampleRefused: no text, or more tokens than the decoder takes.
+        """
+        ...
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of generated tokens, special tokens left out."""
+        ...
+
+
+@dataclass(frozen=True)
+class DomainPrompt:
+    """The prompt tokens of one domain: a Whisper task, and a language (any tag that `corpora.languages` reads) or `sample` for
+    what the sample itself says."""
+
+    task: Literal["transcribe", "translate"] = "transcribe"
+    language: str = OF_THE_SAMPLE
+
+
+@dataclass
+class WhisperText:
+    """Tokens of the original Whisper decoder.
+
+    A clip without a language opens as English. One whose language the tokenizer has no token for opens without a language token.
+
+    Args:
+        tokenizer: a `WhisperTokenizer`, local or from the hub.
+        prompts: the prompt of each domain; a domain that is missing gets the default one.
+        max_tokens: the longest sequence that the decoder takes, prompt and end token included (448 in every Whisper).
+        overflow: what happens to a longer one: `cut` keeps its beginning and no end token, `drop` refuses the sample.
+        supervise_prompt: also predict the language, task and no-timestamps tokens, as the Hugging Face recipe does.
+        multilingual: whether the checkpoint knows language and task tokens; English-only ones don't.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Mapping[str, DomainPrompt] = field(default_factory=dict)
+    max_tokens: int = 448
+    overflow: Literal["cut", "drop"] = "cut"
+    supervise_prompt: bool = True
+    multilingual: bool = True
+    vocabulary: Mapping[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.vocabulary = self.tokenizer.get_vocab()
+
+    @property
+    def metrics(self) -> Mapping[str, MetricName]:
+        return {TRANSCRIPTION: "words", CAPTION: "caption"}
+
+    def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
+        text = " ".join(annotation.text.split())
+        if not text:
+            raise SampleRefused(Reason.NO_TEXT, annotation.without_text())
+        prompt = self.prompt_tokens(domain, annotation.language)
+        # `split_special_tokens`: a caption that spells "<|endoftext|>" is text, not an instruction to the decoder.
+        answer = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        tokens = [*prompt, *answer, self.tokenizer.eos_token_id]
+        if len(tokens) > self.max_tokens:
+            if self.overflow == "drop":
+                raise SampleRefused(
+                    Reason.LABEL_TOO_LONG, f"{len(tokens)} tokens, limit {self.max_tokens}"
+                )
+            tokens = tokens[: self.max_tokens]
+        supervised = torch.ones(len(tokens), dtype=torch.bool)
+        unknown_language = self._unknown_language(domain, annotation.language)
+        # A prompt that lacks its language is given and not learned: a language must not be skipped where it is known.
+        learns_prompt = self.supervise_prompt and not unknown_language
+        supervised[: 1 if learns_prompt else len(prompt)] = False
+        speech = annotation.task in TRANSCRIPTION_TASKS or (
+            not annotation.task and domain == "speech"
+        )
+        return TokenTarget(
+            torch.tensor(tokens),
+            supervised,
+            len(prompt),
+            text,
+            TRANSCRIPTION if speech else CAPTION,
+            unknown_language=unknown_language,
+        )
+
+    def decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    def prompt_tokens(self, domain: str, sample_language: str) -> tuple[int, ...]:
+        """Return start, language, task and no-timestamps for one clip: those of them that the checkpoint has."""
+        names = ["<|startoftranscript|>"]
+        if self.multilingual:
+            language = self.language_token(self._language(domain, sample_language))
+            names += [*([language] if language else []), f"<|{self._prompt(domain).task}|>"]
+        return tuple(self.vocabulary[name] for name in [*names, "<|notimestamps|>"])
+
+    def language_token(self, tag: str) -> str | None:
+        """Return the token that the checkpoint has for a language, or for the macrolanguage that it belongs to."""
+        tokens = (f"<|{code}|>" for code in whisper_codes(tag))
+        return next((token for token in tokens if token in self.vocabulary), None)
+
+    def _unknown_language(self, domain: str, sample_language: str) -> str:
+        """Return the language of a clip where it has no token, else nothing."""
+        language = self._language(domain, sample_language)
+        return "" if not self.multilingual or self.language_token(language) else language
+
+    def _language(self, domain: str, sample_language: str) -> str:
+        language = self._prompt(domain).language
+        stated = sample_language if language == OF_THE_SAMPLE else language
+        return stated.strip() or DEFAULT_LANGUAGE
+
+    def _prompt(self, domain: str) -> DomainPrompt:
+        return self.prompts.get(domain, DomainPrompt())
+
+
+def without_language_token(clips: Mapping[str, int]) -> str:
+    """Say how many clips have a language for which the decoder has no token, given their numbers by language."""
+    listed = ", ".join(f"{tag!r}: {n}" for tag, n in Counter(clips).most_common(10))
+    more = ", …" if len(clips) > 10 else ""
+    return (
+        f"{sum(clips.values())} clips have a language for which this Whisper has no token ({listed}{more}); their texts open without "
+        "a language token. Correct their `language` where it is a mistake."
+    )
+
+
+OWN_TASK = "question"  # of samples that bring their own instruction and answer
+CANDIDATE = "candidate"
+
+
+@dataclass
+class Instruction:
+    """One task of `conf/instructions`, in templates over an annotation's fields (`corpora.template`).
+
+    Attributes:
+        asks: paraphrases of the instruction.
+        answer: the answer; a sample that lacks a field of it does not serve the task.
+        tasks: the values of a sample's `task` that it serves, beside its own name; empty for any.
+        domains: the domains that it serves; empty for any.
+        weight: share among the tasks that one sample can serve.
+        metric: what generated answers are measured by.
+        others: makes it a yes/no task: `{candidate}` in `asks` is the filled `answer` (yes), or one of these (no).
+    """
+
+    asks: list[str]
+    answer: str = "{text}"
+    tasks: list[str] = field(default_factory=list)
+    domains: list[str] = field(default_factory=list)
+    weight: float = 1.0
+    metric: MetricName = "exact"
+    others: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about one clip: the task's name, the instruction, the answer."""
+
+    task: str
+    ask: str
+    answer: str
+
+
+class Instructions:
+    """The tasks of a run.
+
+    Args:
+        entries: by name.
+
+    Raises:
+        UserError: listing every entry that cannot be used.
+    """
+
+    def __init__(self, entries: Mapping[str, Instruction]):
+        problems = [
+            problem for name, entry in entries.items() for problem in _problems(name, entry)
+        ]
+        if not entries:
+            problems.append("there is no task at all")
+        if problems:
+            raise UserError(
+                "Instructions that cannot be used:\n"
+                + "\n".join(f"  - {problem}" for problem in problems)
+            )
+        self.entries = dict(entries)
+        self._answers = {name: Template(entry.answer) for name, entry in entries.items()}
+        self._asks = {
+            name: [Template(ask) for ask in entry.asks] for name, entry in entries.items()
+        }
+
+    @property
+    def metrics(self) -> dict[str, MetricName]:
+        """What each task is measured by."""
+        return {OWN_TASK: "caption", **{name: entry.metric for name, entry in self.entries.items()}}
+
+    def only(self, names: Iterable[str]) -> "Instructions":
+        """Return these tasks alone, for samples that are to be asked one thing.
+
+        Raises:
+            UserError: no such task.
+        """
+        names = list(names)
+        for name in names:
+            if name not in self.entries:
+                known = ", ".join(sorted(self.entries))
+                raise UserError(
+                    f"There is no task {name!r}.{nearest(name, self.entries)} Tasks of this run: {known}."
+                )
+        return Instructions({name: self.entries[name] for name in names})
+
+    def fitting(self, annotation: Annotation, domain: str) -> list[str]:
+        """Return the tasks that a sample can serve."""
+        row = _row(annotation)
+        return [
+            name
+            for name, entry in self.entries.items()
+            if self._fits(name, entry, annotation.task, domain, row)
+        ]
+
+    def facts(self, annotation: Annotation, domain: str) -> dict[str, str]:
+        """Return what can be answered about a sample, by task; of a yes/no task what it asks about."""
+        row = _row(annotation)
+        return {name: self._answers[name].fill(row) for name in self.fitting(annotation, domain)}
+
+    def draw(self, annotation: Annotation, domain: str, position: int) -> Question:
+        """Pick a task and a paraphrase for one sample; its own instruction and answer are used as they are.
+
+        Raises:
+            SampleRefused: no task fits.
+        """
+        if annotation.instruction.strip() and annotation.answer.strip():
+            return Question(OWN_TASK, annotation.instruction.strip(), annotation.answer.strip())
+        names = self.fitting(annotation, domain)
+        if not names:
+            has = ", ".join(name for name, value in _row(annotation).items() if value) or "nothing"
+            raise SampleRefused(
+                Reason.NO_TASK, f"task {annotation.task!r}, domain {domain!r}, has {has}"
+            )
+        rng = random.Random(
+            f"{position} {annotation.source} {annotation.id}"
+        )  # text seeds are the same in every process
+        name = rng.choices(names, [self.entries[name].weight for name in names])[0]
+        row = _row(annotation)
+        ask, answer = rng.choice(self._asks[name]), self._answers[name].fill(row)
+        if others := self.entries[name].others:
+            candidate, answer = _candidate(answer, others, rng)
+            row = {**row, CANDIDATE: candidate}
+        return Question(name, ask.fill(row), answer)
+
+    def _fits(self, name: str, entry: Instruction, task: str, domain: str, row: Row) -> bool:
+        right_place = (not entry.tasks or task in (name, *entry.tasks)) and (
+            not entry.domains or domain in entry.domains
+        )
+        if not right_place or not entry.weight or not self._answers[name].fill(row):
+            return False
+        given = {**row, CANDIDATE: "any"}
+        return all(ask.fill(given) for ask in self._asks[name])
+
+
+def _row(annotation: Annotation) -> Row:
+    """Return the fields that templates may use; several labels stand in alphabetical order, each once."""
+    label = (
+        sorted(set(annotation.label)) if isinstance(annotation.label, list) else annotation.label
+    )
+    own = {
+        "text": " ".join(annotation.text.split()),
+        "label": label,
+        "language_name": language_name(annotation.language),
+        "instruction": annotation.instruction,
+        "answer": annotation.answer,
+    }
+    return {**annotation.extra, **own}
+
+
+def _candidate(answer: str, others: list[str], rng: random.Random) -> tuple[str, str]:
+    """Return what a yes/no question asks about and its answer. Several labels are one by one candidates for a yes; for a no, what
+    has no word of theirs: waves are heard in sea waves."""
+    true, heard = [part.strip() for part in answer.split(",")], _words(answer)
+    false = [other for other in others if not _words(other) & heard]
+    if not false or rng.random() < 0.5:
+        return rng.choice(true), "yes"
+    return rng.choice(false), "no"
+
+
+def _words(label: str) -> set[str]:
+    """Return the words of a label in lower case, without the `s` of a plural."""
+    words = re.findall(r"[^\W_]+", label.lower())
+    return {word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words}
+
+
+def _problems(name: str, entry: Instruction) -> Iterator[str]:
+    if not entry.asks:
+        yield f"{name}.asks: give at least one instruction"
+    for where, text in (("answer", entry.answer), *(("asks", ask) for ask in entry.asks)):
+        template = Template(text)
+        if template.fault:
+            yield f"{name}.{where}: {text!r}: {template.fault}"
+        elif not text.strip():
+            yield f"{name}.{where}: empty"
+    asks_candidate = any(CANDIDATE in Template(ask).columns for ask in entry.asks)
+    if asks_candidate != bool(entry.others):
+        yield f"{name}: a yes/no task has both {{{CANDIDATE}}} in `asks` and a list of `others`"
+    for domain in entry.domains:
+        if domain not in DOMAINS:
+            yield f"{name}.domains: {domain!r} is not one of {', '.join(DOMAINS)}"
+    if entry.weight < 0:
+        yield f"{name}.weight: {entry.weight} is negative"
+
+
+AUDIO = -1  # stands where a clip's frames go; no vocabulary has this id
+# Places in the template, found again in its text; no template or instruction holds these.
+_AUDIO_MARK, _ASK_MARK, _ANSWER_MARK = "\x02audio\x03", "\x02ask\x03", "\x02answer\x03"
+# How templates write today's date: a function of transformers' that no argument of a rendering replaces.
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
+
+
+@dataclass(frozen=True)
+class ChatFrame:
+    """The fixed tokens of a chat: before the audio, between audio and instruction, before the answer, and the end token."""
+
+    opening: tuple[int, ...]
+    between: tuple[int, ...]
+    closing: tuple[int, ...]
+    end: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, date: str = "") -> "ChatFrame":
+        """Read a tokenizer's chat template, with thinking off where it knows of that.
+
+        Args:
+            date: the day (`2026-11-28`) that a template which writes today's date writes instead; empty for today.
+
+        Raises:
+            UserError: no chat template, one that raises or loses the message, or a wrong date.
+        """
+        name = tokenizer.name_or_path
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"{name} has no chat template; pick a language model that was trained to chat."
+            )
+        asked = [{"role": "user", "content": f"{_AUDIO_MARK}\n{_ASK_MARK}"}]
+        answered = [*asked, {"role": "assistant", "content": _ANSWER_MARK}]
+        options: dict[str, Any] = {
+            "tokenize": False,
+            "enable_thinking": False,
+            "chat_template": _dated(tokenizer, date),
+        }
+        try:
+            prompt = str(
+                tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options)
+            )
+            whole = str(tokenizer.apply_chat_template(answered, **options))
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise UserError(
+                f"The chat template of {name} fails on a user's message and an answer to it: {error}. "
+                "Pick another language model, or mend its chat_template.jinja."
+            ) from None
+        if _AUDIO_MARK not in prompt or _ASK_MARK not in prompt or _ANSWER_MARK not in whole:
+            raise UserError(f"The chat template of {name} does not repeat what it is given.")
+        opening, _, rest = prompt.partition(_AUDIO_MARK)
+        between, _, closing = rest.partition(_ASK_MARK)
+        return cls(
+            _ids(tokenizer, opening),
+            _ids(tokenizer, between),
+            _ids(tokenizer, closing),
+            _end_token(tokenizer, whole.partition(_ANSWER_MARK)[2]),
+        )
+
+
+@dataclass
+class ChatText:
+    """Tokens of a language model's chat.
+
+    Args:
+        tokenizer: the language model's.
+        instructions: what is asked.
+        max_tokens: the longest sequence of text tokens, template and end token included.
+        overflow: what happens to a longer one: `cut` keeps its beginning and no end token, `drop` refuses the sample.
+        date: see `ChatFrame.of`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    instructions: Instructions
+    max_tokens: int = 512
+    overflow: Literal["cut", "drop"] = "cut"
+    date: str = ""
+    frame: ChatFrame = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.frame = ChatFrame.of(self.tokenizer, self.date)
+
+    @property
+    def metrics(self) -> Mapping[str, MetricName]:
+        return self.instructions.metrics
+
+    def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
+        question = self.instructions.draw(annotation, domain, position)
+        prompt = self._prompt(question.ask)
+        tokens = [*prompt, *self._text(question.answer), self.frame.end]
+        if len(tokens) > self.max_tokens:
+            if self.overflow == "drop" or len(prompt) >= self.max_tokens:
+                raise SampleRefused(
+                    Reason.LABEL_TOO_LONG, f"{len(tokens)} tokens, limit {self.max_tokens}"
+                )
+            tokens = tokens[: self.max_tokens]
+        supervised = torch.zeros(len(tokens), dtype=torch.bool)
+        supervised[len(prompt) :] = True
+        return TokenTarget(
+            torch.tensor(tokens), supervised, len(prompt), question.answer, question.task
+        )
+
+    def decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    def ask(self, question: str) -> Tensor:
+        """Return the prompt of a question about a clip, `[L]`, ready for generation."""
+        return torch.tensor(self._prompt(question))
+
+    def _prompt(self, ask: str) -> list[int]:
+        return [
+            *self.frame.opening,
+            AUDIO,
+            *self.frame.between,
+            *self._text(ask),
+            *self.frame.closing,
+        ]
+
+    def _text(self, text: str) -> list[int]:
+        # `split_special_tokens`: a caption that spells "<|im_end|>" is text, not an instruction to the model.
+        return list(
+            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        )
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase, after: str) -> int:
+    """Return the token that ends an answer: the first special one that the template writes after it, else eos."""
+    special = set(tokenizer.all_special_ids)
+    special |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = next((id for id in _ids(tokenizer, after) if id in special), tokenizer.eos_token_id)
+    if not isinstance(end, int):
+        raise UserError(
+            f"Neither the chat template of {tokenizer.name_or_path} nor its tokenizer has a token that ends an answer."
+        )
+    return end
+
+
+def _dated(tokenizer: PreTrainedTokenizerBase, date: str) -> str:
+    """Return the chat template with the date written into it where it asks for today's."""
+    try:
+        day = datetime.fromisoformat(date) if date else datetime.now()
+    except ValueError:
+        raise UserError(f"decoder.date: {date!r} is not a day such as 2026-11-28.") from None
+    template = _DATE_CALL.sub(
+        lambda call: json.dumps(day.strftime(call["format"])), tokenizer.get_chat_template()
+    )
+    if "strftime_now(" in template:
+        raise UserError(
+            f"The chat template of {tokenizer.name_or_path} computes the format of today's date, so its prompts would change from "
+            "day to day. Write a fixed date in its chat_template.jinja."
+        )
+    return template

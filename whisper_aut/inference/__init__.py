@@ -1,0 +1,1 @@
+"""Inference: embed, search and chat with a trained encoder."""

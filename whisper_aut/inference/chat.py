@@ -1,0 +1,185 @@
+"""Questions to a trained run: clips in, answers out, and measured over whole shards.
+
+In: a trained `AudioTextModule` with its codec, audio files or shards. Out: texts, and figures by task. Next: a terminal, or a JSON-lines
+file. This is for looking at what a decoder learned; what a run is trained for is its encoder.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from whisper_aut.audio.decode import ClipLimits, load_file
+from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
+from whisper_aut.audio.windows import BATCH_SECONDS, batches_by_seconds
+from whisper_aut.data.batch import Example, pack
+from whisper_aut.data.dataset import ExampleBuilder
+from whisper_aut.data.ledger import Ledger, by_source
+from whisper_aut.data.reader import Refusal, Sample, iter_samples
+from whisper_aut.data.shards import open_index
+from whisper_aut.data.targets import DEFAULT_LANGUAGE, ChatText, TextCodec, WhisperText
+from whisper_aut.errors import Reason, SampleRefused, UserError
+from whisper_aut.models.module import AnswerMetrics, AudioTextModule
+
+CLIPS_AT_ONCE = 16
+
+
+@runtime_checkable
+class Askable(Protocol):
+    """A codec whose decoder takes questions."""
+
+    def ask(self, question: str) -> Tensor:
+        """Return the prompt of a question, `[L]`."""
+        ...
+
+
+def answer(module: AudioTextModule, audio: Path, question: str, *, max_new_tokens: int = 64) -> str:
+    """Answer one question about one file.
+
+    Raises:
+        UserError: the file cannot be used, or the decoder takes no questions.
+    """
+    if not isinstance(module.codec, Askable):
+        raise UserError(
+            "The decoder of this run takes no questions; runs with decoder=causal_lm do."
+        )
+    return _written(module, audio, module.codec.ask(question), max_new_tokens)
+
+
+def describe(
+    module: AudioTextModule, audio: Path, *, domain: str = "sound", max_new_tokens: int = 64
+) -> str:
+    """Return the text that a run's Whisper decoder writes for one file, as for a clip of a domain.
+
+    Raises:
+        UserError: the file cannot be used, or the run has another decoder.
+    """
+    if not isinstance(module.codec, WhisperText):
+        raise UserError("This run has no Whisper decoder: ask it a question.")
+    prompt = torch.tensor(module.codec.prompt_tokens(domain, DEFAULT_LANGUAGE))
+    return _written(module, audio, prompt, max_new_tokens)
+
+
+@torch.inference_mode()
+def _written(module: AudioTextModule, audio: Path, prompt: Tensor, max_new_tokens: int) -> str:
+    try:
+        waveform = load_file(audio, ClipLimits())
+    except SampleRefused as refused:
+        missing = refused.reason is Reason.MISSING_FILE
+        raise UserError(
+            f"Cannot read {audio}: {refused.detail}."
+            if missing
+            else f"{audio} cannot be used: {refused}."
+        ) from None
+    mel = LogMel(module.encoder.num_mel_bins)(waveform).to(module.device)
+    frames = module.encoder(mel, [mel_frames(len(waveform))])
+    (tokens,) = module.decoder.generate(frames.values, frames.lengths, [prompt], max_new_tokens)
+    return module.codec.decode(tokens)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures by name (`exact_sound_class`), clips asked, refusals by source and reason, and clips of languages without a token."""
+
+    figures: dict[str, float]
+    clips: int
+    refused: dict[str, dict[str, int]]
+    unknown_languages: dict[str, int]
+
+
+@torch.inference_mode()
+def evaluate(
+    module: AudioTextModule,
+    shards: Sequence[str],
+    *,
+    tasks: Sequence[str] = (),
+    domain: str = "",
+    limit: int | None = None,
+    batch_seconds: float = BATCH_SECONDS,
+    out: Path | None = None,
+    max_new_tokens: int = 64,
+) -> Evaluation:
+    """Ask about every clip of some shards, and measure the answers by what their task is measured by.
+
+    Args:
+        tasks: the only tasks to ask; by default one is drawn for each clip, as in training.
+        domain: of clips that do not say their own.
+        limit: only the first clips of each folder.
+        batch_seconds: audio that runs at once, padding included.
+        out: a JSON-lines file of clips, questions' tasks, answers and references.
+
+    Raises:
+        UserError: no such task or shards, or tasks for a decoder that takes no questions.
+    """
+    codec = _codec_for(module.codec, tasks)
+    build = ExampleBuilder(LogMel(module.encoder.num_mel_bins), codec, ClipLimits())
+    metrics, ledger, clips = AnswerMetrics(codec.metrics), Ledger(None), 0
+    unknown_languages: Counter[str] = Counter()
+    with out.open("w") if out else nullcontext() as file:
+        for group in _groups(shards, limit, build.limits):
+            items = [
+                item if isinstance(item, Refusal) else build(item, domain, place)
+                for place, item in group
+            ]
+            examples = [item for item in items if isinstance(item, Example)]
+            ledger.record(
+                (example.source for example in examples),
+                [item for item in items if isinstance(item, Refusal)],
+            )
+            clips += len(examples)
+            unknown_languages.update(
+                example.target.unknown_language
+                for example in examples
+                if example.target.unknown_language
+            )
+            padded = module.encoder.padding == "30s"
+            seconds = [WINDOW_SECONDS if padded else one.mel_length / 100 for one in examples]
+            for batch in batches_by_seconds(seconds, batch_seconds):
+                chosen = [examples[place] for place in batch]
+                for entry in _answered(module, codec, chosen, max_new_tokens):
+                    metrics.update(entry["task"], entry["generated"], entry["reference"])
+                    if file:
+                        file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    figures = {name: float(value) for name, value in metrics.compute().items()}
+    skipped = by_source(ledger.counts.skipped)
+    return Evaluation(figures, clips, skipped, dict(unknown_languages))
+
+
+def _groups(
+    shards: Sequence[str], limit: int | None, limits: ClipLimits
+) -> Iterator[list[tuple[int, Sample | Refusal]]]:
+    """Yield the samples of all folders with their places in their folder, some at a time."""
+    for folder in shards:
+        samples = enumerate(islice(iter_samples(open_index(folder), limits), limit))
+        while group := list(islice(samples, CLIPS_AT_ONCE)):
+            yield group
+
+
+def _answered(
+    module: AudioTextModule, codec: TextCodec, examples: Sequence[Example], max_new_tokens: int
+) -> Iterator[dict[str, Any]]:
+    batch = pack(examples, [], module.encoder.num_mel_bins).to(module.device)
+    frames = module.encoder(batch.mel, batch.mel_lengths)
+    answers = module.decoder.generate(
+        frames.values, frames.lengths, batch.targets.prompts(), max_new_tokens
+    )
+    for example, tokens in zip(examples, answers, strict=True):
+        facts = {"key": example.key, "domain": example.domain, "task": example.target.task}
+        yield {**facts, "reference": example.target.text, "generated": codec.decode(tokens)}
+
+
+def _codec_for(codec: TextCodec, tasks: Sequence[str]) -> TextCodec:
+    if not tasks:
+        return codec
+    if not isinstance(codec, ChatText):
+        raise UserError(
+            f"The decoder of this run cannot be asked for {', '.join(tasks)}; runs with decoder=causal_lm can."
+        )
+    return replace(codec, instructions=codec.instructions.only(tasks))

@@ -1,0 +1,151 @@
+"""Attention that stays inside each clip of a packed batch.
+
+In: queries `[ΣLq, H, d]` and keys, values `[ΣLk, H, d]` of clips laid end to end, and the `Segments` that say where each clip
+lies. Out: `[ΣLq, H, d]`. Used by `model.encoder`, the packed Whisper decoder and the packed language model. On CUDA in half
+precision, from Ampere on, one variable-length flash-attention kernel takes the whole batch; elsewhere runs of clips with equal lengths
+share one call of PyTorch's SDPA.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host's tensor on the device, queued where that is a GPU."""
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )
+
+
+FLASH_CAPABILITY = (8, 0)  # Ampere: PyTorch's flash attention runs on nothing older
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the clips of a batch lie, worked out once for all layers.
+
+    Attributes:
+        runs: neighbouring clips of equal lengths, as (Lq, Lk, clips).
+        query_bounds, key_bounds: `[B + 1]` int32 on the device where clips begin and end; None on a CPU, which needs none.
+        longest_query, longest_key: in the batch.
+    """
+
+    runs: tuple[tuple[int, int, int], ...]
+    query_bounds: Tensor | None
+    key_bounds: Tensor | None
+    longest_query: int
+    longest_key: int
+
+    @classmethod
+    def of(
+        cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device
+    ) -> "Segments":
+        pairs = list(zip(query_lengths, key_lengths, strict=True))
+        runs = tuple((query, key, len(list(run))) for (query, key), run in groupby(pairs))
+        query_bounds = key_bounds = None
+        if device.type == "cuda":
+            query_bounds = _bounds(query_lengths, device)
+            key_bounds = (
+                query_bounds if query_lengths is key_lengths else _bounds(key_lengths, device)
+            )
+        return cls(runs, query_bounds, key_bounds, max(query_lengths), max(key_lengths))
+
+
+def clip_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    causal: bool = False,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Attend from each clip's queries to the same clip's keys only.
+
+    Args:
+        query: `[ΣLq, H, d]`, not yet scaled.
+        key, value: `[ΣLk, H, d]`. The values' precision is that of the attention: norms of queries and keys that are kept in
+            float32 give float32 under autocast.
+        segments: where the clips lie.
+        causal: a query sees the keys up to its own position; needs equal query and key lengths.
+        dropout: probability with which attention weights are dropped.
+        scale: of the products; None for d^-1/2.
+
+    Returns:
+        `[ΣLq, H, d]`.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and not dropout
+        and _has_flash(query.device)
+    ):
+        window = (-1, 0) if causal else (-1, -1)
+        attended: Any = varlen_attn(
+            query,
+            key,
+            value,
+            segments.query_bounds,  # pyright: ignore[reportArgumentType]
+            segments.key_bounds,  # pyright: ignore[reportArgumentType]
+            segments.longest_query,
+            segments.longest_key,
+            window_size=window,
+            scale=scale,
+        )
+        return attended
+    return _sdpa_by_length(query, key, value, segments, causal, dropout, scale)
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
+
+
+def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
+    sums = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=sums[1:])
+    return sent(sums, device)
+
+
+def _sdpa_by_length(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    causal: bool,
+    dropout: float,
+    scale: float | None,
+) -> Tensor:
+    # Heads first before the cut: one clip then costs its SDPA and nothing else, which is what small models wait for.
+    query_runs = _cut(query, [lq * clips for lq, _, clips in segments.runs])
+    key_sizes = [lk * clips for _, lk, clips in segments.runs]
+    key_runs, value_runs = _cut(key, key_sizes), _cut(value, key_sizes)
+    attended = []
+    for q, k, v, (_, _, clips) in zip(query_runs, key_runs, value_runs, segments.runs, strict=True):
+        if clips > 1:
+            q, k, v = (
+                x.squeeze(0).unflatten(1, (clips, -1)).transpose(0, 1) for x in (q, k, v)
+            )  # [clips, H, L, d]
+        out = scaled_dot_product_attention(
+            q, k, v, is_causal=causal, dropout_p=dropout, scale=scale
+        ).transpose(1, 2)
+        attended.append(out.squeeze(0) if clips == 1 else out.flatten(0, 1))
+    return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+
+def _cut(packed: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """Cut `[ΣL, H, d]` into `[1, H, L, d]`; one piece alone is not cut, as the gradient of a cut is a copy."""
+    heads_first = packed.transpose(0, 1)[None]
+    return heads_first.split(list(sizes), dim=2) if len(sizes) > 1 else (heads_first,)

@@ -1,0 +1,229 @@
+"""Whisper's own decoder, packed: the teacher of AuT, trained with the encoder and thrown away at export.
+
+In: encoder frames `[ΣT, D]` and packed token targets. Out: loss and text. Source: Whisper-AuT (arXiv 2604.10438); the modules,
+weights and arithmetic are Hugging Face's `WhisperForConditionalGeneration`. Texts lie end to end like the clips do; self- and
+cross-attention stay inside each clip, and logits exist for supervised positions only.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+from torch.utils.checkpoint import checkpoint
+from transformers import EncoderDecoderCache, WhisperConfig
+from transformers.cache_utils import DynamicCache
+from transformers.models.whisper.modeling_whisper import WhisperDecoder as HFWhisperDecoder
+
+from whisper_aut.data.annotation import DOMAINS
+from whisper_aut.data.batch import Targets
+from whisper_aut.data.languages import whisper_codes
+from whisper_aut.data.targets import OF_THE_SAMPLE, DomainPrompt, WhisperText
+from whisper_aut.errors import UserError
+from whisper_aut.models.attention import Segments, sent
+from whisper_aut.models.dense import speed_up_products
+from whisper_aut.models.encoder import packed_attention, packed_feed_forward
+from whisper_aut.models.flops import whisper_decoder_flops
+from whisper_aut.models.losses import DecoderLoss, chunked_cross_entropy
+from whisper_aut.models.pretrained import Start
+
+
+@dataclass
+class WhisperDecoderOptions:
+    """The `decoder` group of a config with `name: whisper`; see `data.text.WhisperText` for what each does."""
+
+    name: str = "whisper"
+    prompts: dict[str, DomainPrompt] = field(default_factory=dict)
+    max_tokens: int = 448
+    overflow: Literal["cut", "drop"] = "cut"
+    supervise_prompt: bool = True
+
+
+def build_whisper_decoder(
+    start: Start, options: WhisperDecoderOptions, gradient_checkpointing: bool
+) -> "tuple[WhisperDecoder, WhisperText]":
+    """Take the start checkpoint's own decoder, and a codec around its tokenizer.
+
+    Raises:
+        UserError: the checkpoint has no decoder, or an option does not fit it.
+    """
+    for domain, prompt in options.prompts.items():
+        if domain not in DOMAINS:
+            raise UserError(
+                f"decoder.prompts.{domain}: not a domain; there are {', '.join(DOMAINS)}."
+            )
+        if prompt.language != OF_THE_SAMPLE and not whisper_codes(prompt.language):
+            raise UserError(
+                f"decoder.prompts.{domain}.language: {prompt.language!r} is no language of Whisper's. Give a code such as `en`, or "
+                f"`{OF_THE_SAMPLE}` for what each sample states."
+            )
+    model = start.model  # first: of an export without a decoder nothing else is worth saying
+    _check_tokenizer(start)
+    longest = start.config.max_target_positions
+    if not 8 <= options.max_tokens <= longest:
+        raise UserError(
+            f"decoder.max_tokens: {options.max_tokens} is outside 8 to {longest}, what {start.path} can place."
+        )
+    codec = WhisperText(
+        start.tokenizer,
+        options.prompts,
+        options.max_tokens,
+        options.overflow,
+        options.supervise_prompt,
+        start.multilingual,
+    )
+    for domain, prompt in options.prompts.items():
+        if prompt.language != OF_THE_SAMPLE and not codec.language_token(prompt.language):
+            raise UserError(
+                f"decoder.prompts.{domain}.language: the tokenizer of {start.path} has no token for {prompt.language!r}."
+            )
+    end_token = start.token_id("<|endoftext|>")
+    return WhisperDecoder(model.model.decoder, end_token, gradient_checkpointing), codec
+
+
+def _check_tokenizer(start: Start) -> None:
+    """Refuse a tokenizer that is not the checkpoint's: where files are missing, transformers makes up one without words."""
+    config = start.config
+    special = ["<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>"]
+    special += ["<|transcribe|>", "<|translate|>"] if start.multilingual else []
+    ids = [start.token_id(token) for token in special]
+    lacking = [
+        token
+        for token, id in zip(special, ids, strict=True)
+        if start.tokenizer.convert_ids_to_tokens(id) != token
+    ]
+    written = start.tokenizer("a", add_special_tokens=False).input_ids
+    if lacking:
+        why = f"lacks {', '.join(lacking)}"
+    elif not written:
+        why = "writes no text"
+    elif max(*written, *ids) >= config.vocab_size or ids[:3] != [
+        config.decoder_start_token_id,
+        config.eos_token_id,
+        # A tokenizer of another generation of Whisper has a language more or less before this one.
+        getattr(start.generation_config, "no_timestamps_token_id", None) or ids[2],
+    ]:
+        why = "numbers tokens otherwise"
+    else:
+        return
+    raise UserError(
+        f"The tokenizer of {start.path} is not this checkpoint's: it {why}. Copy tokenizer.json, or vocab.json and merges.txt, and "
+        "tokenizer_config.json from where the weights come from."
+    )
+
+
+def sketch_whisper_decoder(
+    config: WhisperConfig, options: WhisperDecoderOptions, gradient_checkpointing: bool
+) -> nn.Module:
+    """Return the decoder that `build_whisper_decoder` would, with sizes alone; see `DecoderEntry.sketch`."""
+    end = config.eos_token_id
+    return WhisperDecoder(
+        HFWhisperDecoder(config), end if isinstance(end, int) else 0, gradient_checkpointing
+    )
+
+
+class WhisperDecoder(nn.Module):
+    """Runs a Hugging Face `WhisperDecoder` on packed clips. The output embedding is the token embedding, tied.
+
+    Args:
+        whisper: the decoder whose modules and weights are used.
+        end_token: id of `<|endoftext|>`, at which generation stops.
+        gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations.
+    """
+
+    def __init__(
+        self, whisper: HFWhisperDecoder, end_token: int, gradient_checkpointing: bool = False
+    ):
+        super().__init__()
+        self.whisper = whisper
+        self.end_token = end_token
+        self.gradient_checkpointing = gradient_checkpointing
+        speed_up_products(whisper)
+
+    def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
+        hidden = self._hidden(frames, lengths, targets)
+        # The state at position i predicts token i + 1, so a supervised token is read off the position before it.
+        predicted = targets.places
+        weight = self.whisper.embed_tokens.weight
+        total, nll, correct = chunked_cross_entropy(
+            hidden[predicted - 1], weight, targets.tokens[predicted]
+        )
+        return DecoderLoss(total, nll, correct, targets.counts)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        frames: Tensor,
+        lengths: Sequence[int],
+        prompts: Sequence[Tensor],
+        max_new_tokens: int = 64,
+    ) -> list[list[int]]:
+        # One clip after another: its frames need no mask then, and Hugging Face's cache does the rest.
+        return [
+            self._greedy(clip, prompt, max_new_tokens)
+            for clip, prompt in zip(frames.split(list(lengths)), prompts, strict=True)
+        ]
+
+    def flops(self, lengths: Sequence[int], targets: Targets) -> float:
+        """Return the FLOPs of a training step on clips of T frames; what the meters divide by."""
+        return whisper_decoder_flops(
+            self.whisper.config, lengths, targets.lengths, sum(targets.counts)
+        )
+
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def _hidden(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> Tensor:
+        """Return the last hidden state of every token, `[ΣL, D]`."""
+        whisper = self.whisper
+        positions = torch.cat([torch.arange(length) for length in targets.lengths])
+        places = whisper.embed_positions(None, position_ids=sent(positions, frames.device))
+        hidden = whisper.embed_tokens(targets.tokens) + places
+        hidden = dropout(hidden, p=whisper.dropout, training=self.training)
+        own, across = (
+            Segments.of(targets.lengths, keys, frames.device)
+            for keys in (targets.lengths, tuple(lengths))
+        )
+        for layer in whisper.layers:
+            arguments = (layer, hidden, frames, own, across)
+            if self.gradient_checkpointing and self.training:
+                hidden = checkpoint(_decoder_layer, *arguments, use_reentrant=False)
+            else:
+                hidden = _decoder_layer(*arguments)
+        return whisper.layer_norm(hidden)
+
+    def _greedy(self, frames: Tensor, prompt: Tensor, max_new_tokens: int) -> list[int]:
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        limit = min(max_new_tokens, self.whisper.max_target_positions - len(prompt))
+        answer: list[int] = []
+        tokens = prompt.to(frames.device)[None]
+        for _ in range(limit):
+            state = self.whisper(
+                input_ids=tokens,
+                encoder_hidden_states=frames[None],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            best = int(
+                (state.last_hidden_state[0, -1] @ self.whisper.embed_tokens.weight.T).argmax()
+            )
+            if best == self.end_token:
+                break
+            answer.append(best)
+            tokens = torch.tensor([[best]], device=frames.device)
+        return answer
+
+
+def _decoder_layer(
+    layer: Any, hidden: Tensor, frames: Tensor, own: Segments, across: Segments
+) -> Tensor:
+    """One transformer layer on packed texts `[ΣL, D]`, in the order of `WhisperDecoderLayer.forward`."""
+    normed = layer.self_attn_layer_norm(hidden)
+    attended = packed_attention(layer.self_attn, normed, normed, own, causal=True)
+    hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
+    normed = layer.encoder_attn_layer_norm(hidden)
+    attended = packed_attention(layer.encoder_attn, normed, frames, across)
+    hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
+    return hidden + packed_feed_forward(layer, layer.final_layer_norm(hidden))

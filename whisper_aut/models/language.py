@@ -1,0 +1,417 @@
+"""A causal language model of the hub, run on sequences of different lengths.
+
+In: a hub id or directory. Out: model and tokenizer; hidden states of sequences laid end to end. Next: `model.decoders.causal_lm`. Any
+architecture of `transformers` fits that ends in a plain output embedding. One whose only way from position to position is the attention
+interface of `transformers` (Qwen, Llama, Mistral, …) runs packed; one with state or an attention of its own (Mamba, LFM2, GPT-Neo, …)
+would leak from one sequence to the next, and runs on padded batches. `check_layout` finds out which by trying.
+Weights load strictly and from safetensors only; no remote code runs.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from whisper_aut.errors import UserError
+from whisper_aut.models.attention import Segments, clip_attention, sent
+from whisper_aut.models.pretrained import (
+    UNLOADABLE,
+    describe_missing,
+    quiet_loading,
+    refuse_adapter,
+    refuse_gaps,
+)
+
+# Of the check at load: three sequences, and how far rows may be apart. Leaks move rows by their own size, rounding by the dtype's.
+CHECK_LENGTHS = (7, 12, 5)
+TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
+# What an architecture raises on a call that it is not made for.
+NOT_RUNNABLE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
+WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
+PACKED = "whisper_aut_packed"  # our name among the attention implementations of transformers
+KIND, EXAMPLE = "language model", "Qwen/Qwen3-0.6B"  # for messages
+OUTPUT_EMBEDDING = "lm_head.weight"  # left out of checkpoints where it is the token embedding
+
+
+# So that a run can be planned where the hub is out of reach; from the model's own config.json.
+KNOWN_SHAPES: dict[str, Any] = {
+    "Qwen/Qwen3-0.6B": Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=True,
+    )
+}
+
+
+def language_config(path: str, revision: str = "") -> Any:
+    """Return a language model's configuration: a directory's own, a known shape, or else what the hub says.
+
+    Raises:
+        UserError: there is no such directory or model.
+    """
+    if not Path(path).is_dir() and path in KNOWN_SHAPES:
+        return KNOWN_SHAPES[path]
+    try:
+        with quiet_loading():
+            return AutoConfig.from_pretrained(
+                path, revision=revision or "main", trust_remote_code=False
+            )
+    except UNLOADABLE as error:
+        raise UserError(describe_missing(path, error, kind=KIND, example=EXAMPLE)) from None
+
+
+def load_language_model(
+    path: str, revision: str = "", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Raises:
+        UserError: nothing usable there, or weights missing.
+    """
+    if Path(path).is_dir():
+        refuse_adapter(path)
+    try:
+        with quiet_loading():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                revision=revision or "main",
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=dtype,
+                output_loading_info=True,
+            )
+            model, info = loaded
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, revision=revision or "main", trust_remote_code=False
+            )
+    except UNLOADABLE as error:
+        raise UserError(describe_missing(path, error, kind=KIND, example=EXAMPLE)) from None
+    refuse_adapter(path, revision)  # of the hub, which has been reached by now
+    tied = {OUTPUT_EMBEDDING} if model.config.tie_word_embeddings else set()
+    refuse_gaps(path, info, tied, kind=KIND)
+    return model, tokenizer
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """How a language model runs on a batch of sequences.
+
+    Attributes:
+        packed: end to end, each on its own; else as a padded batch through the model's own attention mask.
+        longest_packed: the most positions of a packed sequence, the model's attention window; None for any. A batch with a longer
+            one is padded, as the window is part of the model's own mask.
+        generates: whether `generate` of transformers writes for a padded batch what each sequence alone gives.
+        attention: the model's own attention implementation.
+    """
+
+    packed: bool = True
+    longest_packed: int | None = None
+    generates: bool = True
+    attention: str = "sdpa"
+
+
+def check_layout(path: str, model: PreTrainedModel) -> SequenceLayout:
+    """Try a language model on three random sequences, and choose the layout that gives what each of them alone gives.
+
+    Args:
+        path: for messages.
+        model: in eval mode, as it was loaded.
+
+    Raises:
+        UserError: its own forward pass does not run from embeddings, its logits are more than states times embeddings, or no layout
+            gives the states of each sequence alone.
+    """
+    embed: Any = model.get_input_embeddings()
+    window = _attention_window(model.config)
+    lengths = [min(length, window or length) for length in CHECK_LENGTHS]
+    ids = torch.randint(
+        embed.num_embeddings, (2, sum(lengths)), generator=torch.Generator().manual_seed(0)
+    )
+    tolerance = TOLERANCE if embed.weight.dtype == torch.float32 else HALF_TOLERANCE
+    model.generation_config = GenerationConfig()  # its own may ask for sampling
+    own_attention: Any = model.config._attn_implementation
+    with torch.no_grad():
+        embeddings, others = embed(ids[0]), embed(ids[1])
+        alone = _states_alone(path, model, embeddings, lengths)
+        _refuse_unknown_head(path, model, embeddings[: lengths[0]], alone[: lengths[0]], tolerance)
+        last = slice(-lengths[-1], None)
+        others[last] = embeddings[last]  # the same sequence after two others
+        for packed in (True, False):
+            layout = SequenceLayout(packed, window, attention=own_attention)
+            try:
+                states, after_others = (
+                    sequence_states(model, batch, lengths, layout) for batch in (embeddings, others)
+                )
+            except NOT_RUNNABLE:
+                continue
+            as_alone = _distance(states, alone) <= tolerance
+            # Of the same shape, so that rounding hides no leak.
+            separate = _distance(after_others[last], states[last]) <= tolerance / 10
+            if as_alone and separate:
+                generates = _generates(model, embeddings, lengths, layout, tolerance)
+                return replace(layout, generates=generates)
+    raise UserError(
+        f"{path} ({model.config.model_type}) gives other states for sequences in a batch than for each alone, packed and padded, so "
+        "clips would leak into each other. Pick another language model."
+    )
+
+
+def sketched_layout(model: PreTrainedModel, width: int) -> SequenceLayout:
+    """Return a layout that a model without weights runs in, for planning: packed where it does not raise.
+
+    Raises:
+        UserError: it runs neither packed nor padded on tensors without memory.
+    """
+    attention: Any = model.config._attn_implementation
+    for packed in (True, False):
+        layout = SequenceLayout(packed, _attention_window(model.config), attention=attention)
+        try:
+            sequence_states(model, torch.zeros(sum(CHECK_LENGTHS), width), CHECK_LENGTHS, layout)
+        except NOT_RUNNABLE:
+            continue
+        return layout
+    raise UserError(
+        f"A run with a {model.config.model_type!r} language model cannot be planned: it does not run without its weights."
+    )
+
+
+def sequence_states(
+    model: PreTrainedModel, embeddings: Tensor, lengths: Sequence[int], layout: SequenceLayout
+) -> Tensor:
+    """Run the model on sequences laid end to end, each on its own: `[ΣL, W]` → last hidden states `[ΣL, W]`."""
+    if layout.packed and max(lengths) <= (layout.longest_packed or max(lengths)):
+        return packed_states(model, embeddings, lengths)
+    # Set for good, not for this call: a layer that is recomputed in the backward pass must find it there.
+    model.config._attn_implementation = layout.attention
+    # On the right: what is causal then never meets the padding, whether the model heeds the mask or not.
+    padded = pad_sequence(embeddings.split(list(lengths)), batch_first=True)  # pyright: ignore[reportArgumentType]
+    mask = sent(_mask(lengths, "right"), embeddings.device)
+    longest = max(lengths)
+    rows = [torch.arange(length) + i * longest for i, length in enumerate(lengths)]
+    rows = sent(torch.cat(rows), embeddings.device)
+    states = model.base_model(inputs_embeds=padded, attention_mask=mask, use_cache=False)
+    own = states.last_hidden_state.flatten(0, 1).index_select(0, rows)
+    return own.to(embeddings.dtype)  # Mamba's stay in float32
+
+
+def packed_states(model: PreTrainedModel, embeddings: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Run a model that can be packed on sequences laid end to end: `[ΣL, W]` → last hidden states `[ΣL, W]`."""
+    # Set for good, not for this call: a layer that is recomputed in the backward pass must find it there.
+    model.config._attn_implementation = PACKED
+    positions = sent(torch.cat([torch.arange(length) for length in lengths]), embeddings.device)
+    segments = Segments.of(lengths, lengths, embeddings.device)
+    states = model.base_model(
+        inputs_embeds=embeddings[None],
+        position_ids=positions[None],
+        use_cache=False,
+        segments=segments,
+    )
+    return states.last_hidden_state[0]
+
+
+def greedy_tokens(
+    model: PreTrainedModel,
+    embeddings: Tensor,
+    lengths: Sequence[int],
+    layout: SequenceLayout,
+    *,
+    end: int,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Continue sequences laid end to end, `[ΣL, W]`, by the likeliest token each time, up to `end`, which is left out."""
+    sequences = list(embeddings.split(list(lengths)))
+    if layout.generates:
+        written = _generated(model, sequences, layout, end, max_new_tokens).sequences.tolist()
+        return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in written]
+    # Without a cache: all positions run again for each token, which every model does rightly.
+    answers: list[list[int]] = [[] for _ in sequences]
+    growing = list(range(len(sequences)))
+    embed: Any = model.get_input_embeddings()
+    weight: Any = model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
+    for _ in range(max_new_tokens):
+        parts = [sequences[i] for i in growing]
+        states = sequence_states(model, torch.cat(parts), [len(part) for part in parts], layout)
+        last = torch.tensor([len(part) for part in parts]).cumsum(0) - 1
+        best = (states[last.to(states.device)] @ weight.T).argmax(-1)
+        for i, token in zip(list(growing), best.tolist(), strict=True):
+            if token == end:
+                growing.remove(i)
+                continue
+            answers[i].append(token)
+            sequences[i] = torch.cat([sequences[i], embed(best.new_tensor([token]))])
+        if not growing:
+            break
+    return answers
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Recompute every layer in the backward pass instead of keeping its activations.
+
+    Hugging Face's own switch works only in training mode, and a frozen model is held in eval mode.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Return a hash of all weights, whatever device they lie on."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    segments: Segments,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Hugging Face's attention interface on one packed row: `[1, H, N, d]` → `[1, N, H, d]`, causal inside each sequence."""
+    groups = query.shape[1] // key.shape[1]  # query heads per key head
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    k, v = (states.repeat_interleave(groups, dim=1) if groups > 1 else states for states in (k, v))
+    return clip_attention(q, k, v, segments, causal=True, dropout=dropout, scale=scaling)[
+        None
+    ], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(PACKED, _attend)
+
+
+def _refuse_unknown_head(
+    path: str, model: PreTrainedModel, embeddings: Tensor, states: Tensor, tolerance: float
+) -> None:
+    """Raise where `model.loss` would not compute the model's own logits; names of settings that do such things explain it."""
+    head: Any = model.get_output_embeddings()
+    changed = [
+        name
+        for name, value in model.config.to_dict().items()
+        if "logit" in name and ("cap" in name or "scal" in name) and value not in (None, 0, 1)
+    ]
+    if getattr(head, "bias", None) is not None:
+        changed.append("an output bias")
+    logits = model(inputs_embeds=embeddings[None], use_cache=False).logits[0]
+    ours = states @ head.weight.T
+    if changed or ours.shape != logits.shape or _distance(ours, logits) > tolerance:
+        raise UserError(
+            f"{path}: its logits are more than states times embeddings ({', '.join(changed) or model.config.model_type}); pick another "
+            "model."
+        )
+
+
+def _states_alone(
+    path: str, model: PreTrainedModel, embeddings: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """Return what the model's own forward pass gives for each sequence alone, end to end."""
+    try:
+        alone = [
+            model.base_model(inputs_embeds=sequence[None], use_cache=False).last_hidden_state[0]
+            for sequence in embeddings.split(list(lengths))
+        ]
+    except NOT_RUNNABLE as error:
+        raise UserError(
+            f"{path} ({model.config.model_type}) gives no hidden states for embeddings: {error}. Pick another language model."
+        ) from None
+    return torch.cat(alone).to(embeddings.dtype)
+
+
+def _generates(
+    model: PreTrainedModel,
+    embeddings: Tensor,
+    lengths: Sequence[int],
+    layout: SequenceLayout,
+    tolerance: float,
+) -> bool:
+    """Try two tokens of `generate`, the first from the prompt and the second from its cache, against the model without a cache."""
+    sequences = embeddings.split(list(lengths))
+    embed: Any = model.get_input_embeddings()
+    try:
+        written = _generated(model, sequences, layout, end=None, max_new_tokens=2)
+    except NOT_RUNNABLE:
+        return False
+    longer = [
+        torch.cat([sequence, embed(tokens[:1])])
+        for sequence, tokens in zip(sequences, written.sequences, strict=True)
+    ]
+    longer_lengths = [length + 1 for length in lengths]
+    states = sequence_states(model, torch.cat(longer), longer_lengths, layout).split(longer_lengths)
+    weight: Any = model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
+    expected = torch.stack([own[-2:] @ weight.T for own in states])
+    return _distance(torch.stack(written.logits, dim=1), expected) <= tolerance
+
+
+def _generated(
+    model: PreTrainedModel,
+    sequences: Sequence[Tensor],
+    layout: SequenceLayout,
+    end: int | None,
+    max_new_tokens: int,
+) -> Any:
+    """Let `generate` of transformers continue sequences `[L, W]`, one batch, padded on the left behind a mask."""
+    padded = pad_sequence(list(sequences), batch_first=True, padding_side="left")
+    mask = _mask([len(sequence) for sequence in sequences], "left").to(padded.device)
+    greedy = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end,
+        pad_token_id=end or 0,
+        use_cache=True,
+        output_logits=end is None,
+        return_dict_in_generate=True,
+    )
+    before = model.config._attn_implementation
+    model.config._attn_implementation = layout.attention
+    try:
+        return model.generate(inputs_embeds=padded, attention_mask=mask, generation_config=greedy)  # pyright: ignore
+    finally:
+        model.config._attn_implementation = before
+
+
+def _mask(lengths: Sequence[int], padding_side: str) -> Tensor:
+    ones = [torch.ones(length, dtype=torch.long) for length in lengths]
+    return pad_sequence(ones, batch_first=True, padding_side=padding_side)
+
+
+def _attention_window(config: Any) -> int | None:
+    windows = (getattr(config, name, None) for name in WINDOWS)
+    return min((window for window in windows if isinstance(window, int)), default=None)
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Return the largest distance between two rows, relative to the other's length; infinite where they have no numbers."""
+    one, other = one.float(), other.float()
+    distance = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-9)
+    return float(distance.nan_to_num(nan=float("inf")).max())

@@ -1,0 +1,378 @@
+"""The run directory `runs/<name>/<timestamp>/` and what is written into it before the first step.
+
+In: the resolved config. Out: a `RunDirectory`. Next: checkpoints, logs, ledger, exports, scores and report land in it. `latest` beside
+the timestamps points to the newest run.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from whisper_aut.errors import UserError
+from whisper_aut.training.checkpoint import (
+    LAST,
+    checkpoints_in,
+    damage_of,
+    is_checkpoint,
+    newest_sound,
+    read_manifest,
+)
+
+RUN_VARIABLE = "WHISPER_AUT_RUN"  # the run's name, for all ranks of a job
+RECORDED_PACKAGES = (
+    "whisper-aut",
+    "torch",
+    "torchaudio",
+    "lightning",
+    "transformers",
+    "webdataset",
+    "deepspeed",
+    "omegaconf",
+)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Names the places of a run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The newest checkpoint; where there is none, the name that it would have."""
+        return next(reversed(checkpoints_in(self.checkpoints)), self.checkpoints / LAST)
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def done(self) -> Path:
+        return self.path / "done.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "logs" / "metrics.csv"
+
+    @contextmanager
+    def metrics_aside(self) -> Iterator[None]:
+        """Keep the figures logged so far as `metrics.N.csv`, as a logger begins its file anew; where it logs none, all stays as it was."""
+        if not self.metrics.exists():
+            yield
+            return
+        kept = _put_aside(self.metrics)
+        try:
+            yield
+        finally:
+            if not self.metrics.exists():
+                kept.rename(self.metrics)
+
+    @property
+    def scores(self) -> Path:
+        return self.path / "scores.json"
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / "predictions.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def ledger(self, rank: int) -> Path:
+        return self.path / ("ledger.jsonl" if not rank else f"ledger-rank{rank}.jsonl")
+
+    def export(self, kind: str) -> Path:
+        return self.path / "export" / kind
+
+    def record(self, config_yaml: str, facts: Mapping[str, Any]) -> None:
+        """Write down what is trained and where; what an earlier part of the run was trained with is kept as `config.N.yaml` and so on."""
+        environment = json.dumps({**_environment(), **facts}, indent=1)
+        for path, text in ((self.config, config_yaml), (self.environment, environment)):
+            if path.exists() and path.read_text() != text:
+                _put_aside(path)
+            write_whole(path, text)
+        self.point_latest()
+
+    def point_latest(self) -> None:
+        """Let `latest` beside the runs of this name be this one."""
+        link, partial = self.path.with_name("latest"), self.path.with_name(f".latest-{os.getpid()}")
+        try:
+            partial.symlink_to(self.path.name)
+            os.replace(partial, link)
+        except OSError:  # a file system without links: the timestamps still sort
+            partial.unlink(missing_ok=True)
+
+    def finished_with(self, fingerprint: str) -> bool:
+        """Return whether this run went to its end with the config and data that `fingerprint` stands for."""
+        try:
+            return json.loads(self.done.read_text())["fingerprint"] == fingerprint
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is the one that writes: rank 0, or the only one."""
+    return not rank_zero_only.rank
+
+
+def job_run(root: Path, name: str, config_yaml: str, facts: Mapping[str, Any]) -> RunDirectory:
+    """Return the run directory of this job: made by the first rank, under a name that all ranks know.
+
+    Raises:
+        UserError: the directory cannot be written, or this rank was not told its name.
+    """
+    given = _given_name()
+    run = create_run(root, name, config_yaml, facts, given) if is_first_rank() else None
+    if (
+        dist.is_initialized() and dist.get_world_size() > 1
+    ):  # a later run of the same job: ranks can be told
+        told = [run.path.name if run else ""]
+        dist.broadcast_object_list(told)
+        return RunDirectory(root / name / told[0])
+    if run is None and not given:
+        raise UserError(
+            f"Rank {rank_zero_only.rank} does not know the run's name. Under torchrun, set {RUN_VARIABLE} to one name for all "
+            "ranks, or use --standalone or --rdzv-id."
+        )
+    return run or RunDirectory(root / name / str(given))
+
+
+def wait_for_all_ranks() -> None:
+    """Return when every rank of the job has come here; at once where there is no other."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def _given_name() -> str | None:
+    """Return the name that all ranks of a job know: what the user set, or what Slurm or torchrun call the job."""
+    environment = os.environ
+    if environment.get(RUN_VARIABLE):
+        return environment[RUN_VARIABLE]
+    if int(environment.get("SLURM_NTASKS", "1")) > 1:
+        return f"slurm-{environment['SLURM_JOB_ID']}"
+    torchrun = environment.get("TORCHELASTIC_RUN_ID", "none")
+    return None if torchrun == "none" else f"torchrun-{torchrun}"
+
+
+@contextmanager
+def announced(run: RunDirectory) -> Iterator[None]:
+    """Name the run in the environment while ranks are started: those that Lightning launches inherit it."""
+    if RUN_VARIABLE in os.environ:
+        yield
+        return
+    os.environ[RUN_VARIABLE] = run.path.name
+    try:
+        yield
+    finally:
+        del os.environ[RUN_VARIABLE]
+
+
+def create_run(
+    root: Path, name: str, config_yaml: str, facts: Mapping[str, Any], given: str | None = None
+) -> RunDirectory:
+    """Make a new run directory, under a given name or a timestamp, and record config, environment and data in it.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
+    folder = root / name
+    run = RunDirectory(
+        folder / given if given else _unused(folder, datetime.now().strftime("%Y%m%d-%H%M%S"))
+    )
+    try:
+        run.checkpoints.mkdir(parents=True, exist_ok=given is not None)
+        if checkpoints_in(run.checkpoints):
+            raise UserError(
+                f"{run.path} holds the checkpoints of an earlier run of this name. Go on with it by --resume {run.path}, or set "
+                f"{RUN_VARIABLE} to another name."
+            )
+        run.record(config_yaml, facts)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write the run directory {run.path}: {error.strerror}. Set runs=FOLDER to write elsewhere."
+        ) from None
+    return run
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is either there in full or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def runs_of(root: Path, name: str) -> list[RunDirectory]:
+    """Return the runs of a name, newest first: one that went on is as new as what it last trained with."""
+    folder = root / name
+    paths = (
+        (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+        if folder.is_dir()
+        else ()
+    )
+    runs = [RunDirectory(path) for path in paths if (path / "config.yaml").exists()]
+    return sorted(
+        runs, key=lambda run: (run.config.stat().st_mtime_ns, run.path.name), reverse=True
+    )
+
+
+def _put_aside(path: Path) -> Path:
+    """Rename `NAME.EXT` to `NAME.N.EXT`, N behind the highest that is there, and return it."""
+    middles = (
+        other.name.removeprefix(f"{path.stem}.").removesuffix(path.suffix)
+        for other in path.parent.iterdir()
+    )
+    number = max((int(middle) for middle in middles if middle.isdecimal()), default=-1) + 1
+    return path.rename(path.with_name(f"{path.stem}.{number}{path.suffix}"))
+
+
+def _unused(folder: Path, stamp: str) -> Path:
+    """Return a path that does not exist: two runs may begin in one second."""
+    names = (stamp, *(f"{stamp}-{number}" for number in range(2, 1000)))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "packages": {name: version(name) for name in RECORDED_PACKAGES},
+        "git": _git_revision(),
+    }
+
+
+def _git_revision() -> str:
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+    ]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+AUTO = "auto"
+
+
+def resume_from(
+    resume: str, newest: RunDirectory | None, place: str, warn: Callable[[str], None]
+) -> Path | None:
+    """Return the checkpoint to go on from.
+
+    Args:
+        resume: empty, `auto`, a checkpoint, or a run directory.
+        newest: the newest run of this name.
+        place: where runs of this name lie, for messages.
+        warn: told about each checkpoint that is passed over.
+
+    Raises:
+        UserError: there is no such checkpoint, none that is whole, or it is of a run of another name.
+    """
+    if not resume:
+        return None
+    if resume == AUTO:
+        return newest_in(newest, warn) if newest and not newest.done.exists() else None
+    path = Path(resume)
+    if (path / "checkpoints").is_dir():
+        found = newest_in(RunDirectory(path), warn)
+        if found is None:
+            raise UserError(
+                f"{path} has saved no checkpoint yet. Without --resume, the run begins anew."
+            )
+        _check_name(found, Path(place).name)
+        return found
+    if not is_checkpoint(path):
+        kind = "is not a checkpoint" if path.exists() else "does not exist"
+        raise UserError(
+            f"There is no checkpoint {path}: it {kind}. Give a run directory, a step-….ckpt of {place}/…/checkpoints, or "
+            "--resume auto."
+        )
+    if damage := damage_of(path, hashes=is_first_rank()):
+        raise UserError(
+            f"{path} is damaged: {damage}. --resume auto takes the newest one that is not."
+        )
+    _check_name(path.resolve(), Path(place).name)
+    return path.resolve()
+
+
+def _check_name(checkpoint: Path, name: str) -> None:
+    """Refuse to train inside a run that another config began: it may be what others start from."""
+    config = RunDirectory(checkpoint.parent.parent).config
+    began = yaml.safe_load(config.read_text())["name"] if config.is_file() else name
+    if began != name:
+        raise UserError(
+            f"{checkpoint} is of a run of {began!r}; this config trains {name!r}. To go on with that run, add name={began}; to begin "
+            f"another from its weights, whisper-aut export {config.parent} --format whisper --out FOLDER and set model.path=FOLDER."
+        )
+
+
+def newest_in(run: RunDirectory, warn: Callable[[str], None]) -> Path | None:
+    """Return the newest sound checkpoint of a run, None where it has saved none at all.
+
+    Raises:
+        UserError: all that there are are damaged.
+    """
+    # Contents are compared by the first rank alone; its choice is everyone's when the checkpoint is read.
+    path, refused = newest_sound(run.checkpoints, hashes=is_first_rank())
+    for line in refused:
+        warn(line)
+    if path is None and checkpoints_in(run.checkpoints):
+        raise UserError(
+            f"No checkpoint in {run.checkpoints} is whole:\n"
+            + "\n".join(f"  - {line}" for line in refused)
+        )
+    return path.resolve() if path else None
+
+
+def check_step_size(checkpoint: Path, batch_clips: int, ranks: int, accumulate: int) -> None:
+    """Refuse to go on with steps of another size: its schedule and place in the data would mean something else.
+
+    Raises:
+        UserError: naming the accumulation that gives the same steps on these ranks, where there is one.
+    """
+    before, now = read_manifest(checkpoint).clips_per_step, batch_clips * ranks * accumulate
+    if before in (0, now):  # 0: its steps were measured in seconds
+        return
+    micro_batch = batch_clips * ranks
+    way = (
+        f"set trainer.accumulate={before // micro_batch}"
+        if before % micro_batch == 0
+        else f"choose data.batch_clips and trainer.accumulate so that batch_clips × {ranks} × accumulate = {before}"
+    )
+    raise UserError(
+        f"{checkpoint} was written by steps of {before} clips; this config makes steps of {now} ({batch_clips} clips × {ranks} "
+        f"ranks × {accumulate} accumulated). To go on as before, {way}."
+    )

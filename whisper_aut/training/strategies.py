@@ -1,0 +1,594 @@
+"""One word of the config → a Lightning strategy, and the same checkpoints from each of them.
+
+In: a name such as `deepspeed_stage_2`. Out: what `Trainer(strategy=…)` takes. Next: `training.train`. DeepSpeed also runs on CPU
+ranks over gloo, by a small subclass, so that the real engine is tested where there is no GPU. Every strategy writes and reads the
+directories of `training.checkpoint`, so a run goes on under another strategy, ZeRO stage or number of ranks.
+"""
+
+import atexit
+import copy
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+from torch.optim.lr_scheduler import LambdaLR
+
+from whisper_aut.data.sampler import Cursor
+from whisper_aut.errors import UserError
+from whisper_aut.training.checkpoint import (
+    CheckpointDraft,
+    DeepSpeedState,
+    Manifest,
+    NamedState,
+    PlainState,
+    full_disk_message,
+    read_moments,
+    read_state,
+    read_weights,
+)
+
+
+class Background:
+    """Runs the work it is given in a thread; `wait` raises what the work raised."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._problem: BaseException | None = None
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Start, once the earlier work is done. Raises what that raised."""
+        self.wait()
+        # A daemon: after a second Ctrl-C the interpreter does not wait for it.
+        self._thread = threading.Thread(
+            target=self._do, args=(work,), name="background", daemon=True
+        )
+        self._thread.start()
+        atexit.register(self._end_process)
+
+    def wait(self) -> None:
+        """Wait until the work is done, and raise what went wrong, once."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+            atexit.unregister(self._end_process)
+        problem, self._problem = self._problem, None
+        if problem:
+            raise problem
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _do(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as problem:  # whatever it is, `wait` raises it
+            self._problem = problem
+
+    def _end_process(self) -> None:
+        """End the process at exit if the work goes on: nobody waits for it after a second Ctrl-C.
+
+        The interpreter cannot end with a thread inside C++ code (PyTorch, gloo, safetensors): that
+        aborts with "terminate called without an active exception".
+        """
+        if self.busy:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+
+
+log = logging.getLogger(__name__)
+
+OFFLOAD = "_offload"
+DEEPSPEED = "deepspeed_stage_"
+
+
+def build_strategy(
+    name: str,
+    *,
+    timeout_minutes: float,
+    ranks: int,
+    clips_per_step: int = 0,
+    accelerator: str = "auto",
+    skip_to: Cursor | None = None,
+    async_checkpoints: bool = False,
+    deepspeed_options: Mapping[str, Any] | None = None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Strategy:
+    """Return the strategy that a config names.
+
+    Args:
+        name: `auto`, `ddp`, or `deepspeed_stage_1|2|3`, the latter two also with `_offload`.
+        timeout_minutes: how long a rank waits for the others before the job ends.
+        ranks: of the whole job.
+        clips_per_step: recorded in checkpoints.
+        accelerator: Lightning's, for a run on one device.
+        skip_to: a checkpoint is read as if its place in the data were this one.
+        async_checkpoints: write them while training goes on.
+        deepspeed_options: of DeepSpeed's own config, over what follows from `name`.
+        warn: told in a sentence where a checkpoint's learning rates are not this config's.
+
+    Raises:
+        UserError: offloading without a GPU.
+    """
+    timeout = timedelta(minutes=timeout_minutes)
+    strategy: Any
+    if name.startswith(DEEPSPEED):
+        offload = name.endswith(OFFLOAD)
+        on_gpu = accelerator != "cpu" and torch.cuda.is_available()
+        if offload and not on_gpu:
+            raise UserError(
+                f"strategy.name={name} moves optimiser state from the GPU to the CPU, and no GPU is used here."
+            )
+        stage = int(name.removeprefix(DEEPSPEED).removesuffix(OFFLOAD))
+        if not on_gpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed takes a GPU that is there
+        kind = _DeepSpeed if on_gpu else _CPUDeepSpeed
+        strategy = kind(
+            deepspeed_options or {}, stage=stage, offload_optimizer=offload, timeout=timeout
+        )
+    elif name == "ddp" or ranks > 1:
+        strategy = _DDP(
+            timeout=timeout, gradient_as_bucket_view=True
+        )  # gradients lie in memory once
+    else:
+        strategy = _SingleDevice(_one_device(accelerator))
+    strategy.word, strategy.clips_per_step, strategy.skip_to = name, clips_per_step, skip_to
+    strategy.background, strategy.timeout, strategy.warn = (
+        Background() if async_checkpoints else None,
+        timeout,
+        warn,
+    )
+    atexit.unregister(_destroy_process_groups)
+    atexit.register(_destroy_process_groups)
+    return strategy
+
+
+def _destroy_process_groups() -> None:
+    """Leave the other ranks before the interpreter ends; Lightning does it for NCCL alone.
+
+    gloo's threads may still hold the tensors of the last collective. One that frees them while the
+    interpreter ends aborts the process, "terminate called without an active exception".
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class NamedCheckpoints:
+    """Mixed into a strategy: checkpoints by parameter name, written by all ranks together."""
+
+    word, clips_per_step = "", 0
+    skip_to: Cursor | None = None
+    background: Background | None = None
+    warn: Callable[[str], None] = staticmethod(lambda _: None)
+    timeout = timedelta(minutes=30)
+    _writers: Any = (
+        None  # the ranks' threads among themselves: the training's own group is in use meanwhile
+    )
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint directory. All ranks call it together, and all raise where one cannot write.
+
+        With `background` only the copying is done here, and what goes wrong later is raised by the next call or `settle_checkpoint`.
+
+        Args:
+            checkpoint: what Lightning's loops, callbacks and schedules keep.
+            filepath: of the directory.
+            storage_options: called without arguments by the first rank when the checkpoint is whole.
+
+        Raises:
+            UserError: the disk is full or the directory cannot be written.
+        """
+        strategy: Any = self
+        self.settle_checkpoint()
+        draft = CheckpointDraft(
+            Path(strategy.broadcast(str(filepath))), strategy.global_rank, strategy.world_size
+        )
+        named = self._named_state().collect(draft.rank, draft.ranks)
+        state = {
+            key: value
+            for key, value in checkpoint.items()
+            if key not in ("state_dict", "optimizer_states")
+        }
+        state |= {
+            "extra": named.extra,
+            "accumulate": strategy.lightning_module.trainer.accumulate_grad_batches,
+        }
+        state |= self._own_state()
+        manifest = Manifest(
+            step=checkpoint["global_step"],
+            clips_per_step=self.clips_per_step,
+            written_by={
+                "strategy": self.word,
+                "ranks": draft.ranks,
+                "precision": str(strategy.precision_plugin.precision),
+            },
+            files={},
+            aliases=named.aliases,
+        )
+        if self.background is None:
+            self._write(draft, named, state, manifest, storage_options)
+            return
+        if draft.ranks > 1 and self._writers is None:
+            self._writers = dist.new_group(backend="gloo", timeout=self.timeout)
+        state = copy.deepcopy(state)
+        self.background.start(lambda: self._write(draft, named, state, manifest, storage_options))
+
+    def settle_checkpoint(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self.background:
+            self.background.wait()
+
+    def teardown(self) -> None:
+        """End, also after an error, with the last checkpoint on the disk and its thread joined.
+
+        Only a second Ctrl-C does not wait for them.
+        """
+        try:
+            if not isinstance(sys.exception(), KeyboardInterrupt):
+                self.settle_checkpoint()
+        except Exception as error:  # where training ended well, it was raised before: here it would hide why the run ends
+            log.warning(
+                "The last checkpoint was not written: %s",
+                error,
+                exc_info=not isinstance(error, UserError),
+            )
+        if self._writers is not None and not (self.background and self.background.busy):
+            dist.destroy_process_group(self._writers)
+            self._writers = None
+        super().teardown()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _write(
+        self,
+        draft: CheckpointDraft,
+        named: NamedState,
+        state: dict[str, Any],
+        manifest: Manifest,
+        then: Any,
+    ) -> None:
+        first = draft.rank == 0
+        self._together(draft, lambda: draft.begin() if first else None)
+        written = self._together(draft, lambda: draft.write_tensors(named.weights, named.moments))
+        manifest = replace(
+            manifest, files={name: facts for share in written for name, facts in share.items()}
+        )
+        self._together(draft, lambda: draft.finish(state, manifest) if first else None)
+        if first and then:
+            then()
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read what is no tensor; the tensors follow when there is something to put them into."""
+        strategy: Any = self
+        path = Path(strategy.broadcast(str(checkpoint_path)))
+        state = read_state(path)
+        trainer = strategy.lightning_module.trainer
+        _count_in_micro_batches_of(state, trainer.accumulate_grad_batches)
+        _validate_first(state, trainer.val_check_interval)
+        for loader in state["loops"]["fit_loop"]["state_dict"].get("combined_loader", []):
+            if self.skip_to:
+                loader |= self.skip_to._asdict()
+        return state | {"path": str(path), "state_dict": {}, "optimizer_states": []}
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        raise RuntimeError("checkpoints are removed by training.callbacks.checkpoints")
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}  # `save_checkpoint` collects it, a share on each rank
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        self._named_state().fill_weights(read_weights(Path(checkpoint["path"])))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        strategy: Any = self
+        self._named_state().fill_moments(read_moments(Path(checkpoint["path"])))
+        own = [config.scheduler for config in strategy.lr_scheduler_configs]
+        for optimizer, schedule, state in zip(
+            strategy.optimizers, own, checkpoint["lr_schedulers"], strict=True
+        ):
+            before, rates = state["_last_lr"], _take_rates_of(schedule, state)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            if rates != before:
+                self.warn(
+                    f"The learning rate was {_span(before)} in the checkpoint; by this config it goes on at {_span(rates)}."
+                )
+
+    def _named_state(self) -> PlainState:
+        strategy: Any = self
+        return PlainState(
+            strategy.lightning_module, strategy.optimizers[0] if strategy.optimizers else None
+        )
+
+    def _own_state(self) -> dict[str, Any]:
+        return {}
+
+    def _together(self, draft: CheckpointDraft, work: Any) -> list[Any]:
+        """Do a part of the writing on every rank; return what each gave, or raise on all what went wrong on one."""
+        given, problem = None, ""
+        try:
+            given = work()
+        except OSError as error:
+            problem = full_disk_message(draft.path, error)
+        results: list[Any] = [None] * draft.ranks
+        if draft.ranks > 1:
+            dist.all_gather_object(results, (given, problem), group=self._writers)
+        else:
+            results = [(given, problem)]
+        if problems := [problem for _, problem in results if problem]:
+            if not draft.rank:
+                draft.discard()
+            raise UserError(problems[0])
+        return [given for given, _ in results]
+
+
+class _SingleDevice(NamedCheckpoints, SingleDeviceStrategy):
+    pass
+
+
+class _DDP(NamedCheckpoints, DDPStrategy):
+    pass
+
+
+class _ReadKeys(dict[str, Any]):
+    """A config that remembers which of its keys were read: DeepSpeed ignores what it does not know."""
+
+    def __init__(self, values: Any):
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+
+class _DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
+    def __init__(self, options: Mapping[str, Any], **arguments: Any):
+        super().__init__(**arguments)
+        self._options = options
+        self._whole_model = ExitStack()
+        self._frozen: dict[str, torch.Tensor] = {}
+
+    def _format_config(self) -> None:
+        """Put the user's options over Lightning's, which takes a config or arguments, not both."""
+        super()._format_config()
+        sums: dict[str, Any] = {}
+        if str(self.precision_plugin.precision).startswith("bf16"):
+            # In bfloat16, a sum over micro-batches loses what is below 0.4 % of it.
+            sums = {"data_types": {"grad_accum_dtype": "fp32"}}
+        merged = OmegaConf.merge(self.config or {}, sums, dict(self._options))
+        self.config = _ReadKeys(OmegaConf.to_container(merged))  # pyright: ignore
+
+    def init_deepspeed(self) -> None:
+        """Start the engine.
+
+        Raises:
+            UserError: DeepSpeed rejects an option.
+        """
+        from deepspeed.runtime.config import DeepSpeedConfigError
+
+        # The engine rounds frozen weights too, and keeps no float32 copy of them.
+        self._frozen = self._frozen or {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in self.lightning_module.state_dict(keep_vars=True).items()  # pyright: ignore
+            if isinstance(value, torch.nn.Parameter) and not value.requires_grad
+        }
+        try:
+            super().init_deepspeed()
+        except (ValidationError, DeepSpeedConfigError) as error:
+            raise UserError(f"strategy.deepspeed, rejected by DeepSpeed: {error}") from None
+        read = self.config.read if isinstance(self.config, _ReadKeys) else set()
+        if unread := sorted(self._options.keys() - read):
+            self.warn(
+                f"strategy.deepspeed: DeepSpeed has not read {', '.join(unread)}; is it a typo?"
+            )
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        state = super().load_checkpoint(checkpoint_path, weights_only)
+        scale: Any = getattr(self.deepspeed_engine.optimizer, "loss_scaler", None)
+        for name, value in state.get("loss_scale", {}).items():
+            setattr(scale, name, value)
+        return state
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def on_validation_start(self) -> None:
+        """Put the model together for a validation under ZeRO-3: ranks then write texts of different lengths, each by itself."""
+        if self.zero_stage_3 and self.deepspeed_engine.optimizer is not None:
+            from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+            self._whole_model.enter_context(unwrap_model_for_generation(self.deepspeed_engine))
+
+    def on_validation_end(self) -> None:
+        self._whole_model.close()
+
+    def _named_state(self) -> PlainState:
+        module: Any = self.lightning_module
+        return DeepSpeedState(module, self.deepspeed_engine, self._frozen)
+
+    def _own_state(self) -> dict[str, Any]:
+        scale = getattr(self.deepspeed_engine.optimizer, "loss_scaler", None)
+        plain = (int, float, bool)
+        return {
+            "loss_scale": {
+                name: value for name, value in vars(scale).items() if isinstance(value, plain)
+            }
+            if scale
+            else {}
+        }
+
+
+class _CPUDeepSpeed(_DeepSpeed):
+    """DeepSpeed's engine on CPU ranks: Lightning's checks for CUDA devices are left out, the rest is its own."""
+
+    def __init__(self, options: Mapping[str, Any], **arguments: Any):
+        super().__init__(options, process_group_backend="gloo", **arguments)
+
+    def setup_environment(self) -> None:
+        # Past DeepSpeedStrategy's own method, which does nothing but insist on CUDA.
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        # DeepSpeed asks for the device's index, which plain "cpu" lacks.
+        return torch.device("cpu", 0)
+
+
+def _one_device(accelerator: str) -> torch.device:
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps", 0)
+    return torch.device("cpu")
+
+
+def _take_rates_of(schedule: LambdaLR, state: dict[str, Any]) -> list[float]:
+    """Put this config's learning rates into the state of a checkpoint's schedule, and return those at its step."""
+    factors = [factor(state["last_epoch"]) for factor in schedule.lr_lambdas]
+    rates = [float(base) * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    state |= {"base_lrs": schedule.base_lrs, "_last_lr": rates}
+    return rates
+
+
+def _span(rates: Sequence[float]) -> str:
+    lowest, highest = f"{min(rates):.4g}", f"{max(rates):.4g}"
+    return highest if lowest == highest else f"{lowest} to {highest}"
+
+
+def _count_in_micro_batches_of(state: dict[str, Any], accumulate: int) -> None:
+    """Rewrite the loop's counts of micro-batches for another number of them a step: other ranks share the same step."""
+    before = state["accumulate"]
+    for counts in (
+        state["loops"]["fit_loop"]["epoch_loop.batch_progress"][part]
+        for part in ("total", "current")
+    ):
+        if before != accumulate:
+            done = counts["ready"] // before * accumulate
+            open_batches = (
+                counts["ready"] - counts["completed"]
+            )  # one where the batch's own hooks wrote the checkpoint
+            counts |= {
+                "ready": done,
+                "started": done,
+                "processed": done,
+                "completed": done - open_batches,
+            }
+
+
+def _validate_first(state: dict[str, Any], every_micro_batches: int) -> None:
+    """Let a checkpoint whose step was due to be validated begin with that: it was written before, and may never have been."""
+    loops = state["loops"]["fit_loop"]
+    if loops["epoch_loop.batch_progress"]["total"]["ready"] % every_micro_batches:
+        return
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    validation["current"] |= dict.fromkeys(("ready", "started", "processed", "completed"), 0)
+    # What Lightning takes for a validation that was broken off in its first batch, and so does from its beginning.
+    validation["total"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= (
+        1  # Lightning counts the step once more behind it
+    )
+
+
+NO_BFLOAT16 = (
+    "This GPU does not compute in bfloat16, so hardware.precision=auto trains in float32. "
+    "hardware.precision=16-mixed is faster on it and may need a lower optim.lr."
+)
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A device.
+
+    Attributes:
+        part: what `torch.cuda.get_device_name` contains.
+        half_tflops, single_tflops: in 16 bits, and in float32 as TF32.
+        terabytes_per_second: of its memory.
+    """
+
+    name: str
+    part: str
+    memory_gib: float
+    half_tflops: float
+    single_tflops: float
+    terabytes_per_second: float
+
+    def peak_flops(self, precision: str) -> float:
+        """Return FLOP/s in one of Lightning's precisions."""
+        return 1e12 * (self.single_tflops if precision.startswith("32") else self.half_tflops)
+
+
+ACCELERATORS = (  # a longer part before one that it contains: the first that fits is taken
+    Accelerator("H200 141 GB", "H200", 140.0, 989.0, 494.5, 4.8),
+    Accelerator("H100 PCIe 80 GB", "H100 PCIe", 79.0, 756.0, 378.0, 2.0),
+    Accelerator("H100 NVL 94 GB", "H100 NVL", 93.0, 835.0, 417.5, 3.9),
+    Accelerator("H100 80 GB", "H100", 79.0, 989.0, 494.5, 3.35),
+    Accelerator("A100 80 GB", "A100", 79.0, 312.0, 156.0, 2.039),
+    Accelerator("A100 40 GB", "A100", 39.0, 312.0, 156.0, 1.555),
+    Accelerator("RTX 4090 24 GB", "RTX 4090", 23.5, 165.2, 82.6, 1.008),
+)
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Return the FLOP/s that a device could do, or None where the table does not know it."""
+    return next(
+        (device.peak_flops(precision) for device in ACCELERATORS if device.part in device_name),
+        None,
+    )
+
+
+def resolved_precision(precision: str, accelerator: str) -> tuple[str, str]:
+    """Return what a config's precision means on this machine, and a hint for its user or "".
+
+    Args:
+        precision: Lightning's, or `auto`: bf16-mixed on a CUDA device that computes in bfloat16,
+            else 32-true.
+        accelerator: Lightning's.
+    """
+    if precision != "auto":
+        return precision, ""
+    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return "32-true", ""
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16-mixed", ""
+    return "32-true", NO_BFLOAT16
