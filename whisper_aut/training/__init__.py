@@ -1,1 +1,1 @@
-"""From a config to trained weights: builders, optimiser, strategy, callbacks, and the run itself."""
+"""Training: builders, optimizer, strategies, callbacks, and the training run itself."""

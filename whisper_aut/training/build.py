@@ -1,6 +1,6 @@
-"""Settings → the objects of a run. The only module of the training stage that reads settings.
+"""Builds the objects of a run from `Settings`: data module, LightningModule, Trainer arguments.
 
-In: checked `Settings`. Out: the data module, the LightningModule, the Trainer's arguments. Next: `training.train` puts them together.
+Also builds the forecast that `whisper-aut plan` prints.
 """
 
 import hashlib
@@ -55,12 +55,12 @@ from whisper_aut.training.plan import (
 )
 from whisper_aut.training.strategies import DEEPSPEED, OFFLOAD, resolved_precision
 
-SAMPLE_BYTES, SAMPLES = (
-    1 << 16,
-    1 << 12,
-)  # of files beyond their product, as many samples are hashed
+# `_files` hashes at most about SAMPLES blocks of SAMPLE_BYTES from each file. Files smaller than
+# the product of the two are hashed in full.
+SAMPLE_BYTES, SAMPLES = 1 << 16, 1 << 12
 
-ASSUMED_CLIP_SECONDS, ASSUMED_TOKENS = 10.0, 32  # of a plan, where no shards tell
+# What a forecast assumes when the training shards cannot be read.
+ASSUMED_CLIP_SECONDS, ASSUMED_TOKENS = 10.0, 32
 
 
 def clip_limits(data: DataSettings) -> ClipLimits:
@@ -74,10 +74,10 @@ def read_policy(data: DataSettings) -> ReadPolicy:
 
 
 def open_sources(sources: Sequence[SourceSettings], policy: ReadPolicy) -> list[StreamSource]:
-    """Open the index of every source.
+    """Open the shard index of every source.
 
     Raises:
-        UserError: listing every source that cannot be read.
+        UserError: If any source cannot be read. The message lists all of them.
     """
     opened, problems = [], []
     for source in sources:
@@ -93,17 +93,20 @@ def open_sources(sources: Sequence[SourceSettings], policy: ReadPolicy) -> list[
 
 
 def run_fingerprint(settings: Settings) -> str:
-    """Return a hash of everything that decides what a run computes, but not of the place of outputs.
+    """Return a hash of everything that determines what a run computes.
 
-    That is the config, the release, the shards it reads, and the files of models that lie in local directories.
+    The hash covers the config, the release, the shards, the exclusion list, and the files of
+    models in local directories. It does not cover output paths or the settings for probes and
+    exports.
 
     Raises:
-        UserError: a source of the data cannot be read.
+        UserError: If a data source cannot be read.
     """
     values, data, policy = asdict(settings), settings.data, read_policy(settings.data)
     for name in ("runs", "probe", "export"):
         values.pop(name)
-    values["decoder"].pop("date", None)  # set when a run starts; see `same_chat_date`
+    # The date is set when a run starts; `same_chat_date` compares it separately.
+    values["decoder"].pop("date", None)
     hardware = settings.hardware
     values["hardware"]["precision"], _ = resolved_precision(
         hardware.precision, hardware.accelerator
@@ -125,7 +128,11 @@ def run_fingerprint(settings: Settings) -> str:
 
 
 def _files(folder: Path) -> list[list[Any]]:
-    """Return name, size and hash of every file of a local model; large ones by samples, as other weights differ everywhere."""
+    """Return the name, size and hash of every file in a local model directory.
+
+    Large files are hashed by evenly spaced blocks. That is enough: two sets of weights differ
+    throughout the file.
+    """
     found = []
     for path in (
         sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else ()
@@ -140,7 +147,14 @@ def _files(folder: Path) -> list[list[Any]]:
 
 
 def build_start(settings: Settings) -> Start:
-    """Return the checkpoint that the run starts from; a scratch model is made where it has not been."""
+    """Return the pretrained checkpoint that the run starts from.
+
+    With `model.scratch`, a new model and tokenizer are created in the folder of the run's name.
+    Later runs with the same sizes, seed, release and texts reuse them.
+
+    Raises:
+        UserError: If a source of the tokenizer's texts cannot be read or contains no text.
+    """
     model = settings.model
     if model.scratch is None:
         return Start(model.path, model.revision, model.random_init)
@@ -154,7 +168,7 @@ def build_start(settings: Settings) -> Start:
         key.update(index.selected_fingerprint().encode())
     out = Path(settings.runs) / settings.name / f".scratch-{key.hexdigest()[:12]}"
     with file_lock(out):
-        if not out.exists():  # it is moved there when whole
+        if not out.exists():  # `_make_scratch` renames it to this path once it is complete
             limits = clip_limits(settings.data)
             items = (item for index in indexes for item in iter_samples(index, limits, policy))
             texts = [
@@ -167,6 +181,16 @@ def build_start(settings: Settings) -> Start:
 
 
 def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> ShardDataModule:
+    """Return the data module of a run.
+
+    Args:
+        settings: Config of the run.
+        codec: Turns annotations into tokens.
+        num_mel_bins: Mel bins M of the pretrained checkpoint.
+
+    Raises:
+        UserError: If a source cannot be read or a training source is empty.
+    """
     data = settings.data
     policy = read_policy(data)
     train, valid = open_selected(data), open_sources(data.valid, policy)
@@ -195,7 +219,7 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
 
 
 def _shares(data: DataSettings, samples: Sequence[int]) -> list[float]:
-    """Return the share of each training source among the clips that are drawn, given how many clips it holds."""
+    """Return the sampling weight of each training source, given its number of clips."""
     weights = [
         float(clips) if source.weight is None else source.weight
         for source, clips in zip(data.train, samples, strict=True)
@@ -206,10 +230,11 @@ def _shares(data: DataSettings, samples: Sequence[int]) -> list[float]:
 
 
 def build_augment(settings: Settings, policy: ReadPolicy) -> Augment:
-    """Return what is done to training clips.
+    """Return the augmentation of training clips.
 
     Raises:
-        UserError: noise shards that cannot be read, are empty, or lack the tables by which single clips are found.
+        UserError: If noise shards cannot be read, are empty, or have no sample tables, which are
+            needed to read single clips.
     """
     chosen = settings.data.augment
     opened = [StreamSource(open_index(folder, policy), "sound") for folder in chosen.noise]
@@ -217,7 +242,8 @@ def build_augment(settings: Settings, policy: ReadPolicy) -> Augment:
     unfit = [index.root for index in noise if not index.samples or not index.has_tables]
     if unfit:
         raise UserError(
-            f"Noise shards without clips or sample tables: {', '.join(unfit)}. Run: whisper-aut data index FOLDER"
+            f"Noise shards without clips or sample tables: {', '.join(unfit)}. Run: whisper-aut "
+            "data index FOLDER"
         )
     return Augment(
         seed=settings.seed,
@@ -233,11 +259,11 @@ def build_augment(settings: Settings, policy: ReadPolicy) -> Augment:
 
 
 def open_selected(data: DataSettings) -> list[StreamSource]:
-    """Open the training sources without clips that are excluded or whose licence is not allowed.
+    """Open the training sources, leaving out excluded clips and clips without an allowed licence.
 
     Raises:
-        UserError: sources that cannot be read, or of which nothing is left; no exclusion list where
-            one is named.
+        UserError: If a source cannot be read, if no clip of a source is left, or if the exclusion
+            list that the config names does not exist.
     """
     return _selected(data, open_sources(data.train, read_policy(data)))
 
@@ -263,15 +289,18 @@ def _selected(data: DataSettings, sources: Sequence[StreamSource]) -> list[Strea
 
 
 def fix_chat_date(settings: Settings, before: Path | None) -> Settings:
-    """Set the day that a chat template may write as today: that of the run which goes on, else today.
+    """Fix the date that a chat template may insert as "today".
 
-    Prompts of a run thus stay what they were, however long it takes and whenever it is asked something.
+    A resumed run keeps its recorded date, and a new run uses the current one. The prompts of a run
+    therefore never change, however long it trains and whenever its model is used.
 
     Args:
-        before: the recorded config of the run that goes on.
+        settings: Config of the run.
+        before: Path of the recorded config of the run that is resumed.
     """
     _, options = check_decoder(settings.decoder)
-    if getattr(options, "date", None) != "":  # set by the user, or a decoder without a chat
+    # The user set a date, or the decoder has no chat template.
+    if getattr(options, "date", None) != "":
         return settings
     recorded = yaml.safe_load(before.read_text()) if before and before.is_file() else {}
     day = recorded.get("decoder", {}).get("date") or datetime.now().date().isoformat()
@@ -279,12 +308,20 @@ def fix_chat_date(settings: Settings, before: Path | None) -> Settings:
 
 
 def same_chat_date(settings: Settings, config: Path) -> bool:
-    """Return whether a recorded run had the chat date that these settings name, if they name one."""
+    """Return whether a recorded run has the chat date of these settings.
+
+    Always true if the settings have no date.
+
+    Args:
+        settings: Config of the new run.
+        config: Path of the recorded config.
+    """
     date = settings.decoder.get("date")
     return not date or yaml.safe_load(config.read_text())["decoder"].get("date") == date
 
 
 def build_decoder(settings: Settings, start: Start) -> tuple[Any, TextCodec]:
+    """Return the decoder that `settings.decoder` names, and its text codec."""
     entry, options = check_decoder(settings.decoder)
     return entry.build(start, options, settings.model.gradient_checkpointing)
 
@@ -292,6 +329,18 @@ def build_decoder(settings: Settings, start: Start) -> tuple[Any, TextCodec]:
 def build_module(
     settings: Settings, start: Start, decoder: Any, codec: TextCodec, total_steps: int
 ) -> AudioTextModule:
+    """Return the LightningModule of a run. Trainable parameters are converted to float32.
+
+    Args:
+        settings: Config of the run.
+        start: The pretrained checkpoint.
+        decoder: From `build_decoder`.
+        codec: From `build_decoder`.
+        total_steps: Optimizer steps of the learning rate schedule.
+
+    Raises:
+        UserError: If the encoder is too short for the clips, or `model.compile` is not possible.
+    """
     model = settings.model
     seconds = WINDOW_SECONDS if model.padding == "30s" else settings.data.max_seconds
     if seconds > longest_clip_seconds(start.config):
@@ -304,7 +353,8 @@ def build_module(
     if model.freeze_encoder:
         encoder.requires_grad_(False)
     for parameter in (*encoder.parameters(), *decoder.parameters()):
-        if parameter.requires_grad:  # AdamW's small steps are lost in 16-bit weights
+        if parameter.requires_grad:
+            # 16-bit weights would round away AdamW's small updates.
             parameter.data = parameter.data.float()
     factory = _optimizer(
         settings.optim, total_steps, offload=settings.strategy.name.endswith(OFFLOAD)
@@ -321,10 +371,14 @@ def build_module(
 
 
 def build_trained(settings: Settings, weights: dict[str, Any]) -> AudioTextModule:
-    """Return the module of a run with the weights of one of its checkpoints, in eval mode."""
-    settings = replace(
-        settings, model=replace(settings.model, compile=False)
-    )  # not worth it for a few clips
+    """Return the module of a run with the weights of one of its checkpoints, in eval mode.
+
+    Args:
+        settings: Config of the run.
+        weights: State dict of the checkpoint.
+    """
+    # Compilation does not pay off for the few clips that are evaluated.
+    settings = replace(settings, model=replace(settings.model, compile=False))
     start = build_start(settings)
     decoder, codec = build_decoder(settings, start)
     module = build_module(settings, start, decoder, codec, total_steps=1)
@@ -333,7 +387,7 @@ def build_trained(settings: Settings, weights: dict[str, Any]) -> AudioTextModul
 
 
 def trainer_arguments(settings: Settings, total_steps: int) -> dict[str, Any]:
-    """Return the arguments of `lightning.Trainer` that a config decides."""
+    """Return the arguments of `lightning.Trainer` that the config determines."""
     trainer, hardware = settings.trainer, settings.hardware
     return {
         "accelerator": hardware.accelerator,
@@ -343,7 +397,7 @@ def trainer_arguments(settings: Settings, total_steps: int) -> dict[str, Any]:
         "max_steps": total_steps,
         "max_epochs": -1,
         "accumulate_grad_batches": trainer.accumulate,
-        # Elsewhere `Guard` clips, which has the norm already.
+        # Under other strategies, `Guard` clips: it has computed the norm already.
         "gradient_clip_val": (settings.optim.gradient_clip or None)
         if settings.strategy.name.startswith(DEEPSPEED)
         else None,
@@ -358,15 +412,20 @@ def trainer_arguments(settings: Settings, total_steps: int) -> dict[str, Any]:
 
 
 def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
-    """Plan a run of a model of these sizes; reads the shards' indexes where they are there, and nothing else.
+    """Forecast the cost of a run. Reads the shard indexes if they exist, and nothing else.
+
+    Args:
+        settings: Config of the run.
+        config: Sizes of the pretrained checkpoint.
 
     Raises:
-        UserError: the decoder cannot be planned.
+        UserError: If the decoder has no `sketch`, or no clip of a training source is left.
     """
     entry, options = check_decoder(settings.decoder)
     if entry.sketch is None:
         raise UserError(
-            f"The decoder {settings.decoder['name']!r} brings no sketch, so a run with it cannot be planned."
+            f"The decoder {settings.decoder['name']!r} brings no sketch, so a run with it "
+            "cannot be planned."
         )
     sketch, data, hardware, trainer = (
         entry.sketch,
@@ -377,7 +436,7 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
     stored, assumptions = stored_audio(data)
     ranks = (hardware.devices if isinstance(hardware.devices, int) else 1) * hardware.nodes
     precision = hardware.precision
-    if precision == "auto":  # every device of the tables computes in bfloat16
+    if precision == "auto":  # every device in the tables supports bfloat16
         precision = "32-true" if hardware.accelerator == "cpu" else "bf16-mixed"
     batch_clips = (
         max(1, round(data.batch_seconds / stored.clip_seconds))
@@ -428,7 +487,7 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
 
 
 def planned_checkpoint_bytes(settings: Settings) -> int:
-    """Return about what a checkpoint of a run would take; 0 where nothing can be planned."""
+    """Return the approximate size of a checkpoint in bytes, or 0 if the run cannot be forecast."""
     try:
         return (
             BYTES_OF_STATE * build_forecast(settings, planned_config(settings.model)).cost.trainable
@@ -439,7 +498,13 @@ def planned_checkpoint_bytes(settings: Settings) -> int:
 
 @dataclass(frozen=True)
 class StoredAudio:
-    """What the training shards hold: clips (0 where it is not known), the mean length of those that are drawn, and bytes for a second."""
+    """Size of the training data.
+
+    Attributes:
+        clips: Number of clips; 0 if unknown.
+        clip_seconds: Mean length of the clips that are drawn.
+        bytes_per_second: Bytes on disk for a second of audio.
+    """
 
     clips: int
     clip_seconds: float
@@ -447,20 +512,22 @@ class StoredAudio:
 
 
 def stored_audio(data: DataSettings) -> tuple[StoredAudio, tuple[str, ...]]:
-    """Read the indexes of the training sources; return what they hold, and what had to be assumed where one cannot be read."""
+    """Return the size of the training data, and the assumptions made if it cannot be read."""
     try:
         opened = open_sources(data.train, read_policy(data))
     except UserError:
         opened = []
     indexes = [source.index for source in _selected(data, opened)] if opened else []
     if not indexes or not all(index.samples and index.seconds for index in indexes):
-        assumption = f"clips of {ASSUMED_CLIP_SECONDS:g} s as 16 kHz FLAC: the training shards are not there to be looked at"
+        assumption = (
+            f"clips of {ASSUMED_CLIP_SECONDS:g} s as 16 kHz FLAC: the training shards are not "
+            "there to be looked at"
+        )
         return StoredAudio(0, ASSUMED_CLIP_SECONDS, FLAC_BYTES_PER_SECOND), (assumption,)
     samples = [index.samples for index in indexes]
     shares = samples if data.mode == "epochs" else _shares(data, samples)
-    drawn = list(
-        zip(shares, indexes, strict=True)
-    )  # a corpus that is drawn often counts often, however small
+    # Means are weighted by how often a source is drawn, not by its size.
+    drawn = list(zip(shares, indexes, strict=True))
     seconds = sum(share * index.seconds / index.samples for share, index in drawn)
     stored = sum(
         share
@@ -472,11 +539,12 @@ def stored_audio(data: DataSettings) -> tuple[StoredAudio, tuple[str, ...]]:
 
 
 def planned_config(model: ModelSettings) -> WhisperConfig:
-    """Return the sizes of the model that a run starts from, without its weights."""
+    """Return the config of the model that a run starts from, without loading its weights."""
     if model.scratch is None:
         return config_of(model.path, model.revision)
     scratch = model.scratch
-    vocabulary = scratch.vocabulary + len(WHISPER_SPECIAL_TOKENS)  # at most; few texts give fewer
+    # An upper bound: a tokenizer trained on few texts has fewer tokens.
+    vocabulary = scratch.vocabulary + len(WHISPER_SPECIAL_TOKENS)
     sizes = (scratch.d_model, scratch.encoder_layers, scratch.decoder_layers, scratch.heads)
     return shaped_config(*sizes, scratch.num_mel_bins, vocabulary)
 

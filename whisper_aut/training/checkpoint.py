@@ -1,12 +1,13 @@
-"""A checkpoint on disk: a directory of tensors by name, whatever strategy wrote it and on however many ranks.
+"""Checkpoints as directories of named tensors, independent of the strategy and number of ranks.
 
-In: each rank's share of weights and Adam moments, and the state of loops, schedules and loader. Out: `step-0000100.ckpt/` with
-`weights-*.safetensors`, `optimizer-*.safetensors`, `state.pt` and `manifest.json`. Next: `training.named_state` puts tensors back where
-they belong, on another number of ranks as well; `export` reads the weights alone.
+A directory `step-0000100.ckpt/` contains `weights-*.safetensors`, `optimizer-*.safetensors`,
+`state.pt` and `manifest.json`. `PlainState` and `DeepSpeedState` load the tensors back, also on
+another number of ranks.
 
-A directory is written under another name and renamed when every rank's files are on the disk, so one that has its name is whole. The
-manifest, written last, holds the size and SHA-256 of every file; damage that comes later is found by it. Nothing is unpickled: tensors
-lie in safetensors, the rest is read by `torch.load(weights_only=True)`.
+A checkpoint is written under a temporary name and renamed once the files of all ranks are on disk,
+so a directory with the final name is complete. The manifest is written last. It records the size
+and SHA-256 of every file, which reveals later damage. Nothing is unpickled: tensors are stored as
+safetensors, and `torch.load(weights_only=True)` reads the rest.
 """
 
 import errno
@@ -37,7 +38,7 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file was when it was written."""
+    """Size and hash of a file at the time it was written."""
 
     bytes: int
     sha256: str
@@ -45,14 +46,16 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What stands in a checkpoint.
+    """Contents of a checkpoint.
 
     Attributes:
-        step: optimiser steps done.
-        clips_per_step: clips of an optimiser step over all ranks and micro-batches; another number is another training.
-        written_by: strategy, ranks, precision; for people.
-        files: every file but the manifest itself.
-        aliases: names of tied weights → the name under which the tensor is stored.
+        step: Number of completed optimizer steps.
+        clips_per_step: Clips in an optimizer step over all ranks and micro-batches. A run can only
+            be resumed with the same number. 0 if steps are measured in seconds of audio.
+        written_by: Strategy, ranks and precision, for information only.
+        files: Every file except the manifest itself.
+        aliases: Maps the other names of a tied weight to the name it is stored under.
+        format: Version of the checkpoint format.
     """
 
     step: int
@@ -72,15 +75,15 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run that carry their final name, oldest first."""
+    """Return the complete checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob(f"{PREFIX}*{SUFFIX}") if path.is_dir())
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a checkpoint's manifest.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        UserError: missing, damaged, or of another format.
+        UserError: If the manifest is missing, damaged, or has another format.
     """
     try:
         values = json.loads((path / MANIFEST).read_text())
@@ -99,10 +102,11 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def damage_of(path: Path, *, hashes: bool = True) -> str:
-    """Say what is wrong with a checkpoint; an empty string where nothing is.
+    """Describe what is wrong with a checkpoint. Returns an empty string for a valid one.
 
     Args:
-        hashes: compare contents too, and not sizes alone.
+        path: The checkpoint directory.
+        hashes: Compare the SHA-256 of every file, not only its size.
     """
     try:
         manifest = read_manifest(path)
@@ -123,7 +127,12 @@ def damage_of(path: Path, *, hashes: bool = True) -> str:
 
 
 def newest_sound(folder: Path, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint of a run that is as it was written, and a line on each newer one that is not."""
+    """Return the newest valid checkpoint of a run, and messages about newer, damaged ones.
+
+    Args:
+        folder: Folder of the run's checkpoints.
+        hashes: As in `damage_of`.
+    """
     refused = []
     for path in reversed(checkpoints_in(folder)):
         damage = damage_of(path, hashes=hashes)
@@ -134,10 +143,12 @@ def newest_sound(folder: Path, *, hashes: bool = True) -> tuple[Path | None, lis
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """Return all weights by name, tied ones under each of theirs, and what modules keep that is no tensor.
+    """Return the state dict of the module: weights by name, and entries that are not tensors.
+
+    Tied weights appear under each of their names.
 
     Raises:
-        UserError: damaged, or of another format.
+        UserError: If the checkpoint is damaged or has another format.
     """
     manifest = read_manifest(path)
     weights: dict[str, Any] = dict(_tensors(path, manifest, WEIGHTS))
@@ -146,15 +157,15 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 
 def read_moments(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the optimiser's state by `PARAMETER.exp_avg` and the like, tensor after tensor."""
+    """Yield the optimizer state one tensor at a time, with names such as `PARAMETER.exp_avg`."""
     return _tensors(path, read_manifest(path), OPTIMIZER)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds beside its tensors.
+    """Return the part of a checkpoint that is not tensors of the model or the optimizer.
 
     Raises:
-        UserError: damaged.
+        UserError: If the file is damaged.
     """
     try:
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
@@ -163,13 +174,14 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 class CheckpointDraft:
-    """A checkpoint that is being written, under a name that nobody takes for a checkpoint.
+    """A checkpoint that is being written, under a temporary name.
 
-    The first rank calls `begin`, then each rank `write_tensors` with its share, then the first rank `finish`.
+    Rank 0 calls `begin`, then every rank calls `write_tensors`, then rank 0 calls `finish`.
 
     Args:
-        path: its final place.
-        rank, ranks: of this process.
+        path: Final path of the checkpoint.
+        rank: Rank of this process.
+        ranks: Number of ranks.
     """
 
     def __init__(self, path: Path, rank: int, ranks: int):
@@ -183,7 +195,7 @@ class CheckpointDraft:
     def write_tensors(
         self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]
     ) -> dict[str, FileFacts]:
-        """Write this rank's share; return what was written."""
+        """Write the tensors of this rank and return the size and hash of each file."""
         facts = {}
         for kind, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments)):
             name = f"{kind}-{self.rank:05d}-of-{self.ranks:05d}.safetensors"
@@ -192,13 +204,13 @@ class CheckpointDraft:
                     {key: tensor.contiguous() for key, tensor in tensors.items()},
                     self.partial / name,
                 )
-            except SafetensorError as error:  # wraps what the system said, in words alone
+            except SafetensorError as error:  # it names the system's error in its text only
                 raise _as_os_error(error, self.partial / name) from None
             facts[name] = _settle(self.partial / name)
         return facts
 
     def finish(self, state: Mapping[str, Any], manifest: Manifest) -> None:
-        """Add what is not tensors, then give the directory its name."""
+        """Write the state and the manifest, then rename the directory to its final name."""
         torch.save(dict(state), self.partial / STATE)
         files = manifest.files | {STATE: _settle(self.partial / STATE)}
         values = asdict(manifest) | {
@@ -206,7 +218,7 @@ class CheckpointDraft:
         }
         (self.partial / MANIFEST).write_text(json.dumps(values, indent=1))
         _settle(self.partial / MANIFEST)
-        if self.path.exists():  # the same step again, after a resume behind it
+        if self.path.exists():  # the run was resumed from before this step and reached it again
             shutil.rmtree(self.path)
         self.partial.rename(self.path)
         _sync_folder(self.path.parent)
@@ -216,7 +228,7 @@ class CheckpointDraft:
 
 
 def point_to(link: Path, target: Path) -> None:
-    """Let `last.ckpt` or `best.ckpt` name a checkpoint, where the file system has links."""
+    """Point `last.ckpt` or `best.ckpt` to a checkpoint, if the file system supports links."""
     partial = link.with_name(f".{link.name}.link")
     try:
         partial.unlink(missing_ok=True)
@@ -227,18 +239,22 @@ def point_to(link: Path, target: Path) -> None:
 
 
 def full_disk_message(path: Path, error: OSError) -> str:
-    """Say that something could not be written, and what to do."""
+    """Return a message that says what could not be written, and what to do."""
     if error.errno in FULL_DISK:
         free = shutil.disk_usage(existing_parent(path)).free / 2**30
         return (
-            f"{path} could not be written: {error.strerror} ({free:.1f} GiB free). What was saved before is whole. Make room, or "
+            f"{path} could not be written: {error.strerror} ({free:.1f} GiB free). What was "
+            "saved before is whole. Make room, or "
             "lower trainer.keep_checkpoints, and go on with --resume auto."
         )
-    return f"{path} could not be written: {error.strerror}. What was saved before is whole; go on with --resume auto."
+    return (
+        f"{path} could not be written: {error.strerror}. What was saved before is whole; go on "
+        "with --resume auto."
+    )
 
 
 def existing_parent(path: Path) -> Path:
-    """Return the nearest folder on the way to `path` that is there."""
+    """Return the nearest existing ancestor of `path`, or `path` itself if it exists."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
@@ -246,14 +262,14 @@ def _tensors(path: Path, manifest: Manifest, kind: str) -> Iterator[tuple[str, T
     for name in sorted(name for name in manifest.files if name.startswith(f"{kind}-")):
         try:
             with safe_open(path / name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 — safe_open is no mapping
+                for key in file.keys():  # noqa: SIM118 — safe_open is not a mapping
                     yield key, file.get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path / name} cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _settle(path: Path) -> FileFacts:
-    """Bring a file to the disk and return what it is."""
+    """Flush a file to disk and return its size and hash."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return FileFacts(path.stat().st_size, _sha256(path))
@@ -263,7 +279,7 @@ def _sync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError:  # some network file systems refuse it
+    except OSError:  # some network file systems do not support it
         pass
     finally:
         os.close(handle)
@@ -287,12 +303,13 @@ MOMENTS, STEP = ("exp_avg", "exp_avg_sq"), "step"
 
 @dataclass
 class NamedState:
-    """What one rank writes.
+    """What one rank writes to a checkpoint.
 
     Attributes:
-        weights, moments: its share of the tensors, copies on the CPU that training does not change.
-        aliases: names of tied weights → the name that is stored; the same on all ranks.
-        extra: entries of the module's state that are no tensors; the same on all ranks.
+        weights: This rank's part of the weights, copied to the CPU.
+        moments: This rank's part of the optimizer state, copied to the CPU.
+        aliases: Maps the other names of a tied weight to the stored one. Same on all ranks.
+        extra: Entries of the state dict that are not tensors. Same on all ranks.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -302,18 +319,23 @@ class NamedState:
 
 
 class PlainState:
-    """Reads and fills a module whose parameters are whole on every rank, and a PyTorch optimiser.
+    """Saves and loads a module that every rank holds in full, and its PyTorch optimizer.
 
     Args:
-        module: its state dict decides what is stored.
-        optimizer: AdamW over some of its parameters.
+        module: Its state dict determines what is stored.
+        optimizer: AdamW over some of the module's parameters.
     """
 
     def __init__(self, module: nn.Module, optimizer: Any):
         self.module, self.optimizer = module, optimizer
 
     def collect(self, rank: int, ranks: int) -> NamedState:
-        """Return this rank's share. All ranks call it together."""
+        """Return the part of the state that this rank writes. Must be called on all ranks.
+
+        Args:
+            rank: Rank of this process.
+            ranks: Number of ranks.
+        """
         state, parameters = NamedState(), dict(self.module.named_parameters())
         stored: dict[int, str] = {}
         sizes = 0
@@ -326,9 +348,8 @@ class PlainState:
                 state.aliases[name] = stored[id(value)]
             else:
                 stored[id(value)] = name
-                mine = (
-                    sizes * ranks // total == rank
-                )  # equal shares, and no two ranks the same tensor
+                # Each tensor is written by exactly one rank, and all write about as much.
+                mine = sizes * ranks // total == rank
                 sizes += _elements(value)
                 self._take(
                     state,
@@ -340,10 +361,10 @@ class PlainState:
         return state
 
     def fill_weights(self, weights: Mapping[str, Any]) -> None:
-        """Put weights back, every name matched.
+        """Load weights into the module.
 
         Raises:
-            UserError: names or shapes are not this module's.
+            UserError: If names or shapes do not match the module's.
         """
         try:
             self.module.load_state_dict(weights, strict=True)
@@ -351,7 +372,11 @@ class PlainState:
             raise _unfitting(error) from None
 
     def fill_moments(self, moments: Iterable[tuple[str, Tensor]]) -> None:
-        """Put the optimiser's state back; parameters without any stay as they are."""
+        """Load the optimizer state. Parameters without saved state keep what they have.
+
+        Raises:
+            UserError: If there is state for a parameter that is not trained.
+        """
         names = {
             name: parameter
             for name, parameter in self.module.named_parameters()
@@ -361,7 +386,8 @@ class PlainState:
             parameter = names.get(parameter_name)
             if parameter is None:
                 raise UserError(
-                    f"The checkpoint holds optimiser state of {parameter_name}, which is not trained here."
+                    f"The checkpoint holds optimiser state of {parameter_name}, which is not "
+                    "trained here."
                 )
             kept = self.optimizer.state[parameter]
             on_device = value.to(parameter.device)
@@ -382,19 +408,20 @@ class PlainState:
 
 
 class DeepSpeedState(PlainState):
-    """Reads and fills a module inside a DeepSpeed engine of any ZeRO stage.
+    """Saves and loads a module inside a DeepSpeed engine of any ZeRO stage.
 
     Args:
-        module: as above.
-        engine: the engine that holds it.
-        frozen: what is stored but not trained, as it was before the engine rounded it to its
-            precision; brought up to date with the weights that are filled in.
+        module: Its state dict determines what is stored.
+        engine: The engine that owns the module.
+        frozen: Weights that are stored but not trained, as they were before the engine rounded
+            them to its precision. `fill_weights` updates this dict.
     """
 
     def __init__(self, module: nn.Module, engine: Any, frozen: dict[str, Tensor]):
         super().__init__(module, engine.optimizer)
         self.frozen = frozen
-        self.base = engine.optimizer.optimizer  # the PyTorch optimiser over the flat pieces
+        # The optimizer that ZeRO wraps; its parameters are flat partitions.
+        self.base = engine.optimizer.optimizer
         self.partitioned = engine.zero_optimization_partition_weights()
 
     def fill_weights(self, weights: Mapping[str, Any]) -> None:
@@ -448,7 +475,7 @@ class DeepSpeedState(PlainState):
     def _take(
         self, state: NamedState, name: str, value: Tensor, mine: bool, *, trained: bool
     ) -> None:
-        """Put one parameter together, on all ranks at once; keep it where it is this rank's."""
+        """Gather one parameter, which all ranks must do together; keep it only if `mine`."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if name in self.frozen:
@@ -480,7 +507,10 @@ class DeepSpeedState(PlainState):
         return super().collect(rank, ranks)
 
     def _link_moments(self) -> None:
-        """Let the stages 1 and 2 know the moments of all groups: by itself DeepSpeed does so when the first one has made a step."""
+        """Link the optimizer state of all groups to the parameters under ZeRO-1 and ZeRO-2.
+
+        DeepSpeed itself links them only once, after the first group has made a step.
+        """
         if not self.partitioned:
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
@@ -491,7 +521,7 @@ class DeepSpeedState(PlainState):
         )
 
     def _create_moments(self, steps: int) -> None:
-        """Give every flat piece the state that the optimiser would have made in its first step."""
+        """Create the state of every flat partition, as the optimizer does in its first step."""
         for piece in self._pieces():
             torch_step = isinstance(self.base, torch.optim.Optimizer) and type(
                 self.base
@@ -506,7 +536,7 @@ class DeepSpeedState(PlainState):
         self._link_moments()
 
     def _pieces(self) -> Iterator[Tensor]:
-        # Stages 1 and 2; stage 1 in bfloat16 with float32 gradients; stage 3.
+        # In this order: ZeRO-1 and ZeRO-2; ZeRO-1 in bfloat16 with float32 gradients; ZeRO-3.
         names = (
             "single_partition_of_fp32_groups",
             "fp32_groups_flat_partition",
@@ -517,7 +547,7 @@ class DeepSpeedState(PlainState):
         )
 
     def _set_piece(self, parameter: Any, value: Tensor, key: str | None) -> None:
-        """Set this rank's piece of a parameter under ZeRO-3. The last rank's is padded."""
+        """Set this rank's partition of a parameter under ZeRO-3. The last rank's is padded."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         length = parameter.ds_tensor.ds_numel
@@ -531,7 +561,10 @@ class DeepSpeedState(PlainState):
             safe_set_local_optimizer_state(parameter, piece, key)
 
     def _whole(self, parameter: Tensor, *, changed: bool = False) -> Any:
-        """A context in which a parameter is whole on every rank; what the first rank writes into it holds where it is `changed`."""
+        """Return a context in which every rank has the full parameter.
+
+        With `changed`, all ranks receive what rank 0 writes into it.
+        """
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(
@@ -540,7 +573,7 @@ class DeepSpeedState(PlainState):
 
 
 def _elements(value: Any) -> int:
-    """Return a tensor's elements, also where ZeRO-3 has left a shell of it."""
+    """Return the number of elements of a tensor, including those that ZeRO-3 has partitioned."""
     return getattr(value, "ds_numel", value.numel()) if isinstance(value, Tensor) else 0
 
 

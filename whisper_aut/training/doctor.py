@@ -1,7 +1,6 @@
-"""`whisper-aut doctor`: whether this machine can run a config, found out before a job waits in a queue for it.
+"""Checks of `whisper-aut doctor`: can this machine run a config?
 
-In: optionally a config's settings, as plain values. Out: findings, each `ok`, `warn` or `fail` with what to do. Next: the command prints
-them as a table. Nothing is left behind: what has to be written goes to a folder that is removed.
+Each check returns a `Finding`. No check leaves files on the machine.
 """
 
 import os
@@ -37,15 +36,22 @@ STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 PACKAGES = ("torch", "torchaudio", "lightning", "transformers", "deepspeed", "webdataset")
 REDUCE_TIMEOUT = timedelta(seconds=60)
 LOW_DISK_GIB = 20.0
-DRY_RUN_MINUTES = 60.0  # a first run also downloads its model
+DRY_RUN_MINUTES = 60.0  # includes the download of the model in a first run
 LAUNCHERS = re.compile(
-    "SLURM_|TORCHELASTIC_|MASTER_|(RANK|LOCAL_RANK|NODE_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK)$"
+    "SLURM_|TORCHELASTIC_|MASTER_"
+    "|(RANK|LOCAL_RANK|NODE_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK)$"
 )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check.
+
+    Attributes:
+        name: What was checked.
+        status: `ok`, `warn` or `fail`.
+        detail: What was found and, if something is wrong, what to do.
+    """
 
     name: str
     status: Status
@@ -53,7 +59,7 @@ class Finding:
 
 
 def examine(checks: Sequence[tuple[str, Callable[[], Finding]]]) -> Iterator[Finding]:
-    """Make the checks one after another; what a check raises is its failure."""
+    """Run the checks one by one. A check that raises is reported as failed."""
     for name, check in checks:
         try:
             yield check()
@@ -68,6 +74,7 @@ def examine(checks: Sequence[tuple[str, Callable[[], Finding]]]) -> Iterator[Fin
 
 
 def table_of(findings: Sequence[Finding]) -> Table:
+    """Return the findings as a table for the console."""
     table = Table(title="whisper-aut doctor", title_justify="left")
     for column in ("what", "", "found"):
         table.add_column(column, overflow="fold")
@@ -81,6 +88,7 @@ def table_of(findings: Sequence[Finding]) -> Table:
 
 
 def check_versions() -> Finding:
+    """Check that all packages are installed and that torch and torchaudio match."""
     found, missing = [f"Python {sys.version.split()[0]}"], []
     for name in PACKAGES:
         try:
@@ -102,14 +110,20 @@ def check_versions() -> Finding:
 
 
 def check_devices(accelerator: str, devices: int | str) -> Finding:
-    """Compare the GPUs that are there with those that a config asks for."""
+    """Compare the available GPUs with those that a config needs, and run a product on one.
+
+    Args:
+        accelerator: Lightning's accelerator name.
+        devices: Number of devices, or `auto`.
+    """
     count = torch.cuda.device_count()
     wanted = devices if isinstance(devices, int) else 1
     if accelerator in ("gpu", "cuda") and count < wanted:
         return Finding(
             "devices",
             "fail",
-            f"the config asks for {wanted} GPUs and PyTorch sees {count}; hardware=cpu runs on the CPU",
+            f"the config asks for {wanted} GPUs and PyTorch sees {count}; hardware=cpu runs on "
+            "the CPU",
         )
     if not count:
         return Finding("devices", "ok", f"no GPU; {os.cpu_count()} CPU cores")
@@ -122,7 +136,7 @@ def check_devices(accelerator: str, devices: int | str) -> Finding:
 
 
 def check_collectives() -> Finding:
-    """Sum a number over two processes on this machine, by NCCL where there are two GPUs, else by gloo."""
+    """Run an all-reduce between two processes: over NCCL if there are two GPUs, else over gloo."""
     backend = "nccl" if torch.cuda.device_count() >= 2 else "gloo"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -137,7 +151,11 @@ def check_collectives() -> Finding:
 
 
 def check_deepspeed(strategy: str) -> Finding:
-    """Import DeepSpeed, and build its CPU optimiser where a config offloads to it."""
+    """Import DeepSpeed and check whether its CPU Adam, which offloading needs, can be built.
+
+    Args:
+        strategy: Strategy name of the config.
+    """
     import deepspeed
 
     compatible = deepspeed.ops.op_builder.CPUAdamBuilder().is_compatible(verbose=False)  # pyright: ignore[reportAttributeAccessIssue]
@@ -159,7 +177,16 @@ def check_deepspeed(strategy: str) -> Finding:
 
 
 def check_disk(folder: Path, checkpoint_bytes: int = 0, kept: int = 0) -> Finding:
-    """Write to the folder of runs, and compare its room with what checkpoints take."""
+    """Check that the folder of runs is writable and has room for the checkpoints.
+
+    Args:
+        folder: Folder of the runs.
+        checkpoint_bytes: Size of one checkpoint; 0 if unknown.
+        kept: Number of checkpoints that a run keeps.
+
+    Raises:
+        UserError: If the folder is not writable or two checkpoints do not fit.
+    """
     warning = check_room(folder, checkpoint_bytes, kept)
     place = next(part for part in (folder, *folder.absolute().parents) if part.exists())
     free = shutil.disk_usage(place).free / 2**30
@@ -175,7 +202,7 @@ def check_disk(folder: Path, checkpoint_bytes: int = 0, kept: int = 0) -> Findin
 def check_shards(
     indexes: Sequence[ShardIndex], limits: ClipLimits, policy: ReadPolicy = DEFAULT_POLICY
 ) -> Finding:
-    """Read the first sample of every source, through the network where it lies there."""
+    """Read the first sample of every source, local or remote."""
     for index in indexes:
         first = next(iter_samples(index, limits, policy), None)
         if not isinstance(first, Sample):
@@ -183,7 +210,8 @@ def check_shards(
             return Finding(
                 "shards",
                 "fail",
-                f"{index.root}: the first sample cannot be read ({why}); whisper-aut data inspect says more",
+                f"{index.root}: the first sample cannot be read ({why}); whisper-aut data "
+                "inspect says more",
             )
     clips, hours = (
         sum(index.samples for index in indexes),
@@ -192,14 +220,20 @@ def check_shards(
     return Finding(
         "shards",
         "ok",
-        f"{len(indexes)} sources, {clips:,} clips, {hours:,.1f} hours; the first sample of each was read",
+        f"{len(indexes)} sources, {clips:,} clips, {hours:,.1f} hours; the first sample of each "
+        "was read",
     )
 
 
 def check_dry_run(config_yaml: str, minutes: float = DRY_RUN_MINUTES) -> Finding:
-    """Train two steps of a config in a process of its own, as a shell would launch it, and throw the run away.
+    """Train a config in a separate process and delete the run.
 
-    What Slurm or torchrun has told this process is kept from it: it would wait for ranks that nobody starts.
+    The process does not inherit the variables of Slurm or torchrun. With them, it would wait for
+    ranks that nobody starts.
+
+    Args:
+        config_yaml: The config, which must be limited to two steps.
+        minutes: Time limit.
     """
     with TemporaryDirectory(prefix="whisper-aut-doctor-") as folder:
         config = Path(folder) / "config.yaml"
@@ -220,10 +254,14 @@ def check_dry_run(config_yaml: str, minutes: float = DRY_RUN_MINUTES) -> Finding
             try:
                 output, errors = process.communicate(timeout=60 * minutes)
             except BaseException as error:
-                os.killpg(process.pid, signal.SIGKILL)  # the ranks and workers that it started too
+                # Kills the ranks and data workers that it started as well.
+                os.killpg(process.pid, signal.SIGKILL)
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
-                why = f"two steps were not done after {minutes:g} minutes; whisper-aut train on this node alone shows where it waits"
+                why = (
+                    f"two steps were not done after {minutes:g} minutes; whisper-aut train on "
+                    "this node alone shows where it waits"
+                )
                 return Finding("dry run", "fail", why)
         if process.returncode:
             return Finding(

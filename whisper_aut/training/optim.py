@@ -1,8 +1,8 @@
 """AdamW with decay groups, layer-wise learning rates and a warm-up schedule.
 
-In: encoder and decoder modules and numbers. Out: an optimiser and its schedule, as Lightning wants them. Next: the Trainer. Biases
-and norms are not decayed; layer-wise rates follow BEiT (Bao et al. 2021, appendix): the top encoder layer gets the
-full rate, each one below `layer_decay` times that.
+Biases and norms get no weight decay. Layer-wise learning rates follow BEiT (Bao et al. 2021,
+appendix): the top encoder layer gets the full rate, and each layer below gets `layer_decay` times
+the rate of the layer above it.
 """
 
 import math
@@ -28,10 +28,17 @@ def parameter_groups(
     layer_decay: float,
     encoder_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Sort the trainable parameters into groups of one part, one learning rate and one decay each.
+    """Return the parameter groups of the optimizer: one for each part, learning rate and decay.
+
+    Frozen parameters are left out.
 
     Args:
-        lr: of the decoder, and of the encoder's top where `encoder_lr` is None.
+        encoder: The encoder.
+        decoder: The decoder.
+        lr: Learning rate of the decoder, and of the top encoder layer if `encoder_lr` is None.
+        weight_decay: Weight decay of parameters with more than one dimension.
+        layer_decay: Factor on the learning rate from one encoder layer to the next lower one.
+        encoder_lr: Learning rate of the top encoder layer.
     """
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
 
@@ -73,8 +80,16 @@ def rate_factor(
     final_share: float,
     first_step: int = 0,
 ) -> float:
-    """Return the factor on the learning rate at an optimiser step: nothing before `first_step`, linear warm-up from there, then
-    the schedule down to `final_share`."""
+    """Return the factor on the learning rate at an optimizer step.
+
+    Args:
+        step: Optimizer step, counted from 0.
+        total_steps: Step at which the schedule ends.
+        warmup_steps: Length of the linear warm-up.
+        schedule: Shape of the decay after the warm-up.
+        final_share: Factor at the end of the schedule.
+        first_step: The factor is 0 before this step, and the warm-up starts here.
+    """
     if step < first_step:
         return 0.0
     if step < first_step + warmup_steps:
@@ -103,26 +118,35 @@ def optimizer_factory(
     encoder_after_step: int = 0,
     cpu_offload: bool = False,
 ) -> Callable[[nn.Module, nn.Module], dict[str, Any]]:
-    """Return `(encoder, decoder)` → Lightning's optimiser dictionary.
+    """Return a function from `(encoder, decoder)` to Lightning's optimizer dictionary.
 
     Args:
-        encoder_lr: the encoder's own rate.
-        encoder_after_step: its rate is zero before this step and warms up from there.
-        cpu_offload: pick DeepSpeed's CPU Adam.
+        lr: As in `parameter_groups`.
+        weight_decay: As in `parameter_groups`.
+        betas: AdamW's betas.
+        eps: AdamW's epsilon.
+        layer_decay: As in `parameter_groups`.
+        total_steps: As in `rate_factor`.
+        warmup_steps: As in `rate_factor`.
+        schedule: As in `rate_factor`.
+        final_share: As in `rate_factor`.
+        encoder_lr: As in `parameter_groups`.
+        encoder_after_step: The encoder's learning rate is 0 before this step and warms up from it.
+        cpu_offload: Use DeepSpeed's CPU Adam.
     """
 
     def make(encoder: Any, decoder: Any) -> dict[str, Any]:
         groups = parameter_groups(encoder, decoder, lr, weight_decay, layer_decay, encoder_lr)
         if cpu_offload:
-            from deepspeed.ops.adam import (
-                DeepSpeedCPUAdam,
-            )  # builds its kernel on import: only where it is used
+            # Imported only where it is used, because it builds a kernel.
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
 
             optimizer: Any = DeepSpeedCPUAdam(groups, lr=lr, betas=betas, eps=eps, adamw_mode=True)
         else:
-            # One kernel over all parameters: several times faster than a loop of them, on CPU as on CUDA.
+            # One kernel for all parameters is several times faster than a loop, on CPU and CUDA.
             optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-            # It could unscale 16-bit gradients by itself, for which Lightning refuses to clip beside it in bf16-mixed and 16-mixed.
+            # A fused optimizer can unscale gradients itself, and Lightning does not clip gradients
+            # for such optimizers in bf16-mixed and 16-mixed.
             optimizer._step_supports_amp_scaling = False
         shape = partial(
             rate_factor,

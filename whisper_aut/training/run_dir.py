@@ -154,7 +154,8 @@ def job_run(root: Path, name: str, config_yaml: str, facts: Mapping[str, Any]) -
         return RunDirectory(root / name / told[0])
     if run is None and not given:
         raise UserError(
-            f"Rank {rank_zero_only.rank} does not know the run's name. Under torchrun, set {RUN_VARIABLE} to one name for all "
+            f"Rank {rank_zero_only.rank} does not know the run's name. Under torchrun, set "
+            f"{RUN_VARIABLE} to one name for all "
             "ranks, or use --standalone or --rdzv-id."
         )
     return run or RunDirectory(root / name / str(given))
@@ -206,13 +207,15 @@ def create_run(
         run.checkpoints.mkdir(parents=True, exist_ok=given is not None)
         if checkpoints_in(run.checkpoints):
             raise UserError(
-                f"{run.path} holds the checkpoints of an earlier run of this name. Go on with it by --resume {run.path}, or set "
+                f"{run.path} holds the checkpoints of an earlier run of this name. Go on with "
+                f"it by --resume {run.path}, or set "
                 f"{RUN_VARIABLE} to another name."
             )
         run.record(config_yaml, facts)
     except OSError as error:
         raise UserError(
-            f"Cannot write the run directory {run.path}: {error.strerror}. Set runs=FOLDER to write elsewhere."
+            f"Cannot write the run directory {run.path}: {error.strerror}. Set runs=FOLDER to "
+            "write elsewhere."
         ) from None
     return run
 
@@ -317,7 +320,8 @@ def resume_from(
     if not is_checkpoint(path):
         kind = "is not a checkpoint" if path.exists() else "does not exist"
         raise UserError(
-            f"There is no checkpoint {path}: it {kind}. Give a run directory, a step-….ckpt of {place}/…/checkpoints, or "
+            f"There is no checkpoint {path}: it {kind}. Give a run directory, a step-….ckpt of "
+            f"{place}/…/checkpoints, or "
             "--resume auto."
         )
     if damage := damage_of(path, hashes=is_first_rank()):
@@ -334,8 +338,10 @@ def _check_name(checkpoint: Path, name: str) -> None:
     began = yaml.safe_load(config.read_text())["name"] if config.is_file() else name
     if began != name:
         raise UserError(
-            f"{checkpoint} is of a run of {began!r}; this config trains {name!r}. To go on with that run, add name={began}; to begin "
-            f"another from its weights, whisper-aut export {config.parent} --format whisper --out FOLDER and set model.path=FOLDER."
+            f"{checkpoint} is of a run of {began!r}; this config trains {name!r}. To go on with "
+            f"that run, add name={began}; to begin "
+            f"another from its weights, whisper-aut export {config.parent} --format whisper "
+            "--out FOLDER and set model.path=FOLDER."
         )
 
 
@@ -370,9 +376,11 @@ def check_step_size(checkpoint: Path, batch_clips: int, ranks: int, accumulate: 
     way = (
         f"set trainer.accumulate={before // micro_batch}"
         if before % micro_batch == 0
-        else f"choose data.batch_clips and trainer.accumulate so that batch_clips × {ranks} × accumulate = {before}"
+        else f"choose data.batch_clips and trainer.accumulate so that batch_clips × {ranks} × "
+        f"accumulate = {before}"
     )
     raise UserError(
-        f"{checkpoint} was written by steps of {before} clips; this config makes steps of {now} ({batch_clips} clips × {ranks} "
+        f"{checkpoint} was written by steps of {before} clips; this config makes steps of {now} "
+        f"({batch_clips} clips × {ranks} "
         f"ranks × {accumulate} accumulated). To go on as before, {way}."
     )

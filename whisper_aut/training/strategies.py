@@ -136,7 +136,8 @@ def build_strategy(
         on_gpu = accelerator != "cpu" and torch.cuda.is_available()
         if offload and not on_gpu:
             raise UserError(
-                f"strategy.name={name} moves optimiser state from the GPU to the CPU, and no GPU is used here."
+                f"strategy.name={name} moves optimiser state from the GPU to the CPU, and no "
+                "GPU is used here."
             )
         stage = int(name.removeprefix(DEEPSPEED).removesuffix(OFFLOAD))
         if not on_gpu:
@@ -319,7 +320,8 @@ class NamedCheckpoints:
                 group["lr"] = rate
             if rates != before:
                 self.warn(
-                    f"The learning rate was {_span(before)} in the checkpoint; by this config it goes on at {_span(rates)}."
+                    f"The learning rate was {_span(before)} in the checkpoint; by this config "
+                    f"it goes on at {_span(rates)}."
                 )
 
     def _named_state(self) -> PlainState:

@@ -150,8 +150,10 @@ def train(
     parts = _build(settings, checkpoint)
     if checkpoint and (step := read_manifest(checkpoint).step) > parts.total_steps:
         raise UserError(
-            f"{checkpoint} stands at step {step}, behind the {parts.total_steps} that this config trains: its learning rate would never "
-            "have fallen to the end. Raise trainer.max_steps, resume from an earlier checkpoint, or start anew with --fresh."
+            f"{checkpoint} stands at step {step}, behind the {parts.total_steps} that this "
+            "config trains: its learning rate would never "
+            "have fallen to the end. Raise trainer.max_steps, resume from an earlier "
+            "checkpoint, or start anew with --fresh."
         )
     if warning := check_room(
         checkpoint.parent if checkpoint else Path(settings.runs),
@@ -264,7 +266,8 @@ def _fit(
                     else f"gone back {MAX_REWINDS} times already"
                 )
                 raise UserError(
-                    f"{rewind} The run has {why}. Lower optim.lr, or look at the data around that step."
+                    f"{rewind} The run has {why}. Lower optim.lr, or look at the data around "
+                    "that step."
                 ) from None
             _warn(console, f"{rewind} Going back to {checkpoint}, past the data read since.")
             skip_to, parts = rewind.cursor, _build(settings, checkpoint, rewind.cursor)
@@ -380,7 +383,8 @@ def _finish(
     write_whole(run.done, json.dumps(done, indent=1))
     if unknown_languages:
         console.print(
-            f"{unknown_languages.total()} clips were trained without a language token; {run.done} lists their languages."
+            f"{unknown_languages.total()} clips were trained without a language token; "
+            f"{run.done} lists their languages."
         )
     if skipped := counts.all_skipped.total():
         files = "ledger.jsonl" if trainer.world_size == 1 else "ledger*.jsonl"
@@ -473,8 +477,10 @@ def _headline(
     begun = f"going on from {checkpoint}" if checkpoint else f"into {run.path}"
     return Text.assemble(
         (settings.name, "bold"),
-        f": encoder {millions['encoder']:.1f} M, decoder {millions['decoder']:.1f} M parameters · {shares} · "
-        f"{parts.total_steps} steps of {settings.trainer.accumulate * _ranks(settings)} × {parts.data.batch_name} · {begun}",
+        f": encoder {millions['encoder']:.1f} M, decoder {millions['decoder']:.1f} M parameters "
+        f"· {shares} · "
+        f"{parts.total_steps} steps of {settings.trainer.accumulate * _ranks(settings)} × "
+        f"{parts.data.batch_name} · {begun}",
     )
 
 

@@ -1,1 +1,1 @@
-"""What happens beside the steps of a run: the ledger, the samples written in validation, a clean stop."""
+"""Callbacks of a run: checkpoints, metrics, the ledger, validation samples, clean stops."""

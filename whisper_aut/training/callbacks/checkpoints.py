@@ -153,6 +153,7 @@ class RollingCheckpoints(lightning.Callback):
             else:
                 (self.folder / link).unlink(missing_ok=True)
         self.warn(
-            f"{', '.join(path.name for path in later)} in {self.folder} are of later steps than {step}, from which the run goes on. "
+            f"{', '.join(path.name for path in later)} in {self.folder} are of later steps than "
+            f"{step}, from which the run goes on. "
             f"They are named {SUPERSEDED}step-… now and may be deleted."
         )

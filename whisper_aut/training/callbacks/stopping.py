@@ -256,9 +256,12 @@ class Guard(lightning.Callback):
         self.warn(f"Step {step} was left out on all ranks: its gradient is not finite.{where}")
         if self.streak >= self.max_bad_steps:
             raise UserError(
-                f"{self.streak} steps in a row had a gradient that is not finite, up to step {step}; the weights are as they were "
-                f"before them.{where} Lower optim.lr or raise optim.warmup_steps, use bf16-mixed in place of 16-mixed, look at "
-                "those clips, or raise trainer.max_bad_steps. --resume auto goes on from the last checkpoint."
+                f"{self.streak} steps in a row had a gradient that is not finite, up to step "
+                f"{step}; the weights are as they were "
+                f"before them.{where} Lower optim.lr or raise optim.warmup_steps, use "
+                "bf16-mixed in place of 16-mixed, look at "
+                "those clips, or raise trainer.max_bad_steps. --resume auto goes on from the "
+                "last checkpoint."
             )
 
     def _answer_spike(self, step: int, loss: float, usual: float, behind: Cursor) -> None:
@@ -320,7 +323,8 @@ class Exhaustion(lightning.Callback):
         self._batches = 0
         if self._empty == EMPTY_EPOCHS:
             self.warn(
-                f"The training data ended after step {trainer.global_step} of {trainer.max_steps} planned; the run ends there."
+                f"The training data ended after step {trainer.global_step} of "
+                f"{trainer.max_steps} planned; the run ends there."
             )
             self.checkpoints.save(trainer)
             trainer.should_stop = True
@@ -371,7 +375,8 @@ def _loaders(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
 
 BYTES_OF_STATE = 12  # float32 weight and two moments of a trained parameter
 LOST_RANK = re.compile(
-    r"connection (was )?(closed|reset)|broken pipe|connection refused|timed out|timeout|peer|gloo|nccl|socket",
+    r"connection (was )?(closed|reset)|broken pipe|connection refused|timed out|timeout"
+    r"|peer|gloo|nccl|socket",
     re.I,
 )
 UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -405,12 +410,15 @@ def check_room(folder: Path, one_checkpoint: int, kept: int) -> str:
     free, size = shutil.disk_usage(place).free, one_checkpoint / 2**30
     if free < 2 * one_checkpoint:
         raise UserError(
-            f"{place} has {free / 2**30:.1f} GiB free, and a checkpoint takes about {size:.1f} GiB; the one before stays until the "
-            "next is whole, so twice that is needed. Make room, or set runs=FOLDER to write elsewhere."
+            f"{place} has {free / 2**30:.1f} GiB free, and a checkpoint takes about {size:.1f} "
+            "GiB; the one before stays until the "
+            "next is whole, so twice that is needed. Make room, or set runs=FOLDER to write "
+            "elsewhere."
         )
     if free < (kept + 1) * one_checkpoint:
         return (
-            f"{place} has {free / 2**30:.1f} GiB free, and {kept + 1} checkpoints of {size:.1f} GiB may lie there at a time: "
+            f"{place} has {free / 2**30:.1f} GiB free, and {kept + 1} checkpoints of {size:.1f} "
+            "GiB may lie there at a time: "
             "lower trainer.keep_checkpoints or make room."
         )
     return ""
@@ -425,7 +433,8 @@ def check_accelerator(accelerator: str) -> None:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if not {"gpu": cuda or mps, "cuda": cuda, "mps": mps}.get(accelerator, True):
         raise UserError(
-            f"hardware.accelerator={accelerator}, and PyTorch sees no such device here. hardware=cpu runs on the CPU, hardware=auto on "
+            f"hardware.accelerator={accelerator}, and PyTorch sees no such device here. "
+            "hardware=cpu runs on the CPU, hardware=auto on "
             "what is there; whisper-aut doctor looks at drivers and devices."
         )
 
@@ -451,11 +460,13 @@ def check_compilable(strategy: str) -> None:
     """
     if "stage_3" in strategy:
         raise UserError(
-            f"model.compile does not go with strategy.name={strategy}: compiled layers cannot fetch their weights."
+            f"model.compile does not go with strategy.name={strategy}: compiled layers cannot "
+            "fetch their weights."
         )
     if find_compiler() is None:
         raise UserError(
-            "model.compile=true needs a C++ compiler, such as g++ or what CXX names. Install one, or leave it false."
+            "model.compile=true needs a C++ compiler, such as g++ or what CXX names. Install "
+            "one, or leave it false."
         )
 
 
@@ -470,12 +481,14 @@ def explained(folder: Path, ranks: int) -> Iterator[None]:
         yield
     except MisconfigurationException as error:
         raise UserError(
-            f"This machine cannot run the config as hardware and strategy ask: {' '.join(str(error).split())}"
+            "This machine cannot run the config as hardware and strategy ask: "
+            f"{' '.join(str(error).split())}"
         ) from error
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(
             f"The GPU's memory is not enough: {str(error).splitlines()[0]}\n"
-            "Lower data.batch_clips or data.batch_seconds and raise trainer.accumulate, set model.gradient_checkpointing=true, or pick a "
+            "Lower data.batch_clips or data.batch_seconds and raise trainer.accumulate, set "
+            "model.gradient_checkpointing=true, or pick a "
             "higher ZeRO stage."
         ) from None
     except OSError as error:
@@ -486,6 +499,7 @@ def explained(folder: Path, ranks: int) -> Iterator[None]:
         if ranks > 1 and LOST_RANK.search(str(error)):
             raise UserError(
                 f"Another rank is gone or does not answer: {str(error).splitlines()[0][:300]}\n"
-                "The job ends here. The logs of the other ranks say why; --resume auto goes on from the last checkpoint."
+                "The job ends here. The logs of the other ranks say why; --resume auto goes on "
+                "from the last checkpoint."
             ) from error
         raise
