@@ -1,4 +1,4 @@
-"""Train universal audio encoders from Whisper: speech, sound and music through a swappable decoder."""
+"""Train universal audio encoders for speech, sound and music from Whisper."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,8 @@ __all__ = ["AudioEncoder", "__version__", "load_encoder"]
 
 
 def __getattr__(name: str) -> Any:
-    # PyTorch and transformers take seconds to import; `whisper-aut --help` should not.
+    # PyTorch and transformers take seconds to import. Importing them on first use keeps
+    # `whisper-aut --help` fast.
     if name in ("AudioEncoder", "load_encoder"):
         from whisper_aut.models import pretrained
 

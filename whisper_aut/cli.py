@@ -1,8 +1,8 @@
-"""The one console script: `whisper-aut COMMAND …`.
+"""The console script `whisper-aut COMMAND …`. The commands themselves are in `commands/`.
 
-In: a command line. Out: an exit status: 0 done, 1 a user's mistake (said in one paragraph, never a traceback), 130 interrupted by
-Ctrl-C, 75 preempted by SIGTERM or SIGUSR1 with everything saved (start it again with `--resume auto`).
-The commands themselves are in `commands/`, a file per stage of the picture.
+Exit status: 0 on success, 1 on a user error (printed as one paragraph without a traceback), 130
+after Ctrl-C, and 75 after SIGTERM or SIGUSR1. After 75, progress is saved, and the same command
+with `--resume auto` continues the run.
 """
 
 import argparse
@@ -19,17 +19,19 @@ from whisper_aut import __version__
 from whisper_aut.commands import Parser, data, encoder, experiment, export, probe, train
 from whisper_aut.errors import Interrupted, Preempted, UserError
 
-FILE_COLUMNS = 160  # of tables that go into a file or a pipe, which no window bounds
+# Table width when the output goes to a file or a pipe, which has no window width.
+FILE_COLUMNS = 160
 NOTHING_TRAINED = "nothing was being trained; finished parts are kept."
-EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = (
-    1,
-    75,
-    130,
-)  # 75: EX_TEMPFAIL of sysexits.h, "try again"
+# 75 is EX_TEMPFAIL in sysexits.h: a temporary failure, try again later.
+EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 75, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the return value is the exit status."""
+    """Run one command and return the exit status.
+
+    Args:
+        arguments: the command line without the program name; `sys.argv` by default.
+    """
     options = _parse(arguments)
     console, errors = _console(), _console(stderr=True)
     _quieten()
@@ -38,13 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         errors.print(Text.assemble(("Error:", "bold red"), f" {error}"))
         return EXIT_USER_ERROR
-    except OSError as error:  # a file that a command was told to read or write
+    except OSError as error:
+        # An error with a file name is a user error: a path that the command cannot read or write.
         if not error.filename:
             raise
         errors.print(Text.assemble(("Error:", "bold red"), f" {error.filename}: {error.strerror}."))
         return EXIT_USER_ERROR
     except (Interrupted, KeyboardInterrupt) as stop:
-        if _rank():  # the first rank speaks for all; a launcher takes a failed rank as a reason to kill the others
+        # Only rank 0 reports the interruption. The other ranks return 0, because a launcher kills
+        # the remaining ranks when one exits with an error.
+        if _rank():
             return 0
         errors.print(Text.assemble(("Interrupted:", "bold"), f" {str(stop) or NOTHING_TRAINED}"))
         return EXIT_PREEMPTED if isinstance(stop, Preempted) else EXIT_INTERRUPTED
@@ -52,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _console(stderr: bool = False) -> Console:
-    # Names may hold brackets, which are no markup here, and `:-1`, which is no thumb.
+    # Without markup and emoji, because names may contain brackets and codes such as `:-1:`.
     console = Console(stderr=stderr, soft_wrap=True, emoji=False, markup=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = FILE_COLUMNS
@@ -62,7 +67,7 @@ def _console(stderr: bool = False) -> Console:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse ends a list of positionals at the first option; overrides may also follow one.
+    # argparse ends a list of positionals at the first option. Overrides may also come after one.
     if (
         rest
         and hasattr(options, "overrides")
@@ -84,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rank() -> int:
-    """Return this process's rank as a launcher told it: torchrun, Slurm, or Lightning for the ranks that it starts."""
+    """Return the rank that torchrun, Slurm or Lightning has set for this process, else 0."""
     return int(
         next(
             (
@@ -98,15 +103,18 @@ def _rank() -> int:
 
 
 def _quieten() -> None:
-    """Keep libraries from writing over our own lines; their warnings still show, but for those that ask nothing of anyone."""
+    """Silence library output that would mix with ours, and warnings that need no action."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for message in (
-        ".*LeafSpec.*",  # between Lightning and PyTorch
-        ".*IterableDataset.* has .*__len__.* defined",  # ours is right about its length with any number of workers
-        "Experiment logs directory .* exists and is not empty",  # `RunDirectory.metrics_aside` has put them aside
+        # A deprecated PyTorch API that Lightning calls.
+        ".*LeafSpec.*",
+        # The length of our dataset is correct with any number of workers.
+        ".*IterableDataset.* has .*__len__.* defined",
+        # `RunDirectory.metrics_aside` has already renamed the earlier logs.
+        "Experiment logs directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -1,12 +1,10 @@
-"""YAML → checked dataclasses: composition of config files, and every problem of a config reported at once.
+"""Loads YAML configs into typed dataclasses and reports all problems of a config at once.
 
-In: a YAML file, `key=value` overrides, a dataclass. Out: an instance of it, or one `UserError` that lists all problems. Next:
-`settings` defines the dataclasses of runs, `probes.tasks` those of probe tasks. Merging and interpolation are OmegaConf's.
-
-A config may name another that it `extends`, and `defaults` that pick one file of a group each: `defaults: {decoder: whisper}`
-reads `decoder/whisper.yaml` beside the config and puts it under the key `decoder`. On the command line `decoder=NAME`
-picks another file of the group, and `decoder.key=value` changes one value. A file of a group may extend another, or have
-`defaults`: their choices come under its own keys, and a list of choices is merged.
+A config may `extends` another one, and its `defaults` pick one file per group:
+`defaults: {decoder: whisper}` puts `decoder/whisper.yaml` under the key `decoder`. On the command
+line, `decoder=NAME` picks another file of the group and `decoder.key=value` changes one value. A
+group file may have both too: its own values override the files that its `defaults` pick, and a list
+of choices is merged. OmegaConf does the merging and interpolation.
 """
 
 import math
@@ -27,39 +25,36 @@ from whisper_aut.errors import UserError, nearest
 
 T = TypeVar("T")
 MAX_EXTENDS = 8
-LOCAL = Path("conf")  # in the working directory
-SHIPPED = Path(__file__).parent / "conf"  # part of the package, in a checkout too
+LOCAL = Path("conf")  # relative to the working directory
+SHIPPED = Path(__file__).parent / "conf"  # part of the package
 
 
 def find_config(name: str | Path, near: Path = Path(), kind: str = "") -> Path:
-    """Return the file of a config, which may be given by its path or by its name.
+    """Return the first file found for a config, or `near / name` if there is none.
 
     Args:
-        name: any path, or a name such as `aut`; `.yaml` may be left out.
-        near: the folder that is searched first. `conf/` of the working directory and then the configs of the package follow.
-        kind: the folder within those two, such as `experiments` or `probe_tasks`.
-
-    Returns:
-        The first file found; where there is none, the first path that was tried, for the reader's error.
+        name: a path, or a name such as `aut`. `.yaml` may be omitted.
+        near: searched first, before `conf/` of the working directory and that of the package.
+        kind: the subfolder of those two, such as `experiments` or `probe_tasks`.
     """
     given = Path(name)
     paths = [near / given, LOCAL / kind / given, SHIPPED / kind / given]
-    if given.parts[:1] == LOCAL.parts:  # conf/aut.yaml, as the docs write it, away from a checkout
+    if given.parts[:1] == LOCAL.parts:  # `conf/aut.yaml` also works outside a checkout
         paths.append(SHIPPED / given.relative_to(LOCAL))
     files = (file for path in paths for file in (path, path.with_name(f"{path.name}.yaml")))
     return next((file for file in files if file.is_file()), near / given)
 
 
 def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> dict[str, Any]:
-    """Merge a config with what it extends, its groups and the overrides, and resolve interpolations.
+    """Merge a config with its parents, groups and overrides, and resolve interpolations.
 
     Args:
-        path: of the config, or its name: see `find_config`.
-        overrides: `key=value`, or `group=choice`.
-        kind: the folder of `conf/` that holds configs like this one, such as `experiments`.
+        path: path or name of the config, see `find_config`.
+        overrides: `key=value` or `group=choice`.
+        kind: the subfolder of `conf/` for configs of this kind, such as `experiments`.
 
     Raises:
-        UserError: a file is missing or not YAML, a group has no such choice, an override is not `key=value`.
+        UserError: a missing or invalid file, an unknown choice, or a malformed override.
     """
     path = find_config(path, kind=kind)
     layers = _layers(path, kind)
@@ -76,9 +71,10 @@ def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> 
     try:
         result = OmegaConf.merge(merged, *layers, OmegaConf.from_dotlist(values))
         container = OmegaConf.to_container(result, resolve=True)
-    except TypeError:  # OmegaConf's word for a mapping on top of a list
+    except TypeError:  # OmegaConf raises it when a mapping is merged into a list
         raise UserError(
-            f"{path}: an override reaches inside a list, or puts keys where there are none. Give the list whole, as in data.train=[…]."
+            f"{path}: an override reaches inside a list, or puts keys where there are none. "
+            "Give the list whole, as in data.train=[…]."
         ) from None
     except (OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
@@ -86,15 +82,15 @@ def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> 
 
 
 def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Check a mapping against a dataclass, recursively, and build it.
+    """Build a dataclass from a mapping, with recursive type checks.
 
     Args:
-        schema: a dataclass whose fields are plain types, literals, dataclasses, or lists, dicts and options of those.
-        values: the mapping, fully resolved.
-        where: what the error message calls the origin of the values.
+        schema: a dataclass of plain types, literals, dataclasses, lists, dicts and unions.
+        values: the resolved mapping.
+        where: the origin of the values, for the error message.
 
     Raises:
-        UserError: listing every unknown key (with the nearest known one), wrong type and missing value.
+        UserError: lists all unknown keys (with the nearest known), wrong types and missing keys.
     """
     problems: list[str] = []
     result = _convert(schema, values, "", problems)
@@ -107,7 +103,7 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _layers(path: Path, kind: str) -> list[DictConfig]:
-    """Return the config and all it extends, the farthest first."""
+    """Return the config and its parents, the most distant parent first."""
     layers: list[DictConfig] = []
     current: Path | None = path
     while current is not None:
@@ -143,7 +139,7 @@ Groups = Mapping[str, Mapping[str, Path]]
 
 
 def _groups(folders: Sequence[Path]) -> dict[str, dict[str, Path]]:
-    """Return group → choice → file. A file of an earlier folder hides one of the same name in a later one."""
+    """Return group → choice → file. The first folder that has a choice wins."""
     groups: dict[str, dict[str, Path]] = {}
     for folder in reversed(folders):
         for file in sorted(folder.glob("*/*.yaml")):
@@ -152,7 +148,6 @@ def _groups(folders: Sequence[Path]) -> dict[str, dict[str, Path]]:
 
 
 def _read_group(group: str, choice: str, groups: Groups, kind: str) -> DictConfig:
-    """Read one file of a group, what it extends, and the files of other groups that its `defaults` pick."""
     layers = _layers(_group_file(group, choice, groups), kind.lstrip("/"))
     values = cast(DictConfig, OmegaConf.merge(*layers))
     within = OmegaConf.create({})
@@ -167,11 +162,13 @@ def _read_group(group: str, choice: str, groups: Groups, kind: str) -> DictConfi
 def _group_file(group: str, choice: str, groups: Groups) -> Path:
     if group not in groups:
         raise UserError(
-            f"There is no config group {group!r}.{nearest(group, groups)} Groups: {', '.join(sorted(groups))}."
+            f"There is no config group {group!r}.{nearest(group, groups)} "
+            f"Groups: {', '.join(sorted(groups))}."
         )
     if choice not in groups[group]:
         raise UserError(
-            f"{group}={choice}: no such choice.{nearest(str(choice), groups[group])} There are: {', '.join(groups[group])}."
+            f"{group}={choice}: no such choice.{nearest(str(choice), groups[group])} "
+            f"There are: {', '.join(groups[group])}."
         )
     return groups[group][choice]
 
@@ -221,7 +218,7 @@ def _convert(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
 
 
 def _convert_union(kinds: Sequence[Any], value: Any, path: str, problems: list[str]) -> Any:
-    """Take the first kind that the value fits as it is; the last one's problems are those reported."""
+    """Convert to the first type that fits. If none fits, report the problems of the last one."""
     for kind in kinds[:-1]:
         found: list[str] = []
         converted = _convert(kind, value, path, found)
@@ -256,7 +253,7 @@ def _convert_dataclass(kind: Any, value: Any, path: str, problems: list[str]) ->
 def _convert_scalar(kind: type, value: Any, path: str, problems: list[str]) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+    if kind is float and isinstance(value, str):  # YAML 1.1 parses 1e-4 as a string
         try:
             return float(value)
         except ValueError:
@@ -264,14 +261,14 @@ def _convert_scalar(kind: type, value: Any, path: str, problems: list[str]) -> A
     if kind is str and value is None:  # `key=` on a command line
         return ""
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)  # a name or a class that happens to be a number
+        return str(value)  # a name or a class label that is a number
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         problems.append(f"{path}: expected {names.get(kind, kind.__name__)}, got {value!r}")
     return value
 
 
-# DeepSpeed's options that a config has under another name.
+# DeepSpeed options that have their own key in our config.
 SET_ELSEWHERE = {
     "train_batch_size": "data.batch_clips",
     "train_micro_batch_size_per_gpu": "data.batch_clips",
@@ -287,8 +284,7 @@ SET_ELSEWHERE = {
 
 @dataclass
 class ScratchSettings:
-    """A small Whisper made from nothing: its sizes, and the shard folders whose texts its tokenizer is trained on (by default
-    the training sources)."""
+    """A new small Whisper. Its tokenizer is trained on the shards `texts`, or the training data."""
 
     d_model: int = 128
     encoder_layers: int = 4
@@ -301,18 +297,18 @@ class ScratchSettings:
 
 @dataclass
 class ModelSettings:
-    """Where the encoder starts.
+    """The model to start from. Exactly one of `path`, `scratch` and `after` is given.
 
     Attributes:
         path: a hub id or a directory in Hugging Face's Whisper format.
         revision: branch, tag or commit on the hub; empty for the default.
-        scratch: instead of `path`, a new small model.
-        after: instead of `path`, a config whose exported model is the start; it is trained first where it has not been.
-        random_init: keep the architecture and tokenizer of the start but not its weights.
+        scratch: a new small model.
+        after: a config whose exported model is the start. It is trained first if necessary.
+        random_init: keep the architecture and tokenizer of the start, with new random weights.
         padding: `none` encodes each clip at its own length, `30s` pads it as Hugging Face does.
-        gradient_checkpointing: trade a third more compute for most of the activation memory.
-        freeze_encoder: train the decoder alone.
-        compile: fuse the encoder's layers with `torch.compile`, which takes a C++ compiler.
+        gradient_checkpointing: save most of the activation memory for a third more compute.
+        freeze_encoder: train the decoder only.
+        compile: compile the encoder's layers with `torch.compile`, which needs a C++ compiler.
     """
 
     path: str = ""
@@ -328,7 +324,7 @@ class ModelSettings:
 
 @dataclass
 class DemoSettings:
-    """The synthesised corpus of `whisper-aut data demo`: where it goes, its seed, and its size beside the default one."""
+    """The synthetic corpus of `whisper-aut data demo`. `scale` is relative to the default size."""
 
     out: str
     seed: int = 0
@@ -337,7 +333,7 @@ class DemoSettings:
 
 @dataclass
 class ManifestSettings:
-    """One `whisper-aut data build`: the manifest, and how its columns become annotations (see `corpora.manifest`)."""
+    """The options of one `whisper-aut data build`, see `corpora.manifest.ManifestSpec`."""
 
     manifest: str
     out: str
@@ -358,7 +354,7 @@ class ManifestSettings:
 
 @dataclass
 class CorporaSettings:
-    """What is built before training, where it has not been built already."""
+    """Corpora to build before training, unless they already exist."""
 
     demo: DemoSettings | None = None
     manifests: list[ManifestSettings] = field(default_factory=list)
@@ -366,11 +362,11 @@ class CorporaSettings:
 
 @dataclass
 class SourceSettings:
-    """A folder or URL of shards, its domain, and its weight among the sources of that domain.
+    """A folder or URL of shards, its domain, and its sampling weight among sources of that domain.
 
-    Weights are positive, and all sources of a domain have one or none has (each counts by its clips). `text` names the field of
-    the samples' JSON that holds their text, or is a template over fields such as `{title}, played by {artist}`; without it the
-    text is looked for under the usual names.
+    Weights are positive. All sources of a domain have one, or none has and each counts by its
+    clips. `text` is the JSON field of the text, or a template over fields such as
+    `{title}, played by {artist}`. By default the usual field names are tried.
     """
 
     path: str
@@ -382,14 +378,15 @@ class SourceSettings:
 
 @dataclass
 class AugmentSettings:
-    """How training clips are changed; validation clips never are.
+    """Augmentation of training clips. Validation clips are never augmented.
 
     Attributes:
-        spec: SpecAugment on the log-mel.
-        gain_db: loudness changes by up to so much, either way.
-        speeds: one of these factors for each clip, as in [0.9, 1.0, 1.1].
-        noise: folders or URLs of shards, with sample tables, whose clips are added to `noise_share` of the training clips.
-        snr_db: how far above the noise a clip stands, lowest and highest.
+        spec: apply SpecAugment to the log-mel.
+        gain_db: the largest random gain, in either direction.
+        speeds: speed factors, one drawn per clip, such as [0.9, 1.0, 1.1].
+        noise: folders or URLs of shards, with sample tables, whose clips are mixed in as noise.
+        noise_share: fraction of the training clips that get noise.
+        snr_db: lowest and highest signal-to-noise ratio.
     """
 
     spec: bool = True
@@ -402,10 +399,10 @@ class AugmentSettings:
 
 @dataclass
 class LicenceSettings:
-    """Which licences clips may have, by SPDX id: `CC-BY-4.0`, or `CC-BY` for all its versions.
+    """Allowed licences of clips by SPDX id: `CC-BY-4.0`, or `CC-BY` for all its versions.
 
-    Empty: all, and unknown ones too; otherwise a clip whose licence is not understood is left out.
-    A clip that states none has its source's `licence`.
+    An empty list allows all clips. Otherwise, clips with an unknown licence are excluded too. A
+    clip without a licence of its own has that of its source.
     """
 
     allow: list[str] = field(default_factory=list)
@@ -413,29 +410,31 @@ class LicenceSettings:
 
 @dataclass
 class DataSettings:
-    """What is read, and how.
+    """The data of a run.
 
     Attributes:
-        root: where the user's own corpora or shards lie; configs refer to it.
-        shards: where shards are built.
+        root: folder of the user's own corpora or shards, for use in configs.
+        shards: folder for the shards that are built.
         train, valid: the sources.
-        mode: `mixture` draws without end by shares; `epochs` gives every clip of every source once an epoch, whatever the shares.
-        domains: share of each domain among the training clips; they need not sum to one.
-        temperature: shares of domains, and weights of sources within theirs, are raised to its inverse; above 1 evens them out.
+        mode: `mixture` samples endlessly by weight; `epochs` reads each clip once per epoch.
+        domains: weight of each domain among the training clips; any positive sum.
+        temperature: weights are raised to 1 / temperature; above 1 makes them more even.
         batch_clips: clips per rank and micro-batch.
-        batch_seconds: instead, the most seconds of audio per rank and micro-batch; needs sample tables (`whisper-aut data index`).
-        samples_per_epoch: clips per epoch over all ranks; null for as many as the training shards hold.
-        valid_clips: the first so many clips of each validation source; null for all.
-        window: clips of a source that are shuffled among each other; what is read again at most after a resume.
-        workers: processes per rank that decode.
-        features: where log-mels are made: by those processes, or on the training device.
-        exclude: a list of clips that are not trained on, as `whisper-aut data audit` writes it; empty for none.
-        licences: which clips may be trained on.
-        max_skipped_fraction: the run stops when more than this fraction of a source's samples is skipped, over all ranks and resumes.
-        retries, timeout_seconds: how often a failing read of a remote shard is tried again, after pauses that double, and after how
-            much silence a read has failed.
-        allow_pipe: sources may be `pipe:COMMAND`; the commands of this config are run.
-        augment: what is done to training clips; validation never.
+        batch_seconds: instead of `batch_clips`, the most seconds of audio per rank and micro-batch;
+            needs sample tables (`whisper-aut data index`).
+        samples_per_epoch: clips per epoch over all ranks; null for the size of the training data.
+        valid_clips: use only the first N clips of each validation source; null for all.
+        window: clips per shuffle window of a source; also the most clips read again on resume.
+        workers: decoding processes per rank.
+        features: compute log-mels in the workers or on the training device.
+        min_seconds, max_seconds: shorter and longer clips are skipped.
+        exclude: list of clips to exclude from training, as `whisper-aut data audit` writes it.
+        licences: the licences that training clips may have.
+        max_skipped_fraction: limit per source, over all ranks and resumes; above it the run stops.
+        retries: attempts after a failed read of a remote shard, with pauses that double.
+        timeout_seconds: a remote read fails after this long without data.
+        allow_pipe: allow sources `pipe:COMMAND`, which run the commands in this config.
+        augment: augmentation of training clips.
     """
 
     root: str = "data"
@@ -467,11 +466,12 @@ class DataSettings:
 
 @dataclass
 class OptimSettings:
-    """AdamW and its schedule. `warmup_steps` and the decay count optimiser steps; `layer_decay` < 1 slows lower encoder layers.
+    """AdamW and its schedule. Steps are optimizer steps.
 
     Attributes:
-        lr: of decoder or adapter, and of the encoder where `encoder_lr` is null.
-        encoder_after_step: the decoder or adapter learns alone before this step.
+        lr: learning rate of decoder or adapter, and of the encoder if `encoder_lr` is null.
+        encoder_after_step: train only the decoder or adapter before this step.
+        layer_decay: each encoder layer has this factor times the rate of the layer above.
     """
 
     lr: float = 1e-5
@@ -489,15 +489,15 @@ class OptimSettings:
 
 @dataclass
 class TrainerSettings:
-    """How long to train, what is written down on the way, and what stops it. Counts are optimiser steps unless they say otherwise.
+    """Training length, logging, checkpoints and stopping. Steps are optimizer steps.
 
     Attributes:
-        keep_checkpoints: so many of the newest; the best by validation loss stays beside them.
-        async_checkpoints: write them while training goes on; a copy of the rank's share stays in main memory meanwhile.
-        deterministic: refuse operations whose result depends on timing; slower on GPUs.
-        max_bad_steps: so many steps in a row without a finite gradient stop the run; until then each is left out.
-        spike_factor: a loss so many robust deviations above its running median is a spike; 0 does not look.
-        on_spike: say so, or go back to the last checkpoint and leave out the data since.
+        keep_checkpoints: newest checkpoints to keep, plus the best one by validation loss.
+        async_checkpoints: write in the background, from a copy of each rank's part in main memory.
+        deterministic: raise an error for nondeterministic operations; slower on GPUs.
+        max_bad_steps: skip steps without a finite gradient; stop after this many in a row.
+        spike_factor: robust deviations above the running median that make a loss a spike; 0: off.
+        on_spike: warn, or return to the last checkpoint and skip the data since then.
     """
 
     max_epochs: int = 1
@@ -521,13 +521,13 @@ class TrainerSettings:
 
 @dataclass
 class HardwareSettings:
-    """The machine.
+    """Devices and precision.
 
     Attributes:
-        accelerator, devices, nodes: Lightning's; devices are those of a node.
-        precision: Lightning's. `auto` is bf16-mixed on a GPU that computes in bfloat16, else
-            32-true. Trained weights are float32 under each; DeepSpeed computes with 16-bit copies.
-        threads: of a CPU training; 0 for all.
+        accelerator, devices, nodes: as in Lightning; devices per node.
+        precision: as in Lightning. `auto` is bf16-mixed on a GPU that supports bfloat16, else
+            32-true. Trained weights are always float32; DeepSpeed computes with 16-bit copies.
+        threads: CPU threads for training on a CPU; 0 for all.
     """
 
     accelerator: str = "auto"
@@ -539,14 +539,14 @@ class HardwareSettings:
 
 @dataclass
 class StrategySettings:
-    """How ranks share the work.
+    """The distributed strategy.
 
     Attributes:
         name: one device or DDP (`auto`), DDP, or a ZeRO stage of DeepSpeed; `_offload` moves the
             optimizer state to the CPU.
         timeout_minutes: how long a rank waits for the others before the job ends.
-        deepspeed: options of DeepSpeed's own config, such as
-            `{zero_optimization: {reduce_bucket_size: 50000000}}`; they go over those of `name`.
+        deepspeed: options of DeepSpeed's own config, which override those of `name`, such as
+            `{zero_optimization: {reduce_bucket_size: 50000000}}`.
     """
 
     name: Literal[
@@ -564,15 +564,15 @@ class StrategySettings:
 
 @dataclass
 class DuringSettings:
-    """Probes while the encoder trains, for watching; none without tasks.
+    """Probes during training, for monitoring. Off without tasks.
 
     Attributes:
-        tasks: small ones, by name or path: their shards are read and embedded again each time.
-        every_steps: optimiser steps between two measurements; the first is before the first step.
-        kind: of probe.
-        guarded: the domain that must not be forgotten.
-        max_drop: by how much (0 to 1) its mean score may lie below the first.
-        on_drop: what happens otherwise.
+        tasks: names or paths of small tasks, which are embedded again for each measurement.
+        every_steps: optimizer steps between measurements; the first is before training.
+        kind: the kind of probe.
+        guarded: the domain to monitor for forgetting.
+        max_drop: how far (0 to 1) its mean score may fall below the first one.
+        on_drop: what to do when it falls further.
     """
 
     tasks: list[str] = field(default_factory=list)
@@ -585,13 +585,12 @@ class DuringSettings:
 
 @dataclass
 class ProbeSettings:
-    """The probes after training, and those during training.
+    """The probes after and during training.
 
     Attributes:
-        root: the folder that `{root}` in the tasks stands for.
-        tasks: by name or path.
-        seeds: of probes with a random start; the others are fitted once.
-        final_fit: what the tested probe is fitted on: the training split, or the validation split too.
+        root: the folder that replaces `{root}` in the tasks.
+        seeds: number of seeds for probes with random initialization; others are fitted once.
+        final_fit: fit the tested probe on the training split, or on training and validation.
         random_encoder, logmel_baseline: also probe random weights, and log-mel statistics.
     """
 
@@ -606,7 +605,7 @@ class ProbeSettings:
 
 @dataclass
 class Settings:
-    """One run."""
+    """The config of one run."""
 
     name: str
     model: ModelSettings
@@ -624,10 +623,10 @@ class Settings:
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Read a config, apply overrides, check everything that can be checked without reading data or weights.
+    """Load a config with overrides, and check all that needs neither data nor weights.
 
     Raises:
-        UserError: listing all problems.
+        UserError: lists all problems.
     """
     settings = build(Settings, compose(path, overrides), str(path))
     problems = [
@@ -651,7 +650,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
 
 def dump_settings(settings: Settings) -> str:
-    """Return the resolved config as YAML that `load_settings` reads back."""
+    """Return the resolved config as YAML that `load_settings` can read."""
     return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
 
 
@@ -690,11 +689,13 @@ def _data_problems(data: DataSettings) -> list[str]:
     ]
     if not 0 < data.min_seconds <= data.max_seconds <= 30:
         problems.append(
-            f"data: need 0 < min_seconds <= max_seconds <= 30, got {data.min_seconds} and {data.max_seconds}"
+            "data: need 0 < min_seconds <= max_seconds <= 30, "
+            f"got {data.min_seconds} and {data.max_seconds}"
         )
     if data.batch_seconds is not None and data.batch_seconds < data.max_seconds:
         problems.append(
-            f"data.batch_seconds: {data.batch_seconds:g} s hold no clip of data.max_seconds, {data.max_seconds:g} s"
+            f"data.batch_seconds: {data.batch_seconds:g} s hold no clip of data.max_seconds, "
+            f"{data.max_seconds:g} s"
         )
     augment = data.augment
     if not augment.speeds or not all(0.5 <= speed <= 2 for speed in augment.speeds):
@@ -707,7 +708,8 @@ def _data_problems(data: DataSettings) -> list[str]:
         )
     if data.mode == "epochs" and data.samples_per_epoch is not None:
         problems.append(
-            "data.samples_per_epoch: with data.mode=epochs an epoch is every clip once; leave it null"
+            "data.samples_per_epoch: with data.mode=epochs an epoch is every clip once; leave it "
+            "null"
         )
     if data.temperature <= 0 or data.timeout_seconds <= 0:
         problems.append("data: temperature and timeout_seconds must be positive")
@@ -716,7 +718,8 @@ def _data_problems(data: DataSettings) -> list[str]:
 
 def _text_problems(sources: Sequence[SourceSettings]) -> list[str]:
     return [
-        f"data: the text {source.text!r} of {source.path} is no template: {fault}. Write {{field}} or {{field:words}}"
+        f"data: the text {source.text!r} of {source.path} is no template: {fault}. "
+        "Write {field} or {field:words}"
         for source in sources
         if source.text and (fault := text_template(source.text).fault)
     ]
@@ -741,7 +744,7 @@ def _weight_problems(sources: Sequence[SourceSettings]) -> list[str]:
 
 
 def _not_finite(value: Any, name: str = "") -> Iterator[str]:
-    """Yield a problem for each NaN and infinity, which comparisons with a bound would let pass."""
+    """Yield a problem for each NaN or infinity, which comparisons with a bound may accept."""
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{name}: {value} is not a finite number"
     children = enumerate(value) if isinstance(value, list) else getattr(value, "items", tuple)()
@@ -762,8 +765,8 @@ def _strategy_problems(strategy: StrategySettings) -> list[str]:
     zero = strategy.deepspeed.get("zero_optimization")
     if isinstance(zero, dict) and "offload_optimizer" in zero and "offload" not in strategy.name:
         problems.append(
-            "strategy.deepspeed.zero_optimization.offload_optimizer: needs a strategy.name that ends "
-            "in _offload, which picks the optimizer for it"
+            "strategy.deepspeed.zero_optimization.offload_optimizer: needs a strategy.name that "
+            "ends in _offload, which picks the optimizer for it"
         )
     return problems
 
@@ -813,7 +816,8 @@ def _number_problems(settings: Settings) -> list[str]:
     ]
     if settings.data.batch_seconds is not None and settings.model.padding == "30s":
         problems.append(
-            "data.batch_seconds: with model.padding=30s every clip costs 30 s; give data.batch_clips"
+            "data.batch_seconds: with model.padding=30s every clip costs 30 s; "
+            "give data.batch_clips"
         )
     steps, devices, betas = (
         settings.trainer.max_steps,
@@ -832,7 +836,8 @@ def _number_problems(settings: Settings) -> list[str]:
         problems.append(f"optim.betas: {betas} are not two numbers from 0 to below 1")
     if not 0 <= settings.data.max_skipped_fraction <= 1:
         problems.append(
-            f"data.max_skipped_fraction: {settings.data.max_skipped_fraction} is not a fraction from 0 to 1"
+            f"data.max_skipped_fraction: {settings.data.max_skipped_fraction} "
+            "is not a fraction from 0 to 1"
         )
     if settings.name in ("", "..") or Path(settings.name).name != settings.name:
         problems.append(

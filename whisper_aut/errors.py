@@ -1,7 +1,7 @@
-"""The two ways in which things go wrong that are not our bugs: a user's mistake, and a sample that cannot be used.
+"""Exceptions for expected failures: user errors, interruptions and unusable samples.
 
-In: messages. Out: exceptions that `cli.main` turns into one clear paragraph (UserError) and that the data plane turns into a
-counted line of the ledger (SampleRefused).
+`cli.main` prints a `UserError` as one paragraph. The data pipeline counts a `SampleRefused` and
+records it in the ledger.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,11 +11,14 @@ from enum import StrEnum
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message says what was given, what was expected, and what to run."""
+    """An error that the user can fix.
+
+    The message says what was given, what was expected, and what to run.
+    """
 
 
 class Problems:
-    """Mistakes that are gathered, so that the user is told all of them at once.
+    """Collects user errors in order to report them all at once.
 
     Examples:
         >>> problems = Problems()
@@ -34,21 +37,29 @@ class Problems:
 
     @contextmanager
     def gather(self, prefix: str = "") -> Iterator[None]:
-        """Keep the mistake that ends the block, and go on after it."""
+        """Record a `UserError` raised in the block, then continue after the block.
+
+        Args:
+            prefix: text to put in front of the message.
+        """
         try:
             yield
         except UserError as error:
             self.add(f"{prefix}{error}")
 
     def add(self, problem: str) -> None:
+        """Add a message. Duplicates are ignored."""
         if problem not in self.found:
             self.found.append(problem)
 
     def tell(self, where: str) -> None:
-        """Do nothing where nothing was found.
+        """Raise the collected problems as one error, if there are any.
+
+        Args:
+            where: the subject of the message when there are several problems.
 
         Raises:
-            UserError: one problem as it is, several as a list under what `where` names.
+            UserError: the message itself for one problem, or a list for several.
         """
         if len(self.found) == 1:
             raise UserError(self.found[0])
@@ -58,15 +69,15 @@ class Problems:
 
 
 class Interrupted(Exception):
-    """The user asked the run to stop; what was reached is saved. The message says how to go on."""
+    """The user stopped the run. Progress is saved, and the message says how to resume."""
 
 
 class Preempted(Interrupted):
-    """The scheduler asked the run to stop, by SIGTERM or SIGUSR1; it is meant to be started again."""
+    """The scheduler stopped the run with SIGTERM or SIGUSR1. The run should be restarted."""
 
 
 class Reason(StrEnum):
-    """Why a sample was refused. The values are what ledgers, logs and reports print."""
+    """Why a sample was skipped. Ledgers, logs and reports print the values."""
 
     UNDECODABLE = "undecodable audio"
     NO_AUDIO = "no audio member"
@@ -88,17 +99,17 @@ class Reason(StrEnum):
     BAD_TAR = "bad tar"
     MISSING_FILE = "missing file"
     BAD_ROW = "bad manifest row"
-    # Of clips that the config leaves out of the index; they are never read.
+    # The config excludes these clips from the index, so they are never read.
     EXCLUDED = "excluded by an audit"
     LICENCE = "licence not allowed"
 
 
 class SampleRefused(Exception):
-    """One sample cannot be used; the run goes on without it.
+    """A sample cannot be used. It is skipped and the run continues.
 
     Attributes:
-        reason: the class of fault, under which it is counted.
-        detail: what exactly was found, for the ledger's line.
+        reason: the category under which the sample is counted.
+        detail: what exactly was wrong, for the ledger.
     """
 
     def __init__(self, reason: Reason, detail: str = ""):
@@ -106,13 +117,12 @@ class SampleRefused(Exception):
         self.reason = reason
         self.detail = detail
 
-    def __reduce__(
-        self,
-    ):  # two arguments: the default would rebuild the exception from its one-line message
+    # The default would rebuild the exception from its message, which is a single argument.
+    def __reduce__(self):
         return type(self), (self.reason, self.detail)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean X?` for the known name closest to `word`, or an empty string where none is close."""
+    """Return ` Did you mean 'X'?` for the closest known name, or "" if none is close."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
