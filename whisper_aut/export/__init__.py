@@ -1,1 +1,1 @@
-"""From a run to what others load: Hugging Face directories."""
+"""Export a trained run to formats that other libraries load."""

@@ -1,7 +1,7 @@
-"""The model card of an export, written from what the run recorded; what it did not record is said to be unknown.
+"""Write the model card of an export, including the metadata block that the Hugging Face hub reads.
 
-In: a run directory (config, environment, `done.json`, and where they are there `scores.json` and `audit.json`). Out: `README.md` in the
-export, with the front matter that the Hugging Face hub reads. Next: people who consider using the encoder.
+Everything on the card comes from files of the run: `config.yaml`, `environment.json`, `done.json`
+and, if present, `scores.json` and `audit.json`. The card states what the run did not record.
 """
 
 import json
@@ -21,9 +21,10 @@ from whisper_aut.errors import Reason
 CARD = "README.md"
 UNKNOWN_LICENCE = "unknown"
 PAPERS = {
-    "whisper": "AuT ([arXiv 2604.10438](https://arxiv.org/abs/2604.10438)): encoder and decoder fine-tuned on texts of all domains.",
-    "causal_lm": "UniWhisper ([arXiv 2602.21772](https://arxiv.org/abs/2602.21772)): the encoder learns through an adapter and a "
-    "language model.",
+    "whisper": "AuT ([arXiv 2604.10438](https://arxiv.org/abs/2604.10438)): "
+    "encoder and decoder fine-tuned on texts of all domains.",
+    "causal_lm": "UniWhisper ([arXiv 2602.21772](https://arxiv.org/abs/2602.21772)): "
+    "the encoder learns through an adapter and a language model.",
 }
 SWAP = """from transformers import {model}
 
@@ -31,7 +32,7 @@ from whisper_aut.export.towers import swap_tower
 
 model = {model}.from_pretrained("{repository}")  # or another of its architecture
 swap_tower(model, "{{name}}")"""
-# Kind → Python that uses the export. `{name}` is its folder, or its repository on the hub.
+# Usage snippet per export kind. `{name}` is the export's folder or its repository on the hub.
 USES = {
     "encoder": """With whisper-aut, at each clip's own length where the encoder was trained so:
 
@@ -85,7 +86,7 @@ waveform, _ = soundfile.read("clip.wav", dtype="float32")  # 16 kHz, one channel
         )
     },
 }
-# What loads an export, by the hub's names. The hub writes a snippet for a `pipeline_tag`; only recognition has a pipeline that works.
+# The hub's `library_name` for the kinds that transformers does not load.
 LIBRARIES = {"onnx": "onnx", "qwen2.5-omni": "whisper-aut"}
 TASK_TYPES = {"word_accuracy": "automatic-speech-recognition", "recall@1": "feature-extraction"}
 
@@ -99,13 +100,19 @@ def write_card(
     name: str = "",
     licence: str = UNKNOWN_LICENCE,
 ) -> Path:
-    """Write the card of an export into it.
+    """Write the model card of an export into its folder.
 
     Args:
-        run: the run directory that the export was made from.
-        kind, dtype: how it was exported.
-        name: what its readers load it by: the hub's `ORG/NAME`; the folder's own name by default.
-        licence: of the weights, as the hub writes it.
+        run: The run directory that the export was made from.
+        out: The folder of the export.
+        kind: The export format, a key of `USES`.
+        dtype: The name of the weights' precision.
+        name: The name in the usage snippet, such as the hub's `ORG/NAME`. Defaults to the name
+            of the folder.
+        licence: The licence of the weights, as the hub's identifier.
+
+    Returns:
+        The path of the card, `out/README.md`.
     """
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     facts, done = _json(run / "environment.json"), _json(run / "done.json")
@@ -132,7 +139,7 @@ def _metadata(
     kind: str,
     licence: str,
 ) -> ModelCardData:
-    """Return the front matter. Scores are those of the run's encoder, which every kind of export holds."""
+    # Every export kind contains the run's encoder, so its scores apply to all of them.
     entries = [one for one in scores.get("entries", []) if one["encoder"] == config["name"]]
     results = [
         EvalResult(
@@ -151,6 +158,7 @@ def _metadata(
     return ModelCardData(
         license=licence,
         library_name=LIBRARIES.get(kind, "transformers"),
+        # The hub shows a pipeline snippet for this tag. Only recognition has a working pipeline.
         pipeline_tag="automatic-speech-recognition" if kind == "whisper" else None,
         base_model=start if "/" in start else None,
         datasets=list(dict.fromkeys(sources)) or None,
@@ -168,11 +176,16 @@ def _opening(config: Mapping[str, Any], kind: str, dtype: str) -> str:
         "onnx": "An audio encoder as an ONNX graph: 16 kHz waveform in, frames out.",
     }.get(kind, f"The encoder's weights as the audio tower of {kind}.")
     length = (
-        'It was trained on clips at their own length: run it so (`padding="none"`), as `load_encoder` does.'
+        "It was trained on clips at their own length: "
+        'run it so (`padding="none"`), as `load_encoder` does.'
         if config["model"]["padding"] == "none"
-        else 'It was trained on clips padded to 30 s: run it so (`padding="30s"`), as `load_encoder` does.'
+        else "It was trained on clips padded to 30 s: "
+        'run it so (`padding="30s"`), as `load_encoder` does.'
     )
-    return f"{what} A frame every 20 ms; weights in {dtype}. {length} Made with whisper-aut {__version__}."
+    return (
+        f"{what} A frame every 20 ms; weights in {dtype}. {length} "
+        f"Made with whisper-aut {__version__}."
+    )
 
 
 def _recipe(config: Mapping[str, Any], facts: Mapping[str, Any], done: Mapping[str, Any]) -> str:
@@ -183,9 +196,10 @@ def _recipe(config: Mapping[str, Any], facts: Mapping[str, Any], done: Mapping[s
         "taught through": facts.get("decoder", {}).get("language_model")
         or decoder.get("language_model")
         or "its own decoder",
-        "optimiser": f"AdamW, learning rate {optim['lr']:g}, {optim['schedule']} schedule, {optim['warmup_steps']} warm-up steps, "
-        f"weight decay {optim['weight_decay']:g}",
-        "steps": f"{done.get('steps', 'unfinished')} of {config['data']['batch_clips'] * trainer['accumulate']} clips a rank",
+        "optimiser": f"AdamW, learning rate {optim['lr']:g}, {optim['schedule']} schedule, "
+        f"{optim['warmup_steps']} warm-up steps, weight decay {optim['weight_decay']:g}",
+        "steps": f"{done.get('steps', 'unfinished')} of "
+        f"{config['data']['batch_clips'] * trainer['accumulate']} clips a rank",
         "seed, precision": f"{config['seed']}, {config['hardware']['precision']}",
         "code": facts.get("git") or f"whisper-aut {__version__}",
     }
@@ -222,7 +236,10 @@ def _data(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         source["share"] for source in facts["data"] if not _licences(source, stated).strip("–")
     )
     note = f"\n\n{unknown:.0%} of what was trained on states no licence." if unknown else ""
-    return f"{mixture}, by clips.\n\n{_table(['source', 'domain', 'share', 'clips', 'hours', 'licence'], rows)}{note}"
+    return (
+        f"{mixture}, by clips.\n\n"
+        f"{_table(['source', 'domain', 'share', 'clips', 'hours', 'licence'], rows)}{note}"
+    )
 
 
 def _licences(source: Mapping[str, Any], stated: Mapping[str, str]) -> str:
@@ -241,7 +258,10 @@ def _audit(audit: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     excluded = sum(
         source.get("left_out", {}).get(Reason.EXCLUDED, 0) for source in facts.get("data", [])
     )
-    return f"`whisper-aut data audit` compared the training data with the probe sets:\n{counts}\n- clips left out of training: {excluded}"
+    return (
+        f"`whisper-aut data audit` compared the training data with the probe sets:\n{counts}\n"
+        f"- clips left out of training: {excluded}"
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -274,10 +294,15 @@ def _probes(scores: Mapping[str, Any]) -> str:
     seeds = max(len(entry["seeds"]) for entry in entries)
     spread = f"± is the standard deviation over {seeds} seeds of probes with a random start. "
     fixed = any(entry["std"] is None for entry in entries)
-    between = "Brackets hold the 95 % interval over the choice of test clips, or of the groups that they come in. "
+    between = (
+        "Brackets hold the 95 % interval over the choice of test clips, "
+        "or of the groups that they come in. "
+    )
     note = (
-        f"Protocol `{scores['protocol']}`: settings are chosen on validation clips, and the tested probe is fitted on the full split "
-        f"{fitted}, or in folds on all other folds. {spread if seeds > 1 else ''}{between if fixed else ''}"
+        f"Protocol `{scores['protocol']}`: settings are chosen on validation clips, "
+        f"and the tested probe is fitted on the full split {fitted}, "
+        "or in folds on all other folds. "
+        f"{spread if seeds > 1 else ''}{between if fixed else ''}"
         "The frozen encoder's frames are pooled over each clip's own length."
     )
     return "\n\n".join([table, note, *_differences(scores, titles, labels)])
@@ -291,7 +316,7 @@ def _score(entry: Mapping[str, Any]) -> str:
 
 
 def _labels(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return what tables call each encoder, as `probes.scores.Scores.label` does."""
+    """Map each encoder to its label in tables, as `probes.results.Scores.label` does."""
     paddings = {entry["encoder"]: entry.get("padding", "") for entry in entries}
     return {
         encoder: encoder
@@ -308,9 +333,11 @@ def _differences(
     for one in scores.get("comparisons", []):
         verdict = "" if one["p_holm"] < 0.05 else ", no significant difference"
         lines.append(
-            f"- {titles.get(one['task'], one['task'])}: {labels[one['encoder']]} against {labels[one['against']]} "
+            f"- {titles.get(one['task'], one['task'])}: "
+            f"{labels[one['encoder']]} against {labels[one['against']]} "
             f"{100 * one['difference']:+.1f} points "
-            f"(95 % interval {100 * one['low']:.1f} … {100 * one['high']:.1f}, corrected p = {one['p_holm']:.3f}{verdict})"
+            f"(95 % interval {100 * one['low']:.1f} … {100 * one['high']:.1f}, "
+            f"corrected p = {one['p_holm']:.3f}{verdict})"
         )
     return ["\n".join(lines)] if lines else []
 
@@ -318,10 +345,12 @@ def _differences(
 def _limits(config: Mapping[str, Any], kind: str, done: Mapping[str, Any]) -> str:
     domains = [name for name, share in config["data"]["domains"].items() if share]
     lines = [
-        f"For features of {', '.join(domains)}: classification, retrieval, the audio side of a language model. It has not been tried on "
-        "anything else than what stands above.",
+        f"For features of {', '.join(domains)}: classification, retrieval, "
+        "the audio side of a language model. "
+        "It has not been tried on anything else than what stands above.",
         "It hears at most 30 s at a time and nothing above 8 kHz.",
-        "What its training data holds of accents, places and styles, and what it lacks, it holds and lacks too; nobody has measured that.",
+        "What its training data holds of accents, places and styles, and what it lacks, "
+        "it holds and lacks too; nobody has measured that.",
         "Not for identifying people, nor for decisions about them.",
     ]
     if kind == "whisper":
@@ -332,7 +361,10 @@ def _limits(config: Mapping[str, Any], kind: str, done: Mapping[str, Any]) -> st
 
 
 def _start(config: Mapping[str, Any]) -> str:
-    """Return the hub id that a run started from, or the bare name of a directory: where it lay is nobody's business."""
+    """Return the hub id that a run started from, or the name of a local directory.
+
+    The card is published, so it must not reveal local paths. Empty for a random initialisation.
+    """
     model = config["model"]
     path = "" if model.get("random_init") or model.get("scratch") else str(model.get("path", ""))
     return path if path.count("/") == 1 and not Path(path).is_dir() else Path(path).name
@@ -344,7 +376,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, or an empty one where there is none that can be read."""
+    """Return the JSON object in a file; empty if the file is missing, damaged or no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,10 +1,8 @@
-"""Run → a directory that others load: the trained encoder, with or without a decoder, as a tower, or as a graph.
+"""Export the encoder of a run as a Hugging Face directory, as an audio tower, or as an ONNX graph.
 
-In: a run directory or one of its checkpoints. Out: a directory. Next: `load_encoder`, probes, an audio LLM, onnxruntime.
-
-`encoder` throws the decoder away, as AuT does: `WhisperModel.from_pretrained` loads it strictly, its decoder being a shell of no
-layers and one token. `whisper` keeps the decoder that the run trained beside the encoder, for recognition and captioning, or as the
-start of another run. The towers are in `export.towers`, the graph in `export.onnx`; `docs/export.md` says what fits where.
+`encoder` drops the decoder, as AuT does. `whisper` keeps the trained decoder, for recognition and
+captioning or as the pretrained checkpoint of another run. Towers are in `export.towers`, the ONNX
+graph is in `export.onnx`. `docs/export.md` lists which format works with which library.
 """
 
 import json
@@ -34,14 +32,15 @@ ExportKind = Literal["encoder", "whisper", "qwen2-audio", "qwen2.5-omni", "voxtr
 KINDS: tuple[ExportKind, ...] = get_args(ExportKind)
 ENCODER_PREFIX = "encoder.whisper."
 DECODER_PREFIX = "decoder.whisper."
-MARK = ".whisper-aut-export"  # in every export, and holds its kind
+# Every export has this file, which contains its kind.
+MARK = ".whisper-aut-export"
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of a checkpoint of this project, whole, whatever strategy and number of ranks wrote it.
+    """Return the full weights of a checkpoint, whichever strategy and world size wrote it.
 
     Raises:
-        UserError: missing, damaged, or not a checkpoint of this project.
+        UserError: If the checkpoint is missing, damaged, or not one of this project.
     """
     if not path.exists():
         raise UserError(
@@ -72,22 +71,28 @@ def export_checkpoint(
     dtype: torch.dtype = torch.float32,
     padding: Padding = "none",
 ) -> Path:
-    """Write what a checkpoint trained as a directory that others load.
+    """Export a checkpoint to a directory that other libraries load.
 
     Args:
-        checkpoint: a `step-….ckpt` of a run.
-        start: where that run started: it knows architecture, tokenizer and features.
-        out: the directory; an earlier export there is replaced.
-        kind: one of `KINDS`.
-        dtype: of the weights.
-        padding: what the run was trained with: a graph has it built in, `load_encoder` reads it in `config.json`.
+        checkpoint: A `step-….ckpt` of a run.
+        start: The pretrained checkpoint of that run, which defines the architecture, the
+            tokenizer and the feature extractor.
+        out: The directory to write. An earlier export in it is replaced.
+        kind: One of `KINDS`.
+        dtype: The dtype of the exported weights. The ONNX graph is always float32.
+        padding: The padding mode that the run was trained with. It is built into an ONNX graph
+            and saved in `config.json`, from which `load_encoder` reads it.
+
+    Returns:
+        The directory, `out`.
 
     Raises:
-        UserError: the checkpoint is unusable or lacks what is asked for, or `out` holds something else.
+        UserError: If the checkpoint is unusable or lacks the requested part, if the encoder does
+            not fit the requested format, or if `out` contains anything but an export.
     """
     _refuse_foreign(out, start)
     weights = read_checkpoint(checkpoint)
-    whole = out.absolute()  # "." has no name
+    whole = out.absolute()  # Path(".") has an empty name
     partial = whole.with_name(f".{whole.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -112,7 +117,8 @@ def _write(
     if kind == "onnx":
         if dtype != torch.float32:
             raise UserError(
-                "The ONNX graph is float32, as its log-mel needs; convert it with your runtime's own tools."
+                "The ONNX graph is float32, as its log-mel needs; "
+                "convert it with your runtime's own tools."
             )
         write_onnx(_encoder_model(weights, start).encoder, padding, out)
         return
@@ -134,20 +140,26 @@ def _write(
 
 
 def _refuse_foreign(out: Path, start: Start) -> None:
-    """An export replaces its directory whole: that must be an export, or nothing, and not what the run started from."""
+    """Raise if exporting to `out` would delete something that is not an earlier export."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file()):
         raise UserError(
-            f"{out} holds something that is no export and would be lost. Name an empty or a new folder."
+            f"{out} holds something that is no export and would be lost. "
+            "Name an empty or a new folder."
         )
     if Path(start.path).resolve() == out.resolve():
         raise UserError(
-            f"{out} is the model that this run started from, and would be lost. Name another folder."
+            f"{out} is the model that this run started from, and would be lost. "
+            "Name another folder."
         )
 
 
 def _encoder_model(weights: dict[str, torch.Tensor], start: Start) -> WhisperModel:
+    """Return the encoder as a `WhisperModel` whose decoder has no layers and one token.
+
+    `WhisperModel.from_pretrained` then loads the export without missing or unexpected weights.
+    """
     values = start.config.to_dict()
-    # Token ids are indices into the token table, which has one row left.
+    # Token ids index the token embedding, which has only one row left.
     values |= {
         "decoder_layers": 0,
         "vocab_size": 1,
@@ -170,7 +182,8 @@ def _whisper_model(
 ) -> WhisperForConditionalGeneration:
     if not any(name.startswith(DECODER_PREFIX) for name in weights):
         raise UserError(
-            "This run trained no Whisper decoder, so there is none to keep. Export the encoder: --format encoder."
+            "This run trained no Whisper decoder, so there is none to keep. "
+            "Export the encoder: --format encoder."
         )
     model = WhisperForConditionalGeneration(start.config)
     _fill(model.model.encoder, weights, ENCODER_PREFIX)
@@ -191,10 +204,13 @@ def _fill(
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Start]:
-    """Return the checkpoint to export and the start of its run.
+    """Return the checkpoint to export and the pretrained checkpoint that its run started from.
+
+    Args:
+        path: A run directory, of which the last checkpoint is taken, or one of its checkpoints.
 
     Raises:
-        UserError: not a run or a checkpoint in one, or a run that has saved none yet.
+        UserError: If the path is neither, or if the run has not saved a checkpoint yet.
     """
     named = path.is_file() or is_checkpoint(path)
     run = RunDirectory(path.parent.parent if named else path)
@@ -207,23 +223,34 @@ def find_checkpoint(path: Path) -> tuple[Path, Start]:
     checkpoint = path if named else run.last_checkpoint
     if not checkpoint.exists():
         raise UserError(
-            f"{run.path} has saved no checkpoint yet ({checkpoint.relative_to(run.path)} is missing)."
+            f"{run.path} has saved no checkpoint yet "
+            f"({checkpoint.relative_to(run.path)} is missing)."
         )
     start = json.loads(facts.read_text())["start"]
     return checkpoint, Start(start["path"], start["revision"])
 
 
-# Version 1 of huggingface_hub speaks through httpx, version 2 through its successor; both call their errors alike.
+# huggingface_hub 1 uses httpx, version 2 its successor. The base error has the same name in both.
 HTTPError: type[Exception] = import_module(
     type(get_session()).__module__.partition(".")[0]
 ).HTTPError
 
 
 def push(folder: Path, repository: str, *, private: bool = False, api: HfApi | None = None) -> str:
-    """Upload an export, making the repository where there is none; return the address of the commit.
+    """Upload an export to the Hugging Face hub, creating the repository if necessary.
+
+    Args:
+        folder: The export.
+        repository: `ORG/NAME` on the hub.
+        private: Whether a new repository is private.
+        api: The client to use. Defaults to one with the credentials of this machine.
+
+    Returns:
+        The URL of the commit.
 
     Raises:
-        UserError: an impossible name, no token or no right to write, or a hub that cannot be reached.
+        UserError: If the name is invalid, the token is missing or may not write, or the hub
+            cannot be reached.
     """
     if repository.count("/") != 1:
         raise UserError(f"--push takes ORG/NAME, not {repository!r}.")

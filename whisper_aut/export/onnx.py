@@ -1,10 +1,9 @@
-"""An encoder as one ONNX graph: waveform in, frames out, at the length that the clip has.
+"""Export an encoder as one float32 ONNX graph that maps a waveform to frames.
 
-In: an encoder and its padding. Out: `encoder.onnx`, float32. Next: onnxruntime on whatever device it knows. The graph holds log-mel,
-encoder and the removal of padding, so that a caller needs neither PyTorch nor a feature extractor: `waveform` `[S]` at 16 kHz, from
-`MIN_SAMPLES` to 30 s, gives `frames` `[T, D]`, one every 20 ms. They equal the encoder's to a relative error of 1e-5: the norm of
-the difference over the norm of the frames. The spectrum is a convolution with windowed sines and cosines, which every runtime has,
-where Fourier transforms are rare.
+The graph takes `waveform` `[S]` at 16 kHz, from `MIN_SAMPLES` to 30 s, and returns `frames`
+`[T, D]`, one every 20 ms. It includes the log-mel and removes the padding, so it runs without
+PyTorch and without a feature extractor. Frames equal the encoder's to a relative error of 1e-5
+(the norm of the difference over the norm of the frames).
 """
 
 import contextlib
@@ -35,16 +34,20 @@ from whisper_aut.models.encoder import CONV_STRIDE, Padding
 
 GRAPH = "encoder.onnx"
 OPSET = 18
-MIN_SAMPLES = WINDOW_SAMPLES  # 25 ms: below, a window would mirror more than there is
+# 25 ms. The reflect padding of half a window needs enough samples to mirror.
+MIN_SAMPLES = WINDOW_SAMPLES
 EXAMPLE_SAMPLES = 3 * 16_000 + 77
 
 
 class WaveformEncoder(nn.Module):
-    """Log-mel and encoder of one clip, written so that it can be traced: no packing, no loops over blocks, shapes as functions of S.
+    """Log-mel and encoder for one clip, in a form that `torch.export` can trace.
+
+    Unlike `PackedEncoder` it has no packing and no loops over blocks, and every shape is a
+    function of S.
 
     Args:
-        whisper: whose weights and layers are used.
-        padding: `none` or `30s`, as in `PackedEncoder`.
+        whisper: The encoder whose layers and weights are used.
+        padding: The padding mode, `none` or `30s`, as in `PackedEncoder`.
     """
 
     spectrum: Tensor
@@ -54,6 +57,8 @@ class WaveformEncoder(nn.Module):
         super().__init__()
         self.whisper, self.padding = whisper, padding
         logmel = LogMel(whisper.config.num_mel_bins)
+        # The spectrum is a convolution with windowed sines and cosines: every ONNX runtime has
+        # convolutions, while few have a Fourier transform.
         angle = (
             2
             * pi
@@ -67,7 +72,7 @@ class WaveformEncoder(nn.Module):
         self.register_buffer("filters", logmel.filters.T.contiguous())
 
     def forward(self, waveform: Tensor) -> Tensor:
-        """`[S]` → `[T, D]`."""
+        """Encode a waveform `[S]` at 16 kHz into its valid frames `[T, D]`."""
         samples = waveform.shape[0]
         valid = (samples + HOP_SAMPLES - 1) // HOP_SAMPLES
         mel = self._log_mel(waveform, torch.sym_min(valid + CONTEXT_FRAMES, MAX_MEL_FRAMES))
@@ -85,7 +90,10 @@ class WaveformEncoder(nn.Module):
         return self.whisper.layer_norm(hidden)[:frames]
 
     def _log_mel(self, waveform: Tensor, frames: Any) -> Tensor:
-        """`[S]` → `[M, F']`, as `data.logmel` computes it: mirrored at the start, and at the end of the 30 s."""
+        """Return the log-mel `[M, frames]` of a waveform `[S]`, as `audio.logmel` computes it.
+
+        The clip is filled with zeros to 30 s, then reflect-padded at both ends.
+        """
         half = WINDOW_SAMPLES // 2
         recording = torch.cat([waveform, waveform.new_zeros(MAX_SAMPLES)])[:MAX_SAMPLES]
         padded = torch.cat(
@@ -98,10 +106,18 @@ class WaveformEncoder(nn.Module):
 
 
 def write_onnx(whisper: WhisperEncoder, padding: Padding, out: Path) -> Path:
-    """Write `encoder.onnx` into a folder; return its path.
+    """Write `encoder.onnx` into a folder.
+
+    Args:
+        whisper: The encoder. It is converted to float32 in place.
+        padding: The padding mode to build into the graph, `none` or `30s`.
+        out: The folder, created if necessary.
+
+    Returns:
+        The path of the graph.
 
     Raises:
-        UserError: the packages that write ONNX are not installed.
+        UserError: If the packages that write ONNX are not installed.
     """
     try:
         import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
@@ -127,13 +143,13 @@ def write_onnx(whisper: WhisperEncoder, padding: Padding, out: Path) -> Path:
 
 
 def _layer(layer: Any, hidden: Tensor) -> Tensor:
-    """One transformer layer on `[T, D]`, in the order of `WhisperEncoderLayer.forward`."""
+    """Apply a transformer layer to `[T, D]`, in the order of `WhisperEncoderLayer.forward`."""
     attention = layer.self_attn
     normed = layer.self_attn_layer_norm(hidden)
     heads = (attention.num_heads, attention.head_dim)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     q, k, v = (project(normed).unflatten(-1, heads).transpose(0, 1) for project in projections)
-    # Written out: PyTorch's fused attention asks of shapes what a graph of any length cannot answer.
+    # PyTorch's fused attention checks shapes in ways that fail for a graph of dynamic length.
     attended = torch.softmax(q @ k.transpose(-1, -2) * attention.scaling, dim=-1) @ v
     hidden = hidden + attention.out_proj(attended.transpose(0, 1).flatten(-2))
     return hidden + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden))))
@@ -141,7 +157,7 @@ def _layer(layer: Any, hidden: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _quiet():
-    """The exporter prints its progress and warns of what it optimises away; what matters raises."""
+    """Silence the exporter's progress and its optimisation warnings. Real problems still raise."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,7 +1,7 @@
-"""An encoder as the audio tower of a published audio language model: its key names, its config, and what does not carry over.
+"""Export an encoder as the audio tower of a published audio language model, and load it there.
 
-In: the encoder of a run. Out: a directory with `config.json` and weights, or the weights in a model in memory. Next: that model. Which
-towers match is read off transformers' own classes: a tower is filled strictly, and what it has beside our weights is named in `TOWERS`.
+Towers are built with transformers' own classes and filled strictly: every weight must match in
+name and shape, except those that `TOWERS` lists as the tower's own.
 """
 
 import json
@@ -47,13 +47,17 @@ BEHAVIOUR = (
 
 @dataclass(frozen=True)
 class Tower:
-    """One architecture of audio tower.
+    """An audio tower architecture.
 
     Attributes:
-        renamed: prefixes of our names → its names.
-        computed: weights of ours that it computes by formula; they must be what the formula gives.
-        theirs: weights of its own that no encoder of ours has: they stay what the model has.
-        widths_per_token: how many frames its projector joins, by the width of the feed-forward; 0 where it does not.
+        config: Builds the tower's config from Whisper's settings.
+        build: Builds the tower from its config.
+        renamed: Pairs of a prefix of our weight names and the tower's prefix for it.
+        computed: Weights of ours that the tower computes by formula. Ours must equal the formula.
+        theirs: Weights of the tower that our encoders do not have. They keep the model's values.
+        widths_per_token: How many frames the model's projector joins into one token. Such a
+            projector takes its input width from the feed-forward, so the feed-forward must be
+            this many times as wide as the model. 0 if there is no such constraint.
     """
 
     config: Callable[..., Any]
@@ -78,16 +82,19 @@ TOWERS = {
 
 
 def write_tower(name: str, weights: dict[str, Tensor], config: WhisperConfig, out: Path) -> None:
-    """Write an encoder as a tower.
+    """Write an encoder as an audio tower: `config.json` and the weights.
 
-    A tower that has weights of its own is written as `tower.safetensors`, which `from_pretrained` does not take for a whole model.
+    A tower with weights of its own is incomplete here, so it is written as `tower.safetensors`:
+    `from_pretrained` would load a `model.safetensors` as a complete model.
 
     Args:
-        name: a key of `TOWERS`.
-        weights: by the names of `WhisperEncoder`.
+        name: A key of `TOWERS`.
+        weights: The encoder's weights, with the names of `WhisperEncoder`.
+        config: The config of the Whisper model that the encoder comes from.
+        out: The folder to write, created if necessary.
 
     Raises:
-        UserError: the architecture of the encoder is not the tower's.
+        UserError: If the encoder's architecture does not match the tower's.
     """
     kind = TOWERS[name]
     check_matches(name, weights, config)
@@ -110,7 +117,7 @@ def write_tower(name: str, weights: dict[str, Tensor], config: WhisperConfig, ou
 
 
 def tower_state(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename an encoder's weights as the tower names them."""
+    """Rename an encoder's weights to the tower's names, without those that the tower computes."""
     state = {}
     for key, weight in weights.items():
         if key in TOWERS[name].computed:
@@ -122,10 +129,10 @@ def tower_state(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_matches(name: str, weights: dict[str, Tensor], config: WhisperConfig) -> None:
-    """Refuse an encoder that the tower cannot compute.
+    """Check that the tower would compute the same function as the encoder.
 
     Raises:
-        UserError: naming what differs.
+        UserError: If it would not. The message lists every difference.
     """
     kind = TOWERS[name]
     problems = []
@@ -135,7 +142,8 @@ def check_matches(name: str, weights: dict[str, Tensor], config: WhisperConfig) 
         )
     if kind.widths_per_token and config.encoder_ffn_dim != kind.widths_per_token * config.d_model:
         problems.append(
-            f"its feed-forward is {config.encoder_ffn_dim} wide; the tower's projector joins {kind.widths_per_token} frames of "
+            f"its feed-forward is {config.encoder_ffn_dim} wide; "
+            f"the tower's projector joins {kind.widths_per_token} frames of "
             f"{config.d_model} by that width"
         )
     if POSITIONS in kind.computed and not torch.allclose(
@@ -146,12 +154,17 @@ def check_matches(name: str, weights: dict[str, Tensor], config: WhisperConfig) 
         )
     if problems:
         raise UserError(
-            f"This encoder is no {name} tower: {'; '.join(problems)}. Export it with --format encoder."
+            f"This encoder is no {name} tower: {'; '.join(problems)}. "
+            "Export it with --format encoder."
         )
 
 
 def sinusoids(length: int, width: int) -> Tensor:
-    """Whisper's positions, `[length, width]`: sines, then cosines, over timescales from 1 to 10,000."""
+    """Return Whisper's position embeddings `[length, width]`.
+
+    The first half of the width holds sines, the second half cosines, both at timescales from 1
+    to 10,000.
+    """
     rates = torch.exp(
         -torch.log(torch.tensor(10_000.0)) / (width // 2 - 1) * torch.arange(width // 2)
     )
@@ -160,24 +173,29 @@ def sinusoids(length: int, width: int) -> Tensor:
 
 
 def swap_tower(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Put an exported tower in the place of a model's own, its weights that ours do not have left as they are.
+    """Load an exported tower into the audio tower of a model, in place.
+
+    Weights of the tower that our encoders do not have keep their values.
 
     Args:
-        model: a `Qwen2AudioForConditionalGeneration`, `VoxtralForConditionalGeneration`, Qwen2.5-Omni model or thinker, or any other
-            with one `audio_tower` of the architecture that was exported.
-        directory: what `whisper-aut export --format …` wrote.
+        model: A `Qwen2AudioForConditionalGeneration`, a `VoxtralForConditionalGeneration`, a
+            Qwen2.5-Omni model or thinker, or any other model with one `audio_tower` of the
+            exported architecture.
+        directory: The folder that `whisper-aut export --format …` wrote.
 
     Returns:
-        The model.
+        The same model.
 
     Raises:
-        UserError: no tower in the directory or in the model, or one of other sizes.
+        UserError: If the directory has no tower, if the model does not have exactly one tower of
+            that architecture, or if names or sizes differ.
     """
     folder = Path(directory)
     files = [folder / name for name in (WEIGHTS, PARTIAL_WEIGHTS) if (folder / name).is_file()]
     if not files or not (folder / "config.json").is_file():
         raise UserError(
-            f"{folder} holds no audio tower. Write one: whisper-aut export RUN --format qwen2-audio --out {folder}"
+            f"{folder} holds no audio tower. "
+            f"Write one: whisper-aut export RUN --format qwen2-audio --out {folder}"
         )
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     found = [
@@ -190,7 +208,8 @@ def swap_tower(model: nn.Module, directory: str | Path) -> nn.Module:
     ]
     if len(towers) != 1:
         raise UserError(
-            f"{type(model).__name__} has {len(towers)} audio towers of the kind {kind!r} that {folder} holds; one is needed."
+            f"{type(model).__name__} has {len(towers)} audio towers "
+            f"of the kind {kind!r} that {folder} holds; one is needed."
         )
     theirs = next(
         (set(tower.theirs) for tower in TOWERS.values() if tower.config.model_type == kind), set()
@@ -200,10 +219,10 @@ def swap_tower(model: nn.Module, directory: str | Path) -> nn.Module:
 
 
 def fill_strictly(tower: nn.Module, state: dict[str, Tensor], theirs: set[str]) -> None:
-    """Load a state into a tower; only `theirs` may stay as they were.
+    """Load a state dict into a tower. Only the weights in `theirs` may be missing from it.
 
     Raises:
-        UserError: names or shapes differ.
+        UserError: If names or shapes differ.
     """
     own = tower.state_dict()
     others = [key for key in state if key in own and state[key].shape != own[key].shape]

@@ -1,1 +1,1 @@
-"""Inference: embed, search and chat with a trained encoder."""
+"""Use trained runs: embed clips, search among them, and ask the decoder questions."""

@@ -1,7 +1,6 @@
-"""Questions to a trained run: clips in, answers out, and measured over whole shards.
+"""Ask the decoder of a trained run about clips, and evaluate its answers on whole shards.
 
-In: a trained `AudioTextModule` with its codec, audio files or shards. Out: texts, and figures by task. Next: a terminal, or a JSON-lines
-file. This is for looking at what a decoder learned; what a run is trained for is its encoder.
+This shows what the decoder learned. The purpose of a run is its encoder, which probes evaluate.
 """
 
 import json
@@ -33,18 +32,24 @@ CLIPS_AT_ONCE = 16
 
 @runtime_checkable
 class Askable(Protocol):
-    """A codec whose decoder takes questions."""
+    """A codec whose decoder can be prompted with a question."""
 
     def ask(self, question: str) -> Tensor:
-        """Return the prompt of a question, `[L]`."""
+        """Return the prompt tokens `[L]` of a question."""
         ...
 
 
 def answer(module: AudioTextModule, audio: Path, question: str, *, max_new_tokens: int = 64) -> str:
-    """Answer one question about one file.
+    """Answer a question about an audio file.
+
+    Args:
+        module: A trained run whose codec is `Askable`.
+        audio: The file.
+        question: The question, in words.
+        max_new_tokens: The longest answer to generate.
 
     Raises:
-        UserError: the file cannot be used, or the decoder takes no questions.
+        UserError: If the file cannot be used, or if the decoder takes no questions.
     """
     if not isinstance(module.codec, Askable):
         raise UserError(
@@ -56,10 +61,16 @@ def answer(module: AudioTextModule, audio: Path, question: str, *, max_new_token
 def describe(
     module: AudioTextModule, audio: Path, *, domain: str = "sound", max_new_tokens: int = 64
 ) -> str:
-    """Return the text that a run's Whisper decoder writes for one file, as for a clip of a domain.
+    """Transcribe or caption an audio file with a run's Whisper decoder.
+
+    Args:
+        module: A trained run with a Whisper decoder.
+        audio: The file.
+        domain: The domain whose prompt is used.
+        max_new_tokens: The longest text to generate.
 
     Raises:
-        UserError: the file cannot be used, or the run has another decoder.
+        UserError: If the file cannot be used, or if the run has another decoder.
     """
     if not isinstance(module.codec, WhisperText):
         raise UserError("This run has no Whisper decoder: ask it a question.")
@@ -86,7 +97,14 @@ def _written(module: AudioTextModule, audio: Path, prompt: Tensor, max_new_token
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures by name (`exact_sound_class`), clips asked, refusals by source and reason, and clips of languages without a token."""
+    """The result of `evaluate`.
+
+    Attributes:
+        figures: Metrics by name, such as `exact_sound_class`.
+        clips: The number of clips that were evaluated.
+        refused: The number of skipped clips, by source and reason.
+        unknown_languages: The number of clips by language, for languages without a token.
+    """
 
     figures: dict[str, float]
     clips: int
@@ -106,17 +124,22 @@ def evaluate(
     out: Path | None = None,
     max_new_tokens: int = 64,
 ) -> Evaluation:
-    """Ask about every clip of some shards, and measure the answers by what their task is measured by.
+    """Generate a text for every clip of some shards, and score it with its task's metrics.
 
     Args:
-        tasks: the only tasks to ask; by default one is drawn for each clip, as in training.
-        domain: of clips that do not say their own.
-        limit: only the first clips of each folder.
-        batch_seconds: audio that runs at once, padding included.
-        out: a JSON-lines file of clips, questions' tasks, answers and references.
+        module: A trained run.
+        shards: Folders or URLs of shards.
+        tasks: The tasks to choose from. By default one of all tasks is drawn for each clip, as in
+            training.
+        domain: The domain of clips whose annotation does not state one.
+        limit: Use only this many clips of each folder, from its start.
+        batch_seconds: Seconds of audio in a batch, padding included.
+        out: A JSON-lines file for the key, domain, task, reference and answer of each clip.
+        max_new_tokens: The longest answer to generate.
 
     Raises:
-        UserError: no such task or shards, or tasks for a decoder that takes no questions.
+        UserError: If a task or the shards do not exist, or if tasks are given for a decoder that
+            takes no questions.
     """
     codec = _codec_for(module.codec, tasks)
     build = ExampleBuilder(LogMel(module.encoder.num_mel_bins), codec, ClipLimits())
@@ -155,7 +178,7 @@ def evaluate(
 def _groups(
     shards: Sequence[str], limit: int | None, limits: ClipLimits
 ) -> Iterator[list[tuple[int, Sample | Refusal]]]:
-    """Yield the samples of all folders with their places in their folder, some at a time."""
+    """Yield groups of `(index, sample)`, with the sample's index in its folder."""
     for folder in shards:
         samples = enumerate(islice(iter_samples(open_index(folder), limits), limit))
         while group := list(islice(samples, CLIPS_AT_ONCE)):
@@ -180,6 +203,7 @@ def _codec_for(codec: TextCodec, tasks: Sequence[str]) -> TextCodec:
         return codec
     if not isinstance(codec, ChatText):
         raise UserError(
-            f"The decoder of this run cannot be asked for {', '.join(tasks)}; runs with decoder=causal_lm can."
+            f"The decoder of this run cannot be asked for {', '.join(tasks)}; "
+            "runs with decoder=causal_lm can."
         )
     return replace(codec, instructions=codec.instructions.only(tasks))

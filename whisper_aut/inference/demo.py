@@ -1,7 +1,8 @@
-"""A page to try a run or an encoder on: a clip in; its spectrogram, what the decoder writes, and the nearest clips before and after.
+"""A local Gradio page to try a run or an encoder on a clip.
 
-In: encoders, a run's module where there is a decoder, and a folder of clips. Out: a Gradio page on this machine. Next: ears.
-What the page shows is made by `Listener`, which knows nothing of Gradio; the page only lays it out.
+The page shows the clip's spectrogram, the text that the decoder writes, and the nearest clips of a
+folder before and after adaptation. `Listener` computes all of it without Gradio; the rest of the
+module is layout.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,17 +25,18 @@ from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import AudioEncoder
 
 NEIGHBOURS, PLAYERS = 5, 3
-FONTS = ["system-ui", "sans-serif"]  # names, so that the page fetches none
+# Plain names, so that the page does not download fonts.
+FONTS = ["system-ui", "sans-serif"]
 
 
 @dataclass
 class Listener:
-    """What the page asks.
+    """Computes what the page shows.
 
     Attributes:
-        encoders: by name, the one before adaptation first.
-        module: with the decoder, where the page was opened on a run.
-        indexes: for each encoder, the clips to search among.
+        encoders: Encoders by name, the one before adaptation first.
+        module: The run with its decoder; None if the page shows only an encoder.
+        indexes: For each encoder, the index of clips to search.
     """
 
     encoders: Mapping[str, AudioEncoder]
@@ -42,10 +44,10 @@ class Listener:
     indexes: dict[str, SearchIndex] = field(default_factory=dict)
 
     def index(self, folder: str, batch_seconds: float = BATCH_SECONDS) -> None:
-        """Embed the clips of a folder with every encoder.
+        """Embed the clips of a folder with every encoder, for `neighbours` to search.
 
         Raises:
-            UserError: there are none.
+            UserError: If the folder has no usable clips.
         """
         options = EmbedOptions(batch_seconds=batch_seconds)
         for name, encoder in self.encoders.items():
@@ -57,24 +59,29 @@ class Listener:
         return self.module is not None and isinstance(self.module.codec, Askable)
 
     def text(self, clip: str, asked: str) -> str:
-        """Return what the decoder writes: an answer to a question, or a text as for a clip of the domain that was `asked` for.
+        """Return the text that the decoder writes for a clip.
+
+        Args:
+            clip: The audio file.
+            asked: The question if the decoder takes questions, otherwise the domain of the clip.
 
         Raises:
-            UserError: there is no decoder, or the clip cannot be used.
+            UserError: If there is no decoder, or if the clip cannot be used.
         """
         if self.module is None:
             raise UserError(
-                "An encoder alone writes nothing. Open the page on a run: whisper-aut demo runs/NAME/latest"
+                "An encoder alone writes nothing. "
+                "Open the page on a run: whisper-aut demo runs/NAME/latest"
             )
         if self.takes_questions:
             return answer(self.module, Path(clip), asked)
         return describe(self.module, Path(clip), domain=asked)
 
     def neighbours(self, clip: str, k: int = NEIGHBOURS) -> dict[str, list[Neighbour]]:
-        """Return the nearest clips of the index, for each encoder.
+        """Return the `k` nearest clips of each encoder's index, by the name of the encoder.
 
         Raises:
-            UserError: the clip cannot be used.
+            UserError: If the clip cannot be used.
         """
         return {
             name: index.nearest(index.embed(self.encoders[name], [clip])[0], k)
@@ -83,10 +90,10 @@ class Listener:
 
 
 def spectrogram(clip: str) -> Figure:
-    """Draw the log-mel spectrogram of the first 30 s of a clip.
+    """Draw the log-mel spectrogram of the first 30 s of a clip, in dB below its peak.
 
     Raises:
-        UserError: the clip cannot be used.
+        UserError: If the clip cannot be used.
     """
     try:
         waveform = load_file(Path(clip), LONG_CLIPS)[:MAX_SAMPLES]
@@ -107,10 +114,13 @@ def spectrogram(clip: str) -> Figure:
 
 
 def build_page(listener: Listener, title: str) -> Any:
-    """Return the page, a `gradio.Blocks`.
+    """Build the page.
+
+    Returns:
+        A `gradio.Blocks`.
 
     Raises:
-        UserError: Gradio is not installed.
+        UserError: If Gradio is not installed.
     """
     gradio = _gradio()
     with gradio.Blocks(title=title, analytics_enabled=False) as page:
@@ -119,7 +129,7 @@ def build_page(listener: Listener, title: str) -> Any:
             clip = gradio.Audio(
                 sources=["upload", "microphone"], type="filepath", label="Clip, up to 30 s"
             )
-            picture = gradio.Plot(show_label=False)  # the figure has a title
+            picture = gradio.Plot(show_label=False)  # the figure has its own title
         clip.change(_told(spectrogram), clip, picture, api_name="spectrogram")
         if listener.module is not None:
             _text_row(gradio, listener, clip)
@@ -129,13 +139,19 @@ def build_page(listener: Listener, title: str) -> Any:
 
 
 def launch_page(page: Any, *, port: int, folders: Sequence[str] = (), wait: bool = True) -> str:
-    """Serve the page on this machine alone, and return its address; with `wait`, until it is interrupted.
+    """Serve the page on localhost only.
 
     Args:
-        folders: of clips that the page may play.
+        page: What `build_page` returned.
+        port: The port to serve at.
+        folders: Folders whose clips the page may play.
+        wait: Block until the server is interrupted.
+
+    Returns:
+        The URL of the page.
 
     Raises:
-        UserError: the port is taken.
+        UserError: If the port cannot be used.
     """
     gradio = _gradio()
     theme = gradio.themes.Default(font=FONTS, font_mono=["monospace"])
@@ -197,7 +213,7 @@ def _neighbour_row(gradio: Any, listener: Listener, clip: Any) -> None:
 
 
 def _told(function: Any) -> Any:
-    """Turn a user's mistake into a message on the page; nothing chosen yet shows nothing."""
+    """Wrap a callback so that the page shows a `UserError`, or a missing clip, as a message."""
 
     def wrapped(clip: str | None, *rest: Any) -> Any:
         if not clip:

@@ -1,8 +1,7 @@
-"""Files, folders and shards → embeddings: decode ahead, encode in packed batches, pool.
+"""Embed audio files, folders and shards, and read and write the embeddings.
 
-In: an `AudioEncoder` and paths. Out: `Vectors`. Next: `export.vectors` writes them, `export.search` looks into them. A file that
-cannot be used is refused with its reason and counted; it never stops the rest. Probes have their own way (`probes.embed`): they need
-labels, splits and a cache.
+A clip that cannot be used is skipped and its reason is kept; it does not stop the others. Probes
+embed with `probes.embed` instead, because they also need labels, splits and a cache.
 """
 
 import glob
@@ -42,12 +41,15 @@ VECTORS_VERSION = 1
 
 @dataclass(frozen=True)
 class Origin:
-    """How embeddings were made: all that it takes to make one more that can be compared with them.
+    """How embeddings were made, so that more embeddings can be made to compare with them.
 
     Attributes:
-        encoder: the path or hub id it was loaded from; `fingerprint` is the hash of its weights, padding and dtype.
-        pooling: of frames; empty where the frames themselves were kept.
-        layers: none for the encoder's output.
+        encoder: The path or hub id from which the encoder was loaded.
+        fingerprint: The hash of the encoder's weights, padding mode and dtype.
+        padding: The encoder's padding mode.
+        pooling: How frames were pooled; empty if the frames themselves were kept.
+        layers: The layers whose outputs were kept; empty for the encoder's output.
+        dtype: The name of the encoder's precision.
     """
 
     encoder: str
@@ -63,8 +65,13 @@ class Vectors:
     """The embeddings of some clips.
 
     Attributes:
-        values: float32 `[B, D]` or `[B, layers, D]`; with `lengths` the frames of all clips, `[ΣT, D]` or `[ΣT, layers, D]`.
-        refused: clips that could not be used, and why.
+        names: The name of each clip.
+        seconds: The duration of each clip.
+        values: float32 `[B, D]` or `[B, layers, D]`. If frames were kept, the frames of all
+            clips, concatenated to `[ΣT, D]` or `[ΣT, layers, D]`.
+        origin: How the embeddings were made.
+        lengths: The number of frames of each clip if frames were kept, otherwise empty.
+        refused: The reason for each clip that was skipped, by name.
     """
 
     names: tuple[str, ...]
@@ -78,15 +85,16 @@ class Vectors:
         return len(self.names)
 
     def frames(self) -> list[Tensor]:
-        """Return each clip's frames, where frames were kept."""
+        """Return the frames of each clip, `[T, D]` or `[T, layers, D]`, if frames were kept."""
         edges = np.cumsum([0, *self.lengths]).tolist()
         return [self.values[start:end] for start, end in pairwise(edges)]
 
     def save(self, path: Path) -> None:
-        """Write the file under a temporary name, then rename it.
+        """Write the embeddings atomically, in the format of the path's suffix.
 
         Raises:
-            UserError: another ending than `SUFFIXES`, no pyarrow for parquet, or a folder that cannot be written to.
+            UserError: If the suffix is not one of `SUFFIXES`, if frames are saved as parquet, if
+                pyarrow is needed and missing, or if the file cannot be written.
         """
         check_suffix(path, frames=bool(self.lengths))
         partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
@@ -104,7 +112,7 @@ class Vectors:
         """Read a file that `save` wrote.
 
         Raises:
-            UserError: nothing there, or no embeddings of ours.
+            UserError: If the file is missing, damaged, or not written by `save`.
         """
         if not path.is_file():
             raise UserError(
@@ -127,7 +135,7 @@ class Vectors:
             ) from None
 
     def facts(self) -> dict[str, Any]:
-        """Return what stands beside the numbers."""
+        """Return the metadata that is saved with the embeddings."""
         return {
             "version": VECTORS_VERSION,
             "origin": asdict(self.origin),
@@ -136,10 +144,15 @@ class Vectors:
 
 
 def check_suffix(path: Path, *, frames: bool = False) -> None:
-    """Refuse a file that could not be written, before anything is encoded.
+    """Check that embeddings can be saved to a path of this suffix, before any clip is encoded.
+
+    Args:
+        path: The file to write.
+        frames: Whether frames are to be saved rather than pooled vectors.
 
     Raises:
-        UserError: see `Vectors.save`.
+        UserError: If the suffix is not one of `SUFFIXES`, if frames are to be saved as parquet,
+            or if pyarrow is needed and missing.
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: embeddings are kept in files that end in {', '.join(SUFFIXES)}.")
@@ -250,7 +263,8 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError:
         raise UserError(
-            "Parquet needs pyarrow: pip install 'whisper-aut[parquet]'. Or write .safetensors or .npz."
+            "Parquet needs pyarrow: pip install 'whisper-aut[parquet]'. "
+            "Or write .safetensors or .npz."
         ) from None
     return pyarrow, pyarrow.parquet
 
@@ -261,7 +275,7 @@ _READERS = {".safetensors": _read_safetensors, ".npz": _read_npz, ".parquet": _r
 
 @dataclass(frozen=True)
 class _Source:
-    """A clip to be read: a file, the bytes of a shard's member, or what was refused before it could be decoded."""
+    """A clip to decode: a file, the bytes of a shard member, or the reason why it was skipped."""
 
     name: str
     content: Path | bytes | SampleRefused
@@ -281,12 +295,14 @@ class _Source:
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """What is kept of a clip, and how fast.
+    """Options of `embed_paths`.
 
     Attributes:
-        pooling: empty to keep the frames.
-        batch_seconds: audio that runs at once; the memory that encoding takes grows with it.
-        workers: decoding threads.
+        pooling: How frames are pooled; empty to keep the frames.
+        layers: The layers whose outputs to keep; empty for the encoder's output.
+        batch_seconds: Seconds of audio in a batch. Memory use grows with it.
+        workers: The number of decoding threads.
+        limits: The clips to accept.
     """
 
     pooling: str = "mean"
@@ -304,15 +320,18 @@ def embed_paths(
     options: EmbedOptions | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> Vectors:
-    """Embed every clip that the paths name.
+    """Embed every clip in some files, folders and shards.
 
     Args:
-        paths: audio files, folders of them (whatever their depth), folders or URLs of shards, tars.
-        name: what the encoder was loaded from; it stands in the result.
-        advance: called for each clip that has been dealt with.
+        encoder: The encoder.
+        paths: Audio files, folders that contain audio files at any depth, tars, or folders or
+            URLs of shards.
+        name: The path or hub id from which the encoder was loaded, saved in the result's origin.
+        options: What to keep, and how to run.
+        advance: Called once per clip, usable or not.
 
     Raises:
-        UserError: a path with no audio at it, or not one clip that can be used.
+        UserError: If there is no audio at a path, or if no clip can be used.
 
     Examples:
         >>> encoder = load_encoder("runs/aut_tiny/latest")
@@ -348,10 +367,10 @@ def embed_paths(
 
 
 def count_clips(paths: Sequence[str]) -> int:
-    """Return how many clips the paths name, refused ones included, without decoding any.
+    """Return the number of clips at some paths, including unusable ones, without decoding any.
 
     Raises:
-        UserError: a path with no audio at it.
+        UserError: If there is no audio at a path.
     """
     return sum(
         open_index(path).samples if _is_shards(path) else len(_files(path)) for path in paths
@@ -359,13 +378,13 @@ def count_clips(paths: Sequence[str]) -> int:
 
 
 def summary(refused: dict[str, str]) -> str:
-    """Say how many clips were refused, by reason."""
+    """Return a text that counts skipped clips by reason, from `Vectors.refused`."""
     counts = Counter(reason.partition(":")[0] for reason in refused.values())
     return ", ".join(f"{count} × {reason}" for reason, count in counts.most_common())
 
 
 def _frames_first(frames: Tensor) -> Tensor:
-    """`[T, D]` as it is, `[layers, T, D]` → `[T, layers, D]`."""
+    """Return `[T, D]` unchanged, and `[layers, T, D]` as `[T, layers, D]`."""
     return frames if frames.ndim == 2 else frames.transpose(0, 1)
 
 
@@ -375,7 +394,7 @@ def _groups(
     refused: dict[str, str],
     advance: Callable[[], object],
 ) -> Iterator[list[tuple[_Source, Tensor]]]:
-    """Collect decoded clips into groups of a batch's seconds; what cannot be decoded goes to `refused`."""
+    """Yield groups of decoded clips of at most `batch_seconds`; add the others to `refused`."""
     group, seconds = [], 0.0
     for source, waveform in decoded_ahead(
         sources, lambda source: source.load(options.limits), _Source.size, options.workers
@@ -414,7 +433,10 @@ def _sources(path: str, limits: ClipLimits) -> Iterator[_Source]:
 
 
 def _files(path: str) -> list[Path]:
-    """Return a file, or the audio files below a folder in order, links to folders included and hidden ones not."""
+    """Return a file, or the sorted audio files in a folder at any depth.
+
+    Symbolic links to folders are followed; hidden files and folders are ignored.
+    """
     if not os.path.isdir(path):
         if not os.path.exists(path):
             raise UserError(f"There is no file or folder {path}.")

@@ -1,7 +1,7 @@
-"""The clips of an index that sound most like a clip, by the cosine between their embeddings.
+"""Find the clips that sound most like a clip, by the cosine similarity of their embeddings.
 
-In: `Vectors` and audio files. Out: names with their similarities. Next: a terminal, or the demo's page. Exact search: one product over all
-clips, which for a million of 1,280 numbers takes about a second.
+The search is exact: one matrix product over all clips, which takes about a second for a million
+embeddings of 1,280 values.
 """
 
 from collections.abc import Sequence
@@ -22,26 +22,27 @@ from whisper_aut.models.pretrained import AudioEncoder, load_encoder
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A clip of the index and the cosine of its embedding with the query's, -1 … 1."""
+    """A clip of the index, and the cosine similarity of its embedding to the query's, -1 to 1."""
 
     name: str
     similarity: float
 
 
 class SearchIndex:
-    """Embeddings ready for search.
+    """Embeddings in memory, normalised for search.
 
     Args:
-        vectors: pooled ones.
+        vectors: Pooled embeddings, `[B, D]` or `[B, layers, D]`.
 
     Raises:
-        UserError: frames in place of pooled vectors.
+        UserError: If they are frames rather than pooled embeddings.
     """
 
     def __init__(self, vectors: Vectors):
         if vectors.lengths:
             raise UserError(
-                "The index holds frames; search needs one vector a clip. Embed again without --frames."
+                "The index holds frames; search needs one vector a clip. "
+                "Embed again without --frames."
             )
         self.names, self.origin = vectors.names, vectors.origin
         self.units = normalize(vectors.values.flatten(1), dim=1)
@@ -53,12 +54,13 @@ class SearchIndex:
         """Load the encoder that made the index.
 
         Args:
-            path: where it is now, if it was moved.
-            dtype: the precision it runs in; by default the index's. Another one changes similarities
-                in their third digit or so.
+            path: Where the encoder is now, if it was moved.
+            device: The device to run on.
+            dtype: The precision to run in. Defaults to the index's. Another one changes
+                similarities in about the third digit.
 
         Raises:
-            UserError: it is not there, or its weights are others.
+            UserError: If there is no encoder, or if its weights differ from those of the index.
         """
         name, origin = path or self.origin.encoder, self.origin
         padding = cast(Padding, origin.padding)
@@ -79,18 +81,27 @@ class SearchIndex:
         *,
         batch_seconds: float = BATCH_SECONDS,
     ) -> Tensor:
-        """Embed files as the index was: `[B, …, D]`."""
+        """Embed files the way the index was made, as `[B, D]` or `[B, layers, D]`."""
         origin = self.origin
         return encoder.embed(
             list(files), pooling=origin.pooling, layers=origin.layers, batch_seconds=batch_seconds
         )
 
     def nearest(self, vector: Tensor, k: int = 5) -> list[Neighbour]:
-        """Return the k clips whose embeddings are most like `vector` `[…, D]`, the nearest first.
+        """Return the `k` clips whose embeddings are most similar to a vector, nearest first.
+
+        Args:
+            vector: An embedding, `[D]` or `[layers, D]`, as `embed` returns for one clip.
+            k: How many clips to return; all of them if the index has fewer.
+
+        Raises:
+            UserError: If `k` is less than 1.
 
         Examples:
             >>> from whisper_aut.inference.encoder import Origin
-            >>> index = SearchIndex(Vectors(("up", "right"), (1.0, 1.0), torch.eye(2), Origin("", "")))
+            >>> index = SearchIndex(
+            ...     Vectors(("up", "right"), (1.0, 1.0), torch.eye(2), Origin("", ""))
+            ... )
             >>> index.nearest(torch.tensor([3.0, 4.0]), k=1)
             [Neighbour(name='right', similarity=0.8)]
         """

@@ -1,1 +1,4 @@
-"""Our encoders as the peers' evaluation programs want them; a peer is imported only when its adapter runs."""
+"""Adapters that run our encoders in other evaluation suites.
+
+A suite is imported only when its adapter is used.
+"""

@@ -1,7 +1,7 @@
-"""An encoder as an audio model of MTEB, which MAEB is a part of: one pooled vector a clip.
+"""Run an encoder in MTEB, which includes MAEB: `mteb.evaluate(mteb_model("DIR"), tasks)`.
 
-In: MTEB's batches of audio. Out: `[B, D']` float32. Next: `mteb.evaluate(mteb_model("DIR"), tasks)`. Pooling is over each
-clip's own frames; clips over 30 s are heard in windows, where MTEB's own Whisper wrapper cuts them off.
+Each clip becomes one vector, pooled over the clip's own frames. Clips over 30 s are encoded in
+windows; MTEB's own Whisper wrapper truncates them.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,15 +25,18 @@ def mteb_model(
     device: str = "cpu",
     name: str = "",
 ) -> "Any":
-    """Return an object that `mteb.evaluate` takes.
+    """Return an encoder as a model for `mteb.evaluate`.
 
     Args:
-        path: a directory, a run, or a hub id.
-        padding: as for `load_encoder`.
-        name: under which MTEB keeps results, as `org/name`.
+        path: A directory, a run, or a hub id.
+        padding: The padding mode, as for `load_encoder`.
+        pooling: How frames become one vector, as for `AudioEncoder.embed`.
+        device: The device to run on.
+        name: The name under which MTEB stores results, as `org/name`. Defaults to one made from
+            the encoder's fingerprint.
 
     Raises:
-        UserError: MTEB is not installed, or there is no encoder.
+        UserError: If MTEB is not installed, or if there is no encoder at the path.
     """
     try:
         from mteb.models import ModelMeta  # pyright: ignore[reportMissingImports]
@@ -43,13 +46,15 @@ def mteb_model(
     encoder = load_encoder(path, padding=padding, device=device)
     facts: dict[str, Any] = {
         "name": name or f"whisper-aut/{encoder.fingerprint()}",
-        "revision": encoder.fingerprint(),  # results are kept by name and revision: other weights are other results
+        # MTEB stores results by name and revision, so different weights need different revisions.
+        "revision": encoder.fingerprint(),
         "embed_dim": encoder.width * (2 if pooling == "mean_std" else 1),
         "modalities": ["audio"],
         "framework": ["PyTorch"],
     }
 
-    # MTEB's own base class brings similarities; it can only be named where MTEB is there.
+    # MTEB's base class provides the similarities. The class is defined here because the base
+    # class can only be imported where MTEB is installed.
     class WhisperAut(AbsEncoder):
         mteb_model_meta = ModelMeta.create_empty(overwrites=facts)
 
@@ -57,17 +62,20 @@ def mteb_model(
             self.model = encoder
 
         def encode(self, inputs: Any, **_: Any) -> np.ndarray:
-            """Return `[B, D']` of MTEB's loader of audio; what else it tells of task and split changes nothing."""
+            """Embed the clips of an MTEB data loader as `[B, D']`; task and split are ignored."""
             return embed_loader(encoder, inputs, pooling)
 
     return WhisperAut()
 
 
 def embed_loader(encoder: "AudioEncoder", inputs: Any, pooling: str = "mean") -> np.ndarray:
-    """Embed what one of MTEB's data loaders holds: `[B, D']`.
+    """Embed all clips of an MTEB data loader.
+
+    Returns:
+        float32 `[B, D']`, where D' is D, or 2 D for the pooling `mean_std`.
 
     Raises:
-        UserError: the task has no audio.
+        UserError: If the task has no audio.
     """
     from mteb.models.modality_collators import AudioCollator  # pyright: ignore[reportMissingImports]
 

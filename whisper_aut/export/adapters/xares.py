@@ -1,12 +1,14 @@
-"""An encoder class as X-ARES's checker and runner want it: no arguments, a batch in, frames of a true 20 ms hop out.
+"""Run an encoder in X-ARES.
 
-In: `[B, S]` at 16 kHz, short clips of a batch filled up with zeros, as X-ARES does. Out: `[B, T, D]`. Next: X-ARES, which is
-told of this file: `WHISPER_AUT_ENCODER=DIR python -m xares.run whisper_aut/export/adapters/xares.py TASKS…`.
+Usage: `WHISPER_AUT_ENCODER=DIR python -m xares.run whisper_aut/export/adapters/xares.py TASKS…`.
 
-X-ARES knows no lengths and averages whatever frames it gets. Each clip is therefore heard without the zeros behind it, and the
-frames behind its end are its own mean: X-ARES's mean over all frames is then the mean over the clip's, which no neighbour in
-the batch can change. X-ARES looks a module for the one name that ends in Encoder, so nothing else here may.
+X-ARES pads the clips of a batch with zeros, passes no lengths, and averages all frames that it
+gets. This adapter therefore encodes each clip without its trailing zeros and fills the frames
+after its end with the clip's mean frame. The average over all frames then equals the average over
+the clip's own, whatever else is in the batch.
 """
+
+# X-ARES looks in the module for the one name that ends in "Encoder". No other name here may end so.
 
 import os
 
@@ -24,14 +26,17 @@ HOP_MS = 1000 * HOP_SAMPLES * packed.CONV_STRIDE // SAMPLE_RATE_HZ
 
 
 class WhisperAutEncoder(nn.Module):
-    """What X-ARES instantiates.
+    """The encoder class that X-ARES instantiates, without arguments.
+
+    The environment variable `WHISPER_AUT_PADDING` sets the padding mode, `none` or `30s`. By
+    default the encoder runs as it was trained.
 
     Args:
-        path: a directory, run or hub id; by default what `WHISPER_AUT_ENCODER` names. `WHISPER_AUT_PADDING` may say `none` or
-            `30s`; by default the encoder runs as it was trained.
+        path: A directory, a run, or a hub id. Defaults to the environment variable
+            `WHISPER_AUT_ENCODER`.
 
     Raises:
-        UserError: no path by either way, or nothing usable at it.
+        UserError: If neither gives a path, or if there is no usable encoder at it.
     """
 
     sampling_rate = SAMPLE_RATE_HZ
@@ -42,14 +47,22 @@ class WhisperAutEncoder(nn.Module):
         path = path or os.environ.get(PATH_VARIABLE, "")
         if not path:
             raise UserError(
-                f"X-ARES takes no arguments for an encoder: name it in the environment, {PATH_VARIABLE}=DIR."
+                "X-ARES takes no arguments for an encoder: "
+                f"name it in the environment, {PATH_VARIABLE}=DIR."
             )
         self.inner = pretrained.load_encoder(path, padding=os.environ.get(PADDING_VARIABLE))  # pyright: ignore[reportArgumentType]
         self.output_dim = self.inner.width
 
     @torch.inference_mode()
     def forward(self, audio: Tensor) -> Tensor:
-        """`[B, S]` or `[S]` → `[B, T, D]`, on the device of the audio."""
+        """Encode a zero-padded batch.
+
+        Args:
+            audio: `[B, S]` or `[S]` at 16 kHz.
+
+        Returns:
+            `[B, T, D]`, a frame every 20 ms, on the device of the audio.
+        """
         audio = audio[None] if audio.ndim == 1 else audio
         clips = [clip[: max(_length(clip), HOP_SAMPLES)] for clip in audio.float().cpu()]
         frames = self.inner.encode(clips, SAMPLE_RATE_HZ)
@@ -58,11 +71,11 @@ class WhisperAutEncoder(nn.Module):
 
 
 def _length(clip: Tensor) -> int:
-    """Return S of a clip `[S']` without the zeros behind it."""
+    """Return the number of samples of a clip `[S]` without its trailing zeros."""
     heard = clip.nonzero()
     return int(heard[-1]) + 1 if len(heard) else 0
 
 
 def _filled(frames: Tensor, count: int) -> Tensor:
-    """`[T, D]` → `[count, D]`, the mean frame behind the last."""
+    """Pad frames `[T, D]` with their mean to `[count, D]`."""
     return torch.cat([frames[:count], frames.mean(0).expand(max(count - len(frames), 0), -1)])
