@@ -1,8 +1,8 @@
-"""A training step before it runs: parameters, memory, FLOPs and kernels, from sizes alone.
+"""Forecasts the parameters, memory, FLOPs and time of a training step from sizes alone.
 
-The step itself runs, forward and backward, on PyTorch's fake tensors, which have shapes and no
-memory, while its kernels and live bytes are counted. A decoder takes part by its registry entry's
-`sketch`. What ZeRO's ranks share: Rajbhandari et al. 2020, arXiv 1910.02054, section 3.
+A forward and backward pass runs on PyTorch's fake tensors, which have shapes but no memory, while
+kernels and live bytes are counted. The decoder comes from the `sketch` of its registry entry.
+ZeRO's memory per rank follows Rajbhandari et al. 2020, arXiv 1910.02054, section 3.
 """
 
 import weakref
@@ -35,9 +35,9 @@ from whisper_aut.models.flops import encoder_flops
 from whisper_aut.training.strategies import ACCELERATORS, Accelerator
 
 GIBIBYTE = 2**30
-ADAM_BYTES = 8  # two float32 moments a parameter
-# What clipping and a fused AdamW read and write of each float32 parameter: the gradient's norm 4,
-# its scaling 8, the update 28.
+ADAM_BYTES = 8  # two float32 moments per parameter
+# Bytes that clipping and a fused AdamW read and write per float32 parameter: 4 for the gradient
+# norm, 8 for scaling the gradient, 28 for the update.
 UPDATE_BYTES = 40
 STAGES = ("one device or ddp", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 Compute = Literal["float32", "autocast", "bfloat16"]
@@ -51,21 +51,24 @@ _FLOPS: dict[Any, Any] = flop_registry | {
         lambda g, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(g, q, k, v)
     ),
 }
-# They allocate and compute nothing.
+# Operators that compute nothing.
 _EMPTY = {_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty}
-# They read of a table no more than what they return.
+# Operators that read only those parts of a table that they return.
 _GATHER = {_ATEN.embedding, _ATEN.gather, _ATEN.index, _ATEN.index_select}
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """A micro-batch of one device, and how the model runs it.
+    """Sizes of a micro-batch on one device, and how the model computes it.
 
     Attributes:
-        mel_lengths, text_lengths: F and L of each clip.
-        compute: float32; bfloat16 by autocast over float32 weights; or a model in bfloat16, which
-            is what DeepSpeed makes of it.
-        train_encoder: whether the encoder's weights are trained.
+        mel_lengths: Mel frames F of each clip.
+        text_lengths: Tokens L of each clip.
+        padding: Padding mode of the encoder.
+        compute: `float32`; `autocast`, which is bfloat16 autocast over float32 weights; or
+            `bfloat16`, a model in bfloat16 as under DeepSpeed.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        train_encoder: Whether the encoder is trained.
     """
 
     mel_lengths: tuple[int, ...]
@@ -78,17 +81,20 @@ class StepShape:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a micro-batch costs one device.
+    """Cost of a micro-batch on one device.
 
     Attributes:
-        encoder, decoder, trainable: parameters.
-        model_flops: useful work of forward and backward: of the clips' own frames and tokens, each
-            product once. What padding adds, and what gradient checkpointing and attention compute
-            again, is in `flops` alone.
-        kernels: (FLOPs, bytes read and written, how often) of the kernels that are launched.
-        activation_bytes: at the worst moment, without weights and gradients: activations and what
-            kernels need for themselves.
-        peak_bytes: the same with the gradients that exist by then, if the step began with none.
+        encoder: Parameters of the encoder.
+        decoder: Parameters of the decoder.
+        trainable: Parameters that are trained.
+        model_flops: Useful FLOPs of the forward and backward pass: every product counts once, and
+            only for the clips' own frames and tokens. `flops` also includes padding and what
+            gradient checkpointing and attention recompute.
+        kernels: (FLOPs, bytes read and written, number of launches) of each kind of kernel.
+        activation_bytes: Peak bytes of activations and temporary buffers, without weights and
+            gradients.
+        peak_bytes: Peak bytes of the same plus the gradients that exist by then, for a step that
+            begins without gradients.
     """
 
     encoder: int
@@ -105,7 +111,7 @@ class StepCost:
 
     @property
     def flops(self) -> float:
-        """All FLOPs that the device computes: what a hardware utilisation counts."""
+        """All FLOPs that the device computes, as hardware utilisation counts them."""
         return sum(flops * count for flops, _, count in self.kernels)
 
     @property
@@ -113,7 +119,7 @@ class StepCost:
         return sum(count for *_, count in self.kernels)
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Return how long the kernels take, each bound by its products or by its memory traffic."""
+        """Return the time of all kernels, each limited by either compute or memory bandwidth."""
         return sum(
             max(flops / flops_per_second, moved / bytes_per_second) * count
             for flops, moved, count in self.kernels
@@ -123,12 +129,12 @@ class StepCost:
 def step_cost(
     config: WhisperConfig, sketch: Callable[[WhisperConfig, bool], nn.Module], shape: StepShape
 ) -> StepCost:
-    """Run one micro-batch on tensors without memory and count.
+    """Return the cost of a micro-batch, measured on fake tensors.
 
     Args:
-        config: of the pretrained checkpoint.
-        sketch: `(config, gradient_checkpointing)` → decoder without weights.
-        shape: the micro-batch.
+        config: Config of the pretrained checkpoint.
+        sketch: Builds a decoder without weights from `(config, gradient_checkpointing)`.
+        shape: The micro-batch.
     """
     with FakeTensorMode():
         encoder = PackedEncoder(
@@ -172,12 +178,12 @@ def step_cost(
 
 
 class StepCounter(TorchDispatchMode):
-    """Counts the kernels of a step, and the bytes of the tensors that they make until these die.
+    """Counts the kernels of a step and the bytes of all live tensors that they create.
 
-    Real and fake tensors alike.
+    Works with real and fake tensors.
 
     Args:
-        present: tensors that were there before; their bytes do not count.
+        present: Existing tensors, whose bytes are not counted.
     """
 
     def __init__(self, present: Sequence[Tensor] = ()):
@@ -190,7 +196,7 @@ class StepCounter(TorchDispatchMode):
             self._known[id(storage)] = storage
 
     def set_gradient_apart(self, parameter: Tensor) -> None:
-        """Count a gradient by itself from now on, once it is complete."""
+        """Count a complete gradient as a gradient, no longer as an activation."""
         assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
         self._forget(id(storage), storage.nbytes())
@@ -201,13 +207,14 @@ class StepCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if not made:  # `prim.device` and the like: a question to the host
+        if not made:  # `prim.device` and the like, which run on the host
             return out
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         self._count(func, args, kwargs, out, read, made)
         for tensor in made:
             self._meet(tensor.untyped_storage())
-        # The backward pass sums gradients in place; only of fake tensors it makes a third one.
+        # The backward pass sums gradients in place. With fake tensors it allocates a new tensor
+        # for the sum, which must not raise the peak.
         if func is not _ATEN.add.Tensor or torch.is_grad_enabled():
             self.peak = max(self.peak, self.now)
             self.peak_with_gradients = max(self.peak_with_gradients, self.now + self.gradients)
@@ -242,7 +249,7 @@ class StepCounter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes on one device at the worst moment of a step."""
+    """Peak memory of one device during a step, in bytes."""
 
     weights: float
     gradients: float
@@ -263,20 +270,22 @@ def device_memory(
     offload: bool = False,
     accumulates: bool = False,
 ) -> DeviceMemory:
-    """Return what one of `ranks` devices holds.
+    """Return the peak memory of one device.
 
     Args:
-        cost: of a micro-batch, in bfloat16 where `half_weights`.
-        stage: 0 for one device or ddp, else ZeRO's.
-        half_weights: the model is in two bytes a weight, with float32 gradients that are summed
-            and a float32 copy of the weights next to the moments, as DeepSpeed keeps them.
-        offload: the optimiser's state and the summed gradients are in the host's memory.
-        accumulates: a step has several micro-batches, so that gradients outlive them.
+        cost: Cost of a micro-batch, in bfloat16 if `half_weights`.
+        stage: ZeRO stage; 0 for one device or DDP.
+        ranks: Number of devices.
+        half_weights: The model has 16-bit weights. As in DeepSpeed, gradients are summed in
+            float32, and the optimizer state includes a float32 copy of the weights.
+        offload: The optimizer state and the summed gradients are in host memory.
+        accumulates: A step has several micro-batches, so gradients are kept between them.
     """
     size = 2 if half_weights else 4
     states = ADAM_BYTES + (4 if half_weights else 0)
     gradients = cost.trainable * 4 / (ranks if stage >= 2 else 1)
-    lasting = stage > 0 or ranks > 1 or accumulates  # ddp's buckets outlive a step, ZeRO's too
+    # The gradient buckets of DDP and ZeRO are kept between steps.
+    lasting = stage > 0 or ranks > 1 or accumulates
     return DeviceMemory(
         weights=cost.parameters * size / (ranks if stage >= 3 else 1),
         gradients=0.0 if offload else gradients,
@@ -288,9 +297,9 @@ def device_memory(
 
 
 def placeholder_targets(lengths: Sequence[int]) -> Targets:
-    """Return texts of these lengths, of which all tokens but the first are supervised.
+    """Return packed targets of these lengths, with every token but the first supervised.
 
-    They are made without reading a tensor's values, which fake tensors do not have.
+    This does not read the values of tensors, which fake tensors do not have.
     """
     count = sum(lengths) - len(lengths)
     return Targets(
@@ -303,31 +312,33 @@ def placeholder_targets(lengths: Sequence[int]) -> Targets:
     )
 
 
-PRODUCT_EFFICIENCY = 0.6  # of the peak that matrix products reach
-MEMORY_EFFICIENCY = 0.8  # of the bandwidth that all other kernels reach
-LAUNCH_SECONDS = 10e-6  # of one kernel without compilation; small models wait for launches
-RESERVED_GIB = 2.0  # CUDA's context, cuBLAS, communication buffers, gaps between blocks
-# FLAC → log-mel on one core: decoding at 3,800 and features at 5,000 one after the other.
+PRODUCT_EFFICIENCY = 0.6  # fraction of peak FLOP/s that matrix products reach
+MEMORY_EFFICIENCY = 0.8  # fraction of peak bandwidth that all other kernels reach
+LAUNCH_SECONDS = 10e-6  # per kernel, without compilation; dominates in small models
+RESERVED_GIB = 2.0  # CUDA context, cuBLAS, communication buffers, fragmentation
+# Audio-seconds per second from FLAC to log-mel on one core: decoding at 3,800, then features at
+# 5,000.
 CORE_AUDIO_SECONDS = 2_000
-FLAC_BYTES_PER_SECOND = 19_000  # of 16 kHz mono, where no index tells the shards' own
+FLAC_BYTES_PER_SECOND = 19_000  # 16 kHz mono; used if no shard index is available
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A planned run.
+    """Forecast of a run.
 
     Attributes:
-        cost_of: (model in bfloat16, gradient checkpointing) → the cost of a micro-batch.
-        ranks: devices of the whole run.
-        stage: the configured ZeRO stage, 0 for none.
-        offload: optimiser state in host memory.
-        precision: Lightning's; 16 bits mean autocast, and under DeepSpeed a model in bfloat16.
-        checkpointing: as configured.
-        micro_batches: per optimiser step.
-        steps: of the run; None where neither the config nor the shards say.
-        step_audio_seconds: on one device in one optimiser step.
-        bytes_per_audio_second: of the shards.
-        assumptions: what the config did not say.
+        cost_of: Returns the cost of a micro-batch for (model in bfloat16, gradient checkpointing).
+        ranks: Number of devices.
+        stage: Configured ZeRO stage; 0 for none.
+        offload: Whether the optimizer state is in host memory.
+        precision: Lightning's precision. 16 bits mean autocast, or a model in bfloat16 under
+            DeepSpeed.
+        checkpointing: Whether gradient checkpointing is configured.
+        micro_batches: Micro-batches in an optimizer step.
+        steps: Optimizer steps of the run; None if unknown.
+        step_audio_seconds: Seconds of audio on one device in an optimizer step.
+        bytes_per_audio_second: Bytes in the shards for a second of audio.
+        assumptions: What was assumed because neither the config nor the shards say it.
     """
 
     cost_of: Callable[[bool, bool], StepCost]
@@ -344,10 +355,11 @@ class Forecast:
 
     @property
     def cost(self) -> StepCost:
-        """The cost of a micro-batch as the run is configured."""
+        """Cost of a micro-batch of the run as configured."""
         return self.cost_of(self._half_weights(self.stage), self.checkpointing)
 
     def memory(self, stage: int, checkpointing: bool) -> DeviceMemory:
+        """Return the peak memory of a device with this ZeRO stage and checkpointing."""
         half = self._half_weights(stage)
         return device_memory(
             self.cost_of(half, checkpointing),
@@ -359,7 +371,7 @@ class Forecast:
         )
 
     def step_seconds(self, device: Accelerator) -> float:
-        """Return an estimate of an optimiser step, without communication between ranks."""
+        """Return the estimated seconds of an optimizer step, without communication."""
         cost, moved = self.cost, MEMORY_EFFICIENCY * 1e12 * device.terabytes_per_second
         kernels = cost.seconds(PRODUCT_EFFICIENCY * device.peak_flops(self.precision), moved)
         updated = cost.trainable / (self.ranks if self.stage else 1)
@@ -367,15 +379,19 @@ class Forecast:
         return self.micro_batches * max(kernels, cost.launches * LAUNCH_SECONDS) + update
 
     def utilisation(self, device: Accelerator) -> tuple[float, float]:
-        """Return the fractions of the device's peak that are useful (MFU) and computed at all."""
+        """Return two fractions of peak FLOP/s: of useful FLOPs (MFU) and of all FLOPs."""
         peak = self.step_seconds(device) * device.peak_flops(self.precision) / self.micro_batches
         return self.cost.model_flops / peak, self.cost.flops / peak
 
     def fits(self, device: Accelerator, memory: DeviceMemory) -> bool:
+        """Return whether this memory, plus `RESERVED_GIB`, is available on the device."""
         return memory.total / GIBIBYTE + RESERVED_GIB <= device.memory_gib
 
     def what_fits(self, device: Accelerator) -> str:
-        """Return the least measure that makes the run fit: checkpointing, then higher stages."""
+        """Return the smallest change with which the run fits in the device's memory.
+
+        Tries gradient checkpointing first, then higher ZeRO stages.
+        """
         if self.fits(device, self.memory(self.stage, self.checkpointing)):
             return "fits as it is"
         for stage in range(self.stage, len(STAGES) if self.ranks > 1 else self.stage + 1):
@@ -389,7 +405,7 @@ class Forecast:
 
 
 def tables(plan: Forecast) -> Iterator[Table | str]:
-    """Yield the plan for the console, part by part."""
+    """Yield the texts and tables of a forecast for the console."""
     cost = plan.cost
     millions = (f"{count / 1e6:,.1f} M" for count in (cost.encoder, cost.decoder, cost.trainable))
     yield "Parameters: encoder {}, decoder {}, trainable {}".format(*millions)

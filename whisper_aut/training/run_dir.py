@@ -1,7 +1,7 @@
-"""The run directory `runs/<name>/<timestamp>/` and what is written into it before the first step.
+"""The run directory `runs/<name>/<timestamp>/`, and the choice of the checkpoint to resume from.
 
-In: the resolved config. Out: a `RunDirectory`. Next: checkpoints, logs, ledger, exports, scores and report land in it. `latest` beside
-the timestamps points to the newest run.
+A run directory contains the config, the environment, checkpoints, logs, ledger, exports, scores
+and report. The link `runs/<name>/latest` points to the newest run.
 """
 
 import json
@@ -32,7 +32,7 @@ from whisper_aut.training.checkpoint import (
     read_manifest,
 )
 
-RUN_VARIABLE = "WHISPER_AUT_RUN"  # the run's name, for all ranks of a job
+RUN_VARIABLE = "WHISPER_AUT_RUN"  # the directory name of the run, the same on all ranks of a job
 RECORDED_PACKAGES = (
     "whisper-aut",
     "torch",
@@ -47,7 +47,11 @@ RECORDED_PACKAGES = (
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Names the places of a run."""
+    """Paths of a run.
+
+    Attributes:
+        path: The run directory.
+    """
 
     path: Path
 
@@ -57,7 +61,7 @@ class RunDirectory:
 
     @property
     def last_checkpoint(self) -> Path:
-        """The newest checkpoint; where there is none, the name that it would have."""
+        """The newest checkpoint. If there is none, the path of the link `last.ckpt`."""
         return next(reversed(checkpoints_in(self.checkpoints)), self.checkpoints / LAST)
 
     @property
@@ -78,7 +82,10 @@ class RunDirectory:
 
     @contextmanager
     def metrics_aside(self) -> Iterator[None]:
-        """Keep the figures logged so far as `metrics.N.csv`, as a logger begins its file anew; where it logs none, all stays as it was."""
+        """Rename the metrics file to `metrics.N.csv`, because a new logger would overwrite it.
+
+        If nothing is logged inside the context, the file gets its name back.
+        """
         if not self.metrics.exists():
             yield
             return
@@ -108,7 +115,15 @@ class RunDirectory:
         return self.path / "export" / kind
 
     def record(self, config_yaml: str, facts: Mapping[str, Any]) -> None:
-        """Write down what is trained and where; what an earlier part of the run was trained with is kept as `config.N.yaml` and so on."""
+        """Write the config and the environment of the run, and point `latest` to it.
+
+        Files of a resumed run that would change are kept as `config.N.yaml` and
+        `environment.N.json`.
+
+        Args:
+            config_yaml: The resolved config.
+            facts: Metadata to add to `environment.json`.
+        """
         environment = json.dumps({**_environment(), **facts}, indent=1)
         for path, text in ((self.config, config_yaml), (self.environment, environment)):
             if path.exists() and path.read_text() != text:
@@ -117,16 +132,20 @@ class RunDirectory:
         self.point_latest()
 
     def point_latest(self) -> None:
-        """Let `latest` beside the runs of this name be this one."""
+        """Point the link `latest`, next to the runs of this name, to this run."""
         link, partial = self.path.with_name("latest"), self.path.with_name(f".latest-{os.getpid()}")
         try:
             partial.symlink_to(self.path.name)
             os.replace(partial, link)
-        except OSError:  # a file system without links: the timestamps still sort
+        except OSError:  # the file system has no links; the newest timestamp is still the last
             partial.unlink(missing_ok=True)
 
     def finished_with(self, fingerprint: str) -> bool:
-        """Return whether this run went to its end with the config and data that `fingerprint` stands for."""
+        """Return whether this run finished with the config and data of this fingerprint.
+
+        Args:
+            fingerprint: From `training.build.run_fingerprint`.
+        """
         try:
             return json.loads(self.done.read_text())["fingerprint"] == fingerprint
         except (OSError, ValueError, KeyError, TypeError):
@@ -134,21 +153,26 @@ class RunDirectory:
 
 
 def is_first_rank() -> bool:
-    """Return whether this process is the one that writes: rank 0, or the only one."""
+    """Return whether this process is rank 0, which writes the shared files."""
     return not rank_zero_only.rank
 
 
 def job_run(root: Path, name: str, config_yaml: str, facts: Mapping[str, Any]) -> RunDirectory:
-    """Return the run directory of this job: made by the first rank, under a name that all ranks know.
+    """Return the run directory of this job. Rank 0 creates it, and all ranks agree on its name.
+
+    Args:
+        root: Folder of all runs.
+        name: Name of the run in the config.
+        config_yaml: The resolved config.
+        facts: Metadata to add to `environment.json`.
 
     Raises:
-        UserError: the directory cannot be written, or this rank was not told its name.
+        UserError: If the directory cannot be written, or this rank does not know its name.
     """
     given = _given_name()
     run = create_run(root, name, config_yaml, facts, given) if is_first_rank() else None
-    if (
-        dist.is_initialized() and dist.get_world_size() > 1
-    ):  # a later run of the same job: ranks can be told
+    # In a later run of the same process, ranks are connected and rank 0 can send the name.
+    if dist.is_initialized() and dist.get_world_size() > 1:
         told = [run.path.name if run else ""]
         dist.broadcast_object_list(told)
         return RunDirectory(root / name / told[0])
@@ -162,13 +186,13 @@ def job_run(root: Path, name: str, config_yaml: str, facts: Mapping[str, Any]) -
 
 
 def wait_for_all_ranks() -> None:
-    """Return when every rank of the job has come here; at once where there is no other."""
+    """Wait until all ranks have called this. Returns at once if there is only one rank."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
 def _given_name() -> str | None:
-    """Return the name that all ranks of a job know: what the user set, or what Slurm or torchrun call the job."""
+    """Return a name that all ranks know: the user's, or the job id of Slurm or torchrun."""
     environment = os.environ
     if environment.get(RUN_VARIABLE):
         return environment[RUN_VARIABLE]
@@ -180,7 +204,7 @@ def _given_name() -> str | None:
 
 @contextmanager
 def announced(run: RunDirectory) -> Iterator[None]:
-    """Name the run in the environment while ranks are started: those that Lightning launches inherit it."""
+    """Set `RUN_VARIABLE` in the environment, which ranks launched by Lightning inherit."""
     if RUN_VARIABLE in os.environ:
         yield
         return
@@ -194,10 +218,17 @@ def announced(run: RunDirectory) -> Iterator[None]:
 def create_run(
     root: Path, name: str, config_yaml: str, facts: Mapping[str, Any], given: str | None = None
 ) -> RunDirectory:
-    """Make a new run directory, under a given name or a timestamp, and record config, environment and data in it.
+    """Create a run directory and record the config, the environment and the data in it.
+
+    Args:
+        root: Folder of all runs.
+        name: Name of the run in the config.
+        config_yaml: The resolved config.
+        facts: Metadata to add to `environment.json`.
+        given: Directory name; a timestamp by default.
 
     Raises:
-        UserError: the directory cannot be written.
+        UserError: If the directory cannot be written, or already contains checkpoints.
     """
     folder = root / name
     run = RunDirectory(
@@ -221,14 +252,14 @@ def create_run(
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is either there in full or not at all."""
+    """Write a text file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     os.replace(partial, path)
 
 
 def runs_of(root: Path, name: str) -> list[RunDirectory]:
-    """Return the runs of a name, newest first: one that went on is as new as what it last trained with."""
+    """Return the runs of a name, newest first, by the time their config was last written."""
     folder = root / name
     paths = (
         (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
@@ -242,7 +273,7 @@ def runs_of(root: Path, name: str) -> list[RunDirectory]:
 
 
 def _put_aside(path: Path) -> Path:
-    """Rename `NAME.EXT` to `NAME.N.EXT`, N behind the highest that is there, and return it."""
+    """Rename `NAME.EXT` to `NAME.N.EXT`, with the next free number N, and return the new path."""
     middles = (
         other.name.removeprefix(f"{path.stem}.").removesuffix(path.suffix)
         for other in path.parent.iterdir()
@@ -252,7 +283,7 @@ def _put_aside(path: Path) -> Path:
 
 
 def _unused(folder: Path, stamp: str) -> Path:
-    """Return a path that does not exist: two runs may begin in one second."""
+    """Return a path that does not exist, since two runs may begin in the same second."""
     names = (stamp, *(f"{stamp}-{number}" for number in range(2, 1000)))
     return next(folder / name for name in names if not (folder / name).exists())
 
@@ -293,16 +324,17 @@ AUTO = "auto"
 def resume_from(
     resume: str, newest: RunDirectory | None, place: str, warn: Callable[[str], None]
 ) -> Path | None:
-    """Return the checkpoint to go on from.
+    """Return the checkpoint to resume from, or None to start a new run.
 
     Args:
-        resume: empty, `auto`, a checkpoint, or a run directory.
-        newest: the newest run of this name.
-        place: where runs of this name lie, for messages.
-        warn: told about each checkpoint that is passed over.
+        resume: Empty, `auto`, a checkpoint, or a run directory.
+        newest: The newest run of this name.
+        place: Folder of the runs of this name. Its last part is the name of the run.
+        warn: Called with a message for each damaged checkpoint that is skipped.
 
     Raises:
-        UserError: there is no such checkpoint, none that is whole, or it is of a run of another name.
+        UserError: If there is no such checkpoint, none is valid, or it is from a run with another
+            name.
     """
     if not resume:
         return None
@@ -333,7 +365,7 @@ def resume_from(
 
 
 def _check_name(checkpoint: Path, name: str) -> None:
-    """Refuse to train inside a run that another config began: it may be what others start from."""
+    """Reject a checkpoint from a run of another name: other configs may start from that run."""
     config = RunDirectory(checkpoint.parent.parent).config
     began = yaml.safe_load(config.read_text())["name"] if config.is_file() else name
     if began != name:
@@ -346,12 +378,16 @@ def _check_name(checkpoint: Path, name: str) -> None:
 
 
 def newest_in(run: RunDirectory, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest sound checkpoint of a run, None where it has saved none at all.
+    """Return the newest valid checkpoint of a run, or None if it has not saved any.
+
+    Args:
+        run: The run.
+        warn: Called with a message for each damaged checkpoint that is skipped.
 
     Raises:
-        UserError: all that there are are damaged.
+        UserError: If all checkpoints are damaged.
     """
-    # Contents are compared by the first rank alone; its choice is everyone's when the checkpoint is read.
+    # Only rank 0 compares hashes. `load_checkpoint` broadcasts its choice to all ranks.
     path, refused = newest_sound(run.checkpoints, hashes=is_first_rank())
     for line in refused:
         warn(line)
@@ -364,13 +400,22 @@ def newest_in(run: RunDirectory, warn: Callable[[str], None]) -> Path | None:
 
 
 def check_step_size(checkpoint: Path, batch_clips: int, ranks: int, accumulate: int) -> None:
-    """Refuse to go on with steps of another size: its schedule and place in the data would mean something else.
+    """Check that a resumed run keeps the number of clips in a step.
+
+    With another number, the learning rate schedule and the position in the data would not match.
+
+    Args:
+        checkpoint: The checkpoint to resume from.
+        batch_clips: Clips in a micro-batch.
+        ranks: Number of ranks.
+        accumulate: Micro-batches in an optimizer step.
 
     Raises:
-        UserError: naming the accumulation that gives the same steps on these ranks, where there is one.
+        UserError: If the numbers differ. If possible, the message says which accumulation gives
+            the same steps on these ranks.
     """
     before, now = read_manifest(checkpoint).clips_per_step, batch_clips * ranks * accumulate
-    if before in (0, now):  # 0: its steps were measured in seconds
+    if before in (0, now):  # 0 if steps were measured in seconds of audio
         return
     micro_batch = batch_clips * ranks
     way = (

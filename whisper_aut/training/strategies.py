@@ -1,8 +1,8 @@
-"""One word of the config → a Lightning strategy, and the same checkpoints from each of them.
+"""Lightning strategies by name, all with the same checkpoint format, and the table of devices.
 
-In: a name such as `deepspeed_stage_2`. Out: what `Trainer(strategy=…)` takes. Next: `training.train`. DeepSpeed also runs on CPU
-ranks over gloo, by a small subclass, so that the real engine is tested where there is no GPU. Every strategy writes and reads the
-directories of `training.checkpoint`, so a run goes on under another strategy, ZeRO stage or number of ranks.
+All strategies write and read the checkpoints of `training.checkpoint`, so a run can be resumed
+with another strategy, ZeRO stage or number of ranks. A small subclass runs DeepSpeed on CPU ranks
+over gloo, so that the real engine can be tested without a GPU.
 """
 
 import atexit
@@ -47,16 +47,16 @@ from whisper_aut.training.checkpoint import (
 
 
 class Background:
-    """Runs the work it is given in a thread; `wait` raises what the work raised."""
+    """Runs one function at a time in a thread. `wait` raises the exception that it raised."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Start, once the earlier work is done. Raises what that raised."""
+        """Wait for the previous work, raising its exception if it failed, and start new work."""
         self.wait()
-        # A daemon: after a second Ctrl-C the interpreter does not wait for it.
+        # A daemon thread, so that the interpreter does not wait for it after a second Ctrl-C.
         self._thread = threading.Thread(
             target=self._do, args=(work,), name="background", daemon=True
         )
@@ -64,7 +64,7 @@ class Background:
         atexit.register(self._end_process)
 
     def wait(self) -> None:
-        """Wait until the work is done, and raise what went wrong, once."""
+        """Wait until the work is done. If it failed, raise its exception, once."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -80,14 +80,14 @@ class Background:
     def _do(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as problem:  # whatever it is, `wait` raises it
+        except BaseException as problem:  # `wait` raises it in the main thread
             self._problem = problem
 
     def _end_process(self) -> None:
-        """End the process at exit if the work goes on: nobody waits for it after a second Ctrl-C.
+        """End the process at exit if the work is still running, as after a second Ctrl-C.
 
-        The interpreter cannot end with a thread inside C++ code (PyTorch, gloo, safetensors): that
-        aborts with "terminate called without an active exception".
+        If a thread is inside C++ code (PyTorch, gloo, safetensors), a normal exit aborts with
+        "terminate called without an active exception".
         """
         if self.busy:
             sys.stdout.flush()
@@ -113,21 +113,22 @@ def build_strategy(
     deepspeed_options: Mapping[str, Any] | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> Strategy:
-    """Return the strategy that a config names.
+    """Return a Lightning strategy by name.
 
     Args:
         name: `auto`, `ddp`, or `deepspeed_stage_1|2|3`, the latter two also with `_offload`.
-        timeout_minutes: how long a rank waits for the others before the job ends.
-        ranks: of the whole job.
-        clips_per_step: recorded in checkpoints.
-        accelerator: Lightning's, for a run on one device.
-        skip_to: a checkpoint is read as if its place in the data were this one.
-        async_checkpoints: write them while training goes on.
-        deepspeed_options: of DeepSpeed's own config, over what follows from `name`.
-        warn: told in a sentence where a checkpoint's learning rates are not this config's.
+        timeout_minutes: How long a rank waits for the others before the job fails.
+        ranks: Number of ranks of the job.
+        clips_per_step: Number of clips in an optimizer step, recorded in checkpoints.
+        accelerator: Lightning's accelerator name.
+        skip_to: Position in the data to resume from, in place of the checkpoint's own.
+        async_checkpoints: Write checkpoints in the background.
+        deepspeed_options: Options for DeepSpeed's config. They override those implied by `name`.
+        warn: Called with a message if the learning rates of a checkpoint differ from the config's,
+            or if DeepSpeed did not read an option.
 
     Raises:
-        UserError: offloading without a GPU.
+        UserError: If offloading is requested without a GPU.
     """
     timeout = timedelta(minutes=timeout_minutes)
     strategy: Any
@@ -141,15 +142,15 @@ def build_strategy(
             )
         stage = int(name.removeprefix(DEEPSPEED).removesuffix(OFFLOAD))
         if not on_gpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed takes a GPU that is there
+            # Without this, DeepSpeed uses a GPU if there is one.
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         kind = _DeepSpeed if on_gpu else _CPUDeepSpeed
         strategy = kind(
             deepspeed_options or {}, stage=stage, offload_optimizer=offload, timeout=timeout
         )
     elif name == "ddp" or ranks > 1:
-        strategy = _DDP(
-            timeout=timeout, gradient_as_bucket_view=True
-        )  # gradients lie in memory once
+        # With bucket views, gradients are in memory only once.
+        strategy = _DDP(timeout=timeout, gradient_as_bucket_view=True)
     else:
         strategy = _SingleDevice(_one_device(accelerator))
     strategy.word, strategy.clips_per_step, strategy.skip_to = name, clips_per_step, skip_to
@@ -164,41 +165,42 @@ def build_strategy(
 
 
 def _destroy_process_groups() -> None:
-    """Leave the other ranks before the interpreter ends; Lightning does it for NCCL alone.
+    """Destroy process groups before the interpreter exits. Lightning does so only for NCCL.
 
-    gloo's threads may still hold the tensors of the last collective. One that frees them while the
-    interpreter ends aborts the process, "terminate called without an active exception".
+    The threads of gloo may still hold the tensors of the last collective. Freeing them while the
+    interpreter exits aborts with "terminate called without an active exception".
     """
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 class NamedCheckpoints:
-    """Mixed into a strategy: checkpoints by parameter name, written by all ranks together."""
+    """Mixin for strategies: checkpoints by parameter name, which all ranks write together."""
 
     word, clips_per_step = "", 0
     skip_to: Cursor | None = None
     background: Background | None = None
     warn: Callable[[str], None] = staticmethod(lambda _: None)
     timeout = timedelta(minutes=30)
-    _writers: Any = (
-        None  # the ranks' threads among themselves: the training's own group is in use meanwhile
-    )
+    # The process group of the background threads; training uses the default group meanwhile.
+    _writers: Any = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint directory. All ranks call it together, and all raise where one cannot write.
+        """Write a checkpoint directory.
 
-        With `background` only the copying is done here, and what goes wrong later is raised by the next call or `settle_checkpoint`.
+        Must be called on all ranks. If one rank cannot write, all ranks raise. With `background`,
+        this only copies the state, and errors in writing are raised by the next call or by
+        `settle_checkpoint`.
 
         Args:
-            checkpoint: what Lightning's loops, callbacks and schedules keep.
-            filepath: of the directory.
-            storage_options: called without arguments by the first rank when the checkpoint is whole.
+            checkpoint: State of Lightning's loops, callbacks and schedules.
+            filepath: Path of the directory.
+            storage_options: Called without arguments on rank 0 when the checkpoint is complete.
 
         Raises:
-            UserError: the disk is full or the directory cannot be written.
+            UserError: If the disk is full or the directory cannot be written.
         """
         strategy: Any = self
         self.settle_checkpoint()
@@ -236,23 +238,25 @@ class NamedCheckpoints:
         self.background.start(lambda: self._write(draft, named, state, manifest, storage_options))
 
     def settle_checkpoint(self) -> None:
-        """Wait until the last checkpoint is on the disk.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
-            UserError: it could not be written.
+            UserError: If it could not be written.
         """
         if self.background:
             self.background.wait()
 
     def teardown(self) -> None:
-        """End, also after an error, with the last checkpoint on the disk and its thread joined.
+        """Wait for the last checkpoint and tear down, also after an error.
 
-        Only a second Ctrl-C does not wait for them.
+        After a second Ctrl-C, this does not wait.
         """
         try:
             if not isinstance(sys.exception(), KeyboardInterrupt):
                 self.settle_checkpoint()
-        except Exception as error:  # where training ended well, it was raised before: here it would hide why the run ends
+        except Exception as error:
+            # After successful training, `settle_checkpoint` has raised it already. Raising it here
+            # would hide the error that ends the run.
             log.warning(
                 "The last checkpoint was not written: %s",
                 error,
@@ -284,7 +288,7 @@ class NamedCheckpoints:
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read what is no tensor; the tensors follow when there is something to put them into."""
+        """Read everything but the tensors, which the two `load_*_state_dict` methods read later."""
         strategy: Any = self
         path = Path(strategy.broadcast(str(checkpoint_path)))
         state = read_state(path)
@@ -300,7 +304,7 @@ class NamedCheckpoints:
         raise RuntimeError("checkpoints are removed by training.callbacks.checkpoints")
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {}  # `save_checkpoint` collects it, a share on each rank
+        return {}  # `save_checkpoint` collects a part of it on each rank
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         return {}
@@ -334,7 +338,7 @@ class NamedCheckpoints:
         return {}
 
     def _together(self, draft: CheckpointDraft, work: Any) -> list[Any]:
-        """Do a part of the writing on every rank; return what each gave, or raise on all what went wrong on one."""
+        """Run `work` on every rank and return all results. If one rank fails, all ranks raise."""
         given, problem = None, ""
         try:
             given = work()
@@ -361,7 +365,7 @@ class _DDP(NamedCheckpoints, DDPStrategy):
 
 
 class _ReadKeys(dict[str, Any]):
-    """A config that remembers which of its keys were read: DeepSpeed ignores what it does not know."""
+    """A dict that records which keys were read, because DeepSpeed ignores unknown keys."""
 
     def __init__(self, values: Any):
         super().__init__(values)
@@ -384,11 +388,11 @@ class _DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
         self._frozen: dict[str, torch.Tensor] = {}
 
     def _format_config(self) -> None:
-        """Put the user's options over Lightning's, which takes a config or arguments, not both."""
+        """Merge the user's options into Lightning's, which takes a config or arguments, not both."""
         super()._format_config()
         sums: dict[str, Any] = {}
         if str(self.precision_plugin.precision).startswith("bf16"):
-            # In bfloat16, a sum over micro-batches loses what is below 0.4 % of it.
+            # In bfloat16, a sum over micro-batches loses addends below 0.4 % of it.
             sums = {"data_types": {"grad_accum_dtype": "fp32"}}
         merged = OmegaConf.merge(self.config or {}, sums, dict(self._options))
         self.config = _ReadKeys(OmegaConf.to_container(merged))  # pyright: ignore
@@ -397,7 +401,7 @@ class _DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
         """Start the engine.
 
         Raises:
-            UserError: DeepSpeed rejects an option.
+            UserError: If DeepSpeed rejects an option.
         """
         from deepspeed.runtime.config import DeepSpeedConfigError
 
@@ -431,7 +435,11 @@ class _DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
         return True
 
     def on_validation_start(self) -> None:
-        """Put the model together for a validation under ZeRO-3: ranks then write texts of different lengths, each by itself."""
+        """Gather the full model on each rank under ZeRO-3.
+
+        In validation, ranks generate texts of different lengths, so they cannot gather layers
+        together.
+        """
         if self.zero_stage_3 and self.deepspeed_engine.optimizer is not None:
             from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
@@ -457,13 +465,13 @@ class _DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
 
 
 class _CPUDeepSpeed(_DeepSpeed):
-    """DeepSpeed's engine on CPU ranks: Lightning's checks for CUDA devices are left out, the rest is its own."""
+    """DeepSpeed's engine on CPU ranks: `DeepSpeedStrategy` without Lightning's checks for CUDA."""
 
     def __init__(self, options: Mapping[str, Any], **arguments: Any):
         super().__init__(options, process_group_backend="gloo", **arguments)
 
     def setup_environment(self) -> None:
-        # Past DeepSpeedStrategy's own method, which does nothing but insist on CUDA.
+        # Skips DeepSpeedStrategy's own method, which only checks for CUDA.
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
@@ -473,7 +481,7 @@ class _CPUDeepSpeed(_DeepSpeed):
 
     @property
     def root_device(self) -> torch.device:
-        # DeepSpeed asks for the device's index, which plain "cpu" lacks.
+        # DeepSpeed needs the index of the device, which plain "cpu" does not have.
         return torch.device("cpu", 0)
 
 
@@ -486,7 +494,7 @@ def _one_device(accelerator: str) -> torch.device:
 
 
 def _take_rates_of(schedule: LambdaLR, state: dict[str, Any]) -> list[float]:
-    """Put this config's learning rates into the state of a checkpoint's schedule, and return those at its step."""
+    """Replace the learning rates in a schedule's saved state by this config's, and return them."""
     factors = [factor(state["last_epoch"]) for factor in schedule.lr_lambdas]
     rates = [float(base) * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
     state |= {"base_lrs": schedule.base_lrs, "_last_lr": rates}
@@ -499,7 +507,10 @@ def _span(rates: Sequence[float]) -> str:
 
 
 def _count_in_micro_batches_of(state: dict[str, Any], accumulate: int) -> None:
-    """Rewrite the loop's counts of micro-batches for another number of them a step: other ranks share the same step."""
+    """Convert the loop's counts of micro-batches to this run's gradient accumulation.
+
+    It changes if the number of ranks changes and the clips in a step stay the same.
+    """
     before = state["accumulate"]
     for counts in (
         state["loops"]["fit_loop"]["epoch_loop.batch_progress"][part]
@@ -507,9 +518,8 @@ def _count_in_micro_batches_of(state: dict[str, Any], accumulate: int) -> None:
     ):
         if before != accumulate:
             done = counts["ready"] // before * accumulate
-            open_batches = (
-                counts["ready"] - counts["completed"]
-            )  # one where the batch's own hooks wrote the checkpoint
+            # 1 if the checkpoint was written in a hook of the batch, else 0.
+            open_batches = counts["ready"] - counts["completed"]
             counts |= {
                 "ready": done,
                 "started": done,
@@ -519,17 +529,19 @@ def _count_in_micro_batches_of(state: dict[str, Any], accumulate: int) -> None:
 
 
 def _validate_first(state: dict[str, Any], every_micro_batches: int) -> None:
-    """Let a checkpoint whose step was due to be validated begin with that: it was written before, and may never have been."""
+    """Make a resumed run begin with the validation if one was due at the checkpoint's step.
+
+    Checkpoints are written before the validation of their step, which may never have finished.
+    """
     loops = state["loops"]["fit_loop"]
     if loops["epoch_loop.batch_progress"]["total"]["ready"] % every_micro_batches:
         return
     validation = loops["epoch_loop.val_loop.batch_progress"]
     validation["current"] |= dict.fromkeys(("ready", "started", "processed", "completed"), 0)
-    # What Lightning takes for a validation that was broken off in its first batch, and so does from its beginning.
+    # Lightning takes this for a validation that stopped in its first batch, and starts it over.
     validation["total"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= (
-        1  # Lightning counts the step once more behind it
-    )
+    # Lightning counts the step again after that validation.
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
 
 
 NO_BFLOAT16 = (
@@ -540,12 +552,15 @@ NO_BFLOAT16 = (
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A device.
+    """Specifications of a device.
 
     Attributes:
-        part: what `torch.cuda.get_device_name` contains.
-        half_tflops, single_tflops: in 16 bits, and in float32 as TF32.
-        terabytes_per_second: of its memory.
+        name: Name for display.
+        part: Substring of `torch.cuda.get_device_name`.
+        memory_gib: Memory in GiB.
+        half_tflops: Peak TFLOP/s in 16 bits.
+        single_tflops: Peak TFLOP/s in float32, computed as TF32.
+        terabytes_per_second: Memory bandwidth.
     """
 
     name: str
@@ -556,11 +571,12 @@ class Accelerator:
     terabytes_per_second: float
 
     def peak_flops(self, precision: str) -> float:
-        """Return FLOP/s in one of Lightning's precisions."""
+        """Return the peak FLOP/s in one of Lightning's precisions."""
         return 1e12 * (self.single_tflops if precision.startswith("32") else self.half_tflops)
 
 
-ACCELERATORS = (  # a longer part before one that it contains: the first that fits is taken
+# The first match is used, so a longer `part` comes before any that it contains.
+ACCELERATORS = (
     Accelerator("H200 141 GB", "H200", 140.0, 989.0, 494.5, 4.8),
     Accelerator("H100 PCIe 80 GB", "H100 PCIe", 79.0, 756.0, 378.0, 2.0),
     Accelerator("H100 NVL 94 GB", "H100 NVL", 93.0, 835.0, 417.5, 3.9),
@@ -572,7 +588,12 @@ ACCELERATORS = (  # a longer part before one that it contains: the first that fi
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Return the FLOP/s that a device could do, or None where the table does not know it."""
+    """Return the peak FLOP/s of a device, or None if it is not in the table.
+
+    Args:
+        device_name: From `torch.cuda.get_device_name`.
+        precision: Lightning's precision.
+    """
     return next(
         (device.peak_flops(precision) for device in ACCELERATORS if device.part in device_name),
         None,
@@ -580,12 +601,12 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def resolved_precision(precision: str, accelerator: str) -> tuple[str, str]:
-    """Return what a config's precision means on this machine, and a hint for its user or "".
+    """Return the precision to use on this machine, and a hint for the user (may be empty).
 
     Args:
-        precision: Lightning's, or `auto`: bf16-mixed on a CUDA device that computes in bfloat16,
-            else 32-true.
-        accelerator: Lightning's.
+        precision: Lightning's precision, or `auto`: `bf16-mixed` on a CUDA device that supports
+            bfloat16, else `32-true`.
+        accelerator: Lightning's accelerator name.
     """
     if precision != "auto":
         return precision, ""
