@@ -1,1 +1,1 @@
-"""Audio and text, wherever they come from, made into shards: the demo corpus, manifests, and the format itself."""
+"""Make shards from audio and text: public corpora, manifests and synthetic corpora."""

@@ -1,9 +1,9 @@
-"""Training shards × probe shards → which clips of the one are in the other.
+"""Find the clips that training shards and probe shards have in common.
 
-In: folders of shards to train on and folders that probes test on. Out: `OUT/audit.json` (settings, counts, every match with its evidence)
-and `OUT/exclude.jsonl`. Next: `data.exclude` in a config names the list, `corpora.exclusion` leaves its clips out, and the run directory
-keeps the audit. The probes' side is held in memory, the training side is read once, tar by tar, by as many processes as there are cores;
-finished tars are written down, so an audit that was stopped goes on.
+An audit writes `OUT/audit.json` (settings, counts, and every match with its evidence) and
+`OUT/exclude.jsonl`, the list that `data.exclude` of a config takes. The probe clips are kept in
+memory, and the training tars are read once, in parallel. Finished tars are recorded, so an
+interrupted audit resumes where it stopped.
 """
 
 import hashlib
@@ -43,13 +43,18 @@ YOUTUBE_SOURCES = re.compile(r"audioset|audiocaps|musiccaps|musicbench|vggsound"
 ESC_NAME = re.compile(r"[1-5]-(\d+)-[A-Z]-\d+")  # fold, Freesound id, take, class
 URBANSOUND_NAME = re.compile(r"(\d+)-\d+-\d+-\d+")  # Freesound id, class, occurrence, slice
 YOUTUBE_NAME = re.compile(r"Y?([\w-]{11})(?:_\d+)*")
-GENERIC_NAME = re.compile(r"[a-z]*_?\d+|\D*")  # clip_0012, or no number at all
+GENERIC_NAME = re.compile(r"[a-z]*_?\d+|\D*")  # such as clip_0012, or a name without a digit
 MIN_NAME_CHARACTERS = 8
 _SUFFIX = re.compile(rf"\.({'|'.join(AUDIO_SUFFIXES)})$", re.I)
 
 
 def names_of(key: str, annotation: Annotation) -> frozenset[str]:
-    """Return the names of one clip: `file:NAME`, `SOURCE:ID`, `freesound:ID`, `youtube:ID`."""
+    """Return the names that identify a clip across corpora.
+
+    They are `file:NAME` (unless the name is short or generic), `SOURCE:NAME`, `freesound:ID` and
+    `youtube:ID`. The ids come from the annotation's fields or from the naming scheme of a known
+    source.
+    """
     names: set[str] = set()
     for written in {key, annotation.id} - {""}:
         name = _SUFFIX.sub("", written.rpartition("/")[2])
@@ -83,17 +88,16 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-LIMITS = ClipLimits(
-    min_seconds=0.0, max_seconds=3600.0
-)  # probe sets hold clips that training would refuse
+# Wider than the limits of training: probe sets contain clips that training would skip.
+LIMITS = ClipLimits(min_seconds=0.0, max_seconds=3600.0)
 HASH_BYTES = 12
-MATCHES_PER_CLIP = 20  # a name may be shared by every slice of a recording
+MATCHES_PER_CLIP = 20  # all slices of a recording may share a name
 _NO_DOUBT = np.zeros((0, 0), np.uint32)
 
 
 @dataclass(frozen=True)
 class ClipLocation:
-    """Where a clip lies: the folder of shards, the tar in it, the key in that."""
+    """Identifies a clip by its folder of shards, the tar in that folder and the key in that tar."""
 
     folder: str
     shard: str
@@ -102,7 +106,16 @@ class ClipLocation:
 
 @dataclass(frozen=True)
 class ClipFacts:
-    """What is compared: `encoded` and `samples` are hashes of the file and of what it decodes to."""
+    """What the audit compares of a clip.
+
+    Attributes:
+        place: the clip's location.
+        seconds: duration.
+        names: see `names_of`.
+        encoded: hash of the encoded file.
+        samples: hash of the decoded samples and their rate.
+        sound: acoustic fingerprint.
+    """
 
     place: ClipLocation
     seconds: float
@@ -114,7 +127,14 @@ class ClipFacts:
 
 @dataclass
 class ShardFindings:
-    """What one tar gave: clips compared, their seconds, those that could not be (by reason), and what was found in them."""
+    """The result for one tar.
+
+    Attributes:
+        clips: number of clips compared.
+        seconds: their total duration.
+        refused: number of clips that could not be read, by reason.
+        matches: the overlaps found.
+    """
 
     clips: int = 0
     seconds: float = 0.0
@@ -124,7 +144,7 @@ class ShardFindings:
 
 @dataclass(frozen=True)
 class Match:
-    """A training clip that is, or holds a part of, a probe clip, and why we say so."""
+    """A training clip that overlaps a probe clip, with the evidence for it."""
 
     train: ClipLocation
     probe: ClipLocation
@@ -132,7 +152,7 @@ class Match:
 
 
 def read_facts(folder: str, shard: str, findings: ShardFindings) -> Iterator[ClipFacts]:
-    """Yield the facts of every clip of one tar that decodes; what does not is counted in `findings`."""
+    """Yield the facts of every clip in a tar that decodes; count the others in `findings`."""
     with open_stream(beside(folder, shard)) as stream:
         groups = MemberGroups(stream, LIMITS)
         for _, group in groups:
@@ -164,16 +184,19 @@ def _facts(folder: str, shard: str, group: Group) -> ClipFacts:
 
 
 def indexed_part(facts: ClipFacts) -> ClipFacts:
-    """Return the facts without what only a search needs, so that less travels between processes."""
+    """Return a copy without the doubtful bits.
+
+    Only a searched clip needs them; dropping them means less data to send between processes.
+    """
     sound = Fingerprint(facts.sound.words, facts.sound.heard, _NO_DOUBT)
     return ClipFacts(facts.place, facts.seconds, facts.names, facts.encoded, facts.samples, sound)
 
 
 class ProbeClips:
-    """The clips that training must not have heard, ready to be searched.
+    """A searchable index of the clips that must not be in the training data.
 
     Args:
-        clips: their facts.
+        clips: the facts of all probe clips.
     """
 
     def __init__(self, clips: Sequence[ClipFacts]):
@@ -190,10 +213,14 @@ class ProbeClips:
 
     @property
     def index_bytes(self) -> int:
+        """Memory of the fingerprint index, in bytes."""
         return self._sounds.bytes
 
     def matches(self, clip: ClipFacts) -> list[Match]:
-        """Return the probe clips that this one overlaps, the most certain first."""
+        """Return the probe clips that `clip` overlaps, those with the strongest evidence first.
+
+        At most `MATCHES_PER_CLIP` are returned.
+        """
         evidence: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for number in self._encoded.get(clip.encoded, ()):
             evidence[number].append({"kind": "bytes"})
@@ -223,9 +250,8 @@ def _told(stretch: Stretch) -> dict[str, Any]:
 
 Tar = tuple[str, str]  # folder, name
 
-_shared: list[Any] = [
-    None
-]  # what a worker process was given when it began: too large to send with every tar
+# What a worker process receives once, at its start. It is too large to send with every tar.
+_shared: list[Any] = [None]
 
 
 def _begin(shared: Any) -> None:
@@ -245,7 +271,19 @@ def over_tars(
     what: str,
     progress: bool,
 ) -> Iterator[tuple[Tar, Any]]:
-    """Yield `(tar, result)` for every tar, in order, with at most a few of them under way."""
+    """Call `work` on every tar in a process pool and yield `(tar, result)` in order.
+
+    Args:
+        work: function of a tar and `shared`.
+        tars: the tars to process.
+        workers: number of processes; with 1 the work is done in this process.
+        shared: an object that every worker receives once.
+        what: description for the progress bar.
+        progress: whether to show the progress bar.
+
+    Raises:
+        UserError: a worker process died.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -259,9 +297,8 @@ def over_tars(
                 yield tar, work(tar, shared)
                 bar.advance(bar.task_ids[0])
             return
-        context = get_context(
-            "fork" if sys.platform == "linux" else None
-        )  # children share the index's pages
+        # Forked children share the memory pages of the index.
+        context = get_context("fork" if sys.platform == "linux" else None)
         pool = ProcessPoolExecutor(
             min(workers, len(tars)), context, initializer=_begin, initargs=(shared,)
         )
@@ -277,7 +314,8 @@ def over_tars(
                 bar.advance(bar.task_ids[0])
         except BrokenProcessPool:
             raise UserError(
-                "A process of the audit died, for want of memory or over a file that breaks the decoder. Run again with --workers 1: "
+                "A process of the audit died, for want of memory or over a file that breaks the "
+                "decoder. Run again with --workers 1: "
                 "finished tars are not read again, and the one at fault is the next."
             ) from None
         finally:
@@ -285,12 +323,21 @@ def over_tars(
 
 
 class Journal:
-    """What has been compared so far, a line per tar; void as soon as settings or folders change."""
+    """The findings of an unfinished audit, one line per tar.
+
+    The first line is a key made of the settings, the release and the folders' fingerprints. A
+    journal with another key is discarded.
+
+    Args:
+        path: the journal file.
+        key: the key of this audit.
+    """
 
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
 
     def read(self) -> dict[Tar, ShardFindings]:
+        """Return the findings of all recorded tars, or start a new journal if the key differs."""
         done: dict[Tar, ShardFindings] = {}
         try:
             lines = read_lines(self.path)
@@ -302,7 +349,7 @@ class Journal:
         for line in lines[1:]:
             try:
                 tar, clips, seconds, refused, matches = json.loads(line)
-            except ValueError:  # cut short by whatever stopped it
+            except ValueError:  # a line truncated by the interruption
                 continue
             found = [
                 Match(ClipLocation(*train), ClipLocation(*probe), tuple(evidence))
@@ -312,6 +359,7 @@ class Journal:
         return done
 
     def write(self, tar: Tar, findings: ShardFindings) -> None:
+        """Append the findings of one tar."""
         matches = [
             [_place(match.train), _place(match.probe), match.evidence] for match in findings.matches
         ]
@@ -320,6 +368,7 @@ class Journal:
             file.write(line + "\n")
 
     def remove(self) -> None:
+        """Delete the journal."""
         self.path.unlink(missing_ok=True)
 
 
@@ -345,9 +394,12 @@ class Audit:
     """A finished audit.
 
     Attributes:
-        train, probes: what was compared, folder by folder: root, fingerprint, clips, seconds, refused.
-        matches: the pairs found.
-        seconds_taken: of wall clock, for the tars that were read this time.
+        train, probes: one entry per folder compared, with the keys `root`, `fingerprint`, `clips`,
+            `seconds` and `refused`.
+        matches: the overlapping pairs.
+        seconds_taken: wall-clock time of this run. Tars from the journal of an interrupted audit
+            are not included.
+        settings: parameters of the fingerprints and the version of the format.
     """
 
     train: list[dict[str, Any]]
@@ -358,14 +410,17 @@ class Audit:
 
     @property
     def excluded(self) -> dict[ClipLocation, list[Match]]:
-        """The matches by training clip."""
+        """The matches, grouped by training clip."""
         found: dict[ClipLocation, list[Match]] = defaultdict(list)
         for match in self.matches:
             found[match.train].append(match)
         return found
 
     def counts(self) -> dict[str, Any]:
-        """Return how much was compared and how much overlaps, over all and by kind of evidence and probe folder."""
+        """Return how much was compared and how much overlaps.
+
+        Overlaps are counted in total, by kind of evidence and by probe folder.
+        """
         by_kind = Counter(
             kind for match in self.matches for kind in {reason["kind"] for reason in match.evidence}
         )
@@ -385,10 +440,11 @@ class Audit:
         }
 
     def summary(self) -> str:
-        """Return one paragraph for people."""
+        """Return a human-readable summary of one paragraph."""
         counts = self.counts()
         text = (
-            f"{counts['train_clips']} training clips ({counts['train_hours']:.2f} h) against {counts['probe_clips']} probe clips: "
+            f"{counts['train_clips']} training clips ({counts['train_hours']:.2f} h) against "
+            f"{counts['probe_clips']} probe clips: "
             f"{counts['train_clips_that_overlap']} overlap"
         )
         if self.matches:
@@ -410,10 +466,18 @@ def run_audit(
     workers: int | None = None,
     progress: bool = True,
 ) -> Audit:
-    """Compare folders of shards (or folders of such folders) and write what was found to `out`.
+    """Compare training shards with probe shards and write the result to `out`.
+
+    Args:
+        train: folders of training shards, or folders of such folders.
+        probes: folders of probe shards, likewise.
+        out: folder for `audit.json` and `exclude.jsonl`.
+        workers: number of processes; by default one per available core.
+        progress: whether to show progress bars.
 
     Raises:
-        UserError: no shards, no clip that could be read, `out` cannot be written, or a process died.
+        UserError: there are no shards, no probe clip could be read, `out` cannot be written, or a
+            worker process died.
     """
     started, out = time.monotonic(), Path(out)
     workers = workers or len(
@@ -429,7 +493,8 @@ def run_audit(
         clips += facts
     if not clips:
         raise UserError(
-            f"Not one clip of {', '.join(probes)} could be read, so there is nothing to compare with."
+            f"Not one clip of {', '.join(probes)} could be read, so there is nothing to compare "
+            f"with."
         )
     searched = ProbeClips(clips)
     clips.clear()
@@ -460,7 +525,10 @@ def run_audit(
 
 
 def read_audit(path: Path) -> dict[str, Any]:
-    """Return an `audit.json`, or nothing where there is none that can be read."""
+    """Return the content of an `audit.json`.
+
+    The result is empty if the file is missing, is damaged or has another version.
+    """
     try:
         audit = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -473,10 +541,16 @@ def read_audit(path: Path) -> dict[str, Any]:
 
 
 def unaudited(audit: dict[str, Any], side: str, roots: Sequence[str]) -> list[str]:
-    """Return those of the folders that an `audit.json` did not compare, as `side` (`train` or `probes`), in their present state."""
+    """Return the folders that an audit did not compare in their present state.
+
+    Args:
+        audit: the content of an `audit.json`.
+        side: `train` or `probes`.
+        roots: folders to look up.
+    """
     known = {folder["fingerprint"] for folder in audit.get(side, ())}
     if not known:
-        return list(roots)  # without opening a thing
+        return list(roots)  # no need to open any index
     return [
         root
         for root in roots

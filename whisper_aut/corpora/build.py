@@ -1,8 +1,8 @@
-"""A manifest → folders of shards.
+"""Build folders of shards from a manifest.
 
-In: a `ManifestSpec`. Out: `OUT/shard-000000.tar …` with `OUT/index.json` (with `split_by`, one such folder per value), and
-`OUT/refused.jsonl` with a line for every row that gave no clip. Next: `corpora.inspect` tells what is in them, `data.stream`
-reads them. The bytes written depend on the inputs alone, not on the number of workers.
+A build writes `OUT/shard-000000.tar …` and `OUT/index.json` (one such folder per value of
+`split_by`, if that is set), and `OUT/refused.jsonl` with one line per rejected row. The bytes
+written depend only on the inputs, not on the number of workers.
 """
 
 import hashlib
@@ -35,16 +35,16 @@ from whisper_aut.errors import Reason, SampleRefused, UserError
 
 SUFFIX_OF_FORMAT = {"FLAC": "flac", "WAV": "wav", "WAVEX": "wav", "OGG": "ogg", "MP3": "mp3"}
 LOSSY = ("VORBIS", "OPUS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
-HEAD_BYTES = 4096  # that tell a file's layout of channels
+HEAD_BYTES = 4096  # enough of a file to tell its channel layout
 MAX_FLAC_RATE_HZ = 655_350
 BATCH_FILES = 32
-BATCH_BYTES = 8 << 20  # of encoded audio that one message between processes carries
-ROUNDING_SECONDS = 0.1  # that the end of a segment may lie behind the end of its file
+BATCH_BYTES = 8 << 20  # encoded audio in one message between processes
+ROUNDING_SECONDS = 0.1  # a segment may end this much after the end of its file
 
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """One clip as a shard holds it; `suffix` names the kind of `audio`."""
+    """One clip as it is stored in a shard; `suffix` is the file extension of `audio`."""
 
     audio: bytes
     suffix: str
@@ -53,7 +53,7 @@ class EncodedClip:
 
 @dataclass(frozen=True)
 class Ingested:
-    """An entry of the manifest with its audio."""
+    """A manifest entry with its audio."""
 
     entry: Entry
     clip: EncodedClip
@@ -67,16 +67,24 @@ Outcome = EncodedClip | SampleRefused
 def ingest(
     entries: Iterable[Entry | RefusedRow], limits: ClipLimits, workers: int
 ) -> Generator[Ingested | RefusedRow]:
-    """Read and check the audio of all entries; one item comes out per item that goes in, in the same order.
+    """Read and check the audio of all entries.
+
+    Yields one item per input item, in the same order. Rejected rows pass through.
+
+    Args:
+        entries: the items of a manifest.
+        limits: what a clip must satisfy.
+        workers: number of decoding processes; with 1 decoding happens in this process.
 
     Raises:
-        UserError: a worker process died, which is more than a decoder's error.
+        UserError: a worker process died. Errors of a decoder only reject the row.
     """
     if workers == 1:
         for batch in _batches(entries):
             yield from _settle(batch, _read_batch(_jobs(batch), limits))
         return
-    # Linux forks: starting afresh would import torch in every worker. They only decode, no thread's lock is theirs.
+    # Fork on Linux: spawned workers would each import torch. Forking is safe because the workers
+    # only decode and take no lock that a thread of the parent may hold.
     context = get_context("fork" if sys.platform == "linux" else None)
     pending: deque[tuple[Batch, Future[list[Outcome]]]] = deque()
     with ProcessPoolExecutor(workers, context, initializer=obey_parent) as pool:
@@ -92,14 +100,18 @@ def ingest(
 
 
 def read_clip(path: Path, limits: ClipLimits, segment: Segment | None = None) -> EncodedClip:
-    """Read one file, or a segment of it, check that it decodes within the limits, and return what a shard should hold of it.
+    """Read a file or a segment of it and check that it decodes within the limits.
+
+    Whole files keep their encoding if shards support it. Other formats and segments are encoded
+    again, as FLAC or WAV.
 
     Raises:
-        SampleRefused: missing or not a file, a segment that is not in it, or refused by `corpora.audio.decode`.
+        SampleRefused: the path is missing or is not a regular file, the segment is not inside the
+            file, or `audio.decode` rejects the audio.
     """
     try:
         found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe would block for ever
+        if not stat.S_ISREG(found.st_mode):  # a pipe would block forever
             raise SampleRefused(Reason.MISSING_FILE, "not a file")
         if segment:
             return _cut(path, segment, limits)
@@ -108,7 +120,7 @@ def read_clip(path: Path, limits: ClipLimits, segment: Segment | None = None) ->
                 Reason.TOO_LARGE, f"{found.st_size} bytes, limit {limits.max_bytes}"
             )
         data = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file system could hold
+    except (OSError, ValueError) as error:  # ValueError: not a valid file name
         detail = error.strerror if isinstance(error, OSError) else None
         raise SampleRefused(Reason.MISSING_FILE, detail or str(error)) from None
     clip = decode(data, limits)
@@ -121,20 +133,20 @@ def read_clip(path: Path, limits: ClipLimits, segment: Segment | None = None) ->
 
 
 def _cut(path: Path, segment: Segment, limits: ClipLimits) -> EncodedClip:
-    """Read a segment and nothing else of its file, which may be hours long."""
+    """Read only the segment: the file may be hours long."""
     with opened_recording(path) as file:
         rate, there = file.samplerate, file.frames / file.samplerate
         end = there if segment.seconds is None else segment.start_seconds + segment.seconds
         if segment.start_seconds >= there or end > there + ROUNDING_SECONDS:
             raise SampleRefused(
                 Reason.BAD_ROW,
-                f"a segment from {segment.start_seconds:g} to {end:g} s of a file that ends at {there:g} s",
+                f"a segment from {segment.start_seconds:g} to {end:g} s of a file that ends at "
+                f"{there:g} s",
             )
         start = round(segment.start_seconds * rate)
         file.seek(start)
-        wanted = min(
-            round(end * rate) - start, round((limits.max_seconds + 1) * rate)
-        )  # enough to know that it is too long
+        # One second above the limit is enough for `decode` to reject the clip as too long.
+        wanted = min(round(end * rate) - start, round((limits.max_seconds + 1) * rate))
         with path.open("rb") as head:
             samples = _native(file, wanted, head.read(HEAD_BYTES))
     data, suffix = _encode(samples, rate)
@@ -142,22 +154,27 @@ def _cut(path: Path, segment: Segment, limits: ClipLimits) -> EncodedClip:
 
 
 def _native(file: soundfile.SoundFile, frames: int, head: bytes) -> np.ndarray:
-    """Read samples as the file holds them: int16, int32 or float32. `head` are its first bytes."""
+    """Read samples in the file's own precision: int16, int32 or float32.
+
+    More than two channels are mixed down. `head` is the beginning of the file.
+    """
     if file.channels > 2:
         return mix_down(file.read(frames, dtype="float32"), channel_layout(file, head))
     if file.subtype in ("FLOAT", "DOUBLE"):
         return file.read(frames, dtype="float32")
-    if file.subtype in LOSSY:  # read as integers they would wrap round: +1.0 becomes -1.0
+    if file.subtype in LOSSY:
+        # Read as integers, values would wrap around: +1.0 becomes -1.0.
         samples = file.read(frames, dtype="float32")
         return np.clip(np.rint(samples * 2.0**15), -(2**15), 2**15 - 1).astype(np.int16)
-    # Integers are read as integers: libsndfile's scales for reading and for writing floats differ by one step.
+    # Do not read integers as floats: libsndfile reads and writes floats with scales that differ
+    # by one step.
     return file.read(
         frames, dtype="int32" if file.subtype.endswith(("20", "24", "32")) else "int16"
     )
 
 
 def _encode(samples: np.ndarray, rate: int) -> tuple[bytes, str]:
-    """Return samples as FLAC, or as WAV where FLAC cannot hold them, and the suffix."""
+    """Encode samples as FLAC, or as WAV if FLAC does not support them; return bytes and suffix."""
     fits_flac = samples.dtype != np.float32 and rate <= MAX_FLAC_RATE_HZ
     depth = {"float32": "FLOAT", "int32": "PCM_24", "int16": "PCM_16"}[samples.dtype.name]
     encoded = io.BytesIO()
@@ -179,7 +196,7 @@ def _batches(entries: Iterable[Entry | RefusedRow]) -> Iterator[Batch]:
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a file; 0 where there is none."""
+    """Return the size of a file in bytes, or 0 if it does not exist."""
     try:
         return os.stat(path).st_size
     except (OSError, ValueError):
@@ -206,7 +223,8 @@ def _result(batch: Batch, future: "Future[list[Outcome]]") -> Iterator[Ingested 
     except BrokenProcessPool:
         lines = f"lines {batch[0].line} to {batch[-1].line}"
         raise UserError(
-            f"A worker process died, probably while it read an audio file of {lines} of the manifest, or for want of memory. "
+            f"A worker process died, probably while it read an audio file of {lines} of the "
+            f"manifest, or for want of memory. "
             "Run with --workers 1 to find the file, and leave its row out."
         ) from None
     yield from _settle(batch, outcomes)
@@ -226,16 +244,17 @@ def _settle(batch: Batch, outcomes: Sequence[Outcome]) -> Iterator[Ingested | Re
 
 
 def obey_parent() -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is the parent's to handle: one message, not one per worker
+    """Make the calling worker process ignore Ctrl-C and exit when its parent does."""
+    # The parent handles Ctrl-C, so that there is one message instead of one per worker.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:
     parent = parent_process()
     if parent:
-        parent.join()  # a parent that was killed cannot stop its pool, whose workers would wait for work for ever
+        # A killed parent cannot stop its pool, whose workers would wait for work forever.
+        parent.join()
         os._exit(1)
 
 
@@ -244,7 +263,14 @@ REFUSED_NAME = "refused.jsonl"
 
 @dataclass
 class Refusals:
-    """Rows that gave no clip, by reason and by split, with an example of each reason; written to `log` if there is one."""
+    """Counts the rejected rows by reason and by split.
+
+    Attributes:
+        log: file that each row is written to as a JSON line; None for no log.
+        counts: number of rows by reason.
+        by_split: number of rows by split and reason.
+        examples: the first row of each reason.
+    """
 
     log: TextIO | None = None
     counts: Counter[str] = field(default_factory=Counter)
@@ -257,9 +283,8 @@ class Refusals:
         self.by_split[row.split][row.reason] += 1
         self.examples.setdefault(row.reason, row)
         if self.log:
-            self.log.write(
-                json.dumps(asdict(row)) + "\n"
-            )  # ASCII: a path may hold what UTF-8 does not
+            # Escaped to ASCII, because a path may contain bytes that are not UTF-8.
+            self.log.write(json.dumps(asdict(row)) + "\n")
 
     def table(self) -> str:
         """Return one line per reason, the most frequent first."""
@@ -273,7 +298,11 @@ class Refusals:
 
 @contextmanager
 def refusal_log(out: Path) -> Iterator[TextIO]:
-    """Open `OUT/refused.jsonl`; it is kept if the build fails, since it tells why, and only if there is a line in it."""
+    """Open `OUT/refused.jsonl` for writing.
+
+    The file is kept even if the build fails, because it explains the failure. It is removed if it
+    is empty.
+    """
     partial = out / f".{REFUSED_NAME}.partial"
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -287,18 +316,23 @@ def refusal_log(out: Path) -> Iterator[TextIO]:
             (out / REFUSED_NAME).unlink(missing_ok=True)
 
 
-RECIPE_VERSION = 2  # raise it when the same inputs would give other shards
+RECIPE_VERSION = 2  # increase it when the same inputs result in different shards
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did, or what an earlier one of the same recipe had done (`reused`).
+    """The result of a build.
 
     Attributes:
-        folders: the folders of shards, by split; the split's name is empty without `split_by`.
-        rows: rows of the manifest that `where` kept; `passed_over` are the others.
-        clips, seconds: what was written.
-        refused: rows that gave no clip, by reason.
+        out: output folder.
+        folders: the folders of shards by split. Without `split_by`, the only split is "".
+        rows: number of manifest rows that `where` kept.
+        passed_over: number of rows that `where` dropped.
+        clips: number of clips written.
+        seconds: their total duration.
+        refused: number of rejected rows by reason.
+        recipe: hash of everything that the shards depend on.
+        reused: whether the shards of an earlier build with the same recipe were kept.
     """
 
     out: Path
@@ -312,9 +346,12 @@ class BuildReport:
     reused: bool = False
 
     def summary(self) -> str:
-        """Return one paragraph for people."""
+        """Return a human-readable summary of one paragraph."""
         kept = f" ({self.passed_over} rows passed over by --where)" if self.passed_over else ""
-        text = f"{self.clips} clips, {self.seconds / 3600:.2f} h, from {self.rows} rows{kept}, in {self.out}"
+        text = (
+            f"{self.clips} clips, {self.seconds / 3600:.2f} h, from {self.rows} rows{kept}, "
+            f"in {self.out}"
+        )
         if any(self.folders):
             text += f", split into {', '.join(self.folders)}"
         if self.refused:
@@ -327,7 +364,7 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a first reading of the manifest found, the audio files looked up but not opened."""
+    """The result of a first pass over the manifest that looks up audio files but opens none."""
 
     recipe: str
     rows: int
@@ -345,13 +382,20 @@ def build_shards(
     max_skipped_fraction: float = 0.5,
     progress: bool = True,
 ) -> BuildReport:
-    """Build the shards of a manifest under `out`, unless they are there already.
+    """Build the shards of a manifest under `out`, unless they already exist.
 
-    `workers` is the number of decoding processes, by default one per core that this process may use.
+    Args:
+        spec: the manifest and the meaning of its columns.
+        out: output folder.
+        limits: what a clip must satisfy.
+        workers: number of decoding processes; by default one per available core.
+        max_shard_bytes: size at which the next tar begins.
+        max_skipped_fraction: fraction of rows that may be rejected, in [0, 1].
+        progress: whether to show a progress bar.
 
     Raises:
-        UserError: see `Manifest`; `out` is not a place to write to; more than `max_skipped_fraction` of the rows were refused, or
-            all of one split.
+        UserError: the manifest does not fit (see `Manifest`), `out` cannot be written to, more than
+            `max_skipped_fraction` of the rows were rejected, or all rows of a split were.
     """
     out = Path(out).absolute()
     manifest = Manifest(spec)
@@ -361,9 +405,8 @@ def build_shards(
         "max_skipped_fraction": max_skipped_fraction,
     }
     plan = _survey(manifest, settings)
-    _check_share(
-        manifest, plan.refusals, plan.rows, max_skipped_fraction
-    )  # missing files need no build to be found
+    # Too many missing files are an error before anything is built.
+    _check_share(manifest, plan.refusals, plan.rows, max_skipped_fraction)
     folders = {split: out / split for split in plan.splits}
     _check_out(out, folders)
     indices = _built_before(folders, plan.recipe)
@@ -402,7 +445,7 @@ def _survey(manifest: Manifest, settings: dict[str, Any]) -> _Plan:
     facts = {"version": RECIPE_VERSION, "spec": spec, "manifest": manifest.digest(), **settings}
     recipe = hashlib.sha256(json.dumps(facts, sort_keys=True, default=list).encode())
     rows, splits, refusals = 0, {}, Refusals()
-    for rows, item in enumerate(manifest.entries(), 1):  # noqa: B007 (the last number counts them)
+    for rows, item in enumerate(manifest.entries(), 1):  # noqa: B007 (number of rows)
         if isinstance(item, RefusedRow):
             refusals.add(item)
             continue
@@ -488,7 +531,10 @@ def _check_share(
     hint = f" Relative paths start from {manifest.root}; --audio-root names another folder."
     hint = hint if Reason.MISSING_FILE in refusals.counts else ""
     raise UserError(
-        f"{refused} of {rows} rows of {manifest.path} were refused{allowed}:\n{refusals.table()}\n{more}{hint}".rstrip()
+        (
+            f"{refused} of {rows} rows of {manifest.path} were refused{allowed}:\n"
+            f"{refusals.table()}\n{more}{hint}"
+        ).rstrip()
     )
 
 
@@ -499,18 +545,20 @@ def _check_splits(spec: ManifestSpec, shards: dict[str, ShardFolder], refusals: 
             f"{count} {reason}" for reason, count in refusals.by_split[empty[0]].items()
         )
         raise UserError(
-            f"All rows of {spec.split_by} {empty[0]!r} were refused ({reasons}). Mend them or leave them out by --where."
+            f"All rows of {spec.split_by} {empty[0]!r} were refused ({reasons}). Mend them or "
+            f"leave them out by --where."
         )
 
 
 def _check_out(out: Path, folders: dict[str, Path]) -> None:
-    """Refuse to write where shards lie that this command did not write, or a split would be left over from a former build."""
+    """Check that `out` has no shards from elsewhere and no split left over from another build."""
     if out.exists() and not out.is_dir():
         raise UserError(f"Cannot write shards to {out}: it is a file.")
     for folder in folders.values():
         if next(folder.glob("*.tar"), None) and "recipe" not in _facts(folder):
             raise UserError(
-                f"{folder} holds tars that `data build` did not write. Choose another --out, or move them away."
+                f"{folder} holds tars that `data build` did not write. Choose another --out, or "
+                f"move them away."
             )
     for index in sorted([*out.glob(INDEX_NAME), *out.glob(f"*/{INDEX_NAME}")]):
         facts = _facts(index.parent)
@@ -520,7 +568,8 @@ def _check_out(out: Path, folders: dict[str, Path]) -> None:
             and (index.parent == out or facts["build"].get("split_by"))
         ):
             raise UserError(
-                f"{index.parent} holds shards of a former build, split otherwise. Choose another --out, or delete them."
+                f"{index.parent} holds shards of a former build, split otherwise. Choose another "
+                f"--out, or delete them."
             )
 
 
@@ -533,7 +582,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _built_before(folders: dict[str, Path], recipe: str) -> dict[str, ShardIndex]:
-    """Return the indices of an earlier build of the same recipe whose tars are all there, or nothing."""
+    """Return the indices of a complete earlier build of the same recipe, or an empty dict."""
     if any(_facts(folder).get("recipe") != recipe for folder in folders.values()):
         return {}
     try:

@@ -1,7 +1,7 @@
-"""URL → file: resumed where it was cut, compared with its checksum, never half there under its own name.
+"""Download files with resume and checksums, and unpack archives safely.
 
-In: a URL, a place, the checksum if it is known. Out: the file; until it is whole it is called `NAME.part`. Next: `corpora.unpack`. A
-connection that breaks is opened again and goes on by HTTP Range; a server that ignores ranges makes it begin anew.
+A file is called `NAME.part` until it is complete and its checksum is verified. A broken connection
+is resumed with an HTTP Range request; if the server ignores ranges, the download starts over.
 """
 
 import gzip
@@ -47,10 +47,26 @@ def download(
     first_wait_seconds: float = 1.0,
     progress: bool = True,
 ) -> Path:
-    """Fetch `url` to `path`, or go on with what an earlier call left; a file that is there and right is left alone.
+    """Download `url` to `path`, resuming from what an earlier call left.
+
+    An existing file is only checked against `checksum`.
+
+    Args:
+        url: what to download.
+        path: where to write it.
+        checksum: `sha256:…`, `sha1:…` or `md5:…`; empty for no check.
+        attempts: failed attempts in a row after which to give up. An attempt that received data
+            does not count.
+        first_wait_seconds: wait before the second attempt. It doubles with every failure, up to a
+            minute.
+        progress: whether to show a progress bar.
+
+    Returns:
+        `path`.
 
     Raises:
-        UserError: the server refuses or stays away, the disk is full, or the file is not the one that `checksum` names.
+        UserError: the server rejects the request or cannot be reached, the disk is full, or the
+            checksum differs.
     """
     if path.exists():
         _check(path, checksum, url)
@@ -76,7 +92,7 @@ def download(
 
 
 def _persist(url: str, part: Path, bar: Progress, attempts: int, wait_seconds: float) -> None:
-    """Try until the file is whole; an attempt that brought something does not count."""
+    """Retry until the file is complete; an attempt that received data does not count as failed."""
     failures = 0
     while True:
         before = _size(part)
@@ -87,7 +103,8 @@ def _persist(url: str, part: Path, bar: Progress, attempts: int, wait_seconds: f
         except urllib.error.HTTPError as error:
             if error.code in FATAL_STATUS and error.code not in (408, 429):
                 raise UserError(
-                    f"{url} answers {error.code} {error.reason}. Is the address still right? --mirror names another."
+                    f"{url} answers {error.code} {error.reason}. Is the address still right? "
+                    f"--mirror names another."
                 ) from None
             fault = f"{error.code} {error.reason}"
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
@@ -95,14 +112,15 @@ def _persist(url: str, part: Path, bar: Progress, attempts: int, wait_seconds: f
         failures = 0 if _size(part) > before else failures + 1
         if failures >= attempts:
             raise UserError(
-                f"{url} could not be fetched ({fault}, {attempts} attempts in a row). {_size(part)} bytes are kept in {part}: run "
+                f"{url} could not be fetched ({fault}, {attempts} attempts in a row). "
+                f"{_size(part)} bytes are kept in {part}: run "
                 "the same command again to go on."
             )
         time.sleep(min(60.0, wait_seconds * 2**failures))
 
 
 def _fetch(url: str, part: Path, bar: Progress) -> bool:
-    """Append what the server sends; return whether that was all of it."""
+    """Append what the server sends; return whether the file is complete."""
     have = _size(part)
     request = urllib.request.Request(
         url, headers={"User-Agent": f"whisper-aut/{__version__}", "Accept-Encoding": "identity"}
@@ -117,9 +135,8 @@ def _fetch(url: str, part: Path, bar: Progress) -> bool:
         )
         if total.isdecimal() and int(total) == have:
             return True
-        if (
-            error.code == 416
-        ):  # what is there is longer than what the server has: it is of something else
+        # The local part is longer than the server's file, so it is part of another file.
+        if error.code == 416:
             part.unlink()
             return False
         raise
@@ -146,7 +163,8 @@ def _check(path: Path, checksum: str, url: str) -> None:
         found = hashlib.file_digest(file, kind).hexdigest()
     if found != expected:
         raise UserError(
-            f"{path} is not the file that the recipe was written for: {kind} {found}, expected {expected}. Delete it to fetch it "
+            f"{path} is not the file that the recipe was written for: {kind} {found}, expected "
+            f"{expected}. Delete it to fetch it "
             f"again from {url}; if it comes out the same, the publisher has changed it."
         )
 
@@ -155,22 +173,27 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-MAX_SWELLING = 100  # of the archive's size: audio hardly shrinks, a bomb does
+# Largest unpacked size as a multiple of the archive's: audio compresses little, a zip bomb a lot.
+MAX_SWELLING = 100
 MIN_ALLOWED_BYTES = 1 << 30
 MAX_MEMBERS = 20_000_000
 
 DAMAGE = (
-    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, OSError
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+    EOFError, NotImplementedError, RuntimeError, OSError
 )  # fmt: skip
 
 Member = tuple[str, int, Callable[[], IO[bytes] | None]]
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack `archive` under `folder`, unless it has been before.
+    """Unpack a zip or tar archive into `folder`, unless an earlier call did.
+
+    Any other file is copied. Hidden files, links and `__MACOSX` folders are left out.
 
     Raises:
-        UserError: damaged, a member that would land elsewhere, too large, or the disk is full.
+        UserError: the archive is damaged, a member would be written outside `folder`, the unpacked
+            size is too large, or the disk is full.
     """
     mark = folder / f".unpacked-{archive.name}"
     stamp = f"{archive.stat().st_size} {archive.stat().st_mtime_ns}"
@@ -191,7 +214,8 @@ def unpack(archive: Path, folder: Path) -> None:
         mark.write_text(stamp)
     except DAMAGE as error:
         raise UserError(
-            f"{archive} cannot be unpacked to {folder}: {error}. If it is damaged, delete it and fetch it again."
+            f"{archive} cannot be unpacked to {folder}: {error}. If it is damaged, delete it and "
+            f"fetch it again."
         ) from None
 
 
@@ -203,7 +227,8 @@ def _members(archive: Path) -> Iterator[Member]:
                 if not info.is_dir() and not is_link:
                     yield info.filename, info.file_size, lambda info=info: opened.open(info)
     elif archive.name.endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
-        # tarfile's own gzip does not look at the checksum behind the data; gzip does, once all of it is read.
+        # tarfile's own gzip reader ignores the checksum after the data. The gzip module verifies it
+        # once the stream has been read to the end.
         with gzip.open(archive) if archive.name.endswith("gz") else archive.open("rb") as stream:
             with tarfile.open(fileobj=stream, mode="r|*") as opened:
                 for member in opened:
@@ -213,7 +238,8 @@ def _members(archive: Path) -> Iterator[Member]:
                             member.size,
                             lambda member=member: opened.extractfile(member),
                         )
-                    opened.members = []  # pyright: ignore[reportAttributeAccessIssue] (it would keep every header)
+                    # Otherwise tarfile keeps every header in memory.
+                    opened.members = []  # pyright: ignore[reportAttributeAccessIssue]
             while stream.read(1 << 20):
                 pass
     else:
@@ -226,7 +252,8 @@ def _write(
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not parts or parts[0] == "/" or ".." in parts or ":" in parts[0] or "\0" in name:
         raise UserError(
-            f"{archive} holds {name!r}, which would be written outside {folder}. Not unpacked: is it the right file?"
+            f"{archive} holds {name!r}, which would be written outside {folder}. Not unpacked: is "
+            f"it the right file?"
         )
     if parts[-1].startswith(".") or "__MACOSX" in parts:
         return
@@ -235,7 +262,7 @@ def _write(
         raise UserError(
             f"{archive}: {name!r} would be written through a link that leads out of {folder}."
         )
-    if path.is_file() and path.stat().st_size == size:  # of an unpacking that was cut short
+    if path.is_file() and path.stat().st_size == size:  # written before an interruption
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")

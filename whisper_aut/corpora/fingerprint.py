@@ -1,12 +1,12 @@
-"""A clip's sound → 32 bits every 16 ms, and an index that finds the clips which share a stretch of them.
+"""Acoustic fingerprints, and an index that finds clips which share a segment.
 
-In: decoded samples. Out: a `Fingerprint`; from a `FingerprintIndex` over many, the `Stretch`es that another one shares with them.
-Next: `corpora.audit`. A bit says whether the energy of one of 32 bands fell off against its upper neighbour more than it did 128 ms
-earlier: signs of differences, which neither gain nor a codec changes much (after Haitsma & Kalker, "A Highly Robust Audio
-Fingerprinting System", ISMIR 2002). Unlike spectral peaks they also tell noises apart: rain, waves, fire.
+After Haitsma & Kalker, "A Highly Robust Audio Fingerprinting System", ISMIR 2002. A fingerprint is
+a 32-bit word every 16 ms. Each bit says whether the energy difference between a band and the next
+higher band is larger than it was 128 ms earlier. Gain and codecs change these signs little. Unlike
+spectral peaks, they also distinguish noises such as rain, waves and fire.
 
-Candidates come from words that are equal, up to their three least certain bits, on one diagonal (the same offset between the two
-clips); each is then judged by all of its bits. Unrelated sounds differ in about half of the bits.
+Candidates are pairs of clips with equal words (up to the three least certain bits) at the same
+offset. All bits of a candidate are then compared. Unrelated sounds differ in about half of them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,33 +18,41 @@ import numpy as np
 import scipy.fft
 import soxr
 
-RATE_HZ = 8_000  # what most corpora hold at least
+RATE_HZ = 8_000  # most corpora have at least this rate
 WINDOW_SAMPLES, HOP_SAMPLES = 2_048, 128  # 256 ms and 16 ms
 EDGE_SAMPLES = WINDOW_SAMPLES // 2
 LAG_FRAMES = 8
 BANDS, LOWEST_HZ, HIGHEST_HZ = 33, 250.0, 3_400.0
 BITS = BANDS - 1
 FRAME_SECONDS = HOP_SAMPLES / RATE_HZ
-SPAN_SECONDS = (WINDOW_SAMPLES + LAG_FRAMES * HOP_SAMPLES) / RATE_HZ  # of audio under one word
-FLOOR = 1e-6  # frames 60 dB below the loudest say more about the codec than about the sound
-SILENCE = (
-    1e-5 * WINDOW_SAMPLES / 4
-) ** 2  # about what a sine of amplitude 1e-5 gives, and above 16-bit rounding
-STEADY = 1e-3  # a hum does not change: the signs of its differences are those of rounding
+SPAN_SECONDS = (WINDOW_SAMPLES + LAG_FRAMES * HOP_SAMPLES) / RATE_HZ  # audio that one word covers
+# Frames 60 dB below the loudest say more about the codec than about the sound.
+FLOOR = 1e-6
+# About the power of a sine with amplitude 1e-5, which is above 16-bit rounding.
+SILENCE = (1e-5 * WINDOW_SAMPLES / 4) ** 2
+# A hum does not change, so the signs of its differences are rounding noise.
+STEADY = 1e-3
 BLOCK_FRAMES = 512
 DOUBTFUL_BITS = 3
-RUN_LIMIT, CANDIDATES = 32, 48  # bounds on what one word, and one clip, may cost
-WINDOW_FRAMES = 164  # a part of 3 s holds as many words
+RUN_LIMIT, CANDIDATES = 32, 48  # bound the cost of one word and of one clip
+WINDOW_FRAMES = 164  # words in a segment of 3 s
 MIN_FRAMES = 20
+# Number of words, and the fraction of bits that may differ.
 TOLERATED = (
     (MIN_FRAMES, 24, 40, 60, 100),
     (0.055, 0.09, 0.09, 0.16, 0.25),
-)  # words, and the share of bits that may differ
+)
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`words` is uint32 `[W]`; `heard` `[W]` marks those that rest on sound; `doubtful` `[W, 3]` the masks of the least certain bits."""
+    """The fingerprint of a clip with W words.
+
+    Attributes:
+        words: uint32 `[W]`.
+        heard: bool `[W]`; False where the audio is silent or does not change.
+        doubtful: uint32 `[W, 3]`; masks of the least certain bits of each word.
+    """
 
     words: np.ndarray
     heard: np.ndarray
@@ -53,14 +61,15 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A part that two clips share.
+    """A segment that two clips share.
 
     Attributes:
         clip: number of the indexed clip.
-        bit_error: share of bits that differ, 0 … 1.
-        words: how many words that share is of.
-        starts_at, indexed_starts_at: seconds into the searched and the indexed clip.
-        seconds: length.
+        bit_error: fraction of bits that differ, in [0, 1].
+        words: number of words compared.
+        starts_at: start in the searched clip, in seconds.
+        indexed_starts_at: start in the indexed clip, in seconds.
+        seconds: duration of the segment.
     """
 
     clip: int
@@ -72,11 +81,19 @@ class Stretch:
 
 
 def fingerprint(samples: np.ndarray, sample_rate_hz: int) -> Fingerprint:
-    """Return the fingerprint of `[S]` or `[S, channels]`; clips below half a second have too few words to be found."""
+    """Return the fingerprint of a clip.
+
+    Clips shorter than half a second have too few words to be found.
+
+    Args:
+        samples: `[S]` or `[S, channels]`.
+        sample_rate_hz: their rate.
+    """
     mono = samples if samples.ndim == 1 else samples.mean(axis=1)
     if sample_rate_hz != RATE_HZ:
         mono = soxr.resample(mono, sample_rate_hz, RATE_HZ, quality="HQ")
-    # What stands at the very edge of a clip, such as half a bark, would fall under the slopes of the window alone.
+    # Pad: otherwise only the tapered ends of the window would cover the very edges of a clip, for
+    # example half a bark.
     energies = _band_energies(np.pad(np.asarray(mono, dtype=np.float32), EDGE_SAMPLES))
     if len(energies) <= LAG_FRAMES:
         return Fingerprint(
@@ -98,7 +115,7 @@ def fingerprint(samples: np.ndarray, sample_rate_hz: int) -> Fingerprint:
 
 
 def _band_energies(mono: np.ndarray) -> np.ndarray:
-    """Return float32 `[frames, bands]`."""
+    """Return the mean power per band as float32 `[frames, bands]`."""
     frames = (len(mono) - WINDOW_SAMPLES) // HOP_SAMPLES + 1
     if frames <= 0:
         return np.zeros((0, BANDS), np.float32)
@@ -124,12 +141,13 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
 
 
 class FingerprintIndex:
-    """Finds the clips, of those it was made of, that share a part with another one.
+    """An index over clips that finds those which share a segment with another clip.
 
-    It takes 13 bytes a word, about 3 MB for an hour of audio. What a search costs grows with the searched clip, hardly with the index.
+    It takes 13 bytes per word, about 3 MB per hour of audio. The cost of a search grows with the
+    length of the searched clip and hardly with the size of the index.
 
     Args:
-        fingerprints: of the clips, which are numbered as they come.
+        fingerprints: those of the clips to index. Clips are numbered in this order.
     """
 
     def __init__(self, fingerprints: Iterable[Fingerprint]):
@@ -149,10 +167,11 @@ class FingerprintIndex:
 
     @property
     def bytes(self) -> int:
+        """Memory of the index, in bytes."""
         return sum(array.nbytes for array in (self._words, self._heard, self._places, self._keys))
 
     def search(self, wanted: Fingerprint) -> list[Stretch]:
-        """Return the best shared part with each clip that shares one, least bit error first."""
+        """Return the best shared segment per matching clip, lowest bit error first."""
         best: dict[int, Stretch] = {}
         for clip, offset in self._candidates(wanted):
             found = self._judge(wanted, clip, offset)
@@ -161,7 +180,10 @@ class FingerprintIndex:
         return sorted(best.values(), key=lambda stretch: (stretch.bit_error, stretch.clip))
 
     def _candidates(self, wanted: Fingerprint) -> Iterator[tuple[int, int]]:
-        """Yield `(clip, offset)`, most votes first: word n of the searched clip lies on word n + offset of the indexed one."""
+        """Yield `(clip, offset)`, the pairs with the most equal words first.
+
+        Word n of the searched clip corresponds to word n + offset of the indexed clip.
+        """
         asked = np.flatnonzero(wanted.heard)
         if not len(asked) or not len(self._keys):
             return
@@ -185,7 +207,7 @@ class FingerprintIndex:
             yield clip, int(pairs[number, 1] - self._starts[clip])
 
     def _judge(self, wanted: Fingerprint, clip: int, offset: int) -> Stretch | None:
-        """Return the most telling window of the overlap, if it is telling enough."""
+        """Return the window of the overlap with the strongest match, or None if it is too weak."""
         base, length = self._starts[clip], int(self._starts[clip + 1] - self._starts[clip])
         first, last = max(0, -offset), min(len(wanted.words), length - offset)
         here, there = slice(first, last), slice(base + first + offset, base + last + offset)
@@ -197,7 +219,7 @@ class FingerprintIndex:
         number = int(np.argmax(_tolerated(counted) - errors))
         window = self._words[there][number : number + size][both[number : number + size]]
         if errors[number] > _tolerated(counted[number]) or len(np.unique(window)) < len(window) / 4:
-            return None  # too many wrong bits, or a hum that says the same all the time
+            return None  # too many wrong bits, or a hum whose words hardly change
         start = first + number
         seconds = (size - 1) * FRAME_SECONDS + SPAN_SECONDS
         return Stretch(
@@ -211,7 +233,7 @@ class FingerprintIndex:
 
 
 def _variants(words: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
-    """Return `[W, 8]`: each word with every choice of its doubtful bits turned over."""
+    """Return `[W, 8]`: each word with every combination of its doubtful bits flipped."""
     columns = []
     for choice in product((0, 1), repeat=DOUBTFUL_BITS):
         flips = np.bitwise_or.reduce(doubtful * np.array(choice, np.uint32), axis=1)
@@ -225,10 +247,12 @@ def _window_sums(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def _tolerated(words: np.ndarray) -> np.ndarray:
-    """Return the share of wrong bits up to which so many words count as the same sound; negative below `MIN_FRAMES`.
+    """Return the bit error up to which this many words count as the same sound.
 
-    Chance is no danger, since it gives about a half. Likeness is: one word spoken twice by one person differs in as little as a tenth
-    of the bits, over half a second. So the fewer the words, the more alike they must be.
+    The value is negative below `MIN_FRAMES`. The limit does not guard against chance, which gives
+    an error of about one half, but against similar sounds: the same word spoken twice by one person
+    can differ in as little as a tenth of the bits over half a second. The fewer words there are,
+    the more similar they must be.
     """
     return np.where(words < MIN_FRAMES, -1.0, np.interp(words, *TOLERATED))
 

@@ -1,9 +1,8 @@
-"""Shards → facts about them, from headers alone.
+"""Count what a folder of shards contains and what in it cannot be used.
 
-In: a folder or URL of shards, ours or anybody's, or a folder of such folders (`data build --split-by`). Out: `ShardFacts`: how
-much of what, and what cannot be used and why. Next: `corpora.inspect_view` prints them, `--json`
-writes them. Only audio of floats is decoded, for its scale; damage after a valid header is found by
-the run that decodes the clip.
+Only headers are read, so damage after a valid header goes unnoticed until training decodes the
+clip. The exceptions are float audio, which is decoded to check its scale, and audio whose header
+has no duration.
 """
 
 from array import array
@@ -40,23 +39,28 @@ EXAMPLES = 5
 
 @dataclass
 class ShardFacts:
-    """What a folder of shards holds.
+    """Statistics of a folder of shards.
 
     Attributes:
-        root: where; `folders` counts the clips of each folder of shards under it.
-        shards, bytes: tars and their size.
-        clips: samples whose audio header and JSON can be read; all counts below are of them.
+        root: the folder or URL.
+        folders: number of clips per folder of shards under `root`.
+        shards: number of tars.
+        bytes: total size of the tars.
+        clips: number of samples whose audio header and JSON are valid. Except for `refused` and
+            `faults`, the counts below are of these.
         seconds: duration per clip.
-        rates_hz, channels, codecs: of the audio as it is stored.
-        fields: the values of each of `FIELDS`, counted.
-        labels: classes, counted; a clip with several counts for each.
-        labelled: clips that have a class.
-        fields_without_text: other fields of the clips that have neither text nor label, counted.
+        rates_hz, channels, codecs: number of clips by property of the stored audio.
+        fields: number of clips by value, for each of `FIELDS`.
+        labels: number of clips by class; a clip may have several classes.
+        labelled: number of clips with a class.
+        fields_without_text: for clips with neither text nor label, how often each other field
+            occurs.
         words, characters: length of the text per clip that has one.
-        refused: samples that cannot be used, by reason.
-        examples: a few clips (key, seconds, text); `faults` a few refusals (place, reason).
-        warnings: where the tars are not what their index says.
-        builds: per folder, what its builder counted, as its index tells.
+        refused: number of samples that cannot be used, by reason.
+        examples: the first few clips (key, seconds, text, label).
+        faults: the first few unusable samples (place, reason, detail).
+        warnings: differences between tars and index, repeated keys and unknown languages.
+        builds: per folder, the counts that its builder stored in the index.
     """
 
     root: str
@@ -84,10 +88,11 @@ class ShardFacts:
 
     @property
     def hours(self) -> float:
+        """Total duration of the clips."""
         return sum(self.seconds) / 3600
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+        """Return the statistics as values that JSON supports."""
         return {
             "root": self.root,
             "folders": self.folders,
@@ -114,11 +119,19 @@ class ShardFacts:
         }
 
 
-def inspect_shards(root: str | Path, limits: ClipLimits = ClipLimits()) -> ShardFacts:  # noqa: B008 (frozen)
+def inspect_shards(
+    root: str | Path,
+    limits: ClipLimits = ClipLimits(),  # noqa: B008 (frozen)
+) -> ShardFacts:
     """Read every header and annotation under `root`.
 
+    Args:
+        root: a folder or URL of shards, with or without an index, or a folder of such folders.
+        limits: what a clip must satisfy.
+
     Raises:
-        UserError: there are no shards, or an index is damaged or names tars that are missing. Damage inside a tar is counted.
+        UserError: there are no shards, or an index is damaged or lists missing tars. Damage inside
+            a tar is counted instead.
     """
     facts = ShardFacts(str(root))
     for name, index in open_indices(str(root)):
@@ -137,13 +150,14 @@ def inspect_shards(root: str | Path, limits: ClipLimits = ClipLimits()) -> Shard
     if unknown:
         listed = ", ".join(f"{tag!r}: {n}" for tag, n in Counter(unknown).most_common(EXAMPLES))
         facts.warnings.append(
-            f"{sum(unknown.values())} clips have a language that no Whisper has a token for ({listed})."
+            f"{sum(unknown.values())} clips have a language that no Whisper has a token for "
+            f"({listed})."
         )
     return facts
 
 
 def distribution(values: Iterable[float]) -> dict[str, float]:
-    """Return minimum, median, mean, 95th percentile and maximum; nothing of nothing."""
+    """Return minimum, median, mean, 95th percentile and maximum; an empty dict for no values."""
     numbers = np.asarray(values, dtype=np.float64)
     if not len(numbers):
         return {}
@@ -153,9 +167,10 @@ def distribution(values: Iterable[float]) -> dict[str, float]:
 
 
 def histogram(seconds: Iterable[float]) -> dict[str, int]:
-    """Count clips by duration; a clip of exactly 30 s stands under `20–30 s`."""
+    """Count clips by duration; a clip of exactly 30 s is counted under `20–30 s`."""
     edges = np.asarray([*HISTOGRAM_EDGES_SECONDS, np.inf])
-    # Half a millisecond of grace, as `ClipLimits` has it, and ends that belong to the bin below them.
+    # Upper edges belong to the lower bin, with the same half-millisecond tolerance that decoding
+    # applies to the maximum duration.
     bins = np.searchsorted(edges + 5e-4, np.asarray(seconds, dtype=np.float64)) - 1
     counts = np.bincount(np.maximum(bins, 0), minlength=len(edges) - 1)
     names = [f"{low:g}–{high:g} s" for low, high in pairwise(edges[:-1])] + [f"> {edges[-2]:g} s"]
@@ -163,6 +178,13 @@ def histogram(seconds: Iterable[float]) -> dict[str, int]:
 
 
 def open_indices(root: str) -> Iterator[tuple[str, ShardIndex]]:
+    """Yield the name and index of each folder of shards under `root`.
+
+    If `root` itself is a folder of shards, its name is "".
+
+    Raises:
+        UserError: there are no shards, or an index is damaged or lists missing tars.
+    """
     filesystem, path = fsspec.url_to_fs(root)
     is_own = (
         filesystem.exists(f"{path}/{INDEX_NAME}")
@@ -253,7 +275,10 @@ MOST_LABELS = 20
 
 
 def render(facts: ShardFacts) -> RenderableType:
-    """Return the tables in the order in which one asks: how much, how long, of what, what is wrong, for instance."""
+    """Return tables for the terminal.
+
+    The order is: overview, durations, labels, unusable samples, warnings, examples.
+    """
     parts: list[RenderableType] = [_overview(facts)]
     if facts.clips:
         parts += [_lengths(facts), _durations(facts)]

@@ -1,7 +1,6 @@
-"""Anyone's table of audio files and texts → checked entries, one per clip.
+"""Read a manifest, a table of audio files and texts, into one checked entry per clip.
 
-In: a manifest (`corpora.tables` says in which formats) and a `ManifestSpec` that says which columns mean what. Out: `Entry` for
-each row that can be tried, `RefusedRow` for each that cannot. Next: `corpora.build` decodes the audio and writes shards.
+A `ManifestSpec` says what the columns mean. `data.annotation.read_rows` reads the table.
 """
 
 import hashlib
@@ -38,34 +37,39 @@ AUDIO_COLUMNS = (
     "audio_filepath",
     "file_name",
 )
-OFFSET_COLUMN, DURATION_COLUMN = "offset", "duration"  # as NeMo's manifests call them
+OFFSET_COLUMN, DURATION_COLUMN = "offset", "duration"  # the names in NeMo manifests
 ANNOTATION_COLUMNS = tuple(
     f.name for f in fields(Annotation) if f.name not in ("extra", "duration_seconds")
 )
 CONSTANTS = ("domain", "task", "language", "source", "licence")
 MAX_KEY_CHARACTERS = 100
-MAX_SPLITS = 256  # each has a tar open; more of them are a column of names rather than of splits
+# Each split keeps a tar open. A column with more values is unlikely to name splits.
+MAX_SPLITS = 256
 
 Reader = Callable[[Row], Any]
 
 
 @dataclass(frozen=True)
 class ManifestSpec:
-    """Which file, and what its columns mean.
+    """A manifest and the meaning of its columns.
 
     Attributes:
         manifest: the table.
-        audio_root: folder that relative audio paths start from; the manifest's own by default.
-        audio: column with the path; the first of `AUDIO_COLUMNS` that exists by default.
-        text: a column, or a template over columns such as `a {mood} tune`; `{category:words}` writes the underscores of a value
-            as spaces. A row in which one of the columns is empty has no text. By default the first
-            of `TEXT_FIELDS` that has a value in the row.
-        label: the class, a column or a template likewise.
-        offset: column with the second at which a clip begins in a longer file; `offset` where there is one.
-        duration: column with a clip's seconds; `duration` where clips have an offset. Without, a clip ends where its file does.
-        domain, task, language, source, licence: the same for every row; they win over columns of these names.
-        where: rows are kept whose column has one of the values.
-        split_by: a column; each of its values gets its own folder of shards.
+        audio_root: folder that relative audio paths start from; by default the manifest's own.
+        audio: column with the path; by default the first of `AUDIO_COLUMNS` that exists.
+        text: a column, or a template over columns such as `a {mood} tune`. `{category:words}`
+            writes the underscores of a value as spaces. A row in which one of the template's
+            columns is empty has no text. By default the first of `TEXT_FIELDS` that has a value in
+            the row.
+        label: column or template with the class; by default the column `label`.
+        offset: column with the start of a clip in a longer file, in seconds; by default the column
+            `offset` if it exists.
+        duration: column with the duration of a clip in seconds; by default the column `duration`
+            if clips have an offset. Without a duration, a clip ends where its file does.
+        domain, task, language, source, licence: constants for all rows; they override columns of
+            the same names.
+        where: allowed values by column; other rows are dropped.
+        split_by: column whose values each get their own folder of shards.
     """
 
     manifest: Path
@@ -86,7 +90,7 @@ class ManifestSpec:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a file: where it begins, and how long it is; None for up to the end."""
+    """A part of a file; `seconds` is its duration, or None for up to the end."""
 
     start_seconds: float
     seconds: float | None
@@ -94,12 +98,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class Entry:
-    """One clip to be.
+    """A manifest row that describes one clip.
 
     Attributes:
-        line: where its row ends in the manifest.
-        split: the folder that it belongs to.
-        segment: the part of the file that it is; None for all of it.
+        line: line of the manifest at which the row ends.
+        path: the audio file.
+        key: unique key of the sample in its shard.
+        split: name of the folder that the clip goes to; "" without `split_by`.
+        annotation: text, label and metadata.
+        segment: the part of the file to use; None for all of it.
     """
 
     line: int
@@ -112,7 +119,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class RefusedRow:
-    """A row that gives no clip. `path` is the audio file, as written or where it was looked for, if that much could be read."""
+    """A rejected manifest row.
+
+    Attributes:
+        line: line of the manifest at which the row ends.
+        path: the audio file, as written or as resolved; empty if it could not be read.
+        reason: why the row was rejected.
+        detail: more about the reason.
+        split: the row's split, if it could be read.
+    """
 
     line: int
     path: str
@@ -122,15 +137,20 @@ class RefusedRow:
 
 
 class Manifest:
-    """An opened manifest: its columns are known, the spec fits them, and its rows can be read any number of times.
+    """A manifest whose columns fit its spec; its rows can be read any number of times.
+
+    Args:
+        spec: the manifest and the meaning of its columns.
 
     Attributes:
         root: folder that relative audio paths start from.
         columns: names of all columns.
-        passed_over: rows that `where` did not keep, in the last reading.
+        audio: name of the column with the audio path.
+        passed_over: number of rows that `where` dropped in the last reading.
 
     Raises:
-        UserError: no such file, not a table, no rows, or a spec that names what is not there.
+        UserError: the file is missing, is not a table or has no rows, or the spec names a column
+            or a domain that does not exist.
     """
 
     def __init__(self, spec: ManifestSpec):
@@ -138,7 +158,8 @@ class Manifest:
         check_table(self.path)
         if spec.domain not in ("", *DOMAINS):
             raise UserError(
-                f"Domain {spec.domain!r} is not one of {', '.join(DOMAINS)}.{nearest(spec.domain, DOMAINS)}"
+                f"Domain {spec.domain!r} is not one of "
+                f"{', '.join(DOMAINS)}.{nearest(spec.domain, DOMAINS)}"
             )
         self.spec, self.passed_over = spec, 0
         self._splits: dict[str, str] = {}
@@ -160,12 +181,16 @@ class Manifest:
             self._known("where" if column in spec.where else "split-by", column)
 
     def digest(self) -> str:
-        """The SHA-256 of the manifest's bytes."""
+        """Return the SHA-256 of the manifest's bytes."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def entries(self) -> Iterator[Entry | RefusedRow]:
-        """Yield one item per row that `where` keeps, in the manifest's order, with keys that are unique."""
+        """Yield one item per row that `where` keeps, in order; keys are unique.
+
+        Raises:
+            UserError: two split names map to the same folder, or there are more than `MAX_SPLITS`.
+        """
         keys: dict[str, int] = {}
         self.passed_over = 0
         for line, row in read_rows(self.path):
@@ -179,7 +204,7 @@ class Manifest:
                 self.passed_over += 1
 
     def values(self, column: str, at_most: int = 10) -> list[str]:
-        """Return the first distinct values of a column, for messages."""
+        """Return the first distinct values of a column, for error messages."""
         seen: dict[str, None] = {}
         for _, row in read_rows(self.path):
             if not isinstance(row, str) and len(seen) < at_most:
@@ -224,11 +249,13 @@ class Manifest:
             )
         if self._splits.setdefault(split, value) != value:
             raise UserError(
-                f"--split-by: {value!r} and {self._splits[split]!r} would share the folder {split}. Rename one."
+                f"--split-by: {value!r} and {self._splits[split]!r} would share the folder "
+                f"{split}. Rename one."
             )
         if len(self._splits) > MAX_SPLITS:
             raise UserError(
-                f"--split-by {self.spec.split_by}: more than {MAX_SPLITS} values. Name a column of splits."
+                f"--split-by {self.spec.split_by}: more than {MAX_SPLITS} values. Name a column of "
+                f"splits."
             )
         return split
 
@@ -241,18 +268,14 @@ class Manifest:
         if not has_value(own.get("id")):
             own["id"] = written.stem
         taken = {*ANNOTATION_COLUMNS, "duration_seconds", ""}
-        if (
-            written.is_absolute()
-        ):  # a path of somebody's machine has no place in a shard that may be published
+        # Shards may be published: do not store absolute paths of the local machine in them.
+        if written.is_absolute():
             taken.add(self.audio)
         extra = {name: value for name, value in row.items() if name not in taken}
         try:
             annotation = Annotation.from_mapping({**own, **extra})
             size = len(annotation.to_json())
-        except (
-            SampleRefused,
-            ValueError,
-        ) as error:  # ValueError: lone surrogates, which are not UTF-8
+        except (SampleRefused, ValueError) as error:  # ValueError: lone surrogates are not UTF-8
             detail = error.detail if isinstance(error, SampleRefused) else str(error)
             raise SampleRefused(Reason.BAD_ROW, detail) from None
         if size > MAX_JSON_BYTES:
@@ -281,7 +304,8 @@ class Manifest:
         if column not in self.columns:
             hint = nearest(column, self.columns)
             raise UserError(
-                f"{self.path} has no column {column!r}, which --{option} names.{hint} {self._listed()}"
+                f"{self.path} has no column {column!r}, which --{option} names.{hint} "
+                f"{self._listed()}"
             )
         return column
 
@@ -291,7 +315,8 @@ class Manifest:
     def _no_column(self, option: str, usual: Sequence[str]) -> UserError:
         looked = f"looked for {', '.join(usual)}"
         return UserError(
-            f"{self.path} has no {option} column ({looked}). {self._listed()} Name one with --{option} COLUMN."
+            f"{self.path} has no {option} column ({looked}). {self._listed()} Name one with "
+            f"--{option} COLUMN."
         )
 
 
@@ -320,7 +345,10 @@ def _seconds_of(value: Any, column: str) -> float | None:
 
 
 def _safe(name: str) -> str:
-    """A name that is safe in a tar and as a folder, and has no dot, from which WebDataset reckons the extension."""
+    """Make a name safe as a tar key and as a folder.
+
+    It has no dot, because WebDataset treats everything after the first dot as the extension.
+    """
     return re.sub(r"[^\w-]+", "_", name).strip("_")[:MAX_KEY_CHARACTERS]
 
 

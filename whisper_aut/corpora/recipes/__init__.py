@@ -1,6 +1,6 @@
-"""Public corpora, a recipe each, and the registry that names them.
+"""Registry of the recipes of public corpora.
 
-In: a name. Out: its `Recipe`. Next: `corpora.recipes.build`. A new corpus is one `Recipe` and one line here.
+To add a corpus, write a `Recipe` and list it here.
 """
 
 from whisper_aut.corpora.recipes import captions, folder, music, sound, speech, x_ares
@@ -38,7 +38,7 @@ def find_recipe(name: str) -> Recipe:
     """Return a recipe by name.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is no recipe of that name.
     """
     if name not in RECIPES:
         raise UserError(

@@ -1,8 +1,8 @@
-"""What a recipe is: where a public corpus lies, on what terms, and how its files become rows of a manifest.
+"""Recipes of public corpora: where to get them, their licence, and how files become manifest rows.
 
-In: facts that were looked up, written down in the modules beside this one. Out: `Recipe`. Next: `corpora.download` fetches the archives,
-`corpora.recipes.build` turns the rows into shards. `checked` names the facts that were compared with the publisher's own page or with
-a release of torchaudio; the others are as papers tell them, and nobody has compared them.
+`get` downloads and unpacks a corpus, `build` makes its shards. `Recipe.checked` names the metadata
+that was compared with the publisher's page or with a torchaudio release. The rest is taken from
+papers and has not been verified.
 """
 
 import csv
@@ -26,14 +26,21 @@ Rows = Callable[[Path], Iterator[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Archive:
-    """One file to fetch: `checksum` is `sha256:…`, `sha1:…` or `md5:…`, or empty where none was found to compare with."""
+    """A file to download.
+
+    Attributes:
+        url: its address.
+        checksum: `sha256:…`, `sha1:…` or `md5:…`; empty if no published checksum was found.
+        into: folder to unpack into, for archives without a top-level folder.
+    """
 
     url: str
     checksum: str = ""
-    into: str = ""  # folder, for archives that bring none of their own
+    into: str = ""
 
     @property
     def name(self) -> str:
+        """File name in the URL."""
         return self.url.partition("?")[0].rpartition("/")[2]
 
 
@@ -42,18 +49,23 @@ class Recipe:
     """A public corpus.
 
     Attributes:
-        name, title: for commands; for tables.
-        domain, task: of all clips, where the rows do not say otherwise.
-        licence: as the publisher states it for all clips; where it differs by clip, words that name no licence.
+        name: name in commands.
+        title: name in tables.
+        domain, task: defaults for clips whose rows do not set them.
+        licence: the publisher's licence for all clips. If licences differ by clip, a description
+            that is not the name of a licence.
         source: the publisher's page.
-        rows: unpacked folder → rows with `audio` (relative to it), `text` or `label`, and where there are any `split`,
-            `freesound_id` or `youtube_id`. Where licences differ by clip every row has a `licence`, empty where the tables name none.
-        archives: what is fetched.
-        by_hand: what a person must do, where the terms or the form of the release want it.
-        clips, hours, download_gb: of the whole; None where not known.
-        language: of the speech.
-        max_seconds: the longest clip that is kept; training leaves out what is longer than `data.max_seconds`.
-        checked: which of these facts were compared with their source.
+        rows: function that maps the unpacked folder to rows with `audio` (a path relative to that
+            folder), `text` or `label`, and if available `split`, `freesound_id` or `youtube_id`.
+            If licences differ by clip, every row has a `licence`, which is empty where the
+            corpus's tables name none.
+        archives: files to download.
+        by_hand: instructions, if the terms or the format of the release require manual steps.
+        clips, hours, download_gb: size of the whole corpus; None if unknown.
+        language: language of the speech.
+        max_seconds: duration of the longest clip to keep. Training skips clips longer than
+            `data.max_seconds`.
+        checked: names of the metadata that was compared with its source.
     """
 
     name: str
@@ -74,14 +86,14 @@ class Recipe:
 
 
 class NotThere(UserError):
-    """A part of a corpus is not in its folder; `recipes.build` adds how to get it."""
+    """A part of a corpus is missing from its folder; `build` adds instructions for getting it."""
 
 
 def find(root: Path, pattern: str) -> Path:
-    """Return the one path under `root` that fits, at whatever depth the archive put it.
+    """Return the first path that matches, directly under `root` or else at any depth.
 
     Raises:
-        NotThere: none fits.
+        NotThere: no path matches.
     """
     found = sorted(root.glob(pattern)) or sorted(root.glob(f"**/{pattern}"))
     if not found:
@@ -90,10 +102,10 @@ def find(root: Path, pattern: str) -> Path:
 
 
 def find_parts(root: Path, patterns: Mapping[str, str]) -> dict[str, Path]:
-    """Return the parts of a corpus that are there, by split; a corpus may be fetched in part.
+    """Return the available parts of a corpus by split; a corpus may be downloaded in part.
 
     Raises:
-        NotThere: there is none.
+        NotThere: no part is available.
     """
     found: dict[str, Path] = {}
     for split, pattern in patterns.items():
@@ -107,7 +119,7 @@ def find_parts(root: Path, patterns: Mapping[str, str]) -> dict[str, Path]:
 def audio_files(
     folder: Path, suffixes: tuple[str, ...] = (".wav", ".flac", ".ogg", ".mp3", ".opus")
 ) -> list[Path]:
-    """Return the audio files under a folder, sorted; hidden ones, also by the folder they lie in, are not looked at."""
+    """Return the audio files under a folder, sorted, without hidden files and folders."""
     found = (
         path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file()
     )
@@ -119,16 +131,16 @@ def audio_files(
 
 
 def read_table(path: Path) -> Iterator[dict[str, str]]:
-    """Yield the rows of a CSV with a header."""
+    """Yield the rows of a CSV file with a header."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         yield from csv.DictReader(file)
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
-        UserError: it is not JSON.
+        UserError: the file is not JSON.
     """
     try:
         return json.loads(path.read_bytes())
@@ -137,7 +149,7 @@ def read_json(path: Path) -> Any:
 
 
 def with_article(noun: str) -> str:
-    """Write `organ` as `an organ`, by its first letter."""
+    """Write `organ` as `an organ`, judging by the first letter."""
     return f"{'an' if noun.startswith(tuple('aeiou')) else 'a'} {noun}"
 
 
@@ -152,25 +164,33 @@ MANIFEST_NAME = "manifest.jsonl"
 def get(
     recipe: Recipe, folder: Path, *, mirror: str = "", only: str = "", progress: bool = True
 ) -> Path:
-    """Fetch and unpack a corpus into `folder`; what is there already is not fetched again.
+    """Download and unpack a corpus into `folder`; existing files are not downloaded again.
 
     Args:
-        mirror: a URL or folder of the web under which the same files lie, in place of the publisher's.
-        only: archives whose name holds this.
+        recipe: the corpus.
+        folder: where to put it.
+        mirror: base URL of a server with the same files, to use instead of the publisher's.
+        only: download only archives whose name contains this.
+        progress: whether to show progress bars.
+
+    Returns:
+        `folder`.
 
     Raises:
-        UserError: a person has to fetch it, a download failed, or an archive is damaged.
+        UserError: the corpus needs manual steps, a download failed, or an archive is damaged.
     """
     if not recipe.archives or (recipe.by_hand and not mirror):
         raise UserError(
             f"{recipe.title} has to be fetched by a person. {recipe.by_hand}\n"
-            f"  page: {recipe.source or '-'}\n  licence: {recipe.licence or '-'}\n  folder: {folder}\n"
+            f"  page: {recipe.source or '-'}\n  licence: {recipe.licence or '-'}\n  folder: "
+            f"{folder}\n"
             f"Then: whisper-aut data build {recipe.name} {folder}"
         )
     chosen = [archive for archive in recipe.archives if only in archive.name]
     if not chosen:
         raise UserError(
-            f"{recipe.name} has no archive {only!r}: {', '.join(archive.name for archive in recipe.archives)}."
+            f"{recipe.name} has no archive {only!r}: "
+            f"{', '.join(archive.name for archive in recipe.archives)}."
         )
     for archive in chosen:
         url = f"{mirror.rstrip('/')}/{archive.name}" if mirror else archive.url
@@ -194,14 +214,20 @@ def build(
     """Build the shards of an unpacked corpus.
 
     Args:
-        overrides: options of `data build` that win over the recipe's (texts, labels, which rows, …); its manifest is not looked at.
+        recipe: the corpus.
+        raw: folder of the unpacked corpus.
+        out: output folder.
+        overrides: options of `data build` that override the recipe's (texts, labels, which rows,
+            …). Its `manifest` is ignored.
+        workers, max_skipped_fraction, progress: see `build_shards`.
 
     Raises:
-        UserError: `raw` does not hold the corpus, or see `build_shards`.
+        UserError: `raw` does not contain the corpus, or the build failed (see `build_shards`).
     """
     if not raw.is_dir():
         raise UserError(
-            f"There is no folder {raw}. Fetch the corpus: whisper-aut data get {recipe.name} --out {raw}"
+            f"There is no folder {raw}. Fetch the corpus: whisper-aut data get {recipe.name} --out "
+            f"{raw}"
         )
     manifest, has_splits = _write_manifest(recipe, raw, out)
     given = overrides or ManifestSpec(manifest)
@@ -228,13 +254,17 @@ def build(
 
 
 def _write_manifest(recipe: Recipe, raw: Path, out: Path) -> tuple[Path, bool]:
-    """Write the rows down. A row without the key `licence` has the corpus's; where each clip has its own, an empty one stays empty."""
+    """Write the rows of a corpus as a manifest; return its path and whether all rows have a split.
+
+    Rows without the key `licence` get the corpus's licence. An empty `licence` stays empty: it
+    means that licences differ by clip and this one is unknown.
+    """
     has_splits, number = True, 0
     path, partial = out / MANIFEST_NAME, out / f".{MANIFEST_NAME}.partial"
     try:
         out.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
-            for number, row in enumerate(recipe.rows(raw), 1):  # noqa: B007 (the last number counts them)
+            for number, row in enumerate(recipe.rows(raw), 1):  # noqa: B007 (the number of rows)
                 has_splits = has_splits and bool(row.get("split") or not row["audio"])
                 if recipe.licence and "licence" not in row:
                     row["licence"] = recipe.licence
@@ -253,7 +283,8 @@ def _write_manifest(recipe: Recipe, raw: Path, out: Path) -> tuple[Path, bool]:
         raise UserError(f"Cannot read {raw}, or write {path}: {error}.") from None
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise UserError(
-            f"{raw} is not laid out as {recipe.title} is published: {error!r}. Its page: {recipe.source}."
+            f"{raw} is not laid out as {recipe.title} is published: {error!r}. Its page: "
+            f"{recipe.source}."
         ) from None
     finally:
         partial.unlink(missing_ok=True)
@@ -261,11 +292,11 @@ def _write_manifest(recipe: Recipe, raw: Path, out: Path) -> tuple[Path, bool]:
 
 
 COLUMNS = ("name", "domain", "clips", "hours", "licence", "how it comes", "checked", "source")
-LISTED = 6  # of them fit a terminal
+LISTED = 6  # columns that fit in a terminal
 
 
 def cells(recipe: Recipe) -> tuple[str, ...]:
-    """Return one row; a fact that is not known stays empty."""
+    """Return the table row of a recipe; unknown values are empty."""
     how = "fetched" if recipe.archives and not recipe.by_hand else "by hand"
     return (
         recipe.name,
@@ -280,6 +311,6 @@ def cells(recipe: Recipe) -> tuple[str, ...]:
 
 
 def markdown(recipes: list[Recipe]) -> str:
-    """Return the table as `docs/corpora.md` holds it."""
+    """Return the table of recipes in Markdown, as in `docs/corpora.md`."""
     lines = [COLUMNS, tuple(":---" for _ in COLUMNS), *(cells(recipe) for recipe in recipes)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,7 +1,7 @@
-"""Corpora of captions whose audio a person has to fetch: AudioCaps, MusicCaps, Clotho v2, MusicBench, WavCaps.
+"""Captioned corpora with manual download: AudioCaps, MusicCaps, Clotho v2, MusicBench, WavCaps.
 
-In: the published tables, and the audio beside them. Out: rows; a clip with several captions has the first as `text` and all as
-`caption_1 …`. Clips of a table whose audio is not there are refused as missing files, and counted.
+A clip with several captions has the first one as `text` and all of them as `caption_1`,
+`caption_2`, …. Rows whose audio is missing are rejected and counted when shards are built.
 """
 
 import csv
@@ -28,23 +28,26 @@ WAVCAPS_PARTS = {
     "FreeSound": "fsd_final.json",
     "SoundBible": "sb_final.json",
 }
+# Maps the names in the exclusion lists to parts.
 WAVCAPS_LISTS = {
     "AudioSet": "AudioSet_SL",
     "FreeSound": "FreeSound",
-}  # what the exclusion lists call a part
+}
 YOUTUBE = (
-    "The release names YouTube videos, whose audio a person has to fetch under YouTube's terms. Put {tables} into the folder, and the "
+    "The release names YouTube videos, whose audio a person has to fetch under YouTube's terms. "
+    "Put {tables} into the folder, and the "
     "audio into audio/, each file named by its video's id, or by id and start (`ID_30.wav`, "
     "`ID_30000_40000.flac`)."
 )
 
 
 def audiocaps(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield one row per clip of AudioCaps, whose tables may have several rows per clip."""
     files = _by_stem(raw)
     tables = {"train": "train.csv", "valid": "val.csv", "test": "test.csv"}
     for split, table in find_parts(raw, tables).items():
         clips: dict[tuple[str, str], list[dict[str, str]]] = {}
-        for row in read_table(table):  # validation and test have five rows a clip
+        for row in read_table(table):  # validation and test have five rows per clip
             clips.setdefault((row["youtube_id"], row["start_time"]), []).append(row)
         for (video, start), rows in clips.items():
             numbers = [row.get("audiocap_id", "") for row in rows]
@@ -53,6 +56,7 @@ def audiocaps(raw: Path) -> Iterator[dict[str, Any]]:
 
 
 def musiccaps(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of MusicCaps; clips of AudioSet's evaluation set are the test split."""
     files = _by_stem(raw)
     for row in read_table(find(raw, "musiccaps-public.csv")):
         split = "test" if row["is_audioset_eval"].lower() == "true" else "train"
@@ -64,6 +68,7 @@ def musiccaps(raw: Path) -> Iterator[dict[str, Any]]:
 
 
 def clotho(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of Clotho, with the licence of each clip."""
     names = {"train": "development", "valid": "validation", "test": "evaluation"}
     tables = {split: f"clotho_captions_{name}.csv" for split, name in names.items()}
     for split, table in find_parts(raw, tables).items():
@@ -77,12 +82,13 @@ def clotho(raw: Path) -> Iterator[dict[str, Any]]:
                 "split": split,
                 "freesound_id": number
                 if (number := own.get("sound_id", "")).isdigit()
-                else "",  # or "Not found"
+                else "",  # the table says "Not found" for some clips
                 "licence": own.get("license", ""),
             } | _captions([row[f"caption_{number}"] for number in range(1, 6)])
 
 
 def musicbench(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of MusicBench's training set and its test set A."""
     tables = {"train": "MusicBench_train.json", "test": "MusicBench_test_A.json"}
     for split, table in find_parts(raw, tables).items():
         for line in read_lines(table):
@@ -95,6 +101,11 @@ def musicbench(raw: Path) -> Iterator[dict[str, Any]]:
 
 
 def wavcaps(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of WavCaps, without the clips in its exclusion lists.
+
+    Raises:
+        UserError: the exclusion lists are missing or name an unknown part.
+    """
     files, banned = _by_part(raw), _wavcaps_exclusions(raw)
     tables = {part: f"{part}/{name}" for part, name in WAVCAPS_PARTS.items()}
     for part, table in find_parts(raw, tables).items():
@@ -115,7 +126,10 @@ def wavcaps(raw: Path) -> Iterator[dict[str, Any]]:
 
 
 def _wavcaps_exclusions(raw: Path) -> dict[str, set[str]]:
-    """Return the ids that the release's own lists keep away from AudioCaps, ESC-50, UrbanSound8K and VGGSound."""
+    """Return the ids in the release's exclusion lists, by part.
+
+    They are the clips that overlap with AudioCaps, ESC-50, UrbanSound8K and VGGSound.
+    """
     banned: dict[str, set[str]] = {part: set() for part in WAVCAPS_PARTS}
     lists = sorted(raw.rglob("blacklist*.json"))
     for path in lists:
@@ -127,16 +141,17 @@ def _wavcaps_exclusions(raw: Path) -> dict[str, set[str]]:
             banned[WAVCAPS_LISTS[called]].update(str(name).removesuffix(".wav") for name in names)
     if not lists:
         raise UserError(
-            f"{raw} holds none of the release's blacklist_*.json, without which clips of ESC-50, UrbanSound8K, AudioCaps and VGGSound "
+            f"{raw} holds none of the release's blacklist_*.json, without which clips of ESC-50, "
+            f"UrbanSound8K, AudioCaps and VGGSound "
             "would be trained on. They lie in json_files/blacklist of the release."
         )
     return banned
 
 
 def read_table_of_any_encoding(path: Path) -> Iterator[dict[str, str]]:
-    """Read a CSV that is UTF-8, or else Windows-1252 or Latin-1, as parts of Clotho's metadata are."""
+    """Read a CSV file in UTF-8, Windows-1252 or Latin-1; Clotho's metadata uses several."""
     data = path.read_bytes()
-    for encoding in ("utf-8-sig", "cp1252", "latin-1"):  # the last reads any byte
+    for encoding in ("utf-8-sig", "cp1252", "latin-1"):  # Latin-1 decodes any byte
         try:
             text = data.decode(encoding)
             break
@@ -148,14 +163,17 @@ def read_table_of_any_encoding(path: Path) -> Iterator[dict[str, str]]:
 def _video(
     video: str, start: str, files: dict[str, str], numbers: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return the file of a part of a video, as any of the usual downloaders names it.
+    """Return the row of a segment of a video, whose file may be named as common downloaders do.
 
     Args:
-        numbers: names of the clip in its table.
+        video: the YouTube id.
+        start: start of the segment in seconds.
+        files: paths of the audio by stem.
+        numbers: ids of the clip in its table, which may also name the file.
     """
     seconds = int(float(start))
     start = str(seconds)
-    begins = (f"_{start}", f"_{seconds * 1000}", f"_{seconds}.000")  # with or without its end
+    begins = (f"_{start}", f"_{seconds * 1000}", f"_{seconds}.000")  # `_by_stem` drops the end
     stems = [f"{prefix}{video}{begin}" for begin in (*begins, "") for prefix in ("", "Y")]
     stems += numbers
     found = next((files[stem] for stem in stems if stem in files), f"audio/{video}.wav")
@@ -173,7 +191,7 @@ def _captions(texts: list[str]) -> dict[str, Any]:
 
 
 def _by_stem(raw: Path) -> dict[str, str]:
-    """Return the audio by stem, and where `ID_START_END` names a file, by `ID_START` too."""
+    """Return the audio files by stem. Files named `ID_START_END` are also found by `ID_START`."""
     found = {path.stem: str(path.relative_to(raw)) for path in audio_files(raw)}
     for stem, file in list(found.items()):
         if is_part := re.fullmatch(r"(.+_[\d.]+)_[\d.]+", stem):
@@ -182,9 +200,11 @@ def _by_stem(raw: Path) -> dict[str, str]:
 
 
 def _by_part(raw: Path) -> dict[str, dict[str, str]]:
-    """Return the audio of each part of WavCaps, by stem: parts number their clips from the beginning, so that names collide.
+    """Return the audio of each part of WavCaps by stem.
 
-    Audio in a folder called after a part (`FreeSound_flac`) is that part's; audio elsewhere may be any part's.
+    Parts are kept apart because each numbers its clips from the beginning, so names collide. Audio
+    in a folder named after a part (such as `FreeSound_flac`) belongs to that part; audio elsewhere
+    may belong to any part.
     """
     found: dict[str, dict[str, str]] = {part: {} for part in WAVCAPS_PARTS}
     for path in audio_files(raw):
@@ -239,7 +259,8 @@ CLOTHO = Recipe(
     source="https://zenodo.org/records/4783391",
     rows=clotho,
     by_hand=(
-        "The audio is published as 7z archives. Unpack them with 7z into the folder, as development/, validation/ and evaluation/, and "
+        "The audio is published as 7z archives. Unpack them with 7z into the folder, as "
+        "development/, validation/ and evaluation/, and "
         "put the clotho_captions_*.csv and clotho_metadata_*.csv beside them."
     ),
 )
@@ -252,7 +273,8 @@ MUSICBENCH = Recipe(
     source="https://huggingface.co/datasets/amaai-lab/MusicBench",
     rows=musicbench,
     by_hand=(
-        "Fetch the release with the hub's own client (hf download --repo-type dataset amaai-lab/MusicBench --local-dir FOLDER) and "
+        "Fetch the release with the hub's own client (hf download --repo-type dataset "
+        "amaai-lab/MusicBench --local-dir FOLDER) and "
         "unpack its archive there, so that datashare/ lies beside the .json files."
     ),
     clips=53_168,
@@ -267,8 +289,10 @@ WAVCAPS = Recipe(
     source="https://huggingface.co/datasets/cvssp/WavCaps",
     rows=wavcaps,
     by_hand=(
-        "The audio is published as multi-part zips, which only `zip -FF PART.zip --out WHOLE.zip` joins. Fetch the release with the hub's "
-        "own client (hf download --repo-type dataset cvssp/WavCaps --local-dir FOLDER), join and unpack the archives there."
+        "The audio is published as multi-part zips, which only `zip -FF PART.zip --out WHOLE.zip` "
+        "joins. Fetch the release with the hub's "
+        "own client (hf download --repo-type dataset cvssp/WavCaps --local-dir FOLDER), join and "
+        "unpack the archives there."
     ),
     clips=403_050,
 )

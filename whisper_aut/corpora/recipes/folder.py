@@ -1,8 +1,9 @@
-"""Anybody's folder: classes as subfolders, or a table beside the audio. In: a path. Out: rows.
+"""A recipe for your own folder: class names as subfolders, or a table next to the audio.
 
-`dog/1.wav` gives a class; `train/dog/1.wav` and `fold1/dog/1.wav`, where all top folders are named like splits, a split too. A single CSV,
-TSV or JSONL in the folder is read instead: its audio column, its class and its split by the usual names. Whatever is audio by its
-name becomes a row, what libsndfile cannot read as well: it is refused and counted when shards are built.
+`dog/1.wav` has the class `dog`. If all top folders are named like splits, `train/dog/1.wav` and
+`fold1/dog/1.wav` also have a split. If the folder contains a single CSV, TSV or JSONL table, the
+rows come from that, with the usual column names for audio, class and split. Files in formats that
+libsndfile does not read also become rows; they are rejected and counted when shards are built.
 """
 
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ READABLE = (
     ".w64",
     ".rf64",
 )
-UNREADABLE = (".m4a", ".aac", ".wma", ".mp4", ".webm", ".amr")  # by libsndfile
+UNREADABLE = (".m4a", ".aac", ".wma", ".mp4", ".webm", ".amr")  # libsndfile does not support these
 LABEL_COLUMNS = (
     "label",
     "category",
@@ -58,6 +59,11 @@ SPLIT_COLUMNS = ("split", "fold", "subset")
 
 
 def rows(root: Path) -> Iterator[dict[str, Any]]:
+    """Yield the manifest rows of a folder.
+
+    Raises:
+        UserError: there is no folder, no audio or no class, or there are several tables.
+    """
     if not root.is_dir():
         raise UserError(f"There is no folder {root}.")
     tables = sorted(
@@ -65,7 +71,8 @@ def rows(root: Path) -> Iterator[dict[str, Any]]:
     )
     if len(tables) > 1:
         raise UserError(
-            f"{root} holds {len(tables)} tables: {', '.join(path.name for path in tables)}. Build from the one that you mean: "
+            f"{root} holds {len(tables)} tables: {', '.join(path.name for path in tables)}. Build "
+            f"from the one that you mean: "
             f"whisper-aut data build {tables[0]} --out OUT"
         )
     yield from _from_table(root, tables[0]) if tables else _from_classes(root)
@@ -76,12 +83,13 @@ def _from_table(root: Path, table: Path) -> Iterator[dict[str, Any]]:
     audio = next((name for name in AUDIO_COLUMNS if name in columns), "")
     if not audio:
         raise UserError(
-            f"{table} has no column of audio files (looked for {', '.join(AUDIO_COLUMNS)}). It has {', '.join(columns)}."
+            f"{table} has no column of audio files (looked for {', '.join(AUDIO_COLUMNS)}). It has "
+            f"{', '.join(columns)}."
         )
     label = next((name for name in LABEL_COLUMNS if name in columns), "")
     split = next((name for name in SPLIT_COLUMNS if name in columns), "")
     for number, row in read_rows(table):
-        if isinstance(row, str):  # no audio: refused and counted
+        if isinstance(row, str):  # a row without audio is rejected and counted
             yield {"audio": "", "unreadable": f"line {number} of {table.name}: {row}"}
             continue
         path = Path(str(row[audio]))
@@ -101,18 +109,20 @@ def _from_classes(root: Path) -> Iterator[dict[str, Any]]:
     files = [path.relative_to(root) for path in audio_files(root, READABLE + UNREADABLE)]
     if not files:
         raise UserError(
-            f"{root} holds no audio ({' '.join(READABLE)}), neither in folders of classes nor beside a table."
+            f"{root} holds no audio ({' '.join(READABLE)}), neither in folders of classes nor "
+            f"beside a table."
         )
     tops = sorted({path.parts[0] for path in files})
     deep = any(len(path.parts) > 2 for path in files)
-    has_splits = all(
-        _names_a_split(top) or (deep and top.isdecimal()) for top in tops
-    )  # 7/1.wav may be a digit
+    # Numbers only name splits if there is a class below them: in 7/1.wav, 7 may be a digit class.
+    has_splits = all(_names_a_split(top) or (deep and top.isdecimal()) for top in tops)
     odd = next((path for path in files if len(path.parts) != (3 if has_splits else 2)), None)
     if odd:
         raise UserError(
-            f"{root / odd} lies in no folder of a class. Expected {root}/CLASS/FILE or {root}/SPLIT/CLASS/FILE, where all splits are "
-            f"named like train, valid, test or fold1, or a table in {root}. It holds: {', '.join(tops[:10])}"
+            f"{root / odd} lies in no folder of a class. Expected {root}/CLASS/FILE or "
+            f"{root}/SPLIT/CLASS/FILE, where all splits are "
+            f"named like train, valid, test or fold1, or a table in {root}. It holds: "
+            f"{', '.join(tops[:10])}"
         )
     for path in files:
         split = {"split": path.parts[0]} if has_splits else {}

@@ -1,6 +1,7 @@
-"""Music by note and by track: NSynth and FMA. In: archives as published. Out: rows with the published splits.
+"""Recipes for music corpora: NSynth, FMA small and GTZAN.
 
-Sources: Engel et al. 2017, https://magenta.tensorflow.org/datasets/nsynth; Defferrard et al. 2017, https://github.com/mdeff/fma.
+Sources: Engel et al. 2017, https://magenta.tensorflow.org/datasets/nsynth; Defferrard et al. 2017,
+https://github.com/mdeff/fma. GTZAN has the fault-filtered splits that torchaudio lists.
 """
 
 import csv
@@ -24,6 +25,7 @@ FMA_SPLITS = {"training": "train", "validation": "valid", "test": "test"}
 
 
 def nsynth(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of NSynth, labelled by instrument family."""
     folders = {split: f"nsynth-{split}" for split in ("train", "valid", "test")}
     for split, folder in find_parts(raw, folders).items():
         for name, note in read_json(folder / "examples.json").items():
@@ -42,13 +44,15 @@ def nsynth(raw: Path) -> Iterator[dict[str, Any]]:
 
 
 def fma_small(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of FMA small, labelled by top genre."""
     audio = find(raw, "fma_small").relative_to(raw)
     with find(raw, "fma_metadata/tracks.csv").open(encoding="utf-8", newline="") as file:
         lines = csv.reader(file)
+        # The header has two lines. A third one only names the index.
         groups, names = (
             next(lines),
             next(lines),
-        )  # a header of two lines, then one with the index's name
+        )
         next(lines)
         place = {
             (group, name): number
@@ -103,7 +107,8 @@ FMA_SMALL = Recipe(
 
 
 def gtzan_rows(raw: Path) -> Iterator[dict[str, Any]]:
-    from torchaudio.datasets import gtzan  # imports torch, which nothing else here needs
+    """Yield the rows of the fault-filtered GTZAN, labelled by genre."""
+    from torchaudio.datasets import gtzan  # here, because it imports torch
 
     root = find(raw, "blues").parent
     lists = {
@@ -139,7 +144,8 @@ GTZAN = Recipe(
         ),
     ),
     by_hand=(
-        "The publisher's server has been unreachable for years. A copy that you have, or find, goes in by --mirror URL, or unpacked "
+        "The publisher's server has been unreachable for years. A copy that you have, or find, "
+        "goes in by --mirror URL, or unpacked "
         "into the folder; the checksum tells whether it is the same archive."
     ),
     clips=930,

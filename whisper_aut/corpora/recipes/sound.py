@@ -1,6 +1,7 @@
-"""ESC-50: environmental sounds. In: `audio/*.wav` and `meta/esc50.csv`. Out: rows, by the published folds.
+"""Recipes for corpora of environmental sounds: ESC-50, FSD50K and UrbanSound8K.
 
-Source: Piczak 2015, https://github.com/karolpiczak/ESC-50. Clips of one recording share a fold; `src_file` is its Freesound id.
+Source of ESC-50: Piczak 2015, https://github.com/karolpiczak/ESC-50. Clips of one recording are in
+the same fold; `src_file` is the recording's Freesound id.
 """
 
 from collections import Counter
@@ -21,6 +22,7 @@ from whisper_aut.corpora.recipes.base import (
 
 
 def esc50_rows(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of ESC-50, split by the published folds."""
     table = find(raw, "meta/esc50.csv")
     audio = table.parents[1].relative_to(raw) / "audio"
     for row in read_table(table):
@@ -48,6 +50,10 @@ ESC50 = Recipe(
 
 
 def fsd50k(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of FSD50K.
+
+    The label has all classes of a clip. The text leaves out those that another class implies.
+    """
     tables = {part: f"FSD50K.ground_truth/{part}.csv" for part in ("dev", "eval")}
     rows = {part: list(read_table(path)) for part, path in find_parts(raw, tables).items()}
     ancestors = _ancestors([row["labels"].split(",") for part in rows.values() for row in part])
@@ -71,10 +77,10 @@ def fsd50k(raw: Path) -> Iterator[dict[str, Any]]:
 
 
 def _ancestors(clips: Sequence[Sequence[str]]) -> dict[str, set[str]]:
-    """Return the ancestors of each class: those that hold all of its clips, and others.
+    """Return the ancestors of each class.
 
-    The release gives a clip every ancestor of its classes in the AudioSet ontology, so the tables
-    tell the hierarchy.
+    The release labels a clip with every ancestor of its classes in the AudioSet ontology. A class
+    is therefore an ancestor if it has all clips of the other class, and more.
     """
     counts = Counter(label for labels in clips for label in labels)
     together = Counter(pair for labels in clips for pair in permutations(labels, 2))
@@ -86,6 +92,7 @@ def _ancestors(clips: Sequence[Sequence[str]]) -> dict[str, set[str]]:
 
 
 def urbansound8k(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of UrbanSound8K, split by the published folds."""
     table = find(raw, "metadata/UrbanSound8K.csv")
     audio = table.parents[1].relative_to(raw) / "audio"
     for row in read_table(table):
@@ -107,7 +114,8 @@ FSD50K = Recipe(
     source="https://zenodo.org/records/4060432",
     rows=fsd50k,
     by_hand=(
-        "The audio is published as multi-part zips, which only `zip -s 0 FSD50K.dev_audio.zip --out dev.zip` joins (and the same for "
+        "The audio is published as multi-part zips, which only `zip -s 0 FSD50K.dev_audio.zip "
+        "--out dev.zip` joins (and the same for "
         "eval). Fetch all files of the record, join, and unpack everything into the folder."
     ),
     clips=51_197,

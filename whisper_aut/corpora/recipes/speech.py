@@ -1,6 +1,8 @@
-"""LibriSpeech: read English books. In: `LibriSpeech/SUBSET/SPEAKER/CHAPTER/*.flac`, a transcript per chapter. Out: rows, split by subset.
+"""Recipes for speech and vocal corpora.
 
-Source: Panayotov et al. 2015, https://www.openslr.org/12. Transcripts are upper case; they become lower case.
+They are LibriSpeech, Speech Commands, CREMA-D, RAVDESS, VocalSound and VoxLingua107. LibriSpeech
+(Panayotov et al. 2015, https://www.openslr.org/12) is split by subset, and its upper-case
+transcripts become lower case.
 """
 
 from collections.abc import Iterator
@@ -31,6 +33,7 @@ SHA256 = {
 
 
 def librispeech_rows(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of `LibriSpeech/SUBSET/SPEAKER/CHAPTER/*.flac`, split by subset."""
     for transcripts in sorted(find(raw, "LibriSpeech").glob("*/*/*/*.trans.txt")):
         for line in read_lines(transcripts):
             name, _, text = line.partition(" ")
@@ -67,6 +70,7 @@ SPEECH_COMMANDS_URL = "http://download.tensorflow.org/data"
 
 
 def speech_commands_rows(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of Speech Commands; clips in neither published list are the training split."""
     testing = find(raw, "testing_list.txt")
     root = testing.parent
     split_of = dict.fromkeys(read_lines(root / "validation_list.txt"), "valid") | dict.fromkeys(
@@ -142,6 +146,7 @@ VOCALSOUNDS = {
 
 
 def crema_d(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of CREMA-D, labelled by emotion."""
     for path in audio_files(find(raw, "AudioWAV")):
         parts = path.stem.split("_")
         if len(parts) == 4 and parts[2] in CREMA_EMOTIONS:
@@ -157,21 +162,24 @@ def crema_d(raw: Path) -> Iterator[dict[str, Any]]:
 
 
 def ravdess(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the audio-only speech of RAVDESS, labelled by emotion."""
     for path in audio_files(raw, (".wav",)):
         parts = path.stem.split("-")
-        if len(parts) != 7 or parts[:2] != ["03", "01"]:  # sound alone, spoken
+        if len(parts) != 7 or parts[:2] != ["03", "01"]:  # not audio-only speech
             continue
         emotion, actor = RAVDESS_EMOTIONS[int(parts[2]) - 1], int(parts[6])
         gender = "man" if actor % 2 else "woman"
         yield {
             "audio": str(path.relative_to(raw)),
-            "text": f"a {gender} says “{RAVDESS_SENTENCES[int(parts[4]) - 1]}” in {with_article(emotion)} voice",
+            "text": f"a {gender} says “{RAVDESS_SENTENCES[int(parts[4]) - 1]}” "
+            f"in {with_article(emotion)} voice",
             "label": emotion,
             "speaker": parts[6],
         }
 
 
 def vocalsound(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of VocalSound, labelled by kind of sound."""
     audio = find(raw, "audio_16k").relative_to(raw)
     for split, name in (("train", "tr"), ("valid", "val"), ("test", "te")):
         for item in read_json(find(raw, f"datafiles/{name}.json"))["data"]:
@@ -187,12 +195,13 @@ def vocalsound(raw: Path) -> Iterator[dict[str, Any]]:
 
 
 def voxlingua(raw: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of VoxLingua107, labelled by language; `dev/` is the validation split."""
     for path in audio_files(raw):
         parts = path.relative_to(raw).parts
         if len(parts) < 2:
             continue
         code, is_dev = parts[-2], "dev" in parts[:-2]
-        # VoxLingua107 writes Hebrew as `iw`; some of its languages Whisper has no code for.
+        # VoxLingua107 writes Hebrew as `iw`. Whisper has no code for some of its languages.
         language = next(iter(whisper_codes(code)), code)
         yield {
             "audio": str(path.relative_to(raw)),
@@ -212,7 +221,10 @@ CREMA_D = Recipe(
     licence="Open Database License 1.0",
     source="https://github.com/CheyneyComputerScience/CREMA-D",
     rows=crema_d,
-    by_hand="The audio is kept in Git LFS: git lfs clone https://github.com/CheyneyComputerScience/CREMA-D FOLDER",
+    by_hand=(
+        "The audio is kept in Git LFS: git lfs clone "
+        "https://github.com/CheyneyComputerScience/CREMA-D FOLDER"
+    ),
     clips=7_442,
 )
 RAVDESS = Recipe(
@@ -241,7 +253,10 @@ VOCALSOUND = Recipe(
     licence="CC BY-SA 4.0",
     source="https://github.com/YuanGongND/vocalsound",
     rows=vocalsound,
-    by_hand="The page links the 16 kHz release, one zip. Unpack it into the folder, so that audio_16k/ and datafiles/ lie in it.",
+    by_hand=(
+        "The page links the 16 kHz release, one zip. Unpack it into the folder, so that audio_16k/ "
+        "and datafiles/ lie in it."
+    ),
     clips=21_024,
     download_gb=1.7,
     checked=("clips", "download_gb"),
@@ -255,7 +270,8 @@ VOXLINGUA = Recipe(
     source="https://bark.phon.ioc.ee/voxlingua107",
     rows=voxlingua,
     by_hand=(
-        "The page lists one zip per language and dev.zip. Unpack those that you want into the folder, each as a folder named by its "
+        "The page lists one zip per language and dev.zip. Unpack those that you want into the "
+        "folder, each as a folder named by its "
         "language's code, and dev.zip as dev/."
     ),
     hours=6_628,

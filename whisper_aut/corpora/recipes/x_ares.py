@@ -1,6 +1,6 @@
-"""X-ARES's tars, which are shards already. In: the archives of its Zenodo records, unpacked, a folder per task. Out: nothing to build.
+"""The X-ARES tars, which are shards as published, so there is nothing to build.
 
-The records and the tasks' folders stand in `conf/probe_tasks/xares_*.yaml`, which read the tars as they are published.
+The configs `conf/probe_tasks/xares_*.yaml` name the Zenodo records and the folder of each task.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,16 @@ from whisper_aut.errors import UserError
 
 
 def rows(raw: Path) -> Iterator[dict[str, Any]]:
+    """Raise an error that says how to use the tars.
+
+    Raises:
+        UserError: always.
+    """
     found = sorted({path.parent.name for path in raw.rglob("*.tar")})
     there = f" There are tars of {', '.join(found)}." if found else ""
     raise UserError(
-        f"X-ARES's tars are shards as they are: nothing has to be built.{there} Score on them with --root {raw} --tasks xares_esc50 …, "
+        f"X-ARES's tars are shards as they are: nothing has to be built.{there} Score on them with "
+        f"--root {raw} --tasks xares_esc50 …, "
         f"look at them with: whisper-aut data inspect {raw}/TASK"
     )
     yield {}
@@ -30,7 +36,8 @@ RECIPE = Recipe(
     source="https://github.com/jimbozhang/xares",
     rows=rows,
     by_hand=(
-        "Each task is a record of Zenodo, named as `source` in conf/probe_tasks/xares_*.yaml. Fetch its zip and unpack it into the "
+        "Each task is a record of Zenodo, named as `source` in conf/probe_tasks/xares_*.yaml. "
+        "Fetch its zip and unpack it into the "
         "folder under the name that the YAML expects; nothing has to be built."
     ),
 )
