@@ -108,7 +108,8 @@ def test_checkpoints_are_not_counted(
 
     monkeypatch.setattr(CheckpointDraft, "begin", slowly)
     monkeypatch.setattr(
-        "whisper_aut.training.callbacks.monitors.time", SimpleNamespace(perf_counter=ticked)
+        "whisper_aut.training.callbacks.monitors.time",
+        SimpleNamespace(perf_counter=ticked, monotonic=ticked),
     )
     monkeypatch.setattr(Background, "start", lambda _, work: background.append(work))
     monkeypatch.setattr(Background, "wait", lambda _: background.pop()() if background else None)

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from whisper_aut.audio.decode import ClipLimits
-from whisper_aut.corpora import build as ingest
+from whisper_aut.corpora import build as build_module
 from whisper_aut.corpora.build import BuildReport, EncodedClip, build_shards, read_clip
 from whisper_aut.corpora.manifest import ManifestSpec
 from whisper_aut.data.shards import INDEX_NAME, open_index
@@ -105,7 +105,7 @@ def test_rows_become_samples_with_the_files_own_bytes(tmp_path: Path):
 def test_shards_are_the_same_whatever_the_number_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(ingest, "BATCH_FILES", 3)
+    monkeypatch.setattr(build_module, "BATCH_FILES", 3)
     manifest = corpus(tmp_path / "in", 40, "missing.wav,t,1\nclips.csv,t,1\n0.wav,,1\n")
     for workers in (1, 2, 3):
         build(manifest, tmp_path / str(workers), workers, max_shard_bytes=50_000)
@@ -250,7 +250,8 @@ def test_an_interrupted_build_leaves_nothing_that_looks_complete(tmp_path: Path)
     script = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from whisper_aut.corpora import build, shards\n"
+        "from whisper_aut.corpora import build\n"
+        "from whisper_aut.data import shards\n"
         "from whisper_aut.corpora.manifest import ManifestSpec\n"
         "write, seen = shards.ShardFolder.write, []\n"
         "def die(self, key, *rest):\n"
@@ -270,7 +271,7 @@ def test_an_interrupted_build_leaves_nothing_that_looks_complete(tmp_path: Path)
 def test_a_worker_that_dies_is_told_with_the_rows_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(ingest, "read_clip", lambda *_: os._exit(11))
+    monkeypatch.setattr(build_module, "read_clip", lambda *_: os._exit(11))
     with pytest.raises(UserError, match=r"(?s)worker process died.*lines 2 to 5.*--workers 1"):
         build(corpus(tmp_path / "in"), tmp_path / "out", workers=2)
     assert not list((tmp_path / "out").rglob("*.tar"))
@@ -280,9 +281,9 @@ def test_workers_do_not_outlive_a_parent_that_was_killed(tmp_path: Path):
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from whisper_aut.corpora import build, ingest\n"
+        "from whisper_aut.corpora import build\n"
         "from whisper_aut.corpora.manifest import ManifestSpec\n"
-        "ingest.read_clip = lambda *_: (print('working', flush=True), time.sleep(600))\n"
+        "build.read_clip = lambda *_: (print('working', flush=True), time.sleep(600))\n"
         "build.build_shards(ManifestSpec(Path(sys.argv[1])), sys.argv[2], workers=2, progress=False)\n"
     )
     command = [sys.executable, "-c", script, str(corpus(tmp_path / "in")), str(tmp_path / "out")]

@@ -10,7 +10,13 @@ import torch
 
 from whisper_aut import load_encoder
 
-MODULES = ("errors", "model.windows", "model.pretrained", "export.embed", "export.search")
+MODULES = (
+    "errors",
+    "audio.windows",
+    "models.pretrained",
+    "inference.encoder",
+    "inference.search",
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
