@@ -1,1 +1,1 @@
-"""From shards to batches: what is read, in which order, checked how, and packed into which tensors."""
+"""The data pipeline from shards to batches: reading, order, checks, and packing into tensors."""

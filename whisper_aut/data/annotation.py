@@ -1,7 +1,7 @@
-"""The annotation of a clip: the `.json` member of a sample, or a row of a manifest, field by field.
+"""Read and check the annotation of a clip: the `.json` member of a sample, or a manifest row.
 
-Unknown fields are kept, so that tars published elsewhere (X-ARES, for one) read as they are. What
-counts as a value, and where a text is looked for, is the same for tars and manifests.
+Unknown fields are kept, so tars published elsewhere (such as those of X-ARES) can be read
+unchanged. Tars and manifests share the rules for empty values and for finding the text.
 """
 
 import csv
@@ -17,23 +17,26 @@ from whisper_aut.errors import Reason, SampleRefused, UserError, nearest
 
 
 def plain(value: Any) -> str:
-    """Write a cell as text: nothing for null, a list with commas."""
+    """Return a cell as text: empty for null, comma-separated for a list."""
     if isinstance(value, list):
         return ", ".join(plain(item) for item in value)
     return "" if value is None else str(value)
 
 
 def text_template(value: str) -> "Template":
-    """Return a template, or the name of one column as a template."""
+    """Parse a template; a value without braces is the name of a single column."""
     return Template(value if "{" in value else f"{{{value}}}")
 
 
 class Template(Formatter):
-    """`str.format` over a row, with column names for fields: no attributes, no indices, and one format, `words`.
+    """A `str.format` template over the columns of a row.
+
+    Fields are column names, without attributes or indices. The only format is `words`, which
+    replaces underscores with spaces.
 
     Attributes:
-        columns: the columns that it needs.
-        fault: why the template cannot be used; empty where it can.
+        columns: the columns that the template uses.
+        fault: why the template is invalid; empty if it is valid.
     """
 
     def __init__(self, template: str):
@@ -49,7 +52,7 @@ class Template(Formatter):
             self.fault = str(error)
 
     def fill(self, row: Mapping[str, Any]) -> str:
-        """Return the text; empty where a column that it needs is."""
+        """Return the text, or an empty string if a column that the template uses is empty."""
         if not all(plain(row.get(column)).strip() for column in self.columns):
             return ""
         return self.vformat(self.template, (), row)
@@ -69,18 +72,19 @@ TEXT_FIELDS = ("text", "texts", "caption", "captions", "sentence", "transcript",
 
 @dataclass(frozen=True)
 class Annotation:
-    """The facts of one clip.
+    """The annotation of one clip.
 
     Attributes:
-        text: what the decoder learns to write: a transcript or a caption.
-        domain: `speech`, `sound` or `music`; empty where the source, not the sample, says it.
-        task: `asr`, `caption`, `tag`, `qa`, … (free; instructions are chosen by it).
-        instruction, answer: a sample's own question and answer, used as they are.
-        label: the class, or classes, of a probe task.
-        language: of the speech; any code, tag or name that `corpora.languages` reads.
-        duration_seconds: length of the clip as the builder measured it.
-        source, id, licence: where the clip comes from, its name there, and on what terms (`license` is read too).
-        extra: every other field of the JSON object that has a value.
+        text: the transcript or caption that the decoder is trained to predict.
+        domain: `speech`, `sound` or `music`; empty if the source sets it instead of the sample.
+        task: `asr`, `caption`, `tag`, `qa`, or any other name; selects the instruction.
+        instruction, answer: the sample's own question and answer, used unchanged.
+        label: the class or classes for a probe task.
+        language: the spoken language; any code, tag or name that `data.languages` understands.
+        duration_seconds: length of the clip as measured when it was built.
+        source, id, licence: the corpus, the clip's name in it, and its licence (`license` is read
+            too).
+        extra: all other non-empty fields of the JSON object.
     """
 
     text: str = ""
@@ -98,18 +102,18 @@ class Annotation:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Annotation":
-        """Check the fields of a sample.
+        """Build an annotation from the fields of a sample and check them.
 
-        Null, NaN, blank text and an empty list are no value, in any field. Numbers become text
-        where text is expected. Of a list of texts the first is taken; all of them stay in
-        `extra["texts"]`.
+        In every field, null, NaN, blank text and empty lists count as missing. Numbers become text
+        where text is expected. If `text` is a list, its first item is used and the whole list is
+        kept in `extra["texts"]`.
 
         Raises:
             SampleRefused: a known field has the wrong type, or the domain is not one of `DOMAINS`.
         """
         given = {name: value for name, value in mapping.items() if has_value(value)}
         known = {f.name for f in fields(cls)} - {"extra"}
-        if "licence" not in given and "license" in given:  # as others spell it
+        if "licence" not in given and "license" in given:
             license = given.pop("license")
             given["licence"] = license if isinstance(license, str) else json.dumps(license)
         given.pop("license", None)
@@ -131,13 +135,15 @@ class Annotation:
 
     @classmethod
     def from_json(cls, data: bytes, text: str = "") -> "Annotation":
-        """Parse and check a `.json` member; its text is in the first of `TEXT_FIELDS` with a value.
+        """Parse and check a `.json` member. The text is the first non-empty field of `TEXT_FIELDS`.
 
         Args:
-            text: of a `.txt` member, for JSON that holds none.
+            data: the JSON, UTF-8.
+            text: text of the `.txt` member, used if the JSON has none.
 
         Raises:
-            SampleRefused: larger than `MAX_JSON_BYTES`, not JSON, not an object, or a field of the wrong type.
+            SampleRefused: the member is larger than `MAX_JSON_BYTES`, is not a JSON object, or has
+                a field of the wrong type.
         """
         if len(data) > MAX_JSON_BYTES:
             raise SampleRefused(Reason.TOO_LARGE, f"JSON of {len(data)} bytes")
@@ -146,9 +152,8 @@ class Annotation:
         except (ValueError, RecursionError) as error:
             raise SampleRefused(Reason.BAD_JSON, str(error)) from None
         if isinstance(mapping, list) and all(isinstance(event, dict) for event in mapping):
-            return cls(
-                extra={"events": mapping}
-            )  # X-ARES's tars of sound events hold the bare list, empty where nothing happens
+            # X-ARES's sound event tars hold a bare list of events, empty for clips without any.
+            return cls(extra={"events": mapping})
         if not isinstance(mapping, dict):
             raise SampleRefused(
                 Reason.BAD_JSON, f"expected an object, found {type(mapping).__name__}"
@@ -157,17 +162,17 @@ class Annotation:
         return cls.from_mapping({**mapping, "text": found if has_value(found) else text})
 
     def told_by(self, template: Template) -> "Annotation":
-        """Return the annotation with the text that a template over its fields gives."""
+        """Return a copy whose text is `template` filled with the annotation's fields."""
         own = {name: value for name, value in vars(self).items() if name != "extra"}
         return replace(self, text=template.fill({**self.extra, **own}))
 
     def without_text(self) -> str:
-        """Return what to do about a missing text, for messages."""
+        """Return a hint for error messages about a missing text: the fields that could hold it."""
         others = ", ".join(sorted(self.extra))
         return f"its fields: {others}; data.train[].text names the one to read" if others else ""
 
     def to_json(self) -> bytes:
-        """Return the `.json` member: the fields that are set, one object, UTF-8."""
+        """Return the `.json` member: a UTF-8 JSON object with all fields that are set."""
         own = {
             name: value
             for name, value in vars(self).items()
@@ -177,10 +182,10 @@ class Annotation:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Parse JSON in which a bare NaN, as Python and pandas write it, is null.
+    """Parse JSON, reading a bare NaN, as Python and pandas write it, as null.
 
     Raises:
-        ValueError: not JSON; infinities are none.
+        ValueError: `data` is not JSON, or holds an infinity.
     """
     return json.loads(data, parse_constant=_constant)
 
@@ -191,7 +196,7 @@ def _constant(name: str) -> None:
 
 
 def has_value(value: Any) -> bool:
-    """Tell a value from null, NaN, blank text, and a list of nothing else."""
+    """Return False for null, NaN, blank text, and lists that hold nothing else."""
     if isinstance(value, list):
         return any(map(has_value, value))
     return (
@@ -200,7 +205,7 @@ def has_value(value: Any) -> bool:
 
 
 def find_text(mapping: Mapping[str, Any]) -> Any:
-    """Return the first of `TEXT_FIELDS` that has a value."""
+    """Return the first non-empty field of `TEXT_FIELDS`, or None."""
     return next((mapping[name] for name in TEXT_FIELDS if has_value(mapping.get(name))), None)
 
 
@@ -214,7 +219,7 @@ def _text(value: Any, name: str) -> str:
     text = str(value).strip()
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON's `\\ud800` parses, and then kills whatever encodes it
+    except UnicodeEncodeError:  # `\\ud800` is valid JSON, but encoding it fails later
         raise SampleRefused(
             Reason.BAD_JSON, f"{name!r} holds half a surrogate pair, which is no character"
         ) from None
@@ -246,7 +251,11 @@ Row = dict[str, Any]
 
 
 def check_table(path: Path) -> None:
-    """Raise `UserError` unless there is a table at `path`, by its name."""
+    """Check that `path` is a file whose suffix is one of `TABLE_SUFFIXES`.
+
+    Raises:
+        UserError: there is no such file, or its suffix is not supported.
+    """
     if not path.exists():
         there = (
             sorted(p.name for p in path.parent.glob("*") if p.suffix.lower() in TABLE_SUFFIXES)
@@ -264,10 +273,10 @@ def check_table(path: Path) -> None:
 
 
 def read_columns(path: Path) -> tuple[str, ...]:
-    """Return the names of all columns, in order of appearance.
+    """Return the names of all columns in order of appearance.
 
     Raises:
-        UserError: there is not one readable row.
+        UserError: the file has no readable row.
     """
     columns, number, fault = {}, 0, ""
     for number, row in read_rows(path):
@@ -276,7 +285,7 @@ def read_columns(path: Path) -> tuple[str, ...]:
             continue
         columns.update(dict.fromkeys(row))
         if path.suffix.lower() in DELIMITERS:
-            break  # the header line named them all
+            break  # the header line names all columns
     if not columns:
         raise UserError(
             f"{path} holds {'no row that can be read' if number else 'no rows'}.{fault}"
@@ -285,12 +294,13 @@ def read_columns(path: Path) -> tuple[str, ...]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
-    """Yield `(line number, row)`; in place of a row that cannot be read, what is wrong with it.
+    """Yield `(line number, row)`. For an unreadable row, yield an error message instead of the row.
 
-    A column without a name, such as the index that pandas writes first, is left out.
+    Columns without a name are dropped, such as the index that pandas writes first.
 
     Raises:
-        UserError: the file as a whole is not what its name says: not UTF-8, no header, a quote that never ends.
+        UserError: the file cannot be parsed: it is not UTF-8, its header is unreadable or repeats
+            a column, a quote is never closed, or it is one JSON array.
     """
     delimiter = DELIMITERS.get(path.suffix.lower())
     return _json_rows(path) if delimiter is None else _csv_rows(path, delimiter)
@@ -302,7 +312,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
             continue
         if number == 1 and line.lstrip().startswith("["):
             raise UserError(
-                f"{path} is one JSON array; expected one object a line. Convert it: jq -c '.[]' {path.name} > rows.jsonl"
+                f"{path} is one JSON array; expected one object a line. Convert it: "
+                f"jq -c '.[]' {path.name} > rows.jsonl"
             )
         try:
             row = parse_json(line)
@@ -329,9 +340,8 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Row | str]]:
         except csv.Error as error:
             if not header:
                 raise UserError(f"The header line of {path} cannot be read: {error}.") from None
-            if "unexpected end of data" in str(
-                error
-            ):  # all rows from here on are inside that quote
+            # An unclosed quote swallows all rows that follow.
+            if "unexpected end of data" in str(error):
                 raise UserError(
                     f"A quote in the row that begins at line {start} of {path} is never closed."
                 ) from None
@@ -357,9 +367,9 @@ def _checked_header(path: Path, cells: list[str]) -> list[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 file that are not blank; only `\\n` and `\\r\\n` end one.
+    """Return the non-blank lines of a UTF-8 file, split at `\\n` and `\\r\\n` only.
 
-    `str.splitlines` would also end them at U+0085, U+2028 and others, which captions may hold.
+    `str.splitlines` also splits at U+0085, U+2028 and others, which captions may contain.
     """
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         return [line for line in (line.strip(" \t\r\n") for line in file) if line]
@@ -373,6 +383,7 @@ def _lines(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 guess = "UTF-16" if raw.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "LATIN1"
                 raise UserError(
-                    f"Line {number} of {path} is not UTF-8 (byte 0x{raw[error.start]:02x}). Convert it, for instance from {guess}: "
+                    f"Line {number} of {path} is not UTF-8 (byte 0x{raw[error.start]:02x}). "
+                    f"Convert it, for instance from {guess}: "
                     f"iconv -f {guess} -t UTF-8 {path.name} > utf8{path.suffix}"
                 ) from None

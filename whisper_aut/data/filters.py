@@ -1,8 +1,9 @@
-"""A licence as a corpus writes it → its SPDX id (https://spdx.org/licenses), and whether a config allows it.
+"""Leave samples out of a run: those an audit lists, and those whose licence is not allowed.
 
-Only whole, known writings are understood: SPDX ids, the addresses and official titles of Creative Commons and Open Data Commons, and their
-usual abbreviations. Everything else is unknown, and no allow-list admits the unknown. This is no legal advice: it compares what corpora
-say of themselves.
+Licences are matched as whole strings and mapped to SPDX ids (https://spdx.org/licenses). Known are
+SPDX ids, the URLs and official titles of Creative Commons and Open Data Commons, and common
+abbreviations. Any other licence is unknown, and no allow-list admits it. This is not legal advice:
+it only compares what the corpora state.
 """
 
 import json
@@ -41,7 +42,7 @@ SPDX_IDS = (
     "OGL-Canada-2.0", "OGL-UK-1.0", "OGL-UK-2.0", "OGL-UK-3.0", "PDDL-1.0", "Unlicense",
     "WTFPL", "etalab-2.0",
 )  # fmt: skip
-# Other writings, lower case, without "the" in front and "license" at the end.
+# Other spellings: lower case, without a leading "the" and a trailing "license".
 TITLES = {
     "CC0-1.0": (
         "cc0", "cc-0", "cc zero", "cc0 1.0", "cc0 1.0 universal", "creative commons 0",
@@ -92,7 +93,7 @@ URLS = {
     "artlibre.org/licence/lal/en": "LAL-1.3",
     "artlibre.org/licence/lal": "LAL-1.3",
 }
-# Countries to whose law Creative Commons adapted its licences. The adaptations count as their version.
+# Jurisdictions to which Creative Commons ported its licences. A port counts as its version.
 PORTS = {
     "ar": "argentina", "am": "armenia", "au": "australia", "at": "austria", "az": "azerbaijan",
     "be": "belgium", "br": "brazil", "bg": "bulgaria", "ca": "canada", "cl": "chile",
@@ -138,14 +139,16 @@ _OWN = re.compile(r"licenseref-[a-z0-9.-]+")
 
 @lru_cache(maxsize=4096)
 def licence_id(written: str) -> str:
-    """Return the SPDX id of a licence as written, without a version where none is stated, or `""` where it is not understood.
+    """Return the SPDX id of a licence as a corpus writes it, or `""` if it is unknown.
 
-    A licence of one's own is written as SPDX has it, `LicenseRef-NAME`.
+    The id has no version if none is stated. Custom licences are written `LicenseRef-NAME`, as in
+    SPDX.
     """
     text = re.sub(r"[‐‑‒–—−]", "-", unicodedata.normalize("NFKC", written))
     text = " ".join(text.lower().replace(",", " ").split())
     text = text.replace("(aka music sharing)", "aka music sharing")
-    if brackets := re.fullmatch(r"(.+?) ?\((.+?)\)(.*)", text):  # around the short form of a title
+    # A title with its short form in brackets: both must agree.
+    if brackets := re.fullmatch(r"(.+?) ?\((.+?)\)(.*)", text):
         title = licence_id(brackets[1] + brackets[3])
         return title if title == licence_id(brackets[2]) else ""
     if _OWN.fullmatch(text):
@@ -167,10 +170,15 @@ def licence_id(written: str) -> str:
 
 
 def allows(allowed: Sequence[str], written: str) -> bool:
-    """Return whether a licence is one of `allowed`: one of these without a version stands for every version, an empty list for all.
+    """Return whether an allow-list admits a licence.
+
+    Args:
+        allowed: licences. An entry without a version admits every version, an empty list every
+            licence.
+        written: the licence as a corpus writes it.
 
     Raises:
-        UserError: an entry of `allowed` is not understood.
+        UserError: an entry of `allowed` is unknown.
     """
     own = licence_id(written)
     wanted = [allowed_id(entry) for entry in allowed]
@@ -184,23 +192,28 @@ def allowed_id(entry: str) -> str:
     """Return the SPDX id of an entry of an allow-list.
 
     Raises:
-        UserError: it is not understood, so it would allow nothing.
+        UserError: the licence is unknown, so the entry would admit nothing.
     """
     found = licence_id(entry)
     if not found:
         raise UserError(
-            f"data.licences.allow: {entry!r} is no licence that is understood. Give SPDX ids (CC-BY-4.0, CC0-1.0, MIT), "
-            "CC-BY for all its versions, or LicenseRef-NAME for one of your own."
+            f"data.licences.allow: {entry!r} is no licence that is understood. Give SPDX ids "
+            "(CC-BY-4.0, CC0-1.0, MIT), CC-BY for all its versions, or LicenseRef-NAME for one of "
+            "your own."
         )
     return found
 
 
 READERS = 16
-ShardKey = tuple[str, str]  # shard, key
+ShardKey = tuple[str, str]  # name of the shard, key of the sample
 
 
 class Exclusions:
-    """Samples by the fingerprint of their folder."""
+    """Samples to exclude, listed by an audit.
+
+    Args:
+        places: `(fingerprint, shard, key)` of each sample, with the fingerprint of its folder.
+    """
 
     def __init__(self, places: Iterable[tuple[str, str, str]] = ()):
         self._places: dict[str, set[ShardKey]] = defaultdict(set)
@@ -209,16 +222,17 @@ class Exclusions:
 
     @classmethod
     def load(cls, path: str | Path) -> "Exclusions":
-        """Read a list.
+        """Read a list of exclusions: one JSON object with fingerprint, shard and key per line.
 
         Raises:
-            UserError: there is none, or a line is not of the form.
+            UserError: the file cannot be read, or a line lacks one of these fields.
         """
         try:
             lines = read_lines(Path(path))
         except OSError as error:
             raise UserError(
-                f"data.exclude: cannot read {path} ({error.strerror}). Write one: whisper-aut data audit TRAIN --against PROBE"
+                f"data.exclude: cannot read {path} ({error.strerror}). Write one: "
+                "whisper-aut data audit TRAIN --against PROBE"
             ) from None
         places = []
         for number, line in enumerate(lines, 1):
@@ -227,13 +241,14 @@ class Exclusions:
                 places.append((str(entry["fingerprint"]), str(entry["shard"]), str(entry["key"])))
             except (ValueError, KeyError, TypeError):
                 raise UserError(
-                    f"Line {number} of {path} is not an object with fingerprint, shard and key: {line[:80]!r}. "
+                    f"Line {number} of {path} is not an object with fingerprint, shard and key: "
+                    f"{line[:80]!r}. "
                     "Write the list anew: whisper-aut data audit TRAIN --against PROBE"
                 ) from None
         return cls(places)
 
     def of(self, index: ShardIndex) -> frozenset[ShardKey]:
-        """Return `(shard, key)` of the excluded samples of a folder."""
+        """Return `(shard, key)` of each excluded sample of a folder."""
         return frozenset().union(*(self._places[one] for one in index.identities()))
 
     def __len__(self) -> int:
@@ -247,18 +262,19 @@ def select(
     licence: str = "",
     policy: ReadPolicy = DEFAULT_POLICY,
 ) -> ShardIndex:
-    """Return an index without the excluded samples and those whose licence is not allowed.
+    """Return an index that selects all samples but the excluded and those with other licences.
 
-    Sample tables tell which these are. A local folder without tables is read through for them, its
-    audio left aside.
+    This uses the sample tables. If a local folder has none, its tars are read, without the audio.
 
     Args:
-        excluded: shard and key of each.
-        allowed: licences, see `licences.allows`; empty for all.
-        licence: of samples that state none.
+        index: the shards.
+        excluded: `(shard, key)` of each sample to exclude.
+        allowed: allowed licences, see `allows`; empty for all.
+        licence: the licence of samples that state none.
+        policy: how to retry reading the tables.
 
     Raises:
-        UserError: a remote folder without tables, or tables that cannot be read.
+        UserError: the tables cannot be read, or the folder is remote and has none.
     """
     all_allowed = not allowed or (
         index.has_tables and all(allows(allowed, name or licence) for name in index.licences)
@@ -289,7 +305,8 @@ def select(
         return rows, Counter({str(why): count for why, count in left_out.items()}), counts
 
     try:
-        with ThreadPoolExecutor(READERS) as pool:  # an object store takes a while for each
+        # In parallel, because object stores have a high latency.
+        with ThreadPoolExecutor(READERS) as pool:
             chosen = list(pool.map(choose, range(len(index.shards))))
     except (OSError, ValueError) as error:
         raise UserError(
@@ -311,10 +328,10 @@ def select(
 def _table(
     index: ShardIndex, number: int, policy: ReadPolicy
 ) -> tuple[SampleTable, Collection[str]]:
-    """Return the table of a shard, read or made, and the licences that may be in it as written."""
+    """Return a shard's table, read or computed, and the licences, as written, it may refer to."""
     if index.has_tables:
         return index.table(number, policy), index.licences
-    if not index.shards[number].samples:  # damaged from the start
+    if not index.shards[number].samples:  # the tar is damaged before its first sample
         return TableWriter().finish(0), ()
     counts = FolderCounts()
     with open_stream(index.url(number)) as stream:

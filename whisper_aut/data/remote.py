@@ -1,8 +1,7 @@
-"""A file anywhere → an open binary stream that outlives the faults of a network.
+"""Open local files, fsspec URLs (`https://`, `s3://`, `gs://`) and `pipe:COMMAND` as binary streams.
 
-In: a path, a URL of any file system that fsspec knows (`https://`, `s3://`, `gs://`), or `pipe:COMMAND`. Out: a stream that reads and
-seeks. Next: `corpora.shards` reads indexes from it, `data.stream` tars. A read that fails is tried again after a pause that doubles,
-at the byte that was reached: by a range request where the server takes them, else by reading anew and skipping.
+Failed reads of a URL are retried with exponential backoff and continue at the byte that was
+reached: with a range request if the server supports it, otherwise by reading from the beginning.
 """
 
 import io
@@ -22,20 +21,21 @@ from whisper_aut.errors import UserError
 PIPE = "pipe:"
 MAX_PAUSE_SECONDS = 30.0
 BUFFER_BYTES = 1 << 20
-REQUEST_BYTES = 4 << 20  # of one range request while a tar is read through
+REQUEST_BYTES = 4 << 20  # size of a range request when a tar is read sequentially
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "remote", "https": "remote"}
-TRY_AGAIN_LATER = (408, 425, 429)  # the only answers of the 400s that another attempt may change
+TRY_AGAIN_LATER = (408, 425, 429)  # the only 4xx statuses that are worth a retry
 
 
 @dataclass(frozen=True)
 class ReadPolicy:
-    """How patient reading is.
+    """How reads are retried.
 
     Attributes:
-        retries: attempts after the first, for each read anew: what was read before counts as progress.
-        timeout_seconds: of silence, after which a connection is given up.
-        pause_seconds: before the first further attempt; each next one waits twice as long, and a random part more.
-        allow_pipe: run the commands of `pipe:` sources.
+        retries: attempts after the first one, counted separately for each read.
+        timeout_seconds: a connection that sends nothing for this long is closed.
+        pause_seconds: pause before the first retry. It doubles with each retry, up to
+            `MAX_PAUSE_SECONDS`, and is lengthened by a random factor between 1 and 2.
+        allow_pipe: allow `pipe:` sources to run their commands.
     """
 
     retries: int = 6
@@ -48,6 +48,7 @@ DEFAULT_POLICY = ReadPolicy()
 
 
 def is_local(url: str) -> bool:
+    """Return whether `url` is a path or a `file://` URL."""
     return not url.startswith(PIPE) and fsspec.core.split_protocol(url)[0] in (
         None,
         "file",
@@ -56,7 +57,7 @@ def is_local(url: str) -> bool:
 
 
 def beside(root: str, name: str) -> str:
-    """Return where a file of a folder lies; a `pipe:` root holds `{}` where the name goes."""
+    """Return the URL of a file in the folder `root`. In a `pipe:` root, `{}` is the file name."""
     if root.startswith(PIPE):
         return root.replace("{}", name) if "{}" in root else root
     return f"{root.rstrip('/')}/{name}"
@@ -66,14 +67,17 @@ def beside(root: str, name: str) -> str:
 def open_stream(
     url: str, policy: ReadPolicy = DEFAULT_POLICY, *, whole: bool = True
 ) -> Iterator[BinaryIO]:
-    """Open a file for reading.
+    """Open a file for reading, as a context manager.
 
     Args:
-        whole: it will be read from end to end, so read ahead; else only what is asked for is fetched.
+        url: path, URL or `pipe:COMMAND`.
+        policy: how to retry.
+        whole: read ahead, for a file that is read from start to end. Otherwise only the requested
+            bytes are fetched.
 
     Raises:
-        OSError: it is not there, or attempts ran out; also from reads of the stream.
-        UserError: a pipe that is not allowed, or a protocol whose package is not installed.
+        OSError: the file does not exist or all attempts failed. Reads of the stream raise it too.
+        UserError: pipes are not allowed, or the package for the URL's protocol is not installed.
     """
     if url.startswith(PIPE):
         with _piped(url, policy) as stream:
@@ -89,10 +93,10 @@ def open_stream(
 
 
 def read_file(url: str, policy: ReadPolicy = DEFAULT_POLICY, *, max_bytes: int) -> bytes:
-    """Return a whole file of at most `max_bytes`.
+    """Return the content of a file.
 
     Raises:
-        OSError: see `open_stream`; or it is larger.
+        OSError: the file cannot be read (see `open_stream`) or is larger than `max_bytes`.
     """
     with open_stream(url, policy) as stream:
         data = stream.read(max_bytes + 1)
@@ -102,14 +106,14 @@ def read_file(url: str, policy: ReadPolicy = DEFAULT_POLICY, *, max_bytes: int) 
 
 
 class PatientReader(io.RawIOBase):
-    """A remote file that is opened again, where it was, whenever a read fails."""
+    """A remote file that is reopened at the current position whenever a read fails."""
 
     def __init__(self, url: str, policy: ReadPolicy, *, whole: bool = True):
         self.url, self.policy, self.whole = url, policy, whole
         self._position = 0
         self._file: Any = None
-        self._size: int | None = None  # where the server says it
-        self._ranges = True  # until the server turns out to know none
+        self._size: int | None = None  # None if the server does not report it
+        self._ranges = True  # until the server turns out not to support range requests
         self._patiently(self._reopen)
 
     def readable(self) -> bool:
@@ -152,7 +156,7 @@ class PatientReader(io.RawIOBase):
 
     def _reopen(self) -> None:
         filesystem, path = _filesystem(self.url, self.policy)
-        # Zero makes fsspec stream the body, for servers that know no ranges.
+        # A block size of 0 makes fsspec stream the body, for servers without range requests.
         options: dict[str, Any] = {"block_size": REQUEST_BYTES if self._ranges else 0}
         if self._ranges and not self.whole:
             options["cache_type"] = "none"
@@ -161,14 +165,14 @@ class PatientReader(io.RawIOBase):
         self._ranges = self._ranges and not _only_streams(self._file)
 
     def _skip(self, file: Any) -> Any:
-        """Read a body without ranges up to where the position is, from its beginning where it lies behind."""
+        """Advance a stream without range requests to the position, reopening it to go backwards."""
         if file.tell() > self._position:
             self._drop()
             self._reopen()
             file = self._file
         while (missing := self._position - file.tell()) > 0:
             if not file.read(min(missing, BUFFER_BYTES)):
-                break  # the position lies behind the end
+                break  # the position is after the end of the file
         return file
 
     def _drop(self) -> None:
@@ -183,11 +187,10 @@ class PatientReader(io.RawIOBase):
                 return act()
             except (UserError, KeyboardInterrupt):
                 raise
-            except Exception as error:  # each file system raises its own
+            except Exception as error:  # every fsspec file system raises its own types
                 self._drop()
-                if self._ranges and "range request" in str(
-                    error
-                ):  # fsspec, of a server that ignored one
+                # fsspec's message for a server that ignored a range request.
+                if self._ranges and "range request" in str(error):
                     self._ranges = False
                 elif _is_final(error):
                     raise (
@@ -199,10 +202,10 @@ class PatientReader(io.RawIOBase):
                     ) from error
                 else:
                     pause = min(self.policy.pause_seconds * 2**attempt, MAX_PAUSE_SECONDS)
-                    time.sleep(
-                        pause * (1 + random.random())
-                    )  # ranks that failed together do not come back together
-        return act()  # only where the last attempt found that there are no ranges
+                    # Random, so that ranks that failed together do not retry together.
+                    time.sleep(pause * (1 + random.random()))
+        # Reached only if the last attempt found that there are no range requests.
+        return act()
 
 
 def _filesystem(url: str, policy: ReadPolicy) -> tuple[Any, str]:
@@ -228,15 +231,17 @@ def _filesystem(url: str, policy: ReadPolicy) -> tuple[Any, str]:
 
 
 def _only_streams(file: Any) -> bool:
-    """Tell whether fsspec fell back to a body without ranges, which it does by itself where a server refuses them outright."""
-    http = sys.modules.get(
-        "fsspec.implementations.http"
-    )  # imported by then, where it has to do with it
+    """Return whether fsspec streams the body, as it does if a server rejects range requests."""
+    # For HTTP files the module has already been imported.
+    http = sys.modules.get("fsspec.implementations.http")
     return http is not None and isinstance(file, http.HTTPStreamFile)
 
 
 def _is_final(error: BaseException) -> bool:
-    """Tell faults that stay from those that may pass. fsspec calls every failure to look at a URL `FileNotFoundError`."""
+    """Return whether a retry cannot help.
+
+    fsspec turns every failed look-up of a URL into `FileNotFoundError`, so its cause decides.
+    """
     status = getattr(error, "status", None) or getattr(error, "code", None)
     if isinstance(status, int) and 400 <= status < 500:
         return status not in TRY_AGAIN_LATER
@@ -255,12 +260,13 @@ def _said(error: Exception) -> str:
 def _piped(url: str, policy: ReadPolicy) -> Iterator[BinaryIO]:
     if not policy.allow_pipe:
         raise UserError(
-            f"{url} would run a command. Set data.allow_pipe=true if you trust where this config comes from."
+            f"{url} would run a command. Set data.allow_pipe=true if you trust where this config "
+            "comes from."
         )
     with subprocess.Popen(url.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE) as process:
         assert process.stdout
         yield cast(BinaryIO, process.stdout)
-        if process.stdout.read(1):  # nobody wants the rest
+        if process.stdout.read(1):  # the rest of the output is not needed
             process.kill()
         elif process.wait():
             raise OSError(f"{url} exited with {process.returncode}")

@@ -1,8 +1,6 @@
-"""Shards on disk: tars of (audio, json) pairs and the `index.json` beside them.
+"""Write, index and read shards: tars of (audio, JSON) pairs with an `index.json` in their folder.
 
-In: encoded clips with annotations, or a folder of tars. Out: `NAME-000000.tar …` and an index; a `ShardIndex` to plan a stream
-by. Next: `data.order` plans over the index, `data.stream` reads the tars. The format is plain WebDataset
-(https://github.com/webdataset/webdataset); nothing in it is ever unpickled.
+The format is plain WebDataset (https://github.com/webdataset/webdataset). Nothing is unpickled.
 """
 
 import fnmatch
@@ -41,23 +39,24 @@ _HEADER_LOCK = Lock()
 
 
 def table_name(tar: str) -> str:
+    """Return the file name of the sample table of a tar."""
     return f"{tar.removesuffix('.tar')}.samples.npy"
 
 
 def text_hash(text: str) -> int:
-    """Return the 64-bit number by which tables know a key or a licence."""
+    """Return the signed 64-bit hash that sample tables store for a key or a licence."""
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 @dataclass(frozen=True)
 class SampleTable:
-    """Samples of a tar in order.
+    """The N samples of a tar, in order. All arrays are int64.
 
     Attributes:
-        starts: the first byte of each, and one entry more, the end of the last.
-        milliseconds: their lengths; -1 where unknown.
-        keys, licences: `text_hash` of the key, and of the licence as the sample states it.
+        starts: `[N + 1]`, byte offset of each sample, then the end of the last one.
+        milliseconds: `[N]`, length of each clip; -1 if unknown.
+        keys, licences: `[N]`, `text_hash` of the key, and of the licence as the sample states it.
     """
 
     starts: np.ndarray
@@ -69,6 +68,7 @@ class SampleTable:
         return len(self.milliseconds)
 
     def to_bytes(self) -> bytes:
+        """Return the table as an `.npy` file: int64 `[N + 1, 4]`, little-endian."""
         buffer = io.BytesIO()
         columns = [self.milliseconds, self.keys, self.licences]
         rows = np.stack([self.starts, *(np.append(column, 0) for column in columns)], axis=1)
@@ -78,7 +78,7 @@ class SampleTable:
     def licence_counts(
         self, rows: np.ndarray | slice = slice(None)
     ) -> Iterator[tuple[int, int, float]]:
-        """Yield hash, samples and seconds of each licence among some rows."""
+        """Yield `(licence hash, samples, seconds)` for each licence in the selected rows."""
         licences, seconds = self.licences[rows], self.milliseconds[rows].clip(min=0) / 1000
         for licence in np.unique(licences):
             own = licences == licence
@@ -86,10 +86,14 @@ class SampleTable:
 
     @classmethod
     def from_bytes(cls, data: bytes, samples: int) -> "SampleTable":
-        """Read a table.
+        """Parse a table written by `to_bytes`.
+
+        Args:
+            data: the `.npy` file.
+            samples: number of samples of the tar, as its index says.
 
         Raises:
-            ValueError: it is damaged, or not of a tar with so many samples.
+            ValueError: the table is damaged, or does not have `samples` samples.
         """
         with _HEADER_LOCK:
             rows = np.load(io.BytesIO(data), allow_pickle=False)
@@ -102,7 +106,7 @@ class SampleTable:
 
 
 class TableWriter:
-    """Collects the rows of a table."""
+    """Collects the samples of a tar into a `SampleTable`."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[int, int, int, int]] = []
@@ -118,7 +122,8 @@ class TableWriter:
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 2
-HAS_TABLES = "sample_tables"  # the fact that says that a table lies beside each tar
+# Key of the index; true if every tar has a sample table next to it.
+HAS_TABLES = "sample_tables"
 SUFFIX = re.compile(r"[A-Za-z_][\w-]*")  # one part of a suffix such as `seg.json`
 COMPRESSED = "compressed by gzip, which allows no reading by position and saves nothing on audio"
 MAX_INDEX_BYTES, MAX_TABLE_BYTES = 256 << 20, 256 << 20
@@ -126,7 +131,15 @@ MAX_INDEX_BYTES, MAX_TABLE_BYTES = 256 << 20, 256 << 20
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One tar: its name within the folder, samples, seconds of audio, bytes and SHA-256 (empty where not computed)."""
+    """One tar of an index.
+
+    Attributes:
+        name: file name within the folder.
+        samples: number of samples.
+        seconds: total length of the audio; 0 if unknown.
+        bytes: size of the file.
+        sha256: hex digest of the file; empty if not computed.
+    """
 
     name: str
     samples: int
@@ -136,21 +149,21 @@ class ShardEntry:
 
 
 class FolderCounts:
-    """Clips by domain, and clips and seconds by licence as written."""
+    """Counts clips by domain, and clips and seconds by licence (as written in the annotations)."""
 
     def __init__(self) -> None:
         self.domains: Counter[str] = Counter()
         self.licences: dict[str, dict[str, float]] = {}
 
     def add(self, domain: str, licence: str, seconds: float, clips: int = 1) -> None:
-        """Count clips that are `seconds` long together."""
+        """Count `clips` clips with a total length of `seconds`."""
         self.domains[domain] += clips
         total = self.licences.setdefault(licence, {"clips": 0, "seconds": 0.0})
         total["clips"] += clips
         total["seconds"] += seconds
 
     def facts(self) -> dict[str, Any]:
-        """Return the counts as an index holds them."""
+        """Return the counts as stored in an index."""
         licences = {
             written: {"clips": total["clips"], "seconds": round(total["seconds"], 3)}
             for written, total in self.licences.items()
@@ -163,10 +176,10 @@ class Selection:
     """The samples of a folder that a run may use.
 
     Attributes:
-        ordinals: of each shard, which of its samples they are, ascending.
-        seconds: of audio that they hold.
+        ordinals: for each shard, the ascending indices of its selected samples.
+        seconds: total length of the selected samples.
         licences: clips and seconds by licence as written.
-        left_out: how many are left out, by reason.
+        left_out: number of samples left out, by reason.
     """
 
     ordinals: tuple[np.ndarray, ...]
@@ -175,7 +188,7 @@ class Selection:
     left_out: dict[str, int]
 
     def digest(self) -> str:
-        """Return a hash of which samples are selected."""
+        """Return a hash of the selected indices."""
         digest = hashlib.sha256()
         for ordinals in self.ordinals:
             digest.update(len(ordinals).to_bytes(8) + ordinals.astype("<i8").tobytes())
@@ -184,13 +197,13 @@ class Selection:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """All tars under one folder or URL, in order.
+    """The tars of one folder or URL, in order.
 
     Attributes:
         root: folder or URL prefix.
         shards: the tars.
-        facts: what the builder counted over the whole (domains, refusals, …), for people.
-        pattern: of the shards' names, where they are a part of their folder.
+        facts: other metadata of the index, such as counts of domains, licences and skipped clips.
+        pattern: file name pattern if only some tars of the folder are used; empty for all.
         selection: the samples that a run may use; None for all.
     """
 
@@ -202,12 +215,12 @@ class ShardIndex:
 
     @property
     def name(self) -> str:
-        """The folder or URL, and the pattern if there is one."""
+        """The folder or URL, followed by the pattern if there is one."""
         return f"{self.root.rstrip('/')}/{self.pattern}" if self.pattern else self.root
 
     @property
     def shard_samples(self) -> tuple[int, ...]:
-        """Selected samples of each shard."""
+        """Number of selected samples of each shard."""
         if self.selection:
             return tuple(map(len, self.selection.ordinals))
         return tuple(shard.samples for shard in self.shards)
@@ -224,7 +237,7 @@ class ShardIndex:
 
     @property
     def licences(self) -> dict[str, dict[str, float]]:
-        """Clips and seconds by licence as written; all under `""` where nobody counted them."""
+        """Clips and seconds by licence as written; a single entry `""` if they were not counted."""
         if self.selection:
             return self.selection.licences
         return self.facts.get("licences") or {"": {"clips": self.samples, "seconds": self.seconds}}
@@ -237,17 +250,17 @@ class ShardIndex:
         return beside(self.root, self.shards[number].name)
 
     def ordinals(self, shard: int) -> np.ndarray:
-        """Return which samples of a shard are selected, by their place in it."""
+        """Return the indices of a shard's selected samples, ascending."""
         if self.selection:
             return self.selection.ordinals[shard]
         return np.arange(self.shards[shard].samples)
 
     def table(self, number: int, policy: ReadPolicy = DEFAULT_POLICY) -> SampleTable:
-        """Read where the samples of one tar lie and how long they are.
+        """Read the sample table of one tar.
 
         Raises:
             OSError: there is no table, or it cannot be read.
-            ValueError: it is damaged or another tar's.
+            ValueError: the table is damaged or does not match the tar.
         """
         data = read_file(
             beside(self.root, table_name(self.shards[number].name)),
@@ -257,32 +270,38 @@ class ShardIndex:
         return SampleTable.from_bytes(data, self.shards[number].samples)
 
     def fingerprint(self) -> str:
-        """A hash of what all shards hold: names, sizes and checksums, not where they are."""
+        """Return a hash of the shards' names, sizes and checksums; their location does not count."""
         listing = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)
         return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
     def identities(self) -> set[str]:
-        """Fingerprints under which an audit knows these shards: their own, and their folder's."""
+        """Return the fingerprints that an audit may list: of these shards and of the whole folder."""
         return {self.fingerprint(), self.facts.get("folder", self.fingerprint())}
 
     def selected_fingerprint(self) -> str:
-        """A hash of the shards and of which of their samples are selected."""
+        """Return a hash of the shards and of the selection."""
         chosen = f"-{self.selection.digest()}" if self.selection else ""
         return self.fingerprint() + chosen
 
 
 class ShardFolder:
-    """Writes samples into tars of at most `max_bytes`, then the index. A context manager: leaving it completes the folder.
+    """A context manager that writes samples into tars of about `max_bytes` and then the index.
 
-    Until then the tars carry hidden, temporary names and whatever the folder held stays as it was. Leaving replaces the index
-    first and renames the tars into place after it: should that be cut short, the index names tars which are missing, and
-    `open_index` says so. No interruption leaves a folder that looks complete and is not.
+    Inside the context the tars have hidden temporary names, and earlier shards in the folder stay
+    untouched. On exit the earlier tars are removed, the index is written, and the new tars are
+    renamed into place, in this order. If that is interrupted, the index names missing tars and
+    `open_index` raises, so an incomplete folder never looks complete. If the context is left with
+    an exception, only the temporary files are removed.
+
+    Args:
+        folder: where to write; created if missing.
+        prefix: start of the tars' names, `PREFIX-000000.tar`.
+        max_bytes: a tar is finished as soon as its members reach this size.
     """
 
     def __init__(self, folder: str | Path, prefix: str = "shard", max_bytes: int = 256 << 20):
-        self.folder = Path(
-            folder
-        ).absolute()  # TarWriter would take `name:` at the start of a relative path for a URL
+        # TarWriter would read `name:` at the start of a relative path as a URL.
+        self.folder = Path(folder).absolute()
         self.prefix, self.max_bytes = prefix, max_bytes
         self.facts: dict[str, Any] = {}
         self._shards: list[ShardEntry] = []
@@ -294,7 +313,7 @@ class ShardFolder:
     def __enter__(self) -> "ShardFolder":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_partial()  # of a build that was cut short
+            self._remove_partial()  # left over from an interrupted build
         except OSError as error:
             raise UserError(f"Cannot write shards to {self.folder}: {error.strerror}.") from None
         return self
@@ -305,7 +324,15 @@ class ShardFolder:
         return self._samples + sum(shard.samples for shard in self._shards)
 
     def write(self, key: str, suffix: str, audio: bytes, annotation: Annotation) -> None:
-        """Append one sample. `key` loses its dots (WebDataset would read an extension there); `suffix` names the codec."""
+        """Append one sample.
+
+        Args:
+            key: name of the sample. Dots become underscores, since WebDataset would read an
+                extension after them.
+            suffix: file suffix of the audio, such as `flac`.
+            audio: the encoded audio file.
+            annotation: the content of the `.json` member.
+        """
         key = key.replace(".", "_")
         writer = self._writer or TarWriter(
             str(self._partial(len(self._shards))), encoder=False, mtime=0
@@ -329,7 +356,8 @@ class ShardFolder:
                 self._publish()
         finally:
             if self._writer is not None:
-                with suppress(OSError):  # a full disk; what matters is that the partial tars go
+                # The disk may be full. The partial tars must be removed even then.
+                with suppress(OSError):
                     self._writer.close()
             self._remove_partial()
 
@@ -371,9 +399,8 @@ class ShardFolder:
         self._writer, self._samples, self._seconds, self._bytes = None, 0, 0.0, 0
 
     def _publish(self) -> None:
-        self._remove(
-            f"{self.prefix}-*.tar"
-        )  # a former build's: from here to the end the folder is visibly incomplete
+        # Removes the tars of an earlier build. Until the end, `open_index` reports missing tars.
+        self._remove(f"{self.prefix}-*.tar")
         self._remove(table_name(f"{self.prefix}-*.tar"))
         facts = {**self.facts, **self._counts.facts(), HAS_TABLES: True}
         write_index(self.folder, self._shards, facts)
@@ -383,7 +410,7 @@ class ShardFolder:
 
 
 def write_index(folder: Path, shards: Sequence[ShardEntry], facts: dict[str, Any]) -> None:
-    """Write `index.json`, at once or not at all; what `shards` tell wins over `facts`."""
+    """Write `index.json` atomically. Values computed from `shards` override those in `facts`."""
     index = {
         **facts,
         "version": INDEX_VERSION,
@@ -397,13 +424,15 @@ def write_index(folder: Path, shards: Sequence[ShardEntry], facts: dict[str, Any
 
 
 def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIndex:
-    """Read the index of a folder or URL of shards; a local folder without one is listed and its tars are counted.
+    """Read the index of a folder or URL of shards.
 
-    A root that ends in `.tar` is a pattern for some of a folder's tars, `FOLDER/train-*.tar` or
-    `FOLDER/{000000..000999}.tar`. The folder's index and tables are used where they list them all.
+    If a local folder has no index, the samples of its tars are counted. A root that ends in `.tar`
+    is a pattern for some tars of a folder, such as `FOLDER/train-*.tar` or
+    `FOLDER/{000000..000999}.tar`. The folder's index and tables are used if they list all of them.
 
     Raises:
-        UserError: nothing there, no tars, a damaged index, or an index that names tars which are missing.
+        UserError: the folder or its tars do not exist, or the index is damaged or names missing
+            tars.
     """
     root = str(root)
     if root.endswith(".tar") and not root.startswith(PIPE):
@@ -413,7 +442,8 @@ def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIn
     filesystem, path = fsspec.url_to_fs(root)
     if not filesystem.exists(path):
         raise UserError(
-            f"There are no shards at {root}. Build some: whisper-aut data build MANIFEST --out {root}"
+            f"There are no shards at {root}. Build some: "
+            f"whisper-aut data build MANIFEST --out {root}"
         )
     if filesystem.exists(f"{path}/{INDEX_NAME}"):
         index = _read_index(filesystem, path, root)
@@ -423,7 +453,8 @@ def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIn
         if missing:
             listed = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
             raise UserError(
-                f"{root}/{INDEX_NAME} names {len(missing)} shards that are missing: {listed}. Bring them back or rebuild."
+                f"{root}/{INDEX_NAME} names {len(missing)} shards that are missing: {listed}. "
+                "Bring them back or rebuild."
             )
         return index
     tars = list_tars(filesystem, path)
@@ -437,22 +468,23 @@ def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIn
 
 def _remote_index(root: str, policy: ReadPolicy) -> ShardIndex:
     try:
-        # A tar that the index names and the server lacks is found, and refused, when its turn comes: asking for each would take
-        # as many requests as there are tars.
+        # Missing tars are found when they are read: looking for them here would take one request
+        # per tar.
         return _parse_index(
             root, read_file(beside(root, INDEX_NAME), policy, max_bytes=MAX_INDEX_BYTES)
         )
     except FileNotFoundError:
         raise UserError(
-            f"There is no {INDEX_NAME} at {root}, and remote tars are not read through to count them. Make one where the tars are "
-            f"on a disk, and put what it writes beside them: whisper-aut data index FOLDER"
+            f"There is no {INDEX_NAME} at {root}, and remote tars are not read through to count "
+            "them. Make one where the tars are on a disk, and put what it writes beside them: "
+            "whisper-aut data index FOLDER"
         ) from None
     except OSError as error:
         raise UserError(f"{root} cannot be read: {error}.") from None
 
 
 def _some_tars(root: str, policy: ReadPolicy) -> ShardIndex:
-    """Open the tars of a folder that fit a pattern: by its index, or counted where it lacks one."""
+    """Open the tars that match a pattern, with the folder's index or else by counting samples."""
     folder, _, pattern = root.rpartition("/")
     folder = folder or "."
     try:
@@ -474,9 +506,8 @@ def _some_tars(root: str, policy: ReadPolicy) -> ShardIndex:
         missing += [] if found else [one]
     if missing:
         if is_local(root):
-            list_tars(
-                fsspec.filesystem("file"), folder, missing[0]
-            )  # says so where gzip packed them
+            # Raises a more helpful error if the tars are compressed.
+            list_tars(fsspec.filesystem("file"), folder, missing[0])
         listed = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
         raise UserError(f"{folder} holds no {listed} ({len(missing)} of {len(patterns)} patterns).")
     if chosen <= {shard.name for shard in whole.shards}:
@@ -487,7 +518,7 @@ def _some_tars(root: str, policy: ReadPolicy) -> ShardIndex:
 
 
 def _part(whole: ShardIndex, names: set[str], policy: ReadPolicy) -> ShardIndex:
-    """Return the index of some of a folder's tars, with what its tables tell of them alone."""
+    """Return the index of some tars of a folder, with licences counted from their tables."""
     shards = tuple(shard for shard in whole.shards if shard.name in names)
     if len(shards) == len(whole.shards):
         return whole
@@ -495,7 +526,8 @@ def _part(whole: ShardIndex, names: set[str], policy: ReadPolicy) -> ShardIndex:
     part = ShardIndex(whole.root, shards, facts)
     if whole.has_tables:
         counts, written = FolderCounts(), {text_hash(name): name for name in whole.licences}
-        with suppress(OSError, ValueError):  # then it is read without tables
+        # If a table cannot be read, the part is used without tables.
+        with suppress(OSError, ValueError):
             for number in range(len(shards)):
                 for licence, clips, seconds in part.table(number, policy).licence_counts():
                     counts.add("", written.get(licence, "unknown"), seconds, clips)
@@ -514,10 +546,10 @@ def _count_tars(filesystem: Any, root: str, tars: Sequence[str]) -> ShardIndex:
 
 
 def list_tars(filesystem: Any, folder: str, pattern: str = "*.tar") -> list[str]:
-    """Return the paths of a folder's tars, sorted; brackets in the folder's name are no pattern.
+    """Return the sorted paths of a folder's tars. Brackets in the folder's name match literally.
 
     Raises:
-        UserError: there are tars that gzip compressed.
+        UserError: the folder has gzip-compressed tars.
     """
     names = _names(filesystem, folder)
     compressed = [
@@ -531,7 +563,7 @@ def list_tars(filesystem: Any, folder: str, pattern: str = "*.tar") -> list[str]
 
 
 def _names(filesystem: Any, folder: str) -> dict[str, str]:
-    """Return the paths of what is in a folder by name, without what is hidden."""
+    """Map the names of a folder's files, hidden ones excluded, to their paths."""
     paths = filesystem.ls(folder, detail=False) if filesystem.isdir(folder) else []
     names = {path.rpartition("/")[2]: path for path in paths}
     return {name: path for name, path in names.items() if not name.startswith(".")}
@@ -552,7 +584,8 @@ def _parse_index(root: str, data: bytes) -> ShardIndex:
         shards = tuple(ShardEntry(**shard) for shard in index.pop("shards"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{root}/{INDEX_NAME} is damaged ({error!r}). Delete it to have the tars counted, or rebuild."
+            f"{root}/{INDEX_NAME} is damaged ({error!r}). Delete it to have the tars counted, "
+            "or rebuild."
         ) from None
     unsafe = [shard.name for shard in shards if "/" in shard.name or shard.name.startswith(".")]
     if unsafe:
@@ -561,22 +594,24 @@ def _parse_index(root: str, data: bytes) -> ShardIndex:
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Python's tarfile takes a damaged header inside an archive for its end, without a word; this one raises.
+    """A header that raises when it is damaged.
 
-    It also refuses sizes below zero, which send tarfile back to where it was, for ever.
+    Python's `tarfile` silently treats a damaged header inside an archive as the archive's end.
+    Negative sizes, which make `tarfile` seek backwards and loop forever, are rejected too.
     """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictHeader":
         header = super().frombuf(buf, encoding, errors)
-        _check_size(header)  # of headers that only prepare for the next too
+        # `frombuf` also parses extension headers, which `fromtarfile` does not return.
+        _check_size(header)
         return header
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> "_StrictHeader":
         try:
             header = super().fromtarfile(tarfile)
-            _check_size(header)  # again: a pax header may have changed it
+            _check_size(header)  # again, since a pax header may override the size
         except EOFHeaderError:  # the zero block that ends an archive
             raise
         except (HeaderError, ValueError, OverflowError) as error:
@@ -590,10 +625,13 @@ def _check_size(header: tarfile.TarInfo) -> None:
 
 
 def tar_members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Yield the regular files of an uncompressed tar in order, seeking over bodies where the stream can seek.
+    """Yield `(tar, member)` for the regular files of an uncompressed tar, in order.
+
+    Bodies are skipped by seeking if the stream is seekable.
 
     Raises:
-        tarfile.TarError: the tar is damaged or lacks the mark at its end; members before the damage have been yielded.
+        tarfile.TarError: the tar is compressed or damaged, or has no end marker. Members before
+            the damage are yielded first.
     """
     if stream.seekable():
         is_gzip = stream.read(2) == b"\x1f\x8b"
@@ -606,17 +644,18 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.Tar
         for member in tar:
             if member.isreg():
                 yield tar, member
-            # tarfile keeps every header otherwise: a 20 M-sample tar would fill memory
+            # Otherwise tarfile keeps every header, and a tar of 20 M samples would fill memory.
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def sample_members(
     stream: BinaryIO,
 ) -> Iterator[tuple[int, str, str, tarfile.TarFile, tarfile.TarInfo]]:
-    """Yield `(ordinal, key, suffix, tar, member)` for the members of a tar's samples.
+    """Yield `(ordinal, key, suffix, tar, member)` for every member that belongs to a sample.
 
-    The suffix is in lower case. Consecutive members with one key are one sample, until a suffix
-    comes twice: a key that is repeated is a sample of its own.
+    `ordinal` is the index of the sample in the tar, and `suffix` is in lower case. Consecutive
+    members with the same key form one sample. A suffix that repeats starts a new sample, so two
+    consecutive samples may have the same key.
 
     Raises:
         tarfile.TarError: see `tar_members`.
@@ -633,11 +672,11 @@ def sample_members(
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split a member's name into key and suffix, which is empty where there is none.
+    """Split a member's name into its key and its suffix (empty if there is none).
 
-    As in WebDataset the suffix begins at the first dot of the file's name, but only where each part
-    of it could be one: the dots of `Track 2.0 v0.wav`, after which come digits or blanks, belong to
-    the key.
+    As in WebDataset, the suffix begins at the first dot of the file name. Unlike there, every part
+    of it must look like a suffix: in `Track 2.0 v0.wav` the first dot belongs to the key, because
+    `0 v0` does not.
     """
     key, suffix = base_plus_ext(name)
     if key is None or suffix is None:
@@ -650,13 +689,13 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def count_samples(stream: BinaryIO) -> int:
-    """Count the samples of a tar by its member names alone."""
+    """Count the samples of a tar from its member names alone. Stops at the first damaged header."""
     samples = 0
     try:
         for ordinal, *_ in sample_members(stream):
             samples = ordinal + 1
     except tarfile.TarError:
-        pass  # what comes before the damage is counted; reading reports the damage itself
+        pass  # the damage is reported when the tar is read
     return samples
 
 
@@ -664,16 +703,19 @@ Group = dict[str, Any]
 
 
 class MemberGroups:
-    """Iterates over `(ordinal, group)`; bodies of samples that are not wanted are skipped over and left empty.
+    """Iterates over `(ordinal, group)` for all samples of a tar.
+
+    A group maps `__key__` to the sample's key and each suffix to the member's body. Bodies that
+    are not wanted are not read and are empty.
 
     Args:
         stream: the tar.
-        limits: members above its bytes are not read; a `SampleRefused` stands in their place.
-        wanted: ordinals of samples; None for all.
-        suffixes: members whose bodies are read; None for all.
+        limits: a member above `max_bytes` is not read; its body is a `SampleRefused` instead.
+        wanted: indices of the samples to read; None for all.
+        suffixes: suffixes of the members to read; None for all.
 
     Attributes:
-        damage: what stopped the iteration, empty after a sound tar.
+        damage: the error that stopped the iteration; empty if the tar is valid.
     """
 
     def __init__(
@@ -713,9 +755,8 @@ class MemberGroups:
                 Reason.TOO_LARGE, f"{member.name}: {member.size} bytes, limit {limit}"
             )
         if self.stream.seekable() and not member.issparse():
-            self.stream.seek(
-                member.offset_data
-            )  # tarfile's own file object takes several times as long
+            # Several times faster than the file object of `extractfile`.
+            self.stream.seek(member.offset_data)
             body = self.stream.read(member.size)
         else:
             file = tar.extractfile(member)
@@ -726,11 +767,13 @@ class MemberGroups:
 
 
 def audio_and_annotation(group: Group) -> tuple[str, bytes, Annotation]:
-    """Return the audio member's suffix, its bytes, and the annotation of `.json` and `.txt` members.
+    """Return the suffix and bytes of the audio member, and the annotation.
+
+    The annotation is read from the `.json` and `.txt` members.
 
     Raises:
-        SampleRefused: there is no audio, or neither JSON nor text; a member is too large, or not
-            what its name says.
+        SampleRefused: the sample has no audio, or neither JSON nor text; a member is too large; or
+            the JSON or text cannot be parsed.
     """
     bodies = {suffix: body for suffix, body in group.items() if not suffix.startswith("__")}
     for body in bodies.values():
@@ -750,7 +793,7 @@ def audio_and_annotation(group: Group) -> tuple[str, bytes, Annotation]:
 
 
 def _dots(group: Group) -> str:
-    """Return the cause where a name with dots in it hides what its last suffix says."""
+    """Return an explanation for errors if dots in a file name hide the suffix of a member."""
     known = (*AUDIO_SUFFIXES, "json", "txt")
     hidden = [suffix for suffix in group if "." in suffix and suffix.rpartition(".")[2] in known]
     if not hidden:
@@ -764,18 +807,17 @@ def _dots(group: Group) -> str:
 
 TAR_BLOCK_BYTES = 512
 TEXT_SUFFIXES = ("json", "txt")
-ANY_LENGTH = ClipLimits(
-    min_seconds=0.0, max_seconds=1e6
-)  # lengths are written down here, and judged by the run
+# Lengths are only recorded here; each run applies its own limits.
+ANY_LENGTH = ClipLimits(min_seconds=0.0, max_seconds=1e6)
 
 
 def index_folder(folder: Path) -> ShardIndex:
-    """Write tables and index of a folder of tars.
+    """Write the sample tables and the index of a local folder of tars.
 
-    What is counted here replaces what an index said before; its other facts stay.
+    New counts replace those of an existing index. Its other metadata is kept.
 
     Raises:
-        UserError: no folder, no tars, or not writable.
+        UserError: the folder has no tars, cannot be read or cannot be written.
     """
     tars = [Path(tar) for tar in list_tars(LocalFileSystem(), str(folder.absolute()))]
     if not tars:
@@ -800,7 +842,7 @@ def index_folder(folder: Path) -> ShardIndex:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """Return what an earlier index says, whatever its version; nothing where none can be read."""
+    """Return the content of an existing index of any version; empty if there is no readable one."""
     try:
         facts = json.loads((folder / INDEX_NAME).read_bytes())
     except (FileNotFoundError, ValueError):
@@ -809,14 +851,17 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def table_of(stream: BinaryIO, counts: FolderCounts, *, audio: bool = True) -> SampleTable:
-    """Read one tar through: starts, keys, licences and lengths of its samples.
+    """Read a whole tar and return its sample table.
 
-    A length is that of the annotation, or else of the audio's header.
+    Lengths are taken from the annotation, or else from the audio header.
 
     Args:
         stream: the tar.
-        counts: counts its samples.
-        audio: read headers; else a length that is not stated is unknown.
+        counts: the tar's samples are added to these counts.
+        audio: read audio headers. Without them, a length that the annotation omits is unknown.
+
+    Raises:
+        OSError: the tar is damaged before its first sample.
     """
     starts, end = _starts(stream)
     stream.seek(0)
@@ -833,7 +878,7 @@ def table_of(stream: BinaryIO, counts: FolderCounts, *, audio: bool = True) -> S
 
 
 def _starts(stream: BinaryIO) -> tuple[list[tuple[int, str]], int]:
-    """Return the first byte and the key of each sample, and the end of the last."""
+    """Return the byte offset and key of each sample, and the end of the last sample in bytes."""
     starts: list[tuple[int, str]] = []
     end = 0
     try:
@@ -841,14 +886,14 @@ def _starts(stream: BinaryIO) -> tuple[list[tuple[int, str]], int]:
             if ordinal == len(starts):
                 starts.append((member.offset, key))
             end = member.offset_data + -(-member.size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
-    except (tarfile.TarError, ValueError) as error:  # what stands before the damage is counted
+    except (tarfile.TarError, ValueError) as error:  # samples before the damage are counted
         if not starts:
             raise OSError(f"{getattr(stream, 'name', 'tar')}: {error}") from None
     return starts, end
 
 
 def _described(group: Group, audio: bool) -> tuple[Annotation | None, float | None]:
-    """Return a sample's annotation and seconds, None where they cannot be read."""
+    """Return a sample's annotation and length in seconds; None for what cannot be read."""
     annotation = None
     try:
         _, encoded, annotation = audio_and_annotation(group)
