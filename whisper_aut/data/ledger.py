@@ -1,7 +1,8 @@
-"""The ledger: every skipped sample as a line of a file, and counts by source and reason.
+"""The ledger records every skipped sample in a file and counts them by source and reason.
 
-A run stops when too large a fraction of a source is skipped: it would not train on what its config
-says. `training.callbacks.ledger` adds the counts of all ranks and carries them through checkpoints.
+A run stops if too large a fraction of a source is skipped, because it would no longer train on the
+data of its config. `training.callbacks.monitors.LedgerCallback` sums the counts over ranks and
+saves them in checkpoints.
 """
 
 import json
@@ -14,8 +15,8 @@ from typing import Any, TextIO
 from whisper_aut.data.reader import Refusal
 from whisper_aut.errors import UserError
 
-MIN_SEEN = 200  # with fewer samples of a source, its skipped fraction says little yet
-MIN_SEEN_AT_END = 20  # a small source may never give more
+MIN_SEEN = 200  # with fewer samples, the skipped fraction of a source is not reliable
+MIN_SEEN_AT_END = 20  # lower at the end of a run, because small sources may have few samples
 MAX_LINES = 100_000
 
 ByReason = Counter[tuple[str, str]]  # (source, reason) → samples
@@ -23,10 +24,10 @@ ByReason = Counter[tuple[str, str]]  # (source, reason) → samples
 
 @dataclass
 class Counts:
-    """Samples by source folder.
+    """Numbers of samples by source folder.
 
     Attributes:
-        read: training samples, skipped ones included, without those that the config filters out.
+        read: training samples, including skipped ones but not those that the config filters out.
         skipped: training samples by source and reason.
         skipped_in_validation: validation samples by source and reason.
     """
@@ -44,7 +45,7 @@ class Counts:
 
     @property
     def all_skipped(self) -> ByReason:
-        """Skipped samples of training and validation."""
+        """Skipped samples of training and validation together."""
         return self.skipped + self.skipped_in_validation
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,6 +58,7 @@ class Counts:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Counts":
+        """Restore counts from `state_dict`."""
         return cls(
             Counter(state["read"]),
             _by_reason(state["skipped"]),
@@ -65,15 +67,17 @@ class Counts:
 
 
 class Ledger:
-    """Counts skipped samples and writes them down, one JSON object a line, as they come.
+    """Counts skipped samples and immediately writes each one to a JSON Lines file.
+
+    A process stops writing, but not counting, after about `MAX_LINES` skipped samples.
 
     Args:
         path: the file; None to count only.
         max_fraction: the fraction of a source's samples that may be skipped.
 
     Attributes:
-        earlier: counts of the run before this process, over all ranks.
-        validated: a validation of the run was recorded to its end.
+        earlier: counts of the run before this process started, summed over all ranks.
+        validated: whether the run has completed and recorded a validation.
     """
 
     def __init__(self, path: Path | None, max_fraction: float = 1.0):
@@ -83,7 +87,12 @@ class Ledger:
         self._file: TextIO | None = None
 
     def record(self, sources: Iterable[str], refusals: Sequence[Refusal]) -> None:
-        """Count one batch: the source folder of each clip in it, and the samples skipped for it."""
+        """Count one training batch.
+
+        Args:
+            sources: the source folder of each clip in the batch.
+            refusals: the samples that were skipped while the batch was filled.
+        """
         self._own.read.update(sources)
         for refusal in refusals:
             self._own.read[_folder(refusal)] += 1
@@ -91,43 +100,52 @@ class Ledger:
             self._write(refusal)
 
     def record_validation(self, refusals: Sequence[Refusal]) -> None:
-        """Count what a validation batch skips; `max_fraction` limits training samples only."""
+        """Count the skipped samples of a validation batch; `max_fraction` does not apply to them.
+
+        Args:
+            refusals: the skipped samples.
+        """
         for refusal in refusals:
             self._own.skipped_in_validation[_folder(refusal), str(refusal.reason)] += 1
             self._write(refusal)
 
     def resume(self, earlier: Counts, validated: bool) -> None:
-        """Add what the run had counted up to a checkpoint.
+        """Restore the counts that a checkpoint saved.
 
-        Does nothing where this process counted it itself: a rewind reads nothing again.
+        Does nothing if this process has already counted samples, as after a rewind: a rewind reads
+        no sample twice.
+
+        Args:
+            earlier: counts of the run up to the checkpoint.
+            validated: see `Ledger.validated`.
         """
         if not self._own.read:
             self.earlier, self.validated = earlier, validated
 
     def note(self, refusal: Refusal) -> None:
-        """Write down a clip that was trained on and gave trouble, without counting it as skipped."""
+        """Write a line for a clip that caused trouble in training, without counting it as skipped."""
         self._write(refusal)
 
     @property
     def counts(self) -> Counts:
-        """Counts of this rank in this process.
+        """The counts of this rank in this process.
 
-        An interrupted validation is left out: it is repeated, and counts then.
+        An interrupted validation is left out. It is repeated after resuming and counted then.
         """
         if self.validated:
             return self._own
         return Counts(self._own.read, self._own.skipped)
 
     def check(self, counts: Counts, *, at_end: bool = False) -> None:
-        """Check that no source exceeds the limit.
+        """Check that no source exceeds `max_fraction`.
 
         Args:
-            counts: of all ranks and of the whole run.
-            at_end: no more samples will come, so small sources are judged too, and those of which
-                every sample was skipped.
+            counts: counts of the whole run, summed over all ranks.
+            at_end: whether the run has ended. Then sources with few samples are checked too, and
+                sources with any number of samples if all of them were skipped.
 
         Raises:
-            UserError: more than `max_fraction` of a source was skipped.
+            UserError: more than `max_fraction` of a source's samples were skipped.
         """
         for source, read in counts.read.items():
             reasons = {
@@ -156,9 +174,10 @@ class Ledger:
         if self.path is None or self._own.all_skipped.total() > MAX_LINES:
             return
         if self._file is None:
+            # File names may contain bytes that are not UTF-8.
             self._file = self.path.open(
                 "a", buffering=1, encoding="utf-8", errors="backslashreplace"
-            )  # names may be any bytes
+            )
         line = {
             "shard": refusal.source,
             "key": refusal.key,
@@ -169,7 +188,7 @@ class Ledger:
 
 
 def by_source(counts: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
-    """Return counts by source, then by reason, as files hold them."""
+    """Nest counts by source, then by reason, as stored in files."""
     result: dict[str, dict[str, int]] = {}
     for (source, reason), count in sorted(counts.items()):
         result.setdefault(source, {})[reason] = count

@@ -1,7 +1,7 @@
-"""Places → samples: fetches chosen samples of chosen shards, and refuses what a shard does not give.
+"""Read selected samples from shards: each becomes a `Sample`, or a `Refusal` if it cannot be read.
 
-In: an index, and shards and ordinals. Out: a `Sample` or a `Refusal` for each. Next: `data.stream` puts them in order, `data.augment`
-takes noise. By a shard's table single samples are fetched; without one the tar is read from its start, skipping over the others.
+If a shard has a sample table, only the requested samples are fetched. Otherwise the tar is read
+from its start and other samples are skipped.
 """
 
 from collections import deque
@@ -27,15 +27,23 @@ from whisper_aut.data.shards import (
 from whisper_aut.errors import Reason, SampleRefused
 
 END_OF_TAR = bytes(1024)
-LOCAL_RUN_BYTES = (
-    1 << 19
-)  # of neighbours fetched at once: no more than a cache holds, or each copy of them waits for memory
-REMOTE_RUN_BYTES = 8 << 20  # where every fetch is a request
+# Adjacent samples are fetched together, up to these sizes. Locally, a larger run would not fit into
+# the CPU cache, and every copy of it would wait for memory. Remotely, every fetch is a request.
+LOCAL_RUN_BYTES = 1 << 19
+REMOTE_RUN_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip as it lies in a shard: `audio` is the encoded file whose kind `suffix` names."""
+    """One clip as stored in a shard.
+
+    Attributes:
+        key: name of the sample in the shard.
+        shard: path or URL of the shard.
+        audio: the encoded audio file.
+        suffix: file suffix of the audio, such as `flac`.
+        annotation: the checked annotation.
+    """
 
     key: str
     shard: str
@@ -46,7 +54,15 @@ class Sample:
 
 @dataclass
 class Refusal:
-    """One sample that was refused: where it lies and why. What the ledger records."""
+    """One skipped sample, as recorded in the ledger.
+
+    Attributes:
+        source: path or URL of the shard.
+        key: key of the sample, `#` and its index if the key is not known, or empty if the entry
+            is about the whole shard.
+        reason: why the sample was skipped.
+        detail: what exactly was found.
+    """
 
     source: str
     key: str
@@ -57,10 +73,15 @@ class Refusal:
 def read_shard(
     stream: BinaryIO, url: str, wanted: Container[int] | None, limits: ClipLimits
 ) -> Iterator[tuple[int, Sample | Refusal]]:
-    """Yield `(ordinal, sample or refusal)` for the wanted samples of one tar, in the order they lie in.
+    """Yield `(ordinal, sample or refusal)` for the wanted samples of one tar, in its order.
 
-    Bodies of samples that are not wanted are skipped over. A damaged tar gives the samples before the damage, then one
-    `Refusal` with ordinal -1.
+    A damaged tar yields the samples before the damage, then one `Refusal` with ordinal -1.
+
+    Args:
+        stream: the tar.
+        url: path or URL of the tar, for samples and refusals.
+        wanted: indices of the samples to read; None for all. Other bodies are skipped.
+        limits: members larger than `max_bytes` are rejected.
     """
     groups = MemberGroups(stream, limits, wanted)
     for ordinal, group in groups:
@@ -73,10 +94,17 @@ def read_shard(
 def read_samples(
     stream: BinaryIO, url: str, table: SampleTable, wanted: Sequence[int], limits: ClipLimits
 ) -> Iterator[tuple[int, Sample | Refusal]]:
-    """Yield the wanted samples as `read_shard` does, fetching nothing but them; neighbours are fetched together.
+    """Yield the wanted samples like `read_shard`, but fetch only these, adjacent ones together.
+
+    Args:
+        stream: the tar, seekable.
+        url: path or URL of the tar, for samples and refusals.
+        table: the sample table of the tar.
+        wanted: indices of the samples to read.
+        limits: samples larger than `max_bytes` are rejected.
 
     Raises:
-        ValueError: the tar is not the one that the table was made of.
+        ValueError: the table does not match the tar.
     """
     for first, last in _runs(
         sorted(wanted), table, LOCAL_RUN_BYTES if is_local(url) else REMOTE_RUN_BYTES
@@ -103,14 +131,17 @@ def read_samples(
                     raise ValueError(f"{url} has another sample {item.key!r} than its table")
                 yield first + place, item
             elif len(data) < end - start:
-                yield -1, item  # the tar was cut
+                yield -1, item  # the tar is truncated
                 return
         if count != last - first:
             raise ValueError(f"{count} samples where the table has {last - first}")
 
 
 def _runs(wanted: Sequence[int], table: SampleTable, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """Join neighbours into ranges `[first, last)` of at most `max_bytes`, unless a single sample is larger."""
+    """Join adjacent indices into ranges `[first, last)` of at most `max_bytes`.
+
+    A single sample may be larger.
+    """
     first, last = None, 0
     for number in wanted:
         if first is not None and (
@@ -126,7 +157,10 @@ def _runs(wanted: Sequence[int], table: SampleTable, max_bytes: int) -> Iterator
 def iter_samples(
     index: ShardIndex, limits: ClipLimits, policy: ReadPolicy = DEFAULT_POLICY
 ) -> Iterator[Sample | Refusal]:
-    """Yield every selected sample of an index once, in the order in which the shards hold them."""
+    """Yield every selected sample of an index once, in the order of the shards.
+
+    A shard that cannot be opened or read yields one `Refusal`.
+    """
     for number in range(len(index.shards)):
         url = index.url(number)
         wanted = set(index.ordinals(number).tolist()) if index.selection else None
@@ -152,17 +186,26 @@ Items = Iterator[tuple[int, Sample | Refusal]]
 
 
 class ShardReader:
-    """Reads chosen samples of chosen shards; what a damaged, vanished or unreachable shard does not give is refused."""
+    """Reads selected samples of an index. Caches the sample tables of up to `TABLES_HELD` shards.
+
+    Args:
+        limits: members larger than `max_bytes` are rejected.
+        policy: how to retry reads.
+    """
 
     def __init__(self, limits: ClipLimits, policy: ReadPolicy):
         self.limits, self.policy = limits, policy
         self._tables: dict[str, SampleTable | None] = {}
 
     def read(self, places: Mapping[int, tuple[int, int]], index: ShardIndex) -> Items:
-        """Yield `(number, item)` for every number.
+        """Yield `(number, sample or refusal)` for every number, grouped by shard.
+
+        A damaged, missing or unreachable shard yields a `Refusal` for each sample that it lacks.
 
         Args:
-            places: of each number the shard, and which of the shard's selected samples it is.
+            places: for each number, the index of the shard and the index of the sample among the
+                shard's selected samples.
+            index: the shards.
         """
         by_shard: dict[int, list[tuple[int, int]]] = {}
         for number, (shard, selected) in places.items():
@@ -192,8 +235,8 @@ class ShardReader:
                 with open_stream(url, self.policy, whole=False) as stream:
                     yield from read_samples(stream, url, table, ordinals, self.limits)
                 return
-            except ValueError as error:  # not the tar that the table was made of
-                if index.selection:  # which was made by the table too
+            except ValueError as error:  # the table does not match the tar
+                if index.selection:  # it was computed from the table, so it is wrong too
                     hint = f"make its table again: whisper-aut data index {index.root}"
                     raise OSError(f"{error}; {hint}") from None
         with open_stream(url, self.policy) as stream:
@@ -207,11 +250,12 @@ class ShardReader:
             try:
                 self._tables[url] = index.table(shard, self.policy)
             except (OSError, ValueError):
-                self._tables[url] = None  # the tar can be read without
+                self._tables[url] = None  # the tar is read without its table
         return self._tables.get(url)
 
 
-LOOKAHEAD_CLIPS, LOOKAHEAD_BYTES = 256, 64 << 20  # hours of audio in one file stay one at a time
+# The byte limit makes files with hours of audio load one at a time.
+LOOKAHEAD_CLIPS, LOOKAHEAD_BYTES = 256, 64 << 20
 
 Item = TypeVar("Item")
 
@@ -222,7 +266,17 @@ def decoded_ahead(
     encoded_bytes: Callable[[Item], int],
     workers: int,
 ) -> Iterator[tuple[Item, Tensor | SampleRefused]]:
-    """Yield each item with what `load` returns for it, or with the refusal that it raises."""
+    """Load items in threads and yield them in order.
+
+    Args:
+        items: what to load.
+        load: returns the waveform of an item, or raises `SampleRefused`.
+        encoded_bytes: returns the encoded size of an item, to bound the memory for look-ahead.
+        workers: number of threads.
+
+    Yields:
+        Each item with its waveform, or with the `SampleRefused` that `load` raised.
+    """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     ahead: deque[tuple[Item, Future[Tensor]]] = deque()
     source, waiting = iter(items), 0

@@ -1,4 +1,4 @@
-"""Open local files, fsspec URLs (`https://`, `s3://`, `gs://`) and `pipe:COMMAND` as binary streams.
+"""Open paths, fsspec URLs (`https://`, `s3://`, `gs://`) and `pipe:COMMAND` as binary streams.
 
 Failed reads of a URL are retried with exponential backoff and continue at the byte that was
 reached: with a range request if the server supports it, otherwise by reading from the beginning.

@@ -112,10 +112,12 @@ class TableWriter:
         self._rows: list[tuple[int, int, int, int]] = []
 
     def add(self, start: int, seconds: float | None, key: str, licence: str) -> None:
+        """Append a sample that begins at byte `start`; `seconds` is None if unknown."""
         milliseconds = UNKNOWN_MS if seconds is None else round(seconds * 1000)
         self._rows.append((start, milliseconds, text_hash(key), text_hash(licence)))
 
     def finish(self, end: int) -> SampleTable:
+        """Return the table. `end` is the byte offset after the last sample."""
         rows = np.array(self._rows, np.int64).reshape(-1, COLUMNS)
         return SampleTable(np.append(rows[:, 0], end), *rows[:, 1:].T)
 
@@ -227,10 +229,12 @@ class ShardIndex:
 
     @property
     def samples(self) -> int:
+        """Number of selected samples."""
         return sum(self.shard_samples)
 
     @property
     def seconds(self) -> float:
+        """Total length of the selected samples."""
         if self.selection:
             return self.selection.seconds
         return sum(shard.seconds for shard in self.shards)
@@ -244,9 +248,11 @@ class ShardIndex:
 
     @property
     def has_tables(self) -> bool:
+        """Whether every tar has a sample table."""
         return bool(self.facts.get(HAS_TABLES))
 
     def url(self, number: int) -> str:
+        """Return the path or URL of a tar."""
         return beside(self.root, self.shards[number].name)
 
     def ordinals(self, shard: int) -> np.ndarray:
@@ -270,12 +276,12 @@ class ShardIndex:
         return SampleTable.from_bytes(data, self.shards[number].samples)
 
     def fingerprint(self) -> str:
-        """Return a hash of the shards' names, sizes and checksums; their location does not count."""
+        """Return a hash of the shards' names, sizes and checksums, but not of their location."""
         listing = json.dumps([asdict(shard) for shard in self.shards], sort_keys=True)
         return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
     def identities(self) -> set[str]:
-        """Return the fingerprints that an audit may list: of these shards and of the whole folder."""
+        """Return the fingerprints an audit may list: of these shards and of the whole folder."""
         return {self.fingerprint(), self.facts.get("folder", self.fingerprint())}
 
     def selected_fingerprint(self) -> str:
