@@ -1,1 +1,1 @@
-"""Audio: bytes to mono 16 kHz waveforms, log-mels, windows of long clips."""
+"""Audio: decoding to mono 16 kHz waveforms, log-mel features, windows of long clips."""

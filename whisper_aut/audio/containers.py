@@ -1,8 +1,8 @@
-"""Where an audio file ends: two files joined into one, and MP3s that do not say how long they are.
+"""Find the true end of an audio file: several files joined into one, and MP3s without a length.
 
-libsndfile reads the first of several joined files and says nothing. Of an MP3 without a Xing header
-it guesses the length from the first frame's bit rate, and stops there: a recording that begins loud
-loses its end. Both are looked for in the encoded bytes.
+libsndfile silently reads only the first of several joined files. For an MP3 without a Xing header,
+it estimates the length from the bit rate of the first frame and stops there, so a recording that
+begins at a high bit rate loses its end. This module detects both in the encoded bytes.
 """
 
 import mmap
@@ -11,15 +11,17 @@ from dataclasses import dataclass
 
 Data = bytes | mmap.mmap
 
-RATES_HZ = (44_100, 48_000, 32_000)  # of MPEG-1; MPEG-2 has half of them, MPEG-2.5 a quarter
-KBIT = {  # by the index in a layer III header
+RATES_HZ = (44_100, 48_000, 32_000)  # of MPEG-1; half of these in MPEG-2, a quarter in MPEG-2.5
+# Bit rates of layer III, by the index in a frame header; True for MPEG-1.
+KBIT = {
     True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
-HEADER_INDEX = 9  # 128 or 80 kbit/s: a frame that holds a Xing header at any rate
+HEADER_INDEX = 9  # 128 or 80 kbit/s: such a frame has room for a Xing header at any sample rate
 LONGEST_FRAME = 2048
-MOST_TRIES = 100_000  # bytes that look like what is searched, in a file that means ill
-SIZES = {  # what a file begins with → where it says its size, and what that leaves out
+MOST_TRIES = 100_000  # limit on false matches, against malicious files
+# First bytes of a file: the offset and format of its size, and the bytes that the size leaves out.
+SIZES = {
     b"RIFF": (4, "<I", 8),
     b"FORM": (4, ">I", 8),
     b"RF64": (20, "<Q", 8),
@@ -28,7 +30,7 @@ SIZES = {  # what a file begins with → where it says its size, and what that l
 
 
 def second_file(data: Data) -> int | None:
-    """Return where a second file begins, as after `cat a.mp3 b.mp3`; None for one whole file."""
+    """Return the offset of a second file, as after `cat a.mp3 b.mp3`; None for a single file."""
     begin = _after_id3(data, 0)
     magic = data[begin : begin + 4]
     if magic in SIZES:
@@ -44,14 +46,18 @@ def second_file(data: Data) -> int | None:
     if magic == b"fLaC":
         at = begin
         while (at := data.find(magic, at + 4)) > 0:
-            if data[at + 5 : at + 8] == b"\0\0\x22":  # STREAMINFO, 34 bytes, comes first
+            # The first metadata block is always STREAMINFO, 34 bytes long.
+            if data[at + 5 : at + 8] == b"\0\0\x22":
                 return at
         return None
     return _second_ogg(data) if magic == b"OggS" else _second_mp3(data, begin)
 
 
 def with_length(data: Data) -> Data:
-    """Return an MP3 with a Xing header that counts its frames; anything else as it is."""
+    """Add a Xing header with the number of frames to an MP3 without one.
+
+    Any other data is returned unchanged.
+    """
     begin = _after_id3(data, 0)
     first = _frame(data, begin)
     if first is None or _xing(data, begin) is not None:
@@ -68,7 +74,7 @@ def with_length(data: Data) -> Data:
 
 
 def _second_ogg(data: Data) -> int | None:
-    """Walk the pages (RFC 3533): a stream that begins after others went on is a second file."""
+    """Walk the pages (RFC 3533); a stream that begins after data pages is a second file."""
     at, within = 0, False
     while data[at : at + 4] == b"OggS" and len(data) >= at + 27:
         begins = bool(data[at + 5] & 2)
@@ -81,7 +87,7 @@ def _second_ogg(data: Data) -> int | None:
 
 
 def _second_mp3(data: Data, begin: int) -> int | None:
-    """Find a second Xing header, frames beyond those it counts, or frames of another format."""
+    """Find a second Xing header, frames after those that it counts, or frames of another format."""
     if _frame(data, begin) is None:
         return None
     first = _xing(data, begin)
@@ -99,8 +105,9 @@ def _second_mp3(data: Data, begin: int) -> int | None:
     if len(data) < first + 16:
         return None
     flags, *counts = struct.unpack_from(">III", data, first + 4)
-    if not flags & 2:  # its bytes, after its frames where it says those too
+    if not flags & 2:  # the header has no number of bytes
         return None
+    # The number of bytes follows the number of frames, if flag 1 says that there is one.
     end = begin + counts[flags & 1]
     follows = _frame(data, _after_id3(data, end)) is not None
     return end if follows and len(data) - end > LONGEST_FRAME else None
@@ -108,7 +115,13 @@ def _second_mp3(data: Data, begin: int) -> int | None:
 
 @dataclass(frozen=True)
 class _Frame:
-    """A layer III frame: its length, the place of a Xing header, and what a file's frames share."""
+    """A layer III frame.
+
+    Attributes:
+        bytes: length of the frame.
+        side: offset of a Xing header in the frame, after the side information.
+        format: version, sample rate and channels, which are equal in all frames of a file.
+    """
 
     bytes: int
     side: int
@@ -120,7 +133,7 @@ def _frame(data: Data, at: int) -> _Frame | None:
         return None
     version, rate = data[at + 1] >> 3 & 3, data[at + 2] >> 2 & 3
     kbit, padded = data[at + 2] >> 4, data[at + 2] >> 1 & 1
-    if version == 1 or rate == 3 or kbit in (0, 15):  # reserved; or of a length that is not said
+    if version == 1 or rate == 3 or kbit in (0, 15):  # reserved values, or a free bit rate
         return None
     is_mpeg1, is_mono = version == 3, data[at + 3] & 0xC0 == 0xC0
     rate_hz = RATES_HZ[rate] // {3: 1, 2: 2, 0: 4}[version]
@@ -130,7 +143,7 @@ def _frame(data: Data, at: int) -> _Frame | None:
 
 
 def _walk(data: Data, at: int) -> tuple[int, int, int | None]:
-    """Return the number of frames of one format, where they end, and where another begins."""
+    """Return the number of frames of one format, their end, and where another format begins."""
     frames, end, format, tries = 0, at, None, 0
     while at >= 0 and tries < MOST_TRIES:
         frame = _frame(data, at)
@@ -141,14 +154,14 @@ def _walk(data: Data, at: int) -> tuple[int, int, int | None]:
         following = None if frame is None else _frame(data, at + frame.bytes)
         if frame is not None and following is not None and following.format == frame.format:
             return frames, end, at
-        tries += 1  # a tag, or bytes of something else that look like a frame
+        tries += 1  # a tag, or other bytes that look like a frame
         after = _after_id3(data, at)
         at = after if after > at else data.find(b"\xff", at + 1)
     return frames, end, None
 
 
 def _after_id3(data: Data, at: int) -> int:
-    """Return where an ID3v2 tag at `at` ends, or `at` itself; its size has seven bits a byte."""
+    """Return the end of an ID3v2 tag at `at`, or `at`; its size has seven bits per byte."""
     if data[at : at + 3] != b"ID3" or len(data) < at + 10:
         return at
     size = data[at + 6 : at + 10]
@@ -156,7 +169,7 @@ def _after_id3(data: Data, at: int) -> int:
 
 
 def _xing(data: Data, at: int) -> int | None:
-    """Return where the Xing header of the frame that begins here is, if it has one."""
+    """Return the offset of the Xing header in the frame at `at`; None if it has none."""
     frame = _frame(data, at)
     if frame is None or data[at + frame.side : at + frame.side + 4] not in (b"Xing", b"Info"):
         return None

@@ -1,9 +1,9 @@
-"""Decode audio to mono, with every size bounded before anything is decoded.
+"""Decode audio to mono 16 kHz, with limits on every size that are checked before decoding.
 
-Decoding is libsndfile's, through soundfile. Surround sound is mixed down with the weights of ITU-R
-BS.775-3 (https://www.itu.int/rec/R-REC-BS.775) where the order of the channels is known: FLAC, Ogg
-and Opus fix it, an extensible WAV states it. Elsewhere, as in a plain WAV of several microphones,
-channels are averaged, as those of stereo are.
+Decoding uses libsndfile through soundfile. Surround sound is mixed down with the weights of ITU-R
+BS.775-3 (https://www.itu.int/rec/R-REC-BS.775) if the order of the channels is known: FLAC, Ogg and
+Opus define it, and an extensible WAV states it. In all other cases, such as stereo or a plain WAV
+of several microphones, the channels are averaged.
 """
 
 import io
@@ -27,29 +27,30 @@ AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3", "opus")
 MAX_CHANNELS = 32
 MAX_SAMPLE_RATE_HZ = 768_000
 MIN_SAMPLE_RATE_HZ = 1_000
-UNKNOWN_FRAMES = (
-    2**63 - 1
-)  # libsndfile's SF_COUNT_MAX: FLAC written to a pipe does not say how long it is
-MAX_PEAK = 4.0  # +12 dB over full scale; beyond it, floats are integers that nobody divided
+# libsndfile's SF_COUNT_MAX: a FLAC file that was written to a pipe does not state its length.
+UNKNOWN_FRAMES = 2**63 - 1
+# +12 dB over full scale. Larger floats are most likely integers that were never divided.
+MAX_PEAK = 4.0
 
-# Channels as files order them: L, R front; C centre; S surround; B back centre; X low frequencies.
+# Channels in file order: L, R front; C centre; S surround; B back centre; X low frequencies.
 FLAC_LAYOUTS = ("LRC", "LRSS", "LRCSS", "LRCXSS", "LRCXBSS", "LRCXSSSS")  # RFC 9639, 9.1.3
 VORBIS_LAYOUTS = ("LCR", "LRSS", "LCRSS", "LCRSSX", "LCRSSBX", "LCRSSSSX")  # Vorbis I, 4.3.9
-WAVE_MASK_BITS = "LRCXSSLRBSS"  # of dwChannelMask in WAVEFORMATEXTENSIBLE, from the lowest
+WAVE_MASK_BITS = "LRCXSSLRBSS"  # dwChannelMask of WAVEFORMATEXTENSIBLE, from the lowest bit
 HALF_POWER = 0.5**0.5
-# To stereo by BS.775-3 (centre and surrounds at -3 dB, no low frequencies), and that averaged.
+# Mix to stereo by BS.775-3 (centre and surrounds at -3 dB, no low frequencies), then average.
 DOWNMIX = {"L": 0.5, "R": 0.5, "C": HALF_POWER, "S": HALF_POWER / 2, "B": 0.5, "X": 0.0}
 
 
 @dataclass(frozen=True)
 class ClipLimits:
-    """The bounds that a clip must keep.
+    """Limits on accepted clips.
 
     Attributes:
-        min_seconds, max_seconds: duration, both ends allowed. Whisper's window ends at 30 s.
-        max_bytes: encoded size.
-        silence_peak: a clip whose mix-down stays below this is silent (full scale is 1); by default
-            just above half a step of 16 bits, which is what rounding leaves of opposite phases.
+        min_seconds, max_seconds: range of durations, inclusive. Whisper's window ends at 30 s.
+        max_bytes: maximum encoded size.
+        silence_peak: a clip is silent if its mix-down stays below this (full scale is 1). The
+            default is just above half a 16-bit step, the rounding error that remains when channels
+            of opposite phase are averaged.
     """
 
     min_seconds: float = 0.1
@@ -58,14 +59,13 @@ class ClipLimits:
     silence_peak: float = 2e-5
 
 
-LONG_CLIPS = ClipLimits(
-    max_seconds=3600.0, max_bytes=1 << 30
-)  # what is heard in windows, as against trained on
+# For clips that an encoder processes in windows; training clips fit into one.
+LONG_CLIPS = ClipLimits(max_seconds=3600.0, max_bytes=1 << 30)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Decoded audio: `samples` is float32 `[S]`, mono, at the file's own rate."""
+    """Decoded audio: mono `samples`, float32 `[S]`, at the sample rate of the file."""
 
     samples: np.ndarray
     sample_rate_hz: int
@@ -78,7 +78,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Header:
-    """What an encoded clip says of itself; `seconds` is None where it does not say."""
+    """Metadata from the header of an encoded clip; `seconds` is None if it is not stated."""
 
     sample_rate_hz: int
     channels: int
@@ -87,7 +87,7 @@ class Header:
 
 
 class _Forward(soundfile.SoundFile):
-    """Reads without seeking, which libsndfile cannot do in a stream of unknown length."""
+    """Reads without seeking, because libsndfile cannot seek in a stream of unknown length."""
 
     def seekable(self) -> bool:
         return False
@@ -96,11 +96,13 @@ class _Forward(soundfile.SoundFile):
 def decode(data: bytes, limits: ClipLimits) -> Clip:
     """Decode one clip to mono, trusting neither its header nor its samples.
 
+    A clip whose header states more audio than the limit is rejected before it is decoded. Decoding
+    stops one second after the limit, whatever the header states.
+
     Raises:
-        SampleRefused: empty, too large, undecodable, several files joined together, outside the
-            duration limits, silent once it is mixed down, or with samples that are not finite or
-            far above full scale. A header that promises more audio than the limit is rejected
-            before decoding, and decoding stops at the limit whatever the header says.
+        SampleRefused: the clip is empty, too large, undecodable, several files joined together,
+            outside the duration limits, or silent after the mix-down; or it has samples that are
+            not finite or far above full scale.
     """
     with _opened(data, limits, soundfile.SoundFile) as file:
         header = _checked_header(file, limits)
@@ -119,7 +121,12 @@ def decode(data: bytes, limits: ClipLimits) -> Clip:
 
 
 def mix_down(samples: np.ndarray, layout: str = "") -> np.ndarray:
-    """Return `[S]` or `[S, channels]` as `[S]`: the average, or by the weights of a layout."""
+    """Mix `[S]` or `[S, channels]` to `[S]`.
+
+    Args:
+        samples: the audio.
+        layout: a letter per channel, from `channel_layout`; empty to average the channels.
+    """
     if samples.ndim == 1:
         return samples
     if not layout:
@@ -128,10 +135,13 @@ def mix_down(samples: np.ndarray, layout: str = "") -> np.ndarray:
 
 
 def channel_layout(file: soundfile.SoundFile, data: bytes) -> str:
-    """Return a letter for each channel, as in `DOWNMIX`; empty up to stereo, and where unknown.
+    """Return a letter for each channel, as in `DOWNMIX`.
+
+    Empty for mono and stereo, and if the layout is unknown.
 
     Args:
-        data: the file's bytes, or the first of them.
+        file: the open file.
+        data: its bytes, or at least its header.
     """
     if file.channels <= 2:
         return ""
@@ -150,17 +160,22 @@ def channel_layout(file: soundfile.SoundFile, data: bytes) -> str:
 
 
 def check_not_silent(samples: np.ndarray, limits: ClipLimits) -> None:
-    """Raise `SampleRefused` for a mono clip that stays below the limit of silence."""
+    """Check that a mono clip reaches the limit of silence.
+
+    Raises:
+        SampleRefused: it does not.
+    """
     peak = float(np.abs(samples).max(initial=0.0))
     if peak < limits.silence_peak:
         raise SampleRefused(Reason.SILENT, f"peak {peak:.1e} of the mono mix")
 
 
 def read_header(data: bytes, limits: ClipLimits) -> Header:
-    """Return what a clip's header says, without decoding; a header may lie, `decode` does not believe it.
+    """Read the header of a clip without decoding it. Headers can be wrong; `decode` checks them.
 
     Raises:
-        SampleRefused: empty, too large, not audio, or outside the duration limits by its own word.
+        SampleRefused: the clip is empty, too large, not audio, or outside the duration limits
+            according to its header.
     """
     with _opened(data, limits, soundfile.SoundFile) as file:
         header = _checked_header(file, limits)
@@ -171,10 +186,10 @@ def read_header(data: bytes, limits: ClipLimits) -> Header:
 
 @contextmanager
 def opened_recording(path: Path) -> Iterator[soundfile.SoundFile]:
-    """Open a file of which parts are to be read; how long it is does not matter, but it must say so.
+    """Open a recording of any length to read parts of it. Its header must state the length.
 
     Raises:
-        SampleRefused: undecodable, several files joined together, or of unknown length.
+        SampleRefused: it is undecodable, several files joined together, or of unknown length.
     """
     found = path.stat()
     joined_at, counted = _examine(path, found.st_size, found.st_mtime_ns)
@@ -204,7 +219,10 @@ def _opened(
 
 @lru_cache(maxsize=4)
 def _examine(path: Path, size: int, mtime_ns: int) -> tuple[int | None, bytes | None]:
-    """Return where a second file begins, and bytes to decode in place of the file, where needed."""
+    """Return the offset of a second file, and bytes to decode in place of the file, if any.
+
+    `size` and `mtime_ns` are part of the cache key.
+    """
     del mtime_ns
     if not size:
         return None, None
@@ -224,19 +242,19 @@ def _check_single(joined_at: int | None) -> None:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Turn what goes wrong in a decoder into a refusal."""
+    """Convert the errors of a decoder to `SampleRefused`."""
     try:
         yield
-    except (
-        soundfile.LibsndfileError
-    ) as error:  # its str() holds a memory address, and ledgers should be comparable
+    except soundfile.LibsndfileError as error:
+        # Its str() has a memory address, which would make ledgers of equal runs differ.
         raise SampleRefused(Reason.UNDECODABLE, error.error_string) from None
     except (soundfile.SoundFileError, OSError, ValueError, TypeError, MemoryError) as error:
         raise SampleRefused(Reason.UNDECODABLE, str(error)) from None
 
 
 def _read(file: soundfile.SoundFile, limits: ClipLimits) -> np.ndarray:
-    # One second past the limit is enough to know that a clip is too long, and bounds what a lying header can cost.
+    # One second more than the limit shows that a clip is too long, and bounds the cost of a wrong
+    # header.
     return file.read(int((limits.max_seconds + 1) * file.samplerate), dtype="float32")
 
 
@@ -257,7 +275,7 @@ def _check_format(file: soundfile.SoundFile) -> None:
 
 
 def _check_not_longer(seconds: float, limits: ClipLimits) -> None:
-    # Half a millisecond of grace: codecs and resamplers round a 30 s clip to a sample more or less.
+    # Half a millisecond of tolerance: codecs and resamplers round a 30 s clip by a sample.
     if seconds > limits.max_seconds + 5e-4:
         raise SampleRefused(Reason.TOO_LONG, f"{seconds:.3f} s, limit {limits.max_seconds:g} s")
 
@@ -271,7 +289,7 @@ def _check_not_shorter(seconds: float, limits: ClipLimits) -> None:
 
 def _check_range(samples: np.ndarray) -> None:
     low, high = float(samples.min()), float(samples.max())
-    if not (np.isfinite(low) and np.isfinite(high)):  # NaN and infinities survive min and max
+    if not (np.isfinite(low) and np.isfinite(high)):  # min and max propagate NaN and infinity
         raise SampleRefused(Reason.NON_FINITE, "NaN or infinite samples")
     if (peak := max(-low, high)) > MAX_PEAK:
         raise SampleRefused(
@@ -288,12 +306,13 @@ def load_waveform(data: bytes, limits: ClipLimits) -> torch.Tensor:
     """Decode, mix down and resample one clip to `[S]` at 16 kHz.
 
     Raises:
-        SampleRefused: see `corpora.audio.decode`.
+        SampleRefused: see `decode`.
     """
     clip = decode(data, limits)
     waveform = to_mono_16k(clip.samples, clip.sample_rate_hz)
-    check_not_silent(waveform.numpy(), limits)  # again: what lay above 8 kHz is gone
-    # Resampling may round the limit itself up by a sample; what is longer was refused above.
+    # Checked a second time, because resampling has removed everything above 8 kHz.
+    check_not_silent(waveform.numpy(), limits)
+    # Resampling may add a sample to a clip at the limit; longer clips were rejected above.
     return waveform[: round(limits.max_seconds * SAMPLE_RATE_HZ)]
 
 
@@ -301,10 +320,10 @@ def load_file(path: Path, limits: ClipLimits) -> torch.Tensor:
     """Read one audio file as `[S]` at 16 kHz.
 
     Raises:
-        SampleRefused: not to be read, larger than the limits, or see `corpora.audio.decode`.
+        SampleRefused: the file cannot be read or is too large; for other reasons see `decode`.
     """
     try:
-        if (size := path.stat().st_size) > limits.max_bytes:  # before it is read
+        if (size := path.stat().st_size) > limits.max_bytes:
             raise SampleRefused(Reason.TOO_LARGE, f"{size} bytes, limit {limits.max_bytes}")
         data = path.read_bytes()
     except OSError as error:

@@ -1,9 +1,9 @@
-"""Waveform → log-mel spectrogram, Whisper's own features without Whisper's padding.
+"""Log-mel spectrograms: Whisper's features without its padding to 30 s.
 
-In: one clip `[S]` at 16 kHz. Out: `[F', M]` with F' = F valid frames (10 ms each) plus up to two frames of the silence that
-follows. Next: `data.pack`. Source: Radford et al. 2022, section 2.2; equal to `transformers.WhisperFeatureExtractor` on every
-frame. The two extra frames are what the encoder's convolutions see past a clip's end when it lies in 30 s of silence: with
-them the last encoder frame is the one that padding would have given.
+A clip has F valid frames of 10 ms. Its features `[F', M]` add up to two frames of the silence that
+would follow it in a padded window. The encoder's convolutions see these two frames, so the last
+encoder frame equals the one of a padded clip. Every frame equals that of
+`transformers.WhisperFeatureExtractor`. Source: Radford et al. 2022, section 2.2.
 """
 
 from collections.abc import Iterator
@@ -21,23 +21,25 @@ WINDOW_SECONDS = 30
 MAX_SAMPLES = WINDOW_SECONDS * SAMPLE_RATE_HZ
 MAX_MEL_FRAMES = MAX_SAMPLES // HOP_SAMPLES
 CONTEXT_FRAMES = 2
-BLOCK_FRAMES = 512  # at most; what one block needs stays in the cache, where one transform of everything would not
+# Maximum frames per FFT call on the CPU. The memory of one block fits into the cache; that of a
+# whole clip does not.
+BLOCK_FRAMES = 512
 LOG_FLOOR = 1e-10
-DYNAMIC_RANGE = 8.0  # decades below a clip's own maximum
+DYNAMIC_RANGE = 8.0  # decades below the maximum of a clip
 
 
 def mel_frames(samples: int) -> int:
-    """F: how many mel frames hold a clip of S samples, the last one begun but perhaps not filled."""
+    """Return F, the number of mel frames of a clip of S samples; the last one may be incomplete."""
     return -(-samples // HOP_SAMPLES)
 
 
 def frames_with_context(mel_length: int) -> int:
-    """F': the valid frames and the silence after them, within Whisper's window."""
+    """Return F', the valid frames and the silence after them, at most Whisper's window."""
     return min(mel_length + CONTEXT_FRAMES, MAX_MEL_FRAMES)
 
 
 class LogMel(nn.Module):
-    """Log-mel features of one clip, computed in float32 whatever the training precision.
+    """Log-mel features of one clip, computed in float32 at any training precision.
 
     Args:
         num_mel_bins: M; 80 up to whisper-large-v2, 128 for large-v3.
@@ -66,11 +68,12 @@ class LogMel(nn.Module):
         """Return `[F', M]` for a waveform `[S]` of at most 30 s.
 
         Raises:
-            ValueError: empty, more than one channel, or longer than Whisper's window.
+            ValueError: the waveform is empty, not one-dimensional, or longer than 30 s.
         """
         if waveform.ndim != 1 or not 0 < len(waveform) <= MAX_SAMPLES:
             raise ValueError(
-                f"expected 1 to {MAX_SAMPLES} samples of one channel, got shape {tuple(waveform.shape)}"
+                f"expected 1 to {MAX_SAMPLES} samples of one channel, "
+                f"got shape {tuple(waveform.shape)}"
             )
         with _full_precision(waveform.device):
             return self._features(waveform.float())
@@ -79,12 +82,10 @@ class LogMel(nn.Module):
         frames = frames_with_context(mel_frames(len(waveform)))
         windows = _pad_as_centred(waveform, frames).unfold(0, WINDOW_SAMPLES, HOP_SAMPLES)
         mel = waveform.new_empty(frames, self.num_mel_bins)
-        blocks = (
-            -(-frames // BLOCK_FRAMES) if waveform.device.type == "cpu" else 1
-        )  # elsewhere it is calls that cost
-        size = -(
-            -frames // blocks
-        )  # equal blocks: a last one of two frames would cost as many calls as the others
+        # On other devices, the number of calls dominates the cost.
+        blocks = -(-frames // BLOCK_FRAMES) if waveform.device.type == "cpu" else 1
+        # Blocks have equal size: a last block of two frames would cost as many calls as the others.
+        size = -(-frames // blocks)
         windowed, power = (
             windows.new_empty(size, WINDOW_SAMPLES),
             windows.new_empty(size, len(self.filters)),
@@ -92,20 +93,19 @@ class LogMel(nn.Module):
         for start in range(0, frames, size):
             block = windows[start : start + size]
             spectrum = torch.fft.rfft(torch.mul(block, self.window, out=windowed[: len(block)]))
-            # re² + im² spares the square root of abs(), which squaring would only undo.
+            # re² + im² avoids the square root of abs(), which would be squared again.
             parts = torch.view_as_real(spectrum).square_()
             torch.add(parts[..., 0], parts[..., 1], out=power[: len(block)])
             torch.mm(power[: len(block)], self.filters, out=mel[start : start + size])
         mel.clamp_(min=LOG_FLOOR).log10_()
-        floor = (
-            mel.max() - DYNAMIC_RANGE
-        )  # the clip's own maximum: features never depend on a neighbour
+        # The maximum is that of the clip, so features do not depend on other clips of the batch.
+        floor = mel.max() - DYNAMIC_RANGE
         return mel.clamp_(min=floor).add_(4.0).mul_(0.25)
 
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Multiply in float32, whatever training has set: under autocast it would be half precision, on recent GPUs TF32."""
+    """Turn off autocast and TF32, so that matrix products are computed in full float32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -116,29 +116,29 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 
 def silence_level(mel: Tensor) -> Tensor:
-    """The value that a silent frame has in a clip's log-mel `[F', M]`: the floor of its dynamic range."""
+    """Return the value of a silent frame in a clip's log-mel `[F', M]`, the floor of its range."""
     return (mel.max() - DYNAMIC_RANGE / 4.0).clamp(
         min=(torch.tensor(LOG_FLOOR).log10().item() + 4.0) / 4.0
     )
 
 
 def _pad_as_centred(waveform: Tensor, frames: int) -> Tensor:
-    """Lay out the samples that `frames` centred windows see when the clip starts a 30 s recording of silence.
+    """Return the samples that `frames` centred windows see of a clip padded with silence to 30 s.
 
-    `torch.stft(center=True)` mirrors the recording at both its ends. The start is always the clip's; the far end is the
-    clip's only where it reaches into the last half window of the 30 s.
+    `torch.stft(center=True)` mirrors the padded recording at both ends. At the start, this mirrors
+    the clip. At the end, it mirrors silence, unless the clip reaches into the last half window of
+    the 30 s.
     """
     half, samples = WINDOW_SAMPLES // 2, len(waveform)
-    reach = (frames - 1) * HOP_SAMPLES + half  # how far into the recording the last window sees
+    reach = (frames - 1) * HOP_SAMPLES + half  # end of the last window in the recording
     padded = waveform.new_empty(half + reach)
     there = min(samples, reach)
     padded[half : half + there] = waveform[:there]
     padded[half + there :] = 0.0
     start = waveform[1 : half + 1]
     padded[half - len(start) : half] = start.flip(0)
-    padded[: half - len(start)] = (
-        0.0  # of a clip shorter than the mirror, its silence is mirrored too
-    )
+    # If the clip is shorter than the mirrored part, the silence after it is mirrored too.
+    padded[: half - len(start)] = 0.0
     if reach > MAX_SAMPLES:
         beyond = reach - MAX_SAMPLES
         mirrored = padded[half + MAX_SAMPLES - 1 - beyond : half + MAX_SAMPLES - 1].flip(0)

@@ -1,8 +1,7 @@
-"""Clips of any length and number → what an encoder takes at a time, and back.
+"""Cut long clips into windows for an encoder, join their frames again, and pool them.
 
-In: a waveform `[S]`, then frames `[…, T, D]` of its windows. Out: the frames of the whole clip, or their mean. Next: `model.pretrained` and
-`probes.embed`. Audio over 30 s is heard in windows that overlap; each instant counts once, seen from the window in which it lies farther
-from the edge.
+Audio longer than 30 s is encoded in overlapping windows. Each frame of the result is taken from the
+window in which it is farther from the edge.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ BATCH_SECONDS = 160.0
 
 
 def cut_windows(waveform: Tensor) -> list[Tensor]:
-    """Cut `[S]` into waveforms of at most 30 s that overlap by two.
+    """Cut a waveform `[S]` at 16 kHz into windows of at most 30 s that overlap by 2 s.
 
     Examples:
         >>> [len(window) / 16_000 for window in cut_windows(torch.zeros(75 * 16_000))]
@@ -37,7 +36,7 @@ def cut_windows(waveform: Tensor) -> list[Tensor]:
 
 
 def join_windows(frames: Sequence[Tensor]) -> Tensor:
-    """Put the frames `[…, T, D]` of a clip's windows end to end, what overlaps cut in the middle.
+    """Join the frames `[…, T, D]` of a clip's windows; overlaps are cut in the middle.
 
     Examples:
         >>> join_windows([torch.zeros(1500, 8), torch.zeros(1500, 8), torch.zeros(950, 8)]).shape
@@ -45,9 +44,8 @@ def join_windows(frames: Sequence[Tensor]) -> Tensor:
     """
     if len(frames) == 1:
         return frames[0]
-    half = round(
-        frames[0].shape[-2] * OVERLAP_SECONDS / WINDOW_SECONDS / 2
-    )  # the first window is a full one
+    # Only the last window can be shorter than 30 s, so the first one tells the frame rate.
+    half = round(frames[0].shape[-2] * OVERLAP_SECONDS / WINDOW_SECONDS / 2)
     first, *middle, last = frames
     cut = [
         first[..., :-half, :],
@@ -58,7 +56,9 @@ def join_windows(frames: Sequence[Tensor]) -> Tensor:
 
 
 def batches_by_seconds(seconds: Sequence[float], batch_seconds: float) -> Iterator[list[int]]:
-    """Cut clips into runs of positions that hold at most `batch_seconds` together; a longer clip is a run of its own.
+    """Group consecutive clips into batches of at most `batch_seconds` of audio.
+
+    A clip that is longer forms a batch of its own. Yields the indices of each batch.
 
     Examples:
         >>> list(batches_by_seconds([3.0, 4.0, 20.0, 1.0], batch_seconds=8))
@@ -87,10 +87,10 @@ POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {"mean": _mean, "mean_std": _m
 
 
 def pooling_named(name: str) -> Callable[[Tensor], Tensor]:
-    """Return a function `[…, T, D]` → `[…, D']`.
+    """Return a pooling over time, which maps `[…, T, D]` to `[…, D']`.
 
     Raises:
-        UserError: there is no such pooling.
+        UserError: there is no pooling of that name.
     """
     if name not in POOLINGS:
         raise UserError(f"Pooling must be one of {', '.join(POOLINGS)}, not {name!r}.")

@@ -1,8 +1,8 @@
-"""Changed clips for training: speed, added noise, gain, and SpecAugment on the log-mel.
+"""Augmentation of training clips: speed, added noise, gain, and SpecAugment on the log-mel.
 
-Every change is drawn from (seed, position in the order) alone, so that a resumed run, or one with
-other workers, draws it again. Validation is never changed. Sources: Park et al. 2019 (SpecAugment),
-Ko et al. 2015 (speed perturbation).
+All random draws depend only on the seed and the clip's position in the order, so a resumed run, or
+one with a different number of workers, repeats them. Validation clips are never augmented. Sources:
+Park et al. 2019 (SpecAugment), Ko et al. 2015 (speed perturbation).
 """
 
 from collections.abc import Sequence
@@ -21,17 +21,19 @@ from whisper_aut.data.shards import ShardIndex
 from whisper_aut.errors import SampleRefused
 
 NOISE_LIMITS = ClipLimits(min_seconds=0.1, max_seconds=60.0)
-_WAVEFORM, _SPECTRUM, _NOISE = 6, 7, 8  # keep the random streams apart, from those of the order too
+# Keys of independent random streams; `sampler.py` uses 1 to 5.
+_WAVEFORM, _SPECTRUM, _NOISE = 6, 7, 8
 
 
 @dataclass(frozen=True)
 class SpecAugment:
-    """How many stripes are masked, and how wide they are at most.
+    """The number of masks per clip and their maximum widths.
 
     Attributes:
-        frequency_masks, time_masks: stripes of a clip.
-        frequency_share: of the mel bins; 27 of 80 in the paper.
-        time_share, time_frames: of the clip's valid frames, and in frames of 10 ms; the narrower holds.
+        frequency_masks, time_masks: masks per clip along each axis.
+        frequency_share: maximum width as a fraction of the mel bins; 27 of 80 in the paper.
+        time_share, time_frames: maximum width as a fraction of the clip's valid frames, and in
+            frames of 10 ms; the smaller of the two applies.
     """
 
     frequency_masks: int = 2
@@ -43,17 +45,18 @@ class SpecAugment:
 
 @dataclass
 class Augment:
-    """What is done to a training clip.
+    """Augments training clips.
 
     Args:
-        seed: of the run.
-        spectrum: None leaves the log-mel as it is.
-        gain_db: the loudness changes by up to so much, either way.
-        speeds: factors of which one is drawn for each clip.
-        noise: shards with sample tables that noise is taken from.
-        noise_share: of the clips that get noise.
-        snr_db: the lowest and the highest ratio of clip to noise.
-        max_seconds: a clip that another speed would make longer keeps its own.
+        seed: seed of the run.
+        spectrum: SpecAugment settings; None leaves the log-mel unchanged.
+        gain_db: maximum change of loudness, up or down.
+        speeds: speed factors, one of which is drawn for each clip.
+        noise: shards of noise recordings; they must have sample tables.
+        noise_share: fraction of clips that noise is added to.
+        snr_db: lowest and highest signal-to-noise ratio.
+        max_seconds: a clip that its new speed would make longer than this keeps its own speed.
+        policy: retries and timeouts for reading noise.
     """
 
     seed: int = 0
@@ -71,7 +74,15 @@ class Augment:
         self._reader = ShardReader(NOISE_LIMITS, self.policy)
 
     def waveform(self, waveform: Tensor, position: int) -> Tensor:
-        """Return `[S']` for `[S]`."""
+        """Change the speed of a clip `[S]`, add noise, and apply gain.
+
+        Args:
+            waveform: `[S]` at 16 kHz.
+            position: position of the clip in the order.
+
+        Returns:
+            `[S']`, where S' differs from S if the speed changed.
+        """
         random = np.random.default_rng([self.seed, _WAVEFORM, position])
         speed = float(random.choice(np.asarray(self.speeds)))
         noisy, snr = random.random() < self.noise_share, random.uniform(*self.snr_db)
@@ -85,17 +96,23 @@ class Augment:
         return functional.gain(waveform, gain) if gain else waveform
 
     def mel(self, mel: Tensor, mel_length: int, position: int) -> Tensor:
-        """Mask stripes of `[F', M]` with the mean of the clip; the silence behind its valid frames stays."""
+        """Apply SpecAugment to a log-mel; the mask value is the mean of the valid frames.
+
+        Args:
+            mel: `[F', M]`.
+            mel_length: F, the valid frames. The silence after them is not masked.
+            position: position of the clip in the order.
+        """
         spec = self.spectrum
         if spec is None:
             return mel
         masked = mel.clone()
         valid = masked[:mel_length]
-        mean = valid.mean()  # stays on its device, which nobody has to wait for
+        mean = valid.mean()  # a tensor on the device, so the host does not wait for it
         bins = round(spec.frequency_share * mel.shape[1])
         frames = min(spec.time_frames, int(spec.time_share * mel_length))
-        # Drawn on the host whatever the device: a clip gets the same masks everywhere, and no
-        # generator that others draw from is touched.
+        # Masks are drawn on the host, so they are the same on every device. A separate generator
+        # leaves the global random state unchanged.
         seed = np.random.default_rng([self.seed, _SPECTRUM, position]).integers(2**63)
         random = torch.Generator().manual_seed(int(seed))
         for _ in range(spec.frequency_masks):
@@ -105,7 +122,10 @@ class Augment:
         return masked
 
     def _noise(self, position: int, samples: int) -> Tensor | None:
-        """Return `[S]` of noise, a piece of a longer recording or a shorter one over and over; None where it was refused."""
+        """Return `[S]` of noise, or None if the drawn recording cannot be used.
+
+        Longer recordings are cut at a random point, and shorter ones are repeated.
+        """
         random = np.random.default_rng([self.seed, _NOISE, position])
         sizes = np.array([index.samples for index in self.noise])
         index = self.noise[int(random.choice(len(sizes), p=sizes / sizes.sum()))]
@@ -126,9 +146,17 @@ class Augment:
 
 
 def at_speed(waveform: Tensor, factor: float) -> Tensor:
-    """Return `[S']` for `[S]`, as `torchaudio.functional.speed` does.
+    """Change the speed of a waveform as `torchaudio.functional.speed` does.
 
-    Its convolution runs on whole half seconds: oneDNN compiles one for each length that it meets, which takes longer than to run it.
+    The waveform is padded to a multiple of half a second before the convolution: oneDNN compiles a
+    kernel for every new length, which takes longer than running it.
+
+    Args:
+        waveform: `[S]` at 16 kHz.
+        factor: above 1 is faster, and shorter.
+
+    Returns:
+        `[S']`.
     """
     padded = torch.nn.functional.pad(waveform, (0, -len(waveform) % (SAMPLE_RATE_HZ // 2)))
     faster, length = _speed(factor)(padded, torch.tensor(len(waveform)))
@@ -141,7 +169,7 @@ def _speed(factor: float) -> transforms.Speed:
 
 
 def _stripe(random: torch.Generator, size: int, widest: int) -> slice:
-    """Draw up to `widest` neighbours out of `size`, as `torchaudio.functional.mask_along_axis` does."""
+    """Draw a mask of width up to `widest`, as `torchaudio.functional.mask_along_axis` does."""
     if widest < 1:
         return slice(0)
     width = torch.rand((), generator=random) * widest

@@ -1,10 +1,8 @@
-"""Clips → one batch, packed end to end without padding.
+"""Batches: the clips of a micro-batch, packed end to end without padding.
 
-In: per clip a log-mel or its waveform, tokens and facts. Out: a `Batch` whose tensors hold all clips one after another, with every
-clip's length beside them. Next: `data.features` where there are waveforms; `model.encoder` reads the mel, a decoder the targets.
-Shapes, here and everywhere: B clips, S samples, M mel bins, F mel frames (10 ms), T encoder frames (20 ms), L text tokens, D width,
-V vocabulary; ΣF is a sum over the clips of a batch. Lengths are plain integers on the host, so that nothing waits for a device to
-read them.
+Shapes, here and in all other modules: B clips, S samples, M mel bins, F mel frames (10 ms), T
+encoder frames (20 ms), L text tokens, D width, V vocabulary; ΣF is a sum over the clips of a batch.
+Lengths are plain integers on the host, so reading them never waits for the device.
 """
 
 from collections.abc import Sequence
@@ -16,20 +14,20 @@ from torch import Tensor
 from whisper_aut.data.reader import Refusal
 from whisper_aut.data.sampler import Cursor
 
-TENSORS = ("tokens", "supervised", "places")  # of `Targets`; the rest are numbers
+TENSORS = ("tokens", "supervised", "places")  # the fields of `Targets` that are tensors
 
 
 @dataclass(frozen=True)
 class TokenTarget:
-    """One clip's text as its decoder wants it.
+    """The token sequence of one clip for its decoder.
 
     Attributes:
-        tokens: `[L]` the whole sequence, from the first prompt token to the end token.
-        supervised: `[L]` bool, the tokens that the decoder must predict.
-        prompt_length: how many of the tokens are given at generation; the answer follows them.
-        text: what it should write then.
-        task: what it is asked to do, by which metrics are kept apart.
-        unknown_language: the clip's language where its decoder has no token for it, else empty.
+        tokens: `[L]`, the whole sequence from the first prompt token to the end token.
+        supervised: `[L]` bool, label mask: the tokens that the decoder must predict.
+        prompt_length: number of prompt tokens, which are given at generation; the answer follows.
+        text: reference text of the answer.
+        task: name of the task; metrics are computed per task.
+        unknown_language: language of the clip if the decoder has no token for it, else empty.
     """
 
     tokens: Tensor
@@ -45,9 +43,12 @@ class Targets:
     """The token targets of a batch.
 
     Attributes:
-        tokens, supervised: `[ΣL]`.
-        places: `[N]` where the supervised tokens lie; found on the host, so that no device has to count them.
-        lengths, prompt_lengths, counts: per clip all tokens, those given at generation, those supervised.
+        tokens, supervised: `[ΣL]`; see `TokenTarget`.
+        places: `[N]`, indices of the N supervised tokens. They are computed on the host; on the
+            device, `nonzero` would force a synchronisation.
+        lengths: number of tokens of each clip.
+        prompt_lengths: number of prompt tokens of each clip.
+        counts: number of supervised tokens of each clip.
     """
 
     tokens: Tensor
@@ -59,6 +60,7 @@ class Targets:
 
     @classmethod
     def pack(cls, targets: Sequence[TokenTarget]) -> "Targets":
+        """Concatenate the targets of the clips."""
         supervised = (
             torch.cat([target.supervised for target in targets])
             if targets
@@ -76,7 +78,7 @@ class Targets:
         )
 
     def prompts(self) -> list[Tensor]:
-        """Return each clip's prompt tokens, the answer cut off."""
+        """Return the prompt tokens of each clip, `[L]`, without the answer."""
         parts = self.tokens.split(self.lengths)
         return [part[:length] for part, length in zip(parts, self.prompt_lengths, strict=True)]
 
@@ -90,12 +92,14 @@ class Targets:
 
 @dataclass
 class Waveforms:
-    """Clips whose log-mel is made on the training device.
+    """Clips whose log-mel is computed on the training device.
 
     Attributes:
-        bits: `[ΣS]` int32, the bits of float32 samples: half-precision plugins round every float on its way to the device.
-        samples: S per clip.
-        positions: of the clips in the order, by which SpecAugment draws; None for clips that nothing is done to.
+        bits: `[ΣS]` int32, the bits of the float32 samples. Lightning's half-precision plugins
+            convert every float tensor that they move to the device, and would round the samples.
+        samples: S of each clip.
+        positions: position of each clip in the order, which seeds SpecAugment; None for clips that
+            are not augmented.
     """
 
     bits: Tensor
@@ -104,11 +108,12 @@ class Waveforms:
 
     @classmethod
     def pack(cls, waveforms: Sequence[Tensor], positions: Sequence[int | None]) -> "Waveforms":
+        """Concatenate waveforms `[S]`."""
         bits = torch.cat([waveform.float() for waveform in waveforms]).view(torch.int32)
         return cls(bits, tuple(len(waveform) for waveform in waveforms), tuple(positions))
 
     def clips(self) -> tuple[Tensor, ...]:
-        """Return each clip, `[S]` float32."""
+        """Return the clips, each `[S]` float32."""
         return self.bits.view(torch.float32).split(self.samples)
 
     def to(self, device: torch.device) -> "Waveforms":
@@ -120,19 +125,23 @@ class Waveforms:
 
 @dataclass
 class Batch:
-    """What one step sees. Not frozen, nor is what it holds: Lightning's half-precision and DeepSpeed plugins fill in a copy.
+    """One micro-batch of one rank.
+
+    This class and those that it contains are not frozen: Lightning's half-precision and DeepSpeed
+    plugins copy a batch and assign its fields.
 
     Attributes:
-        mel: `[ΣF', M]` float32; F' counts a clip's valid frames and the silence after them (`data.logmel`). `[0, M]` while the batch
-            has waveforms instead.
-        mel_lengths: F per clip, valid frames only.
-        targets: the tokens to learn.
-        texts, tasks, domains, keys, sources: per clip, for metrics, the ledger and people.
-        refusals: samples that stood in this batch's places of the order and were refused.
-        behind: where the order stands when every rank has had its batch; what a resume begins from.
-        supervised_in_step: supervised tokens of all micro-batches of this rank's optimiser step, which normalise its loss.
-        waveforms: what `data.features` makes the mel from; None once it is there.
-        unknown_languages: of the clips whose decoder has no token for their language.
+        mel: `[ΣF', M]` float32. F' counts the valid frames of a clip and the silence after them
+            (`whisper_aut.audio.logmel`). `[0, M]` while the batch has waveforms instead.
+        mel_lengths: F of each clip, valid frames only.
+        targets: the token targets.
+        texts, tasks, domains, keys, sources: one string per clip, for metrics and the ledger.
+        refusals: samples at this batch's positions of the order that were skipped.
+        behind: cursor after the micro-batches of all ranks in this step; a resumed run starts here.
+        supervised_in_step: supervised tokens in all micro-batches of this rank's optimizer step,
+            by which its loss is normalised.
+        waveforms: the clips if the mel is not computed yet, else None.
+        unknown_languages: languages of the clips whose decoder has no token for them.
     """
 
     mel: Tensor
@@ -154,10 +163,12 @@ class Batch:
 
     @property
     def supervised(self) -> int:
+        """Number of supervised tokens."""
         return sum(self.targets.counts)
 
     @property
     def audio_seconds(self) -> float:
+        """Seconds of audio, from the valid mel frames."""
         return sum(self.mel_lengths) / 100
 
     def to(self, device: torch.device) -> "Batch":
@@ -181,8 +192,10 @@ class Example:
     """One clip, ready to be packed.
 
     Attributes:
-        audio: its log-mel `[F', M]`, or its waveform `[S]` where features are made on the device.
+        audio: log-mel `[F', M]`, or waveform `[S]` if features are computed on the device.
         mel_length: F, valid frames.
+        target: its tokens.
+        domain, key, source: strings for metrics and the ledger.
         position: see `Waveforms.positions`.
     """
 
@@ -201,7 +214,16 @@ def pack(
     num_mel_bins: int,
     behind: Cursor = Cursor(),  # noqa: B008 — immutable
 ) -> Batch:
-    """Lay examples end to end. Without any (all refused) the batch is empty, yet still one step of the schedule."""
+    """Concatenate examples to a batch.
+
+    If all samples were skipped, the batch is empty but still counts as a step of the schedule.
+
+    Args:
+        examples: the clips; either all have a log-mel or all have a waveform.
+        refusals: the samples that were skipped.
+        num_mel_bins: M.
+        behind: see `Batch.behind`.
+    """
     audio = [example.audio for example in examples]
     heard = bool(audio) and audio[0].ndim == 1
     return Batch(

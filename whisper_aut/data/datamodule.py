@@ -1,8 +1,4 @@
-"""The LightningDataModule: training mixture and validation clips for any number of ranks.
-
-In: sources with their shards, shares, and an `ExampleBuilder`. Out: loaders in which every rank takes the same number of steps.
-Next: the Trainer.
-"""
+"""The LightningDataModule: training and validation loaders in which all ranks take equal steps."""
 
 import math
 from collections.abc import Sequence
@@ -41,22 +37,22 @@ from whisper_aut.errors import UserError
 
 @dataclass
 class DeviceFeatures:
-    """Makes log-mels where the batch lies.
+    """Computes log-mels on the device of the batch.
 
     Args:
-        logmel: the features of the encoder.
-        augment: masks the clips that have a position.
+        logmel: computes the features of the encoder.
+        augment: applies SpecAugment to the clips that have a position.
     """
 
     logmel: LogMel
     augment: Augment | None = None
 
     def __post_init__(self) -> None:
-        self.logmel = deepcopy(
-            self.logmel
-        )  # it follows the device; the one given stays with the workers
+        # A copy, because it moves to the device while the workers keep using the original.
+        self.logmel = deepcopy(self.logmel)
 
     def __call__(self, batch: Batch) -> Batch:
+        """Return the batch with `mel` in place of `waveforms`; unchanged if it has none."""
         if batch.waveforms is None:
             return batch
         logmel = self.logmel.to(batch.waveforms.bits.device)
@@ -76,19 +72,20 @@ class ShardDataModule(lightning.LightningDataModule):
 
     Args:
         train, valid: the sources.
-        shares: the share of each training source.
-        build: sample → example.
-        seed: of the training order.
-        window: clips of a source that are shuffled among each other in training, and read together in both.
-        epochs: every clip of every source so many times, whatever the shares; None for the endless mixture.
-        batch_clips: clips per rank and micro-batch.
-        batch_seconds: instead, the most seconds of audio per rank and micro-batch.
-        samples_per_epoch: clips per epoch over all ranks; None for as many as the training shards hold.
-        valid_clips: the first so many clips of each validation source; None for all.
-        accumulate: micro-batches per optimiser step.
-        workers: decoding processes per rank.
-        policy: how patiently shards are read.
-        augment: what is done to training clips.
+        shares: weight of each training source in the mixture.
+        build: turns samples into examples.
+        seed: seed of the training order.
+        window: clips per shuffle window of a training source. Validation reads as many together.
+        batch_clips: clips per micro-batch of a rank.
+        batch_seconds: maximum seconds of audio per micro-batch of a rank; replaces `batch_clips`.
+        epochs: train on every clip of every source this many times and ignore `shares`; None for
+            the endless mixture.
+        samples_per_epoch: clips per epoch over all ranks; None for the number of training clips.
+        valid_clips: validate on this many clips from the beginning of each source; None for all.
+        accumulate: micro-batches per optimizer step.
+        workers: worker processes per rank.
+        policy: retries and timeouts for reading shards.
+        augment: augmentation of training clips.
     """
 
     def __init__(
@@ -128,7 +125,8 @@ class ShardDataModule(lightning.LightningDataModule):
         if batch_seconds:
             indexes = [source.index for source in train]
             _check_tables(indexes)
-            slowest = min(augment.speeds) if augment else 1.0  # stretches what was planned
+            # Lengths are planned at speed 1; a lower speed makes clips longer.
+            slowest = min(augment.speeds) if augment else 1.0
             self.batching = BySeconds(
                 self.order, indexes, batch_seconds * min(1.0, slowest), longest, policy
             )
@@ -136,23 +134,30 @@ class ShardDataModule(lightning.LightningDataModule):
         self.features = DeviceFeatures(build.logmel, augment)
         self.accumulate, self.workers = accumulate, workers
         self.samples_per_epoch = samples_per_epoch or sum(source.index.samples for source in train)
-        self.position = 0  # clips of the order trained on, over all ranks; with `batch_seconds` to the start of a chunk
+        # Clips of the order that all ranks have trained on; with `batch_seconds`, those before the
+        # current chunk.
+        self.position = 0
         self.stretch = Stretch()
         self._loader: TrainLoader | None = None
 
     @property
     def batch_name(self) -> str:
-        """What a micro-batch holds, for people."""
+        """Size of a micro-batch, for display."""
         if isinstance(self.batching, ByClips):
             return f"{self.batching.clips} clips"
         return f"{self.batching.budget_ms / 1000:g} s"
 
     def steps_per_epoch(self, ranks: int) -> int:
-        """Return the optimiser steps of an epoch: of the first where the order has epochs of its own, otherwise what does not fill
-        a step is left for the next epoch.
+        """Return the optimizer steps of an epoch.
+
+        If the order has epochs of its own, this is the length of the first one. In an endless
+        order, clips that do not fill a step are left for the next epoch.
+
+        Args:
+            ranks: world size.
 
         Raises:
-            UserError: an epoch holds less than one step.
+            UserError: an epoch has less than one step.
         """
         if self.order.epoch_clips:
             return self._steps_of_epochs(ranks, 1, Cursor())
@@ -160,14 +165,19 @@ class ShardDataModule(lightning.LightningDataModule):
         steps = int(self.samples_per_epoch / (clips * ranks * self.accumulate))
         if not steps:
             raise UserError(
-                f"An epoch of {self.samples_per_epoch} clips holds no step of {clips * ranks * self.accumulate:g} ({clips:g} clips × "
-                f"{ranks} ranks × {self.accumulate} accumulated). Lower data.batch_clips or data.batch_seconds, or raise "
-                "data.samples_per_epoch."
+                f"An epoch of {self.samples_per_epoch} clips holds no step of "
+                f"{clips * ranks * self.accumulate:g} ({clips:g} clips × "
+                f"{ranks} ranks × {self.accumulate} accumulated). "
+                "Lower data.batch_clips or data.batch_seconds, or raise data.samples_per_epoch."
             )
         return steps
 
     def total_steps(self, ranks: int, epochs: int) -> int:
-        """Return at which optimiser step so many epochs end: what lies behind the stretch's beginning goes by steps of today's size."""
+        """Return the optimizer step at which a number of epochs ends.
+
+        Steps before the current segment (`Stretch`) are counted as they were taken. The data from
+        its start on is counted in steps of the current size.
+        """
         step, cursor = self.stretch
         if self.order.epoch_clips:
             return step + self._steps_of_epochs(ranks, epochs, cursor)
@@ -178,14 +188,16 @@ class ShardDataModule(lightning.LightningDataModule):
     def go_on(
         self, ranks: int, state: dict[str, Any], step: int, skip_to: Cursor | None = None
     ) -> None:
-        """Count the steps of a run that goes on from a checkpoint: where they have another size than before, a new stretch begins.
+        """Set the segment from which the steps of a resumed run are counted.
 
-        An order that has epochs of its own counts from the checkpoint in any case; what is skipped of an endless one is made up for.
+        A new segment begins at the checkpoint if the size of a step has changed, or if the order
+        has epochs of its own. In an endless order, skipped clips do not shorten the run.
 
         Args:
-            state: of the loader.
-            step: how many optimiser steps were taken.
-            skip_to: where the data goes on instead.
+            ranks: world size.
+            state: state of the loader in the checkpoint.
+            step: optimizer steps taken so far.
+            skip_to: cursor at which the data resumes, if not where the checkpoint ended.
         """
         same_steps = (
             state["world"] == [ranks, self.accumulate]
@@ -201,7 +213,7 @@ class ShardDataModule(lightning.LightningDataModule):
             self.stretch = Stretch(step, here)
 
     def source_epochs(self, position: int) -> dict[str, float]:
-        """Return how often each training source has been gone through before a position, by its folder."""
+        """Return the epochs of each training source before a position, by name of its index."""
         drawn = self.order.drawn(position)
         return {
             source.index.name: float(count) / source.index.samples
@@ -237,7 +249,7 @@ class ShardDataModule(lightning.LightningDataModule):
 
     @property
     def _batch_clips(self) -> float:
-        """Clips of a micro-batch, on average."""
+        """Mean number of clips per micro-batch."""
         batching = self.batching
         return (
             batching.clips
@@ -297,7 +309,8 @@ def _check_tables(indexes: Sequence[ShardIndex]) -> None:
     without = [index.root for index in indexes if not index.has_tables]
     if without:
         raise UserError(
-            "data.batch_seconds plans batches by the lengths of clips, which stand in the tables beside the shards. There are none at:\n"
+            "data.batch_seconds plans batches by the lengths of clips, "
+            "which stand in the tables beside the shards. There are none at:\n"
             + "\n".join(f"  - {root}" for root in without)
             + "\nMake them, once: whisper-aut data index FOLDER"
         )

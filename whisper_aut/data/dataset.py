@@ -1,9 +1,8 @@
-"""Order → batches: reads from the shards what the order asks for, decodes it, packs it.
+"""The dataset and its loaders: read clips in the sampler's order, decode them, pack batches.
 
-In: an `Order` cut into micro-batches by a `Batching`, the shards it ranges over, an `ExampleBuilder`. Out: one `Batch` per micro-batch
-of this rank, the same whatever the number of workers. Next: `data.loader` hands it to the Trainer. Rank r of R takes every R-th
-micro-batch, worker w of W every W-th of those, and reads only the samples of its own: by the shard's table single samples, without
-one by skipping over the others.
+Rank r of R takes every R-th micro-batch, and worker w of W every W-th of those. A worker reads only
+its own samples: it fetches them one by one if the shard has a table, and otherwise skips over the
+others. The batches of a rank do not depend on the number of workers.
 """
 
 import multiprocessing
@@ -39,11 +38,11 @@ class ExampleBuilder:
     """Turns samples into examples for one decoder.
 
     Args:
-        logmel: the features of the encoder.
-        codec: the tokens of the decoder.
-        limits: what clips are taken.
-        augment: what is done to them; None for validation.
-        on_device: leave the log-mel, and its masks, to `data.features`.
+        logmel: computes the features of the encoder.
+        codec: makes the tokens of the decoder.
+        limits: limits on accepted clips.
+        augment: augmentation of training clips; None for validation.
+        on_device: return waveforms; `DeviceFeatures` computes and masks the log-mel later.
     """
 
     logmel: LogMel
@@ -56,14 +55,17 @@ class ExampleBuilder:
         """Build one example.
 
         Args:
-            domain: the source's, for samples that do not say their own.
-            position: of the sample in the order of the run; what is drawn for it is drawn by this.
+            sample: an encoded clip and its annotation.
+            domain: domain of the source, for samples that do not state their own.
+            position: position of the sample in the order; it seeds all random draws for the sample.
+
+        Returns:
+            The example, or a `Refusal` if the sample cannot be used.
         """
         domain = sample.annotation.domain or domain
         try:
-            target = self.codec.encode(
-                sample.annotation, domain, position
-            )  # first: it is cheap, and decoding is not
+            # The text comes first: if it is rejected, the expensive audio decoding is not needed.
+            target = self.codec.encode(sample.annotation, domain, position)
             waveform = load_waveform(sample.audio, self.limits)
         except SampleRefused as refused:
             return Refusal(sample.shard, sample.key, refused.reason, refused.detail)
@@ -88,16 +90,22 @@ NOTHING = np.arange(0)
 
 @dataclass(frozen=True)
 class StreamSource:
-    """Shards, and the domain and licence of clips that do not state their own."""
+    """A source of clips.
+
+    Attributes:
+        index: its shards.
+        domain, licence: values for clips that do not state their own.
+        text: template that makes a sample's text from its fields; None to use its `text`.
+    """
 
     index: ShardIndex
     domain: str
     licence: str = ""
-    text: Template | None = None  # over the fields of a sample that holds its text elsewhere
+    text: Template | None = None
 
     @property
     def licences(self) -> dict[str, dict[str, float]]:
-        """Clips and seconds by SPDX id, or as written where that is unknown."""
+        """Clips and seconds by SPDX id, or by the licence as written if its id is unknown."""
         found: dict[str, dict[str, float]] = {}
         for written, counts in self.index.licences.items():
             written = written or self.licence
@@ -108,18 +116,19 @@ class StreamSource:
 
 
 class BatchStream(IterableDataset[Batch]):
-    """The next `count` micro-batches of one rank behind a cursor, in order.
+    """The next `count` micro-batches of one rank after a cursor, in order.
 
     Args:
-        order: what comes when.
-        batching: how it is cut into micro-batches.
-        sources: the shards, in the order's numbering.
-        build: sample → example.
-        rank, ranks: which of the micro-batches are taken.
-        start: where the row of micro-batches begins, for all ranks.
-        end: the position where it ends; what the count still lacks then is empty batches, so that all ranks step alike.
-        count: micro-batches of this rank.
-        policy: how patiently shards are read.
+        order: the order of clips.
+        batching: cuts the order into micro-batches.
+        sources: the sources, in the same sequence as in `order`.
+        build: turns samples into examples.
+        rank, ranks: this rank and the world size; they decide which micro-batches are taken.
+        start: cursor at which the micro-batches of all ranks begin.
+        end: position at which they end. After it, empty batches make up the rest of `count`, so
+            that all ranks take the same number of steps.
+        count: number of micro-batches of this rank.
+        policy: retries and timeouts for reading shards.
     """
 
     def __init__(
@@ -151,7 +160,10 @@ class BatchStream(IterableDataset[Batch]):
             yield from self._span(steps)
 
     def _steps(self) -> Iterator[tuple[np.ndarray, Cursor]]:
-        """Yield this rank's positions of every micro-batch, and the cursor behind what all ranks take of the row meanwhile."""
+        """Yield the positions of this rank's micro-batches, without end.
+
+        Each comes with the cursor after the micro-batches that all ranks take in that step.
+        """
         row = batches_from(self.batching, self.start, self.end)
         behind = self.start
         while True:
@@ -160,7 +172,7 @@ class BatchStream(IterableDataset[Batch]):
             yield (step[self.rank][0] if self.rank < len(step) else NOTHING), behind
 
     def _span(self, steps: Sequence[tuple[np.ndarray, Cursor]]) -> Iterator[Batch]:
-        """Yield the given micro-batches; every window that they touch is read once."""
+        """Yield the given micro-batches and read every window that they touch only once."""
         draws = [self._draws(positions) for positions, _ in steps]
         wanted: dict[tuple[int, int], set[int]] = {}
         for source, number in (draw for batch in draws for draw in batch):
@@ -207,7 +219,7 @@ class BatchStream(IterableDataset[Batch]):
 
 
 class _Window:
-    """The encoded samples of one shuffle window that a worker needs, read in one pass over the shards it spans."""
+    """The encoded samples that a worker needs from one shuffle window, read in one pass."""
 
     def __init__(
         self, order: Order, source: int, index: ShardIndex, numbers: set[int], reader: ShardReader
@@ -232,7 +244,7 @@ PREFETCH_BATCHES = 4
 
 
 def batch_loader(stream: BatchStream, workers: int) -> DataLoader[Batch]:
-    """Return a DataLoader over a stream; with workers, batches are decoded ahead in processes of their own."""
+    """Return a DataLoader over a stream; worker processes, if any, prepare batches in advance."""
     return DataLoader(
         stream,
         batch_size=None,
@@ -244,24 +256,31 @@ def batch_loader(stream: BatchStream, workers: int) -> DataLoader[Batch]:
 
 
 class Stretch(NamedTuple):
-    """Steps of one size: behind which optimiser step they begin, and where in the data. The steps of a whole run are counted by it."""
+    """A segment of a run in which all optimizer steps have the same size.
+
+    The total number of steps of a run is counted from its last segment.
+
+    Attributes:
+        step: optimizer steps taken before the segment.
+        cursor: point in the data at which the segment begins.
+    """
 
     step: int = 0
     cursor: Cursor = Cursor()
 
 
 class TrainLoader:
-    """One epoch after another of the training stream.
+    """The training loader. Every iteration over it is one epoch, or what remains of the epoch.
 
     Args:
-        make_stream: `(start, end, count)` → stream of this rank; see `BatchStream`.
-        order, batching: what the stream reads and how it is cut.
-        steps_per_epoch: optimiser steps of an epoch of an endless order, where epochs are nothing but a length; an order that
-            has epochs of its own decides itself.
-        accumulate: micro-batches per optimiser step.
-        ranks: processes that share each row of micro-batches.
-        workers: decoding processes.
-        stretch: the present one, for checkpoints.
+        make_stream: returns the stream of this rank for `(start, end, count)`; see `BatchStream`.
+        order, batching: the order of clips, and how it is cut into micro-batches.
+        steps_per_epoch: optimizer steps per epoch of an endless order. Ignored if the order has
+            epochs of its own.
+        accumulate: micro-batches per optimizer step.
+        ranks: world size.
+        workers: worker processes of this rank.
+        stretch: the current segment, stored in checkpoints.
     """
 
     def __init__(
@@ -284,10 +303,11 @@ class TrainLoader:
             workers,
         )
         self.stretch, self.cursor, self.in_epoch = stretch, Cursor(), 0
-        self._length: tuple[int, int] = (-1, 0)  # of which epoch, and how many batches
+        # The epoch whose length is cached, and its number of batches.
+        self._length: tuple[int, int] = (-1, 0)
 
     def __len__(self) -> int:
-        """Micro-batches of this rank in the epoch that the cursor stands in."""
+        """Return the number of micro-batches of this rank in the current epoch."""
         if not self.order.epoch_clips:
             return self.steps_per_epoch * self.accumulate
         epoch = self._epoch()
@@ -302,9 +322,9 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         if not self.order.epoch_clips and self.in_epoch >= len(self):
-            self.in_epoch = (
-                0  # who counted the batches of the last epoch need not have asked for one more
-            )
+            # A consumer that counts batches may have stopped the last epoch before this generator
+            # ended and reset the counter.
+            self.in_epoch = 0
         end, count = self._rest()
         batches = iter(batch_loader(self.make_stream(self.cursor, end, count), self.workers))
         while step := list(islice(batches, self.accumulate)):
@@ -315,6 +335,7 @@ class TrainLoader:
         self.in_epoch = 0
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state from which `load_state_dict` resumes, in plain values."""
         position, taken = self.cursor
         return {
             "position": position,
@@ -327,20 +348,25 @@ class TrainLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint stands, whatever the ranks, workers and clips a batch were that wrote it.
+        """Resume where a checkpoint ended.
+
+        The world size, the number of workers and the clips per batch may have changed since.
 
         Raises:
-            UserError: it stands in another order, or inside a chunk that was planned with another budget of seconds.
+            UserError: the checkpoint belongs to a different order, or its cursor is inside a chunk
+                that was planned with different limits in seconds.
         """
         if state["order"] != self.order.fingerprint():
             raise UserError(
-                "The checkpoint was made with other training data, exclusions, shares, seed or window, "
-                "so its position means nothing here. "
-                "Resume with the config that stands in its run directory, or start anew from the exported weights."
+                "The checkpoint was made with other training data, exclusions, shares, seed or "
+                "window, so its position means nothing here. "
+                "Resume with the config that stands in its run directory, "
+                "or start anew from the exported weights."
             )
         if state["taken"] and state["batching"] != self.batching.fingerprint():
             raise UserError(
-                "The checkpoint lies among batches that were planned with another data.batch_seconds or data.max_seconds. Resume "
+                "The checkpoint lies among batches that were planned with another "
+                "data.batch_seconds or data.max_seconds. Resume "
                 "with those that stand in its run directory."
             )
         self.cursor = Cursor(state["position"], state["taken"])
@@ -348,7 +374,7 @@ class TrainLoader:
         self.in_epoch = state["in_epoch"] % max(1, len(self)) if same_world else 0
 
     def _rest(self) -> tuple[int | None, int]:
-        """Return where the epoch ends that the cursor stands in, and how many micro-batches this rank has until then."""
+        """Return the end of the current epoch and the micro-batches of this rank until then."""
         if not self.order.epoch_clips:
             return None, len(self) - self.in_epoch
         end = (self._epoch() + 1) * self.order.epoch_clips
@@ -360,23 +386,32 @@ class TrainLoader:
         return self.cursor.position // (self.order.epoch_clips or 1)
 
     def _rows(self, batches: int) -> int:
-        """Share micro-batches out to ranks in whole optimiser steps; what is lacking will be empty batches."""
+        """Return the micro-batches per rank, rounded up to whole optimizer steps.
+
+        Empty batches fill the last step.
+        """
         return -(-batches // (self.ranks * self.accumulate)) * self.accumulate
 
 
 def _outlive_signals(_: int) -> None:
-    """Leave it to the main process what happens: terminals, Slurm and systemd send a signal to all processes, workers only follow."""
+    """Keep a worker alive until its main process ends it.
+
+    Terminals, Slurm and systemd send a signal to all processes. Only the main process decides what
+    to do about it, and workers follow.
+    """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     main = multiprocessing.parent_process()
-    if main is None or not hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal
+    # macOS has no `sigwaitinfo`, which tells who sent a signal.
+    if main is None or not hasattr(signal, "sigwaitinfo"):
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by all threads to come
+    # Threads that start later inherit the mask.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     Thread(target=_end_with, args=(main,), daemon=True).start()
 
 
 def _end_with(main: BaseProcess) -> None:
-    """End this process at the first SIGTERM that its main process sends, or that comes when that one is gone."""
+    """Exit at the first SIGTERM from the main process, or from anyone once that is gone."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid and main.is_alive():
         pass
     os._exit(0)

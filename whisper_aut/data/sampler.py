@@ -1,13 +1,13 @@
-"""Which clip comes when: an order that is a function of (seed, position) and nothing else.
+"""The order of clips in training and validation, and how it is cut into micro-batches.
 
-In: how many samples each shard of each source holds, and the sources' shares. Out: for any range of positions, the source and the
-place in it that each position takes. Next: `data.stream` reads what the order says. Workers, ranks and timing never enter, so a
-run can go on at any position and see what it would have seen.
+An order is a pure function of (seed, position). It does not depend on workers, ranks or timing, so
+a run can resume at any position and see the same clips as an uninterrupted run.
 
-A position first draws its source: each by its share, endlessly (`MixtureOrder`), or such that every epoch holds every clip of all
-sources exactly once (`EpochOrder`). Within a source, the n-th draw takes the n-th place of an endless row of epochs; every epoch
-holds each clip once, its shards in a new order, and clips shuffled within consecutive windows so that shards are read almost
-sequentially.
+Each position first selects a source: either by the source's weight, without end (`MixtureOrder`),
+or so that every epoch contains every clip of all sources exactly once (`EpochOrder`). Within a
+source, the n-th draw takes the n-th clip of an endless sequence of epochs. Each epoch contains
+every clip once, with the shards in a new order and the clips shuffled within consecutive windows,
+so that shards are read almost sequentially.
 """
 
 import hashlib
@@ -26,12 +26,19 @@ from whisper_aut.data.shards import UNKNOWN_MS, ShardIndex
 from whisper_aut.errors import UserError
 
 CHUNK_DRAWS = 1 << 16
-_SHARD_ORDER, _WINDOW_ORDER, _MIXTURE, _INTERLEAVE = 1, 2, 3, 4  # keep the random streams apart
+# Each use of randomness has its own key, so that the random streams are independent.
+_SHARD_ORDER, _WINDOW_ORDER, _MIXTURE, _INTERLEAVE = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
 class SourceShape:
-    """A source as the order sees it: a name, the samples of each shard, and its share among all sources."""
+    """The metadata of a source that determines the order.
+
+    Attributes:
+        name: identifies the source.
+        shard_samples: number of samples in each shard.
+        share: weight of the source in the mixture.
+    """
 
     name: str
     shard_samples: tuple[int, ...]
@@ -39,6 +46,7 @@ class SourceShape:
 
     @property
     def samples(self) -> int:
+        """Number of samples in all shards."""
         return sum(self.shard_samples)
 
 
@@ -47,29 +55,43 @@ class Order(Protocol):
 
     @property
     def sources(self) -> Sequence[SourceShape]:
-        """The sources, in the numbering that `draws` uses."""
+        """The sources; `draws` refers to them by index."""
         ...
 
     @property
     def epoch_clips(self) -> int | None:
-        """After how many positions a new epoch begins, across which no batch reaches; None where epochs do not matter."""
+        """Positions per epoch, or None if the order has no epochs. No batch spans two epochs."""
         ...
 
     @property
     def end(self) -> int | None:
-        """How many positions there are; None for an endless order."""
+        """Number of positions, or None for an endless order."""
         ...
 
     def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return for positions start … stop - 1 the source numbers and the running numbers within those sources."""
+        """Return the clips at positions `start` to `stop - 1`.
+
+        Returns:
+            Source indices, and running numbers within those sources. A running number counts the
+            draws of its source from the beginning of the order, across epochs.
+        """
         ...
 
     def window(self, source: int, number: int) -> tuple[int, int]:
-        """Return the first running number of the window that `number` lies in, and the first behind it."""
+        """Return the range `[first, last)` of running numbers of the window that has `number`."""
         ...
 
     def places(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return shard numbers and ordinals for the running numbers first … last - 1, which form one window."""
+        """Return where the clips of one window are stored.
+
+        Args:
+            source: index of the source.
+            first, last: the window, as `window` returns it.
+
+        Returns:
+            Shard indices, and sample indices within those shards, for the running numbers `first`
+            to `last - 1`.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -78,21 +100,22 @@ class Order(Protocol):
 
 
 class ShuffledOrder:
-    """What both training orders share: chunks of drawn sources, and each source shuffled anew every epoch.
+    """Base class of the training orders.
+
+    It draws sources in chunks of positions and shuffles each source again in every epoch.
 
     Args:
-        sources: at least one with samples; shares are normalised.
-        seed: the only randomness.
-        window: clips shuffled among each other.
+        sources: the sources, at least one of them with samples; weights are normalised.
+        seed: the only source of randomness.
+        window: clips per shuffle window.
     """
 
     def __init__(self, sources: Sequence[SourceShape], seed: int, window: int):
         self.epoch_clips: int | None = None
         self.end: int | None = None
         self.sources, self.seed, self.window_clips = tuple(sources), seed, window
-        self._counts = [
-            np.zeros(len(sources), dtype=np.int64)
-        ]  # draws of each source before chunk number i
+        # `_counts[i]`: draws of each source before chunk i.
+        self._counts = [np.zeros(len(sources), dtype=np.int64)]
 
     def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         stop = stop if self.end is None else min(stop, self.end)
@@ -103,7 +126,7 @@ class ShuffledOrder:
         return tuple(np.concatenate(column)[within] for column in zip(*parts, strict=True))  # pyright: ignore[reportReturnType]
 
     def drawn(self, position: int) -> np.ndarray:
-        """Return how many clips of each source stand before a position."""
+        """Return how many clips of each source come before a position."""
         number = self._chunk_of(position)
         sources = self._chunk_sources(number)[: position - self._chunk_start(number)]
         return self._count(number) + np.bincount(sources, minlength=len(self.sources))
@@ -138,7 +161,7 @@ class ShuffledOrder:
         raise AssertionError("each order draws its own way")
 
     def _chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return sources and running numbers of one chunk of positions."""
+        """Return the source indices and running numbers of one chunk of positions."""
         sources = self._chunk_sources(number)
         numbers = np.empty(len(sources), dtype=np.int64)
         for source, before in enumerate(self._count(number)):
@@ -157,7 +180,7 @@ class ShuffledOrder:
 
 
 class MixtureOrder(ShuffledOrder):
-    """The endless training order: sources drawn by share."""
+    """The endless training order, which draws sources by weight."""
 
     def __init__(self, sources: Sequence[SourceShape], seed: int, window: int):
         super().__init__(sources, seed, window)
@@ -173,10 +196,11 @@ class MixtureOrder(ShuffledOrder):
 
 
 class EpochOrder(ShuffledOrder):
-    """The finite training order: every epoch holds every clip of every source once, the sources evenly mingled; shares do not matter.
+    """The finite training order: every epoch contains every clip of every source once.
 
-    A chunk takes clips of each source as a draw without replacement from what the epoch still holds would: an epoch is shuffled
-    as a whole, and yet only chunks are held in memory.
+    Sources are mixed evenly over the epoch; their weights are ignored. The number of clips that a
+    chunk takes from each source is drawn without replacement from the clips that remain in the
+    epoch. The whole epoch is thus shuffled, although only chunks are kept in memory.
     """
 
     def __init__(self, sources: Sequence[SourceShape], seed: int, window: int, epochs: int):
@@ -211,12 +235,12 @@ class EpochOrder(ShuffledOrder):
 
 
 class SequentialOrder:
-    """The finite validation order: the first clips of each source, source after source, as the shards hold them.
+    """The finite validation order: one source after another, unshuffled, in shard order.
 
     Args:
-        sources: any number of them.
+        sources: the sources; may be empty.
         window: clips that are read together.
-        limit: clips of each source; None for all.
+        limit: use only this many clips from the beginning of each source; None for all.
     """
 
     epoch_clips: int | None = None
@@ -259,11 +283,19 @@ def mixture_shares(
     domain_shares: dict[str, float],
     temperature: float = 1.0,
 ) -> list[float]:
-    """Give each source its share: its domain's share, divided within the domain by weight.
+    """Return the weight of each source in the mixture.
+
+    The weight of a domain is divided among its sources in proportion to their own weights.
 
     Args:
-        temperature: shares of domains, and weights of sources within theirs, are raised to its inverse: above 1 small ones are drawn
-            more often, towards all alike.
+        domains: domain of each source.
+        weights: weight of each source within its domain.
+        domain_shares: weight of each domain; normalised over the domains that have sources.
+        temperature: both kinds of weights are raised to the power `1 / temperature`. Values above 1
+            draw small domains and sources more often and approach a uniform mixture.
+
+    Returns:
+        One weight per source; 0 if its domain has no weight.
     """
     weights = [weight ** (1 / temperature) for weight in weights]
     flattened = {
@@ -286,15 +318,20 @@ def _fingerprint(sources: Sequence[SourceShape], *numbers: int) -> str:
     return hashlib.sha256(json.dumps([listing, numbers]).encode()).hexdigest()[:16]
 
 
-CHUNK_BATCHES = (
-    64  # about so many batches are planned together; the last one's emptiness is spread over them
-)
+# About this many batches are planned together, which spreads the unused part of the last batch over
+# all of them.
+CHUNK_BATCHES = 64
 TABLES_HELD = 512
 _BATCH_ORDER = 5
 
 
 class Cursor(NamedTuple):
-    """A place between two micro-batches: the position at which a chunk begins, and how many of its batches lie before."""
+    """A point between two micro-batches.
+
+    Attributes:
+        position: position at which the current chunk begins.
+        taken: batches of that chunk that come before the cursor.
+    """
 
     position: int = 0
     taken: int = 0
@@ -305,26 +342,29 @@ class Batching(Protocol):
 
     @property
     def span_batches(self) -> int:
-        """How many batches a worker should look ahead, to read what it needs of a window in one pass."""
+        """Batches that a worker looks ahead, so that it reads each window in one pass."""
         ...
 
     def chunk(self, position: int) -> tuple[list[np.ndarray], int]:
-        """Return the batches, as positions, of the chunk that begins there, and where the next chunk begins."""
+        """Return the batches of the chunk that begins at `position`, and where the next one begins.
+
+        Each batch is an array of positions.
+        """
         ...
 
     def count(self, cursor: Cursor, end: int) -> int:
-        """Return the micro-batches between a cursor and a position."""
+        """Return the number of micro-batches between a cursor and position `end`."""
         ...
 
     def fingerprint(self) -> str:
-        """Return what a cursor inside a chunk depends on."""
+        """Return a string that identifies the settings a cursor inside a chunk depends on."""
         ...
 
 
 def batches_from(
     batching: Batching, cursor: Cursor, end: int | None
 ) -> Iterator[tuple[np.ndarray, Cursor]]:
-    """Yield micro-batches from a cursor up to a position, each with the cursor behind it."""
+    """Yield micro-batches from a cursor up to position `end`, each with the cursor after it."""
     position, taken = cursor
     while end is None or position < end:
         batches, following = batching.chunk(position)
@@ -338,7 +378,7 @@ def batches_from(
 
 @dataclass(frozen=True)
 class ByClips:
-    """Micro-batches of so many clips; the last of an epoch holds what is left."""
+    """Micro-batches of a fixed number of clips; the last one of an epoch may be smaller."""
 
     order: Order
     clips: int
@@ -354,17 +394,20 @@ class ByClips:
         return -(-(end - cursor.position) // self.clips)
 
     def fingerprint(self) -> str:
-        return "clips"  # one batch is one chunk, so a cursor is a position and nothing else
+        # Each chunk is one batch, so a cursor is only a position and depends on no setting.
+        return "clips"
 
 
 class BySeconds:
-    """Micro-batches of at most so many seconds of audio.
+    """Micro-batches with a limit on their seconds of audio.
 
     Args:
         order: a training order.
-        indexes: its sources' shards, with tables.
-        seconds: the budget; no less than the longest clip.
-        longest_seconds: of a clip; longer ones are refused, so they count as this, and so do those of unknown length.
+        indexes: the shards of its sources; they must have sample tables.
+        seconds: the most audio per batch; at least `longest_seconds`.
+        longest_seconds: the longest clip that is accepted. Longer clips are skipped later and are
+            planned with this length, as are clips of unknown length.
+        policy: retries and timeouts for reading the tables.
     """
 
     span_batches = 32
@@ -385,7 +428,7 @@ class BySeconds:
     def chunk(self, position: int) -> tuple[list[np.ndarray], int]:
         following = _boundary(self.order, position, position + self.chunk_clips)
         batches = fill(self.lengths_ms(position, following), self.budget_ms)
-        # Batches that hold the longest clips would come first.
+        # Without this shuffle, the batches with the longest clips would come first.
         turns = np.random.default_rng([self.order.seed, _BATCH_ORDER, position]).permutation(
             len(batches)
         )
@@ -398,7 +441,7 @@ class BySeconds:
         return f"seconds {self.budget_ms} {self.longest_ms} {self.chunk_clips}"
 
     def lengths_ms(self, start: int, stop: int) -> np.ndarray:
-        """Return the lengths of the clips at positions start … stop - 1."""
+        """Return the lengths in ms of the clips at positions `start` to `stop - 1`."""
         sources, numbers = self.order.draws(start, stop)
         lengths = np.empty(len(sources), dtype=np.int64)
         windows: dict[tuple[int, int], list[int]] = {}
@@ -426,16 +469,24 @@ class BySeconds:
             return index.table(shard, self.policy).milliseconds[index.ordinals(shard)]
         except (OSError, ValueError) as error:
             raise UserError(
-                f"The lengths of {index.url(shard)} cannot be read ({error}), and data.batch_seconds plans by them. "
+                f"The lengths of {index.url(shard)} cannot be read ({error}), "
+                "and data.batch_seconds plans by them. "
                 f"Make them anew: whisper-aut data index {index.root}"
             ) from None
 
 
 def fill(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Put items into the fewest bins that `fill` finds to hold them, all nearly equally full, none above the budget.
+    """Distribute items over as few bins as the heuristic finds, all of them nearly equally full.
+
+    Items are placed longest first, each into the emptiest bin. If a bin then exceeds the budget,
+    the items are placed again with one more bin.
+
+    Args:
+        lengths: length of each item, none above the budget.
+        budget: the most that a bin may contain.
 
     Returns:
-        For each bin the numbers of its items, ascending.
+        For each bin, the indices of its items in ascending order.
     """
     descending = np.argsort(-lengths, kind="stable")
     bins = max(1, -(-int(lengths.sum()) // budget))
@@ -456,7 +507,7 @@ def fill(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
 
 
 def _boundary(order: Order, position: int, stop: int) -> int:
-    """Return `stop`, or the end of the epoch or order that comes before it."""
+    """Return `stop`, or the end of the epoch or of the order if that comes first."""
     if order.epoch_clips:
         stop = min(stop, (position // order.epoch_clips + 1) * order.epoch_clips)
     return stop if order.end is None else min(stop, order.end)

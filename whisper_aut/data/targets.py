@@ -1,8 +1,6 @@
-"""Annotation → tokens for Whisper's decoder, and tokens → text.
+"""Text targets of the decoders: from a clip's annotation to tokens, and from tokens to text.
 
-In: an `Annotation` and the domain of its source. Out: a `TokenTarget`: Whisper's prompt (start, language, task, no-timestamps), the
-text, the end token. Next: `data.pack`. Which language and task a domain gets is a setting; their tokens are looked up in the
-checkpoint's own tokenizer, as checkpoints differ in the languages that they have.
+`WhisperText` writes sequences for Whisper's own decoder, and `ChatText` chats for a language model.
 """
 
 import json
@@ -24,43 +22,57 @@ from whisper_aut.data.batch import TokenTarget
 from whisper_aut.data.languages import language_name, whisper_codes
 from whisper_aut.errors import Reason, SampleRefused, UserError, nearest
 
-# Word and character error rate; equality after normalisation; overlap of lists; overlap of words with a caption.
+# `words`: word and character error rate; `exact`: equality after normalisation; `tags`: overlap of
+# lists; `caption`: overlap of words with a caption.
 MetricName = Literal["words", "exact", "tags", "caption"]
 TRANSCRIPTION, CAPTION = "transcription", "caption"
 TRANSCRIPTION_TASKS = ("asr", TRANSCRIPTION)
-DEFAULT_LANGUAGE = "en"  # of clips that state none
+DEFAULT_LANGUAGE = "en"  # for clips that state none
 OF_THE_SAMPLE = "sample"
 
 
 @runtime_checkable
 class TextCodec(Protocol):
-    """A decoder's own way from a clip's annotation to tokens and back. It is pickled into the data workers."""
+    """Converts annotations to the tokens of one decoder, and tokens to text.
+
+    It is pickled to be sent to the data workers.
+    """
 
     @property
     def metrics(self) -> Mapping[str, MetricName]:
-        """What the texts of each task are measured by."""
+        """The metric of each task."""
         ...
 
     def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
-        """Return the tokens of one clip; a codec that draws something for it draws by its position in the order.
+        """Return the token target of one clip.
 
-        A rank without clips runs on the text "a" (which is also instruction, answer and label), so
-        that must be encoded.
+        A rank without clips runs on an annotation whose text, instruction, answer and label are all
+        "a", so every codec must be able to encode that.
+
+        Args:
+            annotation: annotation of the clip.
+            domain: its domain.
+            position: its position in the order, which seeds all random draws for it.
 
         Raises:
-            SampleRefused: no text, or more tokens than the decoder takes.
+            SampleRefused: there is no text, or more tokens than the decoder accepts.
         """
         ...
 
     def decode(self, tokens: list[int]) -> str:
-        """Return the text of generated tokens, special tokens left out."""
+        """Return the text of generated tokens, without special tokens."""
         ...
 
 
 @dataclass(frozen=True)
 class DomainPrompt:
-    """The prompt tokens of one domain: a Whisper task, and a language (any tag that `corpora.languages` reads) or `sample` for
-    what the sample itself says."""
+    """The Whisper prompt of one domain.
+
+    Attributes:
+        task: Whisper's task token.
+        language: any tag that `whisper_aut.data.languages` understands, or `sample` for the
+            language that each sample states.
+    """
 
     task: Literal["transcribe", "translate"] = "transcribe"
     language: str = OF_THE_SAMPLE
@@ -68,17 +80,23 @@ class DomainPrompt:
 
 @dataclass
 class WhisperText:
-    """Tokens of the original Whisper decoder.
+    """Token sequences of the original Whisper decoder.
 
-    A clip without a language opens as English. One whose language the tokenizer has no token for opens without a language token.
+    A sequence consists of the prompt (start, language, task, no-timestamps), the text and the end
+    token. Tokens are looked up in the checkpoint's own tokenizer, because checkpoints differ in the
+    languages that they support. A clip that states no language gets the token for English; if the
+    tokenizer has no token for a clip's language, the language token is left out.
 
     Args:
         tokenizer: a `WhisperTokenizer`, local or from the hub.
-        prompts: the prompt of each domain; a domain that is missing gets the default one.
-        max_tokens: the longest sequence that the decoder takes, prompt and end token included (448 in every Whisper).
-        overflow: what happens to a longer one: `cut` keeps its beginning and no end token, `drop` refuses the sample.
-        supervise_prompt: also predict the language, task and no-timestamps tokens, as the Hugging Face recipe does.
-        multilingual: whether the checkpoint knows language and task tokens; English-only ones don't.
+        prompts: prompt of each domain; domains that are missing use `DomainPrompt()`.
+        max_tokens: maximum length of a sequence, including prompt and end token (448 in every
+            Whisper).
+        overflow: how to treat longer sequences: `cut` keeps the beginning, without an end token;
+            `drop` skips the sample.
+        supervise_prompt: also predict the language, task and no-timestamps tokens, as the Hugging
+            Face recipe does.
+        multilingual: whether the checkpoint uses language and task tokens; English-only ones don't.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -101,7 +119,7 @@ class WhisperText:
         if not text:
             raise SampleRefused(Reason.NO_TEXT, annotation.without_text())
         prompt = self.prompt_tokens(domain, annotation.language)
-        # `split_special_tokens`: a caption that spells "<|endoftext|>" is text, not an instruction to the decoder.
+        # `split_special_tokens`: a caption that spells "<|endoftext|>" is plain text.
         answer = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         tokens = [*prompt, *answer, self.tokenizer.eos_token_id]
         if len(tokens) > self.max_tokens:
@@ -112,7 +130,8 @@ class WhisperText:
             tokens = tokens[: self.max_tokens]
         supervised = torch.ones(len(tokens), dtype=torch.bool)
         unknown_language = self._unknown_language(domain, annotation.language)
-        # A prompt that lacks its language is given and not learned: a language must not be skipped where it is known.
+        # A prompt without a language token is not supervised. Otherwise the model would learn to
+        # leave the token out for languages that have one.
         learns_prompt = self.supervise_prompt and not unknown_language
         supervised[: 1 if learns_prompt else len(prompt)] = False
         speech = annotation.task in TRANSCRIPTION_TASKS or (
@@ -131,7 +150,14 @@ class WhisperText:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def prompt_tokens(self, domain: str, sample_language: str) -> tuple[int, ...]:
-        """Return start, language, task and no-timestamps for one clip: those of them that the checkpoint has."""
+        """Return the prompt of a clip: start, language, task and no-timestamps tokens.
+
+        English-only checkpoints have no language and task tokens.
+
+        Args:
+            domain: domain of the clip.
+            sample_language: language that the sample states; may be empty.
+        """
         names = ["<|startoftranscript|>"]
         if self.multilingual:
             language = self.language_token(self._language(domain, sample_language))
@@ -139,12 +165,12 @@ class WhisperText:
         return tuple(self.vocabulary[name] for name in [*names, "<|notimestamps|>"])
 
     def language_token(self, tag: str) -> str | None:
-        """Return the token that the checkpoint has for a language, or for the macrolanguage that it belongs to."""
+        """Return the token of a language or of its macrolanguage; None if there is neither."""
         tokens = (f"<|{code}|>" for code in whisper_codes(tag))
         return next((token for token in tokens if token in self.vocabulary), None)
 
     def _unknown_language(self, domain: str, sample_language: str) -> str:
-        """Return the language of a clip where it has no token, else nothing."""
+        """Return the language of a clip if it has no token, else an empty string."""
         language = self._language(domain, sample_language)
         return "" if not self.multilingual or self.language_token(language) else language
 
@@ -158,31 +184,37 @@ class WhisperText:
 
 
 def without_language_token(clips: Mapping[str, int]) -> str:
-    """Say how many clips have a language for which the decoder has no token, given their numbers by language."""
+    """Return a warning about clips whose language has no token, given their number by language."""
     listed = ", ".join(f"{tag!r}: {n}" for tag, n in Counter(clips).most_common(10))
     more = ", …" if len(clips) > 10 else ""
     return (
-        f"{sum(clips.values())} clips have a language for which this Whisper has no token ({listed}{more}); their texts open without "
+        f"{sum(clips.values())} clips have a language for which this Whisper has no token "
+        f"({listed}{more}); their texts open without "
         "a language token. Correct their `language` where it is a mistake."
     )
 
 
-OWN_TASK = "question"  # of samples that bring their own instruction and answer
+OWN_TASK = "question"  # task of samples that come with their own instruction and answer
 CANDIDATE = "candidate"
 
 
 @dataclass
 class Instruction:
-    """One task of `conf/instructions`, in templates over an annotation's fields (`corpora.template`).
+    """One task of `conf/instructions`.
+
+    Prompts and answers are templates over an annotation's fields (`annotation.Template`).
 
     Attributes:
         asks: paraphrases of the instruction.
-        answer: the answer; a sample that lacks a field of it does not serve the task.
-        tasks: the values of a sample's `task` that it serves, beside its own name; empty for any.
-        domains: the domains that it serves; empty for any.
-        weight: share among the tasks that one sample can serve.
-        metric: what generated answers are measured by.
-        others: makes it a yes/no task: `{candidate}` in `asks` is the filled `answer` (yes), or one of these (no).
+        answer: template of the answer. The task is not used for samples that lack one of its
+            fields.
+        tasks: values of a sample's `task` that the task accepts, in addition to its own name; empty
+            for any.
+        domains: domains that the task accepts; empty for any.
+        weight: weight among the tasks that fit a sample.
+        metric: metric of the generated answers.
+        others: labels for the answer "no". If given, this is a yes/no task: `{candidate}` in `asks`
+            is a label from the filled `answer` (yes), or one of these (no).
     """
 
     asks: list[str]
@@ -196,7 +228,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about one clip: the task's name, the instruction, the answer."""
+    """The task name, the instruction and the answer of one clip."""
 
     task: str
     ask: str
@@ -204,13 +236,13 @@ class Question:
 
 
 class Instructions:
-    """The tasks of a run.
+    """The instruction tasks of a run.
 
     Args:
-        entries: by name.
+        entries: the tasks by name.
 
     Raises:
-        UserError: listing every entry that cannot be used.
+        UserError: there is no task, or some are invalid; the message lists all problems.
     """
 
     def __init__(self, entries: Mapping[str, Instruction]):
@@ -232,26 +264,27 @@ class Instructions:
 
     @property
     def metrics(self) -> dict[str, MetricName]:
-        """What each task is measured by."""
+        """The metric of each task."""
         return {OWN_TASK: "caption", **{name: entry.metric for name, entry in self.entries.items()}}
 
     def only(self, names: Iterable[str]) -> "Instructions":
-        """Return these tasks alone, for samples that are to be asked one thing.
+        """Return a copy with these tasks only.
 
         Raises:
-            UserError: no such task.
+            UserError: there is no task of that name.
         """
         names = list(names)
         for name in names:
             if name not in self.entries:
                 known = ", ".join(sorted(self.entries))
                 raise UserError(
-                    f"There is no task {name!r}.{nearest(name, self.entries)} Tasks of this run: {known}."
+                    f"There is no task {name!r}.{nearest(name, self.entries)} "
+                    f"Tasks of this run: {known}."
                 )
         return Instructions({name: self.entries[name] for name in names})
 
     def fitting(self, annotation: Annotation, domain: str) -> list[str]:
-        """Return the tasks that a sample can serve."""
+        """Return the names of the tasks that fit a sample."""
         row = _row(annotation)
         return [
             name
@@ -260,12 +293,19 @@ class Instructions:
         ]
 
     def facts(self, annotation: Annotation, domain: str) -> dict[str, str]:
-        """Return what can be answered about a sample, by task; of a yes/no task what it asks about."""
+        """Return the answers that a sample gives, by task; for a yes/no task, its true labels."""
         row = _row(annotation)
         return {name: self._answers[name].fill(row) for name in self.fitting(annotation, domain)}
 
     def draw(self, annotation: Annotation, domain: str, position: int) -> Question:
-        """Pick a task and a paraphrase for one sample; its own instruction and answer are used as they are.
+        """Draw a task and a paraphrase for one sample.
+
+        If the sample has its own instruction and answer, those are used unchanged.
+
+        Args:
+            annotation: annotation of the sample.
+            domain: its domain.
+            position: its position in the order, which seeds the draw.
 
         Raises:
             SampleRefused: no task fits.
@@ -278,9 +318,8 @@ class Instructions:
             raise SampleRefused(
                 Reason.NO_TASK, f"task {annotation.task!r}, domain {domain!r}, has {has}"
             )
-        rng = random.Random(
-            f"{position} {annotation.source} {annotation.id}"
-        )  # text seeds are the same in every process
+        # Seeded with a string: unlike `hash`, it gives the same result in every process.
+        rng = random.Random(f"{position} {annotation.source} {annotation.id}")
         name = rng.choices(names, [self.entries[name].weight for name in names])[0]
         row = _row(annotation)
         ask, answer = rng.choice(self._asks[name]), self._answers[name].fill(row)
@@ -300,7 +339,7 @@ class Instructions:
 
 
 def _row(annotation: Annotation) -> Row:
-    """Return the fields that templates may use; several labels stand in alphabetical order, each once."""
+    """Return the fields that templates may use; a list of labels is sorted and deduplicated."""
     label = (
         sorted(set(annotation.label)) if isinstance(annotation.label, list) else annotation.label
     )
@@ -315,8 +354,11 @@ def _row(annotation: Annotation) -> Row:
 
 
 def _candidate(answer: str, others: list[str], rng: random.Random) -> tuple[str, str]:
-    """Return what a yes/no question asks about and its answer. Several labels are one by one candidates for a yes; for a no, what
-    has no word of theirs: waves are heard in sea waves."""
+    """Return the candidate of a yes/no question, and its answer.
+
+    For "yes", the candidate is one of the clip's labels. For "no", it is one of `others` that
+    shares no word with the labels: "waves" would be true of a clip labelled "sea waves".
+    """
     true, heard = [part.strip() for part in answer.split(",")], _words(answer)
     false = [other for other in others if not _words(other) & heard]
     if not false or rng.random() < 0.5:
@@ -349,16 +391,25 @@ def _problems(name: str, entry: Instruction) -> Iterator[str]:
         yield f"{name}.weight: {entry.weight} is negative"
 
 
-AUDIO = -1  # stands where a clip's frames go; no vocabulary has this id
-# Places in the template, found again in its text; no template or instruction holds these.
+AUDIO = -1  # placeholder for the frames of a clip; no vocabulary has this id
+# Markers that are rendered into the chat template to find where the parts of a message go. No
+# template or instruction contains them.
 _AUDIO_MARK, _ASK_MARK, _ANSWER_MARK = "\x02audio\x03", "\x02ask\x03", "\x02answer\x03"
-# How templates write today's date: a function of transformers' that no argument of a rendering replaces.
+# Templates write today's date with this function of transformers, which cannot be replaced by an
+# argument of `apply_chat_template`.
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 
 
 @dataclass(frozen=True)
 class ChatFrame:
-    """The fixed tokens of a chat: before the audio, between audio and instruction, before the answer, and the end token."""
+    """The fixed tokens of a chat.
+
+    Attributes:
+        opening: tokens before the audio.
+        between: tokens between the audio and the instruction.
+        closing: tokens between the instruction and the answer.
+        end: token that ends the answer.
+    """
 
     opening: tuple[int, ...]
     between: tuple[int, ...]
@@ -367,13 +418,18 @@ class ChatFrame:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, date: str = "") -> "ChatFrame":
-        """Read a tokenizer's chat template, with thinking off where it knows of that.
+        """Read the frame from a tokenizer's chat template.
+
+        Thinking is turned off if the template supports that.
 
         Args:
-            date: the day (`2026-11-28`) that a template which writes today's date writes instead; empty for today.
+            tokenizer: tokenizer of the language model.
+            date: day (`2026-11-28`) that replaces today's date in templates that write it; empty
+                for today.
 
         Raises:
-            UserError: no chat template, one that raises or loses the message, or a wrong date.
+            UserError: there is no chat template, it fails or drops the message, or the date is
+                invalid.
         """
         name = tokenizer.name_or_path
         if not tokenizer.chat_template:
@@ -394,8 +450,8 @@ class ChatFrame:
             whole = str(tokenizer.apply_chat_template(answered, **options))
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise UserError(
-                f"The chat template of {name} fails on a user's message and an answer to it: {error}. "
-                "Pick another language model, or mend its chat_template.jinja."
+                f"The chat template of {name} fails on a user's message and an answer to it: "
+                f"{error}. Pick another language model, or mend its chat_template.jinja."
             ) from None
         if _AUDIO_MARK not in prompt or _ASK_MARK not in prompt or _ANSWER_MARK not in whole:
             raise UserError(f"The chat template of {name} does not repeat what it is given.")
@@ -411,13 +467,14 @@ class ChatFrame:
 
 @dataclass
 class ChatText:
-    """Tokens of a language model's chat.
+    """Token sequences of a chat with a language model about a clip.
 
     Args:
-        tokenizer: the language model's.
-        instructions: what is asked.
-        max_tokens: the longest sequence of text tokens, template and end token included.
-        overflow: what happens to a longer one: `cut` keeps its beginning and no end token, `drop` refuses the sample.
+        tokenizer: tokenizer of the language model.
+        instructions: the tasks.
+        max_tokens: maximum length of a sequence, including the template and the end token.
+        overflow: how to treat longer sequences: `cut` keeps the beginning, without an end token;
+            `drop` skips the sample. Samples whose prompt alone is too long are always skipped.
         date: see `ChatFrame.of`.
     """
 
@@ -455,7 +512,7 @@ class ChatText:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def ask(self, question: str) -> Tensor:
-        """Return the prompt of a question about a clip, `[L]`, ready for generation."""
+        """Return the prompt of a question about a clip, `[L]`, for generation."""
         return torch.tensor(self._prompt(question))
 
     def _prompt(self, ask: str) -> list[int]:
@@ -468,7 +525,7 @@ class ChatText:
         ]
 
     def _text(self, text: str) -> list[int]:
-        # `split_special_tokens`: a caption that spells "<|im_end|>" is text, not an instruction to the model.
+        # `split_special_tokens`: a caption that spells "<|im_end|>" is plain text.
         return list(
             self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         )
@@ -479,19 +536,20 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase, after: str) -> int:
-    """Return the token that ends an answer: the first special one that the template writes after it, else eos."""
+    """Return the first special token that the template writes after an answer, else eos."""
     special = set(tokenizer.all_special_ids)
     special |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     end = next((id for id in _ids(tokenizer, after) if id in special), tokenizer.eos_token_id)
     if not isinstance(end, int):
         raise UserError(
-            f"Neither the chat template of {tokenizer.name_or_path} nor its tokenizer has a token that ends an answer."
+            f"Neither the chat template of {tokenizer.name_or_path} nor its tokenizer "
+            "has a token that ends an answer."
         )
     return end
 
 
 def _dated(tokenizer: PreTrainedTokenizerBase, date: str) -> str:
-    """Return the chat template with the date written into it where it asks for today's."""
+    """Return the chat template with a fixed date in place of calls that return today's."""
     try:
         day = datetime.fromisoformat(date) if date else datetime.now()
     except ValueError:
@@ -501,7 +559,8 @@ def _dated(tokenizer: PreTrainedTokenizerBase, date: str) -> str:
     )
     if "strftime_now(" in template:
         raise UserError(
-            f"The chat template of {tokenizer.name_or_path} computes the format of today's date, so its prompts would change from "
-            "day to day. Write a fixed date in its chat_template.jinja."
+            f"The chat template of {tokenizer.name_or_path} computes the format of today's date, "
+            "so its prompts would change from day to day. "
+            "Write a fixed date in its chat_template.jinja."
         )
     return template
