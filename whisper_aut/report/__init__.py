@@ -1,1 +1,1 @@
-"""Scores and logs → what people read: tables for the terminal, Markdown and CSV, and charts as PNG."""
+"""Report scores and training logs as tables, PNG charts, and an HTML page."""

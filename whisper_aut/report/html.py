@@ -1,6 +1,7 @@
-"""Sections → one HTML page that holds everything itself: pictures and sounds are inside, nothing is fetched, no script runs.
+"""Build the report of one or more runs as Markdown and as a self-contained HTML page.
 
-In: `report.page.Run`s. Out: HTML text. Next: people's browsers and printers. Contrast and text sizes follow WCAG 2.2 AA.
+The HTML page embeds its pictures and audio, fetches nothing, and runs no scripts. Contrast and
+text sizes follow WCAG 2.2 AA.
 """
 
 import io
@@ -43,7 +44,7 @@ from whisper_aut.training.run_dir import RunDirectory
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG and what it shows, in words for those who do not see it."""
+    """A PNG file and its caption, which is also its alternative text for screen readers."""
 
     path: Path
     caption: str
@@ -51,12 +52,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Listened:
-    """One clip that a decoder heard: what it should have written, what it wrote, and the clip itself.
+    """A validation clip and the text that the decoder generated for it.
 
     Attributes:
-        title: its task and key.
-        ogg: the clip as Ogg Vorbis; empty where it was not found.
-        spectrogram: its log-mel as PNG; empty likewise.
+        title: The clip's domain, task, key and duration.
+        reference: The expected text.
+        generated: The generated text.
+        ogg: The clip as Ogg Vorbis; empty if it was not found.
+        spectrogram: Its log-mel spectrogram as PNG; empty if it was not found.
     """
 
     title: str
@@ -71,7 +74,7 @@ Block = str | Sheet | Picture | Listened
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and the blocks under it."""
 
     title: str
     blocks: list[Block] = field(default_factory=list)
@@ -79,14 +82,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Run:
-    """All sections of one run."""
+    """The report of one run."""
 
     title: str
     sections: list[Section]
 
 
 def markdown_page(runs: Sequence[Run]) -> str:
-    """Render as Markdown; sounds are left to the HTML page."""
+    """Render runs as one Markdown page, without the audio."""
     parts = ["# Report"]
     for run in runs:
         parts.append(f"## {run.title}")
@@ -108,7 +111,8 @@ def _markdown(block: Block) -> str:
 STYLE = """
 :root { color-scheme: light; }
 body { margin: 0 auto; max-width: 62rem; padding: 1.5rem; color: #1d2329; background: #fff;
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, \
+sans-serif; }
 h1 { font-size: 1.8rem; margin: 0 0 .5rem; }
 h2 { font-size: 1.4rem; margin: 2.5rem 0 .5rem; padding-top: 1rem; border-top: 2px solid #0072b2; }
 h3 { font-size: 1.1rem; margin: 1.8rem 0 .4rem; }
@@ -118,7 +122,8 @@ a { color: #005a8c; }
 .table { overflow-x: auto; margin: .6rem 0 .2rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
-th, td { padding: .28rem .42rem; border-bottom: 1px solid #dde3e8; text-align: right; white-space: nowrap; }
+th, td { padding: .28rem .42rem; border-bottom: 1px solid #dde3e8; text-align: right; \
+white-space: nowrap; }
 th { border-bottom: 2px solid #9aa5b1; }
 th.text, td.text { text-align: left; white-space: normal; }
 tbody tr:nth-child(even) { background: #f5f7f9; }
@@ -127,27 +132,34 @@ figure { margin: 1rem 0; }
 figure img { max-width: 100%; height: auto; }
 figcaption { color: #4a5560; font-size: .88rem; }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem; }
-.clip { border: 1px solid #dde3e8; border-radius: .4rem; padding: .7rem; font-size: .9rem; break-inside: avoid; }
+.clip { border: 1px solid #dde3e8; border-radius: .4rem; padding: .7rem; font-size: .9rem; \
+break-inside: avoid; }
 .clip h4 { margin: 0 0 .4rem; font-size: .9rem; overflow-wrap: anywhere; }
 .clip img { width: 100%; height: 5rem; }
 .clip audio { width: 100%; margin: .3rem 0; }
 .clip dl { margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: .1rem .6rem; }
 .clip dt { color: #4a5560; } .clip dd { margin: 0; overflow-wrap: anywhere; }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } audio, nav { display: none; } h2 { break-before: page; }
-               h2:first-of-type { break-before: auto; } .table { overflow: visible; } th, td { white-space: normal; } }
+@media print { body { max-width: none; padding: 0; font-size: 11pt; } \
+audio, nav { display: none; } h2 { break-before: page; }
+               h2:first-of-type { break-before: auto; } .table { overflow: visible; } \
+th, td { white-space: normal; } }
 """
 
 
 def html_page(runs: Sequence[Run], title: str = "whisper_aut report") -> str:
-    """Render runs as one page."""
+    """Render runs as one HTML page.
+
+    The links at the top lead to the runs or, if there is only one, to its sections.
+    """
     body = "".join(_run_section(run, number) for number, run in enumerate(runs))
     links = [(f"r{i}", run.title) for i, run in enumerate(runs)]
     if len(runs) == 1:
         links = [(f"r0s{j}", section.title) for j, section in enumerate(runs[0].sections)]
     nav = "".join(f'<a href="#{place}">{escape(text)}</a>' for place, text in links)
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-        f'initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
         f"<body><h1>{escape(title)}</h1><nav>{nav}</nav>\n{body}</body></html>\n"
     )
 
@@ -167,7 +179,10 @@ def _section(section: Section, place: str) -> str:
         else:
             parts.append(_block(block))
     gathered = f'<div class="clips">{"".join(clips)}</div>\n' if clips else ""
-    return f'<section id="{place}"><h3>{escape(section.title)}</h3>\n{"".join(parts)}{gathered}</section>\n'
+    return (
+        f'<section id="{place}"><h3>{escape(section.title)}</h3>\n'
+        f"{''.join(parts)}{gathered}</section>\n"
+    )
 
 
 def _block(block: Block) -> str:
@@ -175,7 +190,10 @@ def _block(block: Block) -> str:
         return _table(block)
     if isinstance(block, Picture):
         picture = _embedded("image/png", block.path.read_bytes())
-        return f'<figure><img src="{picture}" alt="{escape(block.caption)}"><figcaption>{escape(block.caption)}</figcaption></figure>\n'
+        return (
+            f'<figure><img src="{picture}" alt="{escape(block.caption)}">'
+            f"<figcaption>{escape(block.caption)}</figcaption></figure>\n"
+        )
     assert isinstance(block, str)
     return f'<p class="note">{escape(block)}</p>\n'
 
@@ -192,7 +210,8 @@ def _table(sheet: Sheet) -> str:
     rows = "".join(f"<tr>{cells(row, 'td')}</tr>\n" for row in sheet.rows)
     note = f'<p class="note">{escape(sheet.caption)}</p>' if sheet.caption else ""
     return (
-        f'<div class="table"><table><caption>{escape(sheet.title)}</caption><thead><tr>{cells(sheet.head, "th")}</tr></thead>'
+        f'<div class="table"><table><caption>{escape(sheet.title)}</caption>'
+        f"<thead><tr>{cells(sheet.head, 'th')}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>{note}\n"
     )
 
@@ -209,7 +228,10 @@ def _clip_player(clip: Listened) -> str:
         if clip.ogg
         else ""
     )
-    texts = f"<dl><dt>should be</dt><dd>{escape(clip.reference)}</dd><dt>written</dt><dd>{escape(clip.generated)}</dd></dl>"
+    texts = (
+        f"<dl><dt>should be</dt><dd>{escape(clip.reference)}</dd>"
+        f"<dt>written</dt><dd>{escape(clip.generated)}</dd></dl>"
+    )
     return f'<div class="clip"><h4>{escape(clip.title)}</h4>{picture}{player}{texts}</div>'
 
 
@@ -217,6 +239,7 @@ def _embedded(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{b64encode(data).decode()}"
 
 
+# Metric → its title, the factor to print it with, and its decimals.
 FIGURES = {
     "throughput/audio_seconds_per_second": ("audio-seconds a second", 1, 1),
     "throughput/clips_per_second": ("clips a second", 1, 1),
@@ -230,7 +253,11 @@ FIGURES = {
 
 
 def run_sheet(run: Path) -> Sheet | None:
-    """Lay out machine, versions and the run's own figures."""
+    """Lay out the machine, the package versions and the throughput metrics of a run.
+
+    Returns:
+        The table, or None if the run recorded no environment.
+    """
     facts, done = _read(run / "environment.json"), _read(run / "done.json")
     if not facts:
         return None
@@ -260,7 +287,11 @@ def run_sheet(run: Path) -> Sheet | None:
 
 
 def data_sheet(run: Path) -> Sheet | None:
-    """Lay out the sources that were trained on: what they hold, how often each was gone through, and its share of what was heard."""
+    """Lay out the training sources: their contents, epochs, and requested and actual weights.
+
+    Returns:
+        The table, or None if the run recorded no sources.
+    """
     sources, epochs = (
         _read(run / "environment.json").get("data", []),
         _read(run / "done.json").get("sources", {}),
@@ -270,9 +301,11 @@ def data_sheet(run: Path) -> Sheet | None:
     heard = [epochs.get(source.get("root"), 0) * source.get("clips", 0) for source in sources]
     rows = tuple(
         (
-            source.get("root", ""), source.get("domain", ""), _licences(source), f"{source.get('clips', 0):,}",
-            f"{source.get('seconds', 0) / 3600:,.2f}", _share(source.get("share", 0), [s.get("share", 0) for s in sources]),
-            _share(clips, heard), f"{epochs[source['root']]:.2f}" if source.get("root") in epochs else "–",
+            source.get("root", ""), source.get("domain", ""), _licences(source),
+            f"{source.get('clips', 0):,}", f"{source.get('seconds', 0) / 3600:,.2f}",
+            _share(source.get("share", 0), [s.get("share", 0) for s in sources]),
+            _share(clips, heard),
+            f"{epochs[source['root']]:.2f}" if source.get("root") in epochs else "–",
         )
         for source, clips in zip(sources, heard, strict=True)
     )  # fmt: skip
@@ -307,7 +340,7 @@ def _share(part: float, parts: list[float]) -> str:
 
 
 def refusal_sheet(run: Path) -> Sheet | None:
-    """Lay out refused samples by source and reason."""
+    """Lay out the number of skipped samples by source and reason; None if there were none."""
     refused = _read(run / "done.json").get("refused", {})
     rows = tuple(
         (source, reason, f"{count:,}")
@@ -337,8 +370,9 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+# The most generated texts to show, of each task and in total.
 PER_TASK, MOST = 2, 18
-MAX_SEARCHED = 20_000  # samples of a validation source that are gone through
+MAX_SEARCHED = 20_000  # samples to look through in each validation source
 MAX_HEARD_SECONDS = 30
 MEL_BINS = 80
 
@@ -356,7 +390,11 @@ class Written:
 
 
 def last_written(samples: Path) -> list[Written]:
-    """Return some of what the decoder wrote at the last validation, alike many of each task."""
+    """Return texts generated at the last validation, at most `PER_TASK` of each task.
+
+    Args:
+        samples: The `samples.jsonl` of a run. If it cannot be read, the result is empty.
+    """
     entries = [entry for line in _lines(samples) if (entry := _entry(line))]
     newest = max((entry.step for entry in entries), default=0)
     chosen: dict[str, list[Written]] = {}
@@ -370,7 +408,10 @@ def last_written(samples: Path) -> list[Written]:
 
 
 def listened(run: Path) -> list[Listened]:
-    """Return a run's last samples with their clips, where its validation shards are still there."""
+    """Return the texts of a run's last validation with their clips.
+
+    Clips are missing if the validation shards have moved since.
+    """
     written = last_written(run / "samples.jsonl")
     clips = dict(_clips(_validation_folders(run / "config.yaml"), {entry.key for entry in written}))
     return [_listen(entry, clips) for entry in written]
@@ -403,7 +444,7 @@ def _entry(line: str) -> Written | None:
             ),
         )
     except (ValueError, KeyError, TypeError):
-        return None  # a line that a killed run did not finish
+        return None  # a killed run may leave an unfinished line
 
 
 def _validation_folders(config: Path) -> list[str]:
@@ -424,7 +465,7 @@ def _clips(folders: Sequence[str], keys: set[str]) -> Iterator[tuple[str, np.nda
                     wanted.remove(sample.key)
                     yield sample.key, load_waveform(sample.audio, ClipLimits()).numpy()
         except (UserError, SampleRefused, OSError):
-            continue  # shards that have moved since: their samples stand without sound
+            continue  # if the shards have moved, the texts are shown without audio
 
 
 def _ogg(waveform: np.ndarray) -> bytes:
@@ -438,18 +479,28 @@ def _ogg(waveform: np.ndarray) -> bytes:
 def _spectrogram(waveform: np.ndarray) -> bytes:
     mel = LogMel(MEL_BINS)(torch.from_numpy(waveform))[: mel_frames(len(waveform))]
     buffer = io.BytesIO()
-    imsave(buffer, mel.T.flip(0).numpy(), cmap="magma", format="png")  # a pixel a bin and frame
+    # One pixel per mel bin and frame.
+    imsave(buffer, mel.T.flip(0).numpy(), cmap="magma", format="png")
     return buffer.getvalue()
 
 
-MAX_CONFUSIONS = 6  # tasks with a picture of their own
+MAX_CONFUSIONS = 6  # the most tasks to draw a confusion matrix for
 
 
 def build_report(runs: Sequence[Path], out: Path, console: Console) -> Path:
-    """Write the report of one or more runs, show its tables, and return the path of `report.html`.
+    """Write the report of one or more runs: `report.html`, `report.md`, charts and CSV files.
+
+    Args:
+        runs: The run directories.
+        out: The folder to write to, created if necessary.
+        console: Where to print the tables of scores.
+
+    Returns:
+        The path of `report.html`.
 
     Raises:
-        UserError: a path is no run, or there is nothing in it to report.
+        UserError: If a path is not a run or has nothing to report, or if a file cannot be
+            written.
     """
     found = [RunDirectory(run.resolve()) for run in runs]
     empty = [
@@ -457,7 +508,8 @@ def build_report(runs: Sequence[Path], out: Path, console: Console) -> Path:
     ]
     if empty:
         raise UserError(
-            f"No scores.json and no logs/metrics.csv in {', '.join(empty)}. Runs lie under runs/NAME/TIMESTAMP."
+            f"No scores.json and no logs/metrics.csv in {', '.join(empty)}. "
+            "Runs lie under runs/NAME/TIMESTAMP."
         )
     pages = []
     try:
@@ -496,7 +548,6 @@ def _run(run: RunDirectory, out: Path, prefix: str, console: Console) -> Run:
 
 
 def _probes(run: RunDirectory, out: Path, prefix: str, console: Console) -> list[Block]:
-    """Write the tables and the picture of all scores."""
     if not run.scores.exists():
         return []
     scores = Scores.load(run.scores)
@@ -506,16 +557,14 @@ def _probes(run: RunDirectory, out: Path, prefix: str, console: Console) -> list
         blocks.append(sheet)
     (out / f"{prefix}scores.csv").write_text(scores_csv(scores), encoding="utf-8")
     baseline = BASELINE_NAME if BASELINE_NAME in scores.encoders else None
-    if scores.encoders != [
-        baseline
-    ]:  # the baseline is a line across the others' bars; alone it is no picture
+    # The baseline is drawn as a line across the bars of the others, so it needs others.
+    if scores.encoders != [baseline]:
         picture = plot_scores(scores, out / f"{prefix}scores.png", baseline=baseline)
         blocks.insert(0, Picture(picture, "Scores of every task and encoder"))
     return blocks
 
 
 def _maps(run: RunDirectory, out: Path, prefix: str) -> list[Block]:
-    """Write maps of the test clips, and what was taken for what."""
     if not run.scores.exists():
         return []
     scores = Scores.load(run.scores)
@@ -523,7 +572,8 @@ def _maps(run: RunDirectory, out: Path, prefix: str) -> list[Block]:
     blocks: list[Block] = []
     if picture := plot_maps(scores, out / f"{prefix}maps.png"):
         blocks.append(
-            "Test clips as t-SNE lays them out: neighbours are alike to the encoder; distances between clusters say nothing."
+            "Test clips as t-SNE lays them out: neighbours are alike to the encoder; "
+            "distances between clusters say nothing."
         )
         blocks.append(Picture(picture, f"Test clips in the space of {named}"))
     for task in scores.tasks[:MAX_CONFUSIONS]:

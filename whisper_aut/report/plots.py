@@ -1,7 +1,7 @@
-"""Scores and training logs → charts as PNG.
+"""Draw probe scores and training logs as PNG charts.
 
-In: `Scores`, or the `metrics.csv` that Lightning's CSVLogger writes. Out: PNG files. Next: the report, the README. Colours are Okabe
-& Ito's, which the common kinds of colour blindness keep apart (https://jfly.uni-koeln.de/color/).
+Colours are those of Okabe and Ito, which stay distinct under the common kinds of colour blindness
+(https://jfly.uni-koeln.de/color/).
 """
 
 import csv
@@ -27,7 +27,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 BASELINE_COLOUR = "#333333"
 PAGE_WIDTH_INCHES = 8.0
 DOTS_PER_INCH = 150
-GROUP_SHARE = 0.8  # of the space between two tasks, for the bars of one
+GROUP_SHARE = 0.8  # fraction of the space between two tasks that the bars of one fill
 MARKERS = "os^Dv"
 DOMAIN_COLOURS = {"speech": "#0072B2", "sound": "#E69F00", "music": "#009E73"}
 
@@ -35,12 +35,21 @@ Series = list[tuple[float, float]]  # (step, value)
 
 
 def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None) -> Path:
-    """Draw bars per task and encoder; `baseline` is drawn as a line across each group.
+    """Draw a bar for each task and encoder.
 
-    Whiskers are the deviation over seeds, or the 95 % interval where nothing random was trained.
+    Whiskers are the standard deviation over seeds or, for probes without seeds, the 95 %
+    interval.
+
+    Args:
+        scores: The scores to draw.
+        path: The PNG file to write.
+        baseline: An encoder to draw as a line across each task's bars instead.
+
+    Returns:
+        The path of the chart.
 
     Raises:
-        UserError: there is nothing to draw, or no room to write.
+        UserError: If the baseline is the only encoder, or if the file cannot be written.
     """
     encoders = [name for name in scores.encoders if name != baseline]
     if not encoders:
@@ -110,8 +119,15 @@ def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None
 def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
     """Draw training and validation loss against the optimiser step, with one line per domain.
 
+    Args:
+        metrics_csv: The log of Lightning's `CSVLogger`.
+        path: The PNG file to write.
+
+    Returns:
+        The path of the chart.
+
     Raises:
-        UserError: no such log, or no loss in it.
+        UserError: If the log cannot be read or has no loss, or if the file cannot be written.
     """
     series = {name: points for name, points in read_metrics(metrics_csv).items() if "loss" in name}
     panels = {
@@ -121,7 +137,8 @@ def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
     panels = {kind: lines for kind, lines in panels.items() if lines}
     if not panels:
         raise UserError(
-            f"{metrics_csv} has no columns train/loss… or valid/loss… with values in them: nothing to draw."
+            f"{metrics_csv} has no columns train/loss… or valid/loss… with values in them: "
+            "nothing to draw."
         )
     figure = blank_figure(height=3.6, columns=len(panels), sharey=True)
     for axes, (kind, lines) in zip(figure.axes, panels.items(), strict=True):
@@ -136,7 +153,14 @@ def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
 
 
 def plot_speed(metrics_csv: str | Path, path: str | Path) -> Path | None:
-    """Draw audio-seconds a second and the share of time spent waiting for data; None where no meter ran."""
+    """Draw audio seconds per second and the fraction of time spent waiting for data.
+
+    Returns:
+        The path of the chart, or None if the run did not log its throughput.
+
+    Raises:
+        UserError: If the log cannot be read, or if the file cannot be written.
+    """
     series = read_metrics(metrics_csv)
     speed, wait = (
         series.get("throughput/audio_seconds_per_second"),
@@ -163,7 +187,14 @@ def plot_speed(metrics_csv: str | Path, path: str | Path) -> Path | None:
 
 
 def plot_learning(metrics_csv: str | Path, path: str | Path) -> Path | None:
-    """Draw the scores of the probes that ran during training against the step; None where none did."""
+    """Draw the scores of the probes that ran during training against the optimiser step.
+
+    Returns:
+        The path of the chart, or None if no probe ran.
+
+    Raises:
+        UserError: If the log cannot be read, or if the file cannot be written.
+    """
     series = {
         name.split("/", 1)[1]: points
         for name, points in read_metrics(metrics_csv).items()
@@ -191,18 +222,21 @@ def plot_learning(metrics_csv: str | Path, path: str | Path) -> Path | None:
 
 
 def read_metrics(metrics_csv: str | Path) -> dict[str, Series]:
-    """Read Lightning's CSV log into `(step, value)` series; blanks and values that are not finite are passed over.
+    """Read the log of Lightning's `CSVLogger` into a series of `(step, value)` per metric.
 
-    What a run logged before it was resumed stands beside as `metrics.N.csv` and is read too; a step that was done again counts once.
+    Blanks and values that are not finite are skipped. The logs that a run wrote before it was
+    resumed, `metrics.N.csv` in the same folder, are read too. For a step that was repeated, the
+    last value counts.
 
     Raises:
-        UserError: missing, or without a `step` column.
+        UserError: If a log cannot be read or has no `step` column.
     """
     newest = Path(metrics_csv)
     series: dict[str, dict[float, float]] = defaultdict(dict)
+    # Sort by length first, so that 10 comes after 9.
     kept = sorted(
         newest.parent.glob(f"{newest.stem}.*.csv"), key=lambda path: (len(path.name), path.name)
-    )  # 10 behind 9
+    )
     for part in [*kept, newest]:
         try:
             for step, name, value in _logged(part):
@@ -228,7 +262,7 @@ def _logged(metrics_csv: Path) -> Iterator[tuple[float, str, float]]:
 
 
 def _whiskers(one: TaskScore | Average) -> tuple[float, float]:
-    """Return how far a whisker reaches down and up."""
+    """Return how far the whisker reaches below and above the mean."""
     if one.std is not None:
         return one.std, one.std
     low, high = one.interval
@@ -236,7 +270,10 @@ def _whiskers(one: TaskScore | Average) -> tuple[float, float]:
 
 
 def _cells(scores: Scores) -> tuple[dict[tuple[str, int], TaskScore | Average], list[str]]:
-    """Return scores by (encoder, position), and the label of each position: tasks, then the average."""
+    """Return scores by `(encoder, index on the x axis)`, and the labels of the x axis.
+
+    The axis has every task and, if there are several, their weighted average at the end.
+    """
     tasks = scores.tasks
     titles = {entry.task: entry.title for entry in scores.entries}
     cells: dict[tuple[str, int], TaskScore | Average] = {
@@ -273,9 +310,9 @@ def _draw_loss(axes: Axes, name: str, points: Series, number: int) -> None:
 
 
 def blank_figure(height: float, columns: int = 1, rows: int = 1, sharey: bool = False) -> Figure:
-    """Return a figure of page width with a grid of empty panels."""
+    """Return a figure of page width with a grid of empty panels; `height` is in inches."""
     figure = Figure(figsize=(PAGE_WIDTH_INCHES, height), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: nothing global, and nothing to close
+    FigureCanvasAgg(figure)  # without pyplot, there is no global state and no figure to close
     for axes in figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
@@ -283,7 +320,7 @@ def blank_figure(height: float, columns: int = 1, rows: int = 1, sharey: bool = 
 
 
 def panel_title(axes: Axes, title: str) -> None:
-    """Head one panel of several."""
+    """Set the title of one panel in a figure of several."""
     axes.set_title(title, loc="left", fontsize=9)
 
 
@@ -307,10 +344,10 @@ def _number(text: str | None) -> float | None:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG.
+    """Write a figure as PNG, creating its folder if necessary.
 
     Raises:
-        UserError: no room to write.
+        UserError: If the file cannot be written.
     """
     path = Path(path)
     for axes in figure.axes:
@@ -324,18 +361,17 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-MAX_CLIPS = 400  # of a task
+# Limits of the maps: clips of a task, t-SNE iterations, and clips below which no map is drawn.
+MAX_CLIPS = 400
 MAX_STEPS = 500
 MIN_CLIPS = 12
-NAMED_CLASSES, LABELLED_CLASSES = (
-    12,
-    36,
-)  # so many fit a legend or a matrix with numbers; the axes of a matrix
+# The most classes for a legend or a confusion matrix with numbers, and for axis labels of a matrix.
+NAMED_CLASSES, LABELLED_CLASSES = 12, 36
 
 
 @dataclass(frozen=True)
 class MappedTask:
-    """The test clips of one task as one encoder hears them."""
+    """The test clips of one task, embedded by one encoder."""
 
     title: str
     domain: str
@@ -344,14 +380,24 @@ class MappedTask:
 
 
 def shown_encoders(scores: Scores) -> list[str]:
-    """Return whom pictures compare: the two of the last comparison, before and after; without one the last encoder."""
+    """Return the encoders that charts compare, in the order before, after.
+
+    These are the two of the last comparison or, if there is none, only the last encoder.
+    """
     if scores.comparisons:
         return [scores.comparisons[-1].against, scores.comparisons[-1].encoder]
     return scores.encoders[-1:]
 
 
 def plot_confusions(scores: Scores, task: str, path: Path) -> Path | None:
-    """Draw what was taken for what in one task, an encoder a panel; None where nothing was recorded."""
+    """Draw the confusion matrices of a task, one panel for each of `shown_encoders`.
+
+    Returns:
+        The path of the chart, or None if no confusions were recorded.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
     entries = [
         entry
         for name in shown_encoders(scores)
@@ -369,7 +415,17 @@ def plot_confusions(scores: Scores, task: str, path: Path) -> Path | None:
 
 
 def plot_maps(scores: Scores, path: Path) -> Path | None:
-    """Draw all test clips by domain, and each task's by class, a row per encoder; None where no embeddings are left."""
+    """Draw t-SNE maps of the test clips, one row for each of `shown_encoders`.
+
+    The first map shows all clips by domain if there are several domains. The others show the
+    clips of one task by class.
+
+    Returns:
+        The path of the chart, or None if the cache has no embeddings of the test clips.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
     found = {name: _mapped(scores, name) for name in shown_encoders(scores)}
     rows = {name: tasks for name, tasks in found.items() if tasks}
     if not rows:
@@ -392,10 +448,12 @@ def plot_maps(scores: Scores, path: Path) -> Path | None:
 
 
 def project(features: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return t-SNE coordinates `[B, 2]` of standardised features `[B, D]`, the same for the same input."""
-    if not np.ptp(
-        features, axis=0
-    ).any():  # equal clips, on which scikit-learn crashes (NaN from its PCA)
+    """Return the t-SNE coordinates `[B, 2]` of features `[B, D]`, which are standardised first.
+
+    The result is deterministic for a given input and seed.
+    """
+    # If all clips are equal, the PCA of scikit-learn returns NaN and t-SNE crashes.
+    if not np.ptp(features, axis=0).any():
         return np.zeros((len(features), 2))
     centred = (features - features.mean(0)) / np.maximum(features.std(0), 1e-6)
     perplexity = min(30.0, (len(features) - 1) / 3)
@@ -408,7 +466,8 @@ def _mapped(scores: Scores, encoder: str) -> list[MappedTask]:
     mapped = []
     for task in scores.tasks:
         entry = scores.get(encoder, task)
-        if entry is None or entry.confusion is None:  # only clips of one class each
+        # Confusions exist only for tasks with one class per clip, and a map needs such tasks.
+        if entry is None or entry.confusion is None:
             continue
         parts = [_read(Path(scores.settings.get("cache", "")) / name) for name in entry.embedded]
         held = [
@@ -431,7 +490,8 @@ def _read(path: Path) -> Embeddings | None:
     try:
         return load_cached(path)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        return None  # the cache was cleared, or is another machine's: the report goes without this picture
+        # The cache was cleared or is on another machine. The report then has no map.
+        return None
 
 
 def _map_domains(axes: Axes, tasks: Sequence[MappedTask]) -> None:

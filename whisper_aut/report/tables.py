@@ -1,7 +1,7 @@
-"""Scores → tables: one layout of rows, rendered for the terminal, as Markdown and as CSV.
+"""Lay out probe scores as tables, and render them for the terminal, as Markdown and as CSV.
 
-In: `probes.scores.Scores`. Out: rich tables and text. Next: the console, `scores.md`, `scores.csv`. Scores are printed in percent,
-differences in points; a difference that its test does not support is called no significant difference.
+Scores are in percent and differences in percentage points. A difference that its test does not
+support is labelled "no significant difference".
 """
 
 import csv
@@ -31,7 +31,15 @@ KIND_NAMES = {name: kind.title for name, kind in KINDS.items()}
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table before it is rendered: title, what one has to know to read it, head, rows; the first columns are text."""
+    """A table before it is rendered.
+
+    Attributes:
+        title: The heading of the table.
+        caption: A note on how to read it.
+        head: The column names.
+        rows: The cells of each row.
+        text_columns: How many columns, from the left, hold text and are aligned left.
+    """
 
     title: str
     caption: str
@@ -41,7 +49,10 @@ class Sheet:
 
 
 def score_sheet(scores: Scores) -> Sheet:
-    """Lay out tasks × encoders, then the weighted averages, which are printed 0 … 1 as X-ARES and UniWhisper print them."""
+    """Lay out the scores of every task and encoder, then the weighted averages.
+
+    Averages are printed from 0 to 1, as X-ARES and UniWhisper print them.
+    """
     rows = []
     for task in scores.tasks:
         entries = {encoder: scores.get(encoder, task) for encoder in scores.encoders}
@@ -85,7 +96,7 @@ def score_sheet(scores: Scores) -> Sheet:
 
 
 def fold_sheet(scores: Scores) -> Sheet:
-    """Lay out the score of each fold, a mean over seeds where there are several."""
+    """Lay out the score of each fold, averaged over seeds, for the tasks that have folds."""
     entries = [entry for entry in scores.entries if entry.folds > 1]
     most = max((entry.folds for entry in entries), default=0)
     rows = tuple(
@@ -98,12 +109,15 @@ def fold_sheet(scores: Scores) -> Sheet:
         for entry in entries
     )
     head = ("task", "encoder", *(f"fold {number}" for number in range(1, most + 1)))
-    caption = "Folds differ in how hard their clips are: their spread says nothing about how sure the mean is."
+    caption = (
+        "Folds differ in how hard their clips are: "
+        "their spread says nothing about how sure the mean is."
+    )
     return Sheet("Scores by fold, in %", caption, head, rows, 2)
 
 
 def comparison_sheet(scores: Scores) -> Sheet:
-    """Lay out every paired comparison with its interval, p-value and verdict."""
+    """Lay out every paired comparison with its interval, p-values and verdict."""
     titles = {entry.task: entry.title for entry in scores.entries} | {
         AVERAGE: "all tasks, weighted",
         NO_ASR: "all but recognition, weighted",
@@ -122,23 +136,25 @@ def comparison_sheet(scores: Scores) -> Sheet:
         for c in scores.comparisons
     )
     caption = (
-        "Difference in points, its 95 % interval by paired bootstrap and p by paired sign flips, over test clips or the groups that "
-        f"they come in; below {FEW_GROUPS} groups a paired t interval and test. p (Holm) is corrected for all "
-        f"{len(scores.comparisons)} rows. What another training of a probe or an encoder would give is not in it."
+        "Difference in points, its 95 % interval by paired bootstrap and p by paired sign flips, "
+        "over test clips or the groups that they come in; "
+        f"below {FEW_GROUPS} groups a paired t interval and test. "
+        f"p (Holm) is corrected for all {len(scores.comparisons)} rows. "
+        "What another training of a probe or an encoder would give is not in it."
     )
     head = ("encoder", "against", "task", "difference", "95 % interval", "p", "p (Holm)", "verdict")
     return Sheet("Paired comparisons", caption, head, rows, 3)
 
 
 def verdict(comparison: Comparison) -> str:
-    """Say in words what a comparison supports."""
+    """Return `better`, `worse`, or `no significant difference`."""
     if not comparison.significant:
         return "no significant difference"
     return "better" if comparison.difference > 0 else "worse"
 
 
 def sheets(scores: Scores) -> list[Sheet]:
-    """Return the tables of a run: scores, those of folds and comparisons where there are any."""
+    """Return the tables of a run: scores, and folds and comparisons if there are any."""
     folds = any(entry.folds > 1 for entry in scores.entries)
     return [
         score_sheet(scores),
@@ -148,7 +164,7 @@ def sheets(scores: Scores) -> list[Sheet]:
 
 
 def rich_table(sheet: Sheet) -> Table:
-    """Render for the terminal."""
+    """Render a table for the terminal."""
     table = Table(title=sheet.title, caption=sheet.caption, caption_justify="left")
     for number, name in enumerate(sheet.head):
         table.add_column(
@@ -162,14 +178,17 @@ def rich_table(sheet: Sheet) -> Table:
 
 
 def markdown(sheet: Sheet) -> str:
-    """Render as a Markdown table with its title and caption."""
+    """Render a table as Markdown, with its title and caption."""
     rule = [":---" if number < sheet.text_columns else "---:" for number in range(len(sheet.head))]
     lines = [f"**{sheet.title}**", "", _markdown_row(sheet.head), _markdown_row(rule)]
     return "\n".join([*lines, *map(_markdown_row, sheet.rows), "", sheet.caption, ""])
 
 
 def scores_csv(scores: Scores) -> str:
-    """Return one line per encoder and task, full precision, 0 … 1, for spreadsheets and scripts."""
+    """Return all scores as CSV, one line per encoder and task.
+
+    Scores are from 0 to 1 and have full precision; those of folds have six significant digits.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
@@ -231,25 +250,27 @@ def _score_caption(scores: Scores) -> str:
 
 
 def _fitting(scores: Scores) -> str:
-    """Say on which clips settings were chosen and probes fitted, and what ± and brackets are."""
+    """Explain on which clips probes were tuned and fitted, and what ± and brackets mean."""
     fitted_on = {
         "on all other folds" if entry.folds > 1 else FITTED_ON[entry.final_fit]
         for entry in scores.entries
     }
     seeded = {KIND_NAMES[entry.kind]: len(entry.seeds) for entry in scores.entries if entry.seeds}
     parts = [
-        f"Settings are chosen on validation clips; the tested probe is fitted {' or '.join(sorted(fitted_on, reverse=True))}."
+        "Settings are chosen on validation clips; "
+        f"the tested probe is fitted {' or '.join(sorted(fitted_on, reverse=True))}."
     ]
     if any(count > 1 for count in seeded.values()):
         parts.append(
-            f"± is the standard deviation over {max(seeded.values())} seeds, which decide start and batch order of {', '.join(seeded)}."
+            f"± is the standard deviation over {max(seeded.values())} seeds, "
+            f"which decide start and batch order of {', '.join(seeded)}."
         )
     if any(not entry.seeds for entry in scores.entries):
         parts.append("A probe without a random start is fitted once and has no ±.")
     if any(entry.std is None for entry in scores.entries):
         parts.append(
-            "Brackets hold the 95 % interval over the choice of test clips, by bootstrap, or by a t interval below "
-            f"{FEW_GROUPS} clips or groups."
+            "Brackets hold the 95 % interval over the choice of test clips, by bootstrap, "
+            f"or by a t interval below {FEW_GROUPS} clips or groups."
         )
     groups = {entry.task: entry.group for entry in scores.entries if entry.groups}
     if groups:
@@ -269,7 +290,7 @@ def _share(value: float) -> str:
 
 
 def _cell(one: TaskScore | Average | None, written: Callable[[float], str] = _percent) -> str:
-    """Write a score with its deviation over seeds, or with its interval where nothing random was trained."""
+    """Format a score with its deviation over seeds or, if it has none, with its interval."""
     if one is None:
         return BLANK
     if one.std is not None:
