@@ -1,8 +1,8 @@
 """The dataset and its loaders: read clips in the sampler's order, decode them, pack batches.
 
 Rank r of R takes every R-th micro-batch, and worker w of W every W-th of those. A worker reads only
-its own samples: it fetches them one by one if the shard has a table, and otherwise skips over the
-others. The batches of a rank do not depend on the number of workers.
+its own samples: if a shard has a table, it fetches nothing else; otherwise it reads the tar from
+the start and skips over the others. The batches of a rank do not depend on the number of workers.
 """
 
 import multiprocessing
