@@ -315,8 +315,8 @@ def over_tars(
         except BrokenProcessPool:
             raise UserError(
                 "A process of the audit died, for want of memory or over a file that breaks the "
-                "decoder. Run again with --workers 1: "
-                "finished tars are not read again, and the one at fault is the next."
+                "decoder. Run again with --workers 1: finished tars are not read again, and the "
+                "one at fault is the next."
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -444,8 +444,7 @@ class Audit:
         counts = self.counts()
         text = (
             f"{counts['train_clips']} training clips ({counts['train_hours']:.2f} h) against "
-            f"{counts['probe_clips']} probe clips: "
-            f"{counts['train_clips_that_overlap']} overlap"
+            f"{counts['probe_clips']} probe clips: {counts['train_clips_that_overlap']} overlap"
         )
         if self.matches:
             kinds = ", ".join(
@@ -494,7 +493,7 @@ def run_audit(
     if not clips:
         raise UserError(
             f"Not one clip of {', '.join(probes)} could be read, so there is nothing to compare "
-            f"with."
+            "with."
         )
     searched = ProbeClips(clips)
     clips.clear()

@@ -224,8 +224,8 @@ def _result(batch: Batch, future: "Future[list[Outcome]]") -> Iterator[Ingested 
         lines = f"lines {batch[0].line} to {batch[-1].line}"
         raise UserError(
             f"A worker process died, probably while it read an audio file of {lines} of the "
-            f"manifest, or for want of memory. "
-            "Run with --workers 1 to find the file, and leave its row out."
+            "manifest, or for want of memory. Run with --workers 1 to find the file, and leave its "
+            "row out."
         ) from None
     yield from _settle(batch, outcomes)
 
@@ -349,8 +349,8 @@ class BuildReport:
         """Return a human-readable summary of one paragraph."""
         kept = f" ({self.passed_over} rows passed over by --where)" if self.passed_over else ""
         text = (
-            f"{self.clips} clips, {self.seconds / 3600:.2f} h, from {self.rows} rows{kept}, "
-            f"in {self.out}"
+            f"{self.clips} clips, {self.seconds / 3600:.2f} h, from {self.rows} rows{kept}, in "
+            f"{self.out}"
         )
         if any(self.folders):
             text += f", split into {', '.join(self.folders)}"
@@ -533,7 +533,8 @@ def _check_share(
     raise UserError(
         (
             f"{refused} of {rows} rows of {manifest.path} were refused{allowed}:\n"
-            f"{refusals.table()}\n{more}{hint}"
+            f"{refusals.table()}\n"
+            f"{more}{hint}"
         ).rstrip()
     )
 
@@ -546,7 +547,7 @@ def _check_splits(spec: ManifestSpec, shards: dict[str, ShardFolder], refusals: 
         )
         raise UserError(
             f"All rows of {spec.split_by} {empty[0]!r} were refused ({reasons}). Mend them or "
-            f"leave them out by --where."
+            "leave them out by --where."
         )
 
 
@@ -558,7 +559,7 @@ def _check_out(out: Path, folders: dict[str, Path]) -> None:
         if next(folder.glob("*.tar"), None) and "recipe" not in _facts(folder):
             raise UserError(
                 f"{folder} holds tars that `data build` did not write. Choose another --out, or "
-                f"move them away."
+                "move them away."
             )
     for index in sorted([*out.glob(INDEX_NAME), *out.glob(f"*/{INDEX_NAME}")]):
         facts = _facts(index.parent)
@@ -569,7 +570,7 @@ def _check_out(out: Path, folders: dict[str, Path]) -> None:
         ):
             raise UserError(
                 f"{index.parent} holds shards of a former build, split otherwise. Choose another "
-                f"--out, or delete them."
+                "--out, or delete them."
             )
 
 

@@ -57,8 +57,8 @@ def download(
         checksum: `sha256:…`, `sha1:…` or `md5:…`; empty for no check.
         attempts: failed attempts in a row after which to give up. An attempt that received data
             does not count.
-        first_wait_seconds: wait before the second attempt. It doubles with every failure, up to a
-            minute.
+        first_wait_seconds: base of the exponential backoff. After n failed attempts in a row the
+            wait is `first_wait_seconds * 2**n`, at most 60 seconds.
         progress: whether to show a progress bar.
 
     Returns:
@@ -104,7 +104,7 @@ def _persist(url: str, part: Path, bar: Progress, attempts: int, wait_seconds: f
             if error.code in FATAL_STATUS and error.code not in (408, 429):
                 raise UserError(
                     f"{url} answers {error.code} {error.reason}. Is the address still right? "
-                    f"--mirror names another."
+                    "--mirror names another."
                 ) from None
             fault = f"{error.code} {error.reason}"
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
@@ -113,8 +113,7 @@ def _persist(url: str, part: Path, bar: Progress, attempts: int, wait_seconds: f
         if failures >= attempts:
             raise UserError(
                 f"{url} could not be fetched ({fault}, {attempts} attempts in a row). "
-                f"{_size(part)} bytes are kept in {part}: run "
-                "the same command again to go on."
+                f"{_size(part)} bytes are kept in {part}: run the same command again to go on."
             )
         time.sleep(min(60.0, wait_seconds * 2**failures))
 
@@ -164,8 +163,8 @@ def _check(path: Path, checksum: str, url: str) -> None:
     if found != expected:
         raise UserError(
             f"{path} is not the file that the recipe was written for: {kind} {found}, expected "
-            f"{expected}. Delete it to fetch it "
-            f"again from {url}; if it comes out the same, the publisher has changed it."
+            f"{expected}. Delete it to fetch it again from {url}; if it comes out the same, the "
+            "publisher has changed it."
         )
 
 
@@ -215,7 +214,7 @@ def unpack(archive: Path, folder: Path) -> None:
     except DAMAGE as error:
         raise UserError(
             f"{archive} cannot be unpacked to {folder}: {error}. If it is damaged, delete it and "
-            f"fetch it again."
+            "fetch it again."
         ) from None
 
 
@@ -253,7 +252,7 @@ def _write(
     if not parts or parts[0] == "/" or ".." in parts or ":" in parts[0] or "\0" in name:
         raise UserError(
             f"{archive} holds {name!r}, which would be written outside {folder}. Not unpacked: is "
-            f"it the right file?"
+            "it the right file?"
         )
     if parts[-1].startswith(".") or "__MACOSX" in parts:
         return

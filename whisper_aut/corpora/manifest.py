@@ -255,7 +255,7 @@ class Manifest:
         if len(self._splits) > MAX_SPLITS:
             raise UserError(
                 f"--split-by {self.spec.split_by}: more than {MAX_SPLITS} values. Name a column of "
-                f"splits."
+                "splits."
             )
         return split
 

@@ -182,8 +182,9 @@ def get(
     if not recipe.archives or (recipe.by_hand and not mirror):
         raise UserError(
             f"{recipe.title} has to be fetched by a person. {recipe.by_hand}\n"
-            f"  page: {recipe.source or '-'}\n  licence: {recipe.licence or '-'}\n  folder: "
-            f"{folder}\n"
+            f"  page: {recipe.source or '-'}\n"
+            f"  licence: {recipe.licence or '-'}\n"
+            f"  folder: {folder}\n"
             f"Then: whisper-aut data build {recipe.name} {folder}"
         )
     chosen = [archive for archive in recipe.archives if only in archive.name]

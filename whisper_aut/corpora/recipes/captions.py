@@ -142,8 +142,8 @@ def _wavcaps_exclusions(raw: Path) -> dict[str, set[str]]:
     if not lists:
         raise UserError(
             f"{raw} holds none of the release's blacklist_*.json, without which clips of ESC-50, "
-            f"UrbanSound8K, AudioCaps and VGGSound "
-            "would be trained on. They lie in json_files/blacklist of the release."
+            "UrbanSound8K, AudioCaps and VGGSound would be trained on. They lie in "
+            "json_files/blacklist of the release."
         )
     return banned
 
@@ -260,8 +260,8 @@ CLOTHO = Recipe(
     rows=clotho,
     by_hand=(
         "The audio is published as 7z archives. Unpack them with 7z into the folder, as "
-        "development/, validation/ and evaluation/, and "
-        "put the clotho_captions_*.csv and clotho_metadata_*.csv beside them."
+        "development/, validation/ and evaluation/, and put the clotho_captions_*.csv and "
+        "clotho_metadata_*.csv beside them."
     ),
 )
 MUSICBENCH = Recipe(
@@ -274,8 +274,8 @@ MUSICBENCH = Recipe(
     rows=musicbench,
     by_hand=(
         "Fetch the release with the hub's own client (hf download --repo-type dataset "
-        "amaai-lab/MusicBench --local-dir FOLDER) and "
-        "unpack its archive there, so that datashare/ lies beside the .json files."
+        "amaai-lab/MusicBench --local-dir FOLDER) and unpack its archive there, so that datashare/ "
+        "lies beside the .json files."
     ),
     clips=53_168,
     checked=("licence", "clips"),
@@ -290,9 +290,8 @@ WAVCAPS = Recipe(
     rows=wavcaps,
     by_hand=(
         "The audio is published as multi-part zips, which only `zip -FF PART.zip --out WHOLE.zip` "
-        "joins. Fetch the release with the hub's "
-        "own client (hf download --repo-type dataset cvssp/WavCaps --local-dir FOLDER), join and "
-        "unpack the archives there."
+        "joins. Fetch the release with the hub's own client (hf download --repo-type dataset "
+        "cvssp/WavCaps --local-dir FOLDER), join and unpack the archives there."
     ),
     clips=403_050,
 )

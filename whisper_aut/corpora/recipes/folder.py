@@ -72,8 +72,7 @@ def rows(root: Path) -> Iterator[dict[str, Any]]:
     if len(tables) > 1:
         raise UserError(
             f"{root} holds {len(tables)} tables: {', '.join(path.name for path in tables)}. Build "
-            f"from the one that you mean: "
-            f"whisper-aut data build {tables[0]} --out OUT"
+            f"from the one that you mean: whisper-aut data build {tables[0]} --out OUT"
         )
     yield from _from_table(root, tables[0]) if tables else _from_classes(root)
 
@@ -110,7 +109,7 @@ def _from_classes(root: Path) -> Iterator[dict[str, Any]]:
     if not files:
         raise UserError(
             f"{root} holds no audio ({' '.join(READABLE)}), neither in folders of classes nor "
-            f"beside a table."
+            "beside a table."
         )
     tops = sorted({path.parts[0] for path in files})
     deep = any(len(path.parts) > 2 for path in files)
@@ -120,9 +119,8 @@ def _from_classes(root: Path) -> Iterator[dict[str, Any]]:
     if odd:
         raise UserError(
             f"{root / odd} lies in no folder of a class. Expected {root}/CLASS/FILE or "
-            f"{root}/SPLIT/CLASS/FILE, where all splits are "
-            f"named like train, valid, test or fold1, or a table in {root}. It holds: "
-            f"{', '.join(tops[:10])}"
+            f"{root}/SPLIT/CLASS/FILE, where all splits are named like train, valid, test or "
+            f"fold1, or a table in {root}. It holds: {', '.join(tops[:10])}"
         )
     for path in files:
         split = {"split": path.parts[0]} if has_splits else {}

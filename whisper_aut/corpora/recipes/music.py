@@ -145,8 +145,8 @@ GTZAN = Recipe(
     ),
     by_hand=(
         "The publisher's server has been unreachable for years. A copy that you have, or find, "
-        "goes in by --mirror URL, or unpacked "
-        "into the folder; the checksum tells whether it is the same archive."
+        "goes in by --mirror URL, or unpacked into the folder; the checksum tells whether it is "
+        "the same archive."
     ),
     clips=930,
     hours=7.8,

@@ -115,8 +115,8 @@ FSD50K = Recipe(
     rows=fsd50k,
     by_hand=(
         "The audio is published as multi-part zips, which only `zip -s 0 FSD50K.dev_audio.zip "
-        "--out dev.zip` joins (and the same for "
-        "eval). Fetch all files of the record, join, and unpack everything into the folder."
+        "--out dev.zip` joins (and the same for eval). Fetch all files of the record, join, and "
+        "unpack everything into the folder."
     ),
     clips=51_197,
     hours=108.3,

@@ -271,8 +271,7 @@ VOXLINGUA = Recipe(
     rows=voxlingua,
     by_hand=(
         "The page lists one zip per language and dev.zip. Unpack those that you want into the "
-        "folder, each as a folder named by its "
-        "language's code, and dev.zip as dev/."
+        "folder, each as a folder named by its language's code, and dev.zip as dev/."
     ),
     hours=6_628,
 )

@@ -21,8 +21,8 @@ def rows(raw: Path) -> Iterator[dict[str, Any]]:
     there = f" There are tars of {', '.join(found)}." if found else ""
     raise UserError(
         f"X-ARES's tars are shards as they are: nothing has to be built.{there} Score on them with "
-        f"--root {raw} --tasks xares_esc50 …, "
-        f"look at them with: whisper-aut data inspect {raw}/TASK"
+        f"--root {raw} --tasks xares_esc50 …, look at them with: whisper-aut data inspect "
+        f"{raw}/TASK"
     )
     yield {}
 
@@ -37,7 +37,7 @@ RECIPE = Recipe(
     rows=rows,
     by_hand=(
         "Each task is a record of Zenodo, named as `source` in conf/probe_tasks/xares_*.yaml. "
-        "Fetch its zip and unpack it into the "
-        "folder under the name that the YAML expects; nothing has to be built."
+        "Fetch its zip and unpack it into the folder under the name that the YAML expects; nothing "
+        "has to be built."
     ),
 )
