@@ -37,8 +37,8 @@ Series = list[tuple[float, float]]  # (step, value)
 def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None) -> Path:
     """Draw a bar for each task and encoder.
 
-    Whiskers are the standard deviation over seeds or, for probes without seeds, the 95 %
-    interval.
+    Whiskers are the standard deviation over seeds or, for probes that were fitted only once, the
+    95 % interval.
 
     Args:
         scores: The scores to draw.
