@@ -100,11 +100,7 @@ class Ledger:
             self._write(refusal)
 
     def record_validation(self, refusals: Sequence[Refusal]) -> None:
-        """Count the skipped samples of a validation batch; `max_fraction` does not apply to them.
-
-        Args:
-            refusals: the skipped samples.
-        """
+        """Count the skipped samples of a validation batch; `max_fraction` does not apply."""
         for refusal in refusals:
             self._own.skipped_in_validation[_folder(refusal), str(refusal.reason)] += 1
             self._write(refusal)
@@ -123,7 +119,7 @@ class Ledger:
             self.earlier, self.validated = earlier, validated
 
     def note(self, refusal: Refusal) -> None:
-        """Write a line for a clip that caused trouble in training, without counting it as skipped."""
+        """Write a line for a clip that caused trouble in training; it does not count as skipped."""
         self._write(refusal)
 
     @property

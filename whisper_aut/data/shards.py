@@ -680,9 +680,9 @@ def sample_members(
 def split_name(name: str) -> tuple[str, str]:
     """Split a member's name into its key and its suffix (empty if there is none).
 
-    As in WebDataset, the suffix begins at the first dot of the file name. Unlike there, every part
-    of it must look like a suffix: in `Track 2.0 v0.wav` the first dot belongs to the key, because
-    `0 v0` does not.
+    As in WebDataset, the suffix begins at the first dot of the file name, unless what follows
+    cannot be part of a suffix: in `Track 2.0 v0.wav`, the first dot belongs to the key because
+    `0 v0` is not a valid part.
     """
     key, suffix = base_plus_ext(name)
     if key is None or suffix is None:
