@@ -1,9 +1,9 @@
 """Leave samples out of a run: those an audit lists, and those whose licence is not allowed.
 
-Licences are matched as whole strings and mapped to SPDX ids (https://spdx.org/licenses). The
-ids in `SPDX_IDS`, the URLs and official titles of Creative Commons and Open Data Commons, and
-common abbreviations are known. Any other licence is unknown, and no allow-list admits it. This is not legal advice: it only
-compares what the corpora state.
+Licences are matched as whole strings and mapped to SPDX ids (https://spdx.org/licenses). The ids
+in `SPDX_IDS`, the URLs and official titles of Creative Commons and Open Data Commons, and common
+abbreviations are known. Any other licence is unknown, and no allow-list admits it. This is not
+legal advice: it only compares what the corpora state.
 """
 
 import json
