@@ -1,6 +1,7 @@
-"""Encoders → scores: embed every clip of a task once, fit probes, say what the difference to another encoder is worth.
+"""Probe frozen encoders: embed every clip of a task once, fit probes, and compare encoders with
+confidence intervals and paired tests.
 
-In: an encoder and task files. Out: `Scores`: means, deviations over seeds, intervals over groups of test clips, and the record that
-paired tests need. Next: `report`. Shape letters beyond the house's (B clips, T frames, D width): C classes, P penalties, R rank of
-the features, G groups.
+Shapes in this package: B clips, T encoder frames, D width, C classes, I items (clips or
+segments), J problems fitted together, P parameters of a problem, R rank of the features, G
+groups, U units of a record.
 """

@@ -1,8 +1,9 @@
-"""Clips → what a probe sees of them, once: stream a task's shards, encode them in packed batches, pool, keep the result.
+"""Embed the clips of a task: stream its shards, encode them in batches, pool, and cache the
+result.
 
-In: an encoder, a `ProbeTask`, a cache folder. Out: `Embeddings` per split or fold. Next: `probes.suite`. Files are cached per shard
-folder under the hash of encoder, data and settings, so tasks and folds that share folders share the work, and nothing stale is ever
-read. A run that is interrupted goes on from the last part it wrote.
+Files are cached per shard folder under a hash of encoder, data and settings, so tasks and folds
+that share folders share the work, and stale files are never read. An interrupted run resumes
+after the last part it wrote.
 """
 
 import inspect
@@ -58,13 +59,14 @@ from whisper_aut.probes.tasks import ProbeTask
 
 @dataclass(frozen=True)
 class View:
-    """What is kept of a clip; all of it decides what an embedding is.
+    """What is kept of a clip. Every attribute is part of the embedding's identity.
 
     Attributes:
-        name: `pooled` (one vector), `layers` (one per layer), `segments`, or `frames`.
+        name: `pooled` (one vector), `layers` (one vector per layer), `segments`, or `frames`.
         pooling: a key of `POOLINGS`.
-        layers: which layers, 0 for what enters the first; none for the encoder's output.
-        segment_seconds: the grid of `segments`.
+        layers: layer indices, where 0 is the input of the first layer. Empty for the encoder's
+            output.
+        segment_seconds: length of a segment, for `segments`.
     """
 
     name: str = "pooled"
@@ -76,7 +78,9 @@ class View:
         pooling_named(self.pooling)
 
     def __call__(self, frames: Tensor, frame_seconds: float) -> Tensor:
-        """`[T, D]` or `[layers, T, D]` → `[D']`, `[layers, D']`, `[segments, D']` or `[T, D]`."""
+        """Reduce frames `[T, D]` or `[layers, T, D]` to `[D']`, `[layers, D']`, `[segments, D']`
+        or `[T, D]`, depending on `name`.
+        """
         pool = pooling_named(self.pooling)
         if self.name == "layers":
             return pool(frames)
@@ -92,7 +96,9 @@ class View:
 def segment_borders(
     frames: int, frame_seconds: float, segment_seconds: float
 ) -> list[tuple[int, int]]:
-    """Return for each segment of a clip of T frames its first frame and the one behind its last; none is empty."""
+    """Return `(first, stop)` frame indices of each segment of a clip with `frames` frames.
+    `stop` is exclusive and no segment is empty.
+    """
     count = max(1, ceil(frames * frame_seconds / segment_seconds - 1e-6))
     edges = [min(int(i * segment_seconds / frame_seconds + 1e-6), frames) for i in range(count)] + [
         frames
@@ -103,24 +109,29 @@ def segment_borders(
     ]
 
 
-EMBED_VERSION = 4  # raise it when anything here changes what an embedding is
+EMBED_VERSION = 4  # increase whenever a change here affects embeddings
 WINDOW_BATCHES = 8  # clips are sorted by length within this many batches
-PART_SECONDS = 60.0  # an interrupted run loses at most this much work
-PART_BYTES = 1 << 28  # of embeddings in memory, before they go to a file
+PART_SECONDS = 60.0  # an interrupted run loses about this much work at most
+PART_BYTES = 1 << 28  # write a part once this many bytes of embeddings are in memory
 
 log = logging.getLogger(__name__)
 
 
 class FrameEncoder(Protocol):
-    """What a probe asks of an encoder; `model.pretrained.AudioEncoder` and `probes.baseline.LogMelBaseline` are two.
+    """Interface of an encoder to probe, such as `models.pretrained.AudioEncoder` or
+    `LogMelBaseline`.
 
-    An encoder may name its own `pooling`, which then stands for it whatever the run's is. One whose `encode` takes `layers`
-    gives `[layers, T, D]` when asked for them; 0 is what enters the first layer, `layers` how many follow. One whose `encode` takes
-    `batch_seconds` is told to run what it is given at once.
+    Optional features:
+
+    - An attribute `pooling` overrides the pooling of the run.
+    - If `encode` has a parameter `layers`, it returns `[layers, T, D]` for those layers. Layer 0
+      is the input of the first layer, and the attribute `layers` is the index of the last.
+    - If `encode` has a parameter `batch_seconds`, infinity is passed, so that all given clips
+      run as one batch.
     """
 
     def encode(self, waveforms: Sequence[Tensor], sample_rate_hz: int, /) -> list[Tensor]:
-        """Return one `[T, D]` per waveform `[S]`, valid frames only."""
+        """Return the valid frames `[T, D]` of each waveform `[S]`."""
         ...
 
     def fingerprint(self) -> str: ...
@@ -128,14 +139,17 @@ class FrameEncoder(Protocol):
 
 @dataclass(frozen=True)
 class EmbedSettings:
-    """How clips are embedded. What follows `limits` is speed and manners; the rest touches the result.
+    """How clips are embedded. The fields after `limits` do not affect the embeddings.
 
     Attributes:
-        layers: of the encoder, 0 for what enters the first; none for its output.
-        batch_seconds: audio encoded at once; the memory that encoding takes grows with it.
-        workers: decoding threads.
-        max_skipped_fraction: of a folder's clips, above which broken audio is fatal.
-        quiet: no progress bar.
+        pooling: a key of `POOLINGS`.
+        layers: layer indices of the encoder, where 0 is the input of the first layer. Empty for
+            its output.
+        limits: which clips are decoded.
+        batch_seconds: seconds of audio encoded at once. Memory grows with it.
+        workers: number of decoding threads.
+        max_skipped_fraction: fraction of a folder's clips above which broken audio is an error.
+        quiet: show no progress bar.
     """
 
     pooling: str = "mean"
@@ -160,15 +174,22 @@ def embed_task(
     view: str = "pooled",
     share: Share = WHOLE,
 ) -> dict[str, Embeddings]:
-    """Return the embeddings of each of the task's parts, from the cache where it holds them.
+    """Return the embeddings of each part of a task, from the cache where possible.
 
     Args:
-        fingerprint: the encoder's, where the caller has it: hashing gigabytes of weights takes seconds.
-        view: what a probe wants to see of a clip, see `hearing.View`.
-        share: of every folder's samples; folders that are in the cache come whole.
+        encoder: the encoder to run.
+        task: the task.
+        root: replaces `{root}` in the task's folders.
+        cache: folder for embeddings.
+        settings: how clips are embedded.
+        fingerprint: the encoder's fingerprint, if already computed: hashing gigabytes of weights
+            takes seconds.
+        view: what the probe needs of a clip, see `View.name`.
+        share: which samples of every folder to embed. Folders that are already cached are
+            returned whole.
 
     Raises:
-        UserError: shards are missing, too many clips are broken, or frames are not finite.
+        UserError: if shards are missing, too many clips are broken, or frames are not finite.
     """
     settings, fingerprint = settings or EmbedSettings(), fingerprint or encoder.fingerprint()
     problems = Problems()
@@ -189,10 +210,12 @@ def embed_task(
 def open_parts(
     task: ProbeTask, root: str | Path | None, problems: Problems
 ) -> dict[str, list[ShardIndex]]:
-    """Return the indexes of the shards of each of a task's parts.
+    """Return the shard indexes of each part of a task.
 
     Args:
-        problems: gathers shards that are missing, and tars that are in two parts.
+        task: the task.
+        root: replaces `{root}` in the task's folders.
+        problems: collects missing shards, and tars that are in two parts.
     """
     indexes: dict[str, list[ShardIndex]] = {part: [] for part in task.parts}
     for part, listed in indexes.items():
@@ -209,7 +232,7 @@ def open_parts(
 def folder_identity(
     fingerprint: str, view: View, index: ShardIndex, task: ProbeTask, settings: EmbedSettings
 ) -> dict[str, Any]:
-    """Return all that the embeddings of a folder depend on."""
+    """Return everything that the embeddings of a folder depend on."""
     return {
         "version": EMBED_VERSION,
         "encoder": fingerprint,
@@ -229,22 +252,25 @@ def folder_identity(
 
 
 def view_of(encoder: FrameEncoder, settings: EmbedSettings, name: str, task: ProbeTask) -> View:
-    """Return what is kept of a clip: the encoder's own pooling, or the run's; all layers for a view of layers.
+    """Return what to keep of a clip. The encoder's own pooling overrides that of the run, and a
+    view of layers keeps all layers unless the settings name some.
 
     Raises:
-        UserError: layers are asked of an encoder that has none to show.
+        UserError: if layers are requested that the encoder does not have or does not expose.
     """
     layers = settings.layers
     if (name == "layers" or layers) and "layers" not in inspect.signature(
         encoder.encode
     ).parameters:
         raise UserError(
-            f"{type(encoder).__name__} gives no single layers: probe its output, with a kind that needs no layers."
+            f"{type(encoder).__name__} gives no single layers: probe its output, with a kind that "
+            "needs no layers."
         )
     highest = getattr(encoder, "layers", None)
     if highest is not None and any(not 0 <= layer <= highest for layer in layers):
         raise UserError(
-            f"The encoder has layers 0 (what enters the first) to {highest}; asked for: {', '.join(map(str, layers))}."
+            f"The encoder has layers 0 (what enters the first) to {highest}; asked for: "
+            f"{', '.join(map(str, layers))}."
         )
     if name == "layers" and not layers:
         layers = tuple(range(encoder.layers + 1))  # pyright: ignore[reportAttributeAccessIssue]
@@ -253,13 +279,14 @@ def view_of(encoder: FrameEncoder, settings: EmbedSettings, name: str, task: Pro
 
 
 def frame_seconds(encoder: FrameEncoder) -> float:
-    """Return the true hop of an encoder, from what it makes of one second."""
+    """Return the frame hop of an encoder in seconds, measured on one second of noise."""
     noise = torch.randn(SAMPLE_RATE_HZ, generator=torch.Generator().manual_seed(0)) * 0.01
     return 1 / len(encoder.encode([noise], SAMPLE_RATE_HZ)[0])
 
 
 def _embed_folder(
-    encoder: FrameEncoder, fingerprint: str, index: ShardIndex, task: ProbeTask, cache: str | Path, settings: EmbedSettings,
+    encoder: FrameEncoder, fingerprint: str, index: ShardIndex, task: ProbeTask, cache: str | Path,
+    settings: EmbedSettings,
     view: View, share: Share,
 ) -> Embeddings:  # fmt: skip
     identity = folder_identity(fingerprint, view, index, task, settings)
@@ -272,28 +299,29 @@ def _embed_folder(
         found = _embed(encoder, index, task, settings, view, partial, share)
         write_embeddings(cache, identity, found)
         partial.remove()
-        found = read_embeddings(cache, identity) or found  # frames stay in the file
+        # Read back, so that frames are memory-mapped instead of held in memory.
+        found = read_embeddings(cache, identity) or found
     return found
 
 
 def _check_disjoint(indexes: dict[str, list[ShardIndex]], task: ProbeTask) -> None:
-    """Refuse splits that share a tar, byte for byte, whatever its folder is called."""
+    """Reject splits that share a tar with the same bytes, whatever its folder is called."""
     where: dict[str, str] = {}
     for split, listed in indexes.items():
         for index in listed:
             for number, shard in enumerate(index.shards):
-                name = shard.sha256 or index.url(
-                    number
-                )  # without a checksum, the very same file at least
+                # Without a checksum, at least the same file is recognised.
+                name = shard.sha256 or index.url(number)
                 if where.setdefault(name, split) != split:
                     raise UserError(
-                        f"Probe task {task.name!r}: {index.url(number)} of {split!r} is in {where[name]!r} too. A score on "
+                        f"Probe task {task.name!r}: {index.url(number)} of {split!r} is in "
+                        f"{where[name]!r} too. A score on "
                         "clips that were trained on means nothing: check the task's folders."
                     )
 
 
 def _data_fingerprint(index: ShardIndex) -> str:
-    # Tars without an index carry no checksum: their size and time of change stand for it.
+    # Tars without an index have no checksum: use their size and modification time instead.
     states = []
     for number, shard in enumerate(index.shards):
         if not shard.sha256:
@@ -303,7 +331,8 @@ def _data_fingerprint(index: ShardIndex) -> str:
 
 
 def _embed(
-    encoder: FrameEncoder, index: ShardIndex, task: ProbeTask, settings: EmbedSettings, view: View, partial: PartialEmbeddings,
+    encoder: FrameEncoder, index: ShardIndex, task: ProbeTask, settings: EmbedSettings, view: View,
+    partial: PartialEmbeddings,
     share: Share,
 ) -> Embeddings:  # fmt: skip
     done, seen = partial.read()
@@ -350,13 +379,13 @@ def _embed(
 def _encode(
     encoder: FrameEncoder, waveforms: list[Tensor], settings: EmbedSettings, view: View, hop: float
 ) -> list[Tensor]:
-    """Encode clips, their pieces batched by length, and pool each."""
+    """Cut clips into windows, encode these in batches of similar length, join and pool them."""
     cut = [cut_windows(waveform) for waveform in waveforms]
     flat = [(i, j) for i, listed in enumerate(cut) for j in range(len(listed))]
     frames: dict[tuple[int, int], Tensor] = {}
     options: dict[str, Any] = {"layers": view.layers} if view.layers else {}
     if "batch_seconds" in inspect.signature(encoder.encode).parameters:
-        options["batch_seconds"] = math.inf  # batches are cut here
+        options["batch_seconds"] = math.inf  # batches are made below
     lengths = [len(cut[i][j]) for i, j in flat]
     for batch in _batches(lengths, settings.batch_seconds, _padded(encoder)):
         encoded = encoder.encode(
@@ -394,7 +423,7 @@ def _padded(encoder: FrameEncoder) -> bool:
 
 
 def _windows(reader: ClipReader, batch_seconds: float, padded: bool) -> Iterator[list[Clip]]:
-    """Collect clips into windows of some batches."""
+    """Group clips into windows of about `WINDOW_BATCHES` batches, within which they are sorted."""
     window, seconds = [], 0.0
     for clip in reader:
         if seconds >= WINDOW_BATCHES * batch_seconds:
@@ -407,7 +436,7 @@ def _windows(reader: ClipReader, batch_seconds: float, padded: bool) -> Iterator
 
 
 def _batches(lengths: list[int], batch_seconds: float, padded: bool) -> Iterator[list[int]]:
-    """Cut waveforms of these lengths into lists of positions of at most `batch_seconds`, those of like length together."""
+    """Return indices of waveforms in batches of at most `batch_seconds`, sorted by length."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     seconds = [WINDOW_SECONDS if padded else lengths[i] / SAMPLE_RATE_HZ for i in order]
     for batch in batches_by_seconds(seconds, batch_seconds):
@@ -415,10 +444,10 @@ def _batches(lengths: list[int], batch_seconds: float, padded: bool) -> Iterator
 
 
 def check_refused(index: ShardIndex, skipped: Mapping[str, int], settings: EmbedSettings) -> None:
-    """Say what is left out of a folder's embeddings.
+    """Warn about the samples of a folder that could not be used.
 
     Raises:
-        UserError: too many clips are broken.
+        UserError: if too many samples are broken, or a tar is damaged.
     """
     broken = {reason: count for reason, count in skipped.items() if reason not in LEFT_OUT}
     if not broken:
@@ -429,8 +458,10 @@ def check_refused(index: ShardIndex, skipped: Mapping[str, int], settings: Embed
         or str(Reason.BAD_TAR) in broken
     ):
         raise UserError(
-            f"{index.root}: {sum(broken.values())} of {index.samples} samples cannot be used ({listed}); at most "
-            f"{settings.max_skipped_fraction:.0%} may be left out of a probe. See them: whisper-aut data inspect {index.root}"
+            f"{index.root}: {sum(broken.values())} of {index.samples} samples cannot be used "
+            f"({listed}); at most "
+            f"{settings.max_skipped_fraction:.0%} may be left out of a probe. See them: "
+            f"whisper-aut data inspect {index.root}"
         )
     log.warning("%s: %s left out of the probe.", index.root, listed)
 
@@ -439,8 +470,10 @@ def _check_finite(finite: list[bool], clips: list[Clip], index: ShardIndex) -> N
     bad = [clip.key for clip, good in zip(clips, finite, strict=True) if not good]
     if bad:
         raise UserError(
-            f"The encoder gave frames that are not finite for {len(bad)} of {len(clips)} clips of {index.root}, first "
-            f"{bad[0]!r}. Its weights may be damaged, or half precision overflows: try float32 or bfloat16."
+            f"The encoder gave frames that are not finite for {len(bad)} of {len(clips)} clips of "
+            f"{index.root}, first "
+            f"{bad[0]!r}. Its weights may be damaged, or half precision overflows: try float32 or "
+            "bfloat16."
         )
 
 
@@ -462,7 +495,7 @@ BASELINE_VERSION = 1
 
 
 class LogMelBaseline:
-    """An "encoder" whose frames are the log-mel frames themselves."""
+    """An "encoder" whose frames are log-mel frames, pooled by mean and standard deviation."""
 
     pooling = "mean_std"
 
@@ -472,7 +505,9 @@ class LogMelBaseline:
 
     @torch.no_grad()
     def encode(self, waveforms: Sequence[Tensor | np.ndarray], sample_rate_hz: int) -> list[Tensor]:
-        """Return one `[F, M]` per waveform `[S]`; frames that only see the silence after a clip are not among them."""
+        """Return frames `[F, M]` per waveform `[S]`, without those that only cover the padding
+        after a clip.
+        """
         frames = []
         for waveform in waveforms:
             samples = torch.as_tensor(waveform)
@@ -485,19 +520,22 @@ class LogMelBaseline:
         return f"log-mel-{BASELINE_VERSION}-{self.width}"
 
 
-PATIENCE = timedelta(
-    hours=12
-)  # a rank that ends is noticed at once; this is for one that has more to embed
+# A rank that exits is noticed at once. This timeout is for ranks that have more to embed.
+PATIENCE = timedelta(hours=12)
 
 
 def launched_share() -> Share:
-    """Return this process's share, as `torchrun` tells it by RANK and WORLD_SIZE; the whole without."""
+    """Return the share of this process, from `RANK` and `WORLD_SIZE` as set by `torchrun`.
+    Without these, the share is the whole.
+    """
     return Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 @contextmanager
 def joined_ranks(share: Share) -> Iterator[None]:
-    """Join the process group of all ranks, and leave it however the block ends: the others notice then."""
+    """Join the process group of all ranks and always leave it, so that the other ranks notice an
+    error.
+    """
     if share == WHOLE:
         yield
         return
@@ -510,10 +548,10 @@ def joined_ranks(share: Share) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SharedEmbedding:
-    """What is embedded together.
+    """Embedding work that several ranks divide among themselves.
 
     Attributes:
-        encoders, tasks, root, cache, embedding, kind: as `suite.run_suite` takes them.
+        encoders, tasks, root, cache, embedding, kind: see `suite.run_suite`.
     """
 
     encoders: Mapping[str, FrameEncoder]
@@ -524,12 +562,13 @@ class SharedEmbedding:
     kind: str
 
     def run(self, share: Share) -> None:
-        """Embed a share of everything, wait for the other ranks, and in the first rank join what all of them made.
+        """Embed the share of this rank, wait for the other ranks, and join all shares on rank 0.
 
-        Inside `joined_ranks`.
+        Must be called inside `joined_ranks`.
 
         Raises:
-            UserError: what `embed_task` raises, another rank is gone, or the ranks do not see one cache folder.
+            UserError: as in `embed_task`, or if another rank is gone, or the ranks do not share
+                a cache folder.
         """
         views = {task.name: KINDS[kind_for(self.kind, task)].view for task in self.tasks}
         fingerprints = {name: encoder.fingerprint() for name, encoder in self.encoders.items()}
@@ -549,7 +588,8 @@ class SharedEmbedding:
             dist.barrier()
         except RuntimeError as error:
             raise UserError(
-                f"Another rank is gone: {str(error).splitlines()[0][:300]}. Start again: shares are kept."
+                f"Another rank is gone: {str(error).splitlines()[0][:300]}. Start again: shares "
+                "are kept."
             ) from error
         if share.rank == 0:
             self._join(share.ranks, fingerprints, views)
@@ -581,10 +621,11 @@ def join_shares(
     index: ShardIndex,
     settings: EmbedSettings,
 ) -> None:
-    """Put the shares of a folder end to end under the folder's own identity, where it is not there yet.
+    """Concatenate the shares of a folder and store them under the folder's own identity, unless
+    that is already cached.
 
     Raises:
-        UserError: a share is not there, or too many clips of the folder are broken.
+        UserError: if a share is missing, or too many clips of the folder are broken.
     """
     if read_embeddings(cache, identity) is not None:
         return
@@ -593,7 +634,8 @@ def join_shares(
     parts = [part for part in found if part is not None]
     if len(parts) < ranks:
         raise UserError(
-            f"Rank {found.index(None)} left no embeddings of {index.root} in {cache}. All ranks must see one folder: put --out on a "
+            f"Rank {found.index(None)} left no embeddings of {index.root} in {cache}. All ranks "
+            "must see one folder: put --out on a "
             "disk that they share."
         )
     joined = Embeddings.join(parts)

@@ -1,7 +1,7 @@
-"""The result of a probe run, as data: every score with its seeds, hashes and per-clip record, and back from JSON.
+"""Results of a probe run as data: every score with its seeds, hashes and per-clip record, stored
+as JSON.
 
-In: what `probes.suite` measured. Out: plain JSON, from which every mean, average, interval and p-value can be computed again.
-Next: `report.tables`, `report.plots`.
+Every mean, average, interval and p-value can be computed again from the JSON.
 """
 
 import json
@@ -20,13 +20,14 @@ from whisper_aut.probes.stats import GroupTotals, interval, mean_std
 
 SCORES_VERSION = 4
 PROTOCOL = "strict"
-AVERAGE = "average"  # the name under which a comparison over all tasks stands
-NO_ASR = "average without recognition"  # which alone carries a quarter of X-ARES's weight
+AVERAGE = "average"  # name of the average over all tasks
+# Speech recognition alone has a quarter of the total weight in X-ARES.
+NO_ASR = "average without recognition"
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """What was taken for what: `counts[true][predicted]`, in the order of `classes`."""
+    """Confusion matrix: `counts[true][predicted]`, in the order of `classes`."""
 
     classes: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
@@ -34,27 +35,42 @@ class Confusion:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One encoder on one task.
+    """The score of one encoder on one task.
 
     Attributes:
-        kind: of probe, a key of `probes.kinds.KINDS`.
-        scores: the metric on the test part, 0 … 1: for each seed, one per fold (a task in splits has one).
-        chosen, valid_scores: the setting of each of them, with `epochs` where a probe trains by epochs, and its score on validation
-            clips (None where nothing was to be chosen).
-        seeds: those that were trained; none for a probe without a random start, which is fitted once.
-        final_fit: what the tested probe was fitted on, `train` or `train+valid`; for a task in folds all other folds.
-        units: how many units of the record each test part has.
-        record: for each seed, or once without seeds, the units of which the scores are means, in the order of `keys_sha256`: what
-            each test clip, or each group of test clips, adds. A text of `0` and `1` where clips are right or wrong.
-        keys_sha256: hash of the test clips' names in order; equal hashes make two records paired.
-        group: the field by which test clips belong together; empty where each counts by itself.
-        groups: with it, the number of each test clip's group, in the order of `keys_sha256`, as one text.
-        clips: used, per split or fold. skipped: not used, per split or fold and reason.
-        chance: the share of the commonest class among the test clips; None where clips have no single class.
-        confusion: where clips have one class: the classes, and counts over all seeds and folds, a row per true class.
+        encoder: display name.
+        task, title, domain, weight, metric: see `tasks.ProbeTask`.
+        classes: number of classes; 0 for captions and transcripts.
+        scores: the metric on the test part, 0 … 1. For each seed, one value per fold; a task
+            with splits has one.
+        chosen: the setting of each score, with `epochs` if the probe trains by epochs.
+        valid_scores: the validation score of each setting; None if there was nothing to choose.
+        seeds: seeds that were trained. Empty for a probe without a random start, which is fitted
+            once.
+        final_fit: what the final probe was fitted on, `train` or `train+valid`. With folds,
+            always all other folds.
+        record: the units whose weighted mean is the score, per seed or once without seeds, in
+            the order of `keys_sha256`: the contribution of each test clip, or of each group of
+            test clips. A string of `0` and `1` if clips are either right or wrong.
+        units: number of units per test part.
+        keys_sha256: hash of the test clips' names in order. Two records with equal hashes are
+            paired.
+        clips: number of clips used, per split or fold.
+        skipped: number of clips not used, per split or fold and reason.
+        chance: fraction of test clips in the most common class; None if clips have no single
+            class.
+        pooling: how frames were pooled.
+        identity: hash of encoder, data and settings. A stored score is reused only if this is
+            equal.
+        kind: the probe kind, a key of `probes.kinds.KINDS`.
+        protocol: the protocol of the score.
+        confusion: for tasks with one class per clip, the counts over all seeds and folds.
         embedded: names of the cache files that hold the test clips' embeddings.
-        padding: what the encoder ran at, `none` or `30s`; empty for features that know no padding.
-        identity: hash of encoder, data and settings. A stored score counts only while it is the same.
+        padding: padding mode of the encoder, `none` or `30s`. Empty for features without
+            padding.
+        group: the field that groups test clips. Empty if each clip counts by itself.
+        groups: the group number of each test clip, in the order of `keys_sha256`, joined by
+            spaces. Empty if no two clips share a group.
     """
 
     encoder: str
@@ -91,17 +107,19 @@ class TaskScore:
 
     @property
     def std(self) -> float | None:
-        """The deviation over seeds, of means over folds; None for a probe that is fitted once."""
+        """Standard deviation over seeds of the mean over folds; None for a probe that is fitted
+        once.
+        """
         return mean_std(self.per_seed())[1]
 
     @property
     def folds(self) -> int:
-        """How many test parts each seed was scored on."""
+        """Number of test parts that each seed was scored on."""
         return len(self.scores) // len(self.record)
 
     @property
     def epochs(self) -> float | None:
-        """The mean number of epochs that the tested probes were trained for; None where they are not trained by epochs."""
+        """Mean number of epochs of the final probes; None if they are not trained by epochs."""
         found = [setting["epochs"] for setting in self.chosen if "epochs" in setting]
         return float(np.mean(found)) if found else None
 
@@ -110,54 +128,59 @@ class TaskScore:
         return self.clips["test"] if "test" in self.clips else sum(self.clips.values())
 
     def per_seed(self) -> list[float]:
-        """Return each seed's mean over the folds; one value without seeds."""
+        """Return the mean over folds for each seed; one value without seeds."""
         return np.reshape(self.scores, (-1, self.folds)).mean(1).tolist()
 
     def per_fold(self) -> list[float]:
-        """Return the mean over seeds on each test part."""
+        """Return the mean over seeds for each test part."""
         return np.reshape(self.scores, (-1, self.folds)).mean(0).tolist()
 
     def per_unit(self) -> np.ndarray:
-        """Return `[U]`: what each unit adds to the score, a mean over seeds; the mean of all is `mean`, folds weighing alike."""
+        """Return the contribution `[U]` of each unit, averaged over seeds. Their mean is `mean`,
+        in which all folds have the same weight.
+        """
         return np.mean([_numbers(seed) for seed in self.record], axis=0) * self._weights()
 
     def compared_with(self, other: "TaskScore") -> GroupTotals:
-        """Return the paired differences to another score of the same clips."""
+        """Return the paired differences to another score on the same clips."""
         return self._by_group(self.per_unit() - other.per_unit())
 
     @cached_property
     def totals(self) -> GroupTotals:
-        """What each group of test clips adds to the score."""
+        """Contribution of each group of test clips to the score."""
         return self._by_group(self.per_unit())
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the score over the choice of test clips, or of their groups."""
+        """95 % interval of the score over the choice of test clips, or of their groups."""
         return interval([self.totals])
 
     @property
     def group_count(self) -> int:
-        """How many groups the test clips form; as many as there are clips where each counts by itself."""
+        """Number of groups of test clips; the number of clips if each counts by itself."""
         return len(set(self.groups.split())) if self.groups else self.test_clips
 
     def _weights(self) -> np.ndarray:
-        """Return `[U]`, the weight of each unit, 1 on the mean: folds weigh alike, whatever their size."""
+        """Return the weight of each unit, `[U]`, with mean 1: folds weigh the same, whatever
+        their size.
+        """
         total = sum(self.units)
         return np.repeat([total / (len(self.units) * count) for count in self.units], self.units)
 
     def _by_group(self, values: np.ndarray) -> GroupTotals:
-        # Where units are no clips, groups were left out whole when they were made.
+        # Units that are not clips come from a jackknife that already left out whole groups.
         groups = np.array(self.groups.split(), dtype=int)
         own = groups if len(groups) == len(values) else None
-        seed = zlib.crc32(
-            self.task.encode()
-        )  # tasks are averaged: their draws must not be the same
+        # Tasks are averaged, so their draws must differ.
+        seed = zlib.crc32(self.task.encode())
         return GroupTotals.of(values, self._weights(), own, seed)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`encoder` − `against` on one task, or on the weighted `AVERAGE`: difference, 95 % interval, p-value, Holm's p-value."""
+    """`encoder` − `against` on one task, or on a weighted average such as `AVERAGE`: difference,
+    95 % interval, p-value, and p-value after Holm's correction.
+    """
 
     encoder: str
     against: str
@@ -175,8 +198,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Average:
-    """A weighted average of one encoder over the tasks of a domain, or over all (`AVERAGE`, `NO_ASR`), 0 … 1, as X-ARES and
-    UniWhisper print it: mean, deviation over seeds where any probe has some, and 95 % interval over test clips."""
+    """Weighted average of one encoder over the tasks of a domain, or over all tasks (`AVERAGE`,
+    `NO_ASR`), as in X-ARES and UniWhisper.
+
+    Attributes:
+        encoder: display name.
+        domain: a domain, `AVERAGE` or `NO_ASR`.
+        mean: the average, 0 … 1.
+        std: standard deviation over seeds; None if no probe has seeds.
+        tasks: number of tasks.
+        interval: 95 % interval over test clips.
+    """
 
     encoder: str
     domain: str
@@ -188,7 +220,15 @@ class Average:
 
 @dataclass(frozen=True)
 class Scores:
-    """All scores and comparisons of one run; `seeds` (those asked for) and `settings` hold for every one of them."""
+    """All scores and comparisons of one run.
+
+    Attributes:
+        entries: one score per encoder and task.
+        comparisons: paired comparisons of encoders.
+        seeds: the requested seeds.
+        settings: the settings of the run.
+        protocol: the protocol of the run.
+    """
 
     entries: tuple[TaskScore, ...]
     comparisons: tuple[Comparison, ...] = ()
@@ -215,14 +255,15 @@ class Scores:
         )
 
     def label(self, encoder: str) -> str:
-        """Return what tables call an encoder: its name and the padding that it ran at."""
+        """Return the name of an encoder in tables: its name and its padding mode."""
         entry = next((entry for entry in self.entries if entry.encoder == encoder), None)
         mark = f"@{entry.padding}" if entry and entry.padding else ""
         return encoder if encoder.endswith(mark) else f"{encoder}{mark}"
 
     def averages(self) -> list[Average]:
-        """Return, for each encoder, the weighted average of every domain and, under `AVERAGE`, of all tasks; where recognition is
-        among them, also of all others."""
+        """Return the weighted averages of each encoder: per domain, over all tasks (`AVERAGE`),
+        and over all tasks but speech recognition (`NO_ASR`) if there are both.
+        """
         found = []
         for encoder in self.encoders:
             own = [entry for entry in self.entries if entry.encoder == encoder]
@@ -241,7 +282,9 @@ class Scores:
         return found
 
     def to_json(self) -> str:
-        """Return the whole as JSON; means, intervals and averages are added for readers, and computed again by `from_json`."""
+        """Return the scores as JSON. Means, intervals and averages are added for readers;
+        `from_json` ignores them.
+        """
         values = {"version": SCORES_VERSION, **asdict(self)}
         for entry, written in zip(self.entries, values["entries"], strict=True):
             written |= {"mean": entry.mean, "std": entry.std, "interval": entry.interval}
@@ -250,16 +293,17 @@ class Scores:
 
     @classmethod
     def from_json(cls, text: str) -> "Scores":
-        """Read `to_json`'s text back.
+        """Read the output of `to_json`.
 
         Raises:
-            UserError: not JSON of this version, or damaged.
+            UserError: if the text is not JSON of this version, or is damaged.
         """
         try:
             data = json.loads(text)
             if data["version"] != SCORES_VERSION:
                 raise UserError(
-                    f"The scores have version {data['version']}; this release reads {SCORES_VERSION}. Probe again."
+                    f"The scores have version {data['version']}; this release reads "
+                    f"{SCORES_VERSION}. Probe again."
                 )
             entries = tuple(_entry(entry) for entry in data["entries"])
             if not all(_whole(entry) for entry in entries):
@@ -274,7 +318,11 @@ class Scores:
             ) from None
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON under a temporary name, then rename it."""
+        """Write the JSON under a temporary name, then rename it.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
         path = Path(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
@@ -289,7 +337,7 @@ class Scores:
         """Read a file of scores.
 
         Raises:
-            UserError: missing, unreadable, or not scores.
+            UserError: if the file is missing, unreadable, or does not hold scores.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -299,10 +347,11 @@ class Scores:
 
 
 def read_predictions(path: str | Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """Return the lines of a file of predictions by encoder and task; none where there is no file.
+    """Return the rows of a predictions file by (encoder, task). A missing file has no rows.
 
-    A line has `encoder`, `task`, `key` (tar and sample), `seed` where the probe has one, `true`, `predicted`, `probability`, that of
-    each class predicted, where the probe gives one, and `group` where the task has them.
+    Each line of the file has `encoder`, `task`, `key` (tar and sample), `true` and `predicted`.
+    It also has `seed` if the probe has seeds, `probability` of each predicted class if the probe
+    gives probabilities, and `group` if the clip has one.
     """
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     if not Path(path).exists():
@@ -313,15 +362,16 @@ def read_predictions(path: str | Path) -> dict[tuple[str, str], list[dict[str, A
                 row = json.loads(line)
                 found.setdefault((row.pop("encoder"), row.pop("task")), []).append(row)
             except (ValueError, KeyError, AttributeError):
-                continue  # half a line, written when a run was interrupted: no stored score needs it
+                # An interrupted run may leave half a line, which no stored score needs.
+                continue
     return found
 
 
 def append_predictions(path: str | Path, entry: TaskScore, rows: Sequence[dict[str, Any]]) -> None:
-    """Add the predictions of a score to a file, a line each.
+    """Append the predictions of a score to a file, one per line.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: if the file cannot be written.
     """
     names = {"encoder": entry.encoder, "task": entry.task}
     try:
@@ -332,9 +382,10 @@ def append_predictions(path: str | Path, entry: TaskScore, rows: Sequence[dict[s
 
 
 def _per_seed(entries: Sequence[TaskScore]) -> list[float]:
-    """Weighted average of each seed: its spread is that of the average, not the average of spreads.
+    """Return the weighted average for each seed.
 
-    A score without seeds counts the same in every one.
+    Its standard deviation is that of the average, rather than an average of deviations. A score
+    without seeds counts for every seed.
     """
     most = max(len(entry.record) for entry in entries)
     scores = [np.broadcast_to(entry.per_seed(), most) for entry in entries]

@@ -1,8 +1,9 @@
-"""Encoders × tasks → `Scores`: embed once, probe with every seed, compare in pairs.
+"""Score encoders on tasks: embed once, probe with every seed, compare encoders in pairs.
 
-In: encoders by name (log-mel statistics are one more), tasks, seeds. Out: `Scores`. The protocol, `strict`: official splits and folds,
-pooling over valid frames, settings chosen on validation only, the tested probe fitted on the full training split, each test part read
-once a seed. A score that a file already holds is taken from it only if encoder, data and settings hash to the same.
+The protocol, `strict`: official splits and folds, pooling over valid frames, settings chosen on
+validation clips only, the final probe fitted on the full training split, and each test part
+scored once per seed. A stored score is reused only if encoder, data and settings have the same
+hash.
 """
 
 import hashlib
@@ -51,7 +52,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Plan:
-    """What holds for every score of a run."""
+    """Options shared by all scores of a run."""
 
     root: str | Path | None
     cache: str | Path
@@ -81,21 +82,27 @@ def run_suite(
 
     Args:
         encoders: display name → encoder, in the order of the tables.
-        root: what `{root}` stands for in the tasks' folders.
+        tasks: the tasks, with distinct names.
+        root: replaces `{root}` in the tasks' folders.
         cache: folder for embeddings.
-        seeds: of the probes that have a random start; the others are fitted once.
-        against: names of encoders that all others are compared with, pair by pair.
-        scores_file: read for scores that still hold, and written after each new one, so that an interrupted run goes on.
-        kind: of probe, a key of `kinds.KINDS`; empty for each task's own.
+        seeds: seeds for probes with random initialisation or order. The other probes are fitted
+            once.
+        against: names of the baselines: every other encoder is compared with each of them.
+        embedding: how clips are embedded.
+        scores_file: JSON file of scores. Valid scores are read from it, and it is written after
+            each new one, so that an interrupted run resumes.
+        kind: the probe kind, a key of `kinds.KINDS`. Empty for each task's own.
         device: where probes are fitted.
-        final_fit: the clips that a tested probe is fitted on, once its settings are chosen: the training split, or with `train+valid`
-            the validation split too. In folds they are always all other folds.
-        predictions_file: JSON lines, one per test clip and seed, see `scores.read_predictions`.
+        final_fit: the clips that the final probe is fitted on, once its settings are chosen: the
+            training split, or with `train+valid` the validation split too. With folds, always
+            all other folds.
+        predictions_file: JSON lines file, one line per test clip and seed, see
+            `results.read_predictions`.
 
     Raises:
-        UserError: nothing to do, two tasks of one name, an unknown name, an option that a task or an
-            encoder does not take, or shards that are missing: all of them at once, before any clip is
-            embedded. Later, whatever is wrong with a task's clips.
+        UserError: if there is nothing to do, two tasks have one name, a name is unknown, a task
+            or encoder does not support an option, or shards are missing. These are all reported
+            at once, before any clip is embedded. Problems with a task's clips are raised later.
     """
     plan = _Plan(root, cache, tuple(seeds), embedding or EmbedSettings(), kind, device, final_fit)
     problems = _problems(encoders, tasks, seeds, against)
@@ -104,7 +111,7 @@ def run_suite(
     fingerprints = {name: encoder.fingerprint() for name, encoder in encoders.items()}
     known = _stored(scores_file, predictions_file)
     if predictions_file is not None:
-        # Written again, score by score, as the scores are.
+        # Rewritten score by score, like the scores file.
         Path(predictions_file).unlink(missing_ok=True)
     scores = Scores((), (), tuple(seeds), _settings(plan))
     for task in tasks:
@@ -134,11 +141,11 @@ def find_problems(
     embedding: EmbedSettings | None = None,
     kind: str = "",
 ) -> None:
-    """Gather what would stop `run_suite`, as far as it can be known before clips are decoded.
+    """Collect what would stop `run_suite`, as far as it can be known before clips are decoded.
 
     Args:
-        problems: where they go.
-        encoders, tasks, root, embedding, kind: as `run_suite` takes them.
+        problems: receives the problems.
+        encoders, tasks, root, embedding, kind: see `run_suite`.
     """
     views = []
     for task in tasks:
@@ -152,12 +159,13 @@ def find_problems(
 
 
 def compare(scores: Scores, against: Sequence[str]) -> list[Comparison]:
-    """Compare every other encoder with each of `against`, task by task and on the weighted average.
+    """Compare every other encoder with each of `against`, on every task and on the weighted
+    average.
 
-    Holm's correction covers all of them: every task, average and pair of encoders of the table.
+    Holm's correction covers all comparisons: every task, average and pair of encoders.
 
     Raises:
-        UserError: two encoders were tested on different clips.
+        UserError: if two encoders were tested on different clips.
     """
     pairs = [
         (encoder, base)
@@ -180,14 +188,15 @@ def compare(scores: Scores, against: Sequence[str]) -> list[Comparison]:
 def _questions(
     scores: Scores, encoder: str, base: str
 ) -> dict[str, tuple[list[GroupTotals], list[float]]]:
-    """Return what two encoders are compared on: each task and the averages, with differences and weights of the tasks in it."""
+    """Return the paired differences and weights of the tasks in each comparison of two encoders."""
     differences: dict[str, GroupTotals] = {}
     both = [(scores.get(encoder, task), scores.get(base, task)) for task in scores.tasks]
     entries = [one for one, other in both if one is not None and other is not None]
     for one, other in ((one, other) for one, other in both if one and other):
         if (one.keys_sha256, one.groups) != (other.keys_sha256, other.groups):
             raise UserError(
-                f"{encoder!r} and {base!r} were tested on different clips of {one.task!r}: probe both again."
+                f"{encoder!r} and {base!r} were tested on different clips of {one.task!r}: probe "
+                "both again."
             )
         differences[one.task] = one.compared_with(other)
     chosen = {entry.task: [entry] for entry in entries}
@@ -204,14 +213,15 @@ def _questions(
 def _score(
     encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _Plan, identity: str
 ) -> tuple[TaskScore, list[dict[str, Any]]]:
-    """Return the score, and its predictions clip by clip."""
+    """Return the score and its predictions per clip."""
     kind = kind_for(plan.kind, task)
     view = KINDS[kind].view
     parts = embed_task(encoder, task, plan.root, plan.cache, plan.embedding, fingerprint, view)
     classes = _check_classes(task, parts)
     rounds = rounds_of(parts, task)
     runs = probe_rounds(
-        rounds, metric=task.metric, kind=kind, seeds=plan.seeds, segment_seconds=task.segment_seconds,
+        rounds, metric=task.metric, kind=kind, seeds=plan.seeds,
+        segment_seconds=task.segment_seconds,
         device=plan.device, name=task.name, final_fit=plan.final_fit,
     )  # fmt: skip
     tested = [
@@ -262,7 +272,7 @@ def _score(
 def _predictions(
     runs: Sequence[SeedRun], keys: Sequence[str], truth: Sequence[Any], groups: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Return a row per test clip and seed, see `scores.read_predictions`."""
+    """Return a row per test clip and seed, see `results.read_predictions`."""
     rows = []
     for run in runs:
         seed = {} if run.seed is None else {"seed": run.seed}
@@ -279,7 +289,7 @@ def _predictions(
 
 
 def _confusion(runs: Sequence[SeedRun], classes: Sequence[str], truth: Sequence[str]) -> Confusion:
-    """Count what was predicted for each true class, over all seeds and folds."""
+    """Count the predictions for each true class, over all seeds and folds."""
     counts = np.zeros((len(classes), len(classes)), dtype=int)
     true = np.searchsorted(classes, truth)
     for run in runs:
@@ -306,10 +316,10 @@ def _record(run: SeedRun) -> str | tuple[float, ...]:
 
 
 def _check_classes(task: ProbeTask, parts: dict[str, Embeddings]) -> int:
-    """Return how many classes there are to learn.
+    """Return the number of classes to learn.
 
     Raises:
-        UserError: not as many as the task says.
+        UserError: if it differs from the task's `classes`.
     """
     if task.answer in ("captions", "text"):
         return 0
@@ -328,14 +338,15 @@ def _check_classes(task: ProbeTask, parts: dict[str, Embeddings]) -> int:
     if task.classes is not None and len(found) != task.classes and found:
         listed = ", ".join(sorted(found)[:12])
         raise UserError(
-            f"Probe task {task.name!r} should have {task.classes} classes; its training clips have {len(found)}: {listed}. "
+            f"Probe task {task.name!r} should have {task.classes} classes; its training clips "
+            f"have {len(found)}: {listed}. "
             f"Check the field {task.label!r} of the shards, or the task's `classes`."
         )
     return len(found)
 
 
 def _identity(encoder: FrameEncoder, fingerprint: str, task: ProbeTask, plan: _Plan) -> str:
-    """Hash all that a score depends on; a task's title and weight are not among it."""
+    """Hash everything a score depends on. A task's title and weight do not affect it."""
     kind = KINDS[kind_for(plan.kind, task)]
     view = view_of(encoder, plan.embedding, kind.view, task)
     data = {
@@ -378,7 +389,9 @@ def _settings(plan: _Plan) -> dict[str, Any]:
 def _stored(
     scores_file: str | Path | None, predictions_file: str | Path | None
 ) -> dict[str, tuple[TaskScore, list[dict[str, Any]]]]:
-    """Return stored scores with their predictions, by identity; without its predictions, where a run keeps them, a score does not count."""
+    """Return stored scores with their predictions, by identity. If the run keeps predictions,
+    scores without a full set of them are left out.
+    """
     if scores_file is None or not Path(scores_file).exists():
         return {}
     try:

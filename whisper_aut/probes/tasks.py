@@ -1,7 +1,8 @@
-"""What a probe task is: one YAML that names shard folders, splits, label, metric and terms.
+"""Definition of a probe task: one YAML that names shard folders, splits, label, metric and
+licence.
 
-In: `conf/probe_tasks/NAME.yaml`, or any path. Out: a checked `ProbeTask`. Next: `probes.embed` reads its folders, `probes.suite`
-scores it. A new task is one YAML and nothing else. Splits are stated, never drawn: official folds stay as they were published.
+Adding a task takes one YAML in `conf/probe_tasks/` and no code. Splits are always stated, never
+drawn, so official folds stay as published.
 """
 
 import re
@@ -35,8 +36,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SplitScheme:
-    """How a task's clips are divided: by `splits`, which the task's `train`, `valid` and `test` name, or by official `folds`,
-    each a folder (or URL, or pattern of tars), each tested on once by probes that learned from the others."""
+    """How the clips of a task are divided.
+
+    Attributes:
+        scheme: `splits` uses the task's `train`, `valid` and `test`. `folds` uses official
+            folds: each fold is the test part once, for probes trained on the others.
+        folds: one shard folder, URL or pattern of tars per fold.
+    """
 
     scheme: Literal["splits", "folds"] = "splits"
     folds: list[str] = field(default_factory=list)
@@ -44,28 +50,37 @@ class SplitScheme:
 
 @dataclass(frozen=True)
 class ProbeTask:
-    """One task over shards.
+    """One probe task over shards.
 
     Attributes:
-        name, title: for commands and files; for tables.
-        domain: by which averages are taken.
-        train, valid, test: shard folders, URLs, or patterns of tars (`FOLDER/test-*.tar`); `{root}` stands for the run's data folder.
-            Without `valid`, a stratified share of `train` is held out to select settings. Empty for a task in folds.
+        name: identifier in commands and file names.
+        title: name in tables.
+        domain: scores are averaged within a domain.
+        train, valid, test: shard folders, URLs, or patterns of tars (`FOLDER/test-*.tar`).
+            `{root}` is replaced by the data folder of the run. Without `valid`, a stratified
+            fraction of `train` is held out to select settings. Empty for a task with folds.
         split: splits or folds.
-        metric: a key of `METRICS`; it says what kind of answer the task wants.
-        kind: the probe that answers it, a key of `probes.kinds.KINDS`; empty for the usual one of its metric.
-        label: annotation field, or field of the sample's own JSON, that holds the class, the classes, the events, or the
-            transcript; for captions a pattern of fields, such as `caption*`.
-        separator: between the classes that one text holds, e.g. `;`.
-        event: the fields of an event: start, end (seconds) and class.
-        select: keep only clips whose field has one of the values.
-        group: annotation field, or field of the sample's JSON, that says which clips belong together: speaker, source recording, song.
-            Intervals and tests then count each group once. `key` is the sample's name. A clip without the field counts by itself.
-        group_pattern: a regular expression of which the first group, or the match, is taken of the field, e.g. `^(\\d+)-` of `key`.
-        weight: share in weighted averages; test clips, where nothing better is agreed.
-        classes: how many classes there must be, where that is known.
-        crop_seconds: only so much of a clip's beginning is heard.
-        segment_seconds: for events, the grid on which they are scored.
+        metric: a key of `METRICS`. It determines the kind of answer.
+        kind: the probe kind, a key of `probes.kinds.KINDS`. Empty selects the default for the
+            metric.
+        label: annotation field, or field of the sample's JSON, that holds the class, the
+            classes, the events, or the transcript. For captions, a pattern of fields such as
+            `caption*`.
+        separator: separates several classes within one text, e.g. `;`.
+        event: the fields of an event: start (seconds), end (seconds) and class.
+        select: keep only clips whose field has one of these values.
+        group: annotation field, or field of the sample's JSON, that says which clips belong
+            together: speaker, source recording, song. Intervals and tests then count each group
+            once. `key` is the sample's name. A clip without the field is its own group.
+        group_pattern: regular expression applied to the group field, e.g. `^(\\d+)-` for `key`.
+            Its first capturing group is used, or the whole match if it has none.
+        weight: weight in weighted averages: the number of test clips, unless there is an agreed
+            value.
+        source: where the data comes from.
+        licence: licence of the data.
+        classes: the expected number of classes, if known.
+        crop_seconds: use only the first `crop_seconds` of a clip.
+        segment_seconds: length of the segments on which events are scored.
     """
 
     name: str
@@ -98,16 +113,16 @@ class ProbeTask:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of the splits, or of the folds."""
+        """Names of the splits or of the folds."""
         if self.split.scheme == "folds":
             return tuple(f"fold {number}" for number in range(1, len(self.split.folds) + 1))
         return SPLITS
 
     def folders(self, part: str, root: str | Path | None) -> list[str]:
-        """Return the folders of a split, or of a fold, with `{root}` filled in.
+        """Return the folders of a split or fold, with `{root}` filled in.
 
         Raises:
-            UserError: a folder needs `{root}` and none was given.
+            UserError: if a folder needs `{root}` and `root` is None.
         """
         folded = self.split.scheme == "folds"
         listed: list[str] = (
@@ -120,32 +135,36 @@ class ProbeTask:
         return [folder.replace("{root}", str(root).rstrip("/")) for folder in listed]
 
     def tested_folders(self, root: str | Path | None) -> list[str]:
-        """Return the folders that scores are read on: the test split, or every fold."""
+        """Return the folders that are scored: the test split, or every fold."""
         parts = self.parts if self.split.scheme == "folds" else ("test",)
         return [folder for part in parts for folder in self.folders(part, root)]
 
 
 @dataclass(frozen=True)
 class ProbeSuites:
-    """Names for lists of tasks (`conf/probe.yaml`)."""
+    """Named lists of tasks (`conf/probe.yaml`)."""
 
     suites: dict[str, list[str]] = field(default_factory=dict)
 
 
 def list_tasks(task_folder: str | Path) -> list[str]:
-    """Return the names of all tasks in a folder of YAMLs, and of those that the package has."""
+    """Return the sorted names of the tasks in `task_folder` and of those shipped with the
+    package.
+    """
     folders = (Path(task_folder), SHIPPED / "probe_tasks")
     return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
 def load_task(name_or_path: str | Path, task_folder: str | Path) -> ProbeTask:
-    """Load and check a task by its name, or by the path of its YAML.
+    """Load and check a task by name or by the path of its YAML.
 
     Args:
-        name_or_path: a name is looked up in `task_folder`, then among the package's own tasks.
+        name_or_path: a name is looked up in `task_folder` first, then among the shipped tasks.
+        task_folder: folder of task YAMLs.
 
     Raises:
-        UserError: no such task, not YAML, or a file with problems, which are all listed.
+        UserError: if there is no such task, the file is not YAML, or it has problems. All
+            problems are listed.
     """
     given = str(name_or_path)
     is_path = given.endswith((".yaml", ".yml")) or "/" in given
@@ -155,21 +174,23 @@ def load_task(name_or_path: str | Path, task_folder: str | Path) -> ProbeTask:
     if not path.is_file():
         known = list_tasks(task_folder)
         raise UserError(
-            f"There is no probe task {given!r}.{nearest(given, known)} Known tasks: {', '.join(known) or 'none'}. "
+            f"There is no probe task {given!r}.{nearest(given, known)} Known tasks: "
+            f"{', '.join(known) or 'none'}. "
             "The path of a YAML is taken too."
         )
     return task_from_mapping(_mapping(path, "the keys of a probe task"), str(path))
 
 
 def expand_suites(names: Sequence[str], suites: str | Path) -> list[str]:
-    """Put the tasks of a suite in its place, each task once.
+    """Replace each suite name by its tasks. Duplicates are dropped.
 
     Args:
-        names: of tasks, paths of tasks, or of suites.
-        suites: the YAML that lists them; those of the package are known too.
+        names: names of tasks or suites, or paths of tasks.
+        suites: YAML that lists suites. The shipped suites are always available; this file
+            overrides them.
 
     Raises:
-        UserError: the YAML has problems.
+        UserError: if the YAML has problems.
     """
     listed: dict[str, list[str]] = {}
     for path in (SHIPPED / "probe.yaml", Path(suites)):
@@ -192,10 +213,14 @@ def _mapping(path: Path, content: str) -> Mapping[str, Any]:
 
 
 def task_from_mapping(values: Mapping[str, Any], where: str) -> ProbeTask:
-    """Check a task's keys and values; `where` names their origin in the message.
+    """Check the keys and values of a task and build it.
+
+    Args:
+        values: the content of the YAML.
+        where: origin of the values, for error messages.
 
     Raises:
-        UserError: with every problem that was found.
+        UserError: if there are problems. All of them are listed.
     """
     scheme = values.get("split")
     if isinstance(scheme, Mapping) and scheme.get("scheme") == "folds":
@@ -240,7 +265,8 @@ def _answer_problems(task: ProbeTask) -> list[str]:
     problems = []
     if (task.answer == "events") != (task.segment_seconds > 0):
         problems.append(
-            f"segment_seconds: {task.metric} {'needs a length' if task.answer == 'events' else 'takes none'}"
+            f"segment_seconds: {task.metric} "
+            f"{'needs a length' if task.answer == 'events' else 'takes none'}"
         )
     if len(task.event) != 3:
         problems.append("event: names three fields, those of start, end and class")
