@@ -1,7 +1,6 @@
-"""The whole story in order: corpora → start model → training → export → probes → report.
+"""Runs a config from start to end: corpora, start model, training, export, probes and report.
 
-In: checked `Settings`. Out: a finished run directory. Each step is also a command of its own; here they follow one another, and
-what an earlier run left behind is used again where nothing has changed.
+Each step is also a command. Results of earlier runs are reused if nothing has changed.
 """
 
 import shutil
@@ -65,21 +64,19 @@ from whisper_aut.training.plan import tables
 from whisper_aut.training.run_dir import RunDirectory, is_first_rank, runs_of, wait_for_all_ranks
 from whisper_aut.training.train import Trained, train
 
-LOGMEL, RANDOM_PREFIX = (
-    "logmel",
-    "random:",
-)  # encoders that a command line names without a checkpoint
+# Names of encoders on a command line: log-mel statistics, and a prefix for random weights.
+LOGMEL, RANDOM_PREFIX = "logmel", "random:"
 
 
 @dataclass(frozen=True)
 class Story:
-    """How a config is to be run.
+    """How to run a config.
 
     Attributes:
-        config: where the settings came from; configs that it names are found beside it.
-        overrides: those that also hold for the config that this one starts `after`.
+        config: path of the config. Configs that it names are searched next to it first.
+        overrides: the `key=value` overrides of the command line, for the command that resumes.
         resume, fresh: see `training.train`.
-        report: write the run's report; `whisper-aut report RUN` does it later.
+        report: write the report of the run. `whisper-aut report RUN` writes it later.
     """
 
     config: Path
@@ -90,7 +87,7 @@ class Story:
 
     @property
     def tasks_folder(self) -> Path:
-        """Where probe tasks are found by name, before those of the package: next to the config, else in `conf`."""
+        """Searched for probe tasks before the package: the config's folder, else `conf`."""
         near = self.config.parent
         return near if (near / "probe_tasks").is_dir() else LOCAL
 
@@ -98,11 +95,19 @@ class Story:
 def run_config(
     config: str | Path, overrides: Sequence[str] = (), console: Console | None = None
 ) -> RunDirectory:
-    """Read a config and run its story, as `whisper-aut train CONFIG key=value …` does; without a console, only progress bars show.
+    """Load a config and run it, like `whisper-aut train CONFIG key=value …`.
+
+    Args:
+        config: path or name of the config, see `config.find_config`.
+        overrides: `key=value` or `group=choice`.
+        console: for messages. By default, only progress bars are shown.
+
+    Returns:
+        The finished run directory.
 
     Raises:
-        UserError: a mistake in config or data.
-        Interrupted: training was asked to stop.
+        UserError: a mistake in the config or the data.
+        Interrupted: training was stopped by a signal.
     """
     path = find_config(config)
     settings = load_settings(path, overrides)
@@ -110,11 +115,16 @@ def run_config(
 
 
 def run_story(settings: Settings, story: Story, console: Console) -> RunDirectory:
-    """Run a config from its corpora to its report.
+    """Build corpora, train, export, probe and write the report.
+
+    All ranks train. Only the first one exports, probes and reports.
+
+    Returns:
+        The finished run directory.
 
     Raises:
-        UserError: a mistake in config or data.
-        Interrupted: training was asked to stop.
+        UserError: a mistake in the config or the data.
+        Interrupted: training was stopped by a signal.
     """
     decoder, _ = check_decoder(settings.decoder)
     tasks = load_tasks(settings.probe.tasks, story.tasks_folder)
@@ -125,10 +135,10 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
         _check_probes(settings, tasks, watching)
     if settings.model.after:
         runs = runs_of(Path(settings.runs), settings.name)
-        if not any(
-            run.done.exists() for run in runs
-        ):  # a finished run may be used where its device is not
-            check_accelerator(settings.hardware.accelerator)  # before its start is trained in vain
+        # Check the device before training the start model. A finished run may be reused on a
+        # machine without its device.
+        if not any(run.done.exists() for run in runs):
+            check_accelerator(settings.hardware.accelerator)
         settings = _start_after(settings, story, console)
     try:
         trained = train(
@@ -143,7 +153,8 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
     if is_first_rank():
         if left := [kind for kind in settings.export if kind not in decoder.exports]:
             console.print(
-                f"Not exported: {', '.join(left)}, which a run with decoder={settings.decoder['name']} has no decoder for."
+                f"Not exported: {', '.join(left)}, which a run with "
+                f"decoder={settings.decoder['name']} has no decoder for."
             )
         _export(
             [kind for kind in settings.export if kind in decoder.exports],
@@ -151,14 +162,15 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
             start,
             settings.model.padding,
         )
-    wait_for_all_ranks()  # a run that starts from this one needs what it exports
-    if not is_first_rank():  # what follows is for one process
+    # A run that starts from this one needs the exports on all ranks.
+    wait_for_all_ranks()
+    if not is_first_rank():
         return trained.run
     if not trained.reused:
         _keep_audit(settings.data.exclude, trained.run)
     if tasks:
         _probe(settings, trained.run, start, tasks)
-    for kind in settings.export:  # behind the probes: the cards hold their scores
+    for kind in settings.export:  # after the probes, because the cards include the scores
         if trained.run.export(kind).is_dir():
             write_card(trained.run.path, trained.run.export(kind), kind)
     if story.report:
@@ -167,13 +179,13 @@ def run_story(settings: Settings, story: Story, console: Console) -> RunDirector
 
 
 def run_plan(settings: Settings, config: Path, console: Console) -> None:
-    """Print what a run would need, before anything is loaded or built.
+    """Print the resources that a run would need, without loading or building anything.
 
     Raises:
         UserError: the start checkpoint or the decoder cannot be planned.
     """
     model, after = settings.model, config
-    while model.after:  # a chain of configs ends in sizes or in a checkpoint
+    while model.after:  # the last config of the chain gives model sizes or a checkpoint
         after = find_config(model.after, after.parent)
         model = load_settings(after).model
     for part in tables(build_forecast(settings, planned_config(model))):
@@ -182,7 +194,22 @@ def run_plan(settings: Settings, config: Path, console: Console) -> None:
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """What `whisper-aut probe` was asked: encoders by path, hub id, `logmel` or `random:PATH`, tasks, folders, and how to probe."""
+    """The options of `whisper-aut probe`.
+
+    Attributes:
+        encoder: path, hub id, `logmel`, or `random:PATH` for random weights.
+        against: encoders to compare with, named in the same way.
+        tasks: names of tasks or suites, or paths.
+        seeds: number of seeds for probes with random initialization.
+        conf: folder of `probe_tasks/` and `probe.yaml`.
+        root: replaces `{root}` in the tasks.
+        out: folder for scores, predictions, embeddings and the report.
+        padding: for encoders whose name has no `@none` or `@30s`.
+        kind: kind of probe; empty for that of each task.
+        pooling, layers, batch_seconds: see `probes.embed.EmbedSettings`.
+        device, dtype: see `models.pretrained.load_encoder`.
+        final_fit: fit the tested probe on the training split, or on training and validation.
+    """
 
     encoder: str
     against: Sequence[str]
@@ -202,13 +229,16 @@ class ProbeRequest:
 
 
 def run_probe(request: ProbeRequest, console: Console) -> Path:
-    """Score one encoder and those it is compared with, and write scores and report to `request.out`.
+    """Score an encoder and those to compare it with, and write scores and report to `request.out`.
 
-    Under `torchrun` all ranks embed and the first one scores.
+    Under `torchrun`, all ranks embed clips and the first one scores.
+
+    Returns:
+        The page of the report; on other ranks than the first, `request.out`.
 
     Raises:
-        UserError: encoders, tasks or shards cannot be loaded, or do not go with the options: all problems
-            at once, before the first clip is embedded.
+        UserError: encoders, tasks or shards cannot be loaded or do not fit the options. All
+            problems are reported at once, before the first clip is embedded.
     """
     share, device = launched_share(), device_named(request.device)
     embedding = EmbedSettings(
@@ -218,7 +248,7 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
         quiet=share.rank > 0,
     )
     cache = request.out / "embeddings"
-    with joined_ranks(share):  # a rank that finds a problem ends the others
+    with joined_ranks(share):  # if a rank fails in this block, the others stop too
         tasks, encoders = _find_all(request, device, embedding)
         request.out.mkdir(parents=True, exist_ok=True)
         if share != WHOLE:
@@ -247,10 +277,10 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
 def _find_all(
     request: ProbeRequest, device: str, embedding: EmbedSettings
 ) -> tuple[list[ProbeTask], dict[str, FrameEncoder]]:
-    """Return the tasks, and the encoders by their names in tables, those that are compared against first.
+    """Return the tasks, and the encoders by display name, with those of `against` first.
 
     Raises:
-        UserError: with every problem of tasks, encoders and options.
+        UserError: lists all problems of tasks, encoders and options.
     """
     problems = Problems()
     tasks = _find_tasks(request.tasks, request.conf, problems)
@@ -274,13 +304,17 @@ def _find_all(
 
 
 def export_run(path: Path, out: Path, kind: ExportKind, dtype: str = "fp32", **card: str) -> Path:
-    """Write what a run trained, and a card that says how, as a directory that others load.
+    """Export a trained model with a model card.
 
     Args:
+        path: a run directory or one of its checkpoints.
+        out: the directory to write.
+        kind: the format, see `export.hf.ExportKind`.
+        dtype: of the weights: `fp32`, `bf16` or `fp16`.
         card: `name` and `licence`, see `write_card`.
 
     Raises:
-        UserError: not a run, or what is asked for cannot be made of it.
+        UserError: `path` is not a run, or the run cannot be exported as `kind`.
     """
     checkpoint, start = find_checkpoint(path)
     run = RunDirectory(checkpoint.parent.parent)
@@ -291,13 +325,15 @@ def export_run(path: Path, out: Path, kind: ExportKind, dtype: str = "fp32", **c
 
 
 def open_run(path: Path, *, device: str = "cpu", dtype: str = "fp32") -> AudioTextModule:
-    """Load what a run trained, decoder included, from its directory or one of its checkpoints.
+    """Load a trained model with its decoder from a run directory or one of its checkpoints.
 
     Args:
-        dtype: of all weights; with `fp32` a frozen language model keeps its own.
+        path: the run directory or the checkpoint.
+        device: where the model runs; `auto` uses a GPU if there is one.
+        dtype: of all weights. With `fp32`, a frozen language model keeps its own dtype.
 
     Raises:
-        UserError: not a run, what it needs is not there any more, or a device that is not there.
+        UserError: `path` is not a run, files that it needs are missing, or the device is missing.
     """
     checkpoint, _ = find_checkpoint(path)
     place = device_of(device)
@@ -314,13 +350,15 @@ def open_listener(
     device: str = "cpu",
     dtype: str = "fp32",
 ) -> Listener:
-    """Load what the page of `whisper-aut demo` shows: an encoder, or a run with its decoder and the encoder that it started from.
+    """Load the models for the page of `whisper-aut demo`.
 
     Args:
-        padding: of an encoder that is named without one; a run runs as it was trained.
+        name: a run, which is loaded with its decoder, or an encoder.
+        against: an encoder to compare with; for a run, empty stands for its start checkpoint.
+        padding: for encoders whose name has no padding. A run keeps that of its training.
 
     Raises:
-        UserError: no run and no encoder by that name.
+        UserError: there is no run or encoder of that name.
     """
     encoders: dict[str, AudioEncoder] = {}
     path, module = Path(split_padding(name)[0]), None
@@ -343,14 +381,15 @@ def open_listener(
 
 
 def open_encoder(name: str, padding: Padding | None, **how: Any) -> FrameEncoder:
-    """Load what a command line calls an encoder.
+    """Load an encoder by its name on the command line.
 
     Args:
-        padding: of an encoder that is named without one.
-        how: the device and dtype of `load_encoder`.
+        name: path, hub id, `logmel`, or `random:PATH` for random weights.
+        padding: for encoders whose name has no padding.
+        how: `device` and `dtype` of `load_encoder`.
 
     Raises:
-        UserError: there is no such encoder, or log-mel statistics with a padding.
+        UserError: there is no such encoder, or `logmel` is given a padding.
     """
     path, marked = split_padding(name)
     if path == LOGMEL:
@@ -362,12 +401,12 @@ def open_encoder(name: str, padding: Padding | None, **how: Any) -> FrameEncoder
 
 
 def _load_encoder(name: str, padding: Padding | None, **how: Any) -> AudioEncoder:
-    """Load an encoder at the padding of its name, else at the command's, else as it was trained."""
+    """Load an encoder with the padding in its name, else `padding`, else that of its training."""
     return load_encoder(name, padding=split_padding(name)[1] or padding, **how)
 
 
 def prepare_corpora(corpora: CorporaSettings, console: Console) -> None:
-    """Build what a config needs and what has not been built yet."""
+    """Build the corpora of a config that do not exist yet."""
     if corpora.demo:
         options = DemoOptions(seed=corpora.demo.seed).scaled(corpora.demo.scale)
         with file_lock(Path(corpora.demo.out)):
@@ -380,14 +419,14 @@ def prepare_corpora(corpora: CorporaSettings, console: Console) -> None:
 
 
 def _keep_audit(exclude: str, run: RunDirectory) -> None:
-    """Copy the audit that an exclusion list came from into the run, for its card."""
+    """Copy the audit of the exclusion list into the run, for the model card."""
     audit = Path(exclude).with_name(AUDIT_NAME) if exclude else None
     if audit and audit.exists():
         shutil.copyfile(audit, run.path / AUDIT_NAME)
 
 
 def _warn_of_unaudited(settings: Settings, tasks: Sequence[ProbeTask], console: Console) -> None:
-    """Say which probe sets nobody has looked for in the training shards, and how to do it."""
+    """Print which probe sets were not audited against the training shards, and the command."""
     if not tasks:
         return
     data, root = settings.data, settings.probe.root
@@ -398,22 +437,27 @@ def _warn_of_unaudited(settings: Settings, tasks: Sequence[ProbeTask], console: 
         missing = [
             task for task in tasks if stale or unaudited(audit, "probes", task.tested_folders(root))
         ]
-    except UserError:  # shards that are not there: whoever reads them says so
+    except UserError:  # missing shards; reading them later reports the error
         return
     if missing and is_first_rank():
         out = Path(data.shards) / "audit"
         tested = " ".join(folder for task in missing for folder in task.tested_folders(root))
         console.print(
-            f"Not audited: whether clips of {', '.join(task.name for task in missing)} are in the training shards. Find out: "
-            f"whisper-aut data audit {' '.join(sources)} --against {tested} --out {out}; then set data.exclude={out / EXCLUDE_NAME}"
+            f"Not audited: whether clips of {', '.join(task.name for task in missing)} are in the "
+            f"training shards. Find out: whisper-aut data audit {' '.join(sources)} "
+            f"--against {tested} --out {out}; then set data.exclude={out / EXCLUDE_NAME}"
         )
 
 
 def load_tasks(names: Sequence[str], folder: Path) -> list[ProbeTask]:
-    """Load probe tasks by name from `folder/probe_tasks`, by path, or by the name of a suite in `folder/probe.yaml`.
+    """Load probe tasks.
+
+    Args:
+        names: tasks in `folder/probe_tasks`, suites in `folder/probe.yaml`, or paths.
+        folder: searched before the configs of the package.
 
     Raises:
-        UserError: with the problems of all of them.
+        UserError: lists the problems of all tasks.
     """
     problems = Problems()
     tasks = _find_tasks(names, folder, problems)
@@ -431,7 +475,7 @@ def _find_tasks(names: Sequence[str], folder: Path, problems: Problems) -> list[
 
 
 def _start_after(settings: Settings, story: Story, console: Console) -> Settings:
-    """Run the config that this one starts after, and return the settings with its exported model as the start."""
+    """Run the config `model.after`, and return the settings with its export as the start model."""
     config = find_config(settings.model.after, story.config.parent)
     places = {
         "seed": settings.seed,
@@ -444,12 +488,13 @@ def _start_after(settings: Settings, story: Story, console: Console) -> Settings
     overrides = tuple(f"{key}={value}" for key, value in places.items())
     before = load_settings(config, overrides)
     ours, theirs = settings.corpora.demo, before.corpora.demo
-    if ours and theirs and ours.out == theirs.out:  # one folder holds one corpus
+    if ours and theirs and ours.out == theirs.out:  # the same folder must hold the same corpus
         before = replace(before, corpora=replace(before.corpora, demo=ours))
     decoder, _ = check_decoder(before.decoder)
     if "whisper" not in before.export or "whisper" not in decoder.exports:
         raise UserError(
-            f"{config} must train and export `whisper`: {settings.name} starts from the model that it trains."
+            f"{config} must train and export `whisper`: {settings.name} starts from the model that "
+            "it trains."
         )
     run = run_story(before, replace(story, config=config, overrides=overrides), console)
     return replace(
@@ -492,10 +537,10 @@ def _probes_during(settings: Settings, conf: Path) -> list[ProbeDuringTraining]:
 def _check_probes(
     settings: Settings, tasks: Sequence[ProbeTask], watching: Sequence[ProbeDuringTraining]
 ) -> None:
-    """Find what would stop the probes, before hours of training end at it.
+    """Report problems of the probes before training, instead of hours later.
 
     Raises:
-        UserError: with every such problem.
+        UserError: lists all problems.
     """
     problems = Problems()
     find_problems(problems, {}, tasks, root=settings.probe.root)
@@ -506,14 +551,13 @@ def _check_probes(
 
 
 def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[ProbeTask]) -> None:
-    """Score the trained encoder, the one it started from, a random one and log-mel statistics on the same clips.
+    """Score the trained encoder, its start, random weights and log-mels on the same clips.
 
-    Each encoder runs as it was trained; the random one, as the run's.
+    Each encoder uses the padding of its own training; the random one, that of the run.
     """
     device = _probing_device(settings)
-    torch.set_float32_matmul_precision(
-        "highest"
-    )  # as `run_probe` finds it: training may have had TF32
+    # Training may have enabled TF32. Scores must match those of `run_probe`, which runs without it.
+    torch.set_float32_matmul_precision("highest")
     encoders: dict[str, FrameEncoder] = {}
     if settings.probe.logmel_baseline:
         encoders[BASELINE_NAME] = LogMelBaseline(start.config.num_mel_bins)
@@ -545,16 +589,16 @@ def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[
 
 
 def _probing_device(settings: Settings) -> str:
-    """Return the first rank's own device, on which nothing else is done by then."""
+    """Return the device of the first rank, which is idle after training."""
     on_gpu = settings.hardware.accelerator != "cpu" and torch.cuda.is_available()
     return f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
 
 
 def encoder_names(given: Sequence[str]) -> dict[str, str]:
-    """Return what tables call each encoder: its short name, or all that was given where two would share one.
+    """Return the display name of each encoder: a short name, or the full one if it is ambiguous.
 
     Raises:
-        UserError: the same encoder twice.
+        UserError: the same encoder is given twice.
     """
     twice = [
         name for name, times in Counter(name.rstrip("/") for name in given).items() if times > 1
@@ -571,7 +615,10 @@ def encoder_names(given: Sequence[str]) -> dict[str, str]:
 
 
 def _short_name(name: str) -> str:
-    """Return a run's name for a run and its exports, else the last part of the path; a padding that was named stays."""
+    """Return the run's name for a run or its export, else the last part of the path.
+
+    A padding in the given name is kept.
+    """
     if name == LOGMEL:
         return BASELINE_NAME
     given, marked = split_padding(name)

@@ -1,7 +1,7 @@
-"""The commands of `whisper-aut`, one file per stage of the picture; `cli` gathers them.
+"""The commands of `whisper-aut` and the options that they share.
 
-Each file ends with `add_parsers`, which names its commands and their options. What a command needs is imported when it runs, so that
-`--help` answers at once.
+Each module has an `add_parsers` that adds its commands to the parser of `cli`. Commands import
+their dependencies when they run, which keeps `--help` fast.
 """
 
 import argparse
@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from whisper_aut.errors import nearest
 
-# The keys of registries whose modules import PyTorch; a test holds them together.
+# Copies of values from modules that import PyTorch. A test checks that they agree.
 PADDINGS = ("none", "30s")
 POOLINGS = ("mean", "mean_std")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -28,7 +28,7 @@ BATCH_SECONDS = 160.0
 
 
 class Parser(argparse.ArgumentParser):
-    """Says the right order where an option of several words has taken the words that come first."""
+    """Adds a hint to errors where an option with several values has consumed the positionals."""
 
     def error(self, message: str) -> NoReturn:
         actions = self._actions
@@ -45,13 +45,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_encoder_options(command: argparse.ArgumentParser, *, batches: bool = True) -> None:
-    """Add the options of every command that runs an encoder."""
+    """Add the options of commands that run an encoder.
+
+    Args:
+        command: the parser.
+        batches: add `--batch-seconds`.
+    """
     add_choice(
         command,
         "--padding",
         PADDINGS,
-        "of encoders that are named without @none or @30s: run clips at their own length, or "
-        "padded to 30 s; by default as each was trained, a released Whisper at 30s",
+        "padding mode of encoders whose name has no @none or @30s: none runs clips at their own "
+        "length, 30s pads them to 30 s (default: as the encoder was trained; 30s for a released "
+        "Whisper)",
     )
     add_device_options(command, batches=batches)
 
@@ -59,35 +65,37 @@ def add_encoder_options(command: argparse.ArgumentParser, *, batches: bool = Tru
 def add_device_options(
     command: argparse.ArgumentParser, *, dtype: str | None = "fp32", batches: bool = True
 ) -> None:
-    """Add where and in which precision models run, and with `batches` how much they run at once.
+    """Add the options for device, precision and batch size.
 
     Args:
-        dtype: the default; None for that of the index that the command reads.
+        command: the parser.
+        dtype: the default precision; None for that of the index that the command reads.
+        batches: add `--batch-seconds`.
     """
     command.add_argument(
         "--device",
         default="auto",
-        help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one (default: auto)",
+        help="cpu, cuda, cuda:1, …; auto uses a GPU if there is one (default: auto)",
     )
     default = f"default: {dtype}" if dtype else "default: as the index was made"
-    add_choice(command, "--dtype", DTYPES, f"precision that models run in ({default})", dtype)
+    add_choice(command, "--dtype", DTYPES, f"precision of the models ({default})", dtype)
     if batches:
         command.add_argument(
             "--batch-seconds",
             type=positive_number,
             default=BATCH_SECONDS,
             metavar="SECONDS",
-            help="audio that runs at once, padding included; less takes less memory (default: 160)",
+            help="audio per batch, including padding; lower values need less memory (default: 160)",
         )
 
 
 def add_pooling_options(command: argparse.ArgumentParser) -> None:
-    """Add what is kept of a clip's frames."""
+    """Add the options that choose pooling and layers."""
     add_choice(
         command,
         "--pooling",
         POOLINGS,
-        "mean, or mean and standard deviation, over a clip's own frames (default: mean)",
+        "mean, or mean and standard deviation, over the frames of a clip (default: mean)",
         "mean",
     )
     command.add_argument(
@@ -96,14 +104,14 @@ def add_pooling_options(command: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="N",
-        help="take these layers in place of the output; 0 is what enters the first",
+        help="use these layers instead of the output; 0 is the input of the first layer",
     )
 
 
 def add_workers(command: argparse.ArgumentParser) -> None:
-    """Add how many processes a command may use."""
+    """Add `--workers`."""
     command.add_argument(
-        "--workers", type=whole_number(1), help="processes at once; by default one per core"
+        "--workers", type=whole_number(1), help="number of processes (default: one per core)"
     )
 
 
@@ -114,12 +122,12 @@ def add_choice(
     help: str,
     default: str | None = None,
 ) -> None:
-    """Add an option that takes one of some names, and suggests the nearest for a word that is none."""
+    """Add an option that takes one of `names`, and suggests the nearest for an unknown value."""
     command.add_argument(flag, type=one_of(names), choices=names, default=default, help=help)
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """Return an argparse type: one of some names."""
+    """Return an argparse type that accepts one of `names`."""
 
     def parse(text: str) -> str:
         if text not in names:
@@ -132,7 +140,7 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Return what argparse takes for a type: whole numbers between two bounds, both allowed."""
+    """Return an argparse type that accepts integers from `least` to `most`, inclusive."""
     bounds = f"from {least} up" if most is None else f"from {least} to {most}"
 
     def parse(text: str) -> int:
@@ -148,7 +156,7 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def positive_number(text: str) -> float:
-    """An argparse type: numbers above 0."""
+    """Parse a finite number above 0, as an argparse type."""
     try:
         number = float(text)
     except ValueError:

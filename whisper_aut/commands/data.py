@@ -1,4 +1,4 @@
-"""`whisper-aut data …`: corpora → shards, and a look at them."""
+"""`whisper-aut data …`: download corpora, and build, index, audit and inspect shards."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from whisper_aut.errors import UserError, nearest
 if TYPE_CHECKING:
     from whisper_aut.corpora.manifest import ManifestSpec
 
-SHARDS = Path("data")  # where `probe` looks for the corpora of its tasks
+SHARDS = Path("data")  # the default --root of `probe`
 RAW = SHARDS / "raw"
 
 
@@ -73,12 +73,14 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
         result = build(RECIPES[options.manifest], raw, out, spec, **how)
     elif options.path:
         raise UserError(
-            f"{options.manifest} is no recipe, so {options.path} means nothing.{nearest(options.manifest, RECIPES)} There are "
-            f"{', '.join(RECIPES)}; a manifest's audio folder is named by --audio-root."
+            f"{options.manifest} is no recipe, so {options.path} means nothing."
+            f"{nearest(options.manifest, RECIPES)} There are {', '.join(RECIPES)}; a manifest's "
+            "audio folder is named by --audio-root."
         )
     elif Path(options.manifest).is_dir():
         raise UserError(
-            f"{options.manifest} is a folder: whisper-aut data build folder {options.manifest} --out {out}"
+            f"{options.manifest} is a folder: whisper-aut data build folder {options.manifest} "
+            f"--out {out}"
         )
     elif not Path(options.manifest).exists() and (hint := nearest(options.manifest, RECIPES)):
         raise UserError(f"There is neither a manifest nor a recipe {options.manifest}.{hint}")
@@ -89,7 +91,7 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
 
 
 def _after_build(recipe: str, out: Path) -> str:
-    """Return the command that scores log-mel statistics on a corpus with a probe task, or looks at any other one."""
+    """Suggest the next command: probe a corpus that has a probe task, otherwise inspect it."""
     from whisper_aut.probes.tasks import list_tasks, load_task
 
     tasks = Path("conf") / "probe_tasks"
@@ -147,7 +149,8 @@ def data_index(options: argparse.Namespace, console: Console) -> None:
 
     index = index_folder(Path(options.folder))
     console.print(
-        f"{index.root}: {index.samples} samples, {index.seconds / 3600:.2f} h in {len(index.shards)} tars",
+        f"{index.root}: {index.samples} samples, {index.seconds / 3600:.2f} h "
+        f"in {len(index.shards)} tars",
     )
 
 
@@ -170,7 +173,7 @@ def data_audit(options: argparse.Namespace, console: Console) -> None:
 
 
 def _probe_folders(name: str, conf: Path, root: str) -> list[str]:
-    """Return the folders that a task tests on; a name that is no task is a folder itself."""
+    """Return the test folders of a task. A name that is not a task is returned as a folder."""
     from whisper_aut.probes.tasks import list_tasks, load_task
 
     folder = conf / "probe_tasks"
@@ -180,75 +183,78 @@ def _probe_folders(name: str, conf: Path, root: str) -> list[str]:
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    commands = commands.add_parser("data", help="make, build and look at shards").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
+    commands = commands.add_parser(
+        "data", help="download corpora; build, audit and inspect shards"
+    ).add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("demo", help="synthesise the demo corpus")
-    command.add_argument("--out", default="data/demo", help="folder of the shards (data/demo)")
+    command.add_argument("--out", default="data/demo", help="output folder (default: data/demo)")
     command.add_argument(
-        "--seed", type=whole_number(0), default=0, help="another seed draws other clips"
+        "--seed", type=whole_number(0), default=0, help="random seed of the clips (default: 0)"
     )
     command.add_argument(
-        "--scale", type=float, default=1.0, help="size: 2 makes twice the default number of clips"
+        "--scale",
+        type=float,
+        default=1.0,
+        help="size factor; 2 doubles the number of clips (default: 1)",
     )
     add_workers(command)
     command.set_defaults(run=data_demo)
 
     command = commands.add_parser(
-        "list", help="the public corpora that can be fetched and built by name"
+        "list", help="list the public corpora that can be downloaded and built by name"
     )
     command.set_defaults(run=data_list)
 
     command = commands.add_parser(
-        "get", help="fetch and unpack a public corpus; goes on where it was stopped"
+        "get", help="download and unpack a public corpus; resumes if interrupted"
     )
-    command.add_argument("name", help="a corpus that `data list` lists")
-    command.add_argument("--out", default="", help="folder; data/raw/NAME by default")
+    command.add_argument("name", help="name of a corpus, see `data list`")
+    command.add_argument("--out", default="", help="output folder (default: data/raw/NAME)")
     command.add_argument(
         "--mirror",
         default="",
         metavar="URL",
-        help="where the same archives lie, if not at the publisher's",
+        help="download the archives from here instead of the publisher",
     )
     command.add_argument(
-        "--only", default="", metavar="TEXT", help="archives whose name holds this"
+        "--only", default="", metavar="TEXT", help="only archives whose name contains this"
     )
     command.set_defaults(run=data_get)
 
     command = commands.add_parser(
-        "build", help="a CSV, TSV or JSONL manifest, or a corpus by name → shards"
+        "build", help="build shards from a CSV, TSV or JSONL manifest, or from a corpus by name"
     )
     command.add_argument(
-        "manifest", help="a table, the name of a recipe, or `folder` for a folder of your own"
+        "manifest", help="a manifest, the name of a corpus, or `folder` for a folder of your own"
     )
     command.add_argument(
         "path",
         nargs="?",
         default="",
-        help="of a recipe: where it is unpacked (data/raw/NAME by default)",
+        help="folder of the unpacked corpus (default: data/raw/NAME)",
     )
     command.add_argument(
-        "--out", default="", help="folder of the shards; of a recipe, data/NAME by default"
+        "--out", default="", help="output folder (default for a corpus: data/NAME)"
     )
+    command.add_argument("--audio-root", default="", help="base folder of relative audio paths")
+    command.add_argument("--audio", default="", help="column with the audio path")
     command.add_argument(
-        "--audio-root", default="", help="folder that relative audio paths start from"
+        "--text",
+        default="",
+        help="column or template of the text, e.g. 'the sound of a {category:words}'",
     )
-    command.add_argument("--audio", default="", help="column with the path")
-    command.add_argument(
-        "--text", default="", help="column or template, e.g. 'the sound of a {category:words}'"
-    )
-    command.add_argument("--label", default="", help="column or template of the class")
+    command.add_argument("--label", default="", help="column or template of the class label")
     command.add_argument(
         "--offset",
         default="",
         metavar="COLUMN",
-        help="seconds at which a clip begins in a longer file; `offset` where there is one",
+        help="column with the start of a clip in a longer file in seconds (default: offset)",
     )
     command.add_argument(
         "--duration",
         default="",
         metavar="COLUMN",
-        help="seconds of it; `duration` where there is an offset",
+        help="column with its duration in seconds (default: duration, if there is an offset)",
     )
     for name in ("domain", "task", "language", "source", "licence"):
         command.add_argument(f"--{name}", default="", help=f"{name} of all rows")
@@ -257,28 +263,28 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         action="append",
         default=[],
         metavar="COLUMN=VALUE[,VALUE…]",
-        help="keep these rows",
+        help="keep only rows with one of these values; may be repeated",
     )
     command.add_argument(
-        "--split-by", default="", metavar="COLUMN", help="one folder of shards per value"
+        "--split-by", default="", metavar="COLUMN", help="write one folder of shards per value"
     )
     command.add_argument(
         "--max-skipped-fraction",
         type=float,
         default=0.5,
-        help="fail when more of the rows are refused",
+        help="fail if a larger fraction of the rows is skipped (default: 0.5)",
     )
     add_workers(command)
     command.set_defaults(run=data_build)
 
     command = commands.add_parser(
-        "index", help="write the index and sample tables of a folder of tars from elsewhere"
+        "index", help="write the index and sample tables for a folder of existing tars"
     )
-    command.add_argument("folder", help="a folder of tars; they are read, never changed")
+    command.add_argument("folder", help="a folder of tars, which are not modified")
     command.set_defaults(run=data_index)
 
     command = commands.add_parser(
-        "audit", help="which training clips are also in probe sets, whole or in part"
+        "audit", help="find training clips that are also in probe sets, whole or in part"
     )
     command.add_argument(
         "train", nargs="+", metavar="TRAIN", help="folders of shards, or folders of such folders"
@@ -290,15 +296,19 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         metavar="PROBE",
         help="folders of shards, or names of probe tasks",
     )
-    command.add_argument("--root", default="data", help="what {root} stands for in the tasks")
-    command.add_argument("--conf", default="conf", help="folder that holds probe_tasks/")
     command.add_argument(
-        "--out", default="runs/audit", help="where audit.json and exclude.jsonl go"
+        "--root", default="data", help="replaces {root} in the tasks (default: data)"
+    )
+    command.add_argument("--conf", default="conf", help="folder with probe_tasks/ (default: conf)")
+    command.add_argument(
+        "--out",
+        default="runs/audit",
+        help="folder for audit.json and exclude.jsonl (default: runs/audit)",
     )
     add_workers(command)
     command.set_defaults(run=data_audit)
 
-    command = commands.add_parser("inspect", help="what is in a folder of shards")
+    command = commands.add_parser("inspect", help="summarise a folder of shards")
     command.add_argument("shards", help="a folder or URL of shards")
-    command.add_argument("--json", action="store_true", help="print the facts as JSON")
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=data_inspect)

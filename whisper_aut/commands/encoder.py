@@ -1,4 +1,4 @@
-"""`whisper-aut embed` and `search`: an encoder at work on a user's own clips."""
+"""`whisper-aut embed`, `search` and `demo`: run an encoder on a user's own clips."""
 
 import argparse
 from pathlib import Path
@@ -93,29 +93,29 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "embed", help="embed audio files, folders or shards with an encoder"
     )
     command.add_argument(
-        "encoder", help="a directory, a run, or a hub id; NAME@30s and NAME@none choose the padding"
+        "encoder", help="a directory, a run, or a hub id; NAME@30s or NAME@none sets the padding"
     )
     command.add_argument(
-        "audio", nargs="+", help="files, folders of files, folders or URLs of shards, tars"
+        "audio", nargs="+", help="files, folders of files, tars, or folders or URLs of shards"
     )
-    command.add_argument("--out", required=True, help="a .safetensors, .npz or .parquet file")
+    command.add_argument("--out", required=True, help="output file: .safetensors, .npz or .parquet")
     command.add_argument(
-        "--frames", action="store_true", help="keep all frames in place of one vector a clip"
+        "--frames", action="store_true", help="write all frames instead of one vector per clip"
     )
     add_pooling_options(command)
     add_encoder_options(command)
     command.set_defaults(run=embed)
 
     command = commands.add_parser(
-        "search", help="the clips of an embedded folder that sound most like a clip"
+        "search", help="find the embedded clips that sound most like a given clip"
     )
-    command.add_argument("index", help="a file that `embed` wrote")
-    command.add_argument("audio", nargs="+", help="files to look for")
+    command.add_argument("index", help="a file written by `embed`")
+    command.add_argument("audio", nargs="+", help="query audio files")
     command.add_argument(
-        "-k", type=whole_number(1), default=5, help="how many neighbours to list (default: 5)"
+        "-k", type=whole_number(1), default=5, help="number of neighbours to list (default: 5)"
     )
     command.add_argument(
-        "--encoder", default="", help="where the index's encoder is now, if it was moved"
+        "--encoder", default="", help="path of the encoder of the index, if it was moved"
     )
     add_device_options(command, dtype=None)
     command.set_defaults(run=search)
@@ -145,21 +145,26 @@ def demo(options: argparse.Namespace, console: Console) -> None:
 
 def add_demo_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser(
-        "demo", help="a local page: spectrogram, what the decoder writes, nearest clips"
+        "demo", help="serve a local page with spectrogram, decoder output and nearest clips"
     )
     command.add_argument(
         "encoder",
         metavar="RUN_OR_ENCODER",
-        help="a run, which has a decoder and a start to compare with, or an encoder alone",
+        help="a run, shown with its decoder and start checkpoint, or an encoder",
     )
     command.add_argument(
-        "--index", metavar="FOLDER", default="", help="clips to search among: files or shards"
+        "--index", metavar="FOLDER", default="", help="clips to search: files or shards"
     )
     command.add_argument(
-        "--against", default="", help="the encoder before; by default what the run started from"
+        "--against",
+        default="",
+        help="encoder to compare with (default: the start checkpoint of the run)",
     )
     add_encoder_options(command)
     command.add_argument(
-        "--port", type=whole_number(1, 65_535), default=7860, help="of the page (default: 7860)"
+        "--port",
+        type=whole_number(1, 65_535),
+        default=7860,
+        help="port of the page (default: 7860)",
     )
     command.set_defaults(run=demo)

@@ -1,4 +1,4 @@
-"""`whisper-aut experiment`: a grid of configs and seeds, run, measured and compared."""
+"""`whisper-aut experiment`: run a grid of configs and seeds and compare the results."""
 
 import argparse
 import os
@@ -38,12 +38,13 @@ def experiment(options: argparse.Namespace, console: Console) -> None:
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser(
-        "experiment", help="run a grid of configs and seeds, and compare: one table, one figure"
+        "experiment",
+        help="run a grid of configs and seeds and compare them in a table and a figure",
     )
     command.add_argument(
         "experiment",
-        help="a YAML, or the name of an experiment that the package has, such as e4_mixture; or "
-        "stored results such as docs/results/e4_mixture.json, whose tables are written again",
+        help="a YAML file, or the name of an experiment in the package, such as e4_mixture; or "
+        "stored results, such as docs/results/e4_mixture.json, to write their tables again",
     )
     command.add_argument(
         "overrides",
@@ -54,17 +55,17 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument(
         "--plan",
         action="store_true",
-        help="list the runs, which are there, and what the others would cost",
+        help="list the runs, which of them exist, and the cost of the others; run nothing",
     )
     command.add_argument(
         "--out",
         default="",
-        help="where table, figure and JSON go; by default beside the scores under runs/",
+        help="folder for table, figure and JSON (default: the experiment's folder in runs/)",
     )
     command.add_argument(
         "--page",
         default="",
         metavar="FILE",
-        help="a Markdown page between whose marks the tables are put",
+        help="also write the tables between the markers of this Markdown file",
     )
     command.set_defaults(run=experiment)

@@ -1,4 +1,4 @@
-"""`whisper-aut export`, `chat` and `evaluate`: what a trained run gives."""
+"""`whisper-aut export`, `chat` and `evaluate`: use a trained model."""
 
 import argparse
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def chat(options: argparse.Namespace, console: Console) -> None:
 
 
 def _asked(console: Console) -> Iterator[str]:
-    """Yield what is typed, up to an empty line or the end."""
+    """Yield the questions that the user types, up to an empty line or end of file."""
     with suppress(EOFError):
         while question := console.input("[bold]?[/] ").strip():
             yield question
@@ -97,59 +97,71 @@ def _add_run(command: argparse.ArgumentParser) -> None:
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser(
-        "export", help="write what a run trained as a directory that others load"
+        "export", help="export a trained model to a directory that other libraries can load"
     )
     _add_run(command)
     command.add_argument(
-        "--out", required=True, help="the directory to write; an earlier export is replaced"
+        "--out", required=True, help="output directory; replaces an earlier export"
     )
     formats = tuple(NEXT_STEPS)
-    add_choice(command, "--format", formats, "what to write: see docs/export.md", "encoder")
-    add_choice(command, "--dtype", DTYPES, "of the weights (default: fp32)", "fp32")
+    add_choice(
+        command, "--format", formats, "format, see docs/export.md (default: encoder)", "encoder"
+    )
+    add_choice(command, "--dtype", DTYPES, "precision of the weights (default: fp32)", "fp32")
     command.add_argument(
         "--licence",
         default="unknown",
         metavar="ID",
-        help="of the weights, as the hub writes it (apache-2.0, cc-by-nc-4.0, …), for the card",
+        help="licence of the weights for the card, by its hub id: apache-2.0, cc-by-nc-4.0, …",
     )
     command.add_argument(
         "--push",
         metavar="ORG/NAME",
         default="",
-        help="upload the directory to the Hugging Face hub",
+        help="upload the directory to this repository on the Hugging Face hub",
     )
-    command.add_argument("--private", action="store_true", help="of a repository that --push makes")
+    command.add_argument(
+        "--private", action="store_true", help="make a repository that --push creates private"
+    )
     command.set_defaults(run=export)
 
     command = commands.add_parser(
         "chat", help="ask a trained run about an audio file (runs with decoder=causal_lm)"
     )
     _add_run(command)
-    command.add_argument("audio", help="a file of at most 30 s")
+    command.add_argument("audio", help="an audio file of at most 30 s")
     command.add_argument(
-        "question", nargs="?", default="", help="asked for in the terminal where it is left out"
+        "question",
+        nargs="?",
+        default="",
+        help="the question; without it, questions are read from the terminal",
     )
     command.add_argument(
         "--max-new-tokens",
         type=whole_number(1),
         default=64,
-        help="the longest answer, in tokens (default: 64)",
+        help="maximum length of an answer in tokens (default: 64)",
     )
     add_device_options(command, batches=False)
     command.set_defaults(run=chat)
 
     command = commands.add_parser(
-        "evaluate", help="measure the texts that a trained run writes for shards"
+        "evaluate", help="score the texts that a trained model generates for shards"
     )
     _add_run(command)
     command.add_argument("shards", nargs="+", help="folders or URLs of shards")
     command.add_argument(
-        "--tasks", nargs="+", default=[], help="ask these only, by their names in conf/instructions"
+        "--tasks",
+        nargs="+",
+        default=[],
+        help="only these tasks, by their names in conf/instructions",
     )
-    add_choice(command, "--domain", DOMAINS, "of clips that do not say their own")
+    add_choice(command, "--domain", DOMAINS, "domain of clips that do not have their own")
     command.add_argument(
         "--limit", type=whole_number(1), metavar="N", help="only the first N clips of each folder"
     )
     add_device_options(command)
-    command.add_argument("--out", default="", help="a JSON-lines file of answers and references")
+    command.add_argument(
+        "--out", default="", help="write answers and references to this JSON Lines file"
+    )
     command.set_defaults(run=evaluate)

@@ -1,4 +1,4 @@
-"""`whisper-aut probe` and `report`: scores, tables, plots."""
+"""`whisper-aut probe` and `report`: score encoders, and write tables and plots."""
 
 import argparse
 from pathlib import Path
@@ -48,46 +48,50 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command = commands.add_parser("probe", help="score an encoder on probe tasks")
     command.add_argument(
         "encoder",
-        help="a directory, a run or a hub id; `logmel` for log-mel statistics, `random:DIR` for random "
-        "weights; NAME@30s and NAME@none choose the padding",
+        help="a directory, a run or a hub id; `logmel` for log-mel statistics, `random:DIR` for "
+        "random weights; NAME@30s or NAME@none sets the padding",
     )
     command.add_argument(
         "--against",
         action="append",
         default=[],
         metavar="BASE",
-        help="compare with this one; may be repeated",
+        help="encoder to compare with; may be repeated",
     )
     command.add_argument(
         "--tasks",
         nargs="+",
         required=True,
         metavar="TASK",
-        help="names from CONF/probe_tasks, suites from CONF/probe.yaml, or paths of YAMLs",
+        help="tasks in CONF/probe_tasks, suites in CONF/probe.yaml, or paths of YAML files",
     )
     command.add_argument(
-        "--root", default="data", help="what {root} stands for in the tasks (default: data)"
+        "--root", default="data", help="replaces {root} in the tasks (default: data)"
     )
     command.add_argument(
         "--seeds",
         type=whole_number(1),
         default=5,
-        help="trainings of each probe with a random start; linear and knn probes are fitted once "
-        "(default: 5)",
+        help="number of seeds for probes with random initialization; linear and knn probes are "
+        "fitted once (default: 5)",
     )
-    finals = "what the tested probe is fitted on once its settings are chosen (default: train)"
+    finals = "data to fit the tested probe on, after its settings are chosen (default: train)"
     add_choice(command, "--final-fit", ("train", "train+valid"), finals, default="train")
-    kinds = "the kind of probe; by default the one that each task names"
+    kinds = "kind of probe (default: that of each task)"
     add_choice(command, "--kind", PROBE_KINDS, kinds)
     add_pooling_options(command)
     add_encoder_options(command)
-    command.add_argument("--conf", default="conf", help="folder that holds probe_tasks/")
-    command.add_argument("--out", default="runs/probe", help="where scores.json and the report go")
+    command.add_argument("--conf", default="conf", help="folder with probe_tasks/ (default: conf)")
+    command.add_argument(
+        "--out",
+        default="runs/probe",
+        help="folder for scores.json and the report (default: runs/probe)",
+    )
     command.set_defaults(run=probe)
 
-    command = commands.add_parser("report", help="tables and plots of one or more runs")
+    command = commands.add_parser("report", help="write tables and plots of one or more runs")
     command.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run directories, of training or of `probe`"
+        "runs", nargs="+", metavar="RUN", help="output directories of `train` or `probe`"
     )
-    command.add_argument("--out", required=True, help="folder of report.html, tables and pictures")
+    command.add_argument("--out", required=True, help="folder for report.html, tables and figures")
     command.set_defaults(run=report)

@@ -1,4 +1,4 @@
-"""`whisper-aut train`, `plan` and `doctor`: a config, run, told before it runs, or tried on this machine."""
+"""`whisper-aut train`, `plan` and `doctor`: run a config, estimate its cost, check the machine."""
 
 import argparse
 from dataclasses import replace
@@ -44,7 +44,7 @@ def doctor(options: argparse.Namespace, console: Console) -> None:
 
 
 def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, Any]]:
-    """Choose what to look at: the machine, and with a config what that config needs of it."""
+    """Return the checks of the machine and, if there is a config, of what the config needs."""
     from whisper_aut.config import dump_settings, find_config, load_settings
     from whisper_aut.training import doctor as look
     from whisper_aut.training.build import (
@@ -79,7 +79,8 @@ def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, An
     built = settings.corpora.demo or settings.corpora.manifests
     if built and not all(Path(source.path).exists() for source in settings.data.train):
         console.print(
-            "The shards are built when the config is trained; they and the two steps are left out here."
+            "The shards are built when the config is trained; they and the two steps are left out "
+            "here."
         )
         return checks
     sources, policy = [*settings.data.train, *settings.data.valid], read_policy(settings.data)
@@ -98,7 +99,10 @@ def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, An
 
 
 def _two_steps(settings: Any, config: Path) -> Any:
-    """Return the settings of a dry run on this node alone; a model that another config would train first is made from its sizes."""
+    """Return the settings of a two-step dry run on this node.
+
+    A start model that another config would train first is replaced by the model of that config.
+    """
     import torch
 
     from whisper_aut.config import CorporaSettings, find_config, load_settings
@@ -137,10 +141,10 @@ def _two_steps(settings: Any, config: Path) -> Any:
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser(
-        "train", help="run a config: data, training, export, probes, report"
+        "train", help="run a config: data, training, export, probes and report"
     )
     command.add_argument(
-        "config", help="a YAML, or the name of a config that the package has, such as aut_tiny"
+        "config", help="a YAML file, or the name of a config in the package, such as aut_tiny"
     )
     command.add_argument(
         "overrides",
@@ -149,21 +153,21 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="e.g. trainer.max_steps=100 decoder=whisper",
     )
     command.add_argument(
-        "--resume", default="", metavar="auto|CKPT", help="go on with an unfinished run"
+        "--resume", default="", metavar="auto|CKPT", help="resume an unfinished run"
     )
     command.add_argument(
-        "--fresh", action="store_true", help="train again even if nothing has changed"
+        "--fresh", action="store_true", help="train again even if a finished run exists"
     )
     command.add_argument(
-        "--print-config", action="store_true", help="print the resolved config and stop"
+        "--print-config", action="store_true", help="print the resolved config and exit"
     )
     command.set_defaults(run=train)
 
     command = commands.add_parser(
-        "plan", help="what a config would need: memory, time, cores; nothing is loaded"
+        "plan", help="estimate memory, time and cores that a config needs, without loading anything"
     )
     command.add_argument(
-        "config", help="a YAML, or the name of a config that the package has, such as aut_tiny"
+        "config", help="a YAML file, or the name of a config in the package, such as aut_tiny"
     )
     command.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. strategy=deepspeed_stage_3"
@@ -172,16 +176,14 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
     command = commands.add_parser(
         "doctor",
-        help="whether this machine can run a config: versions, ranks, disk, shards, two steps",
+        help="check that this machine can run a config: versions, ranks, disk, shards, two steps",
     )
     command.add_argument(
         "config",
         nargs="?",
         default="",
-        help="a YAML or a name such as aut_tiny; without it, the machine alone",
+        help="a YAML file or a name such as aut_tiny; without it, check only the machine",
     )
     command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. hardware=8xgpu")
-    command.add_argument(
-        "--no-dry-run", action="store_true", help="leave out the two steps of training"
-    )
+    command.add_argument("--no-dry-run", action="store_true", help="skip the two training steps")
     command.set_defaults(run=doctor)
