@@ -1,1 +1,1 @@
-"""Models: the packed Whisper encoder, decoders, losses, and the LightningModule that trains them."""
+"""The packed Whisper encoder, decoders, losses, and the LightningModule that trains them."""

@@ -1,8 +1,7 @@
-"""Encoder frames → embeddings of a language model: fewer, wider, at its scale.
+"""Adapters that map encoder frames to the embeddings of a language model.
 
-In: packed frames `[ΣT, D]` with lengths T. Out: packed embeddings `[ΣT', W]` with lengths T' = ⌈T / k⌉, W the language model's width. Next:
-`model.decoders.causal_lm` puts them where the audio stands in the chat. A window never reaches into the neighbouring clip;
-what it misses at a clip's end is zero. A third adapter is one class and one line of `ADAPTERS`.
+Packed frames `[ΣT, D]` become packed embeddings `[ΣT', W]`, with T' = ⌈T / hop⌉ per clip and W the
+width of the language model. To add an adapter, write a class and add it to `ADAPTERS`.
 """
 
 from collections.abc import Sequence
@@ -19,12 +18,12 @@ EMBEDDINGS_AT_ONCE = 4096
 
 @dataclass
 class AdapterOptions:
-    """An adapter by name.
+    """Which adapter to build, and its sizes.
 
     Attributes:
         name: `stack` or `conv`.
-        frames: encoder frames (20 ms) that become one embedding: 4 for 80 ms, 5 for 100 ms.
-        hidden: width between its two layers; 0 for twice the language model's.
+        frames: number of encoder frames (20 ms each) per embedding: 4 for 80 ms, 5 for 100 ms.
+        hidden: width between the two linear layers. 0 means twice the language model's width.
     """
 
     name: str = "stack"
@@ -35,14 +34,24 @@ class AdapterOptions:
 def windows(
     frames: Tensor, lengths: Sequence[int], size: int, hop: int
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Gather windows of `size` frames every `hop` inside each clip: `[ΣT, D]` → `[ΣT', size · D]`, and T' per clip.
+    """Gather a window of `size` frames every `hop` frames, separately in each clip.
 
-    Windows are centred on their hop where `size` exceeds it; frames outside the clip are zero.
+    A window that is larger than `hop` is centred on its hop. Windows never reach into the next
+    clip: frames outside the clip are zero.
+
+    Args:
+        frames: `[ΣT, D]`.
+        lengths: T per clip.
+        size: frames per window.
+        hop: frames between the starts of two windows.
+
+    Returns:
+        The windows `[ΣT', size · D]`, and T' per clip.
     """
     counts = tuple(-(-length // hop) for length in lengths)
     lead = (size - hop) // 2
     places, start = [], 0
-    outside = len(frames)  # index of one zero frame, appended below
+    outside = len(frames)  # index of the zero frame that is appended below
     for length, count in zip(lengths, counts, strict=True):
         inside = torch.arange(count)[:, None] * hop + torch.arange(size)[None] - lead
         places.append(torch.where((inside >= 0) & (inside < length), inside + start, outside))
@@ -53,17 +62,20 @@ def windows(
 
 
 class StackAdapter(nn.Module):
-    """Stacks `hop` frames and maps them through a norm and two layers; the output norm starts at the embeddings' own scale.
+    """Normalises frames, stacks `hop` of them, and maps the stack through two linear layers.
+
+    The weights of the output norm start at `scale`, so that the outputs are as large as the
+    language model's own token embeddings.
 
     Args:
-        width: D, of the encoder.
-        out_width: W, of the language model.
+        width: width D of the encoder.
+        out_width: width W of the language model.
         hop: frames per embedding.
-        hidden: width between the layers.
+        hidden: width between the two linear layers.
         scale: root mean square of the language model's token embeddings.
     """
 
-    overlap = 1  # windows of `hop` frames, end to end
+    overlap = 1  # window size in hops
 
     def __init__(self, width: int, out_width: int, hop: int, hidden: int, scale: float):
         super().__init__()
@@ -82,7 +94,10 @@ class StackAdapter(nn.Module):
 
 
 class ConvAdapter(StackAdapter):
-    """A convolution with kernel 2 · `hop` and stride `hop`, written as a product over gathered windows, and a second layer."""
+    """A `StackAdapter` whose first layer is a convolution with kernel 2 · `hop` and stride `hop`.
+
+    The convolution is computed as a matrix product over gathered windows.
+    """
 
     overlap = 2
 
@@ -92,9 +107,10 @@ ADAPTERS: dict[str, type[StackAdapter]] = {"stack": StackAdapter, "conv": ConvAd
 
 @torch.no_grad()
 def embedding_scale(embed: nn.Embedding) -> float:
-    """Return the root mean square of a language model's token embeddings: the size at which an adapter's output begins.
+    """Return the root mean square of a language model's token embeddings.
 
-    Measured on what the layer returns: Gemma's multiplies its weights by √W.
+    It is measured on the outputs of the layer and not on its weights, because Gemma's embedding
+    layer multiplies its weights by √W.
     """
     tokens = torch.arange(embed.num_embeddings, device=embed.weight.device)
     squares = [embed(some).double().square().sum() for some in tokens.split(EMBEDDINGS_AT_ONCE)]
@@ -107,17 +123,19 @@ def build_adapter(
     """Build the adapter between an encoder and a language model.
 
     Args:
-        width: D, of the encoder.
-        out_width: W, of the language model.
-        scale: of its embeddings, see `embedding_scale`.
+        options: the name and sizes of the adapter.
+        width: width D of the encoder.
+        out_width: width W of the language model.
+        scale: root mean square of the language model's embeddings, see `embedding_scale`.
 
     Raises:
-        UserError: no such adapter, or fewer than one frame an embedding.
+        UserError: `options` names no known adapter, or its sizes are out of range.
     """
     if options.name not in ADAPTERS:
         hint = nearest(options.name, ADAPTERS)
         raise UserError(
-            f"decoder.adapter.name: there is no adapter {options.name!r}.{hint} There are: {', '.join(ADAPTERS)}."
+            f"decoder.adapter.name: there is no adapter {options.name!r}.{hint} "
+            f"There are: {', '.join(ADAPTERS)}."
         )
     if options.frames < 1 or options.hidden < 0:
         raise UserError(

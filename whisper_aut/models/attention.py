@@ -1,9 +1,7 @@
-"""Attention that stays inside each clip of a packed batch.
+"""Attention within each clip of a packed batch.
 
-In: queries `[ΣLq, H, d]` and keys, values `[ΣLk, H, d]` of clips laid end to end, and the `Segments` that say where each clip
-lies. Out: `[ΣLq, H, d]`. Used by `model.encoder`, the packed Whisper decoder and the packed language model. On CUDA in half
-precision, from Ampere on, one variable-length flash-attention kernel takes the whole batch; elsewhere runs of clips with equal lengths
-share one call of PyTorch's SDPA.
+On CUDA GPUs from Ampere on, in half precision, one variable-length flash-attention kernel handles
+the whole batch. Elsewhere, consecutive clips of equal length share one call of PyTorch's SDPA.
 """
 
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a host's tensor on the device, queued where that is a GPU."""
+    """Move a CPU tensor to `device`. Copies to a GPU use pinned memory and do not block."""
     return (
         tensor.pin_memory().to(device, non_blocking=True)
         if device.type == "cuda"
@@ -27,17 +25,18 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     )
 
 
-FLASH_CAPABILITY = (8, 0)  # Ampere: PyTorch's flash attention runs on nothing older
+FLASH_CAPABILITY = (8, 0)  # Ampere, the oldest GPUs that PyTorch's flash attention supports
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the clips of a batch lie, worked out once for all layers.
+    """Clip boundaries in a packed batch, computed once and used by all layers.
 
     Attributes:
-        runs: neighbouring clips of equal lengths, as (Lq, Lk, clips).
-        query_bounds, key_bounds: `[B + 1]` int32 on the device where clips begin and end; None on a CPU, which needs none.
-        longest_query, longest_key: in the batch.
+        runs: consecutive clips of equal lengths, as (Lq, Lk, number of clips).
+        query_bounds, key_bounds: `[B + 1]` int32 cumulative lengths (`cu_seqlens`) on the GPU.
+            None on the CPU, where they are not needed.
+        longest_query, longest_key: longest lengths in the batch.
     """
 
     runs: tuple[tuple[int, int, int], ...]
@@ -50,6 +49,7 @@ class Segments:
     def of(
         cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device
     ) -> "Segments":
+        """Build the segments of clips with Lq queries and Lk keys each."""
         pairs = list(zip(query_lengths, key_lengths, strict=True))
         runs = tuple((query, key, len(list(run))) for (query, key), run in groupby(pairs))
         query_bounds = key_bounds = None
@@ -74,13 +74,13 @@ def clip_attention(
     """Attend from each clip's queries to the same clip's keys only.
 
     Args:
-        query: `[ΣLq, H, d]`, not yet scaled.
-        key, value: `[ΣLk, H, d]`. The values' precision is that of the attention: norms of queries and keys that are kept in
-            float32 give float32 under autocast.
-        segments: where the clips lie.
-        causal: a query sees the keys up to its own position; needs equal query and key lengths.
-        dropout: probability with which attention weights are dropped.
-        scale: of the products; None for d^-1/2.
+        query: `[ΣLq, H, d]`, unscaled.
+        key, value: `[ΣLk, H, d]`. Attention runs in the dtype of the values. Queries and keys are
+            cast to it, because under autocast query and key norms may return float32.
+        segments: the clip boundaries.
+        causal: let a query see only keys up to its own position. Needs equal query and key lengths.
+        dropout: dropout probability of the attention weights.
+        scale: factor of the query-key products. None means d^-1/2.
 
     Returns:
         `[ΣLq, H, d]`.
@@ -128,7 +128,8 @@ def _sdpa_by_length(
     dropout: float,
     scale: float | None,
 ) -> Tensor:
-    # Heads first before the cut: one clip then costs its SDPA and nothing else, which is what small models wait for.
+    # Move heads to the front before splitting. A single clip then costs one SDPA call and nothing
+    # else; in small models such overhead dominates.
     query_runs = _cut(query, [lq * clips for lq, _, clips in segments.runs])
     key_sizes = [lk * clips for _, lk, clips in segments.runs]
     key_runs, value_runs = _cut(key, key_sizes), _cut(value, key_sizes)
@@ -146,6 +147,9 @@ def _sdpa_by_length(
 
 
 def _cut(packed: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """Cut `[ΣL, H, d]` into `[1, H, L, d]`; one piece alone is not cut, as the gradient of a cut is a copy."""
+    """Split `[ΣL, H, d]` into pieces `[1, H, L, d]`.
+
+    A single piece is not split, because the backward pass of a split makes a copy.
+    """
     heads_first = packed.transpose(0, 1)[None]
     return heads_first.split(list(sizes), dim=2) if len(sizes) > 1 else (heads_first,)

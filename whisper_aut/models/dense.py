@@ -1,8 +1,8 @@
-"""Linear layers through oneDNN, on the processors where PyTorch's choice is slow.
+"""Linear layers and matrix products that use oneDNN where MKL is slow.
 
-In: the modules of a model, and matrix products. Out: the same. PyTorch gives float32 products on x86 to MKL; on AMD's processors oneDNN,
-which PyTorch brings too and uses for bfloat16 and convolutions, was found twice as fast (`benchmarks/dense.py`). Everywhere else, on
-GPUs, under autocast and while a graph is captured, the layers are PyTorch's own.
+On x86 PyTorch computes float32 products with MKL. On AMD processors oneDNN, which PyTorch also
+ships and uses for bfloat16 and convolutions, was measured twice as fast (`benchmarks/dense.py`). On
+other processors and GPUs, under autocast and during graph capture, PyTorch's own layers run.
 """
 
 import platform
@@ -16,33 +16,38 @@ from torch.autograd.function import once_differentiable
 
 CPU_INFO = Path("/proc/cpuinfo")
 AMD = "AuthenticAMD"
-MIN_PRODUCTS = (
-    1 << 21
-)  # multiply-adds; a call of oneDNN costs some 15 µs, so that smaller products gain nothing
+# In multiply-adds. A call to oneDNN costs about 15 µs, so smaller products gain nothing.
+MIN_PRODUCTS = 1 << 21
 
 
 def speed_up_products(*modules: nn.Module) -> None:
-    """Let the plain linear layers within modules choose their library; weights, names and hooks stay as they are."""
+    """Convert all plain linear layers within `modules` to `Dense`, in place.
+
+    Weights, names and hooks do not change.
+    """
     for module in modules:
         for layer in module.modules():
-            if type(layer) is nn.Linear:  # not a subclass, whose forward is its own
+            if type(layer) is nn.Linear:  # subclasses may override forward
                 layer.__class__ = Dense
 
 
 class Dense(nn.Linear):
-    """`nn.Linear`, `[..., N]` → `[..., M]`, through the faster of PyTorch's libraries."""
+    """An `nn.Linear`, `[..., N]` → `[..., M]`, that uses oneDNN where it is faster than MKL."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not _takes_onednn(input, self.weight):
-            return super().forward(input)  # which looks functions up where ZeRO-3 puts its own
+            # `nn.Linear` looks up `F.linear` at each call, so it finds ZeRO-3's replacement.
+            return super().forward(input)
         return _Linear.apply(input, self.weight, self.bias)  # pyright: ignore[reportReturnType]
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return `left @ right.T` of `[N, K]` and `[M, K]`, without a gradient: `[N, M]`.
+    """Return `left @ right.T` as `[N, M]`, without a gradient.
 
     Args:
-        out: memory that may be used for it. Only what is returned is sure to hold the product.
+        left: `[N, K]`.
+        right: `[M, K]`.
+        out: optional buffer for the result. It may remain unused: always read the returned tensor.
     """
     return (
         _onednn(left, right, None)
@@ -61,12 +66,12 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _takes_onednn(left: Tensor, right: Tensor) -> bool:
-    """Whether `left @ right.T` gains by it; `right` is `[M, K]`."""
+    """Return whether oneDNN can compute `left @ right.T` and is faster; `right` is `[M, K]`."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
     return (
-        type(left)
-        is Tensor  # subclasses, among them those without memory by which runs are planned, have rules of their own
+        # Subclasses, such as the fake tensors that plan a run, define their own operations.
+        type(left) is Tensor
         and left.device.type == right.device.type == "cpu"
         and left.dtype == right.dtype == torch.float32
         and left.numel() * right.shape[0] >= MIN_PRODUCTS
@@ -78,7 +83,7 @@ def _takes_onednn(left: Tensor, right: Tensor) -> bool:
 
 @cache
 def mkl_is_slow() -> bool:
-    """Whether PyTorch has MKL and oneDNN, and the processor is AMD's."""
+    """Return whether PyTorch has both MKL and oneDNN and the processor is made by AMD."""
     known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return (
         torch.backends.mkl.is_available()
@@ -91,19 +96,19 @@ def mkl_is_slow() -> bool:
 def _is_amd() -> bool:
     try:
         return AMD in CPU_INFO.read_text()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return AMD in platform.processor()
 
 
 def _onednn(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    """`left @ right.T + bias`; factors may be transposed views."""
+    """Return `left @ right.T + bias`. Both factors may be transposed views."""
     return torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # A frozen weight needs no gradient, and its input need not outlive this call.
+        # Only the gradient of the weight needs the input, so it is not kept for a frozen weight.
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
         return _onednn(input, weight, bias)
 

@@ -1,11 +1,12 @@
-"""Whisper's encoder on the frames that clips have, without the 30-second tax.
+"""Whisper's encoder on packed clips of any length up to 30 s.
 
-In: packed log-mel `[ΣF', M]` and valid lengths F. Out: `Frames`, packed `[ΣT, D]` with lengths. Next: a decoder, or pooling. The
-weights, their names and the arithmetic are Hugging Face's `WhisperEncoder`; what differs is the layout: clips lie end to end,
-projections and feed-forward run over all of them at once, attention stays inside each, positions restart at each.
+Weights, their names and the arithmetic are those of Hugging Face's `WhisperEncoder`. Clips are
+packed end to end: projections and feed-forward layers run over all frames at once, attention stays
+within each clip, and positions restart at each clip.
 
-Two paddings, one set of weights: `none` runs each clip at its own length, and a clip's frames are the same alone and in any batch;
-`30s` extends every clip with silence to Whisper's window and computes what Hugging Face computes, to a relative error of 1e-5.
+There are two padding modes for the same weights. With `none`, each clip runs at its own length, and
+its frames do not depend on the rest of the batch. With `30s`, each clip is extended with silence to
+Whisper's window; the result equals Hugging Face's to a relative error of 1e-5.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,11 +27,13 @@ from whisper_aut.models.dense import speed_up_products
 
 Padding = Literal["none", "30s"]
 PADDINGS = ("none", "30s")
-TRAINED_PADDING = "trained_padding"  # the key under which an exported config.json says it
-RELEASED_PADDING: Padding = "30s"  # of checkpoints without that key: every released Whisper
+TRAINED_PADDING = "trained_padding"  # key of the padding mode in an exported config.json
+# Padding mode of checkpoints without that key, such as all of OpenAI's.
+RELEASED_PADDING: Padding = "30s"
 CONV_STRIDE = 2
 FRAME_SECONDS = 0.02
-FLOAT16_MARGIN = 1_000  # Whisper's own: float16 activations are kept this far from infinity
+# Float16 activations are clamped to the largest value minus this, as in Hugging Face's Whisper.
+FLOAT16_MARGIN = 1_000
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Frames:
 
     Attributes:
         values: `[ΣT, D]`.
-        lengths: T per clip, what a decoder attends to: the clip's own frames, or 1,500 in `30s` mode.
-        valid_lengths: T per clip that hold the clip itself: what pooling may average.
+        lengths: T per clip that a decoder attends to: the clip's own frames, or 1,500 with `30s`.
+        valid_lengths: T per clip without padding. Pooling averages only these frames.
     """
 
     values: Tensor
@@ -48,32 +51,39 @@ class Frames:
     valid_lengths: tuple[int, ...]
 
     def valid(self) -> list[Tensor]:
-        """Return each clip's own frames, `[T, D]`."""
+        """Return the frames of each clip without padding, `[T, D]`."""
         clips = self.values.split(self.lengths)
         return [clip[:length] for clip, length in zip(clips, self.valid_lengths, strict=True)]
 
 
 def longest_clip_seconds(config: WhisperConfig) -> float:
-    """Return how long a clip may be for the positions that an encoder has: 30 for a released Whisper's 1,500."""
+    """Return the longest clip that fits an encoder's positions: 30 s for Whisper's usual 1,500."""
     return config.max_source_positions * FRAME_SECONDS
 
 
 def too_long(config: WhisperConfig, padding: Padding, clip_seconds: float) -> str:
-    """Say that clips of this length, padding included, do not fit an encoder's positions, and how long clips may be."""
+    """Return an error message for clips that are too long for an encoder's positions.
+
+    Args:
+        config: the configuration of the encoder.
+        padding: the padding mode.
+        clip_seconds: length of the clip, padding included.
+    """
     longest = longest_clip_seconds(config)
     way = (
         "Padding to 30s does not fit; choose padding none, which runs clips at their own length"
         if padding == "30s"
-        else f"Clips may be at most {longest:g} s long; in training, set data.max_seconds={longest:g} to skip longer ones"
+        else f"Clips may be at most {longest:g} s long; in training, set "
+        f"data.max_seconds={longest:g} to skip longer ones"
     )
     return (
-        f"This encoder has {config.max_source_positions} positions (max_source_positions in its config.json), which reach {longest:g} s; "
-        f"{clip_seconds:g} s do not fit. {way}."
+        f"This encoder has {config.max_source_positions} positions (max_source_positions in its "
+        f"config.json), which reach {longest:g} s; {clip_seconds:g} s do not fit. {way}."
     )
 
 
 def encoder_frames(mel_length: int) -> int:
-    """T: encoder frames (20 ms) of a clip with F valid mel frames."""
+    """Return T, the number of encoder frames (20 ms) of a clip with F valid mel frames."""
     return -(-mel_length // CONV_STRIDE)
 
 
@@ -81,11 +91,13 @@ class PackedEncoder(nn.Module):
     """Runs a Hugging Face `WhisperEncoder` on packed clips.
 
     Args:
-        whisper: the encoder whose modules and weights are used; its parameters stay where they are.
+        whisper: the encoder to run. Its modules and parameters are used directly, without a copy.
         padding: `none` or `30s`.
-        gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations.
-        compile: let `torch.compile` fuse what lies between attentions. Sizes are symbolic: all layers and all
-            batches share two compilations for training, before and after attention, and two for evaluation.
+        gradient_checkpointing: recompute each layer in the backward pass instead of storing its
+            activations.
+        compile: compile the parts of a layer before and after attention with `torch.compile`.
+            Sizes are symbolic, so all layers and batches share two compilations for training
+            and two for evaluation.
     """
 
     def __init__(
@@ -106,7 +118,8 @@ class PackedEncoder(nn.Module):
                 torch.compile(before_attention, dynamic=True),
                 torch.compile(after_attention, dynamic=True),
             )
-        # Whisper's positions are fixed sinusoids; transformers leaves them trainable when it loads a checkpoint.
+        # Whisper's positions are fixed sinusoids, but transformers leaves them trainable when it
+        # loads a checkpoint.
         whisper.embed_positions.requires_grad_(False)
         speed_up_products(whisper)
 
@@ -122,8 +135,14 @@ class PackedEncoder(nn.Module):
         """Encode packed clips.
 
         Args:
-            mel: `[ΣF', M]`, each clip with its silence context as `data.logmel` lays it out.
-            mel_lengths: F per clip.
+            mel: `[ΣF', M]`, each clip followed by its silence context, as in `audio.logmel`.
+            mel_lengths: valid frames F per clip.
+
+        Returns:
+            The frames of all clips, packed `[ΣT, D]`.
+
+        Raises:
+            UserError: a clip, padding included, is too long for the encoder's positions.
         """
         valid = tuple(encoder_frames(length) for length in mel_lengths)
         if self.padding == "30s":
@@ -142,7 +161,7 @@ class PackedEncoder(nn.Module):
         return Frames(self.whisper.layer_norm(hidden), lengths, valid)
 
     def _layer(self, layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
-        """One transformer layer on packed clips `[ΣT, D]`, in the order of `WhisperEncoderLayer.forward`."""
+        """Run a layer on packed clips `[ΣT, D]`, in the order of `WhisperEncoderLayer.forward`."""
         before_attention, after_attention = self._halves
         attention = layer.self_attn
         p = attention.dropout if attention.training else 0.0
@@ -151,10 +170,10 @@ class PackedEncoder(nn.Module):
         return after_attention(layer, hidden, attended)
 
     def _embed(self, mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
-        """Convolve and add positions: `[ΣF', M]` → `[ΣT, D]`.
+        """Apply the convolutions and add positions: `[ΣF', M]` → `[ΣT, D]`.
 
-        Clips are spread out with zeros between them, starting at even frames, so that one convolution over the whole batch
-        sees at each clip's edges exactly what it would see alone.
+        Clips are spaced out with zeros between them, each starting at an even frame. One
+        convolution over the whole batch then gives each clip the same result as if it were alone.
         """
         whisper = self.whisper
         if len(set(mel_lengths)) == 1:
@@ -170,19 +189,20 @@ class PackedEncoder(nn.Module):
         return dropout(hidden, p=whisper.dropout, training=self.training)
 
     def _embed_equal(self, mel: Tensor, clips: int, frames: int) -> Tensor:
-        """The same where all clips are equally long: a plain batch, whose convolutions pad each clip by themselves."""
+        """Do the same as `_embed` for clips of equal length, as a plain batch `[B, M, F']`."""
         whisper = self.whisper
         batch = mel.unflatten(0, (clips, -1)).transpose(1, 2).to(whisper.conv1.weight.dtype)
         hidden = gelu(whisper.conv2(gelu(whisper.conv1(batch)))).transpose(1, 2)[:, :frames]
-        # The modules of the other way, called in its order: under ZeRO-3 each call gathers weights, on all ranks together.
+        # Call the same modules in the same order as `_embed`: under ZeRO-3 each call gathers
+        # weights, and all ranks must take part.
         positions = whisper.embed_positions(torch.arange(frames, device=mel.device))
-        hidden = (hidden + positions).contiguous()  # once, not in every layer
+        hidden = (hidden + positions).contiguous()  # once here instead of in every layer
         return dropout(hidden.flatten(0, 1), p=whisper.dropout, training=self.training)
 
 
 @dataclass(frozen=True)
 class _Spread:
-    """Where clips lie when they are spread out for the convolutions."""
+    """The layout of clips that are spaced out for the convolutions."""
 
     starts: tuple[int, ...]
     mel_lengths: tuple[int, ...]
@@ -193,14 +213,18 @@ class _Spread:
         starts, position = [], CONV_STRIDE
         for length in mel_lengths:
             starts.append(position)
-            after = (
-                position + frames_with_context(length) + 1
-            )  # at least one zero frame, then the next even place
+            # Leave at least one zero frame, then go to the next even index.
+            after = position + frames_with_context(length) + 1
             position = after + after % CONV_STRIDE
         return cls(tuple(starts), tuple(mel_lengths), position)
 
     def indices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return where mel frames go `[ΣF']`, where encoder frames are found `[ΣT]`, and their positions `[ΣT]`."""
+        """Return indices into the spaced-out layout, and positions.
+
+        Returns:
+            The index of each mel frame `[ΣF']`, the index of each encoder frame `[ΣT]` after the
+            convolutions, and the position of each encoder frame in its clip `[ΣT]`.
+        """
         clips = list(zip(self.starts, self.mel_lengths, strict=True))
         mel = [torch.arange(start, start + frames_with_context(length)) for start, length in clips]
         positions = [torch.arange(encoder_frames(length)) for _, length in clips]
@@ -211,7 +235,7 @@ class _Spread:
 
 
 def _pad_with_silence(mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
-    """Extend every clip to Whisper's 3,000 mel frames: `[ΣF', M]` → `[B · 3000, M]`."""
+    """Pad every clip with silence to Whisper's 3,000 mel frames: `[ΣF', M]` → `[B · 3000, M]`."""
     clips = mel.split([frames_with_context(length) for length in mel_lengths])
     padded = []
     for clip in clips:
@@ -222,13 +246,13 @@ def _pad_with_silence(mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
 
 
 def _before_attention(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values, `[ΣT, H, d]`."""
+    """Return the queries, keys and values of a layer, `[ΣT, H, d]` each."""
     normed = layer.self_attn_layer_norm(hidden)
     return _projected(layer.self_attn, normed, normed)
 
 
 def _after_attention(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
-    """Finish a layer: `[ΣT, D]` and the attended values `[ΣT, H, d]` → `[ΣT, D]`."""
+    """Run the rest of a layer: `[ΣT, D]` and attention outputs `[ΣT, H, d]` → `[ΣT, D]`."""
     attended = layer.self_attn.out_proj(attended.flatten(-2))
     hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
     hidden = hidden + packed_feed_forward(layer, layer.final_layer_norm(hidden))
@@ -244,7 +268,18 @@ _HALVES: tuple[Callable[..., Any], Callable[..., Any]] = (_before_attention, _af
 def packed_attention(
     attention: Any, queries: Tensor, keys: Tensor, segments: Segments, *, causal: bool = False
 ) -> Tensor:
-    """A Hugging Face `WhisperAttention` on packed clips: `[ΣLq, D]` and `[ΣLk, D]` → `[ΣLq, D]`."""
+    """Run a Hugging Face `WhisperAttention` on packed clips.
+
+    Args:
+        attention: the `WhisperAttention` module.
+        queries: inputs of the query projection, `[ΣLq, D]`.
+        keys: inputs of the key and value projections, `[ΣLk, D]`.
+        segments: the clip boundaries.
+        causal: let a query see only keys up to its own position.
+
+    Returns:
+        `[ΣLq, D]`.
+    """
     p = attention.dropout if attention.training else 0.0
     attended = clip_attention(
         *_projected(attention, queries, keys), segments, causal=causal, dropout=p
@@ -253,14 +288,14 @@ def packed_attention(
 
 
 def _projected(attention: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values of a `WhisperAttention`, `[ΣL, H, d]` each."""
+    """Return the queries, keys and values of a `WhisperAttention`, `[ΣL, H, d]` each."""
     heads = (attention.num_heads, attention.head_dim)
     q, k, v = attention.q_proj(queries), attention.k_proj(keys), attention.v_proj(keys)
     return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
 
 
 def packed_feed_forward(layer: Any, normed: Tensor) -> Tensor:
-    """The feed-forward half of a Whisper layer, dropouts included: `[N, D]` → `[N, D]`."""
+    """Run the feed-forward part of a Whisper layer, with its dropouts: `[N, D]` → `[N, D]`."""
     hidden = layer.activation_fn(layer.fc1(normed))
     hidden = dropout(hidden, p=layer.activation_dropout, training=layer.training)
     return dropout(layer.fc2(hidden), p=layer.dropout, training=layer.training)

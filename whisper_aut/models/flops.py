@@ -1,9 +1,8 @@
-"""The arithmetic of a step from its lengths alone: what packed clips cost, not what padding would.
+"""FLOPs of a training step, computed from model sizes and the lengths of the packed clips.
 
-In: a model's sizes and the lengths of a batch. Out: floating-point operations of forward and backward. Next: the meters of
-`training.throughput`. Counted are matrix products, convolutions and attention, two operations a multiply-add, as
-`torch.utils.flop_counter` does; what gradient checkpointing or flash attention compute again is not, so that a utilisation is of
-useful work (the convention of PaLM, Chowdhery et al. 2022, appendix B).
+Matrix products, convolutions and attention count, at two operations per multiply-add as in
+`torch.utils.flop_counter`. Recomputation by gradient checkpointing or flash attention does not, so
+that utilisation measures useful work (PaLM, Chowdhery et al. 2022, appendix B).
 """
 
 from collections.abc import Sequence
@@ -12,10 +11,11 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-PRODUCT = 3  # forward, and in the backward pass the gradients of both factors
-FIRST_PRODUCT = 2  # the input is data and needs no gradient
-FROZEN_PRODUCT = 2  # the weights need none
-KERNEL = 3  # of both convolutions
+# Matrix products per training step, relative to the forward pass.
+PRODUCT = 3  # forward pass, gradient of the input, gradient of the weights
+FIRST_PRODUCT = 2  # the input is data and gets no gradient
+FROZEN_PRODUCT = 2  # the weights get no gradient
+KERNEL = 3  # kernel size of both encoder convolutions
 
 
 def encoder_flops(
@@ -25,9 +25,9 @@ def encoder_flops(
 
     Args:
         config: a `WhisperConfig`.
-        mel_lengths: F per clip, as convolved.
+        mel_lengths: F per clip, as the convolutions see it.
         lengths: T per clip.
-        trained: whether it is; no gradient passes through one that is not.
+        trained: whether the encoder is trained. If not, only its forward pass is counted.
     """
     width, frames = config.d_model, sum(lengths)
     first, product = (FIRST_PRODUCT, PRODUCT) if trained else (1, 1)
@@ -54,8 +54,8 @@ def whisper_decoder_flops(
         config: a `WhisperConfig`.
         lengths: T per clip.
         text_lengths: L per clip.
-        supervised: tokens with logits.
-        through_frames: whether the encoder gets gradients.
+        supervised: number of tokens with logits.
+        through_frames: whether gradients flow back to the encoder.
     """
     width, tokens, frames = config.d_model, sum(text_lengths), sum(lengths)
     per_token = PRODUCT * tokens * (12 * width**2 + 4 * width * config.decoder_ffn_dim)
@@ -69,16 +69,17 @@ def language_model_flops(model: Any, lengths: Sequence[int], supervised: int) ->
     """Return the FLOPs of a training step through a causal language model.
 
     Args:
-        model: of `transformers`; its linear layers are counted, all of them run on every position but the last. The weights that
-            are trained get gradients, among them LoRA's; inputs always do.
+        model: a model of `transformers`. All its linear layers count at every position, except the
+            output layer, which counts at supervised positions only. Inputs always get gradients;
+            weights only if they are trained, LoRA's included.
         lengths: positions per chat, audio included.
-        supervised: positions with logits.
+        supervised: number of positions with logits.
     """
     config, head = model.config, model.get_output_embeddings()
     linear = sum(
         _products(m) for m in model.base_model.modules() if isinstance(m, (nn.Linear, Conv1D))
     )
-    heads = getattr(config, "num_attention_heads", 0)  # none in Mamba
+    heads = getattr(config, "num_attention_heads", 0)  # Mamba has none
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
     attention = (
         PRODUCT * 4 * width * config.num_hidden_layers * sum(length**2 for length in lengths)
@@ -87,5 +88,5 @@ def language_model_flops(model: Any, lengths: Sequence[int], supervised: int) ->
 
 
 def _products(layer: nn.Linear | Conv1D) -> int:
-    """Multiply-adds per position in forward and backward, where the input needs a gradient."""
+    """Return multiply-adds per position, forward and backward, for inputs that need a gradient."""
     return (PRODUCT if layer.weight.requires_grad else FROZEN_PRODUCT) * layer.weight.numel()

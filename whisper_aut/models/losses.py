@@ -1,9 +1,8 @@
-"""Cross-entropy over a large vocabulary without the matrix of all logits.
+"""Cross-entropy over a large vocabulary without storing the logits of all positions.
 
-In: hidden states of the supervised positions `[N, D]`, the output embedding `[V, D]`, labels `[N]`. Out: the summed loss with its
-gradients, and per position the negative log-likelihood and whether the best token was the right one. Next: a decoder returns
-it as `DecoderLoss`, `model.module` normalises it. Logits exist for `chunk` positions at a time; gradients are taken in the same
-pass (the idea of Liger's fused loss, Hsu et al. 2024, arXiv 2410.10989), so nothing of size `[N, V]` is ever kept.
+Logits exist for `chunk` positions at a time, and gradients are computed in the same pass, so no
+tensor of size `[N, V]` is ever stored. The idea is from Liger's fused loss (Hsu et al. 2024, arXiv
+2410.10989).
 """
 
 from dataclasses import dataclass
@@ -20,13 +19,14 @@ CHUNK_POSITIONS = 512
 
 @dataclass(frozen=True)
 class DecoderLoss:
-    """What a decoder says of a batch.
+    """The loss of a decoder on a batch with N supervised tokens.
 
     Attributes:
         total: sum of the negative log-likelihoods in nats, differentiable.
-        token_nll: `[N]` per supervised token, detached, in the order of the packed targets.
-        correct: `[N]` bool, the likeliest token was the target.
-        counts: supervised tokens per clip.
+        token_nll: `[N]` negative log-likelihood of each supervised token, detached, in the order
+            of the packed targets.
+        correct: `[N]` bool, whether the most likely token was the target.
+        counts: number of supervised tokens per clip.
     """
 
     total: Tensor
@@ -38,25 +38,26 @@ class DecoderLoss:
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK_POSITIONS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum the cross-entropy of `hidden @ weight.T` against `labels`, in chunks.
+    """Sum the cross-entropy of `hidden @ weight.T` with `labels`, in chunks.
+
+    Gradients are computed in the forward pass, so `backward` can run only once.
 
     Args:
-        hidden: `[N, D]`.
-        weight: `[V, D]`.
-        labels: `[N]`.
-        chunk: positions whose logits exist at one time.
+        hidden: hidden states of the supervised positions `[N, D]`.
+        weight: output embedding `[V, D]`.
+        labels: target tokens `[N]`.
+        chunk: number of positions whose logits exist at the same time.
 
     Returns:
-        The differentiable sum (float32), the detached loss per position `[N]`, and whether each prediction is right `[N]`.
+        The differentiable sum (float32), the detached loss per position `[N]`, and whether the most
+        likely token is the target `[N]`.
     """
-    if torch.is_autocast_enabled(
-        hidden.device.type
-    ):  # custom functions run outside autocast: take its dtype explicitly
+    # Custom functions run outside autocast, so cast to its dtype here.
+    if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if (
-        not torch.is_grad_enabled()
-    ):  # which the function below is not told: it would compute gradients for nobody
+    # The function below does not know whether gradients are enabled and would compute them anyway.
+    if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
     return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)  # pyright: ignore[reportReturnType]
 
@@ -71,9 +72,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = None
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-        buffer = hidden.new_empty(
-            min(chunk, len(hidden)), len(weight)
-        )  # one for all chunks: fresh memory is slow memory
+        # One buffer for all chunks, because allocating new memory for each is slow.
+        buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = product(hidden[part], weight, out=buffer[: len(hidden[part])]).float()
@@ -83,10 +83,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[part] = product(grad_logits, weight.T)
             if wants_weight:
                 grad_weight = _accumulated(grad_weight, grad_logits, hidden[part])
-            del logits, grad_logits  # before the next chunk's are made
+            del logits, grad_logits  # free them before the next chunk allocates its own
         if wants_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        # Not saved as tensors of the graph: they are handed over once, without the copy that would protect them.
+        # Not saved with `save_for_backward`: backward scales them in place and returns them once,
+        # without a copy.
         ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
         ctx.mark_non_differentiable(nll, correct)
         return nll.sum(), nll, correct
@@ -107,9 +108,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _softmax_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn logits `[N, V]` in place into their gradient; return the loss `[N]`, whether the best token is right, the gradient.
+    """Overwrite logits `[N, V]` with their gradient.
 
-    Written out, as `max` serves the prediction and the stability of the sum at once, and nothing of size `[N, V]` is made anew.
+    This is not `log_softmax`, so that one `max` gives the prediction as well as the stable sum, and
+    no other tensor of size `[N, V]` is allocated.
+
+    Returns:
+        The loss `[N]`, whether the most likely token is the target `[N]`, and the gradient.
     """
     best, guess = logits.max(-1, keepdim=True)
     wanted = logits.gather(-1, labels[:, None])
@@ -122,7 +127,10 @@ def _softmax_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _accumulated(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> Tensor:
-    """Add a chunk's gradient of the output embedding; in float32, as a bfloat16 sum over many chunks would lose the small ones."""
+    """Add a chunk's gradient of the output embedding to the total.
+
+    The total is float32, because a bfloat16 sum over many chunks would lose small gradients.
+    """
     if total is None:
         return product(grad_logits.T, hidden.T).float()
     if hidden.dtype == torch.float32:

@@ -1,4 +1,4 @@
-"""Random weights from a seed, without a trace in any of PyTorch's generators."""
+"""Seeded random weights that leave PyTorch's generators unchanged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ import torch
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw on the CPU from `seed` inside the block and restore the CPU's generator afterwards.
+    """Seed PyTorch's CPU generator inside the block, and restore it afterwards.
 
-    `torch.manual_seed` would reseed the generators of all GPUs too, where a training may be drawing
-    its dropout from them.
+    `torch.manual_seed` would also reseed the generators of all GPUs, which a running training may
+    use for dropout.
     """
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)

@@ -1,6 +1,6 @@
-"""The registry of decoders: a name in a config → its options and its builder. A new decoder is one file and one line here.
+"""The registry of decoders: `decoder.name` of a config selects the options and the builder.
 
-In: a start checkpoint and the `decoder` group of a config. Out: a `Decoder` module and its `TextCodec`. Next: `training.build`.
+To add a decoder, write a module and add an entry to `DECODERS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,14 +24,15 @@ from whisper_aut.models.pretrained import Start
 
 @dataclass(frozen=True)
 class DecoderEntry:
-    """One line of the registry.
+    """One entry of the registry.
 
     Attributes:
         options: the schema of the decoder's options.
-        build: `(start, options, gradient_checkpointing)` → decoder and codec.
-        exports: what a run with it can be exported as.
-        sketch: `(encoder config, options, gradient_checkpointing)` → the same module from sizes alone, without reading a weight or
-            a tokenizer; `training.plan` makes it of tensors without memory. None where nothing can be planned.
+        build: `(start, options, gradient_checkpointing)` → the decoder and its codec.
+        exports: the formats that a run with this decoder can be exported to.
+        sketch: `(encoder config, options, gradient_checkpointing)` → the same module built from its
+            configuration, without loading weights or a tokenizer. `training.plan` calls it to build
+            the decoder with fake tensors. None if runs with this decoder cannot be planned.
     """
 
     options: type
@@ -52,15 +53,19 @@ DECODERS: dict[str, DecoderEntry] = {
 
 
 def check_decoder(values: Mapping[str, Any]) -> tuple[DecoderEntry, Any]:
-    """Check the `decoder` group of a config against the schema that its name stands for.
+    """Validate the `decoder` group of a config.
+
+    Returns:
+        The registry entry of `decoder.name`, and the parsed options.
 
     Raises:
-        UserError: no such decoder, or options that it does not have.
+        UserError: the name is unknown, or the options do not fit the decoder's schema.
     """
     name = str(values.get("name", ""))
     if name not in DECODERS:
         raise UserError(
-            f"decoder.name: there is no decoder {name!r}.{nearest(name, DECODERS)} There are: {', '.join(DECODERS)}."
+            f"decoder.name: there is no decoder {name!r}.{nearest(name, DECODERS)} "
+            f"There are: {', '.join(DECODERS)}."
         )
     entry = DECODERS[name]
     return entry, build(entry.options, values, f"decoder ({name})")

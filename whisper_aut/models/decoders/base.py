@@ -1,7 +1,6 @@
-"""What every decoder is: a way from encoder frames to a loss on text, and to text.
+"""The interface that `models.module` expects of a decoder.
 
-In: the packed frames of a batch, their lengths and the batch's `Targets`. Out: a `DecoderLoss`, or generated tokens. Next:
-`model.module` binds an encoder and any decoder. A decoder comes with a `TextCodec`, its way from annotations to tokens.
+Each decoder comes with a `TextCodec`, which converts annotations to tokens and back to text.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,17 +14,17 @@ from whisper_aut.models.losses import DecoderLoss
 
 @runtime_checkable
 class Decoder(Protocol):
-    """A text decoder that learns from an audio encoder and teaches it. It is an `nn.Module` as well.
+    """A text decoder for training an audio encoder. It must also be an `nn.Module`.
 
-    Two more are used where a decoder has them: `flops(lengths, targets)`, the work of a training step, by the meters; `identity`, a
-    dictionary that the run's `environment.json` records.
+    Two members are optional: `flops(lengths, targets)` returns the FLOPs of a training step for the
+    throughput metrics, and `identity` is a dictionary written to the run's `environment.json`.
     """
 
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         """Return the summed loss over the supervised tokens.
 
         Args:
-            frames: `[ΣT, D]`; each clip's text sees that clip's frames only.
+            frames: encoder frames `[ΣT, D]`. The text of a clip attends to that clip's frames only.
             lengths: T per clip.
             targets: the packed tokens of the same clips.
         """
@@ -38,9 +37,19 @@ class Decoder(Protocol):
         prompts: Sequence[Tensor],
         max_new_tokens: int = 64,
     ) -> list[list[int]]:
-        """Return per clip the tokens that greedy decoding appends to its prompt, the end token left out."""
+        """Decode each clip greedily.
+
+        Args:
+            frames: encoder frames `[ΣT, D]`.
+            lengths: T per clip.
+            prompts: prompt tokens `[L]` of each clip.
+            max_new_tokens: the most tokens to generate per clip.
+
+        Returns:
+            The new tokens of each clip, without its prompt and the end token.
+        """
         ...
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
-        """Yield the decoder's own parameters that training may change."""
+        """Return the decoder's parameters that are trained."""
         ...

@@ -1,9 +1,9 @@
-"""A causal language model as the teacher of the encoder: adapter → chat → next-token loss on the answer.
+"""A causal language model as decoder, as in UniWhisper (arXiv 2602.21772).
 
-In: encoder frames `[ΣT, D]` and chats with a place for the audio (`data.chat`). Out: loss and text. Source: UniWhisper (arXiv 2602.21772):
-the language model stays frozen, so the encoder has to bring sound to where language already is. Chats lie end to end like the clips
-do: attention stays inside each, positions restart at each, and logits exist for supervised positions only. A language model that cannot
-run so is given padded batches (`model.language`).
+An adapter maps encoder frames to embeddings, which replace the audio token of a chat; the loss is
+next-token prediction on the answer. By default the language model stays frozen. Chats are packed
+like clips: attention stays within each chat, positions restart, and logits exist for supervised
+positions only. Language models that cannot run packed get padded batches (`models.language`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,7 +37,7 @@ from whisper_aut.models.pretrained import Start
 from whisper_aut.models.seeding import seeded
 from whisper_aut.models.tiny import LanguageScratch, make_language_model, scratch_config
 
-SKETCHED_AUDIO_AT = 3  # behind what ChatML writes before the first turn's text
+SKETCHED_AUDIO_AT = 3  # index of the audio token: ChatML writes three tokens before the user's text
 Training = Literal["frozen", "lora", "full"]
 
 
@@ -54,16 +54,22 @@ class CausalLMOptions:
     """The `decoder` group of a config with `name: causal_lm`.
 
     Attributes:
-        language_model: hub id or directory; unused with `scratch`.
-        revision: branch, tag or commit on the hub; empty for the default.
-        scratch: instead, a small language model made and trained on the texts of shards first.
-        train: what of the language model training may change: nothing (`frozen`), low-rank updates (`lora`), all of it (`full`).
-        random_init: keep its architecture and tokenizer but not its weights.
-        dtype: of the language model's frozen weights; `bfloat16` halves their memory. What is trained
-            is float32: low-rank updates, or with `full` the whole model.
-        instructions: the tasks (`data.prompts`), by default the files of `conf/instructions`.
-        max_tokens: longest chat in text tokens; `overflow` says what happens to a longer one.
-        date: the day that a chat template writes as today, such as 2026-11-28; by default the day on which the run started.
+        language_model: hub id or directory. Ignored if `scratch` is set.
+        revision: branch, tag or commit on the hub. Empty for the default branch.
+        scratch: train a small language model on the texts of shards first, and use it instead.
+        train: which weights of the language model are trained: none (`frozen`), low-rank updates
+            (`lora`), or all (`full`).
+        random_init: replace the weights with random ones; keep the architecture and the tokenizer.
+        dtype: dtype of the frozen weights. `bfloat16` halves their memory. Trained weights are
+            float32: the low-rank updates, or the whole model with `full`.
+        lora: rank and scale of the low-rank updates, used with `train: lora`.
+        adapter: the adapter between encoder and language model.
+        instructions: the tasks and their prompts. Defaults to the files of `conf/instructions`.
+        max_tokens: the longest chat, in text tokens.
+        overflow: what happens to a longer chat: `cut` keeps its beginning without an end token,
+            `drop` skips the sample.
+        date: the current date that a chat template writes, such as 2026-11-28. Defaults to the day
+            on which the run started.
     """
 
     name: str = "causal_lm"
@@ -84,10 +90,18 @@ class CausalLMOptions:
 def build_causal_lm(
     start: Start, options: CausalLMOptions, gradient_checkpointing: bool
 ) -> "tuple[CausalLMDecoder, ChatText]":
-    """Load the language model, put an adapter before it, and make a codec around its tokenizer.
+    """Load the language model and build the adapter and the codec.
+
+    Args:
+        start: the Whisper checkpoint whose encoder is trained; only its width is used.
+        options: the `decoder` group of the config.
+        gradient_checkpointing: recompute the layers of the language model in the backward pass.
+
+    Returns:
+        The decoder and its codec.
 
     Raises:
-        UserError: the language model cannot be used, or an option does not fit.
+        UserError: the language model cannot be used, or an option is invalid.
     """
     if options.max_tokens < 8:
         raise UserError(
@@ -103,7 +117,7 @@ def build_causal_lm(
     model, tokenizer = load_language_model(path, options.revision, dtype)
     layout = check_layout(path, model)
     if options.random_init:
-        # A checkpoint does not hold a frozen model, so it must come out the same again.
+        # Checkpoints do not contain frozen weights, so they must be the same every time.
         with seeded(0):
             model = type(model)(model.config).to(dtype)  # pyright: ignore[reportArgumentType]
     codec = ChatText(tokenizer, instructions, options.max_tokens, options.overflow, options.date)
@@ -134,14 +148,18 @@ def build_causal_lm(
 def sketch_causal_lm(
     config: WhisperConfig, options: CausalLMOptions, gradient_checkpointing: bool
 ) -> nn.Module:
-    """Return the decoder that `build_causal_lm` would, with sizes alone; see `DecoderEntry.sketch`.
+    """Build the decoder from its configuration, without pretrained weights or a tokenizer.
+
+    See `DecoderEntry.sketch`.
 
     Raises:
-        UserError: with LoRA, whose weights peft cannot make without memory, or a model that does not run without its own.
+        UserError: LoRA is requested, whose weights peft cannot create as fake tensors, or the model
+            does not run on fake tensors.
     """
     if options.train == "lora":
         raise UserError(
-            "LoRA cannot be planned: peft needs real weights. Plan with decoder.train=frozen and leave room for its updates."
+            "LoRA cannot be planned: peft needs real weights. Plan with decoder.train=frozen and "
+            "leave room for its updates."
         )
     scratch = options.scratch
     sizes = (
@@ -168,18 +186,19 @@ def sketch_causal_lm(
 
 
 class CausalLMDecoder(nn.Module):
-    """Runs a language model on chats.
+    """Runs a causal language model on chats that contain audio.
 
-    Weights of the language model that are not trained are not in its state dict: a checkpoint names them, and refuses others.
+    Frozen weights of the language model are left out of the state dict. A checkpoint stores their
+    hash instead, and loading fails if the hash differs.
 
     Args:
-        model: a Hugging Face causal language model, its trainable parameters chosen.
-        adapter: encoder frames → its embeddings.
-        audio_at: the index at which every chat has its audio.
+        model: a Hugging Face causal language model, with `requires_grad` already set.
+        adapter: maps encoder frames to embeddings of the language model.
+        audio_at: index of the audio token in every chat.
         end_token: the token that ends an answer.
-        identity: what a checkpoint records of the language model as it was loaded.
-        layout: how it runs on a batch.
-        held: keep it in eval mode whatever mode the rest is in.
+        identity: name, revision and weight hash of the language model, stored in checkpoints.
+        layout: how the language model runs on a batch.
+        held: keep the language model in eval mode, whatever the mode of the rest.
     """
 
     def __init__(
@@ -197,7 +216,7 @@ class CausalLMDecoder(nn.Module):
         self.model, self.adapter = model, adapter
         self.audio_at, self.end_token, self.identity = audio_at, end_token, identity
         self.layout, self.held = layout, held
-        model.generation_config = GenerationConfig()  # its own may ask for sampling
+        model.generation_config = GenerationConfig()  # the model's own may enable sampling
         model.register_state_dict_post_hook(_leave_out_frozen)
         model.register_load_state_dict_pre_hook(_keep_frozen)
         speed_up_products(model, adapter)
@@ -213,7 +232,7 @@ class CausalLMDecoder(nn.Module):
         chats = self._lay_out(frames, lengths, targets.tokens, targets.lengths)
         states = sequence_states(self.model, chats.embeddings, chats.lengths, self.layout)
         predicted = targets.places
-        # The state before a token predicts it.
+        # Each token is predicted from the state one position before it.
         hidden = states.index_select(0, chats.places.index_select(0, predicted) - 1)
         weight: Any = self.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
         total, nll, correct = chunked_cross_entropy(hidden, weight, targets.tokens[predicted])
@@ -239,7 +258,7 @@ class CausalLMDecoder(nn.Module):
         )
 
     def flops(self, lengths: Sequence[int], targets: Targets) -> float:
-        """Return the FLOPs of a training step on clips of T frames; what the meters divide by."""
+        """Return the FLOPs of a training step on clips of T frames, for the throughput metrics."""
         audio = [-(-length // self.adapter.hop) for length in lengths]
         chats = [text - 1 + sounding for text, sounding in zip(targets.lengths, audio, strict=True)]
         of_model = language_model_flops(self.model, chats, sum(targets.counts))
@@ -257,8 +276,9 @@ class CausalLMDecoder(nn.Module):
     def set_extra_state(self, state: dict[str, str]) -> None:
         if state["weights"] != self.identity["weights"]:
             raise UserError(
-                f"The checkpoint was trained through {state['language_model']} with weights {state['weights']}; "
-                f"{self.identity['language_model']} holds others ({self.identity['weights']})."
+                f"The checkpoint was trained through {state['language_model']} with weights "
+                f"{state['weights']}; {self.identity['language_model']} holds others "
+                f"({self.identity['weights']})."
             )
 
     def _lay_out(
@@ -268,7 +288,7 @@ class CausalLMDecoder(nn.Module):
         tokens: Tensor,
         token_lengths: Sequence[int],
     ) -> "_Chats":
-        """Embed packed chats `[ΣL]` and put each clip's audio where its `AUDIO` token stands."""
+        """Embed packed chats `[ΣL]` and replace each `AUDIO` token with its clip's embeddings."""
         audio, audio_lengths = self.adapter(frames, frame_lengths)
         text = self.model.get_input_embeddings()(tokens.clamp(min=0))
         order, places, lengths = _interleave(token_lengths, self.audio_at, audio_lengths)
@@ -279,7 +299,13 @@ class CausalLMDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class _Chats:
-    """Chats laid end to end: embeddings `[ΣL', W]` with lengths L', and where each text token went, `[ΣL]`."""
+    """Packed chats with their audio.
+
+    Attributes:
+        embeddings: `[ΣL', W]`.
+        places: index into `embeddings` of each text token, `[ΣL]`.
+        lengths: L' per chat, audio included.
+    """
 
     embeddings: Tensor
     places: Tensor
@@ -289,10 +315,11 @@ class _Chats:
 def _interleave(
     token_lengths: Sequence[int], audio_at: int, audio_lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Say how text and audio come together when the one `AUDIO` token of each chat gives way to its audio.
+    """Return the layout of chats whose `AUDIO` token is replaced with the clip's audio.
 
     Returns:
-        For each position of the whole its row among `[text; audio]`, for each text token its position, and the lengths.
+        For each position of the result `[ΣL']` its index into the concatenation `[text; audio]`;
+        for each text token `[ΣL]` its position in the result; and L' per chat.
     """
     order, places, lengths = [], [], []
     token, audio, position = 0, sum(token_lengths), 0
@@ -314,7 +341,7 @@ def _interleave(
 
 
 def _frozen_dtype(options: CausalLMOptions) -> torch.dtype:
-    """Return what the language model is loaded in; where all of it is trained, nothing is frozen."""
+    """Return the dtype to load the language model in: float32 if all of it is trained."""
     return torch.float32 if options.train == "full" else getattr(torch, options.dtype)
 
 
@@ -344,7 +371,7 @@ def _keep_frozen(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) 
 
 
 def _frozen(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that are not trained, tied ones under each of their names."""
+    """Return the parameters that are not trained. Tied parameters appear under all their names."""
     return {
         name: value
         for name, value in model.named_parameters(remove_duplicate=False)

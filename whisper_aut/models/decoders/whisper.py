@@ -1,8 +1,9 @@
-"""Whisper's own decoder, packed: the teacher of AuT, trained with the encoder and thrown away at export.
+"""Whisper's own decoder on packed clips, trained together with the encoder as in Whisper-AuT.
 
-In: encoder frames `[ΣT, D]` and packed token targets. Out: loss and text. Source: Whisper-AuT (arXiv 2604.10438); the modules,
-weights and arithmetic are Hugging Face's `WhisperForConditionalGeneration`. Texts lie end to end like the clips do; self- and
-cross-attention stay inside each clip, and logits exist for supervised positions only.
+Source: arXiv 2604.10438. Modules, weights and arithmetic are those of Hugging Face's
+`WhisperForConditionalGeneration`. Texts are packed like clips: self- and cross-attention stay
+within each clip, and logits exist for supervised positions only. Exports leave the decoder out
+unless they are requested as `whisper`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,7 +33,7 @@ from whisper_aut.models.pretrained import Start
 
 @dataclass
 class WhisperDecoderOptions:
-    """The `decoder` group of a config with `name: whisper`; see `data.text.WhisperText` for what each does."""
+    """The `decoder` group of a config with `name: whisper`. See `data.targets.WhisperText`."""
 
     name: str = "whisper"
     prompts: dict[str, DomainPrompt] = field(default_factory=dict)
@@ -44,10 +45,18 @@ class WhisperDecoderOptions:
 def build_whisper_decoder(
     start: Start, options: WhisperDecoderOptions, gradient_checkpointing: bool
 ) -> "tuple[WhisperDecoder, WhisperText]":
-    """Take the start checkpoint's own decoder, and a codec around its tokenizer.
+    """Build the decoder and the codec from a pretrained Whisper checkpoint.
+
+    Args:
+        start: the checkpoint to take decoder and tokenizer from.
+        options: the `decoder` group of the config.
+        gradient_checkpointing: recompute each layer in the backward pass.
+
+    Returns:
+        The decoder and its codec.
 
     Raises:
-        UserError: the checkpoint has no decoder, or an option does not fit it.
+        UserError: the checkpoint has no decoder or a wrong tokenizer, or an option does not fit it.
     """
     for domain, prompt in options.prompts.items():
         if domain not in DOMAINS:
@@ -56,15 +65,18 @@ def build_whisper_decoder(
             )
         if prompt.language != OF_THE_SAMPLE and not whisper_codes(prompt.language):
             raise UserError(
-                f"decoder.prompts.{domain}.language: {prompt.language!r} is no language of Whisper's. Give a code such as `en`, or "
-                f"`{OF_THE_SAMPLE}` for what each sample states."
+                f"decoder.prompts.{domain}.language: {prompt.language!r} is no language of "
+                f"Whisper's. Give a code such as `en`, or `{OF_THE_SAMPLE}` for what each sample "
+                "states."
             )
-    model = start.model  # first: of an export without a decoder nothing else is worth saying
+    # Load the model before the other checks, so that a missing decoder is the error reported first.
+    model = start.model
     _check_tokenizer(start)
     longest = start.config.max_target_positions
     if not 8 <= options.max_tokens <= longest:
         raise UserError(
-            f"decoder.max_tokens: {options.max_tokens} is outside 8 to {longest}, what {start.path} can place."
+            f"decoder.max_tokens: {options.max_tokens} is outside 8 to {longest}, "
+            f"what {start.path} can place."
         )
     codec = WhisperText(
         start.tokenizer,
@@ -77,14 +89,18 @@ def build_whisper_decoder(
     for domain, prompt in options.prompts.items():
         if prompt.language != OF_THE_SAMPLE and not codec.language_token(prompt.language):
             raise UserError(
-                f"decoder.prompts.{domain}.language: the tokenizer of {start.path} has no token for {prompt.language!r}."
+                f"decoder.prompts.{domain}.language: the tokenizer of {start.path} has no token "
+                f"for {prompt.language!r}."
             )
     end_token = start.token_id("<|endoftext|>")
     return WhisperDecoder(model.model.decoder, end_token, gradient_checkpointing), codec
 
 
 def _check_tokenizer(start: Start) -> None:
-    """Refuse a tokenizer that is not the checkpoint's: where files are missing, transformers makes up one without words."""
+    """Raise `UserError` if the tokenizer does not belong to the checkpoint.
+
+    If tokenizer files are missing, transformers silently builds a tokenizer of its own.
+    """
     config = start.config
     special = ["<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>"]
     special += ["<|transcribe|>", "<|translate|>"] if start.multilingual else []
@@ -102,22 +118,25 @@ def _check_tokenizer(start: Start) -> None:
     elif max(*written, *ids) >= config.vocab_size or ids[:3] != [
         config.decoder_start_token_id,
         config.eos_token_id,
-        # A tokenizer of another generation of Whisper has a language more or less before this one.
+        # Whisper generations differ in their number of languages, which shifts this token's id.
         getattr(start.generation_config, "no_timestamps_token_id", None) or ids[2],
     ]:
         why = "numbers tokens otherwise"
     else:
         return
     raise UserError(
-        f"The tokenizer of {start.path} is not this checkpoint's: it {why}. Copy tokenizer.json, or vocab.json and merges.txt, and "
-        "tokenizer_config.json from where the weights come from."
+        f"The tokenizer of {start.path} is not this checkpoint's: it {why}. Copy tokenizer.json, "
+        "or vocab.json and merges.txt, and tokenizer_config.json from where the weights come from."
     )
 
 
 def sketch_whisper_decoder(
     config: WhisperConfig, options: WhisperDecoderOptions, gradient_checkpointing: bool
 ) -> nn.Module:
-    """Return the decoder that `build_whisper_decoder` would, with sizes alone; see `DecoderEntry.sketch`."""
+    """Build the decoder from a configuration, without pretrained weights or a tokenizer.
+
+    See `DecoderEntry.sketch`.
+    """
     end = config.eos_token_id
     return WhisperDecoder(
         HFWhisperDecoder(config), end if isinstance(end, int) else 0, gradient_checkpointing
@@ -125,12 +144,13 @@ def sketch_whisper_decoder(
 
 
 class WhisperDecoder(nn.Module):
-    """Runs a Hugging Face `WhisperDecoder` on packed clips. The output embedding is the token embedding, tied.
+    """Runs a Hugging Face `WhisperDecoder` on packed clips. Output and token embeddings are tied.
 
     Args:
-        whisper: the decoder whose modules and weights are used.
+        whisper: the decoder to run. Its modules and parameters are used directly, without a copy.
         end_token: id of `<|endoftext|>`, at which generation stops.
-        gradient_checkpointing: recompute each layer in the backward pass instead of storing its activations.
+        gradient_checkpointing: recompute each layer in the backward pass instead of storing its
+            activations.
     """
 
     def __init__(
@@ -144,7 +164,7 @@ class WhisperDecoder(nn.Module):
 
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         hidden = self._hidden(frames, lengths, targets)
-        # The state at position i predicts token i + 1, so a supervised token is read off the position before it.
+        # Each token is predicted from the state one position before it.
         predicted = targets.places
         weight = self.whisper.embed_tokens.weight
         total, nll, correct = chunked_cross_entropy(
@@ -160,14 +180,14 @@ class WhisperDecoder(nn.Module):
         prompts: Sequence[Tensor],
         max_new_tokens: int = 64,
     ) -> list[list[int]]:
-        # One clip after another: its frames need no mask then, and Hugging Face's cache does the rest.
+        # One clip at a time: no attention mask is needed, and Hugging Face's cache works as it is.
         return [
             self._greedy(clip, prompt, max_new_tokens)
             for clip, prompt in zip(frames.split(list(lengths)), prompts, strict=True)
         ]
 
     def flops(self, lengths: Sequence[int], targets: Targets) -> float:
-        """Return the FLOPs of a training step on clips of T frames; what the meters divide by."""
+        """Return the FLOPs of a training step on clips of T frames, for the throughput metrics."""
         return whisper_decoder_flops(
             self.whisper.config, lengths, targets.lengths, sum(targets.counts)
         )
@@ -176,7 +196,7 @@ class WhisperDecoder(nn.Module):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def _hidden(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> Tensor:
-        """Return the last hidden state of every token, `[ΣL, D]`."""
+        """Return the last hidden states of all text tokens, `[ΣL, D]`."""
         whisper = self.whisper
         positions = torch.cat([torch.arange(length) for length in targets.lengths])
         places = whisper.embed_positions(None, position_ids=sent(positions, frames.device))
@@ -219,7 +239,7 @@ class WhisperDecoder(nn.Module):
 def _decoder_layer(
     layer: Any, hidden: Tensor, frames: Tensor, own: Segments, across: Segments
 ) -> Tensor:
-    """One transformer layer on packed texts `[ΣL, D]`, in the order of `WhisperDecoderLayer.forward`."""
+    """Run one layer on packed texts `[ΣL, D]`, in the order of `WhisperDecoderLayer.forward`."""
     normed = layer.self_attn_layer_norm(hidden)
     attended = packed_attention(layer.self_attn, normed, normed, own, causal=True)
     hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
