@@ -388,7 +388,7 @@ class _DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
         self._frozen: dict[str, torch.Tensor] = {}
 
     def _format_config(self) -> None:
-        """Merge the user's options into Lightning's, which takes a config or arguments, not both."""
+        """Merge the user's options into Lightning's, which accepts a config or arguments only."""
         super()._format_config()
         sums: dict[str, Any] = {}
         if str(self.precision_plugin.precision).startswith("bf16"):

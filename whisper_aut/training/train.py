@@ -1,8 +1,4 @@
-"""One training run: seed → data → model → trainer → fit.
-
-In: checked `Settings` whose start checkpoint and shards exist. Out: the `RunDirectory` with checkpoints, logs, samples and ledger.
-Next: `export` takes the encoder out of its last checkpoint.
-"""
+"""A training run, from `Settings` to a run directory with checkpoints, logs, samples and ledger."""
 
 import json
 import math
@@ -82,7 +78,12 @@ MAX_REWINDS = 3
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run, and whether it was finished before."""
+    """Result of `train`.
+
+    Attributes:
+        run: The finished run.
+        reused: Whether the run had finished before, so nothing was trained.
+    """
 
     run: RunDirectory
     reused: bool
@@ -99,15 +100,16 @@ def train(
     """Train, or return the newest run that finished with the same config, data and release.
 
     Args:
-        settings: the run.
-        console: where people read.
-        resume: `auto` goes on with the newest unfinished run of this name, a path with that run or checkpoint; empty starts anew.
-        fresh: train again even if a finished run is there.
-        callbacks: of the Trainer, beside our own.
+        settings: Config of the run.
+        console: Console for messages.
+        resume: `auto` resumes the newest run of this name if it is unfinished. A path resumes that
+            run or checkpoint. Empty starts a new run.
+        fresh: Train again even if there is a finished run.
+        callbacks: Additional callbacks of the Trainer.
 
     Raises:
-        UserError: a mistake in config, data or checkpoint.
-        Interrupted: the run was asked to stop; its message says how to go on.
+        UserError: If the config, the data or the checkpoint cannot be used.
+        Interrupted: If a signal stopped the run. The message names the saved checkpoint.
     """
     hardware = settings.hardware
     precision, hint = resolved_precision(hardware.precision, hardware.accelerator)
@@ -184,9 +186,8 @@ def train(
     for source in parts.data.train:
         if source.index.selection:
             console.print(_left_out(source.index), markup=False)
-    goes_on = LambdaCallback(
-        on_train_start=lambda *_: _go_on(run, settings, facts)
-    )  # by then the checkpoint has been accepted
+    # When training starts, Lightning has loaded the checkpoint without an error.
+    goes_on = LambdaCallback(on_train_start=lambda *_: _go_on(run, settings, facts))
     with announced(run), explained(run.path, _ranks(settings)):
         _fit(
             settings,
@@ -202,7 +203,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a config builds, ready to be fitted."""
+    """The objects of a run, ready for `Trainer.fit`."""
 
     start: Start
     module: AudioTextModule
@@ -216,9 +217,8 @@ def _build(settings: Settings, checkpoint: Path | None, skip_to: Cursor | None =
     decoder, codec = build_decoder(settings, start)
     data = build_data(settings, codec, start.config.num_mel_bins)
     total_steps = _total_steps(settings, data, checkpoint, skip_to)
-    module = build_module(
-        settings, start, decoder, codec, total_steps
-    ).train()  # transformers loads in eval mode
+    # transformers loads models in eval mode.
+    module = build_module(settings, start, decoder, codec, total_steps).train()
     return _Parts(start, module, data, total_steps)
 
 
@@ -231,7 +231,10 @@ def _fit(
     console: Console,
     extra: Sequence[lightning.Callback],
 ) -> None:
-    """Train to the last step; after a `Rewind`, once more from an earlier checkpoint with what is to be skipped left out."""
+    """Train to the last step.
+
+    After a `Rewind`, train again from the newest valid checkpoint and skip the data read since.
+    """
     ledger = Ledger(run.ledger(rank_zero_only.rank or 0), settings.data.max_skipped_fraction)
     skip_to, rewinds = None, 0
     while True:
@@ -275,14 +278,13 @@ def _fit(
         callback for callback in trainer.callbacks if isinstance(callback, RollingCheckpoints)
     )  # pyright: ignore
     if checkpoints.validated_step != trainer.global_step:
-        trainer.validate(
-            parts.module, datamodule=parts.data, verbose=False
-        )  # the last step's own figures
+        # The metrics of the run are those of its last step.
+        trainer.validate(parts.module, datamodule=parts.data, verbose=False)
     _finish(trainer, run, parts.data, ledger, meter, fingerprint, console)
 
 
 def _go_on(run: RunDirectory, settings: Settings, facts: dict[str, Any]) -> None:
-    """Write down what an earlier run is trained on with; until it ends again it is not done."""
+    """Record the config of a resumed run, and mark the run as unfinished."""
     if is_first_rank():
         run.done.unlink(missing_ok=True)
         run.record(dump_settings(settings), facts)
@@ -334,7 +336,7 @@ def _trainer(
     return lightning.Trainer(
         **trainer_arguments(settings, total_steps),
         strategy=strategy,
-        # A job under Slurm saves and ends on a signal by our own rules; Lightning would save elsewhere and requeue.
+        # `CleanStop` handles the signals of Slurm. Lightning would save elsewhere and requeue.
         plugins=[SLURMEnvironment(auto_requeue=False)]
         if _launched_by_slurm() and _ranks(settings) > 1
         else None,
@@ -354,8 +356,8 @@ def _finish(
     fingerprint: str,
     console: Console,
 ) -> None:
-    # Every rank comes here after all that may fail on it, and all judge the same counts, so a rank
-    # that fails leaves no done.json.
+    # Ranks exchange their counts here, after everything that may fail on one of them, and all check
+    # the same counts. If a rank fails, no done.json is written.
     counts = counts_of_all_ranks(ledger)
     callbacks: list[lightning.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     unknown_languages = next(
@@ -392,7 +394,7 @@ def _finish(
 
 
 def _say(console: Console, line: str | Text) -> None:
-    """Print once, however many ranks there are."""
+    """Print on rank 0 only."""
     if is_first_rank():
         console.print(line)
 
@@ -402,12 +404,15 @@ def _warn(console: Console, line: str) -> None:
 
 
 def _launched_by_slurm() -> bool:
-    """Whether `srun` started this rank; where torchrun did, inside a Slurm job, it alone knows the ranks."""
+    """Return whether `srun` started this rank.
+
+    In a Slurm job, torchrun may have started it instead. Then only torchrun knows the ranks.
+    """
     return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
 
 
 def _clips_per_step(settings: Settings) -> int:
-    """Return the clips of an optimiser step, 0 where steps are measured in seconds."""
+    """Return the clips in an optimizer step, or 0 if steps are measured in seconds of audio."""
     if settings.data.batch_seconds:
         return 0
     return settings.data.batch_clips * _ranks(settings) * settings.trainer.accumulate
@@ -416,9 +421,8 @@ def _clips_per_step(settings: Settings) -> int:
 def _seed(settings: Settings) -> None:
     if settings.hardware.threads:
         torch.set_num_threads(settings.hardware.threads)
-    torch.set_float32_matmul_precision(
-        "high"
-    )  # TF32 where the device has it; CPUs are not affected
+    # TF32 on devices that support it. CPUs are not affected.
+    torch.set_float32_matmul_precision("high")
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
 
 
@@ -433,7 +437,7 @@ def _total_steps(
 
 
 def _ranks(settings: Settings) -> int:
-    """Return the ranks of the job as Lightning will count them."""
+    """Return the number of ranks of the job, as Lightning will count them."""
     devices = settings.hardware.devices
     if devices == "auto":
         devices = max(1, torch.cuda.device_count()) if settings.hardware.accelerator != "cpu" else 1
@@ -485,7 +489,7 @@ def _headline(
 
 
 def _domain_shares(data: ShardDataModule) -> dict[str, float]:
-    """Return the share of each domain among the training clips, as they are drawn."""
+    """Return the fraction of each domain among the training clips, as they are drawn."""
     shares: dict[str, float] = {}
     for source, shape in zip(data.train, data.order.sources, strict=True):
         shares[source.domain] = shares.get(source.domain, 0.0) + (

@@ -1,8 +1,8 @@
-"""Saves checkpoints at whole optimiser steps, and keeps the last few and the best.
+"""Saves checkpoints at whole optimizer steps, and keeps the last few and the best.
 
-In: the Trainer's steps and `valid/loss`. Out: `checkpoints/step-0000100.ckpt`, with `last.ckpt` and `best.ckpt` as links to two of them.
-Next: `--resume`, and `export`. A checkpoint is always written before the validation of its step and judged behind it, so a run that is
-stopped while it validates loses nothing.
+The links `last.ckpt` and `best.ckpt` point to the newest checkpoint and to the one with the lowest
+`valid/loss`. A checkpoint is always written before the validation of its step, so stopping a run
+during validation loses nothing.
 """
 
 import math
@@ -18,19 +18,19 @@ import lightning
 from whisper_aut.training.checkpoint import BEST, LAST, checkpoint_name, checkpoints_in, point_to
 
 JUDGED_BY = "valid/loss"
-SUPERSEDED = ".superseded-"  # before the name of a checkpoint that the run has gone back behind
+SUPERSEDED = ".superseded-"  # prefix of checkpoints later than the one the run was resumed from
 
 
 class RollingCheckpoints(lightning.Callback):
-    """Saves every so many steps, before every validation, and at the last step.
+    """Saves every N steps, before every validation, and at the last step.
 
     Args:
-        folder: where they go.
-        every_steps: between two.
-        valid_every_steps: between two validations.
-        keep: how many of the newest stay; the best stays beside them.
-        warn: told what happened, in a sentence.
-        paused: the context in which the run saves and waits for what it saves.
+        folder: Folder of the checkpoints.
+        every_steps: Optimizer steps between two checkpoints.
+        valid_every_steps: Optimizer steps between two validations.
+        keep: Number of newest checkpoints to keep, in addition to the best one.
+        warn: Called with a message when later checkpoints are set aside.
+        paused: Context in which the run saves, or waits for a checkpoint to be written.
     """
 
     def __init__(
@@ -53,10 +53,9 @@ class RollingCheckpoints(lightning.Callback):
             keep,
         )
         self.best_loss, self.best_step = math.inf, 0
-        self.validated_step = -1  # the last one that this process validated
-        self._saved = (
-            0  # the step saved last by this process; one from before a resume is written over
-        )
+        self.validated_step = -1  # the last step that this process validated
+        # The last step that this process saved. An older checkpoint of a step is overwritten.
+        self._saved = 0
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
@@ -76,7 +75,7 @@ class RollingCheckpoints(lightning.Callback):
             self.save(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Remember the best. All ranks hold the same figure: the module reduces it over them."""
+        """Update the best checkpoint. The module reduces the loss, so all ranks have the same."""
         loss, step = trainer.callback_metrics.get(JUDGED_BY), trainer.global_step
         self.validated_step = step
         self.settle(trainer)
@@ -89,7 +88,7 @@ class RollingCheckpoints(lightning.Callback):
             self._prune(path)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Validate the last step where none was due: its figures are those of the run."""
+        """Validate the last step if that was not due: its metrics are the metrics of the run."""
         if (
             self.validated_step != trainer.global_step
             and trainer.num_val_batches != []
@@ -101,18 +100,23 @@ class RollingCheckpoints(lightning.Callback):
         self.settle(trainer)
 
     def save(self, trainer: lightning.Trainer) -> Path:
-        """Save this step, where it has not been saved yet, and remove what is kept no longer. Asynchronous, it ends with `settle`."""
+        """Save this step unless it is saved already, and delete checkpoints not to be kept.
+
+        With asynchronous checkpoints, writing may continue until `settle` returns.
+
+        Returns:
+            The path of the checkpoint.
+        """
         path = self.folder / checkpoint_name(trainer.global_step)
         if self._saved != trainer.global_step:
             with self.paused(trainer):
-                trainer.save_checkpoint(
-                    path, False, partial(self._written, path)
-                )  # the whole state, not the weights alone
+                # False: save the full state, not only the weights.
+                trainer.save_checkpoint(path, False, partial(self._written, path))
             self._saved = trainer.global_step
         return path
 
     def settle(self, trainer: lightning.Trainer) -> None:
-        """Wait until what was saved is on the disk; see `NamedCheckpoints.settle_checkpoint`."""
+        """Wait until the last checkpoint is on disk; see `NamedCheckpoints.settle_checkpoint`."""
         with self.paused(trainer):
             trainer.strategy.settle_checkpoint()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -123,7 +127,7 @@ class RollingCheckpoints(lightning.Callback):
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
 
     def _written(self, path: Path) -> None:
-        """Called in the first rank when a checkpoint is whole."""
+        """Called on rank 0 when a checkpoint is complete."""
         point_to(self.folder / LAST, path)
         self._prune(path)
 
@@ -134,7 +138,10 @@ class RollingCheckpoints(lightning.Callback):
             shutil.rmtree(path, ignore_errors=True)
 
     def _set_aside_after(self, step: int) -> None:
-        """Rename the checkpoints of later steps, which a run that goes on from here gives up: they must not pass for its newest."""
+        """Rename the checkpoints of later steps than the one the run was resumed from.
+
+        Otherwise, they would be found as the newest checkpoints of the run.
+        """
         later = [path for path in checkpoints_in(self.folder) if path.name > checkpoint_name(step)]
         if not later:
             return

@@ -1,4 +1,4 @@
-"""Counts clips whose language the decoder has no token for, warns of them once, and carries their number over resumes."""
+"""Counts clips in languages for which the decoder has no token, and warns about them once."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,17 +12,20 @@ from whisper_aut.data.targets import without_language_token
 
 
 class UnknownLanguages(lightning.Callback):
-    """Counts training clips by their unknown language, over all ranks and the whole run.
+    """Counts training clips by unknown language, over all ranks and the whole run.
+
+    The counts are part of checkpoints, so a resumed run continues them.
 
     Args:
-        warn: told once, at the first step that is logged after such a clip, or after the validation that finds the first.
+        warn: Called once with a message: at the first logged step after such a clip, or after the
+            validation that contains one.
     """
 
     def __init__(self, warn: Callable[[str], None]):
         self.warn = warn
         self.warned = False
-        self.seen: Counter[str] = Counter()  # by this rank in this process
-        self.earlier: Counter[str] = Counter()  # up to the checkpoint that was resumed
+        self.seen: Counter[str] = Counter()  # on this rank, in this process
+        self.earlier: Counter[str] = Counter()  # on all ranks, before the resume
         self.in_validation: Counter[str] = Counter()
 
     def on_train_batch_start(
@@ -54,14 +57,14 @@ class UnknownLanguages(lightning.Callback):
         self._warn_once("In validation ", self.in_validation)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the run has counted so far; all ranks write a checkpoint together."""
+        """Return the counts of the run so far. Must be called on all ranks."""
         return {"clips": dict(self.total())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.earlier = Counter(state["clips"])
 
     def total(self) -> Counter[str]:
-        """Return the training clips of the whole run by their language; all ranks call it together."""
+        """Return the number of clips of the whole run by language. Must be called on all ranks."""
         return self.earlier + _over_ranks(self.seen)
 
     def _warn_once(self, when: str, clips: Counter[str]) -> None:

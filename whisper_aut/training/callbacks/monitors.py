@@ -1,8 +1,4 @@
-"""Watches the clock around every step, and writes down how much audio goes through.
-
-In: the batches of training. Out: `throughput/…` in the loggers every `log_every_n_steps`, one figure in the progress bar, all of
-them over the whole run in `summary()`. Validation and checkpoints are not counted.
-"""
+"""Callbacks that report on a run: throughput, progress bar, validation samples, ledger, loggers."""
 
 import json
 import os
@@ -42,23 +38,27 @@ GIBIBYTE = 2**30
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory in use so far: of tensors on a GPU, of the process on a CPU."""
+    """Return the peak memory so far in GiB: of tensors on a GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIBIBYTE
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # `ru_maxrss` is in bytes on macOS, else in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIBIBYTE
 
 
 @dataclass
 class Throughput:
-    """Sums over steps.
+    """Sums over the training steps of one rank.
 
     Attributes:
-        seconds: wall clock, data wait included.
-        waited_seconds: of it, for the loader.
-        mel_frames, token_count, clips: what the steps held.
-        computed_mel_frames: what the encoder ran on: more than `mel_frames` where it pads.
-        flops: useful work of forward and backward; None as soon as a part of the model cannot tell.
+        seconds: Wall clock time, including waits for data.
+        waited_seconds: Time spent waiting for the data loader.
+        mel_frames: Mel frames of the clips.
+        computed_mel_frames: Mel frames that the encoder computed; more than `mel_frames` if it
+            pads.
+        token_count: Text tokens.
+        clips: Number of clips.
+        flops: Useful FLOPs of the forward and backward pass; None if the decoder cannot count its
+            own.
     """
 
     seconds: float = 0.0
@@ -72,6 +72,14 @@ class Throughput:
     def add_batch(
         self, mel_lengths: Sequence[int], tokens: int, flops: float | None, *, padded: bool
     ) -> None:
+        """Add a micro-batch.
+
+        Args:
+            mel_lengths: Mel frames F of each clip.
+            tokens: Number of text tokens.
+            flops: Useful FLOPs, or None if unknown.
+            padded: Whether the encoder pads every clip to 30 s.
+        """
         self.mel_frames += sum(mel_lengths)
         self.computed_mel_frames += (
             MAX_MEL_FRAMES * len(mel_lengths) if padded else sum(mel_lengths)
@@ -94,7 +102,12 @@ class Throughput:
         return Throughput(**sums, flops=flops)
 
     def figures(self, ranks: int = 1, peak: float | None = None) -> dict[str, float]:
-        """Return what is logged, of all ranks together; `mfu` where the device's peak is known."""
+        """Return the metrics to log, over all ranks.
+
+        Args:
+            ranks: Number of ranks. All are assumed to process as much as this one.
+            peak: Peak FLOP/s of the device, for `mfu`.
+        """
         if not self.seconds:
             return {}
         figures = {
@@ -111,7 +124,7 @@ class Throughput:
         return figures
 
     def sums(self, ranks: int = 1) -> dict[str, float]:
-        """Return what it cost so far, of all ranks together: time, audio heard, and work where all parts can tell theirs."""
+        """Return the total time, audio and, if known, FLOPs so far, over all ranks."""
         sums = {"total_seconds": self.seconds, "total_audio_seconds": ranks * self.mel_frames / 100}
         return sums if self.flops is None else sums | {"total_teraflop": ranks * self.flops / 1e12}
 
@@ -120,10 +133,13 @@ PREFIX = "throughput/"
 
 
 class ThroughputMeter(lightning.Callback):
-    """Meters a run without making the device wait: times are taken when figures are due, between which steps queue freely.
+    """Measures the throughput of training and logs it as `throughput/…`.
+
+    The device is synchronised only when metrics are due, so steps can queue in between. Validation
+    and the writing of checkpoints are not counted.
 
     Args:
-        precision: Lightning's, for the device's peak.
+        precision: Lightning's precision, which determines the device's peak FLOP/s.
     """
 
     def __init__(self, precision: str):
@@ -140,7 +156,7 @@ class ThroughputMeter(lightning.Callback):
         self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int
     ) -> None:
         self._waited += time.perf_counter() - self._ended
-        # Counted before the step: a checkpoint that is written behind it, by whichever callback, holds it.
+        # Counted before the step, so that a checkpoint written after it includes it.
         padded = module.encoder.padding == "30s"
         self._part.add_batch(
             batch.mel_lengths, sum(batch.targets.lengths), _flops(module, batch), padded=padded
@@ -165,7 +181,7 @@ class ThroughputMeter(lightning.Callback):
 
     @contextmanager
     def paused(self, trainer: lightning.Trainer) -> Iterator[None]:
-        """Leave out the time that is spent inside, once the device has done the steps that are queued."""
+        """Do not count the time spent inside, after the device has finished the queued steps."""
         begun = self._now(trainer)
         try:
             yield
@@ -173,7 +189,7 @@ class ThroughputMeter(lightning.Callback):
             self._begun += time.perf_counter() - begun
 
     def summary(self, trainer: lightning.Trainer) -> dict[str, float]:
-        """Return the figures of the whole run for `done.json`."""
+        """Return the metrics of the whole run for `done.json`."""
         device = trainer.strategy.root_device
         figures = self.total.figures(trainer.world_size, self._peak(device)) | self.total.sums(
             trainer.world_size
@@ -184,7 +200,7 @@ class ThroughputMeter(lightning.Callback):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was done so far, for a checkpoint: the figures of a resumed run are of the whole."""
+        """Return the sums so far, so that the metrics of a resumed run cover the whole run."""
         part = replace(self._part)
         part.add_time(time.perf_counter() - self._begun, self._waited)
         return vars(self.total + part) if part.clips else vars(self.total)
@@ -193,7 +209,7 @@ class ThroughputMeter(lightning.Callback):
         self.total = Throughput(**state)
 
     def closing_line(self, trainer: lightning.Trainer) -> str:
-        """Say in a line how fast the run was."""
+        """Return a line of text about the throughput of the run."""
         figures = {
             name.removeprefix(PREFIX): value for name, value in self.summary(trainer).items()
         }
@@ -209,7 +225,7 @@ class ThroughputMeter(lightning.Callback):
         return "Trained at " + " · ".join(parts)
 
     def _take(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Close the stretch since figures were last taken."""
+        """Log the metrics since the last call, and begin the next interval."""
         if not self._part.clips:
             return
         device, now = trainer.strategy.root_device, self._now(trainer)
@@ -240,7 +256,7 @@ class ThroughputMeter(lightning.Callback):
 
 
 def _flops(module: Any, batch: Batch) -> float | None:
-    """Return the useful work of a step, or None for a decoder that does not tell its own."""
+    """Return the useful FLOPs of a micro-batch, or None if the decoder does not count its own."""
     of_decoder = getattr(module.decoder, "flops", None)
     if of_decoder is None:
         return None
@@ -255,11 +271,13 @@ def _flops(module: Any, batch: Batch) -> float | None:
 
 
 class RunProgressBar(TQDMProgressBar):
-    """Shows epochs as Lightning does, and behind them `step 150/700, left 0:02:10, audio-s/s 210` for all of the run.
+    """Lightning's progress bar, followed by `step 150/700, left 0:02:10, audio-s/s 210`.
+
+    Step and time left refer to the whole run, not to the epoch.
 
     Args:
-        meter: knows the last figure.
-        refresh_rate: batches between updates.
+        meter: Provides the throughput.
+        refresh_rate: Number of batches between updates.
     """
 
     def __init__(self, meter: ThroughputMeter, refresh_rate: int):
@@ -298,11 +316,11 @@ SHOWN_PER_TASK = 2
 
 
 class SampleWriter(lightning.Callback):
-    """After each validation, appends the generated texts to a file; after the last, shows some of each task.
+    """Appends the texts generated in each validation to a file, and prints some of the last ones.
 
     Args:
-        path: the JSON-lines file.
-        console: where the last ones are shown.
+        path: Path of the JSON Lines file.
+        console: Console for the texts of the last validation, `SHOWN_PER_TASK` for each task.
     """
 
     def __init__(self, path: Path, console: Console):
@@ -335,13 +353,13 @@ class SampleWriter(lightning.Callback):
 
 
 class LedgerCallback(lightning.Callback):
-    """Records each training batch, and the batches of the run's first validation, in a `Ledger`.
+    """Records all training batches and the batches of the first validation in a `Ledger`.
 
-    The limit is checked as often as the run logs, on the counts of all ranks: all of them stop
-    together.
+    The limit on skipped samples is checked at every logged step. It applies to the counts of all
+    ranks, so all ranks stop together.
 
     Args:
-        ledger: of this rank.
+        ledger: Ledger of this rank.
     """
 
     def __init__(self, ledger: Ledger):
@@ -360,9 +378,8 @@ class LedgerCallback(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if (
-            not trainer.sanity_checking and not self.ledger.validated
-        ):  # the same clips come back in every validation
+        # Every validation reads the same clips, so only the first is recorded.
+        if not trainer.sanity_checking and not self.ledger.validated:
             self.ledger.record_validation(batch.refusals)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
@@ -380,7 +397,7 @@ class LedgerCallback(lightning.Callback):
         self.ledger.check(counts)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the run has counted so far; all ranks write a checkpoint together."""
+        """Return the counts of the run so far. Must be called on all ranks."""
         return counts_of_all_ranks(self.ledger).state_dict() | {"validated": self.ledger.validated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -391,7 +408,7 @@ class LedgerCallback(lightning.Callback):
 
 
 def counts_of_all_ranks(ledger: Ledger) -> Counts:
-    """Return the counts of the whole run; all ranks call it together."""
+    """Return the counts of the whole run. Must be called on all ranks."""
     counts: list[Any] = [ledger.counts]
     if dist.is_initialized() and (ranks := dist.get_world_size()) > 1:
         counts = [None] * ranks
@@ -400,7 +417,7 @@ def counts_of_all_ranks(ledger: Ledger) -> Counts:
 
 
 class SourceEpochs(lightning.Callback):
-    """Writes the epochs of every source into the loggers, as often as they log."""
+    """Logs how many epochs of each source have been read, as `data/epochs/…`."""
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -418,7 +435,7 @@ class SourceEpochs(lightning.Callback):
 
 
 def _short_names(roots: list[str]) -> dict[str, str]:
-    """Leave out the folders that all sources share."""
+    """Return the source paths without their common leading folders."""
     parts = {root: root.rstrip("/").split("/") for root in roots}
     shared = 0
     while (
@@ -438,7 +455,8 @@ def _wandb(run: Path, name: str) -> Logger:
 
 
 def _mlflow(run: Path, name: str) -> Logger:
-    place = run.absolute()  # a file of SQLite: MLflow has given up its plain folders
+    # By default a SQLite file, because MLflow has deprecated its plain folders.
+    place = run.absolute()
     server = os.environ.get("MLFLOW_TRACKING_URI", "") or f"sqlite:///{place / 'mlflow.db'}"
     return MLFlowLogger(
         name, run_name=run.name, tracking_uri=server, artifact_location=(place / "mlruns").as_uri()
@@ -446,7 +464,7 @@ def _mlflow(run: Path, name: str) -> Logger:
 
 
 BUILDERS: dict[str, Callable[[Path, str], Logger]] = {
-    # Rows are kept in memory for 100 steps otherwise, which a killed run would lose.
+    # By default, rows stay in memory for 100 steps and are lost if the run is killed.
     "csv": lambda run, _: CSVLogger(run, name="", version="logs", flush_logs_every_n_steps=1),
     "tensorboard": lambda run, _: TensorBoardLogger(run, name="", version="tensorboard"),
     "wandb": _wandb,
@@ -458,8 +476,8 @@ def build_loggers(names: Sequence[str], run: Path, name: str) -> list[Logger]:
     """Return a logger for each name.
 
     Args:
-        names: keys of `BUILDERS`.
-        run: the run directory.
-        name: the config's; projects and experiments are called by it.
+        names: Keys of `BUILDERS`.
+        run: The run directory.
+        name: Name of the run in the config, used for projects and experiments.
     """
     return [BUILDERS[one](run, name) for one in names]

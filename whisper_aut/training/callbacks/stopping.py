@@ -1,12 +1,7 @@
-"""Guard rails around the optimiser: a step whose gradient is not finite is left out on all ranks, and who caused it is written down.
+"""What stops a run, or skips one of its steps.
 
-In: gradients, and the per-token losses that the module keeps of each step. Out: clipped gradients, skipped steps, lines in the ledger;
-`train/loss`, `train/accuracy`, `train/grad_norm` and `train/skipped_steps` of whole steps in the log; `UserError` after too many bad steps
-in a row; `Rewind` where a spike of the loss asks for it. Next: `training.train` goes on from an earlier checkpoint after a `Rewind`.
-
-Gradients are summed over ranks before this looks, so one bad clip makes the norm non-finite on all; ranks then tell each other whether
-one of them can name it.
-Under DeepSpeed the engine itself leaves such a step out; here that is only counted and explained. The schedule moves on in any case.
+Contains the callbacks for signals, non-finite gradients, loss spikes and the end of the data, the
+checks of disk space, devices and compilers, and the messages for failures of the machine.
 """
 
 import errno
@@ -45,10 +40,16 @@ CTRL_C, PREEMPTION = 1, 2
 
 
 class CleanStop(lightning.Callback):
-    """Saves a checkpoint and ends the run when a process of it is asked to stop. A second Ctrl-C ends it at once.
+    """Saves a checkpoint and ends the run when any of its processes receives a stop signal.
+
+    A second Ctrl-C ends the run at once.
 
     Args:
-        checkpoints: saves.
+        checkpoints: Saves the checkpoint.
+
+    Raises:
+        Interrupted: After Ctrl-C.
+        Preempted: After SIGTERM or SIGUSR1.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -59,8 +60,9 @@ class CleanStop(lightning.Callback):
         self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        # In place of Lightning's own handlers, which are set before this hook: that of SIGTERM calls a collective from within the
-        # handler, which hangs where one rank alone gets the signal, and ends the run without saving.
+        # Replaces Lightning's handlers, which are set before this hook. Its SIGTERM handler ends
+        # the run without saving, and it calls a collective inside the handler, which hangs if only
+        # one rank receives the signal.
         self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
 
     def on_train_batch_end(
@@ -73,7 +75,8 @@ class CleanStop(lightning.Callback):
                 for name, value in trainer.callback_metrics.items()
                 if name.startswith("train/")
             }
-            for logger in trainer.loggers:  # Lightning would have logged this step behind this hook
+            # Lightning would log this step after this hook, which raises.
+            for logger in trainer.loggers:
                 logger.log_metrics(figures, step=trainer.global_step - 1)
             self._end(trainer, asked)
 
@@ -86,7 +89,7 @@ class CleanStop(lightning.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if trainer.state.fn == "fit" and (asked := self._asked_anywhere(trainer, module)):
-            self._end(trainer, asked)  # the step was saved before it is validated
+            self._end(trainer, asked)  # the step was saved before its validation
 
     def teardown(self, trainer: lightning.Trainer, module: Any, stage: str) -> None:
         for number, handler in self._before.items():
@@ -100,7 +103,7 @@ class CleanStop(lightning.Callback):
         raise kind(f"stopped after step {trainer.global_step}; saved {saved}")
 
     def _asked_anywhere(self, trainer: lightning.Trainer, module: Any) -> int:
-        """Return what the most urgent signal of any rank was, the same on all of them."""
+        """Return the most urgent signal of any rank, the same value on all ranks."""
         mine = 0 if self._asked is None else CTRL_C if self._asked == signal.SIGINT else PREEMPTION
         return highest(trainer, module, mine)
 
@@ -111,26 +114,26 @@ class CleanStop(lightning.Callback):
 
 
 def highest(trainer: lightning.Trainer, module: Any, value: float) -> int:
-    """Return the largest of a small whole number over the ranks; all of them call it together."""
+    """Return the maximum of a small integer over all ranks. Must be called on all ranks."""
     if trainer.world_size == 1:
         return int(value)
     flag = torch.full((), float(value), device=module.device)
     return int(trainer.strategy.reduce(flag, reduce_op="max"))  # pyright: ignore[reportArgumentType]
 
 
-SPIKE_WINDOW, SPIKE_HISTORY = (
-    100,
-    20,
-)  # steps that are looked back on, and how many of them a judgement needs
-MAD_TO_DEVIATION = 1.4826  # of a normal distribution
-LEAST_DEVIATION = 0.02  # of the median: a plateau must not turn noise into spikes
+# Number of last losses that spikes are compared with, and how many are needed to detect one.
+SPIKE_WINDOW, SPIKE_HISTORY = 100, 20
+MAD_TO_DEVIATION = 1.4826  # ratio of standard deviation to MAD in a normal distribution
+# Lower bound on the deviation, as a fraction of the median. On a plateau, the deviation is so small
+# that noise would count as spikes.
+LEAST_DEVIATION = 0.02
 
 
 class Rewind(Exception):
-    """The loss has spiked; the run is to go on from an earlier checkpoint, behind the data read so far.
+    """Raised after a loss spike, to resume from an earlier checkpoint and skip the data read since.
 
     Attributes:
-        cursor: where the data stands behind the step that spiked.
+        cursor: Position in the data after the step that spiked.
     """
 
     def __init__(self, cursor: Cursor, message: str):
@@ -139,16 +142,27 @@ class Rewind(Exception):
 
 
 class Guard(lightning.Callback):
-    """Leaves out steps that would spoil the weights.
+    """Skips optimizer steps with non-finite gradients, clips gradients, and detects loss spikes.
+
+    Logs `train/loss`, `train/accuracy`, `train/grad_norm` and `train/skipped_steps` of whole steps.
+
+    Gradients are summed over ranks before this callback sees them, so one bad clip makes the norm
+    non-finite on all ranks, and all skip the step. The ranks then agree whether any of them can
+    name a clip with a non-finite loss. DeepSpeed's engine skips such steps itself; they are only
+    counted and reported here. The learning rate schedule advances in any case.
 
     Args:
-        ledger: of this rank; the clips behind a bad step are written there.
-        max_bad_steps: so many in a row stop the run.
-        gradient_clip: gradients of a larger norm are scaled down to it, by the norm that is looked at anyway; 0 does not. DeepSpeed clips
-            by itself.
-        spike_factor: a loss so many robust deviations above the running median is a spike; 0 does not look.
-        rewind: answer a spike with `Rewind` and not with a warning alone.
-        warn: told what happened, in a sentence.
+        ledger: Ledger of this rank. The clips that caused a skipped step are written to it.
+        max_bad_steps: Number of skipped steps in a row that stops the run.
+        gradient_clip: Maximum gradient norm; 0 turns clipping off. DeepSpeed clips itself.
+        spike_factor: Number of robust deviations above the running median at which a loss is a
+            spike; 0 turns detection off.
+        rewind: Raise `Rewind` after a spike. Otherwise, only warn.
+        warn: Called with a message about each skipped step and each spike.
+
+    Raises:
+        UserError: After `max_bad_steps` skipped steps in a row.
+        Rewind: After a spike, with `rewind`.
     """
 
     def __init__(
@@ -171,9 +185,8 @@ class Guard(lightning.Callback):
         self.rewind = rewind
         self.skipped = self.streak = 0
         self._norm, self._bad = math.nan, False
-        self.figures: dict[
-            str, Any
-        ] = {}  # of the last step; Lightning forgets them over a validation
+        # Metrics of the last step, which Lightning discards in a validation.
+        self.figures: dict[str, Any] = {}
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, module: Any, optimizer: Any
@@ -190,9 +203,9 @@ class Guard(lightning.Callback):
         )
         self._norm = float(norm)
         self._bad = not math.isfinite(self._norm)
-        if (
-            self._bad
-        ):  # without gradients the optimiser does nothing: no update, no decay, no moment
+        if self._bad:
+            # Without gradients, the optimizer changes neither weights nor state, and applies no
+            # weight decay.
             for parameter in parameters:
                 parameter.grad = None
         elif self.gradient_clip:
@@ -272,14 +285,21 @@ class Guard(lightning.Callback):
 
 
 class SpikeDetector:
-    """Says whether a loss stands out from those before it: above the median by `factor` robust deviations (MAD)."""
+    """Detects losses that are more than `factor` robust deviations (MAD) above the median.
+
+    Args:
+        factor: Number of deviations.
+    """
 
     def __init__(self, factor: float):
         self.factor = factor
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
     def judge(self, loss: float) -> float | None:
-        """Return the usual loss where this one is a spike; else take it into the history."""
+        """Return the median of the previous losses if this loss is a spike.
+
+        Otherwise, add it to the history and return None.
+        """
         if len(self.losses) >= SPIKE_HISTORY:
             median = statistics.median(self.losses)
             deviation = MAD_TO_DEVIATION * statistics.median(
@@ -296,17 +316,19 @@ def _engine(trainer: lightning.Trainer) -> Any:
     return getattr(trainer.strategy, "deepspeed_engine", None)
 
 
-EMPTY_EPOCHS = (
-    2  # in a row; a run that goes on behind the last batch of an epoch may begin with one
-)
+# Number of empty epochs in a row that ends a run. A single one is normal if a run is resumed after
+# the last batch of an epoch.
+EMPTY_EPOCHS = 2
 
 
 class Exhaustion(lightning.Callback):
-    """Stops training when epochs stay empty. All ranks have equally many batches, so they stop together.
+    """Stops training after `EMPTY_EPOCHS` epochs without a batch.
+
+    All ranks have the same number of batches, so they stop together.
 
     Args:
-        checkpoints: saves.
-        warn: told what happened, in a sentence.
+        checkpoints: Saves the last checkpoint.
+        warn: Called with a message when training stops.
     """
 
     def __init__(self, checkpoints: RollingCheckpoints, warn: Callable[[str], None]):
@@ -332,21 +354,30 @@ class Exhaustion(lightning.Callback):
 
 @dataclass(frozen=True)
 class LoaderState:
-    """Where the training loader stood, and after how many optimiser steps."""
+    """State of the training loader in a checkpoint.
+
+    Attributes:
+        state: State dict of the loader.
+        step: Number of completed optimizer steps.
+    """
 
     state: dict[str, Any]
     step: int
 
 
 def loader_state(checkpoint: Path) -> LoaderState | None:
-    """Read a checkpoint's loader state; the weights stay on the disk. None where it has none."""
+    """Return the loader state of a checkpoint, or None if it has none. Does not read weights.
+
+    Raises:
+        UserError: If the checkpoint is damaged.
+    """
     content = read_state(checkpoint)
     states = _loaders(content)
     return LoaderState(states[0], int(content["global_step"])) if states else None
 
 
 class AnotherWorld(lightning.Callback):
-    """Begins Lightning's epoch anew where the checkpoint was written by other ranks or with another accumulation."""
+    """Restarts Lightning's epoch if the number of ranks or the accumulation has changed."""
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]
@@ -358,7 +389,8 @@ class AnotherWorld(lightning.Callback):
         ]:
             return
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        # Lightning counts a batch as completed after the hooks that write checkpoints, and makes up for it on restart.
+        # Lightning counts a batch as completed only after the hooks that write checkpoints, and
+        # corrects the count on restart.
         uncounted = progress["total"]["processed"] - progress["total"]["completed"]
         progress["current"] = dict.fromkeys(progress["current"], 0) | {"completed": -uncounted}
         progress["is_last_batch"] = False
@@ -373,7 +405,7 @@ def _loaders(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     )
 
 
-BYTES_OF_STATE = 12  # float32 weight and two moments of a trained parameter
+BYTES_OF_STATE = 12  # per trained parameter: a float32 weight and two float32 moments
 LOST_RANK = re.compile(
     r"connection (was )?(closed|reset)|broken pipe|connection refused|timed out|timeout"
     r"|peer|gloo|nccl|socket",
@@ -383,21 +415,27 @@ UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def checkpoint_bytes(module: torch.nn.Module) -> int:
-    """Return about what one checkpoint takes: weights and moments of what is trained, weights of what is stored beside."""
+    """Return the approximate size of a checkpoint in bytes.
+
+    Counts the weights and optimizer state of trained parameters. Frozen weights are not counted.
+    """
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     return BYTES_OF_STATE * trained
 
 
 def check_room(folder: Path, one_checkpoint: int, kept: int) -> str:
-    """Check that a run can write where it is to write; return a warning where room may run out later, or nothing.
+    """Check that a folder is writable and has room for checkpoints.
 
     Args:
-        folder: the run directory.
-        one_checkpoint: bytes.
-        kept: checkpoints that stay at a time; one more is being written.
+        folder: The run directory, or a folder above it. It need not exist.
+        one_checkpoint: Size of a checkpoint in bytes.
+        kept: Number of checkpoints that are kept. One more may be being written.
+
+    Returns:
+        A warning if the disk may fill up later, else an empty string.
 
     Raises:
-        UserError: the folder cannot be written, or two checkpoints do not fit.
+        UserError: If the folder is not writable, or two checkpoints do not fit.
     """
     place = existing_parent(folder)
     try:
@@ -425,10 +463,13 @@ def check_room(folder: Path, one_checkpoint: int, kept: int) -> str:
 
 
 def check_accelerator(accelerator: str) -> None:
-    """Check that a device of the kind that a config asks for is there.
+    """Check that a device of the requested kind is available.
+
+    Args:
+        accelerator: Lightning's accelerator name.
 
     Raises:
-        UserError: none is.
+        UserError: If there is none.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if not {"gpu": cuda or mps, "cuda": cuda, "mps": mps}.get(accelerator, True):
@@ -453,10 +494,14 @@ def find_compiler() -> str | None:
 
 
 def check_compilable(strategy: str) -> None:
-    """Check that `model.compile` can be had.
+    """Check that `model.compile` can be used.
+
+    Args:
+        strategy: Strategy name of the config.
 
     Raises:
-        UserError: no compiler, or ZeRO-3, which fetches a layer's weights while the layer runs.
+        UserError: If there is no compiler, or under ZeRO-3, which fetches the weights of a layer
+            while the layer runs.
     """
     if "stage_3" in strategy:
         raise UserError(
@@ -472,10 +517,15 @@ def check_compilable(strategy: str) -> None:
 
 @contextmanager
 def explained(folder: Path, ranks: int) -> Iterator[None]:
-    """Turn what the machine did to a run into words.
+    """Convert failures of the machine into messages that say what to do.
+
+    Args:
+        folder: The run directory.
+        ranks: Number of ranks.
 
     Raises:
-        UserError: memory or disk ran out, another rank is gone, or Lightning cannot use the devices as the config wants.
+        UserError: If GPU memory or disk space ran out, another rank failed, or Lightning cannot use
+            the devices as configured.
     """
     try:
         yield
