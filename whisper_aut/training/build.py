@@ -64,10 +64,12 @@ ASSUMED_CLIP_SECONDS, ASSUMED_TOKENS = 10.0, 32
 
 
 def clip_limits(data: DataSettings) -> ClipLimits:
+    """Return the limits on clip lengths of a config."""
     return ClipLimits(min_seconds=data.min_seconds, max_seconds=data.max_seconds)
 
 
 def read_policy(data: DataSettings) -> ReadPolicy:
+    """Return how a config reads shards: retries, timeout, and whether pipes are allowed."""
     return ReadPolicy(
         retries=data.retries, timeout_seconds=data.timeout_seconds, allow_pipe=data.allow_pipe
     )

@@ -71,6 +71,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def is_checkpoint(path: Path) -> bool:
+    """Return whether a path is a checkpoint directory. Does not check whether it is valid."""
     return (path / MANIFEST).is_file()
 
 
