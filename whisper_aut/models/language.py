@@ -1,10 +1,10 @@
-"""A causal language model of the hub, run on sequences of different lengths.
+"""Causal language models from the hub, run on sequences of different lengths.
 
-In: a hub id or directory. Out: model and tokenizer; hidden states of sequences laid end to end. Next: `model.decoders.causal_lm`. Any
-architecture of `transformers` fits that ends in a plain output embedding. One whose only way from position to position is the attention
-interface of `transformers` (Qwen, Llama, Mistral, …) runs packed; one with state or an attention of its own (Mamba, LFM2, GPT-Neo, …)
-would leak from one sequence to the next, and runs on padded batches. `check_layout` finds out which by trying.
-Weights load strictly and from safetensors only; no remote code runs.
+Any architecture of `transformers` works whose logits are hidden states times the output embedding.
+Models that mix positions only through the attention interface of `transformers` (Qwen, Llama,
+Mistral, …) run packed. Models with a recurrent state or their own attention (Mamba, LFM2, GPT-Neo,
+…) would leak from one sequence to the next, so they run on padded batches. `check_layout` tests
+which layout works. Weights load strictly, from safetensors only; no remote code runs.
 """
 
 import hashlib
@@ -40,18 +40,19 @@ from whisper_aut.models.pretrained import (
     refuse_gaps,
 )
 
-# Of the check at load: three sequences, and how far rows may be apart. Leaks move rows by their own size, rounding by the dtype's.
+# Sequence lengths and relative tolerances of `check_layout`. A leak changes hidden states by about
+# their own size, rounding only by the precision of the dtype.
 CHECK_LENGTHS = (7, 12, 5)
 TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
-# What an architecture raises on a call that it is not made for.
+# Raised by architectures that do not support a call.
 NOT_RUNNABLE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
-PACKED = "whisper_aut_packed"  # our name among the attention implementations of transformers
-KIND, EXAMPLE = "language model", "Qwen/Qwen3-0.6B"  # for messages
-OUTPUT_EMBEDDING = "lm_head.weight"  # left out of checkpoints where it is the token embedding
+PACKED = "whisper_aut_packed"  # name of our attention implementation in transformers
+KIND, EXAMPLE = "language model", "Qwen/Qwen3-0.6B"  # for error messages
+OUTPUT_EMBEDDING = "lm_head.weight"  # missing from checkpoints with tied embeddings
 
 
-# So that a run can be planned where the hub is out of reach; from the model's own config.json.
+# Copied from the model's config.json, so that runs can be planned without access to the hub.
 KNOWN_SHAPES: dict[str, Any] = {
     "Qwen/Qwen3-0.6B": Qwen3Config(
         vocab_size=151_936,
@@ -68,7 +69,11 @@ KNOWN_SHAPES: dict[str, Any] = {
 
 
 def language_config(path: str, revision: str = "") -> Any:
-    """Return a language model's configuration: a directory's own, a known shape, or else what the hub says.
+    """Return the configuration of a language model: from a directory, `KNOWN_SHAPES` or the hub.
+
+    Args:
+        path: directory or hub id.
+        revision: branch, tag or commit on the hub. Empty for the default branch.
 
     Raises:
         UserError: there is no such directory or model.
@@ -89,8 +94,14 @@ def load_language_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
+    Args:
+        path: directory or hub id.
+        revision: branch, tag or commit on the hub. Empty for the default branch.
+        dtype: dtype of the weights.
+
     Raises:
-        UserError: nothing usable there, or weights missing.
+        UserError: there is no usable model, it is a PEFT adapter, or weights are missing or
+            unexpected.
     """
     if Path(path).is_dir():
         refuse_adapter(path)
@@ -110,7 +121,8 @@ def load_language_model(
             )
     except UNLOADABLE as error:
         raise UserError(describe_missing(path, error, kind=KIND, example=EXAMPLE)) from None
-    refuse_adapter(path, revision)  # of the hub, which has been reached by now
+    # Check adapters on the hub only now: the load above has reported an unreachable hub.
+    refuse_adapter(path, revision)
     tied = {OUTPUT_EMBEDDING} if model.config.tie_word_embeddings else set()
     refuse_gaps(path, info, tied, kind=KIND)
     return model, tokenizer
@@ -121,11 +133,14 @@ class SequenceLayout:
     """How a language model runs on a batch of sequences.
 
     Attributes:
-        packed: end to end, each on its own; else as a padded batch through the model's own attention mask.
-        longest_packed: the most positions of a packed sequence, the model's attention window; None for any. A batch with a longer
-            one is padded, as the window is part of the model's own mask.
-        generates: whether `generate` of transformers writes for a padded batch what each sequence alone gives.
-        attention: the model's own attention implementation.
+        packed: run sequences end to end, with attention within each. Otherwise run a padded batch
+            with the model's own attention mask.
+        longest_packed: the longest sequence that can be packed, which is the model's attention
+            window; None for any length. Batches with a longer sequence are padded, because the
+            model applies the window in its own mask.
+        generates: whether `generate` of transformers gives the same output for a padded batch as
+            for each sequence alone.
+        attention: name of the model's own attention implementation.
     """
 
     packed: bool = True
@@ -135,15 +150,18 @@ class SequenceLayout:
 
 
 def check_layout(path: str, model: PreTrainedModel) -> SequenceLayout:
-    """Try a language model on three random sequences, and choose the layout that gives what each of them alone gives.
+    """Run a language model on three random sequences and return a layout that it supports.
+
+    A layout is supported if every sequence has the same hidden states in a batch as alone. The
+    packed layout is preferred.
 
     Args:
-        path: for messages.
-        model: in eval mode, as it was loaded.
+        path: name of the model, for error messages.
+        model: the loaded model, in eval mode.
 
     Raises:
-        UserError: its own forward pass does not run from embeddings, its logits are more than states times embeddings, or no layout
-            gives the states of each sequence alone.
+        UserError: the model does not run from embeddings, its logits are not hidden states times
+            the output embedding, or it supports neither layout.
     """
     embed: Any = model.get_input_embeddings()
     window = _attention_window(model.config)
@@ -152,7 +170,7 @@ def check_layout(path: str, model: PreTrainedModel) -> SequenceLayout:
         embed.num_embeddings, (2, sum(lengths)), generator=torch.Generator().manual_seed(0)
     )
     tolerance = TOLERANCE if embed.weight.dtype == torch.float32 else HALF_TOLERANCE
-    model.generation_config = GenerationConfig()  # its own may ask for sampling
+    model.generation_config = GenerationConfig()  # the model's own may enable sampling
     own_attention: Any = model.config._attn_implementation
     with torch.no_grad():
         embeddings, others = embed(ids[0]), embed(ids[1])
@@ -169,22 +187,28 @@ def check_layout(path: str, model: PreTrainedModel) -> SequenceLayout:
             except NOT_RUNNABLE:
                 continue
             as_alone = _distance(states, alone) <= tolerance
-            # Of the same shape, so that rounding hides no leak.
+            # Both batches have the same shapes and thus the same rounding, so a stricter tolerance
+            # also finds small leaks.
             separate = _distance(after_others[last], states[last]) <= tolerance / 10
             if as_alone and separate:
                 generates = _generates(model, embeddings, lengths, layout, tolerance)
                 return replace(layout, generates=generates)
     raise UserError(
-        f"{path} ({model.config.model_type}) gives other states for sequences in a batch than for each alone, packed and padded, so "
-        "clips would leak into each other. Pick another language model."
+        f"{path} ({model.config.model_type}) gives other states for sequences in a batch than for "
+        "each alone, packed and padded, so clips would leak into each other. Pick another language "
+        "model."
     )
 
 
 def sketched_layout(model: PreTrainedModel, width: int) -> SequenceLayout:
-    """Return a layout that a model without weights runs in, for planning: packed where it does not raise.
+    """Return a layout for a model of fake tensors, for planning: packed if that does not raise.
+
+    Args:
+        model: the model.
+        width: width W of its embeddings.
 
     Raises:
-        UserError: it runs neither packed nor padded on tensors without memory.
+        UserError: the model runs neither packed nor padded.
     """
     attention: Any = model.config._attn_implementation
     for packed in (True, False):
@@ -195,19 +219,30 @@ def sketched_layout(model: PreTrainedModel, width: int) -> SequenceLayout:
             continue
         return layout
     raise UserError(
-        f"A run with a {model.config.model_type!r} language model cannot be planned: it does not run without its weights."
+        f"A run with a {model.config.model_type!r} language model cannot be planned: it does not "
+        "run without its weights."
     )
 
 
 def sequence_states(
     model: PreTrainedModel, embeddings: Tensor, lengths: Sequence[int], layout: SequenceLayout
 ) -> Tensor:
-    """Run the model on sequences laid end to end, each on its own: `[ΣL, W]` → last hidden states `[ΣL, W]`."""
+    """Run a language model on separate sequences that are stored end to end.
+
+    Args:
+        model: the language model.
+        embeddings: `[ΣL, W]`.
+        lengths: L per sequence.
+        layout: how to run the model, see `check_layout`.
+
+    Returns:
+        The last hidden states `[ΣL, W]`.
+    """
     if layout.packed and max(lengths) <= (layout.longest_packed or max(lengths)):
         return packed_states(model, embeddings, lengths)
-    # Set for good, not for this call: a layer that is recomputed in the backward pass must find it there.
+    # Do not restore this after the call: layers that are recomputed in the backward pass need it.
     model.config._attn_implementation = layout.attention
-    # On the right: what is causal then never meets the padding, whether the model heeds the mask or not.
+    # Pad on the right: causal layers then never see the padding, even if they ignore the mask.
     padded = pad_sequence(embeddings.split(list(lengths)), batch_first=True)  # pyright: ignore[reportArgumentType]
     mask = sent(_mask(lengths, "right"), embeddings.device)
     longest = max(lengths)
@@ -215,12 +250,12 @@ def sequence_states(
     rows = sent(torch.cat(rows), embeddings.device)
     states = model.base_model(inputs_embeds=padded, attention_mask=mask, use_cache=False)
     own = states.last_hidden_state.flatten(0, 1).index_select(0, rows)
-    return own.to(embeddings.dtype)  # Mamba's stay in float32
+    return own.to(embeddings.dtype)  # Mamba returns float32
 
 
 def packed_states(model: PreTrainedModel, embeddings: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Run a model that can be packed on sequences laid end to end: `[ΣL, W]` → last hidden states `[ΣL, W]`."""
-    # Set for good, not for this call: a layer that is recomputed in the backward pass must find it there.
+    """Run a language model packed: embeddings `[ΣL, W]` → last hidden states `[ΣL, W]`."""
+    # Do not restore this after the call: layers that are recomputed in the backward pass need it.
     model.config._attn_implementation = PACKED
     positions = sent(torch.cat([torch.arange(length) for length in lengths]), embeddings.device)
     segments = Segments.of(lengths, lengths, embeddings.device)
@@ -242,12 +277,24 @@ def greedy_tokens(
     end: int,
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Continue sequences laid end to end, `[ΣL, W]`, by the likeliest token each time, up to `end`, which is left out."""
+    """Continue each sequence by greedy decoding.
+
+    Args:
+        model: the language model.
+        embeddings: embeddings of the packed prompts, `[ΣL, W]`.
+        lengths: L per sequence.
+        layout: how to run the model, see `check_layout`.
+        end: the token at which a sequence stops.
+        max_new_tokens: the most tokens to generate per sequence.
+
+    Returns:
+        The new tokens of each sequence, without `end`.
+    """
     sequences = list(embeddings.split(list(lengths)))
     if layout.generates:
         written = _generated(model, sequences, layout, end, max_new_tokens).sequences.tolist()
         return [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in written]
-    # Without a cache: all positions run again for each token, which every model does rightly.
+    # `generate` does not work for this model: run all positions for each token, without a cache.
     answers: list[list[int]] = [[] for _ in sequences]
     growing = list(range(len(sequences)))
     embed: Any = model.get_input_embeddings()
@@ -269,9 +316,9 @@ def greedy_tokens(
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Recompute every layer in the backward pass instead of keeping its activations.
+    """Enable gradient checkpointing of every layer.
 
-    Hugging Face's own switch works only in training mode, and a frozen model is held in eval mode.
+    Hugging Face's own switch works only in training mode, but a frozen model stays in eval mode.
     """
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
@@ -279,7 +326,7 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """Return a hash of all weights, whatever device they lie on."""
+    """Return a hash of all weights, which does not depend on their device."""
     digest = hashlib.sha256()
     for name, weight in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -299,7 +346,10 @@ def _attend(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Hugging Face's attention interface on one packed row: `[1, H, N, d]` → `[1, N, H, d]`, causal inside each sequence."""
+    """Causal attention within each packed sequence: `[1, H, ΣL, d]` → `[1, ΣL, H, d]`.
+
+    Implements the attention interface of transformers.
+    """
     groups = query.shape[1] // key.shape[1]  # query heads per key head
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     k, v = (states.repeat_interleave(groups, dim=1) if groups > 1 else states for states in (k, v))
@@ -314,7 +364,10 @@ ALL_ATTENTION_FUNCTIONS.register(PACKED, _attend)
 def _refuse_unknown_head(
     path: str, model: PreTrainedModel, embeddings: Tensor, states: Tensor, tolerance: float
 ) -> None:
-    """Raise where `model.loss` would not compute the model's own logits; names of settings that do such things explain it."""
+    """Raise `UserError` if the model's logits are not hidden states times the output embedding.
+
+    The error names settings that cause this, such as logit scaling, soft-capping or an output bias.
+    """
     head: Any = model.get_output_embeddings()
     changed = [
         name
@@ -327,15 +380,15 @@ def _refuse_unknown_head(
     ours = states @ head.weight.T
     if changed or ours.shape != logits.shape or _distance(ours, logits) > tolerance:
         raise UserError(
-            f"{path}: its logits are more than states times embeddings ({', '.join(changed) or model.config.model_type}); pick another "
-            "model."
+            f"{path}: its logits are more than states times embeddings "
+            f"({', '.join(changed) or model.config.model_type}); pick another model."
         )
 
 
 def _states_alone(
     path: str, model: PreTrainedModel, embeddings: Tensor, lengths: Sequence[int]
 ) -> Tensor:
-    """Return what the model's own forward pass gives for each sequence alone, end to end."""
+    """Run the model's own forward pass on each sequence alone and concatenate the states."""
     try:
         alone = [
             model.base_model(inputs_embeds=sequence[None], use_cache=False).last_hidden_state[0]
@@ -343,7 +396,8 @@ def _states_alone(
         ]
     except NOT_RUNNABLE as error:
         raise UserError(
-            f"{path} ({model.config.model_type}) gives no hidden states for embeddings: {error}. Pick another language model."
+            f"{path} ({model.config.model_type}) gives no hidden states for embeddings: {error}. "
+            "Pick another language model."
         ) from None
     return torch.cat(alone).to(embeddings.dtype)
 
@@ -355,7 +409,10 @@ def _generates(
     layout: SequenceLayout,
     tolerance: float,
 ) -> bool:
-    """Try two tokens of `generate`, the first from the prompt and the second from its cache, against the model without a cache."""
+    """Return whether two tokens from `generate` have the same logits as without a cache.
+
+    The first token tests the padded prompt, the second one the cache.
+    """
     sequences = embeddings.split(list(lengths))
     embed: Any = model.get_input_embeddings()
     try:
@@ -380,7 +437,7 @@ def _generated(
     end: int | None,
     max_new_tokens: int,
 ) -> Any:
-    """Let `generate` of transformers continue sequences `[L, W]`, one batch, padded on the left behind a mask."""
+    """Run `generate` of transformers on sequences `[L, W]`, as a left-padded batch with a mask."""
     padded = pad_sequence(list(sequences), batch_first=True, padding_side="left")
     mask = _mask([len(sequence) for sequence in sequences], "left").to(padded.device)
     greedy = GenerationConfig(
@@ -411,7 +468,10 @@ def _attention_window(config: Any) -> int | None:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """Return the largest distance between two rows, relative to the other's length; infinite where they have no numbers."""
+    """Return the largest L2 distance between two vectors, relative to the norm of `other`'s.
+
+    NaN counts as infinite.
+    """
     one, other = one.float(), other.float()
     distance = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-9)
     return float(distance.nan_to_num(nan=float("inf")).max())

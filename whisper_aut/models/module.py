@@ -1,7 +1,7 @@
-"""The LightningModule that binds an encoder to whichever decoder teaches it.
+"""The LightningModule that trains an encoder with any `Decoder`.
 
-In: `Batch`es. Out: a loss normalised by the tokens of the whole optimiser step, and metrics per domain and task in validation. Next:
-`training.train` fits it, `export` takes the encoder out. It knows the decoder protocol and no decoder.
+The loss is normalised by the supervised tokens of the whole optimizer step. Validation reports
+metrics per domain and per task.
 """
 
 import warnings
@@ -30,10 +30,10 @@ from whisper_aut.models.losses import DecoderLoss
 
 
 class AnswerMetrics(nn.Module):
-    """Collects generated texts of several tasks.
+    """Metrics of generated text, for several tasks.
 
     Args:
-        metrics: what each task is measured by; tasks that are not named are not measured.
+        metrics: the kind of metric of each task. Other tasks are ignored.
     """
 
     def __init__(self, metrics: Mapping[str, MetricName]):
@@ -44,7 +44,7 @@ class AnswerMetrics(nn.Module):
         self.normalize = BasicTextNormalizer()
 
     def update(self, task: str, generated: str, reference: str) -> None:
-        """Add one clip. A reference of which nothing is left after normalisation says nothing and is not counted."""
+        """Add one clip. It is ignored if its reference is empty after normalisation."""
         if task not in self.kinds:
             return
         written, meant = self.normalize(generated).strip(), self.normalize(reference).strip()
@@ -66,7 +66,10 @@ class AnswerMetrics(nn.Module):
                 metric.update([written], [meant])
 
     def compute(self) -> dict[str, Tensor]:
-        """Return `METRIC_TASK` → figure for every task that any rank saw; all ranks must call this together."""
+        """Return the metrics of every task that any rank saw, as `METRIC_TASK` → value.
+
+        All ranks must call this together.
+        """
         computed = {}
         with unseen_parts_allowed():
             for task, metrics in self.figures.items():
@@ -89,14 +92,17 @@ class AnswerMetrics(nn.Module):
 
 @contextmanager
 def unseen_parts_allowed() -> Iterator[None]:
-    """Compute metrics that saw nothing without a warning: every rank must compute all of them, whatever it saw."""
+    """Suppress torchmetrics' warning about metrics that are computed before any update.
+
+    Every rank must compute all metrics, including those it has no data for.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*before the ``update`` method.*")
         yield
 
 
 def tag_f1(found: set[str], true: set[str]) -> float:
-    """Return the harmonic mean of precision and recall of two sets of tags."""
+    """Return the F1 score of two sets of tags; 1 if both are empty."""
     return 2 * len(found & true) / (len(found) + len(true)) if found or true else 1.0
 
 
@@ -117,18 +123,19 @@ def _rouge_l(written: str, meant: str) -> Tensor:
 
 
 OptimizerFactory = Callable[[nn.Module, nn.Module], Any]
-# What a rank without clips runs on.
+# Length and text of the clip that a rank without clips runs on.
 SILENT_MEL_FRAMES, ONE_LETTER = 100, Annotation(text="a", instruction="a", answer="a", label="a")
 
 
 @dataclass(frozen=True)
 class SeenBatch:
-    """What is kept of a micro-batch until its step is done.
+    """Results of a micro-batch with N supervised tokens, kept until the end of the optimizer step.
 
     Attributes:
-        clips: source and key of each.
-        nll, correct: `[N]` of their supervised tokens.
-        counts: supervised tokens per clip.
+        clips: source and key of each clip.
+        nll: `[N]` negative log-likelihood of each supervised token.
+        correct: `[N]` bool, whether the most likely token was the target.
+        counts: number of supervised tokens per clip.
     """
 
     clips: tuple[tuple[str, str], ...]
@@ -137,7 +144,7 @@ class SeenBatch:
     counts: tuple[int, ...]
 
     def sums(self) -> Tensor:
-        """Return the sums of losses and of right tokens, and the tokens' number: `[3]`."""
+        """Return the sum of the losses, the number of correct tokens, and N, as `[3]`."""
         return torch.stack(
             [
                 self.nll.sum(),
@@ -147,22 +154,26 @@ class SeenBatch:
         )
 
     def non_finite(self) -> list[tuple[str, str]]:
-        """Return the clips whose loss is not finite."""
+        """Return source and key of the clips whose loss is not finite."""
         finite = [bool(nll.isfinite().all()) for nll in self.nll.split(self.counts)]
         return [clip for clip, sound in zip(self.clips, finite, strict=True) if not sound]
 
 
 class AudioTextModule(lightning.LightningModule):
-    """Encoder + decoder → loss.
+    """Trains an encoder and a decoder.
 
     Args:
-        encoder: packed clips → frames.
+        encoder: maps packed clips to frames.
         decoder: any `Decoder`.
-        codec: its way from tokens to text.
-        make_optimizer: `(encoder, decoder)` → what `configure_optimizers` returns.
-        generate_clips: clips per task for which validation writes text.
-        generate_tokens: the longest text it writes.
-        encoder_after_step: the decoder learns alone before this optimiser step; no gradient reaches the encoder until then.
+        codec: the decoder's codec, which converts generated tokens to text.
+        make_optimizer: `(encoder, decoder)` → the return value of `configure_optimizers`.
+        generate_clips: number of clips per task for which validation generates text.
+        generate_tokens: the most tokens to generate per clip.
+        encoder_after_step: train only the decoder before this optimizer step; the encoder gets no
+            gradients until then.
+
+    Raises:
+        TypeError: `decoder` does not implement `Decoder`.
     """
 
     def __init__(
@@ -185,16 +196,14 @@ class AudioTextModule(lightning.LightningModule):
         self.make_optimizer = make_optimizer
         self.generate_clips, self.generate_tokens = generate_clips, generate_tokens
         self.encoder_after_step = encoder_after_step
-        parts = (
-            *DOMAINS,
-            *codec.metrics,
-        )  # of the validation clips: by domain, and by what they are asked
+        # Validation metrics are grouped by domain and by task.
+        parts = (*DOMAINS, *codec.metrics)
         self.nll = nn.ModuleDict({part: MeanMetric() for part in parts})
         self.accuracy = nn.ModuleDict({part: MeanMetric() for part in parts})
         self.clips = nn.ModuleDict({part: SumMetric() for part in parts})
         self.answers = AnswerMetrics(codec.metrics)
         self.generated: list[dict[str, str]] = []
-        self.seen: list[SeenBatch] = []  # the micro-batches of the step in work
+        self.seen: list[SeenBatch] = []  # micro-batches of the current optimizer step
         self._tokens: Tensor | int = 1
         self._silence: Batch | None = None
 
@@ -210,11 +219,11 @@ class AudioTextModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         ranks, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
-        if batch_idx % accumulate == 0:  # all ranks take part in it, those without a clip too
+        if batch_idx % accumulate == 0:  # a collective: ranks without clips take part too
             self._tokens, self.seen = self._step_tokens(batch, ranks), []
-        # Every rank runs the same graph in every micro-batch. ZeRO reduces gradients in the order in
-        # which they arrive, and ZeRO-3 gathers weights layer by layer: ranks that differ there mix
-        # up gradients, or wait for each other for ever.
+        # Every rank must run the same graph in every micro-batch. ZeRO reduces gradients in the
+        # order in which they arrive, and ZeRO-3 gathers weights layer by layer. If ranks differed,
+        # gradients would be mixed up or the ranks would deadlock.
         _, loss = self(batch if len(batch) else self._silent_clip())
         total = loss.total
         if not self.encoder_learns and not self._partitioned:
@@ -225,15 +234,19 @@ class AudioTextModule(lightning.LightningModule):
         self.seen.append(
             SeenBatch(clips, loss.token_nll.detach().float(), loss.correct, tuple(loss.counts))
         )
-        # Ranks average their gradients and micro-batches are averaged too; undoing both leaves the sum over the tokens of the
-        # whole step divided by their number, whatever the split. DeepSpeed averages micro-batches once more than Lightning.
+        # Gradients are averaged over ranks and micro-batches. Undo both, so that the loss is the
+        # sum over all tokens of the step divided by their number, however they are distributed.
+        # DeepSpeed averages over micro-batches once more than Lightning.
         averaged = (
             accumulate**2 if self.trainer.strategy.handles_gradient_accumulation else accumulate
         )
         return total * (ranks * averaged / self._tokens)
 
     def step_figures(self) -> tuple[Tensor, Tensor]:
-        """Return loss and accuracy of the step's tokens, over all ranks and micro-batches; all ranks call it together."""
+        """Return loss and accuracy of the optimizer step, over all ranks and micro-batches.
+
+        All ranks must call this together.
+        """
         sums = torch.stack(
             [torch.zeros(3, device=self.device), *(seen.sums() for seen in self.seen)]
         ).sum(0)
@@ -291,7 +304,7 @@ class AudioTextModule(lightning.LightningModule):
             metric.reset()  # pyright: ignore[reportCallIssue]
 
     def _write_some(self, batch: Batch, frames: Frames) -> None:
-        """Generate text for the first clips of each task, the same ones every time."""
+        """Generate text for the first clips of each task: the same clips in every validation."""
         written = Counter(entry["task"] for entry in self.generated)
         picked = []
         for i, task in enumerate(batch.tasks):
@@ -323,17 +336,17 @@ class AudioTextModule(lightning.LightningModule):
         return tokens.clamp(min=1.0)
 
     def _zero_gradients(self) -> Tensor:
-        """Return zero, with a gradient of zero for every trained parameter."""
+        """Return a zero whose gradient with respect to every trained parameter is zero."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         return sum(
             (p.flatten()[:1].sum() * 0.0 for p in parameters), torch.zeros((), device=self.device)
         )
 
     def _silent_clip(self) -> Batch:
-        """Return a second of silence with a text of one letter, for a rank that has no clips.
+        """Return a batch with a second of silence and a one-letter text, for ranks without clips.
 
         Raises:
-            UserError: the codec encodes no text.
+            UserError: the codec rejects the text.
         """
         if self._silence is None:
             try:

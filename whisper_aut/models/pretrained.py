@@ -1,8 +1,8 @@
-"""A trained encoder for its users: audio in, frames or vectors out.
+"""Loading pretrained Whisper checkpoints, and encoding audio with them.
 
-In: a hub id or directory in Hugging Face's Whisper format, and audio files or arrays of any rate and length. Out: one `[T, D]` tensor a
-clip, its valid frames only, or one vector a clip. Next: probes, an index to search in, a language model. `whisper_aut.load_encoder` is this
-module's function.
+`load_encoder` loads an encoder from a directory or the hub; `AudioEncoder` turns audio files or
+arrays of any sampling rate and length into frames or vectors. `Start` loads the parts of a
+checkpoint that training starts from.
 """
 
 import hashlib
@@ -52,22 +52,23 @@ from whisper_aut.models.encoder import (
 )
 from whisper_aut.models.seeding import seeded
 
-# What transformers raises on a directory or a download that it cannot load.
+# Raised by transformers for a directory or download that it cannot load.
 UNLOADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
 LOADING: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
-# Frozen tables that checkpoints may leave out: Hugging Face rebuilds the first from the second or by formula.
+# Weights that checkpoints may leave out: `proj_out` is tied to the token embedding.
 MAY_BE_MISSING = {"proj_out.weight"}
-ENGLISH_ONLY_TOKENS = 51_864  # of every `whisper-*.en`; the multilingual ones have 51,865 or 51,866
+# Vocabulary size of every `whisper-*.en`. Multilingual checkpoints have 51,865 or 51,866 tokens.
+ENGLISH_ONLY_TOKENS = 51_864
 
 
 @dataclass
 class Start:
-    """A checkpoint to start from.
+    """A pretrained Whisper checkpoint. Its parts are loaded when they are first used.
 
     Args:
         path: hub id or directory.
-        revision: branch, tag or commit on the hub; empty for the default.
-        random_init: build the architecture with new weights, seeded by PyTorch's global generator.
+        revision: branch, tag or commit on the hub. Empty for the default branch.
+        random_init: replace the weights with random ones, drawn from PyTorch's global generator.
     """
 
     path: str
@@ -76,31 +77,38 @@ class Start:
 
     @cached_property
     def config(self) -> WhisperConfig:
+        """The configuration.
+
+        Raises:
+            UserError: there is no Whisper checkpoint, or it is a PEFT adapter or uses layer dropout.
+        """
         if Path(self.path).is_dir():
             refuse_adapter(self.path)
         config = self._load(WhisperConfig.from_pretrained, self.path)
-        refuse_adapter(self.path, self.revision)  # of the hub, which has been reached by now
+        # Check adapters on the hub only now: the load above has reported an unreachable hub.
+        refuse_adapter(self.path, self.revision)
         if config.model_type != "whisper":
             raise UserError(
                 f"{self.path} is a {config.model_type!r} model; a Whisper checkpoint is expected."
             )
         if config.encoder_layerdrop or config.decoder_layerdrop:
             raise UserError(
-                f"{self.path} sets layer dropout, which packed clips do not support; set it to 0 in its config.json."
+                f"{self.path} sets layer dropout, which packed clips do not support; "
+                "set it to 0 in its config.json."
             )
         return config
 
     @cached_property
     def model(self) -> WhisperForConditionalGeneration:
-        """Encoder and decoder together, float32.
+        """Encoder and decoder, in float32.
 
         Raises:
-            UserError: weights missing, or an export without a decoder.
+            UserError: weights are missing, or the checkpoint is an export without a decoder.
         """
         if self.config.decoder_layers == 0:
             raise UserError(
-                f"{self.path} holds an encoder without its decoder, so the whisper decoder cannot start from it. "
-                "Start from a full checkpoint, or pick another decoder."
+                f"{self.path} holds an encoder without its decoder, so the whisper decoder cannot "
+                "start from it. Start from a full checkpoint, or pick another decoder."
             )
         if self.random_init:
             return WhisperForConditionalGeneration(self.config)
@@ -115,7 +123,7 @@ class Start:
 
     @cached_property
     def encoder(self) -> WhisperEncoder:
-        """The encoder alone, float32; the decoder's weights are not read into memory where it was not loaded already."""
+        """The encoder, in float32. Unless `model` was used before, the decoder is not loaded."""
         if "model" in self.__dict__:
             return self.model.model.encoder
         return (
@@ -144,10 +152,10 @@ class Start:
     def generation_config(self) -> GenerationConfig:
         try:
             config = GenerationConfig.from_pretrained(self.path, revision=self.revision or "main")
-        except OSError:  # checkpoints made by hand often have none
+        except OSError:  # checkpoints that were not saved by transformers often have none
             config = GenerationConfig.from_model_config(self.config)
         if getattr(config, "is_multilingual", None) is None:
-            # The tokenizers of English-only checkpoints hold language tokens too, never trained.
+            # Tokenizers of English-only checkpoints contain language tokens too, but untrained.
             english_only = self.config.vocab_size == ENGLISH_ONLY_TOKENS
             set_prompt_tokens(config, self.tokenizer, multilingual=not english_only)
         return config
@@ -164,7 +172,13 @@ class Start:
 def set_prompt_tokens(
     config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, *, multilingual: bool
 ) -> None:
-    """Write into a generation config which prompt tokens a Whisper has, as `generate` of transformers reads them."""
+    """Write Whisper's prompt tokens into a generation config, for `generate` of transformers.
+
+    Args:
+        config: the generation config, changed in place.
+        tokenizer: the tokenizer of the checkpoint.
+        multilingual: whether the checkpoint was trained with language and task tokens.
+    """
     ids = tokenizer.get_vocab()
     languages = [f"<|{code}|>" for code in LANGUAGES]
     tokens: dict[str, Any] = {
@@ -179,10 +193,15 @@ def set_prompt_tokens(
 
 
 def load_whisper_encoder(path: str, revision: str = "") -> WhisperEncoder:
-    """Load only the encoder of any Whisper directory or hub id, strictly: every encoder weight must be there.
+    """Load only the encoder of a Whisper checkpoint. All its weights must be present.
+
+    Args:
+        path: directory or hub id.
+        revision: branch, tag or commit on the hub. Empty for the default branch.
 
     Raises:
-        UserError: nothing there, not a Whisper checkpoint, no safetensors, or weights missing or of another shape.
+        UserError: there is no Whisper checkpoint or no safetensors file, or weights are missing or
+            have the wrong shape.
     """
     refuse_no_place(path)
     try:
@@ -203,7 +222,7 @@ def load_whisper_encoder(path: str, revision: str = "") -> WhisperEncoder:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence transformers' bars and reports of a load: `refuse_gaps` says what matters of them."""
+    """Silence transformers' progress bars and load reports. `refuse_gaps` reports what matters."""
     level, bars = (
         transformers_logging.get_verbosity(),
         transformers_logging.is_progress_bar_enabled(),
@@ -226,7 +245,15 @@ def refuse_gaps(
     only_missing: bool = False,
     kind: str = "Whisper model",
 ) -> None:
-    """Raise where loading left weights at their random start, or read weights that the model has no place for."""
+    """Raise `UserError` if a load left weights uninitialised or found weights that do not fit.
+
+    Args:
+        path: the checkpoint, for the error message.
+        info: the loading info that `from_pretrained` returns.
+        allowed: weights that may be missing.
+        only_missing: accept weights that the model does not have.
+        kind: the kind of model, for the error message.
+    """
     missing = sorted(set(info["missing_keys"]) - allowed)
     mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
     unexpected = [] if only_missing else sorted(info["unexpected_keys"])
@@ -243,28 +270,37 @@ def refuse_gaps(
 
 
 def refuse_no_place(path: str) -> None:
-    """Raise where a path is neither a directory nor like a hub id, before a minute is spent asking the hub for it."""
+    """Raise `UserError` if a path is no directory and does not look like a hub id.
+
+    This avoids a slow request to the hub.
+    """
     place = Path(path)
     if place.is_dir():
         return
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(describe_missing(path, OSError()))
-    if any(place.parent.glob("*/latest")):  # a folder of runs, not an owner of models on the hub
+    if any(
+        place.parent.glob("*/latest")
+    ):  # the parent is a folder of runs, not an owner on the hub
         there = sorted(
             entry.name
             for entry in place.parent.iterdir()
             if entry.is_dir() and not entry.name.startswith(".")
         )
         raise UserError(
-            f"There is no {path}.{nearest(place.name, there)} {place.parent} has: {', '.join(there) or 'no folder'}."
+            f"There is no {path}.{nearest(place.name, there)} {place.parent} has: "
+            f"{', '.join(there) or 'no folder'}."
         )
 
 
 def refuse_adapter(path: str, revision: str = "") -> None:
-    """Raise where a directory or hub id holds low-rank updates and no model; `load_encoder` applies them, training does not."""
+    """Raise `UserError` if a directory or hub id contains a PEFT adapter and no model.
+
+    `load_encoder` applies such adapters, but training does not support them.
+    """
     try:
         found = find_adapter_config_file(path, revision=revision or "main")
-    except OSError:  # no such model, or no hub: loading says so
+    except OSError:  # there is no such model, or no connection: the load reports it
         return
     if found:
         base = (
@@ -272,7 +308,8 @@ def refuse_adapter(path: str, revision: str = "") -> None:
         )
         raise UserError(
             f"{path} is a PEFT adapter of {base}, not a model. Merge it first: "
-            f"peft.PeftModel.from_pretrained(model, {path!r}).merge_and_unload().save_pretrained(FOLDER), with the tokenizer's files."
+            f"peft.PeftModel.from_pretrained(model, {path!r}).merge_and_unload()"
+            ".save_pretrained(FOLDER), with the tokenizer's files."
         )
 
 
@@ -283,17 +320,28 @@ def describe_missing(
     kind: str = "Whisper checkpoint",
     example: str = "openai/whisper-tiny",
 ) -> str:
-    """Say what a checkpoint directory lacks, what is in it, and what to do."""
+    """Return an error message for a checkpoint that cannot be loaded.
+
+    Args:
+        path: directory or hub id.
+        error: the error that loading raised.
+        kind: the kind of checkpoint that was expected.
+        example: a valid hub id.
+    """
     folder = Path(path)
     if folder.is_dir():
         there = ", ".join(sorted(file.name for file in folder.iterdir())[:12]) or "nothing"
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return (
-            f"{path} is not a usable {kind}: {first}\nIt should hold config.json, model.safetensors and, for training, "
+            f"{path} is not a usable {kind}: {first}\nIt should hold config.json, "
+            "model.safetensors and, for training, "
             f"the tokenizer's files; it holds {there}."
         )
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        return f"There is no model directory {path}. Give a directory in Hugging Face's format or a hub id such as {example}."
+        return (
+            f"There is no model directory {path}. Give a directory in Hugging Face's format or a "
+            f"hub id such as {example}."
+        )
     return (
         f"{path} is neither a directory here nor a model that could be reached on the hub.\n"
         f"Check the name and the connection, or fetch it first: hf download {path}"
@@ -303,18 +351,18 @@ def describe_missing(
 Audio: TypeAlias = np.ndarray | Tensor | str | os.PathLike[str]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DECODERS = min(8, os.cpu_count() or 1)
-CLIPS_AT_ONCE = 64  # what `embed` holds in memory: so many clips and their frames
+CLIPS_AT_ONCE = 64  # the number of clips, with their frames, that `embed` holds in memory
 
 
 class AudioEncoder(nn.Module):
-    """Log-mel features and a packed encoder, in eval mode.
+    """Encodes audio files and arrays with a packed encoder in eval mode.
 
     Args:
         encoder: the encoder to run.
 
     Examples:
         >>> encoder = load_encoder("runs/aut_tiny/latest/export/encoder")
-        >>> frames = encoder.encode(["clip.wav"])  # a frame every 20 ms: clip.wav is one second long
+        >>> frames = encoder.encode(["clip.wav"])  # one second, and a frame every 20 ms
         >>> [tuple(clip.shape) for clip in frames] == [(50, encoder.width)]
         True
     """
@@ -327,7 +375,7 @@ class AudioEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """D, the width of a frame."""
+        """Width D of a frame."""
         return self.encoder.width
 
     @property
@@ -336,7 +384,7 @@ class AudioEncoder(nn.Module):
 
     @property
     def layers(self) -> int:
-        """How many layers the encoder has."""
+        """Number of layers of the encoder."""
         return len(self.encoder.whisper.layers)
 
     @property
@@ -345,7 +393,7 @@ class AudioEncoder(nn.Module):
 
     @property
     def dtype(self) -> str:
-        """What it runs in: a key of `DTYPES`."""
+        """Precision of the weights, a key of `DTYPES`."""
         found = next(self.parameters()).dtype
         return next(name for name, dtype in DTYPES.items() if dtype == found)
 
@@ -358,26 +406,30 @@ class AudioEncoder(nn.Module):
         *,
         batch_seconds: float = BATCH_SECONDS,
     ) -> list[Tensor]:
-        """Encode clips of any length; beyond 30 s they are heard in windows that overlap by 2 s.
+        """Encode clips of any length. Clips over 30 s are encoded in windows that overlap by 2 s.
 
         Args:
-            audio: arrays `[S]` or `[S, channels]` of one sampling rate, or paths of files, which know their own.
-            sample_rate_hz: of arrays.
-            layers: give these hidden states in place of the output, numbered as Hugging Face numbers them: 0 is what enters the
-                first layer, the last one is the output.
-            batch_seconds: how much audio runs at once; the memory that encoding takes grows with it.
+            audio: paths of audio files, or arrays `[S]` or `[S, channels]` with the same sampling
+                rate.
+            sample_rate_hz: sampling rate of the arrays.
+            layers: return these hidden states instead of the output. They are numbered as in
+                Hugging Face: 0 is the input of the first layer, and the last one is the output.
+            batch_seconds: seconds of audio per batch. Memory use grows with it.
 
         Returns:
-            Per clip its valid frames `[T, D]` (20 ms each), or `[layers, T, D]`, float32 on the CPU.
+            The valid frames of each clip (20 ms each), `[T, D]`, or `[layers, T, D]` if `layers` is
+            given. They are float32 and on the CPU.
 
         Raises:
-            UserError: a file that cannot be used, arrays without a rate, or a layer that the encoder does not have.
-            ValueError: an array is empty, of another shape, or not finite.
+            UserError: a file cannot be used, arrays come without a sampling rate, or the encoder
+                does not have one of the layers.
+            ValueError: an array is empty, has the wrong shape, holds integers, or is not finite.
 
         Examples:
             >>> chirp = np.sin(np.linspace(0, 3000, 8000, dtype=np.float32) ** 1.2)
             >>> encoder = load_encoder("runs/aut_tiny/latest/export/encoder")
-            >>> encoder.encode([chirp], sample_rate_hz=8_000, layers=[0, 1])[0].shape[:2]  # layers, frames
+            >>> clips = encoder.encode([chirp], sample_rate_hz=8_000, layers=[0, 1])
+            >>> clips[0].shape[:2]  # layers, frames
             torch.Size([2, 50])
         """
         self._check_layers(layers)
@@ -408,17 +460,22 @@ class AudioEncoder(nn.Module):
         layers: Sequence[int] = (),
         batch_seconds: float = BATCH_SECONDS,
     ) -> Tensor:
-        """Encode clips and pool the frames of each: `[B, D']`, or `[B, layers, D']` where layers are given.
+        """Encode clips and pool the frames of each clip.
 
         Args:
-            pooling: `mean`, or `mean_std` for mean and deviation, twice as wide.
+            audio, sample_rate_hz, layers, batch_seconds: see `encode`.
+            pooling: `mean`, or `mean_std` for mean and standard deviation, which is twice as wide.
+
+        Returns:
+            One vector per clip, `[B, D']`, or `[B, layers, D']` if `layers` is given.
 
         Raises:
             UserError, ValueError: see `encode`.
 
         Examples:
             >>> encoder = load_encoder("runs/aut_tiny/latest/export/encoder")
-            >>> encoder.embed(["clip.wav", "clip.wav"], pooling="mean_std").shape == (2, 2 * encoder.width)
+            >>> vectors = encoder.embed(["clip.wav", "clip.wav"], pooling="mean_std")
+            >>> vectors.shape == (2, 2 * encoder.width)
             True
         """
         pool, clips = pooling_named(pooling), _listed(audio)
@@ -434,14 +491,13 @@ class AudioEncoder(nn.Module):
         return torch.stack(rows) if rows else torch.empty(0, self.width)
 
     def _encode(self, waveforms: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
-        """Encode `[S]` of at most 30 s each, all at once."""
+        """Encode waveforms `[S]` of at most 30 s each, as one batch."""
         mel = torch.cat([self.logmel(waveform.to(self.device)) for waveform in waveforms])
         lengths = [mel_frames(len(waveform)) for waveform in waveforms]
         if not layers:
             frames = self.encoder(mel, lengths)
-            return replace(
-                frames, values=frames.values.float().cpu()
-            ).valid()  # one copy for all clips
+            # Copy to the CPU once for all clips.
+            return replace(frames, values=frames.values.float().cpu()).valid()
         with hidden_states(self.encoder) as states:
             frames = self.encoder(mel, lengths)
         states.append(frames.values)
@@ -454,11 +510,12 @@ class AudioEncoder(nn.Module):
         if any(not 0 <= layer <= self.layers for layer in layers):
             asked = ", ".join(map(str, layers))
             raise UserError(
-                f"The encoder has layers 0 (what enters the first) to {self.layers}; asked for: {asked}."
+                f"The encoder has layers 0 (what enters the first) to {self.layers}; "
+                f"asked for: {asked}."
             )
 
     def fingerprint(self) -> str:
-        """Return a hash of weights, padding and precision: what decides the frames."""
+        """Return a hash of all that determines the frames: weights, padding and precision."""
         digest = hashlib.sha256(f"{self.padding}{self.dtype}".encode())
         for name, weight in sorted(self.encoder.state_dict().items()):
             digest.update(name.encode())
@@ -468,7 +525,10 @@ class AudioEncoder(nn.Module):
 
 @contextmanager
 def hidden_states(encoder: PackedEncoder) -> Iterator[list[Tensor]]:
-    """Collect what enters each layer, packed `[ΣT, D]`, while the encoder runs: the input of its first norm."""
+    """Collect the packed input `[ΣT, D]` of each layer while the encoder runs.
+
+    It is read from the input of the layer's first norm.
+    """
     states: list[Tensor] = []
     norms = cast(list[nn.Module], [layer.self_attn_layer_norm for layer in encoder.whisper.layers])
     hooks = [
@@ -491,23 +551,24 @@ def load_encoder(
     random_init: bool = False,
     seed: int = 0,
 ) -> AudioEncoder:
-    """Load the encoder of a Whisper checkpoint: one exported here, or any of the hub's.
+    """Load the encoder of a Whisper checkpoint, either exported from a run or from the hub.
 
     Args:
-        path_or_hub_id: a directory in Hugging Face's format, a run of ours (its exported encoder is taken), or a hub id such as
-            `openai/whisper-tiny`; `openai/whisper-tiny@none` states the padding as well.
-        padding: `none` runs clips at their own length, `30s` computes what Hugging Face computes. By default an
-            encoder runs as it was trained: as its export's `config.json` says, or at `30s` where it
-            says nothing, as in every released Whisper.
-        device: where it runs; `auto` takes a GPU where there is one.
-        dtype: the precision it runs in; `fp32`, `bf16` and `fp16` are short for PyTorch's.
-        revision: branch, tag or commit on the hub.
-        random_init: keep the architecture and draw new weights by `seed`: the encoder that has learned nothing.
-        seed: of those weights.
+        path_or_hub_id: a directory in Hugging Face's format, the directory of a training run (its
+            exported encoder is loaded), or a hub id such as `openai/whisper-tiny`. The padding mode
+            can be appended, as in `openai/whisper-tiny@none`.
+        padding: `none` runs clips at their own length, `30s` pads them and gives the same results
+            as Hugging Face. By default, the mode that the encoder was trained with: exports store
+            it in `config.json`; all other checkpoints use `30s`.
+        device: the device to run on. `auto` selects a GPU if there is one.
+        dtype: the precision to run in: a PyTorch dtype, or `fp32`, `bf16` or `fp16`.
+        revision: branch, tag or commit on the hub. Empty for the default branch.
+        random_init: replace the weights with random ones, as an untrained baseline.
+        seed: seed of the random weights.
 
     Raises:
-        UserError: nothing usable at the path, an unknown padding or precision, two different paddings,
-            or a device that is not there.
+        UserError: the checkpoint is not usable, padding or precision are unknown, two different
+            padding modes are given, or the device is not available.
 
     Examples:
         >>> encoder = load_encoder("runs/aut_tiny/latest", dtype="bf16")
@@ -520,7 +581,8 @@ def load_encoder(
     given = marked if padding is None else _padding(padding)
     if marked and given != marked:
         raise UserError(
-            f"{path_or_hub_id} asks for padding {marked}, and padding={padding!r} was given as well. "
+            f"{path_or_hub_id} asks for padding {marked}, "
+            f"and padding={padding!r} was given as well. "
             "Leave one of them out."
         )
     place, precision = device_of(device), _dtype(dtype)
@@ -534,17 +596,20 @@ def load_encoder(
 
 
 def split_padding(name: str) -> tuple[str, Padding | None]:
-    """Split `NAME@30s` or `NAME@none` into a path or hub id and its padding, None without a mark.
+    """Split `NAME@30s` or `NAME@none` into a path or hub id and a padding mode.
+
+    Returns:
+        The path or hub id, and the padding mode, or None if the name has no `@` suffix.
 
     Raises:
-        UserError: something else follows the `@`.
+        UserError: the suffix is not a padding mode.
 
     Examples:
         >>> split_padding("openai/whisper-tiny@30s"), split_padding("runs/aut_tiny/latest")
         (('openai/whisper-tiny', '30s'), ('runs/aut_tiny/latest', None))
     """
     path, at, mark = name.rpartition("@")
-    if not at or "/" in mark or Path(name).exists():  # `@` is a letter like any other in a path
+    if not at or "/" in mark or Path(name).exists():  # paths may contain `@` too
         return name, None
     if mark not in PADDINGS:
         raise UserError(
@@ -555,29 +620,34 @@ def split_padding(name: str) -> tuple[str, Padding | None]:
 
 
 def _padding(said: str) -> Padding:
-    """Check what a caller or an export's `config.json`, which may be anybody's, says."""
+    """Validate a padding mode from a caller or from the `config.json` of a checkpoint."""
     if said not in PADDINGS:
         raise UserError(f"padding must be one of {', '.join(PADDINGS)}, not {said!r}.")
     return cast(Padding, said)
 
 
 def device_named(name: str) -> str:
-    """Return what PyTorch calls a device: `auto` is a GPU where there is one, else the CPU; `auto` and `cuda` are one GPU a rank."""
+    """Return PyTorch's name of a device.
+
+    `auto` is a GPU if there is one, otherwise the CPU. `cuda`, also if it comes from `auto`, is the
+    GPU of this rank (`LOCAL_RANK`).
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
 
 
 def device_of(device: str | torch.device) -> torch.device:
-    """Return a device that can be used.
+    """Return a device after checking that it is available.
 
     Raises:
-        UserError: it is not there.
+        UserError: the device is not available.
     """
     try:
         place = torch.device(device_named(device) if isinstance(device, str) else device)
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:  # PyTorch asserts that it was built with CUDA
+    # PyTorch raises AssertionError if it was built without CUDA.
+    except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}"
         ) from None
@@ -589,7 +659,8 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
         return dtype
     if dtype not in DTYPES:
         raise UserError(
-            f"dtype must be one of {', '.join(DTYPES)}, or PyTorch's own, not {dtype!r}.{nearest(dtype, DTYPES)}"
+            f"dtype must be one of {', '.join(DTYPES)}, or PyTorch's own, not {dtype!r}."
+            f"{nearest(dtype, DTYPES)}"
         )
     return DTYPES[dtype]
 
@@ -601,7 +672,7 @@ def _listed(audio: Sequence[Audio]) -> Sequence[Audio]:
 
 
 def _waveform(clip: Audio, number: int, *, sample_rate_hz: int | None) -> Tensor:
-    """One clip as `[S]` at 16 kHz."""
+    """Return a clip as mono waveform `[S]` at 16 kHz."""
     if isinstance(clip, (str, os.PathLike)):
         try:
             return load_file(Path(clip), LONG_CLIPS)

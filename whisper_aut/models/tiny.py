@@ -1,8 +1,7 @@
-"""A small Whisper from nothing, as a directory in Hugging Face's format.
+"""Small models for tests, the demo and machines without a network.
 
-In: texts to train a byte-level BPE on, and sizes. Out: a directory with config, random weights, tokenizer, feature extractor
-and generation config, which loads like `openai/whisper-tiny` does. Next: `model.start`. It stands in for a released checkpoint
-where none can be had: in tests, in the demo, on machines without a network.
+`make_whisper` writes a randomly initialised Whisper that loads like `openai/whisper-tiny`.
+`make_language_model` trains a small Qwen3 on the texts of shards.
 """
 
 import hashlib
@@ -64,7 +63,10 @@ def shaped_config(
     num_mel_bins: int,
     vocabulary: int,
 ) -> WhisperConfig:
-    """Return the configuration of a Whisper of these sizes; its special tokens are the vocabulary's last until they are set."""
+    """Return the configuration of a Whisper with these sizes.
+
+    All its special tokens are the last token of the vocabulary until they are set.
+    """
     tokens = dict.fromkeys(
         ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), vocabulary - 1
     )
@@ -83,7 +85,11 @@ def shaped_config(
 
 
 def config_of(path: str, revision: str = "") -> WhisperConfig:
-    """Return a checkpoint's configuration: a directory's own, a known shape, or else what the hub says.
+    """Return the configuration of a Whisper: from a directory, `KNOWN_SHAPES` or the hub.
+
+    Args:
+        path: directory or hub id.
+        revision: branch, tag or commit on the hub. Empty for the default branch.
 
     Raises:
         UserError: there is no such directory or model.
@@ -94,7 +100,7 @@ def config_of(path: str, revision: str = "") -> WhisperConfig:
 
 
 END, START = "<|endoftext|>", "<|startoftranscript|>"
-# The order is the released tokenizers': WhisperTokenizer counts language tokens from the start token on.
+# In the order of OpenAI's tokenizers: WhisperTokenizer computes language ids from the start token.
 WHISPER_SPECIAL_TOKENS = (
     END,
     START,
@@ -110,7 +116,12 @@ MAX_TEXT_TOKENS = 448
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> WhisperTokenizer:
-    """Train a byte-level BPE of at most `vocabulary` text tokens and add Whisper's special tokens behind it."""
+    """Train a byte-level BPE and append Whisper's special tokens.
+
+    Args:
+        texts: the texts to train on.
+        vocabulary: the most text tokens.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
@@ -145,7 +156,21 @@ def make_whisper(
     vocabulary: int,
     seed: int,
 ) -> Path:
-    """Write a randomly initialised Whisper to `out` and return it."""
+    """Write a randomly initialised Whisper to a directory in Hugging Face's format.
+
+    Args:
+        out: the directory.
+        texts: the texts to train the tokenizer on.
+        d_model: width D.
+        encoder_layers, decoder_layers: number of layers.
+        heads: attention heads of encoder and decoder.
+        num_mel_bins: M, the number of mel bins.
+        vocabulary: the most text tokens; special tokens are added.
+        seed: seed of the weights.
+
+    Returns:
+        `out`.
+    """
     tokenizer = train_tokenizer(texts, vocabulary)
     vocab = tokenizer.get_vocab()
     start, end = vocab[START], vocab[END]
@@ -179,29 +204,42 @@ def _generation_config(tokenizer: WhisperTokenizer, start: int, end: int) -> Gen
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 LANGUAGE_SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, "<think>", "</think>")
-# ChatML, with the empty thought that Qwen3 writes where thinking is off.
+# ChatML, with the empty <think> block that Qwen3 writes if thinking is disabled.
 CHAT_TEMPLATE = (
-    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>\n{% endfor %}"
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n"
+    "{{ turn.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}"
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 MAX_POSITIONS = 2048
 WARMUP_SHARE = 0.1
-OTHER_FACTS = 0.5  # the chance of each fact beside the one that is asked for: audio tells some things and not others
+# Probability of each fact besides the requested one: real audio does not reveal everything either.
+OTHER_FACTS = 0.5
 
 
 @dataclass
 class LanguageScratch:
-    """Sizes and training of the small language model.
+    """Sizes and training options of the small language model.
+
+    The model is trained on chats in which text about a clip replaces the clip's audio.
 
     Attributes:
-        texts: the shard folders whose texts it reads.
-        out: the folder under which it is kept, by a hash of all that decides it.
-        stretch: a text that stands for audio has each token up to so many times, as audio lasts over several frames.
-        noise: how much of what stands there is noise at most, as a share of power drawn for each chat: what an adapter writes has the
-            embeddings' size and points at a token only in part. Where it is all noise the model learns to say what is likely, so
-            that an untrained adapter is met with doubt and not with some confident answer.
-        steps, batch_texts, lr: of its training.
+        texts: folders of the shards whose texts it is trained on.
+        out: the folder to save it in, in a subfolder named by a hash of everything that
+            determines the model.
+        width: width W of the embeddings.
+        layers: number of layers.
+        heads: number of attention heads.
+        vocabulary: size of the tokenizer's vocabulary.
+        stretch: repeat each token that replaces audio 1 to this many times, because sounds span
+            several frames.
+        noise: the largest fraction of noise power in the embeddings that replace audio, drawn for
+            each chat. It imitates adapter outputs, which have the scale of token embeddings but
+            match a token only partly. From pure noise the model learns to predict what is likely,
+            so that it is not confidently wrong with an untrained adapter.
+        steps, batch_texts, lr: training steps, chats per step, and peak learning rate.
+        seed: seed of weights and training data.
     """
 
     texts: list[str]
@@ -226,7 +264,13 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Chat:
-    """A chat of tokens `[L]`: which are learned, and which stand where the audio will."""
+    """A chat of L tokens.
+
+    Attributes:
+        tokens: `[L]`.
+        supervised: `[L]` bool, the tokens to predict.
+        heard: `[L]` bool, the tokens that replace the audio.
+    """
 
     tokens: torch.Tensor
     supervised: torch.Tensor
@@ -235,7 +279,7 @@ class _Chat:
 
 @dataclass
 class _Reader:
-    """Chats in which what is written about a clip stands where its audio will, drawn from a seed."""
+    """Draws random chats in which text about a clip replaces its audio."""
 
     codec: ChatText
     texts: Sequence[_Text]
@@ -255,11 +299,13 @@ class _Reader:
             yield self._written_out(chat, self._facts(text, chat))
 
     def _facts(self, text: _Text, chat: TokenTarget) -> list[str]:
-        """Return what the question asks for, and half of all else that can be asked about the clip, each once, in any order."""
+        """Return the requested fact and about half of the clip's other facts, shuffled and unique.
+
+        A fact is the answer to a task.
+        """
         known = self.codec.instructions.facts(text.annotation, text.domain)
-        asked = known.pop(
-            chat.task, chat.text
-        )  # a sample's own question has no entry: what it asks for is its answer
+        # A sample's own question has no entry. Its fact is the answer.
+        asked = known.pop(chat.task, chat.text)
         told = list(
             dict.fromkeys(
                 [asked, *(fact for fact in known.values() if self.rng.random() < OTHER_FACTS)]
@@ -269,7 +315,10 @@ class _Reader:
         return told
 
     def _written_out(self, chat: TokenTarget, facts: list[str]) -> "_Chat":
-        """Put facts where the clip's audio stands, a line each: behind a line break a word has the tokens that it has in an answer."""
+        """Replace the audio token with facts, one per line.
+
+        A word after a line break has the same tokens as at the start of an answer.
+        """
         tokens = self.codec.tokenizer(
             "\n".join(facts), add_special_tokens=False, split_special_tokens=True
         ).input_ids
@@ -286,10 +335,17 @@ class _Reader:
 
 
 def make_language_model(scratch: LanguageScratch, instructions: Instructions) -> str:
-    """Train the small language model, or find the one that was trained before; return its directory.
+    """Train the small language model, unless the same one was trained before.
+
+    Args:
+        scratch: sizes and training options.
+        instructions: the tasks to train on.
+
+    Returns:
+        The directory of the model.
 
     Raises:
-        UserError: the shards cannot be read or hold no text that an instruction fits.
+        UserError: the shards cannot be read, or no instruction fits any of their texts.
     """
     indexes = [open_index(folder) for folder in scratch.texts]
     asked = {name: asdict(entry) for name, entry in instructions.entries.items()}
@@ -304,7 +360,7 @@ def make_language_model(scratch: LanguageScratch, instructions: Instructions) ->
         / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     )
     with file_lock(out):
-        if not out.exists():  # it is moved there when whole
+        if not out.exists():  # `_make` moves a complete model there
             _make(out, scratch, instructions, indexes)
     return str(out)
 
@@ -322,7 +378,8 @@ def _make(
     texts = [text for text in texts if instructions.fitting(text.annotation, text.domain)]
     if not texts:
         raise UserError(
-            f"No text in {', '.join(scratch.texts)} fits an instruction, so no language model can be trained on them."
+            f"No text in {', '.join(scratch.texts)} fits an instruction, so no language model can "
+            "be trained on them."
         )
     asks = [ask for entry in instructions.entries.values() for ask in entry.asks]
     tokenizer = train_chat_tokenizer(
@@ -344,7 +401,12 @@ def _make(
 
 
 def train_chat_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE with Qwen3's special tokens and a chat template like its own."""
+    """Train a byte-level BPE with special tokens and a chat template like Qwen3's.
+
+    Args:
+        texts: the texts to train on.
+        vocabulary: size of the vocabulary, special tokens included.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
@@ -354,9 +416,8 @@ def train_chat_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTok
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(
-        ["user\nassistant\n\n", *texts] * 2, trainer
-    )  # twice: the names of the roles are words too
+    # The chat template writes the names of the roles, so they are part of the training text.
+    bpe.train_from_iterator(["user\nassistant\n\n", *texts] * 2, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=TURN_END, pad_token=END_OF_TEXT
     )
@@ -366,7 +427,7 @@ def train_chat_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTok
 
 
 def scratch_config(scratch: LanguageScratch, vocabulary: int) -> Qwen3Config:
-    """Return a Qwen3 of the given sizes."""
+    """Return the configuration of the small language model, a Qwen3."""
     return Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=scratch.width,
@@ -375,7 +436,8 @@ def scratch_config(scratch: LanguageScratch, vocabulary: int) -> Qwen3Config:
         num_attention_heads=scratch.heads,
         num_key_value_heads=max(1, scratch.heads // 2),
         head_dim=scratch.width // scratch.heads,
-        # Tokens of length one: at the usual 0.02 half of a short training goes into growing.
+        # Embeddings start with norm 1. At the usual 0.02, half of a short training is spent on
+        # growing them.
         initializer_range=scratch.width**-0.5,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
@@ -416,7 +478,7 @@ def _trained(
 
 
 def _loss(model: Qwen3ForCausalLM, chats: Sequence["_Chat"], noise: float) -> torch.Tensor:
-    """Mean next-token loss on the answers of a batch, as `causal_lm` takes it."""
+    """Return the mean next-token loss on the answers of a batch, as in `decoders.causal_lm`."""
     tokens = torch.cat([chat.tokens for chat in chats])
     predicted = torch.cat([chat.supervised for chat in chats]).nonzero()[:, 0]
     embeddings = model.get_input_embeddings()(tokens)
