@@ -1,9 +1,12 @@
-"""Rounds → scores: settings are chosen on validation clips only, and each test part is scored once per seed.
+"""Fit and score the rounds of a task: settings are chosen on validation clips only, and each
+test part is scored once per seed.
 
-For each round, all inner folds and candidate settings are problems of one batched fit. A candidate is as good as its mean validation
-score over the inner folds (ties: the lower loss there). The probe that is tested is fitted again, with what was chosen, on the full
-training split, or on training and validation split. Choosing knows no seeds: a seed decides batch order and starting weights of the
-tested probe, and each seed's probe is trained by itself, so that its score does not depend on the other seeds of a run.
+In each round, all inner folds and candidate settings are problems of one batched fit. The best
+candidate has the highest mean validation score over the inner folds, or the lower loss among
+equals. The final probe is fitted again with the chosen setting, on the full training split or on
+training and validation split. Seeds play no part in the choice: they decide batch order and
+initial weights of the final probe. Each seed's probe is trained by itself, so that its score
+does not depend on the other seeds of a run.
 """
 
 import logging
@@ -28,23 +31,23 @@ from whisper_aut.probes.metrics import ANSWERS, Answer, class_metric
 from whisper_aut.probes.tasks import ProbeTask
 
 FinalFit = Literal["train", "train+valid"]
-HELD_OUT_SHARE = 0.2  # of the training clips, where a task has no validation split
-MAX_INNER_FOLDS = (
-    4  # validation folds per test fold: all of a 5-fold task, the next four of a 10-fold one
-)
+HELD_OUT_SHARE = 0.2  # fraction of the training clips, for tasks without a validation split
+# Validation folds per test fold: all of a 5-fold task, the next four of a 10-fold task.
+MAX_INNER_FOLDS = 4
 
 
 @dataclass(frozen=True)
 class Round:
-    """One test part and the clips that a probe of it may learn from.
+    """One test part and the clips that its probe may be trained on.
 
     Attributes:
-        number: which round of the task this is.
-        pool: the clips to learn from.
-        parts: `[B]`, the validation part that a clip of the pool belongs to; -1 where it is none's.
-        train: `[B]`, whether the clip is in the training split; in folds all are.
-        validate: the parts that settings are chosen on; none means that a share of the training clips is held out.
-        test: read once a seed.
+        number: index of the round.
+        pool: the clips to train and validate on.
+        parts: `[B]`, index of the validation part of each clip in the pool; -1 for none.
+        train: `[B]`, whether a clip is in the training split. With folds, all are.
+        validate: the parts that settings are chosen on. If empty, a fraction of the training
+            clips is held out.
+        test: the test clips, scored once per seed.
     """
 
     number: int
@@ -57,21 +60,21 @@ class Round:
 
 @dataclass(frozen=True)
 class Trial:
-    """Clips of a pool to fit on and others to validate on, `[B]` masks."""
+    """Clips of a pool to fit on and clips to validate on, as masks `[B]`."""
 
     fit: np.ndarray
     valid: np.ndarray
 
 
 def rounds_of(parts: dict[str, Embeddings], task: ProbeTask) -> list[Round]:
-    """Return the rounds of a task: one for splits, one per fold for folds."""
+    """Return the rounds of a task: one for splits, or one per fold."""
     if task.split.scheme == "folds":
         return fold_rounds(list(parts.values()))
     return [split_round(parts)]
 
 
 def split_round(splits: dict[str, Embeddings]) -> Round:
-    """Return the one round of a task with a train, a valid (perhaps empty) and a test split."""
+    """Return the round of a task with a train, a valid (possibly empty) and a test split."""
     train, valid = splits["train"], splits["valid"]
     parts = np.repeat([-1, 0], [len(train), len(valid)])
     return Round(
@@ -85,13 +88,13 @@ def split_round(splits: dict[str, Embeddings]) -> Round:
 
 
 def fold_rounds(folds: Sequence[Embeddings]) -> list[Round]:
-    """Return one round per fold: it is the test part, the others are the pool."""
+    """Return one round per fold, with that fold as the test part and the others as the pool."""
     rounds = []
     for number, test in enumerate(folds):
         order = [(number + step) % len(folds) for step in range(1, len(folds))]
         others = [folds[i] for i in order]
         parts = np.repeat(np.arange(len(others)), [len(fold) for fold in others])
-        # With two folds there is no fold left to validate on beside the one to train on.
+        # With two folds, the only other fold is needed for training.
         validate = tuple(range(min(len(others), MAX_INNER_FOLDS))) if len(others) > 1 else ()
         rounds.append(
             Round(
@@ -107,10 +110,13 @@ def fold_rounds(folds: Sequence[Embeddings]) -> list[Round]:
 
 
 def trials(round: Round, strata: np.ndarray) -> list[Trial]:
-    """Return what settings are chosen by: one trial per validation part, or a fifth of every class of the training clips held out.
+    """Return the trials that settings are chosen by: one per validation part, or a single one
+    that holds out a fifth of each class of the training clips.
 
     Args:
-        strata: `[B]`, the class of each clip of the pool; all alike where clips have more than one.
+        round: the round.
+        strata: `[B]`, the class of each clip in the pool; all equal if clips have several
+            classes.
     """
     if round.validate:
         return [
@@ -125,16 +131,25 @@ def trials(round: Round, strata: np.ndarray) -> list[Trial]:
 
 
 def final_clips(round: Round, final_fit: FinalFit) -> np.ndarray:
-    """Return `[B]`, the clips that the tested probe is fitted on: all training clips, and with `train+valid` the validation split."""
+    """Return `[B]`, a mask of the clips that the final probe is fitted on: the training clips,
+    or with `train+valid` all clips.
+    """
     return round.train if final_fit == "train" else np.ones(len(round.pool), dtype=bool)
 
 
 def stratified(
     labels: np.ndarray, share: float, rng: np.random.Generator, leave_one: bool = False
 ) -> np.ndarray:
-    """Draw a share of every class without replacement, at least one clip of each; return sorted positions.
+    """Draw a fraction of every class without replacement, at least one clip each.
 
-    `leave_one`: never draw the last clip of a class.
+    Args:
+        labels: class of each clip.
+        share: the fraction.
+        rng: random number generator.
+        leave_one: never draw all clips of a class.
+
+    Returns:
+        Sorted indices of the drawn clips.
     """
     drawn = []
     for label in np.unique(labels):
@@ -145,10 +160,10 @@ def stratified(
 
 
 def check_rounds(rounds: Sequence[Round], name: str) -> None:
-    """Refuse rounds that no probe can be fitted or tested on.
+    """Check that every round has clips to train on and to test on.
 
     Raises:
-        UserError: no clips to learn from or to test on.
+        UserError: if there are none.
     """
     for one in rounds:
         for where, part in (("train", one.pool), ("test", one.test)):
@@ -158,7 +173,8 @@ def check_rounds(rounds: Sequence[Round], name: str) -> None:
                     or "no samples at all"
                 )
                 raise UserError(
-                    f"Probe task {name!r} has no clips in {where!r} ({skipped}). Check its folders, label and select."
+                    f"Probe task {name!r} has no clips in {where!r} ({skipped}). Check its "
+                    "folders, label and select."
                 )
 
 
@@ -168,10 +184,9 @@ def _mask(positions: np.ndarray, length: int) -> np.ndarray:
     return mask
 
 
-Setting = dict[str, float]  # what a probe is trained with, by name: a penalty, a learning rate
-ONE_THREAD_FLOPS = (
-    4e9  # a step: below it threads cost more than they bring, on a busy machine up to 30 times more
-)
+Setting = dict[str, float]  # hyperparameters of a probe, such as penalty or learning rate
+# FLOPs per step below which several threads are slower than one, up to 30 times on a busy machine.
+ONE_THREAD_FLOPS = 4e9
 
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
@@ -181,8 +196,8 @@ class FittedProbes:
     """J probes that were fitted together.
 
     Attributes:
-        scores: features of I items → `[I, J, C]`.
-        epochs: how many each was trained for; none where nothing trains by epochs.
+        scores: features of I items → class scores `[I, J, C]`.
+        epochs: number of epochs of each probe. Empty for probes that are not trained by epochs.
     """
 
     scores: Callable[[Tensor], Tensor]
@@ -190,7 +205,9 @@ class FittedProbes:
 
 
 class OneBatch:
-    """A loader of one batch that is there already: a `DataLoader` would copy it and warn of missing workers."""
+    """A loader with a single batch that is already in memory. A `DataLoader` would copy it and
+    warn about missing workers.
+    """
 
     def __init__(self, batch: tuple[Tensor, ...]):
         self.batch = batch
@@ -202,14 +219,20 @@ class OneBatch:
         return 1
 
 
-@torch.inference_mode(
-    False
-)  # within a validation hook, parameters made in inference mode would silently never train
+# In a validation hook, parameters created in inference mode would silently never train.
+@torch.inference_mode(False)
 @torch.enable_grad()
 def fit(
     probe: LightningModule, batch: tuple[Tensor, ...], device: str = "cpu", epochs: int = 1
 ) -> None:
-    """Fit a probe on one full batch, `epochs` times over."""
+    """Fit a probe on one full batch.
+
+    Args:
+        probe: the probe, fitted in place and left in eval mode.
+        batch: the batch.
+        device: `cpu`, `cuda` or `cuda:N`.
+        epochs: how often the batch is passed to the probe.
+    """
     accelerator, _, number = device.partition(":")
     sizes = [parameter.numel() for parameter in probe.parameters()]
     step_flops = 4 * len(batch[0]) * max(sizes)
@@ -218,8 +241,10 @@ def fit(
     )
     with _quiet_trainer(), threads(1 if step_flops < ONE_THREAD_FLOPS else THREADS):
         trainer = Trainer(
-            accelerator=accelerator, devices=[int(number)] if number else 1, max_epochs=epochs, barebones=True,
-            plugins=[LightningEnvironment()],  # alone, even inside a run that torchrun or Slurm started
+            accelerator=accelerator, devices=[int(number)] if number else 1, max_epochs=epochs,
+            barebones=True,
+            # One process, even inside a run started by torchrun or Slurm.
+            plugins=[LightningEnvironment()],
         )  # fmt: skip
         trainer.fit(probe, OneBatch(batch))
     probe.eval()
@@ -227,7 +252,7 @@ def fit(
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Compute with so many threads; None leaves their number alone."""
+    """Use `count` threads within the block; None keeps the current number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -238,7 +263,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def _quiet_trainer() -> Iterator[None]:
-    """Mute Lightning's notices about devices, bare runs and loops that are not there: every fit makes a trainer."""
+    """Mute Lightning's messages about devices and missing loops, which every fit would repeat."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -251,7 +276,11 @@ def _quiet_trainer() -> Iterator[None]:
 
 
 def class_losses(scores: Tensor, answers: Tensor) -> Tensor:
-    """Return `[I, J]` losses of `[I, J, C]` scores: cross-entropy of `[I]` classes, or the sum of C binary ones of `[I, C]` answers."""
+    """Return the losses `[I, J]` of class scores `[I, J, C]`.
+
+    The loss is cross-entropy for classes `[I]`, or the sum of C binary cross-entropies for
+    answers `[I, C]`.
+    """
     items, problems, _ = scores.shape
     if answers.ndim == 2:
         wanted = answers[:, None].to(scores.dtype).expand_as(scores)
@@ -264,13 +293,13 @@ def class_losses(scores: Tensor, answers: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Items:
-    """What a probe sees of a pool or of a test part.
+    """The items of a pool or a test part: its clips, or their segments.
 
     Attributes:
-        features: `[I, …, D]`.
-        answers: `[I]` classes, or `[I, C]` of 0 and 1.
-        owner: `[I]`, the number of the clip that the item belongs to.
-        groups: `[B]`, the number of each clip's group.
+        features: features, `[I, …, D]`.
+        answers: classes `[I]`, or `[I, C]` of 0 and 1.
+        owner: `[I]`, index of the clip of each item.
+        groups: `[B]`, group number of each clip.
     """
 
     features: Tensor
@@ -280,11 +309,11 @@ class Items:
 
     @property
     def clips(self) -> int:
-        """B."""
+        """Number of clips, B."""
         return len(self.groups)
 
     def of(self, clips: np.ndarray) -> Tensor:
-        """Return `[I]`, whether an item belongs to one of the clips that the mask `[B]` marks."""
+        """Return `[I]`, whether an item belongs to a clip marked by the mask `clips` `[B]`."""
         return torch.from_numpy(clips).to(self.owner.device)[self.owner]
 
     def to(self, device: str) -> "Items":
@@ -296,7 +325,9 @@ class Items:
 def items_of(
     part: Embeddings, answer: Answer, classes: Sequence[str], segment_seconds: float = 0.0
 ) -> Items:
-    """Turn embeddings and labels into items; events are laid out over segments of `segment_seconds`."""
+    """Convert embeddings and labels into items. Events are converted into classes per segment of
+    `segment_seconds`.
+    """
     if answer == "class":
         number = {name: code for code, name in enumerate(classes)}
         answers = torch.tensor([number[label] for label in part.labels], dtype=torch.long)
@@ -321,10 +352,12 @@ def items_of(
 
 
 def class_names(rounds: Sequence[Round], answer: Answer, name: str) -> list[str]:
-    """Return the classes that are trained or tested on, in order, once all rounds have been found fit to probe.
+    """Check the classes of all rounds, and return the sorted classes that are trained or tested
+    on.
 
     Raises:
-        UserError: a single class, a class that is only validated or tested on, or too few clips to choose settings by.
+        UserError: if there is a single class, a class that is validated or tested on but not
+            trained on, or too few clips to choose settings.
     """
     if answer in ("captions", "text"):
         return []
@@ -336,7 +369,8 @@ def class_names(rounds: Sequence[Round], answer: Answer, name: str) -> list[str]
         )
         if len(known) < (2 if answer == "class" else 1):
             raise UserError(
-                f"Probe task {name!r} has a single class in 'train', {next(iter(known), 'none')!r}: there is nothing to tell apart."
+                f"Probe task {name!r} has a single class in 'train', "
+                f"{next(iter(known), 'none')!r}: there is nothing to tell apart."
             )
         valid = [
             label for label, taken in zip(one.pool.labels, one.train, strict=True) if not taken
@@ -345,12 +379,14 @@ def class_names(rounds: Sequence[Round], answer: Answer, name: str) -> list[str]
             unknown = sorted(_classes(labels, answer) - known)
             if unknown and answer == "class":
                 raise UserError(
-                    f"Probe task {name!r} has {len(unknown)} classes in {split!r} that 'train' lacks: {', '.join(unknown[:8])}. "
+                    f"Probe task {name!r} has {len(unknown)} classes in {split!r} that 'train' "
+                    f"lacks: {', '.join(unknown[:8])}. "
                     "Check that label and split fields are the right ones."
                 )
         if answer == "class" and not one.validate and len(known) == int(one.train.sum()):
             raise UserError(
-                f"Probe task {name!r} has one clip per class and no validation split: no penalty can be chosen."
+                f"Probe task {name!r} has one clip per class and no validation split: no penalty "
+                "can be chosen."
             )
         found |= known
     for one in rounds if answer != "class" else ():
@@ -359,7 +395,7 @@ def class_names(rounds: Sequence[Round], answer: Answer, name: str) -> list[str]
 
 
 def strata(round: Round, answer: Answer) -> np.ndarray:
-    """Return `[B]`: by what the clips of a pool are drawn in proportion."""
+    """Return `[B]`, the class by which the clips of a pool are stratified."""
     if answer != "class":
         return np.zeros(len(round.pool), dtype=int)
     return np.unique(np.array(round.pool.labels), return_inverse=True)[1]
@@ -381,11 +417,14 @@ def _marks(names: Sequence[str], classes: Sequence[str]) -> Tensor:
 def _roll(
     events: Sequence, classes: Sequence[str], segments: int, segment_seconds: float
 ) -> Tensor:
-    """Mark, `[segments, C]`, every segment that an event `(start, end, class)` touches; a class that is only validated on is no class."""
+    """Return `[segments, C]`: 1 for every segment that an event `(start, end, class)` overlaps.
+    Events of other classes are ignored.
+    """
     roll = torch.zeros(segments, len(classes))
     number = {name: code for code, name in enumerate(classes)}
     for start, end, name in (event for event in events if event[2] in number):
-        # A millionth of slack: 0.3 / 0.1 is a little below 3, and an event that ends at a border does not touch what follows.
+        # The tolerance of 1e-6 is for rounding: 0.3 / 0.1 is slightly below 3, and an event that
+        # ends at a border does not overlap the next segment.
         first, last = floor(start / segment_seconds + 1e-6), ceil(end / segment_seconds - 1e-6)
         roll[first : max(last, first + 1), number[name]] = 1.0
     return roll
@@ -396,7 +435,9 @@ JACKKNIFE_GROUPS = 100
 
 @dataclass(frozen=True)
 class Validation:
-    """A setting on validation clips: score, loss, and for probes that train by epochs the best number of them."""
+    """Result of a setting on validation clips: score, loss, and the best number of epochs if the
+    probe trains by epochs.
+    """
 
     score: float
     loss: float
@@ -405,13 +446,16 @@ class Validation:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A probe's score on the test clips, and what it is made of.
+    """The score of a probe on the test clips, and what it is computed from.
 
     Attributes:
-        units: `[U]`: for a score that is a mean over clips, what each adds to it; otherwise what groups of clips would, see
-            `jackknife`. They are what two encoders are compared by.
-        predicted: per clip the class, the classes, the events, the nearest caption or the transcript.
-        probabilities: per clip that of the class or of each class predicted; empty where there are none.
+        score: the score.
+        units: `[U]`. If the score is a mean over clips, the contribution of each; otherwise the
+            pseudo-values of groups of clips, see `jackknife`. Encoders are compared by these.
+        predicted: per clip, the class, the classes, the events, the nearest caption or the
+            transcript.
+        probabilities: per clip, the probability of each predicted class. Empty if the probe
+            gives none.
     """
 
     score: float
@@ -422,12 +466,15 @@ class Judgement:
 
 @dataclass(frozen=True)
 class SeedRun:
-    """One seed on one task.
+    """The results of one seed on one task.
 
     Attributes:
         seed: None for a probe without a random start.
-        scores, settings, valid_scores: per round (test part): the score, the setting chosen, its score on validation.
-        units, predicted, probabilities: per test part, see `Judgement`.
+        scores: score of each round (test part).
+        settings: chosen setting of each round.
+        valid_scores: validation score of each chosen setting; None if there was nothing to
+            choose.
+        units, predicted, probabilities: per round, see `Judgement`.
     """
 
     seed: int | None
@@ -440,19 +487,21 @@ class SeedRun:
 
 
 class Learner(Protocol):
-    """A probe kind on one round."""
+    """A probe kind, bound to one round."""
 
     @property
     def block(self) -> int:
-        """How many problems fit into memory at once."""
+        """Number of problems that fit in memory at once."""
         ...
 
     def validate(self, trials: Sequence[Trial], settings: Sequence[Setting]) -> list[Validation]:
-        """Fit one probe per trial and setting, together, and judge each on its validation clips."""
+        """Fit one probe per trial and setting, together, and score each on its validation clips."""
         ...
 
     def test(self, clips: np.ndarray, setting: Setting, seed: int) -> Judgement:
-        """Fit one probe on the clips of the pool that a mask `[B]` marks, and judge it on the test part."""
+        """Fit one probe on the clips marked by the mask `clips` `[B]`, and score it on the test
+        part.
+        """
         ...
 
 
@@ -468,8 +517,15 @@ def score_round(
     """Choose a setting and score the test part, once per seed.
 
     Args:
-        strata: `[B]`, the class of each clip of the pool; all alike where clips have more than one.
-        by_epochs: the probe trains by epochs, of which validation chooses the number, also for a single candidate.
+        learner: a probe kind, bound to the round.
+        round: the round.
+        strata: `[B]`, the class of each clip in the pool; all equal if clips have several
+            classes.
+        candidates: settings to choose from.
+        seeds: seeds of the final probe.
+        final_fit: what the final probe is fitted on.
+        by_epochs: whether the probe trains by epochs. Their number is then chosen on validation
+            clips, even for a single candidate.
     """
     setting, valid_score = candidates[0], None
     if len(candidates) > 1 or by_epochs:
@@ -486,14 +542,16 @@ def score_round(
 def _choose(
     learner: Learner, inner: Sequence[Trial], candidates: Sequence[Setting]
 ) -> tuple[Setting, float]:
-    """Return the candidate with the best mean validation score, with the number of epochs where there is one, and that score."""
+    """Return the candidate with the best mean validation score, and that score. If it trains by
+    epochs, `epochs` is the mean of its trials.
+    """
     shape = len(inner), len(candidates)
     scores, losses, epochs = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     for block in _blocks(*shape, learner.block):
         found = learner.validate([inner[t] for t, _ in block], [candidates[c] for _, c in block])
         for (t, c), one in zip(block, found, strict=True):
             scores[t, c], losses[t, c], epochs[t, c] = one.score, one.loss, one.epochs or 0
-    # A validation clip or two decides nothing: scores that differ in rounding only are ties, and the loss breaks them.
+    # Scores that differ only by rounding are ties, which the loss breaks.
     means = scores.mean(0).round(9)
     best = int(np.lexsort((losses.mean(0), -means))[0])
     chosen = dict(candidates[best])
@@ -503,10 +561,11 @@ def _choose(
 
 
 def _blocks(trials: int, candidates: int, most: int) -> list[list[tuple[int, int]]]:
-    """Lay out (trial, candidate) in blocks of at most `most`.
+    """Split (trial, candidate) pairs into blocks of at most `most`, keeping the pairs of a trial
+    together.
 
-    The problems of one trial leave the same fold out: such a block is fitted without that fold's items. Where all trials fit into one
-    block, one is less work than several.
+    The problems of one trial leave out the same fold, so such a block is fitted without that
+    fold's items. If all trials fit into one block, one block is cheaper than several.
     """
     blocks: list[list[tuple[int, int]]] = [[]]
     for trial in range(trials):
@@ -520,7 +579,7 @@ def _blocks(trials: int, candidates: int, most: int) -> list[list[tuple[int, int
 
 
 def join_rounds(rounds: Sequence[Sequence[SeedRun]]) -> list[SeedRun]:
-    """Collect the rounds of each seed."""
+    """Join the rounds of each seed."""
     names = ("scores", "settings", "valid_scores", "units", "predicted", "probabilities")
     return [
         SeedRun(
@@ -532,20 +591,23 @@ def join_rounds(rounds: Sequence[Sequence[SeedRun]]) -> list[SeedRun]:
 
 
 def shortened(score: float) -> float:
-    """Cut digits that float32 does not hold."""
+    """Drop digits beyond float32 precision."""
     return round(float(score), 6)
 
 
 def jackknife(score: Callable[[np.ndarray], float], groups: np.ndarray) -> np.ndarray:
-    """Return pseudo-values `[U]` of a score that is no mean over clips (F1, mean average precision).
+    """Return pseudo-values `[U]` of a score that is not a mean over clips (F1, mean average
+    precision).
 
-    Each of up to `JACKKNIFE_GROUPS` bundles of groups is left out once: U · all − (U − 1) · all but it. They scatter as the score
-    does, so that paired tests may treat them as clips are treated (Tukey's pseudo-values; Efron & Tibshirani, chapter 11). They are
-    moved until their mean is the score: their own mean corrects the score for a bias that rare classes make larger than the score.
+    Each of up to `JACKKNIFE_GROUPS` bundles of groups is left out once: U · score(all) − (U − 1)
+    · score(all but the bundle). Pseudo-values vary like the score, so paired tests can treat
+    them like clips (Tukey's pseudo-values; Efron & Tibshirani, chapter 11). They are shifted so
+    that their mean is the score. Their own mean would correct the score for a bias, which rare
+    classes make larger than the score.
 
     Args:
-        score: of the clips that a mask `[B]` marks.
-        groups: `[B]`, the number of each clip's group, from 0 on; groups are left out whole.
+        score: score of the clips marked by a mask `[B]`.
+        groups: `[B]`, group number of each clip, from 0. Groups are left out whole.
     """
     clips = len(groups)
     groups = groups % min(JACKKNIFE_GROUPS, int(groups.max()) + 1)
@@ -569,18 +631,25 @@ class Fitter(Protocol):
         """Fit J probes together.
 
         Args:
-            rows: `[I, J]`, the items that each is fitted on.
-            valid: `[I, J]`, the items by which probes that train by epochs are stopped; None for a final fit.
+            rows: `[I, J]`, marks the items that each probe is fitted on.
+            settings: setting of each probe.
+            valid: `[I, J]`, marks the items used for early stopping; None for a final fit.
+            seed: decides batch order and initial weights.
         """
         ...
 
 
 @dataclass(frozen=True)
 class ClassLearner:
-    """A learner for every kind whose probes give class scores.
+    """A learner for every probe kind that gives class scores.
 
     Attributes:
-        segment_seconds: of the items of a task with events.
+        pool: items to train and validate on.
+        tested: items of the test part.
+        classes: class names.
+        metric: a key of `METRICS`.
+        fitter: fits the probes.
+        segment_seconds: segment length, for tasks with events.
     """
 
     pool: Items
@@ -641,7 +710,9 @@ class ClassLearner:
         )
 
     def _events(self, probabilities: Tensor) -> tuple[Any, ...]:
-        """Return for each clip its events (start, end, class): runs of segments with a class above one half."""
+        """Return the events (start, end, class) of each clip: runs of segments with a
+        probability above 0.5.
+        """
         found: list[list[tuple[float, float, str]]] = [[] for _ in range(self.tested.clips)]
         for clip in range(self.tested.clips):
             marks = (probabilities[self.tested.owner == clip] > 0.5).int().numpy()

@@ -1,6 +1,7 @@
-"""The registry of probe kinds: what each needs of an embedding, which answers it gives, how it is fitted.
+"""Registry of probe kinds: the view of a clip that each needs, the answers it gives, and how it
+is fitted.
 
-In: a kind's name and a round. Out: a `Learner`. Next: `probes.selection`. A new kind is one file and one line in `KINDS`.
+To add a kind, write a learner and add an entry to `KINDS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ View = Literal["pooled", "layers", "segments", "frames"]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a learner beside its round."""
+    """What a learner needs to know apart from its round."""
 
     metric: str
     classes: Sequence[str]
@@ -47,14 +48,14 @@ class ProbeKind:
     """One kind of probe.
 
     Attributes:
-        title: what tables call it.
+        title: name in tables.
         answers: the kinds of answer that it can give.
         view: what it sees of a clip: one vector, one per layer, one per segment, or every frame.
-        candidates: the settings among which validation chooses.
-        version: raised when anything changes a score.
-        seeded: it trains by epochs from a start and in an order that a seed decides. The others have one solution: they are fitted
-            once, and seeds do not apply.
-        learner: makes one for a round.
+        candidates: the settings to choose from on validation clips.
+        version: increased whenever a change affects scores.
+        seeded: whether it is trained by epochs, with initial weights or batch order from a seed.
+            Other kinds have a unique solution and are fitted once.
+        learner: makes the learner of a round.
     """
 
     title: str
@@ -92,30 +93,40 @@ def _attention(round: Round, question: Question) -> Learner:
 
 _linear = _class_learner(modules.LinearFitter.on)
 KINDS: dict[str, ProbeKind] = {
-    "linear": ProbeKind("linear probes", ("class", "classes"), "pooled", modules.LINEAR_CANDIDATES, modules.LINEAR_VERSION,
-        False, _linear),
-    "knn": ProbeKind("nearest neighbours", ("class",), "pooled", knn.CANDIDATES, knn.KNN_VERSION, False, _class_learner(knn.KNNFitter.on)),
+    "linear": ProbeKind(
+        "linear probes", ("class", "classes"), "pooled",
+        modules.LINEAR_CANDIDATES, modules.LINEAR_VERSION, False, _linear,
+    ),
+    "knn": ProbeKind(
+        "nearest neighbours", ("class",), "pooled",
+        knn.CANDIDATES, knn.KNN_VERSION, False, _class_learner(knn.KNNFitter.on),
+    ),
     "mlp": ProbeKind(
-        "one hidden layer", ("class", "classes"), "pooled", modules.MLP_CANDIDATES, modules.MLP_VERSION, True,
-        _class_learner(modules.mlp_fitter)
+        "one hidden layer", ("class", "classes"), "pooled",
+        modules.MLP_CANDIDATES, modules.MLP_VERSION, True, _class_learner(modules.mlp_fitter),
     ),
     "layers": ProbeKind(
-        "linear probes over weighted layers", ("class", "classes"), "layers", modules.LAYERS_CANDIDATES, modules.LAYERS_VERSION, True,
+        "linear probes over weighted layers", ("class", "classes"), "layers",
+        modules.LAYERS_CANDIDATES, modules.LAYERS_VERSION, True,
         _class_learner(modules.layer_fitter),
     ),
     "attention": ProbeKind(
-        "linear probes under attention pooling", ("class", "classes"), "frames", modules.ATTENTION_CANDIDATES,
-        modules.ATTENTION_VERSION, True, _attention,
+        "linear probes under attention pooling", ("class", "classes"), "frames",
+        modules.ATTENTION_CANDIDATES, modules.ATTENTION_VERSION, True, _attention,
     ),
-    # A segment is an item of any number of classes: logistic regressions on the mean frame of each.
-    "frame": ProbeKind("linear probes of segments", ("events",), "segments", modules.LINEAR_CANDIDATES, modules.LINEAR_VERSION,
-        False, _linear),
+    # Each segment is an item with any number of classes: logistic regressions on its mean frame.
+    "frame": ProbeKind(
+        "linear probes of segments", ("events",), "segments",
+        modules.LINEAR_CANDIDATES, modules.LINEAR_VERSION, False, _linear,
+    ),
     "retrieval": ProbeKind(
-        "audio-text retrieval", ("captions",), "pooled", retrieval.CANDIDATES, retrieval.RETRIEVAL_VERSION, True,
+        "audio-text retrieval", ("captions",), "pooled",
+        retrieval.CANDIDATES, retrieval.RETRIEVAL_VERSION, True,
         _clip_learner(retrieval.RetrievalLearner),
     ),
     "transcription": ProbeKind(
-        "CTC heads", ("text",), "frames", transcription.CANDIDATES, transcription.TRANSCRIPTION_VERSION, True,
+        "CTC heads", ("text",), "frames",
+        transcription.CANDIDATES, transcription.TRANSCRIPTION_VERSION, True,
         _clip_learner(transcription.TranscriptionLearner),
     ),
 }  # fmt: skip
@@ -129,10 +140,11 @@ DEFAULT_KINDS: dict[Answer, str] = {
 
 
 def kind_for(name: str, task: ProbeTask) -> str:
-    """Return the kind that is to answer a task: `name`, else the task's own, else the usual one for its metric.
+    """Return the probe kind for a task: `name` if given, else the task's own, else the default
+    for its metric.
 
     Raises:
-        UserError: there is no such kind, or it does not answer such a task.
+        UserError: if there is no such kind, or it cannot answer the task.
     """
     chosen = name or task.kind or DEFAULT_KINDS[task.answer]
     if chosen not in KINDS:
@@ -140,29 +152,37 @@ def kind_for(name: str, task: ProbeTask) -> str:
     if task.answer not in KINDS[chosen].answers:
         able = ", ".join(kind for kind, facts in KINDS.items() if task.answer in facts.answers)
         raise UserError(
-            f"Probe task {task.name!r} is scored by {task.metric}, which a {chosen} probe does not give. Able to: {able}."
+            f"Probe task {task.name!r} is scored by {task.metric}, which a {chosen} probe does "
+            f"not give. Able to: {able}."
         )
     return chosen
 
 
-@torch.inference_mode(
-    False
-)  # within a validation hook, tensors made in inference mode could not be trained on
+# In a validation hook, tensors created in inference mode could not be trained on.
+@torch.inference_mode(False)
 @torch.enable_grad()
 def probe_rounds(
-    rounds: Sequence[Round], *, metric: str = "accuracy", kind: str = "", seeds: Sequence[int] = (0, 1, 2, 3, 4),
-    candidates: Sequence[Setting] = (), segment_seconds: float = 0.0, device: str = "cpu", name: str = "task",
+    rounds: Sequence[Round], *, metric: str = "accuracy", kind: str = "",
+    seeds: Sequence[int] = (0, 1, 2, 3, 4), candidates: Sequence[Setting] = (),
+    segment_seconds: float = 0.0, device: str = "cpu", name: str = "task",
     final_fit: FinalFit = "train",
 ) -> list[SeedRun]:  # fmt: skip
-    """Score the rounds of one task: once per seed, or once where the kind knows no seeds.
+    """Score the rounds of one task: once per seed, or once if the kind does not use seeds.
 
     Args:
-        final_fit: what the tested probe is fitted on; in folds always on all other folds.
-        kind: a key of `KINDS`; empty for the usual one of the metric.
-        candidates: the settings among which validation chooses, in place of the kind's own.
+        rounds: the rounds.
+        metric: a key of `METRICS`.
+        kind: a key of `KINDS`. Empty for the default of the metric.
+        seeds: seeds of the final probes.
+        candidates: settings to choose from, instead of the kind's own.
+        segment_seconds: segment length, for tasks with events.
+        device: where probes are fitted.
+        name: name of the task, for error messages.
+        final_fit: what the final probe is fitted on. With folds, always all other folds.
 
     Raises:
-        UserError: an empty split, a single class, or a class that is tested but never trained on.
+        UserError: if a split is empty, there is a single class, or a class is tested but never
+            trained on.
     """
     check_rounds(rounds, name)
     chosen = KINDS[kind or DEFAULT_KINDS[ANSWERS[metric]]]
@@ -171,7 +191,7 @@ def probe_rounds(
     runs = []
     for one in rounds:
         groups = strata(one, ANSWERS[metric])
-        # One thread: thousands of small products and scores; `fit` takes more where a step is worth it.
+        # One thread, for thousands of small products. `fit` uses more if a step is large enough.
         with threads(1):
             learner, settings = chosen.learner(one, question), candidates or chosen.candidates
             runs.append(

@@ -1,11 +1,14 @@
-"""The linear probe: J multinomial (or multi-label) logistic regressions with an L2 penalty, fitted to convergence as one problem.
+"""Trained probes: linear, MLP, attention pooling, and weighted layers. J problems are fitted
+together as one.
 
-In: items `[I, D]`, for each of J problems the items it may train on and its penalty. Out: class scores `[I, J, C]`. Next:
-`probes.selection` chooses among them. The objective is scikit-learn's with C = 1 / penalty (Alain & Bengio 2016 for the probe): ten
-epochs of a minibatch optimiser leave a probe under-trained, and then rank optimisers, not encoders.
+The linear probe is a multinomial (or multi-label) logistic regression with an L2 penalty, fitted
+to convergence (Alain & Bengio 2016). Its objective is that of scikit-learn with C = 1 / penalty.
+Ten epochs of a minibatch optimizer would leave it under-trained, and the ranking would then
+reflect the optimizer rather than the encoder. The problem is convex, with one optimum and no
+random start, so it is fitted once for all seeds.
 
-Inner folds and penalties of one test part are J columns of one wide product. A convex problem has one optimum and no random start, so
-seeds do not apply: it is fitted once, and its uncertainty is that of the test clips.
+The inner folds and penalties of one test part are J columns of one wide matrix product. The
+other probes are trained by `descend`.
 """
 
 import math
@@ -38,18 +41,27 @@ from whisper_aut.probes.metrics import ANSWERS
 MEMORY = 8
 SUFFICIENT_DECREASE = 1e-4
 MAX_HALVINGS = 10
-LEAVE_SHARE = 0.2  # converged problems are dropped from the product once they are this share of it
-CALM_STEPS = 2  # steps in a row that must bring less than the tolerance
+LEAVE_SHARE = 0.2  # drop converged problems from the batch once they exceed this fraction of it
+CALM_STEPS = 2  # consecutive steps below the tolerance until a problem has converged
 
-Objective = Callable[
-    [Tensor, Tensor], tuple[Tensor, Tensor]
-]  # (weights [j, P], which problems [j]) → objectives [j], gradients [j, P]
+# (weights [j, P], problem indices [j]) → objectives [j], gradients [j, P]
+Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def minimise(objective: Objective, start: Tensor, *, max_steps: int, tolerance: float) -> Tensor:
-    """Minimise J separate objectives until none falls by more than a share `tolerance` of itself in a step.
+    """Minimise J separate objectives with L-BFGS until none falls by more than a relative
+    `tolerance` per step.
 
-    The objectives must be positive, convex and scaled so that a step of the gradient's own length is a sensible first one.
+    Args:
+        objective: the objectives. They must be positive, convex, and scaled so that the negative
+            gradient is a sensible first step.
+        start: starting points `[J, P]`.
+        max_steps: largest number of steps.
+        tolerance: a problem has converged after `CALM_STEPS` consecutive steps with a smaller
+            relative decrease.
+
+    Returns:
+        The minima, `[J, P]`.
     """
     result = start.detach().clone()
     state = _State(objective, result.clone(), torch.arange(len(start), device=start.device))
@@ -66,10 +78,10 @@ def minimise(objective: Objective, start: Tensor, *, max_steps: int, tolerance: 
 
 
 class _State:
-    """Where the problems that are still running stand.
+    """L-BFGS state of the problems that are still running.
 
-    `history` is `[j, 2 · MEMORY + 1, P]`: steps, the changes of gradient that they brought, and the gradient; `products` are
-    their inner products. A slot that is still empty is all zeros.
+    `history` is `[j, 2 · MEMORY + 1, P]`: steps, the changes of the gradient over them, and the
+    current gradient. `products` holds their inner products. Unused slots are zero.
     """
 
     def __init__(self, objective: Objective, weight: Tensor, problems: Tensor):
@@ -86,7 +98,7 @@ class _State:
     def step(self, tolerance: float) -> None:
         shares = self._shares()
         slope = (self.products[:, -1] * shares).sum(1)
-        uphill = slope >= 0  # rounding, close to the optimum
+        uphill = slope >= 0  # from rounding errors close to the optimum
         if uphill.any():
             shares[uphill] = 0
             shares[uphill, -1] = -1
@@ -100,29 +112,31 @@ class _State:
         self.weight, self.value, self.steps = weight, value, self.steps + 1
 
     def keep(self, running: Tensor) -> None:
-        """Go on with some of the problems only."""
+        """Keep only the marked problems."""
         for name in ("problems", "value", "calm", "weight", "history", "products"):
             setattr(self, name, getattr(self, name)[running])
 
     def _note(self, slots: list[int], vectors: Tensor) -> None:
-        """Put vectors `[j, n, P]` into n slots of the history."""
+        """Store vectors `[j, n, P]` in n slots of the history."""
         self.history[:, slots] = vectors
-        products = torch.bmm(
-            vectors, self.history.mT
-        ).double()  # this way round three times as fast as the other
+        # This order of operands is three times as fast as the other.
+        products = torch.bmm(vectors, self.history.mT).double()
         self.products[:, slots] = products
         self.products[:, :, slots] = products.mT
 
     def _shares(self) -> Tensor:
-        """The two-loop recursion for minus the inverse curvature times the gradient: its shares `[j, 2 · MEMORY + 1]` of the history."""
+        """Return the coefficients `[j, 2 · MEMORY + 1]` of the search direction in terms of
+        `history`.
+
+        This is the two-loop recursion for minus the inverse Hessian times the gradient.
+        """
         products, taken = self.products, []
         shares = products.new_zeros(products.shape[:2])
         shares[:, -1] = -1
         order = [step % MEMORY for step in range(max(0, self.steps - MEMORY), self.steps)]
-        curvature = products.diagonal(MEMORY, 1, 2)[:, :MEMORY]  # step · change, of each pair
-        inverse = torch.where(
-            curvature > 1e-20, 1 / curvature.clamp(min=1e-20), 0.0
-        )  # zero: this pair says nothing
+        # Inner product of step and gradient change for each pair; pairs near zero are ignored.
+        curvature = products.diagonal(MEMORY, 1, 2)[:, :MEMORY]
+        inverse = torch.where(curvature > 1e-20, 1 / curvature.clamp(min=1e-20), 0.0)
         for slot in reversed(order):
             share = inverse[:, slot] * (products[:, slot] * shares).sum(1)
             shares[:, MEMORY + slot] -= share
@@ -138,14 +152,15 @@ class _State:
         return shares
 
     def _search(self, direction: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Halve each problem's step until its objective falls enough; a problem that finds no such step stays where it is."""
+        """Halve each problem's step until its objective decreases enough. A problem whose
+        objective would still rise stays where it is.
+        """
         weight = self.weight + direction
         value, gradient = self.objective(weight, self.problems)
         length = torch.ones_like(slope)
         for _ in range(MAX_HALVINGS):
-            short = ~(
-                value <= self.value + SUFFICIENT_DECREASE * length * slope
-            )  # also where it is not a number
+            # The negation also marks NaN.
+            short = ~(value <= self.value + SUFFICIENT_DECREASE * length * slope)
             if not short.any():
                 return weight, value, gradient
             length[short] *= 0.5
@@ -162,28 +177,27 @@ class _State:
         return weight, value, gradient
 
 
-LINEAR_VERSION = 5  # raise it when anything here changes a score
+LINEAR_VERSION = 5  # increase whenever a change here affects a score
 PENALTIES = tuple(10.0**exponent for exponent in range(-2, 5))
 LINEAR_CANDIDATES: tuple[Setting, ...] = tuple({"penalty": penalty} for penalty in PENALTIES)
 MAX_SCORES = 1 << 22  # floats in one [I, J, C] block
 MAX_WEIGHTS = 1 << 24  # floats in one [J, C, R] block, of which L-BFGS keeps about twenty
-ROUGH_TOLERANCE = 1e-3  # where an end only ranks penalties, or is where the next begins
-APPROACH = (1000.0, 100.0, 10.0)  # what the penalty of a final fit is multiplied by on the way
-MAX_APPROACH = 10.0  # no penalty is raised above this one, whose optimum is soon found from nothing
-PATH_FLOPS = 1e9  # a step of all problems at once: above it, one penalty after another pays
+ROUGH_TOLERANCE = 1e-3  # for optima that only rank penalties, or that the next fit starts from
+APPROACH = (1000.0, 100.0, 10.0)  # factors of the penalty on the way to a final fit
+MAX_APPROACH = 10.0  # largest penalty on the way: its optimum is quickly found from zero
+PATH_FLOPS = 1e9  # per step of all problems: above it, following a path of penalties is faster
 
-Ends = deque[
-    tuple[float, Tensor]
-]  # of a path so far, the last two: penalties, and the weights there
+# The last two optima of a path: penalties and weights.
+Ends = deque[tuple[float, Tensor]]
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Standardised features in their principal axes: `[B, D]` → `[B, R]`.
+    """Maps features `[B, D]` to their standardised principal components `[B, R]`.
 
-    Mean and deviation are the training clips'. The rotation changes neither the penalty nor the optimum, since L2 is
-    blind to rotations and weights outside the span of the data are zero; it makes the problem well conditioned, which
-    saves four fifths of the L-BFGS steps.
+    Mean and deviation are those of the training clips. The rotation changes neither the penalty
+    nor the optimum, since L2 is invariant to rotations and optimal weights lie in the span of
+    the data. It makes the problem well conditioned, which saves four fifths of the L-BFGS steps.
     """
 
     mean: Tensor  # [D]
@@ -193,11 +207,12 @@ class Basis:
 
     @classmethod
     def fit(cls, train: Tensor, others: Tensor) -> "Basis":
-        """Take statistics from `train` `[B, D]`; `others` (validation clips) only widen the span that weights may use."""
+        """Compute statistics from `train` `[B, D]`. `others` (validation clips) only extend the
+        span of the axes.
+        """
         mean, deviation = train.mean(0), train.std(0, correction=0)
-        deviation = torch.where(
-            deviation > 1e-7 * mean.abs().clamp_min(1e-6), deviation, 1.0
-        )  # constant features stay put
+        # Constant features are not scaled.
+        deviation = torch.where(deviation > 1e-7 * mean.abs().clamp_min(1e-6), deviation, 1.0)
         rows = ((torch.cat([train, others]) - mean) / deviation).double()
         if len(rows) < rows.shape[1]:
             values, vectors = torch.linalg.eigh(rows @ rows.T)
@@ -216,24 +231,32 @@ class Basis:
 class LinearProbe(LightningModule):
     """J independent logistic regressions trained as one batched problem.
 
-    The objective of each is scikit-learn's over its own items: loss summed + penalty / 2 · |weight|², here divided by their
-    number. Problems of the same items and falling penalties are a path: each starts where the two before it point to. What
-    `minimise` sees is in units in which the curvature at its start is about 1.
+    The objective of each is that of scikit-learn on its own items, summed loss + penalty / 2 ·
+    |weight|², divided by the number of items. Problems with the same items and decreasing
+    penalties form a path: each starts from an extrapolation of the two before it. `minimise`
+    works in units in which the curvature at the start is about 1.
 
     Args:
-        variances: `[R]`, of the features that the probe is given.
+        variances: variances of the features, `[R]`.
+        classes: number of classes.
         penalties: one per problem.
-        items: how many items each problem is fitted on; one number for all, or one per problem.
-        multilabel: any number of classes an item, each a logistic regression of its own.
-        approach: what penalties are multiplied by, one after another, on the way to their own; no problem then starts from another.
+        items: number of items each problem is fitted on: one number for all, or one per problem.
+        multilabel: any number of classes per item, with one binary logistic regression per
+            class.
+        max_steps: largest number of steps per call of `minimise`.
+        tolerance: relative tolerance of the last call.
+        approach: factors applied one after another to the penalties on the way to their own
+            values. Problems then do not start from each other.
     """
 
     penalties: Tensor
     variances: Tensor
 
     def __init__(
-        self, variances: Tensor, classes: int, penalties: Sequence[float], items: int | Sequence[int], *,
-        multilabel: bool = False, max_steps: int = 300, tolerance: float = 1e-6, approach: Sequence[float] = (),
+        self, variances: Tensor, classes: int, penalties: Sequence[float],
+        items: int | Sequence[int], *,
+        multilabel: bool = False, max_steps: int = 300, tolerance: float = 1e-6,
+        approach: Sequence[float] = (),
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -243,23 +266,28 @@ class LinearProbe(LightningModule):
             tolerance,
             approach,
         )
-        self.grades = torch.tensor(penalties)  # [J] as they were given, by which a path goes
-        self.register_buffer(
-            "penalties", self.grades / torch.tensor(items)
-        )  # [J] beside a mean loss
-        self.register_buffer(
-            "variances", torch.cat([variances, torch.ones(1)])
-        )  # [R + 1], the last the bias's
+        # [J], as given. A path is ordered by these.
+        self.grades = torch.tensor(penalties)
+        # [J], scaled for a mean instead of a sum of losses.
+        self.register_buffer("penalties", self.grades / torch.tensor(items))
+        # [R + 1], with the bias last.
+        self.register_buffer("variances", torch.cat([variances, torch.ones(1)]))
         self.weight = nn.Parameter(
             torch.zeros(len(penalties), classes, len(variances) + 1), requires_grad=False
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[I, R]` → class scores `[I, J, C]`."""
+        """Return class scores `[I, J, C]` of features `[I, R]`."""
         return _linear_scores(self.weight, _with_ones(features))
 
     def objectives(self, features: Tensor, answers: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return the `[J]` objectives on features `[I, R]` and answers; `rows` `[I, J]` marks each problem's own items."""
+        """Return the objectives `[J]` on features `[I, R]` and their answers.
+
+        Args:
+            features: features `[I, R]`.
+            answers: classes `[I]`, or `[I, C]` of 0 and 1.
+            rows: `[I, J]`, marks the items of each problem; None for all items.
+        """
         return self._evaluate(
             self.weight, self.penalties, _with_ones(features), answers, self._shares(features, rows)
         )[0]
@@ -292,12 +320,14 @@ class LinearProbe(LightningModule):
                     path.append((grade, end))
 
     def configure_optimizers(self) -> None:
-        """None of Lightning's: one training step runs `minimise` to its end."""
+        """Lightning's optimizers are not used: one training step runs `minimise` to its end."""
 
     def _levels(self, items: int) -> list[tuple[Tensor, float, float]]:
-        """Return what is minimised one after another: problems, what their penalties are multiplied by, to which tolerance.
+        """Return the sequence of calls to `minimise`: problems, factor of their penalties,
+        tolerance.
 
-        The largest penalties come first. Steps that cost little more than their overhead are better taken by all problems at once.
+        The largest penalties come first. If the cost of a step is mostly overhead, all problems
+        run at once.
         """
         everything = torch.arange(len(self.weight))
         if 4 * items * self.weight.numel() < PATH_FLOPS:
@@ -342,7 +372,9 @@ class LinearProbe(LightningModule):
         return found.view_as(scale) * scale
 
     def _scale(self, start: Tensor, penalties: Tensor, features: Tensor, shares: Tensor) -> Tensor:
-        """Return `[j, C, R + 1]`: one over the root of the curvature along each axis where the problems start."""
+        """Return `[j, C, R + 1]`: the inverse square root of the curvature along each axis at
+        the start.
+        """
         scores = _linear_scores(start, features)
         chances = scores.sigmoid() if self.multilabel else scores.softmax(2)
         steepness = torch.einsum("ijc,ij->jc", chances * (1 - chances), shares).clamp(min=1e-8)
@@ -354,10 +386,12 @@ class LinearProbe(LightningModule):
     def _evaluate(
         self, weight: Tensor, penalties: Tensor, features: Tensor, answers: Tensor, shares: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return objectives `[j]` and gradients `[j, C, R + 1]`; written out, to spare the memory of a graph.
+        """Return objectives `[j]` and gradients `[j, C, R + 1]`.
+
+        The gradient is written out by hand to avoid the memory of an autograd graph.
 
         Args:
-            shares: `[I, j]`, what each item weighs in each problem.
+            shares: weight of each item in each problem, `[I, j]`.
         """
         scores = _linear_scores(weight, features)
         if answers.ndim == 2:
@@ -368,7 +402,8 @@ class LinearProbe(LightningModule):
             place = answers[:, None, None].expand(-1, len(weight), 1)
             slopes = scores.log_softmax(2)
             losses = -slopes.gather(2, place)[:, :, 0]
-            # Chances below exp(-30) pull at nothing, and as denormal numbers they slow every product after this.
+            # Probabilities below exp(-30) have no effect on the gradient, but as denormal
+            # numbers they would slow down every following product.
             slopes = (
                 slopes.clamp_(min=-30)
                 .exp_()
@@ -382,7 +417,7 @@ class LinearProbe(LightningModule):
         ), gradients
 
     def _shares(self, features: Tensor, rows: Tensor | None) -> Tensor:
-        """Return `[I, J]`: what each item weighs in each problem."""
+        """Return the weight of each item in each problem, `[I, J]`."""
         rows = (
             torch.ones(len(features), len(self.weight), device=features.device)
             if rows is None
@@ -391,7 +426,7 @@ class LinearProbe(LightningModule):
         return rows / rows.sum(0)
 
     def _penalised(self) -> Tensor:
-        """Return `[R + 1]`: 1, and 0 for the bias."""
+        """Return `[R + 1]`: 1 for features, 0 for the bias."""
         penalised = torch.ones_like(self.variances)
         penalised[-1] = 0
         return penalised
@@ -409,13 +444,15 @@ class LinearFitter:
 
     @classmethod
     def on(cls, pool: Items, train: Tensor, classes: int, device: str) -> "LinearFitter":
-        """Prepare a pool; statistics are taken from the items `train` `[I]`, those of the training split."""
+        """Prepare a pool. Statistics are those of the items marked by `train` `[I]`, the
+        training split.
+        """
         basis = Basis.fit(pool.features[train], pool.features[~train])
         return cls(pool.to(device), basis, basis(pool.features).to(device), classes, device)
 
     @property
     def block(self) -> int:
-        """How many problems are fitted at once."""
+        """Number of problems that are fitted at once."""
         items, rank = self.rotated.shape
         return max(
             1, min(MAX_SCORES // (items * self.classes), MAX_WEIGHTS // (rank * self.classes))
@@ -424,22 +461,27 @@ class LinearFitter:
     def __call__(
         self, rows: Tensor, settings: Sequence[Setting], valid: Tensor | None, seed: int
     ) -> FittedProbes:
-        """Fit one probe per column of `rows` `[I, J]`: roughly where `valid` clips will only rank penalties, else to convergence."""
+        """Fit one probe per column of `rows` `[I, J]`.
+
+        With `valid`, probes only serve to rank penalties, so the tolerance is coarse. Otherwise
+        they are fitted to convergence.
+        """
         used = rows.any(1)
         rows, features, answers = (
             rows[used],
             self.rotated[used.to(self.device)],
             self.pool.answers[used.to(self.device)],
         )
-        # A path of penalties only ranks them. Tolerances are shares of the loss: where classes part cleanly it is tiny at its optimum.
+        # A coarse tolerance is enough to rank penalties. Tolerances are relative to the loss,
+        # since its optimum is tiny where classes are separable.
         effort = (
             {"max_steps": 300, "tolerance": 1e-5, "approach": APPROACH}
             if valid is None
             else {"max_steps": 60, "tolerance": ROUGH_TOLERANCE}
         )
         probe = LinearProbe(
-            self.basis.variances, self.classes, [setting["penalty"] for setting in settings], rows.sum(0).tolist(),
-            multilabel=answers.ndim == 2, **effort,
+            self.basis.variances, self.classes, [setting["penalty"] for setting in settings],
+            rows.sum(0).tolist(), multilabel=answers.ndim == 2, **effort,
         )  # fmt: skip
         fit(probe, (features, answers, rows.float().to(self.device)), self.device)
         probe = probe.to(self.device)
@@ -449,27 +491,30 @@ class LinearFitter:
 
 
 def _with_ones(features: Tensor) -> Tensor:
-    """`[I, R]` → `[I, R + 1]`: a bias is the weight of a feature that is always 1."""
+    """Append a feature that is always 1, whose weight is the bias: `[I, R]` → `[I, R + 1]`."""
     return torch.cat([features, features.new_ones(len(features), 1)], 1)
 
 
 def _linear_scores(weight: Tensor, features: Tensor) -> Tensor:
-    """`[j, C, R + 1]` on `[I, R + 1]` → `[I, j, C]`."""
+    """Weights `[j, C, R + 1]` and features `[I, R + 1]` → scores `[I, j, C]`."""
     return product(features, weight.flatten(0, 1)).unflatten(1, weight.shape[:2])
 
 
 def _expected(path: Ends, penalty: float, otherwise: Tensor) -> Tensor:
-    """Return where a path should end next: on the line through its last two ends, by the logarithms of the penalties."""
+    """Extrapolate a path to the next penalty, linearly in the logarithm of the penalty."""
     if len(path) < 2:
         return path[-1][1] if path else otherwise
     (before, one), (last, other) = path
-    following = max(penalty, 1e-12 * last)  # no penalty at all has no logarithm
+    following = max(penalty, 1e-12 * last)  # a penalty of zero has no logarithm
     stride = math.log(last / following) / math.log(before / last)
-    return other + min(stride, 1) * (other - one)  # no further than the last time: the line bends
+    # The path is curved, so never extrapolate further than the previous distance.
+    return other + min(stride, 1) * (other - one)
 
 
 def _alike(rows: Tensor | None, problems: int) -> list[int]:
-    """Number the columns of `rows` `[I, J]`: equal columns have equal numbers; without rows, all are equal."""
+    """Number the columns of `rows` `[I, J]`: equal columns get equal numbers. Without `rows`,
+    all are equal.
+    """
     if rows is None:
         return [0] * problems
     numbers: dict[bytes, int] = {}
@@ -480,27 +525,38 @@ def _alike(rows: Tensor | None, problems: int) -> list[int]:
 
 Values = dict[str, Tensor]
 MAX_EPOCHS = 200
-PATIENCE = 10  # epochs without an improvement after which training stops
+PATIENCE = 10  # epochs without improvement after which training stops
 MIN_IMPROVEMENT = 5e-3  # of the validation loss, as a fraction of it
 MAX_BATCH_ITEMS, MIN_BATCH_ITEMS, MIN_STEPS = 1024, 32, 16
-VALID_ITEMS = 4096  # items of a validation step
+VALID_ITEMS = 4096  # items per validation step
 
 
 def descend(
-    objectives: Callable[[Values, Tensor], Tensor], start: Mapping[str, Tensor], rates: Tensor, items: int, *, batch_items: int,
-    seed: int = 0, epochs: int | None = None, validate: Callable[[Values], Tensor] | None = None, max_epochs: int = MAX_EPOCHS,
+    objectives: Callable[[Values, Tensor], Tensor], start: Mapping[str, Tensor], rates: Tensor,
+    items: int, *, batch_items: int,
+    seed: int = 0, epochs: int | None = None, validate: Callable[[Values], Tensor] | None = None,
+    max_epochs: int = MAX_EPOCHS,
     patience: int = PATIENCE,
 ) -> tuple[Values, list[int]]:  # fmt: skip
-    """Train J problems, and return their values `[J, …]` and the epochs that each was trained for.
+    """Train J problems with Adam, and return their values `[J, …]` and the number of epochs of
+    each.
 
-    Either for `epochs` epochs, or until `validate` stops improving: each problem then keeps the values of its best epoch. Rates fall
-    along one cosine over `max_epochs` in both cases, so that n epochs are the same n epochs.
+    Training runs for `epochs` epochs, or until `validate` stops improving, in which case each
+    problem keeps the values of its best epoch. Learning rates follow one cosine schedule over
+    `max_epochs` in both cases, so that epoch n uses the same learning rates either way.
 
     Args:
-        objectives: (values, items of the step `[b]`) → `[J]`.
-        items: how many there are; an epoch goes over all of them in an order that `seed` decides.
+        objectives: (values, indices of the items of a step `[b]`) → objectives `[J]`.
+        start: initial values, each `[J, …]`.
+        rates: learning rates `[J]`.
+        items: number of items. An epoch covers all of them in an order that `seed` decides.
+        batch_items: number of items per step.
+        seed: seed of the order of items.
+        epochs: number of epochs; None for early stopping.
         validate: values → validation losses `[J]`, called after each epoch.
-        patience: epochs without an improvement of `MIN_IMPROVEMENT` after which a problem stops.
+        max_epochs: largest number of epochs, and length of the learning rate schedule.
+        patience: a problem stops after this many epochs without a relative improvement of
+            `MIN_IMPROVEMENT`.
     """
     generator = torch.Generator().manual_seed(seed)
     away = {name: torch.zeros_like(value).requires_grad_() for name, value in start.items()}
@@ -527,7 +583,8 @@ def descend(
             best[name][better] = value[better]
         best_loss = torch.where(better, loss, best_loss)
         best_epoch[better] = epoch
-        stopped |= epoch - best_epoch >= patience  # for good, however long other problems go on
+        # A stopped problem stays stopped while the others continue.
+        stopped |= epoch - best_epoch >= patience
         if stopped.all():
             break
     if validate is not None:
@@ -537,18 +594,24 @@ def descend(
 
 
 def batch_size(items: int, most: int = MAX_BATCH_ITEMS) -> int:
-    """Return how many items a step sees: an epoch has at least `MIN_STEPS` steps, of `MIN_BATCH_ITEMS` or more."""
+    """Return the number of items per step: an epoch has at least `MIN_STEPS` steps, unless that
+    would need fewer than `MIN_BATCH_ITEMS` items per step.
+    """
     return min(most, max(MIN_BATCH_ITEMS, items // MIN_STEPS))
 
 
 def epochs_of(settings: Sequence[Setting]) -> int | None:
-    """Return the number of epochs that settings name, which validation chose; None where they name none."""
+    """Return the number of epochs in the settings, as chosen by validation; None if they have
+    none.
+    """
     epochs = settings[0].get("epochs")
     return None if epochs is None else int(epochs)
 
 
 def masked_means(losses: Tensor, rows: Tensor) -> Tensor:
-    """Average `[b, J]` losses over the items `[b, J]` of each problem; a problem without any in this batch rests."""
+    """Average losses `[b, J]` over the items of each problem, marked by `rows` `[b, J]`. The
+    mean is 0 for a problem without items in this batch.
+    """
     return (losses * rows).sum(0) / rows.sum(0).clamp(min=1)
 
 
@@ -563,12 +626,13 @@ class DescentProbe(LightningModule):
     """J networks that give class scores, trained as one.
 
     Args:
-        values: what is trained, each `[J, …]`.
-        scores: (values, features of I items) → `[I, J, C]`.
-        decayed: names of the values whose half squared norm, times a problem's `decay`, is added to its loss.
-        settings: each problem's learning `rate` and `decay`, and `epochs` once they are chosen.
+        values: the parameters, each `[J, …]`.
+        scores: (values, features of I items) → class scores `[I, J, C]`.
+        decayed: names of the values with weight decay: half their squared norm, times a
+            problem's `decay`, is added to its loss.
+        settings: `rate` (learning rate) and `decay` of each problem, and `epochs` once chosen.
         seed: decides the order of batches.
-        max_batch_items: the most items that a step sees.
+        max_batch_items: largest number of items per step.
     """
 
     def __init__(
@@ -596,11 +660,17 @@ class DescentProbe(LightningModule):
         self.epochs: list[int] = []
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features of I items → `[I, J, C]`."""
+        """Return class scores `[I, J, C]` of the features of I items."""
         return self.scores(dict(self.values), features)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        """Features, answers and `rows` `[I, J]` of the items to train on; then the same of those to validate on, if there are any."""
+        """Train on one batch that holds all items.
+
+        Args:
+            batch: features, answers and `rows` `[I, J]` of the items to train on, optionally
+                followed by the same for the items to validate on.
+            batch_idx: unused.
+        """
         (features, answers, rows), valid = batch[:3], batch[3:]
         decays = self.decays.to(rows.device)
 
@@ -621,7 +691,8 @@ class DescentProbe(LightningModule):
             return masked_means(torch.cat(losses), valid[2])
 
         trained, self.epochs = descend(
-            objectives, dict(self.values), self.rates.to(rows.device), len(features), seed=self.seed,
+            objectives, dict(self.values), self.rates.to(rows.device), len(features),
+            seed=self.seed,
             batch_items=batch_size(len(features), self.max_batch_items), epochs=self.chosen_epochs,
             validate=validate if valid else None,
         )  # fmt: skip
@@ -629,7 +700,7 @@ class DescentProbe(LightningModule):
             self.values[name].copy_(value)
 
     def configure_optimizers(self) -> None:
-        """None of Lightning's: one training step runs `descend` to its end."""
+        """Lightning's optimizers are not used: one training step runs `descend` to its end."""
 
 
 @dataclass(frozen=True)
@@ -637,9 +708,12 @@ class DescentFitter:
     """Fits networks on one pool.
 
     Attributes:
-        mean, deviation: of the features of the training split, by which all are standardised.
-        probe: (settings, seed) → the networks, at their start.
-        block: how many of them fit in memory together.
+        pool: the items.
+        mean, deviation: statistics of the training split's features, by which all features are
+            standardised.
+        device: where probes are fitted.
+        probe: (settings, seed) → initialised networks.
+        block: number of networks that fit in memory together.
     """
 
     pool: Items
@@ -651,7 +725,7 @@ class DescentFitter:
 
     @classmethod
     def on(cls, pool: Items, train: Tensor, device: str, **parts: Any) -> "DescentFitter":
-        """Prepare a pool; statistics are taken from the items `train` `[I]`."""
+        """Prepare a pool. Statistics are those of the items marked by `train` `[I]`."""
         mean, deviation = (
             pool.features[train].mean(0),
             pool.features[train].std(0, correction=0).clamp_min(1e-6),
@@ -691,11 +765,15 @@ MAX_ACTIVATIONS = 1 << 26
 
 
 class MLPProbe(DescentProbe):
-    """J networks D → H → C, trained as one.
+    """J networks with one hidden layer, D → H → C, trained as one.
 
     Args:
-        settings: each problem's learning `rate` and `decay` (half the squared weights, times this, is added to its loss).
-        seed: decides the starting weights and the order of batches.
+        width: D.
+        classes: C.
+        settings: `rate` (learning rate) and `decay` of each problem. Half the squared weights,
+            times `decay`, is added to its loss.
+        seed: decides initial weights and the order of batches.
+        hidden: H.
     """
 
     def __init__(
@@ -711,7 +789,8 @@ class MLPProbe(DescentProbe):
             torch.randn(width, hidden, generator=generator),
             torch.randn(hidden, classes, generator=generator),
         )
-        count = len(settings)  # all start alike, so that settings are compared and not starts
+        # All problems have the same initial weights, so that only their settings differ.
+        count = len(settings)
         values = {
             "first": (first * (2 / width) ** 0.5).repeat(count, 1, 1),
             "first_bias": torch.zeros(count, hidden),
@@ -722,7 +801,9 @@ class MLPProbe(DescentProbe):
 
 
 def mlp_fitter(pool: Items, train: Tensor, classes: int, device: str) -> DescentFitter:
-    """Return what fits networks on one pool, standardised by the items `train`."""
+    """Return a fitter of MLPs on one pool, with features standardised by the items marked by
+    `train`.
+    """
     items, width = pool.features.shape
     block = max(1, MAX_ACTIVATIONS // (HIDDEN * (items + 8 * width)))
     return DescentFitter.on(
@@ -745,12 +826,14 @@ BATCH_CLIPS = 64
 
 
 class AttentionProbe(DescentProbe):
-    """J linear probes, each on the frames that a query of its own weighs, trained as one; clips are given by number, `[B]`.
+    """J linear probes on attention-pooled frames, each with its own query, trained as one. Clips
+    are given by index, `[B]`.
 
     Args:
-        frames: clip numbers → frames.
-        settings: each problem's learning `rate` and `decay` of query and linear weights.
-        seed: decides the order of batches; all weights start at zero.
+        frames: clip indices → frames.
+        classes: C.
+        settings: `rate` (learning rate) and `decay` of query and linear weights, per problem.
+        seed: decides the order of batches. All weights start at zero.
     """
 
     def __init__(self, frames: Frames, classes: int, settings: Sequence[Setting], seed: int = 0):
@@ -772,7 +855,7 @@ class AttentionProbe(DescentProbe):
 
 @dataclass(frozen=True)
 class AttentionFitter:
-    """Fits attention probes on clips that are given by number."""
+    """Fits attention probes on clips given by index."""
 
     frames: Frames
     numbers: Tensor
@@ -823,7 +906,7 @@ def _attention_scores(frames: Frames, values: Mapping[str, Tensor], numbers: Ten
 
 
 def _weighed(values: Mapping[str, Tensor], padded: Tensor, lengths: Tensor) -> Tensor:
-    """Frames `[b, T, D]` of clips with these lengths `[b]` → class scores `[b, J, C]`."""
+    """Padded frames `[b, T, D]` and their lengths `[b]` → class scores `[b, J, C]`."""
     steps = torch.arange(padded.shape[1], device=padded.device)
     logits = torch.einsum("btd,jd->bjt", padded, values["query"])
     weights = logits.masked_fill(steps >= lengths[:, None, None], -torch.inf).softmax(2)
@@ -837,11 +920,14 @@ LAYERS_CANDIDATES: tuple[Setting, ...] = tuple(
 
 
 class LayerWeightedProbe(DescentProbe):
-    """J linear probes, each on its own mixture of layers, trained as one.
+    """J linear probes, each on its own weighted sum of layers, trained as one.
 
     Args:
-        settings: each problem's learning `rate` and `decay` of the linear weights.
-        seed: decides the order of batches; all weights start at zero.
+        layers: number of layers.
+        width: D.
+        classes: C.
+        settings: `rate` (learning rate) and `decay` of the linear weights, per problem.
+        seed: decides the order of batches. All weights start at zero.
     """
 
     def __init__(
@@ -849,19 +935,21 @@ class LayerWeightedProbe(DescentProbe):
     ):
         count = len(settings)
         values = {
-            "shares": torch.zeros(count, layers),  # before the softmax: all layers alike
+            "shares": torch.zeros(count, layers),  # before the softmax: equal weights
             "weight": torch.zeros(count, width, classes),
             "bias": torch.zeros(count, classes),
         }
         super().__init__(values, _layers_scores, ("weight",), settings, seed)
 
     def shares(self) -> Tensor:
-        """Return what each layer counts, `[J, layers]`, summing to one."""
+        """Return the weight of each layer, `[J, layers]`, which sum to one."""
         return self.values["shares"].softmax(1)
 
 
 def layer_fitter(pool: Items, train: Tensor, classes: int, device: str) -> DescentFitter:
-    """Return what fits layer-weighted probes on one pool, standardised by the items `train`."""
+    """Return a fitter of layer-weighted probes on one pool, with features standardised by the
+    items marked by `train`.
+    """
     items, layers, width = pool.features.shape
     block = max(1, MAX_ACTIVATIONS // (items * width + 8 * width * classes + layers))
     return DescentFitter.on(

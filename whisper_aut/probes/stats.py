@@ -1,9 +1,13 @@
-"""What a score, or a difference between two encoders, is worth: intervals and tests over independent groups of test clips.
+"""Confidence intervals of scores and paired tests of differences between encoders, over
+independent groups of test clips.
 
-Clips of one speaker, recording or song resemble each other, so the unit is the group that a task names, or the clip where it names
-none. With 30 groups or more, groups are resampled (percentile interval) and the signs of their differences flipped (paired test);
-below that, a t interval and a t test on the groups, which hold for few. Sources: Efron & Tibshirani, An Introduction to the
-Bootstrap; Good, Permutation Tests; Cochran, Sampling Techniques (ratio of group totals); Holm 1979.
+Clips of one speaker, recording or song resemble each other, so the unit is the group that a task
+names, or the clip if it names none. With 30 groups or more, groups are resampled for a
+percentile interval, and the signs of their differences are flipped for a paired permutation
+test. With fewer, a t interval and a t test on the groups are used.
+
+Sources: Efron & Tibshirani, An Introduction to the Bootstrap; Good, Permutation Tests; Cochran,
+Sampling Techniques (ratio of group totals); Holm 1979.
 """
 
 from collections.abc import Sequence
@@ -14,16 +18,18 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-FEW_GROUPS = 30  # below this, resampling groups gives intervals that are too narrow
+FEW_GROUPS = 30  # with fewer groups, bootstrap intervals are too narrow
 RESAMPLES = 10_000
-BLOCK = 4_000_000  # numbers drawn at once
-DECIMALS = 9  # of a group's total
-TIE = 10.0 ** (1 - DECIMALS)  # scores that differ by less are equal but for rounding
+BLOCK = 4_000_000  # random numbers drawn at once
+DECIMALS = 9  # precision of the total of a group
+TIE = 10.0 ** (1 - DECIMALS)  # smaller differences are rounding errors
 
 
 @dataclass(frozen=True)
 class Difference:
-    """`value` = a − b, its 95 % interval, and the two-sided p-value of "no difference"."""
+    """A difference `value` = a − b, its 95 % interval, and the two-sided p-value of no
+    difference.
+    """
 
     value: float
     low: float
@@ -33,12 +39,13 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class GroupTotals:
-    """What independent groups of test clips add to a score, or to a difference between two: the score is Σ totals / Σ sizes.
+    """Contributions of independent groups of test clips to a score or a difference of scores,
+    which is Σ totals / Σ sizes.
 
     Attributes:
-        totals: `[G]`, the sum over a group's clips.
-        sizes: `[G]`, how many clips that is; a weighted clip counts with its weight.
-        seed: of the draws; scores that are averaged need different ones.
+        totals: `[G]`, sum over the clips of each group.
+        sizes: `[G]`, number of clips per group, or the sum of their weights.
+        seed: seed of the draws. Scores that are averaged need different seeds.
     """
 
     totals: np.ndarray
@@ -53,17 +60,18 @@ class GroupTotals:
         groups: np.ndarray | None = None,
         seed: int = 0,
     ) -> "GroupTotals":
-        """Add up clips by group.
+        """Sum clips by group.
 
         Args:
-            values: `[U]`, what each clip adds: its weight times how right it is, say.
-            weights: `[U]`; ones by default.
-            groups: `[U]`, the number of the group of each; by default each clip is a group.
+            values: `[U]`, contribution of each clip: its weight times its score.
+            weights: `[U]`, weight of each clip. Defaults to ones.
+            groups: `[U]`, group number of each clip. By default, each clip is a group.
+            seed: seed of the draws.
         """
         assert values.size, "no clips"
         weights = np.ones(values.shape) if weights is None else weights
         groups = np.arange(values.size) if groups is None else groups
-        # Rounding merges totals that differ in the last bit only.
+        # Rounding makes totals equal that only differ in the last bits.
         totals = np.round(np.bincount(groups, values), DECIMALS)
         return cls(totals, np.bincount(groups, weights), seed)
 
@@ -77,18 +85,21 @@ class GroupTotals:
 
     @property
     def error(self) -> float:
-        """The standard error of the value, from how far groups lie from it."""
+        """Standard error of the value, from the deviations of groups."""
         count = self.totals.size
         residuals = (self.totals - self.value * self.sizes) / self.sizes.mean()
         return float(np.sqrt(residuals @ residuals / (count * (count - 1))))
 
     @cached_property
     def draws(self) -> np.ndarray:
-        """`[RESAMPLES]`, the value in resampled groups; for few groups, a t distribution around it."""
+        """Values of resampled groups, `[RESAMPLES]`. With few groups, draws of a t distribution
+        around the value.
+        """
         rng = np.random.default_rng([self.seed, 0])
         if self.few:
             return self.value + self.error * rng.standard_t(self.totals.size - 1, RESAMPLES)
-        # How often each kind of group comes up is drawn, not each group: the same, and the cost does not grow with their number.
+        # Equal groups are drawn together by a multinomial. This is equivalent, and the cost only
+        # depends on the number of distinct groups.
         rows = np.column_stack([self.totals, self.sizes])
         rows, counts = np.unique(rows, axis=0, return_counts=True)
         chances = counts / counts.sum()
@@ -100,7 +111,9 @@ class GroupTotals:
 
     @cached_property
     def null(self) -> np.ndarray:
-        """`[RESAMPLES]`, the difference if there were none: signs of groups flipped; for few groups, a t distribution around 0."""
+        """Differences under the null hypothesis, `[RESAMPLES]`: the signs of groups are flipped.
+        With few groups, draws of a t distribution around 0.
+        """
         rng = np.random.default_rng([self.seed, 1])
         if self.few:
             return self.error * rng.standard_t(self.totals.size - 1, RESAMPLES)
@@ -113,13 +126,13 @@ class GroupTotals:
 
 
 def _blocks(width: int) -> list[int]:
-    """Cut the resamples into blocks of at most `BLOCK` numbers."""
+    """Split the resamples into blocks of at most `BLOCK` random numbers."""
     most = max(1, BLOCK // width)
     return [min(most, RESAMPLES - first) for first in range(0, RESAMPLES, most)]
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and the sample standard deviation, which a single value does not have."""
+    """Return the mean and the sample standard deviation, which is None for a single value."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
@@ -131,7 +144,10 @@ def interval(
     """Return the 95 % interval of a score, or of the weighted average of several tasks.
 
     Args:
-        bounds: of what is possible; a task with a single group says no more than that.
+        tasks: one `GroupTotals` per task.
+        weights: weight of each task.
+        bounds: smallest and largest possible value. They are returned if any task has a single
+            group.
     """
     if any(task.totals.size == 1 for task in tasks):
         return bounds
@@ -147,10 +163,12 @@ def interval(
 
 
 def difference(tasks: Sequence[GroupTotals], weights: Sequence[float] = (1.0,)) -> Difference:
-    """Judge the paired difference of two encoders on one task, or on the weighted average of several.
+    """Return the paired difference of two encoders on one task, or on the weighted average of
+    several.
 
     Args:
-        tasks: for each, the differences between the two on the same clips.
+        tasks: for each task, the differences of the two encoders on the same clips.
+        weights: weight of each task.
     """
     value = float(np.average([task.value for task in tasks], weights=weights))
     low, high = interval(tasks, weights, (-1.0, 1.0))
@@ -162,7 +180,7 @@ def _p_value(tasks: Sequence[GroupTotals], weights: Sequence[float], value: floa
         return 1.0
     if len(tasks) == 1 and tasks[0].few:
         task, freedom = tasks[0], tasks[0].totals.size - 1
-        if task.error < TIE:  # all groups alike: what flipping their signs gives
+        if task.error < TIE:  # all groups are equal: use the p-value of flipping their signs
             return 1.0 if abs(value) < TIE else 2.0**-freedom
         return float(2 * stats.t.sf(abs(value) / task.error, freedom))
     flipped = np.average([task.null for task in tasks], axis=0, weights=weights)
@@ -171,7 +189,7 @@ def _p_value(tasks: Sequence[GroupTotals], weights: Sequence[float], value: floa
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for having looked at all of them, in the order given."""
+    """Return p-values adjusted for multiple comparisons (Holm 1979), in the given order."""
     adjusted, running = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(np.argsort(p_values, kind="stable")):
         running = max(running, (len(p_values) - rank) * p_values[i])
