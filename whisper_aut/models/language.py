@@ -177,7 +177,7 @@ def check_layout(path: str, model: PreTrainedModel) -> SequenceLayout:
         alone = _states_alone(path, model, embeddings, lengths)
         _refuse_unknown_head(path, model, embeddings[: lengths[0]], alone[: lengths[0]], tolerance)
         last = slice(-lengths[-1], None)
-        others[last] = embeddings[last]  # the same sequence after two others
+        others[last] = embeddings[last]  # the same sequence, after two different ones
         for packed in (True, False):
             layout = SequenceLayout(packed, window, attention=own_attention)
             try:

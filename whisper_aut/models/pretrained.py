@@ -80,7 +80,8 @@ class Start:
         """The configuration.
 
         Raises:
-            UserError: there is no Whisper checkpoint, or it is a PEFT adapter or uses layer dropout.
+            UserError: there is no Whisper checkpoint, or it is a PEFT adapter, or it uses layer
+                dropout.
         """
         if Path(self.path).is_dir():
             refuse_adapter(self.path)
@@ -152,7 +153,7 @@ class Start:
     def generation_config(self) -> GenerationConfig:
         try:
             config = GenerationConfig.from_pretrained(self.path, revision=self.revision or "main")
-        except OSError:  # checkpoints that were not saved by transformers often have none
+        except OSError:  # hand-made checkpoints often have none
             config = GenerationConfig.from_model_config(self.config)
         if getattr(config, "is_multilingual", None) is None:
             # Tokenizers of English-only checkpoints contain language tokens too, but untrained.
@@ -245,7 +246,7 @@ def refuse_gaps(
     only_missing: bool = False,
     kind: str = "Whisper model",
 ) -> None:
-    """Raise `UserError` if a load left weights uninitialised or found weights that do not fit.
+    """Raise `UserError` if weights of a checkpoint are missing, unknown or of the wrong shape.
 
     Args:
         path: the checkpoint, for the error message.
@@ -270,18 +271,17 @@ def refuse_gaps(
 
 
 def refuse_no_place(path: str) -> None:
-    """Raise `UserError` if a path is no directory and does not look like a hub id.
+    """Raise `UserError` if a path is neither a directory nor like a hub id.
 
-    This avoids a slow request to the hub.
+    A path in a folder of runs is not taken as a hub id. This avoids slow requests to the hub.
     """
     place = Path(path)
     if place.is_dir():
         return
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(describe_missing(path, OSError()))
-    if any(
-        place.parent.glob("*/latest")
-    ):  # the parent is a folder of runs, not an owner on the hub
+    # The parent is a folder of runs, not the owner of a model on the hub.
+    if any(place.parent.glob("*/latest")):
         there = sorted(
             entry.name
             for entry in place.parent.iterdir()
@@ -572,7 +572,7 @@ def load_encoder(
 
     Examples:
         >>> encoder = load_encoder("runs/aut_tiny/latest", dtype="bf16")
-        >>> encoder.encode(["clip.wav"])[0].dtype  # what comes back is float32 whatever it ran in
+        >>> encoder.encode(["clip.wav"])[0].dtype  # always float32, whatever the precision of the encoder
         torch.float32
     """
     path, marked = split_padding(str(path_or_hub_id))
