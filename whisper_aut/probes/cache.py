@@ -1,8 +1,10 @@
-"""Embeddings as a file: written once, read back only if they are what was asked for, and whole.
+"""Cache of embeddings, written once and read back only if complete and made under the requested
+identity.
 
-`Embeddings` of one shard folder, and the identity they were made under, become a safetensors file named by the identity's hash. The file
-repeats the identity and carries a checksum; on any mismatch or damage it counts as absent. Files are memory-mapped when read and written
-piece by piece, so that all frames of a corpus are never in memory at once (103 GB for 100 h at large-v3's width).
+The `Embeddings` of a shard folder are stored as a safetensors file named by the hash of their
+identity. The file repeats the identity and has a checksum; on a mismatch or damage it counts as
+missing. Files are memory-mapped when read and written piece by piece, so that the frames of a
+corpus are never all in memory (103 GB for 100 h at large-v3's width).
 """
 
 import hashlib
@@ -35,14 +37,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The clips of a folder or split.
+    """The embedded clips of a folder or split.
 
     Attributes:
-        features: float32 `[B, D]`, or `[B, layers, D]`; with `lengths` `[ΣI, D]`, that many segments a clip. Empty for frames.
-        labels: per clip a class, a tuple of classes or captions, a tuple of events, or a transcript.
-        skipped: clips that are not among them, by reason.
-        frames: where every frame is kept, those of each clip, `[T, D]`, in its cache file until they are used.
-        groups: per clip the group that it belongs to; empty where it belongs to none.
+        features: float32 `[B, D]` or `[B, layers, D]`. With `lengths`, `[I, D]` for the I
+            segments of all clips. Empty if `frames` are kept.
+        labels: per clip, a class, a tuple of classes or captions, a tuple of events, or a
+            transcript.
+        keys: per clip, the names of tar and sample.
+        skipped: number of skipped samples, by reason.
+        lengths: per clip, the number of segments.
+        frames: per clip, its frames `[T, D]`, memory-mapped from the cache file.
+        groups: per clip, its group. Empty for a clip without one.
     """
 
     features: Tensor
@@ -57,12 +63,12 @@ class Embeddings:
         return len(self.labels)
 
     def group_numbers(self) -> np.ndarray:
-        """Return `[B]`, see the function."""
+        """Return the group number of each clip, `[B]`, see the function `group_numbers`."""
         return group_numbers(self.groups or ("",) * len(self))
 
     @classmethod
     def join(cls, parts: Sequence["Embeddings"]) -> "Embeddings":
-        """Put folders end to end into one split; frames stay where they are."""
+        """Concatenate folders into one split. Frames stay memory-mapped."""
         filled = [part.features for part in parts if len(part.features)]
         skipped = sum((Counter(part.skipped) for part in parts), Counter())
         return cls(
@@ -77,54 +83,58 @@ class Embeddings:
 
 
 def group_numbers(groups: Sequence[str]) -> np.ndarray:
-    """Return `[B]`, a number for the group of each clip; a clip that belongs to none (an empty text) has one of its own."""
+    """Return the group number of each clip, `[B]`. A clip without a group (empty text) gets a
+    number of its own.
+    """
     names = [("group", group) if group else ("clip", str(i)) for i, group in enumerate(groups)]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return np.array([numbers[name] for name in names], dtype=int)
 
 
 def digest(identity: Any) -> str:
-    """Return the hash of a JSON-able object."""
+    """Return a hash of a JSON-serialisable object."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def cache_path(folder: str | Path, identity: dict[str, Any]) -> Path:
-    """Return where embeddings of this identity lie."""
+    """Return the path of the embeddings with this identity."""
     return Path(folder) / f"{digest(identity)}.safetensors"
 
 
 def read_embeddings(folder: str | Path, identity: dict[str, Any]) -> Embeddings | None:
-    """Return what was stored under the identity, or None where there is nothing, or nothing whole."""
+    """Return the embeddings stored under an identity, or None if they are missing or damaged."""
     stored = _read(cache_path(folder, identity), identity)
     return stored[0] if stored else None
 
 
 def write_embeddings(folder: str | Path, identity: dict[str, Any], embeddings: Embeddings) -> None:
-    """Store embeddings under a temporary name, then rename.
+    """Write embeddings under a temporary name, then rename.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: if the folder cannot be written to.
     """
     _write(cache_path(folder, identity), identity, embeddings, 0)
 
 
 def load_cached(path: Path) -> Embeddings:
-    """Read a cache file by its name, for a look at what a score was made from.
+    """Read a cache file by path, e.g. to inspect what a score was computed from.
 
     Raises:
-        OSError, SafetensorError, KeyError, ValueError: not there, or damaged.
+        OSError, SafetensorError, KeyError, ValueError: if the file is missing or damaged.
     """
     return _open(path)[0]
 
 
 class PartialEmbeddings:
-    """The parts that an unfinished run has written, one file each: what a run that goes on need not encode again."""
+    """Parts written by an unfinished run, one file each, from which the run resumes."""
 
     def __init__(self, folder: str | Path, identity: dict[str, Any]):
         self.path, self.identity, self.written = cache_path(folder, identity), identity, 0
 
     def read(self) -> tuple[Embeddings, int]:
-        """Return what the whole parts hold, and how many samples of the folder that covers; a damaged part ends them."""
+        """Return the embeddings of all valid parts and the number of samples they cover. Reading
+        stops at a damaged part.
+        """
         parts: list[Embeddings] = []
         seen, skipped = 0, {}
         while (stored := _read(self._part(len(parts)), self.identity)) is not None:
@@ -135,7 +145,7 @@ class PartialEmbeddings:
         return replace(Embeddings.join(parts), skipped=skipped), seen
 
     def write(self, part: Embeddings, seen: int, skipped: Mapping[str, int]) -> None:
-        """Store one more part; `seen` and `skipped` are those of all samples up to its end."""
+        """Write the next part. `seen` and `skipped` count all samples up to its end."""
         _write(self._part(self.written), self.identity, replace(part, skipped=dict(skipped)), seen)
         self.written += 1
 
@@ -206,7 +216,10 @@ def _write(path: Path, identity: dict[str, Any], embeddings: Embeddings, seen: i
 
 
 def _save(path: Path, pieces: Sequence[Tensor], metadata: dict[str, str]) -> None:
-    """Write float32 pieces `[n, …]` end to end as the tensor `features` of a safetensors file; `save_file` wants it whole in memory."""
+    """Write float32 pieces `[n, …]` as the tensor `features` of a safetensors file.
+
+    `save_file` would need the concatenated tensor in memory.
+    """
     shape = [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
     end = sum(piece.nbytes for piece in pieces)
     features = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
@@ -234,17 +247,27 @@ def _checksum(embeddings: Embeddings) -> str:
 
 
 def _frozen(value: Any) -> Any:
-    """JSON has no tuples: `[[0.0, 1.0, "dog"]]` → `((0.0, 1.0, "dog"),)`."""
+    """Convert lists to tuples, which JSON does not have: `[[0.0, 1.0, "dog"]]` → `((0.0, 1.0,
+    "dog"),)`.
+    """
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 NOT_SELECTED = "not selected"
-LEFT_OUT = (NOT_SELECTED, str(Reason.NO_LABEL))  # not part of the task, as opposed to broken
+LEFT_OUT = (NOT_SELECTED, str(Reason.NO_LABEL))  # not part of the task, rather than broken
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip of a task: where it is, its label and its group, `[S]` at 16 kHz, and how many samples of the folder were read up to it."""
+    """One clip of a task.
+
+    Attributes:
+        key: names of tar and sample.
+        label: its label.
+        waveform: `[S]` at 16 kHz.
+        seen: number of samples of the folder read so far, including this one.
+        group: its group; empty for none.
+    """
 
     key: str
     label: Any
@@ -255,13 +278,15 @@ class Clip:
 
 @dataclass(frozen=True)
 class Share:
-    """The samples of a folder that one of several processes takes: a run of them, so that shares lie end to end."""
+    """The contiguous range of a folder's samples that one of several processes embeds."""
 
     rank: int = 0
     ranks: int = 1
 
     def bounds(self, samples: int) -> tuple[int, int | None]:
-        """Return how many samples come before the share, and before its end; the last share has none."""
+        """Return the indices of the first sample and of the end (exclusive). The last share has
+        no end.
+        """
         last = self.rank + 1 == self.ranks
         return samples * self.rank // self.ranks, None if last else samples * (
             self.rank + 1
@@ -280,10 +305,15 @@ class ClipReader:
     """Iterates over the clips of one folder.
 
     Attributes:
-        skip: samples at the beginning that an interrupted run, or another process, deals with.
-        stop: how many samples come before the end; None for all.
-        left_out: filled while iterating: which sample was left out, counted from 1, and why.
+        index: the shards.
+        task: the task.
+        limits: which clips are decoded.
+        workers: number of decoding threads.
+        skip: number of samples at the beginning to leave to an earlier run or another process.
         advance: called for every sample read.
+        stop: index of the end (exclusive); None for all samples.
+        left_out: filled while iterating: number of each skipped sample, counted from 1, and the
+            reason.
     """
 
     index: ShardIndex
@@ -296,7 +326,10 @@ class ClipReader:
     left_out: list[tuple[int, str]] = field(default_factory=list)
 
     def skipped(self, upto: int | None = None) -> dict[str, int]:
-        """Count what was left out, by reason, among the samples up to one; clips further ahead have been looked at too."""
+        """Count the skipped samples by reason, up to sample number `upto`.
+
+        Decoding reads ahead, so `left_out` may hold later samples too.
+        """
         return dict(
             Counter(reason for seen, reason in self.left_out if upto is None or seen <= upto)
         )
@@ -349,7 +382,7 @@ class _Found:
 
 
 def group_of(sample: Sample, task: ProbeTask) -> str:
-    """Return the group that a clip of a task belongs to; empty where it belongs to none."""
+    """Return the group of a clip; empty for none."""
     if not task.group:
         return ""
     value = sample.key if task.group == "key" else _single(sample.annotation, task.group) or ""
@@ -360,10 +393,10 @@ def group_of(sample: Sample, task: ProbeTask) -> str:
 
 
 def label_of(annotation: Annotation, task: ProbeTask) -> Any:
-    """Return a clip's label in the form of its task's answer, or None where it has none.
+    """Return a clip's label in the form that the task needs, or None if it has none.
 
     Raises:
-        UserError: a label of another form.
+        UserError: if the label has another form.
     """
     if task.answer == "captions":
         fields = {**annotation.extra, "text": annotation.text}
@@ -396,7 +429,8 @@ def _events(value: Any, task: ProbeTask) -> tuple[tuple[float, float, str], ...]
         )
     except (TypeError, KeyError, ValueError):
         raise UserError(
-            f"Probe task {task.name!r}: {task.label!r} must be a list of events with {start}, {end} and {name}, not {value!r:.80}."
+            f"Probe task {task.name!r}: {task.label!r} must be a list of events with {start}, "
+            f"{end} and {name}, not {value!r:.80}."
         ) from None
 
 
@@ -410,7 +444,8 @@ def _single(annotation: Annotation, name: str) -> str | None:
     if isinstance(value, list):
         if len(value) > 1:
             raise UserError(
-                f"A clip has {len(value)} values in {name!r} ({', '.join(map(str, value))}); this metric needs one class."
+                f"A clip has {len(value)} values in {name!r} ({', '.join(map(str, value))}); this "
+                "metric needs one class."
             )
         value = value[0] if value else None
     return None if value in (None, "") else str(value)

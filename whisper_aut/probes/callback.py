@@ -1,8 +1,9 @@
-"""Probes while an encoder trains: how it learns, and whether it forgets.
+"""Probe an encoder while it trains, to see how it learns and whether it forgets.
 
-In: small probe tasks, the module that trains. Out: `probe/TASK` in the logs, and a warning or a stop when a domain falls too far below
-where it began. Next: the report draws the curves. A task is embedded anew each time, so small ones are meant; the protocol is `strict`, on
-one seed. A curve is for watching: choosing a checkpoint by the test part of a task that is then reported would be selection on test.
+Scores are logged as `probe/TASK`, with a warning or a stop if a domain falls too far below its
+first score. Tasks are embedded again each time, so use small ones. The protocol is `strict`,
+with one seed. Curves are for monitoring only: choosing a checkpoint by the test part of a task
+that is later reported would be selection on test data.
 """
 
 import copy
@@ -29,7 +30,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ForgettingGuard:
-    """Warns, or stops training, when a domain's mean score is more than `max_drop` (0 … 1) below that at the start."""
+    """Warns or stops training if the mean score of a domain is more than `max_drop` (0 … 1)
+    below its first value.
+    """
 
     domain: str = "speech"
     max_drop: float = 0.05
@@ -37,17 +40,18 @@ class ForgettingGuard:
 
 
 class ProbeDuringTraining(lightning.Callback):
-    """Scores the encoder at the start and every so many optimiser steps, on the first rank while the others wait.
+    """Scores the encoder at the start and every `every_steps` optimizer steps, on rank 0 while
+    the others wait.
 
     Args:
-        tasks: small ones; their shards are read again each time.
-        root: what `{root}` stands for in them.
-        every_steps: optimiser steps between two measurements.
-        kind: of probe: `knn` is quickest, `linear` stricter.
-        guard: against forgetting.
+        tasks: small tasks. Their shards are read again each time.
+        root: replaces `{root}` in the tasks' folders.
+        every_steps: optimizer steps between two measurements.
+        kind: the probe kind. `knn` is the fastest, `linear` is stricter.
+        guard: what to do about forgetting.
 
     Raises:
-        UserError: under ZeRO stage 3, where no rank holds whole weights.
+        UserError: in `setup`, under ZeRO stage 3, where no rank holds the full weights.
     """
 
     def __init__(
@@ -66,7 +70,8 @@ class ProbeDuringTraining(lightning.Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         if getattr(trainer.strategy, "zero_stage_3", False):
             raise UserError(
-                "probe.during needs whole weights, and ZeRO stage 3 spreads them: use stage 2, or probe afterwards."
+                "probe.during needs whole weights, and ZeRO stage 3 spreads them: use stage 2, or "
+                "probe afterwards."
             )
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
@@ -87,7 +92,9 @@ class ProbeDuringTraining(lightning.Callback):
         self.scores = {int(step): dict(scores) for step, scores in state_dict["scores"].items()}
 
     def forgotten(self) -> float | None:
-        """Return how far the guarded domain lies below its first score, 0 … 1; None without two scores of a task of that domain."""
+        """Return how far the guarded domain is below its first score, 0 … 1. None without tasks
+        of that domain or without two measurements.
+        """
         guarded = [task.name for task in self.tasks if task.domain == self.guard.domain]
         if not guarded or len(self.scores) < 2:
             return None
@@ -113,7 +120,8 @@ class ProbeDuringTraining(lightning.Callback):
         fallen = self.forgotten()
         if fallen is not None and fallen > self.guard.max_drop:
             told = (
-                f"The probe score of {self.guard.domain} has fallen by {100 * fallen:.1f} points since the start "
+                f"The probe score of {self.guard.domain} has fallen by {100 * fallen:.1f} points "
+                "since the start "
                 f"(step {step}; probe.during.max_drop allows {100 * self.guard.max_drop:.1f})."
             )
             log.warning("%s%s", told, " Training stops." if self.guard.action == "stop" else "")
@@ -121,7 +129,7 @@ class ProbeDuringTraining(lightning.Callback):
                 self._stop(trainer)
 
     def _stop(self, trainer: lightning.Trainer) -> None:
-        """End training behind this step, which is saved first."""
+        """Save a checkpoint, then end training after this step."""
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
             if isinstance(callback, RollingCheckpoints):
                 callback.save(trainer)
@@ -137,12 +145,12 @@ class ProbeDuringTraining(lightning.Callback):
         encoder = AudioEncoder(whole).to(module.device)
         try:
             with (
-                isolate_rng(),
+                isolate_rng(),  # training continues with the same random numbers
                 tempfile.TemporaryDirectory() as cache,
-            ):  # training draws what it would have drawn
+            ):
                 scores = run_suite(
-                    {f"step {step}": encoder}, self.tasks, root=self.root, cache=cache, seeds=(0,), kind=self.kind,
-                    embedding=EmbedSettings(quiet=True),
+                    {f"step {step}": encoder}, self.tasks, root=self.root, cache=cache,
+                    seeds=(0,), kind=self.kind, embedding=EmbedSettings(quiet=True),
                 )  # fmt: skip
         finally:
             module.encoder.train(training)

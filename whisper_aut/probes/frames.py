@@ -1,4 +1,6 @@
-"""Frames of many clips that stay in their cache files: read, standardised and padded a batch at a time."""
+"""Frames of many clips that stay in their cache files, and are read, standardised and padded per
+batch.
+"""
 
 from collections.abc import Sequence
 
@@ -9,11 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class Frames:
-    """The frames `[T, D]` of each of B clips, standardised by those of the training clips.
+    """The frames `[T, D]` of B clips, standardised by those of the training clips.
 
     Args:
-        clips: as `Embeddings.frames` holds them, memory-mapped.
-        train: `[B]`, the clips whose mean and deviation count.
+        clips: memory-mapped frames, as in `Embeddings.frames`.
+        train: `[B]`, marks the clips used for mean and deviation.
         device: where batches are put.
     """
 
@@ -32,7 +34,9 @@ class Frames:
         )
 
     def __call__(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the frames of some clips `[b]`, padded to `[b, T, D]`, and their lengths `[b]`."""
+        """Return the frames of the clips with indices `[b]`, padded to `[b, T, D]`, and their
+        lengths `[b]`.
+        """
         numbers = numbers.cpu()
         padded = pad_sequence([self.clips[i] for i in numbers.tolist()], batch_first=True)
         standard = (padded - self.mean) / self.deviation

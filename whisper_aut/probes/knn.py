@@ -1,8 +1,9 @@
-"""The nearest-neighbour probe: nothing is trained, a clip is given the classes of the clips most like it.
+"""Nearest-neighbour probe: without training, a clip is predicted to have the classes of its most
+similar training clips.
 
-In: items `[I, D]`. Out: class scores `[I, J, C]`, one problem per set of training clips and (k, temperature). Next: `probes.selection`,
-which chooses k and temperature on validation clips. Every sample is scaled to unit length, so that the likeness is a cosine
-(Wu et al. 2018, section 3.4, for the weighting by exp(cosine / temperature)); scaling features across samples is X-ARES's mistake.
+Features of each clip are scaled to unit length, so that similarity is a cosine. Votes are
+weighted by exp(cosine / temperature) (Wu et al. 2018, section 3.4). X-ARES scales features
+across samples instead, which is a mistake.
 """
 
 from collections.abc import Sequence
@@ -24,23 +25,25 @@ MAX_SIMILARITIES = 1 << 26  # floats in one block of cosines
 
 
 class KNNProbe:
-    """Cosine neighbours among `[I, D]` training items of classes `[I]`."""
+    """Cosine neighbours among training items `[I, D]` with classes `[I]`."""
 
     def __init__(self, features: Tensor, answers: Tensor, classes: int):
         self.features, self.answers, self.classes = F.normalize(features, dim=1), answers, classes
 
     def cosines(self, features: Tensor) -> Tensor:
-        """`[Q, D]` → `[Q, I]`."""
+        """Return the cosines `[Q, I]` of features `[Q, D]` with the training items."""
         return F.normalize(features, dim=1) @ self.features.T
 
     def nearest(self, cosines: Tensor, allowed: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and classes, both `[Q, k]`, of the nearest items that are `allowed` `[I]`, the nearest first."""
+        """Return cosines and classes, both `[Q, k]`, of the nearest items among those marked by
+        `allowed` `[I]`, in order of decreasing cosine.
+        """
         kept = cosines[:, allowed]
         found, positions = kept.topk(min(k, kept.shape[1]), dim=1)
         return found, self.answers[allowed][positions]
 
     def vote(self, cosines: Tensor, answers: Tensor, temperature: float) -> Tensor:
-        """Return log shares of the votes, `[Q, C]`, of neighbours `[Q, k]`."""
+        """Return the log probabilities `[Q, C]` from the votes of neighbours `[Q, k]`."""
         votes = torch.zeros(len(cosines), self.classes, device=cosines.device)
         votes.scatter_add_(1, answers, (cosines / temperature).softmax(1))
         return votes.clamp_min(1e-9).log()
@@ -48,7 +51,7 @@ class KNNProbe:
 
 @dataclass(frozen=True)
 class KNNFitter:
-    """Holds one pool, in which each column of `rows` marks the neighbours that count."""
+    """Holds one pool. Each column of `rows` marks the items that may be neighbours."""
 
     pool: Items
     classes: int
@@ -59,7 +62,7 @@ class KNNFitter:
 
     @property
     def block(self) -> int:
-        """All problems share one product of cosines."""
+        """Number of problems at once. All share one matrix product of cosines."""
         return max(1, MAX_SIMILARITIES // (len(self.pool.features) * self.classes))
 
     def __call__(
@@ -75,9 +78,8 @@ class KNNFitter:
             ):
                 cosines, columns, found, last = probe.cosines(chunk), [], None, None
                 for own, setting in zip(rows.T.to(cosines.device), settings, strict=True):
-                    if (
-                        found is None or last is None or not torch.equal(own, last)
-                    ):  # candidates share their neighbours
+                    # Consecutive candidates of a trial share their neighbours.
+                    if found is None or last is None or not torch.equal(own, last):
                         found, last = probe.nearest(cosines, own, most), own
                     k = int(setting["k"])
                     columns.append(

@@ -1,7 +1,7 @@
-"""What a task asks and how an answer is scored: torchmetrics' own metrics, and two made of them.
+"""Metrics of probe tasks: those of torchmetrics, and two based on them. All are in 0 … 1, higher
+is better.
 
-In: predictions and answers of any number of test clips. Out: a number in 0 … 1, higher is better. Next: `probes.selection` calls
-them on validation and test clips alike. A metric's name decides what kind of answer a task wants.
+The name of a metric determines the kind of answer that a task needs.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,17 +21,20 @@ Answer = Literal["class", "classes", "events", "captions", "text"]
 
 
 class WordAccuracy(WordErrorRate):
-    """max(0, 1 − word error rate): what X-ARES and UniWhisper print for recognition, fed with texts and transcripts."""
+    """max(0, 1 − word error rate) of texts and transcripts, as X-ARES and UniWhisper report for
+    speech recognition.
+    """
 
     def compute(self) -> Tensor:
         return (1 - super().compute()).clamp(min=0)
 
 
 class CrossRecall(Metric):
-    """Recall@1 between B clips and their captions, the mean of both directions.
+    """Recall@1 between B clips and N captions, averaged over both directions.
 
-    `update(similarity [B, N], owner [N])`: caption n describes clip `owner[n]`. A clip is right when the caption nearest to it is
-    one of its own; a caption is right when the clip nearest to it is its own.
+    Update with `similarity` `[B, N]` and `owner` `[N]`: caption n describes clip `owner[n]`. A
+    clip counts if its nearest caption is one of its own. A caption counts if its nearest clip is
+    its own.
     """
 
     hits: list[Tensor]
@@ -49,7 +52,9 @@ class CrossRecall(Metric):
 
 
 def recall_credit(similarity: Tensor, owner: Tensor) -> Tensor:
-    """Return `[B, 2]`: for each clip whether its nearest caption is its own, and the share of its captions that find it."""
+    """Return `[B, 2]`: for each clip, whether its nearest caption is its own, and the fraction
+    of its captions whose nearest clip it is.
+    """
     clips = torch.arange(len(similarity), device=owner.device)
     to_text = owner[similarity.argmax(1)] == clips
     found = (similarity.argmax(0) == owner).double()
@@ -61,8 +66,9 @@ def recall_credit(similarity: Tensor, owner: Tensor) -> Tensor:
     return torch.stack([to_text.double(), to_audio], 1)
 
 
-# A metric's name → one for C classes. Class metrics are fed with `[B, C]` scores and `[B]` classes or `[B, C]` answers of 0 and 1.
-# None syncs: the first rank of a job scores while the others wait elsewhere, or are gone.
+# Name → constructor of the metric for C classes. Class metrics are updated with `[B, C]` scores and
+# `[B]` classes or `[B, C]` answers of 0 and 1. None of them syncs: rank 0 of a job computes scores
+# while the other ranks wait elsewhere or have exited.
 METRICS: dict[str, Callable[[int], Metric]] = {
     "accuracy": lambda classes: MulticlassAccuracy(
         classes, average="micro", validate_args=False, sync_on_compute=False
@@ -87,7 +93,8 @@ ANSWERS: dict[str, Answer] = {
     "recall@1": "captions",
     "word_accuracy": "text",
 }
-# What a metric is called in the identity of a stored score, where scores or units have changed: raise it when they do again.
+# Names of metrics in the identity of a stored score. Increase the number when a metric's scores
+# or units change.
 METRIC_VERSIONS: dict[str, str] = {
     "mAP": "mAP 2",
     "segment_f1_macro": "segment_f1_macro 2",
@@ -97,9 +104,11 @@ METRIC_VERSIONS: dict[str, str] = {
 
 
 def class_metric(metric: str, classes: int, scores: Tensor, answers: Tensor) -> float:
-    """Score `[B, C]` class scores (logits) against `[B]` classes, or `[B, C]` answers of 0 and 1.
+    """Score class scores (logits) `[B, C]` against classes `[B]`, or answers `[B, C]` of 0 and
+    1.
 
-    Mean average precision is that of the classes that one of these clips has: of another there is nothing to be found.
+    Mean average precision only covers classes that at least one of these clips has, since it is
+    undefined for the others.
     """
     if metric == "mAP":
         present = answers.any(0)
@@ -125,7 +134,9 @@ def text_metric(texts: Sequence[str], transcripts: Sequence[str]) -> float:
 
 
 def _ranks(scores: Tensor) -> Tensor:
-    """Place the scores of each class in 0 … 1, in their order and with their ties; a sigmoid would make ties of large ones."""
+    """Map the scores of each class to ranks in 0 … 1, keeping order and ties. A sigmoid would
+    create ties among large scores.
+    """
     ordered, clips = scores.sort(dim=0)
     rises = torch.zeros_like(ordered, dtype=torch.double)
     rises[1:] = ordered[1:] > ordered[:-1]

@@ -1,9 +1,11 @@
-"""The retrieval probe: clips and captions brought into one space, scored by recall@1 in both directions.
+"""Retrieval probe: clips and captions are mapped into one space and scored by recall@1 in both
+directions.
 
-In: one vector a clip, and its captions. Out: how often the nearest caption, or clip, is the right one. Next: `probes.selection`. The text
-side is the simplest that can be learned without a language model of its own: a bag of words, each word a vector, trained together with
-a linear map of the audio by the contrastive loss of CLIP (Radford et al. 2021). What is measured is thus the audio's share: a strong
-text encoder would bring in knowledge that the encoder does not have. Words that were never trained on say nothing.
+The text side is the simplest that can be learned without a language model: each word has a
+vector, a caption is their mean, and both are trained with a linear map of the audio by the
+contrastive loss of CLIP (Radford et al. 2021). This measures the audio encoder: a strong text
+encoder would add knowledge that the audio encoder does not have. Words that are not in the
+training captions are ignored.
 """
 
 import re
@@ -31,11 +33,15 @@ CANDIDATES: tuple[Setting, ...] = tuple(
 
 
 class RetrievalProbe(LightningModule):
-    """J pairs of maps into a shared space: audio `[D, E]`, words `[V, E]`, and a learned sharpness.
+    """J pairs of linear maps into a shared space of width E: audio `[D, E]`, words `[V, E]`, and
+    a learned logit scale.
 
     Args:
-        settings: each problem's learning `rate` and `decay`, and `epochs` once they are chosen.
-        seed: decides the starting weights, the order of batches, and which caption of a clip a step sees.
+        width: D.
+        words: size of the vocabulary, V.
+        settings: `rate` (learning rate) and `decay` of each problem, and `epochs` once chosen.
+        seed: decides initial weights, the order of batches, and which caption of a clip a step
+            uses.
     """
 
     def __init__(self, width: int, words: int, settings: Sequence[Setting], seed: int = 0):
@@ -58,12 +64,18 @@ class RetrievalProbe(LightningModule):
         self.epochs: list[int] = []
 
     def forward(self, features: Tensor, bags: Tensor) -> Tensor:
-        """Clips `[B, D]` and captions `[N, V]` → cosines `[J, B, N]`."""
+        """Return cosines `[J, B, N]` of clips `[B, D]` and captions `[N, V]`."""
         return _cosines(dict(self.values), features, bags)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        """`features [B, D]`, `bags [N, V]`, `first [B]` and `count [B]` of each clip's captions, `rows [B, J]` to train on, and
-        `[B, J]` to validate on, if there are any."""
+        """Train on one batch that holds all clips.
+
+        Args:
+            batch: `features` `[B, D]`, `bags` `[N, V]`, `first` `[B]` and `count` `[B]` (index
+                of each clip's first caption, and their number), and `rows` `[B, J]`, the clips
+                to train on. Optionally followed by `[B, J]`, the clips to validate on.
+            batch_idx: unused.
+        """
         (features, bags, first, count, rows), valid = batch[:5], batch[5:]
         decays, generator = self.decays.to(rows.device), torch.Generator().manual_seed(self.seed)
         used = torch.nonzero(rows.any(1))[:, 0]
@@ -85,18 +97,24 @@ class RetrievalProbe(LightningModule):
 
         trained, self.epochs = descend(
             objectives, dict(self.values), self.rates.to(rows.device), len(used), seed=self.seed,
-            batch_items=batch_size(len(used), BATCH_CLIPS), epochs=self.chosen_epochs, validate=validate if valid else None,
+            batch_items=batch_size(len(used), BATCH_CLIPS), epochs=self.chosen_epochs,
+            validate=validate if valid else None,
         )  # fmt: skip
         for name, value in trained.items():
             self.values[name].copy_(value)
 
     def configure_optimizers(self) -> None:
-        """None of Lightning's: one training step runs `descend` to its end."""
+        """Lightning's optimizers are not used: one training step runs `descend` to its end."""
 
 
 @dataclass(frozen=True)
 class Captions:
-    """The captions of some clips as bags of words: `bags` `[N, V]` of shares, `owner` `[N]` the clip of each."""
+    """The captions of some clips as bags of words.
+
+    Attributes:
+        bags: word frequencies `[N, V]`; each row sums to one, or is zero if no word is known.
+        owner: `[N]`, index of the clip of each caption.
+    """
 
     bags: Tensor
     owner: Tensor
@@ -110,7 +128,9 @@ class Captions:
         return cls(torch.stack(bags), owner)
 
     def among(self, clips: Tensor) -> "Captions":
-        """Keep the captions of the clips that a mask `[B]` marks, numbering those again."""
+        """Keep the captions of the clips marked by the mask `clips` `[B]`, and renumber these
+        clips.
+        """
         kept, number = clips[self.owner], clips.long().cumsum(0) - 1
         return Captions(self.bags[kept], number[self.owner[kept]])
 
@@ -118,7 +138,7 @@ class Captions:
 class RetrievalLearner:
     """Fits retrieval probes on one round."""
 
-    block = 4  # problems; each holds a vector for every word
+    block = 4  # problems at once; each has a vector per word
 
     def __init__(self, pool: Embeddings, train: np.ndarray, test: Embeddings, device: str):
         taken = torch.from_numpy(train)
@@ -186,7 +206,9 @@ def _recall(cosines: Tensor, owner: Tensor) -> float:
 
 
 def _contrast(values: Mapping[str, Tensor], features: Tensor, bags: Tensor, own: Tensor) -> Tensor:
-    """Return the losses `[J, b]` of clips `[b, D]` and one caption `[b, V]` of each, among a problem's `own` clips `[J, b]`."""
+    """Return contrastive losses `[J, b]` of clips `[b, D]` and one caption each `[b, V]`, among
+    the clips of each problem, marked by `own` `[J, b]`.
+    """
     logits = _cosines(values, features, bags) * values["sharpness"].exp()[:, None, None]
     logits = logits.masked_fill(~(own[:, None] & own[:, :, None]), -1e4)
     return logits.logsumexp(1) + logits.logsumexp(2) - 2 * logits.diagonal(dim1=1, dim2=2)

@@ -1,8 +1,8 @@
-"""The transcription probe: a linear CTC head over frames, reported as max(0, 1 − word error rate).
+"""Transcription probe: a linear CTC head on frames, scored by max(0, 1 − word error rate).
 
-In: every frame of every clip, `[T, D]`, and transcripts. Out: texts, read off greedily, and their score. The head knows no language: what
-it writes is what frames hold by themselves (Graves et al. 2006 for the loss). X-ARES puts a frozen language model after an adapter
-instead; numbers of the two are not comparable. Frames stay in their files (`probes.frames`).
+The head has no language model and is decoded greedily, so it measures what the frames alone
+contain (Graves et al. 2006 for the loss). X-ARES trains an adapter to a frozen language model
+instead, so its numbers are not comparable. Frames stay in their cache files (`probes.frames`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,23 +23,25 @@ from whisper_aut.probes.modules import Values, batch_size, descend, epochs_of, m
 TRANSCRIPTION_VERSION = 2
 BLANK = 0
 BATCH_CLIPS = 64
-MAX_EPOCHS, PATIENCE = 100, 5  # frames are read again in every epoch
+MAX_EPOCHS, PATIENCE = 100, 5  # low, as every epoch reads the frames again
 CANDIDATES: tuple[Setting, ...] = tuple({"rate": rate} for rate in (1e-3, 3e-3, 1e-2))
 
 
 class TranscriptionProbe(LightningModule):
-    """J linear heads from a frame to the characters and a blank, trained as one; clips are given by number.
+    """J linear CTC heads from frames to characters and a blank, trained as one. Clips are given
+    by index.
 
     Args:
-        frames: clip numbers → frames.
-        spelled: the transcript of each clip, in characters.
-        symbols: V, the blank included.
-        settings: each problem's learning `rate`, and `epochs` once they are chosen.
-        seed: decides the order of batches; all weights start at zero.
+        frames: clip indices → frames.
+        spelled: character codes of each transcript.
+        symbols: number of symbols V, including the blank.
+        settings: `rate` (learning rate) of each problem, and `epochs` once chosen.
+        seed: decides the order of batches. All weights start at zero.
     """
 
     def __init__(
-        self, frames: Frames, spelled: Sequence[Tensor], symbols: int, settings: Sequence[Setting], seed: int = 0
+        self, frames: Frames, spelled: Sequence[Tensor], symbols: int,
+        settings: Sequence[Setting], seed: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -57,11 +59,17 @@ class TranscriptionProbe(LightningModule):
         self.epochs: list[int] = []
 
     def forward(self, frames: Tensor, problem: int) -> Tensor:
-        """`[…, T, D]` → `[…, T, V]` by one of the heads."""
+        """Map frames `[…, T, D]` to logits `[…, T, V]` with one of the heads."""
         return frames @ self.values["weight"][problem] + self.values["bias"][problem]
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        """Clips' `rows [B, J]` to train on, and `[B, J]` to validate on, if there are any."""
+        """Train on one batch that marks clips.
+
+        Args:
+            batch: `rows` `[B, J]`, the clips to train on, optionally followed by `[B, J]`, the
+                clips to validate on.
+            batch_idx: unused.
+        """
         rows, valid = batch[0], batch[1:]
         used = torch.nonzero(rows.any(1))[:, 0]
 
@@ -76,17 +84,18 @@ class TranscriptionProbe(LightningModule):
 
         trained, self.epochs = descend(
             objectives, dict(self.values), self.rates.to(rows.device), len(used), seed=self.seed,
-            batch_items=batch_size(len(used), BATCH_CLIPS), epochs=self.chosen_epochs, validate=validate if valid else None,
+            batch_items=batch_size(len(used), BATCH_CLIPS), epochs=self.chosen_epochs,
+            validate=validate if valid else None,
             max_epochs=MAX_EPOCHS, patience=PATIENCE,
         )  # fmt: skip
         for name, value in trained.items():
             self.values[name].copy_(value)
 
     def configure_optimizers(self) -> None:
-        """None of Lightning's: one training step runs `descend` to its end."""
+        """Lightning's optimizers are not used: one training step runs `descend` to its end."""
 
     def _losses(self, values: Mapping[str, Tensor], numbers: Tensor) -> Tensor:
-        """Return the CTC losses a letter, `[b, J]`, of some clips `[b]`."""
+        """Return the CTC losses per character, `[b, J]`, of the clips with indices `[b]`."""
         padded, lengths = self.frames(numbers)
         scores = torch.einsum("btd,jdv->tjbv", padded, values["weight"])
         scores = (scores + values["bias"][:, None]).log_softmax(-1).flatten(1, 2)  # [T, J · b, V]
@@ -140,7 +149,8 @@ class TranscriptionLearner:
         probe, wanted = self._fit([clips], [setting], seed), self.test_texts
         texts = self._read(probe, len(self.texts) + np.arange(len(wanted)), 0)
         words = np.array([len(text.split()) for text in wanted], dtype=float)
-        # A clip's own rate, unclamped, times its words is the errors it adds to the whole.
+        # Errors are counted per clip, so that the error rate of any subset of clips follows from
+        # sums.
         errors = np.array(
             [_errors(text, transcript) for text, transcript in zip(texts, wanted, strict=True)],
             dtype=float,
@@ -163,7 +173,7 @@ class TranscriptionLearner:
         return probe.to(self.device)
 
     def _read(self, probe: TranscriptionProbe, numbers: np.ndarray, problem: int) -> list[str]:
-        """Write what one head reads in some clips, greedily."""
+        """Decode clips greedily with one of the heads."""
         texts = []
         for number in torch.from_numpy(numbers).split(1):
             codes = probe(self.frames(number)[0][0], problem).argmax(-1).unique_consecutive()
