@@ -572,7 +572,7 @@ def load_encoder(
 
     Examples:
         >>> encoder = load_encoder("runs/aut_tiny/latest", dtype="bf16")
-        >>> encoder.encode(["clip.wav"])[0].dtype  # always float32, whatever the precision of the encoder
+        >>> encoder.encode(["clip.wav"])[0].dtype  # float32, whatever the encoder runs in
         torch.float32
     """
     path, marked = split_padding(str(path_or_hub_id))
