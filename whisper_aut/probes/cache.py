@@ -150,6 +150,7 @@ class PartialEmbeddings:
         self.written += 1
 
     def remove(self) -> None:
+        """Delete all parts."""
         for number in range(self.written):
             self._part(number).unlink(missing_ok=True)
 

@@ -75,6 +75,7 @@ class ProbeDuringTraining(lightning.Callback):
             )
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Measure once at the start, unless a checkpoint restored earlier scores."""
         if not self.scores:
             self._measure(trainer, module)
 

@@ -317,6 +317,7 @@ class Items:
         return torch.from_numpy(clips).to(self.owner.device)[self.owner]
 
     def to(self, device: str) -> "Items":
+        """Move the tensors to a device."""
         return Items(
             self.features.to(device), self.answers.to(device), self.owner.to(device), self.groups
         )
@@ -623,6 +624,7 @@ class Fitter(Protocol):
     """Fits class probes on the items of one pool."""
 
     @property
+                            """Number of problems that fit in memory at once."""
     def block(self) -> int: ...
 
     def __call__(

@@ -293,6 +293,13 @@ class LinearProbe(LightningModule):
         )[0]
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        """Fit all problems on one batch that holds all items.
+
+        Args:
+            batch: features `[I, R]` and answers, optionally followed by `rows` `[I, J]`, which
+                marks the items of each problem.
+            batch_idx: unused.
+        """
         features, answers = batch[:2]
         rows = batch[2] if len(batch) > 2 else None
         shares, wide = self._shares(features, rows), _with_ones(features)

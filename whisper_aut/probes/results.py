@@ -103,6 +103,7 @@ class TaskScore:
 
     @property
     def mean(self) -> float:
+        """Mean of all scores, 0 … 1."""
         return mean_std(self.scores)[0]
 
     @property
@@ -125,6 +126,7 @@ class TaskScore:
 
     @property
     def test_clips(self) -> int:
+        """Number of test clips; with folds, the clips of all folds."""
         return self.clips["test"] if "test" in self.clips else sum(self.clips.values())
 
     def per_seed(self) -> list[float]:
@@ -193,6 +195,7 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
+        """Whether the p-value after Holm's correction is below 0.05."""
         return self.p_holm < 0.05
 
 
@@ -238,17 +241,21 @@ class Scores:
 
     @property
     def encoders(self) -> list[str]:
+        """Names of the encoders, in the order of the entries."""
         return list(dict.fromkeys(entry.encoder for entry in self.entries))
 
     @property
     def tasks(self) -> list[str]:
+        """Names of the tasks, in the order of the entries."""
         return list(dict.fromkeys(entry.task for entry in self.entries))
 
     @property
     def domains(self) -> list[str]:
+        """Domains, in the order of the entries."""
         return list(dict.fromkeys(entry.domain for entry in self.entries))
 
     def get(self, encoder: str, task: str) -> TaskScore | None:
+        """Return the score of an encoder on a task, or None."""
         return next(
             (entry for entry in self.entries if (entry.encoder, entry.task) == (encoder, task)),
             None,

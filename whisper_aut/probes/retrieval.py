@@ -121,6 +121,7 @@ class Captions:
 
     @classmethod
     def of(cls, labels: Sequence[Sequence[str]], vocabulary: dict[str, int]) -> "Captions":
+        """Convert captions per clip to bags of words over a vocabulary (word → index)."""
         bags = [_bag(caption, vocabulary) for captions in labels for caption in captions]
         owner = torch.arange(len(labels)).repeat_interleave(
             torch.tensor([len(captions) for captions in labels])

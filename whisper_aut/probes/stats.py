@@ -77,10 +77,12 @@ class GroupTotals:
 
     @property
     def value(self) -> float:
+        """The score or difference: Σ totals / Σ sizes."""
         return float(self.totals.sum() / self.sizes.sum())
 
     @property
     def few(self) -> bool:
+        """Whether there are fewer than `FEW_GROUPS` groups."""
         return self.totals.size < FEW_GROUPS
 
     @property

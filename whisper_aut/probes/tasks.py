@@ -109,6 +109,7 @@ class ProbeTask:
 
     @property
     def answer(self) -> Answer:
+        """The kind of answer that the metric needs."""
         return ANSWERS[self.metric]
 
     @property
