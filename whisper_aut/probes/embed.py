@@ -134,10 +134,9 @@ class FrameEncoder(Protocol):
         """Return the valid frames `[T, D]` of each waveform `[S]`."""
         ...
 
-                                  """Return a hash of everything that the encoder's output
-                                  depends on.
-                                  """
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Return a hash of everything that the encoder's output depends on."""
+        ...
 
 
 @dataclass(frozen=True)

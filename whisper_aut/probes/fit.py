@@ -624,8 +624,9 @@ class Fitter(Protocol):
     """Fits class probes on the items of one pool."""
 
     @property
-                            """Number of problems that fit in memory at once."""
-    def block(self) -> int: ...
+    def block(self) -> int:
+        """Number of problems that fit in memory at once."""
+        ...
 
     def __call__(
         self, rows: Tensor, settings: Sequence[Setting], valid: Tensor | None, seed: int
