@@ -82,8 +82,8 @@ class AnswerMetrics(nn.Module):
     def reset(self) -> None:
         for metric in [
             *self.clips.values(),
-            *(metric for part in self.figures.values() for metric in part.values()),
-        ]:  # pyright: ignore
+            *(metric for part in self.figures.values() for metric in part.values()),  # pyright: ignore[reportCallIssue]
+        ]:
             metric.reset()  # pyright: ignore[reportCallIssue]
 
     def _tags(self, text: str) -> set[str]:
@@ -289,8 +289,9 @@ class AudioTextModule(lightning.LightningModule):
             group = "valid" if part in DOMAINS else "tasks"
             with unseen_parts_allowed():
                 clips, nll, accuracy = (
-                    metrics[part].compute() for metrics in (self.clips, self.nll, self.accuracy)
-                )  # pyright: ignore
+                    metrics[part].compute()  # pyright: ignore[reportCallIssue]
+                    for metrics in (self.clips, self.nll, self.accuracy)
+                )
             if clips > 0:
                 losses += [nll] if part in DOMAINS else []
                 self.log(f"{group}/loss_{part}", nll, sync_dist=True)

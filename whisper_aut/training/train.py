@@ -274,9 +274,8 @@ def _fit(
                 ) from None
             _warn(console, f"{rewind} Going back to {checkpoint}, past the data read since.")
             skip_to, parts = rewind.cursor, _build(settings, checkpoint, rewind.cursor)
-    checkpoints = next(
-        callback for callback in trainer.callbacks if isinstance(callback, RollingCheckpoints)
-    )  # pyright: ignore
+    callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    checkpoints = next(one for one in callbacks if isinstance(one, RollingCheckpoints))
     if checkpoints.validated_step != trainer.global_step:
         # The metrics of the run are those of its last step.
         trainer.validate(parts.module, datamodule=parts.data, verbose=False)
