@@ -398,18 +398,12 @@ def test_figures_against_x_ares_trainer_name_faster_other_sides():
 
 
 def test_the_readmes_speeds_are_those_measured():
-    section = (
-        (REPOSITORY / "README.md").read_text().partition("## How fast")[2].partition("\n## ")[0]
-    )
-    quoted = [
-        figure
-        for row in re.findall(r"^\|[^|]+\| ([\d. ·]+) \|$", section, re.M)
-        for figure in row.split(" · ")
-    ]
+    readme = (REPOSITORY / "README.md").read_text()
+    quoted = re.findall(r"([\d.]+) times as\s+fast", readme)
     results = (REPOSITORY / "benchmarks" / "RESULTS.md").read_text().splitlines()
     cells = [line.split("|")[5].strip() for line in results if line.startswith("| ")]
     ratios = [float(cell) for cell in cells if cell[0].isdigit()]
-    assert len(quoted) >= 10
+    assert len(quoted) >= 4
     for figure in quoted:
         decimals = len(figure.partition(".")[2])
         assert any(f"{ratio:.{decimals}f}" == figure for ratio in ratios), (
