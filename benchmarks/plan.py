@@ -21,8 +21,8 @@ from torch import nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.audio.logmel import frames_with_context
-from whisper_aut.models.decoders.causal_lm import CausalLMOptions, sketch_causal_lm
-from whisper_aut.models.decoders.whisper import WhisperDecoderOptions, sketch_whisper_decoder
+from whisper_aut.models.decoders.causal_lm import CausalLMOptions, build_causal_lm_meta
+from whisper_aut.models.decoders.whisper import WhisperDecoderOptions, build_whisper_decoder_meta
 from whisper_aut.models.dense import product
 from whisper_aut.models.encoder import PackedEncoder
 from whisper_aut.models.tiny import LanguageScratch, config_of
@@ -60,9 +60,9 @@ class Case:
 
     def decoder(self, config: Any, checkpointing: bool) -> nn.Module:
         if not self.language_model:
-            return sketch_whisper_decoder(config, WhisperDecoderOptions(), checkpointing)
+            return build_whisper_decoder_meta(config, WhisperDecoderOptions(), checkpointing)
         sizes = LanguageScratch(texts=[], out="", width=512, layers=8, heads=8, vocabulary=50_000)
-        return sketch_causal_lm(config, CausalLMOptions(scratch=sizes), checkpointing)
+        return build_causal_lm_meta(config, CausalLMOptions(scratch=sizes), checkpointing)
 
     def planned(self) -> StepCost:
         return step_cost(config_of(self.checkpoint), self.decoder, self.shape)

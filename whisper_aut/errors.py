@@ -1,6 +1,6 @@
 """Exceptions for expected failures: user errors, interruptions and unusable samples.
 
-`cli.main` prints a `UserError` as one paragraph. The data pipeline counts a `SampleRefused` and
+`cli.main` prints a `UserError` as one paragraph. The data pipeline counts a `SkipSample` and
 records it in the ledger.
 """
 
@@ -25,7 +25,7 @@ class Problems:
         >>> for name in ("one", "two"):
         ...     with problems.gather():
         ...         raise UserError(f"{name} is missing.")
-        >>> problems.tell("The request")
+        >>> problems.raise_if_any("The request")
         Traceback (most recent call last):
         whisper_aut.errors.UserError: The request has 2 problems:
           - one is missing.
@@ -52,7 +52,7 @@ class Problems:
         if problem not in self.found:
             self.found.append(problem)
 
-    def tell(self, where: str) -> None:
+    def raise_if_any(self, where: str) -> None:
         """Raise the collected problems as one error, if there are any.
 
         Args:
@@ -76,7 +76,7 @@ class Preempted(Interrupted):
     """The scheduler stopped the run with SIGTERM or SIGUSR1. The run should be restarted."""
 
 
-class Reason(StrEnum):
+class SkipReason(StrEnum):
     """Why a sample was skipped. Ledgers, logs and reports print the values."""
 
     UNDECODABLE = "undecodable audio"
@@ -104,7 +104,7 @@ class Reason(StrEnum):
     LICENCE = "licence not allowed"
 
 
-class SampleRefused(Exception):
+class SkipSample(Exception):
     """A sample cannot be used. It is skipped and the run continues.
 
     Attributes:
@@ -112,7 +112,7 @@ class SampleRefused(Exception):
         detail: what exactly was wrong, for the ledger.
     """
 
-    def __init__(self, reason: Reason, detail: str = ""):
+    def __init__(self, reason: SkipReason, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else str(reason))
         self.reason = reason
         self.detail = detail

@@ -30,14 +30,13 @@ from whisper_aut.errors import Interrupted, Problems, UserError
 from whisper_aut.export.card import write_card
 from whisper_aut.export.hf import ExportKind, export_checkpoint, find_checkpoint, read_checkpoint
 from whisper_aut.inference.demo import Listener
-from whisper_aut.locks import file_lock
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.encoder import Padding
 from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import (
     DTYPES,
     AudioEncoder,
-    Start,
+    PretrainedWhisper,
     device_named,
     device_of,
     load_encoder,
@@ -52,7 +51,7 @@ from whisper_aut.probes.embed import (
     LogMelBaseline,
     SharedEmbedding,
     joined_ranks,
-    launched_share,
+    rank_share,
 )
 from whisper_aut.probes.fit import FinalFit
 from whisper_aut.probes.suite import find_problems, run_suite
@@ -63,6 +62,7 @@ from whisper_aut.training.callbacks.stopping import check_accelerator
 from whisper_aut.training.plan import tables
 from whisper_aut.training.run_dir import RunDirectory, is_first_rank, runs_of, wait_for_all_ranks
 from whisper_aut.training.train import Trained, train
+from whisper_aut.utils import file_lock
 
 # Names of encoders on a command line: log-mel statistics, and a prefix for random weights.
 LOGMEL, RANDOM_PREFIX = "logmel", "random:"
@@ -111,10 +111,10 @@ def run_config(
     """
     path = find_config(config)
     settings = load_settings(path, overrides)
-    return run_story(settings, Story(path, tuple(overrides)), console or Console(quiet=True))
+    return run_pipeline(settings, Story(path, tuple(overrides)), console or Console(quiet=True))
 
 
-def run_story(settings: Settings, story: Story, console: Console) -> RunDirectory:
+def run_pipeline(settings: Settings, story: Story, console: Console) -> RunDirectory:
     """Build corpora, train, export, probe and write the report.
 
     All ranks train. Only the first one exports, probes and reports.
@@ -240,7 +240,7 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
         UserError: encoders, tasks or shards cannot be loaded or do not fit the options. All
             problems are reported at once, before the first clip is embedded.
     """
-    share, device = launched_share(), device_named(request.device)
+    share, device = rank_share(), device_named(request.device)
     embedding = EmbedSettings(
         pooling=request.pooling,
         layers=request.layers,
@@ -299,7 +299,7 @@ def _find_all(
     find_problems(
         problems, encoders, tasks, root=request.root, embedding=embedding, kind=request.kind
     )
-    problems.tell("The probe")
+    problems.raise_if_any("The probe")
     return tasks, encoders
 
 
@@ -461,7 +461,7 @@ def load_tasks(names: Sequence[str], folder: Path) -> list[ProbeTask]:
     """
     problems = Problems()
     tasks = _find_tasks(names, folder, problems)
-    problems.tell("The list of probe tasks")
+    problems.raise_if_any("The list of probe tasks")
     return tasks
 
 
@@ -496,7 +496,7 @@ def _start_after(settings: Settings, story: Story, console: Console) -> Settings
             f"{config} must train and export `whisper`: {settings.name} starts from the model that "
             "it trains."
         )
-    run = run_story(before, replace(story, config=config, overrides=overrides), console)
+    run = run_pipeline(before, replace(story, config=config, overrides=overrides), console)
     return replace(
         settings, model=replace(settings.model, path=str(run.export("whisper")), after="")
     )
@@ -509,7 +509,9 @@ def _manifest_spec(manifest: ManifestSettings) -> ManifestSpec:
     return ManifestSpec(**values | {"manifest": Path(manifest.manifest), "audio_root": audio_root})
 
 
-def _export(kinds: Sequence[ExportKind], trained: Trained, start: Start, padding: Padding) -> None:
+def _export(
+    kinds: Sequence[ExportKind], trained: Trained, start: PretrainedWhisper, padding: Padding
+) -> None:
     for kind in kinds:
         if not trained.reused or not trained.run.export(kind).exists():
             export_checkpoint(
@@ -547,10 +549,12 @@ def _check_probes(
     for callback in watching:
         kind = callback.kind
         find_problems(problems, {}, callback.tasks, root=settings.probe.root, kind=kind)
-    problems.tell(f"What {settings.name} is to be probed on")
+    problems.raise_if_any(f"What {settings.name} is to be probed on")
 
 
-def _probe(settings: Settings, run: RunDirectory, start: Start, tasks: Sequence[ProbeTask]) -> None:
+def _probe(
+    settings: Settings, run: RunDirectory, start: PretrainedWhisper, tasks: Sequence[ProbeTask]
+) -> None:
     """Score the trained encoder, its start, random weights and log-mels on the same clips.
 
     Each encoder uses the padding of its own training; the random one, that of the run.

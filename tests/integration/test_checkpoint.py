@@ -24,14 +24,14 @@ from whisper_aut.training.callbacks.stopping import CleanStop, Guard, check_room
 from whisper_aut.training.checkpoint import (
     MANIFEST,
     CheckpointDraft,
-    FileFacts,
+    FileMetadata,
     Manifest,
     checkpoint_name,
     checkpoints_in,
-    damage_of,
-    newest_sound,
+    find_damage,
+    latest_valid,
     read_manifest,
-    read_moments,
+    read_optimizer_state,
     read_state,
     read_weights,
 )
@@ -41,7 +41,7 @@ from whisper_aut.training.train import train
 
 def written(path: Path, step: int = 5, value: float = 1.0) -> Path:
     """Write a checkpoint of two ranks."""
-    files: dict[str, FileFacts] = {}
+    files: dict[str, FileMetadata] = {}
     drafts = [CheckpointDraft(path, rank, 2) for rank in range(2)]
     drafts[0].begin()
     for rank, draft in enumerate(drafts):
@@ -62,9 +62,12 @@ def test_shares_of_all_ranks_come_back_as_one(tmp_path: Path):
     weights = read_weights(path)
     assert weights.keys() == {"encoder.0", "encoder.1", "encoder.tied"}
     assert_close(weights["encoder.tied"], torch.full((3,), 2.5))
-    assert {name for name, _ in read_moments(path)} == {"encoder.0.exp_avg", "encoder.1.exp_avg"}
+    assert {name for name, _ in read_optimizer_state(path)} == {
+        "encoder.0.exp_avg",
+        "encoder.1.exp_avg",
+    }
     assert read_state(path)["global_step"] == read_manifest(path).step == 5
-    assert not damage_of(path)
+    assert not find_damage(path)
     assert not list(tmp_path.glob(".*")), "the draft is still there"
 
 
@@ -97,7 +100,7 @@ def test_damage_is_said_and_the_one_before_is_used(fault: str, tmp_path: Path):
         (newest / MANIFEST).unlink()
     else:
         (newest / MANIFEST).write_text("{")
-    path, refused = newest_sound(tmp_path)
+    path, refused = latest_valid(tmp_path)
     assert path == sound
     assert len(refused) == 1
     assert "step-0000002.ckpt is damaged and was passed over" in refused[0]
@@ -257,9 +260,11 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of
     assert (run.checkpoints / "last.ckpt").resolve() == run.last_checkpoint.resolve()
     for path in checkpoints_in(run.checkpoints):
         other = plain.checkpoints / path.name
-        assert not damage_of(path)
+        assert not find_damage(path)
         assert_same_weights(read_weights(path), read_weights(other), atol=0)
-        assert_close(dict(read_moments(path)), dict(read_moments(other)), atol=0, rtol=0)
+        assert_close(
+            dict(read_optimizer_state(path)), dict(read_optimizer_state(other)), atol=0, rtol=0
+        )
         assert read_state(path)["loops"] == read_state(other)["loops"]
 
 

@@ -15,7 +15,7 @@ from tests.integration.test_train import QUIET, settings_for
 from whisper_aut import load_encoder, pipeline
 from whisper_aut.config import Settings, dump_settings, load_settings
 from whisper_aut.errors import UserError
-from whisper_aut.pipeline import Story, run_story
+from whisper_aut.pipeline import Story, run_pipeline
 from whisper_aut.probes.embed import BASELINE_NAME
 from whisper_aut.probes.results import Scores
 from whisper_aut.training.run_dir import RunDirectory
@@ -30,7 +30,7 @@ def test_probe_shards_that_are_missing_are_found_before_training(
         tiny_whisper, tiny_shards, tmp_path, f"probe.tasks={task}", "probe.root=nowhere", *during
     )
     with pytest.raises(UserError, match="is to be probed on has 3 problems") as raised:
-        run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
+        run_pipeline(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
     assert "no shards at nowhere/speech" in str(raised.value)
     assert "which a retrieval probe does not give" in str(raised.value)
     assert not any(tmp_path.iterdir()), "no run was begun"
@@ -51,7 +51,7 @@ def test_a_missing_device_is_found_before_the_run_it_starts_after(
         "probe.tasks=[]",
     )
     with pytest.raises(UserError, match="PyTorch sees no such device here"):
-        run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
+        run_pipeline(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
     assert not runs.exists()
 
 
@@ -75,7 +75,7 @@ def test_a_finished_run_is_used_where_its_device_is_not(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(pipeline, "_start_after", lambda *_: pytest.fail("reached", pytrace=False))
     with pytest.raises(pytest.fail.Exception, match="reached"):  # it was not refused before
-        run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
+        run_pipeline(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
 
 
 def test_what_a_run_starts_after_reads_the_same_corpus(
@@ -172,7 +172,7 @@ def test_a_run_s_own_config_runs_the_story_again(
         f"probe.root={tiny_shards}",
     )
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *chosen, *language)
-    run = run_story(
+    run = run_pipeline(
         settings, Story(REPOSITORY / "conf" / "smoke.yaml", report=False), Console(width=400)
     )
     assert (
@@ -185,7 +185,7 @@ def test_a_run_s_own_config_runs_the_story_again(
     (tmp_path / "conf" / "probe_tasks" / "tones.yaml").write_text(yaml.safe_dump(task))
     monkeypatch.chdir(tmp_path)
     assert (
-        run_story(
+        run_pipeline(
             load_settings(run.config, ["probe.tasks=[tones]"]),
             Story(run.config, report=False),
             QUIET,

@@ -17,7 +17,7 @@ from whisper_aut.data.remote import DEFAULT_POLICY
 from whisper_aut.data.sampler import Cursor
 from whisper_aut.data.shards import ShardFolder, open_index
 from whisper_aut.errors import UserError
-from whisper_aut.pipeline import Story, run_story
+from whisper_aut.pipeline import Story, run_pipeline
 from whisper_aut.training.build import (
     build_augment,
     build_data,
@@ -161,7 +161,7 @@ def test_excluded_clips_are_not_trained_on_and_the_run_says_so(
         tiny_whisper, tiny_shards, tmp_path, f"data.exclude={listed}", "probe.tasks=[]"
     )
     console = Console(file=StringIO(), width=1000)
-    run = run_story(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), console)
+    run = run_pipeline(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), console)
     said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert "sound: 6 of 11 clips are trained on; left out: 5 excluded by an audit" in said
     assert not (run.path / "ledger.jsonl").exists()

@@ -28,7 +28,7 @@ from whisper_aut.data.shards import open_index
 from whisper_aut.errors import Interrupted, Preempted, UserError
 from whisper_aut.export.hf import read_checkpoint
 from whisper_aut.models.module import AudioTextModule
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.training import train as train_module
 from whisper_aut.training.build import run_fingerprint
@@ -192,7 +192,7 @@ def test_the_module_trains_in_train_mode_with_fixed_positions(
         run = train(settings_for(tiny_whisper, tiny_shards, tmp_path), QUIET).run
     assert modes
     assert all(modes)
-    before = Start(str(tiny_whisper)).encoder.state_dict()
+    before = PretrainedWhisper(str(tiny_whisper)).encoder.state_dict()
     after = weights_of(run)
     assert torch.equal(
         after["encoder.whisper.embed_positions.weight"], before["embed_positions.weight"]

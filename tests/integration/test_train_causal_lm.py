@@ -21,7 +21,7 @@ from tests.integration.test_train import (
 )
 from whisper_aut.errors import Interrupted
 from whisper_aut.models.language import weights_hash
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.pipeline import open_run
 from whisper_aut.training import train as train_module
 from whisper_aut.training.run_dir import runs_of
@@ -110,7 +110,7 @@ def test_the_language_model_is_bit_identical_after_20_steps(
 def test_the_adapter_learns_alone_first(
     language: list[str], tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
-    before = Start(str(tiny_whisper)).encoder.state_dict()
+    before = PretrainedWhisper(str(tiny_whisper)).encoder.state_dict()
     options = [*language, "trainer.max_steps=3", "optim.warmup_steps=1"]
     alone = train(
         settings_for(
@@ -158,7 +158,7 @@ def test_a_frozen_encoder_stays(
         "model.freeze_encoder=true",
     ]
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *language, *chosen), QUIET).run
-    before = Start(str(tiny_whisper)).encoder.state_dict()
+    before = PretrainedWhisper(str(tiny_whisper)).encoder.state_dict()
     assert all(
         torch.equal(weights_of(run)[f"encoder.whisper.{name}"], weight)
         for name, weight in before.items()

@@ -13,7 +13,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE_LINES = 700
 # A folder or module imports from itself and from those before it.
 ORDER = (
-    *("errors", "locks", "audio", "data", "config", "corpora", "models", "training", "export"),
+    *("errors", "utils", "audio", "data", "config", "corpora", "models", "training", "export"),
     *("inference", "probes", "report", "pipeline", "experiments", "commands", "cli"),
 )
 # Larger ones are split as their packages are rewritten.

@@ -21,7 +21,7 @@ import soxr
 import torch
 
 from whisper_aut.audio.containers import second_file, with_length
-from whisper_aut.errors import Reason, SampleRefused
+from whisper_aut.errors import SkipReason, SkipSample
 
 AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3", "opus")
 MAX_CHANNELS = 32
@@ -167,7 +167,7 @@ def check_not_silent(samples: np.ndarray, limits: ClipLimits) -> None:
     """
     peak = float(np.abs(samples).max(initial=0.0))
     if peak < limits.silence_peak:
-        raise SampleRefused(Reason.SILENT, f"peak {peak:.1e} of the mono mix")
+        raise SkipSample(SkipReason.SILENT, f"peak {peak:.1e} of the mono mix")
 
 
 def read_header(data: bytes, limits: ClipLimits) -> Header:
@@ -198,8 +198,8 @@ def opened_recording(path: Path) -> Iterator[soundfile.SoundFile]:
     with _refusing(), soundfile.SoundFile(source) as file:
         _check_format(file)
         if file.frames == UNKNOWN_FRAMES:
-            raise SampleRefused(
-                Reason.UNDECODABLE, "no part can be cut from a stream of unknown length"
+            raise SkipSample(
+                SkipReason.UNDECODABLE, "no part can be cut from a stream of unknown length"
             )
         yield file
 
@@ -209,9 +209,9 @@ def _opened(
     data: bytes, limits: ClipLimits, opener: type[soundfile.SoundFile]
 ) -> Iterator[soundfile.SoundFile]:
     if not data:
-        raise SampleRefused(Reason.EMPTY, "0 bytes")
+        raise SkipSample(SkipReason.EMPTY, "0 bytes")
     if len(data) > limits.max_bytes:
-        raise SampleRefused(Reason.TOO_LARGE, f"{len(data)} bytes, limit {limits.max_bytes}")
+        raise SkipSample(SkipReason.TOO_LARGE, f"{len(data)} bytes, limit {limits.max_bytes}")
     _check_single(second_file(data))
     with _refusing(), opener(io.BytesIO(with_length(data))) as file:
         yield file
@@ -233,8 +233,8 @@ def _examine(path: Path, size: int, mtime_ns: int) -> tuple[int | None, bytes | 
 
 def _check_single(joined_at: int | None) -> None:
     if joined_at is not None:
-        raise SampleRefused(
-            Reason.JOINED,
+        raise SkipSample(
+            SkipReason.JOINED,
             f"another file begins at byte {joined_at}, and decoders stop there; "
             "split them, or encode them as one",
         )
@@ -242,14 +242,14 @@ def _check_single(joined_at: int | None) -> None:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """Convert the errors of a decoder to `SampleRefused`."""
+    """Convert the errors of a decoder to `SkipSample`."""
     try:
         yield
     except soundfile.LibsndfileError as error:
         # Its str() has a memory address, which would make ledgers of equal runs differ.
-        raise SampleRefused(Reason.UNDECODABLE, error.error_string) from None
+        raise SkipSample(SkipReason.UNDECODABLE, error.error_string) from None
     except (soundfile.SoundFileError, OSError, ValueError, TypeError, MemoryError) as error:
-        raise SampleRefused(Reason.UNDECODABLE, str(error)) from None
+        raise SkipSample(SkipReason.UNDECODABLE, str(error)) from None
 
 
 def _read(file: soundfile.SoundFile, limits: ClipLimits) -> np.ndarray:
@@ -269,31 +269,31 @@ def _checked_header(file: soundfile.SoundFile, limits: ClipLimits) -> Header:
 
 def _check_format(file: soundfile.SoundFile) -> None:
     if not MIN_SAMPLE_RATE_HZ <= file.samplerate <= MAX_SAMPLE_RATE_HZ:
-        raise SampleRefused(Reason.UNDECODABLE, f"sample rate of {file.samplerate} Hz")
+        raise SkipSample(SkipReason.UNDECODABLE, f"sample rate of {file.samplerate} Hz")
     if not 1 <= file.channels <= MAX_CHANNELS:
-        raise SampleRefused(Reason.UNDECODABLE, f"{file.channels} channels")
+        raise SkipSample(SkipReason.UNDECODABLE, f"{file.channels} channels")
 
 
 def _check_not_longer(seconds: float, limits: ClipLimits) -> None:
     # Half a millisecond of tolerance: codecs and resamplers round a 30 s clip by a sample.
     if seconds > limits.max_seconds + 5e-4:
-        raise SampleRefused(Reason.TOO_LONG, f"{seconds:.3f} s, limit {limits.max_seconds:g} s")
+        raise SkipSample(SkipReason.TOO_LONG, f"{seconds:.3f} s, limit {limits.max_seconds:g} s")
 
 
 def _check_not_shorter(seconds: float, limits: ClipLimits) -> None:
     if not seconds:
-        raise SampleRefused(Reason.EMPTY, "no samples")
+        raise SkipSample(SkipReason.EMPTY, "no samples")
     if seconds < limits.min_seconds:
-        raise SampleRefused(Reason.TOO_SHORT, f"{seconds:.3f} s, limit {limits.min_seconds:g} s")
+        raise SkipSample(SkipReason.TOO_SHORT, f"{seconds:.3f} s, limit {limits.min_seconds:g} s")
 
 
 def _check_range(samples: np.ndarray) -> None:
     low, high = float(samples.min()), float(samples.max())
     if not (np.isfinite(low) and np.isfinite(high)):  # min and max propagate NaN and infinity
-        raise SampleRefused(Reason.NON_FINITE, "NaN or infinite samples")
+        raise SkipSample(SkipReason.NON_FINITE, "NaN or infinite samples")
     if (peak := max(-low, high)) > MAX_PEAK:
-        raise SampleRefused(
-            Reason.OUT_OF_SCALE,
+        raise SkipSample(
+            SkipReason.OUT_OF_SCALE,
             f"floats with a peak of {peak:g} where full scale is 1: divide integers by their own "
             "full scale (32768 of 16 bits)",
         )
@@ -324,10 +324,10 @@ def load_file(path: Path, limits: ClipLimits) -> torch.Tensor:
     """
     try:
         if (size := path.stat().st_size) > limits.max_bytes:
-            raise SampleRefused(Reason.TOO_LARGE, f"{size} bytes, limit {limits.max_bytes}")
+            raise SkipSample(SkipReason.TOO_LARGE, f"{size} bytes, limit {limits.max_bytes}")
         data = path.read_bytes()
     except OSError as error:
-        raise SampleRefused(Reason.MISSING_FILE, error.strerror or str(error)) from None
+        raise SkipSample(SkipReason.MISSING_FILE, error.strerror or str(error)) from None
     return load_waveform(data, limits)
 
 

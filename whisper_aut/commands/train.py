@@ -10,7 +10,7 @@ from rich.console import Console
 
 def train(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.config import dump_settings, find_config, load_settings
-    from whisper_aut.pipeline import Story, run_story
+    from whisper_aut.pipeline import Story, run_pipeline
     from whisper_aut.training.run_dir import is_first_rank
 
     settings = load_settings(options.config, options.overrides)
@@ -20,7 +20,7 @@ def train(options: argparse.Namespace, console: Console) -> None:
     story = Story(
         find_config(options.config), tuple(options.overrides), options.resume, options.fresh
     )
-    run = run_story(settings, story, console)
+    run = run_pipeline(settings, story, console)
     if is_first_rank():
         console.print(f"Done. Everything is in {run.path}; the encoder in {run.export('encoder')}.")
 

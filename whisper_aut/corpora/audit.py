@@ -34,7 +34,7 @@ from whisper_aut.corpora.inspect import open_indices
 from whisper_aut.data.annotation import Annotation, read_lines
 from whisper_aut.data.remote import beside, open_stream
 from whisper_aut.data.shards import Group, MemberGroups, ShardIndex, audio_and_annotation
-from whisper_aut.errors import Reason, SampleRefused, UserError
+from whisper_aut.errors import SkipReason, SkipSample, UserError
 
 FREESOUND_FIELDS = ("freesound_id", "fsid", "fsID", "fs_id")
 YOUTUBE_FIELDS = ("youtube_id", "ytid")
@@ -105,7 +105,7 @@ class ClipLocation:
 
 
 @dataclass(frozen=True)
-class ClipFacts:
+class ClipMetadata:
     """What the audit compares of a clip.
 
     Attributes:
@@ -151,29 +151,29 @@ class Match:
     evidence: tuple[dict[str, Any], ...]
 
 
-def read_facts(folder: str, shard: str, findings: ShardFindings) -> Iterator[ClipFacts]:
+def read_facts(folder: str, shard: str, findings: ShardFindings) -> Iterator[ClipMetadata]:
     """Yield the facts of every clip in a tar that decodes; count the others in `findings`."""
     with open_stream(beside(folder, shard)) as stream:
         groups = MemberGroups(stream, LIMITS)
         for _, group in groups:
             try:
                 facts = _facts(folder, shard, group)
-            except SampleRefused as refused:
+            except SkipSample as refused:
                 findings.refused[refused.reason] += 1
                 continue
             findings.clips += 1
             findings.seconds += facts.seconds
             yield facts
         if groups.damage:
-            findings.refused[Reason.BAD_TAR] += 1
+            findings.refused[SkipReason.BAD_TAR] += 1
 
 
-def _facts(folder: str, shard: str, group: Group) -> ClipFacts:
+def _facts(folder: str, shard: str, group: Group) -> ClipMetadata:
     _, audio, annotation = audio_and_annotation(group)
     clip = decode(audio, LIMITS)
     samples = hashlib.blake2b(clip.samples.tobytes(), digest_size=HASH_BYTES)
     samples.update(str(clip.sample_rate_hz).encode())
-    return ClipFacts(
+    return ClipMetadata(
         place=ClipLocation(folder, shard, group["__key__"]),
         seconds=clip.seconds,
         names=names_of(group["__key__"], annotation),
@@ -183,13 +183,15 @@ def _facts(folder: str, shard: str, group: Group) -> ClipFacts:
     )
 
 
-def indexed_part(facts: ClipFacts) -> ClipFacts:
+def indexed_part(facts: ClipMetadata) -> ClipMetadata:
     """Return a copy without the doubtful bits.
 
     Only a searched clip needs them; dropping them means less data to send between processes.
     """
     sound = Fingerprint(facts.sound.words, facts.sound.heard, _NO_DOUBT)
-    return ClipFacts(facts.place, facts.seconds, facts.names, facts.encoded, facts.samples, sound)
+    return ClipMetadata(
+        facts.place, facts.seconds, facts.names, facts.encoded, facts.samples, sound
+    )
 
 
 class ProbeClips:
@@ -199,7 +201,7 @@ class ProbeClips:
         clips: the facts of all probe clips.
     """
 
-    def __init__(self, clips: Sequence[ClipFacts]):
+    def __init__(self, clips: Sequence[ClipMetadata]):
         self._places = [clip.place for clip in clips]
         self._named: dict[str, list[int]] = defaultdict(list)
         self._encoded: dict[bytes, list[int]] = defaultdict(list)
@@ -216,7 +218,7 @@ class ProbeClips:
         """Memory of the fingerprint index, in bytes."""
         return self._sounds.bytes
 
-    def matches(self, clip: ClipFacts) -> list[Match]:
+    def matches(self, clip: ClipMetadata) -> list[Match]:
         """Return the probe clips that `clip` overlaps, those with the strongest evidence first.
 
         At most `MATCHES_PER_CLIP` are returned.
@@ -483,7 +485,7 @@ def run_audit(
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
     trained, tested = _indices(train), _indices(probes)
-    clips: list[ClipFacts] = []
+    clips: list[ClipMetadata] = []
     heard: dict[Tar, ShardFindings] = {}
     for tar, (findings, facts) in over_tars(
         _read_probe, _tars(tested), workers, None, "probe shards", progress
@@ -565,7 +567,7 @@ def _tars(indices: Sequence[ShardIndex]) -> list[Tar]:
     return [(index.root, shard.name) for index in indices for shard in index.shards]
 
 
-def _read_probe(tar: Tar, _: None) -> tuple[ShardFindings, list[ClipFacts]]:
+def _read_probe(tar: Tar, _: None) -> tuple[ShardFindings, list[ClipMetadata]]:
     findings = ShardFindings()
     return findings, [indexed_part(facts) for facts in read_facts(*tar, findings)]
 

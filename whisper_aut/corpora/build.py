@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from whisper_aut.audio.decode import ClipLimits, channel_layout, decode, mix_down, opened_recording
-from whisper_aut.corpora.manifest import Entry, Manifest, ManifestSpec, RefusedRow, Segment
+from whisper_aut.corpora.manifest import Entry, Manifest, ManifestSpec, Segment, SkippedRow
 from whisper_aut.data.shards import INDEX_NAME, ShardFolder, ShardIndex, open_index
-from whisper_aut.errors import Reason, SampleRefused, UserError
+from whisper_aut.errors import SkipReason, SkipSample, UserError
 
 SUFFIX_OF_FORMAT = {"FLAC": "flac", "WAV": "wav", "WAVEX": "wav", "OGG": "ogg", "MP3": "mp3"}
 LOSSY = ("VORBIS", "OPUS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
@@ -59,14 +59,14 @@ class Ingested:
     clip: EncodedClip
 
 
-Batch = list[Entry | RefusedRow]
+Batch = list[Entry | SkippedRow]
 Job = tuple[Path, Segment | None]
-Outcome = EncodedClip | SampleRefused
+Outcome = EncodedClip | SkipSample
 
 
 def ingest(
-    entries: Iterable[Entry | RefusedRow], limits: ClipLimits, workers: int
-) -> Generator[Ingested | RefusedRow]:
+    entries: Iterable[Entry | SkippedRow], limits: ClipLimits, workers: int
+) -> Generator[Ingested | SkippedRow]:
     """Read and check the audio of all entries.
 
     Yields one item per input item, in the same order. Rejected rows pass through.
@@ -112,17 +112,17 @@ def read_clip(path: Path, limits: ClipLimits, segment: Segment | None = None) ->
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a pipe would block forever
-            raise SampleRefused(Reason.MISSING_FILE, "not a file")
+            raise SkipSample(SkipReason.MISSING_FILE, "not a file")
         if segment:
             return _cut(path, segment, limits)
         if found.st_size > limits.max_bytes:
-            raise SampleRefused(
-                Reason.TOO_LARGE, f"{found.st_size} bytes, limit {limits.max_bytes}"
+            raise SkipSample(
+                SkipReason.TOO_LARGE, f"{found.st_size} bytes, limit {limits.max_bytes}"
             )
         data = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: not a valid file name
         detail = error.strerror if isinstance(error, OSError) else None
-        raise SampleRefused(Reason.MISSING_FILE, detail or str(error)) from None
+        raise SkipSample(SkipReason.MISSING_FILE, detail or str(error)) from None
     clip = decode(data, limits)
     kind, _, subtype = clip.codec.partition("/")
     if kind not in SUFFIX_OF_FORMAT:
@@ -138,8 +138,8 @@ def _cut(path: Path, segment: Segment, limits: ClipLimits) -> EncodedClip:
         rate, there = file.samplerate, file.frames / file.samplerate
         end = there if segment.seconds is None else segment.start_seconds + segment.seconds
         if segment.start_seconds >= there or end > there + ROUNDING_SECONDS:
-            raise SampleRefused(
-                Reason.BAD_ROW,
+            raise SkipSample(
+                SkipReason.BAD_ROW,
                 f"a segment from {segment.start_seconds:g} to {end:g} s of a file that ends at "
                 f"{there:g} s",
             )
@@ -182,7 +182,7 @@ def _encode(samples: np.ndarray, rate: int) -> tuple[bytes, str]:
     return encoded.getvalue(), "flac" if fits_flac else "wav"
 
 
-def _batches(entries: Iterable[Entry | RefusedRow]) -> Iterator[Batch]:
+def _batches(entries: Iterable[Entry | SkippedRow]) -> Iterator[Batch]:
     batch: Batch = []
     size = 0
     for item in entries:
@@ -212,12 +212,12 @@ def _read_batch(jobs: Sequence[Job], limits: ClipLimits) -> list[Outcome]:
     for path, segment in jobs:
         try:
             outcomes.append(read_clip(path, limits, segment))
-        except SampleRefused as refused:
+        except SkipSample as refused:
             outcomes.append(refused)
     return outcomes
 
 
-def _result(batch: Batch, future: "Future[list[Outcome]]") -> Iterator[Ingested | RefusedRow]:
+def _result(batch: Batch, future: "Future[list[Outcome]]") -> Iterator[Ingested | SkippedRow]:
     try:
         outcomes = future.result()
     except BrokenProcessPool:
@@ -230,17 +230,17 @@ def _result(batch: Batch, future: "Future[list[Outcome]]") -> Iterator[Ingested 
     yield from _settle(batch, outcomes)
 
 
-def _settle(batch: Batch, outcomes: Sequence[Outcome]) -> Iterator[Ingested | RefusedRow]:
+def _settle(batch: Batch, outcomes: Sequence[Outcome]) -> Iterator[Ingested | SkippedRow]:
     remaining = iter(outcomes)
     for item in batch:
-        if isinstance(item, RefusedRow):
+        if isinstance(item, SkippedRow):
             yield item
             continue
         outcome = next(remaining)
         if isinstance(outcome, EncodedClip):
             yield Ingested(item, outcome)
         else:
-            yield RefusedRow(item.line, str(item.path), outcome.reason, outcome.detail, item.split)
+            yield SkippedRow(item.line, str(item.path), outcome.reason, outcome.detail, item.split)
 
 
 def obey_parent() -> None:
@@ -262,7 +262,7 @@ REFUSED_NAME = "refused.jsonl"
 
 
 @dataclass
-class Refusals:
+class SkipLog:
     """Counts the rejected rows by reason and by split.
 
     Attributes:
@@ -275,9 +275,9 @@ class Refusals:
     log: TextIO | None = None
     counts: Counter[str] = field(default_factory=Counter)
     by_split: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    examples: dict[str, RefusedRow] = field(default_factory=dict)
+    examples: dict[str, SkippedRow] = field(default_factory=dict)
 
-    def add(self, row: RefusedRow) -> None:
+    def add(self, row: SkippedRow) -> None:
         """Count a row, and log it."""
         self.counts[row.reason] += 1
         self.by_split[row.split][row.reason] += 1
@@ -297,7 +297,7 @@ class Refusals:
 
 
 @contextmanager
-def refusal_log(out: Path) -> Iterator[TextIO]:
+def skip_log(out: Path) -> Iterator[TextIO]:
     """Open `OUT/refused.jsonl` for writing.
 
     The file is kept even if the build fails, because it explains the failure. It is removed if it
@@ -369,7 +369,7 @@ class _Plan:
     recipe: str
     rows: int
     splits: tuple[str, ...]
-    refusals: Refusals
+    refusals: SkipLog
 
 
 def build_shards(
@@ -414,8 +414,8 @@ def build_shards(
         return _report(out, folders, indices, reused=True)
     items = ingest(manifest.entries(), limits, workers or _cores())
     try:
-        with closing(items), refusal_log(out) as log:
-            refusals = Refusals(log)
+        with closing(items), skip_log(out) as log:
+            refusals = SkipLog(log)
             with ExitStack() as stack:
                 shards = {
                     split: stack.enter_context(ShardFolder(path, max_bytes=max_shard_bytes))
@@ -444,9 +444,9 @@ def _survey(manifest: Manifest, settings: dict[str, Any]) -> _Plan:
     }
     facts = {"version": RECIPE_VERSION, "spec": spec, "manifest": manifest.digest(), **settings}
     recipe = hashlib.sha256(json.dumps(facts, sort_keys=True, default=list).encode())
-    rows, splits, refusals = 0, {}, Refusals()
+    rows, splits, refusals = 0, {}, SkipLog()
     for rows, item in enumerate(manifest.entries(), 1):  # noqa: B007 (number of rows)
-        if isinstance(item, RefusedRow):
+        if isinstance(item, SkippedRow):
             refusals.add(item)
             continue
         splits[item.split] = None
@@ -455,7 +455,7 @@ def _survey(manifest: Manifest, settings: dict[str, Any]) -> _Plan:
             recipe.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
         except (OSError, ValueError):
             refusals.add(
-                RefusedRow(item.line, str(item.path), Reason.MISSING_FILE, split=item.split)
+                SkippedRow(item.line, str(item.path), SkipReason.MISSING_FILE, split=item.split)
             )
             recipe.update(b"missing\n")
     if not rows:
@@ -472,13 +472,13 @@ def _survey(manifest: Manifest, settings: dict[str, Any]) -> _Plan:
 
 
 def _write(
-    items: Iterator[Ingested | RefusedRow],
+    items: Iterator[Ingested | SkippedRow],
     shards: dict[str, ShardFolder],
-    refusals: Refusals,
+    refusals: SkipLog,
     bar: Progress,
 ) -> None:
     for item in items:
-        if isinstance(item, RefusedRow):
+        if isinstance(item, SkippedRow):
             refusals.add(item)
         else:
             annotation = replace(item.entry.annotation, duration_seconds=item.clip.seconds)
@@ -489,7 +489,7 @@ def _write(
 
 
 def _add_facts(
-    shards: dict[str, ShardFolder], manifest: Manifest, plan: _Plan, refusals: Refusals
+    shards: dict[str, ShardFolder], manifest: Manifest, plan: _Plan, refusals: SkipLog
 ) -> None:
     build = {
         "rows": plan.rows,
@@ -518,7 +518,7 @@ def _progress(rows: int, enabled: bool) -> Progress:
 
 
 def _check_share(
-    manifest: Manifest, refusals: Refusals, rows: int, max_share: float, more: str = ""
+    manifest: Manifest, refusals: SkipLog, rows: int, max_share: float, more: str = ""
 ) -> None:
     refused = refusals.counts.total()
     if refused < rows and refused <= max_share * rows:
@@ -529,7 +529,7 @@ def _check_share(
         else f", more than the {max_share:.0%} that --max-skipped-fraction allows"
     )
     hint = f" Relative paths start from {manifest.root}; --audio-root names another folder."
-    hint = hint if Reason.MISSING_FILE in refusals.counts else ""
+    hint = hint if SkipReason.MISSING_FILE in refusals.counts else ""
     raise UserError(
         (
             f"{refused} of {rows} rows of {manifest.path} were refused{allowed}:\n"
@@ -539,7 +539,7 @@ def _check_share(
     )
 
 
-def _check_splits(spec: ManifestSpec, shards: dict[str, ShardFolder], refusals: Refusals) -> None:
+def _check_splits(spec: ManifestSpec, shards: dict[str, ShardFolder], refusals: SkipLog) -> None:
     empty = [split for split, folder in shards.items() if not folder.samples]
     if empty:
         reasons = ", ".join(

@@ -30,7 +30,7 @@ from whisper_aut.data.shards import (
     list_tars,
     open_index,
 )
-from whisper_aut.errors import Reason, SampleRefused
+from whisper_aut.errors import SkipReason, SkipSample
 
 HISTOGRAM_EDGES_SECONDS = (0, 0.5, 1, 2, 5, 10, 15, 20, 30)
 FIELDS = ("domain", "task", "language", "source", "licence")
@@ -38,7 +38,7 @@ EXAMPLES = 5
 
 
 @dataclass
-class ShardFacts:
+class ShardStatistics:
     """Statistics of a folder of shards.
 
     Attributes:
@@ -122,7 +122,7 @@ class ShardFacts:
 def inspect_shards(
     root: str | Path,
     limits: ClipLimits = ClipLimits(),  # noqa: B008 (frozen)
-) -> ShardFacts:
+) -> ShardStatistics:
     """Read every header and annotation under `root`.
 
     Args:
@@ -133,7 +133,7 @@ def inspect_shards(
         UserError: there are no shards, or an index is damaged or lists missing tars. Damage inside
             a tar is counted instead.
     """
-    facts = ShardFacts(str(root))
+    facts = ShardStatistics(str(root))
     for name, index in open_indices(str(root)):
         before = facts.clips
         for number in range(len(index.shards)):
@@ -200,7 +200,7 @@ def open_indices(root: str) -> Iterator[tuple[str, ShardIndex]]:
         yield name, open_index(f"{root.rstrip('/')}/{name}")
 
 
-def _read_shard(facts: ShardFacts, index: ShardIndex, number: int, limits: ClipLimits) -> None:
+def _read_shard(facts: ShardStatistics, index: ShardIndex, number: int, limits: ClipLimits) -> None:
     url, shard = index.url(number), index.shards[number]
     samples = 0
     with open_stream(url) as stream:
@@ -212,12 +212,12 @@ def _read_shard(facts: ShardFacts, index: ShardIndex, number: int, limits: ClipL
             last = group["__key__"]
             try:
                 _add(facts, group, limits)
-            except SampleRefused as refused:
+            except SkipSample as refused:
                 _refuse(facts, f"{url}: {group['__key__']}", refused.reason, refused.detail)
         facts.bytes += stream.seek(0, 2) if stream.seekable() else shard.bytes
     facts.shards += 1
     if groups.damage:
-        _refuse(facts, url, Reason.BAD_TAR, groups.damage)
+        _refuse(facts, url, SkipReason.BAD_TAR, groups.damage)
     if repeated:
         facts.warnings.append(f"{url}: {repeated} samples have the key of the sample before them")
     if samples != shard.samples:
@@ -226,7 +226,7 @@ def _read_shard(facts: ShardFacts, index: ShardIndex, number: int, limits: ClipL
         )
 
 
-def _add(facts: ShardFacts, group: dict[str, Any], limits: ClipLimits) -> None:
+def _add(facts: ShardStatistics, group: dict[str, Any], limits: ClipLimits) -> None:
     _, audio, annotation = audio_and_annotation(group)
     header = read_header(audio, limits)
     seconds = header.seconds
@@ -245,7 +245,7 @@ def _add(facts: ShardFacts, group: dict[str, Any], limits: ClipLimits) -> None:
         )
 
 
-def _add_annotation(facts: ShardFacts, annotation: Annotation) -> None:
+def _add_annotation(facts: ShardStatistics, annotation: Annotation) -> None:
     for name, counts in facts.fields.items():
         counts[getattr(annotation, name)] += 1
     labels = annotation.label if isinstance(annotation.label, list) else [annotation.label]
@@ -259,7 +259,7 @@ def _add_annotation(facts: ShardFacts, annotation: Annotation) -> None:
         facts.characters.append(len(text))
 
 
-def _refuse(facts: ShardFacts, place: str, reason: Reason, detail: str) -> None:
+def _refuse(facts: ShardStatistics, place: str, reason: SkipReason, detail: str) -> None:
     facts.refused[reason] += 1
     if len(facts.faults) < EXAMPLES:
         facts.faults.append({"place": place, "reason": str(reason), "detail": detail})
@@ -274,7 +274,7 @@ MOST_VALUES = 8
 MOST_LABELS = 20
 
 
-def render(facts: ShardFacts) -> RenderableType:
+def render(facts: ShardStatistics) -> RenderableType:
     """Return tables for the terminal.
 
     The order is: overview, durations, labels, unusable samples, warnings, examples.
@@ -304,7 +304,7 @@ def render(facts: ShardFacts) -> RenderableType:
     return Group(*parts)
 
 
-def _overview(facts: ShardFacts) -> Table:
+def _overview(facts: ShardStatistics) -> Table:
     table = Table(title=facts.root, show_header=False)
     size = f"{facts.bytes / 1e9:.2f} GB" if facts.bytes >= 1e9 else f"{facts.bytes / 1e6:.1f} MB"
     table.add_row("clips", f"{facts.clips} in {facts.shards} shards, {size}")
@@ -330,7 +330,7 @@ def _overview(facts: ShardFacts) -> Table:
     return table
 
 
-def _lengths(facts: ShardFacts) -> Table:
+def _lengths(facts: ShardStatistics) -> Table:
     table = Table("", "min", "median", "mean", "95 %", "max")
     for name, values in (
         ("seconds", facts.seconds),
@@ -342,7 +342,7 @@ def _lengths(facts: ShardFacts) -> Table:
     return table
 
 
-def _durations(facts: ShardFacts) -> Table:
+def _durations(facts: ShardStatistics) -> Table:
     table = Table("duration", "clips", "", box=None)
     counts = histogram(facts.seconds)
     for name, count in counts.items():
@@ -359,7 +359,7 @@ def _counted(title: str, counts: Counter[str], most: int) -> Table:
     return table
 
 
-def _examples(facts: ShardFacts) -> Table:
+def _examples(facts: ShardStatistics) -> Table:
     table = Table("key", "seconds", "text", "label", title="For instance")
     for example in facts.examples:
         label = example["label"]

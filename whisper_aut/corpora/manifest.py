@@ -25,7 +25,7 @@ from whisper_aut.data.annotation import (
     read_columns,
     read_rows,
 )
-from whisper_aut.errors import Reason, SampleRefused, UserError, nearest
+from whisper_aut.errors import SkipReason, SkipSample, UserError, nearest
 
 AUDIO_COLUMNS = (
     "audio",
@@ -118,7 +118,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class RefusedRow:
+class SkippedRow:
     """A rejected manifest row.
 
     Attributes:
@@ -131,7 +131,7 @@ class RefusedRow:
 
     line: int
     path: str
-    reason: Reason
+    reason: SkipReason
     detail: str = ""
     split: str = ""
 
@@ -185,7 +185,7 @@ class Manifest:
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def entries(self) -> Iterator[Entry | RefusedRow]:
+    def entries(self) -> Iterator[Entry | SkippedRow]:
         """Yield one item per row that `where` keeps, in order; keys are unique.
 
         Raises:
@@ -195,7 +195,7 @@ class Manifest:
         self.passed_over = 0
         for line, row in read_rows(self.path):
             if isinstance(row, str):
-                yield RefusedRow(line, "", Reason.BAD_ROW, row)
+                yield SkippedRow(line, "", SkipReason.BAD_ROW, row)
             elif all(
                 plain(row.get(column)) in values for column, values in self.spec.where.items()
             ):
@@ -211,17 +211,17 @@ class Manifest:
                 seen[plain(row.get(column))] = None
         return list(seen)
 
-    def _entry(self, line: int, row: Row, keys: dict[str, int]) -> Entry | RefusedRow:
+    def _entry(self, line: int, row: Row, keys: dict[str, int]) -> Entry | SkippedRow:
         written, split = "", ""
         try:
             split = self._split(row)
             written = _text_of(row.get(self.audio), self.audio)
             if not written or "\0" in written:
-                raise SampleRefused(Reason.BAD_ROW, f"no path in column {self.audio!r}")
+                raise SkipSample(SkipReason.BAD_ROW, f"no path in column {self.audio!r}")
             segment = self._segment(row)
             annotation = self._annotation(row, Path(written))
-        except SampleRefused as refused:
-            return RefusedRow(line, written, refused.reason, refused.detail, split)
+        except SkipSample as refused:
+            return SkippedRow(line, written, refused.reason, refused.detail, split)
         return Entry(
             line,
             self.root / written,
@@ -244,8 +244,8 @@ class Manifest:
         value = plain(row.get(self.spec.split_by)).strip()
         split = _safe(value)
         if not split:
-            raise SampleRefused(
-                Reason.BAD_ROW, f"no name for a split in column {self.spec.split_by!r}"
+            raise SkipSample(
+                SkipReason.BAD_ROW, f"no name for a split in column {self.spec.split_by!r}"
             )
         if self._splits.setdefault(split, value) != value:
             raise UserError(
@@ -264,7 +264,7 @@ class Manifest:
         own |= {name: getattr(self.spec, name) for name in CONSTANTS if getattr(self.spec, name)}
         own |= {"text": self._text(row), "label": self._label(row)}
         if not any(has_value(own.get(name)) for name in ("text", "label", "answer")):
-            raise SampleRefused(Reason.NO_TEXT, "neither text nor label nor answer")
+            raise SkipSample(SkipReason.NO_TEXT, "neither text nor label nor answer")
         if not has_value(own.get("id")):
             own["id"] = written.stem
         taken = {*ANNOTATION_COLUMNS, "duration_seconds", ""}
@@ -275,11 +275,11 @@ class Manifest:
         try:
             annotation = Annotation.from_mapping({**own, **extra})
             size = len(annotation.to_json())
-        except (SampleRefused, ValueError) as error:  # ValueError: lone surrogates are not UTF-8
-            detail = error.detail if isinstance(error, SampleRefused) else str(error)
-            raise SampleRefused(Reason.BAD_ROW, detail) from None
+        except (SkipSample, ValueError) as error:  # ValueError: lone surrogates are not UTF-8
+            detail = error.detail if isinstance(error, SkipSample) else str(error)
+            raise SkipSample(SkipReason.BAD_ROW, detail) from None
         if size > MAX_JSON_BYTES:
-            raise SampleRefused(Reason.BAD_ROW, f"{size} bytes of JSON, limit {MAX_JSON_BYTES}")
+            raise SkipSample(SkipReason.BAD_ROW, f"{size} bytes of JSON, limit {MAX_JSON_BYTES}")
         return annotation
 
     def _column(self, option: str, given: str, usual: Sequence[str]) -> str | None:
@@ -323,8 +323,8 @@ class Manifest:
 def _text_of(value: Any, column: str) -> str:
     if value is None or isinstance(value, (str, int, float)):
         return plain(value).strip()
-    raise SampleRefused(
-        Reason.BAD_ROW, f"column {column!r} must be text, not {type(value).__name__}"
+    raise SkipSample(
+        SkipReason.BAD_ROW, f"column {column!r} must be text, not {type(value).__name__}"
     )
 
 
@@ -340,7 +340,9 @@ def _seconds_of(value: Any, column: str) -> float | None:
     except (TypeError, ValueError):
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise SampleRefused(Reason.BAD_ROW, f"column {column!r} must be seconds, not {value!r:.40}")
+        raise SkipSample(
+            SkipReason.BAD_ROW, f"column {column!r} must be seconds, not {value!r:.40}"
+        )
     return seconds
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from whisper_aut.errors import Reason, SampleRefused, UserError, nearest
+from whisper_aut.errors import SkipReason, SkipSample, UserError, nearest
 
 
 def plain(value: Any) -> str:
@@ -121,8 +121,9 @@ class Annotation:
         for name in known & given.keys() - {"label", "duration_seconds"}:
             values[name] = _text(_first(given[name]) if name == "text" else given[name], name)
         if values.get("domain", "") not in ("", *DOMAINS):
-            raise SampleRefused(
-                Reason.BAD_JSON, f"domain {values['domain']!r} is not one of {', '.join(DOMAINS)}"
+            raise SkipSample(
+                SkipReason.BAD_JSON,
+                f"domain {values['domain']!r} is not one of {', '.join(DOMAINS)}",
             )
         if "label" in given:
             values["label"] = _label(given["label"])
@@ -146,17 +147,17 @@ class Annotation:
                 a field of the wrong type.
         """
         if len(data) > MAX_JSON_BYTES:
-            raise SampleRefused(Reason.TOO_LARGE, f"JSON of {len(data)} bytes")
+            raise SkipSample(SkipReason.TOO_LARGE, f"JSON of {len(data)} bytes")
         try:
             mapping = parse_json(data)
         except (ValueError, RecursionError) as error:
-            raise SampleRefused(Reason.BAD_JSON, str(error)) from None
+            raise SkipSample(SkipReason.BAD_JSON, str(error)) from None
         if isinstance(mapping, list) and all(isinstance(event, dict) for event in mapping):
             # X-ARES's sound event tars hold a bare list of events, empty for clips without any.
             return cls(extra={"events": mapping})
         if not isinstance(mapping, dict):
-            raise SampleRefused(
-                Reason.BAD_JSON, f"expected an object, found {type(mapping).__name__}"
+            raise SkipSample(
+                SkipReason.BAD_JSON, f"expected an object, found {type(mapping).__name__}"
             )
         found = find_text(mapping)
         return cls.from_mapping({**mapping, "text": found if has_value(found) else text})
@@ -215,13 +216,13 @@ def _first(value: Any) -> Any:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, (str, int, float)):
-        raise SampleRefused(Reason.BAD_JSON, f"{name!r} must be text, not {type(value).__name__}")
+        raise SkipSample(SkipReason.BAD_JSON, f"{name!r} must be text, not {type(value).__name__}")
     text = str(value).strip()
     try:
         text.encode()
     except UnicodeEncodeError:  # `\\ud800` is valid JSON, but encoding it fails later
-        raise SampleRefused(
-            Reason.BAD_JSON, f"{name!r} holds half a surrogate pair, which is no character"
+        raise SkipSample(
+            SkipReason.BAD_JSON, f"{name!r} holds half a surrogate pair, which is no character"
         ) from None
     return text
 
@@ -239,8 +240,8 @@ def _seconds(value: Any) -> float:
         and 0 <= value < float("inf")
     ):
         return float(value)
-    raise SampleRefused(
-        Reason.BAD_JSON, f"'duration_seconds' must be a number of seconds, not {value!r}"
+    raise SkipSample(
+        SkipReason.BAD_JSON, f"'duration_seconds' must be a number of seconds, not {value!r}"
     )
 
 

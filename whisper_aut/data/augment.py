@@ -18,7 +18,7 @@ from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits, load_waveform
 from whisper_aut.data.reader import Sample, ShardReader
 from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy
 from whisper_aut.data.shards import ShardIndex
-from whisper_aut.errors import SampleRefused
+from whisper_aut.errors import SkipSample
 
 NOISE_LIMITS = ClipLimits(min_seconds=0.1, max_seconds=60.0)
 # Keys of independent random streams; `sampler.py` uses 1 to 5.
@@ -136,7 +136,7 @@ class Augment:
         _, item = next(iter(self._reader.read({0: place}, index)))
         try:
             noise = load_waveform(item.audio, NOISE_LIMITS) if isinstance(item, Sample) else None
-        except SampleRefused:
+        except SkipSample:
             noise = None
         if noise is None:
             return None

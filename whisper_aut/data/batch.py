@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from whisper_aut.data.reader import Refusal
+from whisper_aut.data.reader import SkippedSample
 from whisper_aut.data.sampler import Cursor
 
 TENSORS = ("tokens", "supervised", "places")  # the fields of `Targets` that are tensors
@@ -152,7 +152,7 @@ class Batch:
     domains: tuple[str, ...]
     keys: tuple[str, ...]
     sources: tuple[str, ...]
-    refusals: tuple[Refusal, ...] = ()
+    refusals: tuple[SkippedSample, ...] = ()
     behind: Cursor = Cursor()  # noqa: RUF009 — immutable
     supervised_in_step: int = 0
     waveforms: Waveforms | None = None
@@ -210,7 +210,7 @@ class Example:
 
 def pack(
     examples: Sequence[Example],
-    refusals: Sequence[Refusal],
+    refusals: Sequence[SkippedSample],
     num_mel_bins: int,
     behind: Cursor = Cursor(),  # noqa: B008 — immutable
 ) -> Batch:

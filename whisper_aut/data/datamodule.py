@@ -185,7 +185,7 @@ class ShardDataModule(lightning.LightningDataModule):
         steps_before = clips_before / (self._batch_clips * ranks * self.accumulate)
         return step + max(0, math.ceil(epochs * self.steps_per_epoch(ranks) - steps_before))
 
-    def go_on(
+    def resume(
         self, ranks: int, state: dict[str, Any], step: int, skip_to: Cursor | None = None
     ) -> None:
         """Set the segment from which the steps of a resumed run are counted.

@@ -25,12 +25,12 @@ from whisper_aut.data.annotation import Template
 from whisper_aut.data.augment import Augment
 from whisper_aut.data.batch import Batch, Example, pack
 from whisper_aut.data.filters import licence_id
-from whisper_aut.data.reader import Refusal, Sample, ShardReader
+from whisper_aut.data.reader import Sample, ShardReader, SkippedSample
 from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy
 from whisper_aut.data.sampler import Batching, Cursor, Order, batches_from
 from whisper_aut.data.shards import ShardIndex
 from whisper_aut.data.targets import TextCodec
-from whisper_aut.errors import SampleRefused, UserError
+from whisper_aut.errors import SkipSample, UserError
 
 
 @dataclass
@@ -51,7 +51,7 @@ class ExampleBuilder:
     augment: Augment | None = None
     on_device: bool = False
 
-    def __call__(self, sample: Sample, domain: str, position: int) -> Example | Refusal:
+    def __call__(self, sample: Sample, domain: str, position: int) -> Example | SkippedSample:
         """Build one example.
 
         Args:
@@ -60,15 +60,15 @@ class ExampleBuilder:
             position: position of the sample in the order; it seeds all random draws for the sample.
 
         Returns:
-            The example, or a `Refusal` if the sample cannot be used.
+            The example, or a `SkippedSample` if the sample cannot be used.
         """
         domain = sample.annotation.domain or domain
         try:
             # The text comes first: if it is rejected, the expensive audio decoding is not needed.
             target = self.codec.encode(sample.annotation, domain, position)
             waveform = load_waveform(sample.audio, self.limits)
-        except SampleRefused as refused:
-            return Refusal(sample.shard, sample.key, refused.reason, refused.detail)
+        except SkipSample as refused:
+            return SkippedSample(sample.shard, sample.key, refused.reason, refused.detail)
         if self.augment:
             waveform = self.augment.waveform(waveform, position)
         audio = waveform if self.on_device else self.logmel(waveform)
@@ -191,7 +191,7 @@ class BatchStream(IterableDataset[Batch]):
                     del opened[key]
             yield pack(
                 [item for item in items if isinstance(item, Example)],
-                [item for item in items if isinstance(item, Refusal)],
+                [item for item in items if isinstance(item, SkippedSample)],
                 self.build.logmel.num_mel_bins,
                 behind,
             )
@@ -209,8 +209,10 @@ class BatchStream(IterableDataset[Batch]):
             )
         )
 
-    def _example(self, item: Sample | Refusal, source: int, position: int) -> Example | Refusal:
-        if isinstance(item, Refusal):
+    def _example(
+        self, item: Sample | SkippedSample, source: int, position: int
+    ) -> Example | SkippedSample:
+        if isinstance(item, SkippedSample):
             return item
         template = self.sources[source].text
         if template:
@@ -236,7 +238,7 @@ class _Window:
     def exhausted(self) -> bool:
         return not self._items
 
-    def take(self, number: int) -> Sample | Refusal:
+    def take(self, number: int) -> Sample | SkippedSample:
         return self._items.pop(number)
 
 

@@ -29,7 +29,7 @@ from whisper_aut.data.shards import (
     table_of,
     text_hash,
 )
-from whisper_aut.errors import Reason, UserError
+from whisper_aut.errors import SkipReason, UserError
 
 SPDX_IDS = (
     "0BSD", "AGPL-3.0-only", "AGPL-3.0-or-later", "Apache-2.0", "Artistic-2.0", "BSD-2-Clause",
@@ -297,7 +297,7 @@ def select(
         listed = np.isin(table.keys, keys.get(index.shards[number].name, []))
         barred = ~np.isin(table.licences, admitted) & ~listed & bool(allowed)
         rows = np.flatnonzero(~listed & ~barred).astype(np.uint32)
-        left_out = {Reason.EXCLUDED: int(listed.sum()), Reason.LICENCE: int(barred.sum())}
+        left_out = {SkipReason.EXCLUDED: int(listed.sum()), SkipReason.LICENCE: int(barred.sum())}
         counts = [
             (names.get(own, "unknown"), clips, seconds)
             for own, clips, seconds in table.licence_counts(rows)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from whisper_aut.data.reader import Refusal
+from whisper_aut.data.reader import SkippedSample
 from whisper_aut.errors import UserError
 
 MIN_SEEN = 200  # with fewer samples, the skipped fraction of a source is not reliable
@@ -86,7 +86,7 @@ class Ledger:
         self._own = Counts()
         self._file: TextIO | None = None
 
-    def record(self, sources: Iterable[str], refusals: Sequence[Refusal]) -> None:
+    def record(self, sources: Iterable[str], refusals: Sequence[SkippedSample]) -> None:
         """Count one training batch.
 
         Args:
@@ -99,7 +99,7 @@ class Ledger:
             self._own.skipped[_folder(refusal), str(refusal.reason)] += 1
             self._write(refusal)
 
-    def record_validation(self, refusals: Sequence[Refusal]) -> None:
+    def record_validation(self, refusals: Sequence[SkippedSample]) -> None:
         """Count the skipped samples of a validation batch; `max_fraction` does not apply."""
         for refusal in refusals:
             self._own.skipped_in_validation[_folder(refusal), str(refusal.reason)] += 1
@@ -118,7 +118,7 @@ class Ledger:
         if not self._own.read:
             self.earlier, self.validated = earlier, validated
 
-    def note(self, refusal: Refusal) -> None:
+    def note(self, refusal: SkippedSample) -> None:
         """Write a line for a clip that caused trouble in training; it does not count as skipped."""
         self._write(refusal)
 
@@ -166,7 +166,7 @@ class Ledger:
             self._file.close()
             self._file = None
 
-    def _write(self, refusal: Refusal) -> None:
+    def _write(self, refusal: SkippedSample) -> None:
         if self.path is None or self._own.all_skipped.total() > MAX_LINES:
             return
         if self._file is None:
@@ -197,5 +197,5 @@ def _by_reason(counts: Mapping[str, Mapping[str, int]]) -> ByReason:
     )
 
 
-def _folder(refusal: Refusal) -> str:
+def _folder(refusal: SkippedSample) -> str:
     return refusal.source.rsplit("/", 1)[0]

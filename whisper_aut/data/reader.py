@@ -1,4 +1,4 @@
-"""Read selected samples from shards: each becomes a `Sample`, or a `Refusal` if it cannot be read.
+"""Read selected samples from shards, each as a `Sample`, or a `SkippedSample` if it is unreadable.
 
 If a shard has a sample table, only the requested samples are fetched. Otherwise the tar is read
 from its start and other samples are skipped.
@@ -24,7 +24,7 @@ from whisper_aut.data.shards import (
     audio_and_annotation,
     text_hash,
 )
-from whisper_aut.errors import Reason, SampleRefused
+from whisper_aut.errors import SkipReason, SkipSample
 
 END_OF_TAR = bytes(1024)
 # Adjacent samples are fetched together, up to these sizes. Locally, a larger run would not fit into
@@ -53,7 +53,7 @@ class Sample:
 
 
 @dataclass
-class Refusal:
+class SkippedSample:
     """One skipped sample, as recorded in the ledger.
 
     Attributes:
@@ -66,16 +66,16 @@ class Refusal:
 
     source: str
     key: str
-    reason: Reason
+    reason: SkipReason
     detail: str = ""
 
 
 def read_shard(
     stream: BinaryIO, url: str, wanted: Container[int] | None, limits: ClipLimits
-) -> Iterator[tuple[int, Sample | Refusal]]:
+) -> Iterator[tuple[int, Sample | SkippedSample]]:
     """Yield `(ordinal, sample or refusal)` for the wanted samples of one tar, in its order.
 
-    A damaged tar yields the samples before the damage, then one `Refusal` with ordinal -1.
+    A damaged tar yields the samples before the damage, then one `SkippedSample` with ordinal -1.
 
     Args:
         stream: the tar.
@@ -88,12 +88,12 @@ def read_shard(
         if wanted is None or ordinal in wanted:
             yield ordinal, _sample_of(group, url)
     if groups.damage:
-        yield -1, Refusal(url, "", Reason.BAD_TAR, groups.damage)
+        yield -1, SkippedSample(url, "", SkipReason.BAD_TAR, groups.damage)
 
 
 def read_samples(
     stream: BinaryIO, url: str, table: SampleTable, wanted: Sequence[int], limits: ClipLimits
-) -> Iterator[tuple[int, Sample | Refusal]]:
+) -> Iterator[tuple[int, Sample | SkippedSample]]:
     """Yield the wanted samples like `read_shard`, but fetch only these, adjacent ones together.
 
     Args:
@@ -113,10 +113,10 @@ def read_samples(
         if last - first == 1 and end - start > limits.max_bytes + MAX_JSON_BYTES:
             yield (
                 first,
-                Refusal(
+                SkippedSample(
                     url,
                     f"#{first}",
-                    Reason.TOO_LARGE,
+                    SkipReason.TOO_LARGE,
                     f"{end - start} bytes, limit {limits.max_bytes}",
                 ),
             )
@@ -156,10 +156,10 @@ def _runs(wanted: Sequence[int], table: SampleTable, max_bytes: int) -> Iterator
 
 def iter_samples(
     index: ShardIndex, limits: ClipLimits, policy: ReadPolicy = DEFAULT_POLICY
-) -> Iterator[Sample | Refusal]:
+) -> Iterator[Sample | SkippedSample]:
     """Yield every selected sample of an index once, in the order of the shards.
 
-    A shard that cannot be opened or read yields one `Refusal`.
+    A shard that cannot be opened or read yields one `SkippedSample`.
     """
     for number in range(len(index.shards)):
         url = index.url(number)
@@ -169,20 +169,20 @@ def iter_samples(
                 for _, item in read_shard(stream, url, wanted, limits):
                     yield item
         except OSError as error:
-            yield Refusal(url, "", Reason.BAD_TAR, str(error))
+            yield SkippedSample(url, "", SkipReason.BAD_TAR, str(error))
 
 
-def _sample_of(group: Group, url: str) -> Sample | Refusal:
+def _sample_of(group: Group, url: str) -> Sample | SkippedSample:
     key = group["__key__"]
     try:
         suffix, audio, annotation = audio_and_annotation(group)
         return Sample(key, url, audio, suffix, annotation)
-    except SampleRefused as refused:
-        return Refusal(url, key, refused.reason, refused.detail)
+    except SkipSample as refused:
+        return SkippedSample(url, key, refused.reason, refused.detail)
 
 
 TABLES_HELD = 256
-Items = Iterator[tuple[int, Sample | Refusal]]
+Items = Iterator[tuple[int, Sample | SkippedSample]]
 
 
 class ShardReader:
@@ -198,9 +198,9 @@ class ShardReader:
         self._tables: dict[str, SampleTable | None] = {}
 
     def read(self, places: Mapping[int, tuple[int, int]], index: ShardIndex) -> Items:
-        """Yield `(number, sample or refusal)` for every number, grouped by shard.
+        """Yield `(number, sample or skipped sample)` for every number, grouped by shard.
 
-        A damaged, missing or unreachable shard yields a `Refusal` for each sample that it lacks.
+        A damaged, missing or unreachable shard yields a `SkippedSample` for each missing sample.
 
         Args:
             places: for each number, the index of the shard and the index of the sample among the
@@ -219,14 +219,14 @@ class ShardReader:
                 for ordinal, item in self._items(index, shard, list(numbers)):
                     if ordinal in numbers:
                         yield numbers.pop(ordinal), item
-                    elif isinstance(item, Refusal):
+                    elif isinstance(item, SkippedSample):
                         damage = item.detail
                     if not numbers:
                         break
             except OSError as error:
                 damage = str(error)
             for ordinal, number in numbers.items():
-                yield number, Refusal(url, f"#{ordinal}", Reason.BAD_TAR, damage)
+                yield number, SkippedSample(url, f"#{ordinal}", SkipReason.BAD_TAR, damage)
 
     def _items(self, index: ShardIndex, shard: int, ordinals: Sequence[int]) -> Items:
         url, table = index.url(shard), self._table(index, shard)
@@ -265,17 +265,17 @@ def decoded_ahead(
     load: Callable[[Item], Tensor],
     encoded_bytes: Callable[[Item], int],
     workers: int,
-) -> Iterator[tuple[Item, Tensor | SampleRefused]]:
+) -> Iterator[tuple[Item, Tensor | SkipSample]]:
     """Load items in threads and yield them in order.
 
     Args:
         items: what to load.
-        load: returns the waveform of an item, or raises `SampleRefused`.
+        load: returns the waveform of an item, or raises `SkipSample`.
         encoded_bytes: returns the encoded size of an item, to bound the memory for look-ahead.
         workers: number of threads.
 
     Yields:
-        Each item with its waveform, or with the `SampleRefused` that `load` raised.
+        Each item with its waveform, or with the `SkipSample` that `load` raised.
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     ahead: deque[tuple[Item, Future[Tensor]]] = deque()
@@ -298,8 +298,8 @@ def decoded_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def _outcome(future: Future[Tensor]) -> Tensor | SampleRefused:
+def _outcome(future: Future[Tensor]) -> Tensor | SkipSample:
     try:
         return future.result()
-    except SampleRefused as refused:
+    except SkipSample as refused:
         return refused

@@ -87,7 +87,7 @@ def open_stream(
             yield cast(BinaryIO, stream)
     else:
         with io.BufferedReader(
-            PatientReader(url, policy, whole=whole), BUFFER_BYTES if whole else 4096
+            RetryingReader(url, policy, whole=whole), BUFFER_BYTES if whole else 4096
         ) as stream:
             yield cast(BinaryIO, stream)
 
@@ -105,7 +105,7 @@ def read_file(url: str, policy: ReadPolicy = DEFAULT_POLICY, *, max_bytes: int) 
     return data
 
 
-class PatientReader(io.RawIOBase):
+class RetryingReader(io.RawIOBase):
     """A remote file that is reopened at the current position whenever a read fails."""
 
     def __init__(self, url: str, policy: ReadPolicy, *, whole: bool = True):

@@ -29,7 +29,7 @@ from webdataset.writer import TarWriter
 from whisper_aut.audio.decode import AUDIO_SUFFIXES, ClipLimits, read_header
 from whisper_aut.data.annotation import MAX_JSON_BYTES, Annotation
 from whisper_aut.data.remote import DEFAULT_POLICY, PIPE, ReadPolicy, beside, is_local, read_file
-from whisper_aut.errors import Reason, SampleRefused, UserError
+from whisper_aut.errors import SkipReason, SkipSample, UserError
 
 UNKNOWN_MS = -1
 COLUMNS = 4
@@ -716,7 +716,7 @@ class MemberGroups:
 
     Args:
         stream: the tar.
-        limits: a member above `max_bytes` is not read; its body is a `SampleRefused` instead.
+        limits: a member above `max_bytes` is not read; its body is a `SkipSample` instead.
         wanted: indices of the samples to read; None for all.
         suffixes: suffixes of the members to read; None for all.
 
@@ -754,11 +754,11 @@ class MemberGroups:
 
     def _body(
         self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str
-    ) -> bytes | SampleRefused:
+    ) -> bytes | SkipSample:
         limit = MAX_JSON_BYTES if suffix in ("json", "txt") else self.limits.max_bytes
         if member.size > limit:
-            return SampleRefused(
-                Reason.TOO_LARGE, f"{member.name}: {member.size} bytes, limit {limit}"
+            return SkipSample(
+                SkipReason.TOO_LARGE, f"{member.name}: {member.size} bytes, limit {limit}"
             )
         if self.stream.seekable() and not member.issparse():
             # Several times faster than the file object of `extractfile`.
@@ -783,18 +783,18 @@ def audio_and_annotation(group: Group) -> tuple[str, bytes, Annotation]:
     """
     bodies = {suffix: body for suffix, body in group.items() if not suffix.startswith("__")}
     for body in bodies.values():
-        if isinstance(body, SampleRefused):
+        if isinstance(body, SkipSample):
             raise body
     suffix = next((suffix for suffix in AUDIO_SUFFIXES if suffix in bodies), None)
     listed = f"members: {', '.join(f'.{suffix}' for suffix in sorted(bodies))}"
     if "json" not in bodies and "txt" not in bodies:
-        raise SampleRefused(Reason.BAD_JSON, f"no .json or .txt member; {listed}{_dots(group)}")
+        raise SkipSample(SkipReason.BAD_JSON, f"no .json or .txt member; {listed}{_dots(group)}")
     if suffix is None:
-        raise SampleRefused(Reason.NO_AUDIO, f"{listed}{_dots(group)}")
+        raise SkipSample(SkipReason.NO_AUDIO, f"{listed}{_dots(group)}")
     try:
         text = bodies.get("txt", b"").decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SampleRefused(Reason.BAD_JSON, f"the .txt member is not UTF-8: {error}") from None
+        raise SkipSample(SkipReason.BAD_JSON, f"the .txt member is not UTF-8: {error}") from None
     return suffix, bodies[suffix], Annotation.from_json(bodies.get("json", b"{}"), text)
 
 
@@ -906,5 +906,5 @@ def _described(group: Group, audio: bool) -> tuple[Annotation | None, float | No
         if annotation.duration_seconds is not None or not audio:
             return annotation, annotation.duration_seconds
         return annotation, read_header(encoded, ANY_LENGTH).seconds
-    except SampleRefused:
+    except SkipSample:
         return annotation, None

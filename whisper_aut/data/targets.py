@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from whisper_aut.data.annotation import DOMAINS, Annotation, Row, Template
 from whisper_aut.data.batch import TokenTarget
 from whisper_aut.data.languages import language_name, whisper_codes
-from whisper_aut.errors import Reason, SampleRefused, UserError, nearest
+from whisper_aut.errors import SkipReason, SkipSample, UserError, nearest
 
 # `words`: word and character error rate; `exact`: equality after normalisation; `tags`: overlap of
 # lists; `caption`: overlap of words with a caption.
@@ -117,15 +117,15 @@ class WhisperText:
     def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
         text = " ".join(annotation.text.split())
         if not text:
-            raise SampleRefused(Reason.NO_TEXT, annotation.without_text())
+            raise SkipSample(SkipReason.NO_TEXT, annotation.without_text())
         prompt = self.prompt_tokens(domain, annotation.language)
         # `split_special_tokens`: a caption that spells "<|endoftext|>" is plain text.
         answer = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         tokens = [*prompt, *answer, self.tokenizer.eos_token_id]
         if len(tokens) > self.max_tokens:
             if self.overflow == "drop":
-                raise SampleRefused(
-                    Reason.LABEL_TOO_LONG, f"{len(tokens)} tokens, limit {self.max_tokens}"
+                raise SkipSample(
+                    SkipReason.LABEL_TOO_LONG, f"{len(tokens)} tokens, limit {self.max_tokens}"
                 )
             tokens = tokens[: self.max_tokens]
         supervised = torch.ones(len(tokens), dtype=torch.bool)
@@ -315,8 +315,8 @@ class Instructions:
         names = self.fitting(annotation, domain)
         if not names:
             has = ", ".join(name for name, value in _row(annotation).items() if value) or "nothing"
-            raise SampleRefused(
-                Reason.NO_TASK, f"task {annotation.task!r}, domain {domain!r}, has {has}"
+            raise SkipSample(
+                SkipReason.NO_TASK, f"task {annotation.task!r}, domain {domain!r}, has {has}"
             )
         # Seeded with a string: unlike `hash`, it gives the same result in every process.
         rng = random.Random(f"{position} {annotation.source} {annotation.id}")
@@ -498,8 +498,8 @@ class ChatText:
         tokens = [*prompt, *self._text(question.answer), self.frame.end]
         if len(tokens) > self.max_tokens:
             if self.overflow == "drop" or len(prompt) >= self.max_tokens:
-                raise SampleRefused(
-                    Reason.LABEL_TOO_LONG, f"{len(tokens)} tokens, limit {self.max_tokens}"
+                raise SkipSample(
+                    SkipReason.LABEL_TOO_LONG, f"{len(tokens)} tokens, limit {self.max_tokens}"
                 )
             tokens = tokens[: self.max_tokens]
         supervised = torch.zeros(len(tokens), dtype=torch.bool)

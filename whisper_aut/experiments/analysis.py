@@ -18,7 +18,7 @@ from scipy.stats import chi2, norm, t, ttest_1samp
 from whisper_aut.data.annotation import DOMAINS
 from whisper_aut.errors import UserError
 from whisper_aut.probes.stats import holm, mean_std
-from whisper_aut.training.run_dir import write_whole
+from whisper_aut.utils import write_text
 
 RESULTS_VERSION = 1
 
@@ -150,7 +150,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, self.to_json() + "\n")
+        write_text(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Results":

@@ -59,7 +59,8 @@ from whisper_aut.probes.results import TaskScore
 from whisper_aut.probes.suite import run_suite
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.report.tables import rich_table
-from whisper_aut.training.run_dir import RunDirectory, write_whole
+from whisper_aut.training.run_dir import RunDirectory
+from whisper_aut.utils import write_text
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def _answers(bench: Bench, found: Found, asked: AnswerSettings) -> dict[str, flo
             if not name.startswith("cer_")
         }
     place.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(place, json.dumps({"identity": identity, "figures": figures}, indent=1))
+    write_text(place, json.dumps({"identity": identity, "figures": figures}, indent=1))
     return figures
 
 

@@ -27,11 +27,11 @@ from whisper_aut.config import (
     load_settings,
 )
 from whisper_aut.errors import UserError, nearest
-from whisper_aut.locks import file_lock
 from whisper_aut.models.decoders import check_decoder
-from whisper_aut.pipeline import Story, prepare_corpora, run_story
+from whisper_aut.pipeline import Story, prepare_corpora, run_pipeline
 from whisper_aut.training.build import build_forecast, planned_config, run_fingerprint
 from whisper_aut.training.run_dir import RunDirectory, runs_of
+from whisper_aut.utils import file_lock
 
 RANDOM = "random:"  # before the name of a start: its shape, new weights
 
@@ -565,7 +565,7 @@ def make(run: Run, console: Console) -> Found:
             else ""
         )
         story = Story(run.config, found.overrides, resume, report=False)
-        run_story(found.settings, story, console)
+        run_pipeline(found.settings, story, console)
         found = find(run)
     if found.state != "done":
         raise UserError(

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from whisper_aut import __version__
-from whisper_aut.errors import Reason
+from whisper_aut.errors import SkipReason
 
 CARD = "README.md"
 UNKNOWN_LICENCE = "unknown"
@@ -256,7 +256,7 @@ def _audit(audit: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         f"- {name.replace('_', ' ')}: {value}" for name, value in _flat(audit.get("counts", {}))
     )
     excluded = sum(
-        source.get("left_out", {}).get(Reason.EXCLUDED, 0) for source in facts.get("data", [])
+        source.get("left_out", {}).get(SkipReason.EXCLUDED, 0) for source in facts.get("data", [])
     )
     return (
         f"`whisper-aut data audit` compared the training data with the probe sets:\n{counts}\n"

@@ -24,7 +24,7 @@ from whisper_aut.errors import UserError
 from whisper_aut.export.onnx import write_onnx
 from whisper_aut.export.towers import TOWERS, write_tower
 from whisper_aut.models.encoder import TRAINED_PADDING, Padding
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.training.checkpoint import is_checkpoint, read_weights
 from whisper_aut.training.run_dir import RunDirectory
 
@@ -64,7 +64,7 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
 
 def export_checkpoint(
     checkpoint: Path,
-    start: Start,
+    start: PretrainedWhisper,
     out: Path,
     kind: ExportKind,
     *,
@@ -108,7 +108,7 @@ def export_checkpoint(
 
 def _write(
     weights: dict[str, torch.Tensor],
-    start: Start,
+    start: PretrainedWhisper,
     out: Path,
     kind: ExportKind,
     dtype: torch.dtype,
@@ -139,7 +139,7 @@ def _write(
         start.generation_config.save_pretrained(out)
 
 
-def _refuse_foreign(out: Path, start: Start) -> None:
+def _refuse_foreign(out: Path, start: PretrainedWhisper) -> None:
     """Raise if exporting to `out` would delete something that is not an earlier export."""
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file()):
         raise UserError(
@@ -153,7 +153,7 @@ def _refuse_foreign(out: Path, start: Start) -> None:
         )
 
 
-def _encoder_model(weights: dict[str, torch.Tensor], start: Start) -> WhisperModel:
+def _encoder_model(weights: dict[str, torch.Tensor], start: PretrainedWhisper) -> WhisperModel:
     """Return the encoder as a `WhisperModel` whose decoder has no layers and one token.
 
     `WhisperModel.from_pretrained` then loads the export without missing or unexpected weights.
@@ -178,7 +178,7 @@ def _encoder_model(weights: dict[str, torch.Tensor], start: Start) -> WhisperMod
 
 
 def _whisper_model(
-    weights: dict[str, torch.Tensor], start: Start
+    weights: dict[str, torch.Tensor], start: PretrainedWhisper
 ) -> WhisperForConditionalGeneration:
     if not any(name.startswith(DECODER_PREFIX) for name in weights):
         raise UserError(
@@ -203,7 +203,7 @@ def _fill(
     module.load_state_dict(own, strict=True)
 
 
-def find_checkpoint(path: Path) -> tuple[Path, Start]:
+def find_checkpoint(path: Path) -> tuple[Path, PretrainedWhisper]:
     """Return the checkpoint to export and the pretrained checkpoint that its run started from.
 
     Args:
@@ -227,7 +227,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Start]:
             f"({checkpoint.relative_to(run.path)} is missing)."
         )
     start = json.loads(facts.read_text())["start"]
-    return checkpoint, Start(start["path"], start["revision"])
+    return checkpoint, PretrainedWhisper(start["path"], start["revision"])
 
 
 # huggingface_hub 1 uses httpx, version 2 its successor. The base error has the same name in both.

@@ -21,10 +21,10 @@ from whisper_aut.audio.windows import BATCH_SECONDS, batches_by_seconds
 from whisper_aut.data.batch import Example, pack
 from whisper_aut.data.dataset import ExampleBuilder
 from whisper_aut.data.ledger import Ledger, by_source
-from whisper_aut.data.reader import Refusal, Sample, iter_samples
+from whisper_aut.data.reader import Sample, SkippedSample, iter_samples
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.targets import DEFAULT_LANGUAGE, ChatText, TextCodec, WhisperText
-from whisper_aut.errors import Reason, SampleRefused, UserError
+from whisper_aut.errors import SkipReason, SkipSample, UserError
 from whisper_aut.models.module import AnswerMetrics, AudioTextModule
 
 CLIPS_AT_ONCE = 16
@@ -82,8 +82,8 @@ def describe(
 def _written(module: AudioTextModule, audio: Path, prompt: Tensor, max_new_tokens: int) -> str:
     try:
         waveform = load_file(audio, ClipLimits())
-    except SampleRefused as refused:
-        missing = refused.reason is Reason.MISSING_FILE
+    except SkipSample as refused:
+        missing = refused.reason is SkipReason.MISSING_FILE
         raise UserError(
             f"Cannot read {audio}: {refused.detail}."
             if missing
@@ -148,13 +148,13 @@ def evaluate(
     with out.open("w") if out else nullcontext() as file:
         for group in _groups(shards, limit, build.limits):
             items = [
-                item if isinstance(item, Refusal) else build(item, domain, place)
+                item if isinstance(item, SkippedSample) else build(item, domain, place)
                 for place, item in group
             ]
             examples = [item for item in items if isinstance(item, Example)]
             ledger.record(
                 (example.source for example in examples),
-                [item for item in items if isinstance(item, Refusal)],
+                [item for item in items if isinstance(item, SkippedSample)],
             )
             clips += len(examples)
             unknown_languages.update(
@@ -177,7 +177,7 @@ def evaluate(
 
 def _groups(
     shards: Sequence[str], limit: int | None, limits: ClipLimits
-) -> Iterator[list[tuple[int, Sample | Refusal]]]:
+) -> Iterator[list[tuple[int, Sample | SkippedSample]]]:
     """Yield groups of `(index, sample)`, with the sample's index in its folder."""
     for folder in shards:
         samples = enumerate(islice(iter_samples(open_index(folder), limits), limit))

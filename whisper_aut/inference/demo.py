@@ -17,7 +17,7 @@ from whisper_aut.audio.decode import LONG_CLIPS, SAMPLE_RATE_HZ, load_file
 from whisper_aut.audio.logmel import HOP_SAMPLES, MAX_SAMPLES, LogMel, mel_frames
 from whisper_aut.audio.windows import BATCH_SECONDS
 from whisper_aut.data.annotation import DOMAINS
-from whisper_aut.errors import SampleRefused, UserError
+from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.inference.chat import Askable, answer, describe
 from whisper_aut.inference.encoder import EmbedOptions, embed_paths
 from whisper_aut.inference.search import Neighbour, SearchIndex
@@ -97,7 +97,7 @@ def spectrogram(clip: str) -> Figure:
     """
     try:
         waveform = load_file(Path(clip), LONG_CLIPS)[:MAX_SAMPLES]
-    except SampleRefused as refused:
+    except SkipSample as refused:
         raise UserError(f"The clip cannot be used: {refused}.") from None
     frames = mel_frames(len(waveform))
     mel = LogMel(80)(waveform)[:frames]

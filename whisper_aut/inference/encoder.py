@@ -30,9 +30,9 @@ from whisper_aut.audio.decode import (
     load_waveform,
 )
 from whisper_aut.audio.windows import BATCH_SECONDS, pooling_named
-from whisper_aut.data.reader import Refusal, decoded_ahead, iter_samples
+from whisper_aut.data.reader import SkippedSample, decoded_ahead, iter_samples
 from whisper_aut.data.shards import INDEX_NAME, open_index
-from whisper_aut.errors import SampleRefused, UserError
+from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.models.pretrained import DECODERS, AudioEncoder
 
 SUFFIXES = (".safetensors", ".npz", ".parquet")
@@ -278,10 +278,10 @@ class _Source:
     """A clip to decode: a file, the bytes of a shard member, or the reason why it was skipped."""
 
     name: str
-    content: Path | bytes | SampleRefused
+    content: Path | bytes | SkipSample
 
     def load(self, limits: ClipLimits) -> Tensor:
-        if isinstance(self.content, SampleRefused):
+        if isinstance(self.content, SkipSample):
             raise self.content
         return (
             load_file(self.content, limits)
@@ -400,7 +400,7 @@ def _groups(
         sources, lambda source: source.load(options.limits), _Source.size, options.workers
     ):
         advance()
-        if isinstance(waveform, SampleRefused):
+        if isinstance(waveform, SkipSample):
             refused[source.name] = str(waveform)
             continue
         length = len(waveform) / SAMPLE_RATE_HZ
@@ -426,8 +426,8 @@ def _sources(path: str, limits: ClipLimits) -> Iterator[_Source]:
         yield from (_Source(str(file), file) for file in _files(path))
         return
     for item in iter_samples(open_index(path), limits):
-        if isinstance(item, Refusal):
-            yield _Source(f"{item.source}:{item.key}", SampleRefused(item.reason, item.detail))
+        if isinstance(item, SkippedSample):
+            yield _Source(f"{item.source}:{item.key}", SkipSample(item.reason, item.detail))
         else:
             yield _Source(f"{item.shard}:{item.key}", item.audio)
 

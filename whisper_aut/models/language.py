@@ -200,7 +200,7 @@ def check_layout(path: str, model: PreTrainedModel) -> SequenceLayout:
     )
 
 
-def sketched_layout(model: PreTrainedModel, width: int) -> SequenceLayout:
+def meta_layout(model: PreTrainedModel, width: int) -> SequenceLayout:
     """Return a layout for a model of fake tensors, for planning: packed if that does not raise.
 
     Args:

@@ -23,7 +23,7 @@ from whisper_aut.audio.logmel import frames_with_context
 from whisper_aut.data.annotation import DOMAINS, Annotation
 from whisper_aut.data.batch import Batch, Example, pack
 from whisper_aut.data.targets import MetricName, TextCodec
-from whisper_aut.errors import SampleRefused, UserError
+from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.models.decoders.base import Decoder
 from whisper_aut.models.encoder import Frames, PackedEncoder
 from whisper_aut.models.losses import DecoderLoss
@@ -242,7 +242,7 @@ class AudioTextModule(lightning.LightningModule):
         )
         return total * (ranks * averaged / self._tokens)
 
-    def step_figures(self) -> tuple[Tensor, Tensor]:
+    def step_metrics(self) -> tuple[Tensor, Tensor]:
         """Return loss and accuracy of the optimizer step, over all ranks and micro-batches.
 
         All ranks must call this together.
@@ -352,7 +352,7 @@ class AudioTextModule(lightning.LightningModule):
         if self._silence is None:
             try:
                 target = self.codec.encode(ONE_LETTER, DOMAINS[0], 0)
-            except SampleRefused as error:
+            except SkipSample as error:
                 raise UserError(
                     "A rank without clips needs the tokens of some text, and the decoder's codec "
                     f"rejects a text of one letter ({error}). Raise decoder.max_tokens."

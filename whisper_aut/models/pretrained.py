@@ -1,8 +1,8 @@
 """Loading pretrained Whisper checkpoints, and encoding audio with them.
 
 `load_encoder` loads an encoder from a directory or the hub; `AudioEncoder` turns audio files or
-arrays of any sampling rate and length into frames or vectors. `Start` loads the parts of a
-checkpoint that training starts from.
+arrays of any sampling rate and length into frames or vectors. `PretrainedWhisper` loads the parts
+of a checkpoint that training starts from.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ from whisper_aut.audio.windows import (
     join_windows,
     pooling_named,
 )
-from whisper_aut.errors import SampleRefused, UserError, nearest
+from whisper_aut.errors import SkipSample, UserError, nearest
 from whisper_aut.models.encoder import (
     PADDINGS,
     RELEASED_PADDING,
@@ -62,7 +62,7 @@ ENGLISH_ONLY_TOKENS = 51_864
 
 
 @dataclass
-class Start:
+class PretrainedWhisper:
     """A pretrained Whisper checkpoint. Its parts are loaded when they are first used.
 
     Args:
@@ -588,7 +588,7 @@ def load_encoder(
     place, precision = device_of(device), _dtype(dtype)
     if random_init:
         with seeded(seed):
-            whisper = Start(path, revision, random_init=True).encoder
+            whisper = PretrainedWhisper(path, revision, random_init=True).encoder
     else:
         whisper = load_whisper_encoder(path, revision)
     padding = given or _padding(getattr(whisper.config, TRAINED_PADDING, RELEASED_PADDING))
@@ -676,7 +676,7 @@ def _waveform(clip: Audio, number: int, *, sample_rate_hz: int | None) -> Tensor
     if isinstance(clip, (str, os.PathLike)):
         try:
             return load_file(Path(clip), LONG_CLIPS)
-        except SampleRefused as refused:
+        except SkipSample as refused:
             raise UserError(f"{os.fspath(clip)} cannot be used: {refused}.") from None
     if sample_rate_hz is None:
         raise UserError("An array does not know its sampling rate: give sample_rate_hz.")

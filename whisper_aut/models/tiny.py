@@ -34,12 +34,12 @@ from whisper_aut.data.batch import TokenTarget
 from whisper_aut.data.reader import Sample, iter_samples
 from whisper_aut.data.shards import ShardIndex, open_index
 from whisper_aut.data.targets import AUDIO, ChatText, Instructions
-from whisper_aut.errors import SampleRefused, UserError
-from whisper_aut.locks import file_lock
+from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.models.language import packed_states
 from whisper_aut.models.losses import chunked_cross_entropy
-from whisper_aut.models.pretrained import Start, quiet_loading, set_prompt_tokens
+from whisper_aut.models.pretrained import PretrainedWhisper, quiet_loading, set_prompt_tokens
 from whisper_aut.models.seeding import seeded
+from whisper_aut.utils import file_lock
 
 # width, encoder layers, decoder layers, heads, mel bins, vocabulary
 KNOWN_SHAPES = {
@@ -96,7 +96,7 @@ def config_of(path: str, revision: str = "") -> WhisperConfig:
     """
     if not Path(path).is_dir() and path in KNOWN_SHAPES:
         return shaped_config(*KNOWN_SHAPES[path])
-    return Start(path, revision).config
+    return PretrainedWhisper(path, revision).config
 
 
 END, START = "<|endoftext|>", "<|startoftranscript|>"
@@ -293,7 +293,7 @@ class _Reader:
             self.drawn += 1
             try:
                 chat = self.codec.encode(text.annotation, text.domain, self.drawn)
-            except SampleRefused:
+            except SkipSample:
                 continue
             size -= 1
             yield self._written_out(chat, self._facts(text, chat))

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits, load_waveform
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.reader import Refusal, Sample, decoded_ahead, iter_samples
+from whisper_aut.data.reader import Sample, SkippedSample, decoded_ahead, iter_samples
 from whisper_aut.data.shards import ShardIndex
-from whisper_aut.errors import Reason, SampleRefused, UserError
+from whisper_aut.errors import SkipReason, SkipSample, UserError
 from whisper_aut.probes.tasks import ProbeTask
 
 log = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ def _frozen(value: Any) -> Any:
 
 
 NOT_SELECTED = "not selected"
-LEFT_OUT = (NOT_SELECTED, str(Reason.NO_LABEL))  # not part of the task, rather than broken
+LEFT_OUT = (NOT_SELECTED, str(SkipReason.NO_LABEL))  # not part of the task, rather than broken
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ class ClipReader:
             lambda item: len(item.audio),
             self.workers,
         ):
-            if isinstance(waveform, SampleRefused):
+            if isinstance(waveform, SkipSample):
                 self.left_out.append((found.seen, str(waveform.reason)))
                 continue
             if self.task.crop_seconds is not None:
@@ -354,7 +354,7 @@ class ClipReader:
             if seen <= self.skip:
                 continue
             self.advance()
-            if isinstance(item, Refusal):
+            if isinstance(item, SkippedSample):
                 self.left_out.append((seen, str(item.reason)))
             elif (label := self._label(item, seen)) is not None:
                 key = f"{item.shard.rpartition('/')[2]}:{item.key}"
@@ -369,7 +369,7 @@ class ClipReader:
             return None
         label = label_of(sample.annotation, self.task)
         if label is None:
-            self.left_out.append((seen, str(Reason.NO_LABEL)))
+            self.left_out.append((seen, str(SkipReason.NO_LABEL)))
         return label
 
 

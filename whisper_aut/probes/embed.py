@@ -39,7 +39,7 @@ from whisper_aut.audio.windows import (
     pooling_named,
 )
 from whisper_aut.data.shards import ShardIndex, open_index
-from whisper_aut.errors import Problems, Reason, UserError
+from whisper_aut.errors import Problems, SkipReason, UserError
 from whisper_aut.probes.cache import (
     LEFT_OUT,
     WHOLE,
@@ -196,7 +196,7 @@ def embed_task(
     settings, fingerprint = settings or EmbedSettings(), fingerprint or encoder.fingerprint()
     problems = Problems()
     indexes = open_parts(task, root, problems)
-    problems.tell(f"Probe task {task.name!r}")
+    problems.raise_if_any(f"Probe task {task.name!r}")
     seen = view_of(encoder, settings, view, task)
     return {
         part: Embeddings.join(
@@ -457,7 +457,7 @@ def check_refused(index: ShardIndex, skipped: Mapping[str, int], settings: Embed
     listed = ", ".join(f"{count} × {reason}" for reason, count in sorted(broken.items()))
     if (
         sum(broken.values()) > settings.max_skipped_fraction * max(index.samples, 1)
-        or str(Reason.BAD_TAR) in broken
+        or str(SkipReason.BAD_TAR) in broken
     ):
         raise UserError(
             f"{index.root}: {sum(broken.values())} of {index.samples} samples cannot be used "
@@ -526,7 +526,7 @@ class LogMelBaseline:
 PATIENCE = timedelta(hours=12)
 
 
-def launched_share() -> Share:
+def rank_share() -> Share:
     """Return the share of this process, from `RANK` and `WORLD_SIZE` as set by `torchrun`.
     Without these, the share is the whole.
     """

@@ -107,7 +107,7 @@ def run_suite(
     plan = _Plan(root, cache, tuple(seeds), embedding or EmbedSettings(), kind, device, final_fit)
     problems = _problems(encoders, tasks, seeds, against)
     find_problems(problems, encoders, tasks, root=root, embedding=plan.embedding, kind=kind)
-    problems.tell("The probe")
+    problems.raise_if_any("The probe")
     fingerprints = {name: encoder.fingerprint() for name, encoder in encoders.items()}
     known = _stored(scores_file, predictions_file)
     if predictions_file is not None:

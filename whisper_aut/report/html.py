@@ -25,7 +25,7 @@ from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.data.annotation import read_lines
 from whisper_aut.data.reader import Sample, iter_samples
 from whisper_aut.data.shards import open_index
-from whisper_aut.errors import SampleRefused, UserError
+from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.probes.embed import BASELINE_NAME
 from whisper_aut.probes.results import Scores
 from whisper_aut.report.plots import (
@@ -51,7 +51,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Listened:
+class ListenedClip:
     """A validation clip and the text that the decoder generated for it.
 
     Attributes:
@@ -69,7 +69,7 @@ class Listened:
     spectrogram: bytes = b""
 
 
-Block = str | Sheet | Picture | Listened
+Block = str | Sheet | Picture | ListenedClip
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _markdown(block: Block) -> str:
         return markdown(block)
     if isinstance(block, Picture):
         return f"![{block.caption}]({block.path.name})"
-    if isinstance(block, Listened):
+    if isinstance(block, ListenedClip):
         return f"- {block.title}: should be “{block.reference}”, written “{block.generated}”"
     return block
 
@@ -174,7 +174,7 @@ def _run_section(run: Run, number: int) -> str:
 def _section(section: Section, place: str) -> str:
     parts, clips = [], []
     for block in section.blocks:
-        if isinstance(block, Listened):
+        if isinstance(block, ListenedClip):
             clips.append(_clip_player(block))
         else:
             parts.append(_block(block))
@@ -216,7 +216,7 @@ def _table(sheet: Sheet) -> str:
     )
 
 
-def _clip_player(clip: Listened) -> str:
+def _clip_player(clip: ListenedClip) -> str:
     seen = f"log-mel of {escape(clip.title)}, time to the right, mel bins upwards"
     picture = (
         f'<img src="{_embedded("image/png", clip.spectrogram)}" alt="{seen}">'
@@ -407,7 +407,7 @@ def last_written(samples: Path) -> list[Written]:
     return [entry for listed in chosen.values() for entry in listed][:MOST]
 
 
-def listened(run: Path) -> list[Listened]:
+def listened(run: Path) -> list[ListenedClip]:
     """Return the texts of a run's last validation with their clips.
 
     Clips are missing if the validation shards have moved since.
@@ -417,13 +417,13 @@ def listened(run: Path) -> list[Listened]:
     return [_listen(entry, clips) for entry in written]
 
 
-def _listen(entry: Written, clips: Mapping[str, np.ndarray]) -> Listened:
+def _listen(entry: Written, clips: Mapping[str, np.ndarray]) -> ListenedClip:
     title = f"{entry.domain} · {entry.task or 'text'} · {entry.key}"
     heard = clips.get(entry.key)
     title += f" · {len(heard) / SAMPLE_RATE_HZ:.1f} s" if heard is not None else ""
     if heard is None:
-        return Listened(title, entry.reference, entry.generated)
-    return Listened(title, entry.reference, entry.generated, _ogg(heard), _spectrogram(heard))
+        return ListenedClip(title, entry.reference, entry.generated)
+    return ListenedClip(title, entry.reference, entry.generated, _ogg(heard), _spectrogram(heard))
 
 
 def _lines(samples: Path) -> list[str]:
@@ -464,7 +464,7 @@ def _clips(folders: Sequence[str], keys: set[str]) -> Iterator[tuple[str, np.nda
                 if isinstance(sample, Sample) and sample.key in wanted:
                     wanted.remove(sample.key)
                     yield sample.key, load_waveform(sample.audio, ClipLimits()).numpy()
-        except (UserError, SampleRefused, OSError):
+        except (UserError, SkipSample, OSError):
             continue  # if the shards have moved, the texts are shown without audio
 
 

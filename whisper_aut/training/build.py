@@ -38,11 +38,10 @@ from whisper_aut.data.sampler import mixture_shares
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.targets import TextCodec
 from whisper_aut.errors import UserError
-from whisper_aut.locks import file_lock
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.encoder import PackedEncoder, longest_clip_seconds, too_long
 from whisper_aut.models.module import AudioTextModule
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.models.tiny import WHISPER_SPECIAL_TOKENS, config_of, make_whisper, shaped_config
 from whisper_aut.training.callbacks.stopping import BYTES_OF_STATE, check_compilable
 from whisper_aut.training.optim import optimizer_factory
@@ -54,6 +53,7 @@ from whisper_aut.training.plan import (
     step_cost,
 )
 from whisper_aut.training.strategies import DEEPSPEED, OFFLOAD, resolved_precision
+from whisper_aut.utils import file_lock
 
 # `_files` hashes at most about SAMPLES blocks of SAMPLE_BYTES from each file. Files smaller than
 # the product of the two are hashed in full.
@@ -148,7 +148,7 @@ def _files(folder: Path) -> list[list[Any]]:
     return found
 
 
-def build_start(settings: Settings) -> Start:
+def build_start(settings: Settings) -> PretrainedWhisper:
     """Return the pretrained checkpoint that the run starts from.
 
     With `model.scratch`, a new model and tokenizer are created in the folder of the run's name.
@@ -159,7 +159,7 @@ def build_start(settings: Settings) -> Start:
     """
     model = settings.model
     if model.scratch is None:
-        return Start(model.path, model.revision, model.random_init)
+        return PretrainedWhisper(model.path, model.revision, model.random_init)
     key = hashlib.sha256(json.dumps([asdict(model.scratch), settings.seed, __version__]).encode())
     policy = read_policy(settings.data)
     if model.scratch.texts:
@@ -179,7 +179,7 @@ def build_start(settings: Settings) -> Start:
                 if isinstance(item, Sample) and item.annotation.text
             ]
             _make_scratch(out, texts, model.scratch, settings.seed)
-    return Start(str(out))
+    return PretrainedWhisper(str(out))
 
 
 def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> ShardDataModule:
@@ -322,14 +322,14 @@ def same_chat_date(settings: Settings, config: Path) -> bool:
     return not date or yaml.safe_load(config.read_text())["decoder"].get("date") == date
 
 
-def build_decoder(settings: Settings, start: Start) -> tuple[Any, TextCodec]:
+def build_decoder(settings: Settings, start: PretrainedWhisper) -> tuple[Any, TextCodec]:
     """Return the decoder that `settings.decoder` names, and its text codec."""
     entry, options = check_decoder(settings.decoder)
     return entry.build(start, options, settings.model.gradient_checkpointing)
 
 
 def build_module(
-    settings: Settings, start: Start, decoder: Any, codec: TextCodec, total_steps: int
+    settings: Settings, start: PretrainedWhisper, decoder: Any, codec: TextCodec, total_steps: int
 ) -> AudioTextModule:
     """Return the LightningModule of a run. Trainable parameters are converted to float32.
 

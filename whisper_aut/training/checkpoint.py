@@ -37,7 +37,7 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
-class FileFacts:
+class FileMetadata:
     """Size and hash of a file at the time it was written."""
 
     bytes: int
@@ -61,7 +61,7 @@ class Manifest:
     step: int
     clips_per_step: int
     written_by: dict[str, Any]
-    files: dict[str, FileFacts]
+    files: dict[str, FileMetadata]
     aliases: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -94,7 +94,7 @@ def read_manifest(path: Path) -> Manifest:
             )
         return Manifest(
             **values
-            | {"files": {name: FileFacts(**facts) for name, facts in values["files"].items()}}
+            | {"files": {name: FileMetadata(**facts) for name, facts in values["files"].items()}}
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
@@ -102,7 +102,7 @@ def read_manifest(path: Path) -> Manifest:
         ) from None
 
 
-def damage_of(path: Path, *, hashes: bool = True) -> str:
+def find_damage(path: Path, *, hashes: bool = True) -> str:
     """Describe what is wrong with a checkpoint. Returns an empty string for a valid one.
 
     Args:
@@ -127,16 +127,16 @@ def damage_of(path: Path, *, hashes: bool = True) -> str:
     return ""
 
 
-def newest_sound(folder: Path, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
+def latest_valid(folder: Path, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
     """Return the newest valid checkpoint of a run, and messages about newer, damaged ones.
 
     Args:
         folder: Folder of the run's checkpoints.
-        hashes: As in `damage_of`.
+        hashes: As in `find_damage`.
     """
     refused = []
     for path in reversed(checkpoints_in(folder)):
-        damage = damage_of(path, hashes=hashes)
+        damage = find_damage(path, hashes=hashes)
         if not damage:
             return path, refused
         refused.append(f"{path} is damaged and was passed over: {damage}")
@@ -157,7 +157,7 @@ def read_weights(path: Path) -> dict[str, Any]:
     return weights | read_state(path)["extra"]
 
 
-def read_moments(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_optimizer_state(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the optimizer state one tensor at a time, with names such as `PARAMETER.exp_avg`."""
     return _tensors(path, read_manifest(path), OPTIMIZER)
 
@@ -195,7 +195,7 @@ class CheckpointDraft:
 
     def write_tensors(
         self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]
-    ) -> dict[str, FileFacts]:
+    ) -> dict[str, FileMetadata]:
         """Write the tensors of this rank and return the size and hash of each file."""
         facts = {}
         for kind, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments)):
@@ -269,11 +269,11 @@ def _tensors(path: Path, manifest: Manifest, kind: str) -> Iterator[tuple[str, T
             raise UserError(f"{path / name} cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def _settle(path: Path) -> FileFacts:
+def _settle(path: Path) -> FileMetadata:
     """Flush a file to disk and return its size and hash."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return FileFacts(path.stat().st_size, _sha256(path))
+    return FileMetadata(path.stat().st_size, _sha256(path))
 
 
 def _sync_folder(path: Path) -> None:
@@ -372,7 +372,7 @@ class PlainState:
         except RuntimeError as error:
             raise _unfitting(error) from None
 
-    def fill_moments(self, moments: Iterable[tuple[str, Tensor]]) -> None:
+    def fill_optimizer(self, moments: Iterable[tuple[str, Tensor]]) -> None:
         """Load the optimizer state. Parameters without saved state keep what they have.
 
         Raises:
@@ -455,7 +455,7 @@ class DeepSpeedState(PlainState):
                 else:
                     safe_set_full_fp32_param(parameter, value.float())
 
-    def fill_moments(self, moments: Iterable[tuple[str, Tensor]]) -> None:
+    def fill_optimizer(self, moments: Iterable[tuple[str, Tensor]]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         parameters = dict(self.module.named_parameters())

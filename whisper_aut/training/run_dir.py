@@ -26,11 +26,12 @@ from whisper_aut.errors import UserError
 from whisper_aut.training.checkpoint import (
     LAST,
     checkpoints_in,
-    damage_of,
+    find_damage,
     is_checkpoint,
-    newest_sound,
+    latest_valid,
     read_manifest,
 )
+from whisper_aut.utils import write_text
 
 RUN_VARIABLE = "WHISPER_AUT_RUN"  # the directory name of the run, the same on all ranks of a job
 RECORDED_PACKAGES = (
@@ -128,7 +129,7 @@ class RunDirectory:
         for path, text in ((self.config, config_yaml), (self.environment, environment)):
             if path.exists() and path.read_text() != text:
                 _put_aside(path)
-            write_whole(path, text)
+            write_text(path, text)
         self.point_latest()
 
     def point_latest(self) -> None:
@@ -251,13 +252,6 @@ def create_run(
     return run
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def runs_of(root: Path, name: str) -> list[RunDirectory]:
     """Return the runs of a name, newest first, by the time their config was last written."""
     folder = root / name
@@ -356,7 +350,7 @@ def resume_from(
             f"{place}/…/checkpoints, or "
             "--resume auto."
         )
-    if damage := damage_of(path, hashes=is_first_rank()):
+    if damage := find_damage(path, hashes=is_first_rank()):
         raise UserError(
             f"{path} is damaged: {damage}. --resume auto takes the newest one that is not."
         )
@@ -388,7 +382,7 @@ def newest_in(run: RunDirectory, warn: Callable[[str], None]) -> Path | None:
         UserError: If all checkpoints are damaged.
     """
     # Only rank 0 compares hashes. `load_checkpoint` broadcasts its choice to all ranks.
-    path, refused = newest_sound(run.checkpoints, hashes=is_first_rank())
+    path, refused = latest_valid(run.checkpoints, hashes=is_first_rank())
     for line in refused:
         warn(line)
     if path is None and checkpoints_in(run.checkpoints):

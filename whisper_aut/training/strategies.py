@@ -40,7 +40,7 @@ from whisper_aut.training.checkpoint import (
     NamedState,
     PlainState,
     full_disk_message,
-    read_moments,
+    read_optimizer_state,
     read_state,
     read_weights,
 )
@@ -314,7 +314,7 @@ class NamedCheckpoints:
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         strategy: Any = self
-        self._named_state().fill_moments(read_moments(Path(checkpoint["path"])))
+        self._named_state().fill_optimizer(read_optimizer_state(Path(checkpoint["path"])))
         own = [config.scheduler for config in strategy.lr_scheduler_configs]
         for optimizer, schedule, state in zip(
             strategy.optimizers, own, checkpoint["lr_schedulers"], strict=True

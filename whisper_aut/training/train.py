@@ -25,7 +25,7 @@ from whisper_aut.data.sampler import Cursor
 from whisper_aut.data.shards import ShardIndex
 from whisper_aut.errors import UserError
 from whisper_aut.models.module import AudioTextModule
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.training.build import (
     build_data,
     build_decoder,
@@ -48,11 +48,11 @@ from whisper_aut.training.callbacks.monitors import (
     counts_of_all_ranks,
 )
 from whisper_aut.training.callbacks.stopping import (
-    AnotherWorld,
     CleanStop,
-    Exhaustion,
+    ElasticResume,
     Guard,
     Rewind,
+    StopOnDataEnd,
     check_accelerator,
     check_room,
     checkpoint_bytes,
@@ -69,9 +69,9 @@ from whisper_aut.training.run_dir import (
     newest_in,
     resume_from,
     runs_of,
-    write_whole,
 )
 from whisper_aut.training.strategies import build_strategy, resolved_precision
+from whisper_aut.utils import write_text
 
 MAX_REWINDS = 3
 
@@ -205,7 +205,7 @@ def train(
 class _Parts:
     """The objects of a run, ready for `Trainer.fit`."""
 
-    start: Start
+    start: PretrainedWhisper
     module: AudioTextModule
     data: ShardDataModule
     total_steps: int
@@ -323,8 +323,8 @@ def _trainer(
         LedgerCallback(ledger),
         UnknownLanguages(warn),
         SourceEpochs(),
-        AnotherWorld(),
-        Exhaustion(checkpoints, warn),
+        ElasticResume(),
+        StopOnDataEnd(checkpoints, warn),
         SampleWriter(run.path / "samples.jsonl", console),
         CleanStop(checkpoints),
         meter,
@@ -381,7 +381,7 @@ def _finish(
     done["sources"] = {
         root: round(epochs, 4) for root, epochs in data.source_epochs(data.position).items()
     }
-    write_whole(run.done, json.dumps(done, indent=1))
+    write_text(run.done, json.dumps(done, indent=1))
     if unknown_languages:
         console.print(
             f"{unknown_languages.total()} clips were trained without a language token; "
@@ -430,7 +430,7 @@ def _total_steps(
 ) -> int:
     ranks = _ranks(settings)
     if checkpoint and (begun := loader_state(checkpoint)):
-        data.go_on(ranks, begun.state, begun.step, skip_to)
+        data.resume(ranks, begun.state, begun.step, skip_to)
     by_epochs = data.total_steps(ranks, settings.trainer.max_epochs)
     return min(by_epochs, settings.trainer.max_steps) if settings.trainer.max_steps else by_epochs
 

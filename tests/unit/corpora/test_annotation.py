@@ -3,7 +3,7 @@ import json
 import pytest
 
 from whisper_aut.data.annotation import MAX_JSON_BYTES, Annotation, has_value
-from whisper_aut.errors import Reason, SampleRefused
+from whisper_aut.errors import SkipReason, SkipSample
 
 
 def test_what_is_written_reads_back_the_same():
@@ -88,13 +88,13 @@ def test_a_bare_list_is_that_of_a_clips_events_and_may_be_empty(events: list):
     ],
 )
 def test_bad_json_is_refused_with_its_cause(data: bytes, said: str):
-    with pytest.raises(SampleRefused) as refused:
+    with pytest.raises(SkipSample) as refused:
         Annotation.from_json(data)
-    assert refused.value.reason is Reason.BAD_JSON
+    assert refused.value.reason is SkipReason.BAD_JSON
     assert said in refused.value.detail
 
 
 def test_json_beyond_the_limit_is_not_parsed():
-    with pytest.raises(SampleRefused) as refused:
+    with pytest.raises(SkipSample) as refused:
         Annotation.from_json(b" " * (MAX_JSON_BYTES + 1))
-    assert refused.value.reason is Reason.TOO_LARGE
+    assert refused.value.reason is SkipReason.TOO_LARGE

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from whisper_aut.audio.decode import DOWNMIX, ClipLimits, decode, load_waveform, read_header
-from whisper_aut.errors import Reason, SampleRefused
+from whisper_aut.errors import SkipReason, SkipSample
 
 LIMITS = ClipLimits()
 RATE_HZ = 16_000
@@ -36,8 +36,8 @@ def with_flac_samples(data: bytes, claimed: int) -> bytes:
     return data[:18] + ((word >> 36 << 36) | claimed).to_bytes(8, "big") + data[26:]
 
 
-def reason_of(data: bytes, limits: ClipLimits = LIMITS) -> Reason:
-    with pytest.raises(SampleRefused) as refused:
+def reason_of(data: bytes, limits: ClipLimits = LIMITS) -> SkipReason:
+    with pytest.raises(SkipSample) as refused:
         decode(data, limits)
     assert pickle.loads(pickle.dumps(refused.value)).detail == refused.value.detail
     assert " at 0x" not in refused.value.detail  # ledgers of two runs should be comparable
@@ -74,18 +74,18 @@ def test_stereo_is_averaged_at_its_own_rate():
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", Reason.EMPTY),
-        (b"this is a text file named .wav\n" * 20, Reason.UNDECODABLE),
-        (b"RIFF", Reason.UNDECODABLE),
-        (encode(np.zeros(0, np.float32)), Reason.EMPTY),
-        (encode(np.zeros(RATE_HZ, np.float32)), Reason.SILENT),
-        (encode(noise(0.05)), Reason.TOO_SHORT),
-        (encode(noise(30.01)), Reason.TOO_LONG),
-        (encode(noise(1), 500), Reason.UNDECODABLE),
+        (b"", SkipReason.EMPTY),
+        (b"this is a text file named .wav\n" * 20, SkipReason.UNDECODABLE),
+        (b"RIFF", SkipReason.UNDECODABLE),
+        (encode(np.zeros(0, np.float32)), SkipReason.EMPTY),
+        (encode(np.zeros(RATE_HZ, np.float32)), SkipReason.SILENT),
+        (encode(noise(0.05)), SkipReason.TOO_SHORT),
+        (encode(noise(30.01)), SkipReason.TOO_LONG),
+        (encode(noise(1), 500), SkipReason.UNDECODABLE),
     ],
     ids=["nothing", "text", "stump", "no samples", "silence", "short", "long", "500 Hz"],
 )
-def test_a_clip_that_cannot_be_used_is_refused_for_its_reason(data: bytes, reason: Reason):
+def test_a_clip_that_cannot_be_used_is_refused_for_its_reason(data: bytes, reason: SkipReason):
     assert reason_of(data) is reason
 
 
@@ -93,7 +93,7 @@ def test_a_clip_that_cannot_be_used_is_refused_for_its_reason(data: bytes, reaso
 def test_one_sample_that_is_not_finite_is_enough(bad: float):
     samples = noise(1)
     samples[777] = bad
-    assert reason_of(encode(samples, subtype="FLOAT")) is Reason.NON_FINITE
+    assert reason_of(encode(samples, subtype="FLOAT")) is SkipReason.NON_FINITE
 
 
 def test_both_ends_of_the_duration_limits_are_allowed():
@@ -102,18 +102,20 @@ def test_both_ends_of_the_duration_limits_are_allowed():
 
 
 def test_size_is_checked_before_anything_is_decoded():
-    assert reason_of(b"x" * 101, ClipLimits(max_bytes=100)) is Reason.TOO_LARGE
+    assert reason_of(b"x" * 101, ClipLimits(max_bytes=100)) is SkipReason.TOO_LARGE
 
 
 @pytest.mark.parametrize("claimed", [RATE_HZ * 40, 2**36 - 1])
 def test_a_header_that_promises_hours_is_refused_before_decoding(claimed: int):
-    assert reason_of(with_flac_samples(encode(noise(1), kind="FLAC"), claimed)) is Reason.TOO_LONG
+    assert (
+        reason_of(with_flac_samples(encode(noise(1), kind="FLAC"), claimed)) is SkipReason.TOO_LONG
+    )
 
 
 def test_a_flac_that_was_cut_short_of_its_header_is_refused():
     assert (
         reason_of(with_flac_samples(encode(noise(1), kind="FLAC"), RATE_HZ + 1000))
-        is Reason.UNDECODABLE
+        is SkipReason.UNDECODABLE
     )
 
 
@@ -125,7 +127,7 @@ def test_a_flac_from_a_pipe_which_does_not_say_its_length_decodes():
 
 
 def test_a_flac_from_a_pipe_is_held_to_the_limit_all_the_same():
-    assert reason_of(with_flac_samples(encode(noise(33), kind="FLAC"), 0)) is Reason.TOO_LONG
+    assert reason_of(with_flac_samples(encode(noise(33), kind="FLAC"), 0)) is SkipReason.TOO_LONG
 
 
 def test_a_wav_header_that_lies_gives_only_what_is_there():
@@ -145,10 +147,11 @@ def test_a_header_is_read_without_decoding():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "reason"), [(0, Reason.EMPTY), (0.05, Reason.TOO_SHORT), (31, Reason.TOO_LONG)]
+    ("seconds", "reason"),
+    [(0, SkipReason.EMPTY), (0.05, SkipReason.TOO_SHORT), (31, SkipReason.TOO_LONG)],
 )
-def test_a_header_outside_the_limits_is_refused(seconds: float, reason: Reason):
-    with pytest.raises(SampleRefused) as refused:
+def test_a_header_outside_the_limits_is_refused(seconds: float, reason: SkipReason):
+    with pytest.raises(SkipSample) as refused:
         read_header(encode(noise(seconds)), LIMITS)
     assert refused.value.reason is reason
 
@@ -163,14 +166,14 @@ def test_hostile_bytes_are_refused_or_decoded_and_nothing_else(kind: str):
         for read in (decode, read_header):
             try:
                 read(data.tobytes(), LIMITS)
-            except SampleRefused:
+            except SkipSample:
                 continue
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT"])
 def test_stereo_in_opposite_phase_is_silent_once_it_is_mixed_down(subtype: str):
     left = noise(1)
-    assert reason_of(encode(np.stack([left, -left], axis=1), subtype=subtype)) is Reason.SILENT
+    assert reason_of(encode(np.stack([left, -left], axis=1), subtype=subtype)) is SkipReason.SILENT
 
 
 def test_a_clip_that_resampling_leaves_nothing_of_is_silent():
@@ -178,9 +181,9 @@ def test_a_clip_that_resampling_leaves_nothing_of_is_silent():
     fade = np.hanning(len(whistle))
     data = encode((whistle * fade).astype(np.float32), 48_000, subtype="FLOAT")
     assert decode(data, LIMITS).seconds == 1
-    with pytest.raises(SampleRefused) as refused:
+    with pytest.raises(SkipSample) as refused:
         load_waveform(data, LIMITS)
-    assert refused.value.reason is Reason.SILENT
+    assert refused.value.reason is SkipReason.SILENT
 
 
 def one_channel(channel: int, channels: int) -> np.ndarray:
@@ -200,7 +203,7 @@ def test_speech_in_the_centre_of_5_1_comes_out_3_db_down_and_the_low_frequencies
     data = encode(one_channel(centre, 6), RATE_HZ, kind, subtype)
     level = np.std(decode(data, LIMITS).samples) / np.std(noise(1))
     assert 20 * np.log10(level) == pytest.approx(-3.01, abs=1.0 if kind == "OGG" else 0.01)
-    assert reason_of(encode(one_channel(low, 6), RATE_HZ, kind, subtype)) is Reason.SILENT
+    assert reason_of(encode(one_channel(low, 6), RATE_HZ, kind, subtype)) is SkipReason.SILENT
 
 
 def test_front_and_surround_channels_have_the_weights_of_bs_775():
@@ -219,7 +222,7 @@ def test_channels_of_an_unknown_layout_are_averaged():
 
 def test_floats_on_the_scale_of_integers_are_refused_and_named():
     integers = np.round(noise(1) * 32_767)
-    with pytest.raises(SampleRefused, match=r"peak of 1.*divide integers"):
+    with pytest.raises(SkipSample, match=r"peak of 1.*divide integers"):
         decode(encode(integers, subtype="FLOAT"), LIMITS)
-    assert reason_of(encode(integers, subtype="FLOAT")) is Reason.OUT_OF_SCALE
+    assert reason_of(encode(integers, subtype="FLOAT")) is SkipReason.OUT_OF_SCALE
     assert decode(encode(noise(1) * 6, subtype="FLOAT"), LIMITS).seconds == 1, "loud is no fault"

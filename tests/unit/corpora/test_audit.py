@@ -14,7 +14,7 @@ from whisper_aut.corpora.audit import names_of, read_audit, run_audit, unaudited
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.filters import Exclusions
 from whisper_aut.data.shards import ShardFolder, open_index
-from whisper_aut.errors import Reason
+from whisper_aut.errors import SkipReason
 
 
 def write(folder: Path, clips: dict[str, tuple[str, bytes, Annotation]]) -> Path:
@@ -106,7 +106,7 @@ def test_copies_are_found_with_the_reason_and_nothing_else(
         "named": "1-100032-A-0",
     }
     assert audit["counts"]["train_clips"] == 14
-    assert audit["train"][0]["refused"] == {str(Reason.UNDECODABLE): 1}
+    assert audit["train"][0]["refused"] == {str(SkipReason.UNDECODABLE): 1}
     index = open_index(train)
     assert {key for _, key in Exclusions.load("found/exclude.jsonl").of(index)} == set(found)
     assert unaudited(audit, "train", [str(train)]) == unaudited(audit, "probes", [str(probe)]) == []

@@ -16,7 +16,7 @@ from whisper_aut.corpora import build as build_module
 from whisper_aut.corpora.build import BuildReport, EncodedClip, build_shards, read_clip
 from whisper_aut.corpora.manifest import ManifestSpec
 from whisper_aut.data.shards import INDEX_NAME, open_index
-from whisper_aut.errors import Reason, SampleRefused, UserError
+from whisper_aut.errors import SkipReason, SkipSample, UserError
 
 REAL_CORPORA = Path(__file__).parents[4] / "shared" / "data"
 
@@ -377,15 +377,15 @@ def test_more_than_two_channels_become_a_mono_wav_of_floats(tmp_path: Path):
 def test_what_is_no_regular_file_is_not_opened(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.wav")
     for path in (tmp_path / "pipe.wav", tmp_path, tmp_path / "gone.wav", tmp_path / ("n" * 300)):
-        with pytest.raises(SampleRefused) as refused:
+        with pytest.raises(SkipSample) as refused:
             read_clip(path, ClipLimits())
-        assert refused.value.reason is Reason.MISSING_FILE
+        assert refused.value.reason is SkipReason.MISSING_FILE
 
 
 def test_a_large_file_is_not_read(tmp_path: Path):
-    with pytest.raises(SampleRefused) as refused:
+    with pytest.raises(SkipSample) as refused:
         read_clip(write(tmp_path / "a.wav"), ClipLimits(max_bytes=1000))
-    assert refused.value.reason is Reason.TOO_LARGE
+    assert refused.value.reason is SkipReason.TOO_LARGE
     assert isinstance(read_clip(tmp_path / "a.wav", ClipLimits()), EncodedClip)
 
 

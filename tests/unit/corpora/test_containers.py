@@ -9,7 +9,7 @@ import soundfile
 
 from whisper_aut.audio.containers import second_file, with_length
 from whisper_aut.audio.decode import ClipLimits, decode, read_header
-from whisper_aut.errors import Reason, SampleRefused
+from whisper_aut.errors import SkipReason, SkipSample
 
 LIMITS = ClipLimits()
 RATE_HZ = 16_000
@@ -54,9 +54,9 @@ def test_two_files_joined_into_one_are_rejected_with_the_reason(kind: str, subty
     assert second_file(first) is second_file(second) is None
     assert second_file(first + second) == len(first)
     for read in (decode, read_header):
-        with pytest.raises(SampleRefused, match=f"another file begins at byte {len(first)}") as at:
+        with pytest.raises(SkipSample, match=f"another file begins at byte {len(first)}") as at:
             read(first + second, LIMITS)
-        assert at.value.reason is Reason.JOINED
+        assert at.value.reason is SkipReason.JOINED
 
 
 TAG = b"ID3\x04\x00\x00\x00\x00\x00\x05hello"

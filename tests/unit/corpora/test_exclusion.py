@@ -9,7 +9,7 @@ from tests.conftest import encode_audio, tone
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.filters import Exclusions, select
-from whisper_aut.data.reader import Refusal, Sample, ShardReader, iter_samples
+from whisper_aut.data.reader import Sample, ShardReader, SkippedSample, iter_samples
 from whisper_aut.data.remote import DEFAULT_POLICY
 from whisper_aut.data.shards import (
     INDEX_NAME,
@@ -97,7 +97,7 @@ def test_a_tar_that_is_not_the_one_of_its_table_is_rejected_rather_than_guessed(
     tars[0].write_bytes(tars[1].read_bytes())  # as many clips, of other names
     reader = ShardReader(ClipLimits(), DEFAULT_POLICY)
     (_, item) = next(reader.read({0: (0, 0)}, chosen))
-    assert isinstance(item, Refusal)
+    assert isinstance(item, SkippedSample)
     assert "another sample 'clip-3' than its table" in item.detail
     assert "whisper-aut data index" in item.detail
     (_, item) = next(reader.read({0: (0, 0)}, everything))

@@ -12,7 +12,13 @@ from rich.console import Console
 
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.cli import main
-from whisper_aut.corpora.inspect import ShardFacts, distribution, histogram, inspect_shards, render
+from whisper_aut.corpora.inspect import (
+    ShardStatistics,
+    distribution,
+    histogram,
+    inspect_shards,
+    render,
+)
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.shards import INDEX_NAME, ShardFolder, index_folder, open_index
 from whisper_aut.errors import UserError
@@ -37,7 +43,7 @@ def tar(folder: Path, members: dict[str, bytes], name: str = "foreign.tar") -> P
     return folder / name
 
 
-def shown(facts: ShardFacts) -> str:
+def shown(facts: ShardStatistics) -> str:
     console = Console(width=120, file=io.StringIO(), record=True, markup=False)
     console.print(render(facts))
     return console.export_text()

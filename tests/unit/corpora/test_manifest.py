@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from whisper_aut.corpora.manifest import Entry, Manifest, ManifestSpec, RefusedRow
+from whisper_aut.corpora.manifest import Entry, Manifest, ManifestSpec, SkippedRow
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.errors import Reason, UserError
+from whisper_aut.errors import SkipReason, UserError
 
 
 def table(folder: Path, content: str | bytes, name: str = "clips.csv") -> Path:
@@ -20,18 +20,18 @@ def jsonl(folder: Path, *rows: Any) -> Path:
     return table(folder, "\n".join(json.dumps(row) for row in rows), "clips.jsonl")
 
 
-def items(path: Path, **spec: Any) -> list[Entry | RefusedRow]:
+def items(path: Path, **spec: Any) -> list[Entry | SkippedRow]:
     return list(Manifest(ManifestSpec(path, **spec)).entries())
 
 
 def entries(path: Path, **spec: Any) -> list[Entry]:
     found = items(path, **spec)
-    assert not [item for item in found if isinstance(item, RefusedRow)]
+    assert not [item for item in found if isinstance(item, SkippedRow)]
     return [item for item in found if isinstance(item, Entry)]
 
 
-def refusal(path: Path, **spec: Any) -> RefusedRow:
-    (row,) = [item for item in items(path, **spec) if isinstance(item, RefusedRow)]
+def refusal(path: Path, **spec: Any) -> SkippedRow:
+    (row,) = [item for item in items(path, **spec) if isinstance(item, SkippedRow)]
     return row
 
 
@@ -75,14 +75,14 @@ def test_what_is_no_value_in_a_tar_is_none_in_a_manifest(tmp_path: Path, nothing
     assert entry.annotation == replace(in_tar, id="a")
     assert (entry.annotation.label, entry.segment) == (None, None)
     alone = table(tmp_path, '{"path": "a.wav", "text": T}'.replace("T", nothing), "alone.jsonl")
-    assert refusal(alone).reason is Reason.NO_TEXT
+    assert refusal(alone).reason is SkipReason.NO_TEXT
 
 
 def test_a_text_is_looked_for_in_each_row_unless_a_column_is_named(tmp_path: Path):
     rows = ({"wav": "a.wav", "caption": ["one", "two"]}, {"wav": "b.wav", "text": "three"})
     path = jsonl(tmp_path, *rows)
     assert [entry.annotation.text for entry in entries(path)] == ["one", "three"]
-    assert refusal(path, text="caption").reason is Reason.NO_TEXT
+    assert refusal(path, text="caption").reason is SkipReason.NO_TEXT
 
 
 def test_a_tsv_has_no_quoting(tmp_path: Path):
@@ -151,8 +151,14 @@ def test_templates_that_are_not_understood_say_so(tmp_path: Path, template: str)
 
 def test_an_empty_text_is_refused_unless_there_is_a_label_or_an_answer(tmp_path: Path):
     path = table(tmp_path, "wav,text,label,answer\na.wav, ,,\nb.wav,,dog,\nc.wav,,,yes\n")
-    assert [getattr(item, "reason", None) for item in items(path)] == [Reason.NO_TEXT, None, None]
-    assert refusal(table(tmp_path, "wav,kind\na.wav,\n"), text="a {kind}").reason is Reason.NO_TEXT
+    assert [getattr(item, "reason", None) for item in items(path)] == [
+        SkipReason.NO_TEXT,
+        None,
+        None,
+    ]
+    assert (
+        refusal(table(tmp_path, "wav,kind\na.wav,\n"), text="a {kind}").reason is SkipReason.NO_TEXT
+    )
 
 
 def test_keys_are_unique_and_safe_whatever_the_names(tmp_path: Path):
@@ -201,7 +207,7 @@ def test_where_keeps_rows_by_value(tmp_path: Path):
 def test_splits_get_a_folder_name_and_never_share_one(tmp_path: Path):
     path = table(tmp_path, "wav,text,split\na.wav,t,train.clean\nb.wav,t,../up\nc.wav,t,\n")
     assert [item.split for item in items(path, split_by="split")] == ["train_clean", "up", ""]
-    assert refusal(path, split_by="split").reason is Reason.BAD_ROW
+    assert refusal(path, split_by="split").reason is SkipReason.BAD_ROW
     path = table(tmp_path, "wav,text,split\na.wav,t,a b\nb.wav,t,a/b\n")
     with pytest.raises(UserError, match="would share the folder a_b"):
         items(path, split_by="split")
@@ -236,13 +242,13 @@ def test_a_bad_row_is_refused_and_the_others_stand(tmp_path: Path, line: str, sa
         "clips.jsonl",
     )
     row = refusal(path)
-    assert (row.reason, row.line, len(items(path))) == (Reason.BAD_ROW, 3, 3)
+    assert (row.reason, row.line, len(items(path))) == (SkipReason.BAD_ROW, 3, 3)
     assert said in row.detail
 
 
 def test_a_csv_row_of_another_length_is_refused(tmp_path: Path):
     path = table(tmp_path, 'wav,text\na.wav,t\nb.wav,t,more\nc.wav\n"d.wav"x,t\ne.wav,t\n')
-    rows = [(row.line, row.detail) for row in items(path) if isinstance(row, RefusedRow)]
+    rows = [(row.line, row.detail) for row in items(path) if isinstance(row, SkippedRow)]
     assert rows == [
         (3, "3 cells where the header has 2"),
         (4, "1 cells where the header has 2"),

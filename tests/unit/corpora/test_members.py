@@ -18,7 +18,7 @@ from whisper_aut.data.shards import (
     split_name,
     table_of,
 )
-from whisper_aut.errors import Reason, SampleRefused
+from whisper_aut.errors import SkipReason, SkipSample
 
 LIMITS = ClipLimits(max_bytes=4096)
 END = bytes(1024)
@@ -125,7 +125,7 @@ def test_dots_in_a_name_belong_to_its_key_where_no_suffix_follows(name: str, key
 def test_dots_that_could_be_a_suffix_are_named_as_the_cause():
     data = member("song.v1.wav", b"one") + member("song.v1.json", b"{}") + END
     ((_, group),) = MemberGroups(io.BytesIO(data), LIMITS)
-    with pytest.raises(SampleRefused, match=r"'song\.v1\.wav' is the member '\.v1\.wav' of 'song'"):
+    with pytest.raises(SkipSample, match=r"'song\.v1\.wav' is the member '\.v1\.wav' of 'song'"):
         audio_and_annotation(group)
 
 
@@ -138,9 +138,9 @@ def test_a_txt_member_is_the_text_where_the_json_has_none():
     annotation = audio_and_annotation(group)[2]
     assert (annotation.text, annotation.label) == ("a caf\u00e9", "x")
     group["txt"] = b"\xff\xfe"
-    with pytest.raises(SampleRefused, match="not UTF-8") as refused:
+    with pytest.raises(SkipSample, match="not UTF-8") as refused:
         audio_and_annotation(group)
-    assert refused.value.reason is Reason.BAD_JSON
+    assert refused.value.reason is SkipReason.BAD_JSON
 
 
 def test_a_tar_that_gzip_compressed_says_so():

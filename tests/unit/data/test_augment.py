@@ -16,7 +16,7 @@ from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.targets import WhisperText
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 
 CLIP = torch.from_numpy(tone(2.0))
 
@@ -132,7 +132,7 @@ def test_a_gpu_masks_what_the_cpu_masks():
 
 def test_training_is_changed_and_validation_is_not(tiny_whisper: Path, tiny_shards: Path):
     build = ExampleBuilder(
-        LogMel(80), WhisperText(Start(str(tiny_whisper)).tokenizer), ClipLimits()
+        LogMel(80), WhisperText(PretrainedWhisper(str(tiny_whisper)).tokenizer), ClipLimits()
     )
     source = StreamSource(open_index(tiny_shards / "music"), "music")
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.targets import AUDIO, ChatText, Instruction, Instructions
-from whisper_aut.errors import Reason, SampleRefused, UserError
+from whisper_aut.errors import SkipReason, SkipSample, UserError
 
 CAPTION = Instructions({"caption": Instruction(["Describe it."])})
 
@@ -60,9 +60,9 @@ def test_long_chats_are_cut_or_refused(codec: ChatText):
         ChatText(codec.tokenizer, CAPTION, 64, "drop"),
         ChatText(codec.tokenizer, CAPTION, max_tokens=8),
     ):
-        with pytest.raises(SampleRefused) as refused:
+        with pytest.raises(SkipSample) as refused:
             strict.encode(annotation, "sound", 0)
-        assert refused.value.reason == Reason.LABEL_TOO_LONG
+        assert refused.value.reason == SkipReason.LABEL_TOO_LONG
 
 
 def test_templates_that_cannot_be_used_are_refused(codec: ChatText):

@@ -17,7 +17,7 @@ from whisper_aut.data.datamodule import DeviceFeatures, ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.targets import WhisperText
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 
 
 def batches(
@@ -25,7 +25,7 @@ def batches(
 ) -> tuple[list[Batch], list[Batch]]:
     build = ExampleBuilder(
         LogMel(80),
-        WhisperText(Start(str(tiny_whisper)).tokenizer),
+        WhisperText(PretrainedWhisper(str(tiny_whisper)).tokenizer),
         ClipLimits(),
         on_device=on_device,
     )

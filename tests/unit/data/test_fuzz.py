@@ -21,8 +21,8 @@ from whisper_aut.data.dataset import ExampleBuilder, StreamSource
 from whisper_aut.data.ledger import Ledger
 from whisper_aut.data.shards import ShardEntry, ShardFolder, open_index, write_index
 from whisper_aut.data.targets import WhisperText
-from whisper_aut.errors import Reason
-from whisper_aut.models.pretrained import Start
+from whisper_aut.errors import SkipReason
+from whisper_aut.models.pretrained import PretrainedWhisper
 
 SAMPLES = 4
 LIMITS = ClipLimits(max_bytes=1 << 20)
@@ -32,7 +32,7 @@ LIMITS = ClipLimits(max_bytes=1 << 20)
 def build(tiny_whisper: Path) -> ExampleBuilder:
     return ExampleBuilder(
         LogMel(80),
-        WhisperText(Start(str(tiny_whisper)).tokenizer, max_tokens=40, overflow="drop"),
+        WhisperText(PretrainedWhisper(str(tiny_whisper)).tokenizer, max_tokens=40, overflow="drop"),
         LIMITS,
     )
 
@@ -191,14 +191,14 @@ def fuzz(root: Path, build: ExampleBuilder, shards: int, seed: int) -> Counter[s
     assert not marker.exists()
     lines = (root / "ledger.jsonl").read_text(errors="strict").splitlines()
     assert len(lines) == sum(reasons.values())
-    assert all(json.loads(line)["reason"] in set(Reason) for line in lines)
+    assert all(json.loads(line)["reason"] in set(SkipReason) for line in lines)
     return reasons
 
 
 @pytest.mark.timeout(120)
 def test_mutated_shards_are_refused_and_counted(tmp_path: Path, build: ExampleBuilder):
     reasons = fuzz(tmp_path, build, shards=120, seed=1)
-    assert {Reason.BAD_TAR, Reason.BAD_JSON, Reason.UNDECODABLE} <= reasons.keys()
+    assert {SkipReason.BAD_TAR, SkipReason.BAD_JSON, SkipReason.UNDECODABLE} <= reasons.keys()
 
 
 @pytest.mark.slow
@@ -230,11 +230,11 @@ def test_sizes_are_bounded_before_anything_is_read_or_decoded(
     )
     (batch,) = module.train_dataloader()
     reasons = {refusal.key: refusal.reason for refusal in batch.refusals}
-    assert reasons["flac_hours"] is Reason.TOO_LONG
-    assert reasons["long_label"] is Reason.LABEL_TOO_LONG
+    assert reasons["flac_hours"] is SkipReason.TOO_LONG
+    assert reasons["long_label"] is SkipReason.LABEL_TOO_LONG
     assert reasons["wav_hours"] in (
-        Reason.TOO_LONG,
-        Reason.TOO_SHORT,
+        SkipReason.TOO_LONG,
+        SkipReason.TOO_SHORT,
     )  # libsndfile corrects a WAV header that lies
     folder = tmp_path / "b"
     folder.mkdir()
@@ -245,4 +245,4 @@ def test_sizes_are_bounded_before_anything_is_read_or_decoded(
     source = StreamSource(open_index(folder), "sound")
     module = ShardDataModule([source], [], [1.0], build, seed=0, window=10, batch_clips=8, epochs=1)
     (batch,) = module.train_dataloader()
-    assert batch.refusals[0].reason in (Reason.TOO_LARGE, Reason.BAD_TAR)
+    assert batch.refusals[0].reason in (SkipReason.TOO_LARGE, SkipReason.BAD_TAR)

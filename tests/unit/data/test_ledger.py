@@ -8,13 +8,13 @@ import pytest
 
 from tests.distributed.launch import join_gloo, on_ranks
 from whisper_aut.data.ledger import MIN_SEEN, Counts, Ledger, by_source
-from whisper_aut.data.reader import Refusal
-from whisper_aut.errors import Reason, UserError
+from whisper_aut.data.reader import SkippedSample
+from whisper_aut.errors import SkipReason, UserError
 from whisper_aut.training.callbacks.monitors import counts_of_all_ranks
 
 
-def refusal(folder: str, reason: Reason = Reason.SILENT, key: str = "k") -> Refusal:
-    return Refusal(f"{folder}/shard-000000.tar", key, reason, "peak 0")
+def refusal(folder: str, reason: SkipReason = SkipReason.SILENT, key: str = "k") -> SkippedSample:
+    return SkippedSample(f"{folder}/shard-000000.tar", key, reason, "peak 0")
 
 
 def checked(ledger: Ledger, *, at_end: bool = False) -> None:
@@ -24,7 +24,7 @@ def checked(ledger: Ledger, *, at_end: bool = False) -> None:
 def test_counts_by_source_and_reason_and_writes_lines(tmp_path: Path):
     ledger = Ledger(tmp_path / "ledger.jsonl")
     ledger.record(
-        ["a", "a", "b"], [refusal("a"), refusal("a", Reason.NO_TEXT), refusal("b", key="ü")]
+        ["a", "a", "b"], [refusal("a"), refusal("a", SkipReason.NO_TEXT), refusal("b", key="ü")]
     )
     ledger.close()
     assert by_source(ledger.counts.skipped) == {

@@ -8,7 +8,7 @@ from tests.conftest import REPOSITORY
 from whisper_aut.config import load_settings
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.targets import OWN_TASK, Instruction, Instructions
-from whisper_aut.errors import Reason, SampleRefused, UserError
+from whisper_aut.errors import SkipReason, SkipSample, UserError
 from whisper_aut.models.decoders import check_decoder
 
 SAMPLES = {
@@ -180,9 +180,9 @@ def test_what_can_be_answered_does_not_depend_on_the_question(shipped: Instructi
 
 
 def test_a_sample_that_serves_no_task_is_refused(shipped: Instructions):
-    with pytest.raises(SampleRefused) as refused:
+    with pytest.raises(SkipSample) as refused:
         shipped.draw(Annotation(domain="music", task="lyrics"), "music", 0)
-    assert refused.value.reason == Reason.NO_TASK
+    assert refused.value.reason == SkipReason.NO_TASK
     assert "lyrics" in refused.value.detail
 
 

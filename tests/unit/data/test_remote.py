@@ -16,11 +16,11 @@ from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
-from whisper_aut.data.remote import PatientReader, ReadPolicy, open_stream
+from whisper_aut.data.remote import ReadPolicy, RetryingReader, open_stream
 from whisper_aut.data.shards import index_folder, open_index
 from whisper_aut.data.targets import WhisperText
-from whisper_aut.errors import Reason, UserError
-from whisper_aut.models.pretrained import Start
+from whisper_aut.errors import SkipReason, UserError
+from whisper_aut.models.pretrained import PretrainedWhisper
 
 PATIENT = ReadPolicy(retries=6, timeout_seconds=5, pause_seconds=0.005)
 CLIPS = 30
@@ -28,7 +28,9 @@ CLIPS = 30
 
 @pytest.fixture(scope="module")
 def build(tiny_whisper: Path) -> ExampleBuilder:
-    return ExampleBuilder(LogMel(80), WhisperText(Start(str(tiny_whisper)).tokenizer), ClipLimits())
+    return ExampleBuilder(
+        LogMel(80), WhisperText(PretrainedWhisper(str(tiny_whisper)).tokenizer), ClipLimits()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def served(
 
 def epoch(
     root: str, build: ExampleBuilder, policy: ReadPolicy = PATIENT, **options: Any
-) -> tuple[Counter[str], Counter[Reason]]:
+) -> tuple[Counter[str], Counter[SkipReason]]:
     source = StreamSource(open_index(root, policy), "sound")
     chosen = {"seed": 0, "window": 12, "batch_clips": 4, "epochs": 1, "policy": policy, **options}
     batches = list(ShardDataModule([source], [], [1.0], build, **chosen).train_dataloader())
@@ -180,7 +182,7 @@ def test_when_attempts_run_out_the_samples_are_refused_and_the_run_goes_on(
         source_down.set()
         batches = list(module.train_dataloader())
     assert Counter(refusal.reason for batch in batches for refusal in batch.refusals) == {
-        Reason.BAD_TAR: CLIPS
+        SkipReason.BAD_TAR: CLIPS
     }
     assert all(
         "given up after 2 attempts" in refusal.detail
@@ -214,7 +216,7 @@ def test_a_silent_server_is_given_up_in_time():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/x.tar"
         with pytest.raises(OSError, match="given up"):
-            PatientReader(url, ReadPolicy(retries=0, timeout_seconds=0.3))
+            RetryingReader(url, ReadPolicy(retries=0, timeout_seconds=0.3))
 
 
 def test_s3_feeds_a_full_epoch(

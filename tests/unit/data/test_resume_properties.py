@@ -26,7 +26,7 @@ from whisper_aut.data.sampler import fill
 from whisper_aut.data.shards import HAS_TABLES, ShardFolder, open_index
 from whisper_aut.data.targets import WhisperText
 from whisper_aut.errors import UserError
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 
 SIZES = {
     "many": [1] * 7 + [2],
@@ -45,7 +45,9 @@ Batches = list[tuple[str, ...]]
 @pytest.fixture(scope="module")
 def build(tiny_whisper: Path) -> ExampleBuilder:
     limits = ClipLimits(min_seconds=0.02, max_seconds=0.3)
-    return ExampleBuilder(LogMel(80), WhisperText(Start(str(tiny_whisper)).tokenizer), limits)
+    return ExampleBuilder(
+        LogMel(80), WhisperText(PretrainedWhisper(str(tiny_whisper)).tokenizer), limits
+    )
 
 
 @pytest.fixture(scope="module")

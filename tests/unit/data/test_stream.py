@@ -23,8 +23,8 @@ from whisper_aut.data.remote import ReadPolicy
 from whisper_aut.data.sampler import Cursor, batches_from
 from whisper_aut.data.shards import ShardFolder, open_index
 from whisper_aut.data.targets import WhisperText
-from whisper_aut.errors import Reason, UserError
-from whisper_aut.models.pretrained import Start
+from whisper_aut.errors import SkipReason, UserError
+from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.training.build import open_sources
 
 DOMAINS = ("speech", "sound", "music")
@@ -32,7 +32,9 @@ DOMAINS = ("speech", "sound", "music")
 
 @pytest.fixture(scope="module")
 def build(tiny_whisper: Path) -> ExampleBuilder:
-    return ExampleBuilder(LogMel(80), WhisperText(Start(str(tiny_whisper)).tokenizer), ClipLimits())
+    return ExampleBuilder(
+        LogMel(80), WhisperText(PretrainedWhisper(str(tiny_whisper)).tokenizer), ClipLimits()
+    )
 
 
 def data_module(
@@ -172,7 +174,7 @@ class Leg:
             options.get("epochs", 1),
         )
         if before:
-            self.module.go_on(ranks, before.loader.state_dict(), before.step)
+            self.module.resume(ranks, before.loader.state_dict(), before.step)
         self.plan = self.module.total_steps(ranks, self.epochs)
         self.module._place = lambda: (0, ranks)
         self.loader = self.module.train_dataloader()
@@ -218,7 +220,7 @@ def test_a_run_that_changes_its_ranks_again_and_again_reads_its_epochs_and_no_mo
 
 def test_steps_end_with_the_data_that_a_rewind_has_left(tiny_shards: Path, build: ExampleBuilder):
     leg = Leg(tiny_shards, build, 1, epochs=2).take(4)
-    leg.module.go_on(1, leg.loader.state_dict(), leg.step, skip_to=Cursor(30))
+    leg.module.resume(1, leg.loader.state_dict(), leg.step, skip_to=Cursor(30))
     assert leg.module.total_steps(1, 2) == 4 + 5 + 15, (
         "13 clips of the first epoch are left, and the second"
     )
@@ -267,16 +269,16 @@ def test_every_fault_is_refused_under_its_own_reason(tmp_path: Path, build: Exam
     assert sorted(key for batch in batches for key in batch.keys) == ["good", "stereo48k"]
     reasons = {refusal.key: refusal.reason for batch in batches for refusal in batch.refusals}
     assert reasons == {
-        "not_audio": Reason.UNDECODABLE,
-        "no_samples": Reason.EMPTY,
-        "nan": Reason.NON_FINITE,
-        "too_long": Reason.TOO_LONG,
-        "too_short": Reason.TOO_SHORT,
-        "silent": Reason.SILENT,
-        "phases": Reason.SILENT,
-        "integers": Reason.OUT_OF_SCALE,
-        "joined": Reason.JOINED,
-        "no_text": Reason.NO_TEXT,
+        "not_audio": SkipReason.UNDECODABLE,
+        "no_samples": SkipReason.EMPTY,
+        "nan": SkipReason.NON_FINITE,
+        "too_long": SkipReason.TOO_LONG,
+        "too_short": SkipReason.TOO_SHORT,
+        "silent": SkipReason.SILENT,
+        "phases": SkipReason.SILENT,
+        "integers": SkipReason.OUT_OF_SCALE,
+        "joined": SkipReason.JOINED,
+        "no_text": SkipReason.NO_TEXT,
     }
 
 
@@ -297,7 +299,7 @@ def test_a_source_may_name_the_field_that_holds_its_text(
         batches += ShardDataModule(sources, sources, [1.0], build, **options).val_dataloader()
     assert list(batches[0].texts) == [expected]
     (refusal,) = batches[1].refusals
-    assert refusal.reason is Reason.NO_TEXT
+    assert refusal.reason is SkipReason.NO_TEXT
     assert refusal.detail == "its fields: artist, title; data.train[].text names the one to read"
 
 
@@ -319,7 +321,7 @@ def test_a_shard_without_json_and_a_truncated_tar_cost_only_their_samples(
     batches = list(data_module(tmp_path, build, ("sound",)).val_dataloader())
     refusals = [refusal for batch in batches for refusal in batch.refusals]
     assert sum(len(batch) for batch in batches) + len(refusals) == 8
-    assert {refusal.reason for refusal in refusals} <= {Reason.BAD_TAR, Reason.BAD_JSON}
+    assert {refusal.reason for refusal in refusals} <= {SkipReason.BAD_TAR, SkipReason.BAD_JSON}
     assert 3 <= sum(len(batch) for batch in batches) <= 6
 
     with tarfile.open(tmp_path / "plain.tar", "w") as tar:
@@ -327,7 +329,7 @@ def test_a_shard_without_json_and_a_truncated_tar_cost_only_their_samples(
     (tmp_path / "bare").mkdir()
     (tmp_path / "plain.tar").rename(tmp_path / "bare" / "x.tar")
     (batch,) = data_module(tmp_path, build, ("bare",)).val_dataloader()
-    assert [refusal.reason for refusal in batch.refusals] == [Reason.BAD_JSON]
+    assert [refusal.reason for refusal in batch.refusals] == [SkipReason.BAD_JSON]
 
 
 def test_a_shard_that_vanishes_during_the_run_is_counted(tmp_path: Path, build: ExampleBuilder):
@@ -337,5 +339,5 @@ def test_a_shard_that_vanishes_during_the_run_is_counted(tmp_path: Path, build: 
         shard.unlink()
     batches = list(module.val_dataloader())
     assert [refusal.reason for batch in batches for refusal in batch.refusals] == [
-        Reason.BAD_TAR
+        SkipReason.BAD_TAR
     ] * 8

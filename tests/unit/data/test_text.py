@@ -7,13 +7,13 @@ from transformers import WhisperTokenizer
 
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.targets import DomainPrompt, WhisperText
-from whisper_aut.errors import Reason, SampleRefused
-from whisper_aut.models.pretrained import Start
+from whisper_aut.errors import SkipReason, SkipSample
+from whisper_aut.models.pretrained import PretrainedWhisper
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_whisper: Path):
-    return Start(str(tiny_whisper)).tokenizer
+    return PretrainedWhisper(str(tiny_whisper)).tokenizer
 
 
 @pytest.mark.parametrize(
@@ -105,16 +105,16 @@ def test_long_labels_are_cut_or_dropped(tokenizer):
     cut = WhisperText(tokenizer).encode(annotation, "sound", 0)
     assert len(cut.tokens) == 448
     assert int(cut.tokens[-1]) != tokenizer.eos_token_id  # a text that was cut does not end there
-    with pytest.raises(SampleRefused) as caught:
+    with pytest.raises(SkipSample) as caught:
         WhisperText(tokenizer, overflow="drop").encode(annotation, "sound", 0)
-    assert caught.value.reason is Reason.LABEL_TOO_LONG
+    assert caught.value.reason is SkipReason.LABEL_TOO_LONG
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t "])
 def test_no_text_is_refused(tokenizer, text: str):
-    with pytest.raises(SampleRefused) as caught:
+    with pytest.raises(SkipSample) as caught:
         WhisperText(tokenizer).encode(Annotation(text=text), "sound", 0)
-    assert caught.value.reason is Reason.NO_TEXT
+    assert caught.value.reason is SkipReason.NO_TEXT
 
 
 def test_special_tokens_in_a_caption_are_text(tokenizer):

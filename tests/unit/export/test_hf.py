@@ -19,13 +19,13 @@ from whisper_aut import load_encoder
 from whisper_aut.errors import UserError
 from whisper_aut.export.hf import ExportKind, export_checkpoint, find_checkpoint, read_checkpoint
 from whisper_aut.models.encoder import PackedEncoder
-from whisper_aut.models.pretrained import AudioEncoder, Start
+from whisper_aut.models.pretrained import AudioEncoder, PretrainedWhisper
 
 
 @pytest.fixture(scope="module")
 def checkpoint(life_size_whisper: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose weights are not those of its start, with values of real size."""
-    model = Start(str(life_size_whisper)).model
+    model = PretrainedWhisper(str(life_size_whisper)).model
     generator = torch.Generator().manual_seed(7)
     weights = {}
     for prefix, module in (
@@ -41,7 +41,7 @@ def checkpoint(life_size_whisper: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def training_encoder(checkpoint: Path, tiny_whisper: Path, padding: str) -> AudioEncoder:
-    encoder = PackedEncoder(Start(str(tiny_whisper)).encoder, padding)  # pyright: ignore[reportArgumentType]
+    encoder = PackedEncoder(PretrainedWhisper(str(tiny_whisper)).encoder, padding)  # pyright: ignore[reportArgumentType]
     weights = {
         n.removeprefix("encoder."): w
         for n, w in read_checkpoint(checkpoint).items()
@@ -61,7 +61,9 @@ def clips() -> list[np.ndarray]:
 def test_the_encoder_export_loads_strictly_and_gives_the_training_frames(
     checkpoint: Path, tiny_whisper: Path, tmp_path: Path
 ):
-    out = export_checkpoint(checkpoint, Start(str(tiny_whisper)), tmp_path / "encoder", "encoder")
+    out = export_checkpoint(
+        checkpoint, PretrainedWhisper(str(tiny_whisper)), tmp_path / "encoder", "encoder"
+    )
     model, info = WhisperModel.from_pretrained(out, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert isinstance(AutoModel.from_pretrained(out), WhisperModel)
@@ -89,7 +91,7 @@ def test_an_export_is_run_as_it_was_trained(
     kind: ExportKind, checkpoint: Path, tiny_whisper: Path, tmp_path: Path
 ):
     out = export_checkpoint(
-        checkpoint, Start(str(tiny_whisper)), tmp_path / "padded", kind, padding="30s"
+        checkpoint, PretrainedWhisper(str(tiny_whisper)), tmp_path / "padded", kind, padding="30s"
     )
     assert (load_encoder(out).padding, load_encoder(out, padding="none").padding) == ("30s", "none")
     assert load_encoder(out, random_init=True).padding == "30s"
@@ -100,7 +102,7 @@ def test_an_export_is_run_as_it_was_trained(
     )
     assert all(torch.equal(clip, padded) for clip, padded in frames)
     again = export_checkpoint(
-        checkpoint, Start(str(out)), tmp_path / "again", "encoder", padding="none"
+        checkpoint, PretrainedWhisper(str(out)), tmp_path / "again", "encoder", padding="none"
     )  # trained on at its length
     assert load_encoder(again).padding == "none"
 
@@ -108,7 +110,9 @@ def test_an_export_is_run_as_it_was_trained(
 def test_the_whisper_export_keeps_decoder_tokenizer_and_generation(
     checkpoint: Path, tiny_whisper: Path, tmp_path: Path
 ):
-    out = export_checkpoint(checkpoint, Start(str(tiny_whisper)), tmp_path / "whisper", "whisper")
+    out = export_checkpoint(
+        checkpoint, PretrainedWhisper(str(tiny_whisper)), tmp_path / "whisper", "whisper"
+    )
     model, info = WhisperForConditionalGeneration.from_pretrained(out, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     weights = read_checkpoint(checkpoint)
@@ -122,15 +126,17 @@ def test_the_whisper_export_keeps_decoder_tokenizer_and_generation(
         model.generate(features, language="en", task="transcribe", max_new_tokens=4)
     )
     assert len(texts) == 2
-    assert Start(str(out)).multilingual
+    assert PretrainedWhisper(str(out)).multilingual
 
 
 def test_an_encoder_export_cannot_start_the_whisper_decoder(
     checkpoint: Path, tiny_whisper: Path, tmp_path: Path
 ):
-    out = export_checkpoint(checkpoint, Start(str(tiny_whisper)), tmp_path / "encoder", "encoder")
+    out = export_checkpoint(
+        checkpoint, PretrainedWhisper(str(tiny_whisper)), tmp_path / "encoder", "encoder"
+    )
     with pytest.raises(UserError, match="encoder without its decoder"):
-        _ = Start(str(out)).model
+        _ = PretrainedWhisper(str(out)).model
 
 
 def test_an_old_export_is_replaced_whole(checkpoint: Path, tiny_whisper: Path, tmp_path: Path):
@@ -138,22 +144,22 @@ def test_an_old_export_is_replaced_whole(checkpoint: Path, tiny_whisper: Path, t
     out.mkdir()
     (out / "stale.txt").touch()
     with pytest.raises(UserError, match="would be lost"):  # no export: perhaps somebody's work
-        export_checkpoint(checkpoint, Start(str(tiny_whisper)), out, "encoder")
+        export_checkpoint(checkpoint, PretrainedWhisper(str(tiny_whisper)), out, "encoder")
     (out / "config.json").touch()  # anybody's may be called so
     with pytest.raises(UserError, match="would be lost"):
-        export_checkpoint(checkpoint, Start(str(tiny_whisper)), out, "encoder")
+        export_checkpoint(checkpoint, PretrainedWhisper(str(tiny_whisper)), out, "encoder")
     shutil.rmtree(out)
-    export_checkpoint(checkpoint, Start(str(tiny_whisper)), out, "encoder")
+    export_checkpoint(checkpoint, PretrainedWhisper(str(tiny_whisper)), out, "encoder")
     (out / "stale.txt").touch()
     with pytest.raises(UserError, match="started from"):
-        export_checkpoint(checkpoint, Start(str(out)), out, "encoder")
-    export_checkpoint(checkpoint, Start(str(tiny_whisper)), out, "encoder")
+        export_checkpoint(checkpoint, PretrainedWhisper(str(out)), out, "encoder")
+    export_checkpoint(checkpoint, PretrainedWhisper(str(tiny_whisper)), out, "encoder")
     assert not (out / "stale.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
 
 
 def test_precisions(checkpoint: Path, tiny_whisper: Path, tmp_path: Path):
-    start = Start(str(tiny_whisper))
+    start = PretrainedWhisper(str(tiny_whisper))
     for dtype in (torch.bfloat16, torch.float16):
         out = export_checkpoint(checkpoint, start, tmp_path / str(dtype), "encoder", dtype=dtype)
         assert WhisperModel.from_pretrained(out).dtype == dtype

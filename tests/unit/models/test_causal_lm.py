@@ -25,7 +25,7 @@ from whisper_aut.data.targets import AUDIO
 from whisper_aut.errors import UserError
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.language import load_language_model, weights_hash
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 
 CAPTION = {"caption": {"asks": ["Describe it.", "What is it?"]}}
 
@@ -41,7 +41,7 @@ def build(
         **options,
     }
     entry, checked = check_decoder(values)
-    return entry.build(Start(str(tiny_whisper)), checked, checkpointing)
+    return entry.build(PretrainedWhisper(str(tiny_whisper)), checked, checkpointing)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from whisper_aut.models.decoders import DECODERS, DecoderEntry, check_decoder
 from whisper_aut.models.decoders.base import Decoder
 from whisper_aut.models.losses import DecoderLoss
 from whisper_aut.models.module import ONE_LETTER
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 
 TEXTS = ("a dog barks twice", "rain falls", "a slow tune on a piano")
 BLANK = 0
@@ -87,7 +87,7 @@ class CTCDecoder(nn.Module):
 
 
 def build_ctc(
-    start: Start, options: CTCOptions, gradient_checkpointing: bool
+    start: PretrainedWhisper, options: CTCOptions, gradient_checkpointing: bool
 ) -> tuple[nn.Module, TextCodec]:
     return CTCDecoder(start.config.d_model, len(start.tokenizer)), CTCText(start.tokenizer)
 
@@ -109,7 +109,7 @@ def kit(
     }
     torch.manual_seed(0)
     entry, options = check_decoder({"name": name, **(language if name == "causal_lm" else {})})
-    return entry.build(Start(str(tiny_whisper)), options, False)
+    return entry.build(PretrainedWhisper(str(tiny_whisper)), options, False)
 
 
 def frames_and_lengths(width: int = 32) -> tuple[Tensor, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.decoders.whisper import WhisperDecoder
 from whisper_aut.models.encoder import PackedEncoder
 from whisper_aut.models.flops import encoder_flops, whisper_decoder_flops
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 
 MEL_LENGTHS, TEXT_LENGTHS = (300, 501, 77), (12, 30, 7)
 
@@ -72,7 +72,7 @@ def test_the_language_models_formula_counts_what_pytorch_counts(
         "train": train,
     }
     entry, checked = check_decoder({"name": "causal_lm", **options})
-    decoder, codec = entry.build(Start(str(tiny_whisper)), checked, False)
+    decoder, codec = entry.build(PretrainedWhisper(str(tiny_whisper)), checked, False)
     targets = Targets.pack(
         [
             codec.encode(Annotation(text=text), "sound", 0)

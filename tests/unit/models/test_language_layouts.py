@@ -19,7 +19,7 @@ from whisper_aut.models.language import (
     load_language_model,
     sequence_states,
 )
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.models.tiny import shaped_config
 from whisper_aut.training.plan import StepShape, step_cost
 
@@ -180,7 +180,7 @@ def test_a_clips_loss_gradient_and_answer_do_not_depend_on_its_batch(
         "instructions": {"caption": {"asks": ["Describe it."]}},
     }
     entry, options = check_decoder(values)
-    decoder, codec = entry.build(Start(str(tiny_whisper)), options, checkpointing)
+    decoder, codec = entry.build(PretrainedWhisper(str(tiny_whisper)), options, checkpointing)
     frames, lengths = frames_and_lengths()
     frames.requires_grad_(True)
     texts = ("rain falls", "a dog barks twice", "seven")

@@ -19,7 +19,7 @@ from whisper_aut.errors import UserError
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.decoders.whisper import WhisperDecoderOptions
 from whisper_aut.models.language import load_language_model
-from whisper_aut.models.pretrained import Start, load_whisper_encoder
+from whisper_aut.models.pretrained import PretrainedWhisper, load_whisper_encoder
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def copy(tiny_whisper: Path, tmp_path: Path) -> Path:
 def test_the_encoder_alone_equals_the_encoder_of_the_whole(tiny_whisper: Path):
     alone, whole = (
         load_whisper_encoder(str(tiny_whisper)),
-        Start(str(tiny_whisper)).model.model.encoder,
+        PretrainedWhisper(str(tiny_whisper)).model.model.encoder,
     )
     weights = whole.state_dict()
     assert alone.state_dict().keys() == weights.keys()
@@ -66,7 +66,7 @@ def test_missing_weights_are_named(copy: Path):
     with pytest.raises(UserError, match=r"lacks 1 weights.*layers\.1\.fc1\.weight"):
         load_whisper_encoder(str(copy))
     with pytest.raises(UserError, match=r"lacks 1 weights.*layers\.1\.fc1\.weight"):
-        _ = Start(str(copy)).model
+        _ = PretrainedWhisper(str(copy)).model
 
 
 def test_a_pickled_checkpoint_is_not_opened(copy: Path):
@@ -82,7 +82,7 @@ def test_a_file_cut_short_is_a_user_error(copy: Path):
     with pytest.raises(UserError, match=r"not a usable Whisper checkpoint: .*not fully covered"):
         load_encoder(copy)
     with pytest.raises(UserError, match="not a usable Whisper checkpoint"):
-        _ = Start(str(copy)).model
+        _ = PretrainedWhisper(str(copy)).model
 
 
 def test_other_models_and_missing_places_are_user_errors(
@@ -91,7 +91,7 @@ def test_other_models_and_missing_places_are_user_errors(
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"encoder_layerdrop": 0.1}))
     with pytest.raises(UserError, match="layer dropout"):
-        _ = Start(str(copy)).config
+        _ = PretrainedWhisper(str(copy)).config
     with pytest.raises(UserError, match="There is no model directory"):
         load_encoder(str(tmp_path / "nowhere"))
     (tmp_path / "runs" / "aut_tiny" / "latest").mkdir(parents=True)
@@ -194,7 +194,7 @@ def test_an_adapter_as_a_start_is_named_in_one_line(
     message = rf"{adapter} is a PEFT adapter of {tiny_whisper}, not a model\. Merge it first: "
     for part in ("config", "model"):
         with pytest.raises(UserError, match=message) as caught:
-            getattr(Start(str(adapter)), part)
+            getattr(PretrainedWhisper(str(adapter)), part)
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=message):
         load_language_model(str(adapter))
@@ -202,7 +202,7 @@ def test_an_adapter_as_a_start_is_named_in_one_line(
         shutil.copy(file, adapter)
     with pytest.raises(UserError, match=message):
         check_decoder({"name": "whisper"})[0].build(
-            Start(str(adapter)), WhisperDecoderOptions(), False
+            PretrainedWhisper(str(adapter)), WhisperDecoderOptions(), False
         )
 
 

@@ -19,14 +19,14 @@ from whisper_aut.errors import UserError
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.decoders.whisper import WhisperDecoderOptions, build_whisper_decoder
 from whisper_aut.models.encoder import PackedEncoder
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 
 
 @pytest.mark.parametrize("lengths_seconds", [(1.0, 5.0, 3.0)])
 def test_whisper_loss_and_gradients_equal_hugging_face(
     tiny_whisper: Path, lengths_seconds: tuple[float, ...]
 ):
-    start = Start(str(tiny_whisper))
+    start = PretrainedWhisper(str(tiny_whisper))
     entry, options = check_decoder({"name": "whisper"})
     decoder, codec = entry.build(start, options, False)
     encoder = PackedEncoder(start.encoder, "30s")
@@ -67,7 +67,7 @@ def test_whisper_loss_and_gradients_equal_hugging_face(
 
 
 def test_whisper_greedy_text_equals_hugging_face(tiny_whisper: Path):
-    start = Start(str(tiny_whisper))
+    start = PretrainedWhisper(str(tiny_whisper))
     entry, options = check_decoder({"name": "whisper"})
     decoder, codec = entry.build(start, options, False)
     start.model.eval()
@@ -93,16 +93,16 @@ def test_whisper_greedy_text_equals_hugging_face(tiny_whisper: Path):
 def test_another_tokenizer_is_refused(tiny_whisper: Path, tmp_path: Path):
     copy = Path(shutil.copytree(tiny_whisper, tmp_path / "copy"))
     options = WhisperDecoderOptions(max_tokens=32)
-    build_whisper_decoder(Start(str(copy)), options, gradient_checkpointing=False)
+    build_whisper_decoder(PretrainedWhisper(str(copy)), options, gradient_checkpointing=False)
     for file in ("tokenizer.json", "vocab.json", "merges.txt"):
         (copy / file).unlink(missing_ok=True)
     with pytest.raises(UserError, match=r"The tokenizer of .* is not this checkpoint's: it "):
-        build_whisper_decoder(Start(str(copy)), options, gradient_checkpointing=False)
+        build_whisper_decoder(PretrainedWhisper(str(copy)), options, gradient_checkpointing=False)
     model, tokenizer = Tokenizer(BPE()), copy / "tokenizer.json"
     model.add_tokens(["a", "b"])
     model.save(str(tokenizer))
     with pytest.raises(UserError, match=r"The tokenizer of .* is not this checkpoint's: it "):
-        build_whisper_decoder(Start(str(copy)), options, gradient_checkpointing=False)
+        build_whisper_decoder(PretrainedWhisper(str(copy)), options, gradient_checkpointing=False)
 
 
 def test_an_encoder_alone_is_said_before_anything_else(tiny_whisper: Path, tmp_path: Path):
@@ -113,7 +113,7 @@ def test_an_encoder_alone_is_said_before_anything_else(tiny_whisper: Path, tmp_p
     )
     with pytest.raises(UserError, match="holds an encoder without its decoder"):
         build_whisper_decoder(
-            Start(str(copy)), WhisperDecoderOptions(), gradient_checkpointing=False
+            PretrainedWhisper(str(copy)), WhisperDecoderOptions(), gradient_checkpointing=False
         )
 
 
@@ -135,7 +135,7 @@ def test_an_english_only_checkpoint_is_known_without_a_generation_config(
     model.resize_token_embeddings(ENGLISH_ONLY_TOKENS)
     model.save_pretrained(without_generation_config)
     (without_generation_config / "generation_config.json").unlink()
-    start = Start(str(without_generation_config))
+    start = PretrainedWhisper(str(without_generation_config))
     _, codec = build_whisper_decoder(start, WhisperDecoderOptions(), False)
     target = codec.encode(Annotation(text="x", language="deu"), "speech", 0)
     assert start.tokenizer.convert_ids_to_tokens(target.tokens[:2].tolist()) == [
@@ -151,7 +151,8 @@ def test_a_multilingual_checkpoint_is_known_without_a_generation_config(
     without_generation_config: Path, tiny_whisper: Path
 ):
     made, given = (
-        Start(str(path)).generation_config for path in (without_generation_config, tiny_whisper)
+        PretrainedWhisper(str(path)).generation_config
+        for path in (without_generation_config, tiny_whisper)
     )
     for name in ("is_multilingual", "lang_to_id", "task_to_id", "no_timestamps_token_id"):
         assert getattr(made, name) == getattr(given, name), name
@@ -166,9 +167,9 @@ def test_a_language_of_the_config_that_the_checkpoint_has_no_token_for_is_an_err
     ):
         options = WhisperDecoderOptions(prompts={"speech": DomainPrompt(language=language)})
         with pytest.raises(UserError, match=rf"decoder\.prompts\.speech\.language.*{message}"):
-            build_whisper_decoder(Start(str(tiny_whisper)), options, False)
+            build_whisper_decoder(PretrainedWhisper(str(tiny_whisper)), options, False)
     options = WhisperDecoderOptions(prompts={"speech": DomainPrompt(language="deu")})
-    _, codec = build_whisper_decoder(Start(str(tiny_whisper)), options, False)
+    _, codec = build_whisper_decoder(PretrainedWhisper(str(tiny_whisper)), options, False)
     assert codec.language_token("deu") == "<|de|>"
 
 
@@ -179,4 +180,4 @@ def test_a_tokenizer_of_another_generation_is_refused(tiny_whisper: Path, tmp_pa
     config["no_timestamps_token_id"] -= 1
     (copy / "generation_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="numbers tokens otherwise"):
-        build_whisper_decoder(Start(str(copy)), WhisperDecoderOptions(), False)
+        build_whisper_decoder(PretrainedWhisper(str(copy)), WhisperDecoderOptions(), False)

@@ -19,7 +19,7 @@ from whisper_aut.probes.embed import (
     embed_task,
     folder_identity,
     join_shares,
-    launched_share,
+    rank_share,
     view_of,
 )
 
@@ -74,11 +74,11 @@ def test_a_missing_share_is_named(tones, task_with, tiny_encoder, tmp_path):
 
 
 def test_ranks_are_read_from_the_launcher(monkeypatch):
-    assert launched_share() == WHOLE
+    assert rank_share() == WHOLE
     assert device_named("cuda") == "cuda:0"
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    assert launched_share() == Share(5, 8)
+    assert rank_share() == Share(5, 8)
     assert [device_named(name) for name in ("cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:3", "cpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device_named("auto") == "cuda:1"

@@ -14,7 +14,7 @@ from sklearn.metrics import confusion_matrix
 from whisper_aut.errors import UserError
 from whisper_aut.probes.results import Confusion
 from whisper_aut.report.html import (
-    Listened,
+    ListenedClip,
     Picture,
     Run,
     Section,
@@ -57,7 +57,10 @@ def test_the_page_is_whole_and_escapes_what_it_shows(tmp_path):
         Picture(tmp_path / "p.png", hostile),
         hostile,
     ]
-    clips = [Listened(hostile, hostile, "b", b"OggS", b"\x89PNG"), Listened("silent", "a", "b")]
+    clips = [
+        ListenedClip(hostile, hostile, "b", b"OggS", b"\x89PNG"),
+        ListenedClip("silent", "a", "b"),
+    ]
     page = html_page([Run("one", [Section("Probes", [*blocks, *clips])]), Run("two", [])])
     parsed = Balanced()
     parsed.feed(page)

@@ -22,7 +22,7 @@ from whisper_aut.data.shards import open_index
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.encoder import PackedEncoder
 from whisper_aut.models.module import AudioTextModule
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.training.checkpoint import read_weights
 from whisper_aut.training.strategies import build_strategy
 
@@ -76,7 +76,7 @@ class Saver(lightning.Callback):
 
 def parts(case: Case, whisper: str) -> tuple[AudioTextModule, Any]:
     torch.manual_seed(0)  # an adapter starts at random
-    start = Start(whisper)
+    start = PretrainedWhisper(whisper)
     options: dict[str, Any] = {"name": "whisper"}
     if case.language_model:
         instructions = {"caption": {"asks": ["Describe it.", "What is it?"]}}

@@ -6,12 +6,12 @@ import pytest
 
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.encoder import PackedEncoder
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.training.optim import optimizer_factory, parameter_groups, rate_factor
 
 
 def test_every_trainable_parameter_is_in_one_group(tiny_whisper: Path):
-    start = Start(str(tiny_whisper))
+    start = PretrainedWhisper(str(tiny_whisper))
     entry, options = check_decoder({"name": "whisper"})
     decoder, _ = entry.build(start, options, False)
     encoder = PackedEncoder(start.encoder)
@@ -70,7 +70,7 @@ def test_a_part_that_joins_later_has_no_rate_before_and_warms_up_from_there():
 
 
 def test_the_encoder_may_have_a_rate_of_its_own(tiny_whisper: Path):
-    start = Start(str(tiny_whisper))
+    start = PretrainedWhisper(str(tiny_whisper))
     entry, options = check_decoder({"name": "whisper"})
     decoder, _ = entry.build(start, options, False)
     groups = parameter_groups(PackedEncoder(start.encoder), decoder, 1.0, 0.1, 0.5, encoder_lr=0.2)

@@ -22,7 +22,7 @@ from whisper_aut.data.shards import ShardFolder
 from whisper_aut.models.decoders.whisper import (
     WhisperDecoder,
     WhisperDecoderOptions,
-    sketch_whisper_decoder,
+    build_whisper_decoder_meta,
 )
 from whisper_aut.models.encoder import PackedEncoder
 from whisper_aut.models.flops import encoder_flops, whisper_decoder_flops
@@ -57,7 +57,7 @@ def config(width: int = 64) -> WhisperConfig:
 
 
 def sketch(config: WhisperConfig, gradient_checkpointing: bool) -> torch.nn.Module:
-    return sketch_whisper_decoder(config, WhisperDecoderOptions(), gradient_checkpointing)
+    return build_whisper_decoder_meta(config, WhisperDecoderOptions(), gradient_checkpointing)
 
 
 def real_step(shape: StepShape) -> Callable[[], None]:

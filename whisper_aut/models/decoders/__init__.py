@@ -13,13 +13,17 @@ from transformers import WhisperConfig
 from whisper_aut.config import build
 from whisper_aut.data.targets import TextCodec
 from whisper_aut.errors import UserError, nearest
-from whisper_aut.models.decoders.causal_lm import CausalLMOptions, build_causal_lm, sketch_causal_lm
+from whisper_aut.models.decoders.causal_lm import (
+    CausalLMOptions,
+    build_causal_lm,
+    build_causal_lm_meta,
+)
 from whisper_aut.models.decoders.whisper import (
     WhisperDecoderOptions,
     build_whisper_decoder,
-    sketch_whisper_decoder,
+    build_whisper_decoder_meta,
 )
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class DecoderEntry:
     """
 
     options: type
-    build: Callable[[Start, Any, bool], tuple[nn.Module, TextCodec]]
+    build: Callable[[PretrainedWhisper, Any, bool], tuple[nn.Module, TextCodec]]
     exports: tuple[str, ...] = ("encoder",)
     sketch: Callable[[WhisperConfig, Any, bool], nn.Module] | None = None
 
@@ -46,9 +50,9 @@ DECODERS: dict[str, DecoderEntry] = {
         WhisperDecoderOptions,
         build_whisper_decoder,
         exports=("encoder", "whisper"),
-        sketch=sketch_whisper_decoder,
+        sketch=build_whisper_decoder_meta,
     ),
-    "causal_lm": DecoderEntry(CausalLMOptions, build_causal_lm, sketch=sketch_causal_lm),
+    "causal_lm": DecoderEntry(CausalLMOptions, build_causal_lm, sketch=build_causal_lm_meta),
 }
 
 

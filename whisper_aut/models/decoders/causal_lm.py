@@ -27,13 +27,13 @@ from whisper_aut.models.language import (
     greedy_tokens,
     language_config,
     load_language_model,
+    meta_layout,
     recompute_layers,
     sequence_states,
-    sketched_layout,
     weights_hash,
 )
 from whisper_aut.models.losses import DecoderLoss, chunked_cross_entropy
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.models.seeding import seeded
 from whisper_aut.models.tiny import LanguageScratch, make_language_model, scratch_config
 
@@ -88,7 +88,7 @@ class CausalLMOptions:
 
 
 def build_causal_lm(
-    start: Start, options: CausalLMOptions, gradient_checkpointing: bool
+    start: PretrainedWhisper, options: CausalLMOptions, gradient_checkpointing: bool
 ) -> "tuple[CausalLMDecoder, ChatText]":
     """Load the language model and build the adapter and the codec.
 
@@ -145,7 +145,7 @@ def build_causal_lm(
     return decoder, codec
 
 
-def sketch_causal_lm(
+def build_causal_lm_meta(
     config: WhisperConfig, options: CausalLMOptions, gradient_checkpointing: bool
 ) -> nn.Module:
     """Build the decoder from its configuration, without pretrained weights or a tokenizer.
@@ -180,7 +180,7 @@ def sketch_causal_lm(
         SKETCHED_AUDIO_AT,
         end_token=0,
         identity={},
-        layout=sketched_layout(model, sizes.hidden_size),
+        layout=meta_layout(model, sizes.hidden_size),
         held=options.train == "frozen",
     )
 

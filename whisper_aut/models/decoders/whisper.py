@@ -28,7 +28,7 @@ from whisper_aut.models.dense import speed_up_products
 from whisper_aut.models.encoder import packed_attention, packed_feed_forward
 from whisper_aut.models.flops import whisper_decoder_flops
 from whisper_aut.models.losses import DecoderLoss, chunked_cross_entropy
-from whisper_aut.models.pretrained import Start
+from whisper_aut.models.pretrained import PretrainedWhisper
 
 
 @dataclass
@@ -43,7 +43,7 @@ class WhisperDecoderOptions:
 
 
 def build_whisper_decoder(
-    start: Start, options: WhisperDecoderOptions, gradient_checkpointing: bool
+    start: PretrainedWhisper, options: WhisperDecoderOptions, gradient_checkpointing: bool
 ) -> "tuple[WhisperDecoder, WhisperText]":
     """Build the decoder and the codec from a pretrained Whisper checkpoint.
 
@@ -96,7 +96,7 @@ def build_whisper_decoder(
     return WhisperDecoder(model.model.decoder, end_token, gradient_checkpointing), codec
 
 
-def _check_tokenizer(start: Start) -> None:
+def _check_tokenizer(start: PretrainedWhisper) -> None:
     """Raise `UserError` if the tokenizer does not belong to the checkpoint.
 
     If tokenizer files are missing, transformers silently builds a tokenizer of its own.
@@ -130,7 +130,7 @@ def _check_tokenizer(start: Start) -> None:
     )
 
 
-def sketch_whisper_decoder(
+def build_whisper_decoder_meta(
     config: WhisperConfig, options: WhisperDecoderOptions, gradient_checkpointing: bool
 ) -> nn.Module:
     """Build the decoder from a configuration, without pretrained weights or a tokenizer.

@@ -25,9 +25,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from whisper_aut.data.ledger import Ledger
-from whisper_aut.data.reader import Refusal
+from whisper_aut.data.reader import SkippedSample
 from whisper_aut.data.sampler import Cursor
-from whisper_aut.errors import Interrupted, Preempted, Reason, UserError
+from whisper_aut.errors import Interrupted, Preempted, SkipReason, UserError
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
 from whisper_aut.training.checkpoint import (
     FULL_DISK,
@@ -222,7 +222,7 @@ class Guard(lightning.Callback):
                 math.nan if norm is None else float(norm),
                 not engine.was_step_applied(),
             )
-        loss, accuracy = module.step_figures()
+        loss, accuracy = module.step_metrics()
         self.figures = {
             "train/loss": loss,
             "train/accuracy": accuracy,
@@ -254,16 +254,16 @@ class Guard(lightning.Callback):
         module.log("train/skipped_steps", float(self.skipped), prog_bar=True, batch_size=1)
         step = trainer.global_step
         reason, named = (
-            Reason.NON_FINITE_LOSS,
+            SkipReason.NON_FINITE_LOSS,
             [clip for seen in module.seen for clip in seen.non_finite()],
         )
         if not highest(trainer, module, bool(named)):
             reason, named = (
-                Reason.NON_FINITE_GRADIENT,
+                SkipReason.NON_FINITE_GRADIENT,
                 [clip for seen in module.seen for clip in seen.clips],
             )
         for source, key in named:
-            self.ledger.note(Refusal(source, key, reason, f"step {step} was left out"))
+            self.ledger.note(SkippedSample(source, key, reason, f"step {step} was left out"))
         files = "ledger.jsonl" if trainer.world_size == 1 else "ledger*.jsonl"
         where = f" {self.ledger.path.with_name(files)} names the clips." if self.ledger.path else ""
         self.warn(f"Step {step} was left out on all ranks: its gradient is not finite.{where}")
@@ -321,7 +321,7 @@ def _engine(trainer: lightning.Trainer) -> Any:
 EMPTY_EPOCHS = 2
 
 
-class Exhaustion(lightning.Callback):
+class StopOnDataEnd(lightning.Callback):
     """Stops training after `EMPTY_EPOCHS` epochs without a batch.
 
     All ranks have the same number of batches, so they stop together.
@@ -376,7 +376,7 @@ def loader_state(checkpoint: Path) -> LoaderState | None:
     return LoaderState(states[0], int(content["global_step"])) if states else None
 
 
-class AnotherWorld(lightning.Callback):
+class ElasticResume(lightning.Callback):
     """Restarts Lightning's epoch if the number of ranks or the accumulation has changed."""
 
     def on_load_checkpoint(

@@ -1,0 +1,177 @@
+"""Small helpers that every package uses: atomic writes, JSON, locks, progress, a parallel map."""
+
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any, TypeVar
+
+import filelock
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from whisper_aut.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path next to `path`, and rename it to `path` when the block succeeds.
+
+    A block that fails leaves `path` as it was and removes the temporary file.
+
+    Raises:
+        UserError: the folder or the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically, see `atomic_path`."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically, see `atomic_path`."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: the file is missing, is not valid JSON, or does not hold an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}.")
+    return content
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock for `path`, across all machines that share the folder.
+
+    The process that gets the lock first creates `path`; the others wait and then find it there. A
+    process that dies releases its lock. If the lock file cannot be written, the block runs without
+    a lock.
+
+    Raises:
+        UserError: the file system does not support locks.
+    """
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), thread_local=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise UserError(
+                f"The file system of {path.parent} does not support file locks "
+                f"({error.strerror}), which keep several processes from creating {path.name} at "
+                "once. Use another folder, or mount the file system with locks (for Lustre: -o "
+                "flock)."
+            ) from None
+        yield  # without a lock: creating `path` in this folder gives a clearer error
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def progress_bar(visible: bool = True, *, text: str = "") -> Progress:
+    """Return a progress bar on stderr that disappears when it is done.
+
+    Args:
+        visible: False for no output. Nothing is drawn unless stderr is a terminal.
+        text: an extra column, such as `"{task.fields[loss]}"`.
+    """
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns += [TimeRemainingColumn(), *([TextColumn(text)] if text else [])]
+    console = Console(stderr=True)
+    return Progress(
+        *columns, console=console, disable=not (visible and console.is_terminal), transient=True
+    )
+
+
+def parallel_map(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    *,
+    spawn: bool = False,
+    on_crash: str = "Run again with --workers 1 to find the file that crashes the decoder.",
+) -> Iterator[Result]:
+    """Yield `function(item)` for each item in order, computed in worker processes.
+
+    At most `2 * workers` items are in flight, so `items` may be a long generator. Ctrl-C is left
+    to this process, and workers exit when this process is killed.
+
+    Args:
+        function: a picklable function. `functools.partial` passes shared arguments.
+        items: picklable items.
+        workers: number of processes; 1 computes in this process.
+        spawn: start clean processes. The default forks on Linux, which starts faster and shares
+            memory, but is unsafe if `function` takes a lock that a thread here may hold.
+        on_crash: what to do when a worker dies, for the error message.
+
+    Raises:
+        UserError: a worker process died.
+    """
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    context = get_context("spawn" if spawn or sys.platform != "linux" else "fork")
+    pending: deque[Future[Result]] = deque()
+    pool = ProcessPoolExecutor(workers, context, initializer=_follow_parent)
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"A worker process died, for lack of memory or in a decoder. {on_crash}"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """Let the parent handle Ctrl-C, and exit when it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def exit_with_parent() -> None:
+        parent = parent_process()
+        if parent:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
