@@ -21,7 +21,7 @@ from whisper_aut.config import Settings
 from whisper_aut.data.batch import Batch
 from whisper_aut.data.dataset import TrainLoader
 from whisper_aut.report.plots import Series, read_metrics
-from whisper_aut.training.build import build_data, build_decoder, build_module, build_start
+from whisper_aut.training.factory import build_data, build_decoder, build_module, build_pretrained
 from whisper_aut.training.train import train
 
 STEPS = 60
@@ -86,7 +86,7 @@ def trained_seconds(settings: Settings, workers: int) -> float:
 
 
 def decoded(settings: Settings) -> list[Batch]:
-    start = build_start(settings)
+    start = build_pretrained(settings)
     _, codec = build_decoder(settings, start)
     return list(
         itertools.islice(
@@ -101,7 +101,7 @@ def bare_seconds(settings: Settings) -> float:
 
 def bare(settings: Settings) -> tuple[float, list[float]]:
     """Train in a plain loop; return its seconds and the loss of each step."""
-    start = build_start(settings)
+    start = build_pretrained(settings)
     decoder, codec = build_decoder(settings, start)
     batches = decoded(settings)
     module = build_module(settings, start, decoder, codec, STEPS + 1).train()

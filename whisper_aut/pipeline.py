@@ -57,11 +57,16 @@ from whisper_aut.probes.fit import FinalFit
 from whisper_aut.probes.suite import find_problems, run_suite
 from whisper_aut.probes.tasks import ProbeTask, expand_suites, load_task
 from whisper_aut.report.html import build_report
-from whisper_aut.training.build import build_forecast, build_start, build_trained, planned_config
 from whisper_aut.training.callbacks.stopping import check_accelerator
-from whisper_aut.training.plan import tables
-from whisper_aut.training.run_dir import RunDirectory, is_first_rank, runs_of, wait_for_all_ranks
-from whisper_aut.training.train import Trained, train
+from whisper_aut.training.factory import (
+    build_forecast,
+    build_pretrained,
+    build_trained,
+    planned_config,
+)
+from whisper_aut.training.plan import forecast_tables
+from whisper_aut.training.run_dir import RunDirectory, is_first_rank, list_runs, wait_for_all_ranks
+from whisper_aut.training.train import TrainResult, train
 from whisper_aut.utils import file_lock
 
 # Names of encoders on a command line: log-mel statistics, and a prefix for random weights.
@@ -134,7 +139,7 @@ def run_pipeline(settings: Settings, story: Story, console: Console) -> RunDirec
     if is_first_rank():
         _check_probes(settings, tasks, watching)
     if settings.model.after:
-        runs = runs_of(Path(settings.runs), settings.name)
+        runs = list_runs(Path(settings.runs), settings.name)
         # Check the device before training the start model. A finished run may be reused on a
         # machine without its device.
         if not any(run.done.exists() for run in runs):
@@ -149,7 +154,7 @@ def run_pipeline(settings: Settings, story: Story, console: Console) -> RunDirec
         raise type(interrupted)(
             f"{settings.name} {interrupted}.\nGo on with: whisper-aut train {command} --resume auto"
         ) from None
-    start = build_start(settings)
+    start = build_pretrained(settings)
     if is_first_rank():
         if left := [kind for kind in settings.export if kind not in decoder.exports]:
             console.print(
@@ -188,7 +193,7 @@ def run_plan(settings: Settings, config: Path, console: Console) -> None:
     while model.after:  # the last config of the chain gives model sizes or a checkpoint
         after = find_config(model.after, after.parent)
         model = load_settings(after).model
-    for part in tables(build_forecast(settings, planned_config(model))):
+    for part in forecast_tables(build_forecast(settings, planned_config(model))):
         console.print(part)
 
 
@@ -510,7 +515,7 @@ def _manifest_spec(manifest: ManifestSettings) -> ManifestSpec:
 
 
 def _export(
-    kinds: Sequence[ExportKind], trained: Trained, start: PretrainedWhisper, padding: Padding
+    kinds: Sequence[ExportKind], trained: TrainResult, start: PretrainedWhisper, padding: Padding
 ) -> None:
     for kind in kinds:
         if not trained.reused or not trained.run.export(kind).exists():

@@ -19,7 +19,7 @@ from rich.console import Console
 from whisper_aut.config import load_settings
 from whisper_aut.errors import Preempted, UserError
 from whisper_aut.training import train as train_module
-from whisper_aut.training.checkpoint import CheckpointDraft
+from whisper_aut.training.checkpoint import CheckpointWriter
 from whisper_aut.training.run_dir import RUN_VARIABLE
 from whisper_aut.training.train import train
 
@@ -55,22 +55,22 @@ class Chronicle(lightning.Callback):
 
 def die_while_writing(rank: int) -> None:
     """Kill this process when it has written its tensors of a checkpoint and nobody has finished it."""
-    write = CheckpointDraft.write_tensors
+    write = CheckpointWriter.write_tensors
 
-    def write_and_die(self: CheckpointDraft, *arguments: Any) -> Any:
+    def write_and_die(self: CheckpointWriter, *arguments: Any) -> Any:
         facts = write(self, *arguments)
         if rank == RANK:
             os.kill(os.getpid(), signal.SIGKILL)
         return facts
 
-    CheckpointDraft.write_tensors = write_and_die
+    CheckpointWriter.write_tensors = write_and_die
 
 
 def run(job: dict[str, Any]) -> None:
     fault, config = job.get("fault", {}), Path(job["config"])
     if fault.get("while") == "writing":
         die_while_writing(fault["rank"])
-    original = train_module._trainer
+    original = train_module.build_trainer
 
     def make(*arguments: Any) -> lightning.Trainer:
         trainer = original(*arguments)
@@ -79,11 +79,11 @@ def run(job: dict[str, Any]) -> None:
         )  # pyright: ignore
         return trainer
 
-    train_module._trainer = make
+    train_module.build_trainer = make
     try:
         train(load_settings(config), Console(quiet=True), resume=job.get("resume", ""))
     finally:
-        train_module._trainer = original
+        train_module.build_trainer = original
 
 
 def main() -> int:

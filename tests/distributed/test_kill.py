@@ -57,7 +57,7 @@ class Recorder(lightning.Callback):
 
 @contextmanager
 def recorded(recorder: Recorder) -> Iterator[None]:
-    original = train_module._trainer
+    original = train_module.build_trainer
 
     def watched(*arguments: Any) -> lightning.Trainer:
         trainer = original(*arguments)
@@ -65,7 +65,7 @@ def recorded(recorder: Recorder) -> Iterator[None]:
         return trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "_trainer", watched)
+        patch.setattr(train_module, "build_trainer", watched)
         yield
 
 

@@ -180,7 +180,7 @@ def test_refusals_and_bad_clips_are_those_of_all_ranks(
     assert "Preempted" in jobs.run(ranks=2).stdout
     jobs.add("parts", share, *ONE_RANK, resume="auto")
     jobs.done(ranks=1)
-    refused = [json.loads(run.done.read_text())["refused"] for run in (whole, poisoned, parts)]
+    refused = [json.loads(run.done.read_text())["skipped"] for run in (whole, poisoned, parts)]
     assert refused[0] == refused[1] == refused[2] != {}
     by_rank = [
         [json.loads(line) for line in poisoned.ledger(rank).read_text().splitlines()]

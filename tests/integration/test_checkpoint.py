@@ -20,10 +20,10 @@ from whisper_aut.errors import UserError
 from whisper_aut.export.hf import read_checkpoint
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
-from whisper_aut.training.callbacks.stopping import CleanStop, Guard, check_room
+from whisper_aut.training.callbacks.stopping import CleanStop, Guard, check_disk_space
 from whisper_aut.training.checkpoint import (
     MANIFEST,
-    CheckpointDraft,
+    CheckpointWriter,
     FileMetadata,
     Manifest,
     checkpoint_name,
@@ -35,14 +35,14 @@ from whisper_aut.training.checkpoint import (
     read_state,
     read_weights,
 )
-from whisper_aut.training.run_dir import RunDirectory, check_step_size, resume_from
+from whisper_aut.training.run_dir import RunDirectory, check_step_size, find_resume_checkpoint
 from whisper_aut.training.train import train
 
 
 def written(path: Path, step: int = 5, value: float = 1.0) -> Path:
     """Write a checkpoint of two ranks."""
     files: dict[str, FileMetadata] = {}
-    drafts = [CheckpointDraft(path, rank, 2) for rank in range(2)]
+    drafts = [CheckpointWriter(path, rank, 2) for rank in range(2)]
     drafts[0].begin()
     for rank, draft in enumerate(drafts):
         name = f"encoder.{rank}"
@@ -73,7 +73,7 @@ def test_shares_of_all_ranks_come_back_as_one(tmp_path: Path):
 
 def test_a_draft_is_never_taken_for_a_checkpoint(tmp_path: Path):
     written(tmp_path / "step-0000001.ckpt")
-    draft = CheckpointDraft(tmp_path / "step-0000002.ckpt", 0, 1)
+    draft = CheckpointWriter(tmp_path / "step-0000002.ckpt", 0, 1)
     draft.begin()
     draft.write_tensors({"encoder.0": torch.ones(2)}, {})  # killed here
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-0000001.ckpt"]
@@ -117,7 +117,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     tensors = next(newest.glob("optimizer-*"))
     tensors.write_bytes(tensors.read_bytes()[:100])
     said: list[str] = []
-    found = resume_from("auto", run, "runs/smoke", said.append)
+    found = find_resume_checkpoint("auto", run, "runs/smoke", said.append)
     assert found == checkpoints_in(run.checkpoints)[-2].resolve()
     assert "was passed over" in said[0]
     again = train(settings, QUIET, resume="auto").run
@@ -233,10 +233,10 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of
         settings_for(tiny_whisper, tiny_shards, tmp_path / "plain", *overrides), QUIET
     ).run
 
-    begin, count = CheckpointDraft.begin, Guard.on_train_batch_end
+    begin, count = CheckpointWriter.begin, Guard.on_train_batch_end
     reached, seen = threading.Condition(), [0]
 
-    def begin_a_step_later(draft: CheckpointDraft) -> None:
+    def begin_a_step_later(draft: CheckpointWriter) -> None:
         step = int(draft.path.stem.removeprefix("step-"))
         with reached:
             assert reached.wait_for(lambda: seen[-1] > step or step == 6, timeout=60), (
@@ -250,7 +250,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of
             seen.append(trainer.global_step)
             reached.notify_all()
 
-    monkeypatch.setattr(CheckpointDraft, "begin", begin_a_step_later)
+    monkeypatch.setattr(CheckpointWriter, "begin", begin_a_step_later)
     monkeypatch.setattr(Guard, "on_train_batch_end", counted)
     settings = settings_for(
         tiny_whisper, tiny_shards, tmp_path / "async", *overrides, "trainer.async_checkpoints=true"
@@ -277,7 +277,7 @@ def test_what_broke_the_run_is_said_and_not_what_broke_the_checkpoint_after_it(
 ):
     failed, count = threading.Event(), Guard.on_train_batch_end
 
-    def fails(_: CheckpointDraft) -> None:
+    def fails(_: CheckpointWriter) -> None:
         failed.wait(60)
         raise RuntimeError("the writers lost each other")
 
@@ -287,7 +287,7 @@ def test_what_broke_the_run_is_said_and_not_what_broke_the_checkpoint_after_it(
             failed.set()
             raise ArithmeticError("the model broke")
 
-    monkeypatch.setattr(CheckpointDraft, "begin", fails)
+    monkeypatch.setattr(CheckpointWriter, "begin", fails)
     monkeypatch.setattr(Guard, "on_train_batch_end", breaks)
     overrides = (
         "trainer.checkpoint_every_steps=2",
@@ -309,7 +309,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(
         if trainer.global_step == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(CheckpointDraft, "begin", lambda _: let_go.wait(60))
+    monkeypatch.setattr(CheckpointWriter, "begin", lambda _: let_go.wait(60))
     monkeypatch.setattr(Guard, "on_train_batch_end", interrupted)
     overrides = (
         "trainer.checkpoint_every_steps=2",
@@ -342,20 +342,20 @@ def test_steps_of_another_size_are_refused_with_the_way_out(tmp_path: Path):
 def test_resume_says_what_it_was_given(tmp_path: Path):
     run = RunDirectory(tmp_path / "smoke" / "a")
     run.checkpoints.mkdir(parents=True)
-    assert resume_from("auto", run, "runs/smoke", print) is None
+    assert find_resume_checkpoint("auto", run, "runs/smoke", print) is None
     with pytest.raises(UserError, match="has saved no checkpoint yet"):
-        resume_from(str(run.path), None, "runs/smoke", print)
+        find_resume_checkpoint(str(run.path), None, "runs/smoke", print)
     with pytest.raises(UserError, match="it does not exist"):
-        resume_from(str(tmp_path / "x.ckpt"), None, "runs/smoke", print)
+        find_resume_checkpoint(str(tmp_path / "x.ckpt"), None, "runs/smoke", print)
     with pytest.raises(UserError, match="it is not a checkpoint"):
-        resume_from(str(tmp_path), None, "runs/smoke", print)
+        find_resume_checkpoint(str(tmp_path), None, "runs/smoke", print)
     written(run.checkpoints / "step-0000003.ckpt")
     assert (
-        resume_from(str(run.path), None, "runs/smoke", print)
+        find_resume_checkpoint(str(run.path), None, "runs/smoke", print)
         == (run.checkpoints / "step-0000003.ckpt").resolve()
     )
     run.done.write_text("{}")
-    assert resume_from("auto", run, "runs/smoke", print) is None  # it has finished
+    assert find_resume_checkpoint("auto", run, "runs/smoke", print) is None  # it has finished
 
 
 def _train_with_files_up_to(size_bytes: int, settings: Settings) -> None:
@@ -391,13 +391,13 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_what_was_saved_is_whole(
 
 
 def test_room_is_looked_for_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert check_room(tmp_path / "runs" / "new", one_checkpoint=1000, kept=3) == ""
+    assert check_disk_space(tmp_path / "runs" / "new", one_checkpoint=1000, kept=3) == ""
     with pytest.raises(UserError, match=r"GiB free, and a checkpoint takes about 1048576\.0 GiB"):
-        check_room(tmp_path, one_checkpoint=2**50, kept=3)
+        check_disk_space(tmp_path, one_checkpoint=2**50, kept=3)
     import shutil
 
     free = shutil.disk_usage(tmp_path).free
-    assert "lower trainer.keep_checkpoints" in check_room(
+    assert "lower trainer.keep_checkpoints" in check_disk_space(
         tmp_path, one_checkpoint=free // 4, kept=5
     )
 
@@ -410,7 +410,7 @@ def test_room_is_looked_for_before_the_first_step(tmp_path: Path, monkeypatch: p
     with pytest.raises(
         UserError, match=r"Cannot write to .*: Read-only file system\. Set runs=FOLDER"
     ):
-        check_room(tmp_path, one_checkpoint=1, kept=1)
+        check_disk_space(tmp_path, one_checkpoint=1, kept=1)
 
 
 def test_nothing_in_a_checkpoint_is_unpickled(tmp_path: Path):

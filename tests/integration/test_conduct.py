@@ -84,7 +84,7 @@ def test_an_experiment_runs_what_is_missing_and_nothing_twice(
     assert trained(tmp_path) == {"start-base-s0": 1, "tried-even-s0": 1, "tried-speech-s0": 1}
     results = Results.load(tmp_path / "out" / "tried.json")
     (even, speech) = results.measures
-    assert (even.cost.steps, even.cost.padding_share) == (2, 0.0)  # pyright: ignore[reportOptionalMemberAccess]
+    assert (even.cost.steps, even.cost.padding_fraction) == (2, 0.0)  # pyright: ignore[reportOptionalMemberAccess]
     assert [point.step for point in even.curve] == [1, 2]
     assert even.curve[-1].audio_seconds == pytest.approx(even.cost.audio_seconds)  # pyright: ignore[reportOptionalMemberAccess]
     assert (

@@ -59,7 +59,7 @@ def test_a_bad_clip_costs_one_step_and_is_named(
             assert weight.isfinite().all(), name
     metrics = json.loads(run.done.read_text())["metrics"]
     assert metrics["train/skipped_steps"] == 2
-    assert json.loads(run.done.read_text())["refused"] == {}, (
+    assert json.loads(run.done.read_text())["skipped"] == {}, (
         "the clips were trained on, not refused"
     )
 

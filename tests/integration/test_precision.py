@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from tests.integration.test_train import QUIET, settings_for
-from whisper_aut.training.build import run_fingerprint
-from whisper_aut.training.strategies import NO_BFLOAT16, resolved_precision
+from whisper_aut.training.factory import run_fingerprint
+from whisper_aut.training.strategies import NO_BFLOAT16, resolve_precision
 from whisper_aut.training.train import train
 
 
@@ -35,8 +35,8 @@ def test_auto_is_bfloat16_where_a_gpu_computes_in_it(
         "torch.cuda.is_bf16_supported",
         lambda including_emulation: has_bfloat16 or including_emulation,
     )
-    assert resolved_precision("auto", accelerator) == expected
-    assert resolved_precision("16-mixed", accelerator) == ("16-mixed", "")
+    assert resolve_precision("auto", accelerator) == expected
+    assert resolve_precision("16-mixed", accelerator) == ("16-mixed", "")
 
 
 def test_a_run_records_the_precision_that_auto_meant(

@@ -18,11 +18,11 @@ from whisper_aut.data.sampler import Cursor
 from whisper_aut.data.shards import ShardFolder, open_index
 from whisper_aut.errors import UserError
 from whisper_aut.pipeline import Story, run_pipeline
-from whisper_aut.training.build import (
+from whisper_aut.training.factory import (
     build_augment,
     build_data,
     build_decoder,
-    build_start,
+    build_pretrained,
     stored_audio,
 )
 from whisper_aut.training.train import train
@@ -76,7 +76,7 @@ def test_a_source_that_is_mostly_left_out_keeps_its_weight_and_batches_are_full(
             *seconds,
         ],
     )
-    start = build_start(settings)
+    start = build_pretrained(settings)
     _, codec = build_decoder(settings, start)
     data = build_data(settings, codec, 80)
     read = list(data.train_dataloader())
@@ -109,7 +109,7 @@ def test_an_epoch_is_every_clip_that_is_left_once_whatever_the_ranks(
             "data.licences.allow=[CC-BY]",
         ],
     )
-    _, codec = build_decoder(settings, build_start(settings))
+    _, codec = build_decoder(settings, build_pretrained(settings))
     data = build_data(settings, codec, 80)
     alone = [key for batch in data.train_dataloader() for key in batch.keys]
     assert sorted(alone) == sorted(f"music-{number}" for number in range(35, 60))
@@ -139,10 +139,10 @@ def test_noise_a_new_tokenizer_and_the_plan_go_by_the_clips_that_are_left(
     )
     assert [index.samples for index in build_augment(settings, DEFAULT_POLICY).noise] == [2]
     assert stored_audio(settings.data)[0].clips == 5
-    some = build_start(settings).path
+    some = build_pretrained(settings).path
     settings.data.licences.allow.clear()
     assert stored_audio(settings.data)[0].clips == 20
-    assert build_start(settings).path != some
+    assert build_pretrained(settings).path != some
 
 
 def test_excluded_clips_are_not_trained_on_and_the_run_says_so(
@@ -207,7 +207,7 @@ def test_licences_are_filtered_and_written_down(
     (source,) = json.loads((trained.run.path / "environment.json").read_text())["data"]
     seconds = pytest.approx(open_index(tiny_shards / "speech").seconds, abs=0.01)
     assert source["licences"] == {"CC-BY-4.0": {"clips": 23, "seconds": seconds}}
-    assert source["share"] == 1.0
+    assert source["weight"] == 1.0
 
 
 def test_a_probe_set_that_nobody_audited_is_named(audited: Path, tiny_shards: Path, tmp_path: Path):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.integration.test_train import QUIET, settings_for
-from whisper_aut.training.callbacks.monitors import Throughput, peak_memory_gib
-from whisper_aut.training.checkpoint import CheckpointDraft
+from whisper_aut.training.callbacks.metrics import Throughput, peak_memory_gib
+from whisper_aut.training.checkpoint import CheckpointWriter
 from whisper_aut.training.strategies import Background, peak_flops
 from whisper_aut.training.train import train
 
@@ -25,8 +25,8 @@ def test_figures_are_sums_over_seconds():
     assert figures["audio_seconds_per_second"] == 4 * 18.0 / 2
     assert figures["tokens_per_second"] == 4 * 40
     assert figures["clips_per_second"] == 4 * 1.5
-    assert figures["data_wait_share"] == 0.25
-    assert figures["padding_share"] == 0
+    assert figures["data_wait_fraction"] == 0.25
+    assert figures["padding_fraction"] == 0
     assert figures["teraflops"] == pytest.approx(8.0)
     assert figures["mfu"] == pytest.approx(0.25)  # of one device, whatever the number of ranks
     assert (part + part).figures()["tokens_per_second"] == pytest.approx(40)
@@ -36,7 +36,7 @@ def test_padding_counts_what_the_encoder_runs_on():
     part = Throughput()
     part.add_batch([600], tokens=1, flops=None, padded=True)
     part.add_time(1.0, 0.0)
-    assert part.figures()["padding_share"] == pytest.approx(0.8)
+    assert part.figures()["padding_fraction"] == pytest.approx(0.8)
     assert "teraflops" not in part.figures()
 
 
@@ -62,8 +62,8 @@ def test_a_run_logs_its_throughput_and_closes_with_it(
     assert [int(row["step"]) for row in logged] == [2, 4, 6]
     metrics = json.loads(run.done.read_text())["metrics"]
     assert metrics["throughput/audio_seconds_per_second"] > 0
-    assert 0 <= metrics["throughput/data_wait_share"] < 1
-    assert metrics["throughput/padding_share"] == 0
+    assert 0 <= metrics["throughput/data_wait_fraction"] < 1
+    assert metrics["throughput/padding_fraction"] == 0
     assert metrics["throughput/teraflops"] > 0
     assert "throughput/mfu" not in metrics
 
@@ -96,19 +96,19 @@ def test_checkpoints_are_not_counted(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """On a clock that ticks when it is read, and takes an hour for a checkpoint; one in the background is waited for in whole."""
-    clock, begin, background = [0.0], CheckpointDraft.begin, []
+    clock, begin, background = [0.0], CheckpointWriter.begin, []
 
     def ticked() -> float:
         clock[0] += 0.001
         return clock[0]
 
-    def slowly(draft: CheckpointDraft) -> None:
+    def slowly(draft: CheckpointWriter) -> None:
         clock[0] += 3600
         begin(draft)
 
-    monkeypatch.setattr(CheckpointDraft, "begin", slowly)
+    monkeypatch.setattr(CheckpointWriter, "begin", slowly)
     monkeypatch.setattr(
-        "whisper_aut.training.callbacks.monitors.time",
+        "whisper_aut.training.callbacks.metrics.time",
         SimpleNamespace(perf_counter=ticked, monotonic=ticked),
     )
     monkeypatch.setattr(Background, "start", lambda _, work: background.append(work))

@@ -31,9 +31,9 @@ from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.training import train as train_module
-from whisper_aut.training.build import run_fingerprint
-from whisper_aut.training.callbacks.stopping import explained
+from whisper_aut.training.callbacks.stopping import explain_errors
 from whisper_aut.training.checkpoint import read_manifest
+from whisper_aut.training.factory import run_fingerprint
 from whisper_aut.training.train import train
 
 QUIET = Console(quiet=True)
@@ -119,7 +119,7 @@ def test_a_run_leaves_everything_behind_and_is_not_run_twice(
         "metrics"
     ].keys()
     facts = json.loads((run.path / "environment.json").read_text())
-    assert sum(source["share"] for source in facts["data"]) == pytest.approx(1.0)
+    assert sum(source["weight"] for source in facts["data"]) == pytest.approx(1.0)
     again = train(settings, QUIET)
     assert again.reused
     assert again.run == run
@@ -180,7 +180,7 @@ def test_the_module_trains_in_train_mode_with_fixed_positions(
         ) -> None:
             modes.extend(part.training for part in module.modules())
 
-    original = train_module._trainer
+    original = train_module.build_trainer
     with pytest.MonkeyPatch.context() as patch:
 
         def watched(*arguments: Any) -> lightning.Trainer:
@@ -188,7 +188,7 @@ def test_the_module_trains_in_train_mode_with_fixed_positions(
             trainer.callbacks.append(Watch())  # pyright: ignore[reportAttributeAccessIssue]
             return trainer
 
-        patch.setattr(train_module, "_trainer", watched)
+        patch.setattr(train_module, "build_trainer", watched)
         run = train(settings_for(tiny_whisper, tiny_shards, tmp_path), QUIET).run
     assert modes
     assert all(modes)
@@ -324,7 +324,7 @@ def test_preemption_has_an_exit_status_of_its_own(
 ):
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path, "probe.tasks=[]")
     (tmp_path / "config.yaml").write_text(dump_settings(settings))
-    original = train_module._trainer
+    original = train_module.build_trainer
     for number, status in ((signal.SIGUSR1, 75), (signal.SIGINT, 130)):
 
         def make(*arguments: Any, number: int = number) -> lightning.Trainer:
@@ -333,7 +333,7 @@ def test_preemption_has_an_exit_status_of_its_own(
             return trainer
 
         with monkeypatch.context() as patch:
-            patch.setattr(train_module, "_trainer", make)
+            patch.setattr(train_module, "build_trainer", make)
             assert main(["train", str(tmp_path / "config.yaml"), "--fresh"]) == status
         assert f"train {tmp_path / 'config.yaml'} --resume auto" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "1")  # another rank leaves the word to the first
@@ -375,26 +375,26 @@ def test_refusals_are_counted_once_over_validations_and_resumes(
         valid,
     )
     whole = train(settings_for(tiny_whisper, shards, tmp_path / "whole", *overrides), QUIET).run
-    expected = json.loads(whole.done.read_text())["refused"]
+    expected = json.loads(whole.done.read_text())["skipped"]
     assert expected[str(tmp_path / "valid")] == {"bad tar": 3}
     lines = (whole.path / "ledger.jsonl").read_text().splitlines()
     assert len(lines) == sum(sum(reasons.values()) for reasons in expected.values()) > 3
-    logged = read_metrics(whole.metrics)["data/refused"]
+    logged = read_metrics(whole.metrics)["data/skipped"]
     assert logged[-1][1] == len(lines)
     settings = settings_for(tiny_whisper, shards, tmp_path / "parts", *overrides)
     with monkeypatch.context() as patch:
-        original = train_module._trainer
+        original = train_module.build_trainer
 
         def make(*arguments: Any) -> lightning.Trainer:
             trainer = original(*arguments)
             trainer.callbacks.insert(0, _SignalAt(step, signal.SIGTERM))  # pyright: ignore[reportAttributeAccessIssue]
             return trainer
 
-        patch.setattr(train_module, "_trainer", make)
+        patch.setattr(train_module, "build_trainer", make)
         with pytest.raises(Preempted):
             train(settings, QUIET)
     resumed = train(settings, QUIET, resume="auto").run
-    assert json.loads(resumed.done.read_text())["refused"] == expected
+    assert json.loads(resumed.done.read_text())["skipped"] == expected
 
 
 def test_accumulated_micro_batches_equal_one_big_batch(
@@ -440,7 +440,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
         settings_for(tiny_whisper, tiny_shards, tmp_path / "whole", "data.workers=1"), QUIET
     ).run
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "parts", "data.workers=1")
-    original = train_module._trainer
+    original = train_module.build_trainer
 
     def interrupted_trainer(*arguments: Any) -> lightning.Trainer:
         trainer = original(*arguments)
@@ -448,7 +448,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
         return trainer
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_trainer", interrupted_trainer)
+        patch.setattr(train_module, "build_trainer", interrupted_trainer)
         with pytest.raises(Interrupted, match="stopped after step 3") as stop:
             train(settings, QUIET)
     assert stop.type is (Interrupted if number == signal.SIGINT else Preempted)
@@ -502,7 +502,7 @@ def test_a_checkpoint_behind_the_last_step_is_refused(
 def test_what_lightning_refuses_is_said_in_a_sentence(tmp_path: Path):
     with (
         pytest.raises(UserError, match="This machine cannot run the config"),
-        explained(tmp_path, ranks=1),
+        explain_errors(tmp_path, ranks=1),
     ):
         lightning.Trainer(accelerator="cpu", devices=0, logger=False)
 
@@ -594,7 +594,7 @@ def test_a_pipe_is_read_where_it_is_allowed_and_only_there(
         settings_for(tiny_whisper, tiny_shards, tmp_path, source, "data.allow_pipe=true"), QUIET
     ).run
     done = json.loads(run.done.read_text())
-    assert (done["steps"], done["refused"]) == (6, {})
+    assert (done["steps"], done["skipped"]) == (6, {})
 
 
 def test_there_is_no_precision_without_float32_weights():

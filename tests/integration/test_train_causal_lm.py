@@ -24,7 +24,7 @@ from whisper_aut.models.language import weights_hash
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.pipeline import open_run
 from whisper_aut.training import train as train_module
-from whisper_aut.training.run_dir import runs_of
+from whisper_aut.training.run_dir import list_runs
 from whisper_aut.training.train import train
 
 
@@ -35,7 +35,7 @@ def language(tiny_language_model: Path) -> list[str]:
 
 def watched(monkeypatch: pytest.MonkeyPatch, *callbacks: Any) -> list[Any]:
     """Make `train` use a trainer with more callbacks; return the list that will hold it."""
-    original, trainers = train_module._trainer, []
+    original, trainers = train_module.build_trainer, []
 
     def make(*arguments: Any) -> Any:
         trainer = original(*arguments)
@@ -43,7 +43,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, *callbacks: Any) -> list[Any]:
         trainers.append(trainer)
         return trainer
 
-    monkeypatch.setattr(train_module, "_trainer", make)
+    monkeypatch.setattr(train_module, "build_trainer", make)
     return trainers
 
 
@@ -204,7 +204,7 @@ def test_a_date_in_the_chat_template_is_that_of_the_runs_start_however_late_it_g
         watched(patch, _SignalAt(3, 15))
         with pytest.raises(Interrupted):
             train(settings, QUIET)
-    (run,) = runs_of(Path(settings.runs), settings.name)
+    (run,) = list_runs(Path(settings.runs), settings.name)
     config = yaml.safe_load(run.config.read_text())
     assert config["decoder"]["date"] == date.today().isoformat()
     config["decoder"]["date"] = "2025-02-03"  # as if it had begun then

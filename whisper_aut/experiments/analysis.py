@@ -34,7 +34,7 @@ class Cost:
     audio_seconds: float
     teraflop: float | None
     seconds: float
-    padding_share: float
+    padding_fraction: float
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def cost_of(run: RunDirectory) -> Cost:
         audio_seconds=figures["total_audio_seconds"],
         teraflop=figures.get("total_teraflop"),
         seconds=figures["total_seconds"],
-        padding_share=figures["padding_share"],
+        padding_fraction=figures["padding_fraction"],
     )
 
 

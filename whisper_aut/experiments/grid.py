@@ -29,8 +29,8 @@ from whisper_aut.config import (
 from whisper_aut.errors import UserError, nearest
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.pipeline import Story, prepare_corpora, run_pipeline
-from whisper_aut.training.build import build_forecast, planned_config, run_fingerprint
-from whisper_aut.training.run_dir import RunDirectory, runs_of
+from whisper_aut.training.factory import build_forecast, planned_config, run_fingerprint
+from whisper_aut.training.run_dir import RunDirectory, list_runs
 from whisper_aut.utils import file_lock
 
 RANDOM = "random:"  # before the name of a start: its shape, new weights
@@ -537,7 +537,7 @@ def find(run: Run) -> Found:
         kind for kind in settings.export if kind in check_decoder(settings.decoder)[0].exports
     ]
     begun = None
-    for directory in runs_of(Path(settings.runs), settings.name):
+    for directory in list_runs(Path(settings.runs), settings.name):
         if directory.finished_with(fingerprint) and all(
             directory.export(kind).is_dir() for kind in exports
         ):

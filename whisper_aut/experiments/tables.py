@@ -109,7 +109,7 @@ def cost_sheet(results: Results) -> Sheet:
             *arm.titles,
             _number(spread([cost.steps for cost in costs]) if costs else None, "{:.0f}"),
             _number(spread([cost.audio_seconds for cost in costs]) if costs else None, "{:.0f}"),
-            _number(spread([cost.audio_seconds / (1 - cost.padding_share) for cost in costs]) if costs else None, "{:.0f}"),
+            _number(spread([cost.audio_seconds / (1 - cost.padding_fraction) for cost in costs]) if costs else None, "{:.0f}"),
             _number(spread(work) if work else None, "{:.3f}"),
             _number(spread([cost.seconds for cost in costs]) if costs else None, "{:.0f}"),
             _number(spread(finals) if finals else None, "{:.3f}"),

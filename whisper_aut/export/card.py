@@ -219,7 +219,7 @@ def _data(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         [
             Path(source["root"]).name,
             source["domain"],
-            f"{source['share']:.1%}",
+            f"{source['weight']:.1%}",
             f"{source['clips']:,}",
             f"{source['seconds'] / 3600:.2f}",
             _licences(source, stated),
@@ -230,10 +230,10 @@ def _data(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         return "The run recorded none."
     shares = Counter[str]()
     for source in facts["data"]:
-        shares[source["domain"]] += source["share"]
+        shares[source["domain"]] += source["weight"]
     mixture = ", ".join(f"{share:.0%} {domain}" for domain, share in shares.most_common())
     unknown = sum(
-        source["share"] for source in facts["data"] if not _licences(source, stated).strip("–")
+        source["weight"] for source in facts["data"] if not _licences(source, stated).strip("–")
     )
     note = f"\n\n{unknown:.0%} of what was trained on states no licence." if unknown else ""
     return (

@@ -226,7 +226,7 @@ def find_checkpoint(path: Path) -> tuple[Path, PretrainedWhisper]:
             f"{run.path} has saved no checkpoint yet "
             f"({checkpoint.relative_to(run.path)} is missing)."
         )
-    start = json.loads(facts.read_text())["start"]
+    start = json.loads(facts.read_text())["pretrained"]
     return checkpoint, PretrainedWhisper(start["path"], start["revision"])
 
 

@@ -244,8 +244,8 @@ FIGURES = {
     "throughput/audio_seconds_per_second": ("audio-seconds a second", 1, 1),
     "throughput/clips_per_second": ("clips a second", 1, 1),
     "throughput/tokens_per_second": ("tokens a second", 1, 0),
-    "throughput/data_wait_share": ("waiting for data, % of the time", 100, 1),
-    "throughput/padding_share": ("padding, % of the frames", 100, 1),
+    "throughput/data_wait_fraction": ("waiting for data, % of the time", 100, 1),
+    "throughput/padding_fraction": ("padding, % of the frames", 100, 1),
     "throughput/teraflops": ("model TFLOP/s", 1, 3),
     "throughput/mfu": ("MFU, %", 100, 1),
     "throughput/peak_memory_gib": ("peak memory, GiB", 1, 2),
@@ -269,7 +269,7 @@ def run_sheet(run: Path) -> Sheet | None:
         ("machine", f"{facts.get('machine', '')}, {facts.get('cpus', '?')} cores"),
         ("GPUs", ", ".join(facts.get("gpus", [])) or "none"),
         ("packages", f"Python {facts.get('python', '')}, {packages}"),
-        ("start", _place(facts.get("start", {}))),
+        ("start", _place(facts.get("pretrained", {}))),
         (
             "decoder",
             ", ".join(
@@ -303,7 +303,7 @@ def data_sheet(run: Path) -> Sheet | None:
         (
             source.get("root", ""), source.get("domain", ""), _licences(source),
             f"{source.get('clips', 0):,}", f"{source.get('seconds', 0) / 3600:,.2f}",
-            _share(source.get("share", 0), [s.get("share", 0) for s in sources]),
+            _share(source.get("weight", 0), [s.get("weight", 0) for s in sources]),
             _share(clips, heard),
             f"{epochs[source['root']]:.2f}" if source.get("root") in epochs else "–",
         )
@@ -341,7 +341,7 @@ def _share(part: float, parts: list[float]) -> str:
 
 def refusal_sheet(run: Path) -> Sheet | None:
     """Lay out the number of skipped samples by source and reason; None if there were none."""
-    refused = _read(run / "done.json").get("refused", {})
+    refused = _read(run / "done.json").get("skipped", {})
     rows = tuple(
         (source, reason, f"{count:,}")
         for source, reasons in refused.items()

@@ -164,7 +164,7 @@ def plot_speed(metrics_csv: str | Path, path: str | Path) -> Path | None:
     series = read_metrics(metrics_csv)
     speed, wait = (
         series.get("throughput/audio_seconds_per_second"),
-        series.get("throughput/data_wait_share"),
+        series.get("throughput/data_wait_fraction"),
     )
     if not speed or not wait:
         return None

@@ -174,7 +174,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{path / STATE} cannot be read: {str(error).splitlines()[0]}") from None
 
 
-class CheckpointDraft:
+class CheckpointWriter:
     """A checkpoint that is being written, under a temporary name.
 
     Rank 0 calls `begin`, then every rank calls `write_tensors`, then rank 0 calls `finish`.

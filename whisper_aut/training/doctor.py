@@ -29,7 +29,7 @@ from whisper_aut.data.reader import Sample, iter_samples
 from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy
 from whisper_aut.data.shards import ShardIndex
 from whisper_aut.errors import UserError
-from whisper_aut.training.callbacks.stopping import check_room, find_compiler
+from whisper_aut.training.callbacks.stopping import check_disk_space, find_compiler
 
 Status = Literal["ok", "warn", "fail"]
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
@@ -187,7 +187,7 @@ def check_disk(folder: Path, checkpoint_bytes: int = 0, kept: int = 0) -> Findin
     Raises:
         UserError: If the folder is not writable or two checkpoints do not fit.
     """
-    warning = check_room(folder, checkpoint_bytes, kept)
+    warning = check_disk_space(folder, checkpoint_bytes, kept)
     place = next(part for part in (folder, *folder.absolute().parents) if part.exists())
     free = shutil.disk_usage(place).free / 2**30
     detail = f"{folder} can be written, {free:.1f} GiB free"

@@ -71,7 +71,7 @@ def parameter_groups(
     ]
 
 
-def rate_factor(
+def lr_factor(
     step: int,
     *,
     total_steps: int,
@@ -126,10 +126,10 @@ def optimizer_factory(
         betas: AdamW's betas.
         eps: AdamW's epsilon.
         layer_decay: As in `parameter_groups`.
-        total_steps: As in `rate_factor`.
-        warmup_steps: As in `rate_factor`.
-        schedule: As in `rate_factor`.
-        final_share: As in `rate_factor`.
+        total_steps: As in `lr_factor`.
+        warmup_steps: As in `lr_factor`.
+        schedule: As in `lr_factor`.
+        final_share: As in `lr_factor`.
         encoder_lr: As in `parameter_groups`.
         encoder_after_step: The encoder's learning rate is 0 before this step and warms up from it.
         cpu_offload: Use DeepSpeed's CPU Adam.
@@ -149,7 +149,7 @@ def optimizer_factory(
             # for such optimizers in bf16-mixed and 16-mixed.
             optimizer._step_supports_amp_scaling = False
         shape = partial(
-            rate_factor,
+            lr_factor,
             total_steps=total_steps,
             warmup_steps=warmup_steps,
             schedule=schedule,

@@ -404,7 +404,7 @@ class Forecast:
         return stage > 0 and not self.precision.startswith("32")
 
 
-def tables(plan: Forecast) -> Iterator[Table | str]:
+def forecast_tables(plan: Forecast) -> Iterator[Table | str]:
     """Yield the texts and tables of a forecast for the console."""
     cost = plan.cost
     millions = (f"{count / 1e6:,.1f} M" for count in (cost.encoder, cost.decoder, cost.trainable))

@@ -145,7 +145,7 @@ class RunDirectory:
         """Return whether this run finished with the config and data of this fingerprint.
 
         Args:
-            fingerprint: From `training.build.run_fingerprint`.
+            fingerprint: From `training.factory.run_fingerprint`.
         """
         try:
             return json.loads(self.done.read_text())["fingerprint"] == fingerprint
@@ -158,7 +158,9 @@ def is_first_rank() -> bool:
     return not rank_zero_only.rank
 
 
-def job_run(root: Path, name: str, config_yaml: str, facts: Mapping[str, Any]) -> RunDirectory:
+def create_job_run(
+    root: Path, name: str, config_yaml: str, facts: Mapping[str, Any]
+) -> RunDirectory:
     """Return the run directory of this job. Rank 0 creates it, and all ranks agree on its name.
 
     Args:
@@ -204,7 +206,7 @@ def _given_name() -> str | None:
 
 
 @contextmanager
-def announced(run: RunDirectory) -> Iterator[None]:
+def share_run_name(run: RunDirectory) -> Iterator[None]:
     """Set `RUN_VARIABLE` in the environment, which ranks launched by Lightning inherit."""
     if RUN_VARIABLE in os.environ:
         yield
@@ -252,7 +254,7 @@ def create_run(
     return run
 
 
-def runs_of(root: Path, name: str) -> list[RunDirectory]:
+def list_runs(root: Path, name: str) -> list[RunDirectory]:
     """Return the runs of a name, newest first, by the time their config was last written."""
     folder = root / name
     paths = (
@@ -315,7 +317,7 @@ def _git_revision() -> str:
 AUTO = "auto"
 
 
-def resume_from(
+def find_resume_checkpoint(
     resume: str, newest: RunDirectory | None, place: str, warn: Callable[[str], None]
 ) -> Path | None:
     """Return the checkpoint to resume from, or None to start a new run.
@@ -333,10 +335,12 @@ def resume_from(
     if not resume:
         return None
     if resume == AUTO:
-        return newest_in(newest, warn) if newest and not newest.done.exists() else None
+        return (
+            latest_valid_checkpoint(newest, warn) if newest and not newest.done.exists() else None
+        )
     path = Path(resume)
     if (path / "checkpoints").is_dir():
-        found = newest_in(RunDirectory(path), warn)
+        found = latest_valid_checkpoint(RunDirectory(path), warn)
         if found is None:
             raise UserError(
                 f"{path} has saved no checkpoint yet. Without --resume, the run begins anew."
@@ -371,7 +375,7 @@ def _check_name(checkpoint: Path, name: str) -> None:
         )
 
 
-def newest_in(run: RunDirectory, warn: Callable[[str], None]) -> Path | None:
+def latest_valid_checkpoint(run: RunDirectory, warn: Callable[[str], None]) -> Path | None:
     """Return the newest valid checkpoint of a run, or None if it has not saved any.
 
     Args:

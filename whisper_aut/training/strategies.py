@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from whisper_aut.data.sampler import Cursor
 from whisper_aut.errors import UserError
 from whisper_aut.training.checkpoint import (
-    CheckpointDraft,
+    CheckpointWriter,
     DeepSpeedState,
     Manifest,
     NamedState,
@@ -192,7 +192,7 @@ class NamedCheckpoints:
 
         Must be called on all ranks. If one rank cannot write, all ranks raise. With `background`,
         this only copies the state, and errors in writing are raised by the next call or by
-        `settle_checkpoint`.
+        `wait_for_checkpoint`.
 
         Args:
             checkpoint: State of Lightning's loops, callbacks and schedules.
@@ -203,8 +203,8 @@ class NamedCheckpoints:
             UserError: If the disk is full or the directory cannot be written.
         """
         strategy: Any = self
-        self.settle_checkpoint()
-        draft = CheckpointDraft(
+        self.wait_for_checkpoint()
+        draft = CheckpointWriter(
             Path(strategy.broadcast(str(filepath))), strategy.global_rank, strategy.world_size
         )
         named = self._named_state().collect(draft.rank, draft.ranks)
@@ -237,7 +237,7 @@ class NamedCheckpoints:
         state = copy.deepcopy(state)
         self.background.start(lambda: self._write(draft, named, state, manifest, storage_options))
 
-    def settle_checkpoint(self) -> None:
+    def wait_for_checkpoint(self) -> None:
         """Wait until the last checkpoint is on disk.
 
         Raises:
@@ -253,10 +253,10 @@ class NamedCheckpoints:
         """
         try:
             if not isinstance(sys.exception(), KeyboardInterrupt):
-                self.settle_checkpoint()
+                self.wait_for_checkpoint()
         except Exception as error:
-            # After successful training, `settle_checkpoint` has raised it already. Raising it here
-            # would hide the error that ends the run.
+            # After successful training, `wait_for_checkpoint` has raised it already. Raising it
+            # here would hide the error that ends the run.
             log.warning(
                 "The last checkpoint was not written: %s",
                 error,
@@ -269,7 +269,7 @@ class NamedCheckpoints:
 
     def _write(
         self,
-        draft: CheckpointDraft,
+        draft: CheckpointWriter,
         named: NamedState,
         state: dict[str, Any],
         manifest: Manifest,
@@ -337,7 +337,7 @@ class NamedCheckpoints:
     def _own_state(self) -> dict[str, Any]:
         return {}
 
-    def _together(self, draft: CheckpointDraft, work: Any) -> list[Any]:
+    def _together(self, draft: CheckpointWriter, work: Any) -> list[Any]:
         """Run `work` on every rank and return all results. If one rank fails, all ranks raise."""
         given, problem = None, ""
         try:
@@ -600,7 +600,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     )
 
 
-def resolved_precision(precision: str, accelerator: str) -> tuple[str, str]:
+def resolve_precision(precision: str, accelerator: str) -> tuple[str, str]:
     """Return the precision to use on this machine, and a hint for the user (may be empty).
 
     Args:

@@ -26,26 +26,16 @@ from whisper_aut.data.shards import ShardIndex
 from whisper_aut.errors import UserError
 from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.training.build import (
-    build_data,
-    build_decoder,
-    build_module,
-    build_start,
-    fix_chat_date,
-    run_fingerprint,
-    same_chat_date,
-    trainer_arguments,
-)
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
 from whisper_aut.training.callbacks.languages import UnknownLanguages
-from whisper_aut.training.callbacks.monitors import (
+from whisper_aut.training.callbacks.metrics import (
     LedgerCallback,
     RunProgressBar,
     SampleWriter,
     SourceEpochs,
     ThroughputMeter,
     build_loggers,
-    counts_of_all_ranks,
+    gather_counts,
 )
 from whisper_aut.training.callbacks.stopping import (
     CleanStop,
@@ -54,30 +44,40 @@ from whisper_aut.training.callbacks.stopping import (
     Rewind,
     StopOnDataEnd,
     check_accelerator,
-    check_room,
+    check_disk_space,
     checkpoint_bytes,
-    explained,
+    explain_errors,
     loader_state,
 )
 from whisper_aut.training.checkpoint import read_manifest
+from whisper_aut.training.factory import (
+    build_data,
+    build_decoder,
+    build_module,
+    build_pretrained,
+    fix_chat_date,
+    run_fingerprint,
+    same_chat_date,
+    trainer_arguments,
+)
 from whisper_aut.training.run_dir import (
     RunDirectory,
-    announced,
     check_step_size,
+    create_job_run,
+    find_resume_checkpoint,
     is_first_rank,
-    job_run,
-    newest_in,
-    resume_from,
-    runs_of,
+    latest_valid_checkpoint,
+    list_runs,
+    share_run_name,
 )
-from whisper_aut.training.strategies import build_strategy, resolved_precision
+from whisper_aut.training.strategies import build_strategy, resolve_precision
 from whisper_aut.utils import write_text
 
 MAX_REWINDS = 3
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainResult:
     """Result of `train`.
 
     Attributes:
@@ -96,7 +96,7 @@ def train(
     resume: str = "",
     fresh: bool = False,
     callbacks: Sequence[lightning.Callback] = (),
-) -> Trained:
+) -> TrainResult:
     """Train, or return the newest run that finished with the same config, data and release.
 
     Args:
@@ -112,10 +112,10 @@ def train(
         Interrupted: If a signal stopped the run. The message names the saved checkpoint.
     """
     hardware = settings.hardware
-    precision, hint = resolved_precision(hardware.precision, hardware.accelerator)
+    precision, hint = resolve_precision(hardware.precision, hardware.accelerator)
     settings = replace(settings, hardware=replace(hardware, precision=precision))
     fingerprint = run_fingerprint(settings)
-    runs = runs_of(Path(settings.runs), settings.name)
+    runs = list_runs(Path(settings.runs), settings.name)
     finished = next(
         (
             run
@@ -133,10 +133,10 @@ def train(
         )
         if is_first_rank():
             finished.point_latest()
-        return Trained(finished, reused=True)
+        return TrainResult(finished, reused=True)
     check_accelerator(settings.hardware.accelerator)
     place = f"{settings.runs}/{settings.name}"
-    checkpoint = resume_from(
+    checkpoint = find_resume_checkpoint(
         resume,
         runs[0] if runs else None,
         place,
@@ -157,7 +157,7 @@ def train(
             "have fallen to the end. Raise trainer.max_steps, resume from an earlier "
             "checkpoint, or start anew with --fresh."
         )
-    if warning := check_room(
+    if warning := check_disk_space(
         checkpoint.parent if checkpoint else Path(settings.runs),
         checkpoint_bytes(parts.module),
         settings.trainer.keep_checkpoints + 1,
@@ -167,7 +167,7 @@ def train(
         _warn(console, hint)
     facts = {
         "fingerprint": fingerprint,
-        "start": {"path": parts.start.path, "revision": parts.start.revision},
+        "pretrained": {"path": parts.start.path, "revision": parts.start.revision},
         "decoder": {
             "name": settings.decoder["name"],
             **getattr(parts.module.decoder, "identity", {}),
@@ -180,7 +180,7 @@ def train(
     run = (
         RunDirectory(checkpoint.parent.parent)
         if checkpoint
-        else job_run(Path(settings.runs), settings.name, dump_settings(settings), facts)
+        else create_job_run(Path(settings.runs), settings.name, dump_settings(settings), facts)
     )
     console.print(_headline(settings, parts, run, checkpoint))
     for source in parts.data.train:
@@ -188,7 +188,7 @@ def train(
             console.print(_left_out(source.index), markup=False)
     # When training starts, Lightning has loaded the checkpoint without an error.
     goes_on = LambdaCallback(on_train_start=lambda *_: _go_on(run, settings, facts))
-    with announced(run), explained(run.path, _ranks(settings)):
+    with share_run_name(run), explain_errors(run.path, _ranks(settings)):
         _fit(
             settings,
             parts,
@@ -198,7 +198,7 @@ def train(
             console,
             [goes_on, *callbacks] if checkpoint else callbacks,
         )
-    return Trained(run, reused=False)
+    return TrainResult(run, reused=False)
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class _Parts:
 
 def _build(settings: Settings, checkpoint: Path | None, skip_to: Cursor | None = None) -> _Parts:
     _seed(settings)
-    start = build_start(settings)
+    start = build_pretrained(settings)
     decoder, codec = build_decoder(settings, start)
     data = build_data(settings, codec, start.config.num_mel_bins)
     total_steps = _total_steps(settings, data, checkpoint, skip_to)
@@ -250,7 +250,7 @@ def _fit(
             deepspeed_options=settings.strategy.deepspeed,
             warn=partial(_warn, console),
         )
-        trainer = _trainer(
+        trainer = build_trainer(
             settings, run, strategy, ledger, meter, parts.total_steps, console, extra
         )
         try:
@@ -261,7 +261,7 @@ def _fit(
             break
         except Rewind as rewind:
             rewinds += 1
-            checkpoint = newest_in(run, lambda line: _say(console, line))
+            checkpoint = latest_valid_checkpoint(run, lambda line: _say(console, line))
             if checkpoint is None or rewinds > MAX_REWINDS:
                 why = (
                     "no checkpoint to go back to"
@@ -289,7 +289,7 @@ def _go_on(run: RunDirectory, settings: Settings, facts: dict[str, Any]) -> None
         run.record(dump_settings(settings), facts)
 
 
-def _trainer(
+def build_trainer(
     settings: Settings,
     run: RunDirectory,
     strategy: Any,
@@ -357,7 +357,7 @@ def _finish(
 ) -> None:
     # Ranks exchange their counts here, after everything that may fail on one of them, and all check
     # the same counts. If a rank fails, no done.json is written.
-    counts = counts_of_all_ranks(ledger)
+    counts = gather_counts(ledger)
     callbacks: list[lightning.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     unknown_languages = next(
         callback.total() for callback in callbacks if isinstance(callback, UnknownLanguages)
@@ -375,7 +375,7 @@ def _finish(
         "fingerprint": fingerprint,
         "steps": trainer.global_step,
         "metrics": metrics,
-        "refused": by_source(counts.all_skipped),
+        "skipped": by_source(counts.all_skipped),
         "unknown_languages": dict(unknown_languages),
     }
     done["sources"] = {
@@ -453,7 +453,7 @@ def _data_facts(data: ShardDataModule) -> list[dict[str, Any]]:
             "fingerprint": source.index.fingerprint(),
             "licences": source.licences,
             "left_out": source.index.selection.left_out if source.index.selection else {},
-            "share": round(shape.share, 4),
+            "weight": round(shape.share, 4),
         }
         for source, shape in zip(data.train, data.order.sources, strict=True)
     ]

@@ -10,7 +10,7 @@ from tests.distributed.launch import join_gloo, on_ranks
 from whisper_aut.data.ledger import MIN_SEEN, Counts, Ledger, by_source
 from whisper_aut.data.reader import SkippedSample
 from whisper_aut.errors import SkipReason, UserError
-from whisper_aut.training.callbacks.monitors import counts_of_all_ranks
+from whisper_aut.training.callbacks.metrics import gather_counts
 
 
 def refusal(folder: str, reason: SkipReason = SkipReason.SILENT, key: str = "k") -> SkippedSample:
@@ -18,7 +18,7 @@ def refusal(folder: str, reason: SkipReason = SkipReason.SILENT, key: str = "k")
 
 
 def checked(ledger: Ledger, *, at_end: bool = False) -> None:
-    ledger.check(counts_of_all_ranks(ledger), at_end=at_end)
+    ledger.check(gather_counts(ledger), at_end=at_end)
 
 
 def test_counts_by_source_and_reason_and_writes_lines(tmp_path: Path):
@@ -100,7 +100,7 @@ def test_a_rewind_counts_nothing_twice():
     ledger = Ledger(None)
     ledger.record(["a"], [refusal("a")])
     ledger.resume(ledger.counts, validated=False)
-    assert counts_of_all_ranks(ledger) == ledger.counts
+    assert gather_counts(ledger) == ledger.counts
 
 
 def skipped_by_the_second_rank() -> list[str]:

@@ -25,7 +25,7 @@ from whisper_aut.data.shards import ShardFolder, open_index
 from whisper_aut.data.targets import WhisperText
 from whisper_aut.errors import SkipReason, UserError
 from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.training.build import open_sources
+from whisper_aut.training.factory import open_sources
 
 DOMAINS = ("speech", "sound", "music")
 

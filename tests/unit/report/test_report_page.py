@@ -193,7 +193,7 @@ def test_facts_are_laid_out(tmp_path):
         "gpus": [],
         "cpus": 2,
         "packages": {"torch": "2"},
-        "start": {"path": "w"},
+        "pretrained": {"path": "w"},
     }
     sources = [
         {
@@ -201,17 +201,17 @@ def test_facts_are_laid_out(tmp_path):
             "domain": "speech",
             "clips": 3,
             "seconds": 7200,
-            "share": 0.8,
+            "weight": 0.8,
             "licences": {"CC0-1.0": {}},
         },
-        {"root": "b", "share": 0.2},
+        {"root": "b", "weight": 0.2},
     ]
     (tmp_path / "environment.json").write_text(json.dumps({**facts, "data": sources}))
     done = {
         "steps": 4,
         "sources": {"a": 2.0, "b": 0.0},
-        "metrics": {"throughput/data_wait_share": 0.125},
-        "refused": {"a": {"silent": 2}},
+        "metrics": {"throughput/data_wait_fraction": 0.125},
+        "skipped": {"a": {"silent": 2}},
     }
     (tmp_path / "done.json").write_text(json.dumps(done))
     found = dict(run_sheet(tmp_path).rows)

@@ -7,7 +7,7 @@ import pytest
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.encoder import PackedEncoder
 from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.training.optim import optimizer_factory, parameter_groups, rate_factor
+from whisper_aut.training.optim import lr_factor, optimizer_factory, parameter_groups
 
 
 def test_every_trainable_parameter_is_in_one_group(tiny_whisper: Path):
@@ -43,9 +43,7 @@ def test_every_trainable_parameter_is_in_one_group(tiny_whisper: Path):
 )
 def test_the_rate_warms_up_and_falls_to_its_final_share(schedule: str, middle: float):
     def factor(step: int) -> float:
-        return rate_factor(
-            step, total_steps=110, warmup_steps=10, schedule=schedule, final_share=0.1
-        )  # pyright: ignore[reportArgumentType]
+        return lr_factor(step, total_steps=110, warmup_steps=10, schedule=schedule, final_share=0.1)  # pyright: ignore[reportArgumentType]
 
     assert [factor(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
     assert factor(10) == pytest.approx(1.0)
@@ -55,7 +53,7 @@ def test_the_rate_warms_up_and_falls_to_its_final_share(schedule: str, middle: f
 
 def test_a_part_that_joins_later_has_no_rate_before_and_warms_up_from_there():
     def factor(step: int) -> float:
-        return rate_factor(
+        return lr_factor(
             step,
             total_steps=110,
             warmup_steps=10,

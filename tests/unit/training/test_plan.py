@@ -26,7 +26,7 @@ from whisper_aut.models.decoders.whisper import (
 )
 from whisper_aut.models.encoder import PackedEncoder
 from whisper_aut.models.flops import encoder_flops, whisper_decoder_flops
-from whisper_aut.training.build import stored_audio
+from whisper_aut.training.factory import stored_audio
 from whisper_aut.training.plan import (
     Compute,
     Forecast,

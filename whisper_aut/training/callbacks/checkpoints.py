@@ -116,9 +116,9 @@ class RollingCheckpoints(lightning.Callback):
         return path
 
     def settle(self, trainer: lightning.Trainer) -> None:
-        """Wait until the last checkpoint is on disk; see `NamedCheckpoints.settle_checkpoint`."""
+        """Wait until the last checkpoint is on disk; see `NamedCheckpoints.wait_for_checkpoint`."""
         with self.paused(trainer):
-            trainer.strategy.settle_checkpoint()  # pyright: ignore[reportAttributeAccessIssue]
+            trainer.strategy.wait_for_checkpoint()  # pyright: ignore[reportAttributeAccessIssue]
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_loss": self.best_loss, "best_step": self.best_step}

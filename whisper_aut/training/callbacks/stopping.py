@@ -423,7 +423,7 @@ def checkpoint_bytes(module: torch.nn.Module) -> int:
     return BYTES_OF_STATE * trained
 
 
-def check_room(folder: Path, one_checkpoint: int, kept: int) -> str:
+def check_disk_space(folder: Path, one_checkpoint: int, kept: int) -> str:
     """Check that a folder is writable and has room for checkpoints.
 
     Args:
@@ -516,7 +516,7 @@ def check_compilable(strategy: str) -> None:
 
 
 @contextmanager
-def explained(folder: Path, ranks: int) -> Iterator[None]:
+def explain_errors(folder: Path, ranks: int) -> Iterator[None]:
     """Convert failures of the machine into messages that say what to do.
 
     Args:

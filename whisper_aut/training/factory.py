@@ -52,7 +52,7 @@ from whisper_aut.training.plan import (
     StepShape,
     step_cost,
 )
-from whisper_aut.training.strategies import DEEPSPEED, OFFLOAD, resolved_precision
+from whisper_aut.training.strategies import DEEPSPEED, OFFLOAD, resolve_precision
 from whisper_aut.utils import file_lock
 
 # `_files` hashes at most about SAMPLES blocks of SAMPLE_BYTES from each file. Files smaller than
@@ -110,9 +110,7 @@ def run_fingerprint(settings: Settings) -> str:
     # The date is set when a run starts; `same_chat_date` compares it separately.
     values["decoder"].pop("date", None)
     hardware = settings.hardware
-    values["hardware"]["precision"], _ = resolved_precision(
-        hardware.precision, hardware.accelerator
-    )
+    values["hardware"]["precision"], _ = resolve_precision(hardware.precision, hardware.accelerator)
     excluded = Path(data.exclude).read_text() if Path(data.exclude).is_file() else ""
     read = open_sources(data.train, policy) + open_sources(data.valid, policy)
     shards = [source.index.fingerprint() for source in read] + [
@@ -148,7 +146,7 @@ def _files(folder: Path) -> list[list[Any]]:
     return found
 
 
-def build_start(settings: Settings) -> PretrainedWhisper:
+def build_pretrained(settings: Settings) -> PretrainedWhisper:
     """Return the pretrained checkpoint that the run starts from.
 
     With `model.scratch`, a new model and tokenizer are created in the folder of the run's name.
@@ -381,7 +379,7 @@ def build_trained(settings: Settings, weights: dict[str, Any]) -> AudioTextModul
     """
     # Compilation does not pay off for the few clips that are evaluated.
     settings = replace(settings, model=replace(settings.model, compile=False))
-    start = build_start(settings)
+    start = build_pretrained(settings)
     decoder, codec = build_decoder(settings, start)
     module = build_module(settings, start, decoder, codec, total_steps=1)
     module.load_state_dict(weights, strict=True)

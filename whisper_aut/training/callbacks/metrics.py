@@ -114,8 +114,8 @@ class Throughput:
             "audio_seconds_per_second": ranks * self.mel_frames / 100 / self.seconds,
             "tokens_per_second": ranks * self.token_count / self.seconds,
             "clips_per_second": ranks * self.clips / self.seconds,
-            "padding_share": 1 - self.mel_frames / max(1, self.computed_mel_frames),
-            "data_wait_share": self.waited_seconds / self.seconds,
+            "padding_fraction": 1 - self.mel_frames / max(1, self.computed_mel_frames),
+            "data_wait_fraction": self.waited_seconds / self.seconds,
         }
         if self.flops is not None:
             figures["teraflops"] = ranks * self.flops / self.seconds / 1e12
@@ -216,8 +216,8 @@ class ThroughputMeter(lightning.Callback):
         parts = [
             f"{figures.get('audio_seconds_per_second', 0):,.0f} audio-seconds a second",
             f"{figures.get('tokens_per_second', 0):,.0f} tokens a second",
-            f"waited for data {figures.get('data_wait_share', 0):.0%}",
-            f"padding {figures.get('padding_share', 0):.0%}",
+            f"waited for data {figures.get('data_wait_fraction', 0):.0%}",
+            f"padding {figures.get('padding_fraction', 0):.0%}",
             *([f"{figures['teraflops']:.3g} TFLOP/s"] if "teraflops" in figures else []),
             *([f"MFU {figures['mfu']:.0%}"] if "mfu" in figures else []),
             f"peak memory {figures['peak_memory_gib']:.1f} GiB",
@@ -391,14 +391,14 @@ class LedgerCallback(lightning.Callback):
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not whole_step or trainer.global_step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        counts = counts_of_all_ranks(self.ledger)
+        counts = gather_counts(self.ledger)
         if skipped := counts.all_skipped.total():
-            module.log("data/refused", float(skipped), prog_bar=True, batch_size=1)
+            module.log("data/skipped", float(skipped), prog_bar=True, batch_size=1)
         self.ledger.check(counts)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts of the run so far. Must be called on all ranks."""
-        return counts_of_all_ranks(self.ledger).state_dict() | {"validated": self.ledger.validated}
+        return gather_counts(self.ledger).state_dict() | {"validated": self.ledger.validated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.ledger.resume(Counts.from_state(state), state["validated"])
@@ -407,7 +407,7 @@ class LedgerCallback(lightning.Callback):
         self.ledger.close()
 
 
-def counts_of_all_ranks(ledger: Ledger) -> Counts:
+def gather_counts(ledger: Ledger) -> Counts:
     """Return the counts of the whole run. Must be called on all ranks."""
     counts: list[Any] = [ledger.counts]
     if dist.is_initialized() and (ranks := dist.get_world_size()) > 1:
