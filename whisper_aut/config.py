@@ -385,7 +385,7 @@ class AugmentSettings:
         gain_db: the largest random gain, in either direction.
         speeds: speed factors, one drawn per clip, such as [0.9, 1.0, 1.1].
         noise: folders or URLs of shards, with sample tables, whose clips are mixed in as noise.
-        noise_share: fraction of the training clips that get noise.
+        noise_probability: fraction of the training clips that get noise.
         snr_db: lowest and highest signal-to-noise ratio.
     """
 
@@ -393,7 +393,7 @@ class AugmentSettings:
     gain_db: float = 0.0
     speeds: list[float] = field(default_factory=lambda: [1.0])
     noise: list[str] = field(default_factory=list)
-    noise_share: float = 0.5
+    noise_probability: float = 0.5
     snr_db: list[float] = field(default_factory=lambda: [5.0, 30.0])
 
 
@@ -482,7 +482,7 @@ class OptimSettings:
     eps: float = 1e-6
     warmup_steps: int = 500
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    final_lr_share: float = 0.0
+    final_lr_fraction: float = 0.0
     layer_decay: float = 1.0
     gradient_clip: float = 1.0
 
@@ -570,7 +570,7 @@ class DuringSettings:
         tasks: names or paths of small tasks, which are embedded again for each measurement.
         every_steps: optimizer steps between measurements; the first is before training.
         kind: the kind of probe.
-        guarded: the domain to monitor for forgetting.
+        guarded_domain: the domain to monitor for forgetting.
         max_drop: how far (0 to 1) its mean score may fall below the first one.
         on_drop: what to do when it falls further.
     """
@@ -578,7 +578,7 @@ class DuringSettings:
     tasks: list[str] = field(default_factory=list)
     every_steps: int = 1000
     kind: str = "knn"
-    guarded: Literal["speech", "sound", "music"] = "speech"
+    guarded_domain: Literal["speech", "sound", "music"] = "speech"
     max_drop: float = 0.05
     on_drop: Literal["warn", "stop"] = "warn"
 
@@ -702,9 +702,9 @@ def _data_problems(data: DataSettings) -> list[str]:
         problems.append(f"data.augment.speeds: {augment.speeds} are not factors between 0.5 and 2")
     if len(augment.snr_db) != 2 or augment.snr_db[0] > augment.snr_db[1]:
         problems.append(f"data.augment.snr_db: {augment.snr_db} is not [lowest, highest]")
-    if augment.gain_db < 0 or not 0 <= augment.noise_share <= 1:
+    if augment.gain_db < 0 or not 0 <= augment.noise_probability <= 1:
         problems.append(
-            "data.augment: gain_db must not be negative, and noise_share lies between 0 and 1"
+            "data.augment: gain_db must not be negative, and noise_probability lies between 0 and 1"
         )
     if data.mode == "epochs" and data.samples_per_epoch is not None:
         problems.append(

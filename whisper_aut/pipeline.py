@@ -526,7 +526,7 @@ def _export(
 
 def _probes_during(settings: Settings, conf: Path) -> list[ProbeDuringTraining]:
     during = settings.probe.during
-    guard = ForgettingGuard(during.guarded, during.max_drop, during.on_drop)
+    guard = ForgettingGuard(during.guarded_domain, during.max_drop, during.on_drop)
     tasks = load_tasks(during.tasks, conf)
     if not tasks:
         return []

@@ -53,7 +53,7 @@ class Augment:
         gain_db: maximum change of loudness, up or down.
         speeds: speed factors, one of which is drawn for each clip.
         noise: shards of noise recordings; they must have sample tables.
-        noise_share: fraction of clips that noise is added to.
+        noise_probability: fraction of clips that noise is added to.
         snr_db: lowest and highest signal-to-noise ratio.
         max_seconds: a clip that its new speed would make longer than this keeps its own speed.
         policy: retries and timeouts for reading noise.
@@ -64,7 +64,7 @@ class Augment:
     gain_db: float = 0.0
     speeds: Sequence[float] = (1.0,)
     noise: Sequence[ShardIndex] = ()
-    noise_share: float = 0.5
+    noise_probability: float = 0.5
     snr_db: tuple[float, float] = (5.0, 30.0)
     max_seconds: float = 30.0
     policy: ReadPolicy = DEFAULT_POLICY
@@ -85,7 +85,7 @@ class Augment:
         """
         random = np.random.default_rng([self.seed, _WAVEFORM, position])
         speed = float(random.choice(np.asarray(self.speeds)))
-        noisy, snr = random.random() < self.noise_share, random.uniform(*self.snr_db)
+        noisy, snr = random.random() < self.noise_probability, random.uniform(*self.snr_db)
         gain = random.uniform(-self.gain_db, self.gain_db)
         if speed != 1.0 and len(waveform) / speed <= self.max_seconds * SAMPLE_RATE_HZ:
             waveform = at_speed(waveform, speed)

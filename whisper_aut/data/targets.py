@@ -205,7 +205,7 @@ class Instruction:
     Prompts and answers are templates over an annotation's fields (`annotation.Template`).
 
     Attributes:
-        asks: paraphrases of the instruction.
+        prompts: paraphrases of the instruction.
         answer: template of the answer. The task is not used for samples that lack one of its
             fields.
         tasks: values of a sample's `task` that the task accepts, in addition to its own name; empty
@@ -213,11 +213,11 @@ class Instruction:
         domains: domains that the task accepts; empty for any.
         weight: weight among the tasks that fit a sample.
         metric: metric of the generated answers.
-        others: labels for the answer "no". If given, this is a yes/no task: `{candidate}` in `asks`
+        others: labels for the answer "no". If given, this is a yes/no task: `{candidate}` in `prompts`
             is a label from the filled `answer` (yes), or one of these (no).
     """
 
-    asks: list[str]
+    prompts: list[str]
     answer: str = "{text}"
     tasks: list[str] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
@@ -259,7 +259,7 @@ class Instructions:
         self.entries = dict(entries)
         self._answers = {name: Template(entry.answer) for name, entry in entries.items()}
         self._asks = {
-            name: [Template(ask) for ask in entry.asks] for name, entry in entries.items()
+            name: [Template(ask) for ask in entry.prompts] for name, entry in entries.items()
         }
 
     @property
@@ -373,17 +373,17 @@ def _words(label: str) -> set[str]:
 
 
 def _problems(name: str, entry: Instruction) -> Iterator[str]:
-    if not entry.asks:
-        yield f"{name}.asks: give at least one instruction"
-    for where, text in (("answer", entry.answer), *(("asks", ask) for ask in entry.asks)):
+    if not entry.prompts:
+        yield f"{name}.prompts: give at least one instruction"
+    for where, text in (("answer", entry.answer), *(("prompts", ask) for ask in entry.prompts)):
         template = Template(text)
         if template.fault:
             yield f"{name}.{where}: {text!r}: {template.fault}"
         elif not text.strip():
             yield f"{name}.{where}: empty"
-    asks_candidate = any(CANDIDATE in Template(ask).columns for ask in entry.asks)
+    asks_candidate = any(CANDIDATE in Template(ask).columns for ask in entry.prompts)
     if asks_candidate != bool(entry.others):
-        yield f"{name}: a yes/no task has both {{{CANDIDATE}}} in `asks` and a list of `others`"
+        yield f"{name}: a yes/no task has both {{{CANDIDATE}}} in `prompts` and a list of `others`"
     for domain in entry.domains:
         if domain not in DOMAINS:
             yield f"{name}.domains: {domain!r} is not one of {', '.join(DOMAINS)}"

@@ -381,9 +381,9 @@ def _make(
             f"No text in {', '.join(scratch.texts)} fits an instruction, so no language model can "
             "be trained on them."
         )
-    asks = [ask for entry in instructions.entries.values() for ask in entry.asks]
+    prompts = [ask for entry in instructions.entries.values() for ask in entry.prompts]
     tokenizer = train_chat_tokenizer(
-        [*asks, *(text.annotation.text for text in texts)], scratch.vocabulary
+        [*prompts, *(text.annotation.text for text in texts)], scratch.vocabulary
     )
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -30,7 +30,7 @@ def test_the_same_position_gives_the_same_clip_and_another_one_another(noise):
     def made(position: int, seed: int = 0) -> torch.Tensor:
         torch.rand(1)  # whatever else draws random numbers
         return Augment(
-            seed, gain_db=6, speeds=(0.9, 1.0, 1.1), noise=[noise], noise_share=1.0
+            seed, gain_db=6, speeds=(0.9, 1.0, 1.1), noise=[noise], noise_probability=1.0
         ).waveform(CLIP, position)
 
     assert torch.equal(made(5), made(5))
@@ -39,10 +39,10 @@ def test_the_same_position_gives_the_same_clip_and_another_one_another(noise):
 
 
 def test_noise_stands_at_the_ratio_asked_for(noise):
-    noisy = Augment(noise=[noise], noise_share=1.0, snr_db=(10.0, 10.0)).waveform(CLIP, 3)
+    noisy = Augment(noise=[noise], noise_probability=1.0, snr_db=(10.0, 10.0)).waveform(CLIP, 3)
     ratio = CLIP.pow(2).sum() / (noisy - CLIP).pow(2).sum()
     assert 10 * ratio.log10() == pytest.approx(10.0, abs=0.01)
-    untouched = Augment(noise=[noise], noise_share=0.0).waveform(CLIP, 3)
+    untouched = Augment(noise=[noise], noise_probability=0.0).waveform(CLIP, 3)
     assert torch.equal(untouched, CLIP)
 
 

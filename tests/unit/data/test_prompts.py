@@ -57,7 +57,7 @@ def test_every_shipped_task_serves_a_sample_of_its_kind(shipped: Instructions):
         assert question.ask
         assert "{" not in question.ask + question.answer
         assert (
-            len(shipped.entries[name].asks) >= 2 or name == "open_question"
+            len(shipped.entries[name].prompts) >= 2 or name == "open_question"
         )  # whose instruction is the sample's own
 
 
@@ -197,7 +197,7 @@ def test_all_problems_of_entries_are_named_at_once():
     with pytest.raises(UserError) as error:
         Instructions(entries)
     for part in (
-        "empty.asks",
+        "empty.prompts",
         "broken.answer",
         "format.answer",
         "candidate: a yes/no task",

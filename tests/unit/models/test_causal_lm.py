@@ -27,7 +27,7 @@ from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.language import load_language_model, weights_hash
 from whisper_aut.models.pretrained import PretrainedWhisper
 
-CAPTION = {"caption": {"asks": ["Describe it.", "What is it?"]}}
+CAPTION = {"caption": {"prompts": ["Describe it.", "What is it?"]}}
 
 
 def build(

@@ -101,7 +101,7 @@ def kit(
 ) -> tuple[Any, TextCodec]:
     monkeypatch.setitem(DECODERS, "ctc", DecoderEntry(CTCOptions, build_ctc))
     name, _, trained = request.param.partition(" ")
-    caption = {"caption": {"asks": ["Describe it.", "What is it?"]}}
+    caption = {"caption": {"prompts": ["Describe it.", "What is it?"]}}
     language = {
         "language_model": str(tiny_language_model),
         "instructions": caption,

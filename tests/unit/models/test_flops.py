@@ -68,7 +68,7 @@ def test_the_language_models_formula_counts_what_pytorch_counts(
 ):
     options = {
         "language_model": str(tiny_language_model),
-        "instructions": {"caption": {"asks": ["Describe it."]}},
+        "instructions": {"caption": {"prompts": ["Describe it."]}},
         "train": train,
     }
     entry, checked = check_decoder({"name": "causal_lm", **options})

@@ -177,7 +177,7 @@ def test_a_clips_loss_gradient_and_answer_do_not_depend_on_its_batch(
     values = {
         "name": "causal_lm",
         "language_model": str(tmp_path),
-        "instructions": {"caption": {"asks": ["Describe it."]}},
+        "instructions": {"caption": {"prompts": ["Describe it."]}},
     }
     entry, options = check_decoder(values)
     decoder, codec = entry.build(PretrainedWhisper(str(tiny_whisper)), options, checkpointing)
@@ -224,7 +224,7 @@ def test_a_run_can_be_planned_whatever_the_layout(kind: str, tmp_path: Path):
     values = {
         "name": "causal_lm",
         "language_model": str(tmp_path),
-        "instructions": {"caption": {"asks": ["Describe it."]}},
+        "instructions": {"caption": {"prompts": ["Describe it."]}},
     }
     entry, options = check_decoder(values)
     config = shaped_config(32, 2, 2, 2, 80, 320)

@@ -79,7 +79,7 @@ def parts(case: Case, whisper: str) -> tuple[AudioTextModule, Any]:
     start = PretrainedWhisper(whisper)
     options: dict[str, Any] = {"name": "whisper"}
     if case.language_model:
-        instructions = {"caption": {"asks": ["Describe it.", "What is it?"]}}
+        instructions = {"caption": {"prompts": ["Describe it.", "What is it?"]}}
         options = {"name": "causal_lm", "language_model": case.language_model}
         options["instructions"] = instructions
     entry, options_of = check_decoder(options)
