@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,7 +42,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}.") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,21 +57,28 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str, Any]:
     """Read a JSON object.
+
+    Args:
+        path: the file.
+        default: returned instead of raising an error.
 
     Raises:
         UserError: the file is missing, is not valid JSON, or does not hold an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        problem = ""
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
+        content, problem = None, f"Cannot read {path}: {error.strerror}."
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}.")
-    return content
+        content, problem = None, f"{path} is not valid JSON: {error}."
+    if isinstance(content, dict):
+        return content
+    if default is not None:
+        return default
+    raise UserError(problem or f"{path} must hold a JSON object, not {type(content).__name__}.")
 
 
 @contextmanager

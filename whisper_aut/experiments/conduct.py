@@ -58,7 +58,6 @@ from whisper_aut.probes.embed import BASELINE_NAME, EmbedSettings, FrameEncoder,
 from whisper_aut.probes.results import TaskScore
 from whisper_aut.probes.suite import run_suite
 from whisper_aut.report.plots import read_metrics
-from whisper_aut.report.tables import rich_table
 from whisper_aut.training.run_dir import RunDirectory
 from whisper_aut.utils import write_text
 
@@ -442,7 +441,7 @@ def analyse(stored: Path, console: Console) -> Conducted:
         encoding="utf-8",
     )
     for sheet in sheets(results):
-        console.print(rich_table(sheet))
+        console.print(sheet.to_rich())
     return Conducted(results, text, stored)
 
 

@@ -32,14 +32,23 @@ from whisper_aut.report.plots import (
     BASELINE_COLOUR,
     MARKERS,
     PALETTE,
-    blank_figure,
-    panel_title,
+    new_figure,
     save_figure,
 )
-from whisper_aut.report.tables import BLANK, Sheet, markdown
+from whisper_aut.report.tables import BLANK, Table
 
 
-def sheets(results: Results) -> list[Sheet]:
+def _table(
+    title: str,
+    caption: str,
+    columns: tuple[str, ...],
+    rows: tuple[tuple[str, ...], ...],
+    text_columns: int,
+) -> Table:
+    return Table(title, columns, rows, text_columns, caption)
+
+
+def sheets(results: Results) -> list[Table]:
     """Return the tables of an experiment."""
     found = [score_sheet(results)] if results.tasks else []
     found += [answer_sheet(results)] if results.answers else []
@@ -49,7 +58,7 @@ def sheets(results: Results) -> list[Sheet]:
     return [*found, comparisons] if comparisons.rows else found
 
 
-def score_sheet(results: Results) -> Sheet:
+def score_sheet(results: Results) -> Table:
     """Lay out arms × probe tasks."""
     tasks = results.tasks
     rows = []
@@ -72,7 +81,7 @@ def score_sheet(results: Results) -> Sheet:
     )
     subsampled = any(task.spread is not None for task in tasks.values())  # by earlier releases
     each = f", each a mean over {results.probe_seeds} subsamples of the probe's training clips"
-    return Sheet(
+    return _table(
         "Linear probes, protocol strict: scores in %",
         "In brackets: domain and test clips. ± is the standard deviation over "
         f"{len(results.seeds)} trainings with other seeds{each * subsampled}. Log-mel statistics are "
@@ -83,7 +92,7 @@ def score_sheet(results: Results) -> Sheet:
     )
 
 
-def answer_sheet(results: Results) -> Sheet:
+def answer_sheet(results: Results) -> Table:
     """Lay out arms × what the language model answers about held-out clips."""
     rows = []
     for arm in results.arms:
@@ -94,10 +103,10 @@ def answer_sheet(results: Results) -> Sheet:
         rows.append((*arm.titles, *(_percent(spread(cell) if cell else None) for cell in cells)))
     head = (*_axis_names(results), *(name.replace("_", " ") for name in results.answers))
     caption = "What the language model answers about test clips, greedily, in %. `exact`: equal to the reference after normalisation."
-    return Sheet("Answers", caption, head, tuple(rows), _axes(results))
+    return _table("Answers", caption, head, tuple(rows), _axes(results))
 
 
-def cost_sheet(results: Results) -> Sheet:
+def cost_sheet(results: Results) -> Table:
     """Lay out what each arm's own training cost."""
     rows = []
     for arm in results.arms:
@@ -128,10 +137,10 @@ def cost_sheet(results: Results) -> Sheet:
         "forward, and backward where something learns; none for padding. Wall clock is of the training loop on a shared machine, so "
         "compare FLOPs first. Losses in nats per token, a mean over domains; they compare within a decoder and its tokens only."
     )
-    return Sheet("Price of training", caption, head, tuple(rows), _axes(results))
+    return _table("Price of training", caption, head, tuple(rows), _axes(results))
 
 
-def price_sheet(results: Results) -> Sheet:
+def price_sheet(results: Results) -> Table:
     """Lay out what it took each arm to reach fixed validation losses."""
     rows = []
     for arm in results.arms:
@@ -162,10 +171,10 @@ def price_sheet(results: Results) -> Sheet:
         "wall clock (s)",
     )
     caption = "Read off at the first validation at or below it; means over the seeds that reach it."
-    return Sheet("Price of a validation loss", caption, head, tuple(rows), _axes(results))
+    return _table("Price of a validation loss", caption, head, tuple(rows), _axes(results))
 
 
-def comparison_sheet(results: Results) -> Sheet:
+def comparison_sheet(results: Results) -> Table:
     """Lay out each arm against the reference, endpoint by endpoint."""
     titles = {arm.name: arm.titles for arm in results.arms}
     found = compare(results)
@@ -190,7 +199,7 @@ def comparison_sheet(results: Results) -> Sheet:
         "standard deviation and correction, finds with a probability of 80 %. Better, worse: the "
         f"corrected p is below 0.05. A claim needs {MIN_TRAININGS} trainings. {_margin(results)}"
     )
-    return Sheet("Comparisons of trainings", caption.strip(), head, rows, _axes(results) + 1)
+    return _table("Comparisons of trainings", caption.strip(), head, rows, _axes(results) + 1)
 
 
 def commands_page(results: Results) -> str:
@@ -226,7 +235,7 @@ def commands_page(results: Results) -> str:
 def page(results: Results, picture: str) -> str:
     """Return an experiment as Markdown: figure, tables, audit."""
     parts = [f"![{results.title}: {results.question}]({picture})", ""]
-    parts += [markdown(sheet) for sheet in sheets(results)]
+    parts += [sheet.to_markdown() for sheet in sheets(results)]
     if results.audits:
         parts += [
             "**Audit of the training shards**",
@@ -389,9 +398,7 @@ def draw(results: Results, path: Path) -> Path:
         raise UserError("Nothing is measured yet: there is no figure to draw.")
     panels += [PRICE] if not curves and any(measure.cost for measure in results.measures) else []
     columns = max(2, len(panels))
-    figure = blank_figure(
-        height=PANEL_HEIGHT * (1 + curves) + 0.5, columns=columns, rows=1 + curves
-    )
+    figure = new_figure(height=PANEL_HEIGHT * (1 + curves) + 0.5, columns=columns, rows=1 + curves)
     for axes, panel in zip(figure.axes, panels, strict=False):
         _draw_panel(axes, results, layout, panel)
     for axes in figure.axes[len(panels) : columns]:
@@ -469,7 +476,7 @@ def _draw_panel(axes: Axes, results: Results, layout: _Layout, panel: str) -> No
     if panel == PRICE:
         axes.set_ylim(0, None)
     tasks = ", ".join(result.title for result in results.tasks.values() if result.domain == panel)
-    panel_title(axes, panel if panel in LABELS else fill(f"{panel}: {tasks}", 24))
+    axes.set_title(panel if panel in LABELS else fill(f"{panel}: {tasks}", 24))
     axes.grid(axis="y")
 
 
@@ -511,7 +518,7 @@ def _draw_curves(axes: Axes, results: Results, layout: _Layout, spent: str, labe
         axes.axhline(threshold, color="#888888", linewidth=0.8, linestyle=":")
     axes.set_xlabel(label, fontsize=9)
     axes.set_ylabel("validation loss (nats per token)", fontsize=9)
-    panel_title(axes, "Loss against " + ("computation" if spent == "teraflop" else "time"))
+    axes.set_title("Loss against " + ("computation" if spent == "teraflop" else "time"))
     axes.grid(axis="both")
 
 

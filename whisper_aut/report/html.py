@@ -7,16 +7,16 @@ text sizes follow WCAG 2.2 AA.
 import io
 import json
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from html import escape
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
 import torch
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from matplotlib.image import imsave
 from rich.console import Console
 
@@ -29,6 +29,7 @@ from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.probes.embed import BASELINE_NAME
 from whisper_aut.probes.results import Scores
 from whisper_aut.report.plots import (
+    compared_encoders,
     plot_confusions,
     plot_learning,
     plot_losses,
@@ -36,214 +37,22 @@ from whisper_aut.report.plots import (
     plot_scores,
     plot_speed,
     read_metrics,
-    shown_encoders,
 )
-from whisper_aut.report.tables import Sheet, markdown, rich_table, scores_csv, sheets
+from whisper_aut.report.tables import BLANK, Table, score_tables, scores_csv
 from whisper_aut.training.run_dir import RunDirectory
+from whisper_aut.utils import read_json, write_text
 
-
-@dataclass(frozen=True)
-class Picture:
-    """A PNG file and its caption, which is also its alternative text for screen readers."""
-
-    path: Path
-    caption: str
-
-
-@dataclass(frozen=True)
-class ListenedClip:
-    """A validation clip and the text that the decoder generated for it.
-
-    Attributes:
-        title: The clip's domain, task, key and duration.
-        reference: The expected text.
-        generated: The generated text.
-        ogg: The clip as Ogg Vorbis; empty if it was not found.
-        spectrogram: Its log-mel spectrogram as PNG; empty if it was not found.
-    """
-
-    title: str
-    reference: str
-    generated: str
-    ogg: bytes = b""
-    spectrogram: bytes = b""
-
-
-Block = str | Sheet | Picture | ListenedClip
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and the blocks under it."""
-
-    title: str
-    blocks: list[Block] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Run:
-    """The report of one run."""
-
-    title: str
-    sections: list[Section]
-
-
-def markdown_page(runs: Sequence[Run]) -> str:
-    """Render runs as one Markdown page, without the audio."""
-    parts = ["# Report"]
-    for run in runs:
-        parts.append(f"## {run.title}")
-        for section in run.sections:
-            parts += [f"### {section.title}", *(_markdown(block) for block in section.blocks)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown(block: Block) -> str:
-    if isinstance(block, Sheet):
-        return markdown(block)
-    if isinstance(block, Picture):
-        return f"![{block.caption}]({block.path.name})"
-    if isinstance(block, ListenedClip):
-        return f"- {block.title}: should be “{block.reference}”, written “{block.generated}”"
-    return block
-
-
-STYLE = """
-:root { color-scheme: light; }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem; color: #1d2329; background: #fff;
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, \
-sans-serif; }
-h1 { font-size: 1.8rem; margin: 0 0 .5rem; }
-h2 { font-size: 1.4rem; margin: 2.5rem 0 .5rem; padding-top: 1rem; border-top: 2px solid #0072b2; }
-h3 { font-size: 1.1rem; margin: 1.8rem 0 .4rem; }
-nav { margin: .5rem 0 1rem; }
-nav a { margin-right: 1rem; }
-a { color: #005a8c; }
-.table { overflow-x: auto; margin: .6rem 0 .2rem; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
-th, td { padding: .28rem .42rem; border-bottom: 1px solid #dde3e8; text-align: right; \
-white-space: nowrap; }
-th { border-bottom: 2px solid #9aa5b1; }
-th.text, td.text { text-align: left; white-space: normal; }
-tbody tr:nth-child(even) { background: #f5f7f9; }
-.note { color: #4a5560; font-size: .88rem; margin: .2rem 0 1rem; max-width: 52rem; }
-figure { margin: 1rem 0; }
-figure img { max-width: 100%; height: auto; }
-figcaption { color: #4a5560; font-size: .88rem; }
-.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem; }
-.clip { border: 1px solid #dde3e8; border-radius: .4rem; padding: .7rem; font-size: .9rem; \
-break-inside: avoid; }
-.clip h4 { margin: 0 0 .4rem; font-size: .9rem; overflow-wrap: anywhere; }
-.clip img { width: 100%; height: 5rem; }
-.clip audio { width: 100%; margin: .3rem 0; }
-.clip dl { margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: .1rem .6rem; }
-.clip dt { color: #4a5560; } .clip dd { margin: 0; overflow-wrap: anywhere; }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } \
-audio, nav { display: none; } h2 { break-before: page; }
-               h2:first-of-type { break-before: auto; } .table { overflow: visible; } \
-th, td { white-space: normal; } }
-"""
-
-
-def html_page(runs: Sequence[Run], title: str = "whisper_aut report") -> str:
-    """Render runs as one HTML page.
-
-    The links at the top lead to the runs or, if there is only one, to its sections.
-    """
-    body = "".join(_run_section(run, number) for number, run in enumerate(runs))
-    links = [(f"r{i}", run.title) for i, run in enumerate(runs)]
-    if len(runs) == 1:
-        links = [(f"r0s{j}", section.title) for j, section in enumerate(runs[0].sections)]
-    nav = "".join(f'<a href="#{place}">{escape(text)}</a>' for place, text in links)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><h1>{escape(title)}</h1><nav>{nav}</nav>\n{body}</body></html>\n"
-    )
-
-
-def _run_section(run: Run, number: int) -> str:
-    sections = "".join(
-        _section(section, f"r{number}s{place}") for place, section in enumerate(run.sections)
-    )
-    return f'<h2 id="r{number}">{escape(run.title)}</h2>\n{sections}'
-
-
-def _section(section: Section, place: str) -> str:
-    parts, clips = [], []
-    for block in section.blocks:
-        if isinstance(block, ListenedClip):
-            clips.append(_clip_player(block))
-        else:
-            parts.append(_block(block))
-    gathered = f'<div class="clips">{"".join(clips)}</div>\n' if clips else ""
-    return (
-        f'<section id="{place}"><h3>{escape(section.title)}</h3>\n'
-        f"{''.join(parts)}{gathered}</section>\n"
-    )
-
-
-def _block(block: Block) -> str:
-    if isinstance(block, Sheet):
-        return _table(block)
-    if isinstance(block, Picture):
-        picture = _embedded("image/png", block.path.read_bytes())
-        return (
-            f'<figure><img src="{picture}" alt="{escape(block.caption)}">'
-            f"<figcaption>{escape(block.caption)}</figcaption></figure>\n"
-        )
-    assert isinstance(block, str)
-    return f'<p class="note">{escape(block)}</p>\n'
-
-
-def _table(sheet: Sheet) -> str:
-    def cells(row: Sequence[str], tag: str) -> str:
-        kinds = (
-            'class="text"' if number < sheet.text_columns else "" for number in range(len(row))
-        )
-        return "".join(
-            f"<{tag} {kind}>{escape(cell)}</{tag}>" for cell, kind in zip(row, kinds, strict=True)
-        )
-
-    rows = "".join(f"<tr>{cells(row, 'td')}</tr>\n" for row in sheet.rows)
-    note = f'<p class="note">{escape(sheet.caption)}</p>' if sheet.caption else ""
-    return (
-        f'<div class="table"><table><caption>{escape(sheet.title)}</caption>'
-        f"<thead><tr>{cells(sheet.head, 'th')}</tr></thead>"
-        f"<tbody>{rows}</tbody></table></div>{note}\n"
-    )
-
-
-def _clip_player(clip: ListenedClip) -> str:
-    seen = f"log-mel of {escape(clip.title)}, time to the right, mel bins upwards"
-    picture = (
-        f'<img src="{_embedded("image/png", clip.spectrogram)}" alt="{seen}">'
-        if clip.spectrogram
-        else ""
-    )
-    player = (
-        f'<audio controls preload="none" src="{_embedded("audio/ogg", clip.ogg)}"></audio>'
-        if clip.ogg
-        else ""
-    )
-    texts = (
-        f"<dl><dt>should be</dt><dd>{escape(clip.reference)}</dd>"
-        f"<dt>written</dt><dd>{escape(clip.generated)}</dd></dl>"
-    )
-    return f'<div class="clip"><h4>{escape(clip.title)}</h4>{picture}{player}{texts}</div>'
-
-
-def _embedded(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{b64encode(data).decode()}"
-
-
+MAX_CONFUSIONS = 6  # tasks with a confusion matrix
+MAX_TEXTS_PER_TASK, MAX_TEXTS = 2, 18
+MAX_SEARCHED_SAMPLES = 20_000  # in each validation source
+MAX_PLAYED_SECONDS = 30
+MEL_BINS = 80
+TEXT_FIELDS = ("domain", "task", "key", "reference", "generated")  # of `samples.jsonl`
 # Metric → its title, the factor to print it with, and its decimals.
-FIGURES = {
-    "throughput/audio_seconds_per_second": ("audio-seconds a second", 1, 1),
-    "throughput/clips_per_second": ("clips a second", 1, 1),
-    "throughput/tokens_per_second": ("tokens a second", 1, 0),
+THROUGHPUT = {
+    "throughput/audio_seconds_per_second": ("audio-seconds per second", 1, 1),
+    "throughput/clips_per_second": ("clips per second", 1, 1),
+    "throughput/tokens_per_second": ("tokens per second", 1, 0),
     "throughput/data_wait_fraction": ("waiting for data, % of the time", 100, 1),
     "throughput/padding_fraction": ("padding, % of the frames", 100, 1),
     "throughput/teraflops": ("model TFLOP/s", 1, 3),
@@ -252,239 +61,59 @@ FIGURES = {
 }
 
 
-def run_sheet(run: Path) -> Sheet | None:
-    """Lay out the machine, the package versions and the throughput metrics of a run.
+@dataclass(frozen=True)
+class Figure:
+    """A PNG file and its caption, which is also its alternative text for screen readers."""
 
-    Returns:
-        The table, or None if the run recorded no environment.
-    """
-    facts, done = _read(run / "environment.json"), _read(run / "done.json")
-    if not facts:
-        return None
-    metrics = done.get("metrics", {})
-    packages = ", ".join(f"{name} {version}" for name, version in facts.get("packages", {}).items())
-    rows = [
-        ("command", " ".join(facts.get("command", []))),
-        ("revision", facts.get("git", "")),
-        ("machine", f"{facts.get('machine', '')}, {facts.get('cpus', '?')} cores"),
-        ("GPUs", ", ".join(facts.get("gpus", [])) or "none"),
-        ("packages", f"Python {facts.get('python', '')}, {packages}"),
-        ("start", _place(facts.get("pretrained", {}))),
-        (
-            "decoder",
-            ", ".join(
-                f"{name} {value}" for name, value in facts.get("decoder", {}).items() if value
-            ),
-        ),
-        ("steps", str(done.get("steps", f"stopped before {facts.get('steps', '?')}"))),
-    ]
-    rows += [
-        (title, f"{scale * metrics[name]:,.{digits}f}")
-        for name, (title, scale, digits) in FIGURES.items()
-        if name in metrics
-    ]
-    return Sheet("Where and how it ran", "", ("", ""), tuple(row for row in rows if row[1]), 2)
-
-
-def data_sheet(run: Path) -> Sheet | None:
-    """Lay out the training sources: their contents, epochs, and requested and actual weights.
-
-    Returns:
-        The table, or None if the run recorded no sources.
-    """
-    sources, epochs = (
-        _read(run / "environment.json").get("data", []),
-        _read(run / "done.json").get("sources", {}),
-    )
-    if not sources:
-        return None
-    heard = [epochs.get(source.get("root"), 0) * source.get("clips", 0) for source in sources]
-    rows = tuple(
-        (
-            source.get("root", ""), source.get("domain", ""), _licences(source),
-            f"{source.get('clips', 0):,}", f"{source.get('seconds', 0) / 3600:,.2f}",
-            _share(source.get("weight", 0), [s.get("weight", 0) for s in sources]),
-            _share(clips, heard),
-            f"{epochs[source['root']]:.2f}" if source.get("root") in epochs else "–",
-        )
-        for source, clips in zip(sources, heard, strict=True)
-    )  # fmt: skip
-    head = (
-        "source",
-        "domain",
-        "licences",
-        "clips",
-        "hours",
-        "share asked (%)",
-        "share heard (%)",
-        "epochs",
-    )
-    return Sheet(
-        "What it was trained on",
-        "Shares are by clips, of the mixture that was asked for and of what was drawn.",
-        head,
-        rows,
-        3,
-    )
-
-
-def _licences(source: dict[str, Any]) -> str:
-    return (
-        ", ".join(source.get("licences") or ([source["licence"]] if source.get("licence") else []))
-        or "–"
-    )
-
-
-def _share(part: float, parts: list[float]) -> str:
-    return f"{100 * part / sum(parts):.1f}" if sum(parts) else "–"
-
-
-def refusal_sheet(run: Path) -> Sheet | None:
-    """Lay out the number of skipped samples by source and reason; None if there were none."""
-    refused = _read(run / "done.json").get("skipped", {})
-    rows = tuple(
-        (source, reason, f"{count:,}")
-        for source, reasons in refused.items()
-        for reason, count in reasons.items()
-    )
-    if not rows:
-        return None
-    return Sheet(
-        "Refused samples",
-        "`ledger.jsonl` lists each; `ledger-rankN.jsonl` of other ranks.",
-        ("source", "reason", "samples"),
-        rows,
-        2,
-    )
-
-
-def _place(start: dict[str, Any]) -> str:
-    return " at ".join(str(start[name]) for name in ("path", "revision") if start.get(name))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-# The most generated texts to show, of each task and in total.
-PER_TASK, MOST = 2, 18
-MAX_SEARCHED = 20_000  # samples to look through in each validation source
-MAX_HEARD_SECONDS = 30
-MEL_BINS = 80
+    path: Path
+    caption: str
 
 
 @dataclass(frozen=True)
-class Written:
-    """A line of `samples.jsonl`."""
+class GeneratedText:
+    """A validation clip and the text that the decoder generated for it.
 
-    step: int
+    Attributes:
+        ogg: The clip as Ogg Vorbis; empty if it was not found.
+        spectrogram: Its log-mel spectrogram as PNG; empty if it was not found.
+    """
+
     domain: str
     task: str
     key: str
     reference: str
     generated: str
+    seconds: float | None = None
+    ogg: bytes = b""
+    spectrogram: bytes = b""
+
+    @property
+    def title(self) -> str:
+        parts = [self.domain, self.task or "text", self.key]
+        parts += [] if self.seconds is None else [f"{self.seconds:.1f} s"]
+        return " · ".join(parts)
 
 
-def last_written(samples: Path) -> list[Written]:
-    """Return texts generated at the last validation, at most `PER_TASK` of each task.
+@dataclass(frozen=True)
+class Section:
+    """A heading and what is below it, in this order."""
 
-    Args:
-        samples: The `samples.jsonl` of a run. If it cannot be read, the result is empty.
-    """
-    entries = [entry for line in _lines(samples) if (entry := _entry(line))]
-    newest = max((entry.step for entry in entries), default=0)
-    chosen: dict[str, list[Written]] = {}
-    for entry in entries:
-        if (
-            entry.step == newest
-            and len(chosen.setdefault(f"{entry.domain} {entry.task}", [])) < PER_TASK
-        ):
-            chosen[f"{entry.domain} {entry.task}"].append(entry)
-    return [entry for listed in chosen.values() for entry in listed][:MOST]
+    title: str
+    note: str = ""
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+    texts: Sequence[GeneratedText] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.figures or self.tables or self.texts)
 
 
-def listened(run: Path) -> list[ListenedClip]:
-    """Return the texts of a run's last validation with their clips.
+@dataclass(frozen=True)
+class RunReport:
+    """The report of one run."""
 
-    Clips are missing if the validation shards have moved since.
-    """
-    written = last_written(run / "samples.jsonl")
-    clips = dict(_clips(_validation_folders(run / "config.yaml"), {entry.key for entry in written}))
-    return [_listen(entry, clips) for entry in written]
-
-
-def _listen(entry: Written, clips: Mapping[str, np.ndarray]) -> ListenedClip:
-    title = f"{entry.domain} · {entry.task or 'text'} · {entry.key}"
-    heard = clips.get(entry.key)
-    title += f" · {len(heard) / SAMPLE_RATE_HZ:.1f} s" if heard is not None else ""
-    if heard is None:
-        return ListenedClip(title, entry.reference, entry.generated)
-    return ListenedClip(title, entry.reference, entry.generated, _ogg(heard), _spectrogram(heard))
-
-
-def _lines(samples: Path) -> list[str]:
-    try:
-        return read_lines(samples)
-    except (OSError, UnicodeDecodeError):
-        return []
-
-
-def _entry(line: str) -> Written | None:
-    try:
-        facts = json.loads(line)
-        return Written(
-            int(facts["step"]),
-            *(
-                str(facts.get(name, ""))
-                for name in ("domain", "task", "key", "reference", "generated")
-            ),
-        )
-    except (ValueError, KeyError, TypeError):
-        return None  # a killed run may leave an unfinished line
-
-
-def _validation_folders(config: Path) -> list[str]:
-    try:
-        return [source["path"] for source in yaml.safe_load(config.read_text())["data"]["valid"]]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return []
-
-
-def _clips(folders: Sequence[str], keys: set[str]) -> Iterator[tuple[str, np.ndarray]]:
-    wanted = set(keys)
-    for folder in folders:
-        try:
-            for number, sample in enumerate(iter_samples(open_index(folder), ClipLimits())):
-                if not wanted or number == MAX_SEARCHED:
-                    break
-                if isinstance(sample, Sample) and sample.key in wanted:
-                    wanted.remove(sample.key)
-                    yield sample.key, load_waveform(sample.audio, ClipLimits()).numpy()
-        except (UserError, SkipSample, OSError):
-            continue  # if the shards have moved, the texts are shown without audio
-
-
-def _ogg(waveform: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    peak = max(float(np.abs(waveform).max(initial=0)), 1e-4)
-    audible = waveform[: MAX_HEARD_SECONDS * SAMPLE_RATE_HZ] * min(1.0, 0.95 / peak)
-    soundfile.write(buffer, audible, SAMPLE_RATE_HZ, format="OGG", subtype="VORBIS")
-    return buffer.getvalue()
-
-
-def _spectrogram(waveform: np.ndarray) -> bytes:
-    mel = LogMel(MEL_BINS)(torch.from_numpy(waveform))[: mel_frames(len(waveform))]
-    buffer = io.BytesIO()
-    # One pixel per mel bin and frame.
-    imsave(buffer, mel.T.flip(0).numpy(), cmap="magma", format="png")
-    return buffer.getvalue()
-
-
-MAX_CONFUSIONS = 6  # the most tasks to draw a confusion matrix for
+    title: str
+    sections: list[Section] = field(default_factory=list)
 
 
 def build_report(runs: Sequence[Path], out: Path, console: Console) -> Path:
@@ -504,106 +133,246 @@ def build_report(runs: Sequence[Path], out: Path, console: Console) -> Path:
     """
     found = [RunDirectory(run.resolve()) for run in runs]
     empty = [
-        str(run) for run, resolved in zip(runs, found, strict=True) if not _has_content(resolved)
+        str(path)
+        for path, run in zip(runs, found, strict=True)
+        if not run.scores.exists() and not run.metrics.exists()
     ]
     if empty:
         raise UserError(
-            f"No scores.json and no logs/metrics.csv in {', '.join(empty)}. "
-            "Runs lie under runs/NAME/TIMESTAMP."
+            f"There is no scores.json and no logs/metrics.csv in {', '.join(empty)}. "
+            "Give a run directory, runs/NAME/TIMESTAMP."
         )
-    pages = []
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for run in found:
-            prefix = f"{run.path.parent.name}-{run.path.name}-" if len(found) > 1 else ""
-            pages.append(_run(run, out, prefix, console))
-        (out / "report.md").write_text(markdown_page(pages), encoding="utf-8")
-        report = out / "report.html"
-        report.write_text(html_page(pages), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"Cannot write the report to {out}: {error.strerror}.") from None
-    console.print(f"Report: {report}")
-    return report
+    reports = []
+    for run in found:
+        prefix = f"{run.path.parent.name}-{run.path.name}-" if len(found) > 1 else ""
+        reports.append(_report_run(run, out, prefix, console))
+    write_text(out / "report.md", render(reports, "report.md"))
+    write_text(out / "report.html", render(reports, "report.html"))
+    console.print(f"Report: {out / 'report.html'}")
+    return out / "report.html"
 
 
-def _run(run: RunDirectory, out: Path, prefix: str, console: Console) -> Run:
-    sections = [
-        Section("Probes", _probes(run, out, prefix, console)),
-        Section("What the encoder keeps apart", _maps(run, out, prefix)),
-        Section("Training", _training(run, out, prefix)),
-        Section("What the decoder writes", [*listened(run.path)]),
-        Section(
-            "Run",
-            [
-                sheet
-                for sheet in (run_sheet(run.path), data_sheet(run.path), refusal_sheet(run.path))
-                if sheet
-            ],
-        ),
+def render(runs: Sequence[RunReport], template: str) -> str:
+    """Render reports with `report.html` or `report.md` of the folder `templates`."""
+    environment = Environment(
+        loader=PackageLoader("whisper_aut.report"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["data_uri"] = _data_uri
+    return environment.get_template(template).render(runs=runs)
+
+
+def _data_uri(content: bytes, mime_type: str) -> str:
+    return f"data:{mime_type};base64,{b64encode(content).decode()}"
+
+
+def _report_run(run: RunDirectory, out: Path, prefix: str, console: Console) -> RunReport:
+    sections = []
+    if run.scores.exists():
+        scores = Scores.load(run.scores)
+        tables = score_tables(scores)
+        for table in tables:
+            console.print(table.to_rich())
+        write_text(out / f"{prefix}scores.csv", scores_csv(scores))
+        sections.append(Section("Probes", figures=_draw_scores(scores, out, prefix), tables=tables))
+        sections.append(_section_of_maps(scores, out, prefix))
+    if run.metrics.exists():
+        sections.append(Section("Training", figures=_draw_training(run, out, prefix)))
+    sections.append(Section("Generated texts", texts=generated_texts(run.path)))
+    tables = [run_table(run.path), data_table(run.path), skipped_table(run.path)]
+    sections.append(Section("Run", tables=[table for table in tables if table]))
+    title = f"{run.path.parent.name} · {run.path.name}"
+    return RunReport(title, [section for section in sections if section])
+
+
+def _draw_scores(scores: Scores, out: Path, prefix: str) -> list[Figure]:
+    baseline = BASELINE_NAME if BASELINE_NAME in scores.encoders else None
+    if scores.encoders == [baseline]:  # drawn as a line across the bars of the others
+        return []
+    path = plot_scores(scores, out / f"{prefix}scores.png", baseline=baseline)
+    return [Figure(path, "Scores of every task and encoder")]
+
+
+def _section_of_maps(scores: Scores, out: Path, prefix: str) -> Section:
+    encoders = " and ".join(map(scores.label, compared_encoders(scores)))
+    figures, note = [], ""
+    if path := plot_maps(scores, out / f"{prefix}maps.png"):
+        note = (
+            "Test clips projected with t-SNE. Neighbours have similar embeddings; distances "
+            "between clusters have no meaning."
+        )
+        figures.append(Figure(path, f"Test clips, embedded by {encoders}"))
+    for task in scores.tasks[:MAX_CONFUSIONS]:
+        if path := plot_confusions(scores, task, out / f"{prefix}confusion-{task}.png"):
+            caption = f"Confusion matrix of {task} for {encoders}, over all seeds and folds"
+            figures.append(Figure(path, caption))
+    return Section("Embeddings and confusions", note, figures)
+
+
+def _draw_training(run: RunDirectory, out: Path, prefix: str) -> list[Figure]:
+    figures = []
+    if any("loss" in name for name in read_metrics(run.metrics)):
+        path = plot_losses(run.metrics, out / f"{prefix}losses.png")
+        figures.append(Figure(path, "Training and validation loss by domain"))
+    if path := plot_learning(run.metrics, out / f"{prefix}learning.png"):
+        figures.append(Figure(path, "Scores of the probes that ran during training"))
+    if path := plot_speed(run.metrics, out / f"{prefix}speed.png"):
+        figures.append(Figure(path, "Training speed and time spent waiting for data"))
+    return figures
+
+
+def run_table(run: Path) -> Table | None:
+    """Return the machine, the package versions and the throughput metrics of a run.
+
+    Returns:
+        The table, or None if the run recorded no environment.
+    """
+    environment = read_json(run / "environment.json", default={})
+    done = read_json(run / "done.json", default={})
+    if not environment:
+        return None
+    packages = environment.get("packages", {}) | {"Python": environment.get("python", "")}
+    pretrained = environment.get("pretrained", {})
+    decoder = {name: value for name, value in environment.get("decoder", {}).items() if value}
+    rows = [
+        ("command", " ".join(environment.get("command", []))),
+        ("revision", environment.get("git", "")),
+        ("machine", f"{environment.get('machine', '')}, {environment.get('cpus', '?')} cores"),
+        ("GPUs", ", ".join(environment.get("gpus", [])) or "none"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in packages.items())),
+        ("pretrained", " at ".join(str(value) for value in pretrained.values() if value)),
+        ("decoder", ", ".join(f"{name} {value}" for name, value in decoder.items())),
+        ("steps", str(done.get("steps", f"stopped before {environment.get('steps', '?')}"))),
     ]
-    return Run(
-        f"{run.path.parent.name} · {run.path.name}",
-        [section for section in sections if section.blocks],
+    metrics = done.get("metrics", {})
+    for name, (title, scale, digits) in THROUGHPUT.items():
+        if name in metrics:
+            rows.append((title, f"{scale * metrics[name]:,.{digits}f}"))
+    return Table("Environment and speed", ("", ""), tuple(row for row in rows if row[1]), 2)
+
+
+def data_table(run: Path) -> Table | None:
+    """Return the training sources: their contents, epochs, and requested and actual weights.
+
+    Returns:
+        The table, or None if the run recorded no sources.
+    """
+    sources = read_json(run / "environment.json", default={}).get("data", [])
+    epochs = read_json(run / "done.json", default={}).get("sources", {})
+    if not sources:
+        return None
+    requested = [source.get("weight", 0) for source in sources]
+    drawn = [epochs.get(source.get("root"), 0) * source.get("clips", 0) for source in sources]
+    rows = []
+    for source, weight, clips in zip(sources, requested, drawn, strict=True):
+        root = source.get("root", "")
+        licences = [*source.get("licences", ()), source.get("licence")]
+        rows.append(
+            (
+                root,
+                source.get("domain", ""),
+                ", ".join(licence for licence in licences if licence) or BLANK,
+                f"{source.get('clips', 0):,}",
+                f"{source.get('seconds', 0) / 3600:,.2f}",
+                _percent_of(weight, sum(requested)),
+                _percent_of(clips, sum(drawn)),
+                f"{epochs[root]:.2f}" if root in epochs else BLANK,
+            )
+        )
+    columns = ("source", "domain", "licences", "clips", "hours", "requested (%)", "drawn (%)")
+    return Table(
+        "Training data",
+        (*columns, "epochs"),
+        tuple(rows),
+        text_columns=3,
+        caption="Requested and drawn: percentage of the clips in the mixture.",
     )
 
 
-def _probes(run: RunDirectory, out: Path, prefix: str, console: Console) -> list[Block]:
-    if not run.scores.exists():
+def _percent_of(part: float, total: float) -> str:
+    return f"{100 * part / total:.1f}" if total else BLANK
+
+
+def skipped_table(run: Path) -> Table | None:
+    """Return the number of skipped samples by source and reason; None if there were none."""
+    skipped = read_json(run / "done.json", default={}).get("skipped", {})
+    rows = tuple(
+        (source, reason, f"{count:,}")
+        for source, reasons in skipped.items()
+        for reason, count in reasons.items()
+    )
+    if not rows:
+        return None
+    caption = "Listed one by one in `ledger.jsonl`, and in `ledger-rankN.jsonl` for other ranks."
+    return Table("Skipped samples", ("source", "reason", "samples"), rows, 2, caption)
+
+
+def generated_texts(run: Path) -> list[GeneratedText]:
+    """Return the texts generated at a run's last validation, with their clips.
+
+    Clips are missing if the validation shards have moved since.
+    """
+    texts = last_samples(run / "samples.jsonl")
+    waveforms = dict(_find_clips(run / "config.yaml", {text.key for text in texts}))
+    return [
+        _add_audio(text, waveforms[text.key]) if text.key in waveforms else text for text in texts
+    ]
+
+
+def last_samples(samples: Path) -> list[GeneratedText]:
+    """Return texts generated at the last validation, at most `MAX_TEXTS_PER_TASK` of each task.
+
+    Args:
+        samples: The `samples.jsonl` of a run. If it cannot be read, the result is empty.
+    """
+    try:
+        lines = read_lines(samples)
+    except (OSError, UnicodeDecodeError):
         return []
-    scores = Scores.load(run.scores)
-    blocks: list[Block] = []
-    for sheet in sheets(scores):
-        console.print(rich_table(sheet))
-        blocks.append(sheet)
-    (out / f"{prefix}scores.csv").write_text(scores_csv(scores), encoding="utf-8")
-    baseline = BASELINE_NAME if BASELINE_NAME in scores.encoders else None
-    # The baseline is drawn as a line across the bars of the others, so it needs others.
-    if scores.encoders != [baseline]:
-        picture = plot_scores(scores, out / f"{prefix}scores.png", baseline=baseline)
-        blocks.insert(0, Picture(picture, "Scores of every task and encoder"))
-    return blocks
+    by_step: dict[int, list[GeneratedText]] = defaultdict(list)
+    for line in lines:
+        try:
+            values = json.loads(line)
+            text = {name: str(values.get(name, "")) for name in TEXT_FIELDS}
+            by_step[int(values["step"])].append(GeneratedText(**text))  # pyright: ignore[reportArgumentType]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # a killed run may leave an unfinished line
+    by_task: dict[tuple[str, str], list[GeneratedText]] = defaultdict(list)
+    for text in by_step[max(by_step)] if by_step else []:
+        by_task[text.domain, text.task].append(text)
+    chosen = [text for texts in by_task.values() for text in texts[:MAX_TEXTS_PER_TASK]]
+    return chosen[:MAX_TEXTS]
 
 
-def _maps(run: RunDirectory, out: Path, prefix: str) -> list[Block]:
-    if not run.scores.exists():
-        return []
-    scores = Scores.load(run.scores)
-    named = " and ".join(map(scores.label, shown_encoders(scores)))
-    blocks: list[Block] = []
-    if picture := plot_maps(scores, out / f"{prefix}maps.png"):
-        blocks.append(
-            "Test clips as t-SNE lays them out: neighbours are alike to the encoder; "
-            "distances between clusters say nothing."
-        )
-        blocks.append(Picture(picture, f"Test clips in the space of {named}"))
-    for task in scores.tasks[:MAX_CONFUSIONS]:
-        if picture := plot_confusions(scores, task, out / f"{prefix}confusion-{task}.png"):
-            blocks.append(
-                Picture(
-                    picture,
-                    f"What probes of {named} take for what in {task}, over all seeds and folds",
-                )
-            )
-    return blocks
+def _find_clips(config: Path, keys: set[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the key and waveform of the validation clips with these keys."""
+    try:
+        sources = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["valid"]
+        folders = [source["path"] for source in sources]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return
+    for folder in folders:
+        try:
+            for number, sample in enumerate(iter_samples(open_index(folder), ClipLimits())):
+                if not keys or number == MAX_SEARCHED_SAMPLES:
+                    break
+                if isinstance(sample, Sample) and sample.key in keys:
+                    keys = keys - {sample.key}
+                    yield sample.key, load_waveform(sample.audio, ClipLimits()).numpy()
+        except (UserError, SkipSample, OSError):
+            continue  # if the shards have moved, the texts are shown without audio
 
 
-def _training(run: RunDirectory, out: Path, prefix: str) -> list[Block]:
-    if not run.metrics.exists():
-        return []
-    pictures = []
-    if any("loss" in name for name in read_metrics(run.metrics)):
-        pictures.append(
-            Picture(
-                plot_losses(run.metrics, out / f"{prefix}losses.png"),
-                "Training and validation loss by domain",
-            )
-        )
-    if learning := plot_learning(run.metrics, out / f"{prefix}learning.png"):
-        pictures.append(Picture(learning, "Scores of the probes that ran during training"))
-    if speed := plot_speed(run.metrics, out / f"{prefix}speed.png"):
-        pictures.append(Picture(speed, "Speed of training and time spent waiting for data"))
-    return pictures
-
-
-def _has_content(run: RunDirectory) -> bool:
-    return run.scores.exists() or run.metrics.exists()
+def _add_audio(text: GeneratedText, waveform: np.ndarray) -> GeneratedText:
+    peak = max(float(np.abs(waveform).max(initial=0)), 1e-4)
+    played = waveform[: MAX_PLAYED_SECONDS * SAMPLE_RATE_HZ] * min(1.0, 0.95 / peak)
+    ogg, png = io.BytesIO(), io.BytesIO()
+    soundfile.write(ogg, played, SAMPLE_RATE_HZ, format="OGG", subtype="VORBIS")
+    mel = LogMel(MEL_BINS)(torch.from_numpy(waveform))[: mel_frames(len(waveform))]
+    # One pixel per mel bin and frame.
+    imsave(png, mel.T.flip(0).numpy(), cmap="magma", format="png")
+    seconds = len(waveform) / SAMPLE_RATE_HZ
+    return replace(text, seconds=seconds, ogg=ogg.getvalue(), spectrogram=png.getvalue())

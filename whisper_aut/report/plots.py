@@ -7,12 +7,13 @@ Colours are those of Okabe and Ito, which stay distinct under the common kinds o
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,20 +23,75 @@ from sklearn.manifold import TSNE
 from whisper_aut.errors import UserError
 from whisper_aut.probes.cache import Embeddings, load_cached
 from whisper_aut.probes.results import AVERAGE, Average, Scores, TaskScore
+from whisper_aut.utils import atomic_path
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+DOMAIN_COLOURS = {"speech": "#0072B2", "sound": "#E69F00", "music": "#009E73"}
 BASELINE_COLOUR = "#333333"
+BASELINE_DASHES = (0, (4, 2))
+MARKERS = "os^Dv"
+STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "errorbar.capsize": 2,
+    "figure.titlesize": 12,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.7,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+}
 PAGE_WIDTH_INCHES = 8.0
 DOTS_PER_INCH = 150
-GROUP_SHARE = 0.8  # fraction of the space between two tasks that the bars of one fill
-MARKERS = "os^Dv"
-DOMAIN_COLOURS = {"speech": "#0072B2", "sound": "#E69F00", "music": "#009E73"}
+BAR_GROUP_WIDTH = 0.8  # of the distance between two tasks
+MAX_HORIZONTAL_LABELS = 7
+STEP_LABEL = "optimizer step"
+# Maps: at most this many clips of a task and t-SNE iterations; no map for fewer clips.
+MAX_MAP_CLIPS, MAX_TSNE_STEPS, MIN_MAP_CLIPS = 400, 500, 12
+# At most this many classes get a legend or numbers in a matrix, and axis labels in a matrix.
+MAX_LEGEND_CLASSES, MAX_LABELLED_CLASSES = 12, 36
 
 Series = list[tuple[float, float]]  # (step, value)
 
 
+def new_figure(height: float, columns: int = 1, rows: int = 1, sharey: bool = False) -> Figure:
+    """Return a figure of page width with a grid of empty panels; `height` is in inches.
+
+    Call it, and everything that draws on the figure, under `rc_context(STYLE)`.
+    """
+    figure = Figure(figsize=(PAGE_WIDTH_INCHES, height), layout="constrained")
+    FigureCanvasAgg(figure)  # without pyplot, there is no global state and no figure to close
+    figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG, creating its folder if necessary.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    path = Path(path)
+    with atomic_path(path) as partial:
+        figure.savefig(partial, dpi=DOTS_PER_INCH, format="png")
+    return path
+
+
+def legend_below(figure: Figure, columns: int = 4, **options: object) -> None:
+    figure.legend(loc="outside lower center", ncols=columns, **options)  # pyright: ignore[reportArgumentType]
+
+
+@rc_context(STYLE)
 def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None) -> Path:
-    """Draw a bar for each task and encoder.
+    """Draw a bar for each task and encoder, and write the chart to `path`.
 
     Whiskers are the standard deviation over seeds or, for probes that were fitted only once, the
     95 % interval.
@@ -45,232 +101,66 @@ def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None
         path: The PNG file to write.
         baseline: An encoder to draw as a line across each task's bars instead.
 
-    Returns:
-        The path of the chart.
-
     Raises:
         UserError: If the baseline is the only encoder, or if the file cannot be written.
     """
     encoders = [name for name in scores.encoders if name != baseline]
     if not encoders:
         raise UserError("There are no scores to draw besides the baseline's.")
-    cells, labels = _cells(scores)
-    figure = blank_figure(height=4.2)
+    cells, labels = _bars_by_position(scores)
+    figure = new_figure(height=4.2)
     axes = figure.axes[0]
-    width = GROUP_SHARE / len(encoders)
-    for number, encoder in enumerate(encoders):
-        places = [i for i, _ in enumerate(labels) if (encoder, i) in cells]
-        found = [cells[encoder, i] for i in places]
+    width = BAR_GROUP_WIDTH / len(encoders)
+    for index, encoder in enumerate(encoders):
+        offset = (index - (len(encoders) - 1) / 2) * width
+        bars = {x: cell for (name, x), cell in cells.items() if name == encoder}
         axes.bar(
-            [i + (number - (len(encoders) - 1) / 2) * width for i in places],
-            [100 * one.mean for one in found],
-            width * 0.94,
-            yerr=100 * np.array([_whiskers(one) for one in found]).reshape(-1, 2).T,
-            capsize=2,
-            color=PALETTE[number % len(PALETTE)],
+            [x + offset for x in bars],
+            [100 * cell.mean for cell in bars.values()],
+            0.94 * width,
+            yerr=100 * np.array([_whiskers(cell) for cell in bars.values()]).reshape(-1, 2).T,
+            color=PALETTE[index % len(PALETTE)],
+            hatch="//" if index >= len(PALETTE) else None,
             label=scores.label(encoder),
             error_kw={"elinewidth": 1.0},
-            hatch="//" if number >= len(PALETTE) else None,
         )
     if baseline is not None:
-        ends = [(cells[baseline, i].mean, i) for i in range(len(labels)) if (baseline, i) in cells]
-        heights, left, right = (
-            [100 * mean for mean, _ in ends],
-            [i - 0.46 for _, i in ends],
-            [i + 0.46 for _, i in ends],
-        )
+        lines = {x: 100 * cell.mean for (name, x), cell in cells.items() if name == baseline}
         axes.hlines(
-            heights,
-            left,
-            right,
+            list(lines.values()),
+            [x - 0.46 for x in lines],
+            [x + 0.46 for x in lines],
             colors=BASELINE_COLOUR,
-            linestyles=(0, (4, 2)),
-            linewidth=1.4,
+            linestyles=BASELINE_DASHES,
             label=baseline,
         )
-    rotated = len(labels) > 7
-    wrapped = (
-        labels if rotated else [fill(label, width=max(8, 80 // len(labels))) for label in labels]
-    )
-    axes.set_xticks(
-        range(len(labels)),
-        wrapped,
-        rotation=30 if rotated else 0,
-        ha="right" if rotated else "center",
-    )
-    axes.set_ylim(0, 100 + (2 if any(one.mean > 0.98 for one in cells.values()) else 0))
-    axes.set_ylabel(
-        "accuracy (%)"
-        if {entry.metric for entry in scores.entries} == {"accuracy"}
-        else "score (%)"
-    )
+    set_category_labels(axes, labels)
+    axes.grid(visible=False, axis="x")
+    axes.set_ylim(0, 102 if any(cell.mean > 0.98 for cell in cells.values()) else 100)
+    accuracies = all(entry.metric == "accuracy" for entry in scores.entries)
+    axes.set_ylabel("accuracy (%)" if accuracies else "score (%)")
     kinds = ", ".join(dict.fromkeys(entry.kind for entry in scores.entries))
-    seeds = max(len(entry.seeds) for entry in scores.entries)
-    whiskers = [f"± 1 standard deviation over {seeds} seeds"] if seeds > 1 else []
-    if any(entry.std is None for entry in scores.entries):
-        whiskers.append("the 95 % interval over test clips")
-    subtitle = f"whiskers are {', or '.join(whiskers)}"
-    _title(axes, f"Probes ({kinds}), protocol “{scores.protocol}”", subtitle)
-    axes.grid(axis="y")
-    _legend(axes, len(encoders) + (baseline is not None))
-    return save_figure(figure, path)
-
-
-def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
-    """Draw training and validation loss against the optimiser step, with one line per domain.
-
-    Args:
-        metrics_csv: The log of Lightning's `CSVLogger`.
-        path: The PNG file to write.
-
-    Returns:
-        The path of the chart.
-
-    Raises:
-        UserError: If the log cannot be read or has no loss, or if the file cannot be written.
-    """
-    series = {name: points for name, points in read_metrics(metrics_csv).items() if "loss" in name}
-    panels = {
-        kind: {n: p for n, p in series.items() if n.startswith(f"{kind}/")}
-        for kind in ("train", "valid")
-    }
-    panels = {kind: lines for kind, lines in panels.items() if lines}
-    if not panels:
-        raise UserError(
-            f"{metrics_csv} has no columns train/loss… or valid/loss… with values in them: "
-            "nothing to draw."
-        )
-    figure = blank_figure(height=3.6, columns=len(panels), sharey=True)
-    for axes, (kind, lines) in zip(figure.axes, panels.items(), strict=True):
-        for number, (name, points) in enumerate(sorted(lines.items())):
-            _draw_loss(axes, name.split("/", 1)[-1], points, number)
-        _title(axes, {"train": "Training", "valid": "Validation"}[kind])
-        axes.set_xlabel("optimiser step")
-        axes.grid(axis="both")
-        axes.legend(frameon=False, fontsize=8)
-    figure.axes[0].set_ylabel("loss (nats per token)")
-    return save_figure(figure, path)
-
-
-def plot_speed(metrics_csv: str | Path, path: str | Path) -> Path | None:
-    """Draw audio seconds per second and the fraction of time spent waiting for data.
-
-    Returns:
-        The path of the chart, or None if the run did not log its throughput.
-
-    Raises:
-        UserError: If the log cannot be read, or if the file cannot be written.
-    """
-    series = read_metrics(metrics_csv)
-    speed, wait = (
-        series.get("throughput/audio_seconds_per_second"),
-        series.get("throughput/data_wait_fraction"),
+    axes.set_title(
+        f"Probes ({kinds}), protocol {scores.protocol}\nwhiskers: {_describe_whiskers(scores)}"
     )
-    if not speed or not wait:
-        return None
-    figure = blank_figure(height=2.6, columns=2)
-    panels = (
-        (speed, "Speed", "audio-seconds per second", 1),
-        (wait, "Waiting for data", "share of the time (%)", 100),
-    )
-    for axes, (points, title, unit, scale) in zip(figure.axes, panels, strict=True):
-        axes.plot(
-            [step for step, _ in points],
-            [scale * value for _, value in points],
-            color=PALETTE[0],
-            linewidth=1.4,
-        )
-        axes.set(xlabel="optimiser step", ylabel=unit, ylim=(0, None))
-        _title(axes, title)
-        axes.grid(axis="both")
+    legend_below(figure)
     return save_figure(figure, path)
 
 
-def plot_learning(metrics_csv: str | Path, path: str | Path) -> Path | None:
-    """Draw the scores of the probes that ran during training against the optimiser step.
-
-    Returns:
-        The path of the chart, or None if no probe ran.
-
-    Raises:
-        UserError: If the log cannot be read, or if the file cannot be written.
-    """
-    series = {
-        name.split("/", 1)[1]: points
-        for name, points in read_metrics(metrics_csv).items()
-        if name.startswith("probe/")
-    }
-    if not series:
-        return None
-    figure = blank_figure(height=3.2)
-    axes = figure.axes[0]
-    for number, (name, points) in enumerate(sorted(series.items())):
-        steps, values = [step for step, _ in points], [100 * value for _, value in points]
-        axes.plot(
-            steps,
-            values,
-            color=PALETTE[number % len(PALETTE)],
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=4,
-            label=name,
-        )
-    axes.set(xlabel="optimiser step", ylabel="score (%)")
-    _title(axes, "Probes during training")
-    axes.grid(axis="both")
-    _legend(axes, len(series))
-    return save_figure(figure, path)
+def set_category_labels(axes: Axes, labels: Sequence[str]) -> None:
+    """Label the positions 0, 1, … of the x axis: wrapped, or rotated if there are many."""
+    if len(labels) > MAX_HORIZONTAL_LABELS:
+        axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+    else:
+        columns = axes.get_gridspec().ncols  # pyright: ignore[reportOptionalMemberAccess]
+        width = max(8, 80 // (len(labels) * columns))
+        axes.set_xticks(range(len(labels)), [fill(label, width) for label in labels])
 
 
-def read_metrics(metrics_csv: str | Path) -> dict[str, Series]:
-    """Read the log of Lightning's `CSVLogger` into a series of `(step, value)` per metric.
-
-    Blanks and values that are not finite are skipped. The logs that a run wrote before it was
-    resumed, `metrics.N.csv` in the same folder, are read too. For a step that was repeated, the
-    last value counts.
-
-    Raises:
-        UserError: If a log cannot be read or has no `step` column.
-    """
-    newest = Path(metrics_csv)
-    series: dict[str, dict[float, float]] = defaultdict(dict)
-    # Sort by length first, so that 10 comes after 9.
-    kept = sorted(
-        newest.parent.glob(f"{newest.stem}.*.csv"), key=lambda path: (len(path.name), path.name)
-    )
-    for part in [*kept, newest]:
-        try:
-            for step, name, value in _logged(part):
-                series[name][step] = value
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"Cannot read the log {part}: {error}.") from None
-    return {name: sorted(points.items()) for name, points in series.items()}
-
-
-def _logged(metrics_csv: Path) -> Iterator[tuple[float, str, float]]:
-    with metrics_csv.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if "step" not in (reader.fieldnames or ()):
-            raise UserError(
-                f"{metrics_csv} has no column 'step': it is not a log of Lightning's CSVLogger."
-            )
-        for row in reader:
-            step = _number(row["step"])
-            for name, text in row.items():
-                value = _number(text) if name not in ("step", "epoch") else None
-                if isinstance(name, str) and step is not None and value is not None:
-                    yield step, name, value
-
-
-def _whiskers(one: TaskScore | Average) -> tuple[float, float]:
-    """Return how far the whisker reaches below and above the mean."""
-    if one.std is not None:
-        return one.std, one.std
-    low, high = one.interval
-    return max(0.0, one.mean - low), max(0.0, high - one.mean)
-
-
-def _cells(scores: Scores) -> tuple[dict[tuple[str, int], TaskScore | Average], list[str]]:
-    """Return scores by `(encoder, index on the x axis)`, and the labels of the x axis.
+def _bars_by_position(
+    scores: Scores,
+) -> tuple[dict[tuple[str, int], TaskScore | Average], list[str]]:
+    """Return scores by `(encoder, position on the x axis)`, and the labels of the x axis.
 
     The axis has every task and, if there are several, their weighted average at the end.
     """
@@ -286,56 +176,157 @@ def _cells(scores: Scores) -> tuple[dict[tuple[str, int], TaskScore | Average], 
     return cells, labels
 
 
-def _draw_loss(axes: Axes, name: str, points: Series, number: int) -> None:
-    domain = next((domain for domain in DOMAIN_COLOURS if domain in name), None)
-    colour = (
-        DOMAIN_COLOURS[domain]
-        if domain
-        else "#000000"
-        if name == "loss"
-        else PALETTE[(number + 3) % len(PALETTE)]
-    )
-    steps, values = [step for step, _ in points], [value for _, value in points]
+def _whiskers(score: TaskScore | Average) -> tuple[float, float]:
+    """Return how far the whisker reaches below and above the mean."""
+    if score.std is not None:
+        return score.std, score.std
+    low, high = score.interval
+    return max(0.0, score.mean - low), max(0.0, high - score.mean)
+
+
+def _describe_whiskers(scores: Scores) -> str:
+    seeds = max(len(entry.seeds) for entry in scores.entries)
+    parts = [f"± 1 standard deviation over {seeds} seeds"] if seeds > 1 else []
+    if any(entry.std is None for entry in scores.entries):
+        parts.append("95 % interval over test clips")
+    return " or ".join(parts)
+
+
+@rc_context(STYLE)
+def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
+    """Draw training and validation loss against the step, with one line per domain.
+
+    Raises:
+        UserError: If the log cannot be read or has no loss, or if the file cannot be written.
+    """
+    panels: dict[str, dict[str, Series]] = defaultdict(dict)
+    for name, points in sorted(read_metrics(metrics_csv).items()):
+        split, _, metric = name.partition("/")
+        if split in ("train", "valid") and "loss" in metric:
+            panels[split][metric] = points
+    if not panels:
+        raise UserError(
+            f"{metrics_csv} has no values in columns train/loss… or valid/loss…: nothing to draw."
+        )
+    figure = new_figure(height=3.6, columns=len(panels), sharey=True)
+    for axes, (split, lines) in zip(figure.axes, panels.items(), strict=True):
+        for index, (metric, points) in enumerate(lines.items()):
+            _plot_loss(axes, metric, points, PALETTE[(index + 3) % len(PALETTE)])
+        axes.set(xlabel=STEP_LABEL, title={"train": "Training", "valid": "Validation"}[split])
+        axes.legend()
+    figure.axes[0].set_ylabel("loss (nats per token)")
+    return save_figure(figure, path)
+
+
+def _plot_loss(axes: Axes, metric: str, points: Series, other_colour: str) -> None:
+    steps, losses = zip(*points, strict=True)
     marker = "o" if len(points) <= 30 else None
-    label = {"loss": "all domains"}.get(name, domain or name)
-    axes.plot(
-        steps,
-        values,
-        color=colour,
-        label=label,
-        linewidth=2.0 if name == "loss" else 1.4,
-        marker=marker,
-        markersize=3,
-    )
+    domain = next((domain for domain in DOMAIN_COLOURS if domain in metric), None)
+    if metric == "loss":
+        axes.plot(steps, losses, "k", label="all domains", linewidth=2, marker=marker)
+    else:
+        colour = DOMAIN_COLOURS.get(domain or "", other_colour)
+        axes.plot(steps, losses, color=colour, label=domain or metric, marker=marker)
 
 
-def blank_figure(height: float, columns: int = 1, rows: int = 1, sharey: bool = False) -> Figure:
-    """Return a figure of page width with a grid of empty panels; `height` is in inches."""
-    figure = Figure(figsize=(PAGE_WIDTH_INCHES, height), layout="constrained")
-    FigureCanvasAgg(figure)  # without pyplot, there is no global state and no figure to close
-    for axes in figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_axisbelow(True)
-    return figure
+@rc_context(STYLE)
+def plot_speed(metrics_csv: str | Path, path: str | Path) -> Path | None:
+    """Draw audio seconds per second and the fraction of time spent waiting for data.
+
+    Returns:
+        The path of the chart, or None if the run did not log its throughput.
+
+    Raises:
+        UserError: If the log cannot be read, or if the file cannot be written.
+    """
+    series = read_metrics(metrics_csv)
+    speed = series.get("throughput/audio_seconds_per_second")
+    wait = series.get("throughput/data_wait_fraction")
+    if not speed or not wait:
+        return None
+    figure = new_figure(height=2.6, columns=2)
+    for axes, points, title, label, scale in (
+        (figure.axes[0], speed, "Speed", "audio-seconds per second", 1),
+        (figure.axes[1], wait, "Waiting for data", "% of the time", 100),
+    ):
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, [scale * value for value in values], color=PALETTE[0])
+        axes.set(xlabel=STEP_LABEL, ylabel=label, ylim=(0, None), title=title)
+    return save_figure(figure, path)
 
 
-def panel_title(axes: Axes, title: str) -> None:
-    """Set the title of one panel in a figure of several."""
-    axes.set_title(title, loc="left", fontsize=9)
+@rc_context(STYLE)
+def plot_learning(metrics_csv: str | Path, path: str | Path) -> Path | None:
+    """Draw the scores of the probes that ran during training against the step.
+
+    Returns:
+        The path of the chart, or None if no probe ran.
+
+    Raises:
+        UserError: If the log cannot be read, or if the file cannot be written.
+    """
+    series = {
+        name.removeprefix("probe/"): points
+        for name, points in sorted(read_metrics(metrics_csv).items())
+        if name.startswith("probe/")
+    }
+    if not series:
+        return None
+    figure = new_figure(height=3.2)
+    axes = figure.axes[0]
+    for index, (name, points) in enumerate(series.items()):
+        steps, values = zip(*points, strict=True)
+        axes.plot(
+            steps,
+            [100 * value for value in values],
+            color=PALETTE[index % len(PALETTE)],
+            marker=MARKERS[index % len(MARKERS)],
+            label=name,
+        )
+    axes.set(xlabel=STEP_LABEL, ylabel="score (%)", title="Probes during training")
+    legend_below(figure)
+    return save_figure(figure, path)
 
 
-def _title(axes: Axes, title: str, subtitle: str = "") -> None:
-    axes.set_title(title, loc="left", fontsize=12, pad=20 if subtitle else 8)
-    if subtitle:
-        axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=8.5, color="#555555")
+def read_metrics(metrics_csv: str | Path) -> dict[str, Series]:
+    """Read the log of Lightning's `CSVLogger` into a series of `(step, value)` per metric.
+
+    Blanks and values that are not finite are skipped. The logs that a run wrote before it was
+    resumed, `metrics.N.csv` in the same folder, are read too. For a step that was repeated, the
+    last value counts.
+
+    Raises:
+        UserError: If a log cannot be read or has no `step` column.
+    """
+    newest = Path(metrics_csv)
+    earlier = newest.parent.glob(f"{newest.stem}.*.csv")
+    series: dict[str, dict[float, float]] = defaultdict(dict)
+    # Sorted by length first, so that 10 comes after 9.
+    for part in [*sorted(earlier, key=lambda path: (len(path.name), path.name)), newest]:
+        try:
+            for step, name, value in _read_log(part):
+                series[name][step] = value
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"Cannot read the log {part}: {error}.") from None
+    return {name: sorted(points.items()) for name, points in series.items()}
 
 
-def _legend(axes: Axes, entries: int) -> None:
-    figure = axes.figure
-    figure.legend(loc="outside lower center", ncols=min(entries, 4), frameon=False, fontsize=9)  # pyright: ignore[reportAttributeAccessIssue]
+def _read_log(metrics_csv: Path) -> Iterator[tuple[float, str, float]]:
+    with metrics_csv.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if "step" not in (reader.fieldnames or ()):
+            raise UserError(
+                f"{metrics_csv} has no column 'step': it is not a log of Lightning's CSVLogger."
+            )
+        for row in reader:
+            step = _finite_number(row["step"])
+            for name, text in row.items():
+                value = _finite_number(text) if name not in ("step", "epoch") else None
+                if isinstance(name, str) and step is not None and value is not None:
+                    yield step, name, value
 
 
-def _number(text: str | None) -> float | None:
+def _finite_number(text: str | None) -> float | None:
     try:
         value = float(text or "nan")
     except ValueError:
@@ -343,44 +334,8 @@ def _number(text: str | None) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG, creating its folder if necessary.
-
-    Raises:
-        UserError: If the file cannot be written.
-    """
-    path = Path(path)
-    for axes in figure.axes:
-        for line in axes.get_xgridlines() + axes.get_ygridlines():
-            line.set(color="#dddddd", linewidth=0.7)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DOTS_PER_INCH)
-    except OSError as error:
-        raise UserError(f"Cannot write the chart {path}: {error.strerror}.") from None
-    return path
-
-
-# Limits of the maps: clips of a task, t-SNE iterations, and clips below which no map is drawn.
-MAX_CLIPS = 400
-MAX_STEPS = 500
-MIN_CLIPS = 12
-# The most classes for a legend or a confusion matrix with numbers, and for axis labels of a matrix.
-NAMED_CLASSES, LABELLED_CLASSES = 12, 36
-
-
-@dataclass(frozen=True)
-class MappedTask:
-    """The test clips of one task, embedded by one encoder."""
-
-    title: str
-    domain: str
-    features: np.ndarray  # [B, D]
-    labels: tuple[str, ...]
-
-
-def shown_encoders(scores: Scores) -> list[str]:
-    """Return the encoders that charts compare, in the order before, after.
+def compared_encoders(scores: Scores) -> list[str]:
+    """Return the encoders that maps and confusion matrices show, in the order before, after.
 
     These are the two of the last comparison or, if there is none, only the last encoder.
     """
@@ -389,8 +344,9 @@ def shown_encoders(scores: Scores) -> list[str]:
     return scores.encoders[-1:]
 
 
+@rc_context({**STYLE, "axes.grid": False})
 def plot_confusions(scores: Scores, task: str, path: Path) -> Path | None:
-    """Draw the confusion matrices of a task, one panel for each of `shown_encoders`.
+    """Draw the confusion matrices of a task, one panel for each of `compared_encoders`.
 
     Returns:
         The path of the chart, or None if no confusions were recorded.
@@ -398,24 +354,54 @@ def plot_confusions(scores: Scores, task: str, path: Path) -> Path | None:
     Raises:
         UserError: If the file cannot be written.
     """
-    entries = [
-        entry
-        for name in shown_encoders(scores)
-        if (entry := scores.get(name, task)) and entry.confusion
-    ]
+    entries = [scores.get(encoder, task) for encoder in compared_encoders(scores)]
+    entries = [entry for entry in entries if entry and entry.confusion]
     if not entries:
         return None
-    figure = blank_figure(columns=len(entries), height=4.0)
+    figure = new_figure(columns=len(entries), height=4.0)
     for axes, entry in zip(figure.axes, entries, strict=True):
-        _confusion(axes, entry, f"{entry.title}, {scores.label(entry.encoder)}")
+        assert entry.confusion
+        _plot_confusion(axes, np.array(entry.confusion.counts), entry.confusion.classes)
+        axes.set_title(f"{entry.title}, {scores.label(entry.encoder)}")
     figure.axes[0].set_ylabel("true class")
-    image = figure.axes[0].images[0]
-    figure.colorbar(image, ax=figure.axes, shrink=0.7, label="share of the true class's clips (%)")
+    figure.colorbar(
+        figure.axes[0].images[0], ax=figure.axes, shrink=0.7, label="% of the true class's clips"
+    )
     return save_figure(figure, path)
 
 
+def _plot_confusion(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> None:
+    rates = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(rates, cmap="cividis", vmin=0, vmax=100)
+    axes.set_xlabel("predicted class")
+    if len(classes) > MAX_LABELLED_CLASSES:
+        axes.set_xlabel("predicted class (index in alphabetical order)")
+        return
+    size = 7 if len(classes) <= MAX_LEGEND_CLASSES else 5.5
+    ticks = range(len(classes))
+    axes.set_xticks(ticks, classes, rotation=60, ha="right", rotation_mode="anchor", fontsize=size)
+    axes.set_yticks(ticks, classes, fontsize=size)
+    if len(classes) <= MAX_LEGEND_CLASSES:
+        for row, column in np.argwhere(rates >= 0.5):
+            rate = rates[row, column]
+            colour = "white" if rate < 55 else "black"
+            axes.text(
+                column, row, f"{rate:.0f}", ha="center", va="center", fontsize=6, color=colour
+            )
+
+
+class _TaskClips(NamedTuple):
+    """The test clips of one task, embedded by one encoder: features `[B, D]` and labels `[B]`."""
+
+    title: str
+    domain: str
+    features: np.ndarray
+    labels: np.ndarray
+
+
+@rc_context({**STYLE, "axes.grid": False, "axes.titlesize": 9})
 def plot_maps(scores: Scores, path: Path) -> Path | None:
-    """Draw t-SNE maps of the test clips, one row for each of `shown_encoders`.
+    """Draw t-SNE maps of the test clips, one row for each of `compared_encoders`.
 
     The first map shows all clips by domain if there are several domains. The others show the
     clips of one task by class.
@@ -426,25 +412,41 @@ def plot_maps(scores: Scores, path: Path) -> Path | None:
     Raises:
         UserError: If the file cannot be written.
     """
-    found = {name: _mapped(scores, name) for name in shown_encoders(scores)}
-    rows = {name: tasks for name, tasks in found.items() if tasks}
+    found = {encoder: _cached_clips(scores, encoder) for encoder in compared_encoders(scores)}
+    rows = {encoder: tasks for encoder, tasks in found.items() if tasks}
     if not rows:
         return None
-    columns = max(
-        len(tasks) + (len({task.domain for task in tasks}) > 1) for tasks in rows.values()
-    )
-    figure = blank_figure(columns=columns, rows=len(rows), height=0.6 + 2.6 * len(rows))
-    grid = [figure.axes[first : first + columns] for first in range(0, len(figure.axes), columns)]
-    for places, (encoder, tasks) in zip(grid, rows.items(), strict=True):
-        places[0].set_ylabel(scores.label(encoder))
-        several = len({task.domain for task in tasks}) > 1
-        if several:
-            _map_domains(places[0], tasks)
-        for axes, task in zip(places[several:], tasks, strict=False):
-            _map_classes(axes, task)
+    several_domains = len({task.domain for tasks in rows.values() for task in tasks}) > 1
+    columns = max(map(len, rows.values())) + several_domains
+    figure = new_figure(columns=columns, rows=len(rows), height=0.6 + 2.6 * len(rows))
+    grid = np.array(figure.axes).reshape(len(rows), columns)
+    for panels, (encoder, tasks) in zip(grid, rows.items(), strict=True):
+        panels[0].set_ylabel(scores.label(encoder))
+        if several_domains:
+            features = np.concatenate([task.features for task in tasks])
+            domains = np.concatenate([[task.domain] * len(task.labels) for task in tasks])
+            _plot_map(panels[0], features, domains, DOMAIN_COLOURS, "All, by domain")
+        for axes, task in zip(panels[several_domains:], tasks, strict=False):
+            classes = sorted(set(task.labels))
+            title = f"{task.title}, {len(classes)} classes"
+            _plot_map(axes, task.features, task.labels, classes, title)
     for axes in figure.axes:
         axes.set(xticks=[], yticks=[])
     return save_figure(figure, path)
+
+
+def _plot_map(
+    axes: Axes, features: np.ndarray, labels: np.ndarray, groups: Iterable[str], title: str
+) -> None:
+    points = project(features)
+    for index, group in enumerate(groups):
+        row, colour = divmod(index, len(PALETTE))
+        x, y = points[labels == group].T
+        marker = MARKERS[row % len(MARKERS)]
+        axes.scatter(x, y, s=8, color=PALETTE[colour], marker=marker, linewidths=0, label=group)
+    axes.set_title(title)
+    if len(set(labels)) <= MAX_LEGEND_CLASSES:
+        axes.legend(fontsize=5.5, markerscale=1.4, handletextpad=0.1, labelspacing=0.2, loc="best")
 
 
 def project(features: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -457,111 +459,34 @@ def project(features: np.ndarray, seed: int = 0) -> np.ndarray:
         return np.zeros((len(features), 2))
     centred = (features - features.mean(0)) / np.maximum(features.std(0), 1e-6)
     perplexity = min(30.0, (len(features) - 1) / 3)
-    return TSNE(
-        perplexity=perplexity, init="pca", max_iter=MAX_STEPS, random_state=seed, n_jobs=1
-    ).fit_transform(centred)
+    tsne = TSNE(
+        perplexity=perplexity, init="pca", max_iter=MAX_TSNE_STEPS, random_state=seed, n_jobs=1
+    )
+    return tsne.fit_transform(centred)
 
 
-def _mapped(scores: Scores, encoder: str) -> list[MappedTask]:
-    mapped = []
+def _cached_clips(scores: Scores, encoder: str) -> list[_TaskClips]:
+    """Return a sample of the test clips of each task with one class per clip."""
+    tasks = []
     for task in scores.tasks:
         entry = scores.get(encoder, task)
-        # Confusions exist only for tasks with one class per clip, and a map needs such tasks.
         if entry is None or entry.confusion is None:
             continue
-        parts = [_read(Path(scores.settings.get("cache", "")) / name) for name in entry.embedded]
-        held = [
-            part
-            for part in parts
-            if part is not None and part.features.ndim == 2 and len(part.features) == len(part) > 0
-        ]
-        if not held or sum(map(len, held)) < MIN_CLIPS:
+        cache = Path(scores.settings.get("cache", ""))
+        parts = [part for name in entry.embedded if (part := _load_pooled(cache / name))]
+        if sum(map(len, parts)) < MIN_MAP_CLIPS:
             continue
-        joined = Embeddings.join(held)
-        chosen = np.random.default_rng(0).permutation(len(joined))[:MAX_CLIPS]
-        labels = tuple(joined.labels[place] for place in chosen)
-        mapped.append(
-            MappedTask(entry.title, entry.domain, joined.features.numpy()[chosen], labels)
-        )
-    return mapped
+        clips = Embeddings.join(parts)
+        chosen = np.random.default_rng(0).permutation(len(clips))[:MAX_MAP_CLIPS]
+        features, labels = clips.features.numpy()[chosen], np.array(clips.labels)[chosen]
+        tasks.append(_TaskClips(entry.title, entry.domain, features, labels))
+    return tasks
 
 
-def _read(path: Path) -> Embeddings | None:
+def _load_pooled(path: Path) -> Embeddings | None:
+    """Load embeddings of one vector per clip; None if there are none, or the cache is gone."""
     try:
-        return load_cached(path)
+        found = load_cached(path)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        # The cache was cleared or is on another machine. The report then has no map.
         return None
-
-
-def _map_domains(axes: Axes, tasks: Sequence[MappedTask]) -> None:
-    places = project(np.concatenate([task.features for task in tasks]))
-    domains = np.concatenate([[task.domain] * len(task.labels) for task in tasks])
-    for number, domain in enumerate(DOMAIN_COLOURS):
-        own = places[domains == domain]
-        if len(own):
-            axes.scatter(
-                *own.T,
-                s=7,
-                marker=MARKERS[number],
-                color=DOMAIN_COLOURS[domain],
-                label=domain,
-                linewidths=0,
-            )
-    panel_title(axes, "All, by domain")
-    axes.legend(frameon=False, fontsize=7, markerscale=1.6, handletextpad=0.1, loc="best")
-
-
-def _map_classes(axes: Axes, task: MappedTask) -> None:
-    places, labels = project(task.features), np.array(task.labels)
-    classes = sorted(set(task.labels))
-    for number, name in enumerate(classes):
-        colour, marker = (
-            PALETTE[number % len(PALETTE)],
-            MARKERS[number // len(PALETTE) % len(MARKERS)],
-        )
-        axes.scatter(
-            *places[labels == name].T, s=9, marker=marker, color=colour, label=name, linewidths=0
-        )
-    panel_title(axes, f"{task.title}, {len(classes)} classes")
-    if len(classes) <= NAMED_CLASSES:
-        axes.legend(
-            frameon=False,
-            fontsize=5.5,
-            markerscale=1.2,
-            handletextpad=0.1,
-            labelspacing=0.2,
-            loc="best",
-        )
-
-
-def _confusion(axes: Axes, entry: TaskScore, title: str) -> None:
-    assert entry.confusion
-    counts = np.array(entry.confusion.counts, dtype=float)
-    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)
-    axes.set_xlabel("taken for")
-    panel_title(axes, title)
-    names = entry.confusion.classes
-    if len(names) > LABELLED_CLASSES:
-        axes.set_xlabel("taken for (classes by their place in the alphabet)")
-        return
-    size = 7 if len(names) <= NAMED_CLASSES else 5.5
-    axes.set_xticks(
-        range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=size
-    )
-    axes.set_yticks(range(len(names)), names, fontsize=size)
-    if len(names) > NAMED_CLASSES:
-        return
-    for true, row in enumerate(shares):
-        for taken, share in enumerate(row):
-            if share >= 0.5:
-                axes.text(
-                    taken,
-                    true,
-                    f"{share:.0f}",
-                    ha="center",
-                    va="center",
-                    fontsize=6,
-                    color="white" if share < 55 else "black",
-                )
+    return found if found.features.ndim == 2 and len(found.features) == len(found) else None

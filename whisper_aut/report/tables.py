@@ -1,4 +1,4 @@
-"""Lay out probe scores as tables, and render them for the terminal, as Markdown and as CSV.
+"""Tables of probe scores, and one table model that renders to the terminal, Markdown and CSV.
 
 Scores are in percent and differences in percentage points. A difference that its test does not
 support is labelled "no significant difference".
@@ -6,10 +6,10 @@ support is labelled "no significant difference".
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from whisper_aut.probes.kinds import KINDS
 from whisper_aut.probes.results import AVERAGE, NO_ASR, Average, Comparison, Scores, TaskScore
@@ -26,124 +26,152 @@ FITTED_ON = {
     "train": "on the full training split (train)",
     "train+valid": "on training and validation split (train+valid)",
 }
-KIND_NAMES = {name: kind.title for name, kind in KINDS.items()}
+CSV_COLUMNS = (
+    *("encoder", "task", "domain", "protocol", "kind", "metric", "mean", "std", "low", "high"),
+    *("final_fit", "epochs", "seeds", "folds", "fold_means", "test_clips", "groups", "classes"),
+    *("weight", "identity"),
+)
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """A table before it is rendered.
-
-    Attributes:
-        title: The heading of the table.
-        caption: A note on how to read it.
-        head: The column names.
-        rows: The cells of each row.
-        text_columns: How many columns, from the left, hold text and are aligned left.
-    """
+class Table:
+    """A table of text cells. The first `text_columns` columns are aligned left."""
 
     title: str
-    caption: str
-    head: tuple[str, ...]
+    columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    text_columns: int
+    text_columns: int = 1
+    caption: str = ""
+
+    def to_rich(self) -> RichTable:
+        table = RichTable(title=self.title, caption=self.caption, caption_justify="left")
+        for index, name in enumerate(self.columns):
+            justify = "left" if index < self.text_columns else "right"
+            table.add_column(name, justify=justify, overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def to_markdown(self) -> str:
+        """Return the table as Markdown, with its title above and its caption below."""
+        numbers = len(self.columns) - self.text_columns
+        rule = [":---"] * self.text_columns + ["---:"] * numbers
+        lines = [_markdown_row(row) for row in (self.columns, rule, *self.rows)]
+        return "\n".join([f"**{self.title}**", "", *lines, "", self.caption, ""])
+
+    def to_csv(self) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self.columns, *self.rows])
+        return text.getvalue()
 
 
-def score_sheet(scores: Scores) -> Sheet:
-    """Lay out the scores of every task and encoder, then the weighted averages.
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
 
-    Averages are printed from 0 to 1, as X-ARES and UniWhisper print them.
+
+def p_value(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def score_tables(scores: Scores) -> list[Table]:
+    """Return the tables of a run: scores, and folds and comparisons if there are any."""
+    tables = [score_table(scores)]
+    if any(entry.folds > 1 for entry in scores.entries):
+        tables.append(fold_table(scores))
+    if scores.comparisons:
+        tables.append(comparison_table(scores))
+    return tables
+
+
+def score_table(scores: Scores) -> Table:
+    """Return the scores of every task and encoder, and the weighted averages.
+
+    Averages are from 0 to 1, as X-ARES and UniWhisper print them.
     """
     rows = []
     for task in scores.tasks:
-        entries = {encoder: scores.get(encoder, task) for encoder in scores.encoders}
-        any_entry = next(entry for entry in entries.values() if entry is not None)
-        chance = BLANK if any_entry.chance is None else _percent(any_entry.chance)
-        facts = (
-            any_entry.title,
-            any_entry.domain,
-            METRIC_NAMES.get(any_entry.metric, any_entry.metric),
+        entries = [scores.get(encoder, task) for encoder in scores.encoders]
+        first = next(entry for entry in entries if entry is not None)
+        clips = f"{first.test_clips} ({first.group_count})" if first.groups else first.test_clips
+        metric = METRIC_NAMES.get(first.metric, first.metric)
+        chance = BLANK if first.chance is None else percent(first.chance)
+        rows.append(
+            (first.title, first.domain, metric, str(clips), chance, *map(_score_cell, entries))
         )
-        clips = f"{any_entry.test_clips}"
-        clips += f" ({any_entry.group_count})" if any_entry.groups else ""
-        rows.append((*facts, clips, chance, *(_cell(entry) for entry in entries.values())))
-    averages = {(average.domain, average.encoder): average for average in scores.averages()}
-    for domain in [*scores.domains, *AVERAGE_NAMES] if len(scores.tasks) > 1 else []:
-        found = [averages.get((domain, encoder)) for encoder in scores.encoders]
-        if any(found):
-            label, named = (
-                AVERAGE_NAMES.get(domain, f"{domain}, weighted"),
-                "" if domain in AVERAGE_NAMES else domain,
-            )
-            rows.append(
-                (
-                    label,
-                    named,
-                    "0 … 1",
-                    "",
-                    "",
-                    *(_cell(average, _share) for average in found),
-                )
-            )
-    named = map(scores.label, scores.encoders)
+    if len(scores.tasks) > 1:
+        rows += _average_rows(scores)
     grouped = any(entry.groups for entry in scores.entries)
     clips = "test clips (groups)" if grouped else "test clips"
-    head = ("task", "domain", "metric", clips, "commonest class", *named)
-    kinds = " and ".join(
-        dict.fromkeys(KIND_NAMES.get(entry.kind, entry.kind) for entry in scores.entries)
+    labels = map(scores.label, scores.encoders)
+    kinds = " and ".join(dict.fromkeys(KINDS[entry.kind].title for entry in scores.entries))
+    return Table(
+        f"{kinds[:1].upper()}{kinds[1:]}, protocol {scores.protocol}: scores in %",
+        ("task", "domain", "metric", clips, "commonest class", *labels),
+        tuple(rows),
+        text_columns=3,
+        caption=_score_caption(scores),
     )
-    title = f"{kinds[:1].upper()}{kinds[1:]}, protocol {scores.protocol}: scores in %"
-    return Sheet(title, _score_caption(scores), head, tuple(rows), 3)
 
 
-def fold_sheet(scores: Scores) -> Sheet:
-    """Lay out the score of each fold, averaged over seeds, for the tasks that have folds."""
+def _average_rows(scores: Scores) -> list[tuple[str, ...]]:
+    averages = {(average.domain, average.encoder): average for average in scores.averages()}
+    rows = []
+    for domain in [*scores.domains, *AVERAGE_NAMES]:
+        cells = [averages.get((domain, encoder)) for encoder in scores.encoders]
+        if any(cells):
+            title = AVERAGE_NAMES.get(domain, f"{domain}, weighted")
+            domain_cell = "" if domain in AVERAGE_NAMES else domain
+            formatted = [_score_cell(cell, "{:.3f}".format) for cell in cells]
+            rows.append((title, domain_cell, "0 … 1", "", "", *formatted))
+    return rows
+
+
+def fold_table(scores: Scores) -> Table:
+    """Return the score of each fold, averaged over seeds, for the tasks that have folds."""
     entries = [entry for entry in scores.entries if entry.folds > 1]
-    most = max((entry.folds for entry in entries), default=0)
-    rows = tuple(
-        (
-            entry.title,
-            scores.label(entry.encoder),
-            *(map(_percent, entry.per_fold())),
-            *([BLANK] * (most - entry.folds)),
-        )
-        for entry in entries
+    folds = max((entry.folds for entry in entries), default=0)
+    rows = []
+    for entry in entries:
+        cells = [percent(score) for score in entry.per_fold()]
+        blanks = [BLANK] * (folds - len(cells))
+        rows.append((entry.title, scores.label(entry.encoder), *cells, *blanks))
+    return Table(
+        "Scores by fold, in %",
+        ("task", "encoder", *(f"fold {number + 1}" for number in range(folds))),
+        tuple(rows),
+        text_columns=2,
+        caption="Some folds have harder clips than others, so the spread over folds does not "
+        "measure the uncertainty of the mean.",
     )
-    head = ("task", "encoder", *(f"fold {number}" for number in range(1, most + 1)))
-    caption = (
-        "Folds differ in how hard their clips are: "
-        "their spread says nothing about how sure the mean is."
-    )
-    return Sheet("Scores by fold, in %", caption, head, rows, 2)
 
 
-def comparison_sheet(scores: Scores) -> Sheet:
-    """Lay out every paired comparison with its interval, p-values and verdict."""
-    titles = {entry.task: entry.title for entry in scores.entries} | {
-        AVERAGE: "all tasks, weighted",
-        NO_ASR: "all but recognition, weighted",
-    }
-    rows = tuple(
+def comparison_table(scores: Scores) -> Table:
+    """Return every paired comparison with its interval, p-values and verdict."""
+    titles = {entry.task: entry.title for entry in scores.entries} | AVERAGE_NAMES
+    rows = [
         (
-            scores.label(c.encoder),
-            scores.label(c.against),
-            titles[c.task],
-            f"{100 * c.difference:+.1f}",
-            f"{100 * c.low:+.1f} … {100 * c.high:+.1f}",
-            _p_value(c.p_value),
-            _p_value(c.p_holm),
-            verdict(c),
+            scores.label(one.encoder),
+            scores.label(one.against),
+            titles[one.task],
+            f"{100 * one.difference:+.1f}",
+            f"{100 * one.low:+.1f} … {100 * one.high:+.1f}",
+            p_value(one.p_value),
+            p_value(one.p_holm),
+            verdict(one),
         )
-        for c in scores.comparisons
+        for one in scores.comparisons
+    ]
+    return Table(
+        "Paired comparisons",
+        ("encoder", "against", "task", "difference", "95 % interval", "p", "p (Holm)", "verdict"),
+        tuple(rows),
+        text_columns=3,
+        caption="Difference in points, with its 95 % interval by paired bootstrap and its p-value "
+        "by paired sign flips, over test clips or groups of test clips; with fewer than "
+        f"{FEW_GROUPS} groups, a paired t interval and t test. p (Holm) is corrected for all "
+        f"{len(rows)} rows. The interval does not cover the variation between training runs of "
+        "an encoder.",
     )
-    caption = (
-        "Difference in points, its 95 % interval by paired bootstrap and p by paired sign flips, "
-        "over test clips or the groups that they come in; "
-        f"below {FEW_GROUPS} groups a paired t interval and test. "
-        f"p (Holm) is corrected for all {len(scores.comparisons)} rows. "
-        "What another training of a probe or an encoder would give is not in it."
-    )
-    head = ("encoder", "against", "task", "difference", "95 % interval", "p", "p (Holm)", "verdict")
-    return Sheet("Paired comparisons", caption, head, rows, 3)
 
 
 def verdict(comparison: Comparison) -> str:
@@ -153,155 +181,72 @@ def verdict(comparison: Comparison) -> str:
     return "better" if comparison.difference > 0 else "worse"
 
 
-def sheets(scores: Scores) -> list[Sheet]:
-    """Return the tables of a run: scores, and folds and comparisons if there are any."""
-    folds = any(entry.folds > 1 for entry in scores.entries)
-    return [
-        score_sheet(scores),
-        *([fold_sheet(scores)] if folds else []),
-        *([comparison_sheet(scores)] if scores.comparisons else []),
-    ]
-
-
-def rich_table(sheet: Sheet) -> Table:
-    """Render a table for the terminal."""
-    table = Table(title=sheet.title, caption=sheet.caption, caption_justify="left")
-    for number, name in enumerate(sheet.head):
-        table.add_column(
-            name,
-            justify="left" if number < sheet.text_columns else "right",
-            overflow="fold",
-        )
-    for row in sheet.rows:
-        table.add_row(*row)
-    return table
-
-
-def markdown(sheet: Sheet) -> str:
-    """Render a table as Markdown, with its title and caption."""
-    rule = [":---" if number < sheet.text_columns else "---:" for number in range(len(sheet.head))]
-    lines = [f"**{sheet.title}**", "", _markdown_row(sheet.head), _markdown_row(rule)]
-    return "\n".join([*lines, *map(_markdown_row, sheet.rows), "", sheet.caption, ""])
-
-
 def scores_csv(scores: Scores) -> str:
     """Return all scores as CSV, one line per encoder and task.
 
     Scores are from 0 to 1 and have full precision; those of folds have six significant digits.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "encoder",
-            "task",
-            "domain",
-            "protocol",
-            "kind",
-            "metric",
-            "mean",
-            "std",
-            "low",
-            "high",
-            "final_fit",
-            "epochs",
-            "seeds",
-            "folds",
-            "fold_means",
-            "test_clips",
-            "groups",
-            "classes",
-            "weight",
-            "identity",
-        ]
-    )
-    for e in scores.entries:
-        std = "" if e.std is None else e.std
-        row = [
-            e.encoder,
-            e.task,
-            e.domain,
-            e.protocol,
-            e.kind,
-            e.metric,
-            e.mean,
-            std,
-            *e.interval,
-            e.final_fit,
-            "" if e.epochs is None else e.epochs,
-            len(e.seeds),
-            e.folds,
-            " ".join(f"{score:.6g}" for score in e.per_fold()),
-        ]
-        clips = [e.test_clips, e.group_count]
-        writer.writerow([*row, *clips, e.classes, e.weight, e.identity])
-    return text.getvalue()
+    rows = [_csv_row(entry) for entry in scores.entries]
+    return Table("", CSV_COLUMNS, tuple(rows)).to_csv()
+
+
+def _csv_row(entry: TaskScore) -> tuple[str, ...]:
+    fold_means = " ".join(f"{score:.6g}" for score in entry.per_fold())
+    names = (entry.encoder, entry.task, entry.domain, entry.protocol, entry.kind, entry.metric)
+    values = (entry.mean, entry.std, *entry.interval, entry.final_fit, entry.epochs)
+    sizes = (len(entry.seeds), entry.folds, fold_means, entry.test_clips, entry.group_count)
+    cells = (*names, *values, *sizes, entry.classes, entry.weight, entry.identity)
+    return tuple("" if cell is None else str(cell) for cell in cells)
 
 
 def _score_caption(scores: Scores) -> str:
-    parts = [_fitting(scores)]
-    skipped = [
-        f"{entry.task} {split}: {count} {reason}"
-        for entry in {entry.task: entry for entry in scores.entries}.values()
-        for split, reasons in entry.skipped.items()
-        for reason, count in reasons.items()
-    ]
-    return " ".join([*parts, *(["Clips left out: " + "; ".join(skipped) + "."] if skipped else [])])
-
-
-def _fitting(scores: Scores) -> str:
     """Explain on which clips probes were tuned and fitted, and what ± and brackets mean."""
+    entries = scores.entries
     fitted_on = {
-        "on all other folds" if entry.folds > 1 else FITTED_ON[entry.final_fit]
-        for entry in scores.entries
+        "on all other folds" if entry.folds > 1 else FITTED_ON[entry.final_fit] for entry in entries
     }
-    seeded = {KIND_NAMES[entry.kind]: len(entry.seeds) for entry in scores.entries if entry.seeds}
     parts = [
         "Settings are chosen on validation clips; "
         f"the tested probe is fitted {' or '.join(sorted(fitted_on, reverse=True))}."
     ]
-    if any(count > 1 for count in seeded.values()):
+    seeds = max(len(entry.seeds) for entry in entries)
+    if seeds > 1:
+        seeded = dict.fromkeys(KINDS[entry.kind].title for entry in entries if entry.seeds)
         parts.append(
-            f"± is the standard deviation over {max(seeded.values())} seeds, "
-            f"which decide start and batch order of {', '.join(seeded)}."
+            f"± is the standard deviation over {seeds} seeds, which set the initial weights and "
+            f"the batch order of {', '.join(seeded)}."
         )
-    if any(not entry.seeds for entry in scores.entries):
-        parts.append("A probe without a random start is fitted once and has no ±.")
-    if any(entry.std is None for entry in scores.entries):
+    if any(not entry.seeds for entry in entries):
+        parts.append("A probe without random initialisation is fitted once and has no ±.")
+    if any(entry.std is None for entry in entries):
         parts.append(
-            "Brackets hold the 95 % interval over the choice of test clips, by bootstrap, "
-            f"or by a t interval below {FEW_GROUPS} clips or groups."
+            "Brackets contain the 95 % interval over the choice of test clips, by bootstrap, "
+            f"or by a t interval with fewer than {FEW_GROUPS} clips or groups."
         )
-    groups = {entry.task: entry.group for entry in scores.entries if entry.groups}
+    groups = {entry.task: entry.group for entry in entries if entry.groups}
     if groups:
         listed = ", ".join(f"{task} by {group}" for task, group in groups.items())
-        parts.append(
-            f"Clips that belong together count as one group, their number in (): {listed}."
-        )
+        parts.append(f"Related clips count as one group, with their number in (): {listed}.")
+    skipped = [
+        f"{task} {split}: {count} {reason}"
+        for task, entry in {entry.task: entry for entry in entries}.items()
+        for split, reasons in entry.skipped.items()
+        for reason, count in reasons.items()
+    ]
+    if skipped:
+        parts.append(f"Skipped clips: {'; '.join(skipped)}.")
     return " ".join(parts)
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _share(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _cell(one: TaskScore | Average | None, written: Callable[[float], str] = _percent) -> str:
+def _score_cell(score: TaskScore | Average | None, number: Callable[[float], str] = percent) -> str:
     """Format a score with its deviation over seeds or, if it has none, with its interval."""
-    if one is None:
+    if score is None:
         return BLANK
-    if one.std is not None:
-        return f"{written(one.mean)} ± {written(one.std)}"
-    low, high = one.interval
-    return f"{written(one.mean)} [{written(low)}, {written(high)}]"
+    if score.std is not None:
+        return f"{number(score.mean)} ± {number(score.std)}"
+    low, high = score.interval
+    return f"{number(score.mean)} [{number(low)}, {number(high)}]"
 
 
-def _p_value(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
+def _markdown_row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

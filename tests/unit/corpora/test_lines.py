@@ -10,7 +10,7 @@ from whisper_aut.corpora.recipes.captions import musicbench
 from whisper_aut.data.annotation import Annotation, read_lines
 from whisper_aut.data.filters import Exclusions
 from whisper_aut.data.shards import ShardFolder, open_index
-from whisper_aut.report.html import last_written
+from whisper_aut.report.html import last_samples
 
 BREAKS = "a\u2028b\u2029c\x85d"  # where `str.splitlines` would break, and JSON need not escape
 CONTROLS = "e\x0bf\x0cg\x1ch\x1di\x1ej"  # where it would break, too
@@ -57,5 +57,5 @@ def test_the_report_reads_texts_with_any_character(tmp_path: Path, text: str):
     entry = {"step": 1, "domain": "sound", "task": "", "key": "k", "reference": text}
     line = json.dumps({**entry, "generated": text}, ensure_ascii=False)
     (tmp_path / "samples.jsonl").write_text(line + "\n", encoding="utf-8")
-    (written,) = last_written(tmp_path / "samples.jsonl")
+    (written,) = last_samples(tmp_path / "samples.jsonl")
     assert written.generated == text

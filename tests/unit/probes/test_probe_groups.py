@@ -15,7 +15,7 @@ from whisper_aut.probes.results import AVERAGE, Scores
 from whisper_aut.probes.stats import GroupTotals, difference, holm, interval
 from whisper_aut.probes.suite import compare, run_suite
 from whisper_aut.probes.tasks import list_tasks, load_task
-from whisper_aut.report.tables import markdown, score_sheet, sheets
+from whisper_aut.report.tables import score_table, score_tables
 
 QUIET = EmbedSettings(quiet=True)
 CONF = Path(__file__).parents[3] / "conf" / "probe_tasks"
@@ -112,7 +112,7 @@ def test_holm_covers_every_row_of_the_table_averages_and_all_pairs_included(scor
 
 
 def test_tables_print_the_number_of_groups_and_an_interval_in_place_of_a_deviation(scores: Scores):
-    page = markdown(score_sheet(scores))
+    page = score_table(scores).to_markdown()
     assert "| test clips (groups) |" in page
     assert f"| {SPEAKERS * CLIPS} ({SPEAKERS}) |" in page
     assert "tones by speaker" in page
@@ -120,7 +120,7 @@ def test_tables_print_the_number_of_groups_and_an_interval_in_place_of_a_deviati
     low, high = scores.entries[0].interval
     mean = scores.entries[0].mean
     assert f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in page
-    comparisons = sheets(scores)[-1]
+    comparisons = score_tables(scores)[-1]
     assert f"corrected for all {len(scores.comparisons)} rows" in comparisons.caption
 
 

@@ -1,4 +1,4 @@
-"""Scores of two encoders on two tasks, as `probes.suite` would have left them, and a port to serve a page at."""
+"""Scores of two encoders on two tasks, and a free port."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""report.html, report.maps, report.sounds, report.facts: one page that holds everything itself."""
+"""The report of a run: one self-contained page."""
 
 import io
 import json
@@ -9,25 +9,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from rich.console import Console
 from sklearn.metrics import confusion_matrix
 
 from whisper_aut.errors import UserError
 from whisper_aut.probes.results import Confusion
 from whisper_aut.report.html import (
-    ListenedClip,
-    Picture,
-    Run,
+    Figure,
+    GeneratedText,
+    RunReport,
     Section,
-    data_sheet,
-    html_page,
-    last_written,
-    listened,
-    markdown_page,
-    refusal_sheet,
-    run_sheet,
+    build_report,
+    data_table,
+    generated_texts,
+    last_samples,
+    render,
+    run_table,
+    skipped_table,
 )
 from whisper_aut.report.plots import project
-from whisper_aut.report.tables import Sheet
+from whisper_aut.report.tables import Table
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -49,19 +50,21 @@ class Balanced(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_escapes_what_it_shows(tmp_path):
+def test_the_page_is_self_contained_and_escapes_its_content(tmp_path):
     (tmp_path / "p.png").write_bytes(b"\x89PNG")
     hostile = '<script>alert("x")</script>'
-    blocks = [
-        Sheet(hostile, "note", ("a", "b"), ((hostile, "1"),), 1),
-        Picture(tmp_path / "p.png", hostile),
+    section = Section(
+        "Probes",
         hostile,
-    ]
-    clips = [
-        ListenedClip(hostile, hostile, "b", b"OggS", b"\x89PNG"),
-        ListenedClip("silent", "a", "b"),
-    ]
-    page = html_page([Run("one", [Section("Probes", [*blocks, *clips])]), Run("two", [])])
+        [Figure(tmp_path / "p.png", hostile)],
+        [Table(hostile, ("a", "b"), ((hostile, "1"),), 1, "note")],
+        [
+            GeneratedText("sound", "", hostile, hostile, "b", 1.0, b"OggS", b"\x89PNG"),
+            GeneratedText("speech", "asr", "silent", "a", "b"),
+        ],
+    )
+    runs = [RunReport("one", [section]), RunReport("two", [])]
+    page = render(runs, "report.html")
     parsed = Balanced()
     parsed.feed(page)
     assert not parsed.open
@@ -69,23 +72,26 @@ def test_the_page_is_whole_and_escapes_what_it_shows(tmp_path):
     assert page.count("&lt;script&gt;") >= 5
     assert all(source.startswith(("data:", "#")) for source in parsed.sources)  # nothing is fetched
     assert page.count("<audio") == 1
+    assert "sound · text · " in page
     ids = set(re.findall(r'id="(\w+)"', page))
     assert {source[1:] for source in parsed.sources if source.startswith("#")} <= ids
-    text = markdown_page([Run("one", [Section("Probes", [blocks[1], clips[1]])])])
+    assert 'href="#run1_1"' in render(runs[:1], "report.html")
+    text = render(runs, "report.md")
     assert "](p.png)" in text
-    assert "silent" in text
+    assert "\n\n| a | b |\n| :--- | ---: |\n" in text
+    assert "- speech · asr · silent: reference “a”, generated “b”" in text
 
 
 def test_neighbours_stay_neighbours_on_the_map():
     generator = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 20)
     features = 8 * generator.normal(size=(3, 16))[labels] + generator.normal(size=(60, 16))
-    places = project(features.astype(np.float32))
-    assert places.shape == (60, 2)
-    distances = np.linalg.norm(places[:, None] - places[None], axis=2)
+    points = project(features.astype(np.float32))
+    assert points.shape == (60, 2)
+    distances = np.linalg.norm(points[:, None] - points[None], axis=2)
     np.fill_diagonal(distances, np.inf)
     assert (labels[distances.argmin(1)] == labels).mean() > 0.95
-    np.testing.assert_array_equal(places, project(features.astype(np.float32)))
+    np.testing.assert_array_equal(points, project(features.astype(np.float32)))
 
 
 def test_counts_of_a_confusion_are_scikit_learns():
@@ -166,29 +172,25 @@ def _key(folder: Path) -> str:
     )
 
 
-def test_samples_of_the_last_validation_come_with_their_sound(run):
-    assert last_written(run / "samples.jsonl")[0].key == "missing"
-    missing, heard = listened(run)
+def test_texts_of_the_last_validation_come_with_their_audio(run):
+    assert last_samples(run / "samples.jsonl")[0].key == "missing"
+    missing, found = generated_texts(run)
     assert not missing.ogg
-    waveform, rate = soundfile.read(io.BytesIO(heard.ogg))
+    waveform, rate = soundfile.read(io.BytesIO(found.ogg))
     assert rate == 16_000
     assert len(waveform) > 100
-    assert heard.spectrogram.startswith(b"\x89PNG")
+    assert found.spectrogram.startswith(b"\x89PNG")
 
 
-def test_a_run_without_samples_or_facts_has_none(tmp_path):
-    assert listened(tmp_path) == []
-    assert [run_sheet(tmp_path), data_sheet(tmp_path), refusal_sheet(tmp_path)] == [
-        None,
-        None,
-        None,
-    ]
+def test_a_run_without_samples_or_metadata_has_no_texts_or_tables(tmp_path):
+    assert generated_texts(tmp_path) == []
+    assert run_table(tmp_path) is data_table(tmp_path) is skipped_table(tmp_path) is None
     (tmp_path / "environment.json").write_text("[broken")
-    assert run_sheet(tmp_path) is None
+    assert run_table(tmp_path) is None
 
 
-def test_facts_are_laid_out(tmp_path):
-    facts = {
+def test_tables_of_a_run(tmp_path):
+    environment = {
         "command": ["whisper-aut", "train"],
         "gpus": [],
         "cpus": 2,
@@ -206,7 +208,7 @@ def test_facts_are_laid_out(tmp_path):
         },
         {"root": "b", "weight": 0.2},
     ]
-    (tmp_path / "environment.json").write_text(json.dumps({**facts, "data": sources}))
+    (tmp_path / "environment.json").write_text(json.dumps({**environment, "data": sources}))
     done = {
         "steps": 4,
         "sources": {"a": 2.0, "b": 0.0},
@@ -214,26 +216,22 @@ def test_facts_are_laid_out(tmp_path):
         "skipped": {"a": {"silent": 2}},
     }
     (tmp_path / "done.json").write_text(json.dumps(done))
-    found = dict(run_sheet(tmp_path).rows)
+    found = dict(run_table(tmp_path).rows)
     assert found["steps"] == "4"
     assert found["waiting for data, % of the time"] == "12.5"
-    sheet = data_sheet(tmp_path)
-    assert [row[2:] for row in sheet.rows] == [
+    table = data_table(tmp_path)
+    assert [row[2:] for row in table.rows] == [
         ("CC0-1.0", "3", "2.00", "80.0", "100.0", "2.00"),
         ("–", "0", "0.00", "20.0", "0.0", "0.00"),
     ]
-    assert refusal_sheet(tmp_path).rows == (("a", "silent", "2"),)
+    assert skipped_table(tmp_path).rows == (("a", "silent", "2"),)
 
 
-def test_a_report_that_cannot_be_written_is_said(tmp_path):
-    from rich.console import Console
-
-    from whisper_aut.report.html import build_report
-
+def test_a_report_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "run" / "logs").mkdir(parents=True)
     (tmp_path / "run" / "logs" / "metrics.csv").write_text("step,train/loss\n1,2.0\n2,1.5\n")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot write the report"):
+    with pytest.raises(UserError, match="Cannot write"):
         build_report([tmp_path / "run"], tmp_path / "file" / "out", Console(quiet=True))
     page = build_report([tmp_path / "run"], tmp_path / "out", Console(quiet=True))
     assert "Training and validation loss" in page.read_text()

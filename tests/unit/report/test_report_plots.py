@@ -1,4 +1,4 @@
-"""report.plots: charts that are drawn, from logs with gaps, or a reason why not."""
+"""Charts of scores and logs."""
 
 import math
 from dataclasses import replace
@@ -45,7 +45,7 @@ def test_nothing_but_a_baseline_is_no_chart(two_encoders, tmp_path):
         )
 
 
-def test_blanks_and_values_that_are_not_finite_are_passed_over(tmp_path):
+def test_blanks_and_values_that_are_not_finite_are_skipped(tmp_path):
     log = tmp_path / "metrics.csv"
     log.write_text(
         HEAD
@@ -72,7 +72,7 @@ def test_losses_are_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", HEAD, "step,lr\n1,0.1\n"])
-def test_logs_without_losses_are_told(tmp_path, text):
+def test_a_log_without_losses_is_a_user_error(tmp_path, text):
     log = tmp_path / "metrics.csv"
     log.write_text(text)
     with pytest.raises(UserError, match=r"metrics\.csv"):
@@ -82,7 +82,7 @@ def test_logs_without_losses_are_told(tmp_path, text):
 
 
 def test_parts_of_a_log_are_read_in_their_order(tmp_path):
-    for number in range(12):  # every part did step 1 anew
+    for number in range(12):  # every part repeated step 1
         (tmp_path / f"metrics.{number}.csv").write_text(
             f"step,train/loss\n1,{number}\n{number + 2},0.5\n"
         )

@@ -1,4 +1,4 @@
-"""report.tables: every number is where it belongs, in three forms, and weak differences are called so."""
+"""Tables of scores in every format, and the verdicts on differences."""
 
 import csv
 import io
@@ -8,13 +8,13 @@ import pytest
 from rich.console import Console
 
 from whisper_aut.probes.results import Comparison, Scores
-from whisper_aut.report.tables import markdown, rich_table, scores_csv, sheets, verdict
+from whisper_aut.report.tables import score_tables, scores_csv, verdict
 
 
 def rendered(scores: Scores) -> str:
     console = Console(width=220, file=io.StringIO(), record=True, markup=False)
-    for sheet in sheets(scores):
-        console.print(rich_table(sheet))
+    for table in score_tables(scores):
+        console.print(table.to_rich())
     return " ".join(console.export_text().split())
 
 
@@ -24,7 +24,7 @@ def test_scores_with_spread_and_averages(two_encoders):
     assert "45.0 ± 7.1" in text
     assert "protocol strict" in text
     assert "all tasks, weighted" in text
-    assert "Clips left out: bark train: 4 no label." in text
+    assert "Skipped clips: bark train: 4 no label." in text
 
 
 def test_a_difference_without_support_is_called_that(two_encoders):
@@ -78,7 +78,7 @@ def test_folds_are_reported_apart_from_the_deviation_over_seeds(two_encoders):
     text = rendered(replace(two_encoders, entries=folds))
     assert "70.0 ± 0.0" in text  # both seeds reach 0.7 over the folds
     assert "Scores by fold" in text
-    table = markdown(sheets(replace(two_encoders, entries=folds))[1])
+    table = score_tables(replace(two_encoders, entries=folds))[1].to_markdown()
     assert "| Bark | ours | 80.0 | 60.0 |" in table
 
 
@@ -86,7 +86,9 @@ def test_markdown_has_as_many_cells_in_every_row(two_encoders):
     odd = replace(
         two_encoders, entries=tuple(replace(e, title="a|b") for e in two_encoders.entries)
     )
-    rows = [line for line in markdown(sheets(odd)[0]).splitlines() if line.startswith("|")]
+    rows = [
+        line for line in score_tables(odd)[0].to_markdown().splitlines() if line.startswith("|")
+    ]
     assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
     assert len(rows) == 2 + 2 + 3
 
