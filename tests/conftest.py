@@ -1,13 +1,11 @@
 """What tests share: a tiny Whisper in Hugging Face's format, tiny shards, and the place of the real corpora."""
 
-import io
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 # What people and clusters set must not decide whether a test passes: hubs, launchers, devices, proxies, languages, times. It goes before
@@ -42,44 +40,22 @@ os.environ |= {
 }
 sys.warnoptions.clear()  # what PYTHONWARNINGS added; processes that tests start would inherit it
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 import yaml
 from transformers import WhisperForConditionalGeneration
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardFolder
+from tests.support import REPOSITORY
+from tests.support.audio import TEXTS, TONES, encode_audio, tone, write_shards
+from tests.support.numeric import enlarge
 from whisper_aut.data.targets import Instruction, Instructions
 from whisper_aut.models.tiny import LanguageScratch, make_language_model, make_whisper
 from whisper_aut.pipeline import run_config
 
 torch.set_num_threads(1)
 
-REPOSITORY = Path(__file__).parents[1]
-TEXTS = [
-    "a dog barks twice",
-    "rain falls on a tin roof",
-    "a slow tune on a piano",
-    "turn the light off",
-    "seven",
-    "nine birds sing",
-]
 
 SLOW_TIMEOUT_SECONDS = 1800
-
-TONES = {
-    "name": "tones",
-    "title": "Tones",
-    "domain": "sound",
-    "train": ["{root}/speech"],
-    "test": ["{root}/sound"],
-    "metric": "accuracy",
-    "label": "label",
-    "source": "made by the tests",
-}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -103,52 +79,6 @@ def leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def encode_audio(
-    samples: np.ndarray,
-    sample_rate_hz: int = 16_000,
-    kind: str = "FLAC",
-    subtype: str | None = None,
-) -> bytes:
-    """Return samples as the bytes of an audio file."""
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, sample_rate_hz, format=kind, subtype=subtype)
-    return buffer.getvalue()
-
-
-def tone(seconds: float, frequency_hz: float = 440.0, sample_rate_hz: int = 16_000) -> np.ndarray:
-    time = np.arange(round(seconds * sample_rate_hz)) / sample_rate_hz
-    return (0.3 * np.sin(2 * np.pi * frequency_hz * time)).astype(np.float32)
-
-
-def write_shards(
-    folder: Path, clips: int, domain: str, *, per_shard_bytes: int = 60_000, labels: int = 2
-) -> Path:
-    """Write shards of short tones, texts and labels; the label decides the pitch, so that probes can learn it."""
-    generator = np.random.default_rng([clips, *domain.encode()])
-    with ShardFolder(folder, max_bytes=per_shard_bytes) as shards:
-        for number in range(clips):
-            seconds = float(generator.uniform(0.3, 1.2))
-            label = number % labels
-            samples = tone(seconds, 300.0 * (label + 1)) + 0.01 * generator.standard_normal(
-                round(seconds * 16_000)
-            )
-            text = TEXTS[number % len(TEXTS)]
-            annotation = Annotation(
-                text=text,
-                domain=domain,
-                label=f"class {label}",
-                duration_seconds=seconds,
-                id=str(number),
-            )
-            shards.write(
-                f"{domain}-{number:04d}",
-                "flac",
-                encode_audio(samples.astype(np.float32)),
-                annotation,
-            )
-    return folder
-
-
 @pytest.fixture(scope="session")
 def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A randomly initialised Whisper of two layers, with a tokenizer of its own."""
@@ -164,38 +94,6 @@ def tiny_whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocabulary=320,
         seed=0,
     )
-
-
-@torch.no_grad()
-def enlarge(encoder: WhisperEncoder) -> None:
-    """Give a random encoder values of whisper-base's size: hundreds within, about 24 in its frames.
-
-    Random weights keep values near 1, where rounding hides: absolute tolerances that hold on them
-    fail on released ones.
-    """
-    for layer in encoder.layers:
-        attention: Any = layer.self_attn
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
-        for linear in (*projections, layer.fc1, layer.fc2):
-            linear.weight *= (
-                50 / linear.in_features**0.5
-            )  # a deviation of 0.02 → one that keeps size
-    first: Any = encoder.layers[0]
-    first.fc2.weight[0] *= 200  # one channel carries most of the power, as in released encoders
-    encoder.layer_norm.weight *= 10
-    encoder.layer_norm.weight[0] = 24 / encoder.config.d_model**0.5
-
-
-def assert_frames_close(
-    actual: torch.Tensor | np.ndarray, expected: torch.Tensor, relative: float = 1e-5
-) -> None:
-    """Compare frames `[…, D]` by what the docs claim: the norm of the difference over their norm.
-
-    A single value may be off by ten times that fraction of the largest.
-    """
-    difference = torch.as_tensor(actual) - expected
-    assert difference.norm() <= relative * expected.norm()
-    assert difference.abs().max() <= 10 * relative * expected.abs().max()
 
 
 @pytest.fixture(scope="session")

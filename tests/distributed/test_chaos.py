@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import REPOSITORY
-from tests.distributed.test_ranks import Jobs, assert_close_weights, curve, jobs  # noqa: F401 — a fixture
-from tests.integration.test_train import settings_for
+from tests.support import REPOSITORY
+from tests.support.jobs import Jobs, assert_close_weights, curve
+from tests.support.training import settings_for
 from whisper_aut.config import dump_settings
 from whisper_aut.training.checkpoint import checkpoints_in, read_manifest
 from whisper_aut.training.run_dir import RunDirectory
@@ -83,7 +83,7 @@ def test_a_job_killed_at_random_moments_ends_as_if_nothing_had_happened(
     plan: list[tuple[int, dict[str, Any]]],
     tolerance: float,
     asynchronous: bool,
-    jobs: Jobs,  # noqa: F811
+    jobs: Jobs,
     tmp_path: Path,
 ):
     """Another number of ranks adds the same numbers in another order: its weights are close, its clips are the same."""

@@ -16,7 +16,7 @@ import lightning
 import pytest
 from rich.console import Console
 
-from tests.integration.test_train import assert_same_weights, settings_for, weights_of
+from tests.support.training import assert_same_weights, settings_for, weights_of
 from whisper_aut.config import dump_settings
 from whisper_aut.errors import Interrupted
 from whisper_aut.training import train as train_module
@@ -59,13 +59,13 @@ class Recorder(lightning.Callback):
 def recorded(recorder: Recorder) -> Iterator[None]:
     original = train_module.build_trainer
 
-    def watched(*arguments: Any) -> lightning.Trainer:
+    def add(*arguments: Any) -> lightning.Trainer:
         trainer = original(*arguments)
         trainer.callbacks.insert(0, recorder)  # pyright: ignore[reportAttributeAccessIssue]
         return trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "build_trainer", watched)
+        patch.setattr(train_module, "build_trainer", add)
         yield
 
 

@@ -1,95 +1,21 @@
 """Two CPU ranks under every strategy: the same losses as one rank with the doubled batch, exports, and going on with other ranks."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import REPOSITORY
-from tests.integration.test_train import settings_for
+from tests.support.jobs import STEPS, Jobs, assert_close_weights, curve
 from whisper_aut.cli import main
-from whisper_aut.config import dump_settings
 from whisper_aut.export.hf import read_checkpoint
 from whisper_aut.models.pretrained import load_encoder
-from whisper_aut.report.plots import read_metrics
-from whisper_aut.training.run_dir import RunDirectory
 
 STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
-STEPS = 20
 TWO_RANKS = ("data.batch_clips=2", "hardware.devices=2", "trainer.accumulate=3")
 ONE_RANK = ("data.batch_clips=2", "hardware.devices=1", "trainer.accumulate=6")
-
-
-class Jobs:
-    """Collects training jobs and runs them on so many ranks, in one go."""
-
-    def __init__(self, tmp_path: Path, tiny_whisper: Path, tiny_shards: Path):
-        self.tmp_path, self.inputs = tmp_path, (tiny_whisper, tiny_shards)
-        self.jobs: list[dict[str, Any]] = []
-
-    def add(
-        self, name: str, *overrides: str, resume: str = "", fault: Any = None, file: str = ""
-    ) -> RunDirectory:
-        base = (
-            f"trainer.max_steps={STEPS}",
-            "trainer.valid_every_steps=10",
-            "trainer.checkpoint_every_steps=10",
-        )
-        settings = settings_for(*self.inputs, self.tmp_path / name, *base, *overrides)
-        config = self.tmp_path / f"{file or f'{name}-{len(self.jobs)}'}.yaml"
-        config.write_text(dump_settings(settings))
-        self.jobs.append({"config": str(config), "resume": resume, "fault": fault or {}})
-        return RunDirectory(self.tmp_path / name / "smoke" / "job")
-
-    def run(self, ranks: int) -> subprocess.CompletedProcess[str]:
-        file = self.tmp_path / "jobs.json"
-        file.write_text(json.dumps(self.jobs))
-        self.jobs = []
-        launch = (
-            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            if ranks > 1
-            else []
-        )
-        command = [sys.executable, *launch, str(Path(__file__).with_name("job.py")), str(file)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        ) as process:
-            try:
-                output, errors = process.communicate(timeout=900)
-            except subprocess.TimeoutExpired:
-                process.terminate()  # torchrun then ends its ranks
-                raise
-        return subprocess.CompletedProcess(command, process.returncode, output, errors)
-
-    def done(self, ranks: int) -> None:
-        finished = self.run(ranks)
-        assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
-
-
-@pytest.fixture
-def jobs(tmp_path: Path, tiny_whisper: Path, tiny_shards: Path) -> Jobs:
-    return Jobs(tmp_path, tiny_whisper, tiny_shards)
-
-
-def curve(run: RunDirectory, name: str = "train/loss") -> list[float]:
-    return [value for _, value in read_metrics(run.metrics)[name]]
-
-
-def assert_close_weights(one: RunDirectory, other: RunDirectory, atol: float) -> None:
-    first, second = (read_checkpoint(run.last_checkpoint) for run in (one, other))
-    assert first.keys() == second.keys()
-    for name, weight in first.items():
-        if isinstance(weight, torch.Tensor):
-            torch.testing.assert_close(
-                weight.float(), second[name].float(), atol=atol, rtol=0, msg=name
-            )
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import lightning
 import pytest
 from rich.console import Console
 
-from tests.integration.test_train import settings_for
+from tests.support.training import settings_for
 from whisper_aut.training.train import train
 
 SLOW = [

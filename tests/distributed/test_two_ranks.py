@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 from torch.testing import assert_close
 
-from tests.conftest import TEXTS
-from tests.distributed.launch import on_ranks
-from tests.integration.test_train import settings_for
+from tests.support.audio import TEXTS
+from tests.support.ranks import on_ranks
+from tests.support.training import settings_for
 from whisper_aut.config import Settings, dump_settings, load_settings
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.shards import ShardFolder

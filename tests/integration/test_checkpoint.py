@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch.testing import assert_close
 
-from tests.integration.test_train import QUIET, assert_same_weights, settings_for, weights_of
+from tests.support.training import QUIET, assert_same_weights, settings_for, weights_of
 from whisper_aut.config import Settings
 from whisper_aut.errors import UserError
 from whisper_aut.export.hf import read_checkpoint

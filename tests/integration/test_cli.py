@@ -12,7 +12,8 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from tests.conftest import REPOSITORY, encode_audio, tone
+from tests.support import REPOSITORY
+from tests.support.audio import encode_audio, tone
 from whisper_aut import commands
 from whisper_aut.audio import windows
 from whisper_aut.cli import _console, _parser, main

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import REPOSITORY, TONES
+from tests.support import REPOSITORY
+from tests.support.audio import TONES
 from whisper_aut.cli import main
 from whisper_aut.errors import Interrupted
 from whisper_aut.experiments import conduct

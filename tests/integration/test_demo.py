@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import encode_audio, tone
+from tests.support.audio import encode_audio, tone
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
 from whisper_aut.inference.chat import answer, describe

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from tests.conftest import REPOSITORY
+from tests.support import REPOSITORY
 from whisper_aut import __version__
 from whisper_aut import config as settings
 from whisper_aut.cli import _parse, _parser, main

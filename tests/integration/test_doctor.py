@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import REPOSITORY
-from tests.integration.test_train import settings_for
+from tests.support import REPOSITORY
+from tests.support.training import settings_for
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.cli import main
 from whisper_aut.commands.train import _two_steps

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from tests.conftest import REPOSITORY
+from tests.support import REPOSITORY
 
 # A thread inside PyTorch when the interpreter ends, as after a second Ctrl-C.
 BUSY = """

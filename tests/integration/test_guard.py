@@ -9,8 +9,13 @@ import lightning
 import pytest
 import torch
 
-from tests.integration.test_train import QUIET, assert_same_weights, settings_for, weights_of
-from tests.integration.test_train_causal_lm import watched
+from tests.support.training import (
+    QUIET,
+    add_callbacks,
+    assert_same_weights,
+    settings_for,
+    weights_of,
+)
 from whisper_aut.data.ledger import Ledger
 from whisper_aut.errors import UserError
 from whisper_aut.report.plots import read_metrics
@@ -46,7 +51,7 @@ def test_a_bad_clip_costs_one_step_and_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ):
     poison = _Poison(2, 4)
-    watched(monkeypatch, poison)
+    add_callbacks(monkeypatch, poison)
     run = train(
         settings_for(tiny_whisper, tiny_shards, tmp_path, f"strategy={strategy}"), QUIET
     ).run
@@ -75,7 +80,7 @@ def test_a_skipped_step_changes_nothing(
         "trainer.checkpoint_every_steps=1",
         "trainer.keep_checkpoints=9",
     )
-    watched(monkeypatch, _Poison(1, 2, 3, 4, 5))
+    add_callbacks(monkeypatch, _Poison(1, 2, 3, 4, 5))
     run = train(settings, QUIET).run
     assert_same_weights(weights_of(run, "step-0000001.ckpt"), weights_of(run), atol=0)
 
@@ -83,7 +88,7 @@ def test_a_skipped_step_changes_nothing(
 def test_too_many_bad_steps_stop_the_run(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    watched(monkeypatch, _Poison(1, 3, 4, 5))
+    add_callbacks(monkeypatch, _Poison(1, 3, 4, 5))
     settings = settings_for(
         tiny_whisper,
         tiny_shards,
@@ -214,10 +219,10 @@ def test_a_spike_goes_back_and_leaves_out_the_data_since(
         "trainer.on_spike=rewind",
     )
     with monkeypatch.context() as patch:
-        watched(patch, derail)
+        add_callbacks(patch, derail)
         run = train(settings, QUIET).run
     assert [step for step, _ in derail.read] == [*range(26), *range(20, 30)]
-    watched(monkeypatch, plain)
+    add_callbacks(monkeypatch, plain)
     train(
         settings_for(
             tiny_whisper, tiny_shards, tmp_path / "other", *steps[1:], "trainer.max_steps=36"
@@ -239,7 +244,7 @@ def test_a_rewound_run_plans_the_epochs_that_are_left(
     )
     steps = ("trainer.checkpoint_every_steps=10", "trainer.valid_every_steps=50")
     derail = _Derail(25)
-    trainers = watched(monkeypatch, derail)
+    trainers = add_callbacks(monkeypatch, derail)
     settings = settings_for(
         tiny_whisper,
         tiny_shards,

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from tests.conftest import REPOSITORY
+from tests.support import REPOSITORY
 
 HOSTILE = {
     "HF_HUB_OFFLINE": "1",

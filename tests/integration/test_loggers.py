@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_train import QUIET, settings_for
+from tests.support.training import QUIET, settings_for
 from whisper_aut.errors import UserError
 from whisper_aut.training.train import train
 

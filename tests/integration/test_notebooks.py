@@ -8,7 +8,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.support import REPOSITORY
 from whisper_aut.config import load_settings
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.support import REPOSITORY
 from whisper_aut.config import SHIPPED, find_config, load_settings
 from whisper_aut.probes.tasks import expand_suites, load_task
 

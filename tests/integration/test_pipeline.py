@@ -10,8 +10,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from tests.conftest import REPOSITORY, TONES
-from tests.integration.test_train import QUIET, settings_for
+from tests.support import REPOSITORY
+from tests.support.audio import TONES
+from tests.support.training import QUIET, settings_for
 from whisper_aut import load_encoder, pipeline
 from whisper_aut.config import Settings, dump_settings, load_settings
 from whisper_aut.errors import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.integration.test_train import QUIET, settings_for
+from tests.support.training import QUIET, settings_for
 from whisper_aut.training.factory import run_fingerprint
 from whisper_aut.training.strategies import NO_BFLOAT16, resolve_precision
 from whisper_aut.training.train import train

@@ -7,8 +7,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from tests.conftest import write_shards
-from tests.integration.test_train import assert_same_weights, settings_for, weights_of
+from tests.support.audio import write_shards
+from tests.support.training import assert_same_weights, settings_for, weights_of
 from whisper_aut.errors import UserError
 from whisper_aut.models.pretrained import load_encoder
 from whisper_aut.probes.callback import ForgettingGuard, ProbeDuringTraining

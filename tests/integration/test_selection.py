@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 from scipy.stats import binom
 
-from tests.conftest import REPOSITORY, encode_audio, tone, write_shards
-from tests.integration.test_train import QUIET, settings_for
+from tests.support import REPOSITORY
+from tests.support.audio import encode_audio, tone, write_shards
+from tests.support.training import QUIET, settings_for
 from whisper_aut.config import load_settings
 from whisper_aut.corpora.audit import run_audit
 from whisper_aut.data.annotation import Annotation

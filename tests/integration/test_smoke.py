@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import REPOSITORY, encode_audio, tone
+from tests.support import REPOSITORY
+from tests.support.audio import encode_audio, tone
 from whisper_aut import load_encoder
 from whisper_aut.cli import main
 

@@ -9,7 +9,7 @@ import lightning
 import pytest
 import torch
 
-from tests.integration.test_train import QUIET, settings_for
+from tests.support.training import QUIET, settings_for
 from whisper_aut.training.callbacks.metrics import Throughput, peak_memory_gib
 from whisper_aut.training.checkpoint import CheckpointWriter
 from whisper_aut.training.strategies import Background, peak_flops

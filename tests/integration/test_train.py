@@ -1,7 +1,6 @@
 """Training through the real entry point: losses, accumulation, resume, a clean stop, and what is left behind."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from torchmetrics import Metric
 
-from tests.conftest import REPOSITORY
+from tests.support import REPOSITORY
+from tests.support.training import QUIET, SignalAt, assert_same_weights, settings_for, weights_of
 from whisper_aut.cli import _rank, main
-from whisper_aut.config import Settings, dump_settings, load_settings
+from whisper_aut.config import dump_settings, load_settings
 from whisper_aut.data.shards import open_index
 from whisper_aut.errors import Interrupted, Preempted, UserError
 from whisper_aut.export.hf import read_checkpoint
@@ -36,44 +36,7 @@ from whisper_aut.training.checkpoint import read_manifest
 from whisper_aut.training.factory import run_fingerprint
 from whisper_aut.training.train import train
 
-QUIET = Console(quiet=True)
 POSITIONS = "model.encoder.embed_positions.weight"
-
-
-def settings_for(tiny_whisper: Path, tiny_shards: Path, runs: Path, *overrides: str) -> Settings:
-    sources = ", ".join(
-        f"{{path: {tiny_shards / domain}, domain: {domain}}}"
-        for domain in ("speech", "sound", "music")
-    )
-    return load_settings(
-        REPOSITORY / "conf" / "smoke.yaml",
-        [
-            "corpora.demo=null",
-            "model.after=",
-            f"model.path={tiny_whisper}",
-            f"data.train=[{sources}]",
-            f"data.valid=[{sources}]",
-            f"runs={runs}",
-            "trainer.max_steps=6",
-            "trainer.log_every_steps=1",
-            *overrides,
-        ],
-    )
-
-
-def weights_of(run: Any, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
-    return read_checkpoint(run.checkpoints / name)
-
-
-def assert_same_weights(
-    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float
-) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        if isinstance(one[name], torch.Tensor):
-            assert_close(one[name], other[name], atol=atol, rtol=0, msg=name)
-        else:
-            assert one[name] == other[name]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -329,7 +292,7 @@ def test_preemption_has_an_exit_status_of_its_own(
 
         def make(*arguments: Any, number: int = number) -> lightning.Trainer:
             trainer = original(*arguments)
-            trainer.callbacks.insert(0, _SignalAt(3, number))  # pyright: ignore[reportAttributeAccessIssue]
+            trainer.callbacks.insert(0, SignalAt(3, number))  # pyright: ignore[reportAttributeAccessIssue]
             return trainer
 
         with monkeypatch.context() as patch:
@@ -387,7 +350,7 @@ def test_refusals_are_counted_once_over_validations_and_resumes(
 
         def make(*arguments: Any) -> lightning.Trainer:
             trainer = original(*arguments)
-            trainer.callbacks.insert(0, _SignalAt(step, signal.SIGTERM))  # pyright: ignore[reportAttributeAccessIssue]
+            trainer.callbacks.insert(0, SignalAt(step, signal.SIGTERM))  # pyright: ignore[reportAttributeAccessIssue]
             return trainer
 
         patch.setattr(train_module, "build_trainer", make)
@@ -417,17 +380,6 @@ def test_accumulated_micro_batches_equal_one_big_batch(
     assert_same_weights(weights_of(big), weights_of(small), atol=2e-5)
 
 
-class _SignalAt(lightning.Callback):
-    """Sends this process a signal in the middle of a step, as a terminal or a scheduler would."""
-
-    def __init__(self, step: int, number: int):
-        self.step, self.number = step, number
-
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), self.number)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     tiny_whisper: Path,
@@ -444,7 +396,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
 
     def interrupted_trainer(*arguments: Any) -> lightning.Trainer:
         trainer = original(*arguments)
-        trainer.callbacks.insert(0, _SignalAt(2, number))  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.callbacks.insert(0, SignalAt(2, number))  # pyright: ignore[reportAttributeAccessIssue]
         return trainer
 
     with monkeypatch.context() as patch:

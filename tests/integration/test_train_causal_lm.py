@@ -12,9 +12,10 @@ import yaml
 from lightning.pytorch.callbacks import LambdaCallback
 from transformers import AutoModelForCausalLM
 
-from tests.integration.test_train import (
+from tests.support.training import (
     QUIET,
-    _SignalAt,
+    SignalAt,
+    add_callbacks,
     assert_same_weights,
     settings_for,
     weights_of,
@@ -23,7 +24,6 @@ from whisper_aut.errors import Interrupted
 from whisper_aut.models.language import weights_hash
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.pipeline import open_run
-from whisper_aut.training import train as train_module
 from whisper_aut.training.run_dir import list_runs
 from whisper_aut.training.train import train
 
@@ -31,20 +31,6 @@ from whisper_aut.training.train import train
 @pytest.fixture
 def language(tiny_language_model: Path) -> list[str]:
     return ["decoder=causal_lm", f"decoder.language_model={tiny_language_model}"]
-
-
-def watched(monkeypatch: pytest.MonkeyPatch, *callbacks: Any) -> list[Any]:
-    """Make `train` use a trainer with more callbacks; return the list that will hold it."""
-    original, trainers = train_module.build_trainer, []
-
-    def make(*arguments: Any) -> Any:
-        trainer = original(*arguments)
-        trainer.callbacks[:0] = callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        trainers.append(trainer)
-        return trainer
-
-    monkeypatch.setattr(train_module, "build_trainer", make)
-    return trainers
 
 
 def test_decoders_are_swapped_on_the_command_line_alone(
@@ -85,7 +71,7 @@ def test_the_language_model_is_bit_identical_after_20_steps(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    trainers = watched(monkeypatch)
+    trainers = add_callbacks(monkeypatch)
     overrides = [
         *language,
         f"strategy={strategy}",
@@ -181,7 +167,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     whole = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "whole", *options), QUIET).run
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "parts", *options)
     with monkeypatch.context() as patch:
-        watched(patch, _SignalAt(3, 15))
+        add_callbacks(patch, SignalAt(3, 15))
         with pytest.raises(Interrupted):
             train(settings, QUIET)
     resumed = train(settings, QUIET, resume="auto").run
@@ -201,7 +187,7 @@ def test_a_date_in_the_chat_template_is_that_of_the_runs_start_however_late_it_g
     options = ["decoder=causal_lm", f"decoder.language_model={dated}"]
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path, *options)
     with monkeypatch.context() as patch:
-        watched(patch, _SignalAt(3, 15))
+        add_callbacks(patch, SignalAt(3, 15))
         with pytest.raises(Interrupted):
             train(settings, QUIET)
     (run,) = list_runs(Path(settings.runs), settings.name)
@@ -209,7 +195,7 @@ def test_a_date_in_the_chat_template_is_that_of_the_runs_start_however_late_it_g
     assert config["decoder"]["date"] == date.today().isoformat()
     config["decoder"]["date"] = "2025-02-03"  # as if it had begun then
     run.config.write_text(yaml.safe_dump(config))
-    trainers = watched(monkeypatch)
+    trainers = add_callbacks(monkeypatch)
     train(settings, QUIET, resume="auto")
     for module in (trainers[0].lightning_module, open_run(run.path)):
         opening = module.codec.tokenizer.decode(module.codec.frame.opening)
@@ -244,7 +230,7 @@ def test_all_that_is_trained_moves_though_the_language_model_is_in_bfloat16(
     def remember(trainer: Any, module: Any) -> None:
         before.update(trainer.strategy._named_state().collect(rank=0, ranks=1).weights)
 
-    trainers = watched(monkeypatch, LambdaCallback(on_train_start=remember))
+    trainers = add_callbacks(monkeypatch, LambdaCallback(on_train_start=remember))
     overrides = [
         *language,
         f"decoder.train={trained}",

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.conftest import TEXTS, encode_audio, tone
-from tests.integration.test_train import _SignalAt, settings_for
-from tests.integration.test_train_causal_lm import watched
+from tests.support.audio import TEXTS, encode_audio, tone
+from tests.support.training import SignalAt, add_callbacks, settings_for
 from whisper_aut.corpora.inspect import inspect_shards
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.shards import ShardFolder
@@ -83,7 +82,7 @@ def test_the_count_goes_on_over_a_resume(
 ):
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *overrides(mixed))
     with monkeypatch.context() as patch:
-        watched(patch, _SignalAt(3, 15))
+        add_callbacks(patch, SignalAt(3, 15))
         with pytest.raises(Interrupted):
             train(settings, Console(quiet=True))
     run: Any = train(settings, Console(quiet=True), resume="auto").run

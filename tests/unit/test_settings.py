@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import REPOSITORY
+from tests.support import REPOSITORY
 from whisper_aut.config import compose, dump_settings, load_settings
 from whisper_aut.errors import UserError
 from whisper_aut.experiments.grid import all_runs, arms_of, load_experiment

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.conftest import encode_audio
-from tests.unit.corpora.test_fingerprint import RATE_HZ, mp3, texture
+from tests.support.audio import TEXTURE_HZ, encode_audio, mp3, texture
 from whisper_aut.cli import main
 from whisper_aut.corpora.audit import names_of, read_audit, run_audit, unaudited
 from whisper_aut.data.annotation import Annotation
@@ -25,7 +24,7 @@ def write(folder: Path, clips: dict[str, tuple[str, bytes, Annotation]]) -> Path
 
 
 def flac(samples: np.ndarray) -> bytes:
-    return encode_audio(samples, RATE_HZ)
+    return encode_audio(samples, TEXTURE_HZ)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +51,8 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         {
             **others,
             "same_bytes": ("flac", flacs[0], note),
-            "same_samples": ("wav", encode_audio(decoded, RATE_HZ, "WAV"), note),
-            "cut_mp3": ("mp3", mp3(0.3 * sounds[2][RATE_HZ // 2 :], RATE_HZ), note),
+            "same_samples": ("wav", encode_audio(decoded, TEXTURE_HZ, "WAV"), note),
+            "cut_mp3": ("mp3", mp3(0.3 * sounds[2][TEXTURE_HZ // 2 :], TEXTURE_HZ), note),
             "named": (
                 "flac",
                 flac(texture(60)),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import encode_audio, tone
+from tests.support.audio import encode_audio, tone
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.filters import Exclusions, select

@@ -7,22 +7,8 @@ import pytest
 import soundfile
 import soxr
 
-from tests.conftest import encode_audio, tone
+from tests.support.audio import TEXTURE_HZ, encode_audio, mp3, texture, tone
 from whisper_aut.corpora.fingerprint import BITS, FRAME_SECONDS, FingerprintIndex, fingerprint
-
-RATE_HZ = 22_050
-
-
-def texture(seed: int, seconds: float = 5.0) -> np.ndarray:
-    """Noise of changing colour: rain, more or less, in which there are no peaks to hold on to."""
-    generator = np.random.default_rng(seed)
-    noise = generator.standard_normal(round(seconds * RATE_HZ))
-    slow = np.interp(
-        np.arange(len(noise)), np.linspace(0, len(noise), 12), generator.uniform(0.3, 1, 12)
-    )
-    return (0.1 * slow * np.convolve(noise, generator.uniform(0.2, 1, 4), "same")).astype(
-        np.float32
-    )
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +18,7 @@ def clips() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def index(clips: list[np.ndarray]) -> FingerprintIndex:
-    return FingerprintIndex(fingerprint(clip, RATE_HZ) for clip in clips)
-
-
-def mp3(samples: np.ndarray, rate_hz: int) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(
-        buffer, samples, rate_hz, format="MP3", bitrate_mode="CONSTANT", compression_level=0.6
-    )
-    return buffer.getvalue()
+    return FingerprintIndex(fingerprint(clip, TEXTURE_HZ) for clip in clips)
 
 
 @pytest.mark.parametrize("kind", ["mp3", "ogg", "gain", "16 kHz", "8 kHz mp3"])
@@ -48,12 +26,15 @@ def test_a_changed_part_is_found_where_it_was_cut(
     kind: str, clips: list[np.ndarray], index: FingerprintIndex
 ):
     number, start = 7, 1.3
-    part, rate = clips[number][round(start * RATE_HZ) : round((start + 3.1) * RATE_HZ)], RATE_HZ
+    part, rate = (
+        clips[number][round(start * TEXTURE_HZ) : round((start + 3.1) * TEXTURE_HZ)],
+        TEXTURE_HZ,
+    )
     if kind == "gain":
         part = 0.05 * part
     elif "kHz" in kind:
         rate = int(kind.split()[0]) * 1000
-        part = soxr.resample(part, RATE_HZ, rate)
+        part = soxr.resample(part, TEXTURE_HZ, rate)
     if "mp3" in kind:
         data = mp3(part, rate)
         assert kind != "mp3" or abs(len(data) * 8 / 3.1 - 64_000) < 4_000  # it is what it is called
@@ -70,9 +51,13 @@ def test_a_changed_part_is_found_where_it_was_cut(
 
 def test_a_part_inside_something_else_is_found(clips: list[np.ndarray], index: FingerprintIndex):
     mixed = np.concatenate(
-        [texture(100, 4.0), clips[3][RATE_HZ : 4 * RATE_HZ + RATE_HZ // 4], texture(101, 4.0)]
+        [
+            texture(100, 4.0),
+            clips[3][TEXTURE_HZ : 4 * TEXTURE_HZ + TEXTURE_HZ // 4],
+            texture(101, 4.0),
+        ]
     )
-    (found,) = index.search(fingerprint(mixed, RATE_HZ))
+    (found,) = index.search(fingerprint(mixed, TEXTURE_HZ))
     assert found.clip == 3
     assert found.starts_at - found.indexed_starts_at == pytest.approx(3.0, abs=0.05)
 
@@ -80,7 +65,7 @@ def test_a_part_inside_something_else_is_found(clips: list[np.ndarray], index: F
 def test_unrelated_sounds_differ_in_half_of_their_bits(
     clips: list[np.ndarray], index: FingerprintIndex
 ):
-    words = [fingerprint(clip, RATE_HZ).words for clip in clips]
+    words = [fingerprint(clip, TEXTURE_HZ).words for clip in clips]
     shares = [
         np.bitwise_count(a ^ b).mean() / BITS
         for number, a in enumerate(words)
@@ -88,31 +73,33 @@ def test_unrelated_sounds_differ_in_half_of_their_bits(
     ]
     assert np.mean(shares) == pytest.approx(0.5, abs=0.02)
     assert min(shares) > 0.4
-    assert not any(index.search(fingerprint(texture(seed), RATE_HZ)) for seed in range(200, 230))
+    assert not any(index.search(fingerprint(texture(seed), TEXTURE_HZ)) for seed in range(200, 230))
 
 
 @pytest.mark.parametrize(
     "samples",
     [
-        np.zeros(3 * RATE_HZ),
-        tone(3.0, 440, RATE_HZ),
-        np.full(3 * RATE_HZ, 0.2),
-        tone(0.05, 440, RATE_HZ),
+        np.zeros(3 * TEXTURE_HZ),
+        tone(3.0, 440, TEXTURE_HZ),
+        np.full(3 * TEXTURE_HZ, 0.2),
+        tone(0.05, 440, TEXTURE_HZ),
         np.zeros(0),
     ],
     ids=["silence", "hum", "offset", "short", "nothing"],
 )
 def test_what_says_nothing_matches_nothing(samples: np.ndarray):
     samples = samples.astype(np.float32)
-    index = FingerprintIndex([fingerprint(samples, RATE_HZ), fingerprint(texture(1), RATE_HZ)])
-    assert index.search(fingerprint(0.3 * samples[777:], RATE_HZ)) == []
+    index = FingerprintIndex(
+        [fingerprint(samples, TEXTURE_HZ), fingerprint(texture(1), TEXTURE_HZ)]
+    )
+    assert index.search(fingerprint(0.3 * samples[777:], TEXTURE_HZ)) == []
 
 
 def test_padding_with_silence_changes_nothing(clips: list[np.ndarray], index: FingerprintIndex):
     padded = np.concatenate(
-        [np.zeros(RATE_HZ), clips[5][: 2 * RATE_HZ], np.zeros(3 * RATE_HZ)]
+        [np.zeros(TEXTURE_HZ), clips[5][: 2 * TEXTURE_HZ], np.zeros(3 * TEXTURE_HZ)]
     ).astype(np.float32)
-    found = index.search(fingerprint(padded, RATE_HZ))
+    found = index.search(fingerprint(padded, TEXTURE_HZ))
     assert [stretch.clip for stretch in found] == [5]
     assert found[0].starts_at - found[0].indexed_starts_at == pytest.approx(
         1.0, abs=2 * FRAME_SECONDS
@@ -120,4 +107,4 @@ def test_padding_with_silence_changes_nothing(clips: list[np.ndarray], index: Fi
 
 
 def test_an_empty_index_finds_nothing():
-    assert FingerprintIndex([]).search(fingerprint(texture(1), RATE_HZ)) == []
+    assert FingerprintIndex([]).search(fingerprint(texture(1), TEXTURE_HZ)) == []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import encode_audio, tone
+from tests.support.audio import encode_audio, tone
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.corpora.audit import run_audit, unaudited
 from whisper_aut.corpora.inspect import inspect_shards

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.support import REPOSITORY
 from whisper_aut.config import load_settings
 from whisper_aut.corpora.recipes import RECIPES
 from whisper_aut.data.annotation import Annotation

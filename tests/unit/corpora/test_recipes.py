@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import REPOSITORY, encode_audio, tone
-from tests.unit.corpora.test_download import Server, tar_of, zip_of
+from tests.support import REPOSITORY
+from tests.support.audio import encode_audio, tone
+from tests.support.downloads import Server, tar_of, zip_of
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.cli import main
 from whisper_aut.corpora.recipes import RECIPES

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 from torchaudio import functional
 
-from tests.conftest import tone, write_shards
+from tests.support.audio import tone, write_shards
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits
 from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.data.augment import Augment, SpecAugment, at_speed

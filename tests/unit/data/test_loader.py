@@ -12,7 +12,7 @@ import pytest
 import torch.utils.data._utils
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tests.conftest import REPOSITORY
+from tests.support import REPOSITORY
 from whisper_aut.data.dataset import batch_loader
 
 # Counts what its workers give after everybody was asked to stop.

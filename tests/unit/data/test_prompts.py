@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.support import REPOSITORY
 from whisper_aut.config import load_settings
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.targets import OWN_TASK, Instruction, Instructions

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import write_shards
+from tests.support.audio import write_shards
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
 from whisper_aut.data.datamodule import ShardDataModule

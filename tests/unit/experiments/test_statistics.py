@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp, ttest_rel
 
-from tests.conftest import REPOSITORY
+from tests.support import REPOSITORY
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
 from whisper_aut.experiments.analysis import (

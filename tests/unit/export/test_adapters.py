@@ -10,7 +10,8 @@ import pytest
 import soundfile
 import torch
 
-from tests.conftest import assert_frames_close, tone
+from tests.support.audio import tone
+from tests.support.numeric import assert_frames_close
 from whisper_aut import load_encoder
 from whisper_aut.errors import UserError
 from whisper_aut.export.adapters import mteb, xares

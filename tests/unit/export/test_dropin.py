@@ -26,7 +26,8 @@ from transformers import (
 )
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
 
-from tests.conftest import assert_frames_close, encode_audio, tone
+from tests.support.audio import encode_audio, tone
+from tests.support.numeric import assert_frames_close
 from whisper_aut import load_encoder
 from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.errors import UserError

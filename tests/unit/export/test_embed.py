@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from tests.conftest import assert_frames_close, encode_audio, tone
+from tests.support.audio import encode_audio, tone
+from tests.support.numeric import assert_frames_close
 from whisper_aut import load_encoder
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError

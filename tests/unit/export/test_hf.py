@@ -14,7 +14,7 @@ from transformers import (
     WhisperProcessor,
 )
 
-from tests.conftest import assert_frames_close
+from tests.support.numeric import assert_frames_close
 from whisper_aut import load_encoder
 from whisper_aut.errors import UserError
 from whisper_aut.export.hf import ExportKind, export_checkpoint, find_checkpoint, read_checkpoint

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import assert_frames_close
+from tests.support.numeric import assert_frames_close
 from whisper_aut import load_encoder
 from whisper_aut.audio.logmel import MAX_SAMPLES
 from whisper_aut.cli import main

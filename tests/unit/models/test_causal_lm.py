@@ -18,30 +18,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.conftest import REPOSITORY
-from tests.unit.models.test_decoders import TEXTS, frames_and_lengths, targets_of
+from tests.support import REPOSITORY
+from tests.support.decoders import TEXTS, build_causal_lm, frames_and_lengths, targets_of
 from whisper_aut.data.batch import Targets
 from whisper_aut.data.targets import AUDIO
 from whisper_aut.errors import UserError
-from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.language import load_language_model, weights_hash
-from whisper_aut.models.pretrained import PretrainedWhisper
-
-CAPTION = {"caption": {"prompts": ["Describe it.", "What is it?"]}}
-
-
-def build(
-    tiny_whisper: Path, language_model: Path, *, checkpointing: bool = False, **options: Any
-) -> tuple[Any, Any]:
-    torch.manual_seed(0)
-    values = {
-        "name": "causal_lm",
-        "language_model": str(language_model),
-        "instructions": CAPTION,
-        **options,
-    }
-    entry, checked = check_decoder(values)
-    return entry.build(PretrainedWhisper(str(tiny_whisper)), checked, checkpointing)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +83,7 @@ def test_loss_and_gradients_equal_a_naive_pass(
     tiny_llama: Path,
 ):
     path = tiny_language_model if architecture == "qwen3" else tiny_llama
-    decoder, codec = build(tiny_whisper, path, checkpointing=checkpointing)
+    decoder, codec = build_causal_lm(tiny_whisper, path, checkpointing=checkpointing)
     frames, lengths = frames_and_lengths()
     frames.requires_grad_(True)
     targets = targets_of(codec)
@@ -130,7 +112,7 @@ def test_loss_and_gradients_equal_a_naive_pass(
 def test_generation_of_a_batch_is_what_the_model_generates_for_each_clip(
     tiny_whisper: Path, tiny_language_model: Path
 ):
-    decoder, codec = build(tiny_whisper, tiny_language_model)
+    decoder, codec = build_causal_lm(tiny_whisper, tiny_language_model)
     frames, lengths = frames_and_lengths()
     prompts = targets_of(codec).prompts()
     written = decoder.generate(frames, lengths, prompts, max_new_tokens=6)
@@ -151,7 +133,7 @@ def test_generation_of_a_batch_is_what_the_model_generates_for_each_clip(
 
 def test_in_half_precision_it_answers_too(tiny_whisper: Path, tiny_language_model: Path):
     """As `whisper-aut chat --dtype bf16` runs it."""
-    decoder, codec = build(tiny_whisper, tiny_language_model)
+    decoder, codec = build_causal_lm(tiny_whisper, tiny_language_model)
     frames, lengths = frames_and_lengths()
     prompts = targets_of(codec).prompts()
     written = decoder.to(torch.bfloat16).generate(frames.bfloat16(), lengths, prompts, 6)
@@ -162,7 +144,7 @@ def test_in_half_precision_it_answers_too(tiny_whisper: Path, tiny_language_mode
 def test_frozen_weights_stay_what_they_were_and_out_of_the_state(
     tiny_whisper: Path, tiny_language_model: Path
 ):
-    decoder, codec = build(tiny_whisper, tiny_language_model)
+    decoder, codec = build_causal_lm(tiny_whisper, tiny_language_model)
     before = weights_hash(AutoModelForCausalLM.from_pretrained(tiny_language_model))
     frames, lengths = frames_and_lengths()
     optimizer = torch.optim.AdamW(decoder.trainable_parameters(), lr=1e-2)
@@ -176,7 +158,7 @@ def test_frozen_weights_stay_what_they_were_and_out_of_the_state(
     state = decoder.state_dict()
     assert {name.split(".")[0] for name in state} == {"adapter", "_extra_state"}
     assert state["_extra_state"]["language_model"] == str(tiny_language_model)
-    fresh, _ = build(tiny_whisper, tiny_language_model)
+    fresh, _ = build_causal_lm(tiny_whisper, tiny_language_model)
     assert weights_hash(fresh.model) == weights_hash(fresh.model)
     fresh.load_state_dict(state)
     for name, parameter in decoder.model.named_parameters():
@@ -188,8 +170,8 @@ def test_frozen_weights_stay_what_they_were_and_out_of_the_state(
 def test_a_checkpoint_refuses_another_language_model(
     tiny_whisper: Path, tiny_language_model: Path, tiny_llama: Path
 ):
-    decoder, _ = build(tiny_whisper, tiny_language_model)
-    other, _ = build(tiny_whisper, tiny_llama)
+    decoder, _ = build_causal_lm(tiny_whisper, tiny_language_model)
+    other, _ = build_causal_lm(tiny_whisper, tiny_llama)
     with pytest.raises(UserError, match="holds others"):
         other.load_state_dict(decoder.state_dict())
 
@@ -197,10 +179,10 @@ def test_a_checkpoint_refuses_another_language_model(
 def test_a_random_language_model_is_the_same_one_every_time(
     tiny_whisper: Path, tiny_language_model: Path
 ):
-    one, _ = build(tiny_whisper, tiny_language_model, random_init=True)
+    one, _ = build_causal_lm(tiny_whisper, tiny_language_model, random_init=True)
     torch.randn(3)
-    other, _ = build(tiny_whisper, tiny_language_model, random_init=True)
-    pretrained, _ = build(tiny_whisper, tiny_language_model)
+    other, _ = build_causal_lm(tiny_whisper, tiny_language_model, random_init=True)
+    pretrained, _ = build_causal_lm(tiny_whisper, tiny_language_model)
     assert one.identity["weights"] == other.identity["weights"] != pretrained.identity["weights"]
 
 
@@ -208,7 +190,9 @@ def test_a_random_language_model_is_the_same_one_every_time(
 def test_trained_parts_learn_and_travel_in_the_state(
     train: str, tiny_whisper: Path, tiny_language_model: Path
 ):
-    decoder, codec = build(tiny_whisper, tiny_language_model, train=train, lora={"rank": 4})
+    decoder, codec = build_causal_lm(
+        tiny_whisper, tiny_language_model, train=train, lora={"rank": 4}
+    )
     trained = [name for name, p in decoder.model.named_parameters() if p.requires_grad]
     assert all(("lora_" in name) == (train == "lora") for name in trained)
     frames, lengths = frames_and_lengths()
@@ -223,7 +207,7 @@ def test_trained_parts_learn_and_travel_in_the_state(
         "lm_head.weight"
     }
     assert kept == set(trained)
-    fresh, _ = build(tiny_whisper, tiny_language_model, train=train, lora={"rank": 4})
+    fresh, _ = build_causal_lm(tiny_whisper, tiny_language_model, train=train, lora={"rank": 4})
     fresh.load_state_dict(state)
     again = fresh.loss(frames, lengths, targets_of(codec)).total.item()
     assert again == pytest.approx(
@@ -236,18 +220,18 @@ def test_what_cannot_be_a_language_model_is_refused(
     tiny_whisper: Path, tiny_language_model: Path, tmp_path: Path
 ):
     with pytest.raises(UserError, match="is neither a directory here nor a model"):
-        build(tiny_whisper, Path("nobody/nothing-1b"))
+        build_causal_lm(tiny_whisper, Path("nobody/nothing-1b"))
     with pytest.raises(UserError, match="not a usable language model"):
-        build(tiny_whisper, tmp_path)
+        build_causal_lm(tiny_whisper, tmp_path)
     with pytest.raises(UserError, match="no task at all"):
-        build(tiny_whisper, tiny_language_model, instructions={})
+        build_causal_lm(tiny_whisper, tiny_language_model, instructions={})
     with pytest.raises(UserError, match="below 8"):
-        build(tiny_whisper, tiny_language_model, max_tokens=4)
+        build_causal_lm(tiny_whisper, tiny_language_model, max_tokens=4)
 
 
 def test_empty_audio_never_moves_text_between_clips(tiny_whisper: Path, tiny_language_model: Path):
     """Clips of one frame beside long ones: every answer is read off its own chat."""
-    decoder, codec = build(tiny_whisper, tiny_language_model)
+    decoder, codec = build_causal_lm(tiny_whisper, tiny_language_model)
     lengths = (1, 90, 3)
     frames = torch.randn(94, 32, generator=torch.Generator().manual_seed(5))
     together = decoder.loss(frames, lengths, targets_of(codec))
@@ -277,10 +261,8 @@ def test_qwen3_at_its_real_size_takes_a_step_within_12_gb(
     script = f"""
 import resource, torch
 from pathlib import Path
-from tests.unit.models.test_causal_lm import build
-from tests.conftest import REPOSITORY
-from tests.unit.models.test_decoders import targets_of
-decoder, codec = build(Path({str(tiny_whisper)!r}), Path({str(tmp_path)!r}))
+from tests.support.decoders import build_causal_lm, targets_of
+decoder, codec = build_causal_lm(Path({str(tiny_whisper)!r}), Path({str(tmp_path)!r}))
 assert sum(p.numel() for p in decoder.model.parameters()) == 596_049_920
 frames = torch.randn(1200, 32, requires_grad=True)
 optimizer = torch.optim.AdamW(decoder.trainable_parameters())

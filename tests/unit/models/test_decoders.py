@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerBase
 
+from tests.support.decoders import TEXTS, frames_and_lengths, targets_of
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.batch import Targets, TokenTarget
 from whisper_aut.data.targets import TextCodec
@@ -21,7 +22,6 @@ from whisper_aut.models.losses import DecoderLoss
 from whisper_aut.models.module import ONE_LETTER
 from whisper_aut.models.pretrained import PretrainedWhisper
 
-TEXTS = ("a dog barks twice", "rain falls", "a slow tune on a piano")
 BLANK = 0
 
 
@@ -110,15 +110,6 @@ def kit(
     torch.manual_seed(0)
     entry, options = check_decoder({"name": name, **(language if name == "causal_lm" else {})})
     return entry.build(PretrainedWhisper(str(tiny_whisper)), options, False)
-
-
-def frames_and_lengths(width: int = 32) -> tuple[Tensor, tuple[int, ...]]:
-    lengths = (27, 61, 42)
-    return torch.randn(sum(lengths), width, generator=torch.Generator().manual_seed(0)), lengths
-
-
-def targets_of(codec: TextCodec, texts: tuple[str, ...] = TEXTS) -> Targets:
-    return Targets.pack([codec.encode(Annotation(text=text), "sound", 0) for text in texts])
 
 
 def test_keeps_the_protocols(kit: tuple[Any, TextCodec]):

@@ -12,7 +12,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from tests.conftest import assert_frames_close, enlarge
+from tests.support.numeric import assert_frames_close, enlarge
 from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.errors import UserError
 from whisper_aut.models.encoder import PackedEncoder, encoder_frames

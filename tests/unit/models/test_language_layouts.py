@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.unit.models.test_decoders import frames_and_lengths, targets_of
+from tests.support.decoders import frames_and_lengths, targets_of
 from whisper_aut.errors import UserError
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.language import (

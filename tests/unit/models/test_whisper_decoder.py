@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from torch.testing import assert_close
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-from tests.unit.models.test_decoders import TEXTS, targets_of
+from tests.support.decoders import TEXTS, targets_of
 from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.targets import DomainPrompt

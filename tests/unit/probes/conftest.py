@@ -1,67 +1,10 @@
 """Tiny real shards: tones whose pitch is the class, in noise; and a tiny encoder over true log-mel frames."""
 
-import io
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
-import torch
 
-from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardFolder
-from whisper_aut.probes.embed import LogMelBaseline
-from whisper_aut.probes.tasks import ProbeTask, task_from_mapping
-
-TONES_HZ = {"low": 300.0, "middle": 900.0, "high": 2700.0}
-RATE_HZ = 16_000
-
-
-class TinyEncoder:
-    """A fixed random projection of log-mel frames, `[T, 12]`; counts the clips that it encoded."""
-
-    padding = "none"
-    width = 12
-
-    def __init__(self, seed: int = 0):
-        self.seed, self.encoded = seed, 0
-        self.weight = torch.randn(80, self.width, generator=torch.Generator().manual_seed(seed))
-        self.log_mel = LogMelBaseline()
-
-    def encode(self, waveforms, sample_rate_hz):
-        self.encoded += len(waveforms)
-        return [
-            torch.relu(frames @ self.weight)
-            for frames in self.log_mel.encode(waveforms, sample_rate_hz)
-        ]
-
-    def fingerprint(self):
-        return f"tiny-{self.seed}"
-
-
-def tone(label: str, seed: int, noise: float = 0.3) -> bytes:
-    rng = np.random.default_rng(seed)
-    seconds = np.arange(int(rng.uniform(0.15, 0.5) * RATE_HZ)) / RATE_HZ
-    wave = 0.2 * np.sin(
-        2 * np.pi * TONES_HZ[label] * rng.uniform(0.6, 1.6) * seconds
-    ) + noise * rng.standard_normal(seconds.size)
-    file = io.BytesIO()
-    soundfile.write(file, wave.clip(-1, 1).astype(np.float32), RATE_HZ, format="WAV")
-    return file.getvalue()
-
-
-def write_tones(folder: Path, clips_per_class: int, seed: int, **changes) -> None:
-    with ShardFolder(folder, max_bytes=200_000) as shards:
-        for number in range(clips_per_class * len(TONES_HZ)):
-            label = list(TONES_HZ)[number % len(TONES_HZ)]
-            facts = {
-                "label": label,
-                "duration_seconds": 0.3,
-                "extra": {"pitch": label, "half": str(number % 2)},
-            } | changes
-            shards.write(
-                f"clip{number}", "wav", tone(label, 1000 * seed + number), Annotation(**facts)
-            )
+from tests.support.probes import TinyEncoder, make_task, write_tones
 
 
 @pytest.fixture(scope="session")
@@ -71,18 +14,6 @@ def tones(tmp_path_factory) -> Path:
     for seed, (split, clips) in enumerate({"train": 16, "valid": 8, "test": 10}.items()):
         write_tones(root / "tones" / split, clips, seed)
     return root
-
-
-def make_task(**changes) -> ProbeTask:
-    values = {
-        "name": "tones",
-        "title": "Tones",
-        "domain": "sound",
-        "train": ["{root}/tones/train"],
-        "valid": ["{root}/tones/valid"],
-        "test": ["{root}/tones/test"],
-    }
-    return task_from_mapping(values | changes, "test")
 
 
 @pytest.fixture

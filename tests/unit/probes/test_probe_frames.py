@@ -57,11 +57,11 @@ def test_frames_of_a_corpus_are_never_in_memory_whole(kind, tmp_path, monkeypatc
     before, held = resident(), []
     original = Frames.__call__
 
-    def watched(self, numbers):
+    def counted(self, numbers):
         held.append(resident() - before)
         return original(self, numbers)
 
-    monkeypatch.setattr(Frames, "__call__", watched)
+    monkeypatch.setattr(Frames, "__call__", counted)
     joined = Embeddings.join(parts)
     write_embeddings(tmp_path, {"part": "all"}, joined)
     assert resident() - before < WHOLE / 3

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.unit.probes.conftest import TONES_HZ, make_task, tone
+from tests.support.probes import TONES_HZ, TinyEncoder, make_task, noisy_tone
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.shards import ShardFolder
 from whisper_aut.errors import UserError
@@ -31,7 +31,9 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(speakers * CLIPS):
                 label, speaker = list(TONES_HZ)[number % 3], f"s{number // CLIPS}"
                 annotation = Annotation(label=label, extra={"speaker": speaker})
-                audio = tone(label, 1000 * part + number, noise=0.6 + 0.3 * (number // CLIPS % 3))
+                audio = noisy_tone(
+                    label, 1000 * part + number, noise=0.6 + 0.3 * (number // CLIPS % 3)
+                )
                 shards.write(f"{speaker}-{number:02d}", "wav", audio, annotation)
     return root
 
@@ -43,8 +45,6 @@ def task(spoken: Path, **changes):
 
 @pytest.fixture(scope="module")
 def scores(spoken: Path, tmp_path_factory: pytest.TempPathFactory) -> Scores:
-    from tests.unit.probes.conftest import TinyEncoder
-
     encoders = {"tiny": TinyEncoder(), "other": TinyEncoder(1), BASELINE_NAME: LogMelBaseline()}
     tasks = [task(spoken), task(spoken, name="apart", title="Apart", kind="knn")]
     tasks[1] = replace(tasks[1], group="")

@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score, f1_score
 from torchmetrics.retrieval import RetrievalHitRate
 from transformers import WhisperModel
 
-from tests.conftest import encode_audio
+from tests.support.audio import encode_audio
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.shards import ShardFolder
 from whisper_aut.errors import UserError

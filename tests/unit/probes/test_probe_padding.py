@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import TONES
+from tests.support.audio import TONES
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
 from whisper_aut.pipeline import open_encoder, open_listener

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from tests.conftest import REPOSITORY, encode_audio
-from tests.integration.test_train import settings_for
+from tests.support import REPOSITORY
+from tests.support.audio import encode_audio
+from tests.support.training import settings_for
 from whisper_aut.audio.logmel import frames_with_context
 from whisper_aut.cli import main
 from whisper_aut.data.annotation import Annotation

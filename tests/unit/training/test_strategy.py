@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.distributed.launch import on_ranks
+from tests.support.ranks import on_ranks
 from whisper_aut.errors import UserError
 from whisper_aut.training import train
 from whisper_aut.training.strategies import _CPUDeepSpeed, _DeepSpeed, build_strategy

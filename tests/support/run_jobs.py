@@ -1,4 +1,4 @@
-"""Runs training jobs one after another on every rank that starts it, with faults on request: `torchrun … job.py JOBS.json`.
+"""Runs training jobs one after another on every rank that starts it, with faults on request: `torchrun … run_jobs.py JOBS.json`.
 
 A job is `{"config", "resume", "fault"}`. Imports cost more than the jobs, so several share a process. What each step read is appended to
 `keys-rank<R>.jsonl` beside the config.

@@ -1,0 +1,67 @@
+"""An HTTP server on this machine, and archives to download from it."""
+
+import io
+import tarfile
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files`; with `cut` set, every answer ends after so many bytes; without `ranges` it ignores Range."""
+
+    def __init__(self, files: dict[str, bytes]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.cut, self.ranges = files, 0, True
+        self.asked: list[str] = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self):
+        name = self.path.partition("?")[0].rpartition("/")[2]
+        asked = self.headers.get("Range", "")
+        self.server.asked.append(asked)
+        if name not in self.server.files:
+            return self.send_error(404)
+        body = self.server.files[name]
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.server.ranges else 0
+        if start >= len(body):
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(body)}")
+            return self.end_headers()
+        self.send_response(206 if asked and self.server.ranges else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        self.wfile.write(body[start : start + self.server.cut] if self.server.cut else body[start:])
+        return None
+
+    def log_message(self, *_: object):
+        pass
+
+
+def tar_of(path: Path, members: dict[str, bytes], kind: bytes = tarfile.REGTYPE) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, body in members.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.type, info.linkname = (
+                (len(body) if kind == tarfile.REGTYPE else 0),
+                kind,
+                "/etc/passwd",
+            )
+            tar.addfile(info, io.BytesIO(body))
+    return path
+
+
+def zip_of(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, body in members.items():
+            archive.writestr(name, body)
+    return path
