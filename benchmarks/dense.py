@@ -1,6 +1,6 @@
 """Linear layers through the library that the processor likes best, against `nn.Linear`: forward and backward in float32.
 
-Where `model.dense` leaves the choice to PyTorch, on processors other than AMD's, both sides are the same.
+Where `whisper_aut.onednn` leaves the choice to PyTorch, on processors other than AMD's, both sides are the same.
 """
 
 import copy
@@ -11,7 +11,7 @@ from pairs import Row, compare, main
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from whisper_aut.models.dense import mkl_is_slow, speed_up_products
+from whisper_aut.onednn import mkl_is_slow, use_onednn
 
 ROWS = {250: "5 s", 4_000: "80 s"}  # encoder frames of 20 ms
 LAYERS = {"tiny": (384, 1536), "large-v3": (1280, 5120)}
@@ -22,7 +22,7 @@ def cases(runs: int) -> Iterator[Row]:
     for shape, (width, inner) in LAYERS.items():
         theirs = nn.Sequential(nn.Linear(width, inner), nn.Linear(inner, width))
         ours = copy.deepcopy(theirs)
-        speed_up_products(ours)
+        use_onednn(ours)
         for rows, length in ROWS.items():
             states = torch.randn(rows, width)
             yield compare(

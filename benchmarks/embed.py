@@ -24,7 +24,7 @@ from transformers import WhisperFeatureExtractor, WhisperModel
 import whisper_aut
 from whisper_aut.audio.decode import to_mono_16k
 from whisper_aut.audio.logmel import mel_frames
-from whisper_aut.inference.encoder import embed_paths
+from whisper_aut.inference.embed import embed_paths
 
 CLIPS, BATCH, CHECKED = 40, 16, 32
 ENDINGS = {".wav", ".flac", ".ogg", ".mp3"}

@@ -23,9 +23,9 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper_aut.audio.logmel import frames_with_context
 from whisper_aut.models.decoders.causal_lm import CausalLMOptions, build_causal_lm_meta
 from whisper_aut.models.decoders.whisper import WhisperDecoderOptions, build_whisper_decoder_meta
-from whisper_aut.models.dense import product
 from whisper_aut.models.encoder import PackedEncoder
-from whisper_aut.models.tiny import LanguageScratch, config_of
+from whisper_aut.models.tiny import LanguageScratch, load_whisper_config
+from whisper_aut.onednn import product
 from whisper_aut.training.optim import parameter_groups
 from whisper_aut.training.plan import (
     UPDATE_BYTES,
@@ -65,7 +65,7 @@ class Case:
         return build_causal_lm_meta(config, CausalLMOptions(scratch=sizes), checkpointing)
 
     def planned(self) -> StepCost:
-        return step_cost(config_of(self.checkpoint), self.decoder, self.shape)
+        return step_cost(load_whisper_config(self.checkpoint), self.decoder, self.shape)
 
 
 CASES = (
@@ -82,7 +82,7 @@ class Step:
 
     def __init__(self, case: Case):
         torch.manual_seed(0)
-        config, shape = config_of(case.checkpoint), case.shape
+        config, shape = load_whisper_config(case.checkpoint), case.shape
         encoder = PackedEncoder(WhisperEncoder(config), "none", case.checkpointing)
         decoder: Any = case.decoder(config, case.checkpointing)
         self.encoder, self.decoder = encoder.train(), decoder.train()

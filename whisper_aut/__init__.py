@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from whisper_aut.models.pretrained import AudioEncoder, load_encoder
+    from whisper_aut.inference.encoder import AudioEncoder, load_encoder
 
 __version__ = "0.1.0"
 __all__ = ["AudioEncoder", "__version__", "load_encoder"]
@@ -13,7 +13,7 @@ def __getattr__(name: str) -> Any:
     # PyTorch and transformers take seconds to import. Importing them on first use keeps
     # `whisper-aut --help` fast.
     if name in ("AudioEncoder", "load_encoder"):
-        from whisper_aut.models import pretrained
+        from whisper_aut.inference import encoder
 
-        return getattr(pretrained, name)
+        return getattr(encoder, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

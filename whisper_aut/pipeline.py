@@ -29,19 +29,19 @@ from whisper_aut.corpora.synth.corpus import DemoOptions, build_demo
 from whisper_aut.errors import Interrupted, Problems, UserError
 from whisper_aut.export.card import write_card
 from whisper_aut.export.hf import ExportKind, export_checkpoint, find_checkpoint, read_checkpoint
-from whisper_aut.inference.demo import Listener
+from whisper_aut.inference.demo import DemoModels
+from whisper_aut.inference.encoder import (
+    DTYPES,
+    AudioEncoder,
+    device_name,
+    load_encoder,
+    resolve_device,
+    split_padding,
+)
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.encoder import Padding
 from whisper_aut.models.module import AudioTextModule
-from whisper_aut.models.pretrained import (
-    DTYPES,
-    AudioEncoder,
-    PretrainedWhisper,
-    device_named,
-    device_of,
-    load_encoder,
-    split_padding,
-)
+from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.probes.cache import WHOLE
 from whisper_aut.probes.callback import ForgettingGuard, ProbeDuringTraining
 from whisper_aut.probes.embed import (
@@ -245,7 +245,7 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
         UserError: encoders, tasks or shards cannot be loaded or do not fit the options. All
             problems are reported at once, before the first clip is embedded.
     """
-    share, device = rank_share(), device_named(request.device)
+    share, device = rank_share(), device_name(request.device)
     embedding = EmbedSettings(
         pooling=request.pooling,
         layers=request.layers,
@@ -341,20 +341,20 @@ def open_run(path: Path, *, device: str = "cpu", dtype: str = "fp32") -> AudioTe
         UserError: `path` is not a run, files that it needs are missing, or the device is missing.
     """
     checkpoint, _ = find_checkpoint(path)
-    place = device_of(device)
+    place = resolve_device(device)
     settings = load_settings(RunDirectory(checkpoint.parent.parent).config)
     module = build_trained(settings, read_checkpoint(checkpoint))
     return module.to(device=place, dtype=None if dtype == "fp32" else DTYPES[dtype])
 
 
-def open_listener(
+def open_demo_models(
     name: str,
     against: str,
     padding: Padding | None,
     *,
     device: str = "cpu",
     dtype: str = "fp32",
-) -> Listener:
+) -> DemoModels:
     """Load the models for the page of `whisper-aut demo`.
 
     Args:
@@ -382,7 +382,7 @@ def open_listener(
         else _load_encoder(name, padding, device=device, dtype=dtype)
     )
     encoders["after" if encoders else "encoder"] = after
-    return Listener(encoders, module)
+    return DemoModels(encoders, module)
 
 
 def open_encoder(name: str, padding: Padding | None, **how: Any) -> FrameEncoder:

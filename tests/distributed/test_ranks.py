@@ -11,7 +11,7 @@ import torch
 from tests.support.jobs import STEPS, Jobs, assert_close_weights, curve
 from whisper_aut.cli import main
 from whisper_aut.export.hf import read_checkpoint
-from whisper_aut.models.pretrained import load_encoder
+from whisper_aut.inference.encoder import load_encoder
 
 STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 TWO_RANKS = ("data.batch_clips=2", "hardware.devices=2", "trainer.accumulate=3")

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from whisper_aut.cli import main
 from whisper_aut.inference.demo import build_page, launch_page
-from whisper_aut.pipeline import open_listener
+from whisper_aut.pipeline import open_demo_models
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
@@ -63,7 +63,7 @@ def test_the_demo_draws_itself_without_the_outside_world(
     story: Path, free_port: int, tmp_path: Path
 ):
     pytest.importorskip("gradio")
-    listener = open_listener(str(story / "runs" / "aut_tiny" / "latest"), "", "none")
+    listener = open_demo_models(str(story / "runs" / "aut_tiny" / "latest"), "", "none")
     listener.index(str(story / "clips"))
     page = build_page(listener, "a test")
     address = launch_page(page, port=free_port, wait=False)

@@ -17,7 +17,8 @@ from tests.support.audio import encode_audio, tone
 from whisper_aut import commands
 from whisper_aut.audio import windows
 from whisper_aut.cli import _console, _parser, main
-from whisper_aut.models import encoder, pretrained
+from whisper_aut.inference.encoder import DTYPES
+from whisper_aut.models import encoder
 from whisper_aut.probes.kinds import KINDS
 
 CONF = REPOSITORY / "conf"
@@ -121,7 +122,7 @@ def test_whatever_runs_an_encoder_takes_device_and_precision(name: str):
         action.option_strings[-1]: action for action in parser._actions if action.option_strings
     }
     assert options["--device"].default == "auto"
-    assert tuple(options["--dtype"].choices or ()) == tuple(pretrained.DTYPES)
+    assert tuple(options["--dtype"].choices or ()) == tuple(DTYPES)
     if name != "chat":  # one clip
         assert options["--batch-seconds"].default == windows.BATCH_SECONDS
 
@@ -130,7 +131,7 @@ def test_choices_are_the_keys_of_their_registries():
     assert tuple(KINDS) == commands.PROBE_KINDS
     assert tuple(windows.POOLINGS) == commands.POOLINGS
     assert commands.PADDINGS == encoder.PADDINGS
-    assert tuple(pretrained.DTYPES) == commands.DTYPES
+    assert tuple(DTYPES) == commands.DTYPES
     assert commands.BATCH_SECONDS == windows.BATCH_SECONDS
 
 
@@ -161,7 +162,16 @@ def test_a_word_that_is_no_choice_is_answered_with_the_nearest(
             "write whisper-aut probe ENCODER --tasks …",
         ),
         (
-            ["embed", "--layers", "0", "2", "runs/aut/latest", "clip.wav", "--out", "x.npz"],
+            [
+                "embed",
+                "--layers",
+                "0",
+                "2",
+                "runs/aut/latest",
+                "clip.wav",
+                "--out",
+                "x.safetensors",
+            ],
             "--layers takes every word that follows: write whisper-aut embed ENCODER AUDIO --layers …",
         ),
         (

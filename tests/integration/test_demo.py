@@ -9,22 +9,22 @@ from tests.support.audio import encode_audio, tone
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
 from whisper_aut.inference.chat import answer, describe
-from whisper_aut.inference.demo import Listener, build_page, launch_page, spectrogram
-from whisper_aut.pipeline import open_listener, open_run
+from whisper_aut.inference.demo import DemoModels, build_page, launch_page, spectrogram
+from whisper_aut.pipeline import open_demo_models, open_run
 
 RUN = "runs/aut_tiny/latest"
 
 
 @pytest.fixture(scope="module")
-def listener(story: Path) -> Listener:
-    opened = open_listener(str(story / RUN), "", "none")
+def listener(story: Path) -> DemoModels:
+    opened = open_demo_models(str(story / RUN), "", "none")
     opened.index(str(story / "clips"))
     return opened
 
 
-def test_a_run_has_before_after_and_a_decoder(listener: Listener, story: Path):
+def test_a_run_has_before_after_and_a_decoder(listener: DemoModels, story: Path):
     assert list(listener.encoders) == ["before", "after"]
-    assert not listener.takes_questions
+    assert not listener.answers_questions
     clip = story / "clips" / "440.flac"
     found = listener.neighbours(str(clip), 2)
     assert list(found) == ["before", "after"]
@@ -54,7 +54,7 @@ def test_a_run_is_opened_on_a_device_and_in_a_precision(in_story: Path):
     module = open_run(Path(RUN), device="auto", dtype="bf16")
     assert {weight.dtype for weight in module.parameters()} == {torch.bfloat16}
     assert describe(module, Path("clip.wav"), max_new_tokens=3) is not None
-    listener = open_listener(RUN, "", None, dtype="bf16")
+    listener = open_demo_models(RUN, "", None, dtype="bf16")
     assert {encoder.dtype for encoder in listener.encoders.values()} == {"bf16"}
     listener.index("clips", batch_seconds=1.0)
     assert main(["evaluate", RUN, "data/sound", "--limit", "2", "--dtype", "bf16"]) == 0
@@ -63,11 +63,11 @@ def test_a_run_is_opened_on_a_device_and_in_a_precision(in_story: Path):
 
 
 def test_an_encoder_alone_has_no_text(story: Path):
-    alone = open_listener(str(story / RUN / "export" / "encoder"), "", "none")
+    alone = open_demo_models(str(story / RUN / "export" / "encoder"), "", "none")
     assert list(alone.encoders) == ["encoder"]
     with pytest.raises(UserError, match="writes nothing"):
         alone.text(str(story / "clip.wav"), "sound")
-    against = open_listener(
+    against = open_demo_models(
         str(story / RUN / "export" / "encoder"), str(story / RUN / "export" / "whisper"), "none"
     )
     assert list(against.encoders) == ["before", "after"]
@@ -87,7 +87,7 @@ def test_the_spectrogram_has_units_and_the_clips_length(story: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_the_page_answers_over_http(
-    listener: Listener, story: Path, free_port: int, tmp_path: Path
+    listener: DemoModels, story: Path, free_port: int, tmp_path: Path
 ):
     pytest.importorskip("gradio")
     from gradio_client import Client, handle_file

@@ -10,7 +10,7 @@ from rich.console import Console
 from tests.support.audio import write_shards
 from tests.support.training import assert_same_weights, settings_for, weights_of
 from whisper_aut.errors import UserError
-from whisper_aut.models.pretrained import load_encoder
+from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.probes.callback import ForgettingGuard, ProbeDuringTraining
 from whisper_aut.probes.tasks import task_from_mapping
 from whisper_aut.report.plots import plot_learning, read_metrics

@@ -1,6 +1,7 @@
 """`whisper-aut embed`, `search` and `demo`: run an encoder on a user's own clips."""
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -14,23 +15,10 @@ from whisper_aut.commands import (
 
 
 def embed(options: argparse.Namespace, console: Console) -> None:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
     from whisper_aut.errors import Interrupted
-    from whisper_aut.inference.encoder import (
-        EmbedOptions,
-        check_suffix,
-        count_clips,
-        embed_paths,
-        summary,
-    )
-    from whisper_aut.models.pretrained import load_encoder
+    from whisper_aut.inference.embed import check_suffix, count_clips, embed_paths
+    from whisper_aut.inference.encoder import load_encoder
+    from whisper_aut.utils import progress_bar
 
     out = Path(options.out)
     check_suffix(out, frames=options.frames)
@@ -38,24 +26,20 @@ def embed(options: argparse.Namespace, console: Console) -> None:
     encoder = load_encoder(
         options.encoder, padding=options.padding, device=options.device, dtype=options.dtype
     )
-    pooling = "" if options.frames else options.pooling
-    wanted = EmbedOptions(pooling, tuple(options.layers), options.batch_seconds)
-    screen = Console(stderr=True)
-    columns = (TextColumn("embed"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with Progress(
-            *columns, console=screen, disable=not screen.is_terminal, transient=True
-        ) as bar:
-            line = bar.add_task("", total=clips)
+        with progress_bar() as bar:
+            task = bar.add_task("embed", total=clips)
             vectors = embed_paths(
                 encoder,
                 options.audio,
                 name=options.encoder,
-                options=wanted,
-                advance=lambda: bar.advance(line),
+                pooling=None if options.frames else options.pooling,
+                layers=options.layers,
+                batch_seconds=options.batch_seconds,
+                on_clip=lambda: bar.advance(task),
             )
     except KeyboardInterrupt:
-        raise Interrupted(f"{out} was not written. Run the same command to begin anew.") from None
+        raise Interrupted(f"{out} was not written. Run the same command again.") from None
     vectors.save(out)
     shape = " × ".join(map(str, vectors.values.shape))
     minutes = sum(vectors.seconds) / 60
@@ -63,17 +47,16 @@ def embed(options: argparse.Namespace, console: Console) -> None:
         f"Wrote {out}: {len(vectors)} clips, {minutes:.1f} min of audio, {shape} numbers.",
         highlight=False,
     )
-    if vectors.refused:
-        console.print(
-            f"{len(vectors.refused)} clips were refused: {summary(vectors.refused)}.",
-            highlight=False,
-        )
-        for name, reason in list(vectors.refused.items())[:5]:
+    if vectors.skipped:
+        counts = Counter(reason.partition(":")[0] for reason in vectors.skipped.values())
+        reasons = ", ".join(f"{count} × {reason}" for reason, count in counts.most_common())
+        console.print(f"{len(vectors.skipped)} clips were skipped: {reasons}.", highlight=False)
+        for name, reason in list(vectors.skipped.items())[:5]:
             console.print(f"  {name}: {reason}", highlight=False)
 
 
 def search(options: argparse.Namespace, console: Console) -> None:
-    from whisper_aut.inference.encoder import Vectors
+    from whisper_aut.inference.embed import Vectors
     from whisper_aut.inference.search import SearchIndex
 
     index = SearchIndex(Vectors.load(Path(options.index)))
@@ -98,7 +81,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument(
         "audio", nargs="+", help="files, folders of files, tars, or folders or URLs of shards"
     )
-    command.add_argument("--out", required=True, help="output file: .safetensors, .npz or .parquet")
+    command.add_argument("--out", required=True, help="output file: .safetensors or .parquet")
     command.add_argument(
         "--frames", action="store_true", help="write all frames instead of one vector per clip"
     )
@@ -124,9 +107,9 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def demo(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.inference.demo import build_page, launch_page
-    from whisper_aut.pipeline import open_listener
+    from whisper_aut.pipeline import open_demo_models
 
-    listener = open_listener(
+    listener = open_demo_models(
         options.encoder,
         options.against,
         options.padding,

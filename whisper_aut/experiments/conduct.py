@@ -51,7 +51,7 @@ from whisper_aut.experiments.grid import (
 )
 from whisper_aut.experiments.tables import commands_page, draw, page, sheets
 from whisper_aut.inference.chat import evaluate
-from whisper_aut.models.pretrained import load_encoder
+from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.pipeline import load_tasks, open_run
 from whisper_aut.probes.cache import digest
 from whisper_aut.probes.embed import BASELINE_NAME, EmbedSettings, FrameEncoder, LogMelBaseline

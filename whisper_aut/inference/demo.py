@@ -1,7 +1,7 @@
 """A local Gradio page to try a run or an encoder on a clip.
 
 The page shows the clip's spectrogram, the text that the decoder writes, and the nearest clips of a
-folder before and after adaptation. `Listener` computes all of it without Gradio; the rest of the
+folder before and after adaptation. `DemoModels` computes all of it without Gradio; the rest of the
 module is layout.
 """
 
@@ -19,10 +19,10 @@ from whisper_aut.audio.windows import BATCH_SECONDS
 from whisper_aut.data.annotation import DOMAINS
 from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.inference.chat import Askable, answer, describe
-from whisper_aut.inference.encoder import EmbedOptions, embed_paths
+from whisper_aut.inference.embed import embed_paths
+from whisper_aut.inference.encoder import AudioEncoder
 from whisper_aut.inference.search import Neighbour, SearchIndex
 from whisper_aut.models.module import AudioTextModule
-from whisper_aut.models.pretrained import AudioEncoder
 
 NEIGHBOURS, PLAYERS = 5, 3
 # Plain names, so that the page does not download fonts.
@@ -30,7 +30,7 @@ FONTS = ["system-ui", "sans-serif"]
 
 
 @dataclass
-class Listener:
+class DemoModels:
     """Computes what the page shows.
 
     Attributes:
@@ -49,13 +49,12 @@ class Listener:
         Raises:
             UserError: If the folder has no usable clips.
         """
-        options = EmbedOptions(batch_seconds=batch_seconds)
         for name, encoder in self.encoders.items():
-            embedded = embed_paths(encoder, [folder], name=name, options=options)
+            embedded = embed_paths(encoder, [folder], name=name, batch_seconds=batch_seconds)
             self.indexes[name] = SearchIndex(embedded)
 
     @property
-    def takes_questions(self) -> bool:
+    def answers_questions(self) -> bool:
         return self.module is not None and isinstance(self.module.codec, Askable)
 
     def text(self, clip: str, asked: str) -> str:
@@ -73,7 +72,7 @@ class Listener:
                 "An encoder alone writes nothing. "
                 "Open the page on a run: whisper-aut demo runs/NAME/latest"
             )
-        if self.takes_questions:
+        if self.answers_questions:
             return answer(self.module, Path(clip), asked)
         return describe(self.module, Path(clip), domain=asked)
 
@@ -113,7 +112,7 @@ def spectrogram(clip: str) -> Figure:
     return figure
 
 
-def build_page(listener: Listener, title: str) -> Any:
+def build_page(listener: DemoModels, title: str) -> Any:
     """Build the page.
 
     Returns:
@@ -173,9 +172,9 @@ def launch_page(page: Any, *, port: int, folders: Sequence[str] = (), wait: bool
     return str(address)
 
 
-def _text_row(gradio: Any, listener: Listener, clip: Any) -> None:
+def _text_row(gradio: Any, listener: DemoModels, clip: Any) -> None:
     with gradio.Row():
-        if listener.takes_questions:
+        if listener.answers_questions:
             asked = gradio.Textbox("What makes this sound?", label="Question")
         else:
             asked = gradio.Radio(list(DOMAINS), value="sound", label="Write as for")
@@ -185,7 +184,7 @@ def _text_row(gradio: Any, listener: Listener, clip: Any) -> None:
     )
 
 
-def _neighbour_row(gradio: Any, listener: Listener, clip: Any) -> None:
+def _neighbour_row(gradio: Any, listener: DemoModels, clip: Any) -> None:
     button = gradio.Button("Nearest clips")
     outputs = []
     with gradio.Row():

@@ -1,452 +1,389 @@
-"""Embed audio files, folders and shards, and read and write the embeddings.
+"""Encode audio with a pretrained or trained encoder.
 
-A clip that cannot be used is skipped and its reason is kept; it does not stop the others. Probes
-embed with `probes.embed` instead, because they also need labels, splits and a cache.
+`load_encoder` loads an encoder from a directory or the hub. `AudioEncoder` turns files or arrays
+into frames or vectors.
 """
 
-import glob
-import json
+import hashlib
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from whisper_aut.audio.decode import (
-    AUDIO_SUFFIXES,
     LONG_CLIPS,
     SAMPLE_RATE_HZ,
-    ClipLimits,
     load_file,
-    load_waveform,
+    to_mono_16k,
 )
-from whisper_aut.audio.windows import BATCH_SECONDS, pooling_named
-from whisper_aut.data.reader import SkippedSample, decoded_ahead, iter_samples
-from whisper_aut.data.shards import INDEX_NAME, open_index
-from whisper_aut.errors import SkipSample, UserError
-from whisper_aut.models.pretrained import DECODERS, AudioEncoder
+from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
+from whisper_aut.audio.windows import (
+    BATCH_SECONDS,
+    batches_by_seconds,
+    cut_windows,
+    join_windows,
+    pooling_named,
+)
+from whisper_aut.errors import SkipSample, UserError, nearest
+from whisper_aut.models.encoder import (
+    PADDINGS,
+    RELEASED_PADDING,
+    TRAINED_PADDING,
+    PackedEncoder,
+    Padding,
+)
+from whisper_aut.models.pretrained import PretrainedWhisper, seeded
+from whisper_aut.onednn import use_onednn
 
-SUFFIXES = (".safetensors", ".npz", ".parquet")
-VECTORS_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Origin:
-    """How embeddings were made, so that more embeddings can be made to compare with them.
-
-    Attributes:
-        encoder: The path or hub id from which the encoder was loaded.
-        fingerprint: The hash of the encoder's weights, padding mode and dtype.
-        padding: The encoder's padding mode.
-        pooling: How frames were pooled; empty if the frames themselves were kept.
-        layers: The layers whose outputs were kept; empty for the encoder's output.
-        dtype: The name of the encoder's precision.
-    """
-
-    encoder: str
-    fingerprint: str
-    padding: str = "none"
-    pooling: str = "mean"
-    layers: tuple[int, ...] = ()
-    dtype: str = "fp32"
+Audio: TypeAlias = np.ndarray | Tensor | str | os.PathLike[str]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DECODE_THREADS = min(8, os.cpu_count() or 1)
+CLIPS_AT_ONCE = 64  # the number of clips, with their frames, that `embed` holds in memory
 
 
-@dataclass(frozen=True)
-class Vectors:
-    """The embeddings of some clips.
-
-    Attributes:
-        names: The name of each clip.
-        seconds: The duration of each clip.
-        values: float32 `[B, D]` or `[B, layers, D]`. If frames were kept, the frames of all
-            clips, concatenated to `[ΣT, D]` or `[ΣT, layers, D]`.
-        origin: How the embeddings were made.
-        lengths: The number of frames of each clip if frames were kept, otherwise empty.
-        refused: The reason for each clip that was skipped, by name.
-    """
-
-    names: tuple[str, ...]
-    seconds: tuple[float, ...]
-    values: Tensor
-    origin: Origin
-    lengths: tuple[int, ...] = ()
-    refused: dict[str, str] | None = None
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def frames(self) -> list[Tensor]:
-        """Return the frames of each clip, `[T, D]` or `[T, layers, D]`, if frames were kept."""
-        edges = np.cumsum([0, *self.lengths]).tolist()
-        return [self.values[start:end] for start, end in pairwise(edges)]
-
-    def save(self, path: Path) -> None:
-        """Write the embeddings atomically, in the format of the path's suffix.
-
-        Raises:
-            UserError: If the suffix is not one of `SUFFIXES`, if frames are saved as parquet, if
-                pyarrow is needed and missing, or if the file cannot be written.
-        """
-        check_suffix(path, frames=bool(self.lengths))
-        partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _WRITERS[path.suffix](self, partial)
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"Cannot write {path}: {error}.") from None
-        finally:
-            partial.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path: Path) -> "Vectors":
-        """Read a file that `save` wrote.
-
-        Raises:
-            UserError: If the file is missing, damaged, or not written by `save`.
-        """
-        if not path.is_file():
-            raise UserError(
-                f"There is no file {path}. Make one: whisper-aut embed ENCODER FOLDER --out {path}"
-            )
-        check_suffix(path)
-        try:
-            return _READERS[path.suffix](path)
-        except (
-            SafetensorError,
-            OSError,
-            KeyError,
-            TypeError,
-            ValueError,
-            EOFError,
-            BadZipFile,
-        ) as error:
-            raise UserError(
-                f"{path} holds no embeddings of whisper-aut, or is damaged ({error}). Embed again."
-            ) from None
-
-    def facts(self) -> dict[str, Any]:
-        """Return the metadata that is saved with the embeddings."""
-        return {
-            "version": VECTORS_VERSION,
-            "origin": asdict(self.origin),
-            "refused": self.refused or {},
-        }
-
-
-def check_suffix(path: Path, *, frames: bool = False) -> None:
-    """Check that embeddings can be saved to a path of this suffix, before any clip is encoded.
-
-    Args:
-        path: The file to write.
-        frames: Whether frames are to be saved rather than pooled vectors.
-
-    Raises:
-        UserError: If the suffix is not one of `SUFFIXES`, if frames are to be saved as parquet,
-            or if pyarrow is needed and missing.
-    """
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: embeddings are kept in files that end in {', '.join(SUFFIXES)}.")
-    if path.suffix == ".parquet":
-        if frames:
-            raise UserError(
-                "A parquet table holds one vector a clip. Keep frames in .safetensors or .npz."
-            )
-        _pyarrow()
-
-
-def _origin(facts: dict[str, Any]) -> Origin:
-    if facts["version"] != VECTORS_VERSION:
-        raise ValueError(f"version {facts['version']}, this release reads {VECTORS_VERSION}")
-    values = facts["origin"]
-    return Origin(**values | {"layers": tuple(values["layers"])})
-
-
-def _of(
-    names: Sequence[str],
-    seconds: Sequence[float],
-    values: Tensor,
-    lengths: Sequence[int],
-    facts: dict[str, Any],
-) -> Vectors:
-    if not len(names) == len(seconds) == (len(lengths) or len(values)) or (
-        lengths and sum(lengths) != len(values)
-    ):
-        raise ValueError("names and rows differ in number")
-    return Vectors(
-        tuple(names), tuple(seconds), values, _origin(facts), tuple(lengths), facts["refused"]
-    )
-
-
-def _write_safetensors(vectors: Vectors, path: Path) -> None:
-    tensors = {"frames" if vectors.lengths else "embeddings": vectors.values.contiguous()}
-    if vectors.lengths:
-        tensors["lengths"] = torch.tensor(vectors.lengths)
-    texts = {"names": vectors.names, "seconds": vectors.seconds, "facts": vectors.facts()}
-    save_file(
-        tensors,
-        path,
-        metadata={name: json.dumps(value, ensure_ascii=False) for name, value in texts.items()},
-    )
-
-
-def _read_safetensors(path: Path) -> Vectors:
-    with safe_open(path, framework="pt") as file:
-        texts = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
-        kept = file.keys()
-        values = file.get_tensor("frames" if "frames" in kept else "embeddings")
-        lengths = file.get_tensor("lengths").tolist() if "lengths" in kept else ()
-    return _of(texts["names"], texts["seconds"], values, lengths, texts["facts"])
-
-
-def _write_npz(vectors: Vectors, path: Path) -> None:
-    arrays = {
-        "frames" if vectors.lengths else "embeddings": vectors.values.numpy(),
-        "names": np.array(vectors.names, dtype=np.str_),
-        "seconds": np.array(vectors.seconds),
-        "facts": np.array(json.dumps(vectors.facts(), ensure_ascii=False)),
-    }
-    if vectors.lengths:
-        arrays["lengths"] = np.array(vectors.lengths)
-    np.savez(path, **arrays)  # pyright: ignore[reportArgumentType]
-
-
-def _read_npz(path: Path) -> Vectors:
-    with np.load(path, allow_pickle=False) as file:
-        values = torch.from_numpy(file["frames"] if "frames" in file else file["embeddings"])
-        lengths = file["lengths"].tolist() if "lengths" in file else ()
-        return _of(
-            file["names"].tolist(),
-            file["seconds"].tolist(),
-            values,
-            lengths,
-            json.loads(str(file["facts"])),
-        )
-
-
-def _write_parquet(vectors: Vectors, path: Path) -> None:
-    arrow, parquet = _pyarrow()
-    flat = vectors.values.flatten(1)
-    column = arrow.FixedSizeListArray.from_arrays(
-        arrow.array(flat.flatten().numpy()), flat.shape[1]
-    )
-    table = arrow.table(
-        {"name": list(vectors.names), "seconds": list(vectors.seconds), "embedding": column}
-    )
-    facts = vectors.facts() | {"shape": list(vectors.values.shape[1:])}
-    parquet.write_table(
-        table.replace_schema_metadata({"whisper_aut": json.dumps(facts, ensure_ascii=False)}), path
-    )
-
-
-def _read_parquet(path: Path) -> Vectors:
-    _, parquet = _pyarrow()
-    table = parquet.read_table(path)
-    facts = json.loads(table.schema.metadata[b"whisper_aut"])
-    column = table["embedding"].combine_chunks().flatten()
-    values = torch.from_numpy(column.to_numpy().reshape(-1, *facts["shape"]).copy())
-    return _of(table["name"].to_pylist(), table["seconds"].to_pylist(), values, (), facts)
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            "Parquet needs pyarrow: pip install 'whisper-aut[parquet]'. "
-            "Or write .safetensors or .npz."
-        ) from None
-    return pyarrow, pyarrow.parquet
-
-
-_WRITERS = {".safetensors": _write_safetensors, ".npz": _write_npz, ".parquet": _write_parquet}
-_READERS = {".safetensors": _read_safetensors, ".npz": _read_npz, ".parquet": _read_parquet}
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A clip to decode: a file, the bytes of a shard member, or the reason why it was skipped."""
-
-    name: str
-    content: Path | bytes | SkipSample
-
-    def load(self, limits: ClipLimits) -> Tensor:
-        if isinstance(self.content, SkipSample):
-            raise self.content
-        return (
-            load_file(self.content, limits)
-            if isinstance(self.content, Path)
-            else load_waveform(self.content, limits)
-        )
-
-    def size(self) -> int:
-        return len(self.content) if isinstance(self.content, bytes) else 0
-
-
-@dataclass(frozen=True)
-class EmbedOptions:
-    """Options of `embed_paths`.
-
-    Attributes:
-        pooling: How frames are pooled; empty to keep the frames.
-        layers: The layers whose outputs to keep; empty for the encoder's output.
-        batch_seconds: Seconds of audio in a batch. Memory use grows with it.
-        workers: The number of decoding threads.
-        limits: The clips to accept.
-    """
-
-    pooling: str = "mean"
-    layers: tuple[int, ...] = ()
-    batch_seconds: float = BATCH_SECONDS
-    workers: int = DECODERS
-    limits: ClipLimits = field(default_factory=lambda: LONG_CLIPS)
-
-
-def embed_paths(
-    encoder: AudioEncoder,
-    paths: Sequence[str],
-    *,
-    name: str,
-    options: EmbedOptions | None = None,
-    advance: Callable[[], object] = lambda: None,
-) -> Vectors:
-    """Embed every clip in some files, folders and shards.
-
-    Args:
-        encoder: The encoder.
-        paths: Audio files, folders that contain audio files at any depth, tars, or folders or
-            URLs of shards.
-        name: The path or hub id from which the encoder was loaded, saved in the result's origin.
-        options: What to keep, and how to run.
-        advance: Called once per clip, usable or not.
-
-    Raises:
-        UserError: If there is no audio at a path, or if no clip can be used.
+class AudioEncoder(nn.Module):
+    """Encodes audio files and arrays with a packed encoder in eval mode.
 
     Examples:
-        >>> encoder = load_encoder("runs/aut_tiny/latest")
-        >>> embed_paths(encoder, ["clip.wav"], name="mine").names
-        ('clip.wav',)
+        >>> encoder = load_encoder("runs/aut_tiny/latest/export/encoder")
+        >>> frames = encoder.encode(["clip.wav"])  # one second, and a frame every 20 ms
+        >>> [tuple(clip.shape) for clip in frames] == [(50, encoder.width)]
+        True
     """
-    options = options or EmbedOptions()
-    pool = pooling_named(options.pooling) if options.pooling else _frames_first
-    names, seconds, rows = [], [], []
-    refused: dict[str, str] = {}
-    sources = (source for path in paths for source in _sources(path, options.limits))
-    for group in _groups(sources, options, refused, advance):
-        waveforms = [waveform for _, waveform in group]
-        encoded = encoder.encode(
-            waveforms, SAMPLE_RATE_HZ, options.layers, batch_seconds=options.batch_seconds
+
+    def __init__(self, encoder: PackedEncoder):
+        super().__init__()
+        self.encoder = encoder
+        self.logmel = LogMel(encoder.num_mel_bins)
+        self.eval()
+
+    @property
+    def width(self) -> int:
+        """Width D of a frame."""
+        return self.encoder.width
+
+    @property
+    def padding(self) -> str:
+        return self.encoder.padding
+
+    @property
+    def layers(self) -> int:
+        """Number of layers of the encoder."""
+        return len(self.encoder.whisper.layers)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> str:
+        """Precision of the weights, a key of `DTYPES`."""
+        found = next(self.parameters()).dtype
+        return next(name for name, dtype in DTYPES.items() if dtype == found)
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        audio: Sequence[Audio],
+        sample_rate_hz: int | None = None,
+        layers: Sequence[int] = (),
+        *,
+        batch_seconds: float = BATCH_SECONDS,
+    ) -> list[Tensor]:
+        """Encode clips of any length. Clips over 30 s are encoded in windows that overlap by 2 s.
+
+        Args:
+            audio: paths of audio files, or arrays `[S]` or `[S, channels]` with the same sampling
+                rate.
+            sample_rate_hz: sampling rate of the arrays.
+            layers: return these hidden states instead of the output. They are numbered as in
+                Hugging Face: 0 is the input of the first layer, and the last one is the output.
+            batch_seconds: seconds of audio per batch. Memory use grows with it.
+
+        Returns:
+            The valid frames of each clip (20 ms each), `[T, D]`, or `[layers, T, D]` if `layers` is
+            given. They are float32 and on the CPU.
+
+        Raises:
+            UserError: a file cannot be used, arrays come without a sampling rate, or the encoder
+                does not have one of the layers.
+            ValueError: an array is empty, has the wrong shape, holds integers, or is not finite.
+
+        Examples:
+            >>> chirp = np.sin(np.linspace(0, 3000, 8000, dtype=np.float32) ** 1.2)
+            >>> encoder = load_encoder("runs/aut_tiny/latest/export/encoder")
+            >>> clips = encoder.encode([chirp], sample_rate_hz=8_000, layers=[0, 1])
+            >>> clips[0].shape[:2]  # layers, frames
+            torch.Size([2, 50])
+        """
+        if isinstance(audio, (str, os.PathLike)):
+            raise UserError(f"Give a list of clips: [{str(audio)!r}] instead of {str(audio)!r}.")
+        if any(not 0 <= layer <= self.layers for layer in layers):
+            raise UserError(
+                f"The encoder has layers 0 (the input of the first layer) to {self.layers}, "
+                f"not {', '.join(map(str, layers))}."
+            )
+        load = partial(_waveform, sample_rate_hz=sample_rate_hz)
+        with ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode") as pool:
+            waveforms = list(pool.map(load, audio, range(len(audio))))
+        encode_batch = partial(self._encode_batch, layers=layers)
+        return encode_in_batches(
+            encode_batch, waveforms, batch_seconds=batch_seconds, padding=self.padding
         )
-        rows += [pool(frames) for frames in encoded]
-        names += [source.name for source, _ in group]
-        seconds += [len(waveform) / SAMPLE_RATE_HZ for waveform in waveforms]
-    if not rows:
-        raise UserError(f"Not one clip of {', '.join(paths)} could be used: {summary(refused)}.")
-    lengths = () if options.pooling else tuple(len(row) for row in rows)
-    values = torch.cat(rows) if lengths else torch.stack(rows)
-    origin = Origin(
-        name,
-        encoder.fingerprint(),
-        encoder.padding,
-        options.pooling,
-        options.layers,
-        encoder.dtype,
-    )
-    return Vectors(tuple(names), tuple(seconds), values, origin, lengths, refused)
+
+    def embed(
+        self,
+        audio: Sequence[Audio],
+        sample_rate_hz: int | None = None,
+        *,
+        pooling: str = "mean",
+        layers: Sequence[int] = (),
+        batch_seconds: float = BATCH_SECONDS,
+    ) -> Tensor:
+        """Encode clips and pool the frames of each clip.
+
+        Args:
+            audio, sample_rate_hz, layers, batch_seconds: see `encode`.
+            pooling: `mean`, or `mean_std` for mean and standard deviation, which is twice as wide.
+
+        Returns:
+            One vector per clip, `[B, D']`, or `[B, layers, D']` if `layers` is given.
+
+        Raises:
+            UserError, ValueError: see `encode`.
+
+        Examples:
+            >>> encoder = load_encoder("runs/aut_tiny/latest/export/encoder")
+            >>> vectors = encoder.embed(["clip.wav", "clip.wav"], pooling="mean_std")
+            >>> vectors.shape == (2, 2 * encoder.width)
+            True
+        """
+        pool, rows = pooling_named(pooling), []
+        for start in range(0, len(audio), CLIPS_AT_ONCE):
+            group = audio[start : start + CLIPS_AT_ONCE]
+            clips = self.encode(group, sample_rate_hz, layers, batch_seconds=batch_seconds)
+            rows += [pool(frames) for frames in clips]
+        return torch.stack(rows) if rows else torch.empty(0, self.width)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that determines the frames: weights, padding and precision."""
+        digest = hashlib.sha256(f"{self.padding}{self.dtype}".encode())
+        for name, weight in sorted(self.encoder.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _encode_batch(self, waveforms: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
+        """Encode waveforms `[S]` of at most 30 s each, as one batch."""
+        mel = torch.cat([self.logmel(waveform.to(self.device)) for waveform in waveforms])
+        lengths = [mel_frames(len(waveform)) for waveform in waveforms]
+        with _layer_inputs(self.encoder, collect=bool(layers)) as states:
+            frames = self.encoder(mel, lengths)
+        states.append(frames.values)
+        # Copy to the CPU once for all clips.
+        chosen = [states[layer].float().cpu() for layer in layers or (-1,)]
+        clips = zip(*(replace(frames, values=values).valid() for values in chosen), strict=True)
+        return [torch.stack(clip) if layers else clip[0] for clip in clips]
 
 
-def count_clips(paths: Sequence[str]) -> int:
-    """Return the number of clips at some paths, including unusable ones, without decoding any.
+def encode_in_batches(
+    encode_batch: Callable[[list[Tensor]], Sequence[Tensor]],
+    waveforms: Sequence[Tensor],
+    *,
+    batch_seconds: float = BATCH_SECONDS,
+    padding: str = "none",
+) -> list[Tensor]:
+    """Encode clips of any length with a function that takes a batch of clips of up to 30 s.
+
+    Long clips are cut into windows. Windows are sorted by length and batched by seconds.
+
+    Args:
+        encode_batch: waveforms `[S]` at 16 kHz → the frames `[…, T, D]` of each.
+        waveforms: the clips, `[S]`.
+        batch_seconds: seconds of audio per batch, padding included.
+        padding: with `30s`, every window counts as 30 s.
+
+    Returns:
+        The frames of each clip, `[…, T, D]`.
+    """
+    clips = [cut_windows(waveform) for waveform in waveforms]
+    windows = [window for clip in clips for window in clip]
+    order = sorted(range(len(windows)), key=lambda index: len(windows[index]))
+    seconds = [
+        WINDOW_SECONDS if padding == "30s" else len(windows[index]) / SAMPLE_RATE_HZ
+        for index in order
+    ]
+    frames: dict[int, Tensor] = {}
+    for batch in batches_by_seconds(seconds, batch_seconds):
+        indices = [order[position] for position in batch]
+        encoded = encode_batch([windows[index] for index in indices])
+        frames.update(zip(indices, encoded, strict=True))
+    in_order = (frames[index] for index in range(len(windows)))
+    return [join_windows([next(in_order) for _ in clip]) for clip in clips]
+
+
+@contextmanager
+def _layer_inputs(encoder: PackedEncoder, *, collect: bool) -> Iterator[list[Tensor]]:
+    """Collect the packed input `[ΣT, D]` of each layer while the encoder runs."""
+    states: list[Tensor] = []
+    layers: Any = encoder.whisper.layers if collect else ()
+    # The input of a layer's first norm is the input of the layer.
+    hooks = [
+        layer.self_attn_layer_norm.register_forward_pre_hook(
+            lambda _, inputs: states.append(inputs[0])
+        )
+        for layer in layers
+    ]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def load_encoder(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    padding: Padding | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    revision: str = "",
+    random_init: bool = False,
+    seed: int = 0,
+) -> AudioEncoder:
+    """Load the encoder of a Whisper checkpoint, either exported from a run or from the hub.
+
+    Args:
+        path_or_hub_id: a directory in Hugging Face's format, the directory of a training run (its
+            exported encoder is loaded), or a hub id such as `openai/whisper-tiny`. The padding mode
+            can be appended, as in `openai/whisper-tiny@none`.
+        padding: `none` runs clips at their own length, `30s` pads them and gives the same results
+            as Hugging Face. By default, the mode that the encoder was trained with: exports store
+            it in `config.json`; all other checkpoints use `30s`.
+        device: the device to run on. `auto` selects a GPU if there is one.
+        dtype: the precision to run in: a PyTorch dtype, or `fp32`, `bf16` or `fp16`.
+        revision: branch, tag or commit on the hub. Empty for the default branch.
+        random_init: replace the weights with random ones, as an untrained baseline.
+        seed: seed of the random weights.
 
     Raises:
-        UserError: If there is no audio at a path.
+        UserError: the checkpoint is not usable, padding or precision are unknown, two different
+            padding modes are given, or the device is not available.
+
+    Examples:
+        >>> encoder = load_encoder("runs/aut_tiny/latest", dtype="bf16")
+        >>> encoder.encode(["clip.wav"])[0].dtype  # float32, whatever the encoder runs in
+        torch.float32
     """
-    return sum(
-        open_index(path).samples if _is_shards(path) else len(_files(path)) for path in paths
+    path, suffix = split_padding(str(path_or_hub_id))
+    if padding is not None and suffix and _check_padding(padding) != suffix:
+        raise UserError(
+            f"{path_or_hub_id} names padding {suffix}, but padding={padding!r} was given as well. "
+            "Leave one of them out."
+        )
+    padding = suffix if padding is None else _check_padding(padding)
+    exported = Path(path) / "export" / "encoder"
+    pretrained = PretrainedWhisper(
+        str(exported) if exported.is_dir() else path, revision, random_init
     )
+    device = resolve_device(device)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise UserError(
+            f"dtype must be a PyTorch dtype or one of {', '.join(DTYPES)}, not {dtype!r}."
+            f"{nearest(dtype, DTYPES)}"
+        )
+    with seeded(seed):
+        whisper = pretrained.encoder
+    if padding is None:
+        padding = _check_padding(getattr(whisper.config, TRAINED_PADDING, RELEASED_PADDING))
+    encoder = PackedEncoder(whisper, padding)
+    use_onednn(encoder)
+    precision = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    return AudioEncoder(encoder.to(device=device, dtype=precision)).to(device)
 
 
-def summary(refused: dict[str, str]) -> str:
-    """Return a text that counts skipped clips by reason, from `Vectors.refused`."""
-    counts = Counter(reason.partition(":")[0] for reason in refused.values())
-    return ", ".join(f"{count} × {reason}" for reason, count in counts.most_common())
+def split_padding(name: str) -> tuple[str, Padding | None]:
+    """Split `NAME@30s` or `NAME@none` into a path or hub id and a padding mode.
 
+    Returns:
+        The path or hub id, and the padding mode, or None if the name has no `@` suffix.
 
-def _frames_first(frames: Tensor) -> Tensor:
-    """Return `[T, D]` unchanged, and `[layers, T, D]` as `[T, layers, D]`."""
-    return frames if frames.ndim == 2 else frames.transpose(0, 1)
+    Raises:
+        UserError: the suffix is not a padding mode.
 
-
-def _groups(
-    sources: Iterator[_Source],
-    options: EmbedOptions,
-    refused: dict[str, str],
-    advance: Callable[[], object],
-) -> Iterator[list[tuple[_Source, Tensor]]]:
-    """Yield groups of decoded clips of at most `batch_seconds`; add the others to `refused`."""
-    group, seconds = [], 0.0
-    for source, waveform in decoded_ahead(
-        sources, lambda source: source.load(options.limits), _Source.size, options.workers
-    ):
-        advance()
-        if isinstance(waveform, SkipSample):
-            refused[source.name] = str(waveform)
-            continue
-        length = len(waveform) / SAMPLE_RATE_HZ
-        if group and seconds + length > options.batch_seconds:
-            yield group
-            group, seconds = [], 0.0
-        group.append((source, waveform))
-        seconds += length
-    if group:
-        yield group
-
-
-def _is_shards(path: str) -> bool:
-    """Whether a path names shards: a tar, a pattern of tars, a URL, or a folder that holds tars."""
-    if path.endswith(".tar") or "://" in path:
-        return True
-    folder = Path(path)
-    return folder.is_dir() and ((folder / INDEX_NAME).is_file() or any(folder.glob("*.tar")))
-
-
-def _sources(path: str, limits: ClipLimits) -> Iterator[_Source]:
-    if not _is_shards(path):
-        yield from (_Source(str(file), file) for file in _files(path))
-        return
-    for item in iter_samples(open_index(path), limits):
-        if isinstance(item, SkippedSample):
-            yield _Source(f"{item.source}:{item.key}", SkipSample(item.reason, item.detail))
-        else:
-            yield _Source(f"{item.shard}:{item.key}", item.audio)
-
-
-def _files(path: str) -> list[Path]:
-    """Return a file, or the sorted audio files in a folder at any depth.
-
-    Symbolic links to folders are followed; hidden files and folders are ignored.
+    Examples:
+        >>> split_padding("openai/whisper-tiny@30s"), split_padding("runs/aut_tiny/latest")
+        (('openai/whisper-tiny', '30s'), ('runs/aut_tiny/latest', None))
     """
-    if not os.path.isdir(path):
-        if not os.path.exists(path):
-            raise UserError(f"There is no file or folder {path}.")
-        return [Path(path)]
-    below = glob.iglob(os.path.join(glob.escape(path), "**", "*"), recursive=True)
-    files = sorted(
-        Path(name)
-        for name in below
-        if name.rpartition(".")[2].lower() in AUDIO_SUFFIXES and os.path.isfile(name)
-    )
-    if not files:
-        raise UserError(f"{path} holds no shards and no audio files ({', '.join(AUDIO_SUFFIXES)}).")
-    return files
+    path, at, suffix = name.rpartition("@")
+    if not at or "/" in suffix or Path(name).exists():  # paths may contain `@` too
+        return name, None
+    if suffix not in PADDINGS:
+        raise UserError(
+            f"{name}: the padding after @ must be one of {', '.join(PADDINGS)}, not {suffix!r}."
+            f"{nearest(suffix, PADDINGS)}"
+        )
+    return path, cast(Padding, suffix)
+
+
+def _check_padding(padding: str) -> Padding:
+    if padding not in PADDINGS:
+        raise UserError(f"padding must be one of {', '.join(PADDINGS)}, not {padding!r}.")
+    return cast(Padding, padding)
+
+
+def device_name(name: str) -> str:
+    """Return PyTorch's name of a device.
+
+    `auto` is a GPU if there is one, otherwise the CPU. `cuda`, also if it comes from `auto`, is the
+    GPU of this rank (`LOCAL_RANK`).
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return a device, by its `device_name`, after checking that it is available.
+
+    Raises:
+        UserError: the device is not available.
+    """
+    try:
+        resolved = torch.device(device_name(device) if isinstance(device, str) else device)
+        torch.empty(0, device=resolved)
+    # PyTorch raises AssertionError if it was built without CUDA.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Device {str(device)!r} cannot be used: {reason}") from None
+    return resolved
+
+
+def _waveform(clip: Audio, position: int, *, sample_rate_hz: int | None) -> Tensor:
+    """Return a clip as mono waveform `[S]` at 16 kHz."""
+    if isinstance(clip, (str, os.PathLike)):
+        try:
+            return load_file(Path(clip), LONG_CLIPS)
+        except SkipSample as skip:
+            raise UserError(f"{os.fspath(clip)} cannot be used: {skip}.") from None
+    if sample_rate_hz is None:
+        raise UserError("Arrays need their sampling rate: pass sample_rate_hz.")
+    samples = clip.detach().cpu().numpy() if isinstance(clip, Tensor) else np.asarray(clip)
+    problem = ""
+    if samples.ndim not in (1, 2) or not len(samples):
+        problem = f"expected [S] or [S, channels] with samples, got shape {samples.shape}"
+    elif samples.dtype.kind in "iu":
+        problem = f"samples are {samples.dtype}; give floats between -1 and 1"
+    elif not np.isfinite(samples).all():
+        problem = "samples are NaN or infinite"
+    if problem:
+        raise ValueError(f"clip {position}: {problem}")
+    return to_mono_16k(samples.astype(np.float32, copy=False), sample_rate_hz)

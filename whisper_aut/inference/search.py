@@ -15,9 +15,9 @@ from torch.nn.functional import normalize
 
 from whisper_aut.audio.windows import BATCH_SECONDS
 from whisper_aut.errors import UserError
-from whisper_aut.inference.encoder import Vectors
+from whisper_aut.inference.embed import Vectors
+from whisper_aut.inference.encoder import AudioEncoder, load_encoder
 from whisper_aut.models.encoder import Padding
-from whisper_aut.models.pretrained import AudioEncoder, load_encoder
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class SearchIndex:
             UserError: If `k` is less than 1.
 
         Examples:
-            >>> from whisper_aut.inference.encoder import Origin
+            >>> from whisper_aut.inference.embed import Origin
             >>> index = SearchIndex(
             ...     Vectors(("up", "right"), (1.0, 1.0), torch.eye(2), Origin("", ""))
             ... )

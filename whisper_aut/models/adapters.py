@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from whisper_aut.errors import UserError, nearest
-from whisper_aut.models.attention import sent
 
 EMBEDDINGS_AT_ONCE = 4096
 
@@ -57,7 +56,7 @@ def windows(
         places.append(torch.where((inside >= 0) & (inside < length), inside + start, outside))
         start += length
     padded = torch.cat([frames, frames.new_zeros(1, frames.shape[1])])
-    index = sent(torch.cat(places).flatten(), frames.device)
+    index = torch.cat(places).flatten().to(frames.device, non_blocking=True)
     return padded.index_select(0, index).view(-1, size * frames.shape[1]), counts
 
 

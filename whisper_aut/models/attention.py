@@ -7,7 +7,7 @@ the whole batch. Elsewhere, consecutive clips of equal length share one call of 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -16,34 +16,21 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a CPU tensor to `device`. Copies to a GPU use pinned memory and do not block."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
-
-
-FLASH_CAPABILITY = (8, 0)  # Ampere, the oldest GPUs that PyTorch's flash attention supports
-
-
 @dataclass(frozen=True)
 class Segments:
     """Clip boundaries in a packed batch, computed once and used by all layers.
 
     Attributes:
         runs: consecutive clips of equal lengths, as (Lq, Lk, number of clips).
-        query_bounds, key_bounds: `[B + 1]` int32 cumulative lengths (`cu_seqlens`) on the GPU.
-            None on the CPU, where they are not needed.
-        longest_query, longest_key: longest lengths in the batch.
+        cu_seqlens_q, cu_seqlens_k: `[B + 1]` int32 cumulative lengths on the GPU. None on the CPU.
+        max_seqlen_q, max_seqlen_k: longest lengths in the batch.
     """
 
     runs: tuple[tuple[int, int, int], ...]
-    query_bounds: Tensor | None
-    key_bounds: Tensor | None
-    longest_query: int
-    longest_key: int
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
 
     @classmethod
     def of(
@@ -52,13 +39,13 @@ class Segments:
         """Build the segments of clips with Lq queries and Lk keys each."""
         pairs = list(zip(query_lengths, key_lengths, strict=True))
         runs = tuple((query, key, len(list(run))) for (query, key), run in groupby(pairs))
-        query_bounds = key_bounds = None
+        cu_seqlens_q = cu_seqlens_k = None
         if device.type == "cuda":
-            query_bounds = _bounds(query_lengths, device)
-            key_bounds = (
-                query_bounds if query_lengths is key_lengths else _bounds(key_lengths, device)
+            cu_seqlens_q = _cumulative(query_lengths, device)
+            cu_seqlens_k = (
+                cu_seqlens_q if query_lengths is key_lengths else _cumulative(key_lengths, device)
             )
-        return cls(runs, query_bounds, key_bounds, max(query_lengths), max(key_lengths))
+        return cls(runs, cu_seqlens_q, cu_seqlens_k, max(query_lengths), max(key_lengths))
 
 
 def clip_attention(
@@ -92,16 +79,15 @@ def clip_attention(
         and not dropout
         and _has_flash(query.device)
     ):
-        window = (-1, 0) if causal else (-1, -1)
         attended: Any = varlen_attn(
             query,
             key,
             value,
-            segments.query_bounds,  # pyright: ignore[reportArgumentType]
-            segments.key_bounds,  # pyright: ignore[reportArgumentType]
-            segments.longest_query,
-            segments.longest_key,
-            window_size=window,
+            segments.cu_seqlens_q,  # pyright: ignore[reportArgumentType]
+            segments.cu_seqlens_k,  # pyright: ignore[reportArgumentType]
+            segments.max_seqlen_q,
+            segments.max_seqlen_k,
+            window_size=(-1, 0) if causal else (-1, -1),
             scale=scale,
         )
         return attended
@@ -110,13 +96,12 @@ def clip_attention(
 
 @cache
 def _has_flash(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
 
 
-def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
-    sums = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-    torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=sums[1:])
-    return sent(sums, device)
+def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
+    sums = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return sums.to(device, non_blocking=True)
 
 
 def _sdpa_by_length(

@@ -22,8 +22,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.audio.logmel import MAX_MEL_FRAMES, frames_with_context, silence_level
 from whisper_aut.errors import UserError
-from whisper_aut.models.attention import Segments, clip_attention, sent
-from whisper_aut.models.dense import speed_up_products
+from whisper_aut.models.attention import Segments, clip_attention
 
 Padding = Literal["none", "30s"]
 PADDINGS = ("none", "30s")
@@ -56,12 +55,12 @@ class Frames:
         return [clip[:length] for clip, length in zip(clips, self.valid_lengths, strict=True)]
 
 
-def longest_clip_seconds(config: WhisperConfig) -> float:
+def max_clip_seconds(config: WhisperConfig) -> float:
     """Return the longest clip that fits an encoder's positions: 30 s for Whisper's usual 1,500."""
     return config.max_source_positions * FRAME_SECONDS
 
 
-def too_long(config: WhisperConfig, padding: Padding, clip_seconds: float) -> str:
+def clip_too_long_message(config: WhisperConfig, padding: Padding, clip_seconds: float) -> str:
     """Return an error message for clips that are too long for an encoder's positions.
 
     Args:
@@ -69,7 +68,7 @@ def too_long(config: WhisperConfig, padding: Padding, clip_seconds: float) -> st
         padding: the padding mode.
         clip_seconds: length of the clip, padding included.
     """
-    longest = longest_clip_seconds(config)
+    longest = max_clip_seconds(config)
     way = (
         "Padding to 30s does not fit; choose padding none, which runs clips at their own length"
         if padding == "30s"
@@ -121,7 +120,6 @@ class PackedEncoder(nn.Module):
         # Whisper's positions are fixed sinusoids, but transformers leaves them trainable when it
         # loads a checkpoint.
         whisper.embed_positions.requires_grad_(False)
-        speed_up_products(whisper)
 
     @property
     def width(self) -> int:
@@ -150,7 +148,9 @@ class PackedEncoder(nn.Module):
             mel_lengths = (MAX_MEL_FRAMES,) * len(valid)
         lengths = tuple(encoder_frames(length) for length in mel_lengths)
         if max(lengths) > self.whisper.config.max_source_positions:
-            raise UserError(too_long(self.whisper.config, self.padding, max(mel_lengths) / 100))
+            raise UserError(
+                clip_too_long_message(self.whisper.config, self.padding, max(mel_lengths) / 100)
+            )
         hidden = self._embed(mel, mel_lengths)
         segments = Segments.of(lengths, lengths, hidden.device)
         for layer in self.whisper.layers:
@@ -179,7 +179,9 @@ class PackedEncoder(nn.Module):
         if len(set(mel_lengths)) == 1:
             return self._embed_equal(mel, len(mel_lengths), encoder_frames(mel_lengths[0]))
         layout = _Spread.of(mel_lengths)
-        mel_index, frame_index, positions = (sent(index, mel.device) for index in layout.indices())
+        mel_index, frame_index, positions = (
+            index.to(mel.device, non_blocking=True) for index in layout.indices()
+        )
         spread = mel.new_zeros(layout.width, mel.shape[1]).index_copy(0, mel_index, mel)
         inside = spread.new_zeros(layout.width).index_fill(0, mel_index, 1.0)
         weight_dtype = whisper.conv1.weight.dtype

@@ -31,13 +31,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from whisper_aut.errors import UserError
-from whisper_aut.models.attention import Segments, clip_attention, sent
+from whisper_aut.models.attention import Segments, clip_attention
 from whisper_aut.models.pretrained import (
     UNLOADABLE,
+    check_loaded_weights,
+    check_not_adapter,
     describe_missing,
     quiet_loading,
-    refuse_adapter,
-    refuse_gaps,
 )
 
 # Sequence lengths and relative tolerances of `check_layout`. A leak changes hidden states by about
@@ -104,7 +104,7 @@ def load_language_model(
             unexpected.
     """
     if Path(path).is_dir():
-        refuse_adapter(path)
+        check_not_adapter(path)
     try:
         with quiet_loading():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -122,9 +122,9 @@ def load_language_model(
     except UNLOADABLE as error:
         raise UserError(describe_missing(path, error, kind=KIND, example=EXAMPLE)) from None
     # Check adapters on the hub only now: the load above has reported an unreachable hub.
-    refuse_adapter(path, revision)
+    check_not_adapter(path, revision)
     tied = {OUTPUT_EMBEDDING} if model.config.tie_word_embeddings else set()
-    refuse_gaps(path, info, tied, kind=KIND)
+    check_loaded_weights(path, info, tied, kind=KIND)
     return model, tokenizer
 
 
@@ -200,7 +200,7 @@ def check_layout(path: str, model: PreTrainedModel) -> SequenceLayout:
     )
 
 
-def meta_layout(model: PreTrainedModel, width: int) -> SequenceLayout:
+def layout_for_meta(model: PreTrainedModel, width: int) -> SequenceLayout:
     """Return a layout for a model of fake tensors, for planning: packed if that does not raise.
 
     Args:
@@ -244,10 +244,10 @@ def sequence_states(
     model.config._attn_implementation = layout.attention
     # Pad on the right: causal layers then never see the padding, even if they ignore the mask.
     padded = pad_sequence(embeddings.split(list(lengths)), batch_first=True)  # pyright: ignore[reportArgumentType]
-    mask = sent(_mask(lengths, "right"), embeddings.device)
+    mask = _mask(lengths, "right").to(embeddings.device, non_blocking=True)
     longest = max(lengths)
     rows = [torch.arange(length) + i * longest for i, length in enumerate(lengths)]
-    rows = sent(torch.cat(rows), embeddings.device)
+    rows = torch.cat(rows).to(embeddings.device, non_blocking=True)
     states = model.base_model(inputs_embeds=padded, attention_mask=mask, use_cache=False)
     own = states.last_hidden_state.flatten(0, 1).index_select(0, rows)
     return own.to(embeddings.dtype)  # Mamba returns float32
@@ -257,7 +257,9 @@ def packed_states(model: PreTrainedModel, embeddings: Tensor, lengths: Sequence[
     """Run a language model packed: embeddings `[ΣL, W]` → last hidden states `[ΣL, W]`."""
     # Do not restore this after the call: layers that are recomputed in the backward pass need it.
     model.config._attn_implementation = PACKED
-    positions = sent(torch.cat([torch.arange(length) for length in lengths]), embeddings.device)
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(
+        embeddings.device, non_blocking=True
+    )
     segments = Segments.of(lengths, lengths, embeddings.device)
     states = model.base_model(
         inputs_embeds=embeddings[None],

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from whisper_aut.models.dense import add_product, product
-
 CHUNK_POSITIONS = 512
 
 
@@ -76,11 +74,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = product(hidden[part], weight, out=buffer[: len(hidden[part])]).float()
+            logits = torch.mm(hidden[part], weight.T, out=buffer[: len(hidden[part])]).float()
             nll[part], correct[part], grad_logits = _softmax_gradient(logits, labels[part])
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = product(grad_logits, weight.T)
+                grad_hidden[part] = grad_logits @ weight
             if wants_weight:
                 grad_weight = _accumulated(grad_weight, grad_logits, hidden[part])
             del logits, grad_logits  # free them before the next chunk allocates its own
@@ -132,7 +130,7 @@ def _accumulated(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> T
     The total is float32, because a bfloat16 sum over many chunks would lose small gradients.
     """
     if total is None:
-        return product(grad_logits.T, hidden.T).float()
+        return (grad_logits.T @ hidden).float()
     if hidden.dtype == torch.float32:
-        return add_product(total, grad_logits.T, hidden.T)
+        return total.addmm_(grad_logits.T, hidden)
     return total.add_(grad_logits.T @ hidden)

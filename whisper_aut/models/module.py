@@ -128,7 +128,7 @@ SILENT_MEL_FRAMES, ONE_LETTER = 100, Annotation(text="a", instruction="a", answe
 
 
 @dataclass(frozen=True)
-class SeenBatch:
+class MicroBatchResult:
     """Results of a micro-batch with N supervised tokens, kept until the end of the optimizer step.
 
     Attributes:
@@ -203,7 +203,7 @@ class AudioTextModule(lightning.LightningModule):
         self.clips = nn.ModuleDict({part: SumMetric() for part in parts})
         self.answers = AnswerMetrics(codec.metrics)
         self.generated: list[dict[str, str]] = []
-        self.seen: list[SeenBatch] = []  # micro-batches of the current optimizer step
+        self.seen: list[MicroBatchResult] = []  # micro-batches of the current optimizer step
         self._tokens: Tensor | int = 1
         self._silence: Batch | None = None
 
@@ -232,7 +232,9 @@ class AudioTextModule(lightning.LightningModule):
             return total * 0.0
         clips = tuple(zip(batch.sources, batch.keys, strict=True))
         self.seen.append(
-            SeenBatch(clips, loss.token_nll.detach().float(), loss.correct, tuple(loss.counts))
+            MicroBatchResult(
+                clips, loss.token_nll.detach().float(), loss.correct, tuple(loss.counts)
+            )
         )
         # Gradients are averaged over ranks and micro-batches. Undo both, so that the loss is the
         # sum over all tokens of the step divided by their number, however they are distributed.

@@ -37,8 +37,12 @@ from whisper_aut.data.targets import AUDIO, ChatText, Instructions
 from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.models.language import packed_states
 from whisper_aut.models.losses import chunked_cross_entropy
-from whisper_aut.models.pretrained import PretrainedWhisper, quiet_loading, set_prompt_tokens
-from whisper_aut.models.seeding import seeded
+from whisper_aut.models.pretrained import (
+    PretrainedWhisper,
+    quiet_loading,
+    seeded,
+    set_prompt_tokens,
+)
 from whisper_aut.utils import file_lock
 
 # width, encoder layers, decoder layers, heads, mel bins, vocabulary
@@ -55,7 +59,7 @@ KNOWN_SHAPES = {
 FEED_FORWARD_RATIO = 4
 
 
-def shaped_config(
+def whisper_config_of_size(
     width: int,
     encoder_layers: int,
     decoder_layers: int,
@@ -84,7 +88,7 @@ def shaped_config(
     )
 
 
-def config_of(path: str, revision: str = "") -> WhisperConfig:
+def load_whisper_config(path: str, revision: str = "") -> WhisperConfig:
     """Return the configuration of a Whisper: from a directory, `KNOWN_SHAPES` or the hub.
 
     Args:
@@ -95,7 +99,7 @@ def config_of(path: str, revision: str = "") -> WhisperConfig:
         UserError: there is no such directory or model.
     """
     if not Path(path).is_dir() and path in KNOWN_SHAPES:
-        return shaped_config(*KNOWN_SHAPES[path])
+        return whisper_config_of_size(*KNOWN_SHAPES[path])
     return PretrainedWhisper(path, revision).config
 
 
@@ -174,7 +178,7 @@ def make_whisper(
     tokenizer = train_tokenizer(texts, vocabulary)
     vocab = tokenizer.get_vocab()
     start, end = vocab[START], vocab[END]
-    config = shaped_config(
+    config = whisper_config_of_size(
         d_model, encoder_layers, decoder_layers, heads, num_mel_bins, len(tokenizer)
     )
     config.decoder_start_token_id = start

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from whisper_aut.errors import UserError
-from whisper_aut.models.pretrained import AudioEncoder
+from whisper_aut.inference.encoder import AudioEncoder
 from whisper_aut.probes.embed import EmbedSettings
 from whisper_aut.probes.suite import run_suite
 from whisper_aut.probes.tasks import ProbeTask

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from whisper_aut.models.dense import product
+from whisper_aut.onednn import product
 from whisper_aut.probes.cache import Embeddings
 from whisper_aut.probes.fit import (
     ClassLearner,

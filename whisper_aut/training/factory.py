@@ -39,10 +39,16 @@ from whisper_aut.data.shards import open_index
 from whisper_aut.data.targets import TextCodec
 from whisper_aut.errors import UserError
 from whisper_aut.models.decoders import check_decoder
-from whisper_aut.models.encoder import PackedEncoder, longest_clip_seconds, too_long
+from whisper_aut.models.encoder import PackedEncoder, clip_too_long_message, max_clip_seconds
 from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.models.tiny import WHISPER_SPECIAL_TOKENS, config_of, make_whisper, shaped_config
+from whisper_aut.models.tiny import (
+    WHISPER_SPECIAL_TOKENS,
+    load_whisper_config,
+    make_whisper,
+    whisper_config_of_size,
+)
+from whisper_aut.onednn import use_onednn
 from whisper_aut.training.callbacks.stopping import BYTES_OF_STATE, check_compilable
 from whisper_aut.training.optim import optimizer_factory
 from whisper_aut.training.plan import (
@@ -343,8 +349,8 @@ def build_module(
     """
     model = settings.model
     seconds = WINDOW_SECONDS if model.padding == "30s" else settings.data.max_seconds
-    if seconds > longest_clip_seconds(start.config):
-        raise UserError(too_long(start.config, model.padding, seconds))
+    if seconds > max_clip_seconds(start.config):
+        raise UserError(clip_too_long_message(start.config, model.padding, seconds))
     if model.compile:
         check_compilable(settings.strategy.name)
     encoder = PackedEncoder(
@@ -359,7 +365,7 @@ def build_module(
     factory = _optimizer(
         settings.optim, total_steps, offload=settings.strategy.name.endswith(OFFLOAD)
     )
-    return AudioTextModule(
+    module = AudioTextModule(
         encoder,
         decoder,
         codec,
@@ -368,6 +374,8 @@ def build_module(
         generate_tokens=settings.trainer.generate_tokens,
         encoder_after_step=settings.optim.encoder_after_step,
     )
+    use_onednn(module)
+    return module
 
 
 def build_trained(settings: Settings, weights: dict[str, Any]) -> AudioTextModule:
@@ -419,16 +427,16 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
         config: Sizes of the pretrained checkpoint.
 
     Raises:
-        UserError: If the decoder has no `sketch`, or no clip of a training source is left.
+        UserError: If the decoder has no `build_meta`, or no clip of a training source is left.
     """
     entry, options = check_decoder(settings.decoder)
-    if entry.sketch is None:
+    if entry.build_meta is None:
         raise UserError(
-            f"The decoder {settings.decoder['name']!r} brings no sketch, so a run with it "
-            "cannot be planned."
+            f"The decoder {settings.decoder['name']!r} has no `build_meta` in its "
+            "registry entry, so a run with it cannot be planned."
         )
-    sketch, data, hardware, trainer = (
-        entry.sketch,
+    build_meta, data, hardware, trainer = (
+        entry.build_meta,
         settings.data,
         settings.hardware,
         settings.trainer,
@@ -456,7 +464,7 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
             train_encoder=not settings.model.freeze_encoder,
         )
         return step_cost(
-            config, lambda config, checkpointing: sketch(config, options, checkpointing), shape
+            config, lambda config, checkpointing: build_meta(config, options, checkpointing), shape
         )
 
     clips = data.samples_per_epoch or stored.clips
@@ -541,12 +549,12 @@ def stored_audio(data: DataSettings) -> tuple[StoredAudio, tuple[str, ...]]:
 def planned_config(model: ModelSettings) -> WhisperConfig:
     """Return the config of the model that a run starts from, without loading its weights."""
     if model.scratch is None:
-        return config_of(model.path, model.revision)
+        return load_whisper_config(model.path, model.revision)
     scratch = model.scratch
     # An upper bound: a tokenizer trained on few texts has fewer tokens.
     vocabulary = scratch.vocabulary + len(WHISPER_SPECIAL_TOKENS)
     sizes = (scratch.d_model, scratch.encoder_layers, scratch.decoder_layers, scratch.heads)
-    return shaped_config(*sizes, scratch.num_mel_bins, vocabulary)
+    return whisper_config_of_size(*sizes, scratch.num_mel_bins, vocabulary)
 
 
 def _optimizer(optim: OptimSettings, total_steps: int, offload: bool) -> Any:

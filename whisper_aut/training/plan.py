@@ -1,7 +1,7 @@
 """Forecasts the parameters, memory, FLOPs and time of a training step from sizes alone.
 
 A forward and backward pass runs on PyTorch's fake tensors, which have shapes but no memory, while
-kernels and live bytes are counted. The decoder comes from the `sketch` of its registry entry.
+kernels and live bytes are counted. The decoder comes from the `build_meta` of its registry entry.
 ZeRO's memory per rank follows Rajbhandari et al. 2020, arXiv 1910.02054, section 3.
 """
 
@@ -127,13 +127,13 @@ class StepCost:
 
 
 def step_cost(
-    config: WhisperConfig, sketch: Callable[[WhisperConfig, bool], nn.Module], shape: StepShape
+    config: WhisperConfig, build_meta: Callable[[WhisperConfig, bool], nn.Module], shape: StepShape
 ) -> StepCost:
     """Return the cost of a micro-batch, measured on fake tensors.
 
     Args:
         config: Config of the pretrained checkpoint.
-        sketch: Builds a decoder without weights from `(config, gradient_checkpointing)`.
+        build_meta: builds a decoder without weights from `(config, gradient_checkpointing)`.
         shape: The micro-batch.
     """
     with FakeTensorMode():
@@ -142,7 +142,7 @@ def step_cost(
         ).train()
         encoder.requires_grad_(shape.train_encoder)
         encoder.whisper.embed_positions.requires_grad_(False)
-        decoder: Any = sketch(config, shape.gradient_checkpointing).train()
+        decoder: Any = build_meta(config, shape.gradient_checkpointing).train()
         modules = nn.ModuleList([encoder, decoder])
         tensors = [*modules.parameters(), *modules.buffers()]
         if shape.compute == "bfloat16":

@@ -18,8 +18,9 @@ from tests.support.numeric import assert_frames_close
 from whisper_aut import load_encoder
 from whisper_aut.errors import UserError
 from whisper_aut.export.hf import ExportKind, export_checkpoint, find_checkpoint, read_checkpoint
+from whisper_aut.inference.encoder import AudioEncoder
 from whisper_aut.models.encoder import PackedEncoder
-from whisper_aut.models.pretrained import AudioEncoder, PretrainedWhisper
+from whisper_aut.models.pretrained import PretrainedWhisper
 
 
 @pytest.fixture(scope="module")

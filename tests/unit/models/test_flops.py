@@ -23,7 +23,7 @@ MEL_LENGTHS, TEXT_LENGTHS = (300, 501, 77), (12, 30, 7)
 @pytest.fixture(autouse=True)
 def counted_products(monkeypatch: pytest.MonkeyPatch):
     """Keep to products that PyTorch's counter knows; oneDNN's are none of them."""
-    monkeypatch.setattr("whisper_aut.models.dense.mkl_is_slow", lambda: False)
+    monkeypatch.setattr("whisper_aut.onednn.mkl_is_slow", lambda: False)
 
 
 @pytest.mark.parametrize("width", [32, 64])

@@ -20,7 +20,7 @@ from whisper_aut.models.language import (
     sequence_states,
 )
 from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.models.tiny import shaped_config
+from whisper_aut.models.tiny import whisper_config_of_size
 from whisper_aut.training.plan import StepShape, step_cost
 
 SIZES = {
@@ -227,9 +227,9 @@ def test_a_run_can_be_planned_whatever_the_layout(kind: str, tmp_path: Path):
         "instructions": {"caption": {"prompts": ["Describe it."]}},
     }
     entry, options = check_decoder(values)
-    config = shaped_config(32, 2, 2, 2, 80, 320)
+    config = whisper_config_of_size(32, 2, 2, 2, 80, 320)
     shape = StepShape(mel_lengths=(300, 300), text_lengths=(20, 20))
-    assert entry.sketch is not None
-    sketch = entry.sketch
-    cost = step_cost(config, lambda config, again: sketch(config, options, again), shape)
+    assert entry.build_meta is not None
+    build_meta = entry.build_meta
+    cost = step_cost(config, lambda config, again: build_meta(config, options, again), shape)
     assert cost.flops > 0

@@ -13,7 +13,7 @@ from tests.support.audio import encode_audio
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.shards import ShardFolder
 from whisper_aut.errors import UserError
-from whisper_aut.models.pretrained import load_encoder
+from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.probes.cache import Embeddings
 from whisper_aut.probes.embed import EmbedSettings, LogMelBaseline, embed_task
 from whisper_aut.probes.fit import fold_rounds, split_round

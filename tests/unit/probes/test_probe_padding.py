@@ -8,7 +8,7 @@ import yaml
 from tests.support.audio import TONES
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
-from whisper_aut.pipeline import open_encoder, open_listener
+from whisper_aut.pipeline import open_demo_models, open_encoder
 from whisper_aut.probes.results import Scores
 
 RUN = "runs/aut_tiny/latest"
@@ -65,12 +65,12 @@ def test_log_mel_statistics_know_no_padding():
 def test_the_demo_page_runs_a_run_and_its_start_as_each_was_trained(
     story: Path, tiny_whisper: Path
 ):
-    opened = open_listener(str(story / RUN), "", None).encoders
+    opened = open_demo_models(str(story / RUN), "", None).encoders
     assert {name: encoder.padding for name, encoder in opened.items()} == {
         "before": "30s",
         "after": "none",
     }
-    opened = open_listener(
+    opened = open_demo_models(
         f"{story / RUN / 'export' / 'encoder'}@30s", f"{tiny_whisper}@none", None
     )
     assert [encoder.padding for encoder in opened.encoders.values()] == ["none", "30s"]

@@ -12,7 +12,7 @@ import torch
 
 from whisper_aut.data.shards import open_index
 from whisper_aut.errors import UserError
-from whisper_aut.models.pretrained import device_named
+from whisper_aut.inference.encoder import device_name
 from whisper_aut.probes.cache import WHOLE, Share
 from whisper_aut.probes.embed import (
     EmbedSettings,
@@ -75,15 +75,15 @@ def test_a_missing_share_is_named(tones, task_with, tiny_encoder, tmp_path):
 
 def test_ranks_are_read_from_the_launcher(monkeypatch):
     assert rank_share() == WHOLE
-    assert device_named("cuda") == "cuda:0"
+    assert device_name("cuda") == "cuda:0"
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     assert rank_share() == Share(5, 8)
-    assert [device_named(name) for name in ("cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:3", "cpu"]
+    assert [device_name(name) for name in ("cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:3", "cpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert device_named("auto") == "cuda:1"
+    assert device_name("auto") == "cuda:1"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device_named("auto") == "cpu"
+    assert device_name("auto") == "cpu"
 
 
 def probe(

@@ -57,7 +57,7 @@ def config(width: int = 64) -> WhisperConfig:
     return WhisperConfig(**sizes, **heads, **tokens, vocab_size=2000, num_mel_bins=80)
 
 
-def sketch(config: WhisperConfig, gradient_checkpointing: bool) -> torch.nn.Module:
+def build_meta(config: WhisperConfig, gradient_checkpointing: bool) -> torch.nn.Module:
     return build_whisper_decoder_meta(config, WhisperDecoderOptions(), gradient_checkpointing)
 
 
@@ -100,7 +100,7 @@ def test_memory_is_what_a_real_step_takes(checkpointing: bool, compute: Compute)
     shape = StepShape(
         MEL_LENGTHS, TEXT_LENGTHS, compute=compute, gradient_checkpointing=checkpointing
     )
-    cost, step = step_cost(config(), sketch, shape), real_step(shape)
+    cost, step = step_cost(config(), build_meta, shape), real_step(shape)
     assert cost.peak_bytes == pytest.approx(measured_peak_bytes(step), rel=0.15)
     # The second micro-batch of a step finds the gradients of the first one.
     assert cost.activation_bytes == pytest.approx(measured_peak_bytes(step), rel=0.15)
@@ -108,13 +108,13 @@ def test_memory_is_what_a_real_step_takes(checkpointing: bool, compute: Compute)
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_kernels_are_those_of_a_real_step(checkpointing: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("whisper_aut.models.dense.mkl_is_slow", lambda: False)  # PyTorch's products
+    monkeypatch.setattr("whisper_aut.onednn.mkl_is_slow", lambda: False)  # PyTorch's products
     shape = StepShape(MEL_LENGTHS, TEXT_LENGTHS, gradient_checkpointing=checkpointing)
     counted = StepCounter()
     step = real_step(shape)
     with counted:
         step()
-    planned = step_cost(config(), sketch, shape)
+    planned = step_cost(config(), build_meta, shape)
     assert planned.launches == pytest.approx(counted.kernels.total(), rel=0.01)
     assert planned.flops == sum(flops * times for (flops, _), times in counted.kernels.items())
 
@@ -134,7 +134,7 @@ def test_what_computes_nothing_is_no_kernel():
 
 
 def test_parameters_and_work_are_the_models():
-    cost = step_cost(config(), sketch, StepShape(MEL_LENGTHS, TEXT_LENGTHS))
+    cost = step_cost(config(), build_meta, StepShape(MEL_LENGTHS, TEXT_LENGTHS))
     model = WhisperForConditionalGeneration(config())
     assert cost.parameters == sum(p.numel() for p in model.parameters())
     assert cost.trainable == cost.parameters - 1500 * 64  # the encoder's positions are fixed
@@ -147,7 +147,7 @@ def test_parameters_and_work_are_the_models():
     # Attention computes its scores again in the backward pass.
     assert useful < cost.flops < 1.1 * useful
     again = step_cost(
-        config(), sketch, StepShape(MEL_LENGTHS, TEXT_LENGTHS, gradient_checkpointing=True)
+        config(), build_meta, StepShape(MEL_LENGTHS, TEXT_LENGTHS, gradient_checkpointing=True)
     )
     # Every layer runs forward once more, a third of its work, but for its last product, whose
     # result no gradient needs. None of that is useful.
@@ -161,7 +161,9 @@ def test_parameters_and_work_are_the_models():
     assert again.flops - cost.flops == layers / 3 - last_products
     assert again.model_flops == useful
     assert again.activation_bytes < cost.activation_bytes
-    frozen = step_cost(config(), sketch, StepShape(MEL_LENGTHS, TEXT_LENGTHS, train_encoder=False))
+    frozen = step_cost(
+        config(), build_meta, StepShape(MEL_LENGTHS, TEXT_LENGTHS, train_encoder=False)
+    )
     assert frozen.trainable == frozen.decoder
     assert frozen.model_flops < 0.6 * useful
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ
 from whisper_aut.errors import UserError
+from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.models.encoder import Padding
-from whisper_aut.models.pretrained import load_encoder
 
 if TYPE_CHECKING:
-    from whisper_aut.models.pretrained import AudioEncoder
+    from whisper_aut.inference.encoder import AudioEncoder
 
 
 def mteb_model(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ
 from whisper_aut.audio.logmel import HOP_SAMPLES
 from whisper_aut.errors import UserError
+from whisper_aut.inference import encoder as inference
 from whisper_aut.models import encoder as packed
-from whisper_aut.models import pretrained
 
 PATH_VARIABLE, PADDING_VARIABLE = "WHISPER_AUT_ENCODER", "WHISPER_AUT_PADDING"
 HOP_MS = 1000 * HOP_SAMPLES * packed.CONV_STRIDE // SAMPLE_RATE_HZ
@@ -50,7 +50,7 @@ class WhisperAutEncoder(nn.Module):
                 "X-ARES takes no arguments for an encoder: "
                 f"name it in the environment, {PATH_VARIABLE}=DIR."
             )
-        self.inner = pretrained.load_encoder(path, padding=os.environ.get(PADDING_VARIABLE))  # pyright: ignore[reportArgumentType]
+        self.inner = inference.load_encoder(path, padding=os.environ.get(PADDING_VARIABLE))  # pyright: ignore[reportArgumentType]
         self.output_dim = self.inner.width
 
     @torch.inference_mode()

@@ -34,15 +34,15 @@ class DecoderEntry:
         options: the schema of the decoder's options.
         build: `(start, options, gradient_checkpointing)` → the decoder and its codec.
         exports: the formats that a run with this decoder can be exported to.
-        sketch: `(encoder config, options, gradient_checkpointing)` → the same module built from its
-            configuration, without loading weights or a tokenizer. `training.plan` calls it to build
-            the decoder with fake tensors. None if runs with this decoder cannot be planned.
+        build_meta: `(encoder config, options, gradient_checkpointing)` → the same module built
+            from its configuration, without weights or a tokenizer, for `training.plan`. None if
+            runs with this decoder cannot be planned.
     """
 
     options: type
     build: Callable[[PretrainedWhisper, Any, bool], tuple[nn.Module, TextCodec]]
     exports: tuple[str, ...] = ("encoder",)
-    sketch: Callable[[WhisperConfig, Any, bool], nn.Module] | None = None
+    build_meta: Callable[[WhisperConfig, Any, bool], nn.Module] | None = None
 
 
 DECODERS: dict[str, DecoderEntry] = {
@@ -50,9 +50,9 @@ DECODERS: dict[str, DecoderEntry] = {
         WhisperDecoderOptions,
         build_whisper_decoder,
         exports=("encoder", "whisper"),
-        sketch=build_whisper_decoder_meta,
+        build_meta=build_whisper_decoder_meta,
     ),
-    "causal_lm": DecoderEntry(CausalLMOptions, build_causal_lm, sketch=build_causal_lm_meta),
+    "causal_lm": DecoderEntry(CausalLMOptions, build_causal_lm, build_meta=build_causal_lm_meta),
 }
 
 

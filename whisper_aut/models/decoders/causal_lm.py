@@ -18,26 +18,23 @@ from whisper_aut.data.batch import Targets
 from whisper_aut.data.targets import ChatText, Instruction, Instructions
 from whisper_aut.errors import UserError
 from whisper_aut.models.adapters import AdapterOptions, StackAdapter, build_adapter, embedding_scale
-from whisper_aut.models.attention import sent
-from whisper_aut.models.dense import speed_up_products
 from whisper_aut.models.flops import PRODUCT, language_model_flops
 from whisper_aut.models.language import (
     SequenceLayout,
     check_layout,
     greedy_tokens,
     language_config,
+    layout_for_meta,
     load_language_model,
-    meta_layout,
     recompute_layers,
     sequence_states,
     weights_hash,
 )
 from whisper_aut.models.losses import DecoderLoss, chunked_cross_entropy
-from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.models.seeding import seeded
+from whisper_aut.models.pretrained import PretrainedWhisper, seeded
 from whisper_aut.models.tiny import LanguageScratch, make_language_model, scratch_config
 
-SKETCHED_AUDIO_AT = 3  # index of the audio token: ChatML writes three tokens before the user's text
+META_AUDIO_INDEX = 3  # index of the audio token: ChatML writes three tokens before the user's text
 Training = Literal["frozen", "lora", "full"]
 
 
@@ -150,7 +147,7 @@ def build_causal_lm_meta(
 ) -> nn.Module:
     """Build the decoder from its configuration, without pretrained weights or a tokenizer.
 
-    See `DecoderEntry.sketch`.
+    See `DecoderEntry.build_meta`.
 
     Raises:
         UserError: LoRA is requested, whose weights peft cannot create as fake tensors, or the model
@@ -177,10 +174,10 @@ def build_causal_lm_meta(
     return CausalLMDecoder(
         model,
         adapter,
-        SKETCHED_AUDIO_AT,
+        META_AUDIO_INDEX,
         end_token=0,
         identity={},
-        layout=meta_layout(model, sizes.hidden_size),
+        layout=layout_for_meta(model, sizes.hidden_size),
         held=options.train == "frozen",
     )
 
@@ -219,7 +216,6 @@ class CausalLMDecoder(nn.Module):
         model.generation_config = GenerationConfig()  # the model's own may enable sampling
         model.register_state_dict_post_hook(_leave_out_frozen)
         model.register_load_state_dict_pre_hook(_keep_frozen)
-        speed_up_products(model, adapter)
         self.train()
 
     def train(self, mode: bool = True) -> "CausalLMDecoder":
@@ -293,7 +289,7 @@ class CausalLMDecoder(nn.Module):
         text = self.model.get_input_embeddings()(tokens.clamp(min=0))
         order, places, lengths = _interleave(token_lengths, self.audio_at, audio_lengths)
         source = torch.cat([text, audio.to(text.dtype)])
-        order, places = (sent(index, source.device) for index in (order, places))
+        order, places = (index.to(source.device, non_blocking=True) for index in (order, places))
         return _Chats(source.index_select(0, order), places, lengths)
 
 

@@ -23,8 +23,7 @@ from whisper_aut.data.batch import Targets
 from whisper_aut.data.languages import whisper_codes
 from whisper_aut.data.targets import OF_THE_SAMPLE, DomainPrompt, WhisperText
 from whisper_aut.errors import UserError
-from whisper_aut.models.attention import Segments, sent
-from whisper_aut.models.dense import speed_up_products
+from whisper_aut.models.attention import Segments
 from whisper_aut.models.encoder import packed_attention, packed_feed_forward
 from whisper_aut.models.flops import whisper_decoder_flops
 from whisper_aut.models.losses import DecoderLoss, chunked_cross_entropy
@@ -135,7 +134,7 @@ def build_whisper_decoder_meta(
 ) -> nn.Module:
     """Build the decoder from a configuration, without pretrained weights or a tokenizer.
 
-    See `DecoderEntry.sketch`.
+    See `DecoderEntry.build_meta`.
     """
     end = config.eos_token_id
     return WhisperDecoder(
@@ -160,7 +159,6 @@ class WhisperDecoder(nn.Module):
         self.whisper = whisper
         self.end_token = end_token
         self.gradient_checkpointing = gradient_checkpointing
-        speed_up_products(whisper)
 
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         hidden = self._hidden(frames, lengths, targets)
@@ -199,8 +197,9 @@ class WhisperDecoder(nn.Module):
         """Return the last hidden states of all text tokens, `[ΣL, D]`."""
         whisper = self.whisper
         positions = torch.cat([torch.arange(length) for length in targets.lengths])
-        places = whisper.embed_positions(None, position_ids=sent(positions, frames.device))
-        hidden = whisper.embed_tokens(targets.tokens) + places
+        positions = positions.to(frames.device, non_blocking=True)
+        hidden = whisper.embed_tokens(targets.tokens)
+        hidden = hidden + whisper.embed_positions(None, position_ids=positions)
         hidden = dropout(hidden, p=whisper.dropout, training=self.training)
         own, across = (
             Segments.of(targets.lengths, keys, frames.device)

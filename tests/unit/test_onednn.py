@@ -1,4 +1,4 @@
-"""Linear layers through oneDNN: the same numbers and gradients as PyTorch's, where it is taken, and PyTorch's own elsewhere."""
+"""Linear layers through oneDNN give the numbers and gradients of PyTorch's, and only where they apply."""
 
 import copy
 from pathlib import Path
@@ -8,82 +8,82 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
-from whisper_aut.models import dense
-from whisper_aut.models.dense import Dense, add_product, mkl_is_slow, product, speed_up_products
+from whisper_aut import onednn
+from whisper_aut.onednn import mkl_is_slow, product, use_onednn
 
 
 @pytest.fixture
-def onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Take oneDNN whatever the processor, and note the shapes that reach it."""
-    calls: list[tuple[int, ...]] = []
-    run = dense._onednn
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Use oneDNN on any processor, and record the shapes that reach it."""
+    shapes: list[tuple[int, ...]] = []
+    run = onednn._onednn
 
-    def noted(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-        calls.append((*left.shape, len(right)))
+    def recorded(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+        shapes.append((*left.shape, len(right)))
         return run(left, right, bias)
 
-    monkeypatch.setattr(dense, "mkl_is_slow", lambda: True)
-    monkeypatch.setattr(dense, "_onednn", noted)
-    return calls
+    monkeypatch.setattr(onednn, "mkl_is_slow", lambda: True)
+    monkeypatch.setattr(onednn, "_onednn", recorded)
+    return shapes
 
 
 def _pair(inputs: int, outputs: int, *, bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
     theirs = nn.Linear(inputs, outputs, bias=bias)
-    ours = nn.ModuleList([copy.deepcopy(theirs)])
-    speed_up_products(ours)
-    return ours[0], theirs  # pyright: ignore[reportReturnType]
+    ours = copy.deepcopy(theirs)
+    use_onednn(ours)
+    return ours, theirs
 
 
 @pytest.mark.parametrize("shape", [(300, 80), (2, 150, 80), (1, 300, 80)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_and_its_gradients_are_those_in_float64(
-    onednn: list, shape: tuple[int, ...], bias: bool
+@pytest.mark.parametrize("recompute", [False, True])
+def test_outputs_and_gradients_equal_float64(
+    calls: list, shape: tuple[int, ...], bias: bool, recompute: bool
 ):
     torch.manual_seed(0)
     ours, theirs = _pair(80, 120, bias=bias)
     x = torch.randn(shape, requires_grad=True)
     exact = x.detach().double().requires_grad_()
     grad = torch.randn(*shape[:-1], 120)
-    ours(x).backward(grad)
+    out = checkpoint(ours, x, use_reentrant=False) if recompute else ours(x)
+    out.backward(grad)
     theirs.double()(exact).backward(grad.double())
-    assert len(onednn) == 3  # forward, and the gradients of input and weight
-    assert_close(ours(x).double(), theirs(exact), rtol=1e-5, atol=1e-5)
+    # Forward, and the gradients of input and weight.
+    assert len(calls) == (4 if recompute else 3)
+    assert_close(out.double(), theirs(exact), rtol=1e-5, atol=1e-5)
     assert_close(x.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)  # pyright: ignore[reportOptionalMemberAccess]
     for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert_close(mine.grad.double(), reference.grad, rtol=1e-5, atol=1e-4)  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def test_what_is_frozen_costs_no_gradient(onednn: list):
+def test_frozen_weights_cost_no_gradient(calls: list):
     ours, _ = _pair(128, 128)
     ours.requires_grad_(False)
     x = torch.randn(256, 128, requires_grad=True)
     y = ours(x)
-    assert y.grad_fn.saved_tensors[0] is None  # its input, of which nobody wants a gradient
+    assert y.grad_fn.saved_tensors[0] is None  # the input is not kept
     y.sum().backward()
-    assert onednn == [(256, 128, 128), (256, 128, 128)]
+    assert calls == [(256, 128, 128), (256, 128, 128)]
     assert x.grad is not None
     assert ours.weight.grad is None
     ours.requires_grad_(True)
-    onednn.clear()
-    ours(x.detach()).sum().backward()  # and data has none
-    assert onednn == [(256, 128, 128), (128, 256, 128)]
+    calls.clear()
+    ours(x.detach()).sum().backward()  # an input without gradient costs none
+    assert calls == [(256, 128, 128), (128, 256, 128)]
 
 
-def test_products_are_matrix_products(onednn: list):
+def test_products_are_matrix_products(calls: list):
     left, right = torch.randn(200, 150), torch.randn(100, 150)
-    buffer = torch.empty(200, 100)
     expected = left.double() @ right.double().T
-    assert_close(product(left, right, out=buffer).double(), expected, rtol=1e-5, atol=1e-4)
+    assert_close(product(left, right).double(), expected, rtol=1e-5, atol=1e-4)
     transposed = product(left.T.contiguous().T, right.T.contiguous().T)
     assert_close(transposed.double(), expected, rtol=1e-5, atol=1e-4)
-    total = torch.ones(200, 100)
-    assert add_product(total, left, right) is total
-    assert_close(total.double(), expected + 1, rtol=1e-5, atol=1e-4)
-    assert len(onednn) == 3
+    assert len(calls) == 2
 
 
-def test_small_products_half_precision_and_captured_graphs_stay_with_pytorch(onednn: list):
+def test_small_products_half_precision_and_captured_graphs_stay_with_pytorch(calls: list):
     ours, theirs = _pair(128, 128)
     x = torch.randn(256, 128)
     assert torch.equal(ours(x[:4]), theirs(x[:4]))
@@ -101,7 +101,7 @@ def test_small_products_half_precision_and_captured_graphs_stay_with_pytorch(one
     half, reference = ours.bfloat16(), theirs.bfloat16()
     assert torch.equal(half(x.bfloat16()), reference(x.bfloat16()))
     assert torch.equal(product(x.bfloat16(), half.weight), x.bfloat16() @ half.weight.T)
-    assert not onednn
+    assert not calls
 
 
 def test_only_plain_linear_layers_change_and_their_names_do_not():
@@ -110,9 +110,9 @@ def test_only_plain_linear_layers_change_and_their_names_do_not():
 
     model = nn.Sequential(nn.Linear(4, 4), Scaled(4, 4), nn.ReLU())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    speed_up_products(model)
-    speed_up_products(model)  # a second time changes nothing
-    assert [type(layer) for layer in model] == [Dense, Scaled, nn.ReLU]
+    use_onednn(model)
+    use_onednn(model)  # a second time changes nothing
+    assert [type(layer) for layer in model] == [onednn._OneDNNLinear, Scaled, nn.ReLU]
     assert list(before) == list(model.state_dict())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -122,13 +122,13 @@ def test_the_processor_decides(
     vendor: str, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "cpuinfo").write_text(f"processor: 0\nvendor_id: {vendor}\n")
-    monkeypatch.setattr(dense, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(onednn, "CPU_INFO", tmp_path / "cpuinfo")
     mkl_is_slow.cache_clear()
     try:
         has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
         assert mkl_is_slow() == (slow and has_both)
         mkl_is_slow.cache_clear()
-        monkeypatch.setattr(dense, "CPU_INFO", tmp_path / "none")
+        monkeypatch.setattr(onednn, "CPU_INFO", tmp_path / "none")
         monkeypatch.setattr(
             "platform.processor", lambda: f"AMD64 Family 25 Model 33 Stepping 0, {vendor}"
         )

@@ -140,7 +140,7 @@ def test_a_checkpoint_without_a_record_of_its_training_runs_padded_unless_marked
     assert load_encoder(copy).padding == "none"
     assert load_encoder(f"{copy}@30s").padding == "30s"
     assert load_encoder(f"{copy}@30s", padding="30s").padding == "30s"
-    with pytest.raises(UserError, match="asks for padding 30s, and padding='none' was given"):
+    with pytest.raises(UserError, match="names padding 30s, but padding='none' was given"):
         load_encoder(f"{copy}@30s", padding="none")
     with pytest.raises(UserError, match=r"must be one of none, 30s, not '3s'\. Did you mean '30s'"):
         load_encoder(f"{copy}@3s")
