@@ -79,7 +79,7 @@ def test_pooled_vectors_are_means_of_valid_frames(encoder: AudioEncoder):
 def test_precisions_and_devices(in_story: Path, encoder: AudioEncoder):
     rough = load_encoder(RUN, dtype="bf16").embed(["clip.wav"])
     assert torch.nn.functional.cosine_similarity(rough, encoder.embed(["clip.wav"])).item() > 0.999
-    with pytest.raises(UserError, match=r"dtype must be one of.*Did you mean 'fp16'"):
+    with pytest.raises(UserError, match=r"dtype must be .*Did you mean 'fp16'"):
         load_encoder(RUN, dtype="f16")
     assert load_encoder(RUN, device="auto").device.type in ("cpu", "cuda")
     with pytest.raises(UserError, match="Device 'cuda:99' cannot be used"):
