@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -134,7 +134,7 @@ def parallel_map(
     *,
     spawn: bool = False,
     on_crash: str = "Run again with --workers 1 to find the file that crashes the decoder.",
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Yield `function(item)` for each item in order, computed in worker processes.
 
     At most `2 * workers` items are in flight, so `items` may be a long generator. Ctrl-C is left

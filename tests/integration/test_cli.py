@@ -56,7 +56,7 @@ CONF = REPOSITORY / "conf"
             "There are no shards at nowhere",
         ),
         (["report", "nowhere", "--out", "x"], "No scores.json"),
-        (["data", "demo", "--out", "x", "--scale", "0"], "give a scale above 0"),
+        (["data", "demo", "--out", "x", "--scale", "0"], "must be above 0"),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_exit_status_1(

@@ -48,7 +48,7 @@ def samples(folder: Path) -> list[tuple[bytes, Annotation]]:
 
 
 def failing_after(clips: int, error: type[BaseException]):
-    """Return a renderer that fails as a user's Ctrl-C or a bug would, so many clips into a build."""
+    """Return a renderer that raises `error` (as Ctrl-C or a bug would) after some clips."""
     done = []
 
     def render(order: ClipOrder):
@@ -62,7 +62,7 @@ def failing_after(clips: int, error: type[BaseException]):
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_split_and_domain_holds_what_was_asked_for(corpus: Path, folder: str):
+def test_every_split_and_domain_has_the_requested_clips(corpus: Path, folder: str):
     split, domain = folder.split("/")
     clips = samples(corpus / folder)
     assert (
@@ -102,12 +102,12 @@ def test_another_seed_gives_other_clips_and_splits_share_none(corpus: Path, tmp_
     assert len(set(flacs)) == len(flacs)
 
 
-def test_a_corpus_that_stands_is_not_rendered_again(corpus: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_existing_corpus_is_not_rendered_again(corpus: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(demo, "render_clip", failing_after(0, AssertionError))
     assert build_demo(corpus, TINY, workers=1, progress=False) == corpus
 
 
-def test_a_missing_shard_or_other_options_build_it_anew(tmp_path: Path):
+def test_a_missing_shard_or_other_options_build_it_again(tmp_path: Path):
     options = DemoOptions(0, *(DomainClips(1, 1, 1),) * 3)
     before = checksums(build_demo(tmp_path, options, workers=1, progress=False))
     (tmp_path / "valid/music/shard-000000.tar").unlink()
@@ -117,7 +117,7 @@ def test_a_missing_shard_or_other_options_build_it_anew(tmp_path: Path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_build_cut_short_leaves_nothing_and_spares_what_stood(
+def test_an_interrupted_build_leaves_the_folder_as_it_was(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ):
     monkeypatch.setattr(demo, "render_clip", failing_after(12, error))
@@ -138,7 +138,7 @@ def test_shards_of_another_builder_are_not_overwritten(tmp_path: Path, index: st
     (folder / "shard-000000.tar").write_bytes(b"mine")
     if index is not None:
         (folder / INDEX_NAME).write_text(index)
-    with pytest.raises(UserError, match="not the demo corpus"):
+    with pytest.raises(UserError, match="not part of the demo corpus"):
         build_demo(tmp_path, TINY, workers=1, progress=False)
     assert (folder / "shard-000000.tar").read_bytes() == b"mine"
 
@@ -149,7 +149,7 @@ def test_without_the_extra_the_message_names_it(tmp_path: Path, monkeypatch: pyt
         build_demo(tmp_path, TINY, workers=1, progress=False)
 
 
-def test_the_recipe_knows_every_option():
+def test_the_recipe_depends_on_every_option():
     one = DemoOptions()
     others = [DemoOptions(seed=1), one.scaled(0.5), DemoOptions(valid=DomainClips(160, 114, 103))]
     assert len({options.recipe() for options in (one, *others)}) == 4
