@@ -21,7 +21,7 @@ import soxr
 
 from whisper_aut.corpora.audit import Audit, ShardFindings, read_facts, run_audit
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardFolder, open_index
+from whisper_aut.data.shards import ShardWriter, open_index
 
 HIDDEN, OTHERS = 200, 3_000
 RATES_HZ = (8_000, 16_000, 22_050, 32_000, 48_000)
@@ -83,8 +83,8 @@ def write_corpora(
     ]
     kinds = {}
     with (
-        ShardFolder(root / "probe") as probe,
-        ShardFolder(root / "train", max_bytes=16 << 20) as train,
+        ShardWriter(root / "probe") as probe,
+        ShardWriter(root / "train", max_bytes=16 << 20) as train,
     ):
         for number, file in enumerate(chosen):
             probe.write(f"probe{number}", "ogg", file.read_bytes(), Annotation(text="-"))

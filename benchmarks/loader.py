@@ -26,7 +26,7 @@ from whisper_aut.audio.decode import ClipLimits, load_waveform
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.reader import Sample, ShardReader
 from whisper_aut.data.remote import DEFAULT_POLICY
-from whisper_aut.data.shards import ShardFolder, ShardIndex, open_index
+from whisper_aut.data.shards import ShardIndex, ShardWriter, open_index
 
 CLIPS, SECONDS = 40, 5.0
 CASES = (("flac 16k", "flac", "FLAC", 16_000), ("ogg 44.1k", "ogg", "OGG", 44_100))
@@ -80,7 +80,7 @@ def cpu_seconds(side: Callable[..., Any], *arguments: Any) -> float:
 
 def shards(folder: Path, suffix: str, kind: str, rate: int) -> ShardIndex:
     random, samples = np.random.default_rng(0), round(SECONDS * rate)
-    with ShardFolder(folder) as out:
+    with ShardWriter(folder) as out:
         for number in range(CLIPS):
             noise = np.convolve(random.standard_normal(samples), np.ones(8) / 8, mode="same")
             clip = 0.1 * noise + 0.2 * np.sin(2 * np.pi * 300 * np.arange(samples) / rate)

@@ -32,7 +32,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from whisper_aut.audio.decode import ClipLimits, load_waveform
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardFolder
+from whisper_aut.data.shards import ShardWriter
 from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.probes.cache import Embeddings
 from whisper_aut.probes.embed import EmbedSettings, embed_task
@@ -247,7 +247,7 @@ def _rows(folder: Path) -> list[dict[str, str]]:
 
 def _shards(folder: Path, out: Path) -> Path:
     for fold in "12345":
-        with ShardFolder(out / "shards" / fold) as shards:
+        with ShardWriter(out / "shards" / fold) as shards:
             for row in (row for row in _rows(folder) if row["fold"] == fold):
                 audio = folder / "audio" / row["filename"]
                 shards.write(

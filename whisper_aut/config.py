@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from whisper_aut.data.annotation import DOMAINS, text_template
-from whisper_aut.data.filters import allowed_id
+from whisper_aut.data.filters import parse_allowed_licence
 from whisper_aut.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -433,7 +433,6 @@ class DataSettings:
         max_skipped_fraction: limit per source, over all ranks and resumes; above it the run stops.
         retries: attempts after a failed read of a remote shard, with pauses that double.
         timeout_seconds: a remote read fails after this long without data.
-        allow_pipe: allow sources `pipe:COMMAND`, which run the commands in this config.
         augment: augmentation of training clips.
     """
 
@@ -460,7 +459,6 @@ class DataSettings:
     max_skipped_fraction: float = 0.05
     retries: int = 6
     timeout_seconds: float = 30.0
-    allow_pipe: bool = False
     augment: AugmentSettings = field(default_factory=AugmentSettings)
 
 
@@ -676,7 +674,7 @@ def _data_problems(data: DataSettings) -> list[str]:
     ]
     for entry in data.licences.allow:
         try:
-            allowed_id(entry)
+            parse_allowed_licence(entry)
         except UserError as error:
             problems.append(str(error))
     if not sum(data.domains.values()) > 0:

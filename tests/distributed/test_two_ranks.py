@@ -14,7 +14,7 @@ from tests.support.ranks import on_ranks
 from tests.support.training import settings_for
 from whisper_aut.config import Settings, dump_settings, load_settings
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardFolder
+from whisper_aut.data.shards import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.training.checkpoint import read_optimizer_state, read_weights
 from whisper_aut.training.train import train
@@ -36,7 +36,7 @@ def test_a_limit_that_one_rank_exceeds_at_the_end_leaves_no_finished_run(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
     """The second rank alone reads the one clip of a source, and cannot use it."""
-    with ShardFolder(tmp_path / "bad") as shards:
+    with ShardWriter(tmp_path / "bad") as shards:
         shards.write("k", "wav", b"not audio", Annotation(text=TEXTS[0], domain="sound"))
     sources = ", ".join(
         f"{{path: {folder}, domain: {domain}}}"

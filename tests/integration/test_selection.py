@@ -16,7 +16,7 @@ from whisper_aut.corpora.audit import run_audit
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.remote import DEFAULT_POLICY
 from whisper_aut.data.sampler import Cursor
-from whisper_aut.data.shards import ShardFolder, open_index
+from whisper_aut.data.shards import ShardWriter, open_index
 from whisper_aut.errors import UserError
 from whisper_aut.pipeline import Story, run_pipeline
 from whisper_aut.training.factory import (
@@ -39,7 +39,7 @@ def audited(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def write_licensed(folder: Path, clips: int, allowed: int) -> Path:
     """Write clips of which the last ones are CC BY, and the others CC BY-NC."""
-    with ShardFolder(folder, max_bytes=60_000) as shards:
+    with ShardWriter(folder, max_bytes=60_000) as shards:
         for number in range(clips):
             seconds = 0.2 + 0.01 * (number % 10)
             licence = "CC BY 4.0" if number >= clips - allowed else "CC BY-NC 4.0"
@@ -81,7 +81,7 @@ def test_a_source_that_is_mostly_left_out_keeps_its_weight_and_batches_are_full(
     _, codec = build_decoder(settings, start)
     data = build_data(settings, codec, 80)
     read = list(data.train_dataloader())
-    assert not [refusal for batch in read for refusal in batch.refusals]
+    assert not [refusal for batch in read for refusal in batch.skipped]
     clips = [key for batch in read for key in batch.keys]
     music = [key for key in clips if key.startswith("music")]
     assert set(music) == {f"music-{number}" for number in range(54, 60)}

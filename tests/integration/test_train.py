@@ -420,9 +420,9 @@ def test_a_source_of_nothing_but_faults_stops_the_run_with_a_reason(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
     from whisper_aut.data.annotation import Annotation
-    from whisper_aut.data.shards import ShardFolder
+    from whisper_aut.data.shards import ShardWriter
 
-    with ShardFolder(tmp_path / "bad") as shards:
+    with ShardWriter(tmp_path / "bad") as shards:
         for i in range(260):
             shards.write(f"k{i}", "wav", b"not audio", Annotation(text="x", domain="sound"))
     overrides = [
@@ -530,23 +530,6 @@ def test_a_run_ends_with_its_data_however_many_steps_were_planned(
     assert "The training data ended after step 12 of 20 planned" in shown.export_text()
     assert json.loads(run.done.read_text())["steps"] == 12
     assert read_manifest(run.last_checkpoint).step == 12
-
-
-def test_a_pipe_is_read_where_it_is_allowed_and_only_there(
-    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
-):
-    pipes = ", ".join(
-        f"{{path: 'pipe:cat {tiny_shards / name}/{{}}', domain: {name}}}"
-        for name in ("speech", "sound", "music")
-    )
-    source = f"data.train=[{pipes}]"
-    with pytest.raises(UserError, match=r"would run a command.*data\.allow_pipe"):
-        train(settings_for(tiny_whisper, tiny_shards, tmp_path, source), QUIET)
-    run = train(
-        settings_for(tiny_whisper, tiny_shards, tmp_path, source, "data.allow_pipe=true"), QUIET
-    ).run
-    done = json.loads(run.done.read_text())
-    assert (done["steps"], done["skipped"]) == (6, {})
 
 
 def test_there_is_no_precision_without_float32_weights():

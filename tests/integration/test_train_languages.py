@@ -13,7 +13,7 @@ from tests.support.audio import TEXTS, encode_audio, tone
 from tests.support.training import SignalAt, add_callbacks, settings_for
 from whisper_aut.corpora.inspect import inspect_shards
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardFolder
+from whisper_aut.data.shards import ShardWriter
 from whisper_aut.errors import Interrupted
 from whisper_aut.inference.chat import evaluate
 from whisper_aut.pipeline import open_run
@@ -27,7 +27,7 @@ def mixed(tmp_path: Path) -> Path:
     """Speech of which every second clip is German, every fourth Klingon, under several writings."""
     languages = ["deu", "klingon", "German", ""]
     noise = 0.01 * np.random.default_rng(0).standard_normal(8_000).astype(np.float32)
-    with ShardFolder(tmp_path / "mixed") as shards:
+    with ShardWriter(tmp_path / "mixed") as shards:
         for number in range(CLIPS):
             annotation = Annotation(
                 TEXTS[number % len(TEXTS)],

@@ -7,7 +7,7 @@ import numpy as np
 import soundfile
 
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardFolder
+from whisper_aut.data.shards import ShardWriter
 
 TEXTS = [
     "a dog barks twice",
@@ -73,7 +73,7 @@ def write_shards(
 ) -> Path:
     """Write shards of short tones, texts and labels; the label decides the pitch, so that probes can learn it."""
     generator = np.random.default_rng([clips, *domain.encode()])
-    with ShardFolder(folder, max_bytes=per_shard_bytes) as shards:
+    with ShardWriter(folder, max_bytes=per_shard_bytes) as shards:
         for number in range(clips):
             seconds = float(generator.uniform(0.3, 1.2))
             label = number % labels

@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardFolder
+from whisper_aut.data.shards import ShardWriter
 from whisper_aut.probes.embed import LogMelBaseline
 from whisper_aut.probes.tasks import ProbeTask, task_from_mapping
 
@@ -50,7 +50,7 @@ def noisy_tone(label: str, seed: int, noise: float = 0.3) -> bytes:
 
 
 def write_tones(folder: Path, clips_per_class: int, seed: int, **changes) -> None:
-    with ShardFolder(folder, max_bytes=200_000) as shards:
+    with ShardWriter(folder, max_bytes=200_000) as shards:
         for number in range(clips_per_class * len(TONES_HZ)):
             label = list(TONES_HZ)[number % len(TONES_HZ)]
             facts = {

@@ -29,7 +29,7 @@ SIZES = {
 }
 
 
-def second_file(data: Data) -> int | None:
+def find_second_file(data: Data) -> int | None:
     """Return the offset of a second file, as after `cat a.mp3 b.mp3`; None for a single file."""
     begin = _after_id3(data, 0)
     magic = data[begin : begin + 4]
@@ -53,7 +53,7 @@ def second_file(data: Data) -> int | None:
     return _second_ogg(data) if magic == b"OggS" else _second_mp3(data, begin)
 
 
-def with_length(data: Data) -> Data:
+def add_length_header(data: Data) -> Data:
     """Add a Xing header with the number of frames to an MP3 without one.
 
     Any other data is returned unchanged.

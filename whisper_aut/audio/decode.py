@@ -20,7 +20,7 @@ import soundfile
 import soxr
 import torch
 
-from whisper_aut.audio.containers import second_file, with_length
+from whisper_aut.audio.containers import add_length_header, find_second_file
 from whisper_aut.errors import SkipReason, SkipSample
 
 AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3", "opus")
@@ -100,7 +100,7 @@ def decode(data: bytes, limits: ClipLimits) -> Clip:
     stops one second after the limit, whatever the header states.
 
     Raises:
-        SampleRefused: the clip is empty, too large, undecodable, several files joined together,
+        SkipSample: the clip is empty, too large, undecodable, several files joined together,
             outside the duration limits, or silent after the mix-down; or it has samples that are
             not finite or far above full scale.
     """
@@ -163,7 +163,7 @@ def check_not_silent(samples: np.ndarray, limits: ClipLimits) -> None:
     """Check that a mono clip reaches the limit of silence.
 
     Raises:
-        SampleRefused: it does not.
+        SkipSample: it does not.
     """
     peak = float(np.abs(samples).max(initial=0.0))
     if peak < limits.silence_peak:
@@ -174,7 +174,7 @@ def read_header(data: bytes, limits: ClipLimits) -> Header:
     """Read the header of a clip without decoding it. Headers can be wrong; `decode` checks them.
 
     Raises:
-        SampleRefused: the clip is empty, too large, not audio, or outside the duration limits
+        SkipSample: the clip is empty, too large, not audio, or outside the duration limits
             according to its header.
     """
     with _opened(data, limits, soundfile.SoundFile) as file:
@@ -185,11 +185,11 @@ def read_header(data: bytes, limits: ClipLimits) -> Header:
 
 
 @contextmanager
-def opened_recording(path: Path) -> Iterator[soundfile.SoundFile]:
+def open_recording(path: Path) -> Iterator[soundfile.SoundFile]:
     """Open a recording of any length to read parts of it. Its header must state the length.
 
     Raises:
-        SampleRefused: it is undecodable, several files joined together, or of unknown length.
+        SkipSample: it is undecodable, several files joined together, or of unknown length.
     """
     found = path.stat()
     joined_at, counted = _examine(path, found.st_size, found.st_mtime_ns)
@@ -212,8 +212,8 @@ def _opened(
         raise SkipSample(SkipReason.EMPTY, "0 bytes")
     if len(data) > limits.max_bytes:
         raise SkipSample(SkipReason.TOO_LARGE, f"{len(data)} bytes, limit {limits.max_bytes}")
-    _check_single(second_file(data))
-    with _refusing(), opener(io.BytesIO(with_length(data))) as file:
+    _check_single(find_second_file(data))
+    with _refusing(), opener(io.BytesIO(add_length_header(data))) as file:
         yield file
 
 
@@ -227,8 +227,8 @@ def _examine(path: Path, size: int, mtime_ns: int) -> tuple[int | None, bytes | 
     if not size:
         return None, None
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        counted = with_length(data)
-        return second_file(data), None if isinstance(counted, mmap.mmap) else counted
+        counted = add_length_header(data)
+        return find_second_file(data), None if isinstance(counted, mmap.mmap) else counted
 
 
 def _check_single(joined_at: int | None) -> None:
@@ -306,7 +306,7 @@ def load_waveform(data: bytes, limits: ClipLimits) -> torch.Tensor:
     """Decode, mix down and resample one clip to `[S]` at 16 kHz.
 
     Raises:
-        SampleRefused: see `decode`.
+        SkipSample: see `decode`.
     """
     clip = decode(data, limits)
     waveform = to_mono_16k(clip.samples, clip.sample_rate_hz)
@@ -320,7 +320,7 @@ def load_file(path: Path, limits: ClipLimits) -> torch.Tensor:
     """Read one audio file as `[S]` at 16 kHz.
 
     Raises:
-        SampleRefused: the file cannot be read or is too large; for other reasons see `decode`.
+        SkipSample: the file cannot be read or is too large; for other reasons see `decode`.
     """
     try:
         if (size := path.stat().st_size) > limits.max_bytes:

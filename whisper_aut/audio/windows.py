@@ -86,7 +86,7 @@ def _mean_std(frames: Tensor) -> Tensor:
 POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {"mean": _mean, "mean_std": _mean_std}
 
 
-def pooling_named(name: str) -> Callable[[Tensor], Tensor]:
+def get_pooling(name: str) -> Callable[[Tensor], Tensor]:
     """Return a pooling over time, which maps `[…, T, D]` to `[…, D']`.
 
     Raises:

@@ -63,7 +63,7 @@ def _asked(console: Console) -> Iterator[str]:
 
 
 def evaluate(options: argparse.Namespace, console: Console) -> None:
-    from whisper_aut.data.targets import without_language_token
+    from whisper_aut.data.targets import missing_token_warning
     from whisper_aut.inference.chat import evaluate
     from whisper_aut.pipeline import open_run
 
@@ -82,7 +82,7 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
     for name, value in sorted(result.figures.items()):
         console.print(f"  {name:<28} {value:.4f}", highlight=False)
     if result.unknown_languages:
-        console.print(f"  {without_language_token(result.unknown_languages)}")
+        console.print(f"  {missing_token_warning(result.unknown_languages)}")
     for source, reasons in result.refused.items():
         console.print(f"  refused of {source}: {reasons}", highlight=False)
 

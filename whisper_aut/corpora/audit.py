@@ -32,7 +32,7 @@ from whisper_aut.corpora.build import obey_parent
 from whisper_aut.corpora.fingerprint import Fingerprint, FingerprintIndex, Stretch, fingerprint
 from whisper_aut.corpora.inspect import open_indices
 from whisper_aut.data.annotation import Annotation, read_lines
-from whisper_aut.data.remote import beside, open_stream
+from whisper_aut.data.remote import open_stream, sibling_url
 from whisper_aut.data.shards import Group, MemberGroups, ShardIndex, audio_and_annotation
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 
@@ -153,7 +153,7 @@ class Match:
 
 def read_facts(folder: str, shard: str, findings: ShardFindings) -> Iterator[ClipMetadata]:
     """Yield the facts of every clip in a tar that decodes; count the others in `findings`."""
-    with open_stream(beside(folder, shard)) as stream:
+    with open_stream(sibling_url(folder, shard)) as stream:
         groups = MemberGroups(stream, LIMITS)
         for _, group in groups:
             try:

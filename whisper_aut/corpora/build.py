@@ -28,9 +28,9 @@ import soundfile
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from whisper_aut.audio.decode import ClipLimits, channel_layout, decode, mix_down, opened_recording
+from whisper_aut.audio.decode import ClipLimits, channel_layout, decode, mix_down, open_recording
 from whisper_aut.corpora.manifest import Entry, Manifest, ManifestSpec, Segment, SkippedRow
-from whisper_aut.data.shards import INDEX_NAME, ShardFolder, ShardIndex, open_index
+from whisper_aut.data.shards import INDEX_NAME, ShardIndex, ShardWriter, open_index
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 
 SUFFIX_OF_FORMAT = {"FLAC": "flac", "WAV": "wav", "WAVEX": "wav", "OGG": "ogg", "MP3": "mp3"}
@@ -134,7 +134,7 @@ def read_clip(path: Path, limits: ClipLimits, segment: Segment | None = None) ->
 
 def _cut(path: Path, segment: Segment, limits: ClipLimits) -> EncodedClip:
     """Read only the segment: the file may be hours long."""
-    with opened_recording(path) as file:
+    with open_recording(path) as file:
         rate, there = file.samplerate, file.frames / file.samplerate
         end = there if segment.seconds is None else segment.start_seconds + segment.seconds
         if segment.start_seconds >= there or end > there + ROUNDING_SECONDS:
@@ -418,7 +418,7 @@ def build_shards(
             refusals = SkipLog(log)
             with ExitStack() as stack:
                 shards = {
-                    split: stack.enter_context(ShardFolder(path, max_bytes=max_shard_bytes))
+                    split: stack.enter_context(ShardWriter(path, max_bytes=max_shard_bytes))
                     for split, path in folders.items()
                 }
                 _write(items, shards, refusals, stack.enter_context(_progress(plan.rows, progress)))
@@ -473,7 +473,7 @@ def _survey(manifest: Manifest, settings: dict[str, Any]) -> _Plan:
 
 def _write(
     items: Iterator[Ingested | SkippedRow],
-    shards: dict[str, ShardFolder],
+    shards: dict[str, ShardWriter],
     refusals: SkipLog,
     bar: Progress,
 ) -> None:
@@ -489,7 +489,7 @@ def _write(
 
 
 def _add_facts(
-    shards: dict[str, ShardFolder], manifest: Manifest, plan: _Plan, refusals: SkipLog
+    shards: dict[str, ShardWriter], manifest: Manifest, plan: _Plan, refusals: SkipLog
 ) -> None:
     build = {
         "rows": plan.rows,
@@ -498,7 +498,7 @@ def _add_facts(
         "split_by": manifest.spec.split_by,
     }
     for split, folder in shards.items():
-        folder.facts = {
+        folder.metadata = {
             "recipe": plan.recipe,
             "refused": dict(refusals.by_split[split]),
             "build": build,
@@ -539,7 +539,7 @@ def _check_share(
     )
 
 
-def _check_splits(spec: ManifestSpec, shards: dict[str, ShardFolder], refusals: SkipLog) -> None:
+def _check_splits(spec: ManifestSpec, shards: dict[str, ShardWriter], refusals: SkipLog) -> None:
     empty = [split for split, folder in shards.items() if not folder.samples]
     if empty:
         reasons = ", ".join(
@@ -601,7 +601,7 @@ def _built_before(folders: dict[str, Path], recipe: str) -> dict[str, ShardIndex
 def _report(
     out: Path, folders: dict[str, Path], indices: dict[str, ShardIndex], reused: bool = False
 ) -> BuildReport:
-    facts = next(iter(indices.values())).facts
+    facts = next(iter(indices.values())).metadata
     return BuildReport(
         out=out,
         folders=folders,

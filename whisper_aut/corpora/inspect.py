@@ -141,7 +141,7 @@ def inspect_shards(
         facts.folders[name] = facts.clips - before
         facts.builds[name] = {
             key: value
-            for key, value in index.facts.items()
+            for key, value in index.metadata.items()
             if key in ("recipe", "refused", "build")
         }
     unknown = {

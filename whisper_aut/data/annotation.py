@@ -109,7 +109,7 @@ class Annotation:
         kept in `extra["texts"]`.
 
         Raises:
-            SampleRefused: a known field has the wrong type, or the domain is not one of `DOMAINS`.
+            SkipSample: a known field has the wrong type, or the domain is not one of `DOMAINS`.
         """
         given = {name: value for name, value in mapping.items() if has_value(value)}
         known = {f.name for f in fields(cls)} - {"extra"}
@@ -143,7 +143,7 @@ class Annotation:
             text: text of the `.txt` member, used if the JSON has none.
 
         Raises:
-            SampleRefused: the member is larger than `MAX_JSON_BYTES`, is not a JSON object, or has
+            SkipSample: the member is larger than `MAX_JSON_BYTES`, is not a JSON object, or has
                 a field of the wrong type.
         """
         if len(data) > MAX_JSON_BYTES:
@@ -162,12 +162,12 @@ class Annotation:
         found = find_text(mapping)
         return cls.from_mapping({**mapping, "text": found if has_value(found) else text})
 
-    def told_by(self, template: Template) -> "Annotation":
+    def with_text(self, template: Template) -> "Annotation":
         """Return a copy whose text is `template` filled with the annotation's fields."""
         own = {name: value for name, value in vars(self).items() if name != "extra"}
         return replace(self, text=template.fill({**self.extra, **own}))
 
-    def without_text(self) -> str:
+    def missing_text_hint(self) -> str:
         """Return a hint for error messages about a missing text: the fields that could hold it."""
         others = ", ".join(sorted(self.extra))
         return f"its fields: {others}; data.train[].text names the one to read" if others else ""

@@ -37,9 +37,9 @@ class SpecAugment:
     """
 
     frequency_masks: int = 2
-    frequency_share: float = 27 / 80
+    frequency_fraction: float = 27 / 80
     time_masks: int = 2
-    time_share: float = 0.1
+    time_fraction: float = 0.1
     time_frames: int = 100
 
 
@@ -88,7 +88,7 @@ class Augment:
         noisy, snr = random.random() < self.noise_probability, random.uniform(*self.snr_db)
         gain = random.uniform(-self.gain_db, self.gain_db)
         if speed != 1.0 and len(waveform) / speed <= self.max_seconds * SAMPLE_RATE_HZ:
-            waveform = at_speed(waveform, speed)
+            waveform = change_speed(waveform, speed)
         if self.noise and noisy:
             noise = self._noise(position, len(waveform))
             if noise is not None:
@@ -109,8 +109,8 @@ class Augment:
         masked = mel.clone()
         valid = masked[:mel_length]
         mean = valid.mean()  # a tensor on the device, so the host does not wait for it
-        bins = round(spec.frequency_share * mel.shape[1])
-        frames = min(spec.time_frames, int(spec.time_share * mel_length))
+        bins = round(spec.frequency_fraction * mel.shape[1])
+        frames = min(spec.time_frames, int(spec.time_fraction * mel_length))
         # Masks are drawn on the host, so they are the same on every device. A separate generator
         # leaves the global random state unchanged.
         seed = np.random.default_rng([self.seed, _SPECTRUM, position]).integers(2**63)
@@ -145,7 +145,7 @@ class Augment:
         return noise[start : start + samples]
 
 
-def at_speed(waveform: Tensor, factor: float) -> Tensor:
+def change_speed(waveform: Tensor, factor: float) -> Tensor:
     """Change the speed of a waveform as `torchaudio.functional.speed` does.
 
     The waveform is padded to a multiple of half a second before the convolution: oneDNN compiles a

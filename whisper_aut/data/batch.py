@@ -14,7 +14,7 @@ from torch import Tensor
 from whisper_aut.data.reader import SkippedSample
 from whisper_aut.data.sampler import Cursor
 
-TENSORS = ("tokens", "supervised", "places")  # the fields of `Targets` that are tensors
+TENSORS = ("tokens", "supervised", "label_indices")  # the fields of `Targets` that are tensors
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Targets:
 
     Attributes:
         tokens, supervised: `[ΣL]`; see `TokenTarget`.
-        places: `[N]`, indices of the N supervised tokens. They are computed on the host; on the
+        label_indices: `[N]`, indices of the N supervised tokens. They are computed on the host; on the
             device, `nonzero` would force a synchronisation.
         lengths: number of tokens of each clip.
         prompt_lengths: number of prompt tokens of each clip.
@@ -53,7 +53,7 @@ class Targets:
 
     tokens: Tensor
     supervised: Tensor
-    places: Tensor
+    label_indices: Tensor
     lengths: tuple[int, ...]
     prompt_lengths: tuple[int, ...]
     counts: tuple[int, ...]
@@ -71,7 +71,7 @@ class Targets:
             if targets
             else torch.zeros(0, dtype=torch.long),
             supervised=supervised,
-            places=supervised.nonzero()[:, 0],
+            label_indices=supervised.nonzero()[:, 0],
             lengths=tuple(len(target.tokens) for target in targets),
             prompt_lengths=tuple(target.prompt_length for target in targets),
             counts=tuple(int(target.supervised.sum()) for target in targets),
@@ -136,8 +136,8 @@ class Batch:
         mel_lengths: F of each clip, valid frames only.
         targets: the token targets.
         texts, tasks, domains, keys, sources: one string per clip, for metrics and the ledger.
-        refusals: samples at this batch's positions of the order that were skipped.
-        behind: cursor after the micro-batches of all ranks in this step; a resumed run starts here.
+        skipped: samples at this batch's positions of the order that were skipped.
+        next_cursor: cursor after the micro-batches of all ranks in this step; a resumed run starts here.
         supervised_in_step: supervised tokens in all micro-batches of this rank's optimizer step,
             by which its loss is normalised.
         waveforms: the clips if the mel is not computed yet, else None.
@@ -152,8 +152,8 @@ class Batch:
     domains: tuple[str, ...]
     keys: tuple[str, ...]
     sources: tuple[str, ...]
-    refusals: tuple[SkippedSample, ...] = ()
-    behind: Cursor = Cursor()  # noqa: RUF009 — immutable
+    skipped: tuple[SkippedSample, ...] = ()
+    next_cursor: Cursor = Cursor()  # noqa: RUF009 — immutable
     supervised_in_step: int = 0
     waveforms: Waveforms | None = None
     unknown_languages: tuple[str, ...] = ()
@@ -208,11 +208,11 @@ class Example:
     position: int | None = None
 
 
-def pack(
+def collate(
     examples: Sequence[Example],
-    refusals: Sequence[SkippedSample],
+    skipped: Sequence[SkippedSample],
     num_mel_bins: int,
-    behind: Cursor = Cursor(),  # noqa: B008 — immutable
+    next_cursor: Cursor = Cursor(),  # noqa: B008 — immutable
 ) -> Batch:
     """Concatenate examples to a batch.
 
@@ -220,9 +220,9 @@ def pack(
 
     Args:
         examples: the clips; either all have a log-mel or all have a waveform.
-        refusals: the samples that were skipped.
+        skipped: the samples that were skipped.
         num_mel_bins: M.
-        behind: see `Batch.behind`.
+        next_cursor: see `Batch.next_cursor`.
     """
     audio = [example.audio for example in examples]
     heard = bool(audio) and audio[0].ndim == 1
@@ -235,8 +235,8 @@ def pack(
         domains=tuple(example.domain for example in examples),
         keys=tuple(example.key for example in examples),
         sources=tuple(example.source for example in examples),
-        refusals=tuple(refusals),
-        behind=behind,
+        skipped=tuple(skipped),
+        next_cursor=next_cursor,
         waveforms=Waveforms.pack(audio, [example.position for example in examples])
         if heard
         else None,

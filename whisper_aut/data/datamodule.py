@@ -16,8 +16,8 @@ from whisper_aut.data.batch import Batch
 from whisper_aut.data.dataset import (
     BatchStream,
     ExampleBuilder,
+    RunSegment,
     StreamSource,
-    Stretch,
     TrainLoader,
     batch_loader,
 )
@@ -72,13 +72,13 @@ class ShardDataModule(lightning.LightningDataModule):
 
     Args:
         train, valid: the sources.
-        shares: weight of each training source in the mixture.
+        weights: weight of each training source in the mixture.
         build: turns samples into examples.
         seed: seed of the training order.
         window: clips per shuffle window of a training source. Validation reads as many together.
         batch_clips: clips per micro-batch of a rank.
         batch_seconds: maximum seconds of audio per micro-batch of a rank; replaces `batch_clips`.
-        epochs: train on every clip of every source this many times and ignore `shares`; None for
+        epochs: train on every clip of every source this many times and ignore `weights`; None for
             the endless mixture.
         samples_per_epoch: clips per epoch over all ranks; None for the number of training clips.
         valid_clips: validate on this many clips from the beginning of each source; None for all.
@@ -92,7 +92,7 @@ class ShardDataModule(lightning.LightningDataModule):
         self,
         train: Sequence[StreamSource],
         valid: Sequence[StreamSource],
-        shares: Sequence[float],
+        weights: Sequence[float],
         build: ExampleBuilder,
         *,
         seed: int,
@@ -109,7 +109,7 @@ class ShardDataModule(lightning.LightningDataModule):
     ):
         super().__init__()
         self.train, self.valid, self.build, self.policy = tuple(train), tuple(valid), build, policy
-        shapes = _shapes(train, shares)
+        shapes = _shapes(train, weights)
         self.order = (
             EpochOrder(shapes, seed, window, epochs)
             if epochs
@@ -137,7 +137,7 @@ class ShardDataModule(lightning.LightningDataModule):
         # Clips of the order that all ranks have trained on; with `batch_seconds`, those before the
         # current chunk.
         self.position = 0
-        self.stretch = Stretch()
+        self.segment = RunSegment()
         self._loader: TrainLoader | None = None
 
     @property
@@ -175,10 +175,10 @@ class ShardDataModule(lightning.LightningDataModule):
     def total_steps(self, ranks: int, epochs: int) -> int:
         """Return the optimizer step at which a number of epochs ends.
 
-        Steps before the current segment (`Stretch`) are counted as they were taken. The data from
+        Steps before the current segment (`RunSegment`) are counted as they were taken. The data from
         its start on is counted in steps of the current size.
         """
-        step, cursor = self.stretch
+        step, cursor = self.segment
         if self.order.epoch_clips:
             return step + self._steps_of_epochs(ranks, epochs, cursor)
         clips_before = cursor.position + cursor.taken * self._batch_clips
@@ -205,16 +205,16 @@ class ShardDataModule(lightning.LightningDataModule):
         )
         here = Cursor(state["position"], state["taken"])
         if self.order.epoch_clips:
-            self.stretch = Stretch(step, skip_to or here)
+            self.segment = RunSegment(step, skip_to or here)
         elif same_steps:
-            begun, *place = state.get("stretch", (0, 0, 0))
-            self.stretch = Stretch(begun, Cursor(*place))
+            begun, *place = state.get("segment", (0, 0, 0))
+            self.segment = RunSegment(begun, Cursor(*place))
         else:
-            self.stretch = Stretch(step, here)
+            self.segment = RunSegment(step, here)
 
     def source_epochs(self, position: int) -> dict[str, float]:
         """Return the epochs of each training source before a position, by name of its index."""
-        drawn = self.order.drawn(position)
+        drawn = self.order.draw_counts(position)
         return {
             source.index.name: float(count) / source.index.samples
             for source, count in zip(self.train, drawn, strict=True)
@@ -231,7 +231,7 @@ class ShardDataModule(lightning.LightningDataModule):
                 accumulate=self.accumulate,
                 ranks=ranks,
                 workers=self.workers,
-                stretch=self.stretch,
+                segment=self.segment,
             )
         return self._loader
 
@@ -298,10 +298,10 @@ class ShardDataModule(lightning.LightningDataModule):
         )
 
 
-def _shapes(sources: Sequence[StreamSource], shares: Sequence[float]) -> list[SourceShape]:
+def _shapes(sources: Sequence[StreamSource], weights: Sequence[float]) -> list[SourceShape]:
     return [
-        SourceShape(source.index.selected_fingerprint(), source.index.shard_samples, share)
-        for source, share in zip(sources, shares, strict=True)
+        SourceShape(source.index.selected_fingerprint(), source.index.shard_samples, weight)
+        for source, weight in zip(sources, weights, strict=True)
     ]
 
 

@@ -23,7 +23,7 @@ from whisper_aut.audio.decode import ClipLimits, load_waveform
 from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.data.annotation import Template
 from whisper_aut.data.augment import Augment
-from whisper_aut.data.batch import Batch, Example, pack
+from whisper_aut.data.batch import Batch, Example, collate
 from whisper_aut.data.filters import licence_id
 from whisper_aut.data.reader import Sample, ShardReader, SkippedSample
 from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy
@@ -165,11 +165,11 @@ class BatchStream(IterableDataset[Batch]):
         Each comes with the cursor after the micro-batches that all ranks take in that step.
         """
         row = batches_from(self.batching, self.start, self.end)
-        behind = self.start
+        next_cursor = self.start
         while True:
             step = list(islice(row, self.ranks))
-            behind = step[-1][1] if step else behind
-            yield (step[self.rank][0] if self.rank < len(step) else NOTHING), behind
+            next_cursor = step[-1][1] if step else next_cursor
+            yield (step[self.rank][0] if self.rank < len(step) else NOTHING), next_cursor
 
     def _span(self, steps: Sequence[tuple[np.ndarray, Cursor]]) -> Iterator[Batch]:
         """Yield the given micro-batches and read every window that they touch only once."""
@@ -178,7 +178,7 @@ class BatchStream(IterableDataset[Batch]):
         for source, number in (draw for batch in draws for draw in batch):
             wanted.setdefault((source, self.order.window(source, number)[0]), set()).add(number)
         opened: dict[tuple[int, int], _Window] = {}
-        for (positions, behind), batch in zip(steps, draws, strict=True):
+        for (positions, next_cursor), batch in zip(steps, draws, strict=True):
             items = []
             for position, (source, number) in zip(positions.tolist(), batch, strict=True):
                 key = (source, self.order.window(source, number)[0])
@@ -189,11 +189,11 @@ class BatchStream(IterableDataset[Batch]):
                 items.append(self._example(opened[key].take(number), source, position))
                 if opened[key].exhausted:
                     del opened[key]
-            yield pack(
+            yield collate(
                 [item for item in items if isinstance(item, Example)],
                 [item for item in items if isinstance(item, SkippedSample)],
                 self.build.logmel.num_mel_bins,
-                behind,
+                next_cursor,
             )
 
     def _draws(self, positions: np.ndarray) -> list[tuple[int, int]]:
@@ -216,7 +216,7 @@ class BatchStream(IterableDataset[Batch]):
             return item
         template = self.sources[source].text
         if template:
-            item = replace(item, annotation=item.annotation.told_by(template))
+            item = replace(item, annotation=item.annotation.with_text(template))
         return self.build(item, self.sources[source].domain, position)
 
 
@@ -227,7 +227,7 @@ class _Window:
         self, order: Order, source: int, index: ShardIndex, numbers: set[int], reader: ShardReader
     ):
         first, last = order.window(source, min(numbers))
-        shards, ordinals = order.places(source, first, last)
+        shards, ordinals = order.locate(source, first, last)
         places = {
             number: (int(shards[number - first]), int(ordinals[number - first]))
             for number in numbers
@@ -257,7 +257,7 @@ def batch_loader(stream: BatchStream, workers: int) -> DataLoader[Batch]:
     )
 
 
-class Stretch(NamedTuple):
+class RunSegment(NamedTuple):
     """A segment of a run in which all optimizer steps have the same size.
 
     The total number of steps of a run is counted from its last segment.
@@ -282,7 +282,7 @@ class TrainLoader:
         accumulate: micro-batches per optimizer step.
         ranks: world size.
         workers: worker processes of this rank.
-        stretch: the current segment, stored in checkpoints.
+        segment: the current segment, stored in checkpoints.
     """
 
     def __init__(
@@ -295,7 +295,7 @@ class TrainLoader:
         accumulate: int,
         ranks: int,
         workers: int,
-        stretch: Stretch = Stretch(),  # noqa: B008 — immutable
+        segment: RunSegment = RunSegment(),  # noqa: B008 — immutable
     ):
         self.make_stream, self.order, self.batching = make_stream, order, batching
         self.steps_per_epoch, self.accumulate, self.ranks, self.workers = (
@@ -304,7 +304,7 @@ class TrainLoader:
             ranks,
             workers,
         )
-        self.stretch, self.cursor, self.in_epoch = stretch, Cursor(), 0
+        self.segment, self.cursor, self.in_epoch = segment, Cursor(), 0
         # The epoch whose length is cached, and its number of batches.
         self._length: tuple[int, int] = (-1, 0)
 
@@ -332,7 +332,7 @@ class TrainLoader:
         while step := list(islice(batches, self.accumulate)):
             supervised = sum(batch.supervised for batch in step)
             for batch in step:
-                self.cursor, self.in_epoch = batch.behind, self.in_epoch + 1
+                self.cursor, self.in_epoch = batch.next_cursor, self.in_epoch + 1
                 yield replace(batch, supervised_in_step=supervised)
         self.in_epoch = 0
 
@@ -346,7 +346,7 @@ class TrainLoader:
             "order": self.order.fingerprint(),
             "batching": self.batching.fingerprint(),
             "world": [self.ranks, self.accumulate],
-            "stretch": [self.stretch.step, *self.stretch.cursor],
+            "segment": [self.segment.step, *self.segment.cursor],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -169,7 +169,7 @@ def licence_id(written: str) -> str:
     return ""
 
 
-def allows(allowed: Sequence[str], written: str) -> bool:
+def licence_allowed(allowed: Sequence[str], written: str) -> bool:
     """Return whether an allow-list admits a licence.
 
     Args:
@@ -181,14 +181,14 @@ def allows(allowed: Sequence[str], written: str) -> bool:
         UserError: an entry of `allowed` is unknown.
     """
     own = licence_id(written)
-    wanted = [allowed_id(entry) for entry in allowed]
+    wanted = [parse_allowed_licence(entry) for entry in allowed]
     return not wanted or any(
         own and (own == entry or re.fullmatch(re.escape(entry) + r"-\d\.\d", own))
         for entry in wanted
     )
 
 
-def allowed_id(entry: str) -> str:
+def parse_allowed_licence(entry: str) -> str:
     """Return the SPDX id of an entry of an allow-list.
 
     Raises:
@@ -247,7 +247,7 @@ class Exclusions:
                 ) from None
         return cls(places)
 
-    def of(self, index: ShardIndex) -> frozenset[ShardKey]:
+    def for_index(self, index: ShardIndex) -> frozenset[ShardKey]:
         """Return `(shard, key)` of each excluded sample of a folder."""
         return frozenset().union(*(self._places[one] for one in index.identities()))
 
@@ -255,7 +255,7 @@ class Exclusions:
         return sum(map(len, self._places.values()))
 
 
-def select(
+def select_samples(
     index: ShardIndex,
     excluded: Collection[ShardKey] = (),
     allowed: Sequence[str] = (),
@@ -269,7 +269,7 @@ def select(
     Args:
         index: the shards.
         excluded: `(shard, key)` of each sample to exclude.
-        allowed: allowed licences, see `allows`; empty for all.
+        allowed: allowed licences, see `licence_allowed`; empty for all.
         licence: the licence of samples that state none.
         policy: how to retry reading the tables.
 
@@ -277,7 +277,8 @@ def select(
         UserError: the tables cannot be read, or the folder is remote and has none.
     """
     all_allowed = not allowed or (
-        index.has_tables and all(allows(allowed, name or licence) for name in index.licences)
+        index.has_tables
+        and all(licence_allowed(allowed, name or licence) for name in index.licences)
     )
     if all_allowed and not excluded:
         return index
@@ -293,14 +294,14 @@ def select(
     def choose(number: int) -> tuple[np.ndarray, Counter[str], list[tuple[str, int, float]]]:
         table, licences = _table(index, number, policy)
         names = {text_hash(name): name for name in licences}
-        admitted = [own for own, name in names.items() if allows(allowed, name or licence)]
+        admitted = [own for own, name in names.items() if licence_allowed(allowed, name or licence)]
         listed = np.isin(table.keys, keys.get(index.shards[number].name, []))
         barred = ~np.isin(table.licences, admitted) & ~listed & bool(allowed)
         rows = np.flatnonzero(~listed & ~barred).astype(np.uint32)
         left_out = {SkipReason.EXCLUDED: int(listed.sum()), SkipReason.LICENCE: int(barred.sum())}
         counts = [
             (names.get(own, "unknown"), clips, seconds)
-            for own, clips, seconds in table.licence_counts(rows)
+            for own, clips, seconds in table.count_licences(rows)
         ]
         return rows, Counter({str(why): count for why, count in left_out.items()}), counts
 
@@ -319,7 +320,7 @@ def select(
     selection = Selection(
         ordinals=tuple(rows for rows, *_ in chosen),
         seconds=sum(counts["seconds"] for counts in kept.licences.values()),
-        licences=kept.facts()["licences"],
+        licences=kept.metadata()["licences"],
         left_out=dict(sum((counts for _, counts, _ in chosen), Counter())),
     )
     return replace(index, selection=selection)

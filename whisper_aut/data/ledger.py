@@ -86,7 +86,7 @@ class Ledger:
         self._own = Counts()
         self._file: TextIO | None = None
 
-    def record(self, sources: Iterable[str], refusals: Sequence[SkippedSample]) -> None:
+    def record(self, sources: Iterable[str], skipped: Sequence[SkippedSample]) -> None:
         """Count one training batch.
 
         Args:
@@ -94,16 +94,16 @@ class Ledger:
             refusals: the samples that were skipped while the batch was filled.
         """
         self._own.read.update(sources)
-        for refusal in refusals:
-            self._own.read[_folder(refusal)] += 1
-            self._own.skipped[_folder(refusal), str(refusal.reason)] += 1
-            self._write(refusal)
+        for sample in skipped:
+            self._own.read[_folder(sample)] += 1
+            self._own.skipped[_folder(sample), str(sample.reason)] += 1
+            self._write(sample)
 
-    def record_validation(self, refusals: Sequence[SkippedSample]) -> None:
+    def record_validation(self, skipped: Sequence[SkippedSample]) -> None:
         """Count the skipped samples of a validation batch; `max_fraction` does not apply."""
-        for refusal in refusals:
-            self._own.skipped_in_validation[_folder(refusal), str(refusal.reason)] += 1
-            self._write(refusal)
+        for sample in skipped:
+            self._own.skipped_in_validation[_folder(sample), str(sample.reason)] += 1
+            self._write(sample)
 
     def resume(self, earlier: Counts, validated: bool) -> None:
         """Restore the counts that a checkpoint saved.
@@ -118,9 +118,9 @@ class Ledger:
         if not self._own.read:
             self.earlier, self.validated = earlier, validated
 
-    def note(self, refusal: SkippedSample) -> None:
+    def note(self, sample: SkippedSample) -> None:
         """Write a line for a clip that caused trouble in training; it does not count as skipped."""
-        self._write(refusal)
+        self._write(sample)
 
     @property
     def counts(self) -> Counts:
@@ -166,7 +166,7 @@ class Ledger:
             self._file.close()
             self._file = None
 
-    def _write(self, refusal: SkippedSample) -> None:
+    def _write(self, sample: SkippedSample) -> None:
         if self.path is None or self._own.all_skipped.total() > MAX_LINES:
             return
         if self._file is None:
@@ -175,10 +175,10 @@ class Ledger:
                 "a", buffering=1, encoding="utf-8", errors="backslashreplace"
             )
         line = {
-            "shard": refusal.source,
-            "key": refusal.key,
-            "reason": str(refusal.reason),
-            "detail": refusal.detail,
+            "shard": sample.source,
+            "key": sample.key,
+            "reason": str(sample.reason),
+            "detail": sample.detail,
         }
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -197,5 +197,5 @@ def _by_reason(counts: Mapping[str, Mapping[str, int]]) -> ByReason:
     )
 
 
-def _folder(refusal: SkippedSample) -> str:
-    return refusal.source.rsplit("/", 1)[0]
+def _folder(sample: SkippedSample) -> str:
+    return sample.source.rsplit("/", 1)[0]

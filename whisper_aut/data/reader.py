@@ -260,7 +260,7 @@ LOOKAHEAD_CLIPS, LOOKAHEAD_BYTES = 256, 64 << 20
 Item = TypeVar("Item")
 
 
-def decoded_ahead(
+def prefetch_decoded(
     items: Iterable[Item],
     load: Callable[[Item], Tensor],
     encoded_bytes: Callable[[Item], int],

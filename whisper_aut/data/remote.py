@@ -1,4 +1,4 @@
-"""Open paths, fsspec URLs (`https://`, `s3://`, `gs://`) and `pipe:COMMAND` as binary streams.
+"""Open paths and fsspec URLs (`https://`, `s3://`, `gs://`) as binary streams.
 
 Failed reads of a URL are retried with exponential backoff and continue at the byte that was
 reached: with a range request if the server supports it, otherwise by reading from the beginning.
@@ -6,7 +6,6 @@ reached: with a range request if the server supports it, otherwise by reading fr
 
 import io
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ import fsspec
 
 from whisper_aut.errors import UserError
 
-PIPE = "pipe:"
 MAX_PAUSE_SECONDS = 30.0
 BUFFER_BYTES = 1 << 20
 REQUEST_BYTES = 4 << 20  # size of a range request when a tar is read sequentially
@@ -35,13 +33,11 @@ class ReadPolicy:
         timeout_seconds: a connection that sends nothing for this long is closed.
         pause_seconds: pause before the first retry. It doubles with each retry, up to
             `MAX_PAUSE_SECONDS`, and is lengthened by a random factor between 1 and 2.
-        allow_pipe: allow `pipe:` sources to run their commands.
     """
 
     retries: int = 6
     timeout_seconds: float = 30.0
     pause_seconds: float = 0.5
-    allow_pipe: bool = False
 
 
 DEFAULT_POLICY = ReadPolicy()
@@ -49,17 +45,11 @@ DEFAULT_POLICY = ReadPolicy()
 
 def is_local(url: str) -> bool:
     """Return whether `url` is a path or a `file://` URL."""
-    return not url.startswith(PIPE) and fsspec.core.split_protocol(url)[0] in (
-        None,
-        "file",
-        "local",
-    )
+    return fsspec.core.split_protocol(url)[0] in (None, "file", "local")
 
 
-def beside(root: str, name: str) -> str:
-    """Return the URL of a file in the folder `root`. In a `pipe:` root, `{}` is the file name."""
-    if root.startswith(PIPE):
-        return root.replace("{}", name) if "{}" in root else root
+def sibling_url(root: str, name: str) -> str:
+    """Return the URL of a file in the folder `root`."""
     return f"{root.rstrip('/')}/{name}"
 
 
@@ -70,19 +60,16 @@ def open_stream(
     """Open a file for reading, as a context manager.
 
     Args:
-        url: path, URL or `pipe:COMMAND`.
+        url: path or URL.
         policy: how to retry.
         whole: read ahead, for a file that is read from start to end. Otherwise only the requested
             bytes are fetched.
 
     Raises:
         OSError: the file does not exist or all attempts failed. Reads of the stream raise it too.
-        UserError: pipes are not allowed, or the package for the URL's protocol is not installed.
+        UserError: the package for the URL's protocol is not installed.
     """
-    if url.startswith(PIPE):
-        with _piped(url, policy) as stream:
-            yield stream
-    elif is_local(url):
+    if is_local(url):
         with fsspec.open(url, "rb") as stream:
             yield cast(BinaryIO, stream)
     else:
@@ -254,19 +241,3 @@ def _is_final(error: BaseException) -> bool:
 
 def _said(error: Exception) -> str:
     return str(error) or type(error).__name__
-
-
-@contextmanager
-def _piped(url: str, policy: ReadPolicy) -> Iterator[BinaryIO]:
-    if not policy.allow_pipe:
-        raise UserError(
-            f"{url} would run a command. Set data.allow_pipe=true if you trust where this config "
-            "comes from."
-        )
-    with subprocess.Popen(url.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        yield cast(BinaryIO, process.stdout)
-        if process.stdout.read(1):  # the rest of the output is not needed
-            process.kill()
-        elif process.wait():
-            raise OSError(f"{url} exited with {process.returncode}")

@@ -37,12 +37,12 @@ class SourceShape:
     Attributes:
         name: identifies the source.
         shard_samples: number of samples in each shard.
-        share: weight of the source in the mixture.
+        weight: weight of the source in the mixture.
     """
 
     name: str
     shard_samples: tuple[int, ...]
-    share: float = 1.0
+    weight: float = 1.0
 
     @property
     def samples(self) -> int:
@@ -81,7 +81,7 @@ class Order(Protocol):
         """Return the range `[first, last)` of running numbers of the window that has `number`."""
         ...
 
-    def places(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Return where the clips of one window are stored.
 
         Args:
@@ -125,7 +125,7 @@ class ShuffledOrder:
         within = slice(start - offset, max(start, stop) - offset)
         return tuple(np.concatenate(column)[within] for column in zip(*parts, strict=True))  # pyright: ignore[reportReturnType]
 
-    def drawn(self, position: int) -> np.ndarray:
+    def draw_counts(self, position: int) -> np.ndarray:
         """Return how many clips of each source come before a position."""
         number = self._chunk_of(position)
         sources = self._chunk_sources(number)[: position - self._chunk_start(number)]
@@ -137,7 +137,7 @@ class ShuffledOrder:
         first = place // self.window_clips * self.window_clips
         return epoch * samples + first, epoch * samples + min(first + self.window_clips, samples)
 
-    def places(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         shape = self.sources[source]
         epoch, place = divmod(first, shape.samples)
         shards = self._random(_SHARD_ORDER, source, epoch).permutation(len(shape.shard_samples))
@@ -184,8 +184,8 @@ class MixtureOrder(ShuffledOrder):
 
     def __init__(self, sources: Sequence[SourceShape], seed: int, window: int):
         super().__init__(sources, seed, window)
-        shares = np.array([source.share for source in sources], dtype=np.float64)
-        self._edges = np.cumsum(shares / shares.sum())
+        weights = np.array([source.weight for source in sources], dtype=np.float64)
+        self._edges = np.cumsum(weights / weights.sum())
 
     @lru_cache(maxsize=4)  # noqa: B019 — an order lives as long as its run
     def _chunk_sources(self, number: int) -> np.ndarray:
@@ -267,7 +267,7 @@ class SequentialOrder:
         first = number // self.window_clips * self.window_clips
         return first, min(first + self.window_clips, self.sources[source].samples)
 
-    def places(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         ends = np.cumsum(self.sources[source].shard_samples)
         row = np.arange(first, last)
         shards = np.searchsorted(ends, row, side="right")
@@ -277,10 +277,10 @@ class SequentialOrder:
         return _fingerprint(self.sources, int(self._ends[-1]))
 
 
-def mixture_shares(
+def mixture_weights(
     domains: Sequence[str],
     weights: Sequence[float],
-    domain_shares: dict[str, float],
+    domain_weights: dict[str, float],
     temperature: float = 1.0,
 ) -> list[float]:
     """Return the weight of each source in the mixture.
@@ -290,7 +290,7 @@ def mixture_shares(
     Args:
         domains: domain of each source.
         weights: weight of each source within its domain.
-        domain_shares: weight of each domain; normalised over the domains that have sources.
+        domain_weights: weight of each domain; normalised over the domains that have sources.
         temperature: both kinds of weights are raised to the power `1 / temperature`. Values above 1
             draw small domains and sources more often and approach a uniform mixture.
 
@@ -299,9 +299,9 @@ def mixture_shares(
     """
     weights = [weight ** (1 / temperature) for weight in weights]
     flattened = {
-        domain: share ** (1 / temperature) for domain, share in domain_shares.items() if share
+        domain: weight ** (1 / temperature) for domain, weight in domain_weights.items() if weight
     }
-    whole = math.fsum(share for domain, share in flattened.items() if domain in domains)
+    whole = math.fsum(weight for domain, weight in flattened.items() if domain in domains)
     totals: dict[str, float] = {}
     for domain, weight in zip(domains, weights, strict=True):
         totals[domain] = totals.get(domain, 0.0) + weight
@@ -314,7 +314,7 @@ def mixture_shares(
 
 
 def _fingerprint(sources: Sequence[SourceShape], *numbers: int) -> str:
-    listing = [[source.name, source.shard_samples, source.share] for source in sources]
+    listing = [[source.name, source.shard_samples, source.weight] for source in sources]
     return hashlib.sha256(json.dumps([listing, numbers]).encode()).hexdigest()[:16]
 
 
@@ -369,10 +369,10 @@ def batches_from(
     while end is None or position < end:
         batches, following = batching.chunk(position)
         for number in range(taken, len(batches)):
-            behind = (
+            next_cursor = (
                 Cursor(following) if number + 1 == len(batches) else Cursor(position, number + 1)
             )
-            yield batches[number], behind
+            yield batches[number], next_cursor
         position, taken = following, 0
 
 
@@ -455,7 +455,7 @@ class BySeconds:
 
     @lru_cache(maxsize=64)  # noqa: B019 — it lives as long as its run
     def _window(self, source: int, first: int) -> np.ndarray:
-        shards, ordinals = self.order.places(source, *self.order.window(source, first))
+        shards, ordinals = self.order.locate(source, *self.order.window(source, first))
         lengths = np.empty(len(shards), dtype=np.int64)
         for shard in np.unique(shards):
             chosen = shards == shard
@@ -514,9 +514,9 @@ def _boundary(order: Order, position: int, stop: int) -> int:
 
 
 def _mean_seconds(order: ShuffledOrder, indexes: Sequence[ShardIndex]) -> float:
-    shares = [
-        index.samples if order.epoch_clips else shape.share
+    weights = [
+        index.samples if order.epoch_clips else shape.weight
         for index, shape in zip(indexes, order.sources, strict=True)
     ]
     means = [index.seconds / max(1, index.samples) for index in indexes]
-    return sum(share * mean for share, mean in zip(shares, means, strict=True)) / sum(shares)
+    return sum(weight * mean for weight, mean in zip(weights, means, strict=True)) / sum(weights)

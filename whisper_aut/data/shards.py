@@ -28,7 +28,7 @@ from webdataset.writer import TarWriter
 
 from whisper_aut.audio.decode import AUDIO_SUFFIXES, ClipLimits, read_header
 from whisper_aut.data.annotation import MAX_JSON_BYTES, Annotation
-from whisper_aut.data.remote import DEFAULT_POLICY, PIPE, ReadPolicy, beside, is_local, read_file
+from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy, is_local, read_file, sibling_url
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 
 UNKNOWN_MS = -1
@@ -75,7 +75,7 @@ class SampleTable:
         np.save(buffer, rows.astype("<i8"), allow_pickle=False)
         return buffer.getvalue()
 
-    def licence_counts(
+    def count_licences(
         self, rows: np.ndarray | slice = slice(None)
     ) -> Iterator[tuple[int, int, float]]:
         """Yield `(licence hash, samples, seconds)` for each licence in the selected rows."""
@@ -164,7 +164,7 @@ class FolderCounts:
         total["clips"] += clips
         total["seconds"] += seconds
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return the counts as stored in an index."""
         licences = {
             written: {"clips": total["clips"], "seconds": round(total["seconds"], 3)}
@@ -204,14 +204,14 @@ class ShardIndex:
     Attributes:
         root: folder or URL prefix.
         shards: the tars.
-        facts: other metadata of the index, such as counts of domains, licences and skipped clips.
+        metadata: other metadata of the index, such as counts of domains, licences and skipped clips.
         pattern: file name pattern if only some tars of the folder are used; empty for all.
         selection: the samples that a run may use; None for all.
     """
 
     root: str
     shards: tuple[ShardEntry, ...]
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     pattern: str = ""
     selection: Selection | None = None
 
@@ -244,16 +244,18 @@ class ShardIndex:
         """Clips and seconds by licence as written; a single entry `""` if they were not counted."""
         if self.selection:
             return self.selection.licences
-        return self.facts.get("licences") or {"": {"clips": self.samples, "seconds": self.seconds}}
+        return self.metadata.get("licences") or {
+            "": {"clips": self.samples, "seconds": self.seconds}
+        }
 
     @property
     def has_tables(self) -> bool:
         """Whether every tar has a sample table."""
-        return bool(self.facts.get(HAS_TABLES))
+        return bool(self.metadata.get(HAS_TABLES))
 
     def url(self, number: int) -> str:
         """Return the path or URL of a tar."""
-        return beside(self.root, self.shards[number].name)
+        return sibling_url(self.root, self.shards[number].name)
 
     def ordinals(self, shard: int) -> np.ndarray:
         """Return the indices of a shard's selected samples, ascending."""
@@ -269,7 +271,7 @@ class ShardIndex:
             ValueError: the table is damaged or does not match the tar.
         """
         data = read_file(
-            beside(self.root, table_name(self.shards[number].name)),
+            sibling_url(self.root, table_name(self.shards[number].name)),
             policy,
             max_bytes=MAX_TABLE_BYTES,
         )
@@ -282,7 +284,7 @@ class ShardIndex:
 
     def identities(self) -> set[str]:
         """Return the fingerprints an audit may list: of these shards and of the whole folder."""
-        return {self.fingerprint(), self.facts.get("folder", self.fingerprint())}
+        return {self.fingerprint(), self.metadata.get("folder", self.fingerprint())}
 
     def selected_fingerprint(self) -> str:
         """Return a hash of the shards and of the selection."""
@@ -290,7 +292,7 @@ class ShardIndex:
         return self.fingerprint() + chosen
 
 
-class ShardFolder:
+class ShardWriter:
     """A context manager that writes samples into tars of about `max_bytes` and then the index.
 
     Inside the context the tars have hidden temporary names, and earlier shards in the folder stay
@@ -309,14 +311,14 @@ class ShardFolder:
         # TarWriter would read `name:` at the start of a relative path as a URL.
         self.folder = Path(folder).absolute()
         self.prefix, self.max_bytes = prefix, max_bytes
-        self.facts: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}
         self._shards: list[ShardEntry] = []
         self._counts = FolderCounts()
         self._writer: TarWriter | None = None
         self._table = TableWriter()
         self._samples, self._seconds, self._bytes = 0, 0.0, 0
 
-    def __enter__(self) -> "ShardFolder":
+    def __enter__(self) -> "ShardWriter":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_partial()  # left over from an interrupted build
@@ -344,13 +346,13 @@ class ShardFolder:
             str(self._partial(len(self._shards))), encoder=False, mtime=0
         )
         self._writer = writer
-        facts = annotation.to_json()
+        metadata = annotation.to_json()
         seconds = annotation.duration_seconds
         self._table.add(writer.tarstream.offset, seconds, key, annotation.licence)
-        writer.write({"__key__": key, suffix: audio, "json": facts})
+        writer.write({"__key__": key, suffix: audio, "json": metadata})
         self._samples += 1
         self._seconds += seconds or 0.0
-        self._bytes += len(audio) + len(facts)
+        self._bytes += len(audio) + len(metadata)
         self._counts.add(annotation.domain, annotation.licence, seconds or 0.0)
         if self._bytes >= self.max_bytes:
             self._finish_shard()
@@ -408,17 +410,17 @@ class ShardFolder:
         # Removes the tars of an earlier build. Until the end, `open_index` reports missing tars.
         self._remove(f"{self.prefix}-*.tar")
         self._remove(table_name(f"{self.prefix}-*.tar"))
-        facts = {**self.facts, **self._counts.facts(), HAS_TABLES: True}
-        write_index(self.folder, self._shards, facts)
+        metadata = {**self.metadata, **self._counts.metadata(), HAS_TABLES: True}
+        write_index(self.folder, self._shards, metadata)
         for number, shard in enumerate(self._shards):
             os.replace(self._partial(number), self.folder / shard.name)
             os.replace(self._partial_table(number), self.folder / table_name(shard.name))
 
 
-def write_index(folder: Path, shards: Sequence[ShardEntry], facts: dict[str, Any]) -> None:
-    """Write `index.json` atomically. Values computed from `shards` override those in `facts`."""
+def write_index(folder: Path, shards: Sequence[ShardEntry], metadata: dict[str, Any]) -> None:
+    """Write `index.json` atomically. Values computed from `shards` override those in `metadata`."""
     index = {
-        **facts,
+        **metadata,
         "version": INDEX_VERSION,
         "samples": sum(shard.samples for shard in shards),
         "seconds": round(sum(shard.seconds for shard in shards), 3),
@@ -441,7 +443,7 @@ def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIn
             tars.
     """
     root = str(root)
-    if root.endswith(".tar") and not root.startswith(PIPE):
+    if root.endswith(".tar"):
         return _some_tars(root, policy)
     if not is_local(root):
         return _remote_index(root, policy)
@@ -477,7 +479,7 @@ def _remote_index(root: str, policy: ReadPolicy) -> ShardIndex:
         # Missing tars are found when they are read: looking for them here would take one request
         # per tar.
         return _parse_index(
-            root, read_file(beside(root, INDEX_NAME), policy, max_bytes=MAX_INDEX_BYTES)
+            root, read_file(sibling_url(root, INDEX_NAME), policy, max_bytes=MAX_INDEX_BYTES)
         )
     except FileNotFoundError:
         raise UserError(
@@ -528,16 +530,16 @@ def _part(whole: ShardIndex, names: set[str], policy: ReadPolicy) -> ShardIndex:
     shards = tuple(shard for shard in whole.shards if shard.name in names)
     if len(shards) == len(whole.shards):
         return whole
-    facts: dict[str, Any] = {"folder": whole.fingerprint()}
-    part = ShardIndex(whole.root, shards, facts)
+    metadata: dict[str, Any] = {"folder": whole.fingerprint()}
+    part = ShardIndex(whole.root, shards, metadata)
     if whole.has_tables:
         counts, written = FolderCounts(), {text_hash(name): name for name in whole.licences}
         # If a table cannot be read, the part is used without tables.
         with suppress(OSError, ValueError):
             for number in range(len(shards)):
-                for licence, clips, seconds in part.table(number, policy).licence_counts():
+                for licence, clips, seconds in part.table(number, policy).count_licences():
                     counts.add("", written.get(licence, "unknown"), seconds, clips)
-            facts |= {"licences": counts.facts()["licences"], HAS_TABLES: True}
+            metadata |= {"licences": counts.metadata()["licences"], HAS_TABLES: True}
     return part
 
 
@@ -778,7 +780,7 @@ def audio_and_annotation(group: Group) -> tuple[str, bytes, Annotation]:
     The annotation is read from the `.json` and `.txt` members.
 
     Raises:
-        SampleRefused: the sample has no audio, or neither JSON nor text; a member is too large; or
+        SkipSample: the sample has no audio, or neither JSON nor text; a member is too large; or
             the JSON or text cannot be parsed.
     """
     bodies = {suffix: body for suffix, body in group.items() if not suffix.startswith("__")}
@@ -840,20 +842,20 @@ def index_folder(folder: Path) -> ShardIndex:
             entries.append(
                 ShardEntry(tar.name, len(table), round(seconds, 3), tar.stat().st_size, digest)
             )
-        facts = {**_facts(folder), **counts.facts(), HAS_TABLES: True}
-        write_index(folder, entries, facts)
+        metadata = {**_existing_metadata(folder), **counts.metadata(), HAS_TABLES: True}
+        write_index(folder, entries, metadata)
     except OSError as error:
         raise UserError(f"{folder} cannot be indexed: {error}.") from None
     return open_index(folder)
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def _existing_metadata(folder: Path) -> dict[str, Any]:
     """Return the content of an existing index of any version; empty if there is no readable one."""
     try:
-        facts = json.loads((folder / INDEX_NAME).read_bytes())
+        metadata = json.loads((folder / INDEX_NAME).read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def table_of(stream: BinaryIO, counts: FolderCounts, *, audio: bool = True) -> SampleTable:

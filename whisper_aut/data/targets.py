@@ -28,7 +28,7 @@ MetricName = Literal["words", "exact", "tags", "caption"]
 TRANSCRIPTION, CAPTION = "transcription", "caption"
 TRANSCRIPTION_TASKS = ("asr", TRANSCRIPTION)
 DEFAULT_LANGUAGE = "en"  # for clips that state none
-OF_THE_SAMPLE = "sample"
+SAMPLE_LANGUAGE = "sample"
 
 
 @runtime_checkable
@@ -55,7 +55,7 @@ class TextCodec(Protocol):
             position: its position in the order, which seeds all random draws for it.
 
         Raises:
-            SampleRefused: there is no text, or more tokens than the decoder accepts.
+            SkipSample: there is no text, or more tokens than the decoder accepts.
         """
         ...
 
@@ -75,7 +75,7 @@ class DomainPrompt:
     """
 
     task: Literal["transcribe", "translate"] = "transcribe"
-    language: str = OF_THE_SAMPLE
+    language: str = SAMPLE_LANGUAGE
 
 
 @dataclass
@@ -117,7 +117,7 @@ class WhisperText:
     def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
         text = " ".join(annotation.text.split())
         if not text:
-            raise SkipSample(SkipReason.NO_TEXT, annotation.without_text())
+            raise SkipSample(SkipReason.NO_TEXT, annotation.missing_text_hint())
         prompt = self.prompt_tokens(domain, annotation.language)
         # `split_special_tokens`: a caption that spells "<|endoftext|>" is plain text.
         answer = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -176,14 +176,14 @@ class WhisperText:
 
     def _language(self, domain: str, sample_language: str) -> str:
         language = self._prompt(domain).language
-        stated = sample_language if language == OF_THE_SAMPLE else language
+        stated = sample_language if language == SAMPLE_LANGUAGE else language
         return stated.strip() or DEFAULT_LANGUAGE
 
     def _prompt(self, domain: str) -> DomainPrompt:
         return self.prompts.get(domain, DomainPrompt())
 
 
-def without_language_token(clips: Mapping[str, int]) -> str:
+def missing_token_warning(clips: Mapping[str, int]) -> str:
     """Return a warning about clips whose language has no token, given their number by language."""
     listed = ", ".join(f"{tag!r}: {n}" for tag, n in Counter(clips).most_common(10))
     more = ", …" if len(clips) > 10 else ""
@@ -231,7 +231,7 @@ class Question:
     """The task name, the instruction and the answer of one clip."""
 
     task: str
-    ask: str
+    prompt: str
     answer: str
 
 
@@ -258,8 +258,8 @@ class Instructions:
             )
         self.entries = dict(entries)
         self._answers = {name: Template(entry.answer) for name, entry in entries.items()}
-        self._asks = {
-            name: [Template(ask) for ask in entry.prompts] for name, entry in entries.items()
+        self._prompts = {
+            name: [Template(prompt) for prompt in entry.prompts] for name, entry in entries.items()
         }
 
     @property
@@ -292,7 +292,7 @@ class Instructions:
             if self._fits(name, entry, annotation.task, domain, row)
         ]
 
-    def facts(self, annotation: Annotation, domain: str) -> dict[str, str]:
+    def answers(self, annotation: Annotation, domain: str) -> dict[str, str]:
         """Return the answers that a sample gives, by task; for a yes/no task, its true labels."""
         row = _row(annotation)
         return {name: self._answers[name].fill(row) for name in self.fitting(annotation, domain)}
@@ -308,7 +308,7 @@ class Instructions:
             position: its position in the order, which seeds the draw.
 
         Raises:
-            SampleRefused: no task fits.
+            SkipSample: no task fits.
         """
         if annotation.instruction.strip() and annotation.answer.strip():
             return Question(OWN_TASK, annotation.instruction.strip(), annotation.answer.strip())
@@ -322,11 +322,11 @@ class Instructions:
         rng = random.Random(f"{position} {annotation.source} {annotation.id}")
         name = rng.choices(names, [self.entries[name].weight for name in names])[0]
         row = _row(annotation)
-        ask, answer = rng.choice(self._asks[name]), self._answers[name].fill(row)
+        prompt, answer = rng.choice(self._prompts[name]), self._answers[name].fill(row)
         if others := self.entries[name].others:
             candidate, answer = _candidate(answer, others, rng)
             row = {**row, CANDIDATE: candidate}
-        return Question(name, ask.fill(row), answer)
+        return Question(name, prompt.fill(row), answer)
 
     def _fits(self, name: str, entry: Instruction, task: str, domain: str, row: Row) -> bool:
         right_place = (not entry.tasks or task in (name, *entry.tasks)) and (
@@ -335,7 +335,7 @@ class Instructions:
         if not right_place or not entry.weight or not self._answers[name].fill(row):
             return False
         given = {**row, CANDIDATE: "any"}
-        return all(ask.fill(given) for ask in self._asks[name])
+        return all(prompt.fill(given) for prompt in self._prompts[name])
 
 
 def _row(annotation: Annotation) -> Row:
@@ -375,14 +375,17 @@ def _words(label: str) -> set[str]:
 def _problems(name: str, entry: Instruction) -> Iterator[str]:
     if not entry.prompts:
         yield f"{name}.prompts: give at least one instruction"
-    for where, text in (("answer", entry.answer), *(("prompts", ask) for ask in entry.prompts)):
+    for where, text in (
+        ("answer", entry.answer),
+        *(("prompts", prompt) for prompt in entry.prompts),
+    ):
         template = Template(text)
         if template.fault:
             yield f"{name}.{where}: {text!r}: {template.fault}"
         elif not text.strip():
             yield f"{name}.{where}: empty"
-    asks_candidate = any(CANDIDATE in Template(ask).columns for ask in entry.prompts)
-    if asks_candidate != bool(entry.others):
+    uses_candidate = any(CANDIDATE in Template(prompt).columns for prompt in entry.prompts)
+    if uses_candidate != bool(entry.others):
         yield f"{name}: a yes/no task has both {{{CANDIDATE}}} in `prompts` and a list of `others`"
     for domain in entry.domains:
         if domain not in DOMAINS:
@@ -394,7 +397,7 @@ def _problems(name: str, entry: Instruction) -> Iterator[str]:
 AUDIO = -1  # placeholder for the frames of a clip; no vocabulary has this id
 # Markers that are rendered into the chat template to find where the parts of a message go. No
 # template or instruction contains them.
-_AUDIO_MARK, _ASK_MARK, _ANSWER_MARK = "\x02audio\x03", "\x02ask\x03", "\x02answer\x03"
+_AUDIO_MARK, _PROMPT_MARK, _ANSWER_MARK = "\x02audio\x03", "\x02ask\x03", "\x02answer\x03"
 # Templates write today's date with this function of transformers, which cannot be replaced by an
 # argument of `apply_chat_template`.
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
@@ -436,7 +439,7 @@ class ChatFrame:
             raise UserError(
                 f"{name} has no chat template; pick a language model that was trained to chat."
             )
-        asked = [{"role": "user", "content": f"{_AUDIO_MARK}\n{_ASK_MARK}"}]
+        asked = [{"role": "user", "content": f"{_AUDIO_MARK}\n{_PROMPT_MARK}"}]
         answered = [*asked, {"role": "assistant", "content": _ANSWER_MARK}]
         options: dict[str, Any] = {
             "tokenize": False,
@@ -453,10 +456,10 @@ class ChatFrame:
                 f"The chat template of {name} fails on a user's message and an answer to it: "
                 f"{error}. Pick another language model, or mend its chat_template.jinja."
             ) from None
-        if _AUDIO_MARK not in prompt or _ASK_MARK not in prompt or _ANSWER_MARK not in whole:
+        if _AUDIO_MARK not in prompt or _PROMPT_MARK not in prompt or _ANSWER_MARK not in whole:
             raise UserError(f"The chat template of {name} does not repeat what it is given.")
         opening, _, rest = prompt.partition(_AUDIO_MARK)
-        between, _, closing = rest.partition(_ASK_MARK)
+        between, _, closing = rest.partition(_PROMPT_MARK)
         return cls(
             _ids(tokenizer, opening),
             _ids(tokenizer, between),
@@ -494,7 +497,7 @@ class ChatText:
 
     def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
         question = self.instructions.draw(annotation, domain, position)
-        prompt = self._prompt(question.ask)
+        prompt = self._prompt(question.prompt)
         tokens = [*prompt, *self._text(question.answer), self.frame.end]
         if len(tokens) > self.max_tokens:
             if self.overflow == "drop" or len(prompt) >= self.max_tokens:
@@ -511,16 +514,16 @@ class ChatText:
     def decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
-    def ask(self, question: str) -> Tensor:
+    def encode_question(self, question: str) -> Tensor:
         """Return the prompt of a question about a clip, `[L]`, for generation."""
         return torch.tensor(self._prompt(question))
 
-    def _prompt(self, ask: str) -> list[int]:
+    def _prompt(self, prompt: str) -> list[int]:
         return [
             *self.frame.opening,
             AUDIO,
             *self.frame.between,
-            *self._text(ask),
+            *self._text(prompt),
             *self.frame.closing,
         ]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from whisper_aut.audio.decode import ClipLimits, load_file
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
 from whisper_aut.audio.windows import BATCH_SECONDS, batches_by_seconds
-from whisper_aut.data.batch import Example, pack
+from whisper_aut.data.batch import Example, collate
 from whisper_aut.data.dataset import ExampleBuilder
 from whisper_aut.data.ledger import Ledger, by_source
 from whisper_aut.data.reader import Sample, SkippedSample, iter_samples
@@ -34,7 +34,7 @@ CLIPS_AT_ONCE = 16
 class Askable(Protocol):
     """A codec whose decoder can be prompted with a question."""
 
-    def ask(self, question: str) -> Tensor:
+    def encode_question(self, question: str) -> Tensor:
         """Return the prompt tokens `[L]` of a question."""
         ...
 
@@ -55,7 +55,7 @@ def answer(module: AudioTextModule, audio: Path, question: str, *, max_new_token
         raise UserError(
             "The decoder of this run takes no questions; runs with decoder=causal_lm do."
         )
-    return _written(module, audio, module.codec.ask(question), max_new_tokens)
+    return _written(module, audio, module.codec.encode_question(question), max_new_tokens)
 
 
 def describe(
@@ -188,7 +188,7 @@ def _groups(
 def _answered(
     module: AudioTextModule, codec: TextCodec, examples: Sequence[Example], max_new_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    batch = pack(examples, [], module.encoder.num_mel_bins).to(module.device)
+    batch = collate(examples, [], module.encoder.num_mel_bins).to(module.device)
     frames = module.encoder(batch.mel, batch.mel_lengths)
     answers = module.decoder.generate(
         frames.values, frames.lengths, batch.targets.prompts(), max_new_tokens

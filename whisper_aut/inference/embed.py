@@ -20,8 +20,8 @@ from whisper_aut.audio.decode import (
     load_file,
     load_waveform,
 )
-from whisper_aut.audio.windows import BATCH_SECONDS, pooling_named
-from whisper_aut.data.reader import SkippedSample, decoded_ahead, iter_samples
+from whisper_aut.audio.windows import BATCH_SECONDS, get_pooling
+from whisper_aut.data.reader import SkippedSample, iter_samples, prefetch_decoded
 from whisper_aut.data.shards import INDEX_NAME, open_index
 from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.inference.encoder import DECODE_THREADS, AudioEncoder
@@ -243,7 +243,7 @@ def embed_paths(
         >>> embed_paths(encoder, ["clip.wav"], name="mine").names
         ('clip.wav',)
     """
-    pool = pooling_named(pooling) if pooling else _frames_first
+    pool = get_pooling(pooling) if pooling else _frames_first
     names, seconds, rows = [], [], []
     skipped: dict[str, str] = {}
     sources = (source for path in paths for source in _sources(path))
@@ -287,7 +287,7 @@ def _decoded_groups(
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """Yield names and waveforms of clips in groups of at most `batch_seconds`."""
     group, seconds = [], 0.0
-    for (name, _), waveform in decoded_ahead(sources, _decode, _encoded_bytes, DECODE_THREADS):
+    for (name, _), waveform in prefetch_decoded(sources, _decode, _encoded_bytes, DECODE_THREADS):
         on_clip()
         if isinstance(waveform, SkipSample):
             skipped[name] = str(waveform)

@@ -29,8 +29,8 @@ from whisper_aut.audio.windows import (
     BATCH_SECONDS,
     batches_by_seconds,
     cut_windows,
+    get_pooling,
     join_windows,
-    pooling_named,
 )
 from whisper_aut.errors import SkipSample, UserError, nearest
 from whisper_aut.models.encoder import (
@@ -166,7 +166,7 @@ class AudioEncoder(nn.Module):
             >>> vectors.shape == (2, 2 * encoder.width)
             True
         """
-        pool, rows = pooling_named(pooling), []
+        pool, rows = get_pooling(pooling), []
         for start in range(0, len(audio), CLIPS_AT_ONCE):
             group = audio[start : start + CLIPS_AT_ONCE]
             clips = self.encode(group, sample_rate_hz, layers, batch_seconds=batch_seconds)

@@ -21,7 +21,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from whisper_aut.audio.logmel import frames_with_context
 from whisper_aut.data.annotation import DOMAINS, Annotation
-from whisper_aut.data.batch import Batch, Example, pack
+from whisper_aut.data.batch import Batch, Example, collate
 from whisper_aut.data.targets import MetricName, TextCodec
 from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.models.decoders.base import Decoder
@@ -362,5 +362,5 @@ class AudioTextModule(lightning.LightningModule):
             bins = self.encoder.num_mel_bins
             silence = torch.zeros(frames_with_context(SILENT_MEL_FRAMES), bins)
             example = Example(silence, SILENT_MEL_FRAMES, target, DOMAINS[0], "", "")
-            self._silence = pack([example], [], bins).to(self.device)
+            self._silence = collate([example], [], bins).to(self.device)
         return self._silence

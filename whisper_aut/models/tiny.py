@@ -307,7 +307,7 @@ class _Reader:
 
         A fact is the answer to a task.
         """
-        known = self.codec.instructions.facts(text.annotation, text.domain)
+        known = self.codec.instructions.answers(text.annotation, text.domain)
         # A sample's own question has no entry. Its fact is the answer.
         asked = known.pop(chat.task, chat.text)
         told = list(
@@ -385,7 +385,7 @@ def _make(
             f"No text in {', '.join(scratch.texts)} fits an instruction, so no language model can "
             "be trained on them."
         )
-    prompts = [ask for entry in instructions.entries.values() for ask in entry.prompts]
+    prompts = [prompt for entry in instructions.entries.values() for prompt in entry.prompts]
     tokenizer = train_chat_tokenizer(
         [*prompts, *(text.annotation.text for text in texts)], scratch.vocabulary
     )

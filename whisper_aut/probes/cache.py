@@ -27,7 +27,7 @@ from torch import Tensor
 
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits, load_waveform
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.reader import Sample, SkippedSample, decoded_ahead, iter_samples
+from whisper_aut.data.reader import Sample, SkippedSample, iter_samples, prefetch_decoded
 from whisper_aut.data.shards import ShardIndex
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 from whisper_aut.probes.tasks import ProbeTask
@@ -336,7 +336,7 @@ class ClipReader:
         )
 
     def __iter__(self) -> Iterator[Clip]:
-        for found, waveform in decoded_ahead(
+        for found, waveform in prefetch_decoded(
             self._found(),
             lambda item: load_waveform(item.audio, self.limits),
             lambda item: len(item.audio),

@@ -35,8 +35,8 @@ from whisper_aut.audio.windows import (
     BATCH_SECONDS,
     batches_by_seconds,
     cut_windows,
+    get_pooling,
     join_windows,
-    pooling_named,
 )
 from whisper_aut.data.shards import ShardIndex, open_index
 from whisper_aut.errors import Problems, SkipReason, UserError
@@ -75,13 +75,13 @@ class View:
     segment_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        pooling_named(self.pooling)
+        get_pooling(self.pooling)
 
     def __call__(self, frames: Tensor, frame_seconds: float) -> Tensor:
         """Reduce frames `[T, D]` or `[layers, T, D]` to `[D']`, `[layers, D']`, `[segments, D']`
         or `[T, D]`, depending on `name`.
         """
-        pool = pooling_named(self.pooling)
+        pool = get_pooling(self.pooling)
         if self.name == "layers":
             return pool(frames)
         frames = frames.transpose(0, 1).flatten(1) if frames.ndim == 3 else frames
@@ -163,7 +163,7 @@ class EmbedSettings:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        pooling_named(self.pooling)
+        get_pooling(self.pooling)
 
 
 def embed_task(

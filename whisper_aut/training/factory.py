@@ -31,10 +31,10 @@ from whisper_aut.data.annotation import text_template
 from whisper_aut.data.augment import Augment, SpecAugment
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
-from whisper_aut.data.filters import Exclusions, select
+from whisper_aut.data.filters import Exclusions, select_samples
 from whisper_aut.data.reader import Sample, iter_samples
 from whisper_aut.data.remote import ReadPolicy
-from whisper_aut.data.sampler import mixture_shares
+from whisper_aut.data.sampler import mixture_weights
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.targets import TextCodec
 from whisper_aut.errors import UserError
@@ -75,10 +75,8 @@ def clip_limits(data: DataSettings) -> ClipLimits:
 
 
 def read_policy(data: DataSettings) -> ReadPolicy:
-    """Return how a config reads shards: retries, timeout, and whether pipes are allowed."""
-    return ReadPolicy(
-        retries=data.retries, timeout_seconds=data.timeout_seconds, allow_pipe=data.allow_pipe
-    )
+    """Return how a config reads shards: retries and timeout."""
+    return ReadPolicy(data.retries, data.timeout_seconds)
 
 
 def open_sources(sources: Sequence[SourceSettings], policy: ReadPolicy) -> list[StreamSource]:
@@ -230,7 +228,7 @@ def _shares(data: DataSettings, samples: Sequence[int]) -> list[float]:
         float(clips) if source.weight is None else source.weight
         for source, clips in zip(data.train, samples, strict=True)
     ]
-    return mixture_shares(
+    return mixture_weights(
         [source.domain for source in data.train], weights, data.domains, data.temperature
     )
 
@@ -278,8 +276,8 @@ def _selected(data: DataSettings, sources: Sequence[StreamSource]) -> list[Strea
     exclusions = Exclusions.load(data.exclude) if data.exclude else Exclusions()
     chosen, empty = [], []
     for source in sources:
-        excluded, allowed = exclusions.of(source.index), data.licences.allow
-        index = select(source.index, excluded, allowed, source.licence, read_policy(data))
+        excluded, allowed = exclusions.for_index(source.index), data.licences.allow
+        index = select_samples(source.index, excluded, allowed, source.licence, read_policy(data))
         chosen.append(replace(source, index=index))
         if source.index.samples and not index.samples:
             stated = ", ".join(name or "none stated" for name in source.licences)

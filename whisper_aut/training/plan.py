@@ -305,7 +305,7 @@ def placeholder_targets(lengths: Sequence[int]) -> Targets:
     return Targets(
         tokens=torch.zeros(sum(lengths), dtype=torch.long),
         supervised=torch.ones(sum(lengths), dtype=torch.bool),
-        places=torch.ones(count, dtype=torch.long),
+        label_indices=torch.ones(count, dtype=torch.long),
         lengths=tuple(lengths),
         prompt_lengths=(1,) * len(lengths),
         counts=tuple(length - 1 for length in lengths),

@@ -453,7 +453,7 @@ def _data_facts(data: ShardDataModule) -> list[dict[str, Any]]:
             "fingerprint": source.index.fingerprint(),
             "licences": source.licences,
             "left_out": source.index.selection.left_out if source.index.selection else {},
-            "weight": round(shape.share, 4),
+            "weight": round(shape.weight, 4),
         }
         for source, shape in zip(data.train, data.order.sources, strict=True)
     ]
@@ -492,6 +492,6 @@ def _domain_shares(data: ShardDataModule) -> dict[str, float]:
     shares: dict[str, float] = {}
     for source, shape in zip(data.train, data.order.sources, strict=True):
         shares[source.domain] = shares.get(source.domain, 0.0) + (
-            shape.samples if data.order.epoch_clips else shape.share
+            shape.samples if data.order.epoch_clips else shape.weight
         )
     return {domain: share / sum(shares.values()) for domain, share in shares.items() if share}

@@ -12,12 +12,12 @@ from whisper_aut.cli import main
 from whisper_aut.corpora.audit import names_of, read_audit, run_audit, unaudited
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.filters import Exclusions
-from whisper_aut.data.shards import ShardFolder, open_index
+from whisper_aut.data.shards import ShardWriter, open_index
 from whisper_aut.errors import SkipReason
 
 
 def write(folder: Path, clips: dict[str, tuple[str, bytes, Annotation]]) -> Path:
-    with ShardFolder(folder, max_bytes=200_000) as shards:
+    with ShardWriter(folder, max_bytes=200_000) as shards:
         for key, (suffix, audio, annotation) in clips.items():
             shards.write(key, suffix, audio, annotation)
     return folder
@@ -107,7 +107,7 @@ def test_copies_are_found_with_the_reason_and_nothing_else(
     assert audit["counts"]["train_clips"] == 14
     assert audit["train"][0]["refused"] == {str(SkipReason.UNDECODABLE): 1}
     index = open_index(train)
-    assert {key for _, key in Exclusions.load("found/exclude.jsonl").of(index)} == set(found)
+    assert {key for _, key in Exclusions.load("found/exclude.jsonl").for_index(index)} == set(found)
     assert unaudited(audit, "train", [str(train)]) == unaudited(audit, "probes", [str(probe)]) == []
     assert unaudited(audit, "probes", [str(train)]) == [str(train)]
 

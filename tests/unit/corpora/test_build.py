@@ -151,7 +151,7 @@ def test_refusals_are_counted_listed_and_written_into_the_index(tmp_path: Path):
     assert refusals(tmp_path / "out")[4]["path"] == str(folder / "gone.wav")
     assert report.refused["missing file"] == 2
     assert (report.clips, sum(report.refused.values())) == (12, 8)
-    facts = open_index(tmp_path / "out/1").facts
+    facts = open_index(tmp_path / "out/1").metadata
     assert facts["refused"] == {"non-finite audio": 1, "audio too long": 1, "missing file": 1}
     assert facts["build"]["refused"] == report.refused
     assert "2 missing file" in report.summary()
@@ -253,11 +253,11 @@ def test_an_interrupted_build_leaves_nothing_that_looks_complete(tmp_path: Path)
         "from whisper_aut.corpora import build\n"
         "from whisper_aut.data import shards\n"
         "from whisper_aut.corpora.manifest import ManifestSpec\n"
-        "write, seen = shards.ShardFolder.write, []\n"
+        "write, seen = shards.ShardWriter.write, []\n"
         "def die(self, key, *rest):\n"
         "    seen.append(key)\n"
         "    os._exit(9) if len(seen) == 20 else write(self, key, *rest)\n"
-        "shards.ShardFolder.write = die\n"
+        "shards.ShardWriter.write = die\n"
         "build.build_shards(ManifestSpec(Path(sys.argv[1])), sys.argv[2], workers=1, max_shard_bytes=20_000, progress=False)\n"
     )
     killed = subprocess.run([sys.executable, "-c", script, manifest, tmp_path / "out"], check=False)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from whisper_aut.audio.containers import second_file, with_length
+from whisper_aut.audio.containers import add_length_header, find_second_file
 from whisper_aut.audio.decode import ClipLimits, decode, read_header
 from whisper_aut.errors import SkipReason, SkipSample
 
@@ -51,8 +51,8 @@ def mp3(samples: np.ndarray, rate_hz: int = RATE_HZ) -> bytes:
 )
 def test_two_files_joined_into_one_are_rejected_with_the_reason(kind: str, subtype: str | None):
     first, second = (encode(noise(seconds), kind, subtype) for seconds in (1, 2))
-    assert second_file(first) is second_file(second) is None
-    assert second_file(first + second) == len(first)
+    assert find_second_file(first) is find_second_file(second) is None
+    assert find_second_file(first + second) == len(first)
     for read in (decode, read_header):
         with pytest.raises(SkipSample, match=f"another file begins at byte {len(first)}") as at:
             read(first + second, LIMITS)
@@ -64,10 +64,10 @@ TAG = b"ID3\x04\x00\x00\x00\x00\x00\x05hello"
 
 def test_mp3_frames_after_those_that_the_header_counts_are_a_second_file():
     first, second = encode(noise(1), "MP3"), mp3(noise(2))
-    assert second_file(first + second) == len(first)
-    assert second_file(TAG + first + TAG + second) == len(TAG + first)
-    assert second_file(second + first) == len(second)
-    assert second_file(TAG + first + b"TAG" + bytes(125)) is None
+    assert find_second_file(first + second) == len(first)
+    assert find_second_file(TAG + first + TAG + second) == len(TAG + first)
+    assert find_second_file(second + first) == len(second)
+    assert find_second_file(TAG + first + b"TAG" + bytes(125)) is None
 
 
 @pytest.mark.parametrize("rate_hz", [16_000, 44_100])
@@ -91,19 +91,19 @@ def test_mp3s_of_one_format_are_one_recording_and_of_two_formats_are_two_files()
     first, second, other = mp3(noise(1)), mp3(noise(2)), mp3(noise(2, 22_050), 22_050)
     for joined in (first + second, first + TAG + second):
         assert decode(joined, LIMITS).seconds == pytest.approx(3, abs=0.3)
-    assert second_file(first + other) == len(first)
-    assert second_file(other + first) == len(other)
+    assert find_second_file(first + other) == len(first)
+    assert find_second_file(other + first) == len(other)
 
 
 def test_what_says_its_length_is_left_as_it_is():
     for data in (encode(noise(1), "MP3"), encode(noise(1), "FLAC"), b"", b"text", TAG):
-        assert with_length(data) is data
+        assert add_length_header(data) is data
 
 
 @pytest.mark.parametrize("pattern", [b"\xff", b"\xff\xf3", b"Info", b"\xff\xf3\x88\xc4", b"OggS"])
 def test_hostile_bytes_take_no_time(pattern: bytes):
     data = encode(noise(0.1), "MP3")[:8] + pattern * (1 << 20)
     start = time.monotonic()
-    second_file(data)
-    with_length(data)
+    find_second_file(data)
+    add_length_header(data)
     assert time.monotonic() - start < 10

@@ -8,13 +8,13 @@ import pytest
 from tests.support.audio import encode_audio, tone
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.filters import Exclusions, select
+from whisper_aut.data.filters import Exclusions, select_samples
 from whisper_aut.data.reader import Sample, ShardReader, SkippedSample, iter_samples
 from whisper_aut.data.remote import DEFAULT_POLICY
 from whisper_aut.data.shards import (
     INDEX_NAME,
-    ShardFolder,
     ShardIndex,
+    ShardWriter,
     index_folder,
     open_index,
     table_name,
@@ -29,7 +29,7 @@ PLACES = frozenset({("shard-000000.tar", "clip-0"), ("shard-000002.tar", "clip-5
 def folder(tmp_path: Path) -> Path:
     """Ten clips, two a tar, whose licences take turns."""
     audio = encode_audio(tone(0.5))
-    with ShardFolder(tmp_path / "sound", max_bytes=2 * len(audio)) as shards:
+    with ShardWriter(tmp_path / "sound", max_bytes=2 * len(audio)) as shards:
         for number in range(10):
             licence = LICENCES[number % len(LICENCES)]
             annotation = Annotation(
@@ -50,7 +50,7 @@ def test_excluded_clips_and_licences_that_are_not_allowed_leave_the_index(
     if not tables:
         (folder / INDEX_NAME).unlink()
     index = open_index(folder)
-    chosen = select(index, PLACES, ["CC-BY"])
+    chosen = select_samples(index, PLACES, ["CC-BY"])
     assert keys(chosen) == ["clip-4", "clip-9"]
     assert chosen.shard_samples == (0, 0, 1, 0, 1)
     assert chosen.seconds == pytest.approx(4.5 + 9.5)
@@ -58,12 +58,12 @@ def test_excluded_clips_and_licences_that_are_not_allowed_leave_the_index(
     assert chosen.selection.left_out == {"excluded by an audit": 2, "licence not allowed": 6}
     assert chosen.licences == {"Attribution 4.0 International": {"clips": 2, "seconds": 14.0}}
     assert chosen.fingerprint() == index.fingerprint()
-    others = (index, select(index, PLACES), select(index, (), ["CC-BY"]))
+    others = (index, select_samples(index, PLACES), select_samples(index, (), ["CC-BY"]))
     assert len({one.selected_fingerprint() for one in (chosen, *others)}) == 4
 
 
 def test_the_licence_of_the_source_is_that_of_the_clips_that_state_none(folder: Path):
-    chosen = select(open_index(folder), allowed=["MIT"], licence="MIT License")
+    chosen = select_samples(open_index(folder), allowed=["MIT"], licence="MIT License")
     assert keys(chosen) == ["clip-2", "clip-7"]
 
 
@@ -71,28 +71,28 @@ def test_nothing_is_read_where_nothing_is_left_out(folder: Path):
     index = open_index(folder)
     for table in folder.glob("*.npy"):
         table.unlink()
-    assert select(index) is index
+    assert select_samples(index) is index
     written = [*filter(None, LICENCES)]
-    with ShardFolder(folder / "other") as shards:
+    with ShardWriter(folder / "other") as shards:
         shards.write("a", "flac", b"1", Annotation("a", licence=written[0]))
     (folder / "other" / table_name("shard-000000.tar")).unlink()
     other = open_index(folder / "other")
-    assert select(other, allowed=["CC-BY-4.0"]) is other
+    assert select_samples(other, allowed=["CC-BY-4.0"]) is other
     with pytest.raises(UserError, match=r"cannot be read.*data\.exclude.*whisper-aut data index"):
-        select(index, PLACES)
+        select_samples(index, PLACES)
 
 
 def test_tars_from_elsewhere_are_filtered_after_they_were_indexed(folder: Path):
-    before = keys(select(open_index(folder), PLACES, ["CC-BY"]))
+    before = keys(select_samples(open_index(folder), PLACES, ["CC-BY"]))
     for file in [*folder.glob("*.npy"), folder / INDEX_NAME]:
         file.unlink()
     index = index_folder(folder)
-    assert keys(select(index, PLACES, ["CC-BY"])) == before
+    assert keys(select_samples(index, PLACES, ["CC-BY"])) == before
     assert index.licences["CC BY-NC 4.0"] == {"clips": 2, "seconds": 8.0}
 
 
 def test_a_tar_that_is_not_the_one_of_its_table_is_rejected_rather_than_guessed(folder: Path):
-    chosen, everything = select(open_index(folder), PLACES), open_index(folder)
+    chosen, everything = select_samples(open_index(folder), PLACES), open_index(folder)
     tars = sorted(folder.glob("*.tar"))
     tars[0].write_bytes(tars[1].read_bytes())  # as many clips, of other names
     reader = ShardReader(ClipLimits(), DEFAULT_POLICY)
@@ -108,7 +108,7 @@ def test_a_list_is_read_or_says_which_line_is_wrong(folder: Path, tmp_path: Path
     index = open_index(folder)
     line = {"fingerprint": index.fingerprint(), "shard": "shard-000000.tar", "key": "clip-0"}
     (tmp_path / "good.jsonl").write_text(json.dumps(line) + "\n")
-    excluded = Exclusions.load(tmp_path / "good.jsonl").of(index)
+    excluded = Exclusions.load(tmp_path / "good.jsonl").for_index(index)
     assert excluded == {("shard-000000.tar", "clip-0")}
     (tmp_path / "bad.jsonl").write_text(json.dumps({"shard": "a"}) + "\n")
     with pytest.raises(UserError, match="Line 1"):

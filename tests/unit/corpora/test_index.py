@@ -10,15 +10,15 @@ from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.corpora.audit import run_audit, unaudited
 from whisper_aut.corpora.inspect import inspect_shards
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.filters import Exclusions, select
+from whisper_aut.data.filters import Exclusions, select_samples
 from whisper_aut.data.reader import Sample, iter_samples
-from whisper_aut.data.shards import INDEX_NAME, ShardFolder, index_folder, open_index
+from whisper_aut.data.shards import INDEX_NAME, ShardWriter, index_folder, open_index
 from whisper_aut.errors import UserError
 
 
 def write(folder: Path, domain: str, licence: str, clips: int, prefix: str = "shard") -> Path:
     """Write a clip a tar; the n-th is 0.2 + n / 10 seconds long."""
-    with ShardFolder(folder, prefix, max_bytes=1) as shards:
+    with ShardWriter(folder, prefix, max_bytes=1) as shards:
         for number in range(clips):
             seconds = 0.2 + 0.1 * number
             annotation = Annotation(
@@ -40,7 +40,7 @@ def test_what_is_counted_replaces_what_an_index_said_before_and_the_rest_stays(t
     (folder / INDEX_NAME).write_text(json.dumps({**index, "builder": "ours"}))
     other = write(tmp_path / "music", "music", "CC BY-NC 4.0", 1, prefix="more")
     (other / "more-000000.tar").rename(folder / "more-000000.tar")
-    facts = index_folder(folder).facts
+    facts = index_folder(folder).metadata
     assert facts["domains"] == {"music": 1, "sound": 5}
     assert {name: counts["clips"] for name, counts in facts["licences"].items()} == {
         "CC BY-NC 4.0": 1,
@@ -60,8 +60,8 @@ def test_a_folder_is_indexed_again_whatever_its_index_was(before: str, tmp_path:
     else:
         (folder / INDEX_NAME).write_text(before)
     index = index_folder(folder)
-    assert index.samples == index.facts["samples"] == len(list(folder.glob("*.tar")))
-    assert index.facts["domains"] == {"sound": index.samples}
+    assert index.samples == index.metadata["samples"] == len(list(folder.glob("*.tar")))
+    assert index.metadata["domains"] == {"sound": index.samples}
 
 
 def test_a_pattern_uses_the_index_and_the_tables_of_the_folder(tmp_path: Path):
@@ -114,7 +114,7 @@ def test_what_an_audit_excludes_of_a_folder_is_excluded_of_a_part_of_it(tmp_path
     run_audit([str(folder)], [str(probe)], out, workers=1, progress=False)
     exclusions = Exclusions.load(out / "exclude.jsonl")
     part = open_index(f"{folder}/shard-{{000001..000002}}.tar")
-    chosen = select(part, exclusions.of(part))
+    chosen = select_samples(part, exclusions.for_index(part))
     assert chosen.shard_samples == (0, 1)
     audit = json.loads((out / "audit.json").read_text())
     assert unaudited(audit, "train", [f"{folder}/shard-000002.tar"]) == []

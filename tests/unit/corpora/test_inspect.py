@@ -20,7 +20,7 @@ from whisper_aut.corpora.inspect import (
     render,
 )
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import INDEX_NAME, ShardFolder, index_folder, open_index
+from whisper_aut.data.shards import INDEX_NAME, ShardWriter, index_folder, open_index
 from whisper_aut.errors import UserError
 
 
@@ -54,7 +54,7 @@ def annotation(**fields: Any) -> bytes:
 
 
 def test_facts_of_a_folder_of_ours(tmp_path: Path):
-    with ShardFolder(tmp_path) as shard:
+    with ShardWriter(tmp_path) as shard:
         shard.write(
             "a",
             "flac",
@@ -70,7 +70,7 @@ def test_facts_of_a_folder_of_ours(tmp_path: Path):
         shard.write(
             "c", "ogg", audio(3, kind="OGG"), Annotation(domain="sound", label=["dog", "bark"])
         )
-        shard.facts = {"recipe": "r", "refused": {"silent audio": 2}}
+        shard.metadata = {"recipe": "r", "refused": {"silent audio": 2}}
     facts = inspect_shards(tmp_path)
     told = json.loads(json.dumps(facts.as_dict()))
     assert (told["clips"], told["shards"], told["hours"]) == (3, 1, pytest.approx(7 / 3600))
@@ -95,7 +95,7 @@ def test_facts_of_a_folder_of_ours(tmp_path: Path):
 
 def test_folders_of_a_split_are_told_together(tmp_path: Path):
     for fold, clips in (("1", 2), ("2", 3)):
-        with ShardFolder(tmp_path / fold) as shard:
+        with ShardWriter(tmp_path / fold) as shard:
             for number in range(clips):
                 shard.write(f"{number}", "flac", audio(), Annotation("t"))
     facts = inspect_shards(tmp_path)
@@ -160,7 +160,7 @@ def test_a_header_that_lies_about_its_length_is_refused_and_one_that_is_silent_a
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
 def test_a_truncated_tar_counts_what_is_whole(tmp_path: Path, keep: float):
-    with ShardFolder(tmp_path) as shard:
+    with ShardWriter(tmp_path) as shard:
         for number in range(10):
             shard.write(f"{number}", "flac", audio(), Annotation("t"))
     path = tmp_path / "shard-000000.tar"
@@ -280,7 +280,7 @@ def test_a_key_that_is_repeated_is_counted_and_warned_about(tmp_path: Path):
 
 
 def test_an_index_that_names_a_missing_shard_is_the_users_matter(tmp_path: Path):
-    with ShardFolder(tmp_path) as shard:
+    with ShardWriter(tmp_path) as shard:
         shard.write("a", "flac", audio(), Annotation("t"))
     (tmp_path / "shard-000000.tar").unlink()
     with pytest.raises(UserError, match="are missing: shard-000000"):

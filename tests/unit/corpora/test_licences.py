@@ -6,7 +6,7 @@ from tests.support import REPOSITORY
 from whisper_aut.config import load_settings
 from whisper_aut.corpora.recipes import RECIPES
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.filters import allows, licence_id
+from whisper_aut.data.filters import licence_allowed, licence_id
 from whisper_aut.errors import UserError
 
 UNDERSTOOD = {
@@ -114,22 +114,22 @@ OF_RECIPES = {
 @pytest.mark.parametrize("written", UNDERSTOOD)
 def test_known_writings_have_one_id(written: str):
     assert licence_id(written) == UNDERSTOOD[written]
-    assert allows([UNDERSTOOD[written]], written)
+    assert licence_allowed([UNDERSTOOD[written]], written)
 
 
 @pytest.mark.parametrize("written", UNKNOWN)
 def test_anything_else_is_unknown_and_no_list_allows_it(written: str):
     assert licence_id(written) == ""
-    assert not allows([*filter(None, UNDERSTOOD.values())], written)
-    assert allows([], written)
+    assert not licence_allowed([*filter(None, UNDERSTOOD.values())], written)
+    assert licence_allowed([], written)
 
 
 def test_an_id_without_a_version_allows_every_version_of_those_very_terms():
-    assert allows(["CC-BY"], "CC BY 3.0")
-    assert allows(["CC-BY"], "Attribution")
-    assert not allows(["CC-BY-4.0"], "CC BY 3.0")
-    assert not allows(["CC-BY-4.0"], "CC BY")
-    assert not allows(["CC-BY"], "CC BY-NC 4.0")
+    assert licence_allowed(["CC-BY"], "CC BY 3.0")
+    assert licence_allowed(["CC-BY"], "Attribution")
+    assert not licence_allowed(["CC-BY-4.0"], "CC BY 3.0")
+    assert not licence_allowed(["CC-BY-4.0"], "CC BY")
+    assert not licence_allowed(["CC-BY"], "CC BY-NC 4.0")
 
 
 def test_a_recipe_states_a_licence_only_where_it_is_that_of_every_clip():
@@ -148,4 +148,4 @@ def test_the_other_spelling_of_licence_in_foreign_tars_is_read():
     ours = Annotation.from_mapping({"text": "a", "licence": "MIT", "license": "GPL"})
     assert ours.licence == "MIT"
     listed = Annotation.from_mapping({"text": "a", "license": ["CC-BY-4.0", "CC-BY-NC-4.0"]})
-    assert not allows(["CC-BY-4.0"], listed.licence)
+    assert not licence_allowed(["CC-BY-4.0"], listed.licence)

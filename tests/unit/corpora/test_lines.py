@@ -9,7 +9,7 @@ from whisper_aut.corpora.audit import Journal, ShardFindings
 from whisper_aut.corpora.recipes.captions import musicbench
 from whisper_aut.data.annotation import Annotation, read_lines
 from whisper_aut.data.filters import Exclusions
-from whisper_aut.data.shards import ShardFolder, open_index
+from whisper_aut.data.shards import ShardWriter, open_index
 from whisper_aut.report.html import last_samples
 
 BREAKS = "a\u2028b\u2029c\x85d"  # where `str.splitlines` would break, and JSON need not escape
@@ -23,7 +23,7 @@ def test_only_newlines_end_a_line(tmp_path: Path):
 
 
 def test_an_exclusion_list_holds_keys_with_any_character(tmp_path: Path):
-    with ShardFolder(tmp_path / "shards") as shards:
+    with ShardWriter(tmp_path / "shards") as shards:
         shards.write("k", "wav", b"x", Annotation(text="t"))
     index = open_index(tmp_path / "shards")
     line = {"fingerprint": index.fingerprint(), "shard": "shard-000000.tar", "key": BREAKS}

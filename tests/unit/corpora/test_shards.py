@@ -10,7 +10,7 @@ from whisper_aut.data import shards
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.shards import (
     INDEX_NAME,
-    ShardFolder,
+    ShardWriter,
     count_samples,
     open_index,
     tar_members,
@@ -19,7 +19,7 @@ from whisper_aut.errors import UserError
 
 
 def fill(folder: Path, samples: int = 6, audio: bytes = b"x" * 1000, **options) -> None:
-    with ShardFolder(folder, **options) as shard:
+    with ShardWriter(folder, **options) as shard:
         for number in range(samples):
             shard.write(
                 f"clip{number}",
@@ -30,7 +30,7 @@ def fill(folder: Path, samples: int = 6, audio: bytes = b"x" * 1000, **options) 
 
 
 def fill_until_it_fails(folder: Path) -> None:
-    with ShardFolder(folder, max_bytes=600) as shard:
+    with ShardWriter(folder, max_bytes=600) as shard:
         for annotation in (
             Annotation(text="x" * 600),
             Annotation(),
@@ -47,7 +47,7 @@ def test_a_folder_reads_back_with_its_index_and_with_webdataset(tmp_path: Path):
     fill(tmp_path, samples=6, max_bytes=2000)
     index = open_index(tmp_path)
     assert (index.samples, index.seconds, len(index.shards)) == (6, 3.0, 3)
-    assert index.facts["domains"] == {"sound": 6}
+    assert index.metadata["domains"] == {"sound": 6}
     assert index.shards[0].bytes == (tmp_path / "shard-000000.tar").stat().st_size
     urls = [index.url(number) for number in range(3)]
     read = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
@@ -64,7 +64,7 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path):
 
 
 def test_dots_in_keys_do_not_become_extensions(tmp_path: Path):
-    with ShardFolder(tmp_path) as shard:
+    with ShardWriter(tmp_path) as shard:
         shard.write("a.b.c", "flac", b"1", Annotation(text="t"))
     with tarfile.open(tmp_path / "shard-000000.tar") as tar:
         assert tar.getnames() == ["a_b_c.flac", "a_b_c.json"]
@@ -110,7 +110,7 @@ def test_a_shorter_build_removes_the_tars_of_a_longer_one(tmp_path: Path):
 
 def test_a_folder_that_cannot_be_made_is_the_users_matter(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="Cannot write shards to"), ShardFolder(tmp_path / "file"):
+    with pytest.raises(UserError, match="Cannot write shards to"), ShardWriter(tmp_path / "file"):
         pass
 
 

@@ -11,7 +11,7 @@ from torchaudio import functional
 from tests.support.audio import tone, write_shards
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits
 from whisper_aut.audio.logmel import LogMel, mel_frames
-from whisper_aut.data.augment import Augment, SpecAugment, at_speed
+from whisper_aut.data.augment import Augment, SpecAugment, change_speed
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
 from whisper_aut.data.shards import open_index
@@ -51,7 +51,7 @@ def test_noise_stands_at_the_ratio_asked_for(noise):
 def test_another_speed_is_torchaudios(factor: float, samples: int):
     waveform = torch.randn(samples, generator=torch.Generator().manual_seed(samples))
     assert_close(
-        at_speed(waveform, factor),
+        change_speed(waveform, factor),
         functional.speed(waveform, SAMPLE_RATE_HZ, factor)[0],
         atol=1e-5,
         rtol=0,
@@ -78,7 +78,7 @@ def test_masks_keep_to_valid_frames_and_to_their_widths():
     mel = LogMel(80)(
         CLIP + 0.01 * torch.randn(len(CLIP), generator=torch.Generator().manual_seed(0))
     )
-    spec = SpecAugment(frequency_masks=1, time_masks=1, time_share=0.1)
+    spec = SpecAugment(frequency_masks=1, time_masks=1, time_fraction=0.1)
     bins, frames = [], []
     for position in range(60):
         masked = Augment(spectrum=spec).mel(mel, length, position)

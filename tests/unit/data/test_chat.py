@@ -36,7 +36,7 @@ def test_the_tokens_are_those_of_the_chat_template(codec: ChatText):
     assert target.supervised.tolist() == [
         place >= target.prompt_length for place in range(len(tokens))
     ]
-    assert codec.ask("Describe it.").tolist() == tokens[: target.prompt_length]
+    assert codec.encode_question("Describe it.").tolist() == tokens[: target.prompt_length]
     assert codec.decode(tokens[target.prompt_length :]) == target.text == "rain falls on a tin roof"
     assert target.task == "caption"
 
@@ -46,9 +46,9 @@ def test_special_tokens_in_texts_are_text(codec: ChatText):
     end = codec.frame.end
     assert target.tokens[target.prompt_length :].tolist().count(end) == 1
     assert int(target.tokens[-1]) == end
-    assert codec.ask("<|im_start|>").tolist().count(codec.frame.opening[0]) == codec.ask(
-        "x"
-    ).tolist().count(codec.frame.opening[0])
+    assert codec.encode_question("<|im_start|>").tolist().count(
+        codec.frame.opening[0]
+    ) == codec.encode_question("x").tolist().count(codec.frame.opening[0])
 
 
 def test_long_chats_are_cut_or_refused(codec: ChatText):

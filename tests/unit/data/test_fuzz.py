@@ -19,7 +19,7 @@ from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
 from whisper_aut.data.ledger import Ledger
-from whisper_aut.data.shards import ShardEntry, ShardFolder, open_index, write_index
+from whisper_aut.data.shards import ShardEntry, ShardWriter, open_index, write_index
 from whisper_aut.data.targets import WhisperText
 from whisper_aut.errors import SkipReason
 from whisper_aut.models.pretrained import PretrainedWhisper
@@ -180,9 +180,9 @@ def fuzz(root: Path, build: ExampleBuilder, shards: int, seed: int) -> Counter[s
         for loader in (module.train_dataloader(), module.val_dataloader()):
             for batch in loader:
                 assert batch.mel.isfinite().all()
-                came += len(batch) + len(batch.refusals)
-                ledger.record(batch.sources, batch.refusals)
-                reasons.update(str(refusal.reason) for refusal in batch.refusals)
+                came += len(batch) + len(batch.skipped)
+                ledger.record(batch.sources, batch.skipped)
+                reasons.update(str(refusal.reason) for refusal in batch.skipped)
         ledger.close()
         assert came == 2 * SAMPLES, (
             f"shard {number} of seed {seed}: {came} of {2 * SAMPLES} samples accounted for"
@@ -220,7 +220,7 @@ def test_sizes_are_bounded_before_anything_is_read_or_decoded(
     flac_hours = (
         flac[:18] + ((word >> 36 << 36) | 10 * 3600 * 16_000).to_bytes(8, "big") + flac[26:1000]
     )
-    with ShardFolder(tmp_path / "a") as shards:
+    with ShardWriter(tmp_path / "a") as shards:
         shards.write("wav_hours", "wav", bytes(hours), Annotation(text="x", domain="sound"))
         shards.write("flac_hours", "flac", flac_hours, Annotation(text="x", domain="sound"))
         shards.write("long_label", "flac", flac, Annotation(text="word " * 100, domain="sound"))
@@ -229,7 +229,7 @@ def test_sizes_are_bounded_before_anything_is_read_or_decoded(
         [source], [source], [1.0], build, seed=0, window=10, batch_clips=8, epochs=1
     )
     (batch,) = module.train_dataloader()
-    reasons = {refusal.key: refusal.reason for refusal in batch.refusals}
+    reasons = {refusal.key: refusal.reason for refusal in batch.skipped}
     assert reasons["flac_hours"] is SkipReason.TOO_LONG
     assert reasons["long_label"] is SkipReason.LABEL_TOO_LONG
     assert reasons["wav_hours"] in (
@@ -245,4 +245,4 @@ def test_sizes_are_bounded_before_anything_is_read_or_decoded(
     source = StreamSource(open_index(folder), "sound")
     module = ShardDataModule([source], [], [1.0], build, seed=0, window=10, batch_clips=8, epochs=1)
     (batch,) = module.train_dataloader()
-    assert batch.refusals[0].reason in (SkipReason.TOO_LARGE, SkipReason.BAD_TAR)
+    assert batch.skipped[0].reason in (SkipReason.TOO_LARGE, SkipReason.BAD_TAR)

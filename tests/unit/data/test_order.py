@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from whisper_aut.data.sampler import MixtureOrder, SequentialOrder, SourceShape, mixture_shares
+from whisper_aut.data.sampler import MixtureOrder, SequentialOrder, SourceShape, mixture_weights
 
 SOURCES = (
     SourceShape("a", (5, 3, 7, 1), 0.8),
@@ -22,7 +22,7 @@ def test_every_epoch_of_a_source_holds_every_clip_once(window: int, epoch: int):
         while place < (epoch + 1) * source.samples:
             first, last = order.window(number, place)
             assert first == place
-            shards, ordinals = order.places(number, first, last)
+            shards, ordinals = order.locate(number, first, last)
             seen += list(zip(shards.tolist(), ordinals.tolist(), strict=True))
             place = last
         expected = [
@@ -37,7 +37,7 @@ def test_epochs_and_seeds_differ():
     def first_epoch(seed: int, epoch: int) -> list[int]:
         order = MixtureOrder(SOURCES, seed=seed, window=100)
         start = epoch * SOURCES[0].samples
-        shards, ordinals = order.places(0, *order.window(0, start))
+        shards, ordinals = order.locate(0, *order.window(0, start))
         return (shards * 100 + ordinals).tolist()
 
     assert first_epoch(0, 0) == first_epoch(0, 0)
@@ -65,15 +65,15 @@ def test_shares_lie_in_the_binomial_interval(seed: int):
     draws = 10_000
     sources, _ = MixtureOrder(SOURCES, seed=seed, window=4).draws(0, draws)
     for number, source in enumerate(SOURCES):
-        low, high = binom.interval(0.999, draws, source.share)
+        low, high = binom.interval(0.999, draws, source.weight)
         assert low <= int((sources == number).sum()) <= high
 
 
 def test_domain_shares_divide_by_weight():
-    shares = mixture_shares(
+    weights = mixture_weights(
         ["speech", "speech", "sound"], [3.0, 1.0, 7.0], {"speech": 0.8, "sound": 0.2}
     )
-    assert shares == pytest.approx([0.6, 0.2, 0.2])
+    assert weights == pytest.approx([0.6, 0.2, 0.2])
 
 
 def test_a_source_without_a_share_is_never_drawn():
@@ -106,5 +106,5 @@ def test_the_validation_order_takes_the_first_clips_of_each_source():
         (4, 8),
         (12, 16),
     ]
-    shards, ordinals = order.places(0, *order.window(0, 5))
+    shards, ordinals = order.locate(0, *order.window(0, 5))
     assert (shards.tolist(), ordinals.tolist()) == ([0, 1, 1, 1], [4, 0, 1, 2])

@@ -54,8 +54,8 @@ def test_every_shipped_task_serves_a_sample_of_its_kind(shipped: Instructions):
         assert name in shipped.fitting(annotation, annotation.domain), name
         question = shipped.only([name]).draw(annotation, annotation.domain, 0)
         assert question.task == name
-        assert question.ask
-        assert "{" not in question.ask + question.answer
+        assert question.prompt
+        assert "{" not in question.prompt + question.answer
         assert (
             len(shipped.entries[name].prompts) >= 2 or name == "open_question"
         )  # whose instruction is the sample's own
@@ -120,7 +120,7 @@ def test_draws_repeat_by_position_and_differ_between_positions():
     ]
     tasks = Counter(question.task for question in drawn)
     assert 260 <= tasks["a"] <= 340  # 300 expected, standard deviation 8.7
-    assert set(Counter(question.ask for question in drawn)) == {"one", "two", "three", "four"}
+    assert set(Counter(question.prompt for question in drawn)) == {"one", "two", "three", "four"}
 
 
 def test_a_sample_with_its_own_instruction_and_answer_is_used_as_it_is(shipped: Instructions):
@@ -128,7 +128,7 @@ def test_a_sample_with_its_own_instruction_and_answer_is_used_as_it_is(shipped: 
         text="x", domain="sound", instruction=" How many dogs {bark}? ", answer="two"
     )
     question = shipped.draw(annotation, "sound", 0)
-    assert (question.task, question.ask, question.answer) == (
+    assert (question.task, question.prompt, question.answer) == (
         OWN_TASK,
         "How many dogs {bark}?",
         "two",
@@ -141,7 +141,8 @@ def test_yes_no_tasks_ask_about_the_class_or_another_one():
     )
     annotation = Annotation(label="dog")
     drawn = Counter(
-        (q.ask, q.answer) for q in (instructions.draw(annotation, "sound", p) for p in range(200))
+        (q.prompt, q.answer)
+        for q in (instructions.draw(annotation, "sound", p) for p in range(200))
     )
     assert set(drawn) == {("dog?", "yes"), ("rain?", "no")}
     assert all(70 <= count <= 130 for count in drawn.values())
@@ -167,12 +168,12 @@ def test_a_sound_that_a_label_names_is_never_answered_with_no(
     drawn = [
         instructions.draw(Annotation(label=label), "sound", position) for position in range(100)
     ]
-    assert {question.ask for question in drawn if question.answer == "no"} == {*asked, "siren"}
+    assert {question.prompt for question in drawn if question.answer == "no"} == {*asked, "siren"}
 
 
 def test_what_can_be_answered_does_not_depend_on_the_question(shipped: Instructions):
     annotation = Annotation(text="a dog barks", domain="sound", task="caption", label="dog")
-    assert shipped.facts(annotation, "sound") == {
+    assert shipped.answers(annotation, "sound") == {
         "audio_caption": "a dog barks",
         "sound_class": "dog",
         "sound_present": "dog",

@@ -21,9 +21,9 @@ from whisper_aut.audio.logmel import LogMel
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import BatchStream, ExampleBuilder, StreamSource, TrainLoader
-from whisper_aut.data.filters import select
+from whisper_aut.data.filters import select_samples
 from whisper_aut.data.sampler import fill
-from whisper_aut.data.shards import HAS_TABLES, ShardFolder, open_index
+from whisper_aut.data.shards import HAS_TABLES, ShardWriter, open_index
 from whisper_aut.data.targets import WhisperText
 from whisper_aut.errors import UserError
 from whisper_aut.models.pretrained import PretrainedWhisper
@@ -55,7 +55,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sources whose shards hold very few or many clips, of 30 to 300 ms."""
     root, generator = tmp_path_factory.mktemp("corpora"), np.random.default_rng(0)
     for name, sizes in SIZES.items():
-        with ShardFolder(root / name) as shards:
+        with ShardWriter(root / name) as shards:
             for number, size in enumerate(sizes):
                 for clip in range(size):
                     seconds = float(generator.uniform(0.03, 0.3))
@@ -94,10 +94,10 @@ class World:
         indexes = [open_index(root / name) for name in plan["sources"]]
         if not plan["tables"] and plan["batch_seconds"] is None:
             indexes = [
-                replace(index, facts={**index.facts, HAS_TABLES: False}) for index in indexes
+                replace(index, metadata={**index.metadata, HAS_TABLES: False}) for index in indexes
             ]
         if plan["selected"]:
-            indexes = [select(index, ODD_CLIPS) for index in indexes]
+            indexes = [select_samples(index, ODD_CLIPS) for index in indexes]
         sources = [StreamSource(index, "sound") for index in indexes]
         options = {
             name: plan[name]

@@ -21,7 +21,7 @@ from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
 from whisper_aut.data.remote import ReadPolicy
 from whisper_aut.data.sampler import Cursor, batches_from
-from whisper_aut.data.shards import ShardFolder, open_index
+from whisper_aut.data.shards import ShardWriter, open_index
 from whisper_aut.data.targets import WhisperText
 from whisper_aut.errors import SkipReason, UserError
 from whisper_aut.models.pretrained import PretrainedWhisper
@@ -126,7 +126,7 @@ def test_validation_holds_no_more_clips_than_the_shuffle_window(
         tar.unlink()
     rest = list(batches)
     assert len(first) + sum(len(batch) for batch in rest) == 6
-    assert sum(len(batch.refusals) for batch in rest) == 18
+    assert sum(len(batch.skipped) for batch in rest) == 18
 
 
 def test_accumulated_batches_know_the_tokens_of_their_step(
@@ -257,7 +257,7 @@ def faulty_shards(folder: Path) -> Path:
         "joined": ("ogg", encode_audio(tone(1.0), kind="OGG") * 2, good),
         "no_text": ("flac", encode_audio(tone(1.0)), Annotation(domain="sound")),
     }
-    with ShardFolder(folder) as shards:
+    with ShardWriter(folder) as shards:
         for key, (suffix, audio, annotation) in bodies.items():
             shards.write(key, suffix, audio, annotation)
     return folder
@@ -267,7 +267,7 @@ def test_every_fault_is_refused_under_its_own_reason(tmp_path: Path, build: Exam
     faulty_shards(tmp_path / "sound")
     batches = list(data_module(tmp_path, build, ("sound",), batch_clips=4).val_dataloader())
     assert sorted(key for batch in batches for key in batch.keys) == ["good", "stereo48k"]
-    reasons = {refusal.key: refusal.reason for batch in batches for refusal in batch.refusals}
+    reasons = {refusal.key: refusal.reason for batch in batches for refusal in batch.skipped}
     assert reasons == {
         "not_audio": SkipReason.UNDECODABLE,
         "no_samples": SkipReason.EMPTY,
@@ -288,7 +288,7 @@ def test_every_fault_is_refused_under_its_own_reason(tmp_path: Path, build: Exam
 def test_a_source_may_name_the_field_that_holds_its_text(
     tmp_path: Path, build: ExampleBuilder, text: str, expected: str
 ):
-    with ShardFolder(tmp_path / "sound") as shards:
+    with ShardWriter(tmp_path / "sound") as shards:
         fields = {"title": "rain", "artist": "x"}
         shards.write("a", "flac", encode_audio(tone(1.0)), Annotation(extra=fields))
     batches = []
@@ -298,18 +298,18 @@ def test_a_source_may_name_the_field_that_holds_its_text(
         options = {"seed": 0, "window": 6, "batch_clips": 1, "samples_per_epoch": 1}
         batches += ShardDataModule(sources, sources, [1.0], build, **options).val_dataloader()
     assert list(batches[0].texts) == [expected]
-    (refusal,) = batches[1].refusals
+    (refusal,) = batches[1].skipped
     assert refusal.reason is SkipReason.NO_TEXT
     assert refusal.detail == "its fields: artist, title; data.train[].text names the one to read"
 
 
 def test_a_batch_of_nothing_but_faults_is_still_a_batch(tmp_path: Path, build: ExampleBuilder):
-    with ShardFolder(tmp_path / "sound") as shards:
+    with ShardWriter(tmp_path / "sound") as shards:
         for number in range(3):
             shards.write(f"bad{number}", "wav", b"no", Annotation(text="x", domain="sound"))
     batches = list(data_module(tmp_path, build, ("sound",), samples_per_epoch=6).train_dataloader())
     assert [len(batch) for batch in batches] == [0, 0]
-    assert sum(len(batch.refusals) for batch in batches) == 6
+    assert sum(len(batch.skipped) for batch in batches) == 6
 
 
 def test_a_shard_without_json_and_a_truncated_tar_cost_only_their_samples(
@@ -319,9 +319,9 @@ def test_a_shard_without_json_and_a_truncated_tar_cost_only_their_samples(
     shard = folder / "shard-000000.tar"
     shard.write_bytes(shard.read_bytes()[: shard.stat().st_size * 6 // 10])
     batches = list(data_module(tmp_path, build, ("sound",)).val_dataloader())
-    refusals = [refusal for batch in batches for refusal in batch.refusals]
-    assert sum(len(batch) for batch in batches) + len(refusals) == 8
-    assert {refusal.reason for refusal in refusals} <= {SkipReason.BAD_TAR, SkipReason.BAD_JSON}
+    skipped = [refusal for batch in batches for refusal in batch.skipped]
+    assert sum(len(batch) for batch in batches) + len(skipped) == 8
+    assert {refusal.reason for refusal in skipped} <= {SkipReason.BAD_TAR, SkipReason.BAD_JSON}
     assert 3 <= sum(len(batch) for batch in batches) <= 6
 
     with tarfile.open(tmp_path / "plain.tar", "w") as tar:
@@ -329,7 +329,7 @@ def test_a_shard_without_json_and_a_truncated_tar_cost_only_their_samples(
     (tmp_path / "bare").mkdir()
     (tmp_path / "plain.tar").rename(tmp_path / "bare" / "x.tar")
     (batch,) = data_module(tmp_path, build, ("bare",)).val_dataloader()
-    assert [refusal.reason for refusal in batch.refusals] == [SkipReason.BAD_JSON]
+    assert [refusal.reason for refusal in batch.skipped] == [SkipReason.BAD_JSON]
 
 
 def test_a_shard_that_vanishes_during_the_run_is_counted(tmp_path: Path, build: ExampleBuilder):
@@ -338,6 +338,6 @@ def test_a_shard_that_vanishes_during_the_run_is_counted(tmp_path: Path, build: 
     for shard in (tmp_path / "sound").glob("*.tar"):
         shard.unlink()
     batches = list(module.val_dataloader())
-    assert [refusal.reason for batch in batches for refusal in batch.refusals] == [
+    assert [refusal.reason for batch in batches for refusal in batch.skipped] == [
         SkipReason.BAD_TAR
     ] * 8

@@ -14,7 +14,7 @@ from whisper_aut.audio.decode import ClipLimits, load_waveform
 from whisper_aut.audio.windows import POOLINGS, cut_windows, join_windows
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.reader import Sample, iter_samples
-from whisper_aut.data.shards import ShardFolder, open_index
+from whisper_aut.data.shards import ShardWriter, open_index
 from whisper_aut.errors import UserError
 from whisper_aut.probes import embed
 from whisper_aut.probes.cache import label_of
@@ -167,7 +167,7 @@ def train_only(task_with, write_shards, tmp_path):
 
 
 def _shards_with_broken(folder: Path, whole: int, broken: int) -> None:
-    with ShardFolder(folder) as shards:
+    with ShardWriter(folder) as shards:
         for number in range(whole + broken):
             file = io.BytesIO()
             wave = np.random.default_rng(number).uniform(-0.1, 0.1, 3_200).astype(np.float32)
@@ -295,7 +295,7 @@ def test_a_crop_keeps_the_beginning_of_each_clip(tones, task_with, tiny_encoder,
 
 def test_a_crop_lets_clips_pass_that_are_a_little_too_long(task_with, tiny_encoder, tmp_path):
     for name in ("a", "b"):
-        with ShardFolder(tmp_path / name) as shards:
+        with ShardWriter(tmp_path / name) as shards:
             for number in range(3):
                 file = io.BytesIO()
                 wave = (

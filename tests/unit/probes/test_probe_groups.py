@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.probes import TONES_HZ, TinyEncoder, make_task, noisy_tone
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardFolder
+from whisper_aut.data.shards import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.probes.embed import BASELINE_NAME, EmbedSettings, LogMelBaseline, embed_task
 from whisper_aut.probes.results import AVERAGE, Scores
@@ -27,7 +27,7 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Noisy tones; in `test`, six clips of each of five speakers, named like `s3-04`."""
     root = tmp_path_factory.mktemp("spoken")
     for part, (split, speakers) in enumerate({"train": 8, "valid": 4, "test": SPEAKERS}.items()):
-        with ShardFolder(root / split) as shards:
+        with ShardWriter(root / split) as shards:
             for number in range(speakers * CLIPS):
                 label, speaker = list(TONES_HZ)[number % 3], f"s{number // CLIPS}"
                 annotation = Annotation(label=label, extra={"speaker": speaker})

@@ -11,7 +11,7 @@ from transformers import WhisperModel
 
 from tests.support.audio import encode_audio
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardFolder
+from whisper_aut.data.shards import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.probes.cache import Embeddings
@@ -242,7 +242,7 @@ def scenes(tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")
     for split, clips in {"train": 60, "valid": 24, "test": 24}.items():
         rng = np.random.default_rng([clips, *split.encode()])
-        with ShardFolder(root / "scenes" / split) as shards:
+        with ShardWriter(root / "scenes" / split) as shards:
             for number in range(clips):
                 letters = "".join(rng.choice(list("abc_"), 3))
                 letters = letters if set(letters) - {"_"} else "a__"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardFolder
+from whisper_aut.data.shards import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.pipeline import encoder_names
 from whisper_aut.probes import metrics, suite
@@ -249,7 +249,7 @@ def test_log_mel_floor_on_esc10(tmp_path):
     with (REAL_DATA / "esc10" / "esc10.csv").open() as file:
         rows = list(csv.DictReader(file))
     for fold in "12345":
-        with ShardFolder(tmp_path / "esc10" / fold) as shards:
+        with ShardWriter(tmp_path / "esc10" / fold) as shards:
             for row in (row for row in rows if row["fold"] == fold):
                 path = REAL_DATA / "esc10" / "audio" / row["filename"]
                 shards.write(

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from tests.support.ranks import on_ranks
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
-from whisper_aut.data.batch import Batch, Example, pack
+from whisper_aut.data.batch import Batch, Example, collate
 from whisper_aut.data.dataset import ExampleBuilder
 from whisper_aut.data.reader import Sample, iter_samples
 from whisper_aut.data.shards import open_index
@@ -121,7 +121,7 @@ def batches(case: Case, clips: list[Example], ranks: int) -> list[list[list[Batc
         if ranks == 1:
             packed = [[[clip for rank in packed for micro in rank for clip in micro]]]
         for rank, micros in enumerate(packed):
-            made = [pack(micro, [], 80) for micro in micros]
+            made = [collate(micro, [], 80) for micro in micros]
             tokens = sum(batch.supervised for batch in made)
             given[rank].append([replace(batch, supervised_in_step=tokens) for batch in made])
     return given

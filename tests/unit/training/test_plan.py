@@ -19,7 +19,7 @@ from whisper_aut.audio.logmel import frames_with_context
 from whisper_aut.cli import main
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.batch import Targets, TokenTarget
-from whisper_aut.data.shards import ShardFolder
+from whisper_aut.data.shards import ShardWriter
 from whisper_aut.models.decoders.whisper import (
     WhisperDecoder,
     WhisperDecoderOptions,
@@ -309,7 +309,7 @@ def test_clips_count_as_often_as_they_are_drawn(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
     for domain, clips, seconds in (("speech", 30, 0.5), ("sound", 5, 3.0)):
-        with ShardFolder(tmp_path / domain) as shards:
+        with ShardWriter(tmp_path / domain) as shards:
             for number in range(clips):
                 clip = encode_audio(np.zeros(round(16_000 * seconds), dtype=np.float32))
                 shards.write(

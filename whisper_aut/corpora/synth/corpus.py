@@ -17,7 +17,7 @@ from whisper_aut.corpora.synth.signals import SAMPLE_RATE_HZ
 from whisper_aut.corpora.synth.sounds import SOUND_LABELS, render_sound
 from whisper_aut.corpora.synth.speech import KEYWORDS, render_speech
 from whisper_aut.data.annotation import DOMAINS, Annotation
-from whisper_aut.data.shards import INDEX_NAME, ShardFolder, open_index
+from whisper_aut.data.shards import INDEX_NAME, ShardWriter, open_index
 from whisper_aut.errors import UserError
 from whisper_aut.utils import parallel_map, progress_bar
 
@@ -134,8 +134,8 @@ def build_demo(
         with progress_bar(progress) as bar:
             task = bar.add_task("clips", total=len(orders))
             for split, domain in parts:
-                with ShardFolder(staging / split / domain) as folder:
-                    folder.facts = metadata
+                with ShardWriter(staging / split / domain) as folder:
+                    folder.metadata = metadata
                     for key, flac, annotation in islice(clips, len(options.orders(split, domain))):
                         folder.write(key, "flac", flac, annotation)
                         bar.advance(task)
@@ -168,6 +168,6 @@ def _read_recipe(folder: Path) -> str | None:
             f"{BUILDER} --out DIR"
         )
     try:
-        return open_index(folder).facts["recipe"]
+        return open_index(folder).metadata["recipe"]
     except UserError:  # shards are missing: build again
         return None

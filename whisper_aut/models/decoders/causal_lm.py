@@ -227,7 +227,7 @@ class CausalLMDecoder(nn.Module):
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         chats = self._lay_out(frames, lengths, targets.tokens, targets.lengths)
         states = sequence_states(self.model, chats.embeddings, chats.lengths, self.layout)
-        predicted = targets.places
+        predicted = targets.label_indices
         # Each token is predicted from the state one position before it.
         hidden = states.index_select(0, chats.places.index_select(0, predicted) - 1)
         weight: Any = self.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]

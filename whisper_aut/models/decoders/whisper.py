@@ -21,7 +21,7 @@ from transformers.models.whisper.modeling_whisper import WhisperDecoder as HFWhi
 from whisper_aut.data.annotation import DOMAINS
 from whisper_aut.data.batch import Targets
 from whisper_aut.data.languages import whisper_codes
-from whisper_aut.data.targets import OF_THE_SAMPLE, DomainPrompt, WhisperText
+from whisper_aut.data.targets import SAMPLE_LANGUAGE, DomainPrompt, WhisperText
 from whisper_aut.errors import UserError
 from whisper_aut.models.attention import Segments
 from whisper_aut.models.encoder import packed_attention, packed_feed_forward
@@ -62,10 +62,10 @@ def build_whisper_decoder(
             raise UserError(
                 f"decoder.prompts.{domain}: not a domain; there are {', '.join(DOMAINS)}."
             )
-        if prompt.language != OF_THE_SAMPLE and not whisper_codes(prompt.language):
+        if prompt.language != SAMPLE_LANGUAGE and not whisper_codes(prompt.language):
             raise UserError(
                 f"decoder.prompts.{domain}.language: {prompt.language!r} is no language of "
-                f"Whisper's. Give a code such as `en`, or `{OF_THE_SAMPLE}` for what each sample "
+                f"Whisper's. Give a code such as `en`, or `{SAMPLE_LANGUAGE}` for what each sample "
                 "states."
             )
     # Load the model before the other checks, so that a missing decoder is the error reported first.
@@ -86,7 +86,7 @@ def build_whisper_decoder(
         start.multilingual,
     )
     for domain, prompt in options.prompts.items():
-        if prompt.language != OF_THE_SAMPLE and not codec.language_token(prompt.language):
+        if prompt.language != SAMPLE_LANGUAGE and not codec.language_token(prompt.language):
             raise UserError(
                 f"decoder.prompts.{domain}.language: the tokenizer of {start.path} has no token "
                 f"for {prompt.language!r}."
@@ -163,7 +163,7 @@ class WhisperDecoder(nn.Module):
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         hidden = self._hidden(frames, lengths, targets)
         # Each token is predicted from the state one position before it.
-        predicted = targets.places
+        predicted = targets.label_indices
         weight = self.whisper.embed_tokens.weight
         total, nll, correct = chunked_cross_entropy(
             hidden[predicted - 1], weight, targets.tokens[predicted]

@@ -8,7 +8,7 @@ import lightning
 import torch.distributed as dist
 
 from whisper_aut.data.batch import Batch
-from whisper_aut.data.targets import without_language_token
+from whisper_aut.data.targets import missing_token_warning
 
 
 class UnknownLanguages(lightning.Callback):
@@ -69,7 +69,7 @@ class UnknownLanguages(lightning.Callback):
 
     def _warn_once(self, when: str, clips: Counter[str]) -> None:
         if not self.warned and (found := _over_ranks(clips)):
-            self.warn(when + without_language_token(found))
+            self.warn(when + missing_token_warning(found))
             self.warned = True
 
 

@@ -368,7 +368,7 @@ class LedgerCallback(lightning.Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self.ledger.record(batch.sources, batch.refusals)
+        self.ledger.record(batch.sources, batch.skipped)
 
     def on_validation_batch_start(
         self,
@@ -380,7 +380,7 @@ class LedgerCallback(lightning.Callback):
     ) -> None:
         # Every validation reads the same clips, so only the first is recorded.
         if not trainer.sanity_checking and not self.ledger.validated:
-            self.ledger.record_validation(batch.refusals)
+            self.ledger.record_validation(batch.skipped)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self.ledger.validated |= not trainer.sanity_checking
@@ -423,11 +423,11 @@ class SourceEpochs(lightning.Callback):
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        data.position = batch.behind.position
+        data.position = batch.next_cursor.position
         whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not whole_step or trainer.global_step % trainer.log_every_n_steps:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        epochs = data.source_epochs(batch.behind.position)
+        epochs = data.source_epochs(batch.next_cursor.position)
         short = _short_names(list(epochs))
         for logger in trainer.loggers:
             figures = {f"data/epochs/{short[root]}": value for root, value in epochs.items()}

@@ -235,7 +235,7 @@ class Guard(lightning.Callback):
             return
         self.streak = 0
         if self.spikes and (usual := self.spikes.judge(float(loss))):
-            self._answer_spike(trainer.global_step, float(loss), usual, batch.behind)
+            self._answer_spike(trainer.global_step, float(loss), usual, batch.next_cursor)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -277,10 +277,10 @@ class Guard(lightning.Callback):
                 "last checkpoint."
             )
 
-    def _answer_spike(self, step: int, loss: float, usual: float, behind: Cursor) -> None:
+    def _answer_spike(self, step: int, loss: float, usual: float, next_cursor: Cursor) -> None:
         message = f"The loss spiked to {loss:.4g} at step {step}, where {usual:.4g} was usual."
         if self.rewind:
-            raise Rewind(behind, message)
+            raise Rewind(next_cursor, message)
         self.warn(message)
 
 
