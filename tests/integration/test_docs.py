@@ -1,6 +1,6 @@
 """What README and docs/ say is true: their Python runs, their commands are understood, what they name exists.
 
-A block with a title is the file of that name. `export.md` and `extending.md` are followed from top to bottom, commands included, in a
+A block with a title is the file of that name. `export.md` and `extend.md` are followed from top to bottom, commands included, in a
 folder that holds what they say it holds; of the other pages the Python runs and the commands are parsed, their configs loaded.
 """
 
@@ -37,7 +37,7 @@ from whisper_aut.probes.tasks import task_from_mapping
 
 DOCS, CONF = REPOSITORY / "docs", REPOSITORY / "conf"
 PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
-FOLLOWED = {"export.md", "extending.md"}
+FOLLOWED = {"export.md", "extend.md"}
 BLOCK = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 KEY = re.compile(
@@ -217,7 +217,7 @@ def test_commands_flags_files_and_keys_in_the_text_exist(page: Path):
             assert words[0].partition("=")[0] in all_flags() | THEIRS, code
         for word in words:
             if FILE.match(word) and not re.search(r"[A-Z]{3}", word):
-                assert (REPOSITORY / word).exists() or word in titles_of("extending.md"), (
+                assert (REPOSITORY / word).exists() or word in titles_of("extend.md"), (
                     f"{page.name}: there is no {word}"
                 )
             if (found := KEY.match(word)) and "/" not in word:

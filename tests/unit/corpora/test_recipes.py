@@ -674,4 +674,4 @@ def test_the_real_corpora_build_as_folders(name: str, clips: int, real_data: Pat
 def test_list_prints_and_the_documentation_holds_the_same_table(capsys: pytest.CaptureFixture[str]):
     assert main(["data", "list"]) == 0
     assert "librispeech" in capsys.readouterr().out
-    assert markdown(list(RECIPES.values())) in (REPOSITORY / "docs" / "corpora.md").read_text()
+    assert markdown(list(RECIPES.values())) in (REPOSITORY / "docs" / "data.md").read_text()

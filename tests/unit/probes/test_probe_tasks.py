@@ -69,7 +69,7 @@ def test_the_public_x_ares_tasks_carry_its_weights():
 
 
 def test_the_table_of_tasks_is_that_of_the_yamls():
-    """docs/probes.md lists what conf/probe_tasks holds; the failure prints the lines to paste."""
+    """docs/evaluate.md lists what conf/probe_tasks holds; the failure prints the lines to paste."""
     lines = [
         "| task | domain | classes | metric | split | weight |",
         "|:---|:---|---:|:---|:---|---:|",
@@ -84,7 +84,7 @@ def test_the_table_of_tasks_is_that_of_the_yamls():
             f"| `{task.name}` | {task.domain} | {task.classes or '–'} | {task.metric} | {split} | {task.weight:g} |"
         )
     table = "\n".join(lines)
-    assert table in (TASK_FOLDER.parents[1] / "docs" / "probes.md").read_text(), table
+    assert table in (TASK_FOLDER.parents[1] / "docs" / "evaluate.md").read_text(), table
 
 
 @pytest.mark.parametrize(

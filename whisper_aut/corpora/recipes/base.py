@@ -312,6 +312,6 @@ def cells(recipe: Recipe) -> tuple[str, ...]:
 
 
 def markdown(recipes: list[Recipe]) -> str:
-    """Return the table of recipes in Markdown, as in `docs/corpora.md`."""
+    """Return the table of recipes in Markdown, as in `docs/data.md`."""
     lines = [COLUMNS, tuple(":---" for _ in COLUMNS), *(cells(recipe) for recipe in recipes)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
