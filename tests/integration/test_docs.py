@@ -7,6 +7,7 @@ folder that holds what they say it holds; of the other pages the Python runs and
 import argparse
 import ast
 import dataclasses
+import importlib
 import re
 import shlex
 import shutil
@@ -158,7 +159,8 @@ def check_command(arguments: list[str]) -> None:
     """Parse a command as the command line does; load the config and the probe tasks that it names."""
     options = _parse(arguments)
     if config := getattr(options, "config", ""):
-        check_decoder(load_settings(REPOSITORY / config, options.overrides).decoder)
+        path = REPOSITORY / config
+        check_decoder(load_settings(path if path.exists() else config, options.overrides).decoder)
     if arguments[0] == "probe":
         load_tasks([name for name in options.tasks if name not in PLACEHOLDERS], CONF)
 
@@ -291,7 +293,7 @@ def test_every_page_is_in_the_navigation():
     site = yaml.load(
         (REPOSITORY / "mkdocs.yml").read_text(), Loader=yaml.BaseLoader
     )  # plain text, no tags of mkdocs
-    listed = re.findall(r"'([\w/]+\.md)'", str(site["nav"]))
+    listed = re.findall(r"'([\w/-]+\.md)'", str(site["nav"]))
     written = [page.relative_to(DOCS) for page in DOCS.rglob("*.md")]
     assert sorted(listed) == sorted(
         str(page) for page in written if page.parts[0] != "results"
@@ -329,6 +331,16 @@ def test_the_reference_holds_every_group_of_settings():
         for kind in groups
         if f"::: {settings.__name__}.{kind.__name__}\n" not in reference + "\n"
     ]
+
+
+def test_every_name_in_the_reference_exists():
+    missing = []
+    for page in (DOCS / "api").glob("*.md"):
+        for name in re.findall(r"^::: (\S+)", page.read_text(), re.M):
+            module, _, attribute = name.rpartition(".")
+            if not hasattr(importlib.import_module(module), attribute):
+                missing.append(f"{page.name}: {name}")
+    assert not missing
 
 
 def test_the_readme_is_short():
