@@ -1,7 +1,8 @@
-"""What README and docs/ say is true: their Python runs, their commands are understood, what they name exists.
+"""README and docs/ are true: their Python runs, their commands parse, what they name exists.
 
-A block with a title is the file of that name. `export.md` and `extend.md` are followed from top to bottom, commands included, in a
-folder that holds what they say it holds; of the other pages the Python runs and the commands are parsed, their configs loaded.
+A block with a title is the file of that name. `export.md` is followed from top to bottom, commands included, in a folder
+that has what it says; `test_extend.py` does that for each section of `extend.md`. Of the other pages, Python is run and
+commands are parsed with their configs.
 """
 
 import argparse
@@ -9,12 +10,10 @@ import ast
 import dataclasses
 import importlib
 import re
-import shlex
 import shutil
 import subprocess
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,20 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from tests.support import REPOSITORY
+from tests.support.pages import BLOCK, DOCS, blocks_of, follow
 from whisper_aut import __version__
 from whisper_aut import config as settings
-from whisper_aut.cli import _parse, _parser, main
+from whisper_aut.cli import _parse, _parser
 from whisper_aut.config import Settings, build, load_settings
-from whisper_aut.corpora.recipes import RECIPES
 from whisper_aut.data.targets import Instruction, Instructions
 from whisper_aut.experiments.grid import arms_of, load_experiment
-from whisper_aut.models.adapters import ADAPTERS
 from whisper_aut.models.decoders import DECODERS, check_decoder
 from whisper_aut.pipeline import load_tasks
 from whisper_aut.probes.tasks import task_from_mapping
 
-DOCS, CONF = REPOSITORY / "docs", REPOSITORY / "conf"
+CONF = REPOSITORY / "conf"
 PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
 FOLLOWED = {"export.md", "extend.md"}
-BLOCK = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 KEY = re.compile(
     r"^(data|optim|trainer|model|decoder|probe|hardware|strategy|corpora|adapter|lora)\.([a-z_.]+)(?==|$)"
@@ -54,69 +51,20 @@ each_page = pytest.mark.parametrize(
 )
 
 
-@dataclass(frozen=True)
-class Block:
-    language: str
-    title: str
-    text: str
-
-    @property
-    def commands(self) -> list[list[str]]:
-        """Its command lines, without comments; continued lines are one."""
-        joined = self.text.replace("\\\n", " ")
-        return [
-            words for line in joined.splitlines() if (words := shlex.split(line, comments=True))
-        ]
-
-
-def blocks_of(page: Path) -> list[Block]:
-    text = page.read_text()
-    blocks = [Block(*found) for found in BLOCK.findall(text)]
-    assert len(blocks) == len(re.findall("^```", text, re.M)) / 2, (
-        f"{page.name} has a fence that is not understood"
-    )
-    return blocks
-
-
 def inline_of(page: Path) -> list[str]:
     return INLINE.findall(BLOCK.sub("", page.read_text()))
 
 
-@pytest.fixture
-def folder(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """What the pages start from, as the working directory; registries are put back afterwards."""
-    shutil.copytree(story / "runs", tmp_path / "runs", symlinks=True)
-    (tmp_path / "data").symlink_to(story / "data")
-    shutil.copytree(story / "clips", tmp_path / "clips")
-    shutil.copytree(CONF, tmp_path / "conf")
-    shutil.copy(story / "clip.wav", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    registries: list[dict[str, Any]] = [DECODERS, ADAPTERS, RECIPES]
-    before = [dict(registry) for registry in registries]
-    yield tmp_path
-    for registry, entries in zip(registries, before, strict=True):
-        registry.clear()
-        registry.update(entries)
-
-
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.name
+    "page",
+    [page for page in PAGES if "```python" in page.read_text() and page.name != "extend.md"],
+    ids=lambda page: page.name,
 )
-def test_what_a_page_tells_to_run_runs(page: Path, folder: Path):
+def test_what_a_page_tells_to_run_runs(page: Path, reader_folder: Path):
     if page.name == "export.md":
         for package in ("onnxruntime", "onnxscript"):
             pytest.importorskip(package)
-    names: dict[str, object] = {}
-    for block in blocks_of(page):
-        if block.title:
-            Path(block.title).write_text(block.text)
-        elif block.language == "python":
-            exec(compile(block.text, page.name, "exec"), names)
-        elif block.language == "" and page.name in FOLLOWED:
-            for program, *arguments in block.commands:
-                assert program == "whisper-aut"
-                assert main(arguments) == 0, arguments
+    follow(blocks_of(page), commands=page.name in FOLLOWED)
 
 
 @each_page

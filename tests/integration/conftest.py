@@ -1,0 +1,34 @@
+"""The folder in which the pages of docs/ are followed."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import REPOSITORY
+from whisper_aut.corpora.recipes import RECIPES
+from whisper_aut.models.adapters import ADAPTERS
+from whisper_aut.models.decoders import DECODERS
+
+
+@pytest.fixture
+def reader_folder(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder that the pages of docs/ start from, as the working directory.
+
+    Registries are restored afterwards.
+    """
+    shutil.copytree(story / "runs", tmp_path / "runs", symlinks=True)
+    (tmp_path / "data").symlink_to(story / "data")
+    shutil.copytree(story / "clips", tmp_path / "clips")
+    shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
+    shutil.copy(story / "clip.wav", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registries: list[dict[str, Any]] = [DECODERS, ADAPTERS, RECIPES]
+    before = [dict(registry) for registry in registries]
+    yield tmp_path
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
