@@ -1,7 +1,6 @@
 """`whisper-aut experiment`: run a grid of configs and seeds and compare the results."""
 
 import argparse
-import os
 from pathlib import Path
 
 from rich.console import Console
@@ -10,17 +9,17 @@ from rich.console import Console
 def experiment(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.config import find_config
     from whisper_aut.errors import UserError
-    from whisper_aut.experiments.conduct import analyse, conduct, plan_table
+    from whisper_aut.experiments.analysis import write_report
     from whisper_aut.experiments.grid import load_experiment
-    from whisper_aut.experiments.tables import page, put_into
+    from whisper_aut.experiments.runner import plan_table, run_experiment
 
-    if options.experiment.endswith(".json"):
+    stored = Path(options.experiment)
+    if stored.suffix == ".json":
         if options.overrides or options.plan or options.out:
             raise UserError(
-                f"{options.experiment} holds results: its tables and figure are written again next "
-                "to it, and nothing is run. Only --page goes with it."
+                f"{stored} holds results, so nothing is run and there is nothing to override. Its "
+                "tables and figure are written next to it."
             )
-        done = analyse(Path(options.experiment), console)
     else:
         path = find_config(options.experiment, kind="experiments")
         settings = load_experiment(path, options.overrides)
@@ -28,12 +27,8 @@ def experiment(options: argparse.Namespace, console: Console) -> None:
             console.print(plan_table(settings, path))
             return
         out = Path(options.out or Path(settings.runs) / settings.name)
-        done = conduct(settings, path, out, console)
-    if options.page:
-        document, name = Path(options.page), done.results.name
-        picture = os.path.relpath(done.page.with_suffix(".png"), document.parent)
-        put_into(document, name, page(done.results, picture))
-    console.print(f"Done. Tables in {done.page}, everything in {done.json}.")
+        stored = run_experiment(settings, path, out, console)
+    console.print(f"Wrote {write_report(stored, console)}; all results are in {stored}.")
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -44,7 +39,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     command.add_argument(
         "experiment",
         help="a YAML file, or the name of an experiment in the package, such as e4_mixture; or "
-        "stored results, such as docs/results/e4_mixture.json, to write their tables again",
+        "stored results, such as docs/results/e4_mixture.json, to write tables and figure again",
     )
     command.add_argument(
         "overrides",
@@ -61,11 +56,5 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--out",
         default="",
         help="folder for table, figure and JSON (default: the experiment's folder in runs/)",
-    )
-    command.add_argument(
-        "--page",
-        default="",
-        metavar="FILE",
-        help="also write the tables between the markers of this Markdown file",
     )
     command.set_defaults(run=experiment)

@@ -1,1 +1,1 @@
-"""Experiments: a grid of configs and seeds, run, measured and compared; one file of `conf/experiments` each."""
+"""Experiments: train and measure a grid of configs and seeds, and compare the arms."""

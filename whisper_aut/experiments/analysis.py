@@ -1,34 +1,64 @@
-"""What an experiment found, as data: per arm and seed the scores, answers, loss curve, price and commands; and back from JSON.
+"""Results of an experiment: scores and costs of each arm and seed, paired tests, tables, a figure.
 
-In: what `experiments.measure` measured. Out: plain JSON from which every table and figure is made again. Next: `experiments.statistics`.
+The tests ask whether one recipe is better than another, so their unit is the training run: arms
+are compared by paired t tests over seeds. Sources: Holm 1979; Cohen, Statistical Power Analysis.
 """
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from math import log, sqrt
+from itertools import product
+from math import exp, log, sqrt
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
 from scipy.optimize import root_scalar
 from scipy.stats import chi2, norm, t, ttest_1samp
 
 from whisper_aut.data.annotation import DOMAINS
 from whisper_aut.errors import UserError
+from whisper_aut.probes.embed import BASELINE_NAME
 from whisper_aut.probes.stats import holm, mean_std
+from whisper_aut.report.plots import (
+    BASELINE_COLOUR,
+    BASELINE_DASHES,
+    CHARACTERS_PER_PAGE,
+    MARKERS,
+    PALETTE,
+    STYLE,
+    blank_figure,
+    legend_below,
+    save_figure,
+    set_category_labels,
+)
+from whisper_aut.report.tables import BLANK, Table, p_value
 from whisper_aut.utils import write_text
 
-RESULTS_VERSION = 1
+ALPHA = 0.05
+POWER = 0.8  # of the smallest detectable difference
+MIN_RUNS = 5  # of each recipe, for any claim
+ROUNDING = 1e-9
+LINE_STYLES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class TaskMetadata:
+    """What tables say about a probe task."""
+
+    title: str
+    domain: str
+    test_clips: int
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training run took: what it heard, what it computed, how long, and how much of what its encoder ran on was padding.
-
-    Seconds are wall clock of the training loop, data wait included, validation and checkpoints not.
-    """
+    """Totals of a training run, without validation and checkpoints."""
 
     steps: int
     audio_seconds: float
@@ -38,8 +68,8 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Point:
-    """A validation: its loss, and what had been spent until then."""
+class Validation:
+    """A validation loss, and the cost of training up to it."""
 
     step: int
     loss: float
@@ -49,213 +79,137 @@ class Point:
 
 
 @dataclass(frozen=True)
-class TaskResult:
-    """One encoder on one probe task.
+class Measurement:
+    """Results of one arm with one seed.
 
     Attributes:
-        score: mean over probe seeds, 0 … 1.
-        spread: its deviation over probe seeds; None with one.
-        valid: the score on validation clips by which the penalty was chosen; None where nothing was to be chosen.
-        right: a digit for each test clip: in how many probe seeds it was right. Empty where clips are not right or wrong.
-        keys: hash of the test clips' names: scores of equal hashes are of the same clips.
-    """
-
-    title: str
-    domain: str
-    score: float
-    spread: float | None
-    valid: float | None
-    right: str
-    keys: str
-    test_clips: int
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One arm with one seed.
-
-    Attributes:
-        tasks: probe task → result. answers: figure → value, as `exact_sound_class`.
-        curve: of its training; empty where nothing was trained.
-        commands: that make and measure it, in order.
+        scores: Probe task → score, 0 … 1.
+        answers: Metric of the language model's answers, such as `exact_sound_class` → value.
+        curve, cost: Of the training run; none for an encoder with random weights.
     """
 
     arm: str
     seed: int
-    tasks: dict[str, TaskResult]
-    answers: dict[str, float]
-    curve: tuple[Point, ...]
-    cost: Cost | None
-    commands: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ArmFacts:
-    """What tables and figures call an arm: its choice and title on each axis."""
-
-    name: str
-    titles: tuple[str, ...]
-    choices: dict[str, str]
+    scores: dict[str, float]
+    answers: dict[str, float] = field(default_factory=dict)
+    curve: tuple[Validation, ...] = ()
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)
 class Results:
-    """An experiment's results.
+    """Results of an experiment.
 
     Attributes:
-        settings: the experiment as it was run, without places of this machine.
-        arms: in the order of the tables. measures: of each arm and seed; fewer where the experiment is not finished.
-        baseline: log-mel statistics, which nothing trains.
-        audits: what the audit of training shards against probe shards found, a line each.
-        environment: versions, machine, date.
+        arms: Arm → axis → title of the arm's choice, in the order of the tables.
+        measurements: One for each arm and seed.
+        baseline: Probe task → score of log-mel statistics.
+        audits: Overlap of training and test data, one line for each set of probes.
+        settings: `primary`, `margin`, `thresholds` and `figure` of the experiment.
+        environment: Date, machine and package versions.
     """
 
     name: str
     title: str
     question: str
     reference: str
-    seeds: tuple[int, ...]
-    probe_seeds: int
-    arms: tuple[ArmFacts, ...]
-    measures: tuple[Measure, ...]
-    baseline: dict[str, TaskResult]
+    arms: dict[str, dict[str, str]]
+    tasks: dict[str, TaskMetadata]
+    measurements: tuple[Measurement, ...]
+    baseline: dict[str, float]
     audits: tuple[str, ...]
+    settings: dict[str, Any]
     environment: dict[str, Any]
-    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def tasks(self) -> dict[str, TaskResult]:
-        """Return one result of each task, for its title and domain."""
-        return {
-            name: result
-            for measure in reversed(self.measures)
-            for name, result in measure.tasks.items()
-        }
+    def seeds(self) -> list[int]:
+        return sorted({one.seed for one in self.measurements})
+
+    @property
+    def domains(self) -> list[str]:
+        present = {task.domain for task in self.tasks.values()}
+        return [domain for domain in DOMAINS if domain in present]
 
     @property
     def answers(self) -> list[str]:
-        return list(dict.fromkeys(name for measure in self.measures for name in measure.answers))
+        """Names of the metrics of answers."""
+        return list(dict.fromkeys(name for one in self.measurements for name in one.answers))
 
-    def of(self, arm: str) -> list[Measure]:
-        """Return the measures of an arm, seed by seed."""
-        return sorted(
-            (measure for measure in self.measures if measure.arm == arm),
-            key=lambda measure: measure.seed,
-        )
+    @property
+    def thresholds(self) -> list[float]:
+        return self.settings.get("thresholds", [])
 
-    def to_json(self) -> str:
-        return json.dumps(
-            {"version": RESULTS_VERSION, **asdict(self)}, indent=1, ensure_ascii=False
-        )
+    def by_arm(self) -> dict[str, list[Measurement]]:
+        """Return the measurements of each arm, ordered by seed."""
+        ordered = sorted(self.measurements, key=lambda one: one.seed)
+        return {arm: [one for one in ordered if one.arm == arm] for arm in self.arms}
+
+    def domain_score(self, one: Measurement, domain: str) -> float | None:
+        """Return the unweighted mean score of a domain's tasks, in percent."""
+        found = [score for name, score in one.scores.items() if self.tasks[name].domain == domain]
+        return 100 * float(np.mean(found)) if found else None
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, self.to_json() + "\n")
+        write_text(path, TypeAdapter(Results).dump_json(self, indent=1).decode() + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Results":
-        """Read `save`'s file.
+        """Read a file that `save` wrote.
 
         Raises:
-            UserError: missing, of another version, or damaged.
+            UserError: The file cannot be read, or does not hold results of this release.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data.pop("version") != RESULTS_VERSION:
-                raise ValueError("another version")
-            tupled = {name: tuple(data[name]) for name in ("seeds", "audits")}
-            arms = tuple(
-                ArmFacts(arm["name"], tuple(arm["titles"]), arm["choices"]) for arm in data["arms"]
-            )
-            measures = tuple(_measure(measure) for measure in data["measures"])
-            return cls(
-                **data
-                | tupled
-                | {"arms": arms, "measures": measures, "baseline": _tasks(data["baseline"])}
-            )
+            return TypeAdapter(Results).validate_json(path.read_bytes())
         except OSError as error:
             raise UserError(f"Cannot read results from {path}: {error.strerror}.") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValidationError as error:
+            problem = error.errors()[0]
+            location = ".".join(map(str, problem["loc"]))
             raise UserError(
-                f"{path} does not hold results of this release ({error!r}). Run whisper-aut experiment again."
+                f"{path} does not hold results of this release ({location}: {problem['msg']}). "
+                "Run whisper-aut experiment again."
             ) from None
-
-
-def _measure(data: dict[str, Any]) -> Measure:
-    curve = tuple(Point(**point) for point in data["curve"])
-    cost = Cost(**data["cost"]) if data["cost"] else None
-    return Measure(
-        **data
-        | {
-            "tasks": _tasks(data["tasks"]),
-            "curve": curve,
-            "cost": cost,
-            "commands": tuple(data["commands"]),
-        }
-    )
-
-
-def _tasks(data: dict[str, Any]) -> dict[str, TaskResult]:
-    return {name: TaskResult(**result) for name, result in data.items()}
-
-
-ALPHA = 0.05
-POWER = 0.8  # of the smallest detectable difference
-MIN_TRAININGS = 5  # of each recipe, for any claim
-ROUNDING = 1e-9
-NO_DIFFERENCE = "no difference shown"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation over trainings; no deviation with one."""
-
-    mean: float
-    std: float | None
-    count: int
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What trainings are compared by.
+    """A quantity by which training runs are compared.
 
     Attributes:
-        name: as `primary.endpoint` says it. title: for tables.
-        of: its value for one training; None where it has none.
-        points: in points of 0 … 100: higher is better, and the margin applies. Otherwise lower is
-            better.
-        ratio: values are logarithms; differences are those of ratios.
+        value: Its value for one training run; None if the run has none.
+        is_score: In points of 0 … 100: higher is better, and the margin applies. For other
+            endpoints, lower is better.
+        is_ratio: Values are logarithms, so differences are logarithms of ratios.
     """
 
     name: str
     title: str
-    of: Callable[[Measure], float | None]
-    points: bool = True
-    ratio: bool = False
+    value: Callable[[Measurement], float | None]
+    is_score: bool = True
+    is_ratio: bool = False
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm − the reference in one endpoint, paired by seed.
+    """One arm minus the reference in one endpoint, paired by seed.
 
     Attributes:
-        per_training: the difference of each seed.
-        value, std: their mean and sample standard deviation.
-        low, high: 95 % t interval of the mean, of this comparison by itself.
-        p_value: of no difference, by a paired t test; None with one training, or where all
-            differences are the same.
-        p_adjusted: corrected for all comparisons of the experiment.
-        p_no_worse: of being worse by the margin or more, one-sided, corrected after Holm; None
+        differences, mean, std: One for each seed; their mean and sample standard deviation.
+        low, high: 95 % t interval of the mean, for this comparison alone.
+        p_value: Of a paired t test; None with one run, or if all differences are equal.
+        p_adjusted: Corrected for all comparisons of the experiment.
+        p_no_worse: One-sided, of being worse by the margin or more, with Holm's correction; None
             without a margin.
-        detectable: the true difference that would be found with a probability of 80 %, at this
-            spread, number of trainings (`MIN_TRAININGS`, where there are fewer) and correction.
+        detectable: The true difference that would be found with a probability of 80 %, with this
+            standard deviation, number of runs (at least `MIN_RUNS`) and correction.
     """
 
     arm: str
     endpoint: Endpoint
     primary: bool
-    per_training: tuple[float, ...]
-    value: float
+    differences: tuple[float, ...]
+    mean: float
     std: float | None
     low: float | None = None
     high: float | None = None
@@ -266,19 +220,23 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        trainings = len(self.per_training)
-        if trainings < MIN_TRAININGS:
-            return f"no claim ({trainings} training{'s' * (trainings > 1)})"
+        runs = len(self.differences)
+        if runs < MIN_RUNS:
+            return f"no claim ({runs} run{'s' * (runs > 1)})"
         no_worse = self.p_no_worse is not None and self.p_no_worse < ALPHA / 2
         if self.p_adjusted is not None and self.p_adjusted < ALPHA:
-            better = (self.value > 0) == self.endpoint.points
-            return "better" if better else "worse, within the margin" if no_worse else "worse"
-        return "no worse" if no_worse else NO_DIFFERENCE
+            if (self.mean > 0) == self.endpoint.is_score:
+                return "better"
+            return "worse, within the margin" if no_worse else "worse"
+        return "no worse" if no_worse else "no difference shown"
 
 
 @dataclass(frozen=True)
-class Tests:
-    """`[R]` each, for R comparisons; NaN where there is nothing to test."""
+class PairedTests:
+    """Tests of R comparisons, `[R]` each; NaN where there is nothing to test.
+
+    `alpha` is the level that the p-value of a comparison must reach.
+    """
 
     p_value: np.ndarray
     p_adjusted: np.ndarray
@@ -288,237 +246,457 @@ class Tests:
     alpha: np.ndarray
 
 
-@dataclass(frozen=True)
-class Price:
-    """What it took to bring the validation loss down to a threshold: how many seeds reached it, and their means."""
-
-    threshold: float
-    reached: int
-    seeds: int
-    steps: Spread | None
-    audio_seconds: Spread | None
-    teraflop: Spread | None
-    seconds: Spread | None
-
-
-def spread(values: Sequence[float]) -> Spread:
-    return Spread(*mean_std(values), len(values))
-
-
-def domains_of(results: Results) -> list[str]:
-    present = {result.domain for result in results.tasks.values()}
-    return [domain for domain in DOMAINS if domain in present]
-
-
-def domain_score(results: Results, measure: Measure, domain: str) -> float:
-    """Return the unweighted mean score of a domain's tasks, 0 … 1."""
-    return float(
-        np.mean([result.score for result in measure.tasks.values() if result.domain == domain])
-    )
-
-
 def compare(results: Results) -> list[Comparison]:
-    """Compare every arm with the reference in every endpoint, over the seeds that both have.
-
-    Raises:
-        UserError: arms were tested on different clips.
-    """
+    """Compare every arm with the reference in every endpoint that both have."""
     primary = results.settings.get("primary") or {}
-    margin = results.settings.get("margin")
-    found: list[Comparison] = []
-    for arm, pairs in _pairs(results):
-        for endpoint in endpoints_of(results):
-            values = [(endpoint.of(one), endpoint.of(other)) for one, other in pairs]
-            known = [one - other for one, other in values if one is not None and other is not None]
-            if len(known) == len(values):
-                chosen = (primary.get("arm"), primary.get("endpoint")) == (arm, endpoint.name)
-                found.append(Comparison(arm, endpoint, chosen, tuple(known), *mean_std(known)))
-    if not found:
+    margin = results.settings.get("margin") or np.nan
+    by_arm, rows = results.by_arm(), list[tuple[str, Endpoint, list[float]]]()
+    reference = by_arm.pop(results.reference)
+    for (arm, runs), endpoint in product(by_arm.items(), endpoints_of(results)):
+        pairs = zip(runs, reference, strict=True)
+        values = [(endpoint.value(one), endpoint.value(other)) for one, other in pairs]
+        known = [one - other for one, other in values if one is not None and other is not None]
+        if len(known) == len(values):
+            rows.append((arm, endpoint, known))
+    if not rows:
         return []
-    longest = max(len(one.per_training) for one in found)
-    differences = np.full((len(found), longest), np.nan)
-    for row, one in enumerate(found):
-        differences[row, : len(one.per_training)] = one.per_training
-    margins = [margin if one.endpoint.points and margin else np.nan for one in found]
-    first = next((row for row, one in enumerate(found) if one.primary), None)
-    tests = judge(differences, np.array(margins), first, gated=any(primary.values()))
-    return [_tested(one, tests, row) for row, one in enumerate(found)]
+    key = (primary.get("arm"), primary.get("endpoint"))
+    matches = [row for row, (arm, endpoint, _) in enumerate(rows) if (arm, endpoint.name) == key]
+    primary_row = matches[0] if matches else None
+    tests = paired_tests(
+        np.array([differences for *_, differences in rows]),
+        np.array([margin if endpoint.is_score else np.nan for _, endpoint, _ in rows]),
+        primary_row,
+        gated=bool(primary.get("arm")),
+    )
+    comparisons = []
+    for row, (arm, endpoint, differences) in enumerate(rows):
+        mean, std = mean_std(differences)
+        found = {name: float(array[row]) for name, array in vars(tests).items()}
+        alpha = found.pop("alpha")
+        known = {name: None if np.isnan(value) else value for name, value in found.items()}
+        if std and known["p_value"] is not None:
+            runs = max(len(differences), MIN_RUNS)
+            known["detectable"] = detectable_difference(std, runs, alpha)
+        comparisons.append(
+            Comparison(arm, endpoint, row == primary_row, tuple(differences), mean, std, **known)
+        )
+    return comparisons
 
 
-def judge(
+def paired_tests(
     differences: np.ndarray, margins: np.ndarray, primary: int | None = None, *, gated: bool = False
-) -> Tests:
+) -> PairedTests:
     """Test all comparisons of an experiment.
 
     Args:
-        differences: `[R, N]`, a row for each comparison, NaN where a training is missing.
-        margins: `[R]`: worse by less than this counts as no worse; NaN where no margin applies.
-        primary: row of the primary comparison; None: Holm's correction covers all rows.
-        gated: the other rows need a primary comparison that is not among them, so they cannot pass.
+        differences: `[R, N]`, one row for each comparison and one column for each seed.
+        margins: `[R]`; worse by less than this counts as no worse. NaN if no margin applies.
+        primary: Row of the primary comparison, which is not corrected. The other rows cannot be
+            significant unless it is. With None, Holm's correction covers all rows.
+        gated: There is a primary comparison but it was not measured, so no row is significant.
     """
-    two_sided, interval = _t_test(differences)
-    no_worse, _ = _t_test(differences + margins[:, None], alternative="greater")
-    rest = np.arange(len(differences)) != (-1 if primary is None else primary)
+    two_sided, low, high = _t_test(differences)
+    no_worse, *_ = _t_test(differences + margins[:, None], alternative="greater")
+    corrected = np.arange(len(differences)) != (-1 if primary is None else primary)
     p_adjusted, p_no_worse = two_sided.copy(), no_worse.copy()
-    p_adjusted[rest], p_no_worse[rest] = _holm(two_sided[rest]), _holm(no_worse[rest])
+    p_adjusted[corrected] = _holm(two_sided[corrected])
+    p_no_worse[corrected] = _holm(no_worse[corrected])
     if gated or primary is not None:
         gate = 1.0 if primary is None else np.nan_to_num(two_sided[primary], nan=1.0)
-        p_adjusted[rest] = np.maximum(p_adjusted[rest], gate)
-    strictest = ALPHA / max(1, int(np.isfinite(two_sided[rest]).sum()))  # Holm's first step
-    return Tests(two_sided, p_adjusted, *interval, p_no_worse, np.where(rest, strictest, ALPHA))
-
-
-def detectable_difference(
-    std: float, trainings: int, alpha: float = ALPHA, power: float = POWER
-) -> float:
-    """Return the true difference that a two-sided paired t test finds with a given probability.
-
-    Args:
-        std: standard deviation of the differences between trainings, in the unit of the result.
-        trainings: of each recipe, at least 2.
-        alpha: the level that the p-value must reach.
-        power: the probability.
-    """
-    freedom = trainings - 1
-    critical = t.isf(alpha / 2, freedom)
-    # scipy's noncentral t is NaN this far out: average the normal over quantiles of the chi-square.
-    bounds = critical * np.sqrt(chi2.ppf((np.arange(2_000) + 0.5) / 2_000, freedom) / freedom)
-
-    def missing(effect: float) -> float:
-        return float(np.mean(norm.sf(bounds - effect) + norm.cdf(-bounds - effect))) - power
-
-    return root_scalar(missing, bracket=(0.0, 10 * (critical + 1))).root * std / sqrt(trainings)
-
-
-def price(curves: Sequence[Sequence[Point]], threshold: float) -> Price:
-    """Return what the first validation at or below a threshold had cost, over the seeds that reached it."""
-    reached = [
-        point
-        for curve in curves
-        if (point := next((p for p in curve if p.loss <= threshold), None))
-    ]
-
-    def over(values: Sequence[float | None]) -> Spread | None:
-        known = [value for value in values if value is not None]
-        return spread(known) if known and len(known) == len(values) else None
-
-    return Price(
-        threshold,
-        len(reached),
-        len(curves),
-        over([point.step for point in reached]),
-        over([point.audio_seconds for point in reached]),
-        over([point.teraflop for point in reached]),
-        over([point.seconds for point in reached]),
-    )
-
-
-def endpoints_of(results: Results) -> list[Endpoint]:
-    """Return what trainings are compared by; losses only where the experiment has thresholds."""
-    endpoints = [
-        Endpoint(domain, domain, partial(_domain_points, results, domain))
-        for domain in domains_of(results)
-    ]
-    if results.answers:
-        endpoints.append(Endpoint("answers", "right answers", _right_answers))
-    thresholds = results.settings.get("thresholds", [])
-    if thresholds:
-        endpoints.append(Endpoint("loss", "final validation loss", _final_loss, points=False))
-    shared = [
-        threshold
-        for threshold in thresholds
-        if all(_teraflop_to(threshold, measure) for measure in results.measures)
-    ]
-    if shared:
-        title = f"TFLOP to a loss of {min(shared):g}, ratio"
-        log_work = partial(_log_teraflop_to, min(shared))
-        endpoints.append(Endpoint("compute", title, log_work, points=False, ratio=True))
-    return endpoints
-
-
-def _pairs(results: Results) -> Iterator[tuple[str, list[tuple[Measure, Measure]]]]:
-    """Yield each arm but the reference with its measures and the reference's of the same seeds."""
-    base = {measure.seed: measure for measure in results.of(results.reference)}
-    for arm in results.arms:
-        pairs = [
-            (measure, base[measure.seed])
-            for measure in results.of(arm.name)
-            if measure.seed in base
-        ]
-        if arm.name != results.reference and pairs:
-            _check_clips(pairs)
-            yield arm.name, pairs
-
-
-def _check_clips(pairs: Sequence[tuple[Measure, Measure]]) -> None:
-    for one, other in pairs:
-        for task in one.tasks.keys() & other.tasks.keys():
-            if one.tasks[task].keys != other.tasks[task].keys:
-                raise UserError(
-                    f"Arms were tested on different clips of {task!r}: its shards have changed. "
-                    "Run the experiment again."
-                )
-
-
-def _domain_points(results: Results, domain: str, measure: Measure) -> float:
-    return 100 * domain_score(results, measure, domain)
-
-
-def _right_answers(measure: Measure) -> float | None:
-    """Return the unweighted mean over tasks, in points."""
-    return 100 * float(np.mean(list(measure.answers.values()))) if measure.answers else None
-
-
-def _final_loss(measure: Measure) -> float | None:
-    return measure.curve[-1].loss if measure.curve else None
-
-
-def _teraflop_to(threshold: float, measure: Measure) -> float | None:
-    return next((point.teraflop for point in measure.curve if point.loss <= threshold), None)
-
-
-def _log_teraflop_to(threshold: float, measure: Measure) -> float | None:
-    work = _teraflop_to(threshold, measure)
-    return log(work) if work else None
+        p_adjusted[corrected] = np.maximum(p_adjusted[corrected], gate)
+    first_step = ALPHA / max(1, int(np.isfinite(two_sided[corrected]).sum()))
+    alpha = np.where(corrected, first_step, ALPHA)
+    return PairedTests(two_sided, p_adjusted, low, high, p_no_worse, alpha)
 
 
 def _t_test(
     values: np.ndarray, alternative: str = "two-sided"
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Test the mean of each row of `[R, N]` against 0.
 
     Returns:
-        p-values `[R]` and 95 % intervals, NaN where a row does not vary.
+        p-values `[R]` and the ends of 95 % intervals; NaN for rows that do not vary.
     """
-    p_value, low, high = (np.full(len(values), np.nan) for _ in range(3))
-    known = np.isfinite(values)
-    largest = np.max(np.abs(values), axis=1, where=known, initial=0.0)
-    ranges = np.where(known, values, -np.inf).max(1) - np.where(known, values, np.inf).min(1)
-    varied = ranges > ROUNDING * largest
-    if varied.any():
-        test = ttest_1samp(values[varied], 0.0, axis=1, nan_policy="omit", alternative=alternative)
-        interval = test.confidence_interval(1 - ALPHA)
-        p_value[varied] = test.pvalue  # pyright: ignore[reportAttributeAccessIssue]
-        low[varied], high[varied] = interval
-    return p_value, (low, high)
+    p_values, low, high = np.full((3, len(values)), np.nan)
+    varies = np.ptp(values, axis=1) > ROUNDING * np.abs(values).max(axis=1)  # False for NaN
+    if varies.any():
+        test: Any = ttest_1samp(values[varies], 0.0, axis=1, alternative=alternative)
+        p_values[varies] = test.pvalue
+        low[varies], high[varies] = test.confidence_interval(1 - ALPHA)
+    return p_values, low, high
 
 
 def _holm(p_values: np.ndarray) -> np.ndarray:
-    """Correct the p-values that there are after Holm; NaN stays."""
-    adjusted = p_values.copy()
-    known = np.isfinite(p_values)
+    adjusted, known = p_values.copy(), np.isfinite(p_values)
     adjusted[known] = holm(p_values[known].tolist())
     return adjusted
 
 
-def _tested(one: Comparison, tests: Tests, row: int) -> Comparison:
-    known = {
-        field.name: float(values[row])
-        for field in fields(Tests)
-        if np.isfinite((values := getattr(tests, field.name))[row])
-    }
-    alpha = known.pop("alpha")
-    if one.std and "p_value" in known:
-        trainings = max(len(one.per_training), MIN_TRAININGS)
-        known["detectable"] = detectable_difference(one.std, trainings, alpha)
-    return replace(one, **known)
+def detectable_difference(
+    std: float, runs: int, alpha: float = ALPHA, power: float = POWER
+) -> float:
+    """Return the true difference that a two-sided paired t test finds with a given probability.
+
+    Args:
+        std: Standard deviation of the differences between runs, in the unit of the result.
+        runs: Training runs of each recipe, at least 2.
+        alpha: The level that the p-value must reach.
+        power: The probability.
+    """
+    freedom = runs - 1
+    critical = t.isf(alpha / 2, freedom)
+    # scipy's noncentral t is NaN this far out: average the normal over quantiles of the chi-square.
+    bounds = critical * np.sqrt(chi2.ppf((np.arange(2_000) + 0.5) / 2_000, freedom) / freedom)
+
+    def excess_power(effect: float) -> float:
+        return float(np.mean(norm.sf(bounds - effect) + norm.cdf(-bounds - effect))) - power
+
+    effect = root_scalar(excess_power, bracket=(0.0, 10 * (critical + 1))).root
+    return effect * std / sqrt(runs)
+
+
+def endpoints_of(results: Results) -> list[Endpoint]:
+    """Return what runs are compared by; losses only if the experiment has thresholds."""
+    endpoints = [
+        Endpoint(domain, domain, partial(results.domain_score, domain=domain))
+        for domain in results.domains
+    ]
+    if results.answers:
+        endpoints.append(Endpoint("answers", "right answers", _right_answers))
+    if results.thresholds:
+        endpoints.append(Endpoint("loss", "final validation loss", _final_loss, is_score=False))
+    for threshold in sorted(results.thresholds):
+        value = partial(_log_compute, threshold=threshold)
+        if all(value(one) is not None for one in results.measurements):
+            title = f"TFLOP to a loss of {threshold:g}, ratio"
+            return [*endpoints, Endpoint("compute", title, value, is_score=False, is_ratio=True)]
+    return endpoints
+
+
+def _right_answers(one: Measurement) -> float | None:
+    return 100 * float(np.mean(list(one.answers.values()))) if one.answers else None
+
+
+def _final_loss(one: Measurement) -> float | None:
+    return one.curve[-1].loss if one.curve else None
+
+
+def _log_compute(one: Measurement, threshold: float) -> float | None:
+    point = first_at_most(one.curve, threshold)
+    return log(point.teraflop) if point and point.teraflop else None
+
+
+def first_at_most(curve: Sequence[Validation], threshold: float) -> Validation | None:
+    """Return the first validation whose loss is at or below a threshold."""
+    return next((point for point in curve if point.loss <= threshold), None)
+
+
+def result_tables(results: Results) -> list[Table]:
+    """Return the tables of an experiment that have rows."""
+    build = (score_table, answer_table, cost_table, threshold_table, comparison_table)
+    return [table for one in build if (table := one(results)).rows]
+
+
+def _arm_table(
+    title: str,
+    results: Results,
+    columns: Sequence[str],
+    rows: Iterable[tuple[str, Sequence[str]]],
+    caption: str,
+    text_columns: int = 0,
+) -> Table:
+    """Build a table from pairs of an arm and the cells after its titles."""
+    axes = [axis.replace("_", " ") for axis in results.arms[results.reference]]
+    cells = tuple((*results.arms[arm].values(), *row) for arm, row in rows)
+    return Table(title, (*axes, *columns), cells, len(axes) + text_columns, caption)
+
+
+def score_table(results: Results) -> Table:
+    """Return arms × probe tasks."""
+    rows = [
+        (arm, [_percent([one.scores.get(name) for one in runs]) for name in results.tasks])
+        for arm, runs in results.by_arm().items()
+        if results.tasks
+    ]
+    table = _arm_table(
+        "Linear probes, protocol strict: scores in %",
+        results,
+        [f"{one.title} ({one.domain}, {one.test_clips})" for one in results.tasks.values()],
+        rows,
+        "In brackets: domain and test clips. ± is the standard deviation over "
+        f"{len(results.seeds)} training runs with different seeds. Log-mel statistics are not "
+        "trained.",
+    )
+    if not results.baseline:
+        return table
+    blanks = [""] * (table.text_columns - 1)
+    baseline = (BASELINE_NAME, *blanks, *(_percent([results.baseline[n]]) for n in results.tasks))
+    return replace(table, rows=(baseline, *table.rows))
+
+
+def answer_table(results: Results) -> Table:
+    """Return arms × metrics of the language model's answers for test clips."""
+    rows = [
+        (arm, [_percent([one.answers.get(name) for one in runs]) for name in results.answers])
+        for arm, runs in results.by_arm().items()
+        if results.answers
+    ]
+    return _arm_table(
+        "Answers",
+        results,
+        [name.replace("_", " ") for name in results.answers],
+        rows,
+        "Greedy answers of the language model for test clips, in %. `exact`: equal to the "
+        "reference after normalisation.",
+    )
+
+
+def cost_table(results: Results) -> Table:
+    """Return what each arm's own training cost."""
+    rows = []
+    for arm, runs in results.by_arm().items():
+        costs = [one.cost for one in runs if one.cost]
+        row = [
+            _mean([cost.steps for cost in costs]),
+            _mean([cost.audio_seconds for cost in costs]),
+            _mean([cost.audio_seconds / (1 - cost.padding_fraction) for cost in costs]),
+            _mean([cost.teraflop for cost in costs], 3),
+            _mean([cost.seconds for cost in costs]),
+            _mean([_final_loss(one) for one in runs], 3),
+        ]
+        rows += [(arm, row)] if costs else []
+    if len({tuple(row) for _, row in rows}) == 1:  # all arms measure the same runs
+        rows = []
+    columns = ("steps", "audio (s)", "audio with padding (s)", "TFLOP", "wall clock (s)")
+    return _arm_table(
+        "Training cost",
+        results,
+        (*columns, "final validation loss"),
+        rows,
+        "Of the arm's own training run, without its pretraining. FLOPs are computed from clip and "
+        "text lengths: the forward pass, plus the backward pass where parameters are trained; "
+        "padding is not counted. Wall-clock time of the training loop depends on what else runs "
+        "on the machine, so compare FLOPs first. Losses are in nats per token, averaged over "
+        "domains; they are comparable only for the same decoder and tokenizer.",
+    )
+
+
+def threshold_table(results: Results) -> Table:
+    """Return the cost until each arm reached fixed validation losses."""
+    rows = []
+    for (arm, runs), threshold in product(results.by_arm().items(), results.thresholds):
+        curves = [one.curve for one in runs if one.curve]
+        points = [first_at_most(curve, threshold) for curve in curves]
+        reached = [point for point in points if point]
+        row = [
+            f"{threshold:g}",
+            f"{len(reached)} of {len(curves)}",
+            _mean([point.step for point in reached]),
+            _mean([point.audio_seconds for point in reached]),
+            _mean([point.teraflop for point in reached], 3),
+            _mean([point.seconds for point in reached]),
+        ]
+        rows += [(arm, row)] if curves else []
+    return _arm_table(
+        "Cost to reach a validation loss",
+        results,
+        ("loss ≤", "runs that reach it", "steps", "audio (s)", "TFLOP", "wall clock (s)"),
+        rows,
+        "At the first validation with this loss or less; means over the runs that reach it.",
+    )
+
+
+def comparison_table(results: Results) -> Table:
+    """Return each arm compared with the reference, endpoint by endpoint."""
+    found = compare(results)
+    others = sum(not one.primary for one in found)
+    primary, margin = results.settings.get("primary") or {}, results.settings.get("margin")
+    correction = (
+        f"The primary comparison is tested at 5 % alone. The {others} others get Holm's "
+        "correction, and their p is at least that of the primary one."
+        if primary.get("arm")
+        else f"Holm's correction covers all {others} comparisons; no primary one was named."
+    )
+    no_worse = (
+        f" No worse: the lower end of the 95 % interval is above -{margin:g} points, with Holm's "
+        "correction except for the primary comparison."
+        if margin
+        else ""
+    )
+    columns = ("endpoint", "difference", "by seed", "95 % interval", "p", "p, corrected")
+    return _arm_table(
+        "Comparisons of training runs",
+        results,
+        (*columns, "detectable", "verdict"),
+        [(one.arm, _comparison_cells(one)) for one in found],
+        f"Compared with {', '.join(results.arms[results.reference].values())}, paired by seed. ± "
+        "is the standard deviation of the differences; intervals and p are of a paired t test "
+        f"over training runs. {correction} Domains (unweighted means of their tasks) and answers "
+        "are in points, losses in nats; ratios are compared by their logarithms. Detectable: the "
+        "true difference that the test finds with a probability of 80 %, with this standard "
+        f"deviation, number of runs (at least {MIN_RUNS}) and correction. Better, worse: the "
+        f"corrected p is below 0.05. A claim needs {MIN_RUNS} runs.{no_worse}",
+        text_columns=1,
+    )
+
+
+def _comparison_cells(one: Comparison) -> tuple[str, ...]:
+    def number(value: float, sign: str = "+") -> str:
+        if one.endpoint.is_ratio:
+            return f"{exp(value):.3g}"
+        return f"{value:{sign}.{1 if one.endpoint.is_score else 3}f}"
+
+    times = "× " if one.endpoint.is_ratio else ""
+    no_std = one.std is None or one.endpoint.is_ratio
+    interval = None if one.low is None or one.high is None else (one.low, one.high)
+    return (
+        one.endpoint.title + (", primary" if one.primary else ""),
+        times + number(one.mean) + ("" if no_std else f" ± {number(one.std or 0, '')}"),
+        " · ".join(map(number, one.differences)),
+        " … ".join(map(number, interval)) if interval else BLANK,
+        BLANK if one.p_value is None else p_value(one.p_value),
+        BLANK if one.p_adjusted is None else p_value(one.p_adjusted),
+        BLANK if one.detectable is None else times + number(one.detectable, ""),
+        one.verdict,
+    )
+
+
+def _percent(values: Sequence[float | None]) -> str:
+    return _mean([None if value is None else 100 * value for value in values], 1)
+
+
+def _mean(values: Sequence[float | None], decimals: int = 0) -> str:
+    """Format a mean and, unless it rounds to zero, the standard deviation."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return BLANK
+    mean, std = mean_std(known)
+    deviation = f"{std or 0:.{decimals}f}"
+    return f"{mean:.{decimals}f}" + (f" ± {deviation}" if float(deviation) else "")
+
+
+def results_page(results: Results) -> str:
+    """Return an experiment as Markdown: figure, tables, audit."""
+    parts = [f"# {results.title}", results.question, f"![{results.title}]({results.name}.png)"]
+    parts += [table.to_markdown() for table in result_tables(results)]
+    if results.audits:
+        lines = [f"- {line}" for line in results.audits]
+        parts += ["**Overlap of training and test data**", "\n".join(lines)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def write_report(path: Path, console: Console) -> Path:
+    """Print the tables of stored results, and write `.md` and `.png` next to the JSON file.
+
+    Returns the path of the Markdown file.
+    """
+    results = Results.load(path)
+    plot_results(results, path.with_suffix(".png"))
+    write_text(path.with_suffix(".md"), results_page(results))
+    for table in result_tables(results):
+        console.print(table.to_rich())
+    return path.with_suffix(".md")
+
+
+@rc_context(STYLE)
+def plot_results(results: Results, path: Path) -> Path:
+    """Draw scores and answers of all arms, and loss curves if `figure.curves` is set.
+
+    Raises:
+        UserError: There is nothing to draw, or the file cannot be written.
+    """
+    panels = [endpoint for endpoint in endpoints_of(results) if endpoint.is_score]
+    if not panels:
+        raise UserError("There are no scores and no answers to draw.")
+    layout = [[panel.name for panel in panels for _ in range(2)]]
+    if results.settings["figure"]["curves"]:
+        layout.append(["teraflop"] * len(panels) + ["seconds"] * len(panels))
+    figure = blank_figure(height=3.1 * len(layout) + 0.5)
+    axes = figure.subplot_mosaic(layout)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    baseline = Measurement(BASELINE_NAME, 0, results.baseline)
+    for panel in panels:
+        _plot_scores(axes[panel.name], results, panel, len(panels))
+        level = panel.value(baseline)
+        if level is not None:
+            axes[panel.name].axhline(
+                level, color=BASELINE_COLOUR, linestyle=BASELINE_DASHES, label=BASELINE_NAME
+            )
+    if len(layout) > 1:
+        _plot_curves(axes["teraflop"], results, "teraflop", "TFLOP of training")
+        _plot_curves(axes["seconds"], results, "seconds", "wall clock of training (s)")
+        axes["teraflop"].legend(fontsize=6)
+    figure.suptitle(results.title, x=0.01, ha="left")
+    handles, labels = axes[panels[0].name].get_legend_handles_labels()
+    if labels:
+        legend_below(figure, 3, handles=handles, labels=labels)
+    return save_figure(figure, path)
+
+
+def _styled_arms(results: Results) -> Iterator[tuple[str, int, int, str]]:
+    """Yield each arm with the indices of its choices on the x and colour axes, and the latter."""
+    x_axis, colour_axis = results.settings["figure"]["x"], results.settings["figure"]["colour"]
+    choices = list(dict.fromkeys(titles[x_axis] for titles in results.arms.values()))
+    colours = list(dict.fromkeys(titles.get(colour_axis, "") for titles in results.arms.values()))
+    for arm, titles in results.arms.items():
+        colour = titles.get(colour_axis, "")
+        yield arm, choices.index(titles[x_axis]), colours.index(colour), colour
+
+
+def _plot_scores(axes: Axes, results: Results, endpoint: Endpoint, panels: int) -> None:
+    """Draw mean, standard deviation and runs of each arm; points of one colour are a series."""
+    figure, by_arm = results.settings["figure"], results.by_arm()
+    arms = list(_styled_arms(results))
+    count = 1 + max(colour for _, _, colour, _ in arms)
+    shift = min(0.14, 0.6 / count)
+    for index in range(count):
+        series = [(arm, x, title) for arm, x, colour, title in arms if colour == index]
+        positions, means, deviations = [], [], []
+        for arm, x, _ in series:
+            values = [endpoint.value(one) for one in by_arm[arm]]
+            known = [value for value in values if value is not None]
+            if known:
+                positions.append(x + (index - (count - 1) / 2) * shift)
+                mean, std = mean_std(known)
+                means.append(mean)
+                deviations.append(std or 0.0)
+                x_runs = [positions[-1]] * len(known)
+                axes.plot(x_runs, known, ".", color=PALETTE[index], markersize=3, alpha=0.5)
+        axes.errorbar(
+            positions,
+            means,
+            yerr=deviations,
+            color=PALETTE[index],
+            marker=MARKERS[index % len(MARKERS)],
+            linestyle="-" if figure["ordered"] else "none",
+            label=f"{figure['colour'].replace('_', ' ')}: {series[0][2]}" if count > 1 else None,
+        )
+    tasks = [task.title for task in results.tasks.values() if task.domain == endpoint.name]
+    title = ": ".join([endpoint.title, *([", ".join(tasks)] if tasks else [])])
+    axes.set_title(fill(title, CHARACTERS_PER_PAGE // panels))
+    choices = dict.fromkeys(titles[figure["x"]] for titles in results.arms.values())
+    set_category_labels(axes, list(choices), panels)
+    axes.set(xlim=(-0.5, len(choices) - 0.5), xlabel=figure["x"].replace("_", " "), ylabel="%")
+    axes.grid(visible=False, axis="x")
+
+
+def _plot_curves(axes: Axes, results: Results, cost: str, label: str) -> None:
+    """Draw the mean validation loss of each arm, with its standard deviation, by cost."""
+    by_arm = results.by_arm()
+    for arm, choice, line, _ in _styled_arms(results):
+        curves = [one.curve for one in by_arm[arm] if one.curve]
+        length = min(map(len, curves), default=0)
+        spent = np.array([[getattr(p, cost) for p in curve[:length]] for curve in curves], float)
+        if not length or np.isnan(spent).any():
+            continue
+        losses = np.array([[point.loss for point in curve[:length]] for curve in curves])
+        mean, std = losses.mean(0), losses.std(0, ddof=min(1, len(losses) - 1))
+        colour, style = PALETTE[choice % len(PALETTE)], LINE_STYLES[line % len(LINE_STYLES)]
+        name = ", ".join(results.arms[arm].values())
+        axes.plot(spent.mean(0), mean, color=colour, linestyle=style, label=name)
+        axes.fill_between(
+            spent.mean(0), mean - std, mean + std, color=colour, alpha=0.15, linewidth=0
+        )
+    for threshold in results.thresholds:
+        axes.axhline(threshold, color="#888888", linewidth=0.8, linestyle=":")
+    axes.set(xlabel=label, ylabel="validation loss (nats per token)")

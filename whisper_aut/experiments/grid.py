@@ -1,14 +1,12 @@
-"""The typed schema under `conf/experiments/*.yaml`.
+"""The grid of an experiment: its config, its arms, and the training runs that they need.
 
-In: an experiment's file and overrides. Out: `ExperimentSettings`, checked to the last key. Next: `experiments.grid` lays out its arms.
-A file may say `extends: base.yaml`; lists replace those of the base, mappings are merged.
+One YAML file in `conf/experiments` describes an experiment. A run is found on disk by its config
+and data, so that a stopped experiment resumes when the same command runs again.
 """
 
-import json
 import os
 import re
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -18,7 +16,6 @@ import yaml
 from rich.console import Console
 
 from whisper_aut.config import (
-    CorporaSettings,
     ManifestSettings,
     Settings,
     build,
@@ -26,59 +23,54 @@ from whisper_aut.config import (
     find_config,
     load_settings,
 )
-from whisper_aut.errors import UserError, nearest
+from whisper_aut.errors import Problems, UserError, nearest
 from whisper_aut.models.decoders import check_decoder
-from whisper_aut.pipeline import Story, prepare_corpora, run_pipeline
-from whisper_aut.training.factory import build_forecast, planned_config, run_fingerprint
+from whisper_aut.pipeline import Story, run_pipeline
+from whisper_aut.training.factory import run_fingerprint
 from whisper_aut.training.run_dir import RunDirectory, list_runs
-from whisper_aut.utils import file_lock
+from whisper_aut.utils import file_lock, read_json
 
-RANDOM = "random:"  # before the name of a start: its shape, new weights
-
-
-@dataclass
-class StartSettings:
-    """A run that arms start from, or are compared by: a config, what is changed in it, and the start that it has itself.
-
-    Starts are shared: by all arms of a seed, and by experiments that define them alike.
-    """
-
-    config: str
-    set: dict[str, Any] = field(default_factory=dict)
-    start: str = ""
+RANDOM = "random:"  # before a name in `init_from`: the same architecture, random weights
+SEPARATOR = "/"  # between the choices in an arm's name
+Endpoint = Literal["", "speech", "sound", "music", "answers", "loss", "compute"]
 
 
 @dataclass
 class EvaluateSettings:
-    """How an arm's encoder is heard by the probes, where that is not as it was trained.
+    """How probes run an arm's encoder. By default: padding as in training, mean pooling, output.
 
-    Attributes:
-        padding: `none` or `30s`; empty for the padding of its training.
-        pooling: over a clip's own frames: `mean` or `mean_std`.
-        layer: of the encoder, 0 for what enters the first; null for its output.
+    `layer` 0 is the input of the first layer.
     """
 
-    padding: Literal["", "none", "30s"] = ""
-    pooling: str = ""
+    padding: Literal["none", "30s"] | None = None
+    pooling: str | None = None
     layer: int | None = None
 
 
 @dataclass
 class ChoiceSettings:
-    """One choice of an axis: what it changes in training, where it starts, how it is heard."""
+    """One choice of an axis: config overrides, the pretraining run to start from, evaluation."""
 
     title: str = ""
     set: dict[str, Any] = field(default_factory=dict)
-    start: str = ""
+    init_from: str = ""
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
 
 
 @dataclass
-class ProbeSetSettings:
-    """Probe tasks that lie under one `root`, and the manifests from which their shards are built.
+class PretrainingSettings:
+    """A run that arms start from. All arms of a seed share it, and so do other experiments."""
 
-    Attributes:
-        optional: left out, which is said, where the manifests are not there.
+    config: str
+    set: dict[str, Any] = field(default_factory=dict)
+    init_from: str = ""
+
+
+@dataclass
+class ProbeSetSettings:
+    """Probe tasks with the same `root`, and the manifests from which their shards are built.
+
+    Optional ones are skipped, with a message, if the manifests are missing.
     """
 
     root: str
@@ -88,70 +80,29 @@ class ProbeSetSettings:
 
 
 @dataclass
-class PrimarySettings:
-    """The one comparison that the experiment is for, named before anything is trained.
-
-    Attributes:
-        arm: that is compared with the reference.
-        endpoint: a domain of the probes, `answers`, `loss` (the final validation loss) or `compute`
-            (FLOPs to the lowest threshold that every training reaches).
-    """
-
-    arm: str = ""
-    endpoint: Literal["", "speech", "sound", "music", "answers", "loss", "compute"] = ""
-
-
-@dataclass
 class AnswerSettings:
-    """Questions that arms with a language model are asked after training: task of `conf/instructions` → shards of a test split."""
+    """Task of `conf/instructions` → test shards about which language models are asked."""
 
     tasks: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
 
 
 @dataclass
-class PaddedSettings:
-    """Budget and probes of runs that pad every clip to 30 s: steps, clips a step, probe sets that are small enough to be padded too."""
-
-    steps: int = 0
-    clips: int = 0
-    probes: list[ProbeSetSettings] = field(default_factory=list)
-
-
-@dataclass
-class DataSettings:
-    """What an experiment trains and tests on, picked by `data=NAME` from its folder `data/`; other keys refer to these.
-
-    Attributes:
-        suffix: of the experiment's name, so that results on other data lie beside each other.
-        speech, aut, uniwhisper: run configs of the speech model and of its two adaptations.
-        steps: budgets, by what they are for.
-        padding: what the experiment on padding runs on.
+class PrimarySettings:
+    """The main comparison, chosen before training: an arm, and a domain of the probes, `answers`,
+    `loss` (final validation loss) or `compute` (FLOPs to the lowest threshold that all runs reach).
     """
 
-    name: str
-    speech: str
-    aut: str
-    uniwhisper: str
-    steps: dict[str, int]
-    suffix: str = ""
-    probes: list[ProbeSetSettings] = field(default_factory=list)
-    answers: AnswerSettings = field(default_factory=AnswerSettings)
-    padding: PaddedSettings = field(default_factory=PaddedSettings)
-    thresholds: list[float] = field(default_factory=list)
+    arm: str = ""
+    endpoint: Endpoint = ""
 
 
 @dataclass
 class FigureSettings:
-    """What the figure shows: the axis along x, the axes told by colour and by line; loss curves where `curves` is set.
-
-    Attributes:
-        ordered: whether the choices along x have an order; if so, points are joined.
-    """
+    """Axes of the figure. `ordered`: join points along x. `curves`: draw validation losses."""
 
     x: str
     colour: str = ""
-    line: str = ""
     curves: bool = False
     ordered: bool = True
 
@@ -161,22 +112,16 @@ class ExperimentSettings:
     """One experiment.
 
     Attributes:
-        config: what every arm trains, beside the folder `conf`; empty where arms are encoders of the starts, which are only measured.
-        axes: name → choices; the arms are all combinations of one choice of each.
-        leave_out: arms that are not run, by name.
-        reference: the arm that all others are compared with.
-        primary: the comparison that is tested by itself, before all others; without one all are
-            corrected together.
-        margin: an arm that is worse by less, in points, counts as no worse; null makes no such claim.
-        set: what is changed in the config of every arm. everywhere: in that of every run, starts included.
-        seeds: each of which every arm is trained with; a claim needs five.
-        probe_seeds: of probes with a random start, for each arm and seed; linear probes are fitted once.
-        thresholds: validation losses whose price is read off.
-        price: show what the arms' own runs cost.
-        log_mel: score plain log-mel statistics beside the arms.
-        data: where probes, answers and configs above come from, if they name it.
-        conf: folder of run configs and `probe_tasks/`, from here.
-        root: the user's own corpora; manifests refer to it.
+        config: What each arm trains. If empty, arms only measure pretraining runs.
+        axes: Axis → choice → settings. Arms are all combinations of one choice per axis.
+        reference: The arm that all others are compared with.
+        primary: The comparison that is tested alone, before all others.
+        margin: In points; worse by less than this is `no worse`.
+        set: Overrides for every arm. `everywhere` also applies to pretraining runs.
+        thresholds: Validation losses at which costs are compared.
+        data: Values for interpolation, from a file of `conf/experiments/data`.
+        runs: Folder of the training runs.
+        root: The user's corpora; manifests refer to it.
     """
 
     name: str
@@ -191,456 +136,280 @@ class ExperimentSettings:
     config: str = ""
     set: dict[str, Any] = field(default_factory=dict)
     everywhere: dict[str, Any] = field(default_factory=dict)
-    starts: dict[str, StartSettings] = field(default_factory=dict)
-    leave_out: list[str] = field(default_factory=list)
-    corpora: CorporaSettings = field(default_factory=CorporaSettings)
+    pretraining: dict[str, PretrainingSettings] = field(default_factory=dict)
     probes: list[ProbeSetSettings] = field(default_factory=list)
-    probe_seeds: int = 3
     answers: AnswerSettings = field(default_factory=AnswerSettings)
     thresholds: list[float] = field(default_factory=list)
-    price: bool = True
-    log_mel: bool = True
-    data: DataSettings | None = None
-    conf: str = ".."
+    data: dict[str, Any] = field(default_factory=dict)
     runs: str = "runs/experiments"
     root: str = "data/corpora"
 
 
-def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentSettings:
-    """Read an experiment and check all that needs neither data nor weights.
-
-    Raises:
-        UserError: listing all problems.
-    """
-    settings = build(ExperimentSettings, compose(path, overrides, "experiments"), str(path))
-    problems = [
-        *_number_problems(settings),
-        *_start_problems(settings),
-        *_figure_problems(settings),
-    ]
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise UserError(f"{path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listed}")
-    return settings
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested keys with dots between them: `{trainer: {max_steps: 3}}` → `{trainer.max_steps: 3}`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= (
-            flatten(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
-        )
-    return flat
-
-
-def _number_problems(settings: ExperimentSettings) -> list[str]:
-    problems = []
-    if not settings.seeds:
-        problems.append("seeds: at least 1 is needed")
-    if len(set(settings.seeds)) < len(settings.seeds) or any(seed < 0 for seed in settings.seeds):
-        problems.append(f"seeds: {settings.seeds} are not different numbers from 0 on")
-    if not 1 <= settings.probe_seeds <= 9:
-        problems.append(f"probe_seeds: {settings.probe_seeds} is not between 1 and 9")
-    if bool(settings.primary.arm) != bool(settings.primary.endpoint):
-        problems.append("primary: needs both an arm and an endpoint")
-    if settings.margin is not None and settings.margin <= 0:
-        problems.append(
-            f"margin: {settings.margin:g} is not above 0; null makes no claim of no worse"
-        )
-    if not settings.probes and not settings.answers.tasks:
-        problems.append("probes: nothing is measured; name probe tasks or answers")
-    return problems
-
-
-def _start_problems(settings: ExperimentSettings) -> list[str]:
-    """Say which starts are named but not defined, lead back to themselves, or compete."""
-    problems = [
-        f"axes.{axis}: has no choice" for axis, choices in settings.axes.items() if not choices
-    ]
-    used = {f"starts.{name}.start": start.start for name, start in settings.starts.items()}
-    givers = [
-        axis
-        for axis, choices in settings.axes.items()
-        if any(choice.start for choice in choices.values())
-    ]
-    for axis in givers:
-        used |= {
-            f"axes.{axis}.{name}.start": choice.start
-            for name, choice in settings.axes[axis].items()
-        }
-    for place, start in used.items():
-        name = start.removeprefix(RANDOM)
-        if name and name not in settings.starts:
-            known = ", ".join(settings.starts) or "none"
-            problems.append(
-                f"{place}: there is no start {name!r}.{nearest(name, settings.starts)} There are: {known}"
-            )
-    if len(givers) > 1:
-        problems.append(f"axes: only one axis can say where arms start; {' and '.join(givers)} do")
-    if not settings.config and not givers:
-        problems.append(
-            "config: missing; without one, an axis must say by `start` which encoders are measured"
-        )
-    for name in settings.starts:
-        seen, current = [name], settings.starts[name].start.removeprefix(RANDOM)
-        while current in settings.starts and current not in seen:
-            seen.append(current)
-            current = settings.starts[current].start.removeprefix(RANDOM)
-        if current in seen:
-            problems.append(
-                f"starts.{name}: leads back to itself by {' → '.join([*seen, current])}"
-            )
-    return problems
-
-
-def _figure_problems(settings: ExperimentSettings) -> list[str]:
-    shown = {"x": settings.figure.x, "colour": settings.figure.colour, "line": settings.figure.line}
-    return [
-        f"figure.{place}: there is no axis {axis!r}.{nearest(axis, settings.axes)} There are: {', '.join(settings.axes)}"
-        for place, axis in shown.items()
-        if (axis or place == "x") and axis not in settings.axes
-    ]
-
-
-BETWEEN = "/"  # the choices of an arm's name
-
-
 @dataclass(frozen=True)
 class Run:
-    """One training run.
+    """A training run: a config with `key=value` overrides.
 
     Attributes:
-        config: path of its YAML.
-        overrides: `key=value`, without its start, whose place is known only when it is there.
-        start: the run whose export it starts from; None where the config says its own.
-        random: take the shape of the start, but new weights.
+        pretrained: The run whose export it starts from; None for the config's own checkpoint.
+        random: Start from the architecture of `pretrained`, with random weights.
     """
 
     name: str
     config: Path
     overrides: tuple[str, ...]
-    start: "Run | None" = None
+    pretrained: "Run | None" = None
     random: bool = False
 
     def chain(self) -> "list[Run]":
-        """Return all runs that have to be there for this one, itself last."""
-        return [*(self.start.chain() if self.start else []), self]
+        """Return the runs that this one needs, in the order of training, and this one."""
+        return [*(self.pretrained.chain() if self.pretrained else []), self]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One combination of choices.
+    """A combination of choices.
 
     Attributes:
-        name: the choices' names, joined.
-        titles: what tables call each choice, axis by axis.
-        choices: axis → choice.
-        evaluate: how its encoders are heard.
-        runs: seed → the run that gives its encoder.
-        random: the encoder has the shape of the run's, but new weights: nothing is trained.
+        name: The names of the choices, joined.
+        titles: Axis → title of the choice.
+        runs: Seed → the run whose encoder is measured.
+        random: Measure the architecture of the run's encoder with random weights.
     """
 
     name: str
-    titles: tuple[str, ...]
-    choices: dict[str, str]
+    titles: dict[str, str]
     evaluate: EvaluateSettings
     runs: dict[int, Run]
     random: bool
 
 
-def arms_of(settings: ExperimentSettings, path: Path) -> list[Arm]:
-    """Lay out all arms of an experiment.
+@dataclass(frozen=True)
+class FoundRun:
+    """A run and its state on disk. `overrides` includes the path of the pretrained checkpoint."""
 
-    Args:
-        path: of its YAML; configs are found from there.
+    run: Run
+    settings: Settings
+    overrides: tuple[str, ...]
+    state: Literal["done", "unfinished", "missing"]
+    directory: RunDirectory
+
+    @property
+    def export(self) -> Path:
+        """The exported model that other runs start from: with its decoder if it has one."""
+        kind = "whisper" if "whisper" in _exports(self.settings) else "encoder"
+        return self.directory.export(kind)
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentSettings:
+    """Read an experiment and check what needs neither data nor weights.
 
     Raises:
-        UserError: the reference, the primary arm, or an arm that is left out is not among them.
+        UserError: Lists all problems.
     """
-    arms = []
-    for combination in product(*(choices.items() for choices in settings.axes.values())):
-        name = BETWEEN.join(choice for choice, _ in combination)
-        if name not in settings.leave_out:
-            arms.append(_arm(settings, path, name, combination))
+    settings = build(ExperimentSettings, compose(path, overrides, "experiments"), str(path))
+    problems = Problems()
+    seeds = settings.seeds
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        problems.add(f"seeds: {seeds} must be one or more different numbers from 0 on.")
+    if bool(settings.primary.arm) != bool(settings.primary.endpoint):
+        problems.add("primary: give both arm and endpoint.")
+    if settings.margin is not None and settings.margin <= 0:
+        problems.add(f"margin: {settings.margin:g} must be above 0, or null for no margin.")
+    if not settings.probes and not settings.answers.tasks:
+        problems.add("probes: nothing is measured. Name probe tasks or answers.")
+    for key, axis in (("x", settings.figure.x), ("colour", settings.figure.colour)):
+        if axis and axis not in settings.axes:
+            hint = nearest(axis, settings.axes)
+            problems.add(f"figure.{key}: there is no axis {axis!r}.{hint}")
+    _check_pretraining(settings, problems)
+    problems.raise_if_any(str(path))
+    return settings
+
+
+def _check_pretraining(settings: ExperimentSettings, problems: Problems) -> None:
+    pretraining = settings.pretraining
+    used = {f"pretraining.{name}": one.init_from for name, one in pretraining.items()}
+    starting_axes = []
+    for axis, choices in settings.axes.items():
+        if not choices:
+            problems.add(f"axes.{axis}: has no choice.")
+        used |= {f"axes.{axis}.{name}": choice.init_from for name, choice in choices.items()}
+        starting_axes += [axis] if any(one.init_from for one in choices.values()) else []
+    for key, value in used.items():
+        name = value.removeprefix(RANDOM)
+        if value and name not in pretraining:
+            hint = nearest(name, pretraining)
+            problems.add(f"{key}.init_from: there is no pretraining run {name!r}.{hint}")
+    if len(starting_axes) > 1:
+        problems.add(f"axes: only one axis can have init_from, not {' and '.join(starting_axes)}.")
+    if not settings.config and not starting_axes:
+        problems.add("config: missing. Without it, one axis must have init_from.")
+    for name in pretraining:
+        chain = [name]
+        while chain[-1] in pretraining and chain.count(chain[-1]) == 1:
+            chain.append(pretraining[chain[-1]].init_from.removeprefix(RANDOM))
+        if chain[-1] in pretraining:
+            problems.add(f"pretraining.{name}: starts from itself: {' → '.join(chain)}.")
+
+
+def arms_of(settings: ExperimentSettings, path: Path) -> list[Arm]:
+    """Return all arms of an experiment. Configs are searched in the folder above its YAML file.
+
+    Raises:
+        UserError: The reference or the primary arm is not one of the arms.
+    """
+    arms = [
+        _build_arm(settings, path, combination)
+        for combination in product(*(choices.items() for choices in settings.axes.values()))
+    ]
     names = [arm.name for arm in arms]
     for key, name in (("reference", settings.reference), ("primary.arm", settings.primary.arm)):
         if name not in names and (name or key == "reference"):
             raise UserError(
                 f"{path}: {key}: there is no arm {name!r}.{nearest(name, names)} "
-                f"Arms: {', '.join(names) or 'none'}."
+                f"Arms: {', '.join(names)}."
             )
     if settings.primary.arm == settings.reference:
-        raise UserError(
-            f"{path}: primary.arm: {settings.reference} is the reference; "
-            "name an arm to compare with it."
-        )
-    everything = [BETWEEN.join(combination) for combination in product(*settings.axes.values())]
-    unknown = [name for name in settings.leave_out if name not in everything]
-    if unknown:
-        raise UserError(
-            f"{path}: leave_out: there is no arm {unknown[0]!r}.{nearest(unknown[0], everything)}"
-        )
+        raise UserError(f"{path}: primary.arm: {settings.reference} is the reference.")
     return arms
 
 
-def all_runs(arms: Sequence[Arm]) -> list[Run]:
-    """Return every run once, starts before what starts from them, seed by seed: whatever is there after a stop can be compared."""
-    seeds = list(dict.fromkeys(seed for arm in arms for seed in arm.runs))
-    found: dict[str, Run] = {}
-    for seed in seeds:
-        for arm in arms:
-            found |= {run.name: run for run in arm.runs[seed].chain()}
-    return list(found.values())
-
-
-def conf_folder(settings: ExperimentSettings, path: Path) -> Path:
-    """Return the folder of run configs and probe tasks, as short as it can be said."""
-    return Path(os.path.normpath(path.parent / settings.conf))
-
-
-def _arm(
-    settings: ExperimentSettings,
-    path: Path,
-    name: str,
-    combination: Sequence[tuple[str, ChoiceSettings]],
+def _build_arm(
+    settings: ExperimentSettings, path: Path, combination: Sequence[tuple[str, ChoiceSettings]]
 ) -> Arm:
-    start = next((choice.start for _, choice in combination if choice.start), "")
-    changing = [(chosen, choice) for chosen, choice in combination if choice.set or choice.start]
-    heard = EvaluateSettings()
-    for _, choice in combination:
-        given = choice.evaluate
-        heard = EvaluateSettings(
-            given.padding or heard.padding,
-            given.pooling or heard.pooling,
-            heard.layer if given.layer is None else given.layer,
-        )
+    init_from = next((choice.init_from for _, choice in combination if choice.init_from), "")
+    given = [vars(choice.evaluate).items() for _, choice in combination]
+    evaluation = {key: value for items in given for key, value in items if value is not None}
+    changed = [(name, choice) for name, choice in combination if choice.set or choice.init_from]
     runs = {}
     for seed in settings.seeds:
         if settings.config:
-            sets = [settings.set, *(choice.set for _, choice in changing)]
-            slug = "-".join([settings.name, *(chosen for chosen, _ in changing)])
-            runs[seed] = _run(settings, path, slug, settings.config, sets, start, seed)
+            name = "-".join([settings.name, *(name for name, _ in changed)])
+            sets = [settings.set, *(choice.set for _, choice in changed)]
+            runs[seed] = _build_run(settings, path, name, settings.config, sets, init_from, seed)
         else:
-            runs[seed] = _start(settings, path, start.removeprefix(RANDOM), seed)
+            runs[seed] = _pretraining_run(settings, path, init_from.removeprefix(RANDOM), seed)
+    titles = [choice.title or name for name, choice in combination]
     return Arm(
-        name=name,
-        titles=tuple(choice.title or chosen for chosen, choice in combination),
-        choices=dict(zip(settings.axes, (chosen for chosen, _ in combination), strict=True)),
-        evaluate=heard,
+        name=SEPARATOR.join(name for name, _ in combination),
+        titles=dict(zip(settings.axes, titles, strict=True)),
+        evaluate=EvaluateSettings(**evaluation),
         runs=runs,
-        random=not settings.config and start.startswith(RANDOM),
+        random=not settings.config and init_from.startswith(RANDOM),
     )
 
 
-def _start(settings: ExperimentSettings, path: Path, name: str, seed: int) -> Run:
-    chosen = settings.starts[name]
-    return _run(settings, path, f"start-{name}", chosen.config, [chosen.set], chosen.start, seed)
+def _pretraining_run(settings: ExperimentSettings, path: Path, name: str, seed: int) -> Run:
+    one = settings.pretraining[name]
+    return _build_run(
+        settings, path, f"pretrained-{name}", one.config, [one.set], one.init_from, seed
+    )
 
 
-def _run(
+def _build_run(
     settings: ExperimentSettings,
     path: Path,
     name: str,
     config: str,
     sets: Sequence[dict[str, Any]],
-    start: str,
+    init_from: str,
     seed: int,
 ) -> Run:
     name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-s{seed}"
-    places = {"name": name, "seed": seed, "runs": settings.runs, "probe.tasks": []}
+    values: dict[str, Any] = {}
+    for changes in (settings.everywhere, *sets):
+        values |= flatten(changes)
+    values |= {"name": name, "seed": seed, "runs": settings.runs, "probe.tasks": []}
+    pretrained = None
+    if init_from:
+        pretrained = _pretraining_run(settings, path, init_from.removeprefix(RANDOM), seed)
     return Run(
         name=name,
-        config=find_config(config, conf_folder(settings, path)),
+        config=find_config(config, conf_folder(path)),
+        # Groups, which have no dot, come first: choosing one resets the values inside it.
         overrides=tuple(
-            _written(pair) for pair in _pairs({**_merged([settings.everywhere, *sets]), **places})
+            f"{key}={_to_yaml(values[key])}" for key in sorted(values, key=lambda key: "." in key)
         ),
-        start=_start(settings, path, start.removeprefix(RANDOM), seed) if start else None,
-        random=start.startswith(RANDOM),
+        pretrained=pretrained,
+        random=init_from.startswith(RANDOM),
     )
 
 
-def _merged(sets: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for values in sets:
-        merged |= flatten(values)
-    return merged
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested keys joined by dots: `{trainer: {max_steps: 3}}` → `{trainer.max_steps: 3}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
-def _pairs(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield groups, which have no dot, first: what is set inside one would be lost where it is picked later."""
-    yield from sorted(values.items(), key=lambda pair: "." in pair[0])
-
-
-def _written(pair: tuple[str, Any]) -> str:
-    key, value = pair
+def _to_yaml(value: Any) -> str:
     if isinstance(value, str):
-        return f"{key}={value}"
-    return f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix('...' + chr(10)).strip()}"
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n...")[0].strip()
 
 
-State = Literal["done", "begun", "missing"]
+def conf_folder(path: Path) -> Path:
+    return Path(os.path.normpath(path.parent / ".."))
 
 
-@dataclass(frozen=True)
-class Found:
-    """A run as it lies on disk.
-
-    Attributes:
-        overrides: all of them, the start included.
-        directory: of the finished or unfinished run; None where there is neither.
-    """
-
-    run: Run
-    settings: Settings
-    overrides: tuple[str, ...]
-    state: State
-    directory: RunDirectory | None
-
-    @property
-    def command(self) -> str:
-        """The command that makes this run by itself."""
-        return shlex.join(["whisper-aut", "train", str(self.run.config), *self.overrides])
-
-    @property
-    def kind(self) -> Literal["encoder", "whisper"]:
-        """What others start from: with its decoder, where it exports that."""
-        whole = (
-            "whisper" in self.settings.export
-            and "whisper" in check_decoder(self.settings.decoder)[0].exports
-        )
-        return "whisper" if whole else "encoder"
-
-    def export(self) -> Path:
-        """Return the exported model of a finished run."""
-        assert self.directory is not None, self.run.name
-        return self.directory.export(self.kind)
+def all_runs(arms: Sequence[Arm]) -> list[Run]:
+    """Return every run once: seed by seed, pretraining before the runs that start from it."""
+    seeds = list(dict.fromkeys(seed for arm in arms for seed in arm.runs))
+    runs = (run for seed in seeds for arm in arms for run in arm.runs[seed].chain())
+    return list({run.name: run for run in runs}.values())
 
 
-def find(run: Run) -> Found:
-    """Look for a run under its name, whatever its place in time: an older one that fits is as good as the newest.
-
-    Raises:
-        UserError: a mistake in its config.
-    """
-    start = find(run.start) if run.start else None
-    overrides = run.overrides + (_start_overrides(run, start) if start else ())
+def find_run(run: Run) -> FoundRun:
+    """Look for a finished or unfinished run with this config and data, however old."""
+    overrides = run.overrides
+    pretrained = find_run(run.pretrained) if run.pretrained else None
+    if pretrained:
+        overrides += (f"model.path={pretrained.export}", "model.after=", "model.scratch=null")
+        overrides += ("model.random_init=true",) if run.random else ()
     settings = load_settings(run.config, overrides)
-    if start and start.state != "done":
-        return Found(run, settings, overrides, "missing", None)
+    root = Path(settings.runs)
+    missing = FoundRun(run, settings, overrides, "missing", RunDirectory(root / run.name / "…"))
+    if pretrained and pretrained.state != "done":
+        return missing
     try:
         fingerprint = run_fingerprint(settings)
     except UserError:  # its shards are not built yet
-        return Found(run, settings, overrides, "missing", None)
-    exports = [
-        kind for kind in settings.export if kind in check_decoder(settings.decoder)[0].exports
-    ]
-    begun = None
-    for directory in list_runs(Path(settings.runs), settings.name):
-        if directory.finished_with(fingerprint) and all(
-            directory.export(kind).is_dir() for kind in exports
-        ):
-            return Found(run, settings, overrides, "done", directory)
-        if begun is None and _begun_with(directory, fingerprint):
-            begun = directory
-    return Found(run, settings, overrides, "begun" if begun else "missing", begun)
+        return missing
+    directories = list_runs(root, settings.name)
+    for directory in directories:
+        exported = all(directory.export(kind).is_dir() for kind in _exports(settings))
+        if directory.finished_with(fingerprint) and exported:
+            return FoundRun(run, settings, overrides, "done", directory)
+    for directory in directories:
+        if read_json(directory.environment, default={}).get("fingerprint") == fingerprint:
+            return FoundRun(run, settings, overrides, "unfinished", directory)
+    return missing
 
 
-def make(run: Run, console: Console) -> Found:
-    """Make a run, or go on with it, where it is not done; its start must be there.
+def _exports(settings: Settings) -> list[str]:
+    decoder, _ = check_decoder(settings.decoder)
+    return [kind for kind in settings.export if kind in decoder.exports]
 
-    Raises:
-        UserError: a mistake in its config or data.
-        Interrupted: it was asked to stop.
-    """
-    place = find(run).settings
-    with file_lock(Path(place.runs) / run.name):  # another process may be at the same experiment
-        found = find(run)
+
+def make_run(run: Run, console: Console) -> FoundRun:
+    """Train or resume a run that is not finished; its pretraining run must be finished."""
+    folder = Path(find_run(run).settings.runs)
+    with file_lock(folder / run.name):  # other processes may work on the same experiment
+        found = find_run(run)
         if found.state == "done":
             return found
-        resume = (
-            str(found.directory.path)
-            if found.directory and _has_checkpoint(found.directory)
-            else ""
+        directory = found.directory
+        resumable = directory.last_checkpoint.exists() and not directory.done.exists()
+        resume = str(directory.path) if resumable else ""
+        run_pipeline(
+            found.settings, Story(run.config, found.overrides, resume, report=False), console
         )
-        story = Story(run.config, found.overrides, resume, report=False)
-        run_pipeline(found.settings, story, console)
-        found = find(run)
+        found = find_run(run)
     if found.state != "done":
         raise UserError(
-            f"{run.name} was trained, and its config or data changed meanwhile. Run the same command again: the rest is kept."
+            f"The config or data of {run.name} changed during training. Run the same command "
+            "again; finished runs are kept."
         )
     return found
-
-
-def prepare(settings: ExperimentSettings, runs: Sequence[Run], console: Console) -> None:
-    """Build the corpora of all runs and probes that are not there yet.
-
-    Raises:
-        UserError: a manifest is missing, or what is there cannot be used.
-    """
-    prepare_corpora(settings.corpora, console)
-    seen: list[CorporaSettings] = []
-    for run in runs:
-        corpora = load_settings(run.config, run.overrides).corpora
-        if corpora not in seen:
-            prepare_corpora(corpora, console)
-            seen.append(corpora)
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a run would cost: optimiser steps, seconds of audio heard, and FLOPs; None where it cannot be told."""
-
-    steps: int | None
-    audio_seconds: float | None
-    teraflop: float | None
-
-
-def expected_cost(run: Run) -> Expected:
-    """Plan a run as `whisper-aut plan` does; a start that is not there yet is taken for what its config says."""
-    settings = load_settings(run.config, run.overrides)
-    origin = run
-    while origin.start:
-        origin = origin.start
-    first = load_settings(origin.config, origin.overrides)
-    try:
-        forecast = build_forecast(settings, planned_config(first.model))
-    except UserError:
-        return Expected(settings.trainer.max_steps, None, None)
-    if forecast.steps is None:
-        return Expected(None, None, None)
-    times = forecast.steps * forecast.micro_batches
-    return Expected(
-        forecast.steps,
-        forecast.steps * forecast.step_audio_seconds,
-        times * forecast.cost.model_flops / 1e12,
-    )
-
-
-def _start_overrides(run: Run, start: Found) -> tuple[str, ...]:
-    """Return the overrides that put the exported start in the place of the config's own."""
-    path = (
-        str(start.export())
-        if start.state == "done"
-        else f"{start.settings.runs}/{start.run.name}/…/export/{start.kind}"
-    )
-    return (
-        f"model.path={path}",
-        "model.after=",
-        "model.scratch=null",
-        *(("model.random_init=true",) if run.random else ()),
-    )
-
-
-def _begun_with(directory: RunDirectory, fingerprint: str) -> bool:
-    """Return whether a run was begun with this config and data."""
-    try:
-        return json.loads(directory.environment.read_text())["fingerprint"] == fingerprint
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _has_checkpoint(directory: RunDirectory) -> bool:
-    return directory.last_checkpoint.exists() and not directory.done.exists()

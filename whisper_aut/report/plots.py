@@ -52,7 +52,8 @@ STYLE: dict[Any, Any] = {
 PAGE_WIDTH_INCHES = 8.0
 DOTS_PER_INCH = 150
 BAR_GROUP_WIDTH = 0.8  # of the distance between two tasks
-MAX_HORIZONTAL_LABELS = 7
+CHARACTERS_PER_PAGE = 90  # in the tick labels below a figure
+MAX_MARKED_POINTS = 30
 STEP_LABEL = "optimizer step"
 # Maps: at most this many clips of a task and t-SNE iterations; no map for fewer clips.
 MAX_MAP_CLIPS, MAX_TSNE_STEPS, MIN_MAP_CLIPS = 400, 500, 12
@@ -62,13 +63,19 @@ MAX_LEGEND_CLASSES, MAX_LABELLED_CLASSES = 12, 36
 Series = list[tuple[float, float]]  # (step, value)
 
 
-def new_figure(height: float, columns: int = 1, rows: int = 1, sharey: bool = False) -> Figure:
-    """Return a figure of page width with a grid of empty panels; `height` is in inches.
+def blank_figure(height: float) -> Figure:
+    """Return an empty figure of page width; `height` is in inches.
 
     Call it, and everything that draws on the figure, under `rc_context(STYLE)`.
     """
     figure = Figure(figsize=(PAGE_WIDTH_INCHES, height), layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot, there is no global state and no figure to close
+    return figure
+
+
+def new_figure(height: float, columns: int = 1, rows: int = 1, sharey: bool = False) -> Figure:
+    """Return a `blank_figure` with a grid of panels."""
+    figure = blank_figure(height)
     figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     return figure
 
@@ -147,13 +154,18 @@ def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None
     return save_figure(figure, path)
 
 
-def set_category_labels(axes: Axes, labels: Sequence[str]) -> None:
-    """Label the positions 0, 1, … of the x axis: wrapped, or rotated if there are many."""
-    if len(labels) > MAX_HORIZONTAL_LABELS:
+def set_category_labels(axes: Axes, labels: Sequence[str], panels: int = 1) -> None:
+    """Label the positions 0, 1, … of the x axis: wrapped, or rotated if words are too long.
+
+    Args:
+        axes: The panel.
+        labels: One label for each position.
+        panels: Number of panels side by side.
+    """
+    width = CHARACTERS_PER_PAGE // (len(labels) * panels)
+    if max(len(word) for label in labels for word in label.split()) > width:
         axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
     else:
-        columns = axes.get_gridspec().ncols  # pyright: ignore[reportOptionalMemberAccess]
-        width = max(8, 80 // (len(labels) * columns))
         axes.set_xticks(range(len(labels)), [fill(label, width) for label in labels])
 
 
@@ -220,7 +232,7 @@ def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
 
 def _plot_loss(axes: Axes, metric: str, points: Series, other_colour: str) -> None:
     steps, losses = zip(*points, strict=True)
-    marker = "o" if len(points) <= 30 else None
+    marker = "o" if len(points) <= MAX_MARKED_POINTS else None
     domain = next((domain for domain in DOMAIN_COLOURS if domain in metric), None)
     if metric == "loss":
         axes.plot(steps, losses, "k", label="all domains", linewidth=2, marker=marker)
@@ -250,7 +262,8 @@ def plot_speed(metrics_csv: str | Path, path: str | Path) -> Path | None:
         (figure.axes[1], wait, "Waiting for data", "% of the time", 100),
     ):
         steps, values = zip(*points, strict=True)
-        axes.plot(steps, [scale * value for value in values], color=PALETTE[0])
+        marker = "o" if len(points) <= MAX_MARKED_POINTS else None
+        axes.plot(steps, [scale * value for value in values], color=PALETTE[0], marker=marker)
         axes.set(xlabel=STEP_LABEL, ylabel=label, ylim=(0, None), title=title)
     return save_figure(figure, path)
 
