@@ -21,7 +21,8 @@ import soxr
 
 from whisper_aut.corpora.audit import Audit, ShardFindings, read_facts, run_audit
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardWriter, open_index
+from whisper_aut.data.shards import open_index
+from whisper_aut.data.writer import ShardWriter
 
 HIDDEN, OTHERS = 200, 3_000
 RATES_HZ = (8_000, 16_000, 22_050, 32_000, 48_000)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from whisper_aut.audio.decode import ClipLimits, load_waveform
 from whisper_aut.corpora.synth.corpus import DemoOptions, build_demo
-from whisper_aut.data.reader import Sample, iter_samples
-from whisper_aut.data.shards import open_index
+from whisper_aut.data.reader import Sample
+from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.data.targets import WhisperText
 from whisper_aut.models.tiny import train_tokenizer
 

@@ -24,9 +24,9 @@ from xares_peer import clips, installed
 
 from whisper_aut.audio.decode import ClipLimits, load_waveform
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.reader import Sample, ShardReader
-from whisper_aut.data.remote import DEFAULT_POLICY
-from whisper_aut.data.shards import ShardIndex, ShardWriter, open_index
+from whisper_aut.data.reader import DEFAULT_POLICY, Sample
+from whisper_aut.data.shards import ShardIndex, ShardReader, open_index
+from whisper_aut.data.writer import ShardWriter
 
 CLIPS, SECONDS = 40, 5.0
 CASES = (("flac 16k", "flac", "FLAC", 16_000), ("ogg 44.1k", "ogg", "OGG", 44_100))

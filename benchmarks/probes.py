@@ -32,7 +32,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from whisper_aut.audio.decode import ClipLimits, load_waveform
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardWriter
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.probes.cache import Embeddings
 from whisper_aut.probes.embed import EmbedSettings, embed_task

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from whisper_aut.audio.decode import load_waveform
-from whisper_aut.data.reader import Sample, iter_samples
-from whisper_aut.data.shards import open_index
+from whisper_aut.data.reader import Sample
+from whisper_aut.data.shards import iter_samples, open_index
 
 IGNORED = -100
 

@@ -14,7 +14,7 @@ from tests.support.ranks import on_ranks
 from tests.support.training import settings_for
 from whisper_aut.config import Settings, dump_settings, load_settings
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardWriter
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.training.checkpoint import read_optimizer_state, read_weights
 from whisper_aut.training.train import train

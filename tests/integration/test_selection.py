@@ -14,9 +14,10 @@ from tests.support.training import QUIET, settings_for
 from whisper_aut.config import load_settings
 from whisper_aut.corpora.audit import run_audit
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.remote import DEFAULT_POLICY
+from whisper_aut.data.reader import DEFAULT_POLICY
 from whisper_aut.data.sampler import Cursor
-from whisper_aut.data.shards import ShardWriter, open_index
+from whisper_aut.data.shards import open_index
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.pipeline import Story, run_pipeline
 from whisper_aut.training.factory import (

@@ -420,7 +420,7 @@ def test_a_source_of_nothing_but_faults_stops_the_run_with_a_reason(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
     from whisper_aut.data.annotation import Annotation
-    from whisper_aut.data.shards import ShardWriter
+    from whisper_aut.data.writer import ShardWriter
 
     with ShardWriter(tmp_path / "bad") as shards:
         for i in range(260):

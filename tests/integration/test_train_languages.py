@@ -13,7 +13,7 @@ from tests.support.audio import TEXTS, encode_audio, tone
 from tests.support.training import SignalAt, add_callbacks, settings_for
 from whisper_aut.corpora.inspect import inspect_shards
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardWriter
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import Interrupted
 from whisper_aut.inference.chat import evaluate
 from whisper_aut.pipeline import open_run

@@ -7,7 +7,7 @@ import numpy as np
 import soundfile
 
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardWriter
+from whisper_aut.data.writer import ShardWriter
 
 TEXTS = [
     "a dog barks twice",

@@ -8,7 +8,7 @@ import soundfile
 import torch
 
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardWriter
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.probes.embed import LogMelBaseline
 from whisper_aut.probes.tasks import ProbeTask, task_from_mapping
 

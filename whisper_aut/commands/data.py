@@ -145,7 +145,7 @@ def data_inspect(options: argparse.Namespace, console: Console) -> None:
 
 
 def data_index(options: argparse.Namespace, console: Console) -> None:
-    from whisper_aut.data.shards import index_folder
+    from whisper_aut.data.writer import index_folder
 
     index = index_folder(Path(options.folder))
     console.print(

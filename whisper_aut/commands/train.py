@@ -34,10 +34,10 @@ def plan(options: argparse.Namespace, console: Console) -> None:
 
 def doctor(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.errors import UserError
-    from whisper_aut.training.doctor import examine, table_of
+    from whisper_aut.training.doctor import build_table, examine
 
     findings = list(examine(_checks(options, console)))
-    console.print(table_of(findings))
+    console.print(build_table(findings))
     failed = [finding.name for finding in findings if finding.status == "fail"]
     if failed:
         raise UserError(f"This machine is not ready: {', '.join(failed)}.")

@@ -32,8 +32,14 @@ from whisper_aut.corpora.build import obey_parent
 from whisper_aut.corpora.fingerprint import Fingerprint, FingerprintIndex, Stretch, fingerprint
 from whisper_aut.corpora.inspect import open_indices
 from whisper_aut.data.annotation import Annotation, read_lines
-from whisper_aut.data.remote import open_stream, sibling_url
-from whisper_aut.data.shards import Group, MemberGroups, ShardIndex, audio_and_annotation
+from whisper_aut.data.reader import (
+    Group,
+    MemberGroups,
+    audio_and_annotation,
+    open_stream,
+    sibling_url,
+)
+from whisper_aut.data.shards import ShardIndex
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 
 FREESOUND_FIELDS = ("freesound_id", "fsid", "fsID", "fs_id")

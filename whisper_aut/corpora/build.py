@@ -30,7 +30,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from whisper_aut.audio.decode import ClipLimits, channel_layout, decode, mix_down, open_recording
 from whisper_aut.corpora.manifest import Entry, Manifest, ManifestSpec, Segment, SkippedRow
-from whisper_aut.data.shards import INDEX_NAME, ShardIndex, ShardWriter, open_index
+from whisper_aut.data.shards import INDEX_NAME, ShardIndex, open_index
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 
 SUFFIX_OF_FORMAT = {"FLAC": "flac", "WAV": "wav", "WAVEX": "wav", "OGG": "ogg", "MP3": "mp3"}

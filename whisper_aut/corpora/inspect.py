@@ -19,17 +19,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from whisper_aut.audio.decode import ClipLimits, decode, read_header
-from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.languages import whisper_codes
-from whisper_aut.data.remote import open_stream
-from whisper_aut.data.shards import (
-    INDEX_NAME,
-    MemberGroups,
-    ShardIndex,
-    audio_and_annotation,
-    list_tars,
-    open_index,
-)
+from whisper_aut.data.annotation import Annotation, whisper_codes
+from whisper_aut.data.reader import MemberGroups, audio_and_annotation, open_stream
+from whisper_aut.data.shards import INDEX_NAME, ShardIndex, list_tars, open_index
 from whisper_aut.errors import SkipReason, SkipSample
 
 HISTOGRAM_EDGES_SECONDS = (0, 0.5, 1, 2, 5, 10, 15, 20, 30)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from whisper_aut.corpora.tables import check_table, read_columns, read_rows
 from whisper_aut.data.annotation import (
     DOMAINS,
     MAX_JSON_BYTES,
@@ -18,12 +19,9 @@ from whisper_aut.data.annotation import (
     Annotation,
     Row,
     Template,
-    check_table,
     find_text,
     has_value,
     plain,
-    read_columns,
-    read_rows,
 )
 from whisper_aut.errors import SkipReason, SkipSample, UserError, nearest
 

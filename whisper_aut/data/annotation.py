@@ -1,72 +1,29 @@
-"""Read and check the annotation of a clip: the `.json` member of a sample, or a manifest row.
+"""The annotation of a clip: the `.json` member of a sample, or a row of a manifest.
 
 Unknown fields are kept, so tars published elsewhere (such as those of X-ARES) can be read
 unchanged. Tars and manifests share the rules for empty values and for finding the text.
+
+Language tags of any corpus are mapped to Whisper's codes and names: `de`, `deu`, `ger`, `de-AT`,
+`deu_Latn`, `de_DE.UTF-8` and `German` all mean German. The tables are ISO 639-3 with names,
+macrolanguages and retired codes (https://iso639-3.sil.org), and Whisper's own codes and synonyms.
 """
 
-import csv
 import json
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from whisper_aut.errors import SkipReason, SkipSample, UserError, nearest
+from iso639 import Language, LanguageNotFoundError
 
-
-def plain(value: Any) -> str:
-    """Return a cell as text: empty for null, comma-separated for a list."""
-    if isinstance(value, list):
-        return ", ".join(plain(item) for item in value)
-    return "" if value is None else str(value)
-
-
-def text_template(value: str) -> "Template":
-    """Parse a template; a value without braces is the name of a single column."""
-    return Template(value if "{" in value else f"{{{value}}}")
-
-
-class Template(Formatter):
-    """A `str.format` template over the columns of a row.
-
-    Fields are column names, without attributes or indices. The only format is `words`, which
-    replaces underscores with spaces.
-
-    Attributes:
-        columns: the columns that the template uses.
-        fault: why the template is invalid; empty if it is valid.
-    """
-
-    def __init__(self, template: str):
-        self.template, self.columns, self.fault = template, [], ""
-        try:
-            for _, column, spec, conversion in self.parse(template):
-                if column is None:
-                    continue
-                self.columns.append(column)
-                if not column or spec not in ("", "words") or conversion:
-                    self.fault = f"the field of {column!r} is not understood"
-        except ValueError as error:
-            self.fault = str(error)
-
-    def fill(self, row: Mapping[str, Any]) -> str:
-        """Return the text, or an empty string if a column that the template uses is empty."""
-        if not all(plain(row.get(column)).strip() for column in self.columns):
-            return ""
-        return self.vformat(self.template, (), row)
-
-    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        return kwargs[field_name], field_name
-
-    def format_field(self, value: Any, format_spec: str) -> str:
-        text = plain(value).strip()
-        return " ".join(text.replace("_", " ").split()) if format_spec == "words" else text
-
+from whisper_aut.errors import SkipReason, SkipSample
 
 DOMAINS = ("speech", "sound", "music")
 MAX_JSON_BYTES = 1 << 20
+Row = dict[str, Any]
 TEXT_FIELDS = ("text", "texts", "caption", "captions", "sentence", "transcript", "transcription")
 
 
@@ -162,7 +119,7 @@ class Annotation:
         found = find_text(mapping)
         return cls.from_mapping({**mapping, "text": found if has_value(found) else text})
 
-    def with_text(self, template: Template) -> "Annotation":
+    def with_text(self, template: "Template") -> "Annotation":
         """Return a copy whose text is `template` filled with the annotation's fields."""
         own = {name: value for name, value in vars(self).items() if name != "extra"}
         return replace(self, text=template.fill({**self.extra, **own}))
@@ -193,7 +150,7 @@ def parse_json(data: bytes | str) -> Any:
 
 def _constant(name: str) -> None:
     if name != "NaN":
-        raise ValueError(f"{name} is no JSON value")
+        raise ValueError(f"{name} is not a JSON value")
 
 
 def has_value(value: Any) -> bool:
@@ -215,14 +172,15 @@ def _first(value: Any) -> Any:
 
 
 def _text(value: Any, name: str) -> str:
-    if not isinstance(value, (str, int, float)):
+    is_flag = isinstance(value, bool) and name != "label"
+    if is_flag or not isinstance(value, (str, int, float)):
         raise SkipSample(SkipReason.BAD_JSON, f"{name!r} must be text, not {type(value).__name__}")
     text = str(value).strip()
     try:
         text.encode()
     except UnicodeEncodeError:  # `\\ud800` is valid JSON, but encoding it fails later
         raise SkipSample(
-            SkipReason.BAD_JSON, f"{name!r} holds half a surrogate pair, which is no character"
+            SkipReason.BAD_JSON, f"{name!r} has half of a surrogate pair, which is not a character"
         ) from None
     return text
 
@@ -245,126 +203,53 @@ def _seconds(value: Any) -> float:
     )
 
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".json")
+def plain(value: Any) -> str:
+    """Return a cell as text: empty for null, comma-separated for a list."""
+    if isinstance(value, list):
+        return ", ".join(plain(item) for item in value)
+    return "" if value is None else str(value)
 
-Row = dict[str, Any]
+
+def text_template(value: str) -> "Template":
+    """Parse a template; a value without braces is the name of a single column."""
+    return Template(value if "{" in value else f"{{{value}}}")
 
 
-def check_table(path: Path) -> None:
-    """Check that `path` is a file whose suffix is one of `TABLE_SUFFIXES`.
+class Template(Formatter):
+    """A `str.format` template over the columns of a row.
 
-    Raises:
-        UserError: there is no such file, or its suffix is not supported.
+    Fields are column names, without attributes or indices. The only format is `words`, which
+    replaces underscores with spaces.
+
+    Attributes:
+        columns: the columns that the template uses.
+        fault: why the template is invalid; empty if it is valid.
     """
-    if not path.exists():
-        there = (
-            sorted(p.name for p in path.parent.glob("*") if p.suffix.lower() in TABLE_SUFFIXES)
-            if path.parent.is_dir()
-            else []
-        )
-        listed = f" There: {', '.join(there[:10])}." if there else ""
-        raise UserError(
-            f"There is no manifest {path.absolute()}.{nearest(path.name, there)}{listed}"
-        )
-    if not path.is_file() or path.suffix.lower() not in TABLE_SUFFIXES:
-        raise UserError(
-            f"{path} is not a manifest: expected a file that ends in {', '.join(TABLE_SUFFIXES)}."
-        )
 
-
-def read_columns(path: Path) -> tuple[str, ...]:
-    """Return the names of all columns in order of appearance.
-
-    Raises:
-        UserError: the file has no readable row.
-    """
-    columns, number, fault = {}, 0, ""
-    for number, row in read_rows(path):
-        if isinstance(row, str):
-            fault = fault or f" Line {number}: {row}."
-            continue
-        columns.update(dict.fromkeys(row))
-        if path.suffix.lower() in DELIMITERS:
-            break  # the header line names all columns
-    if not columns:
-        raise UserError(
-            f"{path} holds {'no row that can be read' if number else 'no rows'}.{fault}"
-        )
-    return tuple(columns)
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
-    """Yield `(line number, row)`. For an unreadable row, yield an error message instead of the row.
-
-    Columns without a name are dropped, such as the index that pandas writes first.
-
-    Raises:
-        UserError: the file cannot be parsed: it is not UTF-8, its header is unreadable or repeats
-            a column, a quote is never closed, or it is one JSON array.
-    """
-    delimiter = DELIMITERS.get(path.suffix.lower())
-    return _json_rows(path) if delimiter is None else _csv_rows(path, delimiter)
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        if number == 1 and line.lstrip().startswith("["):
-            raise UserError(
-                f"{path} is one JSON array; expected one object a line. Convert it: "
-                f"jq -c '.[]' {path.name} > rows.jsonl"
-            )
+    def __init__(self, template: str):
+        self.template, self.columns, self.fault = template, [], ""
         try:
-            row = parse_json(line)
-        except (ValueError, RecursionError) as error:
-            yield number, f"not JSON: {error}"
-        else:
-            if isinstance(row, dict):
-                yield number, {name: value for name, value in row.items() if name}
-            else:
-                yield number, f"expected an object, found {type(row).__name__}"
+            for _, column, spec, conversion in self.parse(template):
+                if column is None:
+                    continue
+                self.columns.append(column)
+                if not column or spec not in ("", "words") or conversion:
+                    self.fault = f"the field of {column!r} is not understood"
+        except ValueError as error:
+            self.fault = str(error)
 
+    def fill(self, row: Mapping[str, Any]) -> str:
+        """Return the text, or an empty string if a column that the template uses is empty."""
+        if not all(plain(row.get(column)).strip() for column in self.columns):
+            return ""
+        return self.vformat(self.template, (), row)
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Row | str]]:
-    csv.field_size_limit(MAX_JSON_BYTES)
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    reader = csv.reader(_lines(path), delimiter=delimiter, quoting=quoting, strict=True)
-    header: list[str] = []
-    while True:
-        start = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            if not header:
-                raise UserError(f"The header line of {path} cannot be read: {error}.") from None
-            # An unclosed quote swallows all rows that follow.
-            if "unexpected end of data" in str(error):
-                raise UserError(
-                    f"A quote in the row that begins at line {start} of {path} is never closed."
-                ) from None
-            yield reader.line_num, str(error)
-            continue
-        if not cells:
-            continue
-        if not header:
-            header = _checked_header(path, cells)
-        elif len(cells) != len(header):
-            yield reader.line_num, f"{len(cells)} cells where the header has {len(header)}"
-        else:
-            cells_of = zip(header, cells, strict=True)
-            yield reader.line_num, {name: cell for name, cell in cells_of if name}
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return kwargs[field_name], field_name
 
-
-def _checked_header(path: Path, cells: list[str]) -> list[str]:
-    header = [cell.strip() for cell in cells]
-    twice = sorted({name for name in header if name and header.count(name) > 1})
-    if twice:
-        raise UserError(f"{path} has the column {twice[0]!r} twice. Rename one of them.")
-    return header
+    def format_field(self, value: Any, format_spec: str) -> str:
+        text = plain(value).strip()
+        return " ".join(text.replace("_", " ").split()) if format_spec == "words" else text
 
 
 def read_lines(path: Path) -> list[str]:
@@ -376,15 +261,102 @@ def read_lines(path: Path) -> list[str]:
         return [line for line in (line.strip(" \t\r\n") for line in file) if line]
 
 
-def _lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                guess = "UTF-16" if raw.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "LATIN1"
-                raise UserError(
-                    f"Line {number} of {path} is not UTF-8 (byte 0x{raw[error.start]:02x}). "
-                    f"Convert it, for instance from {guess}: "
-                    f"iconv -f {guess} -t UTF-8 {path.name} > utf8{path.suffix}"
-                ) from None
+# Two-letter codes withdrawn from ISO 639-1. The tables only have retired three-letter codes.
+WITHDRAWN = {"in": "id", "iw": "he", "ji": "yi", "jw": "jv", "mo": "ro"}
+# Where Whisper deviates from ISO 639: it writes `jw` for Javanese, and its Tagalog was trained and
+# tested on Filipino.
+WHISPER_CODES = {"jv": "jw", "fil": "tl"}
+COLLOQUIAL = {"farsi": "fa", "cantonese": "yue", "slovene": "sl", "kiswahili": "sw"}
+# BCP 47 (language, extended language, script, region, variants), FLORES (`deu_Latn`) and POSIX
+# (`de_DE.UTF-8@euro`).
+TAG = re.compile(
+    r"(?P<language>[a-z]{2,3})(?:[-_](?P<extended>[a-z]{3}))?(?:[-_][a-z]{4})?"
+    r"(?:[-_](?:[a-z]{2}|\d{3})(?:-\w{4,8})*)?(?:-[a-z]-[\w-]+)?(?:\.[\w-]+)?(?:@\w+)?"
+)
+
+
+@lru_cache(maxsize=4096)
+def whisper_codes(tag: str) -> tuple[str, ...]:
+    """Return Whisper's codes for a language, closest first; empty if Whisper does not support it.
+
+    The code of the macrolanguage is included, because earlier Whisper models without `yue` were
+    trained on Cantonese as `zh`.
+
+    Args:
+        tag: an ISO 639 code of any part, a BCP 47 tag, a locale, or an English name, in any case.
+
+    Examples:
+        >>> [whisper_codes(tag) for tag in ("deu", "nb-NO", "zh-yue", "Javanese", "tlh")]
+        [('de',), ('no',), ('yue', 'zh'), ('jw',), ()]
+    """
+    tag = tag.strip().lower()
+    names, synonyms = _whisper_names()
+    known = [synonyms.get(name, name) for name in (tag, _without_brackets(tag))]
+    closest = [code for code in known if code in names]
+    language = _find_language(closest[0] if closest else tag)
+    others = [code for code in _codes_of(language) if code in names] if language else []
+    return tuple(dict.fromkeys([*closest, *others]))
+
+
+@lru_cache(maxsize=4096)
+def language_name(tag: str) -> str:
+    """Return the English name of a language, or an empty string if the tag is unknown.
+
+    Whisper's name is preferred to that of ISO 639.
+
+    Args:
+        tag: see `whisper_codes`.
+
+    Examples:
+        >>> [language_name(tag) for tag in ("et", "fra", "zh-yue", "ceb", "Klingon", "xq")]
+        ['Estonian', 'French', 'Cantonese', 'Cebuano', 'Klingon', '']
+    """
+    if codes := whisper_codes(tag):
+        return _whisper_names()[0][codes[0]].title()
+    language = _find_language(tag.strip().lower())
+    if language is None or language.type == "S":  # ISO 639's special codes, such as `und`, `mul`
+        return ""
+    return _without_brackets(language.name)
+
+
+def _find_language(name: str) -> Language | None:
+    """Look up a lower-case code, name or tag in the tables of ISO 639."""
+    tag = TAG.fullmatch(name)
+    if tag and (tag["language"] == name or (found := _match(name)) is None):
+        found = _match(WITHDRAWN.get(tag["language"], tag["language"]))
+        extended = _match(tag["extended"] or "")
+        # `zh-yue` is Cantonese. In `eng-USA`, the three letters are a country.
+        if found and extended and extended.macrolanguage == found.part3:
+            return extended
+        return found
+    return _match(name) or _match(_without_brackets(name))
+
+
+def _match(name: str) -> Language | None:
+    try:
+        return Language.match(name, strict_case=False) if name else None
+    except LanguageNotFoundError:
+        return None
+
+
+def _codes_of(language: Language) -> Iterator[str]:
+    for code in (language.part1, language.part3):
+        if code:
+            yield WHISPER_CODES.get(code, code)
+    for wider in (language.retire_change_to, language.macrolanguage):
+        if wider:
+            yield from _codes_of(Language.from_part3(wider))
+
+
+def _without_brackets(name: str) -> str:
+    """Remove text in brackets: `Waray (Philippines)` becomes `Waray`."""
+    return re.sub(r"\s*\(.*\)", "", name).strip()
+
+
+@cache
+def _whisper_names() -> tuple[dict[str, str], dict[str, str]]:
+    """Return Whisper's tables: code to name, and name or synonym to code."""
+    # Imported here because it is slow and many commands do not need it.
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
+
+    return LANGUAGES, TO_LANGUAGE_CODE | COLLOQUIAL

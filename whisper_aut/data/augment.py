@@ -15,9 +15,8 @@ from torch import Tensor
 from torchaudio import functional, transforms
 
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits, load_waveform
-from whisper_aut.data.reader import Sample, ShardReader
-from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy
-from whisper_aut.data.shards import ShardIndex
+from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, Sample
+from whisper_aut.data.shards import ShardIndex, ShardReader
 from whisper_aut.errors import SkipSample
 
 NOISE_LIMITS = ClipLimits(min_seconds=0.1, max_seconds=60.0)

@@ -21,7 +21,7 @@ from whisper_aut.data.dataset import (
     TrainLoader,
     batch_loader,
 )
-from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy
+from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy
 from whisper_aut.data.sampler import (
     ByClips,
     BySeconds,

@@ -25,10 +25,9 @@ from whisper_aut.data.annotation import Template
 from whisper_aut.data.augment import Augment
 from whisper_aut.data.batch import Batch, Example, collate
 from whisper_aut.data.filters import licence_id
-from whisper_aut.data.reader import Sample, ShardReader, SkippedSample
-from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy
+from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, Sample, SkippedSample
 from whisper_aut.data.sampler import Batching, Cursor, Order, batches_from
-from whisper_aut.data.shards import ShardIndex
+from whisper_aut.data.shards import ShardIndex, ShardReader
 from whisper_aut.data.targets import TextCodec
 from whisper_aut.errors import SkipSample, UserError
 

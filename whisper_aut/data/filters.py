@@ -19,16 +19,15 @@ from pathlib import Path
 import numpy as np
 
 from whisper_aut.data.annotation import read_lines
-from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy, is_local, open_stream
+from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, is_local, open_stream
 from whisper_aut.data.shards import (
     FolderCounts,
     SampleTable,
     Selection,
     ShardIndex,
-    TableWriter,
-    table_of,
     text_hash,
 )
+from whisper_aut.data.writer import build_table
 from whisper_aut.errors import SkipReason, UserError
 
 SPDX_IDS = (
@@ -212,13 +211,13 @@ class Exclusions:
     """Samples to exclude, listed by an audit.
 
     Args:
-        places: `(fingerprint, shard, key)` of each sample, with the fingerprint of its folder.
+        samples: fingerprint of the folder, name of the shard and key of each sample.
     """
 
-    def __init__(self, places: Iterable[tuple[str, str, str]] = ()):
-        self._places: dict[str, set[ShardKey]] = defaultdict(set)
-        for fingerprint, shard, key in places:
-            self._places[fingerprint].add((shard, key))
+    def __init__(self, samples: Iterable[tuple[str, str, str]] = ()):
+        self._samples: dict[str, set[ShardKey]] = defaultdict(set)
+        for fingerprint, shard, key in samples:
+            self._samples[fingerprint].add((shard, key))
 
     @classmethod
     def load(cls, path: str | Path) -> "Exclusions":
@@ -227,32 +226,31 @@ class Exclusions:
         Raises:
             UserError: the file cannot be read, or a line lacks one of these fields.
         """
+        command = "whisper-aut data audit TRAIN --against PROBE"
         try:
             lines = read_lines(Path(path))
         except OSError as error:
             raise UserError(
-                f"data.exclude: cannot read {path} ({error.strerror}). Write one: "
-                "whisper-aut data audit TRAIN --against PROBE"
+                f"data.exclude: cannot read {path} ({error.strerror}). Write one: {command}"
             ) from None
-        places = []
+        samples = []
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-                places.append((str(entry["fingerprint"]), str(entry["shard"]), str(entry["key"])))
+                samples.append((str(entry["fingerprint"]), str(entry["shard"]), str(entry["key"])))
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"Line {number} of {path} is not an object with fingerprint, shard and key: "
-                    f"{line[:80]!r}. "
-                    "Write the list anew: whisper-aut data audit TRAIN --against PROBE"
+                    f"{line[:80]!r}. Write the list again: {command}"
                 ) from None
-        return cls(places)
+        return cls(samples)
 
     def for_index(self, index: ShardIndex) -> frozenset[ShardKey]:
         """Return `(shard, key)` of each excluded sample of a folder."""
-        return frozenset().union(*(self._places[one] for one in index.identities()))
+        return frozenset().union(*(self._samples[one] for one in index.identities()))
 
     def __len__(self) -> int:
-        return sum(map(len, self._places.values()))
+        return sum(map(len, self._samples.values()))
 
 
 def select_samples(
@@ -276,34 +274,35 @@ def select_samples(
     Raises:
         UserError: the tables cannot be read, or the folder is remote and has none.
     """
-    all_allowed = not allowed or (
-        index.has_tables
-        and all(licence_allowed(allowed, name or licence) for name in index.licences)
-    )
-    if all_allowed and not excluded:
+    stated = index.licences if index.has_tables else ()
+    if not excluded and (
+        not allowed
+        or (stated and all(licence_allowed(allowed, name or licence) for name in stated))
+    ):
         return index
     if not index.has_tables and not is_local(index.root):
         raise UserError(
-            f"{index.root} has no sample tables, which data.exclude and data.licences.allow go by. "
-            "Make them where the tars are on a disk: whisper-aut data index FOLDER"
+            f"{index.root} has no sample tables, which data.exclude and data.licences.allow need. "
+            "Write them where the tars are on a disk: whisper-aut data index FOLDER"
         )
-    keys: dict[str, list[int]] = defaultdict(list)
+    excluded_keys: dict[str, list[int]] = defaultdict(list)
     for shard, key in excluded:
-        keys[shard].append(text_hash(key))
+        excluded_keys[shard].append(text_hash(key))
 
     def choose(number: int) -> tuple[np.ndarray, Counter[str], list[tuple[str, int, float]]]:
         table, licences = _table(index, number, policy)
         names = {text_hash(name): name for name in licences}
-        admitted = [own for own, name in names.items() if licence_allowed(allowed, name or licence)]
-        listed = np.isin(table.keys, keys.get(index.shards[number].name, []))
+        admitted = [id for id, name in names.items() if licence_allowed(allowed, name or licence)]
+        listed = np.isin(table.keys, excluded_keys.get(index.shards[number].name, []))
         barred = ~np.isin(table.licences, admitted) & ~listed & bool(allowed)
         rows = np.flatnonzero(~listed & ~barred).astype(np.uint32)
-        left_out = {SkipReason.EXCLUDED: int(listed.sum()), SkipReason.LICENCE: int(barred.sum())}
+        left_out = Counter({str(SkipReason.EXCLUDED): int(listed.sum())})
+        left_out[str(SkipReason.LICENCE)] = int(barred.sum())
         counts = [
-            (names.get(own, "unknown"), clips, seconds)
-            for own, clips, seconds in table.count_licences(rows)
+            (names.get(id, "unknown"), clips, seconds)
+            for id, clips, seconds in table.count_licences(rows)
         ]
-        return rows, Counter({str(why): count for why, count in left_out.items()}), counts
+        return rows, left_out, counts
 
     try:
         # In parallel, because object stores have a high latency.
@@ -311,8 +310,8 @@ def select_samples(
             chosen = list(pool.map(choose, range(len(index.shards))))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"The sample tables of {index.root} cannot be read ({error}), and data.exclude and "
-            f"data.licences.allow go by them. Make them again: whisper-aut data index {index.root}"
+            f"The sample tables of {index.root} cannot be read ({error}), which data.exclude and "
+            f"data.licences.allow need. Write them again: whisper-aut data index {index.root}"
         ) from None
     kept = FolderCounts()
     for name, clips, seconds in (count for *_, counts in chosen for count in counts):
@@ -321,7 +320,7 @@ def select_samples(
         ordinals=tuple(rows for rows, *_ in chosen),
         seconds=sum(counts["seconds"] for counts in kept.licences.values()),
         licences=kept.metadata()["licences"],
-        left_out=dict(sum((counts for _, counts, _ in chosen), Counter())),
+        left_out=dict(sum((left_out for _, left_out, _ in chosen), Counter())),
     )
     return replace(index, selection=selection)
 
@@ -333,7 +332,7 @@ def _table(
     if index.has_tables:
         return index.table(number, policy), index.licences
     if not index.shards[number].samples:  # the tar is damaged before its first sample
-        return TableWriter().finish(0), ()
+        return SampleTable.from_rows((), 0), ()
     counts = FolderCounts()
     with open_stream(index.url(number)) as stream:
-        return table_of(stream, counts, audio=False), counts.licences
+        return build_table(stream, counts, audio=False), counts.licences

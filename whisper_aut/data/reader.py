@@ -1,36 +1,461 @@
-"""Read selected samples from shards, each as a `Sample`, or a `SkippedSample` if it is unreadable.
+"""Read samples from tars on a disk or behind a URL (`https://`, `s3://`, `gs://`, through fsspec).
 
-If a shard has a sample table, only the requested samples are fetched. Otherwise the tar is read
-from its start and other samples are skipped.
+Failed reads of a URL are retried with exponential backoff and continue at the byte that was
+reached: with a range request if the server supports it, otherwise by reading from the beginning.
+The tars are plain WebDataset (https://github.com/webdataset/webdataset). Nothing is unpickled.
 """
 
+import io
+import random
+import re
+import sys
+import tarfile
+import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BytesIO
-from typing import BinaryIO, TypeVar
+from tarfile import EOFHeaderError, HeaderError, InvalidHeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
+from typing import Any, BinaryIO, TypeVar, cast
 
+import fsspec
 from torch import Tensor
+from webdataset.tariterators import base_plus_ext
 
-from whisper_aut.audio.decode import ClipLimits
+from whisper_aut.audio.decode import AUDIO_SUFFIXES, ClipLimits
 from whisper_aut.data.annotation import MAX_JSON_BYTES, Annotation
-from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy, is_local, open_stream
-from whisper_aut.data.shards import (
-    Group,
-    MemberGroups,
-    SampleTable,
-    ShardIndex,
-    audio_and_annotation,
-    text_hash,
-)
-from whisper_aut.errors import SkipReason, SkipSample
+from whisper_aut.errors import SkipReason, SkipSample, UserError
 
-END_OF_TAR = bytes(1024)
-# Adjacent samples are fetched together, up to these sizes. Locally, a larger run would not fit into
-# the CPU cache, and every copy of it would wait for memory. Remotely, every fetch is a request.
-LOCAL_RUN_BYTES = 1 << 19
-REMOTE_RUN_BYTES = 8 << 20
+Item = TypeVar("Item")
+MAX_PAUSE_SECONDS = 30.0
+BUFFER_BYTES = 1 << 20
+REQUEST_BYTES = 4 << 20  # size of a range request when a tar is read sequentially
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "remote", "https": "remote"}
+RETRIED_STATUSES = (408, 425, 429)  # the only 4xx statuses that are worth a retry
+
+
+@dataclass(frozen=True)
+class ReadPolicy:
+    """How reads of URLs are retried.
+
+    Attributes:
+        retries: attempts after the first one, counted separately for each read.
+        timeout_seconds: a connection that sends nothing for this long is closed.
+        pause_seconds: pause before the first retry. It doubles with each retry, up to
+            `MAX_PAUSE_SECONDS`, and is lengthened by a random factor between 1 and 2.
+    """
+
+    retries: int = 6
+    timeout_seconds: float = 30.0
+    pause_seconds: float = 0.5
+
+
+DEFAULT_POLICY = ReadPolicy()
+
+
+def is_local(url: str) -> bool:
+    """Return whether `url` is a path or a `file://` URL."""
+    return fsspec.core.split_protocol(url)[0] in (None, "file", "local")
+
+
+def sibling_url(root: str, name: str) -> str:
+    """Return the path or URL of a file in the folder `root`."""
+    return f"{root.rstrip('/')}/{name}"
+
+
+@contextmanager
+def open_stream(
+    url: str, policy: ReadPolicy = DEFAULT_POLICY, *, whole: bool = True
+) -> Iterator[BinaryIO]:
+    """Open a path or URL for reading, as a context manager.
+
+    Args:
+        url: path or URL.
+        policy: how to retry.
+        whole: read ahead, for a file that is read from start to end. Otherwise only the requested
+            bytes are fetched.
+
+    Raises:
+        OSError: the file does not exist or all attempts failed. Reads of the stream raise it too.
+        UserError: the package for the URL's protocol is not installed.
+    """
+    if is_local(url):
+        with fsspec.open(url, "rb") as stream:
+            yield cast(BinaryIO, stream)
+    else:
+        reader = RetryingReader(url, policy, whole=whole)
+        with io.BufferedReader(reader, BUFFER_BYTES if whole else 4096) as stream:
+            yield cast(BinaryIO, stream)
+
+
+def read_file(url: str, policy: ReadPolicy = DEFAULT_POLICY, *, max_bytes: int) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        OSError: the file cannot be read (see `open_stream`) or is larger than `max_bytes`.
+    """
+    with open_stream(url, policy) as stream:
+        data = stream.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(f"{url} is larger than {max_bytes} bytes")
+    return data
+
+
+class RetryingReader(io.RawIOBase):
+    """A remote file that is reopened at the current position whenever a read fails."""
+
+    def __init__(self, url: str, policy: ReadPolicy, *, whole: bool = True):
+        self.url, self.policy, self.whole = url, policy, whole
+        self._position = 0
+        self._file: Any = None
+        self._size: int | None = None  # None if the server does not report it
+        self._ranges = True  # until the server turns out not to support range requests
+        self._with_retries(self._reopen)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_END and self._size is None:
+            raise io.UnsupportedOperation(f"{self.url} does not report its size")
+        self._position = max(0, (0, self._position, self._size or 0)[whence] + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._with_retries(lambda: self._read(len(buffer)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _read(self, size: int) -> bytes:
+        if self._file is None:
+            self._reopen()
+        file: Any = self._file
+        if self._ranges:
+            file.seek(self._position)
+        else:
+            file = self._skip_to_position(file)
+        data = file.read(size)
+        if not data and self._size is not None and self._position < self._size:
+            raise ConnectionError(f"stopped at byte {self._position} of {self._size}")
+        return data
+
+    def _reopen(self) -> None:
+        filesystem, path = _filesystem(self.url, self.policy)
+        # A block size of 0 makes fsspec stream the body, for servers without range requests.
+        options: dict[str, Any] = {"block_size": REQUEST_BYTES if self._ranges else 0}
+        if self._ranges and not self.whole:
+            options["cache_type"] = "none"
+        self._file = filesystem.open(path, "rb", **options)
+        self._size = getattr(self._file, "size", None) or self._size
+        # fsspec streams the body if a server rejects range requests. For HTTP files, the module
+        # has already been imported.
+        http = sys.modules.get("fsspec.implementations.http")
+        if http is not None and isinstance(self._file, http.HTTPStreamFile):
+            self._ranges = False
+
+    def _skip_to_position(self, file: Any) -> Any:
+        """Advance a stream without range requests; reopen it to go backwards."""
+        if file.tell() > self._position:
+            self._drop()
+            self._reopen()
+            file = self._file
+        while (missing := self._position - file.tell()) > 0:
+            if not file.read(min(missing, BUFFER_BYTES)):
+                break  # the position is after the end of the file
+        return file
+
+    def _drop(self) -> None:
+        if self._file is not None:
+            with suppress(Exception):
+                self._file.close()
+        self._file = None
+
+    def _with_retries(self, action: Callable[[], Any]) -> Any:
+        attempt = 0
+        while True:
+            try:
+                return action()
+            except UserError:
+                raise
+            except Exception as error:  # every fsspec file system raises its own types
+                self._drop()
+                # fsspec's message for a server that ignored a range request.
+                if self._ranges and "range request" in str(error):
+                    self._ranges = False
+                    continue
+                if _is_final(error):
+                    if isinstance(error, OSError):
+                        raise
+                    raise OSError(f"{self.url}: {error}") from error
+                if attempt == self.policy.retries:
+                    raise OSError(
+                        f"{self.url}: {str(error) or type(error).__name__} "
+                        f"(given up after {attempt + 1} attempts)"
+                    ) from error
+                pause = min(self.policy.pause_seconds * 2**attempt, MAX_PAUSE_SECONDS)
+                # Random, so that ranks that failed together do not retry together.
+                time.sleep(pause * (1 + random.random()))
+                attempt += 1
+
+
+def _filesystem(url: str, policy: ReadPolicy) -> tuple[Any, str]:
+    protocol = str(fsspec.core.split_protocol(url)[0])
+    seconds, options = policy.timeout_seconds, {}
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+        options = {"client_kwargs": {"timeout": limits}}
+    elif protocol in ("s3", "s3a"):
+        options = {"config_kwargs": {"connect_timeout": seconds, "read_timeout": seconds}}
+    elif protocol in ("gs", "gcs"):
+        options = {"requests_timeout": seconds}
+    try:
+        return fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        extra = EXTRAS.get(protocol)
+        package = f'"whisper-aut[{extra}]"' if extra else f"a package for {protocol}://"
+        raise UserError(f"{url} cannot be read ({error}). Run: pip install {package}.") from None
+    except ValueError as error:
+        raise UserError(f"{url} cannot be read: {error}.") from None
+
+
+def _is_final(error: BaseException) -> bool:
+    """Return whether a retry cannot help.
+
+    fsspec turns every failed look-up of a URL into `FileNotFoundError`, so its cause decides.
+    """
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status not in RETRIED_STATUSES
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        return _is_final(error.__cause__)
+    return isinstance(
+        error, (FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError)
+    )
+
+
+COMPRESSED = "compressed with gzip, which prevents random access and does not shrink audio"
+SUFFIX = re.compile(r"[A-Za-z_][\w-]*")  # one part of a suffix such as `seg.json`
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """A header that raises when it is damaged.
+
+    Python's `tarfile` silently treats a damaged header inside an archive as the archive's end.
+    Negative sizes, which make `tarfile` seek backwards and loop forever, are rejected too.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictHeader":
+        header = super().frombuf(buf, encoding, errors)
+        # `frombuf` also parses extension headers, which `fromtarfile` does not return.
+        _check_size(header)
+        return header
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "_StrictHeader":
+        try:
+            header = super().fromtarfile(tarfile)
+            _check_size(header)  # again, since a pax header may override the size
+        except EOFHeaderError:  # the zero block that ends an archive
+            raise
+        except (HeaderError, ValueError, OverflowError) as error:
+            raise ReadError(f"{error}, at byte {tarfile.offset}") from None
+        return header
+
+
+def _check_size(header: tarfile.TarInfo) -> None:
+    if header.size < 0:
+        raise InvalidHeaderError(f"{header.name} has a size of {header.size} bytes")
+
+
+def tar_members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield `(tar, member)` for the regular files of an uncompressed tar, in order.
+
+    Bodies are skipped by seeking if the stream is seekable.
+
+    Raises:
+        tarfile.TarError: the tar is compressed or damaged, or has no end marker. Members before
+            the damage are yielded first.
+    """
+    if stream.seekable():
+        is_gzip = stream.read(2) == b"\x1f\x8b"
+        stream.seek(0)
+        if is_gzip:
+            raise ReadError(f"{COMPRESSED}: gunzip it")
+    mode = "r:" if stream.seekable() else "r|"
+    with tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictHeader) as tar:
+        for member in tar:
+            if member.isreg():
+                yield tar, member
+            # Otherwise tarfile keeps every header, and a tar of 20 M samples would fill memory.
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def sample_members(
+    stream: BinaryIO,
+) -> Iterator[tuple[int, str, str, tarfile.TarFile, tarfile.TarInfo]]:
+    """Yield `(ordinal, key, suffix, tar, member)` for every member that belongs to a sample.
+
+    `ordinal` is the index of the sample in the tar, and `suffix` is in lower case. Consecutive
+    members with the same key form one sample. A suffix that repeats starts a new sample, so two
+    consecutive samples may have the same key.
+
+    Raises:
+        tarfile.TarError: see `tar_members`.
+    """
+    ordinal, last, suffixes = -1, None, set()
+    for tar, member in tar_members(stream):
+        key, suffix = split_name(member.name)
+        if not suffix:
+            continue
+        if key != last or suffix in suffixes:
+            ordinal, last, suffixes = ordinal + 1, key, set()
+        suffixes.add(suffix)
+        yield ordinal, key, suffix, tar, member
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split a member's name into its key and its suffix (empty if there is none).
+
+    As in WebDataset, the suffix begins at the first dot of the file name, unless what follows
+    cannot be part of a suffix: in `Track 2.0 v0.wav`, the first dot belongs to the key because
+    `0 v0` is not a valid part.
+    """
+    key, suffix = base_plus_ext(name)
+    if key is None or suffix is None:
+        return name, ""
+    parts = suffix.split(".")
+    key_parts = [n for n, part in enumerate(parts[:-1], 1) if not SUFFIX.fullmatch(part)]
+    split = max(key_parts, default=0)
+    return ".".join([key, *parts[:split]]), ".".join(parts[split:]).lower()
+
+
+def count_samples(stream: BinaryIO) -> int:
+    """Count the samples of a tar from its member names alone. Stops at the first damaged header."""
+    samples = 0
+    with suppress(tarfile.TarError):  # the damage is reported when the tar is read
+        for ordinal, *_ in sample_members(stream):
+            samples = ordinal + 1
+    return samples
+
+
+Group = dict[str, Any]
+
+
+class MemberGroups:
+    """Iterates over `(ordinal, group)` for all samples of a tar.
+
+    A group maps `__key__` to the sample's key and each suffix to the member's body. Bodies that
+    are not wanted are not read and are empty.
+
+    Args:
+        stream: the tar.
+        limits: a member above `max_bytes` is not read; its body is a `SkipSample` instead.
+        wanted: indices of the samples to read; None for all.
+        suffixes: suffixes of the members to read; None for all.
+
+    Attributes:
+        damage: the error that stopped the iteration; empty if the tar is valid.
+    """
+
+    def __init__(
+        self,
+        stream: BinaryIO,
+        limits: ClipLimits,
+        wanted: Container[int] | None = None,
+        suffixes: Container[str] | None = None,
+    ):
+        self.stream, self.limits, self.wanted, self.suffixes = stream, limits, wanted, suffixes
+        self.damage = ""
+
+    def __iter__(self) -> Iterator[tuple[int, Group]]:
+        ordinal = -1
+        group: Group = {}
+        try:
+            for number, key, suffix, tar, member in sample_members(self.stream):
+                is_wanted = self.wanted is None or number in self.wanted
+                is_read = is_wanted and (self.suffixes is None or suffix in self.suffixes)
+                body = self._body(tar, member, suffix) if is_read else b""
+                if number != ordinal:
+                    if group:
+                        yield ordinal, group
+                    ordinal, group = number, {"__key__": key}
+                group[suffix] = body
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            self.damage = str(error) or type(error).__name__
+        if group:
+            yield ordinal, group
+
+    def _body(
+        self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str
+    ) -> bytes | SkipSample:
+        limit = MAX_JSON_BYTES if suffix in ("json", "txt") else self.limits.max_bytes
+        if member.size > limit:
+            detail = f"{member.name}: {member.size} bytes, limit {limit}"
+            return SkipSample(SkipReason.TOO_LARGE, detail)
+        if self.stream.seekable() and not member.issparse():
+            # Several times faster than the file object of `extractfile`.
+            self.stream.seek(member.offset_data)
+            body = self.stream.read(member.size)
+        else:
+            file = tar.extractfile(member)
+            body = file.read() if file else b""
+        if len(body) < member.size:
+            raise ReadError(f"{member.name} ends after {len(body)} of {member.size} bytes")
+        return body
+
+
+def audio_and_annotation(group: Group) -> tuple[str, bytes, Annotation]:
+    """Return the suffix and bytes of the audio member, and the annotation.
+
+    The annotation is read from the `.json` and `.txt` members.
+
+    Raises:
+        SkipSample: the sample has no audio, or neither JSON nor text; a member is too large; or
+            the JSON or text cannot be parsed.
+    """
+    bodies = {suffix: body for suffix, body in group.items() if not suffix.startswith("__")}
+    for body in bodies.values():
+        if isinstance(body, SkipSample):
+            raise body
+    suffix = next((suffix for suffix in AUDIO_SUFFIXES if suffix in bodies), None)
+    listed = f"members: {', '.join(f'.{suffix}' for suffix in sorted(bodies))}{_dots_hint(group)}"
+    if "json" not in bodies and "txt" not in bodies:
+        raise SkipSample(SkipReason.BAD_JSON, f"no .json or .txt member; {listed}")
+    if suffix is None:
+        raise SkipSample(SkipReason.NO_AUDIO, listed)
+    try:
+        text = bodies.get("txt", b"").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SkipSample(SkipReason.BAD_JSON, f"the .txt member is not UTF-8: {error}") from None
+    return suffix, bodies[suffix], Annotation.from_json(bodies.get("json", b"{}"), text)
+
+
+def _dots_hint(group: Group) -> str:
+    """Return an explanation for errors if dots in a file name hide the suffix of a member."""
+    known = (*AUDIO_SUFFIXES, "json", "txt")
+    hidden = [suffix for suffix in group if "." in suffix and suffix.rpartition(".")[2] in known]
+    if not hidden:
+        return ""
+    key = group["__key__"]
+    return (
+        f". WebDataset ends a key at the first dot, so {f'{key}.{hidden[0]}'!r} is the member "
+        f"{f'.{hidden[0]}'!r} of {key!r}: rename the files so that only the suffix has a dot"
+    )
 
 
 @dataclass(frozen=True)
@@ -73,191 +498,32 @@ class SkippedSample:
 def read_shard(
     stream: BinaryIO, url: str, wanted: Container[int] | None, limits: ClipLimits
 ) -> Iterator[tuple[int, Sample | SkippedSample]]:
-    """Yield `(ordinal, sample or refusal)` for the wanted samples of one tar, in its order.
+    """Yield `(ordinal, sample or skipped sample)` for the wanted samples of one tar, in its order.
 
     A damaged tar yields the samples before the damage, then one `SkippedSample` with ordinal -1.
 
     Args:
         stream: the tar.
-        url: path or URL of the tar, for samples and refusals.
+        url: path or URL of the tar, to be stored in the samples.
         wanted: indices of the samples to read; None for all. Other bodies are skipped.
         limits: members larger than `max_bytes` are rejected.
     """
     groups = MemberGroups(stream, limits, wanted)
     for ordinal, group in groups:
-        if wanted is None or ordinal in wanted:
-            yield ordinal, _sample_of(group, url)
+        if wanted is not None and ordinal not in wanted:
+            continue
+        key = group["__key__"]
+        try:
+            suffix, audio, annotation = audio_and_annotation(group)
+            yield ordinal, Sample(key, url, audio, suffix, annotation)
+        except SkipSample as skip:
+            yield ordinal, SkippedSample(url, key, skip.reason, skip.detail)
     if groups.damage:
         yield -1, SkippedSample(url, "", SkipReason.BAD_TAR, groups.damage)
 
 
-def read_samples(
-    stream: BinaryIO, url: str, table: SampleTable, wanted: Sequence[int], limits: ClipLimits
-) -> Iterator[tuple[int, Sample | SkippedSample]]:
-    """Yield the wanted samples like `read_shard`, but fetch only these, adjacent ones together.
-
-    Args:
-        stream: the tar, seekable.
-        url: path or URL of the tar, for samples and refusals.
-        table: the sample table of the tar.
-        wanted: indices of the samples to read.
-        limits: samples larger than `max_bytes` are rejected.
-
-    Raises:
-        ValueError: the table does not match the tar.
-    """
-    for first, last in _runs(
-        sorted(wanted), table, LOCAL_RUN_BYTES if is_local(url) else REMOTE_RUN_BYTES
-    ):
-        start, end = int(table.starts[first]), int(table.starts[last])
-        if last - first == 1 and end - start > limits.max_bytes + MAX_JSON_BYTES:
-            yield (
-                first,
-                SkippedSample(
-                    url,
-                    f"#{first}",
-                    SkipReason.TOO_LARGE,
-                    f"{end - start} bytes, limit {limits.max_bytes}",
-                ),
-            )
-            continue
-        stream.seek(start)
-        data = stream.read(end - start)
-        count = 0
-        for place, item in read_shard(BytesIO(data + END_OF_TAR), url, None, limits):
-            if place >= 0:
-                count += 1
-                if text_hash(item.key) != table.keys[first + place]:
-                    raise ValueError(f"{url} has another sample {item.key!r} than its table")
-                yield first + place, item
-            elif len(data) < end - start:
-                yield -1, item  # the tar is truncated
-                return
-        if count != last - first:
-            raise ValueError(f"{count} samples where the table has {last - first}")
-
-
-def _runs(wanted: Sequence[int], table: SampleTable, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """Join adjacent indices into ranges `[first, last)` of at most `max_bytes`.
-
-    A single sample may be larger.
-    """
-    first, last = None, 0
-    for number in wanted:
-        if first is not None and (
-            number != last or table.starts[number + 1] - table.starts[first] > max_bytes
-        ):
-            yield first, last
-            first = None
-        first, last = number if first is None else first, number + 1
-    if first is not None:
-        yield first, last
-
-
-def iter_samples(
-    index: ShardIndex, limits: ClipLimits, policy: ReadPolicy = DEFAULT_POLICY
-) -> Iterator[Sample | SkippedSample]:
-    """Yield every selected sample of an index once, in the order of the shards.
-
-    A shard that cannot be opened or read yields one `SkippedSample`.
-    """
-    for number in range(len(index.shards)):
-        url = index.url(number)
-        wanted = set(index.ordinals(number).tolist()) if index.selection else None
-        try:
-            with open_stream(url, policy) as stream:
-                for _, item in read_shard(stream, url, wanted, limits):
-                    yield item
-        except OSError as error:
-            yield SkippedSample(url, "", SkipReason.BAD_TAR, str(error))
-
-
-def _sample_of(group: Group, url: str) -> Sample | SkippedSample:
-    key = group["__key__"]
-    try:
-        suffix, audio, annotation = audio_and_annotation(group)
-        return Sample(key, url, audio, suffix, annotation)
-    except SkipSample as refused:
-        return SkippedSample(url, key, refused.reason, refused.detail)
-
-
-TABLES_HELD = 256
-Items = Iterator[tuple[int, Sample | SkippedSample]]
-
-
-class ShardReader:
-    """Reads selected samples of an index. Caches the sample tables of up to `TABLES_HELD` shards.
-
-    Args:
-        limits: members larger than `max_bytes` are rejected.
-        policy: how to retry reads.
-    """
-
-    def __init__(self, limits: ClipLimits, policy: ReadPolicy):
-        self.limits, self.policy = limits, policy
-        self._tables: dict[str, SampleTable | None] = {}
-
-    def read(self, places: Mapping[int, tuple[int, int]], index: ShardIndex) -> Items:
-        """Yield `(number, sample or skipped sample)` for every number, grouped by shard.
-
-        A damaged, missing or unreachable shard yields a `SkippedSample` for each missing sample.
-
-        Args:
-            places: for each number, the index of the shard and the index of the sample among the
-                shard's selected samples.
-            index: the shards.
-        """
-        by_shard: dict[int, list[tuple[int, int]]] = {}
-        for number, (shard, selected) in places.items():
-            by_shard.setdefault(shard, []).append((selected, number))
-        for shard, chosen in by_shard.items():
-            ordinals = index.ordinals(shard)
-            numbers = {int(ordinals[selected]): number for selected, number in chosen}
-            url = index.url(shard)
-            damage = "the shard ends before this sample"
-            try:
-                for ordinal, item in self._items(index, shard, list(numbers)):
-                    if ordinal in numbers:
-                        yield numbers.pop(ordinal), item
-                    elif isinstance(item, SkippedSample):
-                        damage = item.detail
-                    if not numbers:
-                        break
-            except OSError as error:
-                damage = str(error)
-            for ordinal, number in numbers.items():
-                yield number, SkippedSample(url, f"#{ordinal}", SkipReason.BAD_TAR, damage)
-
-    def _items(self, index: ShardIndex, shard: int, ordinals: Sequence[int]) -> Items:
-        url, table = index.url(shard), self._table(index, shard)
-        if table is not None:
-            try:
-                with open_stream(url, self.policy, whole=False) as stream:
-                    yield from read_samples(stream, url, table, ordinals, self.limits)
-                return
-            except ValueError as error:  # the table does not match the tar
-                if index.selection:  # it was computed from the table, so it is wrong too
-                    hint = f"make its table again: whisper-aut data index {index.root}"
-                    raise OSError(f"{error}; {hint}") from None
-        with open_stream(url, self.policy) as stream:
-            yield from read_shard(stream, url, set(ordinals), self.limits)
-
-    def _table(self, index: ShardIndex, shard: int) -> SampleTable | None:
-        url = index.url(shard)
-        if index.has_tables and url not in self._tables:
-            if len(self._tables) >= TABLES_HELD:
-                self._tables.pop(next(iter(self._tables)))
-            try:
-                self._tables[url] = index.table(shard, self.policy)
-            except (OSError, ValueError):
-                self._tables[url] = None  # the tar is read without its table
-        return self._tables.get(url)
-
-
 # The byte limit makes files with hours of audio load one at a time.
 LOOKAHEAD_CLIPS, LOOKAHEAD_BYTES = 256, 64 << 20
-
-Item = TypeVar("Item")
 
 
 def prefetch_decoded(
@@ -277,29 +543,25 @@ def prefetch_decoded(
     Yields:
         Each item with its waveform, or with the `SkipSample` that `load` raised.
     """
+
+    def load_or_skip(item: Item) -> Tensor | SkipSample:
+        try:
+            return load(item)
+        except SkipSample as skip:
+            return skip
+
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    ahead: deque[tuple[Item, Future[Tensor]]] = deque()
-    source, waiting = iter(items), 0
+    pending: deque[tuple[Item, Future[Tensor | SkipSample]]] = deque()
+    pending_bytes = 0
     try:
-        while True:
-            while not ahead or (len(ahead) < LOOKAHEAD_CLIPS and waiting < LOOKAHEAD_BYTES):
-                try:
-                    item = next(source)
-                except StopIteration:
-                    break
-                ahead.append((item, pool.submit(load, item)))
-                waiting += encoded_bytes(item)
-            if not ahead:
-                return
-            item, future = ahead.popleft()
-            waiting -= encoded_bytes(item)
-            yield item, _outcome(future)
+        for item in items:
+            pending.append((item, pool.submit(load_or_skip, item)))
+            pending_bytes += encoded_bytes(item)
+            while len(pending) >= LOOKAHEAD_CLIPS or pending_bytes >= LOOKAHEAD_BYTES:
+                first, future = pending.popleft()
+                pending_bytes -= encoded_bytes(first)
+                yield first, future.result()
+        for item, future in pending:
+            yield item, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _outcome(future: Future[Tensor]) -> Tensor | SkipSample:
-    try:
-        return future.result()
-    except SkipSample as refused:
-        return refused

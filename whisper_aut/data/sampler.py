@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy
+from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy
 from whisper_aut.data.shards import UNKNOWN_MS, ShardIndex
 from whisper_aut.errors import UserError
 

@@ -17,9 +17,15 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from whisper_aut.data.annotation import DOMAINS, Annotation, Row, Template
+from whisper_aut.data.annotation import (
+    DOMAINS,
+    Annotation,
+    Row,
+    Template,
+    language_name,
+    whisper_codes,
+)
 from whisper_aut.data.batch import TokenTarget
-from whisper_aut.data.languages import language_name, whisper_codes
 from whisper_aut.errors import SkipReason, SkipSample, UserError, nearest
 
 # `words`: word and character error rate; `exact`: equality after normalisation; `tags`: overlap of

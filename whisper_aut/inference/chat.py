@@ -21,8 +21,8 @@ from whisper_aut.audio.windows import BATCH_SECONDS, batches_by_seconds
 from whisper_aut.data.batch import Example, collate
 from whisper_aut.data.dataset import ExampleBuilder
 from whisper_aut.data.ledger import Ledger, by_source
-from whisper_aut.data.reader import Sample, SkippedSample, iter_samples
-from whisper_aut.data.shards import open_index
+from whisper_aut.data.reader import Sample, SkippedSample
+from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.data.targets import DEFAULT_LANGUAGE, ChatText, TextCodec, WhisperText
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 from whisper_aut.models.module import AnswerMetrics, AudioTextModule

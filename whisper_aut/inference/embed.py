@@ -21,8 +21,8 @@ from whisper_aut.audio.decode import (
     load_waveform,
 )
 from whisper_aut.audio.windows import BATCH_SECONDS, get_pooling
-from whisper_aut.data.reader import SkippedSample, iter_samples, prefetch_decoded
-from whisper_aut.data.shards import INDEX_NAME, open_index
+from whisper_aut.data.reader import SkippedSample, prefetch_decoded
+from whisper_aut.data.shards import INDEX_NAME, iter_samples, open_index
 from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.inference.encoder import DECODE_THREADS, AudioEncoder
 from whisper_aut.utils import atomic_path

@@ -31,8 +31,8 @@ from whisper_aut import __version__
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.batch import TokenTarget
-from whisper_aut.data.reader import Sample, iter_samples
-from whisper_aut.data.shards import ShardIndex, open_index
+from whisper_aut.data.reader import Sample
+from whisper_aut.data.shards import ShardIndex, iter_samples, open_index
 from whisper_aut.data.targets import AUDIO, ChatText, Instructions
 from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.models.language import packed_states

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits, load_waveform
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.reader import Sample, SkippedSample, iter_samples, prefetch_decoded
-from whisper_aut.data.shards import ShardIndex
+from whisper_aut.data.reader import Sample, SkippedSample, prefetch_decoded
+from whisper_aut.data.shards import ShardIndex, iter_samples
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 from whisper_aut.probes.tasks import ProbeTask
 

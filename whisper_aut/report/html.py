@@ -23,8 +23,8 @@ from rich.console import Console
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits, load_waveform
 from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.data.annotation import read_lines
-from whisper_aut.data.reader import Sample, iter_samples
-from whisper_aut.data.shards import open_index
+from whisper_aut.data.reader import Sample
+from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.probes.embed import BASELINE_NAME
 from whisper_aut.probes.results import Scores

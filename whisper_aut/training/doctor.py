@@ -25,9 +25,8 @@ from rich.table import Table
 from rich.text import Text
 
 from whisper_aut.audio.decode import ClipLimits
-from whisper_aut.data.reader import Sample, iter_samples
-from whisper_aut.data.remote import DEFAULT_POLICY, ReadPolicy
-from whisper_aut.data.shards import ShardIndex
+from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, Sample
+from whisper_aut.data.shards import ShardIndex, iter_samples
 from whisper_aut.errors import UserError
 from whisper_aut.training.callbacks.stopping import check_disk_space, find_compiler
 
@@ -73,7 +72,7 @@ def examine(checks: Sequence[tuple[str, Callable[[], Finding]]]) -> Iterator[Fin
             )
 
 
-def table_of(findings: Sequence[Finding]) -> Table:
+def build_table(findings: Sequence[Finding]) -> Table:
     """Return the findings as a table for the console."""
     table = Table(title="whisper-aut doctor", title_justify="left")
     for column in ("what", "", "found"):

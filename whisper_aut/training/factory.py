@@ -32,10 +32,9 @@ from whisper_aut.data.augment import Augment, SpecAugment
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
 from whisper_aut.data.filters import Exclusions, select_samples
-from whisper_aut.data.reader import Sample, iter_samples
-from whisper_aut.data.remote import ReadPolicy
+from whisper_aut.data.reader import ReadPolicy, Sample
 from whisper_aut.data.sampler import mixture_weights
-from whisper_aut.data.shards import open_index
+from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.data.targets import TextCodec
 from whisper_aut.errors import UserError
 from whisper_aut.models.decoders import check_decoder

@@ -12,7 +12,8 @@ from whisper_aut.cli import main
 from whisper_aut.corpora.audit import names_of, read_audit, run_audit, unaudited
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.filters import Exclusions
-from whisper_aut.data.shards import ShardWriter, open_index
+from whisper_aut.data.shards import open_index
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import SkipReason
 
 

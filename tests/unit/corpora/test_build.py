@@ -262,7 +262,7 @@ def test_an_interrupted_build_leaves_nothing_that_looks_complete(tmp_path: Path)
     )
     killed = subprocess.run([sys.executable, "-c", script, manifest, tmp_path / "out"], check=False)
     assert killed.returncode == 9
-    with pytest.raises(UserError, match="holds neither"):
+    with pytest.raises(UserError, match="has neither"):
         open_index(tmp_path / "out")
     assert build(manifest, tmp_path / "out", max_shard_bytes=20_000).clips == 30
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]

@@ -9,16 +9,16 @@ from tests.support.audio import encode_audio, tone
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.filters import Exclusions, select_samples
-from whisper_aut.data.reader import Sample, ShardReader, SkippedSample, iter_samples
-from whisper_aut.data.remote import DEFAULT_POLICY
+from whisper_aut.data.reader import DEFAULT_POLICY, Sample, SkippedSample
 from whisper_aut.data.shards import (
     INDEX_NAME,
     ShardIndex,
-    ShardWriter,
-    index_folder,
+    ShardReader,
+    iter_samples,
     open_index,
     table_name,
 )
+from whisper_aut.data.writer import ShardWriter, index_folder
 from whisper_aut.errors import UserError
 
 LICENCES = ("CC BY 4.0", "CC BY-NC 4.0", "", "used by permission", "Attribution 4.0 International")

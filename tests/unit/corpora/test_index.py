@@ -11,8 +11,9 @@ from whisper_aut.corpora.audit import run_audit, unaudited
 from whisper_aut.corpora.inspect import inspect_shards
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.filters import Exclusions, select_samples
-from whisper_aut.data.reader import Sample, iter_samples
-from whisper_aut.data.shards import INDEX_NAME, ShardWriter, index_folder, open_index
+from whisper_aut.data.reader import Sample
+from whisper_aut.data.shards import INDEX_NAME, iter_samples, open_index
+from whisper_aut.data.writer import ShardWriter, index_folder
 from whisper_aut.errors import UserError
 
 

@@ -20,7 +20,8 @@ from whisper_aut.corpora.inspect import (
     render,
 )
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import INDEX_NAME, ShardWriter, index_folder, open_index
+from whisper_aut.data.shards import INDEX_NAME, open_index
+from whisper_aut.data.writer import ShardWriter, index_folder
 from whisper_aut.errors import UserError
 
 
@@ -236,7 +237,7 @@ def test_tars_that_gzip_compressed_are_named_wherever_a_folder_is_read(tmp_path:
     path = tar(tmp_path, {"a.flac": audio(), "a.json": annotation()})
     (tmp_path / "more.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
     for read in (inspect_shards, open_index, index_folder):
-        with pytest.raises(UserError, match=r"more\.tar\.gz is compressed by gzip.*gunzip"):
+        with pytest.raises(UserError, match=r"more\.tar\.gz is compressed with gzip.*gunzip"):
             read(tmp_path)
 
 
@@ -286,7 +287,7 @@ def test_an_index_that_names_a_missing_shard_is_the_users_matter(tmp_path: Path)
     with pytest.raises(UserError, match="are missing: shard-000000"):
         inspect_shards(tmp_path)
     (tmp_path / INDEX_NAME).unlink()
-    with pytest.raises(UserError, match="holds neither"):
+    with pytest.raises(UserError, match="has neither"):
         inspect_shards(tmp_path)
     with pytest.raises(UserError, match="There are no shards at"):
         inspect_shards(tmp_path / "nowhere")

@@ -4,7 +4,7 @@ import pytest
 from iso639 import Language
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
-from whisper_aut.data.languages import language_name, whisper_codes
+from whisper_aut.data.annotation import language_name, whisper_codes
 
 JAVANESE = {"jw": "jv"}  # Whisper's code is one that ISO 639 withdrew
 

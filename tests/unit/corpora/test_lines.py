@@ -9,7 +9,8 @@ from whisper_aut.corpora.audit import Journal, ShardFindings
 from whisper_aut.corpora.recipes.captions import musicbench
 from whisper_aut.data.annotation import Annotation, read_lines
 from whisper_aut.data.filters import Exclusions
-from whisper_aut.data.shards import ShardWriter, open_index
+from whisper_aut.data.shards import open_index
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.report.html import last_samples
 
 BREAKS = "a\u2028b\u2029c\x85d"  # where `str.splitlines` would break, and JSON need not escape
@@ -28,7 +29,7 @@ def test_an_exclusion_list_holds_keys_with_any_character(tmp_path: Path):
     index = open_index(tmp_path / "shards")
     line = {"fingerprint": index.fingerprint(), "shard": "shard-000000.tar", "key": BREAKS}
     (tmp_path / "exclude.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n")
-    excluded = Exclusions.load(tmp_path / "exclude.jsonl").of(index)
+    excluded = Exclusions.load(tmp_path / "exclude.jsonl").for_index(index)
     assert excluded == {("shard-000000.tar", BREAKS)}
 
 

@@ -224,7 +224,7 @@ def test_a_column_of_names_is_no_split(tmp_path: Path):
     [
         ("{not json", "not JSON"),
         ("[1, 2]", "expected an object, found list"),
-        ('{"wav": "b.wav", "text": "t", "n": Infinity}', "Infinity is no JSON value"),
+        ('{"wav": "b.wav", "text": "t", "n": Infinity}', "Infinity is not a JSON value"),
         ("[" * 100_000, "not JSON"),
         ('{"text": "t"}', "no path in column 'wav'"),
         ('{"wav": "b\\u0000.wav", "text": "t"}', "no path in column 'wav'"),

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 
 from whisper_aut.audio.decode import ClipLimits
-from whisper_aut.data.reader import Sample, read_samples, read_shard
-from whisper_aut.data.shards import (
-    FolderCounts,
+from whisper_aut.data.reader import (
     MemberGroups,
+    Sample,
     audio_and_annotation,
     count_samples,
+    read_shard,
     split_name,
-    table_of,
 )
+from whisper_aut.data.shards import FolderCounts, read_samples
+from whisper_aut.data.writer import build_table
 from whisper_aut.errors import SkipReason, SkipSample
 
 LIMITS = ClipLimits(max_bytes=4096)
@@ -89,7 +90,7 @@ def test_a_key_that_comes_twice_in_a_row_is_two_samples(tmp_path: Path):
     )
     path = tmp_path / "a.tar"
     path.write_bytes(data + END)
-    table = table_of(io.BytesIO(path.read_bytes()), FolderCounts())
+    table = build_table(io.BytesIO(path.read_bytes()), FolderCounts())
     with path.open("rb") as stream:
         whole = list(read_shard(stream, "a.tar", None, LIMITS))
         single = [
@@ -146,4 +147,4 @@ def test_a_txt_member_is_the_text_where_the_json_has_none():
 def test_a_tar_that_gzip_compressed_says_so():
     groups = MemberGroups(io.BytesIO(gzip.compress(member("a.wav", b"one") + END)), LIMITS)
     assert not list(groups)
-    assert "compressed by gzip" in groups.damage
+    assert "compressed with gzip" in groups.damage

@@ -17,8 +17,8 @@ from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.cli import main
 from whisper_aut.corpora.recipes import RECIPES
 from whisper_aut.corpora.recipes.base import markdown
-from whisper_aut.data.reader import Sample, iter_samples
-from whisper_aut.data.shards import open_index
+from whisper_aut.data.reader import Sample
+from whisper_aut.data.shards import iter_samples, open_index
 
 TONE = tone(0.5)
 WAV, FLAC, MP3 = (encode_audio(TONE, kind=kind) for kind in ("WAV", "FLAC", "MP3"))

@@ -6,15 +6,11 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from whisper_aut.data import shards
+from whisper_aut.data import shards, writer
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import (
-    INDEX_NAME,
-    ShardWriter,
-    count_samples,
-    open_index,
-    tar_members,
-)
+from whisper_aut.data.reader import count_samples, tar_members
+from whisper_aut.data.shards import INDEX_NAME, open_index
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 
 
@@ -87,14 +83,14 @@ def test_a_build_that_fails_leaves_the_former_one_as_it_was(tmp_path: Path):
 def test_a_build_that_is_killed_while_it_publishes_does_not_look_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    replace = shards.os.replace
+    replace = writer.os.replace
 
     def die_at_the_second_tar(source: Path, target: Path) -> None:
         if Path(target).name == "shard-000001.tar":
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(shards.os, "replace", die_at_the_second_tar)
+    monkeypatch.setattr(writer.os, "replace", die_at_the_second_tar)
     with pytest.raises(KeyboardInterrupt):
         fill(tmp_path, max_bytes=1)
     with pytest.raises(UserError, match="5 shards that are missing"):
@@ -142,6 +138,16 @@ def test_an_index_that_cannot_be_believed_says_so(tmp_path: Path, index: str, sa
     (tmp_path / INDEX_NAME).write_text(index)
     with pytest.raises(UserError, match=said):
         open_index(tmp_path)
+
+
+def test_an_index_above_the_size_limit_is_not_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fill(tmp_path)
+    monkeypatch.setattr(shards, "MAX_INDEX_BYTES", 100)
+    for root in (tmp_path, f"{tmp_path}/*.tar"):
+        with pytest.raises(UserError, match="is larger than 100 bytes"):
+            open_index(root)
 
 
 def test_no_shards_at_all_tells_the_command_to_run(tmp_path: Path):

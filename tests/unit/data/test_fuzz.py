@@ -19,8 +19,9 @@ from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
 from whisper_aut.data.ledger import Ledger
-from whisper_aut.data.shards import ShardEntry, ShardWriter, open_index, write_index
+from whisper_aut.data.shards import ShardEntry, open_index
 from whisper_aut.data.targets import WhisperText
+from whisper_aut.data.writer import ShardWriter, write_index
 from whisper_aut.errors import SkipReason
 from whisper_aut.models.pretrained import PretrainedWhisper
 

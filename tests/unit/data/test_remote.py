@@ -16,9 +16,10 @@ from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
-from whisper_aut.data.remote import ReadPolicy, RetryingReader, open_stream
-from whisper_aut.data.shards import index_folder, open_index
+from whisper_aut.data.reader import ReadPolicy, RetryingReader, open_stream
+from whisper_aut.data.shards import open_index
 from whisper_aut.data.targets import WhisperText
+from whisper_aut.data.writer import index_folder
 from whisper_aut.errors import SkipReason, UserError
 from whisper_aut.models.pretrained import PretrainedWhisper
 

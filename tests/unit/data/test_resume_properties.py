@@ -23,8 +23,9 @@ from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import BatchStream, ExampleBuilder, StreamSource, TrainLoader
 from whisper_aut.data.filters import select_samples
 from whisper_aut.data.sampler import fill
-from whisper_aut.data.shards import HAS_TABLES, ShardWriter, open_index
+from whisper_aut.data.shards import HAS_TABLES, open_index
 from whisper_aut.data.targets import WhisperText
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.models.pretrained import PretrainedWhisper
 

@@ -19,10 +19,11 @@ from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.batch import Batch
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
-from whisper_aut.data.remote import ReadPolicy
+from whisper_aut.data.reader import ReadPolicy
 from whisper_aut.data.sampler import Cursor, batches_from
-from whisper_aut.data.shards import ShardWriter, open_index
+from whisper_aut.data.shards import open_index
 from whisper_aut.data.targets import WhisperText
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import SkipReason, UserError
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.training.factory import open_sources

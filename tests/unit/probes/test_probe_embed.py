@@ -13,8 +13,9 @@ from webdataset.writer import TarWriter
 from whisper_aut.audio.decode import ClipLimits, load_waveform
 from whisper_aut.audio.windows import POOLINGS, cut_windows, join_windows
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.reader import Sample, iter_samples
-from whisper_aut.data.shards import ShardWriter, open_index
+from whisper_aut.data.reader import Sample
+from whisper_aut.data.shards import iter_samples, open_index
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.probes import embed
 from whisper_aut.probes.cache import label_of

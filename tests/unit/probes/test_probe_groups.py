@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.probes import TONES_HZ, TinyEncoder, make_task, noisy_tone
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardWriter
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.probes.embed import BASELINE_NAME, EmbedSettings, LogMelBaseline, embed_task
 from whisper_aut.probes.results import AVERAGE, Scores

@@ -11,7 +11,7 @@ from transformers import WhisperModel
 
 from tests.support.audio import encode_audio
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardWriter
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.probes.cache import Embeddings

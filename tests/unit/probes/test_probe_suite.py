@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.shards import ShardWriter
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.pipeline import encoder_names
 from whisper_aut.probes import metrics, suite

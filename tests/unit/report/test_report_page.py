@@ -162,8 +162,8 @@ def run(tmp_path, tiny_shards) -> Path:
 
 def _key(folder: Path) -> str:
     from whisper_aut.audio.decode import ClipLimits
-    from whisper_aut.data.reader import Sample, iter_samples
-    from whisper_aut.data.shards import open_index
+    from whisper_aut.data.reader import Sample
+    from whisper_aut.data.shards import iter_samples, open_index
 
     return next(
         sample.key

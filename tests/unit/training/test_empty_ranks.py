@@ -17,8 +17,8 @@ from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
 from whisper_aut.data.batch import Batch, Example, collate
 from whisper_aut.data.dataset import ExampleBuilder
-from whisper_aut.data.reader import Sample, iter_samples
-from whisper_aut.data.shards import open_index
+from whisper_aut.data.reader import Sample
+from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.encoder import PackedEncoder
 from whisper_aut.models.module import AudioTextModule

@@ -19,7 +19,7 @@ from whisper_aut.audio.logmel import frames_with_context
 from whisper_aut.cli import main
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.batch import Targets, TokenTarget
-from whisper_aut.data.shards import ShardWriter
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.models.decoders.whisper import (
     WhisperDecoder,
     WhisperDecoderOptions,

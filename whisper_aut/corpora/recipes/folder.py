@@ -12,7 +12,7 @@ from typing import Any
 
 from whisper_aut.corpora.manifest import AUDIO_COLUMNS
 from whisper_aut.corpora.recipes.base import Recipe, audio_files
-from whisper_aut.data.annotation import TABLE_SUFFIXES, read_columns, read_rows
+from whisper_aut.corpora.tables import TABLE_SUFFIXES, read_columns, read_rows
 from whisper_aut.errors import UserError
 
 SPLIT_NAMES = (

@@ -17,8 +17,7 @@ from whisper_aut.corpora.recipes.base import (
     read_json,
     with_article,
 )
-from whisper_aut.data.annotation import read_lines
-from whisper_aut.data.languages import language_name, whisper_codes
+from whisper_aut.data.annotation import language_name, read_lines, whisper_codes
 
 LIBRISPEECH_URL = "https://www.openslr.org/resources/12"
 SHA256 = {

@@ -17,7 +17,8 @@ from whisper_aut.corpora.synth.signals import SAMPLE_RATE_HZ
 from whisper_aut.corpora.synth.sounds import SOUND_LABELS, render_sound
 from whisper_aut.corpora.synth.speech import KEYWORDS, render_speech
 from whisper_aut.data.annotation import DOMAINS, Annotation
-from whisper_aut.data.shards import INDEX_NAME, ShardWriter, open_index
+from whisper_aut.data.shards import INDEX_NAME, open_index
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.utils import parallel_map, progress_bar
 

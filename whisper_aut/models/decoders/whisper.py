@@ -18,9 +18,8 @@ from transformers import EncoderDecoderCache, WhisperConfig
 from transformers.cache_utils import DynamicCache
 from transformers.models.whisper.modeling_whisper import WhisperDecoder as HFWhisperDecoder
 
-from whisper_aut.data.annotation import DOMAINS
+from whisper_aut.data.annotation import DOMAINS, whisper_codes
 from whisper_aut.data.batch import Targets
-from whisper_aut.data.languages import whisper_codes
 from whisper_aut.data.targets import SAMPLE_LANGUAGE, DomainPrompt, WhisperText
 from whisper_aut.errors import UserError
 from whisper_aut.models.attention import Segments
