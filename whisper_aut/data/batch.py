@@ -44,7 +44,7 @@ class Targets:
 
     Attributes:
         tokens, supervised: `[ΣL]`; see `TokenTarget`.
-        label_indices: `[N]`, indices of the N supervised tokens. They are computed on the host: on the
+        label_indices: `[N]`, indices of the supervised tokens. They are computed on the host: on the
             device, `nonzero` would force a synchronisation.
         lengths: number of tokens of each clip.
         prompt_lengths: number of prompt tokens of each clip.
