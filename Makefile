@@ -64,11 +64,13 @@ report: $(STAMP) ## tables and plots of runs (RUNS="runs/NAME/TIMESTAMP …", op
 	@test -n "$(RUNS)" || { echo 'make report RUNS="runs/NAME/latest …" [OUT=FOLDER]'; exit 1; }
 	@$(BIN)/whisper-aut report $(RUNS) --out $(or $(OUT),runs/report)
 
+# A file's tests stay in one process, so that its fixtures are made once.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(STAMP) ## the test suite (ARGS="-k name")
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(BIN)/python -m pytest $(TWO) $(ARGS)
 
 test-all: $(STAMP) ## the slow tests too: several processes, kills, long runs (half an hour on two cores)
-	@$(BIN)/python -m pytest -n 2 -m "not gpu and not network" $(ARGS)
+	@$(BIN)/python -m pytest $(TWO) -m "not gpu and not network" $(ARGS)
 
 smoke: $(STAMP) ## shards to report through the real command line, for both decoders
 	@$(BIN)/python -m pytest tests/integration/test_smoke.py $(ARGS)

@@ -1,4 +1,4 @@
-"""What tests share: a tiny Whisper in Hugging Face's format, tiny shards, and the place of the real corpora."""
+"""Fixtures of all tests: a tiny Whisper and language model, tiny shards, a finished run, the real corpora."""
 
 import os
 import shutil
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-# What people and clusters set must not decide whether a test passes: hubs, launchers, devices, proxies, languages, times. It goes before
-# torch and transformers read it; the commands that tests start inherit what is left.
+# The environment must not decide whether a test passes: hubs, launchers, devices, proxies, locales.
+# This runs before torch and transformers read it; commands that tests start inherit the result.
 FOREIGN = (
     *("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH", "PYTORCH_"),
     *("SLURM_", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "NCCL_"),
@@ -33,6 +33,7 @@ os.environ |= {
     "LC_ALL": "C.UTF-8",
     "TZ": "UTC",
     "HF_HOME": str(Path(tempfile.gettempdir()) / "whisper-aut-tests"),  # no token, no cached model
+    "HF_HUB_OFFLINE": "1",  # or the hub's client retries for a minute where there is no network
     "NO_PROXY": "*",
     "no_proxy": "*",
     # Two test processes on two cores: more threads would only wait for each other.
@@ -72,8 +73,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take back what DeepSpeed leaves in this process: its address and rank in the environment, and a linear function of its own."""
+def undo_deepspeed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what DeepSpeed changes in this process: environment variables and `functional.linear`."""
     monkeypatch.setattr("torch.nn.functional.linear", torch.nn.functional.linear)
     with mock.patch.dict(os.environ):
         yield
@@ -118,7 +119,7 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_language_model(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
-    """A Qwen3 of two layers that has read the texts of the tiny shards and answers from them, with its own tokenizer."""
+    """A Qwen3 of two layers, trained on the texts of the tiny shards, with its own tokenizer."""
     texts = [str(tiny_shards / domain) for domain in ("speech", "sound", "music")]
     out = str(tmp_path_factory.mktemp("language"))
     scratch = LanguageScratch(
@@ -142,16 +143,16 @@ def tiny_language_model(tmp_path_factory: pytest.TempPathFactory, tiny_shards: P
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real corpora beside the checkout; tests that need it skip where it is absent."""
+    """The folder of real corpora next to the checkout; tests that need it are skipped without it."""
     folder = REPOSITORY.parent / "shared" / "data"
     if not folder.is_dir():
-        pytest.skip(f"the real corpora are not beside the checkout ({folder.name} is absent)")
+        pytest.skip("there are no real corpora next to the checkout")
     return folder
 
 
 @pytest.fixture(scope="session")
 def story(tmp_path_factory: pytest.TempPathFactory, tiny_whisper: Path, tiny_shards: Path) -> Path:
-    """A folder that holds `runs/aut_tiny/latest` with exports and scores, `clip.wav`, a folder `clips`, and shards in `data`."""
+    """A folder with a finished run `runs/aut_tiny/latest`, `clip.wav`, `clips/` and shards in `data/`."""
     folder = tmp_path_factory.mktemp("story")
     (folder / "tones.yaml").write_text(yaml.safe_dump(TONES))
     licences = {"speech": "CC0-1.0", "sound": "CC-BY-3.0", "music": ""}  # music says none

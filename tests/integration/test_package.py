@@ -44,7 +44,7 @@ import whisper_aut
 from whisper_aut.cli import main
 print(whisper_aut.__file__)
 for arguments in ("train --print-config aut_tiny", "train --print-config conf/aut.yaml",
-                  "train --print-config mine.yaml strategy=ddp", "experiment --plan e4_mixture"):
+                  "train --print-config mine.yaml strategy=ddp", "experiment --plan e5_layers"):
     assert main(arguments.split()) == 0, arguments
 """
     run = subprocess.run(

@@ -108,6 +108,7 @@ def test_what_a_run_starts_after_reads_the_same_corpus(
     )
 
 
+@pytest.mark.slow
 def test_a_job_of_two_ranks_probes_while_it_trains_and_behind(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):

@@ -164,6 +164,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(_Hub, "created", [])
     monkeypatch.setattr(_Hub, "files", {})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()

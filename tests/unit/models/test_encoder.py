@@ -1,6 +1,7 @@
 """The packed encoder against Hugging Face's, clip by clip."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -190,10 +191,23 @@ def test_runs_in_bfloat16_under_autocast(model: WhisperModel, waveforms: list[Te
 
 
 @pytest.mark.parametrize("model", [80], indirect=True)
-@pytest.mark.skipif(find_compiler() is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",  # all that torch.compile does before it generates code
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler"),
+            ],
+        ),
+    ],
+)
 def test_a_compiled_encoder_computes_the_same_and_is_compiled_once_for_all_lengths(
-    model: WhisperModel, waveforms: list[Tensor]
+    backend: str, model: WhisperModel, waveforms: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     bins = model.config.num_mel_bins
     plain, compiled = (
         PackedEncoder(model.encoder, "none", compile=wanted).train() for wanted in (False, True)
