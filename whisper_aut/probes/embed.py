@@ -1,142 +1,176 @@
-"""Embed the clips of a task: stream its shards, encode them in batches, pool, and cache the
-result.
+"""Embed the clips of a task: stream its shards, encode them in batches, pool, and cache the result.
 
-Files are cached per shard folder under a hash of encoder, data and settings, so tasks and folds
-that share folders share the work, and stale files are never read. An interrupted run resumes
-after the last part it wrote.
+The `Embeddings` of a shard folder are cached in a safetensors file named by the hash of encoder,
+data and settings, so tasks and folds that share folders share the work. The file repeats what it
+was made from and has a checksum; on a mismatch or damage it is computed again. It is
+memory-mapped when read and written piece by piece, so that the frames of a corpus are never all in
+memory (103 GB for 100 h at large-v3's width). An interrupted run resumes after the last part it
+wrote.
 """
 
-import inspect
+import hashlib
+import json
 import logging
-import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
-from itertools import pairwise
+from functools import cached_property
+from itertools import count, islice, pairwise
 from math import ceil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import fsspec
 import numpy as np
 import torch
-import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from whisper_aut.audio.decode import LONG_CLIPS, SAMPLE_RATE_HZ, ClipLimits, to_mono_16k
+from whisper_aut.audio.decode import (
+    LONG_CLIPS,
+    SAMPLE_RATE_HZ,
+    ClipLimits,
+    load_waveform,
+    to_mono_16k,
+)
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
-from whisper_aut.audio.windows import (
-    BATCH_SECONDS,
-    batches_by_seconds,
-    cut_windows,
-    get_pooling,
-    join_windows,
-)
-from whisper_aut.data.shards import ShardIndex, open_index
-from whisper_aut.errors import Problems, SkipReason, UserError
-from whisper_aut.probes.cache import (
-    LEFT_OUT,
-    WHOLE,
-    Clip,
-    ClipReader,
-    Embeddings,
-    PartialEmbeddings,
-    Share,
-    cache_path,
-    digest,
-    read_embeddings,
-    write_embeddings,
-)
-from whisper_aut.probes.kinds import KINDS, kind_for
-from whisper_aut.probes.tasks import ProbeTask
+from whisper_aut.audio.windows import BATCH_SECONDS, cut_windows, get_pooling, join_windows
+from whisper_aut.data.reader import SkippedSample, prefetch_decoded
+from whisper_aut.data.shards import ShardIndex, iter_samples
+from whisper_aut.errors import Problems, SkipReason, SkipSample, UserError
+from whisper_aut.probes.tasks import ProbeTask, open_parts
+from whisper_aut.utils import atomic_path, progress_bar
 
-
-@dataclass(frozen=True)
-class View:
-    """What is kept of a clip. Every attribute is part of the embedding's identity.
-
-    Attributes:
-        name: `pooled` (one vector), `layers` (one vector per layer), `segments`, or `frames`.
-        pooling: a key of `POOLINGS`.
-        layers: layer indices, where 0 is the input of the first layer. Empty for the encoder's
-            output.
-        segment_seconds: length of a segment, for `segments`.
-    """
-
-    name: str = "pooled"
-    pooling: str = "mean"
-    layers: tuple[int, ...] = ()
-    segment_seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        get_pooling(self.pooling)
-
-    def __call__(self, frames: Tensor, frame_seconds: float) -> Tensor:
-        """Reduce frames `[T, D]` or `[layers, T, D]` to `[D']`, `[layers, D']`, `[segments, D']`
-        or `[T, D]`, depending on `name`.
-        """
-        pool = get_pooling(self.pooling)
-        if self.name == "layers":
-            return pool(frames)
-        frames = frames.transpose(0, 1).flatten(1) if frames.ndim == 3 else frames
-        if self.name == "frames":
-            return frames
-        if self.name == "segments":
-            borders = segment_borders(len(frames), frame_seconds, self.segment_seconds)
-            return torch.stack([pool(frames[start:end]) for start, end in borders])
-        return pool(frames)
-
-
-def segment_borders(
-    frames: int, frame_seconds: float, segment_seconds: float
-) -> list[tuple[int, int]]:
-    """Return `(first, stop)` frame indices of each segment of a clip with `frames` frames.
-    `stop` is exclusive and no segment is empty.
-    """
-    count = max(1, ceil(frames * frame_seconds / segment_seconds - 1e-6))
-    edges = [min(int(i * segment_seconds / frame_seconds + 1e-6), frames) for i in range(count)] + [
-        frames
-    ]
-    return [
-        (min(start, frames - 1), max(end, min(start, frames - 1) + 1))
-        for start, end in pairwise(edges)
-    ]
-
-
-EMBED_VERSION = 4  # increase whenever a change here affects embeddings
-WINDOW_BATCHES = 8  # clips are sorted by length within this many batches
+EMBED_VERSION = 5  # increase whenever a change here affects embeddings
+GROUP_BATCHES = 8  # clips are sorted by length within this many batches
 PART_SECONDS = 60.0  # an interrupted run loses about this much work at most
 PART_BYTES = 1 << 28  # write a part once this many bytes of embeddings are in memory
+NOT_SELECTED = "not selected"
+LEFT_OUT = (NOT_SELECTED, str(SkipReason.NO_LABEL))  # not part of the task, rather than broken
 
 log = logging.getLogger(__name__)
 
 
 class FrameEncoder(Protocol):
-    """Interface of an encoder to probe, such as `models.pretrained.AudioEncoder` or
-    `LogMelBaseline`.
+    """Interface of an encoder to probe, such as `models.pretrained.AudioEncoder`.
 
-    Optional features:
-
-    - An attribute `pooling` overrides the pooling of the run.
-    - If `encode` has a parameter `layers`, it returns `[layers, T, D]` for those layers. Layer 0
-      is the input of the first layer, and the attribute `layers` is the index of the last.
-    - If `encode` has a parameter `batch_seconds`, infinity is passed, so that all given clips
-      run as one batch.
+    Optional attributes: `layers` (the number of layers, if `encode` can return single layers),
+    `padding` (the padding mode), and `pooling` (overrides the pooling of the run).
     """
 
-    def encode(self, waveforms: Sequence[Tensor], sample_rate_hz: int, /) -> list[Tensor]:
-        """Return the valid frames `[T, D]` of each waveform `[S]`."""
+    def encode(
+        self,
+        waveforms: Sequence[Tensor],
+        sample_rate_hz: int,
+        /,
+        layers: Sequence[int] = (),
+        *,
+        batch_seconds: float = BATCH_SECONDS,
+    ) -> list[Tensor]:
+        """Return the valid frames `[T, D]` of each waveform `[S]`, or `[layers, T, D]` of the given
+        layers, where layer 0 is the input of the first layer.
+        """
         ...
 
     def fingerprint(self) -> str:
         """Return a hash of everything that the encoder's output depends on."""
         ...
+
+
+BASELINE_NAME = "log-mel statistics"
+BASELINE_VERSION = 1
+
+
+class LogMelBaseline:
+    """An "encoder" whose frames are log-mel frames, pooled by mean and standard deviation."""
+
+    pooling = "mean_std"
+
+    def __init__(self, num_mel_bins: int = 80):
+        self.width = num_mel_bins
+        self._log_mel = LogMel(num_mel_bins)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        waveforms: Sequence[Tensor | np.ndarray],
+        sample_rate_hz: int,
+        layers: Sequence[int] = (),
+        *,
+        batch_seconds: float = BATCH_SECONDS,
+    ) -> list[Tensor]:
+        """Return frames `[F, M]` per waveform `[S]`, without those after the end of a clip."""
+        frames = []
+        for waveform in waveforms:
+            samples = torch.as_tensor(waveform)
+            if sample_rate_hz != SAMPLE_RATE_HZ:
+                samples = to_mono_16k(samples.numpy(), sample_rate_hz)
+            windows = cut_windows(samples)
+            frames.append(
+                join_windows(
+                    [self._log_mel(window)[: mel_frames(len(window))] for window in windows]
+                )
+            )
+        return frames
+
+    def fingerprint(self) -> str:
+        return f"log-mel-{BASELINE_VERSION}-{self.width}"
+
+
+FeatureKind = Literal["pooled", "layers", "segments", "frames"]
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What is kept of a clip. Every attribute is part of the embedding's identity.
+
+    Attributes:
+        kind: `pooled` (one vector), `layers` (one vector per layer), `segments` (one vector per
+            segment), or `frames`.
+        pooling: a key of `POOLINGS`.
+        layers: layer indices, where 0 is the input of the first layer. Empty for the output.
+        segment_seconds: length of a segment, for `segments`.
+    """
+
+    kind: FeatureKind = "pooled"
+    pooling: str = "mean"
+    layers: tuple[int, ...] = ()
+    segment_seconds: float = 0.0
+
+    def reduce(self, frames: Tensor, hop_seconds: float) -> Tensor:
+        """Reduce frames `[T, D]` or `[layers, T, D]` to `[D']`, `[layers, D']`, `[segments, D']`
+        or `[T, D]`, depending on `kind`.
+        """
+        pool = get_pooling(self.pooling)
+        if self.kind == "layers":
+            return pool(frames)
+        frames = frames.transpose(0, 1).flatten(1) if frames.ndim == 3 else frames
+        if self.kind == "frames":
+            return frames
+        if self.kind == "segments":
+            borders = segment_borders(len(frames), hop_seconds, self.segment_seconds)
+            return torch.stack([pool(frames[start:end]) for start, end in borders])
+        return pool(frames)
+
+
+def segment_borders(
+    frames: int, hop_seconds: float, segment_seconds: float
+) -> list[tuple[int, int]]:
+    """Return `(start, end)` frame indices of each segment of a clip; no segment is empty."""
+    segments = max(1, ceil(frames * hop_seconds / segment_seconds - 1e-6))
+    edges = [min(int(i * segment_seconds / hop_seconds + 1e-6), frames) for i in range(segments)]
+    return [
+        (min(start, frames - 1), max(end, min(start, frames - 1) + 1))
+        for start, end in pairwise([*edges, frames])
+    ]
+
+
+def hop_seconds_of(encoder: FrameEncoder) -> float:
+    """Return the frame hop of an encoder in seconds, measured on one second of noise."""
+    noise = torch.randn(SAMPLE_RATE_HZ, generator=torch.Generator().manual_seed(0)) * 0.01
+    return 1 / len(encoder.encode([noise], SAMPLE_RATE_HZ)[0])
 
 
 @dataclass(frozen=True)
@@ -166,17 +200,205 @@ class EmbedSettings:
         get_pooling(self.pooling)
 
 
-def embed_task(
-    encoder: FrameEncoder,
-    task: ProbeTask,
-    root: str | Path | None,
-    cache: str | Path,
-    settings: EmbedSettings | None = None,
-    fingerprint: str | None = None,
-    view: str = "pooled",
-    share: Share = WHOLE,
-) -> dict[str, Embeddings]:
-    """Return the embeddings of each part of a task, from the cache where possible.
+@dataclass(frozen=True)
+class Embeddings:
+    """The embedded clips of a folder or split.
+
+    Attributes:
+        features: float32 `[B, D]` or `[B, layers, D]`. With `lengths`, `[I, D]` for the I
+            segments of all clips. Empty if `frames` are kept.
+        labels: per clip, a class, a tuple of classes or captions, a tuple of events, or a
+            transcript.
+        keys: per clip, the names of tar and sample.
+        skipped: number of skipped samples, by reason.
+        lengths: per clip, the number of segments.
+        frames: per clip, its frames `[T, D]`, memory-mapped from the cache file.
+        groups: per clip, its group. Empty for a clip without one.
+        samples: number of samples read, including those that were skipped.
+    """
+
+    features: Tensor
+    labels: tuple[Any, ...]
+    keys: tuple[str, ...]
+    skipped: dict[str, int]
+    lengths: tuple[int, ...] = ()
+    frames: tuple[Tensor, ...] = ()
+    groups: tuple[str, ...] = ()
+    samples: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def group_numbers(self) -> np.ndarray:
+        """Return the group number of each clip, `[B]`. A clip without a group gets its own."""
+        groups = self.groups or ("",) * len(self)
+        names = [("group", group) if group else ("clip", i) for i, group in enumerate(groups)]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        return np.array([numbers[name] for name in names], dtype=int)
+
+    @classmethod
+    def join(cls, parts: Sequence["Embeddings"]) -> "Embeddings":
+        """Concatenate embeddings. Frames stay memory-mapped."""
+        filled = [part.features for part in parts if len(part.features)]
+        return cls(
+            torch.cat(filled) if filled else torch.empty(0, 0),
+            tuple(label for part in parts for label in part.labels),
+            tuple(key for part in parts for key in part.keys),
+            dict(sum((Counter(part.skipped) for part in parts), Counter())),
+            tuple(length for part in parts for length in part.lengths),
+            tuple(clip for part in parts for clip in part.frames),
+            tuple(group for part in parts for group in part.groups),
+            sum(part.samples for part in parts),
+        )
+
+
+def digest(identity: Any) -> str:
+    """Return a hash of a JSON-serialisable object."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def cache_path(folder: str | Path, identity: dict[str, Any], part: int | None = None) -> Path:
+    """Return the path of the embeddings with this identity, or of a part of them."""
+    mark = "" if part is None else f".part-{part:05d}"
+    return Path(folder) / f"{digest(identity)}{mark}.safetensors"
+
+
+def read_embeddings(
+    folder: str | Path, identity: dict[str, Any], part: int | None = None
+) -> Embeddings | None:
+    """Return the embeddings cached under an identity, or None if they are missing or damaged."""
+    path = cache_path(folder, identity, part)
+    if not path.exists():
+        return None
+    try:
+        found, metadata = _open(path)
+        if metadata["identity"] == identity:
+            return found
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        pass
+    log.warning("Cached embeddings %s are damaged; computing them again.", path.name)
+    return None
+
+
+def load_cached(path: Path) -> Embeddings:
+    """Read a cache file by path, e.g. to inspect what a score was computed from.
+
+    Raises:
+        OSError, SafetensorError, KeyError, ValueError: the file is missing or damaged.
+    """
+    return _open(path)[0]
+
+
+def _open(path: Path) -> tuple[Embeddings, dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads(file.metadata()["metadata"])
+        stored = file.get_tensor("features")  # memory-mapped
+    lengths, frames = tuple(metadata["lengths"]), ()
+    if metadata["frames"]:
+        stored, frames, lengths = torch.empty(0, 0), tuple(stored.split(lengths)), ()
+    found = Embeddings(
+        stored,
+        _to_tuples(metadata["labels"]),
+        tuple(metadata["keys"]),
+        metadata["skipped"],
+        lengths,
+        frames,
+        tuple(metadata["groups"]),
+        metadata["samples"],
+    )
+    if metadata["sha256"] != _checksum(found):
+        raise ValueError(f"{path} is damaged")
+    return found, metadata
+
+
+def write_embeddings(
+    folder: str | Path, identity: dict[str, Any], embeddings: Embeddings, part: int | None = None
+) -> None:
+    """Write embeddings atomically.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    path = cache_path(folder, identity, part)
+    metadata = {
+        "identity": identity,
+        "sha256": _checksum(embeddings),
+        "labels": embeddings.labels,
+        "keys": embeddings.keys,
+        "skipped": embeddings.skipped,
+        "lengths": _lengths(embeddings),
+        "frames": bool(embeddings.frames),
+        "groups": embeddings.groups,
+        "samples": embeddings.samples,
+    }
+    # `safetensors.save_file` would need the concatenated tensor in memory.
+    pieces = _pieces(embeddings)
+    shape = [sum(len(piece) for piece in pieces), *pieces[0].shape[1:]]
+    end = sum(piece.nbytes for piece in pieces)
+    header = {
+        "__metadata__": {"metadata": json.dumps(metadata, ensure_ascii=False)},
+        "features": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]},
+    }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for piece in pieces:
+            file.write(piece.numpy().data)
+
+
+def _pieces(embeddings: Embeddings) -> list[Tensor]:
+    return [piece.contiguous() for piece in embeddings.frames or (embeddings.features,)]
+
+
+def _lengths(embeddings: Embeddings) -> Sequence[int]:
+    return [len(clip) for clip in embeddings.frames] or embeddings.lengths
+
+
+def _checksum(embeddings: Embeddings) -> str:
+    checksum = hashlib.sha256()
+    for piece in _pieces(embeddings):
+        checksum.update(piece.numpy().data)
+    part = embeddings
+    listed = (part.labels, part.keys, part.skipped, _lengths(part), part.groups, part.samples)
+    checksum.update(json.dumps(listed).encode())
+    return checksum.hexdigest()
+
+
+def _to_tuples(value: Any) -> Any:
+    """Undo JSON's lists: `[[0.0, 1.0, "dog"]]` → `((0.0, 1.0, "dog"),)`."""
+    return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
+
+
+def feature_spec(
+    encoder: FrameEncoder, task: ProbeTask, settings: EmbedSettings, kind: FeatureKind
+) -> FeatureSpec:
+    """Return what to keep of a clip: with the encoder's own pooling, if it has one, and all layers
+    for `layers`, unless the settings name some.
+
+    Raises:
+        UserError: the encoder does not have the layers, or does not return single layers.
+    """
+    layers, highest = settings.layers, getattr(encoder, "layers", None)
+    if highest is None and (kind == "layers" or layers):
+        raise UserError(
+            f"{type(encoder).__name__} returns no single layers: probe its output, with a kind of "
+            "probe that needs no layers."
+        )
+    if any(not 0 <= layer <= highest for layer in layers):
+        raise UserError(
+            f"The encoder has layers 0 (the input of the first layer) to {highest}; requested: "
+            f"{', '.join(map(str, layers))}."
+        )
+    if kind == "layers" and not layers:
+        layers = tuple(range(highest + 1))
+    seconds = task.segment_seconds if kind == "segments" else 0.0
+    return FeatureSpec(kind, getattr(encoder, "pooling", settings.pooling), layers, seconds)
+
+
+@dataclass(frozen=True)
+class TaskEmbedder:
+    """Embeds the clips of one task with one encoder, from the cache where possible.
 
     Args:
         encoder: the encoder to run.
@@ -184,142 +406,282 @@ def embed_task(
         root: replaces `{root}` in the task's folders.
         cache: folder for embeddings.
         settings: how clips are embedded.
+        kind: what the probe needs of a clip, see `FeatureSpec.kind`.
         fingerprint: the encoder's fingerprint, if already computed: hashing gigabytes of weights
             takes seconds.
-        view: what the probe needs of a clip, see `View.name`.
-        share: which samples of every folder to embed. Folders that are already cached are
-            returned whole.
-
-    Raises:
-        UserError: if shards are missing, too many clips are broken, or frames are not finite.
+        rank, world_size: of the processes that divide the samples of every folder among
+            themselves. Folders that are already cached are returned whole.
     """
-    settings, fingerprint = settings or EmbedSettings(), fingerprint or encoder.fingerprint()
-    problems = Problems()
-    indexes = open_parts(task, root, problems)
-    problems.raise_if_any(f"Probe task {task.name!r}")
-    seen = view_of(encoder, settings, view, task)
-    return {
-        part: Embeddings.join(
-            [
-                _embed_folder(encoder, fingerprint, index, task, cache, settings, seen, share)
-                for index in listed
-            ]
-        )
-        for part, listed in indexes.items()
-    }
 
+    encoder: FrameEncoder
+    task: ProbeTask
+    root: str | Path | None
+    cache: str | Path
+    settings: EmbedSettings = field(default_factory=EmbedSettings)
+    kind: FeatureKind = "pooled"
+    fingerprint: str = ""
+    rank: int = 0
+    world_size: int = 1
 
-def open_parts(
-    task: ProbeTask, root: str | Path | None, problems: Problems
-) -> dict[str, list[ShardIndex]]:
-    """Return the shard indexes of each part of a task.
+    @cached_property
+    def spec(self) -> FeatureSpec:
+        """What is kept of a clip, see `feature_spec`."""
+        return feature_spec(self.encoder, self.task, self.settings, self.kind)
 
-    Args:
-        task: the task.
-        root: replaces `{root}` in the task's folders.
-        problems: collects missing shards, and tars that are in two parts.
-    """
-    indexes: dict[str, list[ShardIndex]] = {part: [] for part in task.parts}
-    for part, listed in indexes.items():
-        with problems.gather():
-            folders = task.folders(part, root)
-            for folder in folders:
-                with problems.gather():
-                    listed.append(open_index(folder))
-    with problems.gather():
-        _check_disjoint(indexes, task)
-    return indexes
+    @cached_property
+    def indexes(self) -> dict[str, list[ShardIndex]]:
+        """The shard indexes of each part of the task.
 
+        Raises:
+            UserError: shards are missing, or a tar is in two parts.
+        """
+        problems = Problems()
+        indexes = open_parts(self.task, self.root, problems)
+        problems.raise_if_any(f"Probe task {self.task.name!r}")
+        return indexes
 
-def folder_identity(
-    fingerprint: str, view: View, index: ShardIndex, task: ProbeTask, settings: EmbedSettings
-) -> dict[str, Any]:
-    """Return everything that the embeddings of a folder depend on."""
-    return {
-        "version": EMBED_VERSION,
-        "encoder": fingerprint,
-        "data": _data_fingerprint(index),
-        "view": {**asdict(view), "layers": list(view.layers)},
-        "label": [
-            task.answer,
-            task.label,
-            task.separator,
-            *(task.event if task.answer == "events" else ()),
-        ],
-        "group": [task.group, task.group_pattern],
-        "select": {name: sorted(values) for name, values in task.select.items()},
-        "crop_seconds": task.crop_seconds,
-        "limits": asdict(settings.limits),
-    }
+    def embed(self) -> dict[str, Embeddings]:
+        """Return the embeddings of each part of the task.
 
+        Raises:
+            UserError: shards are missing, too many clips are broken, or frames are not finite.
+        """
+        return {
+            part: Embeddings.join([self._embed_folder(index) for index in listed])
+            for part, listed in self.indexes.items()
+        }
 
-def view_of(encoder: FrameEncoder, settings: EmbedSettings, name: str, task: ProbeTask) -> View:
-    """Return what to keep of a clip. The encoder's own pooling overrides that of the run, and a
-    view of layers keeps all layers unless the settings name some.
+    def identity(self, index: ShardIndex) -> dict[str, Any]:
+        """Return everything that the embeddings of a folder depend on."""
+        task = self.task
+        event = task.event if task.answer == "events" else ()
+        return {
+            "version": EMBED_VERSION,
+            "encoder": self.fingerprint or self.encoder.fingerprint(),
+            "data": _data_fingerprint(index),
+            "features": {**asdict(self.spec), "layers": list(self.spec.layers)},
+            "label": [task.answer, task.label, task.separator, *event],
+            "group": [task.group, task.group_pattern],
+            "select": {name: sorted(values) for name, values in task.select.items()},
+            "crop_seconds": task.crop_seconds,
+            "limits": asdict(self.settings.limits),
+        }
 
-    Raises:
-        UserError: if layers are requested that the encoder does not have or does not expose.
-    """
-    layers = settings.layers
-    if (name == "layers" or layers) and "layers" not in inspect.signature(
-        encoder.encode
-    ).parameters:
-        raise UserError(
-            f"{type(encoder).__name__} gives no single layers: probe its output, with a kind that "
-            "needs no layers."
-        )
-    highest = getattr(encoder, "layers", None)
-    if highest is not None and any(not 0 <= layer <= highest for layer in layers):
-        raise UserError(
-            f"The encoder has layers 0 (what enters the first) to {highest}; asked for: "
-            f"{', '.join(map(str, layers))}."
-        )
-    if name == "layers" and not layers:
-        layers = tuple(range(encoder.layers + 1))  # pyright: ignore[reportAttributeAccessIssue]
-    pooling = getattr(encoder, "pooling", settings.pooling)
-    return View(name, pooling, layers, task.segment_seconds if name == "segments" else 0.0)
+    def identities(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the identities of the folders of each part of the task."""
+        return {
+            part: [self.identity(index) for index in listed]
+            for part, listed in self.indexes.items()
+        }
 
+    def join_ranks(self) -> None:
+        """Join what the ranks embedded of each folder, and cache it as the folder's embeddings.
 
-def frame_seconds(encoder: FrameEncoder) -> float:
-    """Return the frame hop of an encoder in seconds, measured on one second of noise."""
-    noise = torch.randn(SAMPLE_RATE_HZ, generator=torch.Generator().manual_seed(0)) * 0.01
-    return 1 / len(encoder.encode([noise], SAMPLE_RATE_HZ)[0])
+        Raises:
+            UserError: the part of a rank is missing, or too many clips of a folder are broken.
+        """
+        for index in (index for listed in self.indexes.values() for index in listed):
+            identity = self.identity(index)
+            if read_embeddings(self.cache, identity) is not None:
+                continue
+            identities = [self._rank_identity(identity, rank) for rank in range(self.world_size)]
+            found = [read_embeddings(self.cache, own) for own in identities]
+            parts = [part for part in found if part is not None]
+            if len(parts) < len(found):
+                raise UserError(
+                    f"Rank {found.index(None)} left no embeddings of {index.root} in {self.cache}. "
+                    "All ranks must see one folder: put --out on a disk that they share."
+                )
+            joined = Embeddings.join(parts)
+            self._check_skipped(index, joined)
+            write_embeddings(self.cache, identity, joined)
+            for own in identities:
+                cache_path(self.cache, own).unlink(missing_ok=True)
 
+    def _rank_identity(self, identity: dict[str, Any], rank: int) -> dict[str, Any]:
+        return identity | {"rank": [rank, self.world_size]}
 
-def _embed_folder(
-    encoder: FrameEncoder, fingerprint: str, index: ShardIndex, task: ProbeTask, cache: str | Path,
-    settings: EmbedSettings,
-    view: View, share: Share,
-) -> Embeddings:  # fmt: skip
-    identity = folder_identity(fingerprint, view, index, task, settings)
-    found = read_embeddings(cache, identity)
-    if found is None and share != WHOLE:
-        identity = share.identity(identity)
-        found = read_embeddings(cache, identity)
-    if found is None:
-        partial = PartialEmbeddings(cache, identity)
-        found = _embed(encoder, index, task, settings, view, partial, share)
-        write_embeddings(cache, identity, found)
-        partial.remove()
+    def _embed_folder(self, index: ShardIndex) -> Embeddings:
+        identity = self.identity(index)
+        found = read_embeddings(self.cache, identity)
+        if found is None and self.world_size > 1:
+            identity = self._rank_identity(identity, self.rank)
+            found = read_embeddings(self.cache, identity)
+        if found is not None:
+            return found
+        parts = self._embed_parts(index, identity)
+        joined = Embeddings.join(parts)
+        self._check_skipped(index, joined)
+        write_embeddings(self.cache, identity, joined)
+        for number in range(len(parts)):
+            cache_path(self.cache, identity, number).unlink(missing_ok=True)
         # Read back, so that frames are memory-mapped instead of held in memory.
-        found = read_embeddings(cache, identity) or found
-    return found
+        return read_embeddings(self.cache, identity) or joined
+
+    def _embed_parts(self, index: ShardIndex, identity: dict[str, Any]) -> list[Embeddings]:
+        """Return the embeddings of a folder in parts. All but the last part are written, and an
+        interrupted run resumes after them.
+        """
+        parts = self._written_parts(identity)
+        written = len(parts)
+        start, end = sample_range(index.samples, self.rank, self.world_size)
+        position = start + sum(part.samples for part in parts)
+        hop = hop_seconds_of(self.encoder) if self.spec.kind == "segments" else 0.0
+        rows, clips, skipped = [], [], list[tuple[int, str]]()
+        started = time.monotonic()
+        with progress_bar(not self.settings.quiet) as bar:
+            folder = index.root.rstrip("/").rpartition("/")[2]
+            line = bar.add_task(
+                f"embed {self.task.name} · {folder}",
+                total=(end or index.samples) - start,
+                completed=position - start,
+            )
+            reader = self._read_clips(index, position, end, skipped, lambda: bar.advance(line))
+            for group, waveforms in self._group_clips(reader):
+                rows += self._encode(waveforms, hop)
+                clips += group
+                held = sum(row.nbytes for row in rows)
+                if held > PART_BYTES or time.monotonic() - started > PART_SECONDS:
+                    stop = clips[-1].number + 1  # decoding reads ahead: `skipped` may go further
+                    part = self._collect(rows, clips, index)
+                    counts = Counter(reason for number, reason in skipped if number < stop)
+                    part = replace(part, skipped=dict(counts), samples=stop - position)
+                    write_embeddings(self.cache, identity, part, written)
+                    skipped[:] = [(number, reason) for number, reason in skipped if number >= stop]
+                    position, written = stop, written + 1
+                    rows, clips, started = [], [], time.monotonic()
+        last = self._collect(rows, clips, index)
+        parts = self._written_parts(identity)
+        if len(parts) < written:
+            raise UserError(f"Embeddings in {self.cache} cannot be read back. Start again.")
+        return [*parts, replace(last, skipped=dict(Counter(reason for _, reason in skipped)))]
+
+    def _written_parts(self, identity: dict[str, Any]) -> list[Embeddings]:
+        found = (read_embeddings(self.cache, identity, number) for number in count())
+        return list(iter(lambda: next(found), None))
+
+    def _read_clips(
+        self,
+        index: ShardIndex,
+        start: int,
+        end: int | None,
+        skipped: list[tuple[int, str]],
+        advance: Callable[[], None],
+    ) -> Iterator[tuple["_Clip", Tensor]]:
+        """Yield clips and waveforms of samples `start` to `end`; add the others to `skipped`."""
+
+        def clips() -> Iterator[_Clip]:
+            samples = iter_samples(index, self.settings.limits)
+            for number, sample in enumerate(islice(samples, start, end), start):
+                advance()
+                if isinstance(sample, SkippedSample):
+                    skipped.append((number, str(sample.reason)))
+                elif not self.task.selects(sample.annotation):
+                    skipped.append((number, NOT_SELECTED))
+                elif (label := self.task.label_of(sample.annotation)) is None:
+                    skipped.append((number, str(SkipReason.NO_LABEL)))
+                else:
+                    key = f"{sample.shard.rpartition('/')[2]}:{sample.key}"
+                    yield _Clip(key, label, self.task.group_of(sample), number, sample.audio)
+
+        for clip, waveform in prefetch_decoded(
+            clips(),
+            lambda clip: load_waveform(clip.audio, self.settings.limits),
+            lambda clip: len(clip.audio),
+            self.settings.workers,
+        ):
+            if isinstance(waveform, SkipSample):
+                skipped.append((clip.number, str(waveform.reason)))
+                continue
+            if self.task.crop_seconds is not None:
+                waveform = waveform[: round(self.task.crop_seconds * SAMPLE_RATE_HZ)]
+            yield replace(clip, audio=b""), waveform
+
+    def _group_clips(
+        self, reader: Iterator[tuple["_Clip", Tensor]]
+    ) -> Iterator[tuple[list["_Clip"], list[Tensor]]]:
+        """Yield groups of about `GROUP_BATCHES` batches."""
+        padded = getattr(self.encoder, "padding", "none") == "30s"
+        clips, waveforms, seconds = [], [], 0.0
+        for clip, waveform in reader:
+            if seconds >= GROUP_BATCHES * self.settings.batch_seconds:
+                yield clips, waveforms
+                clips, waveforms, seconds = [], [], 0.0
+            clips.append(clip)
+            waveforms.append(waveform)
+            seconds += WINDOW_SECONDS if padded else len(waveform) / SAMPLE_RATE_HZ
+        if clips:
+            yield clips, waveforms
+
+    def _encode(self, waveforms: list[Tensor], hop_seconds: float) -> list[Tensor]:
+        # Batches of similar length need the least memory.
+        order = sorted(range(len(waveforms)), key=lambda i: len(waveforms[i]))
+        frames = self.encoder.encode(
+            [waveforms[i] for i in order],
+            SAMPLE_RATE_HZ,
+            self.spec.layers,
+            batch_seconds=self.settings.batch_seconds,
+        )
+        rows = {
+            i: self.spec.reduce(clip.float(), hop_seconds).cpu()
+            for i, clip in zip(order, frames, strict=True)
+        }
+        return [rows[i] for i in range(len(waveforms))]
+
+    def _collect(self, rows: list[Tensor], clips: list["_Clip"], index: ShardIndex) -> Embeddings:
+        bad = [clip.key for clip, row in zip(clips, rows, strict=True) if not row.isfinite().all()]
+        if bad:
+            raise UserError(
+                f"The encoder gave frames that are not finite for {len(bad)} of {len(clips)} clips "
+                f"of {index.root}, first {bad[0]!r}. Its weights may be damaged, or half precision "
+                "overflows: try float32 or bfloat16."
+            )
+        features, lengths, frames = torch.empty(0, 0), (), ()
+        if self.spec.kind == "frames":
+            frames = tuple(rows)
+        elif self.spec.kind == "segments" and rows:
+            features, lengths = torch.cat(rows), tuple(len(row) for row in rows)
+        elif rows:
+            features = torch.stack(rows)
+        labels, keys, groups = (
+            tuple(getattr(clip, name) for clip in clips) for name in ("label", "key", "group")
+        )
+        return Embeddings(features, labels, keys, {}, lengths, frames, groups)
+
+    def _check_skipped(self, index: ShardIndex, found: Embeddings) -> None:
+        """Warn about broken samples, and raise if there are too many or a tar is damaged."""
+        broken = {reason: n for reason, n in found.skipped.items() if reason not in LEFT_OUT}
+        if not broken:
+            return
+        listed = ", ".join(f"{n} × {reason}" for reason, n in sorted(broken.items()))
+        limit = self.settings.max_skipped_fraction
+        if sum(broken.values()) > limit * max(index.samples, 1) or SkipReason.BAD_TAR in broken:
+            raise UserError(
+                f"{index.root}: {sum(broken.values())} of {index.samples} samples cannot be used "
+                f"({listed}); at most {limit:.0%} may be left out of a probe. See them: "
+                f"whisper-aut data inspect {index.root}"
+            )
+        log.warning("%s: %s left out of the probe.", index.root, listed)
 
 
-def _check_disjoint(indexes: dict[str, list[ShardIndex]], task: ProbeTask) -> None:
-    """Reject splits that share a tar with the same bytes, whatever its folder is called."""
-    where: dict[str, str] = {}
-    for split, listed in indexes.items():
-        for index in listed:
-            for number, shard in enumerate(index.shards):
-                # Without a checksum, at least the same file is recognised.
-                name = shard.sha256 or index.url(number)
-                if where.setdefault(name, split) != split:
-                    raise UserError(
-                        f"Probe task {task.name!r}: {index.url(number)} of {split!r} is in "
-                        f"{where[name]!r} too. A score on "
-                        "clips that were trained on means nothing: check the task's folders."
-                    )
+@dataclass(frozen=True)
+class _Clip:
+    """A clip of a task; `number` is the index of its sample in the folder."""
+
+    key: str
+    label: Any
+    group: str
+    number: int
+    audio: bytes
+
+
+def sample_range(samples: int, rank: int, world_size: int) -> tuple[int, int | None]:
+    """Return the samples of a folder that a rank embeds: the first, and the end (exclusive).
+
+    The last rank has no end, because a folder without an index may have more samples.
+    """
+    end = samples * (rank + 1) // world_size if rank + 1 < world_size else None
+    return samples * rank // world_size, end
 
 
 def _data_fingerprint(index: ShardIndex) -> str:
@@ -332,316 +694,13 @@ def _data_fingerprint(index: ShardIndex) -> str:
     return digest([index.fingerprint(), states]) if states else index.fingerprint()
 
 
-def _embed(
-    encoder: FrameEncoder, index: ShardIndex, task: ProbeTask, settings: EmbedSettings, view: View,
-    partial: PartialEmbeddings,
-    share: Share,
-) -> Embeddings:  # fmt: skip
-    done, seen = partial.read()
-    first, stop = share.bounds(index.samples)
-    hop = frame_seconds(encoder) if view.name == "segments" else 0.0
-    rows, clips, written = [], [], time.monotonic()
-    with _progress(settings.quiet) as bar:
-        total, begun = (stop or index.samples) - first, max(0, seen - first)
-        line = bar.add_task(
-            f"{task.name} · {index.root.rstrip('/').rpartition('/')[2]}",
-            total=total,
-            completed=begun,
-        )
-        skip = max(seen, first)
-        reader = ClipReader(
-            index,
-            task,
-            settings.limits,
-            settings.workers,
-            skip,
-            lambda: bar.advance(line),
-            stop,
-        )
-        for window in _windows(reader, settings.batch_seconds, _padded(encoder)):
-            rows += _encode(encoder, [clip.waveform for clip in window], settings, view, hop)
-            clips += [replace(clip, waveform=torch.empty(0)) for clip in window]
-            held = sum(row.nbytes for row in rows)
-            if held > PART_BYTES or time.monotonic() - written > PART_SECONDS:
-                left_out = Counter(done.skipped) + Counter(reader.skipped(clips[-1].seen))
-                partial.write(_collect(rows, clips, view, index), clips[-1].seen, left_out)
-                rows, clips, written = [], [], time.monotonic()
-    skipped = Counter(done.skipped) + Counter(reader.skipped())
-    check_refused(index, skipped, settings)
-    parts = [_collect(rows, clips, view, index)]
-    if (written_parts := partial.written) > 0:
-        parts.insert(0, partial.read()[0])
-        if partial.written < written_parts:
-            raise UserError(
-                f"Embeddings in {partial.path.parent} cannot be read back. Start again."
-            )
-    return replace(Embeddings.join(parts), skipped=dict(skipped))
-
-
-def _encode(
-    encoder: FrameEncoder, waveforms: list[Tensor], settings: EmbedSettings, view: View, hop: float
-) -> list[Tensor]:
-    """Cut clips into windows, encode these in batches of similar length, join and pool them."""
-    cut = [cut_windows(waveform) for waveform in waveforms]
-    flat = [(i, j) for i, listed in enumerate(cut) for j in range(len(listed))]
-    frames: dict[tuple[int, int], Tensor] = {}
-    options: dict[str, Any] = {"layers": view.layers} if view.layers else {}
-    if "batch_seconds" in inspect.signature(encoder.encode).parameters:
-        options["batch_seconds"] = math.inf  # batches are made below
-    lengths = [len(cut[i][j]) for i, j in flat]
-    for batch in _batches(lengths, settings.batch_seconds, _padded(encoder)):
-        encoded = encoder.encode(
-            [cut[i][j] for i, j in (flat[b] for b in batch)], SAMPLE_RATE_HZ, **options
-        )
-        frames.update(
-            zip((flat[b] for b in batch), (clip.float() for clip in encoded), strict=True)
-        )
-    joined = (
-        join_windows([frames[i, j] for j in range(len(listed))]) for i, listed in enumerate(cut)
-    )
-    return [view(clip, hop).cpu() for clip in joined]
-
-
-def _collect(rows: list[Tensor], clips: list[Clip], view: View, index: ShardIndex) -> Embeddings:
-    _check_finite([bool(row.isfinite().all()) for row in rows], clips, index)
-    features, lengths = torch.empty(0, 0), ()
-    if view.name == "segments" and rows:
-        features, lengths = torch.cat(rows), tuple(len(row) for row in rows)
-    elif view.name != "frames" and rows:
-        features = torch.stack(rows)
-    return Embeddings(
-        features,
-        tuple(clip.label for clip in clips),
-        tuple(clip.key for clip in clips),
-        {},
-        lengths,
-        tuple(rows) if view.name == "frames" else (),
-        tuple(clip.group for clip in clips),
-    )
-
-
-def _padded(encoder: FrameEncoder) -> bool:
-    return getattr(encoder, "padding", "none") == "30s"
-
-
-def _windows(reader: ClipReader, batch_seconds: float, padded: bool) -> Iterator[list[Clip]]:
-    """Group clips into windows of about `WINDOW_BATCHES` batches, within which they are sorted."""
-    window, seconds = [], 0.0
-    for clip in reader:
-        if seconds >= WINDOW_BATCHES * batch_seconds:
-            yield window
-            window, seconds = [], 0.0
-        window.append(clip)
-        seconds += WINDOW_SECONDS if padded else len(clip.waveform) / SAMPLE_RATE_HZ
-    if window:
-        yield window
-
-
-def _batches(lengths: list[int], batch_seconds: float, padded: bool) -> Iterator[list[int]]:
-    """Return indices of waveforms in batches of at most `batch_seconds`, sorted by length."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    seconds = [WINDOW_SECONDS if padded else lengths[i] / SAMPLE_RATE_HZ for i in order]
-    for batch in batches_by_seconds(seconds, batch_seconds):
-        yield [order[place] for place in batch]
-
-
-def check_refused(index: ShardIndex, skipped: Mapping[str, int], settings: EmbedSettings) -> None:
-    """Warn about the samples of a folder that could not be used.
-
-    Raises:
-        UserError: if too many samples are broken, or a tar is damaged.
-    """
-    broken = {reason: count for reason, count in skipped.items() if reason not in LEFT_OUT}
-    if not broken:
-        return
-    listed = ", ".join(f"{count} × {reason}" for reason, count in sorted(broken.items()))
-    if (
-        sum(broken.values()) > settings.max_skipped_fraction * max(index.samples, 1)
-        or str(SkipReason.BAD_TAR) in broken
-    ):
-        raise UserError(
-            f"{index.root}: {sum(broken.values())} of {index.samples} samples cannot be used "
-            f"({listed}); at most "
-            f"{settings.max_skipped_fraction:.0%} may be left out of a probe. See them: "
-            f"whisper-aut data inspect {index.root}"
-        )
-    log.warning("%s: %s left out of the probe.", index.root, listed)
-
-
-def _check_finite(finite: list[bool], clips: list[Clip], index: ShardIndex) -> None:
-    bad = [clip.key for clip, good in zip(clips, finite, strict=True) if not good]
-    if bad:
-        raise UserError(
-            f"The encoder gave frames that are not finite for {len(bad)} of {len(clips)} clips of "
-            f"{index.root}, first "
-            f"{bad[0]!r}. Its weights may be damaged, or half precision overflows: try float32 or "
-            "bfloat16."
-        )
-
-
-def _progress(quiet: bool) -> Progress:
-    columns = (
-        TextColumn("embed {task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    return Progress(
-        *columns, console=console, disable=quiet or not console.is_terminal, transient=True
-    )
-
-
-BASELINE_NAME = "log-mel statistics"
-BASELINE_VERSION = 1
-
-
-class LogMelBaseline:
-    """An "encoder" whose frames are log-mel frames, pooled by mean and standard deviation."""
-
-    pooling = "mean_std"
-
-    def __init__(self, num_mel_bins: int = 80):
-        self.width = num_mel_bins
-        self._log_mel = LogMel(num_mel_bins)
-
-    @torch.no_grad()
-    def encode(self, waveforms: Sequence[Tensor | np.ndarray], sample_rate_hz: int) -> list[Tensor]:
-        """Return frames `[F, M]` per waveform `[S]`, without those that only cover the padding
-        after a clip.
-        """
-        frames = []
-        for waveform in waveforms:
-            samples = torch.as_tensor(waveform)
-            if sample_rate_hz != SAMPLE_RATE_HZ:
-                samples = to_mono_16k(samples.numpy(), sample_rate_hz)
-            frames.append(self._log_mel(samples)[: mel_frames(len(samples))])
-        return frames
-
-    def fingerprint(self) -> str:
-        return f"log-mel-{BASELINE_VERSION}-{self.width}"
-
-
-# A rank that exits is noticed at once. This timeout is for ranks that have more to embed.
-PATIENCE = timedelta(hours=12)
-
-
-def rank_share() -> Share:
-    """Return the share of this process, from `RANK` and `WORLD_SIZE` as set by `torchrun`.
-    Without these, the share is the whole.
-    """
-    return Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-
-
-@contextmanager
-def joined_ranks(share: Share) -> Iterator[None]:
-    """Join the process group of all ranks and always leave it, so that the other ranks notice an
-    error.
-    """
-    if share == WHOLE:
-        yield
-        return
-    dist.init_process_group("gloo", timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@dataclass(frozen=True)
-class SharedEmbedding:
-    """Embedding work that several ranks divide among themselves.
-
-    Attributes:
-        encoders, tasks, root, cache, embedding, kind: see `suite.run_suite`.
-    """
-
-    encoders: Mapping[str, FrameEncoder]
-    tasks: Sequence[ProbeTask]
-    root: str | Path | None
-    cache: str | Path
-    embedding: EmbedSettings
-    kind: str
-
-    def run(self, share: Share) -> None:
-        """Embed the share of this rank, wait for the other ranks, and join all shares on rank 0.
-
-        Must be called inside `joined_ranks`.
-
-        Raises:
-            UserError: as in `embed_task`, or if another rank is gone, or the ranks do not share
-                a cache folder.
-        """
-        views = {task.name: KINDS[kind_for(self.kind, task)].view for task in self.tasks}
-        fingerprints = {name: encoder.fingerprint() for name, encoder in self.encoders.items()}
-        for name, encoder in self.encoders.items():
-            for task in self.tasks:
-                embed_task(
-                    encoder,
-                    task,
-                    self.root,
-                    self.cache,
-                    self.embedding,
-                    fingerprints[name],
-                    views[task.name],
-                    share,
-                )
-        try:
-            dist.barrier()
-        except RuntimeError as error:
-            raise UserError(
-                f"Another rank is gone: {str(error).splitlines()[0][:300]}. Start again: shares "
-                "are kept."
-            ) from error
-        if share.rank == 0:
-            self._join(share.ranks, fingerprints, views)
-
-    def _join(
-        self,
-        ranks: int,
-        fingerprints: Mapping[str, str],
-        views: Mapping[str, str],
-    ) -> None:
-        for name, encoder in self.encoders.items():
-            for task in self.tasks:
-                view = view_of(encoder, self.embedding, views[task.name], task)
-                for index in (
-                    open_index(folder)
-                    for part in task.parts
-                    for folder in task.folders(part, self.root)
-                ):
-                    identity = folder_identity(
-                        fingerprints[name], view, index, task, self.embedding
-                    )
-                    join_shares(self.cache, identity, ranks, index, self.embedding)
-
-
-def join_shares(
+def embed_task(
+    encoder: FrameEncoder,
+    task: ProbeTask,
+    root: str | Path | None,
     cache: str | Path,
-    identity: dict[str, object],
-    ranks: int,
-    index: ShardIndex,
-    settings: EmbedSettings,
-) -> None:
-    """Concatenate the shares of a folder and store them under the folder's own identity, unless
-    that is already cached.
-
-    Raises:
-        UserError: if a share is missing, or too many clips of the folder are broken.
-    """
-    if read_embeddings(cache, identity) is not None:
-        return
-    identities = [Share(rank, ranks).identity(identity) for rank in range(ranks)]
-    found = [read_embeddings(cache, share) for share in identities]
-    parts = [part for part in found if part is not None]
-    if len(parts) < ranks:
-        raise UserError(
-            f"Rank {found.index(None)} left no embeddings of {index.root} in {cache}. All ranks "
-            "must see one folder: put --out on a "
-            "disk that they share."
-        )
-    joined = Embeddings.join(parts)
-    check_refused(index, joined.skipped, settings)
-    write_embeddings(cache, identity, joined)
-    for share in identities:
-        cache_path(cache, share).unlink(missing_ok=True)
+    settings: EmbedSettings | None = None,
+    kind: FeatureKind = "pooled",
+) -> dict[str, Embeddings]:
+    """Return the embeddings of each part of a task, see `TaskEmbedder`."""
+    return TaskEmbedder(encoder, task, root, cache, settings or EmbedSettings(), kind).embed()

@@ -1,4 +1,4 @@
-"""Nearest-neighbour probe: without training, a clip is predicted to have the classes of its most
+"""Nearest-neighbour probe: without training, a clip is predicted to have the class of its most
 similar training clips.
 
 Features of each clip are scaled to unit length, so that similarity is a cosine. Votes are
@@ -7,85 +7,88 @@ across samples instead, which is a mistake.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whisper_aut.probes.fit import FittedProbes, Items, Setting
+from whisper_aut.probes.datasets import ClassDataset
+from whisper_aut.probes.modules import Candidate, Probe
 
-KNN_VERSION = 1
 NEIGHBOURS = (1, 3, 5, 10, 20)
 TEMPERATURES = (0.02, 0.07, 1.0)
-CANDIDATES: tuple[Setting, ...] = tuple(
-    {"k": k, "temperature": t} for k in NEIGHBOURS for t in TEMPERATURES if k > 1 or t == 1.0
-)
 MAX_SIMILARITIES = 1 << 26  # floats in one block of cosines
 
 
-class KNNProbe:
-    """Cosine neighbours among training items `[I, D]` with classes `[I]`."""
+class KNNProbe(Probe):
+    """J votes of cosine neighbours among the same items. There is nothing to train.
 
-    def __init__(self, features: Tensor, answers: Tensor, classes: int):
-        self.features, self.answers, self.classes = F.normalize(features, dim=1), answers, classes
+    Args:
+        features: features of the items, `[I, D]`.
+        targets: their classes, `[I]`.
+        classes: number of classes, C.
+        candidates: `k` (neighbours) and `temperature` of each head.
+        mask: `[I, J]`, the items that are neighbours in each head. Defaults to all.
+    """
 
-    def cosines(self, features: Tensor) -> Tensor:
-        """Return the cosines `[Q, I]` of features `[Q, D]` with the training items."""
-        return F.normalize(features, dim=1) @ self.features.T
+    title = "nearest neighbours"
+    answers = ("class",)
+    candidates = tuple(
+        {"k": k, "temperature": t} for k in NEIGHBOURS for t in TEMPERATURES if k > 1 or t == 1.0
+    )
+    version = 1
+    seeded = False
 
-    def nearest(self, cosines: Tensor, allowed: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and classes, both `[Q, k]`, of the nearest items among those marked by
-        `allowed` `[I]`, in order of decreasing cosine.
-        """
-        kept = cosines[:, allowed]
-        found, positions = kept.topk(min(k, kept.shape[1]), dim=1)
-        return found, self.answers[allowed][positions]
-
-    def vote(self, cosines: Tensor, answers: Tensor, temperature: float) -> Tensor:
-        """Return the log probabilities `[Q, C]` from the votes of neighbours `[Q, k]`."""
-        votes = torch.zeros(len(cosines), self.classes, device=cosines.device)
-        votes.scatter_add_(1, answers, (cosines / temperature).softmax(1))
-        return votes.clamp_min(1e-9).log()
-
-
-@dataclass(frozen=True)
-class KNNFitter:
-    """Holds one pool. Each column of `rows` marks the items that may be neighbours."""
-
-    pool: Items
-    classes: int
+    def __init__(
+        self,
+        features: Tensor,
+        targets: Tensor,
+        classes: int,
+        candidates: Sequence[Candidate] = ({"k": 10, "temperature": 0.07},),
+        mask: Tensor | None = None,
+    ):
+        super().__init__()
+        self.neighbours, self.targets, self.classes = F.normalize(features, dim=1), targets, classes
+        self.settings = candidates
+        everything = torch.ones(len(features), len(candidates), dtype=torch.bool)
+        self.mask = (everything if mask is None else mask).to(features.device)
 
     @classmethod
-    def on(cls, pool: Items, train: Tensor, classes: int, device: str) -> "KNNFitter":
-        return cls(pool.to(device), classes)
+    def max_heads(cls, dataset: ClassDataset) -> int:
+        return max(1, MAX_SIMILARITIES // (dataset.pool_items * len(dataset.classes)))
 
-    @property
-    def block(self) -> int:
-        """Number of problems at once. All share one matrix product of cosines."""
-        return max(1, MAX_SIMILARITIES // (len(self.pool.features) * self.classes))
+    @classmethod
+    def train_heads(
+        cls,
+        dataset: ClassDataset,
+        candidates: Sequence[Candidate],
+        mask: Tensor,
+        valid: Tensor | None = None,
+        seed: int = 0,
+    ) -> Self:
+        pool = slice(dataset.pool_items)
+        features, targets = dataset.features[pool], dataset.targets[pool]
+        return cls(features, targets, len(dataset.classes), candidates, mask[pool])
 
-    def __call__(
-        self, rows: Tensor, settings: Sequence[Setting], valid: Tensor | None, seed: int
-    ) -> FittedProbes:
-        probe = KNNProbe(self.pool.features, self.pool.answers, self.classes)
-        most = max(int(setting["k"]) for setting in settings)
+    def forward(self, features: Tensor) -> Tensor:
+        """Return log probabilities `[Q, J, C]` of features `[Q, D]`."""
+        block = max(1, MAX_SIMILARITIES // len(self.neighbours))
+        return torch.cat([self._votes(some) for some in features.split(block)])
 
-        def scores(features: Tensor) -> Tensor:
-            parts = []
-            for chunk in features.to(self.pool.features.device).split(
-                max(1, MAX_SIMILARITIES // len(self.pool.features))
-            ):
-                cosines, columns, found, last = probe.cosines(chunk), [], None, None
-                for own, setting in zip(rows.T.to(cosines.device), settings, strict=True):
-                    # Consecutive candidates of a trial share their neighbours.
-                    if found is None or last is None or not torch.equal(own, last):
-                        found, last = probe.nearest(cosines, own, most), own
-                    k = int(setting["k"])
-                    columns.append(
-                        probe.vote(found[0][:, :k], found[1][:, :k], setting["temperature"])
-                    )
-                parts.append(torch.stack(columns, 1))
-            return torch.cat(parts)
-
-        return FittedProbes(scores)
+    def _votes(self, features: Tensor) -> Tensor:
+        cosines, largest_k = F.normalize(features, dim=1) @ self.neighbours.T, 0
+        largest_k = max(int(setting["k"]) for setting in self.settings)
+        columns, found, last = [], None, None
+        for own, setting in zip(self.mask.T, self.settings, strict=True):
+            # Consecutive candidates of a fold share their neighbours.
+            if found is None or last is None or not torch.equal(own, last):
+                kept, last = cosines[:, own], own
+                found, indices = kept.topk(min(largest_k, kept.shape[1]), dim=1)
+                classes = self.targets[own][indices]
+            k = int(setting["k"])
+            votes = torch.zeros(len(features), self.classes, device=features.device)
+            shares = (found[:, :k] / setting["temperature"]).softmax(1)
+            votes.scatter_add_(1, classes[:, :k], shares)
+            columns.append(votes.clamp_min(1e-9).log())
+        return torch.stack(columns, 1)

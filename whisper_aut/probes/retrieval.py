@@ -9,225 +9,173 @@ training captions are ignored.
 """
 
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
-from whisper_aut.probes.cache import Embeddings
-from whisper_aut.probes.fit import Judgement, Setting, Trial, Validation, fit
+from whisper_aut.probes.datasets import Split, SplitResult, Standardizer
 from whisper_aut.probes.metrics import CrossRecall, recall_credit
-from whisper_aut.probes.modules import Values, batch_size, descend, epochs_of
+from whisper_aut.probes.modules import AdamProbe, Candidate, Weights
 
-RETRIEVAL_VERSION = 2
 SHARED_WIDTH = 128
-BATCH_CLIPS = 256
-CANDIDATES: tuple[Setting, ...] = tuple(
-    {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-4, 1e-3, 1e-2)
-)
 
 
-class RetrievalProbe(LightningModule):
-    """J pairs of linear maps into a shared space of width E: audio `[D, E]`, words `[V, E]`, and
-    a learned logit scale.
+class CaptionDataset:
+    """Clips with one or more captions each, as bags of words.
 
-    Args:
-        width: D.
-        words: size of the vocabulary, V.
-        settings: `rate` (learning rate) and `decay` of each problem, and `epochs` once chosen.
-        seed: decides initial weights, the order of batches, and which caption of a clip a step
-            uses.
+    The bag of a caption has the frequency of each word of the vocabulary; it sums to one, or is
+    zero if no word is known.
     """
 
-    def __init__(self, width: int, words: int, settings: Sequence[Setting], seed: int = 0):
-        super().__init__()
-        self.automatic_optimization = False
-        generator, count = torch.Generator().manual_seed(seed), len(settings)
-        audio = torch.randn(width, SHARED_WIDTH, generator=generator) * width**-0.5
-        text = torch.randn(words, SHARED_WIDTH, generator=generator) * SHARED_WIDTH**-0.5
-        values = {
-            "audio": audio.repeat(count, 1, 1),
-            "words": text.repeat(count, 1, 1),
-            "sharpness": torch.full((count,), float(np.log(1 / 0.07))),
-        }
-        self.values = nn.ParameterDict(
-            {name: nn.Parameter(value, requires_grad=False) for name, value in values.items()}
-        )
-        self.seed, self.chosen_epochs = seed, epochs_of(settings)
-        self.rates = torch.tensor([setting["rate"] for setting in settings])
-        self.decays = torch.tensor([setting["decay"] for setting in settings])
-        self.epochs: list[int] = []
-
-    def forward(self, features: Tensor, bags: Tensor) -> Tensor:
-        """Return cosines `[J, B, N]` of clips `[B, D]` and captions `[N, V]`."""
-        return _cosines(dict(self.values), features, bags)
-
-    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        """Train on one batch that holds all clips.
-
-        Args:
-            batch: `features` `[B, D]`, `bags` `[N, V]`, `first` `[B]` and `count` `[B]` (index
-                of each clip's first caption, and their number), and `rows` `[B, J]`, the clips
-                to train on. Optionally followed by `[B, J]`, the clips to validate on.
-            batch_idx: unused.
-        """
-        (features, bags, first, count, rows), valid = batch[:5], batch[5:]
-        decays, generator = self.decays.to(rows.device), torch.Generator().manual_seed(self.seed)
-        used = torch.nonzero(rows.any(1))[:, 0]
-
-        def objectives(values: Values, chosen: Tensor) -> Tensor:
-            clips = used[chosen.to(used.device)]
-            drawn = torch.rand(len(clips), generator=generator).to(count.device)
-            captions = first[clips] + (drawn * count[clips]).long()
-            own = rows[clips].T > 0  # [J, b]
-            losses = _contrast(values, features[clips], bags[captions], own)
-            squares = values["audio"].square().sum((1, 2)) + values["words"].square().sum((1, 2))
-            return (losses * own).sum(1) / own.sum(1).clamp(min=1) + 0.5 * decays * squares
-
-        def validate(values: Values) -> Tensor:
-            clips = torch.nonzero(valid[0].any(1))[:, 0]
-            own = valid[0][clips].T > 0
-            losses = _contrast(values, features[clips], bags[first[clips]], own)
-            return (losses * own).sum(1) / own.sum(1)
-
-        trained, self.epochs = descend(
-            objectives, dict(self.values), self.rates.to(rows.device), len(used), seed=self.seed,
-            batch_items=batch_size(len(used), BATCH_CLIPS), epochs=self.chosen_epochs,
-            validate=validate if valid else None,
-        )  # fmt: skip
-        for name, value in trained.items():
-            self.values[name].copy_(value)
-
-    def configure_optimizers(self) -> None:
-        """Lightning's optimizers are not used: one training step runs `descend` to its end."""
-
-
-@dataclass(frozen=True)
-class Captions:
-    """The captions of some clips as bags of words.
-
-    Attributes:
-        bags: word frequencies `[N, V]`; each row sums to one, or is zero if no word is known.
-        owner: `[N]`, index of the clip of each caption.
-    """
-
-    bags: Tensor
-    owner: Tensor
-
-    @classmethod
-    def of(cls, labels: Sequence[Sequence[str]], vocabulary: dict[str, int]) -> "Captions":
-        """Convert captions per clip to bags of words over a vocabulary (word → index)."""
-        bags = [_bag(caption, vocabulary) for captions in labels for caption in captions]
-        owner = torch.arange(len(labels)).repeat_interleave(
-            torch.tensor([len(captions) for captions in labels])
-        )
-        return cls(torch.stack(bags), owner)
-
-    def among(self, clips: Tensor) -> "Captions":
-        """Keep the captions of the clips marked by the mask `clips` `[B]`, and renumber these
-        clips.
-        """
-        kept, number = clips[self.owner], clips.long().cumsum(0) - 1
-        return Captions(self.bags[kept], number[self.owner[kept]])
-
-
-class RetrievalLearner:
-    """Fits retrieval probes on one round."""
-
-    block = 4  # problems at once; each has a vector per word
-
-    def __init__(self, pool: Embeddings, train: np.ndarray, test: Embeddings, device: str):
-        taken = torch.from_numpy(train)
-        mean, deviation = (
-            pool.features[taken].mean(0),
-            pool.features[taken].std(0, correction=0).clamp_min(1e-6),
-        )
-        self.pool, self.tested = (
-            (pool.features - mean) / deviation,
-            (test.features - mean) / deviation,
-        )
-        words = Counter(
-            word
-            for label, own in zip(pool.labels, train, strict=True)
-            if own
-            for text in label
-            for word in _words(text)
-        )
-        self.vocabulary = {word: number for number, word in enumerate(sorted(words))}
-        self.pool_captions, self.test_captions = (
-            Captions.of(part.labels, self.vocabulary) for part in (pool, test)
-        )
-        self.test_texts = [text for label in test.labels for text in label]
+    def __init__(self, split: Split, device: str = "cpu"):
         self.device = device
+        pool, test = split.pool, split.test
+        standardize = Standardizer(pool.features[torch.from_numpy(split.train)])
+        self.features, self.test_features = (
+            standardize(part.features).to(device) for part in (pool, test)
+        )
+        words = {
+            word
+            for captions, own in zip(pool.labels, split.train, strict=True)
+            if own
+            for caption in captions
+            for word in _words(caption)
+        }
+        self.vocabulary = {word: number for number, word in enumerate(sorted(words))}
+        self.bags, self.owners = self._bags(pool.labels)
+        self.counts = torch.bincount(self.owners, minlength=len(pool))
+        self.first = self.counts.cumsum(0) - self.counts
+        self.test_bags, self.test_owners = self._bags(test.labels)
+        self.test_captions = [caption for captions in test.labels for caption in captions]
 
-    def validate(self, trials: Sequence[Trial], settings: Sequence[Setting]) -> list[Validation]:
-        probe = self._fit([trial.fit for trial in trials], settings, 0, [t.valid for t in trials])
+    def _bags(self, labels: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        """Return a bag of words per caption, `[N, V]`, and the index of its clip, `[N]`."""
+        captions = [(clip, caption) for clip, own in enumerate(labels) for caption in own]
+        bags = torch.zeros(len(captions), len(self.vocabulary))
+        for bag, (_, caption) in zip(bags, captions, strict=True):
+            known = [self.vocabulary[word] for word in _words(caption) if word in self.vocabulary]
+            frequencies = torch.full((len(known),), 1 / max(1, len(known)))
+            bag.index_add_(0, torch.tensor(known, dtype=torch.long), frequencies)
+        owners = torch.tensor([clip for clip, _ in captions], dtype=torch.long)
+        return bags.to(self.device), owners.to(self.device)
+
+    def batch(self, items: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
+        """Return the features and one caption of some clips: the first, or a drawn one."""
+        clips = items.to(self.device)
+        captions = self.first[clips]
+        if generator is not None:
+            drawn = torch.rand(len(clips), generator=generator).to(self.device)
+            captions = captions + (drawn * self.counts[clips]).long()
+        return self.features[clips], self.bags[captions]
+
+    def mask(self, clips: Sequence[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(clips, 1))
+
+    @torch.no_grad()
+    def validate(self, probe: "RetrievalProbe", valid: Tensor) -> list[tuple[float, float]]:
         found = []
-        for problem, (trial, epochs) in enumerate(zip(trials, probe.epochs, strict=True)):
-            own = torch.from_numpy(trial.valid)
-            captions = self.pool_captions.among(own)
-            cosines = probe(self.pool[own], captions.bags)[problem]
-            loss = F.cross_entropy(cosines.T / 0.07, captions.owner)
-            found.append(Validation(_recall(cosines, captions.owner), float(loss), epochs))
+        for head, own in enumerate(valid.T.to(self.device)):
+            captions = own[self.owners]
+            owners = (own.long().cumsum(0) - 1)[self.owners[captions]]  # among the head's clips
+            cosines = probe(self.features[own], self.bags[captions])[head]
+            loss = F.cross_entropy(cosines.T / 0.07, owners)
+            found.append((_recall(cosines, owners), float(loss)))
         return found
 
-    def test(self, clips: np.ndarray, setting: Setting, seed: int) -> Judgement:
-        probe, captions = self._fit([clips], [setting], seed), self.test_captions
-        cosines = probe(self.tested, captions.bags)[0]
-        return Judgement(
-            _recall(cosines, captions.owner),
-            recall_credit(cosines, captions.owner).mean(1).numpy(),
-            tuple(self.test_texts[nearest] for nearest in cosines.argmax(1).tolist()),
+    @torch.no_grad()
+    def test(self, probe: "RetrievalProbe") -> SplitResult:
+        cosines, owners = probe(self.test_features, self.test_bags)[0], self.test_owners
+        return SplitResult(
+            _recall(cosines, owners),
+            recall_credit(cosines, owners).mean(1).cpu().numpy(),
+            tuple(self.test_captions[nearest] for nearest in cosines.argmax(1).tolist()),
         )
 
-    def _fit(
-        self, clips: Sequence[np.ndarray], settings: Sequence[Setting], seed: int,
-        valid: Sequence[np.ndarray] = (),
-    ) -> RetrievalProbe:  # fmt: skip
-        probe = RetrievalProbe(self.pool.shape[1], len(self.vocabulary), settings, seed)
-        count = torch.bincount(self.pool_captions.owner, minlength=len(self.pool))
-        first = count.cumsum(0) - count
-        rows = [
-            torch.from_numpy(np.stack(masks, 1)).float() for masks in (clips, valid) if len(masks)
-        ]
-        batch = (self.pool, self.pool_captions.bags, first, count, *rows)
-        fit(probe, tuple(part.to(self.device) for part in batch), self.device)
-        return probe.cpu()
 
-
-def _recall(cosines: Tensor, owner: Tensor) -> float:
-    metric = CrossRecall()
-    metric.update(cosines, owner)
+def _recall(cosines: Tensor, owners: Tensor) -> float:
+    metric = CrossRecall().to(cosines.device)
+    metric.update(cosines, owners)
     return float(metric.compute())
-
-
-def _contrast(values: Mapping[str, Tensor], features: Tensor, bags: Tensor, own: Tensor) -> Tensor:
-    """Return contrastive losses `[J, b]` of clips `[b, D]` and one caption each `[b, V]`, among
-    the clips of each problem, marked by `own` `[J, b]`.
-    """
-    logits = _cosines(values, features, bags) * values["sharpness"].exp()[:, None, None]
-    logits = logits.masked_fill(~(own[:, None] & own[:, :, None]), -1e4)
-    return logits.logsumexp(1) + logits.logsumexp(2) - 2 * logits.diagonal(dim1=1, dim2=2)
-
-
-def _cosines(values: Mapping[str, Tensor], features: Tensor, bags: Tensor) -> Tensor:
-    audio = F.normalize(features @ values["audio"], dim=-1)
-    text = F.normalize(bags @ values["words"], dim=-1)
-    return audio @ text.transpose(1, 2)
 
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def _bag(text: str, vocabulary: dict[str, int]) -> Tensor:
-    known = [vocabulary[word] for word in _words(text) if word in vocabulary]
-    bag = torch.zeros(len(vocabulary))
-    return bag.index_add(
-        0, torch.tensor(known, dtype=torch.long), torch.full((len(known),), 1 / max(1, len(known)))
+class RetrievalProbe(AdamProbe):
+    """J pairs of linear maps into a shared space of width E: audio `[D, E]`, words `[V, E]`, and
+    a learned logit scale.
+
+    Args:
+        width: D.
+        words: size of the vocabulary, V.
+        candidates: `rate` (learning rate) and `decay` of each pair.
+        seed: decides initial weights.
+    """
+
+    title = "audio-text retrieval"
+    answers = ("captions",)
+    candidates = tuple(
+        {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-4, 1e-3, 1e-2)
     )
+    version = 2
+    max_batch_items = 256
+    valid_batch_items = None  # captions of other clips in the batch are the negatives
+    decayed = ("audio", "words")
+
+    def __init__(
+        self,
+        width: int,
+        words: int,
+        candidates: Sequence[Candidate] = ({"rate": 1e-3, "decay": 1e-3},),
+        seed: int = 0,
+    ):
+        generator, heads = torch.Generator().manual_seed(seed), len(candidates)
+        audio = torch.randn(width, SHARED_WIDTH, generator=generator) * width**-0.5
+        text = torch.randn(words, SHARED_WIDTH, generator=generator) * SHARED_WIDTH**-0.5
+        initial = {
+            "audio": audio.repeat(heads, 1, 1),
+            "words": text.repeat(heads, 1, 1),
+            "scale": torch.full((heads,), float(np.log(1 / 0.07))),
+        }
+        super().__init__(initial, candidates)
+
+    @classmethod
+    def dataset(
+        cls,
+        split: Split,
+        metric: str,
+        classes: Sequence[str],
+        segment_seconds: float = 0.0,
+        device: str = "cpu",
+    ) -> CaptionDataset:
+        return CaptionDataset(split, device)
+
+    @classmethod
+    def max_heads(cls, dataset: CaptionDataset) -> int:
+        return 4  # each has a vector per word
+
+    @classmethod
+    def build(cls, dataset: CaptionDataset, candidates: Sequence[Candidate], seed: int) -> Self:
+        return cls(dataset.features.shape[1], len(dataset.vocabulary), candidates, seed)
+
+    def apply_heads(self, weights: Weights, features: Tensor, bags: Tensor) -> Tensor:
+        """Return cosines `[J, B, N]` of clips `[B, D]` and captions `[N, V]`."""
+        audio = F.normalize(features @ weights["audio"], dim=-1)
+        text = F.normalize(bags @ weights["words"], dim=-1)
+        return audio @ text.transpose(1, 2)
+
+    def losses(self, weights: Weights, *batch: Tensor) -> Tensor:
+        """Return contrastive losses `[b, J]` of clips `[b, D]` and one caption each `[b, V]`, among
+        the clips of each head.
+        """
+        features, bags, mask = batch
+        own = mask.T > 0
+        logits = self.apply_heads(weights, features, bags) * weights["scale"].exp()[:, None, None]
+        logits = logits.masked_fill(~(own[:, None] & own[:, :, None]), -1e4)
+        both = logits.logsumexp(1) + logits.logsumexp(2) - 2 * logits.diagonal(dim1=1, dim2=2)
+        return both.T

@@ -8,6 +8,7 @@ drawn, so official folds stay as published.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
@@ -17,21 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from whisper_aut.config import SHIPPED, build, find_config
-from whisper_aut.errors import UserError, nearest
-from whisper_aut.probes.metrics import ANSWERS, METRICS, Answer
+from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.reader import Sample
+from whisper_aut.data.shards import ShardIndex, open_index
+from whisper_aut.errors import Problems, UserError, nearest
+from whisper_aut.probes.metrics import ANSWERS, Answer
 
 SPLITS = ("train", "valid", "test")
-
-__all__ = [
-    "METRICS",
-    "SPLITS",
-    "ProbeTask",
-    "SplitScheme",
-    "expand_suites",
-    "list_tasks",
-    "load_task",
-    "task_from_mapping",
-]
 
 
 @dataclass(frozen=True)
@@ -61,8 +54,7 @@ class ProbeTask:
             fraction of `train` is held out to select settings. Empty for a task with folds.
         split: splits or folds.
         metric: a key of `METRICS`. It determines the kind of answer.
-        kind: the probe kind, a key of `probes.kinds.KINDS`. Empty selects the default for the
-            metric.
+        kind: the probe kind, a key of `probes.fit.PROBES`. Empty for the metric's default.
         label: annotation field, or field of the sample's JSON, that holds the class, the
             classes, the events, or the transcript. For captions, a pattern of fields such as
             `caption*`.
@@ -74,8 +66,7 @@ class ProbeTask:
             once. `key` is the sample's name. A clip without the field is its own group.
         group_pattern: regular expression applied to the group field, e.g. `^(\\d+)-` for `key`.
             Its first capturing group is used, or the whole match if it has none.
-        weight: weight in weighted averages: the number of test clips, unless there is an agreed
-            value.
+        weight: weight in averages: the number of test clips, unless there is an agreed value.
         source: where the data comes from.
         licence: licence of the data.
         classes: the expected number of classes, if known.
@@ -113,32 +104,115 @@ class ProbeTask:
         return ANSWERS[self.metric]
 
     @property
+    def folded(self) -> bool:
+        """Whether the task has folds instead of splits."""
+        return self.split.scheme == "folds"
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Names of the splits or of the folds."""
-        if self.split.scheme == "folds":
+        if self.folded:
             return tuple(f"fold {number}" for number in range(1, len(self.split.folds) + 1))
         return SPLITS
+
+    @property
+    def test_parts(self) -> tuple[str, ...]:
+        """Names of the parts that are scored: the test split, or every fold."""
+        return self.parts if self.folded else ("test",)
 
     def folders(self, part: str, root: str | Path | None) -> list[str]:
         """Return the folders of a split or fold, with `{root}` filled in.
 
         Raises:
-            UserError: if a folder needs `{root}` and `root` is None.
+            UserError: a folder needs `{root}` and `root` is None.
         """
-        folded = self.split.scheme == "folds"
-        listed: list[str] = (
-            [self.split.folds[self.parts.index(part)]] if folded else getattr(self, part)
-        )
+        if self.folded:
+            listed = [self.split.folds[self.parts.index(part)]]
+        else:
+            listed: list[str] = getattr(self, part)
         if root is None and any("{root}" in folder for folder in listed):
             raise UserError(
-                f"Probe task {self.name!r} lies under {{root}}: say which data folder that is."
+                f"Probe task {self.name!r} is below {{root}}: name the data folder (--root)."
             )
         return [folder.replace("{root}", str(root).rstrip("/")) for folder in listed]
 
-    def tested_folders(self, root: str | Path | None) -> list[str]:
-        """Return the folders that are scored: the test split, or every fold."""
-        parts = self.parts if self.split.scheme == "folds" else ("test",)
-        return [folder for part in parts for folder in self.folders(part, root)]
+    def test_folders(self, root: str | Path | None) -> list[str]:
+        """Return the folders of the parts that are scored."""
+        return [folder for part in self.test_parts for folder in self.folders(part, root)]
+
+    def label_of(self, annotation: Annotation) -> Any:
+        """Return a clip's label in the form that the metric needs, or None if it has none.
+
+        Raises:
+            UserError: the label has another form.
+        """
+        if self.answer == "captions":
+            fields = {**annotation.extra, "text": annotation.text}
+            names = sorted(name for name in fields if fnmatchcase(name, self.label))
+            return tuple(str(fields[name]) for name in names if fields[name]) or None
+        if self.answer in ("class", "text"):
+            return _single_value(annotation, self.label)
+        value = _field_value(annotation, self.label)
+        if value is None:
+            return None
+        if self.answer == "events":
+            return self._events(value)
+        values = value if isinstance(value, list) else [value]
+        return tuple(name for item in values for name in self._class_names(item))
+
+    def group_of(self, sample: Sample) -> str:
+        """Return the group of a clip; empty for none."""
+        if not self.group:
+            return ""
+        value = sample.key
+        if self.group != "key":
+            value = _single_value(sample.annotation, self.group) or ""
+        if not self.group_pattern:
+            return value
+        match = re.search(self.group_pattern, value)
+        return (match[1] if match.re.groups else match[0]) if match else ""
+
+    def selects(self, annotation: Annotation) -> bool:
+        """Return whether a clip has one of the values of `select`."""
+        return all(
+            _single_value(annotation, name) in values for name, values in self.select.items()
+        )
+
+    def _events(self, value: Any) -> tuple[tuple[float, float, str], ...]:
+        start, end, label = self.event
+        try:
+            return tuple(
+                (float(event[start]), float(event[end]), name)
+                for event in value
+                for name in self._class_names(event[label])
+            )
+        except (TypeError, KeyError, ValueError):
+            raise UserError(
+                f"Probe task {self.name!r}: {self.label!r} must be a list of events with {start}, "
+                f"{end} and {label}, not {value!r:.80}."
+            ) from None
+
+    def _class_names(self, value: Any) -> list[str]:
+        parts = str(value).split(self.separator) if self.separator else [str(value)]
+        return [part.strip() for part in parts if part.strip()]
+
+
+def _single_value(annotation: Annotation, name: str) -> str | None:
+    value = _field_value(annotation, name)
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise UserError(
+                f"A clip has {len(value)} values in {name!r} ({', '.join(map(str, value))}); this "
+                "metric needs one class."
+            )
+        value = value[0] if value else None
+    return None if value in (None, "") else str(value)
+
+
+def _field_value(annotation: Annotation, name: str) -> Any:
+    if name in annotation.__dataclass_fields__:
+        return getattr(annotation, name)
+    return annotation.extra.get(name)
 
 
 @dataclass(frozen=True)
@@ -149,37 +223,31 @@ class ProbeSuites:
 
 
 def list_tasks(task_folder: str | Path) -> list[str]:
-    """Return the sorted names of the tasks in `task_folder` and of those shipped with the
-    package.
-    """
+    """Return the sorted names of the tasks in `task_folder` and of the shipped tasks."""
     folders = (Path(task_folder), SHIPPED / "probe_tasks")
     return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
 def load_task(name_or_path: str | Path, task_folder: str | Path) -> ProbeTask:
-    """Load and check a task by name or by the path of its YAML.
+    """Load and check a task by the path of its YAML, or by name.
 
-    Args:
-        name_or_path: a name is looked up in `task_folder` first, then among the shipped tasks.
-        task_folder: folder of task YAMLs.
+    A name is looked up in `task_folder` first, then among the shipped tasks.
 
     Raises:
-        UserError: if there is no such task, the file is not YAML, or it has problems. All
-            problems are listed.
+        UserError: there is no such task, the file is not YAML, or it has problems (all listed).
     """
     given = str(name_or_path)
-    is_path = given.endswith((".yaml", ".yml")) or "/" in given
-    path = (
-        Path(given) if is_path else find_config(f"{given}.yaml", Path(task_folder), "probe_tasks")
-    )
+    if given.endswith((".yaml", ".yml")) or "/" in given:
+        path = Path(given)
+    else:
+        path = find_config(f"{given}.yaml", Path(task_folder), "probe_tasks")
     if not path.is_file():
         known = list_tasks(task_folder)
         raise UserError(
-            f"There is no probe task {given!r}.{nearest(given, known)} Known tasks: "
-            f"{', '.join(known) or 'none'}. "
-            "The path of a YAML is taken too."
+            f"There is no probe task {given!r}.{nearest(given, known)} Give the path of a YAML, or "
+            f"one of: {', '.join(known)}."
         )
-    return task_from_mapping(_mapping(path, "the keys of a probe task"), str(path))
+    return task_from_mapping(_read_mapping(path, "the keys of a probe task"), str(path))
 
 
 def expand_suites(names: Sequence[str], suites: str | Path) -> list[str]:
@@ -187,20 +255,19 @@ def expand_suites(names: Sequence[str], suites: str | Path) -> list[str]:
 
     Args:
         names: names of tasks or suites, or paths of tasks.
-        suites: YAML that lists suites. The shipped suites are always available; this file
-            overrides them.
+        suites: YAML that lists suites, which override the shipped ones.
 
     Raises:
-        UserError: if the YAML has problems.
+        UserError: the YAML has problems.
     """
     listed: dict[str, list[str]] = {}
     for path in (SHIPPED / "probe.yaml", Path(suites)):
         if path.is_file():
-            listed |= build(ProbeSuites, _mapping(path, "`suites`"), str(path)).suites
+            listed |= build(ProbeSuites, _read_mapping(path, "`suites`"), str(path)).suites
     return list(dict.fromkeys(task for name in names for task in listed.get(name, [name])))
 
 
-def _mapping(path: Path, content: str) -> Mapping[str, Any]:
+def _read_mapping(path: Path, content: str) -> Mapping[str, Any]:
     try:
         config = OmegaConf.load(path)
         values = OmegaConf.to_container(config, resolve=True)
@@ -221,84 +288,104 @@ def task_from_mapping(values: Mapping[str, Any], where: str) -> ProbeTask:
         where: origin of the values, for error messages.
 
     Raises:
-        UserError: if there are problems. All of them are listed.
+        UserError: lists all problems.
     """
     scheme = values.get("split")
     if isinstance(scheme, Mapping) and scheme.get("scheme") == "folds":
         values = {"train": [], "test": [], **values}
-    task = build(ProbeTask, values, where)
-    problems = _split_problems(task) + _answer_problems(task)
-    problems += [
-        f"{key}: must not be empty"
-        for key in ("name", "title", "label")
-        if not getattr(task, key).strip()
-    ]
+    task, problems = build(ProbeTask, values, where), Problems()
+    _check_splits(task, problems)
+    _check_answer(task, problems)
+    for key in ("name", "title", "label"):
+        if not getattr(task, key).strip():
+            problems.add(f"{key}: must not be empty")
     if not 0 < task.weight < float("inf"):
-        problems.append(f"weight: must be above 0, got {task.weight:g}")
+        problems.add(f"weight: must be above 0, got {task.weight:g}")
     if task.classes is not None and task.classes < 2:
-        problems.append(f"classes: must be at least 2, got {task.classes}")
-    problems += _folder_problems(task)
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise UserError(
-            f"{where} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listed}"
-        )
+        problems.add(f"classes: must be at least 2, got {task.classes}")
+    _check_folders(task, problems)
+    if len(problems.found) == 1:
+        raise UserError(f"{where}: {problems.found[0]}")
+    problems.raise_if_any(where)
     return task
 
 
-def _split_problems(task: ProbeTask) -> list[str]:
-    if task.split.scheme == "splits":
-        problems = [
-            f"{split}: must name at least one shard folder"
-            for split in ("train", "test")
-            if not getattr(task, split)
-        ]
-        return problems + (["split.folds: needs split.scheme folds"] if task.split.folds else [])
-    problems = [
-        f"{split}: must be empty for a task in folds" for split in SPLITS if getattr(task, split)
-    ]
-    return problems + (
-        ["split.folds: must name at least two folds"] if len(task.split.folds) < 2 else []
-    )
+def _check_splits(task: ProbeTask, problems: Problems) -> None:
+    if task.folded:
+        for split in SPLITS:
+            if getattr(task, split):
+                problems.add(f"{split}: must be empty for a task in folds")
+        if len(task.split.folds) < 2:
+            problems.add("split.folds: must name at least two folds")
+        return
+    for split in ("train", "test"):
+        if not getattr(task, split):
+            problems.add(f"{split}: must name at least one shard folder")
+    if task.split.folds:
+        problems.add("split.folds: needs split.scheme folds")
 
 
-def _answer_problems(task: ProbeTask) -> list[str]:
-    problems = []
+def _check_answer(task: ProbeTask, problems: Problems) -> None:
     if (task.answer == "events") != (task.segment_seconds > 0):
-        problems.append(
-            f"segment_seconds: {task.metric} "
-            f"{'needs a length' if task.answer == 'events' else 'takes none'}"
-        )
+        needs = "needs a length" if task.answer == "events" else "takes none"
+        problems.add(f"segment_seconds: {task.metric} {needs}")
     if len(task.event) != 3:
-        problems.append("event: names three fields, those of start, end and class")
+        problems.add("event: must name three fields: start, end and class")
     if task.group_pattern and not task.group:
-        problems.append("group_pattern: needs group, the field that it is looked for in")
+        problems.add("group_pattern: needs group, the field that it is applied to")
     try:
         re.compile(task.group_pattern)
     except re.error as error:
-        problems.append(f"group_pattern: {error}")
+        problems.add(f"group_pattern: {error}")
     if task.crop_seconds is not None and not task.crop_seconds > 0:
-        problems.append(f"crop_seconds: must be above 0, got {task.crop_seconds:g}")
-    return problems
+        problems.add(f"crop_seconds: must be above 0, got {task.crop_seconds:g}")
 
 
-def _folder_problems(task: ProbeTask) -> list[str]:
-    problems, where = [], {}
-    for split in task.parts:
-        for folder in task.folders(split, "{root}"):
+def _check_folders(task: ProbeTask, problems: Problems) -> None:
+    seen: dict[str, str] = {}
+    for part in task.parts:
+        for folder in task.folders(part, "{root}"):
             if not _only_root(folder):
-                problems.append(f"{split}: {folder!r} has another placeholder than {{root}}")
-            first = where.setdefault(folder.rstrip("/"), split)
-            if first != split:
-                problems.append(f"{split}: {folder!r} is in {first} too")
-    return problems
+                problems.add(f"{part}: {folder!r} has another placeholder than {{root}}")
+            first = seen.setdefault(folder.rstrip("/"), part)
+            if first != part:
+                problems.add(f"{part}: {folder!r} is in {first} too")
 
 
 def _only_root(folder: str) -> bool:
     try:
-        return all(
-            name in (None, "root") and not spec and not how
-            for _, name, spec, how in Formatter().parse(folder)
-        )
+        fields = [part[1:] for part in Formatter().parse(folder) if part[1] is not None]
     except ValueError:
         return False
+    return all(name == "root" and not spec and not how for name, spec, how in fields)
+
+
+def open_parts(
+    task: ProbeTask, root: str | Path | None, problems: Problems
+) -> dict[str, list[ShardIndex]]:
+    """Return the shard indexes of each part of a task.
+
+    Args:
+        task: the task.
+        root: replaces `{root}` in the task's folders.
+        problems: collects missing shards, and tars that are in two parts.
+    """
+    indexes: dict[str, list[ShardIndex]] = {part: [] for part in task.parts}
+    for part, listed in indexes.items():
+        with problems.gather():
+            for folder in task.folders(part, root):
+                with problems.gather():
+                    listed.append(open_index(folder))
+    seen: dict[str, str] = {}
+    for part, listed in indexes.items():
+        for index in listed:
+            for number, shard in enumerate(index.shards):
+                # Without a checksum, at least the same file is recognised.
+                name = shard.sha256 or index.url(number)
+                if seen.setdefault(name, part) != part:
+                    problems.add(
+                        f"Probe task {task.name!r}: {index.url(number)} of {part!r} is in "
+                        f"{seen[name]!r} too. A score on clips that were trained on means "
+                        "nothing: check the task's folders."
+                    )
+    return indexes
