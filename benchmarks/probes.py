@@ -34,10 +34,10 @@ from whisper_aut.audio.decode import ClipLimits, load_waveform
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.inference.encoder import load_encoder
-from whisper_aut.probes.cache import Embeddings
-from whisper_aut.probes.embed import EmbedSettings, embed_task
-from whisper_aut.probes.fit import Round, fold_rounds, threads
-from whisper_aut.probes.kinds import probe_rounds
+from whisper_aut.probes.datasets import Split, cross_validation
+from whisper_aut.probes.embed import Embeddings, EmbedSettings, embed_task
+from whisper_aut.probes.fit import probe_splits
+from whisper_aut.probes.optim import threads
 from whisper_aut.probes.tasks import task_from_mapping
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -58,7 +58,7 @@ def cases(runs: int) -> Iterable[Row]:
             yield compare_values(
                 "esc10 end to end",
                 lambda: _timed(
-                    "ours", lambda: _ours(fold_rounds(_embed(whisper, root)), PENALTIES)
+                    "ours", lambda: _ours(cross_validation(_embed(whisper, root)), PENALTIES)
                 ),
                 lambda: _timed(
                     "theirs", lambda: _xares_folds(_embed_padded(whisper, data / "esc10"))
@@ -71,9 +71,9 @@ def cases(runs: int) -> Iterable[Row]:
 
 def _sweep(runs: int) -> Iterable[Row]:
     """Run all sides in turn, `runs` times; return a row for each other side."""
-    one = fold_rounds(_synthesised(*SIZES))[0]
+    one = cross_validation(_synthesised(*SIZES))[0]
     pool, parts, test = _arrays(one.pool), one.parts, _arrays(one.test)
-    fits = len(one.validate) * len(RATES) + 1
+    fits = len(one.valid_parts) * len(RATES) + 1
     sides: dict[str, Callable[[], float]] = {
         "ours": lambda: _ours([one], WIDE_PENALTIES),
         "Adam in memory": lambda: _adam_sweep(pool, parts, test),
@@ -144,9 +144,9 @@ def _xares_folds(folds: list[Embeddings]) -> float:
     return float(np.mean(scores))
 
 
-def _ours(rounds_at: list[Round], penalties: tuple[float, ...]) -> float:
+def _ours(splits: list[Split], penalties: tuple[float, ...]) -> float:
     candidates = [{"penalty": penalty} for penalty in penalties]
-    found = probe_rounds(rounds_at, seeds=(0,), candidates=candidates)
+    found = probe_splits(splits, seeds=(0,), candidates=candidates)
     return float(np.mean([run.scores for run in found]))
 
 

@@ -42,19 +42,21 @@ from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.encoder import Padding
 from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.probes.cache import WHOLE
 from whisper_aut.probes.callback import ForgettingGuard, ProbeDuringTraining
 from whisper_aut.probes.embed import (
     BASELINE_NAME,
     EmbedSettings,
     FrameEncoder,
     LogMelBaseline,
-    SharedEmbedding,
-    joined_ranks,
-    rank_share,
 )
 from whisper_aut.probes.fit import FinalFit
-from whisper_aut.probes.suite import find_problems, run_suite
+from whisper_aut.probes.suite import (
+    embed_on_ranks,
+    find_problems,
+    process_group,
+    rank_and_world_size,
+    run_suite,
+)
 from whisper_aut.probes.tasks import ProbeTask, expand_suites, load_task
 from whisper_aut.report.html import build_report
 from whisper_aut.training.callbacks.stopping import check_accelerator
@@ -245,22 +247,26 @@ def run_probe(request: ProbeRequest, console: Console) -> Path:
         UserError: encoders, tasks or shards cannot be loaded or do not fit the options. All
             problems are reported at once, before the first clip is embedded.
     """
-    share, device = rank_share(), device_name(request.device)
+    (rank, _), device = rank_and_world_size(), device_name(request.device)
     embedding = EmbedSettings(
         pooling=request.pooling,
         layers=request.layers,
         batch_seconds=request.batch_seconds,
-        quiet=share.rank > 0,
+        quiet=rank > 0,
     )
     cache = request.out / "embeddings"
-    with joined_ranks(share):  # if a rank fails in this block, the others stop too
+    with process_group():  # if a rank fails in this block, the others stop too
         tasks, encoders = _find_all(request, device, embedding)
         request.out.mkdir(parents=True, exist_ok=True)
-        if share != WHOLE:
-            SharedEmbedding(encoders, tasks, request.root, cache, embedding, request.kind).run(
-                share
-            )
-    if share.rank:
+        embed_on_ranks(
+            encoders,
+            tasks,
+            root=request.root,
+            cache=cache,
+            embedding=embedding,
+            kind=request.kind,
+        )
+    if rank:
         return request.out
     run_suite(
         encoders,
@@ -440,13 +446,13 @@ def _warn_of_unaudited(settings: Settings, tasks: Sequence[ProbeTask], console: 
     try:
         stale = unaudited(audit, "train", sources)
         missing = [
-            task for task in tasks if stale or unaudited(audit, "probes", task.tested_folders(root))
+            task for task in tasks if stale or unaudited(audit, "probes", task.test_folders(root))
         ]
     except UserError:  # missing shards; reading them later reports the error
         return
     if missing and is_first_rank():
         out = Path(data.shards) / "audit"
-        tested = " ".join(folder for task in missing for folder in task.tested_folders(root))
+        tested = " ".join(folder for task in missing for folder in task.test_folders(root))
         console.print(
             f"Not audited: whether clips of {', '.join(task.name for task in missing)} are in the "
             f"training shards. Find out: whisper-aut data audit {' '.join(sources)} "

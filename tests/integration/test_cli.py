@@ -19,7 +19,7 @@ from whisper_aut.audio import windows
 from whisper_aut.cli import _console, _parser, main
 from whisper_aut.inference.encoder import DTYPES
 from whisper_aut.models import encoder
-from whisper_aut.probes.kinds import KINDS
+from whisper_aut.probes.fit import PROBES
 
 CONF = REPOSITORY / "conf"
 
@@ -128,7 +128,7 @@ def test_whatever_runs_an_encoder_takes_device_and_precision(name: str):
 
 
 def test_choices_are_the_keys_of_their_registries():
-    assert tuple(KINDS) == commands.PROBE_KINDS
+    assert tuple(PROBES) == commands.PROBE_KINDS
     assert tuple(windows.POOLINGS) == commands.POOLINGS
     assert commands.PADDINGS == encoder.PADDINGS
     assert tuple(DTYPES) == commands.DTYPES

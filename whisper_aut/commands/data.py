@@ -179,7 +179,7 @@ def _probe_folders(name: str, conf: Path, root: str) -> list[str]:
     folder = conf / "probe_tasks"
     if not name.endswith(".yaml") and name not in list_tasks(folder):
         return [name]
-    return load_task(name, folder).tested_folders(root)
+    return load_task(name, folder).test_folders(root)
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -43,8 +43,7 @@ from whisper_aut.experiments.grid import (
 from whisper_aut.inference.chat import evaluate
 from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.pipeline import load_tasks, open_run, prepare_corpora
-from whisper_aut.probes.cache import digest
-from whisper_aut.probes.embed import EmbedSettings, FrameEncoder, LogMelBaseline
+from whisper_aut.probes.embed import EmbedSettings, FrameEncoder, LogMelBaseline, digest
 from whisper_aut.probes.results import Scores
 from whisper_aut.probes.suite import run_suite
 from whisper_aut.report.plots import Series, read_metrics
@@ -251,7 +250,7 @@ class Bench:
         lines = []
         for number, probes in enumerate(self.probes):
             tasks = load_tasks(probes.tasks, self.conf)
-            tested = sorted({f for task in tasks for f in task.tested_folders(probes.root)})
+            tested = sorted({f for task in tasks for f in task.test_folders(probes.root)})
             out = self.work / f"audit-{number}"
             audit = read_audit(out / AUDIT_NAME)
             if not audit or unaudited(audit, "train", train) or unaudited(audit, "probes", tested):

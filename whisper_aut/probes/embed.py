@@ -36,10 +36,11 @@ from whisper_aut.audio.decode import (
     to_mono_16k,
 )
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
-from whisper_aut.audio.windows import BATCH_SECONDS, cut_windows, get_pooling, join_windows
+from whisper_aut.audio.windows import BATCH_SECONDS, get_pooling
 from whisper_aut.data.reader import SkippedSample, prefetch_decoded
 from whisper_aut.data.shards import ShardIndex, iter_samples
 from whisper_aut.errors import Problems, SkipReason, SkipSample, UserError
+from whisper_aut.inference.encoder import encode_in_batches
 from whisper_aut.probes.tasks import ProbeTask, open_parts
 from whisper_aut.utils import atomic_path, progress_bar
 
@@ -101,19 +102,14 @@ class LogMelBaseline:
         *,
         batch_seconds: float = BATCH_SECONDS,
     ) -> list[Tensor]:
-        """Return frames `[F, M]` per waveform `[S]`, without those after the end of a clip."""
-        frames = []
-        for waveform in waveforms:
-            samples = torch.as_tensor(waveform)
-            if sample_rate_hz != SAMPLE_RATE_HZ:
-                samples = to_mono_16k(samples.numpy(), sample_rate_hz)
-            windows = cut_windows(samples)
-            frames.append(
-                join_windows(
-                    [self._log_mel(window)[: mel_frames(len(window))] for window in windows]
-                )
-            )
-        return frames
+        """Return the frames `[F, M]` of each waveform `[S]`, without those after its end."""
+        samples = [torch.as_tensor(waveform) for waveform in waveforms]
+        if sample_rate_hz != SAMPLE_RATE_HZ:
+            samples = [to_mono_16k(clip.numpy(), sample_rate_hz) for clip in samples]
+        return encode_in_batches(self._encode, samples, batch_seconds=batch_seconds)
+
+    def _encode(self, waveforms: list[Tensor]) -> list[Tensor]:
+        return [self._log_mel(clip)[: mel_frames(len(clip))] for clip in waveforms]
 
     def fingerprint(self) -> str:
         return f"log-mel-{BASELINE_VERSION}-{self.width}"
@@ -614,19 +610,13 @@ class TaskEmbedder:
             yield clips, waveforms
 
     def _encode(self, waveforms: list[Tensor], hop_seconds: float) -> list[Tensor]:
-        # Batches of similar length need the least memory.
-        order = sorted(range(len(waveforms)), key=lambda i: len(waveforms[i]))
         frames = self.encoder.encode(
-            [waveforms[i] for i in order],
+            waveforms,
             SAMPLE_RATE_HZ,
             self.spec.layers,
             batch_seconds=self.settings.batch_seconds,
         )
-        rows = {
-            i: self.spec.reduce(clip.float(), hop_seconds).cpu()
-            for i, clip in zip(order, frames, strict=True)
-        }
-        return [rows[i] for i in range(len(waveforms))]
+        return [self.spec.reduce(clip.float(), hop_seconds).cpu() for clip in frames]
 
     def _collect(self, rows: list[Tensor], clips: list["_Clip"], index: ShardIndex) -> Embeddings:
         bad = [clip.key for clip, row in zip(clips, rows, strict=True) if not row.isfinite().all()]

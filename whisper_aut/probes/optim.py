@@ -36,8 +36,8 @@ def fit(
 
     Args:
         probe: the probe. It is left in eval mode.
-        batches: a `HeadLoader`, a `DataLoader`, or a list of batches: inputs and targets,
-            followed by the mask of the heads if each has its own items.
+        batches: a `HeadLoader`, or a `DataLoader` of inputs, targets and the mask `[b, J]` of the
+            items of each head.
         valid: likewise, for early stopping.
         device: `cpu`, `cuda` or `cuda:N`.
         max_epochs: largest number of epochs.

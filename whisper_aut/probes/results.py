@@ -62,7 +62,7 @@ class TaskScore:
         pooling: how frames were pooled.
         identity: hash of encoder, data and settings. A stored score is reused only if this is
             equal.
-        kind: the probe kind, a key of `probes.kinds.KINDS`.
+        kind: the probe kind, a key of `probes.fit.PROBES`.
         protocol: the protocol of the score.
         confusion: for tasks with one class per clip, the counts over all seeds and folds.
         embedded: names of the cache files that hold the test clips' embeddings.

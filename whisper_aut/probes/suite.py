@@ -167,11 +167,11 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 @contextmanager
-def process_group(world_size: int) -> Iterator[None]:
-    """Join the process group of all ranks and always leave it, so that the other ranks notice an
-    error.
+def process_group() -> Iterator[None]:
+    """Join the process group of all ranks, if there are several, and always leave it, so that the
+    other ranks notice an error.
     """
-    if world_size == 1:
+    if rank_and_world_size()[1] == 1:
         yield
         return
     dist.init_process_group("gloo", timeout=RANK_TIMEOUT)
@@ -190,15 +190,18 @@ def embed_on_ranks(
     embedding: EmbedSettings,
     kind: str = "",
 ) -> None:
-    """Embed the samples of this rank, wait for the other ranks, and join the results on rank 0.
+    """Divide the embedding of all clips among the ranks, and join the results on rank 0.
 
-    Must be called inside `process_group`, with the arguments of `run_suite`.
+    Must be called inside `process_group`, with the arguments of `run_suite`. A single process has
+    nothing to divide.
 
     Raises:
         UserError: as in `TaskEmbedder.embed`, or another rank is gone, or the ranks do not share
             a cache folder.
     """
     rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return
     embedders = []
     for encoder in encoders.values():
         fingerprint = encoder.fingerprint()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from sklearn.manifold import TSNE
 
 from whisper_aut.errors import UserError
-from whisper_aut.probes.cache import Embeddings, load_cached
+from whisper_aut.probes.embed import Embeddings, load_cached
 from whisper_aut.probes.results import AVERAGE, Average, Scores, TaskScore
 from whisper_aut.utils import atomic_path
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from rich.table import Table as RichTable
 
-from whisper_aut.probes.kinds import KINDS
+from whisper_aut.probes.fit import PROBES
 from whisper_aut.probes.results import AVERAGE, NO_ASR, Average, Comparison, Scores, TaskScore
 from whisper_aut.probes.stats import FEW_GROUPS
 
@@ -103,7 +103,7 @@ def score_table(scores: Scores) -> Table:
     grouped = any(entry.groups for entry in scores.entries)
     clips = "test clips (groups)" if grouped else "test clips"
     labels = map(scores.label, scores.encoders)
-    kinds = " and ".join(dict.fromkeys(KINDS[entry.kind].title for entry in scores.entries))
+    kinds = " and ".join(dict.fromkeys(PROBES[entry.kind].title for entry in scores.entries))
     return Table(
         f"{kinds[:1].upper()}{kinds[1:]}, protocol {scores.protocol}: scores in %",
         ("task", "domain", "metric", clips, "commonest class", *labels),
@@ -211,7 +211,7 @@ def _score_caption(scores: Scores) -> str:
     ]
     seeds = max(len(entry.seeds) for entry in entries)
     if seeds > 1:
-        seeded = dict.fromkeys(KINDS[entry.kind].title for entry in entries if entry.seeds)
+        seeded = dict.fromkeys(PROBES[entry.kind].title for entry in entries if entry.seeds)
         parts.append(
             f"± is the standard deviation over {seeds} seeds, which set the initial weights and "
             f"the batch order of {', '.join(seeded)}."

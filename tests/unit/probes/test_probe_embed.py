@@ -18,7 +18,6 @@ from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.probes import embed
-from whisper_aut.probes.cache import label_of
 from whisper_aut.probes.embed import EmbedSettings, LogMelBaseline, embed_task, segment_borders
 
 QUIET = EmbedSettings(quiet=True, batch_seconds=1.5, workers=2)
@@ -157,7 +156,7 @@ def test_select_and_missing_labels_are_counted_not_refused(
 @pytest.mark.parametrize("field", ["label", "genre"])
 def test_a_nan_is_no_class(task_with, field: str, nothing: str):
     annotation = Annotation.from_json(f'{{"text": "t", "{field}": {nothing}}}'.encode())
-    assert label_of(annotation, task_with(label=field)) is None
+    assert task_with(label=field).label_of(annotation) is None
 
 
 @pytest.fixture
@@ -232,7 +231,7 @@ def test_frames_that_are_not_finite_name_the_clip(tones, task_with, tiny_encoder
 
 def test_a_cache_that_cannot_be_written_is_said(tones, task_with, tiny_encoder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="another cache folder"):
+    with pytest.raises(UserError, match="Cannot write"):
         embed_task(tiny_encoder(), task_with(), tones, tmp_path / "file", QUIET)
 
 
@@ -241,13 +240,13 @@ def test_an_interrupted_run_goes_on_from_its_last_part(
     view, tones, task_with, tiny_encoder, tmp_path, monkeypatch
 ):
     def embedded(encoder, cache, settings):
-        return embed_task(encoder, task_with(), tones, cache, settings, view=view)["train"]
+        return embed_task(encoder, task_with(), tones, cache, settings, kind=view)["train"]
 
     whole = embedded(tiny_encoder(), tmp_path / "whole", QUIET)
     monkeypatch.setattr(embed, "PART_SECONDS", 0.0)
     dying = tiny_encoder()
 
-    def encode(waveforms, sample_rate_hz):
+    def encode(waveforms, sample_rate_hz, layers, batch_seconds):
         if dying.encoded > 36:
             raise KeyboardInterrupt
         return tiny_encoder.encode(dying, waveforms, sample_rate_hz)
@@ -289,7 +288,7 @@ def test_segments_cover_a_clip_and_none_is_empty():
 
 def test_a_crop_keeps_the_beginning_of_each_clip(tones, task_with, tiny_encoder, tmp_path):
     task = task_with(crop_seconds=0.2)
-    found = embed_task(tiny_encoder(), task, tones, tmp_path, QUIET, view="frames")["test"]
+    found = embed_task(tiny_encoder(), task, tones, tmp_path, QUIET, kind="frames")["test"]
     assert max(len(clip) for clip in found.frames) == 20
     assert len(found) == 30
 
@@ -340,7 +339,7 @@ def test_tars_of_x_ares_are_read_by_pattern_and_by_their_own_keys(
             **more,
         )
         view = "segments" if "segment_seconds" in more else "pooled"
-        return embed_task(tiny_encoder(), task, tmp_path, tmp_path / "cache", QUIET, view=view)[
+        return embed_task(tiny_encoder(), task, tmp_path, tmp_path / "cache", QUIET, kind=view)[
             "train"
         ]
 

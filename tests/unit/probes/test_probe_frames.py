@@ -9,19 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from whisper_aut.probes import modules as attention
-from whisper_aut.probes import transcription
-from whisper_aut.probes.cache import (
+from whisper_aut.probes import datasets
+from whisper_aut.probes.datasets import Frames, train_valid_test
+from whisper_aut.probes.embed import (
     Embeddings,
+    EmbedSettings,
     cache_path,
+    embed_task,
     load_cached,
     read_embeddings,
     write_embeddings,
 )
-from whisper_aut.probes.embed import EmbedSettings, embed_task
-from whisper_aut.probes.fit import split_round
-from whisper_aut.probes.frames import Frames
-from whisper_aut.probes.kinds import probe_rounds
+from whisper_aut.probes.fit import PROBES, probe_splits
 
 CLIPS, LENGTH, WIDTH = 48, 700, 512  # 69 MB a part, three parts
 WHOLE = 3 * 4 * CLIPS * LENGTH * WIDTH  # bytes
@@ -65,13 +64,13 @@ def test_frames_of_a_corpus_are_never_in_memory_whole(kind, tmp_path, monkeypatc
     joined = Embeddings.join(parts)
     write_embeddings(tmp_path, {"part": "all"}, joined)
     assert resident() - before < WHOLE / 3
-    monkeypatch.setattr(attention, "BATCH_CLIPS", 4)
-    monkeypatch.setattr(transcription, "BATCH_CLIPS", 4)
-    monkeypatch.setattr(transcription, "MAX_EPOCHS", 2)
-    one = split_round(dict(zip(("train", "valid", "test"), parts, strict=True)))
+    monkeypatch.setattr(datasets, "BATCH_FRAMES", 4)
+    for name, value in (("max_batch_items", 4), ("valid_batch_items", 4), ("max_epochs", 2)):
+        monkeypatch.setattr(PROBES[kind], name, value)
+    one = train_valid_test(dict(zip(("train", "valid", "test"), parts, strict=True)))
     metric = "accuracy" if kind == "attention" else "word_accuracy"
     only = [{"rate": 1.0, "decay": 0.0}]  # which soon stops
-    probe_rounds([one], metric=metric, kind=kind, seeds=(0,), candidates=only)
+    probe_splits([one], metric=metric, kind=kind, seeds=(0,), candidates=only)
     assert held
     assert max(held) < WHOLE / 2
 
@@ -103,7 +102,7 @@ def test_frames_are_standardised_by_the_training_clips():
 def test_embedded_frames_are_views_of_the_cache_file(tones, task_with, tiny_encoder, tmp_path):
     encoder, task = tiny_encoder(), task_with()
     quiet = EmbedSettings(quiet=True)
-    found = embed_task(encoder, task, tones, tmp_path, quiet, view="frames")["test"]
+    found = embed_task(encoder, task, tones, tmp_path, quiet, kind="frames")["test"]
     assert len(found.frames) == len(found) == 30
     storages = {clip.untyped_storage().data_ptr() for clip in found.frames}
     assert len(storages) == 1

@@ -148,12 +148,11 @@ def test_scores_with_other_groups_cannot_be_paired(scores: Scores):
 )
 def test_patterns_of_the_tasks_fit_the_publishers_file_names(name: str, keys: dict[str, str]):
     from whisper_aut.data.reader import Sample
-    from whisper_aut.probes.cache import group_of
 
     one = load_task(name, CONF)
     for key, group in keys.items():
-        assert group_of(Sample(key, "", b"", "wav", Annotation()), one) == group
-    assert group_of(Sample("clip 17", "", b"", "wav", Annotation()), one) == ""
+        assert one.group_of(Sample(key, "", b"", "wav", Annotation())) == group
+    assert one.group_of(Sample("clip 17", "", b"", "wav", Annotation())) == ""
 
 
 def test_tasks_of_several_clips_a_speaker_or_recording_name_the_field():

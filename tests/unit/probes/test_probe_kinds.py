@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, f1_score
+from torch.utils.data import DataLoader
 from torchmetrics.retrieval import RetrievalHitRate
 from transformers import WhisperModel
 
@@ -14,13 +15,12 @@ from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import load_encoder
-from whisper_aut.probes.cache import Embeddings
-from whisper_aut.probes.embed import EmbedSettings, LogMelBaseline, embed_task
-from whisper_aut.probes.fit import fold_rounds, split_round
-from whisper_aut.probes.frames import Frames
-from whisper_aut.probes.kinds import KINDS, probe_rounds
+from whisper_aut.probes.datasets import Frames, cross_validation, train_valid_test
+from whisper_aut.probes.embed import Embeddings, EmbedSettings, LogMelBaseline, embed_task
+from whisper_aut.probes.fit import PROBES, probe_splits
 from whisper_aut.probes.metrics import CrossRecall, class_metric, recall_credit, text_metric
-from whisper_aut.probes.modules import AttentionProbe
+from whisper_aut.probes.modules import AttentionProbe, LayerWeightedProbe
+from whisper_aut.probes.optim import fit
 from whisper_aut.probes.suite import run_suite
 
 QUIET = EmbedSettings(quiet=True)
@@ -44,10 +44,10 @@ def ring(clips: int, seed: int) -> Embeddings:
 
 
 def test_a_hidden_layer_parts_what_no_plane_does():
-    rounds = fold_rounds([ring(80, seed) for seed in range(3)])
+    rounds = cross_validation([ring(80, seed) for seed in range(3)])
     only = [{"rate": 1e-2, "decay": 1e-4}]
-    (linear,) = probe_rounds(rounds, kind="linear")
-    (mlp,) = probe_rounds(rounds, kind="mlp", seeds=(0,), candidates=only)
+    (linear,) = probe_splits(rounds, kind="linear")
+    (mlp,) = probe_splits(rounds, kind="mlp", seeds=(0,), candidates=only)
     assert np.mean(linear.scores) < 0.7
     assert np.mean(mlp.scores) > 0.95
 
@@ -67,18 +67,15 @@ def test_the_layer_that_knows_gets_the_weight():
         )
 
     centres = torch.randn(3, 8, generator=generator)
-    rounds = fold_rounds([layered(seed) for seed in range(3)])
+    rounds = cross_validation([layered(seed) for seed in range(3)])
     only = [{"rate": 1e-2, "decay": 1e-2}]
-    (run,) = probe_rounds(rounds, kind="layers", seeds=(0,), candidates=only)
+    (run,) = probe_splits(rounds, kind="layers", seeds=(0,), candidates=only)
     assert np.mean(run.scores) > 0.9
-    from whisper_aut.probes.fit import fit
-    from whisper_aut.probes.modules import LayerWeightedProbe
-
-    probe = LayerWeightedProbe(4, 8, 3, [{"rate": 1e-2, "decay": 1e-2, "epochs": 50}])
-    part = rounds[0].pool
+    probe, part = LayerWeightedProbe(4, 8, 3), rounds[0].pool
     answers = torch.tensor([int(label[1]) for label in part.labels])
-    fit(probe, (part.features, answers, torch.ones(len(part), 1)))
-    assert probe.shares()[0].argmax() == 2
+    batch = part.features, answers, torch.ones(len(part), 1)
+    fit(probe, DataLoader([batch], batch_size=None), max_epochs=150)
+    assert probe.layer_weights()[0].argmax() == 2
 
 
 def brief(clips: int, seed: int) -> Embeddings:
@@ -106,9 +103,11 @@ def test_attention_finds_the_frames_that_know():
     ]
     only = [{"rate": 1e-2, "decay": 1e-3}]
     attended = np.mean(
-        probe_rounds(fold_rounds(parts), kind="attention", seeds=(0,), candidates=only)[0].scores
+        probe_splits(cross_validation(parts), kind="attention", seeds=(0,), candidates=only)[
+            0
+        ].scores
     )
-    averaged = np.mean(probe_rounds(fold_rounds(means), seeds=(0,))[0].scores)
+    averaged = np.mean(probe_splits(cross_validation(means), seeds=(0,))[0].scores)
     assert attended > 0.95
     assert averaged < attended - 0.05
 
@@ -119,10 +118,10 @@ def test_attention_scores_equal_a_loop_over_clips():
     frames = Frames(clips, np.array([True, True, False]))
     standard = [(clip - torch.cat(clips[:2]).mean(0)) / frames.deviation for clip in clips]
     torch.testing.assert_close(frames.deviation, torch.cat(clips[:2]).std(0, correction=0))
-    probe = AttentionProbe(frames, 5, [{"rate": 1e-3, "decay": 0.0}] * 2)
-    for value in probe.values.values():
+    probe = AttentionProbe(4, 5, [{"rate": 1e-3, "decay": 0.0}] * 2)
+    for value in probe.initial.values():
         value.copy_(torch.randn(value.shape, generator=generator))
-    found, values = probe(torch.arange(3)), dict(probe.values)
+    found, values = probe(*frames(torch.arange(3))), probe.weights
     for clip, own in enumerate(standard):
         for problem in range(2):
             weights = torch.softmax(own @ values["query"][problem], 0)
@@ -212,14 +211,14 @@ def test_a_class_of_events_that_is_only_validated_on_changes_nothing():
     train, valid, test = (seen_by("frame", brief(60, seed)) for seed in range(3))
     odd = replace(valid, labels=(*valid.labels[:-1], (*valid.labels[-1], (0.0, 0.1, "only here"))))
     with_it, without = (
-        probe_rounds(
-            [split_round({"train": train, "valid": part, "test": test})],
+        probe_splits(
+            [train_valid_test({"train": train, "valid": part, "test": test})],
             metric="segment_f1_macro", kind="frame", seeds=(0,), segment_seconds=0.1,
         )
         for part in (odd, valid)
     )  # fmt: skip
     assert with_it[0].scores == without[0].scores
-    assert with_it[0].settings == without[0].settings
+    assert with_it[0].candidates == without[0].candidates
 
 
 PITCHES = {"a": 400.0, "b": 1000.0, "c": 2500.0}
@@ -314,10 +313,10 @@ def test_layers_are_probed_and_only_where_there_are_any(scenes, task_with, tiny_
     folders = {split: [f"{{root}}/scenes/{split}"] for split in ("train", "valid", "test")}
     task = task_with(**folders, kind="layers")
     found = embed_task(
-        load_encoder(str(tiny_whisper)), task, scenes, tmp_path, QUIET, view="layers"
+        load_encoder(str(tiny_whisper)), task, scenes, tmp_path, QUIET, kind="layers"
     )
     assert found["train"].features.shape == (60, 3, 32)
-    assert probe_rounds([split_round(found)], kind="layers", seeds=(0,))[0].scores[0] > 0.4
+    assert probe_splits([train_valid_test(found)], kind="layers", seeds=(0,))[0].scores[0] > 0.4
     some = embed_task(
         load_encoder(str(tiny_whisper)),
         task,
@@ -326,9 +325,9 @@ def test_layers_are_probed_and_only_where_there_are_any(scenes, task_with, tiny_
         EmbedSettings(layers=(0, 2), quiet=True),
     )
     torch.testing.assert_close(some["test"].features[:, 32:], found["test"].features[:, 2])
-    with pytest.raises(UserError, match="no single layers"):
-        embed_task(LogMelBaseline(), task, scenes, tmp_path, QUIET, view="layers")
-    with pytest.raises(UserError, match=r"layers 0 .* to 2; asked for: 3"):
+    with pytest.raises(UserError, match="returns no single layers"):
+        embed_task(LogMelBaseline(), task, scenes, tmp_path, QUIET, kind="layers")
+    with pytest.raises(UserError, match=r"layers 0 .* to 2; requested: 3"):
         embed_task(
             load_encoder(str(tiny_whisper)),
             task,
@@ -352,28 +351,28 @@ def seen_by(kind: str, part: Embeddings) -> Embeddings:
         labelled(label, len(clip)) for label, clip in zip(part.labels, part.frames, strict=True)
     )
     part = replace(part, labels=labels)
-    if KINDS[kind].view == "frames":
+    if PROBES[kind].features == "frames":
         return part
-    if KINDS[kind].view == "segments":
+    if PROBES[kind].features == "segments":
         lengths = tuple(len(clip) for clip in part.frames)
         return replace(part, features=torch.cat(part.frames), lengths=lengths, frames=())
     means = torch.stack([clip.mean(0) for clip in part.frames])
-    features = torch.stack([means, -means], 1) if KINDS[kind].view == "layers" else means
+    features = torch.stack([means, -means], 1) if PROBES[kind].features == "layers" else means
     return replace(part, features=features, frames=())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROBES)
 def test_every_kind_is_fitted_on_a_gpu(kind):
-    rounds = fold_rounds([seen_by(kind, brief(60, seed)) for seed in range(3)])
+    rounds = cross_validation([seen_by(kind, brief(60, seed)) for seed in range(3)])
     metric = LABELLED[kind][0] if kind in LABELLED else "accuracy"
     (found,), (expected,) = (
-        probe_rounds(
+        probe_splits(
             rounds,
             metric=metric,
             kind=kind,
             seeds=(0,),
-            candidates=KINDS[kind].candidates[:1],
+            candidates=PROBES[kind].candidates[:1],
             segment_seconds=0.1,
             device=device,
         )
@@ -383,4 +382,4 @@ def test_every_kind_is_fitted_on_a_gpu(kind):
 
 
 def test_every_kind_is_tried_above():
-    assert {"attention", "knn", "layers", *(case.split(",")[0] for case in CASES)} == set(KINDS)
+    assert {"attention", "knn", "layers", *(case.split(",")[0] for case in CASES)} == set(PROBES)

@@ -7,13 +7,15 @@ import pytest
 import torch
 from lightning import LightningModule
 from sklearn.linear_model import LogisticRegression
+from torch.utils.data import DataLoader
 
 from whisper_aut.errors import UserError
 from whisper_aut.probes import modules as linear
-from whisper_aut.probes.cache import Embeddings
-from whisper_aut.probes.fit import fit, split_round, stratified
-from whisper_aut.probes.kinds import probe_rounds
-from whisper_aut.probes.modules import Basis, LinearProbe
+from whisper_aut.probes.datasets import PrincipalAxes, stratified, train_valid_test
+from whisper_aut.probes.embed import Embeddings
+from whisper_aut.probes.fit import probe_splits
+from whisper_aut.probes.modules import LinearProbe
+from whisper_aut.probes.optim import fit
 
 CLASSES = 5
 
@@ -53,7 +55,7 @@ def splits(train: int = 150, valid: int = 60, test: int = 200, **more) -> dict[s
 
 
 def probe_linear(data: dict[str, Embeddings], **more):
-    return probe_rounds([split_round(data)], **more)
+    return probe_splits([train_valid_test(data)], **more)
 
 
 @pytest.mark.parametrize(
@@ -69,10 +71,10 @@ def test_path_equals_scikit_learn(count, width, path_flops, approach, monkeypatc
     features, labels = clips(count, 0, width)
     tested, answers = clips(500, 1, width)
     penalties = [0.1, 1.0, 10.0, 100.0]
-    basis = Basis.fit(features, features[:0])
-    probe = LinearProbe(basis.variances, CLASSES, penalties, count, approach=approach)
+    basis = PrincipalAxes(features, features[:0])
+    probe = heads(basis, penalties, approach=approach)
     assert isinstance(probe, LightningModule)
-    fit(probe, (basis(features), labels))
+    fit(probe, DataLoader([(basis(features), labels)], batch_size=None))
     right = (probe(basis(tested)).argmax(2) == answers[:, None]).float().mean(0)
     ours = probe.objectives(basis(features), labels).detach()
     standard, standard_tested = (
@@ -98,11 +100,11 @@ def test_gradients_are_those_of_the_objective(multilabel):
     answers = torch.randint(CLASSES, (30,), generator=generator)
     answers = torch.nn.functional.one_hot(answers, CLASSES) if multilabel else answers
     shares = torch.rand(30, 3, generator=generator).double()
-    probe = LinearProbe(
-        torch.ones(6), CLASSES, [0.1, 1.0, 10.0], 30, multilabel=multilabel
-    ).double()
+    candidates = [{"penalty": penalty} for penalty in (0.1, 1.0, 10.0)]
+    probe = LinearProbe(6, CLASSES, candidates, multilabel=multilabel).double()
+    penalties = probe.penalties.double() / 30
     weight = torch.randn(3, CLASSES, 7, generator=generator).double().requires_grad_()
-    _, gradients = probe._evaluate(weight.detach(), probe.penalties, features, answers, shares)
+    _, gradients = probe._evaluate(weight.detach(), penalties, features, answers, shares)
     scores = torch.einsum("jcr,ir->ijc", weight, features)
     if multilabel:
         wanted = answers[:, None].double().expand_as(scores)
@@ -111,20 +113,18 @@ def test_gradients_are_those_of_the_objective(multilabel):
         ).sum(2)
     else:
         losses = -scores.log_softmax(2)[torch.arange(30), :, answers]
-    values = (losses * shares).sum(0) + 0.5 * probe.penalties * weight[:, :, :-1].square().sum(
-        (1, 2)
-    )
+    values = (losses * shares).sum(0) + 0.5 * penalties * weight[:, :, :-1].square().sum((1, 2))
     values.sum().backward()
     torch.testing.assert_close(gradients, weight.grad)
 
 
 def test_penalties_do_not_disturb_each_other():
     features, labels = clips(200, 0)
-    basis = Basis.fit(features, features[:0])
-    together = LinearProbe(basis.variances, CLASSES, [0.1, 1000.0], 200)
-    alone = LinearProbe(basis.variances, CLASSES, [1000.0], 200)
+    basis = PrincipalAxes(features, features[:0])
+    together = heads(basis, [0.1, 1000.0])
+    alone = heads(basis, [1000.0])
     for probe in (together, alone):
-        fit(probe, (basis(features), labels))
+        fit(probe, DataLoader([(basis(features), labels)], batch_size=None))
     one, other = (
         together.objectives(basis(features), labels)[1],
         alone.objectives(basis(features), labels)[0],
@@ -133,7 +133,13 @@ def test_penalties_do_not_disturb_each_other():
     assert float(one.detach()) == pytest.approx(float(other.detach()), abs=1e-5)
 
 
-def last_end(path: linear.Ends, penalty: float, otherwise: torch.Tensor) -> torch.Tensor:
+def heads(basis: PrincipalAxes, penalties: list[float], **more) -> LinearProbe:
+    candidates = [{"penalty": penalty} for penalty in penalties]
+    more = {"tolerance": 1e-6, "approach": ()} | more
+    return LinearProbe(len(basis.variances), CLASSES, candidates, variances=basis.variances, **more)
+
+
+def last_end(path: linear.Path, penalty: float, otherwise: torch.Tensor) -> torch.Tensor:
     return path[-1][1] if path else otherwise
 
 
@@ -146,14 +152,14 @@ def test_a_path_looks_ahead(penalties, monkeypatch):
     """It ends where it would if each problem started at the end of the one before, in fewer steps; also where no penalty is left."""
     monkeypatch.setattr(linear, "PATH_FLOPS", 0)
     features, labels = clips(200, 0)
-    basis = Basis.fit(features, features[:0])
+    basis = PrincipalAxes(features, features[:0])
     ends, evaluations = [], []
-    for expected in (linear._expected, last_end):
-        probe = LinearProbe(basis.variances, CLASSES, penalties, 200)
+    for expected in (linear._extrapolate, last_end):
+        probe = heads(basis, penalties)
         evaluate = Mock(side_effect=probe._evaluate)
         monkeypatch.setattr(probe, "_evaluate", evaluate)
-        monkeypatch.setattr(linear, "_expected", expected)
-        fit(probe, (basis(features), labels))
+        monkeypatch.setattr(linear, "_extrapolate", expected)
+        fit(probe, DataLoader([(basis(features), labels)], batch_size=None))
         evaluations.append(evaluate.call_count)
         ends.append(probe.objectives(basis(features), labels))
     torch.testing.assert_close(*ends, atol=1e-4, rtol=0)
@@ -171,23 +177,16 @@ def test_small_penalties_are_approached(shared, monkeypatch):
     monkeypatch.setattr(linear, "PATH_FLOPS", 0)
     features, labels = clips(200, 0, width=200)
     basis, penalties = (
-        Basis.fit(features, features[:0]),
+        PrincipalAxes(features, features[:0]),
         [1e4, 1e-2, 1e-2, 0.0] if shared else [1e-2, 1e-2, 1e-1, 1e2],
     )
     rows = torch.ones(200, 4) if shared else own_items(4, 0)
     ends, evaluations = [], []
     for approach in (linear.APPROACH, ()):
-        probe = LinearProbe(
-            basis.variances,
-            CLASSES,
-            penalties,
-            rows.sum(0).tolist(),
-            tolerance=1e-5,
-            approach=approach,
-        )
+        probe = heads(basis, penalties, tolerance=1e-5, approach=approach)
         evaluate = Mock(side_effect=probe._evaluate)
         monkeypatch.setattr(probe, "_evaluate", evaluate)
-        fit(probe, (basis(features), labels, rows))
+        fit(probe, DataLoader([(basis(features), labels, rows)], batch_size=None))
         evaluations.append(evaluate.call_count)
         ends.append(probe.objectives(basis(features), labels, rows))
     torch.testing.assert_close(*ends, atol=1e-4, rtol=0)
@@ -199,7 +198,7 @@ def test_problems_of_many_penalties_are_fitted_on_a_gpu(monkeypatch):
     monkeypatch.setattr(linear, "PATH_FLOPS", 0)
     data = splits()
     (found,), (expected,) = (probe_linear(data, device=device) for device in ("cuda", "cpu"))
-    assert found.settings == expected.settings
+    assert found.candidates == expected.candidates
     assert found.scores == pytest.approx(expected.scores, abs=0.01)
 
 
@@ -208,7 +207,7 @@ def test_basis_is_a_rotation_of_standardised_features():
     more, _ = clips(30, 1, width=60)
     features[:, 7] = 4.2  # a constant feature
     more[:, 7] = 4.2
-    basis = Basis.fit(features, more)
+    basis = PrincipalAxes(features, more)
     standard = (torch.cat([features, more]) - features.mean(0)) / torch.where(
         basis.deviation == 1, 1, features.std(0, correction=0)
     )
@@ -239,13 +238,13 @@ def test_selection_never_sees_the_test_split(valid):
         )
     }
     (one,), (other,) = probe_linear(data), probe_linear(moved)
-    assert (one.settings, one.valid_scores) == (other.settings, other.valid_scores)
+    assert (one.candidates, one.valid_scores) == (other.candidates, other.valid_scores)
     assert one.scores != other.scores
 
 
 def test_noise_asks_for_a_large_penalty_and_clear_classes_do_not():
     (noisy,), (clear,) = (probe_linear(splits(spread=spread)) for spread in (6.0, 0.3))
-    assert noisy.settings[0]["penalty"] > clear.settings[0]["penalty"]
+    assert noisy.candidates[0]["penalty"] > clear.candidates[0]["penalty"]
 
 
 def test_labels_that_mean_nothing_score_as_chance():
@@ -284,13 +283,11 @@ def test_fitting_leaves_threads_and_random_state_alone():
     assert torch.get_num_threads() == threads
 
 
-def test_stratified_draws_the_share_of_every_class():
+def test_stratified_draws_a_fraction_of_every_class_but_never_all_of_it():
     labels = np.array([0] * 50 + [1] * 10 + [2])
-    drawn = stratified(labels, 0.9, np.random.default_rng(0))
-    assert np.bincount(labels[drawn]).tolist() == [45, 9, 1]
+    drawn = stratified(labels, 0.2, np.random.default_rng(0))
+    assert np.bincount(labels[drawn], minlength=3).tolist() == [10, 2, 0]
     assert len(np.unique(drawn)) == len(drawn)
-    held_out = stratified(labels, 0.2, np.random.default_rng(0), leave_one=True)
-    assert np.bincount(labels[held_out], minlength=3).tolist() == [10, 2, 0]
 
 
 def relabelled(part: Embeddings, **names: str) -> Embeddings:

@@ -1,4 +1,4 @@
-"""Embedding by several ranks: the same cache, clip for clip, and a clear end where a share is missing."""
+"""Embedding by several ranks: the same cache, clip for clip, and an error if a rank is missing."""
 
 import json
 import os
@@ -10,75 +10,54 @@ from pathlib import Path
 import pytest
 import torch
 
-from whisper_aut.data.shards import open_index
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import device_name
-from whisper_aut.probes.cache import WHOLE, Share
-from whisper_aut.probes.embed import (
-    EmbedSettings,
-    embed_task,
-    folder_identity,
-    join_shares,
-    rank_share,
-    view_of,
-)
+from whisper_aut.probes.embed import EmbedSettings, TaskEmbedder, embed_task, sample_range
+from whisper_aut.probes.suite import rank_and_world_size
 
 QUIET = EmbedSettings(quiet=True, batch_seconds=1.5, workers=2)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_shares_lie_end_to_end(ranks: int):
+def test_ranks_cover_every_sample_once(ranks: int):
     taken = []
     for rank in range(ranks):
-        first, stop = Share(rank, ranks).bounds(48)
-        taken += range(48)[first:stop]
+        start, end = sample_range(48, rank, ranks)
+        taken += range(48)[start:end]
     assert taken == list(range(48))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 60])
-def test_joined_shares_are_what_one_process_embeds(tones, task_with, tiny_encoder, tmp_path, ranks):
-    encoder, task, alone, shared = (
-        tiny_encoder(),
-        task_with(),
-        tmp_path / "alone",
-        tmp_path / "shared",
-    )
+def test_ranks_together_embed_what_one_process_embeds(
+    tones, task_with, tiny_encoder, tmp_path, ranks
+):
+    encoder, task, alone, shared = tiny_encoder(), task_with(), tmp_path / "1", tmp_path / "n"
     expected = embed_task(encoder, task, tones, alone, QUIET)
     for rank in range(ranks):
-        embed_task(encoder, task, tones, shared, QUIET, share=Share(rank, ranks))
-    for part in task.parts:
-        for folder in task.folders(part, tones):
-            index = open_index(folder)
-            identity = folder_identity(
-                encoder.fingerprint(), view_of(encoder, QUIET, "pooled", task), index, task, QUIET
-            )
-            join_shares(shared, identity, ranks, index, QUIET)
-    assert sorted(path.name for path in shared.iterdir()) == sorted(
-        path.name for path in alone.iterdir()
-    ), "no share stays"
+        embedder = TaskEmbedder(encoder, task, tones, shared, QUIET, rank=rank, world_size=ranks)
+        embedder.embed()
+    embedder.join_ranks()
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (shared, alone)]
+    assert names[0] == names[1], "nothing of a single rank stays"
     found = embed_task(encoder, task, tones, shared, QUIET)
     for part, embeddings in expected.items():
         assert (found[part].keys, found[part].labels) == (embeddings.keys, embeddings.labels)
         torch.testing.assert_close(found[part].features, embeddings.features, atol=1e-5, rtol=1e-5)
 
 
-def test_a_missing_share_is_named(tones, task_with, tiny_encoder, tmp_path):
-    encoder, task = tiny_encoder(), task_with()
-    embed_task(encoder, task, tones, tmp_path, QUIET, share=Share(0, 2))
-    index = open_index(task.folders("train", tones)[0])
-    identity = folder_identity(
-        encoder.fingerprint(), view_of(encoder, QUIET, "pooled", task), index, task, QUIET
-    )
+def test_a_missing_rank_is_named(tones, task_with, tiny_encoder, tmp_path):
+    embedder = TaskEmbedder(tiny_encoder(), task_with(), tones, tmp_path, QUIET, world_size=2)
+    embedder.embed()
     with pytest.raises(UserError, match="Rank 1 left no embeddings"):
-        join_shares(tmp_path, identity, 2, index, QUIET)
+        embedder.join_ranks()
 
 
 def test_ranks_are_read_from_the_launcher(monkeypatch):
-    assert rank_share() == WHOLE
+    assert rank_and_world_size() == (0, 1)
     assert device_name("cuda") == "cuda:0"
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    assert rank_share() == Share(5, 8)
+    assert rank_and_world_size() == (5, 8)
     assert [device_name(name) for name in ("cuda", "cuda:3", "cpu")] == ["cuda:1", "cuda:3", "cpu"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device_name("auto") == "cuda:1"

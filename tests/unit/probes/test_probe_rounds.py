@@ -9,11 +9,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from whisper_aut.errors import UserError
-from whisper_aut.probes.cache import Embeddings
-from whisper_aut.probes.fit import fold_rounds, jackknife, split_round, trials
-from whisper_aut.probes.kinds import KINDS, kind_for, probe_rounds
+from whisper_aut.probes.datasets import cross_validation, inner_folds, jackknife, train_valid_test
+from whisper_aut.probes.embed import Embeddings
+from whisper_aut.probes.fit import PROBES, kind_for, probe_splits
 from whisper_aut.probes.knn import KNNProbe
-from whisper_aut.probes.modules import MLPProbe, minimise
+from whisper_aut.probes.modules import MLPProbe
+from whisper_aut.probes.optim import minimise
 
 CLASSES = 4
 
@@ -38,16 +39,16 @@ def folds() -> list[Embeddings]:
 
 
 def test_each_fold_is_tested_once_and_validates_in_the_rounds_of_the_others(folds):
-    rounds = fold_rounds(folds)
+    rounds = cross_validation(folds)
     assert [one.test.keys[0] for one in rounds] == ["0:0", "1:0", "2:0", "3:0"]
     for one in rounds:
         assert not set(one.pool.keys) & set(one.test.keys)
-        inner = trials(one, np.zeros(len(one.pool), dtype=int))
+        inner = inner_folds(one, np.zeros(len(one.pool), dtype=int))
         assert len(inner) == 3
         for trial in inner:
             fitted, validated = (
                 {one.pool.keys[i].split(":")[0] for i in np.flatnonzero(mask)}
-                for mask in (trial.fit, trial.valid)
+                for mask in (trial.train, trial.valid)
             )
             assert len(validated) == 1
             assert not fitted & validated
@@ -56,15 +57,15 @@ def test_each_fold_is_tested_once_and_validates_in_the_rounds_of_the_others(fold
 
 @pytest.mark.parametrize("kind", ["linear", "knn"])
 def test_label_noise_in_a_test_fold_cannot_raise_its_score_or_move_a_choice(folds, kind):
-    (honest,) = probe_rounds(fold_rounds(folds), kind=kind)
+    (honest,) = probe_splits(cross_validation(folds), kind=kind)
     noisy_fold = Embeddings(folds[2].features, folds[2].labels[::-1], folds[2].keys, {})
     rounds = [
-        *fold_rounds(folds)[:2],
-        *fold_rounds([*folds[:2], noisy_fold, folds[3]])[2:3],
-        *fold_rounds(folds)[3:],
+        *cross_validation(folds)[:2],
+        *cross_validation([*folds[:2], noisy_fold, folds[3]])[2:3],
+        *cross_validation(folds)[3:],
     ]
-    (planted,) = probe_rounds(rounds, kind=kind)
-    assert honest.settings == planted.settings
+    (planted,) = probe_splits(rounds, kind=kind)
+    assert honest.candidates == planted.candidates
     assert honest.valid_scores == planted.valid_scores
     assert planted.scores[2] < honest.scores[2] - 0.2
     assert planted.scores[3] == honest.scores[3]
@@ -77,18 +78,18 @@ def standardised(part: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
 def test_folds_equal_a_plain_loop_of_scikit_learn_on_all_other_folds(folds):
     """One LogisticRegression after another: the same penalties are chosen, the same clips are right; nothing is left out."""
     penalties = (0.1, 1.0, 10.0, 100.0)
-    (run,) = probe_rounds(fold_rounds(folds), candidates=[{"penalty": p} for p in penalties])
-    for number, one in enumerate(fold_rounds(folds)):
+    (run,) = probe_splits(cross_validation(folds), candidates=[{"penalty": p} for p in penalties])
+    for number, one in enumerate(cross_validation(folds)):
         labels, features = np.array(one.pool.labels), one.pool.features
         standard, tested = (
             standardised(features, features),
             standardised(one.test.features, features),
         )
-        inner = trials(one, np.unique(labels, return_inverse=True)[1])
+        inner = inner_folds(one, np.unique(labels, return_inverse=True)[1])
         valid = [
             np.mean(
                 [
-                    _logistic(standard[t.fit], labels[t.fit], p).score(
+                    _logistic(standard[t.train], labels[t.train], p).score(
                         standard[t.valid], labels[t.valid]
                     )
                     for t in inner
@@ -96,7 +97,7 @@ def test_folds_equal_a_plain_loop_of_scikit_learn_on_all_other_folds(folds):
             )
             for p in penalties
         ]
-        chosen = run.settings[number]["penalty"]
+        chosen = run.candidates[number]["penalty"]
         assert valid[penalties.index(chosen)] == pytest.approx(max(valid), abs=0.009)
         assert run.valid_scores[number] == pytest.approx(valid[penalties.index(chosen)], abs=0.009)
         theirs = _logistic(standard, labels, chosen).predict(tested)
@@ -107,12 +108,12 @@ def test_folds_equal_a_plain_loop_of_scikit_learn_on_all_other_folds(folds):
 def test_the_tested_probe_is_fitted_on_the_whole_training_split(folds, final_fit):
     """Its probabilities are scikit-learn's on all of `train`, or on `train` and `valid` where that is asked for."""
     train, valid, test, _ = folds
-    round = split_round({"train": train, "valid": valid, "test": test})
-    (run,) = probe_rounds([round], final_fit=final_fit)
+    round = train_valid_test({"train": train, "valid": valid, "test": test})
+    (run,) = probe_splits([round], final_fit=final_fit)
     used = [train] if final_fit == "train" else [train, valid]
     features = standardised(torch.cat([part.features for part in used]), train.features)
     labels = np.array([label for part in used for label in part.labels])
-    model = _logistic(features, labels, run.settings[0]["penalty"])
+    model = _logistic(features, labels, run.candidates[0]["penalty"])
     expected = model.predict_proba(standardised(test.features, train.features).double().numpy())
     assert np.abs(expected.max(1) - run.probabilities[0]).max() < 2e-3
     assert (model.classes_[expected.argmax(1)] == np.array(run.predicted[0])).all()
@@ -121,34 +122,35 @@ def test_the_tested_probe_is_fitted_on_the_whole_training_split(folds, final_fit
 def test_a_probe_without_a_random_start_is_fitted_once_whatever_the_seeds(folds):
     for kind in ("linear", "knn"):
         runs = [
-            probe_rounds(fold_rounds(folds), kind=kind, seeds=seeds) for seeds in ((0,), (1, 2))
+            probe_splits(cross_validation(folds), kind=kind, seeds=seeds)
+            for seeds in ((0,), (1, 2))
         ]
         assert [run.seed for run in (*runs[0], *runs[1])] == [None, None]
         assert runs[0][0].scores == runs[1][0].scores
 
 
-SEEDED = [kind for kind, facts in KINDS.items() if facts.seeded and "class" in facts.answers]
+SEEDED = [kind for kind, facts in PROBES.items() if facts.seeded and "class" in facts.answers]
 
 
 @pytest.mark.parametrize("kind", SEEDED)
 def test_a_seeds_score_is_the_same_alone_and_in_company(kind):
     """To the last bit: each seed's probe is trained by itself, and choosing knows no seeds."""
     noisy = [seen_by(kind, fold(number, spread=4.0)) for number in range(3)]
-    rounds = [split_round(dict(zip(("train", "valid", "test"), noisy, strict=True)))]
+    rounds = [train_valid_test(dict(zip(("train", "valid", "test"), noisy, strict=True)))]
     few = [{"rate": rate, "decay": 1e-3} for rate in (1e-3, 1e-2)]
-    together = probe_rounds(rounds, kind=kind, seeds=(0, 1, 2), candidates=few)
-    (alone,) = probe_rounds(rounds, kind=kind, seeds=(2,), candidates=few)
+    together = probe_splits(rounds, kind=kind, seeds=(0, 1, 2), candidates=few)
+    (alone,) = probe_splits(rounds, kind=kind, seeds=(2,), candidates=few)
     assert together[2].probabilities == alone.probabilities
     assert together[2].scores == alone.scores
-    assert together[0].settings == together[2].settings == alone.settings
+    assert together[0].candidates == together[2].candidates == alone.candidates
     assert together[0].probabilities != together[2].probabilities, "a seed decides something"
 
 
 def seen_by(kind: str, part: Embeddings) -> Embeddings:
     """Give clips the form that a kind of probe takes: layers, or three frames a clip."""
-    if KINDS[kind].view == "layers":
+    if PROBES[kind].features == "layers":
         return replace(part, features=torch.stack([part.features, part.features.square()], 1))
-    if KINDS[kind].view == "frames":
+    if PROBES[kind].features == "frames":
         loudness = torch.tensor([[0.5], [1.0], [1.5]])
         return replace(part, frames=tuple(vector * loudness for vector in part.features))
     return part
@@ -156,8 +158,8 @@ def seen_by(kind: str, part: Embeddings) -> Embeddings:
 
 def test_a_seed_decides_the_start_and_nothing_else_does():
     one, same, other = (MLPProbe(4, 3, [{"rate": 1.0, "decay": 0.0}], seed) for seed in (0, 0, 1))
-    assert torch.equal(one.values["first"], same.values["first"])
-    assert not torch.equal(one.values["first"], other.values["first"])
+    assert torch.equal(one.weights["first"], same.weights["first"])
+    assert not torch.equal(one.weights["first"], other.weights["first"])
 
 
 def _logistic(features: torch.Tensor, labels: np.ndarray, penalty: float) -> LogisticRegression:
@@ -170,11 +172,8 @@ def _logistic(features: torch.Tensor, labels: np.ndarray, penalty: float) -> Log
 def test_neighbours_equal_scikit_learns(folds, k):
     pool, test = Embeddings.join(folds[:3]), folds[3]
     labels = torch.tensor([int(label[1]) for label in pool.labels])
-    probe = KNNProbe(pool.features, labels, CLASSES)
-    everyone = torch.ones(len(labels), dtype=torch.bool)
-    found = probe.vote(
-        *probe.nearest(probe.cosines(test.features), everyone, k), temperature=0.07
-    ).exp()
+    probe = KNNProbe(pool.features, labels, CLASSES, [{"k": k, "temperature": 0.07}])
+    found = probe(test.features)[:, 0].exp()
 
     def weights(distances):
         e = np.exp((1 - distances - (1 - distances).max(1, keepdims=True)) / 0.07)
@@ -224,20 +223,20 @@ def test_jackknife_is_centred_on_the_score_however_rare_a_class():
 
 
 def test_two_folds_hold_out_a_share_to_choose_by(folds):
-    runs = probe_rounds(fold_rounds(folds[:2]), seeds=(0,))
+    runs = probe_splits(cross_validation(folds[:2]), seeds=(0,))
     assert len(runs[0].scores) == 2
     assert all(0 < score <= 1 for score in runs[0].valid_scores)
     labels = np.unique(folds[1].labels, return_inverse=True)[1]
-    (trial,) = trials(fold_rounds(folds[:2])[0], labels)
+    (trial,) = inner_folds(cross_validation(folds[:2])[0], labels)
     assert np.bincount(labels[trial.valid]).tolist() == [2] * CLASSES
-    assert (trial.fit ^ trial.valid).all()
+    assert (trial.train ^ trial.valid).all()
 
 
 def test_a_kind_that_cannot_answer_is_told(task_with):
     birds = task_with(name="birds", metric="mAP")
-    with pytest.raises(UserError, match="Able to: linear"):
+    with pytest.raises(UserError, match="Use one of: linear"):
         kind_for("knn", birds)
     with pytest.raises(UserError, match="There is no probe kind 'forest'"):
         kind_for("forest", birds)
     assert kind_for("", birds) == "linear"
-    assert all(kind.version for kind in KINDS.values())
+    assert all(kind.version for kind in PROBES.values())

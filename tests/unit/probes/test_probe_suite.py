@@ -138,9 +138,9 @@ def test_a_record_that_was_cut_is_refused(run):
 def fits(monkeypatch):
     """Counts the probes that are really fitted."""
     counted = []
-    original = suite.probe_rounds
+    original = suite.probe_splits
     monkeypatch.setattr(
-        suite, "probe_rounds", lambda *a, **k: counted.append(k["name"]) or original(*a, **k)
+        suite, "probe_splits", lambda *a, **k: counted.append(k["name"]) or original(*a, **k)
     )
     return counted
 

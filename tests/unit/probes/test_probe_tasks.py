@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from whisper_aut.errors import UserError
+from whisper_aut.probes.metrics import METRICS
 from whisper_aut.probes.tasks import (
-    METRICS,
     SPLITS,
     expand_suites,
     list_tasks,
