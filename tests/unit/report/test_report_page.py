@@ -103,7 +103,7 @@ def test_counts_of_a_confusion_are_scikit_learns():
     true = generator.integers(0, 3, 50)
     guesses = [generator.integers(0, 3, 50) for _ in range(2)]
     runs = [
-        SeedRun(s, (0.0,), ({},), (None,), (), (names[:30], names[30:]))
+        SeedRun(s, ({},), (None,), (0.0,), (), (names[:30], names[30:]), ())
         for s, names in enumerate(tuple(classes[code] for code in guess) for guess in guesses)
     ]
     found = _confusion(runs, classes, [classes[place] for place in true])
