@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from whisper_aut.corpora.audit import Audit, ShardFindings, read_facts, run_audit
+from whisper_aut.corpora.audit import Audit, ShardResult, read_clip_metadata, run_audit
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.writer import ShardWriter
@@ -167,11 +167,11 @@ def cost(audit: Audit, seconds: float, root: Path) -> dict:
     """Return CPU seconds for an hour of audio, of the whole audit and of reading and fingerprinting alone."""
     hours = (sum(folder["seconds"] for folder in (*audit.train, *audit.probes))) / 3600
     index = open_index(root / "train")
-    started, findings = time.process_time(), ShardFindings()
+    started, result = time.process_time(), ShardResult()
     for shard in index.shards:
-        for _ in read_facts(index.root, shard.name, findings):
+        for _ in read_clip_metadata((index.root, shard.name), result):
             pass
-    reading = (time.process_time() - started) / (findings.seconds / 3600)
+    reading = (time.process_time() - started) / (result.seconds / 3600)
     return {
         "hours": round(hours, 3),
         "core_seconds_per_hour": round(seconds / hours, 1),

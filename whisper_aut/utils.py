@@ -81,6 +81,11 @@ def read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str,
     raise UserError(problem or f"{path} must hold a JSON object, not {type(content).__name__}.")
 
 
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock for `path`, across all machines that share the folder.
@@ -141,7 +146,8 @@ def parallel_map(
     to this process, and workers exit when this process is killed.
 
     Args:
-        function: a picklable function. `functools.partial` passes shared arguments.
+        function: a picklable function. Each worker gets it once, so `functools.partial` may bind
+            large shared arguments.
         items: picklable items.
         workers: number of processes; 1 computes in this process.
         spawn: start clean processes. The default forks on Linux, which starts faster and shares
@@ -156,10 +162,10 @@ def parallel_map(
         return
     context = get_context("spawn" if spawn or sys.platform != "linux" else "fork")
     pending: deque[Future[Result]] = deque()
-    pool = ProcessPoolExecutor(workers, context, initializer=_follow_parent)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (function,))
     try:
         for item in items:
-            pending.append(pool.submit(function, item))
+            pending.append(pool.submit(_call_function, item))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -172,8 +178,13 @@ def parallel_map(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _follow_parent() -> None:
-    """Let the parent handle Ctrl-C, and exit when it is killed."""
+_worker_function: Callable[[Any], Any] | None = None  # of this worker process
+
+
+def _start_worker(function: Callable[[Any], Any]) -> None:
+    """Keep the function, let the parent handle Ctrl-C, and exit when the parent is killed."""
+    global _worker_function
+    _worker_function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def exit_with_parent() -> None:
@@ -183,3 +194,8 @@ def _follow_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def _call_function(item: Any) -> Any:
+    assert _worker_function
+    return _worker_function(item)

@@ -1,7 +1,7 @@
 """Build folders of shards from a manifest.
 
 A build writes `OUT/shard-000000.tar …` and `OUT/index.json` (one such folder per value of
-`split_by`, if that is set), and `OUT/refused.jsonl` with one line per rejected row. The bytes
+`split_by`, if that is set), and `OUT/skipped.jsonl` with one line per skipped row. The bytes
 written depend only on the inputs, not on the number of workers.
 """
 
@@ -9,37 +9,31 @@ import hashlib
 import io
 import json
 import os
-import signal
 import stat
-import sys
-import threading
-from collections import Counter, defaultdict, deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context, parent_process
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import soundfile
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from whisper_aut.audio.decode import ClipLimits, channel_layout, decode, mix_down, open_recording
 from whisper_aut.corpora.manifest import Entry, Manifest, ManifestSpec, Segment, SkippedRow
 from whisper_aut.data.shards import INDEX_NAME, ShardIndex, open_index
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import SkipReason, SkipSample, UserError
+from whisper_aut.utils import available_cores, parallel_map, progress_bar, read_json
 
+RECIPE_VERSION = 2  # increase it when the same inputs result in different shards
+SKIPPED_NAME = "skipped.jsonl"
 SUFFIX_OF_FORMAT = {"FLAC": "flac", "WAV": "wav", "WAVEX": "wav", "OGG": "ogg", "MP3": "mp3"}
 LOSSY = ("VORBIS", "OPUS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
 HEAD_BYTES = 4096  # enough of a file to tell its channel layout
 MAX_FLAC_RATE_HZ = 655_350
-BATCH_FILES = 32
-BATCH_BYTES = 8 << 20  # encoded audio in one message between processes
 ROUNDING_SECONDS = 0.1  # a segment may end this much after the end of its file
 
 
@@ -52,54 +46,6 @@ class EncodedClip:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Ingested:
-    """A manifest entry with its audio."""
-
-    entry: Entry
-    clip: EncodedClip
-
-
-Batch = list[Entry | SkippedRow]
-Job = tuple[Path, Segment | None]
-Outcome = EncodedClip | SkipSample
-
-
-def ingest(
-    entries: Iterable[Entry | SkippedRow], limits: ClipLimits, workers: int
-) -> Generator[Ingested | SkippedRow]:
-    """Read and check the audio of all entries.
-
-    Yields one item per input item, in the same order. Rejected rows pass through.
-
-    Args:
-        entries: the items of a manifest.
-        limits: what a clip must satisfy.
-        workers: number of decoding processes; with 1 decoding happens in this process.
-
-    Raises:
-        UserError: a worker process died. Errors of a decoder only reject the row.
-    """
-    if workers == 1:
-        for batch in _batches(entries):
-            yield from _settle(batch, _read_batch(_jobs(batch), limits))
-        return
-    # Fork on Linux: spawned workers would each import torch. Forking is safe because the workers
-    # only decode and take no lock that a thread of the parent may hold.
-    context = get_context("fork" if sys.platform == "linux" else None)
-    pending: deque[tuple[Batch, Future[list[Outcome]]]] = deque()
-    with ProcessPoolExecutor(workers, context, initializer=obey_parent) as pool:
-        try:
-            for batch in _batches(entries):
-                pending.append((batch, pool.submit(_read_batch, _jobs(batch), limits)))
-                if len(pending) > 2 * workers:
-                    yield from _result(*pending.popleft())
-            while pending:
-                yield from _result(*pending.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
 def read_clip(path: Path, limits: ClipLimits, segment: Segment | None = None) -> EncodedClip:
     """Read a file or a segment of it and check that it decodes within the limits.
 
@@ -107,7 +53,7 @@ def read_clip(path: Path, limits: ClipLimits, segment: Segment | None = None) ->
     again, as FLAC or WAV.
 
     Raises:
-        SampleRefused: the path is missing or is not a regular file, the segment is not inside the
+        SkipSample: the path is missing or is not a regular file, the segment is not inside the
             file, or `audio.decode` rejects the audio.
     """
     try:
@@ -128,7 +74,7 @@ def read_clip(path: Path, limits: ClipLimits, segment: Segment | None = None) ->
     kind, _, subtype = clip.codec.partition("/")
     if kind not in SUFFIX_OF_FORMAT:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            return EncodedClip(*_encode(_native(file, -1, data), file.samplerate), clip.seconds)
+            return EncodedClip(*_encode(_read(file, -1, data), file.samplerate), clip.seconds)
     is_opus = subtype == "OPUS" and path.suffix.lower() == ".opus"
     return EncodedClip(data, "opus" if is_opus else SUFFIX_OF_FORMAT[kind], clip.seconds)
 
@@ -136,25 +82,25 @@ def read_clip(path: Path, limits: ClipLimits, segment: Segment | None = None) ->
 def _cut(path: Path, segment: Segment, limits: ClipLimits) -> EncodedClip:
     """Read only the segment: the file may be hours long."""
     with open_recording(path) as file:
-        rate, there = file.samplerate, file.frames / file.samplerate
-        end = there if segment.seconds is None else segment.start_seconds + segment.seconds
-        if segment.start_seconds >= there or end > there + ROUNDING_SECONDS:
+        rate, file_seconds = file.samplerate, file.frames / file.samplerate
+        end = file_seconds if segment.seconds is None else segment.start_seconds + segment.seconds
+        if segment.start_seconds >= file_seconds or end > file_seconds + ROUNDING_SECONDS:
             raise SkipSample(
                 SkipReason.BAD_ROW,
                 f"a segment from {segment.start_seconds:g} to {end:g} s of a file that ends at "
-                f"{there:g} s",
+                f"{file_seconds:g} s",
             )
         start = round(segment.start_seconds * rate)
         file.seek(start)
         # One second above the limit is enough for `decode` to reject the clip as too long.
-        wanted = min(round(end * rate) - start, round((limits.max_seconds + 1) * rate))
+        frames = min(round(end * rate) - start, round((limits.max_seconds + 1) * rate))
         with path.open("rb") as head:
-            samples = _native(file, wanted, head.read(HEAD_BYTES))
+            samples = _read(file, frames, head.read(HEAD_BYTES))
     data, suffix = _encode(samples, rate)
     return EncodedClip(data, suffix, decode(data, limits).seconds)
 
 
-def _native(file: soundfile.SoundFile, frames: int, head: bytes) -> np.ndarray:
+def _read(file: soundfile.SoundFile, frames: int, head: bytes) -> np.ndarray:
     """Read samples in the file's own precision: int16, int32 or float32.
 
     More than two channels are mixed down. `head` is the beginning of the file.
@@ -183,97 +129,29 @@ def _encode(samples: np.ndarray, rate: int) -> tuple[bytes, str]:
     return encoded.getvalue(), "flac" if fits_flac else "wav"
 
 
-def _batches(entries: Iterable[Entry | SkippedRow]) -> Iterator[Batch]:
-    batch: Batch = []
-    size = 0
-    for item in entries:
-        batch.append(item)
-        size += file_size(item.path) if isinstance(item, Entry) and not item.segment else 0
-        if len(batch) == BATCH_FILES or size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def file_size(path: Path) -> int:
-    """Return the size of a file in bytes, or 0 if it does not exist."""
+def _read_row(
+    row: Entry | SkippedRow, limits: ClipLimits
+) -> tuple[Entry, EncodedClip] | SkippedRow:
+    if isinstance(row, SkippedRow):
+        return row
     try:
-        return os.stat(path).st_size
-    except (OSError, ValueError):
-        return 0
-
-
-def _jobs(batch: Batch) -> list[Job]:
-    return [(item.path, item.segment) for item in batch if isinstance(item, Entry)]
-
-
-def _read_batch(jobs: Sequence[Job], limits: ClipLimits) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    for path, segment in jobs:
-        try:
-            outcomes.append(read_clip(path, limits, segment))
-        except SkipSample as refused:
-            outcomes.append(refused)
-    return outcomes
-
-
-def _result(batch: Batch, future: "Future[list[Outcome]]") -> Iterator[Ingested | SkippedRow]:
-    try:
-        outcomes = future.result()
-    except BrokenProcessPool:
-        lines = f"lines {batch[0].line} to {batch[-1].line}"
-        raise UserError(
-            f"A worker process died, probably while it read an audio file of {lines} of the "
-            "manifest, or for want of memory. Run with --workers 1 to find the file, and leave its "
-            "row out."
-        ) from None
-    yield from _settle(batch, outcomes)
-
-
-def _settle(batch: Batch, outcomes: Sequence[Outcome]) -> Iterator[Ingested | SkippedRow]:
-    remaining = iter(outcomes)
-    for item in batch:
-        if isinstance(item, SkippedRow):
-            yield item
-            continue
-        outcome = next(remaining)
-        if isinstance(outcome, EncodedClip):
-            yield Ingested(item, outcome)
-        else:
-            yield SkippedRow(item.line, str(item.path), outcome.reason, outcome.detail, item.split)
-
-
-def obey_parent() -> None:
-    """Make the calling worker process ignore Ctrl-C and exit when its parent does."""
-    # The parent handles Ctrl-C, so that there is one message instead of one per worker.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    parent = parent_process()
-    if parent:
-        # A killed parent cannot stop its pool, whose workers would wait for work forever.
-        parent.join()
-        os._exit(1)
-
-
-REFUSED_NAME = "refused.jsonl"
+        return row, read_clip(row.path, limits, row.segment)
+    except SkipSample as skip:
+        return SkippedRow(row.line, str(row.path), skip.reason, skip.detail, row.split)
 
 
 @dataclass
 class SkipLog:
-    """Counts the rejected rows by reason and by split.
+    """Counts the skipped rows by reason and by split.
 
     Attributes:
-        log: file that each row is written to as a JSON line; None for no log.
+        file: file that each row is written to as a JSON line; None for no log.
         counts: number of rows by reason.
         by_split: number of rows by split and reason.
         examples: the first row of each reason.
     """
 
-    log: TextIO | None = None
+    file: TextIO | None = None
     counts: Counter[str] = field(default_factory=Counter)
     by_split: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     examples: dict[str, SkippedRow] = field(default_factory=dict)
@@ -283,9 +161,9 @@ class SkipLog:
         self.counts[row.reason] += 1
         self.by_split[row.split][row.reason] += 1
         self.examples.setdefault(row.reason, row)
-        if self.log:
+        if self.file:
             # Escaped to ASCII, because a path may contain bytes that are not UTF-8.
-            self.log.write(json.dumps(asdict(row)) + "\n")
+            self.file.write(json.dumps(asdict(row)) + "\n")
 
     def table(self) -> str:
         """Return one line per reason, the most frequent first."""
@@ -298,26 +176,19 @@ class SkipLog:
 
 
 @contextmanager
-def skip_log(out: Path) -> Iterator[TextIO]:
-    """Open `OUT/refused.jsonl` for writing.
-
-    The file is kept even if the build fails, because it explains the failure. It is removed if it
-    is empty.
-    """
-    partial = out / f".{REFUSED_NAME}.partial"
+def _skip_log(out: Path) -> Iterator[SkipLog]:
+    """Write `OUT/skipped.jsonl`, also if the build fails, because it explains the failure."""
+    path, partial_path = out / SKIPPED_NAME, out / f".{SKIPPED_NAME}.partial"
     out.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
     try:
-        with partial.open("w", encoding="ascii") as file:
-            yield file
+        with partial_path.open("w", encoding="ascii") as file:
+            yield SkipLog(file)
     finally:
-        if partial.stat().st_size:
-            os.replace(partial, out / REFUSED_NAME)
+        if partial_path.stat().st_size:
+            os.replace(partial_path, path)
         else:
-            partial.unlink()
-            (out / REFUSED_NAME).unlink(missing_ok=True)
-
-
-RECIPE_VERSION = 2  # increase it when the same inputs result in different shards
+            partial_path.unlink()
 
 
 @dataclass(frozen=True)
@@ -328,10 +199,10 @@ class BuildReport:
         out: output folder.
         folders: the folders of shards by split. Without `split_by`, the only split is "".
         rows: number of manifest rows that `where` kept.
-        passed_over: number of rows that `where` dropped.
+        filtered_rows: number of rows that `where` dropped.
         clips: number of clips written.
         seconds: their total duration.
-        refused: number of rejected rows by reason.
+        skipped: number of skipped rows by reason.
         recipe: hash of everything that the shards depend on.
         reused: whether the shards of an earlier build with the same recipe were kept.
     """
@@ -339,38 +210,34 @@ class BuildReport:
     out: Path
     folders: dict[str, Path]
     rows: int
-    passed_over: int
+    filtered_rows: int
     clips: int
     seconds: float
-    refused: dict[str, int]
+    skipped: dict[str, int]
     recipe: str
     reused: bool = False
 
     def summary(self) -> str:
         """Return a human-readable summary of one paragraph."""
-        kept = f" ({self.passed_over} rows passed over by --where)" if self.passed_over else ""
-        text = (
-            f"{self.clips} clips, {self.seconds / 3600:.2f} h, from {self.rows} rows{kept}, in "
-            f"{self.out}"
-        )
+        filtered = f" ({self.filtered_rows} more dropped by --where)" if self.filtered_rows else ""
+        text = f"{self.clips} clips, {self.seconds / 3600:.2f} h, from {self.rows} rows{filtered}, "
+        text += f"in {self.out}"
         if any(self.folders):
             text += f", split into {', '.join(self.folders)}"
-        if self.refused:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.refused.items())
-            text += f". Refused: {reasons}; see {self.out / REFUSED_NAME}"
-        return text + (
-            "." if not self.reused else ". Nothing has changed since they were built: reused."
-        )
+        if self.skipped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+            text += f". Skipped: {reasons}; see {self.out / SKIPPED_NAME}"
+        return f"{text}. The inputs have not changed: reused." if self.reused else f"{text}."
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Survey:
     """The result of a first pass over the manifest that looks up audio files but opens none."""
 
     recipe: str
     rows: int
     splits: tuple[str, ...]
-    refusals: SkipLog
+    skips: SkipLog
 
 
 def build_shards(
@@ -391,12 +258,12 @@ def build_shards(
         limits: what a clip must satisfy.
         workers: number of decoding processes; by default one per available core.
         max_shard_bytes: size at which the next tar begins.
-        max_skipped_fraction: fraction of rows that may be rejected, in [0, 1].
+        max_skipped_fraction: fraction of rows that may be skipped, in [0, 1].
         progress: whether to show a progress bar.
 
     Raises:
         UserError: the manifest does not fit (see `Manifest`), `out` cannot be written to, more than
-            `max_skipped_fraction` of the rows were rejected, or all rows of a split were.
+            `max_skipped_fraction` of the rows were skipped, or all rows of a split were.
     """
     out = Path(out).absolute()
     manifest = Manifest(spec)
@@ -405,216 +272,154 @@ def build_shards(
         "max_shard_bytes": max_shard_bytes,
         "max_skipped_fraction": max_skipped_fraction,
     }
-    plan = _survey(manifest, settings)
+    survey = _survey(manifest, settings)
     # Too many missing files are an error before anything is built.
-    _check_share(manifest, plan.refusals, plan.rows, max_skipped_fraction)
-    folders = {split: out / split for split in plan.splits}
+    _check_skipped(manifest, survey.skips, survey.rows, max_skipped_fraction)
+    folders = {split: out / split for split in survey.splits}
     _check_out(out, folders)
-    indices = _built_before(folders, plan.recipe)
-    if indices:
+    if indices := _find_earlier_build(folders, survey.recipe):
         return _report(out, folders, indices, reused=True)
-    items = ingest(manifest.entries(), limits, workers or _cores())
+    # Forked workers: spawned ones would each import torch.
+    rows = parallel_map(
+        partial(_read_row, limits=limits), manifest.entries(), workers or available_cores()
+    )
     try:
-        with closing(items), skip_log(out) as log:
-            refusals = SkipLog(log)
-            with ExitStack() as stack:
-                shards = {
-                    split: stack.enter_context(ShardWriter(path, max_bytes=max_shard_bytes))
-                    for split, path in folders.items()
-                }
-                _write(items, shards, refusals, stack.enter_context(_progress(plan.rows, progress)))
-                _check_share(
-                    manifest,
-                    refusals,
-                    plan.rows,
-                    max_skipped_fraction,
-                    f" All are listed in {out / REFUSED_NAME}.",
-                )
-                _check_splits(spec, shards, refusals)
-                _add_facts(shards, manifest, plan, refusals)
+        with closing(rows), _skip_log(out) as skips, ExitStack() as stack:
+            writers = {
+                split: stack.enter_context(ShardWriter(path, max_bytes=max_shard_bytes))
+                for split, path in folders.items()
+            }
+            bar = stack.enter_context(progress_bar(progress))
+            for row in bar.track(rows, total=survey.rows, description="clips"):
+                if isinstance(row, SkippedRow):
+                    skips.add(row)
+                    continue
+                entry, clip = row
+                annotation = replace(entry.annotation, duration_seconds=clip.seconds)
+                writers[entry.split].write(entry.key, clip.suffix, clip.audio, annotation)
+            _check_skipped(manifest, skips, survey.rows, max_skipped_fraction, out / SKIPPED_NAME)
+            _check_splits(spec, writers, skips)
+            build = {
+                "rows": survey.rows,
+                "filtered_rows": manifest.filtered_rows,
+                "skipped": dict(skips.counts),
+                "split_by": spec.split_by,
+            }
+            for split, writer in writers.items():
+                skipped = dict(skips.by_split[split])
+                writer.metadata = {"recipe": survey.recipe, "skipped": skipped, "build": build}
     except OSError as error:
         raise UserError(f"Cannot write shards to {out}: {error.strerror or error}.") from None
     return _report(out, folders, {split: open_index(folder) for split, folder in folders.items()})
 
 
-def _survey(manifest: Manifest, settings: dict[str, Any]) -> _Plan:
-    spec = {
-        name: value
-        for name, value in asdict(manifest.spec).items()
-        if name not in ("manifest", "audio_root")
-    }
-    facts = {"version": RECIPE_VERSION, "spec": spec, "manifest": manifest.digest(), **settings}
-    recipe = hashlib.sha256(json.dumps(facts, sort_keys=True, default=list).encode())
-    rows, splits, refusals = 0, {}, SkipLog()
-    for rows, item in enumerate(manifest.entries(), 1):  # noqa: B007 (number of rows)
-        if isinstance(item, SkippedRow):
-            refusals.add(item)
+def _survey(manifest: Manifest, settings: dict[str, Any]) -> _Survey:
+    spec = asdict(manifest.spec)
+    del spec["manifest"], spec["audio_root"]
+    content = {"version": RECIPE_VERSION, "spec": spec, "manifest": manifest.digest(), **settings}
+    recipe = hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode())
+    rows, splits, skips = 0, {}, SkipLog()
+    for rows, row in enumerate(manifest.entries(), 1):  # noqa: B007 (number of rows)
+        if isinstance(row, SkippedRow):
+            skips.add(row)
             continue
-        splits[item.split] = None
+        splits[row.split] = None
         try:
-            found = item.path.stat()
+            found = row.path.stat()
             recipe.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
         except (OSError, ValueError):
-            refusals.add(
-                SkippedRow(item.line, str(item.path), SkipReason.MISSING_FILE, split=item.split)
-            )
+            skips.add(SkippedRow(row.line, str(row.path), SkipReason.MISSING_FILE, split=row.split))
             recipe.update(b"missing\n")
     if not rows:
-        kept = " and ".join(
-            f"{column} {'|'.join(values)}" for column, values in manifest.spec.where.items()
-        )
-        there = "; ".join(
-            f"{column}: {', '.join(manifest.values(column))}" for column in manifest.spec.where
-        )
         raise UserError(
-            f"--where {kept} keeps none of the rows of {manifest.path}. First values of {there}."
-        )
-    return _Plan(recipe.hexdigest()[:16], rows, tuple(splits), refusals)
-
-
-def _write(
-    items: Iterator[Ingested | SkippedRow],
-    shards: dict[str, ShardWriter],
-    refusals: SkipLog,
-    bar: Progress,
-) -> None:
-    for item in items:
-        if isinstance(item, SkippedRow):
-            refusals.add(item)
-        else:
-            annotation = replace(item.entry.annotation, duration_seconds=item.clip.seconds)
-            shards[item.entry.split].write(
-                item.entry.key, item.clip.suffix, item.clip.audio, annotation
+            f"--where keeps none of the rows of {manifest.path}. First values: "
+            + "; ".join(
+                f"{column}: {', '.join(manifest.values(column))}" for column in manifest.spec.where
             )
-        bar.advance(bar.task_ids[0])
-
-
-def _add_facts(
-    shards: dict[str, ShardWriter], manifest: Manifest, plan: _Plan, refusals: SkipLog
-) -> None:
-    build = {
-        "rows": plan.rows,
-        "passed_over": manifest.passed_over,
-        "refused": dict(refusals.counts),
-        "split_by": manifest.spec.split_by,
-    }
-    for split, folder in shards.items():
-        folder.metadata = {
-            "recipe": plan.recipe,
-            "refused": dict(refusals.by_split[split]),
-            "build": build,
-        }
-
-
-def _progress(rows: int, enabled: bool) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True), disable=not enabled)
-    bar.add_task("clips", total=rows)
-    return bar
-
-
-def _check_share(
-    manifest: Manifest, refusals: SkipLog, rows: int, max_share: float, more: str = ""
-) -> None:
-    refused = refusals.counts.total()
-    if refused < rows and refused <= max_share * rows:
-        return
-    allowed = (
-        ""
-        if refused == rows
-        else f", more than the {max_share:.0%} that --max-skipped-fraction allows"
-    )
-    hint = f" Relative paths start from {manifest.root}; --audio-root names another folder."
-    hint = hint if SkipReason.MISSING_FILE in refusals.counts else ""
-    raise UserError(
-        (
-            f"{refused} of {rows} rows of {manifest.path} were refused{allowed}:\n"
-            f"{refusals.table()}\n"
-            f"{more}{hint}"
-        ).rstrip()
-    )
-
-
-def _check_splits(spec: ManifestSpec, shards: dict[str, ShardWriter], refusals: SkipLog) -> None:
-    empty = [split for split, folder in shards.items() if not folder.samples]
-    if empty:
-        reasons = ", ".join(
-            f"{count} {reason}" for reason, count in refusals.by_split[empty[0]].items()
         )
+    return _Survey(recipe.hexdigest()[:16], rows, tuple(splits), skips)
+
+
+def _check_skipped(
+    manifest: Manifest, skips: SkipLog, rows: int, max_fraction: float, log: Path | None = None
+) -> None:
+    skipped = skips.counts.total()
+    if skipped < rows and skipped <= max_fraction * rows:
+        return
+    message = f"{skipped} of {rows} rows of {manifest.path} were skipped"
+    if skipped < rows:
+        message += f", more than the {max_fraction:.0%} that --max-skipped-fraction allows"
+    message += f":\n{skips.table()}\n"
+    if log:
+        message += f"All are listed in {log}. "
+    if SkipReason.MISSING_FILE in skips.counts:
+        message += f"Relative paths start from {manifest.root}; --audio-root names another folder."
+    raise UserError(message.rstrip())
+
+
+def _check_splits(spec: ManifestSpec, writers: dict[str, ShardWriter], skips: SkipLog) -> None:
+    empty = next((split for split, writer in writers.items() if not writer.samples), None)
+    if empty is not None:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skips.by_split[empty].items())
         raise UserError(
-            f"All rows of {spec.split_by} {empty[0]!r} were refused ({reasons}). Mend them or "
-            "leave them out by --where."
+            f"All rows of {spec.split_by} {empty!r} were skipped ({reasons}). Fix them, or leave "
+            "them out with --where."
         )
 
 
 def _check_out(out: Path, folders: dict[str, Path]) -> None:
-    """Check that `out` has no shards from elsewhere and no split left over from another build."""
+    """Check that `out` has no other tars and no split left over from an earlier build."""
     if out.exists() and not out.is_dir():
         raise UserError(f"Cannot write shards to {out}: it is a file.")
     for folder in folders.values():
-        if next(folder.glob("*.tar"), None) and "recipe" not in _facts(folder):
+        if next(folder.glob("*.tar"), None) and "recipe" not in read_json(
+            folder / INDEX_NAME, default={}
+        ):
             raise UserError(
                 f"{folder} holds tars that `data build` did not write. Choose another --out, or "
                 "move them away."
             )
-    for index in sorted([*out.glob(INDEX_NAME), *out.glob(f"*/{INDEX_NAME}")]):
-        facts = _facts(index.parent)
-        if (
-            index.parent not in folders.values()
-            and "build" in facts
-            and (index.parent == out or facts["build"].get("split_by"))
-        ):
+    for path in sorted([*out.glob(INDEX_NAME), *out.glob(f"*/{INDEX_NAME}")]):
+        folder, build = path.parent, read_json(path, default={}).get("build")
+        is_ours = build is not None and (folder == out or build.get("split_by"))
+        if is_ours and folder not in folders.values():
             raise UserError(
-                f"{index.parent} holds shards of a former build, split otherwise. Choose another "
+                f"{folder} holds shards of an earlier build with other splits. Choose another "
                 "--out, or delete them."
             )
 
 
-def _facts(folder: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads((folder / INDEX_NAME).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def _built_before(folders: dict[str, Path], recipe: str) -> dict[str, ShardIndex]:
+def _find_earlier_build(folders: dict[str, Path], recipe: str) -> dict[str, ShardIndex]:
     """Return the indices of a complete earlier build of the same recipe, or an empty dict."""
-    if any(_facts(folder).get("recipe") != recipe for folder in folders.values()):
+    if any(
+        read_json(folder / INDEX_NAME, default={}).get("recipe") != recipe
+        for folder in folders.values()
+    ):
         return {}
     try:
         indices = {split: open_index(folder) for split, folder in folders.items()}
     except UserError:  # a tar is missing: build again
         return {}
-    sizes = [
-        (folders[split] / shard.name, shard.bytes)
+    is_complete = all(
+        (folders[split] / shard.name).stat().st_size == shard.bytes
         for split, index in indices.items()
         for shard in index.shards
-    ]
-    return indices if all(file_size(path) == size for path, size in sizes) else {}
+    )
+    return indices if is_complete else {}
 
 
 def _report(
     out: Path, folders: dict[str, Path], indices: dict[str, ShardIndex], reused: bool = False
 ) -> BuildReport:
-    facts = next(iter(indices.values())).metadata
+    metadata = next(iter(indices.values())).metadata
     return BuildReport(
         out=out,
         folders=folders,
-        rows=facts["build"]["rows"],
-        passed_over=facts["build"]["passed_over"],
+        rows=metadata["build"]["rows"],
+        filtered_rows=metadata["build"]["filtered_rows"],
         clips=sum(index.samples for index in indices.values()),
         seconds=sum(index.seconds for index in indices.values()),
-        refused=facts["build"]["refused"],
-        recipe=facts["recipe"],
+        skipped=metadata["build"]["skipped"],
+        recipe=metadata["recipe"],
         reused=reused,
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

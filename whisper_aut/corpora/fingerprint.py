@@ -33,7 +33,7 @@ SILENCE = (1e-5 * WINDOW_SAMPLES / 4) ** 2
 # A hum does not change, so the signs of its differences are rounding noise.
 STEADY = 1e-3
 BLOCK_FRAMES = 512
-DOUBTFUL_BITS = 3
+UNCERTAIN_BITS = 3
 RUN_LIMIT, CANDIDATES = 32, 48  # bound the cost of one word and of one clip
 WINDOW_FRAMES = 164  # words in a segment of 3 s
 MIN_FRAMES = 20
@@ -50,33 +50,24 @@ class Fingerprint:
 
     Attributes:
         words: uint32 `[W]`.
-        heard: bool `[W]`; False where the audio is silent or does not change.
-        doubtful: uint32 `[W, 3]`; masks of the least certain bits of each word.
+        audible: bool `[W]`; False where the audio is silent or does not change.
+        uncertain: uint32 `[W, 3]`; masks of the least certain bits of each word.
     """
 
     words: np.ndarray
-    heard: np.ndarray
-    doubtful: np.ndarray
+    audible: np.ndarray
+    uncertain: np.ndarray
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """A segment that two clips share.
+class SharedSegment:
+    """A segment that a searched and an indexed clip have in common."""
 
-    Attributes:
-        clip: number of the indexed clip.
-        bit_error: fraction of bits that differ, in [0, 1].
-        words: number of words compared.
-        starts_at: start in the searched clip, in seconds.
-        indexed_starts_at: start in the indexed clip, in seconds.
-        seconds: duration of the segment.
-    """
-
-    clip: int
-    bit_error: float
-    words: int
-    starts_at: float
-    indexed_starts_at: float
+    clip: int  # number of the indexed clip
+    bit_error: float  # fraction of bits that differ, in [0, 1]
+    words: int  # number of words compared
+    start_seconds: float  # in the searched clip
+    indexed_start_seconds: float  # in the indexed clip
     seconds: float
 
 
@@ -97,21 +88,21 @@ def fingerprint(samples: np.ndarray, sample_rate_hz: int) -> Fingerprint:
     energies = _band_energies(np.pad(np.asarray(mono, dtype=np.float32), EDGE_SAMPLES))
     if len(energies) <= LAG_FRAMES:
         return Fingerprint(
-            np.zeros(0, np.uint32), np.zeros(0, bool), np.zeros((0, DOUBTFUL_BITS), np.uint32)
+            np.zeros(0, np.uint32), np.zeros(0, bool), np.zeros((0, UNCERTAIN_BITS), np.uint32)
         )
     total = energies.sum(axis=1)
     slopes = energies[:, :-1] - energies[:, 1:]
     change = slopes[LAG_FRAMES:] - slopes[:-LAG_FRAMES]
     louder = np.maximum(total[LAG_FRAMES:], total[:-LAG_FRAMES])
-    nearby = energies[LAG_FRAMES:] + energies[:-LAG_FRAMES]
-    certainty = np.abs(change) / (nearby[:, :-1] + nearby[:, 1:] + 1e-20)
-    heard = (louder > max(SILENCE, FLOOR * float(total.max()))) & (
+    power = energies[LAG_FRAMES:] + energies[:-LAG_FRAMES]
+    certainty = np.abs(change) / (power[:, :-1] + power[:, 1:] + 1e-20)
+    audible = (louder > max(SILENCE, FLOOR * float(total.max()))) & (
         np.abs(change).sum(axis=1) > STEADY * louder
     )
-    weakest = np.argpartition(certainty, DOUBTFUL_BITS, axis=1)[:, :DOUBTFUL_BITS]
+    weakest = np.argpartition(certainty, UNCERTAIN_BITS, axis=1)[:, :UNCERTAIN_BITS]
     powers = np.uint32(1) << np.arange(BITS, dtype=np.uint32)
     words = ((change > 0) * powers).sum(axis=1, dtype=np.uint32)
-    return Fingerprint(words, heard, powers[weakest])
+    return Fingerprint(words, audible, powers[weakest])
 
 
 def _band_energies(mono: np.ndarray) -> np.ndarray:
@@ -151,68 +142,70 @@ class FingerprintIndex:
     """
 
     def __init__(self, fingerprints: Iterable[Fingerprint]):
-        words, heard, lengths = [], [], []
+        words, audible, lengths = [], [], []
         for one in fingerprints:
             words.append(one.words)
-            heard.append(one.heard)
+            audible.append(one.audible)
             lengths.append(len(one.words))
         self._words = np.concatenate(words) if words else np.zeros(0, np.uint32)
-        self._heard = np.concatenate(heard) if heard else np.zeros(0, bool)
+        self._audible = np.concatenate(audible) if audible else np.zeros(0, bool)
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        places = np.flatnonzero(self._heard).astype(
+        positions = np.flatnonzero(self._audible).astype(
             np.uint32 if len(self._words) < 2**32 else np.uint64
         )
-        order = np.argsort(self._words[places], kind="stable")
-        self._places, self._keys = places[order], self._words[places][order]
+        order = np.argsort(self._words[positions], kind="stable")
+        self._positions, self._keys = positions[order], self._words[positions][order]
 
     @property
     def bytes(self) -> int:
         """Memory of the index, in bytes."""
-        return sum(array.nbytes for array in (self._words, self._heard, self._places, self._keys))
+        return sum(
+            array.nbytes for array in (self._words, self._audible, self._positions, self._keys)
+        )
 
-    def search(self, wanted: Fingerprint) -> list[Stretch]:
+    def search(self, query: Fingerprint) -> list[SharedSegment]:
         """Return the best shared segment per matching clip, lowest bit error first."""
-        best: dict[int, Stretch] = {}
-        for clip, offset in self._candidates(wanted):
-            found = self._judge(wanted, clip, offset)
-            if found and (clip not in best or _excess(found) > _excess(best[clip])):
+        best: dict[int, SharedSegment] = {}
+        for clip, offset in self._candidates(query):
+            found = self._best_window(query, clip, offset)
+            if found and (clip not in best or _margin(found) > _margin(best[clip])):
                 best[clip] = found
-        return sorted(best.values(), key=lambda stretch: (stretch.bit_error, stretch.clip))
+        return sorted(best.values(), key=lambda segment: (segment.bit_error, segment.clip))
 
-    def _candidates(self, wanted: Fingerprint) -> Iterator[tuple[int, int]]:
+    def _candidates(self, query: Fingerprint) -> Iterator[tuple[int, int]]:
         """Yield `(clip, offset)`, the pairs with the most equal words first.
 
         Word n of the searched clip corresponds to word n + offset of the indexed clip.
         """
-        asked = np.flatnonzero(wanted.heard)
-        if not len(asked) or not len(self._keys):
+        queried = np.flatnonzero(query.audible)
+        if not len(queried) or not len(self._keys):
             return
-        variants = _variants(wanted.words[asked], wanted.doubtful[asked])
+        variants = _variants(query.words[queried], query.uncertain[queried])
         first = np.searchsorted(self._keys, variants, side="left").ravel()
         counts = np.minimum(
             np.searchsorted(self._keys, variants, side="right").ravel() - first, RUN_LIMIT
         )
-        asked = np.repeat(asked, variants.shape[1])
+        queried = np.repeat(queried, variants.shape[1])
         hit = counts > 0
-        first, counts, asked = first[hit], counts[hit], asked[hit]
+        first, counts, queried = first[hit], counts[hit], queried[hit]
         if not len(first):
             return
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        places = self._places[np.repeat(first, counts) + within].astype(np.int64)
-        diagonals = places - np.repeat(asked, counts)
-        clips = np.searchsorted(self._starts, places, side="right") - 1
+        positions = self._positions[np.repeat(first, counts) + within].astype(np.int64)
+        diagonals = positions - np.repeat(queried, counts)
+        clips = np.searchsorted(self._starts, positions, side="right") - 1
         pairs, votes = np.unique(np.stack([clips, diagonals], axis=1), axis=0, return_counts=True)
         for number in np.argsort(-votes, kind="stable")[:CANDIDATES]:
             clip = int(pairs[number, 0])
             yield clip, int(pairs[number, 1] - self._starts[clip])
 
-    def _judge(self, wanted: Fingerprint, clip: int, offset: int) -> Stretch | None:
+    def _best_window(self, query: Fingerprint, clip: int, offset: int) -> SharedSegment | None:
         """Return the window of the overlap with the strongest match, or None if it is too weak."""
         base, length = self._starts[clip], int(self._starts[clip + 1] - self._starts[clip])
-        first, last = max(0, -offset), min(len(wanted.words), length - offset)
+        first, last = max(0, -offset), min(len(query.words), length - offset)
         here, there = slice(first, last), slice(base + first + offset, base + last + offset)
-        both = wanted.heard[here] & self._heard[there]
-        wrong = np.where(both, np.bitwise_count(wanted.words[here] ^ self._words[there]), 0)
+        both = query.audible[here] & self._audible[there]
+        wrong = np.where(both, np.bitwise_count(query.words[here] ^ self._words[there]), 0)
         size = min(WINDOW_FRAMES, last - first)
         counted = _window_sums(both, size)
         errors = _window_sums(wrong, size) / np.maximum(counted * BITS, 1)
@@ -222,7 +215,7 @@ class FingerprintIndex:
             return None  # too many wrong bits, or a hum whose words hardly change
         start = first + number
         seconds = (size - 1) * FRAME_SECONDS + SPAN_SECONDS
-        return Stretch(
+        return SharedSegment(
             clip,
             round(float(errors[number]), 4),
             int(counted[number]),
@@ -232,11 +225,11 @@ class FingerprintIndex:
         )
 
 
-def _variants(words: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
-    """Return `[W, 8]`: each word with every combination of its doubtful bits flipped."""
+def _variants(words: np.ndarray, uncertain: np.ndarray) -> np.ndarray:
+    """Return `[W, 8]`: each word with every combination of its uncertain bits flipped."""
     columns = []
-    for choice in product((0, 1), repeat=DOUBTFUL_BITS):
-        flips = np.bitwise_or.reduce(doubtful * np.array(choice, np.uint32), axis=1)
+    for choice in product((0, 1), repeat=UNCERTAIN_BITS):
+        flips = np.bitwise_or.reduce(uncertain * np.array(choice, np.uint32), axis=1)
         columns.append(words ^ flips)
     return np.stack(columns, axis=1)
 
@@ -257,5 +250,5 @@ def _tolerated(words: np.ndarray) -> np.ndarray:
     return np.where(words < MIN_FRAMES, -1.0, np.interp(words, *TOLERATED))
 
 
-def _excess(stretch: Stretch) -> float:
-    return float(_tolerated(np.array(stretch.words)) - stretch.bit_error)
+def _margin(segment: SharedSegment) -> float:
+    return float(_tolerated(np.array(segment.words)) - segment.bit_error)

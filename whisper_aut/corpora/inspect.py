@@ -19,14 +19,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from whisper_aut.audio.decode import ClipLimits, decode, read_header
-from whisper_aut.data.annotation import Annotation, whisper_codes
+from whisper_aut.data.annotation import whisper_codes
 from whisper_aut.data.reader import MemberGroups, audio_and_annotation, open_stream
 from whisper_aut.data.shards import INDEX_NAME, ShardIndex, list_tars, open_index
 from whisper_aut.errors import SkipReason, SkipSample
 
 HISTOGRAM_EDGES_SECONDS = (0, 0.5, 1, 2, 5, 10, 15, 20, 30)
 FIELDS = ("domain", "task", "language", "source", "licence")
+COUNTED = ("sample_rates_hz", "channels", "codecs", *FIELDS, "labels", "fields_without_text")
 EXAMPLES = 5
+BAR_CHARACTERS = 40
+MOST_VALUES = 8
+MOST_LABELS = 20
 
 
 @dataclass
@@ -38,19 +42,15 @@ class ShardStatistics:
         folders: number of clips per folder of shards under `root`.
         shards: number of tars.
         bytes: total size of the tars.
-        clips: number of samples whose audio header and JSON are valid. Except for `refused` and
-            `faults`, the counts below are of these.
-        seconds: duration per clip.
-        rates_hz, channels, codecs: number of clips by property of the stored audio.
-        fields: number of clips by value, for each of `FIELDS`.
-        labels: number of clips by class; a clip may have several classes.
-        labelled: number of clips with a class.
-        fields_without_text: for clips with neither text nor label, how often each other field
-            occurs.
-        words, characters: length of the text per clip that has one.
-        refused: number of samples that cannot be used, by reason.
+        seconds: duration of each clip, a sample whose audio header and JSON are valid.
+        counts: number of clips by value, for each name in `COUNTED`. A clip may have several
+            labels. `fields_without_text` counts the other fields of clips with neither text nor
+            label.
+        clips_with_label: number of clips with a label.
+        words, characters: length of the text of each clip that has one.
+        skipped: number of samples that cannot be used, by reason.
         examples: the first few clips (key, seconds, text, label).
-        faults: the first few unusable samples (place, reason, detail).
+        problems: the first few unusable samples (location, reason, detail).
         warnings: differences between tars and index, repeated keys and unknown languages.
         builds: per folder, the counts that its builder stored in the index.
     """
@@ -59,24 +59,23 @@ class ShardStatistics:
     folders: dict[str, int] = field(default_factory=dict)
     shards: int = 0
     bytes: int = 0
-    clips: int = 0
     seconds: array = field(default_factory=lambda: array("d"))
-    rates_hz: Counter[int] = field(default_factory=Counter)
-    channels: Counter[int] = field(default_factory=Counter)
-    codecs: Counter[str] = field(default_factory=Counter)
-    fields: dict[str, Counter[str]] = field(
-        default_factory=lambda: {name: Counter() for name in FIELDS}
+    counts: dict[str, Counter] = field(
+        default_factory=lambda: {name: Counter() for name in COUNTED}
     )
-    labels: Counter[str] = field(default_factory=Counter)
-    labelled: int = 0
-    fields_without_text: Counter[str] = field(default_factory=Counter)
+    clips_with_label: int = 0
     words: array = field(default_factory=lambda: array("L"))
     characters: array = field(default_factory=lambda: array("L"))
-    refused: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, Any]] = field(default_factory=list)
-    faults: list[dict[str, str]] = field(default_factory=list)
+    problems: list[dict[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     builds: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def clips(self) -> int:
+        """Number of usable samples."""
+        return len(self.seconds)
 
     @property
     def hours(self) -> float:
@@ -92,23 +91,73 @@ class ShardStatistics:
             "bytes": self.bytes,
             "clips": self.clips,
             "hours": self.hours,
-            "sample_rates_hz": _ranked(self.rates_hz),
-            "channels": _ranked(self.channels),
-            "codecs": _ranked(self.codecs),
             "seconds": {**distribution(self.seconds), "histogram": histogram(self.seconds)},
-            **{name: _ranked(counts) for name, counts in self.fields.items()},
-            "labels": _ranked(self.labels),
-            "clips_with_label": self.labelled,
+            **{name: _ranked(counts) for name, counts in self.counts.items()},
+            "clips_with_label": self.clips_with_label,
             "clips_with_text": len(self.words),
-            "fields_without_text": _ranked(self.fields_without_text),
             "words": distribution(self.words),
             "characters": distribution(self.characters),
-            "refused": _ranked(self.refused),
+            "skipped": _ranked(self.skipped),
             "examples": self.examples,
-            "faults": self.faults,
+            "problems": self.problems,
             "warnings": self.warnings,
             "builds": self.builds,
         }
+
+    def add_shard(self, index: ShardIndex, number: int, limits: ClipLimits) -> None:
+        """Read the headers and annotations of one tar."""
+        url, shard = index.url(number), index.shards[number]
+        samples, repeated, last_key = 0, 0, None
+        with open_stream(url) as stream:
+            groups = MemberGroups(stream, limits)
+            for _, group in groups:
+                key = group["__key__"]
+                samples += 1
+                repeated += key == last_key
+                last_key = key
+                try:
+                    self._add_clip(group, limits)
+                except SkipSample as skip:
+                    self._skip(f"{url}: {key}", skip.reason, skip.detail)
+            self.bytes += stream.seek(0, 2) if stream.seekable() else shard.bytes
+        self.shards += 1
+        if groups.damage:
+            self._skip(url, SkipReason.BAD_TAR, groups.damage)
+        if repeated:
+            self.warnings.append(f"{url}: {repeated} samples have the key of the previous sample")
+        if samples != shard.samples:
+            self.warnings.append(f"{url} has {samples} samples, but its index says {shard.samples}")
+
+    def _add_clip(self, group: dict[str, Any], limits: ClipLimits) -> None:
+        _, audio, annotation = audio_and_annotation(group)
+        header = read_header(audio, limits)
+        seconds = header.seconds
+        # Float audio may have any scale.
+        if seconds is None or header.codec.endswith(("FLOAT", "DOUBLE")):
+            seconds = decode(audio, limits).seconds
+        self.seconds.append(seconds)
+        self.counts["sample_rates_hz"][header.sample_rate_hz] += 1
+        self.counts["channels"][header.channels] += 1
+        self.counts["codecs"][header.codec] += 1
+        for name in FIELDS:
+            self.counts[name][getattr(annotation, name)] += 1
+        label, text = annotation.label, annotation.text or annotation.answer
+        if label is not None:
+            self.clips_with_label += 1
+            self.counts["labels"].update(label if isinstance(label, list) else [label])
+        if text:
+            self.words.append(len(text.split()))
+            self.characters.append(len(text))
+        elif label is None:
+            self.counts["fields_without_text"].update(list(annotation.extra))
+        if len(self.examples) < EXAMPLES:
+            key = group["__key__"]
+            self.examples.append({"key": key, "seconds": seconds, "text": text, "label": label})
+
+    def _skip(self, location: str, reason: SkipReason, detail: str) -> None:
+        self.skipped[reason] += 1
+        if len(self.problems) < EXAMPLES:
+            self.problems.append({"location": location, "reason": str(reason), "detail": detail})
 
 
 def inspect_shards(
@@ -125,27 +174,47 @@ def inspect_shards(
         UserError: there are no shards, or an index is damaged or lists missing tars. Damage inside
             a tar is counted instead.
     """
-    facts = ShardStatistics(str(root))
+    statistics = ShardStatistics(str(root))
     for name, index in open_indices(str(root)):
-        before = facts.clips
+        before = statistics.clips
         for number in range(len(index.shards)):
-            _read_shard(facts, index, number, limits)
-        facts.folders[name] = facts.clips - before
-        facts.builds[name] = {
-            key: value
-            for key, value in index.metadata.items()
-            if key in ("recipe", "refused", "build")
+            statistics.add_shard(index, number, limits)
+        statistics.folders[name] = statistics.clips - before
+        stored = ("recipe", "skipped", "build")
+        statistics.builds[name] = {
+            key: index.metadata[key] for key in stored if key in index.metadata
         }
-    unknown = {
-        tag: n for tag, n in facts.fields["language"].items() if tag and not whisper_codes(tag)
-    }
+    languages = statistics.counts["language"].items()
+    unknown = Counter({tag: n for tag, n in languages if tag and not whisper_codes(tag)})
     if unknown:
-        listed = ", ".join(f"{tag!r}: {n}" for tag, n in Counter(unknown).most_common(EXAMPLES))
-        facts.warnings.append(
-            f"{sum(unknown.values())} clips have a language that no Whisper has a token for "
-            f"({listed})."
+        listed = ", ".join(f"{tag!r}: {n}" for tag, n in unknown.most_common(EXAMPLES))
+        statistics.warnings.append(
+            f"{unknown.total()} clips have a language that no Whisper has a token for ({listed})."
         )
-    return facts
+    return statistics
+
+
+def open_indices(root: str) -> Iterator[tuple[str, ShardIndex]]:
+    """Yield the name and index of each folder of shards under `root`.
+
+    If `root` itself is a folder of shards, its name is "".
+
+    Raises:
+        UserError: there are no shards, or an index is damaged or lists missing tars.
+    """
+    filesystem, path = fsspec.url_to_fs(root)
+    is_own = (
+        filesystem.exists(f"{path}/{INDEX_NAME}")
+        or not filesystem.isdir(path)
+        or list_tars(filesystem, path)
+    )
+    folders = [] if is_own else sorted(filesystem.ls(path, detail=False))
+    indexed = [folder for folder in folders if filesystem.exists(f"{folder}/{INDEX_NAME}")]
+    if not indexed:
+        yield "", open_index(root)
+    for folder in indexed:
+        name = folder.rpartition("/")[2]
+        yield name, open_index(f"{root.rstrip('/')}/{name}")
 
 
 def distribution(values: Iterable[float]) -> dict[str, float]:
@@ -169,180 +238,74 @@ def histogram(seconds: Iterable[float]) -> dict[str, int]:
     return {name: int(count) for name, count in zip(names, counts, strict=True)}
 
 
-def open_indices(root: str) -> Iterator[tuple[str, ShardIndex]]:
-    """Yield the name and index of each folder of shards under `root`.
-
-    If `root` itself is a folder of shards, its name is "".
-
-    Raises:
-        UserError: there are no shards, or an index is damaged or lists missing tars.
-    """
-    filesystem, path = fsspec.url_to_fs(root)
-    is_own = (
-        filesystem.exists(f"{path}/{INDEX_NAME}")
-        or not filesystem.isdir(path)
-        or list_tars(filesystem, path)
-    )
-    folders = [] if is_own else sorted(filesystem.ls(path, detail=False))
-    below = [folder for folder in folders if filesystem.exists(f"{folder}/{INDEX_NAME}")]
-    if not below:
-        yield "", open_index(root)
-    for folder in below:
-        name = folder.rpartition("/")[2]
-        yield name, open_index(f"{root.rstrip('/')}/{name}")
-
-
-def _read_shard(facts: ShardStatistics, index: ShardIndex, number: int, limits: ClipLimits) -> None:
-    url, shard = index.url(number), index.shards[number]
-    samples = 0
-    with open_stream(url) as stream:
-        groups = MemberGroups(stream, limits)
-        last, repeated = None, 0
-        for _, group in groups:
-            samples += 1
-            repeated += group["__key__"] == last
-            last = group["__key__"]
-            try:
-                _add(facts, group, limits)
-            except SkipSample as refused:
-                _refuse(facts, f"{url}: {group['__key__']}", refused.reason, refused.detail)
-        facts.bytes += stream.seek(0, 2) if stream.seekable() else shard.bytes
-    facts.shards += 1
-    if groups.damage:
-        _refuse(facts, url, SkipReason.BAD_TAR, groups.damage)
-    if repeated:
-        facts.warnings.append(f"{url}: {repeated} samples have the key of the sample before them")
-    if samples != shard.samples:
-        facts.warnings.append(
-            f"{url} holds {samples} samples where its index counts {shard.samples}"
-        )
-
-
-def _add(facts: ShardStatistics, group: dict[str, Any], limits: ClipLimits) -> None:
-    _, audio, annotation = audio_and_annotation(group)
-    header = read_header(audio, limits)
-    seconds = header.seconds
-    if seconds is None or header.codec.endswith(("FLOAT", "DOUBLE")):  # floats may be on any scale
-        seconds = decode(audio, limits).seconds
-    facts.clips += 1
-    facts.seconds.append(seconds)
-    facts.rates_hz[header.sample_rate_hz] += 1
-    facts.channels[header.channels] += 1
-    facts.codecs[header.codec] += 1
-    _add_annotation(facts, annotation)
-    if len(facts.examples) < EXAMPLES:
-        text = annotation.text or annotation.answer
-        facts.examples.append(
-            {"key": group["__key__"], "seconds": seconds, "text": text, "label": annotation.label}
-        )
-
-
-def _add_annotation(facts: ShardStatistics, annotation: Annotation) -> None:
-    for name, counts in facts.fields.items():
-        counts[getattr(annotation, name)] += 1
-    labels = annotation.label if isinstance(annotation.label, list) else [annotation.label]
-    facts.labels.update(label for label in labels if label is not None)
-    facts.labelled += annotation.label is not None
-    text = annotation.text or annotation.answer
-    if not text and annotation.label is None:
-        facts.fields_without_text.update(list(annotation.extra))
-    if text:
-        facts.words.append(len(text.split()))
-        facts.characters.append(len(text))
-
-
-def _refuse(facts: ShardStatistics, place: str, reason: SkipReason, detail: str) -> None:
-    facts.refused[reason] += 1
-    if len(facts.faults) < EXAMPLES:
-        facts.faults.append({"place": place, "reason": str(reason), "detail": detail})
-
-
-def _ranked(counts: Counter) -> dict[str, int]:
-    return {str(value): count for value, count in counts.most_common()}
-
-
-BAR_CHARACTERS = 40
-MOST_VALUES = 8
-MOST_LABELS = 20
-
-
-def render(facts: ShardStatistics) -> RenderableType:
-    """Return tables for the terminal.
-
-    The order is: overview, durations, labels, unusable samples, warnings, examples.
-    """
-    parts: list[RenderableType] = [_overview(facts)]
-    if facts.clips:
-        parts += [_lengths(facts), _durations(facts)]
-    if facts.labels:
-        without = facts.clips - facts.labelled
-        title = f"{len(facts.labels)} labels" + (
-            f", {without} clips without one" if without else ""
-        )
-        parts.append(_counted(title, facts.labels, MOST_LABELS))
-    if facts.refused:
-        parts.append(_counted("Samples that cannot be used", facts.refused, len(facts.refused)))
+def render(statistics: ShardStatistics) -> RenderableType:
+    """Return tables for the terminal."""
+    parts: list[RenderableType] = [_overview(statistics)]
+    if statistics.clips:
+        parts += _lengths(statistics)
+    if labels := statistics.counts["labels"]:
+        title, unlabelled = f"{len(labels)} labels", statistics.clips - statistics.clips_with_label
+        title += f", {unlabelled} clips without one" if unlabelled else ""
+        parts.append(_count_table(title, labels, MOST_LABELS))
+    if skipped := statistics.skipped:
+        parts.append(_count_table("Samples that cannot be used", skipped, len(skipped)))
         parts += [
-            f"  {fault['place']}: {fault['reason']}: {fault['detail']}" for fault in facts.faults
+            f"  {problem['location']}: {problem['reason']}: {problem['detail']}"
+            for problem in statistics.problems
         ]
-    if facts.fields_without_text:
-        named = ", ".join(facts.fields_without_text)
+    if names := statistics.counts["fields_without_text"]:
         parts.append(
-            f"Clips without text have the fields {named}. data.train[].text names one to read."
+            f"Clips without text have the fields {', '.join(names)}. Name the one to read in "
+            "data.train[].text."
         )
-    parts += [f"Warning: {warning}" for warning in facts.warnings]
-    if facts.examples:
-        parts.append(_examples(facts))
+    parts += [f"Warning: {warning}" for warning in statistics.warnings]
+    if statistics.examples:
+        table = Table("key", "seconds", "text", "label", title="Examples")
+        for example in statistics.examples:
+            label = example["label"] or ""
+            label = ", ".join(label) if isinstance(label, list) else label
+            table.add_row(example["key"], f"{example['seconds']:.2f}", example["text"], label)
+        parts.append(table)
     return Group(*parts)
 
 
-def _overview(facts: ShardStatistics) -> Table:
-    table = Table(title=facts.root, show_header=False)
-    size = f"{facts.bytes / 1e9:.2f} GB" if facts.bytes >= 1e9 else f"{facts.bytes / 1e6:.1f} MB"
-    table.add_row("clips", f"{facts.clips} in {facts.shards} shards, {size}")
-    if any(facts.folders):
-        table.add_row("folders", _inline(facts.folders))
-    table.add_row("audio", f"{facts.hours:.2f} h")
-    table.add_row(
-        "rates", _inline({f"{rate} Hz": count for rate, count in facts.rates_hz.most_common()})
-    )
-    table.add_row("channels", _inline(dict(facts.channels.most_common())))
-    table.add_row("codecs", _inline(dict(facts.codecs.most_common())))
-    for name, counts in facts.fields.items():
+def _overview(statistics: ShardStatistics) -> Table:
+    table = Table(title=statistics.root, show_header=False)
+    megabytes = statistics.bytes / 1e6
+    size = f"{megabytes / 1e3:.2f} GB" if megabytes >= 1e3 else f"{megabytes:.1f} MB"
+    table.add_row("clips", f"{statistics.clips} in {statistics.shards} shards, {size}")
+    if any(statistics.folders):
+        table.add_row("folders", _inline(statistics.folders))
+    table.add_row("audio", f"{statistics.hours:.2f} h")
+    for name in ("sample_rates_hz", "channels", "codecs", *FIELDS):
+        counts = _ranked(statistics.counts[name])
         if set(counts) - {""}:
-            table.add_row(
-                name, _inline({value or "(none)": count for value, count in counts.most_common()})
-            )
-    table.add_row("text", f"{len(facts.words)} clips")
-    refused = Counter()
-    for build in facts.builds.values():
-        refused.update(build.get("refused") or {})
-    if refused:
-        table.add_row("refused by the build", _inline(dict(refused)))
+            unit, counts = " Hz" if name == "sample_rates_hz" else "", counts.items()
+            named = {f"{value}{unit}" or "(none)": count for value, count in counts}
+            table.add_row(name.removesuffix("_hz").replace("_", " "), _inline(named))
+    table.add_row("text", f"{len(statistics.words)} clips")
+    skipped = Counter()
+    for build in statistics.builds.values():
+        skipped.update(build.get("skipped") or {})
+    if skipped:
+        table.add_row("skipped by the build", _inline(skipped))
     return table
 
 
-def _lengths(facts: ShardStatistics) -> Table:
-    table = Table("", "min", "median", "mean", "95 %", "max")
-    for name, values in (
-        ("seconds", facts.seconds),
-        ("words", facts.words),
-        ("characters", facts.characters),
-    ):
-        if len(values):
-            table.add_row(name, *(f"{value:.4g}" for value in distribution(values).values()))
-    return table
-
-
-def _durations(facts: ShardStatistics) -> Table:
-    table = Table("duration", "clips", "", box=None)
-    counts = histogram(facts.seconds)
+def _lengths(statistics: ShardStatistics) -> list[Table]:
+    lengths = Table("", "min", "median", "mean", "95 %", "max")
+    for name in ("seconds", "words", "characters"):
+        if values := distribution(getattr(statistics, name)):
+            lengths.add_row(name, *(f"{value:.4g}" for value in values.values()))
+    durations = Table("duration", "clips", "", box=None)
+    counts = histogram(statistics.seconds)
     for name, count in counts.items():
-        table.add_row(name, str(count), "█" * round(BAR_CHARACTERS * count / max(counts.values())))
-    return table
+        bar = "█" * round(BAR_CHARACTERS * count / max(counts.values()))
+        durations.add_row(name, str(count), bar)
+    return [lengths, durations]
 
 
-def _counted(title: str, counts: Counter[str], most: int) -> Table:
+def _count_table(title: str, counts: Counter[str], most: int) -> Table:
     table = Table("", "clips", title=title)
     for value, count in counts.most_common(most):
         table.add_row(value, str(count))
@@ -351,22 +314,11 @@ def _counted(title: str, counts: Counter[str], most: int) -> Table:
     return table
 
 
-def _examples(facts: ShardStatistics) -> Table:
-    table = Table("key", "seconds", "text", "label", title="For instance")
-    for example in facts.examples:
-        label = example["label"]
-        written = ", ".join(label) if isinstance(label, list) else label or ""
-        table.add_row(
-            example["key"],
-            f"{example['seconds']:.2f}",
-            example["text"],
-            written,
-        )
-    return table
+def _ranked(counts: Counter) -> dict[str, int]:
+    return {str(value): count for value, count in counts.most_common()}
 
 
-def _inline(counts: Mapping) -> str:
-    shown = [f"{value!s} ({count})" for value, count in list(counts.items())[:MOST_VALUES]]
-    return ", ".join(shown) + (
-        f", … {len(counts) - MOST_VALUES} more" if len(counts) > MOST_VALUES else ""
-    )
+def _inline(counts: Mapping[str, int]) -> str:
+    shown = [f"{value} ({count})" for value, count in list(counts.items())[:MOST_VALUES]]
+    more = [f"… {len(counts) - MOST_VALUES} more"] if len(counts) > MOST_VALUES else []
+    return ", ".join([*shown, *more])

@@ -26,14 +26,8 @@ from whisper_aut.data.annotation import (
 from whisper_aut.errors import SkipReason, SkipSample, UserError, nearest
 
 AUDIO_COLUMNS = (
-    "audio",
-    "path",
-    "file",
-    "filename",
-    "audio_path",
-    "wav",
-    "audio_filepath",
-    "file_name",
+    *("audio", "path", "file", "filename"),
+    *("audio_path", "wav", "audio_filepath", "file_name"),
 )
 OFFSET_COLUMN, DURATION_COLUMN = "offset", "duration"  # the names in NeMo manifests
 ANNOTATION_COLUMNS = tuple(
@@ -96,39 +90,22 @@ class Segment:
 
 @dataclass(frozen=True)
 class Entry:
-    """A manifest row that describes one clip.
+    """A manifest row that describes one clip."""
 
-    Attributes:
-        line: line of the manifest at which the row ends.
-        path: the audio file.
-        key: unique key of the sample in its shard.
-        split: name of the folder that the clip goes to; "" without `split_by`.
-        annotation: text, label and metadata.
-        segment: the part of the file to use; None for all of it.
-    """
-
-    line: int
+    line: int  # of the manifest, at which the row ends
     path: Path
-    key: str
-    split: str
+    key: str  # unique in the manifest
+    split: str  # folder that the clip goes to; "" without `split_by`
     annotation: Annotation
-    segment: Segment | None = None
+    segment: Segment | None = None  # the part of the file to use; None for all of it
 
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """A rejected manifest row.
+    """A manifest row that cannot be used."""
 
-    Attributes:
-        line: line of the manifest at which the row ends.
-        path: the audio file, as written or as resolved; empty if it could not be read.
-        reason: why the row was rejected.
-        detail: more about the reason.
-        split: the row's split, if it could be read.
-    """
-
-    line: int
-    path: str
+    line: int  # of the manifest, at which the row ends
+    path: str  # as written or as resolved; empty if it could not be read
     reason: SkipReason
     detail: str = ""
     split: str = ""
@@ -144,7 +121,7 @@ class Manifest:
         root: folder that relative audio paths start from.
         columns: names of all columns.
         audio: name of the column with the audio path.
-        passed_over: number of rows that `where` dropped in the last reading.
+        filtered_rows: number of rows that `where` dropped in the last pass.
 
     Raises:
         UserError: the file is missing, is not a table or has no rows, or the spec names a column
@@ -159,27 +136,28 @@ class Manifest:
                 f"Domain {spec.domain!r} is not one of "
                 f"{', '.join(DOMAINS)}.{nearest(spec.domain, DOMAINS)}"
             )
-        self.spec, self.passed_over = spec, 0
+        self.spec, self.filtered_rows = spec, 0
         self._splits: dict[str, str] = {}
         self.root = Path(spec.audio_root or self.path.parent).absolute()
         self.columns = read_columns(self.path)
-        audio = self._column("audio", spec.audio, AUDIO_COLUMNS)
-        if audio is None:
-            raise self._no_column("audio", AUDIO_COLUMNS)
-        self.audio = audio
+        self.audio = self._column("audio", spec.audio, AUDIO_COLUMNS) or ""
+        if not self.audio:
+            raise self._missing_column("audio", AUDIO_COLUMNS)
         self._offset = self._column("offset", spec.offset, (OFFSET_COLUMN,))
         self._duration = self._column(
             "duration", spec.duration, (DURATION_COLUMN,) if self._offset else ()
         )
-        self._text = self._reader("text", spec.text) if spec.text else find_text
-        self._label = self._reader("label", spec.label) if spec.label else _label_of
+        self._text = self._text_reader("text", spec.text) if spec.text else find_text
+        self._label = (
+            self._text_reader("label", spec.label) if spec.label else (lambda row: row.get("label"))
+        )
         if not (spec.text or spec.label or {*TEXT_FIELDS, "label", "answer"} & {*self.columns}):
-            raise self._no_column("text", (*TEXT_FIELDS, "label"))
+            raise self._missing_column("text", (*TEXT_FIELDS, "label"))
         for column in (*spec.where, *filter(None, [spec.split_by])):
-            self._known("where" if column in spec.where else "split-by", column)
+            self._check_column("where" if column in spec.where else "split-by", column)
 
     def digest(self) -> str:
-        """Return the SHA-256 of the manifest's bytes."""
+        """Return the SHA-256 of the file."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -190,7 +168,7 @@ class Manifest:
             UserError: two split names map to the same folder, or there are more than `MAX_SPLITS`.
         """
         keys: dict[str, int] = {}
-        self.passed_over = 0
+        self.filtered_rows = 0
         for line, row in read_rows(self.path):
             if isinstance(row, str):
                 yield SkippedRow(line, "", SkipReason.BAD_ROW, row)
@@ -199,7 +177,7 @@ class Manifest:
             ):
                 yield self._entry(line, row, keys)
             else:
-                self.passed_over += 1
+                self.filtered_rows += 1
 
     def values(self, column: str, at_most: int = 10) -> list[str]:
         """Return the first distinct values of a column, for error messages."""
@@ -210,37 +188,34 @@ class Manifest:
         return list(seen)
 
     def _entry(self, line: int, row: Row, keys: dict[str, int]) -> Entry | SkippedRow:
-        written, split = "", ""
+        path, split = "", ""
         try:
             split = self._split(row)
-            written = _text_of(row.get(self.audio), self.audio)
-            if not written or "\0" in written:
-                raise SkipSample(SkipReason.BAD_ROW, f"no path in column {self.audio!r}")
-            segment = self._segment(row)
-            annotation = self._annotation(row, Path(written))
-        except SkipSample as refused:
-            return SkippedRow(line, written, refused.reason, refused.detail, split)
-        return Entry(
-            line,
-            self.root / written,
-            _unique(_safe(annotation.id) or "clip", keys),
-            split,
-            annotation,
-            segment,
-        )
+            path = self._path(row)
+            start, seconds = _seconds(row, self._offset), _seconds(row, self._duration)
+            annotation = self._annotation(row, Path(path))
+        except SkipSample as skip:
+            return SkippedRow(line, path, skip.reason, skip.detail, split)
+        key = _unique(_safe_name(annotation.id) or "clip", keys)
+        is_whole = start is None and seconds is None
+        segment = None if is_whole else Segment(start or 0.0, seconds)
+        return Entry(line, self.root / path, key, split, annotation, segment)
 
-    def _segment(self, row: Row) -> Segment | None:
-        start, seconds = (
-            None if column is None else _seconds_of(row.get(column), column)
-            for column in (self._offset, self._duration)
-        )
-        return None if start is None and seconds is None else Segment(start or 0.0, seconds)
+    def _path(self, row: Row) -> str:
+        value = row.get(self.audio)
+        if value is not None and not isinstance(value, (str, int, float)):
+            detail = f"column {self.audio!r} must be text, not {type(value).__name__}"
+            raise SkipSample(SkipReason.BAD_ROW, detail)
+        path = "" if value is None else plain(value).strip()
+        if not path or "\0" in path:
+            raise SkipSample(SkipReason.BAD_ROW, f"no path in column {self.audio!r}")
+        return path
 
     def _split(self, row: Row) -> str:
         if not self.spec.split_by:
             return ""
         value = plain(row.get(self.spec.split_by)).strip()
-        split = _safe(value)
+        split = _safe_name(value)
         if not split:
             raise SkipSample(
                 SkipReason.BAD_ROW, f"no name for a split in column {self.spec.split_by!r}"
@@ -282,12 +257,12 @@ class Manifest:
 
     def _column(self, option: str, given: str, usual: Sequence[str]) -> str | None:
         if given:
-            return self._known(option, given)
+            return self._check_column(option, given)
         return next((column for column in usual if column in self.columns), None)
 
-    def _reader(self, option: str, value: str) -> Reader:
+    def _text_reader(self, option: str, value: str) -> Reader:
         if "{" not in value:
-            column = self._known(option, value)
+            column = self._check_column(option, value)
             return lambda row: row.get(column)
         template = Template(value)
         if template.fault:
@@ -295,46 +270,31 @@ class Manifest:
                 f"--{option} {value!r}: {template.fault}. Write {{column}} or {{column:words}}."
             )
         for column in template.columns:
-            self._known(option, column)
+            self._check_column(option, column)
         return template.fill
 
-    def _known(self, option: str, column: str) -> str:
+    def _check_column(self, option: str, column: str) -> str:
         if column not in self.columns:
             hint = nearest(column, self.columns)
             raise UserError(
                 f"{self.path} has no column {column!r}, which --{option} names.{hint} "
-                f"{self._listed()}"
+                f"Its columns: {', '.join(self.columns)}."
             )
         return column
 
-    def _listed(self) -> str:
-        return f"Its columns: {', '.join(self.columns)}."
-
-    def _no_column(self, option: str, usual: Sequence[str]) -> UserError:
-        looked = f"looked for {', '.join(usual)}"
+    def _missing_column(self, option: str, usual: Sequence[str]) -> UserError:
         return UserError(
-            f"{self.path} has no {option} column ({looked}). {self._listed()} Name one with "
-            f"--{option} COLUMN."
+            f"{self.path} has no {option} column (looked for {', '.join(usual)}). Its columns: "
+            f"{', '.join(self.columns)}. Name one with --{option} COLUMN."
         )
 
 
-def _text_of(value: Any, column: str) -> str:
-    if value is None or isinstance(value, (str, int, float)):
-        return plain(value).strip()
-    raise SkipSample(
-        SkipReason.BAD_ROW, f"column {column!r} must be text, not {type(value).__name__}"
-    )
-
-
-def _label_of(row: Row) -> Any:
-    return row.get("label")
-
-
-def _seconds_of(value: Any, column: str) -> float | None:
+def _seconds(row: Row, column: str | None) -> float | None:
+    value = row.get(column) if column else None
     if not has_value(value):
         return None
     try:
-        seconds = float(value)
+        seconds = float(value)  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError):
         seconds = math.nan
     if not 0 <= seconds < math.inf:
@@ -344,7 +304,7 @@ def _seconds_of(value: Any, column: str) -> float | None:
     return seconds
 
 
-def _safe(name: str) -> str:
+def _safe_name(name: str) -> str:
     """Make a name safe as a tar key and as a folder.
 
     It has no dot, because WebDataset treats everything after the first dot as the extension.

@@ -106,14 +106,14 @@ def test_copies_are_found_with_the_reason_and_nothing_else(
         "named": "1-100032-A-0",
     }
     assert audit["counts"]["train_clips"] == 14
-    assert audit["train"][0]["refused"] == {str(SkipReason.UNDECODABLE): 1}
+    assert audit["train"][0]["skipped"] == {str(SkipReason.UNDECODABLE): 1}
     index = open_index(train)
     assert {key for _, key in Exclusions.load("found/exclude.jsonl").for_index(index)} == set(found)
     assert unaudited(audit, "train", [str(train)]) == unaudited(audit, "probes", [str(probe)]) == []
     assert unaudited(audit, "probes", [str(train)]) == [str(train)]
 
 
-def test_an_audit_that_was_stopped_goes_on(
+def test_a_stopped_audit_resumes(
     corpora: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     train, probe = corpora

@@ -46,7 +46,7 @@ def test_a_changed_part_is_found_where_it_was_cut(
     (found,) = index.search(fingerprint(part, rate))
     assert found.clip == number
     assert found.bit_error < 0.2
-    assert found.indexed_starts_at - found.starts_at == pytest.approx(start, abs=0.06)
+    assert found.indexed_start_seconds - found.start_seconds == pytest.approx(start, abs=0.06)
 
 
 def test_a_part_inside_something_else_is_found(clips: list[np.ndarray], index: FingerprintIndex):
@@ -59,7 +59,7 @@ def test_a_part_inside_something_else_is_found(clips: list[np.ndarray], index: F
     )
     (found,) = index.search(fingerprint(mixed, TEXTURE_HZ))
     assert found.clip == 3
-    assert found.starts_at - found.indexed_starts_at == pytest.approx(3.0, abs=0.05)
+    assert found.start_seconds - found.indexed_start_seconds == pytest.approx(3.0, abs=0.05)
 
 
 def test_unrelated_sounds_differ_in_half_of_their_bits(
@@ -101,7 +101,7 @@ def test_padding_with_silence_changes_nothing(clips: list[np.ndarray], index: Fi
     ).astype(np.float32)
     found = index.search(fingerprint(padded, TEXTURE_HZ))
     assert [stretch.clip for stretch in found] == [5]
-    assert found[0].starts_at - found[0].indexed_starts_at == pytest.approx(
+    assert found[0].start_seconds - found[0].indexed_start_seconds == pytest.approx(
         1.0, abs=2 * FRAME_SECONDS
     )
 

@@ -44,9 +44,9 @@ def tar(folder: Path, members: dict[str, bytes], name: str = "foreign.tar") -> P
     return folder / name
 
 
-def shown(facts: ShardStatistics) -> str:
+def shown(statistics: ShardStatistics) -> str:
     console = Console(width=120, file=io.StringIO(), record=True, markup=False)
-    console.print(render(facts))
+    console.print(render(statistics))
     return console.export_text()
 
 
@@ -54,7 +54,7 @@ def annotation(**fields: Any) -> bytes:
     return json.dumps({"text": "a dog barks", **fields}).encode()
 
 
-def test_facts_of_a_folder_of_ours(tmp_path: Path):
+def test_statistics_of_a_folder_that_we_wrote(tmp_path: Path):
     with ShardWriter(tmp_path) as shard:
         shard.write(
             "a",
@@ -71,40 +71,51 @@ def test_facts_of_a_folder_of_ours(tmp_path: Path):
         shard.write(
             "c", "ogg", audio(3, kind="OGG"), Annotation(domain="sound", label=["dog", "bark"])
         )
-        shard.metadata = {"recipe": "r", "refused": {"silent audio": 2}}
-    facts = inspect_shards(tmp_path)
-    told = json.loads(json.dumps(facts.as_dict()))
-    assert (told["clips"], told["shards"], told["hours"]) == (3, 1, pytest.approx(7 / 3600))
-    assert told["bytes"] == (tmp_path / "shard-000000.tar").stat().st_size
-    assert told["sample_rates_hz"] == {"16000": 2, "48000": 1}
-    assert (told["channels"], told["codecs"]["OGG/VORBIS"]) == ({"1": 2, "2": 1}, 1)
-    assert (told["domain"], told["language"]) == ({"sound": 2, "speech": 1}, {"": 2, "de": 1})
-    assert told["labels"] == {"dog": 2, "bark": 1}
-    assert (told["clips_with_text"], told["words"]["max"], told["characters"]["median"]) == (
+        shard.metadata = {"recipe": "r", "skipped": {"silent audio": 2}}
+    statistics = inspect_shards(tmp_path)
+    shown_as = json.loads(json.dumps(statistics.as_dict()))
+    assert (shown_as["clips"], shown_as["shards"], shown_as["hours"]) == (
+        3,
+        1,
+        pytest.approx(7 / 3600),
+    )
+    assert shown_as["bytes"] == (tmp_path / "shard-000000.tar").stat().st_size
+    assert shown_as["sample_rates_hz"] == {"16000": 2, "48000": 1}
+    assert (shown_as["channels"], shown_as["codecs"]["OGG/VORBIS"]) == ({"1": 2, "2": 1}, 1)
+    assert (shown_as["domain"], shown_as["language"]) == (
+        {"sound": 2, "speech": 1},
+        {"": 2, "de": 1},
+    )
+    assert shown_as["labels"] == {"dog": 2, "bark": 1}
+    assert (
+        shown_as["clips_with_text"],
+        shown_as["words"]["max"],
+        shown_as["characters"]["median"],
+    ) == (
         2,
         2,
         5.5,
     )
-    assert told["builds"] == {"": {"recipe": "r", "refused": {"silent audio": 2}}}
-    assert told["examples"][1]["text"] == "eins"
-    assert (told["refused"], told["warnings"]) == ({}, [])
+    assert shown_as["builds"] == {"": {"recipe": "r", "skipped": {"silent audio": 2}}}
+    assert shown_as["examples"][1]["text"] == "eins"
+    assert (shown_as["skipped"], shown_as["warnings"]) == ({}, [])
     assert all(
-        word in shown(facts)
+        word in shown(statistics)
         for word in ("48000 Hz (1)", "OGG/VORBIS (1)", "dog", "eins", "silent audio (2)")
     )
 
 
-def test_folders_of_a_split_are_told_together(tmp_path: Path):
+def test_folders_of_a_split_are_counted_together(tmp_path: Path):
     for fold, clips in (("1", 2), ("2", 3)):
         with ShardWriter(tmp_path / fold) as shard:
             for number in range(clips):
                 shard.write(f"{number}", "flac", audio(), Annotation("t"))
-    facts = inspect_shards(tmp_path)
-    assert (facts.clips, facts.folders) == (5, {"1": 2, "2": 3})
-    assert "1 (2), 2 (3)" in shown(facts)
+    statistics = inspect_shards(tmp_path)
+    assert (statistics.clips, statistics.folders) == (5, {"1": 2, "2": 3})
+    assert "1 (2), 2 (3)" in shown(statistics)
 
 
-def test_every_kind_of_refusal_is_counted(tmp_path: Path):
+def test_every_skip_reason_is_counted(tmp_path: Path):
     tar(
         tmp_path,
         {
@@ -129,9 +140,9 @@ def test_every_kind_of_refusal_is_counted(tmp_path: Path):
             "no_suffix": b"",
         },
     )
-    facts = inspect_shards(tmp_path, ClipLimits(max_bytes=3_000_000))
-    assert facts.clips == 2
-    assert facts.refused == {
+    statistics = inspect_shards(tmp_path, ClipLimits(max_bytes=3_000_000))
+    assert statistics.clips == 2
+    assert statistics.skipped == {
         "bad or missing JSON": 3,
         "no audio member": 1,
         "undecodable audio": 1,
@@ -139,10 +150,12 @@ def test_every_kind_of_refusal_is_counted(tmp_path: Path):
         "audio too long": 1,
         "member too large": 1,
     }
-    assert "nojson: bad or missing JSON: no .json or .txt member" in shown(facts).replace("\n", "")
+    assert "nojson: bad or missing JSON: no .json or .txt member" in shown(statistics).replace(
+        "\n", ""
+    )
 
 
-def test_a_header_that_lies_about_its_length_is_refused_and_one_that_is_silent_about_it_is_decoded(
+def test_a_wrong_length_in_a_header_is_rejected_and_a_missing_one_is_decoded(
     tmp_path: Path,
 ):
     def with_samples(claimed: int) -> bytes:  # RFC 9639, section 8.2
@@ -155,8 +168,8 @@ def test_a_header_that_lies_about_its_length_is_refused_and_one_that_is_silent_a
 
     lies = {"lie.flac": with_samples(2**36 - 1), "lie.json": annotation()}
     tar(tmp_path, {**lies, "pipe.flac": with_samples(0), "pipe.json": annotation()})
-    facts = inspect_shards(tmp_path)
-    assert (list(facts.seconds), facts.refused) == ([1.0], {"audio too long": 1})
+    statistics = inspect_shards(tmp_path)
+    assert (list(statistics.seconds), statistics.skipped) == ([1.0], {"audio too long": 1})
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
@@ -166,20 +179,20 @@ def test_a_truncated_tar_counts_what_is_whole(tmp_path: Path, keep: float):
             shard.write(f"{number}", "flac", audio(), Annotation("t"))
     path = tmp_path / "shard-000000.tar"
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-    facts = inspect_shards(tmp_path)
-    assert facts.refused["bad tar"] == 1
-    assert 0 < facts.clips < 10
-    assert "where its index counts 10" in facts.warnings[0]
-    assert "Warning: " in shown(facts)
+    statistics = inspect_shards(tmp_path)
+    assert statistics.skipped["bad tar"] == 1
+    assert 0 < statistics.clips < 10
+    assert "but its index says 10" in statistics.warnings[0]
+    assert "Warning: " in shown(statistics)
 
 
 @pytest.mark.parametrize("data", [b"", b"not a tar at all", b"\x00" * 10_240, b"\xff" * 4096])
-def test_what_is_no_tar_is_a_fact_not_a_crash(tmp_path: Path, data: bytes):
+def test_a_file_that_is_not_a_tar_is_counted(tmp_path: Path, data: bytes):
     (tmp_path / "a.tar").write_bytes(data)
-    facts = inspect_shards(tmp_path)
-    assert facts.clips == 0
-    assert shown(facts)
-    assert json.dumps(facts.as_dict())
+    statistics = inspect_shards(tmp_path)
+    assert statistics.clips == 0
+    assert shown(statistics)
+    assert json.dumps(statistics.as_dict())
 
 
 def test_hostile_bytes_are_counted_whatever_they_are(tmp_path: Path):
@@ -201,8 +214,8 @@ def test_hostile_bytes_are_counted_whatever_they_are(tmp_path: Path):
         )
         data[where] = random.integers(0, 256, 8)
         whole.write_bytes(data.tobytes())
-        facts = inspect_shards(tmp_path)
-        assert facts.clips + facts.refused.total() >= 1
+        statistics = inspect_shards(tmp_path)
+        assert statistics.clips + statistics.skipped.total() >= 1
 
 
 def test_markup_in_names_and_texts_is_not_obeyed(tmp_path: Path):
@@ -213,8 +226,8 @@ def test_markup_in_names_and_texts_is_not_obeyed(tmp_path: Path):
             "[red]x[.json": annotation(text="[/bold] [link=x]", label="[/]", source="[/x]"),
         },
     )
-    told = shown(inspect_shards(tmp_path))
-    assert all(word in told for word in ("[red]x[", "[/bold] [link=x]", "[/]", "[/x]"))
+    shown_as = shown(inspect_shards(tmp_path))
+    assert all(word in shown_as for word in ("[red]x[", "[/bold] [link=x]", "[/]", "[/x]"))
 
 
 def test_brackets_in_a_folder_are_no_pattern_and_no_markup(
@@ -246,8 +259,8 @@ def test_floats_on_the_scale_of_integers_are_counted(tmp_path: Path):
     samples = np.random.default_rng(0).integers(-9000, 9000, 16_000).astype(np.float32)
     soundfile.write(file, samples, 16_000, format="WAV", subtype="FLOAT")
     tar(tmp_path, {"a.wav": file.getvalue(), "a.json": annotation()})
-    facts = inspect_shards(tmp_path)
-    assert (facts.clips, facts.refused) == (0, {"audio out of scale": 1})
+    statistics = inspect_shards(tmp_path)
+    assert (statistics.clips, statistics.skipped) == (0, {"audio out of scale": 1})
 
 
 def test_clips_without_a_label_are_counted(tmp_path: Path):
@@ -256,17 +269,17 @@ def test_clips_without_a_label_are_counted(tmp_path: Path):
     for number, label in enumerate(labels):
         members |= {f"{number}.flac": audio(), f"{number}.json": b'{"label": %s}' % label.encode()}
     tar(tmp_path, members)
-    facts = inspect_shards(tmp_path)
-    assert (facts.labels, facts.labelled) == ({"dog": 1, "cat": 1}, 2)
-    assert "2 labels, 3 clips without one" in " ".join(shown(facts).split())
+    statistics = inspect_shards(tmp_path)
+    assert (statistics.counts["labels"], statistics.clips_with_label) == ({"dog": 1, "cat": 1}, 2)
+    assert "2 labels, 3 clips without one" in " ".join(shown(statistics).split())
 
 
-def test_the_fields_of_clips_without_text_are_told(tmp_path: Path):
+def test_the_fields_of_clips_without_text_are_named(tmp_path: Path):
     tar(tmp_path, {"a.flac": audio(), "a.json": b'{"description": "rain", "artist": "x"}'})
-    facts = inspect_shards(tmp_path)
-    assert facts.fields_without_text == {"description": 1, "artist": 1}
-    said = " ".join(shown(facts).split())
-    assert "have the fields description, artist. data.train[].text names one to read" in said
+    statistics = inspect_shards(tmp_path)
+    assert statistics.counts["fields_without_text"] == {"description": 1, "artist": 1}
+    text = " ".join(shown(statistics).split())
+    assert "have the fields description, artist. Name the one to read in data.train[].text" in text
 
 
 def test_a_key_that_is_repeated_is_counted_and_warned_about(tmp_path: Path):
@@ -275,9 +288,9 @@ def test_a_key_that_is_repeated_is_counted_and_warned_about(tmp_path: Path):
             member = tarfile.TarInfo(name)
             member.size = len(body)
             file.addfile(member, io.BytesIO(body))
-    facts = inspect_shards(tmp_path)
-    assert facts.clips == 2
-    assert "1 samples have the key of the sample before them" in facts.warnings[0]
+    statistics = inspect_shards(tmp_path)
+    assert statistics.clips == 2
+    assert "1 samples have the key of the previous sample" in statistics.warnings[0]
 
 
 def test_an_index_that_names_a_missing_shard_is_the_users_matter(tmp_path: Path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from whisper_aut.corpora.audit import Journal, ShardFindings
+from whisper_aut.corpora.audit import Journal, ShardResult
 from whisper_aut.corpora.recipes.captions import musicbench
 from whisper_aut.data.annotation import Annotation, read_lines
 from whisper_aut.data.filters import Exclusions
@@ -41,11 +41,11 @@ def test_captions_with_line_separators_build(tmp_path: Path):
     assert [row["text"] for row in musicbench(tmp_path)] == [BREAKS, BREAKS]
 
 
-def test_an_audit_goes_on_after_a_tar_of_any_name(tmp_path: Path):
+def test_an_audit_resumes_after_a_tar_of_any_name(tmp_path: Path):
     tar = (f"folder {BREAKS}", "a.tar")
     journal = Journal(tmp_path / "journal.jsonl", "key")
     journal.read()
-    journal.write(tar, ShardFindings(3, 1.5))
+    journal.add(tar, ShardResult(3, 1.5))
     text = journal.path.read_text(encoding="utf-8").replace(
         json.dumps(BREAKS)[1:-1], BREAKS
     )  # as a peer would write it

@@ -201,7 +201,7 @@ def test_where_keeps_rows_by_value(tmp_path: Path):
         "a.wav",
         "c.wav",
     ]
-    assert manifest.passed_over == 1
+    assert manifest.filtered_rows == 1
 
 
 def test_splits_get_a_folder_name_and_never_share_one(tmp_path: Path):

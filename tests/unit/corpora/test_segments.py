@@ -54,7 +54,7 @@ def test_a_nemo_manifest_is_cut_to_the_sample(tmp_path: Path, recording: np.ndar
     ]
     report = build(tmp_path, rows, limits=ClipLimits(max_bytes=200_000))
     assert (tmp_path / "talk.flac").stat().st_size > 200_000, "only the part is bounded"
-    assert (report.clips, report.refused, report.seconds) == (4, {}, pytest.approx(4.7))
+    assert (report.clips, report.skipped, report.seconds) == (4, {}, pytest.approx(4.7))
     found = members(tmp_path)
     for key, start, seconds in (
         ("talk", 1.5, 0.7),
@@ -126,7 +126,7 @@ def test_no_segment_is_cut_from_two_files_joined_into_one(tmp_path: Path):
     (tmp_path / "two.ogg").write_bytes(b"".join(parts))
     (tmp_path / "one.ogg").write_bytes(parts[0])
     report = build(tmp_path, [{"path": f"{name}.ogg", "offset": 0.5} for name in ("one", "two")])
-    assert (report.clips, report.refused) == (1, {"several files in one": 1})
+    assert (report.clips, report.skipped) == (1, {"several files in one": 1})
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_what_is_not_in_the_file_is_refused(
         "duration": 0.55,
     }  # a rounded end behind the file's is no fault
     report = build(tmp_path, [good, {"path": "talk.flac", **row}])
-    assert (report.clips, report.refused) == (1, {reason: 1})
-    (line,) = (tmp_path / "out" / "refused.jsonl").read_text().splitlines()
+    assert (report.clips, report.skipped) == (1, {reason: 1})
+    (line,) = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
     assert detail in json.loads(line)["detail"]
 
 

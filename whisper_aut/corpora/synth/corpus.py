@@ -20,7 +20,7 @@ from whisper_aut.data.annotation import DOMAINS, Annotation
 from whisper_aut.data.shards import INDEX_NAME, open_index
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
-from whisper_aut.utils import parallel_map, progress_bar
+from whisper_aut.utils import available_cores, parallel_map, progress_bar, read_json
 
 RECIPE_VERSION = 2  # increase it when a clip changes, so that existing corpora are built again
 BUILDER = "whisper-aut data demo"
@@ -129,7 +129,7 @@ def build_demo(
     shutil.rmtree(staging, ignore_errors=True)
     orders = [order for part in parts for order in options.orders(*part)]
     # Spawned workers, because this process may have the threads of torch.
-    clips = parallel_map(render_clip, orders, workers or os.cpu_count() or 1, spawn=True)
+    clips = parallel_map(render_clip, orders, workers or available_cores(), spawn=True)
     metadata = {"builder": BUILDER, "recipe": recipe, "options": asdict(options)}
     try:
         with progress_bar(progress) as bar:
@@ -159,11 +159,7 @@ def _read_recipe(folder: Path) -> str | None:
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    try:
-        index = json.loads((folder / INDEX_NAME).read_text())
-    except (OSError, ValueError):
-        index = {}
-    if not isinstance(index, dict) or index.get("builder") != BUILDER:
+    if read_json(folder / INDEX_NAME, default={}).get("builder") != BUILDER:
         raise UserError(
             f"{folder} has files that are not part of the demo corpus. Choose another folder: "
             f"{BUILDER} --out DIR"
