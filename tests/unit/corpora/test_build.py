@@ -248,13 +248,13 @@ def test_an_interrupted_build_leaves_nothing_that_looks_complete(tmp_path: Path)
         "import os, sys\n"
         "from pathlib import Path\n"
         "from whisper_aut.corpora import build\n"
-        "from whisper_aut.data import shards\n"
+        "from whisper_aut.data import writer\n"
         "from whisper_aut.corpora.manifest import ManifestSpec\n"
-        "write, seen = shards.ShardWriter.write, []\n"
+        "write, seen = writer.ShardWriter.write, []\n"
         "def die(self, key, *rest):\n"
         "    seen.append(key)\n"
         "    os._exit(9) if len(seen) == 20 else write(self, key, *rest)\n"
-        "shards.ShardWriter.write = die\n"
+        "writer.ShardWriter.write = die\n"
         "build.build_shards(ManifestSpec(Path(sys.argv[1])), sys.argv[2], workers=1, max_shard_bytes=20_000, progress=False)\n"
     )
     killed = subprocess.run([sys.executable, "-c", script, manifest, tmp_path / "out"], check=False)
