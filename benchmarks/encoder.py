@@ -19,7 +19,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.models.encoder import PackedEncoder
-from whisper_aut.training.callbacks.stopping import find_compiler
+from whisper_aut.training.doctor import find_compiler
 
 CASES_SECONDS = {
     "5 s": [5.0] * 8,

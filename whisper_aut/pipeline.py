@@ -59,14 +59,9 @@ from whisper_aut.probes.suite import (
 )
 from whisper_aut.probes.tasks import ProbeTask, expand_suites, load_task
 from whisper_aut.report.html import build_report
-from whisper_aut.training.callbacks.stopping import check_accelerator
-from whisper_aut.training.factory import (
-    build_forecast,
-    build_pretrained,
-    build_trained,
-    planned_config,
-)
-from whisper_aut.training.plan import forecast_tables
+from whisper_aut.training.doctor import check_accelerator
+from whisper_aut.training.factory import build_pretrained, build_trained
+from whisper_aut.training.plan import build_forecast, forecast_tables, planned_config
 from whisper_aut.training.run_dir import RunDirectory, is_first_rank, list_runs, wait_for_all_ranks
 from whisper_aut.training.train import TrainResult, train
 from whisper_aut.utils import file_lock

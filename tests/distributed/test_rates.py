@@ -57,8 +57,8 @@ def test_a_resumed_run_takes_the_rates_of_its_config(
     capsys.readouterr()
     lowered = rates("parts", 1e-5, resume=str(checkpoint))
     assert lowered == {step: low[step] for step in (3, 4, 5)}
-    assert capsys.readouterr().out.count("by this config it goes on at") == 1
+    assert capsys.readouterr().out.count("this config sets it to") == 1
     (checkpoint,) = (tmp_path / "parts").glob("smoke/2*/checkpoints/step-0000003.ckpt")
     again = rates("parts", 1e-3, resume=str(checkpoint))
     assert again == {step: high[step] for step in (3, 4, 5)}
-    assert "by this config it goes on at" not in capsys.readouterr().out
+    assert "this config sets it to" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not there, checked by their hashes, the last few and the best kept; damage is passed over."""
+"""Checkpoints on disk: complete or absent, checked by hash, the last few and the best kept."""
 
 import errno
 import json
@@ -20,12 +20,13 @@ from whisper_aut.errors import UserError
 from whisper_aut.export.hf import read_checkpoint
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
-from whisper_aut.training.callbacks.stopping import CleanStop, Guard, check_disk_space
+from whisper_aut.training.callbacks.stopping import CleanStop, Guard
 from whisper_aut.training.checkpoint import (
     MANIFEST,
     CheckpointWriter,
     FileMetadata,
     Manifest,
+    check_disk_space,
     checkpoint_name,
     checkpoints_in,
     find_damage,
@@ -49,15 +50,15 @@ def written(path: Path, step: int = 5, value: float = 1.0) -> Path:
         files |= draft.write_tensors(
             {name: torch.full((3,), value)}, {f"{name}.exp_avg": torch.ones(3)}
         )
-    facts: dict[str, Any] = {"strategy": "ddp", "ranks": 2}
+    written_by: dict[str, Any] = {"strategy": "ddp", "ranks": 2}
     drafts[0].finish(
         {"global_step": step, "extra": {}},
-        Manifest(step, 8, facts, files, {"encoder.tied": "encoder.1"}),
+        Manifest(step, 8, written_by, files, {"encoder.tied": "encoder.1"}),
     )
     return path
 
 
-def test_shares_of_all_ranks_come_back_as_one(tmp_path: Path):
+def test_parts_of_all_ranks_are_read_as_one(tmp_path: Path):
     path = written(tmp_path / "step-0000005.ckpt", value=2.5)
     weights = read_weights(path)
     assert weights.keys() == {"encoder.0", "encoder.1", "encoder.tied"}
@@ -84,8 +85,8 @@ def test_a_draft_is_never_taken_for_a_checkpoint(tmp_path: Path):
 @pytest.mark.parametrize(
     "fault", ["truncated", "flipped", "missing", "manifest", "unreadable manifest"]
 )
-def test_damage_is_said_and_the_one_before_is_used(fault: str, tmp_path: Path):
-    sound = written(tmp_path / "step-0000001.ckpt", step=1)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(fault: str, tmp_path: Path):
+    valid = written(tmp_path / "step-0000001.ckpt", step=1)
     newest = written(tmp_path / "step-0000002.ckpt", step=2)
     tensors = next(newest.glob("weights-00001*"))
     if fault == "truncated":
@@ -100,13 +101,13 @@ def test_damage_is_said_and_the_one_before_is_used(fault: str, tmp_path: Path):
         (newest / MANIFEST).unlink()
     else:
         (newest / MANIFEST).write_text("{")
-    path, refused = latest_valid(tmp_path)
-    assert path == sound
-    assert len(refused) == 1
-    assert "step-0000002.ckpt is damaged and was passed over" in refused[0]
+    path, messages = latest_valid(tmp_path)
+    assert path == valid
+    assert len(messages) == 1
+    assert "step-0000002.ckpt is damaged and was skipped" in messages[0]
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
     whole = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "whole"), QUIET).run
@@ -116,10 +117,10 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     newest = checkpoints_in(run.checkpoints)[-1]
     tensors = next(newest.glob("optimizer-*"))
     tensors.write_bytes(tensors.read_bytes()[:100])
-    said: list[str] = []
-    found = find_resume_checkpoint("auto", run, "runs/smoke", said.append)
+    warnings: list[str] = []
+    found = find_resume_checkpoint("auto", run, Path("runs/smoke"), warnings.append)
     assert found == checkpoints_in(run.checkpoints)[-2].resolve()
-    assert "was passed over" in said[0]
+    assert "was skipped" in warnings[0]
     again = train(settings, QUIET, resume="auto").run
     assert again == run
     assert_same_weights(weights_of(whole), weights_of(again), atol=1e-6)
@@ -127,7 +128,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
         for file in path.glob("*.safetensors"):
             file.write_bytes(b"")
     run.done.unlink()
-    with pytest.raises(UserError, match="is whole:"):
+    with pytest.raises(UserError, match="contains no valid checkpoint"):
         train(settings, QUIET, resume="auto")
     with pytest.raises(UserError, match="is damaged"):
         train(settings, QUIET, resume=str(newest))
@@ -158,7 +159,7 @@ def test_the_last_few_and_the_best_are_kept(tiny_whisper: Path, tiny_shards: Pat
     )
 
 
-def test_a_run_that_goes_back_sets_aside_what_lies_behind(
+def test_a_run_that_resumes_from_an_older_checkpoint_renames_the_later_ones(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     overrides = (
@@ -198,7 +199,7 @@ def test_a_run_that_goes_back_sets_aside_what_lies_behind(
         [".superseded-step-0000006.ckpt", "last.ckpt", "step-0000003.ckpt", "step-0000003.ckpt"]
     ]
     said = capsys.readouterr().out
-    assert said.count("step-0000004.ckpt, step-0000005.ckpt, step-0000006.ckpt in") == 1
+    assert said.count("step-0000004.ckpt, step-0000005.ckpt, step-0000006.ckpt.") == 1
     assert again == run
     assert [path.name for path in checkpoints_in(run.checkpoints)] == ["step-0000004.ckpt"]
     assert run.last_checkpoint.name == "step-0000004.ckpt"
@@ -209,10 +210,10 @@ def test_a_run_that_goes_back_sets_aside_what_lies_behind(
     )
 
 
-def test_what_was_just_written_is_never_removed(tmp_path: Path):
+def test_the_checkpoint_just_written_is_never_removed(tmp_path: Path):
     for step in (1, 8, 9):
         written(tmp_path / checkpoint_name(step), step=step)
-    RollingCheckpoints(tmp_path, every_steps=1, valid_every_steps=1, keep=1)._written(
+    RollingCheckpoints(tmp_path, every_steps=1, valid_every_steps=1, keep=1)._on_written(
         tmp_path / checkpoint_name(1)
     )
     assert [path.name for path in checkpoints_in(tmp_path)] == [
@@ -221,7 +222,7 @@ def test_what_was_just_written_is_never_removed(tmp_path: Path):
     ]
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of_its_step(
+def test_training_continues_while_a_checkpoint_of_an_earlier_step_is_written(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     overrides = (
@@ -268,7 +269,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_checkpoint_is_of
         assert read_state(path)["loops"] == read_state(other)["loops"]
 
 
-def test_what_broke_the_run_is_said_and_not_what_broke_the_checkpoint_after_it(
+def test_a_failed_run_raises_its_own_error_and_not_that_of_its_last_checkpoint(
     tiny_whisper: Path,
     tiny_shards: Path,
     tmp_path: Path,
@@ -330,32 +331,32 @@ def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(
             signal.signal(number, handler)
 
 
-def test_steps_of_another_size_are_refused_with_the_way_out(tmp_path: Path):
+def test_steps_of_another_size_are_rejected_with_advice(tmp_path: Path):
     path = written(tmp_path / "step-0000005.ckpt")  # steps of 8 clips
     check_step_size(path, batch_clips=2, ranks=2, accumulate=2)
-    with pytest.raises(UserError, match=r"steps of 8 clips.*set trainer\.accumulate=4"):
+    with pytest.raises(UserError, match=r"8 clips per step.*set trainer\.accumulate=4"):
         check_step_size(path, batch_clips=2, ranks=1, accumulate=1)
     with pytest.raises(UserError, match=r"batch_clips × 3 × accumulate = 8"):
         check_step_size(path, batch_clips=2, ranks=3, accumulate=1)
 
 
-def test_resume_says_what_it_was_given(tmp_path: Path):
+def test_resume_explains_what_is_wrong_with_its_argument(tmp_path: Path):
     run = RunDirectory(tmp_path / "smoke" / "a")
     run.checkpoints.mkdir(parents=True)
-    assert find_resume_checkpoint("auto", run, "runs/smoke", print) is None
-    with pytest.raises(UserError, match="has saved no checkpoint yet"):
-        find_resume_checkpoint(str(run.path), None, "runs/smoke", print)
-    with pytest.raises(UserError, match="it does not exist"):
-        find_resume_checkpoint(str(tmp_path / "x.ckpt"), None, "runs/smoke", print)
-    with pytest.raises(UserError, match="it is not a checkpoint"):
-        find_resume_checkpoint(str(tmp_path), None, "runs/smoke", print)
+    assert find_resume_checkpoint("auto", run, Path("runs/smoke"), print) is None
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        find_resume_checkpoint(str(run.path), None, Path("runs/smoke"), print)
+    with pytest.raises(UserError, match="does not exist"):
+        find_resume_checkpoint(str(tmp_path / "x.ckpt"), None, Path("runs/smoke"), print)
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        find_resume_checkpoint(str(tmp_path), None, Path("runs/smoke"), print)
     written(run.checkpoints / "step-0000003.ckpt")
     assert (
-        find_resume_checkpoint(str(run.path), None, "runs/smoke", print)
+        find_resume_checkpoint(str(run.path), None, Path("runs/smoke"), print)
         == (run.checkpoints / "step-0000003.ckpt").resolve()
     )
     run.done.write_text("{}")
-    assert find_resume_checkpoint("auto", run, "runs/smoke", print) is None  # it has finished
+    assert find_resume_checkpoint("auto", run, Path("runs/smoke"), print) is None  # it has finished
 
 
 def _train_with_files_up_to(size_bytes: int, settings: Settings) -> None:
@@ -371,7 +372,7 @@ def _train_with_files_up_to(size_bytes: int, settings: Settings) -> None:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_full_disk_ends_the_run_with_a_sentence_and_what_was_saved_is_whole(
+def test_a_full_disk_ends_the_run_and_leaves_earlier_checkpoints_intact(
     asynchronous: bool, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
     whole = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "whole"), QUIET).run
@@ -380,7 +381,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_what_was_saved_is_whole(
     )
     weights = max(file.stat().st_size for file in whole.last_checkpoint.glob("weights-*"))
     with pytest.raises(
-        UserError, match=r"could not be written: File too large.*What was saved before is whole"
+        UserError, match=r"could not be written: File too large.*Earlier checkpoints are intact"
     ):
         _train_with_files_up_to(weights // 2, settings)
     (run,) = (RunDirectory(path) for path in (tmp_path / "parts" / "smoke").glob("2*"))
@@ -390,7 +391,9 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_what_was_saved_is_whole(
     assert_same_weights(weights_of(whole), weights_of(again), atol=1e-6)
 
 
-def test_room_is_looked_for_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_disk_space_is_checked_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     assert check_disk_space(tmp_path / "runs" / "new", one_checkpoint=1000, kept=3) == ""
     with pytest.raises(UserError, match=r"GiB free, and a checkpoint takes about 1048576\.0 GiB"):
         check_disk_space(tmp_path, one_checkpoint=2**50, kept=3)
@@ -405,7 +408,7 @@ def test_room_is_looked_for_before_the_first_step(tmp_path: Path, monkeypatch: p
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(
-        "whisper_aut.training.callbacks.stopping.TemporaryFile", refuse
+        "whisper_aut.training.checkpoint.TemporaryFile", refuse
     )  # root may write anywhere
     with pytest.raises(
         UserError, match=r"Cannot write to .*: Read-only file system\. Set runs=FOLDER"
@@ -424,7 +427,7 @@ def test_nothing_in_a_checkpoint_is_unpickled(tmp_path: Path):
     with pytest.raises(UserError, match=r"state\.pt cannot be read"):
         read_state(path)
     assert not (tmp_path / "ran").exists()
-    facts = json.loads((path / MANIFEST).read_text()) | {"format": 99}
-    (path / MANIFEST).write_text(json.dumps(facts))
-    with pytest.raises(UserError, match="has the format 99"):
+    manifest = json.loads((path / MANIFEST).read_text()) | {"format": 99}
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="has format 99"):
         read_manifest(path)

@@ -48,10 +48,10 @@ def test_what_a_config_asks_for_is_compared_with_what_is_there(
 ):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert check_devices("gpu", 8).status == "fail"
-    assert "asks for 8 GPUs and PyTorch sees 0" in check_devices("gpu", 8).detail
+    assert "needs 8 GPUs, PyTorch sees 0" in check_devices("gpu", 8).detail
     assert check_devices("cpu", 1).status == "ok"
     assert check_disk(tmp_path / "runs", 1000, 3).status == "ok"
-    with pytest.raises(UserError, match="Make room"):
+    with pytest.raises(UserError, match="Free some space"):
         check_disk(tmp_path, 2**50, 3)
     index = open_index(str(tiny_shards / "speech"))
     assert "23 clips" in check_shards([index], ClipLimits()).detail
@@ -112,7 +112,7 @@ def test_a_dry_run_asks_for_nothing_that_other_nodes_have(monkeypatch: pytest.Mo
 def test_a_dry_run_that_does_not_end_is_ended_and_said():
     finding = check_dry_run("name: x", minutes=0)  # no process starts in no time
     assert finding.status == "fail"
-    assert "two steps were not done after 0 minutes" in finding.detail
+    assert "two steps did not finish within 0 minutes" in finding.detail
 
 
 @pytest.mark.slow

@@ -68,14 +68,15 @@ def test_a_refused_resume_leaves_a_finished_run_as_it_was(
         f"model.scratch={sizes}",
         f"data.shards={tmp_path / 'shards'}",
     )
-    with pytest.raises(UserError, match="is of another model than this config describes"):
+    with pytest.raises(UserError, match="belongs to a different model than this config describes"):
         train(
             settings_for(tiny_whisper, tiny_shards, tmp_path, *bigger), QUIET, resume=str(run.path)
         )
     assert contents(run) == before
     for given in (run.path, checkpoints_in(run.checkpoints)[0]):
         with pytest.raises(
-            UserError, match=r"is of a run of 'smoke'; this config trains 'other'.*add name=smoke"
+            UserError,
+            match=r"belongs to a run named 'smoke', but this config is named 'other'.*add name=smoke",
         ):
             train(
                 settings_for(tiny_whisper, tiny_shards, tmp_path, *EVERY_STEP, "name=other"),

@@ -25,8 +25,8 @@ from whisper_aut.training.factory import (
     build_data,
     build_decoder,
     build_pretrained,
-    stored_audio,
 )
+from whisper_aut.training.plan import stored_audio
 from whisper_aut.training.train import train
 
 
@@ -165,7 +165,7 @@ def test_excluded_clips_are_not_trained_on_and_the_run_says_so(
     console = Console(file=StringIO(), width=1000)
     run = run_pipeline(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), console)
     said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert "sound: 6 of 11 clips are trained on; left out: 5 excluded by an audit" in said
+    assert "sound: training on 6 of 11 clips; left out: 5 excluded by an audit" in said
     assert not (run.path / "ledger.jsonl").exists()
     assert json.loads((run.path / "audit.json").read_text())["counts"]["train_clips"] == 43
     sources = json.loads((run.path / "environment.json").read_text())["data"]
@@ -177,7 +177,7 @@ def test_a_source_of_which_the_list_leaves_nothing_is_an_error(
     audited: Path, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
     exclude = f"data.exclude={audited}/exclude.jsonl"
-    with pytest.raises(UserError, match=r"leave nothing of .*sound \(none stated\)"):
+    with pytest.raises(UserError, match=r"leave no clips of .*sound \(no licence\)"):
         train(settings_for(tiny_whisper, tiny_shards, tmp_path, exclude), QUIET)
 
 
@@ -192,7 +192,7 @@ def test_licences_are_filtered_and_written_down(
         "data.domains={speech: 1, sound: 0, music: 0}",
         "trainer.max_steps=1",
     ]
-    with pytest.raises(UserError, match=r"leave nothing of .*sound \(CC-BY-NC-4.0\)"):
+    with pytest.raises(UserError, match=r"leave no clips of .*sound \(CC-BY-NC-4.0\)"):
         train(
             settings_for(
                 tiny_whisper,

@@ -12,32 +12,33 @@ import torch
 from tests.support.training import QUIET, settings_for
 from whisper_aut.training.callbacks.metrics import Throughput, peak_memory_gib
 from whisper_aut.training.checkpoint import CheckpointWriter
-from whisper_aut.training.strategies import Background, peak_flops
+from whisper_aut.training.plan import peak_flops
+from whisper_aut.training.strategies import Background
 from whisper_aut.training.train import train
 
 
-def test_figures_are_sums_over_seconds():
+def test_metrics_are_sums_over_seconds():
     part = Throughput()
     part.add_batch([500, 1000], tokens=60, flops=3e12, padded=False)
     part.add_batch([300], tokens=20, flops=1e12, padded=False)
-    part.add_time(seconds=2.0, waited_seconds=0.5)
-    figures = part.figures(ranks=4, peak=8e12)
-    assert figures["audio_seconds_per_second"] == 4 * 18.0 / 2
-    assert figures["tokens_per_second"] == 4 * 40
-    assert figures["clips_per_second"] == 4 * 1.5
-    assert figures["data_wait_fraction"] == 0.25
-    assert figures["padding_fraction"] == 0
-    assert figures["teraflops"] == pytest.approx(8.0)
-    assert figures["mfu"] == pytest.approx(0.25)  # of one device, whatever the number of ranks
-    assert (part + part).figures()["tokens_per_second"] == pytest.approx(40)
+    part.seconds, part.waited_seconds = 2.0, 0.5
+    metrics = part.metrics(ranks=4, peak=8e12)
+    assert metrics["audio_seconds_per_second"] == 4 * 18.0 / 2
+    assert metrics["tokens_per_second"] == 4 * 40
+    assert metrics["clips_per_second"] == 4 * 1.5
+    assert metrics["data_wait_fraction"] == 0.25
+    assert metrics["padding_fraction"] == 0
+    assert metrics["teraflops"] == pytest.approx(8.0)
+    assert metrics["mfu"] == pytest.approx(0.25)  # of one device, whatever the number of ranks
+    assert (part + part).metrics()["tokens_per_second"] == pytest.approx(40)
 
 
 def test_padding_counts_what_the_encoder_runs_on():
     part = Throughput()
     part.add_batch([600], tokens=1, flops=None, padded=True)
-    part.add_time(1.0, 0.0)
-    assert part.figures()["padding_fraction"] == pytest.approx(0.8)
-    assert "teraflops" not in part.figures()
+    part.seconds = 1.0
+    assert part.metrics()["padding_fraction"] == pytest.approx(0.8)
+    assert "teraflops" not in part.metrics()
 
 
 def test_peaks_know_the_devices_and_precisions():
@@ -68,7 +69,7 @@ def test_a_run_logs_its_throughput_and_closes_with_it(
     assert "throughput/mfu" not in metrics
 
 
-def test_sums_go_on_over_a_resume(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_totals_continue_over_a_resume(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
     whole = train(
         settings_for(tiny_whisper, tiny_shards, tmp_path / "a", "trainer.log_every_steps=1"), QUIET
     ).run

@@ -31,10 +31,9 @@ from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.training import train as train_module
-from whisper_aut.training.callbacks.stopping import explain_errors
 from whisper_aut.training.checkpoint import read_manifest
 from whisper_aut.training.factory import run_fingerprint
-from whisper_aut.training.train import train
+from whisper_aut.training.train import explain_errors, train
 
 POSITIONS = "model.encoder.embed_positions.weight"
 
@@ -438,12 +437,14 @@ def test_a_source_of_nothing_but_faults_stops_the_run_with_a_reason(
     assert len(ledger.read_text().splitlines()) == 256
 
 
-def test_a_checkpoint_behind_the_last_step_is_refused(
+def test_a_checkpoint_after_the_last_step_is_rejected(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path), QUIET).run
     run.done.unlink()
-    with pytest.raises(UserError, match="stands at step 6, behind the 3 that this config trains"):
+    with pytest.raises(
+        UserError, match="was written at step 6, but this config trains only 3 steps"
+    ):
         train(
             settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.max_steps=3"),
             QUIET,
@@ -451,7 +452,7 @@ def test_a_checkpoint_behind_the_last_step_is_refused(
         )
 
 
-def test_what_lightning_refuses_is_said_in_a_sentence(tmp_path: Path):
+def test_an_error_of_lightning_becomes_a_user_error(tmp_path: Path):
     with (
         pytest.raises(UserError, match="This machine cannot run the config"),
         explain_errors(tmp_path, ranks=1),
@@ -464,7 +465,7 @@ def test_mistakes_are_found_before_anything_is_written(
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     bad = [
-        (["hardware.accelerator=cuda"], "PyTorch sees no such device here"),
+        (["hardware.accelerator=cuda"], "PyTorch sees no such device"),
         (["data.train=[{path: nowhere, domain: speech}]"], "There are no shards at nowhere"),
         ([f"model.path={tmp_path}"], "not a usable Whisper checkpoint"),
         (["decoder.max_tokens=1000"], "outside 8 to 448"),
@@ -491,7 +492,7 @@ def test_mistakes_are_found_before_anything_is_written(
         with pytest.raises(UserError, match=message):
             train(settings_for(short, tiny_shards, tmp_path / "runs", *overrides), QUIET)
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(UserError, match="There is no checkpoint"):
+    with pytest.raises(UserError, match="Cannot resume"):
         train(
             settings_for(tiny_whisper, tiny_shards, tmp_path / "runs"),
             QUIET,
@@ -527,7 +528,7 @@ def test_a_run_ends_with_its_data_however_many_steps_were_planned(
     )
     shown = Console(record=True, file=StringIO(), width=200)
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), shown).run
-    assert "The training data ended after step 12 of 20 planned" in shown.export_text()
+    assert "The training data ended after step 12 of 20" in shown.export_text()
     assert json.loads(run.done.read_text())["steps"] == 12
     assert read_manifest(run.last_checkpoint).step == 12
 

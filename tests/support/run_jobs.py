@@ -58,10 +58,10 @@ def die_while_writing(rank: int) -> None:
     write = CheckpointWriter.write_tensors
 
     def write_and_die(self: CheckpointWriter, *arguments: Any) -> Any:
-        facts = write(self, *arguments)
+        written = write(self, *arguments)
         if rank == RANK:
             os.kill(os.getpid(), signal.SIGKILL)
-        return facts
+        return written
 
     CheckpointWriter.write_tensors = write_and_die
 

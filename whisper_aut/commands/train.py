@@ -47,12 +47,8 @@ def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, An
     """Return the checks of the machine and, if there is a config, of what the config needs."""
     from whisper_aut.config import dump_settings, find_config, load_settings
     from whisper_aut.training import doctor as look
-    from whisper_aut.training.factory import (
-        clip_limits,
-        open_sources,
-        planned_checkpoint_bytes,
-        read_policy,
-    )
+    from whisper_aut.training.factory import clip_limits, open_sources, read_policy
+    from whisper_aut.training.plan import planned_checkpoint_bytes
 
     checks: list[tuple[str, Any]] = [
         ("versions", look.check_versions),

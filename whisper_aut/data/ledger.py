@@ -1,7 +1,7 @@
 """The ledger records every skipped sample in a file and counts them by source and reason.
 
 A run stops if too large a fraction of a source is skipped, because it would no longer train on the
-data of its config. `training.callbacks.metrics.LedgerCallback` sums the counts over ranks and
+data of its config. `training.callbacks.data.DataMonitor` sums the counts over ranks and
 saves them in checkpoints.
 """
 

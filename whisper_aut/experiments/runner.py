@@ -47,7 +47,7 @@ from whisper_aut.probes.embed import EmbedSettings, FrameEncoder, LogMelBaseline
 from whisper_aut.probes.results import Scores
 from whisper_aut.probes.suite import run_suite
 from whisper_aut.report.plots import Series, read_metrics
-from whisper_aut.training.factory import build_forecast, planned_config
+from whisper_aut.training.plan import build_forecast, planned_config
 from whisper_aut.training.run_dir import RunDirectory
 from whisper_aut.utils import read_json, write_json
 

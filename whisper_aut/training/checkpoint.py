@@ -1,13 +1,13 @@
 """Checkpoints as directories of named tensors, independent of the strategy and number of ranks.
 
 A directory `step-0000100.ckpt/` contains `weights-*.safetensors`, `optimizer-*.safetensors`,
-`state.pt` and `manifest.json`. `PlainState` and `DeepSpeedState` load the tensors back, also on
-another number of ranks.
+`state.pt` and `manifest.json`. It is written under a temporary name and renamed once the files of
+all ranks are on disk, so a directory with the final name is complete. The manifest records the
+size and SHA-256 of every file, which reveals later damage. Nothing is unpickled: tensors are stored
+as safetensors, and `torch.load(weights_only=True)` reads the rest.
 
-A checkpoint is written under a temporary name and renamed once the files of all ranks are on disk,
-so a directory with the final name is complete. The manifest is written last. It records the size
-and SHA-256 of every file, which reveals later damage. Nothing is unpickled: tensors are stored as
-safetensors, and `torch.load(weights_only=True)` reads the rest.
+`ModelState` and `DeepSpeedState` collect the tensors of a model and load them back, on any number
+of ranks.
 """
 
 import errno
@@ -18,7 +18,8 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,12 +33,12 @@ LAST, BEST = f"last{SUFFIX}", f"best{SUFFIX}"
 MANIFEST, STATE = "manifest.json", "state.pt"
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 FORMAT = 1
-HASH_BLOCK_BYTES = 1 << 24
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+MOMENTS, STEP = ("exp_avg", "exp_avg_sq"), "step"  # AdamW's state of a parameter
+MOMENT_BYTES = 8  # of a trained parameter, two float32 values
 
 
-@dataclass(frozen=True)
-class FileMetadata:
+class FileMetadata(NamedTuple):
     """Size and hash of a file at the time it was written."""
 
     bytes: int
@@ -90,15 +91,13 @@ def read_manifest(path: Path) -> Manifest:
         values = json.loads((path / MANIFEST).read_text())
         if values["format"] != FORMAT:
             raise UserError(
-                f"{path} has the format {values['format']}; this release reads {FORMAT}."
+                f"{path} has format {values['format']}, but this release reads format {FORMAT}."
             )
-        return Manifest(
-            **values
-            | {"files": {name: FileMetadata(**facts) for name, facts in values["files"].items()}}
-        )
+        files = {name: FileMetadata(*entry) for name, entry in values["files"].items()}
+        return Manifest(**values | {"files": files})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path} is not a whole checkpoint: its {MANIFEST} cannot be read ({error})."
+            f"{path} is not a complete checkpoint: {MANIFEST} cannot be read ({error})."
         ) from None
 
 
@@ -113,15 +112,15 @@ def find_damage(path: Path, *, hashes: bool = True) -> str:
         manifest = read_manifest(path)
     except UserError as error:
         return str(error)
-    for name, facts in manifest.files.items():
+    for name, expected in manifest.files.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != facts.bytes:
-            return f"{name} has {file.stat().st_size:,} bytes where {facts.bytes:,} were written"
+        if file.stat().st_size != expected.bytes:
+            return f"{name} has {file.stat().st_size:,} bytes instead of {expected.bytes:,}"
         try:
-            if hashes and _sha256(file) != facts.sha256:
-                return f"{name} is not what was written: its SHA-256 differs"
+            if hashes and _sha256(file) != expected.sha256:
+                return f"{name} has changed since it was written: its SHA-256 differs"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return ""
@@ -134,13 +133,13 @@ def latest_valid(folder: Path, *, hashes: bool = True) -> tuple[Path | None, lis
         folder: Folder of the run's checkpoints.
         hashes: As in `find_damage`.
     """
-    refused = []
+    messages = []
     for path in reversed(checkpoints_in(folder)):
         damage = find_damage(path, hashes=hashes)
         if not damage:
-            return path, refused
-        refused.append(f"{path} is damaged and was passed over: {damage}")
-    return None, refused
+            return path, messages
+        messages.append(f"{path} is damaged and was skipped: {damage}")
+    return None, messages
 
 
 def read_weights(path: Path) -> dict[str, Any]:
@@ -163,7 +162,7 @@ def read_optimizer_state(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return the part of a checkpoint that is not tensors of the model or the optimizer.
+    """Return the state of Lightning's loops, callbacks and schedulers.
 
     Raises:
         UserError: If the file is damaged.
@@ -174,8 +173,25 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{path / STATE} cannot be read: {str(error).splitlines()[0]}") from None
 
 
+@dataclass
+class StateShard:
+    """What one rank writes to a checkpoint.
+
+    Attributes:
+        weights: This rank's part of the weights, copied to the CPU.
+        optimizer_state: This rank's part of the optimizer state, copied to the CPU.
+        aliases: As in `Manifest`. The same on all ranks.
+        extra: Entries of the state dict that are not tensors. The same on all ranks.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    optimizer_state: dict[str, Tensor] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
 class CheckpointWriter:
-    """A checkpoint that is being written, under a temporary name.
+    """Writes a checkpoint under a temporary name.
 
     Rank 0 calls `begin`, then every rank calls `write_tensors`, then rank 0 calls `finish`.
 
@@ -190,73 +206,365 @@ class CheckpointWriter:
         self.partial = path.with_name(f".{path.name}.partial")
 
     def begin(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self.discard()
         self.partial.mkdir(parents=True)
 
     def write_tensors(
-        self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+        self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
     ) -> dict[str, FileMetadata]:
         """Write the tensors of this rank and return the size and hash of each file."""
-        facts = {}
-        for kind, tensors in ((WEIGHTS, weights), (OPTIMIZER, moments)):
+        written = {}
+        for kind, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer_state)):
             name = f"{kind}-{self.rank:05d}-of-{self.ranks:05d}.safetensors"
+            contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
             try:
-                save_file(
-                    {key: tensor.contiguous() for key, tensor in tensors.items()},
-                    self.partial / name,
-                )
-            except SafetensorError as error:  # it names the system's error in its text only
+                save_file(contiguous, self.partial / name)
+            except SafetensorError as error:
                 raise _as_os_error(error, self.partial / name) from None
-            facts[name] = _settle(self.partial / name)
-        return facts
+            written[name] = _flush(self.partial / name)
+        return written
 
     def finish(self, state: Mapping[str, Any], manifest: Manifest) -> None:
         """Write the state and the manifest, then rename the directory to its final name."""
         torch.save(dict(state), self.partial / STATE)
-        files = manifest.files | {STATE: _settle(self.partial / STATE)}
-        values = asdict(manifest) | {
-            "files": {name: asdict(facts) for name, facts in files.items()}
-        }
+        values = asdict(manifest)
+        values["files"] |= {STATE: _flush(self.partial / STATE)}
         (self.partial / MANIFEST).write_text(json.dumps(values, indent=1))
-        _settle(self.partial / MANIFEST)
+        _flush(self.partial / MANIFEST)
         if self.path.exists():  # the run was resumed from before this step and reached it again
             shutil.rmtree(self.path)
         self.partial.rename(self.path)
-        _sync_folder(self.path.parent)
+        _flush_folder(self.path.parent)
 
     def discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def point_to(link: Path, target: Path) -> None:
-    """Point `last.ckpt` or `best.ckpt` to a checkpoint, if the file system supports links."""
-    partial = link.with_name(f".{link.name}.link")
+def point_link(link: Path, target: Path) -> None:
+    """Point a link to its sibling `target`, atomically. Without links, do nothing."""
+    partial = link.with_name(f".{link.name}-{os.getpid()}")
     try:
-        partial.unlink(missing_ok=True)
         partial.symlink_to(target.name)
         os.replace(partial, link)
-    except OSError:
+    except OSError:  # the file system does not support links
         partial.unlink(missing_ok=True)
 
 
-def full_disk_message(path: Path, error: OSError) -> str:
-    """Return a message that says what could not be written, and what to do."""
-    if error.errno in FULL_DISK:
-        free = shutil.disk_usage(existing_parent(path)).free / 2**30
-        return (
-            f"{path} could not be written: {error.strerror} ({free:.1f} GiB free). What was "
-            "saved before is whole. Make room, or "
-            "lower trainer.keep_checkpoints, and go on with --resume auto."
+def checkpoint_bytes(module: nn.Module) -> int:
+    """Return the approximate size of a checkpoint: the state dict and the optimizer state."""
+    tensors = {
+        id(value): value.nbytes
+        for value in module.state_dict(keep_vars=True).values()
+        if isinstance(value, Tensor)
+    }
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return sum(tensors.values()) + MOMENT_BYTES * trained
+
+
+def check_disk_space(folder: Path, one_checkpoint: int, kept: int) -> str:
+    """Check that a folder is writable and has room for checkpoints.
+
+    Args:
+        folder: The run directory, or a folder above it. It need not exist.
+        one_checkpoint: Size of a checkpoint in bytes.
+        kept: Number of checkpoints that are kept. One more may be being written.
+
+    Returns:
+        A warning if the disk may fill up later, else an empty string.
+
+    Raises:
+        UserError: If the folder is not writable, or two checkpoints do not fit.
+    """
+    path = existing_parent(folder)
+    try:
+        with TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to {path}: {error.strerror}. Set runs=FOLDER to write elsewhere."
+        ) from None
+    free, size = shutil.disk_usage(path).free, one_checkpoint / 2**30
+    if free < 2 * one_checkpoint:
+        raise UserError(
+            f"{path} has {free / 2**30:.1f} GiB free, and a checkpoint takes about {size:.1f} GiB. "
+            "Space for two is needed, because the previous one is deleted only when the next is "
+            "complete. Free some space, or set runs=FOLDER to write elsewhere."
         )
+    if free < (kept + 1) * one_checkpoint:
+        return (
+            f"{path} has {free / 2**30:.1f} GiB free, but the run may need space for {kept + 1} "
+            f"checkpoints of {size:.1f} GiB: lower trainer.keep_checkpoints or free some space."
+        )
+    return ""
+
+
+def write_error_message(path: Path, error: OSError) -> str:
+    """Return a message that says what could not be written, and what to do."""
+    space, advice = "", "Continue"
+    if error.errno in FULL_DISK:
+        space = f" ({shutil.disk_usage(existing_parent(path)).free / 2**30:.1f} GiB free)"
+        advice = "Free some space or lower trainer.keep_checkpoints, then continue"
     return (
-        f"{path} could not be written: {error.strerror}. What was saved before is whole; go on "
-        "with --resume auto."
+        f"{path} could not be written: {error.strerror}{space}. Earlier checkpoints are intact. "
+        f"{advice} with --resume auto."
     )
 
 
 def existing_parent(path: Path) -> Path:
     """Return the nearest existing ancestor of `path`, or `path` itself if it exists."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+class ModelState:
+    """Saves and loads a module that every rank holds in full, and its PyTorch optimizer.
+
+    Args:
+        module: Its state dict determines what is stored.
+        optimizer: AdamW over some of the module's parameters.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Any):
+        self.module, self.optimizer = module, optimizer
+
+    def collect(self, rank: int, ranks: int) -> StateShard:
+        """Return the part of the state that this rank writes. Must be called on all ranks."""
+        shard, parameters = StateShard(), dict(self.module.named_parameters())
+        stored: dict[int, str] = {}
+        state_dict = self.module.state_dict(keep_vars=True)
+        total, before = max(1, sum(map(_numel, state_dict.values()))), 0
+        for name, value in state_dict.items():
+            if not isinstance(value, Tensor):
+                shard.extra[name] = value
+            elif id(value) in stored:
+                shard.aliases[name] = stored[id(value)]
+            else:
+                stored[id(value)] = name
+                # Each tensor is written by exactly one rank, and all write about as much.
+                is_mine = before * ranks // total == rank
+                before += _numel(value)
+                trained = parameters.get(name) is value and value.requires_grad
+                weight, optimizer_state = self._copy(name, value, is_mine, trained)
+                if is_mine:
+                    shard.weights[name] = weight
+                    shard.optimizer_state |= {
+                        f"{name}.{key}": tensor for key, tensor in optimizer_state.items()
+                    }
+        return shard
+
+    def load_weights(self, weights: Mapping[str, Any]) -> None:
+        """Load weights into the module.
+
+        Raises:
+            UserError: If names or shapes do not match the module's.
+        """
+        try:
+            self.module.load_state_dict(weights, strict=True)
+        except RuntimeError as error:
+            raise _other_model(str(error)) from None
+
+    def load_optimizer_state(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Load the optimizer state. Parameters without saved state keep what they have.
+
+        Raises:
+            UserError: If there is state for a parameter that is not trained.
+        """
+        for parameter, key, value in self._by_parameter(tensors):
+            on_device = value.to(parameter.device)
+            self.optimizer.state[parameter][key] = (
+                on_device.float() if key == STEP else on_device.to(parameter.dtype)
+            )
+
+    def _copy(
+        self, name: str, value: Tensor, is_mine: bool, trained: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return a weight and its optimizer state on the CPU. Only used if `is_mine`."""
+        if not is_mine:
+            return value, {}
+        state = self.optimizer.state.get(value, {}) if trained else {}
+        return value.detach().to("cpu", copy=True), {
+            key: torch.as_tensor(state[key]).detach().to("cpu", torch.float32, copy=True)
+            for key in (*MOMENTS, STEP)
+            if key in state
+        }
+
+    def _by_parameter(
+        self, tensors: Iterable[tuple[str, Tensor]]
+    ) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
+        trained = {
+            name: parameter
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad
+        }
+        for name, value in tensors:
+            parameter_name, _, key = name.rpartition(".")
+            if parameter_name not in trained:
+                raise UserError(
+                    f"The checkpoint contains optimizer state of {parameter_name}, which this "
+                    "config does not train. Resume with the config in its run directory."
+                )
+            yield trained[parameter_name], key, value
+
+
+class DeepSpeedState(ModelState):
+    """Saves and loads a module inside a DeepSpeed engine of any ZeRO stage.
+
+    DeepSpeed's own checkpoints are pickles for one ZeRO stage and number of ranks
+    (https://github.com/deepspeedai/DeepSpeed/issues/3810). Its universal checkpoints
+    (https://github.com/deepspeedai/DeepSpeed/issues/2921) are pickles too, and a separate command
+    has to convert them.
+
+    Args:
+        module: Its state dict determines what is stored.
+        engine: The engine that owns the module.
+        frozen: Weights that are stored but not trained, as they were before the engine rounded
+            them to its precision. `load_weights` updates this dict.
+    """
+
+    def __init__(self, module: nn.Module, engine: Any, frozen: dict[str, Tensor]):
+        super().__init__(module, engine.optimizer)
+        self.frozen = frozen
+        # The optimizer that ZeRO wraps; its parameters are flat partitions.
+        self.base = engine.optimizer.optimizer
+        self.partitioned = engine.zero_optimization_partition_weights()
+
+    def collect(self, rank: int, ranks: int) -> StateShard:
+        if self.base.state:
+            self._link_optimizer_state()
+        return super().collect(rank, ranks)
+
+    def load_weights(self, weights: Mapping[str, Any]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        if differing := self.module.state_dict(keep_vars=True).keys() ^ weights.keys():
+            raise _other_model(f"names differ: {sorted(differing)[:5]}")
+        for name, module in self.module.named_modules():
+            if (key := f"{name}._extra_state") in weights:
+                module.set_extra_state(weights[key])
+        for name, parameter in self.module.named_parameters():
+            if name not in weights:  # frozen, and not stored
+                continue
+            value = weights[name].to(parameter.device)
+            if name in self.frozen:
+                self.frozen[name] = weights[name].cpu()
+            with self._gathered(parameter, modified=True):
+                if parameter.shape != value.shape:
+                    shapes = f"{list(value.shape)}, expected {list(parameter.shape)}"
+                    raise _other_model(f"{name} has shape {shapes}")
+                parameter.data.copy_(value)
+            if parameter.requires_grad and self.partitioned:
+                self._set_partition(parameter, value.float(), None)
+            elif parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, value.float())
+
+    def load_optimizer_state(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        collected = list(self._by_parameter(tensors))
+        if not collected:
+            return
+        self._create_optimizer_state(max(int(value) for _, key, value in collected if key == STEP))
+        for parameter, key, value in collected:
+            if key == STEP:
+                continue
+            if self.partitioned:
+                self._set_partition(parameter, value, key)
+            else:
+                safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+    def _copy(
+        self, name: str, value: Tensor, is_mine: bool, trained: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in `ModelState`, but gathers the parameter, which all ranks must do together."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if name in self.frozen:
+            return (self.frozen[name].clone() if is_mine else value), {}
+        if not trained:
+            with self._gathered(value):
+                return (value.detach().cpu().clone() if is_mine else value), {}
+        weight: Any = safe_get_full_fp32_param(value)
+        keys = MOMENTS if self.base.state else ()
+        moments = {key: safe_get_full_optimizer_state(value, key) for key in keys}
+        if not is_mine:
+            return value, {}
+        state = {key: moment.cpu().clone() for key, moment in moments.items() if moment is not None}
+        if keys:
+            steps = [int(kept[STEP]) for kept in self.base.state.values() if STEP in kept]
+            state[STEP] = torch.tensor(float(max(steps, default=0)))
+        return weight.detach().cpu().clone(), state
+
+    def _link_optimizer_state(self) -> None:
+        """Link the optimizer state of all groups to the parameters under ZeRO-1 and ZeRO-2.
+
+        `_lazy_init_hp_params_optimizer_state` in `deepspeed/runtime/zero/stage_1_and_2.py` links
+        them only once, after the first group has made a step.
+        """
+        if not self.partitioned:
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _create_optimizer_state(self, steps: int) -> None:
+        """Create the state of every flat partition, as the optimizer does in its first step."""
+        is_torch = type(self.base).__module__.startswith("torch.")
+        for partition in self._partitions():
+            moments = {
+                key: torch.zeros_like(partition, memory_format=torch.preserve_format)
+                for key in MOMENTS
+            }
+            step = torch.tensor(float(steps), device=partition.device) if is_torch else steps
+            self.base.state[partition] = {STEP: step, **moments}
+        self._link_optimizer_state()
+
+    def _partitions(self) -> list[Tensor]:
+        # In this order: ZeRO-1 and ZeRO-2; ZeRO-1 in bfloat16 with float32 gradients; ZeRO-3.
+        names = (
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+            "fp32_partitioned_groups_flat",
+        )
+        return next(
+            getattr(self.optimizer, name) for name in names if hasattr(self.optimizer, name)
+        )
+
+    def _set_partition(self, parameter: Any, value: Tensor, key: str | None) -> None:
+        """Set this rank's partition of a parameter under ZeRO-3. The last rank's is padded.
+
+        `safe_set_full_optimizer_state` would hold the full tensor on every rank's device.
+        """
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        length = parameter.ds_tensor.ds_numel
+        start = length * torch.distributed.get_rank()
+        values = value.flatten()[start : start + length].to(parameter.device)
+        partition = values.new_zeros(length)
+        partition[: len(values)] = values
+        if key is None:
+            safe_set_local_fp32_param(parameter, partition)
+        else:
+            safe_set_local_optimizer_state(parameter, partition, key)
+
+    def _gathered(self, parameter: Tensor, *, modified: bool = False) -> Any:
+        """Return a context in which every rank has the full parameter.
+
+        With `modified`, all ranks receive what rank 0 writes into it.
+        """
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(
+            [parameter], modifier_rank=0 if modified else None, enabled=hasattr(parameter, "ds_id")
+        )
+
+
+def _numel(value: Any) -> int:
+    """Return the number of elements of a tensor, including those that ZeRO-3 has partitioned."""
+    return getattr(value, "ds_numel", value.numel()) if isinstance(value, Tensor) else 0
+
+
+def _other_model(difference: str) -> UserError:
+    return UserError(
+        f"The checkpoint belongs to a different model than this config describes: "
+        f"{difference[:600]}\nResume with the config in its run directory."
+    )
 
 
 def _tensors(path: Path, manifest: Manifest, kind: str) -> Iterator[tuple[str, Tensor]]:
@@ -269,14 +577,14 @@ def _tensors(path: Path, manifest: Manifest, kind: str) -> Iterator[tuple[str, T
             raise UserError(f"{path / name} cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def _settle(path: Path) -> FileMetadata:
+def _flush(path: Path) -> FileMetadata:
     """Flush a file to disk and return its size and hash."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return FileMetadata(path.stat().st_size, _sha256(path))
 
 
-def _sync_folder(path: Path) -> None:
+def _flush_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -287,305 +595,11 @@ def _sync_folder(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """Convert an error of safetensors, which names the system's error only in its text."""
     number = next((number for number in FULL_DISK if f"os error {number}" in str(error)), errno.EIO)
     return OSError(number, os.strerror(number), str(path))
-
-
-MOMENTS, STEP = ("exp_avg", "exp_avg_sq"), "step"
-
-
-@dataclass
-class NamedState:
-    """What one rank writes to a checkpoint.
-
-    Attributes:
-        weights: This rank's part of the weights, copied to the CPU.
-        moments: This rank's part of the optimizer state, copied to the CPU.
-        aliases: Maps the other names of a tied weight to the stored one. Same on all ranks.
-        extra: Entries of the state dict that are not tensors. Same on all ranks.
-    """
-
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    moments: dict[str, Tensor] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-class PlainState:
-    """Saves and loads a module that every rank holds in full, and its PyTorch optimizer.
-
-    Args:
-        module: Its state dict determines what is stored.
-        optimizer: AdamW over some of the module's parameters.
-    """
-
-    def __init__(self, module: nn.Module, optimizer: Any):
-        self.module, self.optimizer = module, optimizer
-
-    def collect(self, rank: int, ranks: int) -> NamedState:
-        """Return the part of the state that this rank writes. Must be called on all ranks.
-
-        Args:
-            rank: Rank of this process.
-            ranks: Number of ranks.
-        """
-        state, parameters = NamedState(), dict(self.module.named_parameters())
-        stored: dict[int, str] = {}
-        sizes = 0
-        named = self.module.state_dict(keep_vars=True)
-        total = max(1, sum(_elements(value) for value in named.values()))
-        for name, value in named.items():
-            if not isinstance(value, Tensor):
-                state.extra[name] = value
-            elif id(value) in stored:
-                state.aliases[name] = stored[id(value)]
-            else:
-                stored[id(value)] = name
-                # Each tensor is written by exactly one rank, and all write about as much.
-                mine = sizes * ranks // total == rank
-                sizes += _elements(value)
-                self._take(
-                    state,
-                    name,
-                    value,
-                    mine,
-                    trained=parameters.get(name) is value and value.requires_grad,
-                )
-        return state
-
-    def fill_weights(self, weights: Mapping[str, Any]) -> None:
-        """Load weights into the module.
-
-        Raises:
-            UserError: If names or shapes do not match the module's.
-        """
-        try:
-            self.module.load_state_dict(weights, strict=True)
-        except RuntimeError as error:
-            raise _unfitting(error) from None
-
-    def fill_optimizer(self, moments: Iterable[tuple[str, Tensor]]) -> None:
-        """Load the optimizer state. Parameters without saved state keep what they have.
-
-        Raises:
-            UserError: If there is state for a parameter that is not trained.
-        """
-        names = {
-            name: parameter
-            for name, parameter in self.module.named_parameters()
-            if parameter.requires_grad
-        }
-        for parameter_name, key, value in _split(moments):
-            parameter = names.get(parameter_name)
-            if parameter is None:
-                raise UserError(
-                    f"The checkpoint holds optimiser state of {parameter_name}, which is not "
-                    "trained here."
-                )
-            kept = self.optimizer.state[parameter]
-            on_device = value.to(parameter.device)
-            kept[key] = on_device.float() if key == STEP else on_device.to(parameter.dtype)
-
-    def _take(
-        self, state: NamedState, name: str, value: Tensor, mine: bool, *, trained: bool
-    ) -> None:
-        if not mine:
-            return
-        state.weights[name] = value.detach().to("cpu", copy=True)
-        if trained:
-            for key in (*MOMENTS, STEP):
-                if key in (kept := self.optimizer.state.get(value, {})):
-                    state.moments[f"{name}.{key}"] = (
-                        torch.as_tensor(kept[key]).detach().to("cpu", torch.float32, copy=True)
-                    )
-
-
-class DeepSpeedState(PlainState):
-    """Saves and loads a module inside a DeepSpeed engine of any ZeRO stage.
-
-    Args:
-        module: Its state dict determines what is stored.
-        engine: The engine that owns the module.
-        frozen: Weights that are stored but not trained, as they were before the engine rounded
-            them to its precision. `fill_weights` updates this dict.
-    """
-
-    def __init__(self, module: nn.Module, engine: Any, frozen: dict[str, Tensor]):
-        super().__init__(module, engine.optimizer)
-        self.frozen = frozen
-        # The optimizer that ZeRO wraps; its parameters are flat partitions.
-        self.base = engine.optimizer.optimizer
-        self.partitioned = engine.zero_optimization_partition_weights()
-
-    def fill_weights(self, weights: Mapping[str, Any]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        parameters = dict(self.module.named_parameters())
-        expected = {name for name, value in self.module.state_dict(keep_vars=True).items()}
-        if expected != weights.keys():
-            raise _unfitting(RuntimeError(f"names differ: {sorted(expected ^ weights.keys())[:5]}"))
-        for name, module in self.module.named_modules():
-            if (key := f"{name}._extra_state") in weights:
-                module.set_extra_state(weights[key])
-        for name, parameter in parameters.items():
-            if name not in weights:  # frozen, and not stored
-                continue
-            value = weights[name].to(parameter.device)
-            if name in self.frozen:
-                self.frozen[name] = weights[name].cpu()
-            with self._whole(parameter, changed=True):
-                if parameter.shape != value.shape:
-                    raise _unfitting(
-                        RuntimeError(
-                            f"{name} is {list(value.shape)}, expected {list(parameter.shape)}"
-                        )
-                    )
-                parameter.data.copy_(value)
-            if parameter.requires_grad:
-                if self.partitioned:
-                    self._set_piece(parameter, value.float(), None)
-                else:
-                    safe_set_full_fp32_param(parameter, value.float())
-
-    def fill_optimizer(self, moments: Iterable[tuple[str, Tensor]]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        parameters = dict(self.module.named_parameters())
-        collected = list(_split(moments))
-        if not collected:
-            return
-        self._create_moments(steps=max(int(value) for _, key, value in collected if key == STEP))
-        for name, key, value in collected:
-            if key == STEP:
-                continue
-            if self.partitioned:
-                self._set_piece(parameters[name], value, key)
-            else:
-                safe_set_full_optimizer_state(
-                    parameters[name], value.to(parameters[name].device), key
-                )
-
-    def _take(
-        self, state: NamedState, name: str, value: Tensor, mine: bool, *, trained: bool
-    ) -> None:
-        """Gather one parameter, which all ranks must do together; keep it only if `mine`."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        if name in self.frozen:
-            if mine:
-                state.weights[name] = self.frozen[name].clone()
-            return
-        if not trained:
-            with self._whole(value):
-                if mine:
-                    state.weights[name] = value.detach().cpu().clone()
-            return
-        whole: Any = safe_get_full_fp32_param(value)
-        kept = {
-            key: safe_get_full_optimizer_state(value, key) for key in MOMENTS if self.base.state
-        }
-        if mine:
-            state.weights[name] = whole.detach().cpu().clone()
-            state.moments |= {
-                f"{name}.{key}": moment.cpu().clone()
-                for key, moment in kept.items()
-                if moment is not None
-            }
-            if kept:
-                state.moments[f"{name}.{STEP}"] = torch.tensor(float(self._steps()))
-
-    def collect(self, rank: int, ranks: int) -> NamedState:
-        if self.base.state:
-            self._link_moments()
-        return super().collect(rank, ranks)
-
-    def _link_moments(self) -> None:
-        """Link the optimizer state of all groups to the parameters under ZeRO-1 and ZeRO-2.
-
-        DeepSpeed itself links them only once, after the first group has made a step.
-        """
-        if not self.partitioned:
-            self.optimizer._hp_optimizer_states_linked = False
-            self.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _steps(self) -> int:
-        return max(
-            (int(kept[STEP]) for kept in self.base.state.values() if STEP in kept), default=0
-        )
-
-    def _create_moments(self, steps: int) -> None:
-        """Create the state of every flat partition, as the optimizer does in its first step."""
-        for piece in self._pieces():
-            torch_step = isinstance(self.base, torch.optim.Optimizer) and type(
-                self.base
-            ).__module__.startswith("torch.")
-            self.base.state[piece] = {
-                STEP: torch.tensor(float(steps), device=piece.device) if torch_step else steps,
-                **{
-                    key: torch.zeros_like(piece, memory_format=torch.preserve_format)
-                    for key in MOMENTS
-                },
-            }
-        self._link_moments()
-
-    def _pieces(self) -> Iterator[Tensor]:
-        # In this order: ZeRO-1 and ZeRO-2; ZeRO-1 in bfloat16 with float32 gradients; ZeRO-3.
-        names = (
-            "single_partition_of_fp32_groups",
-            "fp32_groups_flat_partition",
-            "fp32_partitioned_groups_flat",
-        )
-        yield from next(
-            getattr(self.optimizer, name) for name in names if hasattr(self.optimizer, name)
-        )
-
-    def _set_piece(self, parameter: Any, value: Tensor, key: str | None) -> None:
-        """Set this rank's partition of a parameter under ZeRO-3. The last rank's is padded."""
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-        length = parameter.ds_tensor.ds_numel
-        start = length * torch.distributed.get_rank()
-        flat = value.flatten()[start : start + length].to(parameter.device)
-        piece = flat.new_zeros(length)
-        piece[: len(flat)] = flat
-        if key is None:
-            safe_set_local_fp32_param(parameter, piece)
-        else:
-            safe_set_local_optimizer_state(parameter, piece, key)
-
-    def _whole(self, parameter: Tensor, *, changed: bool = False) -> Any:
-        """Return a context in which every rank has the full parameter.
-
-        With `changed`, all ranks receive what rank 0 writes into it.
-        """
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(
-            [parameter], modifier_rank=0 if changed else None, enabled=hasattr(parameter, "ds_id")
-        )
-
-
-def _elements(value: Any) -> int:
-    """Return the number of elements of a tensor, including those that ZeRO-3 has partitioned."""
-    return getattr(value, "ds_numel", value.numel()) if isinstance(value, Tensor) else 0
-
-
-def _split(moments: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, str, Tensor]]:
-    for name, value in moments:
-        parameter, _, key = name.rpartition(".")
-        yield parameter, key, value
-
-
-def _unfitting(error: Exception) -> UserError:
-    return UserError(
-        f"The checkpoint is of another model than this config describes: {str(error)[:600]}\n"
-        "Resume with the config that stands in its run directory."
-    )

@@ -1,6 +1,6 @@
-"""Checks of `whisper-aut doctor`: can this machine run a config?
+"""Checks of the machine: those of `whisper-aut doctor`, and those before every run.
 
-Each check returns a `Finding`. No check leaves files on the machine.
+Each check of `whisper-aut doctor` returns a `Finding`. No check leaves files on the machine.
 """
 
 import os
@@ -28,14 +28,14 @@ from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, Sample
 from whisper_aut.data.shards import ShardIndex, iter_samples
 from whisper_aut.errors import UserError
-from whisper_aut.training.callbacks.stopping import check_disk_space, find_compiler
+from whisper_aut.training.checkpoint import check_disk_space, existing_parent
 
 Status = Literal["ok", "warn", "fail"]
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 PACKAGES = ("torch", "torchaudio", "lightning", "transformers", "deepspeed", "webdataset")
-REDUCE_TIMEOUT = timedelta(seconds=60)
 LOW_DISK_GIB = 20.0
 DRY_RUN_MINUTES = 60.0  # includes the download of the model in a first run
+# Variables of Slurm and torchrun. With them, a dry run would wait for ranks that nobody starts.
 LAUNCHERS = re.compile(
     "SLURM_|TORCHELASTIC_|MASTER_"
     "|(RANK|LOCAL_RANK|NODE_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK)$"
@@ -44,13 +44,7 @@ LAUNCHERS = re.compile(
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one check.
-
-    Attributes:
-        name: What was checked.
-        status: `ok`, `warn` or `fail`.
-        detail: What was found and, if something is wrong, what to do.
-    """
+    """Result of one check: what was checked, and what was found or has to be done."""
 
     name: str
     status: Status
@@ -65,47 +59,32 @@ def examine(checks: Sequence[tuple[str, Callable[[], Finding]]]) -> Iterator[Fin
         except UserError as error:
             yield Finding(name, "fail", str(error))
         except Exception as error:
-            yield Finding(
-                name,
-                "fail",
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            )
+            message = str(error).partition("\n")[0]
+            yield Finding(name, "fail", f"{type(error).__name__}: {message}")
 
 
 def build_table(findings: Sequence[Finding]) -> Table:
     """Return the findings as a table for the console."""
-    table = Table(title="whisper-aut doctor", title_justify="left")
-    for column in ("what", "", "found"):
-        table.add_column(column, overflow="fold")
+    table = Table("what", "", "found", title="whisper-aut doctor", title_justify="left")
     for finding in findings:
-        table.add_row(
-            finding.name,
-            Text(finding.status, style=STYLES[finding.status]),
-            finding.detail,
-        )
+        status = Text(finding.status, style=STYLES[finding.status])
+        table.add_row(finding.name, status, finding.detail)
     return table
 
 
 def check_versions() -> Finding:
     """Check that all packages are installed and that torch and torchaudio match."""
-    found, missing = [f"Python {sys.version.split()[0]}"], []
+    found = {}
     for name in PACKAGES:
         try:
-            found.append(f"{name} {version(name)}")
+            found[name] = version(name)
         except PackageNotFoundError:
-            missing.append(name)
-    if missing:
-        return Finding("versions", "fail", f"missing: {', '.join(missing)}; run make setup")
-    if (
-        version("torch").split("+")[0].rsplit(".", 1)[0]
-        != version("torchaudio").split("+")[0].rsplit(".", 1)[0]
-    ):
-        return Finding(
-            "versions",
-            "fail",
-            f"torch and torchaudio do not fit: {', '.join(found)}; run make setup",
-        )
-    return Finding("versions", "ok", ", ".join(found))
+            return Finding("versions", "fail", f"{name} is not installed; run make setup")
+    listed = ", ".join(f"{name} {number}" for name, number in found.items())
+    minor = {found[name].split("+")[0].rpartition(".")[0] for name in ("torch", "torchaudio")}
+    if len(minor) > 1:
+        return Finding("versions", "fail", f"torch and torchaudio differ: {listed}; run make setup")
+    return Finding("versions", "ok", f"Python {sys.version.split()[0]}, {listed}")
 
 
 def check_devices(accelerator: str, devices: int | str) -> Finding:
@@ -118,35 +97,44 @@ def check_devices(accelerator: str, devices: int | str) -> Finding:
     count = torch.cuda.device_count()
     wanted = devices if isinstance(devices, int) else 1
     if accelerator in ("gpu", "cuda") and count < wanted:
-        return Finding(
-            "devices",
-            "fail",
-            f"the config asks for {wanted} GPUs and PyTorch sees {count}; hardware=cpu runs on "
-            "the CPU",
-        )
+        detail = f"the config needs {wanted} GPUs, PyTorch sees {count}; hardware=cpu uses the CPU"
+        return Finding("devices", "fail", detail)
     if not count:
         return Finding("devices", "ok", f"no GPU; {os.cpu_count()} CPU cores")
-    names = [torch.cuda.get_device_name(number) for number in range(count)]
-    probe = torch.ones(256, 256, device="cuda")
-    assert float((probe @ probe)[0, 0]) == 256.0
-    memory = [torch.cuda.mem_get_info(number)[0] / 2**30 for number in range(count)]
-    free = ", ".join(f"{name}: {gib:.0f} GiB free" for name, gib in zip(names, memory, strict=True))
-    return Finding("devices", "ok", f"CUDA {torch.version.cuda}; {free}")
+    ones = torch.ones(256, 256, device="cuda")
+    assert float((ones @ ones)[0, 0]) == 256.0
+    gpus = ", ".join(
+        f"{torch.cuda.get_device_name(i)}: {torch.cuda.mem_get_info(i)[0] / 2**30:.0f} GiB free"
+        for i in range(count)
+    )
+    return Finding("devices", "ok", f"CUDA {torch.version.cuda}; {gpus}")
 
 
 def check_collectives() -> Finding:
     """Run an all-reduce between two processes: over NCCL if there are two GPUs, else over gloo."""
     backend = "nccl" if torch.cuda.device_count() >= 2 else "gloo"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_reduce, args=(backend, port), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
-    note = (
-        "; NCCL needs two GPUs to be tried"
-        if backend == "gloo" and torch.cuda.is_available()
-        else ""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    multiprocessing.spawn(_all_reduce, args=(backend, port), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    untested = backend == "gloo" and torch.cuda.is_available()
+    note = "; NCCL was not tested, which needs two GPUs" if untested else ""
+    return Finding("collectives", "ok", f"all-reduce of two processes over {backend} works{note}")
+
+
+def _all_reduce(rank: int, backend: str, port: int) -> None:
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
     )
-    return Finding("collectives", "ok", f"{backend}: two ranks of this machine sum up{note}")
+    value = torch.ones(1, device=f"cuda:{rank}" if backend == "nccl" else "cpu")
+    dist.all_reduce(value)
+    dist.destroy_process_group()
+    if float(value) != 2.0:
+        raise RuntimeError(f"the sum over two ranks is {float(value)} instead of 2")
 
 
 def check_deepspeed(strategy: str) -> Finding:
@@ -158,21 +146,11 @@ def check_deepspeed(strategy: str) -> Finding:
     import deepspeed
 
     compatible = deepspeed.ops.op_builder.CPUAdamBuilder().is_compatible(verbose=False)  # pyright: ignore[reportAttributeAccessIssue]
-    compiler = find_compiler()
-    if strategy.endswith("_offload") and not (compatible and compiler):
-        return Finding(
-            "DeepSpeed",
-            "fail",
-            "offloading compiles DeepSpeed's CPU Adam, which needs a C++ compiler",
-        )
-    note = (
-        "CPU Adam can be built"
-        if compatible and compiler
-        else "CPU Adam cannot be built, so no offloading"
-    )
-    return Finding(
-        "DeepSpeed", "ok" if compatible and compiler else "warn", f"{deepspeed.__version__}; {note}"
-    )
+    if compatible and find_compiler():
+        return Finding("DeepSpeed", "ok", f"{deepspeed.__version__}; CPU Adam can be built")
+    status: Status = "fail" if strategy.endswith("_offload") else "warn"
+    detail = "offloading is not possible: it compiles CPU Adam, which needs a C++ compiler"
+    return Finding("DeepSpeed", status, f"{deepspeed.__version__}; {detail}")
 
 
 def check_disk(folder: Path, checkpoint_bytes: int = 0, kept: int = 0) -> Finding:
@@ -186,16 +164,14 @@ def check_disk(folder: Path, checkpoint_bytes: int = 0, kept: int = 0) -> Findin
     Raises:
         UserError: If the folder is not writable or two checkpoints do not fit.
     """
-    warning = check_disk_space(folder, checkpoint_bytes, kept)
-    place = next(part for part in (folder, *folder.absolute().parents) if part.exists())
-    free = shutil.disk_usage(place).free / 2**30
-    detail = f"{folder} can be written, {free:.1f} GiB free"
-    detail += (
-        f"; a checkpoint takes about {checkpoint_bytes / 2**30:.1f} GiB" if checkpoint_bytes else ""
-    )
-    if warning:
+    if warning := check_disk_space(folder, checkpoint_bytes, kept):
         return Finding("disk", "warn", warning)
-    return Finding("disk", "ok" if free > LOW_DISK_GIB or checkpoint_bytes else "warn", detail)
+    free = shutil.disk_usage(existing_parent(folder)).free / 2**30
+    detail = f"{folder} is writable, {free:.1f} GiB free"
+    if checkpoint_bytes:
+        detail += f"; a checkpoint takes about {checkpoint_bytes / 2**30:.1f} GiB"
+    enough = checkpoint_bytes or free > LOW_DISK_GIB
+    return Finding("disk", "ok" if enough else "warn", detail)
 
 
 def check_shards(
@@ -205,30 +181,17 @@ def check_shards(
     for index in indexes:
         first = next(iter_samples(index, limits, policy), None)
         if not isinstance(first, Sample):
-            why = "it holds no sample" if first is None else f"{first.reason}: {first.detail}"
-            return Finding(
-                "shards",
-                "fail",
-                f"{index.root}: the first sample cannot be read ({why}); whisper-aut data "
-                "inspect says more",
-            )
-    clips, hours = (
-        sum(index.samples for index in indexes),
-        sum(index.seconds for index in indexes) / 3600,
-    )
-    return Finding(
-        "shards",
-        "ok",
-        f"{len(indexes)} sources, {clips:,} clips, {hours:,.1f} hours; the first sample of each "
-        "was read",
-    )
+            why = f"{first.reason}: {first.detail}" if first else "there is none"
+            detail = f"{index.root}: cannot read the first sample ({why}); try whisper-aut data "
+            return Finding("shards", "fail", f"{detail}inspect")
+    clips = sum(index.samples for index in indexes)
+    hours = sum(index.seconds for index in indexes) / 3600
+    detail = f"{len(indexes)} sources, {clips:,} clips, {hours:,.1f} hours; read the first of each"
+    return Finding("shards", "ok", detail)
 
 
 def check_dry_run(config_yaml: str, minutes: float = DRY_RUN_MINUTES) -> Finding:
     """Train a config in a separate process and delete the run.
-
-    The process does not inherit the variables of Slurm or torchrun. With them, it would wait for
-    ranks that nobody starts.
 
     Args:
         config_yaml: The config, which must be limited to two steps.
@@ -237,18 +200,17 @@ def check_dry_run(config_yaml: str, minutes: float = DRY_RUN_MINUTES) -> Finding
     with TemporaryDirectory(prefix="whisper-aut-doctor-") as folder:
         config = Path(folder) / "config.yaml"
         config.write_text(config_yaml)
-        command = [
-            sys.executable,
-            "-m",
-            "whisper_aut.cli",
-            "train",
-            str(config),
-            f"runs={folder}/runs",
-        ]
-        pipe = subprocess.PIPE
-        alone = {name: value for name, value in os.environ.items() if not LAUNCHERS.match(name)}
+        program = [sys.executable, "-m", "whisper_aut.cli"]
+        environment = {
+            name: value for name, value in os.environ.items() if not LAUNCHERS.match(name)
+        }
         with subprocess.Popen(
-            command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=alone
+            [*program, "train", str(config), f"runs={folder}/runs"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=environment,
         ) as process:
             try:
                 output, errors = process.communicate(timeout=60 * minutes)
@@ -257,29 +219,56 @@ def check_dry_run(config_yaml: str, minutes: float = DRY_RUN_MINUTES) -> Finding
                 os.killpg(process.pid, signal.SIGKILL)
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
-                why = (
-                    f"two steps were not done after {minutes:g} minutes; whisper-aut train on "
-                    "this node alone shows where it waits"
-                )
-                return Finding("dry run", "fail", why)
-        if process.returncode:
-            return Finding(
-                "dry run", "fail", f"two steps failed: {(errors.strip() or output.strip())[-800:]}"
-            )
-        line = next((line for line in output.splitlines() if line.startswith("Trained at")), "")
+                detail = f"two steps did not finish within {minutes:g} minutes; run whisper-aut "
+                return Finding("dry run", "fail", f"{detail}train on this node to see where it is")
+    if process.returncode:
+        message = (errors.strip() or output.strip())[-800:]
+        return Finding("dry run", "fail", f"two steps failed: {message}")
+    line = next((line for line in output.splitlines() if line.startswith("Trained at")), "")
     return Finding("dry run", "ok", f"two steps, a validation and a checkpoint. {line}")
 
 
-def _reduce(rank: int, backend: str, port: int) -> None:
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=2,
-        timeout=REDUCE_TIMEOUT,
-    )
-    value = torch.ones(1, device=f"cuda:{rank}" if backend == "nccl" else "cpu")
-    dist.all_reduce(value)
-    dist.destroy_process_group()
-    if float(value) != 2.0:
-        raise RuntimeError(f"two ranks summed to {float(value)}")
+def check_accelerator(accelerator: str) -> None:
+    """Check that a device of the requested kind is available.
+
+    Args:
+        accelerator: Lightning's accelerator name.
+
+    Raises:
+        UserError: If there is none.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if not {"gpu": cuda or mps, "cuda": cuda, "mps": mps}.get(accelerator, True):
+        raise UserError(
+            f"hardware.accelerator={accelerator}, but PyTorch sees no such device. Use "
+            "hardware=cpu, or hardware=auto for what this machine has; whisper-aut doctor checks "
+            "drivers and devices."
+        )
+
+
+def find_compiler() -> str | None:
+    """Return the path of a C++ compiler, or None."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def check_compilable(strategy: str) -> None:
+    """Check that `model.compile` can be used.
+
+    Args:
+        strategy: Strategy name of the config.
+
+    Raises:
+        UserError: If there is no compiler, or under ZeRO-3, which fetches the weights of a layer
+            while the layer runs.
+    """
+    if "stage_3" in strategy:
+        raise UserError(
+            f"model.compile does not work with strategy.name={strategy}: compiled layers cannot "
+            "fetch their weights. Set model.compile=false or use another strategy."
+        )
+    if find_compiler() is None:
+        raise UserError(
+            "model.compile=true needs a C++ compiler, such as g++ or the one in CXX. Install one, "
+            "or set model.compile=false."
+        )

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.table import Table
@@ -29,16 +30,39 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.audio.logmel import frames_with_context
+from whisper_aut.config import DataSettings, ModelSettings, Settings
 from whisper_aut.data.batch import Targets
+from whisper_aut.errors import UserError
+from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.encoder import PackedEncoder, Padding, encoder_frames
 from whisper_aut.models.flops import encoder_flops
-from whisper_aut.training.strategies import ACCELERATORS, Accelerator
+from whisper_aut.models.tiny import (
+    WHISPER_SPECIAL_TOKENS,
+    load_whisper_config,
+    whisper_config_of_size,
+)
+from whisper_aut.training.checkpoint import MOMENT_BYTES
+from whisper_aut.training.factory import (
+    open_sources,
+    read_policy,
+    select_sources,
+    source_weights,
+)
+from whisper_aut.training.strategies import DEEPSPEED, OFFLOAD
 
 GIBIBYTE = 2**30
-ADAM_BYTES = 8  # two float32 moments per parameter
-# Bytes that clipping and a fused AdamW read and write per float32 parameter: 4 for the gradient
-# norm, 8 for scaling the gradient, 28 for the update.
-UPDATE_BYTES = 40
+# Bytes that clipping and a fused AdamW read and write per float32 parameter: 8 for the gradient
+# norm, which `Guard` and Lightning compute, 8 for scaling the gradient, 28 for the update.
+UPDATE_BYTES = 44
+PRODUCT_EFFICIENCY = 0.6  # fraction of peak FLOP/s that matrix products reach
+MEMORY_EFFICIENCY = 0.8  # fraction of peak bandwidth that all other kernels reach
+LAUNCH_SECONDS = 10e-6  # per kernel, without compilation; dominates in small models
+RESERVED_GIB = 2.0  # CUDA context, cuBLAS, communication buffers, fragmentation
+# Audio-seconds per second from FLAC to log-mel on one core: decoding at 3,800, then features at
+# 5,000.
+CORE_AUDIO_SECONDS = 2_000
+# What a forecast assumes when the training shards cannot be read. FLAC is 16 kHz mono.
+ASSUMED_CLIP_SECONDS, ASSUMED_TOKENS, FLAC_BYTES_PER_SECOND = 10.0, 32, 19_000
 STAGES = ("one device or ddp", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 Compute = Literal["float32", "autocast", "bfloat16"]
 
@@ -55,6 +79,42 @@ _FLOPS: dict[Any, Any] = flop_registry | {
 _EMPTY = {_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty}
 # Operators that read only those parts of a table that they return.
 _GATHER = {_ATEN.embedding, _ATEN.gather, _ATEN.index, _ATEN.index_select}
+
+
+class Accelerator(NamedTuple):
+    """Specifications of a device. `part` is contained in `torch.cuda.get_device_name`.
+
+    TFLOP/s are peaks: in 16 bits, and in float32 computed as TF32.
+    """
+
+    name: str
+    part: str
+    memory_gib: float
+    half_tflops: float
+    single_tflops: float
+    terabytes_per_second: float
+
+    def peak_flops(self, precision: str) -> float:
+        """Return the peak FLOP/s in one of Lightning's precisions."""
+        return 1e12 * (self.single_tflops if precision.startswith("32") else self.half_tflops)
+
+
+# The first match is used, so a longer `part` comes before any that it contains.
+ACCELERATORS = (
+    Accelerator("H200 141 GB", "H200", 140.0, 989.0, 494.5, 4.8),
+    Accelerator("H100 PCIe 80 GB", "H100 PCIe", 79.0, 756.0, 378.0, 2.0),
+    Accelerator("H100 NVL 94 GB", "H100 NVL", 93.0, 835.0, 417.5, 3.9),
+    Accelerator("H100 80 GB", "H100", 79.0, 989.0, 494.5, 3.35),
+    Accelerator("A100 80 GB", "A100", 79.0, 312.0, 156.0, 2.039),
+    Accelerator("A100 40 GB", "A100", 39.0, 312.0, 156.0, 1.555),
+    Accelerator("RTX 4090 24 GB", "RTX 4090", 23.5, 165.2, 82.6, 1.008),
+)
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Return the peak FLOP/s of a device by `torch.cuda.get_device_name`, or None if unknown."""
+    known = (device for device in ACCELERATORS if device.part in device_name)
+    return next((device.peak_flops(precision) for device in known), None)
 
 
 @dataclass(frozen=True)
@@ -282,7 +342,7 @@ def device_memory(
         accumulates: A step has several micro-batches, so gradients are kept between them.
     """
     size = 2 if half_weights else 4
-    states = ADAM_BYTES + (4 if half_weights else 0)
+    states = MOMENT_BYTES + (4 if half_weights else 0)
     gradients = cost.trainable * 4 / (ranks if stage >= 2 else 1)
     # The gradient buckets of DDP and ZeRO are kept between steps.
     lasting = stage > 0 or ranks > 1 or accumulates
@@ -310,16 +370,6 @@ def placeholder_targets(lengths: Sequence[int]) -> Targets:
         prompt_lengths=(1,) * len(lengths),
         counts=tuple(length - 1 for length in lengths),
     )
-
-
-PRODUCT_EFFICIENCY = 0.6  # fraction of peak FLOP/s that matrix products reach
-MEMORY_EFFICIENCY = 0.8  # fraction of peak bandwidth that all other kernels reach
-LAUNCH_SECONDS = 10e-6  # per kernel, without compilation; dominates in small models
-RESERVED_GIB = 2.0  # CUDA context, cuBLAS, communication buffers, fragmentation
-# Audio-seconds per second from FLAC to log-mel on one core: decoding at 3,800, then features at
-# 5,000.
-CORE_AUDIO_SECONDS = 2_000
-FLAC_BYTES_PER_SECOND = 19_000  # 16 kHz mono; used if no shard index is available
 
 
 @dataclass(frozen=True)
@@ -402,6 +452,132 @@ class Forecast:
 
     def _half_weights(self, stage: int) -> bool:
         return stage > 0 and not self.precision.startswith("32")
+
+
+def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
+    """Forecast the cost of a run. Reads the shard indexes if they exist, and nothing else.
+
+    Args:
+        settings: Config of the run.
+        config: Sizes of the pretrained checkpoint.
+
+    Raises:
+        UserError: If the decoder has no `build_meta`, or no clip of a training source is left.
+    """
+    entry, options = check_decoder(settings.decoder)
+    build_meta = entry.build_meta
+    if build_meta is None:
+        raise UserError(
+            f"Runs with the decoder {settings.decoder['name']!r} cannot be planned: its registry "
+            "entry has no `build_meta`."
+        )
+    data, hardware, trainer = settings.data, settings.hardware, settings.trainer
+    stored, assumptions = stored_audio(data)
+    ranks = (hardware.devices if isinstance(hardware.devices, int) else 1) * hardware.nodes
+    precision = hardware.precision
+    if precision == "auto":  # every device in the table supports bfloat16
+        precision = "32-true" if hardware.accelerator == "cpu" else "bf16-mixed"
+    batch_clips = data.batch_clips
+    if data.batch_seconds:
+        batch_clips = max(1, round(data.batch_seconds / stored.clip_seconds))
+
+    @cache
+    def cost_of(half_weights: bool, checkpointing: bool) -> StepCost:
+        autocast = not precision.startswith("32")
+        shape = StepShape(
+            mel_lengths=(max(1, round(100 * stored.clip_seconds)),) * batch_clips,
+            text_lengths=(ASSUMED_TOKENS,) * batch_clips,
+            padding=settings.model.padding,
+            compute="bfloat16" if half_weights else "autocast" if autocast else "float32",
+            gradient_checkpointing=checkpointing,
+            train_encoder=not settings.model.freeze_encoder,
+        )
+        return step_cost(
+            config, lambda config, checkpointing: build_meta(config, options, checkpointing), shape
+        )
+
+    clips = data.samples_per_epoch or stored.clips
+    steps_per_epoch = clips // (batch_clips * ranks * trainer.accumulate)
+    limits = (trainer.max_epochs * steps_per_epoch, trainer.max_steps)
+    strategy = settings.strategy.name
+    offload = strategy.endswith(OFFLOAD)
+    return Forecast(
+        cost_of=cost_of,
+        ranks=ranks,
+        stage=int(strategy.removeprefix(DEEPSPEED)[0]) if strategy.startswith(DEEPSPEED) else 0,
+        offload=offload,
+        precision=precision,
+        checkpointing=settings.model.gradient_checkpointing,
+        micro_batches=trainer.accumulate,
+        steps=min((steps for steps in limits if steps), default=None),
+        step_audio_seconds=stored.clip_seconds * batch_clips * trainer.accumulate,
+        bytes_per_audio_second=stored.bytes_per_second,
+        assumptions=(
+            *assumptions,
+            f"{ASSUMED_TOKENS} text tokens per clip, all clips of the mean length",
+            *(["updating the weights on the host takes no time"] if offload else []),
+        ),
+    )
+
+
+def planned_checkpoint_bytes(settings: Settings) -> int:
+    """Return the approximate size of a checkpoint in bytes, or 0 if the run cannot be forecast."""
+    try:
+        cost = build_forecast(settings, planned_config(settings.model)).cost
+    except UserError:
+        return 0
+    frozen = cost.encoder if settings.model.freeze_encoder else 0  # it is saved too
+    return (4 + MOMENT_BYTES) * cost.trainable + 4 * frozen
+
+
+class StoredAudio(NamedTuple):
+    """Size of the training data: clips (0 if unknown), and means over the clips that are drawn."""
+
+    clips: int
+    clip_seconds: float
+    bytes_per_second: float
+
+
+def stored_audio(data: DataSettings) -> tuple[StoredAudio, tuple[str, ...]]:
+    """Return the size of the training data, and the assumptions made if it cannot be read.
+
+    Raises:
+        UserError: If the config leaves no clip of a source.
+    """
+    try:
+        sources = open_sources(data.train, read_policy(data))
+    except UserError:
+        sources = []
+    indexes = [source.index for source in select_sources(data, sources)] if sources else []
+    if not indexes or not all(index.samples and index.seconds for index in indexes):
+        assumption = (
+            f"clips of {ASSUMED_CLIP_SECONDS:g} s as 16 kHz FLAC, because the training shards "
+            "cannot be read"
+        )
+        return StoredAudio(0, ASSUMED_CLIP_SECONDS, FLAC_BYTES_PER_SECOND), (assumption,)
+    samples = [index.samples for index in indexes]
+    weights = samples if data.mode == "epochs" else source_weights(data, samples)
+    # Means are weighted by how often a source is drawn, not by its size.
+    seconds = stored_bytes = 0.0
+    for weight, index in zip(weights, indexes, strict=True):
+        seconds += weight * index.seconds / index.samples
+        stored_bytes += (
+            weight
+            * sum(shard.bytes for shard in index.shards)
+            / sum(shard.samples for shard in index.shards)
+        )
+    return StoredAudio(sum(samples), seconds / sum(weights), stored_bytes / seconds), ()
+
+
+def planned_config(model: ModelSettings) -> WhisperConfig:
+    """Return the config of the model that a run starts from, without loading its weights."""
+    if model.scratch is None:
+        return load_whisper_config(model.path, model.revision)
+    scratch = model.scratch
+    # An upper bound: a tokenizer trained on few texts has fewer tokens.
+    vocabulary = scratch.vocabulary + len(WHISPER_SPECIAL_TOKENS)
+    sizes = (scratch.d_model, scratch.encoder_layers, scratch.decoder_layers, scratch.heads)
+    return whisper_config_of_size(*sizes, scratch.num_mel_bins, vocabulary)
 
 
 def forecast_tables(plan: Forecast) -> Iterator[Table | str]:

@@ -29,10 +29,12 @@ from whisper_aut.training.checkpoint import (
     find_damage,
     is_checkpoint,
     latest_valid,
+    point_link,
     read_manifest,
 )
 from whisper_aut.utils import write_text
 
+AUTO = "auto"
 RUN_VARIABLE = "WHISPER_AUT_RUN"  # the directory name of the run, the same on all ranks of a job
 RECORDED_PACKAGES = (
     "whisper-aut",
@@ -48,11 +50,7 @@ RECORDED_PACKAGES = (
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of a run.
-
-    Attributes:
-        path: The run directory.
-    """
+    """Paths of a run."""
 
     path: Path
 
@@ -81,22 +79,6 @@ class RunDirectory:
     def metrics(self) -> Path:
         return self.path / "logs" / "metrics.csv"
 
-    @contextmanager
-    def metrics_aside(self) -> Iterator[None]:
-        """Rename the metrics file to `metrics.N.csv`, because a new logger would overwrite it.
-
-        If nothing is logged inside the context, the file gets its name back.
-        """
-        if not self.metrics.exists():
-            yield
-            return
-        kept = _put_aside(self.metrics)
-        try:
-            yield
-        finally:
-            if not self.metrics.exists():
-                kept.rename(self.metrics)
-
     @property
     def scores(self) -> Path:
         return self.path / "scores.json"
@@ -115,7 +97,23 @@ class RunDirectory:
     def export(self, kind: str) -> Path:
         return self.path / "export" / kind
 
-    def record(self, config_yaml: str, facts: Mapping[str, Any]) -> None:
+    @contextmanager
+    def keep_metrics(self) -> Iterator[None]:
+        """Rename the metrics file to `metrics.N.csv`, because a new logger would overwrite it.
+
+        If nothing is logged inside the context, the file gets its name back.
+        """
+        if not self.metrics.exists():
+            yield
+            return
+        kept = _rename_to_next(self.metrics)
+        try:
+            yield
+        finally:
+            if not self.metrics.exists():
+                kept.rename(self.metrics)
+
+    def record(self, config_yaml: str, metadata: Mapping[str, Any]) -> None:
         """Write the config and the environment of the run, and point `latest` to it.
 
         Files of a resumed run that would change are kept as `config.N.yaml` and
@@ -123,69 +121,39 @@ class RunDirectory:
 
         Args:
             config_yaml: The resolved config.
-            facts: Metadata to add to `environment.json`.
+            metadata: Values to add to `environment.json`.
         """
-        environment = json.dumps({**_environment(), **facts}, indent=1)
+        environment = json.dumps({**_environment(), **metadata}, indent=1)
         for path, text in ((self.config, config_yaml), (self.environment, environment)):
             if path.exists() and path.read_text() != text:
-                _put_aside(path)
+                _rename_to_next(path)
             write_text(path, text)
         self.point_latest()
 
     def point_latest(self) -> None:
         """Point the link `latest`, next to the runs of this name, to this run."""
-        link, partial = self.path.with_name("latest"), self.path.with_name(f".latest-{os.getpid()}")
-        try:
-            partial.symlink_to(self.path.name)
-            os.replace(partial, link)
-        except OSError:  # the file system has no links; the newest timestamp is still the last
-            partial.unlink(missing_ok=True)
+        point_link(self.path.with_name("latest"), self.path)
 
     def finished_with(self, fingerprint: str) -> bool:
-        """Return whether this run finished with the config and data of this fingerprint.
-
-        Args:
-            fingerprint: From `training.factory.run_fingerprint`.
-        """
+        """Return whether this run finished with the fingerprint of `factory.run_fingerprint`."""
         try:
             return json.loads(self.done.read_text())["fingerprint"] == fingerprint
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
 
+def list_runs(root: Path, name: str) -> list[RunDirectory]:
+    """Return the runs of a name, newest first, by the time their config was last written."""
+    configs = [path for path in (root / name).glob("*/config.yaml") if not path.parent.is_symlink()]
+    newest_first = sorted(
+        configs, key=lambda path: (path.stat().st_mtime_ns, path.parent.name), reverse=True
+    )
+    return [RunDirectory(path.parent) for path in newest_first]
+
+
 def is_first_rank() -> bool:
     """Return whether this process is rank 0, which writes the shared files."""
     return not rank_zero_only.rank
-
-
-def create_job_run(
-    root: Path, name: str, config_yaml: str, facts: Mapping[str, Any]
-) -> RunDirectory:
-    """Return the run directory of this job. Rank 0 creates it, and all ranks agree on its name.
-
-    Args:
-        root: Folder of all runs.
-        name: Name of the run in the config.
-        config_yaml: The resolved config.
-        facts: Metadata to add to `environment.json`.
-
-    Raises:
-        UserError: If the directory cannot be written, or this rank does not know its name.
-    """
-    given = _given_name()
-    run = create_run(root, name, config_yaml, facts, given) if is_first_rank() else None
-    # In a later run of the same process, ranks are connected and rank 0 can send the name.
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        told = [run.path.name if run else ""]
-        dist.broadcast_object_list(told)
-        return RunDirectory(root / name / told[0])
-    if run is None and not given:
-        raise UserError(
-            f"Rank {rank_zero_only.rank} does not know the run's name. Under torchrun, set "
-            f"{RUN_VARIABLE} to one name for all "
-            "ranks, or use --standalone or --rdzv-id."
-        )
-    return run or RunDirectory(root / name / str(given))
 
 
 def wait_for_all_ranks() -> None:
@@ -194,15 +162,34 @@ def wait_for_all_ranks() -> None:
         dist.barrier()
 
 
-def _given_name() -> str | None:
-    """Return a name that all ranks know: the user's, or the job id of Slurm or torchrun."""
-    environment = os.environ
-    if environment.get(RUN_VARIABLE):
-        return environment[RUN_VARIABLE]
-    if int(environment.get("SLURM_NTASKS", "1")) > 1:
-        return f"slurm-{environment['SLURM_JOB_ID']}"
-    torchrun = environment.get("TORCHELASTIC_RUN_ID", "none")
-    return None if torchrun == "none" else f"torchrun-{torchrun}"
+def create_job_run(
+    root: Path, name: str, config_yaml: str, metadata: Mapping[str, Any]
+) -> RunDirectory:
+    """Return the run directory of this job. Rank 0 creates it, and all ranks agree on its name.
+
+    Args:
+        root: Folder of all runs.
+        name: Name of the run in the config.
+        config_yaml: The resolved config.
+        metadata: Values to add to `environment.json`.
+
+    Raises:
+        UserError: If the directory cannot be written, or this rank does not know its name.
+    """
+    shared_name, run = _shared_run_name(), None
+    if is_first_rank():
+        run = _create_run(root / name, config_yaml, metadata, shared_name)
+    # In a later run of the same process, ranks are connected and rank 0 can send the name.
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        names = [run.path.name if run else ""]
+        dist.broadcast_object_list(names)
+        return RunDirectory(root / name / names[0])
+    if run is None and not shared_name:
+        raise UserError(
+            f"Rank {rank_zero_only.rank} does not know the name of the run. Under torchrun, set "
+            f"{RUN_VARIABLE} to the same name for all ranks, or use --standalone or --rdzv-id."
+        )
+    return run or RunDirectory(root / name / str(shared_name))
 
 
 @contextmanager
@@ -218,34 +205,29 @@ def share_run_name(run: RunDirectory) -> Iterator[None]:
         del os.environ[RUN_VARIABLE]
 
 
-def create_run(
-    root: Path, name: str, config_yaml: str, facts: Mapping[str, Any], given: str | None = None
+def _shared_run_name() -> str | None:
+    """Return a name that all ranks know: the user's, or the job id of Slurm or torchrun."""
+    if name := os.environ.get(RUN_VARIABLE):
+        return name
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return f"slurm-{os.environ['SLURM_JOB_ID']}"
+    torchrun = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if torchrun == "none" else f"torchrun-{torchrun}"
+
+
+def _create_run(
+    folder: Path, config_yaml: str, metadata: Mapping[str, Any], name: str | None
 ) -> RunDirectory:
-    """Create a run directory and record the config, the environment and the data in it.
-
-    Args:
-        root: Folder of all runs.
-        name: Name of the run in the config.
-        config_yaml: The resolved config.
-        facts: Metadata to add to `environment.json`.
-        given: Directory name; a timestamp by default.
-
-    Raises:
-        UserError: If the directory cannot be written, or already contains checkpoints.
-    """
-    folder = root / name
-    run = RunDirectory(
-        folder / given if given else _unused(folder, datetime.now().strftime("%Y%m%d-%H%M%S"))
-    )
+    """Create a run directory, named by the time if no name is given, and record the config."""
+    run = RunDirectory(folder / name if name else _unused_path(folder))
     try:
-        run.checkpoints.mkdir(parents=True, exist_ok=given is not None)
+        run.checkpoints.mkdir(parents=True, exist_ok=name is not None)
         if checkpoints_in(run.checkpoints):
             raise UserError(
-                f"{run.path} holds the checkpoints of an earlier run of this name. Go on with "
-                f"it by --resume {run.path}, or set "
-                f"{RUN_VARIABLE} to another name."
+                f"{run.path} contains checkpoints of an earlier run. Continue it with --resume "
+                f"{run.path}, or set {RUN_VARIABLE} to another name."
             )
-        run.record(config_yaml, facts)
+        run.record(config_yaml, metadata)
     except OSError as error:
         raise UserError(
             f"Cannot write the run directory {run.path}: {error.strerror}. Set runs=FOLDER to "
@@ -254,21 +236,14 @@ def create_run(
     return run
 
 
-def list_runs(root: Path, name: str) -> list[RunDirectory]:
-    """Return the runs of a name, newest first, by the time their config was last written."""
-    folder = root / name
-    paths = (
-        (path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
-        if folder.is_dir()
-        else ()
-    )
-    runs = [RunDirectory(path) for path in paths if (path / "config.yaml").exists()]
-    return sorted(
-        runs, key=lambda run: (run.config.stat().st_mtime_ns, run.path.name), reverse=True
-    )
+def _unused_path(folder: Path) -> Path:
+    """Return a path that does not exist, since two runs may begin in the same second."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    names = (stamp, *(f"{stamp}-{number}" for number in range(2, 1000)))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
-def _put_aside(path: Path) -> Path:
+def _rename_to_next(path: Path) -> Path:
     """Rename `NAME.EXT` to `NAME.N.EXT`, with the next free number N, and return the new path."""
     middles = (
         other.name.removeprefix(f"{path.stem}.").removesuffix(path.suffix)
@@ -276,12 +251,6 @@ def _put_aside(path: Path) -> Path:
     )
     number = max((int(middle) for middle in middles if middle.isdecimal()), default=-1) + 1
     return path.rename(path.with_name(f"{path.stem}.{number}{path.suffix}"))
-
-
-def _unused(folder: Path, stamp: str) -> Path:
-    """Return a path that does not exist, since two runs may begin in the same second."""
-    names = (stamp, *(f"{stamp}-{number}" for number in range(2, 1000)))
-    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _environment() -> dict[str, Any]:
@@ -297,35 +266,24 @@ def _environment() -> dict[str, Any]:
 
 
 def _git_revision() -> str:
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
+            [*command, "--abbrev=12"], capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
-AUTO = "auto"
-
-
 def find_resume_checkpoint(
-    resume: str, newest: RunDirectory | None, place: str, warn: Callable[[str], None]
+    resume: str, newest: RunDirectory | None, folder: Path, warn: Callable[[str], None]
 ) -> Path | None:
     """Return the checkpoint to resume from, or None to start a new run.
 
     Args:
         resume: Empty, `auto`, a checkpoint, or a run directory.
         newest: The newest run of this name.
-        place: Folder of the runs of this name. Its last part is the name of the run.
+        folder: Folder of the runs of this name. Its last part is the name of the run.
         warn: Called with a message for each damaged checkpoint that is skipped.
 
     Raises:
@@ -335,43 +293,38 @@ def find_resume_checkpoint(
     if not resume:
         return None
     if resume == AUTO:
-        return (
-            latest_valid_checkpoint(newest, warn) if newest and not newest.done.exists() else None
-        )
-    path = Path(resume)
+        unfinished = newest and not newest.done.exists()
+        return latest_valid_checkpoint(newest, warn) if newest and unfinished else None
+    path = Path(resume).resolve()
     if (path / "checkpoints").is_dir():
-        found = latest_valid_checkpoint(RunDirectory(path), warn)
-        if found is None:
-            raise UserError(
-                f"{path} has saved no checkpoint yet. Without --resume, the run begins anew."
-            )
-        _check_name(found, Path(place).name)
-        return found
-    if not is_checkpoint(path):
-        kind = "is not a checkpoint" if path.exists() else "does not exist"
+        checkpoint = latest_valid_checkpoint(RunDirectory(path), warn)
+        if checkpoint is None:
+            raise UserError(f"{path} has no checkpoint yet. Run again without --resume.")
+        path = checkpoint
+    elif not is_checkpoint(path):
+        problem = "is not a checkpoint" if path.exists() else "does not exist"
         raise UserError(
-            f"There is no checkpoint {path}: it {kind}. Give a run directory, a step-….ckpt of "
-            f"{place}/…/checkpoints, or "
-            "--resume auto."
+            f"Cannot resume: {path} {problem}. Give a run directory, a checkpoint "
+            f"{folder}/…/checkpoints/step-….ckpt, or --resume auto."
         )
-    if damage := find_damage(path, hashes=is_first_rank()):
+    elif damage := find_damage(path, hashes=is_first_rank()):
         raise UserError(
-            f"{path} is damaged: {damage}. --resume auto takes the newest one that is not."
+            f"{path} is damaged: {damage}. --resume auto uses the newest valid checkpoint."
         )
-    _check_name(path.resolve(), Path(place).name)
-    return path.resolve()
+    _check_name(path, folder.name)
+    return path
 
 
 def _check_name(checkpoint: Path, name: str) -> None:
     """Reject a checkpoint from a run of another name: other configs may start from that run."""
     config = RunDirectory(checkpoint.parent.parent).config
-    began = yaml.safe_load(config.read_text())["name"] if config.is_file() else name
-    if began != name:
+    run_name = yaml.safe_load(config.read_text())["name"] if config.is_file() else name
+    if run_name != name:
         raise UserError(
-            f"{checkpoint} is of a run of {began!r}; this config trains {name!r}. To go on with "
-            f"that run, add name={began}; to begin "
-            f"another from its weights, whisper-aut export {config.parent} --format whisper "
-            "--out FOLDER and set model.path=FOLDER."
+            f"{checkpoint} belongs to a run named {run_name!r}, but this config is named {name!r}. "
+            f"To continue that run, add name={run_name}. To start another run from its weights, "
+            f"use whisper-aut export {config.parent} --format whisper --out FOLDER and set "
+            "model.path=FOLDER."
         )
 
 
@@ -386,14 +339,12 @@ def latest_valid_checkpoint(run: RunDirectory, warn: Callable[[str], None]) -> P
         UserError: If all checkpoints are damaged.
     """
     # Only rank 0 compares hashes. `load_checkpoint` broadcasts its choice to all ranks.
-    path, refused = latest_valid(run.checkpoints, hashes=is_first_rank())
-    for line in refused:
-        warn(line)
+    path, messages = latest_valid(run.checkpoints, hashes=is_first_rank())
+    for message in messages:
+        warn(message)
     if path is None and checkpoints_in(run.checkpoints):
-        raise UserError(
-            f"No checkpoint in {run.checkpoints} is whole:\n"
-            + "\n".join(f"  - {line}" for line in refused)
-        )
+        listed = "\n".join(f"  - {message}" for message in messages)
+        raise UserError(f"{run.checkpoints} contains no valid checkpoint:\n{listed}")
     return path.resolve() if path else None
 
 
@@ -412,18 +363,17 @@ def check_step_size(checkpoint: Path, batch_clips: int, ranks: int, accumulate: 
         UserError: If the numbers differ. If possible, the message says which accumulation gives
             the same steps on these ranks.
     """
-    before, now = read_manifest(checkpoint).clips_per_step, batch_clips * ranks * accumulate
-    if before in (0, now):  # 0 if steps were measured in seconds of audio
+    saved, now = read_manifest(checkpoint).clips_per_step, batch_clips * ranks * accumulate
+    if saved in (0, now):  # 0 if steps were measured in seconds of audio
         return
-    micro_batch = batch_clips * ranks
-    way = (
-        f"set trainer.accumulate={before // micro_batch}"
-        if before % micro_batch == 0
-        else f"choose data.batch_clips and trainer.accumulate so that batch_clips × {ranks} × "
-        f"accumulate = {before}"
+    micro_batches, rest = divmod(saved, batch_clips * ranks)
+    advice = (
+        f"choose data.batch_clips and trainer.accumulate so that batch_clips × {ranks} × "
+        f"accumulate = {saved}"
+        if rest
+        else f"set trainer.accumulate={micro_batches}"
     )
     raise UserError(
-        f"{checkpoint} was written by steps of {before} clips; this config makes steps of {now} "
-        f"({batch_clips} clips × {ranks} "
-        f"ranks × {accumulate} accumulated). To go on as before, {way}."
+        f"{checkpoint} was trained with {saved} clips per step, but this config has {now} "
+        f"({batch_clips} clips × {ranks} ranks × {accumulate} accumulated). To continue, {advice}."
     )

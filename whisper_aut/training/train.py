@@ -1,18 +1,19 @@
-"""A training run, from `Settings` to a run directory with checkpoints, logs, samples and ledger."""
+"""A training run, from its config to a run directory with checkpoints, logs, samples and ledger."""
 
-import json
+import errno
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor
 from rich.console import Console
@@ -22,34 +23,27 @@ from whisper_aut.config import Settings, dump_settings
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.ledger import Ledger, by_source
 from whisper_aut.data.sampler import Cursor
-from whisper_aut.data.shards import ShardIndex
 from whisper_aut.errors import UserError
 from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
-from whisper_aut.training.callbacks.languages import UnknownLanguages
+from whisper_aut.training.callbacks.data import DataMonitor, gather_counts
 from whisper_aut.training.callbacks.metrics import (
-    LedgerCallback,
     RunProgressBar,
     SampleWriter,
-    SourceEpochs,
     ThroughputMeter,
     build_loggers,
-    gather_counts,
 )
-from whisper_aut.training.callbacks.stopping import (
-    CleanStop,
-    ElasticResume,
-    Guard,
-    Rewind,
-    StopOnDataEnd,
-    check_accelerator,
+from whisper_aut.training.callbacks.stopping import CleanStop, Guard, Rewind, StopOnDataEnd
+from whisper_aut.training.checkpoint import (
+    FULL_DISK,
     check_disk_space,
     checkpoint_bytes,
-    explain_errors,
-    loader_state,
+    read_manifest,
+    read_state,
+    write_error_message,
 )
-from whisper_aut.training.checkpoint import read_manifest
+from whisper_aut.training.doctor import check_accelerator
 from whisper_aut.training.factory import (
     build_data,
     build_decoder,
@@ -58,7 +52,6 @@ from whisper_aut.training.factory import (
     fix_chat_date,
     run_fingerprint,
     same_chat_date,
-    trainer_arguments,
 )
 from whisper_aut.training.run_dir import (
     RunDirectory,
@@ -70,20 +63,22 @@ from whisper_aut.training.run_dir import (
     list_runs,
     share_run_name,
 )
-from whisper_aut.training.strategies import build_strategy, resolve_precision
-from whisper_aut.utils import write_text
+from whisper_aut.training.strategies import build_strategy, loader_states, resolve_precision
+from whisper_aut.utils import write_json
 
 MAX_REWINDS = 3
+UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
+LOST_RANK = re.compile(
+    r"connection (was )?(closed|reset)|broken pipe|connection refused|timed out|timeout"
+    r"|peer|gloo|nccl|socket",
+    re.I,
+)
+CallbackType = TypeVar("CallbackType", bound=lightning.Callback)
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Result of `train`.
-
-    Attributes:
-        run: The finished run.
-        reused: Whether the run had finished before, so nothing was trained.
-    """
+    """Result of `train`: the finished run, and whether it had finished before."""
 
     run: RunDirectory
     reused: bool
@@ -116,234 +111,250 @@ def train(
     settings = replace(settings, hardware=replace(hardware, precision=precision))
     fingerprint = run_fingerprint(settings)
     runs = list_runs(Path(settings.runs), settings.name)
-    finished = next(
-        (
-            run
-            for run in runs
-            if run.finished_with(fingerprint) and same_chat_date(settings, run.config)
-        ),
-        None,
-    )
-    if finished and not fresh:
-        console.print(
-            Text.assemble(
-                (settings.name, "bold"),
-                f": nothing has changed since {finished.path} was trained; using it.",
-            )
-        )
-        if is_first_rank():
-            finished.point_latest()
-        return TrainResult(finished, reused=True)
-    check_accelerator(settings.hardware.accelerator)
-    place = f"{settings.runs}/{settings.name}"
-    checkpoint = find_resume_checkpoint(
-        resume,
-        runs[0] if runs else None,
-        place,
-        lambda line: _warn(console, line),
-    )
+    for run in runs:
+        if not fresh and run.finished_with(fingerprint) and same_chat_date(settings, run.config):
+            name = (settings.name, "bold")
+            console.print(Text.assemble(name, f": using {run.path}, which has the same config."))
+            if is_first_rank():
+                run.point_latest()
+            return TrainResult(run, reused=True)
+
+    check_accelerator(hardware.accelerator)
+    ranks, warn = _count_ranks(settings), _rank_zero_warn(console)
+    folder = Path(settings.runs) / settings.name
+    checkpoint = find_resume_checkpoint(resume, runs[0] if runs else None, folder, warn)
+    resumed = RunDirectory(checkpoint.parent.parent) if checkpoint else None
     if checkpoint and not settings.data.batch_seconds:
-        check_step_size(
-            checkpoint, settings.data.batch_clips, _ranks(settings), settings.trainer.accumulate
-        )
-    settings = fix_chat_date(
-        settings, RunDirectory(checkpoint.parent.parent).config if checkpoint else None
-    )
-    parts = _build(settings, checkpoint)
+        check_step_size(checkpoint, settings.data.batch_clips, ranks, settings.trainer.accumulate)
+    settings = fix_chat_date(settings, resumed.config if resumed else None)
+    parts = build_parts(settings, checkpoint)
     if checkpoint and (step := read_manifest(checkpoint).step) > parts.total_steps:
         raise UserError(
-            f"{checkpoint} stands at step {step}, behind the {parts.total_steps} that this "
-            "config trains: its learning rate would never "
-            "have fallen to the end. Raise trainer.max_steps, resume from an earlier "
-            "checkpoint, or start anew with --fresh."
+            f"{checkpoint} was written at step {step}, but this config trains only "
+            f"{parts.total_steps} steps, so the learning rate schedule would not end. Raise "
+            "trainer.max_steps, resume from an earlier checkpoint, or start again with --fresh."
         )
-    if warning := check_disk_space(
-        checkpoint.parent if checkpoint else Path(settings.runs),
-        checkpoint_bytes(parts.module),
-        settings.trainer.keep_checkpoints + 1,
-    ):
-        _warn(console, warning)
-    if hint:
-        _warn(console, hint)
-    facts = {
+    size, kept = checkpoint_bytes(parts.module), settings.trainer.keep_checkpoints + 1
+    where = checkpoint.parent if checkpoint else Path(settings.runs)
+    for warning in (check_disk_space(where, size, kept), hint):
+        if warning:
+            warn(warning)
+
+    metadata = {
         "fingerprint": fingerprint,
-        "pretrained": {"path": parts.start.path, "revision": parts.start.revision},
+        "pretrained": {"path": parts.pretrained.path, "revision": parts.pretrained.revision},
         "decoder": {
             "name": settings.decoder["name"],
             **getattr(parts.module.decoder, "identity", {}),
         },
         "steps": parts.total_steps,
         "seed": settings.seed,
-        "ranks": _ranks(settings),
-        "data": _data_facts(parts.data),
+        "ranks": ranks,
+        "data": _data_metadata(parts.data),
     }
-    run = (
-        RunDirectory(checkpoint.parent.parent)
-        if checkpoint
-        else create_job_run(Path(settings.runs), settings.name, dump_settings(settings), facts)
-    )
-    console.print(_headline(settings, parts, run, checkpoint))
+    config = dump_settings(settings)
+    run = resumed or create_job_run(Path(settings.runs), settings.name, config, metadata)
+
+    def record_resume(*_: Any) -> None:
+        if is_first_rank():
+            run.done.unlink(missing_ok=True)
+            run.record(config, metadata)
+
+    if resumed:  # once Lightning has loaded the checkpoint without an error
+        callbacks = [LambdaCallback(on_train_start=record_resume), *callbacks]
+    console.print(_headline(settings, parts, f"resuming {checkpoint}" if resumed else run.path))
     for source in parts.data.train:
-        if source.index.selection:
-            console.print(_left_out(source.index), markup=False)
-    # When training starts, Lightning has loaded the checkpoint without an error.
-    goes_on = LambdaCallback(on_train_start=lambda *_: _go_on(run, settings, facts))
-    with share_run_name(run), explain_errors(run.path, _ranks(settings)):
-        _fit(
-            settings,
-            parts,
-            run,
-            checkpoint,
-            fingerprint,
-            console,
-            [goes_on, *callbacks] if checkpoint else callbacks,
-        )
+        if selection := source.index.selection:
+            left_out = ", ".join(f"{n} {reason}" for reason, n in selection.left_out.items())
+            total = source.index.samples + sum(selection.left_out.values())
+            console.print(
+                f"{source.index.name}: training on {source.index.samples} of {total} clips; left "
+                f"out: {left_out or 'none'}",
+                markup=False,
+            )
+    with share_run_name(run), explain_errors(run.path, ranks):
+        _fit(settings, parts, run, checkpoint, fingerprint, console, callbacks)
     return TrainResult(run, reused=False)
 
 
 @dataclass(frozen=True)
-class _Parts:
+class RunParts:
     """The objects of a run, ready for `Trainer.fit`."""
 
-    start: PretrainedWhisper
+    pretrained: PretrainedWhisper
     module: AudioTextModule
     data: ShardDataModule
     total_steps: int
 
 
-def _build(settings: Settings, checkpoint: Path | None, skip_to: Cursor | None = None) -> _Parts:
-    _seed(settings)
-    start = build_pretrained(settings)
-    decoder, codec = build_decoder(settings, start)
-    data = build_data(settings, codec, start.config.num_mel_bins)
-    total_steps = _total_steps(settings, data, checkpoint, skip_to)
+def build_parts(
+    settings: Settings, checkpoint: Path | None, skip_to: Cursor | None = None
+) -> RunParts:
+    """Build model and data, and plan the steps from a checkpoint, or from `skip_to` in the data."""
+    if settings.hardware.threads:
+        torch.set_num_threads(settings.hardware.threads)
+    # TF32 on devices that support it. CPUs are not affected.
+    torch.set_float32_matmul_precision("high")
+    lightning.seed_everything(settings.seed, workers=True, verbose=False)
+    pretrained = build_pretrained(settings)
+    decoder, codec = build_decoder(settings, pretrained)
+    data = build_data(settings, codec, pretrained.config.num_mel_bins)
+    ranks, max_steps = _count_ranks(settings), settings.trainer.max_steps
+    if checkpoint:
+        state = read_state(checkpoint)
+        data.resume(ranks, loader_states(state)[0], state["global_step"], skip_to)
+    total_steps = data.total_steps(ranks, settings.trainer.max_epochs)
+    if max_steps:
+        total_steps = min(total_steps, max_steps)
+    module = build_module(settings, pretrained, decoder, codec, total_steps)
     # transformers loads models in eval mode.
-    module = build_module(settings, start, decoder, codec, total_steps).train()
-    return _Parts(start, module, data, total_steps)
+    return RunParts(pretrained, module.train(), data, total_steps)
 
 
 def _fit(
     settings: Settings,
-    parts: _Parts,
+    parts: RunParts,
     run: RunDirectory,
     checkpoint: Path | None,
     fingerprint: str,
     console: Console,
-    extra: Sequence[lightning.Callback],
+    callbacks: Sequence[lightning.Callback],
 ) -> None:
-    """Train to the last step.
+    """Train to the last step, and write `done.json`.
 
     After a `Rewind`, train again from the newest valid checkpoint and skip the data read since.
     """
     ledger = Ledger(run.ledger(rank_zero_only.rank or 0), settings.data.max_skipped_fraction)
-    skip_to, rewinds = None, 0
+    warn, skip_to, rewinds = _rank_zero_warn(console), None, 0
     while True:
-        meter = ThroughputMeter(settings.hardware.precision)
-        strategy = build_strategy(
-            settings.strategy.name,
-            timeout_minutes=settings.strategy.timeout_minutes,
-            ranks=_ranks(settings),
-            clips_per_step=_clips_per_step(settings),
-            accelerator=settings.hardware.accelerator,
-            skip_to=skip_to,
-            async_checkpoints=settings.trainer.async_checkpoints,
-            deepspeed_options=settings.strategy.deepspeed,
-            warn=partial(_warn, console),
-        )
         trainer = build_trainer(
-            settings, run, strategy, ledger, meter, parts.total_steps, console, extra
+            settings, run, ledger, parts.total_steps, console, callbacks, skip_to
         )
         try:
-            with run.metrics_aside() if is_first_rank() else nullcontext():
+            with run.keep_metrics() if is_first_rank() else nullcontext():
                 trainer.fit(
                     parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True
                 )
             break
         except Rewind as rewind:
-            rewinds += 1
-            checkpoint = latest_valid_checkpoint(run, lambda line: _say(console, line))
+            checkpoint, rewinds = latest_valid_checkpoint(run, warn), rewinds + 1
             if checkpoint is None or rewinds > MAX_REWINDS:
-                why = (
-                    "no checkpoint to go back to"
-                    if checkpoint is None
-                    else f"gone back {MAX_REWINDS} times already"
-                )
+                why = "has no checkpoint yet" if checkpoint is None else "was rewound too often"
                 raise UserError(
-                    f"{rewind} The run has {why}. Lower optim.lr, or look at the data around "
-                    "that step."
+                    f"{rewind} The run {why}. Lower optim.lr, or check the data around that step."
                 ) from None
-            _warn(console, f"{rewind} Going back to {checkpoint}, past the data read since.")
-            skip_to, parts = rewind.cursor, _build(settings, checkpoint, rewind.cursor)
-    callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    checkpoints = next(one for one in callbacks if isinstance(one, RollingCheckpoints))
-    if checkpoints.validated_step != trainer.global_step:
+            warn(f"{rewind} Resuming from {checkpoint}, after the data read since.")
+            skip_to, parts = rewind.cursor, build_parts(settings, checkpoint, rewind.cursor)
+    if find_callback(trainer, RollingCheckpoints).validated_step != trainer.global_step:
         # The metrics of the run are those of its last step.
         trainer.validate(parts.module, datamodule=parts.data, verbose=False)
-    _finish(trainer, run, parts.data, ledger, meter, fingerprint, console)
-
-
-def _go_on(run: RunDirectory, settings: Settings, facts: dict[str, Any]) -> None:
-    """Record the config of a resumed run, and mark the run as unfinished."""
-    if is_first_rank():
-        run.done.unlink(missing_ok=True)
-        run.record(dump_settings(settings), facts)
+    _finish(trainer, run, parts.data, ledger, fingerprint, console)
 
 
 def build_trainer(
     settings: Settings,
     run: RunDirectory,
-    strategy: Any,
     ledger: Ledger,
-    meter: ThroughputMeter,
     total_steps: int,
     console: Console,
-    extra: Sequence[lightning.Callback],
+    callbacks: Sequence[lightning.Callback] = (),
+    skip_to: Cursor | None = None,
 ) -> lightning.Trainer:
-    every, warn = settings.trainer, partial(_warn, console)
+    """Return the Trainer of a run.
+
+    Args:
+        settings: Config of the run.
+        run: The run directory.
+        ledger: Ledger of this rank.
+        total_steps: Optimizer steps of the run.
+        console: Console for messages.
+        callbacks: Additional callbacks.
+        skip_to: Position in the data to resume from, in place of the checkpoint's own.
+    """
+    config, hardware, ranks = settings.trainer, settings.hardware, _count_ranks(settings)
+    warn = _rank_zero_warn(console)
+    clips_per_step = settings.data.batch_clips * ranks * config.accumulate
+    strategy = build_strategy(
+        settings.strategy.name,
+        timeout_minutes=settings.strategy.timeout_minutes,
+        ranks=ranks,
+        clips_per_step=0 if settings.data.batch_seconds else clips_per_step,
+        accelerator=hardware.accelerator,
+        skip_to=skip_to,
+        async_checkpoints=config.async_checkpoints,
+        deepspeed_options=settings.strategy.deepspeed,
+        warn=warn,
+    )
+    meter = ThroughputMeter(hardware.precision)
+    valid_every_steps = min(config.valid_every_steps, total_steps)
     checkpoints = RollingCheckpoints(
         run.checkpoints,
-        every_steps=min(every.checkpoint_every_steps, total_steps),
-        valid_every_steps=min(every.valid_every_steps, total_steps),
-        keep=every.keep_checkpoints,
+        every_steps=config.checkpoint_every_steps,
+        valid_every_steps=valid_every_steps,
+        keep=config.keep_checkpoints,
         warn=warn,
         paused=meter.paused,
     )
     guard = Guard(
         ledger,
-        max_bad_steps=every.max_bad_steps,
-        gradient_clip=settings.optim.gradient_clip,
-        spike_factor=every.spike_factor,
-        rewind=every.on_spike == "rewind",
+        max_bad_steps=config.max_bad_steps,
+        spike_factor=config.spike_factor,
+        rewind=config.on_spike == "rewind",
         warn=warn,
     )
-    callbacks = [
-        guard,
-        checkpoints,
-        LearningRateMonitor("step"),
-        LedgerCallback(ledger),
-        UnknownLanguages(warn),
-        SourceEpochs(),
-        ElasticResume(),
-        StopOnDataEnd(checkpoints, warn),
-        SampleWriter(run.path / "samples.jsonl", console),
-        CleanStop(checkpoints),
-        meter,
-        *extra,
-        RunProgressBar(meter, refresh_rate=1 if console.is_terminal else every.log_every_steps),
-    ]
-    loggers = build_loggers(settings.trainer.loggers, run.path, settings.name)
-    return lightning.Trainer(
-        **trainer_arguments(settings, total_steps),
-        strategy=strategy,
-        # `CleanStop` handles the signals of Slurm. Lightning would save elsewhere and requeue.
-        plugins=[SLURMEnvironment(auto_requeue=False)]
-        if _launched_by_slurm() and _ranks(settings) > 1
-        else None,
-        callbacks=callbacks,
-        logger=loggers,
-        enable_checkpointing=False,  # `RollingCheckpoints` does it
-        default_root_dir=run.path,
+    # `CleanStop` handles the signals of Slurm. Lightning would save elsewhere and requeue.
+    slurm: Any = (
+        [SLURMEnvironment(auto_requeue=False)] if ranks > 1 and launched_by_slurm() else None
     )
+    return lightning.Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        num_nodes=hardware.nodes,
+        precision=hardware.precision,  # pyright: ignore[reportArgumentType]
+        strategy=strategy,
+        plugins=slurm,
+        max_steps=total_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=settings.optim.gradient_clip or None,
+        val_check_interval=valid_every_steps * config.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=min(config.log_every_steps, total_steps),
+        deterministic=config.deterministic,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        default_root_dir=run.path,
+        logger=build_loggers(config.loggers, run.path, settings.name),
+        # In this order; Lightning moves checkpoints to the end.
+        callbacks=[
+            guard,
+            checkpoints,
+            LearningRateMonitor("step"),
+            DataMonitor(ledger, warn),
+            StopOnDataEnd(checkpoints, warn),
+            SampleWriter(run.path / "samples.jsonl", console),
+            CleanStop(checkpoints),
+            meter,
+            *callbacks,
+            RunProgressBar(
+                meter, refresh_rate=1 if console.is_terminal else config.log_every_steps
+            ),
+        ],
+    )
+
+
+def launched_by_slurm() -> bool:
+    """Return whether `srun` started this rank.
+
+    In a Slurm job, torchrun may have started it instead. Then only torchrun knows the ranks.
+    """
+    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+
+
+def find_callback(trainer: Any, kind: type[CallbackType]) -> CallbackType:
+    """Return the callback of a class."""
+    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
 
 
 def _finish(
@@ -351,37 +362,33 @@ def _finish(
     run: RunDirectory,
     data: ShardDataModule,
     ledger: Ledger,
-    meter: ThroughputMeter,
     fingerprint: str,
     console: Console,
 ) -> None:
+    """Check the limit on skipped samples, print a summary, and write `done.json`."""
     # Ranks exchange their counts here, after everything that may fail on one of them, and all check
     # the same counts. If a rank fails, no done.json is written.
     counts = gather_counts(ledger)
-    callbacks: list[lightning.Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    unknown_languages = next(
-        callback.total() for callback in callbacks if isinstance(callback, UnknownLanguages)
-    )
+    unknown_languages = find_callback(trainer, DataMonitor).unknown_languages()
     ledger.check(counts, at_end=True)
     if not trainer.is_global_zero:
         return
-    guard = next(callback for callback in trainer.callbacks if isinstance(callback, Guard))  # pyright: ignore[reportAttributeAccessIssue]
-    figures = {**guard.figures, **trainer.callback_metrics, **meter.summary(trainer)}
-    metrics = {
-        name: round(float(value), 6) for name, value in figures.items() if math.isfinite(value)
-    }  # JSON has no NaN
-    console.print(meter.closing_line(trainer))
+    guard, meter = find_callback(trainer, Guard), find_callback(trainer, ThroughputMeter)
+    metrics = {**guard.last_metrics, **trainer.callback_metrics, **meter.summary(trainer)}
+    epochs = data.source_epochs(data.position)
     done = {
         "fingerprint": fingerprint,
         "steps": trainer.global_step,
-        "metrics": metrics,
+        # JSON has no NaN.
+        "metrics": {
+            name: round(float(value), 6) for name, value in metrics.items() if math.isfinite(value)
+        },
         "skipped": by_source(counts.all_skipped),
         "unknown_languages": dict(unknown_languages),
+        "sources": {path: round(value, 4) for path, value in epochs.items()},
     }
-    done["sources"] = {
-        root: round(epochs, 4) for root, epochs in data.source_epochs(data.position).items()
-    }
-    write_text(run.done, json.dumps(done, indent=1))
+    write_json(run.done, done)
+    console.print(meter.closing_line(trainer))
     if unknown_languages:
         console.print(
             f"{unknown_languages.total()} clips were trained without a language token; "
@@ -392,50 +399,52 @@ def _finish(
         console.print(f"{skipped} samples were skipped; {run.path / files} lists them.")
 
 
-def _say(console: Console, line: str | Text) -> None:
-    """Print on rank 0 only."""
-    if is_first_rank():
-        console.print(line)
+@contextmanager
+def explain_errors(folder: Path, ranks: int) -> Iterator[None]:
+    """Convert failures of the machine into messages that say what to do.
 
+    Args:
+        folder: The run directory.
+        ranks: Number of ranks.
 
-def _warn(console: Console, line: str) -> None:
-    _say(console, Text.assemble(("Warning:", "bold yellow"), f" {line}"))
-
-
-def _launched_by_slurm() -> bool:
-    """Return whether `srun` started this rank.
-
-    In a Slurm job, torchrun may have started it instead. Then only torchrun knows the ranks.
+    Raises:
+        UserError: If GPU memory or disk space ran out, another rank failed, or Lightning cannot use
+            the devices as configured.
     """
-    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    try:
+        yield
+    except MisconfigurationException as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"This machine cannot run the config: {reason}") from error
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(
+            f"The GPU ran out of memory: {str(error).splitlines()[0]}\nLower data.batch_clips or "
+            "data.batch_seconds and raise trainer.accumulate, set "
+            "model.gradient_checkpointing=true, or use a higher ZeRO stage."
+        ) from None
+    except OSError as error:
+        if error.errno in FULL_DISK | UNWRITABLE:
+            raise UserError(write_error_message(Path(error.filename or folder), error)) from None
+        raise
+    except RuntimeError as error:
+        if ranks > 1 and LOST_RANK.search(str(error)):
+            raise UserError(
+                f"Another rank failed or does not respond: {str(error).splitlines()[0][:300]}\n"
+                "See the logs of the other ranks. Then continue from the last checkpoint with "
+                "--resume auto."
+            ) from error
+        raise
 
 
-def _clips_per_step(settings: Settings) -> int:
-    """Return the clips in an optimizer step, or 0 if steps are measured in seconds of audio."""
-    if settings.data.batch_seconds:
-        return 0
-    return settings.data.batch_clips * _ranks(settings) * settings.trainer.accumulate
+def _rank_zero_warn(console: Console) -> Callable[[str], None]:
+    def warn(line: str) -> None:
+        if is_first_rank():
+            console.print(Text.assemble(("Warning:", "bold yellow"), f" {line}"))
+
+    return warn
 
 
-def _seed(settings: Settings) -> None:
-    if settings.hardware.threads:
-        torch.set_num_threads(settings.hardware.threads)
-    # TF32 on devices that support it. CPUs are not affected.
-    torch.set_float32_matmul_precision("high")
-    lightning.seed_everything(settings.seed, workers=True, verbose=False)
-
-
-def _total_steps(
-    settings: Settings, data: ShardDataModule, checkpoint: Path | None, skip_to: Cursor | None
-) -> int:
-    ranks = _ranks(settings)
-    if checkpoint and (begun := loader_state(checkpoint)):
-        data.resume(ranks, begun.state, begun.step, skip_to)
-    by_epochs = data.total_steps(ranks, settings.trainer.max_epochs)
-    return min(by_epochs, settings.trainer.max_steps) if settings.trainer.max_steps else by_epochs
-
-
-def _ranks(settings: Settings) -> int:
+def _count_ranks(settings: Settings) -> int:
     """Return the number of ranks of the job, as Lightning will count them."""
     devices = settings.hardware.devices
     if devices == "auto":
@@ -443,7 +452,7 @@ def _ranks(settings: Settings) -> int:
     return int(devices) * settings.hardware.nodes
 
 
-def _data_facts(data: ShardDataModule) -> list[dict[str, Any]]:
+def _data_metadata(data: ShardDataModule) -> list[dict[str, Any]]:
     return [
         {
             "root": source.index.name,
@@ -459,39 +468,24 @@ def _data_facts(data: ShardDataModule) -> list[dict[str, Any]]:
     ]
 
 
-def _left_out(index: ShardIndex) -> str:
-    assert index.selection
-    counts = index.selection.left_out
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "none"
-    total = index.samples + sum(counts.values())
-    return f"{index.name}: {index.samples} of {total} clips are trained on; left out: {reasons}"
-
-
-def _headline(
-    settings: Settings, parts: _Parts, run: RunDirectory, checkpoint: Path | None
-) -> Text:
-    millions = {
-        name: sum(p.numel() for p in part.parameters()) / 1e6
-        for name, part in (("encoder", parts.module.encoder), ("decoder", parts.module.decoder))
-    }
-    shares = " · ".join(
-        f"{domain} {share:.0%}" for domain, share in _domain_shares(parts.data).items()
+def _headline(settings: Settings, parts: RunParts, target: Path | str) -> Text:
+    encoder, decoder = (
+        f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M"
+        for part in (parts.module.encoder, parts.module.decoder)
     )
-    begun = f"going on from {checkpoint}" if checkpoint else f"into {run.path}"
+    data = parts.data
+    # Fraction of each domain among the training clips, as they are drawn.
+    weights: dict[str, float] = {}
+    for source, shape in zip(data.train, data.order.sources, strict=True):
+        weight = shape.samples if data.order.epoch_clips else shape.weight
+        weights[source.domain] = weights.get(source.domain, 0.0) + weight
+    total = sum(weights.values())
+    mixture = " · ".join(
+        f"{name} {weight / total:.0%}" for name, weight in weights.items() if weight
+    )
+    batches = settings.trainer.accumulate * _count_ranks(settings)
     return Text.assemble(
         (settings.name, "bold"),
-        f": encoder {millions['encoder']:.1f} M, decoder {millions['decoder']:.1f} M parameters "
-        f"· {shares} · "
-        f"{parts.total_steps} steps of {settings.trainer.accumulate * _ranks(settings)} × "
-        f"{parts.data.batch_name} · {begun}",
+        f": encoder {encoder}, decoder {decoder} parameters · {mixture} · {parts.total_steps} "
+        f"steps of {batches} × {data.batch_name} · {target}",
     )
-
-
-def _domain_shares(data: ShardDataModule) -> dict[str, float]:
-    """Return the fraction of each domain among the training clips, as they are drawn."""
-    shares: dict[str, float] = {}
-    for source, shape in zip(data.train, data.order.sources, strict=True):
-        shares[source.domain] = shares.get(source.domain, 0.0) + (
-            shape.samples if data.order.epoch_clips else shape.weight
-        )
-    return {domain: share / sum(shares.values()) for domain, share in shares.items() if share}

@@ -17,7 +17,7 @@ from tests.support.numeric import assert_frames_close, enlarge
 from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.errors import UserError
 from whisper_aut.models.encoder import PackedEncoder, encoder_frames
-from whisper_aut.training.callbacks.stopping import find_compiler
+from whisper_aut.training.doctor import find_compiler
 
 SECONDS = (1.0, 5.0, 0.11, 30.0, 29.99, 7.3135, 2.0)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from whisper_aut.config import OptimSettings
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.encoder import PackedEncoder
 from whisper_aut.models.pretrained import PretrainedWhisper
@@ -43,7 +44,9 @@ def test_every_trainable_parameter_is_in_one_group(tiny_whisper: Path):
 )
 def test_the_rate_warms_up_and_falls_to_its_final_share(schedule: str, middle: float):
     def factor(step: int) -> float:
-        return lr_factor(step, total_steps=110, warmup_steps=10, schedule=schedule, final_share=0.1)  # pyright: ignore[reportArgumentType]
+        return lr_factor(
+            step, total_steps=110, warmup_steps=10, schedule=schedule, final_fraction=0.1
+        )  # pyright: ignore[reportArgumentType]
 
     assert [factor(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
     assert factor(10) == pytest.approx(1.0)
@@ -58,7 +61,7 @@ def test_a_part_that_joins_later_has_no_rate_before_and_warms_up_from_there():
             total_steps=110,
             warmup_steps=10,
             schedule="linear",
-            final_share=0.0,
+            final_fraction=0.0,
             first_step=50,
         )
 
@@ -77,10 +80,10 @@ def test_the_encoder_may_have_a_rate_of_its_own(tiny_whisper: Path):
         for part in ("encoder", "decoder")
     }
     assert rates == {"encoder": {0.2, 0.1, 0.05}, "decoder": {1.0}}
-    made = optimizer_factory(
-        lr=1.0, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, layer_decay=1.0, total_steps=10, warmup_steps=1,
-        schedule="constant", final_share=0.0, encoder_lr=0.2, encoder_after_step=3,
-    )(PackedEncoder(start.encoder), decoder)  # fmt: skip
+    optim = OptimSettings(
+        lr=1.0, encoder_lr=0.2, encoder_after_step=3, warmup_steps=1, schedule="constant"
+    )
+    made = optimizer_factory(optim, total_steps=10)(PackedEncoder(start.encoder), decoder)
     optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
     seen = []
     for _ in range(4):

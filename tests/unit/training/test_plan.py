@@ -27,8 +27,9 @@ from whisper_aut.models.decoders.whisper import (
 )
 from whisper_aut.models.encoder import PackedEncoder
 from whisper_aut.models.flops import encoder_flops, whisper_decoder_flops
-from whisper_aut.training.factory import stored_audio
 from whisper_aut.training.plan import (
+    ACCELERATORS,
+    Accelerator,
     Compute,
     Forecast,
     StepCost,
@@ -36,8 +37,8 @@ from whisper_aut.training.plan import (
     StepShape,
     device_memory,
     step_cost,
+    stored_audio,
 )
-from whisper_aut.training.strategies import ACCELERATORS, Accelerator
 
 MEL_LENGTHS, TEXT_LENGTHS = (300, 501, 770, 120), (12, 30, 7, 20)
 
@@ -235,9 +236,9 @@ def test_time_is_bound_by_products_by_memory_or_by_launches():
     assert step_seconds((0.0, 8, 100_000)) == pytest.approx(1.0)
     trained = replace(COST, trainable=2 * 10**10)
     seconds = forecast(lambda *_: trained).step_seconds(card)
-    assert seconds == pytest.approx(1.0, rel=1e-4)  # AdamW reads and writes 40 bytes a parameter
+    assert seconds == pytest.approx(1.1, rel=1e-4)  # 44 bytes per parameter
     shared = forecast(lambda *_: trained, ranks=4, stage=2)
-    assert shared.step_seconds(card) == pytest.approx(0.25, rel=1e-3)
+    assert shared.step_seconds(card) == pytest.approx(0.275, rel=1e-3)
 
 
 def test_what_is_computed_again_is_utilisation_and_no_mfu():

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from tests.support.ranks import on_ranks
 from whisper_aut.errors import UserError
 from whisper_aut.training import train
-from whisper_aut.training.strategies import _CPUDeepSpeed, _DeepSpeed, build_strategy
+from whisper_aut.training.strategies import CPUDeepSpeed, DeepSpeed, build_strategy
 
 
 def test_deepspeed_runs_where_the_config_says_not_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert isinstance(
         build_strategy("deepspeed_stage_2", timeout_minutes=1, ranks=2, accelerator="cpu"),
-        _CPUDeepSpeed,
+        CPUDeepSpeed,
     )
     assert os.environ["DS_ACCELERATOR"] == "cpu"
-    with pytest.raises(UserError, match="no GPU is used here"):
+    with pytest.raises(UserError, match="this run uses no GPU"):
         build_strategy("deepspeed_stage_2_offload", timeout_minutes=1, ranks=2, accelerator="cpu")
     assert (
         type(build_strategy("deepspeed_stage_2", timeout_minutes=1, ranks=2, accelerator="auto"))
-        is _DeepSpeed
+        is DeepSpeed
     )
 
 
@@ -38,7 +38,7 @@ def test_torchrun_within_a_slurm_job_knows_the_ranks(
 ):
     for name, value in {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train", **launcher}.items():
         monkeypatch.setenv(name, value)
-    assert train._launched_by_slurm() == by_slurm
+    assert train.launched_by_slurm() == by_slurm
 
 
 class Ones:
@@ -128,11 +128,14 @@ def test_any_deepspeed_option_is_passed_through_and_typos_are_named():
     for _, config, said in ends:
         assert config["zero_optimization"]["reduce_bucket_size"] == 1234
         assert config["zero_optimization"]["stage"] == 2
-        assert said == ["strategy.deepspeed: DeepSpeed has not read stepz_per_print; is it a typo?"]
+        assert said == [
+            "DeepSpeed did not read these options of strategy.deepspeed: stepz_per_print. Check the "
+            "spelling."
+        ]
 
 
 def test_an_option_that_deepspeed_rejects_is_a_mistake_of_the_config():
     options = {"zero_optimization": {"reduce_bucket_sise": 1234}}
     for end in on_ranks(fit_ones, "deepspeed_stage_2", [1.0], "32-true", options, ranks=2):
-        assert "UserError: strategy.deepspeed, rejected by DeepSpeed" in end
+        assert "UserError: DeepSpeed rejects an option of strategy.deepspeed" in end
         assert "reduce_bucket_sise" in end

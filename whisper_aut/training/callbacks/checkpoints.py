@@ -1,9 +1,4 @@
-"""Saves checkpoints at whole optimizer steps, and keeps the last few and the best.
-
-The links `last.ckpt` and `best.ckpt` point to the newest checkpoint and to the one with the lowest
-`valid/loss`. A checkpoint is always written before the validation of its step, so stopping a run
-during validation loses nothing.
-"""
+"""Saves checkpoints at whole optimizer steps, and keeps the last few and the best."""
 
 import math
 import shutil
@@ -14,22 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from lightning.pytorch.callbacks import Checkpoint
 
-from whisper_aut.training.checkpoint import BEST, LAST, checkpoint_name, checkpoints_in, point_to
+from whisper_aut.training.callbacks import ends_step
+from whisper_aut.training.checkpoint import BEST, LAST, checkpoint_name, checkpoints_in, point_link
 
-JUDGED_BY = "valid/loss"
+MONITORED = "valid/loss"
 SUPERSEDED = ".superseded-"  # prefix of checkpoints later than the one the run was resumed from
 
 
-class RollingCheckpoints(lightning.Callback):
-    """Saves every N steps, before every validation, and at the last step.
+class RollingCheckpoints(Checkpoint):
+    """Saves every N steps, before every validation, and at the last step, which is validated too.
+
+    The links `last.ckpt` and `best.ckpt` point to the newest checkpoint and to the one with the
+    lowest `valid/loss`. A checkpoint is always written before the validation of its step, so
+    stopping a run during validation loses nothing. `ModelCheckpoint` writes either every N steps or
+    after a validation (https://github.com/Lightning-AI/pytorch-lightning/issues/14431).
 
     Args:
         folder: Folder of the checkpoints.
         every_steps: Optimizer steps between two checkpoints.
         valid_every_steps: Optimizer steps between two validations.
         keep: Number of newest checkpoints to keep, in addition to the best one.
-        warn: Called with a message when later checkpoints are set aside.
+        warn: Called with a message when later checkpoints are renamed.
         paused: Context in which the run saves, or waits for a checkpoint to be written.
     """
 
@@ -41,84 +43,68 @@ class RollingCheckpoints(lightning.Callback):
         valid_every_steps: int,
         keep: int,
         warn: Callable[[str], None] = lambda _: None,
-        paused: Callable[[lightning.Trainer], AbstractContextManager[None]] = lambda _: (
-            nullcontext()
-        ),
+        paused: Callable[[Any], AbstractContextManager[None]] = lambda _: nullcontext(),
     ):
-        self.warn, self.paused = warn, paused
-        self.folder, self.every_steps, self.valid_every_steps, self.keep = (
-            folder,
-            every_steps,
-            valid_every_steps,
-            keep,
-        )
+        self.folder, self.keep, self.warn, self.paused = folder, keep, warn, paused
+        self.every_steps, self.valid_every_steps = every_steps, valid_every_steps
         self.best_loss, self.best_step = math.inf, 0
         self.validated_step = -1  # the last step that this process validated
         # The last step that this process saved. An older checkpoint of a step is overwritten.
-        self._saved = 0
+        self._saved_step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
-            self._set_aside_after(trainer.global_step)
+            self._rename_later(trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if not ends_step(trainer, batch_idx):
+            return
         step = trainer.global_step
-        whole_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        due = (
-            step % self.every_steps == 0
-            or step % self.valid_every_steps == 0
-            or step == trainer.max_steps
-        )
-        if whole_step and due:
+        is_last = step == trainer.max_steps
+        if is_last or step % self.every_steps == 0 or step % self.valid_every_steps == 0:
             self.save(trainer)
+        if is_last:
+            # Lightning validates before it stops early, so the metrics of the run are those of its
+            # last step.
+            trainer.should_stop = True
 
     def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
         """Update the best checkpoint. The module reduces the loss, so all ranks have the same."""
-        loss, step = trainer.callback_metrics.get(JUDGED_BY), trainer.global_step
+        loss, step = trainer.callback_metrics.get(MONITORED), trainer.global_step
         self.validated_step = step
-        self.settle(trainer)
-        if trainer.sanity_checking or loss is None or not float(loss) < self.best_loss:
+        self.wait(trainer)
+        if loss is None or not float(loss) < self.best_loss:
             return
         self.best_loss, self.best_step = float(loss), step
         path = self.folder / checkpoint_name(step)
         if trainer.is_global_zero and path.exists():
-            point_to(self.folder / BEST, path)
+            point_link(self.folder / BEST, path)
             self._prune(path)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Validate the last step if that was not due: its metrics are the metrics of the run."""
-        if (
-            self.validated_step != trainer.global_step
-            and trainer.num_val_batches != []
-            and not trainer.sanity_checking
-        ):
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
-        self.settle(trainer)
+        self.wait(trainer)
 
     def save(self, trainer: lightning.Trainer) -> Path:
-        """Save this step unless it is saved already, and delete checkpoints not to be kept.
+        """Save this step unless it is saved already, and delete old checkpoints.
 
-        With asynchronous checkpoints, writing may continue until `settle` returns.
+        With asynchronous checkpoints, writing may continue until `wait` returns.
 
         Returns:
             The path of the checkpoint.
         """
         path = self.folder / checkpoint_name(trainer.global_step)
-        if self._saved != trainer.global_step:
+        if self._saved_step != trainer.global_step:
             with self.paused(trainer):
-                # False: save the full state, not only the weights.
-                trainer.save_checkpoint(path, False, partial(self._written, path))
-            self._saved = trainer.global_step
+                trainer.save_checkpoint(path, storage_options=partial(self._on_written, path))
+            self._saved_step = trainer.global_step
         return path
 
-    def settle(self, trainer: lightning.Trainer) -> None:
+    def wait(self, trainer: Any) -> None:
         """Wait until the last checkpoint is on disk; see `NamedCheckpoints.wait_for_checkpoint`."""
         with self.paused(trainer):
-            trainer.strategy.wait_for_checkpoint()  # pyright: ignore[reportAttributeAccessIssue]
+            trainer.strategy.wait_for_checkpoint()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_loss": self.best_loss, "best_step": self.best_step}
@@ -126,18 +112,18 @@ class RollingCheckpoints(lightning.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
 
-    def _written(self, path: Path) -> None:
+    def _on_written(self, path: Path) -> None:
         """Called on rank 0 when a checkpoint is complete."""
-        point_to(self.folder / LAST, path)
+        point_link(self.folder / LAST, path)
         self._prune(path)
 
     def _prune(self, written: Path) -> None:
-        kept = {self.folder / checkpoint_name(self.best_step), written}
-        kept |= set(checkpoints_in(self.folder)[-self.keep :])
-        for path in set(checkpoints_in(self.folder)) - kept:
+        found = checkpoints_in(self.folder)
+        kept = {self.folder / checkpoint_name(self.best_step), written, *found[-self.keep :]}
+        for path in set(found) - kept:
             shutil.rmtree(path, ignore_errors=True)
 
-    def _set_aside_after(self, step: int) -> None:
+    def _rename_later(self, step: int) -> None:
         """Rename the checkpoints of later steps than the one the run was resumed from.
 
         Otherwise, they would be found as the newest checkpoints of the run.
@@ -146,21 +132,18 @@ class RollingCheckpoints(lightning.Callback):
         if not later:
             return
         for path in later:
-            aside = path.with_name(SUPERSEDED + path.name)
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            renamed = path.with_name(SUPERSEDED + path.name)
+            shutil.rmtree(renamed, ignore_errors=True)
+            path.rename(renamed)
         for path in sorted(self.folder.glob(f"{SUPERSEDED}*"))[: -self.keep]:
             shutil.rmtree(path, ignore_errors=True)
-        for link, target in (
-            (LAST, checkpoint_name(step)),
-            (BEST, checkpoint_name(self.best_step)),
-        ):
-            if (self.folder / target).exists():
-                point_to(self.folder / link, self.folder / target)
+        for link, target_step in ((LAST, step), (BEST, self.best_step)):
+            target = self.folder / checkpoint_name(target_step)
+            if target.exists():
+                point_link(self.folder / link, target)
             else:
                 (self.folder / link).unlink(missing_ok=True)
         self.warn(
-            f"{', '.join(path.name for path in later)} in {self.folder} are of later steps than "
-            f"{step}, from which the run goes on. "
-            f"They are named {SUPERSEDED}step-… now and may be deleted."
+            f"The run resumes from step {step}, so later checkpoints in {self.folder} were renamed "
+            f"to {SUPERSEDED}step-… and can be deleted: {', '.join(path.name for path in later)}."
         )
