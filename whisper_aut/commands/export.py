@@ -10,7 +10,7 @@ from rich.console import Console
 from whisper_aut.commands import DTYPES, add_choice, add_device_options, whole_number
 from whisper_aut.data.annotation import DOMAINS
 
-SWAP = "Put it in a model: whisper_aut.export.towers.swap_tower(model, '{out}')"
+SWAP = "Load it into a model: whisper_aut.export.towers.swap_tower(model, '{out}')"
 NEXT_STEPS = {
     "encoder": "Load it: whisper_aut.load_encoder('{out}')",
     "whisper": "Load it: transformers.WhisperForConditionalGeneration.from_pretrained('{out}')",

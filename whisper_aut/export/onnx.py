@@ -59,13 +59,8 @@ class WaveformEncoder(nn.Module):
         logmel = LogMel(whisper.config.num_mel_bins)
         # The spectrum is a convolution with windowed sines and cosines: every ONNX runtime has
         # convolutions, while few have a Fourier transform.
-        angle = (
-            2
-            * pi
-            * torch.arange(len(logmel.filters)).double()[:, None]
-            * torch.arange(WINDOW_SAMPLES)
-            / WINDOW_SAMPLES
-        )
+        bins = torch.arange(len(logmel.filters), dtype=torch.float64)
+        angle = 2 * pi / WINDOW_SAMPLES * bins[:, None] * torch.arange(WINDOW_SAMPLES)
         window = torch.hann_window(WINDOW_SAMPLES, dtype=torch.float64)
         waves = torch.cat([angle.cos() * window, angle.sin() * window])[:, None]
         self.register_buffer("spectrum", waves.float())
@@ -99,31 +94,27 @@ class WaveformEncoder(nn.Module):
         padded = torch.cat(
             [recording[1 : half + 1].flip(0), recording, recording[-half - 1 : -1].flip(0)]
         )
-        seen = padded[: (frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES]
-        real, imaginary = conv1d(seen[None, None], self.spectrum, stride=HOP_SAMPLES)[0].chunk(2)
+        used = padded[: (frames - 1) * HOP_SAMPLES + WINDOW_SAMPLES]
+        real, imaginary = conv1d(used[None, None], self.spectrum, stride=HOP_SAMPLES)[0].chunk(2)
         mel = (self.filters @ (real.square() + imaginary.square())).clamp(min=LOG_FLOOR).log10()
         return (torch.maximum(mel, mel.max() - DYNAMIC_RANGE) + 4.0) * 0.25
 
 
 def write_onnx(whisper: WhisperEncoder, padding: Padding, out: Path) -> Path:
-    """Write `encoder.onnx` into a folder.
+    """Write `encoder.onnx` into a folder, and return its path.
 
-    Args:
-        whisper: The encoder. It is converted to float32 in place.
-        padding: The padding mode to build into the graph, `none` or `30s`.
-        out: The folder, created if necessary.
-
-    Returns:
-        The path of the graph.
+    The encoder is converted to float32 in place. The padding mode is built into the graph.
 
     Raises:
-        UserError: If the packages that write ONNX are not installed.
+        UserError: The packages that write ONNX are not installed.
     """
     try:
         import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
-        raise UserError("ONNX needs its packages: pip install 'whisper-aut[onnx]'.") from None
+        raise UserError(
+            "ONNX is not installed: pip install 'whisper-aut[onnx]'."
+        ) from None
     encoder = WaveformEncoder(whisper.float(), padding).eval()
     samples = torch.export.Dim("samples", min=MIN_SAMPLES, max=MAX_SAMPLES)
     out.mkdir(parents=True, exist_ok=True)

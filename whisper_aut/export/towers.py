@@ -1,11 +1,11 @@
 """Export an encoder as the audio tower of a published audio language model, and load it there.
 
-Towers are built with transformers' own classes and filled strictly: every weight must match in
-name and shape, except those that `TOWERS` lists as the tower's own.
+Towers are built with transformers' own classes. Every weight must match in name and shape, except
+those that only the tower has.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    PreTrainedModel,
     Qwen2_5OmniAudioEncoderConfig,
     Qwen2AudioEncoderConfig,
     VoxtralEncoderConfig,
@@ -28,20 +27,10 @@ from whisper_aut.errors import UserError
 
 POSITIONS = "embed_positions.weight"
 WEIGHTS, PARTIAL_WEIGHTS = "model.safetensors", "tower.safetensors"
-SIZES = (
-    "d_model",
-    "encoder_layers",
-    "encoder_attention_heads",
-    "encoder_ffn_dim",
-    "num_mel_bins",
-    "max_source_positions",
-)
-BEHAVIOUR = (
-    "activation_function",
-    "scale_embedding",
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
+CONFIG_KEYS = (
+    *("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins"),
+    *("max_source_positions", "activation_function", "scale_embedding"),
+    *("dropout", "attention_dropout", "activation_dropout"),
 )
 
 
@@ -50,22 +39,21 @@ class Tower:
     """An audio tower architecture.
 
     Attributes:
-        config: Builds the tower's config from Whisper's settings.
-        build: Builds the tower from its config.
-        renamed: Pairs of a prefix of our weight names and the tower's prefix for it.
-        computed: Weights of ours that the tower computes by formula. Ours must equal the formula.
-        theirs: Weights of the tower that our encoders do not have. They keep the model's values.
-        widths_per_token: How many frames the model's projector joins into one token. Such a
-            projector takes its input width from the feed-forward, so the feed-forward must be
-            this many times as wide as the model. 0 if there is no such constraint.
+        config_class, model_class: Classes of transformers.
+        renamed: Prefix of our weight names → the tower's prefix.
+        own_weights: Weights that our encoders do not have. They keep the model's values.
+        computes_positions: The tower computes the position embeddings, as Whisper's sinusoids.
+        frames_per_token: How many frames the model's projector joins into one token, if it takes
+            its input width from the feed-forward, which must then be as many times as wide as
+            the model. 0 otherwise.
     """
 
-    config: Callable[..., Any]
-    build: Callable[[Any], PreTrainedModel]
+    config_class: Any
+    model_class: Any
     renamed: tuple[tuple[str, str], ...] = ()
-    computed: tuple[str, ...] = ()
-    theirs: tuple[str, ...] = ()
-    widths_per_token: int = 0
+    own_weights: tuple[str, ...] = ()
+    computes_positions: bool = False
+    frames_per_token: int = 0
 
 
 TOWERS = {
@@ -74,10 +62,10 @@ TOWERS = {
         Qwen2_5OmniAudioEncoderConfig,
         Qwen2_5OmniAudioEncoder,
         renamed=(("layer_norm.", "ln_post."),),
-        computed=(POSITIONS,),
-        theirs=("audio_bos_eos_token.weight", "proj.bias", "proj.weight"),
+        own_weights=("audio_bos_eos_token.weight", "proj.bias", "proj.weight"),
+        computes_positions=True,
     ),
-    "voxtral": Tower(VoxtralEncoderConfig, VoxtralEncoder, widths_per_token=4),
+    "voxtral": Tower(VoxtralEncoderConfig, VoxtralEncoder, frames_per_token=4),
 }
 
 
@@ -94,67 +82,50 @@ def write_tower(name: str, weights: dict[str, Tensor], config: WhisperConfig, ou
         out: The folder to write, created if necessary.
 
     Raises:
-        UserError: If the encoder's architecture does not match the tower's.
+        UserError: The encoder's architecture does not match the tower's.
     """
     kind = TOWERS[name]
-    check_matches(name, weights, config)
-    tower_config = kind.config(**{key: getattr(config, key) for key in (*SIZES, *BEHAVIOUR)})
-    tower = kind.build(tower_config)
-    state = tower_state(name, weights)
-    fill_strictly(tower, state, set(kind.theirs))
-    out.mkdir(parents=True, exist_ok=True)
-    dtype = next(iter(weights.values())).dtype
-    if kind.theirs:
-        tower_config.dtype = dtype
-        tower_config.save_pretrained(out)
-        save_file(
-            {key: weight.contiguous() for key, weight in state.items()},
-            out / PARTIAL_WEIGHTS,
-            metadata={"format": "pt"},
-        )
-    else:
-        tower.to(dtype).save_pretrained(out)  # pyright: ignore[reportArgumentType]
-
-
-def tower_state(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename an encoder's weights to the tower's names, without those that the tower computes."""
+    check_tower(name, weights, config)
     state = {}
     for key, weight in weights.items():
-        if key in TOWERS[name].computed:
-            continue
-        for ours, theirs in TOWERS[name].renamed:
+        for ours, theirs in kind.renamed:
             key = theirs + key.removeprefix(ours) if key.startswith(ours) else key
-        state[key] = weight
-    return state
+        if key != POSITIONS or not kind.computes_positions:
+            state[key] = weight.contiguous()
+    tower_config = kind.config_class(**{key: getattr(config, key) for key in CONFIG_KEYS})
+    tower = kind.model_class(tower_config)
+    load_strictly(tower, state, kind.own_weights)
+    out.mkdir(parents=True, exist_ok=True)
+    dtype = next(iter(weights.values())).dtype
+    if kind.own_weights:
+        tower_config.dtype = dtype
+        tower_config.save_pretrained(out)
+        save_file(state, out / PARTIAL_WEIGHTS, metadata={"format": "pt"})
+    else:
+        tower.to(dtype).save_pretrained(out)
 
 
-def check_matches(name: str, weights: dict[str, Tensor], config: WhisperConfig) -> None:
+def check_tower(name: str, weights: dict[str, Tensor], config: WhisperConfig) -> None:
     """Check that the tower would compute the same function as the encoder.
 
     Raises:
-        UserError: If it would not. The message lists every difference.
+        UserError: It would not. The message lists every difference.
     """
     kind = TOWERS[name]
     problems = []
     if config.scale_embedding:
+        problems.append("scale_embedding is set, which the tower ignores")
+    if kind.frames_per_token and config.encoder_ffn_dim != kind.frames_per_token * config.d_model:
         problems.append(
-            "it scales what enters the first layer (scale_embedding), which the tower does not do"
+            f"the feed-forward is {config.encoder_ffn_dim} wide, but the projector of {name} "
+            f"needs {kind.frames_per_token} × {config.d_model}"
         )
-    if kind.widths_per_token and config.encoder_ffn_dim != kind.widths_per_token * config.d_model:
-        problems.append(
-            f"its feed-forward is {config.encoder_ffn_dim} wide; "
-            f"the tower's projector joins {kind.widths_per_token} frames of "
-            f"{config.d_model} by that width"
-        )
-    if POSITIONS in kind.computed and not torch.allclose(
-        weights[POSITIONS].float(), sinusoids(*weights[POSITIONS].shape), atol=1e-3
-    ):
-        problems.append(
-            "its positions are not Whisper's sinusoids, which the tower computes by formula"
-        )
+    positions = weights[POSITIONS].float()
+    if kind.computes_positions and not positions.allclose(sinusoids(*positions.shape), atol=1e-3):
+        problems.append("the position embeddings are not Whisper's sinusoids")
     if problems:
         raise UserError(
-            f"This encoder is no {name} tower: {'; '.join(problems)}. "
+            f"The encoder cannot be exported as {name}: {'; '.join(problems)}. "
             "Export it with --format encoder."
         )
 
@@ -165,15 +136,13 @@ def sinusoids(length: int, width: int) -> Tensor:
     The first half of the width holds sines, the second half cosines, both at timescales from 1
     to 10,000.
     """
-    rates = torch.exp(
-        -torch.log(torch.tensor(10_000.0)) / (width // 2 - 1) * torch.arange(width // 2)
-    )
+    rates = torch.logspace(0, -4, width // 2)
     angles = torch.arange(length)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def swap_tower(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Load an exported tower into the audio tower of a model, in place.
+    """Load an exported tower into the audio tower of a model, in place, and return the model.
 
     Weights of the tower that our encoders do not have keep their values.
 
@@ -183,59 +152,55 @@ def swap_tower(model: nn.Module, directory: str | Path) -> nn.Module:
             exported architecture.
         directory: The folder that `whisper-aut export --format …` wrote.
 
-    Returns:
-        The same model.
-
     Raises:
-        UserError: If the directory has no tower, if the model does not have exactly one tower of
-            that architecture, or if names or sizes differ.
+        UserError: The directory has no tower, the model does not have exactly one tower of that
+            architecture, or names or sizes differ.
     """
     folder = Path(directory)
     files = [folder / name for name in (WEIGHTS, PARTIAL_WEIGHTS) if (folder / name).is_file()]
     if not files or not (folder / "config.json").is_file():
         raise UserError(
-            f"{folder} holds no audio tower. "
+            f"{folder} does not contain an audio tower. "
             f"Write one: whisper-aut export RUN --format qwen2-audio --out {folder}"
         )
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    found = [
-        module for name, module in model.named_modules() if name.rpartition(".")[2] == "audio_tower"
-    ]
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     towers = [
         module
-        for module in found
-        if getattr(getattr(module, "config", None), "model_type", None) == kind
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "audio_tower"
+        and getattr(getattr(module, "config", None), "model_type", None) == model_type
     ]
     if len(towers) != 1:
         raise UserError(
-            f"{type(model).__name__} has {len(towers)} audio towers "
-            f"of the kind {kind!r} that {folder} holds; one is needed."
+            f"{type(model).__name__} has {len(towers)} audio towers of type {model_type!r}, the "
+            f"type of {folder}, instead of one."
         )
-    theirs = next(
-        (set(tower.theirs) for tower in TOWERS.values() if tower.config.model_type == kind), set()
-    )  # pyright: ignore
-    fill_strictly(towers[0], load_file(files[0]), theirs)
+    kinds = [kind for kind in TOWERS.values() if kind.config_class.model_type == model_type]
+    load_strictly(towers[0], load_file(files[0]), kinds[0].own_weights if kinds else ())
     return model
 
 
-def fill_strictly(tower: nn.Module, state: dict[str, Tensor], theirs: set[str]) -> None:
-    """Load a state dict into a tower. Only the weights in `theirs` may be missing from it.
+def load_strictly(tower: nn.Module, state: dict[str, Tensor], optional: Collection[str]) -> None:
+    """Load a state dict into a tower. Only the weights in `optional` may be missing from it.
 
     Raises:
-        UserError: If names or shapes differ.
+        UserError: Names or shapes differ.
     """
-    own = tower.state_dict()
-    others = [key for key in state if key in own and state[key].shape != own[key].shape]
-    lists = {
-        "missing": sorted(set(own) - set(state) - theirs),
-        "without a place": sorted(set(state) - set(own)),
+    expected = tower.state_dict()
+    differing = {
+        "missing": [key for key in expected if key not in state and key not in optional],
+        "unexpected": [key for key in state if key not in expected],
         "of another shape": [
-            f"{key} ({tuple(state[key].shape)}, there {tuple(own[key].shape)})" for key in others
+            key for key in state if key in expected and state[key].shape != expected[key].shape
         ],
     }
     problems = [
-        f"{len(keys)} weights are {what}, first {keys[0]}" for what, keys in lists.items() if keys
+        f"{len(keys)} weights are {problem}, first {keys[0]}"
+        for problem, keys in differing.items()
+        if keys
     ]
     if problems:
-        raise UserError(f"The encoder does not fit {type(tower).__name__}: {'; '.join(problems)}.")
+        raise UserError(
+            f"The exported tower does not fit {type(tower).__name__}: {'; '.join(problems)}."
+        )
     tower.load_state_dict(state, strict=False)

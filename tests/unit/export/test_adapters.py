@@ -1,4 +1,4 @@
-"""The adapters against the peers' real packages where they are installed; what needs no peer is tried always."""
+"""The adapters, with the real packages of the suites if they are installed."""
 
 import ast
 import inspect
@@ -21,7 +21,7 @@ from whisper_aut.export.adapters.xares import WhisperAutEncoder
 RUN = "runs/aut_tiny/latest"
 
 
-def test_an_xares_batch_means_what_the_clips_mean_alone(story: Path):
+def test_means_of_an_xares_batch_are_those_of_its_clips(story: Path):
     encoder, plain = WhisperAutEncoder(str(story / RUN)), load_encoder(story / RUN)
     clips = [tone(seconds) for seconds in (1.0, 0.31, 40.0)]
     batch = torch.zeros(3, 40 * 16_000)
@@ -45,7 +45,7 @@ def test_xares_names_its_encoder_in_the_environment(story: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("adapter", [xares, mteb], ids=["xares", "mteb"])
-def test_no_peer_is_imported_before_it_is_needed(adapter: ModuleType):
+def test_suites_are_imported_only_when_needed(adapter: ModuleType):
     imports = [
         node
         for node in ast.parse(inspect.getsource(adapter)).body
@@ -64,7 +64,7 @@ def test_xares_accepts_and_runs_it(story: Path, tmp_path: Path, monkeypatch: pyt
     from xares.audio_encoder_checker import check_audio_encoder
     from xares.task import TaskConfig, XaresTask
 
-    # X-ARES reads through torchaudio, whose reader needs torchcodec and FFmpeg: the files are read by soundfile here.
+    # X-ARES uses torchaudio.load, which needs torchcodec and FFmpeg; read with soundfile instead.
     monkeypatch.setattr("torchaudio.load", _read)
     monkeypatch.setenv("WHISPER_AUT_ENCODER", str(story / RUN))
     from xares.utils import attr_from_py_path
@@ -133,7 +133,7 @@ def test_mteb_evaluates_it(story: Path, tmp_path: Path):
     assert model.mteb_model_meta.revision == load_encoder(story / RUN).fingerprint()
 
 
-def test_mteb_that_is_not_there_is_said(story: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_mteb_is_a_user_error(story: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "mteb", None)
     monkeypatch.setitem(sys.modules, "mteb.models", None)
     with pytest.raises(UserError, match=r"whisper-aut\[mteb\]"):

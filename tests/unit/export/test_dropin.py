@@ -1,4 +1,4 @@
-"""The exported encoder in other people's models: identical frames, and a `generate` that works."""
+"""The exported encoder in models of transformers: identical frames, and a working `generate`."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ from whisper_aut import load_encoder
 from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.errors import UserError
 from whisper_aut.export.hf import KINDS, ExportKind
-from whisper_aut.export.towers import sinusoids, swap_tower
+from whisper_aut.export.towers import check_tower, sinusoids, swap_tower
 from whisper_aut.pipeline import export_run
 
 RUN = Path("runs/aut_tiny/latest")
@@ -67,7 +67,7 @@ def features(run: Path, clips: list[np.ndarray], mask: bool = False) -> dict[str
 
 
 def before_norm(run: Path, clips: list[np.ndarray], padding: str) -> list[Tensor]:
-    """What enters the last norm of our encoder, `[T, D]` per clip: towers that pool do it there."""
+    """Return the input of our encoder's last norm, `[T, D]` per clip, where towers pool."""
     encoder = load_encoder(run, padding=padding).encoder
     seen: list[Tensor] = []
     encoder.whisper.layer_norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -120,7 +120,7 @@ def test_in_qwen2_audio(run: Path, clips: list[np.ndarray], tmp_path: Path):
     assert_frames_close(
         tower(inputs["input_features"]).last_hidden_state, tower.layer_norm(torch.stack(pooled))
     )
-    # The whole model masks what lies behind a clip, which is our `none` mode: its tokens are what training saw.
+    # The whole model masks the frames after a clip, as our mode `none` does.
     seen = []
     model.model.multi_modal_projector.register_forward_pre_hook(
         lambda _, given: seen.append(given[0])
@@ -186,14 +186,14 @@ def test_in_voxtral(run: Path, clips: list[np.ndarray], tmp_path: Path):
 
 @torch.no_grad()
 def test_in_the_tower_of_qwen2_5_omni(run: Path, clips: list[np.ndarray], tmp_path: Path):
-    """It hears two seconds at a time, the last of them without the silence behind: the reference is Whisper's layers on those frames."""
+    """It attends within two seconds; the reference is Whisper's layers on the frames of the clip."""
     out = export_run(run, tmp_path / "tower", "qwen2.5-omni")
     sizes = {**SIZES, "d_model": 32, "encoder_ffn_dim": 128, "output_dim": 32}
     holder = nn.Module()
     holder.audio_tower = Qwen2_5OmniAudioEncoder(Qwen2_5OmniAudioEncoderConfig(**sizes)).eval()
     bias = holder.audio_tower.proj.bias.clone()
     swap_tower(holder, out)
-    assert torch.equal(holder.audio_tower.proj.bias, bias)  # not ours: it stays
+    assert torch.equal(holder.audio_tower.proj.bias, bias)  # not in the export, so unchanged
     holder.audio_tower.proj = nn.Identity()
     whisper = WhisperModel.from_pretrained(run / "export" / "encoder").encoder
     mel = features(run, clips)["input_features"][1][:, :125]
@@ -210,34 +210,32 @@ def test_in_the_tower_of_qwen2_5_omni(run: Path, clips: list[np.ndarray], tmp_pa
     assert_frames_close(theirs, expected[0])
 
 
-def test_what_does_not_fit_is_refused(run: Path, tmp_path: Path):
+def test_a_tower_that_does_not_fit_is_rejected(run: Path, tmp_path: Path):
     out = export_run(run, tmp_path / "tower", "qwen2-audio", "bf16")
     with pytest.raises(UserError, match=r"does not fit Qwen2AudioEncoder: .* of another shape"):
         swap_tower(tiny_qwen2_audio(d_model=64), out)
-    with pytest.raises(UserError, match="are without a place"):
+    with pytest.raises(UserError, match="are unexpected"):
         swap_tower(tiny_qwen2_audio(encoder_layers=1), out)
     with pytest.raises(UserError, match="has 0 audio towers"):
         swap_tower(nn.Linear(1, 1), out)
-    with pytest.raises(UserError, match="holds no audio tower"):
+    with pytest.raises(UserError, match="does not contain an audio tower"):
         swap_tower(tiny_qwen2_audio(), tmp_path)
 
 
-def test_towers_that_cannot_compute_an_encoder_are_refused(run: Path):
-    from whisper_aut.export.towers import check_matches
-
+def test_a_tower_must_compute_the_same_function(run: Path):
     whisper = WhisperModel.from_pretrained(run / "export" / "encoder").encoder
     weights, config = dict(whisper.state_dict()), whisper.config
     for name in ("qwen2-audio", "qwen2.5-omni", "voxtral"):
-        check_matches(name, weights, config)
+        check_tower(name, weights, config)
     moved = weights | {"embed_positions.weight": weights["embed_positions.weight"] + 0.1}
     with pytest.raises(UserError, match="not Whisper's sinusoids"):
-        check_matches("qwen2.5-omni", moved, config)
+        check_tower("qwen2.5-omni", moved, config)
     config.encoder_ffn_dim = 64
     with pytest.raises(UserError, match="feed-forward is 64 wide"):
-        check_matches("voxtral", weights, config)
+        check_tower("voxtral", weights, config)
     config.scale_embedding = True
     with pytest.raises(UserError, match="scale_embedding"):
-        check_matches("qwen2-audio", weights, config)
+        check_tower("qwen2-audio", weights, config)
     assert_frames_close(
         sinusoids(*weights["embed_positions.weight"].shape), weights["embed_positions.weight"]
     )

@@ -1,4 +1,4 @@
-"""Exports: strict loading by transformers' own classes, and the very frames of the training encoder."""
+"""Exports load strictly in transformers and give the frames of the training encoder."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ from whisper_aut.models.pretrained import PretrainedWhisper
 
 @pytest.fixture(scope="module")
 def checkpoint(life_size_whisper: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose weights are not those of its start, with values of real size."""
+    """A checkpoint whose weights differ from the pretrained ones, with values of real size."""
     model = PretrainedWhisper(str(life_size_whisper)).model
     generator = torch.Generator().manual_seed(7)
     weights = {}
@@ -160,9 +160,11 @@ def test_an_old_export_is_replaced_whole(checkpoint: Path, tiny_whisper: Path, t
 
 
 def test_precisions(checkpoint: Path, tiny_whisper: Path, tmp_path: Path):
-    start = PretrainedWhisper(str(tiny_whisper))
+    pretrained = PretrainedWhisper(str(tiny_whisper))
     for dtype in (torch.bfloat16, torch.float16):
-        out = export_checkpoint(checkpoint, start, tmp_path / str(dtype), "encoder", dtype=dtype)
+        out = export_checkpoint(
+            checkpoint, pretrained, tmp_path / str(dtype), "encoder", dtype=dtype
+        )
         assert WhisperModel.from_pretrained(out).dtype == dtype
         rough = load_encoder(out, padding="30s").encode(clips(), 16_000)
         for clip, exact in zip(
@@ -174,7 +176,7 @@ def test_precisions(checkpoint: Path, tiny_whisper: Path, tmp_path: Path):
             assert cosine.median() > 0.999
             assert cosine.min() > 0.9
     with pytest.raises(UserError, match="float32"):
-        export_checkpoint(checkpoint, start, tmp_path / "onnx", "onnx", dtype=torch.float16)
+        export_checkpoint(checkpoint, pretrained, tmp_path / "onnx", "onnx", dtype=torch.float16)
     assert not list(tmp_path.glob("*onnx*"))
 
 
@@ -184,7 +186,7 @@ def test_damaged_and_foreign_checkpoints_are_user_errors(checkpoint: Path, tmp_p
     with pytest.raises(UserError, match="not a readable checkpoint"):
         read_checkpoint(broken)
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "foreign.ckpt")
-    with pytest.raises(UserError, match="holds no encoder"):
+    with pytest.raises(UserError, match="does not contain an encoder"):
         read_checkpoint(tmp_path / "foreign.ckpt")
     with pytest.raises(UserError, match="There is no checkpoint"):
         read_checkpoint(tmp_path / "none.ckpt")

@@ -1,4 +1,4 @@
-"""The graph against the encoder, under onnxruntime, at every kind of length."""
+"""The ONNX graph computes the encoder's frames, for short and long clips."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from whisper_aut.cli import main
 from whisper_aut.export.onnx import GRAPH, MIN_SAMPLES, WaveformEncoder, write_onnx
 from whisper_aut.models.encoder import Padding
 
-# The shortest, an odd one, 0.5 s, 5 s, those whose last windows reach into the mirror at 30 s, and 30 s.
+# The shortest, an odd one, 0.5 s, 5 s, two whose last windows reach the reflect padding, and 30 s.
 LENGTHS = (MIN_SAMPLES, 1_601, 8_000, 80_000, MAX_SAMPLES - 240, MAX_SAMPLES - 1, MAX_SAMPLES)
 
 

@@ -24,7 +24,7 @@ def mteb_model(
     pooling: str = "mean",
     device: str = "cpu",
     name: str = "",
-) -> "Any":
+) -> Any:
     """Return an encoder as a model for `mteb.evaluate`.
 
     Args:
@@ -42,9 +42,9 @@ def mteb_model(
         from mteb.models import ModelMeta  # pyright: ignore[reportMissingImports]
         from mteb.models.abs_encoder import AbsEncoder  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UserError("This adapter is MTEB's client: pip install 'whisper-aut[mteb]'.") from None
+        raise UserError("MTEB is not installed: pip install 'whisper-aut[mteb]'.") from None
     encoder = load_encoder(path, padding=padding, device=device)
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "name": name or f"whisper-aut/{encoder.fingerprint()}",
         # MTEB stores results by name and revision, so different weights need different revisions.
         "revision": encoder.fingerprint(),
@@ -56,7 +56,7 @@ def mteb_model(
     # MTEB's base class provides the similarities. The class is defined here because the base
     # class can only be imported where MTEB is installed.
     class WhisperAut(AbsEncoder):
-        mteb_model_meta = ModelMeta.create_empty(overwrites=facts)
+        mteb_model_meta = ModelMeta.create_empty(overwrites=metadata)
 
         def __init__(self) -> None:
             self.model = encoder
@@ -83,7 +83,7 @@ def embed_loader(encoder: "AudioEncoder", inputs: Any, pooling: str = "mean") ->
     rows = []
     for batch in inputs:
         if "audio" not in batch:
-            raise UserError(f"This encoder takes audio; the task has {', '.join(batch)}.")
+            raise UserError(f"The encoder takes audio, but the task has only {', '.join(batch)}.")
         clips = [np.asarray(audio["array"], dtype=np.float32) for audio in batch["audio"]]
         rows.append(encoder.embed(clips, SAMPLE_RATE_HZ, pooling=pooling).numpy())
     return np.concatenate(rows)

@@ -46,10 +46,7 @@ class WhisperAutEncoder(nn.Module):
         super().__init__()
         path = path or os.environ.get(PATH_VARIABLE, "")
         if not path:
-            raise UserError(
-                "X-ARES takes no arguments for an encoder: "
-                f"name it in the environment, {PATH_VARIABLE}=DIR."
-            )
+            raise UserError(f"Set {PATH_VARIABLE}=DIR to the encoder that X-ARES should run.")
         self.inner = inference.load_encoder(path, padding=os.environ.get(PADDING_VARIABLE))  # pyright: ignore[reportArgumentType]
         self.output_dim = self.inner.width
 
@@ -72,8 +69,8 @@ class WhisperAutEncoder(nn.Module):
 
 def _length(clip: Tensor) -> int:
     """Return the number of samples of a clip `[S]` without its trailing zeros."""
-    heard = clip.nonzero()
-    return int(heard[-1]) + 1 if len(heard) else 0
+    nonzero = clip.nonzero()
+    return int(nonzero[-1]) + 1 if len(nonzero) else 0
 
 
 def _filled(frames: Tensor, count: int) -> Tensor:
