@@ -2,14 +2,15 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.ranks import on_ranks
+from whisper_aut.cli import main
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import device_name
 from whisper_aut.probes.embed import EmbedSettings, TaskEmbedder, embed_task, sample_range
@@ -65,52 +66,26 @@ def test_ranks_are_read_from_the_launcher(monkeypatch):
     assert device_name("auto") == "cpu"
 
 
-def probe(
-    story: Path, shards: Path, out: Path, rank: int = 0, ranks: int = 1, port: int = 0
-) -> "subprocess.Popen[str]":
-    launched = {
-        "RANK": rank,
-        "WORLD_SIZE": ranks,
-        "LOCAL_RANK": rank,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    environment = os.environ | (
-        {name: str(value) for name, value in launched.items()} if ranks > 1 else {}
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "whisper_aut.cli",
-        "probe",
-        str(story / "runs/aut_tiny/latest/export/encoder"),
-        "--tasks",
-    ]
-    arguments = [
-        str(story / "tones.yaml"),
-        "--against",
-        "logmel",
-        "--root",
-        str(shards),
-        "--seeds",
-        "2",
-        "--out",
-        str(out),
-    ]
-    return subprocess.Popen(
-        [*command, *arguments], env=environment, text=True, stdout=-1, stderr=-1
-    )
+def probe(story: Path, shards: Path, out: Path) -> tuple[int, str, str]:
+    """Run `whisper-aut probe`; return its exit status, standard output and standard error."""
+    command = ["probe", str(story / "runs/aut_tiny/latest/export/encoder")]
+    command += ["--tasks", str(story / "tones.yaml"), "--against", "logmel"]
+    command += ["--root", str(shards), "--seeds", "2", "--out", str(out)]
+    output, errors = StringIO(), StringIO()
+    with redirect_stdout(output), redirect_stderr(errors):
+        status = main(command)
+    return status, output.getvalue(), " ".join(errors.getvalue().split())
+
+
+def probe_on_rank(story: Path, shards: list[Path], out: Path) -> tuple[int, str, str]:
+    return probe(story, shards[int(os.environ["RANK"])], out)
 
 
 def test_two_ranks_score_as_one(story: Path, tiny_shards: Path, tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [probe(story, tiny_shards, tmp_path / "two", rank, 2, port) for rank in range(2)]
-    processes.append(probe(story, tiny_shards, tmp_path / "one"))
-    said = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], said
-    assert said[1][0] == "", "the second rank is silent"
+    two = on_ranks(probe_on_rank, story, [tiny_shards] * 2, tmp_path / "two")
+    assert [status for status, _, _ in two] == [0, 0], two
+    assert two[1][1] == "", "the second rank is silent"
+    assert probe(story, tiny_shards, tmp_path / "one")[0] == 0
     one, two = (
         json.loads((tmp_path / name / "scores.json").read_text())["entries"]
         for name in ("one", "two")
@@ -120,13 +95,7 @@ def test_two_ranks_score_as_one(story: Path, tiny_shards: Path, tmp_path: Path):
 
 
 def test_a_rank_that_fails_ends_the_other(story: Path, tiny_shards: Path, tmp_path: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    waits, fails = (
-        probe(story, shards, tmp_path, rank, 2, port)
-        for rank, shards in enumerate((tiny_shards, tmp_path))
-    )
-    assert "Error:" in fails.communicate(timeout=240)[1]
-    assert "Another rank is gone" in " ".join(waits.communicate(timeout=240)[1].split())
-    assert (waits.returncode, fails.returncode) == (1, 1)
+    waits, fails = on_ranks(probe_on_rank, story, [tiny_shards, tmp_path], tmp_path)
+    assert (waits[0], fails[0]) == (1, 1)
+    assert "Error:" in fails[2]
+    assert "Another rank is gone" in waits[2]
