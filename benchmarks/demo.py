@@ -13,7 +13,7 @@ from whisper_aut.corpora.synth.corpus import DemoOptions, build_demo
 from whisper_aut.data.reader import Sample
 from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.data.targets import WhisperText
-from whisper_aut.models.tiny import train_tokenizer
+from whisper_aut.models.tiny import train_whisper_tokenizer
 
 MIXTURE = {"speech": 8, "sound": 1, "music": 1}  # AuT's 80/10/10
 LIMITS = ClipLimits(min_seconds=0.1, max_seconds=30.0)
@@ -40,7 +40,9 @@ def demo_mixture(corpus: Path, rounds: int = 1) -> Clips:
         for domain, share in MIXTURE.items()
         for waveform, sample in waveforms_and_samples(corpus / "train" / domain)[: share * rounds]
     ]
-    codec = WhisperText(train_tokenizer([sample.annotation.text for _, sample, _ in chosen], 1500))
+    codec = WhisperText(
+        train_whisper_tokenizer([sample.annotation.text for _, sample, _ in chosen], 1500)
+    )
     tokens = [
         codec.encode(sample.annotation, domain, place).tokens
         for place, (_, sample, domain) in enumerate(chosen)

@@ -24,7 +24,8 @@ from whisper_aut.audio.logmel import frames_with_context
 from whisper_aut.models.decoders.causal_lm import CausalLMOptions, build_causal_lm_meta
 from whisper_aut.models.decoders.whisper import WhisperDecoderOptions, build_whisper_decoder_meta
 from whisper_aut.models.encoder import PackedEncoder
-from whisper_aut.models.tiny import LanguageScratch, load_whisper_config
+from whisper_aut.models.pretrained import load_whisper_config
+from whisper_aut.models.tiny import LanguageScratch
 from whisper_aut.onednn import product
 from whisper_aut.training.optim import parameter_groups
 from whisper_aut.training.plan import (

@@ -26,7 +26,7 @@ from whisper_aut.models.decoders.causal_lm import CausalLMDecoder
 from whisper_aut.models.losses import chunked_cross_entropy
 
 LAYERS, WIDTH, VOCABULARY, ENCODER_WIDTH = 4, 1024, 151_936, 384
-TEXT, ANSWER, AUDIO_AT, IGNORED = 60, 20, 3, -100
+TEXT, ANSWER, AUDIO_INDEX, IGNORED = 60, 20, 3, -100
 AGAINST = "padded batch through Qwen3ForCausalLM with labels"
 
 
@@ -42,7 +42,7 @@ class Step:
         self.model: Any = Qwen3ForCausalLM(config).requires_grad_(False).eval()
         scale = embedding_scale(self.model.get_input_embeddings())
         adapter = build_adapter(AdapterOptions(), ENCODER_WIDTH, WIDTH, scale)
-        self.decoder = CausalLMDecoder(self.model, adapter, AUDIO_AT, end_token=0, identity={})
+        self.decoder = CausalLMDecoder(self.model, adapter, AUDIO_INDEX, end_token=0, identity={})
         self.lengths = tuple(frames)
         self.frames = torch.randn(sum(frames), ENCODER_WIDTH, requires_grad=True)
         self.targets = Targets.pack([_chat() for _ in frames])
@@ -60,7 +60,7 @@ class Step:
         ):
             audio, _ = self.decoder.adapter(clip, (len(clip),))
             sequences.append(
-                torch.cat([embed(tokens[:AUDIO_AT]), audio, embed(tokens[AUDIO_AT + 1 :])])
+                torch.cat([embed(tokens[:AUDIO_INDEX]), audio, embed(tokens[AUDIO_INDEX + 1 :])])
             )
             masked = torch.full((len(sequences[-1]),), IGNORED)
             masked[-ANSWER:] = tokens[-ANSWER:]
@@ -131,7 +131,7 @@ def loss_megabytes(ours: bool) -> float:
 
 def _chat() -> TokenTarget:
     tokens = torch.randint(1, VOCABULARY, (TEXT + 1,))
-    tokens[AUDIO_AT] = AUDIO
+    tokens[AUDIO_INDEX] = AUDIO
     supervised = torch.zeros(TEXT + 1, dtype=torch.bool)
     supervised[-ANSWER:] = True
     return TokenTarget(tokens, supervised, TEXT + 1 - ANSWER, "", "")

@@ -76,7 +76,7 @@ def test_the_demo_draws_itself_without_the_outside_world(
     for text in (
         "a test",
         "Clip, up to 30 s",
-        "Write as for",
+        "Domain of the prompt",
         "The decoder writes",
         "Nearest clips",
         "before",

@@ -24,7 +24,7 @@ def listener(story: Path) -> DemoModels:
 
 def test_a_run_has_before_after_and_a_decoder(listener: DemoModels, story: Path):
     assert list(listener.encoders) == ["before", "after"]
-    assert not listener.answers_questions
+    assert not listener.takes_questions
     clip = story / "clips" / "440.flac"
     found = listener.neighbours(str(clip), 2)
     assert list(found) == ["before", "after"]
@@ -65,7 +65,7 @@ def test_a_run_is_opened_on_a_device_and_in_a_precision(in_story: Path):
 def test_an_encoder_alone_has_no_text(story: Path):
     alone = open_demo_models(str(story / RUN / "export" / "encoder"), "", "none")
     assert list(alone.encoders) == ["encoder"]
-    with pytest.raises(UserError, match="writes nothing"):
+    with pytest.raises(UserError, match="writes no text"):
         alone.text(str(story / "clip.wav"), "sound")
     against = open_demo_models(
         str(story / RUN / "export" / "encoder"), str(story / RUN / "export" / "whisper"), "none"
@@ -108,7 +108,7 @@ def test_the_page_answers_over_http(
         (tmp_path / "silent.wav").write_bytes(encode_audio(0 * tone(1.0), kind="WAV"))
         with pytest.raises(Exception, match="silent audio"):
             client.predict(handle_file(str(tmp_path / "silent.wav")), "sound", api_name="/text")
-        with pytest.raises(UserError, match="Name another with --port"):
+        with pytest.raises(UserError, match="Choose another with --port"):
             launch_page(build_page(listener, "again"), port=free_port, wait=False)
     finally:
         page.close()

@@ -115,7 +115,7 @@ def test_a_gradient_without_a_culprit_names_the_clips_of_the_step(
             return []
 
     class Module:
-        seen, device = (Step(),), "cpu"
+        micro_batches, device = (Step(),), "cpu"
 
         def log(self, *_: Any, **__: Any) -> None: ...
 

@@ -79,12 +79,12 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
         out=out,
     )
     console.print(f"{result.clips} clips" + (f", answers in {out}" if out else ""))
-    for name, value in sorted(result.figures.items()):
+    for name, value in sorted(result.metrics.items()):
         console.print(f"  {name:<28} {value:.4f}", highlight=False)
     if result.unknown_languages:
         console.print(f"  {missing_token_warning(result.unknown_languages)}")
-    for source, reasons in result.refused.items():
-        console.print(f"  refused of {source}: {reasons}", highlight=False)
+    for source, reasons in result.skipped.items():
+        console.print(f"  skipped in {source}: {reasons}", highlight=False)
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:

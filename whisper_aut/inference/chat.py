@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,41 +21,39 @@ from whisper_aut.audio.windows import BATCH_SECONDS, batches_by_seconds
 from whisper_aut.data.batch import Example, collate
 from whisper_aut.data.dataset import ExampleBuilder
 from whisper_aut.data.ledger import Ledger, by_source
-from whisper_aut.data.reader import Sample, SkippedSample
+from whisper_aut.data.reader import SkippedSample
 from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.data.targets import DEFAULT_LANGUAGE, ChatText, TextCodec, WhisperText
 from whisper_aut.errors import SkipReason, SkipSample, UserError
-from whisper_aut.models.module import AnswerMetrics, AudioTextModule
+from whisper_aut.models.metrics import AnswerMetrics
+from whisper_aut.models.module import AudioTextModule
 
 CLIPS_AT_ONCE = 16
 
 
-@runtime_checkable
-class Askable(Protocol):
-    """A codec whose decoder can be prompted with a question."""
-
-    def encode_question(self, question: str) -> Tensor:
-        """Return the prompt tokens `[L]` of a question."""
-        ...
+def takes_questions(codec: TextCodec) -> bool:
+    """Return whether the decoder of a codec can be asked a question in words."""
+    return hasattr(codec, "encode_question")
 
 
 def answer(module: AudioTextModule, audio: Path, question: str, *, max_new_tokens: int = 64) -> str:
     """Answer a question about an audio file.
 
     Args:
-        module: A trained run whose codec is `Askable`.
-        audio: The file.
-        question: The question, in words.
-        max_new_tokens: The longest answer to generate.
+        module: a trained run whose codec `takes_questions`.
+        audio: the file.
+        question: the question, in words.
+        max_new_tokens: the longest answer to generate.
 
     Raises:
-        UserError: If the file cannot be used, or if the decoder takes no questions.
+        UserError: the file cannot be used, or the decoder takes no questions.
     """
-    if not isinstance(module.codec, Askable):
+    codec: Any = module.codec
+    if not takes_questions(codec):
         raise UserError(
             "The decoder of this run takes no questions; runs with decoder=causal_lm do."
         )
-    return _written(module, audio, module.codec.encode_question(question), max_new_tokens)
+    return _generate(module, audio, codec.encode_question(question), max_new_tokens)
 
 
 def describe(
@@ -64,31 +62,28 @@ def describe(
     """Transcribe or caption an audio file with a run's Whisper decoder.
 
     Args:
-        module: A trained run with a Whisper decoder.
-        audio: The file.
-        domain: The domain whose prompt is used.
-        max_new_tokens: The longest text to generate.
+        module: a trained run with a Whisper decoder.
+        audio: the file.
+        domain: the domain whose prompt is used.
+        max_new_tokens: the longest text to generate.
 
     Raises:
-        UserError: If the file cannot be used, or if the run has another decoder.
+        UserError: the file cannot be used, or the run has another decoder.
     """
     if not isinstance(module.codec, WhisperText):
-        raise UserError("This run has no Whisper decoder: ask it a question.")
+        raise UserError("This run has no Whisper decoder. Ask it a question instead.")
     prompt = torch.tensor(module.codec.prompt_tokens(domain, DEFAULT_LANGUAGE))
-    return _written(module, audio, prompt, max_new_tokens)
+    return _generate(module, audio, prompt, max_new_tokens)
 
 
 @torch.inference_mode()
-def _written(module: AudioTextModule, audio: Path, prompt: Tensor, max_new_tokens: int) -> str:
+def _generate(module: AudioTextModule, audio: Path, prompt: Tensor, max_new_tokens: int) -> str:
     try:
         waveform = load_file(audio, ClipLimits())
-    except SkipSample as refused:
-        missing = refused.reason is SkipReason.MISSING_FILE
-        raise UserError(
-            f"Cannot read {audio}: {refused.detail}."
-            if missing
-            else f"{audio} cannot be used: {refused}."
-        ) from None
+    except SkipSample as skip:
+        if skip.reason is SkipReason.MISSING_FILE:
+            raise UserError(f"Cannot read {audio}: {skip.detail}.") from None
+        raise UserError(f"{audio} cannot be used: {skip}.") from None
     mel = LogMel(module.encoder.num_mel_bins)(waveform).to(module.device)
     frames = module.encoder(mel, [mel_frames(len(waveform))])
     (tokens,) = module.decoder.generate(frames.values, frames.lengths, [prompt], max_new_tokens)
@@ -100,15 +95,15 @@ class Evaluation:
     """The result of `evaluate`.
 
     Attributes:
-        figures: Metrics by name, such as `exact_sound_class`.
-        clips: The number of clips that were evaluated.
-        refused: The number of skipped clips, by source and reason.
-        unknown_languages: The number of clips by language, for languages without a token.
+        metrics: metrics by name, such as `exact_sound_class`.
+        clips: number of clips that were evaluated.
+        skipped: number of skipped clips, by source and reason.
+        unknown_languages: number of clips by language, for languages without a token.
     """
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     clips: int
-    refused: dict[str, dict[str, int]]
+    skipped: dict[str, dict[str, int]]
     unknown_languages: dict[str, int]
 
 
@@ -127,83 +122,83 @@ def evaluate(
     """Generate a text for every clip of some shards, and score it with its task's metrics.
 
     Args:
-        module: A trained run.
-        shards: Folders or URLs of shards.
-        tasks: The tasks to choose from. By default one of all tasks is drawn for each clip, as in
+        module: a trained run.
+        shards: folders or URLs of shards.
+        tasks: the tasks to choose from. By default one of all tasks is drawn for each clip, as in
             training.
-        domain: The domain of clips whose annotation does not state one.
-        limit: Use only this many clips of each folder, from its start.
-        batch_seconds: Seconds of audio in a batch, padding included.
-        out: A JSON-lines file for the key, domain, task, reference and answer of each clip.
-        max_new_tokens: The longest answer to generate.
+        domain: the domain of clips whose annotation does not state one.
+        limit: use only this many clips of each folder, from its start.
+        batch_seconds: seconds of audio in a batch, padding included.
+        out: a JSON-lines file for the key, domain, task, reference and answer of each clip.
+        max_new_tokens: the longest answer to generate.
 
     Raises:
-        UserError: If a task or the shards do not exist, or if tasks are given for a decoder that
-            takes no questions.
+        UserError: a task or the shards do not exist, or tasks are given for a decoder that takes
+            no questions.
     """
-    codec = _codec_for(module.codec, tasks)
+    codec = _select_tasks(module.codec, tasks)
     build = ExampleBuilder(LogMel(module.encoder.num_mel_bins), codec, ClipLimits())
     metrics, ledger, clips = AnswerMetrics(codec.metrics), Ledger(None), 0
     unknown_languages: Counter[str] = Counter()
     with out.open("w") if out else nullcontext() as file:
-        for group in _groups(shards, limit, build.limits):
-            items = [
-                item if isinstance(item, SkippedSample) else build(item, domain, place)
-                for place, item in group
-            ]
-            examples = [item for item in items if isinstance(item, Example)]
-            ledger.record(
-                (example.source for example in examples),
-                [item for item in items if isinstance(item, SkippedSample)],
-            )
-            clips += len(examples)
-            unknown_languages.update(
-                example.target.unknown_language
-                for example in examples
-                if example.target.unknown_language
-            )
-            padded = module.encoder.padding == "30s"
-            seconds = [WINDOW_SECONDS if padded else one.mel_length / 100 for one in examples]
-            for batch in batches_by_seconds(seconds, batch_seconds):
-                chosen = [examples[place] for place in batch]
-                for entry in _answered(module, codec, chosen, max_new_tokens):
+        for folder in shards:
+            samples = enumerate(islice(iter_samples(open_index(folder), build.limits), limit))
+            while group := list(islice(samples, CLIPS_AT_ONCE)):
+                items = [
+                    item if isinstance(item, SkippedSample) else build(item, domain, position)
+                    for position, item in group
+                ]
+                examples = [item for item in items if isinstance(item, Example)]
+                skipped = [item for item in items if isinstance(item, SkippedSample)]
+                ledger.record((example.source for example in examples), skipped)
+                clips += len(examples)
+                languages = (example.target.unknown_language for example in examples)
+                unknown_languages.update(language for language in languages if language)
+                for entry in _answers(module, codec, examples, batch_seconds, max_new_tokens):
                     metrics.update(entry["task"], entry["generated"], entry["reference"])
                     if file:
                         file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-    figures = {name: float(value) for name, value in metrics.compute().items()}
-    skipped = by_source(ledger.counts.skipped)
-    return Evaluation(figures, clips, skipped, dict(unknown_languages))
+    computed = {
+        f"{name}_{task}": float(value)
+        for task, values in metrics.compute().items()
+        for name, value in values.items()
+    }
+    return Evaluation(computed, clips, by_source(ledger.counts.skipped), dict(unknown_languages))
 
 
-def _groups(
-    shards: Sequence[str], limit: int | None, limits: ClipLimits
-) -> Iterator[list[tuple[int, Sample | SkippedSample]]]:
-    """Yield groups of `(index, sample)`, with the sample's index in its folder."""
-    for folder in shards:
-        samples = enumerate(islice(iter_samples(open_index(folder), limits), limit))
-        while group := list(islice(samples, CLIPS_AT_ONCE)):
-            yield group
-
-
-def _answered(
-    module: AudioTextModule, codec: TextCodec, examples: Sequence[Example], max_new_tokens: int
+def _answers(
+    module: AudioTextModule,
+    codec: TextCodec,
+    examples: Sequence[Example],
+    batch_seconds: float,
+    max_new_tokens: int,
 ) -> Iterator[dict[str, Any]]:
-    batch = collate(examples, [], module.encoder.num_mel_bins).to(module.device)
-    frames = module.encoder(batch.mel, batch.mel_lengths)
-    answers = module.decoder.generate(
-        frames.values, frames.lengths, batch.targets.prompts(), max_new_tokens
-    )
-    for example, tokens in zip(examples, answers, strict=True):
-        facts = {"key": example.key, "domain": example.domain, "task": example.target.task}
-        yield {**facts, "reference": example.target.text, "generated": codec.decode(tokens)}
+    """Yield key, domain, task, reference and generated text of each example."""
+    padded = module.encoder.padding == "30s"
+    seconds = [WINDOW_SECONDS if padded else example.mel_length / 100 for example in examples]
+    for indices in batches_by_seconds(seconds, batch_seconds):
+        chosen = [examples[index] for index in indices]
+        batch = collate(chosen, [], module.encoder.num_mel_bins).to(module.device)
+        frames = module.encoder(batch.mel, batch.mel_lengths)
+        answers = module.decoder.generate(
+            frames.values, frames.lengths, batch.targets.prompts(), max_new_tokens
+        )
+        for example, tokens in zip(chosen, answers, strict=True):
+            yield {
+                "key": example.key,
+                "domain": example.domain,
+                "task": example.target.task,
+                "reference": example.target.text,
+                "generated": codec.decode(tokens),
+            }
 
 
-def _codec_for(codec: TextCodec, tasks: Sequence[str]) -> TextCodec:
+def _select_tasks(codec: TextCodec, tasks: Sequence[str]) -> TextCodec:
     if not tasks:
         return codec
     if not isinstance(codec, ChatText):
         raise UserError(
-            f"The decoder of this run cannot be asked for {', '.join(tasks)}; "
-            "runs with decoder=causal_lm can."
+            f"The decoder of this run has no tasks such as {', '.join(tasks)}; runs with "
+            "decoder=causal_lm do."
         )
     return replace(codec, instructions=codec.instructions.only(tasks))

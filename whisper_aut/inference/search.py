@@ -32,17 +32,17 @@ class SearchIndex:
     """Embeddings in memory, normalised for search.
 
     Args:
-        vectors: Pooled embeddings, `[B, D]` or `[B, layers, D]`.
+        vectors: pooled embeddings, `[B, D]` or `[B, layers, D]`.
 
     Raises:
-        UserError: If they are frames rather than pooled embeddings.
+        UserError: they are frames rather than pooled embeddings.
     """
 
     def __init__(self, vectors: Vectors):
         if vectors.lengths:
             raise UserError(
-                "The index holds frames; search needs one vector a clip. "
-                "Embed again without --frames."
+                "The index contains frames, but search needs one vector per clip. Embed the clips "
+                "again without --frames."
             )
         self.names, self.origin = vectors.names, vectors.origin
         self.units = normalize(vectors.values.flatten(1), dim=1)
@@ -54,21 +54,21 @@ class SearchIndex:
         """Load the encoder that made the index.
 
         Args:
-            path: Where the encoder is now, if it was moved.
-            device: The device to run on.
-            dtype: The precision to run in. Defaults to the index's. Another one changes
+            path: where the encoder is now, if it was moved.
+            device: the device to run on.
+            dtype: the precision to run in. Defaults to the index's. Another one changes
                 similarities in about the third digit.
 
         Raises:
-            UserError: If there is no encoder, or if its weights differ from those of the index.
+            UserError: there is no encoder, or its weights differ from those of the index.
         """
         name, origin = path or self.origin.encoder, self.origin
         padding = cast(Padding, origin.padding)
         encoder = load_encoder(name, padding=padding, device=device, dtype=origin.dtype)
         if encoder.fingerprint() != origin.fingerprint:
             raise UserError(
-                f"{name} is not the encoder that made the index: its weights are others. "
-                "Embed the clips again, or name the right one with --encoder."
+                f"{name} is not the encoder that made the index: its weights are different. Embed "
+                "the clips again, or name the right encoder with --encoder."
             )
         if dtype in ("", origin.dtype):
             return encoder
@@ -82,20 +82,19 @@ class SearchIndex:
         batch_seconds: float = BATCH_SECONDS,
     ) -> Tensor:
         """Embed files the way the index was made, as `[B, D]` or `[B, layers, D]`."""
-        origin = self.origin
         return encoder.embed(
-            list(files), pooling=origin.pooling, layers=origin.layers, batch_seconds=batch_seconds
+            files,
+            pooling=self.origin.pooling or "mean",
+            layers=self.origin.layers,
+            batch_seconds=batch_seconds,
         )
 
     def nearest(self, vector: Tensor, k: int = 5) -> list[Neighbour]:
         """Return the `k` clips whose embeddings are most similar to a vector, nearest first.
 
         Args:
-            vector: An embedding, `[D]` or `[layers, D]`, as `embed` returns for one clip.
-            k: How many clips to return; all of them if the index has fewer.
-
-        Raises:
-            UserError: If `k` is less than 1.
+            vector: an embedding, `[D]` or `[layers, D]`, as `embed` returns for one clip.
+            k: how many clips to return; all of them if the index has fewer.
 
         Examples:
             >>> from whisper_aut.inference.embed import Origin
@@ -105,11 +104,9 @@ class SearchIndex:
             >>> index.nearest(torch.tensor([3.0, 4.0]), k=1)
             [Neighbour(name='right', similarity=0.8)]
         """
-        if k < 1:
-            raise UserError(f"k must be at least 1, not {k}.")
         similarities = self.units @ normalize(vector.flatten(), dim=0)
         best = torch.topk(similarities, min(k, len(self)))
         return [
-            Neighbour(self.names[place], round(value, 4))
-            for place, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            Neighbour(self.names[index], round(value, 4))
+            for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]

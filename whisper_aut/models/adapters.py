@@ -49,14 +49,14 @@ def windows(
     """
     counts = tuple(-(-length // hop) for length in lengths)
     lead = (size - hop) // 2
-    places, start = [], 0
+    indices, start = [], 0
     outside = len(frames)  # index of the zero frame that is appended below
     for length, count in zip(lengths, counts, strict=True):
-        inside = torch.arange(count)[:, None] * hop + torch.arange(size)[None] - lead
-        places.append(torch.where((inside >= 0) & (inside < length), inside + start, outside))
+        own = torch.arange(count)[:, None] * hop + torch.arange(size)[None] - lead
+        indices.append(torch.where((own >= 0) & (own < length), own + start, outside))
         start += length
     padded = torch.cat([frames, frames.new_zeros(1, frames.shape[1])])
-    index = torch.cat(places).flatten().to(frames.device, non_blocking=True)
+    index = torch.cat(indices).flatten().to(frames.device, non_blocking=True)
     return padded.index_select(0, index).view(-1, size * frames.shape[1]), counts
 
 
@@ -134,7 +134,7 @@ def build_adapter(
         hint = nearest(options.name, ADAPTERS)
         raise UserError(
             f"decoder.adapter.name: there is no adapter {options.name!r}.{hint} "
-            f"There are: {', '.join(ADAPTERS)}."
+            f"The adapters are {', '.join(ADAPTERS)}."
         )
     if options.frames < 1 or options.hidden < 0:
         raise UserError(

@@ -9,7 +9,7 @@ its frames do not depend on the rest of the batch. With `30s`, each clip is exte
 Whisper's window; the result equals Hugging Face's to a relative error of 1e-5.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,8 +31,6 @@ TRAINED_PADDING = "trained_padding"  # key of the padding mode in an exported co
 RELEASED_PADDING: Padding = "30s"
 CONV_STRIDE = 2
 FRAME_SECONDS = 0.02
-# Float16 activations are clamped to the largest value minus this, as in Hugging Face's Whisper.
-FLOAT16_MARGIN = 1_000
 
 
 @dataclass(frozen=True)
@@ -69,15 +67,15 @@ def clip_too_long_message(config: WhisperConfig, padding: Padding, clip_seconds:
         clip_seconds: length of the clip, padding included.
     """
     longest = max_clip_seconds(config)
-    way = (
-        "Padding to 30s does not fit; choose padding none, which runs clips at their own length"
+    advice = (
+        "Use padding none, which runs clips at their own length."
         if padding == "30s"
-        else f"Clips may be at most {longest:g} s long; in training, set "
-        f"data.max_seconds={longest:g} to skip longer ones"
+        else f"For training, set data.max_seconds={longest:g} to skip longer clips."
     )
     return (
-        f"This encoder has {config.max_source_positions} positions (max_source_positions in its "
-        f"config.json), which reach {longest:g} s; {clip_seconds:g} s do not fit. {way}."
+        f"Clips of {clip_seconds:g} s, padding included, do not fit this encoder: its "
+        f"{config.max_source_positions} positions (max_source_positions in config.json) are "
+        f"{longest:g} s. {advice}"
     )
 
 
@@ -110,13 +108,11 @@ class PackedEncoder(nn.Module):
         self.whisper = whisper
         self.padding: Padding = padding
         self.gradient_checkpointing = gradient_checkpointing
-        self._halves = _HALVES
+        self._before_attention: Any = _before_attention
+        self._after_attention: Any = _after_attention
         if compile:
-            before_attention, after_attention = _HALVES
-            self._halves = (
-                torch.compile(before_attention, dynamic=True),
-                torch.compile(after_attention, dynamic=True),
-            )
+            self._before_attention = torch.compile(_before_attention, dynamic=True)
+            self._after_attention = torch.compile(_after_attention, dynamic=True)
         # Whisper's positions are fixed sinusoids, but transformers leaves them trainable when it
         # loads a checkpoint.
         whisper.embed_positions.requires_grad_(False)
@@ -162,12 +158,11 @@ class PackedEncoder(nn.Module):
 
     def _layer(self, layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
         """Run a layer on packed clips `[ΣT, D]`, in the order of `WhisperEncoderLayer.forward`."""
-        before_attention, after_attention = self._halves
         attention = layer.self_attn
         p = attention.dropout if attention.training else 0.0
-        q, k, v = before_attention(layer, hidden)
+        q, k, v = self._before_attention(layer, hidden)
         attended = clip_attention(q, k, v, segments, dropout=p)
-        return after_attention(layer, hidden, attended)
+        return self._after_attention(layer, hidden, attended)
 
     def _embed(self, mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
         """Apply the convolutions and add positions: `[ΣF', M]` → `[ΣT, D]`.
@@ -178,14 +173,13 @@ class PackedEncoder(nn.Module):
         whisper = self.whisper
         if len(set(mel_lengths)) == 1:
             return self._embed_equal(mel, len(mel_lengths), encoder_frames(mel_lengths[0]))
-        layout = _Spread.of(mel_lengths)
+        width, *indices = _spaced_layout(mel_lengths)
         mel_index, frame_index, positions = (
-            index.to(mel.device, non_blocking=True) for index in layout.indices()
+            index.to(mel.device, non_blocking=True) for index in indices
         )
-        spread = mel.new_zeros(layout.width, mel.shape[1]).index_copy(0, mel_index, mel)
-        inside = spread.new_zeros(layout.width).index_fill(0, mel_index, 1.0)
-        weight_dtype = whisper.conv1.weight.dtype
-        hidden = gelu(whisper.conv1(spread.T[None].to(weight_dtype)))
+        spaced = mel.new_zeros(width, mel.shape[1]).index_copy(0, mel_index, mel)
+        inside = mel.new_zeros(width).index_fill(0, mel_index, 1.0)
+        hidden = gelu(whisper.conv1(spaced.T[None].to(whisper.conv1.weight.dtype)))
         hidden = gelu(whisper.conv2(hidden * inside.to(hidden.dtype)))[0].T
         hidden = hidden.index_select(0, frame_index) + whisper.embed_positions(positions)
         return dropout(hidden, p=whisper.dropout, training=self.training)
@@ -202,38 +196,21 @@ class PackedEncoder(nn.Module):
         return dropout(hidden.flatten(0, 1), p=whisper.dropout, training=self.training)
 
 
-@dataclass(frozen=True)
-class _Spread:
-    """The layout of clips that are spaced out for the convolutions."""
+def _spaced_layout(mel_lengths: Sequence[int]) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Space clips out for the convolutions, each starting at an even frame after a zero frame.
 
-    starts: tuple[int, ...]
-    mel_lengths: tuple[int, ...]
-    width: int
-
-    @classmethod
-    def of(cls, mel_lengths: Sequence[int]) -> "_Spread":
-        starts, position = [], CONV_STRIDE
-        for length in mel_lengths:
-            starts.append(position)
-            # Leave at least one zero frame, then go to the next even index.
-            after = position + frames_with_context(length) + 1
-            position = after + after % CONV_STRIDE
-        return cls(tuple(starts), tuple(mel_lengths), position)
-
-    def indices(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return indices into the spaced-out layout, and positions.
-
-        Returns:
-            The index of each mel frame `[ΣF']`, the index of each encoder frame `[ΣT]` after the
-            convolutions, and the position of each encoder frame in its clip `[ΣT]`.
-        """
-        clips = list(zip(self.starts, self.mel_lengths, strict=True))
-        mel = [torch.arange(start, start + frames_with_context(length)) for start, length in clips]
-        positions = [torch.arange(encoder_frames(length)) for _, length in clips]
-        frames = [
-            start // CONV_STRIDE + place for (start, _), place in zip(clips, positions, strict=True)
-        ]
-        return torch.cat(mel), torch.cat(frames), torch.cat(positions)
+    Returns:
+        The total number of mel frames, the index of each mel frame `[ΣF']`, the index of each
+        encoder frame `[ΣT]` after the convolutions, and its position in the clip `[ΣT]`.
+    """
+    start, mel_index, frame_index, positions = CONV_STRIDE, [], [], []
+    for length in mel_lengths:
+        end = start + frames_with_context(length)
+        mel_index.append(torch.arange(start, end))
+        positions.append(torch.arange(encoder_frames(length)))
+        frame_index.append(start // CONV_STRIDE + positions[-1])
+        start = end + 1 + (end + 1) % CONV_STRIDE
+    return start, torch.cat(mel_index), torch.cat(frame_index), torch.cat(positions)
 
 
 def _pad_with_silence(mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
@@ -258,13 +235,10 @@ def _after_attention(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
     attended = layer.self_attn.out_proj(attended.flatten(-2))
     hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
     hidden = hidden + packed_feed_forward(layer, layer.final_layer_norm(hidden))
-    if hidden.dtype == torch.float16:
-        bound = torch.finfo(torch.float16).max - FLOAT16_MARGIN
+    if hidden.dtype == torch.float16:  # as in Hugging Face's Whisper
+        bound = torch.finfo(torch.float16).max - 1_000
         hidden = hidden.clamp(-bound, bound)
     return hidden
-
-
-_HALVES: tuple[Callable[..., Any], Callable[..., Any]] = (_before_attention, _after_attention)
 
 
 def packed_attention(

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-# Matrix products per training step, relative to the forward pass.
-PRODUCT = 3  # forward pass, gradient of the input, gradient of the weights
-FIRST_PRODUCT = 2  # the input is data and gets no gradient
-FROZEN_PRODUCT = 2  # the weights get no gradient
+# Matrix products per training step, relative to the forward pass: the gradient of the input and
+# that of the weights each cost one more.
+TRAINED_PRODUCTS, FROZEN_PRODUCTS = 3, 2
+FIRST_PRODUCTS = 2  # the input is data and gets no gradient
 KERNEL = 3  # kernel size of both encoder convolutions
 
 
@@ -30,14 +30,14 @@ def encoder_flops(
         trained: whether the encoder is trained. If not, only its forward pass is counted.
     """
     width, frames = config.d_model, sum(lengths)
-    first, product = (FIRST_PRODUCT, PRODUCT) if trained else (1, 1)
-    stem = (
+    first, products = (FIRST_PRODUCTS, TRAINED_PRODUCTS) if trained else (1, 1)
+    convolutions = (
         first * 2 * KERNEL * config.num_mel_bins * width * sum(mel_lengths)
-        + product * 2 * KERNEL * width**2 * frames
+        + products * 2 * KERNEL * width**2 * frames
     )
-    products = product * frames * (8 * width**2 + 4 * width * config.encoder_ffn_dim)
-    attention = product * 4 * width * sum(length**2 for length in lengths)
-    return stem + config.encoder_layers * (products + attention)
+    linear = products * frames * (8 * width**2 + 4 * width * config.encoder_ffn_dim)
+    attention = products * 4 * width * sum(length**2 for length in lengths)
+    return convolutions + config.encoder_layers * (linear + attention)
 
 
 def whisper_decoder_flops(
@@ -58,11 +58,12 @@ def whisper_decoder_flops(
         through_frames: whether gradients flow back to the encoder.
     """
     width, tokens, frames = config.d_model, sum(text_lengths), sum(lengths)
-    per_token = PRODUCT * tokens * (12 * width**2 + 4 * width * config.decoder_ffn_dim)
-    keys = (PRODUCT if through_frames else FIRST_PRODUCT) * frames * 4 * width**2
-    pairs = sum(own**2 + own * across for own, across in zip(text_lengths, lengths, strict=True))
-    layer = per_token + keys + PRODUCT * 4 * width * pairs
-    return config.decoder_layers * layer + PRODUCT * 2 * width * config.vocab_size * supervised
+    linear = TRAINED_PRODUCTS * tokens * (12 * width**2 + 4 * width * config.decoder_ffn_dim)
+    keys = (TRAINED_PRODUCTS if through_frames else FIRST_PRODUCTS) * frames * 4 * width**2
+    pairs = sum(text**2 + text * clip for text, clip in zip(text_lengths, lengths, strict=True))
+    attention = TRAINED_PRODUCTS * 4 * width * pairs
+    logits = TRAINED_PRODUCTS * 2 * width * config.vocab_size * supervised
+    return config.decoder_layers * (linear + keys + attention) + logits
 
 
 def language_model_flops(model: Any, lengths: Sequence[int], supervised: int) -> float:
@@ -75,18 +76,21 @@ def language_model_flops(model: Any, lengths: Sequence[int], supervised: int) ->
         lengths: positions per chat, audio included.
         supervised: number of positions with logits.
     """
-    config, head = model.config, model.get_output_embeddings()
+    config = model.config
     linear = sum(
-        _products(m) for m in model.base_model.modules() if isinstance(m, (nn.Linear, Conv1D))
+        _products(layer)
+        for layer in model.base_model.modules()
+        if isinstance(layer, (nn.Linear, Conv1D))
     )
     heads = getattr(config, "num_attention_heads", 0)  # Mamba has none
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
-    attention = (
-        PRODUCT * 4 * width * config.num_hidden_layers * sum(length**2 for length in lengths)
-    )
-    return 2 * (linear * sum(lengths) + _products(head) * supervised) + attention
+    pairs = sum(length**2 for length in lengths)
+    attention = TRAINED_PRODUCTS * 4 * width * config.num_hidden_layers * pairs
+    logits = 2 * _products(model.get_output_embeddings()) * supervised
+    return 2 * linear * sum(lengths) + logits + attention
 
 
 def _products(layer: nn.Linear | Conv1D) -> int:
     """Return multiply-adds per position, forward and backward, for inputs that need a gradient."""
-    return (PRODUCT if layer.weight.requires_grad else FROZEN_PRODUCT) * layer.weight.numel()
+    products = TRAINED_PRODUCTS if layer.weight.requires_grad else FROZEN_PRODUCTS
+    return products * layer.weight.numel()

@@ -65,9 +65,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = None
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # The sum over chunks is float32: a bfloat16 sum would lose small gradients.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         # One buffer for all chunks, because allocating new memory for each is slow.
@@ -79,11 +80,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad_logits @ weight
-            if wants_weight:
-                grad_weight = _accumulated(grad_weight, grad_logits, hidden[part])
+            if grad_weight is not None and hidden.dtype == torch.float32:
+                # Unlike `addmm_`, this is counted by `torch.utils.flop_counter`.
+                torch.addmm(grad_weight, grad_logits.T, hidden[part], out=grad_weight)
+            elif grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[part]
             del logits, grad_logits  # free them before the next chunk allocates its own
-        if wants_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         # Not saved with `save_for_backward`: backward scales them in place and returns them once,
         # without a copy.
         ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
@@ -96,7 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, grad_total: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of this loss were taken already; compute it again")
+            raise RuntimeError("The gradients of this loss have been used; compute it again.")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
         if grad_hidden is not None:
             grad_hidden.mul_(grad_total)
@@ -114,23 +116,11 @@ def _softmax_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, T
     Returns:
         The loss `[N]`, whether the most likely token is the target `[N]`, and the gradient.
     """
-    best, guess = logits.max(-1, keepdim=True)
-    wanted = logits.gather(-1, labels[:, None])
+    best, predicted = logits.max(-1, keepdim=True)
+    target = logits.gather(-1, labels[:, None])
     probabilities = logits.sub_(best).exp_()
     total = probabilities.sum(-1, keepdim=True)
-    nll = total.log() + best - wanted
+    nll = total.log() + best - target
     gradient = probabilities.div_(total)
-    gradient.scatter_add_(-1, labels[:, None], torch.full_like(wanted, -1.0))
-    return nll[:, 0], guess[:, 0] == labels, gradient
-
-
-def _accumulated(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> Tensor:
-    """Add a chunk's gradient of the output embedding to the total.
-
-    The total is float32, because a bfloat16 sum over many chunks would lose small gradients.
-    """
-    if total is None:
-        return (grad_logits.T @ hidden).float()
-    if hidden.dtype == torch.float32:
-        return total.addmm_(grad_logits.T, hidden)
-    return total.add_(grad_logits.T @ hidden)
+    gradient.scatter_add_(-1, labels[:, None], torch.full_like(target, -1.0))
+    return nll[:, 0], predicted[:, 0] == labels, gradient

@@ -27,11 +27,25 @@ from whisper_aut.errors import UserError, nearest
 
 # Raised by transformers for a directory or download that it cannot load.
 UNLOADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
-LOADING: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
-# Weights that checkpoints may leave out: `proj_out` is tied to the token embedding.
-MAY_BE_MISSING = {"proj_out.weight"}
+LOADING: dict[str, Any] = {
+    "use_safetensors": True,
+    "dtype": torch.float32,
+    "output_loading_info": True,
+}
 # Vocabulary size of every `whisper-*.en`. Multilingual checkpoints have 51,865 or 51,866 tokens.
 ENGLISH_ONLY_TOKENS = 51_864
+# Width, encoder layers, decoder layers, heads, mel bins and vocabulary, so that runs can be planned
+# without access to the hub.
+WHISPER_SIZES = {
+    "openai/whisper-tiny": (384, 4, 4, 6, 80, 51_865),
+    "openai/whisper-base": (512, 6, 6, 8, 80, 51_865),
+    "openai/whisper-small": (768, 12, 12, 12, 80, 51_865),
+    "openai/whisper-medium": (1024, 24, 24, 16, 80, 51_865),
+    "openai/whisper-large": (1280, 32, 32, 20, 80, 51_865),
+    "openai/whisper-large-v2": (1280, 32, 32, 20, 80, 51_865),
+    "openai/whisper-large-v3": (1280, 32, 32, 20, 128, 51_866),
+    "openai/whisper-large-v3-turbo": (1280, 32, 4, 20, 128, 51_866),
+}
 
 
 @dataclass
@@ -58,17 +72,17 @@ class PretrainedWhisper:
         """
         if Path(self.path).is_dir():
             check_not_adapter(self.path)
-        config = self._load(WhisperConfig.from_pretrained, self.path)
+        config = self._load(WhisperConfig)
         # Check adapters on the hub only now: the load above has reported an unreachable hub.
         check_not_adapter(self.path, self.revision)
         if config.model_type != "whisper":
             raise UserError(
-                f"{self.path} is a {config.model_type!r} model; a Whisper checkpoint is expected."
+                f"{self.path} is a {config.model_type!r} model, not a Whisper checkpoint."
             )
         if config.encoder_layerdrop or config.decoder_layerdrop:
             raise UserError(
-                f"{self.path} sets layer dropout, which packed clips do not support; "
-                "set it to 0 in its config.json."
+                f"{self.path} uses layer dropout, which packed clips do not support; set "
+                "encoder_layerdrop and decoder_layerdrop to 0 in its config.json."
             )
         return config
 
@@ -81,41 +95,43 @@ class PretrainedWhisper:
         """
         if self.config.decoder_layers == 0:
             raise UserError(
-                f"{self.path} holds an encoder without its decoder, so the whisper decoder cannot "
-                "start from it. Start from a full checkpoint, or pick another decoder."
+                f"{self.path} is an encoder without a decoder, which decoder=whisper needs. Use a "
+                "full checkpoint, or another decoder."
             )
         if self.random_init:
             return WhisperForConditionalGeneration(self.config)
-        model, info = self._load(
-            WhisperForConditionalGeneration.from_pretrained,
-            self.path,
-            output_loading_info=True,
-            **LOADING,
-        )
-        check_loaded_weights(self.path, info, MAY_BE_MISSING)
+        model, info = self._load(WhisperForConditionalGeneration, **LOADING)
+        # The output layer is tied to the token embedding, so checkpoints may leave it out.
+        check_loaded_weights(self.path, info, may_be_missing={"proj_out.weight"})
         return model
 
     @cached_property
     def encoder(self) -> WhisperEncoder:
-        """The encoder, in float32. Unless `model` was used before, the decoder is not loaded."""
+        """The encoder, in float32. Unless `model` was used before, the decoder is not loaded.
+
+        Raises:
+            UserError: there is no Whisper checkpoint or no safetensors file, or weights are missing
+                or have the wrong shape.
+        """
         if "model" in self.__dict__:
             return self.model.model.encoder
-        return (
-            load_whisper_encoder(self.path, self.revision)
-            if not self.random_init
-            else WhisperEncoder(self.config)
-        )
+        if self.random_init:
+            return WhisperEncoder(self.config)
+        names = {r"^(model\.)?encoder\.": ""}
+        encoder, info = self._load(WhisperEncoder, key_mapping=names, **LOADING)
+        check_loaded_weights(self.path, info | {"unexpected_keys": ()})  # the decoder's
+        return encoder
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._load(WhisperTokenizer.from_pretrained, self.path)
+        return self._load(WhisperTokenizer)
 
     def token_id(self, token: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(token))  # pyright: ignore[reportArgumentType]
 
     @cached_property
     def feature_extractor(self) -> WhisperFeatureExtractor:
-        return self._load(WhisperFeatureExtractor.from_pretrained, self.path)
+        return self._load(WhisperFeatureExtractor)
 
     @property
     def multilingual(self) -> bool:
@@ -134,13 +150,53 @@ class PretrainedWhisper:
             set_prompt_tokens(config, self.tokenizer, multilingual=not english_only)
         return config
 
-    def _load(self, loader: Any, path: str, **options: Any) -> Any:
-        check_model_path(path)
+    def _load(self, kind: Any, **options: Any) -> Any:
+        check_model_path(self.path)
         try:
             with quiet_loading():
-                return loader(path, revision=self.revision or "main", **options)
+                return kind.from_pretrained(self.path, revision=self.revision or "main", **options)
         except UNLOADABLE as error:
-            raise UserError(describe_missing(path, error)) from None
+            raise UserError(describe_missing(self.path, error)) from None
+
+
+def whisper_config_of_size(
+    width: int,
+    encoder_layers: int,
+    decoder_layers: int,
+    heads: int,
+    num_mel_bins: int,
+    vocabulary: int,
+) -> WhisperConfig:
+    """Return the configuration of a Whisper with these sizes.
+
+    All its special tokens are the last token of the vocabulary until they are set.
+    """
+    tokens = dict.fromkeys(
+        ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), vocabulary - 1
+    )
+    return WhisperConfig(
+        d_model=width,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        encoder_attention_heads=heads,
+        decoder_attention_heads=heads,
+        encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width,
+        num_mel_bins=num_mel_bins,
+        vocab_size=vocabulary,
+        **tokens,
+    )
+
+
+def load_whisper_config(path: str, revision: str = "") -> WhisperConfig:
+    """Return the configuration of a Whisper: from a directory, `WHISPER_SIZES` or the hub.
+
+    Raises:
+        UserError: there is no such directory or model.
+    """
+    if not Path(path).is_dir() and path in WHISPER_SIZES:
+        return whisper_config_of_size(*WHISPER_SIZES[path])
+    return PretrainedWhisper(path, revision).config
 
 
 def set_prompt_tokens(
@@ -153,70 +209,51 @@ def set_prompt_tokens(
         tokenizer: the tokenizer of the checkpoint.
         multilingual: whether the checkpoint was trained with language and task tokens.
     """
-    ids = tokenizer.get_vocab()
-    languages = [f"<|{code}|>" for code in LANGUAGES]
-    tokens: dict[str, Any] = {
-        "is_multilingual": multilingual and "<|transcribe|>" in ids,
-        "no_timestamps_token_id": ids.get("<|notimestamps|>"),
-    }
-    if tokens["is_multilingual"]:
-        tokens["lang_to_id"] = {token: ids[token] for token in languages if token in ids}
-        tokens["task_to_id"] = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
-    for name, value in tokens.items():
-        setattr(config, name, value)
-
-
-def load_whisper_encoder(path: str, revision: str = "") -> WhisperEncoder:
-    """Load only the encoder of a Whisper checkpoint. All its weights must be present.
-
-    Args:
-        path: directory or hub id.
-        revision: branch, tag or commit on the hub. Empty for the default branch.
-
-    Raises:
-        UserError: there is no Whisper checkpoint or no safetensors file, or weights are missing or
-            have the wrong shape.
-    """
-    check_model_path(path)
-    try:
-        with quiet_loading():
-            loaded: Any = WhisperEncoder.from_pretrained(
-                path,
-                revision=revision or "main",
-                key_mapping={r"^(model\.)?encoder\.": ""},
-                output_loading_info=True,
-                **LOADING,
-            )
-            encoder, info = loaded
-    except UNLOADABLE as error:
-        raise UserError(describe_missing(path, error)) from None
-    check_loaded_weights(path, info, set(), only_missing=True)
-    return encoder
+    ids: Any = tokenizer.get_vocab()
+    fields: Any = config
+    fields.is_multilingual = multilingual and "<|transcribe|>" in ids
+    fields.no_timestamps_token_id = ids.get("<|notimestamps|>")
+    if fields.is_multilingual:
+        languages = [f"<|{code}|>" for code in LANGUAGES]
+        fields.lang_to_id = {token: ids[token] for token in languages if token in ids}
+        fields.task_to_id = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
 
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Silence transformers' progress bars and load reports; see `check_loaded_weights`."""
-    level, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
+    level = transformers_logging.get_verbosity()
+    progress_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        if bars:
+        if progress_bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed PyTorch's CPU generator inside the block, and restore it afterwards.
+
+    `torch.manual_seed` would also reseed the generators of all GPUs, which a running training may
+    use for dropout.
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def check_loaded_weights(
     path: str,
     info: dict[str, Any],
-    allowed: set[str],
+    may_be_missing: set[str] | None = None,
     *,
-    only_missing: bool = False,
     kind: str = "Whisper model",
 ) -> None:
     """Raise `UserError` if weights of a checkpoint are missing, unknown or of the wrong shape.
@@ -224,45 +261,36 @@ def check_loaded_weights(
     Args:
         path: the checkpoint, for the error message.
         info: the loading info that `from_pretrained` returns.
-        allowed: weights that may be missing.
-        only_missing: accept weights that the model does not have.
+        may_be_missing: weights that may be missing.
         kind: the kind of model, for the error message.
     """
-    missing = sorted(set(info["missing_keys"]) - allowed)
-    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
-    unexpected = [] if only_missing else sorted(info["unexpected_keys"])
-    for what, keys in (
-        ("lacks", missing),
-        ("has other shapes for", mismatched),
-        ("has no place for", unexpected),
-    ):
+    problems = {
+        "lacks": set(info["missing_keys"]) - (may_be_missing or set()),
+        "has the wrong shape for": {str(key) for key in info.get("mismatched_keys", ())},
+        "has": set(info["unexpected_keys"]),
+    }
+    for verb, keys in problems.items():
         if keys:
-            listed = ", ".join(map(str, keys[:5])) + (" …" if len(keys) > 5 else "")
-            raise UserError(
-                f"The checkpoint {path} {what} {len(keys)} weights of a {kind}: {listed}."
-            )
+            names = ", ".join(sorted(keys)[:5]) + (", …" if len(keys) > 5 else "")
+            what = f"unknown weights for a {kind}" if verb == "has" else f"weights of a {kind}"
+            raise UserError(f"The checkpoint {path} {verb} {len(keys)} {what}: {names}.")
 
 
 def check_model_path(path: str) -> None:
     """Raise `UserError` if a path is neither a directory nor like a hub id.
 
-    A path in a folder of runs is not taken as a hub id. This avoids slow requests to the hub.
+    A name in a folder of runs is not a hub id. This avoids slow requests to the hub.
     """
-    place = Path(path)
-    if place.is_dir():
+    folder = Path(path)
+    if folder.is_dir():
         return
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not _is_hub_id(path):
         raise UserError(describe_missing(path, OSError()))
-    # The parent is a folder of runs, not the owner of a model on the hub.
-    if any(place.parent.glob("*/latest")):
-        there = sorted(
-            entry.name
-            for entry in place.parent.iterdir()
-            if entry.is_dir() and not entry.name.startswith(".")
-        )
+    if any(folder.parent.glob("*/latest")):
+        names = sorted(entry.name for entry in folder.parent.glob("[!.]*") if entry.is_dir())
         raise UserError(
-            f"There is no {path}.{nearest(place.name, there)} {place.parent} has: "
-            f"{', '.join(there) or 'no folder'}."
+            f"There is no {path}.{nearest(folder.name, names)} {folder.parent} contains: "
+            f"{', '.join(names)}."
         )
 
 
@@ -276,11 +304,9 @@ def check_not_adapter(path: str, revision: str = "") -> None:
     except OSError:  # there is no such model, or no connection: the load reports it
         return
     if found:
-        base = (
-            json.loads(Path(found).read_text()).get("base_model_name_or_path") or "its base model"
-        )
+        base = json.loads(Path(found).read_text()).get("base_model_name_or_path")
         raise UserError(
-            f"{path} is a PEFT adapter of {base}, not a model. Merge it first: "
+            f"{path} is a PEFT adapter of {base or 'its base model'}, not a model. Merge it first: "
             f"peft.PeftModel.from_pretrained(model, {path!r}).merge_and_unload()"
             ".save_pretrained(FOLDER), with the tokenizer's files."
         )
@@ -303,34 +329,23 @@ def describe_missing(
     """
     folder = Path(path)
     if folder.is_dir():
-        there = ", ".join(sorted(file.name for file in folder.iterdir())[:12]) or "nothing"
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        files = ", ".join(sorted(file.name for file in folder.iterdir())[:12]) or "nothing"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return (
-            f"{path} is not a usable {kind}: {first}\nIt should hold config.json, "
-            "model.safetensors and, for training, "
-            f"the tokenizer's files; it holds {there}."
+            f"{path} is not a usable {kind}: {reason}\nA checkpoint has config.json, "
+            "model.safetensors and, for training, the tokenizer's files. The directory contains "
+            f"{files}."
         )
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+    if not _is_hub_id(path):
         return (
             f"There is no model directory {path}. Give a directory in Hugging Face's format or a "
             f"hub id such as {example}."
         )
     return (
-        f"{path} is neither a directory here nor a model that could be reached on the hub.\n"
-        f"Check the name and the connection, or fetch it first: hf download {path}"
+        f"{path} is neither a local directory nor a model on the hub that can be reached.\n"
+        f"Check the name and the connection, or download it first: hf download {path}"
     )
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed PyTorch's CPU generator inside the block, and restore it afterwards.
-
-    `torch.manual_seed` would also reseed the generators of all GPUs, which a running training may
-    use for dropout.
-    """
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
+def _is_hub_id(path: str) -> bool:
+    return not path.startswith((".", "/", "~")) and path.count("/") == 1

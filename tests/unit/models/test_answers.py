@@ -3,7 +3,7 @@
 import jiwer
 import pytest
 
-from whisper_aut.models.module import AnswerMetrics, tag_f1
+from whisper_aut.models.metrics import AnswerMetrics, tag_f1
 
 
 def test_each_task_has_its_measures():
@@ -20,7 +20,11 @@ def test_each_task_has_its_measures():
     metrics.update("caption", "a dog barks", "a dog barks loudly")
     metrics.update("other", "x", "y")
     metrics.update("class", "x", "...")  # nothing is left of this reference
-    computed = {name: float(value) for name, value in metrics.compute().items()}
+    computed = {
+        f"{name}_{task}": float(value)
+        for task, values in metrics.compute().items()
+        for name, value in values.items()
+    }
     assert computed["wer_say"] == pytest.approx(
         jiwer.wer(["turn the lights off", "seven", "nine birds"], [s for s, _ in said])
     )

@@ -13,14 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from tests.support.decoders import frames_and_lengths, targets_of
 from whisper_aut.errors import UserError
 from whisper_aut.models.decoders import check_decoder
-from whisper_aut.models.language import (
-    check_layout,
+from whisper_aut.models.language_model import (
+    find_layout,
     greedy_tokens,
     load_language_model,
     sequence_states,
 )
-from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.models.tiny import whisper_config_of_size
+from whisper_aut.models.pretrained import PretrainedWhisper, whisper_config_of_size
 from whisper_aut.training.plan import StepShape, step_cost
 
 SIZES = {
@@ -79,8 +78,6 @@ REFUSED = {
     "cohere": (GROUPED, "logit_scale"),
     "phi": (SIZES, "an output bias"),
 }
-# `generate` of transformers does not continue a padded batch of these as each sequence alone.
-WRITTEN_WITHOUT_A_CACHE = ("rwkv", "falcon_h1")
 LENGTHS = (9, 3, 14, 6)
 
 
@@ -108,9 +105,8 @@ def test_each_sequence_of_a_batch_gives_what_it_gives_alone(kind: str):
     embeddings = embed(torch.randint(120, (sum(LENGTHS),)))
     expected = [alone(model, sequence) for sequence in embeddings.split(LENGTHS)]
     continued = [_naive_greedy(model, sequence) for sequence in embeddings.split(LENGTHS)]
-    layout = check_layout(kind, model)
+    layout = find_layout(kind, model)
     assert layout.packed == (kind in PACKED)
-    assert layout.generates == (kind not in WRITTEN_WITHOUT_A_CACHE)
     states = sequence_states(model, embeddings, LENGTHS, layout)
     assert_close(states, torch.cat(expected), atol=2e-5, rtol=1e-5)
     options = {"end": 2, "max_new_tokens": 5}
@@ -131,15 +127,15 @@ def _naive_greedy(model: PreTrainedModel, sequence: Tensor) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "mamba", "lfm2"])
 def test_the_check_sees_the_leaks_of_half_precision_models_too(kind: str):
-    assert not check_layout(kind, random_model(kind, PADDED[kind]).bfloat16()).packed
-    assert check_layout("qwen3", random_model("qwen3", PACKED["qwen3"]).bfloat16()).packed
+    assert not find_layout(kind, random_model(kind, PADDED[kind]).bfloat16()).packed
+    assert find_layout("qwen3", random_model("qwen3", PACKED["qwen3"]).bfloat16()).packed
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_models_whose_logits_are_something_else_are_refused_by_name(kind: str):
     options, why = REFUSED[kind]
-    with pytest.raises(UserError, match=rf"org/{kind}: its logits are more than .*{why}"):
-        check_layout(f"org/{kind}", random_model(kind, options))
+    with pytest.raises(UserError, match=rf"org/{kind}: its logits are not hidden states .*{why}"):
+        find_layout(f"org/{kind}", random_model(kind, options))
 
 
 def test_a_model_that_leaks_even_padded_is_refused_by_name():
@@ -147,15 +143,17 @@ def test_a_model_that_leaks_even_padded_is_refused_by_name():
     # Every sequence of a batch takes in the mean of the others.
     norm: Any = model.base_model.norm
     norm.register_forward_hook(lambda module, inputs, out: out + out.mean(dim=(0, 1)))
-    with pytest.raises(UserError, match=r"org/llama \(llama\) gives other states.*leak"):
-        check_layout("org/llama", model)
+    with pytest.raises(
+        UserError, match=r"org/llama \(llama\) gives a sequence other hidden states.*leak"
+    ):
+        find_layout("org/llama", model)
 
 
 def test_the_check_leaves_the_global_generator_and_the_model_as_they_were():
     model = random_model("llama", PACKED["llama"])
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    check_layout("llama", model)
+    find_layout("llama", model)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
@@ -210,7 +208,7 @@ def test_a_batch_with_a_sequence_beyond_the_attention_window_is_padded():
     embed: Any = model.get_input_embeddings()
     embeddings = embed(torch.randint(120, (sum(LENGTHS),)))
     expected = torch.cat([alone(model, part) for part in embeddings.split(LENGTHS)])
-    layout = check_layout("mistral", model)
+    layout = find_layout("mistral", model)
     assert (layout.packed, layout.longest_packed) == (True, 4)
     unlimited = sequence_states(model, embeddings, LENGTHS, replace(layout, longest_packed=None))
     assert not torch.allclose(unlimited, expected, atol=1e-2)

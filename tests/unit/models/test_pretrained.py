@@ -18,8 +18,8 @@ from whisper_aut import load_encoder
 from whisper_aut.errors import UserError
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.decoders.whisper import WhisperDecoderOptions
-from whisper_aut.models.language import load_language_model
-from whisper_aut.models.pretrained import PretrainedWhisper, load_whisper_encoder
+from whisper_aut.models.language_model import load_language_model
+from whisper_aut.models.pretrained import PretrainedWhisper
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def copy(tiny_whisper: Path, tmp_path: Path) -> Path:
 
 def test_the_encoder_alone_equals_the_encoder_of_the_whole(tiny_whisper: Path):
     alone, whole = (
-        load_whisper_encoder(str(tiny_whisper)),
+        PretrainedWhisper(str(tiny_whisper)).encoder,
         PretrainedWhisper(str(tiny_whisper)).model.model.encoder,
     )
     weights = whole.state_dict()
@@ -64,7 +64,7 @@ def test_missing_weights_are_named(copy: Path):
     weights.pop("model.encoder.layers.1.fc1.weight")
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 weights.*layers\.1\.fc1\.weight"):
-        load_whisper_encoder(str(copy))
+        _ = PretrainedWhisper(str(copy)).encoder
     with pytest.raises(UserError, match=r"lacks 1 weights.*layers\.1\.fc1\.weight"):
         _ = PretrainedWhisper(str(copy)).model
 
@@ -73,7 +73,7 @@ def test_a_pickled_checkpoint_is_not_opened(copy: Path):
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
     with pytest.raises(UserError, match="not a usable Whisper checkpoint"):
-        load_whisper_encoder(str(copy))
+        _ = PretrainedWhisper(str(copy)).encoder
 
 
 def test_a_file_cut_short_is_a_user_error(copy: Path):
@@ -97,11 +97,12 @@ def test_other_models_and_missing_places_are_user_errors(
     (tmp_path / "runs" / "aut_tiny" / "latest").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match=r"There is no runs/aut_tny\. Did you mean 'aut_tiny'\? runs has: aut_tiny"
+        UserError,
+        match=r"There is no runs/aut_tny\. Did you mean 'aut_tiny'\? runs contains: aut_tiny",
     ):
         load_encoder("runs/aut_tny")  # and no hub is asked
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="it holds nothing"):
+    with pytest.raises(UserError, match="The directory contains nothing"):
         load_encoder(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="padding must be one of"):
         load_encoder("org/never-asked-for", padding="60s")  # pyright: ignore[reportArgumentType]

@@ -1,6 +1,7 @@
 """The small language model: it learns to answer from what is written, and is made once."""
 
 import random
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -9,30 +10,29 @@ import torch
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.targets import AUDIO, ChatText, Instruction, Instructions
 from whisper_aut.errors import UserError
-from whisper_aut.models import tiny as scratch_language
-from whisper_aut.models.language import load_language_model, packed_states, weights_hash
+from whisper_aut.models import tiny
+from whisper_aut.models.language_model import load_language_model, packed_states, weights_hash
 from whisper_aut.models.tiny import LanguageScratch, make_language_model
 
 CAPTION = Instructions({"caption": Instruction(["Describe it.", "What is it?"])})
 
 
-def test_reading_teaches_it_to_repeat(tiny_language_model: Path):
-    """Twice the chats of one text: where it is written at the audio's place, the answer is likelier than where another is."""
+def test_it_learns_to_answer_from_the_text(tiny_language_model: Path):
+    """An answer is likelier after a chat that contains it than after one that contains another."""
     model, tokenizer = load_language_model(str(tiny_language_model))
     codec = ChatText(tokenizer, CAPTION)
 
-    def loss_of(answer: str, written: str) -> float:
-        text = scratch_language._Text(Annotation(text=answer), "sound")
-        reader = scratch_language._Reader(codec, [text], 1, random.Random(0))
-        chat = reader._written_out(codec.encode(text.annotation, "sound", 0), [written])
+    def loss_of(answer: str, fact: str) -> float:
+        target = codec.encode(Annotation(text=answer), "sound", 0)
+        chat = tiny.replace_audio(codec, target, [fact], random.Random(0))
         assert AUDIO not in chat.tokens.tolist()
         with torch.no_grad():
             states = packed_states(
                 model, model.get_input_embeddings()(chat.tokens), [len(chat.tokens)]
             )
-        places = chat.supervised.nonzero()[:, 0]
-        logits = states[places - 1] @ model.get_input_embeddings().weight.T  # pyright: ignore[reportOperatorIssue]
-        return torch.nn.functional.cross_entropy(logits, chat.tokens[places]).item()
+        indices = chat.supervised.nonzero()[:, 0]
+        logits = states[indices - 1] @ model.get_input_embeddings().weight.T  # pyright: ignore[reportOperatorIssue]
+        return torch.nn.functional.cross_entropy(logits, chat.tokens[indices]).item()
 
     pairs = [
         ("a dog barks twice", "nine birds sing"),
@@ -42,29 +42,26 @@ def test_reading_teaches_it_to_repeat(tiny_language_model: Path):
         assert loss_of(one, one) < loss_of(one, other)
 
 
-def test_what_is_asked_for_is_always_told_and_the_rest_at_times(tiny_language_model: Path):
-    """In the tokens that the answer has: a model that copies needs no second spelling of each word."""
+def test_chats_contain_the_requested_fact_and_some_others(tiny_language_model: Path):
+    """In the tokens of the answer: a model that copies needs no second spelling of each word."""
     _, tokenizer = load_language_model(str(tiny_language_model))
-    asked = Instruction(["What?"], "{label:words}")
+    label = Instruction(["What?"], "{label:words}")
     codec = ChatText(
-        tokenizer, Instructions({"class": asked, "caption": Instruction(["Say it."], weight=1e-9)})
+        tokenizer, Instructions({"class": label, "caption": Instruction(["Say it."], weight=1e-9)})
     )
-    text = scratch_language._Text(
-        Annotation(text="rain on a tin roof", label="water_drops"), "sound"
-    )
-    reader = scratch_language._Reader(codec, [text], 1, random.Random(0))
-    chats = list(reader.batch(60))
-    told = [codec.decode(chat.tokens[chat.heard].tolist()).split("\n") for chat in chats]
-    assert all("water drops" in facts for facts in told)
-    assert 15 <= sum("rain on a tin roof" in facts for facts in told) <= 45
-    assert {facts[0] for facts in told} == {"water drops", "rain on a tin roof"}
+    annotation = Annotation(text="rain on a tin roof", label="water_drops", domain="sound")
+    chats = list(islice(tiny.draw_chats(codec, [annotation], random.Random(0), 1), 60))
+    facts = [codec.decode(chat.tokens[chat.replaces_audio].tolist()).split("\n") for chat in chats]
+    assert all("water drops" in lines for lines in facts)
+    assert 15 <= sum("rain on a tin roof" in lines for lines in facts) <= 45
+    assert {lines[0] for lines in facts} == {"water drops", "rain on a tin roof"}
     answer = chats[0].tokens[chats[0].supervised][:-1].tolist()
     for chat in chats:
-        written = chat.tokens[chat.heard].tolist()
-        assert any(written[at : at + len(answer)] == answer for at in range(len(written)))
+        text = chat.tokens[chat.replaces_audio].tolist()
+        assert any(text[start : start + len(answer)] == answer for start in range(len(text)))
 
 
-def test_it_is_made_once_and_anew_when_anything_changes(
+def test_it_is_made_once_and_again_when_anything_changes(
     tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     scratch = LanguageScratch(
@@ -79,7 +76,7 @@ def test_it_is_made_once_and_anew_when_anything_changes(
     first = make_language_model(scratch, CAPTION)
     model, _ = load_language_model(first)
     with monkeypatch.context() as patch:
-        patch.setattr(scratch_language, "_trained", lambda *_: pytest.fail("trained again"))
+        patch.setattr(tiny, "train_language_model", lambda *_: pytest.fail("trained again"))
         assert make_language_model(scratch, CAPTION) == first
     assert (
         make_language_model(scratch, Instructions({"caption": Instruction(["Say it."])})) != first

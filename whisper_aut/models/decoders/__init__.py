@@ -31,8 +31,9 @@ class DecoderEntry:
     """One entry of the registry.
 
     Attributes:
-        options: the schema of the decoder's options.
-        build: `(start, options, gradient_checkpointing)` → the decoder and its codec.
+        options: the dataclass of the decoder's options.
+        build: `(pretrained checkpoint, options, gradient_checkpointing)` → the decoder and its
+            codec.
         exports: the formats that a run with this decoder can be exported to.
         build_meta: `(encoder config, options, gradient_checkpointing)` → the same module built
             from its configuration, without weights or a tokenizer, for `training.plan`. None if
@@ -69,7 +70,7 @@ def check_decoder(values: Mapping[str, Any]) -> tuple[DecoderEntry, Any]:
     if name not in DECODERS:
         raise UserError(
             f"decoder.name: there is no decoder {name!r}.{nearest(name, DECODERS)} "
-            f"There are: {', '.join(DECODERS)}."
+            f"The decoders are {', '.join(DECODERS)}."
         )
     entry = DECODERS[name]
     return entry, build(entry.options, values, f"decoder ({name})")

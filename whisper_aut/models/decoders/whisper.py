@@ -41,104 +41,81 @@ class WhisperDecoderOptions:
 
 
 def build_whisper_decoder(
-    start: PretrainedWhisper, options: WhisperDecoderOptions, gradient_checkpointing: bool
+    pretrained: PretrainedWhisper, options: WhisperDecoderOptions, gradient_checkpointing: bool
 ) -> "tuple[WhisperDecoder, WhisperText]":
-    """Build the decoder and the codec from a pretrained Whisper checkpoint.
-
-    Args:
-        start: the checkpoint to take decoder and tokenizer from.
-        options: the `decoder` group of the config.
-        gradient_checkpointing: recompute each layer in the backward pass.
-
-    Returns:
-        The decoder and its codec.
+    """Build the decoder and the codec from a pretrained checkpoint. See `DecoderEntry.build`.
 
     Raises:
         UserError: the checkpoint has no decoder or a wrong tokenizer, or an option does not fit it.
     """
-    for domain, prompt in options.prompts.items():
+    for domain in options.prompts:
         if domain not in DOMAINS:
-            raise UserError(
-                f"decoder.prompts.{domain}: not a domain; there are {', '.join(DOMAINS)}."
-            )
-        if prompt.language != SAMPLE_LANGUAGE and not whisper_codes(prompt.language):
-            raise UserError(
-                f"decoder.prompts.{domain}.language: {prompt.language!r} is no language of "
-                f"Whisper's. Give a code such as `en`, or `{SAMPLE_LANGUAGE}` for what each sample "
-                "states."
-            )
-    # Load the model before the other checks, so that a missing decoder is the error reported first.
-    model = start.model
-    _check_tokenizer(start)
-    longest = start.config.max_target_positions
+            raise UserError(f"decoder.prompts: {domain!r} is not one of {', '.join(DOMAINS)}.")
+    model = pretrained.model  # the error for a missing decoder goes before all others
+    _check_tokenizer(pretrained)
+    longest = pretrained.config.max_target_positions
     if not 8 <= options.max_tokens <= longest:
         raise UserError(
-            f"decoder.max_tokens: {options.max_tokens} is outside 8 to {longest}, "
-            f"what {start.path} can place."
+            f"decoder.max_tokens: {options.max_tokens} is outside 8 to {longest}, the number of "
+            f"positions of {pretrained.path}."
         )
     codec = WhisperText(
-        start.tokenizer,
+        pretrained.tokenizer,
         options.prompts,
         options.max_tokens,
         options.overflow,
         options.supervise_prompt,
-        start.multilingual,
+        pretrained.multilingual,
     )
     for domain, prompt in options.prompts.items():
-        if prompt.language != SAMPLE_LANGUAGE and not codec.language_token(prompt.language):
-            raise UserError(
-                f"decoder.prompts.{domain}.language: the tokenizer of {start.path} has no token "
-                f"for {prompt.language!r}."
+        if prompt.language == SAMPLE_LANGUAGE or codec.language_token(prompt.language):
+            continue
+        if not whisper_codes(prompt.language):
+            problem = (
+                f"{prompt.language!r} is not a language of Whisper. Give a code such as `en`, or "
+                f"`{SAMPLE_LANGUAGE}` for the language that each sample states."
             )
-    end_token = start.token_id("<|endoftext|>")
+        else:
+            problem = f"the tokenizer of {pretrained.path} has no token for {prompt.language!r}."
+        raise UserError(f"decoder.prompts.{domain}.language: {problem}")
+    end_token = pretrained.token_id("<|endoftext|>")
     return WhisperDecoder(model.model.decoder, end_token, gradient_checkpointing), codec
 
 
-def _check_tokenizer(start: PretrainedWhisper) -> None:
+def _check_tokenizer(pretrained: PretrainedWhisper) -> None:
     """Raise `UserError` if the tokenizer does not belong to the checkpoint.
 
     If tokenizer files are missing, transformers silently builds a tokenizer of its own.
     """
-    config = start.config
+    config, tokenizer = pretrained.config, pretrained.tokenizer
     special = ["<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>"]
-    special += ["<|transcribe|>", "<|translate|>"] if start.multilingual else []
-    ids = [start.token_id(token) for token in special]
-    lacking = [
-        token
-        for token, id in zip(special, ids, strict=True)
-        if start.tokenizer.convert_ids_to_tokens(id) != token
-    ]
-    written = start.tokenizer("a", add_special_tokens=False).input_ids
-    if lacking:
-        why = f"lacks {', '.join(lacking)}"
-    elif not written:
-        why = "writes no text"
-    elif max(*written, *ids) >= config.vocab_size or ids[:3] != [
-        config.decoder_start_token_id,
-        config.eos_token_id,
-        # Whisper generations differ in their number of languages, which shifts this token's id.
-        getattr(start.generation_config, "no_timestamps_token_id", None) or ids[2],
-    ]:
-        why = "numbers tokens otherwise"
+    special += ["<|transcribe|>", "<|translate|>"] if pretrained.multilingual else []
+    ids = [pretrained.token_id(token) for token in special]
+    # Whisper generations differ in their number of languages, which shifts `<|notimestamps|>`.
+    no_timestamps = getattr(pretrained.generation_config, "no_timestamps_token_id", None)
+    expected = [config.decoder_start_token_id, config.eos_token_id, no_timestamps or ids[2]]
+    missing = [token for token in special if token not in tokenizer.get_vocab()]
+    text_ids = tokenizer("a", add_special_tokens=False).input_ids
+    if missing:
+        problem = f"has no {', '.join(missing)}"
+    elif not text_ids:
+        problem = "gives no tokens for a text"
+    elif max(*text_ids, *ids) >= config.vocab_size or ids[:3] != expected:
+        problem = "numbers its tokens differently"
     else:
         return
     raise UserError(
-        f"The tokenizer of {start.path} is not this checkpoint's: it {why}. Copy tokenizer.json, "
-        "or vocab.json and merges.txt, and tokenizer_config.json from where the weights come from."
+        f"The tokenizer of {pretrained.path} does not belong to the checkpoint: it {problem}. Copy "
+        "tokenizer.json, or vocab.json and merges.txt, and tokenizer_config.json from the source "
+        "of the weights."
     )
 
 
 def build_whisper_decoder_meta(
     config: WhisperConfig, options: WhisperDecoderOptions, gradient_checkpointing: bool
 ) -> nn.Module:
-    """Build the decoder from a configuration, without pretrained weights or a tokenizer.
-
-    See `DecoderEntry.build_meta`.
-    """
-    end = config.eos_token_id
-    return WhisperDecoder(
-        HFWhisperDecoder(config), end if isinstance(end, int) else 0, gradient_checkpointing
-    )
+    """Build the decoder from its configuration. See `DecoderEntry.build_meta`."""
+    return WhisperDecoder(HFWhisperDecoder(config), 0, gradient_checkpointing)
 
 
 class WhisperDecoder(nn.Module):
@@ -162,10 +139,10 @@ class WhisperDecoder(nn.Module):
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         hidden = self._hidden(frames, lengths, targets)
         # Each token is predicted from the state one position before it.
-        predicted = targets.label_indices
+        indices = targets.label_indices
         weight = self.whisper.embed_tokens.weight
         total, nll, correct = chunked_cross_entropy(
-            hidden[predicted - 1], weight, targets.tokens[predicted]
+            hidden[indices - 1], weight, targets.tokens[indices]
         )
         return DecoderLoss(total, nll, correct, targets.counts)
 

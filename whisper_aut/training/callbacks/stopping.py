@@ -253,10 +253,10 @@ class Guard(lightning.Callback):
         self.skipped, self.streak = self.skipped + 1, self.streak + 1
         module.log("train/skipped_steps", float(self.skipped), prog_bar=True, batch_size=1)
         step, reason = trainer.global_step, SkipReason.NON_FINITE_LOSS
-        clips = [clip for seen in module.seen for clip in seen.non_finite()]
+        clips = [clip for result in module.micro_batches for clip in result.non_finite()]
         if not max_over_ranks(trainer, module, bool(clips)):
             reason = SkipReason.NON_FINITE_GRADIENT
-            clips = [clip for seen in module.seen for clip in seen.clips]
+            clips = [clip for result in module.micro_batches for clip in result.clips]
         for source, key in clips:
             self.ledger.note(SkippedSample(source, key, reason, f"step {step} was skipped"))
         files = "ledger.jsonl" if trainer.world_size == 1 else "ledger*.jsonl"
