@@ -13,7 +13,7 @@ from whisper_aut import load_encoder
 MODULES = (
     "errors",
     "audio.windows",
-    "models.pretrained",
+    "inference.embed",
     "inference.encoder",
     "inference.search",
 )

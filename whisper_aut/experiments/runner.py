@@ -239,7 +239,7 @@ class Bench:
         metrics: dict[str, float] = {}
         for task, folder in wanted.tasks.items():
             result = evaluate(module, [folder], tasks=[task], limit=wanted.limit, max_new_tokens=32)
-            metrics |= {name: round(value, 6) for name, value in result.figures.items()}
+            metrics |= {name: round(value, 6) for name, value in result.metrics.items()}
         metrics = {name: value for name, value in metrics.items() if not name.startswith("cer_")}
         write_json(path, {"identity": identity, "metrics": metrics})
         return metrics
