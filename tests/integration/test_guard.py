@@ -149,7 +149,7 @@ def test_lightning_clips_the_gradients_that_the_guard_has_measured(tmp_path: Pat
         def __init__(self) -> None:
             super().__init__()
             self.layer = torch.nn.Linear(4, 1, bias=False)
-            self.seen, self.clipped = [], torch.zeros(())
+            self.micro_batches, self.clipped = [], torch.zeros(())
 
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
             return self.layer(batch).sum()

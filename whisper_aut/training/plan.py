@@ -36,11 +36,8 @@ from whisper_aut.errors import UserError
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.encoder import PackedEncoder, Padding, encoder_frames
 from whisper_aut.models.flops import encoder_flops
-from whisper_aut.models.tiny import (
-    WHISPER_SPECIAL_TOKENS,
-    load_whisper_config,
-    whisper_config_of_size,
-)
+from whisper_aut.models.pretrained import load_whisper_config, whisper_config_of_size
+from whisper_aut.models.tiny import WHISPER_SPECIAL_TOKENS
 from whisper_aut.training.checkpoint import MOMENT_BYTES
 from whisper_aut.training.factory import (
     open_sources,
