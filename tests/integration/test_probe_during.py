@@ -65,9 +65,9 @@ def test_a_fall_stops_the_run_with_its_last_step_saved(
         [task], None, every_steps=4, guard=ForgettingGuard("music", max_drop=-1.5, action="stop")
     )
     warned.scores = {0: {"two": 0.9}, 4: {"two": 0.1}}
-    assert warned.forgotten() is None, "the task is of another domain"
+    assert warned.score_drop() is None, "the task is of another domain"
     watching.scores = {0: {"two": 0.9}, 4: {"two": 0.1}}
-    assert watching.forgotten() == pytest.approx(0.8)
+    assert watching.score_drop() == pytest.approx(0.8)
 
 
 def test_an_encoder_in_half_precision_is_probed_in_whole(task, tiny_whisper):
@@ -80,10 +80,10 @@ def test_an_encoder_in_half_precision_is_probed_in_whole(task, tiny_whisper):
 
     module = Module()
     watching = ProbeDuringTraining([task], None, every_steps=1)
-    whole = watching._score(module, 0)
+    whole = watching._score(module)
     assert module.encoder.training
     module.encoder.bfloat16()
-    assert watching._score(module, 1)["two"] == pytest.approx(whole["two"], abs=0.21)
+    assert watching._score(module)["two"] == pytest.approx(whole["two"], abs=0.21)
     assert next(module.encoder.parameters()).dtype == torch.bfloat16
 
 

@@ -70,21 +70,20 @@ class ProbeDuringTraining(lightning.Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         if getattr(trainer.strategy, "zero_stage_3", False):
             raise UserError(
-                "probe.during needs whole weights, and ZeRO stage 3 spreads them: use stage 2, or "
-                "probe afterwards."
+                "probe.during needs the full weights, which ZeRO stage 3 shards over the ranks: "
+                "use stage 2, or probe after training."
             )
 
-    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        """Measure once at the start, unless a checkpoint restored earlier scores."""
-        if not self.scores:
-            self._measure(trainer, module)
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        if not self.scores:  # a checkpoint restores earlier scores
+            self._measure(trainer, pl_module)
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
         if step % self.every_steps == 0 and step not in self.scores:
-            self._measure(trainer, module)
+            self._measure(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return {"scores": self.scores}
@@ -92,67 +91,58 @@ class ProbeDuringTraining(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.scores = {int(step): dict(scores) for step, scores in state_dict["scores"].items()}
 
-    def forgotten(self) -> float | None:
+    def score_drop(self) -> float | None:
         """Return how far the guarded domain is below its first score, 0 … 1. None without tasks
         of that domain or without two measurements.
         """
         guarded = [task.name for task in self.tasks if task.domain == self.guard.domain]
         if not guarded or len(self.scores) < 2:
             return None
-        first, last = (
-            sum(scores[name] for name in guarded) / len(guarded)
-            for scores in (self._first(), self._last())
-        )
-        return first - last
-
-    def _first(self) -> dict[str, float]:
-        return self.scores[min(self.scores)]
-
-    def _last(self) -> dict[str, float]:
-        return self.scores[max(self.scores)]
+        first, last = self.scores[min(self.scores)], self.scores[max(self.scores)]
+        return sum(first[name] - last[name] for name in guarded) / len(guarded)
 
     def _measure(self, trainer: lightning.Trainer, module: Any) -> None:
         step = trainer.global_step
-        found = self._score(module, step) if trainer.is_global_zero else {}
-        found = trainer.strategy.broadcast(found)
-        self.scores[step] = found
+        scores = self._score(module) if trainer.is_global_zero else {}
+        scores = self.scores[step] = trainer.strategy.broadcast(scores)
         for logger in trainer.loggers:
-            logger.log_metrics({f"probe/{name}": score for name, score in found.items()}, step)
-        fallen = self.forgotten()
-        if fallen is not None and fallen > self.guard.max_drop:
-            told = (
-                f"The probe score of {self.guard.domain} has fallen by {100 * fallen:.1f} points "
-                "since the start "
-                f"(step {step}; probe.during.max_drop allows {100 * self.guard.max_drop:.1f})."
-            )
-            log.warning("%s%s", told, " Training stops." if self.guard.action == "stop" else "")
-            if self.guard.action == "stop":
-                self._stop(trainer)
-
-    def _stop(self, trainer: lightning.Trainer) -> None:
-        """Save a checkpoint, then end training after this step."""
-        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            if isinstance(callback, RollingCheckpoints):
-                callback.save(trainer)
-        trainer.should_stop = True
-
-    def _score(self, module: Any, step: int) -> dict[str, float]:
-        training, weights = module.encoder.training, next(module.encoder.parameters())
-        whole = (
-            module.encoder
-            if weights.dtype == torch.float32
-            else copy.deepcopy(module.encoder).float()
+            logger.log_metrics({f"probe/{name}": score for name, score in scores.items()}, step)
+        drop = self.score_drop()
+        if drop is None or drop <= self.guard.max_drop:
+            return
+        log.warning(
+            "The probe score of %s has fallen by %.1f points since the start (step %d; "
+            "probe.during.max_drop allows %.1f).%s",
+            self.guard.domain,
+            100 * drop,
+            step,
+            100 * self.guard.max_drop,
+            " Training stops." if self.guard.action == "stop" else "",
         )
-        encoder = AudioEncoder(whole).to(module.device)
+        if self.guard.action == "stop":
+            for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+                if isinstance(callback, RollingCheckpoints):
+                    callback.save(trainer)
+            trainer.should_stop = True
+
+    def _score(self, module: Any) -> dict[str, float]:
+        training, encoder = module.encoder.training, module.encoder
+        if next(encoder.parameters()).dtype != torch.float32:
+            encoder = copy.deepcopy(encoder).float()
         try:
             with (
                 isolate_rng(),  # training continues with the same random numbers
                 tempfile.TemporaryDirectory() as cache,
             ):
                 scores = run_suite(
-                    {f"step {step}": encoder}, self.tasks, root=self.root, cache=cache,
-                    seeds=(0,), kind=self.kind, embedding=EmbedSettings(quiet=True),
-                )  # fmt: skip
+                    {"encoder": AudioEncoder(encoder).to(module.device)},
+                    self.tasks,
+                    root=self.root,
+                    cache=cache,
+                    seeds=(0,),
+                    kind=self.kind,
+                    embedding=EmbedSettings(quiet=True),
+                )
         finally:
             module.encoder.train(training)
         return {entry.task: entry.mean for entry in scores.entries}

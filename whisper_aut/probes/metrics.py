@@ -5,7 +5,8 @@ The name of a metric determines the kind of answer that a task needs.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,8 +34,7 @@ class CrossRecall(Metric):
     """Recall@1 between B clips and N captions, averaged over both directions.
 
     Update with `similarity` `[B, N]` and `owner` `[N]`: caption n describes clip `owner[n]`. A
-    clip counts if its nearest caption is one of its own. A caption counts if its nearest clip is
-    its own.
+    clip counts if its nearest caption is one of its own, a caption if its nearest clip is its own.
     """
 
     hits: list[Tensor]
@@ -59,29 +59,19 @@ def recall_credit(similarity: Tensor, owner: Tensor) -> Tensor:
     to_text = owner[similarity.argmax(1)] == clips
     found = (similarity.argmax(0) == owner).double()
     counts = torch.bincount(owner, minlength=len(clips)).clamp(min=1)
-    to_audio = (
-        torch.zeros(len(clips), dtype=torch.double, device=owner.device).index_add(0, owner, found)
-        / counts
-    )
+    to_audio = torch.zeros_like(clips, dtype=torch.double).index_add(0, owner, found) / counts
     return torch.stack([to_text.double(), to_audio], 1)
 
 
+# They do not sync: rank 0 of a job computes scores while the other ranks wait or have exited.
+OPTIONS: dict[str, Any] = {"validate_args": False, "sync_on_compute": False}
 # Name → constructor of the metric for C classes. Class metrics are updated with `[B, C]` scores and
-# `[B]` classes or `[B, C]` answers of 0 and 1. None of them syncs: rank 0 of a job computes scores
-# while the other ranks wait elsewhere or have exited.
+# `[B]` classes or `[B, C]` targets of 0 and 1.
 METRICS: dict[str, Callable[[int], Metric]] = {
-    "accuracy": lambda classes: MulticlassAccuracy(
-        classes, average="micro", validate_args=False, sync_on_compute=False
-    ),
-    "mAP": lambda classes: MultilabelAveragePrecision(
-        classes, average="macro", validate_args=False, sync_on_compute=False
-    ),
-    "segment_f1_macro": lambda classes: MultilabelF1Score(
-        classes, average="macro", validate_args=False, sync_on_compute=False
-    ),
-    "segment_f1_micro": lambda classes: MultilabelF1Score(
-        classes, average="micro", validate_args=False, sync_on_compute=False
-    ),
+    "accuracy": partial(MulticlassAccuracy, average="micro", **OPTIONS),
+    "mAP": partial(MultilabelAveragePrecision, average="macro", **OPTIONS),
+    "segment_f1_macro": partial(MultilabelF1Score, average="macro", **OPTIONS),
+    "segment_f1_micro": partial(MultilabelF1Score, average="micro", **OPTIONS),
     "recall@1": lambda classes: CrossRecall(),
     "word_accuracy": lambda classes: WordAccuracy(sync_on_compute=False),
 }
@@ -103,26 +93,22 @@ METRIC_VERSIONS: dict[str, str] = {
 }
 
 
-def class_metric(metric: str, classes: int, scores: Tensor, answers: Tensor) -> float:
-    """Score class scores (logits) `[B, C]` against classes `[B]`, or answers `[B, C]` of 0 and
-    1.
+def class_metric(metric: str, classes: int, scores: Tensor, targets: Tensor) -> float:
+    """Score class scores (logits) `[B, C]` against classes `[B]`, or targets `[B, C]` of 0 and 1.
 
     Mean average precision only covers classes that at least one of these clips has, since it is
     undefined for the others.
     """
     if metric == "mAP":
-        present = answers.any(0)
-        scores, answers, classes = (
-            _ranks(scores[:, present]),
-            answers[:, present],
-            int(present.sum()),
-        )
+        present = targets.any(0)
+        scores, targets = _ranks(scores[:, present]), targets[:, present]
+        classes = int(present.sum())
         if not classes:
             return 0.0
-    elif answers.ndim == 2:
+    elif targets.ndim == 2:
         scores = scores.sigmoid()
     made = METRICS[metric](classes).to(scores.device)
-    made.update(scores, answers.long())
+    made.update(scores, targets.long())
     return float(made.compute())
 
 

@@ -5,7 +5,6 @@ Every mean, average, interval and p-value can be computed again from the JSON.
 """
 
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from whisper_aut.errors import UserError
 from whisper_aut.probes.stats import GroupTotals, interval, mean_std
+from whisper_aut.utils import write_text
 
 SCORES_VERSION = 4
 PROTOCOL = "strict"
@@ -108,9 +109,7 @@ class TaskScore:
 
     @property
     def std(self) -> float | None:
-        """Standard deviation over seeds of the mean over folds; None for a probe that is fitted
-        once.
-        """
+        """Standard deviation over seeds of the mean over folds; None without seeds."""
         return mean_std(self.per_seed())[1]
 
     @property
@@ -121,7 +120,7 @@ class TaskScore:
     @property
     def epochs(self) -> float | None:
         """Mean number of epochs of the final probes; None if they are not trained by epochs."""
-        found = [setting["epochs"] for setting in self.chosen if "epochs" in setting]
+        found = [candidate["epochs"] for candidate in self.chosen if "epochs" in candidate]
         return float(np.mean(found)) if found else None
 
     @property
@@ -141,7 +140,8 @@ class TaskScore:
         """Return the contribution `[U]` of each unit, averaged over seeds. Their mean is `mean`,
         in which all folds have the same weight.
         """
-        return np.mean([_numbers(seed) for seed in self.record], axis=0) * self._weights()
+        units = [list(map(float, seed)) for seed in self.record]
+        return np.mean(units, axis=0) * self._unit_weights()
 
     def compared_with(self, other: "TaskScore") -> GroupTotals:
         """Return the paired differences to another score on the same clips."""
@@ -162,10 +162,8 @@ class TaskScore:
         """Number of groups of test clips; the number of clips if each counts by itself."""
         return len(set(self.groups.split())) if self.groups else self.test_clips
 
-    def _weights(self) -> np.ndarray:
-        """Return the weight of each unit, `[U]`, with mean 1: folds weigh the same, whatever
-        their size.
-        """
+    def _unit_weights(self) -> np.ndarray:
+        """Return `[U]`, with mean 1: folds weigh the same, whatever their size."""
         total = sum(self.units)
         return np.repeat([total / (len(self.units) * count) for count in self.units], self.units)
 
@@ -175,7 +173,20 @@ class TaskScore:
         own = groups if len(groups) == len(values) else None
         # Tasks are averaged, so their draws must differ.
         seed = zlib.crc32(self.task.encode())
-        return GroupTotals.of(values, self._weights(), own, seed)
+        return GroupTotals.of(values, self._unit_weights(), own, seed)
+
+    def check(self) -> None:
+        """Raise a ValueError if parts of the score are missing."""
+        seeds, units = max(1, len(self.seeds)), sum(self.units)
+        if not (
+            len(self.scores) == len(self.chosen) == len(self.valid_scores) > 0
+            and len(self.record) == seeds
+            and len(self.scores) % seeds == 0
+            and all(len(seed) == units for seed in self.record)
+            and all(set(seed) <= {"0", "1"} for seed in self.record if isinstance(seed, str))
+            and len(self.groups.split()) in (0, self.test_clips)
+        ):
+            raise ValueError(f"the record of {self.task} is incomplete")
 
 
 @dataclass(frozen=True)
@@ -220,6 +231,17 @@ class Average:
     tasks: int
     interval: tuple[float, float]
 
+    @classmethod
+    def of(cls, encoder: str, domain: str, entries: Sequence[TaskScore]) -> "Average":
+        weights = [entry.weight for entry in entries]
+        # The deviation over seeds is that of the average, rather than an average of deviations. A
+        # score without seeds counts for every seed.
+        seeds = max(len(entry.record) for entry in entries)
+        per_seed = [np.broadcast_to(entry.per_seed(), seeds) for entry in entries]
+        mean, std = mean_std(np.average(per_seed, axis=0, weights=weights).tolist())
+        ends = interval([entry.totals for entry in entries], weights)
+        return cls(encoder, domain, mean, std, len(entries), ends)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -256,10 +278,8 @@ class Scores:
 
     def get(self, encoder: str, task: str) -> TaskScore | None:
         """Return the score of an encoder on a task, or None."""
-        return next(
-            (entry for entry in self.entries if (entry.encoder, entry.task) == (encoder, task)),
-            None,
-        )
+        found = (one for one in self.entries if (one.encoder, one.task) == (encoder, task))
+        return next(found, None)
 
     def label(self, encoder: str) -> str:
         """Return the name of an encoder in tables: its name and its padding mode."""
@@ -274,18 +294,17 @@ class Scores:
         found = []
         for encoder in self.encoders:
             own = [entry for entry in self.entries if entry.encoder == encoder]
-            spoken = [entry for entry in own if entry.metric != "word_accuracy"]
-            for domain in [*self.domains, AVERAGE, *([NO_ASR] if len(spoken) < len(own) else [])]:
-                chosen = (
-                    spoken
-                    if domain == NO_ASR
-                    else [entry for entry in own if domain in (entry.domain, AVERAGE)]
-                )
-                if chosen:
-                    mean, std = mean_std(_per_seed(chosen))
-                    weights = [entry.weight for entry in chosen]
-                    ends = interval([entry.totals for entry in chosen], weights)
-                    found.append(Average(encoder, domain, mean, std, len(chosen), ends))
+            chosen = {
+                domain: [entry for entry in own if entry.domain == domain]
+                for domain in self.domains
+            }
+            chosen[AVERAGE] = own
+            others = [entry for entry in own if entry.metric != "word_accuracy"]
+            if len(others) < len(own):
+                chosen[NO_ASR] = others
+            found += [
+                Average.of(encoder, name, listed) for name, listed in chosen.items() if listed
+            ]
         return found
 
     def to_json(self) -> str:
@@ -303,7 +322,7 @@ class Scores:
         """Read the output of `to_json`.
 
         Raises:
-            UserError: if the text is not JSON of this version, or is damaged.
+            UserError: the text is not JSON of this version, or is damaged.
         """
         try:
             data = json.loads(text)
@@ -312,39 +331,25 @@ class Scores:
                     f"The scores have version {data['version']}; this release reads "
                     f"{SCORES_VERSION}. Probe again."
                 )
-            entries = tuple(_entry(entry) for entry in data["entries"])
-            if not all(_whole(entry) for entry in entries):
-                raise ValueError("seeds and records differ in number")
-            comparisons = tuple(Comparison(**comparison) for comparison in data["comparisons"])
-            return cls(
-                entries, comparisons, tuple(data["seeds"]), data["settings"], data["protocol"]
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            scores = TypeAdapter(cls).validate_python(data)
+            for entry in scores.entries:
+                entry.check()
+            return scores
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"These are not probe scores, or they are damaged ({error!r}). Probe again."
+                f"These are not probe scores, or they are damaged ({error}). Probe again."
             ) from None
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON under a temporary name, then rename it.
-
-        Raises:
-            UserError: if the file cannot be written.
-        """
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(self.to_json(), encoding="utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            raise UserError(f"Cannot write scores to {path}: {error.strerror}.") from None
+        """Write the scores to a JSON file atomically."""
+        write_text(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "Scores":
         """Read a file of scores.
 
         Raises:
-            UserError: if the file is missing, unreadable, or does not hold scores.
+            UserError: the file is missing, unreadable, or does not hold scores.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -378,7 +383,7 @@ def append_predictions(path: str | Path, entry: TaskScore, rows: Sequence[dict[s
     """Append the predictions of a score to a file, one per line.
 
     Raises:
-        UserError: if the file cannot be written.
+        UserError: the file cannot be written.
     """
     names = {"encoder": entry.encoder, "task": entry.task}
     try:
@@ -386,54 +391,3 @@ def append_predictions(path: str | Path, entry: TaskScore, rows: Sequence[dict[s
             file.writelines(json.dumps(names | row, ensure_ascii=False) + "\n" for row in rows)
     except OSError as error:
         raise UserError(f"Cannot write predictions to {path}: {error.strerror}.") from None
-
-
-def _per_seed(entries: Sequence[TaskScore]) -> list[float]:
-    """Return the weighted average for each seed.
-
-    Its standard deviation is that of the average, rather than an average of deviations. A score
-    without seeds counts for every seed.
-    """
-    most = max(len(entry.record) for entry in entries)
-    scores = [np.broadcast_to(entry.per_seed(), most) for entry in entries]
-    return np.average(scores, axis=0, weights=[entry.weight for entry in entries]).tolist()
-
-
-def _numbers(record: str | tuple[float, ...]) -> np.ndarray:
-    if isinstance(record, str):
-        return np.frombuffer(record.encode(), dtype=np.uint8) - float(ord("0"))
-    return np.array(record)
-
-
-def _entry(written: dict[str, Any]) -> TaskScore:
-    added = ("mean", "std", "interval")
-    return TaskScore(**_tuples({k: value for k, value in written.items() if k not in added}))
-
-
-def _tuples(entry: dict[str, Any]) -> dict[str, Any]:
-    values = {name: _tuple(value) for name, value in entry.items()}
-    return (
-        values | {"confusion": Confusion(**_tuples(entry["confusion"]))}
-        if entry.get("confusion")
-        else values
-    )
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(map(_tuple, value)) if isinstance(value, list) else value
-
-
-def _whole(entry: TaskScore) -> bool:
-    same = len(entry.scores) == len(entry.chosen) == len(entry.valid_scores) > 0 and len(
-        entry.record
-    ) == max(1, len(entry.seeds))
-    units = sum(entry.units)
-    return (
-        same
-        and (not entry.groups or len(entry.groups.split()) == entry.test_clips)
-        and not len(entry.scores) % len(entry.record)
-        and all(
-            len(seed) == units and (not isinstance(seed, str) or set(seed) <= {"0", "1"})
-            for seed in entry.record
-        )
-    )

@@ -68,7 +68,6 @@ class GroupTotals:
             groups: `[U]`, group number of each clip. By default, each clip is a group.
             seed: seed of the draws.
         """
-        assert values.size, "no clips"
         weights = np.ones(values.shape) if weights is None else weights
         groups = np.arange(values.size) if groups is None else groups
         # Rounding makes totals equal that only differ in the last bits.
@@ -82,7 +81,6 @@ class GroupTotals:
 
     @property
     def few(self) -> bool:
-        """Whether there are fewer than `FEW_GROUPS` groups."""
         return self.totals.size < FEW_GROUPS
 
     @property
@@ -104,9 +102,10 @@ class GroupTotals:
         # depends on the number of distinct groups.
         rows = np.column_stack([self.totals, self.sizes])
         rows, counts = np.unique(rows, axis=0, return_counts=True)
-        chances = counts / counts.sum()
+        probabilities = counts / counts.sum()
         drawn = [
-            rng.multinomial(self.totals.size, chances, block) @ rows for block in _blocks(len(rows))
+            rng.multinomial(self.totals.size, probabilities, block) @ rows
+            for block in _blocks(len(rows))
         ]
         totals, sizes = np.concatenate(drawn).T
         return totals / sizes
