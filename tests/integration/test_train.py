@@ -487,7 +487,7 @@ def test_mistakes_are_found_before_anything_is_written(
     save_file(weights, short / "model.safetensors", metadata={"format": "pt"})
     for overrides, message in (
         (["data.max_seconds=30"], "positions .* are 10 s"),
-        (["model.padding=30s", "data.max_seconds=10"], "choose padding none"),
+        (["model.padding=30s", "data.max_seconds=10"], "Use padding none"),
     ):
         with pytest.raises(UserError, match=message):
             train(settings_for(short, tiny_shards, tmp_path / "runs", *overrides), QUIET)

@@ -172,7 +172,7 @@ def test_a_checkpoint_refuses_another_language_model(
 ):
     decoder, _ = build_causal_lm(tiny_whisper, tiny_language_model)
     other, _ = build_causal_lm(tiny_whisper, tiny_llama)
-    with pytest.raises(UserError, match="but .* has weights"):
+    with pytest.raises(UserError, match=r"but .* has weights"):
         other.load_state_dict(decoder.state_dict())
 
 
