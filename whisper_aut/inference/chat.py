@@ -39,12 +39,6 @@ def takes_questions(codec: TextCodec) -> bool:
 def answer(module: AudioTextModule, audio: Path, question: str, *, max_new_tokens: int = 64) -> str:
     """Answer a question about an audio file.
 
-    Args:
-        module: a trained run whose codec `takes_questions`.
-        audio: the file.
-        question: the question, in words.
-        max_new_tokens: the longest answer to generate.
-
     Raises:
         UserError: the file cannot be used, or the decoder takes no questions.
     """
@@ -62,10 +56,7 @@ def describe(
     """Transcribe or caption an audio file with a run's Whisper decoder.
 
     Args:
-        module: a trained run with a Whisper decoder.
-        audio: the file.
         domain: the domain whose prompt is used.
-        max_new_tokens: the longest text to generate.
 
     Raises:
         UserError: the file cannot be used, or the run has another decoder.
@@ -95,7 +86,7 @@ class Evaluation:
     """The result of `evaluate`.
 
     Attributes:
-        metrics: metrics by name, such as `exact_sound_class`.
+        metrics: by name, such as `exact_sound_class`.
         clips: number of clips that were evaluated.
         skipped: number of skipped clips, by source and reason.
         unknown_languages: number of clips by language, for languages without a token.
@@ -122,7 +113,6 @@ def evaluate(
     """Generate a text for every clip of some shards, and score it with its task's metrics.
 
     Args:
-        module: a trained run.
         shards: folders or URLs of shards.
         tasks: the tasks to choose from. By default one of all tasks is drawn for each clip, as in
             training.
@@ -130,7 +120,6 @@ def evaluate(
         limit: use only this many clips of each folder, from its start.
         batch_seconds: seconds of audio in a batch, padding included.
         out: a JSON-lines file for the key, domain, task, reference and answer of each clip.
-        max_new_tokens: the longest answer to generate.
 
     Raises:
         UserError: a task or the shards do not exist, or tasks are given for a decoder that takes
@@ -173,7 +162,6 @@ def _answers(
     batch_seconds: float,
     max_new_tokens: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield key, domain, task, reference and generated text of each example."""
     padded = module.encoder.padding == "30s"
     seconds = [WINDOW_SECONDS if padded else example.mel_length / 100 for example in examples]
     for indices in batches_by_seconds(seconds, batch_seconds):

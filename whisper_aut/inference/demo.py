@@ -41,11 +41,7 @@ class DemoModels:
     indexes: dict[str, SearchIndex] = field(default_factory=dict)
 
     def index(self, folder: str, batch_seconds: float = BATCH_SECONDS) -> None:
-        """Embed the clips of a folder with every encoder, for `neighbours` to search.
-
-        Raises:
-            UserError: the folder has no usable clips.
-        """
+        """Embed the clips of a folder with every encoder, for `neighbours` to search."""
         for name, encoder in self.encoders.items():
             vectors = embed_paths(encoder, [folder], name=name, batch_seconds=batch_seconds)
             self.indexes[name] = SearchIndex(vectors)
@@ -55,14 +51,10 @@ class DemoModels:
         return self.module is not None and takes_questions(self.module.codec)
 
     def text(self, clip: str, prompt: str) -> str:
-        """Return the text that the decoder writes for a clip.
+        """Return the text that the decoder writes for an audio file.
 
         Args:
-            clip: the audio file.
-            prompt: the question if the decoder takes questions, otherwise the domain of the clip.
-
-        Raises:
-            UserError: there is no decoder, or the clip cannot be used.
+            prompt: a question if the decoder takes questions, otherwise a domain.
         """
         if self.module is None:
             raise UserError(
@@ -74,11 +66,7 @@ class DemoModels:
         return describe(self.module, Path(clip), domain=prompt)
 
     def neighbours(self, clip: str, k: int = NEIGHBOURS) -> dict[str, list[Neighbour]]:
-        """Return the `k` nearest clips of each encoder's index, by the name of the encoder.
-
-        Raises:
-            UserError: the clip cannot be used.
-        """
+        """Return the `k` nearest clips of each encoder's index, by the name of the encoder."""
         return {
             name: index.nearest(index.embed(self.encoders[name], [clip])[0], k)
             for name, index in self.indexes.items()
@@ -132,16 +120,11 @@ def build_page(models: DemoModels, title: str) -> Any:
 
 
 def launch_page(page: Any, *, port: int, folders: Sequence[str] = (), wait: bool = True) -> str:
-    """Serve the page on localhost only.
+    """Serve the page on localhost only, and return its URL.
 
     Args:
-        page: the return value of `build_page`.
-        port: the port to serve at.
         folders: folders whose clips the page may play.
         wait: block until the server is interrupted.
-
-    Returns:
-        The URL of the page.
 
     Raises:
         UserError: the port cannot be used.

@@ -67,7 +67,6 @@ class AudioEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """Width D of a frame."""
         return self.encoder.width
 
     @property
@@ -76,7 +75,6 @@ class AudioEncoder(nn.Module):
 
     @property
     def layers(self) -> int:
-        """Number of layers of the encoder."""
         return len(self.encoder.whisper.layers)
 
     @property
@@ -148,17 +146,13 @@ class AudioEncoder(nn.Module):
         layers: Sequence[int] = (),
         batch_seconds: float = BATCH_SECONDS,
     ) -> Tensor:
-        """Encode clips and pool the frames of each clip.
+        """Encode clips, see `encode`, and pool the frames of each clip.
 
         Args:
-            audio, sample_rate_hz, layers, batch_seconds: see `encode`.
             pooling: `mean`, or `mean_std` for mean and standard deviation, which is twice as wide.
 
         Returns:
             One vector per clip, `[B, D']`, or `[B, layers, D']` if `layers` is given.
-
-        Raises:
-            UserError, ValueError: see `encode`.
 
         Examples:
             >>> encoder = load_encoder("runs/aut_tiny/latest/export/encoder")
@@ -182,7 +176,6 @@ class AudioEncoder(nn.Module):
         return digest.hexdigest()[:16]
 
     def _encode_batch(self, waveforms: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
-        """Encode waveforms `[S]` of at most 30 s each, as one batch."""
         mel = torch.cat([self.logmel(waveform.to(self.device)) for waveform in waveforms])
         lengths = [mel_frames(len(waveform)) for waveform in waveforms]
         with _layer_inputs(self.encoder, collect=bool(layers)) as states:
@@ -207,9 +200,8 @@ def encode_in_batches(
 
     Args:
         encode_batch: waveforms `[S]` at 16 kHz → the frames `[…, T, D]` of each.
-        waveforms: the clips, `[S]`.
-        batch_seconds: seconds of audio per batch, padding included.
-        padding: with `30s`, every window counts as 30 s.
+        waveforms: the clips, `[S]` at 16 kHz.
+        batch_seconds: seconds of audio per batch. With padding `30s`, every window counts as 30 s.
 
     Returns:
         The frames of each clip, `[…, T, D]`.
@@ -313,9 +305,6 @@ def load_encoder(
 def split_padding(name: str) -> tuple[str, Padding | None]:
     """Split `NAME@30s` or `NAME@none` into a path or hub id and a padding mode.
 
-    Returns:
-        The path or hub id, and the padding mode, or None if the name has no `@` suffix.
-
     Raises:
         UserError: the suffix is not a padding mode.
 
@@ -368,7 +357,6 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def _waveform(clip: Audio, position: int, *, sample_rate_hz: int | None) -> Tensor:
-    """Return a clip as mono waveform `[S]` at 16 kHz."""
     if isinstance(clip, (str, os.PathLike)):
         try:
             return load_file(Path(clip), LONG_CLIPS)

@@ -55,7 +55,6 @@ class SearchIndex:
 
         Args:
             path: where the encoder is now, if it was moved.
-            device: the device to run on.
             dtype: the precision to run in. Defaults to the index's. Another one changes
                 similarities in about the third digit.
 
@@ -94,7 +93,6 @@ class SearchIndex:
 
         Args:
             vector: an embedding, `[D]` or `[layers, D]`, as `embed` returns for one clip.
-            k: how many clips to return; all of them if the index has fewer.
 
         Examples:
             >>> from whisper_aut.inference.embed import Origin

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from whisper_aut.errors import UserError, nearest
 
-EMBEDDINGS_AT_ONCE = 4096
-
 
 @dataclass
 class AdapterOptions:
@@ -39,10 +37,7 @@ def windows(
     clip: frames outside the clip are zero.
 
     Args:
-        frames: `[ΣT, D]`.
-        lengths: T per clip.
-        size: frames per window.
-        hop: frames between the starts of two windows.
+        frames: `[ΣT, D]`, with T frames per clip in `lengths`.
 
     Returns:
         The windows `[ΣT', size · D]`, and T' per clip.
@@ -112,19 +107,16 @@ def embedding_scale(embed: nn.Embedding) -> float:
     layer multiplies its weights by √W.
     """
     tokens = torch.arange(embed.num_embeddings, device=embed.weight.device)
-    squares = [embed(some).double().square().sum() for some in tokens.split(EMBEDDINGS_AT_ONCE)]
+    squares = [embed(some).double().square().sum() for some in tokens.split(4096)]
     return float(torch.stack(squares).sum() / embed.weight.numel()) ** 0.5
 
 
 def build_adapter(
     options: AdapterOptions, width: int, out_width: int, scale: float
 ) -> StackAdapter:
-    """Build the adapter between an encoder and a language model.
+    """Build an adapter from width D of an encoder to width W of a language model.
 
     Args:
-        options: the name and sizes of the adapter.
-        width: width D of the encoder.
-        out_width: width W of the language model.
         scale: root mean square of the language model's embeddings, see `embedding_scale`.
 
     Raises:

@@ -36,7 +36,6 @@ class Segments:
     def of(
         cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device
     ) -> "Segments":
-        """Build the segments of clips with Lq queries and Lk keys each."""
         pairs = list(zip(query_lengths, key_lengths, strict=True))
         runs = tuple((query, key, len(list(run))) for (query, key), run in groupby(pairs))
         cu_seqlens_q = cu_seqlens_k = None
@@ -132,9 +131,7 @@ def _sdpa_by_length(
 
 
 def _cut(packed: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """Split `[ΣL, H, d]` into pieces `[1, H, L, d]`.
-
-    A single piece is not split, because the backward pass of a split makes a copy.
-    """
+    """Split `[ΣL, H, d]` into pieces `[1, H, L, d]`."""
     heads_first = packed.transpose(0, 1)[None]
+    # A single piece is not split: the backward pass of a split makes a copy.
     return heads_first.split(list(sizes), dim=2) if len(sizes) > 1 else (heads_first,)

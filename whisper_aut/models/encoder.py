@@ -59,13 +59,7 @@ def max_clip_seconds(config: WhisperConfig) -> float:
 
 
 def clip_too_long_message(config: WhisperConfig, padding: Padding, clip_seconds: float) -> str:
-    """Return an error message for clips that are too long for an encoder's positions.
-
-    Args:
-        config: the configuration of the encoder.
-        padding: the padding mode.
-        clip_seconds: length of the clip, padding included.
-    """
+    """Return an error message for clips, padding included, that exceed an encoder's positions."""
     longest = max_clip_seconds(config)
     advice = (
         "Use padding none, which runs clips at their own length."
@@ -157,7 +151,7 @@ class PackedEncoder(nn.Module):
         return Frames(self.whisper.layer_norm(hidden), lengths, valid)
 
     def _layer(self, layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
-        """Run a layer on packed clips `[ΣT, D]`, in the order of `WhisperEncoderLayer.forward`."""
+        # In the order of `WhisperEncoderLayer.forward`.
         attention = layer.self_attn
         p = attention.dropout if attention.training else 0.0
         q, k, v = self._before_attention(layer, hidden)
@@ -244,18 +238,7 @@ def _after_attention(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
 def packed_attention(
     attention: Any, queries: Tensor, keys: Tensor, segments: Segments, *, causal: bool = False
 ) -> Tensor:
-    """Run a Hugging Face `WhisperAttention` on packed clips.
-
-    Args:
-        attention: the `WhisperAttention` module.
-        queries: inputs of the query projection, `[ΣLq, D]`.
-        keys: inputs of the key and value projections, `[ΣLk, D]`.
-        segments: the clip boundaries.
-        causal: let a query see only keys up to its own position.
-
-    Returns:
-        `[ΣLq, D]`.
-    """
+    """Run a Hugging Face `WhisperAttention` on packed clips: `[ΣLq, D]` and `[ΣLk, D]`."""
     p = attention.dropout if attention.training else 0.0
     attended = clip_attention(
         *_projected(attention, queries, keys), segments, causal=causal, dropout=p

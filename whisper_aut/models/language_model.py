@@ -79,12 +79,7 @@ def load_language_config(path: str, revision: str = "") -> Any:
 def load_language_model(
     path: str, revision: str = "", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer.
-
-    Args:
-        path: directory or hub id.
-        revision: branch, tag or commit on the hub. Empty for the default branch.
-        dtype: dtype of the weights.
+    """Load a causal language model and its tokenizer from a directory or the hub.
 
     Raises:
         UserError: there is no usable model, it is a PEFT adapter, or weights are missing or
@@ -138,10 +133,6 @@ def find_layout(path: str, model: PreTrainedModel) -> SequenceLayout:
     A layout is supported if every sequence has the same hidden states in a batch as alone. The
     packed layout is preferred.
 
-    Args:
-        path: name of the model, for error messages.
-        model: the loaded model, in eval mode.
-
     Raises:
         UserError: the model does not run from embeddings, its logits are not hidden states times
             the output embedding, or it supports neither layout.
@@ -181,10 +172,6 @@ def find_layout(path: str, model: PreTrainedModel) -> SequenceLayout:
 def layout_without_weights(model: PreTrainedModel, width: int) -> SequenceLayout:
     """Return a layout for a model of fake tensors, for planning: packed if that does not raise.
 
-    Args:
-        model: the model.
-        width: width W of its embeddings.
-
     Raises:
         UserError: the model runs neither packed nor padded.
     """
@@ -214,10 +201,8 @@ def sequence_states(
     """Run a language model on separate sequences that are stored end to end.
 
     Args:
-        model: the language model.
-        embeddings: `[ΣL, W]`.
-        lengths: L per sequence.
-        layout: how to run the model, see `find_layout`.
+        embeddings: `[ΣL, W]`, with L in `lengths`.
+        layout: see `find_layout`.
 
     Returns:
         The last hidden states `[ΣL, W]`.
@@ -289,13 +274,10 @@ def greedy_tokens(
     """Continue each sequence by greedy decoding with `generate` of transformers.
 
     Args:
-        model: the language model.
-        embeddings: embeddings of the packed prompts, `[ΣL, W]`.
-        lengths: L per sequence.
+        embeddings: embeddings of the packed prompts, `[ΣL, W]`, with L in `lengths`.
         layout: see `find_layout`. Models that cannot run packed continue one sequence at a time,
             because left padding would enter their state.
         end: the token at which a sequence stops.
-        max_new_tokens: the most tokens to generate per sequence.
 
     Returns:
         The new tokens of each sequence, without `end`.

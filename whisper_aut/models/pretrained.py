@@ -202,13 +202,7 @@ def load_whisper_config(path: str, revision: str = "") -> WhisperConfig:
 def set_prompt_tokens(
     config: GenerationConfig, tokenizer: PreTrainedTokenizerBase, *, multilingual: bool
 ) -> None:
-    """Write Whisper's prompt tokens into a generation config, for `generate` of transformers.
-
-    Args:
-        config: the generation config, changed in place.
-        tokenizer: the tokenizer of the checkpoint.
-        multilingual: whether the checkpoint was trained with language and task tokens.
-    """
+    """Write Whisper's prompt tokens into a generation config, for `generate` of transformers."""
     ids: Any = tokenizer.get_vocab()
     fields: Any = config
     fields.is_multilingual = multilingual and "<|transcribe|>" in ids
@@ -259,9 +253,7 @@ def check_loaded_weights(
     """Raise `UserError` if weights of a checkpoint are missing, unknown or of the wrong shape.
 
     Args:
-        path: the checkpoint, for the error message.
         info: the loading info that `from_pretrained` returns.
-        may_be_missing: weights that may be missing.
         kind: the kind of model, for the error message.
     """
     problems = {
@@ -319,14 +311,7 @@ def describe_missing(
     kind: str = "Whisper checkpoint",
     example: str = "openai/whisper-tiny",
 ) -> str:
-    """Return an error message for a checkpoint that cannot be loaded.
-
-    Args:
-        path: directory or hub id.
-        error: the error that loading raised.
-        kind: the kind of checkpoint that was expected.
-        example: a valid hub id.
-    """
+    """Return an error message for a checkpoint that could not be loaded because of `error`."""
     folder = Path(path)
     if folder.is_dir():
         files = ", ".join(sorted(file.name for file in folder.iterdir())[:12]) or "nothing"

@@ -89,10 +89,6 @@ def make_whisper(
     Args:
         out: the directory, which is returned.
         texts: the texts to train the tokenizer on.
-        d_model: width D.
-        encoder_layers, decoder_layers: number of layers.
-        heads: attention heads of encoder and decoder.
-        num_mel_bins: M, the number of mel bins.
         vocabulary: the most text tokens; special tokens are added.
         seed: seed of the weights.
     """
@@ -220,10 +216,6 @@ def scratch_config(scratch: LanguageScratch, vocabulary: int) -> Qwen3Config:
 
 def make_language_model(scratch: LanguageScratch, instructions: Instructions) -> str:
     """Train the small language model, unless the same one was trained before.
-
-    Args:
-        scratch: sizes and training options.
-        instructions: the tasks to train on.
 
     Returns:
         The directory of the model.

@@ -52,7 +52,7 @@ def test_batches_by_seconds_change_nothing(encoder: AudioEncoder):
         assert_frames_close(clip, other)
 
 
-def test_long_audio_is_heard_in_windows(encoder: AudioEncoder):
+def test_long_audio_is_encoded_in_windows(encoder: AudioEncoder):
     noise = np.random.default_rng(0).standard_normal(70 * 16_000).astype(np.float32) * 0.1
     (frames,) = encoder.encode([noise], 16_000)
     assert frames.shape == (3_500, encoder.width)
@@ -177,7 +177,7 @@ def test_the_command_counts_bad_files_and_goes_on(
         (["search", "clip.wav", "clip.wav"], "stored in .safetensors"),
     ],
 )
-def test_mistakes_are_said(
+def test_mistakes_are_user_errors(
     arguments: list[str], message: str, in_story: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert main(arguments) == 1
@@ -224,7 +224,7 @@ def test_search_finds_the_clip_itself_first(
     )
 
 
-def test_an_index_of_another_encoder_or_of_frames_is_refused(
+def test_search_rejects_an_index_of_another_encoder_or_of_frames(
     in_story: Path, encoder: AudioEncoder, tiny_whisper: Path
 ):
     index = SearchIndex(embed_paths(encoder, ["clips"], name=RUN))

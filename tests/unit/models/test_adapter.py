@@ -52,7 +52,7 @@ def test_the_conv_adapter_is_a_strided_convolution():
 
 
 @pytest.mark.parametrize("name", sorted(ADAPTERS))
-def test_a_clip_in_a_batch_is_the_clip_alone_and_starts_at_the_embeddings_scale(name: str):
+def test_a_clip_has_the_same_embeddings_alone_and_in_a_batch_at_the_scale_of_tokens(name: str):
     torch.manual_seed(0)
     embed = nn.Embedding.from_pretrained(torch.randn(50, 16) * 0.03)
     adapter = build_adapter(AdapterOptions(name, frames=5), 6, 16, embedding_scale(embed))
@@ -65,7 +65,7 @@ def test_a_clip_in_a_batch_is_the_clip_alone_and_starts_at_the_embeddings_scale(
     )
 
 
-def test_the_starting_scale_is_that_of_embeddings_as_the_layer_returns_them():
+def test_the_initial_scale_is_that_of_the_embedding_layers_outputs():
     torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=5000,
@@ -83,7 +83,7 @@ def test_the_starting_scale_is_that_of_embeddings_as_the_layer_returns_them():
     assert embedding_scale(embed) == pytest.approx(8 * weights, rel=1e-5)  # √64: Gemma's own factor
 
 
-def test_bad_options_are_refused():
+def test_bad_options_are_user_errors():
     with pytest.raises(UserError, match="Did you mean 'stack'"):
         build_adapter(AdapterOptions("stac"), 6, 4, 1.0)
     with pytest.raises(UserError, match="frames must be at least 1"):

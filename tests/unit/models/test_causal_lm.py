@@ -109,9 +109,7 @@ def test_loss_and_gradients_equal_a_naive_pass(
         assert (ours[name] - grad).norm() <= 1e-5 * max(float(grad.norm()), 1e-2), name
 
 
-def test_generation_of_a_batch_is_what_the_model_generates_for_each_clip(
-    tiny_whisper: Path, tiny_language_model: Path
-):
+def test_generation_equals_the_model_clip_by_clip(tiny_whisper: Path, tiny_language_model: Path):
     decoder, codec = build_causal_lm(tiny_whisper, tiny_language_model)
     frames, lengths = frames_and_lengths()
     prompts = targets_of(codec).prompts()
@@ -141,7 +139,7 @@ def test_in_half_precision_it_answers_too(tiny_whisper: Path, tiny_language_mode
     assert all(len(answer) <= 6 for answer in written)
 
 
-def test_frozen_weights_stay_what_they_were_and_out_of_the_state(
+def test_frozen_weights_do_not_change_and_are_not_in_the_state_dict(
     tiny_whisper: Path, tiny_language_model: Path
 ):
     decoder, codec = build_causal_lm(tiny_whisper, tiny_language_model)
@@ -167,7 +165,7 @@ def test_frozen_weights_stay_what_they_were_and_out_of_the_state(
     assert before == state["_extra_state"]["weights"]
 
 
-def test_a_checkpoint_refuses_another_language_model(
+def test_a_checkpoint_needs_its_language_model(
     tiny_whisper: Path, tiny_language_model: Path, tiny_llama: Path
 ):
     decoder, _ = build_causal_lm(tiny_whisper, tiny_language_model)
@@ -216,7 +214,7 @@ def test_trained_parts_learn_and_travel_in_the_state(
     assert again < first
 
 
-def test_what_cannot_be_a_language_model_is_refused(
+def test_unusable_language_models_are_user_errors(
     tiny_whisper: Path, tiny_language_model: Path, tmp_path: Path
 ):
     with pytest.raises(UserError, match="is neither a local directory nor a model"):
@@ -230,7 +228,7 @@ def test_what_cannot_be_a_language_model_is_refused(
 
 
 def test_empty_audio_never_moves_text_between_clips(tiny_whisper: Path, tiny_language_model: Path):
-    """Clips of one frame beside long ones: every answer is read off its own chat."""
+    """Clips of one frame with long ones: every loss is read from its own chat."""
     decoder, codec = build_causal_lm(tiny_whisper, tiny_language_model)
     lengths = (1, 90, 3)
     frames = torch.randn(94, 32, generator=torch.Generator().manual_seed(5))

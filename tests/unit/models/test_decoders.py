@@ -177,7 +177,7 @@ def test_a_decoder_overfits_one_batch_and_then_writes_it(kit: tuple[Any, TextCod
     assert [codec.decode(tokens) for tokens in written] == list(TEXTS)
 
 
-def test_unknown_decoders_and_options_are_refused_with_a_hint():
+def test_unknown_decoders_and_options_are_errors_with_a_hint():
     with pytest.raises(UserError, match="Did you mean 'whisper'"):
         check_decoder({"name": "wisper"})
     with pytest.raises(UserError, match=r"max_tokenz.*Did you mean 'max_tokens'"):

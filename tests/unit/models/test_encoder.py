@@ -97,7 +97,7 @@ def test_a_clip_is_the_same_alone_and_in_any_batch(model: WhisperModel, waveform
 def test_none_mode_equals_the_padded_run_with_masked_keys(
     model: WhisperModel, waveforms: list[Tensor]
 ):
-    """The independent reference: Hugging Face's own layers on 30 s, every key behind the clip's end masked out."""
+    """The independent reference: Hugging Face's own layers on 30 s, all keys after the end of the clip masked."""
     bins = model.config.num_mel_bins
     frames = PackedEncoder(model.encoder, "none")(*packed(waveforms, bins)).valid()
     for waveform, clip in zip(waveforms, frames, strict=True):

@@ -1,4 +1,4 @@
-"""How language models run on batches: every architecture packed, padded or refused by name, and no clip sees another."""
+"""How language models run on batches: every architecture packed, padded or rejected, and no clip sees another."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +73,7 @@ PADDED = {
         "linear_value_head_dim": 8,
     },
 }
-REFUSED = {
+REJECTED = {
     "gemma2": (HEADS | {"query_pre_attn_scalar": 8}, "final_logit_softcapping"),
     "cohere": (GROUPED, "logit_scale"),
     "phi": (SIZES, "an output bias"),
@@ -99,7 +99,7 @@ def alone(model: PreTrainedModel, sequence: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", [*PACKED, *PADDED])
 @torch.no_grad()
-def test_each_sequence_of_a_batch_gives_what_it_gives_alone(kind: str):
+def test_a_sequence_has_the_same_states_and_answer_alone_and_in_a_batch(kind: str):
     model = random_model(kind, (PACKED | PADDED)[kind])
     embed: Any = model.get_input_embeddings()
     embeddings = embed(torch.randint(120, (sum(LENGTHS),)))
@@ -131,14 +131,14 @@ def test_the_check_sees_the_leaks_of_half_precision_models_too(kind: str):
     assert find_layout("qwen3", random_model("qwen3", PACKED["qwen3"]).bfloat16()).packed
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_models_whose_logits_are_something_else_are_refused_by_name(kind: str):
-    options, why = REFUSED[kind]
+@pytest.mark.parametrize("kind", REJECTED)
+def test_models_that_change_their_logits_are_rejected_with_the_setting(kind: str):
+    options, why = REJECTED[kind]
     with pytest.raises(UserError, match=rf"org/{kind}: its logits are not hidden states .*{why}"):
         find_layout(f"org/{kind}", random_model(kind, options))
 
 
-def test_a_model_that_leaks_even_padded_is_refused_by_name():
+def test_a_model_that_leaks_even_padded_is_rejected():
     model = random_model("llama", PACKED["llama"])
     # Every sequence of a batch takes in the mean of the others.
     norm: Any = model.base_model.norm

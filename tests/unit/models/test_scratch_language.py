@@ -87,7 +87,7 @@ def test_it_is_made_once_and_again_when_anything_changes(
     assert weights_hash(model) == weights_hash(again)
 
 
-def test_texts_that_no_instruction_fits_are_refused(tiny_shards: Path, tmp_path: Path):
+def test_texts_that_fit_no_instruction_are_user_errors(tiny_shards: Path, tmp_path: Path):
     music = Instructions({"caption": Instruction(["Describe it."], domains=["music"])})
     scratch = LanguageScratch([str(tiny_shards / "sound")], str(tmp_path))
     with pytest.raises(UserError, match="fits an instruction"):

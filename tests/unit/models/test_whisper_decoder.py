@@ -1,4 +1,4 @@
-"""What is special to Whisper's own decoder: it computes what Hugging Face computes."""
+"""Whisper's own decoder computes what Hugging Face computes."""
 
 import json
 import shutil
@@ -90,7 +90,7 @@ def test_whisper_greedy_text_equals_hugging_face(tiny_whisper: Path):
     assert [token for token in written if token not in prompt[0].tolist()] == expected
 
 
-def test_another_tokenizer_is_refused(tiny_whisper: Path, tmp_path: Path):
+def test_a_tokenizer_of_another_model_is_an_error(tiny_whisper: Path, tmp_path: Path):
     copy = Path(shutil.copytree(tiny_whisper, tmp_path / "copy"))
     options = WhisperDecoderOptions(max_tokens=32)
     build_whisper_decoder(PretrainedWhisper(str(copy)), options, gradient_checkpointing=False)
@@ -109,7 +109,7 @@ def test_another_tokenizer_is_refused(tiny_whisper: Path, tmp_path: Path):
         build_whisper_decoder(PretrainedWhisper(str(copy)), options, gradient_checkpointing=False)
 
 
-def test_an_encoder_alone_is_said_before_anything_else(tiny_whisper: Path, tmp_path: Path):
+def test_a_missing_decoder_is_the_first_error(tiny_whisper: Path, tmp_path: Path):
     copy = Path(shutil.copytree(tiny_whisper, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(
@@ -177,7 +177,7 @@ def test_a_language_of_the_config_that_the_checkpoint_has_no_token_for_is_an_err
     assert codec.language_token("deu") == "<|de|>"
 
 
-def test_a_tokenizer_of_another_generation_is_refused(tiny_whisper: Path, tmp_path: Path):
+def test_a_tokenizer_of_another_whisper_generation_is_an_error(tiny_whisper: Path, tmp_path: Path):
     """One language more: every token after the languages has another number than in the weights."""
     copy = Path(shutil.copytree(tiny_whisper, tmp_path / "copy"))
     config = json.loads((copy / "generation_config.json").read_text())

@@ -40,8 +40,7 @@ class Decoder(Protocol):
         """Decode each clip greedily.
 
         Args:
-            frames: encoder frames `[ΣT, D]`.
-            lengths: T per clip.
+            frames, lengths: see `loss`.
             prompts: prompt tokens `[L]` of each clip.
             max_new_tokens: the most tokens to generate per clip.
 
