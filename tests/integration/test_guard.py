@@ -152,10 +152,9 @@ def test_lightning_clips_the_gradients_that_the_guard_has_measured(tmp_path: Pat
             self.micro_batches, self.clipped = [], torch.zeros(())
 
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-            return self.layer(batch).sum()
-
-        def step_metrics(self) -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.zeros(()), torch.zeros(())
+            loss = self.layer(batch).sum()
+            self.log("train/loss", loss)
+            return loss
 
         def on_train_batch_end(self, *_: Any) -> None:
             self.clipped = self.layer.weight.grad.norm()  # pyright: ignore

@@ -50,10 +50,7 @@ def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, An
     from whisper_aut.training.factory import clip_limits, open_sources, read_policy
     from whisper_aut.training.plan import planned_checkpoint_bytes
 
-    checks: list[tuple[str, Any]] = [
-        ("versions", look.check_versions),
-        ("collectives", look.check_collectives),
-    ]
+    checks: list[tuple[str, Any]] = [("versions", look.check_versions)]
     if not options.config:
         return [
             *checks,

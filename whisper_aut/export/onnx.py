@@ -112,9 +112,7 @@ def write_onnx(whisper: WhisperEncoder, padding: Padding, out: Path) -> Path:
         import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
         import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
-        raise UserError(
-            "ONNX is not installed: pip install 'whisper-aut[onnx]'."
-        ) from None
+        raise UserError("ONNX is not installed: pip install 'whisper-aut[onnx]'.") from None
     encoder = WaveformEncoder(whisper.float(), padding).eval()
     samples = torch.export.Dim("samples", min=MIN_SAMPLES, max=MAX_SAMPLES)
     out.mkdir(parents=True, exist_ok=True)

@@ -120,11 +120,14 @@ class AudioTextModule(lightning.LightningModule):
         zero_3 = any(hasattr(parameter, "ds_id") for parameter in self.parameters())
         if not self.encoder_learns and not zero_3:
             total = total + self._zero_with_gradients()
+        if len(batch):
+            clips = tuple(zip(batch.sources, batch.keys, strict=True))
+            nll, counts = loss.token_nll.detach().float(), tuple(loss.counts)
+            self.micro_batches.append(MicroBatchResult(clips, nll, loss.correct, counts))
+        if (batch_idx + 1) % accumulate == 0:
+            self._log_step(ranks)
         if not len(batch):
             return total * 0.0
-        clips = tuple(zip(batch.sources, batch.keys, strict=True))
-        nll = loss.token_nll.detach().float()
-        self.micro_batches.append(MicroBatchResult(clips, nll, loss.correct, tuple(loss.counts)))
         # Gradients are averaged over ranks and micro-batches. Undo both, so that the loss is the
         # sum over all tokens of the step divided by their number, however they are distributed.
         # DeepSpeed averages over micro-batches once more than Lightning.
@@ -132,17 +135,17 @@ class AudioTextModule(lightning.LightningModule):
             accumulate **= 2
         return total * (ranks * accumulate / self._step_tokens)
 
-    def step_metrics(self) -> tuple[Tensor, Tensor]:
-        """Return loss and accuracy of the optimizer step, over all ranks and micro-batches.
-
-        All ranks must call this together.
-        """
-        zeros = torch.zeros(3, device=self.device)  # a rank may have no clips
+    def _log_step(self, ranks: int) -> None:
+        """Log loss and accuracy of the optimizer step, over all ranks and micro-batches."""
+        # Under 16-bit precisions, the default type of the forward pass is not float32.
+        zeros = torch.zeros(3, dtype=torch.float32, device=self.device)  # a rank may have no clips
         sums = torch.stack([zeros, *(result.sums() for result in self.micro_batches)]).sum(0)
-        if self.trainer.world_size > 1:
+        if ranks > 1:
             torch.distributed.all_reduce(sums)
         loss, correct, tokens = sums
-        return loss / tokens.clamp(min=1.0), correct / tokens.clamp(min=1.0)
+        tokens = tokens.clamp(min=1.0)
+        self.log("train/loss", loss / tokens, prog_bar=True, batch_size=1)
+        self.log("train/accuracy", correct / tokens, batch_size=1)
 
     @property
     def encoder_learns(self) -> bool:

@@ -49,14 +49,9 @@ class FileMetadata(NamedTuple):
 class Manifest:
     """Contents of a checkpoint.
 
-    Attributes:
-        step: Number of completed optimizer steps.
-        clips_per_step: Clips in an optimizer step over all ranks and micro-batches. A run can only
-            be resumed with the same number. 0 if steps are measured in seconds of audio.
-        written_by: Strategy, ranks and precision, for information only.
-        files: Every file except the manifest itself.
-        aliases: Maps the other names of a tied weight to the name it is stored under.
-        format: Version of the checkpoint format.
+    `clips_per_step` counts all ranks and micro-batches; it is 0 if steps are measured in seconds of
+    audio. A run can only be resumed with the same number. `files` are all but the manifest itself.
+    `aliases` map the other names of a tied weight to the name it is stored under.
     """
 
     step: int
@@ -104,9 +99,7 @@ def read_manifest(path: Path) -> Manifest:
 def find_damage(path: Path, *, hashes: bool = True) -> str:
     """Describe what is wrong with a checkpoint. Returns an empty string for a valid one.
 
-    Args:
-        path: The checkpoint directory.
-        hashes: Compare the SHA-256 of every file, not only its size.
+    Without `hashes`, only the sizes of files are compared.
     """
     try:
         manifest = read_manifest(path)
@@ -127,12 +120,7 @@ def find_damage(path: Path, *, hashes: bool = True) -> str:
 
 
 def latest_valid(folder: Path, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
-    """Return the newest valid checkpoint of a run, and messages about newer, damaged ones.
-
-    Args:
-        folder: Folder of the run's checkpoints.
-        hashes: As in `find_damage`.
-    """
+    """Return the newest valid checkpoint in a folder, and messages about newer, damaged ones."""
     messages = []
     for path in reversed(checkpoints_in(folder)):
         damage = find_damage(path, hashes=hashes)
@@ -146,9 +134,6 @@ def read_weights(path: Path) -> dict[str, Any]:
     """Return the state dict of the module: weights by name, and entries that are not tensors.
 
     Tied weights appear under each of their names.
-
-    Raises:
-        UserError: If the checkpoint is damaged or has another format.
     """
     manifest = read_manifest(path)
     weights: dict[str, Any] = dict(_tensors(path, manifest, WEIGHTS))
@@ -162,11 +147,7 @@ def read_optimizer_state(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return the state of Lightning's loops, callbacks and schedulers.
-
-    Raises:
-        UserError: If the file is damaged.
-    """
+    """Return the state of Lightning's loops, callbacks and schedulers."""
     try:
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -175,13 +156,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 @dataclass
 class StateShard:
-    """What one rank writes to a checkpoint.
+    """What one rank writes: its part of the weights and the optimizer state, copied to the CPU.
 
-    Attributes:
-        weights: This rank's part of the weights, copied to the CPU.
-        optimizer_state: This rank's part of the optimizer state, copied to the CPU.
-        aliases: As in `Manifest`. The same on all ranks.
-        extra: Entries of the state dict that are not tensors. The same on all ranks.
+    `aliases` (see `Manifest`) and `extra`, the entries of the state dict that are not tensors, are
+    the same on all ranks.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -194,11 +172,6 @@ class CheckpointWriter:
     """Writes a checkpoint under a temporary name.
 
     Rank 0 calls `begin`, then every rank calls `write_tensors`, then rank 0 calls `finish`.
-
-    Args:
-        path: Final path of the checkpoint.
-        rank: Rank of this process.
-        ranks: Number of ranks.
     """
 
     def __init__(self, path: Path, rank: int, ranks: int):
@@ -316,12 +289,7 @@ def existing_parent(path: Path) -> Path:
 
 
 class ModelState:
-    """Saves and loads a module that every rank holds in full, and its PyTorch optimizer.
-
-    Args:
-        module: Its state dict determines what is stored.
-        optimizer: AdamW over some of the module's parameters.
-    """
+    """Saves and loads a module that every rank holds in full, and its AdamW optimizer."""
 
     def __init__(self, module: nn.Module, optimizer: Any):
         self.module, self.optimizer = module, optimizer
@@ -352,7 +320,7 @@ class ModelState:
         return shard
 
     def load_weights(self, weights: Mapping[str, Any]) -> None:
-        """Load weights into the module.
+        """Load a state dict into the module.
 
         Raises:
             UserError: If names or shapes do not match the module's.
@@ -416,8 +384,8 @@ class DeepSpeedState(ModelState):
     Args:
         module: Its state dict determines what is stored.
         engine: The engine that owns the module.
-        frozen: Weights that are stored but not trained, as they were before the engine rounded
-            them to its precision. `load_weights` updates this dict.
+        frozen: Weights that are stored but not trained, as they were before the engine rounded them
+            to its precision. `load_weights` updates this dict.
     """
 
     def __init__(self, module: nn.Module, engine: Any, frozen: dict[str, Tensor]):
@@ -529,7 +497,8 @@ class DeepSpeedState(ModelState):
     def _set_partition(self, parameter: Any, value: Tensor, key: str | None) -> None:
         """Set this rank's partition of a parameter under ZeRO-3. The last rank's is padded.
 
-        `safe_set_full_optimizer_state` would hold the full tensor on every rank's device.
+        `set_full_hp_param` in `deepspeed/runtime/zero/stage3.py` takes the full tensor, but fails
+        for a padded partition.
         """
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 

@@ -7,20 +7,16 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from rich.table import Table
 from rich.text import Text
 
@@ -88,12 +84,7 @@ def check_versions() -> Finding:
 
 
 def check_devices(accelerator: str, devices: int | str) -> Finding:
-    """Compare the available GPUs with those that a config needs, and run a product on one.
-
-    Args:
-        accelerator: Lightning's accelerator name.
-        devices: Number of devices, or `auto`.
-    """
+    """Compare the available GPUs with those that a config needs, and run a product on one."""
     count = torch.cuda.device_count()
     wanted = devices if isinstance(devices, int) else 1
     if accelerator in ("gpu", "cuda") and count < wanted:
@@ -110,39 +101,8 @@ def check_devices(accelerator: str, devices: int | str) -> Finding:
     return Finding("devices", "ok", f"CUDA {torch.version.cuda}; {gpus}")
 
 
-def check_collectives() -> Finding:
-    """Run an all-reduce between two processes: over NCCL if there are two GPUs, else over gloo."""
-    backend = "nccl" if torch.cuda.device_count() >= 2 else "gloo"
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    multiprocessing.spawn(_all_reduce, args=(backend, port), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
-    untested = backend == "gloo" and torch.cuda.is_available()
-    note = "; NCCL was not tested, which needs two GPUs" if untested else ""
-    return Finding("collectives", "ok", f"all-reduce of two processes over {backend} works{note}")
-
-
-def _all_reduce(rank: int, backend: str, port: int) -> None:
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    value = torch.ones(1, device=f"cuda:{rank}" if backend == "nccl" else "cpu")
-    dist.all_reduce(value)
-    dist.destroy_process_group()
-    if float(value) != 2.0:
-        raise RuntimeError(f"the sum over two ranks is {float(value)} instead of 2")
-
-
 def check_deepspeed(strategy: str) -> Finding:
-    """Import DeepSpeed and check whether its CPU Adam, which offloading needs, can be built.
-
-    Args:
-        strategy: Strategy name of the config.
-    """
+    """Import DeepSpeed and check whether its CPU Adam, which offloading needs, can be built."""
     import deepspeed
 
     compatible = deepspeed.ops.op_builder.CPUAdamBuilder().is_compatible(verbose=False)  # pyright: ignore[reportAttributeAccessIssue]
@@ -155,11 +115,6 @@ def check_deepspeed(strategy: str) -> Finding:
 
 def check_disk(folder: Path, checkpoint_bytes: int = 0, kept: int = 0) -> Finding:
     """Check that the folder of runs is writable and has room for the checkpoints.
-
-    Args:
-        folder: Folder of the runs.
-        checkpoint_bytes: Size of one checkpoint; 0 if unknown.
-        kept: Number of checkpoints that a run keeps.
 
     Raises:
         UserError: If the folder is not writable or two checkpoints do not fit.
@@ -191,12 +146,7 @@ def check_shards(
 
 
 def check_dry_run(config_yaml: str, minutes: float = DRY_RUN_MINUTES) -> Finding:
-    """Train a config in a separate process and delete the run.
-
-    Args:
-        config_yaml: The config, which must be limited to two steps.
-        minutes: Time limit.
-    """
+    """Train a config, limited to two steps, in a separate process and delete the run."""
     with TemporaryDirectory(prefix="whisper-aut-doctor-") as folder:
         config = Path(folder) / "config.yaml"
         config.write_text(config_yaml)
@@ -231,9 +181,6 @@ def check_dry_run(config_yaml: str, minutes: float = DRY_RUN_MINUTES) -> Finding
 def check_accelerator(accelerator: str) -> None:
     """Check that a device of the requested kind is available.
 
-    Args:
-        accelerator: Lightning's accelerator name.
-
     Raises:
         UserError: If there is none.
     """
@@ -253,10 +200,7 @@ def find_compiler() -> str | None:
 
 
 def check_compilable(strategy: str) -> None:
-    """Check that `model.compile` can be used.
-
-    Args:
-        strategy: Strategy name of the config.
+    """Check that `model.compile` can be used with a strategy.
 
     Raises:
         UserError: If there is no compiler, or under ZeRO-3, which fetches the weights of a layer

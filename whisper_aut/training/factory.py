@@ -76,18 +76,12 @@ def build_pretrained(settings: Settings) -> PretrainedWhisper:
 
 
 def build_decoder(settings: Settings, pretrained: PretrainedWhisper) -> tuple[Any, TextCodec]:
-    """Return the decoder that `settings.decoder` names, and its text codec."""
     entry, options = check_decoder(settings.decoder)
     return entry.build(pretrained, options, settings.model.gradient_checkpointing)
 
 
 def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> ShardDataModule:
     """Return the data module of a run.
-
-    Args:
-        settings: Config of the run.
-        codec: Turns annotations into tokens.
-        num_mel_bins: Mel bins M of the pretrained checkpoint.
 
     Raises:
         UserError: If a source cannot be read or a training source is empty.
@@ -158,8 +152,7 @@ def build_module(
     Args:
         settings: Config of the run.
         pretrained: The pretrained checkpoint.
-        decoder: From `build_decoder`.
-        codec: From `build_decoder`.
+        decoder, codec: From `build_decoder`.
         total_steps: Optimizer steps of the learning rate schedule.
 
     Raises:
@@ -196,12 +189,7 @@ def build_module(
 
 
 def build_trained(settings: Settings, weights: dict[str, Any]) -> AudioTextModule:
-    """Return the module of a run with the weights of one of its checkpoints, in eval mode.
-
-    Args:
-        settings: Config of the run.
-        weights: State dict of the checkpoint.
-    """
+    """Return the module of a run with the weights of one of its checkpoints, in eval mode."""
     # Compilation does not pay off for the few clips that are evaluated.
     settings = replace(settings, model=replace(settings.model, compile=False))
     pretrained = build_pretrained(settings)
@@ -308,12 +296,9 @@ def run_fingerprint(settings: Settings) -> str:
 def fix_chat_date(settings: Settings, previous: Path | None) -> Settings:
     """Fix the date that a chat template may insert as "today".
 
-    A resumed run keeps its recorded date, and a new run uses the current one. The prompts of a run
-    therefore never change, however long it trains and whenever its model is used.
-
-    Args:
-        settings: Config of the run.
-        previous: Path of the recorded config of the run that is resumed.
+    A resumed run keeps the date of its recorded config (`previous`), and a new run uses the current
+    one. The prompts of a run therefore never change, however long it trains and whenever its model
+    is used.
     """
     _, options = check_decoder(settings.decoder)
     # The user set a date, or the decoder has no chat template.

@@ -95,10 +95,7 @@ def optimizer_factory(
 ) -> Callable[[Any, Any], dict[str, Any]]:
     """Return a function from `(encoder, decoder)` to Lightning's optimizer dictionary.
 
-    Args:
-        optim: The config of the optimizer and its schedule.
-        total_steps: Optimizer steps of the schedule.
-        cpu_offload: Use DeepSpeed's CPU Adam.
+    With `cpu_offload`, the optimizer is DeepSpeed's CPU Adam.
     """
     lr_at = partial(
         lr_factor,

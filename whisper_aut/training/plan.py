@@ -118,14 +118,9 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 class StepShape:
     """Sizes of a micro-batch on one device, and how the model computes it.
 
-    Attributes:
-        mel_lengths: Mel frames F of each clip.
-        text_lengths: Tokens L of each clip.
-        padding: Padding mode of the encoder.
-        compute: `float32`; `autocast`, which is bfloat16 autocast over float32 weights; or
-            `bfloat16`, a model in bfloat16 as under DeepSpeed.
-        gradient_checkpointing: Whether activations are recomputed in the backward pass.
-        train_encoder: Whether the encoder is trained.
+    `mel_lengths` are the mel frames F of each clip, `text_lengths` its tokens L. `compute` is
+    `float32`; `autocast`, which is bfloat16 autocast over float32 weights; or `bfloat16`, a model
+    in bfloat16 as under DeepSpeed.
     """
 
     mel_lengths: tuple[int, ...]
@@ -141,9 +136,7 @@ class StepCost:
     """Cost of a micro-batch on one device.
 
     Attributes:
-        encoder: Parameters of the encoder.
-        decoder: Parameters of the decoder.
-        trainable: Parameters that are trained.
+        encoder, decoder, trainable: Numbers of parameters.
         model_flops: Useful FLOPs of the forward and backward pass: every product counts once, and
             only for the clips' own frames and tokens. `flops` also includes padding and what
             gradient checkpointing and attention recompute.
@@ -188,10 +181,7 @@ def step_cost(
 ) -> StepCost:
     """Return the cost of a micro-batch, measured on fake tensors.
 
-    Args:
-        config: Config of the pretrained checkpoint.
-        build_meta: builds a decoder without weights from `(config, gradient_checkpointing)`.
-        shape: The micro-batch.
+    `build_meta` builds a decoder without weights from `(config, gradient_checkpointing)`.
     """
     with FakeTensorMode():
         encoder = PackedEncoder(
@@ -237,10 +227,7 @@ def step_cost(
 class StepCounter(TorchDispatchMode):
     """Counts the kernels of a step and the bytes of all live tensors that they create.
 
-    Works with real and fake tensors.
-
-    Args:
-        present: Existing tensors, whose bytes are not counted.
+    Works with real and fake tensors. The bytes of the tensors in `present` are not counted.
     """
 
     def __init__(self, present: Sequence[Tensor] = ()):
@@ -375,12 +362,10 @@ class Forecast:
 
     Attributes:
         cost_of: Returns the cost of a micro-batch for (model in bfloat16, gradient checkpointing).
-        ranks: Number of devices.
         stage: Configured ZeRO stage; 0 for none.
         offload: Whether the optimizer state is in host memory.
         precision: Lightning's precision. 16 bits mean autocast, or a model in bfloat16 under
             DeepSpeed.
-        checkpointing: Whether gradient checkpointing is configured.
         micro_batches: Micro-batches in an optimizer step.
         steps: Optimizer steps of the run; None if unknown.
         step_audio_seconds: Seconds of audio on one device in an optimizer step.
@@ -402,7 +387,6 @@ class Forecast:
 
     @property
     def cost(self) -> StepCost:
-        """Cost of a micro-batch of the run as configured."""
         return self.cost_of(self._half_weights(self.stage), self.checkpointing)
 
     def memory(self, stage: int, checkpointing: bool) -> DeviceMemory:
@@ -431,7 +415,6 @@ class Forecast:
         return self.cost.model_flops / peak, self.cost.flops / peak
 
     def fits(self, device: Accelerator, memory: DeviceMemory) -> bool:
-        """Return whether this memory, plus `RESERVED_GIB`, is available on the device."""
         return memory.total / GIBIBYTE + RESERVED_GIB <= device.memory_gib
 
     def what_fits(self, device: Accelerator) -> str:
@@ -453,10 +436,6 @@ class Forecast:
 
 def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
     """Forecast the cost of a run. Reads the shard indexes if they exist, and nothing else.
-
-    Args:
-        settings: Config of the run.
-        config: Sizes of the pretrained checkpoint.
 
     Raises:
         UserError: If the decoder has no `build_meta`, or no clip of a training source is left.

@@ -44,52 +44,29 @@ RECORDED_PACKAGES = (
     "transformers",
     "webdataset",
     "deepspeed",
-    "omegaconf",
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunDirectory:
     """Paths of a run."""
 
     path: Path
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def __post_init__(self) -> None:
+        self.checkpoints = self.path / "checkpoints"
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.done = self.path / "done.json"
+        self.metrics = self.path / "logs" / "metrics.csv"
+        self.scores = self.path / "scores.json"
+        self.predictions = self.path / "predictions.jsonl"
+        self.report = self.path / "report"
 
     @property
     def last_checkpoint(self) -> Path:
         """The newest checkpoint. If there is none, the path of the link `last.ckpt`."""
         return next(reversed(checkpoints_in(self.checkpoints)), self.checkpoints / LAST)
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def environment(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def done(self) -> Path:
-        return self.path / "done.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "logs" / "metrics.csv"
-
-    @property
-    def scores(self) -> Path:
-        return self.path / "scores.json"
-
-    @property
-    def predictions(self) -> Path:
-        return self.path / "predictions.jsonl"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report"
 
     def ledger(self, rank: int) -> Path:
         return self.path / ("ledger.jsonl" if not rank else f"ledger-rank{rank}.jsonl")
@@ -118,10 +95,6 @@ class RunDirectory:
 
         Files of a resumed run that would change are kept as `config.N.yaml` and
         `environment.N.json`.
-
-        Args:
-            config_yaml: The resolved config.
-            metadata: Values to add to `environment.json`.
         """
         environment = json.dumps({**_environment(), **metadata}, indent=1)
         for path, text in ((self.config, config_yaml), (self.environment, environment)):
@@ -157,7 +130,6 @@ def is_first_rank() -> bool:
 
 
 def wait_for_all_ranks() -> None:
-    """Wait until all ranks have called this. Returns at once if there is only one rank."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
@@ -331,10 +303,6 @@ def _check_name(checkpoint: Path, name: str) -> None:
 def latest_valid_checkpoint(run: RunDirectory, warn: Callable[[str], None]) -> Path | None:
     """Return the newest valid checkpoint of a run, or None if it has not saved any.
 
-    Args:
-        run: The run.
-        warn: Called with a message for each damaged checkpoint that is skipped.
-
     Raises:
         UserError: If all checkpoints are damaged.
     """
@@ -349,19 +317,13 @@ def latest_valid_checkpoint(run: RunDirectory, warn: Callable[[str], None]) -> P
 
 
 def check_step_size(checkpoint: Path, batch_clips: int, ranks: int, accumulate: int) -> None:
-    """Check that a resumed run keeps the number of clips in a step.
+    """Check that a resumed run keeps the number of clips in an optimizer step.
 
     With another number, the learning rate schedule and the position in the data would not match.
 
-    Args:
-        checkpoint: The checkpoint to resume from.
-        batch_clips: Clips in a micro-batch.
-        ranks: Number of ranks.
-        accumulate: Micro-batches in an optimizer step.
-
     Raises:
-        UserError: If the numbers differ. If possible, the message says which accumulation gives
-            the same steps on these ranks.
+        UserError: If the numbers differ. If possible, the message says which accumulation gives the
+            same steps on these ranks.
     """
     saved, now = read_manifest(checkpoint).clips_per_step, batch_clips * ranks * accumulate
     if saved in (0, now):  # 0 if steps were measured in seconds of audio

@@ -78,8 +78,8 @@ def build_strategy(
         skip_to: Position in the data to resume from, in place of the checkpoint's own.
         async_checkpoints: Write checkpoints in the background.
         deepspeed_options: Options for DeepSpeed's config. They override those implied by `name`.
-        warn: Called with a message if the learning rates of a checkpoint differ from the config's,
-            or if DeepSpeed did not read an option.
+        warn: Called with messages about learning rates that differ from the checkpoint, and about
+            options that DeepSpeed did not read.
 
     Raises:
         UserError: If offloading is requested without a GPU.
@@ -118,10 +118,7 @@ def build_strategy(
 def resolve_precision(precision: str, accelerator: str) -> tuple[str, str]:
     """Return the precision to use on this machine, and a hint for the user (may be empty).
 
-    Args:
-        precision: Lightning's precision, or `auto`: `bf16-mixed` on a CUDA device that supports
-            bfloat16, else `32-true`.
-        accelerator: Lightning's accelerator name.
+    `auto` is `bf16-mixed` on a CUDA device that supports bfloat16, else `32-true`.
     """
     if precision != "auto":
         return precision, ""
@@ -195,11 +192,11 @@ class NamedCheckpoints:
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint directory.
+        """Write a checkpoint directory. Must be called on all ranks; if one cannot write, all
+        raise.
 
-        Must be called on all ranks. If one rank cannot write, all ranks raise. With `background`,
-        this only copies the state, and errors in writing are raised by the next call or by
-        `wait_for_checkpoint`.
+        With `background`, this only copies the state, and errors in writing are raised by the next
+        call or by `wait_for_checkpoint`.
 
         Args:
             checkpoint: State of Lightning's loops, callbacks and schedules.
@@ -237,11 +234,7 @@ class NamedCheckpoints:
         self.background.start(lambda: self._write(writer, shard, state, manifest, storage_options))
 
     def wait_for_checkpoint(self) -> None:
-        """Wait until the last checkpoint is on disk.
-
-        Raises:
-            UserError: If it could not be written.
-        """
+        """Wait until the last checkpoint is on disk, or raise the error in writing it."""
         if self.background:
             self.background.wait()
 
@@ -284,10 +277,7 @@ class NamedCheckpoints:
         return {}
 
     def teardown(self) -> None:
-        """Wait for the last checkpoint and tear down, also after an error.
-
-        After a second Ctrl-C, this does not wait.
-        """
+        """Wait for the last checkpoint, except after a second Ctrl-C, and tear down."""
         try:
             if not isinstance(sys.exception(), KeyboardInterrupt):
                 self.wait_for_checkpoint()
@@ -320,7 +310,6 @@ class NamedCheckpoints:
         manifest: Manifest,
         on_written: Callable[[], None] | None,
     ) -> None:
-        """Write a checkpoint together with the other ranks."""
         first = writer.rank == 0
         self._on_all_ranks(writer, lambda: writer.begin() if first else None)
         written = self._on_all_ranks(
@@ -381,11 +370,6 @@ class DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
         self.config = _ReadKeys(OmegaConf.to_container(merged))  # pyright: ignore
 
     def init_deepspeed(self) -> None:
-        """Start the engine.
-
-        Raises:
-            UserError: If DeepSpeed rejects an option.
-        """
         from deepspeed.runtime.config import DeepSpeedConfigError
 
         # The engine rounds frozen weights too, and keeps no float32 copy of them.

@@ -353,7 +353,6 @@ def launched_by_slurm() -> bool:
 
 
 def find_callback(trainer: Any, kind: type[CallbackType]) -> CallbackType:
-    """Return the callback of a class."""
     return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
 
 
@@ -402,10 +401,6 @@ def _finish(
 @contextmanager
 def explain_errors(folder: Path, ranks: int) -> Iterator[None]:
     """Convert failures of the machine into messages that say what to do.
-
-    Args:
-        folder: The run directory.
-        ranks: Number of ranks.
 
     Raises:
         UserError: If GPU memory or disk space ran out, another rank failed, or Lightning cannot use

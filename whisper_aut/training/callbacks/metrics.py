@@ -65,14 +65,7 @@ class Throughput:
     def add_batch(
         self, mel_lengths: Sequence[int], tokens: int, flops: float | None, *, padded: bool
     ) -> None:
-        """Add a micro-batch.
-
-        Args:
-            mel_lengths: Mel frames F of each clip.
-            tokens: Number of text tokens.
-            flops: Useful FLOPs, or None if unknown.
-            padded: Whether the encoder pads every clip to 30 s.
-        """
+        """Add a micro-batch of clips with these mel frames, `padded` by the encoder or not."""
         frames = sum(mel_lengths)
         self.mel_frames += frames
         self.computed_mel_frames += MAX_MEL_FRAMES * len(mel_lengths) if padded else frames
@@ -90,11 +83,9 @@ class Throughput:
         return Throughput(**sums, flops=flops)
 
     def metrics(self, ranks: int = 1, peak: float | None = None) -> dict[str, float]:
-        """Return the metrics to log, over all ranks.
+        """Return the metrics to log, over all ranks, which are assumed to be equally fast.
 
-        Args:
-            ranks: Number of ranks. All are assumed to process as much as this one.
-            peak: Peak FLOP/s of the device, for `mfu`.
+        `peak` is the peak FLOP/s of the device, for `mfu`.
         """
         if not self.seconds:
             return {}
@@ -126,9 +117,6 @@ class ThroughputMeter(lightning.Callback):
     The device is synchronised only when metrics are due, so steps can queue in between. Validation
     and the writing of checkpoints are not counted. Lightning's `ThroughputMonitor` counts both, and
     neither waits for data, padding, nor totals over a resume.
-
-    Args:
-        precision: Lightning's precision, which determines the device's peak FLOP/s.
     """
 
     def __init__(self, precision: str):
@@ -262,10 +250,6 @@ class RunProgressBar(TQDMProgressBar):
     """Lightning's progress bar, followed by `step 150/700, left 0:02:10, audio-s/s 210`.
 
     Step and time left refer to the whole run, not to the epoch.
-
-    Args:
-        meter: Provides the throughput.
-        refresh_rate: Number of batches between updates.
     """
 
     def __init__(self, meter: ThroughputMeter, refresh_rate: int):
@@ -292,11 +276,9 @@ class RunProgressBar(TQDMProgressBar):
 
 
 class SampleWriter(lightning.Callback):
-    """Appends the texts generated in each validation to a file, and prints some of the last ones.
+    """Appends the texts generated in each validation to a JSON Lines file.
 
-    Args:
-        path: Path of the JSON Lines file.
-        console: Console for the texts of the last validation, `SHOWN_PER_TASK` for each task.
+    At the end, prints `SHOWN_PER_TASK` texts of the last validation for each task.
     """
 
     def __init__(self, path: Path, console: Console):
@@ -328,12 +310,9 @@ class SampleWriter(lightning.Callback):
 
 
 def build_loggers(names: Sequence[str], run: Path, name: str) -> list[Logger]:
-    """Return a logger for each name.
+    """Return the loggers of a run: `csv`, `tensorboard`, `wandb` or `mlflow`.
 
-    Args:
-        names: `csv`, `tensorboard`, `wandb` or `mlflow`.
-        run: The run directory.
-        name: Name of the run in the config, used for projects and experiments.
+    `name` is the name of the run in the config, used for projects and experiments.
     """
     offline = os.environ.get("WANDB_MODE", "offline") != "online"
     # By default a SQLite file, because MLflow has deprecated its plain folders.

@@ -38,9 +38,6 @@ class CleanStop(lightning.Callback):
     (https://github.com/Lightning-AI/pytorch-lightning/issues/20806), and write Slurm's checkpoints
     inside the handler (https://github.com/Lightning-AI/pytorch-lightning/issues/21406).
 
-    Args:
-        checkpoints: Saves the checkpoint.
-
     Raises:
         Interrupted: After Ctrl-C.
         Preempted: After SIGTERM or SIGUSR1.
@@ -106,13 +103,9 @@ class CleanStop(lightning.Callback):
 
 
 class StopOnDataEnd(lightning.Callback):
-    """Stops training after `EMPTY_EPOCHS` epochs without a batch.
+    """Saves a checkpoint and stops training after `EMPTY_EPOCHS` epochs without a batch.
 
     All ranks have the same number of batches, so they stop together.
-
-    Args:
-        checkpoints: Saves the last checkpoint.
-        warn: Called with a message when training stops.
     """
 
     def __init__(self, checkpoints: RollingCheckpoints, warn: Callable[[str], None]):
@@ -139,8 +132,7 @@ class StopOnDataEnd(lightning.Callback):
 class Rewind(Exception):
     """Raised after a loss spike, to resume from an earlier checkpoint and skip the data read since.
 
-    Attributes:
-        cursor: Position in the data after the step that spiked.
+    `cursor` is the position in the data after the step that spiked.
     """
 
     def __init__(self, cursor: Cursor, message: str):
@@ -151,7 +143,7 @@ class Rewind(Exception):
 class Guard(lightning.Callback):
     """Skips optimizer steps with non-finite gradients, and detects loss spikes.
 
-    Logs `train/loss`, `train/accuracy`, `train/grad_norm` and `train/skipped_steps` of whole steps.
+    Logs `train/grad_norm` and `train/skipped_steps`; the module logs `train/loss`.
 
     Gradients are summed over ranks before this callback sees them, so one bad clip makes the norm
     non-finite on all ranks, and all skip the step. The ranks then agree whether any of them can
@@ -216,26 +208,29 @@ class Guard(lightning.Callback):
             norm = engine.get_global_grad_norm()
             self._norm = math.nan if norm is None else float(norm)
             self._is_bad = not engine.was_step_applied()
-        loss, accuracy = module.step_metrics()
+        module.log("train/grad_norm", self._norm, batch_size=1)
         self.last_metrics = {
-            "train/loss": loss,
-            "train/accuracy": accuracy,
-            "train/grad_norm": self._norm,
+            name: value
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("train/")
         }
-        for name, value in self.last_metrics.items():
-            module.log(name, value, prog_bar=name == "train/loss", batch_size=1)
         if self._is_bad:
             self._count_bad_step(trainer, module)
             return
         self.streak = 0
-        if self.spikes and (median := self.spikes.median_before_spike(float(loss))):
-            message = (
-                f"The loss spiked to {float(loss):.4g} at step {trainer.global_step}; its median "
-                f"before was {median:.4g}."
-            )
-            if self.rewind:
-                raise Rewind(batch.next_cursor, message)
-            self.warn(message)
+        if self.spikes is None:
+            return
+        loss = float(trainer.callback_metrics["train/loss"])
+        median = self.spikes.median_before_spike(loss)
+        if median is None:
+            return
+        message = (
+            f"The loss spiked to {loss:.4g} at step {trainer.global_step}; its median before was "
+            f"{median:.4g}."
+        )
+        if self.rewind:
+            raise Rewind(batch.next_cursor, message)
+        self.warn(message)
 
     def state_dict(self) -> dict[str, Any]:
         return {
