@@ -35,24 +35,23 @@ def data_list(options: argparse.Namespace, console: Console) -> None:
     from rich.table import Table
 
     from whisper_aut.corpora.recipes import RECIPES
-    from whisper_aut.corpora.recipes.base import COLUMNS, LISTED, cells
+    from whisper_aut.corpora.recipes.base import LISTED_COLUMNS, TABLE_COLUMNS
 
     table = Table(title="Corpora that can be built by name")
-    for column in COLUMNS[:LISTED]:
-        table.add_column(column, no_wrap=column in ("name", "how it comes"), overflow="fold")
+    for column in TABLE_COLUMNS[:LISTED_COLUMNS]:
+        table.add_column(column, no_wrap=column in ("name", "download"), overflow="fold")
     for recipe in RECIPES.values():
-        table.add_row(*cells(recipe)[:LISTED])
+        table.add_row(*recipe.table_row()[:LISTED_COLUMNS])
     console.print(table)
 
 
 def data_get(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.corpora.recipes import find_recipe
-    from whisper_aut.corpora.recipes.base import get
+    from whisper_aut.corpora.recipes.base import download_corpus
 
     recipe = find_recipe(options.name)
-    folder = get(
-        recipe, Path(options.out or RAW / recipe.name), mirror=options.mirror, only=options.only
-    )
+    folder = Path(options.out or RAW / recipe.name)
+    download_corpus(recipe, folder, mirror=options.mirror, only=options.only)
     console.print(f"{recipe.title} is in {folder}; its licence: {recipe.licence}.")
     where = "" if folder == RAW / recipe.name else f" {shlex.quote(str(folder))}"
     console.print(f"Next: whisper-aut data build {recipe.name}{where}", soft_wrap=True)
@@ -61,7 +60,7 @@ def data_get(options: argparse.Namespace, console: Console) -> None:
 def data_build(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.corpora.build import build_shards
     from whisper_aut.corpora.recipes import RECIPES
-    from whisper_aut.corpora.recipes.base import build
+    from whisper_aut.corpora.recipes.base import build_corpus
 
     spec = _manifest_spec(options)
     if not options.out and options.manifest not in RECIPES:
@@ -70,12 +69,12 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
     how = {"workers": options.workers, "max_skipped_fraction": options.max_skipped_fraction}
     if options.manifest in RECIPES:
         raw = Path(options.path or RAW / options.manifest)
-        result = build(RECIPES[options.manifest], raw, out, spec, **how)
+        result = build_corpus(RECIPES[options.manifest], raw, out, spec, **how)
     elif options.path:
         raise UserError(
-            f"{options.manifest} is no recipe, so {options.path} means nothing."
-            f"{nearest(options.manifest, RECIPES)} There are {', '.join(RECIPES)}; a manifest's "
-            "audio folder is named by --audio-root."
+            f"{options.manifest} is not a recipe, so {options.path} has no meaning."
+            f"{nearest(options.manifest, RECIPES)} Recipes: {', '.join(RECIPES)}. Name the audio "
+            "folder of a manifest with --audio-root."
         )
     elif Path(options.manifest).is_dir():
         raise UserError(

@@ -1,4 +1,4 @@
-"""Every recipe on a miniature of what its publisher ships: rows, splits, labels; and the commands, against a local server."""
+"""Every recipe on a miniature of what its publisher ships, and the commands, against a local server."""
 
 import json
 import re
@@ -15,8 +15,9 @@ from tests.support.audio import encode_audio, tone
 from tests.support.downloads import Server, tar_of, zip_of
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.cli import main
+from whisper_aut.corpora import recipes
 from whisper_aut.corpora.recipes import RECIPES
-from whisper_aut.corpora.recipes.base import markdown
+from whisper_aut.corpora.recipes.base import markdown_table
 from whisper_aut.data.reader import Sample
 from whisper_aut.data.shards import iter_samples, open_index
 
@@ -252,10 +253,21 @@ def test_rows_say_which_clips_belong_together(
     assert {str(row[field]) for row in RECIPES[name].rows(raw)} == groups
 
 
+def test_one_file_adds_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "hums.py").write_text(
+        "from whisper_aut.corpora.recipes.base import Recipe\n"
+        "def hums(raw):\n"
+        "    yield {'audio': 'a.wav', 'text': 'a hum'}\n"
+        "RECIPES = (Recipe('hums', 'Hums', 'sound', 'caption', 'CC0-1.0', '', hums),)\n"
+    )
+    monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path)])
+    assert set(recipes.load_recipes()) == {*RECIPES, "hums"}
+
+
 def test_every_recipe_has_a_miniature():
     assert set(LAYOUTS) | {"speech_commands_v2_35", "x-ares"} == set(RECIPES)
     for recipe in RECIPES.values():
-        assert recipe.archives or recipe.by_hand
+        assert recipe.archives or recipe.manual_steps
         assert all(
             re.fullmatch(r"(sha256:\w{64}|sha1:\w{40}|md5:\w{32}|)", archive.checksum)
             for archive in recipe.archives
@@ -319,7 +331,7 @@ def test_a_corpus_builds_as_it_is_published(name: str, tmp_path: Path):
         ("wavcaps", ("json_files/BBC", "json_files/SoundBible"), {""}),
     ],
 )
-def test_a_corpus_that_was_fetched_in_part_builds_from_what_is_there(
+def test_a_corpus_that_was_downloaded_in_part_builds_from_what_is_there(
     name: str, missing: tuple[str, ...], splits: set[str], tmp_path: Path
 ):
     files = {path: body for path, body in LAYOUTS[name][0].items() if not path.startswith(missing)}
@@ -332,7 +344,7 @@ def test_a_corpus_that_was_fetched_in_part_builds_from_what_is_there(
 @pytest.mark.parametrize(
     "name", sorted(set(LAYOUTS) - {"folder", "wavcaps", "ravdess", "voxlingua"})
 )
-def test_what_is_missing_is_named_with_the_command_that_fetches_it(
+def test_what_is_missing_is_named_with_the_command_that_downloads_it(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "my raw").mkdir()
@@ -422,7 +434,7 @@ def test_the_texts_of_fsd50k_leave_out_what_a_class_implies(tmp_path: Path):
     assert found[0]["label"] == labels[0].split(","), "the probe task wants all classes"
 
 
-def test_a_clip_whose_licence_the_tables_do_not_tell_states_none(tmp_path: Path):
+def test_a_clip_without_a_licence_in_the_tables_has_none(tmp_path: Path):
     files, _ = LAYOUTS["fsd50k"]
     files = files | {"FSD50K.metadata/dev_clips_info_FSD50K.json": lines({})}
     raw = lay_out(tmp_path / "raw", files)
@@ -533,16 +545,16 @@ def test_other_corpora_print_a_command_that_looks_at_their_shards(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["get", "clotho"], "has to be fetched by a person"),
-        (["get", "gtzan_filtered"], "has to be fetched by a person"),
+        (["get", "clotho"], "has to be downloaded by hand"),
+        (["get", "gtzan_filtered"], "has to be downloaded by hand"),
         (["get", "esc-50"], "Did you mean 'esc50'"),
         (["get", "librispeech", "--only", "train-clean-999"], "no archive"),
         (["build", "esc50", "--out", "x"], "whisper-aut data get esc50"),
-        (["build", "esc50", "empty", "--out", "x"], "holds no meta/esc50.csv"),
-        (["build", "folder", "empty", "--out", "x"], "holds no audio"),
-        (["build", "folder", "flat", "--out", "x"], "lies in no folder of a class"),
+        (["build", "esc50", "empty", "--out", "x"], "does not contain meta/esc50.csv"),
+        (["build", "folder", "empty", "--out", "x"], "has no audio files"),
+        (["build", "folder", "flat", "--out", "x"], "is not in the folder of a class"),
         (["build", "x-ares", "empty", "--out", "x"], "nothing has to be built"),
-        (["build", "clips.csv", "empty", "--out", "x"], "is no recipe"),
+        (["build", "clips.csv", "empty", "--out", "x"], "is not a recipe"),
         (["build", "wavcaps", "empty", "--out", "x"], "blacklist"),
         (["build", "wavcaps", "odd", "--out", "x"], "excludes clips of 'Clotho'"),
     ],
@@ -612,7 +624,7 @@ def test_folders_of_classes_and_splits(
 @pytest.mark.parametrize(
     "name", ["dog/takes/a.wav", "train/a.wav", "fold1/a.wav", "train/dog/a/b.wav"]
 )
-def test_a_file_too_high_or_too_deep_is_refused(
+def test_a_file_too_high_or_too_deep_is_an_error(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     raw = lay_out(
@@ -623,7 +635,7 @@ def test_a_file_too_high_or_too_deep_is_refused(
         },
     )
     assert main(["data", "build", "folder", str(raw), "--out", str(tmp_path / "out")]) == 1
-    assert "lies in no folder of a class" in capsys.readouterr().err.replace("\n", " ")
+    assert "is not in the folder of a class" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_what_cannot_be_read_in_a_folder_is_counted(
@@ -674,4 +686,4 @@ def test_the_real_corpora_build_as_folders(name: str, clips: int, real_data: Pat
 def test_list_prints_and_the_documentation_holds_the_same_table(capsys: pytest.CaptureFixture[str]):
     assert main(["data", "list"]) == 0
     assert "librispeech" in capsys.readouterr().out
-    assert markdown(list(RECIPES.values())) in (REPOSITORY / "docs" / "data.md").read_text()
+    assert markdown_table(RECIPES.values()) in (REPOSITORY / "docs" / "data.md").read_text()

@@ -1,37 +1,23 @@
-"""Registry of the recipes of public corpora.
+"""Recipes of public corpora. Each module of this folder lists its own in `RECIPES`."""
 
-To add a corpus, write a `Recipe` and list it here.
-"""
+from importlib import import_module
+from pkgutil import iter_modules
 
-from whisper_aut.corpora.recipes import captions, folder, music, sound, speech, x_ares
 from whisper_aut.corpora.recipes.base import Recipe
+from whisper_aut.data.annotation import DOMAINS
 from whisper_aut.errors import UserError, nearest
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        speech.LIBRISPEECH,
-        speech.SPEECH_COMMANDS_V1,
-        speech.SPEECH_COMMANDS_V2,
-        speech.CREMA_D,
-        speech.RAVDESS,
-        speech.VOXLINGUA,
-        sound.ESC50,
-        sound.FSD50K,
-        sound.URBANSOUND8K,
-        speech.VOCALSOUND,
-        captions.AUDIOCAPS,
-        captions.CLOTHO,
-        captions.WAVCAPS,
-        music.GTZAN,
-        music.NSYNTH,
-        music.FMA_SMALL,
-        captions.MUSICCAPS,
-        captions.MUSICBENCH,
-        folder.RECIPE,
-        x_ares.RECIPE,
-    )
-}
+
+def load_recipes() -> dict[str, Recipe]:
+    """Return the recipes of all modules by name, sorted by domain and name."""
+    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+    recipes = [recipe for module in modules for recipe in getattr(module, "RECIPES", ())]
+    order = (*DOMAINS, "")
+    recipes.sort(key=lambda recipe: (order.index(recipe.domain), recipe.name))
+    return {recipe.name: recipe for recipe in recipes}
+
+
+RECIPES = load_recipes()
 
 
 def find_recipe(name: str) -> Recipe:

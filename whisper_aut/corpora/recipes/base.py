@@ -1,15 +1,9 @@
-"""Recipes of public corpora: where to get them, their licence, and how files become manifest rows.
-
-`get` downloads and unpacks a corpus, `build` makes its shards. `Recipe.checked` names the metadata
-that was compared with the publisher's page or with a torchaudio release. The rest is taken from
-papers and has not been verified.
-"""
+"""What a recipe of a public corpus consists of, and how it is downloaded and built."""
 
 import csv
 import json
-import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +14,14 @@ from whisper_aut.corpora.build import BuildReport, build_shards
 from whisper_aut.corpora.download import download, unpack
 from whisper_aut.corpora.manifest import ManifestSpec
 from whisper_aut.errors import UserError
+from whisper_aut.utils import write_text
 
-Rows = Callable[[Path], Iterator[dict[str, Any]]]
+MANIFEST_NAME = "manifest.jsonl"
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+TABLE_COLUMNS = ("name", "domain", "clips", "hours", "licence", "download", "checked", "source")
+LISTED_COLUMNS = 6  # columns that fit in a terminal
+
+Rows = Iterator[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,13 @@ class Recipe:
             If licences differ by clip, every row has a `licence`, which is empty where the
             corpus's tables name none.
         archives: files to download.
-        by_hand: instructions, if the terms or the format of the release require manual steps.
-        clips, hours, download_gb: size of the whole corpus; None if unknown.
+        manual_steps: what to do by hand, if the terms or the format of the release require it.
+        clips, hours: size of the whole corpus; None if unknown.
         language: language of the speech.
         max_seconds: duration of the longest clip to keep. Training skips clips longer than
             `data.max_seconds`.
-        checked: names of the metadata that was compared with its source.
+        checked: what was compared with the publisher's page or with a torchaudio release. The rest
+            is taken from papers and has not been verified.
     """
 
     name: str
@@ -74,30 +75,49 @@ class Recipe:
     task: str
     licence: str
     source: str
-    rows: Rows
+    rows: Callable[[Path], Rows]
     archives: tuple[Archive, ...] = ()
-    by_hand: str = ""
+    manual_steps: str = ""
     clips: int | None = None
     hours: float | None = None
-    download_gb: float | None = None
     language: str = ""
     max_seconds: float = 30.0
     checked: tuple[str, ...] = ()
 
+    def table_row(self) -> tuple[str, ...]:
+        """Return the cells of `TABLE_COLUMNS`; unknown values are empty."""
+        return (
+            self.name,
+            self.domain,
+            "" if self.clips is None else f"{self.clips:,}",
+            "" if self.hours is None else f"{self.hours:,g}",
+            self.licence,
+            "manual" if self.manual_steps or not self.archives else "automatic",
+            ", ".join(self.checked),
+            self.source,
+        )
 
-class NotThere(UserError):
-    """A part of a corpus is missing from its folder; `build` adds instructions for getting it."""
+
+def markdown_table(recipes: Iterable[Recipe]) -> str:
+    """Return the table of recipes in Markdown, as in `docs/data.md`."""
+    rows = [TABLE_COLUMNS, (":---",) * len(TABLE_COLUMNS)]
+    rows += [recipe.table_row() for recipe in recipes]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+class MissingPart(UserError):
+    """A part of a corpus is not in its folder."""
 
 
 def find(root: Path, pattern: str) -> Path:
     """Return the first path that matches, directly under `root` or else at any depth.
 
     Raises:
-        NotThere: no path matches.
+        MissingPart: no path matches.
     """
     found = sorted(root.glob(pattern)) or sorted(root.glob(f"**/{pattern}"))
     if not found:
-        raise NotThere(f"{root} holds no {pattern}.")
+        raise MissingPart(f"{root} does not contain {pattern}.")
     return found[0]
 
 
@@ -105,47 +125,32 @@ def find_parts(root: Path, patterns: Mapping[str, str]) -> dict[str, Path]:
     """Return the available parts of a corpus by split; a corpus may be downloaded in part.
 
     Raises:
-        NotThere: no part is available.
+        MissingPart: no part is available.
     """
     found: dict[str, Path] = {}
     for split, pattern in patterns.items():
-        with suppress(NotThere):
+        with suppress(MissingPart):
             found[split] = find(root, pattern)
     if not found:
-        raise NotThere(f"{root} holds none of {', '.join(patterns.values())}.")
+        raise MissingPart(f"{root} contains none of {', '.join(patterns.values())}.")
     return found
 
 
-def audio_files(
-    folder: Path, suffixes: tuple[str, ...] = (".wav", ".flac", ".ogg", ".mp3", ".opus")
-) -> list[Path]:
+def audio_files(folder: Path, suffixes: tuple[str, ...] = AUDIO_SUFFIXES) -> list[Path]:
     """Return the audio files under a folder, sorted, without hidden files and folders."""
-    found = (
-        path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file()
-    )
     return sorted(
         path
-        for path in found
-        if not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes
+        and path.is_file()
+        and not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
     )
 
 
-def read_table(path: Path) -> Iterator[dict[str, str]]:
+def read_csv(path: Path) -> Iterator[dict[str, str]]:
     """Yield the rows of a CSV file with a header."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         yield from csv.DictReader(file)
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        UserError: the file is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}.") from None
 
 
 def with_article(noun: str) -> str:
@@ -158,12 +163,9 @@ def words(name: str) -> str:
     return " ".join(name.replace("_", " ").split())
 
 
-MANIFEST_NAME = "manifest.jsonl"
-
-
-def get(
+def download_corpus(
     recipe: Recipe, folder: Path, *, mirror: str = "", only: str = "", progress: bool = True
-) -> Path:
+) -> None:
     """Download and unpack a corpus into `folder`; existing files are not downloaded again.
 
     Args:
@@ -173,15 +175,12 @@ def get(
         only: download only archives whose name contains this.
         progress: whether to show progress bars.
 
-    Returns:
-        `folder`.
-
     Raises:
         UserError: the corpus needs manual steps, a download failed, or an archive is damaged.
     """
-    if not recipe.archives or (recipe.by_hand and not mirror):
+    if not recipe.archives or (recipe.manual_steps and not mirror):
         raise UserError(
-            f"{recipe.title} has to be fetched by a person. {recipe.by_hand}\n"
+            f"{recipe.title} has to be downloaded by hand. {recipe.manual_steps}\n"
             f"  page: {recipe.source or '-'}\n"
             f"  licence: {recipe.licence or '-'}\n"
             f"  folder: {folder}\n"
@@ -189,20 +188,16 @@ def get(
         )
     chosen = [archive for archive in recipe.archives if only in archive.name]
     if not chosen:
-        raise UserError(
-            f"{recipe.name} has no archive {only!r}: "
-            f"{', '.join(archive.name for archive in recipe.archives)}."
-        )
+        names = ", ".join(archive.name for archive in recipe.archives)
+        raise UserError(f"{recipe.name} has no archive {only!r}. Its archives: {names}.")
     for archive in chosen:
         url = f"{mirror.rstrip('/')}/{archive.name}" if mirror else archive.url
-        path = download(
-            url, folder / "archives" / archive.name, archive.checksum, progress=progress
-        )
+        path = folder / "archives" / archive.name
+        download(url, path, archive.checksum, progress=progress)
         unpack(path, folder / archive.into)
-    return folder
 
 
-def build(
+def build_corpus(
     recipe: Recipe,
     raw: Path,
     out: Path,
@@ -227,8 +222,8 @@ def build(
     """
     if not raw.is_dir():
         raise UserError(
-            f"There is no folder {raw}. Fetch the corpus: whisper-aut data get {recipe.name} --out "
-            f"{raw}"
+            f"There is no folder {raw}. Download the corpus: whisper-aut data get {recipe.name} "
+            f"--out {raw}"
         )
     manifest, has_splits = _write_manifest(recipe, raw, out)
     given = overrides or ManifestSpec(manifest)
@@ -243,11 +238,10 @@ def build(
         source=given.source or ("" if recipe.name == "folder" else recipe.title),
         split_by=given.split_by or ("split" if has_splits else ""),
     )
-    limits = ClipLimits(max_seconds=max(recipe.max_seconds, ClipLimits().max_seconds))
     return build_shards(
         spec,
         out,
-        limits=limits,
+        limits=ClipLimits(max_seconds=max(recipe.max_seconds, ClipLimits().max_seconds)),
         workers=workers,
         max_skipped_fraction=max_skipped_fraction,
         progress=progress,
@@ -260,58 +254,26 @@ def _write_manifest(recipe: Recipe, raw: Path, out: Path) -> tuple[Path, bool]:
     Rows without the key `licence` get the corpus's licence. An empty `licence` stays empty: it
     means that licences differ by clip and this one is unknown.
     """
-    has_splits, number = True, 0
-    path, partial = out / MANIFEST_NAME, out / f".{MANIFEST_NAME}.partial"
+    path, lines, has_splits = out / MANIFEST_NAME, [], True
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            for number, row in enumerate(recipe.rows(raw), 1):  # noqa: B007 (the number of rows)
-                has_splits = has_splits and bool(row.get("split") or not row["audio"])
-                if recipe.licence and "licence" not in row:
-                    row["licence"] = recipe.licence
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if not number:
-            raise UserError(
-                f"{raw} holds no clip of {recipe.title}. Is that where it was unpacked?"
-            )
-        os.replace(partial, path)
-    except NotThere as error:
+        for row in recipe.rows(raw):
+            has_splits = has_splits and bool(row.get("split") or not row["audio"])
+            if recipe.licence:
+                row.setdefault("licence", recipe.licence)
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        if not lines:
+            raise MissingPart(f"{raw} does not contain any clip of {recipe.title}.")
+        write_text(path, "".join(lines))
+    except MissingPart as error:
         raise UserError(
-            f"{error} Is that where {recipe.title} was unpacked? How to fetch what is missing: "
-            f"whisper-aut data get {recipe.name} --out {shlex.quote(str(raw))}"
+            f"{error} Is {recipe.title} unpacked there? To download what is missing: whisper-aut "
+            f"data get {recipe.name} --out {shlex.quote(str(raw))}"
         ) from None
     except OSError as error:
-        raise UserError(f"Cannot read {raw}, or write {path}: {error}.") from None
+        raise UserError(f"Cannot read {raw}: {error}.") from None
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise UserError(
-            f"{raw} is not laid out as {recipe.title} is published: {error!r}. Its page: "
+            f"{raw} does not have the layout in which {recipe.title} is published: {error!r}. See "
             f"{recipe.source}."
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)
     return path, has_splits
-
-
-COLUMNS = ("name", "domain", "clips", "hours", "licence", "how it comes", "checked", "source")
-LISTED = 6  # columns that fit in a terminal
-
-
-def cells(recipe: Recipe) -> tuple[str, ...]:
-    """Return the table row of a recipe; unknown values are empty."""
-    how = "fetched" if recipe.archives and not recipe.by_hand else "by hand"
-    return (
-        recipe.name,
-        recipe.domain,
-        "" if recipe.clips is None else f"{recipe.clips:,}",
-        "" if recipe.hours is None else f"{recipe.hours:,g}",
-        recipe.licence,
-        how,
-        ", ".join(recipe.checked),
-        recipe.source,
-    )
-
-
-def markdown(recipes: list[Recipe]) -> str:
-    """Return the table of recipes in Markdown, as in `docs/data.md`."""
-    lines = [COLUMNS, tuple(":---" for _ in COLUMNS), *(cells(recipe) for recipe in recipes)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -2,149 +2,108 @@
 
 `dog/1.wav` has the class `dog`. If all top folders are named like splits, `train/dog/1.wav` and
 `fold1/dog/1.wav` also have a split. If the folder contains a single CSV, TSV or JSONL table, the
-rows come from that, with the usual column names for audio, class and split. Files in formats that
-libsndfile does not read also become rows; they are rejected and counted when shards are built.
+rows come from that, with the usual column names for audio, class and split.
 """
 
-from collections.abc import Iterator
+import re
 from pathlib import Path
-from typing import Any
 
 from whisper_aut.corpora.manifest import AUDIO_COLUMNS
-from whisper_aut.corpora.recipes.base import Recipe, audio_files
+from whisper_aut.corpora.recipes.base import AUDIO_SUFFIXES, Recipe, Rows, audio_files
 from whisper_aut.corpora.tables import TABLE_SUFFIXES, read_columns, read_rows
 from whisper_aut.errors import UserError
 
-SPLIT_NAMES = (
-    "train",
-    "training",
-    "valid",
-    "validation",
-    "val",
-    "dev",
-    "test",
-    "testing",
-    "eval",
-    "evaluation",
+SPLIT_NAME = re.compile(
+    r"train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?|fold[_-]*\d+", re.I
 )
-READABLE = (
-    ".wav",
-    ".flac",
-    ".ogg",
-    ".oga",
-    ".mp3",
-    ".opus",
-    ".aif",
-    ".aiff",
-    ".aifc",
-    ".au",
-    ".caf",
-    ".w64",
-    ".rf64",
-)
-UNREADABLE = (".m4a", ".aac", ".wma", ".mp4", ".webm", ".amr")  # libsndfile does not support these
+READABLE = (*AUDIO_SUFFIXES, ".oga", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
+# libsndfile does not read these. They become rows too, which are skipped and counted.
+UNREADABLE = (".m4a", ".aac", ".wma", ".mp4", ".webm", ".amr")
 LABEL_COLUMNS = (
-    "label",
-    "category",
-    "class",
-    "class_name",
-    "genre",
-    "style",
-    "family",
-    "instrument",
-    "emotion",
-    "word",
+    *("label", "category", "class", "class_name", "genre"),
+    *("style", "family", "instrument", "emotion", "word"),
 )
 SPLIT_COLUMNS = ("split", "fold", "subset")
 
 
-def rows(root: Path) -> Iterator[dict[str, Any]]:
+def _rows(root: Path) -> Rows:
     """Yield the manifest rows of a folder.
 
     Raises:
-        UserError: there is no folder, no audio or no class, or there are several tables.
+        UserError: there is no audio or no class, or there are several tables.
     """
-    if not root.is_dir():
-        raise UserError(f"There is no folder {root}.")
     tables = sorted(
         path for path in root.iterdir() if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()
     )
     if len(tables) > 1:
         raise UserError(
-            f"{root} holds {len(tables)} tables: {', '.join(path.name for path in tables)}. Build "
-            f"from the one that you mean: whisper-aut data build {tables[0]} --out OUT"
+            f"{root} has {len(tables)} tables: {', '.join(path.name for path in tables)}. Build "
+            f"from one of them: whisper-aut data build {tables[0]} --out OUT"
         )
-    yield from _from_table(root, tables[0]) if tables else _from_classes(root)
+    return _from_table(root, tables[0]) if tables else _from_classes(root)
 
 
-def _from_table(root: Path, table: Path) -> Iterator[dict[str, Any]]:
+def _from_table(root: Path, table: Path) -> Rows:
     columns = read_columns(table)
-    audio = next((name for name in AUDIO_COLUMNS if name in columns), "")
+    audio, label, split = (
+        next((name for name in names if name in columns), "")
+        for names in (AUDIO_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS)
+    )
     if not audio:
         raise UserError(
-            f"{table} has no column of audio files (looked for {', '.join(AUDIO_COLUMNS)}). It has "
-            f"{', '.join(columns)}."
+            f"{table} has no column of audio files (looked for {', '.join(AUDIO_COLUMNS)}). Its "
+            f"columns: {', '.join(columns)}."
         )
-    label = next((name for name in LABEL_COLUMNS if name in columns), "")
-    split = next((name for name in SPLIT_COLUMNS if name in columns), "")
     for number, row in read_rows(table):
-        if isinstance(row, str):  # a row without audio is rejected and counted
+        if isinstance(row, str):  # a row without audio is skipped and counted
             yield {"audio": "", "unreadable": f"line {number} of {table.name}: {row}"}
             continue
-        path = Path(str(row[audio]))
-        inside = (
-            path
-            if (root / path).exists() or not (root / "audio" / path).exists()
-            else Path("audio") / path
-        )
-        own = {key: value for key, value in row.items() if key and key != audio}
-        own |= {"audio": str(inside)}
-        own |= {"label": row[label]} if label and row[label] else {}
-        own |= {"split": str(row[split])} if split else {}
-        yield own
+        path = Path(str(row.pop(audio)))
+        if not (root / path).exists() and (root / "audio" / path).exists():
+            path = Path("audio") / path
+        row.pop("", None)
+        row["audio"] = str(path)
+        if label and row[label]:
+            row["label"] = row[label]
+        if split:
+            row["split"] = str(row[split])
+        yield row
 
 
-def _from_classes(root: Path) -> Iterator[dict[str, Any]]:
+def _from_classes(root: Path) -> Rows:
     files = [path.relative_to(root) for path in audio_files(root, READABLE + UNREADABLE)]
     if not files:
-        raise UserError(
-            f"{root} holds no audio ({' '.join(READABLE)}), neither in folders of classes nor "
-            "beside a table."
-        )
-    tops = sorted({path.parts[0] for path in files})
-    deep = any(len(path.parts) > 2 for path in files)
+        raise UserError(f"{root} has no audio files ({' '.join(READABLE)}) and no table.")
+    top_folders = sorted({path.parts[0] for path in files})
+    is_deep = any(len(path.parts) > 2 for path in files)
     # Numbers only name splits if there is a class below them: in 7/1.wav, 7 may be a digit class.
-    has_splits = all(_names_a_split(top) or (deep and top.isdecimal()) for top in tops)
-    odd = next((path for path in files if len(path.parts) != (3 if has_splits else 2)), None)
-    if odd:
-        raise UserError(
-            f"{root / odd} lies in no folder of a class. Expected {root}/CLASS/FILE or "
-            f"{root}/SPLIT/CLASS/FILE, where all splits are named like train, valid, test or "
-            f"fold1, or a table in {root}. It holds: {', '.join(tops[:10])}"
-        )
+    has_splits = all(
+        SPLIT_NAME.fullmatch(name) or (is_deep and name.isdecimal()) for name in top_folders
+    )
     for path in files:
-        split = {"split": path.parts[0]} if has_splits else {}
-        yield {
+        if len(path.parts) != (3 if has_splits else 2):
+            raise UserError(
+                f"{root / path} is not in the folder of a class. Expected {root}/CLASS/FILE or "
+                f"{root}/SPLIT/CLASS/FILE, where all splits are named like train, valid, test or "
+                f"fold1, or a table in {root}. It contains: {', '.join(top_folders[:10])}"
+            )
+        row = {
             "audio": str(path),
             "label": path.parent.name,
             "id": "-".join(path.with_suffix("").parts),
-        } | split
+        }
+        yield {**row, "split": path.parts[0]} if has_splits else row
 
 
-def _names_a_split(folder: str) -> bool:
-    name = folder.lower()
-    return name in SPLIT_NAMES or (
-        name.startswith("fold") and name.removeprefix("fold").strip("_-").isdecimal()
-    )
-
-
-RECIPE = Recipe(
-    name="folder",
-    title="A folder of your own",
-    domain="",
-    task="",
-    licence="",
-    source="",
-    rows=rows,
-    by_hand="It is yours: whisper-aut data build folder PATH --out OUT",
+RECIPES = (
+    Recipe(
+        name="folder",
+        title="A folder of your own",
+        domain="",
+        task="",
+        licence="",
+        source="",
+        rows=_rows,
+        manual_steps="Build it with: whisper-aut data build folder PATH --out OUT",
+    ),
 )

@@ -1,26 +1,18 @@
-"""Recipes for speech and vocal corpora.
+"""Speech: LibriSpeech, Speech Commands, CREMA-D, RAVDESS and VoxLingua107."""
 
-They are LibriSpeech, Speech Commands, CREMA-D, RAVDESS, VocalSound and VoxLingua107. LibriSpeech
-(Panayotov et al. 2015, https://www.openslr.org/12) is split by subset, and its upper-case
-transcripts become lower case.
-"""
-
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from whisper_aut.corpora.recipes.base import (
     Archive,
     Recipe,
+    Rows,
     audio_files,
     find,
-    read_json,
     with_article,
 )
 from whisper_aut.data.annotation import language_name, read_lines, whisper_codes
 
-LIBRISPEECH_URL = "https://www.openslr.org/resources/12"
-SHA256 = {
+LIBRISPEECH_SHA256 = {
     "dev-clean": "76f87d090650617fca0cac8f88b9416e0ebf80350acb97b343a85fa903728ab3",
     "dev-other": "12661c48e8c3fe1de2c1caa4c3e135193bfb1811584f11f569dd12645aa84365",
     "test-clean": "39fde525e59672dc6d1551919b1478f724438a95aa55f874b576be21967e6c23",
@@ -29,67 +21,99 @@ SHA256 = {
     "train-clean-360": "146a56496217e96c14334a160df97fffedd6e0a04e66b9c5af0d40be3c792ecf",
     "train-other-500": "ddb22f27f96ec163645d53215559df6aa36515f26e01dd70798188350adcb6d2",
 }
+RAVDESS_EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgusted", "surprised")
+CREMA_EMOTIONS = {  # written as ANG, DIS, …
+    emotion[:3].upper(): emotion
+    for emotion in RAVDESS_EMOTIONS
+    if emotion not in ("calm", "surprised")
+}
+RAVDESS_SENTENCES = ("kids are talking by the door", "dogs are sitting by the door")
 
 
-def librispeech_rows(raw: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of `LibriSpeech/SUBSET/SPEAKER/CHAPTER/*.flac`, split by subset."""
+def _librispeech(raw: Path) -> Rows:
+    """Split by subset; the upper-case transcripts become lower case."""
     for transcripts in sorted(find(raw, "LibriSpeech").glob("*/*/*/*.trans.txt")):
         for line in read_lines(transcripts):
             name, _, text = line.partition(" ")
             audio = transcripts.parent / f"{name}.flac"
-            split = audio.parents[2].name
             yield {
                 "audio": str(audio.relative_to(raw)),
                 "text": text.lower(),
-                "split": split,
+                "split": audio.parents[2].name,
                 "speaker": name.split("-")[0],
             }
 
 
-LIBRISPEECH = Recipe(
-    name="librispeech",
-    title="LibriSpeech",
-    domain="speech",
-    task="asr",
-    licence="CC BY 4.0",
-    source="https://www.openslr.org/12",
-    rows=librispeech_rows,
-    archives=tuple(
-        Archive(f"{LIBRISPEECH_URL}/{name}.tar.gz", f"sha256:{digest}")
-        for name, digest in SHA256.items()
-    ),
-    hours=982,
-    language="en",
-    max_seconds=36.0,
-    checked=("checksums",),
-)
-
-
-SPEECH_COMMANDS_URL = "http://download.tensorflow.org/data"
-
-
-def speech_commands_rows(raw: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of Speech Commands; clips in neither published list are the training split."""
+def _speech_commands(raw: Path) -> Rows:
+    """Clips in neither published list are the training split."""
     testing = find(raw, "testing_list.txt")
     root = testing.parent
-    split_of = dict.fromkeys(read_lines(root / "validation_list.txt"), "valid") | dict.fromkeys(
-        read_lines(testing), "test"
-    )
+    splits = dict.fromkeys(read_lines(root / "validation_list.txt"), "valid")
+    splits |= dict.fromkeys(read_lines(testing), "test")
     for path in audio_files(root):
-        name = path.relative_to(root).as_posix()
         word = path.parent.name
         if not word.startswith("_") and path.parent != root:
             yield {
                 "audio": str(path.relative_to(raw)),
                 "text": word,
                 "label": word,
-                "split": split_of.get(name, "train"),
+                "split": splits.get(path.relative_to(root).as_posix(), "train"),
                 "id": f"{word}-{path.stem}",
                 "speaker": path.stem.partition("_nohash_")[0],
             }
 
 
-def _speech_commands_recipe(name: str, title: str, release: str, digest: str) -> Recipe:
+def _crema_d(raw: Path) -> Rows:
+    for path in audio_files(find(raw, "AudioWAV")):
+        parts = path.stem.split("_")
+        if len(parts) == 4 and parts[2] in CREMA_EMOTIONS:
+            emotion = CREMA_EMOTIONS[parts[2]]
+            yield {
+                "audio": str(path.relative_to(raw)),
+                "text": f"a person speaks in {with_article(emotion)} voice",
+                "label": emotion,
+                "speaker": parts[0],
+                "sentence": parts[1],
+            }
+
+
+def _ravdess(raw: Path) -> Rows:
+    for path in audio_files(raw, (".wav",)):
+        parts = path.stem.split("-")
+        if len(parts) != 7 or parts[:2] != ["03", "01"]:  # not audio-only speech
+            continue
+        emotion, sentence = (
+            RAVDESS_EMOTIONS[int(parts[2]) - 1],
+            RAVDESS_SENTENCES[int(parts[4]) - 1],
+        )
+        speaker = "man" if int(parts[6]) % 2 else "woman"
+        yield {
+            "audio": str(path.relative_to(raw)),
+            "text": f"a {speaker} says “{sentence}” in {with_article(emotion)} voice",
+            "label": emotion,
+            "speaker": parts[6],
+        }
+
+
+def _voxlingua(raw: Path) -> Rows:
+    for path in audio_files(raw):
+        parts = path.relative_to(raw).parts
+        if len(parts) < 2:
+            continue
+        code = parts[-2]
+        yield {
+            "audio": str(path.relative_to(raw)),
+            "label": code,
+            # VoxLingua107 writes Hebrew as `iw`. Whisper has no code for some of its languages.
+            "language": next(iter(whisper_codes(code)), code),
+            "text": f"speech in {language_name(code)}",
+            "split": "valid" if "dev" in parts[:-2] else "train",
+            "id": f"{code}-{path.stem}",
+        }
+
+
+def _speech_commands_recipe(name: str, title: str, release: str, sha256: str) -> Recipe:
+    url = f"http://download.tensorflow.org/data/speech_commands_{release}.tar.gz"
     return Recipe(
         name=name,
         title=title,
@@ -97,180 +121,86 @@ def _speech_commands_recipe(name: str, title: str, release: str, digest: str) ->
         task="keyword",
         licence="CC BY 4.0",
         source="https://arxiv.org/abs/1804.03209",
-        rows=speech_commands_rows,
-        archives=(
-            Archive(
-                f"{SPEECH_COMMANDS_URL}/speech_commands_{release}.tar.gz",
-                f"sha256:{digest}",
-                into=f"speech_commands_{release}",
-            ),
-        ),
+        rows=_speech_commands,
+        archives=(Archive(url, f"sha256:{sha256}", into=f"speech_commands_{release}"),),
         language="en",
         checked=("checksums",),
     )
 
 
-SPEECH_COMMANDS_V1 = _speech_commands_recipe(
-    "speech_commands_v1",
-    "Speech Commands v0.01, 30 words",
-    "v0.01",
-    "743935421bb51cccdb6bdd152e04c5c70274e935c82119ad7faeec31780d811d",
-)
-SPEECH_COMMANDS_V2 = _speech_commands_recipe(
-    "speech_commands_v2_35",
-    "Speech Commands v0.02, 35 words",
-    "v0.02",
-    "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
-)
-
-
-CREMA_EMOTIONS = {
-    "ANG": "angry",
-    "DIS": "disgusted",
-    "FEA": "fearful",
-    "HAP": "happy",
-    "NEU": "neutral",
-    "SAD": "sad",
-}
-RAVDESS_EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgusted", "surprised")
-RAVDESS_SENTENCES = ("kids are talking by the door", "dogs are sitting by the door")
-VOCALSOUNDS = {
-    "laughter": "laughing",
-    "sigh": "sighing",
-    "cough": "coughing",
-    "throatclearing": "clearing the throat",
-    "sneeze": "sneezing",
-    "sniff": "sniffing",
-}
-
-
-def crema_d(raw: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of CREMA-D, labelled by emotion."""
-    for path in audio_files(find(raw, "AudioWAV")):
-        parts = path.stem.split("_")
-        if len(parts) == 4 and parts[2] in CREMA_EMOTIONS:
-            emotion = CREMA_EMOTIONS[parts[2]]
-            text = f"a person speaks in {with_article(emotion)} voice"
-            yield {
-                "audio": str(path.relative_to(raw)),
-                "text": text,
-                "label": emotion,
-                "speaker": parts[0],
-                "sentence": parts[1],
-            }
-
-
-def ravdess(raw: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the audio-only speech of RAVDESS, labelled by emotion."""
-    for path in audio_files(raw, (".wav",)):
-        parts = path.stem.split("-")
-        if len(parts) != 7 or parts[:2] != ["03", "01"]:  # not audio-only speech
-            continue
-        emotion, actor = RAVDESS_EMOTIONS[int(parts[2]) - 1], int(parts[6])
-        gender = "man" if actor % 2 else "woman"
-        yield {
-            "audio": str(path.relative_to(raw)),
-            "text": f"a {gender} says “{RAVDESS_SENTENCES[int(parts[4]) - 1]}” "
-            f"in {with_article(emotion)} voice",
-            "label": emotion,
-            "speaker": parts[6],
-        }
-
-
-def vocalsound(raw: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of VocalSound, labelled by kind of sound."""
-    audio = find(raw, "audio_16k").relative_to(raw)
-    for split, name in (("train", "tr"), ("valid", "val"), ("test", "te")):
-        for item in read_json(find(raw, f"datafiles/{name}.json"))["data"]:
-            file = item["wav"].rpartition("/")[2]
-            kind = Path(file).stem.rpartition("_")[2]
-            yield {
-                "audio": str(audio / file),
-                "text": f"a person {VOCALSOUNDS[kind]}",
-                "label": kind,
-                "split": split,
-                "speaker": file.partition("_")[0],
-            }
-
-
-def voxlingua(raw: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of VoxLingua107, labelled by language; `dev/` is the validation split."""
-    for path in audio_files(raw):
-        parts = path.relative_to(raw).parts
-        if len(parts) < 2:
-            continue
-        code, is_dev = parts[-2], "dev" in parts[:-2]
-        # VoxLingua107 writes Hebrew as `iw`. Whisper has no code for some of its languages.
-        language = next(iter(whisper_codes(code)), code)
-        yield {
-            "audio": str(path.relative_to(raw)),
-            "label": code,
-            "language": language,
-            "text": f"speech in {language_name(code)}",
-            "split": "valid" if is_dev else "train",
-            "id": f"{code}-{path.stem}",
-        }
-
-
-CREMA_D = Recipe(
-    name="crema_d",
-    title="CREMA-D",
-    domain="speech",
-    task="emotion",
-    licence="Open Database License 1.0",
-    source="https://github.com/CheyneyComputerScience/CREMA-D",
-    rows=crema_d,
-    by_hand=(
-        "The audio is kept in Git LFS: git lfs clone "
-        "https://github.com/CheyneyComputerScience/CREMA-D FOLDER"
-    ),
-    clips=7_442,
-)
-RAVDESS = Recipe(
-    name="ravdess",
-    title="RAVDESS, speech",
-    domain="speech",
-    task="emotion",
-    licence="CC BY-NC-SA 4.0",
-    source="https://zenodo.org/records/1188976",
-    rows=ravdess,
-    archives=(
-        Archive(
-            "https://zenodo.org/records/1188976/files/Audio_Speech_Actors_01-24.zip?download=1",
-            "md5:bc696df654c87fed845eb13823edef8a",
+RECIPES = (
+    Recipe(
+        name="librispeech",
+        title="LibriSpeech",
+        domain="speech",
+        task="asr",
+        licence="CC BY 4.0",
+        source="https://www.openslr.org/12",
+        rows=_librispeech,
+        archives=tuple(
+            Archive(f"https://www.openslr.org/resources/12/{name}.tar.gz", f"sha256:{digest}")
+            for name, digest in LIBRISPEECH_SHA256.items()
         ),
+        hours=982,
+        language="en",
+        max_seconds=36.0,
+        checked=("checksums",),
     ),
-    clips=1_440,
-    download_gb=0.2,
-    checked=("clips", "download_gb", "licence"),
-)
-VOCALSOUND = Recipe(
-    name="vocalsound",
-    title="VocalSound",
-    domain="sound",
-    task="caption",
-    licence="CC BY-SA 4.0",
-    source="https://github.com/YuanGongND/vocalsound",
-    rows=vocalsound,
-    by_hand=(
-        "The page links the 16 kHz release, one zip. Unpack it into the folder, so that audio_16k/ "
-        "and datafiles/ lie in it."
+    _speech_commands_recipe(
+        "speech_commands_v1",
+        "Speech Commands v0.01, 30 words",
+        "v0.01",
+        "743935421bb51cccdb6bdd152e04c5c70274e935c82119ad7faeec31780d811d",
     ),
-    clips=21_024,
-    download_gb=1.7,
-    checked=("clips", "download_gb"),
-)
-VOXLINGUA = Recipe(
-    name="voxlingua",
-    title="VoxLingua107",
-    domain="speech",
-    task="language",
-    licence="collection CC BY 4.0; audio from YouTube",
-    source="https://bark.phon.ioc.ee/voxlingua107",
-    rows=voxlingua,
-    by_hand=(
-        "The page lists one zip per language and dev.zip. Unpack those that you want into the "
-        "folder, each as a folder named by its language's code, and dev.zip as dev/."
+    _speech_commands_recipe(
+        "speech_commands_v2_35",
+        "Speech Commands v0.02, 35 words",
+        "v0.02",
+        "af14739ee7dc311471de98f5f9d2c9191b18aedfe957f4a6ff791c709868ff58",
     ),
-    hours=6_628,
+    Recipe(
+        name="crema_d",
+        title="CREMA-D",
+        domain="speech",
+        task="emotion",
+        licence="Open Database License 1.0",
+        source="https://github.com/CheyneyComputerScience/CREMA-D",
+        rows=_crema_d,
+        manual_steps=(
+            "The audio is kept in Git LFS: git lfs clone "
+            "https://github.com/CheyneyComputerScience/CREMA-D FOLDER"
+        ),
+        clips=7_442,
+    ),
+    Recipe(
+        name="ravdess",
+        title="RAVDESS, speech",
+        domain="speech",
+        task="emotion",
+        licence="CC BY-NC-SA 4.0",
+        source="https://zenodo.org/records/1188976",
+        rows=_ravdess,
+        archives=(
+            Archive(
+                "https://zenodo.org/records/1188976/files/Audio_Speech_Actors_01-24.zip?download=1",
+                "md5:bc696df654c87fed845eb13823edef8a",
+            ),
+        ),
+        clips=1_440,
+        checked=("clips", "licence"),
+    ),
+    Recipe(
+        name="voxlingua",
+        title="VoxLingua107",
+        domain="speech",
+        task="language",
+        licence="collection CC BY 4.0; audio from YouTube",
+        source="https://bark.phon.ioc.ee/voxlingua107",
+        rows=_voxlingua,
+        manual_steps=(
+            "The page lists one zip per language and dev.zip. Unpack those that you want into the "
+            "folder, each as a folder named by its language's code, and dev.zip as dev/."
+        ),
+        hours=6_628,
+    ),
 )
