@@ -1,4 +1,4 @@
-# `make help` lists what there is. Every target installs the environment by itself; python3 (3.11+), git and make suffice.
+# `make help` lists the targets. Each one installs the environment if needed; it takes python3 (3.11+), git and make.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3
@@ -27,8 +27,8 @@ help: ## list the targets
 
 setup: $(STAMP) ## install the pinned environment into .venv (about a minute; runs by itself where needed)
 
-# uv is bootstrapped with pip into a corner of its own, so that the environment holds exactly what the lock names. It leaves bytecode out;
-# where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would compile the sources anew and take twice as long.
+# uv is installed with pip into its own environment, so that .venv has exactly the packages of the lock. uv does not compile bytecode;
+# where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would compile the sources again and take twice as long.
 IMPORT_ALL := import importlib, pkgutil, whisper_aut as w; \
 	[importlib.import_module(found.name) for found in pkgutil.walk_packages(w.__path__, 'whisper_aut.')]
 $(STAMP): requirements.lock pyproject.toml
@@ -40,15 +40,15 @@ $(STAMP): requirements.lock pyproject.toml
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "$(IMPORT_ALL)"
 	@touch $@
 
-lock: ## resolve the dependencies anew and rewrite requirements.lock
+lock: ## resolve the dependencies and rewrite requirements.lock
 	@test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/pip install -q --disable-pip-version-check uv; }
 	.uv/bin/uv pip compile -q pyproject.toml --extra demo --extra remote --extra lora --extra onnx --extra parquet \
 		--group dev --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -o requirements.lock
 
-train-aut: $(STAMP) ## the whole AuT story: data, training, export, probes, report (CONFIG=, DATA=, ARGS="key=value")
+train-aut: $(STAMP) ## the whole AuT pipeline: data, training, export, probes, report (CONFIG=, DATA=, ARGS="key=value")
 	@$(BIN)/whisper-aut train $(CONFIG_AUT) $(OVERRIDES)
 
-train-uniwhisper: $(STAMP) ## the whole UniWhisper story, through a frozen language model (CONFIG=, DATA=, ARGS="key=value")
+train-uniwhisper: $(STAMP) ## the whole UniWhisper pipeline, through a frozen language model (CONFIG=, DATA=, ARGS="key=value")
 	@$(BIN)/whisper-aut train $(CONFIG_UNIWHISPER) $(OVERRIDES)
 
 probe: $(STAMP) ## score an encoder (ENCODER=, TASKS="a b", optional AGAINST=, DATA=, OUT=, ARGS="--kind knn")
@@ -56,7 +56,7 @@ probe: $(STAMP) ## score an encoder (ENCODER=, TASKS="a b", optional AGAINST=, D
 	@$(BIN)/whisper-aut probe $(ENCODER) $(foreach base,$(AGAINST),--against $(base)) --tasks $(TASKS) \
 		$(if $(DATA),--root $(DATA)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-experiment: $(STAMP) ## a grid of configs and seeds, resumed where it was stopped (CONFIG=, DATA=, OUT=, ARGS="--plan")
+experiment: $(STAMP) ## a grid of configs and seeds; resumes if it was stopped (CONFIG=, DATA=, OUT=, ARGS="--plan")
 	@test -n "$(CONFIG)" || { echo 'make experiment CONFIG=conf/experiments/e4_mixture.yaml [DATA=FOLDER] [OUT=FOLDER] [ARGS=--plan]'; exit 1; }
 	@$(BIN)/whisper-aut experiment $(CONFIG) $(if $(DATA),root=$(DATA)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
