@@ -1,4 +1,4 @@
-"""The report and the demo in a real browser, headless and cut off from the network: figures are drawn, and print without JavaScript."""
+"""The report and the demo page in a headless browser without network."""
 
 import re
 import shutil

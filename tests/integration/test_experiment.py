@@ -54,9 +54,9 @@ def experiment(tmp_path: Path, tiny_whisper: Path, tiny_shards: Path) -> Path:
 
 def trained(folder: Path) -> dict[str, int]:
     return {
-        place.name: len(list(place.glob("2*")))
-        for place in (folder / "runs").iterdir()
-        if place.name.endswith("-s0")
+        path.name: len(list(path.glob("2*")))
+        for path in (folder / "runs").iterdir()
+        if path.name.endswith("-s0")
     }
 
 

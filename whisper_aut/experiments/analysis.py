@@ -127,8 +127,7 @@ class Results:
 
     @property
     def domains(self) -> list[str]:
-        present = {task.domain for task in self.tasks.values()}
-        return [domain for domain in DOMAINS if domain in present]
+        return sorted({task.domain for task in self.tasks.values()}, key=DOMAINS.index)
 
     @property
     def answers(self) -> list[str]:
@@ -260,9 +259,9 @@ def compare(results: Results) -> list[Comparison]:
             rows.append((arm, endpoint, known))
     if not rows:
         return []
-    key = (primary.get("arm"), primary.get("endpoint"))
-    matches = [row for row, (arm, endpoint, _) in enumerate(rows) if (arm, endpoint.name) == key]
-    primary_row = matches[0] if matches else None
+    names = [[arm, endpoint.name] for arm, endpoint, _ in rows]
+    name = [primary.get("arm", ""), primary.get("endpoint", "")]
+    primary_row = names.index(name) if name in names else None
     tests = paired_tests(
         np.array([differences for *_, differences in rows]),
         np.array([margin if endpoint.is_score else np.nan for _, endpoint, _ in rows]),
@@ -344,8 +343,7 @@ def detectable_difference(
         alpha: The level that the p-value must reach.
         power: The probability.
     """
-    freedom = runs - 1
-    critical = t.isf(alpha / 2, freedom)
+    freedom, critical = runs - 1, t.isf(alpha / 2, runs - 1)
     # scipy's noncentral t is NaN this far out: average the normal over quantiles of the chi-square.
     bounds = critical * np.sqrt(chi2.ppf((np.arange(2_000) + 0.5) / 2_000, freedom) / freedom)
 
@@ -394,8 +392,8 @@ def first_at_most(curve: Sequence[Validation], threshold: float) -> Validation |
 
 def result_tables(results: Results) -> list[Table]:
     """Return the tables of an experiment that have rows."""
-    build = (score_table, answer_table, cost_table, threshold_table, comparison_table)
-    return [table for one in build if (table := one(results)).rows]
+    builders = (score_table, answer_table, cost_table, threshold_table, comparison_table)
+    return [table for build in builders if (table := build(results)).rows]
 
 
 def _arm_table(
@@ -587,10 +585,7 @@ def results_page(results: Results) -> str:
 
 
 def write_report(path: Path, console: Console) -> Path:
-    """Print the tables of stored results, and write `.md` and `.png` next to the JSON file.
-
-    Returns the path of the Markdown file.
-    """
+    """Print the tables of stored results; write `.png` and `.md` next to them, and return `.md`."""
     results = Results.load(path)
     plot_results(results, path.with_suffix(".png"))
     write_text(path.with_suffix(".md"), results_page(results))
@@ -650,7 +645,8 @@ def _plot_scores(axes: Axes, results: Results, endpoint: Endpoint, panels: int) 
     count = 1 + max(colour for _, _, colour, _ in arms)
     shift = min(0.14, 0.6 / count)
     for index in range(count):
-        series = [(arm, x, title) for arm, x, colour, title in arms if colour == index]
+        series = [(arm, x, title) for arm, x, number, title in arms if number == index]
+        colour = PALETTE[index % len(PALETTE)]
         positions, means, deviations = [], [], []
         for arm, x, _ in series:
             values = [endpoint.value(one) for one in by_arm[arm]]
@@ -661,12 +657,12 @@ def _plot_scores(axes: Axes, results: Results, endpoint: Endpoint, panels: int) 
                 means.append(mean)
                 deviations.append(std or 0.0)
                 x_runs = [positions[-1]] * len(known)
-                axes.plot(x_runs, known, ".", color=PALETTE[index], markersize=3, alpha=0.5)
+                axes.plot(x_runs, known, ".", color=colour, markersize=3, alpha=0.5)
         axes.errorbar(
             positions,
             means,
             yerr=deviations,
-            color=PALETTE[index],
+            color=colour,
             marker=MARKERS[index % len(MARKERS)],
             linestyle="-" if figure["ordered"] else "none",
             label=f"{figure['colour'].replace('_', ' ')}: {series[0][2]}" if count > 1 else None,

@@ -11,10 +11,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from whisper_aut.config import (
-    CorporaSettings,
-    load_settings,
-)
+from whisper_aut.config import CorporaSettings, load_settings
 from whisper_aut.corpora.audit import AUDIT_NAME, read_audit, run_audit, unaudited
 from whisper_aut.data.shards import open_index
 from whisper_aut.errors import Interrupted, UserError
@@ -74,12 +71,11 @@ def run_experiment(settings: ExperimentSettings, path: Path, out: Path, console:
     for run in runs:
         prepare_corpora(load_settings(run.config, run.overrides).corpora, console)
     found = _make_all(settings.name, runs, console)
-    bench = Bench(settings, conf, Path(settings.runs) / settings.name, probes)
+    evaluator = ArmEvaluator(settings, conf, probes)
     measurements = []
     for seed, arm in product(settings.seeds, arms):
         console.print(f"Measuring {arm.name}, seed {seed}")
-        measurements.append(bench.measure(arm, seed, found[arm.runs[seed].name]))
-    baseline = bench.score("log-mel", LogMelBaseline(), EmbedSettings(quiet=True))
+        measurements.append(evaluator.measure(arm, seed, found[arm.runs[seed].name]))
     environment = read_json(found[runs[-1].name].directory.environment, default={})
     results = Results(
         name=settings.name,
@@ -87,10 +83,10 @@ def run_experiment(settings: ExperimentSettings, path: Path, out: Path, console:
         question=settings.question,
         reference=settings.reference,
         arms={arm.name: arm.titles for arm in arms},
-        tasks=bench.tasks,
+        tasks=evaluator.tasks,
         measurements=tuple(measurements),
-        baseline=baseline,
-        audits=tuple(bench.audit(list(found.values()))),
+        baseline=evaluator.score("log-mel", LogMelBaseline(), EmbedSettings(quiet=True)),
+        audits=tuple(evaluator.audit(list(found.values()))),
         settings={
             name: asdict(settings)[name] for name in ("primary", "margin", "thresholds", "figure")
         },
@@ -160,31 +156,28 @@ def _check_primary(
         )
 
 
-class Bench:
-    """Measures arms. Scores, embeddings and answers are kept in `work` and reused."""
+class ArmEvaluator:
+    """Measures arms. Scores, embeddings and answers are stored on disk and reused."""
 
     def __init__(
-        self,
-        settings: ExperimentSettings,
-        conf: Path,
-        work: Path,
-        probes: Sequence[ProbeSetSettings],
+        self, settings: ExperimentSettings, conf: Path, probes: Sequence[ProbeSetSettings]
     ):
-        self.settings, self.conf, self.work, self.probes = settings, conf, work, probes
+        self.settings, self.conf, self.probes = settings, conf, probes
+        self.folder = Path(settings.runs) / settings.name
         self.tasks: dict[str, TaskMetadata] = {}
-        self._test_clips: dict[str, str] = {}
+        self._test_clips: dict[str, str] = {}  # task → hash of the names of its test clips
 
     def measure(self, arm: Arm, seed: int, found: FoundRun) -> Measurement:
         """Measure one arm with one seed, whose run is finished."""
-        how = arm.evaluate
+        options = arm.evaluate
         encoder = load_encoder(
             str(found.export),
-            padding=how.padding or found.settings.model.padding,
+            padding=options.padding or found.settings.model.padding,
             random_init=arm.random,
             seed=seed,
         )
-        layers = () if how.layer is None else (how.layer,)
-        embedding = EmbedSettings(pooling=how.pooling or "mean", layers=layers, quiet=True)
+        layers = () if options.layer is None else (options.layer,)
+        embedding = EmbedSettings(pooling=options.pooling or "mean", layers=layers, quiet=True)
         label = f"{arm.name.replace(SEPARATOR, '-')}-s{seed}"
         trained = not arm.random
         return Measurement(
@@ -207,7 +200,7 @@ class Bench:
                 root=probes.root,
                 cache=Path(self.settings.runs) / "embeddings",
                 embedding=embedding,
-                scores_file=self.work / "scores" / f"{label}-{number}.json",
+                scores_file=self.folder / "scores" / f"{label}-{number}.json",
             )
             self._check_clips(scores)
             found |= {entry.task: round(entry.mean, 6) for entry in scores.entries}
@@ -225,20 +218,22 @@ class Bench:
 
     def _answer(self, found: FoundRun) -> dict[str, float]:
         """Return the metrics of a language model's answers about test clips."""
-        wanted = self.settings.answers
-        if not wanted.tasks or found.settings.decoder["name"] != "causal_lm":
+        answers = self.settings.answers
+        if not answers.tasks or found.settings.decoder["name"] != "causal_lm":
             return {}
-        shards = {task: open_index(folder).fingerprint() for task, folder in wanted.tasks.items()}
+        shards = {task: open_index(folder).fingerprint() for task, folder in answers.tasks.items()}
         fingerprint = read_json(found.directory.done)["fingerprint"]
-        identity = digest({"run": fingerprint, "shards": shards, "limit": wanted.limit})
-        path = self.work / "answers" / f"{found.run.name}.json"
+        identity = digest({"run": fingerprint, "shards": shards, "limit": answers.limit})
+        path = self.folder / "answers" / f"{found.run.name}.json"
         stored = read_json(path, default={})
         if stored.get("identity") == identity:
             return stored["metrics"]
         module = open_run(found.directory.path)
         metrics: dict[str, float] = {}
-        for task, folder in wanted.tasks.items():
-            result = evaluate(module, [folder], tasks=[task], limit=wanted.limit, max_new_tokens=32)
+        for task, folder in answers.tasks.items():
+            result = evaluate(
+                module, [folder], tasks=[task], limit=answers.limit, max_new_tokens=32
+            )
             metrics |= {name: round(value, 6) for name, value in result.metrics.items()}
         metrics = {name: value for name, value in metrics.items() if not name.startswith("cer_")}
         write_json(path, {"identity": identity, "metrics": metrics})
@@ -251,7 +246,7 @@ class Bench:
         for number, probes in enumerate(self.probes):
             tasks = load_tasks(probes.tasks, self.conf)
             tested = sorted({f for task in tasks for f in task.test_folders(probes.root)})
-            out = self.work / f"audit-{number}"
+            out = self.folder / f"audit-{number}"
             audit = read_audit(out / AUDIT_NAME)
             if not audit or unaudited(audit, "train", train) or unaudited(audit, "probes", tested):
                 run_audit(train, tested, out)

@@ -54,7 +54,6 @@ DOTS_PER_INCH = 150
 BAR_GROUP_WIDTH = 0.8  # of the distance between two tasks
 CHARACTERS_PER_PAGE = 90  # in the tick labels below a figure
 MAX_MARKED_POINTS = 30
-STEP_LABEL = "optimizer step"
 # Maps: at most this many clips of a task and t-SNE iterations; no map for fewer clips.
 MAX_MAP_CLIPS, MAX_TSNE_STEPS, MIN_MAP_CLIPS = 400, 500, 12
 # At most this many classes get a legend or numbers in a matrix, and axis labels in a matrix.
@@ -223,22 +222,16 @@ def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
     figure = new_figure(height=3.6, columns=len(panels), sharey=True)
     for axes, (split, lines) in zip(figure.axes, panels.items(), strict=True):
         for index, (metric, points) in enumerate(lines.items()):
-            _plot_loss(axes, metric, points, PALETTE[(index + 3) % len(PALETTE)])
-        axes.set(xlabel=STEP_LABEL, title={"train": "Training", "valid": "Validation"}[split])
+            domain = next((domain for domain in DOMAIN_COLOURS if domain in metric), "")
+            colour = DOMAIN_COLOURS.get(domain, PALETTE[(index + 3) % len(PALETTE)])
+            if metric == "loss":
+                _plot_series(axes, points, color="black", label="all domains", linewidth=2)
+            else:
+                _plot_series(axes, points, color=colour, label=domain or metric)
+        axes.set_title({"train": "Training", "valid": "Validation"}[split])
         axes.legend()
     figure.axes[0].set_ylabel("loss (nats per token)")
     return save_figure(figure, path)
-
-
-def _plot_loss(axes: Axes, metric: str, points: Series, other_colour: str) -> None:
-    steps, losses = zip(*points, strict=True)
-    marker = "o" if len(points) <= MAX_MARKED_POINTS else None
-    domain = next((domain for domain in DOMAIN_COLOURS if domain in metric), None)
-    if metric == "loss":
-        axes.plot(steps, losses, "k", label="all domains", linewidth=2, marker=marker)
-    else:
-        colour = DOMAIN_COLOURS.get(domain or "", other_colour)
-        axes.plot(steps, losses, color=colour, label=domain or metric, marker=marker)
 
 
 @rc_context(STYLE)
@@ -257,14 +250,11 @@ def plot_speed(metrics_csv: str | Path, path: str | Path) -> Path | None:
     if not speed or not wait:
         return None
     figure = new_figure(height=2.6, columns=2)
-    for axes, points, title, label, scale in (
-        (figure.axes[0], speed, "Speed", "audio-seconds per second", 1),
-        (figure.axes[1], wait, "Waiting for data", "% of the time", 100),
-    ):
-        steps, values = zip(*points, strict=True)
-        marker = "o" if len(points) <= MAX_MARKED_POINTS else None
-        axes.plot(steps, [scale * value for value in values], color=PALETTE[0], marker=marker)
-        axes.set(xlabel=STEP_LABEL, ylabel=label, ylim=(0, None), title=title)
+    left, right = figure.axes
+    _plot_series(left, speed, color=PALETTE[0])
+    left.set(title="Speed", ylabel="audio-seconds per second", ylim=(0, None))
+    _plot_series(right, wait, scale=100, color=PALETTE[0])
+    right.set(title="Waiting for data", ylabel="% of the time", ylim=(0, None))
     return save_figure(figure, path)
 
 
@@ -286,19 +276,21 @@ def plot_learning(metrics_csv: str | Path, path: str | Path) -> Path | None:
     if not series:
         return None
     figure = new_figure(height=3.2)
-    axes = figure.axes[0]
     for index, (name, points) in enumerate(series.items()):
-        steps, values = zip(*points, strict=True)
-        axes.plot(
-            steps,
-            [100 * value for value in values],
-            color=PALETTE[index % len(PALETTE)],
-            marker=MARKERS[index % len(MARKERS)],
-            label=name,
+        _plot_series(
+            figure.axes[0], points, scale=100, color=PALETTE[index % len(PALETTE)], label=name
         )
-    axes.set(xlabel=STEP_LABEL, ylabel="score (%)", title="Probes during training")
+    figure.axes[0].set(ylabel="score (%)", title="Probes during training")
     legend_below(figure)
     return save_figure(figure, path)
+
+
+def _plot_series(axes: Axes, points: Series, scale: float = 1, **options: Any) -> None:
+    """Plot a series against the step; few points get markers."""
+    marker = "o" if len(points) <= MAX_MARKED_POINTS else None
+    steps, values = np.array(points).T
+    axes.plot(steps, scale * values, marker=marker, **options)
+    axes.set_xlabel("optimizer step")
 
 
 def read_metrics(metrics_csv: str | Path) -> dict[str, Series]:
