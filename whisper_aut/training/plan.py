@@ -235,8 +235,7 @@ class StepCounter(TorchDispatchMode):
         self.kernels: Counter[tuple[float, int]] = Counter()
         self.now = self.gradients = self.peak = self.peak_with_gradients = 0
         self._known: dict[int, Any] = {}
-        for tensor in present:
-            storage = tensor.untyped_storage()
+        for storage in (tensor.untyped_storage() for tensor in present):
             self._known[id(storage)] = storage
 
     def set_gradient_apart(self, parameter: Tensor) -> None:
@@ -250,13 +249,21 @@ class StepCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if not made:  # `prim.device` and the like, which run on the host
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if not outputs:  # `prim.device` and the like, which run on the host
             return out
-        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self._count(func, args, kwargs, out, read, made)
-        for tensor in made:
-            self._meet(tensor.untyped_storage())
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = {id(tensor.untyped_storage()) for tensor in inputs}
+        is_view = all(id(tensor.untyped_storage()) in given for tensor in outputs)
+        operator = func._overloadpacket
+        if operator not in _EMPTY and (func._schema.is_mutable or not is_view):
+            flops = _FLOPS[operator](*args, **kwargs, out_val=out) if operator in _FLOPS else 0
+            written = sum(tensor.nbytes for tensor in outputs)
+            sizes = [tensor.nbytes for tensor in inputs]
+            read = sum(min(size, written) if operator in _GATHER else size for size in sizes)
+            self.kernels[flops, written + read] += 1
+        for tensor in outputs:
+            self._track(tensor.untyped_storage())
         # The backward pass sums gradients in place. With fake tensors it allocates a new tensor
         # for the sum, which must not raise the peak.
         if func is not _ATEN.add.Tensor or torch.is_grad_enabled():
@@ -264,22 +271,7 @@ class StepCounter(TorchDispatchMode):
             self.peak_with_gradients = max(self.peak_with_gradients, self.now + self.gradients)
         return out
 
-    def _count(
-        self, func: Any, args: Any, kwargs: Any, out: Any, read: list[Tensor], made: list[Tensor]
-    ) -> None:
-        given = {id(tensor.untyped_storage()) for tensor in read}
-        is_view = all(id(tensor.untyped_storage()) in given for tensor in made)
-        packet = func._overloadpacket
-        if packet in _EMPTY or (is_view and not func._schema.is_mutable):
-            return
-        flops = _FLOPS[packet](*args, **kwargs, out_val=out) if packet in _FLOPS else 0
-        written = sum(tensor.nbytes for tensor in made)
-        sizes = (tensor.nbytes for tensor in read)
-        self.kernels[
-            flops, written + sum(min(s, written) if packet in _GATHER else s for s in sizes)
-        ] += 1
-
-    def _meet(self, storage: Any) -> None:
+    def _track(self, storage: Any) -> None:
         key, size = id(storage), storage.nbytes()
         if key in self._known:
             return
@@ -291,8 +283,7 @@ class StepCounter(TorchDispatchMode):
         self.now -= size
 
 
-@dataclass(frozen=True)
-class DeviceMemory:
+class DeviceMemory(NamedTuple):
     """Peak memory of one device during a step, in bytes."""
 
     weights: float
@@ -558,87 +549,58 @@ def planned_config(model: ModelSettings) -> WhisperConfig:
 
 def forecast_tables(plan: Forecast) -> Iterator[Table | str]:
     """Yield the texts and tables of a forecast for the console."""
-    cost = plan.cost
-    millions = (f"{count / 1e6:,.1f} M" for count in (cost.encoder, cost.decoder, cost.trainable))
-    yield "Parameters: encoder {}, decoder {}, trainable {}".format(*millions)
-    useful, computed = (
-        f"{flops * plan.micro_batches / 1e12:,.3g}" for flops in (cost.model_flops, cost.flops)
+    cost, teraflop = plan.cost, plan.micro_batches / 1e12
+    yield (
+        f"Parameters: encoder {cost.encoder / 1e6:,.1f} M, decoder {cost.decoder / 1e6:,.1f} M, "
+        f"trainable {cost.trainable / 1e6:,.1f} M"
     )
     yield (
-        f"A step: {useful} useful of {computed} TFLOP per device in "
-        f"{cost.launches * plan.micro_batches:,} kernels, {plan.step_audio_seconds:,.0f} "
-        f"audio-seconds per device on {plan.ranks} device{'s' * (plan.ranks > 1)}, "
-        f"{plan.micro_batches} micro-batch{'es' * (plan.micro_batches > 1)}"
-        + (f"; {plan.steps:,} steps" if plan.steps else "; the number of steps is not known")
+        f"A step: {cost.model_flops * teraflop:,.3g} useful of {cost.flops * teraflop:,.3g} TFLOP "
+        f"per device in {cost.launches * plan.micro_batches:,} kernels, "
+        f"{plan.step_audio_seconds:,.0f} audio-seconds per device; {plan.ranks} devices, "
+        f"{plan.micro_batches} micro-batches; "
+        + (f"{plan.steps:,} steps" if plan.steps else "the number of steps is not known")
     )
     yield _memory_table(plan)
     yield _device_table(plan)
     yield (
         f"Times are estimates: matrix products at {PRODUCT_EFFICIENCY:.0%} of the peak, other "
         f"kernels at {MEMORY_EFFICIENCY:.0%} of the memory bandwidth, "
-        f"{1e6 * LAUNCH_SECONDS:.0f} µs a launch; communication, validation and checkpoints are "
-        "not counted. MFU counts useful FLOPs, utilisation those that are computed again too."
+        f"{1e6 * LAUNCH_SECONDS:.0f} µs per launch; communication, validation and checkpoints are "
+        "not counted. MFU counts useful FLOPs, utilisation also those that are recomputed."
     )
     yield from (f"Assumed: {assumption}" for assumption in plan.assumptions)
 
 
 def _memory_table(plan: Forecast) -> Table:
-    table = Table(
-        title=f"GiB per device over {plan.ranks}, at the worst moment of a step",
-        title_justify="left",
-    )
-    for column in (
-        "",
-        "weights",
-        "gradients",
-        "optimiser",
-        "activations",
-        "total",
-        "with checkpointing",
-    ):
-        table.add_column(column, justify="left" if not column else "right")
+    table = Table("", title_justify="left")
+    table.title = f"GiB per device over {plan.ranks}, at the worst moment of a step"
+    parts = ("weights", "gradients", "optimizer", "activations", "total", "with checkpointing")
+    for column in parts:
+        table.add_column(column, justify="right")
     for stage, name in enumerate(STAGES):
         memory = plan.memory(stage, checkpointing=False)
-        parts = (
-            memory.weights,
-            memory.gradients,
-            memory.optimizer,
-            memory.activations,
-            memory.total,
-        )
-        lean = plan.memory(stage, checkpointing=True).total
+        checkpointed = plan.memory(stage, checkpointing=True)
+        sizes = (*memory, memory.total, checkpointed.total)
         marked = Text(name, style="bold" if stage == plan.stage else "")
-        table.add_row(marked, *(f"{part / GIBIBYTE:.2f}" for part in (*parts, lean)))
+        table.add_row(marked, *(f"{size / GIBIBYTE:.2f}" for size in sizes))
     return table
 
 
 def _device_table(plan: Forecast) -> Table:
-    table = Table(
-        title=f"On {plan.ranks} of these",
-        title_justify="left",
-    )
-    for column in (
-        "device",
-        "what fits",
-        "step",
-        "MFU",
-        "utilisation",
-        "whole run",
-        "audio-s/s",
-        "cores for data",
-        "reads MB/s",
-    ):
-        table.add_column(column, justify="left" if column in ("device", "what fits") else "right")
+    table = Table("device", "what fits", title=f"On {plan.ranks} of these", title_justify="left")
+    speeds = ("step", "MFU", "utilisation", "whole run", "audio-s/s", "cores for data")
+    for column in (*speeds, "reads MB/s"):
+        table.add_column(column, justify="right")
     for device in ACCELERATORS:
         seconds = plan.step_seconds(device)
         audio = plan.ranks * plan.step_audio_seconds / seconds
-        run = str(timedelta(seconds=round(seconds * plan.steps))) if plan.steps else "?"
         table.add_row(
             device.name,
             plan.what_fits(device),
             f"{seconds:.3g} s",
             *(f"{fraction:.0%}" for fraction in plan.utilisation(device)),
-            run,
+            str(timedelta(seconds=round(seconds * plan.steps))) if plan.steps else "?",
             f"{audio:,.0f}",
             f"{max(1, -(-audio // CORE_AUDIO_SECONDS)):,.0f}",
             f"{audio * plan.bytes_per_audio_second / 1e6:,.1f}",
