@@ -19,7 +19,7 @@ from stories import BATCH_CLIPS, small_whisper, story_settings
 
 from whisper_aut.config import Settings
 from whisper_aut.data.batch import Batch
-from whisper_aut.data.dataset import TrainLoader
+from whisper_aut.data.datamodule import TrainLoader
 from whisper_aut.report.plots import Series, read_metrics
 from whisper_aut.training.factory import build_data, build_decoder, build_module, build_pretrained
 from whisper_aut.training.train import train

@@ -16,7 +16,7 @@ from tests.support.training import (
     settings_for,
     weights_of,
 )
-from whisper_aut.data.ledger import Ledger
+from whisper_aut.data.dataset import Ledger
 from whisper_aut.errors import UserError
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.training.callbacks.stopping import SPIKE_HISTORY, Guard, SpikeDetector

@@ -470,7 +470,7 @@ def test_mistakes_are_found_before_anything_is_written(
         ([f"model.path={tmp_path}"], "not a usable Whisper checkpoint"),
         (["decoder.max_tokens=1000"], "outside 8 to 448"),
         (["decoder.prompts.sound.language=xx"], "is not a language of Whisper"),
-        (["data.samples_per_epoch=1"], "holds no step"),
+        (["data.samples_per_epoch=1"], "is shorter than one step"),
     ]
     for overrides, message in bad:
         domains = ["data.domains={speech: 1, sound: 0, music: 0}"]

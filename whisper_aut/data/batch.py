@@ -3,6 +3,9 @@
 Shapes, here and in all other modules: B clips, S samples, M mel bins, F mel frames (10 ms), T
 encoder frames (20 ms), L text tokens, D width, V vocabulary; ΣF is a sum over the clips of a batch.
 Lengths are plain integers on the host, so reading them never waits for the device.
+
+The classes of a batch are not frozen: Lightning's half-precision and DeepSpeed plugins copy a batch
+and assign its fields.
 """
 
 from collections.abc import Sequence
@@ -13,8 +16,6 @@ from torch import Tensor
 
 from whisper_aut.data.reader import SkippedSample
 from whisper_aut.data.sampler import Cursor
-
-TENSORS = ("tokens", "supervised", "label_indices")  # the fields of `Targets` that are tensors
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Targets:
 
     Attributes:
         tokens, supervised: `[ΣL]`; see `TokenTarget`.
-        label_indices: `[N]`, indices of the supervised tokens. They are computed on the host: on the
-            device, `nonzero` would force a synchronisation.
+        label_indices: `[N]`, indices of the N supervised tokens. They are computed on the host;
+            on the device, `nonzero` would force a synchronisation.
         lengths: number of tokens of each clip.
         prompt_lengths: number of prompt tokens of each clip.
         counts: number of supervised tokens of each clip.
@@ -61,15 +62,10 @@ class Targets:
     @classmethod
     def pack(cls, targets: Sequence[TokenTarget]) -> "Targets":
         """Concatenate the targets of the clips."""
-        supervised = (
-            torch.cat([target.supervised for target in targets])
-            if targets
-            else torch.zeros(0, dtype=torch.bool)
-        )
+        no_tokens = torch.zeros(0, dtype=torch.long)
+        supervised = torch.cat([no_tokens.bool(), *(target.supervised for target in targets)])
         return cls(
-            tokens=torch.cat([target.tokens for target in targets])
-            if targets
-            else torch.zeros(0, dtype=torch.long),
+            tokens=torch.cat([no_tokens, *(target.tokens for target in targets)]),
             supervised=supervised,
             label_indices=supervised.nonzero()[:, 0],
             lengths=tuple(len(target.tokens) for target in targets),
@@ -83,11 +79,20 @@ class Targets:
         return [part[:length] for part, length in zip(parts, self.prompt_lengths, strict=True)]
 
     def to(self, device: torch.device) -> "Targets":
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
-        return replace(self, **moved)
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            supervised=self.supervised.to(device, non_blocking=True),
+            label_indices=self.label_indices.to(device, non_blocking=True),
+        )
 
     def pin_memory(self) -> "Targets":
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in TENSORS})
+        return replace(
+            self,
+            tokens=self.tokens.pin_memory(),
+            supervised=self.supervised.pin_memory(),
+            label_indices=self.label_indices.pin_memory(),
+        )
 
 
 @dataclass
@@ -127,9 +132,6 @@ class Waveforms:
 class Batch:
     """One micro-batch of one rank.
 
-    This class and those that it contains are not frozen: Lightning's half-precision and DeepSpeed
-    plugins copy a batch and assign its fields.
-
     Attributes:
         mel: `[ΣF', M]` float32. F' counts the valid frames of a clip and the silence after them
             (`whisper_aut.audio.logmel`). `[0, M]` while the batch has waveforms instead.
@@ -137,7 +139,8 @@ class Batch:
         targets: the token targets.
         texts, tasks, domains, keys, sources: one string per clip, for metrics and the ledger.
         skipped: samples at this batch's positions of the order that were skipped.
-        next_cursor: cursor after the micro-batches of all ranks in this step; a resumed run starts here.
+        next_cursor: cursor after the micro-batches of all ranks in this step. A resumed run starts
+            there.
         supervised_in_step: supervised tokens in all micro-batches of this rank's optimizer step,
             by which its loss is normalised.
         waveforms: the clips if the mel is not computed yet, else None.
@@ -172,18 +175,19 @@ class Batch:
         return sum(self.mel_lengths) / 100
 
     def to(self, device: torch.device) -> "Batch":
-        waveforms = self.waveforms and self.waveforms.to(device)
         return replace(
             self,
             mel=self.mel.to(device, non_blocking=True),
             targets=self.targets.to(device),
-            waveforms=waveforms,
+            waveforms=self.waveforms and self.waveforms.to(device),
         )
 
     def pin_memory(self) -> "Batch":
-        waveforms = self.waveforms and self.waveforms.pin_memory()
         return replace(
-            self, mel=self.mel.pin_memory(), targets=self.targets.pin_memory(), waveforms=waveforms
+            self,
+            mel=self.mel.pin_memory(),
+            targets=self.targets.pin_memory(),
+            waveforms=self.waveforms and self.waveforms.pin_memory(),
         )
 
 
@@ -225,24 +229,25 @@ def collate(
         next_cursor: see `Batch.next_cursor`.
     """
     audio = [example.audio for example in examples]
-    heard = bool(audio) and audio[0].ndim == 1
+    targets = [example.target for example in examples]
+    mel, waveforms = torch.zeros(0, num_mel_bins), None
+    if audio and audio[0].ndim == 1:
+        waveforms = Waveforms.pack(audio, [example.position for example in examples])
+    elif audio:
+        mel = torch.cat(audio)
     return Batch(
-        mel=torch.cat(audio) if audio and not heard else torch.zeros(0, num_mel_bins),
+        mel=mel,
         mel_lengths=tuple(example.mel_length for example in examples),
-        targets=Targets.pack([example.target for example in examples]),
-        texts=tuple(example.target.text for example in examples),
-        tasks=tuple(example.target.task for example in examples),
+        targets=Targets.pack(targets),
+        texts=tuple(target.text for target in targets),
+        tasks=tuple(target.task for target in targets),
         domains=tuple(example.domain for example in examples),
         keys=tuple(example.key for example in examples),
         sources=tuple(example.source for example in examples),
         skipped=tuple(skipped),
         next_cursor=next_cursor,
-        waveforms=Waveforms.pack(audio, [example.position for example in examples])
-        if heard
-        else None,
+        waveforms=waveforms,
         unknown_languages=tuple(
-            example.target.unknown_language
-            for example in examples
-            if example.target.unknown_language
+            target.unknown_language for target in targets if target.unknown_language
         ),
     )

@@ -1,48 +1,38 @@
 """The LightningDataModule: training and validation loaders in which all ranks take equal steps."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import lightning
 import torch
 from torch.utils.data import DataLoader
 
+from whisper_aut.audio.augment import Augment
 from whisper_aut.audio.logmel import LogMel, mel_frames
-from whisper_aut.data.augment import Augment
 from whisper_aut.data.batch import Batch
-from whisper_aut.data.dataset import (
-    BatchStream,
-    ExampleBuilder,
-    RunSegment,
-    StreamSource,
-    TrainLoader,
-    batch_loader,
-)
+from whisper_aut.data.dataset import BatchStream, ExampleBuilder, StreamSource, batch_loader
 from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy
 from whisper_aut.data.sampler import (
+    Batching,
     ByClips,
     BySeconds,
     Cursor,
     EpochOrder,
     MixtureOrder,
+    Order,
     SequentialOrder,
     SourceShape,
 )
-from whisper_aut.data.shards import ShardIndex
 from whisper_aut.errors import UserError
 
 
 @dataclass
 class DeviceFeatures:
-    """Computes log-mels on the device of the batch.
-
-    Args:
-        logmel: computes the features of the encoder.
-        augment: applies SpecAugment to the clips that have a position.
-    """
+    """Computes log-mels on the device of the batch, and applies SpecAugment to training clips."""
 
     logmel: LogMel
     augment: Augment | None = None
@@ -53,18 +43,149 @@ class DeviceFeatures:
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch with `mel` in place of `waveforms`; unchanged if it has none."""
-        if batch.waveforms is None:
+        waveforms = batch.waveforms
+        if waveforms is None:
             return batch
-        logmel = self.logmel.to(batch.waveforms.bits.device)
+        logmel = self.logmel.to(waveforms.bits.device)
         clips = []
-        for waveform, position in zip(
-            batch.waveforms.clips(), batch.waveforms.positions, strict=True
-        ):
+        for waveform, position in zip(waveforms.clips(), waveforms.positions, strict=True):
             mel = logmel(waveform)
             if self.augment and position is not None:
                 mel = self.augment.mel(mel, mel_frames(len(waveform)), position)
             clips.append(mel)
         return replace(batch, mel=torch.cat(clips), waveforms=None)
+
+
+class RunSegment(NamedTuple):
+    """A segment of a run in which all optimizer steps have the same size.
+
+    The total number of steps of a run is counted from its last segment.
+
+    Attributes:
+        step: optimizer steps taken before the segment.
+        cursor: point in the data at which the segment begins.
+    """
+
+    step: int = 0
+    cursor: Cursor = Cursor()
+
+
+class TrainLoader:
+    """The training loader. Every iteration over it is one epoch, or what remains of the epoch.
+
+    Args:
+        make_stream: returns the stream of this rank for `(start, end, count)`; see `BatchStream`.
+        order, batching: the order of clips, and how it is cut into micro-batches.
+        steps_per_epoch: optimizer steps per epoch of an endless order. Ignored if the order has
+            epochs of its own.
+        accumulate: micro-batches per optimizer step.
+        ranks: world size.
+        workers: worker processes of this rank.
+        segment: the current segment, stored in checkpoints.
+    """
+
+    def __init__(
+        self,
+        make_stream: Callable[[Cursor, int | None, int], BatchStream],
+        *,
+        order: Order,
+        batching: Batching,
+        steps_per_epoch: int,
+        accumulate: int,
+        ranks: int,
+        workers: int,
+        segment: RunSegment = RunSegment(),  # noqa: B008 — immutable
+    ):
+        self.make_stream, self.order, self.batching = make_stream, order, batching
+        self.steps_per_epoch, self.accumulate = steps_per_epoch, accumulate
+        self.ranks, self.workers, self.segment = ranks, workers, segment
+        self.cursor, self.in_epoch = Cursor(), 0
+        # The epoch whose length is cached, and its number of batches.
+        self._length: tuple[int, int] = (-1, 0)
+
+    def __len__(self) -> int:
+        """Return the number of micro-batches of this rank in the current epoch."""
+        if not self.order.epoch_clips:
+            return self.steps_per_epoch * self.accumulate
+        epoch = self._epoch()
+        if self._length[0] != epoch:
+            begin = epoch * self.order.epoch_clips
+            is_over = self.order.end is not None and begin >= self.order.end
+            end = begin + self.order.epoch_clips
+            count = 0 if is_over else self.batching.count(Cursor(begin), end)
+            self._length = epoch, self._per_rank(count)
+        return self._length[1]
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self.order.epoch_clips and self.in_epoch >= len(self):
+            # A consumer that counts batches may have stopped the last epoch before this generator
+            # ended and reset the counter.
+            self.in_epoch = 0
+        end, count = self._remaining()
+        batches = iter(batch_loader(self.make_stream(self.cursor, end, count), self.workers))
+        while step := list(islice(batches, self.accumulate)):
+            supervised = sum(batch.supervised for batch in step)
+            for batch in step:
+                self.cursor, self.in_epoch = batch.next_cursor, self.in_epoch + 1
+                yield replace(batch, supervised_in_step=supervised)
+        self.in_epoch = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state from which `load_state_dict` resumes, in plain values."""
+        position, taken = self.cursor
+        return {
+            "position": position,
+            "taken": taken,
+            "in_epoch": self.in_epoch,
+            "order": self.order.fingerprint(),
+            "batching": self.batching.fingerprint(),
+            "world": [self.ranks, self.accumulate],
+            "segment": [self.segment.step, *self.segment.cursor],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume where a checkpoint ended.
+
+        The world size, the number of workers and the clips per batch may have changed since.
+
+        Raises:
+            UserError: the checkpoint belongs to a different order, or its cursor is inside a chunk
+                that was planned with different limits in seconds.
+        """
+        if state["order"] != self.order.fingerprint():
+            raise UserError(
+                "The checkpoint was made with other training data, exclusions, weights, seed or "
+                "window, so its position in the data is not valid here. Resume with the config of "
+                "its run directory, or start a new run from the exported weights."
+            )
+        if state["taken"] and state["batching"] != self.batching.fingerprint():
+            raise UserError(
+                "The checkpoint was saved between batches that were planned with another "
+                "data.batch_seconds or data.max_seconds. Resume with the values of its run "
+                "directory."
+            )
+        self.cursor = Cursor(state["position"], state["taken"])
+        same_world = state["world"] == [self.ranks, self.accumulate]
+        self.in_epoch = state["in_epoch"] % max(1, len(self)) if same_world else 0
+
+    def _remaining(self) -> tuple[int | None, int]:
+        """Return the end of the current epoch and the micro-batches of this rank until then."""
+        if not self.order.epoch_clips:
+            return None, len(self) - self.in_epoch
+        end = (self._epoch() + 1) * self.order.epoch_clips
+        if self.order.end is not None and end > self.order.end:
+            return self.order.end, 0  # the last epoch is over
+        return end, self._per_rank(self.batching.count(self.cursor, end))
+
+    def _epoch(self) -> int:
+        return self.cursor.position // (self.order.epoch_clips or 1)
+
+    def _per_rank(self, batches: int) -> int:
+        """Return the micro-batches per rank, rounded up to whole optimizer steps.
+
+        Empty batches fill the last step.
+        """
+        return -(-batches // (self.ranks * self.accumulate)) * self.accumulate
 
 
 class ShardDataModule(lightning.LightningDataModule):
@@ -117,19 +238,20 @@ class ShardDataModule(lightning.LightningDataModule):
         )
         self.valid_order = SequentialOrder(_shapes(valid, [1.0] * len(valid)), window, valid_clips)
         longest = build.limits.max_seconds
-        self.valid_batching = ByClips(
-            self.valid_order,
-            max(1, int(batch_seconds // longest)) if batch_seconds else batch_clips,
-        )
+        valid_batch_clips = max(1, int(batch_seconds // longest)) if batch_seconds else batch_clips
+        self.valid_batching = ByClips(self.valid_order, valid_batch_clips)
         self.batching: ByClips | BySeconds = ByClips(self.order, batch_clips)
         if batch_seconds:
             indexes = [source.index for source in train]
-            _check_tables(indexes)
+            if without := [index.root for index in indexes if not index.has_tables]:
+                raise UserError(
+                    "data.batch_seconds plans batches by the lengths of clips, which are in the "
+                    f"sample tables of the shards. {', '.join(without)} have none. Write them "
+                    "once: whisper-aut data index FOLDER"
+                )
             # Lengths are planned at speed 1; a lower speed makes clips longer.
-            slowest = min(augment.speeds) if augment else 1.0
-            self.batching = BySeconds(
-                self.order, indexes, batch_seconds * min(1.0, slowest), longest, policy
-            )
+            slowest = min(1.0, *augment.speeds) if augment else 1.0
+            self.batching = BySeconds(self.order, indexes, batch_seconds * slowest, longest, policy)
         self.train_build = replace(build, augment=augment)
         self.features = DeviceFeatures(build.logmel, augment)
         self.accumulate, self.workers = accumulate, workers
@@ -160,29 +282,30 @@ class ShardDataModule(lightning.LightningDataModule):
             UserError: an epoch has less than one step.
         """
         if self.order.epoch_clips:
-            return self._steps_of_epochs(ranks, 1, Cursor())
-        clips = self._batch_clips
-        steps = int(self.samples_per_epoch / (clips * ranks * self.accumulate))
+            return self._count_steps(ranks, 1, Cursor())
+        clips = self._mean_batch_clips
+        step_clips = clips * ranks * self.accumulate
+        steps = int(self.samples_per_epoch / step_clips)
         if not steps:
             raise UserError(
-                f"An epoch of {self.samples_per_epoch} clips holds no step of "
-                f"{clips * ranks * self.accumulate:g} ({clips:g} clips × "
-                f"{ranks} ranks × {self.accumulate} accumulated). "
-                "Lower data.batch_clips or data.batch_seconds, or raise data.samples_per_epoch."
+                f"An epoch of {self.samples_per_epoch} clips is shorter than one step of "
+                f"{step_clips:g} ({clips:g} clips × {ranks} ranks × {self.accumulate} "
+                "accumulated). Lower data.batch_clips or data.batch_seconds, or raise "
+                "data.samples_per_epoch."
             )
         return steps
 
     def total_steps(self, ranks: int, epochs: int) -> int:
         """Return the optimizer step at which a number of epochs ends.
 
-        Steps before the current segment (`RunSegment`) are counted as they were taken. The data from
-        its start on is counted in steps of the current size.
+        Steps before the current segment are counted as they were taken. The data from its start on
+        is counted in steps of the current size.
         """
         step, cursor = self.segment
         if self.order.epoch_clips:
-            return step + self._steps_of_epochs(ranks, epochs, cursor)
-        clips_before = cursor.position + cursor.taken * self._batch_clips
-        steps_before = clips_before / (self._batch_clips * ranks * self.accumulate)
+            return step + self._count_steps(ranks, epochs, cursor)
+        clips_before = cursor.position + cursor.taken * self._mean_batch_clips
+        steps_before = clips_before / (self._mean_batch_clips * ranks * self.accumulate)
         return step + max(0, math.ceil(epochs * self.steps_per_epoch(ranks) - steps_before))
 
     def resume(
@@ -199,32 +322,30 @@ class ShardDataModule(lightning.LightningDataModule):
             step: optimizer steps taken so far.
             skip_to: cursor at which the data resumes, if not where the checkpoint ended.
         """
-        same_steps = (
-            state["world"] == [ranks, self.accumulate]
-            and state["batching"] == self.batching.fingerprint()
-        )
-        here = Cursor(state["position"], state["taken"])
+        same_world = state["world"] == [ranks, self.accumulate]
+        same_steps = same_world and state["batching"] == self.batching.fingerprint()
+        cursor = Cursor(state["position"], state["taken"])
         if self.order.epoch_clips:
-            self.segment = RunSegment(step, skip_to or here)
+            self.segment = RunSegment(step, skip_to or cursor)
         elif same_steps:
-            begun, *place = state.get("segment", (0, 0, 0))
-            self.segment = RunSegment(begun, Cursor(*place))
+            first_step, *first_cursor = state["segment"]
+            self.segment = RunSegment(first_step, Cursor(*first_cursor))
         else:
-            self.segment = RunSegment(step, here)
+            self.segment = RunSegment(step, cursor)
 
     def source_epochs(self, position: int) -> dict[str, float]:
         """Return the epochs of each training source before a position, by name of its index."""
-        drawn = self.order.draw_counts(position)
+        counts = self.order.draw_counts(position)
         return {
             source.index.name: float(count) / source.index.samples
-            for source, count in zip(self.train, drawn, strict=True)
+            for source, count in zip(self.train, counts, strict=True)
         }
 
     def train_dataloader(self) -> TrainLoader:
-        rank, ranks = self._place()
+        rank, ranks = self._rank_and_ranks()
         if self._loader is None:
             self._loader = TrainLoader(
-                lambda start, end, count: self._stream(rank, ranks, start, end, count),
+                lambda start, end, count: self.train_stream(rank, ranks, start, end, count),
                 order=self.order,
                 batching=self.batching,
                 steps_per_epoch=self.steps_per_epoch(ranks),
@@ -236,40 +357,14 @@ class ShardDataModule(lightning.LightningDataModule):
         return self._loader
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        rank, ranks = self._place()
-        if not len(self.valid_order):
+        if not self.valid_order.end:
             return []
-        return batch_loader(self._valid_stream(rank, ranks), min(self.workers, 1))
+        return batch_loader(self.valid_stream(*self._rank_and_ranks()), min(self.workers, 1))
 
-    def transfer_batch_to_device(self, batch: Batch, device: Any, dataloader_idx: int) -> Batch:
-        return batch.to(device)
-
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        return self.features(batch)
-
-    @property
-    def _batch_clips(self) -> float:
-        """Mean number of clips per micro-batch."""
-        batching = self.batching
-        return (
-            batching.clips
-            if isinstance(batching, ByClips)
-            else batching.budget_ms / 1000 / batching.mean_seconds
-        )
-
-    def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _steps_of_epochs(self, ranks: int, epochs: int, cursor: Cursor) -> int:
-        clips, row = self.order.epoch_clips or 1, ranks * self.accumulate
-        return sum(
-            -(-self.batching.count(max(cursor, Cursor(epoch * clips)), (epoch + 1) * clips) // row)
-            for epoch in range(cursor.position // clips, epochs)
-        )
-
-    def _stream(
+    def train_stream(
         self, rank: int, ranks: int, start: Cursor, end: int | None, count: int
     ) -> BatchStream:
+        """Return the training micro-batches of one rank; see `BatchStream`."""
         return BatchStream(
             self.order,
             self.batching,
@@ -283,7 +378,8 @@ class ShardDataModule(lightning.LightningDataModule):
             policy=self.policy,
         )
 
-    def _valid_stream(self, rank: int, ranks: int) -> BatchStream:
+    def valid_stream(self, rank: int, ranks: int) -> BatchStream:
+        """Return the validation micro-batches of one rank."""
         end = self.valid_order.end
         return BatchStream(
             self.valid_order,
@@ -297,20 +393,33 @@ class ShardDataModule(lightning.LightningDataModule):
             policy=self.policy,
         )
 
+    def transfer_batch_to_device(self, batch: Batch, device: Any, dataloader_idx: int) -> Batch:
+        return batch.to(device)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return self.features(batch)
+
+    @property
+    def _mean_batch_clips(self) -> float:
+        if isinstance(self.batching, ByClips):
+            return self.batching.clips
+        return self.batching.budget_ms / 1000 / self.batching.mean_seconds
+
+    def _rank_and_ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _count_steps(self, ranks: int, epochs: int, cursor: Cursor) -> int:
+        """Return the optimizer steps from a cursor to the end of a number of epochs."""
+        clips, step_batches = self.order.epoch_clips or 1, ranks * self.accumulate
+        steps = 0
+        for epoch in range(cursor.position // clips, epochs):
+            start = max(cursor, Cursor(epoch * clips))
+            steps += -(-self.batching.count(start, (epoch + 1) * clips) // step_batches)
+        return steps
+
 
 def _shapes(sources: Sequence[StreamSource], weights: Sequence[float]) -> list[SourceShape]:
     return [
         SourceShape(source.index.selected_fingerprint(), source.index.shard_samples, weight)
         for source, weight in zip(sources, weights, strict=True)
     ]
-
-
-def _check_tables(indexes: Sequence[ShardIndex]) -> None:
-    without = [index.root for index in indexes if not index.has_tables]
-    if without:
-        raise UserError(
-            "data.batch_seconds plans batches by the lengths of clips, "
-            "which stand in the tables beside the shards. There are none at:\n"
-            + "\n".join(f"  - {root}" for root in without)
-            + "\nMake them, once: whisper-aut data index FOLDER"
-        )

@@ -1,28 +1,31 @@
-"""The dataset and its loaders: read clips in the sampler's order, decode them, pack batches.
+"""The dataset: read clips in the sampler's order, decode them, collate batches, and count skips.
 
 Rank r of R takes every R-th micro-batch, and worker w of W every W-th of those. A worker reads only
-its own samples: if a shard has a table, it fetches nothing else; otherwise it reads the tar from
-the start and skips over the others. The batches of a rank do not depend on the number of workers.
+its own samples. The batches of a rank do not depend on the number of workers.
 """
 
+import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, TextIO
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from whisper_aut.audio.augment import Augment
 from whisper_aut.audio.decode import ClipLimits, load_waveform
 from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.data.annotation import Template
-from whisper_aut.data.augment import Augment
 from whisper_aut.data.batch import Batch, Example, collate
 from whisper_aut.data.filters import licence_id
 from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, Sample, SkippedSample
@@ -30,6 +33,10 @@ from whisper_aut.data.sampler import Batching, Cursor, Order, batches_from
 from whisper_aut.data.shards import ShardIndex, ShardReader
 from whisper_aut.data.targets import TextCodec
 from whisper_aut.errors import SkipSample, UserError
+
+NO_POSITIONS = np.arange(0)
+PREFETCH_BATCHES = 4
+NOISE_LIMITS = ClipLimits(min_seconds=0.1, max_seconds=60.0)
 
 
 @dataclass
@@ -51,40 +58,56 @@ class ExampleBuilder:
     on_device: bool = False
 
     def __call__(self, sample: Sample, domain: str, position: int) -> Example | SkippedSample:
-        """Build one example.
+        """Build one example, or return a `SkippedSample` if the sample cannot be used.
 
         Args:
             sample: an encoded clip and its annotation.
             domain: domain of the source, for samples that do not state their own.
             position: position of the sample in the order; it seeds all random draws for the sample.
-
-        Returns:
-            The example, or a `SkippedSample` if the sample cannot be used.
         """
         domain = sample.annotation.domain or domain
         try:
             # The text comes first: if it is rejected, the expensive audio decoding is not needed.
             target = self.codec.encode(sample.annotation, domain, position)
             waveform = load_waveform(sample.audio, self.limits)
-        except SkipSample as refused:
-            return SkippedSample(sample.shard, sample.key, refused.reason, refused.detail)
+        except SkipSample as skip:
+            return SkippedSample(sample.shard, sample.key, skip.reason, skip.detail)
         if self.augment:
             waveform = self.augment.waveform(waveform, position)
+        mel_length = mel_frames(len(waveform))
         audio = waveform if self.on_device else self.logmel(waveform)
         if self.augment and not self.on_device:
-            audio = self.augment.mel(audio, mel_frames(len(waveform)), position)
+            audio = self.augment.mel(audio, mel_length, position)
         return Example(
             audio=audio,
-            mel_length=mel_frames(len(waveform)),
+            mel_length=mel_length,
             target=target,
             domain=domain,
             key=sample.key,
-            source=sample.shard.rsplit("/", 1)[0],
+            source=_folder_of(sample.shard),
             position=position if self.augment else None,
         )
 
 
-NOTHING = np.arange(0)
+class ShardNoise:
+    """Draws recordings of noise from shards with sample tables, for `Augment`."""
+
+    def __init__(self, indexes: Sequence[ShardIndex], policy: ReadPolicy = DEFAULT_POLICY):
+        self.indexes, self.reader = tuple(indexes), ShardReader(NOISE_LIMITS, policy)
+
+    def __call__(self, random: np.random.Generator) -> Tensor | None:
+        """Return a recording `[S]` at 16 kHz, or None if the drawn one cannot be used."""
+        sizes = np.array([index.samples for index in self.indexes])
+        index = self.indexes[int(random.choice(len(sizes), p=sizes / sizes.sum()))]
+        ends = np.cumsum(index.shard_samples)
+        number = int(random.integers(ends[-1]))
+        shard = int(np.searchsorted(ends, number, side="right"))
+        location = (shard, number - int(ends[shard] - index.shard_samples[shard]))
+        _, item = next(iter(self.reader.read({0: location}, index)))
+        try:
+            return load_waveform(item.audio, NOISE_LIMITS) if isinstance(item, Sample) else None
+        except SkipSample:
+            return None
 
 
 @dataclass(frozen=True)
@@ -146,7 +169,7 @@ class BatchStream(IterableDataset[Batch]):
     ):
         self.order, self.batching, self.sources, self.build = order, batching, tuple(sources), build
         self.rank, self.ranks, self.start, self.end, self.count = rank, ranks, start, end, count
-        self.shards = ShardReader(build.limits, policy)
+        self.reader = ShardReader(build.limits, policy)
 
     def __len__(self) -> int:
         return self.count
@@ -154,59 +177,66 @@ class BatchStream(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         offset, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        mine = islice(self._steps(), offset, self.count, workers)
-        while steps := list(islice(mine, self.batching.span_batches)):
-            yield from self._span(steps)
+        own_steps = islice(self._steps(), offset, self.count, workers)
+        while steps := list(islice(own_steps, self.batching.span_batches)):
+            yield from self._read_span(steps)
 
     def _steps(self) -> Iterator[tuple[np.ndarray, Cursor]]:
         """Yield the positions of this rank's micro-batches, without end.
 
         Each comes with the cursor after the micro-batches that all ranks take in that step.
         """
-        row = batches_from(self.batching, self.start, self.end)
+        batches = batches_from(self.batching, self.start, self.end)
         next_cursor = self.start
         while True:
-            step = list(islice(row, self.ranks))
+            step = list(islice(batches, self.ranks))
             next_cursor = step[-1][1] if step else next_cursor
-            yield (step[self.rank][0] if self.rank < len(step) else NOTHING), next_cursor
+            yield (step[self.rank][0] if self.rank < len(step) else NO_POSITIONS), next_cursor
 
-    def _span(self, steps: Sequence[tuple[np.ndarray, Cursor]]) -> Iterator[Batch]:
-        """Yield the given micro-batches and read every window that they touch only once."""
+    def _read_span(self, steps: Sequence[tuple[np.ndarray, Cursor]]) -> Iterator[Batch]:
+        """Yield the given micro-batches. Every window that they touch is read only once."""
         draws = [self._draws(positions) for positions, _ in steps]
         wanted: dict[tuple[int, int], set[int]] = {}
         for source, number in (draw for batch in draws for draw in batch):
-            wanted.setdefault((source, self.order.window(source, number)[0]), set()).add(number)
-        opened: dict[tuple[int, int], _Window] = {}
+            wanted.setdefault(self._window(source, number), set()).add(number)
+        windows: dict[tuple[int, int], dict[int, Sample | SkippedSample]] = {}
         for (positions, next_cursor), batch in zip(steps, draws, strict=True):
-            items = []
+            examples: list[Example] = []
+            skipped: list[SkippedSample] = []
             for position, (source, number) in zip(positions.tolist(), batch, strict=True):
-                key = (source, self.order.window(source, number)[0])
-                if key not in opened:
-                    opened[key] = _Window(
-                        self.order, source, self.sources[source].index, wanted[key], self.shards
-                    )
-                items.append(self._example(opened[key].take(number), source, position))
-                if opened[key].exhausted:
-                    del opened[key]
-            yield collate(
-                [item for item in items if isinstance(item, Example)],
-                [item for item in items if isinstance(item, SkippedSample)],
-                self.build.logmel.num_mel_bins,
-                next_cursor,
-            )
+                window = self._window(source, number)
+                if window not in windows:
+                    windows[window] = self._read_window(source, wanted[window])
+                item = self._example(windows[window].pop(number), source, position)
+                if not windows[window]:
+                    del windows[window]
+                if isinstance(item, Example):
+                    examples.append(item)
+                else:
+                    skipped.append(item)
+            yield collate(examples, skipped, self.build.logmel.num_mel_bins, next_cursor)
 
     def _draws(self, positions: np.ndarray) -> list[tuple[int, int]]:
+        """Return the source and the running number of the clip at each position."""
         if not len(positions):
             return []
         start = int(positions[0])
         sources, numbers = self.order.draws(start, int(positions[-1]) + 1)
-        return list(
-            zip(
-                sources[positions - start].tolist(),
-                numbers[positions - start].tolist(),
-                strict=True,
-            )
-        )
+        chosen = positions - start
+        return list(zip(sources[chosen].tolist(), numbers[chosen].tolist(), strict=True))
+
+    def _window(self, source: int, number: int) -> tuple[int, int]:
+        return source, self.order.window(source, number)[0]
+
+    def _read_window(self, source: int, numbers: set[int]) -> dict[int, Sample | SkippedSample]:
+        """Read the clips that this worker needs from one shuffle window, in one pass."""
+        first, last = self.order.window(source, min(numbers))
+        shards, ordinals = self.order.locate(source, first, last)
+        locations = {
+            number: (int(shards[number - first]), int(ordinals[number - first]))
+            for number in numbers
+        }
+        return dict(self.reader.read(locations, self.sources[source].index))
 
     def _example(
         self, item: Sample | SkippedSample, source: int, position: int
@@ -219,31 +249,6 @@ class BatchStream(IterableDataset[Batch]):
         return self.build(item, self.sources[source].domain, position)
 
 
-class _Window:
-    """The encoded samples that a worker needs from one shuffle window, read in one pass."""
-
-    def __init__(
-        self, order: Order, source: int, index: ShardIndex, numbers: set[int], reader: ShardReader
-    ):
-        first, last = order.window(source, min(numbers))
-        shards, ordinals = order.locate(source, first, last)
-        places = {
-            number: (int(shards[number - first]), int(ordinals[number - first]))
-            for number in numbers
-        }
-        self._items = dict(reader.read(places, index))
-
-    @property
-    def exhausted(self) -> bool:
-        return not self._items
-
-    def take(self, number: int) -> Sample | SkippedSample:
-        return self._items.pop(number)
-
-
-PREFETCH_BATCHES = 4
-
-
 def batch_loader(stream: BatchStream, workers: int) -> DataLoader[Batch]:
     """Return a DataLoader over a stream; worker processes, if any, prepare batches in advance."""
     return DataLoader(
@@ -252,149 +257,11 @@ def batch_loader(stream: BatchStream, workers: int) -> DataLoader[Batch]:
         num_workers=workers,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_leave_signals_to_main,
     )
 
 
-class RunSegment(NamedTuple):
-    """A segment of a run in which all optimizer steps have the same size.
-
-    The total number of steps of a run is counted from its last segment.
-
-    Attributes:
-        step: optimizer steps taken before the segment.
-        cursor: point in the data at which the segment begins.
-    """
-
-    step: int = 0
-    cursor: Cursor = Cursor()
-
-
-class TrainLoader:
-    """The training loader. Every iteration over it is one epoch, or what remains of the epoch.
-
-    Args:
-        make_stream: returns the stream of this rank for `(start, end, count)`; see `BatchStream`.
-        order, batching: the order of clips, and how it is cut into micro-batches.
-        steps_per_epoch: optimizer steps per epoch of an endless order. Ignored if the order has
-            epochs of its own.
-        accumulate: micro-batches per optimizer step.
-        ranks: world size.
-        workers: worker processes of this rank.
-        segment: the current segment, stored in checkpoints.
-    """
-
-    def __init__(
-        self,
-        make_stream: Callable[[Cursor, int | None, int], BatchStream],
-        *,
-        order: Order,
-        batching: Batching,
-        steps_per_epoch: int,
-        accumulate: int,
-        ranks: int,
-        workers: int,
-        segment: RunSegment = RunSegment(),  # noqa: B008 — immutable
-    ):
-        self.make_stream, self.order, self.batching = make_stream, order, batching
-        self.steps_per_epoch, self.accumulate, self.ranks, self.workers = (
-            steps_per_epoch,
-            accumulate,
-            ranks,
-            workers,
-        )
-        self.segment, self.cursor, self.in_epoch = segment, Cursor(), 0
-        # The epoch whose length is cached, and its number of batches.
-        self._length: tuple[int, int] = (-1, 0)
-
-    def __len__(self) -> int:
-        """Return the number of micro-batches of this rank in the current epoch."""
-        if not self.order.epoch_clips:
-            return self.steps_per_epoch * self.accumulate
-        epoch = self._epoch()
-        if self._length[0] != epoch:
-            begins = epoch * self.order.epoch_clips
-            over = self.order.end is not None and begins >= self.order.end
-            count = (
-                0 if over else self.batching.count(Cursor(begins), begins + self.order.epoch_clips)
-            )
-            self._length = epoch, self._rows(count)
-        return self._length[1]
-
-    def __iter__(self) -> Iterator[Batch]:
-        if not self.order.epoch_clips and self.in_epoch >= len(self):
-            # A consumer that counts batches may have stopped the last epoch before this generator
-            # ended and reset the counter.
-            self.in_epoch = 0
-        end, count = self._rest()
-        batches = iter(batch_loader(self.make_stream(self.cursor, end, count), self.workers))
-        while step := list(islice(batches, self.accumulate)):
-            supervised = sum(batch.supervised for batch in step)
-            for batch in step:
-                self.cursor, self.in_epoch = batch.next_cursor, self.in_epoch + 1
-                yield replace(batch, supervised_in_step=supervised)
-        self.in_epoch = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state from which `load_state_dict` resumes, in plain values."""
-        position, taken = self.cursor
-        return {
-            "position": position,
-            "taken": taken,
-            "in_epoch": self.in_epoch,
-            "order": self.order.fingerprint(),
-            "batching": self.batching.fingerprint(),
-            "world": [self.ranks, self.accumulate],
-            "segment": [self.segment.step, *self.segment.cursor],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume where a checkpoint ended.
-
-        The world size, the number of workers and the clips per batch may have changed since.
-
-        Raises:
-            UserError: the checkpoint belongs to a different order, or its cursor is inside a chunk
-                that was planned with different limits in seconds.
-        """
-        if state["order"] != self.order.fingerprint():
-            raise UserError(
-                "The checkpoint was made with other training data, exclusions, shares, seed or "
-                "window, so its position means nothing here. "
-                "Resume with the config that stands in its run directory, "
-                "or start anew from the exported weights."
-            )
-        if state["taken"] and state["batching"] != self.batching.fingerprint():
-            raise UserError(
-                "The checkpoint lies among batches that were planned with another "
-                "data.batch_seconds or data.max_seconds. Resume "
-                "with those that stand in its run directory."
-            )
-        self.cursor = Cursor(state["position"], state["taken"])
-        same_world = state["world"] == [self.ranks, self.accumulate]
-        self.in_epoch = state["in_epoch"] % max(1, len(self)) if same_world else 0
-
-    def _rest(self) -> tuple[int | None, int]:
-        """Return the end of the current epoch and the micro-batches of this rank until then."""
-        if not self.order.epoch_clips:
-            return None, len(self) - self.in_epoch
-        end = (self._epoch() + 1) * self.order.epoch_clips
-        if self.order.end is not None and end > self.order.end:
-            return self.order.end, 0  # the last epoch is over
-        return end, self._rows(self.batching.count(self.cursor, end))
-
-    def _epoch(self) -> int:
-        return self.cursor.position // (self.order.epoch_clips or 1)
-
-    def _rows(self, batches: int) -> int:
-        """Return the micro-batches per rank, rounded up to whole optimizer steps.
-
-        Empty batches fill the last step.
-        """
-        return -(-batches // (self.ranks * self.accumulate)) * self.accumulate
-
-
-def _outlive_signals(_: int) -> None:
+def _leave_signals_to_main(_: int) -> None:
     """Keep a worker alive until its main process ends it.
 
     Terminals, Slurm and systemd send a signal to all processes. Only the main process decides what
@@ -403,16 +270,190 @@ def _outlive_signals(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     main = multiprocessing.parent_process()
-    # macOS has no `sigwaitinfo`, which tells who sent a signal.
+    # macOS has no `sigwaitinfo`, which reports the sender of a signal.
     if main is None or not hasattr(signal, "sigwaitinfo"):
         return
     # Threads that start later inherit the mask.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    Thread(target=_end_with, args=(main,), daemon=True).start()
+    Thread(target=_exit_with_main, args=(main,), daemon=True).start()
 
 
-def _end_with(main: BaseProcess) -> None:
+def _exit_with_main(main: BaseProcess) -> None:
     """Exit at the first SIGTERM from the main process, or from anyone once that is gone."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid and main.is_alive():
         pass
     os._exit(0)
+
+
+MIN_SEEN = 200  # with fewer samples, the skipped fraction of a source is not reliable
+MIN_SEEN_AT_END = 20  # lower at the end of a run, because small sources may have few samples
+MAX_LINES = 100_000
+ByReason = Counter[tuple[str, str]]  # (source, reason) → samples
+
+
+@dataclass
+class Counts:
+    """Numbers of samples by source folder.
+
+    Attributes:
+        read: training samples, including skipped ones but not those that the config filters out.
+        skipped: training samples by source and reason.
+        skipped_in_validation: validation samples by source and reason.
+    """
+
+    read: Counter[str] = field(default_factory=Counter)
+    skipped: ByReason = field(default_factory=Counter)
+    skipped_in_validation: ByReason = field(default_factory=Counter)
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.read + other.read,
+            self.skipped + other.skipped,
+            self.skipped_in_validation + other.skipped_in_validation,
+        )
+
+    @property
+    def all_skipped(self) -> ByReason:
+        """Skipped samples of training and validation together."""
+        return self.skipped + self.skipped_in_validation
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts as plain dictionaries, for a checkpoint."""
+        return {
+            "read": dict(self.read),
+            "skipped": by_source(self.skipped),
+            "skipped_in_validation": by_source(self.skipped_in_validation),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "Counts":
+        """Restore counts from `state_dict`."""
+        skipped, in_validation = (
+            Counter(
+                {
+                    (source, reason): count
+                    for source, reasons in state[name].items()
+                    for reason, count in reasons.items()
+                }
+            )
+            for name in ("skipped", "skipped_in_validation")
+        )
+        return cls(Counter(state["read"]), skipped, in_validation)
+
+
+class Ledger:
+    """Counts skipped samples and writes each one to a JSON Lines file.
+
+    A run stops if too large a fraction of a source is skipped, because it would no longer train on
+    the data of its config. A process stops writing, but not counting, after about `MAX_LINES`
+    skipped samples.
+
+    Args:
+        path: the file; None to count only.
+        max_fraction: the fraction of a source's samples that may be skipped.
+
+    Attributes:
+        earlier: counts of the run before this process started, summed over all ranks.
+        validated: whether the run has completed and recorded a validation.
+    """
+
+    def __init__(self, path: Path | None, max_fraction: float = 1.0):
+        self.path, self.max_fraction = path, max_fraction
+        self.earlier, self.validated = Counts(), False
+        self._own = Counts()
+        self._file: TextIO | None = None
+
+    def record(self, sources: Iterable[str], skipped: Sequence[SkippedSample]) -> None:
+        """Count one training batch.
+
+        Args:
+            sources: the source folder of each clip in the batch.
+            skipped: the samples that were skipped while the batch was filled.
+        """
+        self._own.read.update(sources)
+        for sample in skipped:
+            source = _folder_of(sample.source)
+            self._own.read[source] += 1
+            self._own.skipped[source, str(sample.reason)] += 1
+            self.note(sample)
+
+    def record_validation(self, skipped: Sequence[SkippedSample]) -> None:
+        """Count the skipped samples of a validation batch; `max_fraction` does not apply."""
+        for sample in skipped:
+            self._own.skipped_in_validation[_folder_of(sample.source), str(sample.reason)] += 1
+            self.note(sample)
+
+    def note(self, sample: SkippedSample) -> None:
+        """Write a line without counting it, as for a clip that caused trouble in training."""
+        if self.path is None or self._own.all_skipped.total() > MAX_LINES:
+            return
+        if self._file is None:
+            # File names may contain bytes that are not UTF-8.
+            options = {"encoding": "utf-8", "errors": "backslashreplace"}
+            self._file = self.path.open("a", buffering=1, **options)
+        line = {
+            "shard": sample.source,
+            "key": sample.key,
+            "reason": str(sample.reason),
+            "detail": sample.detail,
+        }
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def resume(self, earlier: Counts, validated: bool) -> None:
+        """Restore the counts that a checkpoint saved.
+
+        Does nothing if this process has already counted samples, as after a rewind: a rewind reads
+        no sample twice.
+        """
+        if not self._own.read:
+            self.earlier, self.validated = earlier, validated
+
+    @property
+    def counts(self) -> Counts:
+        """The counts of this rank in this process.
+
+        An interrupted validation is left out. It is repeated after resuming and counted then.
+        """
+        return self._own if self.validated else Counts(self._own.read, self._own.skipped)
+
+    def check(self, counts: Counts, *, at_end: bool = False) -> None:
+        """Check that no source exceeds `max_fraction`.
+
+        Args:
+            counts: counts of the whole run, summed over all ranks.
+            at_end: whether the run has ended. Then sources with few samples are checked too, and
+                sources with any number of samples if all of them were skipped.
+
+        Raises:
+            UserError: more than `max_fraction` of a source's samples were skipped.
+        """
+        by_reason = by_source(counts.skipped)
+        for source, read in counts.read.items():
+            reasons = Counter(by_reason.get(source, {}))
+            skipped = reasons.total()
+            enough = read >= (MIN_SEEN_AT_END if at_end else MIN_SEEN)
+            if skipped > self.max_fraction * read and (enough or (at_end and skipped == read)):
+                listed = ", ".join(f"{reason}: {n}" for reason, n in reasons.most_common())
+                where = f" See {self.path.parent}/ledger*.jsonl." if self.path else ""
+                raise UserError(
+                    f"{skipped} of {read} samples of {source} were skipped ({listed}); "
+                    f"data.max_skipped_fraction allows {self.max_fraction:.1%}.{where} "
+                    "Fix the source, or raise data.max_skipped_fraction."
+                )
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None
+
+
+def by_source(counts: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
+    """Nest counts by source, then by reason, as stored in files."""
+    result: dict[str, dict[str, int]] = {}
+    for (source, reason), count in sorted(counts.items()):
+        result.setdefault(source, {})[reason] = count
+    return result
+
+
+def _folder_of(shard: str) -> str:
+    return shard.rsplit("/", 1)[0]

@@ -14,10 +14,11 @@ import hashlib
 import heapq
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +27,12 @@ from whisper_aut.data.shards import UNKNOWN_MS, ShardIndex
 from whisper_aut.errors import UserError
 
 CHUNK_DRAWS = 1 << 16
+# About this many batches are planned together, which spreads the unused part of the last batch over
+# all of them.
+CHUNK_BATCHES = 64
+MAX_CACHED_TABLES = 512
 # Each use of randomness has its own key, so that the random streams are independent.
-_SHARD_ORDER, _WINDOW_ORDER, _MIXTURE, _INTERLEAVE = 1, 2, 3, 4
+_SHARD_ORDER, _WINDOW_ORDER, _MIXTURE, _INTERLEAVE, _BATCH_ORDER = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True)
@@ -50,24 +55,23 @@ class SourceShape:
         return sum(self.shard_samples)
 
 
-class Order(Protocol):
-    """An order of clips over sources."""
+class Order(ABC):
+    """An order of clips over sources.
 
-    @property
-    def sources(self) -> Sequence[SourceShape]:
-        """The sources; `draws` refers to them by index."""
-        ...
+    Attributes:
+        sources: the sources; `draws` refers to them by index.
+        window_clips: clips per window of a source.
+        epoch_clips: positions per epoch, or None if there are no epochs. No batch spans two epochs.
+        end: number of positions, or None for an endless order.
+    """
 
-    @property
-    def epoch_clips(self) -> int | None:
-        """Positions per epoch, or None if the order has no epochs. No batch spans two epochs."""
-        ...
+    epoch_clips: int | None = None
+    end: int | None = None
 
-    @property
-    def end(self) -> int | None:
-        """Number of positions, or None for an endless order."""
-        ...
+    def __init__(self, sources: Sequence[SourceShape], window: int):
+        self.sources, self.window_clips = tuple(sources), window
 
+    @abstractmethod
     def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the clips at positions `start` to `stop - 1`.
 
@@ -75,12 +79,8 @@ class Order(Protocol):
             Source indices, and running numbers within those sources. A running number counts the
             draws of its source from the beginning of the order, across epochs.
         """
-        ...
 
-    def window(self, source: int, number: int) -> tuple[int, int]:
-        """Return the range `[first, last)` of running numbers of the window that has `number`."""
-        ...
-
+    @abstractmethod
     def locate(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Return where the clips of one window are stored.
 
@@ -92,14 +92,20 @@ class Order(Protocol):
             Shard indices, and sample indices within those shards, for the running numbers `first`
             to `last - 1`.
         """
-        ...
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Return a hash that changes whenever the order does."""
-        ...
+
+    def window(self, source: int, number: int) -> tuple[int, int]:
+        """Return the range `[first, last)` of running numbers of the window that has `number`."""
+        samples = self.sources[source].samples
+        epoch, index = divmod(number, samples)
+        first = index // self.window_clips * self.window_clips
+        return epoch * samples + first, epoch * samples + min(first + self.window_clips, samples)
 
 
-class ShuffledOrder:
+class ShuffledOrder(Order):
     """Base class of the training orders.
 
     It draws sources in chunks of positions and shuffles each source again in every epoch.
@@ -111,69 +117,62 @@ class ShuffledOrder:
     """
 
     def __init__(self, sources: Sequence[SourceShape], seed: int, window: int):
-        self.epoch_clips: int | None = None
-        self.end: int | None = None
-        self.sources, self.seed, self.window_clips = tuple(sources), seed, window
+        super().__init__(sources, window)
+        self.seed = seed
         # `_counts[i]`: draws of each source before chunk i.
         self._counts = [np.zeros(len(sources), dtype=np.int64)]
 
     def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         stop = stop if self.end is None else min(stop, self.end)
-        numbers = range(self._chunk_of(start), self._chunk_of(max(start, stop - 1)) + 1)
-        parts = [self._chunk(number) for number in numbers]
-        offset = self._chunk_start(numbers.start)
+        chunks = range(self._chunk_of(start), self._chunk_of(max(start, stop - 1)) + 1)
+        sources, numbers = zip(*(self._chunk(chunk) for chunk in chunks), strict=True)
+        offset = self._chunk_start(chunks.start)
         within = slice(start - offset, max(start, stop) - offset)
-        return tuple(np.concatenate(column)[within] for column in zip(*parts, strict=True))  # pyright: ignore[reportReturnType]
+        return np.concatenate(sources)[within], np.concatenate(numbers)[within]
 
     def draw_counts(self, position: int) -> np.ndarray:
         """Return how many clips of each source come before a position."""
-        number = self._chunk_of(position)
-        sources = self._chunk_sources(number)[: position - self._chunk_start(number)]
-        return self._count(number) + np.bincount(sources, minlength=len(self.sources))
-
-    def window(self, source: int, number: int) -> tuple[int, int]:
-        samples = self.sources[source].samples
-        epoch, place = divmod(number, samples)
-        first = place // self.window_clips * self.window_clips
-        return epoch * samples + first, epoch * samples + min(first + self.window_clips, samples)
+        chunk = self._chunk_of(position)
+        sources = self._chunk_sources(chunk)[: position - self._chunk_start(chunk)]
+        return self._count_before(chunk) + np.bincount(sources, minlength=len(self.sources))
 
     def locate(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         shape = self.sources[source]
-        epoch, place = divmod(first, shape.samples)
+        epoch, index = divmod(first, shape.samples)
         shards = self._random(_SHARD_ORDER, source, epoch).permutation(len(shape.shard_samples))
-        row = np.arange(place, place + last - first)
-        self._random(_WINDOW_ORDER, source, epoch, place).shuffle(row)
-        ends = np.cumsum(np.array(shape.shard_samples)[shards])
-        turn = np.searchsorted(ends, row, side="right")
-        starts = np.concatenate([[0], ends[:-1]])
-        return shards[turn], row - starts[turn]
+        indices = np.arange(index, index + last - first)
+        self._random(_WINDOW_ORDER, source, epoch, index).shuffle(indices)
+        which, ordinals = _split_by_shard(np.array(shape.shard_samples)[shards], indices)
+        return shards[which], ordinals
 
     def fingerprint(self) -> str:
         return _fingerprint(self.sources, self.seed, self.window_clips)
 
+    @abstractmethod
+    def _chunk_sources(self, chunk: int) -> np.ndarray:
+        """Return the source index of every position of a chunk."""
+
     def _chunk_of(self, position: int) -> int:
         return position // CHUNK_DRAWS
 
-    def _chunk_start(self, number: int) -> int:
-        return number * CHUNK_DRAWS
+    def _chunk_start(self, chunk: int) -> int:
+        return chunk * CHUNK_DRAWS
 
-    def _chunk_sources(self, number: int) -> np.ndarray:
-        raise AssertionError("each order draws its own way")
-
-    def _chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def _chunk(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the source indices and running numbers of one chunk of positions."""
-        sources = self._chunk_sources(number)
+        sources = self._chunk_sources(chunk)
         numbers = np.empty(len(sources), dtype=np.int64)
-        for source, before in enumerate(self._count(number)):
+        for source, before in enumerate(self._count_before(chunk)):
             drawn = np.flatnonzero(sources == source)
             numbers[drawn] = before + np.arange(len(drawn))
         return sources, numbers
 
-    def _count(self, number: int) -> np.ndarray:
-        while len(self._counts) <= number:
-            passed = self._chunk_sources(len(self._counts) - 1)
-            self._counts.append(self._counts[-1] + np.bincount(passed, minlength=len(self.sources)))
-        return self._counts[number]
+    def _count_before(self, chunk: int) -> np.ndarray:
+        while len(self._counts) <= chunk:
+            sources = self._chunk_sources(len(self._counts) - 1)
+            drawn = np.bincount(sources, minlength=len(self.sources))
+            self._counts.append(self._counts[-1] + drawn)
+        return self._counts[chunk]
 
     def _random(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *key])
@@ -188,11 +187,10 @@ class MixtureOrder(ShuffledOrder):
         self._edges = np.cumsum(weights / weights.sum())
 
     @lru_cache(maxsize=4)  # noqa: B019 — an order lives as long as its run
-    def _chunk_sources(self, number: int) -> np.ndarray:
-        uniform = self._random(_MIXTURE, number).random(CHUNK_DRAWS)
-        return np.minimum(
-            np.searchsorted(self._edges, uniform, side="right"), len(self.sources) - 1
-        )
+    def _chunk_sources(self, chunk: int) -> np.ndarray:
+        uniform = self._random(_MIXTURE, chunk).random(CHUNK_DRAWS)
+        sources = np.searchsorted(self._edges, uniform, side="right")
+        return np.minimum(sources, len(self.sources) - 1)
 
 
 class EpochOrder(ShuffledOrder):
@@ -208,24 +206,24 @@ class EpochOrder(ShuffledOrder):
         self._samples = np.array([source.samples for source in sources], dtype=np.int64)
         self._clips = int(self._samples.sum())
         self.epoch_clips, self.end = self._clips, epochs * self._clips
-        self._per_epoch = -(-self._clips // CHUNK_DRAWS)
+        self._epoch_chunks = -(-self._clips // CHUNK_DRAWS)
 
     def fingerprint(self) -> str:
-        return _fingerprint(self.sources, self.seed, self.window_clips, self._per_epoch, -1)
+        return _fingerprint(self.sources, self.seed, self.window_clips, self._epoch_chunks, -1)
 
     def _chunk_of(self, position: int) -> int:
-        epoch, place = divmod(position, self._clips)
-        return epoch * self._per_epoch + place // CHUNK_DRAWS
+        epoch, index = divmod(position, self._clips)
+        return epoch * self._epoch_chunks + index // CHUNK_DRAWS
 
-    def _chunk_start(self, number: int) -> int:
-        epoch, chunk = divmod(number, self._per_epoch)
-        return epoch * self._clips + chunk * CHUNK_DRAWS
+    def _chunk_start(self, chunk: int) -> int:
+        epoch, index = divmod(chunk, self._epoch_chunks)
+        return epoch * self._clips + index * CHUNK_DRAWS
 
     @lru_cache(maxsize=4)  # noqa: B019 — an order lives as long as its run
-    def _chunk_sources(self, number: int) -> np.ndarray:
-        epoch = number // self._per_epoch
-        left = (epoch + 1) * self._samples - self._count(number)
-        random = self._random(_INTERLEAVE, number)
+    def _chunk_sources(self, chunk: int) -> np.ndarray:
+        epoch = chunk // self._epoch_chunks
+        left = (epoch + 1) * self._samples - self._count_before(chunk)
+        random = self._random(_INTERLEAVE, chunk)
         taken = random.multivariate_hypergeometric(
             left, min(CHUNK_DRAWS, int(left.sum())), method="marginals"
         )
@@ -234,7 +232,7 @@ class EpochOrder(ShuffledOrder):
         return sources
 
 
-class SequentialOrder:
+class SequentialOrder(Order):
     """The finite validation order: one source after another, unshuffled, in shard order.
 
     Args:
@@ -243,38 +241,28 @@ class SequentialOrder:
         limit: use only this many clips from the beginning of each source; None for all.
     """
 
-    epoch_clips: int | None = None
+    end: int
 
     def __init__(self, sources: Sequence[SourceShape], window: int, limit: int | None = None):
-        self.sources, self.window_clips = tuple(sources), window
-        self._ends = np.cumsum(
-            [
-                min(source.samples, limit) if limit is not None else source.samples
-                for source in sources
-            ]
-        )
-        self.end = len(self)
+        super().__init__(sources, window)
+        most = math.inf if limit is None else limit
+        sizes = [int(min(source.samples, most)) for source in sources]
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self.end = sum(sizes)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self.end
 
     def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        positions = np.arange(start, min(stop, len(self)))
+        positions = np.arange(start, min(stop, self.end))
         sources = np.searchsorted(self._ends, positions, side="right")
         return sources, positions - np.concatenate([[0], self._ends])[sources]
 
-    def window(self, source: int, number: int) -> tuple[int, int]:
-        first = number // self.window_clips * self.window_clips
-        return first, min(first + self.window_clips, self.sources[source].samples)
-
     def locate(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        ends = np.cumsum(self.sources[source].shard_samples)
-        row = np.arange(first, last)
-        shards = np.searchsorted(ends, row, side="right")
-        return shards, row - np.concatenate([[0], ends])[shards]
+        return _split_by_shard(self.sources[source].shard_samples, np.arange(first, last))
 
     def fingerprint(self) -> str:
-        return _fingerprint(self.sources, int(self._ends[-1]))
+        return _fingerprint(self.sources, self.end)
 
 
 def mixture_weights(
@@ -298,31 +286,33 @@ def mixture_weights(
         One weight per source; 0 if its domain has no weight.
     """
     weights = [weight ** (1 / temperature) for weight in weights]
-    flattened = {
+    tempered = {
         domain: weight ** (1 / temperature) for domain, weight in domain_weights.items() if weight
     }
-    whole = math.fsum(weight for domain, weight in flattened.items() if domain in domains)
+    whole = math.fsum(weight for domain, weight in tempered.items() if domain in domains)
     totals: dict[str, float] = {}
     for domain, weight in zip(domains, weights, strict=True):
         totals[domain] = totals.get(domain, 0.0) + weight
     return [
-        flattened.get(domain, 0.0) / whole * weight / totals[domain]
+        tempered.get(domain, 0.0) / whole * weight / totals[domain]
         if totals[domain] and whole
         else 0.0
         for domain, weight in zip(domains, weights, strict=True)
     ]
 
 
+def _split_by_shard(
+    shard_samples: Sequence[int] | np.ndarray, indices: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shard of each index into consecutive shards, and the index within that shard."""
+    ends = np.cumsum(shard_samples)
+    shards = np.searchsorted(ends, indices, side="right")
+    return shards, indices - np.concatenate([[0], ends[:-1]])[shards]
+
+
 def _fingerprint(sources: Sequence[SourceShape], *numbers: int) -> str:
     listing = [[source.name, source.shard_samples, source.weight] for source in sources]
     return hashlib.sha256(json.dumps([listing, numbers]).encode()).hexdigest()[:16]
-
-
-# About this many batches are planned together, which spreads the unused part of the last batch over
-# all of them.
-CHUNK_BATCHES = 64
-TABLES_HELD = 512
-_BATCH_ORDER = 5
 
 
 class Cursor(NamedTuple):
@@ -337,28 +327,29 @@ class Cursor(NamedTuple):
     taken: int = 0
 
 
-class Batching(Protocol):
-    """Cuts an order into micro-batches."""
+class Batching(ABC):
+    """Cuts an order into micro-batches.
 
-    @property
-    def span_batches(self) -> int:
-        """Batches that a worker looks ahead, so that it reads each window in one pass."""
-        ...
+    Attributes:
+        span_batches: batches that a worker looks ahead, so that it reads each window in one pass.
+    """
 
+    span_batches: int
+
+    @abstractmethod
     def chunk(self, position: int) -> tuple[list[np.ndarray], int]:
         """Return the batches of the chunk that begins at `position`, and where the next one begins.
 
         Each batch is an array of positions.
         """
-        ...
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a string that identifies the settings a cursor inside a chunk depends on."""
 
     def count(self, cursor: Cursor, end: int) -> int:
         """Return the number of micro-batches between a cursor and position `end`."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Return a string that identifies the settings a cursor inside a chunk depends on."""
-        ...
+        return sum(1 for _ in batches_from(self, cursor, end))
 
 
 def batches_from(
@@ -367,28 +358,27 @@ def batches_from(
     """Yield micro-batches from a cursor up to position `end`, each with the cursor after it."""
     position, taken = cursor
     while end is None or position < end:
-        batches, following = batching.chunk(position)
+        batches, next_position = batching.chunk(position)
         for number in range(taken, len(batches)):
-            next_cursor = (
-                Cursor(following) if number + 1 == len(batches) else Cursor(position, number + 1)
+            is_last = number + 1 == len(batches)
+            yield (
+                batches[number],
+                Cursor(next_position) if is_last else Cursor(position, number + 1),
             )
-            yield batches[number], next_cursor
-        position, taken = following, 0
+        position, taken = next_position, 0
 
 
-@dataclass(frozen=True)
-class ByClips:
+class ByClips(Batching):
     """Micro-batches of a fixed number of clips; the last one of an epoch may be smaller."""
 
-    order: Order
-    clips: int
-    span_batches: int = 256
+    span_batches = 256
+
+    def __init__(self, order: Order, clips: int):
+        self.order, self.clips = order, clips
 
     def chunk(self, position: int) -> tuple[list[np.ndarray], int]:
-        following = min(
-            position + self.clips, _boundary(self.order, position, position + self.clips)
-        )
-        return [np.arange(position, following)], following
+        next_position = _boundary(self.order, position, position + self.clips)
+        return [np.arange(position, next_position)], next_position
 
     def count(self, cursor: Cursor, end: int) -> int:
         return -(-(end - cursor.position) // self.clips)
@@ -398,7 +388,7 @@ class ByClips:
         return "clips"
 
 
-class BySeconds:
+class BySeconds(Batching):
     """Micro-batches with a limit on their seconds of audio.
 
     Args:
@@ -422,20 +412,22 @@ class BySeconds:
     ):
         self.order, self.indexes, self.policy = order, tuple(indexes), policy
         self.budget_ms, self.longest_ms = round(seconds * 1000), round(longest_seconds * 1000)
-        self.mean_seconds = _mean_seconds(order, indexes) or longest_seconds
+        weights = [
+            index.samples if order.epoch_clips else shape.weight
+            for index, shape in zip(indexes, order.sources, strict=True)
+        ]
+        means = [index.seconds / max(1, index.samples) for index in indexes]
+        mean = sum(w * mean for w, mean in zip(weights, means, strict=True)) / sum(weights)
+        self.mean_seconds = mean or longest_seconds
         self.chunk_clips = max(1, round(CHUNK_BATCHES * seconds / self.mean_seconds))
 
     def chunk(self, position: int) -> tuple[list[np.ndarray], int]:
-        following = _boundary(self.order, position, position + self.chunk_clips)
-        batches = fill(self.lengths_ms(position, following), self.budget_ms)
+        next_position = _boundary(self.order, position, position + self.chunk_clips)
+        batches = fill_batches(self.lengths_ms(position, next_position), self.budget_ms)
         # Without this shuffle, the batches with the longest clips would come first.
-        turns = np.random.default_rng([self.order.seed, _BATCH_ORDER, position]).permutation(
-            len(batches)
-        )
-        return [position + batches[turn] for turn in turns], following
-
-    def count(self, cursor: Cursor, end: int) -> int:
-        return sum(1 for _ in batches_from(self, cursor, end))
+        random = np.random.default_rng([self.order.seed, _BATCH_ORDER, position])
+        shuffled = random.permutation(len(batches))
+        return [position + batches[number] for number in shuffled], next_position
 
     def fingerprint(self) -> str:
         return f"seconds {self.budget_ms} {self.longest_ms} {self.chunk_clips}"
@@ -445,65 +437,62 @@ class BySeconds:
         sources, numbers = self.order.draws(start, stop)
         lengths = np.empty(len(sources), dtype=np.int64)
         windows: dict[tuple[int, int], list[int]] = {}
-        for place, (source, number) in enumerate(
-            zip(sources.tolist(), numbers.tolist(), strict=True)
-        ):
-            windows.setdefault((source, self.order.window(source, number)[0]), []).append(place)
-        for (source, first), places in windows.items():
-            lengths[places] = self._window(source, first)[numbers[places] - first]
+        draws = zip(sources.tolist(), numbers.tolist(), strict=True)
+        for index, (source, number) in enumerate(draws):
+            window = (source, self.order.window(source, number)[0])
+            windows.setdefault(window, []).append(index)
+        for (source, first), indices in windows.items():
+            lengths[indices] = self._window_lengths(source, first)[numbers[indices] - first]
         return lengths
 
     @lru_cache(maxsize=64)  # noqa: B019 — it lives as long as its run
-    def _window(self, source: int, first: int) -> np.ndarray:
+    def _window_lengths(self, source: int, first: int) -> np.ndarray:
         shards, ordinals = self.order.locate(source, *self.order.window(source, first))
         lengths = np.empty(len(shards), dtype=np.int64)
         for shard in np.unique(shards):
             chosen = shards == shard
-            lengths[chosen] = self._table(source, int(shard))[ordinals[chosen]]
+            lengths[chosen] = self._shard_lengths(source, int(shard))[ordinals[chosen]]
         return np.where(lengths == UNKNOWN_MS, self.longest_ms, lengths).clip(1, self.longest_ms)
 
-    @lru_cache(maxsize=TABLES_HELD)  # noqa: B019
-    def _table(self, source: int, shard: int) -> np.ndarray:
+    @lru_cache(maxsize=MAX_CACHED_TABLES)  # noqa: B019
+    def _shard_lengths(self, source: int, shard: int) -> np.ndarray:
         index = self.indexes[source]
         try:
             return index.table(shard, self.policy).milliseconds[index.ordinals(shard)]
         except (OSError, ValueError) as error:
             raise UserError(
-                f"The lengths of {index.url(shard)} cannot be read ({error}), "
-                "and data.batch_seconds plans by them. "
-                f"Make them anew: whisper-aut data index {index.root}"
+                f"The lengths of {index.url(shard)} cannot be read ({error}), which "
+                "data.batch_seconds needs to plan batches. Write them again: "
+                f"whisper-aut data index {index.root}"
             ) from None
 
 
-def fill(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Distribute items over as few bins as the heuristic finds, all of them nearly equally full.
+def fill_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Distribute clips over as few batches as the heuristic finds, all nearly equally full.
 
-    Items are placed longest first, each into the emptiest bin. If a bin then exceeds the budget,
-    the items are placed again with one more bin.
+    Clips are placed longest first, each into the emptiest batch. If a batch then exceeds the
+    budget, the clips are placed again with one more batch.
 
     Args:
-        lengths: length of each item, none above the budget.
-        budget: the most that a bin may contain.
+        lengths: length of each clip, none above the budget.
+        budget: the most that a batch may contain.
 
     Returns:
-        For each bin, the indices of its items in ascending order.
+        For each batch, the indices of its clips in ascending order.
     """
     descending = np.argsort(-lengths, kind="stable")
-    bins = max(1, -(-int(lengths.sum()) // budget))
+    count = max(1, -(-int(lengths.sum()) // budget))
     while True:
-        heap = [(0, number) for number in range(bins)]
+        heap = [(0, number) for number in range(count)]
         chosen = np.empty(len(lengths), dtype=np.int64)
-        for item, length in zip(descending.tolist(), lengths[descending].tolist(), strict=True):
+        for clip, length in zip(descending.tolist(), lengths[descending].tolist(), strict=True):
             filled, number = heap[0]
             heapq.heapreplace(heap, (filled + length, number))
-            chosen[item] = number
-        if max(heap)[0] <= budget or bins >= len(lengths):
-            return [
-                items
-                for items in (np.flatnonzero(chosen == number) for number in range(bins))
-                if len(items)
-            ]
-        bins += 1
+            chosen[clip] = number
+        if max(heap)[0] <= budget or count >= len(lengths):
+            batches = [np.flatnonzero(chosen == number) for number in range(count)]
+            return [clips for clips in batches if len(clips)]
+        count += 1
 
 
 def _boundary(order: Order, position: int, stop: int) -> int:
@@ -511,12 +500,3 @@ def _boundary(order: Order, position: int, stop: int) -> int:
     if order.epoch_clips:
         stop = min(stop, (position // order.epoch_clips + 1) * order.epoch_clips)
     return stop if order.end is None else min(stop, order.end)
-
-
-def _mean_seconds(order: ShuffledOrder, indexes: Sequence[ShardIndex]) -> float:
-    weights = [
-        index.samples if order.epoch_clips else shape.weight
-        for index, shape in zip(indexes, order.sources, strict=True)
-    ]
-    means = [index.seconds / max(1, index.samples) for index in indexes]
-    return sum(weight * mean for weight, mean in zip(weights, means, strict=True)) / sum(weights)

@@ -76,8 +76,8 @@ class DomainPrompt:
 
     Attributes:
         task: Whisper's task token.
-        language: any tag that `whisper_aut.data.languages` understands, or `sample` for the
-            language that each sample states.
+        language: any tag that `annotation.whisper_codes` understands, or `sample` for the language
+            that each sample states.
     """
 
     task: Literal["transcribe", "translate"] = "transcribe"
@@ -125,22 +125,15 @@ class WhisperText:
         if not text:
             raise SkipSample(SkipReason.NO_TEXT, annotation.missing_text_hint())
         prompt = self.prompt_tokens(domain, annotation.language)
-        # `split_special_tokens`: a caption that spells "<|endoftext|>" is plain text.
-        answer = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        tokens = [*prompt, *answer, self.tokenizer.eos_token_id]
-        if len(tokens) > self.max_tokens:
-            if self.overflow == "drop":
-                raise SkipSample(
-                    SkipReason.LABEL_TOO_LONG, f"{len(tokens)} tokens, limit {self.max_tokens}"
-                )
-            tokens = tokens[: self.max_tokens]
+        tokens = [*prompt, *_plain_tokens(self.tokenizer, text), self.tokenizer.eos_token_id]
+        tokens = _limit_tokens(tokens, self.max_tokens, drop=self.overflow == "drop")
+        language = self._language(domain, annotation.language)
+        is_unknown = self.multilingual and not self.language_token(language)
         supervised = torch.ones(len(tokens), dtype=torch.bool)
-        unknown_language = self._unknown_language(domain, annotation.language)
         # A prompt without a language token is not supervised. Otherwise the model would learn to
         # leave the token out for languages that have one.
-        learns_prompt = self.supervise_prompt and not unknown_language
-        supervised[: 1 if learns_prompt else len(prompt)] = False
-        speech = annotation.task in TRANSCRIPTION_TASKS or (
+        supervised[: 1 if self.supervise_prompt and not is_unknown else len(prompt)] = False
+        is_speech = annotation.task in TRANSCRIPTION_TASKS or (
             not annotation.task and domain == "speech"
         )
         return TokenTarget(
@@ -148,8 +141,8 @@ class WhisperText:
             supervised,
             len(prompt),
             text,
-            TRANSCRIPTION if speech else CAPTION,
-            unknown_language=unknown_language,
+            TRANSCRIPTION if is_speech else CAPTION,
+            unknown_language=language if is_unknown else "",
         )
 
     def decode(self, tokens: list[int]) -> str:
@@ -158,11 +151,8 @@ class WhisperText:
     def prompt_tokens(self, domain: str, sample_language: str) -> tuple[int, ...]:
         """Return the prompt of a clip: start, language, task and no-timestamps tokens.
 
-        English-only checkpoints have no language and task tokens.
-
-        Args:
-            domain: domain of the clip.
-            sample_language: language that the sample states; may be empty.
+        English-only checkpoints have no language and task tokens. `sample_language` is the language
+        that the sample states; it may be empty.
         """
         names = ["<|startoftranscript|>"]
         if self.multilingual:
@@ -174,11 +164,6 @@ class WhisperText:
         """Return the token of a language or of its macrolanguage; None if there is neither."""
         tokens = (f"<|{code}|>" for code in whisper_codes(tag))
         return next((token for token in tokens if token in self.vocabulary), None)
-
-    def _unknown_language(self, domain: str, sample_language: str) -> str:
-        """Return the language of a clip if it has no token, else an empty string."""
-        language = self._language(domain, sample_language)
-        return "" if not self.multilingual or self.language_token(language) else language
 
     def _language(self, domain: str, sample_language: str) -> str:
         language = self._prompt(domain).language
@@ -195,9 +180,21 @@ def missing_token_warning(clips: Mapping[str, int]) -> str:
     more = ", …" if len(clips) > 10 else ""
     return (
         f"{sum(clips.values())} clips have a language for which this Whisper has no token "
-        f"({listed}{more}); their texts open without "
-        "a language token. Correct their `language` where it is a mistake."
+        f"({listed}{more}); their sequences have no language token. Correct their `language` where "
+        "it is wrong."
     )
+
+
+def _plain_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # `split_special_tokens`: a caption that spells "<|endoftext|>" is plain text.
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+
+
+def _limit_tokens(tokens: list[int], max_tokens: int, *, drop: bool) -> list[int]:
+    if drop and len(tokens) > max_tokens:
+        detail = f"{len(tokens)} tokens, limit {max_tokens}"
+        raise SkipSample(SkipReason.LABEL_TOO_LONG, detail)
+    return tokens[:max_tokens]
 
 
 OWN_TASK = "question"  # task of samples that come with their own instruction and answer
@@ -219,8 +216,8 @@ class Instruction:
         domains: domains that the task accepts; empty for any.
         weight: weight among the tasks that fit a sample.
         metric: metric of the generated answers.
-        others: labels for the answer "no". If given, this is a yes/no task: `{candidate}` in `prompts`
-            is a label from the filled `answer` (yes), or one of these (no).
+        others: labels for the answer "no". If given, this is a yes/no task: `{candidate}` in
+            `prompts` is a label from the filled `answer` (yes), or one of these (no).
     """
 
     prompts: list[str]
@@ -242,10 +239,7 @@ class Question:
 
 
 class Instructions:
-    """The instruction tasks of a run.
-
-    Args:
-        entries: the tasks by name.
+    """The instruction tasks of a run, by name.
 
     Raises:
         UserError: there is no task, or some are invalid; the message lists all problems.
@@ -258,10 +252,8 @@ class Instructions:
         if not entries:
             problems.append("there is no task at all")
         if problems:
-            raise UserError(
-                "Instructions that cannot be used:\n"
-                + "\n".join(f"  - {problem}" for problem in problems)
-            )
+            listed = "\n".join(f"  - {problem}" for problem in problems)
+            raise UserError(f"Instructions that cannot be used:\n{listed}")
         self.entries = dict(entries)
         self._answers = {name: Template(entry.answer) for name, entry in entries.items()}
         self._prompts = {
@@ -291,17 +283,21 @@ class Instructions:
 
     def fitting(self, annotation: Annotation, domain: str) -> list[str]:
         """Return the names of the tasks that fit a sample."""
-        row = _row(annotation)
-        return [
-            name
-            for name, entry in self.entries.items()
-            if self._fits(name, entry, annotation.task, domain, row)
-        ]
+        return list(self.answers(annotation, domain))
 
     def answers(self, annotation: Annotation, domain: str) -> dict[str, str]:
         """Return the answers that a sample gives, by task; for a yes/no task, its true labels."""
-        row = _row(annotation)
-        return {name: self._answers[name].fill(row) for name in self.fitting(annotation, domain)}
+        row = _template_fields(annotation)
+        prompt_row = {**row, CANDIDATE: "any"}
+        answers = {}
+        for name, entry in self.entries.items():
+            is_accepted = (not entry.tasks or annotation.task in (name, *entry.tasks)) and (
+                not entry.domains or domain in entry.domains
+            )
+            answer = self._answers[name].fill(row) if is_accepted and entry.weight else ""
+            if answer and all(prompt.fill(prompt_row) for prompt in self._prompts[name]):
+                answers[name] = answer
+        return answers
 
     def draw(self, annotation: Annotation, domain: str, position: int) -> Question:
         """Draw a task and a paraphrase for one sample.
@@ -318,57 +314,44 @@ class Instructions:
         """
         if annotation.instruction.strip() and annotation.answer.strip():
             return Question(OWN_TASK, annotation.instruction.strip(), annotation.answer.strip())
-        names = self.fitting(annotation, domain)
-        if not names:
-            has = ", ".join(name for name, value in _row(annotation).items() if value) or "nothing"
-            raise SkipSample(
-                SkipReason.NO_TASK, f"task {annotation.task!r}, domain {domain!r}, has {has}"
-            )
+        row, answers = _template_fields(annotation), self.answers(annotation, domain)
+        if not answers:
+            has = ", ".join(name for name, value in row.items() if value) or "nothing"
+            detail = f"task {annotation.task!r}, domain {domain!r}, has {has}"
+            raise SkipSample(SkipReason.NO_TASK, detail)
         # Seeded with a string: unlike `hash`, it gives the same result in every process.
         rng = random.Random(f"{position} {annotation.source} {annotation.id}")
+        names = list(answers)
         name = rng.choices(names, [self.entries[name].weight for name in names])[0]
-        row = _row(annotation)
-        prompt, answer = rng.choice(self._prompts[name]), self._answers[name].fill(row)
+        prompt, answer = rng.choice(self._prompts[name]), answers[name]
         if others := self.entries[name].others:
-            candidate, answer = _candidate(answer, others, rng)
-            row = {**row, CANDIDATE: candidate}
+            row[CANDIDATE], answer = _draw_candidate(answer, others, rng)
         return Question(name, prompt.fill(row), answer)
 
-    def _fits(self, name: str, entry: Instruction, task: str, domain: str, row: Row) -> bool:
-        right_place = (not entry.tasks or task in (name, *entry.tasks)) and (
-            not entry.domains or domain in entry.domains
-        )
-        if not right_place or not entry.weight or not self._answers[name].fill(row):
-            return False
-        given = {**row, CANDIDATE: "any"}
-        return all(prompt.fill(given) for prompt in self._prompts[name])
 
-
-def _row(annotation: Annotation) -> Row:
+def _template_fields(annotation: Annotation) -> Row:
     """Return the fields that templates may use; a list of labels is sorted and deduplicated."""
-    label = (
-        sorted(set(annotation.label)) if isinstance(annotation.label, list) else annotation.label
-    )
-    own = {
+    label = annotation.label
+    return {
+        **annotation.extra,
         "text": " ".join(annotation.text.split()),
-        "label": label,
+        "label": sorted(set(label)) if isinstance(label, list) else label,
         "language_name": language_name(annotation.language),
         "instruction": annotation.instruction,
         "answer": annotation.answer,
     }
-    return {**annotation.extra, **own}
 
 
-def _candidate(answer: str, others: list[str], rng: random.Random) -> tuple[str, str]:
+def _draw_candidate(labels: str, others: list[str], rng: random.Random) -> tuple[str, str]:
     """Return the candidate of a yes/no question, and its answer.
 
     For "yes", the candidate is one of the clip's labels. For "no", it is one of `others` that
     shares no word with the labels: "waves" would be true of a clip labelled "sea waves".
     """
-    true, heard = [part.strip() for part in answer.split(",")], _words(answer)
-    false = [other for other in others if not _words(other) & heard]
+    label_words = _words(labels)
+    false = [other for other in others if not _words(other) & label_words]
     if not false or rng.random() < 0.5:
-        return rng.choice(true), "yes"
+        return rng.choice([label.strip() for label in labels.split(",")]), "yes"
     return rng.choice(false), "no"
 
 
@@ -381,15 +364,13 @@ def _words(label: str) -> set[str]:
 def _problems(name: str, entry: Instruction) -> Iterator[str]:
     if not entry.prompts:
         yield f"{name}.prompts: give at least one instruction"
-    for where, text in (
-        ("answer", entry.answer),
-        *(("prompts", prompt) for prompt in entry.prompts),
-    ):
+    templates = [("answer", entry.answer), *(("prompts", prompt) for prompt in entry.prompts)]
+    for key, text in templates:
         template = Template(text)
         if template.fault:
-            yield f"{name}.{where}: {text!r}: {template.fault}"
+            yield f"{name}.{key}: {text!r}: {template.fault}"
         elif not text.strip():
-            yield f"{name}.{where}: empty"
+            yield f"{name}.{key}: empty"
     uses_candidate = any(CANDIDATE in Template(prompt).columns for prompt in entry.prompts)
     if uses_candidate != bool(entry.others):
         yield f"{name}: a yes/no task has both {{{CANDIDATE}}} in `prompts` and a list of `others`"
@@ -403,7 +384,7 @@ def _problems(name: str, entry: Instruction) -> Iterator[str]:
 AUDIO = -1  # placeholder for the frames of a clip; no vocabulary has this id
 # Markers that are rendered into the chat template to find where the parts of a message go. No
 # template or instruction contains them.
-_AUDIO_MARK, _PROMPT_MARK, _ANSWER_MARK = "\x02audio\x03", "\x02ask\x03", "\x02answer\x03"
+_AUDIO_MARK, _PROMPT_MARK, _ANSWER_MARK = "\x02audio\x03", "\x02prompt\x03", "\x02answer\x03"
 # Templates write today's date with this function of transformers, which cannot be replaced by an
 # argument of `apply_chat_template`.
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
@@ -426,7 +407,7 @@ class ChatFrame:
     end: int
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, date: str = "") -> "ChatFrame":
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, date: str = "") -> "ChatFrame":
         """Read the frame from a tokenizer's chat template.
 
         Thinking is turned off if the template supports that.
@@ -445,119 +426,49 @@ class ChatFrame:
             raise UserError(
                 f"{name} has no chat template; pick a language model that was trained to chat."
             )
-        asked = [{"role": "user", "content": f"{_AUDIO_MARK}\n{_PROMPT_MARK}"}]
-        answered = [*asked, {"role": "assistant", "content": _ANSWER_MARK}]
+        question = [{"role": "user", "content": f"{_AUDIO_MARK}\n{_PROMPT_MARK}"}]
+        chat = [*question, {"role": "assistant", "content": _ANSWER_MARK}]
         options: dict[str, Any] = {
             "tokenize": False,
             "enable_thinking": False,
-            "chat_template": _dated(tokenizer, date),
+            "chat_template": _dated_template(tokenizer, date),
         }
         try:
             prompt = str(
-                tokenizer.apply_chat_template(asked, add_generation_prompt=True, **options)
+                tokenizer.apply_chat_template(question, add_generation_prompt=True, **options)
             )
-            whole = str(tokenizer.apply_chat_template(answered, **options))
+            whole = str(tokenizer.apply_chat_template(chat, **options))
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise UserError(
                 f"The chat template of {name} fails on a user's message and an answer to it: "
-                f"{error}. Pick another language model, or mend its chat_template.jinja."
+                f"{error}. Pick another language model, or fix its chat_template.jinja."
             ) from None
         if _AUDIO_MARK not in prompt or _PROMPT_MARK not in prompt or _ANSWER_MARK not in whole:
-            raise UserError(f"The chat template of {name} does not repeat what it is given.")
+            raise UserError(f"The chat template of {name} leaves out the given messages.")
         opening, _, rest = prompt.partition(_AUDIO_MARK)
         between, _, closing = rest.partition(_PROMPT_MARK)
+        after_answer = _template_tokens(tokenizer, whole.partition(_ANSWER_MARK)[2])
+        special = set(tokenizer.all_special_ids)
+        special |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        end = next((id for id in after_answer if id in special), tokenizer.eos_token_id)
+        if not isinstance(end, int):
+            raise UserError(
+                f"Neither the chat template of {name} nor its tokenizer has a token that ends an "
+                "answer."
+            )
         return cls(
-            _ids(tokenizer, opening),
-            _ids(tokenizer, between),
-            _ids(tokenizer, closing),
-            _end_token(tokenizer, whole.partition(_ANSWER_MARK)[2]),
+            _template_tokens(tokenizer, opening),
+            _template_tokens(tokenizer, between),
+            _template_tokens(tokenizer, closing),
+            end,
         )
 
 
-@dataclass
-class ChatText:
-    """Token sequences of a chat with a language model about a clip.
-
-    Args:
-        tokenizer: tokenizer of the language model.
-        instructions: the tasks.
-        max_tokens: maximum length of a sequence, including the template and the end token.
-        overflow: how to treat longer sequences: `cut` keeps the beginning, without an end token;
-            `drop` skips the sample. Samples whose prompt alone is too long are always skipped.
-        date: see `ChatFrame.of`.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    instructions: Instructions
-    max_tokens: int = 512
-    overflow: Literal["cut", "drop"] = "cut"
-    date: str = ""
-    frame: ChatFrame = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.frame = ChatFrame.of(self.tokenizer, self.date)
-
-    @property
-    def metrics(self) -> Mapping[str, MetricName]:
-        return self.instructions.metrics
-
-    def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
-        question = self.instructions.draw(annotation, domain, position)
-        prompt = self._prompt(question.prompt)
-        tokens = [*prompt, *self._text(question.answer), self.frame.end]
-        if len(tokens) > self.max_tokens:
-            if self.overflow == "drop" or len(prompt) >= self.max_tokens:
-                raise SkipSample(
-                    SkipReason.LABEL_TOO_LONG, f"{len(tokens)} tokens, limit {self.max_tokens}"
-                )
-            tokens = tokens[: self.max_tokens]
-        supervised = torch.zeros(len(tokens), dtype=torch.bool)
-        supervised[len(prompt) :] = True
-        return TokenTarget(
-            torch.tensor(tokens), supervised, len(prompt), question.answer, question.task
-        )
-
-    def decode(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-
-    def encode_question(self, question: str) -> Tensor:
-        """Return the prompt of a question about a clip, `[L]`, for generation."""
-        return torch.tensor(self._prompt(question))
-
-    def _prompt(self, prompt: str) -> list[int]:
-        return [
-            *self.frame.opening,
-            AUDIO,
-            *self.frame.between,
-            *self._text(prompt),
-            *self.frame.closing,
-        ]
-
-    def _text(self, text: str) -> list[int]:
-        # `split_special_tokens`: a caption that spells "<|im_end|>" is plain text.
-        return list(
-            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        )
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+def _template_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _end_token(tokenizer: PreTrainedTokenizerBase, after: str) -> int:
-    """Return the first special token that the template writes after an answer, else eos."""
-    special = set(tokenizer.all_special_ids)
-    special |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    end = next((id for id in _ids(tokenizer, after) if id in special), tokenizer.eos_token_id)
-    if not isinstance(end, int):
-        raise UserError(
-            f"Neither the chat template of {tokenizer.name_or_path} nor its tokenizer "
-            "has a token that ends an answer."
-        )
-    return end
-
-
-def _dated(tokenizer: PreTrainedTokenizerBase, date: str) -> str:
+def _dated_template(tokenizer: PreTrainedTokenizerBase, date: str) -> str:
     """Return the chat template with a fixed date in place of calls that return today's."""
     try:
         day = datetime.fromisoformat(date) if date else datetime.now()
@@ -573,3 +484,55 @@ def _dated(tokenizer: PreTrainedTokenizerBase, date: str) -> str:
             "Write a fixed date in its chat_template.jinja."
         )
     return template
+
+
+@dataclass
+class ChatText:
+    """Token sequences of a chat with a language model about a clip.
+
+    Args:
+        tokenizer: tokenizer of the language model.
+        instructions: the tasks.
+        max_tokens: maximum length of a sequence, including the template and the end token.
+        overflow: how to treat longer sequences: `cut` keeps the beginning, without an end token;
+            `drop` skips the sample. Samples whose prompt alone is too long are always skipped.
+        date: see `ChatFrame.from_tokenizer`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    instructions: Instructions
+    max_tokens: int = 512
+    overflow: Literal["cut", "drop"] = "cut"
+    date: str = ""
+    frame: ChatFrame = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.frame = ChatFrame.from_tokenizer(self.tokenizer, self.date)
+
+    @property
+    def metrics(self) -> Mapping[str, MetricName]:
+        return self.instructions.metrics
+
+    def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
+        question = self.instructions.draw(annotation, domain, position)
+        prompt = self._prompt_tokens(question.prompt)
+        tokens = [*prompt, *_plain_tokens(self.tokenizer, question.answer), self.frame.end]
+        drop = self.overflow == "drop" or len(prompt) >= self.max_tokens
+        tokens = _limit_tokens(tokens, self.max_tokens, drop=drop)
+        supervised = torch.zeros(len(tokens), dtype=torch.bool)
+        supervised[len(prompt) :] = True
+        return TokenTarget(
+            torch.tensor(tokens), supervised, len(prompt), question.answer, question.task
+        )
+
+    def decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    def encode_question(self, question: str) -> Tensor:
+        """Return the prompt of a question about a clip, `[L]`, for generation."""
+        return torch.tensor(self._prompt_tokens(question))
+
+    def _prompt_tokens(self, prompt: str) -> list[int]:
+        frame = self.frame
+        prompt_tokens = _plain_tokens(self.tokenizer, prompt)
+        return [*frame.opening, AUDIO, *frame.between, *prompt_tokens, *frame.closing]

@@ -93,12 +93,12 @@ class ShardWriter:
         self._bytes += len(audio) + len(data)
         self._counts.add(annotation.domain, annotation.licence, seconds or 0.0)
         if self._bytes >= self.max_bytes:
-            self._finish_tar()
+            self.finish_tar()
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
             if kind is None:
-                self._finish_tar()
+                self.finish_tar()
                 self._publish()
         finally:
             if self._tar is not None:
@@ -121,7 +121,8 @@ class ShardWriter:
         for name in (f"{self.prefix}-*.tar", table_name(f"{self.prefix}-*.tar")):
             self._remove(f".{name}.partial")
 
-    def _finish_tar(self) -> None:
+    def finish_tar(self) -> None:
+        """Finish the current tar; the next sample begins a new one."""
         if self._tar is None:
             return
         name = self._tar_name()

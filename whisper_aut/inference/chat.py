@@ -19,8 +19,7 @@ from whisper_aut.audio.decode import ClipLimits, load_file
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
 from whisper_aut.audio.windows import BATCH_SECONDS, batches_by_seconds
 from whisper_aut.data.batch import Example, collate
-from whisper_aut.data.dataset import ExampleBuilder
-from whisper_aut.data.ledger import Ledger, by_source
+from whisper_aut.data.dataset import ExampleBuilder, Ledger, by_source
 from whisper_aut.data.reader import SkippedSample
 from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.data.targets import DEFAULT_LANGUAGE, ChatText, TextCodec, WhisperText

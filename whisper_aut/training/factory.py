@@ -12,13 +12,13 @@ from typing import Any
 import yaml
 
 from whisper_aut import __version__
+from whisper_aut.audio.augment import Augment, SpecAugment
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel
 from whisper_aut.config import DataSettings, ScratchSettings, Settings, SourceSettings
 from whisper_aut.data.annotation import text_template
-from whisper_aut.data.augment import Augment, SpecAugment
 from whisper_aut.data.datamodule import ShardDataModule
-from whisper_aut.data.dataset import ExampleBuilder, StreamSource
+from whisper_aut.data.dataset import ExampleBuilder, ShardNoise, StreamSource
 from whisper_aut.data.filters import Exclusions, select_samples
 from whisper_aut.data.reader import ReadPolicy, Sample
 from whisper_aut.data.sampler import mixture_weights
@@ -132,11 +132,10 @@ def build_augment(settings: Settings, policy: ReadPolicy) -> Augment:
         spectrum=SpecAugment() if augment.spec else None,
         gain_db=augment.gain_db,
         speeds=tuple(augment.speeds),
-        noise=noise,
+        noise=ShardNoise(noise, policy) if noise else None,
         noise_probability=augment.noise_probability,
         snr_db=(augment.snr_db[0], augment.snr_db[1]),
         max_seconds=settings.data.max_seconds,
-        policy=policy,
     )
 
 

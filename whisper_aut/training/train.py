@@ -21,7 +21,7 @@ from rich.text import Text
 
 from whisper_aut.config import Settings, dump_settings
 from whisper_aut.data.datamodule import ShardDataModule
-from whisper_aut.data.ledger import Ledger, by_source
+from whisper_aut.data.dataset import Ledger, by_source
 from whisper_aut.data.sampler import Cursor
 from whisper_aut.errors import UserError
 from whisper_aut.models.module import AudioTextModule

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from whisper_aut.audio.containers import add_length_header, find_second_file
-from whisper_aut.audio.decode import ClipLimits, decode, read_header
+from whisper_aut.audio.decode import (
+    ClipLimits,
+    add_length_header,
+    decode,
+    find_second_file,
+    read_header,
+)
 from whisper_aut.errors import SkipReason, SkipSample
 
 LIMITS = ClipLimits()

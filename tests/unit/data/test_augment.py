@@ -9,11 +9,11 @@ from torch.testing import assert_close
 from torchaudio import functional
 
 from tests.support.audio import tone, write_shards
+from whisper_aut.audio.augment import Augment, SpecAugment, change_speed
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits
 from whisper_aut.audio.logmel import LogMel, mel_frames
-from whisper_aut.data.augment import Augment, SpecAugment, change_speed
 from whisper_aut.data.datamodule import ShardDataModule
-from whisper_aut.data.dataset import ExampleBuilder, StreamSource
+from whisper_aut.data.dataset import ExampleBuilder, ShardNoise, StreamSource
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.targets import WhisperText
 from whisper_aut.models.pretrained import PretrainedWhisper
@@ -23,14 +23,15 @@ CLIP = torch.from_numpy(tone(2.0))
 
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory: pytest.TempPathFactory):
-    return open_index(write_shards(tmp_path_factory.mktemp("noise") / "sound", 9, "sound"))
+    folder = write_shards(tmp_path_factory.mktemp("noise") / "sound", 9, "sound")
+    return ShardNoise([open_index(folder)])
 
 
 def test_the_same_position_gives_the_same_clip_and_another_one_another(noise):
     def made(position: int, seed: int = 0) -> torch.Tensor:
         torch.rand(1)  # whatever else draws random numbers
         return Augment(
-            seed, gain_db=6, speeds=(0.9, 1.0, 1.1), noise=[noise], noise_probability=1.0
+            seed, gain_db=6, speeds=(0.9, 1.0, 1.1), noise=noise, noise_probability=1.0
         ).waveform(CLIP, position)
 
     assert torch.equal(made(5), made(5))
@@ -39,10 +40,10 @@ def test_the_same_position_gives_the_same_clip_and_another_one_another(noise):
 
 
 def test_noise_stands_at_the_ratio_asked_for(noise):
-    noisy = Augment(noise=[noise], noise_probability=1.0, snr_db=(10.0, 10.0)).waveform(CLIP, 3)
+    noisy = Augment(noise=noise, noise_probability=1.0, snr_db=(10.0, 10.0)).waveform(CLIP, 3)
     ratio = CLIP.pow(2).sum() / (noisy - CLIP).pow(2).sum()
     assert 10 * ratio.log10() == pytest.approx(10.0, abs=0.01)
-    untouched = Augment(noise=[noise], noise_probability=0.0).waveform(CLIP, 3)
+    untouched = Augment(noise=noise, noise_probability=0.0).waveform(CLIP, 3)
     assert torch.equal(untouched, CLIP)
 
 

@@ -71,7 +71,7 @@ def test_templates_that_cannot_be_used_are_refused(codec: ChatText):
     with pytest.raises(UserError, match="no chat template"):
         ChatText(mute, CAPTION)
     mute.chat_template = "hello"
-    with pytest.raises(UserError, match="does not repeat"):
+    with pytest.raises(UserError, match="leaves out the given messages"):
         ChatText(mute, CAPTION)
 
 

@@ -9,9 +9,9 @@ from lightning.pytorch.plugins import HalfPrecision
 from torch.testing import assert_close
 from transformers import WhisperFeatureExtractor
 
+from whisper_aut.audio.augment import Augment, SpecAugment
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
-from whisper_aut.data.augment import Augment, SpecAugment
 from whisper_aut.data.batch import Batch, Waveforms
 from whisper_aut.data.datamodule import DeviceFeatures, ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource

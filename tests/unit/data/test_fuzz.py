@@ -17,8 +17,7 @@ from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.datamodule import ShardDataModule
-from whisper_aut.data.dataset import ExampleBuilder, StreamSource
-from whisper_aut.data.ledger import Ledger
+from whisper_aut.data.dataset import ExampleBuilder, Ledger, StreamSource
 from whisper_aut.data.shards import ShardEntry, open_index
 from whisper_aut.data.targets import WhisperText
 from whisper_aut.data.writer import ShardWriter, write_index

@@ -19,10 +19,10 @@ from tests.support.audio import encode_audio, tone
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.datamodule import ShardDataModule
-from whisper_aut.data.dataset import BatchStream, ExampleBuilder, StreamSource, TrainLoader
+from whisper_aut.data.datamodule import ShardDataModule, TrainLoader
+from whisper_aut.data.dataset import BatchStream, ExampleBuilder, StreamSource
 from whisper_aut.data.filters import select_samples
-from whisper_aut.data.sampler import fill
+from whisper_aut.data.sampler import fill_batches
 from whisper_aut.data.shards import HAS_TABLES, open_index
 from whisper_aut.data.targets import WhisperText
 from whisper_aut.data.writer import ShardWriter
@@ -64,7 +64,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     shards.write(
                         f"{name}-{number}-{clip}", "flac", encode_audio(tone(seconds)), annotation
                     )
-                shards._finish_shard()
+                shards.finish_tar()
     return root
 
 
@@ -113,7 +113,7 @@ class World:
     def _loader(self, rank: int, world: dict[str, int]) -> TrainLoader:
         return TrainLoader(
             lambda start, end, count: WorkedStream(
-                self.module._stream(rank, self.ranks, start, end, count), self.workers
+                self.module.train_stream(rank, self.ranks, start, end, count), self.workers
             ),  # pyright: ignore
             order=self.module.order,
             batching=self.module.batching,
@@ -247,7 +247,7 @@ def test_a_resumed_run_misses_and_repeats_nothing_at_length(
 @given(st.lists(st.integers(1, 30_000), min_size=1, max_size=400), st.integers(30_000, 300_000))
 def test_batches_by_seconds_keep_their_budget_and_are_even(lengths: list[int], budget: int):
     row = np.array(lengths)
-    bins = fill(row, budget)
+    bins = fill_batches(row, budget)
     assert sorted(np.concatenate(bins).tolist()) == list(range(len(row)))
     totals = [int(row[items].sum()) for items in bins]
     assert max(totals) <= budget

@@ -88,7 +88,7 @@ def test_a_resumed_loader_goes_on_exactly(
 
 def test_another_order_refuses_the_position(tiny_shards: Path, build: ExampleBuilder):
     state = data_module(tiny_shards, build).train_dataloader().state_dict()
-    with pytest.raises(UserError, match="other training data, exclusions, shares, seed or window"):
+    with pytest.raises(UserError, match="other training data, exclusions, weights, seed or window"):
         data_module(tiny_shards, build, seed=1).train_dataloader().load_state_dict(state)
 
 
@@ -102,7 +102,7 @@ def test_one_epoch_of_one_source_is_every_clip_once(tiny_shards: Path, build: Ex
 def test_ranks_share_each_batch_without_overlap(tiny_shards: Path, build: ExampleBuilder):
     whole = keys_of(list(data_module(tiny_shards, build, batch_clips=6).train_dataloader()))
     module = data_module(tiny_shards, build)
-    ranks = [keys_of(list(module._stream(rank, 2, Cursor(), None, 6))) for rank in (0, 1)]
+    ranks = [keys_of(list(module.train_stream(rank, 2, Cursor(), None, 6))) for rank in (0, 1)]
     assert [a + b for a, b in zip(*ranks, strict=True)] == whole
 
 
@@ -111,7 +111,7 @@ def test_validation_gives_every_clip_once_and_every_rank_the_same_steps(
 ):
     module = data_module(tiny_shards, build)
     assert sum(len(batch) for batch in module.val_dataloader()) == 43
-    ranks = [list(module._valid_stream(rank, 2)) for rank in (0, 1)]
+    ranks = [list(module.valid_stream(rank, 2)) for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1])
     assert sum(len(batch) for rank in ranks for batch in rank) == 43
 
@@ -153,7 +153,7 @@ def test_an_epoch_follows_one_whose_batches_were_counted_and_not_exhausted(
 
 
 def test_an_epoch_smaller_than_a_step_is_a_clear_error(tiny_shards: Path, build: ExampleBuilder):
-    with pytest.raises(UserError, match=r"holds no step.*data\.batch_clips"):
+    with pytest.raises(UserError, match=r"is shorter than one step.*data\.batch_clips"):
         data_module(tiny_shards, build, samples_per_epoch=2).train_dataloader()
 
 
@@ -177,7 +177,7 @@ class Leg:
         if before:
             self.module.resume(ranks, before.loader.state_dict(), before.step)
         self.plan = self.module.total_steps(ranks, self.epochs)
-        self.module._place = lambda: (0, ranks)
+        self.module._rank_and_ranks = lambda: (0, ranks)
         self.loader = self.module.train_dataloader()
         if before:
             self.loader.load_state_dict(before.loader.state_dict())

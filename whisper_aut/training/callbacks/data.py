@@ -7,7 +7,7 @@ from typing import Any
 import lightning
 
 from whisper_aut.data.batch import Batch
-from whisper_aut.data.ledger import Counts, Ledger
+from whisper_aut.data.dataset import Counts, Ledger
 from whisper_aut.data.targets import missing_token_warning
 from whisper_aut.training.callbacks import ends_logged_step, gather_objects
 

@@ -11,7 +11,7 @@ from typing import Any
 import lightning
 import torch
 
-from whisper_aut.data.ledger import Ledger
+from whisper_aut.data.dataset import Ledger
 from whisper_aut.data.reader import SkippedSample
 from whisper_aut.data.sampler import Cursor
 from whisper_aut.errors import Interrupted, Preempted, SkipReason, UserError

@@ -5,8 +5,8 @@ one with a different number of workers, repeats them. Validation clips are never
 Park et al. 2019 (SpecAugment), Ko et al. 2015 (speed perturbation).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -14,13 +14,9 @@ import torch
 from torch import Tensor
 from torchaudio import functional, transforms
 
-from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits, load_waveform
-from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, Sample
-from whisper_aut.data.shards import ShardIndex, ShardReader
-from whisper_aut.errors import SkipSample
+from whisper_aut.audio.decode import SAMPLE_RATE_HZ
 
-NOISE_LIMITS = ClipLimits(min_seconds=0.1, max_seconds=60.0)
-# Keys of independent random streams; `sampler.py` uses 1 to 5.
+# Keys of independent random streams; `data.sampler` uses 1 to 5.
 _WAVEFORM, _SPECTRUM, _NOISE = 6, 7, 8
 
 
@@ -30,8 +26,8 @@ class SpecAugment:
 
     Attributes:
         frequency_masks, time_masks: masks per clip along each axis.
-        frequency_share: maximum width as a fraction of the mel bins; 27 of 80 in the paper.
-        time_share, time_frames: maximum width as a fraction of the clip's valid frames, and in
+        frequency_fraction: maximum width as a fraction of the mel bins; 27 of 80 in the paper.
+        time_fraction, time_frames: maximum width as a fraction of the clip's valid frames, and in
             frames of 10 ms; the smaller of the two applies.
     """
 
@@ -51,51 +47,42 @@ class Augment:
         spectrum: SpecAugment settings; None leaves the log-mel unchanged.
         gain_db: maximum change of loudness, up or down.
         speeds: speed factors, one of which is drawn for each clip.
-        noise: shards of noise recordings; they must have sample tables.
+        noise: draws a recording of noise `[S]` at 16 kHz with a random generator, or returns None
+            if the recording cannot be used; see `data.dataset.ShardNoise`.
         noise_probability: fraction of clips that noise is added to.
         snr_db: lowest and highest signal-to-noise ratio.
         max_seconds: a clip that its new speed would make longer than this keeps its own speed.
-        policy: retries and timeouts for reading noise.
     """
 
     seed: int = 0
     spectrum: SpecAugment | None = None
     gain_db: float = 0.0
     speeds: Sequence[float] = (1.0,)
-    noise: Sequence[ShardIndex] = ()
+    noise: Callable[[np.random.Generator], Tensor | None] | None = None
     noise_probability: float = 0.5
     snr_db: tuple[float, float] = (5.0, 30.0)
     max_seconds: float = 30.0
-    policy: ReadPolicy = DEFAULT_POLICY
-    _reader: ShardReader = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._reader = ShardReader(NOISE_LIMITS, self.policy)
 
     def waveform(self, waveform: Tensor, position: int) -> Tensor:
-        """Change the speed of a clip `[S]`, add noise, and apply gain.
-
-        Args:
-            waveform: `[S]` at 16 kHz.
-            position: position of the clip in the order.
+        """Change the speed of a clip `[S]` at 16 kHz, add noise, and apply gain.
 
         Returns:
             `[S']`, where S' differs from S if the speed changed.
         """
         random = np.random.default_rng([self.seed, _WAVEFORM, position])
         speed = float(random.choice(np.asarray(self.speeds)))
-        noisy, snr = random.random() < self.noise_probability, random.uniform(*self.snr_db)
+        is_noisy, snr = random.random() < self.noise_probability, random.uniform(*self.snr_db)
         gain = random.uniform(-self.gain_db, self.gain_db)
         if speed != 1.0 and len(waveform) / speed <= self.max_seconds * SAMPLE_RATE_HZ:
             waveform = change_speed(waveform, speed)
-        if self.noise and noisy:
-            noise = self._noise(position, len(waveform))
+        if self.noise and is_noisy:
+            noise = self._draw_noise(position, len(waveform))
             if noise is not None:
                 waveform = functional.add_noise(waveform, noise, torch.tensor(snr))
         return functional.gain(waveform, gain) if gain else waveform
 
     def mel(self, mel: Tensor, mel_length: int, position: int) -> Tensor:
-        """Apply SpecAugment to a log-mel; the mask value is the mean of the valid frames.
+        """Apply SpecAugment to a log-mel `[F', M]`; the mask value is the mean of the valid frames.
 
         Args:
             mel: `[F', M]`.
@@ -115,28 +102,15 @@ class Augment:
         seed = np.random.default_rng([self.seed, _SPECTRUM, position]).integers(2**63)
         random = torch.Generator().manual_seed(int(seed))
         for _ in range(spec.frequency_masks):
-            valid[:, _stripe(random, mel.shape[1], bins)] = mean
+            valid[:, _draw_mask(random, mel.shape[1], bins)] = mean
         for _ in range(spec.time_masks):
-            valid[_stripe(random, mel_length, frames)] = mean
+            valid[_draw_mask(random, mel_length, frames)] = mean
         return masked
 
-    def _noise(self, position: int, samples: int) -> Tensor | None:
-        """Return `[S]` of noise, or None if the drawn recording cannot be used.
-
-        Longer recordings are cut at a random point, and shorter ones are repeated.
-        """
+    def _draw_noise(self, position: int, samples: int) -> Tensor | None:
+        """Return `[S]` of noise: recordings are cut at a random point, and short ones repeated."""
         random = np.random.default_rng([self.seed, _NOISE, position])
-        sizes = np.array([index.samples for index in self.noise])
-        index = self.noise[int(random.choice(len(sizes), p=sizes / sizes.sum()))]
-        ends = np.cumsum(index.shard_samples)
-        number = int(random.integers(ends[-1]))
-        shard = int(np.searchsorted(ends, number, side="right"))
-        place = (shard, number - int(ends[shard] - index.shard_samples[shard]))
-        _, item = next(iter(self._reader.read({0: place}, index)))
-        try:
-            noise = load_waveform(item.audio, NOISE_LIMITS) if isinstance(item, Sample) else None
-        except SkipSample:
-            noise = None
+        noise = self.noise(random) if self.noise else None
         if noise is None:
             return None
         noise = noise.repeat(-(-samples // len(noise)) + 1)
@@ -145,17 +119,10 @@ class Augment:
 
 
 def change_speed(waveform: Tensor, factor: float) -> Tensor:
-    """Change the speed of a waveform as `torchaudio.functional.speed` does.
+    """Change the speed of a waveform `[S]` at 16 kHz as `torchaudio.functional.speed` does.
 
     The waveform is padded to a multiple of half a second before the convolution: oneDNN compiles a
-    kernel for every new length, which takes longer than running it.
-
-    Args:
-        waveform: `[S]` at 16 kHz.
-        factor: above 1 is faster, and shorter.
-
-    Returns:
-        `[S']`.
+    kernel for every new length, which takes longer than running it. A factor above 1 is faster.
     """
     padded = torch.nn.functional.pad(waveform, (0, -len(waveform) % (SAMPLE_RATE_HZ // 2)))
     faster, length = _speed(factor)(padded, torch.tensor(len(waveform)))
@@ -167,10 +134,10 @@ def _speed(factor: float) -> transforms.Speed:
     return transforms.Speed(SAMPLE_RATE_HZ, factor)
 
 
-def _stripe(random: torch.Generator, size: int, widest: int) -> slice:
-    """Draw a mask of width up to `widest`, as `torchaudio.functional.mask_along_axis` does."""
-    if widest < 1:
+def _draw_mask(random: torch.Generator, size: int, max_width: int) -> slice:
+    """Draw a mask as `torchaudio.functional.mask_along_axis` does."""
+    if max_width < 1:
         return slice(0)
-    width = torch.rand((), generator=random) * widest
+    width = torch.rand((), generator=random) * max_width
     start = int(torch.rand((), generator=random) * (size - width))
     return slice(start, start + int(width))
