@@ -7,7 +7,7 @@ the test part. A mask `[I, J]` marks the items that each of J heads is trained o
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -124,27 +124,31 @@ class SplitResult(NamedTuple):
     probabilities: tuple[Any, ...] = ()
 
 
-class ProbeDataset(Protocol):
-    """The items of one split, and how predictions for them are scored."""
+class ProbeDataset:
+    """The items of one split, and how predictions for them are scored. By default, an item is a
+    clip.
+    """
+
+    device: str = "cpu"
 
     def batch(self, items: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, ...]:
         """Return the inputs and targets of some items, on the device of the dataset.
 
         With a generator (in training), targets may be drawn.
         """
-        ...
+        raise NotImplementedError
 
     def mask(self, clips: Sequence[np.ndarray]) -> Tensor:
         """Convert masks over clips of the pool, each `[B]`, to a mask over items, `[I, J]`."""
-        ...
+        return torch.from_numpy(np.stack(clips, 1))
 
     def validate(self, probe: Any, valid: Tensor) -> list[tuple[float, float]]:
         """Return score and loss of each head on its validation items, marked by `[I, J]`."""
-        ...
+        raise NotImplementedError
 
     def test(self, probe: Any) -> SplitResult:
         """Return the result of a probe with a single head on the test part."""
-        ...
+        raise NotImplementedError
 
 
 class Standardizer:
@@ -224,7 +228,7 @@ class Frames:
 Transform = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
 
 
-class ClassDataset:
+class ClassDataset(ProbeDataset):
     """Clips, or their segments, with one class or any number of classes each.
 
     Args:

@@ -375,8 +375,8 @@ def feature_spec(
     Raises:
         UserError: the encoder does not have the layers, or does not return single layers.
     """
-    layers, highest = settings.layers, getattr(encoder, "layers", None)
-    if highest is None and (kind == "layers" or layers):
+    layers, highest = settings.layers, getattr(encoder, "layers", -1)
+    if highest < 0 and (kind == "layers" or layers):
         raise UserError(
             f"{type(encoder).__name__} returns no single layers: probe its output, with a kind of "
             "probe that needs no layers."
@@ -611,10 +611,7 @@ class TaskEmbedder:
 
     def _encode(self, waveforms: list[Tensor], hop_seconds: float) -> list[Tensor]:
         frames = self.encoder.encode(
-            waveforms,
-            SAMPLE_RATE_HZ,
-            self.spec.layers,
-            batch_seconds=self.settings.batch_seconds,
+            waveforms, SAMPLE_RATE_HZ, self.spec.layers, batch_seconds=self.settings.batch_seconds
         )
         return [self.spec.reduce(clip.float(), hop_seconds).cpu() for clip in frames]
 

@@ -138,14 +138,16 @@ def probe_splits(
     """
     answer = ANSWERS[metric]
     check_splits(splits, name)
-    classes = class_names(splits, answer, name)
+    targets: dict[str, Any] = {}
+    if classes := class_names(splits, answer, name):
+        targets = {"metric": metric, "classes": classes, "segment_seconds": segment_seconds}
     probe = PROBES[kind or default_kind(answer)]
     own_seeds = list(seeds) if probe.seeded else [None]
     results: dict[int | None, list[tuple[Any, ...]]] = {seed: [] for seed in own_seeds}
     # One thread, for thousands of small products. `fit` uses more if a step is large enough.
     with threads(1):
         for split in splits:
-            dataset = probe.dataset(split, metric, classes, segment_seconds, device)
+            dataset = probe.dataset(split, device=device, **targets)
             options = candidates or probe.candidates
             candidate, valid_score = options[0], None
             if len(options) > 1 or probe.seeded:  # the number of epochs is selected too
@@ -157,7 +159,7 @@ def probe_splits(
             everything = np.ones(len(split.pool), dtype=bool)
             mask = dataset.mask([split.train if final_fit == "train" else everything])
             for seed in own_seeds:
-                trained = probe.train_heads(dataset, [candidate], mask, seed=seed or 0)
+                trained = probe.train_heads(dataset, [candidate], mask, None, seed or 0)
                 result = dataset.test(trained)
                 score = _as_float32(result.score)
                 results[seed].append((candidate, valid_score, score, *result[1:]))
@@ -174,7 +176,7 @@ def select_candidate(
     scores, losses, epochs = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     for heads in _head_batches(*shape, probe.max_heads(dataset)):
         mask, valid = (dataset.mask([folds[fold][part] for fold, _ in heads]) for part in (0, 1))
-        trained = probe.train_heads(dataset, [candidates[c] for _, c in heads], mask, valid)
+        trained: Any = probe.train_heads(dataset, [candidates[c] for _, c in heads], mask, valid, 0)
         for i, (score, loss) in enumerate(dataset.validate(trained, valid)):
             scores[heads[i]], losses[heads[i]] = score, loss
             if probe.seeded:

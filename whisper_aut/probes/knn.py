@@ -6,15 +6,14 @@ weighted by exp(cosine / temperature) (Wu et al. 2018, section 3.4). X-ARES scal
 across samples instead, which is a mistake.
 """
 
-from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from whisper_aut.probes.datasets import ClassDataset
-from whisper_aut.probes.modules import Candidate, Probe
+from whisper_aut.probes.modules import Candidates, Probe
 
 NEIGHBOURS = (1, 3, 5, 10, 20)
 TEMPERATURES = (0.02, 0.07, 1.0)
@@ -45,7 +44,7 @@ class KNNProbe(Probe):
         features: Tensor,
         targets: Tensor,
         classes: int,
-        candidates: Sequence[Candidate] = ({"k": 10, "temperature": 0.07},),
+        candidates: Candidates = ({"k": 10, "temperature": 0.07},),
         mask: Tensor | None = None,
     ):
         super().__init__()
@@ -60,12 +59,7 @@ class KNNProbe(Probe):
 
     @classmethod
     def train_heads(
-        cls,
-        dataset: ClassDataset,
-        candidates: Sequence[Candidate],
-        mask: Tensor,
-        valid: Tensor | None = None,
-        seed: int = 0,
+        cls, dataset: Any, candidates: Candidates, mask: Tensor, valid: Tensor | None, seed: int
     ) -> Self:
         pool = slice(dataset.pool_items)
         features, targets = dataset.features[pool], dataset.targets[pool]
@@ -88,7 +82,7 @@ class KNNProbe(Probe):
                 classes = self.targets[own][indices]
             k = int(setting["k"])
             votes = torch.zeros(len(features), self.classes, device=features.device)
-            shares = (found[:, :k] / setting["temperature"]).softmax(1)
-            votes.scatter_add_(1, classes[:, :k], shares)
+            weights = (found[:, :k] / setting["temperature"]).softmax(1)
+            votes.scatter_add_(1, classes[:, :k], weights)
             columns.append(votes.clamp_min(1e-9).log())
         return torch.stack(columns, 1)

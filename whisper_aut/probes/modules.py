@@ -11,7 +11,8 @@ validation loss stops improving.
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,20 +21,13 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from whisper_aut.onednn import product
-from whisper_aut.probes.datasets import (
-    BATCH_FRAMES,
-    ClassDataset,
-    PrincipalAxes,
-    ProbeDataset,
-    Split,
-    Standardizer,
-    Transform,
-)
+from whisper_aut.probes.datasets import BATCH_FRAMES, ClassDataset, PrincipalAxes, Standardizer
 from whisper_aut.probes.embed import FeatureKind
 from whisper_aut.probes.metrics import Answer
 from whisper_aut.probes.optim import HeadLoader, fit, minimise
 
 Candidate = dict[str, float]  # hyperparameters of a head, such as penalty or learning rate
+Candidates = Sequence[Candidate]
 
 
 def class_losses(scores: Tensor, targets: Tensor) -> Tensor:
@@ -43,8 +37,8 @@ def class_losses(scores: Tensor, targets: Tensor) -> Tensor:
     targets `[I, C]`.
     """
     if targets.ndim == 2:
-        wanted = targets[:, None].to(scores.dtype).expand_as(scores)
-        return F.binary_cross_entropy_with_logits(scores, wanted, reduction="none").sum(2)
+        each_head = targets[:, None].to(scores.dtype).expand_as(scores)
+        return F.binary_cross_entropy_with_logits(scores, each_head, reduction="none").sum(2)
     items, heads, _ = scores.shape
     repeated = targets.repeat_interleave(heads)
     return F.cross_entropy(scores.flatten(0, 1), repeated, reduction="none").view(items, heads)
@@ -70,28 +64,16 @@ class Probe(LightningModule):
         version: increased whenever a change affects scores.
         seeded: whether it is trained by epochs, with initial weights or batch order from a seed.
             Other probes have a unique solution and are fitted once.
-        fit_transform: transform of the features of a `ClassDataset`.
+        dataset: makes the dataset of a split.
     """
 
     title: ClassVar[str]
     answers: ClassVar[tuple[Answer, ...]] = ("class", "classes")
     features: ClassVar[FeatureKind] = "pooled"
-    candidates: ClassVar[tuple[Candidate, ...]]
+    candidates: ClassVar[Candidates]
     version: ClassVar[int]
     seeded: ClassVar[bool] = True
-    fit_transform: ClassVar[Transform | None] = None
-
-    @classmethod
-    def dataset(
-        cls,
-        split: Split,
-        metric: str,
-        classes: Sequence[str],
-        segment_seconds: float = 0.0,
-        device: str = "cpu",
-    ) -> Any:
-        """Return a split as the probe sees it."""
-        return ClassDataset(split, metric, classes, segment_seconds, device, cls.fit_transform)
+    dataset: ClassVar[Callable[..., Any]] = ClassDataset
 
     @classmethod
     def max_heads(cls, dataset: Any) -> int:
@@ -100,17 +82,12 @@ class Probe(LightningModule):
 
     @classmethod
     def train_heads(
-        cls,
-        dataset: Any,
-        candidates: Sequence[Candidate],
-        mask: Tensor,
-        valid: Tensor | None = None,
-        seed: int = 0,
+        cls, dataset: Any, candidates: Candidates, mask: Tensor, valid: Tensor | None, seed: int
     ) -> Self:
         """Train one head per candidate.
 
         Args:
-            dataset: the dataset, as returned by `dataset`.
+            dataset: the dataset of a split.
             candidates: setting of each head.
             mask: `[I, J]`, the items that each head is trained on.
             valid: `[I, J]`, the items that each head is validated on; None for a final fit.
@@ -156,13 +133,13 @@ class LinearProbe(Probe):
     candidates = tuple({"penalty": penalty} for penalty in PENALTIES)
     version = 5
     seeded = False
-    fit_transform = PrincipalAxes
+    dataset = partial(ClassDataset, fit_transform=PrincipalAxes)
 
     def __init__(
         self,
         width: int,
         classes: int,
-        candidates: Sequence[Candidate] = ({"penalty": 1.0},),
+        candidates: Candidates = ({"penalty": 1.0},),
         *,
         variances: Tensor | None = None,
         multilabel: bool = False,
@@ -190,12 +167,7 @@ class LinearProbe(Probe):
 
     @classmethod
     def train_heads(
-        cls,
-        dataset: ClassDataset,
-        candidates: Sequence[Candidate],
-        mask: Tensor,
-        valid: Tensor | None = None,
-        seed: int = 0,
+        cls, dataset: Any, candidates: Candidates, mask: Tensor, valid: Tensor | None, seed: int
     ) -> Self:
         # A coarse tolerance is enough to rank penalties. Tolerances are relative to the loss,
         # since its optimum is tiny where classes are separable.
@@ -210,8 +182,7 @@ class LinearProbe(Probe):
             multilabel=dataset.targets.ndim == 2,
             **({} if valid is None else rough),
         )
-        device = dataset.device
-        fit(probe, HeadLoader(dataset, mask, device=device), device=device)
+        fit(probe, HeadLoader(dataset, mask, None), device=dataset.device)
         return probe
 
     def forward(self, features: Tensor) -> Tensor:
@@ -324,9 +295,9 @@ class LinearProbe(Probe):
         """
         scores = _linear_scores(weight, features)
         if targets.ndim == 2:
-            wanted = targets[:, None].to(scores.dtype)
-            losses = (F.softplus(scores) - scores * wanted).sum(2)
-            slopes = (scores.sigmoid_() - wanted) * weights[:, :, None]
+            marks = targets[:, None].to(scores.dtype)
+            losses = (F.softplus(scores) - scores * marks).sum(2)
+            slopes = (scores.sigmoid_() - marks) * weights[:, :, None]
         else:
             index = targets[:, None, None].expand(-1, len(weight), 1)
             slopes = scores.log_softmax(2)
@@ -423,7 +394,7 @@ class AdamProbe(Probe):
     valid_batch_items: ClassVar[int | None] = 4096
     decayed: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, initial: Weights, candidates: Sequence[Candidate]):
+    def __init__(self, initial: Weights, candidates: Candidates):
         super().__init__()
         self.initial = nn.ParameterDict(
             {name: nn.Parameter(value, requires_grad=False) for name, value in initial.items()}
@@ -442,27 +413,22 @@ class AdamProbe(Probe):
         self.valid_losses: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
-    def build(cls, dataset: Any, candidates: Sequence[Candidate], seed: int) -> Self:
+    def build(cls, dataset: Any, candidates: Candidates, seed: int) -> Self:
         """Return untrained heads for a dataset."""
         raise NotImplementedError
 
     @classmethod
     def train_heads(
-        cls,
-        dataset: ProbeDataset,
-        candidates: Sequence[Candidate],
-        mask: Tensor,
-        valid: Tensor | None = None,
-        seed: int = 0,
+        cls, dataset: Any, candidates: Candidates, mask: Tensor, valid: Tensor | None, seed: int
     ) -> Self:
-        probe, device = cls.build(dataset, candidates, seed), dataset.device
+        probe = cls.build(dataset, candidates, seed)
         size = batch_size(int(mask.any(1).sum()), cls.max_batch_items)
-        batches = HeadLoader(dataset, mask, size, seed, device)
+        batches = HeadLoader(dataset, mask, size, seed)
         valid_batches = None
         if valid is not None:
-            valid_batches = HeadLoader(dataset, valid, cls.valid_batch_items, device=device)
+            valid_batches = HeadLoader(dataset, valid, cls.valid_batch_items)
         epochs = int(candidates[0].get("epochs", cls.max_epochs))
-        fit(probe, batches, valid_batches, device=device, max_epochs=epochs)
+        fit(probe, batches, valid_batches, device=dataset.device, max_epochs=epochs)
         return probe
 
     @property
@@ -525,7 +491,7 @@ class AdamProbe(Probe):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.offsets.values(), lr=1.0)
-        steps = self.trainer.estimated_stepping_batches // self.trainer.max_epochs
+        steps = int(self.trainer.estimated_stepping_batches) // (self.trainer.max_epochs or 1)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.max_epochs * steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
@@ -558,14 +524,14 @@ class MLPProbe(AdamProbe):
         {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-4, 1e-3, 1e-2)
     )
     version = 2
-    fit_transform = Standardizer
+    dataset = partial(ClassDataset, fit_transform=Standardizer)
     decayed = ("first", "second")
 
     def __init__(
         self,
         width: int,
         classes: int,
-        candidates: Sequence[Candidate] = ({"rate": 1e-3, "decay": 1e-3},),
+        candidates: Candidates = ({"rate": 1e-3, "decay": 1e-3},),
         seed: int = 0,
         hidden: int = HIDDEN,
     ):
@@ -586,7 +552,7 @@ class MLPProbe(AdamProbe):
         return max(1, MAX_ACTIVATIONS // (HIDDEN * (dataset.pool_items + 8 * width)))
 
     @classmethod
-    def build(cls, dataset: ClassDataset, candidates: Sequence[Candidate], seed: int) -> Self:
+    def build(cls, dataset: ClassDataset, candidates: Candidates, seed: int) -> Self:
         return cls(dataset.features.shape[1], len(dataset.classes), candidates, seed)
 
     def apply_heads(self, weights: Weights, features: Tensor) -> Tensor:
@@ -614,7 +580,7 @@ class LayerWeightedProbe(AdamProbe):
         {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-3, 1e-2, 1e-1)
     )
     version = 2
-    fit_transform = Standardizer
+    dataset = partial(ClassDataset, fit_transform=Standardizer)
     decayed = ("weight",)
 
     def __init__(
@@ -622,7 +588,7 @@ class LayerWeightedProbe(AdamProbe):
         layers: int,
         width: int,
         classes: int,
-        candidates: Sequence[Candidate] = ({"rate": 1e-2, "decay": 1e-2},),
+        candidates: Candidates = ({"rate": 1e-2, "decay": 1e-2},),
     ):
         heads = len(candidates)
         initial = {
@@ -639,8 +605,9 @@ class LayerWeightedProbe(AdamProbe):
         return max(1, MAX_ACTIVATIONS // size)
 
     @classmethod
-    def build(cls, dataset: ClassDataset, candidates: Sequence[Candidate], seed: int) -> Self:
-        return cls(*dataset.features.shape[1:], len(dataset.classes), candidates)
+    def build(cls, dataset: ClassDataset, candidates: Candidates, seed: int) -> Self:
+        _, layers, width = dataset.features.shape
+        return cls(layers, width, len(dataset.classes), candidates)
 
     def layer_weights(self) -> Tensor:
         """Return the weight of each layer, `[J, L]`, which sum to one."""
@@ -671,10 +638,7 @@ class AttentionProbe(AdamProbe):
     decayed = ("query", "weight")
 
     def __init__(
-        self,
-        width: int,
-        classes: int,
-        candidates: Sequence[Candidate] = ({"rate": 1e-2, "decay": 1e-2},),
+        self, width: int, classes: int, candidates: Candidates = ({"rate": 1e-2, "decay": 1e-2},)
     ):
         heads = len(candidates)
         initial = {
@@ -692,7 +656,7 @@ class AttentionProbe(AdamProbe):
         return max(1, MAX_ACTIVATIONS // size)
 
     @classmethod
-    def build(cls, dataset: ClassDataset, candidates: Sequence[Candidate], seed: int) -> Self:
+    def build(cls, dataset: ClassDataset, candidates: Candidates, seed: int) -> Self:
         assert dataset.frames
         return cls(dataset.frames.width, len(dataset.classes), candidates)
 

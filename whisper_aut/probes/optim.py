@@ -98,18 +98,12 @@ class HeadLoader:
         batch_items: number of items per batch; None for one batch of all items.
         seed: shuffles the items in every epoch, and decides what the dataset draws. None for the
             order of the dataset.
-        device: where the mask is put.
     """
 
     def __init__(
-        self,
-        dataset: ProbeDataset,
-        mask: Tensor,
-        batch_items: int | None = None,
-        seed: int | None = None,
-        device: str = "cpu",
+        self, dataset: ProbeDataset, mask: Tensor, batch_items: int | None, seed: int | None = None
     ):
-        self.dataset, self.mask, self.device = dataset, mask.float(), device
+        self.dataset, self.mask = dataset, mask.float()
         self.items = torch.nonzero(mask.any(1))[:, 0]
         self.batch_items = batch_items or len(self.items)
         self.order = self.draws = None
@@ -125,7 +119,7 @@ class HeadLoader:
             items = items[torch.randperm(len(items), generator=self.order)]
         for chosen in items.split(self.batch_items):
             batch = self.dataset.batch(chosen, self.draws)
-            yield *batch, self.mask[chosen].to(self.device)
+            yield *batch, self.mask[chosen].to(self.dataset.device)
 
 
 MEMORY = 8

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whisper_aut.probes.datasets import Split, SplitResult, Standardizer
+from whisper_aut.probes.datasets import ProbeDataset, Split, SplitResult, Standardizer
 from whisper_aut.probes.metrics import CrossRecall, recall_credit
-from whisper_aut.probes.modules import AdamProbe, Candidate, Weights
+from whisper_aut.probes.modules import AdamProbe, Candidates, Weights
 
 SHARED_WIDTH = 128
 
 
-class CaptionDataset:
+class CaptionDataset(ProbeDataset):
     """Clips with one or more captions each, as bags of words.
 
     The bag of a caption has the frequency of each word of the vocabulary; it sums to one, or is
@@ -71,9 +71,6 @@ class CaptionDataset:
             drawn = torch.rand(len(clips), generator=generator).to(self.device)
             captions = captions + (drawn * self.counts[clips]).long()
         return self.features[clips], self.bags[captions]
-
-    def mask(self, clips: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(clips, 1))
 
     @torch.no_grad()
     def validate(self, probe: "RetrievalProbe", valid: Tensor) -> list[tuple[float, float]]:
@@ -123,6 +120,7 @@ class RetrievalProbe(AdamProbe):
         {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-4, 1e-3, 1e-2)
     )
     version = 2
+    dataset = CaptionDataset
     max_batch_items = 256
     valid_batch_items = None  # captions of other clips in the batch are the negatives
     decayed = ("audio", "words")
@@ -131,7 +129,7 @@ class RetrievalProbe(AdamProbe):
         self,
         width: int,
         words: int,
-        candidates: Sequence[Candidate] = ({"rate": 1e-3, "decay": 1e-3},),
+        candidates: Candidates = ({"rate": 1e-3, "decay": 1e-3},),
         seed: int = 0,
     ):
         generator, heads = torch.Generator().manual_seed(seed), len(candidates)
@@ -145,22 +143,11 @@ class RetrievalProbe(AdamProbe):
         super().__init__(initial, candidates)
 
     @classmethod
-    def dataset(
-        cls,
-        split: Split,
-        metric: str,
-        classes: Sequence[str],
-        segment_seconds: float = 0.0,
-        device: str = "cpu",
-    ) -> CaptionDataset:
-        return CaptionDataset(split, device)
-
-    @classmethod
     def max_heads(cls, dataset: CaptionDataset) -> int:
         return 4  # each has a vector per word
 
     @classmethod
-    def build(cls, dataset: CaptionDataset, candidates: Sequence[Candidate], seed: int) -> Self:
+    def build(cls, dataset: CaptionDataset, candidates: Candidates, seed: int) -> Self:
         return cls(dataset.features.shape[1], len(dataset.vocabulary), candidates, seed)
 
     def apply_heads(self, weights: Weights, features: Tensor, bags: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ drawn, so official folds stay as published.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -294,62 +294,52 @@ def task_from_mapping(values: Mapping[str, Any], where: str) -> ProbeTask:
     if isinstance(scheme, Mapping) and scheme.get("scheme") == "folds":
         values = {"train": [], "test": [], **values}
     task, problems = build(ProbeTask, values, where), Problems()
-    _check_splits(task, problems)
-    _check_answer(task, problems)
-    for key in ("name", "title", "label"):
-        if not getattr(task, key).strip():
-            problems.add(f"{key}: must not be empty")
-    if not 0 < task.weight < float("inf"):
-        problems.add(f"weight: must be above 0, got {task.weight:g}")
-    if task.classes is not None and task.classes < 2:
-        problems.add(f"classes: must be at least 2, got {task.classes}")
-    _check_folders(task, problems)
+    for problem in _find_problems(task):
+        problems.add(problem)
     if len(problems.found) == 1:
         raise UserError(f"{where}: {problems.found[0]}")
     problems.raise_if_any(where)
     return task
 
 
-def _check_splits(task: ProbeTask, problems: Problems) -> None:
-    if task.folded:
-        for split in SPLITS:
-            if getattr(task, split):
-                problems.add(f"{split}: must be empty for a task in folds")
-        if len(task.split.folds) < 2:
-            problems.add("split.folds: must name at least two folds")
-        return
-    for split in ("train", "test"):
-        if not getattr(task, split):
-            problems.add(f"{split}: must name at least one shard folder")
-    if task.split.folds:
-        problems.add("split.folds: needs split.scheme folds")
-
-
-def _check_answer(task: ProbeTask, problems: Problems) -> None:
+def _find_problems(task: ProbeTask) -> Iterator[str]:
+    for key in ("name", "title", "label"):
+        if not getattr(task, key).strip():
+            yield f"{key}: must not be empty"
+    if not 0 < task.weight < float("inf"):
+        yield f"weight: must be above 0, got {task.weight:g}"
+    if task.classes is not None and task.classes < 2:
+        yield f"classes: must be at least 2, got {task.classes}"
+    if task.crop_seconds is not None and not task.crop_seconds > 0:
+        yield f"crop_seconds: must be above 0, got {task.crop_seconds:g}"
     if (task.answer == "events") != (task.segment_seconds > 0):
         needs = "needs a length" if task.answer == "events" else "takes none"
-        problems.add(f"segment_seconds: {task.metric} {needs}")
+        yield f"segment_seconds: {task.metric} {needs}"
     if len(task.event) != 3:
-        problems.add("event: must name three fields: start, end and class")
+        yield "event: must name three fields: start, end and class"
     if task.group_pattern and not task.group:
-        problems.add("group_pattern: needs group, the field that it is applied to")
+        yield "group_pattern: needs group, the field that it is applied to"
     try:
         re.compile(task.group_pattern)
     except re.error as error:
-        problems.add(f"group_pattern: {error}")
-    if task.crop_seconds is not None and not task.crop_seconds > 0:
-        problems.add(f"crop_seconds: must be above 0, got {task.crop_seconds:g}")
-
-
-def _check_folders(task: ProbeTask, problems: Problems) -> None:
+        yield f"group_pattern: {error}"
+    if task.folded and len(task.split.folds) < 2:
+        yield "split.folds: must name at least two folds"
+    if task.split.folds and not task.folded:
+        yield "split.folds: needs split.scheme folds"
+    for split in SPLITS:
+        if task.folded and getattr(task, split):
+            yield f"{split}: must be empty for a task in folds"
+        if not task.folded and split != "valid" and not getattr(task, split):
+            yield f"{split}: must name at least one shard folder"
     seen: dict[str, str] = {}
     for part in task.parts:
         for folder in task.folders(part, "{root}"):
             if not _only_root(folder):
-                problems.add(f"{part}: {folder!r} has another placeholder than {{root}}")
+                yield f"{part}: {folder!r} has another placeholder than {{root}}"
             first = seen.setdefault(folder.rstrip("/"), part)
             if first != part:
-                problems.add(f"{part}: {folder!r} is in {first} too")
+                yield f"{part}: {folder!r} is in {first} too"
 
 
 def _only_root(folder: str) -> bool:

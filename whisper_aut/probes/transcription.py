@@ -5,7 +5,6 @@ contain (Graves et al. 2006 for the loss). X-ARES trains an adapter to a frozen 
 instead, so its numbers are not comparable. Frames stay in their cache files.
 """
 
-from collections.abc import Sequence
 from typing import Self
 
 import jiwer
@@ -14,14 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from whisper_aut.probes.datasets import BATCH_FRAMES, Frames, Split, SplitResult, jackknife
+from whisper_aut.probes.datasets import (
+    BATCH_FRAMES,
+    Frames,
+    ProbeDataset,
+    Split,
+    SplitResult,
+    jackknife,
+)
 from whisper_aut.probes.metrics import text_metric
-from whisper_aut.probes.modules import AdamProbe, Candidate, Weights
+from whisper_aut.probes.modules import AdamProbe, Candidates, Weights
 
 BLANK = 0
 
 
-class TranscriptDataset:
+class TranscriptDataset(ProbeDataset):
     """Frames of clips and their transcripts as characters, without case and punctuation."""
 
     def __init__(self, split: Split, device: str = "cpu"):
@@ -48,9 +54,6 @@ class TranscriptDataset:
         counts = torch.tensor([len(text) for text in codes])
         return *self.frames(items), torch.cat(codes).to(self.device), counts
 
-    def mask(self, clips: Sequence[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(clips, 1))
-
     def validate(self, probe: "CTCProbe", valid: Tensor) -> list[tuple[float, float]]:
         found = []
         for head, own in enumerate(valid.T):
@@ -61,16 +64,16 @@ class TranscriptDataset:
 
     def test(self, probe: "CTCProbe") -> SplitResult:
         texts = self._decode(probe, torch.arange(self.pool_items, len(self.texts)), 0)
-        wanted = self.texts[self.pool_items :]
+        transcripts = self.texts[self.pool_items :]
         # Counted per clip, so that the error rate of any subset of clips follows from sums.
-        words = np.array([len(text.split()) for text in wanted], dtype=float)
-        pairs = zip(texts, wanted, strict=True)
+        words = np.array([len(text.split()) for text in transcripts], dtype=float)
+        pairs = zip(texts, transcripts, strict=True)
         errors = np.array([_word_errors(text, transcript) for text, transcript in pairs], float)
         units = jackknife(
             lambda clips: max(0.0, 1 - errors[clips].sum() / max(1.0, words[clips].sum())),
             self.test_groups,
         )
-        return SplitResult(text_metric(texts, wanted), units, tuple(texts))
+        return SplitResult(text_metric(texts, transcripts), units, tuple(texts))
 
     @torch.no_grad()
     def _decode(self, probe: "CTCProbe", items: Tensor, head: int) -> list[str]:
@@ -108,13 +111,12 @@ class CTCProbe(AdamProbe):
     features = "frames"
     candidates = tuple({"rate": rate} for rate in (1e-3, 3e-3, 1e-2))
     version = 2
+    dataset = TranscriptDataset
     max_epochs, patience = 100, 5  # low, as every epoch reads the frames again
     max_batch_items = BATCH_FRAMES
     valid_batch_items = BATCH_FRAMES
 
-    def __init__(
-        self, width: int, symbols: int, candidates: Sequence[Candidate] = ({"rate": 3e-3},)
-    ):
+    def __init__(self, width: int, symbols: int, candidates: Candidates = ({"rate": 3e-3},)):
         heads = len(candidates)
         initial = {
             "weight": torch.zeros(heads, width, symbols),
@@ -123,22 +125,11 @@ class CTCProbe(AdamProbe):
         super().__init__(initial, candidates)
 
     @classmethod
-    def dataset(
-        cls,
-        split: Split,
-        metric: str,
-        classes: Sequence[str],
-        segment_seconds: float = 0.0,
-        device: str = "cpu",
-    ) -> TranscriptDataset:
-        return TranscriptDataset(split, device)
-
-    @classmethod
     def max_heads(cls, dataset: TranscriptDataset) -> int:
         return 8
 
     @classmethod
-    def build(cls, dataset: TranscriptDataset, candidates: Sequence[Candidate], seed: int) -> Self:
+    def build(cls, dataset: TranscriptDataset, candidates: Candidates, seed: int) -> Self:
         return cls(dataset.frames.width, len(dataset.letters), candidates)
 
     def apply_heads(self, weights: Weights, frames: Tensor) -> Tensor:

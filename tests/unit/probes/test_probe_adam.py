@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from whisper_aut.probes.datasets import train_valid_test
+from whisper_aut.probes.datasets import ProbeDataset, train_valid_test
 from whisper_aut.probes.embed import Embeddings
 from whisper_aut.probes.fit import probe_splits
 from whisper_aut.probes.modules import AdamProbe, batch_size
@@ -29,7 +29,7 @@ class Numbers(AdamProbe):
         return (weights["x"][:, 0] - aim[self.heads]).square() + torch.ones_like(mask)
 
 
-class Items:
+class Items(ProbeDataset):
     def batch(self, items, generator=None):
         return (items,)
 
