@@ -281,7 +281,10 @@ def build_shards(
         return _report(out, folders, indices, reused=True)
     # Forked workers: spawned ones would each import torch.
     rows = parallel_map(
-        partial(_read_row, limits=limits), manifest.entries(), workers or available_cores()
+        partial(_read_row, limits=limits),
+        manifest.entries(),
+        workers or available_cores(),
+        chunk_size=16,
     )
     try:
         with closing(rows), _skip_log(out) as skips, ExitStack() as stack:
