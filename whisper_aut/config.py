@@ -1,32 +1,42 @@
-"""Loads YAML configs into typed dataclasses and reports all problems of a config at once.
+"""The typed config of a run, and how the YAML files of `conf/` become one.
 
-A config may `extends` another one, and its `defaults` pick one file per group:
-`defaults: {decoder: whisper}` puts `decoder/whisper.yaml` under the key `decoder`. On the command
-line, `decoder=NAME` picks another file of the group and `decoder.key=value` changes one value. A
-group file may have both too: its own values override the files that its `defaults` pick, and a list
-of choices is merged. OmegaConf does the merging and interpolation.
+Hydra picks one file per group (`defaults` lists, `decoder=causal_lm`), OmegaConf merges dotted
+overrides (`optim.lr=1e-4`), and pydantic checks types, ranges and unknown keys. All problems of a
+config are reported in one error.
 """
 
-import math
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
+import hydra
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
-from whisper_aut.data.annotation import DOMAINS, text_template
+from whisper_aut.data.annotation import text_template
 from whisper_aut.data.filters import parse_allowed_licence
 from whisper_aut.errors import UserError, nearest
+from whisper_aut.schema import STRICT, Text, build
 
-T = TypeVar("T")
-MAX_EXTENDS = 8
-LOCAL = Path("conf")  # relative to the working directory
-SHIPPED = Path(__file__).parent / "conf"  # part of the package
+LOCAL_CONF = Path("conf")  # relative to the working directory
+PACKAGE_CONF = Path(__file__).parent / "conf"
 
 
 def find_config(name: str | Path, near: Path = Path(), kind: str = "") -> Path:
@@ -38,15 +48,15 @@ def find_config(name: str | Path, near: Path = Path(), kind: str = "") -> Path:
         kind: the subfolder of those two, such as `experiments` or `probe_tasks`.
     """
     given = Path(name)
-    paths = [near / given, LOCAL / kind / given, SHIPPED / kind / given]
-    if given.parts[:1] == LOCAL.parts:  # `conf/aut.yaml` also works outside a checkout
-        paths.append(SHIPPED / given.relative_to(LOCAL))
+    paths = [near / given, LOCAL_CONF / kind / given, PACKAGE_CONF / kind / given]
+    if given.parts[:1] == LOCAL_CONF.parts:  # `conf/aut.yaml` also works outside a checkout
+        paths.append(PACKAGE_CONF / given.relative_to(LOCAL_CONF))
     files = (file for path in paths for file in (path, path.with_name(f"{path.name}.yaml")))
     return next((file for file in files if file.is_file()), near / given)
 
 
 def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> dict[str, Any]:
-    """Merge a config with its parents, groups and overrides, and resolve interpolations.
+    """Merge a config with its `defaults` list and the overrides, and resolve interpolations.
 
     Args:
         path: path or name of the config, see `find_config`.
@@ -57,215 +67,422 @@ def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> 
         UserError: a missing or invalid file, an unknown choice, or a malformed override.
     """
     path = find_config(path, kind=kind)
-    layers = _layers(path, kind)
-    shelves = [LOCAL / kind, SHIPPED / kind]
-    groups = _groups(shelves if path.parent in shelves else [path.parent, *shelves])
-    choices = {
-        name: choice for layer in layers for name, choice in layer.pop("defaults", {}).items()
-    }
-    picked, values = _split_overrides(overrides, groups)
-    choices |= picked
-    merged = OmegaConf.create({})
-    for group, choice in choices.items():
-        merged[group] = _read_group(group, choice, groups, f"{kind}/{group}")
-    try:
-        result = OmegaConf.merge(merged, *layers, OmegaConf.from_dotlist(values))
-        container = OmegaConf.to_container(result, resolve=True)
-    except TypeError:  # OmegaConf raises it when a mapping is merged into a list
-        raise UserError(
-            f"{path}: an override reaches inside a list, or puts keys where there are none. "
-            "Give the list whole, as in data.train=[…]."
-        ) from None
-    except (OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
-    return container  # pyright: ignore[reportReturnType]
-
-
-def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Build a dataclass from a mapping, with recursive type checks.
-
-    Args:
-        schema: a dataclass of plain types, literals, dataclasses, lists, dicts and unions.
-        values: the resolved mapping.
-        where: the origin of the values, for the error message.
-
-    Raises:
-        UserError: lists all unknown keys (with the nearest known), wrong types and missing keys.
-    """
-    problems: list[str] = []
-    result = _convert(schema, values, "", problems)
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise UserError(
-            f"{where} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listed}"
-        )
-    return result
-
-
-def _layers(path: Path, kind: str) -> list[DictConfig]:
-    """Return the config and its parents, the most distant parent first."""
-    layers: list[DictConfig] = []
-    current: Path | None = path
-    while current is not None:
-        if len(layers) == MAX_EXTENDS:
-            raise UserError(
-                f"{path} extends more than {MAX_EXTENDS} configs in a row; is there a circle?"
-            )
-        layer = _read_yaml(current)
-        parent = layer.pop("extends", None)
-        layers.insert(0, layer)
-        current = find_config(str(parent), current.parent, kind) if parent else None
-    return layers
-
-
-def _read_yaml(path: Path) -> DictConfig:
     if not path.is_file():
-        folder = path.parent if any(path.parent.glob("[!.]*.yaml")) else SHIPPED
-        known = sorted(file.name for file in folder.glob("[!.]*.yaml"))
-        raise UserError(
-            f"There is no config {path}.{nearest(path.name, known) or nearest(path.stem, known)} "
-            f"{folder} has: {', '.join(known)}."
-        )
+        folder = path.parent if any(path.parent.glob("*.yaml")) else PACKAGE_CONF
+        known = sorted(file.name for file in folder.glob("*.yaml"))
+        hint = nearest(path.name, known) or nearest(path.stem, known)
+        raise UserError(f"There is no config {path}.{hint} {folder} has: {', '.join(known)}.")
+    folders = _search_path(path, kind)
+    choices, values = _split_overrides(overrides, folders)
     try:
-        loaded = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not readable as YAML: {error}") from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"{path} must hold keys and values, not a list.")
-    return loaded
-
-
-Groups = Mapping[str, Mapping[str, Path]]
-
-
-def _groups(folders: Sequence[Path]) -> dict[str, dict[str, Path]]:
-    """Return group → choice → file. The first folder that has a choice wins."""
-    groups: dict[str, dict[str, Path]] = {}
-    for folder in reversed(folders):
-        for file in sorted(folder.glob("*/*.yaml")):
-            groups.setdefault(file.parent.name, {})[file.stem] = file
-    return groups
-
-
-def _read_group(group: str, choice: str, groups: Groups, kind: str) -> DictConfig:
-    layers = _layers(_group_file(group, choice, groups), kind.lstrip("/"))
-    values = cast(DictConfig, OmegaConf.merge(*layers))
-    within = OmegaConf.create({})
-    for inner, choices in values.pop("defaults", {}).items():
-        names = [choices] if isinstance(choices, str) else list(choices)
-        within[inner] = OmegaConf.merge(
-            *(_read_yaml(_group_file(inner, name, groups)) for name in names)
+        config = _compose_groups(path, folders, choices)
+        # Hydra's override grammar cannot take all values (paths with `=`, commas or spaces), and
+        # stops at the first unknown key.
+        OmegaConf.set_struct(config, False)
+        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(values))
+        return OmegaConf.to_container(merged, resolve=True)  # pyright: ignore[reportReturnType]
+    except HydraException as error:
+        reason = " ".join(str(error).partition("Config search path")[0].split())
+    except RecursionError:
+        reason = "its `defaults` list leads back to the config itself."
+    except TypeError:  # OmegaConf raises it when a mapping is merged into a list
+        reason = (
+            "an override reaches inside a list, or puts keys where there are none. "
+            "Give the list whole, as in data.train=[…]."
         )
-    return OmegaConf.merge(within, values)  # pyright: ignore[reportReturnType]
+    except yaml.YAMLError as error:
+        reason = f"not readable as YAML: {error}"
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+    raise UserError(f"{path}: {reason}")
 
 
-def _group_file(group: str, choice: str, groups: Groups) -> Path:
-    if group not in groups:
-        raise UserError(
-            f"There is no config group {group!r}.{nearest(group, groups)} "
-            f"Groups: {', '.join(sorted(groups))}."
-        )
-    if choice not in groups[group]:
-        raise UserError(
-            f"{group}={choice}: no such choice.{nearest(str(choice), groups[group])} "
-            f"There are: {', '.join(groups[group])}."
-        )
-    return groups[group][choice]
+class ConfFolders(SearchPathPlugin):
+    """Lets Hydra find configs and groups in `folders`, the first one first."""
+
+    folders: ClassVar[Sequence[Path]] = ()
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in reversed(self.folders):
+            search_path.prepend("whisper_aut", f"file://{folder}")
 
 
-def _split_overrides(overrides: Sequence[str], groups: Groups) -> tuple[dict[str, str], list[str]]:
-    bad = [item for item in overrides if "=" not in item or item.startswith(("=", "-"))]
-    if bad:
-        raise UserError(f"Overrides are written key=value; not understood: {', '.join(bad)}.")
-    pairs = [(item, *item.split("=", 1)) for item in overrides]
-    picked = {key: value for _, key, value in pairs if key in groups}
-    return picked, [item for item, key, _ in pairs if key not in groups]
+Plugins.instance().register(ConfFolders)
 
 
-def _convert(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert_union([a for a in arguments if a is not type(None)], value, path, problems)
-    if is_dataclass(kind):
-        return _convert_dataclass(kind, value, path, problems)
-    if origin is Literal:
-        if value not in arguments:
-            suggestion = nearest(str(value), map(str, arguments))
-            problems.append(
-                f"{path}: {value!r} is not one of {', '.join(map(repr, arguments))}.{suggestion}"
+def _compose_groups(path: Path, folders: Sequence[Path], choices: Mapping[str, str]) -> Any:
+    ConfFolders.folders = folders
+    name = path.name.removesuffix(".yaml")
+    with hydra.initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
+        if not choices:
+            return hydra.compose(name)
+        config = hydra.compose(name, return_hydra_config=True)
+        picked = config.hydra.runtime.choices  # groups without a default are added with `+`
+        added = [f"{'' if key in picked else '+'}{key}={value}" for key, value in choices.items()]
+        return hydra.compose(name, added)
+
+
+def _search_path(path: Path, kind: str) -> list[Path]:
+    """Return the folders in which configs and groups are found, the first one first."""
+    folders = [LOCAL_CONF / kind, PACKAGE_CONF / kind]
+    found = next((folder / path.name for folder in folders if (folder / path.name).is_file()), None)
+    if not found or not found.samefile(path):
+        folders.insert(0, path.parent)
+    return list(dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir()))
+
+
+def _split_overrides(
+    overrides: Sequence[str], folders: Sequence[Path]
+) -> tuple[dict[str, str], list[str]]:
+    """Split overrides into choices of groups, which are checked, and dotted keys with values."""
+    groups: dict[str, set[str]] = {}
+    for folder in folders:
+        for file in folder.glob("*/*.yaml"):
+            groups.setdefault(file.parent.name, set()).add(file.stem)
+    choices, values = {}, []
+    malformed = [item for item in overrides if "=" not in item or item.startswith(("=", "-"))]
+    if malformed:
+        raise UserError(f"Overrides are written key=value, not {', '.join(malformed)}.")
+    for item in overrides:
+        key, value = item.split("=", 1)
+        if key not in groups:
+            values.append(item)
+        elif value not in groups[key]:
+            raise UserError(
+                f"{key}={value}: there is no such choice.{nearest(value, groups[key])} "
+                f"Choices: {', '.join(sorted(groups[key]))}."
             )
-        return value
-    if origin in (list, Sequence, tuple):
-        if not isinstance(value, (list, tuple)):
-            problems.append(f"{path}: expected a list, got {value!r}")
-            return value
-        return [
-            _convert(arguments[0], item, f"{path}[{i}]", problems) for i, item in enumerate(value)
-        ]
-    if origin in (dict, Mapping):
-        if not isinstance(value, Mapping):
-            problems.append(f"{path}: expected keys and values, got {value!r}")
-            return value
-        return {
-            str(key): _convert(arguments[1], item, f"{path}.{key}", problems)
-            for key, item in value.items()
-        }
-    return _convert_scalar(kind, value, path, problems)
+        else:
+            choices[key] = value
+    return choices, values
 
 
-def _convert_union(kinds: Sequence[Any], value: Any, path: str, problems: list[str]) -> Any:
-    """Convert to the first type that fits. If none fits, report the problems of the last one."""
-    for kind in kinds[:-1]:
-        found: list[str] = []
-        converted = _convert(kind, value, path, found)
-        if not found:
-            return converted
-    return _convert(kinds[-1], value, path, problems)
+def _check_folder_name(name: str) -> str:
+    if name in ("", "..") or Path(name).name != name:
+        raise ValueError(f"{name!r} cannot be the name of a folder")
+    return name
 
 
-def _convert_dataclass(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    if is_dataclass(value) and isinstance(value, kind):
-        return value
-    if not isinstance(value, Mapping):
-        problems.append(f"{path}: expected keys and values, got {value!r}")
-        return None
-    hints = get_type_hints(kind)
-    known = {one.name: one for one in fields(kind)}
-    prefix = f"{path}." if path else ""
-    for key in value:
-        if key not in known:
-            hint = nearest(str(key), known) or f" Known here: {', '.join(known)}."
-            problems.append(f"{prefix}{key}: unknown key.{hint}")
-    converted = {}
-    before = len(problems)
-    for name, one in known.items():
-        if name in value:
-            converted[name] = _convert(hints[name], value[name], prefix + name, problems)
-        elif one.default is MISSING and one.default_factory is MISSING:
-            problems.append(f"{prefix}{name}: missing")
-    return kind(**converted) if len(problems) == before else None
+def _check_template(text: str) -> str:
+    if text and (fault := text_template(text).fault):
+        raise ValueError(f"{text!r} is not a template: {fault}. Write {{field}} or {{field:words}}")
+    return text
 
 
-def _convert_scalar(kind: type, value: Any, path: str, problems: list[str]) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 parses 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind is str and value is None:  # `key=` on a command line
-        return ""
-    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)  # a name or a class label that is a number
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        problems.append(f"{path}: expected {names.get(kind, kind.__name__)}, got {value!r}")
-    return value
+def _check_licence(entry: str) -> str:
+    try:
+        parse_allowed_licence(entry)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return entry
+
+
+def _check_range(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError(f"{list(ends)} is not [lowest, highest]")
+    return ends
+
+
+def _check_loggers(names: list[str]) -> list[str]:
+    if "csv" not in names:
+        raise ValueError("must contain csv, from which reports are drawn")
+    for name in ("wandb", "mlflow"):
+        if name in names and find_spec(name) is None:
+            raise ValueError(f"{name} is not installed; pip install 'whisper-aut[{name}]'")
+    return names
+
+
+FolderName = Annotated[Text, AfterValidator(_check_folder_name)]
+TextTemplate = Annotated[Text, AfterValidator(_check_template)]
+Licence = Annotated[str, AfterValidator(_check_licence)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Speed = Annotated[float, Field(ge=0.5, le=2)]
+ClipSeconds = Annotated[float, Field(gt=0, le=30)]
+Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
+Domain = Literal["speech", "sound", "music"]
+Logger = Literal["csv", "tensorboard", "wandb", "mlflow"]
+
+
+@dataclass(config=STRICT)
+class ScratchSettings:
+    """A new small Whisper. Its tokenizer is trained on the shards `texts`, or the training data."""
+
+    d_model: PositiveInt = 128
+    encoder_layers: PositiveInt = 4
+    decoder_layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    num_mel_bins: PositiveInt = 80
+    vocabulary: PositiveInt = 1500
+    texts: list[Text] = field(default_factory=list)
+
+
+@dataclass(config=STRICT)
+class ModelSettings:
+    """The pretrained model. Exactly one of `path`, `scratch` and `after` is given.
+
+    Attributes:
+        path: a hub id (with its `revision`) or a directory in Hugging Face's Whisper format.
+        after: a config whose exported model is used. It is trained first if necessary.
+        random_init: replace the weights by random ones.
+        padding: `none` encodes each clip at its own length, `30s` pads it as Hugging Face does.
+        gradient_checkpointing: save most of the activation memory for a third more compute.
+        compile: compile the encoder's layers with `torch.compile`, which needs a C++ compiler.
+    """
+
+    path: Text = ""
+    revision: Text = ""
+    scratch: ScratchSettings | None = None
+    after: Text = ""
+    random_init: bool = False
+    padding: Literal["none", "30s"] = "none"
+    gradient_checkpointing: bool = False
+    freeze_encoder: bool = False
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def check_source(self) -> Self:
+        given = [name for name in ("path", "scratch", "after") if getattr(self, name)]
+        if len(given) != 1:
+            names = ", ".join(given) or "none"
+            raise ValueError(f"give exactly one of path, scratch, after; given: {names}")
+        return self
+
+
+@dataclass(config=STRICT)
+class DemoSettings:
+    """The synthetic corpus of `whisper-aut data demo`. `scale` is relative to the default size."""
+
+    out: Text
+    seed: NonNegativeInt = 0
+    scale: PositiveFloat = 1.0
+
+
+@dataclass(config=STRICT)
+class ManifestSettings:
+    """The options of one `whisper-aut data build`, see `corpora.manifest.ManifestSpec`."""
+
+    manifest: Text
+    out: Text
+    audio_root: Text = ""
+    audio: Text = ""
+    text: Text = ""
+    label: Text = ""
+    offset: Text = ""
+    duration: Text = ""
+    domain: Text = ""
+    task: Text = ""
+    language: Text = ""
+    source: Text = ""
+    licence: Text = ""
+    where: dict[str, list[Text]] = field(default_factory=dict)
+    split_by: Text = ""
+
+
+@dataclass(config=STRICT)
+class CorporaSettings:
+    """Corpora to build before training, unless they already exist."""
+
+    demo: DemoSettings | None = None
+    manifests: list[ManifestSettings] = field(default_factory=list)
+
+
+@dataclass(config=STRICT)
+class SourceSettings:
+    """A folder or URL of shards, its domain, and its sampling weight among sources of that domain.
+
+    All sources of a domain have a weight, or none has and each counts by its clips. `text` is the
+    JSON field of the text, or a template over fields such as `{title}, played by {artist}`. By
+    default the usual field names are tried.
+    """
+
+    path: Text
+    domain: Domain
+    weight: PositiveFloat | None = None
+    licence: Text = ""
+    text: TextTemplate = ""
+
+
+@dataclass(config=STRICT)
+class AugmentSettings:
+    """Augmentation of training clips. Validation clips are never augmented.
+
+    Attributes:
+        gain_db: the largest random gain, in either direction.
+        speeds: speed factors, one drawn per clip, such as [0.9, 1.0, 1.1].
+        noise: folders or URLs of shards, with sample tables, whose clips are mixed in as noise.
+        noise_probability: fraction of the training clips that get noise.
+        snr_db: lowest and highest signal-to-noise ratio.
+    """
+
+    spec: bool = True
+    gain_db: NonNegativeFloat = 0.0
+    speeds: Annotated[list[Speed], Field(min_length=1)] = field(default_factory=lambda: [1.0])
+    noise: list[Text] = field(default_factory=list)
+    noise_probability: Fraction = 0.5
+    snr_db: Range = (5.0, 30.0)
+
+
+@dataclass(config=STRICT)
+class LicenceSettings:
+    """Allowed licences of clips by SPDX id: `CC-BY-4.0`, or `CC-BY` for all its versions.
+
+    An empty list allows all clips. Otherwise, clips with an unknown licence are excluded too. A
+    clip without a licence of its own has that of its source.
+    """
+
+    allow: list[Licence] = field(default_factory=list)
+
+
+@dataclass(config=STRICT)
+class DataSettings:
+    """The data of a run.
+
+    Attributes:
+        root, shards: folders of the user's own corpora, and of shards that are built.
+        mode: `mixture` samples endlessly by weight; `epochs` reads each clip once per epoch.
+        domains: weight of each domain among the training clips; any positive sum.
+        temperature: weights are raised to 1 / temperature; above 1 makes them more even.
+        batch_clips: clips per rank and micro-batch.
+        batch_seconds: instead of `batch_clips`, the most seconds of audio per rank and micro-batch;
+            needs sample tables (`whisper-aut data index`).
+        samples_per_epoch: clips per epoch over all ranks; null for the size of the training data.
+        valid_clips: use only the first N clips of each validation source; null for all.
+        window: clips per shuffle window of a source; also the most clips read again on resume.
+        features: compute log-mels in the workers or on the training device.
+        min_seconds, max_seconds: shorter and longer clips are skipped.
+        exclude: list of clips to exclude from training, as `whisper-aut data audit` writes it.
+        max_skipped_fraction: limit per source, over all ranks and resumes; above it the run stops.
+        retries: attempts after a failed read of a remote shard, with pauses that double.
+        timeout_seconds: a remote read fails after this long without data.
+    """
+
+    root: Text = "data"
+    shards: Text = "data"
+    train: list[SourceSettings] = field(default_factory=list)
+    valid: list[SourceSettings] = field(default_factory=list)
+    mode: Literal["mixture", "epochs"] = "mixture"
+    domains: dict[Domain, NonNegativeFloat] = field(
+        default_factory=lambda: {"speech": 0.8, "sound": 0.1, "music": 0.1}
+    )
+    temperature: PositiveFloat = 1.0
+    batch_clips: PositiveInt = 16
+    batch_seconds: PositiveFloat | None = None
+    samples_per_epoch: PositiveInt | None = None
+    valid_clips: PositiveInt | None = None
+    window: PositiveInt = 1000
+    workers: NonNegativeInt = 2
+    features: Literal["workers", "device"] = "workers"
+    min_seconds: ClipSeconds = 0.1
+    max_seconds: ClipSeconds = 30.0
+    exclude: Text = ""
+    licences: LicenceSettings = field(default_factory=LicenceSettings)
+    max_skipped_fraction: Fraction = 0.05
+    retries: NonNegativeInt = 6
+    timeout_seconds: PositiveFloat = 30.0
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        problems = []
+        if not sum(self.domains.values()) > 0:
+            problems.append("domains: at least one weight must be positive")
+        for domain in get_args(Domain):
+            sources = [source for source in self.train if source.domain == domain]
+            if self.domains.get(domain, 0) > 0 and not sources:
+                problems.append(f"domains.{domain}: has a weight but no source in data.train")
+            without = [source.path for source in sources if source.weight is None]
+            if 0 < len(without) < len(sources):
+                problems.append(
+                    f"train: some {domain} sources have a weight, but not {', '.join(without)}. "
+                    "Give one to all sources of a domain, or to none: then each counts by its clips"
+                )
+        longest = f"max_seconds, which is {self.max_seconds:g}"
+        if self.min_seconds > self.max_seconds:
+            problems.append(f"min_seconds: must be at most {longest}, got {self.min_seconds:g}")
+        if self.batch_seconds is not None and self.batch_seconds < self.max_seconds:
+            problems.append(f"batch_seconds: {self.batch_seconds:g} is below {longest}")
+        if self.mode == "epochs" and self.samples_per_epoch is not None:
+            problems.append("samples_per_epoch: must be null with mode=epochs (every clip once)")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+@dataclass(config=STRICT)
+class OptimSettings:
+    """AdamW and its schedule. Steps are optimizer steps.
+
+    Attributes:
+        lr: learning rate of decoder or adapter, and of the encoder if `encoder_lr` is null.
+        encoder_after_step: train only the decoder or adapter before this step.
+        final_lr_fraction: the learning rate at the end, as a fraction of `lr`.
+        layer_decay: each encoder layer has this factor times the rate of the layer above.
+    """
+
+    lr: PositiveFloat = 1e-5
+    encoder_lr: NonNegativeFloat | None = None
+    encoder_after_step: NonNegativeInt = 0
+    weight_decay: NonNegativeFloat = 0.01
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-6
+    warmup_steps: NonNegativeInt = 500
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr_fraction: Fraction = 0.0
+    layer_decay: PositiveFloat = 1.0
+    gradient_clip: NonNegativeFloat = 1.0
+
+
+@dataclass(config=STRICT)
+class TrainerSettings:
+    """Training length, logging, checkpoints and stopping. Steps are optimizer steps.
+
+    Attributes:
+        accumulate: micro-batches per optimizer step.
+        keep_checkpoints: newest checkpoints to keep, plus the best one by validation loss.
+        async_checkpoints: write in the background, from a copy of each rank's part in main memory.
+        generate_clips, generate_tokens: texts to generate at each validation, and their length.
+        deterministic: raise an error for nondeterministic operations; slower on GPUs.
+        max_bad_steps: skip steps without a finite gradient; stop after this many in a row.
+        spike_factor: robust deviations above the running median that make a loss a spike; 0: off.
+        on_spike: warn, or return to the last checkpoint and skip the data since then.
+    """
+
+    max_epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    accumulate: PositiveInt = 1
+    valid_every_steps: PositiveInt = 1000
+    checkpoint_every_steps: PositiveInt = 1000
+    log_every_steps: PositiveInt = 25
+    loggers: Annotated[list[Logger], AfterValidator(_check_loggers)] = field(
+        default_factory=lambda: ["csv", "tensorboard"]
+    )
+    keep_checkpoints: PositiveInt = 2
+    async_checkpoints: bool = False
+    generate_clips: NonNegativeInt = 4
+    generate_tokens: PositiveInt = 64
+    deterministic: bool = False
+    max_bad_steps: PositiveInt = 25
+    spike_factor: NonNegativeFloat = 0.0
+    on_spike: Literal["warn", "rewind"] = "warn"
+
+
+@dataclass(config=STRICT)
+class HardwareSettings:
+    """Devices and precision.
+
+    Attributes:
+        accelerator, devices, nodes: as in Lightning; devices per node.
+        precision: as in Lightning. `auto` is bf16-mixed on a GPU that supports bfloat16, else
+            32-true. Trained weights are always float32; DeepSpeed computes with 16-bit copies.
+        threads: CPU threads for training on a CPU; 0 for all.
+    """
+
+    accelerator: Text = "auto"
+    devices: PositiveInt | Literal["auto"] = "auto"
+    nodes: PositiveInt = 1
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    threads: NonNegativeInt = 0
 
 
 # DeepSpeed options that have their own key in our config.
@@ -282,260 +499,7 @@ SET_ELSEWHERE = {
 }
 
 
-@dataclass
-class ScratchSettings:
-    """A new small Whisper. Its tokenizer is trained on the shards `texts`, or the training data."""
-
-    d_model: int = 128
-    encoder_layers: int = 4
-    decoder_layers: int = 4
-    heads: int = 4
-    num_mel_bins: int = 80
-    vocabulary: int = 1500
-    texts: list[str] = field(default_factory=list)
-
-
-@dataclass
-class ModelSettings:
-    """The model to start from. Exactly one of `path`, `scratch` and `after` is given.
-
-    Attributes:
-        path: a hub id or a directory in Hugging Face's Whisper format.
-        revision: branch, tag or commit on the hub; empty for the default.
-        scratch: a new small model.
-        after: a config whose exported model is the start. It is trained first if necessary.
-        random_init: keep the architecture and tokenizer of the start, with new random weights.
-        padding: `none` encodes each clip at its own length, `30s` pads it as Hugging Face does.
-        gradient_checkpointing: save most of the activation memory for a third more compute.
-        freeze_encoder: train the decoder only.
-        compile: compile the encoder's layers with `torch.compile`, which needs a C++ compiler.
-    """
-
-    path: str = ""
-    revision: str = ""
-    scratch: ScratchSettings | None = None
-    after: str = ""
-    random_init: bool = False
-    padding: Literal["none", "30s"] = "none"
-    gradient_checkpointing: bool = False
-    freeze_encoder: bool = False
-    compile: bool = False
-
-
-@dataclass
-class DemoSettings:
-    """The synthetic corpus of `whisper-aut data demo`. `scale` is relative to the default size."""
-
-    out: str
-    seed: int = 0
-    scale: float = 1.0
-
-
-@dataclass
-class ManifestSettings:
-    """The options of one `whisper-aut data build`, see `corpora.manifest.ManifestSpec`."""
-
-    manifest: str
-    out: str
-    audio_root: str = ""
-    audio: str = ""
-    text: str = ""
-    label: str = ""
-    offset: str = ""
-    duration: str = ""
-    domain: str = ""
-    task: str = ""
-    language: str = ""
-    source: str = ""
-    licence: str = ""
-    where: dict[str, list[str]] = field(default_factory=dict)
-    split_by: str = ""
-
-
-@dataclass
-class CorporaSettings:
-    """Corpora to build before training, unless they already exist."""
-
-    demo: DemoSettings | None = None
-    manifests: list[ManifestSettings] = field(default_factory=list)
-
-
-@dataclass
-class SourceSettings:
-    """A folder or URL of shards, its domain, and its sampling weight among sources of that domain.
-
-    Weights are positive. All sources of a domain have one, or none has and each counts by its
-    clips. `text` is the JSON field of the text, or a template over fields such as
-    `{title}, played by {artist}`. By default the usual field names are tried.
-    """
-
-    path: str
-    domain: Literal["speech", "sound", "music"]
-    weight: float | None = None
-    licence: str = ""
-    text: str = ""
-
-
-@dataclass
-class AugmentSettings:
-    """Augmentation of training clips. Validation clips are never augmented.
-
-    Attributes:
-        spec: apply SpecAugment to the log-mel.
-        gain_db: the largest random gain, in either direction.
-        speeds: speed factors, one drawn per clip, such as [0.9, 1.0, 1.1].
-        noise: folders or URLs of shards, with sample tables, whose clips are mixed in as noise.
-        noise_probability: fraction of the training clips that get noise.
-        snr_db: lowest and highest signal-to-noise ratio.
-    """
-
-    spec: bool = True
-    gain_db: float = 0.0
-    speeds: list[float] = field(default_factory=lambda: [1.0])
-    noise: list[str] = field(default_factory=list)
-    noise_probability: float = 0.5
-    snr_db: list[float] = field(default_factory=lambda: [5.0, 30.0])
-
-
-@dataclass
-class LicenceSettings:
-    """Allowed licences of clips by SPDX id: `CC-BY-4.0`, or `CC-BY` for all its versions.
-
-    An empty list allows all clips. Otherwise, clips with an unknown licence are excluded too. A
-    clip without a licence of its own has that of its source.
-    """
-
-    allow: list[str] = field(default_factory=list)
-
-
-@dataclass
-class DataSettings:
-    """The data of a run.
-
-    Attributes:
-        root: folder of the user's own corpora or shards, for use in configs.
-        shards: folder for the shards that are built.
-        train, valid: the sources.
-        mode: `mixture` samples endlessly by weight; `epochs` reads each clip once per epoch.
-        domains: weight of each domain among the training clips; any positive sum.
-        temperature: weights are raised to 1 / temperature; above 1 makes them more even.
-        batch_clips: clips per rank and micro-batch.
-        batch_seconds: instead of `batch_clips`, the most seconds of audio per rank and micro-batch;
-            needs sample tables (`whisper-aut data index`).
-        samples_per_epoch: clips per epoch over all ranks; null for the size of the training data.
-        valid_clips: use only the first N clips of each validation source; null for all.
-        window: clips per shuffle window of a source; also the most clips read again on resume.
-        workers: decoding processes per rank.
-        features: compute log-mels in the workers or on the training device.
-        min_seconds, max_seconds: shorter and longer clips are skipped.
-        exclude: list of clips to exclude from training, as `whisper-aut data audit` writes it.
-        licences: the licences that training clips may have.
-        max_skipped_fraction: limit per source, over all ranks and resumes; above it the run stops.
-        retries: attempts after a failed read of a remote shard, with pauses that double.
-        timeout_seconds: a remote read fails after this long without data.
-        augment: augmentation of training clips.
-    """
-
-    root: str = "data"
-    shards: str = "data"
-    train: list[SourceSettings] = field(default_factory=list)
-    valid: list[SourceSettings] = field(default_factory=list)
-    mode: Literal["mixture", "epochs"] = "mixture"
-    domains: dict[str, float] = field(
-        default_factory=lambda: {"speech": 0.8, "sound": 0.1, "music": 0.1}
-    )
-    temperature: float = 1.0
-    batch_clips: int = 16
-    batch_seconds: float | None = None
-    samples_per_epoch: int | None = None
-    valid_clips: int | None = None
-    window: int = 1000
-    workers: int = 2
-    features: Literal["workers", "device"] = "workers"
-    min_seconds: float = 0.1
-    max_seconds: float = 30.0
-    exclude: str = ""
-    licences: LicenceSettings = field(default_factory=LicenceSettings)
-    max_skipped_fraction: float = 0.05
-    retries: int = 6
-    timeout_seconds: float = 30.0
-    augment: AugmentSettings = field(default_factory=AugmentSettings)
-
-
-@dataclass
-class OptimSettings:
-    """AdamW and its schedule. Steps are optimizer steps.
-
-    Attributes:
-        lr: learning rate of decoder or adapter, and of the encoder if `encoder_lr` is null.
-        encoder_after_step: train only the decoder or adapter before this step.
-        layer_decay: each encoder layer has this factor times the rate of the layer above.
-    """
-
-    lr: float = 1e-5
-    encoder_lr: float | None = None
-    encoder_after_step: int = 0
-    weight_decay: float = 0.01
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    eps: float = 1e-6
-    warmup_steps: int = 500
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    final_lr_fraction: float = 0.0
-    layer_decay: float = 1.0
-    gradient_clip: float = 1.0
-
-
-@dataclass
-class TrainerSettings:
-    """Training length, logging, checkpoints and stopping. Steps are optimizer steps.
-
-    Attributes:
-        keep_checkpoints: newest checkpoints to keep, plus the best one by validation loss.
-        async_checkpoints: write in the background, from a copy of each rank's part in main memory.
-        deterministic: raise an error for nondeterministic operations; slower on GPUs.
-        max_bad_steps: skip steps without a finite gradient; stop after this many in a row.
-        spike_factor: robust deviations above the running median that make a loss a spike; 0: off.
-        on_spike: warn, or return to the last checkpoint and skip the data since then.
-    """
-
-    max_epochs: int = 1
-    max_steps: int | None = None
-    accumulate: int = 1
-    valid_every_steps: int = 1000
-    checkpoint_every_steps: int = 1000
-    log_every_steps: int = 25
-    loggers: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] = field(
-        default_factory=lambda: ["csv", "tensorboard"]
-    )
-    keep_checkpoints: int = 2
-    async_checkpoints: bool = False
-    generate_clips: int = 4
-    generate_tokens: int = 64
-    deterministic: bool = False
-    max_bad_steps: int = 25
-    spike_factor: float = 0.0
-    on_spike: Literal["warn", "rewind"] = "warn"
-
-
-@dataclass
-class HardwareSettings:
-    """Devices and precision.
-
-    Attributes:
-        accelerator, devices, nodes: as in Lightning; devices per node.
-        precision: as in Lightning. `auto` is bf16-mixed on a GPU that supports bfloat16, else
-            32-true. Trained weights are always float32; DeepSpeed computes with 16-bit copies.
-        threads: CPU threads for training on a CPU; 0 for all.
-    """
-
-    accelerator: str = "auto"
-    devices: int | str = "auto"
-    nodes: int = 1
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    threads: int = 0
-
-
-@dataclass
+@dataclass(config=STRICT)
 class StrategySettings:
     """The distributed strategy.
 
@@ -556,32 +520,49 @@ class StrategySettings:
         "deepspeed_stage_2_offload",
         "deepspeed_stage_3_offload",
     ] = "auto"
-    timeout_minutes: float = 30.0
+    timeout_minutes: PositiveFloat = 30.0
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def check_deepspeed(self) -> Self:
+        if self.deepspeed and not self.name.startswith("deepspeed"):
+            raise ValueError(f"deepspeed: strategy.name is {self.name!r}, which is not DeepSpeed")
+        problems = [
+            f"deepspeed.{name}: set {own} instead"
+            for name, own in SET_ELSEWHERE.items()
+            if OmegaConf.select(OmegaConf.create(self.deepspeed), name) is not None
+        ]
+        zero = self.deepspeed.get("zero_optimization")
+        if isinstance(zero, dict) and "offload_optimizer" in zero and "offload" not in self.name:
+            problems.append(
+                "deepspeed.zero_optimization.offload_optimizer: needs a strategy.name that ends in "
+                "_offload, which picks the optimizer for it"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
-@dataclass
+
+@dataclass(config=STRICT)
 class DuringSettings:
     """Probes during training, for monitoring. Off without tasks.
 
     Attributes:
         tasks: names or paths of small tasks, which are embedded again for each measurement.
         every_steps: optimizer steps between measurements; the first is before training.
-        kind: the kind of probe.
         guarded_domain: the domain to monitor for forgetting.
         max_drop: how far (0 to 1) its mean score may fall below the first one.
-        on_drop: what to do when it falls further.
     """
 
-    tasks: list[str] = field(default_factory=list)
-    every_steps: int = 1000
-    kind: str = "knn"
-    guarded_domain: Literal["speech", "sound", "music"] = "speech"
-    max_drop: float = 0.05
+    tasks: list[Text] = field(default_factory=list)
+    every_steps: PositiveInt = 1000
+    kind: Text = "knn"
+    guarded_domain: Domain = "speech"
+    max_drop: NonNegativeFloat = 0.05
     on_drop: Literal["warn", "stop"] = "warn"
 
 
-@dataclass
+@dataclass(config=STRICT)
 class ProbeSettings:
     """The probes after and during training.
 
@@ -592,25 +573,25 @@ class ProbeSettings:
         random_encoder, logmel_baseline: also probe random weights, and log-mel statistics.
     """
 
-    root: str = "data"
-    tasks: list[str] = field(default_factory=list)
-    seeds: int = 3
+    root: Text = "data"
+    tasks: list[Text] = field(default_factory=list)
+    seeds: PositiveInt = 3
     final_fit: Literal["train", "train+valid"] = "train"
     random_encoder: bool = True
     logmel_baseline: bool = True
     during: DuringSettings = field(default_factory=DuringSettings)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Settings:
     """The config of one run."""
 
-    name: str
+    name: FolderName
     model: ModelSettings
     decoder: dict[str, Any]
     data: DataSettings
-    seed: int = 0
-    runs: str = "runs"
+    seed: NonNegativeInt = 0
+    runs: Text = "runs"
     corpora: CorporaSettings = field(default_factory=CorporaSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
@@ -619,6 +600,15 @@ class Settings:
     export: list[Literal["encoder", "whisper"]] = field(default_factory=lambda: ["encoder"])
     probe: ProbeSettings = field(default_factory=ProbeSettings)
 
+    @model_validator(mode="after")
+    def check_batch(self) -> Self:
+        if self.data.batch_seconds is not None and self.model.padding == "30s":
+            raise ValueError(
+                "data.batch_seconds: with model.padding=30s every clip costs 30 s; give "
+                "data.batch_clips"
+            )
+        return self
+
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Load a config with overrides, and check all that needs neither data nor weights.
@@ -626,223 +616,9 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     Raises:
         UserError: lists all problems.
     """
-    settings = build(Settings, compose(path, overrides), str(path))
-    problems = [
-        *_model_problems(settings.model),
-        *_data_problems(settings.data),
-        *_weight_problems(settings.data.train),
-        *_text_problems([*settings.data.train, *settings.data.valid]),
-        *_number_problems(settings),
-        *_not_finite(asdict(settings)),
-    ]
-    problems += _logger_problems(settings.trainer.loggers)
-    problems += _strategy_problems(settings.strategy)
-    if "name" not in settings.decoder:
-        problems.append("decoder.name: missing; pick a decoder with decoder=whisper")
-    if problems:
-        raise UserError(
-            f"{path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n"
-            + "\n".join(f"  - {p}" for p in problems)
-        )
-    return settings
+    return build(Settings, compose(path, overrides), str(path))
 
 
 def dump_settings(settings: Settings) -> str:
     """Return the resolved config as YAML that `load_settings` can read."""
     return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
-
-
-def _model_problems(model: ModelSettings) -> list[str]:
-    given = [name for name in ("path", "scratch", "after") if getattr(model, name)]
-    if len(given) != 1:
-        return [
-            f"model: give exactly one of path, scratch, after; given: {', '.join(given) or 'none'}"
-        ]
-    return []
-
-
-def _data_problems(data: DataSettings) -> list[str]:
-    problems = [
-        f"data.domains.{name}: not a domain; there are {', '.join(DOMAINS)}"
-        for name in data.domains
-        if name not in DOMAINS
-    ]
-    problems += [
-        f"data.domains.{name}: {share} is negative"
-        for name, share in data.domains.items()
-        if share < 0
-    ]
-    for entry in data.licences.allow:
-        try:
-            parse_allowed_licence(entry)
-        except UserError as error:
-            problems.append(str(error))
-    if not sum(data.domains.values()) > 0:
-        problems.append("data.domains: the shares sum to nothing")
-    served = {source.domain for source in data.train}
-    problems += [
-        f"data.domains.{name}: has a share but no source in data.train"
-        for name, share in data.domains.items()
-        if share > 0 and name not in served and name in DOMAINS
-    ]
-    if not 0 < data.min_seconds <= data.max_seconds <= 30:
-        problems.append(
-            "data: need 0 < min_seconds <= max_seconds <= 30, "
-            f"got {data.min_seconds} and {data.max_seconds}"
-        )
-    if data.batch_seconds is not None and data.batch_seconds < data.max_seconds:
-        problems.append(
-            f"data.batch_seconds: {data.batch_seconds:g} s hold no clip of data.max_seconds, "
-            f"{data.max_seconds:g} s"
-        )
-    augment = data.augment
-    if not augment.speeds or not all(0.5 <= speed <= 2 for speed in augment.speeds):
-        problems.append(f"data.augment.speeds: {augment.speeds} are not factors between 0.5 and 2")
-    if len(augment.snr_db) != 2 or augment.snr_db[0] > augment.snr_db[1]:
-        problems.append(f"data.augment.snr_db: {augment.snr_db} is not [lowest, highest]")
-    if augment.gain_db < 0 or not 0 <= augment.noise_probability <= 1:
-        problems.append(
-            "data.augment: gain_db must not be negative, and noise_probability lies between 0 and 1"
-        )
-    if data.mode == "epochs" and data.samples_per_epoch is not None:
-        problems.append(
-            "data.samples_per_epoch: with data.mode=epochs an epoch is every clip once; leave it "
-            "null"
-        )
-    if data.temperature <= 0 or data.timeout_seconds <= 0:
-        problems.append("data: temperature and timeout_seconds must be positive")
-    return problems
-
-
-def _text_problems(sources: Sequence[SourceSettings]) -> list[str]:
-    return [
-        f"data: the text {source.text!r} of {source.path} is no template: {fault}. "
-        "Write {field} or {field:words}"
-        for source in sources
-        if source.text and (fault := text_template(source.text).fault)
-    ]
-
-
-def _weight_problems(sources: Sequence[SourceSettings]) -> list[str]:
-    problems = [
-        f"data.train: {source.path} has the weight {source.weight:g}; weights must be positive"
-        for source in sources
-        if source.weight is not None and source.weight <= 0
-    ]
-    for domain in DOMAINS:
-        own = [source for source in sources if source.domain == domain]
-        without = [source.path for source in own if source.weight is None]
-        if 0 < len(without) < len(own):
-            problems.append(
-                f"data.train: some {domain} sources have a weight, but {', '.join(without)} "
-                f"{'has' if len(without) == 1 else 'have'} none. Give one to every source of a "
-                "domain, or to none: then each counts by its clips"
-            )
-    return problems
-
-
-def _not_finite(value: Any, name: str = "") -> Iterator[str]:
-    """Yield a problem for each NaN or infinity, which comparisons with a bound may accept."""
-    if isinstance(value, float) and not math.isfinite(value):
-        yield f"{name}: {value} is not a finite number"
-    children = enumerate(value) if isinstance(value, list) else getattr(value, "items", tuple)()
-    for key, child in children:
-        yield from _not_finite(child, f"{name}.{key}" if name else str(key))
-
-
-def _strategy_problems(strategy: StrategySettings) -> list[str]:
-    if strategy.deepspeed and not strategy.name.startswith("deepspeed"):
-        return [f"strategy.deepspeed: strategy.name is {strategy.name!r}, which is not DeepSpeed"]
-    problems = []
-    for name, own in SET_ELSEWHERE.items():
-        value: Any = strategy.deepspeed
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
-            problems.append(f"strategy.deepspeed.{name}: set {own} instead")
-    zero = strategy.deepspeed.get("zero_optimization")
-    if isinstance(zero, dict) and "offload_optimizer" in zero and "offload" not in strategy.name:
-        problems.append(
-            "strategy.deepspeed.zero_optimization.offload_optimizer: needs a strategy.name that "
-            "ends in _offload, which picks the optimizer for it"
-        )
-    return problems
-
-
-def _logger_problems(names: Sequence[str]) -> list[str]:
-    problems = (
-        []
-        if "csv" in names
-        else ["trainer.loggers: csv must be among them; reports are drawn from it"]
-    )
-    problems += [
-        f"trainer.loggers: {name} is not installed; pip install 'whisper-aut[{name}]'"
-        for name in ("wandb", "mlflow")
-        if name in names and find_spec(name) is None
-    ]
-    return problems
-
-
-def _number_problems(settings: Settings) -> list[str]:
-    at_least = {
-        "data.batch_clips": (settings.data.batch_clips, 1),
-        "data.window": (settings.data.window, 1),
-        "data.workers": (settings.data.workers, 0),
-        "data.retries": (settings.data.retries, 0),
-        "trainer.accumulate": (settings.trainer.accumulate, 1),
-        "trainer.max_epochs": (settings.trainer.max_epochs, 1),
-        "trainer.valid_every_steps": (settings.trainer.valid_every_steps, 1),
-        "trainer.checkpoint_every_steps": (settings.trainer.checkpoint_every_steps, 1),
-        "trainer.log_every_steps": (settings.trainer.log_every_steps, 1),
-        "trainer.keep_checkpoints": (settings.trainer.keep_checkpoints, 1),
-        "trainer.max_bad_steps": (settings.trainer.max_bad_steps, 1),
-        "trainer.spike_factor": (settings.trainer.spike_factor, 0),
-        "optim.encoder_after_step": (settings.optim.encoder_after_step, 0),
-        "hardware.nodes": (settings.hardware.nodes, 1),
-        "probe.seeds": (settings.probe.seeds, 1),
-        "probe.during.every_steps": (settings.probe.during.every_steps, 1),
-        "probe.during.max_drop": (settings.probe.during.max_drop, 0),
-        "trainer.generate_clips": (settings.trainer.generate_clips, 0),
-        "trainer.generate_tokens": (settings.trainer.generate_tokens, 1),
-        "hardware.threads": (settings.hardware.threads, 0),
-        "seed": (settings.seed, 0),
-    }
-    problems = [
-        f"{name}: {value} is below {least}"
-        for name, (value, least) in at_least.items()
-        if value < least
-    ]
-    if settings.data.batch_seconds is not None and settings.model.padding == "30s":
-        problems.append(
-            "data.batch_seconds: with model.padding=30s every clip costs 30 s; "
-            "give data.batch_clips"
-        )
-    steps, devices, betas = (
-        settings.trainer.max_steps,
-        settings.hardware.devices,
-        settings.optim.betas,
-    )
-    if steps is not None and steps < 1:
-        problems.append(
-            f"trainer.max_steps: {steps} is below 1; null trains all of trainer.max_epochs"
-        )
-    if devices != "auto" and (not isinstance(devices, int) or devices < 1):
-        problems.append(
-            f"hardware.devices: {devices!r} is neither auto nor a whole number from 1 up"
-        )
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        problems.append(f"optim.betas: {betas} are not two numbers from 0 to below 1")
-    if not 0 <= settings.data.max_skipped_fraction <= 1:
-        problems.append(
-            f"data.max_skipped_fraction: {settings.data.max_skipped_fraction} "
-            "is not a fraction from 0 to 1"
-        )
-    if settings.name in ("", "..") or Path(settings.name).name != settings.name:
-        problems.append(
-            f"name: {settings.name!r} cannot be the name of a folder in {settings.runs}"
-        )
-    if settings.corpora.demo and settings.corpora.demo.scale <= 0:
-        problems.append(f"corpora.demo.scale: {settings.corpora.demo.scale} is not positive")
-    if settings.optim.lr <= 0:
-        problems.append(f"optim.lr: {settings.optim.lr} is not positive")
-    return problems

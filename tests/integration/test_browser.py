@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from whisper_aut.cli import main
 from whisper_aut.inference.demo import build_page, launch_page
-from whisper_aut.pipeline import open_demo_models
+from whisper_aut.loading import open_demo_models
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""

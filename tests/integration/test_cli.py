@@ -32,11 +32,11 @@ CONF = REPOSITORY / "conf"
         (["data", "build", "nothing.csv", "--out", "x"], "There is no manifest"),
         (
             ["data", "build", "foldr", "--out", "x"],
-            "neither a manifest nor a recipe foldr. Did you mean 'folder'?",
+            "foldr is neither a manifest nor the name of a corpus. Did you mean 'folder'?",
         ),
         (
             ["data", "build", "foldr", "here", "--out", "x"],
-            "foldr is no recipe, so here means nothing. Did you mean 'folder'?",
+            "foldr is not the name of a corpus, so no folder can follow it. Did you mean 'folder'?",
         ),
         (
             ["data", "build", ".", "--out", "x"],
@@ -55,7 +55,7 @@ CONF = REPOSITORY / "conf"
             ["probe", "logmel", "--tasks", "esc10", "--conf", str(CONF), "--root", "nowhere"],
             "There are no shards at nowhere",
         ),
-        (["report", "nowhere", "--out", "x"], "No scores.json"),
+        (["report", "nowhere", "--out", "x"], "There is no scores.json"),
         (["data", "demo", "--out", "x", "--scale", "0"], "must be above 0"),
     ],
 )
@@ -79,14 +79,14 @@ def test_a_mistake_is_one_paragraph_and_exit_status_1(
     [
         (
             ["data", "build", "a.csv", "--out", "x", "--workers", "-3"],
-            "-3 is not a whole number from 1 up",
+            "-3 is below 1",
         ),
-        (["evaluate", "run", "shards", "--limit", "0"], "0 is not a whole number from 1 up"),
+        (["evaluate", "run", "shards", "--limit", "0"], "0 is below 1"),
         (["chat", "run", "a.wav", "--max-new-tokens", "many"], "'many' is not a whole number"),
-        (["demo", "run", "--port", "99999"], "99999 is not a whole number from 1 to 65535"),
+        (["demo", "run", "--port", "99999"], "99999 is above 65535"),
     ],
 )
-def test_numbers_out_of_bounds_are_refused_with_the_usage(
+def test_numbers_out_of_range_are_errors_of_usage(
     arguments: list[str], bounds: str, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(SystemExit) as stopped:
@@ -145,7 +145,7 @@ def test_choices_are_the_keys_of_their_registries():
         (["--batch-seconds", "0"], "'0' is not a number above 0"),
     ],
 )
-def test_a_word_that_is_no_choice_is_answered_with_the_nearest(
+def test_an_unknown_choice_is_an_error_with_the_nearest_one(
     option: list[str], meant: str, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(SystemExit):
@@ -158,8 +158,8 @@ def test_a_word_that_is_no_choice_is_answered_with_the_nearest(
     [
         (
             ["probe", "--tasks", "esc10", "fsdd", "runs/aut/latest"],
-            "arguments are required: encoder. --tasks and --layers take every word that follows: "
-            "write whisper-aut probe ENCODER --tasks …",
+            "arguments are required: encoder. --tasks and --layers take all words that follow. "
+            "Write whisper-aut probe ENCODER --tasks …",
         ),
         (
             [
@@ -172,16 +172,16 @@ def test_a_word_that_is_no_choice_is_answered_with_the_nearest(
                 "--out",
                 "x.safetensors",
             ],
-            "--layers takes every word that follows: write whisper-aut embed ENCODER AUDIO --layers …",
+            "--layers takes all words that follow. Write whisper-aut embed ENCODER AUDIO --layers …",
         ),
         (
             ["data", "audit", "--against", "esc10", "data/train"],
-            "write whisper-aut data audit TRAIN --against …",
+            "Write whisper-aut data audit TRAIN --against …",
         ),
         (["evaluate", "--tasks", "asr", "runs/x", "shards"], "evaluate RUN_OR_CKPT SHARDS --tasks"),
     ],
 )
-def test_options_of_several_words_before_what_comes_first_are_told_the_right_order(
+def test_errors_of_options_with_several_values_show_the_right_order(
     arguments: list[str], order: str, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(SystemExit) as stopped:
@@ -190,7 +190,7 @@ def test_options_of_several_words_before_what_comes_first_are_told_the_right_ord
     assert order in capsys.readouterr().err
 
 
-def test_all_problems_of_a_probe_are_told_at_once_before_anything_is_embedded(
+def test_all_problems_of_a_probe_are_reported_before_embedding(
     tmp_path: Path, tiny_whisper: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "probe"
@@ -198,23 +198,23 @@ def test_all_problems_of_a_probe_are_told_at_once_before_anything_is_embedded(
     command += ["--against", str(tiny_whisper), "--layers", "0", "7", "--kind", "knn"]
     command += ["--tasks", "esc11", "xares_clotho", "fsdd", "--root", "nowhere", "--out", str(out)]
     assert main(command) == 1
-    told = capsys.readouterr().err
+    reported = capsys.readouterr().err
     for problem in (
         "There is no probe task 'esc11'. Did you mean 'esc10'?",
         "not '3s'. Did you mean '30s'?",
         "There is no model directory ./nowhere",
-        "'xares_clotho' is scored by recall@1, which a knn probe does not give",
+        "'xares_clotho' is scored by recall@1, which a knn probe does not support",
         "nowhere/clotho holds no clotho_development*.tar",
         "no shards at nowhere/fsdd/train",
         "no shards at nowhere/fsdd/test",
         "log-mel statistics: LogMelBaseline gives no single layers",
         "tiny: The encoder has layers 0 (what enters the first) to 2; asked for: 0, 7",
     ):
-        assert problem in told, problem
+        assert problem in reported, problem
     assert not out.exists()
 
 
-def test_a_folder_that_cannot_be_written_to_is_told(
+def test_a_folder_that_cannot_be_written_to_is_an_error(
     in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "file").touch()
@@ -226,7 +226,7 @@ def test_a_folder_that_cannot_be_written_to_is_told(
 def test_questions_end_with_the_input(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("whisper_aut.pipeline.open_run", lambda path, device, dtype: path)
+    monkeypatch.setattr("whisper_aut.loading.open_run", lambda path, device, dtype: path)
     monkeypatch.setattr(
         "whisper_aut.inference.chat.answer",
         lambda module, audio, question, max_new_tokens: question.upper(),

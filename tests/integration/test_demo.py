@@ -10,7 +10,7 @@ from whisper_aut.cli import main
 from whisper_aut.errors import UserError
 from whisper_aut.inference.chat import answer, describe
 from whisper_aut.inference.demo import DemoModels, build_page, launch_page, spectrogram
-from whisper_aut.pipeline import open_demo_models, open_run
+from whisper_aut.loading import open_demo_models, open_run
 
 RUN = "runs/aut_tiny/latest"
 

@@ -27,12 +27,13 @@ from tests.support.pages import BLOCK, DOCS, blocks_of, follow
 from whisper_aut import __version__
 from whisper_aut import config as settings
 from whisper_aut.cli import _parse, _parser
-from whisper_aut.config import Settings, build, load_settings
+from whisper_aut.config import Settings, load_settings
 from whisper_aut.data.targets import Instruction, Instructions
 from whisper_aut.experiments.grid import arms_of, load_experiment
+from whisper_aut.loading import load_tasks
 from whisper_aut.models.decoders import DECODERS, check_decoder
-from whisper_aut.pipeline import load_tasks
 from whisper_aut.probes.tasks import task_from_mapping
+from whisper_aut.schema import build
 
 CONF = REPOSITORY / "conf"
 PAGES = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *DOCS.rglob("*.md")])

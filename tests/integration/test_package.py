@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import REPOSITORY
-from whisper_aut.config import SHIPPED, find_config, load_settings
+from whisper_aut.config import PACKAGE_CONF, find_config, load_settings
 from whisper_aut.probes.tasks import expand_suites, load_task
 
 
@@ -35,10 +35,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_configs_are_found_by_name_away_from_a_checkout(installed: Path, tmp_path: Path):
-    shipped = sorted(path.relative_to(SHIPPED) for path in SHIPPED.rglob("*.yaml"))
+    shipped = sorted(path.relative_to(PACKAGE_CONF) for path in PACKAGE_CONF.rglob("*.yaml"))
     conf = installed / "whisper_aut" / "conf"
     assert sorted(path.relative_to(conf) for path in conf.rglob("*.yaml")) == shipped
-    (tmp_path / "mine.yaml").write_text("extends: smoke.yaml\nname: mine\n")
+    (tmp_path / "mine.yaml").write_text("defaults: [smoke, _self_]\nname: mine\n")
     code = """
 import whisper_aut
 from whisper_aut.cli import main
@@ -63,12 +63,12 @@ def test_the_working_directory_comes_before_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    assert find_config("aut") == SHIPPED / "aut.yaml"
-    assert find_config("conf/decoder/whisper.yaml") == SHIPPED / "decoder" / "whisper.yaml"
+    assert find_config("aut") == PACKAGE_CONF / "aut.yaml"
+    assert find_config("conf/decoder/whisper.yaml") == PACKAGE_CONF / "decoder" / "whisper.yaml"
     assert find_config("nothing_like_it") == Path("nothing_like_it")
     folder = tmp_path / "conf" / "decoder"
     folder.mkdir(parents=True)
-    (tmp_path / "conf" / "aut.yaml").write_text("extends: smoke.yaml\nname: own\n")
+    (tmp_path / "conf" / "aut.yaml").write_text("defaults: [smoke, _self_]\nname: own\n")
     (folder / "whisper.yaml").write_text("name: whisper\ndrop_text: 0.25\n")
     assert find_config("aut") == Path("conf/aut.yaml")
     assert load_settings("aut").name == "own"
@@ -80,7 +80,7 @@ def test_tasks_and_suites_of_the_package_are_known_everywhere(tmp_path: Path):
     tasks = tmp_path / "conf" / "probe_tasks"
     tasks.mkdir(parents=True)
     (tmp_path / "conf" / "probe.yaml").write_text("suites: {ours: [esc50, own]}\n")
-    (tasks / "own.yaml").write_text((SHIPPED / "probe_tasks" / "fsdd.yaml").read_text())
+    (tasks / "own.yaml").write_text((PACKAGE_CONF / "probe_tasks" / "fsdd.yaml").read_text())
     names = expand_suites(["ours", "small"], tmp_path / "conf" / "probe.yaml")
     assert names[:2] == ["esc50", "own"]
     assert "gmnotes" in names

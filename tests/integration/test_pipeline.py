@@ -16,7 +16,7 @@ from tests.support.training import QUIET, settings_for
 from whisper_aut import load_encoder, pipeline
 from whisper_aut.config import Settings, dump_settings, load_settings
 from whisper_aut.errors import UserError
-from whisper_aut.pipeline import Story, run_pipeline
+from whisper_aut.pipeline import PipelineOptions, run_pipeline
 from whisper_aut.probes.embed import BASELINE_NAME
 from whisper_aut.probes.results import Scores
 from whisper_aut.training.run_dir import RunDirectory
@@ -30,10 +30,10 @@ def test_probe_shards_that_are_missing_are_found_before_training(
     settings = settings_for(
         tiny_whisper, tiny_shards, tmp_path, f"probe.tasks={task}", "probe.root=nowhere", *during
     )
-    with pytest.raises(UserError, match="is to be probed on has 3 problems") as raised:
-        run_pipeline(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
+    with pytest.raises(UserError, match=r"The list of probes of .* has 3 problems") as raised:
+        run_pipeline(settings, PipelineOptions(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
     assert "no shards at nowhere/speech" in str(raised.value)
-    assert "which a retrieval probe does not give" in str(raised.value)
+    assert "which a retrieval probe does not support" in str(raised.value)
     assert not any(tmp_path.iterdir()), "no run was begun"
 
 
@@ -51,8 +51,8 @@ def test_a_missing_device_is_found_before_the_run_it_starts_after(
         "hardware.accelerator=cuda",
         "probe.tasks=[]",
     )
-    with pytest.raises(UserError, match="PyTorch sees no such device here"):
-        run_pipeline(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
+    with pytest.raises(UserError, match="PyTorch sees no such device"):
+        run_pipeline(settings, PipelineOptions(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
     assert not runs.exists()
 
 
@@ -74,9 +74,9 @@ def test_a_finished_run_is_used_where_its_device_is_not(
     finished.config.touch()
     finished.done.touch()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(pipeline, "_start_after", lambda *_: pytest.fail("reached", pytrace=False))
+    monkeypatch.setattr(pipeline, "run_pipeline", lambda *_: pytest.fail("reached", pytrace=False))
     with pytest.raises(pytest.fail.Exception, match="reached"):  # it was not refused before
-        run_pipeline(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
+        run_pipeline(settings, PipelineOptions(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
 
 
 def test_what_a_run_starts_after_reads_the_same_corpus(
@@ -84,16 +84,16 @@ def test_what_a_run_starts_after_reads_the_same_corpus(
 ):
     seen: list[Settings] = []
 
-    def noted(settings: Settings, story: Story, console: Console) -> SimpleNamespace:
+    def noted(settings: Settings, options: PipelineOptions, console: Console) -> SimpleNamespace:
         seen.append(settings)
         return SimpleNamespace(export=lambda name: tmp_path / name)
 
-    monkeypatch.setattr(pipeline, "run_story", noted)
+    monkeypatch.setattr(pipeline, "run_pipeline", noted)
     config = REPOSITORY / "conf" / "smoke.yaml"
     settings = load_settings(
         config, ["corpora.demo.scale=0.07", "corpora.demo.seed=5", f"data.shards={tmp_path}"]
     )
-    started = pipeline._start_after(settings, Story(config), QUIET)
+    started = pipeline._train_pretrained(settings, PipelineOptions(config), QUIET)
     assert (
         seen[0].corpora.demo == settings.corpora.demo
     )  # or one would overwrite what the other wrote
@@ -101,7 +101,7 @@ def test_what_a_run_starts_after_reads_the_same_corpus(
     elsewhere = load_settings(
         config, ["corpora.demo.scale=0.07", f"corpora.demo.out={tmp_path / 'other'}"]
     )
-    pipeline._start_after(elsewhere, Story(config), QUIET)
+    pipeline._train_pretrained(elsewhere, PipelineOptions(config), QUIET)
     assert (
         seen[1].corpora.demo
         == load_settings(REPOSITORY / "conf" / "smoke_speech.yaml").corpora.demo
@@ -147,9 +147,9 @@ def test_encoders_are_probed_where_they_were_trained(monkeypatch: pytest.MonkeyP
     settings = load_settings(REPOSITORY / "conf" / "smoke.yaml", ["hardware=1xgpu"])
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
-    assert pipeline._probing_device(settings) == "cuda:3"
+    assert pipeline._probe_device(settings) == "cuda:3"
     settings.hardware.accelerator = "cpu"
-    assert pipeline._probing_device(settings) == "cpu"
+    assert pipeline._probe_device(settings) == "cpu"
 
 
 def test_a_run_s_own_config_runs_the_story_again(
@@ -175,12 +175,11 @@ def test_a_run_s_own_config_runs_the_story_again(
     )
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs", *chosen, *language)
     run = run_pipeline(
-        settings, Story(REPOSITORY / "conf" / "smoke.yaml", report=False), Console(width=400)
+        settings,
+        PipelineOptions(REPOSITORY / "conf" / "smoke.yaml", report=False),
+        Console(width=400),
     )
-    assert (
-        "Not exported: whisper, which a run with decoder=causal_lm has no decoder for."
-        in capsys.readouterr().out
-    )
+    assert "Not exported: whisper. decoder=causal_lm has no such export." in capsys.readouterr().out
     assert load_encoder(run.path).padding == "30s"
     (tmp_path / "conf" / "probe_tasks").mkdir(parents=True)
     task = {**TONES, "train": ["{root}/speech"], "test": ["{root}/sound"]}
@@ -189,7 +188,7 @@ def test_a_run_s_own_config_runs_the_story_again(
     assert (
         run_pipeline(
             load_settings(run.config, ["probe.tasks=[tones]"]),
-            Story(run.config, report=False),
+            PipelineOptions(run.config, report=False),
             QUIET,
         )
         == run

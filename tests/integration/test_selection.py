@@ -19,7 +19,7 @@ from whisper_aut.data.sampler import Cursor
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
-from whisper_aut.pipeline import Story, run_pipeline
+from whisper_aut.pipeline import PipelineOptions, run_pipeline
 from whisper_aut.training.factory import (
     build_augment,
     build_data,
@@ -163,7 +163,7 @@ def test_excluded_clips_are_not_trained_on_and_the_run_says_so(
         tiny_whisper, tiny_shards, tmp_path, f"data.exclude={listed}", "probe.tasks=[]"
     )
     console = Console(file=StringIO(), width=1000)
-    run = run_pipeline(settings, Story(REPOSITORY / "conf" / "smoke.yaml"), console)
+    run = run_pipeline(settings, PipelineOptions(REPOSITORY / "conf" / "smoke.yaml"), console)
     said = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert "sound: training on 6 of 11 clips; left out: 5 excluded by an audit" in said
     assert not (run.path / "ledger.jsonl").exists()
@@ -213,7 +213,8 @@ def test_licences_are_filtered_and_written_down(
 
 
 def test_a_probe_set_that_nobody_audited_is_named(audited: Path, tiny_shards: Path, tmp_path: Path):
-    from whisper_aut.pipeline import _warn_of_unaudited, load_tasks
+    from whisper_aut.loading import load_tasks
+    from whisper_aut.pipeline import _warn_if_not_audited
 
     write_shards(tmp_path / "other", 4, "music")
     tasks = []
@@ -232,7 +233,7 @@ def test_a_probe_set_that_nobody_audited_is_named(audited: Path, tiny_shards: Pa
             REPOSITORY / "conf" / "smoke.yaml", [f"data.train=[{sources}]", *overrides]
         )
         console = Console(file=StringIO(), width=1000)
-        _warn_of_unaudited(settings, tasks, console)
+        _warn_if_not_audited(settings, tasks, console)
         return console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
 
     assert "whether clips of known, unknown are in the training shards" in said()

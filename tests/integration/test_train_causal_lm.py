@@ -21,9 +21,9 @@ from tests.support.training import (
     weights_of,
 )
 from whisper_aut.errors import Interrupted
+from whisper_aut.loading import open_run
 from whisper_aut.models.language_model import weights_hash
 from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.pipeline import open_run
 from whisper_aut.training.run_dir import list_runs
 from whisper_aut.training.train import train
 

@@ -16,7 +16,7 @@ from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import Interrupted
 from whisper_aut.inference.chat import evaluate
-from whisper_aut.pipeline import open_run
+from whisper_aut.loading import open_run
 from whisper_aut.training.train import train
 
 CLIPS = 24

@@ -11,14 +11,15 @@ from tests.support import REPOSITORY
 PACKAGE = REPOSITORY / "whisper_aut"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
-MAX_FILE_LINES, MAX_FILES, MAX_LINES = 700, 121, 34_900  # the goal is 110 files and 22,000 lines
+MAX_FILE_LINES, MAX_FILES, MAX_LINES = 700, 123, 34_900  # the goal is 110 files and 22,000 lines
 # A folder or module imports from itself and from those before it.
 ORDER = (
-    *("errors", "utils", "onednn", "audio", "data", "config", "corpora", "models", "training"),
-    *("inference", "export", "probes", "report", "pipeline", "experiments", "commands", "cli"),
+    *("errors", "utils", "schema", "onednn", "audio", "data", "config", "corpora", "models"),
+    *("training", "inference", "export", "probes", "report", "loading", "pipeline"),
+    *("experiments", "commands", "cli"),
 )
 # Larger ones are split as their packages are rewritten.
-LARGE = {"config.py": 850, "probes/modules.py": 710, "probes/embed.py": 710}
+LARGE = {"probes/modules.py": 710, "probes/embed.py": 710}
 
 
 def imports_of(path: Path, prefix: str = "whisper_aut.") -> set[str]:

@@ -10,19 +10,14 @@ from typing import NoReturn
 
 from whisper_aut.errors import nearest
 
+Commands = argparse._SubParsersAction  # what `add_subparsers` returns; argparse has no public name
+
 # Copies of values from modules that import PyTorch. A test checks that they agree.
 PADDINGS = ("none", "30s")
 POOLINGS = ("mean", "mean_std")
 DTYPES = ("fp32", "bf16", "fp16")
 PROBE_KINDS = (
-    "linear",
-    "knn",
-    "mlp",
-    "layers",
-    "attention",
-    "frame",
-    "retrieval",
-    "transcription",
+    *("linear", "knn", "mlp", "layers", "attention", "frame", "retrieval", "transcription"),
 )
 BATCH_SECONDS = 160.0
 
@@ -36,30 +31,34 @@ class Parser(argparse.ArgumentParser):
         first = [str(a.metavar or a.dest.upper()) for a in actions if not a.option_strings]
         blamed = [option for option in greedy if f"argument {option}" in message]
         if first and (blamed or (greedy and "arguments are required" in message)):
-            taking = blamed or greedy
+            options = blamed or greedy
             message += (
-                f". {' and '.join(taking)} take{'s' * (len(taking) == 1)} every word that follows: "
-                f"write {self.prog} {' '.join(first)} {taking[0]} …"
+                f". {' and '.join(options)} take{'s' * (len(options) == 1)} all words that follow. "
+                f"Write {self.prog} {' '.join(first)} {options[0]} …"
             )
         super().error(message)
 
 
-def add_encoder_options(command: argparse.ArgumentParser, *, batches: bool = True) -> None:
-    """Add the options of commands that run an encoder.
+def add_config(command: argparse.ArgumentParser, example: str, *, optional: bool = False) -> None:
+    """Add the arguments for a config and its overrides."""
+    config = "a YAML file, or the name of a config in the package, such as aut_tiny"
+    if optional:
+        config += "; without it, only the machine is checked"
+        command.add_argument("config", nargs="?", default="", help=config)
+    else:
+        command.add_argument("config", help=config)
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=f"e.g. {example}")
 
-    Args:
-        command: the parser.
-        batches: add `--batch-seconds`.
-    """
-    add_choice(
-        command,
-        "--padding",
-        PADDINGS,
+
+def add_encoder_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of commands that run an encoder."""
+    padding = (
         "padding mode of encoders whose name has no @none or @30s: none runs clips at their own "
         "length, 30s pads them to 30 s (default: as the encoder was trained; 30s for a released "
-        "Whisper)",
+        "Whisper)"
     )
-    add_device_options(command, batches=batches)
+    add_choice(command, "--padding", PADDINGS, padding)
+    add_device_options(command)
 
 
 def add_device_options(
@@ -72,11 +71,8 @@ def add_device_options(
         dtype: the default precision; None for that of the index that the command reads.
         batches: add `--batch-seconds`.
     """
-    command.add_argument(
-        "--device",
-        default="auto",
-        help="cpu, cuda, cuda:1, …; auto uses a GPU if there is one (default: auto)",
-    )
+    device = "cpu, cuda, cuda:1, …; auto uses a GPU if there is one (default: auto)"
+    command.add_argument("--device", default="auto", help=device)
     default = f"default: {dtype}" if dtype else "default: as the index was made"
     add_choice(command, "--dtype", DTYPES, f"precision of the models ({default})", dtype)
     if batches:
@@ -91,13 +87,8 @@ def add_device_options(
 
 def add_pooling_options(command: argparse.ArgumentParser) -> None:
     """Add the options that choose pooling and layers."""
-    add_choice(
-        command,
-        "--pooling",
-        POOLINGS,
-        "mean, or mean and standard deviation, over the frames of a clip (default: mean)",
-        "mean",
-    )
+    pooling = "mean, or mean and standard deviation, over the frames of a clip (default: mean)"
+    add_choice(command, "--pooling", POOLINGS, pooling, "mean")
     command.add_argument(
         "--layers",
         type=whole_number(0),
@@ -110,9 +101,8 @@ def add_pooling_options(command: argparse.ArgumentParser) -> None:
 
 def add_workers(command: argparse.ArgumentParser) -> None:
     """Add `--workers`."""
-    command.add_argument(
-        "--workers", type=whole_number(1), help="number of processes (default: one per core)"
-    )
+    workers = "number of processes (default: one per core)"
+    command.add_argument("--workers", type=whole_number(1), help=workers)
 
 
 def add_choice(
@@ -123,11 +113,6 @@ def add_choice(
     default: str | None = None,
 ) -> None:
     """Add an option that takes one of `names`, and suggests the nearest for an unknown value."""
-    command.add_argument(flag, type=one_of(names), choices=names, default=default, help=help)
-
-
-def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """Return an argparse type that accepts one of `names`."""
 
     def parse(text: str) -> str:
         if text not in names:
@@ -136,20 +121,21 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
             )
         return text
 
-    return parse
+    command.add_argument(flag, type=parse, choices=names, default=default, help=help)
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
     """Return an argparse type that accepts integers from `least` to `most`, inclusive."""
-    bounds = f"from {least} up" if most is None else f"from {least} to {most}"
 
     def parse(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if number < least or (most is not None and number > most):
-            raise argparse.ArgumentTypeError(f"{number} is not a whole number {bounds}")
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is below {least}")
+        if most is not None and number > most:
+            raise argparse.ArgumentTypeError(f"{number} is above {most}")
         return number
 
     return parse

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from whisper_aut.commands import (
+    Commands,
     add_device_options,
     add_encoder_options,
     add_pooling_options,
@@ -71,43 +72,9 @@ def search(options: argparse.Namespace, console: Console) -> None:
             console.print(f"{neighbour.similarity:7.4f}  {neighbour.name}", highlight=False)
 
 
-def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    command = commands.add_parser(
-        "embed", help="embed audio files, folders or shards with an encoder"
-    )
-    command.add_argument(
-        "encoder", help="a directory, a run, or a hub id; NAME@30s or NAME@none sets the padding"
-    )
-    command.add_argument(
-        "audio", nargs="+", help="files, folders of files, tars, or folders or URLs of shards"
-    )
-    command.add_argument("--out", required=True, help="output file: .safetensors or .parquet")
-    command.add_argument(
-        "--frames", action="store_true", help="write all frames instead of one vector per clip"
-    )
-    add_pooling_options(command)
-    add_encoder_options(command)
-    command.set_defaults(run=embed)
-
-    command = commands.add_parser(
-        "search", help="find the embedded clips that sound most like a given clip"
-    )
-    command.add_argument("index", help="a file written by `embed`")
-    command.add_argument("audio", nargs="+", help="query audio files")
-    command.add_argument(
-        "-k", type=whole_number(1), default=5, help="number of neighbours to list (default: 5)"
-    )
-    command.add_argument(
-        "--encoder", default="", help="path of the encoder of the index, if it was moved"
-    )
-    add_device_options(command, dtype=None)
-    command.set_defaults(run=search)
-    add_demo_parser(commands)
-
-
 def demo(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.inference.demo import build_page, launch_page
-    from whisper_aut.pipeline import open_demo_models
+    from whisper_aut.loading import open_demo_models
 
     listener = open_demo_models(
         options.encoder,
@@ -126,28 +93,42 @@ def demo(options: argparse.Namespace, console: Console) -> None:
     page.block_thread()
 
 
-def add_demo_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parsers(commands: Commands) -> None:
+    command = commands.add_parser(
+        "embed", help="embed audio files, folders or shards with an encoder"
+    )
+    add = command.add_argument
+    add("encoder", help="a directory, a run, or a hub id; NAME@30s or NAME@none sets the padding")
+    audio = "files, folders of files, tars, or folders or URLs of shards"
+    add("audio", nargs="+", help=audio)
+    add("--out", required=True, help="output file: .safetensors or .parquet")
+    frames = "write all frames instead of one vector per clip"
+    add("--frames", action="store_true", help=frames)
+    add_pooling_options(command)
+    add_encoder_options(command)
+    command.set_defaults(run=embed)
+
+    command = commands.add_parser(
+        "search", help="find the embedded clips that sound most like a given clip"
+    )
+    add = command.add_argument
+    add("index", help="a file written by `embed`")
+    add("audio", nargs="+", help="query audio files")
+    add("-k", type=whole_number(1), default=5, help="number of neighbours to list (default: 5)")
+    add("--encoder", default="", help="path of the encoder of the index, if it was moved")
+    add_device_options(command, dtype=None)
+    command.set_defaults(run=search)
+
     command = commands.add_parser(
         "demo", help="serve a local page with spectrogram, decoder output and nearest clips"
     )
-    command.add_argument(
-        "encoder",
-        metavar="RUN_OR_ENCODER",
-        help="a run, shown with its decoder and start checkpoint, or an encoder",
-    )
-    command.add_argument(
-        "--index", metavar="FOLDER", default="", help="clips to search: files or shards"
-    )
-    command.add_argument(
-        "--against",
-        default="",
-        help="encoder to compare with (default: the start checkpoint of the run)",
-    )
+    add = command.add_argument
+    encoder = "a run, shown with its decoder and its pretrained checkpoint, or an encoder"
+    add("encoder", metavar="RUN_OR_ENCODER", help=encoder)
+    add("--index", metavar="FOLDER", default="", help="clips to search: files or shards")
+    against = "encoder to compare with (default: the pretrained checkpoint of the run)"
+    add("--against", default="", help=against)
     add_encoder_options(command)
-    command.add_argument(
-        "--port",
-        type=whole_number(1, 65_535),
-        default=7860,
-        help="port of the page (default: 7860)",
-    )
+    port = "port of the page (default: 7860)"
+    add("--port", type=whole_number(1, 65_535), default=7860, help=port)
     command.set_defaults(run=demo)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from whisper_aut.commands import Commands
+
 
 def experiment(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.config import find_config
@@ -31,30 +33,21 @@ def experiment(options: argparse.Namespace, console: Console) -> None:
     console.print(f"Wrote {write_report(stored, console)}; all results are in {stored}.")
 
 
-def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parsers(commands: Commands) -> None:
     command = commands.add_parser(
         "experiment",
         help="run a grid of configs and seeds and compare them in a table and a figure",
     )
-    command.add_argument(
+    add = command.add_argument
+    add(
         "experiment",
         help="a YAML file, or the name of an experiment in the package, such as e4_mixture; or "
         "stored results, such as docs/results/e4_mixture.json, to write tables and figure again",
     )
-    command.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="e.g. seeds=[0] set.trainer.max_steps=20 root=FOLDER",
-    )
-    command.add_argument(
-        "--plan",
-        action="store_true",
-        help="list the runs, which of them exist, and the cost of the others; run nothing",
-    )
-    command.add_argument(
-        "--out",
-        default="",
-        help="folder for table, figure and JSON (default: the experiment's folder in runs/)",
-    )
+    overrides = "e.g. seeds=[0] set.trainer.max_steps=20 root=FOLDER"
+    add("overrides", nargs="*", metavar="key=value", help=overrides)
+    plan = "list the runs, which of them exist, and the cost of the others; run nothing"
+    add("--plan", action="store_true", help=plan)
+    out = "folder for table, figure and JSON (default: the experiment's folder in runs/)"
+    add("--out", default="", help=out)
     command.set_defaults(run=experiment)

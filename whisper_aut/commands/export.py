@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from whisper_aut.commands import DTYPES, add_choice, add_device_options, whole_number
+from whisper_aut.commands import DTYPES, Commands, add_choice, add_device_options, whole_number
 from whisper_aut.data.annotation import DOMAINS
 
 SWAP = "Load it into a model: whisper_aut.export.towers.swap_tower(model, '{out}')"
@@ -22,40 +22,30 @@ NEXT_STEPS = {
 
 
 def export(options: argparse.Namespace, console: Console) -> None:
-    from whisper_aut.pipeline import export_run
+    from whisper_aut.export.hf import push
+    from whisper_aut.loading import export_run
 
-    out = export_run(
-        Path(options.run_or_checkpoint),
-        Path(options.out),
-        options.format,
-        options.dtype,
-        name=options.push,
-        licence=options.licence,
-    )
-    console.print(
-        f"Wrote {out}, with a card in README.md. {NEXT_STEPS[options.format].format(out=out)}",
-        highlight=False,
-    )
+    card = {"name": options.push, "licence": options.licence}
+    run, out = Path(options.run_or_checkpoint), Path(options.out)
+    export_run(run, out, options.format, options.dtype, **card)
+    next_step = NEXT_STEPS[options.format].format(out=out)
+    console.print(f"Wrote {out}, with a card in README.md. {next_step}", highlight=False)
     if options.push:
-        from whisper_aut.export.hf import push
-
-        console.print(
-            f"Pushed to {push(out, options.push, private=options.private)}",
-            highlight=False,
-        )
+        url = push(out, options.push, private=options.private)
+        console.print(f"Pushed to {url}", highlight=False)
 
 
 def chat(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.inference.chat import answer
-    from whisper_aut.pipeline import open_run
+    from whisper_aut.loading import open_run
 
     module = open_run(Path(options.run_or_checkpoint), device=options.device, dtype=options.dtype)
-    for question in [options.question] if options.question else _asked(console):
+    for question in [options.question] if options.question else _read_questions(console):
         text = answer(module, Path(options.audio), question, max_new_tokens=options.max_new_tokens)
         console.print(text, highlight=False)
 
 
-def _asked(console: Console) -> Iterator[str]:
+def _read_questions(console: Console) -> Iterator[str]:
     """Yield the questions that the user types, up to an empty line or end of file."""
     with suppress(EOFError):
         while question := console.input("[bold]?[/] ").strip():
@@ -65,7 +55,7 @@ def _asked(console: Console) -> Iterator[str]:
 def evaluate(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.data.targets import missing_token_warning
     from whisper_aut.inference.chat import evaluate
-    from whisper_aut.pipeline import open_run
+    from whisper_aut.loading import open_run
 
     out = Path(options.out) if options.out else None
     module = open_run(Path(options.run_or_checkpoint), device=options.device, dtype=options.dtype)
@@ -88,60 +78,38 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "run_or_checkpoint",
-        metavar="RUN_OR_CKPT",
-        help="runs/NAME/latest, another run directory, or a checkpoint in one",
-    )
+    run = "runs/NAME/latest, another run directory, or a checkpoint in one"
+    command.add_argument("run_or_checkpoint", metavar="RUN_OR_CKPT", help=run)
 
 
-def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parsers(commands: Commands) -> None:
     command = commands.add_parser(
         "export", help="export a trained model to a directory that other libraries can load"
     )
     _add_run(command)
-    command.add_argument(
-        "--out", required=True, help="output directory; replaces an earlier export"
-    )
-    formats = tuple(NEXT_STEPS)
-    add_choice(
-        command, "--format", formats, "format, see docs/export.md (default: encoder)", "encoder"
-    )
+    add = command.add_argument
+    add("--out", required=True, help="output directory; replaces an earlier export")
+    formats = "format, see docs/export.md (default: encoder)"
+    add_choice(command, "--format", tuple(NEXT_STEPS), formats, "encoder")
     add_choice(command, "--dtype", DTYPES, "precision of the weights (default: fp32)", "fp32")
-    command.add_argument(
-        "--licence",
-        default="unknown",
-        metavar="ID",
-        help="licence of the weights for the card, by its hub id: apache-2.0, cc-by-nc-4.0, …",
-    )
-    command.add_argument(
-        "--push",
-        metavar="ORG/NAME",
-        default="",
-        help="upload the directory to this repository on the Hugging Face hub",
-    )
-    command.add_argument(
-        "--private", action="store_true", help="make a repository that --push creates private"
-    )
+    licence = "licence of the weights for the card, by its hub id: apache-2.0, cc-by-nc-4.0, …"
+    add("--licence", default="unknown", metavar="ID", help=licence)
+    push = "upload the directory to this repository on the Hugging Face hub"
+    add("--push", metavar="ORG/NAME", default="", help=push)
+    private = "make a repository that --push creates private"
+    add("--private", action="store_true", help=private)
     command.set_defaults(run=export)
 
     command = commands.add_parser(
         "chat", help="ask a trained run about an audio file (runs with decoder=causal_lm)"
     )
     _add_run(command)
-    command.add_argument("audio", help="an audio file of at most 30 s")
-    command.add_argument(
-        "question",
-        nargs="?",
-        default="",
-        help="the question; without it, questions are read from the terminal",
-    )
-    command.add_argument(
-        "--max-new-tokens",
-        type=whole_number(1),
-        default=64,
-        help="maximum length of an answer in tokens (default: 64)",
-    )
+    add = command.add_argument
+    add("audio", help="an audio file of at most 30 s")
+    question = "the question; without it, questions are read from the terminal"
+    add("question", nargs="?", default="", help=question)
+    tokens = "maximum length of an answer in tokens (default: 64)"
+    add("--max-new-tokens", type=whole_number(1), default=64, help=tokens)
     add_device_options(command, batches=False)
     command.set_defaults(run=chat)
 
@@ -149,19 +117,13 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "evaluate", help="score the texts that a trained model generates for shards"
     )
     _add_run(command)
-    command.add_argument("shards", nargs="+", help="folders or URLs of shards")
-    command.add_argument(
-        "--tasks",
-        nargs="+",
-        default=[],
-        help="only these tasks, by their names in conf/instructions",
-    )
+    add = command.add_argument
+    add("shards", nargs="+", help="folders or URLs of shards")
+    tasks = "only these tasks, by their names in conf/instructions"
+    add("--tasks", nargs="+", default=[], help=tasks)
     add_choice(command, "--domain", DOMAINS, "domain of clips that do not have their own")
-    command.add_argument(
-        "--limit", type=whole_number(1), metavar="N", help="only the first N clips of each folder"
-    )
+    limit = "only the first N clips of each folder"
+    add("--limit", type=whole_number(1), metavar="N", help=limit)
     add_device_options(command)
-    command.add_argument(
-        "--out", default="", help="write answers and references to this JSON Lines file"
-    )
+    add("--out", default="", help="write answers and references to this JSON Lines file")
     command.set_defaults(run=evaluate)

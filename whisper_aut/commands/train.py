@@ -3,33 +3,50 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+from whisper_aut.commands import Commands, add_config
+
+if TYPE_CHECKING:
+    from whisper_aut.config import ModelSettings, Settings
 
 
 def train(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.config import dump_settings, find_config, load_settings
-    from whisper_aut.pipeline import Story, run_pipeline
+    from whisper_aut.pipeline import PipelineOptions, run_pipeline
     from whisper_aut.training.run_dir import is_first_rank
 
     settings = load_settings(options.config, options.overrides)
     if options.print_config:
         console.print(dump_settings(settings), highlight=False)
         return
-    story = Story(
-        find_config(options.config), tuple(options.overrides), options.resume, options.fresh
-    )
-    run = run_pipeline(settings, story, console)
+    config, overrides = find_config(options.config), tuple(options.overrides)
+    how = PipelineOptions(config, overrides, options.resume, options.fresh)
+    run = run_pipeline(settings, how, console)
     if is_first_rank():
-        console.print(f"Done. Everything is in {run.path}; the encoder in {run.export('encoder')}.")
+        console.print(f"Done. The run is in {run.path}, its encoder in {run.export('encoder')}.")
 
 
 def plan(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.config import find_config, load_settings
-    from whisper_aut.pipeline import run_plan
+    from whisper_aut.training.plan import build_forecast, forecast_tables, planned_config
 
-    run_plan(load_settings(options.config, options.overrides), find_config(options.config), console)
+    settings = load_settings(options.config, options.overrides)
+    model = _first_model(settings.model, find_config(options.config))
+    for table in forecast_tables(build_forecast(settings, planned_config(model))):
+        console.print(table)
+
+
+def _first_model(model: "ModelSettings", config: Path) -> "ModelSettings":
+    """Return the model of the first config in a chain of `model.after`."""
+    from whisper_aut.config import find_config, load_settings
+
+    while model.after:
+        config = find_config(model.after, config.parent)
+        model = load_settings(config).model
+    return model
 
 
 def doctor(options: argparse.Namespace, console: Console) -> None:
@@ -46,59 +63,51 @@ def doctor(options: argparse.Namespace, console: Console) -> None:
 def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, Any]]:
     """Return the checks of the machine and, if there is a config, of what the config needs."""
     from whisper_aut.config import dump_settings, find_config, load_settings
-    from whisper_aut.training import doctor as look
+    from whisper_aut.training import doctor
     from whisper_aut.training.factory import clip_limits, open_sources, read_policy
     from whisper_aut.training.plan import planned_checkpoint_bytes
 
-    checks: list[tuple[str, Any]] = [("versions", look.check_versions)]
+    checks: list[tuple[str, Any]] = [("versions", doctor.check_versions)]
     if not options.config:
         return [
             *checks,
-            ("devices", lambda: look.check_devices("auto", "auto")),
-            ("DeepSpeed", lambda: look.check_deepspeed("")),
-            ("disk", lambda: look.check_disk(Path())),
+            ("devices", lambda: doctor.check_devices("auto", "auto")),
+            ("DeepSpeed", lambda: doctor.check_deepspeed("")),
+            ("disk", lambda: doctor.check_disk(Path())),
         ]
     settings = load_settings(options.config, options.overrides)
     dry = _two_steps(settings, find_config(options.config))
-    kept = settings.trainer.keep_checkpoints + 1
+    hardware, kept = settings.hardware, settings.trainer.keep_checkpoints + 1
+    size = planned_checkpoint_bytes(dry)
     checks += [
-        (
-            "devices",
-            lambda: look.check_devices(settings.hardware.accelerator, settings.hardware.devices),
-        ),
-        ("DeepSpeed", lambda: look.check_deepspeed(settings.strategy.name)),
-        ("disk", lambda: look.check_disk(Path(settings.runs), planned_checkpoint_bytes(dry), kept)),
+        ("devices", lambda: doctor.check_devices(hardware.accelerator, hardware.devices)),
+        ("DeepSpeed", lambda: doctor.check_deepspeed(settings.strategy.name)),
+        ("disk", lambda: doctor.check_disk(Path(settings.runs), size, kept)),
     ]
-    built = settings.corpora.demo or settings.corpora.manifests
-    if built and not all(Path(source.path).exists() for source in settings.data.train):
+    built_later = settings.corpora.demo or settings.corpora.manifests
+    if built_later and not all(Path(source.path).exists() for source in settings.data.train):
         console.print(
-            "The shards are built when the config is trained; they and the two steps are left out "
-            "here."
+            "The shards and the two training steps are not checked: training builds the shards."
         )
         return checks
-    sources, policy = [*settings.data.train, *settings.data.valid], read_policy(settings.data)
-    limits = clip_limits(settings.data)
-    checks.append(
-        (
-            "shards",
-            lambda: look.check_shards(
-                [s.index for s in open_sources(sources, policy)], limits, policy
-            ),
-        )
-    )
+
+    def check_shards() -> Any:
+        policy = read_policy(settings.data)
+        sources = open_sources([*settings.data.train, *settings.data.valid], policy)
+        indexes = [source.index for source in sources]
+        return doctor.check_shards(indexes, clip_limits(settings.data), policy)
+
+    checks.append(("shards", check_shards))
     if not options.no_dry_run:
-        checks.append(("dry run", lambda: look.check_dry_run(dump_settings(dry))))
+        checks.append(("dry run", lambda: doctor.check_dry_run(dump_settings(dry))))
     return checks
 
 
-def _two_steps(settings: Any, config: Path) -> Any:
-    """Return the settings of a two-step dry run on this node.
-
-    A start model that another config would train first is replaced by the model of that config.
-    """
+def _two_steps(settings: "Settings", config: Path) -> "Settings":
+    """Return the settings of a two-step dry run on this node, without other configs' training."""
     import torch
 
-    from whisper_aut.config import CorporaSettings, find_config, load_settings
+    from whisper_aut.config import CorporaSettings
 
     trainer = replace(
         settings.trainer,
@@ -107,76 +116,44 @@ def _two_steps(settings: Any, config: Path) -> Any:
         checkpoint_every_steps=2,
         log_every_steps=1,
     )
-    model = settings.model
-    while model.after:
-        config = find_config(model.after, config.parent)
-        model = replace(load_settings(config).model, padding=settings.model.padding)
-    probe = replace(settings.probe, tasks=[])
-    data = replace(settings.data, valid_clips=2)
+    model = replace(_first_model(settings.model, config), padding=settings.model.padding)
     hardware = replace(settings.hardware, nodes=1)
-    if (
-        hardware.accelerator in ("gpu", "cuda")
-        and isinstance(hardware.devices, int)
-        and torch.cuda.is_available()
-    ):
-        hardware.devices = min(hardware.devices, torch.cuda.device_count())
+    on_gpu = hardware.accelerator in ("gpu", "cuda") and torch.cuda.is_available()
+    if on_gpu and hardware.devices != "auto":
+        hardware = replace(hardware, devices=min(hardware.devices, torch.cuda.device_count()))
     return replace(
         settings,
         trainer=trainer,
         model=model,
-        data=data,
-        probe=probe,
+        data=replace(settings.data, valid_clips=2),
+        probe=replace(settings.probe, tasks=[]),
         hardware=hardware,
         export=[],
         corpora=CorporaSettings(),
     )
 
 
-def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parsers(commands: Commands) -> None:
     command = commands.add_parser(
         "train", help="run a config: data, training, export, probes and report"
     )
-    command.add_argument(
-        "config", help="a YAML file, or the name of a config in the package, such as aut_tiny"
-    )
-    command.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="e.g. trainer.max_steps=100 decoder=whisper",
-    )
-    command.add_argument(
-        "--resume", default="", metavar="auto|CKPT", help="resume an unfinished run"
-    )
-    command.add_argument(
-        "--fresh", action="store_true", help="train again even if a finished run exists"
-    )
-    command.add_argument(
-        "--print-config", action="store_true", help="print the resolved config and exit"
-    )
+    add_config(command, "trainer.max_steps=100 decoder=whisper")
+    add = command.add_argument
+    add("--resume", default="", metavar="auto|CKPT", help="resume an unfinished run")
+    add("--fresh", action="store_true", help="train again even if a finished run exists")
+    add("--print-config", action="store_true", help="print the resolved config and exit")
     command.set_defaults(run=train)
 
     command = commands.add_parser(
         "plan", help="estimate memory, time and cores that a config needs, without loading anything"
     )
-    command.add_argument(
-        "config", help="a YAML file, or the name of a config in the package, such as aut_tiny"
-    )
-    command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. strategy=deepspeed_stage_3"
-    )
+    add_config(command, "strategy=deepspeed_stage_3")
     command.set_defaults(run=plan)
 
     command = commands.add_parser(
         "doctor",
         help="check that this machine can run a config: versions, ranks, disk, shards, two steps",
     )
-    command.add_argument(
-        "config",
-        nargs="?",
-        default="",
-        help="a YAML file or a name such as aut_tiny; without it, check only the machine",
-    )
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. hardware=8xgpu")
+    add_config(command, "hardware=8xgpu", optional=True)
     command.add_argument("--no-dry-run", action="store_true", help="skip the two training steps")
     command.set_defaults(run=doctor)

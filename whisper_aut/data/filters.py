@@ -196,9 +196,8 @@ def parse_allowed_licence(entry: str) -> str:
     found = licence_id(entry)
     if not found:
         raise UserError(
-            f"data.licences.allow: {entry!r} is no licence that is understood. Give SPDX ids "
-            "(CC-BY-4.0, CC0-1.0, MIT), CC-BY for all its versions, or LicenseRef-NAME for one of "
-            "your own."
+            f"{entry!r} is not a known licence. Give SPDX ids (CC-BY-4.0, CC0-1.0, MIT), CC-BY for "
+            "all its versions, or LicenseRef-NAME for your own licence."
         )
     return found
 

@@ -18,14 +18,14 @@ from rich.console import Console
 from whisper_aut.config import (
     ManifestSettings,
     Settings,
-    build,
     compose,
     find_config,
     load_settings,
 )
 from whisper_aut.errors import Problems, UserError, nearest
 from whisper_aut.models.decoders import check_decoder
-from whisper_aut.pipeline import Story, run_pipeline
+from whisper_aut.pipeline import PipelineOptions, run_pipeline
+from whisper_aut.schema import build
 from whisper_aut.training.factory import run_fingerprint
 from whisper_aut.training.run_dir import RunDirectory, list_runs
 from whisper_aut.utils import file_lock, read_json
@@ -403,9 +403,8 @@ def make_run(run: Run, console: Console) -> FoundRun:
         directory = found.directory
         resumable = directory.last_checkpoint.exists() and not directory.done.exists()
         resume = str(directory.path) if resumable else ""
-        run_pipeline(
-            found.settings, Story(run.config, found.overrides, resume, report=False), console
-        )
+        options = PipelineOptions(run.config, found.overrides, resume, report=False)
+        run_pipeline(found.settings, options, console)
         found = find_run(run)
     if found.state != "done":
         raise UserError(

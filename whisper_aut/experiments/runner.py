@@ -39,7 +39,8 @@ from whisper_aut.experiments.grid import (
 )
 from whisper_aut.inference.chat import evaluate
 from whisper_aut.inference.encoder import load_encoder
-from whisper_aut.pipeline import load_tasks, open_run, prepare_corpora
+from whisper_aut.loading import load_tasks, open_run
+from whisper_aut.pipeline import prepare_corpora
 from whisper_aut.probes.embed import EmbedSettings, FrameEncoder, LogMelBaseline, digest
 from whisper_aut.probes.results import Scores
 from whisper_aut.probes.suite import run_suite

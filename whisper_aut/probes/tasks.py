@@ -17,12 +17,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from whisper_aut.config import SHIPPED, build, find_config
+from whisper_aut.config import PACKAGE_CONF, find_config
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.reader import Sample
 from whisper_aut.data.shards import ShardIndex, open_index
 from whisper_aut.errors import Problems, UserError, nearest
 from whisper_aut.probes.metrics import ANSWERS, Answer
+from whisper_aut.schema import build
 
 SPLITS = ("train", "valid", "test")
 
@@ -224,7 +225,7 @@ class ProbeSuites:
 
 def list_tasks(task_folder: str | Path) -> list[str]:
     """Return the sorted names of the tasks in `task_folder` and of the shipped tasks."""
-    folders = (Path(task_folder), SHIPPED / "probe_tasks")
+    folders = (Path(task_folder), PACKAGE_CONF / "probe_tasks")
     return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
@@ -261,7 +262,7 @@ def expand_suites(names: Sequence[str], suites: str | Path) -> list[str]:
         UserError: the YAML has problems.
     """
     listed: dict[str, list[str]] = {}
-    for path in (SHIPPED / "probe.yaml", Path(suites)):
+    for path in (PACKAGE_CONF / "probe.yaml", Path(suites)):
         if path.is_file():
             listed |= build(ProbeSuites, _read_mapping(path, "`suites`"), str(path)).suites
     return list(dict.fromkeys(task for name in names for task in listed.get(name, [name])))

@@ -137,7 +137,7 @@ def test_a_recipe_states_a_licence_only_where_it_is_that_of_every_clip():
 
 
 def test_an_allow_list_with_a_word_that_is_no_licence_is_an_error_of_the_config():
-    with pytest.raises(UserError, match=r"data\.licences\.allow: 'CC-BY-free' is no licence"):
+    with pytest.raises(UserError, match=r"data\.licences\.allow\.1: 'CC-BY-free' is not a known"):
         load_settings(REPOSITORY / "conf" / "smoke.yaml", ["data.licences.allow=[MIT, CC-BY-free]"])
 
 

@@ -33,7 +33,7 @@ from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.errors import UserError
 from whisper_aut.export.hf import KINDS, ExportKind
 from whisper_aut.export.towers import check_tower, sinusoids, swap_tower
-from whisper_aut.pipeline import export_run
+from whisper_aut.loading import export_run
 
 RUN = Path("runs/aut_tiny/latest")
 AUDIO_TOKEN, VOCABULARY = 7, 64

@@ -8,7 +8,7 @@ import yaml
 from tests.support.audio import TONES
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
-from whisper_aut.pipeline import open_demo_models, open_encoder
+from whisper_aut.loading import open_demo_models, open_encoder
 from whisper_aut.probes.results import Scores
 
 RUN = "runs/aut_tiny/latest"
@@ -58,7 +58,7 @@ def test_a_mark_chooses_the_padding_of_one_encoder_and_the_option_that_of_the_ot
 
 def test_log_mel_statistics_know_no_padding():
     assert not hasattr(open_encoder("logmel", "30s"), "padding")  # the option is for the others
-    with pytest.raises(UserError, match="log-mel statistics know no padding"):
+    with pytest.raises(UserError, match="log-mel statistics have no padding"):
         open_encoder("logmel@30s", None)
 
 

@@ -11,7 +11,7 @@ import pytest
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
-from whisper_aut.pipeline import encoder_names
+from whisper_aut.loading import encoder_names
 from whisper_aut.probes import metrics, suite
 from whisper_aut.probes.embed import BASELINE_NAME, EmbedSettings, LogMelBaseline
 from whisper_aut.probes.results import AVERAGE, Scores

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 from transformers import WhisperConfig
 
-from whisper_aut.config import build
 from whisper_aut.data.targets import TextCodec
 from whisper_aut.errors import UserError, nearest
 from whisper_aut.models.decoders.causal_lm import (
@@ -24,6 +23,7 @@ from whisper_aut.models.decoders.whisper import (
     build_whisper_decoder_meta,
 )
 from whisper_aut.models.pretrained import PretrainedWhisper
+from whisper_aut.schema import build
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,189 @@
+"""Loads encoders, trained runs and probe tasks by the names that commands take.
+
+An encoder is a run, a directory in Hugging Face's format or a hub id, with an optional padding mode
+(`NAME@30s`), `random:NAME` for its architecture with random weights, or `logmel`.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from whisper_aut.config import load_settings
+from whisper_aut.errors import Problems, UserError
+from whisper_aut.export.card import write_card
+from whisper_aut.export.hf import ExportKind, export_checkpoint, find_checkpoint, read_checkpoint
+from whisper_aut.inference.demo import DemoModels
+from whisper_aut.inference.encoder import (
+    DTYPES,
+    AudioEncoder,
+    load_encoder,
+    resolve_device,
+    split_padding,
+)
+from whisper_aut.models.encoder import Padding
+from whisper_aut.models.module import AudioTextModule
+from whisper_aut.probes.embed import BASELINE_NAME, FrameEncoder, LogMelBaseline
+from whisper_aut.probes.tasks import ProbeTask, expand_suites, load_task
+from whisper_aut.training.factory import build_trained
+from whisper_aut.training.run_dir import RunDirectory
+
+LOGMEL, RANDOM_PREFIX = "logmel", "random:"
+
+
+def open_run(path: Path, *, device: str = "cpu", dtype: str = "fp32") -> AudioTextModule:
+    """Load a trained model with its decoder.
+
+    Args:
+        path: a run directory or one of its checkpoints.
+        device: where the model runs; `auto` uses a GPU if there is one.
+        dtype: of all weights. With `fp32`, a frozen language model keeps its own dtype.
+
+    Raises:
+        UserError: `path` is not a run, files that it needs are missing, or the device is missing.
+    """
+    checkpoint, _ = find_checkpoint(path)
+    target = resolve_device(device)
+    settings = load_settings(RunDirectory(checkpoint.parent.parent).config)
+    module = build_trained(settings, read_checkpoint(checkpoint))
+    return module.to(device=target, dtype=None if dtype == "fp32" else DTYPES[dtype])
+
+
+def export_run(path: Path, out: Path, kind: ExportKind, dtype: str = "fp32", **card: str) -> Path:
+    """Export a trained model with a model card.
+
+    Args:
+        path: a run directory or one of its checkpoints.
+        out: the directory to write.
+        kind: the format, see `export.hf.ExportKind`.
+        dtype: of the weights: `fp32`, `bf16` or `fp16`.
+        card: `name` and `licence`, see `write_card`.
+
+    Raises:
+        UserError: `path` is not a run, or the run cannot be exported as `kind`.
+    """
+    checkpoint, pretrained = find_checkpoint(path)
+    run = RunDirectory(checkpoint.parent.parent)
+    padding = load_settings(run.config).model.padding
+    export_checkpoint(checkpoint, pretrained, out, kind, dtype=DTYPES[dtype], padding=padding)
+    write_card(run.path, out, kind, dtype, **card)
+    return out
+
+
+def open_encoder(name: str, padding: Padding | None, **options: Any) -> FrameEncoder:
+    """Load an encoder by its name on the command line.
+
+    Args:
+        name: path, hub id, `logmel`, or `random:PATH`.
+        padding: for encoders whose name has no padding mode.
+        options: `device` and `dtype` of `load_encoder`.
+
+    Raises:
+        UserError: there is no such encoder, or `logmel` is given a padding mode.
+    """
+    path, given_padding = split_padding(name)
+    if path == LOGMEL:
+        if given_padding:
+            raise UserError(f"{name}: log-mel statistics have no padding mode. Write {LOGMEL}.")
+        return LogMelBaseline()
+    random_init = path.startswith(RANDOM_PREFIX)
+    name, padding = name.removeprefix(RANDOM_PREFIX), given_padding or padding
+    return load_encoder(name, padding=padding, random_init=random_init, **options)
+
+
+def encoder_names(given: Sequence[str]) -> dict[str, str]:
+    """Return the display name of each encoder: a short name, or the full one if it is ambiguous.
+
+    Raises:
+        UserError: the same encoder is given twice.
+    """
+    counts = Counter(name.rstrip("/") for name in given)
+    for name, times in counts.items():
+        if times > 1:
+            raise UserError(f"{name} is named twice. Compare an encoder with other encoders.")
+    short = {name: short_name(name) for name in given}
+    ambiguous = {name for name, times in Counter(short.values()).items() if times > 1}
+    return {
+        name: name.rstrip("/") if label in ambiguous else label for name, label in short.items()
+    }
+
+
+def short_name(name: str) -> str:
+    """Return the run's name for a run or its export, else the last part of the path.
+
+    A padding mode in the given name is kept.
+    """
+    if name == LOGMEL:
+        return BASELINE_NAME
+    given, padding = split_padding(name)
+    path = Path(given.removeprefix(RANDOM_PREFIX))
+    if path.parent.name == "export":
+        short = path.resolve().parents[2].name
+    elif RunDirectory(path).config.is_file():
+        short = path.resolve().parent.name
+    else:
+        short = path.name.lstrip(".")
+    short = f"{short}@{padding}" if padding else short
+    return f"random {short}" if name.startswith(RANDOM_PREFIX) else short
+
+
+def open_demo_models(
+    name: str,
+    against: str,
+    padding: Padding | None,
+    *,
+    device: str = "cpu",
+    dtype: str = "fp32",
+) -> DemoModels:
+    """Load the models for the page of `whisper-aut demo`.
+
+    Args:
+        name: a run, which is loaded with its decoder, or an encoder.
+        against: an encoder to compare with; for a run, the default is its pretrained checkpoint.
+        padding: for encoders whose name has no padding mode. A run keeps that of its training.
+
+    Raises:
+        UserError: there is no run or encoder of that name.
+    """
+
+    def load(encoder: str) -> AudioEncoder:
+        given_padding = split_padding(encoder)[1]
+        return load_encoder(encoder, padding=given_padding or padding, device=device, dtype=dtype)
+
+    path, module = Path(split_padding(name)[0]), None
+    encoders: dict[str, AudioEncoder] = {}
+    if against:
+        encoders["before"] = load(against)
+    if RunDirectory(path).environment.is_file() or path.suffix == ".ckpt":
+        module = open_run(path, device=device, dtype=dtype)
+        if not against:
+            _, start = find_checkpoint(path)
+            encoders["before"] = load_encoder(
+                start.path, revision=start.revision, device=device, dtype=dtype
+            )
+    after = AudioEncoder(module.encoder).to(module.device) if module else load(name)
+    encoders["after" if encoders else "encoder"] = after
+    return DemoModels(encoders, module)
+
+
+def load_tasks(
+    names: Sequence[str], folder: Path, problems: Problems | None = None
+) -> list[ProbeTask]:
+    """Load probe tasks.
+
+    Args:
+        names: tasks in `folder/probe_tasks`, suites in `folder/probe.yaml`, or paths.
+        folder: searched before the configs of the package.
+        problems: collects errors, which are raised otherwise.
+
+    Raises:
+        UserError: lists the problems of all tasks.
+    """
+    found, tasks = problems or Problems(), []
+    with found.gather():
+        for name in expand_suites(names, folder / "probe.yaml"):
+            with found.gather():
+                tasks.append(load_task(name, folder / "probe_tasks"))
+    if problems is None:
+        found.raise_if_any("The list of probe tasks")
+    return tasks
