@@ -151,7 +151,7 @@ def test_mistakes_in_questions_are_named(
             ["evaluate", str(uniwhisper), shards, "--tasks", "sound_clas"],
             "Did you mean 'sound_class'",
         ),
-        (["evaluate", whisper_run, shards, "--tasks", "sound_class"], "cannot be asked"),
+        (["evaluate", whisper_run, shards, "--tasks", "sound_class"], "has no tasks such as"),
         (["chat", "nowhere", str(clip), "What?"], "neither a run directory"),
     ):
         assert main(arguments) == 1, arguments
