@@ -45,7 +45,7 @@ def ring(clips: int, seed: int) -> Embeddings:
 
 def test_a_hidden_layer_parts_what_no_plane_does():
     rounds = cross_validation([ring(80, seed) for seed in range(3)])
-    only = [{"rate": 1e-2, "decay": 1e-4}]
+    only = [{"rate": 0.1, "decay": 1e-4}]
     (linear,) = probe_splits(rounds, kind="linear")
     (mlp,) = probe_splits(rounds, kind="mlp", seeds=(0,), candidates=only)
     assert np.mean(linear.scores) < 0.7
@@ -68,7 +68,7 @@ def test_the_layer_that_knows_gets_the_weight():
 
     centres = torch.randn(3, 8, generator=generator)
     rounds = cross_validation([layered(seed) for seed in range(3)])
-    only = [{"rate": 1e-2, "decay": 1e-2}]
+    only = [{"rate": 0.1, "decay": 1e-2}]
     (run,) = probe_splits(rounds, kind="layers", seeds=(0,), candidates=only)
     assert np.mean(run.scores) > 0.9
     probe, part = LayerWeightedProbe(4, 8, 3), rounds[0].pool
@@ -101,7 +101,7 @@ def test_attention_finds_the_frames_that_know():
         Embeddings(torch.stack([clip.mean(0) for clip in p.frames]), p.labels, p.keys, {})
         for p in parts
     ]
-    only = [{"rate": 1e-2, "decay": 1e-3}]
+    only = [{"rate": 0.1, "decay": 1e-3}]
     attended = np.mean(
         probe_splits(cross_validation(parts), kind="attention", seeds=(0,), candidates=only)[
             0
