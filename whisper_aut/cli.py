@@ -113,7 +113,7 @@ def _quieten() -> None:
         ".*LeafSpec.*",
         # The length of our dataset is correct with any number of workers.
         ".*IterableDataset.* has .*__len__.* defined",
-        # `RunDirectory.metrics_aside` has already renamed the earlier logs.
+        # `RunDirectory.keep_metrics` has already renamed the earlier logs.
         "Experiment logs directory .* exists and is not empty",
     ):
         warnings.filterwarnings("ignore", message=message)
