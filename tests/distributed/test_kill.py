@@ -1,4 +1,4 @@
-"""A run that is killed, or moved to another world, goes on with the very samples and losses of one that was left alone."""
+"""A run that is killed or resumed on other ranks reads the samples of an uninterrupted run."""
 
 import json
 import os
@@ -130,7 +130,7 @@ def test_a_killed_run_resumes_to_the_same_keys_and_losses(
     resumed = start("killed", "--resume", "auto")
     assert resumed.wait(250) == 0, (tmp_path / "killed.log").read_text()[-2000:]
     lines = seen.lines()
-    assert len(lines) < 40 + died_at, "the run began anew instead of going on"
+    assert len(lines) < 40 + died_at, "the run started again instead of resuming"
     for number, line in enumerate(lines):  # also the steps that were taken twice
         keys, loss = expected[line["step"]]
         assert tuple(line["keys"]) == keys, (number, died_at)
@@ -139,7 +139,7 @@ def test_a_killed_run_resumes_to_the_same_keys_and_losses(
 
 
 @pytest.mark.parametrize("mode", ["mixture", "epochs"])
-def test_another_batch_size_goes_on_at_the_same_clip(
+def test_another_batch_size_resumes_at_the_same_clip(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, mode: str
 ):
     """Batches of 6 clips, then of 2 accumulated thrice: the same optimiser steps, so the same weights in the end."""
@@ -180,7 +180,7 @@ def test_another_batch_size_goes_on_at_the_same_clip(
 
 
 @pytest.mark.slow
-def test_two_ranks_go_on_where_one_stopped(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
+def test_two_ranks_resume_where_one_stopped(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
     chosen = [
         "data.mode=epochs",
         "trainer.max_steps=null",

@@ -1,4 +1,4 @@
-"""Learning rates over a resume: those of the config that it is given, with the shape and the ratios that the config has."""
+"""A resumed run uses the learning rates of its config, and reports a change."""
 
 from pathlib import Path
 from typing import Any

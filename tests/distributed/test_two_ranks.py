@@ -117,9 +117,11 @@ def test_a_bfloat16_run_of_deepspeed_resumes_as_if_it_had_not_stopped(
     checkpoints = tmp_path / "smoke" / "job" / "checkpoints"
     whole = read_weights(checkpoints / "last.ckpt")
     assert whole["encoder.whisper.conv1.weight"].dtype == torch.float32
-    moments = dict(read_optimizer_state(checkpoints / "last.ckpt"))
+    optimizer_state = dict(read_optimizer_state(checkpoints / "last.ckpt"))
     again = config("again.yaml", "trainer.generate_clips=1")  # another run than the finished one
     step_2 = str(checkpoints / "step-0000002.ckpt")
     assert on_ranks(train_here, again, step_2) == ["done", "done"]
     assert_close(read_weights(checkpoints / "last.ckpt"), whole, atol=1e-6, rtol=0)
-    assert_close(dict(read_optimizer_state(checkpoints / "last.ckpt")), moments, atol=1e-6, rtol=0)
+    assert_close(
+        dict(read_optimizer_state(checkpoints / "last.ckpt")), optimizer_state, atol=1e-6, rtol=0
+    )

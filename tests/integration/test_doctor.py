@@ -102,7 +102,7 @@ def test_a_dry_run_asks_for_nothing_that_other_nodes_have(monkeypatch: pytest.Mo
     assert (hardware.nodes, hardware.devices) == (1, 4)
     assert (settings.hardware.nodes, settings.hardware.devices) == (8, 8)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert _two_steps(settings, path).hardware.devices == 8  # which is what is said to be lacking
+    assert _two_steps(settings, path).hardware.devices == 8  # reported as missing
 
 
 def test_a_dry_run_that_does_not_end_is_ended_and_said():

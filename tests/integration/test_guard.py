@@ -25,7 +25,7 @@ from whisper_aut.training.train import train
 
 
 class _Poison(lightning.Callback):
-    """Makes the audio of the first clip of some steps not a number, behind all checks of the data plane."""
+    """Sets the audio of the first clip of some steps to NaN, after all checks of the data."""
 
     def __init__(self, *steps: int):
         self.steps, self.keys = steps, []
@@ -65,14 +65,14 @@ def test_a_bad_clip_costs_one_step_and_is_named(
     metrics = json.loads(run.done.read_text())["metrics"]
     assert metrics["train/skipped_steps"] == 2
     assert json.loads(run.done.read_text())["skipped"] == {}, (
-        "the clips were trained on, not refused"
+        "the clips were trained on, not skipped"
     )
 
 
 def test_a_skipped_step_changes_nothing(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """All steps but the first are bad: the weights are those of the first alone, moments and decay included."""
+    """All steps but the first are bad: the weights are those after the first step."""
     settings = settings_for(
         tiny_whisper,
         tiny_shards,
@@ -101,7 +101,7 @@ def test_too_many_bad_steps_stop_the_run(
     ):
         train(settings, QUIET)
     (last,) = tmp_path.glob("smoke/2*/checkpoints/last.ckpt")
-    assert read_manifest(last).step == 4  # of the validation: nothing was written behind the fault
+    assert read_manifest(last).step == 4  # of the validation: nothing was written after the fault
 
 
 @pytest.mark.parametrize("another_rank_names_one", [False, True])
@@ -126,9 +126,9 @@ def test_a_gradient_without_a_culprit_names_the_clips_of_the_step(
     class Trainer:
         global_step, world_size, strategy = 7, 2, Strategy()
 
-    said: list[str] = []
+    warnings: list[str] = []
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    guard = Guard(ledger, max_bad_steps=2, warn=said.append)
+    guard = Guard(ledger, max_bad_steps=2, warn=warnings.append)
     guard._count_bad_step(Trainer(), Module())  # pyright: ignore[reportArgumentType]
     written = (
         (tmp_path / "ledger.jsonl").read_text() if (tmp_path / "ledger.jsonl").exists() else ""
@@ -140,7 +140,7 @@ def test_a_gradient_without_a_culprit_names_the_clips_of_the_step(
         else [("a", "non-finite gradient"), ("b", "non-finite gradient")]
     )
     assert [(line["key"], line["reason"]) for line in lines] == innocent
-    assert "Step 7 was skipped on all ranks" in said[0]
+    assert "Step 7 was skipped on all ranks" in warnings[0]
     assert guard.state_dict()["streak"] == 1
 
 

@@ -1,4 +1,4 @@
-"""What a run that goes on leaves behind: what it trains with now, what it trained with before; where it is refused, nothing."""
+"""A resumed run records its old and new config; a rejected resume changes nothing."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def contents(run: RunDirectory) -> dict[str, bytes]:
     return {str(path.relative_to(run.path)): path.read_bytes() for path in files}
 
 
-def test_a_run_that_goes_on_says_what_it_trains_with_and_what_it_did(
+def test_a_resumed_run_keeps_its_old_config_and_records_the_new_one(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
     short = settings_for(tiny_whisper, tiny_shards, tmp_path, *EVERY_STEP, "trainer.max_steps=3")
@@ -53,7 +53,7 @@ def test_a_run_that_goes_on_says_what_it_trains_with_and_what_it_did(
     assert [step for step, _ in read_metrics(run.metrics)["train/loss"]] == [0, 1, 2, 3, 4]
 
 
-def test_a_refused_resume_leaves_a_finished_run_as_it_was(
+def test_a_rejected_resume_leaves_a_finished_run_unchanged(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
     run = train(
@@ -103,7 +103,7 @@ def test_an_older_run_that_fits_is_used_again_and_is_the_latest(
     assert latest.resolve() == first.path.resolve()
 
 
-def test_what_is_put_aside_overwrites_nothing(tmp_path: Path):
+def test_renamed_files_overwrite_nothing(tmp_path: Path):
     run = RunDirectory(tmp_path / "smoke" / "a")
     run.path.mkdir(parents=True)
     for number in range(12):

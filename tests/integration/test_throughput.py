@@ -1,4 +1,4 @@
-"""The meters: sums and shares by hand, and what a real run writes down."""
+"""Throughput: sums computed by hand, and what a real run logs."""
 
 import csv
 import json
@@ -96,7 +96,7 @@ def test_checkpoints_are_not_counted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """On a clock that ticks when it is read, and takes an hour for a checkpoint; one in the background is waited for in whole."""
+    """On a clock that ticks when it is read, and jumps an hour for each checkpoint."""
     clock, begin, background = [0.0], CheckpointWriter.begin, []
 
     def ticked() -> float:

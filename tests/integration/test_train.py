@@ -1,4 +1,4 @@
-"""Training through the real entry point: losses, accumulation, resume, a clean stop, and what is left behind."""
+"""Training through the real entry point: losses, accumulation, resume, stops, and the files of a run."""
 
 import json
 import shutil
@@ -21,7 +21,14 @@ from torch.testing import assert_close
 from torchmetrics import Metric
 
 from tests.support import REPOSITORY
-from tests.support.training import QUIET, SignalAt, assert_same_weights, settings_for, weights_of
+from tests.support.training import (
+    QUIET,
+    SignalAt,
+    add_callbacks,
+    assert_same_weights,
+    settings_for,
+    weights_of,
+)
 from whisper_aut.cli import _rank, main
 from whisper_aut.config import dump_settings, load_settings
 from whisper_aut.data.shards import open_index
@@ -89,37 +96,39 @@ def test_a_run_leaves_everything_behind_and_is_not_run_twice(
     assert not other.reused
 
 
-def test_other_weights_at_the_same_place_are_another_run(
+def test_other_weights_at_the_same_path_are_another_run(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
-    start, read, heard = tmp_path / "start", tmp_path / "lm", tmp_path / "valid"
-    shutil.copytree(tiny_whisper, start)
-    shutil.copytree(tiny_shards / "speech", heard)
-    read.mkdir()
-    (read / "model.safetensors").write_bytes(b"one")
+    whisper, language_model, valid = (tmp_path / name for name in ("whisper", "lm", "valid"))
+    shutil.copytree(tiny_whisper, whisper)
+    shutil.copytree(tiny_shards / "speech", valid)
+    language_model.mkdir()
+    (language_model / "model.safetensors").write_bytes(b"one")
     settings = settings_for(
-        start,
+        whisper,
         tiny_shards,
         tmp_path,
-        f"data.valid=[{{path: {heard}, domain: speech}}]",
+        f"data.valid=[{{path: {valid}, domain: speech}}]",
         "data.augment.noise=[]",
     )
-    settings = replace(settings, decoder={**settings.decoder, "language_model": str(read)})
-    known = [run_fingerprint(settings)]
-    assert run_fingerprint(settings) == known[0]
-    weights = start / "model.safetensors"
+    settings = replace(
+        settings, decoder={**settings.decoder, "language_model": str(language_model)}
+    )
+    fingerprints = [run_fingerprint(settings)]
+    assert run_fingerprint(settings) == fingerprints[0]
+    weights = whisper / "model.safetensors"
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    known.append(run_fingerprint(settings))
-    (read / "model.safetensors").write_bytes(b"two")
-    known.append(run_fingerprint(settings))
-    shutil.rmtree(heard)
-    shutil.copytree(tiny_shards / "sound", heard)
-    known.append(run_fingerprint(settings))
-    settings.data.augment.noise.append(str(heard))
-    known.append(run_fingerprint(settings))
-    assert len(set(known)) == 5
+    fingerprints.append(run_fingerprint(settings))
+    (language_model / "model.safetensors").write_bytes(b"two")
+    fingerprints.append(run_fingerprint(settings))
+    shutil.rmtree(valid)
+    shutil.copytree(tiny_shards / "sound", valid)
+    fingerprints.append(run_fingerprint(settings))
+    settings.data.augment.noise.append(str(valid))
+    fingerprints.append(run_fingerprint(settings))
+    assert len(set(fingerprints)) == 5
 
 
 def test_the_last_checkpoint_is_of_the_last_step(
@@ -142,16 +151,8 @@ def test_the_module_trains_in_train_mode_with_fixed_positions(
         ) -> None:
             modes.extend(part.training for part in module.modules())
 
-    original = train_module.build_trainer
-    with pytest.MonkeyPatch.context() as patch:
-
-        def watched(*arguments: Any) -> lightning.Trainer:
-            trainer = original(*arguments)
-            trainer.callbacks.append(Watch())  # pyright: ignore[reportAttributeAccessIssue]
-            return trainer
-
-        patch.setattr(train_module, "build_trainer", watched)
-        run = train(settings_for(tiny_whisper, tiny_shards, tmp_path), QUIET).run
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path)
+    run = train(settings, QUIET, callbacks=[Watch()]).run
     assert modes
     assert all(modes)
     before = PretrainedWhisper(str(tiny_whisper)).encoder.state_dict()
@@ -286,16 +287,9 @@ def test_preemption_has_an_exit_status_of_its_own(
 ):
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path, "probe.tasks=[]")
     (tmp_path / "config.yaml").write_text(dump_settings(settings))
-    original = train_module.build_trainer
     for number, status in ((signal.SIGUSR1, 75), (signal.SIGINT, 130)):
-
-        def make(*arguments: Any, number: int = number) -> lightning.Trainer:
-            trainer = original(*arguments)
-            trainer.callbacks.insert(0, SignalAt(3, number))  # pyright: ignore[reportAttributeAccessIssue]
-            return trainer
-
         with monkeypatch.context() as patch:
-            patch.setattr(train_module, "build_trainer", make)
+            add_callbacks(patch, SignalAt(3, number))
             assert main(["train", str(tmp_path / "config.yaml"), "--fresh"]) == status
         assert f"train {tmp_path / 'config.yaml'} --resume auto" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "1")  # another rank leaves the word to the first
@@ -317,13 +311,9 @@ def test_a_damaged_shard_costs_its_samples_and_no_more(
     assert json.loads(run.done.read_text())["steps"] == 6
 
 
-@pytest.mark.parametrize("step", [2, 4], ids=["before the first validation", "behind it"])
-def test_refusals_are_counted_once_over_validations_and_resumes(
-    tiny_whisper: Path,
-    tiny_shards: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    step: int,
+@pytest.mark.parametrize("step", [2, 4], ids=["before the first validation", "after it"])
+def test_skipped_samples_are_counted_once_over_validations_and_resumes(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, step: int
 ):
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
     damaged = sorted((shards / "speech").glob("*.tar"))[0]
@@ -344,17 +334,8 @@ def test_refusals_are_counted_once_over_validations_and_resumes(
     logged = read_metrics(whole.metrics)["data/skipped"]
     assert logged[-1][1] == len(lines)
     settings = settings_for(tiny_whisper, shards, tmp_path / "parts", *overrides)
-    with monkeypatch.context() as patch:
-        original = train_module.build_trainer
-
-        def make(*arguments: Any) -> lightning.Trainer:
-            trainer = original(*arguments)
-            trainer.callbacks.insert(0, SignalAt(step, signal.SIGTERM))  # pyright: ignore[reportAttributeAccessIssue]
-            return trainer
-
-        patch.setattr(train_module, "build_trainer", make)
-        with pytest.raises(Preempted):
-            train(settings, QUIET)
+    with pytest.raises(Preempted):
+        train(settings, QUIET, callbacks=[SignalAt(step, signal.SIGTERM)])
     resumed = train(settings, QUIET, resume="auto").run
     assert json.loads(resumed.done.read_text())["skipped"] == expected
 
@@ -384,24 +365,14 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     tiny_whisper: Path,
     tiny_shards: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     number: int,
 ):
     whole = train(
         settings_for(tiny_whisper, tiny_shards, tmp_path / "whole", "data.workers=1"), QUIET
     ).run
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "parts", "data.workers=1")
-    original = train_module.build_trainer
-
-    def interrupted_trainer(*arguments: Any) -> lightning.Trainer:
-        trainer = original(*arguments)
-        trainer.callbacks.insert(0, SignalAt(2, number))  # pyright: ignore[reportAttributeAccessIssue]
-        return trainer
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "build_trainer", interrupted_trainer)
-        with pytest.raises(Interrupted, match="stopped after step 3") as stop:
-            train(settings, QUIET)
+    with pytest.raises(Interrupted, match="stopped after step 3") as stop:
+        train(settings, QUIET, callbacks=[SignalAt(2, number)])
     assert stop.type is (Interrupted if number == signal.SIGINT else Preempted)
     resumed = train(settings, QUIET, resume="auto").run
     assert_same_weights(weights_of(whole), weights_of(resumed), atol=1e-6)

@@ -79,14 +79,14 @@ def fit_ones(
     name: str, factors: list[float], precision: str, options: dict[str, Any]
 ) -> tuple[list[float], dict[str, Any], list[str]]:
     """Train one step on this rank; return its gradient, DeepSpeed's options and the warnings."""
-    said: list[str] = []
+    warnings: list[str] = []
     strategy: Any = build_strategy(
         name,
         timeout_minutes=2,
         ranks=2,
         accelerator="cpu",
         deepspeed_options=options,
-        warn=said.append,
+        warn=warnings.append,
     )
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -103,7 +103,7 @@ def fit_ones(
     )
     module = Sum()
     trainer.fit(module, Ones(factors))  # pyright: ignore[reportArgumentType]
-    return module.gradients, dict(strategy.config), said
+    return module.gradients, dict(strategy.config), warnings
 
 
 def fit_all(*arguments: Any) -> list[Any]:
@@ -125,10 +125,10 @@ def test_deepspeed_sums_micro_batches_in_float32():
 def test_any_deepspeed_option_is_passed_through_and_typos_are_named():
     options = {"zero_optimization": {"reduce_bucket_size": 1234}, "stepz_per_print": 7}
     ends = on_ranks(fit_ones, "deepspeed_stage_2", [1.0, 1.0], "32-true", options)
-    for _, config, said in ends:
+    for _, config, warnings in ends:
         assert config["zero_optimization"]["reduce_bucket_size"] == 1234
         assert config["zero_optimization"]["stage"] == 2
-        assert said == [
+        assert warnings == [
             "DeepSpeed did not read these options of strategy.deepspeed: stepz_per_print. Check the "
             "spelling."
         ]
