@@ -21,7 +21,6 @@ from whisper_aut.errors import Interrupted, Preempted, UserError
 
 # Table width when the output goes to a file or a pipe, which has no window width.
 FILE_COLUMNS = 160
-NOTHING_TRAINED = "nothing was being trained; finished parts are kept."
 # 75 is EX_TEMPFAIL in sysexits.h: a temporary failure, try again later.
 EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 75, 130
 
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parse(arguments)
     console, errors = _console(), _console(stderr=True)
-    _quieten()
+    _silence_libraries()
     try:
         options.run(options, console)
     except UserError as error:
@@ -51,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the remaining ranks when one exits with an error.
         if _rank():
             return 0
-        errors.print(Text.assemble(("Interrupted:", "bold"), f" {str(stop) or NOTHING_TRAINED}"))
+        reason = str(stop) or "no training was running. Finished parts are kept."
+        errors.print(Text.assemble(("Interrupted:", "bold"), f" {reason}"))
         return EXIT_PREEMPTED if isinstance(stop, Preempted) else EXIT_INTERRUPTED
     return 0
 
@@ -68,11 +68,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse ends a list of positionals at the first option. Overrides may also come after one.
-    if (
-        rest
-        and hasattr(options, "overrides")
-        and all("=" in item and not item.startswith("-") for item in rest)
-    ):
+    overrides = all("=" in item and not item.startswith("-") for item in rest)
+    if rest and overrides and hasattr(options, "overrides"):
         options.overrides += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -90,19 +87,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _rank() -> int:
     """Return the rank that torchrun, Slurm or Lightning has set for this process, else 0."""
-    return int(
-        next(
-            (
-                os.environ[name]
-                for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-                if name in os.environ
-            ),
-            0,
-        )
-    )
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return int(next((os.environ[name] for name in names if name in os.environ), 0))
 
 
-def _quieten() -> None:
+def _silence_libraries() -> None:
     """Silence library output that would mix with ours, and warnings that need no action."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -11,10 +11,7 @@ from enum import StrEnum
 
 
 class UserError(Exception):
-    """An error that the user can fix.
-
-    The message says what was given, what was expected, and what to run.
-    """
+    """An error that the user can fix. The message says what is wrong and what to do."""
 
 
 class Problems:
@@ -37,11 +34,7 @@ class Problems:
 
     @contextmanager
     def gather(self, prefix: str = "") -> Iterator[None]:
-        """Record a `UserError` raised in the block, then continue after the block.
-
-        Args:
-            prefix: text to put in front of the message.
-        """
+        """Record a `UserError` raised in the block with a prefix, and continue after the block."""
         try:
             yield
         except UserError as error:
@@ -55,11 +48,8 @@ class Problems:
     def raise_if_any(self, where: str) -> None:
         """Raise the collected problems as one error, if there are any.
 
-        Args:
-            where: the subject of the message when there are several problems.
-
         Raises:
-            UserError: the message itself for one problem, or a list for several.
+            UserError: the message itself for one problem; a list with `where` for several.
         """
         if len(self.found) == 1:
             raise UserError(self.found[0])

@@ -116,7 +116,7 @@ def test_every_argument_of_every_command_has_a_help_text(parser: argparse.Argume
 
 
 @pytest.mark.parametrize("name", ["probe", "embed", "search", "demo", "chat", "evaluate"])
-def test_whatever_runs_an_encoder_takes_device_and_precision(name: str):
+def test_commands_that_run_an_encoder_take_device_and_precision(name: str):
     parser = next(parser for parser in parsers() if parser.prog == f"whisper-aut {name}")
     options = {
         action.option_strings[-1]: action for action in parser._actions if action.option_strings
@@ -207,8 +207,8 @@ def test_all_problems_of_a_probe_are_reported_before_embedding(
         "nowhere/clotho holds no clotho_development*.tar",
         "no shards at nowhere/fsdd/train",
         "no shards at nowhere/fsdd/test",
-        "log-mel statistics: LogMelBaseline gives no single layers",
-        "tiny: The encoder has layers 0 (what enters the first) to 2; asked for: 0, 7",
+        "log-mel statistics: LogMelBaseline returns no single layers",
+        "tiny: The encoder has layers 0 (the input of the first layer) to 2; requested: 0, 7",
     ):
         assert problem in reported, problem
     assert not out.exists()
@@ -223,7 +223,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(
     assert "file/x: Not a directory." in capsys.readouterr().err
 
 
-def test_questions_end_with_the_input(
+def test_chat_reads_questions_up_to_the_end_of_input(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr("whisper_aut.loading.open_run", lambda path, device, dtype: path)
@@ -270,13 +270,13 @@ def test_data_build_and_inspect(
     assert '"sound": 4' in capsys.readouterr().out
 
 
-def test_a_table_in_a_file_is_as_wide_as_it_has_to_be(
+def test_tables_in_files_are_wide_unless_columns_is_set(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.delenv("COLUMNS", raising=False)
     assert main(["data", "list"]) == 0
     whole = capsys.readouterr().out
-    monkeypatch.setenv("COLUMNS", "70")  # somebody's wish
+    monkeypatch.setenv("COLUMNS", "70")
     assert main(["data", "list"]) == 0
     cut = capsys.readouterr().out
     assert "by clip: CC0, CC BY, CC BY-NC, CC Sampling+ " in whole
@@ -310,7 +310,7 @@ def test_help_does_not_import_torch():
     assert time.monotonic() - started < 60
 
 
-def test_brackets_in_names_are_printed_and_are_no_markup(capsys: pytest.CaptureFixture[str]):
+def test_brackets_in_names_are_printed_and_not_markup(capsys: pytest.CaptureFixture[str]):
     """A folder `set [2024]` would otherwise be printed without its year, in lines as in tables."""
     table = Table("[b]", title="set [2024]")
     table.add_row("[laughs] yes")

@@ -1,4 +1,4 @@
-"""The package as it is installed, away from a checkout: configs, probe tasks and suites come with it."""
+"""The installed package contains configs, probe tasks and suites."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def test_configs_are_found_by_name_away_from_a_checkout(installed: Path, tmp_path: Path):
+def test_configs_are_found_by_name_outside_a_checkout(installed: Path, tmp_path: Path):
     shipped = sorted(path.relative_to(PACKAGE_CONF) for path in PACKAGE_CONF.rglob("*.yaml"))
     conf = installed / "whisper_aut" / "conf"
     assert sorted(path.relative_to(conf) for path in conf.rglob("*.yaml")) == shipped
@@ -76,7 +76,7 @@ def test_the_working_directory_comes_before_the_package(
     assert load_settings("aut_tiny").decoder["drop_text"] == 0.25
 
 
-def test_tasks_and_suites_of_the_package_are_known_everywhere(tmp_path: Path):
+def test_tasks_and_suites_of_the_package_are_found_anywhere(tmp_path: Path):
     tasks = tmp_path / "conf" / "probe_tasks"
     tasks.mkdir(parents=True)
     (tmp_path / "conf" / "probe.yaml").write_text("suites: {ours: [esc50, own]}\n")

@@ -1,4 +1,4 @@
-"""The story of a config: what is found before anything is trained, and what a run shares with the one that it starts after."""
+"""The pipeline of a config: checks before training, and what a run shares with its `model.after`."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def test_probe_shards_that_are_missing_are_found_before_training(
     assert not any(tmp_path.iterdir()), "no run was begun"
 
 
-def test_a_missing_device_is_found_before_the_run_it_starts_after(
+def test_a_missing_device_is_reported_before_model_after_is_trained(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -56,7 +56,7 @@ def test_a_missing_device_is_found_before_the_run_it_starts_after(
     assert not runs.exists()
 
 
-def test_a_finished_run_is_used_where_its_device_is_not(
+def test_a_finished_run_is_reused_without_its_device(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     runs = tmp_path / "runs"
@@ -75,20 +75,18 @@ def test_a_finished_run_is_used_where_its_device_is_not(
     finished.done.touch()
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(pipeline, "run_pipeline", lambda *_: pytest.fail("reached", pytrace=False))
-    with pytest.raises(pytest.fail.Exception, match="reached"):  # it was not refused before
+    with pytest.raises(pytest.fail.Exception, match="reached"):
         run_pipeline(settings, PipelineOptions(REPOSITORY / "conf" / "smoke.yaml"), QUIET)
 
 
-def test_what_a_run_starts_after_reads_the_same_corpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_model_after_reads_the_same_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[Settings] = []
 
-    def noted(settings: Settings, options: PipelineOptions, console: Console) -> SimpleNamespace:
+    def record(settings: Settings, options: PipelineOptions, console: Console) -> SimpleNamespace:
         seen.append(settings)
         return SimpleNamespace(export=lambda name: tmp_path / name)
 
-    monkeypatch.setattr(pipeline, "run_pipeline", noted)
+    monkeypatch.setattr(pipeline, "run_pipeline", record)
     config = REPOSITORY / "conf" / "smoke.yaml"
     settings = load_settings(
         config, ["corpora.demo.scale=0.07", "corpora.demo.seed=5", f"data.shards={tmp_path}"]
@@ -109,10 +107,10 @@ def test_what_a_run_starts_after_reads_the_same_corpus(
 
 
 @pytest.mark.slow
-def test_a_job_of_two_ranks_probes_while_it_trains_and_behind(
+def test_two_ranks_probe_during_and_after_training(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
-    """The first rank scores alone, while the other waits for its word, or is gone."""
+    """The first rank scores alone, while the other one waits or has ended."""
     (tmp_path / "tones.yaml").write_text(
         yaml.safe_dump({**TONES, "train": ["{root}/speech"], "test": ["{root}/sound"]})
     )
@@ -143,7 +141,7 @@ def test_a_job_of_two_ranks_probes_while_it_trains_and_behind(
     assert (run.report / "report.html").exists()
 
 
-def test_encoders_are_probed_where_they_were_trained(monkeypatch: pytest.MonkeyPatch):
+def test_encoders_are_probed_on_the_device_of_training(monkeypatch: pytest.MonkeyPatch):
     settings = load_settings(REPOSITORY / "conf" / "smoke.yaml", ["hardware=1xgpu"])
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
@@ -152,7 +150,7 @@ def test_encoders_are_probed_where_they_were_trained(monkeypatch: pytest.MonkeyP
     assert pipeline._probe_device(settings) == "cpu"
 
 
-def test_a_run_s_own_config_runs_the_story_again(
+def test_the_config_of_a_run_reuses_the_run(
     tiny_whisper: Path,
     tiny_language_model: Path,
     tiny_shards: Path,
@@ -160,7 +158,7 @@ def test_a_run_s_own_config_runs_the_story_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """It stands where no probe tasks are: those of `conf` are meant. What it exported is run as it was trained."""
+    """Its folder has no probe tasks, so those of `conf` are used. The export keeps its padding mode."""
     chosen = (
         "trainer.max_steps=1",
         "model.padding=30s",
