@@ -9,7 +9,7 @@ from recipes import Clips
 from torch import Tensor
 
 from whisper_aut.audio.decode import ClipLimits, load_waveform
-from whisper_aut.corpora.synth.corpus import DemoOptions, build_demo
+from whisper_aut.corpora.synth.corpus import build_demo
 from whisper_aut.data.reader import Sample
 from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.data.targets import WhisperText
@@ -23,9 +23,7 @@ LIMITS = ClipLimits(min_seconds=0.1, max_seconds=30.0)
 def demo_corpus(scale: float) -> Iterator[Path]:
     """Synthesise a demo corpus and forget it afterwards."""
     with TemporaryDirectory() as folder:
-        yield build_demo(
-            Path(folder) / "demo", DemoOptions().scaled(scale), workers=1, progress=False
-        )
+        yield build_demo(Path(folder) / "demo", scale=scale, workers=1, progress=False)
 
 
 def waveforms_and_samples(shards: Path) -> list[tuple[Tensor, Sample]]:

@@ -22,7 +22,7 @@ from whisper_aut.config import (
 from whisper_aut.corpora.audit import AUDIT_NAME, EXCLUDE_NAME, read_audit, unaudited
 from whisper_aut.corpora.build import build_shards
 from whisper_aut.corpora.manifest import ManifestSpec
-from whisper_aut.corpora.synth.corpus import DemoOptions, build_demo
+from whisper_aut.corpora.synth.corpus import build_demo
 from whisper_aut.errors import Interrupted, Problems, UserError
 from whisper_aut.export.card import write_card
 from whisper_aut.export.hf import export_checkpoint
@@ -145,9 +145,9 @@ def run_pipeline(settings: Settings, options: PipelineOptions, console: Console)
 def prepare_corpora(corpora: CorporaSettings, console: Console) -> None:
     """Build the corpora of a config that do not exist yet."""
     if corpora.demo:
-        options = DemoOptions(seed=corpora.demo.seed).scaled(corpora.demo.scale)
-        with file_lock(Path(corpora.demo.out)):
-            build_demo(Path(corpora.demo.out), options)
+        demo = corpora.demo
+        with file_lock(Path(demo.out)):
+            build_demo(Path(demo.out), seed=demo.seed, scale=demo.scale)
     for manifest in corpora.manifests:
         values = asdict(manifest)
         out = Path(values.pop("out"))

@@ -18,10 +18,10 @@ CONSTANTS = ("domain", "task", "language", "source", "licence")
 
 
 def data_demo(options: argparse.Namespace, console: Console) -> None:
-    from whisper_aut.corpora.synth.corpus import DemoOptions, build_demo
+    from whisper_aut.corpora.synth.corpus import build_demo
 
-    settings = DemoOptions(seed=options.seed).scaled(options.scale)
-    out = build_demo(Path(options.out), settings, workers=options.workers)
+    out = Path(options.out)
+    build_demo(out, seed=options.seed, scale=options.scale, workers=options.workers)
     console.print(
         f"The demo corpus is in {out}. Look at it: whisper-aut data inspect {out}/train/sound"
     )
