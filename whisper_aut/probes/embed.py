@@ -11,7 +11,6 @@ wrote.
 import hashlib
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,6 @@ from torch import Tensor
 from whisper_aut.audio.decode import (
     LONG_CLIPS,
     SAMPLE_RATE_HZ,
-    ClipLimits,
     load_waveform,
     to_mono_16k,
 )
@@ -40,12 +38,13 @@ from whisper_aut.audio.windows import BATCH_SECONDS, get_pooling
 from whisper_aut.data.reader import SkippedSample, prefetch_decoded
 from whisper_aut.data.shards import ShardIndex, iter_samples
 from whisper_aut.errors import Problems, SkipReason, SkipSample, UserError
-from whisper_aut.inference.encoder import encode_in_batches
+from whisper_aut.inference.encoder import DECODE_THREADS, encode_in_batches
 from whisper_aut.probes.tasks import ProbeTask, open_parts
 from whisper_aut.utils import atomic_path, progress_bar
 
 EMBED_VERSION = 5  # increase whenever a change here affects embeddings
 GROUP_BATCHES = 8  # clips are sorted by length within this many batches
+MAX_BROKEN = 0.02  # fraction of broken samples in a folder above which they are an error
 PART_SECONDS = 60.0  # an interrupted run loses about this much work at most
 PART_BYTES = 1 << 28  # write a part once this many bytes of embeddings are in memory
 NOT_SELECTED = "not selected"
@@ -171,25 +170,19 @@ def hop_seconds_of(encoder: FrameEncoder) -> float:
 
 @dataclass(frozen=True)
 class EmbedSettings:
-    """How clips are embedded. The fields after `limits` do not affect the embeddings.
+    """How clips are embedded.
 
     Attributes:
         pooling: a key of `POOLINGS`.
         layers: layer indices of the encoder, where 0 is the input of the first layer. Empty for
             its output.
-        limits: which clips are decoded.
         batch_seconds: seconds of audio encoded at once. Memory grows with it.
-        workers: number of decoding threads.
-        max_skipped_fraction: fraction of a folder's clips above which broken audio is an error.
         quiet: show no progress bar.
     """
 
     pooling: str = "mean"
     layers: tuple[int, ...] = ()
-    limits: ClipLimits = field(default_factory=lambda: LONG_CLIPS)
     batch_seconds: float = BATCH_SECONDS
-    workers: int = min(8, os.cpu_count() or 1)
-    max_skipped_fraction: float = 0.02
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -425,6 +418,11 @@ class TaskEmbedder:
         return feature_spec(self.encoder, self.task, self.settings, self.kind)
 
     @cached_property
+    def encoder_hash(self) -> str:
+        """The fingerprint of the encoder."""
+        return self.fingerprint or self.encoder.fingerprint()
+
+    @cached_property
     def indexes(self) -> dict[str, list[ShardIndex]]:
         """The shard indexes of each part of the task.
 
@@ -453,14 +451,14 @@ class TaskEmbedder:
         event = task.event if task.answer == "events" else ()
         return {
             "version": EMBED_VERSION,
-            "encoder": self.fingerprint or self.encoder.fingerprint(),
+            "encoder": self.encoder_hash,
             "data": _data_fingerprint(index),
             "features": {**asdict(self.spec), "layers": list(self.spec.layers)},
             "label": [task.answer, task.label, task.separator, *event],
             "group": [task.group, task.group_pattern],
             "select": {name: sorted(values) for name, values in task.select.items()},
             "crop_seconds": task.crop_seconds,
-            "limits": asdict(self.settings.limits),
+            "limits": asdict(LONG_CLIPS),
         }
 
     def identities(self) -> dict[str, list[dict[str, Any]]]:
@@ -534,7 +532,13 @@ class TaskEmbedder:
             )
             reader = self._read_clips(index, position, end, skipped, lambda: bar.advance(line))
             for group, waveforms in self._group_clips(reader):
-                rows += self._encode(waveforms, hop)
+                frames = self.encoder.encode(
+                    waveforms,
+                    SAMPLE_RATE_HZ,
+                    self.spec.layers,
+                    batch_seconds=self.settings.batch_seconds,
+                )
+                rows += [self.spec.reduce(clip.float(), hop).cpu() for clip in frames]
                 clips += group
                 held = sum(row.nbytes for row in rows)
                 if held > PART_BYTES or time.monotonic() - started > PART_SECONDS:
@@ -567,7 +571,7 @@ class TaskEmbedder:
         """Yield clips and waveforms of samples `start` to `end`; add the others to `skipped`."""
 
         def clips() -> Iterator[_Clip]:
-            samples = iter_samples(index, self.settings.limits)
+            samples = iter_samples(index, LONG_CLIPS)
             for number, sample in enumerate(islice(samples, start, end), start):
                 advance()
                 if isinstance(sample, SkippedSample):
@@ -582,9 +586,9 @@ class TaskEmbedder:
 
         for clip, waveform in prefetch_decoded(
             clips(),
-            lambda clip: load_waveform(clip.audio, self.settings.limits),
+            lambda clip: load_waveform(clip.audio, LONG_CLIPS),
             lambda clip: len(clip.audio),
-            self.settings.workers,
+            DECODE_THREADS,
         ):
             if isinstance(waveform, SkipSample):
                 skipped.append((clip.number, str(waveform.reason)))
@@ -608,12 +612,6 @@ class TaskEmbedder:
             seconds += WINDOW_SECONDS if padded else len(waveform) / SAMPLE_RATE_HZ
         if clips:
             yield clips, waveforms
-
-    def _encode(self, waveforms: list[Tensor], hop_seconds: float) -> list[Tensor]:
-        frames = self.encoder.encode(
-            waveforms, SAMPLE_RATE_HZ, self.spec.layers, batch_seconds=self.settings.batch_seconds
-        )
-        return [self.spec.reduce(clip.float(), hop_seconds).cpu() for clip in frames]
 
     def _collect(self, rows: list[Tensor], clips: list["_Clip"], index: ShardIndex) -> Embeddings:
         bad = [clip.key for clip, row in zip(clips, rows, strict=True) if not row.isfinite().all()]
@@ -641,11 +639,13 @@ class TaskEmbedder:
         if not broken:
             return
         listed = ", ".join(f"{n} × {reason}" for reason, n in sorted(broken.items()))
-        limit = self.settings.max_skipped_fraction
-        if sum(broken.values()) > limit * max(index.samples, 1) or SkipReason.BAD_TAR in broken:
+        if (
+            sum(broken.values()) > MAX_BROKEN * max(index.samples, 1)
+            or SkipReason.BAD_TAR in broken
+        ):
             raise UserError(
                 f"{index.root}: {sum(broken.values())} of {index.samples} samples cannot be used "
-                f"({listed}); at most {limit:.0%} may be left out of a probe. See them: "
+                f"({listed}); at most {MAX_BROKEN:.0%} may be left out of a probe. See them: "
                 f"whisper-aut data inspect {index.root}"
             )
         log.warning("%s: %s left out of the probe.", index.root, listed)

@@ -83,14 +83,6 @@ ANSWERS: dict[str, Answer] = {
     "recall@1": "captions",
     "word_accuracy": "text",
 }
-# Names of metrics in the identity of a stored score. Increase the number when a metric's scores
-# or units change.
-METRIC_VERSIONS: dict[str, str] = {
-    "mAP": "mAP 2",
-    "segment_f1_macro": "segment_f1_macro 2",
-    "segment_f1_micro": "segment_f1_micro 2",
-    "word_accuracy": "word_accuracy 2",
-}
 
 
 def class_metric(metric: str, classes: int, scores: Tensor, targets: Tensor) -> float:

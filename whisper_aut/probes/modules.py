@@ -112,7 +112,8 @@ class LinearProbe(Probe):
     """J independent logistic regressions fitted as one batched problem.
 
     The objective of each is that of scikit-learn on its own items, summed loss + penalty / 2 ·
-    |weight|², divided by the number of items. Heads with the same items and decreasing penalties
+    |weight|², divided by the number of items. With targets `[I, C]`, there is one binary logistic
+    regression per class. Heads with the same items and decreasing penalties
     form a path: each starts from an extrapolation of the two before it. `minimise` works in
     units in which the curvature at the start is about 1.
 
@@ -121,8 +122,6 @@ class LinearProbe(Probe):
         classes: number of classes, C.
         candidates: the `penalty` of each head.
         variances: variances of the features, `[R]`. Defaults to ones.
-        multilabel: any number of classes per item, with one binary logistic regression per
-            class.
         max_steps: largest number of steps per call of `minimise`.
         tolerance: relative tolerance of the last call.
         approach: factors applied one after another to the penalties on the way to their own
@@ -142,15 +141,13 @@ class LinearProbe(Probe):
         candidates: Candidates = ({"penalty": 1.0},),
         *,
         variances: Tensor | None = None,
-        multilabel: bool = False,
         max_steps: int = 300,
         tolerance: float = 1e-5,
         approach: Sequence[float] = APPROACH,
     ):
         super().__init__()
         self.automatic_optimization = False
-        self.multilabel, self.max_steps = multilabel, max_steps
-        self.tolerance, self.approach = tolerance, approach
+        self.max_steps, self.tolerance, self.approach = max_steps, tolerance, approach
         self.penalties = torch.tensor([candidate["penalty"] for candidate in candidates])
         self.variances: Tensor
         variances = torch.ones(width) if variances is None else variances
@@ -179,7 +176,6 @@ class LinearProbe(Probe):
             len(dataset.classes),
             candidates,
             variances=axes.variances,
-            multilabel=dataset.targets.ndim == 2,
             **({} if valid is None else rough),
         )
         fit(probe, HeadLoader(dataset, mask, None), device=dataset.device)
@@ -264,7 +260,7 @@ class LinearProbe(Probe):
         raised = penalties[level] * factor
         # Inverse square root of the curvature along each axis at the start.
         scores = _linear_scores(start, features)
-        chance = scores.sigmoid() if self.multilabel else scores.softmax(2)
+        chance = scores.sigmoid() if targets.ndim == 2 else scores.softmax(2)
         steepness = torch.einsum("ijc,ij->jc", chance * (1 - chance), weights[:, level])
         curvature = steepness.clamp(min=1e-8)[:, :, None] * self.variances
         curvature = curvature + raised[:, None, None] * self._penalised()

@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,11 @@ from whisper_aut.probes.fit import (
     probe_splits,
     splits_of,
 )
-from whisper_aut.probes.metrics import METRIC_VERSIONS
 from whisper_aut.probes.results import (
     AVERAGE,
     NO_ASR,
     PROTOCOL,
+    SCORES_VERSION,
     Comparison,
     Confusion,
     Scores,
@@ -402,9 +402,9 @@ def _identity(embedder: TaskEmbedder, kind: str, seeds: Sequence[int], final_fit
         "seeds": list(seeds) if module.seeded else [],
         "protocol": PROTOCOL,
     }
-    metric = METRIC_VERSIONS.get(task.metric, task.metric)
-    scored = [task.name, task.domain, metric, task.classes, task.segment_seconds]
-    return digest({"data": embedder.identities(), "probe": probe, "task": scored})
+    scored = [task.name, task.domain, task.metric, task.classes, task.segment_seconds]
+    data = embedder.identities()
+    return digest({"version": SCORES_VERSION, "data": data, "probe": probe, "task": scored})
 
 
 def _settings(
@@ -420,7 +420,6 @@ def _settings(
         "cache": str(cache),
         "pooling": embedding.pooling,
         "layers": list(embedding.layers),
-        "limits": asdict(embedding.limits),
         "kind": kind or "each task's own",
         "final_fit": final_fit,
         "candidates": {name: list(probe.candidates) for name, probe in PROBES.items()},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, f1_score
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.retrieval import RetrievalHitRate
 from transformers import WhisperModel
 
@@ -19,7 +19,12 @@ from whisper_aut.probes.datasets import Frames, cross_validation, train_valid_te
 from whisper_aut.probes.embed import Embeddings, EmbedSettings, LogMelBaseline, embed_task
 from whisper_aut.probes.fit import PROBES, probe_splits
 from whisper_aut.probes.metrics import CrossRecall, class_metric, recall_credit, text_metric
-from whisper_aut.probes.modules import AttentionProbe, LayerWeightedProbe
+from whisper_aut.probes.modules import (
+    AttentionProbe,
+    LayerWeightedProbe,
+    LinearProbe,
+    MLPProbe,
+)
 from whisper_aut.probes.optim import fit
 from whisper_aut.probes.suite import run_suite
 
@@ -43,16 +48,26 @@ def ring(clips: int, seed: int) -> Embeddings:
     )
 
 
-def test_a_hidden_layer_parts_what_no_plane_does():
-    rounds = cross_validation([ring(80, seed) for seed in range(3)])
+def test_a_hidden_layer_separates_what_no_plane_does():
+    splits = cross_validation([ring(80, seed) for seed in range(3)])
     only = [{"rate": 0.1, "decay": 1e-4}]
-    (linear,) = probe_splits(rounds, kind="linear")
-    (mlp,) = probe_splits(rounds, kind="mlp", seeds=(0,), candidates=only)
+    (linear,) = probe_splits(splits, kind="linear")
+    (mlp,) = probe_splits(splits, kind="mlp", seeds=(0,), candidates=only)
     assert np.mean(linear.scores) < 0.7
     assert np.mean(mlp.scores) > 0.95
 
 
-def test_the_layer_that_knows_gets_the_weight():
+@pytest.mark.parametrize("probe", [LinearProbe(2, 2), MLPProbe(2, 2, [{"rate": 1e-2}])])
+def test_a_probe_can_be_trained_by_itself(probe):
+    part = ring(200, 0)
+    labels = torch.tensor([int(label) for label in part.labels])
+    batches = DataLoader(TensorDataset(part.features, labels, torch.ones(200, 1)), batch_size=200)
+    fit(probe, batches, max_epochs=50)
+    accuracy = (probe(part.features)[:, 0].argmax(1) == labels).float().mean()
+    assert (accuracy > 0.95) == isinstance(probe, MLPProbe)
+
+
+def test_the_informative_layer_gets_the_weight():
     generator = torch.Generator().manual_seed(0)
 
     def layered(seed: int) -> Embeddings:
@@ -67,11 +82,11 @@ def test_the_layer_that_knows_gets_the_weight():
         )
 
     centres = torch.randn(3, 8, generator=generator)
-    rounds = cross_validation([layered(seed) for seed in range(3)])
+    splits = cross_validation([layered(seed) for seed in range(3)])
     only = [{"rate": 0.1, "decay": 1e-2}]
-    (run,) = probe_splits(rounds, kind="layers", seeds=(0,), candidates=only)
+    (run,) = probe_splits(splits, kind="layers", seeds=(0,), candidates=only)
     assert np.mean(run.scores) > 0.9
-    probe, part = LayerWeightedProbe(4, 8, 3), rounds[0].pool
+    probe, part = LayerWeightedProbe(4, 8, 3), splits[0].pool
     answers = torch.tensor([int(label[1]) for label in part.labels])
     batch = part.features, answers, torch.ones(len(part), 1)
     fit(probe, DataLoader([batch], batch_size=None), max_epochs=150)
@@ -95,7 +110,7 @@ def brief(clips: int, seed: int) -> Embeddings:
     return Embeddings(torch.empty(0, 0), labels, keys, {}, (), tuple(frames))
 
 
-def test_attention_finds_the_frames_that_know():
+def test_attention_finds_the_informative_frames():
     parts = [brief(60, seed) for seed in range(3)]
     means = [
         Embeddings(torch.stack([clip.mean(0) for clip in p.frames]), p.labels, p.keys, {})
@@ -189,7 +204,7 @@ def test_metrics_equal_scikit_learns_and_torchmetrics_own():
     assert recall_credit(similarity, owner).mean() == pytest.approx(float(metric.compute()))
 
 
-def test_average_precision_is_that_of_logits_of_any_size_and_of_classes_that_are_there():
+def test_average_precision_of_logits_of_any_size_over_the_classes_that_occur():
     generator = torch.Generator().manual_seed(0)
     for low, high in ((17, 40), (-40, -17), (-120, -90), (-1, 1)):
         scores = low + (high - low) * torch.rand(300, 6, generator=generator)
@@ -208,7 +223,7 @@ def test_average_precision_is_that_of_logits_of_any_size_and_of_classes_that_are
 
 
 def test_a_class_of_events_that_is_only_validated_on_changes_nothing():
-    train, valid, test = (seen_by("frame", brief(60, seed)) for seed in range(3))
+    train, valid, test = (as_seen_by("frame", brief(60, seed)) for seed in range(3))
     odd = replace(valid, labels=(*valid.labels[:-1], (*valid.labels[-1], (0.0, 0.1, "only here"))))
     with_it, without = (
         probe_splits(
@@ -250,15 +265,15 @@ def scenes(tmp_path_factory):
                     for i, letter in enumerate(letters)
                     if letter != "_"
                 ]
-                heard = sorted(set(letters) - {"_"})
+                letters_present = sorted(set(letters) - {"_"})
                 captions = {
-                    f"caption_{i}": f"{start} {' and '.join(WORDS[x] for x in heard)}"
+                    f"caption_{i}": f"{start} {' and '.join(WORDS[x] for x in letters_present)}"
                     for i, start in enumerate(("a", "the"))
                 }
-                extra = {"events": events, "tags": ";".join(heard), **captions}
+                extra = {"events": events, "tags": ";".join(letters_present), **captions}
                 facts = Annotation(
                     text=" ".join(letters.replace("_", "")),
-                    label=heard[0],
+                    label=letters_present[0],
                     duration_seconds=0.6,
                     extra=extra,
                 )
@@ -344,7 +359,7 @@ LABELLED = {
 }
 
 
-def seen_by(kind: str, part: Embeddings) -> Embeddings:
+def as_seen_by(kind: str, part: Embeddings) -> Embeddings:
     """Frames and classes of clips → what a kind of probe is given."""
     _, labelled = LABELLED.get(kind, ("", lambda label, frames: label))
     labels = tuple(
@@ -364,11 +379,11 @@ def seen_by(kind: str, part: Embeddings) -> Embeddings:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", PROBES)
 def test_every_kind_is_fitted_on_a_gpu(kind):
-    rounds = cross_validation([seen_by(kind, brief(60, seed)) for seed in range(3)])
+    splits = cross_validation([as_seen_by(kind, brief(60, seed)) for seed in range(3)])
     metric = LABELLED[kind][0] if kind in LABELLED else "accuracy"
     (found,), (expected,) = (
         probe_splits(
-            rounds,
+            splits,
             metric=metric,
             kind=kind,
             seeds=(0,),
@@ -381,5 +396,5 @@ def test_every_kind_is_fitted_on_a_gpu(kind):
     assert found.scores == pytest.approx(expected.scores, abs=0.05)
 
 
-def test_every_kind_is_tried_above():
+def test_every_kind_is_tested_above():
     assert {"attention", "knn", "layers", *(case.split(",")[0] for case in CASES)} == set(PROBES)

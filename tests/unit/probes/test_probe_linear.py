@@ -101,7 +101,7 @@ def test_gradients_are_those_of_the_objective(multilabel):
     answers = torch.nn.functional.one_hot(answers, CLASSES) if multilabel else answers
     shares = torch.rand(30, 3, generator=generator).double()
     candidates = [{"penalty": penalty} for penalty in (0.1, 1.0, 10.0)]
-    probe = LinearProbe(6, CLASSES, candidates, multilabel=multilabel).double()
+    probe = LinearProbe(6, CLASSES, candidates).double()
     penalties = probe.penalties.double() / 30
     weight = torch.randn(3, CLASSES, 7, generator=generator).double().requires_grad_()
     _, gradients = probe._evaluate(weight.detach(), penalties, features, answers, shares)
@@ -242,7 +242,7 @@ def test_selection_never_sees_the_test_split(valid):
     assert one.scores != other.scores
 
 
-def test_noise_asks_for_a_large_penalty_and_clear_classes_do_not():
+def test_noise_needs_a_large_penalty_and_clear_classes_do_not():
     (noisy,), (clear,) = (probe_linear(splits(spread=spread)) for spread in (6.0, 0.3))
     assert noisy.candidates[0]["penalty"] > clear.candidates[0]["penalty"]
 
@@ -264,7 +264,7 @@ def test_probing_works_within_a_validation_hook():
     assert inside[0].scores == probe_linear(data)[0].scores
 
 
-def test_features_made_in_inference_mode_are_taken():
+def test_features_made_in_inference_mode_are_accepted():
     data = splits()
     with torch.inference_mode():
         made = {

@@ -16,7 +16,7 @@ from whisper_aut.inference.encoder import device_name
 from whisper_aut.probes.embed import EmbedSettings, TaskEmbedder, embed_task, sample_range
 from whisper_aut.probes.suite import rank_and_world_size
 
-QUIET = EmbedSettings(quiet=True, batch_seconds=1.5, workers=2)
+QUIET = EmbedSettings(quiet=True, batch_seconds=1.5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])

@@ -52,7 +52,7 @@ def _speakers(rng: np.random.Generator, groups: int) -> tuple[np.ndarray, np.nda
 
 @pytest.mark.usefixtures("few_draws")
 @pytest.mark.parametrize("groups", [6, 24, 40])
-def test_false_alarms_are_as_rare_as_promised_where_clips_come_in_groups(groups: int):
+def test_false_positives_are_as_rare_as_promised_for_grouped_clips(groups: int):
     """24 actors, say, or 40 speakers. Clips taken as independent find a difference where there is none."""
     rng, simulations = np.random.default_rng(groups), 400
     by_group, by_clip, covered = 0, 0, 0
@@ -125,7 +125,7 @@ def test_ties_of_thirds_count_as_extreme():
 
 
 @pytest.mark.usefixtures("few_draws")
-def test_false_alarms_are_as_rare_as_promised():
+def test_false_positives_are_as_rare_as_promised():
     rng = np.random.default_rng(3)
     records = [(rng.random(100) < 0.7, rng.random(100) < 0.7) for _ in range(600)]
     p_values = np.array([compared(a, b, seed=i).p_value for i, (a, b) in enumerate(records)])
@@ -141,7 +141,7 @@ def test_difference_of_nothing_and_of_everything():
         assert far.p_value == pytest.approx(1 / 10_001 if count == 40 else 2**-7)
 
 
-def test_one_group_says_nothing():
+def test_one_group_has_no_significance():
     one = np.zeros(20, dtype=int)
     found = compared(np.ones(20), np.zeros(20), one)
     assert (found.value, found.low, found.high, found.p_value) == (1.0, -1.0, 1.0, 1.0)

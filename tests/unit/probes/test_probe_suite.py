@@ -12,8 +12,9 @@ from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.loading import encoder_names
-from whisper_aut.probes import metrics, suite
+from whisper_aut.probes import suite
 from whisper_aut.probes.embed import BASELINE_NAME, EmbedSettings, LogMelBaseline
+from whisper_aut.probes.modules import LinearProbe
 from whisper_aut.probes.results import AVERAGE, Scores
 from whisper_aut.probes.suite import compare, run_suite
 from whisper_aut.probes.tasks import load_task
@@ -59,7 +60,7 @@ def test_a_run_end_to_end(run):
     )
     floor = scores.get(BASELINE_NAME, "tones")
     assert floor.mean > 0.6 > floor.chance == pytest.approx(1 / 3)
-    assert scores.get(BASELINE_NAME, "half").mean < 0.9  # which half a clip is in cannot be heard
+    assert scores.get(BASELINE_NAME, "half").mean < 0.9  # the half has no acoustic cue
     assert floor.pooling == "mean_std"
     assert floor.clips == {"train": 48, "valid": 24, "test": 30}
     for entry in scores.entries:
@@ -118,7 +119,7 @@ def test_scores_survive_json(run, tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"version": 99}', '{"version": 3, "entries": [{}]}']
 )
-def test_what_is_no_score_file_is_said(tmp_path, text):
+def test_other_files_are_not_read_as_scores(tmp_path, text):
     (tmp_path / "scores.json").write_text(text)
     with pytest.raises(UserError, match="Probe again"):
         Scores.load(tmp_path / "scores.json")
@@ -126,7 +127,7 @@ def test_what_is_no_score_file_is_said(tmp_path, text):
         Scores.load(tmp_path / "none.json")
 
 
-def test_a_record_that_was_cut_is_refused(run):
+def test_an_incomplete_record_is_an_error(run):
     scores = run()
     values = json.loads(scores.to_json())
     values["entries"][0]["record"] = [seed[:-1] for seed in values["entries"][0]["record"]]
@@ -145,7 +146,7 @@ def fits(monkeypatch):
     return counted
 
 
-def test_stored_scores_count_while_nothing_changed(run, tmp_path, fits):
+def test_stored_scores_are_reused_while_nothing_changed(run, tmp_path, fits):
     file = tmp_path / "scores.json"
     first = run(scores_file=file)
     assert len(fits) == 4
@@ -155,7 +156,7 @@ def test_stored_scores_count_while_nothing_changed(run, tmp_path, fits):
     assert Scores.load(file) == again
 
 
-def test_stored_scores_lapse_with_encoder_data_settings(
+def test_stored_scores_are_not_reused_for_other_encoders_data_or_settings(
     run, tmp_path, fits, tiny_encoder, task_with, write_shards, tones, monkeypatch
 ):
     file = tmp_path / "scores.json"
@@ -172,7 +173,7 @@ def test_stored_scores_lapse_with_encoder_data_settings(
     assert newly_fitted(**one | {"encoders": {"tiny": tiny_encoder(seed=1)}}) == 1
     assert newly_fitted(**one, final_fit="train+valid") == 1
     with monkeypatch.context() as changed:
-        changed.setitem(metrics.METRIC_VERSIONS, "accuracy", "accuracy 2")
+        changed.setattr(LinearProbe, "version", LinearProbe.version + 1)
         assert newly_fitted(**one) == 1
     assert newly_fitted(**one, embedding=EmbedSettings(pooling="mean_std", quiet=True)) == 1
     write_shards(tmp_path / "other", 8, seed=50)
@@ -226,7 +227,7 @@ def test_different_test_clips_cannot_be_paired(run):
         compare(replace(scores, entries=(moved, *scores.entries[1:])), [BASELINE_NAME])
 
 
-def test_mistakes_are_told_before_anything_is_embedded(run, task_with, tiny_encoder):
+def test_mistakes_are_reported_before_anything_is_embedded(run, task_with, tiny_encoder):
     with pytest.raises(UserError, match="Did you mean 'tiny'"):
         run(against=["tinny"])
     with pytest.raises(UserError, match="Two probe tasks"):
@@ -235,7 +236,7 @@ def test_mistakes_are_told_before_anything_is_embedded(run, task_with, tiny_enco
         run(tasks=[])
 
 
-def test_an_unexpected_number_of_classes_is_told(run, task_with):
+def test_an_unexpected_number_of_classes_is_an_error(run, task_with):
     with pytest.raises(
         UserError, match="should have 10 classes; its training clips have 3: high, low, middle"
     ):
@@ -243,7 +244,7 @@ def test_an_unexpected_number_of_classes_is_told(run, task_with):
 
 
 @pytest.mark.skipif(
-    not (REAL_DATA / "esc10").is_dir(), reason="the real corpora are not beside this checkout"
+    not (REAL_DATA / "esc10").is_dir(), reason="needs the real corpora next to this checkout"
 )
 def test_log_mel_floor_on_esc10(tmp_path):
     with (REAL_DATA / "esc10" / "esc10.csv").open() as file:
@@ -268,7 +269,7 @@ def test_log_mel_floor_on_esc10(tmp_path):
     assert scores.entries[0].clips == {"train": 240, "valid": 80, "test": 80}
 
 
-def test_encoders_of_one_name_are_told_apart(tmp_path: Path):
+def test_encoders_of_one_name_get_distinct_names(tmp_path: Path):
     runs = [tmp_path / name / "20260101-000000" for name in ("aut", "again")]
     for run in runs:
         (run / "export" / "encoder").mkdir(parents=True)

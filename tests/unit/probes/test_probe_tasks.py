@@ -1,4 +1,4 @@
-"""probes.tasks: every YAML loads, and a bad one is told all that is wrong with it."""
+"""Probe tasks: every shipped YAML loads, and an error lists all problems of a bad one."""
 
 from collections import Counter
 from pathlib import Path
@@ -162,14 +162,14 @@ def test_all_problems_of_meaning_at_once(task_with):
 @pytest.mark.parametrize(
     "text", ["- a\n- b\n", "name: [unclosed\n", "train: [{root}/x]\n", "name: ${missing}\n"]
 )
-def test_files_that_are_no_task(tmp_path, text):
+def test_files_that_are_not_tasks(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=r"bad\.yaml"):
         load_task(path, tmp_path)
 
 
-def test_root_must_be_said_where_it_is_needed(task_with):
+def test_root_is_required_where_it_is_used(task_with):
     with pytest.raises(UserError, match="data folder"):
         task_with().folders("train", None)
     assert task_with(train=["/plain"]).folders("train", None) == ["/plain"]
@@ -180,7 +180,7 @@ def test_missing_keys_are_named():
         task_from_mapping({"name": "x"}, "x.yaml")
 
 
-def test_suites_stand_for_their_tasks():
+def test_suites_expand_to_their_tasks():
     suites = TASK_FOLDER.parent / "probe.yaml"
     xares = expand_suites(["xares"], suites)
     assert xares == [name for name in list_tasks(TASK_FOLDER) if name.startswith("xares_")]

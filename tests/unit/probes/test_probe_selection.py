@@ -1,4 +1,4 @@
-"""probes.rounds, selection and kinds: folds are nested, the test part has no say, and the plain loop gives the same."""
+"""Selection on inner folds: the test part has no influence, and a plain loop selects the same."""
 
 from dataclasses import replace
 
@@ -38,33 +38,32 @@ def folds() -> list[Embeddings]:
     return [fold(number) for number in range(4)]
 
 
-def test_each_fold_is_tested_once_and_validates_in_the_rounds_of_the_others(folds):
-    rounds = cross_validation(folds)
-    assert [one.test.keys[0] for one in rounds] == ["0:0", "1:0", "2:0", "3:0"]
-    for one in rounds:
+def test_each_fold_is_tested_once_and_validates_the_others(folds):
+    splits = cross_validation(folds)
+    assert [one.test.keys[0] for one in splits] == ["0:0", "1:0", "2:0", "3:0"]
+    for one in splits:
         assert not set(one.pool.keys) & set(one.test.keys)
         inner = inner_folds(one, np.zeros(len(one.pool), dtype=int))
         assert len(inner) == 3
-        for trial in inner:
-            fitted, validated = (
-                {one.pool.keys[i].split(":")[0] for i in np.flatnonzero(mask)}
-                for mask in (trial.train, trial.valid)
+        for masks in inner:
+            trained, validated = (
+                {one.pool.keys[i].split(":")[0] for i in np.flatnonzero(mask)} for mask in masks
             )
             assert len(validated) == 1
-            assert not fitted & validated
-            assert trial.valid.sum() == 40
+            assert not trained & validated
+            assert masks.valid.sum() == 40
 
 
 @pytest.mark.parametrize("kind", ["linear", "knn"])
-def test_label_noise_in_a_test_fold_cannot_raise_its_score_or_move_a_choice(folds, kind):
+def test_label_noise_in_a_test_fold_cannot_raise_its_score_or_change_a_selection(folds, kind):
     (honest,) = probe_splits(cross_validation(folds), kind=kind)
     noisy_fold = Embeddings(folds[2].features, folds[2].labels[::-1], folds[2].keys, {})
-    rounds = [
+    splits = [
         *cross_validation(folds)[:2],
         *cross_validation([*folds[:2], noisy_fold, folds[3]])[2:3],
         *cross_validation(folds)[3:],
     ]
-    (planted,) = probe_splits(rounds, kind=kind)
+    (planted,) = probe_splits(splits, kind=kind)
     assert honest.candidates == planted.candidates
     assert honest.valid_scores == planted.valid_scores
     assert planted.scores[2] < honest.scores[2] - 0.2
@@ -105,11 +104,11 @@ def test_folds_equal_a_plain_loop_of_scikit_learn_on_all_other_folds(folds):
 
 
 @pytest.mark.parametrize("final_fit", ["train", "train+valid"])
-def test_the_tested_probe_is_fitted_on_the_whole_training_split(folds, final_fit):
-    """Its probabilities are scikit-learn's on all of `train`, or on `train` and `valid` where that is asked for."""
+def test_the_final_probe_is_trained_on_the_full_training_split(folds, final_fit):
+    """Its probabilities are scikit-learn's on all of `train`, or on `train` and `valid` with `train+valid`."""
     train, valid, test, _ = folds
-    round = train_valid_test({"train": train, "valid": valid, "test": test})
-    (run,) = probe_splits([round], final_fit=final_fit)
+    split = train_valid_test({"train": train, "valid": valid, "test": test})
+    (run,) = probe_splits([split], final_fit=final_fit)
     used = [train] if final_fit == "train" else [train, valid]
     features = standardised(torch.cat([part.features for part in used]), train.features)
     labels = np.array([label for part in used for label in part.labels])
@@ -119,7 +118,7 @@ def test_the_tested_probe_is_fitted_on_the_whole_training_split(folds, final_fit
     assert (model.classes_[expected.argmax(1)] == np.array(run.predicted[0])).all()
 
 
-def test_a_probe_without_a_random_start_is_fitted_once_whatever_the_seeds(folds):
+def test_a_probe_without_a_random_start_is_trained_once_whatever_the_seeds(folds):
     for kind in ("linear", "knn"):
         runs = [
             probe_splits(cross_validation(folds), kind=kind, seeds=seeds)
@@ -133,13 +132,13 @@ SEEDED = [kind for kind, facts in PROBES.items() if facts.seeded and "class" in 
 
 
 @pytest.mark.parametrize("kind", SEEDED)
-def test_a_seeds_score_is_the_same_alone_and_in_company(kind):
+def test_the_score_of_a_seed_does_not_depend_on_the_other_seeds(kind):
     """To the last bit: each seed's probe is trained by itself, and choosing knows no seeds."""
     noisy = [seen_by(kind, fold(number, spread=4.0)) for number in range(3)]
-    rounds = [train_valid_test(dict(zip(("train", "valid", "test"), noisy, strict=True)))]
+    splits = [train_valid_test(dict(zip(("train", "valid", "test"), noisy, strict=True)))]
     few = [{"rate": rate, "decay": 1e-3} for rate in (1e-3, 1e-2)]
-    together = probe_splits(rounds, kind=kind, seeds=(0, 1, 2), candidates=few)
-    (alone,) = probe_splits(rounds, kind=kind, seeds=(2,), candidates=few)
+    together = probe_splits(splits, kind=kind, seeds=(0, 1, 2), candidates=few)
+    (alone,) = probe_splits(splits, kind=kind, seeds=(2,), candidates=few)
     assert together[2].probabilities == alone.probabilities
     assert together[2].scores == alone.scores
     assert together[0].candidates == together[2].candidates == alone.candidates
@@ -222,17 +221,17 @@ def test_jackknife_is_centred_on_the_score_however_rare_a_class():
     assert units[0] > units[1]
 
 
-def test_two_folds_hold_out_a_share_to_choose_by(folds):
+def test_two_folds_hold_out_a_fraction_for_selection(folds):
     runs = probe_splits(cross_validation(folds[:2]), seeds=(0,))
     assert len(runs[0].scores) == 2
     assert all(0 < score <= 1 for score in runs[0].valid_scores)
     labels = np.unique(folds[1].labels, return_inverse=True)[1]
-    (trial,) = inner_folds(cross_validation(folds[:2])[0], labels)
-    assert np.bincount(labels[trial.valid]).tolist() == [2] * CLASSES
-    assert (trial.train ^ trial.valid).all()
+    (inner,) = inner_folds(cross_validation(folds[:2])[0], labels)
+    assert np.bincount(labels[inner.valid]).tolist() == [2] * CLASSES
+    assert (inner.train ^ inner.valid).all()
 
 
-def test_a_kind_that_cannot_answer_is_told(task_with):
+def test_a_kind_that_cannot_answer_a_task_is_an_error(task_with):
     birds = task_with(name="birds", metric="mAP")
     with pytest.raises(UserError, match="Use one of: linear"):
         kind_for("knn", birds)
