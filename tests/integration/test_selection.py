@@ -14,6 +14,7 @@ from tests.support.training import QUIET, settings_for
 from whisper_aut.config import load_settings
 from whisper_aut.corpora.audit import run_audit
 from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.dataset import ShardNoise
 from whisper_aut.data.reader import DEFAULT_POLICY
 from whisper_aut.data.sampler import Cursor
 from whisper_aut.data.shards import open_index
@@ -116,7 +117,7 @@ def test_an_epoch_is_every_clip_that_is_left_once_whatever_the_ranks(
     alone = [key for batch in data.train_dataloader() for key in batch.keys]
     assert sorted(alone) == sorted(f"music-{number}" for number in range(35, 60))
     count = data.batching.count(Cursor(), 25)
-    ranks = [list(data._stream(rank, 2, Cursor(), 25, -(-count // 2))) for rank in (0, 1)]
+    ranks = [list(data.train_stream(rank, 2, Cursor(), 25, -(-count // 2))) for rank in (0, 1)]
     both = [key for row in zip(*ranks, strict=True) for batch in row for key in batch.keys]
     assert both == alone
 
@@ -139,7 +140,9 @@ def test_noise_a_new_tokenizer_and_the_plan_go_by_the_clips_that_are_left(
             "data.licences.allow=[CC-BY]",
         ],
     )
-    assert [index.samples for index in build_augment(settings, DEFAULT_POLICY).noise] == [2]
+    noise = build_augment(settings, DEFAULT_POLICY).noise
+    assert isinstance(noise, ShardNoise)
+    assert [index.samples for index in noise.indexes] == [2]
     assert stored_audio(settings.data)[0].clips == 5
     some = build_pretrained(settings).path
     settings.data.licences.allow.clear()

@@ -95,9 +95,7 @@ class Annotation:
     def from_json(cls, data: bytes, text: str = "") -> "Annotation":
         """Parse and check a `.json` member. The text is the first non-empty field of `TEXT_FIELDS`.
 
-        Args:
-            data: the JSON, UTF-8.
-            text: text of the `.txt` member, used if the JSON has none.
+        `text` is that of the `.txt` member, used if the JSON has none.
 
         Raises:
             SkipSample: the member is larger than `MAX_JSON_BYTES`, is not a JSON object, or has

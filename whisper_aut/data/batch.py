@@ -20,23 +20,14 @@ from whisper_aut.data.sampler import Cursor
 
 @dataclass(frozen=True)
 class TokenTarget:
-    """The token sequence of one clip for its decoder.
+    """The token sequence of one clip for its decoder."""
 
-    Attributes:
-        tokens: `[L]`, the whole sequence from the first prompt token to the end token.
-        supervised: `[L]` bool, label mask: the tokens that the decoder must predict.
-        prompt_length: number of prompt tokens, which are given at generation; the answer follows.
-        text: reference text of the answer.
-        task: name of the task; metrics are computed per task.
-        unknown_language: language of the clip if the decoder has no token for it, else empty.
-    """
-
-    tokens: Tensor
-    supervised: Tensor
-    prompt_length: int
-    text: str = ""
-    task: str = ""
-    unknown_language: str = ""
+    tokens: Tensor  # `[L]`, from the first prompt token to the end token
+    supervised: Tensor  # `[L]` bool, label mask: the tokens that the decoder must predict
+    prompt_length: int  # tokens that are given at generation; the answer follows
+    text: str = ""  # reference text of the answer
+    task: str = ""  # metrics are computed per task
+    unknown_language: str = ""  # of the clip, if the decoder has no token for it
 
 
 @dataclass
@@ -47,9 +38,8 @@ class Targets:
         tokens, supervised: `[ΣL]`; see `TokenTarget`.
         label_indices: `[N]`, indices of the N supervised tokens. They are computed on the host;
             on the device, `nonzero` would force a synchronisation.
-        lengths: number of tokens of each clip.
-        prompt_lengths: number of prompt tokens of each clip.
-        counts: number of supervised tokens of each clip.
+        lengths, prompt_lengths, counts: number of tokens, of prompt tokens, and of supervised
+            tokens of each clip.
     """
 
     tokens: Tensor
@@ -193,23 +183,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Example:
-    """One clip, ready to be packed.
+    """One clip, ready to be packed."""
 
-    Attributes:
-        audio: log-mel `[F', M]`, or waveform `[S]` if features are computed on the device.
-        mel_length: F, valid frames.
-        target: its tokens.
-        domain, key, source: strings for metrics and the ledger.
-        position: see `Waveforms.positions`.
-    """
-
-    audio: Tensor
-    mel_length: int
+    audio: Tensor  # log-mel `[F', M]`, or waveform `[S]` if features are computed on the device
+    mel_length: int  # F, valid frames
     target: TokenTarget
     domain: str
     key: str
     source: str
-    position: int | None = None
+    position: int | None = None  # see `Waveforms.positions`
 
 
 def collate(
@@ -218,15 +200,9 @@ def collate(
     num_mel_bins: int,
     next_cursor: Cursor = Cursor(),  # noqa: B008 — immutable
 ) -> Batch:
-    """Concatenate examples to a batch.
+    """Concatenate examples to a batch. Either all have a log-mel or all have a waveform.
 
     If all samples were skipped, the batch is empty but still counts as a step of the schedule.
-
-    Args:
-        examples: the clips; either all have a log-mel or all have a waveform.
-        skipped: the samples that were skipped.
-        num_mel_bins: M.
-        next_cursor: see `Batch.next_cursor`.
     """
     audio = [example.audio for example in examples]
     targets = [example.target for example in examples]

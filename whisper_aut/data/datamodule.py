@@ -60,14 +60,10 @@ class RunSegment(NamedTuple):
     """A segment of a run in which all optimizer steps have the same size.
 
     The total number of steps of a run is counted from its last segment.
-
-    Attributes:
-        step: optimizer steps taken before the segment.
-        cursor: point in the data at which the segment begins.
     """
 
-    step: int = 0
-    cursor: Cursor = Cursor()
+    step: int = 0  # optimizer steps taken before the segment
+    cursor: Cursor = Cursor()  # at which the segment begins
 
 
 class TrainLoader:
@@ -274,9 +270,6 @@ class ShardDataModule(lightning.LightningDataModule):
 
         If the order has epochs of its own, this is the length of the first one. In an endless
         order, clips that do not fill a step are left for the next epoch.
-
-        Args:
-            ranks: world size.
 
         Raises:
             UserError: an epoch has less than one step.

@@ -60,10 +60,8 @@ class ExampleBuilder:
     def __call__(self, sample: Sample, domain: str, position: int) -> Example | SkippedSample:
         """Build one example, or return a `SkippedSample` if the sample cannot be used.
 
-        Args:
-            sample: an encoded clip and its annotation.
-            domain: domain of the source, for samples that do not state their own.
-            position: position of the sample in the order; it seeds all random draws for the sample.
+        `domain` is that of the source, for samples that do not state their own. The position of
+        the sample in the order seeds all random draws for it.
         """
         domain = sample.annotation.domain or domain
         try:
@@ -112,18 +110,12 @@ class ShardNoise:
 
 @dataclass(frozen=True)
 class StreamSource:
-    """A source of clips.
-
-    Attributes:
-        index: its shards.
-        domain, licence: values for clips that do not state their own.
-        text: template that makes a sample's text from its fields; None to use its `text`.
-    """
+    """A source of clips. Its domain and licence are for clips that do not state their own."""
 
     index: ShardIndex
     domain: str
     licence: str = ""
-    text: Template | None = None
+    text: Template | None = None  # makes a sample's text from its fields; None to use its `text`
 
     @property
     def licences(self) -> dict[str, dict[str, float]]:
@@ -293,14 +285,9 @@ ByReason = Counter[tuple[str, str]]  # (source, reason) → samples
 
 @dataclass
 class Counts:
-    """Numbers of samples by source folder.
+    """Numbers of samples by source folder."""
 
-    Attributes:
-        read: training samples, including skipped ones but not those that the config filters out.
-        skipped: training samples by source and reason.
-        skipped_in_validation: validation samples by source and reason.
-    """
-
+    # Training samples, including skipped ones but not those that the config filters out.
     read: Counter[str] = field(default_factory=Counter)
     skipped: ByReason = field(default_factory=Counter)
     skipped_in_validation: ByReason = field(default_factory=Counter)
@@ -364,12 +351,7 @@ class Ledger:
         self._file: TextIO | None = None
 
     def record(self, sources: Iterable[str], skipped: Sequence[SkippedSample]) -> None:
-        """Count one training batch.
-
-        Args:
-            sources: the source folder of each clip in the batch.
-            skipped: the samples that were skipped while the batch was filled.
-        """
+        """Count the clips of one training batch, given their source folders, and its skips."""
         self._own.read.update(sources)
         for sample in skipped:
             source = _folder_of(sample.source)

@@ -37,17 +37,12 @@ RETRIED_STATUSES = (408, 425, 429)  # the only 4xx statuses that are worth a ret
 
 @dataclass(frozen=True)
 class ReadPolicy:
-    """How reads of URLs are retried.
+    """How reads of URLs are retried."""
 
-    Attributes:
-        retries: attempts after the first one, counted separately for each read.
-        timeout_seconds: a connection that sends nothing for this long is closed.
-        pause_seconds: pause before the first retry. It doubles with each retry, up to
-            `MAX_PAUSE_SECONDS`, and is lengthened by a random factor between 1 and 2.
-    """
-
-    retries: int = 6
-    timeout_seconds: float = 30.0
+    retries: int = 6  # attempts after the first one, counted separately for each read
+    timeout_seconds: float = 30.0  # a connection that sends nothing for this long is closed
+    # Before the first retry. It doubles with each retry and is lengthened by a random factor of up
+    # to 2, so that ranks that failed together do not retry together.
     pause_seconds: float = 0.5
 
 
@@ -70,11 +65,8 @@ def open_stream(
 ) -> Iterator[BinaryIO]:
     """Open a path or URL for reading, as a context manager.
 
-    Args:
-        url: path or URL.
-        policy: how to retry.
-        whole: read ahead, for a file that is read from start to end. Otherwise only the requested
-            bytes are fetched.
+    With `whole`, a URL is read ahead, for a file that is read from start to end. Otherwise only the
+    requested bytes are fetched.
 
     Raises:
         OSError: the file does not exist or all attempts failed. Reads of the stream raise it too.
@@ -93,7 +85,7 @@ def read_file(url: str, policy: ReadPolicy = DEFAULT_POLICY, *, max_bytes: int) 
     """Return the content of a file.
 
     Raises:
-        OSError: the file cannot be read (see `open_stream`) or is larger than `max_bytes`.
+        OSError: the file cannot be read or is larger than `max_bytes`.
     """
     with open_stream(url, policy) as stream:
         data = stream.read(max_bytes + 1)
@@ -205,7 +197,6 @@ class RetryingReader(io.RawIOBase):
                         f"(given up after {attempt + 1} attempts)"
                     ) from error
                 pause = min(self.policy.pause_seconds * 2**attempt, MAX_PAUSE_SECONDS)
-                # Random, so that ranks that failed together do not retry together.
                 time.sleep(pause * (1 + random.random()))
                 attempt += 1
 
@@ -285,19 +276,15 @@ def _check_size(header: tarfile.TarInfo) -> None:
 def tar_members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """Yield `(tar, member)` for the regular files of an uncompressed tar, in order.
 
-    Bodies are skipped by seeking if the stream is seekable.
-
     Raises:
         tarfile.TarError: the tar is compressed or damaged, or has no end marker. Members before
             the damage are yielded first.
     """
-    if stream.seekable():
-        is_gzip = stream.read(2) == b"\x1f\x8b"
-        stream.seek(0)
-        if is_gzip:
-            raise ReadError(f"{COMPRESSED}: gunzip it")
-    mode = "r:" if stream.seekable() else "r|"
-    with tarfile.open(fileobj=stream, mode=mode, tarinfo=_StrictHeader) as tar:
+    is_gzip = stream.read(2) == b"\x1f\x8b"
+    stream.seek(0)
+    if is_gzip:
+        raise ReadError(f"{COMPRESSED}: gunzip it")
+    with tarfile.open(fileobj=stream, mode="r:", tarinfo=_StrictHeader) as tar:
         for member in tar:
             if member.isreg():
                 yield tar, member
@@ -312,10 +299,7 @@ def sample_members(
 
     `ordinal` is the index of the sample in the tar, and `suffix` is in lower case. Consecutive
     members with the same key form one sample. A suffix that repeats starts a new sample, so two
-    consecutive samples may have the same key.
-
-    Raises:
-        tarfile.TarError: see `tar_members`.
+    consecutive samples may have the same key. Raises the errors of `tar_members`.
     """
     ordinal, last, suffixes = -1, None, set()
     for tar, member in tar_members(stream):
@@ -407,22 +391,19 @@ class MemberGroups:
         if member.size > limit:
             detail = f"{member.name}: {member.size} bytes, limit {limit}"
             return SkipSample(SkipReason.TOO_LARGE, detail)
-        if self.stream.seekable() and not member.issparse():
-            # Several times faster than the file object of `extractfile`.
-            self.stream.seek(member.offset_data)
-            body = self.stream.read(member.size)
-        else:
+        if member.issparse():
             file = tar.extractfile(member)
             body = file.read() if file else b""
+        else:  # several times faster than the file object of `extractfile`
+            self.stream.seek(member.offset_data)
+            body = self.stream.read(member.size)
         if len(body) < member.size:
             raise ReadError(f"{member.name} ends after {len(body)} of {member.size} bytes")
         return body
 
 
 def audio_and_annotation(group: Group) -> tuple[str, bytes, Annotation]:
-    """Return the suffix and bytes of the audio member, and the annotation.
-
-    The annotation is read from the `.json` and `.txt` members.
+    """Return the suffix and bytes of the audio member, and the annotation from JSON and text.
 
     Raises:
         SkipSample: the sample has no audio, or neither JSON nor text; a member is too large; or
@@ -460,37 +441,21 @@ def _dots_hint(group: Group) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip as stored in a shard.
-
-    Attributes:
-        key: name of the sample in the shard.
-        shard: path or URL of the shard.
-        audio: the encoded audio file.
-        suffix: file suffix of the audio, such as `flac`.
-        annotation: the checked annotation.
-    """
+    """One clip as stored in a shard."""
 
     key: str
-    shard: str
-    audio: bytes
-    suffix: str
+    shard: str  # path or URL
+    audio: bytes  # the encoded file
+    suffix: str  # of the audio, such as `flac`
     annotation: Annotation
 
 
 @dataclass
 class SkippedSample:
-    """One skipped sample, as recorded in the ledger.
+    """One skipped sample, as recorded in the ledger."""
 
-    Attributes:
-        source: path or URL of the shard.
-        key: key of the sample, `#` and its index if the key is not known, or empty if the entry
-            is about the whole shard.
-        reason: why the sample was skipped.
-        detail: what exactly was found.
-    """
-
-    source: str
-    key: str
+    source: str  # path or URL of the shard
+    key: str  # `#` and the index if the key is not known; empty for the whole shard
     reason: SkipReason
     detail: str = ""
 
@@ -501,12 +466,8 @@ def read_shard(
     """Yield `(ordinal, sample or skipped sample)` for the wanted samples of one tar, in its order.
 
     A damaged tar yields the samples before the damage, then one `SkippedSample` with ordinal -1.
-
-    Args:
-        stream: the tar.
-        url: path or URL of the tar, to be stored in the samples.
-        wanted: indices of the samples to read; None for all. Other bodies are skipped.
-        limits: members larger than `max_bytes` are rejected.
+    `wanted` are indices of samples, None for all; other bodies are not read. Members larger than
+    `limits.max_bytes` are rejected. `url` is stored in the samples.
     """
     groups = MemberGroups(stream, limits, wanted)
     for ordinal, group in groups:
@@ -536,12 +497,9 @@ def prefetch_decoded(
 
     Args:
         items: what to load.
-        load: returns the waveform of an item, or raises `SkipSample`.
+        load: returns the waveform of an item, or raises `SkipSample`, which is yielded instead.
         encoded_bytes: returns the encoded size of an item, to bound the memory for look-ahead.
         workers: number of threads.
-
-    Yields:
-        Each item with its waveform, or with the `SkipSample` that `load` raised.
     """
 
     def load_or_skip(item: Item) -> Tensor | SkipSample:

@@ -37,17 +37,11 @@ _SHARD_ORDER, _WINDOW_ORDER, _MIXTURE, _INTERLEAVE, _BATCH_ORDER = 1, 2, 3, 4, 5
 
 @dataclass(frozen=True)
 class SourceShape:
-    """The metadata of a source that determines the order.
-
-    Attributes:
-        name: identifies the source.
-        shard_samples: number of samples in each shard.
-        weight: weight of the source in the mixture.
-    """
+    """The metadata of a source that determines the order."""
 
     name: str
-    shard_samples: tuple[int, ...]
-    weight: float = 1.0
+    shard_samples: tuple[int, ...]  # number of samples in each shard
+    weight: float = 1.0  # in the mixture
 
     @property
     def samples(self) -> int:
@@ -82,11 +76,7 @@ class Order(ABC):
 
     @abstractmethod
     def locate(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return where the clips of one window are stored.
-
-        Args:
-            source: index of the source.
-            first, last: the window, as `window` returns it.
+        """Return where the clips of one window (see `window`) of a source are stored.
 
         Returns:
             Shard indices, and sample indices within those shards, for the running numbers `first`
@@ -235,10 +225,7 @@ class EpochOrder(ShuffledOrder):
 class SequentialOrder(Order):
     """The finite validation order: one source after another, unshuffled, in shard order.
 
-    Args:
-        sources: the sources; may be empty.
-        window: clips that are read together.
-        limit: use only this many clips from the beginning of each source; None for all.
+    With a `limit`, only that many clips from the beginning of each source are used.
     """
 
     end: int
@@ -316,25 +303,16 @@ def _fingerprint(sources: Sequence[SourceShape], *numbers: int) -> str:
 
 
 class Cursor(NamedTuple):
-    """A point between two micro-batches.
+    """A point between two micro-batches."""
 
-    Attributes:
-        position: position at which the current chunk begins.
-        taken: batches of that chunk that come before the cursor.
-    """
-
-    position: int = 0
-    taken: int = 0
+    position: int = 0  # at which the current chunk begins
+    taken: int = 0  # batches of that chunk that come before the cursor
 
 
 class Batching(ABC):
-    """Cuts an order into micro-batches.
+    """Cuts an order into micro-batches."""
 
-    Attributes:
-        span_batches: batches that a worker looks ahead, so that it reads each window in one pass.
-    """
-
-    span_batches: int
+    span_batches: int  # that a worker looks ahead, so that it reads each window in one pass
 
     @abstractmethod
     def chunk(self, position: int) -> tuple[list[np.ndarray], int]:
@@ -471,11 +449,7 @@ def fill_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     """Distribute clips over as few batches as the heuristic finds, all nearly equally full.
 
     Clips are placed longest first, each into the emptiest batch. If a batch then exceeds the
-    budget, the clips are placed again with one more batch.
-
-    Args:
-        lengths: length of each clip, none above the budget.
-        budget: the most that a batch may contain.
+    budget, the clips are placed again with one more batch. No length may exceed the budget.
 
     Returns:
         For each batch, the indices of its clips in ascending order.

@@ -86,23 +86,13 @@ class SampleTable:
     ) -> "SampleTable":
         """Build a table from the start, length in seconds, key and licence of each sample.
 
-        Args:
-            rows: one row per sample, in the order of the tar. The start is a byte offset; a length
-                of None is unknown.
-            end: byte offset after the last sample.
+        Starts and `end` are byte offsets; a length of None is unknown.
         """
-        table = np.array(
-            [
-                (
-                    start,
-                    UNKNOWN_MS if seconds is None else round(seconds * 1000),
-                    text_hash(key),
-                    text_hash(licence),
-                )
-                for start, seconds, key, licence in rows
-            ],
-            np.int64,
-        ).reshape(-1, TABLE_COLUMNS)
+        columns = []
+        for start, seconds, key, licence in rows:
+            milliseconds = UNKNOWN_MS if seconds is None else round(seconds * 1000)
+            columns.append((start, milliseconds, text_hash(key), text_hash(licence)))
+        table = np.array(columns, np.int64).reshape(-1, TABLE_COLUMNS)
         return cls(np.append(table[:, 0], end), *table[:, 1:].T)
 
     def to_bytes(self) -> bytes:
@@ -175,19 +165,12 @@ class FolderCounts:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The samples of a folder that a run may use.
+    """The samples of a folder that a run may use."""
 
-    Attributes:
-        ordinals: for each shard, the ascending indices of its selected samples.
-        seconds: total length of the selected samples.
-        licences: clips and seconds by licence as written.
-        left_out: number of samples left out, by reason.
-    """
-
-    ordinals: tuple[np.ndarray, ...]
+    ordinals: tuple[np.ndarray, ...]  # of each shard: ascending indices of its selected samples
     seconds: float
-    licences: dict[str, dict[str, float]]
-    left_out: dict[str, int]
+    licences: dict[str, dict[str, float]]  # clips and seconds by licence as written
+    left_out: dict[str, int]  # samples by reason
 
     def digest(self) -> str:
         """Return a hash of the selected indices."""
@@ -199,21 +182,13 @@ class Selection:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The tars of one folder or URL, in order.
+    """The tars of one folder or URL, in order."""
 
-    Attributes:
-        root: folder or URL prefix.
-        shards: the tars.
-        metadata: everything else in the index, such as counts of domains and skipped clips.
-        pattern: file name pattern if only some tars of the folder are used; empty for all.
-        selection: the samples that a run may use; None for all.
-    """
-
-    root: str
+    root: str  # folder or URL prefix
     shards: tuple[ShardEntry, ...]
-    metadata: dict[str, Any] = field(default_factory=dict)
-    pattern: str = ""
-    selection: Selection | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)  # everything else in the index
+    pattern: str = ""  # of file names, if only some tars of the folder are used
+    selection: Selection | None = None  # None for all samples
 
     @property
     def name(self) -> str:
@@ -473,13 +448,6 @@ def read_samples(
 ) -> Items:
     """Yield the wanted samples like `read_shard`, but fetch only these, adjacent ones together.
 
-    Args:
-        stream: the tar, seekable.
-        url: path or URL of the tar, to be stored in the samples.
-        table: the sample table of the tar.
-        wanted: indices of the samples to read.
-        limits: samples larger than `max_bytes` are rejected.
-
     Raises:
         ValueError: the table does not match the tar.
     """
@@ -530,10 +498,6 @@ class ShardReader:
 
     If a shard has a sample table, only the requested samples are fetched. Otherwise the tar is read
     from its start and other samples are skipped.
-
-    Args:
-        limits: members larger than `max_bytes` are rejected.
-        policy: how to retry reads.
     """
 
     def __init__(self, limits: ClipLimits, policy: ReadPolicy):
@@ -545,10 +509,8 @@ class ShardReader:
 
         A damaged, missing or unreachable shard yields a `SkippedSample` for each missing sample.
 
-        Args:
-            locations: for each number, the index of the shard and the index of the sample among the
-                shard's selected samples.
-            index: the shards.
+        `locations` has, for each number, the index of the shard and the index of the sample among
+        the shard's selected samples.
         """
         by_shard: dict[int, list[tuple[int, int]]] = {}
         for number, (shard, selected) in locations.items():

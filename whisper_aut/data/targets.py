@@ -50,15 +50,10 @@ class TextCodec(Protocol):
         ...
 
     def encode(self, annotation: Annotation, domain: str, position: int) -> TokenTarget:
-        """Return the token target of one clip.
+        """Return the token target of one clip. Its position in the order seeds all random draws.
 
         A rank without clips runs on an annotation whose text, instruction, answer and label are all
         "a", so every codec must be able to encode that.
-
-        Args:
-            annotation: annotation of the clip.
-            domain: its domain.
-            position: its position in the order, which seeds all random draws for it.
 
         Raises:
             SkipSample: there is no text, or more tokens than the decoder accepts.
@@ -72,15 +67,10 @@ class TextCodec(Protocol):
 
 @dataclass(frozen=True)
 class DomainPrompt:
-    """The Whisper prompt of one domain.
-
-    Attributes:
-        task: Whisper's task token.
-        language: any tag that `annotation.whisper_codes` understands, or `sample` for the language
-            that each sample states.
-    """
+    """The Whisper prompt of one domain."""
 
     task: Literal["transcribe", "translate"] = "transcribe"
+    # Any tag that `whisper_codes` understands, or `sample` for the language of each sample.
     language: str = SAMPLE_LANGUAGE
 
 
@@ -300,14 +290,9 @@ class Instructions:
         return answers
 
     def draw(self, annotation: Annotation, domain: str, position: int) -> Question:
-        """Draw a task and a paraphrase for one sample.
+        """Draw a task and a paraphrase for one sample; its position in the order seeds the draw.
 
         If the sample has its own instruction and answer, those are used unchanged.
-
-        Args:
-            annotation: annotation of the sample.
-            domain: its domain.
-            position: its position in the order, which seeds the draw.
 
         Raises:
             SkipSample: no task fits.
@@ -392,30 +377,19 @@ _DATE_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=q
 
 @dataclass(frozen=True)
 class ChatFrame:
-    """The fixed tokens of a chat.
+    """The fixed tokens of a chat."""
 
-    Attributes:
-        opening: tokens before the audio.
-        between: tokens between the audio and the instruction.
-        closing: tokens between the instruction and the answer.
-        end: token that ends the answer.
-    """
-
-    opening: tuple[int, ...]
-    between: tuple[int, ...]
-    closing: tuple[int, ...]
-    end: int
+    opening: tuple[int, ...]  # before the audio
+    between: tuple[int, ...]  # between the audio and the instruction
+    closing: tuple[int, ...]  # between the instruction and the answer
+    end: int  # ends the answer
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, date: str = "") -> "ChatFrame":
         """Read the frame from a tokenizer's chat template.
 
-        Thinking is turned off if the template supports that.
-
-        Args:
-            tokenizer: tokenizer of the language model.
-            date: day (`2026-11-28`) that replaces today's date in templates that write it; empty
-                for today.
+        Thinking is turned off if the template supports that. `date` is a day (`2026-11-28`) that
+        replaces today's date in templates that write it.
 
         Raises:
             UserError: there is no chat template, it fails or drops the message, or the date is

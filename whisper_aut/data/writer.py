@@ -75,14 +75,9 @@ class ShardWriter:
         return len(self._rows) + sum(shard.samples for shard in self._shards)
 
     def write(self, key: str, suffix: str, audio: bytes, annotation: Annotation) -> None:
-        """Append one sample.
+        """Append one sample: an encoded audio file with its suffix, such as `flac`, and its JSON.
 
-        Args:
-            key: name of the sample. Dots become underscores, since WebDataset would read an
-                extension after them.
-            suffix: file suffix of the audio, such as `flac`.
-            audio: the encoded audio file.
-            annotation: the content of the `.json` member.
+        Dots in the key become underscores, since WebDataset would read an extension after them.
         """
         key = key.replace(".", "_")
         if self._tar is None:
@@ -199,12 +194,8 @@ def index_folder(folder: Path) -> ShardIndex:
 def build_table(stream: BinaryIO, counts: FolderCounts, *, audio: bool = True) -> SampleTable:
     """Read a whole tar and return its sample table.
 
-    Lengths are taken from the annotation, or else from the audio header.
-
-    Args:
-        stream: the tar.
-        counts: the tar's samples are added to these counts.
-        audio: read audio headers. Without them, a length that the annotation omits is unknown.
+    Lengths are taken from the annotation, or else from the audio header, if `audio` is true. The
+    samples are added to `counts`.
 
     Raises:
         OSError: the tar is damaged before its first sample.

@@ -162,21 +162,7 @@ def read_all(stream: io.IOBase, names: list[str]) -> None:
         assert tar.extractfile(member).read()
 
 
-class Pipe(io.RawIOBase):
-    """A stream that cannot seek, as one over HTTP."""
-
-    def __init__(self, data: bytes):
-        self._bytes = io.BytesIO(data)
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        return self._bytes.read(size)
-
-
-@pytest.mark.parametrize("stream", [io.BytesIO, Pipe])
-def test_a_truncated_tar_yields_what_is_whole_and_then_raises(tmp_path: Path, stream):
+def test_a_truncated_tar_yields_what_is_whole_and_then_raises(tmp_path: Path):
     fill(tmp_path, samples=4)
     data = (tmp_path / "shard-000000.tar").read_bytes()
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
@@ -184,19 +170,18 @@ def test_a_truncated_tar_yields_what_is_whole_and_then_raises(tmp_path: Path, st
     for cut in (third, third + 100, third + 600):  # at a member's edge, in its header, in its body
         names = []
         with pytest.raises(tarfile.TarError):
-            read_all(stream(data[:cut]), names)
+            read_all(io.BytesIO(data[:cut]), names)
         assert names[:4] == ["clip0.json", "clip0.wav", "clip1.json", "clip1.wav"]
 
 
-@pytest.mark.parametrize("stream", [io.BytesIO, Pipe])
-def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path, stream):
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path):
     fill(tmp_path, samples=4)
     data = bytearray((tmp_path / "shard-000000.tar").read_bytes())
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         third = tar.getmembers()[4].offset
     data[third : third + 512] = b"\x07" * 512
     with pytest.raises(tarfile.TarError, match=f"at byte {third}"):
-        list(tar_members(stream(bytes(data))))
+        list(tar_members(io.BytesIO(bytes(data))))
     assert count_samples(io.BytesIO(bytes(data))) == 2
 
 
