@@ -48,19 +48,14 @@ DOWNMIX = {"L": 0.5, "R": 0.5, "C": HALF_POWER, "S": HALF_POWER / 2, "B": 0.5, "
 
 @dataclass(frozen=True)
 class ClipLimits:
-    """Limits on accepted clips.
-
-    Attributes:
-        min_seconds, max_seconds: range of durations, inclusive. Whisper's window ends at 30 s.
-        max_bytes: maximum encoded size.
-        silence_peak: a clip is silent if its mix-down stays below this (full scale is 1). The
-            default is just above half a 16-bit step, the rounding error that remains when channels
-            of opposite phase are averaged.
-    """
+    """Limits on accepted clips, inclusive."""
 
     min_seconds: float = 0.1
     max_seconds: float = 30.0
-    max_bytes: int = 64 << 20
+    max_bytes: int = 64 << 20  # of the encoded file
+    # A clip is silent if its mix-down stays below this (full scale is 1). The default is just above
+    # half a 16-bit step, the rounding error that remains when channels of opposite phase are
+    # averaged.
     silence_peak: float = 2e-5
 
 
@@ -109,29 +104,24 @@ def decode(data: bytes, limits: ClipLimits) -> Clip:
             outside the duration limits, or silent after the mix-down; or it has samples that are
             not finite or far above full scale.
     """
-    with _opened(data, limits, soundfile.SoundFile) as file:
+    with _open_encoded(data, limits, soundfile.SoundFile) as file:
         header = _checked_header(file, limits)
         layout = channel_layout(file, data)
-        samples = _read(file, limits) if header.seconds is not None else None
+        samples = _read_samples(file, limits) if header.seconds is not None else None
     if samples is None:
-        with _opened(data, limits, _ForwardOnly) as file:
-            samples = _read(file, limits)
+        with _open_encoded(data, limits, _ForwardOnly) as file:
+            samples = _read_samples(file, limits)
     seconds = len(samples) / header.sample_rate_hz
     _check_not_longer(seconds, limits)
     _check_not_shorter(seconds, limits)
     _check_range(samples)
     clip = Clip(mix_down(samples, layout), header.sample_rate_hz, header.codec)
-    check_not_silent(clip.samples, limits)
+    _check_not_silent(clip.samples, limits)
     return clip
 
 
 def mix_down(samples: np.ndarray, layout: str = "") -> np.ndarray:
-    """Mix `[S]` or `[S, channels]` to `[S]`.
-
-    Args:
-        samples: the audio.
-        layout: a letter per channel, from `channel_layout`; empty to average the channels.
-    """
+    """Mix `[S]` or `[S, channels]` to `[S]` by a `channel_layout`; average if it is empty."""
     if samples.ndim == 1:
         return samples
     if not layout:
@@ -140,13 +130,9 @@ def mix_down(samples: np.ndarray, layout: str = "") -> np.ndarray:
 
 
 def channel_layout(file: soundfile.SoundFile, data: bytes) -> str:
-    """Return a letter for each channel, as in `DOWNMIX`.
+    """Return a letter for each channel, as in `DOWNMIX`, given the file and its header.
 
     Empty for mono and stereo, and if the layout is unknown.
-
-    Args:
-        file: the open file.
-        data: its bytes, or at least its header.
     """
     if file.channels <= 2:
         return ""
@@ -164,12 +150,7 @@ def channel_layout(file: soundfile.SoundFile, data: bytes) -> str:
     return letters if is_whole else ""
 
 
-def check_not_silent(samples: np.ndarray, limits: ClipLimits) -> None:
-    """Check that a mono clip reaches the limit of silence.
-
-    Raises:
-        SkipSample: it does not.
-    """
+def _check_not_silent(samples: np.ndarray, limits: ClipLimits) -> None:
     peak = float(np.abs(samples).max(initial=0.0))
     if peak < limits.silence_peak:
         raise SkipSample(SkipReason.SILENT, f"peak {peak:.1e} of the mono mix")
@@ -182,7 +163,7 @@ def read_header(data: bytes, limits: ClipLimits) -> Header:
         SkipSample: the clip is empty, too large, not audio, or outside the duration limits
             according to its header.
     """
-    with _opened(data, limits, soundfile.SoundFile) as file:
+    with _open_encoded(data, limits, soundfile.SoundFile) as file:
         header = _checked_header(file, limits)
     if header.seconds is not None:
         _check_not_shorter(header.seconds, limits)
@@ -197,8 +178,8 @@ def open_recording(path: Path) -> Iterator[soundfile.SoundFile]:
         SkipSample: it is undecodable, several files joined together, or of unknown length.
     """
     found = path.stat()
-    joined_at, counted = _examine(path, found.st_size, found.st_mtime_ns)
-    _check_single(joined_at)
+    joined_at, counted = _inspect_file(path, found.st_size, found.st_mtime_ns)
+    _check_not_joined(joined_at)
     source = path if counted is None else io.BytesIO(counted)
     with _skip_undecodable(), soundfile.SoundFile(source) as file:
         _check_format(file)
@@ -210,20 +191,20 @@ def open_recording(path: Path) -> Iterator[soundfile.SoundFile]:
 
 
 @contextmanager
-def _opened(
+def _open_encoded(
     data: bytes, limits: ClipLimits, opener: type[soundfile.SoundFile]
 ) -> Iterator[soundfile.SoundFile]:
     if not data:
         raise SkipSample(SkipReason.EMPTY, "0 bytes")
     if len(data) > limits.max_bytes:
         raise SkipSample(SkipReason.TOO_LARGE, f"{len(data)} bytes, limit {limits.max_bytes}")
-    _check_single(find_second_file(data))
+    _check_not_joined(find_second_file(data))
     with _skip_undecodable(), opener(io.BytesIO(add_length_header(data))) as file:
         yield file
 
 
 @lru_cache(maxsize=4)
-def _examine(path: Path, size: int, mtime_ns: int) -> tuple[int | None, bytes | None]:
+def _inspect_file(path: Path, size: int, mtime_ns: int) -> tuple[int | None, bytes | None]:
     """Return the offset of a second file, and bytes to decode in place of the file, if any.
 
     `size` and `mtime_ns` are part of the cache key.
@@ -236,7 +217,7 @@ def _examine(path: Path, size: int, mtime_ns: int) -> tuple[int | None, bytes | 
         return find_second_file(data), None if isinstance(counted, mmap.mmap) else counted
 
 
-def _check_single(joined_at: int | None) -> None:
+def _check_not_joined(joined_at: int | None) -> None:
     if joined_at is not None:
         raise SkipSample(
             SkipReason.JOINED,
@@ -257,7 +238,7 @@ def _skip_undecodable() -> Iterator[None]:
         raise SkipSample(SkipReason.UNDECODABLE, str(error)) from None
 
 
-def _read(file: soundfile.SoundFile, limits: ClipLimits) -> np.ndarray:
+def _read_samples(file: soundfile.SoundFile, limits: ClipLimits) -> np.ndarray:
     # One second more than the limit shows that a clip is too long, and bounds the cost of a wrong
     # header.
     return file.read(int((limits.max_seconds + 1) * file.samplerate), dtype="float32")
@@ -313,7 +294,7 @@ def load_waveform(data: bytes, limits: ClipLimits) -> torch.Tensor:
     clip = decode(data, limits)
     waveform = to_mono_16k(clip.samples, clip.sample_rate_hz)
     # Checked a second time, because resampling has removed everything above 8 kHz.
-    check_not_silent(waveform.numpy(), limits)
+    _check_not_silent(waveform.numpy(), limits)
     # Resampling may add a sample to a clip at the limit; longer clips were rejected above.
     return waveform[: round(limits.max_seconds * SAMPLE_RATE_HZ)]
 
@@ -361,7 +342,7 @@ CONTAINER_SIZES = {
 
 def find_second_file(data: Data) -> int | None:
     """Return the offset of a second file, as after `cat a.mp3 b.mp3`; None for a single file."""
-    begin = _after_id3(data, 0)
+    begin = _skip_id3(data, 0)
     magic = data[begin : begin + 4]
     if magic in CONTAINER_SIZES:
         at, kind, more = CONTAINER_SIZES[magic]
@@ -388,18 +369,18 @@ def add_length_header(data: Data) -> Data:
 
     Any other data is returned unchanged.
     """
-    begin = _after_id3(data, 0)
-    first = _frame(data, begin)
-    if first is None or _xing(data, begin) is not None:
+    begin = _skip_id3(data, 0)
+    first = _parse_frame(data, begin)
+    if first is None or _find_xing(data, begin) is not None:
         return data
-    frames, end = _walk(data, begin)[:2]
+    frames, end = _walk_frames(data, begin)[:2]
     head = bytearray(data[begin : begin + 4])
     head[1] |= 1  # no checksum
     head[2] = HEADER_KBIT_INDEX << 4 | head[2] & 0x0C
-    made = _frame(bytes(head), 0)
+    made = _parse_frame(bytes(head), 0)
     assert made is not None
     counts = struct.pack(">4sIII", b"Info", 3, frames, made.bytes + end - begin)
-    xing = (bytes(head) + bytes(made.side - 4) + counts).ljust(made.bytes, b"\0")
+    xing = (bytes(head) + bytes(made.xing_offset - 4) + counts).ljust(made.bytes, b"\0")
     return xing + data[begin:]
 
 
@@ -418,20 +399,22 @@ def _second_ogg(data: Data) -> int | None:
 
 def _second_mp3(data: Data, begin: int) -> int | None:
     """Find a second Xing header, frames after those that it counts, or frames of another format."""
-    if _frame(data, begin) is None:
+    if _parse_frame(data, begin) is None:
         return None
-    first = _xing(data, begin)
+    first = _find_xing(data, begin)
     for mark in (b"Xing", b"Info"):
         at = begin if first is None else first
         for _ in range(MAX_TRIES):
             at = data.find(mark, at + 4)
             if at < 0:
                 break
-            start = next((at - side for side in (36, 21, 13) if _xing(data, at - side) == at), None)
+            start = next(
+                (at - side for side in (36, 21, 13) if _find_xing(data, at - side) == at), None
+            )
             if start is not None:
                 return start
     if first is None:
-        return _walk(data, begin)[2]
+        return _walk_frames(data, begin)[2]
     if len(data) < first + 16:
         return None
     flags, *counts = struct.unpack_from(">III", data, first + 4)
@@ -439,26 +422,20 @@ def _second_mp3(data: Data, begin: int) -> int | None:
         return None
     # The number of bytes follows the number of frames, if flag 1 says that there is one.
     end = begin + counts[flags & 1]
-    follows = _frame(data, _after_id3(data, end)) is not None
+    follows = _parse_frame(data, _skip_id3(data, end)) is not None
     return end if follows and len(data) - end > MAX_FRAME_BYTES else None
 
 
 @dataclass(frozen=True)
-class _Frame:
-    """A layer III frame.
-
-    Attributes:
-        bytes: length of the frame.
-        side: offset of a Xing header in the frame, after the side information.
-        format: version, sample rate and channels, which are equal in all frames of a file.
-    """
+class _Mp3Frame:
+    """A layer III frame."""
 
     bytes: int
-    side: int
-    format: tuple[int, int, bool]
+    xing_offset: int  # of a Xing header in the frame, after the side information
+    format: tuple[int, int, bool]  # version, rate and channels, equal in all frames of a file
 
 
-def _frame(data: Data, at: int) -> _Frame | None:
+def _parse_frame(data: Data, at: int) -> _Mp3Frame | None:
     if at < 0 or len(data) < at + 4 or data[at] != 0xFF or data[at + 1] & 0xE6 != 0xE2:
         return None
     version, rate = data[at + 1] >> 3 & 3, data[at + 2] >> 2 & 3
@@ -469,28 +446,28 @@ def _frame(data: Data, at: int) -> _Frame | None:
     rate_hz = MP3_RATES_HZ[rate] // {3: 1, 2: 2, 0: 4}[version]
     length = (144 if is_mpeg1 else 72) * MP3_KBIT[is_mpeg1][kbit] * 1000 // rate_hz + padded
     side = 4 + ((17 if is_mono else 32) if is_mpeg1 else (9 if is_mono else 17))
-    return _Frame(length, side, (version, rate, is_mono))
+    return _Mp3Frame(length, side, (version, rate, is_mono))
 
 
-def _walk(data: Data, at: int) -> tuple[int, int, int | None]:
+def _walk_frames(data: Data, at: int) -> tuple[int, int, int | None]:
     """Return the number of frames of one format, their end, and where another format begins."""
     frames, end, format, tries = 0, at, None, 0
     while at >= 0 and tries < MAX_TRIES:
-        frame = _frame(data, at)
+        frame = _parse_frame(data, at)
         if frame is not None and (format is None or frame.format == format):
             frames, format = frames + 1, frame.format
             at = end = at + frame.bytes
             continue
-        following = None if frame is None else _frame(data, at + frame.bytes)
+        following = None if frame is None else _parse_frame(data, at + frame.bytes)
         if frame is not None and following is not None and following.format == frame.format:
             return frames, end, at
         tries += 1  # a tag, or other bytes that look like a frame
-        after = _after_id3(data, at)
+        after = _skip_id3(data, at)
         at = after if after > at else data.find(b"\xff", at + 1)
     return frames, end, None
 
 
-def _after_id3(data: Data, at: int) -> int:
+def _skip_id3(data: Data, at: int) -> int:
     """Return the end of an ID3v2 tag at `at`, or `at`; its size has seven bits per byte."""
     if data[at : at + 3] != b"ID3" or len(data) < at + 10:
         return at
@@ -498,9 +475,12 @@ def _after_id3(data: Data, at: int) -> int:
     return at + 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3])
 
 
-def _xing(data: Data, at: int) -> int | None:
+def _find_xing(data: Data, at: int) -> int | None:
     """Return the offset of the Xing header in the frame at `at`; None if it has none."""
-    frame = _frame(data, at)
-    if frame is None or data[at + frame.side : at + frame.side + 4] not in (b"Xing", b"Info"):
+    frame = _parse_frame(data, at)
+    if frame is None or data[at + frame.xing_offset : at + frame.xing_offset + 4] not in (
+        b"Xing",
+        b"Info",
+    ):
         return None
-    return at + frame.side
+    return at + frame.xing_offset

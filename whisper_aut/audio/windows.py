@@ -44,7 +44,7 @@ def join_windows(frames: Sequence[Tensor]) -> Tensor:
     """
     if len(frames) == 1:
         return frames[0]
-    # Only the last window can be shorter than 30 s, so the first one tells the frame rate.
+    # Only the last window can be shorter than 30 s, so the first one has the frame rate.
     half = round(frames[0].shape[-2] * OVERLAP_SECONDS / WINDOW_SECONDS / 2)
     first, *middle, last = frames
     cut = [
@@ -64,13 +64,13 @@ def batches_by_seconds(seconds: Sequence[float], batch_seconds: float) -> Iterat
         >>> list(batches_by_seconds([3.0, 4.0, 20.0, 1.0], batch_seconds=8))
         [[0, 1], [2], [3]]
     """
-    batch, held = [], 0.0
-    for place, length in enumerate(seconds):
-        if batch and held + length > batch_seconds:
+    batch, total = [], 0.0
+    for index, length in enumerate(seconds):
+        if batch and total + length > batch_seconds:
             yield batch
-            batch, held = [], 0.0
-        batch.append(place)
-        held += length
+            batch, total = [], 0.0
+        batch.append(index)
+        total += length
     if batch:
         yield batch
 

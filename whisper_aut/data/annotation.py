@@ -37,7 +37,7 @@ class Annotation:
         task: `asr`, `caption`, `tag`, `qa`, or any other name; selects the instruction.
         instruction, answer: the sample's own question and answer, used unchanged.
         label: the class or classes for a probe task.
-        language: the spoken language; any code, tag or name that `data.languages` understands.
+        language: the spoken language; any code, tag or name that `whisper_codes` understands.
         duration_seconds: length of the clip as measured when it was built.
         source, id, licence: the corpus, the clip's name in it, and its licence (`license` is read
             too).
@@ -232,7 +232,7 @@ class Template(Formatter):
                     continue
                 self.columns.append(column)
                 if not column or spec not in ("", "words") or conversion:
-                    self.fault = f"the field of {column!r} is not understood"
+                    self.fault = f"the field {column!r} is not supported"
         except ValueError as error:
             self.fault = str(error)
 

@@ -169,21 +169,18 @@ def licence_id(written: str) -> str:
 
 
 def licence_allowed(allowed: Sequence[str], written: str) -> bool:
-    """Return whether an allow-list admits a licence.
+    """Return whether an allow-list admits a licence, as a corpus writes it.
 
-    Args:
-        allowed: licences. An entry without a version admits every version, an empty list every
-            licence.
-        written: the licence as a corpus writes it.
+    An entry without a version admits every version, an empty list every licence.
 
     Raises:
         UserError: an entry of `allowed` is unknown.
     """
-    own = licence_id(written)
-    wanted = [parse_allowed_licence(entry) for entry in allowed]
-    return not wanted or any(
-        own and (own == entry or re.fullmatch(re.escape(entry) + r"-\d\.\d", own))
-        for entry in wanted
+    found = licence_id(written)
+    entries = [parse_allowed_licence(entry) for entry in allowed]
+    return not entries or any(
+        found and (found == entry or re.fullmatch(re.escape(entry) + r"-\d\.\d", found))
+        for entry in entries
     )
 
 
@@ -268,7 +265,7 @@ def select_samples(
         excluded: `(shard, key)` of each sample to exclude.
         allowed: allowed licences, see `licence_allowed`; empty for all.
         licence: the licence of samples that state none.
-        policy: how to retry reading the tables.
+        policy: how to retry.
 
     Raises:
         UserError: the tables cannot be read, or the folder is remote and has none.

@@ -1,4 +1,4 @@
-"""Two files in one, and MP3s that do not say how long they are: whole or rejected, never cut."""
+"""Several files in one, and MP3s that do not state their length, are read in full or rejected."""
 
 import io
 import time

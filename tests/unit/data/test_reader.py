@@ -1,4 +1,4 @@
-"""corpora.members: what tar headers may say."""
+"""Tar headers that are damaged or wrong, names with dots, and how members become samples."""
 
 import gzip
 import io
