@@ -1,4 +1,4 @@
-"""What people and clusters set in the environment does not decide whether a test passes."""
+"""The environment variables of users and clusters do not decide whether a test passes."""
 
 import os
 import subprocess
@@ -32,14 +32,21 @@ HOSTILE = {
 
 
 def test_a_hostile_environment_changes_no_test():
-    tests = [
-        "tests/unit/export/test_card.py::test_a_push_sends_every_file",
-        "tests/unit/export/test_card.py::test_a_push_that_cannot_be_is_said",
-        "tests/integration/test_cli.py",
-        "tests/unit/training/test_strategy.py",
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        "mistake or help or torchrun",
+    ]
+    files = [
+        "integration/test_cli.py",
+        "unit/training/test_strategy.py",
     ]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],
+        [sys.executable, "-m", "pytest", *options, *(f"tests/{file}" for file in files)],
         cwd=REPOSITORY,
         env=os.environ | HOSTILE,
         capture_output=True,
