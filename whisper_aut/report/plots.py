@@ -445,10 +445,9 @@ def _plot_map(
 ) -> None:
     points = project(features)
     for index, group in enumerate(groups):
-        row, colour = divmod(index, len(PALETTE))
         x, y = points[labels == group].T
-        marker = MARKERS[row % len(MARKERS)]
-        axes.scatter(x, y, s=8, color=PALETTE[colour], marker=marker, linewidths=0, label=group)
+        colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+        axes.scatter(x, y, s=8, color=colour, marker=marker, linewidths=0, label=group)
     axes.set_title(title)
     if len(set(labels)) <= MAX_LEGEND_CLASSES:
         axes.legend(fontsize=5.5, markerscale=1.4, handletextpad=0.1, labelspacing=0.2, loc="best")
