@@ -6,13 +6,15 @@ and data, so that a stopped experiment resumes when the same command runs again.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic.dataclasses import dataclass as schema
 from rich.console import Console
 
 from whisper_aut.config import (
@@ -22,10 +24,10 @@ from whisper_aut.config import (
     find_config,
     load_settings,
 )
-from whisper_aut.errors import Problems, UserError, nearest
+from whisper_aut.errors import UserError, nearest
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.pipeline import PipelineOptions, run_pipeline
-from whisper_aut.schema import build
+from whisper_aut.schema import STRICT, build
 from whisper_aut.training.factory import run_fingerprint
 from whisper_aut.training.run_dir import RunDirectory, list_runs
 from whisper_aut.utils import file_lock, read_json
@@ -35,7 +37,7 @@ SEPARATOR = "/"  # between the choices in an arm's name
 Endpoint = Literal["", "speech", "sound", "music", "answers", "loss", "compute"]
 
 
-@dataclass
+@schema(config=STRICT)
 class EvaluateSettings:
     """How probes run an arm's encoder. By default: padding as in training, mean pooling, output.
 
@@ -47,7 +49,7 @@ class EvaluateSettings:
     layer: int | None = None
 
 
-@dataclass
+@schema(config=STRICT)
 class ChoiceSettings:
     """One choice of an axis: config overrides, the pretraining run to start from, evaluation."""
 
@@ -57,7 +59,7 @@ class ChoiceSettings:
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
 
 
-@dataclass
+@schema(config=STRICT)
 class PretrainingSettings:
     """A run that arms start from. All arms of a seed share it, and so do other experiments."""
 
@@ -66,7 +68,7 @@ class PretrainingSettings:
     init_from: str = ""
 
 
-@dataclass
+@schema(config=STRICT)
 class ProbeSetSettings:
     """Probe tasks with the same `root`, and the manifests from which their shards are built.
 
@@ -79,7 +81,7 @@ class ProbeSetSettings:
     optional: bool = False
 
 
-@dataclass
+@schema(config=STRICT)
 class AnswerSettings:
     """Task of `conf/instructions` → test shards about which language models are asked."""
 
@@ -87,7 +89,7 @@ class AnswerSettings:
     limit: int | None = None
 
 
-@dataclass
+@schema(config=STRICT)
 class PrimarySettings:
     """The main comparison, chosen before training: an arm, and a domain of the probes, `answers`,
     `loss` (final validation loss) or `compute` (FLOPs to the lowest threshold that all runs reach).
@@ -97,7 +99,7 @@ class PrimarySettings:
     endpoint: Endpoint = ""
 
 
-@dataclass
+@schema(config=STRICT)
 class FigureSettings:
     """Axes of the figure. `ordered`: join points along x. `curves`: draw validation losses."""
 
@@ -107,7 +109,7 @@ class FigureSettings:
     ordered: bool = True
 
 
-@dataclass
+@schema(config=STRICT)
 class ExperimentSettings:
     """One experiment.
 
@@ -128,11 +130,11 @@ class ExperimentSettings:
     title: str
     question: str
     figure: FigureSettings
-    axes: dict[str, dict[str, ChoiceSettings]]
-    seeds: list[int]
+    axes: dict[str, Annotated[dict[str, ChoiceSettings], Field(min_length=1)]]
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
     reference: str
     primary: PrimarySettings = field(default_factory=PrimarySettings)
-    margin: float | None = None
+    margin: PositiveFloat | None = None
     config: str = ""
     set: dict[str, Any] = field(default_factory=dict)
     everywhere: dict[str, Any] = field(default_factory=dict)
@@ -143,6 +145,46 @@ class ExperimentSettings:
     data: dict[str, Any] = field(default_factory=dict)
     runs: str = "runs/experiments"
     root: str = "data/corpora"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = [*self._figure_problems(), *self._pretraining_problems()]
+        if len(dict.fromkeys(self.seeds)) < len(self.seeds):
+            problems.append(f"seeds: {self.seeds} must be different")
+        if bool(self.primary.arm) != bool(self.primary.endpoint):
+            problems.append("primary: give both arm and endpoint")
+        if not self.probes and not self.answers.tasks:
+            problems.append("probes: nothing is measured; give probe tasks or answers")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _figure_problems(self) -> Iterator[str]:
+        for key, axis in (("x", self.figure.x), ("colour", self.figure.colour)):
+            if axis and axis not in self.axes:
+                yield f"figure.{key}: there is no axis {axis!r}.{nearest(axis, self.axes)}"
+
+    def _pretraining_problems(self) -> Iterator[str]:
+        used = {f"pretraining.{name}": one.init_from for name, one in self.pretraining.items()}
+        starting_axes = []
+        for axis, choices in self.axes.items():
+            used |= {f"axes.{axis}.{name}": choice.init_from for name, choice in choices.items()}
+            starting_axes += [axis] if any(one.init_from for one in choices.values()) else []
+        for key, value in used.items():
+            name = value.removeprefix(RANDOM)
+            if value and name not in self.pretraining:
+                hint = nearest(name, self.pretraining)
+                yield f"{key}.init_from: there is no pretraining run {name!r}.{hint}"
+        if len(starting_axes) > 1:
+            yield f"axes: only one axis can have init_from, not {' and '.join(starting_axes)}"
+        if not self.config and not starting_axes:
+            yield "config: missing; without it, one axis must have init_from"
+        for name in self.pretraining:
+            chain = [name]
+            while chain[-1] in self.pretraining and chain.count(chain[-1]) == 1:
+                chain.append(self.pretraining[chain[-1]].init_from.removeprefix(RANDOM))
+            if chain[-1] in self.pretraining:
+                yield f"pretraining.{name}: starts from itself: {' → '.join(chain)}"
 
 
 @dataclass(frozen=True)
@@ -206,50 +248,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     Raises:
         UserError: Lists all problems.
     """
-    settings = build(ExperimentSettings, compose(path, overrides, "experiments"), str(path))
-    problems = Problems()
-    seeds = settings.seeds
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        problems.add(f"seeds: {seeds} must be one or more different numbers from 0 on.")
-    if bool(settings.primary.arm) != bool(settings.primary.endpoint):
-        problems.add("primary: give both arm and endpoint.")
-    if settings.margin is not None and settings.margin <= 0:
-        problems.add(f"margin: {settings.margin:g} must be above 0, or null for no margin.")
-    if not settings.probes and not settings.answers.tasks:
-        problems.add("probes: nothing is measured. Name probe tasks or answers.")
-    for key, axis in (("x", settings.figure.x), ("colour", settings.figure.colour)):
-        if axis and axis not in settings.axes:
-            hint = nearest(axis, settings.axes)
-            problems.add(f"figure.{key}: there is no axis {axis!r}.{hint}")
-    _check_pretraining(settings, problems)
-    problems.raise_if_any(str(path))
-    return settings
-
-
-def _check_pretraining(settings: ExperimentSettings, problems: Problems) -> None:
-    pretraining = settings.pretraining
-    used = {f"pretraining.{name}": one.init_from for name, one in pretraining.items()}
-    starting_axes = []
-    for axis, choices in settings.axes.items():
-        if not choices:
-            problems.add(f"axes.{axis}: has no choice.")
-        used |= {f"axes.{axis}.{name}": choice.init_from for name, choice in choices.items()}
-        starting_axes += [axis] if any(one.init_from for one in choices.values()) else []
-    for key, value in used.items():
-        name = value.removeprefix(RANDOM)
-        if value and name not in pretraining:
-            hint = nearest(name, pretraining)
-            problems.add(f"{key}.init_from: there is no pretraining run {name!r}.{hint}")
-    if len(starting_axes) > 1:
-        problems.add(f"axes: only one axis can have init_from, not {' and '.join(starting_axes)}.")
-    if not settings.config and not starting_axes:
-        problems.add("config: missing. Without it, one axis must have init_from.")
-    for name in pretraining:
-        chain = [name]
-        while chain[-1] in pretraining and chain.count(chain[-1]) == 1:
-            chain.append(pretraining[chain[-1]].init_from.removeprefix(RANDOM))
-        if chain[-1] in pretraining:
-            problems.add(f"pretraining.{name}: starts from itself: {' → '.join(chain)}.")
+    return build(ExperimentSettings, compose(path, overrides, "experiments"), str(path))
 
 
 def arms_of(settings: ExperimentSettings, path: Path) -> list[Arm]:

@@ -106,8 +106,8 @@ def test_nested_and_dotted_keys_are_the_same():
     ("changes", "message"),
     [
         ({"seedz": [1]}, "seedz: unknown key. Did you mean 'seeds'"),
-        ({"seeds": []}, "seeds: [] must be one or more different numbers"),
-        ({"seeds": [1, 1]}, "seeds: [1, 1] must be one or more different numbers"),
+        ({"seeds": []}, "seeds: "),
+        ({"seeds": [1, 1]}, "seeds: [1, 1] must be different"),
         ({"reference": "old/none/owm"}, "no arm 'old/none/owm'. Did you mean 'old/none/own'"),
         (
             {"primary": {"arm": "old/none/deviatoin", "endpoint": "sound"}},
@@ -119,7 +119,7 @@ def test_nested_and_dotted_keys_are_the_same():
         ),
         ({"primary": {"arm": "old/30s/own"}}, "primary: give both arm and endpoint"),
         ({"primary": {"arm": "old/30s/own", "endpoint": "sounds"}}, "primary.endpoint"),
-        ({"margin": 0}, "margin: 0 must be above 0"),
+        ({"margin": 0}, "margin: must be greater than 0, got 0"),
         (
             {"figure": {"x": "encodr"}},
             "figure.x: there is no axis 'encodr'. Did you mean 'encoder'",
