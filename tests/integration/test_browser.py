@@ -66,7 +66,7 @@ def test_the_demo_draws_itself_without_the_outside_world(
     listener = open_demo_models(str(story / "runs" / "aut_tiny" / "latest"), "", "none")
     listener.index(str(story / "clips"))
     page = build_page(listener, "a test")
-    address = launch_page(page, port=free_port, wait=False)
+    address = launch_page(page, port=free_port)
     try:
         drawn = browse(address, tmp_path, "--virtual-time-budget=30000", "--dump-dom")
     finally:

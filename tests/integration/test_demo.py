@@ -93,7 +93,7 @@ def test_the_page_answers_over_http(
     from gradio_client import Client, handle_file
 
     page = build_page(listener, "a test")
-    address = launch_page(page, port=free_port, folders=[str(story / "clips")], wait=False)
+    address = launch_page(page, port=free_port, folders=[str(story / "clips")])
     try:
         assert address.startswith("http://127.0.0.1:")
         client = Client(address, verbose=False)
@@ -109,7 +109,7 @@ def test_the_page_answers_over_http(
         with pytest.raises(Exception, match="silent audio"):
             client.predict(handle_file(str(tmp_path / "silent.wav")), "sound", api_name="/text")
         with pytest.raises(UserError, match="Choose another with --port"):
-            launch_page(build_page(listener, "again"), port=free_port, wait=False)
+            launch_page(build_page(listener, "again"), port=free_port)
     finally:
         page.close()
 

@@ -88,7 +88,7 @@ def demo(options: argparse.Namespace, console: Console) -> None:
             listener.index(options.index, options.batch_seconds)
     page = build_page(listener, f"whisper-aut · {options.encoder}")
     folders = [options.index] if options.index else []
-    address = launch_page(page, port=options.port, folders=folders, wait=False)
+    address = launch_page(page, port=options.port, folders=folders)
     console.print(f"Open {address} (Ctrl-C ends it). Only this machine can.")
     page.block_thread()
 

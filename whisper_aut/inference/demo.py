@@ -119,12 +119,11 @@ def build_page(models: DemoModels, title: str) -> Any:
     return page
 
 
-def launch_page(page: Any, *, port: int, folders: Sequence[str] = (), wait: bool = True) -> str:
-    """Serve the page on localhost only, and return its URL.
+def launch_page(page: Any, *, port: int, folders: Sequence[str] = ()) -> str:
+    """Serve the page on localhost only, in a thread, and return its URL.
 
     Args:
         folders: folders whose clips the page may play.
-        wait: block until the server is interrupted.
 
     Raises:
         UserError: the port cannot be used.
@@ -145,8 +144,6 @@ def launch_page(page: Any, *, port: int, folders: Sequence[str] = (), wait: bool
         raise UserError(
             f"The page cannot be served at port {port}: {error} Choose another with --port."
         ) from None
-    if wait:
-        page.block_thread()
     return str(url)
 
 
