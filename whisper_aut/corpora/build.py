@@ -28,7 +28,7 @@ from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 from whisper_aut.utils import available_cores, parallel_map, progress_bar, read_json
 
-RECIPE_VERSION = 2  # increase it when the same inputs result in different shards
+RECIPE_VERSION = 3  # increase it when the same inputs result in different shards
 SKIPPED_NAME = "skipped.jsonl"
 SUFFIX_OF_FORMAT = {"FLAC": "flac", "WAV": "wav", "WAVEX": "wav", "OGG": "ogg", "MP3": "mp3"}
 LOSSY = ("VORBIS", "OPUS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
@@ -142,22 +142,14 @@ def _read_row(
 
 @dataclass
 class SkipLog:
-    """Counts the skipped rows by reason and by split.
-
-    Attributes:
-        file: file that each row is written to as a JSON line; None for no log.
-        counts: number of rows by reason.
-        by_split: number of rows by split and reason.
-        examples: the first row of each reason.
-    """
+    """Counts the skipped rows by reason and by split, and writes them to `file`, if any."""
 
     file: TextIO | None = None
     counts: Counter[str] = field(default_factory=Counter)
     by_split: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    examples: dict[str, SkippedRow] = field(default_factory=dict)
+    examples: dict[str, SkippedRow] = field(default_factory=dict)  # the first of each reason
 
     def add(self, row: SkippedRow) -> None:
-        """Count a row, and log it."""
         self.counts[row.reason] += 1
         self.by_split[row.split][row.reason] += 1
         self.examples.setdefault(row.reason, row)
@@ -166,7 +158,6 @@ class SkipLog:
             self.file.write(json.dumps(asdict(row)) + "\n")
 
     def table(self) -> str:
-        """Return one line per reason, the most frequent first."""
         lines = []
         for reason, count in self.counts.most_common():
             row = self.examples[reason]
@@ -193,29 +184,17 @@ def _skip_log(out: Path) -> Iterator[SkipLog]:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """The result of a build.
-
-    Attributes:
-        out: output folder.
-        folders: the folders of shards by split. Without `split_by`, the only split is "".
-        rows: number of manifest rows that `where` kept.
-        filtered_rows: number of rows that `where` dropped.
-        clips: number of clips written.
-        seconds: their total duration.
-        skipped: number of skipped rows by reason.
-        recipe: hash of everything that the shards depend on.
-        reused: whether the shards of an earlier build with the same recipe were kept.
-    """
+    """The result of a build."""
 
     out: Path
-    folders: dict[str, Path]
-    rows: int
-    filtered_rows: int
-    clips: int
-    seconds: float
-    skipped: dict[str, int]
-    recipe: str
-    reused: bool = False
+    folders: dict[str, Path]  # by split; without `split_by`, the only split is ""
+    rows: int  # of the manifest that `where` kept
+    filtered_rows: int  # that `where` dropped
+    clips: int  # written
+    seconds: float  # their total duration
+    skipped: dict[str, int]  # rows by reason
+    recipe: str  # hash of everything that the shards depend on
+    reused: bool = False  # whether the shards of an earlier build with this recipe were kept
 
     def summary(self) -> str:
         """Return a human-readable summary of one paragraph."""
@@ -228,16 +207,6 @@ class BuildReport:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
             text += f". Skipped: {reasons}; see {self.out / SKIPPED_NAME}"
         return f"{text}. The inputs have not changed: reused." if self.reused else f"{text}."
-
-
-@dataclass(frozen=True)
-class _Survey:
-    """The result of a first pass over the manifest that looks up audio files but opens none."""
-
-    recipe: str
-    rows: int
-    splits: tuple[str, ...]
-    skips: SkipLog
 
 
 def build_shards(
@@ -272,12 +241,12 @@ def build_shards(
         "max_shard_bytes": max_shard_bytes,
         "max_skipped_fraction": max_skipped_fraction,
     }
-    survey = _survey(manifest, settings)
+    recipe, row_count, splits, missing = _survey(manifest, settings)
     # Too many missing files are an error before anything is built.
-    _check_skipped(manifest, survey.skips, survey.rows, max_skipped_fraction)
-    folders = {split: out / split for split in survey.splits}
+    _check_skipped(manifest, missing, row_count, max_skipped_fraction)
+    folders = {split: out / split for split in splits}
     _check_out(out, folders)
-    if indices := _find_earlier_build(folders, survey.recipe):
+    if indices := _find_earlier_build(folders, recipe):
         return _report(out, folders, indices, reused=True)
     # Forked workers: spawned ones would each import torch.
     rows = parallel_map(
@@ -293,30 +262,40 @@ def build_shards(
                 for split, path in folders.items()
             }
             bar = stack.enter_context(progress_bar(progress))
-            for row in bar.track(rows, total=survey.rows, description="clips"):
+            for row in bar.track(rows, total=row_count, description="clips"):
                 if isinstance(row, SkippedRow):
                     skips.add(row)
                     continue
                 entry, clip = row
                 annotation = replace(entry.annotation, duration_seconds=clip.seconds)
                 writers[entry.split].write(entry.key, clip.suffix, clip.audio, annotation)
-            _check_skipped(manifest, skips, survey.rows, max_skipped_fraction, out / SKIPPED_NAME)
-            _check_splits(spec, writers, skips)
+            _check_skipped(manifest, skips, row_count, max_skipped_fraction, out / SKIPPED_NAME)
+            for split, writer in writers.items():
+                if not writer.samples:
+                    counts = skips.by_split[split].items()
+                    reasons = ", ".join(f"{count} {reason}" for reason, count in counts)
+                    raise UserError(
+                        f"All rows of {spec.split_by} {split!r} were skipped ({reasons}). Fix "
+                        "them, or leave them out with --where."
+                    )
             build = {
-                "rows": survey.rows,
+                "rows": row_count,
                 "filtered_rows": manifest.filtered_rows,
                 "skipped": dict(skips.counts),
                 "split_by": spec.split_by,
             }
             for split, writer in writers.items():
                 skipped = dict(skips.by_split[split])
-                writer.metadata = {"recipe": survey.recipe, "skipped": skipped, "build": build}
+                writer.metadata = {"recipe": recipe, "skipped": skipped, "build": build}
     except OSError as error:
         raise UserError(f"Cannot write shards to {out}: {error.strerror or error}.") from None
     return _report(out, folders, {split: open_index(folder) for split, folder in folders.items()})
 
 
-def _survey(manifest: Manifest, settings: dict[str, Any]) -> _Survey:
+def _survey(
+    manifest: Manifest, settings: dict[str, Any]
+) -> tuple[str, int, tuple[str, ...], SkipLog]:
+    """Look up all audio files without opening them; return recipe, row count, splits and skips."""
     spec = asdict(manifest.spec)
     del spec["manifest"], spec["audio_root"]
     content = {"version": RECIPE_VERSION, "spec": spec, "manifest": manifest.digest(), **settings}
@@ -340,7 +319,7 @@ def _survey(manifest: Manifest, settings: dict[str, Any]) -> _Survey:
                 f"{column}: {', '.join(manifest.values(column))}" for column in manifest.spec.where
             )
         )
-    return _Survey(recipe.hexdigest()[:16], rows, tuple(splits), skips)
+    return recipe.hexdigest()[:16], rows, tuple(splits), skips
 
 
 def _check_skipped(
@@ -358,16 +337,6 @@ def _check_skipped(
     if SkipReason.MISSING_FILE in skips.counts:
         message += f"Relative paths start from {manifest.root}; --audio-root names another folder."
     raise UserError(message.rstrip())
-
-
-def _check_splits(spec: ManifestSpec, writers: dict[str, ShardWriter], skips: SkipLog) -> None:
-    empty = next((split for split, writer in writers.items() if not writer.samples), None)
-    if empty is not None:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skips.by_split[empty].items())
-        raise UserError(
-            f"All rows of {spec.split_by} {empty!r} were skipped ({reasons}). Fix them, or leave "
-            "them out with --where."
-        )
 
 
 def _check_out(out: Path, folders: dict[str, Path]) -> None:

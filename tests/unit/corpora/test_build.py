@@ -148,9 +148,9 @@ def test_skipped_rows_are_counted_listed_and_written_into_the_index(tmp_path: Pa
     assert read_skipped(tmp_path / "out")[4]["path"] == str(folder / "gone.wav")
     assert report.skipped["missing file"] == 2
     assert (report.clips, sum(report.skipped.values())) == (12, 8)
-    facts = open_index(tmp_path / "out/1").metadata
-    assert facts["skipped"] == {"non-finite audio": 1, "audio too long": 1, "missing file": 1}
-    assert facts["build"]["skipped"] == report.skipped
+    metadata = open_index(tmp_path / "out/1").metadata
+    assert metadata["skipped"] == {"non-finite audio": 1, "audio too long": 1, "missing file": 1}
+    assert metadata["build"]["skipped"] == report.skipped
     assert "2 missing file" in report.summary()
 
 
@@ -290,7 +290,7 @@ def test_workers_do_not_outlive_a_parent_that_was_killed(tmp_path: Path):
         )  # ends when the last process that could write to the pipe is gone
 
 
-def test_tars_that_are_not_ours_are_never_replaced(tmp_path: Path):
+def test_other_tars_are_never_replaced(tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/shard-000000.tar").write_bytes(b"somebody's")
     with pytest.raises(UserError, match="`data build` did not write"):
@@ -386,7 +386,7 @@ def test_a_large_file_is_not_read(tmp_path: Path):
 
 @pytest.mark.skipif(
     not REAL_CORPORA.is_dir(),
-    reason="the real corpora are not at ../shared/data beside the repository",
+    reason="the real corpora are not at ../shared/data next to the repository",
 )
 @pytest.mark.parametrize(
     ("name", "spec", "clips"),

@@ -66,13 +66,13 @@ def test_unrelated_sounds_differ_in_half_of_their_bits(
     clips: list[np.ndarray], index: FingerprintIndex
 ):
     words = [fingerprint(clip, TEXTURE_HZ).words for clip in clips]
-    shares = [
+    fractions = [
         np.bitwise_count(a ^ b).mean() / BITS
         for number, a in enumerate(words)
         for b in words[:number]
     ]
-    assert np.mean(shares) == pytest.approx(0.5, abs=0.02)
-    assert min(shares) > 0.4
+    assert np.mean(fractions) == pytest.approx(0.5, abs=0.02)
+    assert min(fractions) > 0.4
     assert not any(index.search(fingerprint(texture(seed), TEXTURE_HZ)) for seed in range(200, 230))
 
 
@@ -87,7 +87,7 @@ def test_unrelated_sounds_differ_in_half_of_their_bits(
     ],
     ids=["silence", "hum", "offset", "short", "nothing"],
 )
-def test_what_says_nothing_matches_nothing(samples: np.ndarray):
+def test_silence_hums_and_short_clips_match_nothing(samples: np.ndarray):
     samples = samples.astype(np.float32)
     index = FingerprintIndex(
         [fingerprint(samples, TEXTURE_HZ), fingerprint(texture(1), TEXTURE_HZ)]
@@ -100,7 +100,7 @@ def test_padding_with_silence_changes_nothing(clips: list[np.ndarray], index: Fi
         [np.zeros(TEXTURE_HZ), clips[5][: 2 * TEXTURE_HZ], np.zeros(3 * TEXTURE_HZ)]
     ).astype(np.float32)
     found = index.search(fingerprint(padded, TEXTURE_HZ))
-    assert [stretch.clip for stretch in found] == [5]
+    assert [segment.clip for segment in found] == [5]
     assert found[0].start_seconds - found[0].indexed_start_seconds == pytest.approx(
         1.0, abs=2 * FRAME_SECONDS
     )

@@ -173,7 +173,7 @@ def test_a_wrong_length_in_a_header_is_rejected_and_a_missing_one_is_decoded(
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
-def test_a_truncated_tar_counts_what_is_whole(tmp_path: Path, keep: float):
+def test_the_complete_samples_of_a_truncated_tar_are_counted(tmp_path: Path, keep: float):
     with ShardWriter(tmp_path) as shard:
         for number in range(10):
             shard.write(f"{number}", "flac", audio(), Annotation("t"))

@@ -30,7 +30,7 @@ def entries(path: Path, **spec: Any) -> list[Entry]:
     return [item for item in found if isinstance(item, Entry)]
 
 
-def refusal(path: Path, **spec: Any) -> SkippedRow:
+def skipped_row(path: Path, **spec: Any) -> SkippedRow:
     (row,) = [item for item in items(path, **spec) if isinstance(item, SkippedRow)]
     return row
 
@@ -67,7 +67,7 @@ def test_the_nameless_index_that_pandas_writes_is_no_column(tmp_path: Path, firs
 
 
 @pytest.mark.parametrize("nothing", ["null", "NaN", '""', '" "', "[]", "[null]"])
-def test_what_is_no_value_in_a_tar_is_none_in_a_manifest(tmp_path: Path, nothing: str):
+def test_empty_values_are_the_same_in_a_tar_and_in_a_manifest(tmp_path: Path, nothing: str):
     whole = '{"path": "a.wav", "text": "t", "label": T, "offset": T, "language": T, "genre": T}'
     path = table(tmp_path, whole.replace("T", nothing), "clips.jsonl")
     (entry,) = entries(path)
@@ -75,14 +75,14 @@ def test_what_is_no_value_in_a_tar_is_none_in_a_manifest(tmp_path: Path, nothing
     assert entry.annotation == replace(in_tar, id="a")
     assert (entry.annotation.label, entry.segment) == (None, None)
     alone = table(tmp_path, '{"path": "a.wav", "text": T}'.replace("T", nothing), "alone.jsonl")
-    assert refusal(alone).reason is SkipReason.NO_TEXT
+    assert skipped_row(alone).reason is SkipReason.NO_TEXT
 
 
 def test_a_text_is_looked_for_in_each_row_unless_a_column_is_named(tmp_path: Path):
     rows = ({"wav": "a.wav", "caption": ["one", "two"]}, {"wav": "b.wav", "text": "three"})
     path = jsonl(tmp_path, *rows)
     assert [entry.annotation.text for entry in entries(path)] == ["one", "three"]
-    assert refusal(path, text="caption").reason is SkipReason.NO_TEXT
+    assert skipped_row(path, text="caption").reason is SkipReason.NO_TEXT
 
 
 def test_a_tsv_has_no_quoting(tmp_path: Path):
@@ -149,7 +149,7 @@ def test_templates_that_are_not_understood_say_so(tmp_path: Path, template: str)
         Manifest(ManifestSpec(table(tmp_path, "wav,text\na.wav,t\n"), text=template))
 
 
-def test_an_empty_text_is_refused_unless_there_is_a_label_or_an_answer(tmp_path: Path):
+def test_a_row_without_text_label_and_answer_is_skipped(tmp_path: Path):
     path = table(tmp_path, "wav,text,label,answer\na.wav, ,,\nb.wav,,dog,\nc.wav,,,yes\n")
     assert [getattr(item, "reason", None) for item in items(path)] == [
         SkipReason.NO_TEXT,
@@ -157,7 +157,8 @@ def test_an_empty_text_is_refused_unless_there_is_a_label_or_an_answer(tmp_path:
         None,
     ]
     assert (
-        refusal(table(tmp_path, "wav,kind\na.wav,\n"), text="a {kind}").reason is SkipReason.NO_TEXT
+        skipped_row(table(tmp_path, "wav,kind\na.wav,\n"), text="a {kind}").reason
+        is SkipReason.NO_TEXT
     )
 
 
@@ -207,7 +208,7 @@ def test_where_keeps_rows_by_value(tmp_path: Path):
 def test_splits_get_a_folder_name_and_never_share_one(tmp_path: Path):
     path = table(tmp_path, "wav,text,split\na.wav,t,train.clean\nb.wav,t,../up\nc.wav,t,\n")
     assert [item.split for item in items(path, split_by="split")] == ["train_clean", "up", ""]
-    assert refusal(path, split_by="split").reason is SkipReason.BAD_ROW
+    assert skipped_row(path, split_by="split").reason is SkipReason.BAD_ROW
     path = table(tmp_path, "wav,text,split\na.wav,t,a b\nb.wav,t,a/b\n")
     with pytest.raises(UserError, match="would share the folder a_b"):
         items(path, split_by="split")
@@ -220,7 +221,7 @@ def test_a_column_of_names_is_no_split(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("{not json", "not JSON"),
         ("[1, 2]", "expected an object, found list"),
@@ -235,18 +236,18 @@ def test_a_column_of_names_is_no_split(tmp_path: Path):
         ('{"wav": "b.wav", "text": "' + "t" * (1 << 20) + '"}', "bytes of JSON, limit"),
     ],
 )
-def test_a_bad_row_is_refused_and_the_others_stand(tmp_path: Path, line: str, said: str):
+def test_a_bad_row_is_skipped_and_the_others_are_kept(tmp_path: Path, line: str, message: str):
     path = table(
         tmp_path,
         '{"wav": "a.wav", "text": "t"}\n\n' + line + "\n" + '{"wav": "c.wav", "text": "t"}',
         "clips.jsonl",
     )
-    row = refusal(path)
+    row = skipped_row(path)
     assert (row.reason, row.line, len(items(path))) == (SkipReason.BAD_ROW, 3, 3)
-    assert said in row.detail
+    assert message in row.detail
 
 
-def test_a_csv_row_of_another_length_is_refused(tmp_path: Path):
+def test_a_csv_row_of_another_length_is_skipped(tmp_path: Path):
     path = table(tmp_path, 'wav,text\na.wav,t\nb.wav,t,more\nc.wav\n"d.wav"x,t\ne.wav,t\n')
     rows = [(row.line, row.detail) for row in items(path) if isinstance(row, SkippedRow)]
     assert rows == [
@@ -257,7 +258,7 @@ def test_a_csv_row_of_another_length_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("content", "spec", "said"),
+    ("content", "spec", "message"),
     [
         ("", {}, "holds no rows"),
         ("wav,text\n", {}, "holds no rows"),
@@ -309,19 +310,19 @@ def test_a_csv_row_of_another_length_is_refused(tmp_path: Path):
         ('wav,"text\na.wav,t\n', {}, "header line of .* cannot be read"),
     ],
 )
-def test_what_no_row_can_mend_is_told_to_the_user(
-    tmp_path: Path, content: str | bytes, spec: dict[str, Any], said: str
+def test_a_manifest_that_cannot_be_used_is_an_error(
+    tmp_path: Path, content: str | bytes, spec: dict[str, Any], message: str
 ):
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         items(table(tmp_path, content), **spec)
 
 
-def test_a_json_array_is_told_how_to_become_lines(tmp_path: Path):
+def test_the_error_for_a_json_array_shows_how_to_convert_it(tmp_path: Path):
     with pytest.raises(UserError, match=r"jq -c '\.\[\]'"):
         items(table(tmp_path, '[\n{"wav": "a.wav"}]', "clips.json"))
 
 
-def test_a_missing_manifest_says_where_it_looked_and_what_is_there(tmp_path: Path):
+def test_the_error_for_a_missing_manifest_lists_the_tables_of_the_folder(tmp_path: Path):
     table(tmp_path, "", "clips.csv")
     with pytest.raises(
         UserError,

@@ -331,7 +331,7 @@ def test_a_corpus_builds_as_it_is_published(name: str, tmp_path: Path):
         ("wavcaps", ("json_files/BBC", "json_files/SoundBible"), {""}),
     ],
 )
-def test_a_corpus_that_was_downloaded_in_part_builds_from_what_is_there(
+def test_a_corpus_that_was_downloaded_in_part_builds_from_the_available_parts(
     name: str, missing: tuple[str, ...], splits: set[str], tmp_path: Path
 ):
     files = {path: body for path, body in LAYOUTS[name][0].items() if not path.startswith(missing)}
@@ -350,9 +350,9 @@ def test_what_is_missing_is_named_with_the_command_that_downloads_it(
     (tmp_path / "my raw").mkdir()
     out = str(tmp_path / "out")
     assert main(["data", "build", name, str(tmp_path / "my raw"), "--out", out]) == 1
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"whisper-aut data get {name} --out '{tmp_path / 'my raw'}'" in said
-    assert "NAME" not in said
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"whisper-aut data get {name} --out '{tmp_path / 'my raw'}'" in message
+    assert "NAME" not in message
 
 
 def test_get_only_one_archive_and_build_it_as_printed(
@@ -576,7 +576,7 @@ def test_mistakes(
     assert "Traceback" not in captured
 
 
-def test_a_table_beside_the_audio_is_read(tmp_path: Path):
+def test_a_table_next_to_the_audio_is_read(tmp_path: Path):
     table = csv("filename,fold,category", "a.wav,1,dog", "b.wav,2,cat")
     raw = lay_out(tmp_path / "raw", {"audio/a.wav": WAV, "audio/b.wav": WAV, "clips.csv": table})
     out = str(tmp_path / "out")
@@ -638,7 +638,7 @@ def test_a_file_too_high_or_too_deep_is_an_error(
     assert "is not in the folder of a class" in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_what_cannot_be_read_in_a_folder_is_counted(
+def test_unreadable_files_of_a_folder_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     raw = lay_out(
@@ -683,7 +683,7 @@ def test_the_real_corpora_build_as_folders(name: str, clips: int, real_data: Pat
     )
 
 
-def test_list_prints_and_the_documentation_holds_the_same_table(capsys: pytest.CaptureFixture[str]):
+def test_the_documentation_has_the_table_that_list_prints(capsys: pytest.CaptureFixture[str]):
     assert main(["data", "list"]) == 0
     assert "librispeech" in capsys.readouterr().out
     assert markdown_table(RECIPES.values()) in (REPOSITORY / "docs" / "data.md").read_text()

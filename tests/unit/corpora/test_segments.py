@@ -1,4 +1,4 @@
-"""Clips that are parts of longer files: cut to the sample, nothing else read, and refused where the file has no such part."""
+"""Clips that are parts of longer files: cut to the sample, without reading the rest, and skipped if outside the file."""
 
 import io
 import json
@@ -147,7 +147,7 @@ def test_no_segment_is_cut_from_two_files_joined_into_one(tmp_path: Path):
         ({"offset": 1.0, "duration": 0.05}, "audio too short", ""),
     ],
 )
-def test_what_is_not_in_the_file_is_refused(
+def test_a_segment_outside_its_file_is_skipped(
     tmp_path: Path, recording: np.ndarray, row: dict[str, Any], reason: str, detail: str
 ):
     good = {

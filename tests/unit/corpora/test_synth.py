@@ -219,7 +219,7 @@ def test_only_a_hall_has_an_echo():
     assert np.mean(hall[late] ** 2) > 100 * np.mean(dry[late] ** 2)
 
 
-def test_captions_leave_out_what_is_too_long():
+def test_captions_leave_out_long_phrases():
     long = "in a very " + "long " * 12 + "hall"
     text = caption(generator(), "a dog barks", ["twice", "", long, "indoors"], keep=1)
     assert text == "a dog barks twice indoors"
