@@ -554,7 +554,7 @@ def test_other_corpora_print_a_command_that_looks_at_their_shards(
         (["build", "folder", "empty", "--out", "x"], "has no audio files"),
         (["build", "folder", "flat", "--out", "x"], "is not in the folder of a class"),
         (["build", "x-ares", "empty", "--out", "x"], "nothing has to be built"),
-        (["build", "clips.csv", "empty", "--out", "x"], "is not a recipe"),
+        (["build", "clips.csv", "empty", "--out", "x"], "is not the name of a corpus"),
         (["build", "wavcaps", "empty", "--out", "x"], "blacklist"),
         (["build", "wavcaps", "odd", "--out", "x"], "excludes clips of 'Clotho'"),
     ],
