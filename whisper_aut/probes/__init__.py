@@ -1,7 +1,7 @@
-"""Probe frozen encoders: embed every clip of a task once, fit probes, and compare encoders with
+"""Probe frozen encoders: embed every clip of a task once, train probes, and compare encoders with
 confidence intervals and paired tests.
 
 Shapes in this package: B clips, T encoder frames, D width, C classes, I items (clips or
-segments), J problems fitted together, P parameters of a problem, R rank of the features, G
-groups, U units of a record.
+segments), J heads trained together, P parameters of a head, R rank of the features, G groups, U
+units of a record.
 """

@@ -105,7 +105,7 @@ MAX_APPROACH = 10.0  # largest penalty on the way: its optimum is quickly found 
 PATH_FLOPS = 1e9  # per step of all heads: above it, following a path of penalties is faster
 
 # The last two optima of a path: penalties and weights.
-Path = deque[tuple[float, Tensor]]
+PenaltyPath = deque[tuple[float, Tensor]]
 
 
 class LinearProbe(Probe):
@@ -113,9 +113,9 @@ class LinearProbe(Probe):
 
     The objective of each is that of scikit-learn on its own items, summed loss + penalty / 2 ·
     |weight|², divided by the number of items. With targets `[I, C]`, there is one binary logistic
-    regression per class. Heads with the same items and decreasing penalties
-    form a path: each starts from an extrapolation of the two before it. `minimise` works in
-    units in which the curvature at the start is about 1.
+    regression per class. Heads with the same items and decreasing penalties form a path: each
+    starts from an extrapolation of the two before it. `minimise` works in units in which the
+    curvature at the start is about 1.
 
     Args:
         width: number of features, R. They should be standardised.
@@ -202,7 +202,7 @@ class LinearProbe(Probe):
         (weights, penalties), wide = self._item_weights(features, mask), _with_ones(features)
         heads = range(len(self.weight))
         path_of_head = heads if self.approach else _number_columns(mask, len(heads))
-        paths: dict[int, Path] = defaultdict(lambda: deque(maxlen=2))
+        paths: dict[int, PenaltyPath] = defaultdict(lambda: deque(maxlen=2))
         for level, factor, tolerance in self._levels(len(features)):
             numbers, raised = level.tolist(), (self.penalties[level] * factor).tolist()
             start = [
@@ -260,8 +260,9 @@ class LinearProbe(Probe):
         raised = penalties[level] * factor
         # Inverse square root of the curvature along each axis at the start.
         scores = _linear_scores(start, features)
-        chance = scores.sigmoid() if targets.ndim == 2 else scores.softmax(2)
-        steepness = torch.einsum("ijc,ij->jc", chance * (1 - chance), weights[:, level])
+        probabilities = scores.sigmoid() if targets.ndim == 2 else scores.softmax(2)
+        variances = probabilities * (1 - probabilities)
+        steepness = torch.einsum("ijc,ij->jc", variances, weights[:, level])
         curvature = steepness.clamp(min=1e-8)[:, :, None] * self.variances
         curvature = curvature + raised[:, None, None] * self._penalised()
         scale = (curvature + 1e-12).rsqrt()
@@ -341,7 +342,7 @@ def _linear_scores(weight: Tensor, features: Tensor) -> Tensor:
     return product(features, weight.flatten(0, 1)).unflatten(1, weight.shape[:2])
 
 
-def _extrapolate(path: Path, penalty: float, otherwise: Tensor) -> Tensor:
+def _extrapolate(path: PenaltyPath, penalty: float, otherwise: Tensor) -> Tensor:
     """Extrapolate a path to the next penalty, linearly in the logarithm of the penalty."""
     if len(path) < 2:
         return path[-1][1] if path else otherwise

@@ -139,7 +139,7 @@ def heads(basis: PrincipalAxes, penalties: list[float], **more) -> LinearProbe:
     return LinearProbe(len(basis.variances), CLASSES, candidates, variances=basis.variances, **more)
 
 
-def last_end(path: linear.Path, penalty: float, otherwise: torch.Tensor) -> torch.Tensor:
+def last_end(path: linear.PenaltyPath, penalty: float, otherwise: torch.Tensor) -> torch.Tensor:
     return path[-1][1] if path else otherwise
 
 
