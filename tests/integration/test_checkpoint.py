@@ -101,7 +101,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(fault: str, tm
         (newest / MANIFEST).unlink()
     else:
         (newest / MANIFEST).write_text("{")
-    path, messages = latest_valid(tmp_path)
+    messages: list[str] = []
+    path = latest_valid(tmp_path, messages.append)
     assert path == valid
     assert len(messages) == 1
     assert "step-0000002.ckpt is damaged and was skipped" in messages[0]

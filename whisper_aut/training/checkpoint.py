@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -119,15 +119,23 @@ def find_damage(path: Path, *, hashes: bool = True) -> str:
     return ""
 
 
-def latest_valid(folder: Path, *, hashes: bool = True) -> tuple[Path | None, list[str]]:
-    """Return the newest valid checkpoint in a folder, and messages about newer, damaged ones."""
-    messages = []
-    for path in reversed(checkpoints_in(folder)):
+def latest_valid(folder: Path, warn: Callable[[str], None], *, hashes: bool = True) -> Path | None:
+    """Return the newest valid checkpoint in a folder, or None if there are no checkpoints.
+
+    Calls `warn` with a message for each damaged checkpoint that is skipped.
+
+    Raises:
+        UserError: If all checkpoints are damaged.
+    """
+    found = checkpoints_in(folder)
+    for path in reversed(found):
         damage = find_damage(path, hashes=hashes)
         if not damage:
-            return path, messages
-        messages.append(f"{path} is damaged and was skipped: {damage}")
-    return None, messages
+            return path.resolve()
+        warn(f"{path} is damaged and was skipped: {damage}")
+    if found:
+        raise UserError(f"{folder} contains no valid checkpoint.")
+    return None
 
 
 def read_weights(path: Path) -> dict[str, Any]:

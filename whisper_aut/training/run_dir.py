@@ -264,12 +264,14 @@ def find_resume_checkpoint(
     """
     if not resume:
         return None
+    hashes = is_first_rank()  # `load_checkpoint` broadcasts the choice of rank 0 to all ranks
     if resume == AUTO:
-        unfinished = newest and not newest.done.exists()
-        return latest_valid_checkpoint(newest, warn) if newest and unfinished else None
+        if newest is None or newest.done.exists():
+            return None
+        return latest_valid(newest.checkpoints, warn, hashes=hashes)
     path = Path(resume).resolve()
     if (path / "checkpoints").is_dir():
-        checkpoint = latest_valid_checkpoint(RunDirectory(path), warn)
+        checkpoint = latest_valid(path / "checkpoints", warn, hashes=hashes)
         if checkpoint is None:
             raise UserError(f"{path} has no checkpoint yet. Run again without --resume.")
         path = checkpoint
@@ -279,7 +281,7 @@ def find_resume_checkpoint(
             f"Cannot resume: {path} {problem}. Give a run directory, a checkpoint "
             f"{folder}/…/checkpoints/step-….ckpt, or --resume auto."
         )
-    elif damage := find_damage(path, hashes=is_first_rank()):
+    elif damage := find_damage(path, hashes=hashes):
         raise UserError(
             f"{path} is damaged: {damage}. --resume auto uses the newest valid checkpoint."
         )
@@ -298,22 +300,6 @@ def _check_name(checkpoint: Path, name: str) -> None:
             f"use whisper-aut export {config.parent} --format whisper --out FOLDER and set "
             "model.path=FOLDER."
         )
-
-
-def latest_valid_checkpoint(run: RunDirectory, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest valid checkpoint of a run, or None if it has not saved any.
-
-    Raises:
-        UserError: If all checkpoints are damaged.
-    """
-    # Only rank 0 compares hashes. `load_checkpoint` broadcasts its choice to all ranks.
-    path, messages = latest_valid(run.checkpoints, hashes=is_first_rank())
-    for message in messages:
-        warn(message)
-    if path is None and checkpoints_in(run.checkpoints):
-        listed = "\n".join(f"  - {message}" for message in messages)
-        raise UserError(f"{run.checkpoints} contains no valid checkpoint:\n{listed}")
-    return path.resolve() if path else None
 
 
 def check_step_size(checkpoint: Path, batch_clips: int, ranks: int, accumulate: int) -> None:

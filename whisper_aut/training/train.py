@@ -39,6 +39,7 @@ from whisper_aut.training.checkpoint import (
     FULL_DISK,
     check_disk_space,
     checkpoint_bytes,
+    latest_valid,
     read_manifest,
     read_state,
     write_error_message,
@@ -59,7 +60,6 @@ from whisper_aut.training.run_dir import (
     create_job_run,
     find_resume_checkpoint,
     is_first_rank,
-    latest_valid_checkpoint,
     list_runs,
     share_run_name,
 )
@@ -237,7 +237,8 @@ def _fit(
                 )
             break
         except Rewind as rewind:
-            checkpoint, rewinds = latest_valid_checkpoint(run, warn), rewinds + 1
+            checkpoint = latest_valid(run.checkpoints, warn, hashes=is_first_rank())
+            rewinds += 1
             if checkpoint is None or rewinds > MAX_REWINDS:
                 why = "has no checkpoint yet" if checkpoint is None else "was rewound too often"
                 raise UserError(

@@ -30,9 +30,7 @@ class DataMonitor(lightning.Callback):
         self._validation_languages: Counter[str] = Counter()
         self._warned = False
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, *_: Any) -> None:
         self.ledger.record(batch.sources, batch.skipped)
         self._languages.update(batch.unknown_languages)
 
@@ -57,14 +55,7 @@ class DataMonitor(lightning.Callback):
     def on_validation_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self._validation_languages.clear()
 
-    def on_validation_batch_start(
-        self,
-        trainer: lightning.Trainer,
-        module: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_start(self, trainer: Any, module: Any, batch: Batch, *_: Any) -> None:
         self._validation_languages.update(batch.unknown_languages)
         # Every validation reads the same clips, so only the first is recorded.
         if not self.ledger.validated:

@@ -129,9 +129,7 @@ class ThroughputMeter(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self._begin = self._step_end = time.perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, module: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, *_: Any) -> None:
         self._waited += time.perf_counter() - self._step_end
         # Counted before the step, so that a checkpoint written after it includes it.
         padded = module.encoder.padding == "30s"

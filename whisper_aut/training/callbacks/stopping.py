@@ -59,7 +59,7 @@ class CleanStop(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if ends_step(trainer, batch_idx) and (received := self._received_anywhere(trainer, module)):
+        if ends_step(trainer, batch_idx) and (received := self._max_received(trainer, module)):
             # Lightning would log this step after this hook, which raises.
             metrics = {
                 name: float(value)
@@ -70,15 +70,8 @@ class CleanStop(lightning.Callback):
                 logger.log_metrics(metrics, step=trainer.global_step - 1)
             self._stop(trainer, received)
 
-    def on_validation_batch_start(
-        self,
-        trainer: lightning.Trainer,
-        module: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if trainer.state.fn == "fit" and (received := self._received_anywhere(trainer, module)):
+    def on_validation_batch_start(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
+        if trainer.state.fn == "fit" and (received := self._max_received(trainer, module)):
             self._stop(trainer, received)  # the step was saved before its validation
 
     def teardown(self, trainer: lightning.Trainer, module: Any, stage: str) -> None:
@@ -91,7 +84,7 @@ class CleanStop(lightning.Callback):
             raise KeyboardInterrupt
         self._received = CTRL_C if number == signal.SIGINT else PREEMPTION
 
-    def _received_anywhere(self, trainer: lightning.Trainer, module: Any) -> int:
+    def _max_received(self, trainer: lightning.Trainer, module: Any) -> int:
         """Return the most urgent signal of any rank, the same value on all ranks."""
         return max_over_ranks(trainer, module, self._received)
 
@@ -112,9 +105,7 @@ class StopOnDataEnd(lightning.Callback):
         self.checkpoints, self.warn = checkpoints, warn
         self._batches = self._empty_epochs = 0
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         self._batches += 1
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: Any) -> None:
@@ -180,9 +171,7 @@ class Guard(lightning.Callback):
         # Metrics of the last step, which Lightning discards in a validation.
         self.last_metrics: dict[str, Any] = {}
 
-    def on_before_optimizer_step(
-        self, trainer: lightning.Trainer, module: Any, optimizer: Any
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         """Measure the gradient norm before Lightning clips, and drop gradients that are not finite.
 
         Without gradients, the optimizer changes neither weights nor state, and applies no weight
