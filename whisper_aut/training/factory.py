@@ -260,7 +260,7 @@ def source_weights(data: DataSettings, samples: Sequence[int]) -> list[float]:
         for source, clips in zip(data.train, samples, strict=True)
     ]
     domains = [source.domain for source in data.train]
-    return mixture_weights(domains, weights, data.domains, data.temperature)
+    return mixture_weights(domains, weights, {**data.domains}, data.temperature)
 
 
 def run_fingerprint(settings: Settings) -> str:
