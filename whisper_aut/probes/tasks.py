@@ -23,7 +23,7 @@ from whisper_aut.data.reader import Sample
 from whisper_aut.data.shards import ShardIndex, open_index
 from whisper_aut.errors import Problems, UserError, nearest
 from whisper_aut.probes.metrics import ANSWERS, Answer
-from whisper_aut.schema import build
+from whisper_aut.schema import Text, build
 
 SPLITS = ("train", "valid", "test")
 
@@ -89,7 +89,7 @@ class ProbeTask:
     label: str = "label"
     separator: str = ""
     event: list[str] = field(default_factory=lambda: ["onset", "offset", "label"])
-    select: dict[str, list[str]] = field(default_factory=dict)
+    select: dict[str, list[Text]] = field(default_factory=dict)
     group: str = ""
     group_pattern: str = ""
     weight: float = 1.0

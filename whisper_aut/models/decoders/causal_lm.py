@@ -35,6 +35,7 @@ from whisper_aut.models.language_model import (
 from whisper_aut.models.losses import DecoderLoss, chunked_cross_entropy
 from whisper_aut.models.pretrained import PretrainedWhisper, seeded
 from whisper_aut.models.tiny import LanguageScratch, make_language_model, scratch_config
+from whisper_aut.schema import Text
 
 META_AUDIO_INDEX = 3  # for planning: ChatML writes three tokens before the user's text
 
@@ -71,8 +72,8 @@ class CausalLMOptions:
     """
 
     name: str = "causal_lm"
-    language_model: str = "Qwen/Qwen3-0.6B"
-    revision: str = ""
+    language_model: Text = "Qwen/Qwen3-0.6B"
+    revision: Text = ""
     scratch: LanguageScratch | None = None
     train: Literal["frozen", "lora", "full"] = "frozen"
     random_init: bool = False
@@ -82,7 +83,7 @@ class CausalLMOptions:
     instructions: dict[str, Instruction] = field(default_factory=dict)
     max_tokens: int = 512
     overflow: Literal["cut", "drop"] = "cut"
-    date: str = ""
+    date: Text = ""
 
     @property
     def weights_dtype(self) -> torch.dtype:
