@@ -1,6 +1,7 @@
 """The folder in which the pages of docs/ are followed."""
 
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,3 +33,10 @@ def reader_folder(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for registry, entries in zip(registries, before, strict=True):
         registry.clear()
         registry.update(entries)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

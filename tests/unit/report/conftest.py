@@ -1,6 +1,4 @@
-"""Scores of two encoders on two tasks, and a free port."""
-
-import socket
+"""Scores of two encoders on two tasks."""
 
 import pytest
 
@@ -43,10 +41,3 @@ def two_encoders() -> Scores:
         entry("base", "speak", "speech", (9, 8)),
     )
     return Scores(entries, (), (0, 1))
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
