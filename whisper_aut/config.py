@@ -111,15 +111,18 @@ Plugins.instance().register(ConfFolders)
 
 
 def _compose_groups(path: Path, folders: Sequence[Path], choices: Mapping[str, str]) -> Any:
-    ConfFolders.folders = folders
     name = path.name.removesuffix(".yaml")
-    with hydra.initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
-        if not choices:
-            return hydra.compose(name)
-        config = hydra.compose(name, return_hydra_config=True)
-        picked = config.hydra.runtime.choices  # groups without a default are added with `+`
-        added = [f"{'' if key in picked else '+'}{key}={value}" for key, value in choices.items()]
-        return hydra.compose(name, added)
+    ConfFolders.folders = folders
+    try:
+        with hydra.initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
+            if not choices:
+                return hydra.compose(name)
+            config = hydra.compose(name, return_hydra_config=True)
+            picked = config.hydra.runtime.choices  # groups without a default are added with `+`
+            signs = {key: "" if key in picked else "+" for key in choices}
+            return hydra.compose(name, [f"{signs[key]}{key}={choices[key]}" for key in choices])
+    finally:
+        ConfFolders.folders = ()  # for other users of Hydra in this process
 
 
 def _search_path(path: Path, kind: str) -> list[Path]:
