@@ -1,6 +1,7 @@
-"""Notebooks are stripped, valid and free of this or that machine; they run by `make notebooks`, in CI too."""
+"""Notebooks are valid, have no outputs and name no machine. `make notebooks` runs them, in CI too."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ def test_the_smoke_scale_is_the_default(path: Path):
     assert len(tagged) == 1
     assert tagged[0].startswith('SCALE = "smoke"')
     assert '"tiny": ' in tagged[0]
+
+
+@each_notebook
+def test_what_a_notebook_imports_exists(path: Path):
+    for cell in code_cells(path):
+        for node in ast.walk(ast.parse(python_of(cell.source))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("whisper_aut"):
+                module = importlib.import_module(str(node.module))
+                assert all(hasattr(module, name.name) for name in node.names), node.module
 
 
 def test_notebooks_share_one_corpus_and_one_run():

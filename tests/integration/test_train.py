@@ -506,6 +506,6 @@ def test_a_run_ends_with_its_data_however_many_steps_were_planned(
 
 def test_there_is_no_precision_without_float32_weights():
     with pytest.raises(
-        UserError, match="'bf16-true' is not one of 'auto', '32-true', 'bf16-mixed'"
+        UserError, match="must be 'auto', '32-true', 'bf16-mixed' or '16-mixed', got 'bf16-true'"
     ):
         load_settings(REPOSITORY / "conf" / "smoke.yaml", ["hardware.precision=bf16-true"])
