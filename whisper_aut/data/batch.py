@@ -8,14 +8,35 @@ The classes of a batch are not frozen: Lightning's half-precision and DeepSpeed 
 and assign its fields.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from whisper_aut.data.reader import SkippedSample
 from whisper_aut.data.sampler import Cursor
+
+
+class DeviceData:
+    """A dataclass whose tensors move together, also those of the `DeviceData` in it."""
+
+    def to(self, device: torch.device) -> Self:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        changes = {}
+        for field in fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changes[field.name] = function(value)
+            elif isinstance(value, DeviceData):
+                changes[field.name] = value._map(function)
+        return replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
@@ -31,7 +52,7 @@ class TokenTarget:
 
 
 @dataclass
-class Targets:
+class Targets(DeviceData):
     """The token targets of a batch.
 
     Attributes:
@@ -68,25 +89,9 @@ class Targets:
         parts = self.tokens.split(self.lengths)
         return [part[:length] for part, length in zip(parts, self.prompt_lengths, strict=True)]
 
-    def to(self, device: torch.device) -> "Targets":
-        return replace(
-            self,
-            tokens=self.tokens.to(device, non_blocking=True),
-            supervised=self.supervised.to(device, non_blocking=True),
-            label_indices=self.label_indices.to(device, non_blocking=True),
-        )
-
-    def pin_memory(self) -> "Targets":
-        return replace(
-            self,
-            tokens=self.tokens.pin_memory(),
-            supervised=self.supervised.pin_memory(),
-            label_indices=self.label_indices.pin_memory(),
-        )
-
 
 @dataclass
-class Waveforms:
+class Waveforms(DeviceData):
     """Clips whose log-mel is computed on the training device.
 
     Attributes:
@@ -111,15 +116,9 @@ class Waveforms:
         """Return the clips, each `[S]` float32."""
         return self.bits.view(torch.float32).split(self.samples)
 
-    def to(self, device: torch.device) -> "Waveforms":
-        return replace(self, bits=self.bits.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Waveforms":
-        return replace(self, bits=self.bits.pin_memory())
-
 
 @dataclass
-class Batch:
+class Batch(DeviceData):
     """One micro-batch of one rank.
 
     Attributes:
@@ -163,22 +162,6 @@ class Batch:
     def audio_seconds(self) -> float:
         """Seconds of audio, from the valid mel frames."""
         return sum(self.mel_lengths) / 100
-
-    def to(self, device: torch.device) -> "Batch":
-        return replace(
-            self,
-            mel=self.mel.to(device, non_blocking=True),
-            targets=self.targets.to(device),
-            waveforms=self.waveforms and self.waveforms.to(device),
-        )
-
-    def pin_memory(self) -> "Batch":
-        return replace(
-            self,
-            mel=self.mel.pin_memory(),
-            targets=self.targets.pin_memory(),
-            waveforms=self.waveforms and self.waveforms.pin_memory(),
-        )
 
 
 @dataclass(frozen=True)

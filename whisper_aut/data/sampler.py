@@ -15,10 +15,10 @@ import heapq
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -255,7 +255,7 @@ class SequentialOrder(Order):
 def mixture_weights(
     domains: Sequence[str],
     weights: Sequence[float],
-    domain_weights: dict[str, float],
+    domain_weights: Mapping[Any, float],
     temperature: float = 1.0,
 ) -> list[float]:
     """Return the weight of each source in the mixture.
