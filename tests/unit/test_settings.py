@@ -48,6 +48,11 @@ def test_every_config_loads_and_its_dump_is_equal(path: Path, tmp_path: Path):
     assert load_settings(tmp_path / "dumped.yaml") == settings
 
 
+def test_recipes_fit_on_a_screen():
+    long = {path.name for path in RUN_CONFIGS if len(path.read_text().splitlines()) > 40}
+    assert long == {"speech_real_small.yaml"}  # it lists the columns of three manifests
+
+
 @pytest.mark.parametrize("path", GROUP_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_choice_of_a_group_can_be_picked(path: Path):
     if path.parent.name == "probe_tasks":
