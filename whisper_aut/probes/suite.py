@@ -111,7 +111,15 @@ def run_suite(
     if predictions_file is not None:
         # Rewritten score by score, like the scores file.
         Path(predictions_file).unlink(missing_ok=True)
-    settings = _settings(root, cache, embedding, kind, final_fit)
+    settings: dict[str, Any] = {
+        "root": str(root),
+        "cache": str(cache),
+        "pooling": embedding.pooling,
+        "layers": list(embedding.layers),
+        "kind": kind or "each task's own",
+        "final_fit": final_fit,
+        "candidates": {name: list(probe.candidates) for name, probe in PROBES.items()},
+    }
     scores = Scores((), (), seeds, settings)
     fingerprints = {name: encoder.fingerprint() for name, encoder in encoders.items()}
     for task in tasks:
@@ -405,25 +413,6 @@ def _identity(embedder: TaskEmbedder, kind: str, seeds: Sequence[int], final_fit
     scored = [task.name, task.domain, task.metric, task.classes, task.segment_seconds]
     data = embedder.identities()
     return digest({"version": SCORES_VERSION, "data": data, "probe": probe, "task": scored})
-
-
-def _settings(
-    root: str | Path | None,
-    cache: str | Path,
-    embedding: EmbedSettings,
-    kind: str,
-    final_fit: FinalFit,
-) -> dict[str, Any]:
-    """Return the settings of a run as JSON, without those that only affect its speed."""
-    return {
-        "root": str(root),
-        "cache": str(cache),
-        "pooling": embedding.pooling,
-        "layers": list(embedding.layers),
-        "kind": kind or "each task's own",
-        "final_fit": final_fit,
-        "candidates": {name: list(probe.candidates) for name, probe in PROBES.items()},
-    }
 
 
 def _stored(
