@@ -11,15 +11,13 @@ from tests.support import REPOSITORY
 PACKAGE = REPOSITORY / "whisper_aut"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
-MAX_FILE_LINES, MAX_FILES, MAX_LINES = 700, 123, 34_900  # the goal is 110 files and 22,000 lines
+MAX_FILE_LINES, MAX_FILES, MAX_LINES = 700, 120, 28_600  # the goal is 110 files and 22,000 lines
 # A folder or module imports from itself and from those before it.
 ORDER = (
     *("errors", "utils", "schema", "onednn", "audio", "data", "config", "corpora", "models"),
     *("training", "inference", "export", "probes", "report", "loading", "pipeline"),
     *("experiments", "commands", "cli"),
 )
-# Larger ones are split as their packages are rewritten.
-LARGE: dict[str, int] = {}
 
 
 def imports_of(path: Path, prefix: str = "whisper_aut.") -> set[str]:
@@ -53,7 +51,7 @@ def test_modules_have_a_docstring_and_a_readable_size():
     for path in SOURCES:
         text, name = path.read_text(), path.relative_to(PACKAGE).as_posix()
         assert ast.get_docstring(ast.parse(text)), f"{path} has no module docstring"
-        assert len(text.splitlines()) <= LARGE.get(name, MAX_FILE_LINES), f"{name} is too long"
+        assert len(text.splitlines()) <= MAX_FILE_LINES, f"{name} is too long"
 
 
 def test_the_package_does_not_grow():
