@@ -228,7 +228,7 @@ def test_all_that_is_trained_moves_though_the_language_model_is_in_bfloat16(
     before: dict[str, torch.Tensor] = {}
 
     def remember(trainer: Any, module: Any) -> None:
-        before.update(trainer.strategy._model_state().collect(rank=0, ranks=1).weights)
+        before.update(trainer.strategy.model_state().collect(rank=0, ranks=1).weights)
 
     trainers = add_callbacks(monkeypatch, LambdaCallback(on_train_start=remember))
     overrides = [

@@ -210,7 +210,7 @@ class NamedCheckpoints:
         self.wait_for_checkpoint()
         path = Path(strategy.broadcast(str(filepath)))
         writer = CheckpointWriter(path, strategy.global_rank, strategy.world_size)
-        shard = self._model_state().collect(writer.rank, writer.ranks)
+        shard = self.model_state().collect(writer.rank, writer.ranks)
         tensors = ("state_dict", "optimizer_states")
         state = {key: value for key, value in checkpoint.items() if key not in tensors}
         state |= {"extra": shard.extra, **self._extra_state()}
@@ -252,11 +252,11 @@ class NamedCheckpoints:
         return state | {"path": str(path), "state_dict": {}, "optimizer_states": []}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self._model_state().load_weights(read_weights(Path(checkpoint["path"])))
+        self.model_state().load_weights(read_weights(Path(checkpoint["path"])))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         strategy: Any = self
-        self._model_state().load_optimizer_state(read_optimizer_state(Path(checkpoint["path"])))
+        self.model_state().load_optimizer_state(read_optimizer_state(Path(checkpoint["path"])))
         schedulers = [config.scheduler for config in strategy.lr_scheduler_configs]
         for optimizer, scheduler, state in zip(
             strategy.optimizers, schedulers, checkpoint["lr_schedulers"], strict=True
@@ -294,7 +294,7 @@ class NamedCheckpoints:
             self._writers = None
         super().teardown()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _model_state(self) -> ModelState:
+    def model_state(self) -> ModelState:
         strategy: Any = self
         optimizers = strategy.optimizers
         return ModelState(strategy.lightning_module, optimizers[0] if optimizers else None)
@@ -416,7 +416,7 @@ class DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
     def on_validation_end(self) -> None:
         self._gathered_model.close()
 
-    def _model_state(self) -> ModelState:
+    def model_state(self) -> ModelState:
         module: Any = self.lightning_module
         return DeepSpeedState(module, self.deepspeed_engine, self._frozen)
 
