@@ -157,7 +157,8 @@ class AudioTextModule(lightning.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if not len(batch):
             return
-        frames, loss = self(batch)
+        # Not `self(batch)`: ZeRO-3 hooks into it with a collective, and a rank may have no clips.
+        frames, loss = self.forward(batch)
         nll, correct = loss.token_nll.split(loss.counts), loss.correct.split(loss.counts)
         for groups, clip_nll, clip_correct in zip(
             zip(batch.domains, batch.tasks, strict=True), nll, correct, strict=True
