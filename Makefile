@@ -8,6 +8,7 @@ STAMP := $(VENV)/.ready
 
 CONFIG ?=
 DATA ?=
+MODEL ?=
 ARGS ?=
 ENCODER ?=
 AGAINST ?=
@@ -16,7 +17,7 @@ RUNS ?=
 OUT ?=
 CONFIG_AUT := $(or $(CONFIG),conf/aut_tiny.yaml)
 CONFIG_UNIWHISPER := $(or $(CONFIG),conf/uniwhisper_tiny.yaml)
-OVERRIDES := $(if $(DATA),data.root=$(DATA)) $(ARGS)
+OVERRIDES := $(if $(MODEL),model.path=$(MODEL)) $(if $(DATA),data.root=$(DATA)) $(ARGS)
 
 export TOKENIZERS_PARALLELISM := false
 
@@ -45,10 +46,10 @@ lock: ## resolve the dependencies and rewrite requirements.lock
 	.uv/bin/uv pip compile -q pyproject.toml --extra demo --extra remote --extra lora --extra onnx --extra parquet \
 		--group dev --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -o requirements.lock
 
-train-aut: $(STAMP) ## the whole AuT pipeline: data, training, export, probes, report (CONFIG=, DATA=, ARGS="key=value")
+train-aut: $(STAMP) ## the whole AuT pipeline: data, training, export, probes, report (CONFIG=, MODEL=, DATA=, ARGS="key=value")
 	@$(BIN)/whisper-aut train $(CONFIG_AUT) $(OVERRIDES)
 
-train-uniwhisper: $(STAMP) ## the whole UniWhisper pipeline, through a frozen language model (CONFIG=, DATA=, ARGS="key=value")
+train-uniwhisper: $(STAMP) ## the whole UniWhisper pipeline, through a frozen language model (CONFIG=, MODEL=, DATA=, ARGS="key=value")
 	@$(BIN)/whisper-aut train $(CONFIG_UNIWHISPER) $(OVERRIDES)
 
 probe: $(STAMP) ## score an encoder (ENCODER=, TASKS="a b", optional AGAINST=, DATA=, OUT=, ARGS="--kind knn")

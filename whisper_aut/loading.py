@@ -20,9 +20,12 @@ from whisper_aut.inference.encoder import (
     load_encoder,
     resolve_device,
     split_padding,
+    trained_padding,
 )
-from whisper_aut.models.encoder import Padding
+from whisper_aut.models.decoders import check_decoder
+from whisper_aut.models.encoder import PackedEncoder, Padding
 from whisper_aut.models.module import AudioTextModule
+from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.probes.embed import BASELINE_NAME, FrameEncoder, LogMelBaseline
 from whisper_aut.probes.tasks import ProbeTask, expand_suites, load_task
 from whisper_aut.training.factory import build_trained
@@ -47,6 +50,35 @@ def open_run(path: Path, *, device: str = "cpu", dtype: str = "fp32") -> AudioTe
     settings = load_settings(RunDirectory(checkpoint.parent.parent).config)
     module = build_trained(settings, read_checkpoint(checkpoint))
     return module.to(device=target, dtype=None if dtype == "fp32" else DTYPES[dtype])
+
+
+def open_generator(name: str, *, device: str = "cpu", dtype: str = "fp32") -> AudioTextModule:
+    """Load a model that writes text: a trained one, see `open_run`, or a Whisper.
+
+    Args:
+        name: a run directory, one of its checkpoints, or a Whisper checkpoint: a directory in
+            Hugging Face's format or a hub id, with an optional padding mode (`NAME@none`).
+        device, dtype: see `open_run`.
+
+    Raises:
+        UserError: there is no such model, or it has no decoder.
+    """
+    path, padding = split_padding(name)
+    if is_run(Path(path)):
+        if padding:
+            raise UserError(f"{name}: a run uses the padding of its training. Write {path}.")
+        return open_run(Path(path), device=device, dtype=dtype)
+    pretrained = PretrainedWhisper(path)
+    entry, options = check_decoder({"name": "whisper"})
+    decoder, codec = entry.build(pretrained, options, False)
+    encoder = PackedEncoder(pretrained.encoder, padding or trained_padding(pretrained.config))
+    module = AudioTextModule(encoder, decoder, codec).eval()
+    return module.to(device=resolve_device(device), dtype=DTYPES[dtype])
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a path is a run directory or a checkpoint in one."""
+    return RunDirectory(path).environment.is_file() or path.suffix == ".ckpt"
 
 
 def export_run(path: Path, out: Path, kind: ExportKind, dtype: str = "fp32", **card: str) -> Path:
@@ -154,7 +186,7 @@ def open_demo_models(
     encoders: dict[str, AudioEncoder] = {}
     if against:
         encoders["before"] = load(against)
-    if RunDirectory(path).environment.is_file() or path.suffix == ".ckpt":
+    if is_run(path):
         module = open_run(path, device=device, dtype=dtype)
         if not against:
             _, start = find_checkpoint(path)

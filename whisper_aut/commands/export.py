@@ -55,10 +55,10 @@ def _read_questions(console: Console) -> Iterator[str]:
 def evaluate(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.data.targets import missing_token_warning
     from whisper_aut.inference.chat import evaluate
-    from whisper_aut.loading import open_run
+    from whisper_aut.loading import open_generator
 
     out = Path(options.out) if options.out else None
-    module = open_run(Path(options.run_or_checkpoint), device=options.device, dtype=options.dtype)
+    module = open_generator(options.model, device=options.device, dtype=options.dtype)
     result = evaluate(
         module,
         options.shards,
@@ -114,10 +114,12 @@ def add_parsers(commands: Commands) -> None:
     command.set_defaults(run=chat)
 
     command = commands.add_parser(
-        "evaluate", help="score the texts that a trained model generates for shards"
+        "evaluate", help="score the texts that a trained model or a Whisper generates for shards"
     )
-    _add_run(command)
     add = command.add_argument
+    add(
+        "model", metavar="MODEL", help="a run, a checkpoint in one, or a Whisper (NAME[@none|@30s])"
+    )
     add("shards", nargs="+", help="folders or URLs of shards")
     tasks = "only these tasks, by their names in conf/instructions"
     add("--tasks", nargs="+", default=[], help=tasks)

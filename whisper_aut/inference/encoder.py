@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from whisper_aut.audio.decode import (
     LONG_CLIPS,
@@ -295,7 +296,7 @@ def load_encoder(
     with seeded(seed):
         whisper = pretrained.encoder
     if padding is None:
-        padding = _check_padding(getattr(whisper.config, TRAINED_PADDING, RELEASED_PADDING))
+        padding = trained_padding(whisper.config)
     encoder = PackedEncoder(whisper, padding)
     use_onednn(encoder)
     precision = DTYPES[dtype] if isinstance(dtype, str) else dtype
@@ -321,6 +322,11 @@ def split_padding(name: str) -> tuple[str, Padding | None]:
             f"{nearest(suffix, PADDINGS)}"
         )
     return path, cast(Padding, suffix)
+
+
+def trained_padding(config: PretrainedConfig) -> Padding:
+    """Return the padding mode that a checkpoint was trained with: `30s` for a released Whisper."""
+    return _check_padding(getattr(config, TRAINED_PADDING, RELEASED_PADDING))
 
 
 def _check_padding(padding: str) -> Padding:
