@@ -27,12 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from whisper_aut.audio.decode import (
-    LONG_CLIPS,
-    SAMPLE_RATE_HZ,
-    load_waveform,
-    to_mono_16k,
-)
+from whisper_aut.audio.decode import LONG_CLIPS, SAMPLE_RATE_HZ, load_waveform, to_mono_16k
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
 from whisper_aut.audio.windows import BATCH_SECONDS, get_pooling
 from whisper_aut.data.reader import SkippedSample, prefetch_decoded
@@ -40,7 +35,7 @@ from whisper_aut.data.shards import ShardIndex, iter_samples
 from whisper_aut.errors import Problems, SkipReason, SkipSample, UserError
 from whisper_aut.inference.encoder import DECODE_THREADS, encode_in_batches
 from whisper_aut.probes.tasks import ProbeTask, open_parts
-from whisper_aut.utils import atomic_path, progress_bar
+from whisper_aut.utils import atomic_path, file_lock, progress_bar
 
 EMBED_VERSION = 5  # increase whenever a change here affects embeddings
 GROUP_BATCHES = 8  # clips are sorted by length within this many batches
@@ -203,7 +198,8 @@ class Embeddings:
         lengths: per clip, the number of segments.
         frames: per clip, its frames `[T, D]`, memory-mapped from the cache file.
         groups: per clip, its group. Empty for a clip without one.
-        samples: number of samples read, including those that were skipped.
+        samples: of a part of a folder, the number of samples read, including those that were
+            skipped.
     """
 
     features: Tensor
@@ -503,14 +499,17 @@ class TaskEmbedder:
             found = read_embeddings(self.cache, identity)
         if found is not None:
             return found
-        parts = self._embed_parts(index, identity)
-        joined = Embeddings.join(parts)
-        self._check_skipped(index, joined)
-        write_embeddings(self.cache, identity, joined)
-        for number in range(len(parts)):
-            cache_path(self.cache, identity, number).unlink(missing_ok=True)
-        # Read back, so that frames are memory-mapped instead of held in memory.
-        return read_embeddings(self.cache, identity) or joined
+        with file_lock(cache_path(self.cache, identity)):
+            if (found := read_embeddings(self.cache, identity)) is not None:
+                return found  # by another process
+            parts = self._embed_parts(index, identity)
+            joined = Embeddings.join(parts)
+            self._check_skipped(index, joined)
+            write_embeddings(self.cache, identity, joined)
+            for number in range(len(parts)):
+                cache_path(self.cache, identity, number).unlink(missing_ok=True)
+            # Read back, so that frames are memory-mapped instead of held in memory.
+            return read_embeddings(self.cache, identity) or joined
 
     def _embed_parts(self, index: ShardIndex, identity: dict[str, Any]) -> list[Embeddings]:
         """Return the embeddings of a folder in parts. All but the last part are written, and an
@@ -518,6 +517,10 @@ class TaskEmbedder:
         """
         parts = self._written_parts(identity)
         written = len(parts)
+        # What comes after a damaged part is embedded again, so its parts must not be read later.
+        resumed = {cache_path(self.cache, identity, number) for number in range(written)}
+        for path in set(Path(self.cache).glob(f"{digest(identity)}.part-*")) - resumed:
+            path.unlink(missing_ok=True)
         start, end = sample_range(index.samples, self.rank, self.world_size)
         position = start + sum(part.samples for part in parts)
         hop = hop_seconds_of(self.encoder) if self.spec.kind == "segments" else 0.0
@@ -552,7 +555,7 @@ class TaskEmbedder:
                     rows, clips, started = [], [], time.monotonic()
         last = self._collect(rows, clips, index)
         parts = self._written_parts(identity)
-        if len(parts) < written:
+        if start + sum(part.samples for part in parts) != position:
             raise UserError(f"Embeddings in {self.cache} cannot be read back. Start again.")
         return [*parts, replace(last, skipped=dict(Counter(reason for _, reason in skipped)))]
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +186,7 @@ def test_too_much_broken_audio_is_fatal(train_only, tiny_encoder, tmp_path):
     _shards_with_broken(tmp_path / "a", whole=20, broken=5)
     with pytest.raises(UserError, match=r"5 of 25 samples cannot be used .5 × undecodable audio"):
         embed_task(tiny_encoder(), train_only, tmp_path, tmp_path / "cache", QUIET)
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
 
 
 def test_a_damaged_tar_is_fatal_however_few_clips_it_loses(
@@ -260,6 +261,44 @@ def test_an_interrupted_run_resumes_after_its_last_part(
     torch.testing.assert_close(found.frames, whole.frames, atol=1e-5, rtol=1e-5)
     assert bool(found.frames) == (view == "frames")
     assert not list((tmp_path / "cut").glob("*.part-*"))
+
+
+def test_no_clip_is_read_twice_after_a_damaged_part(
+    tones, task_with, tiny_encoder, tmp_path, monkeypatch
+):
+    def embedded(encoder, batch_seconds):
+        settings = EmbedSettings(quiet=True, batch_seconds=batch_seconds)
+        return embed_task(encoder, task_with(), tones, tmp_path, settings)["train"]
+
+    monkeypatch.setattr(embed, "PART_SECONDS", 0.0)
+    dying = tiny_encoder()
+
+    def encode(waveforms, sample_rate_hz, layers, batch_seconds):
+        if dying.encoded > 36:
+            raise KeyboardInterrupt
+        return tiny_encoder.encode(dying, waveforms, sample_rate_hz)
+
+    dying.encode = encode
+    with pytest.raises(KeyboardInterrupt):
+        embedded(dying, 0.5)
+    first, second, *_ = sorted(tmp_path.glob("*.part-*"))
+    assert second.exists()
+    first.write_bytes(first.read_bytes()[:-1])
+    found = embedded(tiny_encoder(), 1.0)  # in fewer parts than before
+    assert len(found) == len(set(found.keys)) == 48
+    assert not list(tmp_path.glob("*.part-*"))
+
+
+def test_processes_that_share_a_cache_embed_each_folder_once(
+    tones, task_with, tiny_encoder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(embed, "PART_SECONDS", 0.0)
+    small = EmbedSettings(quiet=True, batch_seconds=0.5)
+    encoders = [tiny_encoder(), tiny_encoder()]
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda one: embed_task(one, task_with(), tones, tmp_path, small), encoders)
+        assert [len(parts["train"]) for parts in found] == [48, 48]
+    assert sum(encoder.encoded for encoder in encoders) == 102
 
 
 def test_windows_of_long_clips_count_each_instant_once():
