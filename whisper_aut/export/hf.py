@@ -12,7 +12,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+    LocalTokenNotFoundError,
+)
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperModel
 
@@ -169,7 +174,7 @@ def _write(
         write_onnx(model.get_encoder(), padding, out)
         return
     if kind in TOWERS:
-        write_tower(kind, model.get_encoder().to(dtype).state_dict(), pretrained.config, out)
+        write_tower(kind, model.get_encoder().state_dict(), pretrained.config, out, dtype)
     else:
         setattr(model.config, TRAINED_PADDING, padding)
         model.to(dtype).save_pretrained(out)  # pyright: ignore[reportArgumentType]
@@ -237,6 +242,6 @@ def push(folder: Path, repository: str, *, private: bool = False, api: HfApi | N
             f"The hub answered {repository} with status {status}: "
             f"{str(error).splitlines()[0]}{hint}"
         ) from None
-    except Exception as error:  # the HTTP library, and so its errors, depend on huggingface_hub
+    except (OSError, HTTPError) as error:
         raise UserError(f"The hub cannot be reached: {error}. The export is in {folder}.") from None
     return str(commit.commit_url)

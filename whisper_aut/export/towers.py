@@ -69,7 +69,13 @@ TOWERS = {
 }
 
 
-def write_tower(name: str, weights: dict[str, Tensor], config: WhisperConfig, out: Path) -> None:
+def write_tower(
+    name: str,
+    weights: dict[str, Tensor],
+    config: WhisperConfig,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write an encoder as an audio tower: `config.json` and the weights.
 
     A tower with weights of its own is incomplete here, so it is written as `tower.safetensors`:
@@ -80,6 +86,7 @@ def write_tower(name: str, weights: dict[str, Tensor], config: WhisperConfig, ou
         weights: The encoder's weights, with the names of `WhisperEncoder`.
         config: The config of the Whisper model that the encoder comes from.
         out: The folder to write, created if necessary.
+        dtype: The dtype of the written weights.
 
     Raises:
         UserError: The encoder's architecture does not match the tower's.
@@ -91,12 +98,11 @@ def write_tower(name: str, weights: dict[str, Tensor], config: WhisperConfig, ou
         for ours, theirs in kind.renamed:
             key = theirs + key.removeprefix(ours) if key.startswith(ours) else key
         if key != POSITIONS or not kind.computes_positions:
-            state[key] = weight.contiguous()
+            state[key] = weight.to(dtype).contiguous()
     tower_config = kind.config_class(**{key: getattr(config, key) for key in CONFIG_KEYS})
     tower = kind.model_class(tower_config)
     load_strictly(tower, state, kind.own_weights)
     out.mkdir(parents=True, exist_ok=True)
-    dtype = next(iter(weights.values())).dtype
     if kind.own_weights:
         tower_config.dtype = dtype
         tower_config.save_pretrained(out)

@@ -193,6 +193,15 @@ def test_a_failed_push_is_a_user_error(story: Path, hub: str):
         push(folder, "org/name", api=HfApi(endpoint="http://127.0.0.1:9", token="hf_stub"))
 
 
+def test_a_bug_during_a_push_is_not_a_network_error(story: Path):
+    class Broken(HfApi):
+        def create_repo(self, *_: object, **__: object):
+            raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        push(story / RUN / "export" / "encoder", "org/name", api=Broken())
+
+
 def test_the_command_exports_and_says_how_to_load_the_export(
     in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     Qwen2_5OmniAudioEncoderConfig,
@@ -208,6 +209,11 @@ def test_in_the_tower_of_qwen2_5_omni(run: Path, clips: list[np.ndarray], tmp_pa
     )
     theirs = holder.audio_tower(mel, feature_lens=torch.tensor([125])).last_hidden_state
     assert_frames_close(theirs, expected[0])
+
+
+def test_positions_are_compared_before_they_are_rounded(run: Path, tmp_path: Path):
+    out = export_run(run, tmp_path / "tower", "qwen2.5-omni", "bf16")
+    assert {w.dtype for w in load_file(out / "tower.safetensors").values()} == {torch.bfloat16}
 
 
 def test_a_tower_that_does_not_fit_is_rejected(run: Path, tmp_path: Path):
