@@ -125,8 +125,9 @@ def progress_bar(visible: bool = True, *, text: str = "") -> Progress:
         visible: False for no output. Nothing is drawn unless stderr is a terminal.
         text: an extra column, such as `"{task.fields[loss]}"`.
     """
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-    columns += [TimeRemainingColumn(), *([TextColumn(text)] if text else [])]
+    description = TextColumn("{task.description}", markup=False)
+    columns = [description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+    columns += [TextColumn(text, markup=False)] if text else []
     console = Console(stderr=True)
     return Progress(
         *columns, console=console, disable=not (visible and console.is_terminal), transient=True

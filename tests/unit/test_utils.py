@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from whisper_aut.errors import UserError
-from whisper_aut.utils import atomic_path, file_lock, parallel_map, read_json, write_json
+from whisper_aut.utils import (
+    atomic_path,
+    file_lock,
+    parallel_map,
+    progress_bar,
+    read_json,
+    write_json,
+)
 
 
 def _make(place: Path, made: Path, die: bool) -> None:
@@ -92,3 +99,9 @@ def test_a_file_that_is_no_json_object_is_a_user_error(tmp_path: Path, content: 
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.json"):
         read_json(tmp_path / "x.json")
+
+
+def test_brackets_in_a_progress_bar_are_not_markup():
+    bar = progress_bar()
+    bar.add_task("embed [/a] [b]")
+    assert str(bar.columns[0].render(bar.tasks[0])) == "embed [/a] [b]"

@@ -5,7 +5,7 @@ are compared by paired t tests over seeds. Sources: Holm 1979; Cohen, Statistica
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from math import exp, log, sqrt
@@ -38,7 +38,7 @@ from whisper_aut.report.plots import (
     set_category_labels,
 )
 from whisper_aut.report.tables import BLANK, Table, p_value
-from whisper_aut.utils import write_text
+from whisper_aut.utils import write_json, write_text
 
 ALPHA = 0.05
 POWER = 0.8  # of the smallest detectable difference
@@ -149,7 +149,7 @@ class Results:
         return 100 * float(np.mean(found)) if found else None
 
     def save(self, path: Path) -> None:
-        write_text(path, TypeAdapter(Results).dump_json(self, indent=1).decode() + "\n")
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> "Results":

@@ -161,7 +161,7 @@ class ExperimentSettings:
 
     def _figure_problems(self) -> Iterator[str]:
         for key, axis in (("x", self.figure.x), ("colour", self.figure.colour)):
-            if axis and axis not in self.axes:
+            if (axis or key == "x") and axis not in self.axes:
                 yield f"figure.{key}: there is no axis {axis!r}.{nearest(axis, self.axes)}"
 
     def _pretraining_problems(self) -> Iterator[str]:

@@ -297,7 +297,7 @@ def plan_table(settings: ExperimentSettings, path: Path) -> Table:
     arms = arms_of(settings, path)
     found = [find_run(run) for run in all_runs(arms)]
     costs = [cost_of(one.directory) for one in found if one.state == "done"]
-    rates = [cost.teraflop / cost.seconds for cost in costs if cost.teraflop]
+    rates = [cost.teraflop / cost.seconds for cost in costs if cost.teraflop and cost.seconds]
     rate = median(rates) if rates else None  # TFLOP per second
     table = Table(
         title=f"{settings.title}: {len(arms)} arms × {len(settings.seeds)} seeds, {len(found)} runs"

@@ -269,12 +269,11 @@ def data_table(run: Path) -> Table | None:
     rows = []
     for source, weight, clips in zip(sources, requested, drawn, strict=True):
         root = source.get("root", "")
-        licences = [*source.get("licences", ()), source.get("licence")]
         rows.append(
             (
                 root,
                 source.get("domain", ""),
-                ", ".join(licence for licence in licences if licence) or BLANK,
+                ", ".join(filter(None, source.get("licences", ()))) or BLANK,
                 f"{source.get('clips', 0):,}",
                 f"{source.get('seconds', 0) / 3600:,.2f}",
                 _percent_of(weight, sum(requested)),

@@ -46,6 +46,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.4,
     "lines.markersize": 4,
+    "text.parse_math": False,  # names may contain dollar signs
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
 }

@@ -209,7 +209,7 @@ def _score_caption(scores: Scores) -> str:
         "Settings are chosen on validation clips; "
         f"the tested probe is fitted {' or '.join(sorted(fitted_on, reverse=True))}."
     ]
-    seeds = max(len(entry.seeds) for entry in entries)
+    seeds = max((len(entry.seeds) for entry in entries), default=0)
     if seeds > 1:
         seeded = dict.fromkeys(PROBES[entry.kind].title for entry in entries if entry.seeds)
         parts.append(

@@ -124,6 +124,7 @@ def test_nested_and_dotted_keys_are_the_same():
             {"figure": {"x": "encodr"}},
             "figure.x: there is no axis 'encodr'. Did you mean 'encoder'",
         ),
+        ({"figure": {"x": ""}}, "figure.x: there is no axis ''"),
         ({"pretraining": {}}, "axes.encoder.old.init_from: there is no pretraining run 'base'"),
         (
             {"pretraining": {"base": {"config": "speech_tiny.yaml", "init_from": "base"}}},

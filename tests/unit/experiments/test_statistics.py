@@ -270,6 +270,8 @@ def test_stored_results_are_reported_again_without_running_anything(
     stored = tmp_path / "tried.json"
     results.save(stored)
     assert Results.load(stored) == results
+    replace(results, baseline={"a": float("nan")}).save(tmp_path / "nan.json")
+    assert np.isnan(Results.load(tmp_path / "nan.json").baseline["a"])
     assert main(["experiment", str(stored)]) == 0
     assert "better" in (tmp_path / "tried.md").read_text()
     assert (tmp_path / "tried.png").read_bytes().startswith(b"\x89PNG")

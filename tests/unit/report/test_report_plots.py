@@ -36,6 +36,11 @@ def test_an_encoder_may_lack_a_task_or_have_one_seed(two_encoders, tmp_path):
     assert (tmp_path / "b.png").stat().st_size > 5_000
 
 
+def test_dollar_signs_in_names_are_not_mathematics(two_encoders, tmp_path):
+    named = tuple(replace(e, title=r"$\price$") for e in two_encoders.entries)
+    assert plot_scores(replace(two_encoders, entries=named), tmp_path / "a.png").exists()
+
+
 def test_nothing_but_a_baseline_is_no_chart(two_encoders, tmp_path):
     with pytest.raises(UserError, match="besides the baseline"):
         plot_scores(

@@ -101,6 +101,10 @@ def test_brackets_in_names_are_not_markup(two_encoders):
     assert "[red]tone[/red]" in rendered(named)
 
 
+def test_no_scores_are_a_table_without_rows():
+    assert score_tables(Scores(()))[0].rows == ()
+
+
 def test_a_task_that_one_encoder_lacks_is_blank(two_encoders):
     assert "–" in rendered(replace(two_encoders, entries=two_encoders.entries[:3]))
 
