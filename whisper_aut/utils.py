@@ -1,6 +1,5 @@
 """Small helpers that every package uses: atomic writes, JSON, locks, progress, a parallel map."""
 
-import errno
 import json
 import os
 import signal
@@ -98,20 +97,23 @@ def file_lock(path: Path) -> Iterator[None]:
     Raises:
         UserError: the file system does not support locks.
     """
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), thread_local=False)
+    lock_path = path.with_name(f".{path.name}.lock")
+    # No soft lock, which is a file that a process that dies leaves behind.
+    lock = filelock.FileLock(lock_path, thread_local=False, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise UserError(
-                f"The file system of {path.parent} does not support file locks "
-                f"({error.strerror}), which keep several processes from creating {path.name} at "
-                "once. Use another folder, or mount the file system with locks (for Lustre: -o "
-                "flock)."
-            ) from None
+        lock_path.open("a").close()
+    except OSError:
         yield  # without a lock: creating `path` in this folder gives a clearer error
         return
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"The file system of {path.parent} does not support file locks ({error.strerror}), "
+            f"which keep several processes from creating {path.name} at once. Use another folder, "
+            "or mount the file system with locks (for Lustre: -o flock)."
+        ) from None
     try:
         yield
     finally:

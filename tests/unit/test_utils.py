@@ -55,17 +55,19 @@ def test_a_process_that_dies_releases_its_lock(tmp_path: Path):
     assert made.read_text() == "made\n"
 
 
-def test_a_file_system_without_locks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+# Lustre without `-o flock` answers ENOSYS.
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EINVAL])
+def test_a_file_system_without_locks_is_an_error(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reason = os.strerror(number)
+
     def flock(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, reason)
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with (
-        pytest.raises(
-            UserError, match=rf"{tmp_path} does not support file locks \(No locks available\)"
-        ),
-        file_lock(tmp_path / "x"),
-    ):
+    message = rf"{tmp_path} does not support file locks \({reason}\)"
+    with pytest.raises(UserError, match=message), file_lock(tmp_path / "x"):
         pass
 
 
