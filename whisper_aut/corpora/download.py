@@ -1,7 +1,7 @@
 """Download files with resume and checksums, and unpack archives safely."""
 
 import gzip
-import logging
+import hashlib
 import lzma
 import os
 import shutil
@@ -12,13 +12,10 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
-
-import pooch
+from typing import IO
 
 from whisper_aut import __version__
 from whisper_aut.errors import UserError
@@ -59,62 +56,63 @@ def download(
         UserError: the server rejects the request or cannot be reached, the disk is full, or the
             checksum differs.
     """
+    if "://" not in url:
+        raise UserError(f"{url} is not a URL such as https://host/folder/file.zip.")
     part = path.with_name(f"{path.name}.part")
-    downloader = ResumingDownloader(part, attempts, first_wait_seconds, progress)
-    pooch.get_logger().setLevel(logging.WARNING)
     try:
-        pooch.retrieve(
-            url,
-            checksum or None,
-            path.name,
-            path.parent,
-            downloader=downloader,  # pyright: ignore[reportArgumentType]  names of its parameters
-        )
-    except ValueError as error:  # the checksum differs; pooch has deleted the file
-        raise UserError(
-            f"{url} is not the file that the recipe was written for: {error} If it happens again, "
-            "the publisher has changed the file."
-        ) from None
+        if path.exists() and _digest(path, checksum) == checksum:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _download_part(url, part, attempts, first_wait_seconds, progress)
+        # An interruption from here on keeps the part, and the next call only checks it.
+        if (found := _digest(part, checksum)) != checksum:
+            part.unlink()
+            raise UserError(
+                f"{url} is not the file that the recipe was written for: its checksum is {found}, "
+                f"expected {checksum}. If it happens again, the publisher has changed the file."
+            )
+        os.replace(part, path)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}.") from None
     return path
 
 
-@dataclass(frozen=True)
-class ResumingDownloader:
-    """A downloader for pooch that collects data in `part` and resumes with Range requests."""
+def _digest(path: Path, checksum: str) -> str:
+    """Return the checksum of a file in the form of `checksum`; empty if that is empty."""
+    if not checksum:
+        return ""
+    algorithm = checksum.partition(":")[0]
+    with path.open("rb") as file:
+        return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
-    part: Path
-    attempts: int
-    first_wait_seconds: float
-    progress: bool
 
-    def __call__(self, url: str, output_file: Any, pooch: Any, *, check_only: Any = None) -> None:
-        failures = 0
-        while True:
-            size = _size(self.part)
-            try:
-                if _resume(url, self.part, self.progress):
-                    os.replace(self.part, output_file)
-                    return
-                problem = "the connection was closed early"
-            except urllib.error.HTTPError as error:
-                problem = f"{error.code} {error.reason}"
-                if error.code < 500 and error.code not in (408, 429):
-                    raise UserError(
-                        f"{url} cannot be downloaded: {problem}. Check the address, or name "
-                        "another server with --mirror."
-                    ) from None
-            except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
-                problem = str(getattr(error, "reason", error)) or type(error).__name__
-            failures = 0 if _size(self.part) > size else failures + 1
-            if failures == self.attempts:
+def _download_part(
+    url: str, part: Path, attempts: int, first_wait_seconds: float, progress: bool
+) -> None:
+    """Download into `part` with Range requests, after what is in it already."""
+    failures = 0
+    while True:
+        size = _size(part)
+        try:
+            if _resume(url, part, progress):
+                return
+            problem = "the connection was closed early"
+        except urllib.error.HTTPError as error:
+            problem = f"{error.code} {error.reason}"
+            if error.code < 500 and error.code not in (408, 429):
                 raise UserError(
-                    f"{url} could not be downloaded in {failures} attempts: {problem}. "
-                    f"{_size(self.part)} bytes are in {self.part}: run the same command again to "
-                    "resume."
-                )
-            time.sleep(min(60.0, self.first_wait_seconds * 2**failures))
+                    f"{url} cannot be downloaded: {problem}. Check the address, or name another "
+                    "server with --mirror."
+                ) from None
+        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+            problem = str(getattr(error, "reason", error)) or type(error).__name__
+        failures = 0 if _size(part) > size else failures + 1
+        if failures == attempts:
+            raise UserError(
+                f"{url} could not be downloaded in {failures} attempts: {problem}. "
+                f"{_size(part)} bytes are in {part}: run the same command again to resume."
+            )
+        time.sleep(min(60.0, first_wait_seconds * 2**failures))
 
 
 def _resume(url: str, part: Path, progress: bool) -> bool:
@@ -138,6 +136,8 @@ def _resume(url: str, part: Path, progress: bool) -> bool:
         start = start if resumed else 0
         length = response.headers.get("Content-Length", "")
         total = start + int(length) if length.isdecimal() else None
+        if total is not None and total - start > shutil.disk_usage(part.parent).free:
+            raise UserError(f"{url} has {total / 1e9:.1f} GB, more than is free in {part.parent}.")
         with part.open("ab" if resumed else "wb") as file, progress_bar(progress) as bar:
             mebibytes = None if total is None else total >> 20
             task = bar.add_task(f"{part.stem}, MiB", total=mebibytes, completed=start >> 20)

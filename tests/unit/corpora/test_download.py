@@ -6,6 +6,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,16 +51,42 @@ def test_a_later_call_resumes_too(server: Server, tmp_path: Path):
     assert fetch(server, tmp_path / "b.bin", name="b.bin").read_bytes() == DATA
 
 
+def test_an_interrupted_check_keeps_the_download(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    digest = f"sha256:{hashlib.sha256(DATA).hexdigest()}"
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", interrupt)
+        patch.setattr("hashlib.new", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(server, tmp_path / "a.bin", digest)
+    assert fetch(server, tmp_path / "a.bin", digest).read_bytes() == DATA
+    assert server.asked == ["", f"bytes={len(DATA)}-"]  # the second is answered with 416
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
 def test_a_server_without_ranges_starts_over(server: Server, tmp_path: Path):
     server.ranges = False
     (tmp_path / "a.bin.part").write_bytes(b"x" * 1000)
     assert fetch(server, tmp_path / "a.bin").read_bytes() == DATA
 
 
-def test_failed_downloads_are_explained(server: Server, tmp_path: Path):
+def test_failed_downloads_are_explained(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     with pytest.raises(UserError, match="is not the file that the recipe was written for"):
         fetch(server, tmp_path / "a.bin", "sha1:" + "0" * 40)
-    assert not (tmp_path / "a.bin").exists()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="is not a URL"):
+        download("example.org/a.bin", tmp_path / "a.bin", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=len(DATA) - 1))
+        with pytest.raises(UserError, match="more than is free"):
+            fetch(server, tmp_path / "a.bin")
     with pytest.raises(UserError, match="404"):
         fetch(server, tmp_path / "c.bin", name="c.bin")
     server.server_close()
