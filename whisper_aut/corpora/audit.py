@@ -12,6 +12,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -402,10 +403,11 @@ def run_audit(
             done = journal.read()
             tars = [tar for tar in _tars(train_indices) if tar not in done]
             results = parallel_map(search, tars, min(workers, len(tars)), on_crash=on_crash)
-            results = bar.track(results, total=len(tars), description="training shards")
-            for tar, result in zip(tars, results, strict=True):
-                done[tar] = result
-                journal.add(tar, result)
+            with closing(results):  # if the journal cannot be written, the workers stop
+                tracked = bar.track(results, total=len(tars), description="training shards")
+                for tar, result in zip(tars, tracked, strict=True):
+                    done[tar] = result
+                    journal.add(tar, result)
             audit = Audit(
                 _folders(train_indices, done),
                 _folders(probe_indices, tested),

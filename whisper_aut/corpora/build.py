@@ -248,12 +248,13 @@ def build_shards(
     _check_out(out, folders)
     if indices := _find_earlier_build(folders, recipe):
         return _report(out, folders, indices, reused=True)
-    # Forked workers: spawned ones would each import torch.
+    # Forked workers: spawned ones would each import torch. Small chunks, because a clip may have
+    # tens of megabytes and 2 chunks per worker are in memory.
     rows = parallel_map(
         partial(_read_row, limits=limits),
         manifest.entries(),
         workers or available_cores(),
-        chunk_size=16,
+        chunk_size=4,
     )
     try:
         with closing(rows), _skip_log(out) as skips, ExitStack() as stack:

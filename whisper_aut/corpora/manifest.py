@@ -1,6 +1,6 @@
 """Read a manifest, a table of audio files and texts, into one checked entry per clip.
 
-A `ManifestSpec` says what the columns mean. `data.annotation.read_rows` reads the table.
+A `ManifestSpec` says what the columns mean. `corpora.tables.read_rows` reads the table.
 """
 
 import hashlib

@@ -317,7 +317,9 @@ def _open_pattern(root: str, policy: ReadPolicy) -> ShardIndex:
         whole = ShardIndex(folder, ())
         if INDEX_NAME in names:
             whole = _read_index(folder, policy)
-    matches = {one: fnmatch.filter(names, one) or [one] * (one in names) for one in patterns}
+    existing = set(names)
+    # Braces may list 100,000 names, which are not compared with each other.
+    matches = {one: [one] if one in existing else fnmatch.filter(names, one) for one in patterns}
     missing = [one for one, found in matches.items() if not found]
     if missing:
         if path is not None:

@@ -1,6 +1,8 @@
 """The audit from the command line to the stream: copies are found and why, the list is honoured, nothing else is touched."""
 
+import errno
 import io
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.filters import Exclusions
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.writer import ShardWriter
-from whisper_aut.errors import SkipReason
+from whisper_aut.errors import SkipReason, UserError
 
 
 def write(folder: Path, clips: dict[str, tuple[str, bytes, Annotation]]) -> Path:
@@ -138,6 +140,20 @@ def test_a_stopped_audit_resumes(
     assert resumed.matches == whole.matches
     assert resumed.counts() == whole.counts()
     assert not (tmp_path / "stopped" / ".audit.jsonl").exists()
+
+
+def test_an_audit_that_fails_stops_its_workers(
+    corpora: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("whisper_aut.corpora.audit.Journal.add", fail)
+    train, probe = corpora
+    with pytest.raises(UserError, match="No space left") as failure:
+        run_audit([str(train)], [str(probe)], tmp_path, workers=2, progress=False)
+    assert failure.traceback, "held, as by the command line until it exits"
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(

@@ -434,6 +434,17 @@ def test_the_texts_of_fsd50k_leave_out_what_a_class_implies(tmp_path: Path):
     assert found[0]["label"] == labels[0].split(","), "the probe task wants all classes"
 
 
+def test_an_fsd50k_table_without_splits_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Its clips would otherwise become test clips."""
+    files = dict(LAYOUTS["fsd50k"][0])
+    files["FSD50K.ground_truth/dev.csv"] = csv("fname,labels,mids", "16399,Bark,x")
+    raw = lay_out(tmp_path / "raw", files)
+    assert main(["data", "build", "fsd50k", str(raw), "--out", str(tmp_path / "out")]) == 1
+    assert "does not have the layout" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_clip_without_a_licence_in_the_tables_has_none(tmp_path: Path):
     files, _ = LAYOUTS["fsd50k"]
     files = files | {"FSD50K.metadata/dev_clips_info_FSD50K.json": lines({})}

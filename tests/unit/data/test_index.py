@@ -98,6 +98,14 @@ def test_braces_count_as_webdatasets_do(has_index: bool, tmp_path: Path):
         open_index(f"{folder}/shard-{{000003.tar")
 
 
+def test_a_name_with_brackets_is_that_tar_and_not_a_pattern(tmp_path: Path):
+    folder = write(tmp_path / "sound", "sound", "CC0-1.0", 2)
+    (folder / "shard-000000.tar").rename(folder / "a[1].tar")
+    (folder / "shard-000001.tar").rename(folder / "a1.tar")
+    assert keys(f"{folder}/a[1].tar") == ["sound-0"]
+    assert keys(f"{folder}/a[0-9].tar") == ["sound-1"]
+
+
 def test_tars_that_the_index_does_not_list_are_counted(tmp_path: Path):
     folder = write(tmp_path / "sound", "sound", "CC0-1.0", 2)
     (folder / "shard-000001.tar").rename(folder / "new.tar")

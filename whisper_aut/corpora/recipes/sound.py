@@ -58,7 +58,7 @@ def _fsd50k(raw: Path) -> Rows:
     tables = {part: f"FSD50K.ground_truth/{part}.csv" for part in ("dev", "eval")}
     rows = {part: list(read_csv(path)) for part, path in find_parts(raw, tables).items()}
     ancestors = _ancestors([row["labels"].split(",") for part in rows.values() for row in part])
-    splits = {"train": "train", "val": "valid", "": "test"}  # eval.csv has no column `split`
+    splits = {"train": "train", "val": "valid"}  # of dev.csv
     for part, folder in find_parts(raw, {part: f"FSD50K.{part}_audio" for part in rows}).items():
         metadata = read_json(find(raw, f"{part}_clips_info_FSD50K.json"))
         for row in rows[part]:
@@ -69,7 +69,7 @@ def _fsd50k(raw: Path) -> Rows:
                 "audio": str(folder.relative_to(raw) / f"{row['fname']}.wav"),
                 "text": f"the sounds of {named}",
                 "label": labels,
-                "split": splits[row.get("split", "")],
+                "split": "test" if part == "eval" else splits[row["split"]],
                 "freesound_id": row["fname"],
                 "licence": metadata.get(row["fname"], {}).get("license", ""),
             }
