@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import PositiveFloat, TypeAdapter
 
 from whisper_aut.errors import UserError
 from whisper_aut.probes.stats import GroupTotals, interval, mean_std
@@ -78,14 +78,14 @@ class TaskScore:
     task: str
     title: str
     domain: str
-    weight: float
+    weight: PositiveFloat
     metric: str
     classes: int
     scores: tuple[float, ...]
     chosen: tuple[dict[str, float], ...]
     valid_scores: tuple[float | None, ...]
     seeds: tuple[int, ...]
-    final_fit: str
+    final_fit: Literal["train", "train+valid"]
     record: tuple[str | tuple[float, ...], ...]
     units: tuple[int, ...]
     keys_sha256: str
@@ -335,7 +335,7 @@ class Scores:
             for entry in scores.entries:
                 entry.check()
             return scores
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"These are not probe scores, or they are damaged ({error}). Probe again."
             ) from None

@@ -103,7 +103,7 @@ def score_table(scores: Scores) -> Table:
     grouped = any(entry.groups for entry in scores.entries)
     clips = "test clips (groups)" if grouped else "test clips"
     labels = map(scores.label, scores.encoders)
-    kinds = " and ".join(dict.fromkeys(PROBES[entry.kind].title for entry in scores.entries))
+    kinds = " and ".join(dict.fromkeys(_probe_title(entry.kind) for entry in scores.entries))
     return Table(
         f"{kinds[:1].upper()}{kinds[1:]}, protocol {scores.protocol}: scores in %",
         ("task", "domain", "metric", clips, "commonest class", *labels),
@@ -152,7 +152,7 @@ def comparison_table(scores: Scores) -> Table:
         (
             scores.label(one.encoder),
             scores.label(one.against),
-            titles[one.task],
+            titles.get(one.task, one.task),
             f"{100 * one.difference:+.1f}",
             f"{100 * one.low:+.1f} … {100 * one.high:+.1f}",
             p_value(one.p_value),
@@ -211,7 +211,7 @@ def _score_caption(scores: Scores) -> str:
     ]
     seeds = max((len(entry.seeds) for entry in entries), default=0)
     if seeds > 1:
-        seeded = dict.fromkeys(PROBES[entry.kind].title for entry in entries if entry.seeds)
+        seeded = dict.fromkeys(_probe_title(entry.kind) for entry in entries if entry.seeds)
         parts.append(
             f"± is the standard deviation over {seeds} seeds, which set the initial weights and "
             f"the batch order of {', '.join(seeded)}."
@@ -236,6 +236,10 @@ def _score_caption(scores: Scores) -> str:
     if skipped:
         parts.append(f"Skipped clips: {'; '.join(skipped)}.")
     return " ".join(parts)
+
+
+def _probe_title(kind: str) -> str:
+    return PROBES[kind].title if kind in PROBES else kind  # an extension may be missing here
 
 
 def _score_cell(score: TaskScore | Average | None, number: Callable[[float], str] = percent) -> str:

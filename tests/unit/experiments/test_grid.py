@@ -1,15 +1,18 @@
 """Experiment configs: arms, runs, shared pretraining, and all mistakes reported."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.support.probes import TinyEncoder, write_tones
 from whisper_aut.cli import main
 from whisper_aut.config import load_settings
 from whisper_aut.errors import UserError
 from whisper_aut.experiments.grid import all_runs, arms_of, flatten, load_experiment
-from whisper_aut.experiments.runner import available_probes
+from whisper_aut.experiments.runner import ArmEvaluator, available_probes
+from whisper_aut.probes.embed import EmbedSettings
 
 GRID = {
     "name": "tried",
@@ -145,6 +148,24 @@ def test_each_mistake_is_named(
 ):
     assert main(["experiment", str(write_experiment(tmp_path, **changes)), "--plan"]) == 1
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_arms_are_tested_on_the_same_clips(tmp_path: Path):
+    folders = {part: [f"{{root}}/{part}"] for part in ("train", "valid", "test")}
+    task = {"name": "tones", "title": "Tones", "domain": "sound", **folders}
+    (tmp_path / "tones.yaml").write_text(yaml.safe_dump(task))
+    for number, part in enumerate(folders):
+        write_tones(tmp_path / part, 4, number)
+    probes = [{"root": str(tmp_path), "tasks": [str(tmp_path / "tones.yaml")]}]
+    path = write_experiment(tmp_path, probes=probes, runs=str(tmp_path / "runs"))
+    settings = load_experiment(path)
+    evaluator = ArmEvaluator(settings, tmp_path, settings.probes)
+    embedding = EmbedSettings(quiet=True)
+    assert set(evaluator.score("one", TinyEncoder(), embedding)) == {"tones"}
+    shutil.rmtree(tmp_path / "test")
+    write_tones(tmp_path / "test", 5, 9)
+    with pytest.raises(UserError, match="different clips of 'tones'"):
+        evaluator.score("other", TinyEncoder(1), embedding)
 
 
 def test_only_optional_probes_may_be_missing(tmp_path: Path):

@@ -117,7 +117,7 @@ def test_scores_survive_json(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"version": 99}', '{"version": 3, "entries": [{}]}']
+    "text", ["", "[]", "{}", "[" * 100_000, '{"version": 99}', '{"version": 5, "entries": [{}]}']
 )
 def test_other_files_are_not_read_as_scores(tmp_path, text):
     (tmp_path / "scores.json").write_text(text)
@@ -133,6 +133,11 @@ def test_an_incomplete_record_is_an_error(run):
     values["entries"][0]["record"] = [seed[:-1] for seed in values["entries"][0]["record"]]
     with pytest.raises(UserError, match="damaged"):
         Scores.from_json(json.dumps(values))
+    for key, value in (("weight", 0), ("final_fit", "test")):
+        values = json.loads(scores.to_json())
+        values["entries"][0][key] = value
+        with pytest.raises(UserError, match="damaged"):
+            Scores.from_json(json.dumps(values))
 
 
 @pytest.fixture

@@ -101,6 +101,14 @@ def test_brackets_in_names_are_not_markup(two_encoders):
     assert "[red]tone[/red]" in rendered(named)
 
 
+def test_unknown_kinds_and_tasks_are_shown_by_name(two_encoders):
+    entries = tuple(replace(e, kind="mine") for e in two_encoders.entries)
+    removed = Comparison("ours", "base", "gone", 0.3, 0.1, 0.5, 0.0001, 0.0002)
+    text = rendered(replace(two_encoders, entries=entries, comparisons=(removed,)))
+    assert "Mine, protocol strict" in text
+    assert "gone" in text
+
+
 def test_no_scores_are_a_table_without_rows():
     assert score_tables(Scores(()))[0].rows == ()
 
