@@ -29,9 +29,14 @@ def use_onednn(model: nn.Module) -> None:
             layer.__class__ = _OneDNNLinear
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left @ right.T` as `[N, M]` for `left` `[N, K]` and `right` `[M, K]`, no gradient."""
-    return _onednn(left, right) if _is_faster(left, right) else left @ right.T
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return `left @ right.T` as `[N, M]` for `left` `[N, K]` and `right` `[M, K]`, no gradient.
+
+    The result is in `out` only if oneDNN is not used, so always read the returned tensor.
+    """
+    if _is_faster(left, right):
+        return _onednn(left, right)
+    return torch.mm(left, right.T, out=out)
 
 
 class _OneDNNLinear(nn.Linear):

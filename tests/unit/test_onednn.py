@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from whisper_aut import onednn
+from whisper_aut.models.losses import chunked_cross_entropy
 from whisper_aut.onednn import mkl_is_slow, product, use_onednn
 
 
@@ -81,6 +83,18 @@ def test_products_are_matrix_products(calls: list):
     transposed = product(left.T.contiguous().T, right.T.contiguous().T)
     assert_close(transposed.double(), expected, rtol=1e-5, atol=1e-4)
     assert len(calls) == 2
+
+
+def test_the_loss_head_uses_onednn(calls: list):
+    hidden = torch.randn(300, 80, requires_grad=True)
+    weight = torch.randn(120, 80, requires_grad=True)
+    labels = torch.randint(0, 120, (300,))
+    chunked_cross_entropy(hidden, weight, labels)[0].backward()
+    assert calls == [(300, 80, 120), (300, 120, 80)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum").backward()
+    for mine, reference in zip((hidden, weight), exact, strict=True):
+        assert_close(mine.grad.double(), reference.grad, rtol=1e-4, atol=1e-4)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def test_small_products_half_precision_and_captured_graphs_stay_with_pytorch(calls: list):

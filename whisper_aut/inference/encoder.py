@@ -123,8 +123,7 @@ class AudioEncoder(nn.Module):
             >>> clips[0].shape[:2]  # layers, frames
             torch.Size([2, 50])
         """
-        if isinstance(audio, (str, os.PathLike)):
-            raise UserError(f"Give a list of clips: [{str(audio)!r}] instead of {str(audio)!r}.")
+        _check_list(audio)
         if any(not 0 <= layer <= self.layers for layer in layers):
             raise UserError(
                 f"The encoder has layers 0 (the input of the first layer) to {self.layers}, "
@@ -161,6 +160,7 @@ class AudioEncoder(nn.Module):
             >>> vectors.shape == (2, 2 * encoder.width)
             True
         """
+        _check_list(audio)
         pool, rows = get_pooling(pooling), []
         for start in range(0, len(audio), CLIPS_AT_ONCE):
             group = audio[start : start + CLIPS_AT_ONCE]
@@ -360,6 +360,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"Device {str(device)!r} cannot be used: {reason}") from None
     return resolved
+
+
+def _check_list(audio: Sequence[Audio]) -> None:
+    if isinstance(audio, (str, os.PathLike)):
+        raise UserError(f"Give a list of clips: [{str(audio)!r}] instead of {str(audio)!r}.")
 
 
 def _waveform(clip: Audio, position: int, *, sample_rate_hz: int | None) -> Tensor:

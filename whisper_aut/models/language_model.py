@@ -33,10 +33,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from whisper_aut.errors import UserError
 from whisper_aut.models.attention import Segments, clip_attention
 from whisper_aut.models.pretrained import (
+    CONFIG,
+    TOKENIZER,
     UNLOADABLE,
+    WEIGHTS,
     check_loaded_weights,
     check_not_adapter,
     describe_missing,
+    find_cached,
     quiet_loading,
 )
 
@@ -73,7 +77,7 @@ def load_language_config(path: str, revision: str = "") -> Any:
     """
     if not Path(path).is_dir() and path in KNOWN_CONFIGS:
         return KNOWN_CONFIGS[path]
-    return _load(AutoConfig, path, revision)
+    return _load(AutoConfig, path, revision, CONFIG)
 
 
 def load_language_model(
@@ -88,20 +92,21 @@ def load_language_model(
     if Path(path).is_dir():
         check_not_adapter(path)
     options = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
-    model, info = _load(AutoModelForCausalLM, path, revision, **options)
-    tokenizer = _load(AutoTokenizer, path, revision)
+    model, info = _load(AutoModelForCausalLM, path, revision, CONFIG, WEIGHTS, **options)
+    tokenizer = _load(AutoTokenizer, path, revision, *TOKENIZER)
     # Check adapters on the hub only now: the load above has reported an unreachable hub.
-    check_not_adapter(path, revision)
+    check_not_adapter(find_cached(path, revision, CONFIG, WEIGHTS), revision)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     check_loaded_weights(path, info, tied, kind="language model")
     return model, tokenizer
 
 
-def _load(kind: Any, path: str, revision: str, **options: Any) -> Any:
+def _load(kind: Any, path: str, revision: str, *files: str, **options: Any) -> Any:
+    source = find_cached(path, revision, *files)
     try:
         with quiet_loading():
             return kind.from_pretrained(
-                path, revision=revision or "main", trust_remote_code=False, **options
+                source, revision=revision or "main", trust_remote_code=False, **options
             )
     except UNLOADABLE as error:
         raise UserError(

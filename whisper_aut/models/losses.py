@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from whisper_aut.onednn import product
+
 CHUNK_POSITIONS = 512
 
 
@@ -75,11 +77,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight))
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            logits = torch.mm(hidden[part], weight.T, out=buffer[: len(hidden[part])]).float()
+            logits = product(hidden[part], weight, out=buffer[: len(hidden[part])]).float()
             nll[part], correct[part], grad_logits = _softmax_gradient(logits, labels[part])
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = grad_logits @ weight
+                grad_hidden[part] = product(grad_logits, weight.T)
             if grad_weight is not None and hidden.dtype == torch.float32:
                 # Unlike `addmm_`, this is counted by `torch.utils.flop_counter`.
                 torch.addmm(grad_weight, grad_logits.T, hidden[part], out=grad_weight)

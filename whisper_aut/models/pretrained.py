@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     GenerationConfig,
@@ -32,6 +33,8 @@ LOADING: dict[str, Any] = {
     "dtype": torch.float32,
     "output_loading_info": True,
 }
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 # Vocabulary size of every `whisper-*.en`. Multilingual checkpoints have 51,865 or 51,866 tokens.
 ENGLISH_ONLY_TOKENS = 51_864
 # Width, encoder layers, decoder layers, heads, mel bins and vocabulary, so that runs can be planned
@@ -72,9 +75,9 @@ class PretrainedWhisper:
         """
         if Path(self.path).is_dir():
             check_not_adapter(self.path)
-        config = self._load(WhisperConfig)
+        config = self._load(WhisperConfig, CONFIG)
         # Check adapters on the hub only now: the load above has reported an unreachable hub.
-        check_not_adapter(self.path, self.revision)
+        check_not_adapter(find_cached(self.path, self.revision, CONFIG), self.revision)
         if config.model_type != "whisper":
             raise UserError(
                 f"{self.path} is a {config.model_type!r} model, not a Whisper checkpoint."
@@ -100,7 +103,7 @@ class PretrainedWhisper:
             )
         if self.random_init:
             return WhisperForConditionalGeneration(self.config)
-        model, info = self._load(WhisperForConditionalGeneration, **LOADING)
+        model, info = self._load(WhisperForConditionalGeneration, CONFIG, WEIGHTS, **LOADING)
         # The output layer is tied to the token embedding, so checkpoints may leave it out.
         check_loaded_weights(self.path, info, may_be_missing={"proj_out.weight"})
         return model
@@ -118,20 +121,21 @@ class PretrainedWhisper:
         if self.random_init:
             return WhisperEncoder(self.config)
         names = {r"^(model\.)?encoder\.": ""}
-        encoder, info = self._load(WhisperEncoder, key_mapping=names, **LOADING)
+        options = {"key_mapping": names, **LOADING}
+        encoder, info = self._load(WhisperEncoder, CONFIG, WEIGHTS, **options)
         check_loaded_weights(self.path, info | {"unexpected_keys": ()})  # the decoder's
         return encoder
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._load(WhisperTokenizer)
+        return self._load(WhisperTokenizer, *TOKENIZER)
 
     def token_id(self, token: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(token))  # pyright: ignore[reportArgumentType]
 
     @cached_property
     def feature_extractor(self) -> WhisperFeatureExtractor:
-        return self._load(WhisperFeatureExtractor)
+        return self._load(WhisperFeatureExtractor, "preprocessor_config.json")
 
     @property
     def multilingual(self) -> bool:
@@ -140,8 +144,9 @@ class PretrainedWhisper:
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
+        source = find_cached(self.path, self.revision, "generation_config.json")
         try:
-            config = GenerationConfig.from_pretrained(self.path, revision=self.revision or "main")
+            config = GenerationConfig.from_pretrained(source, revision=self.revision or "main")
         except OSError:  # hand-made checkpoints often have none
             config = GenerationConfig.from_model_config(self.config)
         if getattr(config, "is_multilingual", None) is None:
@@ -150,11 +155,12 @@ class PretrainedWhisper:
             set_prompt_tokens(config, self.tokenizer, multilingual=not english_only)
         return config
 
-    def _load(self, kind: Any, **options: Any) -> Any:
+    def _load(self, kind: Any, *files: str, **options: Any) -> Any:
         check_model_path(self.path)
+        source = find_cached(self.path, self.revision, *files)
         try:
             with quiet_loading():
-                return kind.from_pretrained(self.path, revision=self.revision or "main", **options)
+                return kind.from_pretrained(source, revision=self.revision or "main", **options)
         except UNLOADABLE as error:
             raise UserError(describe_missing(self.path, error)) from None
 
@@ -266,6 +272,19 @@ def check_loaded_weights(
             names = ", ".join(sorted(keys)[:5]) + (", …" if len(keys) > 5 else "")
             what = f"unknown weights for a {kind}" if verb == "has" else f"weights of a {kind}"
             raise UserError(f"The checkpoint {path} {verb} {len(keys)} {what}: {names}.")
+
+
+def find_cached(path: str, revision: str, *files: str) -> str:
+    """Return the directory of a hub model in the local cache if it has these files, else `path`.
+
+    By its hub id, transformers asks the hub about every file, which takes minutes where the hub
+    cannot be reached. A cached model is therefore not updated; `hf download` does that.
+    """
+    if Path(path).is_dir() or not _is_hub_id(path):
+        return path
+    cached = [try_to_load_from_cache(path, name, revision=revision or "main") for name in files]
+    folders = [Path(file).parent for file in cached if isinstance(file, str)]
+    return str(folders[0]) if len(folders) == len(files) else path
 
 
 def check_model_path(path: str) -> None:

@@ -37,6 +37,8 @@ def test_files_need_no_rate_and_equal_arrays(in_story: Path, encoder: AudioEncod
         encoder.encode([high])
     with pytest.raises(UserError, match="Give a list of clips"):
         encoder.encode("clip.wav")
+    with pytest.raises(UserError, match="Give a list of clips"):
+        encoder.embed(Path("clip.wav"))  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=r"gone\.wav cannot be used: missing file"):
         encoder.encode(["clip.wav", "gone.wav"])
     with pytest.raises(UserError, match=r"layers 0 .* to 2, not 3"):

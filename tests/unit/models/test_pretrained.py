@@ -17,7 +17,7 @@ from whisper_aut.errors import UserError
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.decoders.whisper import WhisperDecoderOptions
 from whisper_aut.models.language_model import load_language_model
-from whisper_aut.models.pretrained import PretrainedWhisper
+from whisper_aut.models.pretrained import PretrainedWhisper, find_cached
 
 
 @pytest.fixture
@@ -33,6 +33,22 @@ def test_the_encoder_alone_equals_the_encoder_of_the_whole(tiny_whisper: Path):
     weights = whole.state_dict()
     assert alone.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in alone.state_dict().items())
+
+
+def test_a_cached_model_is_loaded_without_asking_the_hub(
+    tiny_whisper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--nobody--tiny"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny_whisper, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    assert PretrainedWhisper("nobody/tiny").tokenizer.name_or_path == str(snapshot)
+    assert find_cached("nobody/tiny", "", "config.json", "model.safetensors") == str(snapshot)
+    (snapshot / "model.safetensors").unlink()
+    assert find_cached("nobody/tiny", "", "config.json", "model.safetensors") == "nobody/tiny"
+    assert find_cached("nobody/tiny", "v2", "config.json") == "nobody/tiny"
 
 
 def test_missing_weights_are_named(copy: Path):
