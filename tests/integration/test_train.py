@@ -386,6 +386,37 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
     )
 
 
+class _StopInLastValidation(lightning.Callback):
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        if trainer.global_step == trainer.max_steps:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "auto",
+        *(pytest.param(f"deepspeed_stage_{stage}", marks=pytest.mark.slow) for stage in (1, 2, 3)),
+    ],
+)
+def test_a_run_stopped_in_its_last_validation_is_finished_by_a_resume(
+    strategy: str, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    def settings(folder: str) -> Any:
+        return settings_for(tiny_whisper, tiny_shards, tmp_path / folder, f"strategy={strategy}")
+
+    whole = train(settings("whole"), QUIET).run
+    with pytest.raises(Preempted, match="stopped after step 6"):
+        train(settings("parts"), QUIET, callbacks=[_StopInLastValidation()])
+    resumed = train(settings("parts"), QUIET, resume="auto").run
+    expected, done = (json.loads(run.done.read_text()) for run in (whole, resumed))
+    assert done["sources"] == expected["sources"]
+    for name, value in expected["metrics"].items():
+        if name.startswith(("valid/", "tasks/", "train/")):
+            assert done["metrics"][name] == pytest.approx(value, abs=1e-5), name
+    assert read_metrics(resumed.metrics)["train/loss"]  # the earlier rows are kept
+
+
 def test_a_source_of_nothing_but_faults_stops_the_run_with_a_reason(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):

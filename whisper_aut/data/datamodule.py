@@ -318,6 +318,7 @@ class ShardDataModule(lightning.LightningDataModule):
         same_world = state["world"] == [ranks, self.accumulate]
         same_steps = same_world and state["batching"] == self.batching.fingerprint()
         cursor = Cursor(state["position"], state["taken"])
+        self.position = (skip_to or cursor).position
         if self.order.epoch_clips:
             self.segment = RunSegment(step, skip_to or cursor)
         elif same_steps:

@@ -235,6 +235,9 @@ def _fit(
                 trainer.fit(
                     parts.module, datamodule=parts.data, ckpt_path=checkpoint, weights_only=True
                 )
+                if find_callback(trainer, RollingCheckpoints).validated_step != trainer.global_step:
+                    # The metrics of the run are those of its last step.
+                    trainer.validate(parts.module, datamodule=parts.data, verbose=False)
             break
         except Rewind as rewind:
             checkpoint = latest_valid(run.checkpoints, warn, hashes=is_first_rank())
@@ -246,9 +249,6 @@ def _fit(
                 ) from None
             warn(f"{rewind} Resuming from {checkpoint}, after the data read since.")
             skip_to, parts = rewind.cursor, build_parts(settings, checkpoint, rewind.cursor)
-    if find_callback(trainer, RollingCheckpoints).validated_step != trainer.global_step:
-        # The metrics of the run are those of its last step.
-        trainer.validate(parts.module, datamodule=parts.data, verbose=False)
     _finish(trainer, run, parts.data, ledger, fingerprint, console)
 
 

@@ -226,10 +226,12 @@ class Guard(lightning.Callback):
             "skipped": self.skipped,
             "streak": self.streak,
             "losses": list(self.spikes.losses) if self.spikes else [],
+            "last_metrics": {name: float(value) for name, value in self.last_metrics.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped, self.streak = state["skipped"], state["streak"]
+        self.last_metrics = state["last_metrics"]
         if self.spikes:
             self.spikes.losses.extend(state["losses"])
 
