@@ -34,9 +34,7 @@ def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
 
     The result is in `out` only if oneDNN is not used, so always read the returned tensor.
     """
-    if _is_faster(left, right):
-        return _onednn(left, right)
-    return torch.mm(left, right.T, out=out)
+    return _onednn(left, right) if _is_faster(left, right) else torch.mm(left, right.T, out=out)
 
 
 class _OneDNNLinear(nn.Linear):

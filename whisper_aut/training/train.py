@@ -263,14 +263,7 @@ def build_trainer(
 ) -> lightning.Trainer:
     """Return the Trainer of a run.
 
-    Args:
-        settings: Config of the run.
-        run: The run directory.
-        ledger: Ledger of this rank.
-        total_steps: Optimizer steps of the run.
-        console: Console for messages.
-        callbacks: Additional callbacks.
-        skip_to: Position in the data to resume from, in place of the checkpoint's own.
+    `ledger` is that of this rank. A resumed run reads on at `skip_to`, if it is given.
     """
     config, hardware, ranks = settings.trainer, settings.hardware, _count_ranks(settings)
     warn = _rank_zero_warn(console)
