@@ -584,8 +584,9 @@ class TaskEmbedder:
                 elif (label := self.task.label_of(sample.annotation)) is None:
                     skipped.append((number, str(SkipReason.NO_LABEL)))
                 else:
-                    key = f"{sample.shard.rpartition('/')[2]}:{sample.key}"
-                    yield _Clip(key, label, self.task.group_of(sample), number, sample.audio)
+                    key = _to_utf8(f"{sample.shard.rpartition('/')[2]}:{sample.key}")
+                    group = _to_utf8(self.task.group_of(sample))
+                    yield _Clip(key, label, group, number, sample.audio)
 
         for clip, waveform in prefetch_decoded(
             clips(),
@@ -642,12 +643,10 @@ class TaskEmbedder:
         if not broken:
             return
         listed = ", ".join(f"{n} × {reason}" for reason, n in sorted(broken.items()))
-        if (
-            sum(broken.values()) > MAX_BROKEN * max(index.samples, 1)
-            or SkipReason.BAD_TAR in broken
-        ):
+        total = sum(broken.values())
+        if total > MAX_BROKEN * max(index.samples, 1) or SkipReason.BAD_TAR in broken:
             raise UserError(
-                f"{index.root}: {sum(broken.values())} of {index.samples} samples cannot be used "
+                f"{index.root}: {total} of {index.samples} samples cannot be used "
                 f"({listed}); at most {MAX_BROKEN:.0%} may be left out of a probe. See them: "
                 f"whisper-aut data inspect {index.root}"
             )
@@ -663,6 +662,11 @@ class _Clip:
     group: str
     number: int
     audio: bytes
+
+
+def _to_utf8(name: str) -> str:
+    """Escape the bytes of a name in a tar that are not UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def sample_range(samples: int, rank: int, world_size: int) -> tuple[int, int | None]:

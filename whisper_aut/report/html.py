@@ -162,7 +162,8 @@ def render(runs: Sequence[RunReport], template: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters["data_uri"] = _data_uri
-    return environment.get_template(template).render(runs=runs)
+    text = environment.get_template(template).render(runs=runs)
+    return text.encode(errors="backslashreplace").decode()  # names in tars may not be UTF-8
 
 
 def _data_uri(content: bytes, mime_type: str) -> str:
@@ -337,7 +338,7 @@ def last_samples(samples: Path) -> list[GeneratedText]:
             values = json.loads(line)
             text = {name: str(values.get(name, "")) for name in TEXT_FIELDS}
             by_step[int(values["step"])].append(GeneratedText(**text))  # pyright: ignore[reportArgumentType]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             continue  # a killed run may leave an unfinished line
     by_task: dict[tuple[str, str], list[GeneratedText]] = defaultdict(list)
     for text in by_step[max(by_step)] if by_step else []:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -287,6 +288,25 @@ def test_no_clip_is_read_twice_after_a_damaged_part(
     found = embedded(tiny_encoder(), 1.0)  # in fewer parts than before
     assert len(found) == len(set(found.keys)) == 48
     assert not list(tmp_path.glob("*.part-*"))
+
+
+def test_names_that_are_not_utf_8_are_escaped(task_with, tiny_encoder, write_shards, tmp_path):
+    folders = {part: [str(tmp_path / part)] for part in ("train", "valid", "test")}
+    for seed, part in enumerate(folders):
+        write_shards(tmp_path / part, 2, seed)
+        (tar,) = (tmp_path / part).glob("*.tar")
+        with tarfile.open(tar) as source, tarfile.open(tmp_path / part / "a.tar", "w") as target:
+            for member in source:
+                file = source.extractfile(member)
+                member.name = member.name.replace("clip", "caf\udce9")
+                target.addfile(member, file)
+        for path in {*(tmp_path / part).iterdir()} - {tmp_path / part / "a.tar"}:
+            path.unlink()
+    encoder, task = tiny_encoder(), task_with(**folders, group="key")
+    found = embed_task(encoder, task, None, tmp_path / "cache", QUIET)["test"]
+    assert (found.keys[0], found.groups[0]) == ("a.tar:caf\\udce90", "caf\\udce90")
+    embed_task(encoder, task, None, tmp_path / "cache", QUIET)
+    assert encoder.encoded == 18  # the cache was read the second time
 
 
 def test_processes_that_share_a_cache_embed_each_folder_once(

@@ -61,6 +61,7 @@ def test_the_page_is_self_contained_and_escapes_its_content(tmp_path):
         [
             GeneratedText("sound", "", hostile, hostile, "b", 1.0, b"OggS", b"\x89PNG"),
             GeneratedText("speech", "asr", "silent", "a", "b"),
+            GeneratedText("music", "", "caf\udce9", "a", "b"),
         ],
     )
     runs = [RunReport("one", [section]), RunReport("two", [])]
@@ -73,6 +74,7 @@ def test_the_page_is_self_contained_and_escapes_its_content(tmp_path):
     assert all(source.startswith(("data:", "#")) for source in parsed.sources)  # nothing is fetched
     assert page.count("<audio") == 1
     assert "sound · text · " in page
+    assert "music · text · caf\\udce9" in page
     ids = set(re.findall(r'id="(\w+)"', page))
     assert {source[1:] for source in parsed.sources if source.startswith("#")} <= ids
     assert 'href="#run1_1"' in render(runs[:1], "report.html")
