@@ -49,7 +49,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically, see `atomic_path`."""
     with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        # File names may contain bytes that are not UTF-8. JSON reads their escapes back.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:

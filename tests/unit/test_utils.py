@@ -96,6 +96,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_json_keeps_file_names_that_are_not_utf8(tmp_path: Path):
+    name = os.fsdecode(b"caf\xe9.flac")
+    write_json(tmp_path / "x.json", {name: "ä"})
+    assert read_json(tmp_path / "x.json") == {name: "ä"}
+
+
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff", b"[" * 100_000])
 def test_a_file_that_is_no_json_object_is_a_user_error(tmp_path: Path, content: bytes):
     (tmp_path / "x.json").write_bytes(content)

@@ -305,7 +305,7 @@ class Audit:
 
     def counts(self) -> dict[str, Any]:
         """Return how much was compared and how much overlaps."""
-        by_kind = Counter(kind for match in self.matches for kind in _kinds([match]))
+        by_kind = Counter(kind for match in self.matches for kind in sorted(_kinds([match])))
         found = {match.probe for match in self.matches}
         by_folder = Counter(location.folder for location in found)
         return {
