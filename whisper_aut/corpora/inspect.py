@@ -5,6 +5,7 @@ clip. The exceptions are float audio, which is decoded to check its scale, and a
 has no duration.
 """
 
+import io
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -119,7 +120,10 @@ class ShardStatistics:
                     self._add_clip(group, limits)
                 except SkipSample as skip:
                     self._skip(f"{url}: {key}", skip.reason, skip.detail)
-            self.bytes += stream.seek(0, 2) if stream.seekable() else shard.bytes
+            try:
+                self.bytes += stream.seek(0, io.SEEK_END)
+            except io.UnsupportedOperation:  # the server does not report sizes
+                self.bytes += shard.bytes
         self.shards += 1
         if groups.damage:
             self._skip(url, SkipReason.BAD_TAR, groups.damage)

@@ -14,6 +14,7 @@ import pytest
 from tests.support.audio import write_shards
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
+from whisper_aut.corpora.inspect import inspect_shards
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
 from whisper_aut.data.reader import ReadPolicy, RetryingReader, open_stream
@@ -90,11 +91,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Accept-Ranges", "bytes")
         if status == 206:
             self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
-        self.send_header("Content-Length", str(len(data)))
+        if fault != "no size":
+            self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:
             self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
-        self.close_connection = fault == "cut"
+        self.close_connection = fault in ("cut", "no size")
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -199,6 +201,13 @@ def test_what_is_not_there_is_not_asked_for_again(folder: Path):
         assert server.requests <= 4
     with pytest.raises(UserError, match="given up after 2 attempts"):
         open_index(server.url, ReadPolicy(retries=1, timeout_seconds=1, pause_seconds=0.001))
+
+
+def test_shards_of_a_server_that_reports_no_sizes_are_inspected(folder: Path):
+    with served(folder, lambda _: "no size", ranges=False) as server:
+        statistics = inspect_shards(server.url)
+    assert statistics.clips == CLIPS
+    assert statistics.bytes == sum(shard.bytes for shard in open_index(folder).shards)
 
 
 def test_a_part_of_a_remote_folder_is_named_by_a_pattern(folder: Path, build: ExampleBuilder):
