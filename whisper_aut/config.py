@@ -5,6 +5,8 @@ overrides (`optim.lr=1e-4`), and pydantic checks types, ranges and unknown keys.
 config are reported in one error.
 """
 
+import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field
 from importlib.util import find_spec
@@ -51,7 +53,7 @@ def find_config(name: str | Path, near: Path = Path(), kind: str = "") -> Path:
     paths = [near / given, LOCAL_CONF / kind / given, PACKAGE_CONF / kind / given]
     if given.parts[:1] == LOCAL_CONF.parts:  # `conf/aut.yaml` also works outside a checkout
         paths.append(PACKAGE_CONF / given.relative_to(LOCAL_CONF))
-    files = (file for path in paths for file in (path, path.with_name(f"{path.name}.yaml")))
+    files = (file for path in paths for file in (path, path.parent / f"{path.name}.yaml"))
     return next((file for file in files if file.is_file()), near / given)
 
 
@@ -68,10 +70,12 @@ def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> 
     """
     path = find_config(path, kind=kind)
     if not path.is_file():
-        folder = path.parent if any(path.parent.glob("*.yaml")) else PACKAGE_CONF
-        known = sorted(file.name for file in folder.glob("*.yaml"))
-        hint = nearest(path.name, known) or nearest(path.stem, known)
-        raise UserError(f"There is no config {path}.{hint} {folder} has: {', '.join(known)}.")
+        found = (path.parent, LOCAL_CONF / kind, PACKAGE_CONF / kind)
+        known = sorted({file.stem for folder in found for file in folder.glob("[!.]*.yaml")})
+        hint = nearest(path.name.removesuffix(".yaml"), known)
+        raise UserError(f"There is no config {path}.{hint} Known configs: {', '.join(known)}.")
+    if path.suffix != ".yaml":
+        raise UserError(f"{path}: the name of a config must end in .yaml.")
     folders = _search_path(path, kind)
     choices, values = _split_overrides(overrides, folders)
     try:
@@ -82,7 +86,8 @@ def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> 
         merged = OmegaConf.merge(config, OmegaConf.from_dotlist(values))
         return OmegaConf.to_container(merged, resolve=True)  # pyright: ignore[reportReturnType]
     except HydraException as error:
-        reason = " ".join(str(error).partition("Config search path")[0].split())
+        message = str(error) or str(error.__cause__)
+        reason = " ".join(message.partition("Config search path")[0].split())
     except RecursionError:
         reason = "its `defaults` list leads back to the config itself."
     except TypeError:  # OmegaConf raises it when a mapping is merged into a list
@@ -90,7 +95,7 @@ def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> 
             "an override reaches inside a list, or puts keys where there are none. "
             "Give the list whole, as in data.train=[…]."
         )
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = f"not readable as YAML: {error}"
     except (OmegaConfBaseException, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -114,7 +119,12 @@ def _compose_groups(path: Path, folders: Sequence[Path], choices: Mapping[str, s
     name = path.name.removesuffix(".yaml")
     ConfFolders.folders = folders
     try:
-        with hydra.initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
+        with (
+            warnings.catch_warnings(),
+            hydra.initialize_config_dir(str(path.parent.resolve()), version_base="1.3"),
+        ):
+            # Without `_self_`, a config overrides its defaults, as users expect.
+            warnings.filterwarnings("ignore", message=".*Defaults list is missing `_self_`")
             if not choices:
                 return hydra.compose(name)
             config = hydra.compose(name, return_hydra_config=True)
@@ -186,6 +196,14 @@ def _check_range(ends: tuple[float, float]) -> tuple[float, float]:
     return ends
 
 
+def _check_finite(options: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(options, allow_nan=False)
+    except ValueError:
+        raise ValueError("all numbers must be finite") from None
+    return options
+
+
 def _check_loggers(names: list[str]) -> list[str]:
     if "csv" not in names:
         raise ValueError("must contain csv, from which reports are drawn")
@@ -203,6 +221,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Speed = Annotated[float, Field(ge=0.5, le=2)]
 ClipSeconds = Annotated[float, Field(gt=0, le=30)]
 Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
+Options = Annotated[dict[str, Any], AfterValidator(_check_finite)]  # checked elsewhere
 Domain = Literal["speech", "sound", "music"]
 Logger = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
@@ -524,7 +543,7 @@ class StrategySettings:
         "deepspeed_stage_3_offload",
     ] = "auto"
     timeout_minutes: PositiveFloat = 30.0
-    deepspeed: dict[str, Any] = field(default_factory=dict)
+    deepspeed: Options = field(default_factory=dict)
 
     @model_validator(mode="after")
     def check_deepspeed(self) -> Self:
@@ -591,7 +610,7 @@ class Settings:
 
     name: FolderName
     model: ModelSettings
-    decoder: dict[str, Any]
+    decoder: Options
     data: DataSettings
     seed: NonNegativeInt = 0
     runs: Text = "runs"
@@ -624,4 +643,4 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
 def dump_settings(settings: Settings) -> str:
     """Return the resolved config as YAML that `load_settings` can read."""
-    return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True)
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(settings)))

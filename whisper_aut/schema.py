@@ -24,6 +24,7 @@ _adapter = cache(TypeAdapter)
 PLAIN_WORDS = {"Input should be": "must be", " or must be": " or", " array": " list"}
 PLAIN_WORDS |= {"a valid boolean": "true or false", "a valid string": "text"}
 PLAIN_WORDS |= {"a valid integer": "a whole number", "an object": "keys and values"}
+PLAIN_WORDS |= {"List should": "must", " after validation": ""}
 
 
 def _to_text(value: Any) -> Any:
@@ -48,7 +49,10 @@ def build(schema: type[T], values: Mapping[str, Any], where: str) -> T:
         UserError: lists all problems, each with its dotted path.
     """
     # As JSON, because in strict mode pydantic accepts only JSON objects for nested dataclasses.
-    text = json.dumps(values)
+    try:
+        text = json.dumps(values)
+    except TypeError as error:  # a YAML tag such as !!binary
+        raise UserError(f"{where}: {error}.") from None
     try:
         return _adapter(schema).validate_json(text, strict=True, extra="forbid")
     except ValidationError as error:

@@ -56,7 +56,6 @@ CONF = REPOSITORY / "conf"
             "There are no shards at nowhere",
         ),
         (["report", "nowhere", "--out", "x"], "There is no scores.json"),
-        (["data", "demo", "--out", "x", "--scale", "0"], "must be above 0"),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_exit_status_1(
@@ -84,6 +83,8 @@ def test_a_mistake_is_one_paragraph_and_exit_status_1(
         (["evaluate", "run", "shards", "--limit", "0"], "0 is below 1"),
         (["chat", "run", "a.wav", "--max-new-tokens", "many"], "'many' is not a whole number"),
         (["demo", "run", "--port", "99999"], "99999 is above 65535"),
+        (["data", "demo", "--scale", "nan"], "'nan' is not a number above 0"),
+        (["data", "build", "a", "--max-skipped-fraction", "nan"], "not a number from 0 to 1"),
     ],
 )
 def test_numbers_out_of_range_are_errors_of_usage(

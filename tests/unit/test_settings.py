@@ -174,6 +174,49 @@ def test_numbers_are_accepted_as_names_and_nothing_as_an_empty_name():
     assert (settings.name, settings.model.revision, settings.optim.lr) == ("2026", "", 1.0)
 
 
+@pytest.mark.parametrize("text", ["1e3", "010", "null", "12:30", "2026-01-01", "a: b", " x "])
+def test_text_that_looks_like_something_else_is_equal_after_a_dump(text: str, tmp_path: Path):
+    settings = load_settings("aut_tiny", [f"data.exclude='{text}'"])
+    assert settings.data.exclude == text
+    (tmp_path / "dumped.yaml").write_text(dump_settings(settings))
+    assert load_settings(tmp_path / "dumped.yaml") == settings
+
+
+def test_an_unknown_name_is_compared_with_the_configs_of_all_folders(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".hidden.yaml").touch()
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(UserError, match=r"config aut_tny\. Did you mean 'aut_tiny'.* aut,.* mine,"):
+        load_settings("aut_tny")
+    with pytest.raises(
+        UserError, match=r"e4_mix\. Did you mean 'e4_mixture'\? Known configs: base,"
+    ):
+        load_experiment("e4_mix")
+    with pytest.raises(UserError, match=r"There is no config \."):
+        load_settings(".")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yml", b"name: x", "the name of a config must end in .yaml"),
+        ("a.yaml", b"name: \xe9", "not readable as YAML: 'utf-8' codec"),
+        ("a.yaml", b"name: x\nname: y", "(?s)not readable as YAML.*duplicate key name"),
+        ("a.yaml", b"null: x", "Incompatible key type"),
+        ("a.yaml", b"- x", "must be a DictConfig"),
+        ("a.yaml", b"", "decoder: missing"),
+        ("a.yaml", b"defaults: [smoke]\nname: ..", "name: '..' cannot be"),  # without `_self_`
+    ],
+)
+def test_a_file_that_is_no_config_is_an_error(
+    name: str, content: bytes, message: str, tmp_path: Path
+):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_settings(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -236,6 +279,13 @@ def test_numbers_are_accepted_as_names_and_nothing_as_an_empty_name():
             r"data\.valid\.0\.text: '\{a!r\}' is not a template",
         ),
         (["name=${nothing.there}"], "nothing"),
+        (["name=!!binary aGk="], "bytes is not"),
+        (["decoder.x=.nan"], "decoder: all numbers must be finite"),
+        (
+            ["strategy=deepspeed_stage_2", "strategy.deepspeed={x: [.inf]}"],
+            "strategy.deepspeed: all numbers must be finite",
+        ),
+        (["data.augment.speeds=[]"], "speeds: must have at least 1 item, not 0"),
     ],
 )
 def test_each_mistake_is_explained(overrides: list[str], message: str):
@@ -244,7 +294,7 @@ def test_each_mistake_is_explained(overrides: list[str], message: str):
 
 
 def test_missing_and_broken_files(tmp_path: Path):
-    with pytest.raises(UserError, match=r"Did you mean 'aut_tiny.yaml'"):
+    with pytest.raises(UserError, match=r"Did you mean 'aut_tiny'"):
         load_settings(CONF / "aut_tinny.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "broken.yaml").write_text("a: [1\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from whisper_aut.commands import Commands, add_workers, whole_number
+from whisper_aut.commands import Commands, add_workers, fraction, positive_number, whole_number
 from whisper_aut.errors import UserError, nearest
 
 SHARDS = Path("data")  # the default --root of `probe`
@@ -161,7 +161,7 @@ def add_parsers(commands: Commands) -> None:
     add("--out", default="data/demo", help="output folder (default: data/demo)")
     add("--seed", type=whole_number(0), default=0, help="random seed of the clips (default: 0)")
     scale = "size factor; 2 doubles the number of clips (default: 1)"
-    add("--scale", type=float, default=1.0, help=scale)
+    add("--scale", type=positive_number, default=1.0, help=scale)
     add_workers(command)
     command.set_defaults(run=data_demo)
 
@@ -205,7 +205,7 @@ def add_parsers(commands: Commands) -> None:
     split_by = "write one folder of shards per value"
     add("--split-by", default="", metavar="COLUMN", help=split_by)
     skipped = "fail if a larger fraction of the rows is skipped (default: 0.5)"
-    add("--max-skipped-fraction", type=float, default=0.5, help=skipped)
+    add("--max-skipped-fraction", type=fraction, default=0.5, help=skipped)
     add_workers(command)
     command.set_defaults(run=data_build)
 

@@ -152,7 +152,7 @@ def add_parsers(commands: Commands) -> None:
 
     command = commands.add_parser(
         "doctor",
-        help="check that this machine can run a config: versions, ranks, disk, shards, two steps",
+        help="check that this machine can run a config: versions, devices, disk, shards, two steps",
     )
     add_config(command, "hardware=8xgpu", optional=True)
     command.add_argument("--no-dry-run", action="store_true", help="skip the two training steps")
