@@ -98,8 +98,10 @@ def find_checkpoint(path: Path) -> tuple[Path, PretrainedWhisper]:
             f"{run.path} has not saved a checkpoint yet "
             f"({checkpoint.relative_to(run.path)} is missing)."
         )
-    pretrained = read_json(run.environment)["pretrained"]
-    return checkpoint, PretrainedWhisper(pretrained["path"], pretrained["revision"])
+    match read_json(run.environment).get("pretrained"):
+        case {"path": str(name), "revision": str(revision)}:
+            return checkpoint, PretrainedWhisper(name, revision)
+    raise UserError(f"{run.environment} is damaged, or of another release. Train again.")
 
 
 def export_checkpoint(

@@ -4,7 +4,6 @@ Towers are built with transformers' own classes. Every weight must match in name
 those that only the tower has.
 """
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 from transformers.models.voxtral.modeling_voxtral import VoxtralEncoder
 
 from whisper_aut.errors import UserError
+from whisper_aut.utils import read_json
 
 POSITIONS = "embed_positions.weight"
 WEIGHTS, PARTIAL_WEIGHTS = "model.safetensors", "tower.safetensors"
@@ -169,7 +169,7 @@ def swap_tower(model: nn.Module, directory: str | Path) -> nn.Module:
             f"{folder} does not contain an audio tower. "
             f"Write one: whisper-aut export RUN --format qwen2-audio --out {folder}"
         )
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+    model_type = read_json(folder / "config.json").get("model_type")
     towers = [
         module
         for name, module in model.named_modules()

@@ -226,11 +226,7 @@ def _draw_training(run: RunDirectory, out: Path, prefix: str) -> list[Figure]:
 
 
 def run_table(run: Path) -> Table | None:
-    """Return the machine, the package versions and the throughput metrics of a run.
-
-    Returns:
-        The table, or None if the run recorded no environment.
-    """
+    """Return machine, packages and throughput of a run; None if it recorded no environment."""
     environment = read_json(run / "environment.json", default={})
     done = read_json(run / "done.json", default={})
     if not environment:
@@ -256,11 +252,7 @@ def run_table(run: Path) -> Table | None:
 
 
 def data_table(run: Path) -> Table | None:
-    """Return the training sources: their contents, epochs, and requested and actual weights.
-
-    Returns:
-        The table, or None if the run recorded no sources.
-    """
+    """Return the training sources with their requested and actual weights; None without any."""
     sources = read_json(run / "environment.json", default={}).get("data", [])
     epochs = read_json(run / "done.json", default={}).get("sources", {})
     if not sources:

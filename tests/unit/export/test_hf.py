@@ -194,6 +194,16 @@ def test_damaged_and_foreign_checkpoints_are_user_errors(checkpoint: Path, tmp_p
         find_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["{}", "[", '{"pretrained": {"path": 3}}'])
+def test_a_damaged_environment_is_a_user_error(tmp_path: Path, content: str):
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    (tmp_path / "environment.json").write_text(content)
+    with pytest.raises(UserError, match=r"environment\.json"):
+        find_checkpoint(checkpoint)
+
+
 class _Hostile:
     def __reduce__(self):
         return (Path.touch, (Path("owned"),))
