@@ -26,12 +26,7 @@ from whisper_aut.corpora import fingerprint as fingerprints
 from whisper_aut.corpora.fingerprint import Fingerprint, FingerprintIndex, fingerprint
 from whisper_aut.corpora.inspect import open_indices
 from whisper_aut.data.annotation import Annotation, read_lines
-from whisper_aut.data.reader import (
-    MemberGroups,
-    audio_and_annotation,
-    open_stream,
-    sibling_url,
-)
+from whisper_aut.data.reader import MemberGroups, audio_and_annotation, open_stream, sibling_url
 from whisper_aut.data.shards import ShardIndex
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 from whisper_aut.utils import (

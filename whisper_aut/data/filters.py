@@ -20,13 +20,7 @@ import numpy as np
 
 from whisper_aut.data.annotation import read_lines
 from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, is_local, open_stream
-from whisper_aut.data.shards import (
-    FolderCounts,
-    SampleTable,
-    Selection,
-    ShardIndex,
-    text_hash,
-)
+from whisper_aut.data.shards import FolderCounts, SampleTable, Selection, ShardIndex, text_hash
 from whisper_aut.data.writer import build_table
 from whisper_aut.errors import SkipReason, UserError
 

@@ -12,14 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from whisper_aut.corpora.recipes.base import (
-    Recipe,
-    Rows,
-    audio_files,
-    find,
-    find_parts,
-    read_csv,
-)
+from whisper_aut.corpora.recipes.base import Recipe, Rows, audio_files, find, find_parts, read_csv
 from whisper_aut.data.annotation import parse_json, read_lines
 from whisper_aut.errors import UserError
 from whisper_aut.utils import read_json

@@ -2,14 +2,7 @@
 
 from pathlib import Path
 
-from whisper_aut.corpora.recipes.base import (
-    Archive,
-    Recipe,
-    Rows,
-    audio_files,
-    find,
-    with_article,
-)
+from whisper_aut.corpora.recipes.base import Archive, Recipe, Rows, audio_files, find, with_article
 from whisper_aut.data.annotation import language_name, read_lines, whisper_codes
 
 LIBRISPEECH_SHA256 = {
