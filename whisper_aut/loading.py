@@ -160,12 +160,7 @@ def short_name(name: str) -> str:
 
 
 def open_demo_models(
-    name: str,
-    against: str,
-    padding: Padding | None,
-    *,
-    device: str = "cpu",
-    dtype: str = "fp32",
+    name: str, against: str, padding: Padding | None, *, device: str = "cpu", dtype: str = "fp32"
 ) -> DemoModels:
     """Load the models for the page of `whisper-aut demo`.
 

@@ -12,13 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from whisper_aut.config import (
-    LOCAL_CONF,
-    CorporaSettings,
-    Settings,
-    find_config,
-    load_settings,
-)
+from whisper_aut.config import LOCAL_CONF, CorporaSettings, Settings, find_config, load_settings
 from whisper_aut.corpora.audit import AUDIT_NAME, EXCLUDE_NAME, read_audit, unaudited
 from whisper_aut.corpora.build import build_shards
 from whisper_aut.corpora.manifest import ManifestSpec

@@ -17,13 +17,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 from pydantic.dataclasses import dataclass as schema
 from rich.console import Console
 
-from whisper_aut.config import (
-    ManifestSettings,
-    Settings,
-    compose,
-    find_config,
-    load_settings,
-)
+from whisper_aut.config import ManifestSettings, Settings, compose, find_config, load_settings
 from whisper_aut.errors import UserError, nearest
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.pipeline import PipelineOptions, run_pipeline

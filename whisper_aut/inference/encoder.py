@@ -19,12 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from whisper_aut.audio.decode import (
-    LONG_CLIPS,
-    SAMPLE_RATE_HZ,
-    load_file,
-    to_mono_16k,
-)
+from whisper_aut.audio.decode import LONG_CLIPS, SAMPLE_RATE_HZ, load_file, to_mono_16k
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
 from whisper_aut.audio.windows import (
     BATCH_SECONDS,

@@ -117,19 +117,11 @@ class RunReport:
 
 
 def build_report(runs: Sequence[Path], out: Path, console: Console) -> Path:
-    """Write the report of one or more runs: `report.html`, `report.md`, charts and CSV files.
-
-    Args:
-        runs: The run directories.
-        out: The folder to write to, created if necessary.
-        console: Where to print the tables of scores.
-
-    Returns:
-        The path of `report.html`.
+    """Write the report of run directories to `out`: `report.html` (whose path is returned),
+    `report.md`, charts and CSV files. Print the tables of scores.
 
     Raises:
-        UserError: If a path is not a run or has nothing to report, or if a file cannot be
-            written.
+        UserError: A path is not a run or has nothing to report, or a file cannot be written.
     """
     found = [RunDirectory(run.resolve()) for run in runs]
     empty = [

@@ -237,10 +237,8 @@ def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
 
 @rc_context(STYLE)
 def plot_speed(metrics_csv: str | Path, path: str | Path) -> Path | None:
-    """Draw audio seconds per second and the fraction of time spent waiting for data.
-
-    Returns:
-        The path of the chart, or None if the run did not log its throughput.
+    """Draw audio seconds per second and the fraction of time spent waiting for data. Return None
+    if the run did not log its throughput.
 
     Raises:
         UserError: If the log cannot be read, or if the file cannot be written.
@@ -261,10 +259,7 @@ def plot_speed(metrics_csv: str | Path, path: str | Path) -> Path | None:
 
 @rc_context(STYLE)
 def plot_learning(metrics_csv: str | Path, path: str | Path) -> Path | None:
-    """Draw the scores of the probes that ran during training against the step.
-
-    Returns:
-        The path of the chart, or None if no probe ran.
+    """Draw the scores of probes during training against the step. Return None if no probe ran.
 
     Raises:
         UserError: If the log cannot be read, or if the file cannot be written.
@@ -352,10 +347,8 @@ def compared_encoders(scores: Scores) -> list[str]:
 
 @rc_context({**STYLE, "axes.grid": False})
 def plot_confusions(scores: Scores, task: str, path: Path) -> Path | None:
-    """Draw the confusion matrices of a task, one panel for each of `compared_encoders`.
-
-    Returns:
-        The path of the chart, or None if no confusions were recorded.
+    """Draw the confusion matrices of a task, one panel for each of `compared_encoders`. Return
+    None if no confusions were recorded.
 
     Raises:
         UserError: If the file cannot be written.
@@ -410,10 +403,7 @@ def plot_maps(scores: Scores, path: Path) -> Path | None:
     """Draw t-SNE maps of the test clips, one row for each of `compared_encoders`.
 
     The first map shows all clips by domain if there are several domains. The others show the
-    clips of one task by class.
-
-    Returns:
-        The path of the chart, or None if the cache has no embeddings of the test clips.
+    clips of one task by class. Return None if the cache has no embeddings of the test clips.
 
     Raises:
         UserError: If the file cannot be written.

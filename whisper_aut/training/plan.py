@@ -39,12 +39,7 @@ from whisper_aut.models.flops import encoder_flops
 from whisper_aut.models.pretrained import load_whisper_config, whisper_config_of_size
 from whisper_aut.models.tiny import WHISPER_SPECIAL_TOKENS
 from whisper_aut.training.checkpoint import MOMENT_BYTES
-from whisper_aut.training.factory import (
-    open_sources,
-    read_policy,
-    select_sources,
-    source_weights,
-)
+from whisper_aut.training.factory import open_sources, read_policy, select_sources, source_weights
 from whisper_aut.training.strategies import DEEPSPEED, OFFLOAD
 
 GIBIBYTE = 2**30
