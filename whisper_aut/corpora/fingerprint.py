@@ -38,10 +38,7 @@ RUN_LIMIT, CANDIDATES = 32, 48  # bound the cost of one word and of one clip
 WINDOW_FRAMES = 164  # words in a segment of 3 s
 MIN_FRAMES = 20
 # Number of words, and the fraction of bits that may differ.
-TOLERATED = (
-    (MIN_FRAMES, 24, 40, 60, 100),
-    (0.055, 0.09, 0.09, 0.16, 0.25),
-)
+TOLERATED = ((MIN_FRAMES, 24, 40, 60, 100), (0.055, 0.09, 0.09, 0.16, 0.25))
 
 
 @dataclass(frozen=True)
@@ -155,13 +152,6 @@ class FingerprintIndex:
         )
         order = np.argsort(self._words[positions], kind="stable")
         self._positions, self._keys = positions[order], self._words[positions][order]
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the index, in bytes."""
-        return sum(
-            array.nbytes for array in (self._words, self._audible, self._positions, self._keys)
-        )
 
     def search(self, query: Fingerprint) -> list[SharedSegment]:
         """Return the best shared segment per matching clip, lowest bit error first."""

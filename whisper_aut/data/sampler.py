@@ -237,9 +237,6 @@ class SequentialOrder(Order):
         self._ends = np.cumsum(sizes, dtype=np.int64)
         self.end = sum(sizes)
 
-    def __len__(self) -> int:
-        return self.end
-
     def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         positions = np.arange(start, min(stop, self.end))
         sources = np.searchsorted(self._ends, positions, side="right")

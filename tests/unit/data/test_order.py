@@ -96,7 +96,7 @@ def test_fingerprints_tell_orders_apart():
 
 def test_the_validation_order_takes_the_first_clips_of_each_source():
     order = SequentialOrder(SOURCES, window=4, limit=6)
-    assert len(order) == 18
+    assert order.end == 18
     sources, numbers = order.draws(4, 100)
     assert sources.tolist() == [0] * 2 + [1] * 6 + [2] * 6
     assert numbers[:4].tolist() == [4, 5, 0, 1]
