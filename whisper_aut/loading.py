@@ -84,12 +84,8 @@ def is_run(path: Path) -> bool:
 def export_run(path: Path, out: Path, kind: ExportKind, dtype: str = "fp32", **card: str) -> Path:
     """Export a trained model with a model card.
 
-    Args:
-        path: a run directory or one of its checkpoints.
-        out: the directory to write.
-        kind: the format, see `export.hf.ExportKind`.
-        dtype: of the weights: `fp32`, `bf16` or `fp16`.
-        card: `name` and `licence`, see `write_card`.
+    `path` is a run directory or one of its checkpoints. `dtype` is `fp32`, `bf16` or `fp16`. `card`
+    may contain `name` and `licence`, see `write_card`.
 
     Raises:
         UserError: `path` is not a run, or the run cannot be exported as `kind`.
@@ -198,10 +194,8 @@ def load_tasks(
 ) -> list[ProbeTask]:
     """Load probe tasks.
 
-    Args:
-        names: tasks in `folder/probe_tasks`, suites in `folder/probe.yaml`, or paths.
-        folder: searched before the configs of the package.
-        problems: collects errors, which are raised otherwise.
+    `names` are tasks in `folder/probe_tasks`, suites in `folder/probe.yaml`, or paths. After
+    `folder`, the package is searched. `problems` collects errors, which are raised otherwise.
 
     Raises:
         UserError: lists the problems of all tasks.

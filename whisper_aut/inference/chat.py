@@ -84,11 +84,8 @@ def _generate(module: AudioTextModule, audio: Path, prompt: Tensor, max_new_toke
 class Evaluation:
     """The result of `evaluate`.
 
-    Attributes:
-        metrics: by name, such as `exact_sound_class`.
-        clips: number of clips that were evaluated.
-        skipped: number of skipped clips, by source and reason.
-        unknown_languages: number of clips by language, for languages without a token.
+    `metrics` are by name, such as `exact_sound_class`. `skipped` counts skipped clips by source and
+    reason, `unknown_languages` clips by language, for languages without a token.
     """
 
     metrics: dict[str, float]

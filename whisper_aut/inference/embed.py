@@ -35,7 +35,6 @@ class Origin:
     Attributes:
         encoder: path or hub id of the encoder.
         fingerprint: hash of the encoder's weights, padding mode and dtype.
-        padding: padding mode.
         pooling: pooling of the frames; None if the frames themselves were kept.
         layers: layers that were kept; empty for the encoder's output.
         dtype: precision of the encoder, a key of `DTYPES`.
@@ -54,8 +53,7 @@ class Vectors:
     """The embeddings of some clips.
 
     Attributes:
-        names: name of each clip.
-        seconds: duration of each clip.
+        names, seconds: name and duration of each clip.
         values: float32 `[B, D]` or `[B, layers, D]`. If frames were kept, the frames of all
             clips, concatenated to `[ΣT, D]` or `[ΣT, layers, D]`.
         origin: how the embeddings were made.
@@ -227,7 +225,6 @@ def embed_paths(
     A clip that cannot be used is skipped, and its reason is kept in the result.
 
     Args:
-        encoder: the encoder.
         paths: audio files, folders that contain audio files at any depth, tars, or folders or URLs
             of shards.
         name: path or hub id of the encoder, saved in the result's origin.

@@ -245,13 +245,8 @@ def checkpoint_bytes(module: nn.Module) -> int:
 def check_disk_space(folder: Path, one_checkpoint: int, kept: int) -> str:
     """Check that a folder is writable and has room for checkpoints.
 
-    Args:
-        folder: The run directory, or a folder above it. It need not exist.
-        one_checkpoint: Size of a checkpoint in bytes.
-        kept: Number of checkpoints that are kept. One more may be being written.
-
-    Returns:
-        A warning if the disk may fill up later, else an empty string.
+    The folder need not exist. `one_checkpoint` is the size of a checkpoint in bytes, and `kept` the
+    number of checkpoints that are kept. Returns a warning if the disk may fill up later, else "".
 
     Raises:
         UserError: If the folder is not writable, or two checkpoints do not fit.

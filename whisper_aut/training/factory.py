@@ -148,11 +148,7 @@ def build_module(
 ) -> AudioTextModule:
     """Return the LightningModule of a run. Trainable parameters are converted to float32.
 
-    Args:
-        settings: Config of the run.
-        pretrained: The pretrained checkpoint.
-        decoder, codec: From `build_decoder`.
-        total_steps: Optimizer steps of the learning rate schedule.
+    The learning rate schedule ends after `total_steps`.
 
     Raises:
         UserError: If the encoder is too short for the clips, or `model.compile` is not possible.

@@ -139,11 +139,7 @@ def create_job_run(
 ) -> RunDirectory:
     """Return the run directory of this job. Rank 0 creates it, and all ranks agree on its name.
 
-    Args:
-        root: Folder of all runs.
-        name: Name of the run in the config.
-        config_yaml: The resolved config.
-        metadata: Values to add to `environment.json`.
+    The `metadata` are added to `environment.json`.
 
     Raises:
         UserError: If the directory cannot be written, or this rank does not know its name.
@@ -252,11 +248,8 @@ def find_resume_checkpoint(
 ) -> Path | None:
     """Return the checkpoint to resume from, or None to start a new run.
 
-    Args:
-        resume: Empty, `auto`, a checkpoint, or a run directory.
-        newest: The newest run of this name.
-        folder: Folder of the runs of this name. Its last part is the name of the run.
-        warn: Called with a message for each damaged checkpoint that is skipped.
+    `resume` is empty, `auto`, a checkpoint, or a run directory. `newest` is the newest run of this
+    name, and `folder` contains all of them. `warn` is called for each damaged checkpoint.
 
     Raises:
         UserError: If there is no such checkpoint, none is valid, or it is from a run with another

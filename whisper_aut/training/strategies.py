@@ -72,9 +72,7 @@ def build_strategy(
     Args:
         name: `auto`, `ddp`, or `deepspeed_stage_1|2|3`, the latter two also with `_offload`.
         timeout_minutes: How long a rank waits for the others before the job fails.
-        ranks: Number of ranks of the job.
         clips_per_step: Number of clips in an optimizer step, recorded in checkpoints.
-        accelerator: Lightning's accelerator name.
         skip_to: Position in the data to resume from, in place of the checkpoint's own.
         async_checkpoints: Write checkpoints in the background.
         deepspeed_options: Options for DeepSpeed's config. They override those implied by `name`.

@@ -42,16 +42,8 @@ SHOWN_PER_TASK = 2
 class Throughput:
     """Sums over the training steps of one rank.
 
-    Attributes:
-        seconds: Wall clock time, including waits for data.
-        waited_seconds: Time spent waiting for the data loader.
-        mel_frames: Mel frames of the clips.
-        computed_mel_frames: Mel frames that the encoder computed; more than `mel_frames` if it
-            pads.
-        tokens: Text tokens.
-        clips: Number of clips.
-        flops: Useful FLOPs of the forward and backward pass; None if the decoder cannot count its
-            own.
+    `seconds` include `waited_seconds`, the waits for data. `computed_mel_frames` include padding.
+    `flops` are useful FLOPs of forward and backward pass; None if the decoder does not count them.
     """
 
     seconds: float = 0.0
