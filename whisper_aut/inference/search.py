@@ -102,6 +102,8 @@ class SearchIndex:
             >>> index.nearest(torch.tensor([3.0, 4.0]), k=1)
             [Neighbour(name='right', similarity=0.8)]
         """
+        if k < 1:
+            raise UserError(f"k must be at least 1, not {k}.")
         similarities = self.units @ normalize(vector.flatten(), dim=0)
         best = torch.topk(similarities, min(k, len(self)))
         return [

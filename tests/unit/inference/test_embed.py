@@ -230,6 +230,8 @@ def test_search_rejects_an_index_of_another_encoder_or_of_frames(
     in_story: Path, encoder: AudioEncoder, tiny_whisper: Path
 ):
     index = SearchIndex(embed_paths(encoder, ["clips"], name=RUN))
+    with pytest.raises(UserError, match="k must be at least 1, not -1"):
+        index.nearest(index.units[0], k=-1)
     with pytest.raises(UserError, match="not the encoder that made the index"):
         index.open_encoder(path=str(tiny_whisper))
     with pytest.raises(UserError, match="without --frames"):
