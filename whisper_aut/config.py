@@ -641,6 +641,18 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     return build(Settings, compose(path, overrides), str(path))
 
 
+def first_model(model: ModelSettings, config: Path) -> ModelSettings:
+    """Return the model of the first config in the chain of `model.after` that ends at `config`."""
+    chain = [config.resolve()]
+    while model.after:
+        config = find_config(model.after, config.parent)
+        if config.resolve() in chain:
+            raise UserError(f"model.after: {config} would be trained before itself.")
+        chain.append(config.resolve())
+        model = load_settings(config).model
+    return model
+
+
 def dump_settings(settings: Settings) -> str:
     """Return the resolved config as YAML that `load_settings` can read."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(settings)))

@@ -4,6 +4,7 @@ Corpora → pretrained checkpoint → training → export → probes → report.
 and results of earlier runs are reused if nothing has changed.
 """
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +13,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from whisper_aut.config import LOCAL_CONF, CorporaSettings, Settings, find_config, load_settings
+from whisper_aut.config import (
+    LOCAL_CONF,
+    CorporaSettings,
+    Settings,
+    find_config,
+    first_model,
+    load_settings,
+)
 from whisper_aut.corpora.audit import AUDIT_NAME, EXCLUDE_NAME, read_audit, unaudited
 from whisper_aut.corpora.build import build_shards
 from whisper_aut.corpora.manifest import ManifestSpec
@@ -95,6 +103,7 @@ def run_pipeline(settings: Settings, options: PipelineOptions, console: Console)
         Interrupted: training was stopped by a signal.
     """
     check_decoder(settings.decoder)
+    first_model(settings.model, options.config)
     tasks = load_tasks(settings.probe.tasks, options.tasks_folder)
     prepare_corpora(settings.corpora, console)
     callbacks = _build_probe_callbacks(settings, options)
@@ -109,7 +118,7 @@ def run_pipeline(settings: Settings, options: PipelineOptions, console: Console)
             settings, console, resume=options.resume, fresh=options.fresh, callbacks=callbacks
         )
     except Interrupted as interrupted:
-        command = " ".join([str(options.config), *options.overrides])
+        command = shlex.join([str(options.config), *options.overrides])
         raise type(interrupted)(
             f"{settings.name} {interrupted}.\n"
             f"Resume with: whisper-aut train {command} --resume auto"

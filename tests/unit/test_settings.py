@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.support import REPOSITORY
-from whisper_aut.config import compose, dump_settings, load_settings
+from whisper_aut.config import compose, dump_settings, first_model, load_settings
 from whisper_aut.errors import UserError
 from whisper_aut.experiments.grid import all_runs, arms_of, load_experiment
 from whisper_aut.models.decoders import check_decoder
@@ -194,6 +194,15 @@ def test_an_unknown_name_is_compared_with_the_configs_of_all_folders(tmp_path: P
         load_experiment("e4_mix")
     with pytest.raises(UserError, match=r"There is no config \."):
         load_settings(".")
+
+
+def test_a_chain_of_configs_that_leads_back_to_its_end_is_an_error(tmp_path: Path):
+    for name, after in (("a", "b"), ("b", "a"), ("c", CONF / "aut_tiny")):
+        content = f"defaults: [smoke, _self_]\nname: {name}\nmodel: {{after: {after}.yaml}}"
+        (tmp_path / f"{name}.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"model\.after: .*a\.yaml would be trained before itself"):
+        first_model(load_settings(tmp_path / "a.yaml").model, tmp_path / "a.yaml")
+    assert first_model(load_settings(tmp_path / "c.yaml").model, tmp_path / "c.yaml").scratch
 
 
 @pytest.mark.filterwarnings("error")

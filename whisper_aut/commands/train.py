@@ -10,7 +10,7 @@ from rich.console import Console
 from whisper_aut.commands import Commands, add_config
 
 if TYPE_CHECKING:
-    from whisper_aut.config import ModelSettings, Settings
+    from whisper_aut.config import Settings
 
 
 def train(options: argparse.Namespace, console: Console) -> None:
@@ -30,23 +30,13 @@ def train(options: argparse.Namespace, console: Console) -> None:
 
 
 def plan(options: argparse.Namespace, console: Console) -> None:
-    from whisper_aut.config import find_config, load_settings
+    from whisper_aut.config import find_config, first_model, load_settings
     from whisper_aut.training.plan import build_forecast, forecast_tables, planned_config
 
     settings = load_settings(options.config, options.overrides)
-    model = _first_model(settings.model, find_config(options.config))
+    model = first_model(settings.model, find_config(options.config))
     for table in forecast_tables(build_forecast(settings, planned_config(model))):
         console.print(table)
-
-
-def _first_model(model: "ModelSettings", config: Path) -> "ModelSettings":
-    """Return the model of the first config in a chain of `model.after`."""
-    from whisper_aut.config import find_config, load_settings
-
-    while model.after:
-        config = find_config(model.after, config.parent)
-        model = load_settings(config).model
-    return model
 
 
 def doctor(options: argparse.Namespace, console: Console) -> None:
@@ -107,16 +97,11 @@ def _two_steps(settings: "Settings", config: Path) -> "Settings":
     """Return the settings of a two-step dry run on this node, without other configs' training."""
     import torch
 
-    from whisper_aut.config import CorporaSettings
+    from whisper_aut.config import CorporaSettings, first_model
 
-    trainer = replace(
-        settings.trainer,
-        max_steps=2,
-        valid_every_steps=2,
-        checkpoint_every_steps=2,
-        log_every_steps=1,
-    )
-    model = replace(_first_model(settings.model, config), padding=settings.model.padding)
+    steps = dict.fromkeys(("max_steps", "valid_every_steps", "checkpoint_every_steps"), 2)
+    trainer = replace(settings.trainer, **steps, log_every_steps=1)
+    model = replace(first_model(settings.model, config), padding=settings.model.padding)
     hardware = replace(settings.hardware, nodes=1)
     on_gpu = hardware.accelerator in ("gpu", "cuda") and torch.cuda.is_available()
     if on_gpu and hardware.devices != "auto":
