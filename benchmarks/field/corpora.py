@@ -13,6 +13,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +137,14 @@ def build(name: str, source: Path, out: Path) -> Any:
     out.mkdir(parents=True, exist_ok=True)
     manifest = out / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in described), encoding="utf-8")
-    spec = ManifestSpec(manifest, source / "audio", split_by="split", source=name, **constants)
+    spec = replace(
+        ManifestSpec(manifest, source / "audio", split_by="split", source=name), **constants
+    )
     return build_shards(spec, out)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Build the shards of the field suite.")
     parser.add_argument("corpora", type=Path, help="folder with esc10/, us8k/, kathleen/ …")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
