@@ -179,7 +179,7 @@ def test_an_unknown_choice_is_an_error_with_the_nearest_one(
             ["data", "audit", "--against", "esc10", "data/train"],
             "Write whisper-aut data audit TRAIN --against …",
         ),
-        (["evaluate", "--tasks", "asr", "runs/x", "shards"], "evaluate RUN_OR_CKPT SHARDS --tasks"),
+        (["evaluate", "--tasks", "asr", "runs/x", "shards"], "evaluate MODEL SHARDS --tasks"),
     ],
 )
 def test_errors_of_options_with_several_values_show_the_right_order(

@@ -139,7 +139,7 @@ def test_nested_and_dotted_keys_are_the_same():
             {"axes": {**GRID["axes"], "more": {"c": {"init_from": "base"}}}},
             "only one axis can have init_from, not encoder and more",
         ),
-        ({"config": "aut_tinny.yaml"}, "Did you mean 'aut_tiny.yaml'"),
+        ({"config": "aut_tinny.yaml"}, "Did you mean 'aut_tiny'"),
         ({"set": {"trainer": {"max_stepz": 1}}}, "Did you mean 'max_steps'"),
     ],
 )

@@ -164,6 +164,8 @@ def test_tasks_of_several_clips_a_speaker_or_recording_name_the_field():
         "esc50": "freesound_id",
         "fsdd": "speaker",
         "gmnotes": "program",
+        "tuxpaint": "stamp",
+        "us8k_fold10": "freesound_id",
         "speech_commands_v2_12": "speaker",
         "speech_commands_v2_35": "speaker",
         "xares_nsynth_instruments": "instrument_str",
