@@ -20,7 +20,7 @@ STEPS = 20
 
 
 class Jobs:
-    """Collects training jobs and runs them on so many ranks, in one go."""
+    """Collects training jobs and runs them on a number of ranks, in one go."""
 
     def __init__(self, tmp_path: Path, tiny_whisper: Path, tiny_shards: Path):
         self.tmp_path, self.inputs = tmp_path, (tiny_whisper, tiny_shards)
