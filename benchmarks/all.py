@@ -24,7 +24,7 @@ By `make bench`. Medians of interleaved runs; a ratio above one means that ours 
 The other side is what is usually run, which is often slower than what a careful user would run. Rows that compare with
 the latter, once measured with the present benchmarks:
 
-- probes: `Adam in memory` and `scikit-learn` beside X-ARES's trainer, which reads tars of embeddings in every epoch.
+- probes: `Adam in memory` and `scikit-learn`, and X-ARES's trainer, which reads tars of embeddings in every epoch.
 - logmel: `unpadded`. The extractor's cost for short clips is mostly the padding to 30 s.
 - encoder: `pad to longest`, with positions cut, which changes frames at clip ends.
 - uniwhisper_step: `answers only`, logits at the supervised positions.

@@ -123,4 +123,4 @@ def bare(settings: Settings) -> tuple[float, list[float]]:
 
 
 if __name__ == "__main__":
-    main(cases, "Lightning, loader, meters and logs beside a bare loop")
+    main(cases, "Lightning, loader, meters and logs compared with a bare loop")

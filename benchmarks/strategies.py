@@ -84,4 +84,4 @@ def same(one: dict[str, float], other: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    main(cases, "DeepSpeed beside plain Lightning, two ranks beside one")
+    main(cases, "DeepSpeed against plain Lightning, two ranks against one")

@@ -49,7 +49,7 @@ def consumed(folder: Path, *names: str) -> dict[int, list[str]]:
 
 
 def on(ranks: int) -> tuple[str, ...]:
-    """Return the overrides of so many ranks with the same clips a step."""
+    """Return the overrides for a number of ranks with the same clips a step."""
     return (*OVERRIDES, f"hardware.devices={ranks}", f"trainer.accumulate={4 // ranks}")
 
 

@@ -5,6 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 
+from whisper_aut.corpora.recipes.base import with_article
 from whisper_aut.corpora.synth import signals
 from whisper_aut.corpora.synth.music import (
     INSTRUMENTS,
@@ -225,4 +226,4 @@ def test_captions_leave_out_long_phrases():
     assert text == "a dog barks twice indoors"
     counts = [signals.count_word(count) for count in (1, 3, 9)]
     assert counts == ["once", "three times", "repeatedly"]
-    assert signals.with_article("organ") == "an organ"
+    assert with_article("organ") == "an organ"

@@ -158,7 +158,7 @@ def test_an_epoch_smaller_than_a_step_is_a_clear_error(tiny_shards: Path, build:
 
 
 class Leg:
-    """A run on so many ranks, without its audio: begun anew or where another leg stopped."""
+    """A run on a number of ranks, without its audio: from the start or from where another leg stopped."""
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from whisper_aut.corpora.recipes.base import with_article
 from whisper_aut.corpora.synth.signals import (
     HIGHEST_HZ,
     SAMPLE_RATE_HZ,
@@ -29,7 +30,6 @@ from whisper_aut.corpora.synth.signals import (
     sine,
     uniform,
     unit_rms,
-    with_article,
 )
 from whisper_aut.data.annotation import Annotation
 

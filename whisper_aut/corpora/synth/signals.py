@@ -279,10 +279,6 @@ def count_word(count: int) -> str:
     return COUNTS[count] if 0 < count < len(COUNTS) else "repeatedly"
 
 
-def with_article(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
-
-
 def caption(rng: Rng, essential: str, optional: Iterable[str], keep: float = 0.8) -> str:
     """Append each optional phrase with probability `keep`, up to `MAX_CAPTION_WORDS`."""
     text = essential
