@@ -151,9 +151,11 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def story(tmp_path_factory: pytest.TempPathFactory, tiny_whisper: Path, tiny_shards: Path) -> Path:
+def pipeline_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_whisper: Path, tiny_shards: Path
+) -> Path:
     """A folder with a finished run `runs/aut_tiny/latest`, `clip.wav`, `clips/` and shards in `data/`."""
-    folder = tmp_path_factory.mktemp("story")
+    folder = tmp_path_factory.mktemp("run")
     (folder / "tones.yaml").write_text(yaml.safe_dump(TONES))
     licences = {"speech": "CC0-1.0", "sound": "CC-BY-3.0", "music": ""}  # music says none
     sources = ", ".join(
@@ -184,7 +186,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, tiny_whisper: Path, tiny_sha
 
 
 @pytest.fixture
-def in_story(story: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The story's folder as the working directory."""
-    monkeypatch.chdir(story)
-    return story
+def in_pipeline_run(pipeline_run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of `pipeline_run` as the working directory."""
+    monkeypatch.chdir(pipeline_run)
+    return pipeline_run

@@ -15,16 +15,18 @@ from whisper_aut.models.decoders import DECODERS
 
 
 @pytest.fixture
-def reader_folder(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def reader_folder(
+    pipeline_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     """The folder that the pages of docs/ start from, as the working directory.
 
     Registries are restored afterwards.
     """
-    shutil.copytree(story / "runs", tmp_path / "runs", symlinks=True)
-    (tmp_path / "data").symlink_to(story / "data")
-    shutil.copytree(story / "clips", tmp_path / "clips")
+    shutil.copytree(pipeline_run / "runs", tmp_path / "runs", symlinks=True)
+    (tmp_path / "data").symlink_to(pipeline_run / "data")
+    shutil.copytree(pipeline_run / "clips", tmp_path / "clips")
     shutil.copytree(REPOSITORY / "conf", tmp_path / "conf")
-    shutil.copy(story / "clip.wav", tmp_path)
+    shutil.copy(pipeline_run / "clip.wav", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     registries: list[dict[str, Any]] = [DECODERS, ADAPTERS, RECIPES]

@@ -30,9 +30,11 @@ def browse(address: str, tmp_path: Path, *options: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def report(story: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(pipeline_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report")
-    assert main(["report", str(story / "runs" / "aut_tiny" / "latest"), "--out", str(out)]) == 0
+    assert (
+        main(["report", str(pipeline_run / "runs" / "aut_tiny" / "latest"), "--out", str(out)]) == 0
+    )
     return out / "report.html"
 
 
@@ -60,11 +62,11 @@ def test_the_report_prints_without_javascript(report: Path, tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_demo_draws_itself_without_the_outside_world(
-    story: Path, free_port: int, tmp_path: Path
+    pipeline_run: Path, free_port: int, tmp_path: Path
 ):
     pytest.importorskip("gradio")
-    listener = open_demo_models(str(story / "runs" / "aut_tiny" / "latest"), "", "none")
-    listener.index(str(story / "clips"))
+    listener = open_demo_models(str(pipeline_run / "runs" / "aut_tiny" / "latest"), "", "none")
+    listener.index(str(pipeline_run / "clips"))
     page = build_page(listener, "a test")
     address = launch_page(page, port=free_port)
     try:

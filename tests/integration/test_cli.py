@@ -216,7 +216,7 @@ def test_all_problems_of_a_probe_are_reported_before_embedding(
 
 
 def test_a_folder_that_cannot_be_written_to_is_an_error(
-    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    in_pipeline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "file").touch()
     command = ["probe", "logmel", "--tasks", "tones.yaml", "--root", "data"]

@@ -16,16 +16,16 @@ RUN = "runs/aut_tiny/latest"
 
 
 @pytest.fixture(scope="module")
-def listener(story: Path) -> DemoModels:
-    opened = open_demo_models(str(story / RUN), "", "none")
-    opened.index(str(story / "clips"))
+def listener(pipeline_run: Path) -> DemoModels:
+    opened = open_demo_models(str(pipeline_run / RUN), "", "none")
+    opened.index(str(pipeline_run / "clips"))
     return opened
 
 
-def test_a_run_has_before_after_and_a_decoder(listener: DemoModels, story: Path):
+def test_a_run_has_before_after_and_a_decoder(listener: DemoModels, pipeline_run: Path):
     assert list(listener.encoders) == ["before", "after"]
     assert not listener.takes_questions
-    clip = story / "clips" / "440.flac"
+    clip = pipeline_run / "clips" / "440.flac"
     found = listener.neighbours(str(clip), 2)
     assert list(found) == ["before", "after"]
     for neighbours in found.values():
@@ -40,7 +40,7 @@ def test_a_run_has_before_after_and_a_decoder(listener: DemoModels, story: Path)
 
 @pytest.mark.parametrize("batch_seconds", ["160", "0.5"])
 def test_evaluate_answers_the_same_clip_by_clip(
-    batch_seconds: str, in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    batch_seconds: str, in_pipeline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     answers = [tmp_path / name for name in ("whole", "cut")]
     command = ["evaluate", RUN, "data/sound", "--limit", "5", "--out"]
@@ -50,7 +50,7 @@ def test_evaluate_answers_the_same_clip_by_clip(
     assert capsys.readouterr().out.startswith("5 clips")
 
 
-def test_a_run_is_opened_on_a_device_and_in_a_precision(in_story: Path):
+def test_a_run_is_opened_on_a_device_and_in_a_precision(in_pipeline_run: Path):
     module = open_run(Path(RUN), device="auto", dtype="bf16")
     assert {weight.dtype for weight in module.parameters()} == {torch.bfloat16}
     assert describe(module, Path("clip.wav"), max_new_tokens=3) is not None
@@ -62,19 +62,21 @@ def test_a_run_is_opened_on_a_device_and_in_a_precision(in_story: Path):
         open_run(Path(RUN), device="cuda:99")
 
 
-def test_an_encoder_alone_has_no_text(story: Path):
-    alone = open_demo_models(str(story / RUN / "export" / "encoder"), "", "none")
+def test_an_encoder_alone_has_no_text(pipeline_run: Path):
+    alone = open_demo_models(str(pipeline_run / RUN / "export" / "encoder"), "", "none")
     assert list(alone.encoders) == ["encoder"]
     with pytest.raises(UserError, match="writes no text"):
-        alone.text(str(story / "clip.wav"), "sound")
+        alone.text(str(pipeline_run / "clip.wav"), "sound")
     against = open_demo_models(
-        str(story / RUN / "export" / "encoder"), str(story / RUN / "export" / "whisper"), "none"
+        str(pipeline_run / RUN / "export" / "encoder"),
+        str(pipeline_run / RUN / "export" / "whisper"),
+        "none",
     )
     assert list(against.encoders) == ["before", "after"]
 
 
-def test_the_spectrogram_has_units_and_the_clips_length(story: Path, tmp_path: Path):
-    axes = spectrogram(str(story / "clip.wav")).axes
+def test_the_spectrogram_has_units_and_the_clips_length(pipeline_run: Path, tmp_path: Path):
+    axes = spectrogram(str(pipeline_run / "clip.wav")).axes
     assert axes[0].get_xlim() == (0.0, 1.0)
     assert (axes[0].get_xlabel(), axes[1].get_ylabel()) == ("time / s", "dB below the peak")
     image = axes[0].images[0].get_array()
@@ -87,22 +89,22 @@ def test_the_spectrogram_has_units_and_the_clips_length(story: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_the_page_answers_over_http(
-    listener: DemoModels, story: Path, free_port: int, tmp_path: Path
+    listener: DemoModels, pipeline_run: Path, free_port: int, tmp_path: Path
 ):
     pytest.importorskip("gradio")
     from gradio_client import Client, handle_file
 
     page = build_page(listener, "a test")
-    address = launch_page(page, port=free_port, folders=[str(story / "clips")])
+    address = launch_page(page, port=free_port, folders=[str(pipeline_run / "clips")])
     try:
         assert address.startswith("http://127.0.0.1:")
         client = Client(address, verbose=False)
-        clip = handle_file(str(story / "clips" / "880.flac"))
+        clip = handle_file(str(pipeline_run / "clips" / "880.flac"))
         shown = client.predict(clip, api_name="/neighbours")
         assert shown[0]["data"][0][0] == "880.flac"
         assert Path(shown[1]["value"]).stat().st_size > 1_000  # the clip itself, to be played
         assert client.predict(clip, "sound", api_name="/text") == listener.text(
-            str(story / "clips" / "880.flac"), "sound"
+            str(pipeline_run / "clips" / "880.flac"), "sound"
         )
         assert "plot" in client.predict(clip, api_name="/spectrogram")
         (tmp_path / "silent.wav").write_bytes(encode_audio(0 * tone(1.0), kind="WAV"))
@@ -115,9 +117,9 @@ def test_the_page_answers_over_http(
 
 
 def test_what_cannot_be_opened_is_said(
-    story: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pipeline_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.chdir(story)
+    monkeypatch.chdir(pipeline_run)
     assert main(["demo", "./nowhere"]) == 1
     assert "There is no model directory" in capsys.readouterr().err
     assert main(["demo", RUN, "--index", "nowhere"]) == 1

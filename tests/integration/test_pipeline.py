@@ -23,9 +23,9 @@ from whisper_aut.training.run_dir import RunDirectory
 
 
 def test_probe_shards_that_are_missing_are_found_before_training(
-    tiny_whisper: Path, tiny_shards: Path, story: Path, tmp_path: Path
+    tiny_whisper: Path, tiny_shards: Path, pipeline_run: Path, tmp_path: Path
 ):
-    task = f"[{story / 'tones.yaml'}]"
+    task = f"[{pipeline_run / 'tones.yaml'}]"
     during = (f"probe.during.tasks={task}", "probe.during.kind=retrieval")
     settings = settings_for(
         tiny_whisper, tiny_shards, tmp_path, f"probe.tasks={task}", "probe.root=nowhere", *during

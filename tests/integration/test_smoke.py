@@ -1,4 +1,4 @@
-"""The whole story through the real command line: synthesised corpus → training → export → probes → report, twice."""
+"""The whole pipeline through the real command line: synthesised corpus → training → export → probes → report, twice."""
 
 import json
 import subprocess
@@ -16,8 +16,8 @@ from whisper_aut.cli import main
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("story")
+def pipeline_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
     run_in_a_process(folder)
     return folder
 
@@ -39,8 +39,8 @@ def run_in_a_process(folder: Path) -> None:
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 
-def test_shards_to_report(story: Path):
-    run = story / "runs" / "smoke" / "latest"
+def test_shards_to_report(pipeline_run: Path):
+    run = pipeline_run / "runs" / "smoke" / "latest"
     scores = json.loads((run / "scores.json").read_text())
     assert {entry["encoder"] for entry in scores["entries"]} == {
         "log-mel statistics",
@@ -60,9 +60,10 @@ def test_shards_to_report(story: Path):
     assert load_encoder(str(run / "export" / "encoder")).width == 32
 
 
-def test_the_config_that_it_starts_after_runs_on_as_many_threads(story: Path):
+def test_the_config_that_it_starts_after_runs_on_as_many_threads(pipeline_run: Path):
     configs = [
-        story / "runs" / name / "latest" / "config.yaml" for name in ("smoke_speech", "smoke")
+        pipeline_run / "runs" / name / "latest" / "config.yaml"
+        for name in ("smoke_speech", "smoke")
     ]
     assert [yaml.safe_load(config.read_text())["hardware"]["threads"] for config in configs] == [
         1,
@@ -70,37 +71,39 @@ def test_the_config_that_it_starts_after_runs_on_as_many_threads(story: Path):
     ]
 
 
-def test_the_second_run_trains_nothing_again(story: Path, capsys: pytest.CaptureFixture[str]):
-    before = sorted(path.name for path in (story / "runs" / "smoke").iterdir())
-    assert main(train_arguments(story)) == 0
+def test_the_second_run_trains_nothing_again(
+    pipeline_run: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = sorted(path.name for path in (pipeline_run / "runs" / "smoke").iterdir())
+    assert main(train_arguments(pipeline_run)) == 0
     assert "which has the same config" in " ".join(capsys.readouterr().out.split())
-    assert sorted(path.name for path in (story / "runs" / "smoke").iterdir()) == before
+    assert sorted(path.name for path in (pipeline_run / "runs" / "smoke").iterdir()) == before
 
 
-def test_the_export_command_gives_the_same_encoder(story: Path):
-    run = story / "runs" / "smoke" / "latest"
-    assert main(["export", str(run), "--out", str(story / "again")]) == 0
+def test_the_export_command_gives_the_same_encoder(pipeline_run: Path):
+    run = pipeline_run / "runs" / "smoke" / "latest"
+    assert main(["export", str(run), "--out", str(pipeline_run / "again")]) == 0
     assert (
-        load_encoder(str(story / "again")).fingerprint()
+        load_encoder(str(pipeline_run / "again")).fingerprint()
         == load_encoder(str(run / "export" / "encoder")).fingerprint()
     )
 
 
 @pytest.fixture(scope="module")
-def uniwhisper(story: Path) -> Path:
-    """The same story through a language model, on the shards and the first stage that are there already."""
-    assert main(train_arguments(story, "smoke_uniwhisper")) == 0
-    return story / "runs" / "smoke_uniwhisper" / "latest"
+def uniwhisper(pipeline_run: Path) -> Path:
+    """The same pipeline with a language model, on the shards and the first stage that are there already."""
+    assert main(train_arguments(pipeline_run, "smoke_uniwhisper")) == 0
+    return pipeline_run / "runs" / "smoke_uniwhisper" / "latest"
 
 
 def test_uniwhisper_goes_through_the_same_doors(
-    uniwhisper: Path, story: Path, capsys: pytest.CaptureFixture[str]
+    uniwhisper: Path, pipeline_run: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert load_encoder(str(uniwhisper / "export" / "encoder")).width == 32
     scores = json.loads((uniwhisper / "scores.json").read_text())
     assert "smoke_uniwhisper" in {entry["encoder"] for entry in scores["entries"]}
     assert (uniwhisper / "report" / "report.md").exists()
-    export = ["export", str(uniwhisper), "--out", str(story / "again_uniwhisper")]
+    export = ["export", str(uniwhisper), "--out", str(pipeline_run / "again_uniwhisper")]
     assert main(export) == 0
     assert main([*export, "--format", "whisper"]) == 1
     assert "did not train a Whisper decoder" in " ".join(capsys.readouterr().err.split())
@@ -108,17 +111,20 @@ def test_uniwhisper_goes_through_the_same_doors(
 
 def test_a_trained_run_answers_and_is_measured(
     uniwhisper: Path,
-    story: Path,
+    pipeline_run: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    clip = story / "clip.wav"
+    clip = pipeline_run / "clip.wav"
     clip.write_bytes(encode_audio(tone(0.7), kind="WAV"))
     assert main(["chat", str(uniwhisper), str(clip), "What do you hear?"]) == 0
     monkeypatch.setattr("sys.stdin", StringIO("What is it?\nAnd now?\n\n"))
     assert main(["chat", str(uniwhisper), str(clip)]) == 0
     capsys.readouterr()
-    shards, out = str(story / "data" / "demo" / "test" / "sound"), story / "answers.jsonl"
+    shards, out = (
+        str(pipeline_run / "data" / "demo" / "test" / "sound"),
+        pipeline_run / "answers.jsonl",
+    )
     assert (
         main(["evaluate", str(uniwhisper), shards, "--tasks", "sound_class", "--out", str(out)])
         == 0
@@ -133,14 +139,14 @@ def test_a_trained_run_answers_and_is_measured(
 
 
 def test_mistakes_in_questions_are_named(
-    uniwhisper: Path, story: Path, capsys: pytest.CaptureFixture[str]
+    uniwhisper: Path, pipeline_run: Path, capsys: pytest.CaptureFixture[str]
 ):
     clip, broken, shards = (
-        story / "a.wav",
-        story / "broken.wav",
-        str(story / "data" / "demo" / "test" / "sound"),
+        pipeline_run / "a.wav",
+        pipeline_run / "broken.wav",
+        str(pipeline_run / "data" / "demo" / "test" / "sound"),
     )
-    whisper_run = str(story / "runs" / "smoke" / "latest")
+    whisper_run = str(pipeline_run / "runs" / "smoke" / "latest")
     clip.write_bytes(encode_audio(tone(0.7), kind="WAV"))
     broken.write_text("not audio")
     for arguments, message in (

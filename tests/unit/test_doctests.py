@@ -20,7 +20,7 @@ MODULES = (
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples(name: str, in_story: Path):
+def test_examples(name: str, in_pipeline_run: Path):
     module = importlib.import_module(f"whisper_aut.{name}")
     names = {**vars(module), "load_encoder": load_encoder, "np": np, "torch": torch}
     found = doctest.testmod(module, globs=names)

@@ -21,8 +21,8 @@ from whisper_aut.export.adapters.xares import WhisperAutEncoder
 RUN = "runs/aut_tiny/latest"
 
 
-def test_means_of_an_xares_batch_are_those_of_its_clips(story: Path):
-    encoder, plain = WhisperAutEncoder(str(story / RUN)), load_encoder(story / RUN)
+def test_means_of_an_xares_batch_are_those_of_its_clips(pipeline_run: Path):
+    encoder, plain = WhisperAutEncoder(str(pipeline_run / RUN)), load_encoder(pipeline_run / RUN)
     clips = [tone(seconds) for seconds in (1.0, 0.31, 40.0)]
     batch = torch.zeros(3, 40 * 16_000)
     for row, clip in zip(batch, clips, strict=True):
@@ -35,11 +35,13 @@ def test_means_of_an_xares_batch_are_those_of_its_clips(story: Path):
     assert encoder(torch.zeros(2, 8_000)).isfinite().all()  # silence
 
 
-def test_xares_names_its_encoder_in_the_environment(story: Path, monkeypatch: pytest.MonkeyPatch):
+def test_xares_names_its_encoder_in_the_environment(
+    pipeline_run: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.delenv("WHISPER_AUT_ENCODER", raising=False)
     with pytest.raises(UserError, match="WHISPER_AUT_ENCODER=DIR"):
         WhisperAutEncoder()
-    monkeypatch.setenv("WHISPER_AUT_ENCODER", str(story / RUN))
+    monkeypatch.setenv("WHISPER_AUT_ENCODER", str(pipeline_run / RUN))
     monkeypatch.setenv("WHISPER_AUT_PADDING", "30s")
     assert WhisperAutEncoder().inner.padding == "30s"
 
@@ -58,7 +60,9 @@ def test_xares_finds_one_encoder_in_the_module():
     assert [name for name in dir(xares) if name.endswith("Encoder")] == ["WhisperAutEncoder"]
 
 
-def test_xares_accepts_and_runs_it(story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_xares_accepts_and_runs_it(
+    pipeline_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Its checker, and its own encoding of a tar of our clips."""
     pytest.importorskip("xares")
     from xares.audio_encoder_checker import check_audio_encoder
@@ -66,7 +70,7 @@ def test_xares_accepts_and_runs_it(story: Path, tmp_path: Path, monkeypatch: pyt
 
     # X-ARES uses torchaudio.load, which needs torchcodec and FFmpeg; read with soundfile instead.
     monkeypatch.setattr("torchaudio.load", _read)
-    monkeypatch.setenv("WHISPER_AUT_ENCODER", str(story / RUN))
+    monkeypatch.setenv("WHISPER_AUT_ENCODER", str(pipeline_run / RUN))
     from xares.utils import attr_from_py_path
 
     build = attr_from_py_path("whisper_aut/export/adapters/xares.py", endswith="Encoder")
@@ -76,7 +80,7 @@ def test_xares_accepts_and_runs_it(story: Path, tmp_path: Path, monkeypatch: pyt
     env.mkdir(parents=True)
     (env / ".audio_tar_ready").touch()
     for split, domain in (("train", "speech"), ("valid", "music"), ("test", "sound")):
-        source = sorted((story / "data" / domain).glob("*.tar"))[0]
+        source = sorted((pipeline_run / "data" / domain).glob("*.tar"))[0]
         (env / f"{split}.tar").write_bytes(source.read_bytes())
     config = TaskConfig(
         name="tones",
@@ -104,7 +108,7 @@ def _read(file: str, **_: object) -> tuple[torch.Tensor, int]:
     return torch.from_numpy(samples.T.copy()), rate
 
 
-def test_mteb_evaluates_it(story: Path, tmp_path: Path):
+def test_mteb_evaluates_it(pipeline_run: Path, tmp_path: Path):
     evaluate = pytest.importorskip("mteb").evaluate
     datasets = pytest.importorskip("datasets")
     from mteb.mocks.mock_tasks.classification import MockAudioClassification
@@ -127,14 +131,14 @@ def test_mteb_evaluates_it(story: Path, tmp_path: Path):
             )
             self.data_loaded = True
 
-    model = mteb_model(str(story / RUN))
+    model = mteb_model(str(pipeline_run / RUN))
     results = evaluate(model, [Tones()], cache=None)
     assert results.task_results[0].get_score() > 0.5
-    assert model.mteb_model_meta.revision == load_encoder(story / RUN).fingerprint()
+    assert model.mteb_model_meta.revision == load_encoder(pipeline_run / RUN).fingerprint()
 
 
-def test_missing_mteb_is_a_user_error(story: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_mteb_is_a_user_error(pipeline_run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "mteb", None)
     monkeypatch.setitem(sys.modules, "mteb.models", None)
     with pytest.raises(UserError, match=r"whisper-aut\[mteb\]"):
-        mteb_model(str(story / RUN))
+        mteb_model(str(pipeline_run / RUN))

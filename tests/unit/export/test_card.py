@@ -20,8 +20,8 @@ from whisper_aut.export.hf import push
 RUN = Path("runs/aut_tiny/latest")
 
 
-def test_the_card_of_an_export(story: Path):
-    run = story / RUN
+def test_the_card_of_an_export(pipeline_run: Path):
+    run = pipeline_run / RUN
     card = (run / "export" / "encoder" / "README.md").read_text()
     data = ModelCard(card).data  # as the hub reads it
     assert data.library_name == "transformers"
@@ -65,16 +65,16 @@ def test_the_card_of_an_export(story: Path):
     assert "aut_tiny@none compared with tiny@30s" in card
     assert "no significant difference" in card
     assert "- pretrained checkpoint: tiny\n" in card
-    assert str(story.parent) not in card
+    assert str(pipeline_run.parent) not in card
     whisper = (run / "export" / "whisper" / "README.md").read_text()
     assert "automatic-speech-recognition" in whisper
     assert "fluent and wrong" in whisper
 
 
-def test_the_card_of_a_run_with_less_and_with_more(story: Path, tmp_path: Path):
+def test_the_card_of_a_run_with_less_and_with_more(pipeline_run: Path, tmp_path: Path):
     run = tmp_path / "run"
     run.mkdir()
-    config = yaml.safe_load((story / RUN / "config.yaml").read_text())
+    config = yaml.safe_load((pipeline_run / RUN / "config.yaml").read_text())
     config["model"] |= {"path": "openai/whisper-tiny", "padding": "30s"}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     out = tmp_path / "out"
@@ -168,8 +168,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def test_a_push_sends_every_file(story: Path, hub: str):
-    folder = story / RUN / "export" / "encoder"
+def test_a_push_sends_every_file(pipeline_run: Path, hub: str):
+    folder = pipeline_run / RUN / "export" / "encoder"
     url = push(folder, "org/name", private=True, api=HfApi(endpoint=hub, token="hf_stub"))
     assert url == f"{hub}/org/name/commit/0123"
     assert _Hub.created[0]["name"] == "name"
@@ -181,8 +181,8 @@ def test_a_push_sends_every_file(story: Path, hub: str):
     )
 
 
-def test_a_failed_push_is_a_user_error(story: Path, hub: str):
-    folder = story / RUN / "export" / "encoder"
+def test_a_failed_push_is_a_user_error(pipeline_run: Path, hub: str):
+    folder = pipeline_run / RUN / "export" / "encoder"
     with pytest.raises(UserError, match=r"status 401.*hf auth login"):
         push(folder, "org/name", api=HfApi(endpoint=hub, token="wrong"))
     with pytest.raises(UserError, match="ORG/NAME, not 'name'"):
@@ -193,25 +193,25 @@ def test_a_failed_push_is_a_user_error(story: Path, hub: str):
         push(folder, "org/name", api=HfApi(endpoint="http://127.0.0.1:9", token="hf_stub"))
 
 
-def test_a_bug_during_a_push_is_not_a_network_error(story: Path):
+def test_a_bug_during_a_push_is_not_a_network_error(pipeline_run: Path):
     class Broken(HfApi):
         def create_repo(self, *_: object, **__: object):
             raise TypeError("a bug")
 
     with pytest.raises(TypeError, match="a bug"):
-        push(story / RUN / "export" / "encoder", "org/name", api=Broken())
+        push(pipeline_run / RUN / "export" / "encoder", "org/name", api=Broken())
 
 
 def test_the_command_exports_and_says_how_to_load_the_export(
-    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    in_pipeline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "export"
     assert main(["export", str(RUN), "--out", str(out), "--dtype", "fp16"]) == 0
     assert f"whisper_aut.load_encoder('{out}')" in capsys.readouterr().out
     assert "weights in fp16" in (out / "README.md").read_text()
-    assert main(["export", str(RUN), "--out", str(in_story / "clips")]) == 1
+    assert main(["export", str(RUN), "--out", str(in_pipeline_run / "clips")]) == 1
     assert "would be lost" in capsys.readouterr().err
-    assert sorted(path.name for path in (in_story / "clips").iterdir()) == [
+    assert sorted(path.name for path in (in_pipeline_run / "clips").iterdir()) == [
         "220.flac",
         "440.flac",
         "880.flac",

@@ -50,8 +50,8 @@ TEXT = {
 
 
 @pytest.fixture(scope="module")
-def run(story: Path) -> Path:
-    return story / RUN
+def run(pipeline_run: Path) -> Path:
+    return pipeline_run / RUN
 
 
 @pytest.fixture(scope="module")

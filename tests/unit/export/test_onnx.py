@@ -32,7 +32,7 @@ def test_the_traced_encoder_is_the_encoder(life_size_whisper: Path, padding: Pad
 
 
 def test_the_command_writes_a_graph_that_onnxruntime_runs(
-    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    in_pipeline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     runtime = pytest.importorskip("onnxruntime")
     assert (

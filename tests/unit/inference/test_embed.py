@@ -23,16 +23,16 @@ RUN = "runs/aut_tiny/latest"
 
 
 @pytest.fixture(scope="module")
-def encoder(story: Path) -> AudioEncoder:
-    return load_encoder(story / RUN)
+def encoder(pipeline_run: Path) -> AudioEncoder:
+    return load_encoder(pipeline_run / RUN)
 
 
-def test_files_need_no_rate_and_equal_arrays(in_story: Path, encoder: AudioEncoder):
+def test_files_need_no_rate_and_equal_arrays(in_pipeline_run: Path, encoder: AudioEncoder):
     high = tone(0.7, 500, sample_rate_hz=44_100)
-    soundfile.write(in_story / "high.wav", high, 44_100, subtype="FLOAT")
+    soundfile.write(in_pipeline_run / "high.wav", high, 44_100, subtype="FLOAT")
     by_file, by_array = encoder.encode(["high.wav"]), encoder.encode([high], sample_rate_hz=44_100)
     assert torch.equal(by_file[0], by_array[0])
-    (in_story / "high.wav").unlink()
+    (in_pipeline_run / "high.wav").unlink()
     with pytest.raises(UserError, match="pass sample_rate_hz"):
         encoder.encode([high])
     with pytest.raises(UserError, match="Give a list of clips"):
@@ -78,7 +78,7 @@ def test_pooled_vectors_are_means_of_valid_frames(encoder: AudioEncoder):
         encoder.embed(clips, 16_000, pooling="max")
 
 
-def test_precisions_and_devices(in_story: Path, encoder: AudioEncoder):
+def test_precisions_and_devices(in_pipeline_run: Path, encoder: AudioEncoder):
     rough = load_encoder(RUN, dtype="bf16").embed(["clip.wav"])
     assert torch.nn.functional.cosine_similarity(rough, encoder.embed(["clip.wav"])).item() > 0.999
     with pytest.raises(UserError, match=r"dtype must be .*Did you mean 'fp16'"):
@@ -89,7 +89,7 @@ def test_precisions_and_devices(in_story: Path, encoder: AudioEncoder):
 
 
 def test_files_folders_and_shards_give_what_the_encoder_gives(
-    in_story: Path, encoder: AudioEncoder
+    in_pipeline_run: Path, encoder: AudioEncoder
 ):
     found = embed_paths(encoder, ["clip.wav", "clips", "data/music"], name="x")
     assert found.names[:4] == ("clip.wav", "clips/220.flac", "clips/440.flac", "clips/880.flac")
@@ -112,7 +112,7 @@ def test_files_folders_and_shards_give_what_the_encoder_gives(
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".parquet"])
 def test_a_file_holds_what_was_written(
-    suffix: str, in_story: Path, tmp_path: Path, encoder: AudioEncoder
+    suffix: str, in_pipeline_run: Path, tmp_path: Path, encoder: AudioEncoder
 ):
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
@@ -136,7 +136,7 @@ def test_a_file_holds_what_was_written(
 
 
 def test_the_command_counts_bad_files_and_goes_on(
-    in_story: Path,
+    in_pipeline_run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -180,15 +180,15 @@ def test_the_command_counts_bad_files_and_goes_on(
     ],
 )
 def test_mistakes_are_user_errors(
-    arguments: list[str], message: str, in_story: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, in_pipeline_run: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert main(arguments) == 1
     assert message in capsys.readouterr().err
-    assert not list(in_story.glob("x.*"))
+    assert not list(in_pipeline_run.glob("x.*"))
 
 
 def test_search_runs_the_encoder_in_the_precision_of_the_index(
-    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    in_pipeline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     index = str(tmp_path / "clips.safetensors")
     assert main(["embed", f"{RUN}@30s", "clips", "--out", index, "--dtype", "bf16"]) == 0
@@ -203,7 +203,7 @@ def test_search_runs_the_encoder_in_the_precision_of_the_index(
 
 
 def test_search_finds_the_clip_itself_first(
-    in_story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    in_pipeline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     index = tmp_path / "clips.safetensors"
     assert main(["embed", RUN, "clips", "data/sound", "--out", str(index)]) == 0
@@ -227,7 +227,7 @@ def test_search_finds_the_clip_itself_first(
 
 
 def test_search_rejects_an_index_of_another_encoder_or_of_frames(
-    in_story: Path, encoder: AudioEncoder, tiny_whisper: Path
+    in_pipeline_run: Path, encoder: AudioEncoder, tiny_whisper: Path
 ):
     index = SearchIndex(embed_paths(encoder, ["clips"], name=RUN))
     with pytest.raises(UserError, match="k must be at least 1, not -1"):

@@ -18,20 +18,22 @@ def paddings(path: Path) -> dict[str, str]:
     return {entry.encoder: entry.padding for entry in Scores.load(path).entries}
 
 
-def test_a_run_compares_its_encoder_with_the_released_start_at_the_starts_own_padding(story: Path):
-    assert paddings(story / RUN / "scores.json") == {
+def test_a_run_compares_its_encoder_with_the_released_start_at_the_starts_own_padding(
+    pipeline_run: Path,
+):
+    assert paddings(pipeline_run / RUN / "scores.json") == {
         "log-mel statistics": "",
         "random": "none",
         "tiny": "30s",
         "aut_tiny": "none",
     }
-    report = (story / RUN / "report" / "report.md").read_text()
+    report = (pipeline_run / RUN / "report" / "report.md").read_text()
     assert "| log-mel statistics | random@none | tiny@30s | aut_tiny@none |" in report
     assert "| aut_tiny@none | tiny@30s |" in report
 
 
 def test_a_mark_chooses_the_padding_of_one_encoder_and_the_option_that_of_the_others(
-    in_story: Path, tiny_whisper: Path, tmp_path: Path
+    in_pipeline_run: Path, tiny_whisper: Path, tmp_path: Path
 ):
     (tmp_path / "tones.yaml").write_text(yaml.safe_dump(TONES))
     command = ["probe", RUN, "--tasks", str(tmp_path / "tones.yaml"), "--root", "data"]
@@ -63,14 +65,14 @@ def test_log_mel_statistics_know_no_padding():
 
 
 def test_the_demo_page_runs_a_run_and_its_start_as_each_was_trained(
-    story: Path, tiny_whisper: Path
+    pipeline_run: Path, tiny_whisper: Path
 ):
-    opened = open_demo_models(str(story / RUN), "", None).encoders
+    opened = open_demo_models(str(pipeline_run / RUN), "", None).encoders
     assert {name: encoder.padding for name, encoder in opened.items()} == {
         "before": "30s",
         "after": "none",
     }
     opened = open_demo_models(
-        f"{story / RUN / 'export' / 'encoder'}@30s", f"{tiny_whisper}@none", None
+        f"{pipeline_run / RUN / 'export' / 'encoder'}@30s", f"{tiny_whisper}@none", None
     )
     assert [encoder.padding for encoder in opened.encoders.values()] == ["none", "30s"]

@@ -66,10 +66,10 @@ def test_ranks_are_read_from_the_launcher(monkeypatch):
     assert device_name("auto") == "cpu"
 
 
-def probe(story: Path, shards: Path, out: Path) -> tuple[int, str, str]:
+def probe(pipeline_run: Path, shards: Path, out: Path) -> tuple[int, str, str]:
     """Run `whisper-aut probe`; return its exit status, standard output and standard error."""
-    command = ["probe", str(story / "runs/aut_tiny/latest/export/encoder")]
-    command += ["--tasks", str(story / "tones.yaml"), "--against", "logmel"]
+    command = ["probe", str(pipeline_run / "runs/aut_tiny/latest/export/encoder")]
+    command += ["--tasks", str(pipeline_run / "tones.yaml"), "--against", "logmel"]
     command += ["--root", str(shards), "--seeds", "2", "--out", str(out)]
     output, errors = StringIO(), StringIO()
     with redirect_stdout(output), redirect_stderr(errors):
@@ -77,15 +77,15 @@ def probe(story: Path, shards: Path, out: Path) -> tuple[int, str, str]:
     return status, output.getvalue(), " ".join(errors.getvalue().split())
 
 
-def probe_on_rank(story: Path, shards: list[Path], out: Path) -> tuple[int, str, str]:
-    return probe(story, shards[int(os.environ["RANK"])], out)
+def probe_on_rank(pipeline_run: Path, shards: list[Path], out: Path) -> tuple[int, str, str]:
+    return probe(pipeline_run, shards[int(os.environ["RANK"])], out)
 
 
-def test_two_ranks_score_as_one(story: Path, tiny_shards: Path, tmp_path: Path):
-    two = on_ranks(probe_on_rank, story, [tiny_shards] * 2, tmp_path / "two")
+def test_two_ranks_score_as_one(pipeline_run: Path, tiny_shards: Path, tmp_path: Path):
+    two = on_ranks(probe_on_rank, pipeline_run, [tiny_shards] * 2, tmp_path / "two")
     assert [status for status, _, _ in two] == [0, 0], two
     assert two[1][1] == "", "the second rank is silent"
-    assert probe(story, tiny_shards, tmp_path / "one")[0] == 0
+    assert probe(pipeline_run, tiny_shards, tmp_path / "one")[0] == 0
     one, two = (
         json.loads((tmp_path / name / "scores.json").read_text())["entries"]
         for name in ("one", "two")
@@ -94,8 +94,8 @@ def test_two_ranks_score_as_one(story: Path, tiny_shards: Path, tmp_path: Path):
     assert [entry["identity"] for entry in one] == [entry["identity"] for entry in two]
 
 
-def test_a_rank_that_fails_ends_the_other(story: Path, tiny_shards: Path, tmp_path: Path):
-    waits, fails = on_ranks(probe_on_rank, story, [tiny_shards, tmp_path], tmp_path)
+def test_a_rank_that_fails_ends_the_other(pipeline_run: Path, tiny_shards: Path, tmp_path: Path):
+    waits, fails = on_ranks(probe_on_rank, pipeline_run, [tiny_shards, tmp_path], tmp_path)
     assert (waits[0], fails[0]) == (1, 1)
     assert "Error:" in fails[2]
     assert "Another rank is gone" in waits[2]
