@@ -1,7 +1,8 @@
-"""Runs the benchmarks of this folder and rewrites their sections of RESULTS.md. A benchmark is a script that calls `pairs.main`.
+"""Runs the benchmarks of this folder and rewrites their sections of RESULTS.md. A benchmark is a
+script that calls `pairs.main`.
 
-`python benchmarks/all.py [--runs N] [NAME …]`: all of them, or those named, whose sections alone are replaced. A folder of recordings in
-the variable DATA goes to those that take `--data`.
+`python benchmarks/all.py [--runs N] [NAME …]`: all of them, or those named, whose sections alone
+are replaced. A folder of recordings in the variable DATA goes to those that take `--data`.
 """
 
 import argparse
@@ -21,19 +22,21 @@ HEAD = """# Measured
 
 By `make bench`. Medians of interleaved runs; a ratio above one means that ours is better.
 
-The other side is what is usually run, which is often slower than what a careful user would run. Rows that compare with
-the latter, once measured with the present benchmarks:
+The other side is what is usually run, which is often slower than what a careful user would run.
+Rows that compare with the latter, once measured with the present benchmarks:
 
-- probes: `Adam in memory` and `scikit-learn`, and X-ARES's trainer, which reads tars of embeddings in every epoch.
+- probes: `Adam in memory` and `scikit-learn`, and X-ARES's trainer, which reads tars of embeddings
+  in every epoch.
 - logmel: `unpadded`. The extractor's cost for short clips is mostly the padding to 30 s.
 - encoder: `pad to longest`, with positions cut, which changes frames at clip ends.
 - uniwhisper_step: `answers only`, logits at the supervised positions.
 
-Without such a row: `aut_step`, `embed`, `epoch` and `esc10 end to end` pad every clip to 30 s as Hugging Face's recipe
-does, so their ratios for short clips are mostly that; `labels to 448` pads labels that need no padding, and so does the
-other side of `30 s short labels`; `loss memory` is against logits of all positions, and logits at the answers alone
-would need what ours needs. `dense` and all ratios on AMD processors profit from oneDNN where PyTorch's own choice, MKL, is
-slow; on Intel processors it is not.
+Without such a row: `aut_step`, `embed`, `epoch` and `esc10 end to end` pad every clip to 30 s as
+Hugging Face's recipe does, so their ratios for short clips are mostly that; `labels to 448` pads
+labels that need no padding, and so does the other side of `30 s short labels`; `loss memory` is
+against logits of all positions, and logits at the answers alone would need what ours needs. `dense`
+and all ratios on AMD processors profit from oneDNN where PyTorch's own choice, MKL, is slow; on
+Intel processors it is not.
 """
 COLUMNS = ("case", "ours", "theirs", "unit", "ratio", "runs", "against")
 

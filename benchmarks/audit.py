@@ -1,9 +1,11 @@
-"""The audit on recordings: 200 ESC-10 clips, each altered in one way, hidden among 3,000 others; what it finds and what it takes.
+"""The audit on recordings: 200 ESC-10 clips, each altered in one way, hidden among 3,000 others;
+what it finds and what it takes.
 
-`python benchmarks/audit.py --data FOLDER [--seed N] [--json FILE]`; FOLDER holds esc10/, fsdd/, gmnotes/ and gmpieces/. Probe set: the 200
-clips as published. Others: ESC-10 clips of other uploads, and clips of the three other corpora. A cut is of 3 to 5 s, drawn anywhere
-that holds at least a hundredth of the energy of the clip's loudest cut as long: what is silent cannot be told from other silence.
-No names are shared, so that only hashes and sound can find anything.
+`python benchmarks/audit.py --data FOLDER [--seed N] [--json FILE]`; FOLDER holds esc10/, fsdd/,
+gmnotes/ and gmpieces/. Probe set: the 200 clips as published. Others: ESC-10 clips of other
+uploads, and clips of the three other corpora. A cut is of 3 to 5 s, drawn anywhere that holds at
+least a hundredth of the energy of the clip's loudest cut as long: what is silent cannot be told
+from other silence. No names are shared, so that only hashes and sound can find anything.
 """
 
 import argparse
@@ -35,7 +37,8 @@ MP3_LEVEL = {
     48_000: 0.88,
 }  # libsndfile's for about 64 kb/s
 KINDS = ("MP3 64 kb/s", "Ogg", "resampled", "resampled, MP3", "resampled, Ogg")
-# Uploads of one recording under two Freesound ids, which waveforms confirm (cross-correlation 0.90 and more over a second).
+# Uploads of one recording under two Freesound ids, which waveforms confirm (cross-correlation 0.90
+# and more over a second).
 SAME_RECORDING = {"151085": "151080", "30322": "28314"}
 
 Samples = tuple[np.ndarray, int]
@@ -66,7 +69,7 @@ def main() -> None:
 def write_corpora(
     data: Path, root: Path, generator: np.random.Generator
 ) -> tuple[dict[str, str], list[str]]:
-    """Write both sides; return how each hidden clip was altered, and the recording that each is of."""
+    """Write both sides; return how each hidden clip was altered, and each one's recording."""
     uploads: dict[str, list[Path]] = defaultdict(list)
     for file in sorted((data / "esc10" / "audio").iterdir()):
         upload = file.name.split("-")[1]
@@ -139,7 +142,7 @@ def cut(source: Samples, generator: np.random.Generator) -> Samples:
 
 
 def score(audit: Audit, kinds: dict[str, str], recordings: list[str]) -> dict:
-    """Return recall by kind, every pair that is none, and how many pairs are two takes of one recording."""
+    """Return recall by kind, every false pair, and the number of pairs of two takes."""
     found, false, takes = set(), [], 0
     for match in audit.matches:
         probe = int(match.probe.key.removeprefix("probe"))
@@ -164,7 +167,7 @@ def score(audit: Audit, kinds: dict[str, str], recordings: list[str]) -> dict:
 
 
 def cost(audit: Audit, seconds: float, root: Path) -> dict:
-    """Return CPU seconds for an hour of audio, of the whole audit and of reading and fingerprinting alone."""
+    """Return CPU seconds per hour of audio: the whole audit, and reading and hashing alone."""
     hours = (sum(folder["seconds"] for folder in (*audit.train, *audit.probes))) / 3600
     index = open_index(root / "train")
     started, result = time.process_time(), ShardResult()

@@ -1,7 +1,8 @@
-"""One whole optimiser step (features, encoder, decoder, loss, backward, clipping, AdamW) against the Hugging Face recipe's.
+"""One whole optimiser step (features, encoder, decoder, loss, backward, clipping, AdamW) against
+the Hugging Face recipe's.
 
-Same weights, clips and texts on both sides. Before anything is timed, our loss in `30s` mode is compared with theirs, and our loss
-in `none` mode with a loop over single clips.
+Same weights, clips and texts on both sides. Before anything is timed, our loss in `30s` mode is
+compared with theirs, and our loss in `none` mode with a loop over single clips.
 """
 
 import ctypes
@@ -17,7 +18,10 @@ from pairs import Row, compare, compare_values, main
 from recipes import Clips, HuggingFaceStep, PackedStep, whisper_tiny
 
 SHORT_LABELS, FULL_LABELS = 36, 447
-AGAINST = "Hugging Face recipe: clips padded to 30 s, labels to the longest, logits of all positions, fused AdamW"
+AGAINST = (
+    "Hugging Face recipe: clips padded to 30 s, labels to the longest, logits of all positions, "
+    "fused AdamW"
+)
 
 
 def cases(runs: int) -> Iterator[Row]:
@@ -63,7 +67,7 @@ def same(one: float, other: float) -> None:
 
 
 def peak_extra_megabytes(side: Callable[[Any, Clips], Any], clips: Clips) -> float:
-    """How far the resident memory rises above what model, gradients' absence and optimiser state take, within one step (Linux)."""
+    """Rise of the resident memory within one step, above model and optimiser state (Linux)."""
     trainer = side(whisper_tiny(), clips)
     trainer.step()  # makes the optimiser's state
     gc.collect()

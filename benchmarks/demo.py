@@ -1,4 +1,6 @@
-"""Clips of the synthesised demo corpus for benchmarks: built once a run in a temporary folder, read as training reads them."""
+"""Clips of the synthesised demo corpus for benchmarks: built once a run in a temporary folder, read
+as training reads them.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

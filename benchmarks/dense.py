@@ -1,6 +1,8 @@
-"""Linear layers through the library that the processor likes best, against `nn.Linear`: forward and backward in float32.
+"""Linear layers through the library that the processor likes best, against `nn.Linear`: forward and
+backward in float32.
 
-Where `whisper_aut.onednn` leaves the choice to PyTorch, on processors other than AMD's, both sides are the same.
+Where `whisper_aut.onednn` leaves the choice to PyTorch, on processors other than AMD's, both sides
+are the same.
 """
 
 import copy

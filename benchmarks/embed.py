@@ -1,8 +1,10 @@
-"""Embedding a folder of clips: `whisper-aut embed` against a loop over transformers' feature extractor and encoder.
+"""Embedding a folder of clips: `whisper-aut embed` against a loop over transformers' feature
+extractor and encoder.
 
-Both read the same files and run the same random whisper-tiny. The other side decodes with soundfile and soxr, as ours does, takes
-batches of 16, pads each clip to 30 s as its feature extractor does, and averages the frames that hold the clip. In `30s` mode the
-embeddings are equal, which is checked before `none` mode is timed. `--data FOLDER` names a folder of audio files or one that holds
+Both read the same files and run the same random whisper-tiny. The other side decodes with soundfile
+and soxr, as ours does, takes batches of 16, pads each clip to 30 s as its feature extractor does,
+and averages the frames that hold the clip. In `30s` mode the embeddings are equal, which is checked
+before `none` mode is timed. `--data FOLDER` names a folder of audio files or one that holds
 `esc10/`; without it the demo corpus is synthesised and written out. `--clips N` takes the first N.
 """
 
@@ -47,7 +49,8 @@ def cases(runs: int) -> Iterator[Row]:
             f"{name}, {len(files)} clips",
             lambda: ours(own, files),
             lambda: reference(theirs, files),
-            against="WhisperFeatureExtractor and WhisperModel's encoder in batches of 16, clips padded to 30 s",
+            against="WhisperFeatureExtractor and WhisperModel's encoder in batches of 16, "
+            "clips padded to 30 s",
             runs=runs,
         )
 

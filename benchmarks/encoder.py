@@ -1,8 +1,10 @@
-"""Forward and backward of a whisper-tiny encoder against transformers' `WhisperEncoder` on clips padded to 30 s.
+"""Forward and backward of a whisper-tiny encoder against transformers' `WhisperEncoder` on clips
+padded to 30 s.
 
-Features are made beforehand on both sides. In `30s` mode both encoders' frames are equal; what is timed is `none` mode, where a
-clip costs its own length. `pad to longest` compares with the layers of `WhisperEncoder` on a batch that is padded to its longest clip
-and no further: what a careful user would write around Hugging Face's length check. It changes the frames of shorter clips.
+Features are made beforehand on both sides. In `30s` mode both encoders' frames are equal; what is
+timed is `none` mode, where a clip costs its own length. `pad to longest` compares with the layers
+of `WhisperEncoder` on a batch that is padded to its longest clip and no further: what a careful
+user would write around Hugging Face's length check. It changes the frames of shorter clips.
 """
 
 import copy
@@ -88,7 +90,7 @@ def cases(runs: int) -> Iterator[Row]:
 
 
 def shortened(encoder: WhisperEncoder, features: Tensor) -> Tensor:
-    """Run a `WhisperEncoder` on features of any length, `[B, M, F]` → `[B, T, D]`; padding is not masked."""
+    """Run a `WhisperEncoder` on features of any length, `[B, M, F]` → `[B, T, D]`, unmasked."""
     hidden = gelu(encoder.conv2(gelu(encoder.conv1(features)))).transpose(1, 2)
     hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
     for layer in encoder.layers:

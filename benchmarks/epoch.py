@@ -1,7 +1,9 @@
-"""An epoch end to end, from the shell to saved weights: `whisper-aut train` against `Seq2SeqTrainer`, each a process of its own.
+"""An epoch end to end, from the shell to saved weights: `whisper-aut train` against
+`Seq2SeqTrainer`, each a process of its own.
 
-Both decode the same FLAC clips of the demo corpus in one worker, in AuT's shares, and train the same small Whisper. That clips and
-steps are equally many is checked before anything is timed; that both compute the same loss is checked in `aut_step.py`.
+Both decode the same FLAC clips of the demo corpus in one worker, in AuT's shares, and train the
+same small Whisper. That clips and steps are equally many is checked before anything is timed; that
+both compute the same loss is checked in `aut_step.py`.
 """
 
 import json
@@ -27,7 +29,8 @@ def cases(runs: int) -> Iterator[Row]:
             f"demo mixture, {CLIPS} clips",
             lambda: ours(corpus, model),
             lambda: theirs(corpus, model),
-            against="Seq2SeqTrainer, clips padded to 30 s, labels to the longest; both from process start to saved weights",
+            against="Seq2SeqTrainer, clips padded to 30 s, labels to the longest; "
+            "both from process start to saved weights",
             check=as_much_work,
             runs=runs,
         )

@@ -1,8 +1,10 @@
-"""Tar shards to 16 kHz waveforms in one process and one thread: our reader against webdataset with soundfile and torchaudio's resampler,
-against X-ARES's loader where it is installed, and against soundfile alone on bytes that are in memory already.
+"""Tar shards to 16 kHz waveforms in one process and one thread: our reader against webdataset with
+soundfile and torchaudio's resampler, against X-ARES's loader where it is installed, and against
+soundfile alone on bytes that are in memory already.
 
-Clips of 5 s of coloured noise with a tone. Both sides read the same tars, all clips of them; their outputs are compared before anything
-is timed, in seconds of CPU time. The resamplers are different filters, so the comparison is below 6 kHz, where both pass everything.
+Clips of 5 s of coloured noise with a tone. Both sides read the same tars, all clips of them; their
+outputs are compared before anything is timed, in seconds of CPU time. The resamplers are different
+filters, so the comparison is below 6 kHz, where both pass everything.
 """
 
 import io
@@ -58,7 +60,8 @@ def cases(runs: int) -> Iterator[Row]:
                     lambda index=index: cpu_seconds(ours, index),
                     lambda urls=urls: cpu_seconds(clips, urls),
                     unit="s",
-                    against=f"{installed()}, create_rawaudio_webdataset; torchaudio.load by soundfile",
+                    against=f"{installed()}, create_rawaudio_webdataset; "
+                    "torchaudio.load by soundfile",
                     runs=runs,
                 )
             yield compare_values(
@@ -72,7 +75,7 @@ def cases(runs: int) -> Iterator[Row]:
 
 
 def cpu_seconds(side: Callable[..., Any], *arguments: Any) -> float:
-    """Time of the process itself, reading included: what a core has to give for it, whatever else the machine does."""
+    """Return CPU seconds of this process, reading included, whatever else the machine does."""
     start = time.process_time()
     side(*arguments)
     return time.process_time() - start

@@ -1,7 +1,9 @@
-"""Log-mel features of a batch of clips against `transformers.WhisperFeatureExtractor`, one thread each.
+"""Log-mel features of a batch of clips against `transformers.WhisperFeatureExtractor`, one thread
+each.
 
-The extractor pads every clip to 30 s, which is what its users run; ours stops where the clip does. `unpadded` tells it to stop at the
-longest clip, which a careful user of short clips would do. Both compute float32.
+The extractor pads every clip to 30 s, which is what its users run; ours stops where the clip does.
+`unpadded` tells it to stop at the longest clip, which a careful user of short clips would do. Both
+compute float32.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""How much memory an action takes on top of what is there (Linux): the highest resident size while it ran, less that before."""
+"""How much memory an action takes on top of what is there (Linux): the highest resident size while
+it ran, less that before.
+"""
 
 import ctypes
 import gc

@@ -1,8 +1,11 @@
-"""What Lightning, the loader, the meters and the logs cost: `training.train` against a bare loop on the same tensors.
+"""What Lightning, the loader, the meters and the logs cost: `training.train` against a bare loop on
+the same tensors.
 
-The bare loop has its batches in memory, decoded beforehand, and does forward, backward, clipping and the optimiser. A ratio of 0.95
-is an overhead of 5 %. Both sides take the time of the steps alone, without the checkpoint at the end. The first row has its batches in
-memory too: it shows Lightning, meters and logs. In the others decoding and log-mel are part of ours, and the start of the loader.
+The bare loop has its batches in memory, decoded beforehand, and does forward, backward, clipping
+and the optimiser. A ratio of 0.95 is an overhead of 5 %. Both sides take the time of the steps
+alone, without the checkpoint at the end. The first row has its batches in memory too: it shows
+Lightning, meters and logs. In the others decoding and log-mel are part of ours, and the start of
+the loader.
 """
 
 import itertools
@@ -73,7 +76,7 @@ def trained(settings: Settings) -> dict[str, Series]:
 
 
 def held_seconds(settings: Settings, batches: list[Batch]) -> float:
-    """Train on batches that are there already; the last step's is no matter, its time is not taken."""
+    """Train on batches that are in memory already; the last step is not timed."""
     with mock.patch.object(
         TrainLoader, "__iter__", side_effect=lambda: iter([*batches, batches[0]])
     ):

@@ -1,8 +1,9 @@
 """Two sides of a claim, measured in turn on equal work: what every benchmark here is made of.
 
-In: two callables a case, and a check that their outputs are equal. Out: rows `{"case", "ours", "theirs", "unit", "ratio", "runs",
-"against"}`, medians over interleaved runs, printed as a table and written as JSON with `--json FILE`. A ratio above one means that ours
-is better. Interleaving lets a slow spell of the machine hit both sides alike.
+In: two callables a case, and a check that their outputs are equal. Out: rows `{"case", "ours",
+"theirs", "unit", "ratio", "runs", "against"}`, medians over interleaved runs, printed as a table
+and written as JSON with `--json FILE`. A ratio above one means that ours is better. Interleaving
+lets a slow spell of the machine hit both sides alike.
 """
 
 import argparse
@@ -56,8 +57,10 @@ def compare(
     """Time both sides in turn; lower is better.
 
     Args:
-        steps: a side is one of many steps that follow each other, so that each turn begins with one that is not timed.
-        check: given both outputs once, before anything is timed; raises where they differ. That call also warms both sides up.
+        steps: a side is one of many steps that follow each other, so that each turn begins with
+            one that is not timed.
+        check: given both outputs once, before anything is timed; raises where they differ. That
+            call also warms both sides up.
     """
     outputs = ours(), theirs()
     if check:
@@ -75,7 +78,7 @@ def compare_values(
     against: str,
     runs: int = DEFAULT_RUNS,
 ) -> Row:
-    """Compare numbers that the two sides measure themselves (seconds, megabytes); lower is better."""
+    """Compare numbers that both sides measure themselves (seconds, megabytes); lower is better."""
     (row,) = compare_all({case: ours}, theirs, unit=unit, against={case: against}, runs=runs)
     return row
 
@@ -88,7 +91,7 @@ def compare_all(
     against: Mapping[str, str],
     runs: int,
 ) -> list[Row]:
-    """Compare several cases with one other side, which is measured once a round: for sides that take long to start."""
+    """Compare several cases with one other side, which is measured once a round."""
     rounds = [({case: side() for case, side in ours.items()}, theirs()) for _ in range(runs)]
     other = statistics.median(their for _, their in rounds)
     medians = {case: statistics.median(mine[case] for mine, _ in rounds) for case in ours}
@@ -99,7 +102,7 @@ def compare_all(
 
 
 def main(cases: Callable[[int], Iterable[Row]], description: str) -> None:
-    """The command line of one benchmark: run its cases, print each as it comes, write them on request."""
+    """Run the cases of one benchmark, print each as it comes, write them with `--json`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--runs", type=int, default=DEFAULT_RUNS, help="interleaved runs per case")
@@ -129,7 +132,8 @@ def _processor() -> str:
 def _printed(rows: Iterable[Row]) -> Iterator[Row]:
     for row in rows:
         print(
-            f"{row.case:<40} ours {row.ours:10.4g} {row.unit:<4} theirs {row.theirs:10.4g} {row.unit:<4} ratio {row.ratio:6.2f}x"
+            f"{row.case:<40} ours {row.ours:10.4g} {row.unit:<4} "
+            f"theirs {row.theirs:10.4g} {row.unit:<4} ratio {row.ratio:6.2f}x"
         )
         yield row
 

@@ -3,8 +3,9 @@
 Each round first measures what the machine does in a second, by a product, an addition and a tiny
 addition that are no part of the step; the plan turns that into a prediction of the step, which is
 timed next, both in seconds of one core. Memory is how far the process's resident size rises in a
-step above model and optimiser state. `ours` is planned, `theirs` is measured; a ratio of 1 means that the plan is right. It
-should lie within 0.7 to 1.3 for time, and within 0.85 to 1.15 for memory.
+step above model and optimiser state. `ours` is planned, `theirs` is measured; a ratio of 1 means
+that the plan is right. It should lie within 0.7 to 1.3 for time, and within 0.85 to 1.15 for
+memory.
 """
 
 import os

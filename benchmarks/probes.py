@@ -1,16 +1,19 @@
 """Probing: a sweep of settings over inner folds, and ESC-10 from audio to score.
 
-Needs `--data FOLDER` with `esc10/` (its CSV and `audio/`) for `esc10 end to end`, which is left out without it.
+Needs `--data FOLDER` with `esc10/` (its CSV and `audio/`) for `esc10 end to end`, which is left out
+without it.
 
-- `sweep`: one test fold of 2,000 x 1,280 embeddings of 50 classes. Eight settings are compared on four inner folds
-  and the best is fitted again: 33 fits on the same clips by every side. Ours, a plain Adam loop over tensors in
-  memory and scikit-learn run in turn. scikit-learn's default tolerance stops before the optimum of small penalties;
-  `converged` goes on to where ours stops, and its accuracy must agree. X-ARES's trainer (where the package is
-  installed) reads a tar of embeddings in every epoch and takes minutes for 33 trainings, so one is timed and counted
-  33 times.
-- `esc10 end to end`: the other side is Hugging Face's WhisperModel on clips padded to 30 s, its frames pooled over
-  the padding as X-ARES pools them, and that trainer, once a fold; ours chooses on inner folds. Same random weights
-  of whisper-tiny's shape. Most of the ratio is the padding and the tars: see `sweep` for a careful other side.
+- `sweep`: one test fold of 2,000 x 1,280 embeddings of 50 classes. Eight settings are compared on
+  four inner folds and the best is fitted again: 33 fits on the same clips by every side. Ours, a
+  plain Adam loop over tensors in memory and scikit-learn run in turn. scikit-learn's default
+  tolerance stops before the optimum of small penalties; `converged` goes on to where ours stops,
+  and its accuracy must agree. X-ARES's trainer (where the package is installed) reads a tar of
+  embeddings in every epoch and takes minutes for 33 trainings, so one is timed and counted 33
+  times.
+- `esc10 end to end`: the other side is Hugging Face's WhisperModel on clips padded to 30 s, its
+  frames pooled over the padding as X-ARES pools them, and that trainer, once a fold; ours chooses
+  on inner folds. Same random weights of whisper-tiny's shape. Most of the ratio is the padding and
+  the tars: see `sweep` for a careful other side.
 """
 
 import csv
@@ -83,8 +86,8 @@ def _sweep(runs: int) -> Iterable[Row]:
         ),
     }
     against = {
-        "Adam in memory": f"nn.Linear on standardised tensors in memory, {ADAM_EPOCHS} epochs of Adam in "
-        f"batches of {ADAM_BATCH}, the rate chosen among {len(RATES)}",
+        "Adam in memory": f"nn.Linear on standardised tensors in memory, {ADAM_EPOCHS} epochs "
+        f"of Adam in batches of {ADAM_BATCH}, the rate chosen among {len(RATES)}",
         "scikit-learn": f"LogisticRegression, the penalty chosen among {len(WIDE_PENALTIES)}",
         "scikit-learn, converged": "the same with tol=1e-8",
     }
@@ -117,7 +120,8 @@ def _sweep(runs: int) -> Iterable[Row]:
             "s",
             median[side] / median["ours"],
             runs,
-            f"{what}; accuracy {scores['ours']:.3f} here, {scores[side]:.3f} there; 2,000 x 1,280, 50 classes",
+            f"{what}; accuracy {scores['ours']:.3f} here, {scores[side]:.3f} there; "
+            "2,000 x 1,280, 50 classes",
         )
 
 
@@ -157,16 +161,18 @@ def _one_by_one(
     settings: Sequence[float],
     fit: Callable[[Arrays, float], Predict],
 ) -> float:
-    """Choose a setting on the inner folds, fit it on the whole pool, and return its test accuracy."""
+    """Choose a setting on the inner folds, fit it on the pool, and return its test accuracy."""
     mean, deviation = pool[0].mean(0), pool[0].std(0)
     pool, test = ((((part[0] - mean) / deviation), part[1]) for part in (pool, test))
     valid = [
-        np.mean([
-            _accuracy(fit(_chosen(pool, parts != part), setting), _chosen(pool, parts == part))
-            for part in np.unique(parts)
-        ])
+        np.mean(
+            [
+                _accuracy(fit(_chosen(pool, parts != part), setting), _chosen(pool, parts == part))
+                for part in np.unique(parts)
+            ]
+        )
         for setting in settings
-    ]  # fmt: skip
+    ]
     return _accuracy(fit(pool, settings[int(np.argmax(valid))]), test)
 
 

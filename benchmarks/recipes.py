@@ -1,9 +1,11 @@
-"""One optimiser step, twice: this project's, and the Hugging Face recipe's, on the same weights, clips and texts.
+"""One optimiser step, twice: this project's, and the Hugging Face recipe's, on the same weights,
+clips and texts.
 
-In: waveforms and texts as tokens. Out: two objects whose `step()` computes features, encoder, decoder, loss, backward, clipping and AdamW,
-and returns the mean loss before the update. The Hugging Face side is what `Seq2SeqTrainer` computes with the data collator of the
-Whisper fine-tuning guide: features padded to 30 s, labels padded to the longest, logits of every position, and the optimiser
-that `Seq2SeqTrainingArguments` picks by default, which is the fused AdamW.
+In: waveforms and texts as tokens. Out: two objects whose `step()` computes features, encoder,
+decoder, loss, backward, clipping and AdamW, and returns the mean loss before the update. The
+Hugging Face side is what `Seq2SeqTrainer` computes with the data collator of the Whisper
+fine-tuning guide: features padded to 30 s, labels padded to the longest, logits of every position,
+and the optimiser that `Seq2SeqTrainingArguments` picks by default, which is the fused AdamW.
 """
 
 import copy
@@ -29,7 +31,7 @@ IGNORED = -100  # what the collator writes where a label is padding
 
 @dataclass(frozen=True)
 class Clips:
-    """Waveforms `[S]` at 16 kHz, and per clip its tokens `[L]` from the start token to the end token."""
+    """Waveforms `[S]` at 16 kHz, and each clip's tokens `[L]` with start and end token."""
 
     waveforms: list[Tensor]
     tokens: list[Tensor]
@@ -38,7 +40,7 @@ class Clips:
     def noise(
         cls, seconds: Sequence[float], labels: int, vocabulary: int = 50_000, seed: int = 0
     ) -> "Clips":
-        """Noise of given lengths, each with so many labels: a start token, which is only read, and random ones."""
+        """Noise of given lengths, each with N labels: a start token (an input), then random."""
         generator = torch.Generator().manual_seed(seed)
         waveforms = [
             torch.randn(round(16_000 * length), generator=generator) * 0.1 for length in seconds

@@ -1,7 +1,8 @@
-"""The Hugging Face recipe as a script: `Seq2SeqTrainer` over the demo corpus for one epoch. The other side of `epoch.py`.
+"""The Hugging Face recipe as a script: `Seq2SeqTrainer` over the demo corpus for one epoch. The
+other side of `epoch.py`.
 
-Audio is decoded and features are made in a loader's worker, clips padded to 30 s, labels to the longest, as in the Whisper
-fine-tuning guide. Prints the number of clips and steps as JSON.
+Audio is decoded and features are made in a loader's worker, clips padded to 30 s, labels to the
+longest, as in the Whisper fine-tuning guide. Prints the number of clips and steps as JSON.
 """
 
 import json

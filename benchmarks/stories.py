@@ -1,4 +1,6 @@
-"""A small model on the demo corpus, and the overrides with which `whisper-aut train` runs it: what `epoch` and `overhead` share."""
+"""A small model on the demo corpus, and the overrides with which `whisper-aut train` runs it: what
+`epoch` and `overhead` share.
+"""
 
 from pathlib import Path
 
@@ -14,7 +16,7 @@ BATCH_CLIPS = 8
 def small_whisper(
     corpus: Path, out: Path, width: int = 128, layers: int = 3, heads: int = 4
 ) -> Path:
-    """By default the size of `conf/speech_tiny.yaml`, with random weights and a tokenizer of the corpus."""
+    """The size of `conf/speech_tiny.yaml`, random weights, and the corpus's own tokenizer."""
     texts = [
         sample.annotation.text
         for domain in ("speech", "sound")

@@ -1,7 +1,9 @@
-"""What DeepSpeed costs over plain Lightning on one rank, and what a second CPU rank costs at equal work per rank.
+"""What DeepSpeed costs over plain Lightning on one rank, and what a second CPU rank costs at equal
+work per rank.
 
-Every side is `training.train` on the demo corpus; steps alone are timed, by the run's own meter. Losses are compared before anything is
-timed: all strategies compute the same steps. Two ranks on two cores share memory bandwidth, so their ratio says little about GPUs.
+Every side is `training.train` on the demo corpus; steps alone are timed, by the run's own meter.
+Losses are compared before anything is timed: all strategies compute the same steps. Two ranks on
+two cores share memory bandwidth, so their ratio says little about GPUs.
 """
 
 import json
@@ -31,11 +33,13 @@ def cases(runs: int) -> Iterator[Row]:
         sides = {f"{name}, one rank": partial(seconds, corpus, model, name) for name in DEEPSPEED}
         against = dict.fromkeys(
             sides,
-            f"plain Lightning, {STEPS} steps of {BATCH_CLIPS} clips; below one is DeepSpeed's overhead",
+            f"plain Lightning, {STEPS} steps of {BATCH_CLIPS} clips; "
+            "below one is DeepSpeed's overhead",
         )
         sides["ddp, 2 CPU ranks"] = partial(seconds, corpus, model, "ddp", ranks=2)
         against["ddp, 2 CPU ranks"] = (
-            f"one rank; {STEPS} steps of {BATCH_CLIPS} clips a rank, one thread each; 1 is perfect scaling"
+            f"one rank; {STEPS} steps of {BATCH_CLIPS} clips a rank, one thread each; "
+            "1 is perfect scaling"
         )
         yield from compare_all(
             sides, partial(seconds, corpus, model, "auto"), unit="s", against=against, runs=runs
@@ -47,7 +51,7 @@ def seconds(corpus: Path, model: Path, strategy: str, ranks: int = 1) -> float:
 
 
 def trained(corpus: Path, model: Path, strategy: str, ranks: int = 1) -> dict[str, float]:
-    """Train in a process of its own; return the seconds of its steps, and its last loss and gradient norm."""
+    """Train in a new process; return its steps' seconds, last loss and last gradient norm."""
     settings = story_settings(corpus, model, STEPS * BATCH_CLIPS * ranks)
     settings.hardware.devices, settings.export = ranks, []
     config = corpus.parent / f"{strategy}-{ranks}.yaml"

@@ -1,9 +1,12 @@
-"""A step through a frozen language model: answers only, packed, against all positions of a padded batch.
+"""A step through a frozen language model: answers only, packed, against all positions of a padded
+batch.
 
-Both sides have Qwen3-0.6B's width, heads and vocabulary in four of its 28 layers, the same weights, adapter, frames and chats: 4 clips
-of 8 s with 60 text tokens, 20 of them the answer. The other side is what a causal language model of Hugging Face computes when it is
-given `labels`: logits and cross-entropy of every position. The mixture has clips of 2 to 14 s, which it pads to the longest. `answers only`
-compares with the same padded batch whose output layer runs at the supervised positions alone, which a careful user would write.
+Both sides have Qwen3-0.6B's width, heads and vocabulary in four of its 28 layers, the same weights,
+adapter, frames and chats: 4 clips of 8 s with 60 text tokens, 20 of them the answer. The other side
+is what a causal language model of Hugging Face computes when it is given `labels`: logits and
+cross-entropy of every position. The mixture has clips of 2 to 14 s, which it pads to the longest.
+`answers only` compares with the same padded batch whose output layer runs at the supervised
+positions alone, which a careful user would write.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,14 +34,22 @@ AGAINST = "padded batch through Qwen3ForCausalLM with labels"
 
 
 class Step:
-    """The same frames, chats and weights, run by each side; `ours` and `theirs` return the summed loss and the frames' gradient."""
+    """The same frames, chats and weights, run by each side; `ours` and `theirs` return the summed
+    loss and the frames' gradient.
+    """
 
     def __init__(self, frames: Sequence[int]):
         torch.manual_seed(0)
         config = Qwen3Config(
-            vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=3072, num_hidden_layers=LAYERS, num_attention_heads=16,
-            num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
-        )  # fmt: skip
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=3072,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            tie_word_embeddings=True,
+        )
         self.model: Any = Qwen3ForCausalLM(config).requires_grad_(False).eval()
         scale = embedding_scale(self.model.get_input_embeddings())
         adapter = build_adapter(AdapterOptions(), ENCODER_WIDTH, WIDTH, scale)
@@ -103,7 +114,9 @@ def cases(runs: int) -> Iterator[Row]:
 
 
 def loss_megabytes(ours: bool) -> float:
-    """Peak memory of output layer, loss and backward to the last hidden states, 4 chats of 100 audio and 60 text positions."""
+    """Peak memory of output layer, loss and backward to the last hidden states, 4 chats of 100
+    audio and 60 text positions.
+    """
     torch.manual_seed(0)
     hidden = torch.randn(4, 100 + TEXT - 1, WIDTH, requires_grad=True)
     embedding = torch.randn(VOCABULARY, WIDTH)

@@ -1,8 +1,10 @@
-"""X-ARES as the other side of the probe benchmarks: its own trainer where the package `xares` is installed, its loop written out otherwise.
+"""X-ARES as the other side of the probe benchmarks: its own trainer where the package `xares` is
+installed, its loop written out otherwise.
 
-In: features and answers of a training pool and of the fold that is reported. Out: the accuracy it would report, the best epoch's on that
-fold. The package reads one tar of embeddings a split again in every epoch, as its tasks do; the loop keeps them in memory. `task` needs
-the package: a whole task of five folds, from tars of audio to both of its scores.
+In: features and answers of a training pool and of the fold that is reported. Out: the accuracy it
+would report, the best epoch's on that fold. The package reads one tar of embeddings a split again
+in every epoch, as its tasks do; the loop keeps them in memory. `task` needs the package: a whole
+task of five folds, from tars of audio to both of its scores.
 """
 
 import io
@@ -35,7 +37,9 @@ def installed() -> str:
 
 
 def clips(urls: list[str]) -> list[Tensor]:
-    """Read tars of audio as X-ARES does before it encodes them, in this process: each clip `[S]` at 16 kHz."""
+    """Read tars of audio as X-ARES does before it encodes them, in this process: each clip `[S]` at
+    16 kHz.
+    """
     from loguru import logger  # pyright: ignore[reportMissingImports]
     from xares.audiowebdataset import create_rawaudio_webdataset  # pyright: ignore[reportMissingImports]
 
@@ -54,7 +58,8 @@ def training(pool: Part, test: Part, rate: float) -> float:
 
 
 def task(shards: Path, classes: list[str], whisper: Path) -> tuple[float, float]:
-    """Run a task as X-ARES runs it: frames of every clip into tars, its trainer once a fold, its nearest neighbours.
+    """Run a task as X-ARES runs it: frames of every clip into tars, its trainer once a fold, its
+    nearest neighbours.
 
     Args:
         shards: holds a folder of tars for each fold, `1` to `5`; samples have a `label`.
@@ -67,7 +72,8 @@ def task(shards: Path, classes: list[str], whisper: Path) -> tuple[float, float]
     from xares.task import TaskConfig, XaresTask  # pyright: ignore[reportMissingImports]
 
     logger.disable("xares")
-    torchaudio.load = _load  # torchaudio's own needs torchcodec and FFmpeg; without them X-ARES silently drops every clip
+    # torchaudio's own needs torchcodec and FFmpeg; without them X-ARES silently drops every clip.
+    torchaudio.load = _load
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder, "task")
         home.mkdir()
@@ -76,9 +82,14 @@ def task(shards: Path, classes: list[str], whisper: Path) -> tuple[float, float]
             for number, tar in enumerate(sorted((shards / fold).glob("*.tar"))):
                 (home / f"wds-audio-fold-{fold}-{number:06d}.tar").symlink_to(tar.resolve())
         config = TaskConfig(
-            name="task", env_root=folder, k_fold_splits=list("12345"), output_dim=len(classes), encoder=PaddedWhisper(whisper),
-            label_processor=lambda facts: classes.index(facts["label"]), num_encoder_workers=0,
-        )  # fmt: skip
+            name="task",
+            env_root=folder,
+            k_fold_splits=list("12345"),
+            output_dim=len(classes),
+            encoder=PaddedWhisper(whisper),
+            label_processor=lambda facts: classes.index(facts["label"]),
+            num_encoder_workers=0,
+        )
         running = XaresTask(config)
         running.make_encoded_tar()
         return float(running.run_mlp()[0]), float(running.run_knn()[0])
@@ -123,10 +134,14 @@ def _package(pool: Part, test: Part, rate: float) -> float:
             _write(tar, part)
             loaders.append(
                 create_embedding_webdataset(
-                    [str(tar)], tar_shuffle=2000 if name == "pool" else None, batch_size=BATCH, num_workers=0,
-                    training=name == "pool", label_processor=_answer,
+                    [str(tar)],
+                    tar_shuffle=2000 if name == "pool" else None,
+                    batch_size=BATCH,
+                    num_workers=0,
+                    training=name == "pool",
+                    label_processor=_answer,
                 )
-            )  # fmt: skip
+            )
         model = Mlp(
             in_features=pool[0].shape[1],
             out_features=int(pool[1].max()) + 1,

@@ -1,4 +1,6 @@
-"""Fixtures of all tests: a tiny Whisper and language model, tiny shards, a finished run, the real corpora."""
+"""Fixtures of all tests: a tiny Whisper and language model, tiny shards, a finished run, the real
+corpora.
+"""
 
 import os
 import shutil
@@ -74,7 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def undo_deepspeed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Undo what DeepSpeed changes in this process: environment variables and `functional.linear`."""
+    """Undo DeepSpeed's changes to this process: environment variables, `functional.linear`."""
     monkeypatch.setattr("torch.nn.functional.linear", torch.nn.functional.linear)
     with mock.patch.dict(os.environ):
         yield
@@ -143,7 +145,7 @@ def tiny_language_model(tmp_path_factory: pytest.TempPathFactory, tiny_shards: P
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real corpora next to the checkout; tests that need it are skipped without it."""
+    """The folder of real corpora next to the checkout; without it, tests that need it skip."""
     folder = REPOSITORY.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("there are no real corpora next to the checkout")
@@ -154,7 +156,9 @@ def real_data() -> Path:
 def pipeline_run(
     tmp_path_factory: pytest.TempPathFactory, tiny_whisper: Path, tiny_shards: Path
 ) -> Path:
-    """A folder with a finished run `runs/aut_tiny/latest`, `clip.wav`, `clips/` and shards in `data/`."""
+    """A folder with a finished run `runs/aut_tiny/latest`, `clip.wav`, `clips/` and shards in
+    `data/`.
+    """
     folder = tmp_path_factory.mktemp("run")
     (folder / "tones.yaml").write_text(yaml.safe_dump(TONES))
     licences = {"speech": "CC0-1.0", "sound": "CC-BY-3.0", "music": ""}  # music says none

@@ -1,4 +1,6 @@
-"""A job that is killed again and again ends where one that is left alone does; and ranks that die do not hang the others."""
+"""A job that is killed again and again ends where one that is left alone does; and ranks that die
+do not hang the others.
+"""
 
 import json
 import os
@@ -36,7 +38,9 @@ OVERRIDES = (
 
 
 def consumed(folder: Path, *names: str) -> dict[int, list[str]]:
-    """Return the keys that each step read, over all ranks; of a step that a later job did again, the later time counts."""
+    """Return the keys that each step read, over all ranks; of a step that a later job did again,
+    the later time counts.
+    """
     steps: dict[int, list[str]] = {}
     for name in names:
         read = defaultdict(list)
@@ -86,7 +90,9 @@ def test_a_job_killed_at_random_moments_ends_as_if_nothing_had_happened(
     jobs: Jobs,
     tmp_path: Path,
 ):
-    """Another number of ranks adds the same numbers in another order: its weights are close, its clips are the same."""
+    """Another number of ranks adds the same numbers in another order: its weights are close, its
+    clips are the same.
+    """
     moments = [*sorted(random.Random(7).sample(range(3, STEPS - 3), len(plan) - 1)), 0]
     whole = jobs.add("whole", *OVERRIDES)
     jobs.done(ranks=2)

@@ -36,7 +36,9 @@ with recorded(Recorder(Path(sys.argv.pop(1)))):
 
 
 class Recorder(lightning.Callback):
-    """Appends step, keys and loss of every micro-batch to a file, at once; stops the run at a step if told to."""
+    """Appends step, keys and loss of every micro-batch to a file, at once; stops the run at a step
+    if told to.
+    """
 
     def __init__(self, path: Path, stop_at: int = -1):
         self.path, self.stop_at = path, stop_at
@@ -142,7 +144,9 @@ def test_a_killed_run_resumes_to_the_same_keys_and_losses(
 def test_another_batch_size_resumes_at_the_same_clip(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, mode: str
 ):
-    """Batches of 6 clips, then of 2 accumulated thrice: the same optimiser steps, so the same weights in the end."""
+    """Batches of 6 clips, then of 2 accumulated thrice: the same optimiser steps, so the same
+    weights in the end.
+    """
     chosen = [
         "trainer.max_steps=null",
         f"data.mode={mode}",

@@ -1,4 +1,6 @@
-"""Two CPU ranks under every strategy: the same losses as one rank with the doubled batch, exports, and going on with other ranks."""
+"""Two CPU ranks under every strategy: the same losses as one rank with the doubled batch, exports,
+and going on with other ranks.
+"""
 
 import json
 import shutil
@@ -23,7 +25,9 @@ ONE_RANK = ("data.batch_clips=2", "hardware.devices=1", "trainer.accumulate=6")
 def test_two_ranks_take_the_steps_of_one(
     decoder: str, jobs: Jobs, tiny_language_model: Path, tmp_path: Path, capsys: Any
 ):
-    """Texts and clips differ in length, three micro-batches a step; clipping binds, so a wrong scale of the gradient shows."""
+    """Texts and clips differ in length, three micro-batches a step; clipping binds, so a wrong
+    scale of the gradient shows.
+    """
     chosen = [f"decoder={decoder}"]
     if decoder == "causal_lm":
         chosen += [f"decoder.language_model={tiny_language_model}", "optim.encoder_after_step=2"]
@@ -61,7 +65,9 @@ def test_two_ranks_take_the_steps_of_one(
 def test_a_run_goes_on_with_other_ranks_and_stages(
     first: tuple[str, ...], then: tuple[str, ...], jobs: Jobs
 ):
-    """Ten steps under one strategy, ten under another on other ranks; weights and losses are those of a run in one piece."""
+    """Ten steps under one strategy, ten under another on other ranks; weights and losses are those
+    of a run in one piece.
+    """
     pairs = [
         ("ddp", "ddp"),
         ("deepspeed_stage_3", "ddp"),
@@ -91,7 +97,9 @@ def test_a_run_goes_on_with_other_ranks_and_stages(
 def test_refusals_and_bad_clips_are_those_of_all_ranks(
     tmp_path: Path, tiny_whisper: Path, tiny_shards: Path
 ):
-    """Clips of a damaged shard fall to both ranks; the counts go on over a stop, on another number of ranks too."""
+    """Clips of a damaged shard fall to both ranks; the counts go on over a stop, on another number
+    of ranks too.
+    """
     shards = shutil.copytree(tiny_shards, tmp_path / "shards")
     damaged = sorted((shards / "speech").glob("*.tar"))[0]
     damaged.write_bytes(damaged.read_bytes()[:700])

@@ -361,7 +361,9 @@ def test_resume_explains_what_is_wrong_with_its_argument(tmp_path: Path):
 
 
 def _train_with_files_up_to(size_bytes: int, settings: Settings) -> None:
-    """Train while the system refuses to let files grow further, as a full disk would; restores the limit."""
+    """Train while the system refuses to let files grow further, as a full disk would; restores the
+    limit.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))

@@ -173,7 +173,8 @@ def test_an_unknown_choice_is_an_error_with_the_nearest_one(
                 "--out",
                 "x.safetensors",
             ],
-            "--layers takes all words that follow. Write whisper-aut embed ENCODER AUDIO --layers …",
+            "--layers takes all words that follow. "
+            "Write whisper-aut embed ENCODER AUDIO --layers …",
         ),
         (
             ["data", "audit", "--against", "esc10", "data/train"],
@@ -302,7 +303,10 @@ def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str]):
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; from whisper_aut.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from whisper_aut.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    )
     started = time.monotonic()
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode

@@ -1,8 +1,8 @@
 """README and docs/ are true: their Python runs, their commands parse, what they name exists.
 
-A block with a title is the file of that name. `export.md` is followed from top to bottom, commands included, in a folder
-that has what it says; `test_extend.py` does that for each section of `extend.md`. Of the other pages, Python is run and
-commands are parsed with their configs.
+A block with a title is the file of that name. `export.md` is followed from top to bottom, commands
+included, in a folder that has what it says; `test_extend.py` does that for each section of
+`extend.md`. Of the other pages, Python is run and commands are parsed with their configs.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def test_commands_in_blocks_are_understood(page: Path):
 
 
 def check_command(arguments: list[str]) -> None:
-    """Parse a command as the command line does; load the config and the probe tasks that it names."""
+    """Parse a command as the command line does; load the config and probe tasks it names."""
     options = _parse(arguments)
     if config := getattr(options, "config", ""):
         path = REPOSITORY / config
@@ -297,7 +297,9 @@ def test_the_readme_is_short():
 
 
 def test_quoted_messages_are_ones_that_the_program_says():
-    """Of messages with values in them, `…` stands for each; a quotation is the whole message or its beginning."""
+    """Of messages with values in them, `…` stands for each; a quotation is the whole message or its
+    beginning.
+    """
     said = {
         text
         for path in (REPOSITORY / "whisper_aut").rglob("*.py")
@@ -309,7 +311,9 @@ def test_quoted_messages_are_ones_that_the_program_says():
 
 
 def literals(tree: ast.AST) -> Iterator[str]:
-    """Yield the texts in a module that are no docstrings, values in them as `…`; texts that stand side by side are one."""
+    """Yield the texts in a module that are no docstrings, values in them as `…`; texts that stand
+    side by side are one.
+    """
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         if (

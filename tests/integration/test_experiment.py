@@ -1,4 +1,6 @@
-"""A tiny experiment through the command line: finished runs are reused, changed ones are trained again."""
+"""A tiny experiment through the command line: finished runs are reused, changed ones are trained
+again.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Guard rails: bad steps left out and named, spikes answered, a limit; nothing else of the run changes."""
+"""Guard rails: bad steps left out and named, spikes answered, a limit; nothing else of the run
+changes.
+"""
 
 import json
 from pathlib import Path
@@ -191,7 +193,9 @@ def test_spikes_stand_out_from_noise_and_plateaus():
 
 
 class _Derail(lightning.Callback):
-    """Spoils the weights once before a step, as a spike does, and writes down what each step has read."""
+    """Spoils the weights once before a step, as a spike does, and writes down what each step has
+    read.
+    """
 
     def __init__(self, step: int):
         self.step, self.read, self.done = step, [], False

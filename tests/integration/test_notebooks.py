@@ -1,4 +1,4 @@
-"""Notebooks are valid, have no outputs and name no machine. `make notebooks` runs them, in CI too."""
+"""Notebooks are valid, have no outputs and name no machine. `make notebooks` runs them."""
 
 import ast
 import importlib
@@ -64,9 +64,15 @@ def test_what_a_notebook_imports_exists(path: Path):
                 assert all(hasattr(module, name.name) for name in node.names), node.module
 
 
+def _sources(path: Path) -> str:
+    return "\n".join(cell.source for cell in code_cells(path))
+
+
 def test_notebooks_share_one_corpus_and_one_run():
-    shared = {name: set(re.findall(r"^SMALL \+?= .*$", "\n".join(cell.source for cell in code_cells(path)), re.M))
-              for name, path in zip(NAMES, NOTEBOOKS, strict=True)}  # fmt: skip
+    shared = {
+        name: set(re.findall(r"^SMALL \+?= .*$", _sources(path), re.M))
+        for name, path in zip(NAMES, NOTEBOOKS, strict=True)
+    }
     assert shared[NAMES[1]] == shared[NAMES[2]] == shared[NAMES[3]]
     assert all(
         any("data.shards=runs/notebooks/data" in line for line in lines)

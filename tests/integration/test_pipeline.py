@@ -1,4 +1,4 @@
-"""The pipeline of a config: checks before training, and what a run shares with its `model.after`."""
+"""The pipeline of a config: checks before training, and what it shares with its `model.after`."""
 
 import json
 import subprocess
@@ -158,7 +158,9 @@ def test_the_config_of_a_run_reuses_the_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """Its folder has no probe tasks, so those of `conf` are used. The export keeps its padding mode."""
+    """Its folder has no probe tasks, so those of `conf` are used. The export keeps its padding
+    mode.
+    """
     chosen = (
         "trainer.max_steps=1",
         "model.padding=30s",

@@ -1,4 +1,6 @@
-"""probes.during: curves of probes while an encoder trains, which training does not notice, and a guard against forgetting."""
+"""probes.during: curves of probes while an encoder trains, which training does not notice, and a
+guard against forgetting.
+"""
 
 import json
 from pathlib import Path

@@ -76,7 +76,8 @@ def test_a_rejected_resume_leaves_a_finished_run_unchanged(
     for given in (run.path, checkpoints_in(run.checkpoints)[0]):
         with pytest.raises(
             UserError,
-            match=r"belongs to a run named 'smoke', but this config is named 'other'.*add name=smoke",
+            match=r"belongs to a run named 'smoke', but this config is named 'other'"
+            r".*add name=smoke",
         ):
             train(
                 settings_for(tiny_whisper, tiny_shards, tmp_path, *EVERY_STEP, "name=other"),

@@ -223,7 +223,8 @@ def test_a_probe_set_that_nobody_audited_is_named(audited: Path, tiny_shards: Pa
     tasks = []
     for name, folder in (("known", tiny_shards / "sound"), ("unknown", tmp_path / "other")):
         (tmp_path / f"{name}.yaml").write_text(
-            f"name: {name}\ntitle: t\ndomain: sound\ntrain: [{tiny_shards}/speech]\ntest: [{folder}]\nmetric: accuracy\n"
+            f"name: {name}\ntitle: t\ndomain: sound\nmetric: accuracy\n"
+            f"train: [{tiny_shards}/speech]\ntest: [{folder}]\n"
         )
         tasks += load_tasks([str(tmp_path / f"{name}.yaml")], tmp_path)
 

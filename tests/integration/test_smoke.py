@@ -1,4 +1,6 @@
-"""The whole pipeline through the real command line: synthesised corpus → training → export → probes → report, twice."""
+"""The whole pipeline through the real command line: synthesised corpus → training → export → probes
+→ report, twice.
+"""
 
 import json
 import subprocess
@@ -91,7 +93,9 @@ def test_the_export_command_gives_the_same_encoder(pipeline_run: Path):
 
 @pytest.fixture(scope="module")
 def uniwhisper(pipeline_run: Path) -> Path:
-    """The same pipeline with a language model, on the shards and the first stage that are there already."""
+    """The same pipeline with a language model, on the shards and the first stage that are there
+    already.
+    """
     assert main(train_arguments(pipeline_run, "smoke_uniwhisper")) == 0
     return pipeline_run / "runs" / "smoke_uniwhisper" / "latest"
 

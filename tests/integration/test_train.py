@@ -1,4 +1,6 @@
-"""Training through the real entry point: losses, accumulation, resume, stops, and the files of a run."""
+"""Training through the real entry point: losses, accumulation, resume, stops, and the files of a
+run.
+"""
 
 import json
 import shutil
@@ -168,7 +170,9 @@ def test_the_module_trains_in_train_mode_with_fixed_positions(
 def test_two_cpu_ranks_equal_one_with_the_doubled_batch(
     decoder: str, tiny_whisper: Path, tiny_shards: Path, tiny_language_model: Path, tmp_path: Path
 ):
-    """Through the real command line, where Lightning launches the second rank; texts differ in length between the ranks."""
+    """Through the real command line, where Lightning launches the second rank; texts differ in
+    length between the ranks.
+    """
     runs = []
     for name, overrides in (
         ("one", ["data.batch_clips=4"]),
@@ -343,7 +347,7 @@ def test_skipped_samples_are_counted_once_over_validations_and_resumes(
 def test_accumulated_micro_batches_equal_one_big_batch(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
-    """Texts differ in length, so averaging the averages of micro-batches would give other weights."""
+    """Texts differ in length: averaging the averages of micro-batches would differ."""
     big = train(
         settings_for(tiny_whisper, tiny_shards, tmp_path / "big", "data.batch_clips=6"), QUIET
     ).run

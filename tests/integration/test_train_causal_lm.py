@@ -1,4 +1,6 @@
-"""Training through a language model: swapped in by one word, frozen whatever the strategy, the adapter first where asked."""
+"""Training through a language model: swapped in by one word, frozen whatever the strategy, the
+adapter first where asked.
+"""
 
 import json
 import shutil
@@ -224,7 +226,9 @@ def test_all_that_is_trained_moves_though_the_language_model_is_in_bfloat16(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """At the learning rate of a fine-tuning, whose steps are smaller than what bfloat16 can tell apart."""
+    """At the learning rate of a fine-tuning, whose steps are smaller than what bfloat16 can tell
+    apart.
+    """
     before: dict[str, torch.Tensor] = {}
 
     def remember(trainer: Any, module: Any) -> None:

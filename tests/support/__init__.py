@@ -1,4 +1,6 @@
-"""What several tests share. No test module imports another one: helpers are here, fixtures in conftest.py."""
+"""What several tests share. No test module imports another one: helpers are here, fixtures in
+conftest.py.
+"""
 
 from pathlib import Path
 

@@ -71,7 +71,9 @@ def mp3(samples: np.ndarray, rate_hz: int) -> bytes:
 def write_shards(
     folder: Path, clips: int, domain: str, *, per_shard_bytes: int = 60_000, labels: int = 2
 ) -> Path:
-    """Write shards of short tones, texts and labels; the label decides the pitch, so that probes can learn it."""
+    """Write shards of short tones, texts and labels; the label decides the pitch, so that probes
+    can learn it.
+    """
     generator = np.random.default_rng([clips, *domain.encode()])
     with ShardWriter(folder, max_bytes=per_shard_bytes) as shards:
         for number in range(clips):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`; with `cut` set, every answer ends after `cut` bytes; without `ranges` it ignores Range."""
+    """Serves `files`; with `cut` set, every answer ends after `cut` bytes; without `ranges` it
+    ignores Range.
+    """
 
     def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), Handler)

@@ -1,4 +1,6 @@
-"""Training jobs in processes of their own, on one or more ranks; `run_jobs.py` is what each rank executes."""
+"""Training jobs in processes of their own, on one or more ranks; `run_jobs.py` is what each rank
+executes.
+"""
 
 import json
 import os

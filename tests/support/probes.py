@@ -1,4 +1,4 @@
-"""A tiny encoder over real log-mel frames, and noisy tones whose pitch is the class to probe for."""
+"""A tiny encoder over real log-mel frames, and noisy tones whose pitch is the class."""
 
 import io
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""Runs training jobs one after another on every rank that starts it, with faults on request: `torchrun … run_jobs.py JOBS.json`.
+"""Runs training jobs one after another on every rank that starts it, with faults on request:
+`torchrun … run_jobs.py JOBS.json`.
 
-A job is `{"config", "resume", "fault"}`. Imports cost more than the jobs, so several share a process. What each step read is appended to
-`keys-rank<R>.jsonl` beside the config.
+A job is `{"config", "resume", "fault"}`. Imports cost more than the jobs, so several share a
+process. What each step read is appended to `keys-rank<R>.jsonl` beside the config.
 """
 
 import json
@@ -31,8 +32,8 @@ class Chronicle(lightning.Callback):
 
     Args:
         file: where.
-        fault: `{"kind", "step", "rank"}`; kinds are `poison`, by which a clip is no number, and names of signals, of which SIGKILL
-            leaves no time for anything.
+        fault: `{"kind", "step", "rank"}`; kinds are `poison`, by which a clip is no number, and
+            names of signals, of which SIGKILL leaves no time for anything.
     """
 
     def __init__(self, file: Path, fault: dict[str, Any]):
@@ -54,7 +55,7 @@ class Chronicle(lightning.Callback):
 
 
 def die_while_writing(rank: int) -> None:
-    """Kill this process when it has written its tensors of a checkpoint and nobody has finished it."""
+    """Kill this process once it has written its tensors of an unfinished checkpoint."""
     write = CheckpointWriter.write_tensors
 
     def write_and_die(self: CheckpointWriter, *arguments: Any) -> Any:

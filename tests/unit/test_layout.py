@@ -1,4 +1,6 @@
-"""Rules that a machine can check: import direction, file sizes, safe loading, and a layout that is described as it is."""
+"""Rules that a machine can check: import direction, file sizes, safe loading, and a layout that is
+described as it is.
+"""
 
 import ast
 import re

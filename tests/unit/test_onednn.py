@@ -1,4 +1,6 @@
-"""Linear layers through oneDNN give the numbers and gradients of PyTorch's, and only where they apply."""
+"""Linear layers through oneDNN give the numbers and gradients of PyTorch's, and only where they
+apply.
+"""
 
 import copy
 from pathlib import Path

@@ -251,7 +251,8 @@ def test_a_file_that_is_no_config_is_an_error(
                 "strategy=deepspeed_stage_2",
                 "strategy.deepspeed={gradient_clipping: 1, bf16: {enabled: true}}",
             ],
-            r"(?s)deepspeed.gradient_clipping: set optim.gradient_clip .*bf16.enabled: set hardware.pre",
+            r"(?s)deepspeed.gradient_clipping: set optim.gradient_clip .*"
+            r"bf16.enabled: set hardware.pre",
         ),
         (
             ["strategy=deepspeed_stage_2", "strategy.deepspeed.zero_optimization.stage=3"],

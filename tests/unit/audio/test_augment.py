@@ -1,4 +1,4 @@
-"""Augmentation: drawn from (seed, position) alone, as strong as it says, and only where it belongs."""
+"""Augmentation: drawn from (seed, position) alone, as strong as it says, only where it belongs."""
 
 from pathlib import Path
 
@@ -112,7 +112,9 @@ def test_masks_are_torchaudios_from_the_seed_and_the_position():
 
 
 def test_masking_touches_no_global_generator(monkeypatch: pytest.MonkeyPatch):
-    """Dropout draws from the GPU's, which `torch.manual_seed` reseeds; it is told so without a GPU too."""
+    """Dropout draws from the GPU's, which `torch.manual_seed` reseeds; it is told so without a GPU
+    too.
+    """
     reseeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
     before, mel = torch.get_rng_state(), torch.arange(202.0 * 80).view(202, 80)

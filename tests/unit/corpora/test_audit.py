@@ -1,4 +1,6 @@
-"""The audit from the command line to the stream: copies are found and why, the list is honoured, nothing else is touched."""
+"""The audit from the command line to the stream: copies are found and why, the list is honoured,
+nothing else is touched.
+"""
 
 import errno
 import io
@@ -164,10 +166,18 @@ def test_an_audit_that_fails_stops_its_workers(
         ("0012", Annotation(source="Set A"), {"set_a:0012"}),
         ("1-100032-A-0", Annotation(), {"file:1_100032_a_0", "freesound:100032"}),
         ("100032", Annotation(source="FSD50K"), {"fsd50k:100032", "freesound:100032"}),
-        ("100263-2-0-117", Annotation(source="UrbanSound8K"), {"urbansound8k:100263_2_0_117", "file:100263_2_0_117", "freesound:100263"}),
-        ("YrbFXkhbpFJA", Annotation(source="AudioSet"), {"audioset:yrbfxkhbpfja", "youtube:rbFXkhbpFJA"}),
+        (
+            "100263-2-0-117",
+            Annotation(source="UrbanSound8K"),
+            {"urbansound8k:100263_2_0_117", "file:100263_2_0_117", "freesound:100263"},
+        ),
+        (
+            "YrbFXkhbpFJA",
+            Annotation(source="AudioSet"),
+            {"audioset:yrbfxkhbpfja", "youtube:rbFXkhbpFJA"},
+        ),
         ("a", Annotation(extra={"ytid": "rbFXkhbpFJA"}), {"youtube:rbFXkhbpFJA"}),
     ],
-)  # fmt: skip
+)
 def test_names(key: str, annotation: Annotation, expected: set[str]):
     assert names_of(key, annotation) == expected

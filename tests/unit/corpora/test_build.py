@@ -38,7 +38,9 @@ def write(
 
 
 def corpus(folder: Path, clips: int = 4, rows: str = "") -> Path:
-    """A folder of tiny clips, `0.wav` in fold 0 to the last, and its manifest, to which `rows` are appended."""
+    """A folder of tiny clips, `0.wav` in fold 0 to the last, and its manifest, to which `rows` are
+    appended.
+    """
     folder.mkdir(exist_ok=True)
     for number in range(clips):
         write(folder / f"{number}.wav", noise(0.2 + number / 100))
@@ -169,7 +171,8 @@ def test_too_many_skipped_rows_fail_with_their_reasons_and_leave_no_shards(tmp_p
         (folder / name).write_text("text")
     with pytest.raises(
         UserError,
-        match=r"2 of 3 rows .* more than the 50%.*\n +2  undecodable audio, first in line 3: .*a\.wav",
+        match=r"2 of 3 rows .* more than the 50%.*\n +2  undecodable audio, "
+        r"first in line 3: .*a\.wav",
     ):
         build(manifest, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["skipped.jsonl"]
@@ -180,7 +183,8 @@ def test_missing_files_are_known_before_anything_is_decoded_and_name_the_root(tm
     manifest = corpus(tmp_path / "in")
     with pytest.raises(
         UserError,
-        match=rf"4 of 4 rows(?s:.*)missing file(?s:.*)paths start from {tmp_path}/audio; --audio-root",
+        match=r"4 of 4 rows(?s:.*)missing file(?s:.*)paths start from "
+        rf"{tmp_path}/audio; --audio-root",
     ):
         build(manifest, tmp_path / "out", audio_root=tmp_path / "audio", max_skipped_fraction=1)
     assert not (tmp_path / "out").exists()
@@ -255,7 +259,9 @@ def test_an_interrupted_build_leaves_nothing_that_looks_complete(tmp_path: Path)
         "    seen.append(key)\n"
         "    os._exit(9) if len(seen) == 20 else write(self, key, *rest)\n"
         "writer.ShardWriter.write = die\n"
-        "build.build_shards(ManifestSpec(Path(sys.argv[1])), sys.argv[2], workers=1, max_shard_bytes=20_000, progress=False)\n"
+        "spec = ManifestSpec(Path(sys.argv[1]))\n"
+        "options = dict(workers=1, max_shard_bytes=20_000, progress=False)\n"
+        "build.build_shards(spec, sys.argv[2], **options)\n"
     )
     killed = subprocess.run([sys.executable, "-c", script, manifest, tmp_path / "out"], check=False)
     assert killed.returncode == 9
@@ -279,7 +285,8 @@ def test_workers_do_not_outlive_a_parent_that_was_killed(tmp_path: Path):
         "from whisper_aut.corpora import build\n"
         "from whisper_aut.corpora.manifest import ManifestSpec\n"
         "build.read_clip = lambda *_: (os.write(1, b'working\\n'), time.sleep(600))\n"
-        "build.build_shards(ManifestSpec(Path(sys.argv[1])), sys.argv[2], workers=2, progress=False)\n"
+        "spec = ManifestSpec(Path(sys.argv[1]))\n"
+        "build.build_shards(spec, sys.argv[2], workers=2, progress=False)\n"
     )
     command = [sys.executable, "-c", script, str(corpus(tmp_path / "in")), str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:

@@ -38,7 +38,8 @@ def skipped_row(path: Path, **spec: Any) -> SkippedRow:
 def test_a_csv_needs_no_spec(tmp_path: Path):
     path = table(
         tmp_path,
-        '\ufefffilename,caption,fold,domain\na/b.wav,"a dog,\nbarking",1,sound\nc.wav,rain,2,sound\n',
+        "\ufefffilename,caption,fold,domain\n"
+        'a/b.wav,"a dog,\nbarking",1,sound\nc.wav,rain,2,sound\n',
     )
     first, second = entries(path)
     assert (first.path, first.key, first.line, second.line) == (tmp_path / "a/b.wav", "b", 3, 4)

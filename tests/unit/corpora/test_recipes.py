@@ -1,4 +1,6 @@
-"""Every recipe on a miniature of what its publisher ships, and the commands, against a local server."""
+"""Every recipe on a miniature of what its publisher ships, and the commands, against a local
+server.
+"""
 
 import json
 import re
@@ -74,7 +76,11 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], dict[str, set[str]]]] = {
         {"1": {"dog"}, "2": {"crackling_fire"}},
     ),
     "gtzan_filtered": (
-        {f"genres/{genre}/{genre}.{number:05d}.wav": WAV for genre in ("blues", "jazz") for number in range(100)},
+        {
+            f"genres/{genre}/{genre}.{number:05d}.wav": WAV
+            for genre in ("blues", "jazz")
+            for number in range(100)
+        },
         {"train": {"blues", "jazz"}, "valid": {"blues", "jazz"}, "test": {"blues", "jazz"}},
     ),
     "audiocaps": (
@@ -82,9 +88,15 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], dict[str, set[str]]]] = {
             "audio/r1nicOVtvkQ_130.wav": WAV,
             "audio/YzzNdwF40ID8.wav": WAV,
             "audio/-AheI8Epim4.wav": WAV,
-            "train.csv": csv("audiocap_id,youtube_id,start_time,caption", "1,r1nicOVtvkQ,130,A woman talks"),
+            "train.csv": csv(
+                "audiocap_id,youtube_id,start_time,caption", "1,r1nicOVtvkQ,130,A woman talks"
+            ),
             "val.csv": csv("audiocap_id,youtube_id,start_time,caption", "2,-AheI8Epim4,30,Wind"),
-            "test.csv": csv("audiocap_id,youtube_id,start_time,caption", "3,zzNdwF40ID8,70,Rain", "4,zzNdwF40ID8,70,It rains"),
+            "test.csv": csv(
+                "audiocap_id,youtube_id,start_time,caption",
+                "3,zzNdwF40ID8,70,Rain",
+                "4,zzNdwF40ID8,70,It rains",
+            ),
         },
         {"train": {"A woman talks"}, "valid": {"Wind"}, "test": {"Rain"}},
     ),
@@ -100,18 +112,27 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], dict[str, set[str]]]] = {
     ),
     "clotho": (
         {
-            f"{folder}/{folder} bell’s.wav": WAV for folder in ("development", "validation", "evaluation")
+            f"{folder}/{folder} bell’s.wav": WAV
+            for folder in ("development", "validation", "evaluation")
         }
         | {
             f"clotho_captions_{folder}.csv": csv(
-                "file_name,caption_1,caption_2,caption_3,caption_4,caption_5", f"{folder} bell’s.wav,A bell,B,C,D,E"
+                "file_name,caption_1,caption_2,caption_3,caption_4,caption_5",
+                f"{folder} bell’s.wav,A bell,B,C,D,E",
             )
             for folder in ("development", "validation", "evaluation")
         }
         | {
-            f"clotho_metadata_{folder}.csv": "file_name,keywords,sound_id,sound_link,start_end_samples,manufacturer,license\n"
-            f"{folder} bell’s.wav,bell,{number},x,\"[0, 1]\",caf\xe9,http://creativecommons.org/licenses/by/3.0/".encode("cp1252")
-            for folder, number in (("development", "1234"), ("validation", "Not found"), ("evaluation", "5678"))
+            f"clotho_metadata_{folder}.csv": (
+                "file_name,keywords,sound_id,sound_link,start_end_samples,manufacturer,license\n"
+                f'{folder} bell’s.wav,bell,{number},x,"[0, 1]",caf\xe9,'
+                "http://creativecommons.org/licenses/by/3.0/"
+            ).encode("cp1252")
+            for folder, number in (
+                ("development", "1234"),
+                ("validation", "Not found"),
+                ("evaluation", "5678"),
+            )
         },
         {"train": {"A bell"}, "valid": {"A bell"}, "test": {"A bell"}},
     ),
@@ -137,12 +158,25 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], dict[str, set[str]]]] = {
                 for name in ("BBC_Sound_Effects/bbc_final.json", "SoundBible/sb_final.json")
             },
             "json_files/FreeSound/fsd_final.json": lines(
-                {"data": [{"id": "17", "caption": "Rain"}, {"id": "18", "caption": "No"}, {"id": "9", "caption": "Own"}]}
+                {
+                    "data": [
+                        {"id": "17", "caption": "Rain"},
+                        {"id": "18", "caption": "No"},
+                        {"id": "9", "caption": "Own"},
+                    ]
+                }
             ),
             "json_files/AudioSet_SL/as_final.json": lines(
-                {"data": [{"id": "YrbFXkhbpFJA.wav", "caption": "Bells"}, {"id": "YtestOfCaps.wav", "caption": "No"}]}
+                {
+                    "data": [
+                        {"id": "YrbFXkhbpFJA.wav", "caption": "Bells"},
+                        {"id": "YtestOfCaps.wav", "caption": "No"},
+                    ]
+                }
             ),
-            "json_files/blacklist/blacklist_exclude_all_ac.json": lines({"FreeSound": ["18"], "AudioSet": ["YtestOfCaps.wav"]}),
+            "json_files/blacklist/blacklist_exclude_all_ac.json": lines(
+                {"FreeSound": ["18"], "AudioSet": ["YtestOfCaps.wav"]}
+            ),
         },
         {"": {"Rain", "Own", "Bells"}},
     ),
@@ -152,10 +186,14 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], dict[str, set[str]]]] = {
             "FSD50K.dev_audio/16399.wav": WAV,
             "FSD50K.eval_audio/37199.wav": WAV,
             "FSD50K.ground_truth/dev.csv": csv(
-                "fname,labels,mids,split", '64760,"Electric_guitar,Music",x,train', "16399,Bark,x,val"
+                "fname,labels,mids,split",
+                '64760,"Electric_guitar,Music",x,train',
+                "16399,Bark,x,val",
             ),
             "FSD50K.ground_truth/eval.csv": csv("fname,labels,mids", "37199,Rain,x"),
-            "FSD50K.metadata/dev_clips_info_FSD50K.json": lines({"64760": {"license": "http://creativecommons.org/licenses/by/3.0/"}}),
+            "FSD50K.metadata/dev_clips_info_FSD50K.json": lines(
+                {"64760": {"license": "http://creativecommons.org/licenses/by/3.0/"}}
+            ),
             "FSD50K.metadata/eval_clips_info_FSD50K.json": lines({}),
         },
         {"train": {"Electric_guitar", "Music"}, "valid": {"Bark"}, "test": {"Rain"}},
@@ -164,7 +202,8 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], dict[str, set[str]]]] = {
         {
             "UrbanSound8K/audio/fold5/100032-3-0-0.wav": WAV,
             "UrbanSound8K/metadata/UrbanSound8K.csv": csv(
-                "slice_file_name,fsID,start,end,salience,fold,classID,class", "100032-3-0-0.wav,100032,0.0,0.3,1,5,3,dog_bark"
+                "slice_file_name,fsID,start,end,salience,fold,classID,class",
+                "100032-3-0-0.wav,100032,0.0,0.3,1,5,3,dog_bark",
             ),
         },
         {"5": {"dog_bark"}},
@@ -189,25 +228,48 @@ LAYOUTS: dict[str, tuple[dict[str, bytes], dict[str, set[str]]]] = {
         {"train": {"bass"}, "valid": {"bass"}, "test": {"bass"}},
     ),
     "fma_small": (
-        {"fma_metadata/tracks.csv": FMA_TRACKS, "fma_small/000/000002.mp3": MP3, "fma_small/000/000140.mp3": MP3},
+        {
+            "fma_metadata/tracks.csv": FMA_TRACKS,
+            "fma_small/000/000002.mp3": MP3,
+            "fma_small/000/000140.mp3": MP3,
+        },
         {"train": {"Hip-Hop"}, "test": {"Folk"}},
     ),
-    "crema_d": ({"CREMA-D/AudioWAV/1001_DFA_ANG_XX.wav": WAV, "CREMA-D/AudioWAV/odd.wav": WAV}, {"": {"angry"}}),
+    "crema_d": (
+        {"CREMA-D/AudioWAV/1001_DFA_ANG_XX.wav": WAV, "CREMA-D/AudioWAV/odd.wav": WAV},
+        {"": {"angry"}},
+    ),
     "ravdess": (
         {"Actor_12/03-01-06-01-02-01-12.wav": WAV, "Actor_12/03-02-06-01-02-01-12.wav": WAV},
         {"": {"fearful"}},
     ),
     "vocalsound": (
-        {"audio_16k/f0003_0_cough.wav": WAV, "audio_16k/m0004_0_sigh.wav": WAV, "audio_16k/m0005_0_sniff.wav": WAV}
+        {
+            "audio_16k/f0003_0_cough.wav": WAV,
+            "audio_16k/m0004_0_sigh.wav": WAV,
+            "audio_16k/m0005_0_sniff.wav": WAV,
+        }
         | {
-            f"datafiles/{name}.json": lines({"data": [{"wav": f"/elsewhere/audio_16k/{file}.wav", "labels": "x"}]})
-            for name, file in (("tr", "f0003_0_cough"), ("val", "m0004_0_sigh"), ("te", "m0005_0_sniff"))
+            f"datafiles/{name}.json": lines(
+                {"data": [{"wav": f"/elsewhere/audio_16k/{file}.wav", "labels": "x"}]}
+            )
+            for name, file in (
+                ("tr", "f0003_0_cough"),
+                ("val", "m0004_0_sigh"),
+                ("te", "m0005_0_sniff"),
+            )
         },
         {"train": {"cough"}, "valid": {"sigh"}, "test": {"sniff"}},
     ),
-    "voxlingua": ({"et/U__abc.wav": WAV, "iw/U__ghi.wav": WAV, "dev/fi/U__def.wav": WAV}, {"train": {"et", "iw"}, "valid": {"fi"}}),
-    "folder": ({"train/dog/1.wav": WAV, "train/cat/1.wav": WAV, "test/dog/1.wav": WAV}, {"train": {"dog", "cat"}, "test": {"dog"}}),
-}  # fmt: skip
+    "voxlingua": (
+        {"et/U__abc.wav": WAV, "iw/U__ghi.wav": WAV, "dev/fi/U__def.wav": WAV},
+        {"train": {"et", "iw"}, "valid": {"fi"}},
+    ),
+    "folder": (
+        {"train/dog/1.wav": WAV, "train/cat/1.wav": WAV, "test/dog/1.wav": WAV},
+        {"train": {"dog", "cat"}, "test": {"dog"}},
+    ),
+}
 BY_TEXT = {"librispeech", "audiocaps", "musiccaps", "clotho", "musicbench", "wavcaps"}
 
 
@@ -248,7 +310,9 @@ def values(found: list[Sample], by_text: bool) -> set[str]:
 def test_rows_say_which_clips_belong_together(
     name: str, field: str, groups: set[str], tmp_path: Path
 ):
-    """What probe tasks name as `group`: intervals and tests count speakers and recordings, not their clips."""
+    """What probe tasks name as `group`: intervals and tests count speakers and recordings, not
+    their clips.
+    """
     raw = lay_out(tmp_path, LAYOUTS[name][0])
     assert {str(row[field]) for row in RECIPES[name].rows(raw)} == groups
 

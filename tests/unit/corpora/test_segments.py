@@ -1,4 +1,6 @@
-"""Clips that are parts of longer files: cut to the sample, without reading the rest, and skipped if outside the file."""
+"""Clips that are parts of longer files: cut to the sample, without reading the rest, and skipped if
+outside the file.
+"""
 
 import io
 import json

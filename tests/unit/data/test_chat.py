@@ -1,4 +1,6 @@
-"""Annotation → chat tokens: the model's own template, one place for the audio, only the answer supervised."""
+"""Annotation → chat tokens: the model's own template, one place for the audio, only the answer
+supervised.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Mutated shards and clips: no crash, no hang, nothing written outside, and whatever is missing stands in the ledger."""
+"""Mutated shards and clips: no crash, no hang, nothing written outside, and whatever is missing
+stands in the ledger.
+"""
 
 import io
 import json
@@ -85,14 +87,31 @@ def lying(data: bytes, chance: random.Random) -> bytes:
 def hostile_json(chance: random.Random, bomb: bytes) -> bytes:
     return chance.choice(
         [
-            b"", b"{", b"null", b"[1]", b"\xff\xfe\x00", b"NaN", b"[" * 100_000, b'{"a":' * 50_000, b"1e999", bomb,
-            b'{"text": 3}', b'{"text": "x", "domain": "speach"}', b'{"text": "x", "duration_seconds": -1}',
-            b'{"text": "x", "duration_seconds": NaN}', b'{"text": "\\ud800"}', b'{"text": ""}', b'{"text": "\\u0000"}',
-            json.dumps({"text": "word " * 500}).encode(), json.dumps({"text": "x", "label": {"a": 1}}).encode(),
-            b'{"text": "x", "__class__": "os.system", "__reduce__": 1, "extra": {}}', b'{"text": "x", "text": ["y"]}',
-            b'{"text": "' + b"y" * (1 << 20) + b'"}', b'{"text": 1' + b"0" * 5000 + b"}",
+            b"",
+            b"{",
+            b"null",
+            b"[1]",
+            b"\xff\xfe\x00",
+            b"NaN",
+            b"[" * 100_000,
+            b'{"a":' * 50_000,
+            b"1e999",
+            bomb,
+            b'{"text": 3}',
+            b'{"text": "x", "domain": "speach"}',
+            b'{"text": "x", "duration_seconds": -1}',
+            b'{"text": "x", "duration_seconds": NaN}',
+            b'{"text": "\\ud800"}',
+            b'{"text": ""}',
+            b'{"text": "\\u0000"}',
+            json.dumps({"text": "word " * 500}).encode(),
+            json.dumps({"text": "x", "label": {"a": 1}}).encode(),
+            b'{"text": "x", "__class__": "os.system", "__reduce__": 1, "extra": {}}',
+            b'{"text": "x", "text": ["y"]}',
+            b'{"text": "' + b"y" * (1 << 20) + b'"}',
+            b'{"text": 1' + b"0" * 5000 + b"}",
         ]
-    )  # fmt: skip
+    )
 
 
 HOSTILE_NAMES = [
@@ -126,7 +145,9 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], chance: random.Rando
 
 
 def mutate(folder: Path, chance: random.Random, bomb: bytes) -> int:
-    """Write one shard of `SAMPLES` clips with one mutation, and an index that promises them all; return how many it promises."""
+    """Write one shard of `SAMPLES` clips with one mutation, and an index that promises them all;
+    return how many it promises.
+    """
     members, kind = [], chance.randrange(8)
     victim = chance.randrange(SAMPLES)
     for number in range(SAMPLES):
@@ -163,7 +184,9 @@ def mutate(folder: Path, chance: random.Random, bomb: bytes) -> int:
 
 
 def fuzz(root: Path, build: ExampleBuilder, shards: int, seed: int) -> Counter[str]:
-    """Stream every mutated shard; every promised sample must come out as a clip or as a line of the ledger."""
+    """Stream every mutated shard; every promised sample must come out as a clip or as a line of the
+    ledger.
+    """
     marker = root / "exploded"
     bomb = pickle.dumps(Bomb(marker))
     reasons: Counter[str] = Counter()

@@ -1,4 +1,6 @@
-"""Language tags: every way of writing a language that corpora use leads to Whisper's code, and nothing else does."""
+"""Language tags: every way of writing a language that corpora use leads to Whisper's code, and
+nothing else does.
+"""
 
 import pytest
 from iso639 import Language

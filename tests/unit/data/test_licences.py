@@ -1,4 +1,6 @@
-"""Licences as corpora write them: what is understood, and that everything else is allowed by nothing."""
+"""Licences as corpora write them: what is understood, and that everything else is allowed by
+nothing.
+"""
 
 import pytest
 
@@ -33,11 +35,13 @@ UNDERSTOOD = {
     "Attribution-Share Alike 3.0 United States": "CC-BY-SA-3.0",
     "Attribution-Noncommercial-Share Alike 3.0 United States": "CC-BY-NC-SA-3.0",
     "Attribution-Noncommercial-No Derivative Works 3.0 Germany": "CC-BY-NC-ND-3.0",
-    "Attribution-NonCommercial-NoDerivatives (aka Music Sharing) 3.0 International": "CC-BY-NC-ND-3.0",
+    "Attribution-NonCommercial-NoDerivatives (aka Music Sharing) 3.0 "
+    "International": "CC-BY-NC-ND-3.0",
     "Attribution-NoDerivs 3.0 Unported": "CC-BY-ND-3.0",
     "Creative Commons Attribution 4.0 International (CC BY 4.0)": "CC-BY-4.0",
     "Creative Commons Attribution 4.0 International Public License": "CC-BY-4.0",
-    "Creative Commons Attribution-NonCommercial 4.0 International License (CC BY-NC 4.0)": "CC-BY-NC-4.0",
+    "Creative Commons Attribution-NonCommercial 4.0 International License "
+    "(CC BY-NC 4.0)": "CC-BY-NC-4.0",
     "CC0": "CC0-1.0",
     "CC0 1.0 Universal (CC0 1.0) Public Domain Dedication": "CC0-1.0",
     "Creative Commons 0": "CC0-1.0",

@@ -1,4 +1,6 @@
-"""Decoding processes and signals: a stop of the whole job leaves them at work, their own main process ends them at once."""
+"""Decoding processes and signals: a stop of the whole job leaves them at work, their own main
+process ends them at once.
+"""
 
 import os
 import signal

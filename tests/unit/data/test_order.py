@@ -1,4 +1,4 @@
-"""The order of clips: a function of seed and position, exact in its epochs, faithful to its shares."""
+"""The order of clips: a function of seed and position, exact in its epochs, faithful to weights."""
 
 import numpy as np
 import pytest

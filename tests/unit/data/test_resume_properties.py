@@ -1,5 +1,6 @@
-"""For random shards, windows, worlds and kill points: a resumed run sees what an uninterrupted one would have, and an epoch is every clip
-once."""
+"""For random shards, windows, worlds and kill points: a resumed run sees what an uninterrupted one
+would have, and an epoch is every clip once.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -86,7 +87,9 @@ plans = st.fixed_dictionaries(
 
 
 class World:
-    """All ranks of a run, each with its workers, in one process: the loaders are the real ones, torch's worker id is set by hand."""
+    """All ranks of a run, each with its workers, in one process: the loaders are the real ones,
+    torch's worker id is set by hand.
+    """
 
     def __init__(
         self, root: Path, build: ExampleBuilder, plan: dict[str, Any], world: dict[str, int]
@@ -166,7 +169,7 @@ class WorkedStream(torch.utils.data.IterableDataset):
 
 
 def flat(rows: Iterator[list[tuple[str, ...]]] | list[list[tuple[str, ...]]]) -> Batches:
-    """Lay the micro-batches of all ranks in a row, the empty ones at the end of an epoch left out."""
+    """Interleave the micro-batches of all ranks; leave out the empty ones of an epoch's end."""
     return [batch for row in rows for batch in row if batch]
 
 

@@ -1,4 +1,6 @@
-"""Streams and loaders: the same batches for any number of workers, exact resume, faults counted and nothing lost."""
+"""Streams and loaders: the same batches for any number of workers, exact resume, faults counted and
+nothing lost.
+"""
 
 import tarfile
 from collections import Counter
@@ -158,7 +160,9 @@ def test_an_epoch_smaller_than_a_step_is_a_clear_error(tiny_shards: Path, build:
 
 
 class Leg:
-    """A run on a number of ranks, without its audio: from the start or from where another leg stopped."""
+    """A run on a number of ranks, without its audio: from the start or from where another leg
+    stopped.
+    """
 
     def __init__(
         self,
@@ -201,7 +205,9 @@ class Leg:
 def test_a_run_that_changes_its_ranks_again_and_again_reads_its_epochs_and_no_more(
     tiny_shards: Path, build: ExampleBuilder, mode: str, worlds: tuple[int, ...]
 ):
-    """Steps measured in seconds have the size of their ranks. A leg in the same world keeps the plan of the one before."""
+    """Steps measured in seconds have the size of their ranks. A leg in the same world keeps the
+    plan of the one before.
+    """
     build = replace(build, limits=ClipLimits(max_seconds=3.0))
     of_mode = {"epochs": 3} if mode == "epochs" else {"samples_per_epoch": 600}
     options: dict[str, Any] = {"batch_seconds": 5.0, **of_mode}

@@ -66,7 +66,9 @@ def test_a_language_without_a_token_opens_without_a_language_token_and_is_told(t
 
 
 def test_language_tokens_are_looked_up_in_the_tokenizer_and_never_computed(tokenizer):
-    """Early Whispers have 99 languages: where `<|yue|>` would be by its number they have `<|translate|>`."""
+    """Early Whispers have 99 languages: where `<|yue|>` would be by its number they have
+    `<|translate|>`.
+    """
     vocab = {token: id for token, id in tokenizer.get_vocab().items() if token != "<|yue|>"}
     vocab = {token: id for id, token in enumerate(sorted(vocab, key=vocab.__getitem__))}
     special = [token for token in vocab if token.startswith("<|")]

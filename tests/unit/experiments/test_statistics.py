@@ -100,7 +100,7 @@ def test_fewer_than_five_runs_support_no_claim(results: Results):
 
 
 def simulate(kind: str, sd: float, families: int) -> Iterator[np.ndarray]:
-    """Yield `[12, 5]` differences in points: four recipes against an equal fifth on three domains."""
+    """Yield `[12, 5]` differences in points: four recipes against a fifth on three domains."""
     rng = np.random.default_rng(22)
     for _ in range(families):
         noise = {

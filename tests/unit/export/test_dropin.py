@@ -187,7 +187,7 @@ def test_in_voxtral(run: Path, clips: list[np.ndarray], tmp_path: Path):
 
 @torch.no_grad()
 def test_in_the_tower_of_qwen2_5_omni(run: Path, clips: list[np.ndarray], tmp_path: Path):
-    """It attends within two seconds; the reference is Whisper's layers on the frames of the clip."""
+    """It attends within two seconds; the reference is Whisper's layers on the clip's frames."""
     out = export_run(run, tmp_path / "tower", "qwen2.5-omni")
     sizes = {**SIZES, "d_model": 32, "encoder_ffn_dim": 128, "output_dim": 32}
     holder = nn.Module()

@@ -1,4 +1,6 @@
-"""Embedding for users: files, arrays and shards in, the same vectors out by every way, and nothing fatal about a bad file."""
+"""Embedding for users: files, arrays and shards in, the same vectors out by every way, and nothing
+fatal about a bad file.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""`load_encoder` and `AudioEncoder.encode`: padding modes, seeds, inputs, equality with Hugging Face."""
+"""`load_encoder` and `AudioEncoder.encode`: padding modes, seeds, inputs, equality with Hugging
+Face.
+"""
 
 import json
 import shutil

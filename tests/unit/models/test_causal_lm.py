@@ -1,4 +1,6 @@
-"""The language model as a decoder: equal to a naive pass over one whole sequence after another, and frozen where it says so."""
+"""The language model as a decoder: equal to a naive pass over one whole sequence after another, and
+frozen where it says so.
+"""
 
 import subprocess
 import sys
@@ -28,7 +30,9 @@ from whisper_aut.models.language_model import load_language_model, weights_hash
 
 @pytest.fixture(scope="module")
 def tiny_llama(tiny_language_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another architecture: no norms on queries, an output embedding of its own, every head with its own keys."""
+    """Another architecture: no norms on queries, an output embedding of its own, every head with
+    its own keys.
+    """
     _, tokenizer = load_language_model(str(tiny_language_model))
     out = tmp_path_factory.mktemp("llama") / "tiny"
     sizes = {
@@ -47,7 +51,9 @@ def tiny_llama(tiny_language_model: Path, tmp_path_factory: pytest.TempPathFacto
 def naive_losses(
     model: Any, adapter: Any, frames: Tensor, lengths: tuple[int, ...], targets: Targets
 ) -> list[Tensor]:
-    """One clip at a time through the whole model, all logits, the labels that are not to be learned masked by -100."""
+    """One clip at a time through the whole model, all logits, the labels that are not to be learned
+    masked by -100.
+    """
     losses = []
     clips = zip(
         frames.split(lengths),
@@ -244,7 +250,9 @@ def test_empty_audio_never_moves_text_between_clips(tiny_whisper: Path, tiny_lan
 def test_qwen3_at_its_real_size_takes_a_step_within_12_gb(
     tiny_whisper: Path, tiny_language_model: Path, tmp_path: Path
 ):
-    """The architecture of Qwen/Qwen3-0.6B with random weights, from a local directory, in a process whose memory is measured."""
+    """The architecture of Qwen/Qwen3-0.6B with random weights, from a local directory, in a process
+    whose memory is measured.
+    """
     sizes = {
         "hidden_size": 1024,
         "intermediate_size": 3072,

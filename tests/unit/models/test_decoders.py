@@ -1,4 +1,6 @@
-"""The contract that every registered decoder keeps. One from outside the package, written below, keeps it too."""
+"""The contract that every registered decoder keeps. One from outside the package, written below,
+keeps it too.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +52,9 @@ class CTCText:
 
 
 class CTCDecoder(nn.Module):
-    """Two layers and connectionist temporal classification: nothing of the two decoders in the package."""
+    """Two layers and connectionist temporal classification: nothing of the two decoders in the
+    package.
+    """
 
     def __init__(self, width: int, vocabulary: int):
         super().__init__()

@@ -97,7 +97,9 @@ def test_a_clip_is_the_same_alone_and_in_any_batch(model: WhisperModel, waveform
 def test_none_mode_equals_the_padded_run_with_masked_keys(
     model: WhisperModel, waveforms: list[Tensor]
 ):
-    """The independent reference: Hugging Face's own layers on 30 s, all keys after the end of the clip masked."""
+    """The independent reference: Hugging Face's own layers on 30 s, all keys after the end of the
+    clip masked.
+    """
     bins = model.config.num_mel_bins
     frames = PackedEncoder(model.encoder, "none")(*packed(waveforms, bins)).valid()
     for waveform, clip in zip(waveforms, frames, strict=True):
@@ -147,7 +149,9 @@ def test_gradients_equal_a_loop_over_clips(model: WhisperModel, waveforms: list[
 def test_ranks_with_equal_and_with_mixed_clips_call_the_same_modules(
     model: WhisperModel, waveforms: list[Tensor]
 ):
-    """ZeRO-3 gathers weights at each call, on all ranks together: another call, or one less, and they wait or mix them up."""
+    """ZeRO-3 gathers weights at each call, on all ranks together: another call, or one less, and
+    they wait or mix them up.
+    """
     encoder = PackedEncoder(model.encoder)
     called: list[str] = []
     hooks = [

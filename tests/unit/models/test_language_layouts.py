@@ -1,4 +1,6 @@
-"""How language models run on batches: every architecture packed, padded or rejected, and no clip sees another."""
+"""How language models run on batches: every architecture packed, padded or rejected, and no clip
+sees another.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -167,7 +169,7 @@ def test_a_clips_loss_gradient_and_answer_do_not_depend_on_its_batch(
     tiny_language_model: Path,
     tmp_path: Path,
 ):
-    """The whole decoder: loss per token, gradients of the frames, and texts, in a batch and alone."""
+    """The whole decoder: loss per token, gradients of frames, texts, in a batch and alone."""
     _, tokenizer = load_language_model(str(tiny_language_model))
     sizes = (PACKED | PADDED)[kind] | {"tie_word_embeddings": True}
     random_model(kind, sizes, len(tokenizer)).save_pretrained(tmp_path)

@@ -13,7 +13,9 @@ from whisper_aut.models.losses import chunked_cross_entropy
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the elements of the largest tensor that any operation returns, in forward and backward."""
+    """Records the elements of the largest tensor that any operation returns, in forward and
+    backward.
+    """
 
     elements = 0
 

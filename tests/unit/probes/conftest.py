@@ -1,4 +1,6 @@
-"""Tiny real shards: tones whose pitch is the class, in noise; and a tiny encoder over true log-mel frames."""
+"""Tiny real shards: tones whose pitch is the class, in noise; and a tiny encoder over true log-mel
+frames.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""Probes trained by Adam stop when validation stops improving, the same alone and among other heads."""
+"""Probes trained by Adam stop when validation stops improving, the same alone and among other
+heads.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""probes.embed: features are those of each clip alone, nothing is dropped without a count, nothing stale is read."""
+"""probes.embed: features are those of each clip alone, nothing is dropped without a count, nothing
+stale is read.
+"""
 
 import io
 import json

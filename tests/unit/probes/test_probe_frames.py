@@ -1,4 +1,6 @@
-"""probes.frames and cache: frames of a corpus stay in their files, whole files included, from embedding to the fitted probe."""
+"""probes.frames and cache: frames of a corpus stay in their files, whole files included, from
+embedding to the fitted probe.
+"""
 
 import gc
 import sys
@@ -41,7 +43,9 @@ def store(folder: Path, part: int, labels: tuple[str, ...]) -> Embeddings:
 
 
 def resident() -> int:
-    """Return the bytes of memory that this process holds by itself; pages of mapped files are the system's."""
+    """Return the bytes of memory that this process holds by itself; pages of mapped files are the
+    system's.
+    """
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if "RssAnon" in line).split()[1])
 

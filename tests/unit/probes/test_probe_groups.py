@@ -1,4 +1,6 @@
-"""Groups of test clips: read from the shards, counted once in intervals and tests, printed in tables."""
+"""Groups of test clips: read from the shards, counted once in intervals and tests, printed in
+tables.
+"""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Every probe kind on a synthesised corpus of its own sort: what is there to be learned is learned, and no more than that."""
+"""Every probe kind on a synthesised corpus of its own sort: what is there to be learned is learned,
+and no more than that.
+"""
 
 from dataclasses import replace
 
@@ -228,10 +230,13 @@ def test_a_class_of_events_that_is_only_validated_on_changes_nothing():
     with_it, without = (
         probe_splits(
             [train_valid_test({"train": train, "valid": part, "test": test})],
-            metric="segment_f1_macro", kind="frame", seeds=(0,), segment_seconds=0.1,
+            metric="segment_f1_macro",
+            kind="frame",
+            seeds=(0,),
+            segment_seconds=0.1,
         )
         for part in (odd, valid)
-    )  # fmt: skip
+    )
     assert with_it[0].scores == without[0].scores
     assert with_it[0].candidates == without[0].candidates
 
@@ -313,9 +318,14 @@ def test_every_answer_is_learned_and_paired(case, scenes, task_with, tmp_path):
     folders = {split: [f"{{root}}/scenes/{split}"] for split in ("train", "valid", "test")}
     task = task_with(name=case.split(",")[0], **folders, **changes)
     scores = run_suite(
-        {"mel": LogMelBaseline(), "same": LogMelBaseline()}, [task], root=scenes, cache=tmp_path, seeds=(0,), against=["mel"],
+        {"mel": LogMelBaseline(), "same": LogMelBaseline()},
+        [task],
+        root=scenes,
+        cache=tmp_path,
+        seeds=(0,),
+        against=["mel"],
         embedding=QUIET,
-    )  # fmt: skip
+    )
     entry = scores.entries[0]
     assert entry.kind == case.split(",")[0]
     assert entry.mean > least

@@ -1,4 +1,6 @@
-"""probes.linear: scikit-learn's optimum, selection that never sees the test split, and errors that say what is wrong."""
+"""probes.linear: scikit-learn's optimum, selection that never sees the test split, and errors that
+say what is wrong.
+"""
 
 from unittest.mock import Mock
 
@@ -149,7 +151,9 @@ def last_end(path: linear.PenaltyPath, penalty: float, otherwise: torch.Tensor) 
     ids=["even", "uneven"],
 )
 def test_a_path_looks_ahead(penalties, monkeypatch):
-    """It ends where it would if each problem started at the end of the one before, in fewer steps; also where no penalty is left."""
+    """It ends where it would if each problem started at the end of the one before, in fewer steps;
+    also where no penalty is left.
+    """
     monkeypatch.setattr(linear, "PATH_FLOPS", 0)
     features, labels = clips(200, 0)
     basis = PrincipalAxes(features, features[:0])
@@ -173,7 +177,9 @@ def own_items(problems: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own items", "the same items"])
 def test_small_penalties_are_approached(shared, monkeypatch):
-    """In fewer steps than from nothing, and each problem by itself, also where all have the same items and one no penalty."""
+    """In fewer steps than from nothing, and each problem by itself, also where all have the same
+    items and one no penalty.
+    """
     monkeypatch.setattr(linear, "PATH_FLOPS", 0)
     features, labels = clips(200, 0, width=200)
     basis, penalties = (

@@ -1,4 +1,6 @@
-"""Padding belongs to each encoder: what runs how by default, what a mark changes, and that tables say it."""
+"""Padding belongs to each encoder: what runs how by default, what a mark changes, and that tables
+say it.
+"""
 
 from pathlib import Path
 

@@ -75,7 +75,9 @@ def standardised(part: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
 
 
 def test_folds_equal_a_plain_loop_of_scikit_learn_on_all_other_folds(folds):
-    """One LogisticRegression after another: the same penalties are chosen, the same clips are right; nothing is left out."""
+    """One LogisticRegression after another: the same penalties are chosen, the same clips are
+    right; nothing is left out.
+    """
     penalties = (0.1, 1.0, 10.0, 100.0)
     (run,) = probe_splits(cross_validation(folds), candidates=[{"penalty": p} for p in penalties])
     for number, one in enumerate(cross_validation(folds)):
@@ -105,7 +107,9 @@ def test_folds_equal_a_plain_loop_of_scikit_learn_on_all_other_folds(folds):
 
 @pytest.mark.parametrize("final_fit", ["train", "train+valid"])
 def test_the_final_probe_is_trained_on_the_full_training_split(folds, final_fit):
-    """Its probabilities are scikit-learn's on all of `train`, or on `train` and `valid` with `train+valid`."""
+    """Its probabilities are scikit-learn's on all of `train`, or on `train` and `valid` with
+    `train+valid`.
+    """
     train, valid, test, _ = folds
     split = train_valid_test({"train": train, "valid": valid, "test": test})
     (run,) = probe_splits([split], final_fit=final_fit)

@@ -1,4 +1,6 @@
-"""probes.stats: intervals cover, p-values are those of full enumeration, groups count once, Holm is Holm's."""
+"""probes.stats: intervals cover, p-values are those of full enumeration, groups count once, Holm is
+Holm's.
+"""
 
 from itertools import product
 
@@ -43,7 +45,9 @@ def _true_difference() -> float:
 
 
 def _speakers(rng: np.random.Generator, groups: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Two equal encoders, each of which knows some speakers better; `[B]` and the speaker of each clip."""
+    """Two equal encoders, each of which knows some speakers better; `[B]` and the speaker of each
+    clip.
+    """
     sizes = rng.integers(15, 26, groups)
     speaker = np.repeat(np.arange(groups), sizes)
     levels = np.clip(rng.normal(0.7, 0.15, (2, groups)), 0, 1)
@@ -53,7 +57,9 @@ def _speakers(rng: np.random.Generator, groups: int) -> tuple[np.ndarray, np.nda
 @pytest.mark.usefixtures("few_draws")
 @pytest.mark.parametrize("groups", [6, 24, 40])
 def test_false_positives_are_as_rare_as_promised_for_grouped_clips(groups: int):
-    """24 actors, say, or 40 speakers. Clips taken as independent find a difference where there is none."""
+    """24 actors, say, or 40 speakers. Clips taken as independent find a difference where there is
+    none.
+    """
     rng, simulations = np.random.default_rng(groups), 400
     by_group, by_clip, covered = 0, 0, 0
     for seed in range(simulations):

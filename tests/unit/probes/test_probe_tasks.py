@@ -38,9 +38,13 @@ def test_the_public_x_ares_tasks_carry_its_weights():
     assert Counter(task.domain for task in theirs) == {"speech": 12, "sound": 6, "music": 4}
     folds = {task.name: len(task.split.folds) for task in theirs if task.split.scheme == "folds"}
     assert folds == {
-        "xares_libricount": 5, "xares_ravdess": 4, "xares_vocal_imitations": 3, "xares_esc50": 5, "xares_urbansound8k": 10,
+        "xares_libricount": 5,
+        "xares_ravdess": 4,
+        "xares_vocal_imitations": 3,
+        "xares_esc50": 5,
+        "xares_urbansound8k": 10,
         "xares_gtzan": 10,
-    }  # fmt: skip
+    }
     classes = {task.name.removeprefix("xares_"): task.classes for task in theirs}
     assert (
         classes["voxceleb1"],
@@ -57,8 +61,14 @@ def test_the_public_x_ares_tasks_carry_its_weights():
         task.name.removeprefix("xares_"): task.crop_seconds for task in theirs if task.crop_seconds
     }
     assert crops == {
-        "librispeech_gender": 5, "voxceleb1": 6, "voxlingua33": 10, "clotho": 30, "fsd50k": 10, "fma_small": 10, "gtzan": 30
-    }  # fmt: skip
+        "librispeech_gender": 5,
+        "voxceleb1": 6,
+        "voxlingua33": 10,
+        "clotho": 30,
+        "fsd50k": 10,
+        "fma_small": 10,
+        "gtzan": 30,
+    }
     headline = {
         "esc50": 50,
         "gtzan_filtered": 10,
@@ -81,7 +91,8 @@ def test_the_table_of_tasks_is_that_of_the_yamls():
             else "/".join(s for s in SPLITS if getattr(task, s))
         )
         lines.append(
-            f"| `{task.name}` | {task.domain} | {task.classes or '–'} | {task.metric} | {split} | {task.weight:g} |"
+            f"| `{task.name}` | {task.domain} | {task.classes or '–'} | {task.metric} "
+            f"| {split} | {task.weight:g} |"
         )
     table = "\n".join(lines)
     assert table in (TASK_FOLDER.parents[1] / "docs" / "evaluate.md").read_text(), table

@@ -54,7 +54,8 @@ def test_blanks_and_values_that_are_not_finite_are_skipped(tmp_path):
     log = tmp_path / "metrics.csv"
     log.write_text(
         HEAD
-        + "0,20,3.0,,,1e-4\n0,10,5.0,,,1e-4\n0,20,,4.0,2.5,\n0,30,nan,,,\n0,40,inf,oops,,\n0,,1.0,,,\n"
+        + "0,20,3.0,,,1e-4\n0,10,5.0,,,1e-4\n0,20,,4.0,2.5,\n"
+        + "0,30,nan,,,\n0,40,inf,oops,,\n0,,1.0,,,\n"
     )
     assert read_metrics(log) == {
         "train/loss": [(10, 5.0), (20, 3.0)],

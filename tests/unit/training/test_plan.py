@@ -1,4 +1,6 @@
-"""The plan against real steps: its memory against PyTorch's allocator, its parameters and work against the built model."""
+"""The plan against real steps: its memory against PyTorch's allocator, its parameters and work
+against the built model.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -129,8 +129,8 @@ def test_any_deepspeed_option_is_passed_through_and_typos_are_named():
         assert config["zero_optimization"]["reduce_bucket_size"] == 1234
         assert config["zero_optimization"]["stage"] == 2
         assert warnings == [
-            "DeepSpeed did not read these options of strategy.deepspeed: stepz_per_print. Check the "
-            "spelling."
+            "DeepSpeed did not read these options of strategy.deepspeed: stepz_per_print. "
+            "Check the spelling."
         ]
 
 
