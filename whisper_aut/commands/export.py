@@ -67,10 +67,13 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
         limit=options.limit,
         batch_seconds=options.batch_seconds,
         out=out,
+        max_new_tokens=options.max_new_tokens,
     )
     console.print(f"{result.clips} clips" + (f", answers in {out}" if out else ""))
     for name, value in sorted(result.metrics.items()):
         console.print(f"  {name:<28} {value:.4f}", highlight=False)
+    if result.cut:
+        console.print(f"  {result.cut} texts were cut at {options.max_new_tokens} tokens")
     if result.unknown_languages:
         console.print(f"  {missing_token_warning(result.unknown_languages)}")
     for source, reasons in result.skipped.items():
@@ -126,6 +129,8 @@ def add_parsers(commands: Commands) -> None:
     add_choice(command, "--domain", DOMAINS, "domain of clips that do not have their own")
     limit = "only the first N clips of each folder"
     add("--limit", type=whole_number(1), metavar="N", help=limit)
+    tokens = "at most N tokens of each text (default: 256)"
+    add("--max-new-tokens", type=whole_number(1), default=256, metavar="N", help=tokens)
     add_device_options(command)
     add("--out", default="", help="write answers and references to this JSON Lines file")
     command.set_defaults(run=evaluate)

@@ -84,12 +84,14 @@ def _generate(module: AudioTextModule, audio: Path, prompt: Tensor, max_new_toke
 class Evaluation:
     """The result of `evaluate`.
 
-    `metrics` are by name, such as `exact_sound_class`. `skipped` counts skipped clips by source and
-    reason, `unknown_languages` clips by language, for languages without a token.
+    `metrics` are by name, such as `exact_sound_class`. `cut` counts texts that reached
+    `max_new_tokens`, `skipped` skipped clips by source and reason, and `unknown_languages` clips by
+    language, for languages without a token.
     """
 
     metrics: dict[str, float]
     clips: int
+    cut: int
     skipped: dict[str, dict[str, int]]
     unknown_languages: dict[str, int]
 
@@ -104,7 +106,7 @@ def evaluate(
     limit: int | None = None,
     batch_seconds: float = BATCH_SECONDS,
     out: Path | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = 256,
 ) -> Evaluation:
     """Generate a text for every clip of some shards, and score it with its task's metrics.
 
@@ -123,7 +125,7 @@ def evaluate(
     """
     codec = _select_tasks(module.codec, tasks)
     build = ExampleBuilder(LogMel(module.encoder.num_mel_bins), codec, ClipLimits())
-    metrics, ledger, clips = AnswerMetrics(codec.metrics), Ledger(None), 0
+    metrics, ledger, clips, cut = AnswerMetrics(codec.metrics), Ledger(None), 0, 0
     unknown_languages: Counter[str] = Counter()
     with out.open("w") if out else nullcontext() as file:
         for folder in shards:
@@ -140,6 +142,7 @@ def evaluate(
                 languages = (example.target.unknown_language for example in examples)
                 unknown_languages.update(language for language in languages if language)
                 for entry in _answers(module, codec, examples, batch_seconds, max_new_tokens):
+                    cut += entry.pop("tokens") == max_new_tokens
                     metrics.update(entry["task"], entry["generated"], entry["reference"])
                     if file:
                         file.write(json.dumps(entry, ensure_ascii=False) + "\n")
@@ -148,7 +151,8 @@ def evaluate(
         for task, values in metrics.compute().items()
         for name, value in values.items()
     }
-    return Evaluation(computed, clips, by_source(ledger.counts.skipped), dict(unknown_languages))
+    skipped = by_source(ledger.counts.skipped)
+    return Evaluation(computed, clips, cut, skipped, dict(unknown_languages))
 
 
 def _answers(
@@ -174,6 +178,7 @@ def _answers(
                 "task": example.target.task,
                 "reference": example.target.text,
                 "generated": codec.decode(tokens),
+                "tokens": len(tokens),
             }
 
 

@@ -90,6 +90,48 @@ def test_whisper_greedy_text_equals_hugging_face(tiny_whisper: Path):
     assert [token for token in written if token not in prompt[0].tolist()] == expected
 
 
+def test_a_batch_of_clips_gives_the_texts_of_single_clips(tiny_whisper: Path):
+    """Clips of several lengths, prompts with and without a language, suppressed tokens."""
+    start = PretrainedWhisper(str(tiny_whisper))
+    whisper = start.model.eval().model.decoder
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():  # so that texts differ from clip to clip
+        for layer in whisper.layers:
+            for linear in (layer.self_attn.out_proj, layer.encoder_attn.out_proj, layer.fc2):
+                linear.weight.normal_(generator=generator)
+    entry, options = check_decoder({"name": "whisper"})
+    decoder, codec = entry.build(start, options, False)
+    lengths = (50, 31, 50, 12)
+    frames = torch.randn(sum(lengths), start.config.d_model, generator=generator)
+    (prompt,) = targets_of(codec, ("x",)).prompts()
+    prompts = [prompt, prompt, prompt[[0, 2, 3]], prompt]
+
+    @torch.no_grad()
+    def naive(clip: torch.Tensor, prompt: torch.Tensor) -> list[int]:
+        tokens = prompt.tolist()
+        while len(tokens) < len(prompt) + 10:
+            states = whisper(torch.tensor([tokens]), encoder_hidden_states=clip[None])
+            scores = states.last_hidden_state[0, -1] @ whisper.embed_tokens.weight.T
+            scores[never if len(tokens) > len(prompt) else never + not_first] = -torch.inf
+            tokens.append(int(scores.argmax()))
+            if tokens[-1] == decoder.end_token:
+                return tokens[len(prompt) : -1]
+        return tokens[len(prompt) :]
+
+    never, not_first, texts = [], [], []
+    for _ in range(2):
+        texts.append(decoder.generate(frames, lengths, prompts, max_new_tokens=10))
+        assert texts[-1] == [
+            naive(clip, prompt)
+            for clip, prompt in zip(frames.split(list(lengths)), prompts, strict=True)
+        ]
+        # Once more, without the tokens that these texts begin with, and without their last ones.
+        never, not_first = ([text[index] for text in texts[0]] for index in (-1, 0))
+        decoder.suppressed, decoder.suppressed_first = never, never + not_first
+    assert texts[0] != texts[1]
+    assert len({tuple(text) for text in texts[0]}) > 1
+
+
 def test_a_tokenizer_of_another_model_is_an_error(tiny_whisper: Path, tmp_path: Path):
     copy = Path(shutil.copytree(tiny_whisper, tmp_path / "copy"))
     options = WhisperDecoderOptions(max_tokens=32)

@@ -8,11 +8,13 @@ unless they are requested as `whisper`.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import EncoderDecoderCache, WhisperConfig
 from transformers.cache_utils import DynamicCache
@@ -78,8 +80,14 @@ def build_whisper_decoder(
         else:
             problem = f"the tokenizer of {pretrained.path} has no token for {prompt.language!r}."
         raise UserError(f"decoder.prompts.{domain}.language: {problem}")
-    end_token = pretrained.token_id("<|endoftext|>")
-    return WhisperDecoder(model.model.decoder, end_token, gradient_checkpointing), codec
+    decoder = WhisperDecoder(
+        model.model.decoder,
+        pretrained.token_id("<|endoftext|>"),
+        gradient_checkpointing,
+        suppressed=pretrained.generation_config.suppress_tokens or (),
+        suppressed_first=pretrained.generation_config.begin_suppress_tokens or (),
+    )
+    return decoder, codec
 
 
 def _check_tokenizer(pretrained: PretrainedWhisper) -> None:
@@ -126,15 +134,25 @@ class WhisperDecoder(nn.Module):
         end_token: id of `<|endoftext|>`, at which generation stops.
         gradient_checkpointing: recompute each layer in the backward pass instead of storing its
             activations.
+        suppressed: tokens that are never generated, as in the checkpoint's generation config.
+        suppressed_first: more tokens that no text begins with.
     """
 
     def __init__(
-        self, whisper: HFWhisperDecoder, end_token: int, gradient_checkpointing: bool = False
+        self,
+        whisper: HFWhisperDecoder,
+        end_token: int,
+        gradient_checkpointing: bool = False,
+        *,
+        suppressed: Sequence[int] = (),
+        suppressed_first: Sequence[int] = (),
     ):
         super().__init__()
         self.whisper = whisper
         self.end_token = end_token
         self.gradient_checkpointing = gradient_checkpointing
+        self.suppressed = list(suppressed)
+        self.suppressed_first = [*suppressed, *suppressed_first]
 
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         hidden = self._hidden(frames, lengths, targets)
@@ -154,11 +172,19 @@ class WhisperDecoder(nn.Module):
         prompts: Sequence[Tensor],
         max_new_tokens: int = 64,
     ) -> list[list[int]]:
-        # One clip at a time: no attention mask is needed, and Hugging Face's cache works as it is.
-        return [
-            self._greedy(clip, prompt, max_new_tokens)
-            for clip, prompt in zip(frames.split(list(lengths)), prompts, strict=True)
-        ]
+        clips = frames.split(list(lengths))
+        answers: list[list[int]] = [[] for _ in clips]
+        # A prompt without a language token is shorter.
+        for length in {len(prompt) for prompt in prompts}:
+            chosen = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
+            written = self._greedy(
+                [clips[index] for index in chosen],
+                torch.stack([prompts[index] for index in chosen]),
+                min(max_new_tokens, self.whisper.max_target_positions - length),
+            )
+            for index, answer in zip(chosen, written, strict=True):
+                answers[index] = answer
+        return answers
 
     def flops(self, lengths: Sequence[int], targets: Targets) -> float:
         """Return the FLOPs of a training step on clips of T frames, for the throughput metrics."""
@@ -189,26 +215,39 @@ class WhisperDecoder(nn.Module):
                 hidden = _decoder_layer(*arguments)
         return whisper.layer_norm(hidden)
 
-    def _greedy(self, frames: Tensor, prompt: Tensor, max_new_tokens: int) -> list[int]:
+    def _greedy(
+        self, clips: Sequence[Tensor], prompts: Tensor, max_new_tokens: int
+    ) -> list[list[int]]:
+        """Continue the prompts `[B, P]` of clips `[T, D]`, in one batch padded to the longest."""
+        whisper = self.whisper
+        frames = pad_sequence(list(clips), batch_first=True)
+        lengths = torch.tensor([len(clip) for clip in clips], device=frames.device)
+        padding = torch.arange(frames.shape[1], device=frames.device) >= lengths[:, None]
+        mask = frames.new_zeros(padding.shape).masked_fill(padding, -torch.inf)[:, None, None]
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        limit = min(max_new_tokens, self.whisper.max_target_positions - len(prompt))
-        answer: list[int] = []
-        tokens = prompt.to(frames.device)[None]
-        for _ in range(limit):
-            state = self.whisper(
-                input_ids=tokens,
-                encoder_hidden_states=frames[None],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            best = int(
-                (state.last_hidden_state[0, -1] @ self.whisper.embed_tokens.weight.T).argmax()
-            )
-            if best == self.end_token:
-                break
-            answer.append(best)
-            tokens = torch.tensor([[best]], device=frames.device)
-        return answer
+        tokens = prompts.to(frames.device)
+        ended = torch.zeros(len(clips), dtype=torch.bool, device=frames.device)
+        written: list[Tensor] = []
+        while len(written) < max_new_tokens and not ended.all():
+            start = cache.get_seq_length()
+            positions = torch.arange(start, start + tokens.shape[1], device=frames.device)
+            hidden = whisper.embed_tokens(tokens)
+            hidden = hidden + whisper.embed_positions(None, position_ids=positions)
+            for layer in whisper.layers:
+                hidden = layer(
+                    hidden,
+                    encoder_hidden_states=frames,
+                    encoder_attention_mask=mask,  # Hugging Face's decoder passes none
+                    past_key_values=cache,
+                )
+            scores = whisper.layer_norm(hidden[:, -1]) @ whisper.embed_tokens.weight.T
+            scores[:, self.suppressed if written else self.suppressed_first] = -torch.inf
+            best = scores.argmax(-1)
+            ended |= best == self.end_token
+            written.append(best)
+            tokens = best[:, None]
+        answers = torch.stack(written, dim=1).tolist() if written else [[] for _ in clips]
+        return [list(takewhile(lambda token: token != self.end_token, row)) for row in answers]
 
 
 def _decoder_layer(
