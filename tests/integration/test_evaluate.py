@@ -22,6 +22,7 @@ def test_a_released_whisper_scores_what_transformers_generates(
 ):
     shards, out = tiny_shards / "speech", tmp_path / "answers.jsonl"
     command = ["evaluate", str(tiny_whisper), str(shards), "--limit", "4", "--out", str(out)]
+    command += ["--max-new-tokens", "64"]
     assert main(command) == 0
     printed = capsys.readouterr().out
     answers = [json.loads(line) for line in out.read_text().splitlines()]
