@@ -74,6 +74,7 @@ def write_card(
     templates = Environment(
         loader=PackageLoader("whisper_aut.export"), trim_blocks=True, lstrip_blocks=True
     )
+    templates.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
     text = templates.get_template("card.md").render(metadata=metadata.to_yaml(), **values)
     card = ModelCard(re.sub(r"\n{3,}", "\n\n", text), ignore_metadata_errors=False)
     write_text(out / "README.md", str(card))

@@ -97,6 +97,9 @@ def test_the_card_of_a_run_with_less_and_with_more(pipeline_run: Path, tmp_path:
     card = write_card(run, out, "encoder").read_text()
     assert "- train clips: 40\n- pairs by evidence sound: 3\n- clips excluded" in card
     assert "Not audited" not in card
+    scores = (pipeline_run / RUN / "scores.json").read_text()
+    (run / "scores.json").write_text(scores.replace('"Tones"', '"Tones | high"'))
+    assert "\n| Tones \\| high (accuracy, linear) |" in write_card(run, out, "encoder").read_text()
 
 
 class _Hub(BaseHTTPRequestHandler):
