@@ -293,6 +293,29 @@ def test_print_config_prints_what_would_run(capsys: pytest.CaptureFixture[str]):
     assert "path: openai/whisper-large-v3" in shown
 
 
+def test_options_of_the_decoder_are_checked_before_a_config_is_printed(
+    capsys: pytest.CaptureFixture[str],
+):
+    for option in ("decoder.max_tokens=0", "decoder.adapter.name=stak"):
+        for command in (["train", "--print-config"], ["plan"]):
+            name, *flags = command
+            config = str(CONF / "uniwhisper.yaml")
+            assert main([name, config, "model.path=openai/whisper-tiny", option, *flags]) == 1
+            shown = capsys.readouterr()
+            assert option.split("=")[0].removeprefix("decoder.") in shown.err
+            assert not shown.out
+
+
+def test_a_wrong_path_to_resume_from_is_found_before_corpora_are_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    demo = [f"corpora.demo.out={tmp_path / 'demo'}", f"runs={tmp_path / 'runs'}"]
+    resume = ["--resume", str(tmp_path / "nothing.ckpt")]
+    assert main(["train", str(CONF / "aut_tiny.yaml"), *demo, *resume]) == 1
+    assert "nothing.ckpt does not exist" in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str]):
     assert main(["train", str(CONF / "aut.yaml"), "seed=3", "--print-config", "optim.lr=5e-5"]) == 0
     shown = capsys.readouterr().out

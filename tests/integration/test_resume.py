@@ -53,6 +53,25 @@ def test_a_resumed_run_keeps_its_old_config_and_records_the_new_one(
     assert [step for step, _ in read_metrics(run.metrics)["train/loss"]] == [0, 1, 2, 3, 4]
 
 
+def test_a_run_resumed_at_its_last_step_records_the_new_config_and_drops_later_checkpoints(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    before = settings_for(tiny_whisper, tiny_shards, tmp_path, *EVERY_STEP, "trainer.max_steps=3")
+    run = train(before, QUIET).run
+    changed = settings_for(
+        tiny_whisper, tiny_shards, tmp_path, *EVERY_STEP, "trainer.max_steps=2", "optim.lr=1e-4"
+    )
+    step_2 = str(run.checkpoints / "step-0000002.ckpt")
+    assert train(changed, QUIET, resume=step_2).run == run
+    assert load_settings(run.config) == changed
+    assert load_settings(run.path / "config.0.yaml") == before
+    done = json.loads(run.done.read_text())
+    assert done["steps"] == 2
+    assert done["fingerprint"] == json.loads(run.environment.read_text())["fingerprint"]
+    assert run.last_checkpoint.name == "step-0000002.ckpt"
+    assert (run.checkpoints / "last.ckpt").resolve() == run.last_checkpoint.resolve()
+
+
 def test_a_rejected_resume_leaves_a_finished_run_unchanged(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):

@@ -40,7 +40,7 @@ from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.training import train as train_module
-from whisper_aut.training.checkpoint import read_manifest
+from whisper_aut.training.checkpoint import checkpoints_in, read_manifest
 from whisper_aut.training.factory import run_fingerprint
 from whisper_aut.training.train import explain_errors, train
 
@@ -435,12 +435,22 @@ def test_a_source_of_nothing_but_faults_stops_the_run_with_a_reason(
         "data.domains={sound: 1, speech: 0, music: 0}",
     ]
     settings = settings_for(
-        tiny_whisper, tiny_shards, tmp_path / "runs", *overrides, "data.batch_clips=64"
+        tiny_whisper,
+        tiny_shards,
+        tmp_path / "runs",
+        *overrides,
+        "data.batch_clips=64",
+        "trainer.checkpoint_every_steps=4",
+        "trainer.valid_every_steps=100",
     )
     with pytest.raises(UserError, match=r"were skipped \(undecodable audio: 256\)"):
         train(settings, QUIET)
     (ledger,) = (tmp_path / "runs").rglob("ledger.jsonl")
     assert len(ledger.read_text().splitlines()) == 256
+    # The checkpoint that was due at that step is saved.
+    assert [path.name for path in checkpoints_in(ledger.parent / "checkpoints")] == [
+        "step-0000004.ckpt"
+    ]
 
 
 def test_a_checkpoint_after_the_last_step_is_rejected(
@@ -474,7 +484,7 @@ def test_mistakes_are_found_before_anything_is_written(
         (["hardware.accelerator=cuda"], "PyTorch sees no such device"),
         (["data.train=[{path: nowhere, domain: speech}]"], "There are no shards at nowhere"),
         ([f"model.path={tmp_path}"], "not a usable Whisper checkpoint"),
-        (["decoder.max_tokens=1000"], "outside 8 to 448"),
+        (["decoder.max_tokens=1000"], "1000 is above 448, the number of positions"),
         (["decoder.prompts.sound.language=xx"], "is not a language of Whisper"),
         (["data.samples_per_epoch=1"], "is shorter than one step"),
     ]

@@ -362,6 +362,7 @@ def find_run(run: Run) -> FoundRun:
         overrides += (f"model.path={pretrained.export}", "model.after=", "model.scratch=null")
         overrides += ("model.random_init=true",) if run.random else ()
     settings = load_settings(run.config, overrides)
+    check_decoder(settings.decoder)
     root = Path(settings.runs)
     missing = FoundRun(run, settings, overrides, "missing", RunDirectory(root / run.name / "…"))
     if pretrained and pretrained.state != "done":

@@ -6,11 +6,22 @@ width of the language model. To add an adapter, write a class and add it to `ADA
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from whisper_aut.errors import UserError, nearest
+from whisper_aut.errors import nearest
+
+
+def _check_adapter(name: str) -> str:
+    if name not in ADAPTERS:
+        known = ", ".join(ADAPTERS)
+        raise ValueError(
+            f"there is no adapter {name!r}.{nearest(name, ADAPTERS)} The adapters are {known}"
+        )
+    return name
 
 
 @dataclass
@@ -23,9 +34,9 @@ class AdapterOptions:
         hidden: width between the two linear layers. 0 means twice the language model's width.
     """
 
-    name: str = "stack"
-    frames: int = 4
-    hidden: int = 0
+    name: Annotated[str, AfterValidator(_check_adapter)] = "stack"
+    frames: PositiveInt = 4
+    hidden: NonNegativeInt = 0
 
 
 def windows(
@@ -118,20 +129,7 @@ def build_adapter(
 
     Args:
         scale: root mean square of the language model's embeddings, see `embedding_scale`.
-
-    Raises:
-        UserError: `options` names no known adapter, or its sizes are out of range.
     """
-    if options.name not in ADAPTERS:
-        hint = nearest(options.name, ADAPTERS)
-        raise UserError(
-            f"decoder.adapter.name: there is no adapter {options.name!r}.{hint} "
-            f"The adapters are {', '.join(ADAPTERS)}."
-        )
-    if options.frames < 1 or options.hidden < 0:
-        raise UserError(
-            f"decoder.adapter: frames must be at least 1 and hidden at least 0, got {options}."
-        )
     return ADAPTERS[options.name](
         width, out_width, options.frames, options.hidden or 2 * out_width, scale
     )

@@ -243,56 +243,68 @@ def _git_revision() -> str:
         return ""
 
 
-def find_resume_checkpoint(
-    resume: str, newest: RunDirectory | None, folder: Path, warn: Callable[[str], None]
-) -> Path | None:
-    """Return the checkpoint to resume from, or None to start a new run.
+def check_resume(resume: str, folder: Path) -> Path | None:
+    """Check the path given to `--resume` without reading tensors, and return it.
 
-    `resume` is empty, `auto`, a checkpoint, or a run directory. `newest` is the newest run of this
-    name, and `folder` contains all of them. `warn` is called for each damaged checkpoint.
+    Args:
+        resume: a checkpoint or run directory. None is returned if it is empty or `auto`.
+        folder: the folder with all runs of this name.
 
     Raises:
-        UserError: If there is no such checkpoint, none is valid, or it is from a run with another
-            name.
+        UserError: If there is no checkpoint, or it is from a run with another name.
     """
-    if not resume:
+    if resume in ("", AUTO):
         return None
-    hashes = is_first_rank()  # `load_checkpoint` broadcasts the choice of rank 0 to all ranks
-    if resume == AUTO:
-        if newest is None or newest.done.exists():
-            return None
-        return latest_valid(newest.checkpoints, warn, hashes=hashes)
     path = Path(resume).resolve()
     if (path / "checkpoints").is_dir():
-        checkpoint = latest_valid(path / "checkpoints", warn, hashes=hashes)
-        if checkpoint is None:
+        run = RunDirectory(path)
+        if not checkpoints_in(run.checkpoints):
             raise UserError(f"{path} has no checkpoint yet. Run again without --resume.")
-        path = checkpoint
-    elif not is_checkpoint(path):
+    elif is_checkpoint(path):
+        run = RunDirectory(path.parent.parent)
+    else:
         problem = "is not a checkpoint" if path.exists() else "does not exist"
         raise UserError(
             f"Cannot resume: {path} {problem}. Give a run directory, a checkpoint "
             f"{folder}/…/checkpoints/step-….ckpt, or --resume auto."
         )
-    elif damage := find_damage(path, hashes=hashes):
+    name, config = folder.name, run.config
+    run_name = yaml.safe_load(config.read_text())["name"] if config.is_file() else name
+    if run_name != name:  # other configs may start from that run
         raise UserError(
-            f"{path} is damaged: {damage}. --resume auto uses the newest valid checkpoint."
+            f"{path} belongs to a run named {run_name!r}, but this config is named {name!r}. "
+            f"To continue that run, add name={run_name}. To start another run from its weights, "
+            f"use whisper-aut export {run.path} --format whisper --out FOLDER and set "
+            "model.path=FOLDER."
         )
-    _check_name(path, folder.name)
     return path
 
 
-def _check_name(checkpoint: Path, name: str) -> None:
-    """Reject a checkpoint from a run of another name: other configs may start from that run."""
-    config = RunDirectory(checkpoint.parent.parent).config
-    run_name = yaml.safe_load(config.read_text())["name"] if config.is_file() else name
-    if run_name != name:
+def find_resume_checkpoint(
+    resume: str, newest: RunDirectory | None, folder: Path, warn: Callable[[str], None]
+) -> Path | None:
+    """Return the checkpoint to resume from, or None to start a new run.
+
+    `resume` and `folder` are those of `check_resume`. `newest` is the newest run of this name.
+    `warn` is called for each damaged checkpoint.
+
+    Raises:
+        UserError: If there is no such checkpoint, none is valid, or it is from a run with another
+            name.
+    """
+    path = check_resume(resume, folder)
+    if path is None and (not resume or newest is None or newest.done.exists()):
+        return None
+    hashes = is_first_rank()  # `load_checkpoint` broadcasts the choice of rank 0 to all ranks
+    if path is None or not is_checkpoint(path):
+        run = RunDirectory(path) if path else newest
+        assert run
+        return latest_valid(run.checkpoints, warn, hashes=hashes)
+    if damage := find_damage(path, hashes=hashes):
         raise UserError(
-            f"{checkpoint} belongs to a run named {run_name!r}, but this config is named {name!r}. "
-            f"To continue that run, add name={run_name}. To start another run from its weights, "
-            f"use whisper-aut export {config.parent} --format whisper --out FOLDER and set "
-            "model.path=FOLDER."
+            f"{path} is damaged: {damage}. --resume auto uses the newest valid checkpoint."
         )
+    return path
 
 
 def check_step_size(checkpoint: Path, batch_clips: int, ranks: int, accumulate: int) -> None:

@@ -160,8 +160,11 @@ def train(
             run.done.unlink(missing_ok=True)
             run.record(config, metadata)
 
-    if resumed:  # once Lightning has loaded the checkpoint without an error
-        callbacks = [LambdaCallback(on_train_start=record_resume), *callbacks]
+    if resumed:
+        # Once Lightning has loaded the checkpoint without an error. If that is of the last step,
+        # training does not start.
+        hooks = LambdaCallback(on_train_start=record_resume, on_fit_end=record_resume)
+        callbacks = [hooks, *callbacks]
     console.print(_headline(settings, parts, f"resuming {checkpoint}" if resumed else run.path))
     for source in parts.data.train:
         if selection := source.index.selection:
@@ -325,7 +328,7 @@ def build_trainer(
             guard,
             checkpoints,
             LearningRateMonitor("step"),
-            DataMonitor(ledger, warn),
+            DataMonitor(ledger, checkpoints, warn),
             StopOnDataEnd(checkpoints, warn),
             SampleWriter(run.path / "samples.jsonl", console),
             CleanStop(checkpoints),

@@ -186,3 +186,24 @@ def test_unknown_decoders_and_options_are_errors_with_a_hint():
         check_decoder({"name": "wisper"})
     with pytest.raises(UserError, match=r"max_tokenz.*Did you mean 'max_tokens'"):
         check_decoder({"name": "whisper", "max_tokenz": 3})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "whisper", "max_tokens": 0}, "max_tokens: must be greater than or equal to 8"),
+        ({"name": "causal_lm", "max_tokens": 7}, "max_tokens: must be greater than or equal to 8"),
+        (
+            {"name": "causal_lm", "adapter": {"name": "stak"}},
+            "adapter.name: there is no adapter 'stak'. Did you mean 'stack'?",
+        ),
+        ({"name": "causal_lm", "adapter": {"frames": 0}}, "adapter.frames: must be greater than 0"),
+        ({"name": "causal_lm", "lora": {"rank": 0}}, "lora.rank: must be greater than 0"),
+    ],
+)
+def test_options_out_of_range_are_found_without_building_a_decoder(
+    options: dict[str, Any], message: str
+):
+    with pytest.raises(UserError) as error:
+        check_decoder(options)
+    assert message in str(error.value)

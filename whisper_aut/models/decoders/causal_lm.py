@@ -10,9 +10,10 @@ positions only. Language models that cannot run packed get padded batches
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, WhisperConfig
 
@@ -44,8 +45,8 @@ META_AUDIO_INDEX = 3  # for planning: ChatML writes three tokens before the user
 class LoraOptions:
     """Low-rank updates of the language model's linear layers (Hu et al. 2021, arXiv 2106.09685)."""
 
-    rank: int = 16
-    alpha: int = 32
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
 
 
 @dataclass
@@ -81,7 +82,7 @@ class CausalLMOptions:
     lora: LoraOptions = field(default_factory=LoraOptions)
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     instructions: dict[str, Instruction] = field(default_factory=dict)
-    max_tokens: int = 512
+    max_tokens: Annotated[int, Field(ge=8)] = 512
     overflow: Literal["cut", "drop"] = "cut"
     date: Text = ""
 
@@ -99,8 +100,6 @@ def build_causal_lm(
     Raises:
         UserError: the language model cannot be used, or an option is invalid.
     """
-    if options.max_tokens < 8:
-        raise UserError(f"decoder.max_tokens must be at least 8, not {options.max_tokens}.")
     instructions = Instructions(options.instructions)
     path = options.language_model
     if options.scratch:

@@ -9,9 +9,10 @@ unless they are requested as `whisper`.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import pad_sequence
@@ -37,7 +38,7 @@ class WhisperDecoderOptions:
 
     name: str = "whisper"
     prompts: dict[str, DomainPrompt] = field(default_factory=dict)
-    max_tokens: int = 448
+    max_tokens: Annotated[int, Field(ge=8)] = 448
     overflow: Literal["cut", "drop"] = "cut"
     supervise_prompt: bool = True
 
@@ -56,10 +57,10 @@ def build_whisper_decoder(
     model = pretrained.model  # the error for a missing decoder goes before all others
     _check_tokenizer(pretrained)
     longest = pretrained.config.max_target_positions
-    if not 8 <= options.max_tokens <= longest:
+    if options.max_tokens > longest:
         raise UserError(
-            f"decoder.max_tokens: {options.max_tokens} is outside 8 to {longest}, the number of "
-            f"positions of {pretrained.path}."
+            f"decoder.max_tokens: {options.max_tokens} is above {longest}, the number of positions "
+            f"of {pretrained.path}."
         )
     codec = WhisperText(
         pretrained.tokenizer,

@@ -56,16 +56,17 @@ class RollingCheckpoints(Checkpoint):
         if trainer.is_global_zero:
             self._rename_later(trainer.global_step)
 
+    def on_fit_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        # Training does not start if the run was resumed at its last step.
+        self.on_train_start(trainer, module)
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not ends_step(trainer, batch_idx):
             return
-        step = trainer.global_step
-        is_last = step == trainer.max_steps
-        if is_last or step % self.every_steps == 0 or step % self.valid_every_steps == 0:
-            self.save(trainer)
-        if is_last:
+        self.save_if_due(trainer)
+        if trainer.global_step == trainer.max_steps:
             # Lightning validates before it stops early, so the metrics of the run are those of its
             # last step.
             trainer.should_stop = True
@@ -85,6 +86,12 @@ class RollingCheckpoints(Checkpoint):
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self.wait(trainer)
+
+    def save_if_due(self, trainer: lightning.Trainer) -> None:
+        step = trainer.global_step
+        is_last = step == trainer.max_steps
+        if is_last or step % self.every_steps == 0 or step % self.valid_every_steps == 0:
+            self.save(trainer)
 
     def save(self, trainer: lightning.Trainer) -> Path:
         """Save this step unless it is saved already, and delete old checkpoints.

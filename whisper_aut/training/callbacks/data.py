@@ -9,7 +9,9 @@ import lightning
 from whisper_aut.data.batch import Batch
 from whisper_aut.data.dataset import Counts, Ledger
 from whisper_aut.data.targets import missing_token_warning
+from whisper_aut.errors import UserError
 from whisper_aut.training.callbacks import ends_logged_step, gather_objects
+from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
 
 
 class DataMonitor(lightning.Callback):
@@ -20,11 +22,14 @@ class DataMonitor(lightning.Callback):
     Args:
         ledger: Ledger of this rank. Its limit on skipped samples is checked at every logged step.
             It applies to the counts of all ranks, so all ranks stop together.
+        checkpoints: Saves the step at which the limit stops the run, if a checkpoint is due.
         warn: Called once with a message about clips in languages without a token.
     """
 
-    def __init__(self, ledger: Ledger, warn: Callable[[str], None]):
-        self.ledger, self.warn = ledger, warn
+    def __init__(
+        self, ledger: Ledger, checkpoints: RollingCheckpoints, warn: Callable[[str], None]
+    ):
+        self.ledger, self.checkpoints, self.warn = ledger, checkpoints, warn
         self._languages: Counter[str] = Counter()  # on this rank, in this process
         self._earlier_languages: Counter[str] = Counter()  # on all ranks, before the resume
         self._validation_languages: Counter[str] = Counter()
@@ -50,7 +55,12 @@ class DataMonitor(lightning.Callback):
         counts = gather_counts(self.ledger)
         if skipped := counts.all_skipped.total():
             module.log("data/skipped", float(skipped), prog_bar=True, batch_size=1)
-        self.ledger.check(counts)
+        try:
+            self.ledger.check(counts)
+        except UserError:
+            # Lightning calls the callback that saves after this one.
+            self.checkpoints.save_if_due(trainer)
+            raise
 
     def on_validation_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self._validation_languages.clear()
