@@ -69,5 +69,5 @@ def test_a_probe_task_scores_encoders(follow_section: Any):
 
 def test_a_corpus_recipe_builds_shards(follow_section: Any):
     follow_section("Add a corpus recipe")
-    assert files_written("Add a corpus recipe") == ["tones_recipe.py"]
+    assert files_written("Add a corpus recipe") == ["tones.yaml", "tones.py"]
     assert open_index("shards/tones/test").samples == 1

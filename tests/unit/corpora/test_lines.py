@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from whisper_aut.corpora.audit import Journal, ShardResult
-from whisper_aut.corpora.recipes.captions import musicbench_rows
+from whisper_aut.corpora.recipes.public import musicbench
 from whisper_aut.data.annotation import Annotation, read_lines
 from whisper_aut.data.filters import Exclusions
 from whisper_aut.data.shards import open_index
@@ -38,7 +38,7 @@ def test_captions_with_line_separators_build(tmp_path: Path):
     for name in ("MusicBench_train.json", "MusicBench_test_A.json"):
         row = {"location": "a.wav", "main_caption": BREAKS}
         (tmp_path / name).write_text(json.dumps(row, ensure_ascii=False) + "\n")
-    assert [row["text"] for row in musicbench_rows(tmp_path)] == [BREAKS, BREAKS]
+    assert [row["text"] for row in musicbench(tmp_path)] == [[BREAKS], [BREAKS]]
 
 
 def test_an_audit_resumes_after_a_tar_of_any_name(tmp_path: Path):

@@ -317,15 +317,13 @@ def test_rows_say_which_clips_belong_together(
     assert {str(row[field]) for row in RECIPES[name].rows(raw)} == groups
 
 
-def test_one_file_adds_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "hums.py").write_text(
-        "from whisper_aut.corpora.recipes.base import Recipe\n"
-        "def hums(raw):\n"
-        "    yield {'audio': 'a.wav', 'text': 'a hum'}\n"
-        "RECIPES = (Recipe('hums', 'Hums', 'sound', 'caption', 'CC0-1.0', '', hums),)\n"
-    )
+def test_one_module_and_its_yaml_add_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "hums.py").write_text("def hums(raw):\n    yield {'audio': 'a.wav', 'text': 'a hum'}\n")
+    (tmp_path / "hums.yaml").write_text("hums: {title: Hums, domain: sound, licence: CC0-1.0}\n")
     monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path)])
-    assert set(recipes.load_recipes()) == {*RECIPES, "hums"}
+    loaded = recipes.load_recipes()
+    assert set(loaded) == {*RECIPES, "hums"}
+    assert (loaded["hums"].title, loaded["hums"].rows.__name__) == ("Hums", "hums")
 
 
 def test_every_recipe_has_a_miniature():
@@ -368,6 +366,7 @@ def test_a_corpus_builds_as_it_is_published(name: str, tmp_path: Path):
         assert first.licence == "http://creativecommons.org/licenses/by/3.0/"
         assert first.extra["freesound_id"] == "64760"
     if name == "clotho":
+        assert first.extra["texts"] == ["A bell", "B", "C", "D", "E"]
         sites = [clips[0].annotation.extra.get("freesound_id", "") for clips in found.values()]
         assert sites == ["1234", "", "5678"]
         assert first.licence == "http://creativecommons.org/licenses/by/3.0/"

@@ -1,17 +1,18 @@
-"""Recipes of public corpora. Each module of this folder lists its own in `RECIPES`."""
+"""Recipes of corpora: NAME.yaml describes corpora, and NAME.py has a function for each of them."""
 
 from importlib import import_module
-from pkgutil import iter_modules
+from pathlib import Path
 
-from whisper_aut.corpora.recipes.base import Recipe
+from whisper_aut.corpora.recipes.base import Recipe, read_recipes
 from whisper_aut.data.annotation import DOMAINS
 from whisper_aut.errors import UserError, nearest
 
 
 def load_recipes() -> dict[str, Recipe]:
-    """Return the recipes of all modules by name, sorted by domain and name."""
-    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
-    recipes = [recipe for module in modules for recipe in getattr(module, "RECIPES", ())]
+    """Return the recipes of this folder by name, sorted by domain and name."""
+    tables = [table for folder in __path__ for table in sorted(Path(folder).glob("*.yaml"))]
+    modules = [import_module(f"{__name__}.{table.stem}") for table in tables]
+    recipes = [recipe for module in modules for recipe in read_recipes(module).values()]
     order = (*DOMAINS, "")
     recipes.sort(key=lambda recipe: (order.index(recipe.domain), recipe.name))
     return {recipe.name: recipe for recipe in recipes}

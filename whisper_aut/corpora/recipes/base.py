@@ -3,11 +3,14 @@
 import csv
 import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+import yaml
 
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.corpora.build import BuildReport, build_shards
@@ -46,19 +49,19 @@ class Archive:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A public corpus.
+    """A corpus, as described in a YAML file of this folder.
 
     Attributes:
         name: name in commands.
         title: name in tables.
+        rows: function that maps the unpacked folder to rows with `audio` (a path relative to that
+            folder), `text` or `label`, and if available `split`, `freesound_id` or `youtube_id`.
+            Several texts are a list. If licences differ by clip, every row has a `licence`, which
+            is empty where the corpus's tables name none. None if the corpus is published as shards.
         domain, task: defaults for clips whose rows do not set them.
         licence: the publisher's licence for all clips. If licences differ by clip, a description
             that is not the name of a licence.
         source: the publisher's page.
-        rows: function that maps the unpacked folder to rows with `audio` (a path relative to that
-            folder), `text` or `label`, and if available `split`, `freesound_id` or `youtube_id`.
-            If licences differ by clip, every row has a `licence`, which is empty where the
-            corpus's tables name none.
         archives: files to download.
         manual_steps: what to do by hand, if the terms or the format of the release require it.
         clips, hours: size of the whole corpus; None if unknown.
@@ -71,18 +74,18 @@ class Recipe:
 
     name: str
     title: str
-    domain: str
-    task: str
-    licence: str
-    source: str
-    rows: Callable[[Path], Rows]
+    rows: Callable[[Path], Rows] | None
+    domain: str = ""
+    task: str = ""
+    licence: str = ""
+    source: str = ""
     archives: tuple[Archive, ...] = ()
     manual_steps: str = ""
     clips: int | None = None
     hours: float | None = None
     language: str = ""
     max_seconds: float = 30.0
-    checked: tuple[str, ...] = ()
+    checked: Sequence[str] = ()
 
     def table_row(self) -> tuple[str, ...]:
         """Return the cells of `TABLE_COLUMNS`; unknown values are empty."""
@@ -96,6 +99,22 @@ class Recipe:
             ", ".join(self.checked),
             self.source,
         )
+
+
+def read_recipes(module: ModuleType) -> dict[str, Recipe]:
+    """Return the recipes in the YAML file next to a module, by name.
+
+    The module has the function `rows` of each recipe, under the name of the recipe unless the YAML
+    file gives another one.
+    """
+    table = Path(str(module.__file__)).with_suffix(".yaml").read_text(encoding="utf-8")
+    recipes = {}
+    for name, entry in yaml.safe_load(table).items():
+        function = entry.pop("rows", name)
+        rows = getattr(module, function) if function else None
+        archives = tuple(Archive(**archive) for archive in entry.pop("archives", ()))
+        recipes[name] = Recipe(name, rows=rows, archives=archives, **entry)
+    return recipes
 
 
 def markdown_table(recipes: Iterable[Recipe]) -> str:
@@ -225,7 +244,12 @@ def build_corpus(
             f"There is no folder {raw}. Download the corpus: whisper-aut data get {recipe.name} "
             f"--out {raw}"
         )
-    manifest, has_splits = _write_manifest(recipe, raw, out)
+    if recipe.rows is None:
+        raise UserError(
+            f"{recipe.title}: its tars are shards already. {recipe.manual_steps} Look at them: "
+            f"whisper-aut data inspect {raw}/TASK"
+        )
+    manifest, has_splits = _write_manifest(recipe, recipe.rows, raw, out)
     given = overrides or ManifestSpec(manifest)
     spec = replace(
         given,
@@ -248,7 +272,9 @@ def build_corpus(
     )
 
 
-def _write_manifest(recipe: Recipe, raw: Path, out: Path) -> tuple[Path, bool]:
+def _write_manifest(
+    recipe: Recipe, rows: Callable[[Path], Rows], raw: Path, out: Path
+) -> tuple[Path, bool]:
     """Write the rows of a corpus as a manifest; return its path and whether all rows have a split.
 
     Rows without the key `licence` get the corpus's licence. An empty `licence` stays empty: it
@@ -256,7 +282,7 @@ def _write_manifest(recipe: Recipe, raw: Path, out: Path) -> tuple[Path, bool]:
     """
     path, lines, has_splits = out / MANIFEST_NAME, [], True
     try:
-        for row in recipe.rows(raw):
+        for row in rows(raw):
             has_splits = has_splits and bool(row.get("split") or not row["audio"])
             if recipe.licence:
                 row.setdefault("licence", recipe.licence)

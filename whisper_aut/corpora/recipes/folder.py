@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from whisper_aut.corpora.manifest import AUDIO_COLUMNS
-from whisper_aut.corpora.recipes.base import AUDIO_SUFFIXES, Recipe, Rows, audio_files
+from whisper_aut.corpora.recipes.base import AUDIO_SUFFIXES, Rows, audio_files
 from whisper_aut.corpora.tables import TABLE_SUFFIXES, read_columns, read_rows
 from whisper_aut.errors import UserError
 
@@ -26,7 +26,7 @@ LABEL_COLUMNS = (
 SPLIT_COLUMNS = ("split", "fold", "subset")
 
 
-def _rows(root: Path) -> Rows:
+def folder(root: Path) -> Rows:
     """Yield the manifest rows of a folder.
 
     Raises:
@@ -93,17 +93,3 @@ def _from_classes(root: Path) -> Rows:
             "id": "-".join(path.with_suffix("").parts),
         }
         yield {**row, "split": path.parts[0]} if has_splits else row
-
-
-RECIPES = (
-    Recipe(
-        name="folder",
-        title="A folder of your own",
-        domain="",
-        task="",
-        licence="",
-        source="",
-        rows=_rows,
-        manual_steps="Build it with: whisper-aut data build folder PATH --out OUT",
-    ),
-)
