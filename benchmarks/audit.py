@@ -21,7 +21,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from whisper_aut.corpora.audit import Audit, ShardResult, read_clip_metadata, run_audit
+from whisper_aut.corpora.audit import ShardResult, read_clip_metadata, run_audit
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.writer import ShardWriter
@@ -141,18 +141,19 @@ def cut(source: Samples, generator: np.random.Generator) -> Samples:
     return samples[start : start + length], rate
 
 
-def score(audit: Audit, kinds: dict[str, str], recordings: list[str]) -> dict:
+def score(audit: dict, kinds: dict[str, str], recordings: list[str]) -> dict:
     """Return recall by kind, every false pair, and the number of pairs of two takes."""
     found, false, takes = set(), [], 0
-    for match in audit.matches:
-        probe = int(match.probe.key.removeprefix("probe"))
-        hidden = int(match.train.key.removeprefix("hidden")) if "hidden" in match.train.key else -1
+    for match in audit["matches"]:
+        train_key, probe_key = match["train"]["key"], match["probe"]["key"]
+        probe = int(probe_key.removeprefix("probe"))
+        hidden = int(train_key.removeprefix("hidden")) if "hidden" in train_key else -1
         if hidden == probe:
-            found.add(match.train.key)
+            found.add(train_key)
         elif hidden >= 0 and recordings[hidden] == recordings[probe]:
             takes += 1
         else:
-            false.append([match.train.key, match.probe.key, match.evidence])
+            false.append([train_key, probe_key, match["evidence"]])
     table = {}
     for kind in KINDS:
         clips = [key for key, own in kinds.items() if own == kind]
@@ -166,9 +167,9 @@ def score(audit: Audit, kinds: dict[str, str], recordings: list[str]) -> dict:
     }
 
 
-def cost(audit: Audit, seconds: float, root: Path) -> dict:
+def cost(audit: dict, seconds: float, root: Path) -> dict:
     """Return CPU seconds per hour of audio: the whole audit, and reading and hashing alone."""
-    hours = (sum(folder["seconds"] for folder in (*audit.train, *audit.probes))) / 3600
+    hours = (sum(folder["seconds"] for folder in (*audit["train"], *audit["probes"]))) / 3600
     index = open_index(root / "train")
     started, result = time.process_time(), ShardResult()
     for shard in index.shards:

@@ -32,6 +32,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from whisper_aut.corpora.manifest import ManifestSpec
 from whisper_aut.data.annotation import text_template
 from whisper_aut.data.filters import parse_allowed_licence
 from whisper_aut.errors import UserError, nearest
@@ -280,25 +281,11 @@ class DemoSettings:
     scale: PositiveFloat = 1.0
 
 
-@dataclass(config=STRICT)
-class ManifestSettings:
-    """The options of one `whisper-aut data build`, see `corpora.manifest.ManifestSpec`."""
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class ManifestSettings(ManifestSpec):
+    """The options of one `whisper-aut data build`, and the folder `out` for its shards."""
 
-    manifest: Text
     out: Text
-    audio_root: Text = ""
-    audio: Text = ""
-    text: Text = ""
-    label: Text = ""
-    offset: Text = ""
-    duration: Text = ""
-    domain: Text = ""
-    task: Text = ""
-    language: Text = ""
-    source: Text = ""
-    licence: Text = ""
-    where: dict[str, list[Text]] = field(default_factory=dict)
-    split_by: Text = ""
 
 
 @dataclass(config=STRICT)

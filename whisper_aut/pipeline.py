@@ -7,7 +7,7 @@ and results of earlier runs are reused if nothing has changed.
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ from whisper_aut.config import (
 )
 from whisper_aut.corpora.audit import AUDIT_NAME, EXCLUDE_NAME, read_audit, unaudited
 from whisper_aut.corpora.build import build_shards
-from whisper_aut.corpora.manifest import ManifestSpec
 from whisper_aut.corpora.synth.corpus import build_demo
 from whisper_aut.errors import Interrupted, Problems, UserError
 from whisper_aut.export.card import write_card
@@ -152,12 +151,9 @@ def prepare_corpora(corpora: CorporaSettings, console: Console) -> None:
         with file_lock(Path(demo.out)):
             build_demo(Path(demo.out), seed=demo.seed, scale=demo.scale)
     for manifest in corpora.manifests:
-        values = asdict(manifest)
-        out = Path(values.pop("out"))
-        for key in ("manifest", "audio_root"):
-            values[key] = Path(values[key]) if values[key] else None
+        out = Path(manifest.out)
         with file_lock(out):
-            report = build_shards(ManifestSpec(**values), out)
+            report = build_shards(manifest, out)
         if not report.reused:
             console.print(report.summary())
 

@@ -13,7 +13,7 @@ from whisper_aut.errors import UserError, nearest
 SHARDS = Path("data")  # the default --root of `probe`
 RAW = SHARDS / "raw"
 # Options of `data build` that are passed on to `ManifestSpec`.
-COLUMNS = ("audio", "text", "label", "offset", "duration", "split_by")
+COLUMNS = ("audio_root", "audio", "text", "label", "offset", "duration", "split_by")
 CONSTANTS = ("domain", "task", "language", "source", "licence")
 
 
@@ -68,10 +68,7 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
         where.setdefault(column, []).extend(values.split(","))
     name = options.manifest
     spec = ManifestSpec(
-        manifest=Path(name),
-        audio_root=Path(options.audio_root) if options.audio_root else None,
-        where=where,
-        **{key: getattr(options, key) for key in (*COLUMNS, *CONSTANTS)},
+        name, where=where, **{key: getattr(options, key) for key in (*COLUMNS, *CONSTANTS)}
     )
     limits = {"workers": options.workers, "max_skipped_fraction": options.max_skipped_fraction}
     if name in RECIPES:
@@ -132,7 +129,7 @@ def data_index(options: argparse.Namespace, console: Console) -> None:
 
 
 def data_audit(options: argparse.Namespace, console: Console) -> None:
-    from whisper_aut.corpora.audit import AUDIT_NAME, EXCLUDE_NAME, run_audit
+    from whisper_aut.corpora.audit import AUDIT_NAME, EXCLUDE_NAME, run_audit, summarize
     from whisper_aut.probes.tasks import list_tasks, load_task
 
     tasks, against = Path(options.conf) / "probe_tasks", []
@@ -142,8 +139,8 @@ def data_audit(options: argparse.Namespace, console: Console) -> None:
         else:
             against.append(name)
     audit = run_audit(options.train, against, options.out, workers=options.workers)
-    console.print(audit.summary())
-    for folder, clips in audit.counts()["probe_clips_in_training_by_folder"].items():
+    console.print(summarize(audit))
+    for folder, clips in audit["counts"]["probe_clips_in_training_by_folder"].items():
         console.print(f"  {clips:>7}  clips of {folder} are in the training shards")
     out = Path(options.out)
     console.print(

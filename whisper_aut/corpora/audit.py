@@ -13,7 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,19 +102,10 @@ def _plain(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class ClipLocation:
-    """Identifies a clip by its folder of shards, the tar in that folder and the key in that tar."""
-
-    folder: str
-    shard: str
-    key: str
-
-
-@dataclass(frozen=True)
 class ClipMetadata:
-    """What the audit compares of a clip."""
+    """What the audit compares of a clip, and the folder, tar and key where the clip is."""
 
-    location: ClipLocation
+    location: dict[str, str]
     seconds: float
     names: frozenset[str]  # see `names_of`
     file_hash: bytes  # of the encoded file
@@ -122,13 +113,10 @@ class ClipMetadata:
     fingerprint: Fingerprint
 
 
-@dataclass(frozen=True)
-class Match:
-    """A training clip that overlaps a probe clip, with the evidence for it."""
-
-    train: ClipLocation
-    probe: ClipLocation
-    evidence: tuple[dict[str, Any], ...]
+Tar = tuple[str, str]  # folder, name
+# The locations `train` and `probe` of two clips that overlap, and `evidence`, the reasons.
+Match = dict[str, Any]
+Folder = dict[str, Any]  # `root`, `fingerprint`, `clips`, `seconds` and `skipped`
 
 
 @dataclass
@@ -141,12 +129,10 @@ class ShardResult:
     matches: list[Match] = field(default_factory=list)
 
 
-Tar = tuple[str, str]  # folder, name
-
-
 def read_clip_metadata(tar: Tar, result: ShardResult) -> Iterator[ClipMetadata]:
     """Yield the metadata of every clip in a tar that decodes; count all clips in `result`."""
-    with open_stream(sibling_url(*tar)) as stream:
+    folder, shard = tar
+    with open_stream(sibling_url(folder, shard)) as stream:
         groups = MemberGroups(stream, LIMITS)
         for _, group in groups:
             key = group["__key__"]
@@ -161,7 +147,7 @@ def read_clip_metadata(tar: Tar, result: ShardResult) -> Iterator[ClipMetadata]:
             result.clips += 1
             result.seconds += clip.seconds
             yield ClipMetadata(
-                location=ClipLocation(*tar, key),
+                location={"folder": folder, "shard": shard, "key": key},
                 seconds=clip.seconds,
                 names=names_of(key, annotation),
                 file_hash=hashlib.blake2b(audio, digest_size=HASH_BYTES).digest(),
@@ -177,14 +163,10 @@ class ProbeClips:
 
     def __init__(self, clips: Sequence[ClipMetadata]):
         self._locations = [clip.location for clip in clips]
-        self._named: dict[str, list[int]] = defaultdict(list)
-        self._files: dict[bytes, list[int]] = defaultdict(list)
-        self._samples: dict[bytes, list[int]] = defaultdict(list)
+        self._known: dict[bytes | str, list[int]] = defaultdict(list)  # by hash and by name
         for number, clip in enumerate(clips):
-            self._files[clip.file_hash].append(number)
-            self._samples[clip.sample_hash].append(number)
-            for name in clip.names:
-                self._named[name].append(number)
+            for value in (clip.file_hash, clip.sample_hash, *clip.names):
+                self._known[value].append(number)
         self._fingerprints = FingerprintIndex(clip.fingerprint for clip in clips)
 
     def find_matches(self, clip: ClipMetadata) -> list[Match]:
@@ -193,10 +175,9 @@ class ProbeClips:
         At most `MATCHES_PER_CLIP` are returned.
         """
         evidence: dict[int, list[dict[str, Any]]] = defaultdict(list)
-        for number in self._files.get(clip.file_hash, ()):
-            evidence[number].append({"kind": "bytes"})
-        for number in self._samples.get(clip.sample_hash, ()):
-            evidence[number].append({"kind": "samples"})
+        for kind, value in (("bytes", clip.file_hash), ("samples", clip.sample_hash)):
+            for number in self._known.get(value, ()):
+                evidence[number].append({"kind": kind})
         for segment in self._fingerprints.search(clip.fingerprint):
             evidence[segment.clip].append(
                 {
@@ -209,10 +190,10 @@ class ProbeClips:
                 }
             )
         for name in sorted(clip.names):
-            for number in self._named.get(name, ()):
+            for number in self._known.get(name, ()):
                 evidence[number].append({"kind": "name", "name": name})
         return [
-            Match(clip.location, self._locations[number], tuple(reasons))
+            {"train": clip.location, "probe": self._locations[number], "evidence": reasons}
             for number, reasons in list(evidence.items())[:MATCHES_PER_CLIP]
         ]
 
@@ -245,113 +226,24 @@ class Journal:
 
     def read(self) -> dict[Tar, ShardResult]:
         """Return the results of all recorded tars, or start a new journal if the key differs."""
-        done: dict[Tar, ShardResult] = {}
         lines = read_lines(self.path) if self.path.exists() else []
-        if not lines or lines[0] != self.key:
+        if lines[:1] != [self.key]:
             self.path.write_text(self.key + "\n", encoding="utf-8")
             return {}
+        done: dict[Tar, ShardResult] = {}
         for line in lines[1:]:
             try:
                 (folder, shard), result = json.loads(line)
             except ValueError:  # a line truncated by the interruption
                 continue
-            matches = [
-                Match(
-                    ClipLocation(**match["train"]),
-                    ClipLocation(**match["probe"]),
-                    tuple(match["evidence"]),
-                )
-                for match in result["matches"]
-            ]
-            skipped = Counter(result["skipped"])
-            done[folder, shard] = ShardResult(**{**result, "skipped": skipped, "matches": matches})
+            result["skipped"] = Counter(result["skipped"])
+            done[folder, shard] = ShardResult(**result)
         return done
 
     def add(self, tar: Tar, result: ShardResult) -> None:
         """Append the result of one tar."""
-        content = {**vars(result), "matches": [asdict(match) for match in result.matches]}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([tar, content]) + "\n")
-
-
-@dataclass(frozen=True)
-class Audit:
-    """A finished audit.
-
-    Attributes:
-        train, probes: one entry per folder compared, with the keys `root`, `fingerprint`, `clips`,
-            `seconds` and `skipped`.
-        matches: the overlapping pairs.
-        seconds_taken: wall-clock time of this run, without tars that an interrupted run had read.
-    """
-
-    train: list[dict[str, Any]]
-    probes: list[dict[str, Any]]
-    matches: list[Match]
-    seconds_taken: float
-
-    @property
-    def excluded(self) -> dict[ClipLocation, list[Match]]:
-        """The matches, grouped by training clip."""
-        found: dict[ClipLocation, list[Match]] = defaultdict(list)
-        for match in self.matches:
-            found[match.train].append(match)
-        return found
-
-    def counts(self) -> dict[str, Any]:
-        """Return how much was compared and how much overlaps."""
-        by_kind = Counter(kind for match in self.matches for kind in sorted(_kinds([match])))
-        found = {match.probe for match in self.matches}
-        by_folder = Counter(location.folder for location in found)
-        return {
-            "train_clips": sum(folder["clips"] for folder in self.train),
-            "train_hours": round(sum(folder["seconds"] for folder in self.train) / 3600, 3),
-            "probe_clips": sum(folder["clips"] for folder in self.probes),
-            "train_clips_that_overlap": len(self.excluded),
-            "probe_clips_in_training": len(found),
-            "probe_clips_in_training_by_folder": {
-                folder["root"]: by_folder[folder["root"]] for folder in self.probes
-            },
-            "pairs": len(self.matches),
-            "pairs_by_evidence": dict(by_kind),
-        }
-
-    def summary(self) -> str:
-        """Return a human-readable summary of one paragraph."""
-        counts = self.counts()
-        text = (
-            f"{counts['train_clips']} training clips ({counts['train_hours']:.2f} h) against "
-            f"{counts['probe_clips']} probe clips: {counts['train_clips_that_overlap']} overlap"
-        )
-        if self.matches:
-            kinds = counts["pairs_by_evidence"].items()
-            listed = ", ".join(f"{count} by {kind}" for kind, count in kinds)
-            text += f" with {counts['probe_clips_in_training']} probe clips (pairs: {listed})"
-        unread = sum(sum(folder["skipped"].values()) for folder in (*self.train, *self.probes))
-        if unread:
-            text += f". {unread} clips could not be read and were not compared"
-        return f"{text}."
-
-    def write(self, out: Path) -> None:
-        """Write `audit.json` and `exclude.jsonl`."""
-        roots = {folder["root"]: folder["fingerprint"] for folder in self.train}
-        lines = [
-            {
-                "fingerprint": roots[location.folder],
-                **asdict(location),
-                "probe": matches[0].probe.key,
-                "evidence": sorted(_kinds(matches)),
-            }
-            for location, matches in self.excluded.items()
-        ]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_text(out / EXCLUDE_NAME, text)
-        content = {"release": __version__, "settings": SETTINGS, "counts": self.counts()}
-        write_json(out / AUDIT_NAME, {**content, **asdict(self)})
-
-
-def _kinds(matches: Sequence[Match]) -> set[str]:
-    return {reason["kind"] for match in matches for reason in match.evidence}
+            file.write(json.dumps([tar, vars(result)]) + "\n")
 
 
 def run_audit(
@@ -361,7 +253,7 @@ def run_audit(
     *,
     workers: int | None = None,
     progress: bool = True,
-) -> Audit:
+) -> dict[str, Any]:
     """Compare training shards with probe shards and write the result to `out`.
 
     Args:
@@ -370,6 +262,11 @@ def run_audit(
         out: folder for `audit.json` and `exclude.jsonl`.
         workers: number of processes; by default one per available core.
         progress: whether to show progress bars.
+
+    Returns:
+        The content of `audit.json`: the settings, the folders compared (`train`, `probes`), the
+        `matches`, their `counts`, and `seconds_taken` by this run, without the tars that an
+        interrupted run had read.
 
     Raises:
         UserError: there are no shards, no probe clip could be read, `out` cannot be written, or a
@@ -403,19 +300,42 @@ def run_audit(
                 for tar, result in zip(tars, tracked, strict=True):
                     done[tar] = result
                     journal.add(tar, result)
-            audit = Audit(
-                _folders(train_indices, done),
-                _folders(probe_indices, tested),
-                [match for tar in _tars(train_indices) for match in done[tar].matches],
-                round(time.monotonic() - started, 1),
-            )
-            audit.write(out)
+            folders = _folders(train_indices, done), _folders(probe_indices, tested)
+            matches = [match for tar in _tars(train_indices) for match in done[tar].matches]
+            audit = {
+                "release": __version__,
+                "settings": SETTINGS,
+                "counts": _count(*folders, matches),
+                "train": folders[0],
+                "probes": folders[1],
+                "matches": matches,
+                "seconds_taken": round(time.monotonic() - started, 1),
+            }
+            write_text(out / EXCLUDE_NAME, "".join(_exclusions(folders[0], matches)))
+            write_json(out / AUDIT_NAME, audit)
             journal.path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"Cannot read the shards, or write to {out}: {error.strerror or error}."
             ) from None
     return audit
+
+
+def summarize(audit: dict[str, Any]) -> str:
+    """Return a human-readable summary of an `audit.json`, one paragraph."""
+    counts = audit["counts"]
+    text = (
+        f"{counts['train_clips']} training clips ({counts['train_hours']:.2f} h) against "
+        f"{counts['probe_clips']} probe clips: {counts['train_clips_that_overlap']} overlap"
+    )
+    if counts["pairs"]:
+        kinds = counts["pairs_by_evidence"].items()
+        listed = ", ".join(f"{count} by {kind}" for kind, count in kinds)
+        text += f" with {counts['probe_clips_in_training']} probe clips (pairs: {listed})"
+    folders = (*audit["train"], *audit["probes"])
+    if unread := sum(sum(folder["skipped"].values()) for folder in folders):
+        text += f". {unread} clips could not be read and were not compared"
+    return f"{text}."
 
 
 def read_audit(path: Path) -> dict[str, Any]:
@@ -442,6 +362,52 @@ def unaudited(audit: dict[str, Any], side: str, roots: Sequence[str]) -> list[st
     ]
 
 
+def _count(
+    train: Sequence[Folder], probes: Sequence[Folder], matches: Sequence[Match]
+) -> dict[str, Any]:
+    """Return how much was compared and how much overlaps."""
+    by_kind = Counter(kind for match in matches for kind in sorted(_kinds([match])))
+    found = {tuple(match["probe"].values()) for match in matches}
+    by_folder = Counter(folder for folder, *_ in found)
+    return {
+        "train_clips": sum(folder["clips"] for folder in train),
+        "train_hours": round(sum(folder["seconds"] for folder in train) / 3600, 3),
+        "probe_clips": sum(folder["clips"] for folder in probes),
+        "train_clips_that_overlap": len(_by_train_clip(matches)),
+        "probe_clips_in_training": len(found),
+        "probe_clips_in_training_by_folder": {
+            folder["root"]: by_folder[folder["root"]] for folder in probes
+        },
+        "pairs": len(matches),
+        "pairs_by_evidence": dict(by_kind),
+    }
+
+
+def _exclusions(train: Sequence[Folder], matches: Sequence[Match]) -> Iterator[str]:
+    """Yield the lines of `exclude.jsonl`, one for each training clip that overlaps."""
+    fingerprints = {folder["root"]: folder["fingerprint"] for folder in train}
+    for own in _by_train_clip(matches).values():
+        location = own[0]["train"]
+        line = {
+            "fingerprint": fingerprints[location["folder"]],
+            **location,
+            "probe": own[0]["probe"]["key"],
+            "evidence": sorted(_kinds(own)),
+        }
+        yield json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _by_train_clip(matches: Sequence[Match]) -> dict[tuple[str, ...], list[Match]]:
+    found: dict[tuple[str, ...], list[Match]] = defaultdict(list)
+    for match in matches:
+        found[tuple(match["train"].values())].append(match)
+    return found
+
+
+def _kinds(matches: Sequence[Match]) -> set[str]:
+    return {reason["kind"] for match in matches for reason in match["evidence"]}
+
+
 def _open_all(roots: Sequence[str]) -> list[ShardIndex]:
     return [index for root in dict.fromkeys(roots) for _, index in open_indices(root)]
 
@@ -455,9 +421,7 @@ def _journal_key(*sides: Sequence[ShardIndex]) -> str:
     return hashlib.sha256(json.dumps([identity, SETTINGS, __version__]).encode()).hexdigest()
 
 
-def _folders(
-    indices: Sequence[ShardIndex], results: Mapping[Tar, ShardResult]
-) -> list[dict[str, Any]]:
+def _folders(indices: Sequence[ShardIndex], results: Mapping[Tar, ShardResult]) -> list[Folder]:
     folders = []
     for index in indices:
         parts = [results[tar] for tar in _tars([index])]

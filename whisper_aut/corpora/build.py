@@ -29,6 +29,7 @@ from whisper_aut.errors import SkipReason, SkipSample, UserError
 from whisper_aut.utils import available_cores, parallel_map, progress_bar, read_json
 
 RECIPE_VERSION = 3  # increase it when the same inputs result in different shards
+PATHS = ("manifest", "audio_root", "out")  # of a spec; the same files at other paths are equal
 SKIPPED_NAME = "skipped.jsonl"
 SUFFIX_OF_FORMAT = {"FLAC": "flac", "WAV": "wav", "WAVEX": "wav", "OGG": "ogg", "MP3": "mp3"}
 LOSSY = ("VORBIS", "OPUS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
@@ -169,17 +170,14 @@ class SkipLog:
 @contextmanager
 def _skip_log(out: Path) -> Iterator[SkipLog]:
     """Write `OUT/skipped.jsonl`, also if the build fails, because it explains the failure."""
-    path, partial_path = out / SKIPPED_NAME, out / f".{SKIPPED_NAME}.partial"
     out.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    try:
-        with partial_path.open("w", encoding="ascii") as file:
+    path = out / SKIPPED_NAME
+    with path.open("w", encoding="ascii") as file:
+        try:
             yield SkipLog(file)
-    finally:
-        if partial_path.stat().st_size:
-            os.replace(partial_path, path)
-        else:
-            partial_path.unlink()
+        finally:
+            if not file.tell():
+                path.unlink()
 
 
 @dataclass(frozen=True)
@@ -297,9 +295,10 @@ def _survey(
     manifest: Manifest, settings: dict[str, Any]
 ) -> tuple[str, int, tuple[str, ...], SkipLog]:
     """Look up all audio files without opening them; return recipe, row count, splits and skips."""
-    spec = asdict(manifest.spec)
-    del spec["manifest"], spec["audio_root"]
-    content = {"version": RECIPE_VERSION, "spec": spec, "manifest": manifest.digest(), **settings}
+    spec = {name: value for name, value in asdict(manifest.spec).items() if name not in PATHS}
+    with manifest.path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    content = {"version": RECIPE_VERSION, "spec": spec, "manifest": digest, **settings}
     recipe = hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode())
     rows, splits, skips = 0, {}, SkipLog()
     for rows, row in enumerate(manifest.entries(), 1):  # noqa: B007 (number of rows)

@@ -1,17 +1,17 @@
 """Read a manifest, a table of audio files and texts, into one checked entry per clip.
 
-A `ManifestSpec` says what the columns mean. `corpora.tables.read_rows` reads the table.
+The table is CSV, TSV or JSON Lines. A `ManifestSpec` says what its columns mean.
 """
 
-import hashlib
+import csv
 import math
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from whisper_aut.corpora.tables import check_table, read_columns, read_rows
 from whisper_aut.data.annotation import (
     DOMAINS,
     MAX_JSON_BYTES,
@@ -21,10 +21,14 @@ from whisper_aut.data.annotation import (
     Template,
     find_text,
     has_value,
+    parse_json,
     plain,
 )
 from whisper_aut.errors import SkipReason, SkipSample, UserError, nearest
+from whisper_aut.schema import Text
 
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".json")
 AUDIO_COLUMNS = (
     *("audio", "path", "file", "filename"),
     *("audio_path", "wav", "audio_filepath", "file_name"),
@@ -64,20 +68,20 @@ class ManifestSpec:
         split_by: column whose values each get their own folder of shards.
     """
 
-    manifest: Path
-    audio_root: Path | None = None
-    audio: str = ""
-    text: str = ""
-    label: str = ""
-    offset: str = ""
-    duration: str = ""
-    domain: str = ""
-    task: str = ""
-    language: str = ""
-    source: str = ""
-    licence: str = ""
-    where: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    split_by: str = ""
+    manifest: Text | Path
+    audio_root: Text | Path = ""
+    audio: Text = ""
+    text: Text = ""
+    label: Text = ""
+    offset: Text = ""
+    duration: Text = ""
+    domain: Text = ""
+    task: Text = ""
+    language: Text = ""
+    source: Text = ""
+    licence: Text = ""
+    where: Mapping[str, Sequence[Text]] = field(default_factory=dict)
+    split_by: Text = ""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class Manifest:
 
     def __init__(self, spec: ManifestSpec):
         self.path = Path(spec.manifest)
-        check_table(self.path)
+        _check_table(self.path)
         if spec.domain not in ("", *DOMAINS):
             raise UserError(
                 f"Domain {spec.domain!r} is not one of "
@@ -155,11 +159,6 @@ class Manifest:
             raise self._missing_column("text", (*TEXT_FIELDS, "label"))
         for column in (*spec.where, *filter(None, [spec.split_by])):
             self._check_column("where" if column in spec.where else "split-by", column)
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def entries(self) -> Iterator[Entry | SkippedRow]:
         """Yield one item per row that `where` keeps, in order; keys are unique.
@@ -319,3 +318,133 @@ def _unique(key: str, seen: dict[str, int]) -> str:
         candidate = f"{key}-{seen[key]}"
     seen[candidate] = 1
     return candidate
+
+
+def _check_table(path: Path) -> None:
+    """Check that `path` is a file whose suffix is one of `TABLE_SUFFIXES`.
+
+    Raises:
+        UserError: there is no such file, or its suffix is not supported.
+    """
+    if not path.exists():
+        there = (
+            sorted(p.name for p in path.parent.glob("*") if p.suffix.lower() in TABLE_SUFFIXES)
+            if path.parent.is_dir()
+            else []
+        )
+        listed = f" There: {', '.join(there[:10])}." if there else ""
+        raise UserError(
+            f"There is no manifest {path.absolute()}.{nearest(path.name, there)}{listed}"
+        )
+    if not path.is_file() or path.suffix.lower() not in TABLE_SUFFIXES:
+        raise UserError(
+            f"{path} is not a manifest: expected a file that ends in {', '.join(TABLE_SUFFIXES)}."
+        )
+
+
+def read_columns(path: Path) -> tuple[str, ...]:
+    """Return the names of all columns in order of appearance.
+
+    Raises:
+        UserError: the file has no readable row.
+    """
+    columns, number, fault = {}, 0, ""
+    for number, row in read_rows(path):
+        if isinstance(row, str):
+            fault = fault or f" Line {number}: {row}."
+            continue
+        columns.update(dict.fromkeys(row))
+        if path.suffix.lower() in DELIMITERS:
+            break  # the header line names all columns
+    if not columns:
+        raise UserError(
+            f"{path} holds {'no row that can be read' if number else 'no rows'}.{fault}"
+        )
+    return tuple(columns)
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
+    """Yield `(line number, row)`. For an unreadable row, yield an error message instead of the row.
+
+    Columns without a name are dropped, such as the index that pandas writes first.
+
+    Raises:
+        UserError: the file cannot be parsed: it is not UTF-8, its header is unreadable or repeats
+            a column, a quote is never closed, or it is one JSON array.
+    """
+    delimiter = DELIMITERS.get(path.suffix.lower())
+    return _json_rows(path) if delimiter is None else _csv_rows(path, delimiter)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        if number == 1 and line.lstrip().startswith("["):
+            raise UserError(
+                f"{path} is one JSON array; expected one object a line. Convert it: "
+                f"jq -c '.[]' {path.name} > rows.jsonl"
+            )
+        try:
+            row = parse_json(line)
+        except (ValueError, RecursionError) as error:
+            yield number, f"not JSON: {error}"
+        else:
+            if isinstance(row, dict):
+                yield number, {name: value for name, value in row.items() if name}
+            else:
+                yield number, f"expected an object, found {type(row).__name__}"
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Row | str]]:
+    csv.field_size_limit(MAX_JSON_BYTES)
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    reader = csv.reader(_lines(path), delimiter=delimiter, quoting=quoting, strict=True)
+    header: list[str] = []
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if not header:
+                raise UserError(f"The header line of {path} cannot be read: {error}.") from None
+            # An unclosed quote swallows all rows that follow.
+            if "unexpected end of data" in str(error):
+                raise UserError(
+                    f"A quote in the row that begins at line {start} of {path} is never closed."
+                ) from None
+            yield reader.line_num, str(error)
+            continue
+        if not cells:
+            continue
+        if not header:
+            header = _checked_header(path, cells)
+        elif len(cells) != len(header):
+            yield reader.line_num, f"{len(cells)} cells where the header has {len(header)}"
+        else:
+            cells_of = zip(header, cells, strict=True)
+            yield reader.line_num, {name: cell for name, cell in cells_of if name}
+
+
+def _checked_header(path: Path, cells: list[str]) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    if twice:
+        raise UserError(f"{path} has the column {twice[0]!r} twice. Rename one of them.")
+    return header
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                guess = "UTF-16" if raw.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "LATIN1"
+                raise UserError(
+                    f"Line {number} of {path} is not UTF-8 (byte 0x{raw[error.start]:02x}). "
+                    f"Convert it, for instance from {guess}: "
+                    f"iconv -f {guess} -t UTF-8 {path.name} > utf8{path.suffix}"
+                ) from None

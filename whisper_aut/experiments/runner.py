@@ -250,8 +250,7 @@ class ArmEvaluator:
             out = self.folder / f"audit-{number}"
             audit = read_audit(out / AUDIT_NAME)
             if not audit or unaudited(audit, "train", train) or unaudited(audit, "probes", tested):
-                run_audit(train, tested, out)
-                audit = read_audit(out / AUDIT_NAME)
+                audit = run_audit(train, tested, out)
             counts = audit["counts"]
             lines.append(
                 f"{counts['train_clips']} training clips ({', '.join(train)}) and "

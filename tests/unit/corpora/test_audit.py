@@ -139,8 +139,8 @@ def test_a_stopped_audit_resumes(
     assert (
         len(seen) == len(open_index(train).shards) + 1
     )  # only the tar that was cut short is read again
-    assert resumed.matches == whole.matches
-    assert resumed.counts() == whole.counts()
+    assert resumed["matches"] == whole["matches"]
+    assert resumed["counts"] == whole["counts"]
     assert not (tmp_path / "stopped" / ".audit.jsonl").exists()
 
 

@@ -318,7 +318,9 @@ def test_rows_say_which_clips_belong_together(
 
 
 def test_one_module_and_its_yaml_add_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "hums.py").write_text("def hums(raw):\n    yield {'audio': 'a.wav', 'text': 'a hum'}\n")
+    (tmp_path / "hums.py").write_text(
+        "def hums(raw):\n    yield {'audio': 'a.wav', 'text': 'a hum'}\n"
+    )
     (tmp_path / "hums.yaml").write_text("hums: {title: Hums, domain: sound, licence: CC0-1.0}\n")
     monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path)])
     loaded = recipes.load_recipes()

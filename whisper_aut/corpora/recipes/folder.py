@@ -8,9 +8,8 @@ rows come from that, with the usual column names for audio, class and split.
 import re
 from pathlib import Path
 
-from whisper_aut.corpora.manifest import AUDIO_COLUMNS
+from whisper_aut.corpora.manifest import AUDIO_COLUMNS, TABLE_SUFFIXES, read_columns, read_rows
 from whisper_aut.corpora.recipes.base import AUDIO_SUFFIXES, Rows, audio_files
-from whisper_aut.corpora.tables import TABLE_SUFFIXES, read_columns, read_rows
 from whisper_aut.errors import UserError
 
 SPLIT_NAME = re.compile(
