@@ -1,0 +1,111 @@
+"""Write the tables of the field suite from the scores in docs/results/field.
+
+    python benchmarks/field/tables.py docs/results/field --baseline whisper-base@30s > table.md
+
+Each folder holds one encoder's scores, written by `score.py`. Folders called NAME-0, NAME-1 … are
+trainings of one recipe with different seeds. They are shown as a mean with the 95 % t interval over
+trainings, and compared with the baseline's score by a t test in which the training is the unit.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.field.score import KINDS
+from whisper_aut.probes.results import Scores
+from whisper_aut.probes.stats import holm
+from whisper_aut.utils import read_json
+
+TRANSFER = ("keywords", "tuxpaint", "fsdd", "esc10_5fold", "instruments_5fold")
+IN_DOMAIN = ("us8k_fold10", "gmnotes")
+PRIMARY = ("linear", "esc10_5fold")
+WER = {"WER kerstin (German)": "kerstin", "WER kathleen (English)": "kathleen"}
+
+
+def read_encoder(folder: Path) -> dict[str, float]:
+    """Return all values of one encoder in percent, by the names of the tables' rows."""
+    values: dict[str, float] = {}
+    texts = read_json(folder / "texts.json", default={})
+    recognized = {corpus: found["wer_transcription"] for corpus, found in texts.items()}
+    for kind in KINDS:
+        entries = Scores.load(folder / f"{kind}.json").entries
+        weighted = {entry.task: (entry.weight, entry.mean) for entry in entries}
+        domains = {entry.task: entry.domain for entry in entries}
+        for task, (_, score) in weighted.items():
+            values[f"{kind} {task}"] = 100 * score
+        for label, tasks in (("transfer", TRANSFER), ("in-domain", IN_DOMAIN)):
+            for domain in ("speech", "sound", "music"):
+                own = [weighted[task] for task in tasks if domains[task] == domain]
+                if own:
+                    values[f"{kind} {domain}, {label}"] = 100 * weighted_mean(own)
+        pairs = list(weighted.values())
+        values[f"{kind} average"] = 100 * weighted_mean(pairs)
+        if recognized:
+            pairs += [
+                (texts[corpus]["clips"], max(0.0, 1 - wer)) for corpus, wer in recognized.items()
+            ]
+            values[f"{kind} average with ASR"] = 100 * weighted_mean(pairs)
+    for row, corpus in WER.items():
+        if corpus in recognized:
+            values[row] = 100 * recognized[corpus]
+    return values
+
+
+def weighted_mean(pairs: Sequence[tuple[float, float]]) -> float:
+    weights, values = zip(*pairs, strict=True)
+    return float(np.average(values, weights=weights))
+
+
+def half_width(values: np.ndarray) -> float:
+    """Return half of the 95 % t interval of the mean."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+
+
+def compare(rows: Sequence[str], runs: Sequence[dict[str, float]], base: dict[str, float]) -> None:
+    """Print the differences of a recipe from the baseline: primary first, then with Holm's p."""
+    found = []
+    for row in rows:
+        if row in base and all(row in run for run in runs):
+            differences = np.array([run[row] - base[row] for run in runs])
+            p_value = float(stats.ttest_1samp(differences, 0.0).pvalue)  # pyright: ignore
+            found.append((row, differences.mean(), half_width(differences), p_value))
+    primary = " ".join(PRIMARY)
+    others = [entry for entry in found if entry[0] != primary]
+    adjusted = dict(zip([row for row, *_ in others], holm([p for *_, p in others]), strict=True))
+    print("| | change | 95 % interval | p |\n|:---|---:|---:|---:|")
+    for row, mean, width, p_value in sorted(found, key=lambda entry: entry[0] != primary):
+        shown = f"{p_value:.2g} (primary)" if row == primary else f"{adjusted[row]:.2g} (Holm)"
+        print(f"| {row} | {mean:+.1f} | {mean - width:+.1f} … {mean + width:+.1f} | {shown} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--baseline", default="whisper-base@30s")
+    options = parser.parse_args()
+    recipes: dict[str, list[dict[str, float]]] = {}
+    for folder in sorted(path for path in options.folder.iterdir() if path.is_dir()):
+        recipes.setdefault(re.sub(r"-\d+$", "", folder.name), []).append(read_encoder(folder))
+    rows = list(dict.fromkeys(row for runs in recipes.values() for run in runs for row in run))
+    counts = (f" (n = {len(runs)})" if len(runs) > 1 else "" for runs in recipes.values())
+    heads = [f"{name}{count}" for name, count in zip(recipes, counts, strict=True)]
+    print(f"| | {' | '.join(heads)} |\n|:---|{'---:|' * len(heads)}")
+    for row in rows:
+        cells = []
+        for runs in recipes.values():
+            values = np.array([run[row] for run in runs if row in run])
+            cell = f"{values.mean():.1f}" if len(values) else "–"
+            cells.append(f"{cell} ± {half_width(values):.1f}" if len(values) > 1 else cell)
+        print(f"| {row} | {' | '.join(cells)} |")
+    for name, runs in recipes.items():
+        if len(runs) > 1:
+            print(f"\n{name} against {options.baseline}, {len(runs)} trainings:\n")
+            compare(rows, runs, recipes[options.baseline][0])
+
+
+if __name__ == "__main__":
+    main()
