@@ -22,6 +22,12 @@ from whisper_aut.inference.encoder import (
     split_padding,
     trained_padding,
 )
+from whisper_aut.inference.other_encoders import (
+    MODEL_TYPES,
+    load_custom_encoder,
+    load_other_encoder,
+    model_type,
+)
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.encoder import PackedEncoder, Padding
 from whisper_aut.models.module import AudioTextModule
@@ -31,7 +37,7 @@ from whisper_aut.probes.tasks import ProbeTask, expand_suites, load_task
 from whisper_aut.training.factory import build_trained
 from whisper_aut.training.run_dir import RunDirectory
 
-LOGMEL, RANDOM_PREFIX = "logmel", "random:"
+LOGMEL, CUSTOM, WHISPER, RANDOM_PREFIX = "logmel", "custom", "whisper", "random:"
 
 
 def open_run(path: Path, *, device: str = "cpu", dtype: str = "fp32") -> AudioTextModule:
@@ -102,21 +108,42 @@ def open_encoder(name: str, padding: Padding | None, **options: Any) -> FrameEnc
     """Load an encoder by its name on the command line.
 
     Args:
-        name: path, hub id, `logmel`, or `random:PATH`.
-        padding: for encoders whose name has no padding mode.
+        name: a run, path or hub id of a Whisper or of another model of transformers,
+            `random:PATH`, `FILE.py:CLASS` (see `load_custom_encoder`), or `logmel`.
+        padding: for Whispers whose name has no padding mode.
         options: `device` and `dtype` of `load_encoder`.
 
     Raises:
-        UserError: there is no such encoder, or `logmel` is given a padding mode.
+        UserError: there is no such encoder, or one other than a Whisper is given a padding mode.
     """
     path, given_padding = split_padding(name)
-    if path == LOGMEL:
-        if given_padding:
-            raise UserError(f"{name}: log-mel statistics have no padding mode. Write {LOGMEL}.")
+    random_init, path = path.startswith(RANDOM_PREFIX), path.removeprefix(RANDOM_PREFIX)
+    kind = _encoder_kind(path)
+    if kind == WHISPER:
+        padding = given_padding or padding
+        return load_encoder(path, padding=padding, random_init=random_init, **options)
+    if given_padding:
+        raise UserError(f"{name}: only Whispers have a padding mode. Write {path}.")
+    if kind == LOGMEL:
         return LogMelBaseline()
-    random_init = path.startswith(RANDOM_PREFIX)
-    name, padding = name.removeprefix(RANDOM_PREFIX), given_padding or padding
-    return load_encoder(name, padding=padding, random_init=random_init, **options)
+    if kind == CUSTOM:
+        return load_custom_encoder(path, **options)
+    if kind in MODEL_TYPES:
+        return load_other_encoder(path, random_init=random_init, **options)
+    raise UserError(
+        f"{path} is a {kind!r} model. Encoders can be {WHISPER}, {', '.join(MODEL_TYPES)}, or any "
+        "class FILE.py:CLASS that takes audio [B, S] and returns frames [B, T, D]."
+    )
+
+
+def _encoder_kind(path: str) -> str:
+    """Return `LOGMEL`, `CUSTOM` or a model type."""
+    if path == LOGMEL:
+        return LOGMEL
+    if ".py:" in path:
+        return CUSTOM
+    run = is_run(Path(path)) or (Path(path) / "export" / "encoder").is_dir()
+    return WHISPER if run else model_type(path) or WHISPER
 
 
 def encoder_names(given: Sequence[str]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from whisper_aut.probes.embed import EmbedSettings
 from whisper_aut.probes.suite import run_suite
 from whisper_aut.utils import read_json, write_json
 
-KINDS = ("linear", "mlp", "knn")
+KINDS = ("linear", "knn", "mlp")
 TEXTS = {"kerstin": ("train", "valid", "test"), "kathleen": ("test",)}
 
 
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--generator", help="a run or a Whisper, as for `whisper-aut evaluate`")
     parser.add_argument("--root", type=Path, default=Path("data/field"))
     parser.add_argument("--cache", type=Path, default=Path("runs/field_embeddings"))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--out", type=Path, required=True, help="its name is the encoder's")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -35,7 +36,7 @@ def main() -> None:
     if options.generator:
         write_texts(options.generator, options.root, options.out / "texts.json")
     encoder = open_encoder(options.encoder, None)
-    for kind in KINDS:
+    for kind in options.kinds:
         start = time.perf_counter()
         scores = run_suite(
             {options.out.name: encoder},
