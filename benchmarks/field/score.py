@@ -23,7 +23,7 @@ TEXTS = {"kerstin": ("train", "valid", "test"), "kathleen": ("test",)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Score an encoder on the field suite.")
     parser.add_argument("encoder", help="as for `whisper-aut probe`, such as NAME@30s or logmel")
     parser.add_argument("--generator", help="a run or a Whisper, as for `whisper-aut evaluate`")
     parser.add_argument("--root", type=Path, default=Path("data/field"))

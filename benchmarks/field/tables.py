@@ -83,7 +83,7 @@ def compare(rows: Sequence[str], runs: Sequence[dict[str, float]], base: dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Write the tables of the field suite.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--baseline", default="whisper-base@30s")
     options = parser.parse_args()

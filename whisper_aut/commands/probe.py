@@ -92,8 +92,8 @@ def add_parsers(commands: Commands) -> None:
     add = command.add_argument
     add(
         "encoder",
-        help="a directory, a run or a hub id; `logmel` for log-mel statistics, `random:DIR` for "
-        "random weights; NAME@30s or NAME@none sets the padding mode",
+        help="a run, a directory or a hub id; `logmel` for log-mel statistics, `random:DIR` for "
+        "random weights, FILE.py:CLASS; NAME@30s or NAME@none sets the padding of a Whisper",
     )
     against = "encoder to compare with; may be repeated"
     add("--against", action="append", default=[], metavar="BASE", help=against)

@@ -294,5 +294,5 @@ def load_custom_encoder(name: str, *, device: str = "cpu", dtype: str = "fp32") 
             "audio [B, S] → frames [B, T, D]."
         )
     source = hashlib.sha256(path.read_bytes()).hexdigest()
-    encoder = CustomEncoder(model, model.sampling_rate, source)
+    encoder = CustomEncoder(model, int(model.sampling_rate), source)  # pyright: ignore
     return encoder.to(device=resolve_device(device), dtype=DTYPES[dtype])

@@ -146,12 +146,13 @@ def test_the_audio_tower_of_clap(tmp_path: Path):
 
 
 def test_heads_are_ignored_and_missing_weights_are_an_error(tmp_path: Path):
-    settings = SIZES | CONV | {"codevector_dim": 8, "proj_codevector_dim": 8}
+    settings: dict[str, Any] = SIZES | CONV | {"codevector_dim": 8, "proj_codevector_dim": 8}
     config = Wav2Vec2Config(**settings)
     pretraining = Wav2Vec2ForPreTraining(config)
     encoder = saved(tmp_path / "heads", pretraining, Wav2Vec2FeatureExtractor())
     assert encoder.encode(noise(1.0), 16_000)[0].shape == (49, 16)
-    deeper = Wav2Vec2Config(**settings | {"num_hidden_layers": 4})
+    settings["num_hidden_layers"] = 4
+    deeper = Wav2Vec2Config(**settings)
     deeper.save_pretrained(tmp_path / "heads")
     with pytest.raises(UserError, match=r"lacks \d+ weights of a model of this type"):
         open_encoder(str(tmp_path / "heads"), None)
