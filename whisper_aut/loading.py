@@ -87,20 +87,40 @@ def is_run(path: Path) -> bool:
     return RunDirectory(path).environment.is_file() or path.suffix == ".ckpt"
 
 
-def export_run(path: Path, out: Path, kind: ExportKind, dtype: str = "fp32", **card: str) -> Path:
+def export_run(
+    path: Path,
+    out: Path,
+    kind: ExportKind,
+    dtype: str = "fp32",
+    *,
+    interpolate: float = 1.0,
+    **card: str,
+) -> Path:
     """Export a trained model with a model card.
 
-    `path` is a run directory or one of its checkpoints. `dtype` is `fp32`, `bf16` or `fp16`. `card`
-    may contain `name` and `licence`, see `write_card`.
+    `path` is a run directory or one of its checkpoints. `dtype` is `fp32`, `bf16` or `fp16`.
+    `interpolate` is the fraction of the trained weights, see `export.hf.interpolated`. `card` may
+    contain `name` and `licence`, see `write_card`.
 
     Raises:
-        UserError: `path` is not a run, or the run cannot be exported as `kind`.
+        UserError: `path` is not a run, or the run cannot be exported as `kind`, or it has no
+            pretrained weights to interpolate with.
     """
     checkpoint, pretrained = find_checkpoint(path)
     run = RunDirectory(checkpoint.parent.parent)
-    padding = load_settings(run.config).model.padding
-    export_checkpoint(checkpoint, pretrained, out, kind, dtype=DTYPES[dtype], padding=padding)
-    write_card(run.path, out, kind, dtype, **card)
+    model = load_settings(run.config).model
+    if interpolate != 1 and model.random_init:
+        raise UserError(f"{run.path} started from random weights: nothing to interpolate with.")
+    export_checkpoint(
+        checkpoint,
+        pretrained,
+        out,
+        kind,
+        dtype=DTYPES[dtype],
+        padding=model.padding,
+        interpolate=interpolate,
+    )
+    write_card(run.path, out, kind, dtype, interpolate=interpolate, **card)
     return out
 
 

@@ -31,6 +31,7 @@ def write_card(
     kind: str,
     dtype: str = "fp32",
     *,
+    interpolate: float = 1.0,
     name: str = "",
     licence: str = UNKNOWN_LICENCE,
 ) -> Path:
@@ -41,18 +42,21 @@ def write_card(
         out: The folder of the export.
         kind: The export format, one of `hf.KINDS`.
         dtype: The name of the weights' precision.
+        interpolate: The fraction of the trained weights. The scores of the run are left out if it
+            is not 1, because they are those of the trained weights.
         name: The name in the usage snippet, such as the hub's `ORG/NAME`. Defaults to the name
             of the folder.
         licence: The licence of the weights, as the hub's identifier.
     """
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     environment = read_json(run / "environment.json", default={})
-    scores = read_json(run / "scores.json", default={})
+    scores = read_json(run / "scores.json", default={}) if interpolate == 1 else {}
     audit = read_json(run / "audit.json", default={})
     sources = _sources(config, environment)
     values = {
         "kind": kind,
         "dtype": dtype,
+        "interpolate": interpolate,
         "name": name or out.name,
         "version": __version__,
         "config": config,

@@ -112,6 +112,7 @@ def export_checkpoint(
     *,
     dtype: torch.dtype = torch.float32,
     padding: Padding = "none",
+    interpolate: float = 1.0,
 ) -> Path:
     """Export a checkpoint to a directory that other libraries load, and return the directory.
 
@@ -124,6 +125,7 @@ def export_checkpoint(
         dtype: The dtype of the exported weights. The ONNX graph is always float32.
         padding: The padding mode that the run was trained with. It is built into an ONNX graph
             and saved in `config.json`, from which `load_encoder` reads it.
+        interpolate: The fraction of the trained weights, see `interpolated`.
 
     Raises:
         UserError: The checkpoint is unusable or lacks the requested part, the encoder does not
@@ -131,6 +133,8 @@ def export_checkpoint(
     """
     _check_replaceable(out, pretrained)
     weights = read_checkpoint(checkpoint)
+    if interpolate != 1:
+        weights = interpolated(weights, pretrained, interpolate)
     full = out.absolute()  # Path(".") has an empty name
     partial = full.with_name(f".{full.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -142,6 +146,24 @@ def export_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def interpolated(
+    weights: dict[str, Tensor], pretrained: PretrainedWhisper, fraction: float
+) -> dict[str, Tensor]:
+    """Return `fraction` · trained + (1 − `fraction`) · pretrained weights, for all of Whisper.
+
+    This keeps more of what the pretrained checkpoint can do (WiSE-FT, arXiv 2109.01903).
+    """
+    parts: dict[str, nn.Module] = {}
+    if any(name.startswith(DECODER_PREFIX) for name in weights):
+        parts[DECODER_PREFIX] = pretrained.model.model.decoder
+    parts[ENCODER_PREFIX] = pretrained.encoder
+    mixed = dict(weights)
+    for prefix, module in parts.items():
+        for name, start in module.state_dict().items():
+            mixed[prefix + name] = torch.lerp(start, weights[prefix + name].float(), fraction)
+    return mixed
 
 
 def _check_replaceable(out: Path, pretrained: PretrainedWhisper) -> None:

@@ -219,3 +219,21 @@ def test_the_command_exports_and_says_how_to_load_the_export(
         "440.flac",
         "880.flac",
     ]
+
+
+def test_a_card_of_interpolated_weights_has_no_scores_of_the_trained_ones(
+    in_pipeline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cards = []
+    for fraction in ("1", "0.7"):
+        out = tmp_path / fraction
+        assert main(["export", str(RUN), "--out", str(out), "--interpolate", fraction]) == 0
+        cards.append((out / "README.md").read_text())
+    assert "model-index" in cards[0]
+    assert "WiSE-FT" not in cards[0]
+    assert "model-index" not in cards[1]
+    assert "0.7 × the trained and 0.3 × the pretrained weights" in cards[1]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["export", str(RUN), "--out", str(tmp_path / "2"), "--interpolate", "2"])
+    assert "2 is not between 0 and 1" in capsys.readouterr().err

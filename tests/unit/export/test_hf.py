@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,6 +179,30 @@ def test_precisions(checkpoint: Path, tiny_whisper: Path, tmp_path: Path):
     with pytest.raises(UserError, match="float32"):
         export_checkpoint(checkpoint, pretrained, tmp_path / "onnx", "onnx", dtype=torch.float16)
     assert not list(tmp_path.glob("*onnx*"))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "whisper"])
+def test_interpolated_weights_are_between_pretrained_and_trained(
+    kind: ExportKind, checkpoint: Path, life_size_whisper: Path, tmp_path: Path
+):
+    start = PretrainedWhisper(str(life_size_whisper))
+    trained = read_checkpoint(checkpoint)
+    library = WhisperModel if kind == "encoder" else WhisperForConditionalGeneration
+    for fraction in (0.0, 0.25, 1.0):
+        out = tmp_path / str(fraction)
+        export_checkpoint(checkpoint, start, out, kind, interpolate=fraction)
+        loaded: Any = library.from_pretrained(out)
+        model = loaded if kind == "encoder" else loaded.model
+        reference = start.model.model
+        pairs = [("encoder.whisper.", model.encoder, reference.encoder)]
+        if kind == "whisper":
+            pairs.append(("decoder.whisper.", model.decoder, reference.decoder))
+        for prefix, found, before in pairs:
+            for name, weight in found.state_dict().items():
+                expected = (1 - fraction) * before.state_dict()[name] + fraction * (
+                    trained[prefix + name]
+                )
+                torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_damaged_and_foreign_checkpoints_are_user_errors(checkpoint: Path, tmp_path: Path):
