@@ -32,6 +32,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from whisper_aut.audio.augment import AugmentSettings
 from whisper_aut.corpora.manifest import ManifestSpec
 from whisper_aut.data.annotation import text_template
 from whisper_aut.data.filters import parse_allowed_licence
@@ -191,12 +192,6 @@ def _check_licence(entry: str) -> str:
     return entry
 
 
-def _check_range(ends: tuple[float, float]) -> tuple[float, float]:
-    if ends[0] > ends[1]:
-        raise ValueError(f"{list(ends)} is not [lowest, highest]")
-    return ends
-
-
 def _check_finite(options: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(options, allow_nan=False)
@@ -219,9 +214,7 @@ TextTemplate = Annotated[Text, AfterValidator(_check_template)]
 Licence = Annotated[str, AfterValidator(_check_licence)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Speed = Annotated[float, Field(ge=0.5, le=2)]
 ClipSeconds = Annotated[float, Field(gt=0, le=30)]
-Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
 Options = Annotated[dict[str, Any], AfterValidator(_check_finite)]  # checked elsewhere
 Domain = Literal["speech", "sound", "music"]
 Logger = Literal["csv", "tensorboard", "wandb", "mlflow"]
@@ -310,26 +303,6 @@ class SourceSettings:
     weight: PositiveFloat | None = None
     licence: Text = ""
     text: TextTemplate = ""
-
-
-@dataclass(config=STRICT)
-class AugmentSettings:
-    """Augmentation of training clips. Validation clips are never augmented.
-
-    Attributes:
-        gain_db: the largest random gain, in either direction.
-        speeds: speed factors, one drawn per clip, such as [0.9, 1.0, 1.1].
-        noise: folders or URLs of shards, with sample tables, whose clips are mixed in as noise.
-        noise_probability: fraction of the training clips that get noise.
-        snr_db: lowest and highest signal-to-noise ratio.
-    """
-
-    spec: bool = True
-    gain_db: NonNegativeFloat = 0.0
-    speeds: Annotated[list[Speed], Field(min_length=1)] = field(default_factory=lambda: [1.0])
-    noise: list[Text] = field(default_factory=list)
-    noise_probability: Fraction = 0.5
-    snr_db: Range = (5.0, 30.0)
 
 
 @dataclass(config=STRICT)

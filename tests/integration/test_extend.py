@@ -71,3 +71,10 @@ def test_a_corpus_recipe_builds_shards(follow_section: Any):
     follow_section("Add a corpus recipe")
     assert files_written("Add a corpus recipe") == ["tones.yaml", "tones.py"]
     assert open_index("shards/tones/test").samples == 1
+
+
+def test_an_augmentation_changes_training(follow_section: Any):
+    run: Any = follow_section("Add an augmentation")["run"]
+    assert files_written("Add an augmentation") == ["echo.py"]
+    assert json.loads(run.done.read_text())["steps"] == 2
+    assert "custom:\n      echo:\n        delay_seconds: 0.2" in run.config.read_text()

@@ -5,19 +5,76 @@ one with a different number of workers, repeats them. Validation clips are never
 Park et al. 2019 (SpecAugment), Ko et al. 2015 (speed perturbation).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic.dataclasses
 import torch
+from pydantic import AfterValidator, Field, NonNegativeFloat
 from torch import Tensor
 from torchaudio import functional, transforms
 
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ
+from whisper_aut.errors import nearest
+from whisper_aut.schema import STRICT, Text
 
 # Keys of independent random streams; `data.sampler` uses 1 to 5.
-_WAVEFORM, _SPECTRUM, _NOISE = 6, 7, 8
+_WAVEFORM, _SPECTRUM, _NOISE, _CUSTOM = 6, 7, 8, 9
+
+# Further augmentations of the waveform by name, which `data.augment.custom` turns on. They are
+# called as `function(waveform, random, **options)` with `[S]` at 16 kHz, and return `[S]`.
+AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {}
+
+
+def _check_range(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError(f"{list(ends)} is not [lowest, highest]")
+    return ends
+
+
+def _check_custom(chosen: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    for name, options in chosen.items():
+        if name not in AUGMENTATIONS:
+            raise ValueError(
+                f"{name!r} is not an entry of AUGMENTATIONS in whisper_aut/audio/augment.py"
+                f"{nearest(name, AUGMENTATIONS)}"
+            )
+        try:
+            inspect.signature(AUGMENTATIONS[name]).bind(None, None, **options)
+        except TypeError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return chosen
+
+
+@pydantic.dataclasses.dataclass(config=STRICT)
+class AugmentSettings:
+    """The keys of `data.augment`. Validation clips are never augmented.
+
+    Attributes:
+        spec: mask bands and times of the log-mel, see `SpecAugment`.
+        gain_db: the largest random gain, in either direction.
+        speeds: speed factors, one drawn per clip, such as [0.9, 1.0, 1.1].
+        noise: folders or URLs of shards, with sample tables, whose clips are mixed in as noise.
+        noise_probability: fraction of the training clips that get noise.
+        snr_db: lowest and highest signal-to-noise ratio.
+        custom: options of entries of `AUGMENTATIONS`, applied last, in this order.
+    """
+
+    spec: bool = True
+    gain_db: NonNegativeFloat = 0.0
+    speeds: Annotated[list[Annotated[float, Field(ge=0.5, le=2)]], Field(min_length=1)] = field(
+        default_factory=lambda: [1.0]
+    )
+    noise: list[Text] = field(default_factory=list)
+    noise_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+    snr_db: Annotated[tuple[float, float], AfterValidator(_check_range)] = (5.0, 30.0)
+    custom: Annotated[dict[str, dict[str, Any]], AfterValidator(_check_custom)] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True)
@@ -43,25 +100,23 @@ class Augment:
     """Augments training clips.
 
     Args:
+        options: what to do.
         seed: seed of the run.
-        spectrum: SpecAugment settings; None leaves the log-mel unchanged.
-        gain_db: maximum change of loudness, up or down.
-        speeds: speed factors, one of which is drawn for each clip.
         noise: draws a recording of noise `[S]` at 16 kHz with a random generator, or returns None
             if the recording cannot be used; see `data.dataset.ShardNoise`.
-        noise_probability: fraction of clips that noise is added to.
-        snr_db: lowest and highest signal-to-noise ratio.
         max_seconds: a clip that its new speed would make longer than this keeps its own speed.
+        masks: number and widths of the masks of the log-mel.
     """
 
+    options: AugmentSettings
     seed: int = 0
-    spectrum: SpecAugment | None = None
-    gain_db: float = 0.0
-    speeds: Sequence[float] = (1.0,)
     noise: Callable[[np.random.Generator], Tensor | None] | None = None
-    noise_probability: float = 0.5
-    snr_db: tuple[float, float] = (5.0, 30.0)
     max_seconds: float = 30.0
+    masks: SpecAugment = SpecAugment()
+
+    def __post_init__(self) -> None:
+        # Functions, which spawned workers import, whereas their registry would be empty.
+        self.custom = [(AUGMENTATIONS[name], own) for name, own in self.options.custom.items()]
 
     def waveform(self, waveform: Tensor, position: int) -> Tensor:
         """Change the speed of a clip `[S]` at 16 kHz, add noise, and apply gain.
@@ -69,17 +124,23 @@ class Augment:
         Returns:
             `[S']`, where S' differs from S if the speed changed.
         """
+        options = self.options
         random = np.random.default_rng([self.seed, _WAVEFORM, position])
-        speed = float(random.choice(np.asarray(self.speeds)))
-        is_noisy, snr = random.random() < self.noise_probability, random.uniform(*self.snr_db)
-        gain = random.uniform(-self.gain_db, self.gain_db)
+        speed = float(random.choice(np.asarray(options.speeds)))
+        is_noisy = random.random() < options.noise_probability
+        snr = random.uniform(*options.snr_db)
+        gain = random.uniform(-options.gain_db, options.gain_db)
         if speed != 1.0 and len(waveform) / speed <= self.max_seconds * SAMPLE_RATE_HZ:
             waveform = change_speed(waveform, speed)
         if self.noise and is_noisy:
             noise = self._draw_noise(position, len(waveform))
             if noise is not None:
                 waveform = functional.add_noise(waveform, noise, torch.tensor(snr))
-        return functional.gain(waveform, gain) if gain else waveform
+        waveform = functional.gain(waveform, gain) if gain else waveform
+        for number, (function, own) in enumerate(self.custom):
+            random = np.random.default_rng([self.seed, _CUSTOM, number, position])
+            waveform = function(waveform, random, **own)
+        return waveform
 
     def mel(self, mel: Tensor, mel_length: int, position: int) -> Tensor:
         """Apply SpecAugment to a log-mel `[F', M]`; the mask value is the mean of the valid frames.
@@ -89,10 +150,9 @@ class Augment:
             mel_length: F, the valid frames. The silence after them is not masked.
             position: position of the clip in the order.
         """
-        spec = self.spectrum
-        if spec is None:
+        if not self.options.spec:
             return mel
-        masked = mel.clone()
+        spec, masked = self.masks, mel.clone()
         valid = masked[:mel_length]
         mean = valid.mean()  # a tensor on the device, so the host does not wait for it
         bins = round(spec.frequency_fraction * mel.shape[1])

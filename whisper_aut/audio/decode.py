@@ -86,11 +86,11 @@ class Header:
     seconds: float | None
 
 
-class _ForwardOnly(soundfile.SoundFile):
-    """Reads without seeking, because libsndfile cannot seek in a stream of unknown length."""
+class _Recording(soundfile.SoundFile):
+    """Reads without seeking where libsndfile cannot: in a stream of unknown length."""
 
     def seekable(self) -> bool:
-        return False
+        return self.frames != UNKNOWN_FRAMES and super().seekable()
 
 
 def decode(data: bytes, limits: ClipLimits) -> Clip:
@@ -104,17 +104,23 @@ def decode(data: bytes, limits: ClipLimits) -> Clip:
             outside the duration limits, or silent after the mix-down; or it has samples that are
             not finite or far above full scale.
     """
-    with _open_encoded(data, limits, soundfile.SoundFile) as file:
+    with _open_encoded(data, limits) as file:
         header = _checked_header(file, limits)
+        # One second more than the limit shows that a clip is too long, and bounds the cost of a
+        # wrong header.
+        frames = int((limits.max_seconds + 1) * file.samplerate)
+        samples = file.read(frames, dtype="float32")
         layout = channel_layout(file, data)
-        samples = _read_samples(file, limits) if header.seconds is not None else None
-    if samples is None:
-        with _open_encoded(data, limits, _ForwardOnly) as file:
-            samples = _read_samples(file, limits)
-    seconds = len(samples) / header.sample_rate_hz
-    _check_not_longer(seconds, limits)
-    _check_not_shorter(seconds, limits)
-    _check_range(samples)
+    _check_seconds(len(samples) / header.sample_rate_hz, limits)
+    low, high = float(samples.min()), float(samples.max())
+    if not (np.isfinite(low) and np.isfinite(high)):  # min and max propagate NaN and infinity
+        raise SkipSample(SkipReason.NON_FINITE, "NaN or infinite samples")
+    if (peak := max(-low, high)) > MAX_PEAK:
+        raise SkipSample(
+            SkipReason.OUT_OF_SCALE,
+            f"floats with a peak of {peak:g} where full scale is 1: divide integers by their own "
+            "full scale (32768 of 16 bits)",
+        )
     clip = Clip(mix_down(samples, layout), header.sample_rate_hz, header.codec)
     _check_not_silent(clip.samples, limits)
     return clip
@@ -163,11 +169,8 @@ def read_header(data: bytes, limits: ClipLimits) -> Header:
         SkipSample: the clip is empty, too large, not audio, or outside the duration limits
             according to its header.
     """
-    with _open_encoded(data, limits, soundfile.SoundFile) as file:
-        header = _checked_header(file, limits)
-    if header.seconds is not None:
-        _check_not_shorter(header.seconds, limits)
-    return header
+    with _open_encoded(data, limits) as file:
+        return _checked_header(file, limits)
 
 
 @contextmanager
@@ -181,7 +184,7 @@ def open_recording(path: Path) -> Iterator[soundfile.SoundFile]:
     joined_at, counted = _inspect_file(path, found.st_size, found.st_mtime_ns)
     _check_not_joined(joined_at)
     source = path if counted is None else io.BytesIO(counted)
-    with _skip_undecodable(), soundfile.SoundFile(source) as file:
+    with _skip_undecodable(), _Recording(source) as file:
         _check_format(file)
         if file.frames == UNKNOWN_FRAMES:
             raise SkipSample(
@@ -191,15 +194,13 @@ def open_recording(path: Path) -> Iterator[soundfile.SoundFile]:
 
 
 @contextmanager
-def _open_encoded(
-    data: bytes, limits: ClipLimits, opener: type[soundfile.SoundFile]
-) -> Iterator[soundfile.SoundFile]:
+def _open_encoded(data: bytes, limits: ClipLimits) -> Iterator[soundfile.SoundFile]:
     if not data:
         raise SkipSample(SkipReason.EMPTY, "0 bytes")
     if len(data) > limits.max_bytes:
         raise SkipSample(SkipReason.TOO_LARGE, f"{len(data)} bytes, limit {limits.max_bytes}")
     _check_not_joined(find_second_file(data))
-    with _skip_undecodable(), opener(io.BytesIO(add_length_header(data))) as file:
+    with _skip_undecodable(), _Recording(io.BytesIO(add_length_header(data))) as file:
         yield file
 
 
@@ -238,18 +239,12 @@ def _skip_undecodable() -> Iterator[None]:
         raise SkipSample(SkipReason.UNDECODABLE, str(error)) from None
 
 
-def _read_samples(file: soundfile.SoundFile, limits: ClipLimits) -> np.ndarray:
-    # One second more than the limit shows that a clip is too long, and bounds the cost of a wrong
-    # header.
-    return file.read(int((limits.max_seconds + 1) * file.samplerate), dtype="float32")
-
-
 def _checked_header(file: soundfile.SoundFile, limits: ClipLimits) -> Header:
     _check_format(file)
     rate = file.samplerate
     seconds = None if file.frames == UNKNOWN_FRAMES else file.frames / rate
     if seconds is not None:
-        _check_not_longer(seconds, limits)
+        _check_seconds(seconds, limits)
     return Header(rate, file.channels, f"{file.format}/{file.subtype}", seconds)
 
 
@@ -260,29 +255,14 @@ def _check_format(file: soundfile.SoundFile) -> None:
         raise SkipSample(SkipReason.UNDECODABLE, f"{file.channels} channels")
 
 
-def _check_not_longer(seconds: float, limits: ClipLimits) -> None:
+def _check_seconds(seconds: float, limits: ClipLimits) -> None:
     # Half a millisecond of tolerance: codecs and resamplers round a 30 s clip by a sample.
     if seconds > limits.max_seconds + 5e-4:
         raise SkipSample(SkipReason.TOO_LONG, f"{seconds:.3f} s, limit {limits.max_seconds:g} s")
-
-
-def _check_not_shorter(seconds: float, limits: ClipLimits) -> None:
     if not seconds:
         raise SkipSample(SkipReason.EMPTY, "no samples")
     if seconds < limits.min_seconds:
         raise SkipSample(SkipReason.TOO_SHORT, f"{seconds:.3f} s, limit {limits.min_seconds:g} s")
-
-
-def _check_range(samples: np.ndarray) -> None:
-    low, high = float(samples.min()), float(samples.max())
-    if not (np.isfinite(low) and np.isfinite(high)):  # min and max propagate NaN and infinity
-        raise SkipSample(SkipReason.NON_FINITE, "NaN or infinite samples")
-    if (peak := max(-low, high)) > MAX_PEAK:
-        raise SkipSample(
-            SkipReason.OUT_OF_SCALE,
-            f"floats with a peak of {peak:g} where full scale is 1: divide integers by their own "
-            "full scale (32768 of 16 bits)",
-        )
 
 
 def load_waveform(data: bytes, limits: ClipLimits) -> torch.Tensor:
@@ -371,7 +351,7 @@ def add_length_header(data: Data) -> Data:
     """
     begin = _skip_id3(data, 0)
     first = _parse_frame(data, begin)
-    if first is None or _find_xing(data, begin) is not None:
+    if first is None or _counted_end(data, begin) is not None:
         return data
     frames, end = _walk_frames(data, begin)[:2]
     head = bytearray(data[begin : begin + 4])
@@ -398,30 +378,15 @@ def _second_ogg(data: Data) -> int | None:
 
 
 def _second_mp3(data: Data, begin: int) -> int | None:
-    """Find a second Xing header, frames after those that it counts, or frames of another format."""
+    """Find frames after those that the Xing header counts, or frames of another format.
+
+    Frames of one format are one recording, since `add_length_header` counts all of them.
+    """
     if _parse_frame(data, begin) is None:
         return None
-    first = _find_xing(data, begin)
-    for mark in (b"Xing", b"Info"):
-        at = begin if first is None else first
-        for _ in range(MAX_TRIES):
-            at = data.find(mark, at + 4)
-            if at < 0:
-                break
-            start = next(
-                (at - side for side in (36, 21, 13) if _find_xing(data, at - side) == at), None
-            )
-            if start is not None:
-                return start
-    if first is None:
+    end = _counted_end(data, begin)
+    if end is None:
         return _walk_frames(data, begin)[2]
-    if len(data) < first + 16:
-        return None
-    flags, *counts = struct.unpack_from(">III", data, first + 4)
-    if not flags & 2:  # the header has no number of bytes
-        return None
-    # The number of bytes follows the number of frames, if flag 1 says that there is one.
-    end = begin + counts[flags & 1]
     follows = _parse_frame(data, _skip_id3(data, end)) is not None
     return end if follows and len(data) - end > MAX_FRAME_BYTES else None
 
@@ -475,12 +440,14 @@ def _skip_id3(data: Data, at: int) -> int:
     return at + 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3])
 
 
-def _find_xing(data: Data, at: int) -> int | None:
-    """Return the offset of the Xing header in the frame at `at`; None if it has none."""
+def _counted_end(data: Data, at: int) -> int | None:
+    """Return the end of the frames that a Xing header in the frame at `at` counts.
+
+    None without a header that states their number and their bytes.
+    """
     frame = _parse_frame(data, at)
-    if frame is None or data[at + frame.xing_offset : at + frame.xing_offset + 4] not in (
-        b"Xing",
-        b"Info",
-    ):
+    header = data[at + frame.xing_offset : at + frame.xing_offset + 16] if frame else b""
+    if len(header) < 16 or header[:4] not in (b"Xing", b"Info"):
         return None
-    return at + frame.xing_offset
+    flags, frames, size = struct.unpack(">III", header[4:])
+    return at + size if flags & 3 == 3 and frames and size else None

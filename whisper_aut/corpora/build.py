@@ -8,7 +8,6 @@ written depend only on the inputs, not on the number of workers.
 import hashlib
 import io
 import json
-import os
 import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterator

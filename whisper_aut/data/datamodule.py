@@ -246,7 +246,7 @@ class ShardDataModule(lightning.LightningDataModule):
                     "once: whisper-aut data index FOLDER"
                 )
             # Lengths are planned at speed 1; a lower speed makes clips longer.
-            slowest = min(1.0, *augment.speeds) if augment else 1.0
+            slowest = min(1.0, *augment.options.speeds) if augment else 1.0
             self.batching = BySeconds(self.order, indexes, batch_seconds * slowest, longest, policy)
         self.train_build = replace(build, augment=augment)
         self.features = DeviceFeatures(build.logmel, augment)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from whisper_aut import __version__
-from whisper_aut.audio.augment import Augment, SpecAugment
+from whisper_aut.audio.augment import Augment
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel
 from whisper_aut.config import DataSettings, ScratchSettings, Settings, SourceSettings
@@ -127,16 +127,8 @@ def build_augment(settings: Settings, policy: ReadPolicy) -> Augment:
             f"These noise shards have no clips or no sample tables: {', '.join(unusable)}. Run "
             "whisper-aut data index FOLDER."
         )
-    return Augment(
-        seed=settings.seed,
-        spectrum=SpecAugment() if augment.spec else None,
-        gain_db=augment.gain_db,
-        speeds=tuple(augment.speeds),
-        noise=ShardNoise(noise, policy) if noise else None,
-        noise_probability=augment.noise_probability,
-        snr_db=(augment.snr_db[0], augment.snr_db[1]),
-        max_seconds=settings.data.max_seconds,
-    )
+    drawn = ShardNoise(noise, policy) if noise else None
+    return Augment(augment, settings.seed, drawn, settings.data.max_seconds)
 
 
 def build_module(

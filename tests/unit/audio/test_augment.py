@@ -9,14 +9,17 @@ from torch.testing import assert_close
 from torchaudio import functional
 
 from tests.support.audio import tone, write_shards
-from whisper_aut.audio.augment import Augment, SpecAugment, change_speed
+from whisper_aut.audio import augment as augment_module
+from whisper_aut.audio.augment import Augment, AugmentSettings, SpecAugment, change_speed
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits
 from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, ShardNoise, StreamSource
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.targets import WhisperText
+from whisper_aut.errors import UserError
 from whisper_aut.models.pretrained import PretrainedWhisper
+from whisper_aut.schema import build
 
 CLIP = torch.from_numpy(tone(2.0))
 
@@ -30,9 +33,8 @@ def noise(tmp_path_factory: pytest.TempPathFactory):
 def test_the_same_position_gives_the_same_clip_and_another_one_another(noise):
     def made(position: int, seed: int = 0) -> torch.Tensor:
         torch.rand(1)  # whatever else draws random numbers
-        return Augment(
-            seed, gain_db=6, speeds=(0.9, 1.0, 1.1), noise=noise, noise_probability=1.0
-        ).waveform(CLIP, position)
+        options = AugmentSettings(gain_db=6.0, speeds=[0.9, 1.0, 1.1], noise_probability=1.0)
+        return Augment(options, seed, noise).waveform(CLIP, position)
 
     assert torch.equal(made(5), made(5))
     assert not torch.equal(made(5)[:100], made(6)[:100])
@@ -40,11 +42,42 @@ def test_the_same_position_gives_the_same_clip_and_another_one_another(noise):
 
 
 def test_noise_stands_at_the_ratio_asked_for(noise):
-    noisy = Augment(noise=noise, noise_probability=1.0, snr_db=(10.0, 10.0)).waveform(CLIP, 3)
+    options = AugmentSettings(noise_probability=1.0, snr_db=(10.0, 10.0))
+    noisy = Augment(options, noise=noise).waveform(CLIP, 3)
     ratio = CLIP.pow(2).sum() / (noisy - CLIP).pow(2).sum()
     assert 10 * ratio.log10() == pytest.approx(10.0, abs=0.01)
-    untouched = Augment(noise=noise, noise_probability=0.0).waveform(CLIP, 3)
+    untouched = Augment(AugmentSettings(noise_probability=0.0), noise=noise).waveform(CLIP, 3)
     assert torch.equal(untouched, CLIP)
+
+
+def add_offset(waveform: torch.Tensor, random: np.random.Generator, largest: float) -> torch.Tensor:
+    return waveform + random.uniform(0, largest)
+
+
+def test_a_registered_augmentation_is_drawn_from_the_seed_and_the_position(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setitem(augment_module.AUGMENTATIONS, "offset", add_offset)
+    augment = Augment(AugmentSettings(custom={"offset": {"largest": 0.5}}))
+    offsets = [(augment.waveform(CLIP, position) - CLIP)[0] for position in (0, 1, 0)]
+    assert offsets[0] == offsets[2] != offsets[1]
+    assert 0 < max(offsets) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("custom", "message"),
+    [
+        ({"ofset": {}}, "'ofset' is not an entry of AUGMENTATIONS.*Did you mean 'offset'"),
+        ({"offset": {}}, "offset: missing a required argument: 'largest'"),
+        ({"offset": {"largest": 1, "loud": 2}}, "offset: got an unexpected keyword argument"),
+    ],
+)
+def test_a_custom_augmentation_that_does_not_exist_or_fit_is_an_error(
+    custom: dict, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(augment_module.AUGMENTATIONS, "offset", add_offset)
+    with pytest.raises(UserError, match=f"custom: {message}"):
+        build(AugmentSettings, {"custom": custom}, "data.augment")
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.9, 1.1, 1.25, 2.0])
@@ -61,17 +94,21 @@ def test_another_speed_is_torchaudios(factor: float, samples: int):
 
 def test_gain_and_speed_do_what_they_say():
     factors = [
-        float(Augment(gain_db=6.0).waveform(CLIP, position).abs().max() / CLIP.abs().max())
+        float(
+            Augment(AugmentSettings(gain_db=6.0)).waveform(CLIP, position).abs().max()
+            / CLIP.abs().max()
+        )
         for position in range(50)
     ]
     assert min(factors) >= 10 ** (-6 / 20) - 1e-4
     assert max(factors) <= 10 ** (6 / 20) + 1e-4
     assert max(factors) > 1.2 > 0.8 > min(factors)
-    slow = Augment(speeds=(0.8,)).waveform(CLIP, 0)
+    slower = AugmentSettings(speeds=[0.8])
+    slow = Augment(slower).waveform(CLIP, 0)
     assert len(slow) == pytest.approx(len(CLIP) / 0.8, abs=2)
     peak = torch.fft.rfft(slow).abs().argmax() / (len(slow) / 16_000)
     assert float(peak) == pytest.approx(440 * 0.8, abs=1)
-    assert torch.equal(Augment(speeds=(0.8,), max_seconds=2.1).waveform(CLIP, 0), CLIP)
+    assert torch.equal(Augment(slower, max_seconds=2.1).waveform(CLIP, 0), CLIP)
 
 
 def test_masks_keep_to_valid_frames_and_to_their_widths():
@@ -82,7 +119,7 @@ def test_masks_keep_to_valid_frames_and_to_their_widths():
     spec = SpecAugment(frequency_masks=1, time_masks=1, time_fraction=0.1)
     bins, frames = [], []
     for position in range(60):
-        masked = Augment(spectrum=spec).mel(mel, length, position)
+        masked = Augment(AugmentSettings(), masks=spec).mel(mel, length, position)
         assert masked.shape == mel.shape
         assert_close(masked[length:], mel[length:], atol=0, rtol=0)
         changed = masked[:length] != mel[:length]
@@ -107,7 +144,7 @@ def test_masks_are_torchaudios_from_the_seed_and_the_position():
                 expected = functional.mask_along_axis(expected, 27, mean, axis=2)
             for _ in range(spec.time_masks):
                 expected = functional.mask_along_axis(expected, 100, mean, axis=1, p=0.1)
-        masked = Augment(seed=3, spectrum=spec).mel(mel, length, position)
+        masked = Augment(AugmentSettings(), 3, masks=spec).mel(mel, length, position)
         assert torch.equal(masked[:length], expected[0])
 
 
@@ -118,7 +155,7 @@ def test_masking_touches_no_global_generator(monkeypatch: pytest.MonkeyPatch):
     reseeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
     before, mel = torch.get_rng_state(), torch.arange(202.0 * 80).view(202, 80)
-    masked = Augment(spectrum=SpecAugment()).mel(mel, 200, 0)
+    masked = Augment(AugmentSettings()).mel(mel, 200, 0)
     assert not torch.equal(masked, mel)
     assert torch.equal(torch.get_rng_state(), before)
     assert reseeded == []
@@ -126,7 +163,7 @@ def test_masking_touches_no_global_generator(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.gpu
 def test_a_gpu_masks_what_the_cpu_masks():
-    augment, mel = Augment(spectrum=SpecAugment()), torch.rand(202, 80)
+    augment, mel = Augment(AugmentSettings()), torch.rand(202, 80)
     before = torch.cuda.get_rng_state()
     on_gpu = augment.mel(mel.cuda(), 200, 5).cpu()
     assert_close(on_gpu, augment.mel(mel, 200, 5))
@@ -134,7 +171,7 @@ def test_a_gpu_masks_what_the_cpu_masks():
 
 
 def test_training_is_changed_and_validation_is_not(tiny_whisper: Path, tiny_shards: Path):
-    build = ExampleBuilder(
+    examples = ExampleBuilder(
         LogMel(80), WhisperText(PretrainedWhisper(str(tiny_whisper)).tokenizer), ClipLimits()
     )
     source = StreamSource(open_index(tiny_shards / "music"), "music")
@@ -144,7 +181,7 @@ def test_training_is_changed_and_validation_is_not(tiny_whisper: Path, tiny_shar
             [source],
             [source],
             [1.0],
-            build,
+            examples,
             seed=0,
             window=4,
             batch_clips=3,
@@ -153,8 +190,8 @@ def test_training_is_changed_and_validation_is_not(tiny_whisper: Path, tiny_shar
         )
         return list(module.train_dataloader()), list(module.val_dataloader())
 
-    plain, augmented = batches(None), batches(Augment(spectrum=SpecAugment()))
-    again = batches(Augment(spectrum=SpecAugment()), workers=2)
+    plain, augmented = batches(None), batches(Augment(AugmentSettings()))
+    again = batches(Augment(AugmentSettings()), workers=2)
     assert all(not torch.equal(a.mel, b.mel) for a, b in zip(plain[0], augmented[0], strict=True))
     assert all(torch.equal(a.mel, b.mel) for a, b in zip(augmented[0], again[0], strict=True))
     assert all(torch.equal(a.mel, b.mel) for a, b in zip(plain[1], augmented[1], strict=True))

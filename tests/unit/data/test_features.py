@@ -9,7 +9,7 @@ from lightning.pytorch.plugins import HalfPrecision
 from torch.testing import assert_close
 from transformers import WhisperFeatureExtractor
 
-from whisper_aut.audio.augment import Augment, SpecAugment
+from whisper_aut.audio.augment import Augment, AugmentSettings
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
 from whisper_aut.data.batch import Batch, Waveforms
@@ -31,7 +31,7 @@ def batches(
     )
     source, augment = (
         StreamSource(open_index(shards / "music"), "music"),
-        Augment(spectrum=SpecAugment(), gain_db=3.0),
+        Augment(AugmentSettings(gain_db=3.0)),
     )
     module = ShardDataModule(
         [source],
