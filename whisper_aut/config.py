@@ -6,6 +6,7 @@ config are reported in one error.
 """
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field
@@ -615,4 +616,16 @@ def first_model(model: ModelSettings, config: Path) -> ModelSettings:
 
 def dump_settings(settings: Settings) -> str:
     """Return the resolved config as YAML that `load_settings` can read."""
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(settings)))
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(asdict(settings))))
+
+
+def _escape(value: Any) -> Any:
+    """Escape `${` in all texts, so that OmegaConf does not take it for an interpolation."""
+    match value:
+        case str():
+            return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+        case dict():
+            return {key: _escape(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_escape(item) for item in value]
+    return value

@@ -182,6 +182,19 @@ def test_text_that_looks_like_something_else_is_equal_after_a_dump(text: str, tm
     assert load_settings(tmp_path / "dumped.yaml") == settings
 
 
+@pytest.mark.parametrize("text", ["${name}", r"a\${name", r"b\\${x.y}\c", "$${HOME}", r"d\e"])
+def test_text_that_looks_like_an_interpolation_is_equal_after_a_dump(text: str, tmp_path: Path):
+    settings = load_settings("aut_tiny")
+    settings.data.exclude = text
+    settings.data.train[0].path = text
+    settings.strategy.deepspeed = {"a": {"b": [text]}}
+    settings.strategy.name = "deepspeed_stage_2"
+    (tmp_path / "dumped.yaml").write_text(dump_settings(settings))
+    assert load_settings(tmp_path / "dumped.yaml") == settings
+    escaped = load_settings("aut_tiny", [r"data.exclude=\${name}"])
+    assert escaped.data.exclude == "${name}"
+
+
 def test_an_unknown_name_is_compared_with_the_configs_of_all_folders(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".hidden.yaml").touch()

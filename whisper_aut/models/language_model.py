@@ -37,6 +37,7 @@ from whisper_aut.models.pretrained import (
     TOKENIZER,
     UNLOADABLE,
     WEIGHTS,
+    check_hub,
     check_loaded_weights,
     check_not_adapter,
     describe_missing,
@@ -104,6 +105,7 @@ def load_language_model(
 def _load(kind: Any, path: str, revision: str, *files: str, **options: Any) -> Any:
     source = find_cached(path, revision, *files)
     try:
+        check_hub(source)
         with quiet_loading():
             return kind.from_pretrained(
                 source, revision=revision or "main", trust_remote_code=False, **options

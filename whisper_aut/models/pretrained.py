@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+)
 from safetensors import SafetensorError
 from transformers import (
     GenerationConfig,
@@ -146,6 +151,7 @@ class PretrainedWhisper:
     def generation_config(self) -> GenerationConfig:
         source = find_cached(self.path, self.revision, "generation_config.json")
         try:
+            check_hub(source)
             config = GenerationConfig.from_pretrained(source, revision=self.revision or "main")
         except OSError:  # hand-made checkpoints often have none
             config = GenerationConfig.from_model_config(self.config)
@@ -159,6 +165,7 @@ class PretrainedWhisper:
         check_model_path(self.path)
         source = find_cached(self.path, self.revision, *files)
         try:
+            check_hub(source)
             with quiet_loading():
                 return kind.from_pretrained(source, revision=self.revision or "main", **options)
         except UNLOADABLE as error:
@@ -277,14 +284,29 @@ def check_loaded_weights(
 def find_cached(path: str, revision: str, *files: str) -> str:
     """Return the directory of a hub model in the local cache if it has these files, else `path`.
 
-    By its hub id, transformers asks the hub about every file, which takes minutes where the hub
-    cannot be reached. A cached model is therefore not updated; `hf download` does that.
+    By its hub id, transformers asks the hub about every file. A cached model is therefore not
+    updated; `hf download` does that.
     """
     if Path(path).is_dir() or not _is_hub_id(path):
         return path
     cached = [try_to_load_from_cache(path, name, revision=revision or "main") for name in files]
     folders = [Path(file).parent for file in cached if isinstance(file, str)]
     return str(folders[0]) if len(folders) == len(files) else path
+
+
+def check_hub(path: str) -> None:
+    """Raise `OSError` if a path is not a directory and the hub does not answer one request.
+
+    The client of the hub repeats failed requests for most of a minute.
+    """
+    if Path(path).is_dir():
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(path, CONFIG))
+    except (HfHubHTTPError, HFValidationError):
+        return  # the load explains what is wrong with the name, the file or the token
+    except HTTPError as error:
+        raise OSError(str(error)) from None
 
 
 def check_model_path(path: str) -> None:

@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from matplotlib.image import imsave
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from yaml import YAMLError
 
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits, load_waveform
 from whisper_aut.audio.logmel import LogMel, mel_frames
@@ -334,9 +336,9 @@ def last_samples(samples: Path) -> list[GeneratedText]:
 def _find_clips(config: Path, keys: set[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the key and waveform of the validation clips with these keys."""
     try:
-        sources = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["valid"]
-        folders = [source["path"] for source in sources]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        sources = OmegaConf.load(config)["data"]["valid"]
+        folders = [str(source["path"]) for source in sources]
+    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException, KeyError, TypeError):
         return
     for folder in folders:
         try:

@@ -51,6 +51,15 @@ def test_a_cached_model_is_loaded_without_asking_the_hub(
     assert find_cached("nobody/tiny", "v2", "config.json") == "nobody/tiny"
 
 
+def test_an_unreachable_hub_is_reported_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("The client tries again."))
+    for load in (load_encoder, load_language_model):
+        with pytest.raises(UserError, match=r"hub that can be reached.*\n.*hf download"):
+            load("nobody/tiny")
+
+
 def test_missing_weights_are_named(copy: Path):
     weights = load_file(copy / "model.safetensors")
     weights.pop("model.encoder.layers.1.fc1.weight")
