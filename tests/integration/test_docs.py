@@ -29,7 +29,7 @@ from whisper_aut import config as settings
 from whisper_aut.cli import _parse, _parser
 from whisper_aut.config import Settings, load_settings
 from whisper_aut.data.targets import Instruction, Instructions
-from whisper_aut.experiments.grid import arms_of, load_experiment
+from whisper_aut.experiments.grid import load_experiment
 from whisper_aut.loading import load_tasks
 from whisper_aut.models.decoders import DECODERS, check_decoder
 from whisper_aut.probes.tasks import task_from_mapping
@@ -219,7 +219,7 @@ def test_yaml_blocks_are_what_they_stand_for(page: Path, tmp_path: Path):
             shutil.copytree(REPOSITORY / "conf", tmp_path / "conf", dirs_exist_ok=True)
             experiment = tmp_path / "conf" / "experiments" / "mine.yaml"
             experiment.write_text(block.text)
-            assert len(arms_of(load_experiment(experiment, []), experiment)) > 1
+            assert len(load_experiment(experiment).arms) > 1
         else:
             Instructions({name: build(Instruction, entry, name) for name, entry in values.items()})
 

@@ -9,7 +9,7 @@ import yaml
 from tests.support import REPOSITORY
 from whisper_aut.config import compose, dump_settings, first_model, load_settings
 from whisper_aut.errors import UserError
-from whisper_aut.experiments.grid import all_runs, arms_of, load_experiment
+from whisper_aut.experiments.grid import load_experiment
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.probes.tasks import load_task
 
@@ -22,10 +22,10 @@ GROUP_FILES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
 @pytest.mark.parametrize("data", ["demo", "recordings"])
 def test_every_run_of_every_experiment_loads(path: Path, data: str):
-    experiment = load_experiment(path, [f"data={data}"])
+    loaded = load_experiment(path, [f"data={data}"])
+    experiment, runs = loaded.settings, loaded.runs
     assert experiment.name == path.stem + ("" if data == "demo" else f"_{data}")
     assert len(experiment.seeds) >= 3
-    runs = all_runs(arms_of(experiment, path))
     for run in runs[: len(runs) // len(experiment.seeds)]:  # seeds differ in nothing else
         settings = load_settings(run.config, run.overrides)
         check_decoder(settings.decoder)

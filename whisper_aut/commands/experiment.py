@@ -9,7 +9,6 @@ from whisper_aut.commands import Commands
 
 
 def experiment(options: argparse.Namespace, console: Console) -> None:
-    from whisper_aut.config import find_config
     from whisper_aut.errors import UserError
     from whisper_aut.experiments.analysis import write_report
     from whisper_aut.experiments.grid import load_experiment
@@ -23,13 +22,12 @@ def experiment(options: argparse.Namespace, console: Console) -> None:
                 "tables and figure are written next to it."
             )
     else:
-        path = find_config(options.experiment, kind="experiments")
-        settings = load_experiment(path, options.overrides)
+        found = load_experiment(options.experiment, options.overrides)
         if options.plan:
-            console.print(plan_table(settings, path))
+            console.print(plan_table(found).to_rich())
             return
-        out = Path(options.out or Path(settings.runs) / settings.name)
-        stored = run_experiment(settings, path, out, console)
+        out = Path(options.out or Path(found.settings.runs) / found.settings.name)
+        stored = run_experiment(found, out, console)
     console.print(f"Wrote {write_report(stored, console)}; all results are in {stored}.")
 
 

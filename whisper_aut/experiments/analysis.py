@@ -11,18 +11,29 @@ from itertools import product
 from math import exp, log, sqrt
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from pydantic import TypeAdapter, ValidationError
+from pydantic import (
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass as schema
 from rich.console import Console
 from scipy.optimize import root_scalar
 from scipy.stats import chi2, norm, t, ttest_1samp
 
+from whisper_aut.config import Domain
 from whisper_aut.data.annotation import DOMAINS
 from whisper_aut.errors import UserError
+from whisper_aut.experiments.grid import QuestionSettings
 from whisper_aut.probes.embed import BASELINE_NAME
 from whisper_aut.probes.stats import holm, mean_std
 from whisper_aut.report.plots import (
@@ -52,7 +63,7 @@ class TaskMetadata:
     """What tables say about a probe task."""
 
     title: str
-    domain: str
+    domain: Domain
     test_clips: int
 
 
@@ -61,10 +72,10 @@ class Cost:
     """Totals of a training run, without validation and checkpoints."""
 
     steps: int
-    audio_seconds: float
-    teraflop: float | None
-    seconds: float
-    padding_fraction: float
+    audio_seconds: FiniteFloat
+    teraflop: NonNegativeFloat | None
+    seconds: FiniteFloat
+    padding_fraction: Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -72,10 +83,10 @@ class Validation:
     """A validation loss, and the cost of training up to it."""
 
     step: int
-    loss: float
-    audio_seconds: float
-    teraflop: float | None
-    seconds: float
+    loss: FiniteFloat
+    audio_seconds: FiniteFloat
+    teraflop: NonNegativeFloat | None
+    seconds: FiniteFloat
 
 
 @dataclass(frozen=True)
@@ -96,8 +107,9 @@ class Measurement:
     cost: Cost | None = None
 
 
-@dataclass(frozen=True)
-class Results:
+# Scores may be NaN, which `STRICT` forbids.
+@schema(config=ConfigDict(extra="forbid", strict=True), kw_only=True)
+class Results(QuestionSettings):
     """Results of an experiment.
 
     Attributes:
@@ -105,21 +117,34 @@ class Results:
         measurements: One for each arm and seed.
         baseline: Probe task → score of log-mel statistics.
         audits: Overlap of training and test data, one line for each set of probes.
-        settings: `primary`, `margin`, `thresholds` and `figure` of the experiment.
         environment: Date, machine and package versions.
     """
 
-    name: str
-    title: str
-    question: str
-    reference: str
     arms: dict[str, dict[str, str]]
     tasks: dict[str, TaskMetadata]
     measurements: tuple[Measurement, ...]
     baseline: dict[str, float]
     audits: tuple[str, ...]
-    settings: dict[str, Any]
     environment: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Check what tables and figure rely on, because the file may have been edited by hand."""
+        if self.reference not in self.arms:
+            raise ValueError(f"reference: there is no arm {self.reference!r}")
+        axes = set(self.arms[self.reference])
+        if self.figure.x not in axes or any(set(titles) != axes for titles in self.arms.values()):
+            raise ValueError("arms: each needs the axes of the reference, with that of figure.x")
+        for arm, runs in self.by_arm().items():
+            if [one.seed for one in runs] != self.seeds:
+                raise ValueError(f"measurements: {arm} must be measured once with each seed")
+        scores = [self.baseline, *(one.scores for one in self.measurements)]
+        known = set(self.tasks)
+        if not all(found.keys() <= known for found in scores):
+            raise ValueError("tasks: a score has no task")
+        if sum(len(runs) for runs in self.by_arm().values()) < len(self.measurements):
+            raise ValueError("arms: a measurement has no arm")
+        return self
 
     @property
     def seeds(self) -> list[int]:
@@ -133,10 +158,6 @@ class Results:
     def answers(self) -> list[str]:
         """Names of the metrics of answers."""
         return list(dict.fromkeys(name for one in self.measurements for name in one.answers))
-
-    @property
-    def thresholds(self) -> list[float]:
-        return self.settings.get("thresholds", [])
 
     def by_arm(self) -> dict[str, list[Measurement]]:
         """Return the measurements of each arm, ordered by seed."""
@@ -159,14 +180,14 @@ class Results:
             UserError: The file cannot be read, or does not hold results of this release.
         """
         try:
-            return TypeAdapter(Results).validate_json(path.read_bytes())
+            return TypeAdapter(Results).validate_json(path.read_bytes(), strict=True)
         except OSError as error:
             raise UserError(f"Cannot read results from {path}: {error.strerror}.") from None
         except ValidationError as error:
             problem = error.errors()[0]
-            location = ".".join(map(str, problem["loc"]))
+            location = "".join(f"{key}: " for key in [".".join(map(str, problem["loc"]))] if key)
             raise UserError(
-                f"{path} does not hold results of this release ({location}: {problem['msg']}). "
+                f"{path} does not hold results of this release ({location}{problem['msg']}). "
                 "Run whisper-aut experiment again."
             ) from None
 
@@ -247,26 +268,25 @@ class PairedTests:
 
 def compare(results: Results) -> list[Comparison]:
     """Compare every arm with the reference in every endpoint that both have."""
-    primary = results.settings.get("primary") or {}
-    margin = results.settings.get("margin") or np.nan
+    margin, primary = results.margin or np.nan, results.primary
     by_arm, rows = results.by_arm(), list[tuple[str, Endpoint, list[float]]]()
     reference = by_arm.pop(results.reference)
     for (arm, runs), endpoint in product(by_arm.items(), endpoints_of(results)):
         pairs = zip(runs, reference, strict=True)
         values = [(endpoint.value(one), endpoint.value(other)) for one, other in pairs]
         known = [one - other for one, other in values if one is not None and other is not None]
-        if len(known) == len(values):
+        if values and len(known) == len(values):
             rows.append((arm, endpoint, known))
     if not rows:
         return []
     names = [[arm, endpoint.name] for arm, endpoint, _ in rows]
-    name = [primary.get("arm", ""), primary.get("endpoint", "")]
+    name = [primary.arm, primary.endpoint]
     primary_row = names.index(name) if name in names else None
     tests = paired_tests(
         np.array([differences for *_, differences in rows]),
         np.array([margin if endpoint.is_score else np.nan for _, endpoint, _ in rows]),
         primary_row,
-        gated=bool(primary.get("arm")),
+        gated=bool(primary.arm),
     )
     comparisons = []
     for row, (arm, endpoint, differences) in enumerate(rows):
@@ -429,8 +449,8 @@ def score_table(results: Results) -> Table:
     if not results.baseline:
         return table
     blanks = [""] * (table.text_columns - 1)
-    baseline = (BASELINE_NAME, *blanks, *(_percent([results.baseline[n]]) for n in results.tasks))
-    return replace(table, rows=(baseline, *table.rows))
+    cells = [_percent([results.baseline.get(name)]) for name in results.tasks]
+    return replace(table, rows=((BASELINE_NAME, *blanks, *cells), *table.rows))
 
 
 def answer_table(results: Results) -> Table:
@@ -509,17 +529,16 @@ def comparison_table(results: Results) -> Table:
     """Return each arm compared with the reference, endpoint by endpoint."""
     found = compare(results)
     others = sum(not one.primary for one in found)
-    primary, margin = results.settings.get("primary") or {}, results.settings.get("margin")
     correction = (
         f"The primary comparison is tested at 5 % alone. The {others} others get Holm's "
         "correction, and their p is at least that of the primary one."
-        if primary.get("arm")
+        if results.primary.arm
         else f"Holm's correction covers all {others} comparisons; no primary one was named."
     )
     no_worse = (
-        f" No worse: the lower end of the 95 % interval is above -{margin:g} points, with Holm's "
-        "correction except for the primary comparison."
-        if margin
+        f" No worse: the lower end of the 95 % interval is above -{results.margin:g} points, with "
+        "Holm's correction except for the primary comparison."
+        if results.margin
         else ""
     )
     columns = ("endpoint", "difference", "by seed", "95 % interval", "p", "p, corrected")
@@ -605,7 +624,7 @@ def plot_results(results: Results, path: Path) -> Path:
     if not panels:
         raise UserError("There are no scores and no answers to draw.")
     layout = [[panel.name for panel in panels for _ in range(2)]]
-    if results.settings["figure"]["curves"]:
+    if results.figure.curves:
         layout.append(["teraflop"] * len(panels) + ["seconds"] * len(panels))
     figure = blank_figure(height=3.1 * len(layout) + 0.5)
     axes = figure.subplot_mosaic(layout)  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -630,7 +649,7 @@ def plot_results(results: Results, path: Path) -> Path:
 
 def _styled_arms(results: Results) -> Iterator[tuple[str, int, int, str]]:
     """Yield each arm with the indices of its choices on the x and colour axes, and the latter."""
-    x_axis, colour_axis = results.settings["figure"]["x"], results.settings["figure"]["colour"]
+    x_axis, colour_axis = results.figure.x, results.figure.colour
     choices = list(dict.fromkeys(titles[x_axis] for titles in results.arms.values()))
     colours = list(dict.fromkeys(titles.get(colour_axis, "") for titles in results.arms.values()))
     for arm, titles in results.arms.items():
@@ -640,7 +659,7 @@ def _styled_arms(results: Results) -> Iterator[tuple[str, int, int, str]]:
 
 def _plot_scores(axes: Axes, results: Results, endpoint: Endpoint, panels: int) -> None:
     """Draw mean, standard deviation and runs of each arm; points of one colour are a series."""
-    figure, by_arm = results.settings["figure"], results.by_arm()
+    figure, by_arm = results.figure, results.by_arm()
     arms = list(_styled_arms(results))
     count = 1 + max(colour for _, _, colour, _ in arms)
     shift = min(0.14, 0.6 / count)
@@ -664,15 +683,15 @@ def _plot_scores(axes: Axes, results: Results, endpoint: Endpoint, panels: int) 
             yerr=deviations,
             color=colour,
             marker=MARKERS[index % len(MARKERS)],
-            linestyle="-" if figure["ordered"] else "none",
-            label=f"{figure['colour'].replace('_', ' ')}: {series[0][2]}" if count > 1 else None,
+            linestyle="-" if figure.ordered else "none",
+            label=f"{figure.colour.replace('_', ' ')}: {series[0][2]}" if count > 1 else None,
         )
     tasks = [task.title for task in results.tasks.values() if task.domain == endpoint.name]
     title = ": ".join([endpoint.title, *([", ".join(tasks)] if tasks else [])])
     axes.set_title(fill(title, CHARACTERS_PER_PAGE // panels))
-    choices = dict.fromkeys(titles[figure["x"]] for titles in results.arms.values())
+    choices = dict.fromkeys(titles[figure.x] for titles in results.arms.values())
     set_category_labels(axes, list(choices), panels)
-    axes.set(xlim=(-0.5, len(choices) - 0.5), xlabel=figure["x"].replace("_", " "), ylabel="%")
+    axes.set(xlim=(-0.5, len(choices) - 0.5), xlabel=figure.x.replace("_", " "), ylabel="%")
     axes.grid(visible=False, axis="x")
 
 

@@ -28,7 +28,7 @@ from whisper_aut.utils import file_lock, read_json
 
 RANDOM = "random:"  # before a name in `init_from`: the same architecture, random weights
 SEPARATOR = "/"  # between the choices in an arm's name
-Endpoint = Literal["", "speech", "sound", "music", "answers", "loss", "compute"]
+EndpointName = Literal["", "speech", "sound", "music", "answers", "loss", "compute"]
 
 
 @schema(config=STRICT)
@@ -90,7 +90,7 @@ class PrimarySettings:
     """
 
     arm: str = ""
-    endpoint: Endpoint = ""
+    endpoint: EndpointName = ""
 
 
 @schema(config=STRICT)
@@ -103,62 +103,69 @@ class FigureSettings:
     ordered: bool = True
 
 
-@schema(config=STRICT)
-class ExperimentSettings:
-    """One experiment.
+@schema(config=STRICT, kw_only=True)
+class QuestionSettings:
+    """What an experiment asks, and how its arms are compared and drawn. Stored with its results.
 
     Attributes:
-        config: What each arm trains. If empty, arms only measure pretraining runs.
-        axes: Axis → choice → settings. Arms are all combinations of one choice per axis.
         reference: The arm that all others are compared with.
         primary: The comparison that is tested alone, before all others.
         margin: In points; worse by less than this is `no worse`.
-        set: Overrides for every arm. `everywhere` also applies to pretraining runs.
         thresholds: Validation losses at which costs are compared.
-        data: Values for interpolation, from a file of `conf/experiments/data`.
-        runs: Folder of the training runs.
-        root: The user's corpora; manifests refer to it.
     """
 
     name: str
     title: str
     question: str
-    figure: FigureSettings
-    axes: dict[str, Annotated[dict[str, ChoiceSettings], Field(min_length=1)]]
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
     reference: str
     primary: PrimarySettings = field(default_factory=PrimarySettings)
     margin: PositiveFloat | None = None
+    thresholds: list[float] = field(default_factory=list)
+    figure: FigureSettings
+
+
+@schema(config=STRICT, kw_only=True)
+class ExperimentSettings(QuestionSettings):
+    """One experiment.
+
+    Attributes:
+        config: What each arm trains. If empty, arms only measure pretraining runs.
+        axes: Axis → choice → settings. Arms are all combinations of one choice per axis.
+        set: Overrides for every arm. `everywhere` also applies to pretraining runs.
+        data: Values for interpolation, from a file of `conf/experiments/data`.
+        runs: Folder of the training runs.
+        root: The user's corpora; manifests refer to it.
+    """
+
+    axes: dict[str, Annotated[dict[str, ChoiceSettings], Field(min_length=1)]]
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
     config: str = ""
     set: dict[str, Any] = field(default_factory=dict)
     everywhere: dict[str, Any] = field(default_factory=dict)
     pretraining: dict[str, PretrainingSettings] = field(default_factory=dict)
     probes: list[ProbeSetSettings] = field(default_factory=list)
     answers: AnswerSettings = field(default_factory=AnswerSettings)
-    thresholds: list[float] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     runs: str = "runs/experiments"
     root: str = "data/corpora"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        problems = [*self._figure_problems(), *self._pretraining_problems()]
-        if len(dict.fromkeys(self.seeds)) < len(self.seeds):
-            problems.append(f"seeds: {self.seeds} must be different")
-        if bool(self.primary.arm) != bool(self.primary.endpoint):
-            problems.append("primary: give both arm and endpoint")
-        if not self.probes and not self.answers.tasks:
-            problems.append("probes: nothing is measured; give probe tasks or answers")
+        problems = list(self._problems())
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
-    def _figure_problems(self) -> Iterator[str]:
+    def _problems(self) -> Iterator[str]:
         for key, axis in (("x", self.figure.x), ("colour", self.figure.colour)):
             if (axis or key == "x") and axis not in self.axes:
                 yield f"figure.{key}: there is no axis {axis!r}.{nearest(axis, self.axes)}"
-
-    def _pretraining_problems(self) -> Iterator[str]:
+        if len(set(self.seeds)) < len(self.seeds):
+            yield f"seeds: {self.seeds} must be different"
+        if bool(self.primary.arm) != bool(self.primary.endpoint):
+            yield "primary: give both arm and endpoint"
+        if not self.probes and not self.answers.tasks:
+            yield "probes: nothing is measured; give probe tasks or answers"
         used = {f"pretraining.{name}": one.init_from for name, one in self.pretraining.items()}
         starting_axes = []
         for axis, choices in self.axes.items():
@@ -220,6 +227,22 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Experiment:
+    """The settings of an experiment and what follows from them.
+
+    Attributes:
+        conf: The folder above its YAML file, in which configs and probe tasks are searched first.
+        arms: All combinations of choices.
+        runs: Every run once: seed by seed, pretraining before the runs that start from it.
+    """
+
+    settings: ExperimentSettings
+    conf: Path
+    arms: list[Arm]
+    runs: list[Run]
+
+
+@dataclass(frozen=True)
 class FoundRun:
     """A run and its state on disk. `overrides` includes the path of the pretrained checkpoint."""
 
@@ -236,94 +259,91 @@ class FoundRun:
         return self.directory.export(kind)
 
 
-def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentSettings:
+def load_experiment(name: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment and check what needs neither data nor weights.
+
+    Args:
+        name: A YAML file, or the name of one in `conf/experiments`.
+        overrides: `key=value` or `data=choice`.
 
     Raises:
         UserError: Lists all problems.
     """
-    return build(ExperimentSettings, compose(path, overrides, "experiments"), str(path))
-
-
-def arms_of(settings: ExperimentSettings, path: Path) -> list[Arm]:
-    """Return all arms of an experiment. Configs are searched in the folder above its YAML file.
-
-    Raises:
-        UserError: The reference or the primary arm is not one of the arms.
-    """
-    arms = [
-        _build_arm(settings, path, combination)
-        for combination in product(*(choices.items() for choices in settings.axes.values()))
-    ]
+    path = find_config(name, kind="experiments")
+    settings = build(ExperimentSettings, compose(path, overrides, "experiments"), str(path))
+    conf = Path(os.path.normpath(path.parent / ".."))
+    combinations = product(*(choices.items() for choices in settings.axes.values()))
+    arms = [_build_arm(settings, conf, combination) for combination in combinations]
     names = [arm.name for arm in arms]
-    for key, name in (("reference", settings.reference), ("primary.arm", settings.primary.arm)):
-        if name not in names and (name or key == "reference"):
+    for key, arm in (("reference", settings.reference), ("primary.arm", settings.primary.arm)):
+        if arm not in names and (arm or key == "reference"):
             raise UserError(
-                f"{path}: {key}: there is no arm {name!r}.{nearest(name, names)} "
+                f"{path}: {key}: there is no arm {arm!r}.{nearest(arm, names)} "
                 f"Arms: {', '.join(names)}."
             )
     if settings.primary.arm == settings.reference:
         raise UserError(f"{path}: primary.arm: {settings.reference} is the reference.")
-    return arms
+    runs = (run for seed in settings.seeds for arm in arms for run in arm.runs[seed].chain())
+    return Experiment(settings, conf, arms, list({run.name: run for run in runs}.values()))
 
 
 def _build_arm(
-    settings: ExperimentSettings, path: Path, combination: Sequence[tuple[str, ChoiceSettings]]
+    settings: ExperimentSettings, conf: Path, combination: Sequence[tuple[str, ChoiceSettings]]
 ) -> Arm:
     init_from = next((choice.init_from for _, choice in combination if choice.init_from), "")
-    given = [vars(choice.evaluate).items() for _, choice in combination]
-    evaluation = {key: value for items in given for key, value in items if value is not None}
-    changed = [(name, choice) for name, choice in combination if choice.set or choice.init_from]
-    runs = {}
-    for seed in settings.seeds:
+    evaluation: dict[str, Any] = {}
+    for _, choice in combination:
+        given = vars(choice.evaluate).items()
+        evaluation |= {key: value for key, value in given if value is not None}
+    trained = [(name, choice) for name, choice in combination if choice.set or choice.init_from]
+    name = "-".join([settings.name, *(name for name, _ in trained)])
+    changes = [settings.set, *(choice.set for _, choice in trained)]
+
+    def build_run(seed: int) -> Run:
         if settings.config:
-            name = "-".join([settings.name, *(name for name, _ in changed)])
-            sets = [settings.set, *(choice.set for _, choice in changed)]
-            runs[seed] = _build_run(settings, path, name, settings.config, sets, init_from, seed)
-        else:
-            runs[seed] = _pretraining_run(settings, path, init_from.removeprefix(RANDOM), seed)
-    titles = [choice.title or name for name, choice in combination]
+            return _build_run(settings, conf, name, settings.config, changes, init_from, seed)
+        return _pretraining_run(settings, conf, init_from, seed)
+
     return Arm(
         name=SEPARATOR.join(name for name, _ in combination),
-        titles=dict(zip(settings.axes, titles, strict=True)),
+        titles={
+            axis: choice.title or name
+            for axis, (name, choice) in zip(settings.axes, combination, strict=True)
+        },
         evaluate=EvaluateSettings(**evaluation),
-        runs=runs,
+        runs={seed: build_run(seed) for seed in settings.seeds},
         random=not settings.config and init_from.startswith(RANDOM),
     )
 
 
-def _pretraining_run(settings: ExperimentSettings, path: Path, name: str, seed: int) -> Run:
+def _pretraining_run(settings: ExperimentSettings, conf: Path, init_from: str, seed: int) -> Run:
+    name = init_from.removeprefix(RANDOM)
     one = settings.pretraining[name]
-    return _build_run(
-        settings, path, f"pretrained-{name}", one.config, [one.set], one.init_from, seed
-    )
+    name = f"pretrained-{name}"
+    return _build_run(settings, conf, name, one.config, [one.set], one.init_from, seed)
 
 
 def _build_run(
     settings: ExperimentSettings,
-    path: Path,
+    conf: Path,
     name: str,
     config: str,
-    sets: Sequence[dict[str, Any]],
+    changes: Sequence[dict[str, Any]],
     init_from: str,
     seed: int,
 ) -> Run:
     name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-s{seed}"
     values: dict[str, Any] = {}
-    for changes in (settings.everywhere, *sets):
-        values |= flatten(changes)
+    for one in (settings.everywhere, *changes):
+        values |= flatten(one)
     values |= {"name": name, "seed": seed, "runs": settings.runs, "probe.tasks": []}
-    pretrained = None
-    if init_from:
-        pretrained = _pretraining_run(settings, path, init_from.removeprefix(RANDOM), seed)
+    # Groups, which have no dot, come first: choosing one resets the values inside it.
+    keys = sorted(values, key=lambda key: "." in key)
     return Run(
         name=name,
-        config=find_config(config, conf_folder(path)),
-        # Groups, which have no dot, come first: choosing one resets the values inside it.
-        overrides=tuple(
-            f"{key}={_to_yaml(values[key])}" for key in sorted(values, key=lambda key: "." in key)
-        ),
-        pretrained=pretrained,
+        config=find_config(config, conf),
+        overrides=tuple(f"{key}={_to_yaml(values[key])}" for key in keys),
+        pretrained=_pretraining_run(settings, conf, init_from, seed) if init_from else None,
         random=init_from.startswith(RANDOM),
     )
 
@@ -341,17 +361,6 @@ def _to_yaml(value: Any) -> str:
     if isinstance(value, str):
         return value
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n...")[0].strip()
-
-
-def conf_folder(path: Path) -> Path:
-    return Path(os.path.normpath(path.parent / ".."))
-
-
-def all_runs(arms: Sequence[Arm]) -> list[Run]:
-    """Return every run once: seed by seed, pretraining before the runs that start from it."""
-    seeds = list(dict.fromkeys(seed for arm in arms for seed in arm.runs))
-    runs = (run for seed in seeds for arm in arms for run in arm.runs[seed].chain())
-    return list({run.name: run for run in runs}.values())
 
 
 def find_run(run: Run) -> FoundRun:

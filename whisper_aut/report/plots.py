@@ -162,8 +162,8 @@ def set_category_labels(axes: Axes, labels: Sequence[str], panels: int = 1) -> N
         labels: One label for each position.
         panels: Number of panels side by side.
     """
-    width = CHARACTERS_PER_PAGE // (len(labels) * panels)
-    if max(len(word) for label in labels for word in label.split()) > width:
+    width = max(1, CHARACTERS_PER_PAGE // (len(labels) * panels))
+    if max((len(word) for label in labels for word in label.split()), default=0) > width:
         axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
     else:
         axes.set_xticks(range(len(labels)), [fill(label, width) for label in labels])

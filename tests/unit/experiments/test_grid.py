@@ -10,8 +10,8 @@ from tests.support.probes import TinyEncoder, write_tones
 from whisper_aut.cli import main
 from whisper_aut.config import load_settings
 from whisper_aut.errors import UserError
-from whisper_aut.experiments.grid import all_runs, arms_of, flatten, load_experiment
-from whisper_aut.experiments.runner import ArmEvaluator, available_probes
+from whisper_aut.experiments.grid import flatten, load_experiment
+from whisper_aut.experiments.runner import Evaluator, available_probes
 from whisper_aut.probes.embed import EmbedSettings
 
 GRID = {
@@ -47,15 +47,14 @@ def write_experiment(folder: Path, **changes: object) -> Path:
 
 
 def test_arms_are_all_combinations_and_share_what_they_can(tmp_path: Path):
-    path = write_experiment(tmp_path)
-    arms = arms_of(load_experiment(path), path)
+    experiment = load_experiment(write_experiment(tmp_path))
+    arms, runs = experiment.arms, experiment.runs
     assert len(arms) == 8
     assert [arm.name for arm in arms][:3] == ["new/none/own", "new/none/deviation", "new/30s/own"]
     own, deviation = arms[0], arms[1]
     assert own.runs == deviation.runs  # evaluated in two ways, trained once
     assert (deviation.evaluate.pooling, deviation.evaluate.layer) == ("mean_std", 0)
     assert list(arms[4].titles.values()) == ["trained", "none", "own"]
-    runs = all_runs(arms)
     assert len(runs) == 2 * (1 + 4)  # seeds × (pretraining + encoders × paddings)
     names = [run.name for run in runs]
     for run in runs:
@@ -64,17 +63,14 @@ def test_arms_are_all_combinations_and_share_what_they_can(tmp_path: Path):
 
 
 def test_the_runs_of_a_seed_come_before_those_of_the_next(tmp_path: Path):
-    path = write_experiment(tmp_path)
-    seeds = [run.name.rsplit("-s", 1)[1] for run in all_runs(arms_of(load_experiment(path), path))]
+    runs = load_experiment(write_experiment(tmp_path)).runs
+    seeds = [run.name.rsplit("-s", 1)[1] for run in runs]
     assert seeds == sorted(seeds)
 
 
 def test_overrides_reach_the_arms_but_not_pretraining(tmp_path: Path):
-    path = write_experiment(tmp_path)
-    runs = {
-        run.name: run
-        for run in all_runs(arms_of(load_experiment(path, ["set.optim.lr=0.5"]), path))
-    }
+    experiment = load_experiment(write_experiment(tmp_path), ["set.optim.lr=0.5"])
+    runs = {run.name: run for run in experiment.runs}
     arm, pretrained = runs["tried-old-30s-s7"], runs["pretrained-base-s7"]
     settings = load_settings(arm.config, arm.overrides)
     assert (
@@ -97,7 +93,7 @@ def test_a_group_is_chosen_before_its_values_are_overridden(tmp_path: Path):
         "decoder": {"conv": {"set": {"decoder.adapter.name": "conv", "decoder": "causal_lm_tiny"}}}
     }
     path = write_experiment(tmp_path, axes=axes, reference="conv", figure={"x": "decoder"})
-    (run, _) = all_runs(arms_of(load_experiment(path), path))
+    (run, _) = load_experiment(path).runs
     assert load_settings(run.config, run.overrides).decoder["adapter"]["name"] == "conv"
 
 
@@ -158,8 +154,8 @@ def test_arms_are_tested_on_the_same_clips(tmp_path: Path):
         write_tones(tmp_path / part, 4, number)
     probes = [{"root": str(tmp_path), "tasks": [str(tmp_path / "tones.yaml")]}]
     path = write_experiment(tmp_path, probes=probes, runs=str(tmp_path / "runs"))
-    settings = load_experiment(path)
-    evaluator = ArmEvaluator(settings, tmp_path, settings.probes)
+    settings = load_experiment(path).settings
+    evaluator = Evaluator(settings, tmp_path, settings.probes)
     embedding = EmbedSettings(quiet=True)
     assert set(evaluator.score("one", TinyEncoder(), embedding)) == {"tones"}
     shutil.rmtree(tmp_path / "test")
@@ -171,7 +167,7 @@ def test_arms_are_tested_on_the_same_clips(tmp_path: Path):
 def test_only_optional_probes_may_be_missing(tmp_path: Path):
     manifest = {"manifest": str(tmp_path / "a.csv"), "out": str(tmp_path / "a")}
     probes = [{"root": "x", "tasks": ["fsdd"], "manifests": [manifest], "optional": True}]
-    settings = load_experiment(write_experiment(tmp_path, probes=probes))
+    settings = load_experiment(write_experiment(tmp_path, probes=probes)).settings
     assert available_probes(settings) == ([], [str(tmp_path / "a.csv")])
     settings.probes[0].optional = False
     with pytest.raises(UserError, match="root=FOLDER"):

@@ -1,8 +1,11 @@
 """Comparisons between recipes: against scipy, by simulation, and on hand-made results."""
 
+import json
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +33,7 @@ from whisper_aut.experiments.analysis import (
     score_table,
     threshold_table,
 )
+from whisper_aut.experiments.grid import FigureSettings, PrimarySettings
 
 CLIPS, RUNS = 200, 5
 
@@ -53,7 +57,6 @@ def measure(arm: str, seed: int, accuracy: float, *, slow: bool = False) -> Meas
 def results() -> Results:
     measurements = [measure("good", seed, 0.8) for seed in range(RUNS)]
     measurements += [measure("poor", seed, 0.6, slow=True) for seed in range(RUNS)]
-    figure = {"x": "arm", "colour": "", "curves": True, "ordered": False}
     return Results(
         name="tried",
         title="Tried",
@@ -68,13 +71,14 @@ def results() -> Results:
         measurements=tuple(measurements),
         baseline={"a": 0.3, "b": 0.3, "c": 0.3},
         audits=("no overlap",),
-        settings={"figure": figure, "thresholds": [2.05, 1.0]},
+        figure=FigureSettings(x="arm", curves=True, ordered=False),
+        thresholds=[2.05, 1.0],
         environment={"date": "today"},
     )
 
 
 def test_comparisons_are_paired_t_tests_over_runs(results: Results):
-    found = {one.endpoint.name: one for one in compare(replace(results, settings={"margin": 2.0}))}
+    found = {one.endpoint.name: one for one in compare(replace(results, margin=2.0))}
     sound, arms = found["sound"], results.by_arm()
     expected = [
         50 * sum(good.scores[task] - poor.scores[task] for task in "ab")
@@ -183,8 +187,9 @@ def verdict(differences: np.ndarray, margin: float | None, results: Results) -> 
         equal = dict.fromkeys("abc", 0.5)
         changed = equal | dict.fromkeys("ab", 0.5 + differences[one.seed] / 100)
         measurements += [replace(one, scores=equal), replace(one, arm="good", scores=changed)]
-    settings = {"primary": {"arm": "good", "endpoint": "sound"}, "margin": margin}
-    (found, _) = compare(replace(results, measurements=tuple(measurements), settings=settings))
+    primary = PrimarySettings(arm="good", endpoint="sound")
+    changes = {"primary": primary, "margin": margin, "thresholds": []}
+    (found, _) = compare(replace(results, measurements=tuple(measurements), **changes))
     assert found.primary
     return found.verdict
 
@@ -234,8 +239,8 @@ def test_answers_losses_and_compute_are_compared_too(results: Results):
         lower = 0.1 if (one.arm, one.seed) == ("poor", 1) else 0.0  # so that differences vary
         curve = (*before, replace(last, loss=last.loss - lower))
         measurements.append(replace(one, answers=named, curve=curve))
-    settings = {**results.settings, "thresholds": [2.6, 2.2, 1.0]}
-    results = replace(results, measurements=tuple(measurements), settings=settings)
+    thresholds = [2.6, 2.2, 1.0]
+    results = replace(results, measurements=tuple(measurements), thresholds=thresholds)
     found = {one.endpoint.name: one for one in compare(results)}
     assert list(found) == ["sound", "music", "answers", "loss", "compute"]
     points, loss, compute = found["answers"], found["loss"], found["compute"]
@@ -260,7 +265,7 @@ def test_answers_losses_and_compute_are_compared_too(results: Results):
 def test_losses_are_compared_only_with_thresholds(
     results: Results, thresholds: list[float], more: list[str]
 ):
-    found = endpoints_of(replace(results, settings={"thresholds": thresholds}))
+    found = endpoints_of(replace(results, thresholds=thresholds))
     assert [one.name for one in found] == ["sound", "music", *more]
 
 
@@ -282,9 +287,42 @@ def test_stored_results_are_reported_again_without_running_anything(
         Results.load(stored)
 
 
+def edited(content: Any, path: tuple = ()) -> Iterator[Any]:
+    """Yield copies of a JSON value in which one value is removed or replaced by another."""
+    children = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, child in list(children):
+        for other in (None, -1, "x", [], {}, ...):
+            copy = deepcopy(content)
+            if other is ...:
+                del copy[key]
+            else:
+                copy[key] = other
+            yield copy
+        if isinstance(child, (dict, list)):
+            for changed in edited(child):
+                copy = deepcopy(content)
+                copy[key] = changed
+                yield copy
+
+
+def test_results_that_were_edited_by_hand_are_read_or_explained(results: Results, tmp_path: Path):
+    stored, read, messages = tmp_path / "tried.json", 0, []
+    few = replace(results, measurements=tuple(one for one in results.measurements if one.seed < 2))
+    few.save(stored)
+    for content in list(edited(json.loads(stored.read_text())))[::3]:
+        stored.write_text(json.dumps(content))
+        try:
+            read += len(results_page(Results.load(stored))) > 0
+        except UserError as error:
+            messages.append(str(error))
+    assert min(read, len(messages)) > 20
+    assert all("hold results of this release (" in message for message in messages)
+    assert not any("\n" in message for message in messages)
+
+
 def test_nothing_measured_cannot_be_drawn(results: Results, tmp_path: Path):
     with pytest.raises(UserError, match="no scores and no answers"):
-        plot_results(replace(results, measurements=(), tasks={}), tmp_path / "f.png")
+        plot_results(replace(results, measurements=(), tasks={}, baseline={}), tmp_path / "f.png")
 
 
 PUBLISHED = sorted((REPOSITORY / "docs" / "results").glob("*.json"))
