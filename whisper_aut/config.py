@@ -400,7 +400,8 @@ class OptimSettings:
         lr: learning rate of decoder or adapter, and of the encoder if `encoder_lr` is null.
         encoder_after_step: train only the decoder or adapter before this step.
         final_lr_fraction: the learning rate at the end, as a fraction of `lr`.
-        layer_decay: each encoder layer has this factor times the rate of the layer above.
+        layer_decay: each encoder layer has this factor times the rate of the layer above, averaged
+            over three bands of layers.
     """
 
     lr: PositiveFloat = 1e-5
@@ -505,6 +506,17 @@ class StrategySettings:
     ] = "auto"
     timeout_minutes: PositiveFloat = 30.0
     deepspeed: Options = field(default_factory=dict)
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage; 0 without DeepSpeed."""
+        stage = self.name.removeprefix("deepspeed_stage_")[0]
+        return int(stage) if stage.isdecimal() else 0
+
+    @property
+    def offload(self) -> bool:
+        """Whether the optimizer state is in host memory."""
+        return self.name.endswith("_offload")
 
     @model_validator(mode="after")
     def check_deepspeed(self) -> Self:

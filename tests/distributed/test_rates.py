@@ -44,8 +44,9 @@ def test_a_resumed_run_takes_the_rates_of_its_config(
         "optim.warmup_steps=2",
     )
 
-    def rates(folder: str, lr: float, resume: str = "") -> dict[int, list[float]]:
+    def rates(folder: str, lr: float, resume: str = "", *overrides: str) -> dict[int, list[float]]:
         chosen = (*steps, f"strategy={strategy}", f"optim.lr={lr}", f"optim.encoder_lr={lr / 4}")
+        chosen = (*chosen, *overrides)
         watch = _Rates()
         settings = settings_for(tiny_whisper, tiny_shards, tmp_path / folder, *chosen)
         train(settings, Console(width=400), resume=resume, callbacks=[watch])
@@ -62,3 +63,9 @@ def test_a_resumed_run_takes_the_rates_of_its_config(
     again = rates("parts", 1e-3, resume=str(checkpoint))
     assert again == {step: high[step] for step in (3, 4, 5)}
     assert "this config sets it to" not in capsys.readouterr().out
+    # Fewer groups of parameters: checkpoints know parameters by name.
+    (checkpoint,) = (tmp_path / "parts").glob("smoke/2*/checkpoints/step-0000003.ckpt")
+    flat = rates("parts", 1e-3, str(checkpoint), "optim.layer_decay=1")
+    assert flat.keys() == {3, 4, 5}
+    assert len(flat[4]) < len(high[4])
+    assert max(flat[4]) == max(high[4])

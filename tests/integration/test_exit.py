@@ -23,8 +23,9 @@ print("last line")
 GROUP = """
 import atexit, torch.distributed as dist
 atexit.register(lambda: print("group at exit:", dist.is_initialized()))
+from whisper_aut.config import StrategySettings
 from whisper_aut.training.strategies import build_strategy
-build_strategy("ddp", timeout_minutes=1, ranks=1)
+build_strategy(StrategySettings(name="ddp", timeout_minutes=1.0), ranks=1)
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 dist.new_group(backend="gloo")
 """

@@ -33,7 +33,7 @@ from whisper_aut.models.tiny import make_whisper
 from whisper_aut.onednn import use_onednn
 from whisper_aut.training.doctor import check_compilable
 from whisper_aut.training.optim import optimizer_factory
-from whisper_aut.training.strategies import OFFLOAD, resolve_precision
+from whisper_aut.training.strategies import resolve_precision
 from whisper_aut.utils import file_lock
 
 # Large files are hashed in HASH_BLOCKS evenly spaced blocks of HASH_BLOCK_BYTES. That is enough:
@@ -164,9 +164,7 @@ def build_module(
         encoder,
         decoder,
         codec,
-        optimizer_factory(
-            settings.optim, total_steps, cpu_offload=settings.strategy.name.endswith(OFFLOAD)
-        ),
+        optimizer_factory(settings.optim, total_steps, cpu_offload=settings.strategy.offload),
         generate_clips=settings.trainer.generate_clips,
         generate_tokens=settings.trainer.generate_tokens,
         encoder_after_step=settings.optim.encoder_after_step,

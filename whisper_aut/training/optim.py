@@ -1,15 +1,16 @@
-"""AdamW with decay groups, layer-wise learning rates and a warm-up schedule.
+"""AdamW with depth-band learning rates and a warm-up schedule.
 
-Biases and norms get no weight decay. Layer-wise learning rates follow BEiT (Bao et al. 2021,
-appendix): the top encoder layer gets the full rate, and each layer below gets `layer_decay` times
-the rate of the layer above it.
+Layer-wise learning rates follow BEiT (Bao et al. 2021, appendix): each encoder layer has
+`layer_decay` times the rate of the layer above it. They are applied in `BANDS` bands of consecutive
+layers, so that AdamW updates at most eight groups of parameters.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,6 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from whisper_aut.config import OptimSettings
 from whisper_aut.models.decoders.base import Decoder
 from whisper_aut.models.encoder import PackedEncoder
+
+BANDS = 3
 
 
 def parameter_groups(
@@ -27,33 +30,40 @@ def parameter_groups(
     layer_decay: float,
     encoder_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups of the optimizer: one for each part, learning rate and decay.
+    """Return the parameter groups of the optimizer, at most eight.
 
-    Frozen parameters are left out. `lr` is the learning rate of the decoder, and of the top encoder
-    layer if `encoder_lr` is None. Only parameters with several dimensions get weight decay.
+    The convolutions and then the layers of the encoder are split into `BANDS` bands of equal depth,
+    and the final norm belongs to the top band. A band has the geometric mean of the rates of its
+    layers: the layer that is d layers below the top has `layer_decay ** d` times the encoder's
+    rate. The decoder is a part of its own. Biases and norms of each part get no weight decay.
+    Frozen parameters are left out.
+
+    Args:
+        lr: Learning rate of the decoder, and of the encoder's top layer if `encoder_lr` is None.
     """
-    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    added: set[int] = set()
-
-    def add(part: str, parameters: Iterable[nn.Parameter], lr: float) -> None:
-        for parameter in parameters:
-            if parameter.requires_grad and id(parameter) not in added:
-                decay = weight_decay if parameter.ndim > 1 else 0.0
-                groups.setdefault((part, lr, decay), []).append(parameter)
-            added.add(id(parameter))
-
-    top = lr if encoder_lr is None else encoder_lr
     whisper = encoder.whisper
-    depth = len(whisper.layers)
-    for number, layer in enumerate(whisper.layers):
-        add("encoder", layer.parameters(), top * layer_decay ** (depth - 1 - number))
-    for convolution in (whisper.conv1, whisper.conv2):
-        add("encoder", convolution.parameters(), top * layer_decay**depth)
-    add("encoder", encoder.parameters(), top)
-    add("decoder", decoder.trainable_parameters(), lr)
+    depth, top = len(whisper.layers), lr if encoder_lr is None else encoder_lr
+    by_depth = [nn.ModuleList([whisper.conv1, whisper.conv2]), *whisper.layers]
+    parts: list[tuple[str, float, list[nn.Parameter]]] = []
+    for band in np.array_split(np.arange(depth + 1), BANDS):
+        if len(band):
+            band_lr = top * layer_decay ** float(depth - band.mean())
+            inside = [p for index in band for p in by_depth[index].parameters()]
+            parts.append(("encoder", band_lr, inside))
+    parts[-1][2].extend(encoder.parameters())  # of which only the final norm is in no band yet
+    parts.append(("decoder", lr, list(decoder.trainable_parameters())))
+
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+    grouped: set[int] = set()
+    for part, part_lr, parameters in parts:
+        for parameter in parameters:
+            if parameter.requires_grad and id(parameter) not in grouped:
+                grouped.add(id(parameter))
+                decay = weight_decay if parameter.ndim > 1 else 0.0
+                groups.setdefault((part, part_lr, decay), []).append(parameter)
     return [
-        {"params": parameters, "lr": lr, "weight_decay": decay, "part": part}
-        for (part, lr, decay), parameters in groups.items()
+        {"params": parameters, "lr": part_lr, "weight_decay": decay, "part": part}
+        for (part, part_lr, decay), parameters in groups.items()
     ]
 
 

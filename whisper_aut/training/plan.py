@@ -40,7 +40,6 @@ from whisper_aut.models.pretrained import load_whisper_config, whisper_config_of
 from whisper_aut.models.tiny import WHISPER_SPECIAL_TOKENS
 from whisper_aut.training.checkpoint import MOMENT_BYTES
 from whisper_aut.training.factory import open_sources, read_policy, select_sources, source_weights
-from whisper_aut.training.strategies import DEEPSPEED, OFFLOAD
 
 GIBIBYTE = 2**30
 # Bytes that clipping and a fused AdamW read and write per float32 parameter: 8 for the gradient
@@ -461,24 +460,21 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
     clips = data.samples_per_epoch or stored.clips
     steps_per_epoch = clips // (batch_clips * ranks * trainer.accumulate)
     limits = (trainer.max_epochs * steps_per_epoch, trainer.max_steps)
-    strategy = settings.strategy.name
-    offload = strategy.endswith(OFFLOAD)
+    assumptions += (f"{ASSUMED_TOKENS} text tokens per clip, all clips of the mean length",)
+    if settings.strategy.offload:
+        assumptions += ("updating the weights on the host takes no time",)
     return Forecast(
         cost_of=cost_of,
         ranks=ranks,
-        stage=int(strategy.removeprefix(DEEPSPEED)[0]) if strategy.startswith(DEEPSPEED) else 0,
-        offload=offload,
+        stage=settings.strategy.zero_stage,
+        offload=settings.strategy.offload,
         precision=precision,
         checkpointing=settings.model.gradient_checkpointing,
         micro_batches=trainer.accumulate,
         steps=min((steps for steps in limits if steps), default=None),
         step_audio_seconds=stored.clip_seconds * batch_clips * trainer.accumulate,
         bytes_per_audio_second=stored.bytes_per_second,
-        assumptions=(
-            *assumptions,
-            f"{ASSUMED_TOKENS} text tokens per clip, all clips of the mean length",
-            *(["updating the weights on the host takes no time"] if offload else []),
-        ),
+        assumptions=assumptions,
     )
 
 

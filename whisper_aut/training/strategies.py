@@ -31,7 +31,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 from torch.optim.lr_scheduler import LambdaLR
 
-from whisper_aut.data.sampler import Cursor
+from whisper_aut.config import StrategySettings
 from whisper_aut.errors import UserError
 from whisper_aut.training.checkpoint import (
     CheckpointWriter,
@@ -47,8 +47,6 @@ from whisper_aut.training.checkpoint import (
 
 log = logging.getLogger(__name__)
 
-OFFLOAD = "_offload"
-DEEPSPEED = "deepspeed_stage_"
 NO_BFLOAT16 = (
     "This GPU does not support bfloat16, so hardware.precision=auto trains in float32. "
     "hardware.precision=16-mixed is faster on it and may need a lower optim.lr."
@@ -56,57 +54,53 @@ NO_BFLOAT16 = (
 
 
 def build_strategy(
-    name: str,
+    settings: StrategySettings,
     *,
-    timeout_minutes: float,
     ranks: int,
     clips_per_step: int = 0,
     accelerator: str = "auto",
-    skip_to: Cursor | None = None,
     async_checkpoints: bool = False,
-    deepspeed_options: Mapping[str, Any] | None = None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> Strategy:
-    """Return a Lightning strategy by name.
+    """Return the Lightning strategy of a config.
 
     Args:
-        name: `auto`, `ddp`, or `deepspeed_stage_1|2|3`, the latter two also with `_offload`.
-        timeout_minutes: How long a rank waits for the others before the job fails.
+        settings: The strategy and its options. DeepSpeed's override those implied by the name.
+        ranks: World size.
         clips_per_step: Number of clips in an optimizer step, recorded in checkpoints.
-        skip_to: Position in the data to resume from, in place of the checkpoint's own.
+        accelerator: Lightning's accelerator.
         async_checkpoints: Write checkpoints in the background.
-        deepspeed_options: Options for DeepSpeed's config. They override those implied by `name`.
         warn: Called with messages about learning rates that differ from the checkpoint, and about
             options that DeepSpeed did not read.
 
     Raises:
         UserError: If offloading is requested without a GPU.
     """
-    timeout = timedelta(minutes=timeout_minutes)
+    timeout = timedelta(minutes=settings.timeout_minutes)
     strategy: Any
-    if name.startswith(DEEPSPEED):
-        offload = name.endswith(OFFLOAD)
+    if settings.zero_stage:
         on_gpu = accelerator != "cpu" and torch.cuda.is_available()
-        if offload and not on_gpu:
+        if settings.offload and not on_gpu:
             raise UserError(
-                f"strategy.name={name} moves the optimizer state from the GPU to the CPU, but this "
-                "run uses no GPU."
+                f"strategy.name={settings.name} moves the optimizer state from the GPU to the CPU, "
+                "but this run uses no GPU."
             )
-        stage = int(name.removeprefix(DEEPSPEED).removesuffix(OFFLOAD))
         if not on_gpu:
             # Without this, DeepSpeed uses a GPU if there is one.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        kind = DeepSpeed if on_gpu else CPUDeepSpeed
-        strategy = kind(
-            deepspeed_options or {}, stage=stage, offload_optimizer=offload, timeout=timeout
+        strategy = (DeepSpeed if on_gpu else CPUDeepSpeed)(
+            settings.deepspeed,
+            stage=settings.zero_stage,
+            offload_optimizer=settings.offload,
+            timeout=timeout,
         )
-    elif name == "ddp" or ranks > 1:
+    elif settings.name == "ddp" or ranks > 1:
         # With bucket views, gradients are in memory only once.
         strategy = DDP(timeout=timeout, gradient_as_bucket_view=True)
     else:
         strategy = SingleDevice(_single_device(accelerator))
-    strategy.config_name, strategy.clips_per_step = name, clips_per_step
-    strategy.skip_to, strategy.timeout, strategy.warn = skip_to, timeout, warn
+    strategy.config_name, strategy.clips_per_step = settings.name, clips_per_step
+    strategy.timeout, strategy.warn = timeout, warn
     strategy.background = Background() if async_checkpoints else None
     atexit.unregister(_destroy_process_groups)
     atexit.register(_destroy_process_groups)
@@ -180,7 +174,6 @@ class NamedCheckpoints:
     """Mixin for strategies: checkpoints by parameter name, which all ranks write together."""
 
     config_name, clips_per_step = "", 0
-    skip_to: Cursor | None = None
     background: Background | None = None
     warn: Callable[[str], None] = staticmethod(lambda _: None)
     timeout = timedelta(minutes=30)
@@ -242,12 +235,7 @@ class NamedCheckpoints:
         """Read everything but the tensors, which the two `load_*_state_dict` methods read later."""
         strategy: Any = self
         path = Path(strategy.broadcast(str(checkpoint_path)))
-        state, trainer = read_state(path), strategy.lightning_module.trainer
-        restart_epoch(state, trainer.accumulate_grad_batches, trainer.val_check_interval)
-        if self.skip_to:
-            for loader in loader_states(state):
-                loader |= self.skip_to._asdict()
-        return state | {"path": str(path), "state_dict": {}, "optimizer_states": []}
+        return read_state(path) | {"path": str(path), "state_dict": {}, "optimizer_states": []}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self.model_state().load_weights(read_weights(Path(checkpoint["path"])))
@@ -462,43 +450,15 @@ class _ReadKeys(dict[str, Any]):
         return super().get(key, default)
 
 
-def loader_states(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the states of the training loaders in the state of a checkpoint."""
-    return state["loops"]["fit_loop"]["state_dict"]["combined_loader"]
-
-
-def restart_epoch(state: dict[str, Any], accumulate: int, valid_every_batches: int) -> None:
-    """Derive the counters of Lightning's loops from the optimizer step of a checkpoint.
-
-    Lightning restores the counters of micro-batches as they were in the hook that saved, which is
-    wrong for another number of ranks or accumulated micro-batches. Its `reset` and `advance` in
-    `lightning/pytorch/loops/training_epoch_loop.py` tell from them what remains to be done. Here
-    they say that the step is complete and an epoch begins: `TrainLoader` knows the position in the
-    data (https://github.com/Lightning-AI/pytorch-lightning/issues/18780).
-
-    Checkpoints are written before the validation of their step, so if one was due, it comes first.
-    """
-    step, fit_loop = state["global_step"], state["loops"]["fit_loop"]
-    is_due = step * accumulate % valid_every_batches == 0
-    counters = ("ready", "started", "processed", "completed")
-    batches = fit_loop["epoch_loop.batch_progress"]
-    batches["total"] = dict.fromkeys(counters, step * accumulate)
-    batches["current"] = dict.fromkeys(counters, 0)
-    batches["is_last_batch"] = False
-    # Lightning counts the step again after the validation.
-    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - is_due
-    validation = fit_loop["epoch_loop.val_loop.batch_progress"]
-    validation["current"] = dict.fromkeys(counters, 0)
-    # A validation that stopped in its first batch is repeated.
-    begun = int(is_due)
-    validation["total"] = dict.fromkeys(counters, 0) | {"ready": begun, "started": begun}
-
-
 def _use_config_lrs(scheduler: LambdaLR, state: dict[str, Any]) -> list[float]:
-    """Replace the learning rates in a scheduler's saved state by this config's, and return them."""
+    """Replace all but the step in a scheduler's saved state by this config's.
+
+    Returns the learning rates. Their number may differ from that of the saved ones.
+    """
     factors = [factor(state["last_epoch"]) for factor in scheduler.lr_lambdas]
     lrs = [float(lr) * factor for lr, factor in zip(scheduler.base_lrs, factors, strict=True)]
-    state |= {"base_lrs": scheduler.base_lrs, "_last_lr": lrs}
+    steps = {name: state[name] for name in ("last_epoch", "_step_count")}
+    state |= scheduler.state_dict() | steps | {"_last_lr": lrs}
     return lrs
 
 

@@ -1,8 +1,13 @@
-"""A training run, from its config to a run directory with checkpoints, logs, samples and ledger."""
+"""A training run, from its config to a fitted module and a run directory.
+
+To be read from the top: `train` finds the run to reuse or resume, `build_parts` makes its model and
+data, `_fit` trains them with the Trainer of `build_trainer`, and `_finish` records the result.
+"""
 
 import errno
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,13 +31,14 @@ from whisper_aut.data.sampler import Cursor
 from whisper_aut.errors import UserError
 from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
-from whisper_aut.training.callbacks.data import DataMonitor, gather_counts
+from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints, loader_states
 from whisper_aut.training.callbacks.metrics import (
+    DataMonitor,
     RunProgressBar,
     SampleWriter,
     ThroughputMeter,
     build_loggers,
+    gather_counts,
 )
 from whisper_aut.training.callbacks.stopping import CleanStop, Guard, Rewind, StopOnDataEnd
 from whisper_aut.training.checkpoint import (
@@ -63,7 +69,7 @@ from whisper_aut.training.run_dir import (
     list_runs,
     share_run_name,
 )
-from whisper_aut.training.strategies import build_strategy, loader_states, resolve_precision
+from whisper_aut.training.strategies import build_strategy, resolve_precision
 from whisper_aut.utils import write_json
 
 MAX_REWINDS = 3
@@ -96,7 +102,7 @@ def train(
 
     Args:
         settings: Config of the run.
-        console: Console for messages.
+        console: Console for messages. Ranks other than the first print nothing.
         resume: `auto` resumes the newest run of this name if it is unfinished. A path resumes that
             run or checkpoint. Empty starts a new run.
         fresh: Train again even if there is a finished run.
@@ -106,11 +112,13 @@ def train(
         UserError: If the config, the data or the checkpoint cannot be used.
         Interrupted: If a signal stopped the run. The message names the saved checkpoint.
     """
-    hardware = settings.hardware
+    if not is_first_rank():
+        console = Console(quiet=True)
+    root, hardware = Path(settings.runs), settings.hardware
     precision, hint = resolve_precision(hardware.precision, hardware.accelerator)
     settings = replace(settings, hardware=replace(hardware, precision=precision))
     fingerprint = run_fingerprint(settings)
-    runs = list_runs(Path(settings.runs), settings.name)
+    runs = list_runs(root, settings.name)
     for run in runs:
         if not fresh and run.finished_with(fingerprint) and same_chat_date(settings, run.config):
             name = (settings.name, "bold")
@@ -120,13 +128,14 @@ def train(
             return TrainResult(run, reused=True)
 
     check_accelerator(hardware.accelerator)
-    ranks, warn = _count_ranks(settings), _rank_zero_warn(console)
-    folder = Path(settings.runs) / settings.name
-    checkpoint = find_resume_checkpoint(resume, runs[0] if runs else None, folder, warn)
+    warn, ranks = _warnings_to(console), _count_ranks(settings)
+    newest = runs[0] if runs else None
+    checkpoint = find_resume_checkpoint(resume, newest, root / settings.name, warn)
     resumed = RunDirectory(checkpoint.parent.parent) if checkpoint else None
     if checkpoint and not settings.data.batch_seconds:
         check_step_size(checkpoint, settings.data.batch_clips, ranks, settings.trainer.accumulate)
     settings = fix_chat_date(settings, resumed.config if resumed else None)
+
     parts = build_parts(settings, checkpoint)
     if checkpoint and (step := read_manifest(checkpoint).step) > parts.total_steps:
         raise UserError(
@@ -135,25 +144,12 @@ def train(
             "trainer.max_steps, resume from an earlier checkpoint, or start again with --fresh."
         )
     size, kept = checkpoint_bytes(parts.module), settings.trainer.keep_checkpoints + 1
-    where = checkpoint.parent if checkpoint else Path(settings.runs)
-    for warning in (check_disk_space(where, size, kept), hint):
+    for warning in (check_disk_space(checkpoint.parent if checkpoint else root, size, kept), hint):
         if warning:
             warn(warning)
 
-    metadata = {
-        "fingerprint": fingerprint,
-        "pretrained": {"path": parts.pretrained.path, "revision": parts.pretrained.revision},
-        "decoder": {
-            "name": settings.decoder["name"],
-            **getattr(parts.module.decoder, "identity", {}),
-        },
-        "steps": parts.total_steps,
-        "seed": settings.seed,
-        "ranks": ranks,
-        "data": _data_metadata(parts.data),
-    }
-    config = dump_settings(settings)
-    run = resumed or create_job_run(Path(settings.runs), settings.name, config, metadata)
+    config, metadata = dump_settings(settings), _metadata(settings, parts, fingerprint)
+    run = resumed or create_job_run(root, settings.name, config, metadata)
 
     def record_resume(*_: Any) -> None:
         if is_first_rank():
@@ -165,18 +161,10 @@ def train(
         # training does not start.
         hooks = LambdaCallback(on_train_start=record_resume, on_fit_end=record_resume)
         callbacks = [hooks, *callbacks]
-    console.print(_headline(settings, parts, f"resuming {checkpoint}" if resumed else run.path))
-    for source in parts.data.train:
-        if selection := source.index.selection:
-            left_out = ", ".join(f"{n} {reason}" for reason, n in selection.left_out.items())
-            total = source.index.samples + sum(selection.left_out.values())
-            console.print(
-                f"{source.index.name}: training on {source.index.samples} of {total} clips; left "
-                f"out: {left_out or 'none'}",
-                markup=False,
-            )
+    _announce(settings, parts, f"resuming {checkpoint}" if resumed else str(run.path), console)
     with share_run_name(run), explain_errors(run.path, ranks):
-        _fit(settings, parts, run, checkpoint, fingerprint, console, callbacks)
+        trainer = _fit(settings, parts, run, checkpoint, console, callbacks)
+        _finish(trainer, run, fingerprint, console)
     return TrainResult(run, reused=False)
 
 
@@ -202,13 +190,13 @@ def build_parts(
     pretrained = build_pretrained(settings)
     decoder, codec = build_decoder(settings, pretrained)
     data = build_data(settings, codec, pretrained.config.num_mel_bins)
-    ranks, max_steps = _count_ranks(settings), settings.trainer.max_steps
+    ranks = _count_ranks(settings)
     if checkpoint:
         state = read_state(checkpoint)
         data.resume(ranks, loader_states(state)[0], state["global_step"], skip_to)
     total_steps = data.total_steps(ranks, settings.trainer.max_epochs)
-    if max_steps:
-        total_steps = min(total_steps, max_steps)
+    if settings.trainer.max_steps:
+        total_steps = min(total_steps, settings.trainer.max_steps)
     module = build_module(settings, pretrained, decoder, codec, total_steps)
     # transformers loads models in eval mode.
     return RunParts(pretrained, module.train(), data, total_steps)
@@ -219,20 +207,17 @@ def _fit(
     parts: RunParts,
     run: RunDirectory,
     checkpoint: Path | None,
-    fingerprint: str,
     console: Console,
     callbacks: Sequence[lightning.Callback],
-) -> None:
-    """Train to the last step, and write `done.json`.
+) -> lightning.Trainer:
+    """Train to the last step, and validate it.
 
     After a `Rewind`, train again from the newest valid checkpoint and skip the data read since.
     """
     ledger = Ledger(run.ledger(rank_zero_only.rank or 0), settings.data.max_skipped_fraction)
-    warn, skip_to, rewinds = _rank_zero_warn(console), None, 0
+    warn, skip_to, rewinds = _warnings_to(console), None, 0
     while True:
-        trainer = build_trainer(
-            settings, run, ledger, parts.total_steps, console, callbacks, skip_to
-        )
+        trainer = build_trainer(settings, parts, run, ledger, console, callbacks, skip_to)
         try:
             with run.keep_metrics() if is_first_rank() else nullcontext():
                 trainer.fit(
@@ -241,7 +226,7 @@ def _fit(
                 if find_callback(trainer, RollingCheckpoints).validated_step != trainer.global_step:
                     # The metrics of the run are those of its last step.
                     trainer.validate(parts.module, datamodule=parts.data, verbose=False)
-            break
+            return trainer
         except Rewind as rewind:
             checkpoint = latest_valid(run.checkpoints, warn, hashes=is_first_rank())
             rewinds += 1
@@ -252,14 +237,13 @@ def _fit(
                 ) from None
             warn(f"{rewind} Resuming from {checkpoint}, after the data read since.")
             skip_to, parts = rewind.cursor, build_parts(settings, checkpoint, rewind.cursor)
-    _finish(trainer, run, parts.data, ledger, fingerprint, console)
 
 
 def build_trainer(
     settings: Settings,
+    parts: RunParts,
     run: RunDirectory,
     ledger: Ledger,
-    total_steps: int,
     console: Console,
     callbacks: Sequence[lightning.Callback] = (),
     skip_to: Cursor | None = None,
@@ -269,17 +253,14 @@ def build_trainer(
     `ledger` is that of this rank. A resumed run reads on at `skip_to`, if it is given.
     """
     config, hardware, ranks = settings.trainer, settings.hardware, _count_ranks(settings)
-    warn = _rank_zero_warn(console)
+    warn, total_steps = _warnings_to(console), parts.total_steps
     clips_per_step = settings.data.batch_clips * ranks * config.accumulate
     strategy = build_strategy(
-        settings.strategy.name,
-        timeout_minutes=settings.strategy.timeout_minutes,
+        settings.strategy,
         ranks=ranks,
         clips_per_step=0 if settings.data.batch_seconds else clips_per_step,
         accelerator=hardware.accelerator,
-        skip_to=skip_to,
         async_checkpoints=config.async_checkpoints,
-        deepspeed_options=settings.strategy.deepspeed,
         warn=warn,
     )
     meter = ThroughputMeter(hardware.precision)
@@ -289,6 +270,7 @@ def build_trainer(
         every_steps=config.checkpoint_every_steps,
         valid_every_steps=valid_every_steps,
         keep=config.keep_checkpoints,
+        skip_to=skip_to,
         warn=warn,
         paused=meter.paused,
     )
@@ -354,24 +336,19 @@ def find_callback(trainer: Any, kind: type[CallbackType]) -> CallbackType:
 
 
 def _finish(
-    trainer: lightning.Trainer,
-    run: RunDirectory,
-    data: ShardDataModule,
-    ledger: Ledger,
-    fingerprint: str,
-    console: Console,
+    trainer: lightning.Trainer, run: RunDirectory, fingerprint: str, console: Console
 ) -> None:
     """Check the limit on skipped samples, print a summary, and write `done.json`."""
     # Ranks exchange their counts here, after everything that may fail on one of them, and all check
     # the same counts. If a rank fails, no done.json is written.
-    counts = gather_counts(ledger)
-    unknown_languages = find_callback(trainer, DataMonitor).unknown_languages()
-    ledger.check(counts, at_end=True)
+    monitor = find_callback(trainer, DataMonitor)
+    counts, unknown_languages = gather_counts(monitor.ledger), monitor.unknown_languages()
+    monitor.ledger.check(counts, at_end=True)
     if not trainer.is_global_zero:
         return
     guard, meter = find_callback(trainer, Guard), find_callback(trainer, ThroughputMeter)
     metrics = {**guard.last_metrics, **trainer.callback_metrics, **meter.summary(trainer)}
-    epochs = data.source_epochs(data.position)
+    data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
     done = {
         "fingerprint": fingerprint,
         "steps": trainer.global_step,
@@ -381,7 +358,9 @@ def _finish(
         },
         "skipped": by_source(counts.all_skipped),
         "unknown_languages": dict(unknown_languages),
-        "sources": {path: round(value, 4) for path, value in epochs.items()},
+        "sources": {
+            path: round(epochs, 4) for path, epochs in data.source_epochs(data.position).items()
+        },
     }
     write_json(run.done, done)
     console.print(meter.closing_line(trainer))
@@ -428,12 +407,8 @@ def explain_errors(folder: Path, ranks: int) -> Iterator[None]:
         raise
 
 
-def _rank_zero_warn(console: Console) -> Callable[[str], None]:
-    def warn(line: str) -> None:
-        if is_first_rank():
-            console.print(Text.assemble(("Warning:", "bold yellow"), f" {line}"))
-
-    return warn
+def _warnings_to(console: Console) -> Callable[[str], None]:
+    return lambda line: console.print(Text.assemble(("Warning:", "bold yellow"), f" {line}"))
 
 
 def _count_ranks(settings: Settings) -> int:
@@ -444,40 +419,58 @@ def _count_ranks(settings: Settings) -> int:
     return int(devices) * settings.hardware.nodes
 
 
-def _data_metadata(data: ShardDataModule) -> list[dict[str, Any]]:
-    return [
-        {
-            "root": source.index.name,
-            "domain": source.domain,
-            "clips": source.index.samples,
-            "seconds": source.index.seconds,
-            "fingerprint": source.index.fingerprint(),
-            "licences": source.licences,
-            "left_out": source.index.selection.left_out if source.index.selection else {},
-            "weight": round(shape.weight, 4),
-        }
-        for source, shape in zip(data.train, data.order.sources, strict=True)
-    ]
+def _metadata(settings: Settings, parts: RunParts, fingerprint: str) -> dict[str, Any]:
+    """Return what `environment.json` says about a run besides the machine."""
+    identity = getattr(parts.module.decoder, "identity", {})
+    return {
+        "fingerprint": fingerprint,
+        "pretrained": {"path": parts.pretrained.path, "revision": parts.pretrained.revision},
+        "decoder": {"name": settings.decoder["name"], **identity},
+        "steps": parts.total_steps,
+        "seed": settings.seed,
+        "ranks": _count_ranks(settings),
+        "data": [
+            {
+                "root": source.index.name,
+                "domain": source.domain,
+                "clips": source.index.samples,
+                "seconds": source.index.seconds,
+                "fingerprint": source.index.fingerprint(),
+                "licences": source.licences,
+                "left_out": source.index.selection.left_out if source.index.selection else {},
+                "weight": round(shape.weight, 4),
+            }
+            for source, shape in zip(parts.data.train, parts.data.order.sources, strict=True)
+        ],
+    }
 
 
-def _headline(settings: Settings, parts: RunParts, target: Path | str) -> Text:
+def _announce(settings: Settings, parts: RunParts, target: str, console: Console) -> None:
+    """Print the size of a run, its mixture, and which clips the config leaves out."""
+    data, module = parts.data, parts.module
     encoder, decoder = (
         f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M"
-        for part in (parts.module.encoder, parts.module.decoder)
+        for part in (module.encoder, module.decoder)
     )
-    data = parts.data
     # Fraction of each domain among the training clips, as they are drawn.
-    weights: dict[str, float] = {}
+    weights: Counter[str] = Counter()
     for source, shape in zip(data.train, data.order.sources, strict=True):
-        weight = shape.samples if data.order.epoch_clips else shape.weight
-        weights[source.domain] = weights.get(source.domain, 0.0) + weight
-    total = sum(weights.values())
+        weights[source.domain] += shape.samples if data.order.epoch_clips else shape.weight  # pyright: ignore
     mixture = " · ".join(
-        f"{name} {weight / total:.0%}" for name, weight in weights.items() if weight
+        f"{name} {weight / weights.total():.0%}" for name, weight in weights.items() if weight
     )
     batches = settings.trainer.accumulate * _count_ranks(settings)
-    return Text.assemble(
-        (settings.name, "bold"),
+    text = (
         f": encoder {encoder}, decoder {decoder} parameters · {mixture} · {parts.total_steps} "
-        f"steps of {batches} × {data.batch_name} · {target}",
+        f"steps of {batches} × {data.batch_name} · {target}"
     )
+    console.print(Text.assemble((settings.name, "bold"), text))
+    for source in data.train:
+        if selection := source.index.selection:
+            left_out = ", ".join(f"{n} {reason}" for reason, n in selection.left_out.items())
+            total = source.index.samples + sum(selection.left_out.values())
+            console.print(
+                f"{source.index.name}: training on {source.index.samples} of {total} clips; left "
+                f"out: {left_out or 'none'}",
+                markup=False,
+            )

@@ -10,7 +10,7 @@ from tests.support.ranks import join_gloo, on_ranks
 from whisper_aut.data.dataset import MIN_SEEN, Counts, Ledger, by_source
 from whisper_aut.data.reader import SkippedSample
 from whisper_aut.errors import SkipReason, UserError
-from whisper_aut.training.callbacks.data import gather_counts
+from whisper_aut.training.callbacks.metrics import gather_counts
 
 
 def refusal(folder: str, reason: SkipReason = SkipReason.SILENT, key: str = "k") -> SkippedSample:

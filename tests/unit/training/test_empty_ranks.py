@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from tests.support.ranks import on_ranks
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
+from whisper_aut.config import StrategySettings
 from whisper_aut.data.batch import Batch, Example, collate
 from whisper_aut.data.dataset import ExampleBuilder
 from whisper_aut.data.reader import Sample
@@ -135,7 +136,11 @@ def train_case(case: Case, whisper: str, shards: Path, path: Path, ranks: int) -
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy=build_strategy(name, timeout_minutes=2, ranks=ranks, accelerator="cpu"),
+        strategy=build_strategy(
+            StrategySettings(name=name, timeout_minutes=2.0),  # pyright: ignore[reportArgumentType]
+            ranks=ranks,
+            accelerator="cpu",
+        ),
         accumulate_grad_batches=case.accumulate if ranks > 1 else 1,
         max_steps=STEPS,
         callbacks=[Saver(path)],

@@ -1,8 +1,11 @@
 """Parameter groups and the schedule."""
 
+import math
 from pathlib import Path
 
 import pytest
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder as HFWhisperEncoder
 
 from whisper_aut.config import OptimSettings
 from whisper_aut.models.decoders import check_decoder
@@ -37,6 +40,26 @@ def test_every_trainable_parameter_is_in_one_group(tiny_whisper: Path):
     )
     assert decay[id(layers[0].fc1.weight)] == 0.1
     assert decay[id(layers[0].fc1.bias)] == decay[id(layers[0].final_layer_norm.weight)] == 0.0
+
+
+def test_bands_of_a_deep_encoder_share_a_rate_and_groups_are_at_most_eight(tiny_whisper: Path):
+    pretrained = PretrainedWhisper(str(tiny_whisper))
+    config = WhisperConfig(
+        d_model=8, encoder_layers=8, encoder_ffn_dim=8, encoder_attention_heads=1
+    )
+    encoder = PackedEncoder(HFWhisperEncoder(config))
+    entry, options = check_decoder({"name": "whisper"})
+    decoder, _ = entry.build(pretrained, options, False)
+    groups = parameter_groups(encoder, decoder, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    whisper = encoder.whisper
+    by_depth = [whisper.conv1, *whisper.layers, whisper.layer_norm]
+    by_depth = [rates[id(next(module.parameters()))] for module in by_depth]
+    assert by_depth == [0.5**7] * 3 + [0.5**4] * 3 + [0.5] * 4
+    # The product of all rates is that of separate rates of each layer.
+    assert math.prod(by_depth[:9]) == math.prod(0.5**distance for distance in range(9))
+    assert len(groups) == 8
+    assert len(parameter_groups(encoder, decoder, 1.0, 0.1, layer_decay=1.0)) == 4
 
 
 @pytest.mark.parametrize(

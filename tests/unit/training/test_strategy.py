@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.ranks import on_ranks
+from whisper_aut.config import StrategySettings
 from whisper_aut.errors import UserError
 from whisper_aut.training import train
 from whisper_aut.training.strategies import CPUDeepSpeed, DeepSpeed, build_strategy
@@ -17,17 +18,13 @@ from whisper_aut.training.strategies import CPUDeepSpeed, DeepSpeed, build_strat
 
 def test_deepspeed_runs_where_the_config_says_not_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert isinstance(
-        build_strategy("deepspeed_stage_2", timeout_minutes=1, ranks=2, accelerator="cpu"),
-        CPUDeepSpeed,
-    )
+    stage_2 = StrategySettings(name="deepspeed_stage_2")
+    assert isinstance(build_strategy(stage_2, ranks=2, accelerator="cpu"), CPUDeepSpeed)
     assert os.environ["DS_ACCELERATOR"] == "cpu"
+    offload = StrategySettings(name="deepspeed_stage_2_offload")
     with pytest.raises(UserError, match="this run uses no GPU"):
-        build_strategy("deepspeed_stage_2_offload", timeout_minutes=1, ranks=2, accelerator="cpu")
-    assert (
-        type(build_strategy("deepspeed_stage_2", timeout_minutes=1, ranks=2, accelerator="auto"))
-        is DeepSpeed
-    )
+        build_strategy(offload, ranks=2, accelerator="cpu")
+    assert type(build_strategy(stage_2, ranks=2, accelerator="auto")) is DeepSpeed
 
 
 @pytest.mark.parametrize(
@@ -81,11 +78,9 @@ def fit_ones(
     """Train one step on this rank; return its gradient, DeepSpeed's options and the warnings."""
     warnings: list[str] = []
     strategy: Any = build_strategy(
-        name,
-        timeout_minutes=2,
+        StrategySettings(name=name, timeout_minutes=2.0, deepspeed=options),  # pyright: ignore
         ranks=2,
         accelerator="cpu",
-        deepspeed_options=options,
         warn=warnings.append,
     )
     trainer = lightning.Trainer(

@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Checkpoint
 
+from whisper_aut.data.sampler import Cursor
 from whisper_aut.training.callbacks import ends_step
 from whisper_aut.training.checkpoint import BEST, LAST, checkpoint_name, checkpoints_in, point_link
 
@@ -32,6 +33,7 @@ class RollingCheckpoints(Checkpoint):
         valid_every_steps: Optimizer steps between two validations.
         keep: Number of newest checkpoints to keep, in addition to the best one.
         warn: Called with a message when later checkpoints are renamed.
+        skip_to: Position in the data to resume from, in place of the checkpoint's own.
         paused: Context in which the run saves, or waits for a checkpoint to be written.
     """
 
@@ -42,10 +44,12 @@ class RollingCheckpoints(Checkpoint):
         every_steps: int,
         valid_every_steps: int,
         keep: int,
+        skip_to: Cursor | None = None,
         warn: Callable[[str], None] = lambda _: None,
         paused: Callable[[Any], AbstractContextManager[None]] = lambda _: nullcontext(),
     ):
         self.folder, self.keep, self.warn, self.paused = folder, keep, warn, paused
+        self.skip_to = skip_to
         self.every_steps, self.valid_every_steps = every_steps, valid_every_steps
         self.best_loss, self.best_step = math.inf, 0
         self.validated_step = -1  # the last step that this process validated
@@ -119,6 +123,40 @@ class RollingCheckpoints(Checkpoint):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
 
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, module: Any, checkpoint: dict[str, Any]
+    ) -> None:
+        """Derive the counters of Lightning's loops from the optimizer step of the checkpoint.
+
+        Lightning restores the counters of micro-batches as they were in the hook that saved, which
+        is wrong for another number of ranks or accumulated micro-batches. Its `reset` and `advance`
+        in `lightning/pytorch/loops/training_epoch_loop.py` tell from them what remains to be done.
+        Here they say that the step is complete and an epoch begins: `TrainLoader` knows the
+        position in the data (https://github.com/Lightning-AI/pytorch-lightning/issues/18780).
+
+        Checkpoints are written before the validation of their step, so if one was due, it comes
+        first. A validation that stopped in its first batch is repeated.
+        """
+        step, fit_loop = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]
+        batches_done = step * trainer.accumulate_grad_batches
+        is_due = int(batches_done % trainer.val_check_interval == 0)
+        counters = ("ready", "started", "processed", "completed")
+        none = dict.fromkeys(counters, 0)
+        fit_loop["epoch_loop.batch_progress"] |= {
+            "total": dict.fromkeys(counters, batches_done),
+            "current": dict(none),
+            "is_last_batch": False,
+        }
+        # Lightning counts the step again after the validation.
+        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - is_due
+        fit_loop["epoch_loop.val_loop.batch_progress"] |= {
+            "total": none | {"ready": is_due, "started": is_due},
+            "current": dict(none),
+        }
+        if self.skip_to:
+            for loader in loader_states(checkpoint):
+                loader |= self.skip_to._asdict()
+
     def _on_written(self, path: Path) -> None:
         """Called on rank 0 when a checkpoint is complete."""
         point_link(self.folder / LAST, path)
@@ -154,3 +192,8 @@ class RollingCheckpoints(Checkpoint):
             f"The run resumes from step {step}, so later checkpoints in {self.folder} were renamed "
             f"to {SUPERSEDED}step-… and can be deleted: {', '.join(path.name for path in later)}."
         )
+
+
+def loader_states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the states of the training loaders in the state of a checkpoint."""
+    return checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
