@@ -49,6 +49,25 @@ def test_imports_point_forward(path: Path):
     assert not backwards, f"{module} imports from later parts: {sorted(backwards)}"
 
 
+def test_the_picture_of_the_imports_in_contributing_is_the_real_one():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    arrows = set(re.findall(r"^  (\w+) --> (\w+)$", text, re.M))
+    imports = {
+        (name.split(".")[1], module.split(".")[1])
+        for path in SOURCES
+        if (module := module_of(path)) != "whisper_aut"
+        for name in imports_of(path)
+    }
+    helpers = {"errors", "utils", "schema", "onednn"}
+    imports = {(a, b) for a, b in imports if a != b and not helpers & {a, b}}
+    assert arrows <= imports
+    paths = set(arrows)
+    for middle in ORDER:
+        into = {start for start, end in paths if end == middle}
+        paths |= {(start, end) for start in into for begin, end in paths if begin == middle}
+    assert imports <= paths, f"no path of arrows for {sorted(imports - paths)}"
+
+
 def test_modules_have_a_docstring_and_a_readable_size():
     for path in SOURCES:
         text, name = path.read_text(), path.relative_to(PACKAGE).as_posix()

@@ -10,9 +10,10 @@ from whisper_aut.commands import Commands
 
 def experiment(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.errors import UserError
-    from whisper_aut.experiments.analysis import write_report
+    from whisper_aut.experiments.analysis import Results, plot_results, result_tables, results_page
     from whisper_aut.experiments.grid import load_experiment
     from whisper_aut.experiments.runner import plan_table, run_experiment
+    from whisper_aut.utils import write_text
 
     stored = Path(options.experiment)
     if stored.suffix == ".json":
@@ -28,7 +29,12 @@ def experiment(options: argparse.Namespace, console: Console) -> None:
             return
         out = Path(options.out or Path(found.settings.runs) / found.settings.name)
         stored = run_experiment(found, out, console)
-    console.print(f"Wrote {write_report(stored, console)}; all results are in {stored}.")
+    results, page = Results.load(stored), stored.with_suffix(".md")
+    plot_results(results, stored.with_suffix(".png"))
+    write_text(page, results_page(results))
+    for table in result_tables(results):
+        console.print(table.to_rich())
+    console.print(f"Wrote {page}; all results are in {stored}.")
 
 
 def add_parsers(commands: Commands) -> None:

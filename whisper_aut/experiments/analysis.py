@@ -26,7 +26,6 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass as schema
-from rich.console import Console
 from scipy.optimize import root_scalar
 from scipy.stats import chi2, norm, t, ttest_1samp
 
@@ -43,13 +42,13 @@ from whisper_aut.report.plots import (
     MARKERS,
     PALETTE,
     STYLE,
-    blank_figure,
     legend_below,
+    new_figure,
     save_figure,
     set_category_labels,
 )
 from whisper_aut.report.tables import BLANK, Table, p_value
-from whisper_aut.utils import write_json, write_text
+from whisper_aut.utils import write_json
 
 ALPHA = 0.05
 POWER = 0.8  # of the smallest detectable difference
@@ -138,12 +137,11 @@ class Results(QuestionSettings):
         for arm, runs in self.by_arm().items():
             if [one.seed for one in runs] != self.seeds:
                 raise ValueError(f"measurements: {arm} must be measured once with each seed")
-        scores = [self.baseline, *(one.scores for one in self.measurements)]
-        known = set(self.tasks)
-        if not all(found.keys() <= known for found in scores):
-            raise ValueError("tasks: a score has no task")
-        if sum(len(runs) for runs in self.by_arm().values()) < len(self.measurements):
+        if any(one.arm not in self.arms for one in self.measurements):
             raise ValueError("arms: a measurement has no arm")
+        scores = [self.baseline, *(one.scores for one in self.measurements)]
+        if any(name not in self.tasks for found in scores for name in found):
+            raise ValueError("tasks: a score has no task")
         return self
 
     @property
@@ -164,10 +162,10 @@ class Results(QuestionSettings):
         ordered = sorted(self.measurements, key=lambda one: one.seed)
         return {arm: [one for one in ordered if one.arm == arm] for arm in self.arms}
 
-    def domain_score(self, one: Measurement, domain: str) -> float | None:
-        """Return the unweighted mean score of a domain's tasks, in percent."""
+    def domain_score(self, one: Measurement, domain: str) -> float:
+        """Return the unweighted mean score of a domain's tasks, in percent; NaN without any."""
         found = [score for name, score in one.scores.items() if self.tasks[name].domain == domain]
-        return 100 * float(np.mean(found)) if found else None
+        return 100 * float(np.mean(found)) if found else np.nan
 
     def save(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -197,7 +195,7 @@ class Endpoint:
     """A quantity by which training runs are compared.
 
     Attributes:
-        value: Its value for one training run; None if the run has none.
+        value: Its value for one training run; NaN if the run has none.
         is_score: In points of 0 … 100: higher is better, and the margin applies. For other
             endpoints, lower is better.
         is_ratio: Values are logarithms, so differences are logarithms of ratios.
@@ -205,7 +203,7 @@ class Endpoint:
 
     name: str
     title: str
-    value: Callable[[Measurement], float | None]
+    value: Callable[[Measurement], float]
     is_score: bool = True
     is_ratio: bool = False
 
@@ -217,12 +215,12 @@ class Comparison:
     Attributes:
         differences, mean, std: One for each seed; their mean and sample standard deviation.
         low, high: 95 % t interval of the mean, for this comparison alone.
-        p_value: Of a paired t test; None with one run, or if all differences are equal.
+        p_value: Of a paired t test; NaN with one run, or if all differences are equal.
         p_adjusted: Corrected for all comparisons of the experiment.
-        p_no_worse: One-sided, of being worse by the margin or more, with Holm's correction; None
+        p_no_worse: One-sided, of being worse by the margin or more, with Holm's correction; NaN
             without a margin.
         detectable: The true difference that would be found with a probability of 80 %, with this
-            standard deviation, number of runs (at least `MIN_RUNS`) and correction.
+            standard deviation, number of runs (at least `MIN_RUNS`) and correction; NaN as above.
     """
 
     arm: str
@@ -231,20 +229,20 @@ class Comparison:
     differences: tuple[float, ...]
     mean: float
     std: float | None
-    low: float | None = None
-    high: float | None = None
-    p_value: float | None = None
-    p_adjusted: float | None = None
-    p_no_worse: float | None = None
-    detectable: float | None = None
+    low: float
+    high: float
+    p_value: float
+    p_adjusted: float
+    p_no_worse: float
+    detectable: float
 
     @property
     def verdict(self) -> str:
         runs = len(self.differences)
         if runs < MIN_RUNS:
             return f"no claim ({runs} run{'s' * (runs > 1)})"
-        no_worse = self.p_no_worse is not None and self.p_no_worse < ALPHA / 2
-        if self.p_adjusted is not None and self.p_adjusted < ALPHA:
+        no_worse = self.p_no_worse < ALPHA / 2
+        if self.p_adjusted < ALPHA:
             if (self.mean > 0) == self.endpoint.is_score:
                 return "better"
             return "worse, within the margin" if no_worse else "worse"
@@ -269,18 +267,17 @@ class PairedTests:
 def compare(results: Results) -> list[Comparison]:
     """Compare every arm with the reference in every endpoint that both have."""
     margin, primary = results.margin or np.nan, results.primary
-    by_arm, rows = results.by_arm(), list[tuple[str, Endpoint, list[float]]]()
+    by_arm, rows = results.by_arm(), []
     reference = by_arm.pop(results.reference)
     for (arm, runs), endpoint in product(by_arm.items(), endpoints_of(results)):
         pairs = zip(runs, reference, strict=True)
-        values = [(endpoint.value(one), endpoint.value(other)) for one, other in pairs]
-        known = [one - other for one, other in values if one is not None and other is not None]
-        if values and len(known) == len(values):
-            rows.append((arm, endpoint, known))
+        differences = [endpoint.value(one) - endpoint.value(other) for one, other in pairs]
+        if differences and not np.isnan(differences).any():
+            rows.append((arm, endpoint, differences))
     if not rows:
         return []
-    names = [[arm, endpoint.name] for arm, endpoint, _ in rows]
-    name = [primary.arm, primary.endpoint]
+    names = [(arm, endpoint.name) for arm, endpoint, _ in rows]
+    name = (primary.arm, primary.endpoint)
     primary_row = names.index(name) if name in names else None
     tests = paired_tests(
         np.array([differences for *_, differences in rows]),
@@ -292,14 +289,12 @@ def compare(results: Results) -> list[Comparison]:
     for row, (arm, endpoint, differences) in enumerate(rows):
         mean, std = mean_std(differences)
         found = {name: float(array[row]) for name, array in vars(tests).items()}
-        alpha = found.pop("alpha")
-        known = {name: None if np.isnan(value) else value for name, value in found.items()}
-        if std and known["p_value"] is not None:
-            runs = max(len(differences), MIN_RUNS)
-            known["detectable"] = detectable_difference(std, runs, alpha)
-        comparisons.append(
-            Comparison(arm, endpoint, row == primary_row, tuple(differences), mean, std, **known)
-        )
+        alpha, detectable = found.pop("alpha"), np.nan
+        if std and not np.isnan(found["p_value"]):
+            detectable = detectable_difference(std, max(len(differences), MIN_RUNS), alpha)
+        values = {"differences": tuple(differences), "mean": mean, "std": std, **found}
+        is_primary = row == primary_row
+        comparisons.append(Comparison(arm, endpoint, is_primary, **values, detectable=detectable))
     return comparisons
 
 
@@ -332,10 +327,9 @@ def paired_tests(
 def _t_test(
     values: np.ndarray, alternative: str = "two-sided"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Test the mean of each row of `[R, N]` against 0.
+    """Test the mean of each row of `[R, N]` against 0: p-values and ends of 95 % intervals, `[R]`.
 
-    Returns:
-        p-values `[R]` and the ends of 95 % intervals; NaN for rows that do not vary.
+    They are NaN for rows that do not vary.
     """
     p_values, low, high = np.full((3, len(values)), np.nan)
     varies = np.ptp(values, axis=1) > ROUNDING * np.abs(values).max(axis=1)  # False for NaN
@@ -355,13 +349,12 @@ def _holm(p_values: np.ndarray) -> np.ndarray:
 def detectable_difference(
     std: float, runs: int, alpha: float = ALPHA, power: float = POWER
 ) -> float:
-    """Return the true difference that a two-sided paired t test finds with a given probability.
+    """Return the true difference that a two-sided paired t test finds with probability `power`.
 
     Args:
         std: Standard deviation of the differences between runs, in the unit of the result.
         runs: Training runs of each recipe, at least 2.
         alpha: The level that the p-value must reach.
-        power: The probability.
     """
     freedom, critical = runs - 1, t.isf(alpha / 2, runs - 1)
     # scipy's noncentral t is NaN this far out: average the normal over quantiles of the chi-square.
@@ -386,23 +379,23 @@ def endpoints_of(results: Results) -> list[Endpoint]:
         endpoints.append(Endpoint("loss", "final validation loss", _final_loss, is_score=False))
     for threshold in sorted(results.thresholds):
         value = partial(_log_compute, threshold=threshold)
-        if all(value(one) is not None for one in results.measurements):
+        if not np.isnan([value(one) for one in results.measurements]).any():
             title = f"TFLOP to a loss of {threshold:g}, ratio"
             return [*endpoints, Endpoint("compute", title, value, is_score=False, is_ratio=True)]
     return endpoints
 
 
-def _right_answers(one: Measurement) -> float | None:
-    return 100 * float(np.mean(list(one.answers.values()))) if one.answers else None
+def _right_answers(one: Measurement) -> float:
+    return 100 * float(np.mean(list(one.answers.values()))) if one.answers else np.nan
 
 
-def _final_loss(one: Measurement) -> float | None:
-    return one.curve[-1].loss if one.curve else None
+def _final_loss(one: Measurement) -> float:
+    return one.curve[-1].loss if one.curve else np.nan
 
 
-def _log_compute(one: Measurement, threshold: float) -> float | None:
+def _log_compute(one: Measurement, threshold: float) -> float:
     point = first_at_most(one.curve, threshold)
-    return log(point.teraflop) if point and point.teraflop else None
+    return log(point.teraflop) if point and point.teraflop else np.nan
 
 
 def first_at_most(curve: Sequence[Validation], threshold: float) -> Validation | None:
@@ -424,7 +417,7 @@ def _arm_table(
     caption: str,
     text_columns: int = 0,
 ) -> Table:
-    """Build a table from pairs of an arm and the cells after its titles."""
+    """Build a table from pairs of an arm and the cells after the titles of its choices."""
     axes = [axis.replace("_", " ") for axis in results.arms[results.reference]]
     cells = tuple((*results.arms[arm].values(), *row) for arm, row in rows)
     return Table(title, (*axes, *columns), cells, len(axes) + text_columns, caption)
@@ -433,7 +426,7 @@ def _arm_table(
 def score_table(results: Results) -> Table:
     """Return arms × probe tasks."""
     rows = [
-        (arm, [_percent([one.scores.get(name) for one in runs]) for name in results.tasks])
+        (arm, [_mean([one.scores.get(name) for one in runs], 1, 100) for name in results.tasks])
         for arm, runs in results.by_arm().items()
         if results.tasks
     ]
@@ -449,14 +442,14 @@ def score_table(results: Results) -> Table:
     if not results.baseline:
         return table
     blanks = [""] * (table.text_columns - 1)
-    cells = [_percent([results.baseline.get(name)]) for name in results.tasks]
+    cells = [_mean([results.baseline.get(name)], 1, 100) for name in results.tasks]
     return replace(table, rows=((BASELINE_NAME, *blanks, *cells), *table.rows))
 
 
 def answer_table(results: Results) -> Table:
     """Return arms × metrics of the language model's answers for test clips."""
     rows = [
-        (arm, [_percent([one.answers.get(name) for one in runs]) for name in results.answers])
+        (arm, [_mean([one.answers.get(name) for one in runs], 1, 100) for name in results.answers])
         for arm, runs in results.by_arm().items()
         if results.answers
     ]
@@ -566,26 +559,20 @@ def _comparison_cells(one: Comparison) -> tuple[str, ...]:
 
     times = "× " if one.endpoint.is_ratio else ""
     no_std = one.std is None or one.endpoint.is_ratio
-    interval = None if one.low is None or one.high is None else (one.low, one.high)
     return (
         one.endpoint.title + (", primary" if one.primary else ""),
         times + number(one.mean) + ("" if no_std else f" ± {number(one.std or 0, '')}"),
         " · ".join(map(number, one.differences)),
-        " … ".join(map(number, interval)) if interval else BLANK,
-        BLANK if one.p_value is None else p_value(one.p_value),
-        BLANK if one.p_adjusted is None else p_value(one.p_adjusted),
-        BLANK if one.detectable is None else times + number(one.detectable, ""),
+        BLANK if np.isnan(one.low) else f"{number(one.low)} … {number(one.high)}",
+        *(BLANK if np.isnan(p) else p_value(p) for p in (one.p_value, one.p_adjusted)),
+        BLANK if np.isnan(one.detectable) else times + number(one.detectable, ""),
         one.verdict,
     )
 
 
-def _percent(values: Sequence[float | None]) -> str:
-    return _mean([None if value is None else 100 * value for value in values], 1)
-
-
-def _mean(values: Sequence[float | None], decimals: int = 0) -> str:
+def _mean(values: Sequence[float | None], decimals: int = 0, scale: float = 1) -> str:
     """Format a mean and, unless it rounds to zero, the standard deviation."""
-    known = [value for value in values if value is not None]
+    known = [scale * value for value in values if value is not None and not np.isnan(value)]
     if not known or len(known) < len(values):
         return BLANK
     mean, std = mean_std(known)
@@ -603,16 +590,6 @@ def results_page(results: Results) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def write_report(path: Path, console: Console) -> Path:
-    """Print the tables of stored results; write `.png` and `.md` next to them, and return `.md`."""
-    results = Results.load(path)
-    plot_results(results, path.with_suffix(".png"))
-    write_text(path.with_suffix(".md"), results_page(results))
-    for table in result_tables(results):
-        console.print(table.to_rich())
-    return path.with_suffix(".md")
-
-
 @rc_context(STYLE)
 def plot_results(results: Results, path: Path) -> Path:
     """Draw scores and answers of all arms, and loss curves if `figure.curves` is set.
@@ -626,23 +603,21 @@ def plot_results(results: Results, path: Path) -> Path:
     layout = [[panel.name for panel in panels for _ in range(2)]]
     if results.figure.curves:
         layout.append(["teraflop"] * len(panels) + ["seconds"] * len(panels))
-    figure = blank_figure(height=3.1 * len(layout) + 0.5)
+    figure = new_figure(height=3.1 * len(layout) + 0.5)
     axes = figure.subplot_mosaic(layout)  # pyright: ignore[reportArgumentType, reportCallIssue]
     baseline = Measurement(BASELINE_NAME, 0, results.baseline)
     for panel in panels:
         _plot_scores(axes[panel.name], results, panel, len(panels))
-        level = panel.value(baseline)
-        if level is not None:
-            axes[panel.name].axhline(
-                level, color=BASELINE_COLOUR, linestyle=BASELINE_DASHES, label=BASELINE_NAME
-            )
+        level, line = panel.value(baseline), {"color": BASELINE_COLOUR, "ls": BASELINE_DASHES}
+        if not np.isnan(level):
+            axes[panel.name].axhline(level, **line, label=BASELINE_NAME)
     if len(layout) > 1:
         _plot_curves(axes["teraflop"], results, "teraflop", "TFLOP of training")
         _plot_curves(axes["seconds"], results, "seconds", "wall clock of training (s)")
         axes["teraflop"].legend(fontsize=6)
     figure.suptitle(results.title, x=0.01, ha="left")
     handles, labels = axes[panels[0].name].get_legend_handles_labels()
-    if labels:
+    if handles:
         legend_below(figure, 3, handles=handles, labels=labels)
     return save_figure(figure, path)
 
@@ -669,7 +644,7 @@ def _plot_scores(axes: Axes, results: Results, endpoint: Endpoint, panels: int) 
         positions, means, deviations = [], [], []
         for arm, x, _ in series:
             values = [endpoint.value(one) for one in by_arm[arm]]
-            known = [value for value in values if value is not None]
+            known = [value for value in values if not np.isnan(value)]
             if known:
                 positions.append(x + (index - (count - 1) / 2) * shift)
                 mean, std = mean_std(known)

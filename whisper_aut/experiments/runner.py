@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 from rich.console import Console
 
-from whisper_aut.config import CorporaSettings, load_settings
+from whisper_aut.config import CorporaSettings, Domain, load_settings
 from whisper_aut.corpora.audit import AUDIT_NAME, read_audit, run_audit, unaudited
 from whisper_aut.data.shards import open_index
 from whisper_aut.errors import Interrupted, UserError
@@ -120,7 +121,7 @@ def available_probes(settings: ExperimentSettings) -> tuple[list[ProbeSetSetting
     available, all_missing = [], []
     for probes in settings.probes:
         missing = [
-            one.manifest
+            str(one.manifest)
             for one in probes.manifests
             if not Path(one.manifest).is_file() and not Path(one.out).is_dir()
         ]
@@ -193,7 +194,8 @@ class Evaluator:
                 scores_file=self.folder / "scores" / f"{label}-{number}.json",
             )
             for entry in scores.entries:
-                self.tasks[entry.task] = TaskMetadata(entry.title, entry.domain, entry.test_clips)
+                domain = cast(Domain, entry.domain)
+                self.tasks[entry.task] = TaskMetadata(entry.title, domain, entry.test_clips)
                 clips = self._test_clips.setdefault(entry.task, entry.keys_sha256)
                 if clips != entry.keys_sha256:
                     raise UserError(

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 from transformers.models.voxtral.modeling_voxtral import VoxtralEncoder
+from transformers.models.whisper.modeling_whisper import sinusoids
 
 from whisper_aut.errors import UserError
 from whisper_aut.utils import read_json
@@ -85,8 +86,7 @@ def write_tower(
         name: A key of `TOWERS`.
         weights: The encoder's weights, with the names of `WhisperEncoder`.
         config: The config of the Whisper model that the encoder comes from.
-        out: The folder to write, created if necessary.
-        dtype: The dtype of the written weights.
+        out: The folder to write.
 
     Raises:
         UserError: The encoder's architecture does not match the tower's.
@@ -134,17 +134,6 @@ def check_tower(name: str, weights: dict[str, Tensor], config: WhisperConfig) ->
             f"The encoder cannot be exported as {name}: {'; '.join(problems)}. "
             "Export it with --format encoder."
         )
-
-
-def sinusoids(length: int, width: int) -> Tensor:
-    """Return Whisper's position embeddings `[length, width]`.
-
-    The first half of the width holds sines, the second half cosines, both at timescales from 1
-    to 10,000.
-    """
-    rates = torch.logspace(0, -4, width // 2)
-    angles = torch.arange(length)[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def swap_tower(model: nn.Module, directory: str | Path) -> nn.Module:

@@ -105,7 +105,7 @@ def load_language_model(
 def _load(kind: Any, path: str, revision: str, *files: str, **options: Any) -> Any:
     source = find_cached(path, revision, *files)
     try:
-        check_hub(source)
+        check_hub(source, revision)
         with quiet_loading():
             return kind.from_pretrained(
                 source, revision=revision or "main", trust_remote_code=False, **options

@@ -151,7 +151,7 @@ class PretrainedWhisper:
     def generation_config(self) -> GenerationConfig:
         source = find_cached(self.path, self.revision, "generation_config.json")
         try:
-            check_hub(source)
+            check_hub(source, self.revision)
             config = GenerationConfig.from_pretrained(source, revision=self.revision or "main")
         except OSError:  # hand-made checkpoints often have none
             config = GenerationConfig.from_model_config(self.config)
@@ -165,7 +165,7 @@ class PretrainedWhisper:
         check_model_path(self.path)
         source = find_cached(self.path, self.revision, *files)
         try:
-            check_hub(source)
+            check_hub(source, self.revision)
             with quiet_loading():
                 return kind.from_pretrained(source, revision=self.revision or "main", **options)
         except UNLOADABLE as error:
@@ -294,15 +294,17 @@ def find_cached(path: str, revision: str, *files: str) -> str:
     return str(folders[0]) if len(folders) == len(files) else path
 
 
-def check_hub(path: str) -> None:
-    """Raise `OSError` if a path is not a directory and the hub does not answer one request.
+def check_hub(path: str, revision: str) -> None:
+    """Raise `OSError` if a model is not on disk and the hub does not answer one request.
 
-    The client of the hub repeats failed requests for most of a minute.
+    The client of the hub repeats failed requests for most of a minute. It is left to load models
+    that are in the cache in another form, such as several files of weights.
     """
     if Path(path).is_dir():
         return
     try:
-        get_hf_file_metadata(hf_hub_url(path, CONFIG))
+        if not isinstance(try_to_load_from_cache(path, CONFIG, revision=revision or "main"), str):
+            get_hf_file_metadata(hf_hub_url(path, CONFIG))
     except (HfHubHTTPError, HFValidationError):
         return  # the load explains what is wrong with the name, the file or the token
     except HTTPError as error:

@@ -9,7 +9,7 @@ import json
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -110,14 +110,6 @@ class Section:
         return bool(self.figures or self.tables or self.texts)
 
 
-@dataclass(frozen=True)
-class RunReport:
-    """The report of one run."""
-
-    title: str
-    sections: list[Section] = field(default_factory=list)
-
-
 def build_report(runs: Sequence[Path], out: Path, console: Console) -> Path:
     """Write the report of run directories to `out`: `report.html` (whose path is returned),
     `report.md`, charts and CSV files. Print the tables of scores.
@@ -138,16 +130,17 @@ def build_report(runs: Sequence[Path], out: Path, console: Console) -> Path:
         )
     reports = []
     for run in found:
-        prefix = f"{run.path.parent.name}-{run.path.name}-" if len(found) > 1 else ""
-        reports.append(_report_run(run, out, prefix, console))
+        name = f"{run.path.parent.name}-{run.path.name}-" if len(found) > 1 else ""
+        title = f"{run.path.parent.name} · {run.path.name}"
+        reports.append((title, _report_run(run, out, name, console)))
     write_text(out / "report.md", render(reports, "report.md"))
     write_text(out / "report.html", render(reports, "report.html"))
     console.print(f"Report: {out / 'report.html'}")
     return out / "report.html"
 
 
-def render(runs: Sequence[RunReport], template: str) -> str:
-    """Render reports with `report.html` or `report.md` of the folder `templates`."""
+def render(runs: Sequence[tuple[str, Sequence[Section]]], template: str) -> str:
+    """Render the titles and sections of runs with `report.html` or `report.md` of `templates`."""
     environment = Environment(
         loader=PackageLoader("whisper_aut.report"),
         autoescape=select_autoescape(["html"]),
@@ -164,7 +157,7 @@ def _data_uri(content: bytes, mime_type: str) -> str:
     return f"data:{mime_type};base64,{b64encode(content).decode()}"
 
 
-def _report_run(run: RunDirectory, out: Path, prefix: str, console: Console) -> RunReport:
+def _report_run(run: RunDirectory, out: Path, prefix: str, console: Console) -> list[Section]:
     sections = []
     if run.scores.exists():
         scores = Scores.load(run.scores)
@@ -179,8 +172,7 @@ def _report_run(run: RunDirectory, out: Path, prefix: str, console: Console) -> 
     sections.append(Section("Generated texts", texts=generated_texts(run.path)))
     tables = [run_table(run.path), data_table(run.path), skipped_table(run.path)]
     sections.append(Section("Run", tables=[table for table in tables if table]))
-    title = f"{run.path.parent.name} · {run.path.name}"
-    return RunReport(title, [section for section in sections if section])
+    return [section for section in sections if section]
 
 
 def _draw_scores(scores: Scores, out: Path, prefix: str) -> list[Figure]:

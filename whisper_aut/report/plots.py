@@ -63,7 +63,7 @@ MAX_LEGEND_CLASSES, MAX_LABELLED_CLASSES = 12, 36
 Series = list[tuple[float, float]]  # (step, value)
 
 
-def blank_figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
     """Return an empty figure of page width; `height` is in inches.
 
     Call it, and everything that draws on the figure, under `rc_context(STYLE)`.
@@ -73,19 +73,8 @@ def blank_figure(height: float) -> Figure:
     return figure
 
 
-def new_figure(height: float, columns: int = 1, rows: int = 1, sharey: bool = False) -> Figure:
-    """Return a `blank_figure` with a grid of panels."""
-    figure = blank_figure(height)
-    figure.subplots(rows, columns, squeeze=False, sharey=sharey)
-    return figure
-
-
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG, creating its folder if necessary.
-
-    Raises:
-        UserError: If the file cannot be written.
-    """
+    """Write a figure as PNG, see `atomic_path`."""
     path = Path(path)
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=DOTS_PER_INCH, format="png")
@@ -98,25 +87,20 @@ def legend_below(figure: Figure, columns: int = 4, **options: object) -> None:
 
 @rc_context(STYLE)
 def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None) -> Path:
-    """Draw a bar for each task and encoder, and write the chart to `path`.
+    """Draw a bar for each task and encoder; `baseline` is a line across each task's bars instead.
 
     Whiskers are the standard deviation over seeds or, for probes that were fitted only once, the
     95 % interval.
 
-    Args:
-        scores: The scores to draw.
-        path: The PNG file to write.
-        baseline: An encoder to draw as a line across each task's bars instead.
-
     Raises:
-        UserError: If the baseline is the only encoder, or if the file cannot be written.
+        UserError: The baseline is the only encoder.
     """
     encoders = [name for name in scores.encoders if name != baseline]
     if not encoders:
         raise UserError("There are no scores to draw besides the baseline's.")
     cells, labels = _bars_by_position(scores)
     figure = new_figure(height=4.2)
-    axes = figure.axes[0]
+    axes = figure.subplots()
     width = BAR_GROUP_WIDTH / len(encoders)
     for index, encoder in enumerate(encoders):
         offset = (index - (len(encoders) - 1) / 2) * width
@@ -157,10 +141,7 @@ def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None
 def set_category_labels(axes: Axes, labels: Sequence[str], panels: int = 1) -> None:
     """Label the positions 0, 1, … of the x axis: wrapped, or rotated if words are too long.
 
-    Args:
-        axes: The panel.
-        labels: One label for each position.
-        panels: Number of panels side by side.
+    `panels` is the number of panels side by side.
     """
     width = max(1, CHARACTERS_PER_PAGE // (len(labels) * panels))
     if max((len(word) for label in labels for word in label.split()), default=0) > width:
@@ -209,7 +190,7 @@ def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
     """Draw training and validation loss against the step, with one line per domain.
 
     Raises:
-        UserError: If the log cannot be read or has no loss, or if the file cannot be written.
+        UserError: The log cannot be read or has no loss.
     """
     panels: dict[str, dict[str, Series]] = defaultdict(dict)
     for name, points in sorted(read_metrics(metrics_csv).items()):
@@ -220,7 +201,8 @@ def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
         raise UserError(
             f"{metrics_csv} has no values in columns train/loss… or valid/loss…: nothing to draw."
         )
-    figure = new_figure(height=3.6, columns=len(panels), sharey=True)
+    figure = new_figure(height=3.6)
+    figure.subplots(1, len(panels), sharey=True)
     for axes, (split, lines) in zip(figure.axes, panels.items(), strict=True):
         for index, (metric, points) in enumerate(lines.items()):
             domain = next((domain for domain in DOMAIN_COLOURS if domain in metric), "")
@@ -237,19 +219,14 @@ def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
 
 @rc_context(STYLE)
 def plot_speed(metrics_csv: str | Path, path: str | Path) -> Path | None:
-    """Draw audio seconds per second and the fraction of time spent waiting for data. Return None
-    if the run did not log its throughput.
-
-    Raises:
-        UserError: If the log cannot be read, or if the file cannot be written.
-    """
+    """Draw speed and time spent waiting for data; return None if the run did not log them."""
     series = read_metrics(metrics_csv)
     speed = series.get("throughput/audio_seconds_per_second")
     wait = series.get("throughput/data_wait_fraction")
     if not speed or not wait:
         return None
-    figure = new_figure(height=2.6, columns=2)
-    left, right = figure.axes
+    figure = new_figure(height=2.6)
+    left, right = figure.subplots(1, 2)
     _plot_series(left, speed, color=PALETTE[0])
     left.set(title="Speed", ylabel="audio-seconds per second", ylim=(0, None))
     _plot_series(right, wait, scale=100, color=PALETTE[0])
@@ -259,11 +236,7 @@ def plot_speed(metrics_csv: str | Path, path: str | Path) -> Path | None:
 
 @rc_context(STYLE)
 def plot_learning(metrics_csv: str | Path, path: str | Path) -> Path | None:
-    """Draw the scores of probes during training against the step. Return None if no probe ran.
-
-    Raises:
-        UserError: If the log cannot be read, or if the file cannot be written.
-    """
+    """Draw the scores of probes during training against the step; return None if none ran."""
     series = {
         name.removeprefix("probe/"): points
         for name, points in sorted(read_metrics(metrics_csv).items())
@@ -272,11 +245,10 @@ def plot_learning(metrics_csv: str | Path, path: str | Path) -> Path | None:
     if not series:
         return None
     figure = new_figure(height=3.2)
+    axes = figure.subplots()
     for index, (name, points) in enumerate(series.items()):
-        _plot_series(
-            figure.axes[0], points, scale=100, color=PALETTE[index % len(PALETTE)], label=name
-        )
-    figure.axes[0].set(ylabel="score (%)", title="Probes during training")
+        _plot_series(axes, points, scale=100, color=PALETTE[index % len(PALETTE)], label=name)
+    axes.set(ylabel="score (%)", title="Probes during training")
     legend_below(figure)
     return save_figure(figure, path)
 
@@ -297,7 +269,7 @@ def read_metrics(metrics_csv: str | Path) -> dict[str, Series]:
     last value counts.
 
     Raises:
-        UserError: If a log cannot be read or has no `step` column.
+        UserError: A log cannot be read or has no `step` column.
     """
     newest = Path(metrics_csv)
     earlier = newest.parent.glob(f"{newest.stem}.*.csv")
@@ -347,20 +319,18 @@ def compared_encoders(scores: Scores) -> list[str]:
 
 @rc_context({**STYLE, "axes.grid": False})
 def plot_confusions(scores: Scores, task: str, path: Path) -> Path | None:
-    """Draw the confusion matrices of a task, one panel for each of `compared_encoders`. Return
-    None if no confusions were recorded.
+    """Draw the confusion matrices of a task, one panel for each of `compared_encoders`.
 
-    Raises:
-        UserError: If the file cannot be written.
+    Return None if no confusions were recorded.
     """
     entries = [scores.get(encoder, task) for encoder in compared_encoders(scores)]
-    entries = [entry for entry in entries if entry and entry.confusion]
-    if not entries:
+    found = [(entry, entry.confusion) for entry in entries if entry and entry.confusion]
+    if not found:
         return None
-    figure = new_figure(columns=len(entries), height=4.0)
-    for axes, entry in zip(figure.axes, entries, strict=True):
-        assert entry.confusion
-        _plot_confusion(axes, np.array(entry.confusion.counts), entry.confusion.classes)
+    figure = new_figure(height=4.0)
+    figure.subplots(1, len(found))
+    for axes, (entry, confusion) in zip(figure.axes, found, strict=True):
+        _plot_confusion(axes, np.array(confusion.counts), confusion.classes)
         axes.set_title(f"{entry.title}, {scores.label(entry.encoder)}")
     figure.axes[0].set_ylabel("true class")
     figure.colorbar(
@@ -376,17 +346,14 @@ def _plot_confusion(axes: Axes, counts: np.ndarray, classes: Sequence[str]) -> N
     if len(classes) > MAX_LABELLED_CLASSES:
         axes.set_xlabel("predicted class (index in alphabetical order)")
         return
-    size = 7 if len(classes) <= MAX_LEGEND_CLASSES else 5.5
-    ticks = range(len(classes))
+    few, ticks = len(classes) <= MAX_LEGEND_CLASSES, range(len(classes))
+    size = 7 if few else 5.5
     axes.set_xticks(ticks, classes, rotation=60, ha="right", rotation_mode="anchor", fontsize=size)
     axes.set_yticks(ticks, classes, fontsize=size)
-    if len(classes) <= MAX_LEGEND_CLASSES:
-        for row, column in np.argwhere(rates >= 0.5):
-            rate = rates[row, column]
-            colour = "white" if rate < 55 else "black"
-            axes.text(
-                column, row, f"{rate:.0f}", ha="center", va="center", fontsize=6, color=colour
-            )
+    style: Any = {"ha": "center", "va": "center", "fontsize": 6}
+    for row, column in np.argwhere(rates >= 0.5) if few else ():
+        rate = rates[row, column]
+        axes.text(column, row, f"{rate:.0f}", color="white" if rate < 55 else "black", **style)
 
 
 class _TaskClips(NamedTuple):
@@ -404,9 +371,6 @@ def plot_maps(scores: Scores, path: Path) -> Path | None:
 
     The first map shows all clips by domain if there are several domains. The others show the
     clips of one task by class. Return None if the cache has no embeddings of the test clips.
-
-    Raises:
-        UserError: If the file cannot be written.
     """
     found = {encoder: _cached_clips(scores, encoder) for encoder in compared_encoders(scores)}
     rows = {encoder: tasks for encoder, tasks in found.items() if tasks}
@@ -414,8 +378,8 @@ def plot_maps(scores: Scores, path: Path) -> Path | None:
         return None
     several_domains = len({task.domain for tasks in rows.values() for task in tasks}) > 1
     columns = max(map(len, rows.values())) + several_domains
-    figure = new_figure(columns=columns, rows=len(rows), height=0.6 + 2.6 * len(rows))
-    grid = np.array(figure.axes).reshape(len(rows), columns)
+    figure = new_figure(height=0.6 + 2.6 * len(rows))
+    grid = figure.subplots(len(rows), columns, squeeze=False)
     for panels, (encoder, tasks) in zip(grid, rows.items(), strict=True):
         panels[0].set_ylabel(scores.label(encoder))
         if several_domains:

@@ -91,13 +91,13 @@ def test_comparisons_are_paired_t_tests_over_runs(results: Results):
     assert (sound.low, sound.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
     assert sound.verdict == "better"
     music = found["music"]  # nothing varies, so nothing is tested
-    assert (music.mean, music.p_value, music.verdict) == (0, None, "no difference shown")
+    assert (music.mean, music.verdict) == (0, "no difference shown")
+    assert np.isnan(music.p_value)
 
 
 def test_fewer_than_five_runs_support_no_claim(results: Results):
     few = replace(results, measurements=tuple(one for one in results.measurements if one.seed < 4))
     sound = next(one for one in compare(few) if one.endpoint.name == "sound")
-    assert sound.p_adjusted is not None
     assert sound.p_adjusted < 0.05
     assert sound.verdict == "no claim (4 runs)"
     assert "no claim (4 runs)" in results_page(few)
@@ -250,7 +250,8 @@ def test_answers_losses_and_compute_are_compared_too(results: Results):
     assert (points.verdict, loss.verdict) == ("better", "better")  # a lower loss is better
     assert loss.mean == pytest.approx(-0.6 + 0.1 / RUNS)
     # 2.2 is the lowest loss that all reach: after 20 steps or after 30, in every run.
-    assert (np.exp(compute.mean), compute.p_value) == (pytest.approx(2 / 3), None)
+    assert np.exp(compute.mean) == pytest.approx(2 / 3)
+    assert np.isnan(compute.p_value)
     cells = {row[1]: row[2:] for row in comparison_table(results).rows}
     assert cells["right answers"][0] == f"{expected.mean():+.1f} ± {expected.std(ddof=1):.1f}"
     assert cells["TFLOP to a loss of 2.2, ratio"][0] == "× 0.667"

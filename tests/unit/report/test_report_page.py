@@ -17,7 +17,6 @@ from whisper_aut.probes.results import Confusion
 from whisper_aut.report.html import (
     Figure,
     GeneratedText,
-    RunReport,
     Section,
     build_report,
     data_table,
@@ -64,7 +63,7 @@ def test_the_page_is_self_contained_and_escapes_its_content(tmp_path):
             GeneratedText("music", "", "caf\udce9", "a", "b"),
         ],
     )
-    runs = [RunReport("one", [section]), RunReport("two", [])]
+    runs = [("one", [section]), ("two", [])]
     page = render(runs, "report.html")
     parsed = Balanced()
     parsed.feed(page)
