@@ -34,6 +34,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from whisper_aut.audio.augment import AugmentSettings
+from whisper_aut.audio.decode import LongClips
 from whisper_aut.corpora.manifest import ManifestSpec
 from whisper_aut.data.annotation import text_template
 from whisper_aut.data.filters import parse_allowed_licence
@@ -333,7 +334,10 @@ class DataSettings:
         valid_clips: use only the first N clips of each validation source; null for all.
         window: clips per shuffle window of a source; also the most clips read again on resume.
         features: compute log-mels in the workers or on the training device.
-        min_seconds, max_seconds: shorter and longer clips are skipped.
+        min_seconds, max_seconds: shorter clips are skipped, and longer ones as `long_clips` says.
+        long_clips: `trim` cuts off up to half a second and skips longer clips. `crop` takes a
+            window of those without a transcript, and `chunk` consecutive `segments` of those that
+            have some. `skip` skips all.
         exclude: list of clips to exclude from training, as `whisper-aut data audit` writes it.
         max_skipped_fraction: limit per source, over all ranks and resumes; above it the run stops.
         retries: attempts after a failed read of a remote shard, with pauses that double.
@@ -358,6 +362,7 @@ class DataSettings:
     features: Literal["workers", "device"] = "workers"
     min_seconds: ClipSeconds = 0.1
     max_seconds: ClipSeconds = 30.0
+    long_clips: LongClips = "trim"
     exclude: Text = ""
     licences: LicenceSettings = field(default_factory=LicenceSettings)
     max_skipped_fraction: Fraction = 0.05

@@ -13,11 +13,12 @@ so a recording that begins at a high bit rate loses its end. Both are detected i
 import io
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import soundfile
@@ -27,8 +28,11 @@ import torch
 from whisper_aut.errors import SkipReason, SkipSample
 
 Data = bytes | mmap.mmap
+ChoosePart = Callable[[float], tuple[float, float]]
+LongClips = Literal["trim", "crop", "chunk", "skip"]  # see `data.targets.choose_part`
 SAMPLE_RATE_HZ = 16_000
 AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3", "opus")
+ROUNDING_SECONDS = 5e-4  # codecs and resamplers round a 30 s clip by a sample
 MAX_CHANNELS = 32
 MAX_SAMPLE_RATE_HZ = 768_000
 MIN_SAMPLE_RATE_HZ = 1_000
@@ -93,11 +97,17 @@ class _Recording(soundfile.SoundFile):
         return self.frames != UNKNOWN_FRAMES and super().seekable()
 
 
-def decode(data: bytes, limits: ClipLimits) -> Clip:
+def decode(data: bytes, limits: ClipLimits, choose: ChoosePart | None = None) -> Clip:
     """Decode one clip to mono, trusting neither its header nor its samples.
 
     A clip whose header states more audio than the limit is rejected before it is decoded. Decoding
     stops one second after the limit, whatever the header states.
+
+    Args:
+        data: the encoded clip.
+        limits: limits on what is decoded.
+        choose: maps the duration of the clip to the part to decode, its start and its duration, all
+            in seconds; by default the whole clip.
 
     Raises:
         SkipSample: the clip is empty, too large, undecodable, several files joined together,
@@ -105,13 +115,21 @@ def decode(data: bytes, limits: ClipLimits) -> Clip:
             not finite or far above full scale.
     """
     with _open_encoded(data, limits) as file:
-        header = _checked_header(file, limits)
+        _check_format(file)
         # One second more than the limit shows that a clip is too long, and bounds the cost of a
         # wrong header.
         frames = int((limits.max_seconds + 1) * file.samplerate)
+        if file.frames != UNKNOWN_FRAMES:
+            seconds = file.frames / file.samplerate
+            start, length = choose(seconds) if choose else (0.0, seconds)
+            _check_seconds(length, limits)
+            if length < seconds:
+                file.seek(round(start * file.samplerate))
+                frames = round(length * file.samplerate)
         samples = file.read(frames, dtype="float32")
+        rate, codec = file.samplerate, f"{file.format}/{file.subtype}"
         layout = channel_layout(file, data)
-    _check_seconds(len(samples) / header.sample_rate_hz, limits)
+    _check_seconds(len(samples) / rate, limits)
     low, high = float(samples.min()), float(samples.max())
     if not (np.isfinite(low) and np.isfinite(high)):  # min and max propagate NaN and infinity
         raise SkipSample(SkipReason.NON_FINITE, "NaN or infinite samples")
@@ -121,7 +139,7 @@ def decode(data: bytes, limits: ClipLimits) -> Clip:
             f"floats with a peak of {peak:g} where full scale is 1: divide integers by their own "
             "full scale (32768 of 16 bits)",
         )
-    clip = Clip(mix_down(samples, layout), header.sample_rate_hz, header.codec)
+    clip = Clip(mix_down(samples, layout), rate, codec)
     _check_not_silent(clip.samples, limits)
     return clip
 
@@ -170,7 +188,12 @@ def read_header(data: bytes, limits: ClipLimits) -> Header:
             according to its header.
     """
     with _open_encoded(data, limits) as file:
-        return _checked_header(file, limits)
+        _check_format(file)
+        seconds = None if file.frames == UNKNOWN_FRAMES else file.frames / file.samplerate
+        if seconds is not None:
+            _check_seconds(seconds, limits)
+        codec = f"{file.format}/{file.subtype}"
+        return Header(file.samplerate, file.channels, codec, seconds)
 
 
 @contextmanager
@@ -239,15 +262,6 @@ def _skip_undecodable() -> Iterator[None]:
         raise SkipSample(SkipReason.UNDECODABLE, str(error)) from None
 
 
-def _checked_header(file: soundfile.SoundFile, limits: ClipLimits) -> Header:
-    _check_format(file)
-    rate = file.samplerate
-    seconds = None if file.frames == UNKNOWN_FRAMES else file.frames / rate
-    if seconds is not None:
-        _check_seconds(seconds, limits)
-    return Header(rate, file.channels, f"{file.format}/{file.subtype}", seconds)
-
-
 def _check_format(file: soundfile.SoundFile) -> None:
     if not MIN_SAMPLE_RATE_HZ <= file.samplerate <= MAX_SAMPLE_RATE_HZ:
         raise SkipSample(SkipReason.UNDECODABLE, f"sample rate of {file.samplerate} Hz")
@@ -256,8 +270,7 @@ def _check_format(file: soundfile.SoundFile) -> None:
 
 
 def _check_seconds(seconds: float, limits: ClipLimits) -> None:
-    # Half a millisecond of tolerance: codecs and resamplers round a 30 s clip by a sample.
-    if seconds > limits.max_seconds + 5e-4:
+    if seconds > limits.max_seconds + ROUNDING_SECONDS:
         raise SkipSample(SkipReason.TOO_LONG, f"{seconds:.3f} s, limit {limits.max_seconds:g} s")
     if not seconds:
         raise SkipSample(SkipReason.EMPTY, "no samples")
@@ -265,13 +278,15 @@ def _check_seconds(seconds: float, limits: ClipLimits) -> None:
         raise SkipSample(SkipReason.TOO_SHORT, f"{seconds:.3f} s, limit {limits.min_seconds:g} s")
 
 
-def load_waveform(data: bytes, limits: ClipLimits) -> torch.Tensor:
-    """Decode, mix down and resample one clip to `[S]` at 16 kHz.
+def load_waveform(
+    data: bytes, limits: ClipLimits, choose: ChoosePart | None = None
+) -> torch.Tensor:
+    """Decode, mix down and resample one clip, or the chosen part of it, to `[S]` at 16 kHz.
 
     Raises:
         SkipSample: see `decode`.
     """
-    clip = decode(data, limits)
+    clip = decode(data, limits, choose)
     waveform = to_mono_16k(clip.samples, clip.sample_rate_hz)
     # Checked a second time, because resampling has removed everything above 8 kHz.
     _check_not_silent(waveform.numpy(), limits)

@@ -55,6 +55,7 @@ def data_get(options: argparse.Namespace, console: Console) -> None:
 
 
 def data_build(options: argparse.Namespace, console: Console) -> None:
+    from whisper_aut.audio.decode import ClipLimits
     from whisper_aut.corpora.build import build_shards
     from whisper_aut.corpora.manifest import ManifestSpec
     from whisper_aut.corpora.recipes import RECIPES
@@ -70,11 +71,13 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
     spec = ManifestSpec(
         name, where=where, **{key: getattr(options, key) for key in (*COLUMNS, *CONSTANTS)}
     )
-    limits = {"workers": options.workers, "max_skipped_fraction": options.max_skipped_fraction}
+    choices = {"workers": options.workers, "max_skipped_fraction": options.max_skipped_fraction}
     if name in RECIPES:
         out = Path(options.out or SHARDS / name)
         raw = Path(options.path or RAW / name)
-        result = build_corpus(RECIPES[name], raw, out, spec, **limits)
+        result = build_corpus(
+            RECIPES[name], raw, out, spec, max_seconds=options.max_seconds, **choices
+        )
     else:
         hint = nearest(name, RECIPES)
         if options.path:
@@ -89,7 +92,8 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
         out = Path(options.out)
         if Path(name).is_dir():
             raise UserError(f"{name} is a folder: whisper-aut data build folder {name} --out {out}")
-        result = build_shards(spec, out, **limits)
+        limits = ClipLimits(max_seconds=options.max_seconds or 30.0)
+        result = build_shards(spec, out, limits=limits, **choices)
     console.print(result.summary())
     console.print(f"Next: {_next_command(name, out)}", soft_wrap=True)
 
@@ -201,6 +205,8 @@ def add_parsers(commands: Commands) -> None:
     add("--where", action="append", default=[], metavar="COLUMN=VALUE[,VALUE…]", help=where)
     split_by = "write one folder of shards per value"
     add("--split-by", default="", metavar="COLUMN", help=split_by)
+    longest = "skip longer clips (default: 30, or the recipe's)"
+    add("--max-seconds", type=positive_number, default=None, help=longest)
     skipped = "fail if a larger fraction of the rows is skipped (default: 0.5)"
     add("--max-skipped-fraction", type=fraction, default=0.5, help=skipped)
     add_workers(command)

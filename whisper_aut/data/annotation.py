@@ -9,10 +9,12 @@ macrolanguages and retired codes (https://iso639-3.sil.org), and Whisper's own c
 """
 
 import json
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, lru_cache
+from itertools import takewhile
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -63,7 +65,7 @@ class Annotation:
 
         In every field, null, NaN, blank text and empty lists count as missing. Numbers become text
         where text is expected. If `text` is a list, its first item is used and the whole list is
-        kept in `extra["texts"]`.
+        kept in `extra["texts"]`, see `texts`.
 
         Raises:
             SkipSample: a known field has the wrong type, or the domain is not one of `DOMAINS`.
@@ -118,9 +120,61 @@ class Annotation:
         return cls.from_mapping({**mapping, "text": found if has_value(found) else text})
 
     def with_text(self, template: "Template") -> "Annotation":
-        """Return a copy whose text is `template` filled with the annotation's fields."""
+        """Return a copy whose only text is `template` filled with the annotation's fields."""
         own = {name: value for name, value in vars(self).items() if name != "extra"}
-        return replace(self, text=template.fill({**self.extra, **own}))
+        extra = {name: value for name, value in self.extra.items() if name != "texts"}
+        return replace(self, text=template.fill({**self.extra, **own}), extra=extra)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All texts of the clip, such as several captions: `text` and those in `extra["texts"]`."""
+        others = self.extra.get("texts")
+        listed = others if isinstance(others, list) else []
+        return tuple(dict.fromkeys(filter(None, [self.text, *map(_plain_text, listed)])))
+
+    def draw_text(self, position: int) -> "Annotation":
+        """Return a copy with one of `texts`, drawn by the clip's position in the order."""
+        if len(self.texts) < 2:
+            return self
+        # Seeded with a string: unlike `hash`, it gives the same result in every process.
+        rng = random.Random(f"text {position} {self.source} {self.id}")
+        return replace(self, text=rng.choice(self.texts))
+
+    def draw_chunk(self, max_seconds: float, position: int) -> "Chunk | None":
+        """Draw consecutive `segments` of a long recording that last at most `max_seconds`.
+
+        `extra["segments"]` is a list of `{"start": seconds, "end": seconds, "text": …}`. The first
+        segment is drawn by the clip's position in the order.
+
+        Returns:
+            The chunk; None if the recording is not longer, or has no segments that fit.
+
+        Raises:
+            SkipSample: the segments have another form.
+        """
+        if not (listed := self.extra.get("segments")):
+            return None
+        try:
+            segments = [
+                (float(one["start"]), float(one["end"]), _plain_text(one["text"])) for one in listed
+            ]
+        except (TypeError, KeyError, ValueError):
+            raise SkipSample(
+                SkipReason.BAD_JSON, "'segments' must be a list of objects with start, end and text"
+            ) from None
+        if (self.duration_seconds or max(end for _, end, _ in segments)) <= max_seconds:
+            return None
+        segments = sorted(one for one in segments if 0 <= one[0] < one[1] <= one[0] + max_seconds)
+        if not segments:
+            return None
+        rng = random.Random(f"chunk {position} {self.source} {self.id}")
+        first = rng.randrange(len(segments))
+        start = segments[first][0]
+        chosen = list(takewhile(lambda one: one[1] <= start + max_seconds, segments[first:]))
+        text = " ".join(filter(None, (words for *_, words in chosen)))
+        extra = {name: value for name, value in self.extra.items() if name != "texts"}
+        end = max(end for _, end, _ in chosen)
+        return Chunk(replace(self, text=text, extra=extra), start, end - start)
 
     def missing_text_hint(self) -> str:
         """Return a hint for error messages about a missing text: the fields that could hold it."""
@@ -135,6 +189,15 @@ class Annotation:
             if name != "extra" and value not in ("", None)
         }
         return json.dumps({**own, **self.extra}, ensure_ascii=False).encode()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a long recording, and its annotation."""
+
+    annotation: Annotation
+    start_seconds: float
+    seconds: float
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -181,6 +244,14 @@ def _text(value: Any, name: str) -> str:
             SkipReason.BAD_JSON, f"{name!r} has half of a surrogate pair, which is not a character"
         ) from None
     return text
+
+
+def _plain_text(value: Any) -> str:
+    """Return one of several texts, or an empty string if it is none."""
+    try:
+        return _text(value, "texts") if has_value(value) else ""
+    except SkipSample:
+        return ""
 
 
 def _label(value: Any) -> str | list[str]:

@@ -49,6 +49,7 @@ class TokenTarget:
     text: str = ""  # reference text of the answer
     task: str = ""  # metrics are computed per task
     unknown_language: str = ""  # of the clip, if the decoder has no token for it
+    references: tuple[str, ...] = ()  # all right answers, for metrics; empty if `text` is the only
 
 
 @dataclass
@@ -127,6 +128,7 @@ class Batch(DeviceData):
         mel_lengths: F of each clip, valid frames only.
         targets: the token targets.
         texts, tasks, domains, keys, sources: one string per clip, for metrics and the ledger.
+        references: all reference texts of each clip, for metrics.
         skipped: samples at this batch's positions of the order that were skipped.
         next_cursor: cursor after the micro-batches of all ranks in this step. A resumed run starts
             there.
@@ -134,6 +136,7 @@ class Batch(DeviceData):
             by which its loss is normalised.
         waveforms: the clips if the mel is not computed yet, else None.
         unknown_languages: languages of the clips whose decoder has no token for them.
+        cut_sources: sources of the clips of which only a part is used, because they are too long.
     """
 
     mel: Tensor
@@ -149,6 +152,8 @@ class Batch(DeviceData):
     supervised_in_step: int = 0
     waveforms: Waveforms | None = None
     unknown_languages: tuple[str, ...] = ()
+    references: tuple[tuple[str, ...], ...] = ()
+    cut_sources: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.mel_lengths)
@@ -175,6 +180,7 @@ class Example:
     key: str
     source: str
     position: int | None = None  # see `Waveforms.positions`
+    is_cut: bool = False  # whether it is a part of a longer clip
 
 
 def collate(
@@ -209,4 +215,6 @@ def collate(
         unknown_languages=tuple(
             target.unknown_language for target in targets if target.unknown_language
         ),
+        references=tuple(target.references or (target.text,) for target in targets),
+        cut_sources=tuple(example.source for example in examples if example.is_cut),
     )

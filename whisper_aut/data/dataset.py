@@ -10,6 +10,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing.process import BaseProcess
@@ -23,15 +24,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from whisper_aut.audio.augment import Augment
-from whisper_aut.audio.decode import ClipLimits, load_waveform
+from whisper_aut.audio.decode import ClipLimits, LongClips, load_waveform
 from whisper_aut.audio.logmel import LogMel, mel_frames
-from whisper_aut.data.annotation import Template
+from whisper_aut.data.annotation import Annotation, Template
 from whisper_aut.data.batch import Batch, Example, collate
 from whisper_aut.data.filters import licence_id
 from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, Sample, SkippedSample
 from whisper_aut.data.sampler import Batching, Cursor, Order, batches_from
 from whisper_aut.data.shards import ShardIndex, ShardReader
-from whisper_aut.data.targets import TextCodec
+from whisper_aut.data.targets import TextCodec, choose_part
 from whisper_aut.errors import SkipSample, UserError
 
 NO_POSITIONS = np.arange(0)
@@ -48,6 +49,7 @@ class ExampleBuilder:
         codec: makes the tokens of the decoder.
         limits: limits on accepted clips.
         augment: augmentation of training clips; None for validation.
+        long_clips: what to do with clips that are longer than `limits`, see `targets.choose_part`.
         on_device: return waveforms; `DeviceFeatures` computes and masks the log-mel later.
     """
 
@@ -56,6 +58,7 @@ class ExampleBuilder:
     limits: ClipLimits
     augment: Augment | None = None
     on_device: bool = False
+    long_clips: LongClips = "skip"
 
     def __call__(self, sample: Sample, domain: str, position: int) -> Example | SkippedSample:
         """Build one example, or return a `SkippedSample` if the sample cannot be used.
@@ -63,11 +66,19 @@ class ExampleBuilder:
         `domain` is that of the source, for samples that do not state their own. The position of
         the sample in the order seeds all random draws for it.
         """
-        domain = sample.annotation.domain or domain
+        annotation, max_seconds = sample.annotation, self.limits.max_seconds
+        domain = annotation.domain or domain
         try:
             # The text comes first: if it is rejected, the expensive audio decoding is not needed.
-            target = self.codec.encode(sample.annotation, domain, position)
-            waveform = load_waveform(sample.audio, self.limits)
+            if self.augment:
+                annotation = annotation.draw_text(position)
+            annotation, part = choose_part(
+                self.long_clips, annotation, domain, position, max_seconds
+            )
+            target = self.codec.encode(annotation, domain, position)
+            if not self.augment and len(annotation.texts) > 1:
+                target = replace(target, references=self._references(annotation, domain, position))
+            waveform = load_waveform(sample.audio, self.limits, part)
         except SkipSample as skip:
             return SkippedSample(sample.shard, sample.key, skip.reason, skip.detail)
         if self.augment:
@@ -84,7 +95,17 @@ class ExampleBuilder:
             key=sample.key,
             source=_folder_of(sample.shard),
             position=position if self.augment else None,
+            is_cut=part is not None and part.is_cut,
         )
+
+    def _references(self, annotation: Annotation, domain: str, position: int) -> tuple[str, ...]:
+        """Return the answer that each of several texts of a clip gives."""
+        found = []
+        for text in annotation.texts:
+            with suppress(SkipSample):
+                one = self.codec.encode(replace(annotation, text=text), domain, position)
+                found.append(one.text)
+        return tuple(dict.fromkeys(found))
 
 
 class ShardNoise:
@@ -289,12 +310,14 @@ class Counts:
 
     # Training samples, including skipped ones but not those that the config filters out.
     read: Counter[str] = field(default_factory=Counter)
+    cut: Counter[str] = field(default_factory=Counter)  # of which only a part was used
     skipped: ByReason = field(default_factory=Counter)
     skipped_in_validation: ByReason = field(default_factory=Counter)
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
             self.read + other.read,
+            self.cut + other.cut,
             self.skipped + other.skipped,
             self.skipped_in_validation + other.skipped_in_validation,
         )
@@ -308,6 +331,7 @@ class Counts:
         """Return the counts as plain dictionaries, for a checkpoint."""
         return {
             "read": dict(self.read),
+            "cut": dict(self.cut),
             "skipped": by_source(self.skipped),
             "skipped_in_validation": by_source(self.skipped_in_validation),
         }
@@ -325,7 +349,7 @@ class Counts:
             )
             for name in ("skipped", "skipped_in_validation")
         )
-        return cls(Counter(state["read"]), skipped, in_validation)
+        return cls(Counter(state["read"]), Counter(state["cut"]), skipped, in_validation)
 
 
 class Ledger:
@@ -350,9 +374,18 @@ class Ledger:
         self._own = Counts()
         self._file: TextIO | None = None
 
-    def record(self, sources: Iterable[str], skipped: Sequence[SkippedSample]) -> None:
-        """Count the clips of one training batch, given their source folders, and its skips."""
+    def record(
+        self, sources: Iterable[str], skipped: Sequence[SkippedSample], cut: Iterable[str] = ()
+    ) -> None:
+        """Count the clips of one training batch and its skips.
+
+        Args:
+            sources: source folder of each clip.
+            skipped: the samples that were skipped.
+            cut: source folder of each clip of which only a part was used.
+        """
         self._own.read.update(sources)
+        self._own.cut.update(cut)
         for sample in skipped:
             source = _folder_of(sample.source)
             self._own.read[source] += 1
@@ -396,7 +429,11 @@ class Ledger:
 
         An interrupted validation is left out. It is repeated after resuming and counted then.
         """
-        return self._own if self.validated else Counts(self._own.read, self._own.skipped)
+        return (
+            self._own
+            if self.validated
+            else Counts(self._own.read, self._own.cut, self._own.skipped)
+        )
 
     def check(self, counts: Counts, *, at_end: bool = False) -> None:
         """Check that no source exceeds `max_fraction`.

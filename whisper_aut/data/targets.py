@@ -17,6 +17,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from whisper_aut.audio.decode import LongClips
+from whisper_aut.audio.windows import PartOfClip
 from whisper_aut.data.annotation import (
     DOMAINS,
     Annotation,
@@ -35,6 +37,42 @@ TRANSCRIPTION, CAPTION = "transcription", "caption"
 TRANSCRIPTION_TASKS = ("asr", TRANSCRIPTION)
 DEFAULT_LANGUAGE = "en"  # for clips that state none
 SAMPLE_LANGUAGE = "sample"
+
+
+def is_transcript(annotation: Annotation, domain: str) -> bool:
+    """Return whether the text of a clip is what is said in it, from its beginning to its end."""
+    task = annotation.task
+    return task in TRANSCRIPTION_TASKS or (not task and domain == "speech")
+
+
+def choose_part(
+    mode: LongClips, annotation: Annotation, domain: str, position: int, max_seconds: float
+) -> tuple[Annotation, PartOfClip | None]:
+    """Return which part of a clip to use if it is longer than `max_seconds`, and its annotation.
+
+    Random draws are seeded with the clip's position in the order. A clip with a transcript is never
+    cropped, because the transcript is about all of it.
+
+    Args:
+        mode: `trim`, `crop` and `chunk` trim clips that are a little too long, see `PartOfClip`.
+            `crop` and `chunk` also take a window of longer ones. `chunk` takes consecutive segments
+            of those that have some, see `Annotation.draw_chunk`. `skip` uses whole clips only.
+        annotation, domain, position: those of the clip.
+        max_seconds: the limit on clips.
+
+    Raises:
+        SkipSample: the clip has segments of an unknown form.
+    """
+    if mode == "skip":
+        return annotation, None
+    chunk = annotation.draw_chunk(max_seconds, position) if mode == "chunk" else None
+    if chunk:
+        part = PartOfClip(max_seconds, chunk=(chunk.start_seconds, chunk.seconds))
+        return chunk.annotation, part
+    if mode == "trim" or is_transcript(annotation, domain):
+        return annotation, PartOfClip(max_seconds)
+    rng = random.Random(f"crop {position} {annotation.source} {annotation.id}")
+    return annotation, PartOfClip(max_seconds, crop=rng.random())
 
 
 @runtime_checkable
@@ -123,15 +161,12 @@ class WhisperText:
         # A prompt without a language token is not supervised. Otherwise the model would learn to
         # leave the token out for languages that have one.
         supervised[: 1 if self.supervise_prompt and not is_unknown else len(prompt)] = False
-        is_speech = annotation.task in TRANSCRIPTION_TASKS or (
-            not annotation.task and domain == "speech"
-        )
         return TokenTarget(
             torch.tensor(tokens),
             supervised,
             len(prompt),
             text,
-            TRANSCRIPTION if is_speech else CAPTION,
+            TRANSCRIPTION if is_transcript(annotation, domain) else CAPTION,
             unknown_language=language if is_unknown else "",
         )
 

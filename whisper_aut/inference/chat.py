@@ -143,7 +143,8 @@ def evaluate(
                 unknown_languages.update(language for language in languages if language)
                 for entry in _answers(module, codec, examples, batch_seconds, max_new_tokens):
                     cut += entry.pop("tokens") == max_new_tokens
-                    metrics.update(entry["task"], entry["generated"], entry["reference"])
+                    references = entry.pop("references")
+                    metrics.update(entry["task"], entry["generated"], references)
                     if file:
                         file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     computed = {
@@ -177,6 +178,7 @@ def _answers(
                 "domain": example.domain,
                 "task": example.target.task,
                 "reference": example.target.text,
+                "references": example.target.references or (example.target.text,),
                 "generated": codec.decode(tokens),
                 "tokens": len(tokens),
             }

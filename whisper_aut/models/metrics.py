@@ -1,7 +1,7 @@
 """Validation metrics: loss and accuracy per group of clips, and metrics of generated texts."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,27 +85,32 @@ class AnswerMetrics(GroupMetrics):
         self.kinds = dict(tasks)
         self.normalize = BasicTextNormalizer()
 
-    def update(self, task: str, generated: str, reference: str) -> None:
-        """Add one clip. It is ignored if its reference is empty after normalisation."""
+    def update(self, task: str, generated: str, references: Sequence[str]) -> None:
+        """Add one clip. It is ignored if its references are empty after normalisation.
+
+        Error rates compare with the first reference, other metrics with the closest one, and BLEU
+        with all of them.
+        """
         if task not in self.kinds:
             return
-        text, expected = self.normalize(generated).strip(), self.normalize(reference).strip()
+        text = self.normalize(generated).strip()
+        expected = [found for one in references if (found := self.normalize(one).strip())]
         if not expected:
             return
         self.clips[task].update(1)
-        tags, expected_tags = self._tags(generated), self._tags(reference)
+        tags, expected_tags = self._tags(generated), [self._tags(one) for one in references]
         for name, metric in self.metrics[task].items():
             if name == "exact":
-                equal = tags == expected_tags if self.kinds[task] == "tags" else text == expected
+                equal = tags in expected_tags if self.kinds[task] == "tags" else text in expected
                 metric.update(float(equal))
             elif name == "f1":
-                metric.update(tag_f1(tags, expected_tags))
+                metric.update(max(tag_f1(tags, one) for one in expected_tags))
             elif name == "rouge":
-                metric.update(_rouge_l(text, expected))
+                metric.update(max(_rouge_l(text, one) for one in expected))
             elif name == "bleu":
-                metric.update([text], [[expected]])
-            else:
                 metric.update([text], [expected])
+            else:
+                metric.update([text], expected[:1])
 
     def _tags(self, text: str) -> set[str]:
         return {tag for part in text.split(",") if (tag := self.normalize(part).strip())}

@@ -203,7 +203,7 @@ class AudioTextModule(lightning.LightningModule):
             text = self.codec.decode(tokens)
             entry = {"domain": batch.domains[i], "task": batch.tasks[i], "key": batch.keys[i]}
             self.generated.append({**entry, "reference": batch.texts[i], "generated": text})
-            self.answer_metrics.update(batch.tasks[i], text, batch.texts[i])
+            self.answer_metrics.update(batch.tasks[i], text, batch.references[i])
 
     def _count_step_tokens(self, batch: Batch, ranks: int) -> Tensor | int:
         """Return the number of supervised tokens of the optimizer step, over all ranks."""

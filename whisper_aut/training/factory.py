@@ -95,7 +95,11 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
         valid,
         source_weights(data, [source.index.samples for source in train]),
         ExampleBuilder(
-            LogMel(num_mel_bins), codec, clip_limits(data), on_device=data.features == "device"
+            LogMel(num_mel_bins),
+            codec,
+            clip_limits(data),
+            on_device=data.features == "device",
+            long_clips=data.long_clips,
         ),
         seed=settings.seed,
         window=data.window,

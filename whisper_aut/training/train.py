@@ -357,6 +357,7 @@ def _finish(
             name: round(float(value), 6) for name, value in metrics.items() if math.isfinite(value)
         },
         "skipped": by_source(counts.all_skipped),
+        "cut": dict(counts.cut),
         "unknown_languages": dict(unknown_languages),
         "sources": {
             path: round(epochs, 4) for path, epochs in data.source_epochs(data.position).items()

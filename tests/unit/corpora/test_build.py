@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from whisper_aut.audio.decode import ClipLimits
+from whisper_aut.cli import main
 from whisper_aut.corpora import build as build_module
 from whisper_aut.corpora.build import BuildReport, EncodedClip, build_shards, read_clip
 from whisper_aut.corpora.manifest import ManifestSpec
@@ -295,6 +296,16 @@ def test_workers_do_not_outlive_a_parent_that_was_killed(tmp_path: Path):
         parent.communicate(
             timeout=60
         )  # ends when the last process that could write to the pipe is gone
+
+
+def test_a_higher_limit_keeps_long_clips(tmp_path: Path):
+    manifest = corpus(tmp_path / "in", 4, "long.wav,long,1\n")
+    write(tmp_path / "in/long.wav", noise(30.2))
+    build = ["data", "build", str(manifest), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(build) == 0
+    assert open_index(tmp_path / "out").samples == 4
+    assert main([*build, "--max-seconds", "31"]) == 0
+    assert open_index(tmp_path / "out").samples == 5
 
 
 def test_other_tars_are_never_replaced(tmp_path: Path):

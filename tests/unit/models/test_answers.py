@@ -12,14 +12,15 @@ def test_each_task_has_its_measures():
     )
     said = [("turn the light off", "Turn the lights off!"), ("seven", "seven"), ("", "nine birds")]
     for written, meant in said:
-        metrics.update("say", written, meant)
-    metrics.update("class", " Vacuum cleaner.", "vacuum cleaner")
-    metrics.update("class", "dog", "rain")
-    metrics.update("tags", "rain, dog", "dog, rain")
-    metrics.update("tags", "dog", "dog, rain")
-    metrics.update("caption", "a dog barks", "a dog barks loudly")
-    metrics.update("other", "x", "y")
-    metrics.update("class", "x", "...")  # nothing is left of this reference
+        metrics.update("say", written, [meant])
+    metrics.update("class", " Vacuum cleaner.", ["vacuum cleaner"])
+    metrics.update("class", "dog", ["rain"])
+    metrics.update("tags", "rain, dog", ["dog, rain"])
+    metrics.update("tags", "dog", ["dog, rain"])
+    metrics.update("caption", "a dog barks", ["a dog barks loudly"])
+    metrics.update("caption", "rain falls", ["rain falls hard", "it rains", "rain falls", "..."])
+    metrics.update("other", "x", ["y"])
+    metrics.update("class", "x", ["..."])  # nothing is left of this reference
     computed = {
         f"{name}_{task}": float(value)
         for task, values in metrics.compute().items()
@@ -34,7 +35,7 @@ def test_each_task_has_its_measures():
     assert computed["exact_class"] == 0.5
     assert computed["f1_tags"] == pytest.approx((1 + 2 / 3) / 2)
     assert computed["exact_tags"] == 0.5
-    assert computed["rouge_caption"] == pytest.approx(2 * 1 * 0.75 / 1.75)
+    assert computed["rouge_caption"] == pytest.approx((2 * 1 * 0.75 / 1.75 + 1) / 2)
     assert not any("unseen" in name for name in computed)
     metrics.reset()
     assert metrics.compute() == {}

@@ -66,8 +66,8 @@ class Recipe:
         manual_steps: what to do by hand, if the terms or the format of the release require it.
         clips, hours: size of the whole corpus; None if unknown.
         language: language of the speech.
-        max_seconds: duration of the longest clip to keep. Training skips clips longer than
-            `data.max_seconds`.
+        max_seconds: duration of the longest clip to keep. `data.long_clips` says what training
+            does with clips longer than `data.max_seconds`.
         checked: what was compared with the publisher's page or with a torchaudio release. The rest
             is taken from papers and has not been verified.
     """
@@ -222,6 +222,7 @@ def build_corpus(
     out: Path,
     overrides: ManifestSpec | None = None,
     *,
+    max_seconds: float | None = None,
     workers: int | None = None,
     max_skipped_fraction: float = 0.5,
     progress: bool = True,
@@ -234,6 +235,7 @@ def build_corpus(
         out: output folder.
         overrides: options of `data build` that override the recipe's (texts, labels, which rows,
             …). Its `manifest` is ignored.
+        max_seconds: duration of the longest clip to keep; by default the recipe's, at least 30.
         workers, max_skipped_fraction, progress: see `build_shards`.
 
     Raises:
@@ -265,7 +267,7 @@ def build_corpus(
     return build_shards(
         spec,
         out,
-        limits=ClipLimits(max_seconds=max(recipe.max_seconds, ClipLimits().max_seconds)),
+        limits=ClipLimits(max_seconds=max_seconds or max(30.0, recipe.max_seconds)),
         workers=workers,
         max_skipped_fraction=max_skipped_fraction,
         progress=progress,

@@ -64,7 +64,7 @@ class DataMonitor(lightning.Callback):
         self._warned = False
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, *_: Any) -> None:
-        self.ledger.record(batch.sources, batch.skipped)
+        self.ledger.record(batch.sources, batch.skipped, batch.cut_sources)
         self._languages.update(batch.unknown_languages)
 
     def on_train_batch_end(
