@@ -19,7 +19,7 @@ from torch import Tensor
 from torchaudio import functional, transforms
 
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ
-from whisper_aut.errors import nearest
+from whisper_aut.errors import UserError, nearest
 from whisper_aut.schema import STRICT, Text
 
 # Keys of independent random streams; `data.sampler` uses 1 to 5.
@@ -34,20 +34,6 @@ def _check_range(ends: tuple[float, float]) -> tuple[float, float]:
     if ends[0] > ends[1]:
         raise ValueError(f"{list(ends)} is not [lowest, highest]")
     return ends
-
-
-def _check_custom(chosen: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    for name, options in chosen.items():
-        if name not in AUGMENTATIONS:
-            raise ValueError(
-                f"{name!r} is not an entry of AUGMENTATIONS in whisper_aut/audio/augment.py"
-                f"{nearest(name, AUGMENTATIONS)}"
-            )
-        try:
-            inspect.signature(AUGMENTATIONS[name]).bind(None, None, **options)
-        except TypeError as error:
-            raise ValueError(f"{name}: {error}") from None
-    return chosen
 
 
 @pydantic.dataclasses.dataclass(config=STRICT)
@@ -72,9 +58,7 @@ class AugmentSettings:
     noise: list[Text] = field(default_factory=list)
     noise_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
     snr_db: Annotated[tuple[float, float], AfterValidator(_check_range)] = (5.0, 30.0)
-    custom: Annotated[dict[str, dict[str, Any]], AfterValidator(_check_custom)] = field(
-        default_factory=dict
-    )
+    custom: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +90,9 @@ class Augment:
             if the recording cannot be used; see `data.dataset.ShardNoise`.
         max_seconds: a clip that its new speed would make longer than this keeps its own speed.
         masks: number and widths of the masks of the log-mel.
+
+    Raises:
+        UserError: a custom augmentation is not registered, or does not take its options.
     """
 
     options: AugmentSettings
@@ -116,7 +103,7 @@ class Augment:
 
     def __post_init__(self) -> None:
         # Functions, which spawned workers import, whereas their registry would be empty.
-        self.custom = [(AUGMENTATIONS[name], own) for name, own in self.options.custom.items()]
+        self.custom = [(_find_custom(name, own), own) for name, own in self.options.custom.items()]
 
     def waveform(self, waveform: Tensor, position: int) -> Tensor:
         """Change the speed of a clip `[S]` at 16 kHz, add noise, and apply gain.
@@ -176,6 +163,20 @@ class Augment:
         noise = noise.repeat(-(-samples // len(noise)) + 1)
         start = int(random.integers(len(noise) - samples + 1))
         return noise[start : start + samples]
+
+
+def _find_custom(name: str, options: dict[str, Any]) -> Callable[..., Tensor]:
+    if name not in AUGMENTATIONS:
+        raise UserError(
+            f"data.augment.custom: {name!r} is not an entry of AUGMENTATIONS in "
+            f"whisper_aut/audio/augment.py.{nearest(name, AUGMENTATIONS)}"
+        )
+    function = AUGMENTATIONS[name]
+    try:
+        inspect.signature(function).bind(None, None, **options)
+    except TypeError as error:
+        raise UserError(f"data.augment.custom.{name}: {error}.") from None
+    return function
 
 
 def change_speed(waveform: Tensor, factor: float) -> Tensor:

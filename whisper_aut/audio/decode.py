@@ -33,6 +33,7 @@ LongClips = Literal["trim", "crop", "chunk", "skip"]  # see `data.targets.choose
 SAMPLE_RATE_HZ = 16_000
 AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3", "opus")
 ROUNDING_SECONDS = 5e-4  # codecs and resamplers round a 30 s clip by a sample
+TRIM_SECONDS = 0.5  # a training clip that is too long by up to this loses its end
 MAX_CHANNELS = 32
 MAX_SAMPLE_RATE_HZ = 768_000
 MIN_SAMPLE_RATE_HZ = 1_000

@@ -11,14 +11,13 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from whisper_aut.audio.decode import ROUNDING_SECONDS, SAMPLE_RATE_HZ
+from whisper_aut.audio.decode import ROUNDING_SECONDS, SAMPLE_RATE_HZ, TRIM_SECONDS
 from whisper_aut.audio.logmel import MAX_SAMPLES, WINDOW_SECONDS
 from whisper_aut.errors import UserError
 
 OVERLAP_SECONDS = 2
 OVERLAP_SAMPLES = OVERLAP_SECONDS * SAMPLE_RATE_HZ
 BATCH_SECONDS = 160.0
-TRIM_SECONDS = 0.5  # a clip that is longer than the limit by up to this loses its end
 
 
 @dataclass

@@ -19,12 +19,13 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from whisper_aut.audio.decode import ClipLimits, decode, read_header
+from whisper_aut.audio.decode import TRIM_SECONDS, ClipLimits, decode, read_header
 from whisper_aut.data.annotation import whisper_codes
 from whisper_aut.data.reader import MemberGroups, audio_and_annotation, open_stream
 from whisper_aut.data.shards import INDEX_NAME, ShardIndex, list_tars, open_index
 from whisper_aut.errors import SkipReason, SkipSample
 
+LIMITS = ClipLimits(max_seconds=ClipLimits().max_seconds + TRIM_SECONDS)
 HISTOGRAM_EDGES_SECONDS = (0, 0.5, 1, 2, 5, 10, 15, 20, 30)
 FIELDS = ("domain", "task", "language", "source", "licence")
 COUNTED = ("sample_rates_hz", "channels", "codecs", *FIELDS, "labels", "fields_without_text")
@@ -85,24 +86,17 @@ class ShardStatistics:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the statistics as values that JSON supports."""
+        own = {name: value for name, value in vars(self).items() if name != "counts"}
         return {
-            "root": self.root,
-            "folders": self.folders,
-            "shards": self.shards,
-            "bytes": self.bytes,
+            **own,
+            **{name: _ranked(counts) for name, counts in self.counts.items()},
             "clips": self.clips,
             "hours": self.hours,
             "seconds": {**distribution(self.seconds), "histogram": histogram(self.seconds)},
-            **{name: _ranked(counts) for name, counts in self.counts.items()},
-            "clips_with_label": self.clips_with_label,
             "clips_with_text": len(self.words),
             "words": distribution(self.words),
             "characters": distribution(self.characters),
             "skipped": _ranked(self.skipped),
-            "examples": self.examples,
-            "problems": self.problems,
-            "warnings": self.warnings,
-            "builds": self.builds,
         }
 
     def add_shard(self, index: ShardIndex, number: int, limits: ClipLimits) -> None:
@@ -164,15 +158,12 @@ class ShardStatistics:
             self.problems.append({"location": location, "reason": str(reason), "detail": detail})
 
 
-def inspect_shards(
-    root: str | Path,
-    limits: ClipLimits = ClipLimits(),  # noqa: B008 (frozen)
-) -> ShardStatistics:
+def inspect_shards(root: str | Path, limits: ClipLimits = LIMITS) -> ShardStatistics:
     """Read every header and annotation under `root`.
 
     Args:
         root: a folder or URL of shards, with or without an index, or a folder of such folders.
-        limits: what a clip must satisfy.
+        limits: what a clip must satisfy; by default, what training requires of it by default.
 
     Raises:
         UserError: there are no shards, or an index is damaged or lists missing tars. Damage inside

@@ -19,7 +19,6 @@ from whisper_aut.data.shards import open_index
 from whisper_aut.data.targets import WhisperText
 from whisper_aut.errors import UserError
 from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.schema import build
 
 CLIP = torch.from_numpy(tone(2.0))
 
@@ -67,7 +66,7 @@ def test_a_registered_augmentation_is_drawn_from_the_seed_and_the_position(
 @pytest.mark.parametrize(
     ("custom", "message"),
     [
-        ({"ofset": {}}, "'ofset' is not an entry of AUGMENTATIONS.*Did you mean 'offset'"),
+        ({"ofset": {}}, " 'ofset' is not an entry of AUGMENTATIONS.*Did you mean 'offset'"),
         ({"offset": {}}, "offset: missing a required argument: 'largest'"),
         ({"offset": {"largest": 1, "loud": 2}}, "offset: got an unexpected keyword argument"),
     ],
@@ -76,8 +75,8 @@ def test_a_custom_augmentation_that_does_not_exist_or_fit_is_an_error(
     custom: dict, message: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(augment_module.AUGMENTATIONS, "offset", add_offset)
-    with pytest.raises(UserError, match=f"custom: {message}"):
-        build(AugmentSettings, {"custom": custom}, "data.augment")
+    with pytest.raises(UserError, match=rf"data\.augment\.custom.{message}"):
+        Augment(AugmentSettings(custom=custom))
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.9, 1.1, 1.25, 2.0])

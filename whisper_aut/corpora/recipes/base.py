@@ -3,7 +3,7 @@
 import csv
 import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,13 +115,6 @@ def read_recipes(module: ModuleType) -> dict[str, Recipe]:
         archives = tuple(Archive(**archive) for archive in entry.pop("archives", ()))
         recipes[name] = Recipe(name, rows=rows, archives=archives, **entry)
     return recipes
-
-
-def markdown_table(recipes: Iterable[Recipe]) -> str:
-    """Return the table of recipes in Markdown, as in `docs/data.md`."""
-    rows = [TABLE_COLUMNS, (":---",) * len(TABLE_COLUMNS)]
-    rows += [recipe.table_row() for recipe in recipes]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 class MissingPart(UserError):
