@@ -124,8 +124,9 @@ def decode(data: bytes, limits: ClipLimits, choose: ChoosePart | None = None) ->
             seconds = file.frames / file.samplerate
             start, length = choose(seconds) if choose else (0.0, seconds)
             _check_seconds(length, limits)
-            if length < seconds:
+            if start:
                 file.seek(round(start * file.samplerate))
+            if length < seconds:
                 frames = round(length * file.samplerate)
         samples = file.read(frames, dtype="float32")
         rate, codec = file.samplerate, f"{file.format}/{file.subtype}"
