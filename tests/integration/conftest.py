@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support import REPOSITORY
+from whisper_aut.audio.augment import AUGMENTATIONS
 from whisper_aut.corpora.recipes import RECIPES
 from whisper_aut.models.adapters import ADAPTERS
 from whisper_aut.models.decoders import DECODERS
@@ -29,7 +30,7 @@ def reader_folder(
     shutil.copy(pipeline_run / "clip.wav", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    registries: list[dict[str, Any]] = [DECODERS, ADAPTERS, RECIPES]
+    registries: list[dict[str, Any]] = [DECODERS, ADAPTERS, RECIPES, AUGMENTATIONS]
     before = [dict(registry) for registry in registries]
     yield tmp_path
     for registry, entries in zip(registries, before, strict=True):
