@@ -203,7 +203,7 @@ def short_name(name: str) -> str:
 
 
 def open_demo_models(
-    name: str, against: str, padding: Padding | None, *, device: str = "cpu", dtype: str = "fp32"
+    name: str, against: str, padding: Padding | None, **options: Any
 ) -> DemoModels:
     """Load the models for the page of `whisper-aut demo`.
 
@@ -211,26 +211,24 @@ def open_demo_models(
         name: a run, which is loaded with its decoder, or an encoder.
         against: an encoder to compare with; for a run, the default is its pretrained checkpoint.
         padding: for encoders whose name has no padding mode. A run keeps that of its training.
+        options: `device` and `dtype` of `load_encoder`.
 
     Raises:
         UserError: there is no run or encoder of that name.
     """
 
     def load(encoder: str) -> AudioEncoder:
-        given_padding = split_padding(encoder)[1]
-        return load_encoder(encoder, padding=given_padding or padding, device=device, dtype=dtype)
+        return load_encoder(encoder, padding=split_padding(encoder)[1] or padding, **options)
 
     path, module = Path(split_padding(name)[0]), None
     encoders: dict[str, AudioEncoder] = {}
     if against:
         encoders["before"] = load(against)
     if is_run(path):
-        module = open_run(path, device=device, dtype=dtype)
+        module = open_run(path, **options)
         if not against:
-            _, start = find_checkpoint(path)
-            encoders["before"] = load_encoder(
-                start.path, revision=start.revision, device=device, dtype=dtype
-            )
+            start = find_checkpoint(path)[1]
+            encoders["before"] = load_encoder(start.path, revision=start.revision, **options)
     after = AudioEncoder(module.encoder).to(module.device) if module else load(name)
     encoders["after" if encoders else "encoder"] = after
     return DemoModels(encoders, module)

@@ -76,13 +76,8 @@ def demo(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.inference.demo import build_page, launch_page
     from whisper_aut.loading import open_demo_models
 
-    listener = open_demo_models(
-        options.encoder,
-        options.against,
-        options.padding,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    precision = {"device": options.device, "dtype": options.dtype}
+    listener = open_demo_models(options.encoder, options.against, options.padding, **precision)
     if options.index:
         with console.status("Embedding the clips to search among"):
             listener.index(options.index, options.batch_seconds)

@@ -125,11 +125,9 @@ class Vectors:
         with safe_open(path, framework="pt") as file:
             metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        names, seconds = metadata.pop("names"), metadata.pop("seconds")
-        if "lengths" in tensors:
-            lengths = tuple(tensors["lengths"].tolist())
-            return cls._checked(names, seconds, tensors["frames"], metadata, lengths)
-        return cls._checked(names, seconds, tensors["embeddings"], metadata)
+        lengths = tuple(tensors["lengths"].tolist()) if "lengths" in tensors else ()
+        values = tensors["frames" if "lengths" in tensors else "embeddings"]
+        return cls._checked(metadata["names"], metadata["seconds"], values, metadata, lengths)
 
     def _write_parquet(self, path: Path) -> None:
         arrow, parquet = _import_pyarrow()
@@ -166,7 +164,7 @@ class Vectors:
         metadata: dict[str, Any],
         lengths: tuple[int, ...] = (),
     ) -> "Vectors":
-        rows = len(lengths) if lengths else len(values)
+        rows = len(lengths or values)
         if not len(names) == len(seconds) == rows or (lengths and sum(lengths) != len(values)):
             raise ValueError("the numbers of names and rows differ")
         origin = metadata["origin"]

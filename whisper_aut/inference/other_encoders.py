@@ -25,6 +25,7 @@ from whisper_aut.inference.encoder import DTYPES, encode_in_batches, resolve_dev
 from whisper_aut.models.pretrained import (
     CONFIG,
     UNLOADABLE,
+    check_hub,
     check_loaded_weights,
     check_model_path,
     describe_missing,
@@ -228,6 +229,7 @@ def model_type(path: str) -> str:
     if Path(source).is_dir() and not (Path(source) / CONFIG).is_file():
         return ""
     try:
+        check_hub(source, "")
         with quiet_loading():
             return AutoConfig.from_pretrained(source).model_type
     except UNLOADABLE as error:

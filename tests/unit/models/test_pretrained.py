@@ -14,6 +14,7 @@ from transformers import (
 
 from whisper_aut import load_encoder
 from whisper_aut.errors import UserError
+from whisper_aut.inference.other_encoders import model_type
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.decoders.whisper import WhisperDecoderOptions
 from whisper_aut.models.language_model import load_language_model
@@ -56,7 +57,7 @@ def test_an_unreachable_hub_is_reported_at_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("The client tries again."))
-    for load in (load_encoder, load_language_model):
+    for load in (load_encoder, load_language_model, model_type):
         with pytest.raises(UserError, match=r"hub that can be reached.*\n.*hf download"):
             load("nobody/tiny")
 
