@@ -37,10 +37,9 @@ from whisper_aut.audio.decode import ClipLimits, load_waveform
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.inference.encoder import load_encoder
-from whisper_aut.probes.datasets import Split, cross_validation
 from whisper_aut.probes.embed import Embeddings, EmbedSettings, embed_task
-from whisper_aut.probes.fit import probe_splits
-from whisper_aut.probes.optim import threads
+from whisper_aut.probes.fit import probe_splits, threads
+from whisper_aut.probes.splits import Split, cross_validation
 from whisper_aut.probes.tasks import task_from_mapping
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)

@@ -204,8 +204,8 @@ class Embeddings:
 
     features: Tensor
     labels: tuple[Any, ...]
-    keys: tuple[str, ...]
-    skipped: dict[str, int]
+    keys: tuple[str, ...] = ()
+    skipped: dict[str, int] = field(default_factory=dict)
     lengths: tuple[int, ...] = ()
     frames: tuple[Tensor, ...] = ()
     groups: tuple[str, ...] = ()

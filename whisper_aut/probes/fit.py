@@ -8,37 +8,40 @@ they decide batch order and initial weights of the final probe, each of which is
 so that its score does not depend on the other seeds of a run.
 """
 
-from collections.abc import Sequence
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning import Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from whisper_aut.errors import UserError
-from whisper_aut.probes.datasets import (
-    InnerFold,
-    Split,
-    cross_validation,
-    inner_folds,
-    train_valid_test,
-)
-from whisper_aut.probes.embed import Embeddings
-from whisper_aut.probes.knn import KNNProbe
 from whisper_aut.probes.metrics import ANSWERS, Answer
 from whisper_aut.probes.modules import (
     AttentionProbe,
     Candidate,
+    Candidates,
+    CTCProbe,
     FrameProbe,
+    KNNProbe,
     LayerWeightedProbe,
     LinearProbe,
     MLPProbe,
     Probe,
+    RetrievalProbe,
 )
-from whisper_aut.probes.optim import threads
-from whisper_aut.probes.retrieval import RetrievalProbe
+from whisper_aut.probes.splits import InnerFold, Split, check_splits, class_names, inner_folds
 from whisper_aut.probes.tasks import ProbeTask
-from whisper_aut.probes.transcription import CTCProbe
+
+# FLOPs per step below which several threads are slower than one, up to 30 times on a busy machine.
+ONE_THREAD_FLOPS = 4e9
+THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 FinalFit = Literal["train", "train+valid"]
 
@@ -77,11 +80,6 @@ def kind_for(kind: str, task: ProbeTask) -> str:
             f"not support. Use one of: {', '.join(able)}."
         )
     return chosen
-
-
-def splits_of(parts: dict[str, Embeddings], task: ProbeTask) -> list[Split]:
-    """Return the splits of a task: one per fold, or a single one."""
-    return cross_validation(list(parts.values())) if task.folded else [train_valid_test(parts)]
 
 
 @dataclass(frozen=True)
@@ -144,43 +142,46 @@ def probe_splits(
     probe = PROBES[kind or default_kind(answer)]
     own_seeds = list(seeds) if probe.seeded else [None]
     results: dict[int | None, list[tuple[Any, ...]]] = {seed: [] for seed in own_seeds}
-    # One thread, for thousands of small products. `fit` uses more if a step is large enough.
-    with threads(1):
+    # One thread, for thousands of small products. `train_heads` uses more for large steps.
+    with threads(1), _quiet_lightning():
         for split in splits:
-            dataset = probe.dataset(split, device=device, **targets)
+            data = probe.data_module(split, probe, device=device, **targets)
             options = candidates or probe.candidates
             candidate, valid_score = options[0], None
             if len(options) > 1 or probe.seeded:  # the number of epochs is selected too
-                labels = np.zeros(len(split.pool), dtype=int)
-                if answer == "class":
-                    labels = np.unique(np.array(split.pool.labels), return_inverse=True)[1]
-                folds = inner_folds(split, labels)
-                candidate, valid_score = select_candidate(probe, dataset, folds, options)
+                folds = inner_folds(split, answer)
+                candidate, valid_score = select_candidate(probe, data, folds, options)
             everything = np.ones(len(split.pool), dtype=bool)
-            mask = dataset.mask([split.train if final_fit == "train" else everything])
+            trained_on = split.train if final_fit == "train" else everything
             for seed in own_seeds:
-                trained = probe.train_heads(dataset, [candidate], mask, None, seed or 0)
-                result = dataset.test(trained)
+                data.assign([trained_on], seed=seed or 0)
+                heads = probe.for_data(data, [candidate], seed=seed or 0)
+                trainer = train_heads(heads, data)
+                trainer.test(heads, data, verbose=False)
+                result = data.result(heads.results[0])
                 score = _as_float32(result.score)
                 results[seed].append((candidate, valid_score, score, *result[1:]))
     return [SeedRun(seed, *zip(*listed, strict=True)) for seed, listed in results.items()]
 
 
 def select_candidate(
-    probe: type[Probe], dataset: Any, folds: Sequence[InnerFold], candidates: Sequence[Candidate]
+    probe: type[Probe], data: Any, folds: Sequence[InnerFold], candidates: Candidates
 ) -> tuple[Candidate, float]:
     """Return the candidate with the best mean validation score, and that score. If it trains by
     epochs, `epochs` is the mean over the folds.
     """
     shape = len(folds), len(candidates)
     scores, losses, epochs = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    for heads in _head_batches(*shape, probe.max_heads(dataset)):
-        mask, valid = (dataset.mask([folds[fold][part] for fold, _ in heads]) for part in (0, 1))
-        trained: Any = probe.train_heads(dataset, [candidates[c] for _, c in heads], mask, valid, 0)
-        for i, (score, loss) in enumerate(dataset.validate(trained, valid)):
-            scores[heads[i]], losses[heads[i]] = score, loss
+    for numbers in _head_batches(*shape, probe.max_heads(data)):
+        train, valid = ([folds[fold][part] for fold, _ in numbers] for part in (0, 1))
+        data.assign(train, valid)
+        heads: Any = probe.for_data(data, [candidates[c] for _, c in numbers], selecting=True)
+        trainer = train_heads(heads, data)
+        trainer.test(heads, data.val_dataloader(), verbose=False)
+        for i, result in enumerate(heads.results):
+            scores[numbers[i]], losses[numbers[i]] = result.score, result.loss
             if probe.seeded:
-                epochs[heads[i]] = trained.epochs[i]
+                epochs[numbers[i]] = heads.epochs[i]
     # Scores that differ only by rounding are ties, which the loss breaks.
     means = scores.mean(0).round(9)
     best = int(np.lexsort((losses.mean(0), -means))[0])
@@ -188,6 +189,51 @@ def select_candidate(
     if probe.seeded:
         candidate["epochs"] = round(epochs[:, best].mean())
     return candidate, _as_float32(means[best])
+
+
+def train_heads(heads: Probe, data: Any) -> Trainer:
+    """Train the heads of a probe, and return the trainer, for tests."""
+    accelerator, _, number = data.device.partition(":")
+    trainer = Trainer(
+        accelerator=accelerator,
+        devices=[int(number)] if number else 1,
+        max_epochs=int(heads.settings[0].get("epochs", heads.max_epochs)),
+        limit_val_batches=1.0 if heads.seeded else 0,  # other probes do not stop early
+        barebones=True,
+        inference_mode=False,  # weights that are kept from a validation epoch are trained on
+        # One process, even inside a run started by torchrun or Slurm.
+        plugins=[LightningEnvironment()],
+    )
+    largest = max((parameter.numel() for parameter in heads.parameters()), default=0)
+    items = int(data.train.any(1).sum())
+    with threads(1 if 4 * items * largest < ONE_THREAD_FLOPS else THREADS):
+        trainer.fit(heads, data)
+    return trainer
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Use `count` threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Mute Lightning's messages about devices and missing loops, which every fit would repeat."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _head_batches(folds: int, candidates: int, most: int) -> list[list[tuple[int, int]]]:
@@ -211,68 +257,3 @@ def _head_batches(folds: int, candidates: int, most: int) -> list[list[tuple[int
 def _as_float32(score: float) -> float:
     """Drop digits beyond float32 precision."""
     return round(float(score), 6)
-
-
-def check_splits(splits: Sequence[Split], name: str) -> None:
-    """Check that every split has clips to train on and to test on.
-
-    Raises:
-        UserError: there are none.
-    """
-    for split in splits:
-        for where, part in (("train", split.pool), ("test", split.test)):
-            if not len(part) or (where == "train" and not split.train.any()):
-                counts = [f"{count} {reason}" for reason, count in part.skipped.items()]
-                raise UserError(
-                    f"Probe task {name!r} has no clips in {where!r} "
-                    f"({', '.join(counts) or 'no samples at all'}). Check its folders, label and "
-                    "select."
-                )
-
-
-def class_names(splits: Sequence[Split], answer: Answer, name: str) -> list[str]:
-    """Check the classes of all splits, and return the sorted classes that are trained or tested on.
-
-    Raises:
-        UserError: there is a single class, a class that is validated or tested on but not trained
-            on, or too few clips to select candidates.
-    """
-    if answer in ("captions", "text"):
-        return []
-    found: set[str] = set()
-    for split in splits:
-        pool = list(zip(split.pool.labels, split.train, strict=True))
-        known = classes_of([label for label, train in pool if train], answer)
-        if len(known) < (2 if answer == "class" else 1):
-            raise UserError(
-                f"Probe task {name!r} has a single class in 'train', "
-                f"{next(iter(known), 'none')!r}: there is nothing to tell apart."
-            )
-        if answer != "class":
-            found |= known | classes_of(split.test.labels, answer)
-            continue
-        valid = [label for label, train in pool if not train]
-        for part, labels in (("valid", valid), ("test", split.test.labels)):
-            unknown = sorted(set(labels) - known)
-            if unknown:
-                raise UserError(
-                    f"Probe task {name!r} has {len(unknown)} classes in {part!r} that 'train' "
-                    f"lacks: {', '.join(unknown[:8])}. Check that label and split fields are the "
-                    "right ones."
-                )
-        if not split.valid_parts and len(known) == int(split.train.sum()):
-            raise UserError(
-                f"Probe task {name!r} has one clip per class and no validation split: no setting "
-                "can be selected."
-            )
-        found |= known
-    return sorted(found)
-
-
-def classes_of(labels: Sequence[Any], answer: Answer) -> set[str]:
-    """Return the classes in the labels of some clips."""
-    if answer == "class":
-        return set(labels)
-    if answer == "classes":
-        return {name for label in labels for name in label}
-    return {name for label in labels for _, _, name in label}

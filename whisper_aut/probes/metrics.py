@@ -104,6 +104,13 @@ def class_metric(metric: str, classes: int, scores: Tensor, targets: Tensor) -> 
     return float(made.compute())
 
 
+def recall(similarity: Tensor, owner: Tensor) -> float:
+    """Score cosines of clips and captions, see `CrossRecall`."""
+    made = METRICS["recall@1"](0).to(similarity.device)
+    made.update(similarity, owner)
+    return float(made.compute())
+
+
 def text_metric(texts: Sequence[str], transcripts: Sequence[str]) -> float:
     """Score recognised texts against transcripts."""
     made = METRICS["word_accuracy"](0)

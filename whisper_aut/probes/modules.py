@@ -1,18 +1,17 @@
-"""Probes as LightningModules. Each module trains J heads as one batch: the inner folds and
-candidate settings of a split, or a single head for the test part.
+"""Probes as LightningModules. Each module trains J heads as one batch, such as the inner folds and
+candidate settings of a split; J is 1 where a single probe is trained.
 
 The linear probe is a multinomial (or multi-label) logistic regression with an L2 penalty, fitted
 to convergence (Alain & Bengio 2016). Its objective is that of scikit-learn with C = 1 / penalty.
 Ten epochs of a minibatch optimizer would leave it under-trained, and the ranking would then
 reflect the optimizer rather than the encoder. The problem is convex, with one optimum and no
 random start, so it is fitted once for all seeds. The other probes are trained by Adam until their
-validation loss stops improving.
+validation loss stops improving, except for nearest neighbours, which are not trained.
 """
 
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,14 +19,34 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from whisper_aut.onednn import product
-from whisper_aut.probes.datasets import BATCH_FRAMES, ClassDataset, PrincipalAxes, Standardizer
+from whisper_aut.probes.datamodule import (
+    CaptionDataModule,
+    ClassDataModule,
+    HeadResult,
+    PrincipalAxes,
+    Standardizer,
+    TranscriptDataModule,
+)
 from whisper_aut.probes.embed import FeatureKind
-from whisper_aut.probes.metrics import Answer
-from whisper_aut.probes.optim import HeadLoader, fit, minimise
+from whisper_aut.probes.logistic import (
+    APPROACH,
+    ROUGH_TOLERANCE,
+    PenaltyPath,
+    extrapolate,
+    linear_scores,
+    logistic_losses,
+    number_columns,
+    penalty_levels,
+    unit_scale,
+    with_ones,
+)
+from whisper_aut.probes.metrics import Answer, class_metric, recall, text_metric
+from whisper_aut.probes.optim import BatchedLBFGS, HeadAdam
 
 Candidate = dict[str, float]  # hyperparameters of a head, such as penalty or learning rate
 Candidates = Sequence[Candidate]
+
+BATCH_FRAMES = 64  # clips per batch of frames
 
 
 def class_losses(scores: Tensor, targets: Tensor) -> Tensor:
@@ -52,60 +71,123 @@ def masked_means(losses: Tensor, mask: Tensor) -> Tensor:
 
 
 class Probe(LightningModule):
-    """Base of all probes: J heads that are trained and applied as one batch.
+    """J heads that are trained and applied as one batch.
 
-    To add a kind of probe, write a subclass and add it to `probes.fit.PROBES`.
+    To add a kind, write a subclass with a `forward` that returns class scores `[I, J, C]`, and add
+    it to `probes.fit.PROBES`. A subclass of `AdamProbe` needs no training code.
+
+    Args:
+        width: size of a feature vector or frame, D or R.
+        outputs: number of classes C, or of words; for transcripts, the characters.
+        candidates: setting of each head. By default, one head with the setting `default`.
+        metric: a key of `METRICS`.
+        seed: decides initial weights, unless they are zero.
 
     Attributes:
         title: name in tables.
         answers: the kinds of answer that it can give.
         features: what it sees of a clip, see `FeatureSpec.kind`.
         candidates: the settings to select from on validation clips.
+        default: the setting of a head if none is given.
         version: increased whenever a change affects scores.
         seeded: whether it is trained by epochs, with initial weights or batch order from a seed.
             Other probes have a unique solution and are fitted once.
-        dataset: makes the dataset of a split.
+        data_module: makes the batches of a split.
+        transform: fitted on features of the training items and of other items, and applied to all.
+        batch_items, valid_batch_items: largest number of items per batch; None for all.
+        max_epochs: number of epochs, or the largest with early stopping.
+        results: the result of each head on the items of the last `Trainer.test`.
     """
 
     title: ClassVar[str]
     answers: ClassVar[tuple[Answer, ...]] = ("class", "classes")
     features: ClassVar[FeatureKind] = "pooled"
     candidates: ClassVar[Candidates]
+    default: ClassVar[Candidate]
     version: ClassVar[int]
-    seeded: ClassVar[bool] = True
-    dataset: ClassVar[Callable[..., Any]] = ClassDataset
+    seeded: ClassVar[bool] = False
+    data_module: ClassVar[Callable[..., Any]] = ClassDataModule
+    transform: ClassVar[Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]] | None] = None
+    batch_items: ClassVar[int | None] = None
+    valid_batch_items: ClassVar[int | None] = 4096
+    max_epochs: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        width: int,
+        outputs: Any,
+        candidates: Candidates = (),
+        *,
+        metric: str = "accuracy",
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.width, self.outputs, self.metric, self.seed = width, outputs, metric, seed
+        self.settings = tuple(candidates) or (self.default,)
+        self.steps: list[tuple[Any, ...]] = []  # outputs of the steps of an epoch
+        self.results: list[HeadResult] = []
 
     @classmethod
-    def max_heads(cls, dataset: Any) -> int:
-        """Return the number of heads that fit in memory at once."""
-        raise NotImplementedError
-
-    @classmethod
-    def train_heads(
-        cls, dataset: Any, candidates: Candidates, mask: Tensor, valid: Tensor | None, seed: int
+    def for_data(
+        cls, data: Any, candidates: Candidates = (), *, selecting: bool = False, **options: Any
     ) -> Self:
-        """Train one head per candidate.
+        """Return untrained heads for a data module, one per candidate.
 
         Args:
-            dataset: the dataset of a split.
+            data: see `data_module`.
             candidates: setting of each head.
-            mask: `[I, J]`, the items that each head is trained on.
-            valid: `[I, J]`, the items that each head is validated on; None for a final fit.
-            seed: decides initial weights and the order of batches.
+            selecting: whether the heads are only trained to be ranked.
+            options: other arguments of the class.
         """
-        raise NotImplementedError
+        return cls(data.width, data.outputs, candidates, metric=data.metric, **options)
+
+    @classmethod
+    def max_heads(cls, data: Any) -> int:
+        """Return the number of heads that fit in memory at once."""
+        return 8
+
+    def losses(self, *batch: Any) -> Tensor:
+        """Return the losses `[b, J]` of a batch: inputs, targets and mask."""
+        *inputs, targets, _ = batch
+        return class_losses(self(*inputs), targets)
+
+    def validation_step(self, batch: tuple[Any, ...], batch_idx: int) -> None:
+        self.steps.append((self.losses(*batch), batch[-1]))
+
+    def on_validation_epoch_end(self) -> None:
+        losses, mask = (torch.cat(parts) for parts in zip(*self.steps, strict=True))
+        self.steps.clear()
+        self.valid_losses = masked_means(losses, mask)
+        self.log("valid/loss", self.valid_losses.mean())
+
+    def test_step(self, batch: tuple[Any, ...], batch_idx: int) -> None:
+        *inputs, targets, mask = batch
+        self.steps.append((self(*inputs), targets, mask))
+
+    def on_test_epoch_end(self) -> None:
+        self.results = self.score_heads()
+        self.steps.clear()
+        scores = torch.tensor([head.score for head in self.results])
+        self.log(f"test/{self.metric}", scores.mean())
+
+    def score_heads(self) -> list[HeadResult]:
+        """Return the result of each head on its own items of the last test steps."""
+        scores, targets, mask = (torch.cat(parts).cpu() for parts in zip(*self.steps, strict=True))
+        results = []
+        for head, own in enumerate(mask.bool().T):
+            outputs, answers = scores[own, head], targets[own]
+            score = class_metric(self.metric, self.outputs, outputs, answers)
+            if answers.ndim == 1:
+                loss = F.cross_entropy(outputs, answers)
+            else:
+                loss = F.binary_cross_entropy_with_logits(outputs, answers)
+            results.append(HeadResult(score, float(loss), outputs, answers))
+        return results
 
 
 PENALTIES = tuple(10.0**exponent for exponent in range(-2, 5))
 MAX_SCORES = 1 << 22  # floats in one [I, J, C] block
 MAX_WEIGHTS = 1 << 24  # floats in one [J, C, R] block, of which L-BFGS keeps about twenty
-ROUGH_TOLERANCE = 1e-3  # for optima that only rank penalties, or that the next fit starts from
-APPROACH = (1000.0, 100.0, 10.0)  # factors of the penalty on the way to a final fit
-MAX_APPROACH = 10.0  # largest penalty on the way: its optimum is quickly found from zero
-PATH_FLOPS = 1e9  # per step of all heads: above it, following a path of penalties is faster
-
-# The last two optima of a path: penalties and weights.
-PenaltyPath = deque[tuple[float, Tensor]]
 
 
 class LinearProbe(Probe):
@@ -114,214 +196,110 @@ class LinearProbe(Probe):
     The objective of each is that of scikit-learn on its own items, summed loss + penalty / 2 ·
     |weight|², divided by the number of items. With targets `[I, C]`, there is one binary logistic
     regression per class. Heads with the same items and decreasing penalties form a path: each
-    starts from an extrapolation of the two before it. `minimise` works in units in which the
-    curvature at the start is about 1.
+    starts from an extrapolation of the two before it. All items must be in one batch, on which
+    a single training step runs L-BFGS to its end.
 
     Args:
-        width: number of features, R. They should be standardised.
-        classes: number of classes, C.
-        candidates: the `penalty` of each head.
+        width, outputs, candidates, options: see `Probe`. A candidate has a `penalty`.
         variances: variances of the features, `[R]`. Defaults to ones.
-        max_steps: largest number of steps per call of `minimise`.
-        tolerance: relative tolerance of the last call.
+        max_steps: largest number of iterations for each of the penalties on the way.
+        tolerance: relative tolerance at the last penalty.
         approach: factors applied one after another to the penalties on the way to their own
             values. Heads then do not start from each other.
     """
 
     title = "linear probes"
     candidates = tuple({"penalty": penalty} for penalty in PENALTIES)
+    default: ClassVar[Candidate] = {"penalty": 1.0}
     version = 5
-    seeded = False
-    dataset = partial(ClassDataset, fit_transform=PrincipalAxes)
+    transform = PrincipalAxes
 
     def __init__(
         self,
         width: int,
-        classes: int,
-        candidates: Candidates = ({"penalty": 1.0},),
+        outputs: int,
+        candidates: Candidates = (),
         *,
         variances: Tensor | None = None,
         max_steps: int = 300,
         tolerance: float = 1e-5,
         approach: Sequence[float] = APPROACH,
+        **options: Any,
     ):
-        super().__init__()
+        super().__init__(width, outputs, candidates, **options)
         self.automatic_optimization = False
         self.max_steps, self.tolerance, self.approach = max_steps, tolerance, approach
-        self.penalties = torch.tensor([candidate["penalty"] for candidate in candidates])
+        self.penalties = torch.tensor([setting["penalty"] for setting in self.settings])
         self.variances: Tensor
         variances = torch.ones(width) if variances is None else variances
         self.register_buffer("variances", torch.cat([variances, torch.ones(1)]))  # bias last
         self.weight = nn.Parameter(
-            torch.zeros(len(candidates), classes, width + 1), requires_grad=False
+            torch.zeros(len(self.settings), outputs, width + 1), requires_grad=False
         )
 
     @classmethod
-    def max_heads(cls, dataset: ClassDataset) -> int:
-        classes, rank = len(dataset.classes), dataset.features.shape[1]
-        by_scores = MAX_SCORES // (dataset.pool_items * classes)
-        return max(1, min(by_scores, MAX_WEIGHTS // (rank * classes)))
+    def max_heads(cls, data: ClassDataModule) -> int:
+        by_scores = MAX_SCORES // (data.pool_items * data.outputs)
+        return max(1, min(by_scores, MAX_WEIGHTS // (data.width * data.outputs)))
 
     @classmethod
-    def train_heads(
-        cls, dataset: Any, candidates: Candidates, mask: Tensor, valid: Tensor | None, seed: int
+    def for_data(
+        cls, data: Any, candidates: Candidates = (), *, selecting: bool = False, **options: Any
     ) -> Self:
-        # A coarse tolerance is enough to rank penalties. Tolerances are relative to the loss,
-        # since its optimum is tiny where classes are separable.
-        rough = {"max_steps": 60, "tolerance": ROUGH_TOLERANCE, "approach": ()}
-        axes = dataset.transform
-        assert isinstance(axes, PrincipalAxes)
-        probe = cls(
-            len(axes.variances),
-            len(dataset.classes),
-            candidates,
-            variances=axes.variances,
-            **({} if valid is None else rough),
-        )
-        fit(probe, HeadLoader(dataset, mask, None), device=dataset.device)
-        return probe
+        options["variances"] = data.transform.variances
+        if selecting:
+            # A coarse tolerance is enough to rank penalties. Tolerances are relative to the loss,
+            # since its optimum is tiny where classes are separable.
+            options |= {"max_steps": 60, "tolerance": ROUGH_TOLERANCE, "approach": ()}
+        return super().for_data(data, candidates, **options)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return class scores `[I, J, C]` of features `[I, R]`."""
-        return _linear_scores(self.weight, _with_ones(features))
-
-    def objectives(self, features: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the objectives `[J]` on features `[I, R]` and targets `[I]` or `[I, C]`.
-
-        `mask` `[I, J]` marks the items of each head; None for all items.
-        """
-        weights, penalties = self._item_weights(features, mask)
-        return self._evaluate(self.weight, penalties, _with_ones(features), targets, weights)[0]
+        return linear_scores(self.weight, with_ones(features))
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        """Fit all heads to convergence on a batch of all items: features `[I, R]`, targets, and
-        optionally the mask `[I, J]` of the items of each head.
+        """Fit all heads to convergence on features `[I, R]`, targets, and the mask `[I, J]` of the
+        items of each head.
         """
-        features, targets = batch[:2]
-        mask = batch[2] if len(batch) > 2 else None
-        (weights, penalties), wide = self._item_weights(features, mask), _with_ones(features)
+        features, targets, mask = batch
+        features, items = with_ones(features), mask.sum(0)
+        item_weights, penalties = mask / items, self.penalties.to(items.device) / items
         heads = range(len(self.weight))
-        path_of_head = heads if self.approach else _number_columns(mask, len(heads))
+        path_of_head = heads if self.approach else number_columns(mask)
         paths: dict[int, PenaltyPath] = defaultdict(lambda: deque(maxlen=2))
-        for level, factor, tolerance in self._levels(len(features)):
+        optimizer: Any = self.optimizers()
+        scale = torch.empty_like(self.weight)
+        flops = 4 * len(features) * self.weight.numel()
+        levels = penalty_levels(self.penalties, self.approach, self.tolerance, flops)
+        for level, factor, tolerance in levels:
             numbers, raised = level.tolist(), (self.penalties[level] * factor).tolist()
             start = [
-                _extrapolate(paths[path_of_head[head]], penalty, self.weight[head])
+                extrapolate(paths[path_of_head[head]], penalty, self.weight[head])
                 for head, penalty in zip(numbers, raised, strict=True)
             ]
-            optima = self._minimise(
-                torch.stack(start), level, penalties, factor, tolerance, wide, targets, weights
-            )
-            self.weight[level] = optima
-            for head, penalty, optimum in zip(numbers, raised, optima, strict=True):
+            level = level.to(features.device)
+            self.weight[level] = torch.stack(start)
+            problem = (penalties[level] * factor, features, targets, item_weights[:, level])
+            scale[level] = unit_scale(self.weight[level], *problem, self.variances)
+            self.weight[level] /= scale[level]
+
+            def closure(penalties: Tensor = penalties * factor) -> tuple[Tensor, Tensor]:
+                own = optimizer.heads
+                weight, weights = optimizer.trial * scale[own], item_weights[:, own]
+                losses, gradients = logistic_losses(
+                    weight, penalties[own], features, targets, weights
+                )
+                return losses, gradients.mul_(scale[own])
+
+            optimizer.step(closure, heads=level, tolerance=tolerance)
+            self.weight[level] *= scale[level]
+            for head, penalty in zip(numbers, raised, strict=True):
                 path = paths[path_of_head[head]]
                 if not path or path[-1][0] > penalty:
-                    path.append((penalty, optimum))
+                    path.append((penalty, self.weight[head].clone()))
 
-    def configure_optimizers(self) -> None:
-        """Lightning's optimizers are not used: one training step runs `minimise` to its end."""
-
-    def _levels(self, items: int) -> list[tuple[Tensor, float, float]]:
-        """Return the sequence of calls to `minimise`: heads, factor of their penalties, tolerance.
-
-        The largest penalties come first. If the cost of a step is mostly overhead, all heads run
-        at once.
-        """
-        everything = torch.arange(len(self.weight))
-        if 4 * items * self.weight.numel() < PATH_FLOPS:
-            return [(everything, 1.0, self.tolerance)]
-        if self.approach:
-            low = [
-                (torch.nonzero(self.penalties * factor <= MAX_APPROACH)[:, 0], factor)
-                for factor in self.approach
-            ]
-            return [
-                *((level, factor, ROUGH_TOLERANCE) for level, factor in low if len(level)),
-                (everything, 1.0, self.tolerance),
-            ]
-        return [
-            (torch.nonzero(self.penalties == penalty)[:, 0], 1.0, self.tolerance)
-            for penalty in self.penalties.unique().flip(0)
-        ]
-
-    def _minimise(
-        self,
-        start: Tensor,
-        level: Tensor,
-        penalties: Tensor,
-        factor: float,
-        tolerance: float,
-        features: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-    ) -> Tensor:
-        """Return the optima `[j, C, R + 1]` of the heads of a level."""
-        level = level.to(start.device)
-        raised = penalties[level] * factor
-        # Inverse square root of the curvature along each axis at the start.
-        scores = _linear_scores(start, features)
-        probabilities = scores.sigmoid() if targets.ndim == 2 else scores.softmax(2)
-        variances = probabilities * (1 - probabilities)
-        steepness = torch.einsum("ijc,ij->jc", variances, weights[:, level])
-        curvature = steepness.clamp(min=1e-8)[:, :, None] * self.variances
-        curvature = curvature + raised[:, None, None] * self._penalised()
-        scale = (curvature + 1e-12).rsqrt()
-
-        def objective(weight: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
-            own = scale[heads]
-            values, gradients = self._evaluate(
-                weight.view_as(own) * own,
-                raised[heads],
-                features,
-                targets,
-                weights[:, level[heads]],
-            )
-            return values, (gradients * own).flatten(1)
-
-        found = minimise(
-            objective, (start / scale).flatten(1), max_steps=self.max_steps, tolerance=tolerance
-        )
-        return found.view_as(scale) * scale
-
-    def _evaluate(
-        self, weight: Tensor, penalties: Tensor, features: Tensor, targets: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return objectives `[j]` and gradients `[j, C, R + 1]`, with items weighted by `[I, j]`.
-
-        The gradient is written out by hand to avoid the memory of an autograd graph.
-        """
-        scores = _linear_scores(weight, features)
-        if targets.ndim == 2:
-            marks = targets[:, None].to(scores.dtype)
-            losses = (F.softplus(scores) - scores * marks).sum(2)
-            slopes = (scores.sigmoid_() - marks) * weights[:, :, None]
-        else:
-            index = targets[:, None, None].expand(-1, len(weight), 1)
-            slopes = scores.log_softmax(2)
-            losses = -slopes.gather(2, index)[:, :, 0]
-            # Probabilities below exp(-30) have no effect on the gradient, but as denormal
-            # numbers they would slow down every following product.
-            slopes = slopes.clamp_(min=-30).exp_().mul_(weights[:, :, None])
-            slopes.scatter_add_(2, index, -weights[:, :, None])
-        pull = penalties[:, None, None] * self._penalised() * weight
-        gradients = product(slopes.flatten(1).T, features.T).view_as(weight) + pull
-        penalty = 0.5 * (pull * weight).sum((1, 2), dtype=torch.double)
-        return (losses * weights).sum(0, dtype=torch.double) + penalty, gradients
-
-    def _item_weights(self, features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the weight of each item in each head, `[I, J]`, and the penalties `[J]` for a mean
-        instead of a sum of losses.
-        """
-        if mask is None:
-            mask = torch.ones(len(features), len(self.weight), device=features.device)
-        items = mask.sum(0)
-        return mask / items, self.penalties.to(items.device) / items
-
-    def _penalised(self) -> Tensor:
-        """Return `[R + 1]`: 1 for features, 0 for the bias."""
-        penalised = torch.ones_like(self.variances)
-        penalised[-1] = 0
-        return penalised
+    def configure_optimizers(self) -> BatchedLBFGS:
+        return BatchedLBFGS(self.weight, self.max_steps)
 
 
 class FrameProbe(LinearProbe):
@@ -332,39 +310,75 @@ class FrameProbe(LinearProbe):
     features = "segments"
 
 
-def _with_ones(features: Tensor) -> Tensor:
-    """Append a feature that is always 1, whose weight is the bias: `[I, R]` → `[I, R + 1]`."""
-    return torch.cat([features, features.new_ones(len(features), 1)], 1)
+NEIGHBOURS = (1, 3, 5, 10, 20)
+TEMPERATURES = (0.02, 0.07, 1.0)
+MAX_SIMILARITIES = 1 << 26  # floats in one block of cosines
 
 
-def _linear_scores(weight: Tensor, features: Tensor) -> Tensor:
-    """Weights `[j, C, R + 1]` and features `[I, R + 1]` → scores `[I, j, C]`."""
-    return product(features, weight.flatten(0, 1)).unflatten(1, weight.shape[:2])
+class KNNProbe(Probe):
+    """J votes of cosine neighbours. Training only stores the items.
+
+    Features of each clip are scaled to unit length, so that similarity is a cosine. Votes are
+    weighted by exp(cosine / temperature) (Wu et al. 2018, section 3.4). X-ARES scales features
+    across samples instead, which is a mistake.
+
+    A candidate has `k` (neighbours) and a `temperature`.
+    """
+
+    title = "nearest neighbours"
+    answers = ("class",)
+    candidates = tuple(
+        {"k": k, "temperature": t} for k in NEIGHBOURS for t in TEMPERATURES if k > 1 or t == 1.0
+    )
+    default: ClassVar[Candidate] = {"k": 10, "temperature": 0.07}
+    version = 1
+
+    def __init__(self, width: int, outputs: int, candidates: Candidates = (), **options: Any):
+        super().__init__(width, outputs, candidates, **options)
+        self.automatic_optimization = False
+        self.neighbours: Tensor
+        self.targets: Tensor
+        self.mask: Tensor
+        self.register_buffer("neighbours", torch.empty(0, width))
+        self.register_buffer("targets", torch.empty(0, dtype=torch.long))
+        self.register_buffer("mask", torch.empty(0, len(self.settings), dtype=torch.bool))
+
+    @classmethod
+    def max_heads(cls, data: ClassDataModule) -> int:
+        return max(1, MAX_SIMILARITIES // (data.pool_items * data.outputs))
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        """Store features `[I, D]`, classes `[I]`, and the neighbours `[I, J]` of each head."""
+        features, self.targets, mask = batch
+        self.neighbours, self.mask = F.normalize(features, dim=1), mask.bool()
+
+    def configure_optimizers(self) -> None:
+        """Nothing is optimized."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return log probabilities `[Q, J, C]` of features `[Q, D]`."""
+        block = max(1, MAX_SIMILARITIES // max(1, len(self.neighbours)))
+        return torch.cat([self._votes(some) for some in features.split(block)])
+
+    def _votes(self, features: Tensor) -> Tensor:
+        cosines = F.normalize(features, dim=1) @ self.neighbours.T
+        largest_k = max(int(setting["k"]) for setting in self.settings)
+        columns, last = [], None
+        for own, setting in zip(self.mask.T, self.settings, strict=True):
+            # Consecutive candidates of a fold share their neighbours.
+            if last is None or not torch.equal(own, last):
+                kept, last = cosines[:, own], own
+                found, indices = kept.topk(min(largest_k, kept.shape[1]), dim=1)
+                classes = self.targets[own][indices]
+            k = int(setting["k"])
+            votes = torch.zeros(len(features), self.outputs, device=features.device)
+            weights = (found[:, :k] / setting["temperature"]).softmax(1)
+            votes.scatter_add_(1, classes[:, :k], weights)
+            columns.append(votes.clamp_min(1e-9).log())
+        return torch.stack(columns, 1)
 
 
-def _extrapolate(path: PenaltyPath, penalty: float, otherwise: Tensor) -> Tensor:
-    """Extrapolate a path to the next penalty, linearly in the logarithm of the penalty."""
-    if len(path) < 2:
-        return path[-1][1] if path else otherwise
-    (penalty_1, weight_1), (penalty_2, weight_2) = path
-    penalty = max(penalty, 1e-12 * penalty_2)  # a penalty of zero has no logarithm
-    stride = math.log(penalty_2 / penalty) / math.log(penalty_1 / penalty_2)
-    # The path is curved, so never extrapolate further than the previous distance.
-    return weight_2 + min(stride, 1) * (weight_2 - weight_1)
-
-
-def _number_columns(mask: Tensor | None, heads: int) -> list[int]:
-    """Number the columns of a mask `[I, J]`: equal columns get equal numbers."""
-    if mask is None:
-        return [0] * heads
-    numbers: dict[bytes, int] = {}
-    columns = mask.T.bool().cpu().numpy()
-    return [numbers.setdefault(column.tobytes(), len(numbers)) for column in columns]
-
-
-Weights = dict[str, Tensor]
 MIN_IMPROVEMENT = 5e-3  # of the validation loss, as a fraction of it
-MIN_BATCH_ITEMS, MIN_STEPS = 32, 16
 
 
 class AdamProbe(Probe):
@@ -375,129 +389,65 @@ class AdamProbe(Probe):
     trained for the given number of epochs. Learning rates follow one cosine schedule over
     `max_epochs` in both cases, so that epoch n uses the same learning rates either way.
 
-    Each head has a learning rate of its own: its weights are `initial + rate · offset`, and Adam,
-    which steps by about its learning rate whatever the size of the gradient, trains `offset` with
-    a learning rate of 1.
-
-    Args:
-        initial: initial weights, each `[J, …]`.
-        candidates: `rate` (learning rate) and optionally `decay` of each head: half the squared
-            norm of the weights named in `decayed`, times `decay`, is added to its loss.
+    Each parameter is `[J, …]`. The candidate of a head has a learning rate, `rate`, and optionally
+    `decay`: half the squared norm of the parameters named in `decayed`, times `decay`, is added to
+    its loss.
     """
 
-    max_epochs: ClassVar[int] = 200
+    seeded = True
+    batch_items = 1024
+    max_epochs = 200
     patience: ClassVar[int] = 10
-    max_batch_items: ClassVar[int] = 1024
-    valid_batch_items: ClassVar[int | None] = 4096
     decayed: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, initial: Weights, candidates: Candidates):
-        super().__init__()
-        self.initial = nn.ParameterDict(
-            {name: nn.Parameter(value, requires_grad=False) for name, value in initial.items()}
+    def training_step(self, batch: tuple[Any, ...], batch_idx: int) -> Tensor:
+        loss = masked_means(self.losses(*batch), batch[-1])
+        self.log("train/loss", loss.mean())
+        return loss.sum()
+
+    def configure_optimizers(self) -> Any:
+        rates, decays = (
+            torch.tensor([setting.get(key, 0.0) for setting in self.settings], device=self.device)
+            for key in ("rate", "decay")
         )
-        self.offsets = nn.ParameterDict(
-            {name: nn.Parameter(torch.zeros_like(value)) for name, value in initial.items()}
-        )
-        self.rates: Tensor
-        self.decays: Tensor
-        self.register_buffer("rates", torch.tensor([one["rate"] for one in candidates]))
-        self.register_buffer("decays", torch.tensor([one.get("decay", 0.0) for one in candidates]))
-        self.best = {name: torch.zeros_like(value) for name, value in initial.items()}
-        self.best_loss = torch.full((len(candidates),), torch.inf)
-        self.best_epoch = torch.zeros(len(candidates), dtype=torch.long)
-        self.stopped = torch.zeros(len(candidates), dtype=torch.bool)
-        self.valid_losses: list[tuple[Tensor, Tensor]] = []
+        groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "decay": decays}]
+        for name, parameter in self.named_parameters():
+            groups[name in self.decayed]["params"].append(parameter)
+        optimizer = HeadAdam(groups, rates)
+        steps = int(self.trainer.estimated_stepping_batches) // (self.trainer.max_epochs or 1)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.max_epochs * steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    @classmethod
-    def build(cls, dataset: Any, candidates: Candidates, seed: int) -> Self:
-        """Return untrained heads for a dataset."""
-        raise NotImplementedError
+    def on_fit_start(self) -> None:
+        self.best = {name: value.detach().clone() for name, value in self.named_parameters()}
+        self.best_loss = torch.full((len(self.settings),), torch.inf, device=self.device)
+        self.best_epoch = torch.zeros_like(self.best_loss, dtype=torch.long)
 
-    @classmethod
-    def train_heads(
-        cls, dataset: Any, candidates: Candidates, mask: Tensor, valid: Tensor | None, seed: int
-    ) -> Self:
-        probe = cls.build(dataset, candidates, seed)
-        size = batch_size(int(mask.any(1).sum()), cls.max_batch_items)
-        batches = HeadLoader(dataset, mask, size, seed)
-        valid_batches = None
-        if valid is not None:
-            valid_batches = HeadLoader(dataset, valid, cls.valid_batch_items)
-        epochs = int(candidates[0].get("epochs", cls.max_epochs))
-        fit(probe, batches, valid_batches, device=dataset.device, max_epochs=epochs)
-        return probe
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
+            return
+        loss, epoch = self.valid_losses, self.current_epoch + 1
+        # A stopped head stays stopped while the others continue.
+        running = epoch - 1 - self.best_epoch < self.patience
+        better = running & (loss < self.best_loss * (1 - MIN_IMPROVEMENT))
+        for name, value in self.named_parameters():
+            self.best[name][better] = value.detach()[better]
+        self.best_loss = torch.where(better, loss, self.best_loss)
+        self.best_epoch[better] = epoch
+        self.trainer.should_stop = bool((epoch - self.best_epoch >= self.patience).all())
 
-    @property
-    def weights(self) -> Weights:
-        """The weights of all heads, each `[J, …]`."""
-        return {
-            name: value + self.rates.view(-1, *[1] * (value.ndim - 1)) * self.offsets[name]
-            for name, value in self.initial.items()
-        }
+    def on_train_end(self) -> None:
+        if not self.best_epoch.any():  # nothing was validated
+            return
+        with torch.no_grad():
+            for name, value in self.named_parameters():
+                value.copy_(self.best[name])
 
     @property
     def epochs(self) -> list[int]:
         """The best number of epochs of each head."""
         return self.best_epoch.clamp(min=1).tolist()
-
-    def apply_heads(self, weights: Weights, *inputs: Tensor) -> Tensor:
-        """Return the scores of all heads, with a dimension of size J."""
-        raise NotImplementedError
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.apply_heads(self.weights, *inputs)
-
-    def losses(self, weights: Weights, *batch: Tensor) -> Tensor:
-        """Return the losses `[b, J]` of a batch: inputs, targets and mask."""
-        *inputs, targets, _ = batch
-        return class_losses(self.apply_heads(weights, *inputs), targets)
-
-    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
-        weights = self.weights
-        loss = masked_means(self.losses(weights, *batch), batch[-1])
-        if self.decayed:
-            squares = [weights[name].square().flatten(1).sum(1) for name in self.decayed]
-            loss = loss + 0.5 * self.decays * torch.stack(squares).sum(0)
-        self.log("train/loss", loss.mean())
-        return loss.sum()
-
-    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
-        self.valid_losses.append((self.losses(self.weights, *batch), batch[-1]))
-
-    def on_validation_epoch_end(self) -> None:
-        losses, mask = (torch.cat(parts) for parts in zip(*self.valid_losses, strict=True))
-        self.valid_losses.clear()
-        loss, epoch = masked_means(losses, mask).cpu(), self.current_epoch + 1
-        self.log("valid/loss", loss.mean())
-        better = ~self.stopped & (loss < self.best_loss * (1 - MIN_IMPROVEMENT))
-        for name, offset in self.offsets.items():
-            self.best[name] = self.best[name].to(offset.device)
-            self.best[name][better] = offset.detach()[better]
-        self.best_loss = torch.where(better, loss, self.best_loss)
-        self.best_epoch[better] = epoch
-        # A stopped head stays stopped while the others continue.
-        self.stopped |= epoch - self.best_epoch >= self.patience
-        self.trainer.should_stop = bool(self.stopped.all())
-
-    def on_train_end(self) -> None:
-        if self.trainer.val_dataloaders is None:
-            return
-        for name, offset in self.offsets.items():
-            offset.data.copy_(self.best[name])
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.offsets.values(), lr=1.0)
-        steps = int(self.trainer.estimated_stepping_batches) // (self.trainer.max_epochs or 1)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.max_epochs * steps)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-
-def batch_size(items: int, most: int) -> int:
-    """Return the number of items per step: an epoch has at least `MIN_STEPS` steps, unless that
-    would need fewer than `MIN_BATCH_ITEMS` items per step.
-    """
-    return min(most, max(MIN_BATCH_ITEMS, items // MIN_STEPS))
 
 
 HIDDEN = 256
@@ -505,70 +455,46 @@ MAX_ACTIVATIONS = 1 << 26
 
 
 class MLPProbe(AdamProbe):
-    """J networks with one hidden layer, D → H → C.
-
-    Args:
-        width: D.
-        classes: C.
-        candidates: `rate` (learning rate) and `decay` of each network.
-        seed: decides initial weights. All networks have the same, so that only their candidates
-            differ.
-        hidden: H.
+    """J networks with one hidden layer, D → H → C. All have the same initial weights, so that only
+    their candidates differ.
     """
 
     title = "one hidden layer"
     candidates = tuple(
         {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-4, 1e-3, 1e-2)
     )
+    default: ClassVar[Candidate] = {"rate": 1e-3, "decay": 1e-3}
     version = 2
-    dataset = partial(ClassDataset, fit_transform=Standardizer)
+    transform = Standardizer
     decayed = ("first", "second")
 
-    def __init__(
-        self,
-        width: int,
-        classes: int,
-        candidates: Candidates = ({"rate": 1e-3, "decay": 1e-3},),
-        seed: int = 0,
-        hidden: int = HIDDEN,
-    ):
-        generator, heads = torch.Generator().manual_seed(seed), len(candidates)
-        first = torch.randn(width, hidden, generator=generator)
-        second = torch.randn(hidden, classes, generator=generator)
-        initial = {
-            "first": (first * (2 / width) ** 0.5).repeat(heads, 1, 1),
-            "first_bias": torch.zeros(heads, hidden),
-            "second": (second * hidden**-0.5).repeat(heads, 1, 1),
-            "second_bias": torch.zeros(heads, classes),
-        }
-        super().__init__(initial, candidates)
+    def __init__(self, width: int, outputs: int, candidates: Candidates = (), **options: Any):
+        super().__init__(width, outputs, candidates, **options)
+        generator, heads = torch.Generator().manual_seed(self.seed), len(self.settings)
+        first = torch.randn(width, HIDDEN, generator=generator) * (2 / width) ** 0.5
+        second = torch.randn(HIDDEN, outputs, generator=generator) * HIDDEN**-0.5
+        self.first = nn.Parameter(first.repeat(heads, 1, 1))
+        self.first_bias = nn.Parameter(torch.zeros(heads, HIDDEN))
+        self.second = nn.Parameter(second.repeat(heads, 1, 1))
+        self.second_bias = nn.Parameter(torch.zeros(heads, outputs))
 
     @classmethod
-    def max_heads(cls, dataset: ClassDataset) -> int:
-        width = dataset.features.shape[1]
-        return max(1, MAX_ACTIVATIONS // (HIDDEN * (dataset.pool_items + 8 * width)))
+    def max_heads(cls, data: ClassDataModule) -> int:
+        return max(1, MAX_ACTIVATIONS // (HIDDEN * (data.pool_items + 8 * data.width)))
 
-    @classmethod
-    def build(cls, dataset: ClassDataset, candidates: Candidates, seed: int) -> Self:
-        return cls(dataset.features.shape[1], len(dataset.classes), candidates, seed)
-
-    def apply_heads(self, weights: Weights, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """Return class scores `[I, J, C]` of features `[I, D]`."""
-        heads, width, hidden = weights["first"].shape
-        wide = weights["first"].transpose(0, 1).reshape(width, heads * hidden)
-        inner = (features @ wide).unflatten(1, (heads, hidden)) + weights["first_bias"]
-        scores = torch.einsum("ijh,jhc->ijc", inner.relu(), weights["second"])
-        return scores + weights["second_bias"]
+        wide = self.first.transpose(0, 1).flatten(1)  # [D, J · H]
+        inner = (features @ wide).unflatten(1, self.first_bias.shape) + self.first_bias
+        return torch.einsum("ijh,jhc->ijc", inner.relu(), self.second) + self.second_bias
 
 
 class LayerWeightedProbe(AdamProbe):
     """J linear probes, each on its own weighted sum of layers. All weights start at zero.
 
     Args:
+        width, outputs, candidates, options: see `Probe`.
         layers: number of layers, L.
-        width: D.
-        classes: C.
-        candidates: `rate` (learning rate) and `decay` of the linear weights of each head.
     """
 
     title = "linear probes over weighted layers"
@@ -576,91 +502,217 @@ class LayerWeightedProbe(AdamProbe):
     candidates = tuple(
         {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-3, 1e-2, 1e-1)
     )
+    default: ClassVar[Candidate] = {"rate": 1e-2, "decay": 1e-2}
     version = 2
-    dataset = partial(ClassDataset, fit_transform=Standardizer)
+    transform = Standardizer
     decayed = ("weight",)
 
     def __init__(
         self,
-        layers: int,
         width: int,
-        classes: int,
-        candidates: Candidates = ({"rate": 1e-2, "decay": 1e-2},),
+        outputs: int,
+        candidates: Candidates = (),
+        *,
+        layers: int,
+        **options: Any,
     ):
-        heads = len(candidates)
-        initial = {
-            "layers": torch.zeros(heads, layers),  # before the softmax: equal weights
-            "weight": torch.zeros(heads, width, classes),
-            "bias": torch.zeros(heads, classes),
-        }
-        super().__init__(initial, candidates)
+        super().__init__(width, outputs, candidates, **options)
+        heads = len(self.settings)
+        self.layers = nn.Parameter(torch.zeros(heads, layers))  # before the softmax
+        self.weight = nn.Parameter(torch.zeros(heads, width, outputs))
+        self.bias = nn.Parameter(torch.zeros(heads, outputs))
 
     @classmethod
-    def max_heads(cls, dataset: ClassDataset) -> int:
-        _, layers, width = dataset.features.shape
-        size = dataset.pool_items * width + 8 * width * len(dataset.classes) + layers
+    def max_heads(cls, data: ClassDataModule) -> int:
+        width, layers = data.width, data.features.shape[1]
+        size = data.pool_items * width + 8 * width * data.outputs + layers
         return max(1, MAX_ACTIVATIONS // size)
 
     @classmethod
-    def build(cls, dataset: ClassDataset, candidates: Candidates, seed: int) -> Self:
-        _, layers, width = dataset.features.shape
-        return cls(layers, width, len(dataset.classes), candidates)
+    def for_data(cls, data: Any, candidates: Candidates = (), **options: Any) -> Self:
+        return super().for_data(data, candidates, layers=data.features.shape[1], **options)
 
     def layer_weights(self) -> Tensor:
         """Return the weight of each layer, `[J, L]`, which sum to one."""
-        return self.weights["layers"].softmax(1)
+        return self.layers.softmax(1)
 
-    def apply_heads(self, weights: Weights, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """Return class scores `[I, J, C]` of features `[I, L, D]`."""
-        mixed = torch.einsum("ild,jl->jid", features, weights["layers"].softmax(1))
-        return (mixed @ weights["weight"] + weights["bias"][:, None]).transpose(0, 1)
+        mixed = torch.einsum("ild,jl->jid", features, self.layer_weights())
+        return (mixed @ self.weight + self.bias[:, None]).transpose(0, 1)
 
 
 class AttentionProbe(AdamProbe):
     """J linear probes on attention-pooled frames, each with its own query. All weights start at
     zero.
-
-    Args:
-        width: D.
-        classes: C.
-        candidates: `rate` (learning rate) and `decay` of query and linear weights of each head.
     """
 
     title = "linear probes under attention pooling"
     features = "frames"
     candidates = LayerWeightedProbe.candidates
+    default: ClassVar[Candidate] = LayerWeightedProbe.default
     version = 2
-    max_batch_items = BATCH_FRAMES
+    batch_items = BATCH_FRAMES
     valid_batch_items = BATCH_FRAMES
     decayed = ("query", "weight")
 
-    def __init__(
-        self, width: int, classes: int, candidates: Candidates = ({"rate": 1e-2, "decay": 1e-2},)
-    ):
-        heads = len(candidates)
-        initial = {
-            "query": torch.zeros(heads, width),
-            "weight": torch.zeros(heads, width, classes),
-            "bias": torch.zeros(heads, classes),
-        }
-        super().__init__(initial, candidates)
+    def __init__(self, width: int, outputs: int, candidates: Candidates = (), **options: Any):
+        super().__init__(width, outputs, candidates, **options)
+        heads = len(self.settings)
+        self.query = nn.Parameter(torch.zeros(heads, width))
+        self.weight = nn.Parameter(torch.zeros(heads, width, outputs))
+        self.bias = nn.Parameter(torch.zeros(heads, outputs))
 
     @classmethod
-    def max_heads(cls, dataset: ClassDataset) -> int:
-        assert dataset.frames
-        longest, width = int(dataset.frames.lengths.max()), dataset.frames.width
-        size = BATCH_FRAMES * (longest + width) + 8 * width * len(dataset.classes)
-        return max(1, MAX_ACTIVATIONS // size)
+    def max_heads(cls, data: ClassDataModule) -> int:
+        assert data.frames
+        size = BATCH_FRAMES * (int(data.frames.lengths.max()) + data.width)
+        return max(1, MAX_ACTIVATIONS // (size + 8 * data.width * data.outputs))
 
-    @classmethod
-    def build(cls, dataset: ClassDataset, candidates: Candidates, seed: int) -> Self:
-        assert dataset.frames
-        return cls(dataset.frames.width, len(dataset.classes), candidates)
-
-    def apply_heads(self, weights: Weights, frames: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
         """Return class scores `[b, J, C]` of padded frames `[b, T, D]` and their lengths `[b]`."""
         steps = torch.arange(frames.shape[1], device=frames.device)
-        logits = torch.einsum("btd,jd->bjt", frames, weights["query"])
+        logits = torch.einsum("btd,jd->bjt", frames, self.query)
         attention = logits.masked_fill(steps >= lengths[:, None, None], -torch.inf).softmax(2)
-        scores = torch.einsum("bjd,jdc->bjc", attention @ frames, weights["weight"])
-        return scores + weights["bias"]
+        return torch.einsum("bjd,jdc->bjc", attention @ frames, self.weight) + self.bias
+
+
+SHARED_WIDTH = 128
+
+
+class RetrievalProbe(AdamProbe):
+    """J pairs of linear maps into a space shared by clips and captions, scored by recall@1 in both
+    directions.
+
+    The text side is the simplest that can be learned without a language model: each of V words
+    has a vector, a caption is their mean, and both are trained with the map of the audio, and a
+    logit scale, by the contrastive loss of CLIP (Radford et al. 2021). This measures the audio
+    encoder: a strong text encoder would add knowledge that the audio encoder does not have.
+    """
+
+    title = "audio-text retrieval"
+    answers = ("captions",)
+    candidates = MLPProbe.candidates
+    default: ClassVar[Candidate] = MLPProbe.default
+    version = 2
+    data_module = CaptionDataModule
+    transform = Standardizer
+    batch_items = 256
+    valid_batch_items = None  # captions of other clips in the batch are the negatives
+    decayed = ("audio", "words")
+
+    def __init__(self, width: int, outputs: int, candidates: Candidates = (), **options: Any):
+        super().__init__(width, outputs, candidates, **options)
+        generator, heads = torch.Generator().manual_seed(self.seed), len(self.settings)
+        audio = torch.randn(width, SHARED_WIDTH, generator=generator) * width**-0.5
+        text = torch.randn(outputs, SHARED_WIDTH, generator=generator) * SHARED_WIDTH**-0.5
+        self.audio = nn.Parameter(audio.repeat(heads, 1, 1))
+        self.words = nn.Parameter(text.repeat(heads, 1, 1))
+        self.scale = nn.Parameter(torch.full((heads,), math.log(1 / 0.07)))
+
+    @classmethod
+    def max_heads(cls, data: CaptionDataModule) -> int:
+        return 4  # each has a vector per word
+
+    def forward(self, features: Tensor, bags: Tensor) -> Tensor:
+        """Return cosines `[J, B, N]` of clips `[B, D]` and captions `[N, V]`."""
+        audio = F.normalize(features @ self.audio, dim=-1)
+        text = F.normalize(bags @ self.words, dim=-1)
+        return audio @ text.transpose(1, 2)
+
+    def losses(self, *batch: Any) -> Tensor:
+        """Return contrastive losses `[b, J]` of clips `[b, D]` and one caption each `[b, V]`, among
+        the clips of each head.
+        """
+        features, bags, mask = batch
+        own = mask.T > 0
+        logits = self(features, bags) * self.scale.exp()[:, None, None]
+        logits = logits.masked_fill(~(own[:, None] & own[:, :, None]), -1e4)
+        both = logits.logsumexp(1) + logits.logsumexp(2) - 2 * logits.diagonal(dim1=1, dim2=2)
+        return both.T
+
+    def validation_step(self, batch: tuple[Any, ...], batch_idx: int) -> None:
+        features, bags, owners, mask = batch
+        first = torch.searchsorted(owners, torch.arange(len(features), device=owners.device))
+        super().validation_step((features, bags[first], mask), batch_idx)
+
+    def score_heads(self) -> list[HeadResult]:
+        ((all_cosines, all_owners, mask),) = self.steps
+        results = []
+        for head, own in enumerate(mask.bool().T):
+            captions = own[all_owners]
+            owners = (own.long().cumsum(0) - 1)[all_owners[captions]]  # among the head's clips
+            cosines = all_cosines[head][own][:, captions]
+            loss = float(F.cross_entropy(cosines.T / 0.07, owners))
+            results.append(HeadResult(recall(cosines, owners), loss, cosines.cpu(), owners.cpu()))
+        return results
+
+
+class CTCProbe(AdamProbe):
+    """J linear CTC heads from frames to characters and a blank, scored by max(0, 1 − word error
+    rate). All weights start at zero.
+
+    A head has no language model and is decoded greedily, so it measures what the frames alone
+    contain (Graves et al. 2006 for the loss). X-ARES trains an adapter to a frozen language model
+    instead, so its numbers are not comparable. A candidate has no `decay`.
+    """
+
+    title = "CTC heads"
+    answers = ("text",)
+    features = "frames"
+    candidates = tuple({"rate": rate} for rate in (1e-3, 3e-3, 1e-2))
+    default: ClassVar[Candidate] = {"rate": 3e-3}
+    version = 2
+    data_module = TranscriptDataModule
+    max_epochs, patience = 100, 5  # low, as every epoch reads the frames again
+    batch_items = BATCH_FRAMES
+    valid_batch_items = BATCH_FRAMES
+
+    def __init__(
+        self, width: int, outputs: Sequence[str], candidates: Candidates = (), **options: Any
+    ):
+        super().__init__(width, outputs, candidates, **options)
+        heads = len(self.settings)
+        self.weight = nn.Parameter(torch.zeros(heads, width, len(outputs)))
+        self.bias = nn.Parameter(torch.zeros(heads, len(outputs)))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Return logits `[b, J, T, V]` of frames `[b, T, D]`."""
+        return torch.einsum("btd,jdv->bjtv", frames, self.weight) + self.bias[:, None]
+
+    def losses(self, *batch: Any) -> Tensor:
+        """Return the CTC losses per character, `[b, J]`."""
+        frames, lengths, codes, counts, _, _ = batch
+        heads = len(self.settings)
+        scores = self(frames).log_softmax(-1).permute(2, 1, 0, 3).flatten(1, 2)  # [T, J · b, V]
+        losses = F.ctc_loss(
+            scores,
+            codes.repeat(heads),
+            lengths.cpu().repeat(heads),
+            counts.cpu().repeat(heads),
+            reduction="none",
+            zero_infinity=True,
+        )
+        return (losses.view(heads, -1) / counts.clamp(min=1)).T
+
+    def test_step(self, batch: tuple[Any, ...], batch_idx: int) -> None:
+        frames, lengths, _, _, transcripts, mask = batch
+        codes = self(frames).argmax(-1).cpu()  # [b, J, T]
+        texts = [
+            [self._decode(one) for one in clip[:, :length]]
+            for clip, length in zip(codes, lengths.tolist(), strict=True)
+        ]
+        self.steps.append((texts, transcripts, mask.bool().tolist()))
+
+    def _decode(self, codes: Tensor) -> str:
+        """Merge repeated characters and drop blanks, whose text is empty."""
+        return "".join(self.outputs[code] for code in codes.unique_consecutive().tolist())
+
+    def score_heads(self) -> list[HeadResult]:
+        clips = [clip for step in self.steps for clip in zip(*step, strict=True)]
+        results = []
+        for head in range(len(self.settings)):
+            own = [(texts[head], transcript) for texts, transcript, used in clips if used[head]]
+            texts, transcripts = (list(part) for part in zip(*own, strict=True))
+            results.append(HeadResult(text_metric(texts, transcripts), 0.0, texts, transcripts))
+        return results

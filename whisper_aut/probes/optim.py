@@ -1,180 +1,143 @@
-"""How heads are trained: `fit` runs Lightning's Trainer on batches of a dataset, and `minimise` is
-L-BFGS for the many independent problems of a linear probe.
+"""Optimizers for the heads of a probe: each head, a row of parameters `[J, …]`, is a problem of its
+own.
 """
 
-import logging
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from math import ceil
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from torch import Tensor
-
-from whisper_aut.probes.datasets import ProbeDataset
-
-# FLOPs per step below which several threads are slower than one, up to 30 times on a busy machine.
-ONE_THREAD_FLOPS = 4e9
-THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+from torch import Tensor, nn
 
 
-# In a validation hook, parameters created in inference mode would silently never train.
-@torch.inference_mode(False)
-@torch.enable_grad()
-def fit(
-    probe: LightningModule,
-    batches: Iterable[tuple[Tensor, ...]],
-    valid: Iterable[tuple[Tensor, ...]] | None = None,
-    *,
-    device: str = "cpu",
-    max_epochs: int = 1,
-) -> None:
-    """Train a probe in place.
+class HeadAdam(torch.optim.Optimizer):
+    """Adam (Kingma & Ba 2015) with a learning rate and an L2 penalty for each head.
+
+    The group option `lr` is a factor of all learning rates, which a scheduler may change.
 
     Args:
-        probe: the probe. It is left in eval mode.
-        batches: a `HeadLoader`, or a `DataLoader` of inputs, targets and the mask `[b, J]` of the
-            items of each head.
-        valid: likewise, for early stopping.
-        device: `cpu`, `cuda` or `cuda:N`.
-        max_epochs: largest number of epochs.
-    """
-    accelerator, _, number = device.partition(":")
-    count = THREADS
-    if isinstance(batches, HeadLoader):
-        largest = max(parameter.numel() for parameter in probe.parameters())
-        count = 1 if 4 * len(batches.items) * largest < ONE_THREAD_FLOPS else THREADS
-    assert not any(parameter.is_inference() for parameter in probe.parameters()), (
-        "a probe made in inference mode never trains"
-    )
-    with _quiet_trainer(), threads(count):
-        trainer = Trainer(
-            accelerator=accelerator,
-            devices=[int(number)] if number else 1,
-            max_epochs=max_epochs,
-            barebones=True,
-            inference_mode=False,
-            # One process, even inside a run started by torchrun or Slurm.
-            plugins=[LightningEnvironment()],
-        )
-        trainer.fit(probe, batches, valid)
-    probe.to(device).eval()
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Use `count` threads within the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _quiet_trainer() -> Iterator[None]:
-    """Mute Lightning's messages about devices and missing loops, which every fit would repeat."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-class HeadLoader:
-    """Batches of a dataset, each followed by the mask `[b, J]` of the heads.
-
-    Args:
-        dataset: the dataset.
-        mask: `[I, J]`, the items of each head. Only items of at least one head are loaded.
-        batch_items: number of items per batch; None for one batch of all items.
-        seed: shuffles the items in every epoch, and decides what the dataset draws. None for the
-            order of the dataset.
+        params: parameters `[J, …]`, or groups of them. `decay` `[J]` of a group is the weight of
+            half the squared norm that is added to the loss of each head.
+        rates: the learning rate of each head, `[J]`.
+        eps: added to the denominator, as a fraction of the learning rate.
     """
 
     def __init__(
-        self, dataset: ProbeDataset, mask: Tensor, batch_items: int | None, seed: int | None = None
+        self,
+        params: Iterable[Any],
+        rates: Tensor,
+        lr: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
     ):
-        self.dataset, self.mask = dataset, mask.float()
-        self.items = torch.nonzero(mask.any(1))[:, 0]
-        self.batch_items = batch_items or len(self.items)
-        self.order = self.draws = None
-        if seed is not None:
-            self.order, self.draws = (torch.Generator().manual_seed(seed) for _ in range(2))
+        super().__init__(params, {"lr": lr, "decay": None})
+        self.rates, self.betas, self.eps, self.steps = rates, betas, eps, 0
 
-    def __len__(self) -> int:
-        return ceil(len(self.items) / self.batch_items)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        items = self.items
-        if self.order is not None:
-            items = items[torch.randperm(len(items), generator=self.order)]
-        for chosen in items.split(self.batch_items):
-            batch = self.dataset.batch(chosen, self.draws)
-            yield *batch, self.mask[chosen].to(self.dataset.device)
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.steps += 1
+        beta_1, beta_2 = self.betas
+        correction_1, correction_2 = 1 - beta_1**self.steps, 1 - beta_2**self.steps
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                shape = (-1, *[1] * (parameter.ndim - 1))
+                rates, gradient = self.rates.view(shape), parameter.grad
+                state = self.state[parameter]
+                if not state:
+                    state["mean"] = torch.zeros_like(parameter)
+                    state["square"] = torch.zeros_like(parameter)
+                if group["decay"] is not None:
+                    gradient = gradient.addcmul(parameter, group["decay"].view(shape))
+                state["mean"].lerp_(gradient, 1 - beta_1)
+                state["square"].mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
+                deviation = (state["square"] / correction_2).sqrt_().add_(self.eps / rates)
+                step = rates * (group["lr"] / correction_1)
+                parameter.addcmul_(state["mean"] / deviation, step, value=-1)
+        return loss
 
 
 MEMORY = 8
 SUFFICIENT_DECREASE = 1e-4
 MAX_HALVINGS = 10
-DROP_FRACTION = 0.2  # drop converged problems from the batch once they exceed this fraction of it
-CALM_STEPS = 2  # consecutive steps below the tolerance until a problem has converged
-
-# (weights [j, P], problem indices [j]) → objectives [j], gradients [j, P]
-Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+DROP_FRACTION = 0.2  # drop converged heads from the batch once they exceed this fraction of it
+CALM_STEPS = 2  # consecutive steps below the tolerance until a head has converged
 
 
-def minimise(objective: Objective, start: Tensor, *, max_steps: int, tolerance: float) -> Tensor:
-    """Minimise J separate objectives until none falls by more than a relative `tolerance` per step.
+# (weights [j, P], heads [j]) → losses [j], gradients [j, P]
+Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Closure = Callable[[], tuple[Tensor, Tensor]]  # returns losses [j] and gradients [j, …]
+
+
+class BatchedLBFGS(torch.optim.Optimizer):
+    """L-BFGS for many separate problems, each with a line search of its own.
+
+    Like `torch.optim.LBFGS`, `step` calls its closure many times. Before each call, it sets
+    `heads`, the indices `[j]` of the heads to evaluate, and `trial`, their weights `[j, …]`. The
+    closure returns their losses `[j]` and gradients `[j, …]`. Losses must be positive, convex, and
+    scaled so that the negative gradient is a sensible first step.
 
     Args:
-        objective: the objectives. They must be positive, convex, and scaled so that the negative
-            gradient is a sensible first step.
-        start: starting points `[J, P]`.
-        max_steps: largest number of steps.
-        tolerance: a problem has converged after `CALM_STEPS` consecutive steps with a smaller
-            relative decrease.
-
-    Returns:
-        The minima, `[J, P]`.
+        weight: the parameter, `[J, …]`.
+        max_steps: largest number of iterations of a step.
     """
-    result = start.detach().clone()
-    state = _State(objective, result.clone(), torch.arange(len(start), device=start.device))
-    for _ in range(max_steps):
-        state.step(tolerance)
-        done = state.calm >= CALM_STEPS
-        if done.all():
-            break
-        if done.float().mean() > DROP_FRACTION:
-            result[state.problems[done]] = state.weight[done]
-            state.keep(~done)
-    result[state.problems] = state.weight
-    return result
+
+    def __init__(self, weight: nn.Parameter, max_steps: int = 300):
+        super().__init__([weight], {"max_steps": max_steps})
+        self.heads, self.trial = torch.arange(len(weight), device=weight.device), weight.detach()
+
+    @torch.no_grad()
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Closure, heads: Tensor, tolerance: float
+    ) -> None:
+        """Minimise the losses of some heads.
+
+        Args:
+            closure: see the class.
+            heads: indices of the heads, `[j]`.
+            tolerance: a head has converged after `CALM_STEPS` consecutive iterations with a
+                smaller relative decrease.
+        """
+        (group,) = self.param_groups
+        (weight,) = group["params"]
+
+        def evaluate(trial: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+            self.trial, self.heads = trial.unflatten(1, weight.shape[1:]), chosen
+            losses, gradients = closure()
+            return losses, gradients.flatten(1)
+
+        rows, heads = weight.flatten(1), heads.to(weight.device)
+        running = _LBFGSState(evaluate, rows[heads], heads)
+        for _ in range(group["max_steps"]):
+            running.step(tolerance)
+            done = running.calm >= CALM_STEPS
+            if done.all():
+                break
+            if done.float().mean() > DROP_FRACTION:
+                rows[running.heads[done]] = running.weight[done]
+                running.keep(~done)
+        rows[running.heads] = running.weight
 
 
-class _State:
-    """State of the problems that are still running.
+class _LBFGSState:
+    """The heads that have not converged yet.
 
     `history` is `[j, 2 · MEMORY + 1, P]`: steps, the changes of the gradient over them, and the
     current gradient. `products` holds their inner products. Unused slots are zero.
     """
 
-    def __init__(self, objective: Objective, weight: Tensor, problems: Tensor):
-        self.objective, self.weight, self.problems = objective, weight, problems
-        self.value, gradient = objective(weight, problems)
-        self.calm = torch.zeros(len(problems), dtype=torch.long, device=weight.device)
+    def __init__(
+        self, evaluate: Callable[..., tuple[Tensor, Tensor]], weight: Tensor, heads: Tensor
+    ):
+        self.evaluate, self.weight, self.heads = evaluate, weight, heads
+        self.value, gradient = evaluate(weight, heads)
+        self.calm = torch.zeros(len(heads), dtype=torch.long, device=weight.device)
         size = 2 * MEMORY + 1
-        self.history = weight.new_zeros(len(problems), size, weight.shape[1])
+        self.history = weight.new_zeros(len(heads), size, weight.shape[1])
         self.products = torch.zeros(
-            len(problems), size, size, dtype=torch.double, device=weight.device
+            len(heads), size, size, dtype=torch.double, device=weight.device
         )
         self.steps = 0
         self._store([2 * MEMORY], gradient[:, None])
@@ -196,7 +159,7 @@ class _State:
         self.weight, self.value, self.steps = weight, value, self.steps + 1
 
     def keep(self, running: Tensor) -> None:
-        for name in ("problems", "value", "calm", "weight", "history", "products"):
+        for name in ("heads", "value", "calm", "weight", "history", "products"):
             setattr(self, name, getattr(self, name)[running])
 
     def _store(self, slots: list[int], vectors: Tensor) -> None:
@@ -232,11 +195,11 @@ class _State:
         return found
 
     def _line_search(self, direction: Tensor, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Halve each problem's step until its objective decreases enough. A problem whose
-        objective would still rise stays where it is.
+        """Halve each head's step until its loss decreases enough. A head whose loss would still
+        rise stays where it is.
         """
         weight = self.weight + direction
-        value, gradient = self.objective(weight, self.problems)
+        value, gradient = self.evaluate(weight, self.heads)
         length = torch.ones_like(slope)
         for _ in range(MAX_HALVINGS):
             # The negation also marks NaN.
@@ -246,7 +209,7 @@ class _State:
             length[short] *= 0.5
             step = length[short, None].to(weight.dtype) * direction[short]
             weight[short] = self.weight[short] + step
-            value[short], gradient[short] = self.objective(weight[short], self.problems[short])
+            value[short], gradient[short] = self.evaluate(weight[short], self.heads[short])
         short = ~(value <= self.value)
         weight[short], value[short] = self.weight[short], self.value[short]
         gradient[short] = self.history[short, -1]

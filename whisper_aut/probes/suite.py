@@ -34,11 +34,8 @@ from whisper_aut.probes.fit import (
     PROBES,
     FinalFit,
     SeedRun,
-    class_names,
-    classes_of,
     kind_for,
     probe_splits,
-    splits_of,
 )
 from whisper_aut.probes.results import (
     AVERAGE,
@@ -52,6 +49,7 @@ from whisper_aut.probes.results import (
     append_predictions,
     read_predictions,
 )
+from whisper_aut.probes.splits import class_names, classes_of, splits_of
 from whisper_aut.probes.stats import GroupTotals, difference, holm
 from whisper_aut.probes.tasks import ProbeTask, open_parts
 

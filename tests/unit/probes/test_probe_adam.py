@@ -4,12 +4,14 @@ heads.
 
 import pytest
 import torch
+from lightning import Trainer
 
-from whisper_aut.probes.datasets import ProbeDataset, train_valid_test
+from whisper_aut.probes.datamodule import HeadLoader, batch_size
 from whisper_aut.probes.embed import Embeddings
 from whisper_aut.probes.fit import probe_splits
-from whisper_aut.probes.modules import AdamProbe, batch_size
-from whisper_aut.probes.optim import HeadLoader, fit
+from whisper_aut.probes.modules import AdamProbe
+from whisper_aut.probes.optim import HeadAdam
+from whisper_aut.probes.splits import train_valid_test
 
 TARGETS = torch.tensor([1.0, 3.0])  # where training takes each head
 TURNS = torch.tensor([0.5, 2.5])  # where its validation loss is lowest, on the way
@@ -20,18 +22,19 @@ class Numbers(AdamProbe):
 
     def __init__(self, heads: slice):
         count = len(TARGETS[heads])
-        super().__init__({"x": torch.zeros(count, 1)}, [{"rate": 0.02}] * count)
+        super().__init__(1, 1, [{"rate": 0.02}] * count)
+        self.x = torch.nn.Parameter(torch.zeros(count, 1))
         self.heads, self.seen = heads, list[int]()
 
-    def losses(self, weights, *batch):
+    def losses(self, *batch):
         items, mask = batch
         if self.training:
             self.seen += items.tolist()
         aim = TARGETS if self.training else TURNS
-        return (weights["x"][:, 0] - aim[self.heads]).square() + torch.ones_like(mask)
+        return (self.x[:, 0] - aim[self.heads]).square() + torch.ones_like(mask)
 
 
-class Items(ProbeDataset):
+class Items:
     def batch(self, items, generator=None):
         return (items,)
 
@@ -40,14 +43,15 @@ def run(heads: slice, *, validate: bool = True, seed: int = 3, max_epochs: int =
     probe = Numbers(heads)
     mask = torch.ones(100, len(TARGETS[heads]), dtype=torch.bool)
     valid = HeadLoader(Items(), mask, 10) if validate else None
-    fit(probe, HeadLoader(Items(), mask, 10, seed), valid, max_epochs=max_epochs)
+    trainer = Trainer(max_epochs=max_epochs, barebones=True, inference_mode=False)
+    trainer.fit(probe, HeadLoader(Items(), mask, 10, seed), valid)
     return probe
 
 
 def test_training_stops_when_validation_stops_improving_and_keeps_the_best_epoch():
     probe = run(slice(2))
     assert 1 < probe.epochs[0] < probe.epochs[1] < AdamProbe.max_epochs
-    assert probe.weights["x"][:, 0].tolist() == pytest.approx(TURNS.tolist(), abs=0.15)
+    assert probe.x[:, 0].tolist() == pytest.approx(TURNS.tolist(), abs=0.15)
     assert max(run(slice(2), max_epochs=3).epochs) <= 3
 
 
@@ -60,13 +64,13 @@ def test_every_epoch_sees_every_item_once_in_another_order():
 def test_a_head_stops_and_ends_the_same_alone_and_among_others():
     both, alone = run(slice(2)), run(slice(1))
     assert both.epochs[:1] == alone.epochs
-    assert torch.equal(both.weights["x"][:1], alone.weights["x"])
+    assert torch.equal(both.x[:1], alone.x)
 
 
 def test_training_for_the_selected_epochs_repeats_what_validation_saw():
     probe = run(slice(1))
     again = run(slice(1), validate=False, max_epochs=probe.epochs[0])
-    assert torch.equal(probe.weights["x"], again.weights["x"])
+    assert torch.equal(probe.x, again.x)
 
 
 def test_a_seed_decides_the_order_of_batches():
@@ -94,3 +98,25 @@ def test_epochs_are_chosen_on_validation_and_reported():
     assert one.candidates == other.candidates
     assert 1 <= one.candidates[0]["epochs"] <= AdamProbe.max_epochs
     assert (one.valid_scores[0] or 0) > 0.8
+
+
+def test_heads_train_as_by_an_adam_of_their_own():
+    generator = torch.Generator().manual_seed(0)
+    start, aim = (torch.randn(3, 4, 2, generator=generator) for _ in range(2))
+    rates, decays = torch.tensor([1e-3, 1e-2, 0.1]), torch.tensor([0.0, 0.5, 2.0])
+    together = torch.nn.Parameter(start.clone())
+    optimizer = HeadAdam([{"params": [together], "decay": decays}], rates)
+    alone = [torch.nn.Parameter(one.clone()) for one in start]
+    theirs = [
+        torch.optim.Adam([one], lr=float(rate), eps=1e-8 / float(rate))
+        for one, rate in zip(alone, rates, strict=True)
+    ]
+    for _ in range(20):
+        optimizer.zero_grad()
+        (together - aim).pow(4).sum().backward()
+        optimizer.step()
+        for one, own, decay, adam in zip(alone, aim, decays, theirs, strict=True):
+            adam.zero_grad()
+            ((one - own).pow(4).sum() + 0.5 * decay * one.square().sum()).backward()
+            adam.step()
+    torch.testing.assert_close(together.detach(), torch.stack([one.detach() for one in alone]))

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from whisper_aut.probes import datasets
-from whisper_aut.probes.datasets import Frames, train_valid_test
+from whisper_aut.probes.datamodule import Frames
 from whisper_aut.probes.embed import (
     Embeddings,
     EmbedSettings,
@@ -23,6 +22,7 @@ from whisper_aut.probes.embed import (
     write_embeddings,
 )
 from whisper_aut.probes.fit import PROBES, probe_splits
+from whisper_aut.probes.splits import train_valid_test
 
 CLIPS, LENGTH, WIDTH = 48, 700, 512  # 69 MB a part, three parts
 WHOLE = 3 * 4 * CLIPS * LENGTH * WIDTH  # bytes
@@ -68,8 +68,7 @@ def test_frames_of_a_corpus_are_never_in_memory_whole(kind, tmp_path, monkeypatc
     joined = Embeddings.join(parts)
     write_embeddings(tmp_path, {"part": "all"}, joined)
     assert resident() - before < WHOLE / 3
-    monkeypatch.setattr(datasets, "BATCH_FRAMES", 4)
-    for name, value in (("max_batch_items", 4), ("valid_batch_items", 4), ("max_epochs", 2)):
+    for name, value in (("batch_items", 4), ("valid_batch_items", 4), ("max_epochs", 2)):
         monkeypatch.setattr(PROBES[kind], name, value)
     one = train_valid_test(dict(zip(("train", "valid", "test"), parts, strict=True)))
     metric = "accuracy" if kind == "attention" else "word_accuracy"

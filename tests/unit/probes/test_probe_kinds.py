@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from lightning import Trainer
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from torchmetrics.retrieval import RetrievalHitRate
 from transformers import WhisperModel
 
@@ -17,17 +19,12 @@ from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import load_encoder
-from whisper_aut.probes.datasets import Frames, cross_validation, train_valid_test
+from whisper_aut.probes.datamodule import ClassDataModule, Frames
 from whisper_aut.probes.embed import Embeddings, EmbedSettings, LogMelBaseline, embed_task
 from whisper_aut.probes.fit import PROBES, probe_splits
 from whisper_aut.probes.metrics import CrossRecall, class_metric, recall_credit, text_metric
-from whisper_aut.probes.modules import (
-    AttentionProbe,
-    LayerWeightedProbe,
-    LinearProbe,
-    MLPProbe,
-)
-from whisper_aut.probes.optim import fit
+from whisper_aut.probes.modules import AttentionProbe, LayerWeightedProbe, LinearProbe
+from whisper_aut.probes.splits import cross_validation, train_valid_test
 from whisper_aut.probes.suite import run_suite
 
 QUIET = EmbedSettings(quiet=True)
@@ -59,14 +56,43 @@ def test_a_hidden_layer_separates_what_no_plane_does():
     assert np.mean(mlp.scores) > 0.95
 
 
-@pytest.mark.parametrize("probe", [LinearProbe(2, 2), MLPProbe(2, 2, [{"rate": 1e-2}])])
-def test_a_probe_can_be_trained_by_itself(probe):
-    part = ring(200, 0)
-    labels = torch.tensor([int(label) for label in part.labels])
-    batches = DataLoader(TensorDataset(part.features, labels, torch.ones(200, 1)), batch_size=200)
-    fit(probe, batches, max_epochs=50)
-    accuracy = (probe(part.features)[:, 0].argmax(1) == labels).float().mean()
-    assert (accuracy > 0.95) == isinstance(probe, MLPProbe)
+@pytest.mark.parametrize("kind", PROBES)
+def test_a_probe_is_fitted_in_a_few_lines(kind, tmp_path):
+    train, valid, test = (as_seen_by(kind, brief(60, seed)) for seed in range(3))
+    split = train_valid_test({"train": train, "valid": valid, "test": test})
+    probe, metric = PROBES[kind], LABELLED[kind][0] if kind in LABELLED else "accuracy"
+    more = {"segment_seconds": 0.1} if kind == "frame" else {}
+    data = probe.data_module(split, probe, metric=metric, **more)
+    heads = probe.for_data(data)
+    trainer = Trainer(
+        max_epochs=3, logger=False, enable_checkpointing=False, default_root_dir=tmp_path
+    )
+    trainer.fit(heads, data)
+    if kind != "knn":
+        assert trainer.callback_metrics["valid/loss"] > 0
+    (found,) = trainer.test(heads, data)
+    assert 0 <= found[f"test/{metric}"] <= 1
+    assert found[f"test/{metric}"] == pytest.approx(heads.results[0].score)
+    if metric == "accuracy":
+        right = heads.results[0].outputs.argmax(1) == heads.results[0].targets
+        assert found["test/accuracy"] == pytest.approx(float(right.float().mean()))
+
+
+def test_a_linear_probe_by_itself_is_scikit_learns():
+    parts = (as_seen_by("linear", brief(60, seed)) for seed in range(3))
+    split = train_valid_test(dict(zip(("train", "valid", "test"), parts, strict=True)))
+    data = ClassDataModule(split, LinearProbe)
+    probe = LinearProbe.for_data(data, [{"penalty": 0.5}])
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False)
+    trainer.fit(probe, data)
+    trainer.test(probe, data)
+    train, test = split.pool.features[:60], split.test.features
+    mean, deviation = train.mean(0), train.std(0, correction=0)
+    theirs = LogisticRegression(C=1 / 0.5, max_iter=5_000, tol=1e-8)
+    theirs.fit(((train - mean) / deviation).double().numpy(), split.pool.labels[:60])
+    expected = theirs.predict_proba(((test - mean) / deviation).double().numpy())
+    found = probe.results[0].outputs.softmax(1).numpy()
+    assert np.abs(found - expected).max() < 2e-3
 
 
 def test_the_informative_layer_gets_the_weight():
@@ -88,10 +114,10 @@ def test_the_informative_layer_gets_the_weight():
     only = [{"rate": 0.1, "decay": 1e-2}]
     (run,) = probe_splits(splits, kind="layers", seeds=(0,), candidates=only)
     assert np.mean(run.scores) > 0.9
-    probe, part = LayerWeightedProbe(4, 8, 3), splits[0].pool
+    probe, part = LayerWeightedProbe(8, 3, layers=4), splits[0].pool
     answers = torch.tensor([int(label[1]) for label in part.labels])
     batch = part.features, answers, torch.ones(len(part), 1)
-    fit(probe, DataLoader([batch], batch_size=None), max_epochs=150)
+    Trainer(max_epochs=150, barebones=True).fit(probe, DataLoader([batch], batch_size=None))
     assert probe.layer_weights()[0].argmax() == 2
 
 
@@ -136,15 +162,14 @@ def test_attention_scores_equal_a_loop_over_clips():
     standard = [(clip - torch.cat(clips[:2]).mean(0)) / frames.deviation for clip in clips]
     torch.testing.assert_close(frames.deviation, torch.cat(clips[:2]).std(0, correction=0))
     probe = AttentionProbe(4, 5, [{"rate": 1e-3, "decay": 0.0}] * 2)
-    for value in probe.initial.values():
-        value.copy_(torch.randn(value.shape, generator=generator))
-    found, values = probe(*frames(torch.arange(3))), probe.weights
+    for value in probe.parameters():
+        value.data.copy_(torch.randn(value.shape, generator=generator))
+    found = probe(*frames(torch.arange(3))).detach()
     for clip, own in enumerate(standard):
         for problem in range(2):
-            weights = torch.softmax(own @ values["query"][problem], 0)
-            wanted = (weights[:, None] * own).sum(0) @ values["weight"][problem] + values["bias"][
-                problem
-            ]
+            weights = torch.softmax(own @ probe.query[problem], 0)
+            wanted = (weights[:, None] * own).sum(0) @ probe.weight[problem]
+            wanted = (wanted + probe.bias[problem]).detach()
             torch.testing.assert_close(found[clip, problem], wanted)
 
 

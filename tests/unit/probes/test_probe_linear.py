@@ -7,17 +7,18 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader
 
 from whisper_aut.errors import UserError
-from whisper_aut.probes import modules as linear
-from whisper_aut.probes.datasets import PrincipalAxes, stratified, train_valid_test
+from whisper_aut.probes import logistic, modules
+from whisper_aut.probes.datamodule import PrincipalAxes
 from whisper_aut.probes.embed import Embeddings
 from whisper_aut.probes.fit import probe_splits
+from whisper_aut.probes.logistic import PenaltyPath, logistic_losses, with_ones
 from whisper_aut.probes.modules import LinearProbe
-from whisper_aut.probes.optim import fit
+from whisper_aut.probes.splits import stratified, train_valid_test
 
 CLASSES = 5
 
@@ -56,29 +57,45 @@ def splits(train: int = 150, valid: int = 60, test: int = 200, **more) -> dict[s
     }
 
 
+def fit(probe: LinearProbe, features: torch.Tensor, labels: torch.Tensor, mask=None) -> None:
+    """Train heads on one batch, by default each on all items."""
+    mask = torch.ones(len(features), len(probe.settings)) if mask is None else mask
+    trainer = Trainer(max_epochs=1, barebones=True)
+    trainer.fit(probe, DataLoader([(features, labels, mask)], batch_size=None))
+
+
+def objectives(
+    probe: LinearProbe, features: torch.Tensor, labels: torch.Tensor, mask=None
+) -> torch.Tensor:
+    mask = torch.ones(len(features), len(probe.settings)) if mask is None else mask
+    items = mask.sum(0)
+    problem = probe.penalties / items, with_ones(features), labels, mask / items
+    return logistic_losses(probe.weight.detach(), *problem)[0]
+
+
 def probe_linear(data: dict[str, Embeddings], **more):
     return probe_splits([train_valid_test(data)], **more)
 
 
 @pytest.mark.parametrize(
     ("path_flops", "approach"),
-    [(0, ()), (0, linear.APPROACH), (1e30, ())],
+    [(0, ()), (0, logistic.APPROACH), (1e30, ())],
     ids=["a path", "approached", "all at once"],
 )
 @pytest.mark.parametrize(
     ("count", "width"), [(300, 24), (60, 200)]
 )  # more clips than features, and fewer
 def test_path_equals_scikit_learn(count, width, path_flops, approach, monkeypatch):
-    monkeypatch.setattr(linear, "PATH_FLOPS", path_flops)
+    monkeypatch.setattr(logistic, "PATH_FLOPS", path_flops)
     features, labels = clips(count, 0, width)
     tested, answers = clips(500, 1, width)
     penalties = [0.1, 1.0, 10.0, 100.0]
     basis = PrincipalAxes(features, features[:0])
     probe = heads(basis, penalties, approach=approach)
     assert isinstance(probe, LightningModule)
-    fit(probe, DataLoader([(basis(features), labels)], batch_size=None))
+    fit(probe, basis(features), labels)
     right = (probe(basis(tested)).argmax(2) == answers[:, None]).float().mean(0)
-    ours = probe.objectives(basis(features), labels).detach()
+    ours = objectives(probe, basis(features), labels).detach()
     standard, standard_tested = (
         (x - features.mean(0)) / features.std(0, correction=0) for x in (features, tested)
     )
@@ -102,11 +119,9 @@ def test_gradients_are_those_of_the_objective(multilabel):
     answers = torch.randint(CLASSES, (30,), generator=generator)
     answers = torch.nn.functional.one_hot(answers, CLASSES) if multilabel else answers
     shares = torch.rand(30, 3, generator=generator).double()
-    candidates = [{"penalty": penalty} for penalty in (0.1, 1.0, 10.0)]
-    probe = LinearProbe(6, CLASSES, candidates).double()
-    penalties = probe.penalties.double() / 30
+    penalties = torch.tensor([0.1, 1.0, 10.0]).double() / 30
     weight = torch.randn(3, CLASSES, 7, generator=generator).double().requires_grad_()
-    _, gradients = probe._evaluate(weight.detach(), penalties, features, answers, shares)
+    _, gradients = logistic_losses(weight.detach(), penalties, features, answers, shares)
     scores = torch.einsum("jcr,ir->ijc", weight, features)
     if multilabel:
         wanted = answers[:, None].double().expand_as(scores)
@@ -126,12 +141,12 @@ def test_penalties_do_not_disturb_each_other():
     together = heads(basis, [0.1, 1000.0])
     alone = heads(basis, [1000.0])
     for probe in (together, alone):
-        fit(probe, DataLoader([(basis(features), labels)], batch_size=None))
+        fit(probe, basis(features), labels)
     one, other = (
-        together.objectives(basis(features), labels)[1],
-        alone.objectives(basis(features), labels)[0],
+        objectives(together, basis(features), labels)[1],
+        objectives(alone, basis(features), labels)[0],
     )
-    assert float(together.objectives(basis(features), labels)[0].detach()) < float(one.detach())
+    assert float(objectives(together, basis(features), labels)[0].detach()) < float(one.detach())
     assert float(one.detach()) == pytest.approx(float(other.detach()), abs=1e-5)
 
 
@@ -141,7 +156,7 @@ def heads(basis: PrincipalAxes, penalties: list[float], **more) -> LinearProbe:
     return LinearProbe(len(basis.variances), CLASSES, candidates, variances=basis.variances, **more)
 
 
-def last_end(path: linear.PenaltyPath, penalty: float, otherwise: torch.Tensor) -> torch.Tensor:
+def last_end(path: PenaltyPath, penalty: float, otherwise: torch.Tensor) -> torch.Tensor:
     return path[-1][1] if path else otherwise
 
 
@@ -154,18 +169,18 @@ def test_a_path_looks_ahead(penalties, monkeypatch):
     """It ends where it would if each problem started at the end of the one before, in fewer steps;
     also where no penalty is left.
     """
-    monkeypatch.setattr(linear, "PATH_FLOPS", 0)
+    monkeypatch.setattr(logistic, "PATH_FLOPS", 0)
     features, labels = clips(200, 0)
     basis = PrincipalAxes(features, features[:0])
     ends, evaluations = [], []
-    for expected in (linear._extrapolate, last_end):
+    for expected in (logistic.extrapolate, last_end):
         probe = heads(basis, penalties)
-        evaluate = Mock(side_effect=probe._evaluate)
-        monkeypatch.setattr(probe, "_evaluate", evaluate)
-        monkeypatch.setattr(linear, "_extrapolate", expected)
-        fit(probe, DataLoader([(basis(features), labels)], batch_size=None))
+        evaluate = Mock(side_effect=logistic_losses)
+        monkeypatch.setattr(modules, "logistic_losses", evaluate)
+        monkeypatch.setattr(modules, "extrapolate", expected)
+        fit(probe, basis(features), labels)
         evaluations.append(evaluate.call_count)
-        ends.append(probe.objectives(basis(features), labels))
+        ends.append(objectives(probe, basis(features), labels))
     torch.testing.assert_close(*ends, atol=1e-4, rtol=0)
     assert evaluations[0] < evaluations[1]
 
@@ -180,7 +195,7 @@ def test_small_penalties_are_approached(shared, monkeypatch):
     """In fewer steps than from nothing, and each problem by itself, also where all have the same
     items and one no penalty.
     """
-    monkeypatch.setattr(linear, "PATH_FLOPS", 0)
+    monkeypatch.setattr(logistic, "PATH_FLOPS", 0)
     features, labels = clips(200, 0, width=200)
     basis, penalties = (
         PrincipalAxes(features, features[:0]),
@@ -188,20 +203,20 @@ def test_small_penalties_are_approached(shared, monkeypatch):
     )
     rows = torch.ones(200, 4) if shared else own_items(4, 0)
     ends, evaluations = [], []
-    for approach in (linear.APPROACH, ()):
+    for approach in (logistic.APPROACH, ()):
         probe = heads(basis, penalties, tolerance=1e-5, approach=approach)
-        evaluate = Mock(side_effect=probe._evaluate)
-        monkeypatch.setattr(probe, "_evaluate", evaluate)
-        fit(probe, DataLoader([(basis(features), labels, rows)], batch_size=None))
+        evaluate = Mock(side_effect=logistic_losses)
+        monkeypatch.setattr(modules, "logistic_losses", evaluate)
+        fit(probe, basis(features), labels, rows)
         evaluations.append(evaluate.call_count)
-        ends.append(probe.objectives(basis(features), labels, rows))
+        ends.append(objectives(probe, basis(features), labels, rows))
     torch.testing.assert_close(*ends, atol=1e-4, rtol=0)
     assert evaluations[0] < evaluations[1] / 2
 
 
 @pytest.mark.gpu
 def test_problems_of_many_penalties_are_fitted_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(linear, "PATH_FLOPS", 0)
+    monkeypatch.setattr(logistic, "PATH_FLOPS", 0)
     data = splits()
     (found,), (expected,) = (probe_linear(data, device=device) for device in ("cuda", "cpu"))
     assert found.candidates == expected.candidates

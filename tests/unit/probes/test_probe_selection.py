@@ -9,12 +9,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from whisper_aut.errors import UserError
-from whisper_aut.probes.datasets import cross_validation, inner_folds, jackknife, train_valid_test
 from whisper_aut.probes.embed import Embeddings
 from whisper_aut.probes.fit import PROBES, kind_for, probe_splits
-from whisper_aut.probes.knn import KNNProbe
-from whisper_aut.probes.modules import MLPProbe
-from whisper_aut.probes.optim import minimise
+from whisper_aut.probes.modules import KNNProbe, MLPProbe
+from whisper_aut.probes.optim import BatchedLBFGS
+from whisper_aut.probes.splits import cross_validation, inner_folds, train_valid_test
+from whisper_aut.probes.stats import jackknife
 
 CLASSES = 4
 
@@ -43,7 +43,7 @@ def test_each_fold_is_tested_once_and_validates_the_others(folds):
     assert [one.test.keys[0] for one in splits] == ["0:0", "1:0", "2:0", "3:0"]
     for one in splits:
         assert not set(one.pool.keys) & set(one.test.keys)
-        inner = inner_folds(one, np.zeros(len(one.pool), dtype=int))
+        inner = inner_folds(one, "classes")
         assert len(inner) == 3
         for masks in inner:
             trained, validated = (
@@ -86,7 +86,7 @@ def test_folds_equal_a_plain_loop_of_scikit_learn_on_all_other_folds(folds):
             standardised(features, features),
             standardised(one.test.features, features),
         )
-        inner = inner_folds(one, np.unique(labels, return_inverse=True)[1])
+        inner = inner_folds(one, "class")
         valid = [
             np.mean(
                 [
@@ -160,9 +160,9 @@ def seen_by(kind: str, part: Embeddings) -> Embeddings:
 
 
 def test_a_seed_decides_the_start_and_nothing_else_does():
-    one, same, other = (MLPProbe(4, 3, [{"rate": 1.0, "decay": 0.0}], seed) for seed in (0, 0, 1))
-    assert torch.equal(one.weights["first"], same.weights["first"])
-    assert not torch.equal(one.weights["first"], other.weights["first"])
+    one, same, other = (MLPProbe(4, 3, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one.first, same.first)
+    assert not torch.equal(one.first, other.first)
 
 
 def _logistic(features: torch.Tensor, labels: np.ndarray, penalty: float) -> LogisticRegression:
@@ -175,7 +175,8 @@ def _logistic(features: torch.Tensor, labels: np.ndarray, penalty: float) -> Log
 def test_neighbours_equal_scikit_learns(folds, k):
     pool, test = Embeddings.join(folds[:3]), folds[3]
     labels = torch.tensor([int(label[1]) for label in pool.labels])
-    probe = KNNProbe(pool.features, labels, CLASSES, [{"k": k, "temperature": 0.07}])
+    probe = KNNProbe(10, CLASSES, [{"k": k, "temperature": 0.07}])
+    probe.training_step((pool.features, labels, torch.ones(len(pool), 1)), 0)
     found = probe(test.features)[:, 0].exp()
 
     def weights(distances):
@@ -194,16 +195,20 @@ def test_many_problems_reach_the_optima_that_each_reaches_alone():
     optimum = torch.randn(5, 18, generator=generator)
     evaluated = []
 
-    def objective(weight, problems):
-        evaluated.append(len(problems))
-        away = weight - optimum[problems]
-        values = (0.5 * curvature[problems] * away**2 + 0.1 * away**4).sum(1) + 1
-        return values.double(), curvature[problems] * away + 0.4 * away**3
-
     start = torch.zeros(5, 18)
     start[0] = optimum[0]  # one is there already and soon leaves
-    found = minimise(objective, start, max_steps=200, tolerance=1e-10)
-    torch.testing.assert_close(found, optimum, atol=2e-3, rtol=0)
+    weight = torch.nn.Parameter(start.view(5, 3, 6))
+    optimizer = BatchedLBFGS(weight, max_steps=200)
+
+    def closure():
+        heads = optimizer.heads
+        evaluated.append(len(heads))
+        away = optimizer.trial.flatten(1) - optimum[heads]
+        values = (0.5 * curvature[heads] * away**2 + 0.1 * away**4).sum(1) + 1
+        return values.double(), (curvature[heads] * away + 0.4 * away**3).unflatten(1, (3, 6))
+
+    optimizer.step(closure, heads=torch.arange(5), tolerance=1e-10)
+    torch.testing.assert_close(weight.detach().flatten(1), optimum, atol=2e-3, rtol=0)
     assert min(evaluated) < 5
 
 
@@ -230,7 +235,7 @@ def test_two_folds_hold_out_a_fraction_for_selection(folds):
     assert len(runs[0].scores) == 2
     assert all(0 < score <= 1 for score in runs[0].valid_scores)
     labels = np.unique(folds[1].labels, return_inverse=True)[1]
-    (inner,) = inner_folds(cross_validation(folds[:2])[0], labels)
+    (inner,) = inner_folds(cross_validation(folds[:2])[0], "class")
     assert np.bincount(labels[inner.valid]).tolist() == [2] * CLASSES
     assert (inner.train ^ inner.valid).all()
 
