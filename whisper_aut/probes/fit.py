@@ -192,7 +192,7 @@ def select_candidate(
 
 
 def train_heads(heads: Probe, data: Any) -> Trainer:
-    """Train the heads of a probe, and return the trainer, for tests."""
+    """Train the heads of a probe, and return the trainer, which tests them."""
     accelerator, _, number = data.device.partition(":")
     trainer = Trainer(
         accelerator=accelerator,

@@ -1,5 +1,5 @@
 """Metrics of probe tasks: those of torchmetrics, and two based on them. All are in 0 … 1, higher
-is better.
+is better. The losses of many heads are here too.
 
 The name of a metric determines the kind of answer that a task needs.
 """
@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import (
@@ -126,3 +127,24 @@ def _ranks(scores: Tensor) -> Tensor:
     rises = torch.zeros_like(ordered, dtype=torch.double)
     rises[1:] = ordered[1:] > ordered[:-1]
     return torch.zeros_like(rises).scatter_(0, clips, rises.cumsum(0) / len(scores))
+
+
+def class_losses(scores: Tensor, targets: Tensor) -> Tensor:
+    """Return the losses `[I, J]` of class scores `[I, J, C]`.
+
+    The loss is cross-entropy for classes `[I]`, or the sum of C binary cross-entropies for
+    targets `[I, C]`.
+    """
+    if targets.ndim == 2:
+        each_head = targets[:, None].to(scores.dtype).expand_as(scores)
+        return F.binary_cross_entropy_with_logits(scores, each_head, reduction="none").sum(2)
+    items, heads, _ = scores.shape
+    repeated = targets.repeat_interleave(heads)
+    return F.cross_entropy(scores.flatten(0, 1), repeated, reduction="none").view(items, heads)
+
+
+def masked_means(losses: Tensor, mask: Tensor) -> Tensor:
+    """Average losses `[b, J]` over the items of each head. The mean is 0 for a head without items
+    in this batch.
+    """
+    return (losses * mask).sum(0) / mask.sum(0).clamp(min=1)

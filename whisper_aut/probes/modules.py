@@ -40,34 +40,20 @@ from whisper_aut.probes.logistic import (
     unit_scale,
     with_ones,
 )
-from whisper_aut.probes.metrics import Answer, class_metric, recall, text_metric
+from whisper_aut.probes.metrics import (
+    Answer,
+    class_losses,
+    class_metric,
+    masked_means,
+    recall,
+    text_metric,
+)
 from whisper_aut.probes.optim import BatchedLBFGS, HeadAdam
 
 Candidate = dict[str, float]  # hyperparameters of a head, such as penalty or learning rate
 Candidates = Sequence[Candidate]
 
 BATCH_FRAMES = 64  # clips per batch of frames
-
-
-def class_losses(scores: Tensor, targets: Tensor) -> Tensor:
-    """Return the losses `[I, J]` of class scores `[I, J, C]`.
-
-    The loss is cross-entropy for classes `[I]`, or the sum of C binary cross-entropies for
-    targets `[I, C]`.
-    """
-    if targets.ndim == 2:
-        each_head = targets[:, None].to(scores.dtype).expand_as(scores)
-        return F.binary_cross_entropy_with_logits(scores, each_head, reduction="none").sum(2)
-    items, heads, _ = scores.shape
-    repeated = targets.repeat_interleave(heads)
-    return F.cross_entropy(scores.flatten(0, 1), repeated, reduction="none").view(items, heads)
-
-
-def masked_means(losses: Tensor, mask: Tensor) -> Tensor:
-    """Average losses `[b, J]` over the items of each head. The mean is 0 for a head without items
-    in this batch.
-    """
-    return (losses * mask).sum(0) / mask.sum(0).clamp(min=1)
 
 
 class Probe(LightningModule):
