@@ -265,16 +265,15 @@ class LinearProbe(Probe):
             ]
             level = level.to(features.device)
             self.weight[level] = torch.stack(start)
-            problem = (penalties[level] * factor, features, targets, item_weights[:, level])
-            scale[level] = unit_scale(self.weight[level], *problem, self.variances)
+            problem = features, targets, item_weights[:, level]
+            weight, raised_penalties = self.weight[level], penalties * factor
+            scale[level] = unit_scale(weight, raised_penalties[level], *problem, self.variances)
             self.weight[level] /= scale[level]
 
-            def closure(penalties: Tensor = penalties * factor) -> tuple[Tensor, Tensor]:
+            def closure(penalties: Tensor = raised_penalties) -> tuple[Tensor, Tensor]:
                 own = optimizer.heads
-                weight, weights = optimizer.trial * scale[own], item_weights[:, own]
-                losses, gradients = logistic_losses(
-                    weight, penalties[own], features, targets, weights
-                )
+                problem = penalties[own], features, targets, item_weights[:, own]
+                losses, gradients = logistic_losses(optimizer.trial * scale[own], *problem)
                 return losses, gradients.mul_(scale[own])
 
             optimizer.step(closure, heads=level, tolerance=tolerance)
@@ -640,7 +639,7 @@ class CTCProbe(AdamProbe):
 
     A head has no language model and is decoded greedily, so it measures what the frames alone
     contain (Graves et al. 2006 for the loss). X-ARES trains an adapter to a frozen language model
-    instead, so its numbers are not comparable. A candidate has no `decay`.
+    instead, so its numbers are not comparable.
     """
 
     title = "CTC heads"
@@ -683,16 +682,12 @@ class CTCProbe(AdamProbe):
 
     def test_step(self, batch: tuple[Any, ...], batch_idx: int) -> None:
         frames, lengths, _, _, transcripts, mask = batch
-        codes = self(frames).argmax(-1).cpu()  # [b, J, T]
-        texts = [
-            [self._decode(one) for one in clip[:, :length]]
-            for clip, length in zip(codes, lengths.tolist(), strict=True)
-        ]
+        codes, texts = self(frames).argmax(-1).cpu(), []  # [b, J, T]
+        for clip, length in zip(codes, lengths.tolist(), strict=True):
+            merged = [head.unique_consecutive().tolist() for head in clip[:, :length]]
+            # The text of a blank is empty.
+            texts.append(["".join(self.outputs[code] for code in head) for head in merged])
         self.steps.append((texts, transcripts, mask.bool().tolist()))
-
-    def _decode(self, codes: Tensor) -> str:
-        """Merge repeated characters and drop blanks, whose text is empty."""
-        return "".join(self.outputs[code] for code in codes.unique_consecutive().tolist())
 
     def score_heads(self) -> list[HeadResult]:
         clips = [clip for step in self.steps for clip in zip(*step, strict=True)]
