@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +36,7 @@ def test_metrics_are_sums_over_seconds():
 
 def test_padding_counts_what_the_encoder_runs_on():
     part = Throughput()
-    part.add_batch([600], tokens=1, flops=None, padded=True)
+    part.add_batch([600], tokens=1, flops=math.nan, padded=True)
     part.seconds = 1.0
     assert part.metrics()["padding_fraction"] == pytest.approx(0.8)
     assert "teraflops" not in part.metrics()

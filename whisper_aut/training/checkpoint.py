@@ -310,16 +310,15 @@ class ModelState:
                 shard.aliases[name] = stored[id(value)]
             else:
                 stored[id(value)] = name
-                # Each tensor is written by exactly one rank, and all write about as much.
-                is_mine = before * ranks // total == rank
-                before += _numel(value)
                 trained = parameters.get(name) is value and value.requires_grad
-                weight, optimizer_state = self._copy(name, value, is_mine, trained)
-                if is_mine:
-                    shard.weights[name] = weight
-                    shard.optimizer_state |= {
-                        f"{name}.{key}": tensor for key, tensor in optimizer_state.items()
-                    }
+                weight, optimizer_state = self._full_tensors(name, value, trained)
+                # Each tensor is written by exactly one rank, and all write about as much.
+                if before * ranks // total == rank:
+                    shard.weights[name] = weight.detach().to("cpu", copy=True)
+                    for key, tensor in optimizer_state.items():
+                        copied = tensor.detach().to("cpu", torch.float32, copy=True)
+                        shard.optimizer_state[f"{name}.{key}"] = copied
+                before += _numel(value)
         return shard
 
     def load_weights(self, weights: Mapping[str, Any]) -> None:
@@ -345,18 +344,12 @@ class ModelState:
                 on_device.float() if key == STEP else on_device.to(parameter.dtype)
             )
 
-    def _copy(
-        self, name: str, value: Tensor, is_mine: bool, trained: bool
+    def _full_tensors(
+        self, name: str, value: Tensor, trained: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return a weight and its optimizer state on the CPU. Only used if `is_mine`."""
-        if not is_mine:
-            return value, {}
+        """Return a weight and its optimizer state. Must be called on all ranks."""
         state = self.optimizer.state.get(value, {}) if trained else {}
-        return value.detach().to("cpu", copy=True), {
-            key: torch.as_tensor(state[key]).detach().to("cpu", torch.float32, copy=True)
-            for key in (*MOMENTS, STEP)
-            if key in state
-        }
+        return value, {key: torch.as_tensor(state[key]) for key in (*MOMENTS, STEP) if key in state}
 
     def _by_parameter(
         self, tensors: Iterable[tuple[str, Tensor]]
@@ -404,6 +397,7 @@ class DeepSpeedState(ModelState):
         return super().collect(rank, ranks)
 
     def load_weights(self, weights: Mapping[str, Any]) -> None:
+        import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param
 
         if differing := self.module.state_dict(keep_vars=True).keys() ^ weights.keys():
@@ -417,7 +411,10 @@ class DeepSpeedState(ModelState):
             value = weights[name].to(parameter.device)
             if name in self.frozen:
                 self.frozen[name] = weights[name].cpu()
-            with self._gathered(parameter, modified=True):
+            # All ranks receive what rank 0 writes into the gathered parameter.
+            with deepspeed.zero.GatheredParameters(
+                [parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")
+            ):
                 if parameter.shape != value.shape:
                     shapes = f"{list(value.shape)}, expected {list(parameter.shape)}"
                     raise _other_model(f"{name} has shape {shapes}")
@@ -442,27 +439,21 @@ class DeepSpeedState(ModelState):
             else:
                 safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
-    def _copy(
-        self, name: str, value: Tensor, is_mine: bool, trained: bool
+    def _full_tensors(
+        self, name: str, value: Tensor, trained: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As in `ModelState`, but gathers the parameter, which all ranks must do together."""
+        """As in `ModelState`, but gathered from the partitions of all ranks."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if name in self.frozen:
-            return (self.frozen[name].clone() if is_mine else value), {}
-        if not trained:
-            with self._gathered(value):
-                return (value.detach().cpu().clone() if is_mine else value), {}
+        if not trained:  # a frozen weight, or a buffer, which ZeRO does not partition
+            return self.frozen.get(name, value), {}
         weight: Any = safe_get_full_fp32_param(value)
-        keys = MOMENTS if self.base.state else ()
-        moments = {key: safe_get_full_optimizer_state(value, key) for key in keys}
-        if not is_mine:
-            return value, {}
-        state = {key: moment.cpu().clone() for key, moment in moments.items() if moment is not None}
-        if keys:
-            steps = [int(kept[STEP]) for kept in self.base.state.values() if STEP in kept]
-            state[STEP] = torch.tensor(float(max(steps, default=0)))
-        return weight.detach().cpu().clone(), state
+        if not self.base.state:
+            return weight, {}
+        moments = {key: safe_get_full_optimizer_state(value, key) for key in MOMENTS}
+        state = {key: moment for key, moment in moments.items() if moment is not None}
+        steps = [int(kept[STEP]) for kept in self.base.state.values() if STEP in kept]
+        return weight, {**state, STEP: torch.tensor(float(max(steps, default=0)))}
 
     def _link_optimizer_state(self) -> None:
         """Link the optimizer state of all groups to the parameters under ZeRO-1 and ZeRO-2.
@@ -514,17 +505,6 @@ class DeepSpeedState(ModelState):
             safe_set_local_fp32_param(parameter, partition)
         else:
             safe_set_local_optimizer_state(parameter, partition, key)
-
-    def _gathered(self, parameter: Tensor, *, modified: bool = False) -> Any:
-        """Return a context in which every rank has the full parameter.
-
-        With `modified`, all ranks receive what rank 0 writes into it.
-        """
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(
-            [parameter], modifier_rank=0 if modified else None, enabled=hasattr(parameter, "ds_id")
-        )
 
 
 def _numel(value: Any) -> int:

@@ -9,8 +9,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -151,7 +152,8 @@ def train(
     config, metadata = dump_settings(settings), _metadata(settings, parts, fingerprint)
     run = resumed or create_job_run(root, settings.name, config, metadata)
 
-    def record_resume(*_: Any) -> None:
+    @cache
+    def record_resume() -> None:
         if is_first_rank():
             run.done.unlink(missing_ok=True)
             run.record(config, metadata)
@@ -159,12 +161,15 @@ def train(
     if resumed:
         # Once Lightning has loaded the checkpoint without an error. If that is of the last step,
         # training does not start.
-        hooks = LambdaCallback(on_train_start=record_resume, on_fit_end=record_resume)
+        hooks = LambdaCallback(
+            on_train_start=lambda *_: record_resume(), on_fit_end=lambda *_: record_resume()
+        )
         callbacks = [hooks, *callbacks]
     _announce(settings, parts, f"resuming {checkpoint}" if resumed else str(run.path), console)
-    with share_run_name(run), explain_errors(run.path, ranks):
-        trainer = _fit(settings, parts, run, checkpoint, console, callbacks)
-        _finish(trainer, run, fingerprint, console)
+    ledger = Ledger(run.ledger(rank_zero_only.rank or 0), settings.data.max_skipped_fraction)
+    with share_run_name(run), explain_errors(run.path, ranks), closing(ledger):
+        trainer = _fit(settings, parts, run, ledger, checkpoint, console, callbacks)
+        _finish(trainer, run, ledger, fingerprint, console)
     return TrainResult(run, reused=False)
 
 
@@ -206,6 +211,7 @@ def _fit(
     settings: Settings,
     parts: RunParts,
     run: RunDirectory,
+    ledger: Ledger,
     checkpoint: Path | None,
     console: Console,
     callbacks: Sequence[lightning.Callback],
@@ -214,7 +220,6 @@ def _fit(
 
     After a `Rewind`, train again from the newest valid checkpoint and skip the data read since.
     """
-    ledger = Ledger(run.ledger(rank_zero_only.rank or 0), settings.data.max_skipped_fraction)
     warn, skip_to, rewinds = _warnings_to(console), None, 0
     while True:
         trainer = build_trainer(settings, parts, run, ledger, console, callbacks, skip_to)
@@ -336,14 +341,18 @@ def find_callback(trainer: Any, kind: type[CallbackType]) -> CallbackType:
 
 
 def _finish(
-    trainer: lightning.Trainer, run: RunDirectory, fingerprint: str, console: Console
+    trainer: lightning.Trainer,
+    run: RunDirectory,
+    ledger: Ledger,
+    fingerprint: str,
+    console: Console,
 ) -> None:
     """Check the limit on skipped samples, print a summary, and write `done.json`."""
     # Ranks exchange their counts here, after everything that may fail on one of them, and all check
     # the same counts. If a rank fails, no done.json is written.
-    monitor = find_callback(trainer, DataMonitor)
-    counts, unknown_languages = gather_counts(monitor.ledger), monitor.unknown_languages()
-    monitor.ledger.check(counts, at_end=True)
+    counts = gather_counts(ledger)
+    unknown_languages = find_callback(trainer, DataMonitor).unknown_languages()
+    ledger.check(counts, at_end=True)
     if not trainer.is_global_zero:
         return
     guard, meter = find_callback(trainer, Guard), find_callback(trainer, ThroughputMeter)

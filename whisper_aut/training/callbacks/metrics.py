@@ -1,6 +1,7 @@
 """Metrics of a run: data read, throughput, progress bar, texts of validation clips, loggers."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -121,9 +122,6 @@ class DataMonitor(lightning.Callback):
         self.ledger.resume(Counts.from_state(state), state["validated"])
         self._earlier_languages = Counter(state["unknown_languages"])
 
-    def teardown(self, trainer: lightning.Trainer, module: Any, stage: str) -> None:
-        self.ledger.close()
-
     def _warn_once(self, when: str, clips: Counter[str]) -> None:
         if not self._warned and (found := sum(gather_objects(clips), Counter())):
             self.warn(when + missing_token_warning(found))
@@ -140,7 +138,7 @@ class Throughput:
     """Sums over the training steps of one rank.
 
     `seconds` include `waited_seconds`, the waits for data. `computed_mel_frames` include padding.
-    `flops` are useful FLOPs of forward and backward pass; None if the decoder does not count them.
+    `flops` are useful FLOPs of forward and backward pass; NaN if the decoder does not count them.
     """
 
     seconds: float = 0.0
@@ -149,10 +147,10 @@ class Throughput:
     computed_mel_frames: int = 0
     tokens: int = 0
     clips: int = 0
-    flops: float | None = 0.0
+    flops: float = 0.0
 
     def add_batch(
-        self, mel_lengths: Sequence[int], tokens: int, flops: float | None, *, padded: bool
+        self, mel_lengths: Sequence[int], tokens: int, flops: float, *, padded: bool
     ) -> None:
         """Add a micro-batch of clips with these mel frames, `padded` by the encoder or not."""
         frames = sum(mel_lengths)
@@ -160,16 +158,12 @@ class Throughput:
         self.computed_mel_frames += MAX_MEL_FRAMES * len(mel_lengths) if padded else frames
         self.tokens += tokens
         self.clips += len(mel_lengths)
-        self.flops = None if flops is None or self.flops is None else self.flops + flops
+        self.flops += flops
 
     def __add__(self, other: "Throughput") -> "Throughput":
-        sums = {
-            name: getattr(self, name) + getattr(other, name)
-            for name in vars(self)
-            if name != "flops"
-        }
-        flops = None if self.flops is None or other.flops is None else self.flops + other.flops
-        return Throughput(**sums, flops=flops)
+        return Throughput(
+            **{name: value + getattr(other, name) for name, value in vars(self).items()}
+        )
 
     def metrics(self, ranks: int = 1, peak: float | None = None) -> dict[str, float]:
         """Return the metrics to log, over all ranks, which are assumed to be equally fast.
@@ -185,7 +179,7 @@ class Throughput:
             "padding_fraction": 1 - self.mel_frames / max(1, self.computed_mel_frames),
             "data_wait_fraction": self.waited_seconds / self.seconds,
         }
-        if self.flops is not None:
+        if not math.isnan(self.flops):
             metrics["teraflops"] = ranks * self.flops / self.seconds / 1e12
             if peak:
                 metrics["mfu"] = self.flops / self.seconds / peak
@@ -195,7 +189,7 @@ class Throughput:
         """Return the total time, audio and, if known, FLOPs so far, over all ranks."""
         audio_seconds = ranks * self.mel_frames / 100
         totals = {"total_seconds": self.seconds, "total_audio_seconds": audio_seconds}
-        if self.flops is not None:
+        if not math.isnan(self.flops):
             totals["total_teraflop"] = ranks * self.flops / 1e12
         return totals
 
@@ -321,11 +315,11 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIBIBYTE
 
 
-def _flops(module: Any, batch: Batch) -> float | None:
-    """Return the useful FLOPs of a micro-batch, or None if the decoder does not count its own."""
+def _flops(module: Any, batch: Batch) -> float:
+    """Return the useful FLOPs of a micro-batch, or NaN if the decoder does not count its own."""
     decoder_flops = getattr(module.decoder, "flops", None)
     if decoder_flops is None:
-        return None
+        return math.nan
     config, lengths = module.encoder.whisper.config, list(map(encoder_frames, batch.mel_lengths))
     trained = module.encoder_learns and any(p.requires_grad for p in module.encoder.parameters())
     return encoder_flops(config, batch.mel_lengths, lengths, trained=trained) + decoder_flops(
