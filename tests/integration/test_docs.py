@@ -71,7 +71,9 @@ def test_what_a_page_tells_to_run_runs(page: Path, reader_folder: Path):
 @each_page
 def test_every_block_says_what_it_is(page: Path):
     for block in blocks_of(page):
-        assert block.language in ("", "python", "yaml", "csv", "bash", "text"), block.text
+        assert block.language in ("", "python", "yaml", "csv", "bash", "text", "mermaid"), (
+            block.text
+        )
         assert not block.title or page.name in FOLLOWED, (
             "titles are files, which only pages that are followed have"
         )
