@@ -406,13 +406,13 @@ class AdamProbe(Probe):
     def on_fit_start(self) -> None:
         self.best = {name: value.detach().clone() for name, value in self.named_parameters()}
         self.best_loss = torch.full((len(self.settings),), torch.inf, device=self.device)
-        self.best_epoch = torch.zeros_like(self.best_loss, dtype=torch.long)
+        self.best_epoch, self.validated = torch.zeros_like(self.best_loss, dtype=torch.long), False
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         if self.trainer.state.fn != "fit" or self.trainer.sanity_checking:
             return
-        loss, epoch = self.valid_losses, self.current_epoch + 1
+        loss, epoch, self.validated = self.valid_losses, self.current_epoch + 1, True
         # A stopped head stays stopped while the others continue.
         running = epoch - 1 - self.best_epoch < self.patience
         better = running & (loss < self.best_loss * (1 - MIN_IMPROVEMENT))
@@ -423,11 +423,9 @@ class AdamProbe(Probe):
         self.trainer.should_stop = bool((epoch - self.best_epoch >= self.patience).all())
 
     def on_train_end(self) -> None:
-        if not self.best_epoch.any():  # nothing was validated
-            return
-        with torch.no_grad():
+        if self.validated:
             for name, value in self.named_parameters():
-                value.copy_(self.best[name])
+                value.data.copy_(self.best[name])
 
     @property
     def epochs(self) -> list[int]:

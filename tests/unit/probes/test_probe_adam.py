@@ -55,6 +55,14 @@ def test_training_stops_when_validation_stops_improving_and_keeps_the_best_epoch
     assert max(run(slice(2), max_epochs=3).epochs) <= 3
 
 
+def test_a_head_that_diverges_ends_with_its_initial_weights(monkeypatch):
+    losses = Numbers.losses
+    monkeypatch.setattr(Numbers, "losses", lambda *batch: losses(*batch) * torch.nan)
+    probe = run(slice(2))
+    assert probe.x.tolist() == [[0.0], [0.0]]
+    assert probe.epochs == [1, 1]
+
+
 def test_every_epoch_sees_every_item_once_in_another_order():
     epochs = torch.tensor(run(slice(1), validate=False, max_epochs=4).seen).view(4, 100)
     assert torch.equal(epochs.sort(1).values, torch.arange(100).expand(4, 100))
