@@ -289,12 +289,13 @@ def compare(results: Results) -> list[Comparison]:
     for row, (arm, endpoint, differences) in enumerate(rows):
         mean, std = mean_std(differences)
         found = {name: float(array[row]) for name, array in vars(tests).items()}
-        alpha, detectable = found.pop("alpha"), np.nan
+        alpha, found["detectable"] = found.pop("alpha"), np.nan
         if std and not np.isnan(found["p_value"]):
-            detectable = detectable_difference(std, max(len(differences), MIN_RUNS), alpha)
-        values = {"differences": tuple(differences), "mean": mean, "std": std, **found}
-        is_primary = row == primary_row
-        comparisons.append(Comparison(arm, endpoint, is_primary, **values, detectable=detectable))
+            runs = max(len(differences), MIN_RUNS)
+            found["detectable"] = detectable_difference(std, runs, alpha)
+        comparisons.append(
+            Comparison(arm, endpoint, row == primary_row, tuple(differences), mean, std, **found)
+        )
     return comparisons
 
 
@@ -608,9 +609,11 @@ def plot_results(results: Results, path: Path) -> Path:
     baseline = Measurement(BASELINE_NAME, 0, results.baseline)
     for panel in panels:
         _plot_scores(axes[panel.name], results, panel, len(panels))
-        level, line = panel.value(baseline), {"color": BASELINE_COLOUR, "ls": BASELINE_DASHES}
+        level = panel.value(baseline)
         if not np.isnan(level):
-            axes[panel.name].axhline(level, **line, label=BASELINE_NAME)
+            axes[panel.name].axhline(
+                level, color=BASELINE_COLOUR, linestyle=BASELINE_DASHES, label=BASELINE_NAME
+            )
     if len(layout) > 1:
         _plot_curves(axes["teraflop"], results, "teraflop", "TFLOP of training")
         _plot_curves(axes["seconds"], results, "seconds", "wall clock of training (s)")

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -328,8 +329,8 @@ def last_samples(samples: Path) -> list[GeneratedText]:
 def _find_clips(config: Path, keys: set[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the key and waveform of the validation clips with these keys."""
     try:
-        sources = OmegaConf.load(config)["data"]["valid"]
-        folders = [str(source["path"]) for source in sources]
+        values: Any = OmegaConf.load(config)
+        folders = [str(source["path"]) for source in values["data"]["valid"]]
     except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException, KeyError, TypeError):
         return
     for folder in folders:
