@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--generator", help="a run or a Whisper, as for `whisper-aut evaluate`")
     parser.add_argument("--root", type=Path, default=Path("data/field"))
     parser.add_argument("--cache", type=Path, default=Path("runs/field_embeddings"))
+    parser.add_argument("--tasks", nargs="+", default=["field"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--out", type=Path, required=True, help="its name is the encoder's")
     options = parser.parse_args()
@@ -40,7 +41,7 @@ def main() -> None:
         start = time.perf_counter()
         scores = run_suite(
             {options.out.name: encoder},
-            load_tasks(["field"], Path("conf")),
+            load_tasks(options.tasks, Path("conf")),
             root=options.root,
             cache=options.cache,
             kind=kind,
