@@ -268,6 +268,21 @@ class ModelSettings:
 
 
 @dataclass(config=STRICT)
+class DistillationSettings:
+    """Keep the encoder close to the pretrained one, see `models.distillation`.
+
+    Attributes:
+        weight: of the distance, relative to the decoder's loss per token; 0 for none.
+        layers: the hidden states to compare; empty for the encoder's output.
+        domains: the domains whose clips are compared.
+    """
+
+    weight: NonNegativeFloat = 0.0
+    layers: list[NonNegativeInt] = field(default_factory=list)
+    domains: list[Domain] = field(default_factory=lambda: ["speech"])
+
+
+@dataclass(config=STRICT)
 class DemoSettings:
     """The synthetic corpus of `whisper-aut data demo`. `scale` is relative to the default size."""
 
@@ -594,6 +609,7 @@ class Settings:
     runs: Text = "runs"
     corpora: CorporaSettings = field(default_factory=CorporaSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     hardware: HardwareSettings = field(default_factory=HardwareSettings)
     strategy: StrategySettings = field(default_factory=StrategySettings)

@@ -21,15 +21,17 @@ ONE_RANK = ("data.batch_clips=2", "hardware.devices=1", "trainer.accumulate=6")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", ["whisper", "causal_lm"])
+@pytest.mark.parametrize("kind", ["whisper", "causal_lm", "distillation"])
 def test_two_ranks_take_the_steps_of_one(
-    decoder: str, jobs: Jobs, tiny_language_model: Path, tmp_path: Path, capsys: Any
+    kind: str, jobs: Jobs, tiny_language_model: Path, tmp_path: Path, capsys: Any
 ):
     """Texts and clips differ in length, three micro-batches a step; clipping binds, so a wrong
     scale of the gradient shows.
     """
-    chosen = [f"decoder={decoder}"]
-    if decoder == "causal_lm":
+    chosen = [f"decoder={'causal_lm' if kind == 'causal_lm' else 'whisper'}"]
+    if kind == "distillation":
+        chosen += ["distillation.weight=2", "distillation.layers=[1, 2]"]
+    if kind == "causal_lm":
         chosen += [f"decoder.language_model={tiny_language_model}", "optim.encoder_after_step=2"]
     single = jobs.add("single", *chosen, "data.batch_clips=4", "trainer.accumulate=3")
     jobs.done(ranks=1)

@@ -6,13 +6,12 @@ into frames or vectors.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -174,9 +173,8 @@ class AudioEncoder(nn.Module):
     def _encode_batch(self, waveforms: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
         mel = torch.cat([self.logmel(waveform.to(self.device)) for waveform in waveforms])
         lengths = [mel_frames(len(waveform)) for waveform in waveforms]
-        with _layer_inputs(self.encoder, collect=bool(layers)) as states:
-            frames = self.encoder(mel, lengths)
-        states.append(frames.values)
+        states: list[Tensor] = []
+        frames = self.encoder(mel, lengths, states)
         # Copy to the CPU once for all clips.
         chosen = [states[layer].float().cpu() for layer in layers or (-1,)]
         clips = zip(*(replace(frames, values=values).valid() for values in chosen), strict=True)
@@ -216,25 +214,6 @@ def encode_in_batches(
         frames.update(zip(indices, encoded, strict=True))
     in_order = (frames[index] for index in range(len(windows)))
     return [join_windows([next(in_order) for _ in clip]) for clip in clips]
-
-
-@contextmanager
-def _layer_inputs(encoder: PackedEncoder, *, collect: bool) -> Iterator[list[Tensor]]:
-    """Collect the packed input `[ΣT, D]` of each layer while the encoder runs."""
-    states: list[Tensor] = []
-    layers: Any = encoder.whisper.layers if collect else ()
-    # The input of a layer's first norm is the input of the layer.
-    hooks = [
-        layer.self_attn_layer_norm.register_forward_pre_hook(
-            lambda _, inputs: states.append(inputs[0])
-        )
-        for layer in layers
-    ]
-    try:
-        yield states
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def load_encoder(

@@ -119,12 +119,15 @@ class PackedEncoder(nn.Module):
     def num_mel_bins(self) -> int:
         return self.whisper.config.num_mel_bins
 
-    def forward(self, mel: Tensor, mel_lengths: Sequence[int]) -> Frames:
+    def forward(
+        self, mel: Tensor, mel_lengths: Sequence[int], states: list[Tensor] | None = None
+    ) -> Frames:
         """Encode packed clips.
 
         Args:
             mel: `[ΣF', M]`, each clip followed by its silence context, as in `audio.logmel`.
             mel_lengths: valid frames F per clip.
+            states: gets the input of each layer `[ΣT, D]`, and then the output.
 
         Returns:
             The frames of all clips, packed `[ΣT, D]`.
@@ -144,11 +147,16 @@ class PackedEncoder(nn.Module):
         hidden = self._embed(mel, mel_lengths)
         segments = Segments.of(lengths, lengths, hidden.device)
         for layer in self.whisper.layers:
+            if states is not None:
+                states.append(hidden)
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(self._layer, layer, hidden, segments, use_reentrant=False)
             else:
                 hidden = self._layer(layer, hidden, segments)  # pyright: ignore[reportArgumentType]
-        return Frames(self.whisper.layer_norm(hidden), lengths, valid)
+        output = self.whisper.layer_norm(hidden)
+        if states is not None:
+            states.append(output)
+        return Frames(output, lengths, valid)
 
     def _layer(self, layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
         # In the order of `WhisperEncoderLayer.forward`.

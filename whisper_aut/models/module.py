@@ -6,7 +6,7 @@ metrics per domain and per task.
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning
@@ -19,6 +19,7 @@ from whisper_aut.data.batch import Batch, Example, collate
 from whisper_aut.data.targets import TextCodec
 from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.models.decoders.base import Decoder
+from whisper_aut.models.distillation import Distillation
 from whisper_aut.models.encoder import Frames, PackedEncoder
 from whisper_aut.models.losses import DecoderLoss
 from whisper_aut.models.metrics import AnswerMetrics, LossMetrics
@@ -66,6 +67,7 @@ class AudioTextModule(lightning.LightningModule):
         generate_tokens: the most tokens to generate per clip.
         encoder_after_step: train only the decoder before this optimizer step; the encoder gets no
             gradients until then.
+        distillation: keeps the encoder close to the pretrained one, see `models.distillation`.
 
     Raises:
         TypeError: `decoder` does not implement `Decoder`.
@@ -81,6 +83,7 @@ class AudioTextModule(lightning.LightningModule):
         generate_clips: int = 4,
         generate_tokens: int = 64,
         encoder_after_step: int = 0,
+        distillation: Distillation | None = None,
     ):
         super().__init__()
         if not isinstance(decoder, Decoder):
@@ -91,6 +94,7 @@ class AudioTextModule(lightning.LightningModule):
         self.make_optimizer = make_optimizer
         self.generate_clips, self.generate_tokens = generate_clips, generate_tokens
         self.encoder_after_step = encoder_after_step
+        self.distillation = distillation
         self.loss_metrics = LossMetrics((*DOMAINS, *codec.metrics))
         self.answer_metrics = AnswerMetrics(codec.metrics)
         self.generated: list[dict[str, str]] = []  # texts of the last validation
@@ -105,8 +109,15 @@ class AudioTextModule(lightning.LightningModule):
 
     def forward(self, batch: Batch) -> tuple[Frames, DecoderLoss]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_learns):
-            frames = self.encoder(batch.mel, batch.mel_lengths)
-        return frames, self.decoder.loss(frames.values, frames.lengths, batch.targets)
+            states: list[Tensor] | None = [] if self.distillation and self.training else None
+            frames = self.encoder(batch.mel, batch.mel_lengths, states)
+        loss = self.decoder.loss(frames.values, frames.lengths, batch.targets)
+        if self.distillation and states and self.encoder_learns:
+            distance = self.distillation(batch, states, frames)
+            if distance is not None:
+                self.log("train/distillation", distance.detach(), batch_size=1)
+                loss = replace(loss, total=loss.total + self.distillation.weight * distance)
+        return frames, loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         ranks, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches

@@ -1,5 +1,6 @@
 """Builds the objects of a run from its config: pretrained checkpoint, data, decoder, module."""
 
+import copy
 import hashlib
 import json
 import shutil
@@ -15,7 +16,13 @@ from whisper_aut import __version__
 from whisper_aut.audio.augment import Augment
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel
-from whisper_aut.config import DataSettings, ScratchSettings, Settings, SourceSettings
+from whisper_aut.config import (
+    DataSettings,
+    DistillationSettings,
+    ScratchSettings,
+    Settings,
+    SourceSettings,
+)
 from whisper_aut.data.annotation import text_template
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, ShardNoise, StreamSource
@@ -26,6 +33,7 @@ from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.data.targets import TextCodec
 from whisper_aut.errors import Problems, UserError
 from whisper_aut.models.decoders import check_decoder
+from whisper_aut.models.distillation import Distillation
 from whisper_aut.models.encoder import PackedEncoder, clip_too_long_message, max_clip_seconds
 from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
@@ -158,6 +166,7 @@ def build_module(
     encoder = PackedEncoder(
         pretrained.encoder, model.padding, model.gradient_checkpointing, model.compile
     )
+    distillation = _distillation(settings, encoder) if settings.distillation.weight else None
     if model.freeze_encoder:
         encoder.requires_grad_(False)
     for parameter in (*encoder.parameters(), *decoder.parameters()):
@@ -172,15 +181,33 @@ def build_module(
         generate_clips=settings.trainer.generate_clips,
         generate_tokens=settings.trainer.generate_tokens,
         encoder_after_step=settings.optim.encoder_after_step,
+        distillation=distillation,
     )
     use_onednn(module)
     return module
 
 
+def _distillation(settings: Settings, encoder: PackedEncoder) -> Distillation:
+    """Return the distillation to an encoder whose training has not begun."""
+    wanted, last = settings.distillation, len(encoder.whisper.layers)
+    if any(layer > last for layer in wanted.layers):
+        raise UserError(
+            f"distillation.layers: the encoder has layers 0 to {last}, not "
+            f"{', '.join(map(str, wanted.layers))}."
+        )
+    teacher = PackedEncoder(copy.deepcopy(encoder.whisper), encoder.padding)
+    use_onednn(teacher)
+    return Distillation(teacher, wanted.weight, wanted.layers or [last], wanted.domains)
+
+
 def build_trained(settings: Settings, weights: dict[str, Any]) -> AudioTextModule:
     """Return the module of a run with the weights of one of its checkpoints, in eval mode."""
     # Compilation does not pay off for the few clips that are evaluated.
-    settings = replace(settings, model=replace(settings.model, compile=False))
+    settings = replace(
+        settings,
+        model=replace(settings.model, compile=False),
+        distillation=DistillationSettings(),
+    )
     pretrained = build_pretrained(settings)
     decoder, codec = build_decoder(settings, pretrained)
     module = build_module(settings, pretrained, decoder, codec, total_steps=1)

@@ -322,9 +322,12 @@ def _flops(module: Any, batch: Batch) -> float:
         return math.nan
     config, lengths = module.encoder.whisper.config, list(map(encoder_frames, batch.mel_lengths))
     trained = module.encoder_learns and any(p.requires_grad for p in module.encoder.parameters())
-    return encoder_flops(config, batch.mel_lengths, lengths, trained=trained) + decoder_flops(
-        lengths, batch.targets
-    )
+    flops = encoder_flops(config, batch.mel_lengths, lengths, trained=trained)
+    if module.distillation and trained:
+        mel_lengths = [batch.mel_lengths[i] for i in module.distillation.compared(batch)]
+        own = list(map(encoder_frames, mel_lengths))
+        flops += encoder_flops(config, mel_lengths, own, trained=False)
+    return flops + decoder_flops(lengths, batch.targets)
 
 
 class RunProgressBar(TQDMProgressBar):
