@@ -173,11 +173,11 @@ class AudioEncoder(nn.Module):
     def _encode_batch(self, waveforms: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
         mel = torch.cat([self.logmel(waveform.to(self.device)) for waveform in waveforms])
         lengths = [mel_frames(len(waveform)) for waveform in waveforms]
-        states: list[Tensor] = []
-        frames = self.encoder(mel, lengths, states)
+        frames = self.encoder(mel, lengths, keep_states=bool(layers))
         # Copy to the CPU once for all clips.
-        chosen = [states[layer].float().cpu() for layer in layers or (-1,)]
-        clips = zip(*(replace(frames, values=values).valid() for values in chosen), strict=True)
+        chosen = [frames.states[layer] for layer in layers] or [frames.values]
+        on_cpu = (replace(frames, values=values.float().cpu()) for values in chosen)
+        clips = zip(*(layer.valid() for layer in on_cpu), strict=True)
         return [torch.stack(clip) if layers else clip[0] for clip in clips]
 
 

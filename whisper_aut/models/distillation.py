@@ -42,7 +42,7 @@ class Distillation:
         """Return the indices of the clips that are compared."""
         return [i for i, domain in enumerate(batch.domains) if domain in self.domains]
 
-    def __call__(self, batch: Batch, states: Sequence[Tensor], frames: Frames) -> Tensor | None:
+    def __call__(self, batch: Batch, frames: Frames) -> Tensor | None:
         """Return the mean distance of each compared clip, times its supervised tokens, summed.
 
         A clip thus has the weight that it has in the decoder's loss, which is divided by the
@@ -50,8 +50,7 @@ class Distillation:
 
         Args:
             batch: the clips that the encoder ran on.
-            states: the encoder's hidden states `[ΣT, D]`: the input of each layer, and the output.
-            frames: the encoder's output.
+            frames: the encoder's output, with its states.
 
         Returns:
             A scalar, or None without a clip of the domains.
@@ -60,17 +59,18 @@ class Distillation:
         if not chosen:
             return None
         mel = batch.mel.split([frames_with_context(length) for length in batch.mel_lengths])
-        taught: list[Tensor] = []
         # Under autocast, weights and hidden states are float32; under DeepSpeed, both are 16-bit.
-        self.teacher.to(device=states[0].device, dtype=states[0].dtype)
+        self.teacher.to(device=frames.values.device, dtype=frames.states[0].dtype)
         with torch.no_grad():
-            output = self.teacher(
-                torch.cat([mel[i] for i in chosen]), [batch.mel_lengths[i] for i in chosen], taught
+            taught = self.teacher(
+                torch.cat([mel[i] for i in chosen]),
+                [batch.mel_lengths[i] for i in chosen],
+                keep_states=True,
             )
         total = torch.zeros((), dtype=torch.float32, device=frames.values.device)
         for layer in self.layers:
-            students = states[layer].split(frames.lengths)
-            teachers = taught[layer].split(output.lengths)
+            students = frames.states[layer].split(frames.lengths)
+            teachers = taught.states[layer].split(taught.lengths)
             for i, target in zip(chosen, teachers, strict=True):
                 valid = frames.valid_lengths[i]
                 distance = frame_distance(students[i][:valid], target[:valid]).mean()

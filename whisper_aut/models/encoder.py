@@ -41,11 +41,13 @@ class Frames:
         values: `[ΣT, D]`.
         lengths: T per clip that a decoder attends to: the clip's own frames, or 1,500 with `30s`.
         valid_lengths: T per clip without padding. Pooling averages only these frames.
+        states: on request, the input of each layer `[ΣT, D]`, and the output.
     """
 
     values: Tensor
     lengths: tuple[int, ...]
     valid_lengths: tuple[int, ...]
+    states: tuple[Tensor, ...] = ()
 
     def valid(self) -> list[Tensor]:
         """Return the frames of each clip without padding, `[T, D]`."""
@@ -119,15 +121,13 @@ class PackedEncoder(nn.Module):
     def num_mel_bins(self) -> int:
         return self.whisper.config.num_mel_bins
 
-    def forward(
-        self, mel: Tensor, mel_lengths: Sequence[int], states: list[Tensor] | None = None
-    ) -> Frames:
+    def forward(self, mel: Tensor, mel_lengths: Sequence[int], keep_states: bool = False) -> Frames:
         """Encode packed clips.
 
         Args:
             mel: `[ΣF', M]`, each clip followed by its silence context, as in `audio.logmel`.
             mel_lengths: valid frames F per clip.
-            states: gets the input of each layer `[ΣT, D]`, and then the output.
+            keep_states: return `Frames.states`.
 
         Returns:
             The frames of all clips, packed `[ΣT, D]`.
@@ -146,17 +146,16 @@ class PackedEncoder(nn.Module):
             )
         hidden = self._embed(mel, mel_lengths)
         segments = Segments.of(lengths, lengths, hidden.device)
+        states: list[Tensor] = []
         for layer in self.whisper.layers:
-            if states is not None:
-                states.append(hidden)
+            states += [hidden] if keep_states else []
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(self._layer, layer, hidden, segments, use_reentrant=False)
             else:
                 hidden = self._layer(layer, hidden, segments)  # pyright: ignore[reportArgumentType]
         output = self.whisper.layer_norm(hidden)
-        if states is not None:
-            states.append(output)
-        return Frames(output, lengths, valid)
+        states += [output] if keep_states else []
+        return Frames(output, lengths, valid, tuple(states))
 
     def _layer(self, layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
         # In the order of `WhisperEncoderLayer.forward`.

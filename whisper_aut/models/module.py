@@ -109,11 +109,11 @@ class AudioTextModule(lightning.LightningModule):
 
     def forward(self, batch: Batch) -> tuple[Frames, DecoderLoss]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_learns):
-            states: list[Tensor] | None = [] if self.distillation and self.training else None
-            frames = self.encoder(batch.mel, batch.mel_lengths, states)
+            keep_states = self.distillation is not None and self.training
+            frames = self.encoder(batch.mel, batch.mel_lengths, keep_states)
         loss = self.decoder.loss(frames.values, frames.lengths, batch.targets)
-        if self.distillation and states and self.encoder_learns:
-            distance = self.distillation(batch, states, frames)
+        if self.distillation and frames.states and self.encoder_learns:
+            distance = self.distillation(batch, frames)
             if distance is not None:
                 self.log("train/distillation", distance.detach(), batch_size=1)
                 loss = replace(loss, total=loss.total + self.distillation.weight * distance)

@@ -88,11 +88,9 @@ def test_the_loss_grows_by_the_distance_of_each_compared_clip(
     for clip, length, domain, tokens in zip(
         mel, MEL_LENGTHS, DOMAINS, batch.targets.counts, strict=True
     ):
-        states: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for encoder, found in zip((module.encoder, teacher), states, strict=True):
-            encoder(clip, [length], found)
+        found = [encoder(clip, [length], keep_states=True) for encoder in (module.encoder, teacher)]
         for layer in (0, 2):
-            student, target = (found[layer][: -(-length // 2)] for found in states)
+            student, target = (frames.states[layer][: -(-length // 2)] for frames in found)
             expected += (domain == "speech") * tokens * naive_distance(student, target) / 2
     distance = float(module(batch)[1].total)
     module.distillation = None
