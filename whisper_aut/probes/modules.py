@@ -271,10 +271,10 @@ class LinearProbe(Probe):
             self.weight[level] /= scale[level]
 
             def closure(penalties: Tensor = raised_penalties) -> tuple[Tensor, Tensor]:
-                own = optimizer.heads
+                own, units = optimizer.heads, scale[optimizer.heads]
                 problem = penalties[own], features, targets, item_weights[:, own]
-                losses, gradients = logistic_losses(optimizer.trial * scale[own], *problem)
-                return losses, gradients.mul_(scale[own])
+                losses, gradients = logistic_losses(optimizer.trial * units, *problem)
+                return losses, gradients.mul_(units)
 
             optimizer.step(closure, heads=level, tolerance=tolerance)
             self.weight[level] *= scale[level]
