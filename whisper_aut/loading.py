@@ -239,7 +239,7 @@ def load_tasks(
 ) -> list[ProbeTask]:
     """Load probe tasks.
 
-    `names` are tasks in `folder/probe_tasks`, suites in `folder/probe.yaml`, or paths. After
+    `names` are tasks in `folder/probe_tasks`, suites in `folder/suites`, or paths. After
     `folder`, the package is searched. `problems` collects errors, which are raised otherwise.
 
     Raises:
@@ -247,7 +247,7 @@ def load_tasks(
     """
     found, tasks = problems or Problems(), []
     with found.gather():
-        for name in expand_suites(names, folder / "probe.yaml"):
+        for name in expand_suites(names, folder / "suites"):
             with found.gather():
                 tasks.append(load_task(name, folder / "probe_tasks"))
     if problems is None:

@@ -79,9 +79,11 @@ def test_the_working_directory_comes_before_the_package(
 def test_tasks_and_suites_of_the_package_are_found_anywhere(tmp_path: Path):
     tasks = tmp_path / "conf" / "probe_tasks"
     tasks.mkdir(parents=True)
-    (tmp_path / "conf" / "probe.yaml").write_text("suites: {ours: [esc50, own]}\n")
+    suites = tmp_path / "conf" / "suites"
+    suites.mkdir()
+    (suites / "ours.yaml").write_text("tasks: [esc50, own]\n")
     (tasks / "own.yaml").write_text((PACKAGE_CONF / "probe_tasks" / "fsdd.yaml").read_text())
-    names = expand_suites(["ours", "small"], tmp_path / "conf" / "probe.yaml")
+    names = expand_suites(["ours", "small"], suites)
     assert names[:2] == ["esc50", "own"]
     assert "gmnotes" in names
     for name in names:

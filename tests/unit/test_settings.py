@@ -14,7 +14,7 @@ from whisper_aut.models.decoders import check_decoder
 from whisper_aut.probes.tasks import load_task
 
 CONF = REPOSITORY / "conf"
-RUN_CONFIGS = sorted(path for path in CONF.glob("*.yaml") if path.name != "probe.yaml")
+RUN_CONFIGS = sorted(CONF.glob("*.yaml"))
 EXPERIMENTS = sorted((CONF / "experiments").glob("e[0-9]*.yaml"))
 GROUP_FILES = sorted(path for path in CONF.glob("*/*.yaml") if path.parent.name != "experiments")
 

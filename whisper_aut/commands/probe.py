@@ -97,7 +97,7 @@ def add_parsers(commands: Commands) -> None:
     )
     against = "encoder to compare with; may be repeated"
     add("--against", action="append", default=[], metavar="BASE", help=against)
-    tasks = "tasks in CONF/probe_tasks, suites in CONF/probe.yaml, or paths of YAML files"
+    tasks = "tasks in CONF/probe_tasks, suites in CONF/suites, or paths of YAML files"
     add("--tasks", nargs="+", required=True, metavar="TASK", help=tasks)
     add("--root", default="data", help="replaces {root} in the tasks (default: data)")
     seeds = (

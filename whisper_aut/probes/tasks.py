@@ -217,10 +217,10 @@ def _field_value(annotation: Annotation, name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class ProbeSuites:
-    """Named lists of tasks (`conf/probe.yaml`)."""
+class ProbeSuite:
+    """A list of tasks under one name (`conf/suites/NAME.yaml`)."""
 
-    suites: dict[str, list[str]] = field(default_factory=dict)
+    tasks: list[str]
 
 
 def list_tasks(task_folder: str | Path) -> list[str]:
@@ -256,16 +256,19 @@ def expand_suites(names: Sequence[str], suites: str | Path) -> list[str]:
 
     Args:
         names: names of tasks or suites, or paths of tasks.
-        suites: YAML that lists suites, which override the shipped ones.
+        suites: folder of suites, searched before the shipped ones.
 
     Raises:
-        UserError: the YAML has problems.
+        UserError: the YAML of a suite has problems.
     """
-    listed: dict[str, list[str]] = {}
-    for path in (PACKAGE_CONF / "probe.yaml", Path(suites)):
+    tasks: list[str] = []
+    for name in names:
+        path = find_config(f"{name}.yaml", Path(suites), "suites")
         if path.is_file():
-            listed |= build(ProbeSuites, _read_mapping(path, "`suites`"), str(path)).suites
-    return list(dict.fromkeys(task for name in names for task in listed.get(name, [name])))
+            tasks += build(ProbeSuite, _read_mapping(path, "`tasks`"), str(path)).tasks
+        else:
+            tasks.append(name)
+    return list(dict.fromkeys(tasks))
 
 
 def _read_mapping(path: Path, content: str) -> Mapping[str, Any]:

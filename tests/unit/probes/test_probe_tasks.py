@@ -192,7 +192,7 @@ def test_missing_keys_are_named():
 
 
 def test_suites_expand_to_their_tasks():
-    suites = TASK_FOLDER.parent / "probe.yaml"
+    suites = TASK_FOLDER.parent / "suites"
     xares = expand_suites(["xares"], suites)
     assert xares == [name for name in list_tasks(TASK_FOLDER) if name.startswith("xares_")]
     assert len(xares) == 22
@@ -204,8 +204,7 @@ def test_suites_expand_to_their_tasks():
 
 
 def test_a_mistake_in_the_suites_is_named(tmp_path):
-    assert expand_suites(["esc50"], tmp_path / "none.yaml") == ["esc50"]
-    path = tmp_path / "probe.yaml"
-    path.write_text("suits: {}")
-    with pytest.raises(UserError, match="suits"):
-        expand_suites(["esc50"], path)
+    assert expand_suites(["esc50"], tmp_path / "none") == ["esc50"]
+    (tmp_path / "mine.yaml").write_text("task: [esc50]")
+    with pytest.raises(UserError, match=r"(?s)task: unknown key.*tasks: missing"):
+        expand_suites(["mine"], tmp_path)
