@@ -101,9 +101,8 @@ def shards(folder: Path, suffix: str, kind: str, rate: int) -> ShardIndex:
 def ours(index: ShardIndex) -> list[torch.Tensor]:
     reader, clips = ShardReader(LIMITS, DEFAULT_POLICY), []
     for shard, entry in enumerate(index.shards):
-        for _, item in reader.read(
-            {number: (shard, number) for number in range(entry.samples)}, index
-        ):
+        locations = {number: (shard, number) for number in range(entry.samples)}
+        for item in reader.read(index, locations).values():
             assert isinstance(item, Sample)
             clips.append(load_waveform(item.audio, LIMITS))
     return clips

@@ -347,7 +347,9 @@ class DataSettings:
             needs sample tables (`whisper-aut data index`).
         samples_per_epoch: clips per epoch over all ranks; null for the size of the training data.
         valid_clips: use only the first N clips of each validation source; null for all.
-        window: clips per shuffle window of a source; also the most clips read again on resume.
+        window: clips of a training source that are shuffled together, over all partitions.
+        partitions: parts of the training data that take turns. A multiple of ranks × workers lets
+            each worker read its own parts of remote shards in sequence. Small data has fewer.
         features: compute log-mels in the workers or on the training device.
         min_seconds, max_seconds: shorter clips are skipped, and longer ones as `long_clips` says.
         long_clips: `trim` cuts off up to half a second and skips longer clips. `crop` takes a
@@ -373,6 +375,7 @@ class DataSettings:
     samples_per_epoch: PositiveInt | None = None
     valid_clips: PositiveInt | None = None
     window: PositiveInt = 1000
+    partitions: PositiveInt = 64
     workers: NonNegativeInt = 2
     features: Literal["workers", "device"] = "workers"
     min_seconds: ClipSeconds = 0.1

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import lightning
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -146,19 +147,19 @@ class TrainLoader:
 
         Raises:
             UserError: the checkpoint belongs to a different order, or its cursor is inside a chunk
-                that was planned with different limits in seconds.
+                that was planned with different limits.
         """
         if state["order"] != self.order.fingerprint():
             raise UserError(
-                "The checkpoint was made with other training data, exclusions, weights, seed or "
-                "window, so its position in the data is not valid here. Resume with the config of "
-                "its run directory, or start a new run from the exported weights."
+                "The checkpoint was made with other training data, exclusions, weights, seed, "
+                "window or partitions, so its position in the data is not valid here. Resume with "
+                "the config of its run directory, or start a new run from the exported weights."
             )
         if state["taken"] and state["batching"] != self.batching.fingerprint():
             raise UserError(
-                "The checkpoint was saved between batches that were planned with another "
-                "data.batch_seconds or data.max_seconds. Resume with the values of its run "
-                "directory."
+                "The checkpoint was saved between batches that were planned together with another "
+                "data.batch_clips, data.batch_seconds or data.max_seconds. Resume with the values "
+                "of its run directory."
             )
         self.cursor = Cursor(state["position"], state["taken"])
         same_world = state["world"] == [self.ranks, self.accumulate]
@@ -192,7 +193,8 @@ class ShardDataModule(lightning.LightningDataModule):
         weights: weight of each training source in the mixture.
         build: turns samples into examples.
         seed: seed of the training order.
-        window: clips per shuffle window of a training source. Validation reads as many together.
+        window: clips of a training source that are shuffled together, over all partitions.
+        partitions: number of partitions of the training order.
         batch_clips: clips per micro-batch of a rank.
         batch_seconds: maximum seconds of audio per micro-batch of a rank; replaces `batch_clips`.
         epochs: train on every clip of every source this many times and ignore `weights`; None for
@@ -214,6 +216,7 @@ class ShardDataModule(lightning.LightningDataModule):
         *,
         seed: int,
         window: int,
+        partitions: int = 1,
         batch_clips: int,
         batch_seconds: float | None = None,
         epochs: int | None = None,
@@ -228,9 +231,9 @@ class ShardDataModule(lightning.LightningDataModule):
         self.train, self.valid, self.build, self.policy = tuple(train), tuple(valid), build, policy
         shapes = _shapes(train, weights)
         self.order = (
-            EpochOrder(shapes, seed, window, epochs)
+            EpochOrder(shapes, seed, window, epochs, partitions)
             if epochs
-            else MixtureOrder(shapes, seed, window)
+            else MixtureOrder(shapes, seed, window, partitions)
         )
         self.valid_order = SequentialOrder(_shapes(valid, [1.0] * len(valid)), window, valid_clips)
         longest = build.limits.max_seconds
@@ -252,8 +255,7 @@ class ShardDataModule(lightning.LightningDataModule):
         self.features = DeviceFeatures(build.logmel, augment)
         self.accumulate, self.workers = accumulate, workers
         self.samples_per_epoch = samples_per_epoch or sum(source.index.samples for source in train)
-        # Clips of the order that all ranks have trained on; with `batch_seconds`, those before the
-        # current chunk.
+        # Clips of each partition before the current chunk, which all ranks have trained on.
         self.position = 0
         self.segment = RunSegment()
         self._loader: TrainLoader | None = None
@@ -297,7 +299,8 @@ class ShardDataModule(lightning.LightningDataModule):
         step, cursor = self.segment
         if self.order.epoch_clips:
             return step + self._count_steps(ranks, epochs, cursor)
-        clips_before = cursor.position + cursor.taken * self._mean_batch_clips
+        clips_before = cursor.position * self.order.partitions
+        clips_before += cursor.taken * self._mean_batch_clips
         steps_before = clips_before / (self._mean_batch_clips * ranks * self.accumulate)
         return step + max(0, math.ceil(epochs * self.steps_per_epoch(ranks) - steps_before))
 
@@ -329,7 +332,8 @@ class ShardDataModule(lightning.LightningDataModule):
 
     def source_epochs(self, position: int) -> dict[str, float]:
         """Return the epochs of each training source before a position, by name of its index."""
-        counts = self.order.draw_counts(position)
+        partitions = range(self.order.partitions)
+        counts = np.sum([self.order.draw_counts(k, position) for k in partitions], axis=0)
         return {
             source.index.name: float(count) / source.index.samples
             for source, count in zip(self.train, counts, strict=True)
@@ -414,6 +418,11 @@ class ShardDataModule(lightning.LightningDataModule):
 
 def _shapes(sources: Sequence[StreamSource], weights: Sequence[float]) -> list[SourceShape]:
     return [
-        SourceShape(source.index.selected_fingerprint(), source.index.shard_samples, weight)
+        SourceShape(
+            source.index.selected_fingerprint(),
+            source.index.shard_samples,
+            weight,
+            source.index.sample_bytes,
+        )
         for source, weight in zip(sources, weights, strict=True)
     ]

@@ -1,15 +1,17 @@
 """The dataset: read clips in the sampler's order, decode them, collate batches, and count skips.
 
-Rank r of R takes every R-th micro-batch, and worker w of W every W-th of those. A worker reads only
-its own samples. The batches of a rank do not depend on the number of workers.
+Rank r of R takes every R-th micro-batch, and worker w of W every W-th of those. The batches of a
+rank do not depend on the number of workers. If R × W divides the number of partitions, every
+partition belongs to one worker, which reads its windows in large requests.
 """
 
 import json
 import multiprocessing
 import os
 import signal
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -29,13 +31,23 @@ from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.data.annotation import Annotation, Template
 from whisper_aut.data.batch import Batch, Example, collate
 from whisper_aut.data.filters import licence_id
-from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, Sample, SkippedSample
-from whisper_aut.data.sampler import Batching, Cursor, Order, batches_from
+from whisper_aut.data.reader import (
+    DEFAULT_POLICY,
+    ReadPolicy,
+    Sample,
+    SkippedSample,
+    is_local,
+)
+from whisper_aut.data.sampler import Batching, Cursor, MicroBatch, Order, batches_from
 from whisper_aut.data.shards import ShardIndex, ShardReader
 from whisper_aut.data.targets import TextCodec, choose_part
 from whisper_aut.errors import SkipSample, UserError
 
-NO_POSITIONS = np.arange(0)
+NO_CLIPS = MicroBatch(0, ())
+Clip = tuple[int, int, int]  # partition, source, and running number; see `Order.draws`
+READ_THREADS = 8
+# How far a worker reads ahead of the batch that it decodes.
+AHEAD_BYTES, AHEAD_BATCHES = 64 << 20, 64
 PREFETCH_BATCHES = 4
 NOISE_LIMITS = ClipLimits(min_seconds=0.1, max_seconds=60.0)
 
@@ -122,7 +134,7 @@ class ShardNoise:
         number = int(random.integers(ends[-1]))
         shard = int(np.searchsorted(ends, number, side="right"))
         location = (shard, number - int(ends[shard] - index.shard_samples[shard]))
-        _, item = next(iter(self.reader.read({0: location}, index)))
+        item = self.reader.read(index, {0: location})[0]
         try:
             return load_waveform(item.audio, NOISE_LIMITS) if isinstance(item, Sample) else None
         except SkipSample:
@@ -148,6 +160,73 @@ class StreamSource:
             total["clips"] += counts["clips"]
             total["seconds"] = round(total["seconds"] + counts["seconds"], 3)
         return found
+
+
+class Prefetcher:
+    """Reads the clips of coming micro-batches in threads, while earlier ones are decoded.
+
+    Args:
+        stream: the stream that the clips are for.
+        whole_windows: read windows of remote sources as a whole, because all their clips are for
+            this worker; otherwise, and on disks, read the clips of one batch at a time.
+    """
+
+    def __init__(self, stream: "BatchStream", whole_windows: bool):
+        self.order, self.sources, self.reader = stream.order, stream.sources, stream.reader
+        self.pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
+        self.whole_windows = [
+            whole_windows and not is_local(source.index.root) for source in stream.sources
+        ]
+        self._reads: dict[Clip, Future[dict[int, Sample | SkippedSample]]] = {}
+        # The reads of which no clip has been taken yet, with their approximate bytes.
+        self._ahead: dict[Future[dict[int, Sample | SkippedSample]], float] = {}
+        # The clips before the start of the stream, which belong to windows that are read again.
+        self._position, taken = stream.start
+        before = stream.batching.chunk(self._position)[0][:taken] if taken else []
+        self._taken = {clip for batch in before for clip in stream.clips_of(batch)}
+
+    @property
+    def is_full(self) -> bool:
+        """Whether enough is being read ahead."""
+        return sum(self._ahead.values()) >= AHEAD_BYTES
+
+    def request(self, clips: Iterable[Clip]) -> None:
+        """Begin to read clips."""
+        windows: dict[Clip, list[int]] = {}
+        for partition, source, number in clips:
+            if (partition, source, number) not in self._reads:
+                first, _ = self.order.window(partition, source, number)
+                windows.setdefault((partition, source, first), []).append(number)
+        for (partition, source, first), numbers in windows.items():
+            if self.whole_windows[source]:
+                drawn = int(self.order.draw_counts(partition, self._position)[source])
+                last = self.order.window(partition, source, numbers[0])[1]
+                numbers = range(max(first, drawn), last)
+            clips = [(partition, source, number) for number in numbers]
+            clips = [clip for clip in clips if clip not in self._taken]
+            read = self.pool.submit(self._read, clips)
+            self._ahead[read] = len(clips) * self.sources[source].index.sample_bytes
+            self._reads.update(dict.fromkeys(clips, read))
+
+    def take(self, clip: Clip) -> Sample | SkippedSample:
+        """Return a clip that was requested, once."""
+        read = self._reads.pop(clip)
+        self._ahead.pop(read, None)
+        return read.result().pop(clip[2])
+
+    def close(self) -> None:
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, clips: Sequence[Clip]) -> dict[int, Sample | SkippedSample]:
+        """Read clips of one window."""
+        partition, source, number = clips[0]
+        first, last = self.order.window(partition, source, number)
+        shards, ordinals = self.order.locate(partition, source, first, last)
+        locations = {
+            number: (int(shards[number - first]), int(ordinals[number - first]))
+            for *_, number in clips
+        }
+        return self.reader.read(self.sources[source].index, locations)
 
 
 class BatchStream(IterableDataset[Batch]):
@@ -190,12 +269,26 @@ class BatchStream(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         offset, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        own_steps = islice(self._steps(), offset, self.count, workers)
-        while steps := list(islice(own_steps, self.batching.span_batches)):
-            yield from self._read_span(steps)
+        steps = islice(self._steps(), offset, self.count, workers)
+        prefetcher = Prefetcher(self, self.order.partitions % (self.ranks * workers) == 0)
+        ahead: deque[tuple[MicroBatch, list[Clip], Cursor]] = deque()
+        try:
+            while True:
+                while not ahead or (len(ahead) < AHEAD_BATCHES and not prefetcher.is_full):
+                    if (step := next(steps, None)) is None:
+                        break
+                    clips = self.clips_of(step[0])
+                    prefetcher.request(clips)
+                    ahead.append((step[0], clips, step[1]))
+                if not ahead:
+                    return
+                batch, clips, next_cursor = ahead.popleft()
+                yield self._collate(batch, clips, prefetcher, next_cursor)
+        finally:
+            prefetcher.close()
 
-    def _steps(self) -> Iterator[tuple[np.ndarray, Cursor]]:
-        """Yield the positions of this rank's micro-batches, without end.
+    def _steps(self) -> Iterator[tuple[MicroBatch, Cursor]]:
+        """Yield this rank's micro-batches, without end.
 
         Each comes with the cursor after the micro-batches that all ranks take in that step.
         """
@@ -204,52 +297,33 @@ class BatchStream(IterableDataset[Batch]):
         while True:
             step = list(islice(batches, self.ranks))
             next_cursor = step[-1][1] if step else next_cursor
-            yield (step[self.rank][0] if self.rank < len(step) else NO_POSITIONS), next_cursor
+            yield (step[self.rank][0] if self.rank < len(step) else NO_CLIPS), next_cursor
 
-    def _read_span(self, steps: Sequence[tuple[np.ndarray, Cursor]]) -> Iterator[Batch]:
-        """Yield the given micro-batches. Every window that they touch is read only once."""
-        draws = [self._draws(positions) for positions, _ in steps]
-        wanted: dict[tuple[int, int], set[int]] = {}
-        for source, number in (draw for batch in draws for draw in batch):
-            wanted.setdefault(self._window(source, number), set()).add(number)
-        windows: dict[tuple[int, int], dict[int, Sample | SkippedSample]] = {}
-        for (positions, next_cursor), batch in zip(steps, draws, strict=True):
-            examples: list[Example] = []
-            skipped: list[SkippedSample] = []
-            for position, (source, number) in zip(positions.tolist(), batch, strict=True):
-                window = self._window(source, number)
-                if window not in windows:
-                    windows[window] = self._read_window(source, wanted[window])
-                item = self._example(windows[window].pop(number), source, position)
-                if not windows[window]:
-                    del windows[window]
-                if isinstance(item, Example):
-                    examples.append(item)
-                else:
-                    skipped.append(item)
-            yield collate(examples, skipped, self.build.logmel.num_mel_bins, next_cursor)
-
-    def _draws(self, positions: np.ndarray) -> list[tuple[int, int]]:
-        """Return the source and the running number of the clip at each position."""
+    def clips_of(self, batch: MicroBatch) -> list[Clip]:
+        """Return the clips of a micro-batch."""
+        partition, positions = batch
         if not len(positions):
             return []
         start = int(positions[0])
-        sources, numbers = self.order.draws(start, int(positions[-1]) + 1)
-        chosen = positions - start
-        return list(zip(sources[chosen].tolist(), numbers[chosen].tolist(), strict=True))
+        sources, numbers = self.order.draws(partition, start, int(positions[-1]) + 1)
+        chosen = np.asarray(positions) - start
+        draws = zip(sources[chosen].tolist(), numbers[chosen].tolist(), strict=True)
+        return [(partition, source, number) for source, number in draws]
 
-    def _window(self, source: int, number: int) -> tuple[int, int]:
-        return source, self.order.window(source, number)[0]
-
-    def _read_window(self, source: int, numbers: set[int]) -> dict[int, Sample | SkippedSample]:
-        """Read the clips that this worker needs from one shuffle window, in one pass."""
-        first, last = self.order.window(source, min(numbers))
-        shards, ordinals = self.order.locate(source, first, last)
-        locations = {
-            number: (int(shards[number - first]), int(ordinals[number - first]))
-            for number in numbers
-        }
-        return dict(self.reader.read(locations, self.sources[source].index))
+    def _collate(
+        self, batch: MicroBatch, clips: Sequence[Clip], prefetcher: Prefetcher, next_cursor: Cursor
+    ) -> Batch:
+        examples: list[Example] = []
+        skipped: list[SkippedSample] = []
+        for position, clip in zip(batch.positions, clips, strict=True):
+            # A number that no other clip of the run has.
+            seed = int(position) * self.order.partitions + batch.partition
+            item = self._example(prefetcher.take(clip), clip[1], seed)
+            if isinstance(item, Example):
+                examples.append(item)
+            else:
+                skipped.append(item)
+        return collate(examples, skipped, self.build.logmel.num_mel_bins, next_cursor)
 
     def _example(
         self, item: Sample | SkippedSample, source: int, position: int

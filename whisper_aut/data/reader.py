@@ -1,23 +1,22 @@
 """Read samples from tars on a disk or behind a URL (`https://`, `s3://`, `gs://`, through fsspec).
 
-Failed reads of a URL are retried with exponential backoff and continue at the byte that was
-reached: with a range request if the server supports it, otherwise by reading from the beginning.
+URLs are read in range requests, and each request that fails is repeated with exponential backoff.
 The tars are plain WebDataset (https://github.com/webdataset/webdataset). Nothing is unpickled.
 """
 
 import io
 import random
 import re
-import sys
 import tarfile
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from tarfile import EOFHeaderError, HeaderError, InvalidHeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import fsspec
 from torch import Tensor
@@ -30,7 +29,7 @@ from whisper_aut.errors import SkipReason, SkipSample, UserError
 Item = TypeVar("Item")
 MAX_PAUSE_SECONDS = 30.0
 BUFFER_BYTES = 1 << 20
-REQUEST_BYTES = 4 << 20  # size of a range request when a tar is read sequentially
+REQUEST_BYTES = 8 << 20  # size of a range request when a tar is read from start to end
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "remote", "https": "remote"}
 RETRIED_STATUSES = (408, 425, 429)  # the only 4xx statuses that are worth a retry
 
@@ -59,25 +58,24 @@ def sibling_url(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}"
 
 
-@contextmanager
-def open_stream(
-    url: str, policy: ReadPolicy = DEFAULT_POLICY, *, whole: bool = True
-) -> Iterator[BinaryIO]:
-    """Open a path or URL for reading, as a context manager.
+def local_path(url: str) -> str:
+    """Return the path of a local file or folder that may be given as a `file://` URL."""
+    return str(fsspec.core.url_to_fs(url)[1])
 
-    With `whole`, a URL is read ahead, for a file that is read from start to end. Otherwise only the
-    requested bytes are fetched.
+
+@contextmanager
+def open_stream(url: str, policy: ReadPolicy = DEFAULT_POLICY) -> Iterator[BinaryIO]:
+    """Open a path or URL that is read from start to end, as a context manager.
 
     Raises:
         OSError: the file does not exist or all attempts failed. Reads of the stream raise it too.
         UserError: the package for the URL's protocol is not installed.
     """
     if is_local(url):
-        with fsspec.open(url, "rb") as stream:
-            yield cast(BinaryIO, stream)
+        with open(local_path(url), "rb") as stream:
+            yield stream
     else:
-        reader = RetryingReader(url, policy, whole=whole)
-        with io.BufferedReader(reader, BUFFER_BYTES if whole else 4096) as stream:
+        with io.BufferedReader(RemoteFile(url, policy), BUFFER_BYTES) as stream:
             yield cast(BinaryIO, stream)
 
 
@@ -87,23 +85,51 @@ def read_file(url: str, policy: ReadPolicy = DEFAULT_POLICY, *, max_bytes: int) 
     Raises:
         OSError: the file cannot be read or is larger than `max_bytes`.
     """
-    with open_stream(url, policy) as stream:
-        data = stream.read(max_bytes + 1)
+    data = read_range(url, 0, max_bytes + 1, policy)
     if len(data) > max_bytes:
         raise OSError(f"{url} is larger than {max_bytes} bytes")
     return data
 
 
-class RetryingReader(io.RawIOBase):
-    """A remote file that is reopened at the current position whenever a read fails."""
+# The last file of a server that ignores range requests, such as Python's `http.server`, and sends
+# whole files.
+_whole_file: tuple[str, bytes] = "", b""
 
-    def __init__(self, url: str, policy: ReadPolicy, *, whole: bool = True):
-        self.url, self.policy, self.whole = url, policy, whole
+
+def read_range(url: str, start: int, end: int, policy: ReadPolicy = DEFAULT_POLICY) -> bytes:
+    """Return the bytes of a file from `start` to `end - 1`, or fewer if it ends before.
+
+    Raises:
+        OSError: the file does not exist or all attempts failed.
+        UserError: the package for the URL's protocol is not installed.
+    """
+    global _whole_file
+    if is_local(url):
+        with open(local_path(url), "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+    name, whole = _whole_file
+    if name != url:
+        filesystem, path = _filesystem(url, policy)
+        action = partial(filesystem.cat_file, path, start=start, end=end)
+        data = _with_retries(url, policy, action)
+        if len(data) <= end - start:
+            return data
+        whole, _whole_file = data, (url, data)
+    return whole[start:end]
+
+
+class RemoteFile(io.RawIOBase):
+    """A remote file, read in large requests. The next one is sent before it is needed."""
+
+    def __init__(self, url: str, policy: ReadPolicy):
+        self.url, self.policy = url, policy
+        filesystem, path = _filesystem(url, policy)
+        # None if the server does not report it.
+        self._size: int | None = _with_retries(url, policy, lambda: filesystem.info(path))["size"]
         self._position = 0
-        self._file: Any = None
-        self._size: int | None = None  # None if the server does not report it
-        self._ranges = True  # until the server turns out not to support range requests
-        self._with_retries(self._reopen)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._requests: dict[int, Future[bytes]] = {}  # by the number of the block
 
     def readable(self) -> bool:
         return True
@@ -121,84 +147,52 @@ class RetryingReader(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        data = self._with_retries(lambda: self._read(len(buffer)))
+        number, offset = divmod(self._position, REQUEST_BYTES)
+        data = self._block(number)[offset : offset + len(buffer)]
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
 
     def close(self) -> None:
-        self._drop()
+        self._pool.shutdown(wait=False, cancel_futures=True)
         super().close()
 
-    def _read(self, size: int) -> bytes:
-        if self._file is None:
-            self._reopen()
-        file: Any = self._file
-        if self._ranges:
-            file.seek(self._position)
-        else:
-            file = self._skip_to_position(file)
-        data = file.read(size)
-        if not data and self._size is not None and self._position < self._size:
-            raise ConnectionError(f"stopped at byte {self._position} of {self._size}")
+    def _block(self, number: int) -> bytes:
+        ahead = 1 if self._size is None else 2
+        wanted = range(number, number + ahead)
+        self._requests = {n: request for n, request in self._requests.items() if n in wanted}
+        for n in wanted:
+            start, end = n * REQUEST_BYTES, (n + 1) * REQUEST_BYTES
+            if self._size is not None:
+                end = min(end, self._size)
+            if n not in self._requests and start < end:
+                self._requests[n] = self._pool.submit(read_range, self.url, start, end, self.policy)
+        if number not in self._requests:
+            return b""
+        data = self._requests[number].result()
+        if self._size is None and len(data) < REQUEST_BYTES:
+            self._size = number * REQUEST_BYTES + len(data)
         return data
 
-    def _reopen(self) -> None:
-        filesystem, path = _filesystem(self.url, self.policy)
-        # A block size of 0 makes fsspec stream the body, for servers without range requests.
-        options: dict[str, Any] = {"block_size": REQUEST_BYTES if self._ranges else 0}
-        if self._ranges and not self.whole:
-            options["cache_type"] = "none"
-        self._file = filesystem.open(path, "rb", **options)
-        self._size = getattr(self._file, "size", None) or self._size
-        # fsspec streams the body if a server rejects range requests. For HTTP files, the module
-        # has already been imported.
-        http = sys.modules.get("fsspec.implementations.http")
-        if http is not None and isinstance(self._file, http.HTTPStreamFile):
-            self._ranges = False
 
-    def _skip_to_position(self, file: Any) -> Any:
-        """Advance a stream without range requests; reopen it to go backwards."""
-        if file.tell() > self._position:
-            self._drop()
-            self._reopen()
-            file = self._file
-        while (missing := self._position - file.tell()) > 0:
-            if not file.read(min(missing, BUFFER_BYTES)):
-                break  # the position is after the end of the file
-        return file
-
-    def _drop(self) -> None:
-        if self._file is not None:
-            with suppress(Exception):
-                self._file.close()
-        self._file = None
-
-    def _with_retries(self, action: Callable[[], Any]) -> Any:
-        attempt = 0
-        while True:
-            try:
-                return action()
-            except UserError:
-                raise
-            except Exception as error:  # every fsspec file system raises its own types
-                self._drop()
-                # fsspec's message for a server that ignored a range request.
-                if self._ranges and "range request" in str(error):
-                    self._ranges = False
-                    continue
-                if _is_final(error):
-                    if isinstance(error, OSError):
-                        raise
-                    raise OSError(f"{self.url}: {error}") from error
-                if attempt == self.policy.retries:
-                    raise OSError(
-                        f"{self.url}: {str(error) or type(error).__name__} "
-                        f"(given up after {attempt + 1} attempts)"
-                    ) from error
-                pause = min(self.policy.pause_seconds * 2**attempt, MAX_PAUSE_SECONDS)
-                time.sleep(pause * (1 + random.random()))
-                attempt += 1
+def _with_retries(url: str, policy: ReadPolicy, action: Callable[[], Any]) -> Any:
+    attempt = 0
+    while True:
+        try:
+            return action()
+        except Exception as error:  # every fsspec file system raises its own types
+            if _is_final(error):
+                if isinstance(error, OSError):
+                    raise
+                raise OSError(f"{url}: {error}") from error
+            if attempt == policy.retries:
+                raise OSError(
+                    f"{url}: {str(error) or type(error).__name__} "
+                    f"(given up after {attempt + 1} attempts)"
+                ) from error
+            pause = min(policy.pause_seconds * 2**attempt, MAX_PAUSE_SECONDS)
+            time.sleep(pause * (1 + random.random()))
+            attempt += 1
 
 
 def _filesystem(url: str, policy: ReadPolicy) -> tuple[Any, str]:
@@ -229,6 +223,8 @@ def _is_final(error: BaseException) -> bool:
     fsspec turns every failed look-up of a URL into `FileNotFoundError`, so its cause decides.
     """
     status = getattr(error, "status", None) or getattr(error, "code", None)
+    if isinstance(response := getattr(error, "response", None), dict):  # botocore's
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     if isinstance(status, int) and 400 <= status < 500:
         return status not in RETRIED_STATUSES
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
@@ -239,6 +235,7 @@ def _is_final(error: BaseException) -> bool:
 
 
 COMPRESSED = "compressed with gzip, which prevents random access and does not shrink audio"
+TAR_BLOCK_BYTES = 512
 SUFFIX = re.compile(r"[A-Za-z_][\w-]*")  # one part of a suffix such as `seg.json`
 
 
@@ -328,13 +325,27 @@ def split_name(name: str) -> tuple[str, str]:
     return ".".join([key, *parts[:split]]), ".".join(parts[split:]).lower()
 
 
-def count_samples(stream: BinaryIO) -> int:
-    """Count the samples of a tar from its member names alone. Stops at the first damaged header."""
-    samples = 0
-    with suppress(tarfile.TarError):  # the damage is reported when the tar is read
-        for ordinal, *_ in sample_members(stream):
-            samples = ordinal + 1
-    return samples
+class TarScan(NamedTuple):
+    """What the headers of a tar say about its N samples."""
+
+    starts: list[int]  # byte offset of each sample
+    keys: list[str]
+    end: int  # of the last sample
+    damage: str  # the error at which the scan ended; empty if the tar is valid
+
+
+def scan_tar(stream: BinaryIO) -> TarScan:
+    """Read the headers of a tar, up to the first damaged one."""
+    starts, keys, end, damage = [], [], 0, ""
+    try:
+        for ordinal, key, _, _, member in sample_members(stream):
+            if ordinal == len(starts):
+                starts.append(member.offset)
+                keys.append(key)
+            end = member.offset_data + -(-member.size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+    except (tarfile.TarError, ValueError) as error:
+        damage = str(error) or type(error).__name__
+    return TarScan(starts, keys, end, damage)
 
 
 Group = dict[str, Any]

@@ -3,11 +3,16 @@
 An order is a pure function of (seed, position). It does not depend on workers, ranks or timing, so
 a run can resume at any position and see the same clips as an uninterrupted run.
 
-Each position first selects a source: either by the source's weight, without end (`MixtureOrder`),
-or so that every epoch contains every clip of all sources exactly once (`EpochOrder`). Within a
-source, the n-th draw takes the n-th clip of an endless sequence of epochs. Each epoch contains
-every clip once, with the shards in a new order and the clips shuffled within consecutive windows,
-so that shards are read almost sequentially.
+The training order consists of P partitions with an order of their own, which take turns:
+micro-batch m comes from partition m mod P. In every epoch of a source, its shards are shuffled and
+laid end to end, and each partition gets one of P equal parts of this sequence: in epoch e,
+partition k gets part (k + e) mod P. It shuffles the clips within consecutive windows of its part,
+so every partition reads bytes in sequence, and no other partition reads the same bytes. MosaicML
+Streaming's canonical nodes are a similar idea (https://docs.mosaicml.com/projects/streaming).
+
+Each position of a partition first selects a source: either by the source's weight, without end
+(`MixtureOrder`), or so that every epoch contains every clip of all sources exactly once
+(`EpochOrder`). The n-th draw of a source takes the n-th clip of the partition's parts of it.
 """
 
 import hashlib
@@ -16,7 +21,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -26,11 +31,15 @@ from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy
 from whisper_aut.data.shards import UNKNOWN_MS, ShardIndex
 from whisper_aut.errors import UserError
 
-CHUNK_DRAWS = 1 << 16
-# About this many batches are planned together, which spreads the unused part of the last batch over
-# all of them.
+CHUNK_DRAWS = 1 << 16  # over all partitions
+MIN_CHUNK_DRAWS = 1 << 10
+# About this many batches of a partition are planned together, which spreads the unused part of the
+# last batch over all of them.
 CHUNK_BATCHES = 64
-MAX_CACHED_TABLES = 512
+MAX_CACHED_TABLES = 4096
+# Windows of a partition are at least this large, so that a window is one large request. Data that
+# is too small for P partitions of `PARTITION_BYTES` has fewer of them.
+WINDOW_BYTES, PARTITION_BYTES = 16 << 20, 128 << 20
 # Each use of randomness has its own key, so that the random streams are independent.
 _SHARD_ORDER, _WINDOW_ORDER, _MIXTURE, _INTERLEAVE, _BATCH_ORDER = 1, 2, 3, 4, 5
 
@@ -42,19 +51,36 @@ class SourceShape:
     name: str
     shard_samples: tuple[int, ...]  # number of samples in each shard
     weight: float = 1.0  # in the mixture
+    sample_bytes: float = 0.0  # mean size of a sample in a shard; 0 if unknown
 
     @property
     def samples(self) -> int:
         """Number of samples in all shards."""
         return sum(self.shard_samples)
 
+    def first(self, samples: int) -> tuple[int, ...]:
+        """Return the number of samples in each shard if only the first ones are used."""
+        ends = np.minimum(np.cumsum((0, *self.shard_samples)), samples)
+        return tuple(np.diff(ends).tolist())
+
+
+def usable_partitions(partitions: int, total_bytes: int) -> int:
+    """Return the largest divisor of `partitions` that the data is large enough for."""
+    most = max(1, total_bytes // PARTITION_BYTES)
+    return max(n for n in range(1, partitions + 1) if partitions % n == 0 and n <= most)
+
 
 class Order(ABC):
-    """An order of clips over sources.
+    """An order of clips over sources. Positions count the clips of one partition.
+
+    Args:
+        sources: the sources, at least one of them with samples; `draws` refers to them by index.
+        seed: the only source of randomness; None for sources that are not shuffled.
+        window: clips of a source that are shuffled together, over all partitions.
+        partitions: number of partitions.
 
     Attributes:
-        sources: the sources; `draws` refers to them by index.
-        window_clips: clips per window of a source.
+        windows: clips per window of each source in a partition.
         epoch_clips: positions per epoch, or None if there are no epochs. No batch spans two epochs.
         end: number of positions, or None for an endless order.
     """
@@ -62,128 +88,168 @@ class Order(ABC):
     epoch_clips: int | None = None
     end: int | None = None
 
-    def __init__(self, sources: Sequence[SourceShape], window: int):
-        self.sources, self.window_clips = tuple(sources), window
+    def __init__(
+        self, sources: Sequence[SourceShape], seed: int | None, window: int, partitions: int = 1
+    ):
+        self.sources, self.seed, self.partitions = tuple(sources), seed, partitions
+        self.windows = [window] * len(sources)
+        if partitions > 1:
+            self.windows = [
+                max(
+                    math.ceil(window / partitions),
+                    math.ceil(WINDOW_BYTES / source.sample_bytes) if source.sample_bytes else 1,
+                )
+                for source in sources
+            ]
+        self._window = window
+        # Positions are drawn in chunks of this size.
+        self.chunk_draws = max(MIN_CHUNK_DRAWS, CHUNK_DRAWS // partitions)
+        # `_counts[k][i]`: draws of each source by partition k before chunk i.
+        self._counts = [[np.zeros(len(sources), dtype=np.int64)] for _ in range(partitions)]
+        # The last two chunks of each partition, with their numbers.
+        self._chunks: dict[tuple[int, int], tuple[int, tuple[np.ndarray, np.ndarray]]] = {}
 
     @abstractmethod
-    def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the clips at positions `start` to `stop - 1`.
+    def clips_end(self, partition: int, position: int) -> int | None:
+        """Return the position after a partition's last clip in the epoch of `position`.
 
-        Returns:
-            Source indices, and running numbers within those sources. A running number counts the
-            draws of its source from the beginning of the order, across epochs.
+        It may come before the end of the epoch: parts of a source differ by up to one clip. None in
+        an endless order.
         """
 
     @abstractmethod
-    def locate(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    def _chunk_sources(self, partition: int, chunk: int) -> np.ndarray:
+        """Return the source index of every position of a chunk of a partition."""
+
+    def draws(self, partition: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the clips of a partition at positions `start` to `stop - 1` of one epoch.
+
+        There are fewer at the end of an epoch or of the order, see `clips_end`.
+
+        Returns:
+            Source indices, and running numbers within those sources. A running number counts the
+            draws of its source by this partition from the beginning of the order, across epochs.
+        """
+        stop = stop if self.end is None else min(stop, self.end)
+        chunks = range(self._chunk_of(start), self._chunk_of(max(start, stop - 1)) + 1)
+        parts = [self._chunk(partition, chunk) for chunk in chunks]
+        sources, numbers = zip(*parts, strict=True)
+        offset = self._chunk_start(chunks.start)
+        within = slice(start - offset, max(start, stop) - offset)
+        return np.concatenate(sources)[within], np.concatenate(numbers)[within]
+
+    def draw_counts(self, partition: int, position: int) -> np.ndarray:
+        """Return how many clips of each source a partition draws before a position."""
+        chunk = self._chunk_of(position)
+        sources, _ = self._chunk(partition, chunk)
+        drawn = sources[: position - self._chunk_start(chunk)]
+        before = self._count_before(partition, chunk)
+        return before + np.bincount(drawn, minlength=len(self.sources))
+
+    def window(self, partition: int, source: int, number: int) -> tuple[int, int]:
+        """Return the range `[first, last)` of running numbers of the window that has `number`."""
+        start, place, part = self._place(partition, source, number)
+        samples, size = self.sources[source].samples, self.windows[source]
+        begin, end = (samples * one // self.partitions for one in (part, part + 1))
+        first = begin + (place - begin) // size * size
+        return first - start, min(first + size, end) - start
+
+    def locate(
+        self, partition: int, source: int, first: int, last: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return where the clips of one window (see `window`) of a source are stored.
 
         Returns:
             Shard indices, and sample indices within those shards, for the running numbers `first`
             to `last - 1`.
         """
+        _, place, part = self._place(partition, source, first)
+        epoch, index = part - partition, place % self.sources[source].samples
+        shards, ends = self._shard_order(source, epoch)
+        indices = np.arange(index, index + last - first)
+        if self.seed is not None:
+            self.random(_WINDOW_ORDER, source, epoch, index).shuffle(indices)
+        which = np.searchsorted(ends[1:], indices, side="right")
+        return shards[which], indices - ends[which]
 
-    @abstractmethod
     def fingerprint(self) -> str:
         """Return a hash that changes whenever the order does."""
+        sources = [[source.name, source.shard_samples, source.weight] for source in self.sources]
+        listing = [sources, self.seed, self._window, self.partitions, self.epoch_clips]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
-    def window(self, source: int, number: int) -> tuple[int, int]:
-        """Return the range `[first, last)` of running numbers of the window that has `number`."""
+    def _place(self, partition: int, source: int, number: int) -> tuple[int, int, int]:
+        """Return where a partition begins in the endless sequence of a source, and where it is.
+
+        The sequence has P parts per epoch. A partition begins at part k and takes one part in each
+        epoch, so it goes through the parts in turn.
+
+        Returns:
+            The place at which the partition begins, the place of `number`, and its part.
+        """
         samples = self.sources[source].samples
-        epoch, index = divmod(number, samples)
-        first = index // self.window_clips * self.window_clips
-        return epoch * samples + first, epoch * samples + min(first + self.window_clips, samples)
+        start = samples * partition // self.partitions
+        place = start + number
+        return start, place, ((place + 1) * self.partitions - 1) // samples
 
-
-class ShuffledOrder(Order):
-    """Base class of the training orders.
-
-    It draws sources in chunks of positions and shuffles each source again in every epoch.
-
-    Args:
-        sources: the sources, at least one of them with samples; weights are normalised.
-        seed: the only source of randomness.
-        window: clips per shuffle window.
-    """
-
-    def __init__(self, sources: Sequence[SourceShape], seed: int, window: int):
-        super().__init__(sources, window)
-        self.seed = seed
-        # `_counts[i]`: draws of each source before chunk i.
-        self._counts = [np.zeros(len(sources), dtype=np.int64)]
-
-    def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        stop = stop if self.end is None else min(stop, self.end)
-        chunks = range(self._chunk_of(start), self._chunk_of(max(start, stop - 1)) + 1)
-        sources, numbers = zip(*(self._chunk(chunk) for chunk in chunks), strict=True)
-        offset = self._chunk_start(chunks.start)
-        within = slice(start - offset, max(start, stop) - offset)
-        return np.concatenate(sources)[within], np.concatenate(numbers)[within]
-
-    def draw_counts(self, position: int) -> np.ndarray:
-        """Return how many clips of each source come before a position."""
-        chunk = self._chunk_of(position)
-        sources = self._chunk_sources(chunk)[: position - self._chunk_start(chunk)]
-        return self._count_before(chunk) + np.bincount(sources, minlength=len(self.sources))
-
-    def locate(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        shape = self.sources[source]
-        epoch, index = divmod(first, shape.samples)
-        shards = self._random(_SHARD_ORDER, source, epoch).permutation(len(shape.shard_samples))
-        indices = np.arange(index, index + last - first)
-        self._random(_WINDOW_ORDER, source, epoch, index).shuffle(indices)
-        which, ordinals = _split_by_shard(np.array(shape.shard_samples)[shards], indices)
-        return shards[which], ordinals
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self.sources, self.seed, self.window_clips)
-
-    @abstractmethod
-    def _chunk_sources(self, chunk: int) -> np.ndarray:
-        """Return the source index of every position of a chunk."""
+    @lru_cache(maxsize=64)  # noqa: B019 — an order lives as long as its run
+    def _shard_order(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shards of an epoch in their order, and where each begins in that sequence."""
+        samples = np.array(self.sources[source].shard_samples)
+        shards = np.arange(len(samples))
+        if self.seed is not None:
+            self.random(_SHARD_ORDER, source, epoch).shuffle(shards)
+        return shards, np.concatenate([[0], np.cumsum(samples[shards])])
 
     def _chunk_of(self, position: int) -> int:
-        return position // CHUNK_DRAWS
+        return position // self.chunk_draws
 
     def _chunk_start(self, chunk: int) -> int:
-        return chunk * CHUNK_DRAWS
+        return chunk * self.chunk_draws
 
-    def _chunk(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    def _chunk(self, partition: int, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the source indices and running numbers of one chunk of positions."""
-        sources = self._chunk_sources(chunk)
+        number, cached = self._chunks.get((partition, chunk % 2), (-1, None))
+        if cached is not None and number == chunk:
+            return cached
+        sources = self._chunk_sources(partition, chunk)
         numbers = np.empty(len(sources), dtype=np.int64)
-        for source, before in enumerate(self._count_before(chunk)):
+        for source, before in enumerate(self._count_before(partition, chunk)):
             drawn = np.flatnonzero(sources == source)
             numbers[drawn] = before + np.arange(len(drawn))
+        self._chunks[partition, chunk % 2] = chunk, (sources, numbers)
         return sources, numbers
 
-    def _count_before(self, chunk: int) -> np.ndarray:
-        while len(self._counts) <= chunk:
-            sources = self._chunk_sources(len(self._counts) - 1)
-            drawn = np.bincount(sources, minlength=len(self.sources))
-            self._counts.append(self._counts[-1] + drawn)
-        return self._counts[chunk]
+    def _count_before(self, partition: int, chunk: int) -> np.ndarray:
+        counts = self._counts[partition]
+        while len(counts) <= chunk:
+            sources = self._chunk_sources(partition, len(counts) - 1)
+            counts.append(counts[-1] + np.bincount(sources, minlength=len(self.sources)))
+        return counts[chunk]
 
-    def _random(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *key])
+    def random(self, *key: int) -> np.random.Generator:
+        """Return a generator of its own for a use of randomness."""
+        return np.random.default_rng([self.seed or 0, *key])
 
 
-class MixtureOrder(ShuffledOrder):
+class MixtureOrder(Order):
     """The endless training order, which draws sources by weight."""
 
-    def __init__(self, sources: Sequence[SourceShape], seed: int, window: int):
-        super().__init__(sources, seed, window)
+    def __init__(self, sources: Sequence[SourceShape], seed: int, window: int, partitions: int = 1):
+        super().__init__(sources, seed, window, partitions)
         weights = np.array([source.weight for source in sources], dtype=np.float64)
         self._edges = np.cumsum(weights / weights.sum())
 
-    @lru_cache(maxsize=4)  # noqa: B019 — an order lives as long as its run
-    def _chunk_sources(self, chunk: int) -> np.ndarray:
-        uniform = self._random(_MIXTURE, chunk).random(CHUNK_DRAWS)
+    def clips_end(self, partition: int, position: int) -> int | None:
+        return None
+
+    def _chunk_sources(self, partition: int, chunk: int) -> np.ndarray:
+        uniform = self.random(_MIXTURE, chunk, partition).random(self.chunk_draws)
         sources = np.searchsorted(self._edges, uniform, side="right")
         return np.minimum(sources, len(self.sources) - 1)
 
 
-class EpochOrder(ShuffledOrder):
+class EpochOrder(Order):
     """The finite training order: every epoch contains every clip of every source once.
 
     Sources are mixed evenly over the epoch; their weights are ignored. The number of clips that a
@@ -191,31 +257,48 @@ class EpochOrder(ShuffledOrder):
     epoch. The whole epoch is thus shuffled, although only chunks are kept in memory.
     """
 
-    def __init__(self, sources: Sequence[SourceShape], seed: int, window: int, epochs: int):
-        super().__init__(sources, seed, window)
-        self._samples = np.array([source.samples for source in sources], dtype=np.int64)
-        self._clips = int(self._samples.sum())
-        self.epoch_clips, self.end = self._clips, epochs * self._clips
-        self._epoch_chunks = -(-self._clips // CHUNK_DRAWS)
+    epoch_clips: int
+    end: int
 
-    def fingerprint(self) -> str:
-        return _fingerprint(self.sources, self.seed, self.window_clips, self._epoch_chunks, -1)
+    def __init__(
+        self,
+        sources: Sequence[SourceShape],
+        seed: int,
+        window: int,
+        epochs: int,
+        partitions: int = 1,
+    ):
+        super().__init__(sources, seed, window, partitions)
+        self._samples = np.array([source.samples for source in sources], dtype=np.int64)
+        # Parts are rounded up; `clips_end` is where the clips of a partition really end.
+        self.epoch_clips = int((-(-self._samples // partitions)).sum())
+        self.end = epochs * self.epoch_clips
+        self._epoch_chunks = -(-self.epoch_clips // self.chunk_draws)
+
+    def clips_end(self, partition: int, position: int) -> int:
+        epoch = position // self.epoch_clips
+        drawn = self._drawn(partition, epoch + 1) - self._drawn(partition, epoch)
+        return epoch * self.epoch_clips + int(drawn.sum())
+
+    def _drawn(self, partition: int, epochs: int) -> np.ndarray:
+        """Return how many clips of each source a partition has in its first epochs."""
+        parts = (self._samples * (partition + epochs), self._samples * partition)
+        return parts[0] // self.partitions - parts[1] // self.partitions
 
     def _chunk_of(self, position: int) -> int:
-        epoch, index = divmod(position, self._clips)
-        return epoch * self._epoch_chunks + index // CHUNK_DRAWS
+        epoch, index = divmod(position, self.epoch_clips)
+        return epoch * self._epoch_chunks + index // self.chunk_draws
 
     def _chunk_start(self, chunk: int) -> int:
         epoch, index = divmod(chunk, self._epoch_chunks)
-        return epoch * self._clips + index * CHUNK_DRAWS
+        return epoch * self.epoch_clips + index * self.chunk_draws
 
-    @lru_cache(maxsize=4)  # noqa: B019 — an order lives as long as its run
-    def _chunk_sources(self, chunk: int) -> np.ndarray:
+    def _chunk_sources(self, partition: int, chunk: int) -> np.ndarray:
         epoch = chunk // self._epoch_chunks
-        left = (epoch + 1) * self._samples - self._count_before(chunk)
-        random = self._random(_INTERLEAVE, chunk)
+        left = self._drawn(partition, epoch + 1) - self._count_before(partition, chunk)
+        random = self.random(_INTERLEAVE, chunk, partition)
         taken = random.multivariate_hypergeometric(
-            left, min(CHUNK_DRAWS, int(left.sum())), method="marginals"
+            left, min(self.chunk_draws, int(left.sum())), method="marginals"
         )
         sources = np.repeat(np.arange(len(self.sources)), taken)
         random.shuffle(sources)
@@ -231,22 +314,19 @@ class SequentialOrder(Order):
     end: int
 
     def __init__(self, sources: Sequence[SourceShape], window: int, limit: int | None = None):
-        super().__init__(sources, window)
-        most = math.inf if limit is None else limit
-        sizes = [int(min(source.samples, most)) for source in sources]
-        self._ends = np.cumsum(sizes, dtype=np.int64)
-        self.end = sum(sizes)
+        if limit is not None:
+            sources = [replace(source, shard_samples=source.first(limit)) for source in sources]
+        super().__init__(sources, None, window)
+        self._ends = np.cumsum([source.samples for source in sources], dtype=np.int64)
+        self.end = sum(source.samples for source in sources)
 
-    def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        positions = np.arange(start, min(stop, self.end))
-        sources = np.searchsorted(self._ends, positions, side="right")
-        return sources, positions - np.concatenate([[0], self._ends])[sources]
+    def clips_end(self, partition: int, position: int) -> int:
+        return self.end
 
-    def locate(self, source: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        return _split_by_shard(self.sources[source].shard_samples, np.arange(first, last))
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self.sources, self.end)
+    def _chunk_sources(self, partition: int, chunk: int) -> np.ndarray:
+        start = self._chunk_start(chunk)
+        positions = np.arange(start, min(start + self.chunk_draws, self.end))
+        return np.searchsorted(self._ends, positions, side="right")
 
 
 def mixture_weights(
@@ -285,37 +365,28 @@ def mixture_weights(
     ]
 
 
-def _split_by_shard(
-    shard_samples: Sequence[int] | np.ndarray, indices: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the shard of each index into consecutive shards, and the index within that shard."""
-    ends = np.cumsum(shard_samples)
-    shards = np.searchsorted(ends, indices, side="right")
-    return shards, indices - np.concatenate([[0], ends[:-1]])[shards]
-
-
-def _fingerprint(sources: Sequence[SourceShape], *numbers: int) -> str:
-    listing = [[source.name, source.shard_samples, source.weight] for source in sources]
-    return hashlib.sha256(json.dumps([listing, numbers]).encode()).hexdigest()[:16]
-
-
 class Cursor(NamedTuple):
     """A point between two micro-batches."""
 
-    position: int = 0  # at which the current chunk begins
+    position: int = 0  # at which the current chunk begins, in every partition
     taken: int = 0  # batches of that chunk that come before the cursor
 
 
-class Batching(ABC):
-    """Cuts an order into micro-batches."""
+class MicroBatch(NamedTuple):
+    """The clips of one micro-batch."""
 
-    span_batches: int  # that a worker looks ahead, so that it reads each window in one pass
+    partition: int
+    positions: Sequence[int] | np.ndarray  # in that partition, ascending
+
+
+class Batching(ABC):
+    """Cuts an order into micro-batches. A chunk has equally many batches of each partition."""
 
     @abstractmethod
-    def chunk(self, position: int) -> tuple[list[np.ndarray], int]:
+    def chunk(self, position: int) -> tuple[list[MicroBatch], int]:
         """Return the batches of the chunk that begins at `position`, and where the next one begins.
 
-        Each batch is an array of positions.
+        Partitions take turns. At the end of an epoch, those without clips are left out.
         """
 
     @abstractmethod
@@ -329,7 +400,7 @@ class Batching(ABC):
 
 def batches_from(
     batching: Batching, cursor: Cursor, end: int | None
-) -> Iterator[tuple[np.ndarray, Cursor]]:
+) -> Iterator[tuple[MicroBatch, Cursor]]:
     """Yield micro-batches from a cursor up to position `end`, each with the cursor after it."""
     position, taken = cursor
     while end is None or position < end:
@@ -344,27 +415,36 @@ def batches_from(
 
 
 class ByClips(Batching):
-    """Micro-batches of a fixed number of clips; the last one of an epoch may be smaller."""
+    """Micro-batches of a fixed number of clips.
 
-    span_batches = 256
+    The last one of a partition in an epoch may be smaller.
+    """
 
     def __init__(self, order: Order, clips: int):
         self.order, self.clips = order, clips
 
-    def chunk(self, position: int) -> tuple[list[np.ndarray], int]:
+    def chunk(self, position: int) -> tuple[list[MicroBatch], int]:
         next_position = _boundary(self.order, position, position + self.clips)
-        return [np.arange(position, next_position)], next_position
+        ranges = _clip_ranges(self.order, position, next_position)
+        batches = [MicroBatch(partition, positions) for partition, positions in ranges]
+        return [batch for batch in batches if len(batch.positions)], next_position
 
     def count(self, cursor: Cursor, end: int) -> int:
-        return -(-(end - cursor.position) // self.clips)
+        if cursor.position >= end:
+            return 0
+        ranges = _clip_ranges(self.order, cursor.position, end)
+        return sum(-(-len(positions) // self.clips) for _, positions in ranges) - cursor.taken
 
     def fingerprint(self) -> str:
-        # Each chunk is one batch, so a cursor is only a position and depends on no setting.
-        return "clips"
+        # A chunk of a single partition is one batch, so a cursor depends on no setting.
+        return f"clips {self.clips}" if self.order.partitions > 1 else "clips"
 
 
 class BySeconds(Batching):
     """Micro-batches with a limit on their seconds of audio.
+
+    Every chunk takes the same number of clips from all partitions, and cuts them into equally many
+    batches: as many as the partition with the most audio needs.
 
     Args:
         order: a training order.
@@ -375,11 +455,9 @@ class BySeconds(Batching):
         policy: retries and timeouts for reading the tables.
     """
 
-    span_batches = 32
-
     def __init__(
         self,
-        order: ShuffledOrder,
+        order: Order,
         indexes: Sequence[ShardIndex],
         seconds: float,
         longest_seconds: float,
@@ -396,33 +474,43 @@ class BySeconds(Batching):
         self.mean_seconds = mean or longest_seconds
         self.chunk_clips = max(1, round(CHUNK_BATCHES * seconds / self.mean_seconds))
 
-    def chunk(self, position: int) -> tuple[list[np.ndarray], int]:
+    def chunk(self, position: int) -> tuple[list[MicroBatch], int]:
         next_position = _boundary(self.order, position, position + self.chunk_clips)
-        batches = fill_batches(self.lengths_ms(position, next_position), self.budget_ms)
-        # Without this shuffle, the batches with the longest clips would come first.
-        random = np.random.default_rng([self.order.seed, _BATCH_ORDER, position])
-        shuffled = random.permutation(len(batches))
-        return [position + batches[number] for number in shuffled], next_position
+        ranges = _clip_ranges(self.order, position, next_position)
+        lengths = [self.lengths_ms(k, position, position + len(clips)) for k, clips in ranges]
+        filled = [fill_batches(each, self.budget_ms) for each in lengths]
+        count = max(map(len, filled))
+        turns: list[list[MicroBatch]] = [[] for _ in range(count)]
+        for partition, batches in enumerate(filled):
+            if 0 < len(batches) < count:
+                batches = fill_batches(lengths[partition], self.budget_ms, count)
+            # Without this shuffle, the batches with the longest clips would come first.
+            random = self.order.random(_BATCH_ORDER, position, partition)
+            shuffled = random.permutation(len(batches))
+            for turn, number in zip(turns, shuffled, strict=False):
+                turn.append(MicroBatch(partition, position + batches[number]))
+        return [batch for turn in turns for batch in turn], next_position
 
     def fingerprint(self) -> str:
         return f"seconds {self.budget_ms} {self.longest_ms} {self.chunk_clips}"
 
-    def lengths_ms(self, start: int, stop: int) -> np.ndarray:
-        """Return the lengths in ms of the clips at positions `start` to `stop - 1`."""
-        sources, numbers = self.order.draws(start, stop)
+    def lengths_ms(self, partition: int, start: int, stop: int) -> np.ndarray:
+        """Return the lengths in ms of a partition's clips at positions `start` to `stop - 1`."""
+        sources, numbers = self.order.draws(partition, start, stop)
         lengths = np.empty(len(sources), dtype=np.int64)
-        windows: dict[tuple[int, int], list[int]] = {}
-        draws = zip(sources.tolist(), numbers.tolist(), strict=True)
-        for index, (source, number) in enumerate(draws):
-            window = (source, self.order.window(source, number)[0])
-            windows.setdefault(window, []).append(index)
-        for (source, first), indices in windows.items():
-            lengths[indices] = self._window_lengths(source, first)[numbers[indices] - first]
+        for source in np.unique(sources).tolist():
+            indices = np.flatnonzero(sources == source)
+            while len(indices):  # the running numbers ascend
+                first, last = self.order.window(partition, source, int(numbers[indices[0]]))
+                count = np.searchsorted(numbers[indices], last)
+                here, indices = indices[:count], indices[count:]
+                window = self._window_lengths(partition, source, first, last)
+                lengths[here] = window[numbers[here] - first]
         return lengths
 
-    @lru_cache(maxsize=64)  # noqa: B019 — it lives as long as its run
-    def _window_lengths(self, source: int, first: int) -> np.ndarray:
-        shards, ordinals = self.order.locate(source, *self.order.window(source, first))
+    @lru_cache(maxsize=512)  # noqa: B019 — it lives as long as its run
+    def _window_lengths(self, partition: int, source: int, first: int, last: int) -> np.ndarray:
+        shards, ordinals = self.order.locate(partition, source, first, last)
         lengths = np.empty(len(shards), dtype=np.int64)
         for shard in np.unique(shards):
             chosen = shards == shard
@@ -442,17 +530,22 @@ class BySeconds(Batching):
             ) from None
 
 
-def fill_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+def fill_batches(lengths: np.ndarray, budget: int, least: int = 1) -> list[np.ndarray]:
     """Distribute clips over as few batches as the heuristic finds, all nearly equally full.
 
     Clips are placed longest first, each into the emptiest batch. If a batch then exceeds the
     budget, the clips are placed again with one more batch. No length may exceed the budget.
 
+    Args:
+        lengths: the length of each clip.
+        budget: the longest sum of lengths in a batch.
+        least: make at least this many batches, if there are as many clips.
+
     Returns:
         For each batch, the indices of its clips in ascending order.
     """
     descending = np.argsort(-lengths, kind="stable")
-    count = max(1, -(-int(lengths.sum()) // budget))
+    count = max(least, -(-int(lengths.sum()) // budget))
     while True:
         heap = [(0, number) for number in range(count)]
         chosen = np.empty(len(lengths), dtype=np.int64)
@@ -464,6 +557,15 @@ def fill_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
             batches = [np.flatnonzero(chosen == number) for number in range(count)]
             return [clips for clips in batches if len(clips)]
         count += 1
+
+
+def _clip_ranges(order: Order, start: int, stop: int) -> list[tuple[int, range]]:
+    """Return each partition with its positions from `start` to `stop - 1` that have clips."""
+    ends = [order.clips_end(partition, start) for partition in range(order.partitions)]
+    return [
+        (partition, range(start, stop if end is None else min(stop, end)))
+        for partition, end in enumerate(ends)
+    ]
 
 
 def _boundary(order: Order, position: int, stop: int) -> int:

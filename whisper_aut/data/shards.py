@@ -15,9 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import Any
 
-import fsspec
 import numpy as np
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
@@ -30,11 +29,13 @@ from whisper_aut.data.reader import (
     ReadPolicy,
     Sample,
     SkippedSample,
-    count_samples,
     is_local,
+    local_path,
     open_stream,
     read_file,
+    read_range,
     read_shard,
+    scan_tar,
     sibling_url,
 )
 from whisper_aut.errors import SkipReason, UserError
@@ -215,6 +216,11 @@ class ShardIndex:
         return sum(shard.seconds for shard in self.shards)
 
     @property
+    def sample_bytes(self) -> float:
+        """Mean bytes of the tars per selected sample; 0 if unknown."""
+        return sum(shard.bytes for shard in self.shards) / max(1, self.samples)
+
+    @property
     def licences(self) -> dict[str, dict[str, float]]:
         """Clips and seconds by licence as written; a single entry `""` if they were not counted."""
         if self.selection:
@@ -281,7 +287,7 @@ def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIn
         # Missing tars are found when they are read: looking for them here would take one request
         # per tar.
         return _read_index(root, policy)
-    folder = _local_path(root)
+    folder = Path(local_path(root))
     build_hint = f"Build shards: whisper-aut data build MANIFEST --out {root}"
     if not folder.exists():
         raise UserError(f"There are no shards at {root}. {build_hint}")
@@ -308,7 +314,7 @@ def _open_pattern(root: str, policy: ReadPolicy) -> ShardIndex:
         patterns = list(braceexpand(pattern))
     except ValueError as error:
         raise UserError(f"{root}: {error}.") from None
-    path = _local_path(folder) if is_local(root) else None
+    path = Path(local_path(folder)) if is_local(root) else None
     if path is None:
         whole = _read_index(folder, policy)
         names = [shard.name for shard in whole.shards]
@@ -358,7 +364,8 @@ def _count_tars(root: str, tars: Iterable[Path]) -> ShardIndex:
     entries = []
     for tar in tars:
         with tar.open("rb") as stream:
-            entries.append(ShardEntry(tar.name, count_samples(stream), bytes=tar.stat().st_size))
+            samples = len(scan_tar(stream).starts)  # damage is reported when the tar is read
+        entries.append(ShardEntry(tar.name, samples, bytes=tar.stat().st_size))
     return ShardIndex(root, tuple(entries))
 
 
@@ -410,21 +417,8 @@ def _file_names(filesystem: Any, folder: str) -> dict[str, str]:
     return {name: path for name, path in names.items() if not name.startswith(".")}
 
 
-def _local_path(root: str) -> Path:
-    """Return the path of a local folder that may be given as a `file://` URL."""
-    return Path(fsspec.core.url_to_fs(root)[1])
-
-
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-
-
-Items = Iterator[tuple[int, Sample | SkippedSample]]
-END_OF_TAR = bytes(1024)
-# Adjacent samples are fetched together, up to these sizes. Locally, a larger run would not fit into
-# the CPU cache, and every copy of it would wait for memory. Remotely, every fetch is a request.
-LOCAL_RUN_BYTES, REMOTE_RUN_BYTES = 1 << 19, 8 << 20
-MAX_CACHED_TABLES = 256
 
 
 def iter_samples(
@@ -445,117 +439,154 @@ def iter_samples(
             yield SkippedSample(url, "", SkipReason.BAD_TAR, str(error))
 
 
-def read_samples(
-    stream: BinaryIO, url: str, table: SampleTable, wanted: Sequence[int], limits: ClipLimits
-) -> Items:
-    """Yield the wanted samples like `read_shard`, but fetch only these, adjacent ones together.
-
-    Raises:
-        ValueError: the table does not match the tar.
-    """
-    run_bytes = LOCAL_RUN_BYTES if is_local(url) else REMOTE_RUN_BYTES
-    for first, last in _adjacent_runs(sorted(wanted), table, run_bytes):
-        start, end = int(table.starts[first]), int(table.starts[last])
-        if last - first == 1 and end - start > limits.max_bytes + MAX_JSON_BYTES:
-            detail = f"{end - start} bytes, limit {limits.max_bytes}"
-            yield first, SkippedSample(url, f"#{first}", SkipReason.TOO_LARGE, detail)
-            continue
-        stream.seek(start)
-        data = stream.read(end - start)
-        count = 0
-        for ordinal, item in read_shard(io.BytesIO(data + END_OF_TAR), url, None, limits):
-            if ordinal >= 0:
-                count += 1
-                if text_hash(item.key) != table.keys[first + ordinal]:
-                    raise ValueError(f"{url} has another sample {item.key!r} than its table")
-                yield first + ordinal, item
-            elif len(data) < end - start:
-                yield -1, item  # the tar is truncated
-                return
-        if count != last - first:
-            raise ValueError(f"{count} samples where the table has {last - first}")
-
-
-def _adjacent_runs(
-    wanted: Sequence[int], table: SampleTable, max_bytes: int
-) -> Iterator[tuple[int, int]]:
-    """Join adjacent indices into ranges `[first, last)` of at most `max_bytes`.
-
-    A single sample may be larger.
-    """
-    first, last = None, 0
-    for number in wanted:
-        if first is not None and (
-            number != last or table.starts[number + 1] - table.starts[first] > max_bytes
-        ):
-            yield first, last
-            first = None
-        first, last = number if first is None else first, number + 1
-    if first is not None:
-        yield first, last
+END_OF_TAR = bytes(1024)
+_TABLES_LOCK = Lock()  # of all readers, which have to be picklable
+MAX_CACHED_TABLES = 256
+# Clips are fetched from a URL in one request if no more than `MAX_GAP_BYTES` lie between them, and
+# from a disk if they are adjacent.
+MAX_GAP_BYTES, MAX_REQUEST_BYTES = 1 << 20, 32 << 20
 
 
 class ShardReader:
-    """Reads selected samples of an index, and caches the sample tables of its last shards.
+    """Reads selected samples by their byte ranges. Threads may share it.
 
-    If a shard has a sample table, only the requested samples are fetched. Otherwise the tar is read
-    from its start and other samples are skipped.
+    The ranges come from the sample tables, of which the last ones are cached. A tar without a
+    table, or with one that does not match it, is scanned for them.
     """
 
     def __init__(self, limits: ClipLimits, policy: ReadPolicy):
         self.limits, self.policy = limits, policy
-        self._tables: dict[str, SampleTable | None] = {}
+        # Each table with the damage at which its scan ended; None if it was not scanned.
+        self._tables: dict[str, tuple[SampleTable, str | None]] = {}
 
-    def read(self, locations: Mapping[int, tuple[int, int]], index: ShardIndex) -> Items:
-        """Yield `(number, sample or skipped sample)` for every number, grouped by shard.
+    def read(
+        self, index: ShardIndex, locations: Mapping[int, tuple[int, int]]
+    ) -> dict[int, Sample | SkippedSample]:
+        """Return the sample, or why it is skipped, for every number.
 
-        A damaged, missing or unreachable shard yields a `SkippedSample` for each missing sample.
+        A damaged, missing or unreachable shard gives a `SkippedSample` for each missing sample.
 
-        `locations` has, for each number, the index of the shard and the index of the sample among
-        the shard's selected samples.
+        Args:
+            index: the shards.
+            locations: for each number, the index of the shard, and the index of the sample among
+                the shard's selected samples.
         """
         by_shard: dict[int, list[tuple[int, int]]] = {}
         for number, (shard, selected) in locations.items():
             by_shard.setdefault(shard, []).append((selected, number))
+        found = {}
         for shard, chosen in by_shard.items():
             ordinals = index.ordinals(shard)
             numbers = {int(ordinals[selected]): number for selected, number in chosen}
-            damage = "the shard ends before this sample"
-            try:
-                for ordinal, item in self._read_shard(index, shard, list(numbers)):
-                    if ordinal in numbers:
-                        yield numbers.pop(ordinal), item
-                    elif isinstance(item, SkippedSample):
-                        damage = item.detail
-                    if not numbers:
-                        break
-            except OSError as error:
-                damage = str(error)
-            for ordinal, number in numbers.items():
-                skipped = SkippedSample(index.url(shard), f"#{ordinal}", SkipReason.BAD_TAR, damage)
-                yield number, skipped
+            items = self._read_shard(index, shard, sorted(numbers))
+            found |= {number: items[ordinal] for ordinal, number in numbers.items()}
+        return found
 
-    def _read_shard(self, index: ShardIndex, shard: int, ordinals: Sequence[int]) -> Items:
-        url, table = index.url(shard), self._table(index, shard)
-        if table is not None:
+    def _read_shard(
+        self, index: ShardIndex, shard: int, ordinals: Sequence[int]
+    ) -> dict[int, Sample | SkippedSample]:
+        url, items = index.url(shard), {}
+        try:
             try:
-                with open_stream(url, self.policy, whole=False) as stream:
-                    yield from read_samples(stream, url, table, ordinals, self.limits)
-                return
+                self._read_ranges(url, self._table(index, shard), ordinals, items)
             except ValueError as error:  # the table does not match the tar
                 if index.selection:  # it was computed from the table, so it is wrong too
                     hint = f"make its table again: whisper-aut data index {index.root}"
                     raise OSError(f"{error}; {hint}") from None
-        with open_stream(url, self.policy) as stream:
-            yield from read_shard(stream, url, set(ordinals), self.limits)
+                self._read_ranges(url, self._scan(url), ordinals, items)
+        except OSError as error:
+            for ordinal in ordinals:
+                items.setdefault(ordinal, _bad_tar(url, ordinal, str(error)))
+        return items
 
-    def _table(self, index: ShardIndex, shard: int) -> SampleTable | None:
+    def _read_ranges(
+        self,
+        url: str,
+        scanned: tuple[SampleTable, str | None],
+        ordinals: Sequence[int],
+        items: dict[int, Sample | SkippedSample],
+    ) -> None:
+        """Add the samples to `items`.
+
+        Raises:
+            ValueError: the table was not scanned, and does not match the tar.
+        """
+        table, damage = scanned
+        sizes = np.diff(table.starts)
+        small = []
+        for ordinal in ordinals:
+            if ordinal >= len(table):
+                detail = damage or "the shard ends before this sample"
+                items[ordinal] = _bad_tar(url, ordinal, detail)
+            elif sizes[ordinal] > self.limits.max_bytes + MAX_JSON_BYTES:
+                detail = f"{sizes[ordinal]} bytes, limit {self.limits.max_bytes}"
+                items[ordinal] = SkippedSample(url, f"#{ordinal}", SkipReason.TOO_LARGE, detail)
+            else:
+                small.append(ordinal)
+        for run in _join_ranges(small, table.starts, 0 if is_local(url) else MAX_GAP_BYTES):
+            start, end = int(table.starts[run[0]]), int(table.starts[run[-1] + 1])
+            data = read_range(url, start, end, self.policy)
+            for ordinal in run:
+                begin = int(table.starts[ordinal]) - start
+                sample = data[begin : begin + int(sizes[ordinal])]
+                if len(sample) < sizes[ordinal]:
+                    detail = f"the shard ends at byte {start + len(data)}, within this sample"
+                    items[ordinal] = _bad_tar(url, ordinal, detail)
+                    continue
+                stream = io.BytesIO(sample + END_OF_TAR)
+                parsed = list(read_shard(stream, url, None, self.limits))
+                number, item = parsed[-1] if parsed else (-1, None)
+                if item and number == 0 and text_hash(item.key) == table.keys[ordinal]:
+                    items[ordinal] = item
+                    continue
+                other = f"another sample {item.key!r}" if item and number >= 0 else "other bytes"
+                if damage is None:
+                    raise ValueError(f"{url} has {other} than its table")
+                detail = item.detail if isinstance(item, SkippedSample) else "the tar has changed"
+                items[ordinal] = _bad_tar(url, ordinal, detail)
+
+    def _table(self, index: ShardIndex, shard: int) -> tuple[SampleTable, str | None]:
         url = index.url(shard)
-        if index.has_tables and url not in self._tables:
+        with _TABLES_LOCK:
+            if url in self._tables:
+                return self._tables[url]
+        if index.has_tables:
+            with suppress(OSError, ValueError):
+                return self._cache(url, index.table(shard, self.policy), None)
+        return self._scan(url)
+
+    def _scan(self, url: str) -> tuple[SampleTable, str | None]:
+        with open_stream(url, self.policy) as stream:
+            scan = scan_tar(stream)
+        rows = ((start, None, key, "") for start, key in zip(scan.starts, scan.keys, strict=True))
+        return self._cache(url, SampleTable.from_rows(rows, scan.end), scan.damage)
+
+    def _cache(
+        self, url: str, table: SampleTable, damage: str | None
+    ) -> tuple[SampleTable, str | None]:
+        with _TABLES_LOCK:
             if len(self._tables) >= MAX_CACHED_TABLES:
                 self._tables.pop(next(iter(self._tables)))
-            try:
-                self._tables[url] = index.table(shard, self.policy)
-            except (OSError, ValueError):
-                self._tables[url] = None  # the tar is read without its table
-        return self._tables.get(url)
+            self._tables[url] = table, damage
+        return table, damage
+
+
+def _bad_tar(url: str, ordinal: int, detail: str) -> SkippedSample:
+    return SkippedSample(url, f"#{ordinal}", SkipReason.BAD_TAR, detail)
+
+
+def _join_ranges(
+    ordinals: Sequence[int], starts: np.ndarray, max_gap_bytes: int
+) -> Iterator[list[int]]:
+    """Join ascending indices of samples into ranges that are fetched together."""
+    run: list[int] = []
+    for ordinal in ordinals:
+        if run and (
+            starts[ordinal] - starts[run[-1] + 1] > max_gap_bytes
+            or starts[ordinal + 1] - starts[run[0]] > MAX_REQUEST_BYTES
+        ):
+            yield run
+            run = []
+        run.append(ordinal)
+    if run:
+        yield run

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tarfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from webdataset.writer import TarWriter
 
 from whisper_aut.audio.decode import ClipLimits, read_header
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.reader import MemberGroups, audio_and_annotation, sample_members
+from whisper_aut.data.reader import MemberGroups, audio_and_annotation, scan_tar
 from whisper_aut.data.shards import (
     HAS_TABLES,
     INDEX_NAME,
@@ -154,7 +153,6 @@ def write_index(folder: Path, shards: Sequence[ShardEntry], metadata: Mapping[st
     write_json(folder / INDEX_NAME, {**metadata, **totals})
 
 
-TAR_BLOCK_BYTES = 512
 # Lengths are only recorded here; each run applies its own limits.
 ANY_LENGTH = ClipLimits(min_seconds=0.0, max_seconds=1e6)
 
@@ -200,16 +198,9 @@ def build_table(stream: BinaryIO, counts: FolderCounts, *, audio: bool = True) -
     Raises:
         OSError: the tar is damaged before its first sample.
     """
-    starts, keys, end = [], [], 0
-    try:
-        for ordinal, key, _, _, member in sample_members(stream):
-            if ordinal == len(starts):
-                starts.append(member.offset)
-                keys.append(key)
-            end = member.offset_data + -(-member.size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
-    except (tarfile.TarError, ValueError) as error:  # samples before the damage are counted
-        if not starts:
-            raise OSError(f"{getattr(stream, 'name', 'tar')}: {error}") from None
+    starts, keys, end, damage = scan_tar(stream)
+    if damage and not starts:  # samples before the damage are counted
+        raise OSError(f"{getattr(stream, 'name', 'tar')}: {damage}")
     lengths: list[float | None] = [None] * len(starts)
     licences = [""] * len(starts)
     stream.seek(0)

@@ -28,7 +28,7 @@ from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, ShardNoise, StreamSource
 from whisper_aut.data.filters import Exclusions, select_samples
 from whisper_aut.data.reader import ReadPolicy, Sample
-from whisper_aut.data.sampler import mixture_weights
+from whisper_aut.data.sampler import mixture_weights, usable_partitions
 from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.data.targets import TextCodec
 from whisper_aut.errors import Problems, UserError
@@ -111,6 +111,9 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
         ),
         seed=settings.seed,
         window=data.window,
+        partitions=usable_partitions(
+            data.partitions, sum(shard.bytes for source in train for shard in source.index.shards)
+        ),
         batch_clips=data.batch_clips,
         batch_seconds=data.batch_seconds,
         epochs=settings.trainer.max_epochs if data.mode == "epochs" else None,

@@ -96,11 +96,11 @@ def test_a_tar_that_is_not_the_one_of_its_table_is_rejected_rather_than_guessed(
     tars = sorted(folder.glob("*.tar"))
     tars[0].write_bytes(tars[1].read_bytes())  # as many clips, of other names
     reader = ShardReader(ClipLimits(), DEFAULT_POLICY)
-    (_, item) = next(reader.read({0: (0, 0)}, chosen))
+    item = reader.read(chosen, {0: (0, 0)})[0]
     assert isinstance(item, SkippedSample)
     assert "another sample 'clip-3' than its table" in item.detail
     assert "whisper-aut data index" in item.detail
-    (_, item) = next(reader.read({0: (0, 0)}, everything))
+    item = reader.read(everything, {0: (0, 0)})[0]
     assert isinstance(item, Sample)  # where nothing is left out, any tar can be read
 
 

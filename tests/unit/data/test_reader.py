@@ -10,14 +10,15 @@ import pytest
 
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.data.reader import (
+    DEFAULT_POLICY,
     MemberGroups,
     Sample,
     audio_and_annotation,
-    count_samples,
     read_shard,
+    scan_tar,
     split_name,
 )
-from whisper_aut.data.shards import FolderCounts, read_samples
+from whisper_aut.data.shards import FolderCounts, ShardReader, open_index
 from whisper_aut.data.writer import build_table
 from whisper_aut.errors import SkipReason, SkipSample
 
@@ -65,7 +66,7 @@ def test_a_negative_size_is_damage_and_neither_reads_on_nor_goes_back(
     assert [group["__key__"] for group in found] == ["a"]
     assert found[0]["flac"] == b"one"
     assert f"{size} bytes" in groups.damage
-    assert count_samples(io.BytesIO(data)) == 1
+    assert scan_tar(io.BytesIO(data)).keys == ["a"]
 
 
 def test_the_holes_of_a_sparse_member_are_zeros():
@@ -92,18 +93,17 @@ def test_a_key_that_comes_twice_in_a_row_is_two_samples(tmp_path: Path):
     path.write_bytes(data + END)
     table = build_table(io.BytesIO(path.read_bytes()), FolderCounts())
     with path.open("rb") as stream:
-        whole = list(read_shard(stream, "a.tar", None, LIMITS))
-        single = [
-            item for n in range(3) for item in read_samples(stream, "a.tar", table, [n], LIMITS)
-        ]
-    assert whole == single
+        whole = list(read_shard(stream, str(path), None, LIMITS))
+    index, reader = open_index(tmp_path), ShardReader(LIMITS, DEFAULT_POLICY)
+    single = [reader.read(index, {0: (0, number)})[0] for number in range(3)]
+    assert [item for _, item in whole] == single
     samples = [item for _, item in whole if isinstance(item, Sample)]
     assert [(sample.key, sample.annotation.text) for sample in samples] == [
         ("0", "first"),
         ("0", "second"),
         ("1", "third"),
     ]
-    assert count_samples(io.BytesIO(path.read_bytes())) == len(table) == 3
+    assert index.samples == len(table) == 3
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,13 @@ from tests.support.audio import write_shards
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
 from whisper_aut.corpora.inspect import inspect_shards
+from whisper_aut.data import sampler, shards
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
-from whisper_aut.data.reader import ReadPolicy, RetryingReader, open_stream
-from whisper_aut.data.shards import open_index
+from whisper_aut.data.filters import select_samples
+from whisper_aut.data.reader import ReadPolicy, open_stream, read_range
+from whisper_aut.data.sampler import Cursor, batches_from
+from whisper_aut.data.shards import ShardReader, open_index
 from whisper_aut.data.targets import WhisperText
 from whisper_aut.data.writer import index_folder
 from whisper_aut.errors import SkipReason, UserError
@@ -54,6 +57,18 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def tar_ranges(self) -> list[tuple[str, int, int]]:
+        """Return the path, first and last byte of every range of a tar that was requested."""
+        ranges = []
+        for path, wanted in self.asked:
+            if wanted and path.endswith(".tar"):
+                first, _, last = wanted.removeprefix("bytes=").partition("-")
+                ranges.append((path, int(first), int(last)))
+        return ranges
+
+    def tar_bytes(self) -> int:
+        return sum(last - first + 1 for _, first, last in self.tar_ranges())
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -147,9 +162,9 @@ def test_data_workers_read_a_faulty_server_too(folder: Path, build: ExampleBuild
 
 
 def test_reading_goes_on_inside_a_file_by_a_range_request(tmp_path: Path):
-    content = bytes(range(256)) * 40_000  # 10 MB: three requests
+    content = bytes(range(256)) * 40_000  # 10 MB: two requests, after one for the size
     (tmp_path / "file.tar").write_bytes(content)
-    with served(tmp_path, lambda number: "cut" if number == 4 else "") as server:
+    with served(tmp_path, lambda number: "cut" if number == 3 else "") as server:
         with open_stream(f"{server.url}/file.tar", PATIENT) as stream:
             assert stream.read() == content
         starts = [int(wanted[6:].partition("-")[0]) for _, wanted in server.asked if wanted]
@@ -158,18 +173,73 @@ def test_reading_goes_on_inside_a_file_by_a_range_request(tmp_path: Path):
 
 def test_a_sample_table_spares_the_bytes_of_other_samples(tmp_path: Path):
     folder = write_shards(tmp_path / "sound", 40, "sound", per_shard_bytes=1 << 30)
-    index = open_index(folder)
-    table = index.table(0)
-    with (
-        served(folder) as server,
-        open_stream(f"{server.url}/shard-000000.tar", PATIENT, whole=False) as stream,
-    ):
-        stream.seek(int(table.starts[7]))
-        assert stream.read(int(table.starts[8] - table.starts[7]))[:14] == b"sound-0007.fla"
-        ranges = [wanted[6:].partition("-") for _, wanted in server.asked if wanted]
-    assert (
-        sum(int(last) - int(first) + 1 for first, _, last in ranges) < 0.1 * index.shards[0].bytes
-    )
+    with served(folder) as server:
+        index, reader = open_index(server.url), ShardReader(ClipLimits(), PATIENT)
+        item = reader.read(index, {7: (0, 7)})[7]
+        assert item.key == "sound-0007"
+        assert 0 < server.tar_bytes() < 0.1 * index.shards[0].bytes
+
+
+@pytest.mark.parametrize("selected", [False, True])
+@pytest.mark.parametrize("batch_seconds", [None, 31.0])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_all_ranks_together_fetch_each_byte_once_in_large_requests(
+    tmp_path: Path,
+    build: ExampleBuilder,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
+    batch_seconds: float | None,
+    selected: bool,
+):
+    """Four partitions, the windows of each a quarter of its part; a resume reads windows again."""
+    folder = write_shards(tmp_path / "sound", 96, "sound", per_shard_bytes=400_000)
+    total = sum(shard.bytes for shard in open_index(folder).shards)
+    monkeypatch.setattr(sampler, "WINDOW_BYTES", total // 16)
+    with served(folder) as server:
+        index = open_index(server.url, PATIENT)
+        if selected:  # all but a few: it pays to fetch them too
+            excluded = [(shard.name, f"sound-{n:04d}") for shard in index.shards for n in (5, 50)]
+            index = select_samples(index, excluded, policy=PATIENT)
+        module = ShardDataModule(
+            [StreamSource(index, "sound")],
+            [],
+            [1.0],
+            build,
+            seed=0,
+            window=1,
+            partitions=4,
+            batch_clips=2,
+            batch_seconds=batch_seconds,
+            epochs=1,
+            policy=PATIENT,
+        )
+        end = module.order.epoch_clips
+        whole = [batch for batch, _ in batches_from(module.batching, Cursor(), end)]
+        count = -(-len(whole) // ranks)
+        keys = Counter()
+        for rank in range(ranks):
+            for batch in module.train_stream(rank, ranks, Cursor(), end, count):
+                keys.update(batch.keys)
+                assert not batch.skipped
+        assert (len(keys), set(keys.values())) == (index.samples, {1})
+        assert server.tar_bytes() <= total
+        requests = len(server.tar_ranges())
+        assert requests <= 16 + 4 + len(index.shards)
+        _, cursor = list(batches_from(module.batching, Cursor(), end))[len(whole) // 2]
+        before = server.tar_bytes()
+        assert list(module.train_stream(0, 1, cursor, end, count * ranks))
+        assert server.tar_bytes() - before <= 0.5 * total + 4 * (total // 16 + total // 96)
+
+
+def test_partitions_shared_by_workers_fetch_only_the_clips_of_each(
+    folder: Path, build: ExampleBuilder, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shards, "MAX_GAP_BYTES", 0)
+    total = sum(shard.bytes for shard in open_index(folder).shards)
+    with served(folder) as server:
+        keys, skipped = epoch(server.url, build, partitions=3, workers=2)
+        assert server.tar_bytes() <= total
+    assert (len(keys), set(keys.values()), skipped) == (CLIPS, {1}, Counter())
 
 
 def test_when_attempts_run_out_the_samples_are_refused_and_the_run_goes_on(
@@ -226,7 +296,7 @@ def test_a_silent_server_is_given_up_in_time():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/x.tar"
         with pytest.raises(OSError, match="given up"):
-            RetryingReader(url, ReadPolicy(retries=0, timeout_seconds=0.3))
+            read_range(url, 0, 1, ReadPolicy(retries=0, timeout_seconds=0.3))
 
 
 def test_s3_feeds_a_full_epoch(

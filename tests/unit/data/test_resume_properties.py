@@ -80,6 +80,7 @@ plans = st.fixed_dictionaries(
         "batch_clips": st.integers(1, 6),
         "batch_seconds": st.sampled_from([None, 0.3, 0.7, 2.0]),
         "epochs": st.sampled_from([None, 1, 2, 3]),
+        "partitions": st.sampled_from([1, 1, 2, 3, 4, 8, 40]),
         "tables": st.booleans(),
         "selected": st.booleans(),
     }
@@ -105,7 +106,7 @@ class World:
         sources = [StreamSource(index, "sound") for index in indexes]
         options = {
             name: plan[name]
-            for name in ("seed", "window", "batch_clips", "batch_seconds", "epochs")
+            for name in ("seed", "window", "partitions", "batch_clips", "batch_seconds", "epochs")
         }
         self.module = ShardDataModule(
             sources, [], [1.0] * len(sources), build, accumulate=world["accumulate"], **options
@@ -198,7 +199,8 @@ def check(
     resumed = World(root, build, plan, after)
     resumed.resume(states[0])
     if plan["epochs"]:
-        rest = list(resumed.rows(plan["epochs"] - states[0]["position"] // reference.clips))
+        epoch = states[0]["position"] // run.module.order.epoch_clips
+        rest = list(resumed.rows(plan["epochs"] - epoch))
         assert flat(seen) + flat(rest) == whole
     else:
         rest = list(islice(resumed.rows(20), 12))

@@ -17,6 +17,7 @@ from tests.support.audio import encode_audio, tone, write_shards
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
 from whisper_aut.config import SourceSettings
+from whisper_aut.data import dataset
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.batch import Batch
 from whisper_aut.data.datamodule import ShardDataModule
@@ -90,7 +91,9 @@ def test_a_resumed_loader_goes_on_exactly(
 
 def test_another_order_refuses_the_position(tiny_shards: Path, build: ExampleBuilder):
     state = data_module(tiny_shards, build).train_dataloader().state_dict()
-    with pytest.raises(UserError, match="other training data, exclusions, weights, seed or window"):
+    with pytest.raises(
+        UserError, match="other training data, exclusions, weights, seed, window or"
+    ):
         data_module(tiny_shards, build, seed=1).train_dataloader().load_state_dict(state)
 
 
@@ -118,18 +121,20 @@ def test_validation_gives_every_clip_once_and_every_rank_the_same_steps(
     assert sum(len(batch) for rank in ranks for batch in rank) == 43
 
 
-def test_validation_holds_no_more_clips_than_the_shuffle_window(
-    tmp_path: Path, build: ExampleBuilder
+def test_no_more_than_a_limit_is_read_ahead(
+    tmp_path: Path, build: ExampleBuilder, monkeypatch: pytest.MonkeyPatch
 ):
     """What has not been read when the first batch is out is missed once its tars are gone."""
     folder = write_shards(tmp_path / "sound", 24, "sound", per_shard_bytes=1)  # a clip a tar
+    bytes_of_clip = open_index(folder).sample_bytes
+    monkeypatch.setattr(dataset, "AHEAD_BYTES", 6 * bytes_of_clip)
     batches = iter(data_module(tmp_path, build, ("sound",), window=6).val_dataloader())
     first = next(batches)
     for tar in folder.glob("*.tar"):
         tar.unlink()
     rest = list(batches)
-    assert len(first) + sum(len(batch) for batch in rest) == 6
-    assert sum(len(batch.skipped) for batch in rest) == 18
+    assert len(first) + sum(len(batch) for batch in rest) <= 3 + 6
+    assert sum(len(batch.skipped) for batch in rest) >= 15
 
 
 def test_accumulated_batches_know_the_tokens_of_their_step(
