@@ -30,28 +30,26 @@ def read_encoder(folder: Path) -> dict[str, float]:
     """Return all values of one encoder in percent, by the names of the tables' rows."""
     values: dict[str, float] = {}
     texts = read_json(folder / "texts.json", default={})
-    recognized = {corpus: found["wer_transcription"] for corpus, found in texts.items()}
+    recognized = [
+        (found["clips"], max(0.0, 1 - found["wer_transcription"])) for found in texts.values()
+    ]
     for kind in KINDS:
-        entries = Scores.load(folder / f"{kind}.json").entries
-        weighted = {entry.task: (entry.weight, entry.mean) for entry in entries}
-        domains = {entry.task: entry.domain for entry in entries}
-        for task, (_, score) in weighted.items():
+        path = folder / f"{kind}.json"
+        entries = Scores.load(path).entries if path.is_file() else ()
+        scores = {entry.task: (entry.weight, entry.mean) for entry in entries}
+        for task, (_, score) in scores.items():
             values[f"{kind} {task}"] = 100 * score
+        if set(scores) != {*TRANSFER, *IN_DOMAIN}:
+            continue  # averages need all tasks
         for label, tasks in (("transfer", TRANSFER), ("in-domain", IN_DOMAIN)):
-            for domain in ("speech", "sound", "music"):
-                own = [weighted[task] for task in tasks if domains[task] == domain]
-                if own:
-                    values[f"{kind} {domain}, {label}"] = 100 * weighted_mean(own)
-        pairs = list(weighted.values())
+            values[f"{kind} {label}"] = 100 * weighted_mean([scores[task] for task in tasks])
+        pairs = list(scores.values())
         values[f"{kind} average"] = 100 * weighted_mean(pairs)
-        if recognized:
-            pairs += [
-                (texts[corpus]["clips"], max(0.0, 1 - wer)) for corpus, wer in recognized.items()
-            ]
-            values[f"{kind} average with ASR"] = 100 * weighted_mean(pairs)
+        if len(recognized) == len(WER):
+            values[f"{kind} average with ASR"] = 100 * weighted_mean([*pairs, *recognized])
     for row, corpus in WER.items():
-        if corpus in recognized:
-            values[row] = 100 * recognized[corpus]
+        if corpus in texts:
+            values[row] = 100 * texts[corpus]["wer_transcription"]
     return values
 
 
