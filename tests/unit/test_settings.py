@@ -11,7 +11,7 @@ from whisper_aut.config import compose, dump_settings, first_model, load_setting
 from whisper_aut.errors import UserError
 from whisper_aut.experiments.grid import load_experiment
 from whisper_aut.models.decoders import check_decoder
-from whisper_aut.probes.tasks import load_task
+from whisper_aut.probes.tasks import expand_suites, load_task
 
 CONF = REPOSITORY / "conf"
 RUN_CONFIGS = sorted(CONF.glob("*.yaml"))
@@ -57,6 +57,10 @@ def test_recipes_fit_on_a_screen():
 def test_every_choice_of_a_group_can_be_picked(path: Path):
     if path.parent.name == "probe_tasks":
         assert load_task(path.stem, path.parent).name == path.stem
+        return
+    if path.parent.name == "suites":
+        for task in expand_suites([path.stem], path.parent):
+            load_task(task, CONF / "probe_tasks")
         return
     if path.parent.name == "instructions":  # chosen by a decoder, whose own `defaults` pick them
         entries = load_settings(CONF / "uniwhisper.yaml").decoder["instructions"]
