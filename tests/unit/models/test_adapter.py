@@ -16,6 +16,7 @@ from whisper_aut.models.adapters import (
     embedding_scale,
     windows,
 )
+from whisper_aut.schema import build
 
 LENGTHS = (7, 1, 12)
 
@@ -85,7 +86,7 @@ def test_the_initial_scale_is_that_of_the_embedding_layers_outputs():
 
 def test_bad_options_are_user_errors():
     with pytest.raises(UserError, match="Did you mean 'stack'"):
-        build_adapter(AdapterOptions("stac"), 6, 4, 1.0)
-    with pytest.raises(UserError, match="frames must be at least 1"):
-        build_adapter(AdapterOptions(frames=0), 6, 4, 1.0)
+        build(AdapterOptions, {"name": "stac"}, "the adapter")
+    with pytest.raises(UserError, match="frames: must be greater than 0"):
+        build(AdapterOptions, {"frames": 0}, "the adapter")
     assert isinstance(build_adapter(AdapterOptions(), 6, 4, 1.0), StackAdapter)

@@ -62,7 +62,7 @@ def test_a_mark_chooses_the_padding_of_one_encoder_and_the_option_that_of_the_ot
 
 def test_log_mel_statistics_know_no_padding():
     assert not hasattr(open_encoder("logmel", "30s"), "padding")  # the option is for the others
-    with pytest.raises(UserError, match="log-mel statistics have no padding"):
+    with pytest.raises(UserError, match="only Whispers have a padding mode"):
         open_encoder("logmel@30s", None)
 
 

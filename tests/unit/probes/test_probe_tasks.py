@@ -206,5 +206,5 @@ def test_suites_expand_to_their_tasks():
 def test_a_mistake_in_the_suites_is_named(tmp_path):
     assert expand_suites(["esc50"], tmp_path / "none") == ["esc50"]
     (tmp_path / "mine.yaml").write_text("task: [esc50]")
-    with pytest.raises(UserError, match=r"(?s)task: unknown key.*tasks: missing"):
+    with pytest.raises(UserError, match=r"(?s)tasks: missing.*task: unknown key"):
         expand_suites(["mine"], tmp_path)
