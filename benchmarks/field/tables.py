@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from scipy import stats
+from score import KINDS
 
-from benchmarks.field.score import KINDS
+from whisper_aut.experiments.analysis import MIN_RUNS
 from whisper_aut.probes.results import Scores
 from whisper_aut.probes.stats import holm
 from whisper_aut.utils import read_json
@@ -64,19 +65,24 @@ def half_width(values: np.ndarray) -> float:
 
 
 def compare(rows: Sequence[str], runs: Sequence[dict[str, float]], base: dict[str, float]) -> None:
-    """Print the differences of a recipe from the baseline: primary first, then with Holm's p."""
-    found = []
-    for row in rows:
-        if row in base and all(row in run for run in runs):
-            differences = np.array([run[row] - base[row] for run in runs])
-            p_value = float(stats.ttest_1samp(differences, 0.0).pvalue)  # pyright: ignore
-            found.append((row, differences.mean(), half_width(differences), p_value))
+    """Print how a recipe differs from the baseline, the primary comparison first.
+
+    p-values, of a t test and corrected by Holm except for the primary one, need `MIN_RUNS`.
+    """
+    rows = [row for row in rows if row in base and all(row in run for run in runs)]
     primary = " ".join(PRIMARY)
-    others = [entry for entry in found if entry[0] != primary]
-    adjusted = dict(zip([row for row, *_ in others], holm([p for *_, p in others]), strict=True))
+    rows.sort(key=lambda row: row != primary)
+    changes = {row: np.array([run[row] - base[row] for run in runs]) for row in rows}
+    p_values = dict.fromkeys(rows, float("nan"))
+    if len(runs) >= MIN_RUNS:
+        p_values = {row: float(stats.ttest_1samp(changes[row], 0.0).pvalue) for row in rows}  # pyright: ignore
+        others = [row for row in rows if row != primary]
+        p_values |= zip(others, holm([p_values[row] for row in others]), strict=True)
     print("| | change | 95 % interval | p |\n|:---|---:|---:|---:|")
-    for row, mean, width, p_value in sorted(found, key=lambda entry: entry[0] != primary):
-        shown = f"{p_value:.2g} (primary)" if row == primary else f"{adjusted[row]:.2g} (Holm)"
+    for row in rows:
+        mean, width = changes[row].mean(), half_width(changes[row])
+        p_value = "no claim" if np.isnan(p_values[row]) else f"{p_values[row]:.2g}"
+        shown = f"{p_value} (primary)" if row == primary else p_value
         print(f"| {row} | {mean:+.1f} | {mean - width:+.1f} … {mean + width:+.1f} | {shown} |")
 
 
