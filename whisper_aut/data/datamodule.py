@@ -1,5 +1,6 @@
 """The LightningDataModule: training and validation loaders in which all ranks take equal steps."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
@@ -16,7 +17,7 @@ from whisper_aut.audio.augment import Augment
 from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.data.batch import Batch
 from whisper_aut.data.dataset import BatchStream, ExampleBuilder, StreamSource, batch_loader
-from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy
+from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, is_local
 from whisper_aut.data.sampler import (
     Batching,
     ByClips,
@@ -29,6 +30,8 @@ from whisper_aut.data.sampler import (
     SourceShape,
 )
 from whisper_aut.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -342,6 +345,14 @@ class ShardDataModule(lightning.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         rank, ranks = self._rank_and_ranks()
         if self._loader is None:
+            readers, partitions = ranks * max(1, self.workers), self.order.partitions
+            remote = not all(is_local(source.index.root) for source in self.train)
+            if rank == 0 and remote and partitions > readers and partitions % readers:
+                log.warning(
+                    f"Remote clips are fetched one by one, since {partitions} partitions cannot be "
+                    f"shared out evenly to {ranks} ranks × {max(1, self.workers)} workers. Set "
+                    f"data.partitions to a multiple of {readers}."
+                )
             self._loader = TrainLoader(
                 lambda start, end, count: self.train_stream(rank, ranks, start, end, count),
                 order=self.order,

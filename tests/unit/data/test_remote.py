@@ -232,7 +232,10 @@ def test_all_ranks_together_fetch_each_byte_once_in_large_requests(
 
 
 def test_partitions_shared_by_workers_fetch_only_the_clips_of_each(
-    folder: Path, build: ExampleBuilder, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    build: ExampleBuilder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     monkeypatch.setattr(shards, "MAX_GAP_BYTES", 0)
     total = sum(shard.bytes for shard in open_index(folder).shards)
@@ -240,6 +243,7 @@ def test_partitions_shared_by_workers_fetch_only_the_clips_of_each(
         keys, skipped = epoch(server.url, build, partitions=3, workers=2)
         assert server.tar_bytes() <= total
     assert (len(keys), set(keys.values()), skipped) == (CLIPS, {1}, Counter())
+    assert "Set data.partitions to a multiple of 2" in caplog.text
 
 
 def test_when_attempts_run_out_the_samples_are_refused_and_the_run_goes_on(
