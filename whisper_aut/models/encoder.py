@@ -146,7 +146,7 @@ class PackedEncoder(nn.Module):
             )
         hidden = self._embed(mel, mel_lengths)
         segments = Segments.of(lengths, lengths, hidden.device)
-        states: list[Tensor] = []
+        states: list[Any] = []
         for layer in self.whisper.layers:
             states += [hidden] if keep_states else []
             if self.gradient_checkpointing and self.training:
