@@ -1,8 +1,8 @@
 """Distillation to the starting encoder: keep its frames on chosen domains while others are learned.
 
 The teacher is a frozen copy of the pretrained encoder that runs on the same packed clips. The
-distance of a frame is 1 − cos(student, teacher) + |student − teacher|² / |teacher|², as in the
-cosine and L2 terms of other distilled encoders (arXiv 2110.01900, 2507.00966).
+distance of a frame is 1 − cos(student, teacher) + |student − teacher|² / |teacher|². DistilHuBERT
+(arXiv 2110.01900) and USAD (arXiv 2506.18843) have an L1 term in place of the squared one.
 """
 
 from collections.abc import Sequence
