@@ -2,7 +2,7 @@
 `torchrun … run_jobs.py JOBS.json`.
 
 A job is `{"config", "resume", "fault"}`. Imports cost more than the jobs, so several share a
-process. What each step read is appended to `keys-rank<R>.jsonl` beside the config.
+process. What each step read is appended to `keys-rank<R>.jsonl` next to the config.
 """
 
 import json

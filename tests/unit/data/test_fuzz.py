@@ -1,5 +1,5 @@
 """Mutated shards and clips: no crash, no hang, nothing written outside, and whatever is missing
-stands in the ledger.
+is in the ledger.
 """
 
 import io
