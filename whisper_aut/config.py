@@ -244,6 +244,8 @@ class ModelSettings:
         after: a config whose exported model is used. It is trained first if necessary.
         random_init: replace the weights by random ones.
         padding: `none` encodes each clip at its own length, `30s` pads it as Hugging Face does.
+        pad_to_30s: probability that a training clip is padded to 30 s although `padding` is `none`.
+            The encoder then serves both modes.
         gradient_checkpointing: save most of the activation memory for a third more compute.
         compile: compile the encoder's layers with `torch.compile`, which needs a C++ compiler.
     """
@@ -254,6 +256,7 @@ class ModelSettings:
     after: Text = ""
     random_init: bool = False
     padding: Literal["none", "30s"] = "none"
+    pad_to_30s: Fraction = 0.0
     gradient_checkpointing: bool = False
     freeze_encoder: bool = False
     compile: bool = False
@@ -264,6 +267,8 @@ class ModelSettings:
         if len(given) != 1:
             names = ", ".join(given) or "none"
             raise ValueError(f"give exactly one of path, scratch, after; given: {names}")
+        if self.pad_to_30s and self.padding == "30s":
+            raise ValueError("pad_to_30s: needs padding=none; with 30s, all clips are padded")
         return self
 
 
@@ -625,6 +630,11 @@ class Settings:
             raise ValueError(
                 "data.batch_seconds: with model.padding=30s every clip costs 30 s; give "
                 "data.batch_clips"
+            )
+        if self.model.pad_to_30s and (self.data.batch_seconds or 30) < 30:
+            raise ValueError(
+                f"data.batch_seconds: {self.data.batch_seconds:g} is below the 30 s of a clip that "
+                "model.pad_to_30s pads"
             )
         return self
 

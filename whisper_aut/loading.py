@@ -118,6 +118,7 @@ def export_run(
         kind,
         dtype=DTYPES[dtype],
         padding=model.padding,
+        pad_to_30s=model.pad_to_30s,
         interpolate=interpolate,
     )
     write_card(run.path, out, kind, dtype, interpolate=interpolate, **card)

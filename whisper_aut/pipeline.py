@@ -227,14 +227,21 @@ def _export(
     settings: Settings, trained: TrainResult, pretrained: PretrainedWhisper, console: Console
 ) -> None:
     decoder, _ = check_decoder(settings.decoder)
-    run, padding = trained.run, settings.model.padding
+    run, model = trained.run, settings.model
     for kind in settings.export:
         if kind not in decoder.exports:
             name = settings.decoder["name"]
             console.print(f"Not exported: {kind}. decoder={name} has no such export.")
         elif not trained.reused or not run.export(kind).exists():
             out = run.export(kind)
-            export_checkpoint(run.last_checkpoint, pretrained, out, kind, padding=padding)
+            export_checkpoint(
+                run.last_checkpoint,
+                pretrained,
+                out,
+                kind,
+                padding=model.padding,
+                pad_to_30s=model.pad_to_30s,
+            )
 
 
 # ---- Probes -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ ONE_RANK = ("data.batch_clips=2", "hardware.devices=1", "trainer.accumulate=6")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["whisper", "causal_lm", "distillation"])
+@pytest.mark.parametrize("kind", ["whisper", "causal_lm", "distillation", "padding"])
 def test_two_ranks_take_the_steps_of_one(
     kind: str, jobs: Jobs, tiny_language_model: Path, tmp_path: Path, capsys: Any
 ):
@@ -31,6 +31,8 @@ def test_two_ranks_take_the_steps_of_one(
     chosen = [f"decoder={'causal_lm' if kind == 'causal_lm' else 'whisper'}"]
     if kind == "distillation":
         chosen += ["distillation.weight=2", "distillation.layers=[1, 2]"]
+    if kind == "padding":
+        chosen += ["model.pad_to_30s=0.3"]
     if kind == "causal_lm":
         chosen += [f"decoder.language_model={tiny_language_model}", "optim.encoder_after_step=2"]
     single = jobs.add("single", *chosen, "data.batch_clips=4", "trainer.accumulate=3")

@@ -137,6 +137,7 @@ class Batch(DeviceData):
         waveforms: the clips if the mel is not computed yet, else None.
         unknown_languages: languages of the clips whose decoder has no token for them.
         cut_sources: sources of the clips of which only a part is used, because they are too long.
+        padded: for each clip, whether an encoder with padding `none` pads it to 30 s all the same.
     """
 
     mel: Tensor
@@ -154,6 +155,7 @@ class Batch(DeviceData):
     unknown_languages: tuple[str, ...] = ()
     references: tuple[tuple[str, ...], ...] = ()
     cut_sources: tuple[str, ...] = ()
+    padded: tuple[bool, ...] = ()
 
     def __len__(self) -> int:
         return len(self.mel_lengths)
@@ -181,6 +183,7 @@ class Example:
     source: str
     position: int | None = None  # see `Waveforms.positions`
     is_cut: bool = False  # whether it is a part of a longer clip
+    is_padded: bool = False  # see `Batch.padded`
 
 
 def collate(
@@ -217,4 +220,5 @@ def collate(
         ),
         references=tuple(target.references or (target.text,) for target in targets),
         cut_sources=tuple(example.source for example in examples if example.is_cut),
+        padded=tuple(example.is_padded for example in examples),
     )

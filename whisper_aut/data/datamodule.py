@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from whisper_aut.audio.augment import Augment
-from whisper_aut.audio.logmel import LogMel, mel_frames
+from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
 from whisper_aut.data.batch import Batch
 from whisper_aut.data.dataset import BatchStream, ExampleBuilder, StreamSource, batch_loader
 from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, is_local
@@ -24,6 +24,7 @@ from whisper_aut.data.sampler import (
     BySeconds,
     Cursor,
     EpochOrder,
+    MixedPadding,
     MixtureOrder,
     Order,
     SequentialOrder,
@@ -208,6 +209,7 @@ class ShardDataModule(lightning.LightningDataModule):
         workers: worker processes per rank.
         policy: retries and timeouts for reading shards.
         augment: augmentation of training clips.
+        padding: draws the training clips that the encoder pads to 30 s; None for none.
     """
 
     def __init__(
@@ -229,6 +231,7 @@ class ShardDataModule(lightning.LightningDataModule):
         workers: int = 0,
         policy: ReadPolicy = DEFAULT_POLICY,
         augment: Augment | None = None,
+        padding: MixedPadding | None = None,
     ):
         super().__init__()
         self.train, self.valid, self.build, self.policy = tuple(train), tuple(valid), build, policy
@@ -253,8 +256,9 @@ class ShardDataModule(lightning.LightningDataModule):
                 )
             # Lengths are planned at speed 1; a lower speed makes clips longer.
             slowest = min(1.0, *augment.options.speeds) if augment else 1.0
-            self.batching = BySeconds(self.order, indexes, batch_seconds * slowest, longest, policy)
-        self.train_build = replace(build, augment=augment)
+            limits = (batch_seconds * slowest, longest, policy, padding, WINDOW_SECONDS * slowest)
+            self.batching = BySeconds(self.order, indexes, *limits)
+        self.train_build = replace(build, augment=augment, padding=padding)
         self.features = DeviceFeatures(build.logmel, augment)
         self.accumulate, self.workers = accumulate, workers
         self.samples_per_epoch = samples_per_epoch or sum(source.index.samples for source in train)

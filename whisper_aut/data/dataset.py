@@ -38,7 +38,14 @@ from whisper_aut.data.reader import (
     SkippedSample,
     is_local,
 )
-from whisper_aut.data.sampler import Batching, Cursor, MicroBatch, Order, batches_from
+from whisper_aut.data.sampler import (
+    Batching,
+    Cursor,
+    MicroBatch,
+    MixedPadding,
+    Order,
+    batches_from,
+)
 from whisper_aut.data.shards import ShardIndex, ShardReader
 from whisper_aut.data.targets import TextCodec, choose_part
 from whisper_aut.errors import SkipSample, UserError
@@ -63,6 +70,7 @@ class ExampleBuilder:
         augment: augmentation of training clips; None for validation.
         long_clips: what to do with clips that are longer than `limits`, see `targets.choose_part`.
         on_device: return waveforms; `DeviceFeatures` computes and masks the log-mel later.
+        padding: draws the training clips that the encoder pads to 30 s.
     """
 
     logmel: LogMel
@@ -71,6 +79,7 @@ class ExampleBuilder:
     augment: Augment | None = None
     on_device: bool = False
     long_clips: LongClips = "skip"
+    padding: MixedPadding | None = None
 
     def __call__(self, sample: Sample, domain: str, position: int) -> Example | SkippedSample:
         """Build one example, or return a `SkippedSample` if the sample cannot be used.
@@ -108,6 +117,7 @@ class ExampleBuilder:
             source=_folder_of(sample.shard),
             position=position if self.augment else None,
             is_cut=part is not None and part.is_cut,
+            is_padded=self.padding is not None and self.padding(position),
         )
 
     def _references(self, annotation: Annotation, domain: str, position: int) -> tuple[str, ...]:
@@ -316,9 +326,8 @@ class BatchStream(IterableDataset[Batch]):
         examples: list[Example] = []
         skipped: list[SkippedSample] = []
         for position, clip in zip(batch.positions, clips, strict=True):
-            # A number that no other clip of the run has.
-            seed = int(position) * self.order.partitions + batch.partition
-            item = self._example(prefetcher.take(clip), clip[1], seed)
+            number = self.order.clip_number(batch.partition, int(position))
+            item = self._example(prefetcher.take(clip), clip[1], number)
             if isinstance(item, Example):
                 examples.append(item)
             else:

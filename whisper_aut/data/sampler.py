@@ -19,6 +19,7 @@ import hashlib
 import heapq
 import json
 import math
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,6 +69,19 @@ def usable_partitions(partitions: int, total_bytes: int) -> int:
     """Return the largest divisor of `partitions` that the data is large enough for."""
     most = max(1, total_bytes // PARTITION_BYTES)
     return max(n for n in range(1, partitions + 1) if partitions % n == 0 and n <= most)
+
+
+@dataclass(frozen=True)
+class MixedPadding:
+    """Draws the training clips that are padded to 30 s, by their numbers (`Order.clip_number`)."""
+
+    probability: float
+    seed: int
+
+    def __call__(self, number: int) -> bool:
+        # Seeded with a string: unlike `hash`, it gives the same result in every process.
+        draw = random.Random(f"padding {self.seed} {number}").random()
+        return draw < self.probability
 
 
 class Order(ABC):
@@ -137,6 +151,10 @@ class Order(ABC):
         offset = self._chunk_start(chunks.start)
         within = slice(start - offset, max(start, stop) - offset)
         return np.concatenate(sources)[within], np.concatenate(numbers)[within]
+
+    def clip_number(self, partition: int, position: int) -> int:
+        """Return a number that no other clip of the run has."""
+        return position * self.partitions + partition
 
     def draw_counts(self, partition: int, position: int) -> np.ndarray:
         """Return how many clips of each source a partition draws before a position."""
@@ -453,6 +471,7 @@ class BySeconds(Batching):
         longest_seconds: the longest clip that is accepted. Longer clips are skipped later and are
             planned with this length, as are clips of unknown length.
         policy: retries and timeouts for reading the tables.
+        padding: draws clips that count as `padded_seconds`; None for none.
     """
 
     def __init__(
@@ -462,7 +481,10 @@ class BySeconds(Batching):
         seconds: float,
         longest_seconds: float,
         policy: ReadPolicy = DEFAULT_POLICY,
+        padding: MixedPadding | None = None,
+        padded_seconds: float = 30.0,
     ):
+        self.padding, self.padded_ms = padding, round(padded_seconds * 1000)
         self.order, self.indexes, self.policy = order, tuple(indexes), policy
         self.budget_ms, self.longest_ms = round(seconds * 1000), round(longest_seconds * 1000)
         weights = [
@@ -472,6 +494,8 @@ class BySeconds(Batching):
         means = [index.seconds / max(1, index.samples) for index in indexes]
         mean = sum(w * mean for w, mean in zip(weights, means, strict=True)) / sum(weights)
         self.mean_seconds = mean or longest_seconds
+        if padding:
+            self.mean_seconds += padding.probability * (padded_seconds - self.mean_seconds)
         self.chunk_clips = max(1, round(CHUNK_BATCHES * seconds / self.mean_seconds))
 
     def chunk(self, position: int) -> tuple[list[MicroBatch], int]:
@@ -492,7 +516,8 @@ class BySeconds(Batching):
         return [batch for turn in turns for batch in turn], next_position
 
     def fingerprint(self) -> str:
-        return f"seconds {self.budget_ms} {self.longest_ms} {self.chunk_clips}"
+        padding = f" {self.padding}" if self.padding else ""
+        return f"seconds {self.budget_ms} {self.longest_ms} {self.chunk_clips}{padding}"
 
     def lengths_ms(self, partition: int, start: int, stop: int) -> np.ndarray:
         """Return the lengths in ms of a partition's clips at positions `start` to `stop - 1`."""
@@ -506,6 +531,10 @@ class BySeconds(Batching):
                 here, indices = indices[:count], indices[count:]
                 window = self._window_lengths(partition, source, first, last)
                 lengths[here] = window[numbers[here] - first]
+        if self.padding:
+            for index in range(len(lengths)):
+                if self.padding(self.order.clip_number(partition, start + index)):
+                    lengths[index] = self.padded_ms
         return lengths
 
     @lru_cache(maxsize=512)  # noqa: B019 — it lives as long as its run

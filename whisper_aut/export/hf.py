@@ -25,7 +25,7 @@ from whisper_aut import __version__
 from whisper_aut.errors import UserError
 from whisper_aut.export.onnx import write_onnx
 from whisper_aut.export.towers import TOWERS, write_tower
-from whisper_aut.models.encoder import TRAINED_PADDING, Padding
+from whisper_aut.models.encoder import TRAINED_PAD_TO_30S, TRAINED_PADDING, Padding
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.training.checkpoint import is_checkpoint, read_weights
 from whisper_aut.training.run_dir import RunDirectory
@@ -112,6 +112,7 @@ def export_checkpoint(
     *,
     dtype: torch.dtype = torch.float32,
     padding: Padding = "none",
+    pad_to_30s: float = 0.0,
     interpolate: float = 1.0,
 ) -> Path:
     """Export a checkpoint to a directory that other libraries load, and return the directory.
@@ -125,6 +126,8 @@ def export_checkpoint(
         dtype: The dtype of the exported weights. The ONNX graph is always float32.
         padding: The padding mode that the run was trained with. It is built into an ONNX graph
             and saved in `config.json`, from which `load_encoder` reads it.
+        pad_to_30s: The fraction of clips that were padded to 30 s with padding `none`, which is
+            saved too.
         interpolate: The fraction of the trained weights, see `interpolated`.
 
     Raises:
@@ -139,7 +142,7 @@ def export_checkpoint(
     partial = full.with_name(f".{full.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(weights, pretrained, partial, kind, dtype, padding)
+        _write(weights, pretrained, partial, kind, dtype, padding, pad_to_30s)
         (partial / MARKER).write_text(f"{kind}\n")
         shutil.rmtree(out, ignore_errors=True)
         os.replace(partial, out)
@@ -187,6 +190,7 @@ def _write(
     kind: ExportKind,
     dtype: torch.dtype,
     padding: Padding,
+    pad_to_30s: float,
 ) -> None:
     model = _whisper_model(weights, pretrained, with_decoder=kind == "whisper")
     if kind == "onnx":
@@ -201,6 +205,8 @@ def _write(
         write_tower(kind, model.get_encoder().state_dict(), pretrained.config, out, dtype)
     else:
         setattr(model.config, TRAINED_PADDING, padding)
+        if pad_to_30s:
+            setattr(model.config, TRAINED_PAD_TO_30S, pad_to_30s)
         model.to(dtype).save_pretrained(out)  # pyright: ignore[reportArgumentType]
     pretrained.feature_extractor.save_pretrained(out)
     if kind == "whisper":

@@ -31,6 +31,7 @@ from whisper_aut.errors import SkipSample, UserError, nearest
 from whisper_aut.models.encoder import (
     PADDINGS,
     RELEASED_PADDING,
+    TRAINED_PAD_TO_30S,
     TRAINED_PADDING,
     PackedEncoder,
     Padding,
@@ -47,6 +48,10 @@ CLIPS_AT_ONCE = 64  # the number of clips, with their frames, that `embed` holds
 class AudioEncoder(nn.Module):
     """Encodes audio files and arrays with a packed encoder in eval mode.
 
+    Args:
+        encoder: the encoder.
+        trained_padding: the padding that it was trained with, in words. Empty if unknown.
+
     Examples:
         >>> encoder = load_encoder("runs/aut_tiny/latest/export/encoder")
         >>> frames = encoder.encode(["clip.wav"])  # one second, and a frame every 20 ms
@@ -54,9 +59,9 @@ class AudioEncoder(nn.Module):
         True
     """
 
-    def __init__(self, encoder: PackedEncoder):
+    def __init__(self, encoder: PackedEncoder, trained_padding: str = ""):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.trained_padding = encoder, trained_padding
         self.logmel = LogMel(encoder.num_mel_bins)
         self.eval()
 
@@ -274,7 +279,10 @@ def load_encoder(
     encoder = PackedEncoder(whisper, padding)
     use_onednn(encoder)
     precision = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    return AudioEncoder(encoder.to(device=device, dtype=precision)).to(device)
+    trained = "" if random_init else trained_padding(whisper.config)
+    if trained and (mixed := getattr(whisper.config, TRAINED_PAD_TO_30S, 0)):
+        trained += f", 30s for {mixed} of the clips"
+    return AudioEncoder(encoder.to(device=device, dtype=precision), trained).to(device)
 
 
 def split_padding(name: str) -> tuple[str, Padding | None]:

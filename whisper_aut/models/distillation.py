@@ -66,6 +66,7 @@ class Distillation:
                 torch.cat([mel[i] for i in chosen]),
                 [batch.mel_lengths[i] for i in chosen],
                 keep_states=True,
+                padded=[batch.padded[i] for i in chosen],
             )
         total = torch.zeros((), dtype=torch.float32, device=frames.values.device)
         for layer in self.layers:

@@ -26,7 +26,9 @@ from whisper_aut.models.attention import Segments, clip_attention
 
 Padding = Literal["none", "30s"]
 PADDINGS = ("none", "30s")
-TRAINED_PADDING = "trained_padding"  # key of the padding mode in an exported config.json
+# Keys in an exported config.json: the padding mode of the training, and the fraction of clips that
+# were padded to 30 s all the same.
+TRAINED_PADDING, TRAINED_PAD_TO_30S = "trained_padding", "trained_pad_to_30s"
 # Padding mode of checkpoints without that key, such as all of OpenAI's.
 RELEASED_PADDING: Padding = "30s"
 CONV_STRIDE = 2
@@ -64,7 +66,8 @@ def clip_too_long_message(config: WhisperConfig, padding: Padding, clip_seconds:
     """Return an error message for clips, padding included, that exceed an encoder's positions."""
     longest = max_clip_seconds(config)
     advice = (
-        "Use padding none, which runs clips at their own length."
+        "Use padding none (in training, without model.pad_to_30s), which runs clips at their own "
+        "length."
         if padding == "30s"
         else f"For training, set data.max_seconds={longest:g} to skip longer clips."
     )
@@ -121,13 +124,20 @@ class PackedEncoder(nn.Module):
     def num_mel_bins(self) -> int:
         return self.whisper.config.num_mel_bins
 
-    def forward(self, mel: Tensor, mel_lengths: Sequence[int], keep_states: bool = False) -> Frames:
+    def forward(
+        self,
+        mel: Tensor,
+        mel_lengths: Sequence[int],
+        keep_states: bool = False,
+        padded: Sequence[bool] = (),
+    ) -> Frames:
         """Encode packed clips.
 
         Args:
             mel: `[ΣF', M]`, each clip followed by its silence context, as in `audio.logmel`.
             mel_lengths: valid frames F per clip.
             keep_states: return `Frames.states`.
+            padded: for each clip, whether to pad it to 30 s with padding `none` too. Empty for no.
 
         Returns:
             The frames of all clips, packed `[ΣT, D]`.
@@ -136,9 +146,8 @@ class PackedEncoder(nn.Module):
             UserError: a clip, padding included, is too long for the encoder's positions.
         """
         valid = tuple(encoder_frames(length) for length in mel_lengths)
-        if self.padding == "30s":
-            mel = _pad_with_silence(mel, mel_lengths)
-            mel_lengths = (MAX_MEL_FRAMES,) * len(valid)
+        if self.padding == "30s" or any(padded):
+            mel, mel_lengths = _pad_with_silence(mel, mel_lengths, self.padded_clips(valid, padded))
         lengths = tuple(encoder_frames(length) for length in mel_lengths)
         if max(lengths) > self.whisper.config.max_source_positions:
             raise UserError(
@@ -156,6 +165,10 @@ class PackedEncoder(nn.Module):
         output = self.whisper.layer_norm(hidden)
         states += [output] if keep_states else []
         return Frames(output, lengths, valid, tuple(states))
+
+    def padded_clips(self, clips: Sequence[Any], padded: Sequence[bool]) -> Sequence[bool]:
+        """Return which clips are padded to 30 s, given those that are with padding `none` too."""
+        return [True] * len(clips) if self.padding == "30s" else padded or [False] * len(clips)
 
     def _layer(self, layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
         # In the order of `WhisperEncoderLayer.forward`.
@@ -214,15 +227,19 @@ def _spaced_layout(mel_lengths: Sequence[int]) -> tuple[int, Tensor, Tensor, Ten
     return start, torch.cat(mel_index), torch.cat(frame_index), torch.cat(positions)
 
 
-def _pad_with_silence(mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
-    """Pad every clip with silence to Whisper's 3,000 mel frames: `[ΣF', M]` → `[B · 3000, M]`."""
-    clips = mel.split([frames_with_context(length) for length in mel_lengths])
-    padded = []
-    for clip in clips:
-        level = silence_level(clip).to(clip.dtype)
+def _pad_with_silence(
+    mel: Tensor, mel_lengths: Sequence[int], padded: Sequence[bool]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Pad chosen clips with silence to Whisper's 3,000 mel frames; return `[ΣF', M]` and each F."""
+    clips = list(mel.split([frames_with_context(length) for length in mel_lengths]))
+    lengths = list(mel_lengths)
+    for index, clip in enumerate(clips):
         missing = MAX_MEL_FRAMES - len(clip)
-        padded.append(torch.cat([clip, level.expand(missing, clip.shape[1])]) if missing else clip)
-    return torch.cat(padded)
+        if padded[index] and missing:
+            level = silence_level(clip).to(clip.dtype)
+            clips[index] = torch.cat([clip, level.expand(missing, clip.shape[1])])
+        lengths[index] = MAX_MEL_FRAMES if padded[index] else lengths[index]
+    return torch.cat(clips), tuple(lengths)
 
 
 def _before_attention(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

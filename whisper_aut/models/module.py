@@ -110,7 +110,7 @@ class AudioTextModule(lightning.LightningModule):
     def forward(self, batch: Batch) -> tuple[Frames, DecoderLoss]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_learns):
             keep_states = self.distillation is not None and self.training
-            frames = self.encoder(batch.mel, batch.mel_lengths, keep_states)
+            frames = self.encoder(batch.mel, batch.mel_lengths, keep_states, batch.padded)
         loss = self.decoder.loss(frames.values, frames.lengths, batch.targets)
         if self.distillation and frames.states and self.encoder_learns:
             distance = self.distillation(batch, frames)

@@ -69,6 +69,7 @@ class TaskScore:
         embedded: names of the cache files that hold the test clips' embeddings.
         padding: padding mode of the encoder, `none` or `30s`. Empty for features without
             padding.
+        trained_padding: padding that the encoder was trained with. Empty if unknown.
         group: the field that groups test clips. Empty if each clip counts by itself.
         groups: the group number of each test clip, in the order of `keys_sha256`, joined by
             spaces. Empty if no two clips share a group.
@@ -99,6 +100,7 @@ class TaskScore:
     confusion: "Confusion | None" = None
     embedded: tuple[str, ...] = ()
     padding: str = ""
+    trained_padding: str = ""
     group: str = ""
     groups: str = ""
 

@@ -338,6 +338,7 @@ def _score(
             for identity in identities[part]
         ),
         padding=getattr(embedder.encoder, "padding", ""),
+        trained_padding=getattr(embedder.encoder, "trained_padding", ""),
         group=task.group,
         groups=" ".join(map(str, groups)) if grouped else "",
     )

@@ -28,7 +28,7 @@ from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, ShardNoise, StreamSource
 from whisper_aut.data.filters import Exclusions, select_samples
 from whisper_aut.data.reader import ReadPolicy, Sample
-from whisper_aut.data.sampler import mixture_weights, usable_partitions
+from whisper_aut.data.sampler import MixedPadding, mixture_weights, usable_partitions
 from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.data.targets import TextCodec
 from whisper_aut.errors import Problems, UserError
@@ -123,6 +123,7 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
         workers=data.workers,
         policy=policy,
         augment=build_augment(settings, policy),
+        padding=MixedPadding(pads, settings.seed) if (pads := settings.model.pad_to_30s) else None,
     )
 
 
@@ -161,9 +162,10 @@ def build_module(
         UserError: If the encoder is too short for the clips, or `model.compile` is not possible.
     """
     model = settings.model
-    seconds = WINDOW_SECONDS if model.padding == "30s" else settings.data.max_seconds
+    padding = "30s" if model.pad_to_30s else model.padding  # of the longest clip
+    seconds = WINDOW_SECONDS if padding == "30s" else settings.data.max_seconds
     if seconds > max_clip_seconds(pretrained.config):
-        raise UserError(clip_too_long_message(pretrained.config, model.padding, seconds))
+        raise UserError(clip_too_long_message(pretrained.config, padding, seconds))
     if model.compile:
         check_compilable(settings.strategy.name)
     encoder = PackedEncoder(

@@ -5,6 +5,7 @@ kernels and live bytes are counted. The decoder comes from the `build_meta` of i
 ZeRO's memory per rank follows Rajbhandari et al. 2020, arXiv 1910.02054, section 3.
 """
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ from torch.utils.flop_counter import (
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from whisper_aut.audio.logmel import frames_with_context
+from whisper_aut.audio.logmel import WINDOW_SECONDS, frames_with_context
 from whisper_aut.config import DataSettings, ModelSettings, Settings
 from whisper_aut.data.batch import Targets
 from whisper_aut.errors import UserError
@@ -112,14 +113,15 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 class StepShape:
     """Sizes of a micro-batch on one device, and how the model computes it.
 
-    `mel_lengths` are the mel frames F of each clip, `text_lengths` its tokens L. `compute` is
-    `float32`; `autocast`, which is bfloat16 autocast over float32 weights; or `bfloat16`, a model
-    in bfloat16 as under DeepSpeed.
+    `mel_lengths` are the mel frames F of each clip, `text_lengths` its tokens L. The first `padded`
+    clips are padded to 30 s with padding none too. `compute` is `float32`; `autocast`, which is
+    bfloat16 autocast over float32 weights; or `bfloat16`, a model in bfloat16 as under DeepSpeed.
     """
 
     mel_lengths: tuple[int, ...]
     text_lengths: tuple[int, ...]
     padding: Padding = "none"
+    padded: int = 0
     compute: Compute = "float32"
     gradient_checkpointing: bool = False
     train_encoder: bool = True
@@ -202,7 +204,8 @@ def step_cost(
         )
         with counter:
             with torch.autocast("cpu", torch.bfloat16, enabled=shape.compute == "autocast"):
-                frames = encoder(mel, shape.mel_lengths)
+                padded = [index < shape.padded for index in range(len(lengths))]
+                frames = encoder(mel, shape.mel_lengths, padded=padded)
                 loss = decoder.loss(frames.values, frames.lengths, targets).total
             loss.backward()
         useful = encoder_flops(config, shape.mel_lengths, lengths, trained=shape.train_encoder)
@@ -438,9 +441,10 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
     precision = hardware.precision
     if precision == "auto":  # every device in the table supports bfloat16
         precision = "32-true" if hardware.accelerator == "cpu" else "bf16-mixed"
-    batch_clips = data.batch_clips
+    batch_clips, pads = data.batch_clips, settings.model.pad_to_30s
     if data.batch_seconds:
-        batch_clips = max(1, round(data.batch_seconds / stored.clip_seconds))
+        mean_seconds = stored.clip_seconds + pads * (WINDOW_SECONDS - stored.clip_seconds)
+        batch_clips = max(1, round(data.batch_seconds / mean_seconds))
 
     @cache
     def cost_of(half_weights: bool, checkpointing: bool) -> StepCost:
@@ -449,6 +453,7 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
             mel_lengths=(max(1, round(100 * stored.clip_seconds)),) * batch_clips,
             text_lengths=(ASSUMED_TOKENS,) * batch_clips,
             padding=settings.model.padding,
+            padded=math.ceil(pads * batch_clips),
             compute="bfloat16" if half_weights else "autocast" if autocast else "float32",
             gradient_checkpointing=checkpointing,
             train_encoder=not settings.model.freeze_encoder,
@@ -461,6 +466,8 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
     steps_per_epoch = clips // (batch_clips * ranks * trainer.accumulate)
     limits = (trainer.max_epochs * steps_per_epoch, trainer.max_steps)
     assumptions += (f"{ASSUMED_TOKENS} text tokens per clip, all clips of the mean length",)
+    if pads:
+        assumptions += (f"{math.ceil(pads * batch_clips)} of {batch_clips} clips padded to 30 s",)
     if settings.strategy.offload:
         assumptions += ("updating the weights on the host takes no time",)
     return Forecast(

@@ -4,6 +4,7 @@ nothing lost.
 
 import tarfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from whisper_aut.data.batch import Batch
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
 from whisper_aut.data.reader import ReadPolicy
-from whisper_aut.data.sampler import Cursor, batches_from
+from whisper_aut.data.sampler import Cursor, MixedPadding, batches_from
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.targets import WhisperText
 from whisper_aut.data.writer import ShardWriter
@@ -87,6 +88,55 @@ def test_a_resumed_loader_goes_on_exactly(
     while len(seen) < len(expected):
         seen += keys_of(list(resumed))
     assert seen == expected
+
+
+def test_a_clip_is_padded_by_its_place_in_the_order_alone(tiny_shards: Path, build: ExampleBuilder):
+    """Workers, ranks, resumes and batches of seconds draw the same clips; seeds draw others."""
+
+    def padded(batches: Iterable[Batch]) -> list[tuple[str, bool]]:
+        return [pair for batch in batches for pair in zip(batch.keys, batch.padded, strict=True)]
+
+    def module(seed: int = 0, **options: Any) -> ShardDataModule:
+        padding = MixedPadding(0.3, seed)
+        return data_module(tiny_shards, build, padding=padding, samples_per_epoch=360, **options)
+
+    whole = padded(module().train_dataloader())
+    assert keys_of(
+        [*data_module(tiny_shards, build, samples_per_epoch=360).train_dataloader()]
+    ) == [tuple(key for key, _ in whole[start : start + 3]) for start in range(0, 360, 3)]
+    drawn = [is_padded for _, is_padded in whole]
+    assert 0.2 < np.mean(drawn) < 0.4
+    assert padded(module(workers=2).train_dataloader()) == whole
+    ranks = [list(module().train_stream(rank, 2, Cursor(), None, 60)) for rank in (0, 1)]
+    assert padded(batch for pair in zip(*ranks, strict=True) for batch in pair) == whole
+    rest = module().train_dataloader()
+    rest.cursor = Cursor(30)
+    assert padded(islice(rest, 5)) == whole[30:45]
+    assert [pads for _, pads in padded(module(seed=1).train_dataloader())] != drawn
+    assert not any(pads for _, pads in padded(module().val_dataloader()))
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+def test_batches_of_seconds_count_padded_clips_as_30_s(
+    tiny_shards: Path, build: ExampleBuilder, partitions: int
+):
+    module = data_module(
+        tiny_shards,
+        build,
+        padding=MixedPadding(0.2, 0),
+        partitions=partitions,
+        batch_seconds=100.0,
+        samples_per_epoch=500,
+    )
+    batches = list(module.train_dataloader())
+    seconds = [
+        sum(30.0 if pads else f / 100 for f, pads in zip(b.mel_lengths, b.padded, strict=True))
+        for b in batches
+    ]
+    assert len(batches) > 20
+    assert max(seconds) < 100.5  # the shards have lengths in whole milliseconds, mels whole frames
+    assert np.mean(seconds) > 75
+    assert any(True in batch.padded for batch in batches)
 
 
 def test_another_order_refuses_the_position(tiny_shards: Path, build: ExampleBuilder):

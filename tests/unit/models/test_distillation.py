@@ -74,21 +74,25 @@ def test_the_distance_of_a_frame():
     assert frame_distance(student, teacher).tolist() == pytest.approx([1 + 5 / 4, 0])
 
 
-@pytest.mark.parametrize("padding", ["none", "30s"])
+@pytest.mark.parametrize(("padding", "mixed"), [("none", False), ("none", True), ("30s", False)])
 @torch.no_grad()
 def test_the_loss_grows_by_the_distance_of_each_compared_clip(
-    life_size_whisper: Path, padding: Padding
+    life_size_whisper: Path, padding: Padding, mixed: bool
 ):
     module = module_with(life_size_whisper, padding, layers=(0, 2)).train()
     batch = batch_for(module)
+    batch.padded = (False, mixed, mixed)
     assert module.distillation
     teacher = PackedEncoder(PretrainedWhisper(str(life_size_whisper)).encoder, padding)
     expected = 0.0
     mel = batch.mel.split([frames_with_context(length) for length in MEL_LENGTHS])
-    for clip, length, domain, tokens in zip(
-        mel, MEL_LENGTHS, DOMAINS, batch.targets.counts, strict=True
+    for clip, length, domain, tokens, padded in zip(
+        mel, MEL_LENGTHS, DOMAINS, batch.targets.counts, batch.padded, strict=True
     ):
-        found = [encoder(clip, [length], keep_states=True) for encoder in (module.encoder, teacher)]
+        found = [
+            encoder(clip, [length], keep_states=True, padded=[padded])
+            for encoder in (module.encoder, teacher)
+        ]
         for layer in (0, 2):
             student, target = (frames.states[layer][: -(-length // 2)] for frames in found)
             expected += (domain == "speech") * tokens * naive_distance(student, target) / 2

@@ -82,6 +82,23 @@ def test_30s_mode_equals_hugging_face(model: WhisperModel, waveforms: list[Tenso
 
 
 @torch.no_grad()
+def test_chosen_clips_of_a_batch_are_padded_and_the_others_run_as_if_alone(
+    model: WhisperModel, waveforms: list[Tensor]
+):
+    bins = model.config.num_mel_bins
+    encoder, padded = PackedEncoder(model.encoder), [True, False, False, True, True, False, True]
+    frames = encoder(*packed(waveforms, bins), padded=padded)
+    whole = model.encoder(reference_features(waveforms, bins)).last_hidden_state
+    clips = frames.values.split(frames.lengths)
+    for waveform, pads, clip, reference in zip(waveforms, padded, clips, whole, strict=True):
+        expected = reference if pads else encoder(*packed([waveform], bins)).values
+        assert len(clip) == (1500 if pads else encoder_frames(mel_frames(len(waveform))))
+        assert_frames_close(clip, expected)
+    own = [encoder_frames(mel_frames(len(waveform))) for waveform in waveforms]
+    assert frames.valid_lengths == tuple(own)
+
+
+@torch.no_grad()
 def test_a_clip_is_the_same_alone_and_in_any_batch(model: WhisperModel, waveforms: list[Tensor]):
     bins = model.config.num_mel_bins
     encoder = PackedEncoder(model.encoder, "none")

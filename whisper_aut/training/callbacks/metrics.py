@@ -150,12 +150,14 @@ class Throughput:
     flops: float = 0.0
 
     def add_batch(
-        self, mel_lengths: Sequence[int], tokens: int, flops: float, *, padded: bool
+        self, mel_lengths: Sequence[int], tokens: int, flops: float, padded: Sequence[bool]
     ) -> None:
-        """Add a micro-batch of clips with these mel frames, `padded` by the encoder or not."""
-        frames = sum(mel_lengths)
-        self.mel_frames += frames
-        self.computed_mel_frames += MAX_MEL_FRAMES * len(mel_lengths) if padded else frames
+        """Add a micro-batch of clips with these mel frames, each padded to 30 s or not."""
+        self.mel_frames += sum(mel_lengths)
+        self.computed_mel_frames += sum(
+            MAX_MEL_FRAMES if is_padded else length
+            for length, is_padded in zip(mel_lengths, padded, strict=True)
+        )
         self.tokens += tokens
         self.clips += len(mel_lengths)
         self.flops += flops
@@ -215,9 +217,9 @@ class ThroughputMeter(lightning.Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, *_: Any) -> None:
         self._waited += time.perf_counter() - self._step_end
         # Counted before the step, so that a checkpoint written after it includes it.
-        padded = module.encoder.padding == "30s"
+        padded = module.encoder.padded_clips(batch.mel_lengths, batch.padded)
         tokens = sum(batch.targets.lengths)
-        self._interval.add_batch(batch.mel_lengths, tokens, _flops(module, batch), padded=padded)
+        self._interval.add_batch(batch.mel_lengths, tokens, _flops(module, batch), padded)
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int

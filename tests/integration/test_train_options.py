@@ -1,0 +1,90 @@
+"""Options of the training that change what is learned: each resumes exactly and exports an encoder
+that transformers loads.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoFeatureExtractor, WhisperModel
+
+from tests.support.training import QUIET, assert_same_weights, settings_for, weights_of
+from whisper_aut.cli import main
+from whisper_aut.config import load_settings
+from whisper_aut.errors import UserError
+from whisper_aut.inference.encoder import load_encoder
+from whisper_aut.training.train import train
+
+OPTIONS = {"padding": ("model.pad_to_30s=0.4",)}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_it_resumes_exactly_and_exports_a_drop_in(
+    option: str, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    common = ("optim.lr=3e-3", "optim.warmup_steps=0", "trainer.max_steps=4")
+    common += ("trainer.checkpoint_every_steps=2", "trainer.keep_checkpoints=3")
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, *common, *OPTIONS[option])
+    run = train(settings, QUIET).run
+    whole = weights_of(run)
+    train(settings, QUIET, resume=str(run.checkpoints / "step-0000002.ckpt"))
+    assert_same_weights(weights_of(run), whole, atol=1e-6)
+    plain = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *common), QUIET).run
+    out, plain_out = tmp_path / "export", tmp_path / "plain"
+    assert main(["export", str(run.path), "--out", str(out)]) == 0
+    assert main(["export", str(plain.path), "--out", str(plain_out)]) == 0
+    ours, (theirs, loading) = (
+        load_encoder(out, padding="30s"),
+        WhisperModel.from_pretrained(out, output_loading_info=True),
+    )
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    clip = np.random.default_rng(0).standard_normal(12_000).astype("float32") * 0.1
+    features = AutoFeatureExtractor.from_pretrained(out)(
+        clip, sampling_rate=16_000, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = theirs.encoder(features.input_features).last_hidden_state[0, :38]
+    assert_close(ours.encode([clip], 16_000)[0], expected, atol=1e-4, rtol=1e-4)
+    assert ours.fingerprint() != load_encoder(plain_out, padding="30s").fingerprint()
+
+
+def test_an_encoder_for_both_padding_modes_says_so(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    settings = settings_for(
+        tiny_whisper, tiny_shards, tmp_path, "model.pad_to_30s=0.4", "trainer.max_steps=2"
+    )
+    run = train(settings, QUIET).run
+    metrics = json.loads(run.done.read_text())["metrics"]
+    assert 0.7 < metrics["throughput/padding_fraction"] < 0.99
+    out = tmp_path / "export"
+    assert main(["export", str(run.path), "--out", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["trained_padding"], config["trained_pad_to_30s"]) == ("none", 0.4)
+    encoder = load_encoder(out)
+    assert encoder.padding == "none"
+    assert encoder.trained_padding == "none, 30s for 0.4 of the clips"
+    assert load_encoder(f"{out}@30s").trained_padding == encoder.trained_padding
+    assert load_encoder(out, random_init=True).trained_padding == ""
+    assert load_encoder(tiny_whisper).trained_padding == "30s"
+    assert "of which 0.4 were padded to 30 s" in " ".join((out / "README.md").read_text().split())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.padding=30s", "model.pad_to_30s=0.1"], "pad_to_30s: needs padding=none"),
+        (["model.pad_to_30s=1.5"], "model.pad_to_30s"),
+        (
+            ["model.pad_to_30s=0.1", "data.max_seconds=10", "data.batch_seconds=20"],
+            "data.batch_seconds: 20 is below the 30 s",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(overrides: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        load_settings("aut", overrides)
