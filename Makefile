@@ -43,8 +43,8 @@ $(STAMP): requirements.lock pyproject.toml
 
 lock: ## resolve the dependencies and rewrite requirements.lock
 	@test -x .uv/bin/uv || { $(PYTHON) -m venv .uv && .uv/bin/pip install -q --disable-pip-version-check uv; }
-	.uv/bin/uv pip compile -q pyproject.toml --extra demo --extra remote --extra lora --extra onnx --extra parquet \
-		--group dev --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -o requirements.lock
+	.uv/bin/uv pip compile -q pyproject.toml --extra all --group dev \
+		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header -o requirements.lock
 
 train-aut: $(STAMP) ## the whole AuT pipeline: data, training, export, probes, report (CONFIG=, MODEL=, DATA=, ARGS="key=value")
 	@$(BIN)/whisper-aut train $(CONFIG_AUT) $(OVERRIDES)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from whisper_aut import __version__
 from whisper_aut.commands import Parser, data, encoder, experiment, export, probe, train
-from whisper_aut.errors import Interrupted, Preempted, UserError
+from whisper_aut.errors import EXTRAS, Interrupted, MissingModule, Preempted, UserError
 
 # Table width when the output goes to a file or a pipe, which has no window width.
 FILE_COLUMNS = 160
@@ -38,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options, console)
     except UserError as error:
         errors.print(Text.assemble(("Error:", "bold red"), f" {error}"))
+        return EXIT_USER_ERROR
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if not any(module in modules for modules in EXTRAS.values()):
+            raise
+        errors.print(Text.assemble(("Error:", "bold red"), f" {MissingModule(module)}"))
         return EXIT_USER_ERROR
     except OSError as error:
         # An error with a file name is a user error: a path that the command cannot read or write.

@@ -38,7 +38,7 @@ from whisper_aut.audio.decode import LongClips
 from whisper_aut.corpora.manifest import ManifestSpec
 from whisper_aut.data.annotation import text_template
 from whisper_aut.data.filters import parse_allowed_licence
-from whisper_aut.errors import UserError, nearest
+from whisper_aut.errors import MissingModule, UserError, nearest
 from whisper_aut.schema import STRICT, Text, build
 
 LOCAL_CONF = Path("conf")  # relative to the working directory
@@ -207,7 +207,7 @@ def _check_loggers(names: list[str]) -> list[str]:
         raise ValueError("must contain csv, from which reports are drawn")
     for name in ("wandb", "mlflow"):
         if name in names and find_spec(name) is None:
-            raise ValueError(f"{name} is not installed; pip install 'whisper-aut[{name}]'")
+            raise ValueError(str(MissingModule(name)))
     return names
 
 

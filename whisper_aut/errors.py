@@ -8,10 +8,51 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from enum import StrEnum
+from importlib.util import find_spec
 
 
 class UserError(Exception):
     """An error that the user can fix. The message says what is wrong and what to do."""
+
+
+# The modules that the base install lacks, by the extra of this package that adds them. A test
+# compares the table with pyproject.toml.
+EXTRAS = {
+    "data": ("braceexpand", "iso639", "webdataset"),
+    "probe": (
+        *("hydra", "jinja2", "jiwer", "lightning", "matplotlib", "omegaconf", "pydantic"),
+        *("scipy", "sklearn", "torchaudio", "torchmetrics"),
+    ),
+    "train": ("deepspeed", "tensorboard"),
+    "demo": ("espeakng_loader", "gradio"),
+    "lora": ("peft",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "parquet": ("pyarrow",),
+    "remote": ("aiohttp", "s3fs", "gcsfs"),
+    "mteb": ("mteb",),
+    "xares": ("xares",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+}
+
+
+class MissingModule(UserError, ImportError):
+    """A module is missing that one of `EXTRAS` installs."""
+
+    def __init__(self, module: str):
+        extra = next(name for name, modules in EXTRAS.items() if module in modules)
+        super().__init__(f"{module} is not installed. Run: pip install 'whisper-aut[{extra}]'")
+
+
+def require(*modules: str) -> None:
+    """Check that modules of `EXTRAS` are installed.
+
+    Raises:
+        MissingModule: one is not. The message has the pip command.
+    """
+    for module in modules:
+        if find_spec(module) is None:
+            raise MissingModule(module)
 
 
 class Problems:

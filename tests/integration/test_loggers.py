@@ -42,7 +42,7 @@ def test_a_missing_package_is_said(
 ):
     monkeypatch.setattr("whisper_aut.config.find_spec", lambda _: None)
     with pytest.raises(
-        UserError, match=rf"{name} is not installed; pip install 'whisper-aut\[{name}\]'"
+        UserError, match=rf"{name} is not installed. Run: pip install 'whisper-aut\[{name}\]'"
     ):
         settings_for(tiny_whisper, tiny_shards, tmp_path, f"trainer.loggers=[csv,{name}]")
 

@@ -17,11 +17,12 @@ from functools import cache, lru_cache
 from itertools import takewhile
 from pathlib import Path
 from string import Formatter
-from typing import Any
-
-from iso639 import Language, LanguageNotFoundError
+from typing import TYPE_CHECKING, Any
 
 from whisper_aut.errors import SkipReason, SkipSample
+
+if TYPE_CHECKING:
+    from iso639 import Language
 
 DOMAINS = ("speech", "sound", "music")
 MAX_JSON_BYTES = 1 << 20
@@ -388,7 +389,7 @@ def language_name(tag: str) -> str:
     return _without_brackets(language.name)
 
 
-def _find_language(name: str) -> Language | None:
+def _find_language(name: str) -> "Language | None":
     """Look up a lower-case code, name or tag in the tables of ISO 639."""
     tag = TAG.fullmatch(name)
     if tag and (tag["language"] == name or (found := _match(name)) is None):
@@ -401,14 +402,18 @@ def _find_language(name: str) -> Language | None:
     return _match(name) or _match(_without_brackets(name))
 
 
-def _match(name: str) -> Language | None:
+def _match(name: str) -> "Language | None":
+    from iso639 import Language, LanguageNotFoundError
+
     try:
         return Language.match(name, strict_case=False) if name else None
     except LanguageNotFoundError:
         return None
 
 
-def _codes_of(language: Language) -> Iterator[str]:
+def _codes_of(language: "Language") -> Iterator[str]:
+    from iso639 import Language
+
     for code in (language.part1, language.part3):
         if code:
             yield WHISPER_CODES.get(code, code)

@@ -20,11 +20,10 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import fsspec
 from torch import Tensor
-from webdataset.tariterators import base_plus_ext
 
 from whisper_aut.audio.decode import AUDIO_SUFFIXES, ClipLimits
 from whisper_aut.data.annotation import MAX_JSON_BYTES, Annotation
-from whisper_aut.errors import SkipReason, SkipSample, UserError
+from whisper_aut.errors import SkipReason, SkipSample, UserError, require
 
 Item = TypeVar("Item")
 MAX_PAUSE_SECONDS = 30.0
@@ -199,6 +198,7 @@ def _filesystem(url: str, policy: ReadPolicy) -> tuple[Any, str]:
     protocol = str(fsspec.core.split_protocol(url)[0])
     seconds, options = policy.timeout_seconds, {}
     if protocol in ("http", "https"):
+        require("aiohttp")
         import aiohttp
 
         limits = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
@@ -316,6 +316,8 @@ def split_name(name: str) -> tuple[str, str]:
     cannot be part of a suffix: in `Track 2.0 v0.wav`, the first dot belongs to the key because
     `0 v0` is not a valid part.
     """
+    from webdataset.tariterators import base_plus_ext
+
     key, suffix = base_plus_ext(name)
     if key is None or suffix is None:
         return name, ""

@@ -18,7 +18,6 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
 from whisper_aut.audio.decode import ClipLimits
@@ -308,6 +307,8 @@ def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIn
 
 def _open_pattern(root: str, policy: ReadPolicy) -> ShardIndex:
     """Open the tars that match a pattern, with the folder's index or else by counting samples."""
+    from braceexpand import braceexpand
+
     folder, _, pattern = root.rpartition("/")
     folder = folder or "."
     try:

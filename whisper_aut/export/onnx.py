@@ -29,7 +29,7 @@ from whisper_aut.audio.logmel import (
     WINDOW_SAMPLES,
     LogMel,
 )
-from whisper_aut.errors import UserError
+from whisper_aut.errors import require
 from whisper_aut.models.encoder import CONV_STRIDE, Padding
 
 GRAPH = "encoder.onnx"
@@ -108,11 +108,7 @@ def write_onnx(whisper: WhisperEncoder, padding: Padding, out: Path) -> Path:
     Raises:
         UserError: The packages that write ONNX are not installed.
     """
-    try:
-        import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
-        import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
-    except ImportError:
-        raise UserError("ONNX is not installed: pip install 'whisper-aut[onnx]'.") from None
+    require("onnx", "onnxscript")
     encoder = WaveformEncoder(whisper.float(), padding).eval()
     samples = torch.export.Dim("samples", min=MIN_SAMPLES, max=MAX_SAMPLES)
     out.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from whisper_aut.audio.decode import LONG_CLIPS, SAMPLE_RATE_HZ, load_file
 from whisper_aut.audio.logmel import HOP_SAMPLES, MAX_SAMPLES, LogMel, mel_frames
 from whisper_aut.audio.windows import BATCH_SECONDS
 from whisper_aut.data.annotation import DOMAINS
-from whisper_aut.errors import SkipSample, UserError
+from whisper_aut.errors import SkipSample, UserError, require
 from whisper_aut.inference.chat import answer, describe, takes_questions
 from whisper_aut.inference.embed import embed_paths
 from whisper_aut.inference.encoder import AudioEncoder
@@ -201,8 +201,7 @@ def _show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _import_gradio() -> Any:
-    try:
-        import gradio
-    except ImportError:
-        raise UserError("The page needs Gradio: pip install 'whisper-aut[demo]'.") from None
+    require("gradio")
+    import gradio
+
     return gradio

@@ -23,7 +23,7 @@ from whisper_aut.audio.decode import (
 from whisper_aut.audio.windows import BATCH_SECONDS, get_pooling
 from whisper_aut.data.reader import SkippedSample, prefetch_decoded
 from whisper_aut.data.shards import INDEX_NAME, iter_samples, open_index
-from whisper_aut.errors import SkipSample, UserError
+from whisper_aut.errors import SkipSample, UserError, require
 from whisper_aut.inference.encoder import DECODE_THREADS, AudioEncoder
 from whisper_aut.utils import atomic_path
 
@@ -194,13 +194,10 @@ def check_suffix(path: Path, *, frames: bool = False) -> None:
 
 
 def _import_pyarrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            "Parquet needs pyarrow: pip install 'whisper-aut[parquet]'. Or write .safetensors."
-        ) from None
+    require("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
     return pyarrow, pyarrow.parquet
 
 

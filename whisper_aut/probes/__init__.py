@@ -5,3 +5,7 @@ Shapes in this package: B clips, T encoder frames, D width, C classes, I items (
 segments), J heads trained together, P parameters of a head, R rank of the features, G groups, U
 units of a record.
 """
+
+from whisper_aut.errors import require
+
+require("lightning", "omegaconf", "torchmetrics")

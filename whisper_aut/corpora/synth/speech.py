@@ -21,7 +21,7 @@ from whisper_aut.corpora.synth.signals import (
     uniform,
 )
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.errors import UserError
+from whisper_aut.errors import UserError, require
 
 # Constants of speak_lib.h, espeak-ng 1.52
 SYNCHRONOUS_OUTPUT, UTF8_TEXT = 2, 1
@@ -75,13 +75,9 @@ def speak(text: str, voice: Voice, seed: int) -> np.ndarray:
     Raises:
         UserError: the extra `demo` is not installed.
     """
-    try:
-        import espeakng_loader
-    except ImportError:
-        raise UserError(
-            "The demo corpus needs espeak-ng, which is not installed. "
-            "Run: pip install 'whisper-aut[demo]'"
-        ) from None
+    require("espeakng_loader")
+    import espeakng_loader
+
     library = ctypes.CDLL(espeakng_loader.get_library_path())
     try:
         data = espeakng_loader.get_data_path()

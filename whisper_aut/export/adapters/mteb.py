@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ
-from whisper_aut.errors import UserError
+from whisper_aut.errors import UserError, require
 from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.models.encoder import Padding
 
@@ -38,11 +38,10 @@ def mteb_model(
     Raises:
         UserError: If MTEB is not installed, or if there is no encoder at the path.
     """
-    try:
-        from mteb.models import ModelMeta  # pyright: ignore[reportMissingImports]
-        from mteb.models.abs_encoder import AbsEncoder  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError("MTEB is not installed: pip install 'whisper-aut[mteb]'.") from None
+    require("mteb")
+    from mteb.models import ModelMeta  # pyright: ignore[reportMissingImports]
+    from mteb.models.abs_encoder import AbsEncoder  # pyright: ignore[reportMissingImports]
+
     encoder = load_encoder(path, padding=padding, device=device)
     metadata: dict[str, Any] = {
         "name": name or f"whisper-aut/{encoder.fingerprint()}",

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from whisper_aut.data.batch import Targets
 from whisper_aut.data.targets import ChatText, Instruction, Instructions
-from whisper_aut.errors import UserError
+from whisper_aut.errors import UserError, require
 from whisper_aut.models.adapters import AdapterOptions, StackAdapter, build_adapter, embedding_scale
 from whisper_aut.models.flops import TRAINED_PRODUCTS, language_model_flops
 from whisper_aut.models.language_model import (
@@ -305,12 +305,9 @@ class CausalLMDecoder(nn.Module):
 def _choose_trainable(model: PreTrainedModel, options: CausalLMOptions) -> None:
     model.requires_grad_(options.train == "full")
     if options.train == "lora":
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError:
-            raise UserError(
-                "decoder.train=lora needs peft: pip install 'whisper-aut[lora]'"
-            ) from None
+        require("peft")
+        from peft import LoraConfig, inject_adapter_in_model
+
         updates = LoraConfig(
             r=options.lora.rank, lora_alpha=options.lora.alpha, target_modules="all-linear"
         )
