@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -44,6 +44,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def without_shared_folders(paths: Sequence[str]) -> list[str]:
+    """Return paths or URLs without the leading folders that all of them share.
+
+    Examples:
+        >>> without_shared_folders(["s3://b/data/us8k/train", "s3://b/data/gm/train/"])
+        ['us8k/train', 'gm/train']
+    """
+    paths = [path.rstrip("/") for path in paths]
+    shared = os.path.commonprefix(paths).rfind("/") + 1  # noqa: RUF071 — paths may be URLs
+    return [path[shared:] for path in paths]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader
 
 from whisper_aut import __version__
 from whisper_aut.errors import SkipReason
-from whisper_aut.utils import read_json, write_text
+from whisper_aut.utils import read_json, without_shared_folders, write_text
 
 UNKNOWN_LICENCE = "unknown"
 # The hub's `library_name` for the kinds that transformers does not load.
@@ -107,7 +107,8 @@ def _metadata(
         for entry in entries
     ]
     pretrained = _pretrained_name(config)
-    datasets = dict.fromkeys(re.sub(r"[^\w.-]+", "-", source["name"]) for source in sources)
+    corpora = [source["name"].split("/")[0] for source in sources]
+    datasets = dict.fromkeys(re.sub(r"[^\w.-]+", "-", corpus) for corpus in corpora)
     return ModelCardData(
         license=licence,
         library_name=LIBRARIES.get(kind, "transformers"),
@@ -125,11 +126,12 @@ def _metadata(
 def _sources(config: Mapping[str, Any], environment: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the training sources, with the licences of their clips or else of the source."""
     stated = {source["path"]: source.get("licence", "") for source in config["data"]["train"]}
-    sources = []
-    for source in environment.get("data", []):
+    sources, found = [], environment.get("data", [])
+    names = without_shared_folders([source["root"] for source in found])
+    for name, source in zip(names, found, strict=True):
         licences = [licence for licence in source.get("licences", []) if licence]
         joined = ", ".join(licences) or stated.get(source["root"], "")
-        sources.append({**source, "name": Path(source["root"]).name, "licences": joined})
+        sources.append({**source, "name": name, "licences": joined})
     return sources
 
 

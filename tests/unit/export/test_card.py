@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,6 +70,19 @@ def test_the_card_of_an_export(pipeline_run: Path):
     whisper = (run / "export" / "whisper" / "README.md").read_text()
     assert "automatic-speech-recognition" in whisper
     assert "fluent and wrong" in whisper
+
+
+def test_sources_are_named_without_the_folders_that_they_share(pipeline_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(pipeline_run / RUN, run)
+    environment = json.loads((run / "environment.json").read_text())
+    roots = ("/data/kathleen/train", "/data/us8k/train", "/data/us8k/more")
+    for source, root in zip(environment["data"], roots, strict=True):
+        source["root"] = root
+    (run / "environment.json").write_text(json.dumps(environment))
+    card = write_card(run, tmp_path, "encoder").read_text()
+    assert ModelCard(card).data.datasets == ["kathleen", "us8k"]
+    assert all(f"| {root.removeprefix('/data/')} |" in card for root in roots)
 
 
 def test_the_card_of_a_run_with_less_and_with_more(pipeline_run: Path, tmp_path: Path):

@@ -37,6 +37,7 @@ from whisper_aut.models.flops import encoder_flops
 from whisper_aut.training.callbacks import ends_logged_step, gather_objects
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
 from whisper_aut.training.plan import peak_flops
+from whisper_aut.utils import without_shared_folders
 
 GIBIBYTE = 2**30
 PREFIX = "throughput/"
@@ -76,10 +77,7 @@ class DataMonitor(lightning.Callback):
         if not ends_logged_step(trainer, batch_idx):
             return
         epochs = data.source_epochs(data.position)
-        paths = [path.rstrip("/") for path in epochs]
-        # Without the folders that all sources share.
-        shared = os.path.commonprefix(paths).rfind("/") + 1  # noqa: RUF071 — sources may be URLs
-        names = [f"data/epochs/{path[shared:]}" for path in paths]
+        names = [f"data/epochs/{name}" for name in without_shared_folders(list(epochs))]
         metrics = dict(zip(names, epochs.values(), strict=True))
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
