@@ -86,8 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="whisper-aut", description="Train universal audio encoders from Whisper.")
     parser.add_argument("--version", action="version", version=f"whisper-aut {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for stage in (data, train, export, encoder, probe, experiment):
-        stage.add_parsers(commands)
+    for group in (data, train, export, encoder, probe, experiment):
+        group.add_parsers(commands)
     return parser
 
 

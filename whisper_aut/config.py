@@ -348,7 +348,7 @@ class DataSettings:
         domains: weight of each domain among the training clips; any positive sum.
         temperature: weights are raised to 1 / temperature; above 1 makes them more even.
         batch_clips: clips per rank and micro-batch.
-        batch_seconds: instead of `batch_clips`, the most seconds of audio per rank and micro-batch;
+        batch_seconds: instead of `batch_clips`, maximum seconds of audio per rank and micro-batch;
             needs sample tables (`whisper-aut data index`).
         samples_per_epoch: clips per epoch over all ranks; null for the size of the training data.
         valid_clips: use only the first N clips of each validation source; null for all.

@@ -1,7 +1,8 @@
 """Loads encoders, trained runs and probe tasks by the names that commands take.
 
 An encoder is a run, a directory in Hugging Face's format or a hub id, with an optional padding mode
-(`NAME@30s`), `random:NAME` for its architecture with random weights, or `logmel`.
+(`NAME@30s`). It can also be `random:NAME` for its architecture with random weights, `FILE.py:CLASS`
+for a class in the form that X-ARES takes, or `logmel`.
 """
 
 from collections import Counter
@@ -228,8 +229,8 @@ def open_demo_models(
     if is_run(path):
         module = open_run(path, **options)
         if not against:
-            start = find_checkpoint(path)[1]
-            encoders["before"] = load_encoder(start.path, revision=start.revision, **options)
+            _, base = find_checkpoint(path)
+            encoders["before"] = load_encoder(base.path, revision=base.revision, **options)
     after = AudioEncoder(module.encoder).to(module.device) if module else load(name)
     encoders["after" if encoders else "encoder"] = after
     return DemoModels(encoders, module)

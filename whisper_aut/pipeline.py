@@ -49,9 +49,9 @@ class PipelineOptions:
 
     Attributes:
         config: path of the config. Configs that it names are searched next to it first.
-        overrides: the `key=value` overrides of the command line, for the command that resumes.
+        overrides: the `key=value` overrides of the command line, to print the resume command.
         resume, fresh: see `training.train`.
-        report: write the report of the run. `whisper-aut report RUN` writes it later.
+        report: write the report of the run. `whisper-aut report RUN` can also write it later.
     """
 
     config: Path
@@ -176,8 +176,8 @@ def _warn_if_not_audited(settings: Settings, tasks: Sequence[ProbeTask], console
         out = Path(data.shards) / "audit"
         tested = " ".join(folder for task in missing for folder in task.test_folders(root))
         console.print(
-            f"Not audited: whether clips of {', '.join(task.name for task in missing)} are in the "
-            f"training shards. Find out: whisper-aut data audit {' '.join(sources)} "
+            f"Not audited: clips of {', '.join(task.name for task in missing)} may be in the "
+            f"training shards. Find them with: whisper-aut data audit {' '.join(sources)} "
             f"--against {tested} --out {out}; then set data.exclude={out / EXCLUDE_NAME}"
         )
 
@@ -293,7 +293,7 @@ def _probe(
             device=device,
         )
     before = short_name(path)
-    before = f"{before} (start)" if before in (settings.name, *encoders) else before
+    before = f"{before} (pretrained)" if before in (settings.name, *encoders) else before
     encoders[before] = load_encoder(path, revision=revision, device=device)
     encoders[settings.name] = load_encoder(run.export("encoder"), device=device)
     run_suite(

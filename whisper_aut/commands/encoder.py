@@ -77,14 +77,14 @@ def demo(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.loading import open_demo_models
 
     precision = {"device": options.device, "dtype": options.dtype}
-    listener = open_demo_models(options.encoder, options.against, options.padding, **precision)
+    models = open_demo_models(options.encoder, options.against, options.padding, **precision)
     if options.index:
-        with console.status("Embedding the clips to search among"):
-            listener.index(options.index, options.batch_seconds)
-    page = build_page(listener, f"whisper-aut · {options.encoder}")
+        with console.status("Embedding the clips of the index"):
+            models.index(options.index, options.batch_seconds)
+    page = build_page(models, f"whisper-aut · {options.encoder}")
     folders = [options.index] if options.index else []
     address = launch_page(page, port=options.port, folders=folders)
-    console.print(f"Open {address} (Ctrl-C ends it). Only this machine can.")
+    console.print(f"Open {address} on this machine. Ctrl-C stops the server.")
     page.block_thread()
 
 

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from whisper_aut.commands import DTYPES, Commands, add_choice, add_device_options, whole_number
+from whisper_aut.commands import (
+    DTYPES,
+    Commands,
+    add_choice,
+    add_device_options,
+    fraction,
+    whole_number,
+)
 from whisper_aut.data.annotation import DOMAINS
 
 SWAP = "Load it into a model: whisper_aut.export.towers.swap_tower(model, '{out}')"
@@ -80,13 +87,6 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
         console.print(f"  skipped in {source}: {reasons}", highlight=False)
 
 
-def _fraction(text: str) -> float:
-    value = float(text)  # argparse explains a ValueError
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
 def _add_run(command: argparse.ArgumentParser) -> None:
     run = "runs/NAME/latest, another run directory, or a checkpoint in one"
     command.add_argument("run_or_checkpoint", metavar="RUN_OR_CKPT", help=run)
@@ -102,8 +102,8 @@ def add_parsers(commands: Commands) -> None:
     formats = "format, see docs/export.md (default: encoder)"
     add_choice(command, "--format", tuple(NEXT_STEPS), formats, "encoder")
     add_choice(command, "--dtype", DTYPES, "precision of the weights (default: fp32)", "fp32")
-    fraction = "mix with the pretrained weights: 1 (default) is the trained model, 0 the pretrained"
-    add("--interpolate", type=_fraction, default=1.0, metavar="FRACTION", help=fraction)
+    trained = "fraction of the trained weights; the rest are pretrained weights (default: 1)"
+    add("--interpolate", type=fraction, default=1.0, metavar="FRACTION", help=trained)
     licence = "licence of the weights for the card, by its hub id: apache-2.0, cc-by-nc-4.0, …"
     add("--licence", default="unknown", metavar="ID", help=licence)
     push = "upload the directory to this repository on the Hugging Face hub"

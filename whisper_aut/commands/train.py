@@ -27,8 +27,8 @@ def train(options: argparse.Namespace, console: Console) -> None:
     # A wrong path is reported before any corpus is built.
     check_resume(options.resume, Path(settings.runs) / settings.name)
     config, overrides = find_config(options.config), tuple(options.overrides)
-    how = PipelineOptions(config, overrides, options.resume, options.fresh)
-    run = run_pipeline(settings, how, console)
+    pipeline_options = PipelineOptions(config, overrides, options.resume, options.fresh)
+    run = run_pipeline(settings, pipeline_options, console)
     if is_first_rank():
         console.print(f"Done. The run is in {run.path}, its encoder in {run.export('encoder')}.")
 
@@ -98,7 +98,7 @@ def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, An
 
 
 def _two_steps(settings: "Settings", config: Path) -> "Settings":
-    """Return the settings of a two-step dry run on this node, without other configs' training."""
+    """Return the settings of a two-step dry run on this node, which skips `model.after`."""
     import torch
 
     from whisper_aut.config import CorporaSettings, first_model
@@ -134,7 +134,7 @@ def add_parsers(commands: Commands) -> None:
     command.set_defaults(run=train)
 
     command = commands.add_parser(
-        "plan", help="estimate memory, time and cores that a config needs, without loading anything"
+        "plan", help="estimate memory, time and cores that a config needs, without loading weights"
     )
     add_config(command, "strategy=deepspeed_stage_3")
     command.set_defaults(run=plan)

@@ -353,8 +353,8 @@ class ShardDataModule(lightning.LightningDataModule):
             remote = not all(is_local(source.index.root) for source in self.train)
             if rank == 0 and remote and partitions > readers and partitions % readers:
                 log.warning(
-                    f"Remote clips are fetched one by one, since {partitions} partitions cannot be "
-                    f"shared out evenly to {ranks} ranks × {max(1, self.workers)} workers. Set "
+                    f"Remote clips are fetched one by one, because {partitions} partitions cannot "
+                    f"be divided evenly among {ranks} ranks × {max(1, self.workers)} workers. Set "
                     f"data.partitions to a multiple of {readers}."
                 )
             self._loader = TrainLoader(

@@ -51,7 +51,7 @@ from whisper_aut.data.targets import TextCodec, choose_part
 from whisper_aut.errors import SkipSample, UserError
 
 NO_CLIPS = MicroBatch(0, ())
-Clip = tuple[int, int, int]  # partition, source, and running number; see `Order.draws`
+ClipId = tuple[int, int, int]  # partition, source, and running number; see `Order.draws`
 READ_THREADS = 8
 # How far a worker reads ahead of the batch that it decodes.
 AHEAD_BYTES, AHEAD_BATCHES = 64 << 20, 64
@@ -187,7 +187,7 @@ class Prefetcher:
         self.whole_windows = [
             whole_windows and not is_local(source.index.root) for source in stream.sources
         ]
-        self._reads: dict[Clip, Future[dict[int, Sample | SkippedSample]]] = {}
+        self._reads: dict[ClipId, Future[dict[int, Sample | SkippedSample]]] = {}
         # The reads of which no clip has been taken yet, with their approximate bytes.
         self._ahead: dict[Future[dict[int, Sample | SkippedSample]], float] = {}
         # The clips before the start of the stream, which belong to windows that are read again.
@@ -200,9 +200,9 @@ class Prefetcher:
         """Whether enough is being read ahead."""
         return sum(self._ahead.values()) >= AHEAD_BYTES
 
-    def request(self, clips: Iterable[Clip]) -> None:
+    def request(self, clips: Iterable[ClipId]) -> None:
         """Begin to read clips."""
-        windows: dict[Clip, list[int]] = {}
+        windows: dict[ClipId, list[int]] = {}
         for partition, source, number in clips:
             if (partition, source, number) not in self._reads:
                 first, _ = self.order.window(partition, source, number)
@@ -218,7 +218,7 @@ class Prefetcher:
             self._ahead[read] = len(clips) * self.sources[source].index.sample_bytes
             self._reads.update(dict.fromkeys(clips, read))
 
-    def take(self, clip: Clip) -> Sample | SkippedSample:
+    def take(self, clip: ClipId) -> Sample | SkippedSample:
         """Return a clip that was requested, once."""
         read = self._reads.pop(clip)
         self._ahead.pop(read, None)
@@ -227,7 +227,7 @@ class Prefetcher:
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, clips: Sequence[Clip]) -> dict[int, Sample | SkippedSample]:
+    def _read(self, clips: Sequence[ClipId]) -> dict[int, Sample | SkippedSample]:
         """Read clips of one window."""
         partition, source, number = clips[0]
         first, last = self.order.window(partition, source, number)
@@ -281,7 +281,7 @@ class BatchStream(IterableDataset[Batch]):
         offset, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         steps = islice(self._steps(), offset, self.count, workers)
         prefetcher = Prefetcher(self, self.order.partitions % (self.ranks * workers) == 0)
-        ahead: deque[tuple[MicroBatch, list[Clip], Cursor]] = deque()
+        ahead: deque[tuple[MicroBatch, list[ClipId], Cursor]] = deque()
         try:
             while True:
                 while not ahead or (len(ahead) < AHEAD_BATCHES and not prefetcher.is_full):
@@ -309,7 +309,7 @@ class BatchStream(IterableDataset[Batch]):
             next_cursor = step[-1][1] if step else next_cursor
             yield (step[self.rank][0] if self.rank < len(step) else NO_CLIPS), next_cursor
 
-    def clips_of(self, batch: MicroBatch) -> list[Clip]:
+    def clips_of(self, batch: MicroBatch) -> list[ClipId]:
         """Return the clips of a micro-batch."""
         partition, positions = batch
         if not len(positions):
@@ -321,7 +321,7 @@ class BatchStream(IterableDataset[Batch]):
         return [(partition, source, number) for source, number in draws]
 
     def _collate(
-        self, batch: MicroBatch, clips: Sequence[Clip], prefetcher: Prefetcher, next_cursor: Cursor
+        self, batch: MicroBatch, clips: list[ClipId], prefetcher: Prefetcher, next_cursor: Cursor
     ) -> Batch:
         examples: list[Example] = []
         skipped: list[SkippedSample] = []

@@ -166,10 +166,10 @@ class Order(ABC):
 
     def window(self, partition: int, source: int, number: int) -> tuple[int, int]:
         """Return the range `[first, last)` of running numbers of the window that has `number`."""
-        start, place, part = self._place(partition, source, number)
+        start, index, part = self._sequence_index(partition, source, number)
         samples, size = self.sources[source].samples, self.windows[source]
-        begin, end = (samples * one // self.partitions for one in (part, part + 1))
-        first = begin + (place - begin) // size * size
+        begin, end = (samples * edge // self.partitions for edge in (part, part + 1))
+        first = begin + (index - begin) // size * size
         return first - start, min(first + size, end) - start
 
     def locate(
@@ -181,8 +181,8 @@ class Order(ABC):
             Shard indices, and sample indices within those shards, for the running numbers `first`
             to `last - 1`.
         """
-        _, place, part = self._place(partition, source, first)
-        epoch, index = part - partition, place % self.sources[source].samples
+        _, index, part = self._sequence_index(partition, source, first)
+        epoch, index = part - partition, index % self.sources[source].samples
         shards, ends = self._shard_order(source, epoch)
         indices = np.arange(index, index + last - first)
         if self.seed is not None:
@@ -196,19 +196,19 @@ class Order(ABC):
         listing = [sources, self.seed, self._window, self.partitions, self.epoch_clips]
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
-    def _place(self, partition: int, source: int, number: int) -> tuple[int, int, int]:
-        """Return where a partition begins in the endless sequence of a source, and where it is.
+    def _sequence_index(self, partition: int, source: int, number: int) -> tuple[int, int, int]:
+        """Return the index of a clip in the endless sequence of its source.
 
-        The sequence has P parts per epoch. A partition begins at part k and takes one part in each
+        The sequence has P parts per epoch. Partition k begins at part k and takes one part in each
         epoch, so it goes through the parts in turn.
 
         Returns:
-            The place at which the partition begins, the place of `number`, and its part.
+            The index at which the partition begins, the index of `number`, and its part.
         """
         samples = self.sources[source].samples
         start = samples * partition // self.partitions
-        place = start + number
-        return start, place, ((place + 1) * self.partitions - 1) // samples
+        index = start + number
+        return start, index, ((index + 1) * self.partitions - 1) // samples
 
     @lru_cache(maxsize=64)  # noqa: B019 — an order lives as long as its run
     def _shard_order(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -246,7 +246,7 @@ class Order(ABC):
         return counts[chunk]
 
     def random(self, *key: int) -> np.random.Generator:
-        """Return a generator of its own for a use of randomness."""
+        """Return an independent random generator for each key."""
         return np.random.default_rng([self.seed or 0, *key])
 
 
@@ -467,7 +467,7 @@ class BySeconds(Batching):
     Args:
         order: a training order.
         indexes: the shards of its sources; they must have sample tables.
-        seconds: the most audio per batch; at least `longest_seconds`.
+        seconds: maximum seconds of audio per batch; at least `longest_seconds`.
         longest_seconds: the longest clip that is accepted. Longer clips are skipped later and are
             planned with this length, as are clips of unknown length.
         policy: retries and timeouts for reading the tables.

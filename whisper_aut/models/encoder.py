@@ -137,7 +137,7 @@ class PackedEncoder(nn.Module):
             mel: `[ΣF', M]`, each clip followed by its silence context, as in `audio.logmel`.
             mel_lengths: valid frames F per clip.
             keep_states: return `Frames.states`.
-            padded: for each clip, whether to pad it to 30 s with padding `none` too. Empty for no.
+            padded: for each clip, whether to pad it to 30 s even if `padding` is `none`. Empty: no.
 
         Returns:
             The frames of all clips, packed `[ΣT, D]`.
@@ -167,7 +167,7 @@ class PackedEncoder(nn.Module):
         return Frames(output, lengths, valid, tuple(states))
 
     def padded_clips(self, clips: Sequence[Any], padded: Sequence[bool]) -> Sequence[bool]:
-        """Return which clips are padded to 30 s, given those that are with padding `none` too."""
+        """Return whether each clip is padded to 30 s; `padded` is that of `forward`."""
         return [True] * len(clips) if self.padding == "30s" else padded or [False] * len(clips)
 
     def _layer(self, layer: Any, hidden: Tensor, segments: Segments) -> Tensor:

@@ -25,7 +25,7 @@ from whisper_aut.models.losses import DecoderLoss
 from whisper_aut.models.metrics import AnswerMetrics, LossMetrics
 
 OptimizerFactory = Callable[[nn.Module, nn.Module], Any]
-ONE_LETTER = Annotation(text="a", instruction="a", answer="a", label="a")  # of ranks without clips
+ONE_LETTER = Annotation(text="a", instruction="a", answer="a", label="a")  # see `_silent_batch`
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class AudioTextModule(lightning.LightningModule):
         codec: the decoder's codec, which converts generated tokens to text.
         make_optimizer: `(encoder, decoder)` → the return value of `configure_optimizers`.
         generate_clips: number of clips per task for which validation generates text.
-        generate_tokens: the most tokens to generate per clip.
+        generate_tokens: maximum number of tokens to generate per clip.
         encoder_after_step: train only the decoder before this optimizer step; the encoder gets no
             gradients until then.
         distillation: keeps the encoder close to the pretrained one, see `models.distillation`.

@@ -162,7 +162,7 @@ def build_module(
         UserError: If the encoder is too short for the clips, or `model.compile` is not possible.
     """
     model = settings.model
-    padding = "30s" if model.pad_to_30s else model.padding  # of the longest clip
+    padding = "30s" if model.pad_to_30s else model.padding  # of the longest input
     seconds = WINDOW_SECONDS if padding == "30s" else settings.data.max_seconds
     if seconds > max_clip_seconds(pretrained.config):
         raise UserError(clip_too_long_message(pretrained.config, padding, seconds))
@@ -193,7 +193,7 @@ def build_module(
 
 
 def _distillation(settings: Settings, encoder: PackedEncoder) -> Distillation:
-    """Return the distillation to an encoder whose training has not begun."""
+    """Return a distillation whose teacher is a copy of the encoder, before it is trained."""
     wanted, last = settings.distillation, len(encoder.whisper.layers)
     if any(layer > last for layer in wanted.layers):
         raise UserError(

@@ -1,7 +1,7 @@
 """A training run, from its config to a fitted module and a run directory.
 
-To be read from the top: `train` finds the run to reuse or resume, `build_parts` makes its model and
-data, `_fit` trains them with the Trainer of `build_trainer`, and `_finish` records the result.
+From top to bottom: `train` finds the run to reuse or resume, `build_parts` builds its model and
+data, `_fit` trains with the Trainer of `build_trainer`, and `_finish` records the result.
 """
 
 import errno
@@ -159,8 +159,8 @@ def train(
             run.record(config, metadata)
 
     if resumed:
-        # Once Lightning has loaded the checkpoint without an error. If that is of the last step,
-        # training does not start.
+        # The resume is recorded only after Lightning has loaded the checkpoint. If the checkpoint
+        # is of the last step, `on_train_start` is not called.
         hooks = LambdaCallback(
             on_train_start=lambda *_: record_resume(), on_fit_end=lambda *_: record_resume()
         )
@@ -255,7 +255,7 @@ def build_trainer(
 ) -> lightning.Trainer:
     """Return the Trainer of a run.
 
-    `ledger` is that of this rank. A resumed run reads on at `skip_to`, if it is given.
+    `ledger` is that of this rank. If `skip_to` is given, the data resumes there.
     """
     config, hardware, ranks = settings.trainer, settings.hardware, _count_ranks(settings)
     warn, total_steps = _warnings_to(console), parts.total_steps
@@ -310,7 +310,7 @@ def build_trainer(
         enable_model_summary=False,
         default_root_dir=run.path,
         logger=build_loggers(config.loggers, run.path, settings.name),
-        # In this order; Lightning moves checkpoints to the end.
+        # They are called in this order, except that Lightning moves checkpoints to the end.
         callbacks=[
             guard,
             checkpoints,

@@ -13,7 +13,7 @@ from whisper_aut.corpora.synth.corpus import (
     LICENCE,
     SPLITS,
     STAGING_NAME,
-    Clip,
+    ClipSpec,
     build_demo,
     count_clips,
 )
@@ -50,7 +50,7 @@ def failing_after(clips: int, error: type[BaseException]):
     """Return a renderer that raises `error` (as Ctrl-C or a bug would) after some clips."""
     done = []
 
-    def render(order: Clip):
+    def render(order: ClipSpec):
         if len(done) == clips:
             raise error
         done.append(order)

@@ -250,4 +250,4 @@ def test_a_card_of_interpolated_weights_has_no_scores_of_the_trained_ones(
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main(["export", str(RUN), "--out", str(tmp_path / "2"), "--interpolate", "2"])
-    assert "2 is not between 0 and 1" in capsys.readouterr().err
+    assert "'2' is not a number from 0 to 1" in capsys.readouterr().err

@@ -35,10 +35,10 @@ CLIPS = {
     "test": {"speech": 480, "sound": 304, "music": 234},
 }
 
-Clip = tuple[int, str, str, int]  # seed, split, domain, index
+ClipSpec = tuple[int, str, str, int]  # seed, split, domain, index
 
 
-def render_clip(clip: Clip) -> tuple[str, bytes, Annotation]:
+def render_clip(clip: ClipSpec) -> tuple[str, bytes, Annotation]:
     """Return a clip's key, its FLAC file and its annotation. They depend on `clip` only."""
     seed, split, domain, index = clip
     path = (SPLITS.index(split), DOMAINS.index(domain), index)

@@ -42,7 +42,7 @@ class Decoder(Protocol):
         Args:
             frames, lengths: see `loss`.
             prompts: prompt tokens `[L]` of each clip.
-            max_new_tokens: the most tokens to generate per clip.
+            max_new_tokens: maximum number of tokens to generate per clip.
 
         Returns:
             The new tokens of each clip, without its prompt and the end token.

@@ -218,7 +218,7 @@ class CausalLMDecoder(nn.Module):
             frames, lengths, targets.tokens, targets.lengths
         )
         states = sequence_states(self.model, embeddings, chat_lengths, self.layout)
-        # Where a label token is in `embeddings`: its audio, and that of all clips before, moved it.
+        # In `embeddings`, the audio of its own clip and of all earlier clips shifts a label token.
         added = [chat - text for chat, text in zip(chat_lengths, targets.lengths, strict=True)]
         shifts = torch.cat(
             [
