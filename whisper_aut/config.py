@@ -38,6 +38,7 @@ from whisper_aut.audio.decode import LongClips
 from whisper_aut.corpora.manifest import ManifestSpec
 from whisper_aut.data.annotation import text_template
 from whisper_aut.data.filters import parse_allowed_licence
+from whisper_aut.data.targets import LossSettings
 from whisper_aut.errors import MissingModule, UserError, nearest
 from whisper_aut.schema import STRICT, Text, build
 
@@ -617,6 +618,7 @@ class Settings:
     runs: Text = "runs"
     corpora: CorporaSettings = field(default_factory=CorporaSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     hardware: HardwareSettings = field(default_factory=HardwareSettings)

@@ -21,7 +21,7 @@ ONE_RANK = ("data.batch_clips=2", "hardware.devices=1", "trainer.accumulate=6")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["whisper", "causal_lm", "distillation", "padding"])
+@pytest.mark.parametrize("kind", ["whisper", "causal_lm", "distillation", "padding", "loss"])
 def test_two_ranks_take_the_steps_of_one(
     kind: str, jobs: Jobs, tiny_language_model: Path, tmp_path: Path, capsys: Any
 ):
@@ -33,6 +33,8 @@ def test_two_ranks_take_the_steps_of_one(
         chosen += ["distillation.weight=2", "distillation.layers=[1, 2]"]
     if kind == "padding":
         chosen += ["model.pad_to_30s=0.3"]
+    if kind == "loss":
+        chosen += ["loss.per=clip", "loss.domains={music: 3}", "distillation.weight=2"]
     if kind == "causal_lm":
         chosen += [f"decoder.language_model={tiny_language_model}", "optim.encoder_after_step=2"]
     single = jobs.add("single", *chosen, "data.batch_clips=4", "trainer.accumulate=3")

@@ -253,11 +253,11 @@ def test_the_tokens_of_all_ranks_are_counted_whatever_the_precision(
 ):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: None)
     batch, module = (
-        SimpleNamespace(supervised_in_step=1001),
+        SimpleNamespace(step_weight=1001.0),
         SimpleNamespace(device=torch.device("cpu")),
     )
     with HalfPrecision("bf16-true").forward_context():  # of a training step
-        assert int(AudioTextModule._count_step_tokens(module, batch, ranks=2)) == 1001  # pyright: ignore[reportArgumentType]
+        assert int(AudioTextModule._sum_step_weight(module, batch, ranks=2)) == 1001  # pyright: ignore[reportArgumentType]
 
 
 def test_a_deterministic_run_is_the_same_again(

@@ -3,6 +3,8 @@ that transformers loads.
 """
 
 import json
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,16 @@ from whisper_aut.cli import main
 from whisper_aut.config import load_settings
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import load_encoder
-from whisper_aut.training.train import train
+from whisper_aut.training.train import build_parts, train
 
-OPTIONS = {"padding": ("model.pad_to_30s=0.4",)}
+OPTIONS = {
+    "padding": ("model.pad_to_30s=0.4",),
+    "loss": ("loss.per=clip", "loss.domains={music: 3.0}"),
+    "prompts": (
+        "decoder.supervise_prompt=[speech]",
+        "decoder.prompts.sound={task: caption, language: en, text: Sounds of rain.}",
+    ),
+}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -52,6 +61,56 @@ def test_it_resumes_exactly_and_exports_a_drop_in(
     assert ours.fingerprint() != load_encoder(plain_out, padding="30s").fingerprint()
 
 
+@pytest.mark.parametrize("per", ["token", "clip"])
+def test_the_loss_is_the_weighted_mean_of_tokens_or_of_clips(
+    per: str, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    options = [f"loss.per={per}", "loss.domains={music: 3.0}", "trainer.accumulate=2"]
+    options += ["data.domains={speech: 1, sound: 1, music: 1}"]
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, *options)
+    parts = build_parts(settings, None)
+    module = parts.module.eval()
+    step = list(islice(parts.data.train_dataloader(), 2))
+    losses, weights = [], []
+    found = 0.0
+    for batch in step:
+        loss = module(batch)[1]
+        found += float(loss.total) / batch.step_weight
+        for domain, nll in zip(batch.domains, loss.token_nll.split(loss.counts), strict=True):
+            factor = 3.0 if domain == "music" else 1.0
+            losses += [factor * float(nll.mean() if per == "clip" else nll.sum())]
+            weights += [factor * (1 if per == "clip" else len(nll))]
+    assert {domain for batch in step for domain in batch.domains} >= {"speech", "music"}
+    assert found == pytest.approx(sum(losses) / sum(weights), rel=1e-5)
+
+
+def test_a_decoder_that_takes_no_weights_is_an_error(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, "loss.per=clip")
+    parts = build_parts(settings, None)
+    batch = next(iter(parts.data.train_dataloader()))
+    targets = replace(batch.targets, weights=())
+    loss = parts.module.decoder.loss
+    parts.module.decoder.loss = lambda frames, lengths, _: loss(frames, lengths, targets)
+    with pytest.raises(UserError, match=r"WhisperDecoder ignores targets.label_weights"):
+        parts.module(batch)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["decoder.supervise_prompt=[rain]"], "decoder.supervise_prompt: 'rain' is not one of"),
+        (["decoder.max_tokens=8", "decoder.prompts.sound={text: a dog barks}"], "leave no room"),
+    ],
+)
+def test_prompts_that_cannot_be_used(
+    overrides: list[str], message: str, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match=message):
+        build_parts(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), None)
+
+
 def test_an_encoder_for_both_padding_modes_says_so(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
@@ -83,6 +142,9 @@ def test_an_encoder_for_both_padding_modes_says_so(
             ["model.pad_to_30s=0.1", "data.max_seconds=10", "data.batch_seconds=20"],
             "data.batch_seconds: 20 is below the 30 s",
         ),
+        (["loss.per=word"], "loss.per: must be 'token' or 'clip'"),
+        (["loss.domains={music: 0}"], "loss.domains.music: must be greater than 0"),
+        (["loss.domains={rain: 1}"], "loss.domains"),
     ],
 )
 def test_options_that_do_not_go_together(overrides: list[str], message: str):

@@ -50,6 +50,7 @@ class TokenTarget:
     task: str = ""  # metrics are computed per task
     unknown_language: str = ""  # of the clip, if the decoder has no token for it
     references: tuple[str, ...] = ()  # all right answers, for metrics; empty if `text` is the only
+    weight: float = 1.0  # of each supervised token in the loss
 
 
 @dataclass
@@ -62,6 +63,8 @@ class Targets(DeviceData):
             on the device, `nonzero` would force a synchronisation.
         lengths, prompt_lengths, counts: number of tokens, of prompt tokens, and of supervised
             tokens of each clip.
+        weights: for each clip, the weight of each of its supervised tokens in the loss. Empty if
+            all are 1.
     """
 
     tokens: Tensor
@@ -70,6 +73,7 @@ class Targets(DeviceData):
     lengths: tuple[int, ...]
     prompt_lengths: tuple[int, ...]
     counts: tuple[int, ...]
+    weights: tuple[float, ...] = ()
 
     @classmethod
     def pack(cls, targets: Sequence[TokenTarget]) -> "Targets":
@@ -83,7 +87,21 @@ class Targets(DeviceData):
             lengths=tuple(len(target.tokens) for target in targets),
             prompt_lengths=tuple(target.prompt_length for target in targets),
             counts=tuple(int(target.supervised.sum()) for target in targets),
+            weights=tuple(target.weight for target in targets),
         )
+
+    def label_weights(self, device: torch.device) -> Tensor | None:
+        """Return the weight of each supervised token, `[N]` float32, or None if all are 1."""
+        if set(self.weights) <= {1.0}:
+            return None
+        weights = torch.tensor(self.weights, dtype=torch.float32)
+        weights = weights.repeat_interleave(torch.tensor(self.counts))
+        return weights.to(device, non_blocking=True)
+
+    def clip_weights(self) -> list[float]:
+        """Return the total weight of each clip's supervised tokens."""
+        weights = self.weights or [1.0] * len(self.counts)
+        return [count * weight for count, weight in zip(self.counts, weights, strict=True)]
 
     def prompts(self) -> list[Tensor]:
         """Return the prompt tokens of each clip, `[L]`, without the answer."""
@@ -132,8 +150,8 @@ class Batch(DeviceData):
         skipped: samples at this batch's positions of the order that were skipped.
         next_cursor: cursor after the micro-batches of all ranks in this step. A resumed run starts
             there.
-        supervised_in_step: supervised tokens in all micro-batches of this rank's optimizer step,
-            by which its loss is normalised.
+        step_weight: total weight of the supervised tokens in all micro-batches of this rank's
+            optimizer step, by which the loss is normalised; their number if all weights are 1.
         waveforms: the clips if the mel is not computed yet, else None.
         unknown_languages: languages of the clips whose decoder has no token for them.
         cut_sources: sources of the clips of which only a part is used, because they are too long.
@@ -150,7 +168,7 @@ class Batch(DeviceData):
     sources: tuple[str, ...]
     skipped: tuple[SkippedSample, ...] = ()
     next_cursor: Cursor = Cursor()  # noqa: RUF009 — immutable
-    supervised_in_step: int = 0
+    step_weight: float = 0.0
     waveforms: Waveforms | None = None
     unknown_languages: tuple[str, ...] = ()
     references: tuple[tuple[str, ...], ...] = ()
@@ -159,11 +177,6 @@ class Batch(DeviceData):
 
     def __len__(self) -> int:
         return len(self.mel_lengths)
-
-    @property
-    def supervised(self) -> int:
-        """Number of supervised tokens."""
-        return sum(self.targets.counts)
 
     @property
     def audio_seconds(self) -> float:

@@ -30,6 +30,7 @@ from whisper_aut.data.sampler import (
     SequentialOrder,
     SourceShape,
 )
+from whisper_aut.data.targets import LossSettings
 from whisper_aut.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -125,10 +126,10 @@ class TrainLoader:
         end, count = self._remaining()
         batches = iter(batch_loader(self.make_stream(self.cursor, end, count), self.workers))
         while step := list(islice(batches, self.accumulate)):
-            supervised = sum(batch.supervised for batch in step)
+            weight = math.fsum(w for batch in step for w in batch.targets.clip_weights())
             for batch in step:
                 self.cursor, self.in_epoch = batch.next_cursor, self.in_epoch + 1
-                yield replace(batch, supervised_in_step=supervised)
+                yield replace(batch, step_weight=weight)
         self.in_epoch = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -210,6 +211,7 @@ class ShardDataModule(lightning.LightningDataModule):
         policy: retries and timeouts for reading shards.
         augment: augmentation of training clips.
         padding: draws the training clips that the encoder pads to 30 s; None for none.
+        loss: weights of training clips in the loss.
     """
 
     def __init__(
@@ -232,6 +234,7 @@ class ShardDataModule(lightning.LightningDataModule):
         policy: ReadPolicy = DEFAULT_POLICY,
         augment: Augment | None = None,
         padding: MixedPadding | None = None,
+        loss: LossSettings | None = None,
     ):
         super().__init__()
         self.train, self.valid, self.build, self.policy = tuple(train), tuple(valid), build, policy
@@ -258,7 +261,7 @@ class ShardDataModule(lightning.LightningDataModule):
             slowest = min(1.0, *augment.options.speeds) if augment else 1.0
             limits = (batch_seconds * slowest, longest, policy, padding, WINDOW_SECONDS * slowest)
             self.batching = BySeconds(self.order, indexes, *limits)
-        self.train_build = replace(build, augment=augment, padding=padding)
+        self.train_build = replace(build, augment=augment, padding=padding, loss=loss)
         self.features = DeviceFeatures(build.logmel, augment)
         self.accumulate, self.workers = accumulate, workers
         self.samples_per_epoch = samples_per_epoch or sum(source.index.samples for source in train)

@@ -47,7 +47,7 @@ from whisper_aut.data.sampler import (
     batches_from,
 )
 from whisper_aut.data.shards import ShardIndex, ShardReader
-from whisper_aut.data.targets import TextCodec, choose_part
+from whisper_aut.data.targets import LossSettings, TextCodec, choose_part
 from whisper_aut.errors import SkipSample, UserError
 
 NO_CLIPS = MicroBatch(0, ())
@@ -71,6 +71,7 @@ class ExampleBuilder:
         long_clips: what to do with clips that are longer than `limits`, see `targets.choose_part`.
         on_device: return waveforms; `DeviceFeatures` computes and masks the log-mel later.
         padding: draws the training clips that the encoder pads to 30 s.
+        loss: weights of training clips in the loss.
     """
 
     logmel: LogMel
@@ -80,6 +81,7 @@ class ExampleBuilder:
     on_device: bool = False
     long_clips: LongClips = "skip"
     padding: MixedPadding | None = None
+    loss: LossSettings | None = None
 
     def __call__(self, sample: Sample, domain: str, position: int) -> Example | SkippedSample:
         """Build one example, or return a `SkippedSample` if the sample cannot be used.
@@ -97,6 +99,8 @@ class ExampleBuilder:
                 self.long_clips, annotation, domain, position, max_seconds
             )
             target = self.codec.encode(annotation, domain, position)
+            if self.loss:
+                target = replace(target, weight=self.loss.weight(target, domain))
             if not self.augment and len(annotation.texts) > 1:
                 target = replace(target, references=self._references(annotation, domain, position))
             waveform = load_waveform(sample.audio, self.limits, part)

@@ -7,13 +7,15 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jinja2 import TemplateError
+from pydantic import PositiveFloat
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +31,7 @@ from whisper_aut.data.annotation import (
 )
 from whisper_aut.data.batch import TokenTarget
 from whisper_aut.errors import SkipReason, SkipSample, UserError, nearest
+from whisper_aut.schema import STRICT
 
 # `words`: word and character error rate; `exact`: equality after normalisation; `tags`: overlap of
 # lists; `caption`: overlap of words with a caption.
@@ -37,6 +40,7 @@ TRANSCRIPTION, CAPTION = "transcription", "caption"
 TRANSCRIPTION_TASKS = ("asr", TRANSCRIPTION)
 DEFAULT_LANGUAGE = "en"  # for clips that state none
 SAMPLE_LANGUAGE = "sample"
+START, CAPTION_TOKEN = "<|startoftranscript|>", "<|startoflm|>"
 
 
 def is_transcript(annotation: Annotation, domain: str) -> bool:
@@ -75,6 +79,25 @@ def choose_part(
     return annotation, PartOfClip(max_seconds, crop=rng.random())
 
 
+@pydantic_dataclass(config=STRICT, frozen=True)
+class LossSettings:
+    """How the losses of the tokens of an optimizer step are averaged.
+
+    Attributes:
+        per: `token` gives all supervised tokens the same weight, `clip` all clips, so that long
+            texts do not dominate.
+        domains: a factor on the weight for each domain; 1 for those that are missing.
+    """
+
+    per: Literal["token", "clip"] = "token"
+    domains: dict[Literal["speech", "sound", "music"], PositiveFloat] = field(default_factory=dict)
+
+    def weight(self, target: TokenTarget, domain: Any) -> float:
+        """Return the weight of each supervised token of a clip."""
+        tokens = max(1, int(target.supervised.sum())) if self.per == "clip" else 1
+        return self.domains.get(domain, 1.0) / tokens
+
+
 @runtime_checkable
 class TextCodec(Protocol):
     """Converts annotations to the tokens of one decoder, and tokens to text.
@@ -105,21 +128,34 @@ class TextCodec(Protocol):
 
 @dataclass(frozen=True)
 class DomainPrompt:
-    """The Whisper prompt of one domain."""
+    """The Whisper prompt of one domain.
 
-    task: Literal["transcribe", "translate"] = "transcribe"
-    # Any tag that `whisper_codes` understands, or `sample` for the language of each sample.
+    Attributes:
+        task: `caption` uses `<|startoflm|>`, which is in every vocabulary but in no training text.
+        language: any tag that `whisper_codes` understands, or `sample` for the language of each
+            sample.
+        text: words before the start token, as if they had been said before the clip.
+    """
+
+    task: Literal["transcribe", "translate", "caption"] = "transcribe"
     language: str = SAMPLE_LANGUAGE
+    text: str = ""
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The tokens that not every prompt needs."""
+        return [CAPTION_TOKEN] * (self.task == "caption") + ["<|startofprev|>"] * bool(self.text)
 
 
 @dataclass
 class WhisperText:
     """Token sequences of the original Whisper decoder.
 
-    A sequence consists of the prompt (start, language, task, no-timestamps), the text and the end
-    token. Tokens are looked up in the checkpoint's own tokenizer, because checkpoints differ in the
-    languages that they support. A clip that states no language gets the token for English; if the
-    tokenizer has no token for a clip's language, the language token is left out.
+    A sequence consists of the prompt (words, if `DomainPrompt` has some, and the start, language,
+    task and no-timestamps tokens), the text and the end token. Tokens are looked up in the
+    checkpoint's own tokenizer, because checkpoints differ in the languages that they support. A
+    clip that states no language gets the token for English; if the tokenizer has no token for a
+    clip's language, the language token is left out.
 
     Args:
         tokenizer: a `WhisperTokenizer`, local or from the hub.
@@ -128,8 +164,8 @@ class WhisperText:
             Whisper).
         overflow: how to treat longer sequences: `cut` keeps the beginning, without an end token;
             `drop` skips the sample.
-        supervise_prompt: also predict the language, task and no-timestamps tokens, as the Hugging
-            Face recipe does.
+        supervise_prompt: domains in which the language, task and no-timestamps tokens are predicted
+            too, as the Hugging Face recipe does.
         multilingual: whether the checkpoint uses language and task tokens; English-only ones don't.
     """
 
@@ -137,7 +173,7 @@ class WhisperText:
     prompts: Mapping[str, DomainPrompt] = field(default_factory=dict)
     max_tokens: int = 448
     overflow: Literal["cut", "drop"] = "cut"
-    supervise_prompt: bool = True
+    supervise_prompt: Sequence[str] = DOMAINS
     multilingual: bool = True
     vocabulary: Mapping[str, int] = field(init=False, repr=False)
 
@@ -158,9 +194,11 @@ class WhisperText:
         language = self._language(domain, annotation.language)
         is_unknown = self.multilingual and not self.language_token(language)
         supervised = torch.ones(len(tokens), dtype=torch.bool)
+        start = prompt.index(self.vocabulary[START]) + 1
         # A prompt without a language token is not supervised. Otherwise the model would learn to
         # leave the token out for languages that have one.
-        supervised[: 1 if self.supervise_prompt and not is_unknown else len(prompt)] = False
+        predicts_prompt = domain in self.supervise_prompt and not is_unknown
+        supervised[: start if predicts_prompt else len(prompt)] = False
         return TokenTarget(
             torch.tensor(tokens),
             supervised,
@@ -174,16 +212,24 @@ class WhisperText:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     def prompt_tokens(self, domain: str, sample_language: str) -> tuple[int, ...]:
-        """Return the prompt of a clip: start, language, task and no-timestamps tokens.
+        """Return the prompt of a clip: words, start, language, task and no-timestamps tokens.
 
         English-only checkpoints have no language and task tokens. `sample_language` is the language
         that the sample states; it may be empty.
         """
-        names = ["<|startoftranscript|>"]
+        names, words = [START], []
+        prompt = self._prompt(domain)
         if self.multilingual:
             language = self.language_token(self._language(domain, sample_language))
-            names += [*([language] if language else []), f"<|{self._prompt(domain).task}|>"]
-        return tuple(self.vocabulary[name] for name in [*names, "<|notimestamps|>"])
+            names += [language] if language else []
+        if prompt.task == "caption":
+            names.append(CAPTION_TOKEN)
+        elif self.multilingual:
+            names.append(f"<|{prompt.task}|>")
+        if prompt.text.strip():  # in the form of `WhisperTokenizer.get_prompt_ids`
+            words = _plain_tokens(self.tokenizer, f" {prompt.text.strip()}")
+            words = [self.vocabulary["<|startofprev|>"], *words]
+        return (*words, *(self.vocabulary[name] for name in [*names, "<|notimestamps|>"]))
 
     def language_token(self, tag: str) -> str | None:
         """Return the token of a language or of its macrolanguage; None if there is neither."""

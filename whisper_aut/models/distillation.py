@@ -43,10 +43,9 @@ class Distillation:
         return [i for i, domain in enumerate(batch.domains) if domain in self.domains]
 
     def __call__(self, batch: Batch, frames: Frames) -> Tensor | None:
-        """Return the mean distance of each compared clip, times its supervised tokens, summed.
+        """Return the mean distance of each compared clip, times the weight of its tokens, summed.
 
-        A clip thus has the weight that it has in the decoder's loss, which is divided by the
-        supervised tokens of the step.
+        A clip thus has the weight that it has in the decoder's loss.
 
         Args:
             batch: the clips that the encoder ran on.
@@ -69,13 +68,14 @@ class Distillation:
                 padded=[batch.padded[i] for i in chosen],
             )
         total = torch.zeros((), dtype=torch.float32, device=frames.values.device)
+        weights = batch.targets.clip_weights()
         for layer in self.layers:
             students = frames.states[layer].split(frames.lengths)
             teachers = taught.states[layer].split(taught.lengths)
             for i, target in zip(chosen, teachers, strict=True):
                 valid = frames.valid_lengths[i]
                 distance = frame_distance(students[i][:valid], target[:valid]).mean()
-                total = total + distance * (batch.targets.counts[i] / len(self.layers))
+                total = total + distance * (weights[i] / len(self.layers))
         return total
 
 

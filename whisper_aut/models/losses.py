@@ -22,7 +22,8 @@ class DecoderLoss:
     """The loss of a decoder on a batch with N supervised tokens.
 
     Attributes:
-        total: sum of the negative log-likelihoods in nats, differentiable.
+        total: sum of the negative log-likelihoods in nats, each times the weight of its token
+            (`Targets.label_weights`), differentiable.
         token_nll: `[N]` negative log-likelihood of each supervised token, detached, in the order
             of the packed targets.
         correct: `[N]` bool, whether the most likely token was the target.
@@ -36,7 +37,11 @@ class DecoderLoss:
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = CHUNK_POSITIONS
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk: int = CHUNK_POSITIONS,
+    label_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the cross-entropy of `hidden @ weight.T` with `labels`, in chunks.
 
@@ -47,10 +52,11 @@ def chunked_cross_entropy(
         weight: output embedding `[V, D]`.
         labels: target tokens `[N]`.
         chunk: number of positions whose logits exist at the same time.
+        label_weights: weight of each position in the sum `[N]`, float32. None for 1.
 
     Returns:
-        The differentiable sum (float32), the detached loss per position `[N]`, and whether the most
-        likely token is the target `[N]`.
+        The differentiable sum (float32), the detached unweighted loss per position `[N]`, and
+        whether the most likely token is the target `[N]`.
     """
     # Custom functions run outside autocast, so cast to its dtype here.
     if torch.is_autocast_enabled(hidden.device.type):
@@ -59,13 +65,18 @@ def chunked_cross_entropy(
     # The function below does not know whether gradients are enabled and would compute them anyway.
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk)  # pyright: ignore[reportReturnType]
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, label_weights)  # pyright: ignore[reportReturnType]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk: int,
+        label_weights: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -79,6 +90,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits = product(hidden[part], weight, out=buffer[: len(hidden[part])]).float()
             nll[part], correct[part], grad_logits = _softmax_gradient(logits, labels[part])
+            if label_weights is not None:
+                grad_logits.mul_(label_weights[part, None])
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = product(grad_logits, weight.T)
@@ -92,13 +105,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # without a copy.
         ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
         ctx.mark_non_differentiable(nll, correct)
-        return nll.sum(), nll, correct
+        return (nll if label_weights is None else nll * label_weights).sum(), nll, correct
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_total: Tensor, *_: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError("The gradients of this loss have been used; compute it again.")
         (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
@@ -106,7 +119,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden.mul_(grad_total)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _softmax_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

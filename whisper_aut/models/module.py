@@ -1,7 +1,7 @@
 """The LightningModule that trains an encoder with any `Decoder`.
 
-The loss is normalised by the supervised tokens of the whole optimizer step. Validation reports
-metrics per domain and per task.
+The loss is normalised by the supervised tokens of the whole optimizer step, or by their weight.
+Validation reports metrics per domain and per task.
 """
 
 from collections import Counter
@@ -99,7 +99,7 @@ class AudioTextModule(lightning.LightningModule):
         self.answer_metrics = AnswerMetrics(codec.metrics)
         self.generated: list[dict[str, str]] = []  # texts of the last validation
         self.micro_batches: list[MicroBatchResult] = []  # of the current optimizer step
-        self._step_tokens: Tensor | int = 1
+        self._step_weight: Tensor | float = 1.0
         self._silence: Batch | None = None
 
     def configure_optimizers(self) -> Any:
@@ -112,6 +112,14 @@ class AudioTextModule(lightning.LightningModule):
             keep_states = self.distillation is not None and self.training
             frames = self.encoder(batch.mel, batch.mel_lengths, keep_states, batch.padded)
         loss = self.decoder.loss(frames.values, frames.lengths, batch.targets)
+        weights = batch.targets.label_weights(loss.token_nll.device)
+        if weights is not None and self.global_step == 0:
+            expected = (weights * loss.token_nll).sum()
+            if (loss.total.detach() - expected).abs() > 0.01 * expected:
+                name = type(self.decoder).__name__
+                raise UserError(
+                    f"{name} ignores targets.label_weights, which `loss` of the config needs."
+                )
         if self.distillation and frames.states and self.encoder_learns:
             distance = self.distillation(batch, frames)
             if distance is not None:
@@ -122,7 +130,7 @@ class AudioTextModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         ranks, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches
         if batch_idx % accumulate == 0:  # a collective: ranks without clips take part too
-            self._step_tokens, self.micro_batches = self._count_step_tokens(batch, ranks), []
+            self._step_weight, self.micro_batches = self._sum_step_weight(batch, ranks), []
         # Every rank must run the same graph in every micro-batch. ZeRO reduces gradients in the
         # order in which they arrive, and ZeRO-3 gathers weights layer by layer. If ranks differed,
         # gradients would be mixed up or the ranks would deadlock.
@@ -140,11 +148,11 @@ class AudioTextModule(lightning.LightningModule):
         if not len(batch):
             return total * 0.0
         # Gradients are averaged over ranks and micro-batches. Undo both, so that the loss is the
-        # sum over all tokens of the step divided by their number, however they are distributed.
+        # weighted mean over all tokens of the step, however they are distributed.
         # DeepSpeed averages over micro-batches once more than Lightning.
         if self.trainer.strategy.handles_gradient_accumulation:
             accumulate **= 2
-        return total * (ranks * accumulate / self._step_tokens)
+        return total * (ranks * accumulate / self._step_weight)
 
     def _log_step(self, ranks: int) -> None:
         """Log loss and accuracy of the optimizer step, over all ranks and micro-batches."""
@@ -216,15 +224,14 @@ class AudioTextModule(lightning.LightningModule):
             self.generated.append({**entry, "reference": batch.texts[i], "generated": text})
             self.answer_metrics.update(batch.tasks[i], text, batch.references[i])
 
-    def _count_step_tokens(self, batch: Batch, ranks: int) -> Tensor | int:
-        """Return the number of supervised tokens of the optimizer step, over all ranks."""
+    def _sum_step_weight(self, batch: Batch, ranks: int) -> Tensor | float:
+        """Return the weight of the supervised tokens of the optimizer step, over all ranks."""
         if ranks == 1:
-            return max(1, batch.supervised_in_step)
-        # Half-precision plugins change the default dtype, which could not hold the count.
-        count = float(batch.supervised_in_step)
-        tokens = torch.tensor(count, dtype=torch.float32, device=self.device)
-        torch.distributed.all_reduce(tokens)
-        return tokens.clamp(min=1.0)
+            return batch.step_weight or 1.0
+        # Half-precision plugins change the default dtype, which could not hold the sum.
+        weight = torch.tensor(batch.step_weight, dtype=torch.float32, device=self.device)
+        torch.distributed.all_reduce(weight)
+        return torch.where(weight > 0, weight, 1.0)
 
     def _zero_with_gradients(self) -> Tensor:
         """Return a zero whose gradient with respect to every trained parameter is zero."""

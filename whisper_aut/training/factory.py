@@ -124,6 +124,7 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
         policy=policy,
         augment=build_augment(settings, policy),
         padding=MixedPadding(pads, settings.seed) if (pads := settings.model.pad_to_30s) else None,
+        loss=settings.loss,
     )
 
 

@@ -192,8 +192,8 @@ def test_accumulated_batches_know_the_tokens_of_their_step(
 ):
     batches = list(data_module(tiny_shards, build, accumulate=3).train_dataloader())
     for step in (batches[i : i + 3] for i in range(0, 12, 3)):
-        assert {batch.supervised_in_step for batch in step} == {
-            sum(batch.supervised for batch in step)
+        assert {batch.step_weight for batch in step} == {
+            sum(sum(batch.targets.counts) for batch in step)
         }
 
 

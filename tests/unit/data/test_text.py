@@ -96,10 +96,39 @@ def test_english_only_checkpoints_get_no_language_and_task(tokenizer):
 def test_supervision_starts_behind_the_start_token_or_behind_the_prompt(tokenizer):
     annotation = Annotation(text="rain falls")
     everything = WhisperText(tokenizer).encode(annotation, "sound", 0)
-    answer_only = WhisperText(tokenizer, supervise_prompt=False).encode(annotation, "sound", 0)
+    answer_only = WhisperText(tokenizer, supervise_prompt=()).encode(annotation, "sound", 0)
     assert everything.supervised.sum() == len(everything.tokens) - 1
     assert answer_only.supervised.sum() == len(everything.tokens) - 4
     assert everything.prompt_length == answer_only.prompt_length == 4
+
+
+def test_supervision_of_prompts_in_some_domains(tokenizer):
+    codec = WhisperText(tokenizer, supervise_prompt=["speech"])
+    annotation = Annotation(text="rain falls")
+    speech, music = (codec.encode(annotation, domain, 0) for domain in ("speech", "music"))
+    assert speech.supervised.tolist() == [False] + [True] * (len(speech.tokens) - 1)
+    assert music.supervised.tolist() == [False] * 4 + [True] * (len(music.tokens) - 4)
+
+
+def test_a_prompt_of_words_is_that_of_the_tokenizer_and_is_never_supervised(tokenizer):
+    prompts = {"sound": DomainPrompt(language="en", text=" Sounds of rain. ")}
+    codec = WhisperText(tokenizer, prompts)
+    target = codec.encode(Annotation(text="rain falls"), "sound", 0)
+    words = tokenizer.get_prompt_ids("Sounds of rain.").tolist()
+    plain = WhisperText(tokenizer).encode(Annotation(text="rain falls"), "sound", 0)
+    assert target.tokens.tolist() == words + plain.tokens.tolist()
+    assert target.prompt_length == len(words) + 4
+    assert target.supervised.tolist() == [False] * len(words) + plain.supervised.tolist()
+    assert codec.decode(target.tokens[target.prompt_length :].tolist()) == "rain falls"
+
+
+@pytest.mark.parametrize("multilingual", [True, False])
+def test_captions_can_have_a_task_token_of_their_own(tokenizer, multilingual: bool):
+    prompts = {"sound": DomainPrompt("caption", "en")}
+    codec = WhisperText(tokenizer, prompts, multilingual=multilingual)
+    found = tokenizer.convert_ids_to_tokens(codec.prompt_tokens("sound", ""))
+    language = ["<|en|>"] * multilingual
+    assert found == ["<|startoftranscript|>", *language, "<|startoflm|>", "<|notimestamps|>"]
 
 
 def test_long_labels_are_cut_or_dropped(tokenizer):

@@ -143,6 +143,19 @@ def test_loss_counts_supervised_tokens_and_reaches_the_frames(kit: tuple[Any, Te
     assert all(p.grad is not None for p in decoder.trainable_parameters())
 
 
+def test_weighted_clips_weigh_so_much_in_the_loss(kit: tuple[Any, TextCodec]):
+    decoder, codec = kit
+    if isinstance(decoder, CTCDecoder):
+        pytest.skip("it takes no weights, which the module reports")
+    targets = targets_of(codec)
+    targets.weights = (0.5, 1.0, 0.25)
+    loss = decoder.loss(*frames_and_lengths(), targets)
+    clips = zip(targets.weights, loss.token_nll.split(loss.counts), strict=True)
+    assert_close(
+        loss.total.detach(), torch.stack([weight * nll.sum() for weight, nll in clips]).sum()
+    )
+
+
 def test_a_clip_in_a_batch_is_the_clip_alone(kit: tuple[Any, TextCodec]):
     decoder, codec = kit
     frames, lengths = frames_and_lengths()

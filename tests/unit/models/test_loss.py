@@ -27,19 +27,23 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64])
-def test_equals_cross_entropy_with_gradients(chunk: int):
+def test_equals_cross_entropy_with_gradients(chunk: int, weighted: bool):
     torch.manual_seed(0)
     hidden = torch.randn(33, 12, requires_grad=True)
     weight = torch.randn(50, 12, requires_grad=True)
     labels = torch.randint(0, 50, (33,))
+    own = torch.rand(33) if weighted else torch.ones(33)
     expected = cross_entropy(hidden @ weight.T, labels, reduction="none")
-    (expected.sum() / 7).backward()
+    ((own * expected).sum() / 7).backward()
     grads = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
-    total, nll, correct = chunked_cross_entropy(hidden, weight, labels, chunk)
+    total, nll, correct = chunked_cross_entropy(
+        hidden, weight, labels, chunk, own if weighted else None
+    )
     (total / 7).backward()
-    assert_close(total, expected.sum())
+    assert_close(total, (own * expected).sum())
     assert_close(nll, expected.detach())
     assert torch.equal(correct, (hidden @ weight.T).argmax(-1) == labels)
     assert_close(hidden.grad, grads[0])

@@ -123,8 +123,8 @@ def batches(case: Case, clips: list[Example], ranks: int) -> list[list[list[Batc
             packed = [[[clip for rank in packed for micro in rank for clip in micro]]]
         for rank, micros in enumerate(packed):
             made = [collate(micro, [], 80) for micro in micros]
-            tokens = sum(batch.supervised for batch in made)
-            given[rank].append([replace(batch, supervised_in_step=tokens) for batch in made])
+            tokens = sum(sum(batch.targets.counts) for batch in made)
+            given[rank].append([replace(batch, step_weight=tokens) for batch in made])
     return given
 
 

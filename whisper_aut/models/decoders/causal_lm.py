@@ -230,7 +230,10 @@ class CausalLMDecoder(nn.Module):
         weight: Any = self.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
         # Each token is predicted from the state one position before it.
         total, nll, correct = chunked_cross_entropy(
-            states.index_select(0, positions - 1), weight, targets.tokens[targets.label_indices]
+            states.index_select(0, positions - 1),
+            weight,
+            targets.tokens[targets.label_indices],
+            label_weights=targets.label_weights(frames.device),
         )
         return DecoderLoss(total, nll, correct, targets.counts)
 

@@ -40,7 +40,7 @@ class WhisperDecoderOptions:
     prompts: dict[str, DomainPrompt] = field(default_factory=dict)
     max_tokens: Annotated[int, Field(ge=8)] = 448
     overflow: Literal["cut", "drop"] = "cut"
-    supervise_prompt: bool = True
+    supervise_prompt: bool | list[str] = True
 
 
 def build_whisper_decoder(
@@ -51,11 +51,14 @@ def build_whisper_decoder(
     Raises:
         UserError: the checkpoint has no decoder or a wrong tokenizer, or an option does not fit it.
     """
-    for domain in options.prompts:
-        if domain not in DOMAINS:
-            raise UserError(f"decoder.prompts: {domain!r} is not one of {', '.join(DOMAINS)}.")
+    supervised = options.supervise_prompt
+    supervised = supervised if isinstance(supervised, list) else [*DOMAINS] * supervised
+    for key, domains in (("prompts", options.prompts), ("supervise_prompt", supervised)):
+        for domain in domains:
+            if domain not in DOMAINS:
+                raise UserError(f"decoder.{key}: {domain!r} is not one of {', '.join(DOMAINS)}.")
     model = pretrained.model  # the error for a missing decoder goes before all others
-    _check_tokenizer(pretrained)
+    _check_tokenizer(pretrained, options.prompts.values())
     longest = pretrained.config.max_target_positions
     if options.max_tokens > longest:
         raise UserError(
@@ -67,10 +70,15 @@ def build_whisper_decoder(
         options.prompts,
         options.max_tokens,
         options.overflow,
-        options.supervise_prompt,
+        supervised,
         pretrained.multilingual,
     )
     for domain, prompt in options.prompts.items():
+        if (length := len(codec.prompt_tokens(domain, ""))) + 2 > options.max_tokens:
+            raise UserError(
+                f"decoder.prompts.{domain}.text: {length} tokens leave no room for an answer. "
+                "Shorten it, or raise decoder.max_tokens."
+            )
         if prompt.language == SAMPLE_LANGUAGE or codec.language_token(prompt.language):
             continue
         if not whisper_codes(prompt.language):
@@ -91,7 +99,7 @@ def build_whisper_decoder(
     return decoder, codec
 
 
-def _check_tokenizer(pretrained: PretrainedWhisper) -> None:
+def _check_tokenizer(pretrained: PretrainedWhisper, prompts: Iterable[DomainPrompt]) -> None:
     """Raise `UserError` if the tokenizer does not belong to the checkpoint.
 
     If tokenizer files are missing, transformers silently builds a tokenizer of its own.
@@ -99,6 +107,7 @@ def _check_tokenizer(pretrained: PretrainedWhisper) -> None:
     config, tokenizer = pretrained.config, pretrained.tokenizer
     special = ["<|startoftranscript|>", "<|endoftext|>", "<|notimestamps|>"]
     special += ["<|transcribe|>", "<|translate|>"] if pretrained.multilingual else []
+    special += [token for prompt in prompts for token in prompt.special_tokens]
     ids = [pretrained.token_id(token) for token in special]
     # Whisper generations differ in their number of languages, which shifts `<|notimestamps|>`.
     no_timestamps = getattr(pretrained.generation_config, "no_timestamps_token_id", None)
@@ -161,7 +170,10 @@ class WhisperDecoder(nn.Module):
         indices = targets.label_indices
         weight = self.whisper.embed_tokens.weight
         total, nll, correct = chunked_cross_entropy(
-            hidden[indices - 1], weight, targets.tokens[indices]
+            hidden[indices - 1],
+            weight,
+            targets.tokens[indices],
+            label_weights=targets.label_weights(frames.device),
         )
         return DecoderLoss(total, nll, correct, targets.counts)
 
