@@ -1,12 +1,13 @@
 """Probes as LightningModules. Each module trains J heads as one batch, such as the inner folds and
-candidate settings of a split; J is 1 where a single probe is trained.
+candidate settings of a split; J is 1 for a single probe. I is the number of items (clips, or their
+segments), C that of classes, and R that of the principal axes of the features.
 
 The linear probe is a multinomial (or multi-label) logistic regression with an L2 penalty, fitted
 to convergence (Alain & Bengio 2016). Its objective is that of scikit-learn with C = 1 / penalty.
-Ten epochs of a minibatch optimizer would leave it under-trained, and the ranking would then
-reflect the optimizer rather than the encoder. The problem is convex, with one optimum and no
-random start, so it is fitted once for all seeds. The other probes are trained by Adam until their
-validation loss stops improving, except for nearest neighbours, which are not trained.
+Ten epochs of a minibatch optimizer would leave it under-trained, and the ranking would reflect the
+optimizer instead of the encoder. The problem is convex, with a single optimum, so it is fitted once
+for all seeds. The other probes are trained by Adam until their validation loss stops improving,
+except for nearest neighbours, which are not trained.
 """
 
 import math
@@ -63,7 +64,7 @@ class Probe(LightningModule):
     it to `probes.fit.PROBES`. A subclass of `AdamProbe` needs no training code.
 
     Args:
-        width: size of a feature vector or frame, D or R.
+        width: size of a feature vector or frame: D, or R if `transform` reduces it.
         outputs: number of classes C, or of words; for transcripts, the characters.
         candidates: setting of each head. By default, one head with the setting `default`.
         metric: a key of `METRICS`.
@@ -71,8 +72,8 @@ class Probe(LightningModule):
 
     Attributes:
         title: name in tables.
-        answers: the kinds of answer that it can give.
-        features: what it sees of a clip, see `FeatureSpec.kind`.
+        answers: the kinds of answer that it supports.
+        features: its input from a clip, see `FeatureSpec.kind`.
         candidates: the settings to select from on validation clips.
         default: the setting of a head if none is given.
         version: increased whenever a change affects scores.
