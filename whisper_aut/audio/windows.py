@@ -1,58 +1,21 @@
-"""Parts of long clips: one to train on, or overlapping windows of an encoder, joined and pooled.
+"""Overlapping windows, in which an encoder reads audio longer than 30 s, joined and pooled.
 
-An encoder reads audio longer than 30 s in overlapping windows. Each frame of the result is taken
-from the window in which it is farther from the edge.
+Each frame of the result is taken from the window in which it is farther from the edge.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from math import ceil
 
 import torch
 from torch import Tensor
 
-from whisper_aut.audio.decode import ROUNDING_SECONDS, SAMPLE_RATE_HZ, TRIM_SECONDS
+from whisper_aut.audio.decode import SAMPLE_RATE_HZ
 from whisper_aut.audio.logmel import MAX_SAMPLES, WINDOW_SECONDS
 from whisper_aut.errors import UserError
 
 OVERLAP_SECONDS = 2
 OVERLAP_SAMPLES = OVERLAP_SECONDS * SAMPLE_RATE_HZ
 BATCH_SECONDS = 160.0
-
-
-@dataclass
-class PartOfClip:
-    """Chooses the part of a clip to decode, see `audio.decode.decode`.
-
-    A clip of up to `TRIM_SECONDS` more than `max_seconds` loses its end. With `crop`, a longer one
-    gives a window of `max_seconds`. Any other clip is kept as it is.
-
-    Args:
-        max_seconds: the limit on clips.
-        crop: start of the window among all possible ones, from 0 (the first) to 1 (the last); None
-            for no window.
-        chunk: start and duration, in seconds, of the part to take in any case; None for none.
-
-    Attributes:
-        is_cut: whether the last clip was cut.
-    """
-
-    max_seconds: float
-    crop: float | None = None
-    chunk: tuple[float, float] | None = None
-    is_cut: bool = False
-
-    def __call__(self, seconds: float) -> tuple[float, float]:
-        """Return start and duration of the part of a clip that lasts `seconds`."""
-        if self.chunk:
-            self.is_cut = True
-            return self.chunk
-        spare = seconds - self.max_seconds
-        is_long = spare > TRIM_SECONDS
-        self.is_cut = spare > ROUNDING_SECONDS and (not is_long or self.crop is not None)
-        if not self.is_cut:
-            return 0.0, seconds
-        return (self.crop or 0.0) * spare if is_long else 0.0, self.max_seconds
 
 
 def cut_windows(waveform: Tensor) -> list[Tensor]:

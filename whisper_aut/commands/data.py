@@ -99,7 +99,7 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
 
 
 def _next_command(recipe: str, out: Path) -> str:
-    """Suggest to probe a corpus that has a probe task, and to inspect any other."""
+    """Return the suggested command: probe a corpus that has a probe task, inspect any other."""
     from whisper_aut.config import LOCAL_CONF
     from whisper_aut.probes.tasks import list_tasks, load_task
 

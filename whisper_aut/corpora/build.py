@@ -34,7 +34,7 @@ SUFFIX_OF_FORMAT = {"FLAC": "flac", "WAV": "wav", "WAVEX": "wav", "OGG": "ogg", 
 LOSSY = ("VORBIS", "OPUS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
 HEAD_BYTES = 4096  # enough of a file to tell its channel layout
 MAX_FLAC_RATE_HZ = 655_350
-ROUNDING_SECONDS = 0.1  # a segment may end this much after the end of its file
+SEGMENT_SLACK_SECONDS = 0.1  # a segment may end this much after the end of its file
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _cut(path: Path, segment: Segment, limits: ClipLimits) -> EncodedClip:
     with open_recording(path) as file:
         rate, file_seconds = file.samplerate, file.frames / file.samplerate
         end = file_seconds if segment.seconds is None else segment.start_seconds + segment.seconds
-        if segment.start_seconds >= file_seconds or end > file_seconds + ROUNDING_SECONDS:
+        if segment.start_seconds >= file_seconds or end > file_seconds + SEGMENT_SLACK_SECONDS:
             raise SkipSample(
                 SkipReason.BAD_ROW,
                 f"a segment from {segment.start_seconds:g} to {end:g} s of a file that ends at "

@@ -1,6 +1,7 @@
 """Text targets of the decoders: from a clip's annotation to tokens, and from tokens to text.
 
 `WhisperText` writes sequences for Whisper's own decoder, and `ChatText` chats for a language model.
+`choose_part` decides which part of a long clip, with which text, is used.
 """
 
 import json
@@ -19,8 +20,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from whisper_aut.audio.decode import LongClips
-from whisper_aut.audio.windows import PartOfClip
+from whisper_aut.audio.decode import ROUNDING_SECONDS, TRIM_SECONDS, LongClips
 from whisper_aut.data.annotation import (
     DOMAINS,
     Annotation,
@@ -47,6 +47,41 @@ def is_transcript(annotation: Annotation, domain: str) -> bool:
     """Return whether the text of a clip is what is said in it, from its beginning to its end."""
     task = annotation.task
     return task in TRANSCRIPTION_TASKS or (not task and domain == "speech")
+
+
+@dataclass
+class PartOfClip:
+    """Chooses the part of a clip to decode, see `audio.decode.decode`.
+
+    A clip of up to `TRIM_SECONDS` more than `max_seconds` loses its end. With `crop`, a longer one
+    gives a window of `max_seconds`. Any other clip is kept as it is.
+
+    Args:
+        max_seconds: the limit on clips.
+        crop: start of the window among all possible ones, from 0 (the first) to 1 (the last); None
+            for no window.
+        chunk: start and duration, in seconds, of the part to take in any case; None for none.
+
+    Attributes:
+        is_cut: whether the last clip was cut.
+    """
+
+    max_seconds: float
+    crop: float | None = None
+    chunk: tuple[float, float] | None = None
+    is_cut: bool = False
+
+    def __call__(self, seconds: float) -> tuple[float, float]:
+        """Return start and duration of the part of a clip that lasts `seconds`."""
+        if self.chunk:
+            self.is_cut = True
+            return self.chunk
+        spare = seconds - self.max_seconds
+        is_long = spare > TRIM_SECONDS
+        self.is_cut = spare > ROUNDING_SECONDS and (not is_long or self.crop is not None)
+        if not self.is_cut:
+            return 0.0, seconds
+        return (self.crop or 0.0) * spare if is_long else 0.0, self.max_seconds
 
 
 def choose_part(

@@ -2,8 +2,8 @@
 
 Source: arXiv 2604.10438. Modules, weights and arithmetic are those of Hugging Face's
 `WhisperForConditionalGeneration`. Texts are packed like clips: self- and cross-attention stay
-within each clip, and logits exist for supervised positions only. Exports leave the decoder out
-unless they are requested as `whisper`.
+within each clip, and logits exist for supervised positions only. Of the export formats, only
+`whisper` contains the decoder.
 """
 
 from collections.abc import Iterable, Sequence
@@ -57,7 +57,7 @@ def build_whisper_decoder(
         for domain in domains:
             if domain not in DOMAINS:
                 raise UserError(f"decoder.{key}: {domain!r} is not one of {', '.join(DOMAINS)}.")
-    model = pretrained.model  # the error for a missing decoder goes before all others
+    model = pretrained.model  # first, because it raises if the checkpoint has no decoder
     _check_tokenizer(pretrained, options.prompts.values())
     longest = pretrained.config.max_target_positions
     if options.max_tokens > longest:
