@@ -92,8 +92,8 @@ def add_parsers(commands: Commands) -> None:
     add = command.add_argument
     add(
         "encoder",
-        help="a run, a directory or a hub id; `logmel` for log-mel statistics, `random:DIR` for "
-        "random weights, FILE.py:CLASS; NAME@30s or NAME@none sets the padding of a Whisper",
+        help="a run, a directory or a hub id; FILE.py:CLASS; random:DIR for random weights; logmel "
+        "for log-mel statistics. NAME@30s or NAME@none sets the padding of a Whisper",
     )
     against = "encoder to compare with; may be repeated"
     add("--against", action="append", default=[], metavar="BASE", help=against)

@@ -128,7 +128,8 @@ def add_parsers(commands: Commands) -> None:
     )
     add_config(command, "trainer.max_steps=100 decoder=whisper")
     add = command.add_argument
-    add("--resume", default="", metavar="auto|CKPT", help="resume an unfinished run")
+    resume = "resume the newest run of this name if it is unfinished, or a run or checkpoint"
+    add("--resume", default="", metavar="auto|PATH", help=resume)
     add("--fresh", action="store_true", help="train again even if a finished run exists")
     add("--print-config", action="store_true", help="print the resolved config and exit")
     command.set_defaults(run=train)

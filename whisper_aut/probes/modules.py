@@ -305,8 +305,8 @@ class KNNProbe(Probe):
     """J votes of cosine neighbours. Training only stores the items.
 
     Features of each clip are scaled to unit length, so that similarity is a cosine. Votes are
-    weighted by exp(cosine / temperature) (Wu et al. 2018, section 3.4). X-ARES scales features
-    across samples instead, which is a mistake.
+    weighted by exp(cosine / temperature) (Wu et al. 2018, section 3.4). X-ARES scales its training
+    features across clips, not within each clip, so its similarities are not cosines.
 
     A candidate has `k` (neighbours) and a `temperature`.
     """
