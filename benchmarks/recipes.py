@@ -113,9 +113,16 @@ class HuggingFaceStep:
 
     Args:
         labels_to: pad labels to this many positions instead of to the longest.
+        extract_once: compute the features once, as if workers did it in time.
     """
 
-    def __init__(self, model: WhisperForConditionalGeneration, clips: Clips, labels_to: int = 0):
+    def __init__(
+        self,
+        model: WhisperForConditionalGeneration,
+        clips: Clips,
+        labels_to: int = 0,
+        extract_once: bool = False,
+    ):
         self.model = copy.deepcopy(model)
         self.extractor = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
         self.arrays = [waveform.numpy() for waveform in clips.waveforms]
@@ -129,14 +136,14 @@ class HuggingFaceStep:
                 for tokens in clips.tokens
             ]
         )
+        self.inputs, self.labels = self.inputs.to(model.device), self.labels.to(model.device)
+        self.features = self._extract() if extract_once else None
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
         )
 
     def loss(self) -> Tensor:
-        features = self.extractor(
-            self.arrays, sampling_rate=16_000, return_tensors="pt"
-        ).input_features
+        features = self._extract() if self.features is None else self.features
         return self.model(
             input_features=features, decoder_input_ids=self.inputs, labels=self.labels
         ).loss
@@ -148,6 +155,10 @@ class HuggingFaceStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(loss.detach())
+
+    def _extract(self) -> Tensor:
+        extracted = self.extractor(self.arrays, sampling_rate=16_000, return_tensors="pt")
+        return extracted.input_features.to(self.model.device)
 
 
 def _target(tokens: Tensor) -> TokenTarget:

@@ -517,8 +517,8 @@ class StrategySettings:
     """The distributed strategy.
 
     Attributes:
-        name: one device or DDP (`auto`), DDP, or a ZeRO stage of DeepSpeed; `_offload` moves the
-            optimizer state to the CPU.
+        name: one device or DDP (`auto`), DDP, PyTorch's FSDP2 (`fsdp`), or a ZeRO stage of
+            DeepSpeed; `_offload` moves the optimizer state to the CPU.
         timeout_minutes: how long a rank waits for the others before the job ends.
         deepspeed: options of DeepSpeed's own config, which override those of `name`, such as
             `{zero_optimization: {reduce_bucket_size: 50000000}}`.
@@ -527,6 +527,7 @@ class StrategySettings:
     name: Literal[
         "auto",
         "ddp",
+        "fsdp",
         "deepspeed_stage_1",
         "deepspeed_stage_2",
         "deepspeed_stage_3",
@@ -625,6 +626,15 @@ class Settings:
     strategy: StrategySettings = field(default_factory=StrategySettings)
     export: list[Literal["encoder", "whisper"]] = field(default_factory=lambda: ["encoder"])
     probe: ProbeSettings = field(default_factory=ProbeSettings)
+
+    @model_validator(mode="after")
+    def check_precision(self) -> Self:
+        if self.strategy.name == "fsdp" and self.hardware.precision == "16-mixed":
+            raise ValueError(
+                "hardware.precision: strategy=fsdp does not scale losses, which 16-mixed needs. "
+                "Use bf16-mixed, or another strategy"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_batch(self) -> Self:

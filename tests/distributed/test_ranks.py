@@ -15,7 +15,7 @@ from whisper_aut.cli import main
 from whisper_aut.export.hf import read_checkpoint
 from whisper_aut.inference.encoder import load_encoder
 
-STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+STRATEGIES = ("ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
 TWO_RANKS = ("data.batch_clips=2", "hardware.devices=2", "trainer.accumulate=3")
 ONE_RANK = ("data.batch_clips=2", "hardware.devices=1", "trainer.accumulate=6")
 
@@ -79,6 +79,8 @@ def test_a_run_goes_on_with_other_ranks_and_stages(
         ("deepspeed_stage_3", "ddp"),
         ("ddp", "deepspeed_stage_2"),
         ("deepspeed_stage_1", "deepspeed_stage_3"),
+        ("fsdp", "deepspeed_stage_2"),
+        ("ddp", "fsdp"),
     ]
     whole = jobs.add("whole", *ONE_RANK)
     jobs.done(ranks=1)

@@ -69,7 +69,12 @@ def test_a_limit_that_one_rank_exceeds_at_the_end_leaves_no_finished_run(
 
 
 @pytest.mark.parametrize(
-    "strategy", ["ddp", pytest.param("deepspeed_stage_3", marks=pytest.mark.slow)]
+    "strategy",
+    [
+        "ddp",
+        pytest.param("fsdp", marks=pytest.mark.slow),
+        pytest.param("deepspeed_stage_3", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_without_validation_clips_changes_no_metric(
     strategy: str, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path

@@ -6,6 +6,7 @@ encoder frame equals the one of a padded clip. Every frame equals that of
 `transformers.WhisperFeatureExtractor`. Source: Radford et al. 2022, section 2.2.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,7 @@ CONTEXT_FRAMES = 2
 BLOCK_FRAMES = 512
 LOG_FLOOR = 1e-10
 DYNAMIC_RANGE = 8.0  # decades below the maximum of a clip
+LOWEST_MEL = (math.log10(LOG_FLOOR) + 4.0) / 4.0
 
 
 def mel_frames(samples: int) -> int:
@@ -117,9 +119,7 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 def silence_level(mel: Tensor) -> Tensor:
     """Return the value of a silent frame in a clip's log-mel `[F', M]`, the floor of its range."""
-    return (mel.max() - DYNAMIC_RANGE / 4.0).clamp(
-        min=(torch.tensor(LOG_FLOOR).log10().item() + 4.0) / 4.0
-    )
+    return (mel.max() - DYNAMIC_RANGE / 4.0).clamp(min=LOWEST_MEL)
 
 
 def _pad_as_centred(waveform: Tensor, frames: int) -> Tensor:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from whisper_aut.errors import nearest
+from whisper_aut.models.attention import upload
 
 
 def _check_adapter(name: str) -> str:
@@ -62,7 +63,7 @@ def windows(
         indices.append(torch.where((own >= 0) & (own < length), own + start, outside))
         start += length
     padded = torch.cat([frames, frames.new_zeros(1, frames.shape[1])])
-    index = torch.cat(indices).flatten().to(frames.device, non_blocking=True)
+    index = upload(torch.cat(indices).flatten(), frames.device)
     return padded.index_select(0, index).view(-1, size * frames.shape[1]), counts
 
 

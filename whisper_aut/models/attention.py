@@ -99,8 +99,17 @@ def _has_flash(device: torch.device) -> bool:
 
 
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
-    sums = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return sums.to(device, non_blocking=True)
+    return upload(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the host to the device while the host goes on.
+
+    A copy from memory that is not pinned may wait until the device has finished its queue.
+    """
+    if device.type == "cuda" and torch.cuda.is_available():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _sdpa_by_length(

@@ -11,6 +11,7 @@ Whisper's window; the result equals Hugging Face's to a relative error of 1e-5.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.audio.logmel import MAX_MEL_FRAMES, frames_with_context, silence_level
 from whisper_aut.errors import UserError
-from whisper_aut.models.attention import Segments, clip_attention
+from whisper_aut.models.attention import Segments, clip_attention, upload
 
 Padding = Literal["none", "30s"]
 PADDINGS = ("none", "30s")
@@ -158,10 +159,8 @@ class PackedEncoder(nn.Module):
         states: list[Any] = []
         for layer in self.whisper.layers:
             states += [hidden] if keep_states else []
-            if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(self._layer, layer, hidden, segments, use_reentrant=False)
-            else:
-                hidden = self._layer(layer, hidden, segments)  # pyright: ignore[reportArgumentType]
+            run: Any = getattr(layer, "packed", None) or partial(self.run_layer, layer)
+            hidden = run(hidden, segments)
         output = self.whisper.layer_norm(hidden)
         states += [output] if keep_states else []
         return Frames(output, lengths, valid, tuple(states))
@@ -169,6 +168,12 @@ class PackedEncoder(nn.Module):
     def padded_clips(self, clips: Sequence[Any], padded: Sequence[bool]) -> Sequence[bool]:
         """Return whether each clip is padded to 30 s; `padded` is that of `forward`."""
         return [True] * len(clips) if self.padding == "30s" else padded or [False] * len(clips)
+
+    def run_layer(self, layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
+        """Run one layer on packed clips, `[ΣT, D]`. FSDP wraps this as the layer's `packed`."""
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(self._layer, layer, hidden, segments, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return self._layer(layer, hidden, segments)
 
     def _layer(self, layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
         # In the order of `WhisperEncoderLayer.forward`.
@@ -188,9 +193,7 @@ class PackedEncoder(nn.Module):
         if len(set(mel_lengths)) == 1:
             return self._embed_equal(mel, len(mel_lengths), encoder_frames(mel_lengths[0]))
         width, *indices = _spaced_layout(mel_lengths)
-        mel_index, frame_index, positions = (
-            index.to(mel.device, non_blocking=True) for index in indices
-        )
+        mel_index, frame_index, positions = (upload(index, mel.device) for index in indices)
         spaced = mel.new_zeros(width, mel.shape[1]).index_copy(0, mel_index, mel)
         inside = mel.new_zeros(width).index_fill(0, mel_index, 1.0)
         hidden = gelu(whisper.conv1(spaced.T[None].to(whisper.conv1.weight.dtype)))

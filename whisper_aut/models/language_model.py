@@ -31,7 +31,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from whisper_aut.errors import UserError
-from whisper_aut.models.attention import Segments, clip_attention
+from whisper_aut.models.attention import Segments, clip_attention, upload
 from whisper_aut.models.pretrained import (
     CONFIG,
     TOKENIZER,
@@ -221,10 +221,10 @@ def sequence_states(
     model.config._attn_implementation = layout.attention
     # Pad on the right: causal layers then never see the padding, even if they ignore the mask.
     padded = pad_sequence(list(embeddings.split(list(lengths))), batch_first=True)
-    mask = _mask(lengths, "right").to(embeddings.device, non_blocking=True)
+    mask = upload(_mask(lengths, "right"), embeddings.device)
     states = model.base_model(inputs_embeds=padded, attention_mask=mask, use_cache=False)
     rows = [torch.arange(length) + i * longest for i, length in enumerate(lengths)]
-    rows = torch.cat(rows).to(embeddings.device, non_blocking=True)
+    rows = upload(torch.cat(rows), embeddings.device)
     own = states.last_hidden_state.flatten(0, 1).index_select(0, rows)
     return own.to(embeddings.dtype)  # Mamba returns float32
 
@@ -236,7 +236,7 @@ def packed_states(model: PreTrainedModel, embeddings: Tensor, lengths: Sequence[
     positions = torch.cat([torch.arange(length) for length in lengths])
     states = model.base_model(
         inputs_embeds=embeddings[None],
-        position_ids=positions[None].to(embeddings.device, non_blocking=True),
+        position_ids=upload(positions[None], embeddings.device),
         use_cache=False,
         segments=Segments.of(lengths, lengths, embeddings.device),
     )

@@ -100,12 +100,18 @@ class AudioTextModule(lightning.LightningModule):
         self.generated: list[dict[str, str]] = []  # texts of the last validation
         self.micro_batches: list[MicroBatchResult] = []  # of the current optimizer step
         self._step_weight: Tensor | float = 1.0
+        self.step_loss = torch.tensor(torch.nan)  # of the last optimizer step, per token
         self._silence: Batch | None = None
 
     def configure_optimizers(self) -> Any:
         if self.make_optimizer is None:
             raise RuntimeError("This module was built without an optimizer.")
         return self.make_optimizer(self.encoder, self.decoder)
+
+    def configure_model(self) -> None:
+        """Let the strategy shard the weights, before the optimizer is made."""
+        if (shard := getattr(self.trainer.strategy, "shard", None)) is not None:
+            shard(self)
 
     def forward(self, batch: Batch) -> tuple[Frames, DecoderLoss]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_learns):
@@ -163,7 +169,8 @@ class AudioTextModule(lightning.LightningModule):
             torch.distributed.all_reduce(sums)
         loss, correct, tokens = sums
         tokens = tokens.clamp(min=1.0)
-        self.log("train/loss", loss / tokens, prog_bar=True, batch_size=1)
+        self.step_loss = loss / tokens
+        self.log("train/loss", self.step_loss, batch_size=1)
         self.log("train/accuracy", correct / tokens, batch_size=1)
 
     @property
@@ -228,8 +235,9 @@ class AudioTextModule(lightning.LightningModule):
         """Return the weight of the supervised tokens of the optimizer step, over all ranks."""
         if ranks == 1:
             return batch.step_weight or 1.0
-        # Half-precision plugins change the default dtype, which could not hold the sum.
-        weight = torch.tensor(batch.step_weight, dtype=torch.float32, device=self.device)
+        # Half-precision plugins change the default dtype, which could not hold the sum. `full`
+        # writes it on the device, where `tensor` would wait for a copy.
+        weight = torch.full((), batch.step_weight, dtype=torch.float32, device=self.device)
         torch.distributed.all_reduce(weight)
         return torch.where(weight > 0, weight, 1.0)
 

@@ -68,10 +68,10 @@ class ProbeDuringTraining(lightning.Callback):
         self.scores: dict[int, dict[str, float]] = {}  # by step
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
-        if getattr(trainer.strategy, "zero_stage_3", False):
+        if getattr(trainer.strategy, "zero_stage_3", False) or hasattr(trainer.strategy, "shard"):
             raise UserError(
-                "probe.during needs the full weights, which ZeRO stage 3 shards over the ranks: "
-                "use stage 2, or probe after training."
+                "probe.during needs the full weights, which ZeRO stage 3 and FSDP shard over the "
+                "ranks: use stage 2, or probe after training."
             )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:

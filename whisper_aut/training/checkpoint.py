@@ -7,7 +7,7 @@ size and SHA-256 of every file, which reveals later damage. Nothing is unpickled
 as safetensors, and `torch.load(weights_only=True)` reads the rest.
 
 `ModelState` and `DeepSpeedState` collect the tensors of a model and load them back, on any number
-of ranks.
+of ranks. One tensor at a time is gathered from the ranks, so none needs memory for the whole model.
 """
 
 import errno
@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from whisper_aut.errors import UserError
 
@@ -292,7 +293,10 @@ def existing_parent(path: Path) -> Path:
 
 
 class ModelState:
-    """Saves and loads a module that every rank holds in full, and its AdamW optimizer."""
+    """Saves and loads a module and its AdamW optimizer.
+
+    Every rank holds the module in full, or as the `DTensor`s of FSDP.
+    """
 
     def __init__(self, module: nn.Module, optimizer: Any):
         self.module, self.optimizer = module, optimizer
@@ -327,6 +331,8 @@ class ModelState:
         Raises:
             UserError: If names or shapes do not match the module's.
         """
+        named = self.module.state_dict(keep_vars=True)
+        weights = {name: _like(value, named.get(name)) for name, value in weights.items()}
         try:
             self.module.load_state_dict(weights, strict=True)
         except RuntimeError as error:
@@ -339,17 +345,17 @@ class ModelState:
             UserError: If there is state for a parameter that is not trained.
         """
         for parameter, key, value in self._by_parameter(tensors):
-            on_device = value.to(parameter.device)
-            self.optimizer.state[parameter][key] = (
-                on_device.float() if key == STEP else on_device.to(parameter.dtype)
-            )
+            dtype = torch.float32 if key == STEP else parameter.dtype
+            on_device = value.to(parameter.device, dtype)
+            self.optimizer.state[parameter][key] = _like(on_device, parameter)
 
     def _full_tensors(
         self, name: str, value: Tensor, trained: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a weight and its optimizer state. Must be called on all ranks."""
         state = self.optimizer.state.get(value, {}) if trained else {}
-        return value, {key: torch.as_tensor(state[key]) for key in (*MOMENTS, STEP) if key in state}
+        kept = {key: torch.as_tensor(state[key]) for key in (*MOMENTS, STEP) if key in state}
+        return _full(value), {key: _full(tensor) for key, tensor in kept.items()}
 
     def _by_parameter(
         self, tensors: Iterable[tuple[str, Tensor]]
@@ -505,6 +511,20 @@ class DeepSpeedState(ModelState):
             safe_set_local_fp32_param(parameter, partition)
         else:
             safe_set_local_optimizer_state(parameter, partition, key)
+
+
+def _full(value: Tensor) -> Tensor:
+    """Gather a tensor that FSDP has sharded. Must be called on all ranks."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _like(value: Any, parameter: Any) -> Any:
+    """Return this rank's part of a full tensor, if FSDP has sharded the parameter."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    # Every rank has read the same tensor, so none needs to send it.
+    return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
 def _numel(value: Any) -> int:

@@ -55,7 +55,7 @@ RESERVED_GIB = 2.0  # CUDA context, cuBLAS, communication buffers, fragmentation
 CORE_AUDIO_SECONDS = 2_000
 # What a forecast assumes when the training shards cannot be read. FLAC is 16 kHz mono.
 ASSUMED_CLIP_SECONDS, ASSUMED_TOKENS, FLAC_BYTES_PER_SECOND = 10.0, 32, 19_000
-STAGES = ("one device or ddp", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+STAGES = ("one device or ddp", "ZeRO-1", "ZeRO-2 or FSDP", "ZeRO-3")
 Compute = Literal["float32", "autocast", "bfloat16"]
 
 _ATEN: Any = torch.ops.aten
@@ -473,7 +473,7 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
     return Forecast(
         cost_of=cost_of,
         ranks=ranks,
-        stage=settings.strategy.zero_stage,
+        stage=2 if settings.strategy.name == "fsdp" else settings.strategy.zero_stage,
         offload=settings.strategy.offload,
         precision=precision,
         checkpointing=settings.model.gradient_checkpointing,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,25 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
+    ModelParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
 )
 from omegaconf import OmegaConf
 from pydantic import ValidationError
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._pytree import SUPPORTED_NODES, register_dataclass
 
 from whisper_aut.config import StrategySettings
 from whisper_aut.errors import UserError
+from whisper_aut.models.encoder import Frames
+from whisper_aut.models.losses import DecoderLoss
 from whisper_aut.training.checkpoint import (
     CheckpointWriter,
     DeepSpeedState,
@@ -59,6 +70,7 @@ def build_strategy(
     ranks: int,
     clips_per_step: int = 0,
     accelerator: str = "auto",
+    precision: str = "32-true",
     async_checkpoints: bool = False,
     warn: Callable[[str], None] = lambda _: None,
 ) -> Strategy:
@@ -69,6 +81,7 @@ def build_strategy(
         ranks: World size.
         clips_per_step: Number of clips in an optimizer step, recorded in checkpoints.
         accelerator: Lightning's accelerator.
+        precision: Lightning's precision, which FSDP implements itself.
         async_checkpoints: Write checkpoints in the background.
         warn: Called with messages about learning rates that differ from the checkpoint, and about
             options that DeepSpeed did not read.
@@ -94,6 +107,8 @@ def build_strategy(
             offload_optimizer=settings.offload,
             timeout=timeout,
         )
+    elif settings.name == "fsdp":
+        strategy = FSDP(torch.bfloat16 if precision == "bf16-mixed" else None, ranks, timeout)
     elif settings.name == "ddp" or ranks > 1:
         # With bucket views, gradients are in memory only once.
         strategy = DDP(timeout=timeout, gradient_as_bucket_view=True)
@@ -179,6 +194,14 @@ class NamedCheckpoints:
     timeout = timedelta(minutes=30)
     # The process group of the background threads; training uses the default group meanwhile.
     _writers: Any = None
+    _hosts: Any = None
+
+    @property
+    def host_group(self) -> Any:
+        """The process group for values on the host, over gloo. None means the default group."""
+        if self._hosts is None and dist.get_backend() != "gloo":
+            self._hosts = dist.new_group(backend="gloo", timeout=self.timeout)
+        return self._hosts
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
@@ -331,6 +354,69 @@ class SingleDevice(NamedCheckpoints, SingleDeviceStrategy):
 
 class DDP(NamedCheckpoints, DDPStrategy):
     pass
+
+
+class FSDP(NamedCheckpoints, ModelParallelStrategy):
+    """PyTorch's FSDP2: float32 weights, gradients and optimizer state are sharded over the ranks.
+
+    Each layer is gathered before its forward pass and kept until its backward pass, after which its
+    gradients are summed in float32. This is what ZeRO-2 shards, and all three overlap with the
+    computation. See Zhao et al. 2023, arXiv 2304.11277, and `torch.distributed.fsdp.fully_shard`.
+
+    Args:
+        compute_dtype: The dtype in which layers are gathered and computed. None for float32.
+        ranks: World size.
+        timeout: How long a rank waits for the others.
+    """
+
+    def __init__(self, compute_dtype: torch.dtype | None, ranks: int, timeout: timedelta):
+        super().__init__(ranks, 1, save_distributed_checkpoint=False, timeout=timeout)
+        self.compute_dtype = compute_dtype
+
+    def shard(self, module: Any) -> None:
+        """Shard the layers of a module, and then the rest. Frozen language models stay whole."""
+        if isinstance(module, FSDPModule):  # validation after training
+            return
+        policy = MixedPrecisionPolicy(
+            self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        whole = {weight for weight in module.decoder.parameters() if not weight.requires_grad}
+        for weight in whole:
+            weight.data = weight.data.to(self.compute_dtype or weight.dtype)
+        options: Any = {"mesh": self.device_mesh["data_parallel"], "mp_policy": policy}
+        options |= {"ignored_params": whole, "reshard_after_forward": False}
+        for owner in (module.encoder, module.decoder):
+            lists = (child for child in owner.modules() if isinstance(child, torch.nn.ModuleList))
+            layers: Any = next(lists, ())
+            for layer in layers:
+                if hasattr(owner, "run_layer"):
+                    layer.packed = partial(owner.run_layer, layer)
+                if any(weight not in whole for weight in layer.parameters()):
+                    fully_shard(layer, **options)
+                    if hasattr(layer, "packed"):
+                        register_fsdp_forward_method(layer, "packed")
+        fully_shard(module, **options)
+        # FSDP starts the backward pass of the module from its outputs, and looks for them here.
+        for kind in (Frames, DecoderLoss):
+            if kind not in SUPPORTED_NODES:
+                register_dataclass(kind)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def on_validation_start(self) -> None:
+        """Gather the whole model, because ranks generate texts of different lengths."""
+        root: Any = self.model
+        fully_shard.state(root)._lazy_init()  # finds the root, if no step has run yet
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+
+    def on_validation_end(self) -> None:
+        for module in self.model.modules():  # pyright: ignore[reportOptionalMemberAccess]
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 class DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):

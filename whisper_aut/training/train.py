@@ -265,20 +265,12 @@ def build_trainer(
         ranks=ranks,
         clips_per_step=0 if settings.data.batch_seconds else clips_per_step,
         accelerator=hardware.accelerator,
+        precision=hardware.precision,
         async_checkpoints=config.async_checkpoints,
         warn=warn,
     )
     meter = ThroughputMeter(hardware.precision)
     valid_every_steps = min(config.valid_every_steps, total_steps)
-    checkpoints = RollingCheckpoints(
-        run.checkpoints,
-        every_steps=config.checkpoint_every_steps,
-        valid_every_steps=valid_every_steps,
-        keep=config.keep_checkpoints,
-        skip_to=skip_to,
-        warn=warn,
-        paused=meter.paused,
-    )
     guard = Guard(
         ledger,
         max_bad_steps=config.max_bad_steps,
@@ -286,15 +278,26 @@ def build_trainer(
         rewind=config.on_spike == "rewind",
         warn=warn,
     )
+    checkpoints = RollingCheckpoints(
+        run.checkpoints,
+        every_steps=config.checkpoint_every_steps,
+        valid_every_steps=valid_every_steps,
+        keep=config.keep_checkpoints,
+        skip_to=skip_to,
+        warn=warn,
+        before_save=guard.read,
+        paused=meter.paused,
+    )
     # `CleanStop` handles the signals of Slurm. Lightning would save elsewhere and requeue.
     slurm: Any = (
         [SLURMEnvironment(auto_requeue=False)] if ranks > 1 and launched_by_slurm() else None
     )
-    return lightning.Trainer(
+    trainer = lightning.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=hardware.nodes,
-        precision=hardware.precision,  # pyright: ignore[reportArgumentType]
+        # FSDP computes in bfloat16 by itself, without autocast.
+        precision="32-true" if settings.strategy.name == "fsdp" else hardware.precision,  # pyright: ignore[reportArgumentType]
         strategy=strategy,
         plugins=slurm,
         max_steps=total_steps,
@@ -326,6 +329,10 @@ def build_trainer(
             ),
         ],
     )
+    # `CleanStop` handles SIGTERM. Lightning would also exchange it through the devices in every
+    # step, for which the host waits.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer
 
 
 def launched_by_slurm() -> bool:

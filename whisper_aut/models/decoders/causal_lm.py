@@ -21,6 +21,7 @@ from whisper_aut.data.batch import Targets
 from whisper_aut.data.targets import ChatText, Instruction, Instructions
 from whisper_aut.errors import UserError, require
 from whisper_aut.models.adapters import AdapterOptions, StackAdapter, build_adapter, embedding_scale
+from whisper_aut.models.attention import upload
 from whisper_aut.models.flops import TRAINED_PRODUCTS, language_model_flops
 from whisper_aut.models.language_model import (
     SequenceLayout,
@@ -226,7 +227,7 @@ class CausalLMDecoder(nn.Module):
                 for shift, count in zip(accumulate(added), targets.counts, strict=True)
             ]
         )
-        positions = targets.label_indices + shifts.to(frames.device, non_blocking=True)
+        positions = targets.label_indices + upload(shifts, frames.device)
         weight: Any = self.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
         # Each token is predicted from the state one position before it.
         total, nll, correct = chunked_cross_entropy(

@@ -8,6 +8,7 @@ within each clip, and logits exist for supervised positions only. Of the export 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ from whisper_aut.data.annotation import DOMAINS, whisper_codes
 from whisper_aut.data.batch import Targets
 from whisper_aut.data.targets import SAMPLE_LANGUAGE, DomainPrompt, WhisperText
 from whisper_aut.errors import UserError
-from whisper_aut.models.attention import Segments
+from whisper_aut.models.attention import Segments, upload
 from whisper_aut.models.encoder import packed_attention, packed_feed_forward
 from whisper_aut.models.flops import whisper_decoder_flops
 from whisper_aut.models.losses import DecoderLoss, chunked_cross_entropy
@@ -212,7 +213,7 @@ class WhisperDecoder(nn.Module):
         """Return the last hidden states of all text tokens, `[ΣL, D]`."""
         whisper = self.whisper
         positions = torch.cat([torch.arange(length) for length in targets.lengths])
-        positions = positions.to(frames.device, non_blocking=True)
+        positions = upload(positions, frames.device)
         hidden = whisper.embed_tokens(targets.tokens)
         hidden = hidden + whisper.embed_positions(None, position_ids=positions)
         hidden = dropout(hidden, p=whisper.dropout, training=self.training)
@@ -221,12 +222,18 @@ class WhisperDecoder(nn.Module):
             for keys in (targets.lengths, tuple(lengths))
         )
         for layer in whisper.layers:
-            arguments = (layer, hidden, frames, own, across)
-            if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(_decoder_layer, *arguments, use_reentrant=False)
-            else:
-                hidden = _decoder_layer(*arguments)
+            run: Any = getattr(layer, "packed", None) or partial(self.run_layer, layer)
+            hidden = run(hidden, frames, own, across)
         return whisper.layer_norm(hidden)
+
+    def run_layer(
+        self, layer: Any, hidden: Tensor, frames: Tensor, own: Segments, across: Segments
+    ) -> Tensor:
+        """Run one layer on packed texts, `[ΣL, D]`. FSDP wraps this as the layer's `packed`."""
+        arguments = (layer, hidden, frames, own, across)
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(_decoder_layer, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return _decoder_layer(*arguments)
 
     def _greedy(
         self, clips: Sequence[Tensor], prompts: Tensor, max_new_tokens: int

@@ -34,6 +34,7 @@ class RollingCheckpoints(Checkpoint):
         keep: Number of newest checkpoints to keep, in addition to the best one.
         warn: Called with a message when later checkpoints are renamed.
         skip_to: Position in the data to resume from, in place of the checkpoint's own.
+        before_save: Called before the state of the run is collected. May raise.
         paused: Context in which the run saves, or waits for a checkpoint to be written.
     """
 
@@ -46,10 +47,11 @@ class RollingCheckpoints(Checkpoint):
         keep: int,
         skip_to: Cursor | None = None,
         warn: Callable[[str], None] = lambda _: None,
+        before_save: Callable[[Any], None] = lambda _: None,
         paused: Callable[[Any], AbstractContextManager[None]] = lambda _: nullcontext(),
     ):
         self.folder, self.keep, self.warn, self.paused = folder, keep, warn, paused
-        self.skip_to = skip_to
+        self.skip_to, self.before_save = skip_to, before_save
         self.every_steps, self.valid_every_steps = every_steps, valid_every_steps
         self.best_loss, self.best_step = math.inf, 0
         self.validated_step = -1  # the last step that this process validated
@@ -107,6 +109,7 @@ class RollingCheckpoints(Checkpoint):
         """
         path = self.folder / checkpoint_name(trainer.global_step)
         if self._saved_step != trainer.global_step:
+            self.before_save(trainer)
             with self.paused(trainer):
                 trainer.save_checkpoint(path, storage_options=partial(self._on_written, path))
             self._saved_step = trainer.global_step

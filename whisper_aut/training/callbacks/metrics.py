@@ -42,6 +42,7 @@ from whisper_aut.utils import without_shared_folders
 GIBIBYTE = 2**30
 PREFIX = "throughput/"
 SHOWN_PER_TASK = 2
+IN_PROGRESS_BAR = ("train/loss", "train/skipped_steps", "data/skipped")
 
 
 class DataMonitor(lightning.Callback):
@@ -84,7 +85,7 @@ class DataMonitor(lightning.Callback):
         self._warn_once("So far ", self._languages)
         counts = gather_counts(self.ledger)
         if skipped := counts.all_skipped.total():
-            module.log("data/skipped", float(skipped), prog_bar=True, batch_size=1)
+            module.log("data/skipped", float(skipped), batch_size=1)
         try:
             self.ledger.check(counts)
         except UserError:
@@ -333,21 +334,28 @@ def _flops(module: Any, batch: Batch) -> float:
 class RunProgressBar(TQDMProgressBar):
     """Lightning's progress bar, followed by `step 150/700, left 0:02:10, audio-s/s 210`.
 
-    Step and time left refer to the whole run, not to the epoch.
+    Step and time left refer to the whole run, not to the epoch. Metrics are those of the last
+    logged step. Lightning reads those that are logged with `prog_bar=True` in every step, and waits
+    for the device.
     """
 
     def __init__(self, meter: ThroughputMeter, refresh_rate: int):
         super().__init__(refresh_rate=refresh_rate)
         self.meter = meter
         self._begin, self._first_step = 0.0, 0
+        self._shown: dict[str, Any] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         super().on_train_start(trainer, pl_module)
         self._begin, self._first_step = time.monotonic(), trainer.global_step
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: Any) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
+        if not trainer.training or trainer.global_step % trainer.log_every_n_steps == 0:  # pyright: ignore[reportAttributeAccessIssue]
+            logged = trainer.callback_metrics
+            shown = {name: float(logged[name]) for name in IN_PROGRESS_BAR if name in logged}
+            self._shown = {**super().get_metrics(trainer, pl_module), **shown}
+            self._shown.pop("v_num", None)
+        metrics = dict(self._shown)
         steps = trainer.global_step - self._first_step
         if trainer.training and steps:
             step_seconds = (time.monotonic() - self._begin) / steps

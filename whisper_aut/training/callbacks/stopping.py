@@ -4,18 +4,21 @@ import math
 import signal
 import statistics
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from whisper_aut.data.dataset import Ledger
 from whisper_aut.data.reader import SkippedSample
 from whisper_aut.data.sampler import Cursor
 from whisper_aut.errors import Interrupted, Preempted, SkipReason, UserError
-from whisper_aut.training.callbacks import ends_step
+from whisper_aut.training.callbacks import ends_logged_step, ends_step
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
 
 CTRL_C, PREEMPTION = 1, 2
@@ -59,7 +62,7 @@ class CleanStop(lightning.Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if ends_step(trainer, batch_idx) and (received := self._max_received(trainer, module)):
+        if ends_step(trainer, batch_idx) and (received := max_over_ranks(trainer, self._received)):
             # Lightning would log this step after this hook, which raises.
             metrics = {
                 name: float(value)
@@ -71,7 +74,7 @@ class CleanStop(lightning.Callback):
             self._stop(trainer, received)
 
     def on_validation_batch_start(self, trainer: lightning.Trainer, module: Any, *_: Any) -> None:
-        if trainer.state.fn == "fit" and (received := self._max_received(trainer, module)):
+        if trainer.state.fn == "fit" and (received := max_over_ranks(trainer, self._received)):
             self._stop(trainer, received)  # the step was saved before its validation
 
     def teardown(self, trainer: lightning.Trainer, module: Any, stage: str) -> None:
@@ -83,10 +86,6 @@ class CleanStop(lightning.Callback):
         if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = CTRL_C if number == signal.SIGINT else PREEMPTION
-
-    def _max_received(self, trainer: lightning.Trainer, module: Any) -> int:
-        """Return the most urgent signal of any rank, the same value on all ranks."""
-        return max_over_ranks(trainer, module, self._received)
 
     def _stop(self, trainer: lightning.Trainer, received: int) -> None:
         path = self.checkpoints.save(trainer)
@@ -131,6 +130,22 @@ class Rewind(Exception):
         self.cursor = cursor
 
 
+@dataclass(frozen=True)
+class UnreadStep:
+    """An optimizer step whose results the host has not read from the device yet.
+
+    `norm` is that of the gradient, `loss` the module's; either may be a scalar on the device.
+    `is_skipped` says whether DeepSpeed skipped the step; None if a norm that is not finite does.
+    """
+
+    number: int
+    norm: Any
+    loss: Any
+    is_skipped: bool | None
+    cursor: Cursor
+    micro_batches: Sequence[Any]
+
+
 class Guard(lightning.Callback):
     """Skips optimizer steps with non-finite gradients, and detects loss spikes.
 
@@ -140,6 +155,10 @@ class Guard(lightning.Callback):
     non-finite on all ranks, and all skip the step. The ranks then agree whether any of them can
     name a clip with a non-finite loss. DeepSpeed's engine skips such steps itself; they are only
     counted and reported here. The learning rate schedule advances in any case.
+
+    The optimizer, which must be fused, skips a step on the device. The host reads norms and losses
+    only at logged steps and before checkpoints, so that it does not wait for the device in between.
+    Checkpoints and messages are the same as if it read every step.
 
     Args:
         ledger: Ledger of this rank. The clips that caused a skipped step are written to it.
@@ -167,59 +186,66 @@ class Guard(lightning.Callback):
         self.spikes = SpikeDetector(spike_factor) if spike_factor else None
         self.rewind = rewind
         self.skipped = self.streak = 0  # skipped steps of the run, and those in a row
-        self._norm, self._is_bad = math.nan, False
+        self._norm: Any = math.nan
+        self._unread: list[UnreadStep] = []
         # Metrics of the last step, which Lightning discards in a validation.
         self.last_metrics: dict[str, Any] = {}
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        """Measure the gradient norm before Lightning clips, and drop gradients that are not finite.
+        """Measure the gradient norm before Lightning clips, and skip the step if it is not finite.
 
-        Without gradients, the optimizer changes neither weights nor state, and applies no weight
-        decay.
+        `found_inf` is what a gradient scaler sets. With 1, the kernel of the optimizer changes
+        neither weights nor state, and applies no weight decay.
         """
         if _engine(trainer) is not None:
             return
-        parameters = [
-            p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
-        self._norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-        self._is_bad = not math.isfinite(self._norm)
-        if self._is_bad:
-            for parameter in parameters:
-                parameter.grad = None
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in parameters if p.grad is not None]
+        )
+        if isinstance(self._norm, DTensor):  # a part of it on each rank
+            self._norm = self._norm.full_tensor()
+        optimizer.found_inf = self._norm.isfinite().logical_not().float()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not ends_step(trainer, batch_idx):
             return
+        norm, is_skipped = self._norm, None
         if (engine := _engine(trainer)) is not None:
-            norm = engine.get_global_grad_norm()
-            self._norm = math.nan if norm is None else float(norm)
-            self._is_bad = not engine.was_step_applied()
-        module.log("train/grad_norm", self._norm, batch_size=1)
+            norm, is_skipped = engine.get_global_grad_norm(), not engine.was_step_applied()
+            norm = math.nan if norm is None else norm
+        loss = module.step_loss if self.spikes else None
+        cursor = batch.next_cursor if self.rewind else Cursor()
+        self._unread.append(
+            UnreadStep(trainer.global_step, norm, loss, is_skipped, cursor, module.micro_batches)
+        )
+        if ends_logged_step(trainer, batch_idx):
+            self.read(trainer)
+
+    def read(self, trainer: Any) -> None:
+        """Read the results of the steps since the last call. Must be called on all ranks."""
+        steps, self._unread = self._unread, []
+        if not steps:
+            return
+        module = trainer.lightning_module
+        norms = [float(step.norm) for step in steps]
+        module.log("train/grad_norm", norms[-1], batch_size=1)
+        for step, norm in zip(steps, norms, strict=True):
+            is_bad = step.is_skipped
+            if is_bad or (is_bad is None and not math.isfinite(norm)):
+                self._count_bad_step(trainer, step)
+            else:
+                self.streak = 0
+                self._check_spike(step)
+        if self.skipped:
+            module.log("train/skipped_steps", float(self.skipped), batch_size=1)
         self.last_metrics = {
             name: value
             for name, value in trainer.callback_metrics.items()
             if name.startswith("train/")
         }
-        if self._is_bad:
-            self._count_bad_step(trainer, module)
-            return
-        self.streak = 0
-        if self.spikes is None:
-            return
-        loss = float(trainer.callback_metrics["train/loss"])
-        median = self.spikes.median_before_spike(loss)
-        if median is None:
-            return
-        message = (
-            f"The loss spiked to {loss:.4g} at step {trainer.global_step}; its median before was "
-            f"{median:.4g}."
-        )
-        if self.rewind:
-            raise Rewind(batch.next_cursor, message)
-        self.warn(message)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -235,14 +261,28 @@ class Guard(lightning.Callback):
         if self.spikes:
             self.spikes.losses.extend(state["losses"])
 
-    def _count_bad_step(self, trainer: lightning.Trainer, module: Any) -> None:
+    def _check_spike(self, step: UnreadStep) -> None:
+        if self.spikes is None:
+            return
+        loss = float(step.loss)
+        median = self.spikes.median_before_spike(loss)
+        if median is None:
+            return
+        message = (
+            f"The loss spiked to {loss:.4g} at step {step.number}; its median before was "
+            f"{median:.4g}."
+        )
+        if self.rewind:
+            raise Rewind(step.cursor, message)
+        self.warn(message)
+
+    def _count_bad_step(self, trainer: Any, unread: UnreadStep) -> None:
         self.skipped, self.streak = self.skipped + 1, self.streak + 1
-        module.log("train/skipped_steps", float(self.skipped), prog_bar=True, batch_size=1)
-        step, reason = trainer.global_step, SkipReason.NON_FINITE_LOSS
-        clips = [clip for result in module.micro_batches for clip in result.non_finite()]
-        if not max_over_ranks(trainer, module, bool(clips)):
+        step, reason = unread.number, SkipReason.NON_FINITE_LOSS
+        clips = [clip for result in unread.micro_batches for clip in result.non_finite()]
+        if not max_over_ranks(trainer, bool(clips)):
             reason = SkipReason.NON_FINITE_GRADIENT
-            clips = [clip for result in module.micro_batches for clip in result.clips]
+            clips = [clip for result in unread.micro_batches for clip in result.clips]
         for source, key in clips:
             self.ledger.note(SkippedSample(source, key, reason, f"step {step} was skipped"))
         files = "ledger.jsonl" if trainer.world_size == 1 else "ledger*.jsonl"
@@ -280,12 +320,16 @@ class SpikeDetector:
         return None
 
 
-def max_over_ranks(trainer: lightning.Trainer, module: Any, value: int) -> int:
-    """Return the maximum of a small integer over all ranks. Must be called on all ranks."""
+def max_over_ranks(trainer: Any, value: int) -> int:
+    """Return the maximum of an integer over all ranks. Must be called on all ranks.
+
+    The hosts exchange it, so no rank waits for its device.
+    """
     if trainer.world_size == 1:
         return int(value)
-    flag = torch.full((), float(value), device=module.device)
-    return int(trainer.strategy.reduce(flag, reduce_op="max"))  # pyright: ignore[reportArgumentType]
+    maximum = torch.tensor(int(value), device="cpu")
+    dist.all_reduce(maximum, dist.ReduceOp.MAX, group=trainer.strategy.host_group)
+    return int(maximum)
 
 
 def _engine(trainer: lightning.Trainer) -> Any:
