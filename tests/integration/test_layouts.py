@@ -1,9 +1,16 @@
 """Corpora as people have them, from their files to a training step."""
 
+import gzip
+import io
 import json
+import logging
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.support.audio import encode_audio
 from tests.support.training import QUIET, settings_for
@@ -59,3 +66,79 @@ def test_clips_of_30_seconds_and_clips_with_five_captions_train(tiny_whisper: Pa
     assert done["cut"][str(shards / "genres")] > 0
     samples = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
     assert {entry["reference"] for entry in samples} <= {"one 0", "one 1", "one 2"}
+
+
+def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    data = buffer.getvalue()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def found_source(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the entry of `data.train` that `data inspect` prints."""
+    capsys.readouterr()
+    assert main(["data", "inspect", str(folder), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["source"]
+
+
+def test_shards_of_others_train_with_the_mapping_that_inspect_prints(
+    tiny_whisper: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+):
+    """As LAION's (other fields, numeric ids) and XARES-LLM's (compressed), in a fourth domain."""
+    laion: dict[str, bytes] = {}
+    for n in range(3):
+        fields: dict[str, Any] = {"id": n, "domain": "Sound", "tags": ["dog"]}
+        fields["descriptions"] = [f"a dog barks {n} times", f"{n} barks of a dog"]
+        laion[f"{n}.FLAC"] = encode_audio(noise(1, n), 8_000)
+        laion[f"{n}.JSON"] = json.dumps(fields).encode()
+    write_tar(tmp_path / "laion" / "0.tar", laion)
+    xares: dict[str, bytes] = {}
+    for n in range(3):
+        xares[f"whale/{n}.wav"] = encode_audio(noise(1, n), 8_000, "WAV")
+        xares[f"whale/{n}.json"] = json.dumps({"caption": f"a whale sings {n}"}).encode()
+    write_tar(tmp_path / "xares" / "train.tar.gz", xares)
+
+    sources = []
+    for name, domain in (("laion", ""), ("xares", "bioacoustics")):
+        source = found_source(tmp_path / name, capsys)
+        assert main(["data", "index", str(tmp_path / name), "--workers", "1"]) == 0
+        sources.append(source.replace("DOMAIN", domain))
+    laion_fields = "fields: {label: tags, text: descriptions}"
+    assert sources[0] == f"{{path: {tmp_path}/laion, domain: sound, {laion_fields}}}"
+    relabelled = tmp_path / "better.jsonl"
+    rows = [{"id": f"whale/{n}", "text": "a humpback whale"} for n in range(4)]
+    relabelled.write_text("\n".join(map(json.dumps, rows)))
+    sources[1] = f"{sources[1][:-1]}, annotations: {relabelled}}}"
+
+    settings = settings_for(
+        tiny_whisper,
+        tmp_path,
+        tmp_path / "runs",
+        f"data.train=[{', '.join(sources)}]",
+        f"data.valid=[{', '.join(sources)}]",
+        "data.domains={speech: 0, sound: 0.5, music: 0, bioacoustics: 0.5}",
+        "trainer.max_steps=1",
+        "trainer.valid_every_steps=1",
+        "trainer.generate_clips=6",
+    )
+    with caplog.at_level(logging.WARNING):
+        run = train(settings, QUIET).run
+    assert f"1 of 4 ids of {relabelled} are not keys of {tmp_path}/xares: whale/3." in caplog.text
+    done = json.loads(run.done.read_text())
+    assert (done["steps"], done["skipped"]) == (1, {})
+    assert {"valid/loss_sound", "valid/loss_bioacoustics"} <= done["metrics"].keys()
+    samples = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
+    texts = {entry["domain"]: set() for entry in samples}
+    for entry in samples:
+        texts[entry["domain"]].add(entry["reference"])
+    assert texts["bioacoustics"] == {"a humpback whale"}
+    assert texts["sound"] == {f"a dog barks {n} times" for n in range(3)}

@@ -246,7 +246,25 @@ def test_a_file_that_is_no_config_is_an_error(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.domains={noise: 1}"], "data.domains.noise: must be 'speech', 'sound' or"),
+        (
+            ["data.domains={noise: 1}"],
+            "data.domains.noise: has a weight but no source in data.train",
+        ),
+        (["data.domains={'No ise': 1}"], "'No ise' is not a name in lower case"),
+        (
+            ["data.valid=[{path: x, domain: soud}]"],
+            "data.domains: has no weight for 'soud', the domain of a source. Did you mean 'sound'?",
+        ),
+        (["decoder.prompts={noise: {}}"], "decoder.prompts: 'noise' is not one of speech, sound"),
+        (["distillation.domains=[musik]"], "distillation.domains: 'musik' is not one of"),
+        (
+            ["data.valid=[{path: x, domain: sound, text: a, fields: {text: b}}]"],
+            "fields.text is given too",
+        ),
+        (
+            ["data.valid=[{path: x, domain: sound, fields: {licence: b}}]"],
+            "data.valid.0.fields",
+        ),
         (["data.domains={speech: 0, sound: 0, music: 0}"], "at least one weight must be positive"),
         (["data.domains.sound=-1"], "domains.sound: must be greater than or equal to 0, got -1"),
         (["data=demo_speech", "data.domains={speech: 1, sound: 1}"], "has a weight but no source"),

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import soundfile
@@ -196,6 +196,26 @@ def read_header(data: bytes, limits: ClipLimits) -> Header:
             _check_seconds(seconds, limits)
         codec = f"{file.format}/{file.subtype}"
         return Header(file.samplerate, file.channels, codec, seconds)
+
+
+def stated_seconds(file: BinaryIO, suffix: str, limits: ClipLimits) -> float | None:
+    """Return the length that the header of a clip states, or None if it states none.
+
+    Only what this needs is read: a few kilobytes, or all of an MP3.
+
+    Args:
+        file: the clip, which must be seekable.
+        suffix: its suffix in lower case.
+        limits: limits on MP3 files.
+
+    Raises:
+        SkipSample: the clip is not audio.
+    """
+    if suffix == "mp3":
+        return read_header(file.read(), limits).seconds
+    with _skip_undecodable(), _Recording(file) as recording:
+        known = recording.frames != UNKNOWN_FRAMES
+        return recording.frames / recording.samplerate if known else None
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from whisper_aut.commands import Commands, add_workers, fraction, positive_number, whole_number
 from whisper_aut.errors import UserError, nearest
+from whisper_aut.utils import available_cores
 
 SHARDS = Path("data")  # the default --root of `probe`
 RAW = SHARDS / "raw"
@@ -117,7 +118,7 @@ def _next_command(recipe: str, out: Path) -> str:
 def data_inspect(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.corpora.inspect import inspect_shards, render
 
-    stats = inspect_shards(options.shards)
+    stats = inspect_shards(options.shards, most=options.limit)
     if options.json:
         console.print_json(json.dumps(stats.as_dict()))
     else:
@@ -127,7 +128,8 @@ def data_inspect(options: argparse.Namespace, console: Console) -> None:
 def data_index(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.data.writer import index_folder
 
-    index = index_folder(Path(options.folder))
+    workers = options.workers or available_cores()
+    index = index_folder(options.tars, options.out, workers=workers)
     hours, tars = index.seconds / 3600, len(index.shards)
     console.print(f"{index.root}: {index.samples} samples, {hours:.2f} h in {tars} tars")
 
@@ -213,9 +215,14 @@ def add_parsers(commands: Commands) -> None:
     command.set_defaults(run=data_build)
 
     command = commands.add_parser(
-        "index", help="write the index and sample tables for a folder of existing tars"
+        "index", help="write the index and sample tables of existing tars"
     )
-    command.add_argument("folder", help="a folder of tars, which are not modified")
+    add = command.add_argument
+    tars = "a folder, URL or pattern of tars, which are not modified; .tar.gz files are unpacked"
+    add("tars", help=tars)
+    out = "where to write the index, the tables and unpacked tars (default: next to the tars)"
+    add("--out", default="", metavar="FOLDER", help=out)
+    add_workers(command)
     command.set_defaults(run=data_index)
 
     command = commands.add_parser(
@@ -234,6 +241,8 @@ def add_parsers(commands: Commands) -> None:
     command.set_defaults(run=data_audit)
 
     command = commands.add_parser("inspect", help="summarise a folder of shards")
-    command.add_argument("shards", help="a folder or URL of shards")
+    command.add_argument("shards", help="a folder, URL or pattern of shards")
+    limit = "read only the first N samples of each folder"
+    command.add_argument("--limit", type=whole_number(1), metavar="N", help=limit)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=data_inspect)

@@ -10,7 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from whisper_aut.audio.decode import TRIM_SECONDS, ClipLimits, decode, read_header
-from whisper_aut.data.annotation import whisper_codes
-from whisper_aut.data.reader import MemberGroups, audio_and_annotation, open_stream
-from whisper_aut.data.shards import INDEX_NAME, ShardIndex, list_tars, open_index
+from whisper_aut.data.annotation import KEY_FIELD, whisper_codes
+from whisper_aut.data.reader import TAR_SUFFIXES, MemberGroups, audio_and_annotation, open_stream
+from whisper_aut.data.shards import INDEX_NAME, UNCOUNTED, ShardIndex, find_tars, open_index
 from whisper_aut.errors import SkipReason, SkipSample
 
 LIMITS = ClipLimits(max_seconds=ClipLimits().max_seconds + TRIM_SECONDS)
 HISTOGRAM_EDGES_SECONDS = (0, 0.5, 1, 2, 5, 10, 15, 20, 30)
 FIELDS = ("domain", "task", "language", "source", "licence")
-COUNTED = ("sample_rates_hz", "channels", "codecs", *FIELDS, "labels", "fields_without_text")
+COUNTED = ("sample_rates_hz", "channels", "codecs", *FIELDS, "labels", "other_fields")
+LABEL_FIELDS = ("labels", "tags", "tag", "category", "class", "classes", "genre", "cls")
 EXAMPLES = 5
 BAR_CHARACTERS = 40
 MOST_VALUES = 8
@@ -46,10 +47,11 @@ class ShardStatistics:
         bytes: total size of the tars.
         seconds: duration of each clip, a sample whose audio header and JSON are valid.
         counts: number of clips by value, for each name in `COUNTED`. A clip may have several
-            labels. `fields_without_text` counts the other fields of clips with neither text nor
-            label.
+            labels. `other_fields` counts the fields that an annotation has no name for.
         clips_with_label: number of clips with a label.
+        clips_with_id: number of clips with an id of their own.
         words, characters: length of the text of each clip that has one.
+        other_words: number of words in each of the other fields.
         skipped: number of samples that cannot be used, by reason.
         examples: the first few clips (key, seconds, text, label).
         problems: the first few unusable samples (location, reason, detail).
@@ -66,8 +68,10 @@ class ShardStatistics:
         default_factory=lambda: {name: Counter() for name in COUNTED}
     )
     clips_with_label: int = 0
+    clips_with_id: int = 0
     words: array = field(default_factory=lambda: array("L"))
     characters: array = field(default_factory=lambda: array("L"))
+    other_words: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, Any]] = field(default_factory=list)
     problems: list[dict[str, str]] = field(default_factory=list)
@@ -80,9 +84,40 @@ class ShardStatistics:
         return len(self.seconds)
 
     @property
+    def samples(self) -> int:
+        """Number of samples that were read."""
+        return self.clips + self.skipped.total()
+
+    @property
     def hours(self) -> float:
         """Total duration of the clips."""
         return sum(self.seconds) / 3600
+
+    def suggested_fields(self) -> dict[str, str]:
+        """Return the `fields` of a source for what most clips lack under the usual names.
+
+        The text is probably the field with the most words per clip.
+        """
+        most, found = self.clips / 2, {}
+        other = {name: n for name, n in self.counts["other_fields"].items() if n > most}
+        texts = {name: self.other_words[name] / n for name, n in other.items()}
+        texts = {name: words for name, words in texts.items() if words}
+        labels = [name for name in LABEL_FIELDS if name in other]
+        if self.clips_with_label <= most and labels:
+            found["label"] = labels[0]
+            texts.pop(labels[0], None)
+        if len(self.words) <= most and texts:
+            found["text"] = max(texts, key=lambda name: texts[name])
+        if self.clips_with_id <= most:
+            found["id"] = KEY_FIELD
+        return found
+
+    def source(self) -> str:
+        """Return the entry of `data.train` that trains on these shards."""
+        domains = [name for name in self.counts["domain"] if name]
+        fields = ", ".join(f"{name}: {field}" for name, field in self.suggested_fields().items())
+        entry = f"path: {self.root}, domain: {domains[0] if len(domains) == 1 else 'DOMAIN'}"
+        return f"{{{entry}, fields: {{{fields}}}}}" if fields else f"{{{entry}}}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the statistics as values that JSON supports."""
@@ -97,15 +132,18 @@ class ShardStatistics:
             "words": distribution(self.words),
             "characters": distribution(self.characters),
             "skipped": _ranked(self.skipped),
+            "source": self.source(),
         }
 
-    def add_shard(self, index: ShardIndex, number: int, limits: ClipLimits) -> None:
-        """Read the headers and annotations of one tar."""
+    def add_shard(
+        self, index: ShardIndex, number: int, limits: ClipLimits, most: int | None = None
+    ) -> None:
+        """Read the headers and annotations of one tar, or of its first `most` samples."""
         url, shard = index.url(number), index.shards[number]
         samples, repeated, last_key = 0, 0, None
         with open_stream(url) as stream:
             groups = MemberGroups(stream, limits)
-            for _, group in groups:
+            for _, group in islice(groups, most):
                 key = group["__key__"]
                 samples += 1
                 repeated += key == last_key
@@ -116,14 +154,14 @@ class ShardStatistics:
                     self._skip(f"{url}: {key}", skip.reason, skip.detail)
             try:
                 self.bytes += stream.seek(0, io.SEEK_END)
-            except io.UnsupportedOperation:  # the server does not report sizes
+            except (io.UnsupportedOperation, ValueError):  # of a compressed tar, or not reported
                 self.bytes += shard.bytes
         self.shards += 1
         if groups.damage:
             self._skip(url, SkipReason.BAD_TAR, groups.damage)
         if repeated:
             self.warnings.append(f"{url}: {repeated} samples have the key of the previous sample")
-        if samples != shard.samples:
+        if samples != shard.samples and most is None and shard.samples != UNCOUNTED:
             self.warnings.append(f"{url} has {samples} samples, but its index says {shard.samples}")
 
     def _add_clip(self, group: dict[str, Any], limits: ClipLimits) -> None:
@@ -146,8 +184,11 @@ class ShardStatistics:
         if text:
             self.words.append(len(text.split()))
             self.characters.append(len(text))
-        elif label is None:
-            self.counts["fields_without_text"].update(list(annotation.extra))
+        self.clips_with_id += bool(annotation.id)
+        self.counts["other_fields"].update(list(annotation.extra))
+        for name, value in annotation.extra.items():
+            first = value[0] if isinstance(value, list) and value else value
+            self.other_words[name] += len(first.split()) if isinstance(first, str) else 0
         if len(self.examples) < EXAMPLES:
             key = group["__key__"]
             self.examples.append({"key": key, "seconds": seconds, "text": text, "label": label})
@@ -158,22 +199,27 @@ class ShardStatistics:
             self.problems.append({"location": location, "reason": str(reason), "detail": detail})
 
 
-def inspect_shards(root: str | Path, limits: ClipLimits = LIMITS) -> ShardStatistics:
+def inspect_shards(
+    root: str | Path, limits: ClipLimits = LIMITS, most: int | None = None
+) -> ShardStatistics:
     """Read every header and annotation under `root`.
 
     Args:
         root: a folder or URL of shards, with or without an index, or a folder of such folders.
         limits: what a clip must satisfy; by default, what training requires of it by default.
+        most: read only the first samples of each folder.
 
     Raises:
         UserError: there are no shards, or an index is damaged or lists missing tars. Damage inside
             a tar is counted instead.
     """
     statistics = ShardStatistics(str(root))
-    for name, index in open_indices(str(root)):
-        before = statistics.clips
+    for name, index in open_indices(str(root), counted=False):
+        before, begun = statistics.clips, statistics.samples
         for number in range(len(index.shards)):
-            statistics.add_shard(index, number, limits)
+            rest = None if most is None else most - (statistics.samples - begun)
+            if rest is None or rest > 0:
+                statistics.add_shard(index, number, limits, rest)
         statistics.folders[name] = statistics.clips - before
         stored = ("recipe", "skipped", "build")
         statistics.builds[name] = {
@@ -189,24 +235,25 @@ def inspect_shards(root: str | Path, limits: ClipLimits = LIMITS) -> ShardStatis
     return statistics
 
 
-def open_indices(root: str) -> Iterator[tuple[str, ShardIndex]]:
+def open_indices(root: str, *, counted: bool = True) -> Iterator[tuple[str, ShardIndex]]:
     """Yield the name and index of each folder of shards under `root`.
 
-    If `root` itself is a folder of shards, its name is "".
+    If `root` itself is a folder of shards, its name is "". Unless `counted`, the samples of tars
+    without an index are not counted, and these may be remote or compressed.
 
     Raises:
         UserError: there are no shards, or an index is damaged or lists missing tars.
     """
     filesystem, path = fsspec.url_to_fs(root)
-    is_own = (
-        filesystem.exists(f"{path}/{INDEX_NAME}")
-        or not filesystem.isdir(path)
-        or list_tars(filesystem, path)
-    )
-    folders = [] if is_own else sorted(filesystem.ls(path, detail=False))
+    has_index = filesystem.exists(f"{path}/{INDEX_NAME}")
+    is_folder = not has_index and filesystem.isdir(path)
+    inside = sorted(filesystem.ls(path, detail=False)) if is_folder else []
+    has_tars = any(one.endswith(TAR_SUFFIXES) for one in (root, *inside))
+    folders = [] if has_tars else inside
     indexed = [folder for folder in folders if filesystem.exists(f"{folder}/{INDEX_NAME}")]
     if not indexed:
-        yield "", open_index(root)
+        is_first_look = has_tars and not counted and not has_index
+        yield "", find_tars(root) if is_first_look else open_index(root)
     for folder in indexed:
         name = folder.rpartition("/")[2]
         yield name, open_index(f"{root.rstrip('/')}/{name}")
@@ -248,12 +295,10 @@ def render(statistics: ShardStatistics) -> RenderableType:
             f"  {problem['location']}: {problem['reason']}: {problem['detail']}"
             for problem in statistics.problems
         ]
-    if names := statistics.counts["fields_without_text"]:
-        parts.append(
-            f"Clips without text have the fields {', '.join(names)}. Name the one to read in "
-            "data.train[].text."
-        )
+    if names := statistics.counts["other_fields"]:
+        parts.append(f"Other fields: {_inline(names)}")
     parts += [f"Warning: {warning}" for warning in statistics.warnings]
+    parts.append(f"To train on them: data.train=[{statistics.source()}]")
     if statistics.examples:
         table = Table("key", "seconds", "text", "label", title="Examples")
         for example in statistics.examples:

@@ -5,7 +5,6 @@ The table is CSV, TSV or JSON Lines. A `ManifestSpec` says what its columns mean
 
 import csv
 import math
-import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from whisper_aut.data.annotation import (
+    DOMAIN_NAME,
     DOMAINS,
     MAX_JSON_BYTES,
     TEXT_FIELDS,
@@ -23,6 +23,7 @@ from whisper_aut.data.annotation import (
     has_value,
     parse_json,
     plain,
+    safe_name,
 )
 from whisper_aut.errors import SkipReason, SkipSample, UserError, nearest
 from whisper_aut.schema import Text
@@ -38,7 +39,6 @@ ANNOTATION_COLUMNS = tuple(
     f.name for f in fields(Annotation) if f.name not in ("extra", "duration_seconds")
 )
 CONSTANTS = ("domain", "task", "language", "source", "licence")
-MAX_KEY_CHARACTERS = 100
 # Each split keeps a tar open. A column with more values is unlikely to name splits.
 MAX_SPLITS = 256
 
@@ -135,10 +135,9 @@ class Manifest:
     def __init__(self, spec: ManifestSpec):
         self.path = Path(spec.manifest)
         _check_table(self.path)
-        if spec.domain not in ("", *DOMAINS):
+        if spec.domain and not DOMAIN_NAME.fullmatch(spec.domain):
             raise UserError(
-                f"Domain {spec.domain!r} is not one of "
-                f"{', '.join(DOMAINS)}.{nearest(spec.domain, DOMAINS)}"
+                f"Domain {spec.domain!r} is not a name in lower case, such as {', '.join(DOMAINS)}."
             )
         self.spec, self.filtered_rows = spec, 0
         self._splits: dict[str, str] = {}
@@ -195,7 +194,7 @@ class Manifest:
             annotation = self._annotation(row, Path(path))
         except SkipSample as skip:
             return SkippedRow(line, path, skip.reason, skip.detail, split)
-        key = _unique(_safe_name(annotation.id) or "clip", keys)
+        key = _unique(safe_name(annotation.id) or "clip", keys)
         is_whole = start is None and seconds is None
         segment = None if is_whole else Segment(start or 0.0, seconds)
         return Entry(line, self.root / path, key, split, annotation, segment)
@@ -214,7 +213,7 @@ class Manifest:
         if not self.spec.split_by:
             return ""
         value = plain(row.get(self.spec.split_by)).strip()
-        split = _safe_name(value)
+        split = safe_name(value)
         if not split:
             raise SkipSample(
                 SkipReason.BAD_ROW, f"no name for a split in column {self.spec.split_by!r}"
@@ -301,14 +300,6 @@ def _seconds(row: Row, column: str | None) -> float | None:
             SkipReason.BAD_ROW, f"column {column!r} must be seconds, not {value!r:.40}"
         )
     return seconds
-
-
-def _safe_name(name: str) -> str:
-    """Make a name safe as a tar key and as a folder.
-
-    It has no dot, because WebDataset treats everything after the first dot as the extension.
-    """
-    return re.sub(r"[^\w-]+", "_", name).strip("_")[:MAX_KEY_CHARACTERS]
 
 
 def _unique(key: str, seen: dict[str, int]) -> str:

@@ -19,14 +19,18 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from whisper_aut.errors import SkipReason, SkipSample
+from whisper_aut.errors import SkipReason, SkipSample, UserError, require
 
 if TYPE_CHECKING:
     from iso639 import Language
 
-DOMAINS = ("speech", "sound", "music")
+DOMAINS = ("speech", "sound", "music")  # those of the papers; a config may name others
+DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_]*")
 MAX_JSON_BYTES = 1 << 20
 Row = dict[str, Any]
+MAX_KEY_CHARACTERS = 100
+KEY_FIELD = "__key__"  # the key of a sample, for `FieldMapping`
+TEXT_MEMBERS = ("txt", "cls")  # members of a sample that hold its text and its class
 TEXT_FIELDS = ("text", "texts", "caption", "captions", "sentence", "transcript", "transcription")
 
 
@@ -36,7 +40,8 @@ class Annotation:
 
     Attributes:
         text: the transcript or caption that the decoder is trained to predict.
-        domain: `speech`, `sound` or `music`; empty if the source sets it instead of the sample.
+        domain: `speech`, `sound`, `music` or another one of the config, in lower case; empty if the
+            source sets it instead of the sample.
         task: `asr`, `caption`, `tag`, `qa`, or any other name; selects the instruction.
         instruction, answer: the sample's own question and answer, used unchanged.
         label: the class or classes for a probe task.
@@ -69,7 +74,7 @@ class Annotation:
         kept in `extra["texts"]`, see `texts`.
 
         Raises:
-            SkipSample: a known field has the wrong type, or the domain is not one of `DOMAINS`.
+            SkipSample: a known field has the wrong type, or the domain is not a plain name.
         """
         given = {name: value for name, value in mapping.items() if has_value(value)}
         known = {f.name for f in fields(cls)} - {"extra"}
@@ -80,10 +85,10 @@ class Annotation:
         values: dict[str, Any] = {}
         for name in known & given.keys() - {"label", "duration_seconds"}:
             values[name] = _text(_first(given[name]) if name == "text" else given[name], name)
-        if values.get("domain", "") not in ("", *DOMAINS):
+        domain = values["domain"] = values.get("domain", "").lower()
+        if domain and not DOMAIN_NAME.fullmatch(domain):
             raise SkipSample(
-                SkipReason.BAD_JSON,
-                f"domain {values['domain']!r} is not one of {', '.join(DOMAINS)}",
+                SkipReason.BAD_JSON, f"domain {domain!r} is not a name such as {', '.join(DOMAINS)}"
             )
         if "label" in given:
             values["label"] = _label(given["label"])
@@ -95,10 +100,19 @@ class Annotation:
         return cls(**values, extra=extra)
 
     @classmethod
-    def from_json(cls, data: bytes, text: str = "") -> "Annotation":
+    def from_json(
+        cls,
+        data: bytes,
+        members: Mapping[str, str] | None = None,
+        mapping: "FieldMapping | None" = None,
+    ) -> "Annotation":
         """Parse and check a `.json` member. The text is the first non-empty field of `TEXT_FIELDS`.
 
-        `text` is that of the `.txt` member, used if the JSON has none.
+        Args:
+            data: the member.
+            members: the sample's key as `KEY_FIELD`, and its `TEXT_MEMBERS`: the text and the label
+                that are used if the JSON has none.
+            mapping: where else to read fields from.
 
         Raises:
             SkipSample: the member is larger than `MAX_JSON_BYTES`, is not a JSON object, or has
@@ -107,24 +121,27 @@ class Annotation:
         if len(data) > MAX_JSON_BYTES:
             raise SkipSample(SkipReason.TOO_LARGE, f"JSON of {len(data)} bytes")
         try:
-            mapping = parse_json(data)
+            row = parse_json(data)
         except (ValueError, RecursionError) as error:
             raise SkipSample(SkipReason.BAD_JSON, str(error)) from None
-        if isinstance(mapping, list) and all(isinstance(event, dict) for event in mapping):
+        is_events = isinstance(row, list) and all(isinstance(event, dict) for event in row)
+        if is_events:
             # X-ARES's sound event tars hold a bare list of events, empty for clips without any.
-            return cls(extra={"events": mapping})
-        if not isinstance(mapping, dict):
-            raise SkipSample(
-                SkipReason.BAD_JSON, f"expected an object, found {type(mapping).__name__}"
-            )
-        found = find_text(mapping)
-        return cls.from_mapping({**mapping, "text": found if has_value(found) else text})
-
-    def with_text(self, template: "Template") -> "Annotation":
-        """Return a copy whose only text is `template` filled with the annotation's fields."""
-        own = {name: value for name, value in vars(self).items() if name != "extra"}
-        extra = {name: value for name, value in self.extra.items() if name != "texts"}
-        return replace(self, text=template.fill({**self.extra, **own}), extra=extra)
+            row = {"events": row}
+        if not isinstance(row, dict):
+            raise SkipSample(SkipReason.BAD_JSON, f"expected an object, found {type(row).__name__}")
+        members, events = members or {}, row.get("events")
+        if mapping:
+            row = mapping.apply(row, members)
+        found, label = find_text(row), row.get("label")
+        texts = {
+            "text": found if has_value(found) else members.get("txt", ""),
+            "label": label if has_value(label) else members.get("cls", "").strip(),
+        }
+        annotation = cls.from_mapping({**row, **texts})
+        if is_events:
+            return replace(annotation, extra={**annotation.extra, "events": events})
+        return annotation
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -199,6 +216,88 @@ class Chunk:
     annotation: Annotation
     start_seconds: float
     seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class FieldMapping:
+    """Where the annotations of a source are read from, if not from fields of the usual names.
+
+    Attributes:
+        fields: for a field of the annotation, the field of the JSON that holds it, or a template
+            over such fields. `KEY_FIELD` is the sample's key, and `TEXT_MEMBERS` are the texts of
+            these members. An empty name ignores the field.
+        rows: by id or key of a sample, fields that are added to it or replace its own.
+    """
+
+    fields: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, Row] = field(default_factory=dict)
+
+    def apply(self, row: Row, members: Mapping[str, str]) -> Row:
+        """Return the fields of a sample under the names of an annotation.
+
+        Args:
+            row: the fields of the JSON.
+            members: the sample's key and text members, see `Annotation.from_json`.
+        """
+        found, given = dict(row), {**members, **row}
+        if "text" in self.fields:
+            found = _without_texts(found)
+        for name, source in self.fields.items():
+            template = _parsed(source) if "{" in source else None
+            found[name] = template.fill(given) if template else given.get(source)
+        id, key = plain(found.get("id")), members.get(KEY_FIELD, "")
+        other = self.rows.get(id) or self.rows.get(key) or {}
+        return {**(_without_texts(found) if find_text(other) else found), **other}
+
+
+def _without_texts(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name not in TEXT_FIELDS}
+
+
+def read_annotations(path: str | Path) -> dict[str, Row]:
+    """Read annotations by id from a JSON Lines or parquet file: objects with `id` and other fields.
+
+    Empty fields are left out, so they replace nothing.
+
+    Raises:
+        UserError: the file cannot be read, has a row without an id or with one that occurred
+            before, or sets what is stored with the shards: the licence and the duration.
+    """
+    path, rows = Path(path), {}
+    parquet = path.suffix.lower() == ".parquet"
+    try:
+        for number, row in enumerate(_parquet_rows(path) if parquet else read_lines(path), 1):
+            where = f"{path}, row {number}"
+            try:
+                row = parse_json(row) if isinstance(row, str) else row
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where} is not JSON: {error}.") from None
+            id = plain(row.pop("id", None)).strip() if isinstance(row, dict) else ""
+            if not id:
+                raise UserError(
+                    f"{where} has no id: expected an object with `id` and other fields."
+                )
+            if stored := {"licence", "license", "duration_seconds"} & row.keys():
+                raise UserError(f"{where} has {stored.pop()!r}, which only the shards can state.")
+            if id in rows:
+                raise UserError(f"{where} has the id {id!r} of an earlier row.")
+            rows[id] = {name: value for name, value in row.items() if has_value(value)}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    if not rows:
+        raise UserError(f"{path} holds no annotations.")
+    return rows
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    require("pyarrow")
+    from pyarrow import parquet
+
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except ValueError as error:  # of pyarrow: not a parquet file
+        raise OSError(str(error)) from None
 
 
 def parse_json(data: bytes | str) -> Any:
@@ -278,6 +377,19 @@ def plain(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(plain(item) for item in value)
     return "" if value is None else str(value)
+
+
+def safe_name(name: str) -> str:
+    """Make a name safe as a tar key and as a folder.
+
+    It has no dot, because WebDataset treats everything after the first dot as the extension.
+    """
+    return re.sub(r"[^\w-]+", "_", name).strip("_")[:MAX_KEY_CHARACTERS]
+
+
+@lru_cache(maxsize=256)
+def _parsed(template: str) -> "Template":
+    return Template(template)
 
 
 def text_template(value: str) -> "Template":

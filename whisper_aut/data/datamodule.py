@@ -353,7 +353,7 @@ class ShardDataModule(lightning.LightningDataModule):
         rank, ranks = self._rank_and_ranks()
         if self._loader is None:
             readers, partitions = ranks * max(1, self.workers), self.order.partitions
-            remote = not all(is_local(source.index.root) for source in self.train)
+            remote = not all(is_local(source.index.tars) for source in self.train)
             if rank == 0 and remote and partitions > readers and partitions % readers:
                 log.warning(
                     f"Remote clips are fetched one by one, because {partitions} partitions cannot "

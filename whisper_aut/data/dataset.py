@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from whisper_aut.audio.augment import Augment
 from whisper_aut.audio.decode import ClipLimits, LongClips, load_waveform
 from whisper_aut.audio.logmel import LogMel, mel_frames
-from whisper_aut.data.annotation import Annotation, Template
+from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.batch import Batch, Example, collate
 from whisper_aut.data.filters import licence_id
 from whisper_aut.data.reader import (
@@ -48,7 +48,7 @@ from whisper_aut.data.sampler import (
 )
 from whisper_aut.data.shards import ShardIndex, ShardReader
 from whisper_aut.data.targets import LossSettings, TextCodec, choose_part
-from whisper_aut.errors import SkipSample, UserError
+from whisper_aut.errors import SkipReason, SkipSample, UserError
 
 NO_CLIPS = MicroBatch(0, ())
 ClipId = tuple[int, int, int]  # partition, source, and running number; see `Order.draws`
@@ -69,6 +69,7 @@ class ExampleBuilder:
         limits: limits on accepted clips.
         augment: augmentation of training clips; None for validation.
         long_clips: what to do with clips that are longer than `limits`, see `targets.choose_part`.
+        domains: the domains of the run, which rejects samples of any other; empty for all.
         on_device: return waveforms; `DeviceFeatures` computes and masks the log-mel later.
         padding: draws the training clips that the encoder pads to 30 s.
         loss: weights of training clips in the loss.
@@ -82,6 +83,7 @@ class ExampleBuilder:
     long_clips: LongClips = "skip"
     padding: MixedPadding | None = None
     loss: LossSettings | None = None
+    domains: Sequence[str] = ()
 
     def __call__(self, sample: Sample, domain: str, position: int) -> Example | SkippedSample:
         """Build one example, or return a `SkippedSample` if the sample cannot be used.
@@ -92,6 +94,12 @@ class ExampleBuilder:
         annotation, max_seconds = sample.annotation, self.limits.max_seconds
         domain = annotation.domain or domain
         try:
+            if self.domains and domain not in self.domains:
+                raise SkipSample(
+                    SkipReason.BAD_JSON,
+                    f"domain {domain!r} is not one of {', '.join(self.domains)}: name it in "
+                    "data.domains, or ignore the field with fields: {domain: ''}",
+                )
             # The text comes first: if it is rejected, the expensive audio decoding is not needed.
             if self.augment:
                 annotation = annotation.draw_text(position)
@@ -162,7 +170,6 @@ class StreamSource:
     index: ShardIndex
     domain: str
     licence: str = ""
-    text: Template | None = None  # makes a sample's text from its fields; None to use its `text`
 
     @property
     def licences(self) -> dict[str, dict[str, float]]:
@@ -189,7 +196,7 @@ class Prefetcher:
         self.order, self.sources, self.reader = stream.order, stream.sources, stream.reader
         self.pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="read")
         self.whole_windows = [
-            whole_windows and not is_local(source.index.root) for source in stream.sources
+            whole_windows and not is_local(source.index.tars) for source in stream.sources
         ]
         self._reads: dict[ClipId, Future[dict[int, Sample | SkippedSample]]] = {}
         # The reads of which no clip has been taken yet, with their approximate bytes.
@@ -343,9 +350,6 @@ class BatchStream(IterableDataset[Batch]):
     ) -> Example | SkippedSample:
         if isinstance(item, SkippedSample):
             return item
-        template = self.sources[source].text
-        if template:
-            item = replace(item, annotation=item.annotation.with_text(template))
         return self.build(item, self.sources[source].domain, position)
 
 

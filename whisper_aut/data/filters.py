@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from whisper_aut.data.annotation import read_lines
+from whisper_aut.data.annotation import read_lines, safe_name
 from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, is_local, open_stream
 from whisper_aut.data.shards import FolderCounts, SampleTable, Selection, ShardIndex, text_hash
 from whisper_aut.data.writer import build_table
@@ -313,6 +313,26 @@ def select_samples(
         left_out=dict(sum((left_out for _, left_out, _ in chosen), Counter())),
     )
     return replace(index, selection=selection)
+
+
+def unmatched_ids(
+    index: ShardIndex, ids: Collection[str], policy: ReadPolicy = DEFAULT_POLICY
+) -> list[str]:
+    """Return the ids that are no key of a sample, as they are or as `data build` makes keys of ids.
+
+    Raises:
+        UserError: the sample tables cannot be read.
+    """
+    if not ids:
+        return []
+    try:
+        with ThreadPoolExecutor(READERS) as pool:
+            tables = pool.map(lambda n: _table(index, n, policy)[0], range(len(index.shards)))
+            keys = np.unique(np.concatenate([table.keys for table in tables]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"The sample tables of {index.root} cannot be read: {error}.") from None
+    known = set(keys.tolist())
+    return [id for id in ids if not {text_hash(id), text_hash(safe_name(id))} & known]
 
 
 def _table(

@@ -4,6 +4,7 @@ URLs are read in range requests, and each request that fails is repeated with ex
 The tars are plain WebDataset (https://github.com/webdataset/webdataset). Nothing is unpickled.
 """
 
+import gzip
 import io
 import random
 import re
@@ -12,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from tarfile import EOFHeaderError, HeaderError, InvalidHeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
@@ -22,7 +23,13 @@ import fsspec
 from torch import Tensor
 
 from whisper_aut.audio.decode import AUDIO_SUFFIXES, ClipLimits
-from whisper_aut.data.annotation import MAX_JSON_BYTES, Annotation
+from whisper_aut.data.annotation import (
+    KEY_FIELD,
+    MAX_JSON_BYTES,
+    TEXT_MEMBERS,
+    Annotation,
+    FieldMapping,
+)
 from whisper_aut.errors import SkipReason, SkipSample, UserError, require
 
 Item = TypeVar("Item")
@@ -66,16 +73,20 @@ def local_path(url: str) -> str:
 def open_stream(url: str, policy: ReadPolicy = DEFAULT_POLICY) -> Iterator[BinaryIO]:
     """Open a path or URL that is read from start to end, as a context manager.
 
+    Compressed tars (`GZIP_SUFFIXES`) are decompressed.
+
     Raises:
         OSError: the file does not exist or all attempts failed. Reads of the stream raise it too.
         UserError: the package for the URL's protocol is not installed.
     """
-    if is_local(url):
-        with open(local_path(url), "rb") as stream:
-            yield stream
-    else:
-        with io.BufferedReader(RemoteFile(url, policy), BUFFER_BYTES) as stream:
-            yield cast(BinaryIO, stream)
+    with ExitStack() as stack:
+        if is_local(url):
+            stream = stack.enter_context(open(local_path(url), "rb"))
+        else:
+            stream = stack.enter_context(io.BufferedReader(RemoteFile(url, policy), BUFFER_BYTES))
+        if url.endswith(GZIP_SUFFIXES):
+            stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
+        yield cast(BinaryIO, stream)
 
 
 def read_file(url: str, policy: ReadPolicy = DEFAULT_POLICY, *, max_bytes: int) -> bytes:
@@ -109,7 +120,7 @@ def read_range(url: str, start: int, end: int, policy: ReadPolicy = DEFAULT_POLI
             return file.read(end - start)
     name, whole = _whole_file
     if name != url:
-        filesystem, path = _filesystem(url, policy)
+        filesystem, path = open_filesystem(url, policy)
         action = partial(filesystem.cat_file, path, start=start, end=end)
         data = _with_retries(url, policy, action)
         if len(data) <= end - start:
@@ -123,7 +134,7 @@ class RemoteFile(io.RawIOBase):
 
     def __init__(self, url: str, policy: ReadPolicy):
         self.url, self.policy = url, policy
-        filesystem, path = _filesystem(url, policy)
+        filesystem, path = open_filesystem(url, policy)
         # None if the server does not report it.
         self._size: int | None = _with_retries(url, policy, lambda: filesystem.info(path))["size"]
         self._position = 0
@@ -194,7 +205,12 @@ def _with_retries(url: str, policy: ReadPolicy, action: Callable[[], Any]) -> An
             attempt += 1
 
 
-def _filesystem(url: str, policy: ReadPolicy) -> tuple[Any, str]:
+def open_filesystem(url: str, policy: ReadPolicy = DEFAULT_POLICY) -> tuple[Any, str]:
+    """Return the fsspec file system of a path or URL, and the path in it.
+
+    Raises:
+        UserError: the package for the URL's protocol is not installed.
+    """
     protocol = str(fsspec.core.split_protocol(url)[0])
     seconds, options = policy.timeout_seconds, {}
     if protocol in ("http", "https"):
@@ -234,6 +250,8 @@ def _is_final(error: BaseException) -> bool:
     )
 
 
+GZIP_SUFFIXES = (".tar.gz", ".tgz")
+TAR_SUFFIXES = (".tar", *GZIP_SUFFIXES)
 COMPRESSED = "compressed with gzip, which prevents random access and does not shrink audio"
 TAR_BLOCK_BYTES = 512
 SUFFIX = re.compile(r"[A-Za-z_][\w-]*")  # one part of a suffix such as `seg.json`
@@ -280,7 +298,7 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.Tar
     is_gzip = stream.read(2) == b"\x1f\x8b"
     stream.seek(0)
     if is_gzip:
-        raise ReadError(f"{COMPRESSED}: gunzip it")
+        raise ReadError(f"{COMPRESSED}: rename it to .tar.gz, and see `data index`")
     with tarfile.open(fileobj=stream, mode="r:", tarinfo=_StrictHeader) as tar:
         for member in tar:
             if member.isreg():
@@ -344,10 +362,14 @@ def scan_tar(stream: BinaryIO) -> TarScan:
             if ordinal == len(starts):
                 starts.append(member.offset)
                 keys.append(key)
-            end = member.offset_data + -(-member.size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+            end = _end_of(member)
     except (tarfile.TarError, ValueError) as error:
         damage = str(error) or type(error).__name__
     return TarScan(starts, keys, end, damage)
+
+
+def _end_of(member: tarfile.TarInfo) -> int:
+    return member.offset_data + -(-member.size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
 
 
 Group = dict[str, Any]
@@ -363,9 +385,10 @@ class MemberGroups:
         stream: the tar.
         limits: a member above `max_bytes` is not read; its body is a `SkipSample` instead.
         wanted: indices of the samples to read; None for all.
-        suffixes: suffixes of the members to read; None for all.
 
     Attributes:
+        starts: byte offset of each sample that was reached.
+        end: byte offset at which the last of them ends.
         damage: the error that stopped the iteration; empty if the tar is valid.
     """
 
@@ -374,10 +397,10 @@ class MemberGroups:
         stream: BinaryIO,
         limits: ClipLimits,
         wanted: Container[int] | None = None,
-        suffixes: Container[str] | None = None,
     ):
-        self.stream, self.limits, self.wanted, self.suffixes = stream, limits, wanted, suffixes
-        self.damage = ""
+        self.stream, self.limits, self.wanted = stream, limits, wanted
+        self.starts: list[int] = []
+        self.end, self.damage = 0, ""
 
     def __iter__(self) -> Iterator[tuple[int, Group]]:
         ordinal = -1
@@ -385,13 +408,14 @@ class MemberGroups:
         try:
             for number, key, suffix, tar, member in sample_members(self.stream):
                 is_wanted = self.wanted is None or number in self.wanted
-                is_read = is_wanted and (self.suffixes is None or suffix in self.suffixes)
-                body = self._body(tar, member, suffix) if is_read else b""
+                body = self._body(tar, member, suffix) if is_wanted else b""
                 if number != ordinal:
                     if group:
                         yield ordinal, group
                     ordinal, group = number, {"__key__": key}
+                    self.starts.append(member.offset)
                 group[suffix] = body
+                self.end = _end_of(member)
         except (tarfile.TarError, EOFError, OSError, ValueError) as error:
             self.damage = str(error) or type(error).__name__
         if group:
@@ -400,7 +424,8 @@ class MemberGroups:
     def _body(
         self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str
     ) -> bytes | SkipSample:
-        limit = MAX_JSON_BYTES if suffix in ("json", "txt") else self.limits.max_bytes
+        is_text = suffix in ("json", *TEXT_MEMBERS)
+        limit = MAX_JSON_BYTES if is_text else self.limits.max_bytes
         if member.size > limit:
             detail = f"{member.name}: {member.size} bytes, limit {limit}"
             return SkipSample(SkipReason.TOO_LARGE, detail)
@@ -415,7 +440,9 @@ class MemberGroups:
         return body
 
 
-def audio_and_annotation(group: Group) -> tuple[str, bytes, Annotation]:
+def audio_and_annotation(
+    group: Group, mapping: FieldMapping | None = None
+) -> tuple[str, bytes, Annotation]:
     """Return the suffix and bytes of the audio member, and the annotation from JSON and text.
 
     Raises:
@@ -428,20 +455,25 @@ def audio_and_annotation(group: Group) -> tuple[str, bytes, Annotation]:
             raise body
     suffix = next((suffix for suffix in AUDIO_SUFFIXES if suffix in bodies), None)
     listed = f"members: {', '.join(f'.{suffix}' for suffix in sorted(bodies))}{_dots_hint(group)}"
-    if "json" not in bodies and "txt" not in bodies:
-        raise SkipSample(SkipReason.BAD_JSON, f"no .json or .txt member; {listed}")
+    # A source whose annotations are in a file of their own needs no members of text.
+    if not {"json", *TEXT_MEMBERS} & bodies.keys() and not (mapping and mapping.rows):
+        raise SkipSample(SkipReason.BAD_JSON, f"no .json, .txt or .cls member; {listed}")
     if suffix is None:
         raise SkipSample(SkipReason.NO_AUDIO, listed)
-    try:
-        text = bodies.get("txt", b"").decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SkipSample(SkipReason.BAD_JSON, f"the .txt member is not UTF-8: {error}") from None
-    return suffix, bodies[suffix], Annotation.from_json(bodies.get("json", b"{}"), text)
+    members = {KEY_FIELD: group["__key__"]}
+    for name in TEXT_MEMBERS:
+        try:
+            members[name] = bodies.get(name, b"").decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            detail = f"the .{name} member is not UTF-8: {error}"
+            raise SkipSample(SkipReason.BAD_JSON, detail) from None
+    annotation = Annotation.from_json(bodies.get("json", b"{}"), members, mapping)
+    return suffix, bodies[suffix], annotation
 
 
 def _dots_hint(group: Group) -> str:
     """Return an explanation for errors if dots in a file name hide the suffix of a member."""
-    known = (*AUDIO_SUFFIXES, "json", "txt")
+    known = (*AUDIO_SUFFIXES, "json", *TEXT_MEMBERS)
     hidden = [suffix for suffix in group if "." in suffix and suffix.rpartition(".")[2] in known]
     if not hidden:
         return ""
@@ -474,7 +506,11 @@ class SkippedSample:
 
 
 def read_shard(
-    stream: BinaryIO, url: str, wanted: Container[int] | None, limits: ClipLimits
+    stream: BinaryIO,
+    url: str,
+    wanted: Container[int] | None,
+    limits: ClipLimits,
+    mapping: FieldMapping | None = None,
 ) -> Iterator[tuple[int, Sample | SkippedSample]]:
     """Yield `(ordinal, sample or skipped sample)` for the wanted samples of one tar, in its order.
 
@@ -488,7 +524,7 @@ def read_shard(
             continue
         key = group["__key__"]
         try:
-            suffix, audio, annotation = audio_and_annotation(group)
+            suffix, audio, annotation = audio_and_annotation(group, mapping)
             yield ordinal, Sample(key, url, audio, suffix, annotation)
         except SkipSample as skip:
             yield ordinal, SkippedSample(url, key, skip.reason, skip.detail)

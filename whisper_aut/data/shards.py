@@ -21,15 +21,17 @@ import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
 from whisper_aut.audio.decode import ClipLimits
-from whisper_aut.data.annotation import MAX_JSON_BYTES
+from whisper_aut.data.annotation import MAX_JSON_BYTES, FieldMapping
 from whisper_aut.data.reader import (
     COMPRESSED,
     DEFAULT_POLICY,
+    TAR_SUFFIXES,
     ReadPolicy,
     Sample,
     SkippedSample,
     is_local,
     local_path,
+    open_filesystem,
     open_stream,
     read_file,
     read_range,
@@ -37,13 +39,16 @@ from whisper_aut.data.reader import (
     scan_tar,
     sibling_url,
 )
-from whisper_aut.errors import SkipReason, UserError
+from whisper_aut.errors import SkipReason, UserError, require
 
 UNKNOWN_MS = -1
 INDEX_NAME = "index.json"
 INDEX_VERSION = 2
 # Key of the index; true if every tar has a sample table next to it.
 HAS_TABLES = "sample_tables"
+# Key of the index; the folder or URL of the tars, if the index is not next to them.
+TARS = "tars"
+UNCOUNTED = -1  # the samples of a tar that no index lists
 MAX_INDEX_BYTES, MAX_TABLE_BYTES = 256 << 20, 256 << 20
 TABLE_COLUMNS = 4
 # NumPy parses a header with `ast`, which in Python 3.11 is not safe in threads:
@@ -154,6 +159,14 @@ class FolderCounts:
         total["clips"] += clips
         total["seconds"] += seconds
 
+    def update(self, other: "FolderCounts") -> None:
+        """Add the counts of another part of the folder."""
+        self.domains.update(other.domains)
+        for licence, counts in other.licences.items():
+            total = self.licences.setdefault(licence, {"clips": 0, "seconds": 0.0})
+            for name, count in counts.items():
+                total[name] += count
+
     def metadata(self) -> dict[str, Any]:
         """Return the counts as stored in an index."""
         licences = {
@@ -189,11 +202,17 @@ class ShardIndex:
     metadata: dict[str, Any] = field(default_factory=dict)  # everything else in the index
     pattern: str = ""  # of file names, if only some tars of the folder are used
     selection: Selection | None = None  # None for all samples
+    mapping: FieldMapping | None = None  # where annotations are read from; None for the usual names
 
     @property
     def name(self) -> str:
         """The folder or URL, followed by the pattern if there is one."""
         return f"{self.root.rstrip('/')}/{self.pattern}" if self.pattern else self.root
+
+    @property
+    def tars(self) -> str:
+        """The folder or URL of the tars."""
+        return self.metadata.get(TARS) or self.root
 
     @property
     def shard_samples(self) -> tuple[int, ...]:
@@ -234,7 +253,7 @@ class ShardIndex:
 
     def url(self, shard: int) -> str:
         """Return the path or URL of a tar."""
-        return sibling_url(self.root, self.shards[shard].name)
+        return sibling_url(self.tars, self.shards[shard].name)
 
     def ordinals(self, shard: int) -> np.ndarray:
         """Return the indices of a shard's selected samples, ascending."""
@@ -293,7 +312,7 @@ def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIn
     if (folder / INDEX_NAME).exists():
         index = _read_index(root, policy)
         missing = [shard.name for shard in index.shards if not (folder / shard.name).exists()]
-        if missing:
+        if missing and TARS not in index.metadata:
             raise UserError(
                 f"{root}/{INDEX_NAME} names {len(missing)} shards that are missing: "
                 f"{_listed(missing)}. Bring them back or rebuild."
@@ -307,14 +326,9 @@ def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIn
 
 def _open_pattern(root: str, policy: ReadPolicy) -> ShardIndex:
     """Open the tars that match a pattern, with the folder's index or else by counting samples."""
-    from braceexpand import braceexpand
-
     folder, _, pattern = root.rpartition("/")
     folder = folder or "."
-    try:
-        patterns = list(braceexpand(pattern))
-    except ValueError as error:
-        raise UserError(f"{root}: {error}.") from None
+    patterns = _expand_braces(pattern, root)
     path = Path(local_path(folder)) if is_local(root) else None
     if path is None:
         whole = _read_index(folder, policy)
@@ -341,6 +355,16 @@ def _open_pattern(root: str, policy: ReadPolicy) -> ShardIndex:
     else:
         index = _count_tars(folder, (path / name for name in sorted(chosen)))
     return replace(index, pattern=pattern)
+
+
+def _expand_braces(pattern: str, root: str) -> list[str]:
+    require("braceexpand")
+    from braceexpand import braceexpand
+
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"{root}: {error}.") from None
 
 
 def _part_of(whole: ShardIndex, names: set[str], policy: ReadPolicy) -> ShardIndex:
@@ -383,8 +407,8 @@ def _read_index(root: str, policy: ReadPolicy) -> ShardIndex:
     except FileNotFoundError:
         raise UserError(
             f"There is no {INDEX_NAME} at {root}, and remote tars are not read through to count "
-            "their samples. Write an index where the tars are on a disk, and upload the new files "
-            "next to them: whisper-aut data index FOLDER"
+            f"their samples at every start. Write an index: whisper-aut data index {root} "
+            "[--out FOLDER]"
         ) from None
     except OSError as error:
         raise UserError(f"{root} cannot be read: {error}.") from None
@@ -406,9 +430,49 @@ def list_tars(filesystem: Any, folder: str, pattern: str = "*.tar") -> list[str]
     """
     names = _file_names(filesystem, folder)
     for name in sorted(names):
-        if fnmatch.fnmatchcase(name, f"{pattern}.gz") or name.endswith(".tgz"):
-            raise UserError(f"{folder}/{name} is {COMPRESSED}: run gunzip {folder}/*.gz")
+        is_match = fnmatch.fnmatchcase(name, f"{pattern}.gz") or name.endswith(".tgz")
+        if is_match and unpacked_name(name) not in names:
+            raise UserError(
+                f"{folder}/{name} is {COMPRESSED}. Unpack the tars of the folder and index them: "
+                f"whisper-aut data index {folder}"
+            )
     return sorted(path for name, path in names.items() if fnmatch.fnmatchcase(name, pattern))
+
+
+def unpacked_name(name: str) -> str:
+    """Return the name of a tar without the suffix of its compression."""
+    return f"{name.removesuffix('.tgz').removesuffix('.gz').removesuffix('.tar')}.tar"
+
+
+def find_tars(root: str, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIndex:
+    """Return the tars of a folder, URL or pattern, compressed ones included, without reading them.
+
+    Their samples are `UNCOUNTED`. Braces in a pattern are expanded without a listing, which web
+    servers may not offer.
+
+    Raises:
+        UserError: there are none, or the folder cannot be listed.
+    """
+    folder, _, pattern = root.rpartition("/") if root.endswith(TAR_SUFFIXES) else (root, "", "")
+    folder = folder or "."
+    patterns = [f"*{end}" for end in TAR_SUFFIXES]
+    patterns = _expand_braces(pattern, root) if pattern else patterns
+    try:
+        if is_local(root) or any(set("*?[") & set(one) for one in patterns):
+            filesystem, path = open_filesystem(folder, policy)
+            names = _file_names(filesystem, path)
+            found = {name for one in patterns for name in fnmatch.filter(names, one)}
+        else:
+            names, found = patterns, set(patterns)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The tars of {root} cannot be listed: {error}.") from None
+    if not found:
+        raise UserError(f"There are no tars in {root}.")
+    # An unpacked tar replaces its compressed one.
+    names = sorted(
+        name for name in found if name.endswith(".tar") or unpacked_name(name) not in found
+    )
+    return ShardIndex(folder, tuple(ShardEntry(name, UNCOUNTED) for name in names))
 
 
 def _file_names(filesystem: Any, folder: str) -> dict[str, str]:
@@ -434,7 +498,7 @@ def iter_samples(
         wanted = set(index.ordinals(number).tolist()) if index.selection else None
         try:
             with open_stream(url, policy) as stream:
-                for _, item in read_shard(stream, url, wanted, limits):
+                for _, item in read_shard(stream, url, wanted, limits, index.mapping):
                     yield item
         except OSError as error:
             yield SkippedSample(url, "", SkipReason.BAD_TAR, str(error))
@@ -489,12 +553,12 @@ class ShardReader:
         url, items = index.url(shard), {}
         try:
             try:
-                self._read_ranges(url, self._table(index, shard), ordinals, items)
+                self._read_ranges(url, self._table(index, shard), ordinals, items, index.mapping)
             except ValueError as error:  # the table does not match the tar
                 if index.selection:  # it was computed from the table, so it is wrong too
                     hint = f"make its table again: whisper-aut data index {index.root}"
                     raise OSError(f"{error}; {hint}") from None
-                self._read_ranges(url, self._scan(url), ordinals, items)
+                self._read_ranges(url, self._scan(url), ordinals, items, index.mapping)
         except OSError as error:
             for ordinal in ordinals:
                 items.setdefault(ordinal, _bad_tar(url, ordinal, str(error)))
@@ -506,6 +570,7 @@ class ShardReader:
         scanned: tuple[SampleTable, str | None],
         ordinals: Sequence[int],
         items: dict[int, Sample | SkippedSample],
+        mapping: FieldMapping | None,
     ) -> None:
         """Add the samples to `items`.
 
@@ -535,7 +600,7 @@ class ShardReader:
                     items[ordinal] = _bad_tar(url, ordinal, detail)
                     continue
                 stream = io.BytesIO(sample + END_OF_TAR)
-                parsed = list(read_shard(stream, url, None, self.limits))
+                parsed = list(read_shard(stream, url, None, self.limits, mapping))
                 number, item = parsed[-1] if parsed else (-1, None)
                 if item and number == 0 and text_hash(item.key) == table.keys[ordinal]:
                     items[ordinal] = item

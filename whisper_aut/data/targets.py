@@ -22,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 
 from whisper_aut.audio.decode import ROUNDING_SECONDS, TRIM_SECONDS, LongClips
 from whisper_aut.data.annotation import (
-    DOMAINS,
     Annotation,
     Row,
     Template,
@@ -125,7 +124,7 @@ class LossSettings:
     """
 
     per: Literal["token", "clip"] = "token"
-    domains: dict[Literal["speech", "sound", "music"], PositiveFloat] = field(default_factory=dict)
+    domains: dict[str, PositiveFloat] = field(default_factory=dict)
 
     def weight(self, target: TokenTarget, domain: Any) -> float:
         """Return the weight of each supervised token of a clip."""
@@ -200,7 +199,7 @@ class WhisperText:
         overflow: how to treat longer sequences: `cut` keeps the beginning, without an end token;
             `drop` skips the sample.
         supervise_prompt: domains in which the language, task and no-timestamps tokens are predicted
-            too, as the Hugging Face recipe does.
+            too, as the Hugging Face recipe does; True for all.
         multilingual: whether the checkpoint uses language and task tokens; English-only ones don't.
     """
 
@@ -208,7 +207,7 @@ class WhisperText:
     prompts: Mapping[str, DomainPrompt] = field(default_factory=dict)
     max_tokens: int = 448
     overflow: Literal["cut", "drop"] = "cut"
-    supervise_prompt: Sequence[str] = DOMAINS
+    supervise_prompt: bool | Sequence[str] = True
     multilingual: bool = True
     vocabulary: Mapping[str, int] = field(init=False, repr=False)
 
@@ -232,7 +231,9 @@ class WhisperText:
         start = prompt.index(self.vocabulary[START]) + 1
         # A prompt without a language token is not supervised. Otherwise the model would learn to
         # leave the token out for languages that have one.
-        predicts_prompt = domain in self.supervise_prompt and not is_unknown
+        chosen = self.supervise_prompt
+        predicts_prompt = chosen if isinstance(chosen, bool) else domain in chosen
+        predicts_prompt = predicts_prompt and not is_unknown
         supervised[: start if predicts_prompt else len(prompt)] = False
         return TokenTarget(
             torch.tensor(tokens),
@@ -475,9 +476,6 @@ def _problems(name: str, entry: Instruction) -> Iterator[str]:
     uses_candidate = any(CANDIDATE in Template(prompt).columns for prompt in entry.prompts)
     if uses_candidate != bool(entry.others):
         yield f"{name}: a yes/no task has both {{{CANDIDATE}}} in `prompts` and a list of `others`"
-    for domain in entry.domains:
-        if domain not in DOMAINS:
-            yield f"{name}.domains: {domain!r} is not one of {', '.join(DOMAINS)}"
     if entry.weight < 0:
         yield f"{name}.weight: {entry.weight} is negative"
 

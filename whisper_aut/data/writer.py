@@ -3,32 +3,49 @@
 import hashlib
 import json
 import os
+import shutil
+import tarfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from fsspec.implementations.local import LocalFileSystem
 from webdataset.writer import TarWriter
 
-from whisper_aut.audio.decode import ClipLimits, read_header
+from whisper_aut.audio.decode import AUDIO_SUFFIXES, ClipLimits, stated_seconds
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.reader import MemberGroups, audio_and_annotation, scan_tar
+from whisper_aut.data.reader import (
+    DEFAULT_POLICY,
+    GZIP_SUFFIXES,
+    MemberGroups,
+    ReadPolicy,
+    audio_and_annotation,
+    is_local,
+    local_path,
+    open_filesystem,
+    open_stream,
+    read_file,
+    sibling_url,
+)
 from whisper_aut.data.shards import (
     HAS_TABLES,
     INDEX_NAME,
     INDEX_VERSION,
+    MAX_INDEX_BYTES,
+    TARS,
     FolderCounts,
     SampleTable,
     ShardEntry,
     ShardIndex,
-    list_tars,
+    find_tars,
     open_index,
     table_name,
+    unpacked_name,
 )
 from whisper_aut.errors import SkipSample, UserError
-from whisper_aut.utils import write_json
+from whisper_aut.utils import atomic_path, parallel_map
 
 
 class ShardWriter:
@@ -142,55 +159,125 @@ class ShardWriter:
                 os.replace(self._partial(name), self.folder / name)
 
 
-def write_index(folder: Path, shards: Sequence[ShardEntry], metadata: Mapping[str, Any]) -> None:
-    """Write `index.json` atomically. Values computed from `shards` override those in `metadata`."""
+def write_index(
+    folder: str | Path, shards: Sequence[ShardEntry], metadata: Mapping[str, Any]
+) -> None:
+    """Write `index.json` to a folder or URL. Totals of `shards` override those in `metadata`."""
     totals = {
         "version": INDEX_VERSION,
         "samples": sum(shard.samples for shard in shards),
         "seconds": round(sum(shard.seconds for shard in shards), 3),
         "shards": [asdict(shard) for shard in shards],
     }
-    write_json(folder / INDEX_NAME, {**metadata, **totals})
+    content = json.dumps({**metadata, **totals}, indent=1, ensure_ascii=False) + "\n"
+    _write_file(sibling_url(str(folder), INDEX_NAME), content.encode())
 
 
 # Lengths are only recorded here; each run applies its own limits.
 ANY_LENGTH = ClipLimits(min_seconds=0.0, max_seconds=1e6)
 
 
-def index_folder(folder: Path) -> ShardIndex:
-    """Write the sample tables and the index of a local folder of tars.
+def index_folder(
+    root: str | Path,
+    out: str | Path = "",
+    *,
+    workers: int = 1,
+    policy: ReadPolicy = DEFAULT_POLICY,
+) -> ShardIndex:
+    """Write the sample tables and the index of the tars of a folder, a URL or a pattern.
 
-    New counts replace those of an existing index. Its other metadata is kept.
+    Local tars are read for their checksums, remote ones once and without checksums. Compressed tars
+    are unpacked. New counts replace those of an existing index. Its other metadata is kept.
+
+    Args:
+        root: see `find_tars`.
+        out: folder or URL for the index, the tables and unpacked tars; by default that of the tars.
+        workers: number of processes.
+        policy: retries and timeouts.
 
     Raises:
-        UserError: the folder has no tars, cannot be read or cannot be written.
+        UserError: there are no tars, they cannot be read, or `out` cannot be written.
     """
-    tars = [Path(tar) for tar in list_tars(LocalFileSystem(), str(folder.absolute()))]
-    if not tars:
-        raise UserError(f"There are no tars in {folder} to index.")
+    tars = find_tars(str(root), policy)
+    target, names = str(out or tars.root), [shard.name for shard in tars.shards]
+    compressed = [name for name in names if name.endswith(GZIP_SUFFIXES)]
+    if target.startswith(("http://", "https://")) or (compressed and not is_local(target)):
+        what = "tars are unpacked" if compressed else "the index is written"
+        raise UserError(f"{target} is not a folder to which {what}. Give one with --out FOLDER.")
+    elsewhere = target.rstrip("/") != tars.root.rstrip("/")
+    if elsewhere and 0 < len(compressed) < len(names):
+        raise UserError(f"{root} has tars and compressed tars. Index them one after the other.")
     existing: Any = {}
     with suppress(OSError, ValueError):  # an index of any version
-        existing = json.loads((folder / INDEX_NAME).read_bytes())
+        url = sibling_url(target, INDEX_NAME)
+        existing = json.loads(read_file(url, policy, max_bytes=MAX_INDEX_BYTES))
+    existing = existing if isinstance(existing, dict) else {}
+    existing.pop(TARS, None)
     counts, entries = FolderCounts(), []
     try:
-        for tar in tars:
-            with tar.open("rb") as stream:
-                table = build_table(stream, counts)
-                stream.seek(0)
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            (folder / table_name(tar.name)).write_bytes(table.to_bytes())
-            seconds = round(float(table.milliseconds.clip(min=0).sum()) / 1000, 3)
-            size = tar.stat().st_size
-            entries.append(ShardEntry(tar.name, len(table), seconds, size, digest))
+        if is_local(target):
+            Path(local_path(target)).mkdir(parents=True, exist_ok=True)
+        index_one = partial(_index_tar, folder=tars.root, target=target, policy=policy)
+        # Clients of object stores do not survive a fork.
+        spawn = not (is_local(tars.root) and is_local(target))
+        for entry, own in parallel_map(index_one, names, min(workers, len(names)), spawn=spawn):
+            entries.append(entry)
+            counts.update(own)
     except OSError as error:
-        raise UserError(f"{folder} cannot be indexed: {error}.") from None
-    existing = existing if isinstance(existing, dict) else {}
-    write_index(folder, entries, {**existing, **counts.metadata(), HAS_TABLES: True})
-    return open_index(folder)
+        raise UserError(f"{root} cannot be indexed: {error}.") from None
+    tars_metadata = {TARS: tars.root} if elsewhere and not compressed else {}
+    metadata = {**existing, **counts.metadata(), **tars_metadata, HAS_TABLES: True}
+    write_index(target, entries, metadata)
+    return open_index(target, policy)
+
+
+def _index_tar(
+    name: str, *, folder: str, target: str, policy: ReadPolicy
+) -> tuple[ShardEntry, FolderCounts]:
+    """Write the table of one tar, and the tar itself if it is compressed."""
+    url, counts = sibling_url(folder, name), FolderCounts()
+    if name.endswith(GZIP_SUFFIXES):
+        name = unpacked_name(name)
+        unpacked = Path(local_path(target)) / name
+        if not unpacked.exists():
+            with (
+                open_stream(url, policy) as stream,
+                atomic_path(unpacked) as partial_path,
+                partial_path.open("wb") as file,
+            ):
+                shutil.copyfileobj(stream, file, 1 << 20)
+        url = str(unpacked)
+    with open_stream(url, policy) as stream:
+        table = build_table(stream, counts)
+        size, digest = stream.seek(0, os.SEEK_END), ""
+        if is_local(url):
+            stream.seek(0)
+            digest = hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()
+    _write_file(sibling_url(target, table_name(name)), table.to_bytes())
+    seconds = round(float(table.milliseconds.clip(min=0).sum()) / 1000, 3)
+    return ShardEntry(name, len(table), seconds, size, digest), counts
+
+
+def _write_file(url: str, data: bytes) -> None:
+    if is_local(url):
+        with atomic_path(Path(local_path(url))) as path:
+            path.write_bytes(data)
+    else:
+        filesystem, path = open_filesystem(url)
+        filesystem.pipe_file(path, data)
+
+
+class _Headers(MemberGroups):
+    """Groups in which the body of an audio member is a file object, which has not been read."""
+
+    def _body(self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> Any:
+        if suffix in AUDIO_SUFFIXES and member.size <= self.limits.max_bytes:
+            return tar.extractfile(member)
+        return super()._body(tar, member, suffix)
 
 
 def build_table(stream: BinaryIO, counts: FolderCounts, *, audio: bool = True) -> SampleTable:
-    """Read a whole tar and return its sample table.
+    """Read the headers and annotations of a tar, and return its sample table.
 
     Lengths are taken from the annotation, or else from the audio header, if `audio` is true. The
     samples are added to `counts`.
@@ -198,19 +285,18 @@ def build_table(stream: BinaryIO, counts: FolderCounts, *, audio: bool = True) -
     Raises:
         OSError: the tar is damaged before its first sample.
     """
-    starts, keys, end, damage = scan_tar(stream)
-    if damage and not starts:  # samples before the damage are counted
-        raise OSError(f"{getattr(stream, 'name', 'tar')}: {damage}")
-    lengths: list[float | None] = [None] * len(starts)
-    licences = [""] * len(starts)
-    stream.seek(0)
-    for number, group in MemberGroups(stream, ANY_LENGTH, None, None if audio else {"json", "txt"}):
+    groups, rows = _Headers(stream, ANY_LENGTH), []
+    for _, group in groups:
+        seconds, licence = None, ""
         with suppress(SkipSample):
-            _, encoded, annotation = audio_and_annotation(group)
-            seconds = annotation.duration_seconds
+            suffix, body, annotation = audio_and_annotation(group)
+            seconds, licence = annotation.duration_seconds, annotation.licence
             if seconds is None and audio:
                 with suppress(SkipSample):
-                    seconds = read_header(encoded, ANY_LENGTH).seconds
-            lengths[number], licences[number] = seconds, annotation.licence
-            counts.add(annotation.domain, annotation.licence, seconds or 0.0)
-    return SampleTable.from_rows(zip(starts, lengths, keys, licences, strict=True), end)
+                    seconds = stated_seconds(cast(Any, body), suffix, ANY_LENGTH)
+            counts.add(annotation.domain, licence, seconds or 0.0)
+        rows.append((seconds, group["__key__"], licence))
+    if groups.damage and not rows:  # samples before the damage are counted
+        raise OSError(f"{getattr(stream, 'name', 'tar')}: {groups.damage}")
+    table = ((start, *row) for start, row in zip(groups.starts, rows, strict=True))
+    return SampleTable.from_rows(table, groups.end)

@@ -150,7 +150,8 @@ class Results(QuestionSettings):
 
     @property
     def domains(self) -> list[str]:
-        return sorted({task.domain for task in self.tasks.values()}, key=DOMAINS.index)
+        found = {task.domain for task in self.tasks.values()}
+        return sorted(found, key=lambda name: (*DOMAINS, name).index(name))
 
     @property
     def answers(self) -> list[str]:

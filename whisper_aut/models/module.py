@@ -5,7 +5,7 @@ Validation reports metrics per domain and per task.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +68,7 @@ class AudioTextModule(lightning.LightningModule):
         encoder_after_step: train only the decoder before this optimizer step; the encoder gets no
             gradients until then.
         distillation: keeps the encoder close to the pretrained one, see `models.distillation`.
+        domains: the domains of the clips.
 
     Raises:
         TypeError: `decoder` does not implement `Decoder`.
@@ -84,6 +85,7 @@ class AudioTextModule(lightning.LightningModule):
         generate_tokens: int = 64,
         encoder_after_step: int = 0,
         distillation: Distillation | None = None,
+        domains: Sequence[str] = DOMAINS,
     ):
         super().__init__()
         if not isinstance(decoder, Decoder):
@@ -95,7 +97,8 @@ class AudioTextModule(lightning.LightningModule):
         self.generate_clips, self.generate_tokens = generate_clips, generate_tokens
         self.encoder_after_step = encoder_after_step
         self.distillation = distillation
-        self.loss_metrics = LossMetrics((*DOMAINS, *codec.metrics))
+        self.domains = tuple(domains)
+        self.loss_metrics = LossMetrics((*domains, *codec.metrics))
         self.answer_metrics = AnswerMetrics(codec.metrics)
         self.generated: list[dict[str, str]] = []  # texts of the last validation
         self.micro_batches: list[MicroBatchResult] = []  # of the current optimizer step
@@ -196,8 +199,8 @@ class AudioTextModule(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         losses = []
         for group, values in self.loss_metrics.compute().items():
-            prefix = "valid" if group in DOMAINS else "tasks"
-            losses += [values["loss"]] if group in DOMAINS else []
+            prefix = "valid" if group in self.domains else "tasks"
+            losses += [values["loss"]] if group in self.domains else []
             for name, value in values.items():
                 self.log(f"{prefix}/{name}_{group}", value, sync_dist=True)
         if losses:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,19 +18,18 @@ from whisper_aut.audio.augment import Augment
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel
 from whisper_aut.config import (
-    DataSettings,
     DistillationSettings,
     ScratchSettings,
     Settings,
-    SourceSettings,
 )
-from whisper_aut.data.annotation import text_template
+from whisper_aut.data.annotation import FieldMapping, read_annotations
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, ShardNoise, StreamSource
-from whisper_aut.data.filters import Exclusions, select_samples
+from whisper_aut.data.filters import Exclusions, select_samples, unmatched_ids
 from whisper_aut.data.reader import ReadPolicy, Sample
 from whisper_aut.data.sampler import MixedPadding, mixture_weights, usable_partitions
-from whisper_aut.data.shards import iter_samples, open_index
+from whisper_aut.data.settings import DataSettings, SourceSettings
+from whisper_aut.data.shards import ShardIndex, iter_samples, open_index
 from whisper_aut.data.targets import TextCodec
 from whisper_aut.errors import Problems, UserError
 from whisper_aut.models.decoders import check_decoder
@@ -44,6 +44,7 @@ from whisper_aut.training.optim import optimizer_factory
 from whisper_aut.training.strategies import resolve_precision
 from whisper_aut.utils import file_lock
 
+log = logging.getLogger(__name__)
 # Large files are hashed in HASH_BLOCKS evenly spaced blocks of HASH_BLOCK_BYTES. That is enough:
 # two sets of weights differ throughout the file.
 HASH_BLOCK_BYTES, HASH_BLOCKS = 1 << 16, 1 << 12
@@ -108,6 +109,7 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
             clip_limits(data),
             on_device=data.features == "device",
             long_clips=data.long_clips,
+            domains=tuple(data.domains),
         ),
         seed=settings.seed,
         window=data.window,
@@ -188,6 +190,7 @@ def build_module(
         generate_tokens=settings.trainer.generate_tokens,
         encoder_after_step=settings.optim.encoder_after_step,
         distillation=distillation,
+        domains=tuple(settings.data.domains),
     )
     use_onednn(module)
     return module
@@ -229,8 +232,10 @@ def read_policy(data: DataSettings) -> ReadPolicy:
     return ReadPolicy(data.retries, data.timeout_seconds)
 
 
-def open_sources(sources: Sequence[SourceSettings], policy: ReadPolicy) -> list[StreamSource]:
-    """Open the shard index of every source.
+def open_sources(
+    sources: Sequence[SourceSettings], policy: ReadPolicy, *, mapped: bool = True
+) -> list[StreamSource]:
+    """Open the shard index of every source, with its fields and annotations if `mapped`.
 
     Raises:
         UserError: If any source cannot be read. The message lists all of them.
@@ -239,10 +244,29 @@ def open_sources(sources: Sequence[SourceSettings], policy: ReadPolicy) -> list[
     for source in sources:
         with problems.gather():
             index = open_index(source.path, policy)
-            text = text_template(source.text) if source.text else None
-            opened.append(StreamSource(index, source.domain, source.licence, text))
+            index = map_fields(index, source, policy) if mapped else index
+            opened.append(StreamSource(index, source.domain, source.licence))
     problems.raise_if_any("The data")
     return opened
+
+
+def map_fields(index: ShardIndex, source: SourceSettings, policy: ReadPolicy) -> ShardIndex:
+    """Return an index whose samples have the fields and annotations that a source's entry names.
+
+    Raises:
+        UserError: If the annotations cannot be read.
+    """
+    fields = {**source.fields, **({"text": source.text} if source.text else {})}
+    rows = read_annotations(source.annotations) if source.annotations else {}
+    if not fields and not rows:
+        return index
+    if unmatched := unmatched_ids(index, rows, policy):
+        log.warning(
+            f"{len(unmatched)} of {len(rows)} ids of {source.annotations} are not keys of "
+            f"{source.path}: {', '.join(unmatched[:5])}{', …' if len(unmatched) > 5 else ''}. "
+            "They are used only if samples have them in the field `id`."
+        )
+    return replace(index, mapping=FieldMapping(fields, rows))
 
 
 def open_selected(data: DataSettings) -> list[StreamSource]:
@@ -289,9 +313,9 @@ def source_weights(data: DataSettings, samples: Sequence[int]) -> list[float]:
 def run_fingerprint(settings: Settings) -> str:
     """Return a hash of everything that determines what a run computes.
 
-    The hash covers the config, the release, the shards, the exclusion list, and the files of
-    models in local directories. It does not cover output paths or the settings for probes and
-    exports.
+    The hash covers the config, the release, the shards, the exclusion list, files of annotations,
+    and the files of models in local directories. It does not cover output paths or the settings for
+    probes and exports.
 
     Raises:
         UserError: If a data source cannot be read.
@@ -303,15 +327,18 @@ def run_fingerprint(settings: Settings) -> str:
     values["decoder"].pop("date", None)
     hardware = settings.hardware
     values["hardware"]["precision"], _ = resolve_precision(hardware.precision, hardware.accelerator)
-    sources = open_sources([*data.train, *data.valid], policy)
+    sources = open_sources([*data.train, *data.valid], policy, mapped=False)
     shards = [
         *(source.index.fingerprint() for source in sources),
         *(open_index(folder, policy).fingerprint() for folder in data.augment.noise),
     ]
-    excluded = Path(data.exclude).read_text() if Path(data.exclude).is_file() else ""
+    files = [data.exclude, *(source.annotations for source in (*data.train, *data.valid))]
+    listed = [
+        hashlib.sha256(Path(one).read_bytes()).hexdigest() for one in files if Path(one).is_file()
+    ]
     models = [settings.model.path, str(settings.decoder.get("language_model", ""))]
     hashes = [_hash_files(Path(path)) for path in models if path]
-    content = json.dumps([__version__, values, shards, excluded, hashes], sort_keys=True)
+    content = json.dumps([__version__, values, shards, listed, hashes], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

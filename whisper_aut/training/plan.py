@@ -31,8 +31,9 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.audio.logmel import WINDOW_SECONDS, frames_with_context
-from whisper_aut.config import DataSettings, ModelSettings, Settings
+from whisper_aut.config import ModelSettings, Settings
 from whisper_aut.data.batch import Targets
+from whisper_aut.data.settings import DataSettings
 from whisper_aut.errors import UserError
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.encoder import PackedEncoder, Padding, encoder_frames

@@ -126,7 +126,7 @@ def test_every_skip_reason_is_counted(tmp_path: Path):
             "badjson.flac": audio(),
             "badjson.json": b"{",
             "badfield.flac": audio(),
-            "badfield.json": annotation(domain="noise"),
+            "badfield.json": annotation(domain="two words"),
             "text.wav": b"this is text " * 50,
             "text.json": annotation(),
             "empty.wav": audio(0, kind="WAV"),
@@ -150,9 +150,9 @@ def test_every_skip_reason_is_counted(tmp_path: Path):
         "audio too long": 1,
         "member too large": 1,
     }
-    assert "nojson: bad or missing JSON: no .json or .txt member" in shown(statistics).replace(
-        "\n", ""
-    )
+    assert "nojson: bad or missing JSON: no .json, .txt or .cls member" in shown(
+        statistics
+    ).replace("\n", "")
 
 
 def test_a_wrong_length_in_a_header_is_rejected_and_a_missing_one_is_decoded(
@@ -246,12 +246,24 @@ def test_brackets_in_a_folder_are_no_pattern_and_no_markup(
     assert "none [here]" in capsys.readouterr().err
 
 
-def test_tars_that_gzip_compressed_are_named_wherever_a_folder_is_read(tmp_path: Path):
+def test_compressed_tars_are_inspected_and_unpacked_by_the_index(tmp_path: Path):
     path = tar(tmp_path, {"a.flac": audio(), "a.json": annotation()})
     (tmp_path / "more.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
-    for read in (inspect_shards, open_index, index_folder):
-        with pytest.raises(UserError, match=r"more\.tar\.gz is compressed with gzip.*gunzip"):
-            read(tmp_path)
+    with pytest.raises(UserError, match=r"more\.tar\.gz is compressed with gzip.*data index"):
+        open_index(tmp_path)
+    assert inspect_shards(tmp_path).clips == 2
+    assert inspect_shards(tmp_path, most=1).clips == 1
+    index = index_folder(tmp_path)
+    assert [(shard.name, shard.samples) for shard in index.shards] == [
+        (path.name, 1),
+        ("more.tar", 1),
+    ]
+    assert (tmp_path / "more.tar").read_bytes() == path.read_bytes()
+    assert index_folder(tmp_path).fingerprint() == index.fingerprint()
+    (tmp_path / "index.json").unlink()
+    assert open_index(tmp_path).samples == 2
+    other = index_folder(f"{tmp_path}/more.tar.gz", tmp_path / "other", workers=2)
+    assert (other.url(0), other.samples) == (f"{tmp_path}/other/more.tar", 1)
 
 
 def test_floats_on_the_scale_of_integers_are_counted(tmp_path: Path):
@@ -277,9 +289,11 @@ def test_clips_without_a_label_are_counted(tmp_path: Path):
 def test_the_fields_of_clips_without_text_are_named(tmp_path: Path):
     tar(tmp_path, {"a.flac": audio(), "a.json": b'{"description": "rain", "artist": "x"}'})
     statistics = inspect_shards(tmp_path)
-    assert statistics.counts["fields_without_text"] == {"description": 1, "artist": 1}
+    assert statistics.counts["other_fields"] == {"description": 1, "artist": 1}
     text = " ".join(shown(statistics).split())
-    assert "have the fields description, artist. Name the one to read in data.train[].text" in text
+    assert "Other fields: description (1), artist (1)" in text
+    fields = "fields: {text: description, id: __key__}"
+    assert f"{{path: {tmp_path}, domain: DOMAIN, {fields}}}" == statistics.source()
 
 
 def test_a_key_that_is_repeated_is_counted_and_warned_about(tmp_path: Path):

@@ -232,7 +232,7 @@ def test_a_column_of_names_is_no_split(tmp_path: Path):
         ('{"wav": "b\\u0000.wav", "text": "t"}', "no path in column 'wav'"),
         ('{"wav": {"path": "b.wav"}, "text": "t"}', "column 'wav' must be text, not dict"),
         ('{"wav": "b.wav", "text": {"en": "t"}}', "'text' must be text, not dict"),
-        ('{"wav": "b.wav", "text": "t", "domain": "noise"}', "not one of speech"),
+        ('{"wav": "b.wav", "text": "t", "domain": "n/a"}', "not a name such as speech"),
         ('{"wav": "b.wav", "text": "\\ud800"}', "surrogate pair"),
         ('{"wav": "b.wav", "text": "' + "t" * (1 << 20) + '"}', "bytes of JSON, limit"),
     ],
@@ -294,8 +294,8 @@ def test_a_csv_row_of_another_length_is_skipped(tmp_path: Path):
         ("wav,text\na.wav,t\n", {"split_by": "fold"}, "no column 'fold', which --split-by names"),
         (
             "wav,text\na.wav,t\n",
-            {"domain": "sounds"},
-            "Domain 'sounds' is not one of.*Did you mean 'sound'",
+            {"domain": "Sound"},
+            "Domain 'Sound' is not a name in lower case, such as speech, sound, music",
         ),
         (
             b"wav,text\na.wav,caf\xe9\n",

@@ -1,9 +1,18 @@
 import json
+from pathlib import Path
 
+import pandas
 import pytest
 
-from whisper_aut.data.annotation import MAX_JSON_BYTES, Annotation, has_value
-from whisper_aut.errors import SkipReason, SkipSample
+from whisper_aut.data.annotation import (
+    KEY_FIELD,
+    MAX_JSON_BYTES,
+    Annotation,
+    FieldMapping,
+    has_value,
+    read_annotations,
+)
+from whisper_aut.errors import SkipReason, SkipSample, UserError
 
 
 def test_what_is_written_reads_back_the_same():
@@ -60,7 +69,7 @@ def test_a_nan_given_by_a_program_is_no_value_either():
     ],
 )
 def test_a_text_is_found_where_published_tars_keep_it(data: str, text: str, texts: list | None):
-    annotation = Annotation.from_json(data.encode(), "of the .txt")
+    annotation = Annotation.from_json(data.encode(), {"txt": "of the .txt"})
     assert (annotation.text, annotation.extra.get("texts")) == (text, texts)
 
 
@@ -80,7 +89,7 @@ def test_a_bare_list_is_that_of_a_clips_events_and_may_be_empty(events: list):
         (b'{"text": true}', "'text' must be text, not bool"),
         (b'{"captions": [false, "a dog"]}', "'text' must be text, not bool"),
         (b'{"text": "a", "language": false}', "'language' must be text, not bool"),
-        (b'{"domain": "noise"}', "not one of speech, sound, music"),
+        (b'{"domain": "a b"}', "domain 'a b' is not a name such as speech, sound, music"),
         (b'{"label": {"a": 1}}', "'label' must be text"),
         (b'{"label": [["a"]]}', "'label' must be text"),
         (b'{"duration_seconds": -1}', "number of seconds"),
@@ -101,3 +110,84 @@ def test_json_beyond_the_limit_is_not_parsed():
     with pytest.raises(SkipSample) as refused:
         Annotation.from_json(b" " * (MAX_JSON_BYTES + 1))
     assert refused.value.reason is SkipReason.TOO_LARGE
+
+
+def mapped(json_bytes: bytes, fields: dict[str, str], **members: str) -> Annotation:
+    key = {KEY_FIELD: "clip-7", **members}
+    return Annotation.from_json(json_bytes, key, FieldMapping(fields))
+
+
+def test_fields_of_other_names_are_read_by_a_mapping():
+    data = b'{"text": "wrong", "about": ["a dog", "barking"], "nr": 7, "tags": ["dog", "animal"]}'
+    annotation = mapped(data, {"text": "about", "label": "tags", "id": KEY_FIELD, "source": "nr"})
+    assert annotation.texts == ("a dog", "barking")
+    assert (annotation.label, annotation.id) == (["dog", "animal"], "clip-7")
+    assert annotation.source == "7"
+    template = {"text": "{nr}: {tags}", "label": "cls", "language": "lang_of_speech"}
+    annotation = mapped(data, template, cls=" 3\n", txt="unused")
+    assert (annotation.texts, annotation.label) == (("7: dog, animal",), "3")
+    assert annotation.language == ""
+
+
+def test_a_mapping_can_ignore_a_field_and_read_one_of_the_wrong_type():
+    data = b'{"text": {"en": "a"}, "domain": "n/a", "caption_en": "a cat"}'
+    with pytest.raises(SkipSample):
+        mapped(data, {})
+    annotation = mapped(data, {"text": "caption_en", "domain": ""})
+    assert (annotation.text, annotation.domain) == ("a cat", "")
+
+
+def test_domains_are_names_in_any_case():
+    assert Annotation.from_json(b'{"domain": "Speech"}').domain == "speech"
+    assert Annotation.from_json(b'{"domain": "bioacoustics"}').domain == "bioacoustics"
+
+
+def test_members_of_text_stand_in_for_a_json():
+    annotation = Annotation.from_json(b"{}", {KEY_FIELD: "a", "txt": "a dog\n", "cls": "12\n"})
+    assert (annotation.text, annotation.label) == ("a dog", "12")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_annotations_add_and_replace_fields_by_id_or_key(suffix: str, tmp_path: Path):
+    rows = [
+        {"id": "x", "captions": ["one", "two"], "label": "dog", "note": ""},
+        {"id": "clip-7", "text": "by key"},
+        {"id": "8", "instruction": "What is it?", "answer": "a cat"},
+    ]
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+        pandas.DataFrame(rows).to_parquet(path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    mapping = FieldMapping({}, read_annotations(path))
+    by_id = Annotation.from_json(
+        b'{"id": "x", "text": "old", "texts": ["old", "older"], "note": "kept"}', None, mapping
+    )
+    assert (by_id.texts, by_id.label, by_id.extra["note"]) == (("one", "two"), "dog", "kept")
+    members = {KEY_FIELD: "clip-7"}
+    assert Annotation.from_json(b'{"text": "old"}', members, mapping).text == "by key"
+    number = Annotation.from_json(b'{"id": 8, "text": "kept"}', members, mapping)
+    assert (number.text, number.answer) == ("kept", "a cat")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "holds no annotations"),
+        ("{", "row 1 is not JSON"),
+        ("[1]", "row 1 has no id"),
+        ('{"text": "a"}', "row 1 has no id"),
+        ('{"id": 1}\n{"id": "1"}', "row 2 has the id '1' of an earlier row"),
+        ('{"id": 1, "licence": "MIT"}', "'licence', which only the shards can state"),
+        (None, "cannot be read"),
+    ],
+)
+def test_annotations_that_cannot_be_used_are_an_error(
+    content: str | None, said: str, tmp_path: Path
+):
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=said):
+        read_annotations(path)

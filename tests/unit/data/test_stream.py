@@ -17,7 +17,6 @@ import torch
 from tests.support.audio import encode_audio, tone, write_shards
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
-from whisper_aut.config import SourceSettings
 from whisper_aut.data import dataset
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.batch import Batch
@@ -25,6 +24,7 @@ from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
 from whisper_aut.data.reader import ReadPolicy
 from whisper_aut.data.sampler import Cursor, MixedPadding, batches_from
+from whisper_aut.data.settings import SourceSettings
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.targets import WhisperText
 from whisper_aut.data.writer import ShardWriter

@@ -22,7 +22,7 @@ from transformers import EncoderDecoderCache, WhisperConfig
 from transformers.cache_utils import DynamicCache
 from transformers.models.whisper.modeling_whisper import WhisperDecoder as HFWhisperDecoder
 
-from whisper_aut.data.annotation import DOMAINS, whisper_codes
+from whisper_aut.data.annotation import whisper_codes
 from whisper_aut.data.batch import Targets
 from whisper_aut.data.targets import SAMPLE_LANGUAGE, DomainPrompt, WhisperText
 from whisper_aut.errors import UserError
@@ -52,12 +52,6 @@ def build_whisper_decoder(
     Raises:
         UserError: the checkpoint has no decoder or a wrong tokenizer, or an option does not fit it.
     """
-    supervised = options.supervise_prompt
-    supervised = supervised if isinstance(supervised, list) else [*DOMAINS] * supervised
-    for key, domains in (("prompts", options.prompts), ("supervise_prompt", supervised)):
-        for domain in domains:
-            if domain not in DOMAINS:
-                raise UserError(f"decoder.{key}: {domain!r} is not one of {', '.join(DOMAINS)}.")
     model = pretrained.model  # first, because it raises if the checkpoint has no decoder
     _check_tokenizer(pretrained, options.prompts.values())
     longest = pretrained.config.max_target_positions
@@ -71,7 +65,7 @@ def build_whisper_decoder(
         options.prompts,
         options.max_tokens,
         options.overflow,
-        supervised,
+        options.supervise_prompt,
         pretrained.multilingual,
     )
     for domain, prompt in options.prompts.items():
