@@ -1,8 +1,8 @@
 """Loads encoders, trained runs and probe tasks by the names that commands take.
 
 An encoder is a run, a directory in Hugging Face's format or a hub id, with an optional padding mode
-(`NAME@30s`). It can also be `random:NAME` for its architecture with random weights, `FILE.py:CLASS`
-for a class in the form that X-ARES takes, or `logmel`.
+(`NAME@30s`) and layers (`NAME#7`). It can also be `random:NAME` for its architecture with random
+weights, `FILE.py:CLASS` for a class in the form that X-ARES takes, or `logmel`.
 """
 
 from collections import Counter
@@ -33,7 +33,13 @@ from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.encoder import PackedEncoder, Padding
 from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.probes.embed import BASELINE_NAME, FrameEncoder, LogMelBaseline
+from whisper_aut.probes.encoders import (
+    BASELINE_NAME,
+    FrameEncoder,
+    LogMelBaseline,
+    layer_indices,
+    select_layers,
+)
 from whisper_aut.probes.tasks import ProbeTask, expand_suites, load_task
 from whisper_aut.training.factory import build_trained
 from whisper_aut.training.run_dir import RunDirectory
@@ -126,18 +132,43 @@ def export_run(
     return out
 
 
+def split_layers(name: str) -> tuple[str, str]:
+    """Split `NAME#7`, `NAME#all` or `NAME#last` into a name and its layers; empty for none.
+
+    Raises:
+        UserError: the suffix is none of these.
+
+    Examples:
+        >>> split_layers("openai/whisper-tiny@30s#7"), split_layers("runs/aut_tiny/latest")
+        (('openai/whisper-tiny@30s', '7'), ('runs/aut_tiny/latest', ''))
+    """
+    path, mark, layers = name.rpartition("#")
+    if not mark or "/" in layers or Path(name).exists():  # paths may contain `#` too
+        return name, ""
+    if layers not in ("all", "last") and not layers.isdecimal():
+        raise UserError(f"{name}: after # comes a layer's number, all or last, not {layers!r}.")
+    return path, layers
+
+
 def open_encoder(name: str, padding: Padding | None, **options: Any) -> FrameEncoder:
     """Load an encoder by its name on the command line.
 
     Args:
         name: a run, path or hub id of a Whisper or of another model of transformers,
-            `random:PATH`, `FILE.py:CLASS` (see `load_custom_encoder`), or `logmel`.
+            `random:PATH`, `FILE.py:CLASS` (see `load_custom_encoder`), or `logmel`. `#7` after it
+            selects a layer, `#all` all of them, side by side, and `#last` the output.
         padding: for Whispers whose name has no padding mode.
         options: `device` and `dtype` of `load_encoder`.
 
     Raises:
-        UserError: there is no such encoder, or one other than a Whisper is given a padding mode.
+        UserError: there is no such encoder, it lacks the layer, or one other than a Whisper is
+            given a padding mode.
     """
+    name, layers = split_layers(name)
+    if layers not in ("", "last"):
+        encoder = open_encoder(name, padding, **options)
+        known = layer_indices(encoder)
+        return select_layers(encoder, known if layers == "all" else [int(layers)])
     path, given_padding = split_padding(name)
     random_init, path = path.startswith(RANDOM_PREFIX), path.removeprefix(RANDOM_PREFIX)
     kind = _encoder_kind(path)
@@ -190,6 +221,9 @@ def short_name(name: str) -> str:
 
     A padding mode in the given name is kept.
     """
+    name, layers = split_layers(name)
+    if layers:
+        return f"{short_name(name)}#{layers}"
     if name == LOGMEL:
         return BASELINE_NAME
     given, padding = split_padding(name)

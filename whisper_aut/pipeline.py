@@ -32,7 +32,7 @@ from whisper_aut.loading import load_tasks, short_name
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.probes.callback import ForgettingGuard, ProbeDuringTraining
-from whisper_aut.probes.embed import BASELINE_NAME, FrameEncoder, LogMelBaseline
+from whisper_aut.probes.encoders import BASELINE_NAME, FrameEncoder, LogMelBaseline
 from whisper_aut.probes.suite import find_problems, run_suite
 from whisper_aut.probes.tasks import ProbeTask
 from whisper_aut.report.html import build_report

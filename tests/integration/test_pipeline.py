@@ -17,7 +17,7 @@ from whisper_aut import load_encoder, pipeline
 from whisper_aut.config import Settings, dump_settings, load_settings
 from whisper_aut.errors import UserError
 from whisper_aut.pipeline import PipelineOptions, run_pipeline
-from whisper_aut.probes.embed import BASELINE_NAME
+from whisper_aut.probes.encoders import BASELINE_NAME
 from whisper_aut.probes.results import Scores
 from whisper_aut.training.run_dir import RunDirectory
 

@@ -9,7 +9,7 @@ import torch
 
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.writer import ShardWriter
-from whisper_aut.probes.embed import LogMelBaseline
+from whisper_aut.probes.encoders import LogMelBaseline
 from whisper_aut.probes.tasks import ProbeTask, task_from_mapping
 
 TONES_HZ = {"low": 300.0, "middle": 900.0, "high": 2700.0}

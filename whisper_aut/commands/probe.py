@@ -24,7 +24,8 @@ def probe(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.errors import Problems
     from whisper_aut.inference.encoder import device_name, split_padding
     from whisper_aut.loading import encoder_names, load_tasks, open_encoder
-    from whisper_aut.probes.embed import EmbedSettings, FrameEncoder
+    from whisper_aut.probes.embed import EmbedSettings
+    from whisper_aut.probes.encoders import FrameEncoder
     from whisper_aut.probes.suite import (
         embed_on_ranks,
         find_problems,

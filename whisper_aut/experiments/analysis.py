@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
-from math import exp, log, sqrt
+from math import exp, log
 from pathlib import Path
 from textwrap import fill
 from typing import Annotated, Any, Self
@@ -26,15 +26,14 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass as schema
-from scipy.optimize import root_scalar
-from scipy.stats import chi2, norm, t, ttest_1samp
+from scipy.stats import ttest_1samp
 
 from whisper_aut.config import Domain
 from whisper_aut.data.annotation import DOMAINS
 from whisper_aut.errors import UserError
 from whisper_aut.experiments.grid import QuestionSettings
-from whisper_aut.probes.embed import BASELINE_NAME
-from whisper_aut.probes.stats import holm, mean_std
+from whisper_aut.probes.encoders import BASELINE_NAME
+from whisper_aut.probes.stats import ALPHA, detectable_difference, holm, mean_std
 from whisper_aut.report.plots import (
     BASELINE_COLOUR,
     BASELINE_DASHES,
@@ -50,8 +49,6 @@ from whisper_aut.report.plots import (
 from whisper_aut.report.tables import BLANK, Table, p_value
 from whisper_aut.utils import write_json
 
-ALPHA = 0.05
-POWER = 0.8  # of the smallest detectable difference
 MIN_RUNS = 5  # of each recipe, for any claim
 ROUNDING = 1e-9
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -346,27 +343,6 @@ def _holm(p_values: np.ndarray) -> np.ndarray:
     adjusted, known = p_values.copy(), np.isfinite(p_values)
     adjusted[known] = holm(p_values[known].tolist())
     return adjusted
-
-
-def detectable_difference(
-    std: float, runs: int, alpha: float = ALPHA, power: float = POWER
-) -> float:
-    """Return the true difference that a two-sided paired t test finds with probability `power`.
-
-    Args:
-        std: Standard deviation of the differences between runs, in the unit of the result.
-        runs: Training runs of each recipe, at least 2.
-        alpha: The level that the p-value must reach.
-    """
-    freedom, critical = runs - 1, t.isf(alpha / 2, runs - 1)
-    # scipy's noncentral t is NaN this far out: average the normal over quantiles of the chi-square.
-    bounds = critical * np.sqrt(chi2.ppf((np.arange(2_000) + 0.5) / 2_000, freedom) / freedom)
-
-    def excess_power(effect: float) -> float:
-        return float(np.mean(norm.sf(bounds - effect) + norm.cdf(-bounds - effect))) - power
-
-    effect = root_scalar(excess_power, bracket=(0.0, 10 * (critical + 1))).root
-    return effect * std / sqrt(runs)
 
 
 def endpoints_of(results: Results) -> list[Endpoint]:

@@ -40,7 +40,8 @@ from whisper_aut.inference.chat import evaluate
 from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.loading import load_tasks, open_run
 from whisper_aut.pipeline import prepare_corpora
-from whisper_aut.probes.embed import EmbedSettings, FrameEncoder, LogMelBaseline, digest
+from whisper_aut.probes.embed import EmbedSettings, digest
+from whisper_aut.probes.encoders import FrameEncoder, LogMelBaseline
 from whisper_aut.probes.suite import run_suite
 from whisper_aut.report.plots import Series, read_metrics
 from whisper_aut.report.tables import BLANK, Table

@@ -19,7 +19,7 @@ from functools import cached_property
 from itertools import count, islice, pairwise
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import fsspec
 import numpy as np
@@ -27,13 +27,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from whisper_aut.audio.decode import LONG_CLIPS, SAMPLE_RATE_HZ, load_waveform, to_mono_16k
-from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
+from whisper_aut.audio.decode import LONG_CLIPS, SAMPLE_RATE_HZ, load_waveform
+from whisper_aut.audio.logmel import WINDOW_SECONDS
 from whisper_aut.audio.windows import BATCH_SECONDS, get_pooling
 from whisper_aut.data.reader import SkippedSample, prefetch_decoded
 from whisper_aut.data.shards import ShardIndex, iter_samples
 from whisper_aut.errors import Problems, SkipReason, SkipSample, UserError
-from whisper_aut.inference.encoder import DECODE_THREADS, encode_in_batches
+from whisper_aut.inference.encoder import DECODE_THREADS
+from whisper_aut.probes.encoders import HOP_SECONDS, FrameEncoder, hop_seconds_of, layer_indices
 from whisper_aut.probes.tasks import ProbeTask, open_parts
 from whisper_aut.utils import atomic_path, file_lock, progress_bar
 
@@ -46,67 +47,6 @@ NOT_SELECTED = "not selected"
 LEFT_OUT = (NOT_SELECTED, str(SkipReason.NO_LABEL))  # not part of the task, rather than broken
 
 log = logging.getLogger(__name__)
-
-
-class FrameEncoder(Protocol):
-    """Interface of an encoder to probe, such as `models.pretrained.AudioEncoder`.
-
-    Optional attributes: `layers` (the number of layers, if `encode` can return single layers),
-    `padding` (the padding mode), and `pooling` (overrides the pooling of the run).
-    """
-
-    def encode(
-        self,
-        waveforms: Sequence[Tensor],
-        sample_rate_hz: int,
-        /,
-        layers: Sequence[int] = (),
-        *,
-        batch_seconds: float = BATCH_SECONDS,
-    ) -> list[Tensor]:
-        """Return the valid frames `[T, D]` of each waveform `[S]`, or `[layers, T, D]` of the given
-        layers, where layer 0 is the input of the first layer.
-        """
-        ...
-
-    def fingerprint(self) -> str:
-        """Return a hash of everything that the encoder's output depends on."""
-        ...
-
-
-BASELINE_NAME = "log-mel statistics"
-BASELINE_VERSION = 1
-
-
-class LogMelBaseline:
-    """An "encoder" whose frames are log-mel frames, pooled by mean and standard deviation."""
-
-    pooling = "mean_std"
-
-    def __init__(self, num_mel_bins: int = 80):
-        self.width = num_mel_bins
-        self._log_mel = LogMel(num_mel_bins)
-
-    @torch.no_grad()
-    def encode(
-        self,
-        waveforms: Sequence[Tensor | np.ndarray],
-        sample_rate_hz: int,
-        layers: Sequence[int] = (),
-        *,
-        batch_seconds: float = BATCH_SECONDS,
-    ) -> list[Tensor]:
-        """Return the frames `[F, M]` of each waveform `[S]`, without those after its end."""
-        samples = [torch.as_tensor(waveform) for waveform in waveforms]
-        if sample_rate_hz != SAMPLE_RATE_HZ:
-            samples = [to_mono_16k(clip.numpy(), sample_rate_hz) for clip in samples]
-        return encode_in_batches(self._encode, samples, batch_seconds=batch_seconds)
-
-    def _encode(self, waveforms: list[Tensor]) -> list[Tensor]:
-        return [self._log_mel(clip)[: mel_frames(len(clip))] for clip in waveforms]
-
-    def fingerprint(self) -> str:
-        return f"log-mel-{BASELINE_VERSION}-{self.width}"
 
 
 FeatureKind = Literal["pooled", "layers", "segments", "frames"]
@@ -155,12 +95,6 @@ def segment_borders(
         (min(start, frames - 1), max(end, min(start, frames - 1) + 1))
         for start, end in pairwise([*edges, frames])
     ]
-
-
-def hop_seconds_of(encoder: FrameEncoder) -> float:
-    """Return the frame hop of an encoder in seconds, measured on one second of noise."""
-    noise = torch.randn(SAMPLE_RATE_HZ, generator=torch.Generator().manual_seed(0)) * 0.01
-    return 1 / len(encoder.encode([noise], SAMPLE_RATE_HZ)[0])
 
 
 @dataclass(frozen=True)
@@ -220,6 +154,12 @@ class Embeddings:
         names = [("group", group) if group else ("clip", i) for i, group in enumerate(groups)]
         numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
         return np.array([numbers[name] for name in names], dtype=int)
+
+    def select(self, layers: Sequence[int]) -> "Embeddings":
+        """Return these layers side by side, `[B, len(layers) · D]`, or all as it is for none."""
+        if not layers or not len(self):
+            return self
+        return replace(self, features=self.features[:, list(layers)].flatten(1))
 
     @classmethod
     def join(cls, parts: Sequence["Embeddings"]) -> "Embeddings":
@@ -364,19 +304,15 @@ def feature_spec(
     Raises:
         UserError: the encoder does not have the layers, or does not return single layers.
     """
-    layers, highest = settings.layers, getattr(encoder, "layers", -1)
-    if highest < 0 and (kind == "layers" or layers):
-        raise UserError(
-            f"{type(encoder).__name__} returns no single layers: probe its output, with a kind of "
-            "probe that needs no layers."
-        )
-    if any(not 0 <= layer <= highest for layer in layers):
-        raise UserError(
-            f"The encoder has layers 0 (the input of the first layer) to {highest}; requested: "
-            f"{', '.join(map(str, layers))}."
-        )
-    if kind == "layers" and not layers:
-        layers = tuple(range(highest + 1))
+    layers = getattr(encoder, "selected_layers", settings.layers)
+    if layers or kind == "layers":
+        known = layer_indices(encoder)
+        if not set(layers) <= set(known):
+            raise UserError(
+                f"The encoder has layers 0 (the input of the first layer) to {known[-1]}; "
+                f"requested: {', '.join(map(str, layers))}."
+            )
+        layers = layers or tuple(known)
     seconds = task.segment_seconds if kind == "segments" else 0.0
     return FeatureSpec(kind, getattr(encoder, "pooling", settings.pooling), layers, seconds)
 
@@ -409,9 +345,20 @@ class TaskEmbedder:
     world_size: int = 1
 
     @cached_property
+    def selected(self) -> tuple[int, ...]:
+        """The encoder's `selected_layers`, whose vectors are taken from those of all layers."""
+        selected = getattr(self.encoder, "selected_layers", ())
+        return selected if self.kind == "pooled" else ()
+
+    @cached_property
     def spec(self) -> FeatureSpec:
-        """What is kept of a clip, see `feature_spec`."""
-        return feature_spec(self.encoder, self.task, self.settings, self.kind)
+        """What is kept of a clip, see `feature_spec`. If layers are `selected`, this is one vector
+        of every layer, so that another choice of layers needs no more embedding.
+        """
+        spec = feature_spec(self.encoder, self.task, self.settings, self.kind)
+        if not self.selected:
+            return spec
+        return replace(spec, kind="layers", layers=tuple(layer_indices(self.encoder)))
 
     @cached_property
     def encoder_hash(self) -> str:
@@ -437,7 +384,9 @@ class TaskEmbedder:
             UserError: shards are missing, too many clips are broken, or frames are not finite.
         """
         return {
-            part: Embeddings.join([self._embed_folder(index) for index in listed])
+            part: Embeddings.join(
+                [self._embed_folder(index).select(self.selected) for index in listed]
+            )
             for part, listed in self.indexes.items()
         }
 
@@ -455,7 +404,7 @@ class TaskEmbedder:
             "select": {name: sorted(values) for name, values in task.select.items()},
             "crop_seconds": task.crop_seconds,
             "limits": asdict(LONG_CLIPS),
-        }
+        } | ({"hop": HOP_SECONDS} if self.spec.kind == "segments" else {})
 
     def identities(self) -> dict[str, list[dict[str, Any]]]:
         """Return the identities of the folders of each part of the task."""

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +36,14 @@ from whisper_aut.probes.modules import (
     Probe,
     RetrievalProbe,
 )
-from whisper_aut.probes.splits import InnerFold, Split, check_splits, class_names, inner_folds
+from whisper_aut.probes.splits import (
+    InnerFold,
+    Split,
+    check_splits,
+    class_names,
+    few_shot,
+    inner_folds,
+)
 from whisper_aut.probes.tasks import ProbeTask
 
 # FLOPs per step below which several threads are slower than one, up to 30 times on a busy machine.
@@ -91,6 +98,7 @@ class SeedRun:
         candidates: the selected setting, with `epochs` if the probe trains by epochs.
         valid_scores: the validation score of each setting; None if there was nothing to select.
         scores, units, predicted, probabilities: see `SplitResult`.
+        layer_weights: learned weights of the layers, `[L]`; empty if the probe learns none.
     """
 
     seed: int | None
@@ -100,6 +108,7 @@ class SeedRun:
     units: tuple[np.ndarray, ...]
     predicted: tuple[tuple[Any, ...], ...]
     probabilities: tuple[tuple[Any, ...], ...]
+    layer_weights: tuple[tuple[float, ...], ...] = ()
 
 
 # In a validation hook, tensors created in inference mode could not be trained on.
@@ -160,8 +169,36 @@ def probe_splits(
                 trainer.test(heads, data, verbose=False)
                 result = data.result(heads.results[0])
                 score = _as_float32(result.score)
-                results[seed].append((candidate, valid_score, score, *result[1:]))
+                layers = getattr(heads, "layer_weights", torch.empty(1, 0).clone)()[0].tolist()
+                row = (candidate, valid_score, score, *result[1:], tuple(layers))
+                results[seed].append(row)
     return [SeedRun(seed, *zip(*listed, strict=True)) for seed, listed in results.items()]
+
+
+def few_shot_splits(
+    splits: Sequence[Split], shots: int, *, kind: str, seeds: Sequence[int], **options: Any
+) -> list[SeedRun]:
+    """Score probes that are trained on `shots` clips of each class, drawn anew by each seed.
+
+    There are no validation clips to select on, so the kind's default setting is used (Perez et
+    al. 2021, True Few-Shot Learning). No runs if a class has fewer clips.
+
+    Args:
+        splits: the splits.
+        shots: number of training clips per class.
+        kind: a key of `PROBES` that trains without epochs.
+        seeds: seeds of the draws.
+        options: other arguments of `probe_splits`.
+    """
+    runs = []
+    for seed in seeds:
+        drawn = [few_shot(split, shots, seed) for split in splits]
+        found = [split for split in drawn if split]
+        if len(found) < len(splits):
+            return []
+        (run,) = probe_splits(found, kind=kind, candidates=[PROBES[kind].default], **options)
+        runs.append(replace(run, seed=seed))
+    return runs
 
 
 def select_candidate(

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import PositiveFloat, TypeAdapter
 
 from whisper_aut.errors import UserError
+from whisper_aut.probes.encoders import EncoderCost
 from whisper_aut.probes.stats import GroupTotals, interval, mean_std
 from whisper_aut.utils import write_text
 
@@ -73,6 +74,10 @@ class TaskScore:
         group: the field that groups test clips. Empty if each clip counts by itself.
         groups: the group number of each test clip, in the order of `keys_sha256`, joined by
             spaces. Empty if no two clips share a group.
+        shots: number of training clips per class, drawn by each seed; 0 for all clips.
+        layers: the layers whose vectors the probe saw; empty for the output.
+        layer_weights: learned weight of each layer, averaged over seeds and folds. Empty if the
+            probe learns none.
     """
 
     encoder: str
@@ -103,6 +108,9 @@ class TaskScore:
     trained_padding: str = ""
     group: str = ""
     groups: str = ""
+    shots: int = 0
+    layers: tuple[int, ...] = ()
+    layer_weights: tuple[float, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -194,7 +202,8 @@ class TaskScore:
 @dataclass(frozen=True)
 class Comparison:
     """`encoder` − `against` on one task, or on a weighted average such as `AVERAGE`: difference,
-    95 % interval, p-value, and p-value after Holm's correction.
+    95 % interval, p-value, p-value after Holm's correction; and as in `stats.Difference`, effect
+    size and detectable difference.
     """
 
     encoder: str
@@ -205,6 +214,8 @@ class Comparison:
     high: float
     p_value: float
     p_holm: float
+    effect_size: float | None = None
+    detectable: float | None = None
 
     @property
     def significant(self) -> bool:
@@ -262,6 +273,7 @@ class Scores:
     seeds: tuple[int, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     protocol: str = PROTOCOL
+    costs: dict[str, EncoderCost] = field(default_factory=dict)
 
     @property
     def encoders(self) -> list[str]:

@@ -95,6 +95,31 @@ def stratified(classes: np.ndarray, fraction: float, rng: np.random.Generator) -
     return np.sort(np.concatenate(drawn))
 
 
+def few_shot(split: Split, shots: int, seed: int) -> Split | None:
+    """Keep `shots` training clips of each class, and no validation clips. None if a class has
+    fewer.
+
+    Clips are drawn at random; draws of one seed are nested. Needs one class and one vector per
+    clip.
+    """
+    clips = np.flatnonzero(split.train)
+    clips = np.random.default_rng([seed, split.number]).permutation(clips)
+    labels = np.array(split.pool.labels)[clips]
+    chosen = [clips[labels == name][:shots] for name in np.unique(labels)]
+    if min(map(len, chosen), default=0) < shots:
+        return None
+    kept, pool = np.sort(np.concatenate(chosen)).tolist(), split.pool
+    drawn = Embeddings(
+        pool.features[kept],
+        tuple(pool.labels[i] for i in kept),
+        tuple(pool.keys[i] for i in kept),
+        groups=tuple(pool.groups[i] for i in kept if pool.groups),
+    )
+    count = len(kept)
+    # A part without clips: there is nothing to select, so nothing may be held out either.
+    return Split(split.number, drawn, np.full(count, -1), np.ones(count, bool), (0,), split.test)
+
+
 def splits_of(parts: dict[str, Embeddings], task: ProbeTask) -> list[Split]:
     """Return the splits of a task: one per fold, or a single one."""
     return cross_validation(list(parts.values())) if task.folded else [train_valid_test(parts)]

@@ -2,22 +2,29 @@
 independent groups of test clips.
 
 Clips of one speaker, recording or song resemble each other, so the unit is the group that a task
-names, or the clip if it names none. With 30 groups or more, groups are resampled for a
+names, or the clip if it names none. With 30 groups or more, groups are resampled for an expanded
 percentile interval, and the signs of their differences are flipped for a paired permutation
-test. With fewer, a t interval and a t test on the groups are used.
+test. With fewer, a t interval and a t test on the groups are used. The functions of scipy handle
+one sample; here, the draws of each task also add up to those of averages over tasks.
 
-Sources: Efron & Tibshirani, An Introduction to the Bootstrap; Good, Permutation Tests; Cochran,
-Sampling Techniques (ratio of group totals); Holm 1979.
+Sources: Efron & Tibshirani, An Introduction to the Bootstrap; Hesterberg 2015, What Teachers
+Should Know About the Bootstrap (expanded intervals); Good, Permutation Tests; Cochran, Sampling
+Techniques (ratio of group totals); Holm 1979; Cohen, Statistical Power Analysis; Wilson 1927;
+Korn & Graubard 1998 (proportions of clustered samples); Piepho 2004 (letters).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from math import ceil, log2
 
 import numpy as np
 from scipy import stats
+from scipy.optimize import root_scalar
 
-CONFIDENCE = 0.95
+ALPHA = 0.05
+POWER = 0.8  # of the smallest detectable difference
+MIN_FLIPS = ceil(1 - log2(ALPHA))  # fewer changed clips are never significant by sign flips
 FEW_GROUPS = 30  # with fewer groups, bootstrap intervals are too narrow
 RESAMPLES = 10_000
 JACKKNIFE_BUNDLES = 100
@@ -30,12 +37,19 @@ TIE = 10.0 ** (1 - DECIMALS)  # smaller differences are rounding errors
 class Difference:
     """A difference `value` = a − b, its 95 % interval, and the two-sided p-value of no
     difference.
+
+    Attributes:
+        effect_size: Cohen's d of paired differences: their mean in standard deviations over the
+            groups; None for an average of tasks, and if all differences are equal.
+        detectable: the true difference that this test finds with a probability of 80 %.
     """
 
     value: float
     low: float
     high: float
     p_value: float
+    effect_size: float | None = None
+    detectable: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +123,11 @@ class GroupTotals:
             for block in _blocks(len(rows))
         ]
         totals, sizes = np.concatenate(drawn).T
-        return totals / sizes
+        # Percentile intervals are too narrow, by the factors from n to n − 1 and from t to normal.
+        count, tail = self.totals.size, 1 - ALPHA / 2
+        expansion = stats.t.ppf(tail, count - 1) / stats.norm.ppf(tail)
+        expansion *= np.sqrt(count / (count - 1))
+        return self.value + expansion * (totals / sizes - self.value)
 
     @cached_property
     def null(self) -> np.ndarray:
@@ -155,11 +173,11 @@ def interval(
         return bounds
     if len(tasks) == 1 and tasks[0].few:
         task = tasks[0]
-        half = task.error * stats.t.ppf((1 + CONFIDENCE) / 2, task.totals.size - 1)
+        half = task.error * stats.t.ppf(1 - ALPHA / 2, task.totals.size - 1)
         low, high = task.value - half, task.value + half
     else:
         drawn = np.average([task.draws for task in tasks], axis=0, weights=weights)
-        low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        low, high = np.quantile(drawn, [ALPHA / 2, 1 - ALPHA / 2])
     low, high = np.clip([low, high], *bounds)
     return float(low), float(high)
 
@@ -174,7 +192,16 @@ def difference(tasks: Sequence[GroupTotals], weights: Sequence[float] = (1.0,)) 
     """
     value = float(np.average([task.value for task in tasks], weights=weights))
     low, high = interval(tasks, weights, (-1.0, 1.0))
-    return Difference(value, low, high, _p_value(tasks, weights, value))
+    found = Difference(value, low, high, _p_value(tasks, weights, value))
+    if any(task.totals.size == 1 for task in tasks):
+        return found
+    count, shares = sum(task.totals.size for task in tasks), np.array(weights) / np.sum(weights)
+    error = float(np.linalg.norm(shares * [task.error for task in tasks]))
+    detectable, effect = error * _detectable_errors(count), None
+    if len(tasks) == 1:
+        effect = value / (error * count**0.5) if error > TIE else None
+        detectable = max(detectable, min(MIN_FLIPS, count) / count)
+    return replace(found, effect_size=effect, detectable=detectable)
 
 
 def _p_value(tasks: Sequence[GroupTotals], weights: Sequence[float], value: float) -> float:
@@ -188,6 +215,81 @@ def _p_value(tasks: Sequence[GroupTotals], weights: Sequence[float], value: floa
     flipped = np.average([task.null for task in tasks], axis=0, weights=weights)
     extreme = int((np.abs(flipped) >= abs(value) - TIE).sum())
     return (1 + extreme) / (1 + RESAMPLES)
+
+
+def detectable_difference(
+    std: float, runs: int, alpha: float = ALPHA, power: float = POWER
+) -> float:
+    """Return the true difference that a two-sided paired t test finds with probability `power`.
+
+    Args:
+        std: standard deviation of the paired differences, in the unit of the result.
+        runs: number of pairs, such as training runs of each recipe, at least 2.
+        alpha: the level that the p-value must reach.
+    """
+    freedom, critical = runs - 1, stats.t.isf(alpha / 2, runs - 1)
+    # scipy's noncentral t is NaN this far out: average the normal over quantiles of the chi-square.
+    quantiles = stats.chi2.ppf((np.arange(2_000) + 0.5) / 2_000, freedom)
+    bounds = critical * np.sqrt(quantiles / freedom)
+
+    def excess_power(effect: float) -> float:
+        tails = stats.norm.sf(bounds - effect) + stats.norm.cdf(-bounds - effect)
+        return float(np.mean(tails)) - power
+
+    effect = root_scalar(excess_power, bracket=(0.0, 10 * (critical + 1))).root
+    return effect * std / runs**0.5
+
+
+@cache
+def _detectable_errors(groups: int) -> float:
+    """Return the detectable difference of a test in standard errors."""
+    return detectable_difference(groups**0.5, groups)
+
+
+def difference_of_trainings(differences: Sequence[float]) -> Difference:
+    """Return the mean difference of two recipes, with the training as the unit: a paired t
+    interval and t test over the differences of one training each.
+
+    They are NaN for a single training, and the p-value is if all differences are equal.
+    """
+    mean, std = mean_std(differences)
+    if std is None or std <= TIE:
+        end = mean if std is not None else float("nan")
+        return Difference(mean, end, end, float("nan"))
+    count = len(differences)
+    error = std / count**0.5
+    half = float(stats.t.ppf(1 - ALPHA / 2, count - 1)) * error
+    p_value = float(2 * stats.t.sf(abs(mean) / error, count - 1))
+    detectable = detectable_difference(std, count)
+    return Difference(mean, mean - half, mean + half, p_value, mean / std, detectable)
+
+
+def proportion_interval(part: GroupTotals) -> tuple[float, float]:
+    """Return the 95 % interval (Wilson) of a proportion, such as the recall of a class. Clips in
+    groups count as that many independent clips as would have the same standard error.
+    """
+    count, rate = float(part.sizes.sum()), part.value
+    if part.totals.size < count:
+        known = part.totals.size > 1 and part.error > TIE
+        count = min(count, rate * (1 - rate) / part.error**2) if known else part.totals.size
+    squared = stats.norm.ppf(1 - ALPHA / 2) ** 2 / count
+    half = np.sqrt(squared * (rate * (1 - rate) + squared / 4))
+    low, high = ((rate + squared / 2 + side * half) / (1 + squared) for side in (-1, 1))
+    return max(0.0, float(low)), min(1.0, float(high))
+
+
+def letter_groups(names: Sequence[str], different: Collection[frozenset[str]]) -> dict[str, str]:
+    """Return the letters of each name: two share a letter unless their pair is `different`."""
+    groups = [frozenset(names)]
+    for pair in different:
+        split = [group - {name} for group in groups if pair <= group for name in pair]
+        groups = list(dict.fromkeys([*(group for group in groups if not pair <= group), *split]))
+        groups = [group for group in groups if not any(group < other for other in groups)]
+    groups.sort(key=lambda group: [name not in group for name in names])
+    return {
+        name: "".join(chr(ord("a") + i) for i, group in enumerate(groups) if name in group)
+        for name in names
+    }
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -24,16 +24,17 @@ from whisper_aut.errors import Problems, UserError, nearest
 from whisper_aut.probes.embed import (
     Embeddings,
     EmbedSettings,
-    FrameEncoder,
     TaskEmbedder,
     cache_path,
     digest,
     feature_spec,
 )
+from whisper_aut.probes.encoders import EncoderCost, FrameEncoder, measure_cost
 from whisper_aut.probes.fit import (
     PROBES,
     FinalFit,
     SeedRun,
+    few_shot_splits,
     kind_for,
     probe_splits,
 )
@@ -74,6 +75,7 @@ def run_suite(
     device: str = "cpu",
     final_fit: FinalFit = "train",
     predictions_file: str | Path | None = None,
+    shots: Sequence[int] = (),
 ) -> Scores:
     """Score every encoder on every task.
 
@@ -95,6 +97,9 @@ def run_suite(
             all other folds.
         predictions_file: JSON lines file, one line per test clip and seed, see
             `results.read_predictions`.
+        shots: numbers of training clips per class. Each encoder is then scored once for each
+            number, under a name that ends with it, instead of with all training clips; see
+            `fit.few_shot_splits`. Tasks with fewer clips per class are left out of that number.
 
     Raises:
         UserError: there is nothing to do, two tasks have one name, a name is unknown, a task or
@@ -103,9 +108,11 @@ def run_suite(
     """
     embedding, seeds = embedding or EmbedSettings(), tuple(seeds)
     problems = _request_problems(encoders, tasks, seeds, against)
-    find_problems(problems, encoders, tasks, root=root, embedding=embedding, kind=kind)
+    find_problems(
+        problems, encoders, tasks, root=root, embedding=embedding, kind=kind, few_shot=bool(shots)
+    )
     problems.raise_if_any("The probe")
-    known = _stored(scores_file, predictions_file)
+    known, costs = _stored(scores_file, predictions_file)
     if predictions_file is not None:
         # Rewritten score by score, like the scores file.
         Path(predictions_file).unlink(missing_ok=True)
@@ -120,23 +127,32 @@ def run_suite(
     }
     scores = Scores((), (), seeds, settings)
     fingerprints = {name: encoder.fingerprint() for name, encoder in encoders.items()}
+    for name, encoder in encoders.items() if scores_file is not None else ():
+        fingerprint = fingerprints[name]
+        costs[fingerprint] = costs.get(fingerprint) or measure_cost(encoder, fingerprint)
+        scores.costs[name] = costs[fingerprint]
     for task in tasks:
         own = kind_for(kind, task)
         for name, encoder in encoders.items():
             embedder = TaskEmbedder(
                 encoder, task, root, cache, embedding, PROBES[own].features, fingerprints[name]
             )
-            identity = _identity(embedder, own, seeds, final_fit)
-            if identity not in known:
-                entry, rows = _score(embedder, own, seeds, device, final_fit)
-                known[identity] = replace(entry, identity=identity), rows
-            entry, rows = known[identity]
-            entry = replace(entry, encoder=name, title=task.title, weight=task.weight)
-            if predictions_file is not None:
-                append_predictions(predictions_file, entry, rows)
-            scores = replace(scores, entries=(*scores.entries, entry))
-            if scores_file is not None:
-                scores.save(scores_file)
+            for count in shots or (0,):
+                identity = _identity(embedder, own, seeds, final_fit, count)
+                if identity not in known:
+                    found = _score(embedder, own, seeds, device, final_fit, count)
+                    if found is None:
+                        log.warning("%s: a class has less than %d clips.", task.name, count)
+                        continue
+                    known[identity] = replace(found[0], identity=identity), found[1]
+                entry, rows = known[identity]
+                label = f"{name}, {count} a class" if count else name
+                entry = replace(entry, encoder=label, title=task.title, weight=task.weight)
+                if predictions_file is not None:
+                    append_predictions(predictions_file, entry, rows)
+                scores = replace(scores, entries=(*scores.entries, entry))
+                if scores_file is not None:
+                    scores.save(scores_file)
     scores = replace(scores, comparisons=tuple(compare(scores, against)))
     if scores_file is not None:
         scores.save(scores_file)
@@ -151,17 +167,25 @@ def find_problems(
     root: str | Path | None,
     embedding: EmbedSettings | None = None,
     kind: str = "",
+    few_shot: bool = False,
 ) -> None:
     """Collect what would stop `run_suite`, as far as it can be known before clips are decoded.
 
     Args:
         problems: receives the problems.
         encoders, tasks, root, embedding, kind: see `run_suite`.
+        few_shot: whether probes are trained on few clips.
     """
     for task in tasks:
         open_parts(task, root, problems)
         with problems.gather():
-            features = PROBES[kind_for(kind, task)].features
+            chosen = kind_for(kind, task)
+            features = PROBES[chosen].features
+            if few_shot and (task.answer != "class" or PROBES[chosen].seeded):
+                problems.add(
+                    f"Probe task {task.name!r}: few clips per class need a task with one class per "
+                    "clip and a linear or knn probe."
+                )
             for name, encoder in encoders.items():
                 with problems.gather(f"{name}: "):
                     feature_spec(encoder, task, embedding or EmbedSettings(), features)
@@ -230,9 +254,9 @@ def embed_on_ranks(
             embedder.join_ranks()
 
 
-def compare(scores: Scores, against: Sequence[str]) -> list[Comparison]:
+def compare(scores: Scores, against: Sequence[str], only: str = "") -> list[Comparison]:
     """Compare every other encoder with each of `against`, on every task and on the weighted
-    average.
+    average, or with `only` on this task or average.
 
     Holm's correction covers all comparisons: every task, average and pair of encoders.
 
@@ -244,12 +268,13 @@ def compare(scores: Scores, against: Sequence[str]) -> list[Comparison]:
         for encoder in scores.encoders:
             if encoder not in against[: number + 1]:
                 for name, (differences, weights) in _pairs(scores, encoder, base).items():
-                    found.append((encoder, base, name, difference(differences, weights)))
-    adjusted = holm([one.p_value for *_, one in found])
-    return [
-        Comparison(encoder, base, name, one.value, one.low, one.high, one.p_value, p_holm)
-        for (encoder, base, name, one), p_holm in zip(found, adjusted, strict=True)
-    ]
+                    if only in ("", name):
+                        found.append((encoder, base, name, difference(differences, weights)))
+    adjusted, rows = holm([one.p_value for *_, one in found]), []
+    for (encoder, base, name, one), p_holm in zip(found, adjusted, strict=True):
+        ends = one.value, one.low, one.high, one.p_value, p_holm
+        rows.append(Comparison(encoder, base, name, *ends, one.effect_size, one.detectable))
+    return rows
 
 
 def _pairs(
@@ -281,22 +306,33 @@ def _pairs(
 
 
 def _score(
-    embedder: TaskEmbedder, kind: str, seeds: Sequence[int], device: str, final_fit: FinalFit
-) -> tuple[TaskScore, list[dict[str, Any]]]:
-    """Return the score of an encoder on a task, and its predictions per clip."""
+    embedder: TaskEmbedder,
+    kind: str,
+    seeds: Sequence[int],
+    device: str,
+    final_fit: FinalFit,
+    shots: int,
+) -> tuple[TaskScore, list[dict[str, Any]]] | None:
+    """Return the score of an encoder on a task, and its predictions per clip. None if a class has
+    fewer clips than `shots`.
+    """
     task, parts = embedder.task, embedder.embed()
     class_count = _check_classes(task, parts)
     splits = splits_of(parts, task)
-    runs = probe_splits(
-        splits,
-        metric=task.metric,
-        kind=kind,
-        seeds=seeds,
-        segment_seconds=task.segment_seconds,
-        device=device,
-        name=task.name,
-        final_fit=final_fit,
-    )
+    options: Any = {
+        "metric": task.metric,
+        "kind": kind,
+        "seeds": seeds,
+        "device": device,
+        "name": task.name,
+    }
+    if shots:
+        runs = few_shot_splits(splits, shots, **options)
+    else:
+        options |= {"segment_seconds": task.segment_seconds, "final_fit": final_fit}
+        runs = probe_splits(splits, **options)
+    if not runs:
+        return None
     tested = Embeddings.join([parts[part] for part in task.test_parts])
     groups = tested.group_numbers()
     grouped = len(set(groups)) < len(groups)
@@ -341,6 +377,9 @@ def _score(
         trained_padding=getattr(embedder.encoder, "trained_padding", ""),
         group=task.group,
         groups=" ".join(map(str, groups)) if grouped else "",
+        shots=shots,
+        layers=embedder.selected or embedder.spec.layers,
+        layer_weights=tuple(np.mean([run.layer_weights for run in runs], axis=(0, 1)).tolist()),
     )
     return entry, _predictions(runs, tested)
 
@@ -398,7 +437,9 @@ def _check_classes(task: ProbeTask, parts: dict[str, Embeddings]) -> int:
     return len(found)
 
 
-def _identity(embedder: TaskEmbedder, kind: str, seeds: Sequence[int], final_fit: FinalFit) -> str:
+def _identity(
+    embedder: TaskEmbedder, kind: str, seeds: Sequence[int], final_fit: FinalFit, shots: int
+) -> str:
     """Hash everything a score depends on. A task's title and weight do not affect it."""
     task, module = embedder.task, PROBES[kind]
     probe = {
@@ -406,9 +447,11 @@ def _identity(embedder: TaskEmbedder, kind: str, seeds: Sequence[int], final_fit
         "version": module.version,
         "candidates": list(module.candidates),
         "final_fit": final_fit,
-        "seeds": list(seeds) if module.seeded else [],
+        "seeds": list(seeds) if module.seeded or shots else [],
         "protocol": PROTOCOL,
     }
+    if shots or embedder.selected:
+        probe |= {"shots": shots, "layers": embedder.selected, "default": module.default}
     scored = [task.name, task.domain, task.metric, task.classes, task.segment_seconds]
     data = embedder.identities()
     return digest({"version": SCORES_VERSION, "data": data, "probe": probe, "task": scored})
@@ -416,26 +459,23 @@ def _identity(embedder: TaskEmbedder, kind: str, seeds: Sequence[int], final_fit
 
 def _stored(
     scores_file: str | Path | None, predictions_file: str | Path | None
-) -> dict[str, tuple[TaskScore, list[dict[str, Any]]]]:
-    """Return stored scores with their predictions, by identity. If the run keeps predictions,
-    scores without a full set of them are left out.
+) -> tuple[dict[str, tuple[TaskScore, list[dict[str, Any]]]], dict[str, EncoderCost]]:
+    """Return stored scores with their predictions, by identity, and costs, by fingerprint. If the
+    run keeps predictions, scores without a full set of them are left out.
     """
     if scores_file is None or not Path(scores_file).exists():
-        return {}
+        return {}, {}
     try:
-        entries = Scores.load(scores_file).entries
+        scores = Scores.load(scores_file)
     except UserError as error:
         log.warning("%s: %s", scores_file, error)
-        return {}
-    if predictions_file is None:
-        return {entry.identity: (entry, []) for entry in entries}
-    rows = read_predictions(predictions_file)
-    stored = {}
-    for entry in entries:
+        return {}, {}
+    rows, stored = read_predictions(predictions_file) if predictions_file else {}, {}
+    for entry in scores.entries:
         own = rows.get((entry.encoder, entry.task), [])
-        if len(own) == entry.test_clips * len(entry.record):
+        if predictions_file is None or len(own) == entry.test_clips * len(entry.record):
             stored[entry.identity] = entry, own
-    return stored
+    return stored, {cost.fingerprint: cost for cost in scores.costs.values()}
 
 
 def _request_problems(

@@ -29,7 +29,7 @@ from whisper_aut.data.annotation import read_lines
 from whisper_aut.data.reader import Sample
 from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.errors import SkipSample, UserError
-from whisper_aut.probes.embed import BASELINE_NAME
+from whisper_aut.probes.encoders import BASELINE_NAME
 from whisper_aut.probes.results import Scores
 from whisper_aut.report.plots import (
     compared_encoders,

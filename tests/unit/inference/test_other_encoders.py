@@ -33,7 +33,7 @@ from transformers import (
 
 from whisper_aut.errors import UserError
 from whisper_aut.loading import open_encoder
-from whisper_aut.probes.embed import FrameEncoder
+from whisper_aut.probes.encoders import FrameEncoder, hop_seconds_of, measure_cost
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -90,6 +90,8 @@ def test_models_on_samples(name: str, tmp_path: Path):
             assert_close(state, expected.hidden_states[layer][0], atol=1e-5, rtol=1e-5)
         assert_close(hidden[2], found)
     assert len(frames[0]) == 49  # a frame every 20 ms, of 25 ms each
+    assert hop_seconds_of(encoder) == pytest.approx(0.02, rel=1e-9)
+    assert measure_cost(encoder, "").parameters == model.num_parameters()
 
 
 def test_a_clip_shorter_than_one_frame_gives_one(tmp_path: Path):

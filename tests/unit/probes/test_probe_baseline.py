@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from whisper_aut.audio.logmel import LogMel, mel_frames
-from whisper_aut.probes.embed import LogMelBaseline
+from whisper_aut.probes.encoders import LogMelBaseline
 
 
 @pytest.mark.parametrize("samples", [1_600, 1_601, 16_000, 479_900])

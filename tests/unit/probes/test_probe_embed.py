@@ -22,7 +22,8 @@ from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.probes import embed
-from whisper_aut.probes.embed import EmbedSettings, LogMelBaseline, embed_task, segment_borders
+from whisper_aut.probes.embed import EmbedSettings, embed_task, segment_borders
+from whisper_aut.probes.encoders import LogMelBaseline
 
 QUIET = EmbedSettings(quiet=True, batch_seconds=1.5)
 

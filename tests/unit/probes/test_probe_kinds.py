@@ -20,7 +20,8 @@ from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.probes.datamodule import ClassDataModule, Frames
-from whisper_aut.probes.embed import Embeddings, EmbedSettings, LogMelBaseline, embed_task
+from whisper_aut.probes.embed import Embeddings, EmbedSettings, embed_task
+from whisper_aut.probes.encoders import LogMelBaseline
 from whisper_aut.probes.fit import PROBES, probe_splits
 from whisper_aut.probes.metrics import CrossRecall, class_metric, recall_credit, text_metric
 from whisper_aut.probes.modules import AttentionProbe, LayerWeightedProbe, LinearProbe

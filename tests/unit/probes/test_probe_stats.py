@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from whisper_aut.probes.stats import GroupTotals, difference, holm, interval, mean_std
+from whisper_aut.probes.stats import (
+    GroupTotals,
+    difference,
+    difference_of_trainings,
+    holm,
+    interval,
+    letter_groups,
+    mean_std,
+    proportion_interval,
+)
 
 
 @pytest.fixture
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough for simulations, which average over hundreds of intervals."""
-    monkeypatch.setattr("whisper_aut.probes.stats.RESAMPLES", 1_000)
+    monkeypatch.setattr("whisper_aut.probes.stats.RESAMPLES", 400)
 
 
 def compared(a: np.ndarray, b: np.ndarray, groups: np.ndarray | None = None, seed: int = 0):
@@ -73,6 +82,109 @@ def test_false_positives_are_as_rare_as_promised_for_grouped_clips(groups: int):
     assert by_clip / simulations > 0.2
 
 
+SIMULATIONS = [pytest.param(150, marks=()), pytest.param(4_000, marks=pytest.mark.slow)]
+
+
+@pytest.mark.usefixtures("few_draws")
+@pytest.mark.parametrize("simulations", SIMULATIONS)
+@pytest.mark.parametrize("groups", [30, 60])
+def test_intervals_of_clustered_clips_cover(groups: int, simulations: int):
+    """Differences and scores, from 30 groups on; the margin is four standard errors."""
+    rng, margin = np.random.default_rng(groups), 4 * (0.05 * 0.95 / simulations) ** 0.5
+    level = np.clip(np.random.default_rng(1).normal(0.7, 0.15, 1_000_000), 0, 1).mean()
+    covered = np.zeros(2)
+    for seed in range(simulations):
+        a, b, speaker = _speakers(rng, groups)
+        found = compared(a, b, speaker, seed)
+        low, high = interval([GroupTotals.of(a.astype(float), groups=speaker, seed=seed)])
+        covered += found.low <= 0 <= found.high, low <= level <= high
+    assert (covered / simulations > 0.945 - margin).all()
+    assert (covered / simulations < 0.955 + margin).all()
+    if simulations >= 4_000:
+        assert (covered / simulations >= 0.93).all()
+        assert (covered / simulations <= 0.97).all()
+
+
+@pytest.mark.usefixtures("few_draws")
+@pytest.mark.parametrize("simulations", SIMULATIONS)
+def test_a_table_of_equal_encoders_rarely_has_a_verdict(simulations: int):
+    """Family-wise error at most 6 %: four tasks, two of them in groups, and their average."""
+    rng, wrong = np.random.default_rng(11), 0
+    for seed in range(simulations):
+        tasks = []
+        for task in range(4):
+            groups = None
+            if task < 2:
+                a, b, groups = _speakers(rng, 40)
+            else:
+                a, b = rng.random((2, 150)) < 0.8
+            tasks.append(GroupTotals.of(a.astype(float) - b, groups=groups, seed=4 * seed + task))
+        p_values = [difference([task]).p_value for task in tasks]
+        p_values.append(difference(tasks, [1.0] * 4).p_value)
+        wrong += min(holm(p_values)) < 0.05
+    assert wrong / simulations <= 0.06 + (0 if simulations >= 4_000 else 0.04)
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_effect_size_and_detectable_difference():
+    rng = np.random.default_rng(12)
+    a, b = rng.random(200) < 0.8, rng.random(200) < 0.7
+    differences = a.astype(float) - b
+    found = compared(a, b)
+    assert found.effect_size == pytest.approx(differences.mean() / differences.std(ddof=1))
+    # A paired z test finds 2.8 standard errors with a probability of 80 %.
+    error = differences.std(ddof=1) / 200**0.5
+    assert found.detectable == pytest.approx(2.8 * error, rel=0.02)
+    power = 0
+    for seed in range(300):
+        one = rng.random(200) < 0.7 + found.detectable
+        power += compared(one, rng.random(200) < 0.7, seed=seed).p_value < 0.05
+    assert 0.7 < power / 300 < 0.9
+    same = compared(np.ones(50), np.ones(50))
+    assert (same.effect_size, same.detectable) == (None, 6 / 50)  # 2 · 2⁻⁶ < 5 %
+    average = difference([GroupTotals.of(differences), GroupTotals.of(differences, seed=1)], [1, 1])
+    assert average.effect_size is None
+    assert average.detectable == pytest.approx(found.detectable / 2**0.5, rel=0.02)
+
+
+def test_recipes_are_compared_over_trainings():
+    values = [1.2, 0.4, 0.9, 1.5, -0.1]
+    found, expected = difference_of_trainings(values), stats.ttest_1samp(values, 0)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    ends = expected.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((ends.low, ends.high))
+    assert found.effect_size == pytest.approx(np.mean(values) / np.std(values, ddof=1))
+    single, equal = difference_of_trainings([1.0]), difference_of_trainings([2.0, 2.0])
+    assert np.isnan([single.low, single.p_value, equal.p_value]).all()
+    assert (single.value, equal.low) == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(("right", "clips"), [(0, 8), (8, 8), (3, 8), (190, 200)])
+def test_proportions_have_the_interval_of_wilson(right: int, clips: int):
+    marks = (np.arange(clips) < right).astype(float)
+    expected = stats.binomtest(right, clips).proportion_ci(method="wilson")
+    found = proportion_interval(GroupTotals.of(marks))
+    assert found == pytest.approx((expected.low, expected.high), abs=1e-9)
+    doubled = np.repeat(marks, 2), np.repeat(np.arange(clips), 2)
+    again = proportion_interval(GroupTotals.of(doubled[0], groups=doubled[1]))
+    assert again == pytest.approx(found, abs=0.03)  # pairs of equal clips count once
+
+
+def test_two_names_share_a_letter_unless_they_differ():
+    names = ["a", "b", "c", "d"]
+    assert letter_groups(names, []) == dict.fromkeys(names, "a")
+    chain = letter_groups(names, [frozenset("ac"), frozenset("ad"), frozenset("bd")])
+    assert chain == {"a": "a", "b": "ab", "c": "bc", "d": "c"}
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        pairs = [frozenset(p) for p in product("abcdef", repeat=2) if p[0] < p[1]]
+        different = [pair for pair in pairs if rng.random() < 0.4]
+        letters = letter_groups(list("abcdef"), different)
+        for pair in pairs:
+            one, other = (set(letters[name]) for name in pair)
+            assert bool(one & other) == (pair not in different)
+
+
 def test_few_groups_of_one_size_get_the_t_interval_and_test_of_their_means():
     rng = np.random.default_rng(5)
     a, b, speaker = rng.random(120) < 0.8, rng.random(120) < 0.6, np.repeat(np.arange(12), 10)
@@ -98,7 +210,9 @@ def test_many_groups_are_resampled_as_scipy_resamples_them():
         rng=rng,
     ).confidence_interval
     found = interval([GroupTotals.of(a.astype(float), groups=speaker)])
-    assert found == pytest.approx((ends.low, ends.high), abs=0.003)
+    expansion = stats.t.ppf(0.975, 49) / 1.959964 * np.sqrt(50 / 49)
+    expected = [a.mean() + expansion * (end - a.mean()) for end in (ends.low, ends.high)]
+    assert found == pytest.approx(expected, abs=0.003)
 
 
 def test_p_value_is_that_of_all_sign_flips():

@@ -13,7 +13,8 @@ from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.loading import encoder_names
 from whisper_aut.probes import suite
-from whisper_aut.probes.embed import BASELINE_NAME, EmbedSettings, LogMelBaseline
+from whisper_aut.probes.embed import EmbedSettings
+from whisper_aut.probes.encoders import BASELINE_NAME, LogMelBaseline
 from whisper_aut.probes.modules import LinearProbe
 from whisper_aut.probes.results import AVERAGE, Scores
 from whisper_aut.probes.suite import compare, run_suite
