@@ -170,6 +170,7 @@ class StreamSource:
     index: ShardIndex
     domain: str
     licence: str = ""
+    task: str = ""  # replaces the `task` of its clips
 
     @property
     def licences(self) -> dict[str, dict[str, float]]:
@@ -350,7 +351,10 @@ class BatchStream(IterableDataset[Batch]):
     ) -> Example | SkippedSample:
         if isinstance(item, SkippedSample):
             return item
-        return self.build(item, self.sources[source].domain, position)
+        chosen = self.sources[source]
+        if chosen.task:
+            item = replace(item, annotation=replace(item.annotation, task=chosen.task))
+        return self.build(item, chosen.domain, position)
 
 
 def batch_loader(stream: BatchStream, workers: int) -> DataLoader[Batch]:

@@ -66,6 +66,7 @@ class SourceSettings:
             `{title}, played by {artist}`. `__key__` is the sample's key, and `txt` and `cls` are
             its members of these names. An empty name ignores a field.
         text: short for `fields: {text: …}`.
+        task: replaces the `task` of all samples. It selects their instruction.
         annotations: a JSON Lines or parquet file whose rows add to the fields of the sample with
             their `id`, or replace them.
     """
@@ -75,6 +76,7 @@ class SourceSettings:
     weight: PositiveFloat | None = None
     licence: Text = ""
     text: TextTemplate = ""
+    task: Text = ""
     fields: dict[SampleField, TextTemplate] = field(default_factory=dict)
     annotations: Text = ""
 

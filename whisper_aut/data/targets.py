@@ -9,7 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -373,7 +373,8 @@ class Instructions:
         return {OWN_TASK: "caption", **{name: entry.metric for name, entry in self.entries.items()}}
 
     def only(self, names: Iterable[str]) -> "Instructions":
-        """Return a copy with these tasks only.
+        """Return a copy with these tasks only. A single task is asked about every clip that has
+        the fields of its answer, whatever the clip's own `task`.
 
         Raises:
             UserError: there is no task of that name.
@@ -386,7 +387,10 @@ class Instructions:
                     f"There is no task {name!r}.{nearest(name, self.entries)} "
                     f"Tasks of this run: {known}."
                 )
-        return Instructions({name: self.entries[name] for name in names})
+        chosen = {name: self.entries[name] for name in names}
+        if len(chosen) == 1:
+            chosen = {name: replace(entry, tasks=[]) for name, entry in chosen.items()}
+        return Instructions(chosen)
 
     def fitting(self, annotation: Annotation, domain: str) -> list[str]:
         """Return the names of the tasks that fit a sample."""
@@ -438,6 +442,7 @@ def _template_fields(annotation: Annotation) -> Row:
         **annotation.extra,
         "text": " ".join(annotation.text.split()),
         "label": sorted(set(label)) if isinstance(label, list) else label,
+        "language": annotation.language,
         "language_name": language_name(annotation.language),
         "instruction": annotation.instruction,
         "answer": annotation.answer,

@@ -364,7 +364,14 @@ def endpoints_of(results: Results) -> list[Endpoint]:
 
 
 def _right_answers(one: Measurement) -> float:
-    return 100 * float(np.mean(list(one.answers.values()))) if one.answers else np.nan
+    """Return the mean score of the tasks in points: exact answers, 1 - WER, or ROUGE-L."""
+    scores = []
+    for name, value in one.answers.items():
+        if name.startswith("wer_"):
+            scores.append(max(0.0, 1 - value))
+        elif name.startswith(("exact_", "rouge_")):
+            scores.append(value)
+    return 100 * float(np.mean(scores)) if scores else np.nan
 
 
 def _final_loss(one: Measurement) -> float:
@@ -431,13 +438,18 @@ def answer_table(results: Results) -> Table:
         for arm, runs in results.by_arm().items()
         if results.answers
     ]
+    others = (
+        " `wer`: word error rate. `rouge`, `bleu`, `f1`: overlap with the reference. In "
+        "comparisons, right answers are the mean over tasks of `exact`, `rouge` and 1 - `wer`."
+    )
     return _arm_table(
         "Answers",
         results,
         [name.replace("_", " ") for name in results.answers],
         rows,
         "Greedy answers of the language model for test clips, in %. `exact`: equal to the "
-        "reference after normalisation.",
+        "reference after normalisation."
+        + ("" if all(name.startswith("exact_") for name in results.answers) else others),
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass as schema
 from rich.console import Console
 
@@ -77,10 +77,17 @@ class ProbeSetSettings:
 
 @schema(config=STRICT)
 class AnswerSettings:
-    """Task of `conf/instructions` → test shards about which language models are asked."""
+    """What language models are asked about test shards.
 
-    tasks: dict[str, str] = field(default_factory=dict)
+    Attributes:
+        tasks: Task of `conf/instructions` → folder or folders of test shards.
+        limit: Use only the first N clips of each folder.
+        max_new_tokens: The longest answer, in tokens.
+    """
+
+    tasks: dict[str, str | list[str]] = field(default_factory=dict)
     limit: int | None = None
+    max_new_tokens: PositiveInt = 32
 
 
 @schema(config=STRICT)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import cast
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -161,6 +161,14 @@ class Evaluator:
 
     def measure(self, arm: Arm, seed: int, found: FoundRun) -> Measurement:
         """Measure one arm with one seed, whose run is finished."""
+        scores = self._probe(arm, seed, found) if self.probes else {}
+        if arm.random:
+            return Measurement(arm.name, seed, scores)
+        curve, cost = tuple(loss_curve(found.directory)), cost_of(found.directory)
+        return Measurement(arm.name, seed, scores, self._answer(found), curve, cost)
+
+    def _probe(self, arm: Arm, seed: int, found: FoundRun) -> dict[str, float]:
+        """Score the encoder of a finished run."""
         options = arm.evaluate
         encoder = load_encoder(
             str(found.export),
@@ -170,11 +178,7 @@ class Evaluator:
         )
         layers = () if options.layer is None else (options.layer,)
         embedding = EmbedSettings(pooling=options.pooling or "mean", layers=layers, quiet=True)
-        scores = self.score(f"{arm.name.replace(SEPARATOR, '-')}-s{seed}", encoder, embedding)
-        if arm.random:
-            return Measurement(arm.name, seed, scores)
-        curve, cost = tuple(loss_curve(found.directory)), cost_of(found.directory)
-        return Measurement(arm.name, seed, scores, self._answer(found), curve, cost)
+        return self.score(f"{arm.name.replace(SEPARATOR, '-')}-s{seed}", encoder, embedding)
 
     def score(
         self, label: str, encoder: FrameEncoder, embedding: EmbedSettings
@@ -208,20 +212,32 @@ class Evaluator:
 
     def _answer(self, found: FoundRun) -> dict[str, float]:
         """Return the metrics of a language model's answers about test clips."""
-        tasks, limit = self.answers.tasks, self.answers.limit
+        limit, max_new_tokens = self.answers.limit, self.answers.max_new_tokens
+        tasks = {
+            task: [folders] if isinstance(folders, str) else folders
+            for task, folders in self.answers.tasks.items()
+        }
         if not tasks or found.settings.decoder["name"] != "causal_lm":
             return {}
-        shards = {task: open_index(folder).fingerprint() for task, folder in tasks.items()}
+        shards = {
+            task: [open_index(folder).fingerprint() for folder in folders]
+            for task, folders in tasks.items()
+        }
         fingerprint = read_json(found.directory.done)["fingerprint"]
-        identity = digest({"run": fingerprint, "shards": shards, "limit": limit})
+        asked = {"shards": shards, "limit": limit, "tokens": max_new_tokens}
+        identity = digest({"run": fingerprint, **asked})
         path = self.folder / "answers" / f"{found.run.name}.json"
         stored = read_json(path, default={})
         if stored.get("identity") == identity:
             return stored["metrics"]
-        module = open_run(found.directory.path)
+        device = "cpu" if found.settings.hardware.accelerator == "cpu" else "auto"
+        module = open_run(found.directory.path, device=device)
         metrics: dict[str, float] = {}
-        for task, folder in tasks.items():
-            result = evaluate(module, [folder], tasks=[task], limit=limit, max_new_tokens=32)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for task, folders in tasks.items():
+            options: Any = {"limit": limit, "max_new_tokens": max_new_tokens}
+            options["out"] = path.with_name(f"{found.run.name}-{task}.jsonl")
+            result = evaluate(module, folders, tasks=[task], **options)
             for name, value in result.metrics.items():
                 metrics |= {} if name.startswith("cer_") else {name: round(value, 6)}
         write_json(path, {"identity": identity, "metrics": metrics})

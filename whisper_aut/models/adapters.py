@@ -30,9 +30,10 @@ class AdapterOptions:
     """Which adapter to build, and its sizes.
 
     Attributes:
-        name: `stack` or `conv`.
+        name: `stack`, `conv` or `linear`.
         frames: number of encoder frames (20 ms each) per embedding: 4 for 80 ms, 5 for 100 ms.
         hidden: width between the two linear layers. 0 means twice the language model's width.
+            `linear` has one layer only.
     """
 
     name: Annotated[str, AfterValidator(_check_adapter)] = "stack"
@@ -108,7 +109,21 @@ class ConvAdapter(StackAdapter):
     overlap = 2
 
 
-ADAPTERS: dict[str, type[StackAdapter]] = {"stack": StackAdapter, "conv": ConvAdapter}
+class LinearAdapter(StackAdapter):
+    """One linear layer on `hop` stacked frames, without norms: XARES-LLM's projector at hop 1."""
+
+    def __init__(self, width: int, out_width: int, hop: int, hidden: int, scale: float):
+        nn.Module.__init__(self)
+        self.hop = hop
+        self.norm_in = self.norm_out = nn.Identity()
+        self.layers = nn.Sequential(nn.Linear(hop * width, out_width))
+
+
+ADAPTERS: dict[str, type[StackAdapter]] = {
+    "stack": StackAdapter,
+    "conv": ConvAdapter,
+    "linear": LinearAdapter,
+}
 
 
 @torch.no_grad()

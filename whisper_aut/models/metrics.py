@@ -113,7 +113,8 @@ class AnswerMetrics(GroupMetrics):
                 metric.update([text], expected[:1])
 
     def _tags(self, text: str) -> set[str]:
-        return {tag for part in text.split(",") if (tag := self.normalize(part).strip())}
+        parts = text.replace(";", ",").split(",")
+        return {tag for part in parts if (tag := self.normalize(part).strip())}
 
 
 def tag_f1(found: set[str], expected: set[str]) -> float:

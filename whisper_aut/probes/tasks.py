@@ -73,6 +73,7 @@ class ProbeTask:
         classes: the expected number of classes, if known.
         crop_seconds: use only the first `crop_seconds` of a clip.
         segment_seconds: length of the segments on which events are scored.
+        prompt: what a language model is asked in the LALM probe. By default, made from the title.
     """
 
     name: str
@@ -98,6 +99,7 @@ class ProbeTask:
     classes: int | None = None
     crop_seconds: float | None = None
     segment_seconds: float = 0.0
+    prompt: str = ""
 
     @property
     def answer(self) -> Answer:

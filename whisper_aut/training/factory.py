@@ -245,7 +245,7 @@ def open_sources(
         with problems.gather():
             index = open_index(source.path, policy)
             index = map_fields(index, source, policy) if mapped else index
-            opened.append(StreamSource(index, source.domain, source.licence))
+            opened.append(StreamSource(index, source.domain, source.licence, source.task))
     problems.raise_if_any("The data")
     return opened
 

@@ -14,7 +14,7 @@ from tests.support.audio import tone
 from tests.support.numeric import assert_frames_close
 from whisper_aut import load_encoder
 from whisper_aut.errors import UserError
-from whisper_aut.export.adapters import mteb, xares
+from whisper_aut.export.adapters import mteb, xares, xares_llm
 from whisper_aut.export.adapters.mteb import mteb_model
 from whisper_aut.export.adapters.xares import WhisperAutEncoder
 
@@ -46,7 +46,26 @@ def test_xares_names_its_encoder_in_the_environment(
     assert WhisperAutEncoder().inner.padding == "30s"
 
 
-@pytest.mark.parametrize("adapter", [xares, mteb], ids=["xares", "mteb"])
+@pytest.mark.parametrize("padding", ["none", "30s"])
+def test_xares_llm_gets_all_frames_of_each_clip_and_their_mask(pipeline_run: Path, padding: str):
+    encoder = xares_llm.WhisperAutEncoder(f"{pipeline_run / RUN}@{padding}")
+    clips = [torch.from_numpy(tone(seconds)) for seconds in (1.0, 0.31, 2.0)]
+    clips[0][-4_000:] = 0.0  # silence that belongs to the clip
+    audio = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+    samples = torch.tensor([len(clip) for clip in clips])
+    mask = (torch.arange(audio.shape[1]) < samples[:, None]).long()
+    frames, frame_mask = encoder(audio, mask)
+    assert frame_mask.sum(1).tolist() == [50, 16, 100]  # 20 ms each
+    assert frames.shape == (3, 100, encoder.output_dim)
+    alone = load_encoder(pipeline_run / RUN, padding=padding).encode(clips, 16_000)  # pyright: ignore[reportArgumentType]
+    for row, row_mask, clip in zip(frames, frame_mask.bool(), alone, strict=True):
+        assert_frames_close(row[row_mask], clip)
+    unmasked, all_frames = encoder(audio[2])  # one clip without padding
+    assert all_frames.sum() == 100
+    assert_frames_close(unmasked[0], alone[2])
+
+
+@pytest.mark.parametrize("adapter", [xares, xares_llm, mteb])
 def test_suites_are_imported_only_when_needed(adapter: ModuleType):
     imports = [
         node
@@ -56,8 +75,9 @@ def test_suites_are_imported_only_when_needed(adapter: ModuleType):
     assert not [node for node in imports if "mteb" in ast.dump(node) or "xares" in ast.dump(node)]
 
 
-def test_xares_finds_one_encoder_in_the_module():
-    assert [name for name in dir(xares) if name.endswith("Encoder")] == ["WhisperAutEncoder"]
+@pytest.mark.parametrize("adapter", [xares, xares_llm])
+def test_xares_finds_one_encoder_in_the_module(adapter: ModuleType):
+    assert [name for name in dir(adapter) if name.endswith("Encoder")] == ["WhisperAutEncoder"]
 
 
 def test_xares_accepts_and_runs_it(

@@ -220,6 +220,18 @@ def test_trained_parts_learn_and_travel_in_the_state(
     assert again < first
 
 
+def test_lora_dropout_acts_in_training_only(tiny_whisper: Path, tiny_language_model: Path):
+    lora = {"rank": 4, "dropout": 0.5}
+    decoder, codec = build_causal_lm(tiny_whisper, tiny_language_model, train="lora", lora=lora)
+    for name, weight in decoder.model.named_parameters():
+        if "lora_B" in name:  # which is zero at first
+            torch.nn.init.normal_(weight)
+    inputs = (*frames_and_lengths(), targets_of(codec))
+    losses = [decoder.train(mode).loss(*inputs).total.item() for mode in (True, True, False, False)]
+    assert losses[0] != losses[1]
+    assert losses[2] == losses[3]
+
+
 def test_unusable_language_models_are_user_errors(
     tiny_whisper: Path, tiny_language_model: Path, tmp_path: Path
 ):

@@ -48,6 +48,7 @@ class LoraOptions:
 
     rank: PositiveInt = 16
     alpha: PositiveInt = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 @dataclass
@@ -313,7 +314,10 @@ def _choose_trainable(model: PreTrainedModel, options: CausalLMOptions) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
         updates = LoraConfig(
-            r=options.lora.rank, lora_alpha=options.lora.alpha, target_modules="all-linear"
+            r=options.lora.rank,
+            lora_alpha=options.lora.alpha,
+            lora_dropout=options.lora.dropout,
+            target_modules="all-linear",
         )
         inject_adapter_in_model(updates, model)
 
