@@ -365,12 +365,11 @@ def endpoints_of(results: Results) -> list[Endpoint]:
 
 def _right_answers(one: Measurement) -> float:
     """Return the mean score of the tasks in points: exact answers, 1 - WER, or ROUGE-L."""
-    scores = []
-    for name, value in one.answers.items():
-        if name.startswith("wer_"):
-            scores.append(max(0.0, 1 - value))
-        elif name.startswith(("exact_", "rouge_")):
-            scores.append(value)
+    scores = [
+        max(0.0, 1 - value) if name.startswith("wer_") else value
+        for name, value in one.answers.items()
+        if name.startswith(("exact_", "rouge_", "wer_"))
+    ]
     return 100 * float(np.mean(scores)) if scores else np.nan
 
 
@@ -438,19 +437,12 @@ def answer_table(results: Results) -> Table:
         for arm, runs in results.by_arm().items()
         if results.answers
     ]
-    others = (
-        " `wer`: word error rate. `rouge`, `bleu`, `f1`: overlap with the reference. In "
-        "comparisons, right answers are the mean over tasks of `exact`, `rouge` and 1 - `wer`."
-    )
-    return _arm_table(
-        "Answers",
-        results,
-        [name.replace("_", " ") for name in results.answers],
-        rows,
-        "Greedy answers of the language model for test clips, in %. `exact`: equal to the "
-        "reference after normalisation."
-        + ("" if all(name.startswith("exact_") for name in results.answers) else others),
-    )
+    names = [name.replace("_", " ") for name in results.answers]
+    caption = "Greedy answers of the language model for test clips, in %. `exact`: equal to the "
+    caption += "reference after normalisation."
+    if not all(name.startswith("exact") for name in names):
+        caption += " In comparisons, right answers are a mean of `exact`, `rouge` and 1 - `wer`."
+    return _arm_table("Answers", results, names, rows, caption)
 
 
 def cost_table(results: Results) -> Table:
