@@ -28,6 +28,7 @@ EXTRAS = {
     "lora": ("peft",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "parquet": ("pyarrow",),
+    "av": ("av",),
     "remote": ("aiohttp", "s3fs", "gcsfs"),
     "mteb": ("mteb",),
     "xares": ("xares",),

@@ -14,7 +14,10 @@ import pytest
 
 from tests.support.audio import encode_audio
 from tests.support.training import QUIET, settings_for
+from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.cli import main
+from whisper_aut.data.reader import Sample
+from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.training.train import train
 
 
@@ -142,3 +145,71 @@ def test_shards_of_others_train_with_the_mapping_that_inspect_prints(
         texts[entry["domain"]].add(entry["reference"])
     assert texts["bioacoustics"] == {"a humpback whale"}
     assert texts["sound"] == {f"a dog barks {n} times" for n in range(3)}
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_hugging_face_dataset_on_disk_is_built_with_its_splits_and_classes(
+    suffix: str, tmp_path: Path
+):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    clip = encode_audio(noise(1, 0), 8_000)
+    for split, clips in (("train", 3), ("test", 1)):
+        table = pyarrow.table(
+            {
+                "audio": [{"bytes": clip, "path": f"{n}.flac"} for n in range(clips)],
+                "label": [n % 2 for n in range(clips)],
+                "captions": [["an animal", f"number {n}"] for n in range(clips)],
+            }
+        ).replace_schema_metadata(about)
+        if suffix == "parquet":  # as on the hub
+            parquet.write_table(table, dataset / f"{split}-00000-of-00001.parquet")
+        else:  # as `save_to_disk` writes it
+            (dataset / split).mkdir()
+            name = f"{dataset}/{split}/data-00000-of-00001.arrow"
+            with (
+                pyarrow.OSFile(name, "wb") as file,
+                pyarrow.ipc.new_stream(file, table.schema) as out,
+            ):
+                out.write_table(table)
+    build = ["data", "build", str(dataset), "--out", str(tmp_path / "out"), "--domain", "sound"]
+    build += ["--split-by", "split", "--workers", "1"]
+    assert main(build) == 0
+    train_index = open_index(tmp_path / "out" / "train")
+    samples = [one for one in iter_samples(train_index, ClipLimits()) if isinstance(one, Sample)]
+    assert [(one.annotation.id, one.annotation.label) for one in samples] == [
+        *(("0", "cat"), ("1", "dog"), ("2", "cat")),
+    ]
+    assert samples[1].annotation.texts == ("an animal", "number 1")
+    assert samples[1].audio == clip
+    assert "audio" not in samples[1].annotation.extra
+    assert open_index(tmp_path / "out" / "test").samples == 1
+
+
+def test_a_hugging_face_dataset_trains(tiny_whisper: Path, tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    clips = [{"bytes": encode_audio(noise(1, n), 8_000), "path": None} for n in range(4)]
+    table = pyarrow.table({"audio": clips, "sentence": ["one", "two", "three", "four"]})
+    parquet.write_table(table, tmp_path / "clips.parquet")
+    shards = tmp_path / "shards"
+    build = ["data", "build", str(tmp_path / "clips.parquet"), "--out", str(shards)]
+    assert main([*build, "--domain", "speech", "--workers", "1"]) == 0
+    sources = f"[{{path: {shards}, domain: speech}}]"
+    settings = settings_for(
+        tiny_whisper,
+        shards,
+        tmp_path / "runs",
+        f"data.train={sources}",
+        f"data.valid={sources}",
+        "data.domains={speech: 1, sound: 0, music: 0}",
+        "trainer.max_steps=1",
+    )
+    done = json.loads(train(settings, QUIET).run.done.read_text())
+    assert (done["steps"], done["skipped"]) == (1, {})

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -25,13 +26,14 @@ import soundfile
 import soxr
 import torch
 
-from whisper_aut.errors import SkipReason, SkipSample
+from whisper_aut.errors import MissingModule, SkipReason, SkipSample
 
 Data = bytes | mmap.mmap
 ChoosePart = Callable[[float], tuple[float, float]]
 LongClips = Literal["trim", "crop", "chunk", "skip"]  # see `data.targets.choose_part`
 SAMPLE_RATE_HZ = 16_000
-AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3", "opus")
+AV_SUFFIXES = ("m4a", "mp4", "aac", "webm")  # see `as_soundfile`
+AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3", "opus", *AV_SUFFIXES)
 ROUNDING_SECONDS = 5e-4  # codecs and resamplers round a 30 s clip by a sample
 TRIM_SECONDS = 0.5  # a training clip that is too long by up to this loses its end
 MAX_CHANNELS = 32
@@ -115,6 +117,8 @@ def decode(data: bytes, limits: ClipLimits, choose: ChoosePart | None = None) ->
             outside the duration limits, or silent after the mix-down; or it has samples that are
             not finite or far above full scale.
     """
+    # A part may be anywhere in the clip.
+    data = as_soundfile(data, LONG_CLIPS if choose else limits)
     with _open_encoded(data, limits) as file:
         _check_format(file)
         # One second more than the limit shows that a clip is too long, and bounds the cost of a
@@ -144,6 +148,40 @@ def decode(data: bytes, limits: ClipLimits, choose: ChoosePart | None = None) ->
     clip = Clip(mix_down(samples, layout), rate, codec)
     _check_not_silent(clip.samples, limits)
     return clip
+
+
+def as_soundfile(data: bytes, limits: ClipLimits) -> bytes:
+    """Return the audio of an MP4, M4A, WebM or AAC file as a FLAC, and other data unchanged.
+
+    Decoding needs PyAV, and stops one second after the limit, or after an hour.
+
+    Raises:
+        SkipSample: PyAV is missing, or the file has no audio that it can decode.
+    """
+    is_container = data[4:8] == b"ftyp" or data[:4] == b"\x1a\x45\xdf\xa3"
+    is_adts = data[:1] == b"\xff" and data[1:2] in (b"\xf0", b"\xf1", b"\xf8", b"\xf9")
+    if not (is_container or is_adts) or len(data) > limits.max_bytes:
+        return data
+    if find_spec("av") is None:
+        raise SkipSample(SkipReason.UNDECODABLE, str(MissingModule("av")))
+    import av  # pyright: ignore[reportMissingImports]
+
+    blocks, rate, frames = [], 0, 0
+    most_seconds = min(limits.max_seconds, LONG_CLIPS.max_seconds) + 1
+    try:
+        resampler = av.AudioResampler("s16")  # only changes the format
+        with av.open(io.BytesIO(data)) as container:
+            for frame in container.decode(audio=0):
+                for block in resampler.resample(frame):
+                    blocks.append(block.to_ndarray().reshape(-1, block.layout.nb_channels))
+                rate, frames = frame.sample_rate, frames + frame.samples
+                if frames > most_seconds * rate:
+                    break
+        flac = io.BytesIO()
+        soundfile.write(flac, np.concatenate(blocks), rate, format="FLAC", subtype="PCM_16")
+    except (av.FFmpegError, IndexError, ValueError, soundfile.SoundFileError) as error:
+        raise SkipSample(SkipReason.UNDECODABLE, f"{type(error).__name__}: {error}") from None
+    return flac.getvalue()
 
 
 def mix_down(samples: np.ndarray, layout: str = "") -> np.ndarray:
@@ -189,7 +227,7 @@ def read_header(data: bytes, limits: ClipLimits) -> Header:
         SkipSample: the clip is empty, too large, not audio, or outside the duration limits
             according to its header.
     """
-    with _open_encoded(data, limits) as file:
+    with _open_encoded(as_soundfile(data, limits), limits) as file:
         _check_format(file)
         seconds = None if file.frames == UNKNOWN_FRAMES else file.frames / file.samplerate
         if seconds is not None:
@@ -201,7 +239,8 @@ def read_header(data: bytes, limits: ClipLimits) -> Header:
 def stated_seconds(file: BinaryIO, suffix: str, limits: ClipLimits) -> float | None:
     """Return the length that the header of a clip states, or None if it states none.
 
-    Only what this needs is read: a few kilobytes, or all of an MP3.
+    Only what this needs is read: a few kilobytes, or all of an MP3. Those of `AV_SUFFIXES` count as
+    unknown.
 
     Args:
         file: the clip, which must be seekable.
@@ -211,6 +250,8 @@ def stated_seconds(file: BinaryIO, suffix: str, limits: ClipLimits) -> float | N
     Raises:
         SkipSample: the clip is not audio.
     """
+    if suffix in AV_SUFFIXES:
+        return None
     if suffix == "mp3":
         return read_header(file.read(), limits).seconds
     with _skip_undecodable(), _Recording(file) as recording:
@@ -258,6 +299,8 @@ def _inspect_file(path: Path, size: int, mtime_ns: int) -> tuple[int | None, byt
     del mtime_ns
     if not size:
         return None, None
+    if path.suffix[1:].lower() in AV_SUFFIXES:
+        return None, as_soundfile(path.read_bytes(), LONG_CLIPS)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         counted = add_length_header(data)
         return find_second_file(data), None if isinstance(counted, mmap.mmap) else counted

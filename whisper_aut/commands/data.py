@@ -58,7 +58,8 @@ def data_get(options: argparse.Namespace, console: Console) -> None:
 def data_build(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.audio.decode import ClipLimits
     from whisper_aut.corpora.build import build_shards
-    from whisper_aut.corpora.manifest import ManifestSpec
+    from whisper_aut.corpora.download import download_dataset
+    from whisper_aut.corpora.manifest import ManifestSpec, arrow_files
     from whisper_aut.corpora.recipes import RECIPES
     from whisper_aut.corpora.recipes.base import build_corpus
 
@@ -69,6 +70,8 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
             raise UserError(f"--where takes COLUMN=VALUE[,VALUE…], not {condition!r}.")
         where.setdefault(column, []).extend(values.split(","))
     name = options.manifest
+    if name.startswith("hf://"):
+        name = str(download_dataset(name))
     spec = ManifestSpec(
         name, where=where, **{key: getattr(options, key) for key in (*COLUMNS, *CONSTANTS)}
     )
@@ -91,7 +94,7 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
         if not options.out:
             raise UserError(f"Give the output folder for the shards of {name} with --out.")
         out = Path(options.out)
-        if Path(name).is_dir():
+        if Path(name).is_dir() and not arrow_files(Path(name)):
             raise UserError(f"{name} is a folder: whisper-aut data build folder {name} --out {out}")
         limits = ClipLimits(max_seconds=options.max_seconds or 30.0)
         result = build_shards(spec, out, limits=limits, **choices)
@@ -185,10 +188,14 @@ def add_parsers(commands: Commands) -> None:
     command.set_defaults(run=data_get)
 
     command = commands.add_parser(
-        "build", help="build shards from a CSV, TSV or JSONL manifest, or from a corpus by name"
+        "build", help="build shards from a manifest, a Hugging Face dataset, or a corpus by name"
     )
     add = command.add_argument
-    add("manifest", help="a manifest, the name of a corpus, or `folder` for a folder of your own")
+    manifest = (
+        "a manifest, the name of a corpus, `folder` for a folder of your own, a Hugging Face "
+        "dataset on disk, or hf://ORG/NAME"
+    )
+    add("manifest", help=manifest)
     path = "folder of the unpacked corpus (default: data/raw/NAME)"
     add("path", nargs="?", default="", help=path)
     add("--out", default="", help="output folder (default for a corpus: data/NAME)")

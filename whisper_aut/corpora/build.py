@@ -20,8 +20,22 @@ from typing import Any, TextIO
 import numpy as np
 import soundfile
 
-from whisper_aut.audio.decode import ClipLimits, channel_layout, decode, mix_down, open_recording
-from whisper_aut.corpora.manifest import Entry, Manifest, ManifestSpec, Segment, SkippedRow
+from whisper_aut.audio.decode import (
+    ClipLimits,
+    as_soundfile,
+    channel_layout,
+    decode,
+    mix_down,
+    open_recording,
+)
+from whisper_aut.corpora.manifest import (
+    Entry,
+    Manifest,
+    ManifestSpec,
+    Segment,
+    SkippedRow,
+    arrow_files,
+)
 from whisper_aut.data.shards import INDEX_NAME, ShardIndex, open_index
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import SkipReason, SkipSample, UserError
@@ -46,8 +60,10 @@ class EncodedClip:
     seconds: float
 
 
-def read_clip(path: Path, limits: ClipLimits, segment: Segment | None = None) -> EncodedClip:
-    """Read a file or a segment of it and check that it decodes within the limits.
+def read_clip(
+    path: Path, limits: ClipLimits, segment: Segment | None = None, data: bytes | None = None
+) -> EncodedClip:
+    """Read a file or a segment of it, or use its `data`, and check that it decodes within limits.
 
     Whole files keep their encoding if shards support it. Other formats and segments are encoded
     again, as FLAC or WAV.
@@ -62,11 +78,11 @@ def read_clip(path: Path, limits: ClipLimits, segment: Segment | None = None) ->
             raise SkipSample(SkipReason.MISSING_FILE, "not a file")
         if segment:
             return _cut(path, segment, limits)
-        if found.st_size > limits.max_bytes:
+        if data is None and found.st_size > limits.max_bytes:
             raise SkipSample(
                 SkipReason.TOO_LARGE, f"{found.st_size} bytes, limit {limits.max_bytes}"
             )
-        data = path.read_bytes()
+        data = as_soundfile(path.read_bytes() if data is None else data, limits)
     except (OSError, ValueError) as error:  # ValueError: not a valid file name
         detail = error.strerror if isinstance(error, OSError) else None
         raise SkipSample(SkipReason.MISSING_FILE, detail or str(error)) from None
@@ -135,7 +151,7 @@ def _read_row(
     if isinstance(row, SkippedRow):
         return row
     try:
-        return row, read_clip(row.path, limits, row.segment)
+        return row, read_clip(row.path, limits, row.segment, row.audio)
     except SkipSample as skip:
         return SkippedRow(row.line, str(row.path), skip.reason, skip.detail, row.split)
 
@@ -295,8 +311,11 @@ def _survey(
 ) -> tuple[str, int, tuple[str, ...], SkipLog]:
     """Look up all audio files without opening them; return recipe, row count, splits and skips."""
     spec = {name: value for name, value in asdict(manifest.spec).items() if name not in PATHS}
-    with manifest.path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    files = arrow_files(manifest.path)
+    digest: Any = [[file.name, file.stat().st_size] for file in files]
+    if not files:
+        with manifest.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     content = {"version": RECIPE_VERSION, "spec": spec, "manifest": digest, **settings}
     recipe = hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode())
     rows, splits, skips = 0, {}, SkipLog()

@@ -17,6 +17,9 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
 from whisper_aut import __version__
 from whisper_aut.errors import UserError
 from whisper_aut.utils import progress_bar
@@ -30,6 +33,34 @@ DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFE
 DAMAGE += (NotImplementedError, RuntimeError)  # zip compression or encryption that is not supported
 
 Member = tuple[str, int, Callable[[], IO[bytes] | None]]
+
+
+def download_dataset(name: str) -> Path:
+    """Download the parquet files of a dataset on the Hugging Face hub, and return their folder.
+
+    Args:
+        name: `hf://ORG/NAME`, or `hf://ORG/NAME/FOLDER` for a part of it. For datasets in another
+            form, the hub's own conversion to parquet is used.
+
+    Raises:
+        UserError: there is no such dataset, or the hub cannot be reached.
+    """
+    organisation, _, rest = name.removeprefix("hf://").partition("/")
+    dataset, _, folder = rest.partition("/")
+    patterns = [f"{folder}/**.parquet" if folder else "*.parquet"]
+    try:
+        for revision in (None, "refs/convert/parquet"):
+            root = snapshot_download(
+                f"{organisation}/{dataset}",
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=patterns,
+            )
+            if next(Path(root, folder).rglob("*.parquet"), None):
+                return Path(root, folder)
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(f"{name} cannot be downloaded: {str(error).splitlines()[0]}") from None
+    raise UserError(f"{name} has no parquet files.")
 
 
 def download(

@@ -1,10 +1,14 @@
 """Read a manifest, a table of audio files and texts, into one checked entry per clip.
 
-The table is CSV, TSV or JSON Lines. A `ManifestSpec` says what its columns mean.
+The table is CSV, TSV, JSON Lines (of lhotse's cuts too), parquet or Arrow, or a folder of the last
+two: a Hugging Face dataset. A `ManifestSpec` says what its columns mean.
 """
 
 import csv
+import gzip
+import json
 import math
+import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,11 +29,13 @@ from whisper_aut.data.annotation import (
     plain,
     safe_name,
 )
-from whisper_aut.errors import SkipReason, SkipSample, UserError, nearest
+from whisper_aut.errors import SkipReason, SkipSample, UserError, nearest, require
 from whisper_aut.schema import Text
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".json")
+ARROW_SUFFIXES = (".parquet", ".arrow")
+TABLE_SUFFIXES = (*DELIMITERS, ".jsonl", ".json", ".jsonl.gz", *ARROW_SUFFIXES)
+ARROW_ROWS = 64  # that are in memory at once, with their audio
 AUDIO_COLUMNS = (
     *("audio", "path", "file", "filename"),
     *("audio_path", "wav", "audio_filepath", "file_name"),
@@ -102,6 +108,7 @@ class Entry:
     split: str  # folder that the clip goes to; "" without `split_by`
     annotation: Annotation
     segment: Segment | None = None  # the part of the file to use; None for all of it
+    audio: bytes | None = None  # the encoded clip, if the table at `path` contains it
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,8 @@ class Manifest:
             )
         self.spec, self.filtered_rows = spec, 0
         self._splits: dict[str, str] = {}
-        self.root = Path(spec.audio_root or self.path.parent).absolute()
+        folder = self.path if self.path.is_dir() else self.path.parent
+        self.root = Path(spec.audio_root or folder).absolute()
         self.columns = read_columns(self.path)
         self.audio = self._column("audio", spec.audio, AUDIO_COLUMNS) or ""
         if not self.audio:
@@ -189,25 +197,32 @@ class Manifest:
         path, split = "", ""
         try:
             split = self._split(row)
-            path = self._path(row)
+            path, written, audio = self._audio(line, row)
             start, seconds = _seconds(row, self._offset), _seconds(row, self._duration)
-            annotation = self._annotation(row, Path(path))
+            if audio and start is not None:
+                raise SkipSample(SkipReason.BAD_ROW, "a part of audio that the table contains")
+            annotation = self._annotation(row, Path(written))
         except SkipSample as skip:
             return SkippedRow(line, path, skip.reason, skip.detail, split)
         key = _unique(safe_name(annotation.id) or "clip", keys)
         is_whole = start is None and seconds is None
         segment = None if is_whole else Segment(start or 0.0, seconds)
-        return Entry(line, self.root / path, key, split, annotation, segment)
+        return Entry(line, self.root / path, key, split, annotation, segment, audio)
 
-    def _path(self, row: Row) -> str:
+    def _audio(self, line: int, row: Row) -> tuple[str, str, bytes | None]:
+        """Return the path of a row's audio, its name there, and its bytes if the row has them."""
         value = row.get(self.audio)
+        if isinstance(value, dict) and "file" in value:  # see `_arrow_rows`
+            if value["bytes"]:
+                return value["file"], value["path"] or f"row-{line}", value["bytes"]
+            value = value["path"]
         if value is not None and not isinstance(value, (str, int, float)):
             detail = f"column {self.audio!r} must be text, not {type(value).__name__}"
             raise SkipSample(SkipReason.BAD_ROW, detail)
         path = "" if value is None else plain(value).strip()
         if not path or "\0" in path:
             raise SkipSample(SkipReason.BAD_ROW, f"no path in column {self.audio!r}")
-        return path
+        return path, path, None
 
     def _split(self, row: Row) -> str:
         if not self.spec.split_by:
@@ -240,13 +255,14 @@ class Manifest:
             own["id"] = written.stem
         taken = {*ANNOTATION_COLUMNS, "duration_seconds", ""}
         # Shards may be published: do not store absolute paths of the local machine in them.
-        if written.is_absolute():
+        if written.is_absolute() or isinstance(row[self.audio], dict):
             taken.add(self.audio)
         extra = {name: value for name, value in row.items() if name not in taken}
         try:
             annotation = Annotation.from_mapping({**own, **extra})
             size = len(annotation.to_json())
-        except (SkipSample, ValueError) as error:  # ValueError: lone surrogates are not UTF-8
+        # ValueError: lone surrogates are not UTF-8. TypeError: a column of bytes or dates.
+        except (SkipSample, ValueError, TypeError) as error:
             detail = error.detail if isinstance(error, SkipSample) else str(error)
             raise SkipSample(SkipReason.BAD_ROW, detail) from None
         if size > MAX_JSON_BYTES:
@@ -327,9 +343,10 @@ def _check_table(path: Path) -> None:
         raise UserError(
             f"There is no manifest {path.absolute()}.{nearest(path.name, there)}{listed}"
         )
-    if not path.is_file() or path.suffix.lower() not in TABLE_SUFFIXES:
+    if not path.name.lower().endswith(TABLE_SUFFIXES) and not arrow_files(path):
         raise UserError(
-            f"{path} is not a manifest: expected a file that ends in {', '.join(TABLE_SUFFIXES)}."
+            f"{path} is not a manifest: expected a file that ends in {', '.join(TABLE_SUFFIXES)}, "
+            "or a folder of parquet or Arrow files."
         )
 
 
@@ -345,8 +362,8 @@ def read_columns(path: Path) -> tuple[str, ...]:
             fault = fault or f" Line {number}: {row}."
             continue
         columns.update(dict.fromkeys(row))
-        if path.suffix.lower() in DELIMITERS:
-            break  # the header line names all columns
+        if path.suffix.lower() in DELIMITERS or arrow_files(path):
+            break  # the first row has all columns
     if not columns:
         raise UserError(
             f"{path} holds {'no row that can be read' if number else 'no rows'}.{fault}"
@@ -363,6 +380,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
         UserError: the file cannot be parsed: it is not UTF-8, its header is unreadable or repeats
             a column, a quote is never closed, or it is one JSON array.
     """
+    if files := arrow_files(path):
+        return _arrow_rows(path, files)
     delimiter = DELIMITERS.get(path.suffix.lower())
     return _json_rows(path) if delimiter is None else _csv_rows(path, delimiter)
 
@@ -382,9 +401,84 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
             yield number, f"not JSON: {error}"
         else:
             if isinstance(row, dict):
-                yield number, {name: value for name, value in row.items() if name}
+                found = _cut_row(row) if str(row.get("type")).endswith("Cut") else row
+                named = isinstance(found, dict)
+                yield number, {k: v for k, v in found.items() if k} if named else found
             else:
                 yield number, f"expected an object, found {type(row).__name__}"
+
+
+def _cut_row(cut: Row) -> Row | str:
+    """Return the row of a lhotse cut, or why it has none.
+
+    The supervisions of a cut become its text, and its `segments` if there are several.
+    """
+    try:
+        recording, begin, seconds = cut["recording"], cut["start"], cut["duration"]
+        (source,) = recording["sources"]
+        if cut["type"] != "MonoCut" or source["type"] != "file":
+            raise ValueError
+        row = {**(cut.get("custom") or {}), "id": cut["id"], "audio": source["source"]}
+        if begin or seconds < recording["duration"]:
+            row |= {OFFSET_COLUMN: begin, DURATION_COLUMN: seconds}
+        spoken = [one for one in cut.get("supervisions") or () if one.get("text")]
+        first = spoken[0] if spoken else {}
+        row |= {name: first[name] for name in ("language", "speaker") if first.get(name)}
+        if len(spoken) > 1:
+            row["segments"] = [
+                {"start": one["start"], "end": one["start"] + one["duration"], "text": one["text"]}
+                for one in spoken
+            ]
+        return {**row, "text": " ".join(one["text"] for one in spoken)}
+    except (KeyError, TypeError, ValueError):
+        return f"a {cut['type']} that is not a part of one file: save it with lhotse's save_audios"
+
+
+def arrow_files(path: Path) -> list[Path]:
+    """Return the parquet or Arrow files of a dataset, or an empty list if `path` is none."""
+    inside = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
+    # `datasets` caches the results of `map` next to the data.
+    files = [file for file in inside if not file.name.startswith("cache-")]
+    return [file for file in files if file.suffix.lower() in ARROW_SUFFIXES]
+
+
+def _arrow_rows(path: Path, files: Sequence[Path]) -> Iterator[tuple[int, Row]]:
+    """Yield the rows of a dataset, with names for class labels, and the column `split`.
+
+    A split is named by the file (`train-00000-of-00009.parquet`) or by its folder. Audio is
+    `{"bytes": …, "path": …, "file": the table}`.
+    """
+    number = 0
+    for file in files:
+        named = re.match(r"(?!data-)(.+)-\d+-of-\d+$", file.stem)
+        split = named[1] if named else file.parent.name if file.parent != path else ""
+        for batch in _arrow_batches(file):
+            about = json.loads((batch.schema.metadata or {}).get(b"huggingface", b"{}"))
+            features = about.get("info", {}).get("features", {})
+            classes = {name: one["names"] for name, one in features.items() if "names" in one}
+            for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
+                for name, value in row.items():
+                    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+                        row[name] = {**value, "file": str(file.absolute())}
+                    elif name in classes and isinstance(value, int):
+                        row[name] = classes[name][value] if value >= 0 else None
+                yield number, {"split": split, **row}
+
+
+def _arrow_batches(file: Path) -> Iterator[Any]:
+    require("pyarrow")
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        if file.suffix.lower() == ".parquet":
+            yield from parquet.ParquetFile(file).iter_batches(ARROW_ROWS)
+        else:
+            with pyarrow.memory_map(str(file)) as source:
+                for batch in pyarrow.ipc.open_stream(source):
+                    yield from (batch[n : n + ARROW_ROWS] for n in range(0, len(batch), ARROW_ROWS))
+    except (OSError, ValueError) as error:  # ValueError: pyarrow's, for another format
+        raise UserError(f"{file} cannot be read: {error}.") from None
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Row | str]]:
@@ -428,7 +522,7 @@ def _checked_header(path: Path, cells: list[str]) -> list[str]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:
                 yield raw.decode("utf-8-sig" if number == 1 else "utf-8")

@@ -2,11 +2,13 @@
 
 import io
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+from tests.support.audio import tone
 from whisper_aut.audio.decode import (
     ClipLimits,
     add_length_header,
@@ -14,6 +16,8 @@ from whisper_aut.audio.decode import (
     find_second_file,
     read_header,
 )
+from whisper_aut.corpora.build import read_clip
+from whisper_aut.corpora.manifest import Segment
 from whisper_aut.errors import SkipReason, SkipSample
 
 LIMITS = ClipLimits()
@@ -121,3 +125,52 @@ def test_hostile_bytes_take_no_time(pattern: bytes):
     find_second_file(data)
     add_length_header(data)
     assert time.monotonic() - start < 10
+
+
+def encode_with_av(samples: np.ndarray, rate_hz: int, kind: str, codec: str) -> bytes:
+    av = pytest.importorskip("av")
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=rate_hz, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        frame.sample_rate = rate_hz
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            container.mux(packet)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "codec"), [("mp4", "aac"), ("adts", "aac"), ("webm", "libopus"), ("ipod", "aac")]
+)
+def test_containers_of_video_are_decoded_and_stored_as_flac(kind: str, codec: str, tmp_path: Path):
+    rate = 48_000
+    whole = encode_with_av(tone(2.0, 440.0, rate), rate, kind, codec)
+    clip = decode(whole, ClipLimits())
+    assert (clip.sample_rate_hz, clip.samples.ndim) == (rate, 1)
+    assert clip.seconds == pytest.approx(2.0, abs=0.1)  # encoders pad to whole frames
+    middle = clip.samples[rate // 2 : 3 * rate // 2]
+    assert np.abs(np.fft.rfft(middle)).argmax() == 440
+    assert middle.std() == pytest.approx(0.3 / 2**0.5, rel=0.02)
+    with pytest.raises(SkipSample) as skipped:
+        decode(whole, ClipLimits(max_seconds=1.5))
+    assert skipped.value.reason is SkipReason.TOO_LONG
+    part = decode(whole, ClipLimits(max_seconds=1.0), lambda seconds: (seconds - 1.0, 1.0))
+    assert part.seconds == pytest.approx(1.0, abs=0.01)
+    path = tmp_path / "clip.m4a"
+    path.write_bytes(whole)
+    stored = read_clip(path, ClipLimits())
+    assert (stored.suffix, stored.seconds) == ("flac", pytest.approx(clip.seconds, abs=0.01))
+    assert read_clip(path, ClipLimits(), Segment(0.5, 1.0)).seconds == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_container_without_audio_is_skipped():
+    pytest.importorskip("av")
+    with pytest.raises(SkipSample) as skipped:
+        decode(b"\0\0\0\x18ftypmp42" + bytes(100), ClipLimits())
+    assert skipped.value.reason is SkipReason.UNDECODABLE
+
+
+def test_without_pyav_a_clip_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("whisper_aut.audio.decode.find_spec", lambda _: None)
+    with pytest.raises(SkipSample, match=r"pip install 'whisper-aut\[av\]'"):
+        decode(b"\0\0\0\x18ftypmp42" + bytes(100), ClipLimits())

@@ -1,3 +1,4 @@
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -5,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from whisper_aut.corpora.manifest import Entry, Manifest, ManifestSpec, SkippedRow
+from whisper_aut.corpora.manifest import Entry, Manifest, ManifestSpec, Segment, SkippedRow
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.errors import SkipReason, UserError
 
@@ -332,3 +333,47 @@ def test_the_error_for_a_missing_manifest_lists_the_tables_of_the_folder(tmp_pat
         Manifest(ManifestSpec(tmp_path / "clip.csv"))
     with pytest.raises(UserError, match="is not a manifest: expected a file that ends in"):
         Manifest(ManifestSpec(table(tmp_path, "", "clips.xlsx")))
+
+
+def cut(id: str, start: float, seconds: float, texts: list[str], kind: str = "MonoCut") -> str:
+    """A line of a lhotse CutSet over a file of ten seconds."""
+    spoken = [
+        {"id": f"{id}-{n}", "start": n, "duration": 1.0, "text": text, "language": "German"}
+        for n, text in enumerate(texts)
+    ]
+    source = {"type": "file", "channels": [0], "source": "long.wav"}
+    recording = {"id": "r", "sources": [source], "sampling_rate": 16_000, "duration": 10.0}
+    about = {"id": id, "type": kind, "channel": 0, "start": start, "duration": seconds}
+    custom = {"snr": 7} if start else None
+    return json.dumps(about | {"supervisions": spoken, "recording": recording, "custom": custom})
+
+
+def test_the_cuts_of_lhotse_are_rows(tmp_path: Path):
+    lines = [
+        cut("whole", 0.0, 10.0, ["guten", "tag"]),
+        cut("part", 2.5, 1.5, ["ja"]),
+        cut("mixed", 0.0, 1.0, ["x"], kind="MixedCut"),
+    ]
+    path = tmp_path / "cuts.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    whole, part, mixed = Manifest(ManifestSpec(path, task="asr")).entries()
+    assert isinstance(whole, Entry)
+    assert isinstance(part, Entry)
+    assert (whole.path, whole.segment) == (tmp_path / "long.wav", None)
+    assert (whole.annotation.text, whole.annotation.language) == ("guten tag", "German")
+    assert whole.annotation.extra["segments"] == [
+        {"start": 0, "end": 1.0, "text": "guten"},
+        {"start": 1, "end": 2.0, "text": "tag"},
+    ]
+    assert (part.segment, part.annotation.text) == (Segment(2.5, 1.5), "ja")
+    assert part.annotation.extra["snr"] == 7
+    assert isinstance(mixed, SkippedRow)
+    assert "a MixedCut that is not a part of one file" in mixed.detail
+
+
+def test_a_table_of_parquet_that_is_none_is_an_error(tmp_path: Path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "a.parquet").write_bytes(b"not parquet")
+    for path in (tmp_path, tmp_path / "a.parquet"):
+        with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
+            Manifest(ManifestSpec(path))
