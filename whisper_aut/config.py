@@ -299,6 +299,8 @@ class OptimSettings:
         lr: learning rate of decoder or adapter, and of the encoder if `encoder_lr` is null.
         encoder_after_step: train only the decoder or adapter before this step.
         final_lr_fraction: the learning rate at the end, as a fraction of `lr`.
+        ema_decay: keep an exponential moving average of the weights with this decay per step, for
+            validation, probes and exports; 0 for none.
         layer_decay: each encoder layer has this factor times the rate of the layer above, averaged
             over three bands of layers.
     """
@@ -312,6 +314,7 @@ class OptimSettings:
     warmup_steps: NonNegativeInt = 500
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_lr_fraction: Fraction = 0.0
+    ema_decay: Beta = 0.0
     layer_decay: PositiveFloat = 1.0
     gradient_clip: NonNegativeFloat = 1.0
 
@@ -537,6 +540,8 @@ class Settings:
                 "data.batch_seconds: with model.padding=30s every clip costs 30 s; give "
                 "data.batch_clips"
             )
+        if self.optim.ema_decay and self.strategy.zero_stage == 3:
+            raise ValueError("optim.ema_decay: ZeRO stage 3 shards the weights; use stage 2 or ddp")
         if self.model.pad_to_30s and (self.data.batch_seconds or 30) < 30:
             raise ValueError(
                 f"data.batch_seconds: {self.data.batch_seconds:g} is below the 30 s of a clip that "

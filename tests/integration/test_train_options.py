@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import lightning
 import numpy as np
 import pytest
 import torch
@@ -18,10 +19,13 @@ from whisper_aut.cli import main
 from whisper_aut.config import load_settings
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import load_encoder
+from whisper_aut.training.checkpoint import read_weights
+from whisper_aut.training.factory import build_trained
 from whisper_aut.training.train import build_parts, train
 
 OPTIONS = {
     "padding": ("model.pad_to_30s=0.4",),
+    "average": ("optim.ema_decay=0.5",),
     "loss": ("loss.per=clip", "loss.domains={music: 3.0}"),
     "prompts": (
         "decoder.supervise_prompt=[speech]",
@@ -111,6 +115,35 @@ def test_prompts_that_cannot_be_used(
         build_parts(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), None)
 
 
+def test_averaged_weights_are_validated_and_exported(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    options = ("optim.ema_decay=0.7", "optim.lr=1e-2", "optim.warmup_steps=0")
+    options += ("trainer.checkpoint_every_steps=1", "trainer.keep_checkpoints=9")
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, *options)
+    start = dict(build_parts(settings, None).module.named_parameters())
+    run = train(settings, QUIET).run
+    expected = {name: weight.detach() for name, weight in start.items() if weight.requires_grad}
+    for step in range(1, 7):
+        weights = read_weights(run.checkpoints / f"step-000000{step}.ckpt")
+        expected = {n: 0.7 * value + 0.3 * weights[n] for n, value in expected.items()}
+    found = weights_of(run)
+    for name, value in expected.items():
+        assert_close(found[name], value, atol=1e-6, rtol=1e-5, msg=name)
+    assert not torch.equal(
+        found["encoder.whisper.conv1.weight"], weights["encoder.whisper.conv1.weight"]
+    )
+    losses = []
+    for chosen in (found, weights):
+        trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+        data, module = build_parts(settings, None).data, build_trained(settings, chosen)
+        (metrics,) = trainer.validate(module, datamodule=data, verbose=False)
+        losses.append(metrics["valid/loss"])
+    logged = json.loads(run.done.read_text())["metrics"]["valid/loss"]
+    assert logged == pytest.approx(losses[0], abs=1e-5)
+    assert abs(losses[1] - losses[0]) > 1e-3
+
+
 def test_an_encoder_for_both_padding_modes_says_so(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
@@ -142,6 +175,7 @@ def test_an_encoder_for_both_padding_modes_says_so(
             ["model.pad_to_30s=0.1", "data.max_seconds=10", "data.batch_seconds=20"],
             "data.batch_seconds: 20 is below the 30 s",
         ),
+        (["optim.ema_decay=0.9", "strategy=deepspeed_stage_3"], "ZeRO stage 3 shards the weights"),
         (["loss.per=word"], "loss.per: must be 'token' or 'clip'"),
         (["loss.domains={music: 0}"], "loss.domains.music: must be greater than 0"),
         (["loss.domains={rain: 1}"], "loss.domains"),

@@ -55,6 +55,8 @@ NO_DECODER = {
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Return the full weights of a checkpoint, whichever strategy and world size wrote it.
 
+    They are the moving average of the weights if the run has one (`optim.ema_decay`).
+
     Raises:
         UserError: The checkpoint is missing, damaged, or not one of this project.
     """
@@ -63,7 +65,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"There is no checkpoint {path}. Train first, or give a run directory under runs/."
         )
     if path.is_dir():
-        weights = read_weights(path)
+        weights = read_weights(path, averaged=True)
     else:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -5,7 +5,8 @@ Validation reports metrics per domain and per task.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,6 +103,8 @@ class AudioTextModule(lightning.LightningModule):
         self.answer_metrics = AnswerMetrics(codec.metrics)
         self.generated: list[dict[str, str]] = []  # texts of the last validation
         self.micro_batches: list[MicroBatchResult] = []  # of the current optimizer step
+        # Moving average of the trained weights by name, float32; empty without one.
+        self.average: dict[str, Tensor] = {}
         self._step_weight: Tensor | float = 1.0
         self.step_loss = torch.tensor(torch.nan)  # of the last optimizer step, per token
         self._silence: Batch | None = None
@@ -175,6 +178,20 @@ class AudioTextModule(lightning.LightningModule):
         self.step_loss = loss / tokens
         self.log("train/loss", self.step_loss, batch_size=1)
         self.log("train/accuracy", correct / tokens, batch_size=1)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Use the moving average of the weights, if there is one, instead of the weights."""
+        own = {}
+        for name, parameter in self.named_parameters():
+            if name in self.average:
+                own[parameter] = parameter.detach().clone()
+                parameter.data.copy_(self.average[name])
+        try:
+            yield
+        finally:
+            for parameter, value in own.items():
+                parameter.data.copy_(value)
 
     @property
     def encoder_learns(self) -> bool:

@@ -103,7 +103,8 @@ class ProbeDuringTraining(lightning.Callback):
 
     def _measure(self, trainer: lightning.Trainer, module: Any) -> None:
         step = trainer.global_step
-        scores = self._score(module) if trainer.is_global_zero else {}
+        with module.averaged():
+            scores = self._score(module) if trainer.is_global_zero else {}
         scores = self.scores[step] = trainer.strategy.broadcast(scores)
         for logger in trainer.loggers:
             logger.log_metrics({f"probe/{name}": score for name, score in scores.items()}, step)

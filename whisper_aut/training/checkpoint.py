@@ -1,10 +1,11 @@
 """Checkpoints as directories of named tensors, independent of the strategy and number of ranks.
 
-A directory `step-0000100.ckpt/` contains `weights-*.safetensors`, `optimizer-*.safetensors`,
-`state.pt` and `manifest.json`. It is written under a temporary name and renamed once the files of
-all ranks are on disk, so a directory with the final name is complete. The manifest records the
-size and SHA-256 of every file, which reveals later damage. Nothing is unpickled: tensors are stored
-as safetensors, and `torch.load(weights_only=True)` reads the rest.
+A directory `step-0000100.ckpt/` contains `weights-*.safetensors`, `optimizer-*.safetensors`, with
+`optim.ema_decay` also `average-*.safetensors`, `state.pt` and `manifest.json`. It is written under
+a temporary name and renamed once the files of all ranks are on disk, so a directory with the final
+name is complete. The manifest records the size and SHA-256 of every file, which reveals later
+damage. Nothing is unpickled: tensors are stored as safetensors, and `torch.load(weights_only=True)`
+reads the rest.
 
 `ModelState` and `DeepSpeedState` collect the tensors of a model and load them back, on any number
 of ranks. One tensor at a time is gathered from the ranks, so none needs memory for the whole model.
@@ -32,7 +33,7 @@ from whisper_aut.errors import UserError
 SUFFIX, PREFIX = ".ckpt", "step-"
 LAST, BEST = f"last{SUFFIX}", f"best{SUFFIX}"
 MANIFEST, STATE = "manifest.json", "state.pt"
-WEIGHTS, OPTIMIZER = "weights", "optimizer"
+WEIGHTS, OPTIMIZER, AVERAGE = "weights", "optimizer", "average"
 FORMAT = 2
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 MOMENTS, STEP = ("exp_avg", "exp_avg_sq"), "step"  # AdamW's state of a parameter
@@ -139,13 +140,15 @@ def latest_valid(folder: Path, warn: Callable[[str], None], *, hashes: bool = Tr
     return None
 
 
-def read_weights(path: Path) -> dict[str, Any]:
+def read_weights(path: Path, *, averaged: bool = False) -> dict[str, Any]:
     """Return the state dict of the module: weights by name, and entries that are not tensors.
 
-    Tied weights appear under each of their names.
+    Tied weights appear under each of their names. With `averaged`, trained weights are replaced by
+    their moving average, if the run has one.
     """
     manifest = read_manifest(path)
     weights: dict[str, Any] = dict(_tensors(path, manifest, WEIGHTS))
+    weights |= dict(_tensors(path, manifest, AVERAGE)) if averaged else {}
     weights |= {alias: weights[name] for alias, name in manifest.aliases.items()}
     return weights | read_state(path)["extra"]
 
@@ -165,7 +168,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 @dataclass
 class StateShard:
-    """What one rank writes: its part of the weights and the optimizer state, copied to the CPU.
+    """What one rank writes: its part of the weights, their average and the optimizer state, copied
+    to the CPU.
 
     `aliases` (see `Manifest`) and `extra`, the entries of the state dict that are not tensors, are
     the same on all ranks.
@@ -173,6 +177,7 @@ class StateShard:
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     optimizer_state: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -192,11 +197,14 @@ class CheckpointWriter:
         self.partial.mkdir(parents=True)
 
     def write_tensors(
-        self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
+        self,
+        weights: Mapping[str, Tensor],
+        optimizer_state: Mapping[str, Tensor],
+        average: Mapping[str, Tensor] | None = None,
     ) -> dict[str, FileMetadata]:
         """Write the tensors of this rank and return the size and hash of each file."""
-        written = {}
-        for kind, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer_state)):
+        written, kinds = {}, {WEIGHTS: weights, OPTIMIZER: optimizer_state}
+        for kind, tensors in (kinds | ({AVERAGE: average} if average else {})).items():
             name = f"{kind}-{self.rank:05d}-of-{self.ranks:05d}.safetensors"
             contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
             try:
@@ -240,7 +248,8 @@ def checkpoint_bytes(module: nn.Module) -> int:
         if isinstance(value, Tensor)
     }
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    return sum(tensors.values()) + MOMENT_BYTES * trained
+    average = sum(tensor.nbytes for tensor in getattr(module, "average", {}).values())
+    return sum(tensors.values()) + average + MOMENT_BYTES * trained
 
 
 def check_disk_space(folder: Path, one_checkpoint: int, kept: int) -> str:
@@ -322,6 +331,8 @@ class ModelState:
                     for key, tensor in optimizer_state.items():
                         copied = tensor.detach().to("cpu", torch.float32, copy=True)
                         shard.optimizer_state[f"{name}.{key}"] = copied
+                    if name in (average := getattr(self.module, "average", {})):
+                        shard.average[name] = average[name].to("cpu", copy=True)
                 before += _numel(value)
         return shard
 

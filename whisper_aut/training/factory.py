@@ -192,6 +192,12 @@ def build_module(
         distillation=distillation,
         domains=tuple(settings.data.domains),
     )
+    if settings.optim.ema_decay:
+        module.average = {
+            name: parameter.detach().clone()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
     use_onednn(module)
     return module
 

@@ -261,7 +261,12 @@ class NamedCheckpoints:
         return read_state(path) | {"path": str(path), "state_dict": {}, "optimizer_states": []}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self.model_state().load_weights(read_weights(Path(checkpoint["path"])))
+        strategy: Any = self
+        path, module = Path(checkpoint["path"]), strategy.lightning_module
+        self.model_state().load_weights(read_weights(path))
+        if module.average:  # without one in the checkpoint, it begins at its weights
+            stored = read_weights(path, averaged=True)
+            module.average = {name: stored[name].float() for name in module.average}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         strategy: Any = self
@@ -322,7 +327,8 @@ class NamedCheckpoints:
         first = writer.rank == 0
         self._on_all_ranks(writer, lambda: writer.begin() if first else None)
         written = self._on_all_ranks(
-            writer, lambda: writer.write_tensors(shard.weights, shard.optimizer_state)
+            writer,
+            lambda: writer.write_tensors(shard.weights, shard.optimizer_state, shard.average),
         )
         files = {name: entry for of_rank in written for name, entry in of_rank.items()}
         complete = replace(manifest, files=files)

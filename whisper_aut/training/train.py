@@ -32,7 +32,11 @@ from whisper_aut.data.sampler import Cursor
 from whisper_aut.errors import UserError
 from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints, loader_states
+from whisper_aut.training.callbacks.checkpoints import (
+    AverageWeights,
+    RollingCheckpoints,
+    loader_states,
+)
 from whisper_aut.training.callbacks.metrics import (
     DataMonitor,
     RunProgressBar,
@@ -316,6 +320,7 @@ def build_trainer(
         # They are called in this order, except that Lightning moves checkpoints to the end.
         callbacks=[
             guard,
+            *([AverageWeights(decay)] if (decay := settings.optim.ema_decay) else []),
             checkpoints,
             LearningRateMonitor("step"),
             DataMonitor(ledger, checkpoints, warn),

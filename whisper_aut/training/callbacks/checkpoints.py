@@ -1,14 +1,15 @@
-"""Saves checkpoints at whole optimizer steps, and keeps the last few and the best."""
+"""Saves checkpoints at whole optimizer steps, keeps the last few and the best, averages weights."""
 
 import math
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from whisper_aut.data.sampler import Cursor
@@ -195,6 +196,34 @@ class RollingCheckpoints(Checkpoint):
             f"The run resumes from step {step}, so later checkpoints in {self.folder} were renamed "
             f"to {SUPERSEDED}step-… and can be deleted: {', '.join(path.name for path in later)}."
         )
+
+
+class AverageWeights(lightning.Callback):
+    """Updates `AudioTextModule.average` after each optimizer step, and validates with it.
+
+    The average is `decay` times the average plus 1 − `decay` times the weights, and begins at the
+    pretrained weights. Checkpoints contain it besides the weights. Lightning's `EMAWeightAveraging`
+    copies the whole module, a frozen language model included, and saves it in Lightning's format.
+    """
+
+    def __init__(self, decay: float):
+        self.decay, self._validating = decay, ExitStack()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not ends_step(trainer, batch_idx):
+            return
+        trained = {n: p.detach() for n, p in module.named_parameters() if n in module.average}
+        module.average = {n: module.average[n].to(p.device) for n, p in trained.items()}
+        weights = [weight.float() for weight in trained.values()]
+        torch._foreach_lerp_(list(module.average.values()), weights, 1 - self.decay)
+
+    def on_validation_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        self._validating.enter_context(module.averaged())
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        self._validating.close()
 
 
 def loader_states(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
