@@ -227,6 +227,9 @@ class ModelSettings:
         pad_to_30s: probability that a training clip is padded to 30 s although `padding` is `none`.
             The encoder then serves both modes.
         gradient_checkpointing: save most of the activation memory for a third more compute.
+        lora_rank: train low-rank updates of the linear layers in place of the encoder's weights; 0
+            for none. They are merged into the weights of exports.
+        lora_alpha: their scale is `lora_alpha / lora_rank`.
         compile: compile the encoder's layers with `torch.compile`, which needs a C++ compiler.
     """
 
@@ -239,6 +242,8 @@ class ModelSettings:
     pad_to_30s: Fraction = 0.0
     gradient_checkpointing: bool = False
     freeze_encoder: bool = False
+    lora_rank: NonNegativeInt = 0
+    lora_alpha: PositiveInt = 32
     compile: bool = False
 
     @model_validator(mode="after")
@@ -249,6 +254,8 @@ class ModelSettings:
             raise ValueError(f"give exactly one of path, scratch, after; given: {names}")
         if self.pad_to_30s and self.padding == "30s":
             raise ValueError("pad_to_30s: needs padding=none; with 30s, all clips are padded")
+        if self.lora_rank and (self.freeze_encoder or self.compile):
+            raise ValueError("lora_rank: does not go with freeze_encoder or compile")
         return self
 
 

@@ -22,7 +22,8 @@ ONE_RANK = ("data.batch_clips=2", "hardware.devices=1", "trainer.accumulate=6")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["whisper", "causal_lm", "distillation", "padding", "loss", "average"]
+    "kind",
+    ["whisper", "causal_lm", "distillation", "padding", "loss", "average", "lora", "fusion"],
 )
 def test_two_ranks_take_the_steps_of_one(
     kind: str, jobs: Jobs, tiny_language_model: Path, tmp_path: Path, capsys: Any
@@ -30,17 +31,21 @@ def test_two_ranks_take_the_steps_of_one(
     """Texts and clips differ in length, three micro-batches a step; clipping binds, so a wrong
     scale of the gradient shows.
     """
-    chosen = [f"decoder={'causal_lm' if kind == 'causal_lm' else 'whisper'}"]
+    chosen = [f"decoder={'causal_lm' if kind in ('causal_lm', 'fusion') else 'whisper'}"]
     if kind == "distillation":
         chosen += ["distillation.weight=2", "distillation.layers=[1, 2]"]
     if kind == "padding":
         chosen += ["model.pad_to_30s=0.3"]
     if kind == "average":
         chosen += ["optim.ema_decay=0.8"]
+    if kind == "lora":
+        chosen += ["model.lora_rank=4", "optim.lr=1e-2"]
     strategies = STRATEGIES[:-1] if kind == "average" else STRATEGIES
     if kind == "loss":
         chosen += ["loss.per=clip", "loss.domains={music: 3}", "distillation.weight=2"]
-    if kind == "causal_lm":
+    if kind == "fusion":
+        chosen += ["decoder.adapter.layers=[0, 1, 2]"]
+    if kind in ("causal_lm", "fusion"):
         chosen += [f"decoder.language_model={tiny_language_model}", "optim.encoder_after_step=2"]
     single = jobs.add("single", *chosen, "data.batch_clips=4", "trainer.accumulate=3")
     jobs.done(ranks=1)

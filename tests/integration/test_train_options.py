@@ -19,6 +19,7 @@ from whisper_aut.cli import main
 from whisper_aut.config import load_settings
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import load_encoder
+from whisper_aut.loading import open_run
 from whisper_aut.training.checkpoint import read_weights
 from whisper_aut.training.factory import build_trained
 from whisper_aut.training.train import build_parts, train
@@ -26,6 +27,8 @@ from whisper_aut.training.train import build_parts, train
 OPTIONS = {
     "padding": ("model.pad_to_30s=0.4",),
     "average": ("optim.ema_decay=0.5",),
+    "lora": ("model.lora_rank=4", "distillation.weight=1", "model.gradient_checkpointing=true"),
+    "fusion": ("decoder=causal_lm", "decoder.adapter.layers=[0, 1, 2]"),
     "loss": ("loss.per=clip", "loss.domains={music: 3.0}"),
     "prompts": (
         "decoder.supervise_prompt=[speech]",
@@ -36,11 +39,18 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_it_resumes_exactly_and_exports_a_drop_in(
-    option: str, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+    option: str,
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    tiny_language_model: Path,
 ):
+    options = OPTIONS[option]
+    if option == "fusion":
+        options += (f"decoder.language_model={tiny_language_model}",)
     common = ("optim.lr=3e-3", "optim.warmup_steps=0", "trainer.max_steps=4")
     common += ("trainer.checkpoint_every_steps=2", "trainer.keep_checkpoints=3")
-    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, *common, *OPTIONS[option])
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, *common, *options)
     run = train(settings, QUIET).run
     whole = weights_of(run)
     train(settings, QUIET, resume=str(run.checkpoints / "step-0000002.ckpt"))
@@ -144,6 +154,37 @@ def test_averaged_weights_are_validated_and_exported(
     assert abs(losses[1] - losses[0]) > 1e-3
 
 
+def test_fused_layers_reach_the_language_model_and_their_weights_stay_in_the_run(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, tiny_language_model: Path
+):
+    options = ["decoder=causal_lm", f"decoder.language_model={tiny_language_model}"]
+    options += ["decoder.adapter.layers=[1, 2]", "optim.lr=1e-2"]
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, *options)
+    run = train(settings, QUIET).run
+    weights = weights_of(run)
+    scores = weights["decoder.fusion.scores"]
+    assert scores.shape == (2,)
+    assert scores.abs().max() > 0
+    module = open_run(run.path)
+    batch = next(iter(build_parts(settings, None).data.val_dataloader()))
+    states = module.encoder(batch.mel, batch.mel_lengths, keep_states=True).states
+    fused = sum(
+        weight * torch.nn.functional.layer_norm(state, state.shape[-1:])
+        for weight, state in zip(scores.softmax(0), states[1:], strict=True)
+    )
+    seen = []
+    module.decoder.adapter.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    loss = module.eval()(batch)[1]
+    assert_close(seen[0], fused, atol=1e-5, rtol=1e-4)
+    assert torch.isfinite(loss.token_nll).all()
+    for layers in ([0, 1], [2, 2], [9]):
+        wrong = settings_for(
+            tiny_whisper, tiny_shards, tmp_path, *options, f"decoder.adapter.layers={layers}"
+        )
+        with pytest.raises(UserError, match=r"decoder.adapter.layers: give different layers from"):
+            build_parts(wrong, None)
+
+
 def test_an_encoder_for_both_padding_modes_says_so(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):
@@ -176,6 +217,7 @@ def test_an_encoder_for_both_padding_modes_says_so(
             "data.batch_seconds: 20 is below the 30 s",
         ),
         (["optim.ema_decay=0.9", "strategy=deepspeed_stage_3"], "ZeRO stage 3 shards the weights"),
+        (["model.lora_rank=4", "model.freeze_encoder=true"], "lora_rank: does not go with"),
         (["loss.per=word"], "loss.per: must be 'token' or 'clip'"),
         (["loss.domains={music: 0}"], "loss.domains.music: must be greater than 0"),
         (["loss.domains={rain: 1}"], "loss.domains"),

@@ -25,7 +25,7 @@ from whisper_aut import __version__
 from whisper_aut.errors import UserError
 from whisper_aut.export.onnx import write_onnx
 from whisper_aut.export.towers import TOWERS, write_tower
-from whisper_aut.models.encoder import TRAINED_PAD_TO_30S, TRAINED_PADDING, Padding
+from whisper_aut.models.encoder import TRAINED_PAD_TO_30S, TRAINED_PADDING, Padding, merge_lora
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.training.checkpoint import is_checkpoint, read_weights
 from whisper_aut.training.run_dir import RunDirectory
@@ -55,7 +55,8 @@ NO_DECODER = {
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """Return the full weights of a checkpoint, whichever strategy and world size wrote it.
 
-    They are the moving average of the weights if the run has one (`optim.ema_decay`).
+    They are the moving average of the weights if the run has one (`optim.ema_decay`). Low-rank
+    updates of the encoder (`model.lora_rank`) are merged into its weights.
 
     Raises:
         UserError: The checkpoint is missing, damaged, or not one of this project.
@@ -75,7 +76,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{path} is not a readable checkpoint: {problem}") from None
     if not any(name.startswith(ENCODER_PREFIX) for name in weights):
         raise UserError(f"{path} does not contain an encoder of whisper-aut.")
-    return weights
+    return merge_lora(weights)
 
 
 def find_checkpoint(path: Path) -> tuple[Path, PretrainedWhisper]:

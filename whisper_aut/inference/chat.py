@@ -18,7 +18,7 @@ from torch import Tensor
 from whisper_aut.audio.decode import ClipLimits, load_file
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
 from whisper_aut.audio.windows import BATCH_SECONDS, batches_by_seconds
-from whisper_aut.data.batch import Example, collate
+from whisper_aut.data.batch import Example, TokenTarget, collate
 from whisper_aut.data.dataset import ExampleBuilder, Ledger, by_source
 from whisper_aut.data.reader import SkippedSample
 from whisper_aut.data.shards import iter_samples, open_index
@@ -74,8 +74,9 @@ def _generate(module: AudioTextModule, audio: Path, prompt: Tensor, max_new_toke
         if skip.reason is SkipReason.MISSING_FILE:
             raise UserError(f"Cannot read {audio}: {skip.detail}.") from None
         raise UserError(f"{audio} cannot be used: {skip}.") from None
-    mel = LogMel(module.encoder.num_mel_bins)(waveform).to(module.device)
-    frames = module.encoder(mel, [mel_frames(len(waveform))])
+    bins, target = module.encoder.num_mel_bins, TokenTarget(prompt, prompt > 0, len(prompt))
+    clip = Example(LogMel(bins)(waveform), mel_frames(len(waveform)), target, "", "", "")
+    frames = module.encode(collate([clip], [], bins).to(module.device))
     (tokens,) = module.decoder.generate(frames.values, frames.lengths, [prompt], max_new_tokens)
     return module.codec.decode(tokens)
 
@@ -168,7 +169,7 @@ def _answers(
     for indices in batches_by_seconds(seconds, batch_seconds):
         chosen = [examples[index] for index in indices]
         batch = collate(chosen, [], module.encoder.num_mel_bins).to(module.device)
-        frames = module.encoder(batch.mel, batch.mel_lengths)
+        frames = module.encode(batch)
         answers = module.decoder.generate(
             frames.values, frames.lengths, batch.targets.prompts(), max_new_tokens
         )

@@ -5,12 +5,13 @@ width of the language model. To add an adapter, write a class and add it to `ADA
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
 from pydantic import AfterValidator, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from whisper_aut.errors import nearest
 from whisper_aut.models.attention import upload
@@ -33,12 +34,17 @@ class AdapterOptions:
         name: `stack`, `conv` or `linear`.
         frames: number of encoder frames (20 ms each) per embedding: 4 for 80 ms, 5 for 100 ms.
         hidden: width between the two linear layers. 0 means twice the language model's width.
+<<<<<<< HEAD
             `linear` has one layer only.
+=======
+        layers: encoder layers to fuse, see `LayerFusion`. Empty for the encoder's output alone.
+>>>>>>> c2d3362 (Encoder LoRA, and a learned sum of encoder layers before the adapter)
     """
 
     name: Annotated[str, AfterValidator(_check_adapter)] = "stack"
     frames: PositiveInt = 4
     hidden: NonNegativeInt = 0
+    layers: list[NonNegativeInt] = field(default_factory=list)
 
 
 def windows(
@@ -66,6 +72,22 @@ def windows(
     padded = torch.cat([frames, frames.new_zeros(1, frames.shape[1])])
     index = upload(torch.cat(indices).flatten(), frames.device)
     return padded.index_select(0, index).view(-1, size * frames.shape[1]), counts
+
+
+class LayerFusion(nn.Module):
+    """Adds up hidden states of an encoder, each normalised, with softmax weights that are learned.
+
+    As in ELMo (arXiv 1802.05365) and SUPERB (arXiv 2105.01051). All weights are equal at first.
+    """
+
+    def __init__(self, layers: int):
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros(layers))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map `[ΣT, n, D]` to `[ΣT, D]`."""
+        normed = layer_norm(states, states.shape[-1:])
+        return torch.einsum("n,tnd->td", self.scores.softmax(0).to(normed.dtype), normed)
 
 
 class StackAdapter(nn.Module):

@@ -10,7 +10,7 @@ Whisper's window; the result equals Hugging Face's to a relative error of 1e-5.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.audio.logmel import MAX_MEL_FRAMES, frames_with_context, silence_level
-from whisper_aut.errors import UserError
+from whisper_aut.errors import UserError, require
 from whisper_aut.models.attention import Segments, clip_attention, upload
 
 Padding = Literal["none", "30s"]
@@ -33,6 +33,7 @@ TRAINED_PADDING, TRAINED_PAD_TO_30S = "trained_padding", "trained_pad_to_30s"
 # Padding mode of checkpoints without that key, such as all of OpenAI's.
 RELEASED_PADDING: Padding = "30s"
 CONV_STRIDE = 2
+LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 FRAME_SECONDS = 0.02
 
 
@@ -51,6 +52,11 @@ class Frames:
     lengths: tuple[int, ...]
     valid_lengths: tuple[int, ...]
     states: tuple[Tensor, ...] = ()
+
+    def of_layers(self, layers: Sequence[int]) -> "Frames":
+        """Return the same frames with the states of n layers as values, `[ΣT, n, D]`, if any."""
+        chosen = [self.states[layer] for layer in layers]
+        return replace(self, values=torch.stack(chosen, dim=1)) if chosen else self
 
     def valid(self) -> list[Tensor]:
         """Return the frames of each clip without padding, `[T, D]`."""
@@ -211,6 +217,41 @@ class PackedEncoder(nn.Module):
         positions = whisper.embed_positions(torch.arange(frames, device=mel.device))
         hidden = (hidden + positions).contiguous()  # once here instead of in every layer
         return dropout(hidden.flatten(0, 1), p=whisper.dropout, training=self.training)
+
+
+def add_lora(encoder: PackedEncoder, rank: int, alpha: int) -> None:
+    """Freeze an encoder and add trainable low-rank updates to the linear layers of its blocks.
+
+    A layer then computes W x + alpha / rank · B A x (Hu et al. 2021, arXiv 2106.09685).
+    """
+    require("peft")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    encoder.requires_grad_(False)
+    options = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
+    inject_adapter_in_model(options, encoder.whisper)
+    encoder.register_buffer("lora_scale", torch.tensor(alpha / rank))  # for `merge_lora`
+
+
+def merge_lora(weights: dict[str, Any], prefix: str = "encoder.") -> dict[str, Any]:
+    """Return the state dict of a module with the updates of `add_lora`, if any, in the weights.
+
+    Args:
+        weights: the state dict.
+        prefix: of the encoder's names.
+    """
+    scale = weights.get(f"{prefix}lora_scale")
+    if scale is None:
+        return weights
+    merged = {}
+    for name, value in weights.items():
+        layer = name.removesuffix("base_layer.weight")
+        if layer != name:
+            low, high = (weights[f"{layer}lora_{part}.default.weight"] for part in "AB")
+            value = value + scale * high @ low
+        if not name.startswith(prefix) or not (".lora_" in name or name.endswith("lora_scale")):
+            merged[name.replace(".base_layer.", ".")] = value
+    return merged
 
 
 def _spaced_layout(mel_lengths: Sequence[int]) -> tuple[int, Tensor, Tensor, Tensor]:

@@ -121,8 +121,7 @@ class AudioTextModule(lightning.LightningModule):
 
     def forward(self, batch: Batch) -> tuple[Frames, DecoderLoss]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder_learns):
-            keep_states = self.distillation is not None and self.training
-            frames = self.encoder(batch.mel, batch.mel_lengths, keep_states, batch.padded)
+            frames = self.encode(batch)
         loss = self.decoder.loss(frames.values, frames.lengths, batch.targets)
         weights = batch.targets.label_weights(loss.token_nll.device)
         if weights is not None and self.global_step == 0:
@@ -132,12 +131,19 @@ class AudioTextModule(lightning.LightningModule):
                 raise UserError(
                     f"{name} ignores targets.label_weights, which `loss` of the config needs."
                 )
-        if self.distillation and frames.states and self.encoder_learns:
+        if self.distillation and self.training and self.encoder_learns:
             distance = self.distillation(batch, frames)
             if distance is not None:
                 self.log("train/distillation", distance.detach(), batch_size=1)
                 loss = replace(loss, total=loss.total + self.distillation.weight * distance)
         return frames, loss
+
+    def encode(self, batch: Batch) -> Frames:
+        """Return the frames of a batch for the decoder."""
+        layers = getattr(self.decoder, "encoder_layers", ())
+        keep_states = bool(layers) or (self.distillation is not None and self.training)
+        frames = self.encoder(batch.mel, batch.mel_lengths, keep_states, batch.padded)
+        return frames.of_layers(layers)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         ranks, accumulate = self.trainer.world_size, self.trainer.accumulate_grad_batches

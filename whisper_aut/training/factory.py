@@ -34,7 +34,12 @@ from whisper_aut.data.targets import TextCodec
 from whisper_aut.errors import Problems, UserError
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.distillation import Distillation
-from whisper_aut.models.encoder import PackedEncoder, clip_too_long_message, max_clip_seconds
+from whisper_aut.models.encoder import (
+    PackedEncoder,
+    add_lora,
+    clip_too_long_message,
+    max_clip_seconds,
+)
 from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.models.tiny import make_whisper
@@ -177,6 +182,8 @@ def build_module(
     distillation = _distillation(settings, encoder) if settings.distillation.weight else None
     if model.freeze_encoder:
         encoder.requires_grad_(False)
+    if model.lora_rank:
+        add_lora(encoder, model.lora_rank, model.lora_alpha)
     for parameter in (*encoder.parameters(), *decoder.parameters()):
         if parameter.requires_grad:
             # 16-bit weights would round away AdamW's small updates.
@@ -216,11 +223,11 @@ def _distillation(settings: Settings, encoder: PackedEncoder) -> Distillation:
 
 
 def build_trained(settings: Settings, weights: dict[str, Any]) -> AudioTextModule:
-    """Return the module of a run with the weights of one of its checkpoints, in eval mode."""
+    """Return the module of a run in eval mode, with weights from `export.hf.read_checkpoint`."""
     # Compilation does not pay off for the few clips that are evaluated.
     settings = replace(
         settings,
-        model=replace(settings.model, compile=False),
+        model=replace(settings.model, compile=False, lora_rank=0),
         distillation=DistillationSettings(),
     )
     pretrained = build_pretrained(settings)

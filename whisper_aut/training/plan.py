@@ -206,7 +206,8 @@ def step_cost(
         with counter:
             with torch.autocast("cpu", torch.bfloat16, enabled=shape.compute == "autocast"):
                 padded = [index < shape.padded for index in range(len(lengths))]
-                frames = encoder(mel, shape.mel_lengths, padded=padded)
+                layers = getattr(decoder, "encoder_layers", ())
+                frames = encoder(mel, shape.mel_lengths, bool(layers), padded).of_layers(layers)
                 loss = decoder.loss(frames.values, frames.lengths, targets).total
             loss.backward()
         useful = encoder_flops(config, shape.mel_lengths, lengths, trained=shape.train_encoder)
@@ -435,6 +436,10 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
         raise UserError(
             f"Runs with the decoder {settings.decoder['name']!r} cannot be planned: its registry "
             "entry has no `build_meta`."
+        )
+    if settings.model.lora_rank:
+        raise UserError(
+            "model.lora_rank cannot be planned: peft needs real weights. Plan without it."
         )
     data, hardware, trainer = settings.data, settings.hardware, settings.trainer
     stored, assumptions = stored_audio(data)

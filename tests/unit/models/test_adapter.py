@@ -1,5 +1,7 @@
 """Adapters: windows stay inside clips, and the convolution is a convolution."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from whisper_aut.models.adapters import (
     ADAPTERS,
     AdapterOptions,
     ConvAdapter,
+    LayerFusion,
     StackAdapter,
     build_adapter,
     embedding_scale,
@@ -34,6 +37,21 @@ def test_stacked_windows_equal_a_loop_over_clips(hop: int):
         expected.append(padded.view(-1, hop * clip.shape[1]))
     assert counts == tuple(len(part) for part in expected)
     assert_close(stacked, torch.cat(expected))
+
+
+def test_fused_layers_are_a_softmax_weighted_sum_of_normalised_states():
+    states, fusion = torch.stack([frames(), 30 * frames() + 7], dim=1), LayerFusion(2)
+    fusion.scores.data = torch.tensor([0.4, -1.0])
+    weights = [math.exp(score) / (math.exp(0.4) + math.exp(-1.0)) for score in (0.4, -1.0)]
+    expected = torch.zeros_like(frames())
+    for index, weight in enumerate(weights):
+        for frame, state in enumerate(states[:, index].double()):
+            normed = (state - state.mean()) / (state.var(unbiased=False) + 1e-5).sqrt()
+            expected[frame] += weight * normed
+    assert_close(fusion(states), expected, atol=1e-5, rtol=1e-5)
+    fusion(states).square().mean().backward()
+    assert fusion.scores.grad is not None
+    assert LayerFusion(4).scores.softmax(0).tolist() == [0.25] * 4
 
 
 def test_the_conv_adapter_is_a_strided_convolution():

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
@@ -16,7 +18,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from tests.support.numeric import assert_frames_close, enlarge
 from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.errors import UserError
-from whisper_aut.models.encoder import PackedEncoder, encoder_frames
+from whisper_aut.models.encoder import PackedEncoder, add_lora, encoder_frames, merge_lora
+from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.training.doctor import find_compiler
 
 SECONDS = (1.0, 5.0, 0.11, 30.0, 29.99, 7.3135, 2.0)
@@ -185,6 +188,35 @@ def test_ranks_with_equal_and_with_mixed_clips_call_the_same_modules(
         hook.remove()
     assert orders[0] == orders[1]
     assert {"whisper.conv1", "whisper.embed_positions", "whisper.layers.2.fc2"} <= set(called)
+
+
+@torch.no_grad()
+def test_low_rank_updates_are_merged_as_peft_merges_them(tiny_whisper: Path):
+    encoder = PackedEncoder(PretrainedWhisper(str(tiny_whisper)).encoder)
+    start = {f"encoder.{name}": value.clone() for name, value in encoder.state_dict().items()}
+    assert merge_lora(start) is start
+    add_lora(encoder, rank=3, alpha=12)
+    trained = [name for name, p in encoder.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 6 * len(encoder.whisper.layers)
+    assert all(".lora_" in name for name in trained)
+    for parameter in encoder.parameters():
+        if parameter.requires_grad:
+            parameter.normal_(std=0.1)
+    mel, lengths = torch.randn(62, 80), [60]
+    expected = encoder(mel, lengths).values
+    merged = merge_lora({f"encoder.{name}": value for name, value in encoder.state_dict().items()})
+    assert merged.keys() == start.keys()
+    plain = PackedEncoder(PretrainedWhisper(str(tiny_whisper)).encoder)
+    plain.load_state_dict({name.removeprefix("encoder."): w for name, w in merged.items()})
+    assert_frames_close(plain(mel, lengths).values, expected)
+    for module in encoder.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    layer: Any = encoder.whisper.layers[0]
+    assert_close(merged["encoder.whisper.layers.0.fc1.weight"], layer.fc1.base_layer.weight)
+    assert not torch.equal(
+        merged["encoder.whisper.layers.0.fc1.weight"], start["encoder.whisper.layers.0.fc1.weight"]
+    )
 
 
 def test_checkpointing_changes_no_gradient(model: WhisperModel, waveforms: list[Tensor]):

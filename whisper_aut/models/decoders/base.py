@@ -16,8 +16,9 @@ from whisper_aut.models.losses import DecoderLoss
 class Decoder(Protocol):
     """A text decoder for training an audio encoder. It must also be an `nn.Module`.
 
-    Two members are optional: `flops(lengths, targets)` returns the FLOPs of a training step for the
-    throughput metrics, and `identity` is a dictionary written to the run's `environment.json`.
+    Three members are optional: `flops(lengths, targets)` returns the FLOPs of a training step for
+    the throughput metrics, and `identity` is a dictionary written to the run's `environment.json`.
+    With `encoder_layers`, a list of n hidden states (`Frames.states`), frames are `[ΣT, n, D]`.
     """
 
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:

@@ -20,7 +20,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from whisper_aut.data.batch import Targets
 from whisper_aut.data.targets import ChatText, Instruction, Instructions
 from whisper_aut.errors import UserError, require
-from whisper_aut.models.adapters import AdapterOptions, StackAdapter, build_adapter, embedding_scale
+from whisper_aut.models.adapters import (
+    AdapterOptions,
+    LayerFusion,
+    StackAdapter,
+    build_adapter,
+    embedding_scale,
+)
 from whisper_aut.models.attention import upload
 from whisper_aut.models.flops import TRAINED_PRODUCTS, language_model_flops
 from whisper_aut.models.language_model import (
@@ -103,6 +109,12 @@ def build_causal_lm(
         UserError: the language model cannot be used, or an option is invalid.
     """
     instructions = Instructions(options.instructions)
+    last, layers = pretrained.config.encoder_layers, options.adapter.layers
+    if layers and (max(layers) != last or len(set(layers)) < len(layers)):
+        raise UserError(
+            f"decoder.adapter.layers: give different layers from 0 to {last}, with {last}, the "
+            "output, among them. Otherwise the top of the encoder would not be trained."
+        )
     path = options.language_model
     if options.scratch:
         path = make_language_model(options.scratch, instructions)
@@ -133,6 +145,7 @@ def build_causal_lm(
         identity=identity,
         layout=layout,
         frozen=options.train == "frozen",
+        encoder_layers=options.adapter.layers,
     )
     return decoder, codec
 
@@ -170,6 +183,7 @@ def build_causal_lm_meta(
         identity={},
         layout=layout_without_weights(model, width),
         frozen=options.train == "frozen",
+        encoder_layers=options.adapter.layers,
     )
 
 
@@ -187,6 +201,7 @@ class CausalLMDecoder(nn.Module):
         identity: name, revision and weight hash of the language model, stored in checkpoints.
         layout: how the language model runs on a batch.
         frozen: keep the language model in eval mode, whatever the mode of the rest.
+        encoder_layers: encoder layers that the adapter fuses. Empty for the encoder's output.
     """
 
     def __init__(
@@ -199,11 +214,14 @@ class CausalLMDecoder(nn.Module):
         layout: SequenceLayout = SequenceLayout(),  # noqa: B008 — immutable
         *,
         frozen: bool = True,
+        encoder_layers: Sequence[int] = (),
     ):
         super().__init__()
         self.model, self.adapter = model, adapter
         self.audio_index, self.end_token, self.identity = audio_index, end_token, identity
         self.layout, self.frozen = layout, frozen
+        self.encoder_layers = tuple(encoder_layers)
+        self.fusion = LayerFusion(len(encoder_layers)) if encoder_layers else nn.Identity()
         model.generation_config = GenerationConfig()  # the model's own may enable sampling
         model.register_state_dict_post_hook(_remove_frozen)
         model.register_load_state_dict_pre_hook(_restore_frozen)
@@ -295,7 +313,7 @@ class CausalLMDecoder(nn.Module):
         Returns:
             The embeddings `[ΣL', W]`, and L' per chat.
         """
-        audio, audio_lengths = self.adapter(frames, frame_lengths)
+        audio, audio_lengths = self.adapter(self.fusion(frames), frame_lengths)
         text = self.model.get_input_embeddings()(tokens.clamp(min=0))
         audio = audio.to(text.dtype)
         start, parts = self.audio_index, []
