@@ -42,14 +42,16 @@ class _OneDNNLinear(nn.Linear):
         if not _is_faster(input, self.weight):
             # `nn.Linear` looks up `F.linear` at each call, so it finds ZeRO-3's replacement.
             return super().forward(input)
-        return _OneDNNFunction.apply(input, self.weight, self.bias)  # pyright: ignore[reportReturnType]
+        # In this order, gradients arrive as they do from `nn.Linear`: the bias first. ZeRO-1 and
+        # ZeRO-2 mix gradients up if ranks differ in it, and batch sizes decide which of the two runs.
+        return _OneDNNFunction.apply(input, self.bias, self.weight)  # pyright: ignore[reportReturnType]
 
 
 class _OneDNNFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, input: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
         # Only the gradient of the weight needs the input, so it is not kept for a frozen weight.
-        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)
+        ctx.save_for_backward(input if ctx.needs_input_grad[2] else None, weight)
         return _onednn(input, weight, bias)
 
     @staticmethod
@@ -59,8 +61,8 @@ class _OneDNNFunction(torch.autograd.Function):
         grad_rows = grad.flatten(0, -2)
         return (
             _onednn(grad, weight.T) if ctx.needs_input_grad[0] else None,
-            _onednn(grad_rows.T, input.flatten(0, -2).T) if ctx.needs_input_grad[1] else None,
-            grad_rows.sum(0) if ctx.needs_input_grad[2] else None,
+            grad_rows.sum(0) if ctx.needs_input_grad[1] else None,
+            _onednn(grad_rows.T, input.flatten(0, -2).T) if ctx.needs_input_grad[2] else None,
         )
 
 

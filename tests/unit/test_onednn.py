@@ -151,3 +151,20 @@ def test_the_processor_decides(
         assert mkl_is_slow() == (slow and has_both)
     finally:
         mkl_is_slow.cache_clear()
+
+
+def test_gradients_arrive_in_the_same_order_whatever_the_size_of_a_batch(calls: list):
+    """ZeRO-1 and ZeRO-2 add gradients of ranks in the order in which they arrive."""
+    layers = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64, bias=False))
+    layers.append(nn.Linear(64, 64))
+    use_onednn(layers)
+    arrived: list[str] = []
+    for name, parameter in layers.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    orders = []
+    for rows in (4, 3000):
+        calls.clear()
+        layers(torch.randn(rows, 64)).sum().backward()
+        assert bool(calls) == (rows == 3000)
+        orders.append(arrived[-5:])
+    assert orders[0] == orders[1]
