@@ -43,7 +43,7 @@ class _OneDNNLinear(nn.Linear):
             # `nn.Linear` looks up `F.linear` at each call, so it finds ZeRO-3's replacement.
             return super().forward(input)
         # In this order, gradients arrive as they do from `nn.Linear`: the bias first. ZeRO-1 and
-        # ZeRO-2 mix gradients up if ranks differ in it, and batch sizes decide which of the two runs.
+        # ZeRO-2 mix gradients up if ranks differ in it, and the batch decides which is used.
         return _OneDNNFunction.apply(input, self.bias, self.weight)  # pyright: ignore[reportReturnType]
 
 
