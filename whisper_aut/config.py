@@ -547,8 +547,9 @@ class Settings:
                 "data.batch_seconds: with model.padding=30s every clip costs 30 s; give "
                 "data.batch_clips"
             )
-        if self.optim.ema_decay and self.strategy.zero_stage == 3:
-            raise ValueError("optim.ema_decay: ZeRO stage 3 shards the weights; use stage 2 or ddp")
+        if self.optim.ema_decay and (self.strategy.zero_stage == 3 or self.strategy.name == "fsdp"):
+            name = self.strategy.name
+            raise ValueError(f"optim.ema_decay: {name} shards the weights; use ddp or ZeRO stage 2")
         if self.model.pad_to_30s and (self.data.batch_seconds or 30) < 30:
             raise ValueError(
                 f"data.batch_seconds: {self.data.batch_seconds:g} is below the 30 s of a clip that "
