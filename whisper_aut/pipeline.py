@@ -50,7 +50,7 @@ class PipelineOptions:
     Attributes:
         config: path of the config. Configs that it names are searched next to it first.
         overrides: the `key=value` overrides of the command line, to print the resume command.
-        resume, fresh: see `training.train`.
+        resume, fresh, allow_data_change: see `training.train`.
         report: write the report of the run. `whisper-aut report RUN` can also write it later.
     """
 
@@ -58,6 +58,7 @@ class PipelineOptions:
     overrides: tuple[str, ...] = ()
     resume: str = ""
     fresh: bool = False
+    allow_data_change: bool = False
     report: bool = True
 
     @property
@@ -114,7 +115,12 @@ def run_pipeline(settings: Settings, options: PipelineOptions, console: Console)
         settings = _train_pretrained(settings, options, console)
     try:
         trained = train(
-            settings, console, resume=options.resume, fresh=options.fresh, callbacks=callbacks
+            settings,
+            console,
+            resume=options.resume,
+            fresh=options.fresh,
+            allow_data_change=options.allow_data_change,
+            callbacks=callbacks,
         )
     except Interrupted as interrupted:
         command = shlex.join([str(options.config), *options.overrides])

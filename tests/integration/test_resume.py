@@ -135,3 +135,31 @@ def test_renamed_files_overwrite_nothing(tmp_path: Path):
     assert kept == {f"config.{number}.yaml": f"name: {number}" for number in range(1, 12)} | {
         "config.note.yaml": ""
     }
+
+
+def test_a_run_goes_on_with_other_data_only_on_request(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    def mixture(steps: int, domains: str, *overrides: str):
+        options = (*EVERY_STEP, f"trainer.max_steps={steps}", f"data.domains={domains}")
+        return settings_for(tiny_whisper, tiny_shards, tmp_path, *options, *overrides)
+
+    before = mixture(2, "{speech: 1, sound: 0, music: 0}")
+    run = train(before, QUIET).run
+    assert clips_by_domain(run) == {"speech"}
+    change = "data.schedule=[{after_clips: 12, domains: {sound: 0, music: 1}}]"
+    after = mixture(4, "{speech: 0, sound: 1, music: 0}", change)
+    with pytest.raises(UserError, match="--allow-data-change"):
+        train(after, QUIET, resume=str(run.path))
+    train(after, QUIET, resume=str(run.path), allow_data_change=True)
+    assert json.loads(run.done.read_text())["steps"] == 4
+    # Twelve clips are three steps: one more step of sound, then music.
+    assert clips_by_domain(run) == {"sound", "music"}
+    assert load_settings(run.path / "config.0.yaml") == before
+    assert load_settings(run.config) == after
+
+
+def clips_by_domain(run: RunDirectory) -> set[str]:
+    """Return the domains from which a run has drawn since its order began or changed."""
+    sources = json.loads(run.done.read_text())["sources"]
+    return {Path(root).name for root, epochs in sources.items() if epochs}

@@ -253,9 +253,21 @@ def test_a_file_that_is_no_config_is_an_error(
         (["data.domains={'No ise': 1}"], "'No ise' is not a name in lower case"),
         (
             ["data.valid=[{path: x, domain: soud}]"],
-            "data.domains: has no weight for 'soud', the domain of a source. Did you mean 'sound'?",
+            "'soud', the domain of a source or of `schedule`. Did you mean 'sound'?",
         ),
         (["decoder.prompts={noise: {}}"], "decoder.prompts: 'noise' is not one of speech, sound"),
+        (
+            ["data.schedule=[{after_clips: 9, domains: {noise: 1}}]"],
+            "data.domains: has no weight for 'noise', the domain of a source or of `schedule`",
+        ),
+        (
+            ["data.schedule=[{after_clips: 9, domains: {}}, {after_clips: 9, domains: {}}]"],
+            "data.schedule: after_clips must increase",
+        ),
+        (
+            ["data.schedule=[{after_clips: 9, domains: {}}]", "data.mode=epochs"],
+            "data.schedule: must be empty with mode=epochs",
+        ),
         (["distillation.domains=[musik]"], "distillation.domains: 'musik' is not one of"),
         (
             ["data.valid=[{path: x, domain: sound, text: a, fields: {text: b}}]"],

@@ -72,6 +72,7 @@ def evaluate(options: argparse.Namespace, console: Console) -> None:
         domain=options.domain,
         limit=options.limit,
         batch_seconds=options.batch_seconds,
+        long_clips=options.long_clips,
         out=out,
         max_new_tokens=options.max_new_tokens,
     )
@@ -136,6 +137,8 @@ def add_parsers(commands: Commands) -> None:
     add("--tasks", nargs="+", default=[], help=tasks)
     domain = "domain of clips that do not have their own: speech, sound, music, …"
     add("--domain", default="", help=domain)
+    long_clips = "what to do with clips above 30 s, as data.long_clips (default: trim)"
+    add_choice(command, "--long-clips", ("trim", "crop", "chunk", "skip"), long_clips, "trim")
     limit = "only the first N clips of each folder"
     add("--limit", type=whole_number(1), metavar="N", help=limit)
     tokens = "at most N tokens of each text (default: 256)"

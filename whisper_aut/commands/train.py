@@ -27,7 +27,9 @@ def train(options: argparse.Namespace, console: Console) -> None:
     # A wrong path is reported before any corpus is built.
     check_resume(options.resume, Path(settings.runs) / settings.name)
     config, overrides = find_config(options.config), tuple(options.overrides)
-    pipeline_options = PipelineOptions(config, overrides, options.resume, options.fresh)
+    pipeline_options = PipelineOptions(
+        config, overrides, options.resume, options.fresh, options.allow_data_change
+    )
     run = run_pipeline(settings, pipeline_options, console)
     if is_first_rank():
         console.print(f"Done. The run is in {run.path}, its encoder in {run.export('encoder')}.")
@@ -130,6 +132,8 @@ def add_parsers(commands: Commands) -> None:
     add = command.add_argument
     resume = "resume the newest run of this name if it is unfinished, or a run or checkpoint"
     add("--resume", default="", metavar="auto|PATH", help=resume)
+    change = "resume although the training data or its mixture has changed"
+    add("--allow-data-change", action="store_true", help=change)
     add("--fresh", action="store_true", help="train again even if a finished run exists")
     add("--print-config", action="store_true", help="print the resolved config and exit")
     command.set_defaults(run=train)

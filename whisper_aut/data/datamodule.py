@@ -84,6 +84,8 @@ class TrainLoader:
         ranks: world size.
         workers: worker processes of this rank.
         segment: the current segment, stored in checkpoints.
+        earlier_order: fingerprint of another order whose checkpoint may be resumed, at a cursor in
+            the new one.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class TrainLoader:
         ranks: int,
         workers: int,
         segment: RunSegment = RunSegment(),  # noqa: B008 — immutable
+        earlier_order: str = "",
     ):
+        self.earlier_order = earlier_order
         self.make_stream, self.order, self.batching = make_stream, order, batching
         self.steps_per_epoch, self.accumulate = steps_per_epoch, accumulate
         self.ranks, self.workers, self.segment = ranks, workers, segment
@@ -140,6 +144,7 @@ class TrainLoader:
             "taken": taken,
             "in_epoch": self.in_epoch,
             "order": self.order.fingerprint(),
+            "partitions": self.order.partitions,
             "batching": self.batching.fingerprint(),
             "world": [self.ranks, self.accumulate],
             "segment": [self.segment.step, *self.segment.cursor],
@@ -154,11 +159,11 @@ class TrainLoader:
             UserError: the checkpoint belongs to a different order, or its cursor is inside a chunk
                 that was planned with different limits.
         """
-        if state["order"] != self.order.fingerprint():
+        if state["order"] not in (self.order.fingerprint(), self.earlier_order):
             raise UserError(
                 "The checkpoint was made with other training data, exclusions, weights, seed, "
                 "window or partitions, so its position in the data is not valid here. Resume with "
-                "the config of its run directory, or start a new run from the exported weights."
+                "the config of its run directory, or go on with the new data: --allow-data-change."
             )
         if state["taken"] and state["batching"] != self.batching.fingerprint():
             raise UserError(
@@ -196,6 +201,7 @@ class ShardDataModule(lightning.LightningDataModule):
     Args:
         train, valid: the sources.
         weights: weight of each training source in the mixture.
+        schedule: other weights, each after a number of training clips.
         build: turns samples into examples.
         seed: seed of the training order.
         window: clips of a training source that are shuffled together, over all partitions.
@@ -224,6 +230,7 @@ class ShardDataModule(lightning.LightningDataModule):
         seed: int,
         window: int,
         partitions: int = 1,
+        schedule: Sequence[tuple[int, Sequence[float]]] = (),
         batch_clips: int,
         batch_seconds: float | None = None,
         epochs: int | None = None,
@@ -242,7 +249,7 @@ class ShardDataModule(lightning.LightningDataModule):
         self.order = (
             EpochOrder(shapes, seed, window, epochs, partitions)
             if epochs
-            else MixtureOrder(shapes, seed, window, partitions)
+            else MixtureOrder(shapes, seed, window, partitions, schedule)
         )
         self.valid_order = SequentialOrder(_shapes(valid, [1.0] * len(valid)), window, valid_clips)
         longest = build.limits.max_seconds
@@ -268,6 +275,7 @@ class ShardDataModule(lightning.LightningDataModule):
         # Clips of each partition before the current chunk, which all ranks have trained on.
         self.position = 0
         self.segment = RunSegment()
+        self.earlier_order = ""  # see `TrainLoader`
         self._loader: TrainLoader | None = None
 
     @property
@@ -315,8 +323,13 @@ class ShardDataModule(lightning.LightningDataModule):
         return step + max(0, math.ceil(epochs * self.steps_per_epoch(ranks) - steps_before))
 
     def resume(
-        self, ranks: int, state: dict[str, Any], step: int, skip_to: Cursor | None = None
-    ) -> None:
+        self,
+        ranks: int,
+        state: dict[str, Any],
+        step: int,
+        skip_to: Cursor | None = None,
+        allow_change: bool = False,
+    ) -> Cursor | None:
         """Set the segment from which the steps of a resumed run are counted.
 
         A new segment begins at the checkpoint if the size of a step has changed, or if the order
@@ -327,7 +340,27 @@ class ShardDataModule(lightning.LightningDataModule):
             state: state of the loader in the checkpoint.
             step: optimizer steps taken so far.
             skip_to: cursor at which the data resumes, if not where the checkpoint ended.
+            allow_change: resume a checkpoint of another order, after as many clips of this one.
+
+        Returns:
+            The cursor at which the data resumes, if not where the checkpoint ended.
+
+        Raises:
+            UserError: the order has changed, and has epochs of its own.
         """
+        if allow_change and state["order"] != self.order.fingerprint():
+            if self.order.epoch_clips:
+                raise UserError(
+                    "--allow-data-change does not work with data.mode=epochs: other data has other "
+                    "epochs. Start a new run from the exported weights."
+                )
+            self.earlier_order = state["order"]
+            # Clips of the round that had begun are not counted exactly.
+            position = state["position"] + bool(state["taken"])
+            position = -(-position * state["partitions"] // self.order.partitions)
+            skip_to = skip_to or Cursor(position)
+            self.position, self.segment = skip_to.position, RunSegment(step, skip_to)
+            return skip_to
         same_world = state["world"] == [ranks, self.accumulate]
         same_steps = same_world and state["batching"] == self.batching.fingerprint()
         cursor = Cursor(state["position"], state["taken"])
@@ -339,6 +372,7 @@ class ShardDataModule(lightning.LightningDataModule):
             self.segment = RunSegment(first_step, Cursor(*first_cursor))
         else:
             self.segment = RunSegment(step, cursor)
+        return skip_to
 
     def source_epochs(self, position: int) -> dict[str, float]:
         """Return the epochs of each training source before a position, by name of its index."""
@@ -369,6 +403,7 @@ class ShardDataModule(lightning.LightningDataModule):
                 ranks=ranks,
                 workers=self.workers,
                 segment=self.segment,
+                earlier_order=self.earlier_order,
             )
         return self._loader
 

@@ -10,6 +10,7 @@ import random
 import re
 import tarfile
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -392,6 +393,8 @@ class MemberGroups:
         damage: the error that stopped the iteration; empty if the tar is valid.
     """
 
+    damages = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error)
+
     def __init__(
         self,
         stream: BinaryIO,
@@ -416,7 +419,7 @@ class MemberGroups:
                     self.starts.append(member.offset)
                 group[suffix] = body
                 self.end = _end_of(member)
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        except self.damages as error:
             self.damage = str(error) or type(error).__name__
         if group:
             yield ordinal, group

@@ -251,20 +251,45 @@ class Order(ABC):
 
 
 class MixtureOrder(Order):
-    """The endless training order, which draws sources by weight."""
+    """The endless training order, which draws sources by weight.
 
-    def __init__(self, sources: Sequence[SourceShape], seed: int, window: int, partitions: int = 1):
+    `schedule` holds other weights of the sources, each after a number of clips of all partitions.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SourceShape],
+        seed: int,
+        window: int,
+        partitions: int = 1,
+        schedule: Sequence[tuple[int, Sequence[float]]] = (),
+    ):
         super().__init__(sources, seed, window, partitions)
-        weights = np.array([source.weight for source in sources], dtype=np.float64)
-        self._edges = np.cumsum(weights / weights.sum())
+        self.schedule = [(0, [source.weight for source in sources]), *schedule]
+        weights = np.array([weights for _, weights in self.schedule], dtype=np.float64)
+        self._edges = np.cumsum(weights / weights.sum(1, keepdims=True), 1)
+        # The positions of a partition at which the weights change.
+        self._changes = [-(-clips // partitions) for clips, _ in schedule]
 
     def clips_end(self, partition: int, position: int) -> int | None:
         return None
 
     def _chunk_sources(self, partition: int, chunk: int) -> np.ndarray:
         uniform = self.random(_MIXTURE, chunk, partition).random(self.chunk_draws)
-        sources = np.searchsorted(self._edges, uniform, side="right")
-        return np.minimum(sources, len(self.sources) - 1)
+        begin = self._chunk_start(chunk)
+        bounds = np.clip([begin, *self._changes], begin, begin + self.chunk_draws) - begin
+        parts = np.split(uniform, bounds[1:])
+        drawn = [
+            np.searchsorted(edges, part, side="right")
+            for edges, part in zip(self._edges, parts, strict=True)
+        ]
+        return np.minimum(np.concatenate(drawn), len(self.sources) - 1)
+
+    def fingerprint(self) -> str:
+        if not self._changes:
+            return super().fingerprint()
+        listing = json.dumps([super().fingerprint(), self.schedule])
+        return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
 
 class EpochOrder(Order):

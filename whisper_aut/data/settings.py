@@ -99,6 +99,17 @@ class LicenceSettings:
 
 
 @dataclass(config=STRICT)
+class MixtureChange:
+    """New weights of `domains` after a number of training clips over all ranks.
+
+    Domains that are missing keep their weight.
+    """
+
+    after_clips: PositiveInt
+    domains: dict[Domain, NonNegativeFloat]
+
+
+@dataclass(config=STRICT)
 class DataSettings:
     """The data of a run.
 
@@ -107,6 +118,8 @@ class DataSettings:
         mode: `mixture` samples endlessly by weight; `epochs` reads each clip once per epoch.
         domains: weight of each domain among the training clips; any positive sum. All domains of
             the sources and their samples are named here; others than the three may be added.
+        schedule: changes of these weights during training, in order.
+        weigh_by: whether sources without a weight count by their clips or by their hours.
         temperature: weights are raised to 1 / temperature; above 1 makes them more even.
         batch_clips: clips per rank and micro-batch.
         batch_seconds: instead of `batch_clips`, maximum seconds of audio per rank and micro-batch;
@@ -135,6 +148,8 @@ class DataSettings:
     domains: dict[Domain, NonNegativeFloat] = field(
         default_factory=lambda: {"speech": 0.8, "sound": 0.1, "music": 0.1}
     )
+    schedule: list[MixtureChange] = field(default_factory=list)
+    weigh_by: Literal["clips", "hours"] = "clips"
     temperature: PositiveFloat = 1.0
     batch_clips: PositiveInt = 16
     batch_seconds: PositiveFloat | None = None
@@ -154,20 +169,34 @@ class DataSettings:
     timeout_seconds: PositiveFloat = 30.0
     augment: AugmentSettings = field(default_factory=AugmentSettings)
 
+    @property
+    def mixtures(self) -> list[tuple[int, dict[str, float]]]:
+        """The weights of domains, each with the number of training clips before them."""
+        found = [(0, {**self.domains})]
+        for change in self.schedule:
+            found.append((change.after_clips, found[-1][1] | change.domains))
+        return found
+
     @model_validator(mode="after")
     def check(self) -> Self:
         problems = []
-        if not sum(self.domains.values()) > 0:
-            problems.append("domains: at least one weight must be positive")
+        starts = [start for start, _ in self.mixtures]
+        if starts != sorted(set(starts)):
+            problems.append("schedule: after_clips must increase from entry to entry")
+        if self.schedule and self.mode == "epochs":
+            problems.append("schedule: must be empty with mode=epochs, which ignores weights")
+        if not all(sum(domains.values()) > 0 for _, domains in self.mixtures):
+            problems.append("domains: at least one weight must be positive, also in `schedule`")
         named = {source.domain for source in (*self.train, *self.valid)}
-        for domain in sorted(named - self.domains.keys()):
+        for domain in sorted((named | self.mixtures[-1][1].keys()) - self.domains.keys()):
             problems.append(
-                f"domains: has no weight for {domain!r}, the domain of a source."
+                f"domains: has no weight for {domain!r}, the domain of a source or of `schedule`."
                 f"{nearest(domain, self.domains)}"
             )
-        for domain in self.domains:
+        weights = self.mixtures[-1][1].keys()
+        for domain in weights:
             sources = [source for source in self.train if source.domain == domain]
-            if self.domains.get(domain, 0) > 0 and not sources:
+            if not sources and any(domains.get(domain, 0) > 0 for _, domains in self.mixtures):
                 problems.append(f"domains.{domain}: has a weight but no source in data.train")
             without = [source.path for source in sources if source.weight is None]
             if 0 < len(without) < len(sources):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -223,7 +224,7 @@ def index_folder(
         for entry, own in parallel_map(index_one, names, min(workers, len(names)), spawn=spawn):
             entries.append(entry)
             counts.update(own)
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{root} cannot be indexed: {error}.") from None
     tars_metadata = {TARS: tars.root} if elsewhere and not compressed else {}
     metadata = {**existing, **counts.metadata(), **tars_metadata, HAS_TABLES: True}
@@ -269,6 +270,8 @@ def _write_file(url: str, data: bytes) -> None:
 
 class _Headers(MemberGroups):
     """Groups in which the body of an audio member is a file object, which has not been read."""
+
+    damages = (tarfile.TarError, ValueError)  # a failed read is an error, not the end of the tar
 
     def _body(self, tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> Any:
         if suffix in AUDIO_SUFFIXES and member.size <= self.limits.max_bytes:

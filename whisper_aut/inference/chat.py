@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whisper_aut.audio.decode import ClipLimits, load_file
+from whisper_aut.audio.decode import ClipLimits, LongClips, load_file
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
 from whisper_aut.audio.windows import BATCH_SECONDS, batches_by_seconds
 from whisper_aut.data.batch import Example, TokenTarget, collate
@@ -106,6 +106,7 @@ def evaluate(
     domain: str = "",
     limit: int | None = None,
     batch_seconds: float = BATCH_SECONDS,
+    long_clips: LongClips = "trim",
     out: Path | None = None,
     max_new_tokens: int = 256,
 ) -> Evaluation:
@@ -118,6 +119,7 @@ def evaluate(
         domain: the domain of clips whose annotation does not state one.
         limit: use only this many clips of each folder, from its start.
         batch_seconds: seconds of audio in a batch, padding included.
+        long_clips: what to do with clips above 30 s, see `targets.choose_part`.
         out: a JSON-lines file for the key, domain, task, reference and answer of each clip.
 
     Raises:
@@ -125,7 +127,9 @@ def evaluate(
             no questions.
     """
     codec = _select_tasks(module.codec, tasks)
-    build = ExampleBuilder(LogMel(module.encoder.num_mel_bins), codec, ClipLimits())
+    build = ExampleBuilder(
+        LogMel(module.encoder.num_mel_bins), codec, ClipLimits(), long_clips=long_clips
+    )
     metrics, ledger, clips, cut = AnswerMetrics(codec.metrics), Ledger(None), 0, 0
     unknown_languages: Counter[str] = Counter()
     with out.open("w") if out else nullcontext() as file:

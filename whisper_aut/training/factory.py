@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -104,10 +104,12 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
     train, valid = open_selected(data), open_sources(data.valid, policy)
     if empty := [source.index.name for source in train if not source.index.samples]:
         raise UserError(f"These training sources contain no samples: {', '.join(empty)}.")
+    indexes = [source.index for source in train]
+    weights = [(clips, source_weights(data, indexes, names)) for clips, names in data.mixtures]
     return ShardDataModule(
         train,
         valid,
-        source_weights(data, [source.index.samples for source in train]),
+        weights[0][1],
         ExampleBuilder(
             LogMel(num_mel_bins),
             codec,
@@ -118,6 +120,7 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
         ),
         seed=settings.seed,
         window=data.window,
+        schedule=weights[1:],
         partitions=usable_partitions(
             data.partitions, sum(shard.bytes for source in train for shard in source.index.shards)
         ),
@@ -313,14 +316,25 @@ def select_sources(data: DataSettings, sources: Sequence[StreamSource]) -> list[
     return selected
 
 
-def source_weights(data: DataSettings, samples: Sequence[int]) -> list[float]:
-    """Return the sampling weight of each training source, given its number of clips."""
-    weights = [
-        float(clips) if source.weight is None else source.weight
-        for source, clips in zip(data.train, samples, strict=True)
-    ]
+def source_weights(
+    data: DataSettings, indexes: Sequence[ShardIndex], domain_weights: Mapping[str, float]
+) -> list[float]:
+    """Return the sampling weight of each training source, given its shards.
+
+    Raises:
+        UserError: If sources are to count by hours, and the lengths of one are not known.
+    """
+    weights = []
+    for source, index in zip(data.train, indexes, strict=True):
+        size = index.seconds if data.weigh_by == "hours" else index.samples
+        if not size and source.weight is None and index.samples:
+            raise UserError(
+                f"data.weigh_by: the lengths of {index.name} are not known. Write them once: "
+                f"whisper-aut data index {index.root}"
+            )
+        weights.append(float(size) if source.weight is None else source.weight)
     domains = [source.domain for source in data.train]
-    return mixture_weights(domains, weights, {**data.domains}, data.temperature)
+    return mixture_weights(domains, weights, domain_weights, data.temperature)
 
 
 def run_fingerprint(settings: Settings) -> str:

@@ -527,7 +527,8 @@ def stored_audio(data: DataSettings) -> tuple[StoredAudio, tuple[str, ...]]:
         )
         return StoredAudio(0, ASSUMED_CLIP_SECONDS, FLAC_BYTES_PER_SECOND), (assumption,)
     samples = [index.samples for index in indexes]
-    weights = samples if data.mode == "epochs" else source_weights(data, samples)
+    by_mixture = data.mode == "mixture"
+    weights = source_weights(data, indexes, {**data.domains}) if by_mixture else samples
     # Means are weighted by how often a source is drawn, not by its size.
     seconds = stored_bytes = 0.0
     for weight, index in zip(weights, indexes, strict=True):

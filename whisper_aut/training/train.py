@@ -101,6 +101,7 @@ def train(
     *,
     resume: str = "",
     fresh: bool = False,
+    allow_data_change: bool = False,
     callbacks: Sequence[lightning.Callback] = (),
 ) -> TrainResult:
     """Train, or return the newest run that finished with the same config, data and release.
@@ -111,6 +112,7 @@ def train(
         resume: `auto` resumes the newest run of this name if it is unfinished. A path resumes that
             run or checkpoint. Empty starts a new run.
         fresh: Train again even if there is a finished run.
+        allow_data_change: Resume although the training data or its mixture has changed.
         callbacks: Additional callbacks of the Trainer.
 
     Raises:
@@ -141,7 +143,9 @@ def train(
         check_step_size(checkpoint, settings.data.batch_clips, ranks, settings.trainer.accumulate)
     settings = fix_chat_date(settings, resumed.config if resumed else None)
 
-    parts = build_parts(settings, checkpoint)
+    parts = build_parts(settings, checkpoint, allow_data_change=allow_data_change)
+    if parts.data.earlier_order:
+        warn("The training data has changed: the run goes on with as many clips of the new order.")
     if checkpoint and (step := read_manifest(checkpoint).step) > parts.total_steps:
         raise UserError(
             f"{checkpoint} was written at step {step}, but this config trains only "
@@ -185,10 +189,14 @@ class RunParts:
     module: AudioTextModule
     data: ShardDataModule
     total_steps: int
+    skip_to: Cursor | None = None  # where the data resumes, if not where the checkpoint ended
 
 
 def build_parts(
-    settings: Settings, checkpoint: Path | None, skip_to: Cursor | None = None
+    settings: Settings,
+    checkpoint: Path | None,
+    skip_to: Cursor | None = None,
+    allow_data_change: bool = False,
 ) -> RunParts:
     """Build model and data, and plan the steps from a checkpoint, or from `skip_to` in the data."""
     if settings.hardware.threads:
@@ -202,13 +210,14 @@ def build_parts(
     ranks = _count_ranks(settings)
     if checkpoint:
         state = read_state(checkpoint)
-        data.resume(ranks, loader_states(state)[0], state["global_step"], skip_to)
+        states, step = loader_states(state), state["global_step"]
+        skip_to = data.resume(ranks, states[0], step, skip_to, allow_data_change)
     total_steps = data.total_steps(ranks, settings.trainer.max_epochs)
     if settings.trainer.max_steps:
         total_steps = min(total_steps, settings.trainer.max_steps)
     module = build_module(settings, pretrained, decoder, codec, total_steps)
     # transformers loads models in eval mode.
-    return RunParts(pretrained, module.train(), data, total_steps)
+    return RunParts(pretrained, module.train(), data, total_steps, skip_to)
 
 
 def _fit(
@@ -224,7 +233,7 @@ def _fit(
 
     After a `Rewind`, train again from the newest valid checkpoint and skip the data read since.
     """
-    warn, skip_to, rewinds = _warnings_to(console), None, 0
+    warn, skip_to, rewinds = _warnings_to(console), parts.skip_to, 0
     while True:
         trainer = build_trainer(settings, parts, run, ledger, console, callbacks, skip_to)
         try:
@@ -245,7 +254,9 @@ def _fit(
                     f"{rewind} The run {why}. Lower optim.lr, or check the data around that step."
                 ) from None
             warn(f"{rewind} Resuming from {checkpoint}, after the data read since.")
-            skip_to, parts = rewind.cursor, build_parts(settings, checkpoint, rewind.cursor)
+            has_changed = bool(parts.data.earlier_order)
+            skip_to = rewind.cursor
+            parts = build_parts(settings, checkpoint, skip_to, has_changed)
 
 
 def build_trainer(

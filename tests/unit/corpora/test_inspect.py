@@ -262,6 +262,10 @@ def test_compressed_tars_are_inspected_and_unpacked_by_the_index(tmp_path: Path)
     assert index_folder(tmp_path).fingerprint() == index.fingerprint()
     (tmp_path / "index.json").unlink()
     assert open_index(tmp_path).samples == 2
+    (tmp_path / "cut.tar.gz").write_bytes((tmp_path / "more.tar.gz").read_bytes()[:-99])
+    with pytest.raises(UserError, match="cannot be indexed"):
+        index_folder(tmp_path)
+    assert "bad tar" in inspect_shards(f"{tmp_path}/cut.tar.gz").skipped
     other = index_folder(f"{tmp_path}/more.tar.gz", tmp_path / "other", workers=2)
     assert (other.url(0), other.samples) == (f"{tmp_path}/other/more.tar", 1)
 

@@ -257,3 +257,25 @@ def test_the_validation_order_takes_the_first_clips_of_each_source():
     ]
     shards, ordinals = order.locate(0, 0, *order.window(0, 0, 5))
     assert (shards.tolist(), ordinals.tolist()) == ([0, 1], [4, 0])
+
+
+@pytest.mark.parametrize("partitions", [1, 4])
+def test_a_schedule_changes_the_weights_after_its_clips_and_nothing_before(partitions: int):
+    plain = MixtureOrder(SOURCES, 3, 6, partitions)
+    schedule = [(2_000, [0.0, 0.5, 0.5]), (300_000, [0.0, 0.0, 1.0])]
+    order = MixtureOrder(SOURCES, 3, 6, partitions, schedule)
+    changes = [-(-clips // partitions) for clips, _ in schedule]
+    for partition in range(partitions):
+        before, _ = order.draws(partition, 0, changes[0])
+        assert (before == plain.draws(partition, 0, changes[0])[0]).all()
+        middle = order.draws(partition, changes[0], changes[1])[0]
+        counts = np.bincount(middle, minlength=3)
+        assert counts[0] == 0
+        assert abs(counts[1] - len(middle) / 2) < 4 * (len(middle) / 4) ** 0.5
+        after, numbers = order.draws(partition, changes[1], changes[1] + 100)
+        assert set(after.tolist()) == {2}
+        # The clips of a source go on where the weights before left off.
+        assert numbers[0] == order.draw_counts(partition, changes[1])[2]
+    assert order.fingerprint() != plain.fingerprint()
+    other = MixtureOrder(SOURCES, 3, 6, partitions, schedule[:1])
+    assert order.fingerprint() != other.fingerprint()

@@ -24,13 +24,13 @@ from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
 from whisper_aut.data.reader import ReadPolicy
 from whisper_aut.data.sampler import Cursor, MixedPadding, batches_from
-from whisper_aut.data.settings import SourceSettings
-from whisper_aut.data.shards import open_index
+from whisper_aut.data.settings import DataSettings, SourceSettings
+from whisper_aut.data.shards import ShardEntry, ShardIndex, open_index
 from whisper_aut.data.targets import WhisperText
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import SkipReason, UserError
 from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.training.factory import open_sources
+from whisper_aut.training.factory import open_sources, source_weights
 
 DOMAINS = ("speech", "sound", "music")
 
@@ -403,3 +403,17 @@ def test_a_shard_that_vanishes_during_the_run_is_counted(tmp_path: Path, build: 
     assert [refusal.reason for batch in batches for refusal in batch.skipped] == [
         SkipReason.BAD_TAR
     ] * 8
+
+
+def test_sources_of_a_domain_count_by_clips_or_by_hours():
+    one = ShardIndex("one", (ShardEntry("a.tar", 30, 60.0),))
+    two = ShardIndex("two", (ShardEntry("a.tar", 10, 180.0),))
+    sources = [SourceSettings("one", "sound"), SourceSettings("two", "sound")]
+    domains = {"speech": 0.0, "sound": 1.0, "music": 0.0}
+    by_clips = DataSettings(train=sources, domains=domains)
+    by_hours = DataSettings(train=sources, domains=domains, weigh_by="hours")
+    assert source_weights(by_clips, [one, two], domains) == [0.75, 0.25]
+    assert source_weights(by_hours, [one, two], domains) == [0.25, 0.75]
+    unknown = ShardIndex("two", (ShardEntry("a.tar", 10),))
+    with pytest.raises(UserError, match="the lengths of two are not known"):
+        source_weights(by_hours, [one, unknown], domains)
