@@ -154,7 +154,7 @@ class ShardStatistics:
                     self._skip(f"{url}: {key}", skip.reason, skip.detail)
             try:
                 self.bytes += stream.seek(0, io.SEEK_END)
-            except (io.UnsupportedOperation, ValueError):  # of a compressed tar, or not reported
+            except MemberGroups.damages:  # the server does not report it, or it is compressed
                 self.bytes += shard.bytes
         self.shards += 1
         if groups.damage:
