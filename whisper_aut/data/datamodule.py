@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import lightning
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from whisper_aut.audio.augment import Augment
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
@@ -193,6 +192,29 @@ class TrainLoader:
         Empty batches fill the last step.
         """
         return -(-batches // (self.ranks * self.accumulate)) * self.accumulate
+
+
+class ValidLoader:
+    """The validation loader. Its worker ends with the last batch.
+
+    Lightning does not ask for a batch after the last one, and keeps the iterator until the next
+    validation. A worker holds a copy of the memory that its parent has changed since the fork: on a
+    CPU, weights and optimizer state.
+    """
+
+    def __init__(self, stream: BatchStream, workers: int):
+        self.stream, self.workers = stream, workers
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(batch_loader(self.stream, self.workers))
+        for _ in range(len(self) - 1):
+            yield next(batches)
+        last = next(batches)
+        del batches
+        yield last
 
 
 class ShardDataModule(lightning.LightningDataModule):
@@ -407,10 +429,10 @@ class ShardDataModule(lightning.LightningDataModule):
             )
         return self._loader
 
-    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
+    def val_dataloader(self) -> "ValidLoader | list[Batch]":
         if not self.valid_order.end:
             return []
-        return batch_loader(self.valid_stream(*self._rank_and_ranks()), min(self.workers, 1))
+        return ValidLoader(self.valid_stream(*self._rank_and_ranks()), min(self.workers, 1))
 
     def train_stream(
         self, rank: int, ranks: int, start: Cursor, end: int | None, count: int

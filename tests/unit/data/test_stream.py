@@ -2,6 +2,7 @@
 nothing lost.
 """
 
+import multiprocessing
 import tarfile
 from collections import Counter
 from collections.abc import Iterable
@@ -169,6 +170,17 @@ def test_validation_gives_every_clip_once_and_every_rank_the_same_steps(
     ranks = [list(module.valid_stream(rank, 2)) for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1])
     assert sum(len(batch) for rank in ranks for batch in rank) == 43
+
+
+def test_the_validation_worker_ends_with_the_last_batch(tiny_shards: Path, build: ExampleBuilder):
+    loader = data_module(tiny_shards, build, workers=2).val_dataloader()
+    before = set(multiprocessing.active_children())
+    batches = iter(loader)
+    taken = [next(batches) for _ in range(len(loader) - 1)]
+    assert len(set(multiprocessing.active_children()) - before) == 1
+    taken.append(next(batches))  # Lightning asks for no more, and keeps `batches`
+    assert not set(multiprocessing.active_children()) - before
+    assert sum(len(batch) for batch in taken) == 43
 
 
 def test_no_more_than_a_limit_is_read_ahead(
