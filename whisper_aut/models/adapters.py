@@ -34,11 +34,8 @@ class AdapterOptions:
         name: `stack`, `conv` or `linear`.
         frames: number of encoder frames (20 ms each) per embedding: 4 for 80 ms, 5 for 100 ms.
         hidden: width between the two linear layers. 0 means twice the language model's width.
-<<<<<<< HEAD
             `linear` has one layer only.
-=======
         layers: encoder layers to fuse, see `LayerFusion`. Empty for the encoder's output alone.
->>>>>>> c2d3362 (Encoder LoRA, and a learned sum of encoder layers before the adapter)
     """
 
     name: Annotated[str, AfterValidator(_check_adapter)] = "stack"
