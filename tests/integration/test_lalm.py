@@ -4,6 +4,7 @@ generated answers and the cost to reach a loss.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,8 +77,8 @@ def test_each_clip_is_asked_the_question_of_its_task(
     )
     settings = load_settings(tmp_path / "out" / "lalm.yaml")
     assert settings.model.freeze_encoder
-    pretrained = build_pretrained(settings)
-    decoder, codec = build_decoder(settings, pretrained)
+    codec: Any
+    decoder, codec = build_decoder(settings, build_pretrained(settings))
     assert isinstance(decoder.adapter.layers[0], torch.nn.Linear)
     batch = next(iter(build_data(settings, codec, 80).train_dataloader()))
     clips = list(zip(batch.tasks, batch.domains, batch.texts, strict=True))

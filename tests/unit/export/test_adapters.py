@@ -63,6 +63,7 @@ def test_xares_llm_gets_all_frames_of_each_clip_and_their_mask(pipeline_run: Pat
     unmasked, all_frames = encoder(audio[2])  # one clip without padding
     assert all_frames.sum() == 100
     assert_frames_close(unmasked[0], alone[2])
+    torch.nn.Linear(encoder.output_dim, 4)(unmasked).sum().backward()  # as the projector's
 
 
 @pytest.mark.parametrize("adapter", [xares, xares_llm, mteb])

@@ -25,7 +25,7 @@ class WhisperAutEncoder(xares.WhisperAutEncoder):
     `none` or `30s`, in `WHISPER_AUT_PADDING`. By default the encoder runs as it was trained.
     """
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(
         self, audio: Tensor, audio_attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -49,6 +49,7 @@ class WhisperAutEncoder(xares.WhisperAutEncoder):
         ]
         frames = self.inner.encode(clips, SAMPLE_RATE_HZ)
         masks = [torch.ones(len(clip), dtype=torch.long) for clip in frames]
+        # Copies, because a projector cannot be trained on tensors made in inference mode.
         return (
             pad_sequence(frames, batch_first=True).to(audio.device),
             pad_sequence(masks, batch_first=True).to(audio.device),
