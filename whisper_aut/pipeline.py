@@ -26,9 +26,8 @@ from whisper_aut.corpora.build import build_shards
 from whisper_aut.corpora.synth.corpus import build_demo
 from whisper_aut.errors import Interrupted, Problems, UserError
 from whisper_aut.export.card import write_card
-from whisper_aut.export.hf import export_checkpoint
 from whisper_aut.inference.encoder import load_encoder
-from whisper_aut.loading import load_tasks, short_name
+from whisper_aut.loading import export_run, load_tasks, short_name
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.probes.callback import ForgettingGuard, ProbeDuringTraining
@@ -131,7 +130,7 @@ def run_pipeline(settings: Settings, options: PipelineOptions, console: Console)
 
     run, pretrained = trained.run, build_pretrained(settings)
     if is_first_rank():
-        _export(settings, trained, pretrained, console)
+        _export(settings, trained, console)
     wait_for_all_ranks()  # all ranks need the exports if another run starts from this one
     if not is_first_rank():
         return run
@@ -229,25 +228,14 @@ def _train_pretrained(settings: Settings, options: PipelineOptions, console: Con
     return replace(settings, model=model)
 
 
-def _export(
-    settings: Settings, trained: TrainResult, pretrained: PretrainedWhisper, console: Console
-) -> None:
-    decoder, _ = check_decoder(settings.decoder)
-    run, model = trained.run, settings.model
+def _export(settings: Settings, trained: TrainResult, console: Console) -> None:
+    (decoder, _), run = check_decoder(settings.decoder), trained.run
     for kind in settings.export:
         if kind not in decoder.exports:
             name = settings.decoder["name"]
             console.print(f"Not exported: {kind}. decoder={name} has no such export.")
         elif not trained.reused or not run.export(kind).exists():
-            out = run.export(kind)
-            export_checkpoint(
-                run.last_checkpoint,
-                pretrained,
-                out,
-                kind,
-                padding=model.padding,
-                pad_to_30s=model.pad_to_30s,
-            )
+            export_run(run.path, run.export(kind), kind)
 
 
 # ---- Probes -------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from whisper_aut.config import load_settings
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.loading import open_run
+from whisper_aut.probes.results import Scores
 from whisper_aut.training.checkpoint import read_weights
 from whisper_aut.training.factory import build_trained
 from whisper_aut.training.train import build_parts, train
@@ -109,6 +110,27 @@ def test_a_decoder_that_takes_no_weights_is_an_error(
     parts.module.decoder.loss = lambda frames, lengths, _: loss(frames, lengths, targets)
     with pytest.raises(UserError, match=r"WhisperDecoder ignores targets.label_weights"):
         parts.module(batch)
+
+
+def test_the_fraction_of_an_interpolation_is_chosen_on_validation(
+    in_pipeline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run, out, kind = "runs/aut_tiny/latest", tmp_path / "curve", ["--kind", "knn"]
+    probed = ["--tasks", "tones.yaml", "--root", "data", *kind]
+    command = ["interpolate", run, *probed, "--fractions", "1", "0", "0.5", "--out", str(out)]
+    assert main(command) == 0
+    found = json.loads((out / "interpolation.json").read_text())
+    ((task, curve),) = found["scores"].items()
+    assert list(curve) == ["0.0", "0.5", "1.0"]
+    assert found["best"] == float(max(curve, key=lambda fraction: curve[fraction][0]))
+    assert f"--interpolate {found['best']:g}" in " ".join(capsys.readouterr().out.split())
+    assert (out / "interpolation.png").stat().st_size > 5000
+    half = tmp_path / "half"
+    assert main(["export", run, "--out", str(half), "--interpolate", "0.5"]) == 0
+    assert main(["probe", str(half), *probed, "--out", str(tmp_path / "probe")]) == 0
+    (entry,) = Scores.load(tmp_path / "probe" / "scores.json").entries
+    assert (entry.task, entry.mean) == (task, curve["0.5"][1])
+    assert np.mean(entry.valid_scores) == pytest.approx(curve["0.5"][0])  # pyright: ignore
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,24 @@
-"""`whisper-aut export`, `chat` and `evaluate`: use a trained model."""
+"""`whisper-aut export`, `interpolate`, `chat` and `evaluate`: use a trained model."""
 
 import argparse
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 
 from whisper_aut.commands import (
     DTYPES,
+    PROBE_KINDS,
     Commands,
     add_choice,
     add_device_options,
     fraction,
     whole_number,
 )
+from whisper_aut.errors import UserError
 
 SWAP = "Load it into a model: whisper_aut.export.towers.swap_tower(model, '{out}')"
 NEXT_STEPS = {
@@ -39,6 +43,49 @@ def export(options: argparse.Namespace, console: Console) -> None:
     if options.push:
         url = push(out, options.push, private=options.private)
         console.print(f"Pushed to {url}", highlight=False)
+
+
+def interpolate(options: argparse.Namespace, console: Console) -> None:
+    """Probe encoders between the pretrained and the trained one, and choose one on validation."""
+    from whisper_aut.inference.encoder import device_name, load_encoder
+    from whisper_aut.loading import export_run, load_tasks
+    from whisper_aut.probes.suite import run_suite
+    from whisper_aut.report.plots import plot_interpolation
+    from whisper_aut.utils import write_json
+
+    run, out, device = Path(options.run_or_checkpoint), Path(options.out), options.device
+    tasks, device = load_tasks(options.tasks, Path("conf")), device_name(device)
+    out.mkdir(parents=True, exist_ok=True)
+    curves: dict[str, dict[float, tuple[float, float]]] = {}  # validation and test score
+    for share in sorted({*options.fractions}):
+        with TemporaryDirectory(dir=out) as folder:
+            export_run(run, Path(folder), "encoder", interpolate=share)
+            encoder = load_encoder(folder, device=device)
+        found = run_suite(
+            {f"{share:g}": encoder},
+            tasks,
+            root=options.root,
+            cache=out / "embeddings",
+            kind=options.kind or "",
+            device=device,
+        )
+        for entry in found.entries:
+            valid = [score for score in entry.valid_scores if score is not None]
+            if not valid:
+                raise UserError(f"{entry.task} chooses nothing on validation clips. Leave it out.")
+            scores = (fmean(valid), entry.mean)
+            curves.setdefault(entry.task, {})[share] = scores
+            row = f"{share:g} {entry.task}: validation {scores[0]:.1%}, test {scores[1]:.1%}"
+            console.print(row, highlight=False)
+    means = {x: fmean(curve[x][0] for curve in curves.values()) for x in options.fractions}
+    best = max(sorted(means), key=lambda share: means[share])
+    write_json(out / "interpolation.json", {"best": best, "scores": curves})
+    plot = plot_interpolation(curves, best, out / "interpolation.png")
+    console.print(
+        f"Best mean on validation: {best:g}. Curves are in {plot}. Export it: whisper-aut export "
+        f"{run} --out DIR --interpolate {best:g}",
+        highlight=False,
+    )
 
 
 def chat(options: argparse.Namespace, console: Console) -> None:
@@ -111,6 +158,22 @@ def add_parsers(commands: Commands) -> None:
     private = "make a repository that --push creates private"
     add("--private", action="store_true", help=private)
     command.set_defaults(run=export)
+
+    command = commands.add_parser(
+        "interpolate", help="probe mixtures of trained and pretrained weights, and choose the best"
+    )
+    _add_run(command)
+    add = command.add_argument
+    tasks = "tasks in conf/probe_tasks, suites in conf/suites, or paths of YAML files"
+    add("--tasks", nargs="+", required=True, metavar="TASK", help=tasks)
+    fractions = "fractions of the trained weights (default: 0 0.25 0.5 0.75 1)"
+    default = [0.0, 0.25, 0.5, 0.75, 1.0]
+    add("--fractions", type=fraction, nargs="+", default=default, metavar="X", help=fractions)
+    add("--root", default="data", help="replaces {root} in the tasks (default: data)")
+    add_choice(command, "--kind", PROBE_KINDS, "kind of probe (default: that of each task)")
+    add("--device", default="auto", help="as for probe (default: auto)")
+    add("--out", required=True, help="folder for interpolation.json and interpolation.png")
+    command.set_defaults(run=interpolate)
 
     command = commands.add_parser(
         "chat", help="ask a trained run about an audio file (runs with decoder=causal_lm)"

@@ -7,7 +7,8 @@ Colours are those of Okabe and Ito, which stay distinct under the common kinds o
 import csv
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
@@ -134,6 +135,23 @@ def plot_scores(scores: Scores, path: str | Path, *, baseline: str | None = None
     axes.set_title(
         f"Probes ({kinds}), protocol {scores.protocol}\nwhiskers: {_describe_whiskers(scores)}"
     )
+    legend_below(figure)
+    return save_figure(figure, path)
+
+
+@rc_context(STYLE)
+def plot_interpolation(
+    curves: Mapping[str, Mapping[float, tuple[float, float]]], best: float, path: str | Path
+) -> Path:
+    """Draw test scores (lines) and validation scores (dashed) of tasks, given by fraction."""
+    figure = new_figure(height=3.6)
+    axes = figure.subplots()
+    for (task, curve), colour in zip(curves.items(), cycle(PALETTE), strict=False):
+        valid, test = (100 * np.array([curve[x][part] for x in curve]) for part in (0, 1))
+        axes.plot(list(curve), valid, "--", color=colour)
+        axes.plot(list(curve), test, "o-", color=colour, label=task)
+    axes.axvline(best, color=BASELINE_COLOUR, linestyle=BASELINE_DASHES)
+    axes.set(xlabel="fraction of the trained weights", ylabel="test score, % (dashed: validation)")
     legend_below(figure)
     return save_figure(figure, path)
 
