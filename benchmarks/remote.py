@@ -1,18 +1,24 @@
 """Reading shards from a server: bytes and requests, and the speed next to a plain download.
 
 A server on this machine answers every request after 20 ms and sends to all clients together at most
-a set number of bytes a second. Without decoding, the clips of one epoch are only read; the other
-side downloads the same tars in requests of 8 MB, four at a time. With decoding, clips become
-log-mels; the other side is the time that the link needs. Before anything is timed, it is checked
-that all clips arrive once, that no byte is fetched twice, and that requests are large.
+a set number of bytes a second. Without decoding, the clips of one epoch are only read, by one rank
+or by two; the other side downloads the same tars in requests of 8 MB, four at a time, or is another
+reader: webdataset's own pipeline. With decoding, clips become log-mels; the other side is the time
+that the link needs. S3 is that of moto, without a limit; there the other sides are the download and
+mosaicml-streaming, where it is installed (it does not read over HTTP). Before anything is timed, it
+is checked that all clips arrive once, that no byte is fetched twice, and that requests are large.
+
+Run it while nothing else runs on its cores: taskset -c 0,1 python benchmarks/remote.py
 """
 
 import io
+import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from multiprocessing import Process
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -31,7 +37,7 @@ from whisper_aut.data.batch import Batch, TokenTarget, collate
 from whisper_aut.data.dataset import BatchStream, ExampleBuilder, StreamSource
 from whisper_aut.data.reader import DEFAULT_POLICY, read_range
 from whisper_aut.data.sampler import ByClips, Cursor, EpochOrder, SourceShape
-from whisper_aut.data.shards import ShardIndex, open_index
+from whisper_aut.data.shards import ShardIndex, iter_samples, open_index
 from whisper_aut.data.writer import ShardWriter
 
 LATENCY_SECONDS = 0.02
@@ -146,21 +152,78 @@ class Keys(BatchStream):
         return collate([], [], 80, next_cursor)
 
 
-def stream(index: ShardIndex, *, decode: bool) -> Any:
-    """Return one epoch of clips in four partitions, for one rank without workers."""
+def stream(index: ShardIndex, *, decode: bool, rank: int = 0, ranks: int = 1) -> Any:
+    """Return one rank's part of an epoch of clips in four partitions, without workers."""
     shape = SourceShape(index.fingerprint(), index.shard_samples, 1.0, index.sample_bytes)
     order = EpochOrder([shape], 0, 1000, epochs=1, partitions=PARTITIONS)
     batching = ByClips(order, BATCH_CLIPS)
-    count = batching.count(Cursor(), order.end)
+    count = -(-batching.count(Cursor(), order.end) // ranks)
     build = ExampleBuilder(LogMel(80), OneToken(), ClipLimits())
     kind = BatchStream if decode else Keys
-    return kind(order, batching, [StreamSource(index, "sound")], build, end=order.end, count=count)
+    sources = [StreamSource(index, "sound")]
+    of_rank = {"rank": rank, "ranks": ranks}
+    return kind(order, batching, sources, build, end=order.end, count=count, **of_rank)
 
 
 def read(url: str) -> float:
     """Return the seconds in which an epoch is read."""
     index = open_index(url)
     return seconds(lambda: sum(1 for _ in stream(index, decode=False)))
+
+
+def read_rank(url: str, rank: int, ranks: int) -> None:
+    for _ in stream(open_index(url), decode=False, rank=rank, ranks=ranks):
+        pass
+
+
+def read_by_ranks(url: str, ranks: int) -> float:
+    """Return the seconds in which processes read an epoch together, their start included."""
+    processes = [Process(target=read_rank, args=(url, rank, ranks)) for rank in range(ranks)]
+
+    def run() -> None:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            if process.exitcode:
+                raise RuntimeError(f"a rank failed with exit code {process.exitcode}")
+
+    return seconds(run)
+
+
+def read_by_webdataset(url: str) -> float:
+    """Return the seconds of webdataset's own pipeline, which streams each tar through curl."""
+    import webdataset
+
+    index = open_index(url)
+    tars = [f"pipe:curl -s {index.url(number)}" for number in range(len(index.shards))]
+
+    def run() -> None:
+        dataset = webdataset.WebDataset(tars, shardshuffle=len(tars), seed=0).shuffle(1000)
+        if sum(1 for _ in dataset) != CLIPS:
+            raise AssertionError("webdataset did not read every clip")
+
+    return seconds(run)
+
+
+def read_by_streaming(url: str, folder: Path) -> float:
+    """Return the seconds of mosaicml-streaming, which caches its shards on the disk."""
+    from streaming import StreamingDataset  # pyright: ignore[reportMissingImports]
+
+    with TemporaryDirectory(dir=folder) as cache:
+        options = {"shuffle": True, "batch_size": BATCH_CLIPS, "shuffle_seed": 0}
+        dataset = StreamingDataset(remote=url, local=cache, **options)
+        return seconds(lambda: sum(1 for _ in dataset))
+
+
+def write_mds(folder: Path, out: Path) -> None:
+    """Write the clips of shards in the format of mosaicml-streaming."""
+    from streaming import MDSWriter  # pyright: ignore[reportMissingImports]
+
+    columns = {"audio": "bytes", "text": "str"}
+    with MDSWriter(out=str(out), columns=columns, size_limit=TAR_BYTES) as writer:
+        for item in iter_samples(open_index(folder), ClipLimits()):
+            writer.write({"audio": item.audio, "text": item.annotation.text})
 
 
 def decoded(url: str) -> float:
@@ -219,23 +282,90 @@ def check(link: Link) -> tuple[float, float]:
     return fetched, requests
 
 
+def serve_s3(pipe: Connection) -> None:
+    """Run moto's S3 until asked to stop, in a process of its own."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    pipe.send("http://{}:{}".format(*server.get_host_and_port()))
+    pipe.recv()
+
+
+def s3_cases(folder: Path, runs: int) -> Iterator[Row]:
+    """Read the same shards from moto's S3, which answers at once."""
+    import boto3
+
+    pipe, other = Pipe()
+    Process(target=serve_s3, args=(other,), daemon=True).start()
+    try:
+        url = pipe.recv()
+        account = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        region = {"AWS_DEFAULT_REGION": "us-east-1"}
+        names = ("AWS_ENDPOINT_URL", "S3_ENDPOINT_URL")  # the second is that of mosaicml-streaming
+        os.environ |= dict.fromkeys(names, url) | account | region
+        client = boto3.client("s3")
+
+        def upload(source: Path, bucket: str) -> None:
+            client.create_bucket(Bucket=bucket)
+            for path in sorted(source.glob("*.*")):
+                client.upload_file(str(path), bucket, path.name)
+
+        upload(folder, "bench")
+        yield compare_values(
+            "reading from S3 (moto)",
+            lambda: read("s3://bench"),
+            lambda: download("s3://bench"),
+            unit="s",
+            against=PLAIN,
+            runs=runs,
+        )
+        if find_spec("streaming"):
+            write_mds(folder, folder / "mds")
+            upload(folder / "mds", "mds")
+            yield compare_values(
+                "reading from S3 (moto)",
+                lambda: read("s3://bench"),
+                lambda: read_by_streaming("s3://mds", folder),
+                unit="s",
+                against="mosaicml-streaming",
+                runs=runs,
+            )
+    finally:
+        pipe.send("stop")
+
+
+PLAIN = "plain download, 8 MB a request, 4 at a time"
+
+
 def cases(runs: int) -> Iterator[Row]:
     with TemporaryDirectory() as folder:
         shards(Path(folder))
         link = Link(Path(folder), FAST)
         try:
             fetched, requests = check(link)
-            yield compare_values(
-                f"reading at {FAST / 1e6:.0f} MB/s: {fetched:.3f} bytes a byte, "
-                f"{requests:.2f} requests per 8 MB",
-                lambda: read(link.url),
-                lambda: download(link.url),
-                unit="s",
-                against="plain download, 8 MB a request, 4 at a time",
-                runs=runs,
-            )
+            title = f"reading at {FAST / 1e6:.0f} MB/s"
+            counts = f"{fetched:.3f} bytes a byte, {requests:.2f} requests per 8 MB"
+            sides: list[tuple[str, Callable[[], float], Callable[[], float], str]] = [
+                (f"{title}: {counts}", lambda: read(link.url), lambda: download(link.url), PLAIN),
+                (
+                    f"{title}, two ranks",
+                    lambda: read_by_ranks(link.url, 2),
+                    lambda: read_by_ranks(link.url, 1),
+                    "one rank in a process of its own",
+                ),
+                (
+                    title,
+                    lambda: read(link.url),
+                    lambda: read_by_webdataset(link.url),
+                    "webdataset's own pipeline over curl",
+                ),
+            ]
+            for case, ours, theirs, against in sides:
+                yield compare_values(case, ours, theirs, unit="s", against=against, runs=runs)
         finally:
             link.close()
+        yield from s3_cases(Path(folder), runs)
         link = Link(Path(folder), SLOW)
         try:
             yield compare_values(
@@ -252,4 +382,4 @@ def cases(runs: int) -> Iterator[Row]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(cases, "Shards from a server, one rank without workers")
+    main(cases, "Shards from a server, without workers")
