@@ -336,6 +336,8 @@ class TrainerSettings:
         async_checkpoints: write in the background, from a copy of each rank's part in main memory.
         generate_clips, generate_tokens: texts to generate at each validation, and their length.
         deterministic: raise an error for nondeterministic operations; slower on GPUs.
+        profile_after: record three micro-batches with PyTorch's profiler after this many; 0: none.
+            Traces and a table of the slowest operations are in the folder `profile` of the run.
         max_bad_steps: skip steps without a finite gradient; stop after this many in a row.
         spike_factor: robust deviations above the running median that make a loss a spike; 0: off.
         on_spike: warn, or return to the last checkpoint and skip the data since then.
@@ -355,6 +357,7 @@ class TrainerSettings:
     generate_clips: NonNegativeInt = 4
     generate_tokens: PositiveInt = 64
     deterministic: bool = False
+    profile_after: NonNegativeInt = 0
     max_bad_steps: PositiveInt = 25
     spike_factor: NonNegativeFloat = 0.0
     on_spike: Literal["warn", "rewind"] = "warn"

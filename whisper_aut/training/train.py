@@ -39,6 +39,7 @@ from whisper_aut.training.callbacks.checkpoints import (
 )
 from whisper_aut.training.callbacks.metrics import (
     DataMonitor,
+    Profile,
     RunProgressBar,
     SampleWriter,
     ThroughputMeter,
@@ -339,6 +340,11 @@ def build_trainer(
             SampleWriter(run.path / "samples.jsonl", console),
             CleanStop(checkpoints),
             meter,
+            *(
+                [Profile(run.path / "profile", config.profile_after)]
+                if config.profile_after
+                else []
+            ),
             *callbacks,
             RunProgressBar(
                 meter, refresh_rate=1 if console.is_terminal else config.log_every_steps

@@ -308,6 +308,38 @@ class ThroughputMeter(lightning.Callback):
         return time.perf_counter()
 
 
+class Profile(lightning.Callback):
+    """Records three micro-batches with PyTorch's profiler, after the given number of them.
+
+    Writes a trace for https://ui.perfetto.dev and a table of the slowest operations to `folder`, on
+    each rank. Lightning's `PyTorchProfiler` fails if the run ends before the recording.
+    """
+
+    def __init__(self, folder: Path, after: int):
+        self.folder, self.after = folder, after
+
+    def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
+        self._profile = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=self.after - 1, warmup=1, active=3, repeat=1),
+            on_trace_ready=lambda profile: self._write(profile, trainer),
+        )
+        self._profile.start()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._profile.step()
+
+    def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        self._profile.stop()
+
+    def _write(self, profile: torch.profiler.profile, trainer: lightning.Trainer) -> None:
+        self.folder.mkdir(exist_ok=True)
+        rank, device = trainer.global_rank, trainer.strategy.root_device.type
+        profile.export_chrome_trace(str(self.folder / f"trace-rank{rank}.json"))
+        operations = profile.key_averages()
+        slowest = operations.table(sort_by=f"self_{device}_time_total", row_limit=40)
+        (self.folder / f"operations-rank{rank}.txt").write_text(slowest)
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Return the peak memory so far in GiB: of tensors on a GPU, or of the process on a CPU."""
     if device.type == "cuda":
