@@ -226,7 +226,8 @@ class ModelSettings:
         padding: `none` encodes each clip at its own length, `30s` pads it as Hugging Face does.
         pad_to_30s: probability that a training clip is padded to 30 s although `padding` is `none`.
             The encoder then serves both modes.
-        gradient_checkpointing: save most of the activation memory for a third more compute.
+        gradient_checkpointing: save most of the activation memory for a third more compute. `auto`
+            does so on a GPU on which the run would not fit otherwise, by the forecast of `plan`.
         lora_rank: train low-rank updates of the linear layers in place of the encoder's weights; 0
             for none. They are merged into the weights of exports.
         lora_alpha: their scale is `lora_alpha / lora_rank`.
@@ -240,7 +241,7 @@ class ModelSettings:
     random_init: bool = False
     padding: Literal["none", "30s"] = "none"
     pad_to_30s: Fraction = 0.0
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = False
     freeze_encoder: bool = False
     lora_rank: NonNegativeInt = 0
     lora_alpha: PositiveInt = 32

@@ -91,7 +91,7 @@ def build_pretrained(settings: Settings) -> PretrainedWhisper:
 
 def build_decoder(settings: Settings, pretrained: PretrainedWhisper) -> tuple[Any, TextCodec]:
     entry, options = check_decoder(settings.decoder)
-    return entry.build(pretrained, options, settings.model.gradient_checkpointing)
+    return entry.build(pretrained, options, bool(settings.model.gradient_checkpointing))
 
 
 def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> ShardDataModule:
@@ -180,7 +180,7 @@ def build_module(
     if model.compile:
         check_compilable(settings.strategy.name)
     encoder = PackedEncoder(
-        pretrained.encoder, model.padding, model.gradient_checkpointing, model.compile
+        pretrained.encoder, model.padding, bool(model.gradient_checkpointing), model.compile
     )
     distillation = _distillation(settings, encoder) if settings.distillation.weight else None
     if model.freeze_encoder:

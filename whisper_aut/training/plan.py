@@ -354,6 +354,7 @@ class Forecast:
         cost_of: Returns the cost of a micro-batch for (model in bfloat16, gradient checkpointing).
         stage: Configured ZeRO stage; 0 for none.
         offload: Whether the optimizer state is in host memory.
+        checkpointing: Whether to recompute activations; `auto` on devices that need it.
         precision: Lightning's precision. 16 bits mean autocast, or a model in bfloat16 under
             DeepSpeed.
         micro_batches: Micro-batches in an optimizer step.
@@ -368,7 +369,7 @@ class Forecast:
     stage: int
     offload: bool
     precision: str
-    checkpointing: bool
+    checkpointing: bool | Literal["auto"]
     micro_batches: int
     steps: int | None
     step_audio_seconds: float
@@ -377,7 +378,19 @@ class Forecast:
 
     @property
     def cost(self) -> StepCost:
-        return self.cost_of(self._half_weights(self.stage), self.checkpointing)
+        return self.cost_of(self._half_weights(self.stage), self.checkpointing is True)
+
+    def recomputes(self, memory_gib: float) -> bool:
+        """Return whether activations are recomputed on a device with this memory."""
+        if self.checkpointing != "auto":
+            return self.checkpointing
+        needed = self.memory(self.stage, checkpointing=False).total / GIBIBYTE
+        return needed + RESERVED_GIB > memory_gib
+
+    def cost_on(self, device: Accelerator) -> StepCost:
+        """Return the cost of a micro-batch on a device."""
+        recomputes = self.recomputes(device.memory_gib)
+        return self.cost_of(self._half_weights(self.stage), recomputes)
 
     def memory(self, stage: int, checkpointing: bool) -> DeviceMemory:
         """Return the peak memory of a device with this ZeRO stage and checkpointing."""
@@ -393,7 +406,7 @@ class Forecast:
 
     def step_seconds(self, device: Accelerator) -> float:
         """Return the estimated seconds of an optimizer step, without communication."""
-        cost, moved = self.cost, MEMORY_EFFICIENCY * 1e12 * device.terabytes_per_second
+        cost, moved = self.cost_on(device), MEMORY_EFFICIENCY * 1e12 * device.terabytes_per_second
         kernels = cost.seconds(PRODUCT_EFFICIENCY * device.peak_flops(self.precision), moved)
         updated = cost.trainable / (self.ranks if self.stage else 1)
         update = 0.0 if self.offload else updated * UPDATE_BYTES / moved
@@ -402,7 +415,8 @@ class Forecast:
     def utilisation(self, device: Accelerator) -> tuple[float, float]:
         """Return two fractions of peak FLOP/s: of useful FLOPs (MFU) and of all FLOPs."""
         peak = self.step_seconds(device) * device.peak_flops(self.precision) / self.micro_batches
-        return self.cost.model_flops / peak, self.cost.flops / peak
+        cost = self.cost_on(device)
+        return cost.model_flops / peak, cost.flops / peak
 
     def fits(self, device: Accelerator, memory: DeviceMemory) -> bool:
         return memory.total / GIBIBYTE + RESERVED_GIB <= device.memory_gib
@@ -412,8 +426,10 @@ class Forecast:
 
         Tries gradient checkpointing first, then higher ZeRO stages.
         """
-        if self.fits(device, self.memory(self.stage, self.checkpointing)):
-            return "fits as it is"
+        recomputes = self.recomputes(device.memory_gib)
+        if self.fits(device, self.memory(self.stage, recomputes)):
+            by_itself = recomputes and self.checkpointing == "auto"
+            return "fits with gradient checkpointing" if by_itself else "fits as it is"
         for stage in range(self.stage, len(STAGES) if self.ranks > 1 else self.stage + 1):
             for checkpointing, extra in ((False, ""), (True, " + gradient checkpointing")):
                 if self.fits(device, self.memory(stage, checkpointing)):
@@ -489,6 +505,23 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
         bytes_per_audio_second=stored.bytes_per_second,
         assumptions=assumptions,
     )
+
+
+def needs_checkpointing(settings: Settings) -> bool:
+    """Return whether a run uses gradient checkpointing on this machine.
+
+    With `auto`, it does on a GPU on which its forecast does not fit otherwise, or that has none.
+    """
+    chosen, hardware = settings.model.gradient_checkpointing, settings.hardware
+    if chosen != "auto":
+        return chosen
+    if hardware.accelerator == "cpu" or not torch.cuda.is_available():
+        return False
+    try:
+        forecast = build_forecast(settings, planned_config(settings.model))
+    except UserError:
+        return True
+    return forecast.recomputes(torch.cuda.get_device_properties(0).total_memory / GIBIBYTE)
 
 
 def planned_checkpoint_bytes(settings: Settings) -> int:

@@ -66,6 +66,7 @@ from whisper_aut.training.factory import (
     run_fingerprint,
     same_chat_date,
 )
+from whisper_aut.training.plan import needs_checkpointing
 from whisper_aut.training.run_dir import (
     RunDirectory,
     check_step_size,
@@ -136,6 +137,8 @@ def train(
             return TrainResult(run, reused=True)
 
     check_accelerator(hardware.accelerator)
+    recomputes = needs_checkpointing(settings)
+    settings = replace(settings, model=replace(settings.model, gradient_checkpointing=recomputes))
     warn, ranks = _warnings_to(console), _count_ranks(settings)
     newest = runs[0] if runs else None
     checkpoint = find_resume_checkpoint(resume, newest, root / settings.name, warn)
@@ -275,6 +278,7 @@ def build_trainer(
     """
     config, hardware, ranks = settings.trainer, settings.hardware, _count_ranks(settings)
     warn, total_steps = _warnings_to(console), parts.total_steps
+    profile = [Profile(run.path / "profile", config.profile_after)] if config.profile_after else []
     clips_per_step = settings.data.batch_clips * ranks * config.accumulate
     strategy = build_strategy(
         settings.strategy,
@@ -340,11 +344,7 @@ def build_trainer(
             SampleWriter(run.path / "samples.jsonl", console),
             CleanStop(checkpoints),
             meter,
-            *(
-                [Profile(run.path / "profile", config.profile_after)]
-                if config.profile_after
-                else []
-            ),
+            *profile,
             *callbacks,
             RunProgressBar(
                 meter, refresh_rate=1 if console.is_terminal else config.log_every_steps

@@ -5,6 +5,7 @@ against the built model.
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from whisper_aut.training.plan import (
     StepCounter,
     StepShape,
     device_memory,
+    needs_checkpointing,
     step_cost,
     stored_audio,
 )
@@ -208,6 +210,26 @@ def test_gradients_count_twice_only_where_they_outlive_a_micro_batch():
     assert accumulating.gradients + accumulating.activations == 3600 + COST.activation_bytes
 
 
+@pytest.mark.parametrize(("gib", "needed"), [(1, True), (100, False)])
+def test_auto_recomputes_activations_where_a_run_would_not_fit(
+    gib: int,
+    needed: bool,
+    tiny_whisper: Path,
+    tiny_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    chosen = ("model.gradient_checkpointing=auto", "hardware.accelerator=auto")
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, *chosen)
+    assert not needs_checkpointing(settings), "there is no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert needs_checkpointing(settings) == needed
+    model = replace(settings.model, gradient_checkpointing=not needed)
+    assert needs_checkpointing(replace(settings, model=model)) == (not needed)
+
+
 def forecast(cost_of: Any, **changes: Any) -> Forecast:
     run = {
         "ranks": 1,
@@ -254,7 +276,8 @@ def test_the_papers_recipe_is_planned_from_known_sizes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("COLUMNS", "200")
-    small = ["model.path=openai/whisper-tiny", "data.batch_clips=2", "strategy=deepspeed_stage_2"]
+    batch = ["data.batch_seconds=null", "data.batch_clips=2"]
+    small = ["model.path=openai/whisper-tiny", *batch, "strategy=deepspeed_stage_2"]
     assert main(["plan", str(REPOSITORY / "conf" / "aut.yaml"), *small]) == 0
     shown = capsys.readouterr().out
     # 39 M in the paper's table, of which the encoder's 1,500 fixed positions are not trained.
@@ -288,7 +311,7 @@ def test_a_plan_with_lora_says_what_to_plan_instead(
 
 
 def test_what_fits_names_the_least_measure():
-    def cards(plain_gib: int, checkpointed_gib: int) -> dict[str, str]:
+    def cards(plain_gib: int, checkpointed_gib: int, chosen: Any = False) -> dict[str, str]:
         def cost_of(half_weights: bool, checkpointing: bool) -> StepCost:
             size = (checkpointed_gib if checkpointing else plain_gib) * 2**30
             return replace(
@@ -300,11 +323,13 @@ def test_what_fits_names_the_least_measure():
                 peak_bytes=size,
             )
 
-        plan = forecast(cost_of, ranks=8)
+        plan = forecast(cost_of, ranks=8, checkpointing=chosen)
         return {device.name: plan.what_fits(device) for device in ACCELERATORS}
 
     assert cards(10, 1)["A100 40 GB"] == "fits as it is"
     assert cards(10, 1)["RTX 4090 24 GB"] == "one device or ddp + gradient checkpointing"
+    assert cards(10, 1, "auto")["RTX 4090 24 GB"] == "fits with gradient checkpointing"
+    assert cards(1, 1, "auto")["RTX 4090 24 GB"] == "fits as it is"
     assert cards(1024, 1024)["H200 141 GB"].startswith("too large")
 
 
