@@ -20,6 +20,7 @@ from whisper_aut.cli import _console, _parser, main
 from whisper_aut.inference.encoder import DTYPES
 from whisper_aut.models import encoder
 from whisper_aut.probes.fit import PROBES
+from whisper_aut.probes.results import Scores
 
 CONF = REPOSITORY / "conf"
 
@@ -214,6 +215,50 @@ def test_all_problems_of_a_probe_are_reported_before_embedding(
     ):
         assert problem in reported, problem
     assert not out.exists()
+
+
+def test_suites_and_tasks_are_listed_with_what_stops_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["probe", "--list", "--root", str(tmp_path)]) == 0
+    listed = " ".join(capsys.readouterr().out.split())
+    for part in ("headline", "esc50 gtzan_filtered", "xares_clotho", "recall@1", "no shards at"):
+        assert part in listed
+    command = ["probe", "--list", "--tasks", "fsdd", "xares_clotho", "--kind", "knn"]
+    assert main([*command, "--root", str(tmp_path)]) == 0
+    listed = " ".join(capsys.readouterr().out.split())
+    assert "esc50 │" not in listed
+    assert "a knn probe" in listed
+
+
+def test_a_probe_with_layers_few_clips_and_leaderboard(
+    in_pipeline_run: Path, tiny_whisper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "probe"
+    command = ["probe", f"{tiny_whisper}@none", "--tasks", "tones.yaml", "fsdd", "--root", "data"]
+    command += ["--skip-unavailable", "--layers", "all", "--shots", "1,2", "--seeds", "2"]
+    assert main([*command, "--out", str(out)]) == 0
+    assert "Left out: fsdd: There are no shards at data/fsdd/train" in capsys.readouterr().out
+    layers, few = (Scores.load(out / f"{name}.json") for name in ("layers", "few_shot"))
+    assert layers.encoders == ["tiny@none#0", "tiny@none#1", "tiny@none#2"]
+    assert few.encoders == ["tiny@none, 1 a class", "tiny@none, 2 a class"]
+    assert len(Scores.load(out / "layer_weights.json").entries[0].layer_weights) == 3
+    page = (out / "report.html").read_text()
+    for part in (
+        "Layers and few clips",
+        "recall of each class",
+        "Scores of linear probes on each layer",
+    ):
+        assert part in page
+    assert {"layers.png", "few_shot.png"} <= {path.name for path in out.iterdir()}
+    board = tmp_path / "board"
+    assert main(["leaderboard", str(out), str(out / "layers.json"), "--out", str(board)]) == 0
+    assert "tiny@none#1" in (board / "leaderboard.csv").read_text()
+    capsys.readouterr()
+    assert main(["leaderboard", str(out), "--out", str(board), "--recipe", "tiny"]) == 1
+    assert "--recipe needs --against" in capsys.readouterr().err
+    assert main(["probe", "logmel", *command[2:], "--out", str(out)]) == 1
+    assert "LogMelBaseline returns no single layers" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_to_is_an_error(

@@ -85,17 +85,18 @@ def add_device_options(
         )
 
 
-def add_pooling_options(command: argparse.ArgumentParser) -> None:
-    """Add the options that choose pooling and layers."""
+def add_pooling_options(command: argparse.ArgumentParser, curve: bool = False) -> None:
+    """Add the options that choose pooling and layers; with `curve`, `--layers all` is one."""
     pooling = "mean, or mean and standard deviation, over the frames of a clip (default: mean)"
     add_choice(command, "--pooling", POOLINGS, pooling, "mean")
     command.add_argument(
         "--layers",
-        type=whole_number(0),
+        type=lambda text: text if curve and text == "all" else whole_number(0)(text),
         nargs="+",
         default=[],
         metavar="N",
-        help="use these layers instead of the output; 0 is the input of the first layer",
+        help="use these layers instead of the output; 0 is the input of the first layer"
+        + "; all scores each layer of ENCODER, and a learned sum of them, in addition" * curve,
     )
 
 

@@ -38,6 +38,7 @@ from whisper_aut.report.plots import (
     BASELINE_COLOUR,
     BASELINE_DASHES,
     CHARACTERS_PER_PAGE,
+    LINE_STYLES,
     MARKERS,
     PALETTE,
     STYLE,
@@ -51,7 +52,6 @@ from whisper_aut.utils import write_json
 
 MIN_RUNS = 5  # of each recipe, for any claim
 ROUNDING = 1e-9
-LINE_STYLES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)

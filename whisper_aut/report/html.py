@@ -1,7 +1,7 @@
 """Build the report of one or more runs as Markdown and as a self-contained HTML page.
 
-The HTML page embeds its pictures and audio, fetches nothing, and runs no scripts. Contrast and
-text sizes follow WCAG 2.2 AA.
+The HTML page embeds its pictures and audio and fetches nothing. Its only script sorts tables.
+Contrast and text sizes follow WCAG 2.2 AA.
 """
 
 import io
@@ -31,9 +31,17 @@ from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.errors import SkipSample, UserError
 from whisper_aut.probes.encoders import BASELINE_NAME
 from whisper_aut.probes.results import Scores
+from whisper_aut.report.leaderboard import (
+    join_scores,
+    leaderboard_csv,
+    leaderboard_tables,
+    recipe_table,
+)
 from whisper_aut.report.plots import (
     compared_encoders,
     plot_confusions,
+    plot_few_shot,
+    plot_layers,
     plot_learning,
     plot_losses,
     plot_maps,
@@ -41,10 +49,12 @@ from whisper_aut.report.plots import (
     plot_speed,
     read_metrics,
 )
-from whisper_aut.report.tables import BLANK, Table, score_tables, scores_csv
+from whisper_aut.report.tables import BLANK, Table, class_tables, score_tables, scores_csv
 from whisper_aut.training.run_dir import RunDirectory
 from whisper_aut.utils import read_json, write_text
 
+# Files of `whisper-aut probe` next to `scores.json`.
+LAYERS, LAYER_WEIGHTS, FEW_SHOT = "layers.json", "layer_weights.json", "few_shot.json"
 MAX_CONFUSIONS = 6  # tasks with a confusion matrix
 MAX_TEXTS_PER_TASK, MAX_TEXTS = 2, 18
 MAX_SEARCHED_SAMPLES = 20_000  # in each validation source
@@ -134,6 +144,13 @@ def build_report(runs: Sequence[Path], out: Path, console: Console) -> Path:
         name = f"{run.path.parent.name}-{run.path.name}-" if len(found) > 1 else ""
         title = f"{run.path.parent.name} · {run.path.name}"
         reports.append((title, _report_run(run, out, name, console)))
+    with_scores = [run.scores for run in found if run.scores.exists()]
+    if len(with_scores) > 1:
+        sections = [
+            Section(f"Probes: {kind}", " ".join(warnings), tables=leaderboard_tables(scores))
+            for kind, (scores, warnings) in join_scores(with_scores).items()
+        ]
+        reports.insert(0, ("All runs", sections))
     write_text(out / "report.md", render(reports, "report.md"))
     write_text(out / "report.html", render(reports, "report.html"))
     console.print(f"Report: {out / 'report.html'}")
@@ -168,12 +185,65 @@ def _report_run(run: RunDirectory, out: Path, prefix: str, console: Console) -> 
         write_text(out / f"{prefix}scores.csv", scores_csv(scores))
         sections.append(Section("Probes", figures=_draw_scores(scores, out, prefix), tables=tables))
         sections.append(_section_of_maps(scores, out, prefix))
+        sections.append(Section("Classes", tables=class_tables(scores, run.predictions)))
+    sections.append(_section_of_curves(run.path, out, prefix))
     if run.metrics.exists():
         sections.append(Section("Training", figures=_draw_training(run, out, prefix)))
     sections.append(Section("Generated texts", texts=generated_texts(run.path)))
     tables = [run_table(run.path), data_table(run.path), skipped_table(run.path)]
     sections.append(Section("Run", tables=[table for table in tables if table]))
     return [section for section in sections if section]
+
+
+def _section_of_curves(run: Path, out: Path, prefix: str) -> Section:
+    """Draw scores by layer and by number of training clips, if the run has them."""
+    figures = []
+    if (run / LAYERS).exists():
+        weighted = Scores.load(run / LAYER_WEIGHTS) if (run / LAYER_WEIGHTS).exists() else None
+        path = plot_layers(Scores.load(run / LAYERS), weighted, out / f"{prefix}layers.png")
+        caption = "Scores of linear probes on each layer, with the 95 % interval of the average"
+        figures.append(Figure(path, caption))
+    if (run / FEW_SHOT).exists():
+        path = plot_few_shot(Scores.load(run / FEW_SHOT), out / f"{prefix}few_shot.png")
+        caption = "Scores with few training clips per class, ± standard deviation over draws"
+        figures.append(Figure(path, caption))
+    return Section("Layers and few clips", figures=figures)
+
+
+def build_leaderboard(
+    paths: Sequence[Path], out: Path, console: Console, recipes: Sequence[str], against: str
+) -> Path:
+    """Write `leaderboard.html` (whose path is returned), `.md` and `.csv` to `out`, and print it.
+
+    Args:
+        paths: files of scores, or folders with a `scores.json`.
+        out: the folder.
+        console: where to print.
+        recipes: names of which the encoders NAME-0, NAME-1 and so on are trainings.
+        against: the encoder or recipe that recipes are compared with.
+
+    Raises:
+        UserError: a file holds no scores, a name is unknown, or a file cannot be written.
+    """
+    boards = join_scores([RunDirectory(path).scores if path.is_dir() else path for path in paths])
+    sections = []
+    for kind, (scores, warnings) in boards.items():
+        tables = leaderboard_tables(scores)
+        tables += [recipe_table(scores, recipe, against) for recipe in recipes]
+        sections.append(Section(f"Probes: {kind}", " ".join(warnings), tables=tables))
+        for table in tables:
+            console.print(table.to_rich())
+        for warning in warnings:
+            console.print(f"Warning: {warning}", highlight=False)
+    write_text(
+        out / "leaderboard.csv", leaderboard_csv({kind: one for kind, (one, _) in boards.items()})
+    )
+    for name in ("md", "html"):
+        write_text(
+            out / f"leaderboard.{name}", render([("Leaderboard", sections)], f"report.{name}")
+        )
+    console.print(f"Leaderboard: {out / 'leaderboard.html'}")
+    return out / "leaderboard.html"
 
 
 def _draw_scores(scores: Scores, out: Path, prefix: str) -> list[Figure]:

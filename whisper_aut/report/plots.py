@@ -18,6 +18,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from safetensors import SafetensorError
 from sklearn.manifold import TSNE
 
@@ -31,6 +32,8 @@ DOMAIN_COLOURS = {"speech": "#0072B2", "sound": "#E69F00", "music": "#009E73"}
 BASELINE_COLOUR = "#333333"
 BASELINE_DASHES = (0, (4, 2))
 MARKERS = "os^Dv"
+LINE_STYLES = ("-", "--", ":", "-.")
+FEW_SHOT_COLUMNS = 3
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -201,6 +204,96 @@ def _describe_whiskers(scores: Scores) -> str:
     if any(entry.std is None for entry in scores.entries):
         parts.append("95 % interval over test clips")
     return " or ".join(parts)
+
+
+@rc_context(STYLE)
+def plot_layers(scores: Scores, weighted: Scores | None, path: Path) -> Path:
+    """Draw score against layer, one panel per domain, and the learned weights of the layers.
+
+    Args:
+        scores: of one encoder for each layer, see `TaskScore.layers`.
+        weighted: of a probe on the weighted sum of layers, drawn as a dashed line.
+        path: the PNG file.
+    """
+    domains = scores.domains
+    figure = new_figure(height=3.4)
+    panels = figure.subplots(1, len(domains) + (weighted is not None), squeeze=False)[0]
+    layer_of = {entry.encoder: entry.layers[0] for entry in scores.entries}
+    averages = scores.averages()
+    for axes, domain in zip(panels, domains, strict=False):
+        entries = [entry for entry in scores.entries if entry.domain == domain]
+        for index, task in enumerate(dict.fromkeys(entry.task for entry in entries)):
+            own = sorted((e.layers[0], 100 * e.mean, e.title) for e in entries if e.task == task)
+            style = {"marker": MARKERS[index % len(MARKERS)], "linestyle": LINE_STYLES[index % 4]}
+            layers, means, titles = zip(*own, strict=True)
+            axes.plot(layers, means, color=PALETTE[index % len(PALETTE)], label=titles[0], **style)
+        found = sorted(
+            (layer_of[a.encoder], a.mean, *a.interval) for a in averages if a.domain == domain
+        )
+        layers, mean, low, high = np.array(found).T
+        axes.plot(layers, 100 * mean, color="black", linewidth=2, label="weighted average")
+        axes.fill_between(layers, 100 * low, 100 * high, color="black", alpha=0.12, linewidth=0)
+        for average in weighted.averages() if weighted else ():
+            if average.domain == domain:
+                axes.axhline(
+                    100 * average.mean,
+                    color=BASELINE_COLOUR,
+                    linestyle=BASELINE_DASHES,
+                    label="learned weights",
+                )
+        axes.set(title=domain, xlabel="layer")
+        axes.legend(fontsize=6)
+    panels[0].set_ylabel("score (%)")
+    for index, entry in enumerate(weighted.entries if weighted else ()):
+        panels[-1].plot(
+            entry.layers,
+            entry.layer_weights,
+            color=PALETTE[index % len(PALETTE)],
+            marker=MARKERS[index % len(MARKERS)],
+            label=entry.title,
+        )
+        panels[-1].set(title="learned weights", xlabel="layer", ylim=(0, None))
+        panels[-1].legend(fontsize=6)
+    for axes in panels:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return save_figure(figure, path)
+
+
+@rc_context(STYLE)
+def plot_few_shot(scores: Scores, path: Path) -> Path:
+    """Draw score against training clips per class, one panel per task and one line per encoder,
+    with the standard deviation over draws of clips.
+    """
+    rows = -(-len(scores.tasks) // FEW_SHOT_COLUMNS)
+    figure = new_figure(height=0.5 + 2.4 * rows)
+    columns = min(FEW_SHOT_COLUMNS, len(scores.tasks))
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    shots = sorted({entry.shots for entry in scores.entries})
+    lines: dict[str, int] = {}
+    for axes, task in zip(panels, scores.tasks, strict=False):
+        series = defaultdict(list)
+        for entry in (entry for entry in scores.entries if entry.task == task):
+            series[entry.encoder.removesuffix(f", {entry.shots} a class")].append(entry)
+            axes.set_title(entry.title)
+        for encoder, entries in series.items():
+            index = lines.setdefault(encoder, len(lines))
+            axes.errorbar(
+                [entry.shots for entry in entries],
+                [100 * entry.mean for entry in entries],
+                yerr=[100 * (entry.std or 0) for entry in entries],
+                color=PALETTE[index % len(PALETTE)],
+                marker=MARKERS[index % len(MARKERS)],
+                linestyle=LINE_STYLES[index % len(LINE_STYLES)],
+                label=encoder,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(shots, [str(count) for count in shots])
+        axes.set(xlabel="training clips per class", ylabel="score (%)", ylim=(0, 102))
+    for axes in panels[len(scores.tasks) :]:
+        axes.remove()
+    handles = panels[0].get_legend_handles_labels()
+    legend_below(figure, handles=handles[0], labels=handles[1])
+    return save_figure(figure, path)
 
 
 @rc_context(STYLE)

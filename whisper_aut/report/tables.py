@@ -6,16 +6,29 @@ support is labelled "no significant difference".
 
 import csv
 import io
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.table import Table as RichTable
 
 from whisper_aut.probes.fit import PROBES
-from whisper_aut.probes.results import AVERAGE, NO_ASR, Average, Comparison, Scores, TaskScore
-from whisper_aut.probes.stats import FEW_GROUPS
+from whisper_aut.probes.results import (
+    AVERAGE,
+    NO_ASR,
+    Average,
+    Comparison,
+    Scores,
+    TaskScore,
+    read_predictions,
+)
+from whisper_aut.probes.stats import FEW_GROUPS, GroupTotals, proportion_interval
 
 BLANK = "–"
+MAX_CLASSES = 60  # of a table of classes
 AVERAGE_NAMES = {AVERAGE: "all tasks, weighted", NO_ASR: "all but recognition, weighted"}
 METRIC_NAMES = {
     "segment_f1_macro": "segment F1, macro",
@@ -96,7 +109,7 @@ def score_table(scores: Scores) -> Table:
         metric = METRIC_NAMES.get(first.metric, first.metric)
         chance = BLANK if first.chance is None else percent(first.chance)
         rows.append(
-            (first.title, first.domain, metric, str(clips), chance, *map(_score_cell, entries))
+            (first.title, first.domain, metric, str(clips), chance, *map(score_cell, entries))
         )
     if len(scores.tasks) > 1:
         rows += _average_rows(scores)
@@ -121,7 +134,7 @@ def _average_rows(scores: Scores) -> list[tuple[str, ...]]:
         if any(cells):
             title = AVERAGE_NAMES.get(domain, f"{domain}, weighted")
             domain_cell = "" if domain in AVERAGE_NAMES else domain
-            formatted = [_score_cell(cell, "{:.3f}".format) for cell in cells]
+            formatted = [score_cell(cell, "{:.3f}".format) for cell in cells]
             rows.append((title, domain_cell, "0 … 1", "", "", *formatted))
     return rows
 
@@ -155,6 +168,8 @@ def comparison_table(scores: Scores) -> Table:
             titles.get(one.task, one.task),
             f"{100 * one.difference:+.1f}",
             f"{100 * one.low:+.1f} … {100 * one.high:+.1f}",
+            BLANK if one.effect_size is None else f"{one.effect_size:+.2f}",
+            BLANK if one.detectable is None else percent(one.detectable),
             p_value(one.p_value),
             p_value(one.p_holm),
             verdict(one),
@@ -163,15 +178,66 @@ def comparison_table(scores: Scores) -> Table:
     ]
     return Table(
         "Paired comparisons",
-        ("encoder", "against", "task", "difference", "95 % interval", "p", "p (Holm)", "verdict"),
+        (
+            *("encoder", "against", "task", "difference", "95 % interval", "d", "detectable"),
+            *("p", "p (Holm)", "verdict"),
+        ),
         tuple(rows),
         text_columns=3,
         caption="Difference in points, with its 95 % interval by paired bootstrap and its p-value "
         "by paired sign flips, over test clips or groups of test clips; with fewer than "
         f"{FEW_GROUPS} groups, a paired t interval and t test. p (Holm) is corrected for all "
         f"{len(rows)} rows. The interval does not cover the variation between training runs of "
-        "an encoder.",
+        "an encoder. d: the mean difference in standard deviations of the paired differences. "
+        "Detectable: the true difference that this test, uncorrected, finds with a probability "
+        "of 80 %.",
     )
+
+
+def class_tables(scores: Scores, predictions_file: Path) -> list[Table]:
+    """Return the recall of each class with its interval, and what it is mistaken for, for tasks
+    with one class per clip. None without the file of predictions.
+    """
+    predictions, tables = read_predictions(predictions_file), []
+    for task in scores.tasks:
+        columns: dict[str, dict[str, str]] = {}
+        clips: Counter[str] = Counter()
+        for encoder in scores.encoders:
+            entry = scores.get(encoder, task)
+            if not entry or not 0 < entry.classes <= MAX_CLASSES or not entry.confusion:
+                continue
+            by_class: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(dict)
+            for row in predictions.get((encoder, task), ()):
+                group = row.get("group") or row["key"]
+                by_class[row["true"]].setdefault(group, []).append(row)
+            for name, groups in sorted(by_class.items()):
+                seeds = len(entry.record)
+                right = [sum(r["predicted"] == name for r in rows) for rows in groups.values()]
+                sizes = np.array([len(rows) for rows in groups.values()])
+                totals = GroupTotals(np.array(right) / seeds, sizes / seeds)
+                clips[name] = int(sizes.sum() / seeds)
+                low, high = proportion_interval(totals)
+                wrong = Counter(r["predicted"] for rows in groups.values() for r in rows)
+                del wrong[name]
+                cell = f"{percent(totals.value)} [{percent(low)}, {percent(high)}]"
+                mistaken = f" {wrong.most_common(1)[0][0]}" if wrong else ""
+                columns.setdefault(scores.label(encoder), {})[name] = cell + mistaken
+        if columns:
+            rows = [
+                (name, str(count), *(column.get(name, BLANK) for column in columns.values()))
+                for name, count in clips.items()
+            ]
+            title = next(entry.title for entry in scores.entries if entry.task == task)
+            tables.append(
+                Table(
+                    f"{title}: recall of each class, in %",
+                    ("class", "test clips", *columns),
+                    tuple(rows),
+                    caption="With the 95 % interval (Wilson; related clips count as fewer) and the "
+                    "class that its clips are most often mistaken for.",
+                )
+            )
+    return tables
 
 
 def verdict(comparison: Comparison) -> str:
@@ -242,7 +308,7 @@ def _probe_title(kind: str) -> str:
     return PROBES[kind].title if kind in PROBES else kind  # an extension may be missing here
 
 
-def _score_cell(score: TaskScore | Average | None, number: Callable[[float], str] = percent) -> str:
+def score_cell(score: TaskScore | Average | None, number: Callable[[float], str] = percent) -> str:
     """Format a score with its deviation over seeds or, if it has none, with its interval."""
     if score is None:
         return BLANK

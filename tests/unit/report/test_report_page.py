@@ -68,7 +68,7 @@ def test_the_page_is_self_contained_and_escapes_its_content(tmp_path):
     parsed = Balanced()
     parsed.feed(page)
     assert not parsed.open
-    assert "<script" not in page
+    assert page.count("<script") == 1  # which sorts tables
     assert page.count("&lt;script&gt;") >= 5
     assert all(source.startswith(("data:", "#")) for source in parsed.sources)  # nothing is fetched
     assert page.count("<audio") == 1

@@ -1,0 +1,255 @@
+"""One table over the encoders and tasks of several files of scores: averages, ranks, costs."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import rankdata
+
+from whisper_aut.errors import UserError, nearest
+from whisper_aut.probes.results import AVERAGE, NO_ASR, Scores, TaskScore
+from whisper_aut.probes.stats import difference_of_trainings, holm, letter_groups
+from whisper_aut.probes.suite import compare
+from whisper_aut.report.tables import AVERAGE_NAMES, BLANK, Table, p_value, score_cell
+
+MIN_TRAININGS = 5  # of a recipe, for any claim
+# Column → its format.
+COST_COLUMNS = {
+    "parameters (M)": "{:.1f}",
+    "width": "{:d}",
+    "frames/s": "{:.4g}",
+    "GFLOP/s of audio": "{:.3g}",
+    "ms/s of audio": "{:,.1f}",
+}
+
+
+def join_scores(files: Sequence[Path]) -> dict[str, tuple[Scores, list[str]]]:
+    """Join files of scores: kind of probe → all its scores, and what makes them hard to compare.
+
+    A score that is in two files counts once. A name that stands for two encoders gets the name of
+    the file's folder.
+
+    Raises:
+        UserError: a file is missing or holds no scores.
+    """
+    joined: dict[str, dict[tuple[str, str], TaskScore]] = defaultdict(dict)
+    costs, audited = {}, {}
+    for file in files:
+        scores = Scores.load(file)
+        kinds = {entry.kind for entry in scores.entries}
+        known = joined[kinds.pop() if len(kinds) == 1 else str(scores.settings.get("kind"))]
+        audit = (file.parent / "audit.json").is_file()
+        taken = {
+            e.encoder
+            for e in scores.entries
+            if known.get((e.encoder, e.task), e).identity != e.identity
+        }
+        for entry in scores.entries:
+            name = entry.encoder
+            if name in taken:
+                name = f"{name} ({file.resolve().parent.name})"
+            known[name, entry.task] = replace(entry, encoder=name)
+            audited[name] = audited.get(name, False) or audit
+            if entry.encoder in scores.costs:
+                costs[name] = scores.costs[entry.encoder]
+    found = {}
+    for kind, known in joined.items():
+        scores = Scores(tuple(known.values()), costs=costs)
+        found[kind] = scores, _warnings(scores, audited)
+    return found
+
+
+def _warnings(scores: Scores, audited: dict[str, bool]) -> list[str]:
+    """Return how protocols, splits, tasks, audits and machines of the encoders differ."""
+    found = []
+    for task in scores.tasks:
+        entries = [entry for entry in scores.entries if entry.task == task]
+        for aspect, fields in {
+            "another protocol": ("protocol",),
+            "other test clips": ("keys_sha256", "groups"),
+            "other numbers of training or validation clips": ("clips",),
+            "another final fit": ("final_fit",),
+            "another metric, weight or domain": ("metric", "weight", "domain"),
+        }.items():
+            values = [[getattr(entry, name) for name in fields] for entry in entries]
+            names = [entry.encoder for entry in entries]
+            others = [one for one, v in zip(names, values, strict=True) if v != values[0]]
+            if others:
+                found.append(f"{task}: {', '.join(others)} with {aspect} than {names[0]}.")
+    for encoder in scores.encoders:
+        if missing := [task for task in scores.tasks if scores.get(encoder, task) is None]:
+            found.append(f"{encoder} has no score of {', '.join(missing)}.")
+    missing = [name for name in scores.encoders if not audited[name]]
+    if 0 < len(missing) < len(scores.encoders):
+        found.append(
+            f"No audit of overlap with training clips is next to the scores of "
+            f"{', '.join(missing)}; there is one for the others."
+        )
+    machines = {scores.costs[name].machine for name in scores.encoders if name in scores.costs}
+    if len(machines) > 1:
+        found.append(f"Times are of several machines: {'; '.join(sorted(machines))}.")
+    return found
+
+
+def leaderboard_rows(scores: Scores) -> list[dict[str, Any]]:
+    """Return a row for each encoder, the best first: column → number, text, average or score.
+
+    Ranks, significance groups and averages over all tasks are those of the encoders that have all
+    tasks on the same clips; the other encoders come last.
+    """
+    everything = {entry.task: (entry.keys_sha256, entry.groups) for entry in scores.entries}
+    averages = {(one.encoder, one.domain): one for one in scores.averages()}
+    own = {name: [e for e in scores.entries if e.encoder == name] for name in scores.encoders}
+    complete = [
+        name
+        for name, entries in own.items()
+        if {e.task: (e.keys_sha256, e.groups) for e in entries} == everything
+    ]
+    complete.sort(key=lambda name: -averages[name, AVERAGE].mean)
+    kept = replace(scores, entries=tuple(entry for name in complete for entry in own[name]))
+    compared = compare(kept, complete, only=AVERAGE if len(everything) > 1 else kept.tasks[0])
+    letters = letter_groups(
+        complete, [frozenset((one.encoder, one.against)) for one in compared if one.significant]
+    )
+    means = [[-one.mean for one in kept.entries if one.task == task] for task in kept.tasks]
+    ranks = dict(zip(complete, rankdata(means, axis=1).mean(0), strict=True))
+    rows = []
+    for name in [*complete, *(name for name in own if name not in complete)]:
+        row: dict[str, Any] = {"encoder": scores.label(name)}
+        if name in complete:
+            row |= {"rank": complete.index(name) + 1, "mean rank": float(ranks[name])}
+            row["group"] = letters[name]
+        for domain in (AVERAGE, NO_ASR, *scores.domains):
+            tasks = {e.task for e in scores.entries if domain in (AVERAGE, NO_ASR, e.domain)}
+            if tasks <= {e.task for e in own[name]} and (name, domain) in averages:
+                row[AVERAGE_NAMES.get(domain, domain)] = averages[name, domain]
+        if cost := scores.costs.get(name):
+            speed = cost.frames_per_second, cost.gflops_per_second, cost.ms_per_second
+            values = cost.parameters / 1e6, cost.width, *speed
+            row |= dict(zip(COST_COLUMNS, values, strict=True)) | {"machine": cost.machine}
+        rows.append(row | {entry.title: entry for entry in own[name]})
+    return rows
+
+
+def leaderboard_tables(scores: Scores) -> list[Table]:
+    """Return the leaderboard, and the scores of every encoder and task."""
+    rows = leaderboard_rows(scores)
+    means = [AVERAGE_NAMES.get(one, one) for one in (AVERAGE, NO_ASR, *scores.domains)]
+    columns = ["encoder", "group", "rank", "mean rank", *means, *COST_COLUMNS]
+    columns = [name for name in columns if any(name in row for row in rows)]
+    tasks = tuple(dict.fromkeys(entry.title for entry in scores.entries))
+    summary = Table(
+        "Leaderboard",
+        tuple(columns),
+        tuple(tuple(_cell(name, row.get(name)) for name in columns) for row in rows),
+        text_columns=2,
+        caption="Weighted averages from 0 to 1, with 95 % intervals over test clips. Encoders that "
+        "share a letter do not differ significantly on the average of all tasks (paired "
+        "permutation test over test clips or their groups, Holm's correction over all pairs; it "
+        "does not cover the variation between trainings). Mean rank: over tasks. Costs: of the "
+        "forward pass, for clips of 10 s.",
+    )
+    by_task = Table(
+        "Scores by task, in %",
+        ("encoder", *tasks),
+        tuple(tuple(_cell(name, row.get(name)) for name in ("encoder", *tasks)) for row in rows),
+    )
+    return [summary, by_task]
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return BLANK
+    if isinstance(value, (str, int)):
+        return str(value)
+    if isinstance(value, float):
+        return COST_COLUMNS.get(column, "{:.2f}").format(value)
+    return score_cell(value) if isinstance(value, TaskScore) else score_cell(value, "{:.3f}".format)
+
+
+def leaderboard_csv(boards: dict[str, Scores]) -> str:
+    """Return the leaderboards of all kinds of probes as CSV, with scores from 0 to 1."""
+    rows = []
+    for kind, scores in boards.items():
+        for row in leaderboard_rows(scores):
+            plain = {"kind": kind}
+            for name, value in row.items():
+                scored = hasattr(value, "interval")
+                plain[name] = value.mean if scored else value
+                if scored:
+                    plain[f"{name} (low)"], plain[f"{name} (high)"] = value.interval
+            rows.append(plain)
+    columns = tuple(dict.fromkeys(name for row in rows for name in row))
+    cells = [tuple("" if row.get(c) is None else str(row[c]) for c in columns) for row in rows]
+    return Table("", columns, tuple(cells)).to_csv()
+
+
+def recipe_table(scores: Scores, recipe: str, against: str) -> Table:
+    """Compare the trainings of a recipe, RECIPE-0, RECIPE-1 and so on, with an encoder, or with
+    the trainings of the same number of another recipe. The training is the unit.
+
+    Raises:
+        UserError: there are no such trainings, or no encoder of that name.
+    """
+    values: dict[str, dict[str, float]] = defaultdict(dict)
+    for one in (*scores.entries, *scores.averages()):
+        name = one.title if isinstance(one, TaskScore) else one.domain
+        values[one.encoder][AVERAGE_NAMES.get(name, name)] = 100 * one.mean
+    runs, others = (
+        {n: v for name, v in values.items() if (n := _number(name, of)) is not None}
+        for of in (recipe, against)
+    )
+    if against in values:
+        others = dict.fromkeys(runs, values[against])
+    for of, found in ((recipe, runs), (against, others)):
+        if not found:
+            raise UserError(
+                f"There are no trainings {of}-0, {of}-1, …, and no encoder {of}."
+                f"{nearest(of, values)} There are: {', '.join(values)}."
+            )
+    pairs = [(runs[number], others[number]) for number in sorted(runs.keys() & others.keys())]
+    rows, differences = [], {}
+    for name in dict.fromkeys(name for one in values.values() for name in one):
+        if pairs and all(name in one and name in other for one, other in pairs):
+            found = [one[name] - other[name] for one, other in pairs]
+            differences[name] = found, difference_of_trainings(found)
+    enough = len(pairs) >= MIN_TRAININGS
+    tested = [name for name, (_, one) in differences.items() if enough and not isnan(one.p_value)]
+    adjusted = dict(
+        zip(tested, holm([differences[name][1].p_value for name in tested]), strict=True)
+    )
+    for name, (found, one) in differences.items():
+        verdict = "no claim"
+        if name in adjusted:
+            better = "better" if one.value > 0 else "worse"
+            verdict = better if adjusted[name] < 0.05 else "no difference shown"
+        rows.append(
+            (
+                name,
+                f"{one.value:+.1f}",
+                " · ".join(f"{value:+.1f}" for value in found),
+                BLANK if isnan(one.p_value) else f"{one.low:+.1f} … {one.high:+.1f}",
+                BLANK if one.effect_size is None else f"{one.effect_size:+.1f}",
+                BLANK if one.detectable is None else f"{one.detectable:.1f}",
+                p_value(adjusted[name]) if name in adjusted else BLANK,
+                verdict,
+            )
+        )
+    columns = ("difference", "by training", "95 % interval", "d", "detectable", "p (Holm)")
+    return Table(
+        f"Recipe {recipe} against {against}: {len(pairs)} trainings",
+        ("task", *columns, "verdict"),
+        tuple(rows),
+        caption="In points. Interval and p-value are of a paired t test over trainings; a claim "
+        f"needs {MIN_TRAININGS}. d: the mean difference in standard deviations. Detectable: the "
+        "true difference that this test, uncorrected, finds with a probability of 80 %.",
+    )
+
+
+def _number(name: str, recipe: str) -> int | None:
+    found = re.fullmatch(rf"{re.escape(recipe)}-(\d+)", name)
+    return int(found[1]) if found else None
