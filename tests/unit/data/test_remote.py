@@ -325,6 +325,11 @@ def test_s3_feeds_a_full_epoch(
             assert (len(keys), set(keys.values()), refused) == (CLIPS, {1}, Counter())
         with pytest.raises(UserError, match=r"no index\.json"):
             open_index("s3://corpus/elsewhere", PATIENT)
+        store.put([str(tar) for tar in sorted(folder.glob("*.tar"))], "corpus/bare/")
+        index = index_folder("s3://corpus/bare")
+        assert (index.samples, index.has_tables) == (CLIPS, True)
+        keys, refused = epoch("s3://corpus/bare", build, batch_seconds=31.0)
+        assert (len(keys), refused) == (CLIPS, Counter())
     finally:
         server.stop()
 
@@ -346,3 +351,28 @@ def test_tars_from_elsewhere_become_readable_over_a_network(
         assert (remade.table(number).milliseconds == ours.table(number).milliseconds).all()
     with served(bare) as server:
         assert epoch(server.url, build)[0] == epoch(str(folder), build)[0]
+
+
+def test_an_index_on_a_disk_reads_tars_that_stay_on_a_server(
+    folder: Path, build: ExampleBuilder, tmp_path: Path
+):
+    ours = open_index(folder)
+    last = len(ours.shards) - 1
+    with served(folder) as server:
+        tars = f"{server.url}/shard-{{000000..{last:06d}}}.tar"
+        with pytest.raises(UserError, match="Give one with --out FOLDER"):
+            index_folder(tars)
+        index = index_folder(tars, tmp_path / "index")
+        assert [shard.samples for shard in index.shards] == list(ours.shard_samples)
+        assert index.seconds == pytest.approx(ours.seconds, abs=0.001 * CLIPS)
+        assert not list((tmp_path / "index").glob("*.tar"))
+        for number in range(len(ours.shards)):
+            assert (index.table(number).starts == ours.table(number).starts).all()
+        keys, refused = epoch(str(tmp_path / "index"), build, batch_seconds=31.0)
+    assert (len(keys), refused) == (CLIPS, Counter())
+    with (
+        served(folder, lambda number: "drop" if number > 3 else "") as server,
+        pytest.raises(UserError, match="cannot be indexed"),
+    ):
+        tars = f"{server.url}/shard-{{000000..{last:06d}}}.tar"
+        index_folder(tars, tmp_path / "none", policy=ReadPolicy(0, 1.0, 0.01))
