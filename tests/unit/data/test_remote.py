@@ -370,9 +370,8 @@ def test_an_index_on_a_disk_reads_tars_that_stay_on_a_server(
             assert (index.table(number).starts == ours.table(number).starts).all()
         keys, refused = epoch(str(tmp_path / "index"), build, batch_seconds=31.0)
     assert (len(keys), refused) == (CLIPS, Counter())
-    with (
-        served(folder, lambda number: "drop" if number > 3 else "") as server,
-        pytest.raises(UserError, match="cannot be indexed"),
-    ):
+    hasty, none = ReadPolicy(0, 1.0, 0.01), tmp_path / "none"
+    with served(folder, lambda number: "drop" if number > 3 else "") as server:
         tars = f"{server.url}/shard-{{000000..{last:06d}}}.tar"
-        index_folder(tars, tmp_path / "none", policy=ReadPolicy(0, 1.0, 0.01))
+        with pytest.raises(UserError, match="cannot be indexed"):
+            index_folder(tars, none, policy=hasty)
