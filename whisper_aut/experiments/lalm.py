@@ -91,17 +91,19 @@ def write_lalm_probe(
     values["model"] |= arms[reference]["set"]["model"]
     values["decoder"]["instructions"] = {task.name: _instruction(task) for task in tasks}
     parts = [(task, *task_folders(task, root)) for task in tasks]
+
+    def source(path: str, task: ProbeTask) -> dict[str, Any]:
+        # As in the other probes, the domain is that of the task, whatever its clips state.
+        own = {"domain": task.domain, "task": task.name, "fields": {"domain": ""}}
+        return {"path": path, **own}
+
     values["data"] |= {
         "train": [
-            {"path": path, "domain": task.domain, "task": task.name, "weight": 1 / len(train)}
+            source(path, task) | {"weight": 1 / len(train)}
             for task, train, _, _ in parts
             for path in train
         ],
-        "valid": [
-            {"path": path, "domain": task.domain, "task": task.name}
-            for task, _, valid, _ in parts
-            for path in valid
-        ],
+        "valid": [source(path, task) for task, _, valid, _ in parts for path in valid],
         "domains": dict(Counter(task.domain for task in tasks)),
     }
     if losses and not values["data"]["valid"]:
