@@ -35,7 +35,7 @@ from whisper_aut.audio.logmel import LogMel
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.batch import Batch, TokenTarget, collate
 from whisper_aut.data.dataset import BatchStream, ExampleBuilder, StreamSource
-from whisper_aut.data.reader import DEFAULT_POLICY, read_range
+from whisper_aut.data.reader import DEFAULT_POLICY, Sample, read_range
 from whisper_aut.data.sampler import ByClips, Cursor, EpochOrder, SourceShape
 from whisper_aut.data.shards import ShardIndex, iter_samples, open_index
 from whisper_aut.data.writer import ShardWriter
@@ -161,7 +161,7 @@ def stream(index: ShardIndex, *, decode: bool, rank: int = 0, ranks: int = 1) ->
     build = ExampleBuilder(LogMel(80), OneToken(), ClipLimits())
     kind = BatchStream if decode else Keys
     sources = [StreamSource(index, "sound")]
-    of_rank = {"rank": rank, "ranks": ranks}
+    of_rank: Any = {"rank": rank, "ranks": ranks}
     return kind(order, batching, sources, build, end=order.end, count=count, **of_rank)
 
 
@@ -199,7 +199,8 @@ def read_by_webdataset(url: str) -> float:
     tars = [f"pipe:curl -s {index.url(number)}" for number in range(len(index.shards))]
 
     def run() -> None:
-        dataset = webdataset.WebDataset(tars, shardshuffle=len(tars), seed=0).shuffle(1000)
+        dataset = webdataset.WebDataset(tars, shardshuffle=len(tars), seed=0)  # pyright: ignore
+        dataset = dataset.shuffle(1000)
         if sum(1 for _ in dataset) != CLIPS:
             raise AssertionError("webdataset did not read every clip")
 
@@ -223,6 +224,7 @@ def write_mds(folder: Path, out: Path) -> None:
     columns = {"audio": "bytes", "text": "str"}
     with MDSWriter(out=str(out), columns=columns, size_limit=TAR_BYTES) as writer:
         for item in iter_samples(open_index(folder), ClipLimits()):
+            assert isinstance(item, Sample)
             writer.write({"audio": item.audio, "text": item.annotation.text})
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import Checkpoint
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from whisper_aut.data.sampler import Cursor
 from whisper_aut.training.callbacks import ends_step
@@ -217,7 +217,7 @@ class AverageWeights(lightning.Callback):
         trained = {n: p.detach() for n, p in module.named_parameters() if n in module.average}
         module.average = {n: module.average[n].to(p.device) for n, p in trained.items()}
         weights = [weight.float() for weight in trained.values()]
-        torch._foreach_lerp_(list(module.average.values()), weights, 1 - self.decay)
+        get_ema_multi_avg_fn(self.decay)(list(module.average.values()), weights, None)
 
     def on_validation_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self._validating.enter_context(module.averaged())
