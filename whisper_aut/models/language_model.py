@@ -307,7 +307,11 @@ def greedy_tokens(
             mask = _mask([len(sequence) for sequence in batch], "left").to(padded.device)
             try:
                 tokens: Any = model.generate(  # pyright: ignore[reportCallIssue]
-                    inputs_embeds=padded, attention_mask=mask, generation_config=greedy
+                    inputs_embeds=padded,
+                    attention_mask=mask,
+                    generation_config=greedy,
+                    # Ranks generate different numbers of texts. Each has the whole model here.
+                    synced_gpus=False,
                 )
                 answers += tokens.tolist()
             except ValueError:  # Falcon-H1, for example, cannot generate from embeddings
