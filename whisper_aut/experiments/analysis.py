@@ -459,7 +459,7 @@ def cost_table(results: Results) -> Table:
             _mean([_final_loss(one) for one in runs], 3),
         ]
         rows += [(arm, row)] if costs else []
-    if len({tuple(row) for _, row in rows}) == 1:  # all arms measure the same runs
+    if len(rows) > 1 and len({tuple(row) for _, row in rows}) == 1:  # arms measure the same runs
         rows = []
     columns = ("steps", "audio (s)", "audio with padding (s)", "TFLOP", "wall clock (s)")
     return _arm_table(

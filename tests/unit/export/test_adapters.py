@@ -66,6 +66,15 @@ def test_xares_llm_gets_all_frames_of_each_clip_and_their_mask(pipeline_run: Pat
     torch.nn.Linear(encoder.output_dim, 4)(unmasked).sum().backward()  # as the projector's
 
 
+def test_an_encoder_built_on_the_meta_device_has_its_weights(pipeline_run: Path):
+    """As XARES-LLM builds it to load a projector that it has trained."""
+    audio = torch.from_numpy(tone(0.5))[None]
+    with torch.device("meta"):
+        rebuilt = xares_llm.WhisperAutEncoder(str(pipeline_run / RUN))
+    expected, _ = xares_llm.WhisperAutEncoder(str(pipeline_run / RUN))(audio)
+    torch.testing.assert_close(rebuilt(audio)[0], expected)
+
+
 @pytest.mark.parametrize("adapter", [xares, xares_llm, mteb])
 def test_suites_are_imported_only_when_needed(adapter: ModuleType):
     imports = [

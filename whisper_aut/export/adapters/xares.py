@@ -47,7 +47,9 @@ class WhisperAutEncoder(nn.Module):
         path = path or os.environ.get(PATH_VARIABLE, "")
         if not path:
             raise UserError(f"Set {PATH_VARIABLE}=DIR to the encoder that X-ARES should run.")
-        self.inner = inference.load_encoder(path, padding=os.environ.get(PADDING_VARIABLE))  # pyright: ignore[reportArgumentType]
+        padding = os.environ.get(PADDING_VARIABLE)
+        with torch.device("cpu"):  # XARES-LLM builds the encoder on the meta device to reload it
+            self.inner = inference.load_encoder(path, padding=padding)  # pyright: ignore[reportArgumentType]
         self.output_dim = self.inner.width
 
     @torch.inference_mode()
