@@ -217,8 +217,12 @@ def test_tables_have_means_deviations_and_costs(results: Results):
     assert good[:2] == ("good arm", f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}")
     # Half of what the encoder processed was padding.
     assert cost_table(results).rows[0][1:6] == ("30", "300", "600", "0.300", "8 ± 2")
-    alone = [one for one in results.measurements if one.arm == "good"]
-    assert cost_table(replace(results, measurements=tuple(alone))).rows[0][1] == "30"
+    good_alone = {
+        "reference": "good",
+        "arms": {"good": results.arms["good"]},
+        "measurements": tuple(one for one in results.measurements if one.arm == "good"),
+    }
+    assert cost_table(replace(results, **good_alone)).rows[0][1] == "30"
     assert [row[2] for row in threshold_table(results).rows] == [
         *("5 of 5", "0 of 5"),
         *("0 of 5", "0 of 5"),
