@@ -178,7 +178,7 @@ def probe_splits(
 def few_shot_splits(
     splits: Sequence[Split], shots: int, *, kind: str, seeds: Sequence[int], **options: Any
 ) -> list[SeedRun]:
-    """Score probes that are trained on `shots` clips of each class, drawn anew by each seed.
+    """Score probes that are trained on `shots` clips of each class, drawn by each seed.
 
     There are no validation clips to select on, so the kind's default setting is used (Perez et
     al. 2021, True Few-Shot Learning). No runs if a class has fewer clips.
