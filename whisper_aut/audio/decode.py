@@ -164,13 +164,14 @@ def as_soundfile(data: bytes, limits: ClipLimits) -> bytes:
         return data
     if find_spec("av") is None:
         raise SkipSample(SkipReason.UNDECODABLE, str(MissingModule("av")))
-    import av  # pyright: ignore[reportMissingImports]
+    import av
+    from av.error import FFmpegError
 
     blocks, rate, frames = [], 0, 0
     most_seconds = min(limits.max_seconds, LONG_CLIPS.max_seconds) + 1
     try:
         resampler = av.AudioResampler("s16")  # only changes the format
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), mode="r") as container:
             for frame in container.decode(audio=0):
                 for block in resampler.resample(frame):
                     blocks.append(block.to_ndarray().reshape(-1, block.layout.nb_channels))
@@ -179,7 +180,7 @@ def as_soundfile(data: bytes, limits: ClipLimits) -> bytes:
                     break
         flac = io.BytesIO()
         soundfile.write(flac, np.concatenate(blocks), rate, format="FLAC", subtype="PCM_16")
-    except (av.FFmpegError, IndexError, ValueError, soundfile.SoundFileError) as error:
+    except (FFmpegError, IndexError, ValueError, soundfile.SoundFileError) as error:
         raise SkipSample(SkipReason.UNDECODABLE, f"{type(error).__name__}: {error}") from None
     return flac.getvalue()
 
