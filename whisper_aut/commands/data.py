@@ -4,6 +4,7 @@ import argparse
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -75,7 +76,8 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
     spec = ManifestSpec(
         name, where=where, **{key: getattr(options, key) for key in (*COLUMNS, *CONSTANTS)}
     )
-    choices = {"workers": options.workers, "max_skipped_fraction": options.max_skipped_fraction}
+    names = ("workers", "max_skipped_fraction", "append")
+    choices: dict[str, Any] = {name: getattr(options, name) for name in names}
     if name in RECIPES:
         out = Path(options.out or SHARDS / name)
         raw = Path(options.path or RAW / name)
@@ -218,6 +220,8 @@ def add_parsers(commands: Commands) -> None:
     add("--max-seconds", type=positive_number, default=None, help=longest)
     skipped = "fail if a larger fraction of the rows is skipped (default: 0.5)"
     add("--max-skipped-fraction", type=fraction, default=0.5, help=skipped)
+    append = "keep the shards in --out, and add the rows whose ids they do not have"
+    add("--append", action="store_true", help=append)
     add_workers(command)
     command.set_defaults(run=data_build)
 

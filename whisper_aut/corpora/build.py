@@ -2,7 +2,7 @@
 
 A build writes `OUT/shard-000000.tar …` and `OUT/index.json` (one such folder per value of
 `split_by`, if that is set), and `OUT/skipped.jsonl` with one line per skipped row. The bytes
-written depend only on the inputs, not on the number of workers.
+written depend only on the inputs, not on the number of workers or on interruptions.
 """
 
 import hashlib
@@ -36,7 +36,8 @@ from whisper_aut.corpora.manifest import (
     SkippedRow,
     arrow_files,
 )
-from whisper_aut.data.shards import INDEX_NAME, ShardIndex, open_index
+from whisper_aut.data.annotation import safe_name
+from whisper_aut.data.shards import INDEX_NAME, ShardIndex, open_index, text_hash
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 from whisper_aut.utils import available_cores, parallel_map, progress_bar, read_json
@@ -208,6 +209,8 @@ class BuildReport:
     skipped: dict[str, int]  # rows by reason
     recipe: str  # hash of everything that the shards depend on
     reused: bool = False  # whether the shards of an earlier build with this recipe were kept
+    resumed: int = 0  # clips that an interrupted build had finished
+    appended_to: int = 0  # clips that the folders held before
 
     def summary(self) -> str:
         """Return a human-readable summary of one paragraph."""
@@ -216,6 +219,12 @@ class BuildReport:
         text += f"in {self.out}"
         if any(self.folders):
             text += f", split into {', '.join(self.folders)}"
+        if self.appended_to:
+            new = self.clips - self.appended_to
+            already = self.rows - sum(self.skipped.values()) - new
+            text += f". {new} of the clips are new, {already} rows were there already"
+        if self.resumed:
+            text += f". {self.resumed} had been finished before an interruption"
         if self.skipped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items())
             text += f". Skipped: {reasons}; see {self.out / SKIPPED_NAME}"
@@ -230,9 +239,12 @@ def build_shards(
     workers: int | None = None,
     max_shard_bytes: int = 256 << 20,
     max_skipped_fraction: float = 0.5,
+    append: bool = False,
     progress: bool = True,
 ) -> BuildReport:
     """Build the shards of a manifest under `out`, unless they already exist.
+
+    A build that was interrupted goes on after the last tar that it finished.
 
     Args:
         spec: the manifest and the meaning of its columns.
@@ -241,6 +253,7 @@ def build_shards(
         workers: number of decoding processes; by default one per available core.
         max_shard_bytes: size at which the next tar begins.
         max_skipped_fraction: fraction of rows that may be skipped, in [0, 1].
+        append: keep the shards of earlier builds, and add the rows whose keys they do not have.
         progress: whether to show a progress bar.
 
     Raises:
@@ -249,34 +262,46 @@ def build_shards(
     """
     out = Path(out).absolute()
     manifest = Manifest(spec)
-    settings = {
-        "limits": asdict(limits),
-        "max_shard_bytes": max_shard_bytes,
-        "max_skipped_fraction": max_skipped_fraction,
-    }
-    recipe, row_count, splits, missing = _survey(manifest, settings)
+    settings = {"limits": asdict(limits), "max_shard_bytes": max_shard_bytes}
+    recipe, row_count, splits, missing = _survey(manifest, settings, unique_keys=append)
     # Too many missing files are an error before anything is built.
     _check_skipped(manifest, missing, row_count, max_skipped_fraction)
     folders = {split: out / split for split in splits}
-    _check_out(out, folders)
-    if indices := _find_earlier_build(folders, recipe):
-        return _report(out, folders, indices, reused=True)
-    # Forked workers: spawned ones would each import torch. Small chunks, because a clip may have
-    # tens of megabytes and 2 chunks per worker are in memory.
-    rows = parallel_map(
-        partial(_read_row, limits=limits),
-        manifest.entries(),
-        workers or available_cores(),
-        chunk_size=4,
-    )
+    if append and spec.split_by:  # clips may have moved to another split, so all are looked at
+        there = [path.parent for path in out.glob(f"*/{INDEX_NAME}")]
+        folders |= {path.name: path for path in there if _build_of(path)}
+    _check_out(out, folders, spec.split_by if append else None)
+    indices = _find_earlier_build(folders, recipe)
+    if indices:
+        report = _report(out, folders, indices, reused=True)
+        if sum(report.skipped.values()) <= max_skipped_fraction * report.rows:
+            return report
     try:
-        with closing(rows), _skip_log(out) as skips, ExitStack() as stack:
+        with _skip_log(out) as skips, ExitStack() as stack:
+            options: Any = {"max_bytes": max_shard_bytes, "recipe": recipe, "append": append}
             writers = {
-                split: stack.enter_context(ShardWriter(path, max_bytes=max_shard_bytes))
+                split: stack.enter_context(ShardWriter(path, **options))
                 for split, path in folders.items()
             }
+            finished = set[int]().union(*(writer.keys for writer in writers.values()))
+            resumed = sum(writer.resumed for writer in writers.values())
+            appended_to = sum(writer.samples for writer in writers.values()) - resumed
+            entries = (
+                row
+                for row in manifest.entries()
+                if isinstance(row, SkippedRow) or text_hash(row.key) not in finished
+            )
+            # Forked workers: spawned ones would each import torch. Small chunks, because a clip may
+            # have tens of megabytes and 2 chunks per worker are in memory.
+            rows = parallel_map(
+                partial(_read_row, limits=limits),
+                entries,
+                workers or available_cores(),
+                chunk_size=4,
+            )
+            stack.enter_context(closing(rows))
             bar = stack.enter_context(progress_bar(progress))
-            for row in bar.track(rows, total=row_count, description="clips"):
+            for row in bar.track(rows, total=row_count - resumed, description="clips"):
                 if isinstance(row, SkippedRow):
                     skips.add(row)
                     continue
@@ -298,18 +323,25 @@ def build_shards(
                 "skipped": dict(skips.counts),
                 "split_by": spec.split_by,
             }
+            if appended_to:
+                build["appended_to"] = appended_to
             for split, writer in writers.items():
                 skipped = dict(skips.by_split[split])
                 writer.metadata = {"recipe": recipe, "skipped": skipped, "build": build}
     except OSError as error:
         raise UserError(f"Cannot write shards to {out}: {error.strerror or error}.") from None
-    return _report(out, folders, {split: open_index(folder) for split, folder in folders.items()})
+    indices = {split: open_index(folder) for split, folder in folders.items()}
+    return _report(out, folders, indices, resumed=resumed)
 
 
 def _survey(
-    manifest: Manifest, settings: dict[str, Any]
+    manifest: Manifest, settings: dict[str, Any], unique_keys: bool
 ) -> tuple[str, int, tuple[str, ...], SkipLog]:
-    """Look up all audio files without opening them; return recipe, row count, splits and skips."""
+    """Look up all audio files without opening them; return recipe, row count, splits and skips.
+
+    Raises:
+        UserError: no row is kept, or ids that have to be unique are not.
+    """
     spec = {name: value for name, value in asdict(manifest.spec).items() if name not in PATHS}
     files = arrow_files(manifest.path)
     digest: Any = [[file.name, file.stat().st_size] for file in files]
@@ -324,6 +356,12 @@ def _survey(
             skips.add(row)
             continue
         splits[row.split] = None
+        own_id = row.annotation.id
+        if unique_keys and (row.key != safe_name(own_id) or own_id == f"row-{row.line}"):
+            raise UserError(
+                f"Line {row.line} of {manifest.path}: --append recognises clips by their id, and "
+                f"{own_id!r} is not one that only this clip has. Add a column `id`."
+            )
         try:
             found = row.path.stat()
             recipe.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
@@ -357,22 +395,37 @@ def _check_skipped(
     raise UserError(message.rstrip())
 
 
-def _check_out(out: Path, folders: dict[str, Path]) -> None:
-    """Check that `out` has no other tars and no split left over from an earlier build."""
+def _build_of(folder: Path) -> dict[str, Any]:
+    """Return what the index of a folder says about its build; empty if it was not built here."""
+    return read_json(folder / INDEX_NAME, default={}).get("build") or {}
+
+
+def _check_out(out: Path, folders: dict[str, Path], append_by: str | None) -> None:
+    """Check that `out` has no tars that would be lost, and no splits of another kind.
+
+    Args:
+        out: output folder.
+        folders: the folders of this build.
+        append_by: the column of the splits if clips are added to earlier ones, otherwise None.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"Cannot write shards to {out}: it is a file.")
     for folder in folders.values():
-        if next(folder.glob("*.tar"), None) and "recipe" not in read_json(
-            folder / INDEX_NAME, default={}
-        ):
+        if next(folder.glob("*.tar"), None) and not _build_of(folder):
             raise UserError(
                 f"{folder} holds tars that `data build` did not write. Choose another --out, or "
                 "move them away."
             )
+        if append_by is None and _build_of(folder).get("appended_to"):
+            raise UserError(
+                f"{folder} holds clips that were added with --append. Add more with --append, or "
+                "delete the folder to build it again."
+            )
     for path in sorted([*out.glob(INDEX_NAME), *out.glob(f"*/{INDEX_NAME}")]):
-        folder, build = path.parent, read_json(path, default={}).get("build")
-        is_ours = build is not None and (folder == out or build.get("split_by"))
-        if is_ours and folder not in folders.values():
+        folder, build = path.parent, _build_of(path.parent)
+        is_ours = build and (folder == out or build.get("split_by"))
+        other_kind = append_by is not None and build.get("split_by") != append_by
+        if is_ours and (folder not in folders.values() or other_kind):
             raise UserError(
                 f"{folder} holds shards of an earlier build with other splits. Choose another "
                 "--out, or delete them."
@@ -399,7 +452,12 @@ def _find_earlier_build(folders: dict[str, Path], recipe: str) -> dict[str, Shar
 
 
 def _report(
-    out: Path, folders: dict[str, Path], indices: dict[str, ShardIndex], reused: bool = False
+    out: Path,
+    folders: dict[str, Path],
+    indices: dict[str, ShardIndex],
+    *,
+    reused: bool = False,
+    resumed: int = 0,
 ) -> BuildReport:
     metadata = next(iter(indices.values())).metadata
     return BuildReport(
@@ -412,4 +470,6 @@ def _report(
         skipped=metadata["build"]["skipped"],
         recipe=metadata["recipe"],
         reused=reused,
+        resumed=resumed,
+        appended_to=metadata["build"].get("appended_to", 0),
     )

@@ -148,9 +148,13 @@ class ShardEntry:
 class FolderCounts:
     """Counts clips by domain, and clips and seconds by licence (as written in the annotations)."""
 
-    def __init__(self) -> None:
-        self.domains: Counter[str] = Counter()
-        self.licences: dict[str, dict[str, float]] = {}
+    def __init__(
+        self,
+        domains: Mapping[str, int] | None = None,
+        licences: Mapping[str, dict[str, float]] | None = None,
+    ) -> None:
+        self.domains = Counter(domains)
+        self.licences = dict(licences or {})
 
     def add(self, domain: str, licence: str, seconds: float, clips: int = 1) -> None:
         """Count `clips` clips with a total length of `seconds`."""

@@ -46,7 +46,7 @@ from whisper_aut.data.shards import (
     unpacked_name,
 )
 from whisper_aut.errors import SkipSample, UserError
-from whisper_aut.utils import atomic_path, parallel_map
+from whisper_aut.utils import atomic_path, parallel_map, read_json
 
 
 class ShardWriter:
@@ -55,25 +55,43 @@ class ShardWriter:
     Inside the context the tars have hidden temporary names, and earlier shards in the folder stay
     untouched. On exit the earlier tars are removed, the index is written, and the new tars are
     renamed into place, in this order. If that is interrupted, the index names missing tars and
-    `open_index` raises, so an incomplete folder never looks complete. If the context is left with
-    an exception, only the temporary files are removed.
+    `open_index` raises, so an incomplete folder never looks complete.
+
+    If the context is left with an exception, the temporary files are removed. With a `recipe`, the
+    finished ones stay, also if the process is killed, and the next writer with this recipe goes on
+    after them.
 
     Args:
         folder: where to write; created if missing.
         prefix: start of the tars' names, `PREFIX-000000.tar`.
         max_bytes: a tar is finished as soon as its members reach this size.
+        recipe: identifies the samples and their order; empty if nothing is kept.
+        append: keep the shards of the folder, and write more.
 
     Attributes:
         metadata: further metadata for the index.
+        keys: hashes of the keys that need not be written again, see `text_hash`.
+        resumed: number of samples in tars that an interrupted writer finished.
     """
 
-    def __init__(self, folder: str | Path, prefix: str = "shard", max_bytes: int = 256 << 20):
+    def __init__(
+        self,
+        folder: str | Path,
+        prefix: str = "shard",
+        max_bytes: int = 256 << 20,
+        *,
+        recipe: str = "",
+        append: bool = False,
+    ):
         # TarWriter would read `name:` at the start of a relative path as a URL.
         self.folder = Path(folder).absolute()
-        self.prefix, self.max_bytes = prefix, max_bytes
+        self.prefix, self.max_bytes, self.recipe, self.append = prefix, max_bytes, recipe, append
         self.metadata: dict[str, Any] = {}
+        self.keys: set[int] = set()
+        self.resumed = 0
         self._shards: list[ShardEntry] = []
-        self._counts = FolderCounts()
+        self._earlier = 0  # shards of the folder before this writer
+        self._counts, self._tar_counts = FolderCounts(), FolderCounts()
         self._tar: TarWriter | None = None
         self._rows: list[tuple[int, float | None, str, str]] = []  # of the current tar
         self._bytes = 0
@@ -81,14 +99,18 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_partial()  # left over from an interrupted build
-        except OSError as error:
-            raise UserError(f"Cannot write shards to {self.folder}: {error.strerror}.") from None
+            if self.append and (self.folder / INDEX_NAME).exists():
+                self._keep_shards(open_index(self.folder))
+            self._resume()
+            self._remove_partial()
+        except (OSError, ValueError) as error:
+            detail = getattr(error, "strerror", None) or error
+            raise UserError(f"Cannot write shards to {self.folder}: {detail}.") from None
         return self
 
     @property
     def samples(self) -> int:
-        """Samples written so far."""
+        """Samples in the folder so far."""
         return len(self._rows) + sum(shard.samples for shard in self._shards)
 
     def write(self, key: str, suffix: str, audio: bytes, annotation: Annotation) -> None:
@@ -103,21 +125,23 @@ class ShardWriter:
         self._rows.append((self._tar.tarstream.offset, seconds, key, annotation.licence))
         self._tar.write({"__key__": key, suffix: audio, "json": data})
         self._bytes += len(audio) + len(data)
-        self._counts.add(annotation.domain, annotation.licence, seconds or 0.0)
+        self._tar_counts.add(annotation.domain, annotation.licence, seconds or 0.0)
         if self._bytes >= self.max_bytes:
             self.finish_tar()
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        keep = bool(self.recipe)
         try:
             if kind is None:
                 self.finish_tar()
                 self._publish()
+                keep = False
         finally:
             if self._tar is not None:
                 # The disk may be full. The partial tars must be removed even then.
                 with suppress(OSError):
                     self._tar.close()
-            self._remove_partial()
+            self._remove_partial(keep)
 
     def _tar_name(self) -> str:
         return f"{self.prefix}-{len(self._shards):06d}.tar"
@@ -125,13 +149,13 @@ class ShardWriter:
     def _partial(self, name: str) -> Path:
         return self.folder / f".{name}.partial"
 
-    def _remove(self, pattern: str) -> None:
-        for path in self.folder.glob(pattern):
-            path.unlink(missing_ok=True)
-
-    def _remove_partial(self) -> None:
-        for name in (f"{self.prefix}-*.tar", table_name(f"{self.prefix}-*.tar")):
-            self._remove(f".{name}.partial")
+    def _remove_partial(self, keep_finished: bool = True) -> None:
+        """Remove temporary files, except those of finished tars."""
+        finished = self._shards if keep_finished else []
+        kept = {name for shard in finished for name in _files_of(shard.name)}
+        for path in self.folder.glob(f".{self.prefix}-*.partial"):
+            if path.name[1 : -len(".partial")] not in kept:
+                path.unlink(missing_ok=True)
 
     def finish_tar(self) -> None:
         """Finish the current tar; the next sample begins a new one."""
@@ -145,19 +169,64 @@ class ShardWriter:
         with partial.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         seconds = round(sum(seconds or 0.0 for _, seconds, *_ in self._rows), 3)
-        size = partial.stat().st_size
-        self._shards.append(ShardEntry(name, len(self._rows), seconds, size, digest))
-        self._tar, self._rows, self._bytes = None, [], 0
+        entry = ShardEntry(name, len(self._rows), seconds, partial.stat().st_size, digest)
+        if self.recipe:
+            counts = [self._tar_counts.domains, self._tar_counts.licences]
+            finished = {"recipe": self.recipe, "shard": asdict(entry), "counts": counts}
+            self._partial(f"{name}.json").write_text(json.dumps(finished))
+        self._shards.append(entry)
+        self._counts.update(self._tar_counts)
+        self._tar, self._rows, self._bytes, self._tar_counts = None, [], 0, FolderCounts()
+
+    def _keep_shards(self, index: ShardIndex) -> None:
+        self._shards, self._earlier = list(index.shards), len(index.shards)
+        self._counts = FolderCounts(index.metadata["domains"], index.metadata["licences"])
+        for number in range(len(index.shards)):
+            self.keys.update(index.table(number).keys.tolist())
+
+    def _resume(self) -> None:
+        """Keep the tars that an interrupted writer of the same recipe finished."""
+        while self.recipe:
+            name = self._tar_name()
+            finished = read_json(self._partial(f"{name}.json"), default={})
+            if finished.get("recipe") != self.recipe:
+                return
+            entry = ShardEntry(**finished["shard"])
+            for part in (name, table_name(name)):
+                if not self._partial(part).exists() and (self.folder / part).exists():
+                    os.replace(self.folder / part, self._partial(part))  # it had been published
+            try:
+                data = self._partial(table_name(name)).read_bytes()
+                table = SampleTable.from_bytes(data, entry.samples)
+                if self._partial(name).stat().st_size != entry.bytes:
+                    return
+            except (OSError, ValueError):  # cut, or removed by hand
+                return
+            self.keys.update(table.keys.tolist())
+            self._counts.update(FolderCounts(*finished["counts"]))
+            self._shards.append(entry)
+            self.resumed += entry.samples
 
     def _publish(self) -> None:
-        # Removes the tars of an earlier build. Until the end, `open_index` reports missing tars.
-        for name in (f"{self.prefix}-*.tar", table_name(f"{self.prefix}-*.tar")):
-            self._remove(name)
+        new = self._shards[self._earlier :]
         metadata = {**self.metadata, **self._counts.metadata(), HAS_TABLES: True}
-        write_index(self.folder, self._shards, metadata)
-        for shard in self._shards:
+        if not self._earlier:
+            # Removes the tars of an earlier build. Until the end, `open_index` reports missing
+            # tars.
+            for pattern in _files_of(f"{self.prefix}-*.tar"):
+                for path in self.folder.glob(pattern):
+                    path.unlink(missing_ok=True)
+            write_index(self.folder, self._shards, metadata)
+        for shard in new:
             for name in (shard.name, table_name(shard.name)):
                 os.replace(self._partial(name), self.folder / name)
+        if self._earlier:  # until now, the folder is what it was
+            write_index(self.folder, self._shards, metadata)
+
+
+def _files_of(tar: str) -> tuple[str, str, str]:
+    """Return the names of a tar, of its table, and of what is noted while a build is unfinished."""
+    return tar, table_name(tar), f"{tar}.json"
 
 
 def write_index(

@@ -1,6 +1,8 @@
 import io
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -16,6 +18,7 @@ from whisper_aut.cli import main
 from whisper_aut.corpora import build as build_module
 from whisper_aut.corpora.build import BuildReport, EncodedClip, build_shards, read_clip
 from whisper_aut.corpora.manifest import ManifestSpec
+from whisper_aut.data import writer
 from whisper_aut.data.shards import INDEX_NAME, open_index
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 
@@ -247,29 +250,161 @@ def test_any_change_builds_again(tmp_path: Path, change: str):
     assert open_index(out).samples == len(members(out)) / 2 == 4
 
 
-def test_an_interrupted_build_leaves_nothing_that_looks_complete(tmp_path: Path):
-    manifest = corpus(tmp_path / "in", 30)
-    script = (
-        "import os, sys\n"
-        "from pathlib import Path\n"
-        "from whisper_aut.corpora import build\n"
-        "from whisper_aut.data import writer\n"
-        "from whisper_aut.corpora.manifest import ManifestSpec\n"
-        "write, seen = writer.ShardWriter.write, []\n"
-        "def die(self, key, *rest):\n"
-        "    seen.append(key)\n"
-        "    os._exit(9) if len(seen) == 20 else write(self, key, *rest)\n"
-        "writer.ShardWriter.write = die\n"
-        "spec = ManifestSpec(Path(sys.argv[1]))\n"
-        "options = dict(workers=1, max_shard_bytes=20_000, progress=False)\n"
-        "build.build_shards(spec, sys.argv[2], **options)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, manifest, tmp_path / "out"], check=False)
-    assert killed.returncode == 9
+SPLIT_BUILD: dict[str, Any] = {"split_by": "fold", "max_shard_bytes": 20_000}
+
+
+def kill_at(clip: int, manifest: Path, out: Path, **options: Any) -> None:
+    """Build in a process that is killed when a clip is about to be written."""
+
+    def run() -> None:
+        write, seen = writer.ShardWriter.write, []
+
+        def kill(self: Any, key: str, *rest: Any) -> None:
+            seen.append(key)
+            if len(seen) == clip:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(self, key, *rest)
+
+        writer.ShardWriter.write = kill
+        build(manifest, out, **options, **SPLIT_BUILD)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_killed_build_goes_on_and_equals_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    manifest = corpus(folder, 20, "bad.wav,t,1\n" + "".join(f"{n}.wav,b,0\n" for n in range(10)))
+    (folder / "bad.wav").write_text("text")
+    kill_at(22, manifest, out)
     with pytest.raises(UserError, match="has neither"):
-        open_index(tmp_path / "out")
-    assert build(manifest, tmp_path / "out", max_shard_bytes=20_000).clips == 30
-    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+        open_index(out / "0")
+    assert not list(out.rglob("*.tar"))
+    kept = len(list(out.rglob(".*.tar.json.partial")))
+    assert kept >= 4
+
+    read, decoded = build_module.read_clip, []
+    monkeypatch.setattr(
+        build_module, "read_clip", lambda path, *rest: (decoded.append(path), read(path, *rest))[1]
+    )
+    report = build(manifest, out, **SPLIT_BUILD)
+    finished, decoded_again = report.resumed, len(decoded)
+    assert finished >= kept
+    assert decoded_again == 31 - finished  # the bad file is read again
+    assert f"{finished} had been finished before" in report.summary()
+    whole = build(manifest, tmp_path / "whole", **SPLIT_BUILD)
+    assert (whole.resumed, len(decoded) - decoded_again) == (0, 31)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_a_build_that_was_killed_while_it_published_decodes_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    manifest, out = corpus(tmp_path / "in", 12), tmp_path / "out"
+    rename = os.replace
+
+    def die_at_the_second_tar(source: Path, target: Path) -> None:
+        if Path(target).name == "shard-000001.tar":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.os, "replace", die_at_the_second_tar)
+        with pytest.raises(KeyboardInterrupt):
+            build(manifest, out, max_shard_bytes=20_000)
+    assert build(manifest, out, max_shard_bytes=20_000).resumed == 12
+    build(manifest, tmp_path / "whole", max_shard_bytes=20_000)
+    assert files(out) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", ["manifest", "tar", "table"])
+def test_what_a_killed_build_left_is_used_only_if_it_fits(change: str, tmp_path: Path):
+    manifest, out = corpus(tmp_path / "in", 12), tmp_path / "out"
+    kill_at(12, manifest, out)
+    if change == "manifest":
+        manifest.write_text(manifest.read_text().replace("clip 0", "clip zero"))
+    elif change == "tar":
+        os.truncate(out / "0/.shard-000000.tar.partial", 1000)
+    else:
+        (out / "0/.shard-000000.samples.npy.partial").unlink()
+    report = build(manifest, out, **SPLIT_BUILD)
+    of_other_fold = 3
+    assert report.resumed == (0 if change == "manifest" else of_other_fold)
+    build(manifest, tmp_path / "whole", **SPLIT_BUILD)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_new_rows_are_appended_to_shards_that_stay_as_they_are(tmp_path: Path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    manifest = corpus(folder, 10)
+    first = build(manifest, out, append=True, **SPLIT_BUILD)
+    assert (first.appended_to, first.clips) == (0, 10)
+    before = files(out)
+
+    corpus(folder, 30)  # the first clips and 20 more
+    with (folder / "clips.csv").open("a") as file:
+        file.write("new.wav,of a new fold,2\n")
+    write(folder / "new.wav")
+    kill_at(18, manifest, out, append=True)
+    assert {name: files(out)[name] for name in before} == before
+    report = build(manifest, out, append=True, **SPLIT_BUILD)
+    assert report.resumed > 0
+    assert (report.appended_to, report.clips, report.rows) == (10, 31, 31)
+    assert "21 of the clips are new, 10 rows were there already" in report.summary()
+    after = files(out)
+    assert all(after[name] == before[name] for name in before if not name.endswith(INDEX_NAME))
+    assert {path.name for path in out.iterdir()} == {"0", "1", "2"}
+    texts = [
+        json.loads(data)["text"] for name, data in members(out / "0").items() if "json" in name
+    ]
+    assert texts == [f"clip {number}" for number in range(0, 30, 2)]
+    index = open_index(out / "0")
+    assert index.seconds == pytest.approx(sum(0.2 + n / 100 for n in range(0, 30, 2)))
+    assert index.metadata["domains"] == {"": 15}
+    assert sorted(shard.name for shard in index.shards) == sorted(
+        path.name for path in (out / "0").glob("*.tar")
+    )
+    assert build(manifest, out, append=True, **SPLIT_BUILD).reused
+
+    other = folder / "other.csv"  # other rows, of one of the folds
+    other.write_text("filename,text,fold,id\n0.wav,again,1,more\n1.wav,there,0,1\n")
+    report = build(other, out, append=True, **SPLIT_BUILD)
+    assert (report.appended_to, report.clips) == (31, 32)
+
+
+def test_appending_never_guesses_and_its_result_is_not_built_over(tmp_path: Path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    manifest = corpus(folder)
+    build(manifest, out)
+    twice = folder / "twice.csv"
+    twice.write_text("filename,text\n0.wav,a\n0.wav,b\n")
+    with pytest.raises(UserError, match=r"Line 3 of .*'0' is not one that only this clip has"):
+        build(twice, out, append=True)
+    with pytest.raises(UserError, match="earlier build with other splits"):
+        build(manifest, out, append=True, split_by="fold")
+    more = folder / "more.csv"
+    more.write_text("filename,text,id\n0.wav,a,new\n")
+    assert build(more, out, append=True).clips == 5
+    with pytest.raises(UserError, match=r"added with --append\. Add more with --append"):
+        build(manifest, out)
+    assert main(["data", "build", str(manifest), "--out", str(out), "--append"]) == 0
+    assert open_index(out).samples == 5
+
+
+def test_a_build_that_skipped_too_much_goes_on_with_a_higher_limit(tmp_path: Path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    manifest = corpus(folder, 4, "".join(f"{n}.txt,t,0\n" for n in range(9)))
+    for number in range(9):
+        (folder / f"{number}.txt").write_text("text")
+    with pytest.raises(UserError, match="9 of 13 rows"):
+        build(manifest, out, max_shard_bytes=1)
+    assert build(manifest, out, max_shard_bytes=1, max_skipped_fraction=0.8).resumed == 4
+    with pytest.raises(UserError, match="9 of 13 rows"):
+        build(manifest, out, max_shard_bytes=1)
 
 
 def test_a_worker_that_dies_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -218,6 +218,7 @@ def build_corpus(
     max_seconds: float | None = None,
     workers: int | None = None,
     max_skipped_fraction: float = 0.5,
+    append: bool = False,
     progress: bool = True,
 ) -> BuildReport:
     """Build the shards of an unpacked corpus.
@@ -229,7 +230,7 @@ def build_corpus(
         overrides: options of `data build` that override the recipe's (texts, labels, which rows,
             …). Its `manifest` is ignored.
         max_seconds: duration of the longest clip to keep; by default the recipe's, at least 30.
-        workers, max_skipped_fraction, progress: see `build_shards`.
+        workers, max_skipped_fraction, append, progress: see `build_shards`.
 
     Raises:
         UserError: `raw` does not contain the corpus, or the build failed (see `build_shards`).
@@ -263,6 +264,7 @@ def build_corpus(
         limits=ClipLimits(max_seconds=max_seconds or max(30.0, recipe.max_seconds)),
         workers=workers,
         max_skipped_fraction=max_skipped_fraction,
+        append=append,
         progress=progress,
     )
 
