@@ -44,7 +44,7 @@ KEY = re.compile(
 )
 FILE = re.compile(r"^(?:conf|docs|tests|benchmarks|notebooks|whisper_aut)/[\w./]+$")
 PLACEHOLDERS = {"my_task"}  # names of what the reader is told to make
-THEIRS = {"--rdzv-id", "--kill-on-bad-exit"}  # torchrun's and Slurm's own
+THEIRS = {"--rdzv-id", "--kill-on-bad-exit", "--quantization"}  # of torchrun, Slurm, CTranslate2
 QUOTED = re.compile(r"^> `(.+)`$", re.M)
 
 each_page = pytest.mark.parametrize(

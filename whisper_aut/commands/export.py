@@ -26,6 +26,7 @@ NEXT_STEPS = {
     "whisper": "Load it: transformers.WhisperForConditionalGeneration.from_pretrained('{out}')",
     "qwen2-audio": SWAP,
     "qwen2.5-omni": SWAP,
+    "audio-flamingo-3": SWAP,
     "voxtral": SWAP,
     "onnx": "Load it: onnxruntime.InferenceSession('{out}/encoder.onnx')",
 }

@@ -31,7 +31,9 @@ from whisper_aut.training.checkpoint import is_checkpoint, read_weights
 from whisper_aut.training.run_dir import RunDirectory
 from whisper_aut.utils import read_json
 
-ExportKind = Literal["encoder", "whisper", "qwen2-audio", "qwen2.5-omni", "voxtral", "onnx"]
+ExportKind = Literal[
+    "encoder", "whisper", "qwen2-audio", "qwen2.5-omni", "audio-flamingo-3", "voxtral", "onnx"
+]
 KINDS: tuple[ExportKind, ...] = get_args(ExportKind)
 ENCODER_PREFIX = "encoder.whisper."
 DECODER_PREFIX = "decoder.whisper."

@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AudioFlamingo3EncoderConfig,
     Qwen2_5OmniAudioEncoderConfig,
     Qwen2AudioEncoderConfig,
     VoxtralEncoderConfig,
     WhisperConfig,
 )
+from transformers.models.audioflamingo3.modeling_audioflamingo3 import AudioFlamingo3Encoder
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniAudioEncoder
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 from transformers.models.voxtral.modeling_voxtral import VoxtralEncoder
@@ -66,6 +68,7 @@ TOWERS = {
         own_weights=("audio_bos_eos_token.weight", "proj.bias", "proj.weight"),
         computes_positions=True,
     ),
+    "audio-flamingo-3": Tower(AudioFlamingo3EncoderConfig, AudioFlamingo3Encoder),
     "voxtral": Tower(VoxtralEncoderConfig, VoxtralEncoder, frames_per_token=4),
 }
 
@@ -142,9 +145,8 @@ def swap_tower(model: nn.Module, directory: str | Path) -> nn.Module:
     Weights of the tower that our encoders do not have keep their values.
 
     Args:
-        model: A `Qwen2AudioForConditionalGeneration`, a `VoxtralForConditionalGeneration`, a
-            Qwen2.5-Omni model or thinker, or any other model with one `audio_tower` of the
-            exported architecture.
+        model: Qwen2-Audio, Voxtral, Audio Flamingo 3, Music Flamingo, Qwen2.5-Omni or its thinker,
+            or any other model with one `audio_tower` of the exported architecture.
         directory: The folder that `whisper-aut export --format …` wrote.
 
     Raises:

@@ -17,8 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import WhisperConfig
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.audio.logmel import MAX_MEL_FRAMES, frames_with_context, silence_level
@@ -217,6 +219,54 @@ class PackedEncoder(nn.Module):
         positions = whisper.embed_positions(torch.arange(frames, device=mel.device))
         hidden = (hidden + positions).contiguous()  # once here instead of in every layer
         return dropout(hidden.flatten(0, 1), p=whisper.dropout, training=self.training)
+
+
+class OwnLengthEncoder(WhisperEncoder):
+    """A `WhisperEncoder` for models of transformers that runs clips at their own length.
+
+    Assign it to the model's `encoder`. It takes what `WhisperFeatureExtractor` returns with
+    `return_attention_mask=True`. Frames after a shorter clip of a batch are zeros. Whisper's
+    decoder and classification head do not mask them: give these models one clip at a time.
+
+    Args:
+        whisper: the encoder to replace. The weights are shared.
+
+    Examples:
+        >>> from transformers import AutoModel
+        >>> folder = "runs/aut_tiny/latest/export/encoder"
+        >>> encoder = OwnLengthEncoder(AutoModel.from_pretrained(folder).encoder)
+    """
+
+    def __init__(self, whisper: WhisperEncoder):
+        super().__init__(whisper.config)
+        self.load_state_dict(whisper.state_dict(), assign=True)
+        self.train(whisper.training)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input_features: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> BaseModelOutput:
+        """Encode features `[B, M, F]` with the mask `[B, F]` of valid mel frames, or of samples.
+
+        Returns:
+            `last_hidden_state`, `[B, T, D]`, with T of the longest clip.
+
+        Raises:
+            ValueError: the mask is missing.
+        """
+        if attention_mask is None:
+            raise ValueError(
+                "OwnLengthEncoder needs the attention_mask of the clips. Call the feature "
+                "extractor with return_attention_mask=True."
+            )
+        # The feature extractor counts samples instead of frames if only its config asks for masks.
+        stride = attention_mask.shape[1] // input_features.shape[2]
+        lengths = attention_mask[:, ::stride].sum(1).tolist()
+        clips = [
+            features[:, : frames_with_context(length)].T
+            for features, length in zip(input_features, lengths, strict=True)
+        ]
+        frames = PackedEncoder(self)(torch.cat(clips), lengths).valid()
+        return BaseModelOutput(last_hidden_state=pad_sequence(frames, batch_first=True))  # pyright: ignore[reportArgumentType]
 
 
 def add_lora(encoder: PackedEncoder, rank: int, alpha: int) -> None:
