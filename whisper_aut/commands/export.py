@@ -1,6 +1,7 @@
-"""`whisper-aut export`, `interpolate`, `chat` and `evaluate`: use a trained model."""
+"""`whisper-aut export`, `card`, `interpolate`, `chat` and `evaluate`: use a trained model."""
 
 import argparse
+import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -44,6 +45,33 @@ def export(options: argparse.Namespace, console: Console) -> None:
     if options.push:
         url = push(out, options.push, private=options.private)
         console.print(f"Pushed to {url}", highlight=False)
+
+
+def card(options: argparse.Namespace, console: Console) -> None:
+    """Add scores of later probe runs, and an audit, to the model card of an export."""
+    from dataclasses import replace
+
+    from whisper_aut.export.card import update_card
+    from whisper_aut.probes.results import Scores
+    from whisper_aut.probes.suite import compare
+    from whisper_aut.report.leaderboard import join_scores
+    from whisper_aut.utils import read_json
+
+    if not options.scores and not options.audit:
+        raise UserError("Give files of scores, --audit, or both.")
+    files = [path / "scores.json" if path.is_dir() else path for path in map(Path, options.scores)]
+    stored = [one.against for file in files for one in Scores.load(file).comparisons]
+    joined = []
+    for scores, warnings in join_scores(files).values():
+        bases = dict.fromkeys(options.against or stored)
+        bases = [name for name in bases if name in scores.encoders]
+        compared = compare(scores, bases) if bases else ()
+        joined.append(json.loads(replace(scores, comparisons=tuple(compared)).to_json()))
+        for warning in warnings:
+            console.print(f"Note: {warning}", highlight=False)
+    audit = read_json(Path(options.audit)) if options.audit else None
+    path = update_card(Path(options.export), joined, encoder=options.encoder, audit=audit)
+    console.print(f"Wrote {path}", highlight=False)
 
 
 def interpolate(options: argparse.Namespace, console: Console) -> None:
@@ -159,6 +187,21 @@ def add_parsers(commands: Commands) -> None:
     private = "make a repository that --push creates private"
     add("--private", action="store_true", help=private)
     command.set_defaults(run=export)
+
+    command = commands.add_parser("card", help="add scores of `probe` to the card of an export")
+    add = command.add_argument
+    add("export", help="directory of the export")
+    scores = "folders with a scores.json, or such files; they replace the scores on the card"
+    add("scores", nargs="*", metavar="SCORES", help=scores)
+    against = (
+        "encoder in the scores to compare the export with; may be repeated (default: those that "
+        "the scores were compared with)"
+    )
+    add("--against", action="append", default=[], metavar="NAME", help=against)
+    encoder = "name of the export's encoder in the scores (default: the title of the card)"
+    add("--encoder", default="", metavar="NAME", help=encoder)
+    add("--audit", default="", metavar="FILE", help="audit.json of `whisper-aut data audit`")
+    command.set_defaults(run=card)
 
     command = commands.add_parser(
         "interpolate", help="probe mixtures of trained and pretrained weights, and choose the best"

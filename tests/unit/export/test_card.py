@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import ClassVar
 
 import pytest
 import yaml
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, metadata_load
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
@@ -37,6 +39,13 @@ def test_the_card_of_an_export(pipeline_run: Path):
         "accuracy",
     )
     assert 0 <= result.metric_value <= 1
+    assert set(result.metric_args) == {"test_clips", "final_fit", "interval_95"}
+    assert "protocol strict, clips at their own length" in result.metric_name
+    # The hub's own functions read the block back to the same results, without a warning.
+    index = yaml.safe_load(card.split("---")[1])["model-index"]
+    assert model_index_to_eval_results(index) == ("aut_tiny", data.eval_results)
+    assert eval_results_to_model_index("aut_tiny", data.eval_results) == index
+    assert metadata_load(run / "export" / "encoder" / "README.md") == data.to_dict()
     for section in (
         "Use",
         "Recipe",
@@ -62,9 +71,12 @@ def test_the_card_of_an_export(pipeline_run: Path):
     low, high = mine["interval"]
     assert f" {100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] |" in card
     assert "Brackets contain the 95 % interval" in card
-    assert "| in % | log-mel statistics | random@none | tiny@30s | aut_tiny@none |" in card
-    assert "aut_tiny@none compared with tiny@30s" in card
-    assert "no significant difference" in card
+    table = "| log-mel statistics | random@none | tiny@30s | **aut_tiny@none** |"
+    assert f"| task | metric | probe {table}" in card
+    assert re.search(r"\| Tones \| linear \| aut_tiny@none \| tiny@30s \| [+-]\d", card)
+    assert "random@none | tiny@30s | +" not in card.partition("Differences")[2]
+    assert re.search(r"- time: 0.0\d hours on 1 × CPU with \d+ cores", card)
+    assert "arXiv:2604.10438" in card
     assert "- pretrained checkpoint: tiny\n" in card
     assert str(pipeline_run.parent) not in card
     whisper = (run / "export" / "whisper" / "README.md").read_text()
@@ -113,7 +125,71 @@ def test_the_card_of_a_run_with_less_and_with_more(pipeline_run: Path, tmp_path:
     assert "Not audited" not in card
     scores = (pipeline_run / RUN / "scores.json").read_text()
     (run / "scores.json").write_text(scores.replace('"Tones"', '"Tones | high"'))
-    assert "\n| Tones \\| high (accuracy, linear) |" in write_card(run, out, "encoder").read_text()
+    assert "\n| Tones \\| high | accuracy | linear |" in write_card(run, out, "encoder").read_text()
+
+
+def scores_of(run: Path, name: str, padding: str, kind: str = "linear") -> str:
+    """The run's scores as those of a later `whisper-aut probe`."""
+    scores = json.loads((run / "scores.json").read_text())
+    scores["entries"] = [one for one in scores["entries"] if one["encoder"] == "aut_tiny"]
+    scores["entries"][0] |= {"encoder": name, "padding": padding, "kind": kind}
+    scores["comparisons"] = []
+    return json.dumps(scores)
+
+
+def test_later_scores_of_both_paddings_are_added_to_a_card(
+    pipeline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run, out = pipeline_run / RUN, tmp_path / "elsewhere"
+    shutil.copytree(run / "export" / "encoder", out)
+    card = out / "README.md"
+    text = card.read_text().replace("license: unknown", "license: mit")
+    card.write_text(text.replace("## Use\n", "## Use\nSee our paper.\n"))
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "scores.json").write_text(scores_of(run, "aut_tiny", "none"))
+    for name, args in {
+        "padded": ("aut_tiny@30s", "30s"),
+        "knn": ("aut_tiny", "none", "knn"),
+        "base": ("tiny", "30s"),
+        "base_knn": ("tiny", "30s", "knn"),
+    }.items():
+        (tmp_path / f"{name}.json").write_text(scores_of(run, *args))
+    audit = {"counts": {"train_clips": 40, "train_clips_that_overlap": 2}}
+    (tmp_path / "audit.json").write_text(json.dumps(audit))
+    files = [tmp_path / name for name in ("probe", "padded.json", "knn.json", "base.json")]
+    files.append(tmp_path / "base_knn.json")
+    command = ["card", str(out), *map(str, files), "--against", "tiny"]
+    assert main([*command, "--audit", str(tmp_path / "audit.json")]) == 0
+    written = card.read_text()
+    assert "| probe | **aut_tiny@none** | **aut_tiny@30s** | tiny@30s |" in written
+    assert re.search(r"\| Tones \| accuracy \| knn \| [\d.]+ \[.*\] \| – \| ", written)
+    assert "| Tones | linear | aut_tiny@30s | tiny@30s | +0.0 |" in written
+    assert "- train clips that overlap: 2\n" in written
+    assert "Not audited" not in written
+    data = ModelCard(written).data
+    assert data.license == "mit"
+    names = [result.metric_name for result in data.eval_results]
+    assert [name.partition("strict, ")[2] for name in names] == [
+        *("clips at their own length", "clips padded to 30 s", "clips at their own length")
+    ]
+    for kept in ("## Use\nSee our paper.\n", "## Recipe", "## Compute", "## Citation"):
+        assert kept in written
+    assert main(command) == 0
+    assert card.read_text() == written  # once more changes nothing
+    assert main(["card", str(out), str(tmp_path / "base.json")]) == 1
+    assert "scores are of tiny, not of aut_tiny" in capsys.readouterr().err
+    assert main(["card", str(out), str(tmp_path / "base.json"), "--encoder", "tiny"]) == 0
+    assert "**tiny@30s**" in card.read_text()
+    for arguments, message in (
+        ([str(out)], "Give files of scores"),
+        ([str(tmp_path), str(tmp_path / "base.json")], "has no model card"),
+        ([str(out), str(tmp_path / "audit.json")], "are not probe scores"),
+    ):
+        assert main(["card", *arguments]) == 1
+        assert message in capsys.readouterr().err
+    card.write_text(written.replace("## Probes", "## Scores"))
+    assert main(["card", str(out), str(tmp_path / "padded.json")]) == 1
+    assert "has no section '## Probes'" in capsys.readouterr().err
 
 
 class _Hub(BaseHTTPRequestHandler):
