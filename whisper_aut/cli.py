@@ -110,6 +110,10 @@ def _silence_libraries() -> None:
         ".*IterableDataset.* has .*__len__.* defined",
         # `RunDirectory.keep_metrics` has already renamed the earlier logs.
         "Experiment logs directory .* exists and is not empty",
+        # A frozen encoder or language model, which stays in evaluation mode.
+        "Found .* module.* in eval mode at the start of training",
+        # The adapter's norm in mixed precision: slower than one dtype, with the same result.
+        "Mismatch dtype between input and weight",
     ):
         warnings.filterwarnings("ignore", message=message)
 
