@@ -521,6 +521,15 @@ class Settings:
         return self
 
     @model_validator(mode="after")
+    def check_export(self) -> Self:
+        if self.probe.tasks and "encoder" not in self.export:
+            raise ValueError(
+                "probe.tasks: probes score the exported encoder. Add encoder to export, or give "
+                "probe.tasks=[]"
+            )
+        return self
+
+    @model_validator(mode="after")
     def check_domains(self) -> Self:
         """Check the domains that other settings refer to. Types are checked elsewhere."""
         decoder, known = self.decoder, list(dict.fromkeys([*DOMAINS, *self.data.domains]))

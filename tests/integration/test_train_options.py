@@ -244,6 +244,7 @@ def test_an_encoder_for_both_padding_modes_says_so(
         (["loss.per=word"], "loss.per: must be 'token' or 'clip'"),
         (["loss.domains={music: 0}"], "loss.domains.music: must be greater than 0"),
         (["loss.domains={rain: 1}"], "loss.domains"),
+        (["export=[]"], "probe.tasks: probes score the exported encoder"),
     ],
 )
 def test_options_that_do_not_go_together(overrides: list[str], message: str):
