@@ -478,31 +478,36 @@ class _TaskClips(NamedTuple):
 
 @rc_context({**STYLE, "axes.grid": False, "axes.titlesize": 9})
 def plot_maps(scores: Scores, path: Path) -> Path | None:
-    """Draw t-SNE maps of the test clips, one row for each of `compared_encoders`.
+    """Draw t-SNE maps of the test clips, one column for each of `compared_encoders`.
 
-    The first map shows all clips by domain if there are several domains. The others show the
+    The first row shows all clips by domain if there are several domains. The others show the
     clips of one task by class. Return None if the cache has no embeddings of the test clips.
     """
     found = {encoder: _cached_clips(scores, encoder) for encoder in compared_encoders(scores)}
-    rows = {encoder: tasks for encoder, tasks in found.items() if tasks}
-    if not rows:
+    columns = {encoder: tasks for encoder, tasks in found.items() if tasks}
+    if not columns:
         return None
-    several_domains = len({task.domain for tasks in rows.values() for task in tasks}) > 1
-    columns = max(map(len, rows.values())) + several_domains
-    figure = new_figure(height=0.6 + 2.6 * len(rows))
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for panels, (encoder, tasks) in zip(grid, rows.items(), strict=True):
-        panels[0].set_ylabel(scores.label(encoder))
+    several_domains = len({task.domain for tasks in columns.values() for task in tasks}) > 1
+    rows = max(map(len, columns.values())) + several_domains
+    figure = new_figure(height=0.3 + 2.4 * rows)
+    grid = figure.subplots(rows, len(columns), squeeze=False)
+    for panels, (encoder, tasks) in zip(grid.T, columns.items(), strict=True):
+        panels[0].set_title(scores.label(encoder))
         if several_domains:
             features = np.concatenate([task.features for task in tasks])
             domains = np.concatenate([[task.domain] * len(task.labels) for task in tasks])
-            _plot_map(panels[0], features, domains, DOMAIN_COLOURS, "All, by domain")
+            _plot_map(panels[0], features, domains, DOMAIN_COLOURS, "all, by domain")
         for axes, task in zip(panels[several_domains:], tasks, strict=False):
-            classes = sorted(set(task.labels))
-            title = f"{task.title}, {len(classes)} classes"
-            _plot_map(axes, task.features, task.labels, classes, title)
-    for axes in figure.axes:
-        axes.set(xticks=[], yticks=[])
+            _plot_map(axes, task.features, task.labels, sorted(set(task.labels)), task.title)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[], visible=axes.has_data())
+        axes.label_outer()
+    for axes in grid[:, -1]:
+        if 0 < len(labels := axes.get_legend_handles_labels()[1]) <= MAX_LEGEND_CLASSES:
+            columns_of_legend = 1 + (len(labels) > MAX_LEGEND_CLASSES // 2)
+            axes.legend(
+                loc="center left", bbox_to_anchor=(1, 0.5), ncols=columns_of_legend, fontsize=7
+            )
     return save_figure(figure, path)
 
 
@@ -514,9 +519,7 @@ def _plot_map(
         x, y = points[labels == group].T
         colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
         axes.scatter(x, y, s=8, color=colour, marker=marker, linewidths=0, label=group)
-    axes.set_title(title)
-    if len(set(labels)) <= MAX_LEGEND_CLASSES:
-        axes.legend(fontsize=5.5, markerscale=1.4, handletextpad=0.1, labelspacing=0.2, loc="best")
+    axes.set_ylabel(title)
 
 
 def project(features: np.ndarray, seed: int = 0) -> np.ndarray:
