@@ -150,6 +150,13 @@ class Annotation:
         listed = others if isinstance(others, list) else []
         return tuple(dict.fromkeys(filter(None, [self.text, *map(_plain_text, listed)])))
 
+    @property
+    def text_bytes(self) -> int:
+        """UTF-8 bytes of the instruction, the answer, the label and the longest of `texts`."""
+        label = self.label if isinstance(self.label, str) else " ".join(self.label or ())
+        parts = (self.instruction, self.answer, label, max(self.texts, key=len, default=""))
+        return sum(len(part.encode(errors="replace")) for part in parts)
+
     def draw_text(self, position: int) -> "Annotation":
         """Return a copy with one of `texts`, drawn by the clip's position in the order."""
         if len(self.texts) < 2:

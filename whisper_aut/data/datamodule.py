@@ -15,7 +15,13 @@ import torch
 from whisper_aut.audio.augment import Augment
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
 from whisper_aut.data.batch import Batch
-from whisper_aut.data.dataset import BatchStream, ExampleBuilder, StreamSource, batch_loader
+from whisper_aut.data.dataset import (
+    BatchStream,
+    ExampleBuilder,
+    StreamSource,
+    batch_loader,
+    fit_tokens,
+)
 from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, is_local
 from whisper_aut.data.sampler import (
     Batching,
@@ -28,6 +34,7 @@ from whisper_aut.data.sampler import (
     Order,
     SequentialOrder,
     SourceShape,
+    TokenLimit,
 )
 from whisper_aut.data.targets import LossSettings
 from whisper_aut.errors import UserError
@@ -230,6 +237,7 @@ class ShardDataModule(lightning.LightningDataModule):
         partitions: number of partitions of the training order.
         batch_clips: clips per micro-batch of a rank.
         batch_seconds: maximum seconds of audio per micro-batch of a rank; replaces `batch_clips`.
+        batch_tokens: maximum text tokens per micro-batch, next to `batch_seconds`; None for any.
         epochs: train on every clip of every source this many times and ignore `weights`; None for
             the endless mixture.
         samples_per_epoch: clips per epoch over all ranks; None for the number of training clips.
@@ -255,6 +263,7 @@ class ShardDataModule(lightning.LightningDataModule):
         schedule: Sequence[tuple[int, Sequence[float]]] = (),
         batch_clips: int,
         batch_seconds: float | None = None,
+        batch_tokens: int | None = None,
         epochs: int | None = None,
         samples_per_epoch: int | None = None,
         valid_clips: int | None = None,
@@ -289,7 +298,11 @@ class ShardDataModule(lightning.LightningDataModule):
             # Lengths are planned at speed 1; a lower speed makes clips longer.
             slowest = min(1.0, *augment.options.speeds) if augment else 1.0
             limits = (batch_seconds * slowest, longest, policy, padding, WINDOW_SECONDS * slowest)
-            self.batching = BySeconds(self.order, indexes, *limits)
+            tokens = None
+            if batch_tokens:
+                lines = tuple(fit_tokens(source, build, policy) for source in train)
+                tokens = TokenLimit(batch_tokens, lines)
+            self.batching = BySeconds(self.order, indexes, *limits, tokens)
         self.train_build = replace(build, augment=augment, padding=padding, loss=loss)
         self.features = DeviceFeatures(build.logmel, augment)
         self.accumulate, self.workers = accumulate, workers

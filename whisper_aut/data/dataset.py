@@ -6,6 +6,7 @@ partition belongs to one worker, which reads its windows in large requests.
 """
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -46,7 +47,7 @@ from whisper_aut.data.sampler import (
     Order,
     batches_from,
 )
-from whisper_aut.data.shards import ShardIndex, ShardReader
+from whisper_aut.data.shards import UNKNOWN_BYTES, ShardIndex, ShardReader
 from whisper_aut.data.targets import LossSettings, TextCodec, choose_part
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 
@@ -182,6 +183,50 @@ class StreamSource:
             total["clips"] += counts["clips"]
             total["seconds"] = round(total["seconds"] + counts["seconds"], 3)
         return found
+
+
+FIT_CLIPS = 64
+
+
+def fit_tokens(
+    source: StreamSource, build: ExampleBuilder, policy: ReadPolicy = DEFAULT_POLICY
+) -> tuple[float, float]:
+    """Fit the tokens of a source's first clips to their `Annotation.text_bytes`.
+
+    The line is moved up so that no clip is above it.
+
+    Returns:
+        Tokens per text byte, and tokens of a clip without text.
+
+    Raises:
+        UserError: the table or the clips cannot be read, or the table is of an earlier version.
+    """
+    index, shard = source.index, source.index.first_shard
+    locations = {n: (shard, n) for n in range(min(FIT_CLIPS, index.shard_samples[shard]))}
+    try:
+        text_bytes = index.table(shard, policy).text_bytes[index.ordinals(shard)]
+        if (text_bytes == UNKNOWN_BYTES).any():
+            raise ValueError("its table does not have the lengths of texts")
+        points = []
+        for n, item in ShardReader(build.limits, policy).read(index, locations).items():
+            if isinstance(item, SkippedSample):
+                if item.reason == SkipReason.BAD_TAR:
+                    raise OSError(item.detail)
+                continue
+            texts = item.annotation.texts
+            annotation = replace(item.annotation, text=max(texts, key=len, default=""))
+            annotation = replace(annotation, task=source.task or annotation.task)
+            with suppress(SkipSample):
+                target = build.codec.encode(annotation, annotation.domain or source.domain, n)
+                points.append((int(text_bytes[n]), len(target.tokens)))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{index.url(shard)}: {error}. data.batch_tokens predicts tokens from the tables and "
+            f"the first clips. Write the tables again: whisper-aut data index {index.root}"
+        ) from None
+    x, y = np.array(points or [(0, 0)], np.float64).T
+    slope = max(0.0, float(np.polyfit(x, y, 1)[0])) if x.std() else 0.0
+    return round(slope, 4), math.ceil((y - round(slope, 4) * x).max())
 
 
 class Prefetcher:

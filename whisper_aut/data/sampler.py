@@ -483,8 +483,26 @@ class ByClips(Batching):
         return f"clips {self.clips}" if self.order.partitions > 1 else "clips"
 
 
+@dataclass(frozen=True)
+class TokenLimit:
+    """The most tokens of a batch, and the line that predicts those of a clip.
+
+    Attributes:
+        tokens: the limit.
+        lines: of each source: tokens per text byte, and tokens of a clip without text.
+    """
+
+    tokens: int
+    lines: tuple[tuple[float, float], ...]
+
+    def fractions(self, source: int, text_bytes: np.ndarray) -> np.ndarray:
+        """Return the fractions of the limit that clips take up, at most 1."""
+        slope, intercept = self.lines[source]
+        return ((slope * text_bytes + intercept) / self.tokens).clip(0, 1)
+
+
 class BySeconds(Batching):
-    """Micro-batches with a limit on their seconds of audio.
+    """Micro-batches with a limit on their seconds of audio, and perhaps on their tokens.
 
     Every chunk takes the same number of clips from all partitions, and cuts them into equally many
     batches: as many as the partition with the most audio needs.
@@ -497,6 +515,8 @@ class BySeconds(Batching):
             planned with this length, as are clips of unknown length.
         policy: retries and timeouts for reading the tables.
         padding: draws clips that count as `padded_seconds`; None for none.
+        tokens: limit on the tokens. A clip then counts as its fraction of the limit that it takes
+            up more of.
     """
 
     def __init__(
@@ -508,8 +528,10 @@ class BySeconds(Batching):
         policy: ReadPolicy = DEFAULT_POLICY,
         padding: MixedPadding | None = None,
         padded_seconds: float = 30.0,
+        tokens: TokenLimit | None = None,
     ):
         self.padding, self.padded_ms = padding, round(padded_seconds * 1000)
+        self.tokens = tokens
         self.order, self.indexes, self.policy = order, tuple(indexes), policy
         self.budget_ms, self.longest_ms = round(seconds * 1000), round(longest_seconds * 1000)
         weights = [
@@ -517,6 +539,10 @@ class BySeconds(Batching):
             for index, shape in zip(indexes, order.sources, strict=True)
         ]
         means = [index.seconds / max(1, index.samples) for index in indexes]
+        if tokens:
+            shards = [index.first_shard for index in indexes]
+            first = [self._shard_lengths(n, shard).max(0) for n, shard in enumerate(shards)]
+            means = [lengths.sum() / max(1, len(lengths)) / 1000 for lengths in first]
         mean = sum(w * mean for w, mean in zip(weights, means, strict=True)) / sum(weights)
         self.mean_seconds = mean or longest_seconds
         if padding:
@@ -541,13 +567,15 @@ class BySeconds(Batching):
         return [batch for turn in turns for batch in turn], next_position
 
     def fingerprint(self) -> str:
-        padding = f" {self.padding}" if self.padding else ""
-        return f"seconds {self.budget_ms} {self.longest_ms} {self.chunk_clips}{padding}"
+        others = "".join(f" {one}" for one in (self.padding, self.tokens) if one)
+        return f"seconds {self.budget_ms} {self.longest_ms} {self.chunk_clips}{others}"
 
     def lengths_ms(self, partition: int, start: int, stop: int) -> np.ndarray:
-        """Return the lengths in ms of a partition's clips at positions `start` to `stop - 1`."""
+        """Return the lengths in ms that a partition's clips at positions `start` to `stop - 1`
+        count as.
+        """
         sources, numbers = self.order.draws(partition, start, stop)
-        lengths = np.empty(len(sources), dtype=np.int64)
+        lengths = np.empty((2, len(sources)), dtype=np.int64)
         for source in np.unique(sources).tolist():
             indices = np.flatnonzero(sources == source)
             while len(indices):  # the running numbers ascend
@@ -555,27 +583,35 @@ class BySeconds(Batching):
                 count = np.searchsorted(numbers[indices], last)
                 here, indices = indices[:count], indices[count:]
                 window = self._window_lengths(partition, source, first, last)
-                lengths[here] = window[numbers[here] - first]
+                lengths[:, here] = window[:, numbers[here] - first]
         if self.padding:
-            for index in range(len(lengths)):
+            for index in range(len(sources)):
                 if self.padding(self.order.clip_number(partition, start + index)):
-                    lengths[index] = self.padded_ms
-        return lengths
+                    lengths[0, index] = self.padded_ms
+        return lengths.max(0)
 
     @lru_cache(maxsize=512)  # noqa: B019 — it lives as long as its run
     def _window_lengths(self, partition: int, source: int, first: int, last: int) -> np.ndarray:
         shards, ordinals = self.order.locate(partition, source, first, last)
-        lengths = np.empty(len(shards), dtype=np.int64)
+        lengths = np.empty((2, len(shards)), dtype=np.int64)
         for shard in np.unique(shards):
             chosen = shards == shard
-            lengths[chosen] = self._shard_lengths(source, int(shard))[ordinals[chosen]]
-        return np.where(lengths == UNKNOWN_MS, self.longest_ms, lengths).clip(1, self.longest_ms)
+            lengths[:, chosen] = self._shard_lengths(source, int(shard))[:, ordinals[chosen]]
+        return lengths
 
     @lru_cache(maxsize=MAX_CACHED_TABLES)  # noqa: B019
     def _shard_lengths(self, source: int, shard: int) -> np.ndarray:
+        """Return the lengths in ms of a shard's clips, and what their tokens count as: `[2, N]`."""
         index = self.indexes[source]
         try:
-            return index.table(shard, self.policy).milliseconds[index.ordinals(shard)]
+            table, rows = index.table(shard, self.policy), index.ordinals(shard)
+            known = table.milliseconds[rows]
+            lengths = np.where(known == UNKNOWN_MS, self.longest_ms, known).clip(1, self.longest_ms)
+            tokens = np.zeros_like(lengths)
+            if self.tokens:
+                fractions = self.tokens.fractions(source, table.text_bytes[rows])
+                tokens = (fractions * self.budget_ms).astype(np.int64)
+            return np.stack([lengths, tokens])
         except (OSError, ValueError) as error:
             raise UserError(
                 f"The lengths of {index.url(shard)} cannot be read ({error}), which "

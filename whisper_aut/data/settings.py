@@ -124,6 +124,8 @@ class DataSettings:
         batch_clips: clips per rank and micro-batch.
         batch_seconds: instead of `batch_clips`, maximum seconds of audio per rank and micro-batch;
             needs sample tables (`whisper-aut data index`).
+        batch_tokens: next to `batch_seconds`, maximum tokens of the decoder per rank and
+            micro-batch, as predicted from the lengths of texts.
         samples_per_epoch: clips per epoch over all ranks; null for the size of the training data.
         valid_clips: use only the first N clips of each validation source; null for all.
         window: clips of a training source that are shuffled together, over all partitions.
@@ -153,6 +155,7 @@ class DataSettings:
     temperature: PositiveFloat = 1.0
     batch_clips: PositiveInt = 16
     batch_seconds: PositiveFloat | None = None
+    batch_tokens: PositiveInt | None = None
     samples_per_epoch: PositiveInt | None = None
     valid_clips: PositiveInt | None = None
     window: PositiveInt = 1000
@@ -209,6 +212,8 @@ class DataSettings:
             problems.append(f"min_seconds: must be at most {longest}, got {self.min_seconds:g}")
         if self.batch_seconds is not None and self.batch_seconds < self.max_seconds:
             problems.append(f"batch_seconds: {self.batch_seconds:g} is below {longest}")
+        if self.batch_tokens and not self.batch_seconds:
+            problems.append("batch_tokens: needs batch_seconds")
         if self.mode == "epochs" and self.samples_per_epoch is not None:
             problems.append("samples_per_epoch: must be null with mode=epochs (every clip once)")
         if problems:

@@ -42,6 +42,7 @@ from whisper_aut.data.reader import (
 from whisper_aut.errors import SkipReason, UserError, require
 
 UNKNOWN_MS = -1
+UNKNOWN_BYTES = -1
 INDEX_NAME = "index.json"
 INDEX_VERSION = 2
 # Key of the index; true if every tar has a sample table next to it.
@@ -50,7 +51,7 @@ HAS_TABLES = "sample_tables"
 TARS = "tars"
 UNCOUNTED = -1  # the samples of a tar that no index lists
 MAX_INDEX_BYTES, MAX_TABLE_BYTES = 256 << 20, 256 << 20
-TABLE_COLUMNS = 4
+TABLE_COLUMNS = 5  # tables of earlier versions lack the last one
 # NumPy parses a header with `ast`, which in Python 3.11 is not safe in threads:
 # https://github.com/python/cpython/issues/106905
 _HEADER_LOCK = Lock()
@@ -75,35 +76,37 @@ class SampleTable:
         starts: `[N + 1]`, byte offset of each sample, then the end of the last one.
         milliseconds: `[N]`, length of each clip; -1 if unknown.
         keys, licences: `[N]`, `text_hash` of the key, and of the licence as the sample states it.
+        text_bytes: `[N]`, see `Annotation.text_bytes`; -1 if unknown.
     """
 
     starts: np.ndarray
     milliseconds: np.ndarray
     keys: np.ndarray
     licences: np.ndarray
+    text_bytes: np.ndarray
 
     def __len__(self) -> int:
         return len(self.milliseconds)
 
     @classmethod
     def from_rows(
-        cls, rows: Iterable[tuple[int, float | None, str, str]], end: int
+        cls, rows: Iterable[tuple[int, float | None, str, str, int]], end: int
     ) -> "SampleTable":
-        """Build a table from the start, length in seconds, key and licence of each sample.
+        """Build a table from each sample's start, length in seconds, key, licence and text bytes.
 
         Starts and `end` are byte offsets; a length of None is unknown.
         """
         columns = []
-        for start, seconds, key, licence in rows:
+        for start, seconds, key, licence, text_bytes in rows:
             milliseconds = UNKNOWN_MS if seconds is None else round(seconds * 1000)
-            columns.append((start, milliseconds, text_hash(key), text_hash(licence)))
+            columns.append((start, milliseconds, text_hash(key), text_hash(licence), text_bytes))
         table = np.array(columns, np.int64).reshape(-1, TABLE_COLUMNS)
         return cls(np.append(table[:, 0], end), *table[:, 1:].T)
 
     def to_bytes(self) -> bytes:
-        """Return the table as an `.npy` file: int64 `[N + 1, 4]`, little-endian."""
+        """Return the table as an `.npy` file: int64 `[N + 1, 5]`, little-endian."""
         buffer = io.BytesIO()
-        columns = [self.milliseconds, self.keys, self.licences]
+        columns = [self.milliseconds, self.keys, self.licences, self.text_bytes]
         rows = np.stack([self.starts, *(np.append(column, 0) for column in columns)], axis=1)
         np.save(buffer, rows.astype("<i8"), allow_pickle=False)
         return buffer.getvalue()
@@ -117,12 +120,14 @@ class SampleTable:
         """
         with _HEADER_LOCK:
             rows = np.load(io.BytesIO(data), allow_pickle=False)
+        if rows.shape[1:] == (TABLE_COLUMNS - 1,):
+            rows = np.pad(rows, ((0, 0), (0, 1)), constant_values=UNKNOWN_BYTES)
         if rows.dtype.kind != "i" or rows.shape != (samples + 1, TABLE_COLUMNS):
             raise ValueError(f"a table of {rows.dtype} {rows.shape} for {samples} samples")
-        starts, (milliseconds, keys, licences) = rows[:, 0], rows[:-1, 1:].T
+        starts, (milliseconds, *others) = rows[:, 0], rows[:-1, 1:].T
         if starts[0] < 0 or (np.diff(starts) <= 0).any() or (milliseconds < UNKNOWN_MS).any():
             raise ValueError("offsets that do not ascend, or negative lengths")
-        return cls(starts, milliseconds, keys, licences)
+        return cls(starts, milliseconds, *others)
 
     def count_licences(
         self, rows: np.ndarray | slice = slice(None)
@@ -249,6 +254,11 @@ class ShardIndex:
             return self.selection.licences
         everything = {"": {"clips": self.samples, "seconds": self.seconds}}
         return self.metadata.get("licences") or everything
+
+    @property
+    def first_shard(self) -> int:
+        """The first shard with selected samples; 0 if there is none."""
+        return next((n for n, samples in enumerate(self.shard_samples) if samples), 0)
 
     @property
     def has_tables(self) -> bool:
@@ -628,7 +638,8 @@ class ShardReader:
     def _scan(self, url: str) -> tuple[SampleTable, str | None]:
         with open_stream(url, self.policy) as stream:
             scan = scan_tar(stream)
-        rows = ((start, None, key, "") for start, key in zip(scan.starts, scan.keys, strict=True))
+        samples = zip(scan.starts, scan.keys, strict=True)
+        rows = ((start, None, key, "", UNKNOWN_BYTES) for start, key in samples)
         return self._cache(url, SampleTable.from_rows(rows, scan.end), scan.damage)
 
     def _cache(

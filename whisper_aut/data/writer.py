@@ -36,6 +36,7 @@ from whisper_aut.data.shards import (
     INDEX_VERSION,
     MAX_INDEX_BYTES,
     TARS,
+    UNKNOWN_BYTES,
     FolderCounts,
     SampleTable,
     ShardEntry,
@@ -93,7 +94,7 @@ class ShardWriter:
         self._earlier = 0  # shards of the folder before this writer
         self._counts, self._tar_counts = FolderCounts(), FolderCounts()
         self._tar: TarWriter | None = None
-        self._rows: list[tuple[int, float | None, str, str]] = []  # of the current tar
+        self._rows: list[tuple[int, float | None, str, str, int]] = []  # of the current tar
         self._bytes = 0
 
     def __enter__(self) -> "ShardWriter":
@@ -122,7 +123,8 @@ class ShardWriter:
         if self._tar is None:
             self._tar = TarWriter(str(self._partial(self._tar_name())), encoder=False, mtime=0)
         data, seconds = annotation.to_json(), annotation.duration_seconds
-        self._rows.append((self._tar.tarstream.offset, seconds, key, annotation.licence))
+        row = (seconds, key, annotation.licence, annotation.text_bytes)
+        self._rows.append((self._tar.tarstream.offset, *row))
         self._tar.write({"__key__": key, suffix: audio, "json": data})
         self._bytes += len(audio) + len(data)
         self._tar_counts.add(annotation.domain, annotation.licence, seconds or 0.0)
@@ -359,15 +361,16 @@ def build_table(stream: BinaryIO, counts: FolderCounts, *, audio: bool = True) -
     """
     groups, rows = _Headers(stream, ANY_LENGTH), []
     for _, group in groups:
-        seconds, licence = None, ""
+        seconds, licence, text_bytes = None, "", UNKNOWN_BYTES
         with suppress(SkipSample):
             suffix, body, annotation = audio_and_annotation(group)
             seconds, licence = annotation.duration_seconds, annotation.licence
+            text_bytes = annotation.text_bytes
             if seconds is None and audio:
                 with suppress(SkipSample):
                     seconds = stated_seconds(cast(Any, body), suffix, ANY_LENGTH)
             counts.add(annotation.domain, licence, seconds or 0.0)
-        rows.append((seconds, group["__key__"], licence))
+        rows.append((seconds, group["__key__"], licence, text_bytes))
     if groups.damage and not rows:  # samples before the damage are counted
         raise OSError(f"{getattr(stream, 'name', 'tar')}: {groups.damage}")
     table = ((start, *row) for start, row in zip(groups.starts, rows, strict=True))

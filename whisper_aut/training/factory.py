@@ -126,6 +126,7 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
         ),
         batch_clips=data.batch_clips,
         batch_seconds=data.batch_seconds,
+        batch_tokens=data.batch_tokens,
         epochs=settings.trainer.max_epochs if data.mode == "epochs" else None,
         samples_per_epoch=data.samples_per_epoch,
         valid_clips=data.valid_clips,

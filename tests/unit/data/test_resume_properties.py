@@ -30,6 +30,7 @@ from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.models.pretrained import PretrainedWhisper
 
+TEXT = "a tone of an organ, soft, then louder, and its echo"
 SIZES = {
     "many": [1] * 7 + [2],
     "few": [13],
@@ -54,14 +55,16 @@ def build(tiny_whisper: Path) -> ExampleBuilder:
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sources whose shards hold very few or many clips, of 30 to 300 ms."""
+    """Sources whose shards hold very few or many clips, of 30 to 300 ms and 1 to 12 words."""
     root, generator = tmp_path_factory.mktemp("corpora"), np.random.default_rng(0)
     for name, sizes in SIZES.items():
         with ShardWriter(root / name) as shards:
             for number, size in enumerate(sizes):
                 for clip in range(size):
                     seconds = float(generator.uniform(0.03, 0.3))
-                    annotation = Annotation(text="a tone", domain="sound", duration_seconds=seconds)
+                    words = int(generator.integers(1, 12))
+                    text = " ".join(TEXT.split()[:words])
+                    annotation = Annotation(text=text, domain="sound", duration_seconds=seconds)
                     shards.write(
                         f"{name}-{number}-{clip}", "flac", encode_audio(tone(seconds)), annotation
                     )
@@ -79,6 +82,7 @@ plans = st.fixed_dictionaries(
         "window": st.integers(1, 40),
         "batch_clips": st.integers(1, 6),
         "batch_seconds": st.sampled_from([None, 0.3, 0.7, 2.0]),
+        "batch_tokens": st.sampled_from([None, None, 30, 60]),
         "epochs": st.sampled_from([None, 1, 2, 3]),
         "partitions": st.sampled_from([1, 1, 2, 3, 4, 8, 40]),
         "tables": st.booleans(),
@@ -108,6 +112,7 @@ class World:
             name: plan[name]
             for name in ("seed", "window", "partitions", "batch_clips", "batch_seconds", "epochs")
         }
+        options["batch_tokens"] = plan["batch_tokens"] if plan["batch_seconds"] else None
         self.module = ShardDataModule(
             sources, [], [1.0] * len(sources), build, accumulate=world["accumulate"], **options
         )

@@ -19,16 +19,16 @@ from tests.support.audio import encode_audio, tone, write_shards
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
 from whisper_aut.data import dataset
-from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.annotation import Annotation, FieldMapping
 from whisper_aut.data.batch import Batch
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, StreamSource
 from whisper_aut.data.reader import ReadPolicy
 from whisper_aut.data.sampler import Cursor, MixedPadding, batches_from
 from whisper_aut.data.settings import DataSettings, SourceSettings
-from whisper_aut.data.shards import ShardEntry, ShardIndex, open_index
+from whisper_aut.data.shards import ShardEntry, ShardIndex, open_index, table_name
 from whisper_aut.data.targets import WhisperText
-from whisper_aut.data.writer import ShardWriter
+from whisper_aut.data.writer import ShardWriter, index_folder
 from whisper_aut.errors import SkipReason, UserError
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.training.factory import open_sources, source_weights
@@ -138,6 +138,69 @@ def test_batches_of_seconds_count_padded_clips_as_30_s(
     assert max(seconds) < 100.5  # the shards have lengths in whole milliseconds, mels whole frames
     assert np.mean(seconds) > 75
     assert any(True in batch.padded for batch in batches)
+
+
+TEXT = "a dog barks twice, far away; then a door slams and somebody laughs in the next room"
+
+
+def captioned(folder: Path, field: str, seconds: float) -> ShardIndex:
+    """Write clips whose captions, of 1 to 17 words, are in a field of the JSON."""
+    audio, random = encode_audio(tone(seconds)), np.random.default_rng(1)
+    with ShardWriter(folder, max_bytes=8 * len(audio)) as shards:
+        for number in range(60):
+            text = " ".join(TEXT.split()[: int(random.integers(1, 17))])
+            annotation = Annotation(duration_seconds=seconds, extra={field: text})
+            shards.write(str(number), "flac", audio, annotation)
+    index_folder(folder)  # counts the bytes of texts in the fields of the usual names
+    mapping = FieldMapping({"text": field})
+    return replace(open_index(folder), mapping=mapping)
+
+
+@pytest.mark.parametrize("field", ["caption", "a field that tables do not know"])
+def test_batches_keep_a_limit_of_tokens_next_to_that_of_seconds(
+    field: str, tmp_path: Path, build: ExampleBuilder
+):
+    sources = [
+        StreamSource(captioned(tmp_path / str(seconds), field, seconds), "sound")
+        for seconds in (0.1, 3.0)
+    ]
+
+    def batches(**options: Any) -> list[Batch]:
+        options = {"seed": 0, "window": 50, "batch_clips": 1, "batch_seconds": 30.0, **options}
+        module = ShardDataModule(sources, [], [1, 1], build, epochs=1, **options)
+        return list(module.train_dataloader())
+
+    def tokens(found: list[Batch]) -> list[int]:
+        return [len(batch.targets.tokens) for batch in found]
+
+    unlimited, limited = batches(), batches(batch_tokens=260)
+    assert max(tokens(unlimited)) > 260
+    assert max(tokens(limited)) <= 260
+    assert max(sum(batch.mel_lengths) for batch in limited) <= 3_000
+    assert np.mean(tokens(limited)) > (180 if field == "caption" else 100)
+    assert sorted(key for batch in limited for key in batch.keys) == sorted(
+        key for batch in unlimited for key in batch.keys
+    )
+    by_partitions = batches(batch_tokens=260, partitions=2)
+    assert max(tokens(by_partitions)) <= 260
+    assert keys_of(batches(batch_tokens=100_000)) == keys_of(unlimited)
+    # A clip with more tokens than the limit is a batch of its own.
+    assert max(len(batch) for batch in batches(batch_tokens=1)) == 1
+
+
+def test_tables_without_the_lengths_of_texts_serve_all_but_a_limit_of_tokens(
+    tmp_path: Path, build: ExampleBuilder
+):
+    index = captioned(tmp_path, "caption", 0.1)
+    for shard in index.shards:
+        table = tmp_path / table_name(shard.name)
+        np.save(table, np.load(table)[:, :4])
+    options: dict[str, Any] = {"seed": 0, "window": 50, "batch_clips": 1, "batch_seconds": 30.0}
+    sources = [StreamSource(open_index(tmp_path), "sound")]
+    module = ShardDataModule(sources, [], [1], build, epochs=1, **options)
+    assert sum(map(len, module.train_dataloader())) == 60
+    with pytest.raises(UserError, match=r"the lengths of texts\. .*whisper-aut data index"):
+        ShardDataModule(sources, [], [1], build, batch_tokens=260, **options)
 
 
 def test_another_order_refuses_the_position(tiny_shards: Path, build: ExampleBuilder):
