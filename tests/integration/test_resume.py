@@ -159,6 +159,22 @@ def test_a_run_goes_on_with_other_data_only_on_request(
     assert load_settings(run.config) == after
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_smaller_batches_only_on_request(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    def batches(steps: int, seconds: int):
+        options = (*EVERY_STEP, f"trainer.max_steps={steps}", f"data.batch_seconds={seconds}")
+        options = (*options, "data.samples_per_epoch=600")
+        return settings_for(tiny_whisper, tiny_shards, tmp_path, *options)
+
+    run = train(batches(2, 34), QUIET).run
+    with pytest.raises(UserError, match=r"planned together .*--allow-data-change"):
+        train(batches(3, 31), QUIET, resume=str(run.path))
+    train(batches(3, 31), QUIET, resume=str(run.path), allow_data_change=True)
+    assert json.loads(run.done.read_text())["steps"] == 3
+
+
 def clips_by_domain(run: RunDirectory) -> set[str]:
     """Return the domains from which a run has drawn since its order began or changed."""
     sources = json.loads(run.done.read_text())["sources"]

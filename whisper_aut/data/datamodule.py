@@ -40,6 +40,7 @@ from whisper_aut.data.targets import LossSettings
 from whisper_aut.errors import UserError
 
 log = logging.getLogger(__name__)
+MIN_FULLNESS = 0.8  # of batches by seconds, without a warning
 
 
 @dataclass
@@ -148,6 +149,7 @@ class TrainLoader:
         return {
             "position": position,
             "taken": taken,
+            "next_chunk": self.batching.next_chunk(position),
             "in_epoch": self.in_epoch,
             "order": self.order.fingerprint(),
             "partitions": self.order.partitions,
@@ -159,23 +161,17 @@ class TrainLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume where a checkpoint ended.
 
-        The world size, the number of workers and the clips per batch may have changed since.
+        The world size, the number of workers and the clips per batch may have changed since, see
+        `ShardDataModule.resume`.
 
         Raises:
-            UserError: the checkpoint belongs to a different order, or its cursor is inside a chunk
-                that was planned with different limits.
+            UserError: the checkpoint belongs to a different order.
         """
         if state["order"] not in (self.order.fingerprint(), self.earlier_order):
             raise UserError(
                 "The checkpoint was made with other training data, exclusions, weights, seed, "
                 "window or partitions, so its position in the data is not valid here. Resume with "
                 "the config of its run directory, or go on with the new data: --allow-data-change."
-            )
-        if state["taken"] and state["batching"] != self.batching.fingerprint():
-            raise UserError(
-                "The checkpoint was saved between batches that were planned together with another "
-                "data.batch_clips, data.batch_seconds or data.max_seconds. Resume with the values "
-                "of its run directory."
             )
         self.cursor = Cursor(state["position"], state["taken"])
         same_world = state["world"] == [self.ranks, self.accumulate]
@@ -375,13 +371,16 @@ class ShardDataModule(lightning.LightningDataModule):
             state: state of the loader in the checkpoint.
             step: optimizer steps taken so far.
             skip_to: cursor at which the data resumes, if not where the checkpoint ended.
-            allow_change: resume a checkpoint of another order, after as many clips of this one.
+            allow_change: resume a checkpoint of another order, after as many clips of this one, or
+                one between batches that were planned together with other limits, after the rest of
+                these batches.
 
         Returns:
             The cursor at which the data resumes, if not where the checkpoint ended.
 
         Raises:
-            UserError: the order has changed, and has epochs of its own.
+            UserError: the order has changed, and has epochs of its own, or the limits of batches
+                have changed within a chunk.
         """
         if allow_change and state["order"] != self.order.fingerprint():
             if self.order.epoch_clips:
@@ -397,7 +396,17 @@ class ShardDataModule(lightning.LightningDataModule):
             self.position, self.segment = skip_to.position, RunSegment(step, skip_to)
             return skip_to
         same_world = state["world"] == [ranks, self.accumulate]
-        same_steps = same_world and state["batching"] == self.batching.fingerprint()
+        same_batches = state["batching"] == self.batching.fingerprint()
+        same_steps = same_world and same_batches
+        if state["taken"] and not same_batches and not skip_to:
+            if not allow_change:
+                raise UserError(
+                    "The checkpoint was saved between batches that were planned together with "
+                    "another data.batch_clips, data.batch_seconds, data.batch_tokens or "
+                    "data.max_seconds. Resume with the values of its run directory, or go on after "
+                    "the rest of these batches: --allow-data-change."
+                )
+            skip_to = Cursor(state["next_chunk"])
         cursor = Cursor(state["position"], state["taken"])
         self.position = (skip_to or cursor).position
         if self.order.epoch_clips:
@@ -423,12 +432,21 @@ class ShardDataModule(lightning.LightningDataModule):
         if self._loader is None:
             readers, partitions = ranks * max(1, self.workers), self.order.partitions
             remote = not all(is_local(source.index.tars) for source in self.train)
-            if rank == 0 and remote and partitions > readers and partitions % readers:
+            if rank == 0 and remote and partitions % readers:
                 log.warning(
                     f"Remote clips are fetched one by one, because {partitions} partitions cannot "
                     f"be divided evenly among {ranks} ranks × {max(1, self.workers)} workers. Set "
-                    f"data.partitions to a multiple of {readers}."
+                    f"data.partitions to a multiple of {readers}. If the data is smaller than "
+                    f"{readers} × 128 MB, set data.workers=0 or copy it to a disk."
                 )
+            if rank == 0 and partitions > 1 and isinstance(self.batching, BySeconds):
+                fullness = self.batching.fullness(0)
+                if fullness < MIN_FULLNESS:
+                    log.warning(
+                        f"The first batches use only {fullness:.0%} of data.batch_seconds, because "
+                        "some tars have longer clips than others. Shuffle the clips before you "
+                        "build the shards, or lower data.partitions."
+                    )
             self._loader = TrainLoader(
                 lambda start, end, count: self.train_stream(rank, ranks, start, end, count),
                 order=self.order,

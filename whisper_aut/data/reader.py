@@ -6,6 +6,7 @@ The tars are plain WebDataset (https://github.com/webdataset/webdataset). Nothin
 
 import gzip
 import io
+import logging
 import random
 import re
 import tarfile
@@ -18,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from tarfile import EOFHeaderError, HeaderError, InvalidHeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
+from threading import Lock
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import fsspec
@@ -33,6 +35,7 @@ from whisper_aut.data.annotation import (
 )
 from whisper_aut.errors import SkipReason, SkipSample, UserError, require
 
+log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 MAX_PAUSE_SECONDS = 30.0
 BUFFER_BYTES = 1 << 20
@@ -102,9 +105,11 @@ def read_file(url: str, policy: ReadPolicy = DEFAULT_POLICY, *, max_bytes: int) 
     return data
 
 
-# The last file of a server that ignores range requests, such as Python's `http.server`, and sends
-# whole files.
+# Servers that ignore range requests, such as Python's `http.server`, send whole files. The last one
+# is kept, and one thread at a time gets another, because tars may have gigabytes.
+_without_ranges: set[str] = set()
 _whole_file: tuple[str, bytes] = "", b""
+_whole_file_lock = Lock()
 
 
 def read_range(url: str, start: int, end: int, policy: ReadPolicy = DEFAULT_POLICY) -> bytes:
@@ -119,15 +124,23 @@ def read_range(url: str, start: int, end: int, policy: ReadPolicy = DEFAULT_POLI
         with open(local_path(url), "rb") as file:
             file.seek(start)
             return file.read(end - start)
-    name, whole = _whole_file
-    if name != url:
-        filesystem, path = open_filesystem(url, policy)
+    filesystem, path = open_filesystem(url, policy)
+    server = url.rpartition("://")[2].partition("/")[0]
+    if server not in _without_ranges:
         action = partial(filesystem.cat_file, path, start=start, end=end)
         data = _with_retries(url, policy, action)
         if len(data) <= end - start:
             return data
-        whole, _whole_file = data, (url, data)
-    return whole[start:end]
+    with _whole_file_lock:
+        if server not in _without_ranges:
+            _without_ranges.add(server)
+            log.warning(
+                f"{server} does not support range requests and sends whole files, so tars are "
+                "downloaded again and again. Use another server, or copy the shards to a disk."
+            )
+        if _whole_file[0] != url:
+            _whole_file = url, _with_retries(url, policy, partial(filesystem.cat_file, path))
+        return _whole_file[1][start:end]
 
 
 class RemoteFile(io.RawIOBase):
@@ -152,8 +165,10 @@ class RemoteFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_END and self._size is None:
-            raise io.UnsupportedOperation(f"{self.url} does not report its size")
+        number = self._position // REQUEST_BYTES
+        while whence == io.SEEK_END and self._size is None:
+            self._block(number)  # the last one is shorter
+            number += 1
         self._position = max(0, (0, self._position, self._size or 0)[whence] + offset)
         return self._position
 

@@ -423,7 +423,14 @@ class MicroBatch(NamedTuple):
 
 
 class Batching(ABC):
-    """Cuts an order into micro-batches. A chunk has equally many batches of each partition."""
+    """Cuts an order into micro-batches. A chunk has equally many batches of each partition.
+
+    Attributes:
+        chunk_clips: clips of each partition in a chunk, unless its epoch ends before.
+    """
+
+    order: Order
+    chunk_clips: int
 
     @abstractmethod
     def chunk(self, position: int) -> tuple[list[MicroBatch], int]:
@@ -435,6 +442,10 @@ class Batching(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a string that identifies the settings a cursor inside a chunk depends on."""
+
+    def next_chunk(self, position: int) -> int:
+        """Return where the chunk after the one at `position` begins."""
+        return _boundary(self.order, position, position + self.chunk_clips)
 
     def count(self, cursor: Cursor, end: int) -> int:
         """Return the number of micro-batches between a cursor and position `end`."""
@@ -465,9 +476,10 @@ class ByClips(Batching):
 
     def __init__(self, order: Order, clips: int):
         self.order, self.clips = order, clips
+        self.chunk_clips = clips
 
     def chunk(self, position: int) -> tuple[list[MicroBatch], int]:
-        next_position = _boundary(self.order, position, position + self.clips)
+        next_position = self.next_chunk(position)
         ranges = _clip_ranges(self.order, position, next_position)
         batches = [MicroBatch(partition, positions) for partition, positions in ranges]
         return [batch for batch in batches if len(batch.positions)], next_position
@@ -550,7 +562,7 @@ class BySeconds(Batching):
         self.chunk_clips = max(1, round(CHUNK_BATCHES * seconds / self.mean_seconds))
 
     def chunk(self, position: int) -> tuple[list[MicroBatch], int]:
-        next_position = _boundary(self.order, position, position + self.chunk_clips)
+        next_position = self.next_chunk(position)
         ranges = _clip_ranges(self.order, position, next_position)
         lengths = [self.lengths_ms(k, position, position + len(clips)) for k, clips in ranges]
         filled = [fill_batches(each, self.budget_ms) for each in lengths]
@@ -565,6 +577,13 @@ class BySeconds(Batching):
             for turn, number in zip(turns, shuffled, strict=False):
                 turn.append(MicroBatch(partition, position + batches[number]))
         return [batch for turn in turns for batch in turn], next_position
+
+    def fullness(self, position: int) -> float:
+        """Return the mean fraction of the limit that the batches of a chunk use."""
+        batches, stop = self.chunk(position)
+        ranges = _clip_ranges(self.order, position, stop)
+        used = sum(int(self.lengths_ms(k, position, clips.stop).sum()) for k, clips in ranges)
+        return used / (len(batches) * self.budget_ms)
 
     def fingerprint(self) -> str:
         others = "".join(f" {one}" for one in (self.padding, self.tokens) if one)

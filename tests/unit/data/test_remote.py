@@ -17,7 +17,7 @@ from whisper_aut.audio.logmel import LogMel
 from whisper_aut.corpora.inspect import inspect_shards
 from whisper_aut.data import sampler, shards
 from whisper_aut.data.datamodule import ShardDataModule
-from whisper_aut.data.dataset import ExampleBuilder, StreamSource
+from whisper_aut.data.dataset import READ_THREADS, ExampleBuilder, StreamSource
 from whisper_aut.data.filters import select_samples
 from whisper_aut.data.reader import ReadPolicy, open_stream, read_range
 from whisper_aut.data.sampler import Cursor, batches_from
@@ -282,6 +282,28 @@ def test_shards_of_a_server_that_reports_no_sizes_are_inspected(folder: Path):
         statistics = inspect_shards(server.url)
     assert statistics.clips == CLIPS
     assert statistics.bytes == sum(shard.bytes for shard in open_index(folder).shards)
+
+
+def test_shards_of_a_server_that_reports_no_sizes_are_indexed(folder: Path, tmp_path: Path):
+    with served(folder, lambda _: "no size", ranges=False) as server:
+        url = f"{server.url}/shard-{{000000..000001}}.tar"
+        found = index_folder(url, tmp_path, policy=PATIENT).shards
+    expected = open_index(folder).shards[:2]
+    assert [(one.samples, one.bytes) for one in found] == [
+        (one.samples, one.bytes) for one in expected
+    ]
+
+
+def test_a_server_without_range_requests_is_named_once_and_sends_few_whole_files(
+    folder: Path, build: ExampleBuilder, caplog: pytest.LogCaptureFixture
+):
+    tars = len(open_index(folder).shards)
+    with served(folder, ranges=False) as server:
+        keys, skipped = epoch(server.url, build)
+        sent = sum(path.endswith(".tar") for path, _ in server.asked)
+    assert (len(keys), skipped) == (CLIPS, Counter())
+    assert caplog.text.count("does not support range requests") == 1
+    assert sent <= 4 * tars + READ_THREADS
 
 
 def test_a_part_of_a_remote_folder_is_named_by_a_pattern(folder: Path, build: ExampleBuilder):

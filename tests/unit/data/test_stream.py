@@ -211,6 +211,38 @@ def test_another_order_refuses_the_position(tiny_shards: Path, build: ExampleBui
         data_module(tiny_shards, build, seed=1).train_dataloader().load_state_dict(state)
 
 
+@pytest.mark.parametrize("epochs", [None, 2])
+@pytest.mark.parametrize("batches", [{"batch_clips": 2}, {"batch_seconds": 40.0}])
+def test_other_batches_begin_after_those_that_were_planned_together(
+    tiny_shards: Path, build: ExampleBuilder, batches: dict[str, Any], epochs: int | None
+):
+    options: dict[str, Any] = {"partitions": 4, "epochs": epochs, "samples_per_epoch": 600}
+    before = data_module(tiny_shards, build, **options)
+    loader = before.train_dataloader()
+    for _ in islice(loader, 6):
+        pass
+    state = loader.state_dict()
+    assert (state["position"], state["taken"]) == (3, 2)
+
+    def resumed(**changes: Any) -> ShardDataModule:
+        module = data_module(tiny_shards, build, **options, **batches)
+        assert module.resume(1, state, 6, **changes) == Cursor(6)
+        return module
+
+    with pytest.raises(UserError, match=r"planned together with another .*--allow-data-change"):
+        resumed()
+    after = resumed(allow_change=True)
+    assert after.position == 6
+    # As the callback that writes checkpoints does.
+    loader = after.train_dataloader()
+    loader.load_state_dict(state | Cursor(6)._asdict())
+    straight = data_module(tiny_shards, build, **options, **batches)
+    end = straight.order.epoch_clips
+    rest = straight.train_stream(0, 1, Cursor(6), end, len(list(islice(loader, 5))))
+    loader.load_state_dict(state | Cursor(6)._asdict())
+    assert keys_of(list(islice(loader, 5))) == keys_of(list(islice(rest, 5)))
+
+
 def test_one_epoch_of_one_source_is_every_clip_once(tiny_shards: Path, build: ExampleBuilder):
     loader = data_module(tiny_shards, build, ("music",), samples_per_epoch=None).train_dataloader()
     seen = Counter(key for batch in loader for key in batch.keys)
@@ -492,3 +524,25 @@ def test_sources_of_a_domain_count_by_clips_or_by_hours():
     unknown = ShardIndex("two", (ShardEntry("a.tar", 10),))
     with pytest.raises(UserError, match="the lengths of two are not known"):
         source_weights(by_hours, [one, unknown], domains)
+
+
+def test_tars_of_clips_of_other_lengths_cause_a_warning_about_emptier_batches(
+    tmp_path: Path, build: ExampleBuilder, caplog: pytest.LogCaptureFixture
+):
+    def shards(name: str, seconds: list[float]) -> ShardIndex:
+        with ShardWriter(tmp_path / name) as out:
+            for number in range(64):
+                length = seconds[number % len(seconds)]
+                out.write(str(number), "flac", b"", Annotation("a", duration_seconds=length))
+                if number % 16 == 15:
+                    out.finish_tar()
+        return open_index(tmp_path / name)
+
+    for name, seconds in (("even", [1.0, 9.0]), ("odd", [1.0] * 32 + [9.0] * 32)):
+        source = StreamSource(shards(name, seconds), "sound")
+        options: dict[str, Any] = {"seed": 0, "window": 4, "batch_clips": 1, "epochs": 1}
+        module = ShardDataModule(
+            [source], [], [1], build, partitions=4, batch_seconds=30.0, **options
+        )
+        module.train_dataloader()
+        assert ("use only 44%" in caplog.text) == (name == "odd")  # 320 s in 24 batches of 30 s
