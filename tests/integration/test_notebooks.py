@@ -2,7 +2,9 @@
 
 import ast
 import importlib
+import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ NAMES = [
     "02_compare_decoders",
     "03_embeddings_before_after",
     "04_read_a_report",
+    "05_own_corpus",
 ]
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -45,14 +48,16 @@ def test_a_notebook_is_valid_and_stripped(path: Path):
     assert not re.search(r"/(home|tmp|work|root)/|[A-Z]:\\\\", path.read_text())
 
 
-@each_notebook
-def test_the_smoke_scale_is_the_default(path: Path):
-    tagged = [
+def parameters_of(path: Path) -> str:
+    (cell,) = [
         cell.source for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])
     ]
-    assert len(tagged) == 1
-    assert tagged[0].startswith('SCALE = "smoke"')
-    assert '"tiny": ' in tagged[0]
+    return cell
+
+
+@each_notebook
+def test_real_weights_are_an_environment_variable(path: Path):
+    assert parameters_of(path).startswith('MODEL = os.environ.get("MODEL", "")')
 
 
 @each_notebook
@@ -69,34 +74,39 @@ def _sources(path: Path) -> str:
 
 
 def test_notebooks_share_one_corpus_and_one_run():
-    shared = {
-        name: set(re.findall(r"^SMALL \+?= .*$", _sources(path), re.M))
-        for name, path in zip(NAMES, NOTEBOOKS, strict=True)
-    }
-    assert shared[NAMES[1]] == shared[NAMES[2]] == shared[NAMES[3]]
-    assert all(
-        any("data.shards=runs/notebooks/data" in line for line in lines)
-        for lines in shared.values()
-    )
+    shared = [set(re.findall(r"^SMALL \+?= .*$", _sources(path), re.M)) for path in NOTEBOOKS]
+    assert shared[1] == shared[2] == shared[3]
+    assert len(shared[1]) > 1
+    for path in NOTEBOOKS:
+        assert '"runs=runs/notebooks", "data.shards=runs/notebooks/data"' in _sources(path)
 
 
-@each_notebook
-@pytest.mark.parametrize("scale", ["smoke", "tiny"])
-def test_the_configs_of_both_scales_load(path: Path, scale: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("path", NOTEBOOKS[:4], ids=lambda path: path.stem)
+@pytest.mark.parametrize("model", ["", "openai/whisper-base"])
+def test_the_configs_of_both_scales_load(path: Path, model: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(REPOSITORY)
-    (cell,) = [
-        cell.source for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])
-    ]
-    names: dict[str, Any] = {"load_settings": load_settings}
-    exec(cell.replace('SCALE = "smoke"', f'SCALE = "{scale}"', 1), names)
+    for name in ("DATA", "RUN", "RUNS", "LANGUAGE_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MODEL", model)
+    names: dict[str, Any] = {"os": os}
+    exec(parameters_of(path), names)
     recipes = (
-        names["RECIPES"][scale].values()
-        if "RECIPES" in names
-        else [(names["CONFIG"], names["OVERRIDES"])]
+        names["RECIPES"].values() if "RECIPES" in names else [(names["CONFIG"], names["OVERRIDES"])]
     )
     for config, overrides in recipes:
-        assert load_settings(config, overrides).probe.tasks == [
-            "demo_speech",
-            "demo_sound",
-            "demo_music",
-        ]
+        settings = load_settings(config, overrides)
+        assert settings.model.path == model
+        assert "esc10_5fold" in settings.probe.tasks or "demo_sound" in settings.probe.tasks
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_stored_scores_have_what_the_notebooks_show(number: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (cell,) = [
+        cell.source for cell in code_cells(NOTEBOOKS[number]) if "read_encoder(" in cell.source
+    ]
+    names: dict[str, Any] = {"sys": sys, "re": re, "Path": Path}
+    exec(cell.partition("trained = ")[0], names)
+    assert len(names["recipes"]["aut"]) >= 5
+    assert {"linear esc10_5fold", "knn transfer"} <= set(names["recipes"]["aut"][0])
