@@ -85,7 +85,7 @@ bench: $(STAMP) ## run every benchmark and rewrite benchmarks/RESULTS.md (DATA=F
 	@DATA=$(DATA) $(BIN)/python benchmarks/all.py $(ARGS)
 
 docs: $(STAMP) ## build the pages of docs/ and the API reference into runs/site; a warning fails it
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo 'The pages are in runs/site/index.html'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo 'The pages are in runs/site. With search: $(BIN)/python -m http.server --directory runs/site'
 
 lint: $(STAMP) ## ruff and pyright
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
