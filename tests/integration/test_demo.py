@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.support.audio import encode_audio, tone
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
-from whisper_aut.inference.chat import answer, describe
+from whisper_aut.inference.chat import answer, describe, stream
 from whisper_aut.inference.demo import DemoModels, build_page, launch_page, spectrogram
 from whisper_aut.loading import open_demo_models, open_run
 
@@ -33,7 +34,8 @@ def test_a_run_has_before_after_and_a_decoder(listener: DemoModels, pipeline_run
         assert neighbours[0].similarity == pytest.approx(1, abs=1e-3)
         assert len(neighbours) == 2
     assert listener.encoders["before"].fingerprint() != listener.encoders["after"].fingerprint()
-    assert listener.text(str(clip), "music") == describe(listener.module, clip, domain="music")  # pyright: ignore
+    *_, text = listener.text(str(clip), "music")
+    assert text == describe(listener.module, clip, domain="music")  # pyright: ignore
     with pytest.raises(UserError, match="takes no questions"):
         answer(listener.module, clip, "What?")  # pyright: ignore[reportArgumentType]
 
@@ -62,11 +64,46 @@ def test_a_run_is_opened_on_a_device_and_in_a_precision(in_pipeline_run: Path):
         open_run(Path(RUN), device="cuda:99")
 
 
+def test_a_text_grows_until_it_is_the_whole(listener: DemoModels, pipeline_run: Path):
+    assert listener.module is not None
+    clip = pipeline_run / "clip.wav"
+    texts = list(stream(listener.module, clip, "sound", max_new_tokens=20))
+    assert (
+        texts
+        == [describe(listener.module, clip, max_new_tokens=count) for count in (4, 8, 16, 20)][
+            : len(texts)
+        ]
+    )
+    assert texts[-1] == describe(listener.module, clip, max_new_tokens=20)
+
+
+def test_maps_show_the_clip_among_those_of_shards(listener: DemoModels, pipeline_run: Path):
+    shards = DemoModels(listener.encoders)
+    folders = [str(pipeline_run / "data" / domain) for domain in ("sound", "music")]
+    shards.index(*folders, str(pipeline_run / "clips"))
+    index = shards.indexes["after"]
+    query = str(pipeline_run / "clips" / "440.flac")
+    before, after, layers = shards.maps(query).axes
+    names = before.get_legend_handles_labels()[1]
+    assert {"sound", "music", "clips", "this clip"} == set(names)
+    star = after.collections[names.index("this clip")].get_offsets()
+    mine = after.collections[names.index("clips")].get_offsets()
+    assert np.isclose(mine, star, atol=1e-3).all(1).any()  # the clip is in the index too
+    assert layers.lines[0].get_ydata()[0] == pytest.approx(1, abs=0.2)  # pyright: ignore
+    sounds = [name for name in index.names if shards.group(name) == "sound"]
+    assert len(sounds) > 1
+    assert shards.notes[sounds[0]].text
+    rate, samples = shards.audio(sounds[0])  # pyright: ignore[reportGeneralTypeIssues]
+    assert (rate, np.asarray(samples).dtype) == (16_000, np.int16)
+    assert np.abs(np.asarray(samples)).max() > 100
+    assert shards.audio(query) == query
+
+
 def test_an_encoder_alone_has_no_text(pipeline_run: Path):
     alone = open_demo_models(str(pipeline_run / RUN / "export" / "encoder"), "", "none")
     assert list(alone.encoders) == ["encoder"]
     with pytest.raises(UserError, match="writes no text"):
-        alone.text(str(pipeline_run / "clip.wav"), "sound")
+        next(alone.text(str(pipeline_run / "clip.wav"), "sound"))
     against = open_demo_models(
         str(pipeline_run / RUN / "export" / "encoder"),
         str(pipeline_run / RUN / "export" / "whisper"),
@@ -101,11 +138,11 @@ def test_the_page_answers_over_http(
         client = Client(address, verbose=False)
         clip = handle_file(str(pipeline_run / "clips" / "880.flac"))
         shown = client.predict(clip, api_name="/neighbours")
-        assert shown[0]["data"][0][0] == "880.flac"
+        assert shown[0]["data"][0][1:] == ["clips", "", "880.flac"]
+        assert "plot" in shown[-1]
         assert Path(shown[1]["value"]).stat().st_size > 1_000  # the clip itself, to be played
-        assert client.predict(clip, "sound", api_name="/text") == listener.text(
-            str(pipeline_run / "clips" / "880.flac"), "sound"
-        )
+        *_, text = listener.text(str(pipeline_run / "clips" / "880.flac"), "sound")
+        assert client.predict(clip, "sound", api_name="/text") == text
         assert "plot" in client.predict(clip, api_name="/spectrogram")
         (tmp_path / "silent.wav").write_bytes(encode_audio(0 * tone(1.0), kind="WAV"))
         with pytest.raises(Exception, match="silent audio"):

@@ -80,10 +80,9 @@ def demo(options: argparse.Namespace, console: Console) -> None:
     models = open_demo_models(options.encoder, options.against, options.padding, **precision)
     if options.index:
         with console.status("Embedding the clips of the index"):
-            models.index(options.index, options.batch_seconds)
+            models.index(*options.index, batch_seconds=options.batch_seconds)
     page = build_page(models, f"whisper-aut · {options.encoder}")
-    folders = [options.index] if options.index else []
-    address = launch_page(page, port=options.port, folders=folders)
+    address = launch_page(page, port=options.port, folders=options.index)
     console.print(f"Open {address} on this machine. Ctrl-C stops the server.")
     page.block_thread()
 
@@ -120,7 +119,8 @@ def add_parsers(commands: Commands) -> None:
     add = command.add_argument
     encoder = "a run, shown with its decoder and its pretrained checkpoint, or an encoder"
     add("encoder", metavar="RUN_OR_ENCODER", help=encoder)
-    add("--index", metavar="FOLDER", default="", help="clips to search: files or shards")
+    index = "clips to search and to map: folders of files or shards"
+    add("--index", metavar="FOLDER", nargs="+", default=[], help=index)
     against = "encoder to compare with (default: the pretrained checkpoint of the run)"
     add("--against", default="", help=against)
     add_encoder_options(command)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from whisper_aut.audio.decode import ClipLimits, LongClips, load_file
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel, mel_frames
@@ -41,12 +40,12 @@ def answer(module: AudioTextModule, audio: Path, question: str, *, max_new_token
     Raises:
         UserError: the file cannot be used, or the decoder takes no questions.
     """
-    codec: Any = module.codec
-    if not takes_questions(codec):
+    if not takes_questions(module.codec):
         raise UserError(
             "The decoder of this run takes no questions; runs with decoder=causal_lm do."
         )
-    return _generate(module, audio, codec.encode_question(question), max_new_tokens)
+    (text,) = _generate(module, audio, question, [max_new_tokens])
+    return text
 
 
 def describe(
@@ -62,23 +61,48 @@ def describe(
     """
     if not isinstance(module.codec, WhisperText):
         raise UserError("This run has no Whisper decoder. Ask it a question instead.")
-    prompt = torch.tensor(module.codec.prompt_tokens(domain, DEFAULT_LANGUAGE))
-    return _generate(module, audio, prompt, max_new_tokens)
+    (text,) = _generate(module, audio, domain, [max_new_tokens])
+    return text
+
+
+def stream(
+    module: AudioTextModule, audio: Path, prompt: str, *, max_new_tokens: int = 64
+) -> Iterator[str]:
+    """Yield the text for an audio file while it grows; the last one is that of the functions above.
+
+    The first one has 4 tokens, and each next one twice as many, generated again from the start.
+
+    Args:
+        prompt: a question if the decoder takes questions, otherwise a domain.
+    """
+    counts = [4 << step for step in range(10) if 4 << step < max_new_tokens]
+    return _generate(module, audio, prompt, [*counts, max_new_tokens])
 
 
 @torch.inference_mode()
-def _generate(module: AudioTextModule, audio: Path, prompt: Tensor, max_new_tokens: int) -> str:
+def _generate(
+    module: AudioTextModule, audio: Path, prompt: str, token_counts: Sequence[int]
+) -> Iterator[str]:
+    """Yield the text cut to each of some numbers of tokens, until it is complete."""
     try:
         waveform = load_file(audio, ClipLimits())
     except SkipSample as skip:
         if skip.reason is SkipReason.MISSING_FILE:
             raise UserError(f"Cannot read {audio}: {skip.detail}.") from None
         raise UserError(f"{audio} cannot be used: {skip}.") from None
-    bins, target = module.encoder.num_mel_bins, TokenTarget(prompt, prompt > 0, len(prompt))
+    codec: Any = module.codec
+    if takes_questions(codec):
+        tokens = codec.encode_question(prompt)
+    else:
+        tokens = torch.tensor(codec.prompt_tokens(prompt, DEFAULT_LANGUAGE))
+    bins, target = module.encoder.num_mel_bins, TokenTarget(tokens, tokens > 0, len(tokens))
     clip = Example(LogMel(bins)(waveform), mel_frames(len(waveform)), target, "", "", "")
     frames = module.encode(collate([clip], [], bins).to(module.device))
-    (tokens,) = module.decoder.generate(frames.values, frames.lengths, [prompt], max_new_tokens)
-    return module.codec.decode(tokens)
+    for count in token_counts:
+        (written,) = module.decoder.generate(frames.values, frames.lengths, [tokens], count)
+        yield module.codec.decode(written)
+        if len(written) < count:
+            return
 
 
 @dataclass(frozen=True)

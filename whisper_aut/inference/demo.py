@@ -1,24 +1,31 @@
 """A local Gradio page to try a run or an encoder on a clip.
 
-The page shows the clip's spectrogram, the text that the decoder writes, and the nearest clips of a
-folder before and after adaptation. `DemoModels` computes all of it without Gradio.
+The page shows the clip's spectrogram, the text that the decoder writes, and the nearest clips of
+some folders, before and after adaptation, with maps of both. `DemoModels` computes all of it
+without Gradio.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch.nn.functional import normalize
 
-from whisper_aut.audio.decode import LONG_CLIPS, SAMPLE_RATE_HZ, load_file
+from whisper_aut.audio.decode import LONG_CLIPS, SAMPLE_RATE_HZ, load_file, load_waveform
 from whisper_aut.audio.logmel import HOP_SAMPLES, MAX_SAMPLES, LogMel, mel_frames
 from whisper_aut.audio.windows import BATCH_SECONDS
-from whisper_aut.data.annotation import DOMAINS
+from whisper_aut.data.annotation import DOMAINS, Annotation
+from whisper_aut.data.reader import Sample
+from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.errors import SkipSample, UserError, require
-from whisper_aut.inference.chat import answer, describe, takes_questions
-from whisper_aut.inference.embed import embed_paths
+from whisper_aut.inference.chat import stream, takes_questions
+from whisper_aut.inference.embed import embed_paths, is_shards
 from whisper_aut.inference.encoder import AudioEncoder
 from whisper_aut.inference.search import Neighbour, SearchIndex
 from whisper_aut.models.module import AudioTextModule
@@ -39,19 +46,39 @@ class DemoModels:
     encoders: Mapping[str, AudioEncoder]
     module: AudioTextModule | None = None
     indexes: dict[str, SearchIndex] = field(default_factory=dict)
+    notes: dict[str, Annotation] = field(default_factory=dict)
 
-    def index(self, folder: str, batch_seconds: float = BATCH_SECONDS) -> None:
-        """Embed the clips of a folder with every encoder, for `neighbours` to search."""
+    def index(self, *folders: str, batch_seconds: float = BATCH_SECONDS) -> None:
+        """Embed the clips of some folders with every encoder, for `neighbours` and `maps`."""
         for name, encoder in self.encoders.items():
-            vectors = embed_paths(encoder, [folder], name=name, batch_seconds=batch_seconds)
+            vectors = embed_paths(encoder, folders, name=name, batch_seconds=batch_seconds)
             self.indexes[name] = SearchIndex(vectors)
+        for folder in filter(is_shards, folders):
+            for sample in iter_samples(open_index(folder), LONG_CLIPS):
+                if isinstance(sample, Sample):
+                    self.notes[f"{sample.shard}:{sample.key}"] = sample.annotation
+
+    def group(self, name: str) -> str:
+        """Return the domain of a clip of the index; of a file, the name of its folder."""
+        return self.notes[name].domain if name in self.notes else Path(name).parent.name
+
+    def audio(self, name: str) -> str | tuple[int, np.ndarray] | None:
+        """Return a clip of the index for a player: its path, or rate and int16 samples."""
+        if Path(name).is_file():
+            return name
+        shard, _, key = name.rpartition(":")
+        for sample in iter_samples(open_index(shard), LONG_CLIPS):
+            if isinstance(sample, Sample) and sample.key == key:
+                waveform = load_waveform(sample.audio, LONG_CLIPS).clamp(-1, 1)
+                return SAMPLE_RATE_HZ, (32_767 * waveform).short().numpy()
+        return None
 
     @property
     def takes_questions(self) -> bool:
         return self.module is not None and takes_questions(self.module.codec)
 
-    def text(self, clip: str, prompt: str) -> str:
-        """Return the text that the decoder writes for an audio file.
+    def text(self, clip: str, prompt: str) -> Iterator[str]:
+        """Yield the text that the decoder writes for an audio file while it grows.
 
         Args:
             prompt: a question if the decoder takes questions, otherwise a domain.
@@ -61,9 +88,7 @@ class DemoModels:
                 "An encoder alone writes no text. Open the page on a run: whisper-aut demo "
                 "runs/NAME/latest"
             )
-        if self.takes_questions:
-            return answer(self.module, Path(clip), prompt)
-        return describe(self.module, Path(clip), domain=prompt)
+        yield from stream(self.module, Path(clip), prompt)
 
     def neighbours(self, clip: str, k: int = NEIGHBOURS) -> dict[str, list[Neighbour]]:
         """Return the `k` nearest clips of each encoder's index, by the name of the encoder."""
@@ -71,6 +96,40 @@ class DemoModels:
             name: index.nearest(index.embed(self.encoders[name], [clip])[0], k)
             for name, index in self.indexes.items()
         }
+
+    def maps(self, clip: str) -> Figure:
+        """Draw the clip among those of the indexes, and how much adaptation changed each layer.
+
+        A map has the two main directions (PCA) of an encoder's index. The layers are compared by
+        the cosine similarity of the clip's mean hidden states before and after adaptation.
+        """
+        layered = len({(one.layers, one.width) for one in self.encoders.values()}) == 1
+        panels = len(self.indexes) + (layered and len(self.encoders) == 2)
+        figure = Figure(figsize=(4 * panels, 3.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = list(figure.subplots(1, panels, squeeze=False)[0])
+        for panel, (name, index) in zip(axes, self.indexes.items(), strict=False):
+            self._draw_map(panel, name, index, clip)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=5)
+        if panels > len(self.indexes):
+            layers = range(next(iter(self.encoders.values())).layers + 1)
+            states = [one.embed([clip], layers=layers)[0] for one in self.encoders.values()]
+            axes[-1].plot(layers, torch.cosine_similarity(*states, dim=-1), "o-")
+            axes[-1].set(xlabel="layer", ylabel="cosine similarity", xticks=layers)
+            axes[-1].set_title("This clip by layer, before and after")
+        return figure
+
+    def _draw_map(self, axes: Any, name: str, index: SearchIndex, clip: str) -> None:
+        query = normalize(index.embed(self.encoders[name], [clip])[0].flatten(), dim=0)
+        mean = index.units.mean(0)
+        directions = torch.linalg.svd(index.units - mean, full_matrices=False).Vh[:2].T
+        points, star = (index.units - mean) @ directions, (query - mean) @ directions
+        groups = [self.group(clip_name) for clip_name in index.names]
+        for number, group in enumerate(sorted(set(groups))):
+            mine = points[[own == group for own in groups]]
+            axes.scatter(*mine.T, s=14, color=f"C{number}", alpha=0.7, label=group or "clips")
+        axes.scatter(*star[:, None], s=180, marker="*", color="black", label="this clip")
+        axes.set(title=f"Map, {name}", xticks=[], yticks=[])
 
 
 def spectrogram(clip: str) -> Figure:
@@ -106,16 +165,19 @@ def build_page(models: DemoModels, title: str) -> Any:
     gradio = _import_gradio()
     with gradio.Blocks(title=title, analytics_enabled=False) as page:
         gradio.Markdown(f"# {title}")
+        gradio.Markdown("Drop a file or speak. The clip stays on this machine.")
         with gradio.Row():
             clip = gradio.Audio(
                 sources=["upload", "microphone"], type="filepath", label="Clip, up to 30 s"
             )
             picture = gradio.Plot(show_label=False)  # the figure has its own title
-        clip.change(_show_errors(spectrogram), clip, picture, api_name="spectrogram")
+        arrivals = [clip.upload, clip.stop_recording]
+        show = _show_errors(spectrogram)
+        gradio.on(arrivals, show, clip, picture, api_name="spectrogram")
         if models.module is not None:
-            _add_text_row(gradio, models, clip)
+            _add_text_row(gradio, models, clip, arrivals)
         if models.indexes:
-            _add_neighbour_row(gradio, models, clip)
+            _add_neighbour_row(gradio, models, clip, arrivals)
     return page
 
 
@@ -147,57 +209,73 @@ def launch_page(page: Any, *, port: int, folders: Sequence[str] = ()) -> str:
     return str(url)
 
 
-def _add_text_row(gradio: Any, models: DemoModels, clip: Any) -> None:
+def _add_text_row(gradio: Any, models: DemoModels, clip: Any, arrivals: list[Any]) -> None:
     with gradio.Row():
         if models.takes_questions:
             prompt = gradio.Textbox("What makes this sound?", label="Question")
         else:
             prompt = gradio.Radio(list(DOMAINS), value="sound", label="Domain of the prompt")
         text = gradio.Textbox(label="The decoder writes", interactive=False)
-    gradio.Button("Write", variant="primary").click(
-        _show_errors(models.text), [clip, prompt], text, api_name="text"
-    )
+    write = gradio.Button("Write", variant="primary")
+    triggers = [*arrivals, write.click, prompt.submit if models.takes_questions else prompt.input]
+    gradio.on(triggers, _show_errors(models.text), [clip, prompt], text, api_name="text")
 
 
-def _add_neighbour_row(gradio: Any, models: DemoModels, clip: Any) -> None:
-    button = gradio.Button("Nearest clips")
+def _add_neighbour_row(gradio: Any, models: DemoModels, clip: Any, arrivals: list[Any]) -> None:
+    button = gradio.Button("Nearest clips and maps")
     outputs = []
     with gradio.Row():
         for name in models.indexes:
             with gradio.Column():
+                headers = ["cosine", "domain", "text", "clip"]
                 outputs.append(
-                    gradio.Dataframe(headers=["clip", "cosine"], label=name, interactive=False)
+                    gradio.Dataframe(headers=headers, label=name, interactive=False, wrap=True)
                 )
                 outputs += [
                     gradio.Audio(label=f"{name}, {rank}", interactive=False, visible=False)
                     for rank in range(1, PLAYERS + 1)
                 ]
+    outputs.append(gradio.Plot(show_label=False))
 
     def show(path: str) -> list[Any]:
         cells: list[Any] = []
         for found in models.neighbours(path).values():
-            cells.append([[Path(clip.name).name, clip.similarity] for clip in found])
-            files = [clip.name for clip in found[:PLAYERS] if Path(clip.name).is_file()]
-            cells += [gradio.Audio(value=file, visible=True) for file in files]
-            cells += [gradio.Audio(value=None, visible=False)] * (PLAYERS - len(files))
-        return cells
+            notes = [models.notes.get(near.name) for near in found]
+            cells.append(
+                [
+                    [
+                        near.similarity,
+                        models.group(near.name),
+                        note.text if note else "",
+                        Path(near.name).name,
+                    ]
+                    for near, note in zip(found, notes, strict=True)
+                ]
+            )
+            played = [models.audio(near.name) for near in found[:PLAYERS]]
+            cells += [gradio.Audio(value=one, visible=one is not None) for one in played]
+            cells += [gradio.Audio(value=None, visible=False)] * (PLAYERS - len(played))
+        return [*cells, models.maps(path)]
 
-    button.click(_show_errors(show), clip, outputs, api_name="neighbours")
+    gradio.on([*arrivals, button.click], _show_errors(show), clip, outputs, api_name="neighbours")
 
 
 def _show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a callback so that the page shows a `UserError`, or a missing clip, as a message."""
 
-    def wrapped(clip: str | None, *arguments: Any) -> Any:
+    def streamed(clip: str | None, *arguments: Any) -> Iterator[Any]:
         gradio = _import_gradio()
         if not clip:
             raise gradio.Error("Record or upload a clip first.", print_exception=False)
         try:
-            return function(clip, *arguments)
+            if inspect.isgeneratorfunction(function):
+                yield from function(clip, *arguments)
+            else:
+                yield function(clip, *arguments)
         except UserError as error:
             raise gradio.Error(str(error), print_exception=False) from None
 
-    return wrapped
+    return streamed
 
 
 def _import_gradio() -> Any:

@@ -263,7 +263,7 @@ def count_clips(paths: Sequence[str]) -> int:
         UserError: there is no audio at a path.
     """
     return sum(
-        open_index(path).samples if _is_shards(path) else len(_audio_files(path)) for path in paths
+        open_index(path).samples if is_shards(path) else len(_audio_files(path)) for path in paths
     )
 
 
@@ -307,7 +307,7 @@ def _encoded_bytes(source: _Source) -> int:
     return len(source[1]) if isinstance(source[1], bytes) else 0
 
 
-def _is_shards(path: str) -> bool:
+def is_shards(path: str) -> bool:
     """Return whether a path is a tar, a pattern of tars, a URL, or a folder that holds tars."""
     if path.endswith(".tar") or "://" in path:
         return True
@@ -316,7 +316,7 @@ def _is_shards(path: str) -> bool:
 
 
 def _sources(path: str) -> Iterator[_Source]:
-    if not _is_shards(path):
+    if not is_shards(path):
         yield from ((str(file), file) for file in _audio_files(path))
         return
     for item in iter_samples(open_index(path), LONG_CLIPS):
