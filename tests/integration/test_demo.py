@@ -1,5 +1,6 @@
 """The page: what it shows is right, and it answers over HTTP as a browser would ask it."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,17 @@ def test_maps_show_the_clip_among_those_of_shards(listener: DemoModels, pipeline
     assert (rate, np.asarray(samples).dtype) == (16_000, np.int16)
     assert np.abs(np.asarray(samples)).max() > 100
     assert shards.audio(query) == query
+
+
+def test_a_folder_with_dollars_in_its_name_can_be_mapped(
+    listener: DemoModels, pipeline_run: Path, tmp_path: Path
+):
+    shutil.copytree(pipeline_run / "clips", tmp_path / "$\\frac$")
+    one = DemoModels({"encoder": listener.encoders["after"]})
+    one.index(str(tmp_path))
+    figure = one.maps(str(pipeline_run / "clip.wav"))
+    assert len(figure.axes) == 1
+    figure.savefig(tmp_path / "map.png")  # parses the labels
 
 
 def test_an_encoder_alone_has_no_text(pipeline_run: Path):

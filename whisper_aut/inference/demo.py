@@ -127,7 +127,8 @@ class DemoModels:
         groups = [self.group(clip_name) for clip_name in index.names]
         for number, group in enumerate(sorted(set(groups))):
             mine = points[[own == group for own in groups]]
-            axes.scatter(*mine.T, s=14, color=f"C{number}", alpha=0.7, label=group or "clips")
+            label = group.replace("$", r"\$") or "clips"  # a pair of $ would be read as a formula
+            axes.scatter(*mine.T, s=14, color=f"C{number}", alpha=0.7, label=label)
         axes.scatter(*star[:, None], s=180, marker="*", color="black", label="this clip")
         axes.set(title=f"Map, {name}", xticks=[], yticks=[])
 
