@@ -39,13 +39,15 @@ from whisper_aut.audio.decode import SAMPLE_RATE_HZ
 from whisper_aut.cli import main as command
 from whisper_aut.config import load_settings
 from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.sampler import Cursor
 from whisper_aut.data.writer import ShardWriter
-from whisper_aut.models.attention import Segments, clip_attention
+from whisper_aut.models.attention import Segments, clip_attention, use_flash_attention_3
 from whisper_aut.models.language_model import KNOWN_CONFIGS
 from whisper_aut.models.tiny import make_whisper, train_chat_tokenizer
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.training import train as train_module
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
+from whisper_aut.training.factory import build_data, build_decoder, build_pretrained
 from whisper_aut.training.run_dir import RunDirectory
 from whisper_aut.training.train import train
 
@@ -147,12 +149,15 @@ def prepare(check: Check) -> None:
 def attention(check: Check) -> None:
     """The packed attention against one SDPA call per clip in float32: outputs, gradients, time."""
     heads, width, clips = (2, 8, 3) if check.tiny else (20, 64, 64)
+    kernels = "FlashAttention-3" if use_flash_attention_3() else "PyTorch's"
+    check.add("attention", "kernels", kernels)
     lengths = [int(n) for n in np.random.default_rng(0).integers(40, 800, clips)]
     torch.manual_seed(0)
     shape = (4, sum(lengths), heads, width)
-    q, k, v, gradient = torch.randn(shape, device=check.device).bfloat16()
+    q, keys, values, gradient = torch.randn(shape, device=check.device).bfloat16()
     segments = Segments.of(lengths, lengths, check.device)
-    for causal in (False, True):
+    for name, causal, groups in (("full", False, 1), ("causal", True, 1), ("grouped", True, 2)):
+        k, v = keys[:, ::groups].contiguous(), values[:, ::groups].contiguous()
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
 
         def packed(causal: bool = causal, leaves: Sequence[Tensor] = leaves) -> Tensor:
@@ -170,7 +175,6 @@ def attention(check: Check) -> None:
         exact = [x.float().requires_grad_() for x in (q, k, v)]
         expected = each_clip(exact, gradient.float())
         out = packed()
-        name = "causal" if causal else "full"
         check.add("attention", f"{name}: error of outputs", _error(out, expected), "relative")
         errors = [_error(x.grad, y.grad) for x, y in zip(leaves, exact, strict=True)]
         check.add("attention", f"{name}: error of gradients", max(errors), "relative")
@@ -186,7 +190,9 @@ def attention(check: Check) -> None:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return attended[0].transpose(0, 1)
 
 
@@ -209,6 +215,23 @@ def overrides(check: Check, name: str, *chosen: str) -> list[str]:
         *(TINY if check.tiny else ("hardware=1xgpu", "data.partitions=8")),
         *chosen,
     ]
+
+
+def worker(check: Check) -> None:
+    """What one core decodes and packs, with log-mels and without, in seconds of CPU time."""
+    torch.set_num_threads(1)
+    for features in ("workers", "device"):
+        small = (f"model.path={check.small}", f"data.features={features}", "data.workers=0")
+        settings = load_settings(CONF / "aut.yaml", overrides(check, "worker", *small))
+        pretrained = build_pretrained(settings)
+        codec = build_decoder(settings, pretrained)[1]
+        data = build_data(settings, codec, pretrained.config.num_mel_bins)
+        batches = iter(data.train_stream(0, 1, Cursor(), None, 2 if check.tiny else 5))
+        next(batches)
+        begin = time.process_time()
+        audio = sum(batch.audio_seconds for batch in batches)
+        name = "log-mels" if features == "workers" else "waveforms only"
+        check.add("worker", name, audio / (time.process_time() - begin), "audio-s per core-s")
 
 
 def training(check: Check, part: str, recipe: str, *chosen: str, profile: bool = False) -> None:
@@ -234,6 +257,7 @@ def training(check: Check, part: str, recipe: str, *chosen: str, profile: bool =
     for name, unit in (
         ("audio_seconds_per_second", "audio-s/s"),
         ("mfu", ""),
+        ("hfu", ""),
         ("teraflops", "TFLOP/s"),
         ("data_wait_fraction", ""),
         ("peak_memory_gib", "GiB"),
@@ -349,7 +373,7 @@ def table(check: Check) -> None:
 PARTS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
-        *(prepare, attention, aut, aut_compiled, aut_zero2, aut_fsdp, uniwhisper),
+        *(prepare, attention, worker, aut, aut_compiled, aut_zero2, aut_fsdp, uniwhisper),
         *(hugging_face, resume, failed, table),
     )
 }

@@ -5,8 +5,7 @@
 # With `--device cpu` all shapes are tiny: a rehearsal, whose times mean nothing.
 set -u
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-limits=(attention=35 aut=70 aut_compiled=90 aut_zero2=65 aut_fsdp=65 uniwhisper=65 hugging_face=45 resume=45)
+limits=(attention=35 worker=20 aut=70 aut_compiled=85 aut_zero2=60 aut_fsdp=60 uniwhisper=60 hugging_face=45 resume=45)
 
 out=runs/gpu_check device=gpu scale=${GPU_CHECK_LIMITS:-1} chosen=()
 while [ $# -gt 0 ]; do

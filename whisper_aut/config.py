@@ -231,7 +231,8 @@ class ModelSettings:
         lora_rank: train low-rank updates of the linear layers in place of the encoder's weights; 0
             for none. They are merged into the weights of exports.
         lora_alpha: their scale is `lora_alpha / lora_rank`.
-        compile: compile the encoder's layers with `torch.compile`, which needs a C++ compiler.
+        compile: compile the layers of encoder and decoder with `torch.compile`, which needs a C++
+            compiler.
     """
 
     path: Text = ""
@@ -560,9 +561,11 @@ class Settings:
                 "data.batch_seconds: with model.padding=30s every clip costs 30 s; give "
                 "data.batch_clips"
             )
-        if self.optim.ema_decay and (self.strategy.zero_stage == 3 or self.strategy.name == "fsdp"):
+        if self.optim.ema_decay and self.strategy.zero_stage == 3:
             name = self.strategy.name
-            raise ValueError(f"optim.ema_decay: {name} shards the weights; use ddp or ZeRO stage 2")
+            raise ValueError(
+                f"optim.ema_decay: {name} shards the weights; use fsdp or ZeRO stage 2"
+            )
         if self.model.pad_to_30s and (self.data.batch_seconds or 30) < 30:
             raise ValueError(
                 f"data.batch_seconds: {self.data.batch_seconds:g} is below the 30 s of a clip that "

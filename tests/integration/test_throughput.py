@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,35 +10,59 @@ import pytest
 import torch
 
 from tests.support.training import QUIET, settings_for
+from whisper_aut.data.batch import collate
+from whisper_aut.models.decoders.whisper import WhisperDecoder
+from whisper_aut.models.encoder import PackedEncoder
+from whisper_aut.models.flops import encoder_flops
+from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.training.callbacks.metrics import Throughput, peak_memory_gib
 from whisper_aut.training.checkpoint import CheckpointWriter
-from whisper_aut.training.plan import peak_flops
+from whisper_aut.training.plan import peak_flops, placeholder_targets
 from whisper_aut.training.strategies import Background
 from whisper_aut.training.train import train
 
 
 def test_metrics_are_sums_over_seconds():
-    part = Throughput()
-    part.add_batch([500, 1000], tokens=60, flops=3e12, padded=[False, False])
-    part.add_batch([300], tokens=20, flops=1e12, padded=[False])
-    part.seconds, part.waited_seconds = 2.0, 0.5
+    sums = {"mel_frames": 1800, "computed_mel_frames": 2000, "tokens": 80, "clips": 3}
+    part = Throughput(2.0, 0.5, **sums, flops=4e12, computed_flops=6e12)
     metrics = part.metrics(ranks=4, peak=8e12)
     assert metrics["audio_seconds_per_second"] == 4 * 18.0 / 2
     assert metrics["tokens_per_second"] == 4 * 40
     assert metrics["clips_per_second"] == 4 * 1.5
     assert metrics["data_wait_fraction"] == 0.25
-    assert metrics["padding_fraction"] == 0
+    assert metrics["padding_fraction"] == pytest.approx(0.1)
     assert metrics["teraflops"] == pytest.approx(8.0)
     assert metrics["mfu"] == pytest.approx(0.25)  # of one device, whatever the number of ranks
+    assert metrics["hfu"] == pytest.approx(0.375)
     assert (part + part).metrics()["tokens_per_second"] == pytest.approx(40)
 
 
-def test_padding_counts_what_the_encoder_runs_on():
-    part = Throughput()
-    part.add_batch([600, 400], tokens=1, flops=math.nan, padded=[True, False])
-    part.seconds = 1.0
-    assert part.metrics()["padding_fraction"] == pytest.approx(1 - 1000 / 3400)
-    assert "teraflops" not in part.metrics()
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_hardware_flops_count_padding_and_recomputation_and_model_flops_neither(
+    recomputed: bool, tiny_whisper: Path
+):
+    model = PretrainedWhisper(str(tiny_whisper)).model.model
+    encoder = PackedEncoder(model.encoder, gradient_checkpointing=recomputed)
+    decoder = WhisperDecoder(model.decoder, 0, gradient_checkpointing=recomputed)
+    parts = {"encoder": encoder, "decoder": decoder, "encoder_learns": True}
+    module, batch = SimpleNamespace(**parts, distillation=None), collate([], [], 80)
+    batch.mel_lengths, batch.padded = (600, 400), (True, False)
+    batch.targets = placeholder_targets((7, 9))
+    sums = Throughput(1.0)
+    sums.add_batch(module, batch)
+    assert sums.metrics()["padding_fraction"] == pytest.approx(1 - 1000 / 3400)
+    useful, computed = (
+        encoder_flops(model.config, mel, lengths, recomputed=again)
+        + decoder.flops(lengths, batch.targets, recomputed=again)
+        for mel, lengths, again in (
+            ((600, 400), (300, 200), False),
+            ((3000, 400), (1500, 200), recomputed),
+        )
+    )
+    assert (sums.flops, sums.computed_flops) == (useful, computed)
+    module.decoder = torch.nn.Identity()  # which does not count its FLOPs
+    sums.add_batch(module, batch)
+    assert "teraflops" not in sums.metrics()
 
 
 def test_peaks_know_the_devices_and_precisions():

@@ -531,6 +531,19 @@ def test_other_strategies_train_to_the_same_weights(
     assert metrics[0]["valid/loss"] == pytest.approx(metrics[1]["valid/loss"], abs=1e-4)
 
 
+@pytest.mark.slow
+def test_log_mels_reach_the_device_of_deepspeed_as_the_workers_pinned_them(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    dtypes: list[torch.dtype] = []
+    note = LambdaCallback(
+        on_train_batch_start=lambda trainer, module, batch, index: dtypes.append(batch.mel.dtype)
+    )
+    options = ("strategy=deepspeed_stage_2", "hardware.precision=bf16-mixed", "trainer.max_steps=2")
+    train(settings_for(tiny_whisper, tiny_shards, tmp_path, *options), QUIET, callbacks=[note])
+    assert dtypes == [torch.float32] * 2
+
+
 @pytest.mark.timeout(120)
 def test_a_run_ends_with_its_data_however_many_steps_were_planned(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

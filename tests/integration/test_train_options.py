@@ -239,7 +239,6 @@ def test_an_encoder_for_both_padding_modes_says_so(
             "data.batch_seconds: 20 is below the 30 s",
         ),
         (["optim.ema_decay=0.9", "strategy=deepspeed_stage_3"], "stage_3 shards the weights"),
-        (["optim.ema_decay=0.9", "strategy=fsdp"], "fsdp shards the weights"),
         (["model.lora_rank=4", "model.freeze_encoder=true"], "lora_rank: does not go with"),
         (["loss.per=word"], "loss.per: must be 'token' or 'clip'"),
         (["loss.domains={music: 0}"], "loss.domains.music: must be greater than 0"),

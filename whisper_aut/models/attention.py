@@ -1,19 +1,31 @@
 """Attention within each clip of a packed batch.
 
 On CUDA GPUs from Ampere on, in half precision, one variable-length flash-attention kernel handles
-the whole batch. Elsewhere, consecutive clips of equal length share one call of PyTorch's SDPA.
+the whole batch. Elsewhere, and before PyTorch 2.11, consecutive clips of equal length share one
+call of PyTorch's SDPA.
 """
 
-from collections.abc import Sequence
+import inspect
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before PyTorch 2.10
+    varlen_attn = None
+
+log = logging.getLogger(__name__)
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -22,7 +34,8 @@ class Segments:
 
     Attributes:
         runs: consecutive clips of equal lengths, as (Lq, Lk, number of clips).
-        cu_seqlens_q, cu_seqlens_k: `[B + 1]` int32 cumulative lengths on the GPU. None on the CPU.
+        cu_seqlens_q, cu_seqlens_k: `[B + 1]` int32 cumulative lengths on the GPU. None on devices
+            without flash attention.
         max_seqlen_q, max_seqlen_k: longest lengths in the batch.
     """
 
@@ -39,7 +52,7 @@ class Segments:
         pairs = list(zip(query_lengths, key_lengths, strict=True))
         runs = tuple((query, key, len(list(run))) for (query, key), run in groupby(pairs))
         cu_seqlens_q = cu_seqlens_k = None
-        if device.type == "cuda":
+        if _has_flash(device):
             cu_seqlens_q = _cumulative(query_lengths, device)
             cu_seqlens_k = (
                 cu_seqlens_q if query_lengths is key_lengths else _cumulative(key_lengths, device)
@@ -61,8 +74,9 @@ def clip_attention(
 
     Args:
         query: `[ΣLq, H, d]`, unscaled.
-        key, value: `[ΣLk, H, d]`. Attention runs in the dtype of the values. Queries and keys are
-            cast to it, because under autocast query and key norms may return float32.
+        key, value: `[ΣLk, H, d]`, or fewer heads, each for a group of consecutive query heads.
+            Attention runs in the dtype of the values. Queries and keys are cast to it, because
+            under autocast query and key norms may return float32.
         segments: the clip boundaries.
         causal: let a query see only keys up to its own position. Needs equal query and key lengths.
         dropout: dropout probability of the attention weights.
@@ -72,17 +86,12 @@ def clip_attention(
         `[ΣLq, H, d]`.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and not dropout
-        and _has_flash(query.device)
-    ):
-        attended: Any = varlen_attn(
+    if query.dtype in HALF and not dropout and segments.cu_seqlens_q is not None:
+        attended: Any = varlen_attn(  # pyright: ignore[reportOptionalCall]
             query,
             key,
             value,
-            segments.cu_seqlens_q,  # pyright: ignore[reportArgumentType]
+            segments.cu_seqlens_q,
             segments.cu_seqlens_k,  # pyright: ignore[reportArgumentType]
             segments.max_seqlen_q,
             segments.max_seqlen_k,
@@ -90,12 +99,81 @@ def clip_attention(
             scale=scale,
         )
         return attended
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     return _sdpa_by_length(query, key, value, segments, causal, dropout, scale)
 
 
 @cache
 def _has_flash(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
+    if device.type != "cuda" or varlen_attn is None:
+        return False
+    has_windows = "window_size" in inspect.signature(varlen_attn).parameters  # from PyTorch 2.11 on
+    return has_windows and torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
+
+
+def use_flash_attention_3() -> bool:
+    """Let PyTorch use the kernels of FlashAttention-3 (arXiv 2407.08608) in this process.
+
+    They need a Hopper GPU and the package `flash_attn_3`, which is built from source. Without them,
+    nothing changes. Returns whether they are used.
+    """
+    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    if activate is None or find_spec("flash_attn_interface") is None:
+        return False
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return False
+    try:
+        activate("FA3")
+    except (ImportError, OSError, RuntimeError) as error:  # built for another PyTorch or CUDA
+        log.warning("FlashAttention-3 cannot be used: %s", str(error).splitlines()[0])
+        return False
+    return True
+
+
+def compile_layer(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile the function that runs one layer on packed clips, if it has no dropout.
+
+    Sizes are symbolic and flash attention is one operator, so all layers and batches share one
+    graph. Attention by SDPA would be compiled again for the lengths of every batch: without flash
+    attention, the function runs as it is.
+
+    Args:
+        function: takes hidden states as its first tensor, and `Segments`.
+    """
+    compiled = torch.compile(function, dynamic=True)
+
+    def run(*arguments: Any, **options: Any) -> Tensor:
+        given = (*arguments, *options.values())
+        hidden = next(value for value in given if isinstance(value, Tensor))
+        segments = next((value for value in given if isinstance(value, Segments)), None)
+        flash = segments is not None and segments.cu_seqlens_q is not None
+        if flash and cast_for_products(hidden[:0]).dtype in HALF:
+            return compiled(*arguments, **options)
+        return function(*arguments, **options)
+
+    return run
+
+
+def cast_for_products(hidden: Tensor) -> Tensor:
+    """Cast to the dtype of autocast, if it is on.
+
+    Otherwise, each linear layer that reads a tensor would cast it again and keep its own copy.
+    """
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device))
+
+
+def draws_random_numbers(model: Any) -> bool:
+    """Return whether a model of transformers has dropout.
+
+    If not, layers that are recomputed in the backward pass need no states of random generators,
+    which the host would read from the GPU.
+    """
+    in_config = any("drop" in name and rate for name, rate in model.config.to_dict().items())
+    return in_config or any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
 
 
 def _cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:

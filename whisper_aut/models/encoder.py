@@ -25,7 +25,14 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.audio.logmel import MAX_MEL_FRAMES, frames_with_context, silence_level
 from whisper_aut.errors import UserError, require
-from whisper_aut.models.attention import Segments, clip_attention, upload
+from whisper_aut.models.attention import (
+    Segments,
+    cast_for_products,
+    clip_attention,
+    compile_layer,
+    draws_random_numbers,
+    upload,
+)
 
 Padding = Literal["none", "30s"]
 PADDINGS = ("none", "30s")
@@ -100,9 +107,6 @@ class PackedEncoder(nn.Module):
         padding: `none` or `30s`.
         gradient_checkpointing: recompute each layer in the backward pass instead of storing its
             activations.
-        compile: compile the parts of a layer before and after attention with `torch.compile`.
-            Sizes are symbolic, so all layers and batches share two compilations for training
-            and two for evaluation.
     """
 
     def __init__(
@@ -110,20 +114,21 @@ class PackedEncoder(nn.Module):
         whisper: WhisperEncoder,
         padding: Padding = "none",
         gradient_checkpointing: bool = False,
-        compile: bool = False,
     ):
         super().__init__()
         self.whisper = whisper
         self.padding: Padding = padding
         self.gradient_checkpointing = gradient_checkpointing
-        self._before_attention: Any = _before_attention
-        self._after_attention: Any = _after_attention
-        if compile:
-            self._before_attention = torch.compile(_before_attention, dynamic=True)
-            self._after_attention = torch.compile(_after_attention, dynamic=True)
+        self._has_dropout = draws_random_numbers(whisper)
+        self._layer: Any = _encoder_layer
         # Whisper's positions are fixed sinusoids, but transformers leaves them trainable when it
         # loads a checkpoint.
         whisper.embed_positions.requires_grad_(False)
+
+    def compile_layers(self) -> None:
+        """Run layers through `torch.compile`; see `attention.compile_layer`."""
+        if not self._has_dropout:
+            self._layer = compile_layer(_encoder_layer)
 
     @property
     def width(self) -> int:
@@ -180,16 +185,12 @@ class PackedEncoder(nn.Module):
     def run_layer(self, layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
         """Run one layer on packed clips, `[ΣT, D]`. FSDP wraps this as the layer's `packed`."""
         if self.gradient_checkpointing and self.training:
-            return checkpoint(self._layer, layer, hidden, segments, use_reentrant=False)  # pyright: ignore[reportReturnType]
+            return checkpoint(  # pyright: ignore[reportReturnType]
+                *(self._layer, layer, hidden, segments),
+                use_reentrant=False,
+                preserve_rng_state=self._has_dropout,
+            )
         return self._layer(layer, hidden, segments)
-
-    def _layer(self, layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
-        # In the order of `WhisperEncoderLayer.forward`.
-        attention = layer.self_attn
-        p = attention.dropout if attention.training else 0.0
-        q, k, v = self._before_attention(layer, hidden)
-        attended = clip_attention(q, k, v, segments, dropout=p)
-        return self._after_attention(layer, hidden, attended)
 
     def _embed(self, mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
         """Apply the convolutions and add positions: `[ΣF', M]` → `[ΣT, D]`.
@@ -336,15 +337,10 @@ def _pad_with_silence(
     return torch.cat(clips), tuple(lengths)
 
 
-def _before_attention(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the queries, keys and values of a layer, `[ΣT, H, d]` each."""
+def _encoder_layer(layer: Any, hidden: Tensor, segments: Segments) -> Tensor:
+    """Run one layer on packed clips `[ΣT, D]`, in the order of `WhisperEncoderLayer.forward`."""
     normed = layer.self_attn_layer_norm(hidden)
-    return _projected(layer.self_attn, normed, normed)
-
-
-def _after_attention(layer: Any, hidden: Tensor, attended: Tensor) -> Tensor:
-    """Run the rest of a layer: `[ΣT, D]` and attention outputs `[ΣT, H, d]` → `[ΣT, D]`."""
-    attended = layer.self_attn.out_proj(attended.flatten(-2))
+    attended = packed_attention(layer.self_attn, normed, normed, segments)
     hidden = hidden + dropout(attended, p=layer.dropout, training=layer.training)
     hidden = hidden + packed_feed_forward(layer, layer.final_layer_norm(hidden))
     if hidden.dtype == torch.float16:  # as in Hugging Face's Whisper
@@ -357,18 +353,21 @@ def packed_attention(
     attention: Any, queries: Tensor, keys: Tensor, segments: Segments, *, causal: bool = False
 ) -> Tensor:
     """Run a Hugging Face `WhisperAttention` on packed clips: `[ΣLq, D]` and `[ΣLk, D]`."""
-    p = attention.dropout if attention.training else 0.0
-    attended = clip_attention(
-        *_projected(attention, queries, keys), segments, causal=causal, dropout=p
-    )
-    return attention.out_proj(attended.flatten(-2))
-
-
-def _projected(attention: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the queries, keys and values of a `WhisperAttention`, `[ΣL, H, d]` each."""
+    own = queries is keys
+    queries = cast_for_products(queries)
+    keys = queries if own else cast_for_products(keys)
     heads = (attention.num_heads, attention.head_dim)
-    q, k, v = attention.q_proj(queries), attention.k_proj(keys), attention.v_proj(keys)
-    return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+    q, k, v = (
+        layer(hidden).unflatten(-1, heads)
+        for layer, hidden in (
+            (attention.q_proj, queries),
+            (attention.k_proj, keys),
+            (attention.v_proj, keys),
+        )
+    )
+    p = attention.dropout if attention.training else 0.0
+    attended = clip_attention(q, k, v, segments, causal=causal, dropout=p)
+    return attention.out_proj(attended.flatten(-2))
 
 
 def packed_feed_forward(layer: Any, normed: Tensor) -> Tensor:

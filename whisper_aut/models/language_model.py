@@ -31,7 +31,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from whisper_aut.errors import UserError
-from whisper_aut.models.attention import Segments, clip_attention, upload
+from whisper_aut.models.attention import (
+    Segments,
+    clip_attention,
+    compile_layer,
+    draws_random_numbers,
+    upload,
+)
 from whisper_aut.models.pretrained import (
     CONFIG,
     TOKENIZER,
@@ -43,6 +49,7 @@ from whisper_aut.models.pretrained import (
     describe_missing,
     find_cached,
     quiet_loading,
+    uninitialized,
 )
 
 # Sequence lengths and relative tolerances of `find_layout`. A leak changes hidden states by about
@@ -82,9 +89,11 @@ def load_language_config(path: str, revision: str = "") -> Any:
 
 
 def load_language_model(
-    path: str, revision: str = "", dtype: torch.dtype = torch.float32
+    path: str, revision: str = "", dtype: torch.dtype = torch.float32, *, empty: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer from a directory or the hub.
+
+    With `empty`, its weights are left uninitialized; see `PretrainedWhisper`.
 
     Raises:
         UserError: there is no usable model, it is a PEFT adapter, or weights are missing or
@@ -92,6 +101,12 @@ def load_language_model(
     """
     if Path(path).is_dir():
         check_not_adapter(path)
+    if empty:
+        config = _load(AutoConfig, path, revision, CONFIG)
+        model = uninitialized(
+            AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=False
+        )
+        return model, _load(AutoTokenizer, path, revision, *TOKENIZER)
     options = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
     model, info = _load(AutoModelForCausalLM, path, revision, CONFIG, WEIGHTS, **options)
     tokenizer = _load(AutoTokenizer, path, revision, *TOKENIZER)
@@ -259,9 +274,7 @@ def _packed_attention(
 
     Implements the attention interface of transformers.
     """
-    groups = query.shape[1] // key.shape[1]  # query heads per key head
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    k, v = (states.repeat_interleave(groups, dim=1) if groups > 1 else states for states in (k, v))
     out = clip_attention(q, k, v, segments, causal=True, dropout=dropout, scale=scaling)
     return out[None], None
 
@@ -340,9 +353,23 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
     Hugging Face's own switch works only in training mode, but a frozen model stays in eval mode.
     """
+    options = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers(model)}
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # pyright: ignore[reportAttributeAccessIssue]
+            layer.forward = partial(checkpoint, layer.forward, **options)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Run every layer through `torch.compile`; see `attention.compile_layer`."""
+    for layer in model.modules():
+        if not isinstance(layer, GradientCheckpointingLayer):
+            continue
+        forward: Any = layer.forward
+        if isinstance(forward, partial):  # of `recompute_layers`
+            compiled = compile_layer(*forward.args)
+            layer.forward = partial(forward.func, compiled, **forward.keywords)
+        else:
+            layer.forward = compile_layer(forward)
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -108,6 +108,7 @@ class AudioTextModule(lightning.LightningModule):
         self._step_weight: Tensor | float = 1.0
         self.step_loss = torch.tensor(torch.nan)  # of the last optimizer step, per token
         self._silence: Batch | None = None
+        self.weights_on_first_rank = False  # the others get them in `configure_model`
 
     def configure_optimizers(self) -> Any:
         if self.make_optimizer is None:
@@ -115,7 +116,10 @@ class AudioTextModule(lightning.LightningModule):
         return self.make_optimizer(self.encoder, self.decoder)
 
     def configure_model(self) -> None:
-        """Let the strategy shard the weights, before the optimizer is made."""
+        """Let the strategy share and shard the weights, before the optimizer is made."""
+        if self.weights_on_first_rank:
+            self.trainer.strategy.broadcast_weights(self)  # pyright: ignore
+            self.weights_on_first_rank = False
         if (shard := getattr(self.trainer.strategy, "shard", None)) is not None:
             shard(self)
 

@@ -1,7 +1,7 @@
 """Load pretrained Whisper checkpoints from a directory or the hub, strictly and without pickle."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,11 +64,14 @@ class PretrainedWhisper:
         path: hub id or directory.
         revision: branch, tag or commit on the hub. Empty for the default branch.
         random_init: replace the weights with random ones, drawn from PyTorch's global generator.
+        empty: leave weights in memory uninitialized and read none, on a rank that gets them from
+            the first rank.
     """
 
     path: str
     revision: str = ""
     random_init: bool = False
+    empty: bool = False
 
     @cached_property
     def config(self) -> WhisperConfig:
@@ -106,6 +109,8 @@ class PretrainedWhisper:
                 f"{self.path} is an encoder without a decoder, which decoder=whisper needs. Use a "
                 "full checkpoint, or another decoder."
             )
+        if self.empty:
+            return uninitialized(WhisperForConditionalGeneration, self.config)
         if self.random_init:
             return WhisperForConditionalGeneration(self.config)
         model, info = self._load(WhisperForConditionalGeneration, CONFIG, WEIGHTS, **LOADING)
@@ -123,6 +128,8 @@ class PretrainedWhisper:
         """
         if "model" in self.__dict__:
             return self.model.model.encoder
+        if self.empty:
+            return uninitialized(WhisperEncoder, self.config)
         if self.random_init:
             return WhisperEncoder(self.config)
         names = {r"^(model\.)?encoder\.": ""}
@@ -170,6 +177,15 @@ class PretrainedWhisper:
                 return kind.from_pretrained(source, revision=self.revision or "main", **options)
         except UNLOADABLE as error:
             raise UserError(describe_missing(self.path, error)) from None
+
+
+def uninitialized(build: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Build a model of transformers, in eval mode, whose weights are not written to memory."""
+    with torch.device("meta"):
+        model = build(*arguments, **options)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    return model.eval()
 
 
 def whisper_config_of_size(

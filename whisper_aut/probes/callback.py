@@ -6,7 +6,6 @@ with one seed. Curves are for monitoring only: choosing a checkpoint by the test
 that is later reported would be selection on test data.
 """
 
-import copy
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -17,13 +16,17 @@ from typing import Any, Literal
 import lightning
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.distributed.fsdp import FSDPModule
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import AudioEncoder
+from whisper_aut.models.encoder import PackedEncoder, merge_lora
 from whisper_aut.probes.embed import EmbedSettings
 from whisper_aut.probes.suite import run_suite
 from whisper_aut.probes.tasks import ProbeTask
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
+from whisper_aut.training.checkpoint import full_tensor
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +71,10 @@ class ProbeDuringTraining(lightning.Callback):
         self.scores: dict[int, dict[str, float]] = {}  # by step
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
-        if getattr(trainer.strategy, "zero_stage_3", False) or hasattr(trainer.strategy, "shard"):
+        if getattr(trainer.strategy, "zero_stage_3", False):
             raise UserError(
-                "probe.during needs the full weights, which ZeRO stage 3 and FSDP shard over the "
-                "ranks: use stage 2, or probe after training."
+                "probe.during needs the full weights, which ZeRO stage 3 shards over the ranks: "
+                "use stage 2 or FSDP, or probe after training."
             )
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
@@ -104,7 +107,10 @@ class ProbeDuringTraining(lightning.Callback):
     def _measure(self, trainer: lightning.Trainer, module: Any) -> None:
         step = trainer.global_step
         with module.averaged():
-            scores = self._score(module) if trainer.is_global_zero else {}
+            weights = {
+                name: full_tensor(weight) for name, weight in module.encoder.state_dict().items()
+            }
+            scores = self._score(module, weights) if trainer.is_global_zero else {}
         scores = self.scores[step] = trainer.strategy.broadcast(scores)
         for logger in trainer.loggers:
             logger.log_metrics({f"probe/{name}": score for name, score in scores.items()}, step)
@@ -126,10 +132,14 @@ class ProbeDuringTraining(lightning.Callback):
                     callback.save(trainer)
             trainer.should_stop = True
 
-    def _score(self, module: Any) -> dict[str, float]:
+    def _score(self, module: Any, weights: dict[str, Any]) -> dict[str, float]:
         training, encoder = module.encoder.training, module.encoder
-        if next(encoder.parameters()).dtype != torch.float32:
-            encoder = copy.deepcopy(encoder).float()
+        is_sharded = isinstance(module, FSDPModule)
+        if is_sharded or next(encoder.parameters()).dtype != torch.float32:
+            with torch.device("meta"):
+                encoder = PackedEncoder(WhisperEncoder(encoder.whisper.config), encoder.padding)
+            exact = {name: weight.float() for name, weight in weights.items()}
+            encoder.load_state_dict(merge_lora(exact, prefix=""), assign=True)
         try:
             with (
                 isolate_rng(),  # training continues with the same random numbers

@@ -325,14 +325,16 @@ class ModelState:
                 stored[id(value)] = name
                 trained = parameters.get(name) is value and value.requires_grad
                 weight, optimizer_state = self._full_tensors(name, value, trained)
+                average = getattr(self.module, "average", {}).get(name)
+                average = None if average is None else full_tensor(average)
                 # Each tensor is written by exactly one rank, and all write about as much.
                 if before * ranks // total == rank:
                     shard.weights[name] = weight.detach().to("cpu", copy=True)
                     for key, tensor in optimizer_state.items():
                         copied = tensor.detach().to("cpu", torch.float32, copy=True)
                         shard.optimizer_state[f"{name}.{key}"] = copied
-                    if name in (average := getattr(self.module, "average", {})):
-                        shard.average[name] = average[name].to("cpu", copy=True)
+                    if average is not None:
+                        shard.average[name] = average.to("cpu", copy=True)
                 before += _numel(value)
         return shard
 
@@ -343,7 +345,7 @@ class ModelState:
             UserError: If names or shapes do not match the module's.
         """
         named = self.module.state_dict(keep_vars=True)
-        weights = {name: _like(value, named.get(name)) for name, value in weights.items()}
+        weights = {name: shard_like(value, named.get(name)) for name, value in weights.items()}
         try:
             self.module.load_state_dict(weights, strict=True)
         except RuntimeError as error:
@@ -358,7 +360,7 @@ class ModelState:
         for parameter, key, value in self._by_parameter(tensors):
             dtype = torch.float32 if key == STEP else parameter.dtype
             on_device = value.to(parameter.device, dtype)
-            self.optimizer.state[parameter][key] = _like(on_device, parameter)
+            self.optimizer.state[parameter][key] = shard_like(on_device, parameter)
 
     def _full_tensors(
         self, name: str, value: Tensor, trained: bool
@@ -366,7 +368,7 @@ class ModelState:
         """Return a weight and its optimizer state. Must be called on all ranks."""
         state = self.optimizer.state.get(value, {}) if trained else {}
         kept = {key: torch.as_tensor(state[key]) for key in (*MOMENTS, STEP) if key in state}
-        return _full(value), {key: _full(tensor) for key, tensor in kept.items()}
+        return full_tensor(value), {key: full_tensor(tensor) for key, tensor in kept.items()}
 
     def _by_parameter(
         self, tensors: Iterable[tuple[str, Tensor]]
@@ -444,17 +446,19 @@ class DeepSpeedState(ModelState):
     def load_optimizer_state(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        collected = list(self._by_parameter(tensors))
-        if not collected:
-            return
-        self._create_optimizer_state(max(int(value) for _, key, value in collected if key == STEP))
-        for parameter, key, value in collected:
+        steps = None
+        for parameter, key, value in self._by_parameter(tensors):  # one tensor in memory at a time
+            if steps is None:
+                steps = 0
+                self._create_optimizer_state()
             if key == STEP:
-                continue
-            if self.partitioned:
+                steps = max(steps, int(value))
+            elif self.partitioned:
                 self._set_partition(parameter, value, key)
             else:
                 safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+        for state in self.base.state.values() if steps else ():
+            state[STEP] = state[STEP].fill_(steps) if isinstance(state[STEP], Tensor) else steps
 
     def _full_tensors(
         self, name: str, value: Tensor, trained: bool
@@ -482,7 +486,7 @@ class DeepSpeedState(ModelState):
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _create_optimizer_state(self, steps: int) -> None:
+    def _create_optimizer_state(self) -> None:
         """Create the state of every flat partition, as the optimizer does in its first step."""
         is_torch = type(self.base).__module__.startswith("torch.")
         for partition in self._partitions():
@@ -490,7 +494,7 @@ class DeepSpeedState(ModelState):
                 key: torch.zeros_like(partition, memory_format=torch.preserve_format)
                 for key in MOMENTS
             }
-            step = torch.tensor(float(steps), device=partition.device) if is_torch else steps
+            step = torch.zeros((), device=partition.device) if is_torch else 0
             self.base.state[partition] = {STEP: step, **moments}
         self._link_optimizer_state()
 
@@ -524,12 +528,17 @@ class DeepSpeedState(ModelState):
             safe_set_local_optimizer_state(parameter, partition, key)
 
 
-def _full(value: Tensor) -> Tensor:
-    """Gather a tensor that FSDP has sharded. Must be called on all ranks."""
+def full_tensor(value: Tensor) -> Tensor:
+    """Gather a tensor if FSDP has sharded it. Must be called on all ranks."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _like(value: Any, parameter: Any) -> Any:
+def local_tensor(value: Tensor) -> Tensor:
+    """Return this rank's part of a tensor, if FSDP has sharded it."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def shard_like(value: Any, parameter: Any) -> Any:
     """Return this rank's part of a full tensor, if FSDP has sharded the parameter."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value

@@ -55,8 +55,8 @@ log = logging.getLogger(__name__)
 HASH_BLOCK_BYTES, HASH_BLOCKS = 1 << 16, 1 << 12
 
 
-def build_pretrained(settings: Settings) -> PretrainedWhisper:
-    """Return the pretrained checkpoint that the run starts from.
+def build_pretrained(settings: Settings, *, empty: bool = False) -> PretrainedWhisper:
+    """Return the pretrained checkpoint that the run starts from; `empty` leaves out its weights.
 
     With `model.scratch`, a new model and tokenizer are created in the folder of the run's name.
     Later runs with the same sizes, seed, release and texts reuse them.
@@ -66,7 +66,7 @@ def build_pretrained(settings: Settings) -> PretrainedWhisper:
     """
     model = settings.model
     if model.scratch is None:
-        return PretrainedWhisper(model.path, model.revision, model.random_init)
+        return PretrainedWhisper(model.path, model.revision, model.random_init, empty)
     policy = read_policy(settings.data)
     if model.scratch.texts:
         indexes = [open_index(folder, policy) for folder in model.scratch.texts]
@@ -86,7 +86,7 @@ def build_pretrained(settings: Settings) -> PretrainedWhisper:
                 if isinstance(item, Sample) and item.annotation.text
             ]
             _make_scratch(out, texts, model.scratch, settings.seed)
-    return PretrainedWhisper(str(out))
+    return PretrainedWhisper(str(out), empty=empty)
 
 
 def build_decoder(settings: Settings, pretrained: PretrainedWhisper) -> tuple[Any, TextCodec]:
@@ -178,16 +178,17 @@ def build_module(
     seconds = WINDOW_SECONDS if padding == "30s" else settings.data.max_seconds
     if seconds > max_clip_seconds(pretrained.config):
         raise UserError(clip_too_long_message(pretrained.config, padding, seconds))
-    if model.compile:
-        check_compilable(settings.strategy.name)
-    encoder = PackedEncoder(
-        pretrained.encoder, model.padding, bool(model.gradient_checkpointing), model.compile
-    )
+    encoder = PackedEncoder(pretrained.encoder, model.padding, bool(model.gradient_checkpointing))
     distillation = _distillation(settings, encoder) if settings.distillation.weight else None
     if model.freeze_encoder:
         encoder.requires_grad_(False)
     if model.lora_rank:
         add_lora(encoder, model.lora_rank, model.lora_alpha)
+    if model.compile:
+        check_compilable(settings.strategy.name)
+        for part in (encoder, decoder):
+            if hasattr(part, "compile_layers"):
+                part.compile_layers()
     for parameter in (*encoder.parameters(), *decoder.parameters()):
         if parameter.requires_grad:
             # 16-bit weights would round away AdamW's small updates.

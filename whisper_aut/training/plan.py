@@ -9,9 +9,11 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,7 +38,7 @@ from whisper_aut.data.batch import Targets
 from whisper_aut.data.settings import DataSettings
 from whisper_aut.errors import UserError
 from whisper_aut.models.decoders import check_decoder
-from whisper_aut.models.encoder import PackedEncoder, Padding, encoder_frames
+from whisper_aut.models.encoder import PackedEncoder, Padding, add_lora, encoder_frames
 from whisper_aut.models.flops import encoder_flops
 from whisper_aut.models.pretrained import load_whisper_config, whisper_config_of_size
 from whisper_aut.models.tiny import WHISPER_SPECIAL_TOKENS
@@ -51,9 +53,9 @@ PRODUCT_EFFICIENCY = 0.6  # fraction of peak FLOP/s that matrix products reach
 MEMORY_EFFICIENCY = 0.8  # fraction of peak bandwidth that all other kernels reach
 LAUNCH_SECONDS = 10e-6  # per kernel, without compilation; dominates in small models
 RESERVED_GIB = 2.0  # CUDA context, cuBLAS, communication buffers, fragmentation
-# Audio-seconds per second from FLAC to log-mel on one core: decoding at 3,800, then features at
-# 5,000.
-CORE_AUDIO_SECONDS = 2_000
+# Audio-seconds per second of one core, from FLAC in tars to packed log-mels: 1,670 to 1,780 on an
+# AMD EPYC (the part `worker` of benchmarks/gpu_check.sh).
+CORE_AUDIO_SECONDS = 1_700
 # What a forecast assumes when the training shards cannot be read. FLAC is 16 kHz mono.
 ASSUMED_CLIP_SECONDS, ASSUMED_TOKENS, FLAC_BYTES_PER_SECOND = 10.0, 32, 19_000
 STAGES = ("one device or ddp", "ZeRO-1", "ZeRO-2 or FSDP", "ZeRO-3")
@@ -117,6 +119,7 @@ class StepShape:
     `mel_lengths` are the mel frames F of each clip, `text_lengths` its tokens L. The first `padded`
     clips are padded to 30 s with padding none too. `compute` is `float32`; `autocast`, which is
     bfloat16 autocast over float32 weights; or `bfloat16`, a model in bfloat16 as under DeepSpeed.
+    `lora_rank` is that of the encoder, 0 for none.
     """
 
     mel_lengths: tuple[int, ...]
@@ -126,6 +129,7 @@ class StepShape:
     compute: Compute = "float32"
     gradient_checkpointing: bool = False
     train_encoder: bool = True
+    lora_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -180,11 +184,13 @@ def step_cost(
 
     `build_meta` builds a decoder without weights from `(config, gradient_checkpointing)`.
     """
-    with FakeTensorMode():
+    with FakeTensorMode(), _lora_on_fake_tensors():
         encoder = PackedEncoder(
             WhisperEncoder(config), shape.padding, shape.gradient_checkpointing
         ).train()
         encoder.requires_grad_(shape.train_encoder)
+        if shape.lora_rank:
+            add_lora(encoder, shape.lora_rank, shape.lora_rank)
         encoder.whisper.embed_positions.requires_grad_(False)
         decoder: Any = build_meta(config, shape.gradient_checkpointing).train()
         modules = nn.ModuleList([encoder, decoder])
@@ -193,6 +199,9 @@ def step_cost(
             for tensor in filter(torch.is_floating_point, tensors):
                 tensor.data = tensor.data.bfloat16()
         trainable = [p for p in modules.parameters() if p.requires_grad]
+        if shape.compute != "bfloat16":
+            for parameter in trainable:
+                parameter.data = parameter.data.float()
         counter = StepCounter(tensors)
         for parameter in trainable:
             parameter.register_post_accumulate_grad_hook(counter.set_gradient_apart)
@@ -210,7 +219,11 @@ def step_cost(
                 frames = encoder(mel, shape.mel_lengths, bool(layers), padded).of_layers(layers)
                 loss = decoder.loss(frames.values, frames.lengths, targets).total
             loss.backward()
-        useful = encoder_flops(config, shape.mel_lengths, lengths, trained=shape.train_encoder)
+        useful = encoder_flops(
+            *(config, shape.mel_lengths, lengths),
+            trained=shape.train_encoder,
+            frozen_weights=shape.lora_rank > 0,
+        )
         useful += decoder.flops(lengths, targets)
     return StepCost(
         encoder=sum(p.numel() for p in encoder.parameters()),
@@ -221,6 +234,23 @@ def step_cost(
         activation_bytes=counter.peak,
         peak_bytes=counter.peak_with_gradients,
     )
+
+
+@contextmanager
+def _lora_on_fake_tensors() -> Iterator[None]:
+    """Let peft add low-rank updates to fake tensors, which `Module.to` cannot move."""
+    if find_spec("peft") is None:
+        yield
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    name = "_move_adapter_to_device_of_base_layer"
+    move = getattr(BaseTunerLayer, name)
+    setattr(BaseTunerLayer, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(BaseTunerLayer, name, move)
 
 
 class StepCounter(TorchDispatchMode):
@@ -303,6 +333,7 @@ def device_memory(
     half_weights: bool,
     offload: bool = False,
     accumulates: bool = False,
+    average_ranks: int = 0,
 ) -> DeviceMemory:
     """Return the peak memory of one device.
 
@@ -314,16 +345,20 @@ def device_memory(
             float32, and the optimizer state includes a float32 copy of the weights.
         offload: The optimizer state and the summed gradients are in host memory.
         accumulates: A step has several micro-batches, so gradients are kept between them.
+        average_ranks: Number of ranks over which a moving average of the trained weights is
+            sharded; 0 without one. It counts as optimizer state.
     """
     size = 2 if half_weights else 4
     states = MOMENT_BYTES + (4 if half_weights else 0)
     gradients = cost.trainable * 4 / (ranks if stage >= 2 else 1)
     # The gradient buckets of DDP and ZeRO are kept between steps.
     lasting = stage > 0 or ranks > 1 or accumulates
+    average = cost.trainable * 4 / average_ranks if average_ranks else 0.0
+    optimizer = cost.trainable * states / (ranks if stage >= 1 else 1)
     return DeviceMemory(
         weights=cost.parameters * size / (ranks if stage >= 3 else 1),
         gradients=0.0 if offload else gradients,
-        optimizer=0.0 if offload else cost.trainable * states / (ranks if stage >= 1 else 1),
+        optimizer=average + (0.0 if offload else optimizer),
         activations=float(
             cost.activation_bytes if lasting else max(0.0, cost.peak_bytes - gradients)
         ),
@@ -375,6 +410,7 @@ class Forecast:
     step_audio_seconds: float
     bytes_per_audio_second: float
     assumptions: tuple[str, ...] = ()
+    average_ranks: int = 0  # see `device_memory`
 
     @property
     def cost(self) -> StepCost:
@@ -402,6 +438,7 @@ class Forecast:
             half_weights=half,
             offload=self.offload and stage > 0,
             accumulates=self.micro_batches > 1,
+            average_ranks=self.average_ranks,
         )
 
     def step_seconds(self, device: Accelerator) -> float:
@@ -453,10 +490,6 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
             f"Runs with the decoder {settings.decoder['name']!r} cannot be planned: its registry "
             "entry has no `build_meta`."
         )
-    if settings.model.lora_rank:
-        raise UserError(
-            "model.lora_rank cannot be planned: peft needs real weights. Plan without it."
-        )
     data, hardware, trainer = settings.data, settings.hardware, settings.trainer
     stored, assumptions = stored_audio(data)
     ranks = (hardware.devices if isinstance(hardware.devices, int) else 1) * hardware.nodes
@@ -479,6 +512,7 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
             compute="bfloat16" if half_weights else "autocast" if autocast else "float32",
             gradient_checkpointing=checkpointing,
             train_encoder=not settings.model.freeze_encoder,
+            lora_rank=settings.model.lora_rank,
         )
         return step_cost(
             config, lambda config, checkpointing: build_meta(config, options, checkpointing), shape
@@ -492,10 +526,11 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
         assumptions += (f"{math.ceil(pads * batch_clips)} of {batch_clips} clips padded to 30 s",)
     if settings.strategy.offload:
         assumptions += ("updating the weights on the host takes no time",)
+    sharded = settings.strategy.name == "fsdp"
     return Forecast(
         cost_of=cost_of,
         ranks=ranks,
-        stage=2 if settings.strategy.name == "fsdp" else settings.strategy.zero_stage,
+        stage=2 if sharded else settings.strategy.zero_stage,
         offload=settings.strategy.offload,
         precision=precision,
         checkpointing=settings.model.gradient_checkpointing,
@@ -504,6 +539,7 @@ def build_forecast(settings: Settings, config: WhisperConfig) -> Forecast:
         step_audio_seconds=stored.clip_seconds * batch_clips * trainer.accumulate,
         bytes_per_audio_second=stored.bytes_per_second,
         assumptions=assumptions,
+        average_ranks=(ranks if sharded else 1) if settings.optim.ema_decay else 0,
     )
 
 
@@ -530,8 +566,9 @@ def planned_checkpoint_bytes(settings: Settings) -> int:
         cost = build_forecast(settings, planned_config(settings.model)).cost
     except UserError:
         return 0
-    frozen = cost.encoder if settings.model.freeze_encoder else 0  # it is saved too
-    return (4 + MOMENT_BYTES) * cost.trainable + 4 * frozen
+    model, average = settings.model, 4 if settings.optim.ema_decay else 0
+    frozen = cost.encoder if model.freeze_encoder or model.lora_rank else 0  # it is saved too
+    return (4 + MOMENT_BYTES + average) * cost.trainable + 4 * frozen
 
 
 class StoredAudio(NamedTuple):

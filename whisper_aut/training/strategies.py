@@ -53,6 +53,7 @@ from whisper_aut.training.checkpoint import (
     read_optimizer_state,
     read_state,
     read_weights,
+    shard_like,
     write_error_message,
 )
 
@@ -203,6 +204,26 @@ class NamedCheckpoints:
             self._hosts = dist.new_group(backend="gloo", timeout=self.timeout)
         return self._hosts
 
+    def broadcast_weights(self, module: Any) -> None:
+        """Move the weights of a module to the device, and give all ranks those of rank 0.
+
+        Only rank 0 reads them from disk. Otherwise, every rank of a node would have a copy in main
+        memory, and every rank would read from the file system.
+        """
+        strategy: Any = self
+        device = strategy.root_device
+        teacher = [module.distillation.teacher] if module.distillation else []
+        for part in (module, *teacher):
+            for tensor in (*part.parameters(), *part.buffers()):
+                tensor.data = tensor.data.to(device)
+                dist.broadcast(tensor.data, src=0)
+        names = getattr(module.decoder, "from_first_rank", ())
+        values = strategy.broadcast([getattr(module.decoder, name) for name in names])
+        for name, value in zip(names, values, strict=True):
+            setattr(module.decoder, name, value)
+        weights = dict(module.named_parameters())
+        module.average = {name: weights[name].detach().clone() for name in module.average}
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
@@ -266,7 +287,10 @@ class NamedCheckpoints:
         self.model_state().load_weights(read_weights(path))
         if module.average:  # without one in the checkpoint, it begins at its weights
             stored = read_weights(path, averaged=True)
-            module.average = {name: stored[name].float() for name in module.average}
+            weights = dict(module.named_parameters())
+            module.average = {
+                name: shard_like(stored[name].float(), weights[name]) for name in module.average
+            }
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         strategy: Any = self
@@ -402,6 +426,10 @@ class FSDP(NamedCheckpoints, ModelParallelStrategy):
                     if hasattr(layer, "packed"):
                         register_fsdp_forward_method(layer, "packed")
         fully_shard(module, **options)
+        weights = dict(module.named_parameters())
+        module.average = {
+            name: shard_like(value, weights[name]) for name, value in module.average.items()
+        }
         # FSDP starts the backward pass of the module from its outputs, and looks for them here.
         for kind in (Frames, DecoderLoss):
             if kind not in SUPPORTED_NODES:
@@ -450,6 +478,9 @@ class DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
     def init_deepspeed(self) -> None:
         from deepspeed.runtime.config import DeepSpeedConfigError
 
+        # Lightning would convert log-mels on the host, which takes them out of pinned memory. The
+        # encoder casts them on the device.
+        self.precision_plugin.convert_input = lambda data: data
         # The engine rounds frozen weights too, and keeps no float32 copy of them.
         self._frozen = self._frozen or {
             name: value.detach().to("cpu", copy=True)

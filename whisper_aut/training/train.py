@@ -6,6 +6,7 @@ data, `_fit` trains with the Trainer of `build_trainer`, and `_finish` records t
 
 import errno
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import Ledger, by_source
 from whisper_aut.data.sampler import Cursor
 from whisper_aut.errors import UserError
+from whisper_aut.models.attention import use_flash_attention_3
 from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.training.callbacks.checkpoints import (
@@ -207,11 +209,15 @@ def build_parts(
         torch.set_num_threads(settings.hardware.threads)
     # TF32 on devices that support it. CPUs are not affected.
     torch.set_float32_matmul_precision("high")
+    use_flash_attention_3()
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # The sizes of packed batches differ, which would leave memory in unused blocks.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     lightning.seed_everything(settings.seed, workers=True, verbose=False)
-    pretrained = build_pretrained(settings)
+    ranks = _count_ranks(settings)
+    pretrained = build_pretrained(settings, empty=ranks > 1 and not is_first_rank())
     decoder, codec = build_decoder(settings, pretrained)
     data = build_data(settings, codec, pretrained.config.num_mel_bins)
-    ranks = _count_ranks(settings)
     if checkpoint:
         state = read_state(checkpoint)
         states, step = loader_states(state), state["global_step"]
@@ -220,6 +226,7 @@ def build_parts(
     if settings.trainer.max_steps:
         total_steps = min(total_steps, settings.trainer.max_steps)
     module = build_module(settings, pretrained, decoder, codec, total_steps)
+    module.weights_on_first_rank = ranks > 1
     # transformers loads models in eval mode.
     return RunParts(pretrained, module.train(), data, total_steps, skip_to)
 

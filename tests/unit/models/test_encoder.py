@@ -1,7 +1,6 @@
 """The packed encoder against Hugging Face's, clip by clip."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -20,7 +18,6 @@ from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.errors import UserError
 from whisper_aut.models.encoder import PackedEncoder, add_lora, encoder_frames, merge_lora
 from whisper_aut.models.pretrained import PretrainedWhisper
-from whisper_aut.training.doctor import find_compiler
 
 SECONDS = (1.0, 5.0, 0.11, 30.0, 29.99, 7.3135, 2.0)
 
@@ -241,55 +238,6 @@ def test_runs_in_bfloat16_under_autocast(model: WhisperModel, waveforms: list[Te
     cosine = torch.nn.functional.cosine_similarity(rough.float(), exact)
     assert cosine.median() > 0.999
     assert cosine.min() > 0.9  # on whisper-base 0.95
-
-
-@pytest.mark.parametrize("model", [80], indirect=True)
-@pytest.mark.parametrize(
-    "backend",
-    [
-        "aot_eager",  # all that torch.compile does before it generates code
-        pytest.param(
-            "inductor",
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler"),
-            ],
-        ),
-    ],
-)
-def test_a_compiled_encoder_computes_the_same_and_is_compiled_once_for_all_lengths(
-    backend: str, model: WhisperModel, waveforms: list[Tensor], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    bins = model.config.num_mel_bins
-    plain, compiled = (
-        PackedEncoder(model.encoder, "none", compile=wanted).train() for wanted in (False, True)
-    )
-    torch._dynamo.reset()
-    counters.clear()
-    for chosen in (waveforms[:2], waveforms[1:2], waveforms[:4], waveforms[2:5], waveforms[::-1]):
-        mel, lengths = packed([waveform[:32_000] for waveform in chosen], bins)
-        outputs, gradients = [], []
-        for encoder in (plain, compiled):
-            frames = encoder(mel, lengths).values
-            frames.square().mean().backward()
-            outputs.append(frames.detach())
-            gradients.append(
-                {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
-            )
-            encoder.zero_grad()
-        assert_frames_close(outputs[1], outputs[0])
-        for name, gradient in gradients[0].items():
-            largest = float(gradient.abs().max())
-            assert_close(gradients[1][name], gradient, atol=1e-4 * largest, rtol=1e-3, msg=name)
-    assert counters["stats"]["unique_graphs"] == 2, (
-        "one for each half of a layer, whatever the layer and the lengths"
-    )
-    model.eval()
-    with torch.no_grad():
-        for chosen in (waveforms[:2], waveforms[:3]):
-            compiled.eval()(*packed(chosen, bins))
-    assert counters["stats"]["unique_graphs"] == 4, "and as many for evaluation"
 
 
 def test_a_clip_beyond_the_encoders_positions_is_an_error_that_says_how_long_clips_may_be(

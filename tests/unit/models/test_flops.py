@@ -13,7 +13,7 @@ from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.batch import Targets, TokenTarget
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.decoders.whisper import WhisperDecoder
-from whisper_aut.models.encoder import PackedEncoder
+from whisper_aut.models.encoder import PackedEncoder, add_lora
 from whisper_aut.models.flops import encoder_flops, whisper_decoder_flops
 from whisper_aut.models.pretrained import PretrainedWhisper
 
@@ -26,8 +26,9 @@ def counted_products(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("whisper_aut.onednn.mkl_is_slow", lambda: False)
 
 
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("width", [32, 64])
-def test_formulas_count_what_pytorch_counts(width: int):
+def test_formulas_count_what_pytorch_counts(width: int, recomputed: bool):
     tokens = dict.fromkeys(
         ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1
     )
@@ -41,7 +42,8 @@ def test_formulas_count_what_pytorch_counts(width: int):
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     config = WhisperConfig(**sizes, **heads, **tokens, vocab_size=700, num_mel_bins=80)
     model = WhisperForConditionalGeneration(config)
-    encoder, decoder = PackedEncoder(model.model.encoder), WhisperDecoder(model.model.decoder, 1)
+    encoder = PackedEncoder(model.model.encoder, gradient_checkpointing=recomputed)
+    decoder = WhisperDecoder(model.model.decoder, 1, gradient_checkpointing=recomputed)
     ones = [torch.ones(length, dtype=torch.long) for length in TEXT_LENGTHS]
     targets = Targets.pack([TokenTarget(clip, torch.arange(len(clip)) > 0, 1) for clip in ones])
     mel = torch.randn(sum(map(frames_with_context, MEL_LENGTHS)), 80)
@@ -49,22 +51,30 @@ def test_formulas_count_what_pytorch_counts(width: int):
         frames = encoder(mel, MEL_LENGTHS)
         decoder.loss(frames.values, frames.lengths, targets).total.backward()
     supervised = sum(TEXT_LENGTHS) - len(TEXT_LENGTHS)
-    ours = encoder_flops(config, MEL_LENGTHS, frames.lengths)
-    ours += whisper_decoder_flops(config, frames.lengths, TEXT_LENGTHS, supervised)
+    ours = encoder_flops(config, MEL_LENGTHS, frames.lengths, recomputed=recomputed)
+    ours += decoder.flops(frames.lengths, targets, recomputed=recomputed)
     # The convolutions also run over the zeros between clips, which are no useful work.
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.005)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         encoder(mel, MEL_LENGTHS)
     held = encoder_flops(config, MEL_LENGTHS, frames.lengths, trained=False)
     assert held == pytest.approx(counter.get_total_flops(), rel=0.01)
+    add_lora(encoder, 1, 1)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        encoder(mel, MEL_LENGTHS).values.sum().backward()
+    options = {"recomputed": recomputed, "frozen_weights": True}
+    ours = encoder_flops(config, MEL_LENGTHS, frames.lengths, **options)
+    # The updates have products of their own; the first layer's input needs no gradient.
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.15)
     assert decoder.flops(frames.lengths, targets) == whisper_decoder_flops(
         config, frames.lengths, TEXT_LENGTHS, supervised
     )
 
 
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("train", ["frozen", "lora", "full"])
 def test_the_language_models_formula_counts_what_pytorch_counts(
-    train: str, tiny_whisper: Path, tiny_language_model: Path
+    train: str, recomputed: bool, tiny_whisper: Path, tiny_language_model: Path
 ):
     options = {
         "language_model": str(tiny_language_model),
@@ -72,7 +82,7 @@ def test_the_language_models_formula_counts_what_pytorch_counts(
         "train": train,
     }
     entry, checked = check_decoder({"name": "causal_lm", **options})
-    decoder, codec = entry.build(PretrainedWhisper(str(tiny_whisper)), checked, False)
+    decoder, codec = entry.build(PretrainedWhisper(str(tiny_whisper)), checked, recomputed)
     targets = Targets.pack(
         [
             codec.encode(Annotation(text=text), "sound", 0)
@@ -83,4 +93,5 @@ def test_the_language_models_formula_counts_what_pytorch_counts(
     frames = torch.randn(sum(lengths), 32, requires_grad=True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         decoder.loss(frames, lengths, targets).total.backward()
-    assert decoder.flops(lengths, targets) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    ours = decoder.flops(lengths, targets, recomputed=recomputed)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)

@@ -30,6 +30,7 @@ from whisper_aut.models.decoders.whisper import (
 )
 from whisper_aut.models.encoder import PackedEncoder
 from whisper_aut.models.flops import encoder_flops, whisper_decoder_flops
+from whisper_aut.training.factory import build_decoder, build_module, build_pretrained
 from whisper_aut.training.plan import (
     ACCELERATORS,
     Accelerator,
@@ -38,8 +39,10 @@ from whisper_aut.training.plan import (
     StepCost,
     StepCounter,
     StepShape,
+    build_forecast,
     device_memory,
     needs_checkpointing,
+    planned_config,
     step_cost,
     stored_audio,
 )
@@ -292,22 +295,30 @@ def test_a_chain_of_configs_is_planned_from_its_first_sizes(capsys: pytest.Captu
     assert "4 steps" in capsys.readouterr().out
 
 
-def test_a_plan_with_lora_says_what_to_plan_instead(
-    tiny_whisper: Path, tiny_language_model: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("chosen", ["decoder.train=lora", "model.lora_rank=4"])
+def test_low_rank_updates_are_planned_as_they_are_trained(
+    chosen: str, tiny_whisper: Path, tiny_language_model: Path, tiny_shards: Path, tmp_path: Path
 ):
-    config = [
-        str(REPOSITORY / "conf" / "aut.yaml"),
-        "decoder=causal_lm",
-        f"model.path={tiny_whisper}",
-    ]
-    config += [
-        f"decoder.language_model={tiny_language_model}",
-        "data.batch_clips=2",
-        "strategy=auto",
-    ]
-    assert main(["plan", *config]) == 0
-    assert main(["plan", *config, "decoder.train=lora"]) == 1
-    assert "Plan with decoder.train=frozen" in " ".join(capsys.readouterr().err.split())
+    options = ("decoder=causal_lm", f"decoder.language_model={tiny_language_model}")
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, *options, chosen)
+    cost = build_forecast(settings, planned_config(settings.model)).cost
+    pretrained = build_pretrained(settings)
+    module = build_module(settings, pretrained, *build_decoder(settings, pretrained), 1)
+    trained = [p.numel() for p in module.parameters() if p.requires_grad]
+    assert cost.trainable == sum(trained)
+    assert cost.parameters == sum(p.numel() for p in module.parameters())
+    plain = settings_for(tiny_whisper, tiny_shards, tmp_path, *options)
+    whole = build_forecast(plain, planned_config(plain.model)).cost
+    more = chosen == "decoder.train=lora"  # low-rank updates come on top of a frozen model
+    assert (cost.trainable > whole.trainable) is more
+    assert (cost.model_flops > whole.model_flops) is more
+
+
+def test_a_moving_average_is_planned_as_a_float32_copy_of_the_trained_weights():
+    plain = device_memory(COST, stage=2, ranks=8, half_weights=True)
+    for ranks in (1, 8):
+        averaged = device_memory(COST, stage=2, ranks=8, half_weights=True, average_ranks=ranks)
+        assert averaged.total - plain.total == pytest.approx(4 * COST.trainable / ranks)
 
 
 def test_what_fits_names_the_least_measure():

@@ -33,7 +33,8 @@ class DecoderEntry:
     Attributes:
         options: the dataclass of the decoder's options.
         build: `(pretrained checkpoint, options, gradient_checkpointing)` → the decoder and its
-            codec.
+            codec. With `pretrained.empty`, all weights and the attributes that the decoder names
+            in `from_first_rank` are replaced by those of the first rank.
         exports: the formats that a run with this decoder can be exported to.
         build_meta: `(encoder config, options, gradient_checkpointing)` → the same module built
             from its configuration, without weights or a tokenizer, for `training.plan`. None if

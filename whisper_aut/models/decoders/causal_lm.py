@@ -27,10 +27,11 @@ from whisper_aut.models.adapters import (
     build_adapter,
     embedding_scale,
 )
-from whisper_aut.models.attention import upload
+from whisper_aut.models.attention import draws_random_numbers, upload
 from whisper_aut.models.flops import TRAINED_PRODUCTS, language_model_flops
 from whisper_aut.models.language_model import (
     SequenceLayout,
+    compile_layers,
     find_layout,
     greedy_tokens,
     layout_without_weights,
@@ -118,25 +119,29 @@ def build_causal_lm(
     path = options.language_model
     if options.scratch:
         path = make_language_model(options.scratch, instructions)
-    model, tokenizer = load_language_model(path, options.revision, options.weights_dtype)
-    layout = find_layout(path, model)
-    if options.random_init:
+    empty = pretrained.empty
+    model, tokenizer = load_language_model(
+        path, options.revision, options.weights_dtype, empty=empty
+    )
+    layout = SequenceLayout() if empty else find_layout(path, model)
+    if options.random_init and not empty:
         # Checkpoints do not contain frozen weights, so they must be the same every time.
         with seeded(0):
             model = type(model)(model.config).to(options.weights_dtype)  # pyright: ignore[reportArgumentType]
     codec = ChatText(tokenizer, instructions, options.max_tokens, options.overflow, options.date)
     embed: Any = model.get_input_embeddings()
     adapter = build_adapter(
-        options.adapter, pretrained.config.d_model, embed.embedding_dim, embedding_scale(embed)
+        options.adapter,
+        pretrained.config.d_model,
+        embed.embedding_dim,
+        1.0 if empty else embedding_scale(embed),
     )
     identity = {
         "language_model": path,
         "revision": options.revision,
-        "weights": weights_hash(model),
+        "weights": "" if empty else weights_hash(model),
     }
     _choose_trainable(model, options)
-    if gradient_checkpointing:
-        recompute_layers(model)
     decoder = CausalLMDecoder(
         model,
         adapter,
@@ -145,6 +150,7 @@ def build_causal_lm(
         identity=identity,
         layout=layout,
         frozen=options.train == "frozen",
+        gradient_checkpointing=gradient_checkpointing,
         encoder_layers=options.adapter.layers,
     )
     return decoder, codec
@@ -156,14 +162,8 @@ def build_causal_lm_meta(
     """Build the decoder without pretrained weights or a tokenizer. See `DecoderEntry.build_meta`.
 
     Raises:
-        UserError: LoRA is requested, whose weights peft cannot create as fake tensors, or the model
-            does not run on fake tensors.
+        UserError: the model does not run on fake tensors.
     """
-    if options.train == "lora":
-        raise UserError(
-            "LoRA cannot be planned: peft needs real weights. Plan with decoder.train=frozen and "
-            "leave room for its updates."
-        )
     if options.scratch:
         language_config: Any = scratch_config(options.scratch, options.scratch.vocabulary)
     else:
@@ -172,8 +172,6 @@ def build_causal_lm_meta(
         language_config, dtype=options.weights_dtype, trust_remote_code=False
     )
     _choose_trainable(model, options)
-    if gradient_checkpointing:
-        recompute_layers(model)
     width = language_config.hidden_size
     return CausalLMDecoder(
         model,
@@ -183,6 +181,7 @@ def build_causal_lm_meta(
         identity={},
         layout=layout_without_weights(model, width),
         frozen=options.train == "frozen",
+        gradient_checkpointing=gradient_checkpointing,
         encoder_layers=options.adapter.layers,
     )
 
@@ -201,8 +200,12 @@ class CausalLMDecoder(nn.Module):
         identity: name, revision and weight hash of the language model, stored in checkpoints.
         layout: how the language model runs on a batch.
         frozen: keep the language model in eval mode, whatever the mode of the rest.
+        gradient_checkpointing: recompute each layer in the backward pass instead of storing its
+            activations.
         encoder_layers: encoder layers that the adapter fuses. Empty for the encoder's output.
     """
+
+    from_first_rank = ("layout", "identity")  # they depend on weights that it alone has read
 
     def __init__(
         self,
@@ -214,12 +217,16 @@ class CausalLMDecoder(nn.Module):
         layout: SequenceLayout = SequenceLayout(),  # noqa: B008 — immutable
         *,
         frozen: bool = True,
+        gradient_checkpointing: bool = False,
         encoder_layers: Sequence[int] = (),
     ):
         super().__init__()
         self.model, self.adapter = model, adapter
         self.audio_index, self.end_token, self.identity = audio_index, end_token, identity
         self.layout, self.frozen = layout, frozen
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            recompute_layers(model)
         self.encoder_layers = tuple(encoder_layers)
         self.fusion = LayerFusion(len(encoder_layers)) if encoder_layers else nn.Identity()
         model.generation_config = GenerationConfig()  # the model's own may enable sampling
@@ -232,6 +239,11 @@ class CausalLMDecoder(nn.Module):
         if self.frozen:
             self.model.eval()
         return self
+
+    def compile_layers(self) -> None:
+        """Run layers through `torch.compile`; see `attention.compile_layer`."""
+        if self.frozen or not draws_random_numbers(self.model):
+            compile_layers(self.model)
 
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         embeddings, chat_lengths = self._embed_chats(
@@ -278,13 +290,13 @@ class CausalLMDecoder(nn.Module):
             max_new_tokens=max_new_tokens,
         )
 
-    def flops(self, lengths: Sequence[int], targets: Targets) -> float:
+    def flops(self, lengths: Sequence[int], targets: Targets, *, recomputed: bool = False) -> float:
         """Return the FLOPs of a training step on clips of T frames, for the throughput metrics."""
         audio = [-(-length // self.adapter.hop) for length in lengths]
         chats = [text - 1 + clip for text, clip in zip(targets.lengths, audio, strict=True)]
         weights = sum(weight.numel() for weight in self.adapter.parameters() if weight.ndim > 1)
         return language_model_flops(
-            self.model, chats, sum(targets.counts)
+            self.model, chats, sum(targets.counts), recomputed=recomputed
         ) + TRAINED_PRODUCTS * 2 * weights * sum(audio)
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:

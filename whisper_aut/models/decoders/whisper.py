@@ -26,7 +26,13 @@ from whisper_aut.data.annotation import whisper_codes
 from whisper_aut.data.batch import Targets
 from whisper_aut.data.targets import SAMPLE_LANGUAGE, DomainPrompt, WhisperText
 from whisper_aut.errors import UserError
-from whisper_aut.models.attention import Segments, upload
+from whisper_aut.models.attention import (
+    Segments,
+    cast_for_products,
+    compile_layer,
+    draws_random_numbers,
+    upload,
+)
 from whisper_aut.models.encoder import packed_attention, packed_feed_forward
 from whisper_aut.models.flops import whisper_decoder_flops
 from whisper_aut.models.losses import DecoderLoss, chunked_cross_entropy
@@ -156,8 +162,15 @@ class WhisperDecoder(nn.Module):
         self.whisper = whisper
         self.end_token = end_token
         self.gradient_checkpointing = gradient_checkpointing
+        self._has_dropout = draws_random_numbers(whisper)
+        self._layer: Any = _decoder_layer
         self.suppressed = list(suppressed)
         self.suppressed_first = [*suppressed, *suppressed_first]
+
+    def compile_layers(self) -> None:
+        """Run layers through `torch.compile`; see `attention.compile_layer`."""
+        if not self._has_dropout:
+            self._layer = compile_layer(_decoder_layer)
 
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         hidden = self._hidden(frames, lengths, targets)
@@ -194,10 +207,11 @@ class WhisperDecoder(nn.Module):
                 answers[index] = answer
         return answers
 
-    def flops(self, lengths: Sequence[int], targets: Targets) -> float:
+    def flops(self, lengths: Sequence[int], targets: Targets, *, recomputed: bool = False) -> float:
         """Return the FLOPs of a training step on clips of T frames, for the throughput metrics."""
+        config, supervised = self.whisper.config, sum(targets.counts)
         return whisper_decoder_flops(
-            self.whisper.config, lengths, targets.lengths, sum(targets.counts)
+            config, lengths, targets.lengths, supervised, recomputed=recomputed
         )
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
@@ -215,6 +229,7 @@ class WhisperDecoder(nn.Module):
             Segments.of(targets.lengths, keys, frames.device)
             for keys in (targets.lengths, tuple(lengths))
         )
+        frames = cast_for_products(frames)  # once for all layers
         for layer in whisper.layers:
             run: Any = getattr(layer, "packed", None) or partial(self.run_layer, layer)
             hidden = run(hidden, frames, own, across)
@@ -226,8 +241,12 @@ class WhisperDecoder(nn.Module):
         """Run one layer on packed texts, `[ΣL, D]`. FSDP wraps this as the layer's `packed`."""
         arguments = (layer, hidden, frames, own, across)
         if self.gradient_checkpointing and self.training:
-            return checkpoint(_decoder_layer, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]
-        return _decoder_layer(*arguments)
+            return checkpoint(  # pyright: ignore[reportReturnType]
+                *(self._layer, *arguments),
+                use_reentrant=False,
+                preserve_rng_state=self._has_dropout,
+            )
+        return self._layer(*arguments)
 
     def _greedy(
         self, clips: Sequence[Tensor], prompts: Tensor, max_new_tokens: int

@@ -14,7 +14,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from whisper_aut.data.sampler import Cursor
 from whisper_aut.training.callbacks import ends_step
-from whisper_aut.training.checkpoint import BEST, LAST, checkpoint_name, checkpoints_in, point_link
+from whisper_aut.training.checkpoint import (
+    BEST,
+    LAST,
+    checkpoint_name,
+    checkpoints_in,
+    local_tensor,
+    point_link,
+)
 
 MONITORED = "valid/loss"
 SUPERSEDED = ".superseded-"  # prefix of checkpoints later than the one the run was resumed from
@@ -216,8 +223,10 @@ class AverageWeights(lightning.Callback):
             return
         trained = {n: p.detach() for n, p in module.named_parameters() if n in module.average}
         module.average = {n: module.average[n].to(p.device) for n, p in trained.items()}
-        weights = [weight.float() for weight in trained.values()]
-        get_ema_multi_avg_fn(self.decay)(list(module.average.values()), weights, None)
+        # Under FSDP, each rank averages its part.
+        weights = [local_tensor(weight).float() for weight in trained.values()]
+        averages = [local_tensor(average) for average in module.average.values()]
+        get_ema_multi_avg_fn(self.decay)(averages, weights, None)
 
     def on_validation_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self._validating.enter_context(module.averaged())

@@ -138,6 +138,7 @@ class Throughput:
 
     `seconds` include `waited_seconds`, the waits for data. `computed_mel_frames` include padding.
     `flops` are useful FLOPs of forward and backward pass; NaN if the decoder does not count them.
+    `computed_flops` include padding and what gradient checkpointing recomputes.
     """
 
     seconds: float = 0.0
@@ -147,19 +148,21 @@ class Throughput:
     tokens: int = 0
     clips: int = 0
     flops: float = 0.0
+    computed_flops: float = 0.0
 
-    def add_batch(
-        self, mel_lengths: Sequence[int], tokens: int, flops: float, padded: Sequence[bool]
-    ) -> None:
-        """Add a micro-batch of clips with these mel frames, each padded to 30 s or not."""
-        self.mel_frames += sum(mel_lengths)
-        self.computed_mel_frames += sum(
+    def add_batch(self, module: Any, batch: Batch) -> None:
+        """Add a micro-batch."""
+        mel_lengths, padded = batch.mel_lengths, module.encoder.padded_clips(batch, batch.padded)
+        computed = [
             MAX_MEL_FRAMES if is_padded else length
             for length, is_padded in zip(mel_lengths, padded, strict=True)
-        )
-        self.tokens += tokens
+        ]
+        self.mel_frames += sum(mel_lengths)
+        self.computed_mel_frames += sum(computed)
+        self.tokens += sum(batch.targets.lengths)
         self.clips += len(mel_lengths)
-        self.flops += flops
+        self.flops += _flops(module, batch, mel_lengths)
+        self.computed_flops += _flops(module, batch, computed, recomputed=True)
 
     def __add__(self, other: "Throughput") -> "Throughput":
         return Throughput(
@@ -169,7 +172,7 @@ class Throughput:
     def metrics(self, ranks: int = 1, peak: float | None = None) -> dict[str, float]:
         """Return the metrics to log, over all ranks, which are assumed to be equally fast.
 
-        `peak` is the peak FLOP/s of the device, for `mfu`.
+        `peak` is the peak FLOP/s of the device, for `mfu` and `hfu`.
         """
         if not self.seconds:
             return {}
@@ -184,6 +187,7 @@ class Throughput:
             metrics["teraflops"] = ranks * self.flops / self.seconds / 1e12
             if peak:
                 metrics["mfu"] = self.flops / self.seconds / peak
+                metrics["hfu"] = self.computed_flops / self.seconds / peak
         return metrics
 
     def totals(self, ranks: int = 1) -> dict[str, float]:
@@ -216,9 +220,7 @@ class ThroughputMeter(lightning.Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, *_: Any) -> None:
         self._waited += time.perf_counter() - self._step_end
         # Counted before the step, so that a checkpoint written after it includes it.
-        padded = module.encoder.padded_clips(batch.mel_lengths, batch.padded)
-        tokens = sum(batch.targets.lengths)
-        self._interval.add_batch(batch.mel_lengths, tokens, _flops(module, batch), padded)
+        self._interval.add_batch(module, batch)
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -259,7 +261,7 @@ class ThroughputMeter(lightning.Callback):
             f"waited for data {metrics.get('data_wait_fraction', 0):.0%}",
             f"padding {metrics.get('padding_fraction', 0):.0%}",
             *([f"{metrics['teraflops']:.3g} TFLOP/s"] if "teraflops" in metrics else []),
-            *([f"MFU {metrics['mfu']:.0%}"] if "mfu" in metrics else []),
+            *([f"{key.upper()} {metrics[key]:.0%}" for key in ("mfu", "hfu") if key in metrics]),
             f"peak memory {metrics['peak_memory_gib']:.1f} GiB",
         ]
         return "Trained at " + " · ".join(parts)
@@ -348,19 +350,32 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIBIBYTE
 
 
-def _flops(module: Any, batch: Batch) -> float:
-    """Return the useful FLOPs of a micro-batch, or NaN if the decoder does not count its own."""
-    decoder_flops = getattr(module.decoder, "flops", None)
-    if decoder_flops is None:
+def _flops(
+    module: Any, batch: Batch, mel_lengths: Sequence[int], *, recomputed: bool = False
+) -> float:
+    """Return the FLOPs of a micro-batch with these F, or NaN if the decoder does not count its own.
+
+    With `recomputed`, layers that gradient checkpointing recomputes count twice.
+    """
+    decoder, encoder = module.decoder, module.encoder
+    if not hasattr(decoder, "flops"):
         return math.nan
-    config, lengths = module.encoder.whisper.config, list(map(encoder_frames, batch.mel_lengths))
-    trained = module.encoder_learns and any(p.requires_grad for p in module.encoder.parameters())
-    flops = encoder_flops(config, batch.mel_lengths, lengths, trained=trained)
+    config, lengths = encoder.whisper.config, list(map(encoder_frames, mel_lengths))
+    trained = module.encoder_learns and any(p.requires_grad for p in encoder.parameters())
+    again = recomputed and encoder.gradient_checkpointing
+    flops = encoder_flops(
+        *(config, mel_lengths, lengths),
+        trained=trained,
+        recomputed=again,
+        frozen_weights=hasattr(encoder, "lora_scale"),
+    )
     if module.distillation and trained:
-        mel_lengths = [batch.mel_lengths[i] for i in module.distillation.compared(batch)]
-        own = list(map(encoder_frames, mel_lengths))
-        flops += encoder_flops(config, mel_lengths, own, trained=False)
-    return flops + decoder_flops(lengths, batch.targets)
+        compared = module.distillation.compared(batch)
+        chosen, own = [mel_lengths[i] for i in compared], [lengths[i] for i in compared]
+        flops += encoder_flops(config, chosen, own, trained=False)
+    if recomputed and getattr(decoder, "gradient_checkpointing", False):
+        return flops + decoder.flops(lengths, batch.targets, recomputed=True)
+    return flops + decoder.flops(lengths, batch.targets)
 
 
 class RunProgressBar(TQDMProgressBar):
