@@ -16,6 +16,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.plugins import HalfPrecision
 from rich.console import Console
 from safetensors.torch import load_file, save_file
