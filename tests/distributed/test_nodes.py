@@ -18,8 +18,8 @@ from whisper_aut.config import dump_settings
 from whisper_aut.training.run_dir import RunDirectory
 from whisper_aut.training.train import train
 
-LAUNCH = blocks_of(REPOSITORY / "docs" / "scale.md", "Launch")
-NODES = ("hardware.devices=1", "hardware.nodes=2", "data.workers=0", "strategy=ddp")
+BLOCKS = blocks_of(REPOSITORY / "docs" / "scale.md")
+NODES = ("hardware.devices=1", "hardware.nodes=2", "strategy=ddp", "data.workers=0")
 # Starts its command once for each of two nodes, as Slurm does.
 SRUN = """#!/bin/bash
 for node in 0 1; do
@@ -34,7 +34,7 @@ exit ${status:-0}
 @pytest.fixture
 def config(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path) -> Path:
     """The config of two ranks; that of one rank with the same steps has been trained."""
-    short = ("trainer.max_steps=3",)
+    short = ("trainer.max_steps=3", "probe.tasks=[]", "export=[]")
     train(
         settings_for(tiny_whisper, tiny_shards, tmp_path / "one", *short, "data.batch_clips=4"),
         Console(quiet=True),
@@ -56,7 +56,7 @@ def check_losses(folder: Path) -> None:
 @pytest.mark.slow
 def test_one_torchrun_per_node(config: Path, tmp_path: Path):
     (command,) = (
-        words for block in LAUNCH for words in block.commands if any("--nnodes" in w for w in words)
+        words for block in BLOCKS for words in block.commands if any("--nnodes" in w for w in words)
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -88,8 +88,10 @@ def test_one_torchrun_per_node(config: Path, tmp_path: Path):
 
 def run_slurm_script(folder: Path, program: str, config: Path) -> subprocess.CompletedProcess[str]:
     """Run the script of the page with programs in the place of Slurm's."""
-    (script,) = (block.text for block in LAUNCH if "#SBATCH" in block.text)
-    script = script.replace("conf/aut.yaml hardware=8x8gpu", shlex.quote(str(config)))
+    (script,) = (block.text for block in BLOCKS if "scontrol" in block.text)
+    words = "conf/aut.yaml hardware=8x8gpu data.root=/data"
+    assert words in script
+    script = script.replace(words, shlex.quote(str(config)))
     for name, text in (
         ("srun", SRUN),
         ("whisper-aut", f"#!/bin/bash\n{program}\n"),
@@ -113,7 +115,7 @@ def test_the_slurm_script_trains_on_all_nodes(config: Path, tmp_path: Path):
     logs = [(tmp_path / f"node-{node}").read_text()[-3000:] for node in (0, 1)]
     assert done.returncode == 0, (done.stderr, *logs)
     assert "scontrol" not in done.stdout
-    assert (tmp_path / "two" / "smoke" / "4711").is_dir(), "the run is named after the job"
+    assert (tmp_path / "two" / "smoke" / "slurm-4711").is_dir(), "the run is named after the job"
     check_losses(tmp_path)
 
 
