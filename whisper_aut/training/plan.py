@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -184,7 +183,7 @@ def step_cost(
 
     `build_meta` builds a decoder without weights from `(config, gradient_checkpointing)`.
     """
-    with FakeTensorMode(), _lora_on_fake_tensors():
+    with FakeTensorMode(), _modules_stay():
         encoder = PackedEncoder(
             WhisperEncoder(config), shape.padding, shape.gradient_checkpointing
         ).train()
@@ -237,20 +236,14 @@ def step_cost(
 
 
 @contextmanager
-def _lora_on_fake_tensors() -> Iterator[None]:
-    """Let peft add low-rank updates to fake tensors, which `Module.to` cannot move."""
-    if find_spec("peft") is None:
-        yield
-        return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    name = "_move_adapter_to_device_of_base_layer"
-    move = getattr(BaseTunerLayer, name)
-    setattr(BaseTunerLayer, name, lambda *_, **__: None)
+def _modules_stay() -> Iterator[None]:
+    """Let `Module.to`, which fails for fake tensors, do nothing. Adding LoRA calls it."""
+    move = nn.Module.to
+    nn.Module.to = lambda self, *_, **__: self  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        setattr(BaseTunerLayer, name, move)
+        nn.Module.to = move
 
 
 class StepCounter(TorchDispatchMode):

@@ -60,7 +60,7 @@ class Sum(lightning.LightningModule):
         self.gradients: list[float] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.linear(batch).sum()
+        return self.linear(batch.to(self.linear.weight.dtype)).sum()
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=0.0)
