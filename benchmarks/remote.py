@@ -7,16 +7,20 @@ reader: webdataset's own pipeline. With decoding, clips become log-mels; the oth
 that the link needs. S3 is that of moto, without a limit; there the other sides are the download and
 mosaicml-streaming, where it is installed (it does not read over HTTP). Before anything is timed, it
 is checked that all clips arrive once, that no byte is fetched twice, and that requests are large.
+Every side reads all clips, with the audio as bytes and the annotation parsed.
 
-Run it while nothing else runs on its cores: taskset -c 0,1 python benchmarks/remote.py
+Run it while nothing else runs on its cores: taskset -c 0,1 python benchmarks/all.py --runs 3 remote
 """
 
 import io
+import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from multiprocessing import Process
@@ -34,7 +38,7 @@ from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.batch import Batch, TokenTarget, collate
-from whisper_aut.data.dataset import BatchStream, ExampleBuilder, StreamSource
+from whisper_aut.data.dataset import BatchStream, ExampleBuilder, StreamSource, batch_loader
 from whisper_aut.data.reader import DEFAULT_POLICY, Sample, read_range
 from whisper_aut.data.sampler import ByClips, Cursor, EpochOrder, SourceShape
 from whisper_aut.data.shards import ShardIndex, iter_samples, open_index
@@ -168,7 +172,14 @@ def stream(index: ShardIndex, *, decode: bool, rank: int = 0, ranks: int = 1) ->
 def read(url: str) -> float:
     """Return the seconds in which an epoch is read."""
     index = open_index(url)
-    return seconds(lambda: sum(1 for _ in stream(index, decode=False)))
+
+    def clips() -> int:
+        epoch = stream(index, decode=False)
+        for _ in epoch:
+            pass
+        return len(epoch.keys)
+
+    return seconds(clips, index.samples)
 
 
 def read_rank(url: str, rank: int, ranks: int) -> None:
@@ -180,7 +191,7 @@ def read_by_ranks(url: str, ranks: int) -> float:
     """Return the seconds in which processes read an epoch together, their start included."""
     processes = [Process(target=read_rank, args=(url, rank, ranks)) for rank in range(ranks)]
 
-    def run() -> None:
+    def run() -> None:  # `check` has counted the clips
         for process in processes:
             process.start()
         for process in processes:
@@ -196,15 +207,13 @@ def read_by_webdataset(url: str) -> float:
     import webdataset
 
     index = open_index(url)
-    tars = [f"pipe:curl -s {index.url(number)}" for number in range(len(index.shards))]
+    tars = [f"pipe:curl -sf {index.url(number)}" for number in range(len(index.shards))]
 
-    def run() -> None:
+    def clips() -> int:
         dataset = webdataset.WebDataset(tars, shardshuffle=len(tars), seed=0)  # pyright: ignore
-        dataset = dataset.shuffle(1000)
-        if sum(1 for _ in dataset) != CLIPS:
-            raise AssertionError("webdataset did not read every clip")
+        return sum(bool(json.loads(sample["json"])) for sample in dataset.shuffle(1000))
 
-    return seconds(run)
+    return seconds(clips, index.samples)
 
 
 def read_by_streaming(url: str, folder: Path) -> float:
@@ -214,7 +223,7 @@ def read_by_streaming(url: str, folder: Path) -> float:
     with TemporaryDirectory(dir=folder) as cache:
         options = {"shuffle": True, "batch_size": BATCH_CLIPS, "shuffle_seed": 0}
         dataset = StreamingDataset(remote=url, local=cache, **options)
-        return seconds(lambda: sum(1 for _ in dataset))
+        return seconds(lambda: sum(bool(sample["text"]) for sample in dataset), CLIPS)
 
 
 def write_mds(folder: Path, out: Path) -> None:
@@ -228,9 +237,14 @@ def write_mds(folder: Path, out: Path) -> None:
             writer.write({"audio": item.audio, "text": item.annotation.text})
 
 
-def decoded(url: str) -> float:
+def decoded(url: str, workers: int) -> float:
+    """Return the seconds in which an epoch becomes log-mels, the start of workers included."""
     index = open_index(url)
-    return seconds(lambda: sum(len(batch) for batch in stream(index, decode=True)))
+
+    def clips() -> int:
+        return sum(len(batch) for batch in batch_loader(stream(index, decode=True), workers))
+
+    return seconds(clips, index.samples)
 
 
 def download(url: str) -> float:
@@ -249,10 +263,14 @@ def download(url: str) -> float:
         return seconds(lambda: sum(pool.map(fetch, ranges)))
 
 
-def seconds(action: Any) -> float:
+def seconds(action: Callable[[], Any], expected: int | None = None) -> float:
+    """Return the seconds of an action, which has to return `expected`, if that is given."""
     begin = time.perf_counter()
-    action()
-    return time.perf_counter() - begin
+    found = action()
+    taken = time.perf_counter() - begin
+    if expected is not None and found != expected:
+        raise AssertionError(f"{found} clips were read instead of {expected}")
+    return taken
 
 
 def shards(folder: Path) -> None:
@@ -274,7 +292,7 @@ def check(link: Link) -> tuple[float, float]:
     epoch = stream(index, decode=False)
     for _ in epoch:
         pass
-    if sorted(epoch.keys) != [f"{number:06d}" for number in range(CLIPS)]:
+    if sorted(epoch.keys) != [f"{number:06d}" for number in range(index.samples)]:
         raise AssertionError("an epoch is not every clip once")
     after = link.sent()
     fetched = (after["bytes"] - before["bytes"]) / total
@@ -288,6 +306,7 @@ def serve_s3(pipe: Connection) -> None:
     """Run moto's S3 until asked to stop, in a process of its own."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     pipe.send("http://{}:{}".format(*server.get_host_and_port()))
@@ -370,18 +389,19 @@ def cases(runs: int) -> Iterator[Row]:
         yield from s3_cases(Path(folder), runs)
         link = Link(Path(folder), SLOW)
         try:
-            yield compare_values(
-                f"with decoding at {SLOW / 1e6:.0f} MB/s",
-                lambda: decoded(link.url),
-                lambda: sum(shard.bytes for shard in open_index(link.url).shards) / SLOW,
-                unit="s",
-                against="the link",
-                runs=runs,
-            )
+            for workers in (0, 2):
+                yield compare_values(
+                    f"with decoding at {SLOW / 1e6:.0f} MB/s, {workers} workers",
+                    partial(decoded, link.url, workers),
+                    lambda: sum(shard.bytes for shard in open_index(link.url).shards) / SLOW,
+                    unit="s",
+                    against="the link",
+                    runs=runs,
+                )
         finally:
             link.close()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(cases, "Shards from a server, without workers")
+    main(cases, "Shards from a server")
