@@ -1,4 +1,4 @@
-"""Corpora as people have them, from their files to a training step."""
+"""Corpora as people have them, from their files to a training step, from the command line."""
 
 import gzip
 import io
@@ -12,17 +12,28 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support import REPOSITORY
 from tests.support.audio import encode_audio
-from tests.support.training import QUIET, settings_for
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.cli import main
 from whisper_aut.data.reader import Sample
 from whisper_aut.data.shards import iter_samples, open_index
-from whisper_aut.training.train import train
+from whisper_aut.training.run_dir import RunDirectory
 
 
 def noise(seconds: float, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-0.4, 0.4, round(seconds * 8_000)).astype(np.float32)
+
+
+def train(tiny_whisper: Path, runs: Path, *overrides: str) -> RunDirectory:
+    """Run `whisper-aut train` without exports and probes."""
+    config = str(REPOSITORY / "conf" / "smoke.yaml")
+    chosen = [
+        *("corpora.demo=null", "model.after=", f"model.path={tiny_whisper}", f"runs={runs}"),
+        *("export=[]", "probe.tasks=[]", "trainer.log_every_steps=1", "data.batch_clips=3"),
+    ]
+    assert main(["train", config, *chosen, *overrides]) == 0
+    return RunDirectory((runs / "smoke" / "latest").resolve())
 
 
 def test_clips_of_30_seconds_and_clips_with_five_captions_train(tiny_whisper: Path, tmp_path: Path):
@@ -52,9 +63,8 @@ def test_clips_of_30_seconds_and_clips_with_five_captions_train(tiny_whisper: Pa
         f"{{path: {shards}/genres, domain: music}}",
         f"{{path: {shards}/clotho/train, domain: sound}}",
     ]
-    settings = settings_for(
+    run = train(
         tiny_whisper,
-        shards,
         tmp_path / "runs",
         f"data.train=[{', '.join(train_on)}]",
         f"data.valid=[{{path: {shards}/clotho/valid, domain: sound}}]",
@@ -62,7 +72,6 @@ def test_clips_of_30_seconds_and_clips_with_five_captions_train(tiny_whisper: Pa
         "trainer.max_steps=2",
         "trainer.valid_every_steps=2",
     )
-    run = train(settings, QUIET).run
     done = json.loads(run.done.read_text())
     assert (done["steps"], done["skipped"]) == (2, {})
     assert list(done["cut"]) == [str(shards / "genres")]
@@ -122,19 +131,17 @@ def test_shards_of_others_train_with_the_mapping_that_inspect_prints(
     relabelled.write_text("\n".join(map(json.dumps, rows)))
     sources[1] = f"{sources[1][:-1]}, annotations: {relabelled}}}"
 
-    settings = settings_for(
-        tiny_whisper,
-        tmp_path,
-        tmp_path / "runs",
-        f"data.train=[{', '.join(sources)}]",
-        f"data.valid=[{', '.join(sources)}]",
-        "data.domains={speech: 0, sound: 0.5, music: 0, bioacoustics: 0.5}",
-        "trainer.max_steps=1",
-        "trainer.valid_every_steps=1",
-        "trainer.generate_clips=6",
-    )
     with caplog.at_level(logging.WARNING):
-        run = train(settings, QUIET).run
+        run = train(
+            tiny_whisper,
+            tmp_path / "runs",
+            f"data.train=[{', '.join(sources)}]",
+            f"data.valid=[{', '.join(sources)}]",
+            "data.domains={speech: 0, sound: 0.5, music: 0, bioacoustics: 0.5}",
+            "trainer.max_steps=1",
+            "trainer.valid_every_steps=1",
+            "trainer.generate_clips=6",
+        )
     assert f"1 of 4 ids of {relabelled} are not keys of {tmp_path}/xares: whale/3." in caplog.text
     done = json.loads(run.done.read_text())
     assert (done["steps"], done["skipped"]) == (1, {})
@@ -148,8 +155,8 @@ def test_shards_of_others_train_with_the_mapping_that_inspect_prints(
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
-def test_a_hugging_face_dataset_on_disk_is_built_with_its_splits_and_classes(
-    suffix: str, tmp_path: Path
+def test_a_hugging_face_dataset_on_disk_is_built_with_its_splits_and_classes_and_trains(
+    suffix: str, tiny_whisper: Path, tmp_path: Path
 ):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -189,27 +196,13 @@ def test_a_hugging_face_dataset_on_disk_is_built_with_its_splits_and_classes(
     assert samples[1].audio == clip
     assert "audio" not in samples[1].annotation.extra
     assert open_index(tmp_path / "out" / "test").samples == 1
-
-
-def test_a_hugging_face_dataset_trains(tiny_whisper: Path, tmp_path: Path):
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    clips = [{"bytes": encode_audio(noise(1, n), 8_000), "path": None} for n in range(4)]
-    table = pyarrow.table({"audio": clips, "sentence": ["one", "two", "three", "four"]})
-    parquet.write_table(table, tmp_path / "clips.parquet")
-    shards = tmp_path / "shards"
-    build = ["data", "build", str(tmp_path / "clips.parquet"), "--out", str(shards)]
-    assert main([*build, "--domain", "speech", "--workers", "1"]) == 0
-    sources = f"[{{path: {shards}, domain: speech}}]"
-    settings = settings_for(
+    run = train(
         tiny_whisper,
-        shards,
         tmp_path / "runs",
-        f"data.train={sources}",
-        f"data.valid={sources}",
-        "data.domains={speech: 1, sound: 0, music: 0}",
+        f"data.train=[{{path: {tmp_path}/out/train, domain: sound}}]",
+        f"data.valid=[{{path: {tmp_path}/out/test, domain: sound}}]",
+        "data.domains={speech: 0, sound: 1, music: 0}",
         "trainer.max_steps=1",
     )
-    done = json.loads(train(settings, QUIET).run.done.read_text())
+    done = json.loads(run.done.read_text())
     assert (done["steps"], done["skipped"]) == (1, {})
