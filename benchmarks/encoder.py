@@ -21,7 +21,6 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.models.encoder import PackedEncoder
-from whisper_aut.training.doctor import find_compiler
 
 CASES_SECONDS = {
     "5 s": [5.0] * 8,
@@ -67,24 +66,6 @@ def cases(runs: int) -> Iterator[Row]:
                 ),
                 lambda longest=longest: shortened(theirs, longest).square().mean().backward(),
                 against="transformers.WhisperEncoder's layers, clips padded to the longest",
-                runs=runs,
-                steps=True,
-            )
-        if find_compiler():
-            compiled = PackedEncoder(whisper, "none").train()
-            compiled.compile_layers()
-            assert_close(
-                compiled(mel, lengths).values, ours(mel, lengths).values, atol=1e-5, rtol=0
-            )
-            yield compare(
-                f"{case}, compiled",
-                lambda compiled=compiled, mel=mel, lengths=lengths: (
-                    compiled(mel, lengths).values.square().mean().backward()
-                ),
-                lambda ours=ours, mel=mel, lengths=lengths: (
-                    ours(mel, lengths).values.square().mean().backward()
-                ),
-                against="ours without torch.compile",
                 runs=runs,
                 steps=True,
             )

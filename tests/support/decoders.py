@@ -1,10 +1,11 @@
-"""Frames and targets for decoder tests, and a `causal_lm` decoder over a tiny language model."""
+"""Frames and targets for decoder tests, tiny configurations, and a `causal_lm` decoder."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Qwen3Config, WhisperConfig
 
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.batch import Targets
@@ -14,6 +15,31 @@ from whisper_aut.models.pretrained import PretrainedWhisper
 
 TEXTS = ("a dog barks twice", "rain falls", "a slow tune on a piano")
 CAPTION = {"caption": {"prompts": ["Describe it.", "What is it?"]}}
+
+
+def tiny_configs(layers: int) -> tuple[WhisperConfig, Qwen3Config]:
+    whisper = WhisperConfig(
+        vocab_size=50,
+        d_model=16,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_mel_bins=80,
+        pad_token_id=0,
+    )
+    language = Qwen3Config(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return whisper, language
 
 
 def frames_and_lengths(width: int = 32) -> tuple[Tensor, tuple[int, ...]]:

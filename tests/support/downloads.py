@@ -1,4 +1,4 @@
-"""An HTTP server on this machine, and archives to download from it."""
+"""An HTTP server on this machine, archives to download from it, and unpacked corpora."""
 
 import io
 import tarfile
@@ -6,6 +6,10 @@ import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from whisper_aut.audio.decode import ClipLimits
+from whisper_aut.data.reader import Sample
+from whisper_aut.data.shards import iter_samples, open_index
 
 
 class Server(ThreadingHTTPServer):
@@ -67,3 +71,20 @@ def zip_of(path: Path, members: dict[str, bytes]) -> Path:
         for name, body in members.items():
             archive.writestr(name, body)
     return path
+
+
+def csv(*rows: str) -> bytes:
+    return "\n".join(rows).encode()
+
+
+def lay_out(root: Path, files: dict[str, bytes]) -> Path:
+    for name, body in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(body)
+    return root
+
+
+def samples(folder: Path) -> list[Sample]:
+    return [
+        item for item in iter_samples(open_index(folder), ClipLimits()) if isinstance(item, Sample)
+    ]

@@ -126,6 +126,7 @@ def read_range(url: str, start: int, end: int, policy: ReadPolicy = DEFAULT_POLI
             return file.read(end - start)
     filesystem, path = open_filesystem(url, policy)
     server = url.rpartition("://")[2].partition("/")[0]
+    data = b""
     if server not in _without_ranges:
         action = partial(filesystem.cat_file, path, start=start, end=end)
         data = _with_retries(url, policy, action)
@@ -139,7 +140,8 @@ def read_range(url: str, start: int, end: int, policy: ReadPolicy = DEFAULT_POLI
                 "downloaded again and again. Use another server, or copy the shards to a disk."
             )
         if _whole_file[0] != url:
-            _whole_file = url, _with_retries(url, policy, partial(filesystem.cat_file, path))
+            data = data or _with_retries(url, policy, partial(filesystem.cat_file, path))
+            _whole_file = url, data
         return _whole_file[1][start:end]
 
 

@@ -267,7 +267,8 @@ class OwnLengthEncoder(WhisperEncoder):
             for features, length in zip(input_features, lengths, strict=True)
         ]
         frames = PackedEncoder(self)(torch.cat(clips), lengths).valid()
-        return BaseModelOutput(last_hidden_state=pad_sequence(frames, batch_first=True))  # pyright: ignore[reportArgumentType]
+        padded: Any = pad_sequence(frames, batch_first=True)
+        return BaseModelOutput(last_hidden_state=padded)
 
 
 def add_lora(encoder: PackedEncoder, rank: int, alpha: int) -> None:

@@ -354,22 +354,23 @@ def recompute_layers(model: PreTrainedModel) -> None:
     Hugging Face's own switch works only in training mode, but a frozen model stays in eval mode.
     """
     options = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers(model)}
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = partial(checkpoint, layer.forward, **options)  # pyright: ignore[reportAttributeAccessIssue]
+    for layer in _layers(model):
+        layer.forward = partial(checkpoint, layer.forward, **options)
 
 
 def compile_layers(model: PreTrainedModel) -> None:
     """Run every layer through `torch.compile`; see `attention.compile_layer`."""
-    for layer in model.modules():
-        if not isinstance(layer, GradientCheckpointingLayer):
-            continue
-        forward: Any = layer.forward
+    for layer in _layers(model):
+        forward = layer.forward
         if isinstance(forward, partial):  # of `recompute_layers`
             compiled = compile_layer(*forward.args)
             layer.forward = partial(forward.func, compiled, **forward.keywords)
         else:
             layer.forward = compile_layer(forward)
+
+
+def _layers(model: PreTrainedModel) -> list[Any]:
+    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
 def weights_hash(module: nn.Module) -> str:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, Qwen3Config, WhisperConfig
+from transformers import AutoModelForCausalLM
 from transformers.models.whisper.modeling_whisper import WhisperDecoder as HFWhisperDecoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from tests.support.decoders import tiny_configs
 from whisper_aut.audio.logmel import frames_with_context
 from whisper_aut.models import attention
 from whisper_aut.models.adapters import AdapterOptions, build_adapter
@@ -26,27 +27,7 @@ from whisper_aut.models.encoder import PackedEncoder
 from whisper_aut.training.doctor import find_compiler
 from whisper_aut.training.plan import placeholder_targets
 
-HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-WHISPER = WhisperConfig(
-    **HEADS,
-    vocab_size=50,
-    d_model=16,
-    encoder_layers=3,
-    decoder_layers=3,
-    encoder_ffn_dim=32,
-    decoder_ffn_dim=32,
-    num_mel_bins=80,
-    pad_token_id=0,
-)
-LANGUAGE = Qwen3Config(
-    vocab_size=50,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-)
+WHISPER, LANGUAGE = tiny_configs(layers=3)
 # Mel frames and text tokens of the clips of each batch.
 BATCHES = (
     ((120, 40, 40), (7, 9, 9)),

@@ -21,10 +21,11 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, Qwen3Config, WhisperConfig
+from transformers import AutoModelForCausalLM
 from transformers.models.whisper.modeling_whisper import WhisperDecoder as HFWhisperDecoder
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from tests.support.decoders import tiny_configs
 from tests.support.training import QUIET, add_callbacks, settings_for
 from whisper_aut.audio import augment
 from whisper_aut.audio.augment import Augment, AugmentSettings
@@ -44,27 +45,7 @@ from whisper_aut.training.train import train
 
 CUDA = torch.device("cuda", 0)
 SAMPLES, TEXTS = (8_000, 24_000, 24_000), (5, 9, 7)
-CONFIG = WhisperConfig(
-    vocab_size=50,
-    d_model=16,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=2,
-    decoder_attention_heads=2,
-    encoder_ffn_dim=32,
-    decoder_ffn_dim=32,
-    num_mel_bins=80,
-    pad_token_id=0,
-)
-LANGUAGE = Qwen3Config(
-    vocab_size=50,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-)
+CONFIG, LANGUAGE = tiny_configs(layers=2)
 
 
 class NoWaiting(TorchDispatchMode):
