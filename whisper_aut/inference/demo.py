@@ -122,8 +122,7 @@ class DemoModels:
     def _draw_map(self, axes: Any, name: str, index: SearchIndex, clip: str) -> None:
         query = normalize(index.embed(self.encoders[name], [clip])[0].flatten(), dim=0)
         mean = index.units.mean(0)
-        directions = torch.linalg.svd(index.units - mean, full_matrices=False).Vh[:2].T
-        points, star = (index.units - mean) @ directions, (query - mean) @ directions
+        points, star = ((units - mean) @ index.main_directions for units in (index.units, query))
         groups = [self.group(clip_name) for clip_name in index.names]
         for number, group in enumerate(sorted(set(groups))):
             mine = points[[own == group for own in groups]]

@@ -6,6 +6,7 @@ embeddings of 1,280 values.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -49,6 +50,12 @@ class SearchIndex:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @cached_property
+    def main_directions(self) -> Tensor:
+        """The two directions of largest variance of the clips (PCA), `[D, 2]`."""
+        centred = self.units - self.units.mean(0)
+        return torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
 
     def open_encoder(self, *, path: str = "", device: str = "cpu", dtype: str = "") -> AudioEncoder:
         """Load the encoder that made the index.
