@@ -145,6 +145,7 @@ class SkipSample(Exception):
     """
 
     def __init__(self, reason: SkipReason, detail: str = ""):
+        detail = detail.removesuffix(".")  # libraries end theirs with a full stop
         super().__init__(f"{reason}: {detail}" if detail else str(reason))
         self.reason = reason
         self.detail = detail

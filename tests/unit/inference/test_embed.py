@@ -43,6 +43,10 @@ def test_files_need_no_rate_and_equal_arrays(in_pipeline_run: Path, encoder: Aud
         encoder.embed(Path("clip.wav"))  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=r"gone\.wav cannot be used: missing file"):
         encoder.encode(["clip.wav", "gone.wav"])
+    (in_pipeline_run / "bad.wav").write_bytes(b"RIFFbroken")
+    with pytest.raises(UserError, match=r"bad\.wav cannot be used: undecodable audio: .*[^.]\.$"):
+        encoder.encode(["bad.wav"])
+    (in_pipeline_run / "bad.wav").unlink()
     with pytest.raises(UserError, match=r"layers 0 .* to 2, not 3"):
         encoder.encode(["clip.wav"], layers=[3])
 
