@@ -55,7 +55,7 @@ NO_CLIPS = MicroBatch(0, ())
 ClipId = tuple[int, int, int]  # partition, source, and running number; see `Order.draws`
 READ_THREADS = 8
 # How far a worker reads ahead of the batch that it decodes.
-AHEAD_BYTES, AHEAD_BATCHES = 64 << 20, 64
+AHEAD_BYTES, AHEAD_BATCHES = 256 << 20, 64
 PREFETCH_BATCHES = 4
 NOISE_LIMITS = ClipLimits(min_seconds=0.1, max_seconds=60.0)
 
