@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -21,6 +22,9 @@ from whisper_aut.errors import EXTRAS, Interrupted, MissingModule, Preempted, Us
 
 # Table width when the output goes to a file or a pipe, which has no window width.
 FILE_COLUMNS = 160
+# ESC and its kin → their visible pictures in Unicode; line breaks and tabs stay.
+CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+CONTROL_PICTURES |= dict.fromkeys(range(0x7F, 0xA0), 0x2421)
 # 75 is EX_TEMPFAIL in sysexits.h: a temporary failure, try again later.
 EXIT_USER_ERROR, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 75, 130
 
@@ -37,19 +41,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options, console)
     except UserError as error:
-        errors.print(Text.assemble(("Error:", "bold red"), f" {error}"))
+        _print_error(errors, f"{error}")
         return EXIT_USER_ERROR
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
         if not any(module in modules for modules in EXTRAS.values()):
             raise
-        errors.print(Text.assemble(("Error:", "bold red"), f" {MissingModule(module)}"))
+        _print_error(errors, f"{MissingModule(module)}")
         return EXIT_USER_ERROR
     except OSError as error:
         # An error with a file name is a user error: a path that the command cannot read or write.
         if not error.filename:
             raise
-        errors.print(Text.assemble(("Error:", "bold red"), f" {error.filename}: {error.strerror}."))
+        _print_error(errors, f"{error.filename}: {error.strerror}.")
         return EXIT_USER_ERROR
     except (Interrupted, KeyboardInterrupt) as stop:
         # Only rank 0 reports the interruption. The other ranks return 0, because a launcher kills
@@ -62,9 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _print_error(console: Console, message: str) -> None:
+    console.print(Text("Error:", "bold red"), message, highlight=False)
+
+
+class _SafeConsole(Console):
+    """Shows control characters of captions and file names, which would drive the terminal."""
+
+    def render_str(self, text: str, *args: Any, **options: Any) -> Text:
+        return super().render_str(text.translate(CONTROL_PICTURES), *args, **options)
+
+
 def _console(stderr: bool = False) -> Console:
     # Without markup and emoji, because names may contain brackets and codes such as `:-1:`.
-    console = Console(stderr=stderr, soft_wrap=True, emoji=False, markup=False)
+    console = _SafeConsole(stderr=stderr, soft_wrap=True, emoji=False, markup=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = FILE_COLUMNS
     return console

@@ -38,7 +38,7 @@ from whisper_aut.data.annotation import DOMAINS
 from whisper_aut.data.settings import DataSettings, Domain, Fraction
 from whisper_aut.data.targets import LossSettings
 from whisper_aut.errors import MissingModule, UserError, nearest
-from whisper_aut.schema import STRICT, Text, build
+from whisper_aut.schema import STRICT, Text, build, check_yaml
 
 LOCAL_CONF = Path("conf")  # relative to the working directory
 PACKAGE_CONF = Path(__file__).parent / "conf"
@@ -82,6 +82,7 @@ def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> 
     folders = _search_path(path, kind)
     choices, values = _split_overrides(overrides, folders)
     try:
+        check_yaml(path.read_text(encoding="utf-8"))
         config = _compose_groups(path, folders, choices)
         # Hydra's override grammar cannot take all values (paths with `=`, commas or spaces), and
         # stops at the first unknown key.
@@ -92,7 +93,7 @@ def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> 
         message = str(error) or str(error.__cause__)
         reason = " ".join(message.partition("Config search path")[0].split())
     except RecursionError:
-        reason = "its `defaults` list leads back to the config itself."
+        reason = "it is nested too deeply, or its `defaults` list leads back to the config itself."
     except TypeError:  # OmegaConf raises it when a mapping is merged into a list
         reason = (
             "an override reaches inside a list, or puts keys where there are none. "

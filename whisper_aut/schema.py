@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cache
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
+import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -20,6 +21,7 @@ from whisper_aut.errors import UserError, nearest
 
 T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+MAX_YAML_VALUES = 100_000
 _adapter = cache(TypeAdapter)
 PLAIN_WORDS = {"Input should be": "must be", " or must be": " or", " array": " list"}
 PLAIN_WORDS |= {"a valid boolean": "true or false", "a valid string": "text"}
@@ -114,3 +116,17 @@ def _dataclasses_in(kind: Any) -> Iterator[type]:
         yield kind
     for argument in get_args(kind):
         yield from _dataclasses_in(argument)
+
+
+def check_yaml(text: str) -> None:
+    """Raise a `YAMLError` if the aliases of YAML multiply its content, perhaps without end."""
+    count, nodes = 0, [yaml.compose(text, Loader=yaml.SafeLoader)]
+    while nodes:
+        node = nodes.pop()
+        count += 1
+        if isinstance(node, yaml.MappingNode):
+            nodes += chain.from_iterable(node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        if count + len(nodes) > MAX_YAML_VALUES:
+            raise yaml.YAMLError(f"it has more than {MAX_YAML_VALUES} values")

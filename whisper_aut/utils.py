@@ -70,6 +70,18 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """Parse JSON of unknown origin; `options` are those of `json.loads`.
+
+    Raises:
+        ValueError: it is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("JSON is nested too deeply") from None
+
+
 def read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -81,11 +93,11 @@ def read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str,
         UserError: the file is missing, is not valid JSON, or does not hold an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         problem = ""
     except OSError as error:
         content, problem = None, f"Cannot read {path}: {error.strerror}."
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         content, problem = None, f"{path} is not valid JSON: {error}."
     if isinstance(content, dict):
         return content

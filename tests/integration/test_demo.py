@@ -11,7 +11,13 @@ from tests.support.audio import encode_audio, tone
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
 from whisper_aut.inference.chat import answer, describe, stream
-from whisper_aut.inference.demo import DemoModels, build_page, launch_page, spectrogram
+from whisper_aut.inference.demo import (
+    DemoModels,
+    _show_errors,
+    build_page,
+    launch_page,
+    spectrogram,
+)
 from whisper_aut.loading import open_demo_models, open_run
 
 RUN = "runs/aut_tiny/latest"
@@ -140,10 +146,12 @@ def test_the_spectrogram_has_units_and_the_clips_length(pipeline_run: Path, tmp_
 def test_the_page_answers_over_http(
     listener: DemoModels, pipeline_run: Path, free_port: int, tmp_path: Path
 ):
-    pytest.importorskip("gradio")
+    gradio = pytest.importorskip("gradio")
     from gradio_client import Client, handle_file
 
     page = build_page(listener, "a test")
+    with pytest.raises(gradio.Error, match="&lt;b&gt;"):  # which the page shows as HTML
+        list(_show_errors(lambda clip: open_demo_models(clip, "", "none"))("./<b>"))
     address = launch_page(page, port=free_port, folders=[str(pipeline_run / "clips")])
     try:
         assert address.startswith("http://127.0.0.1:")

@@ -12,6 +12,7 @@ so a recording that begins at a high bit rate loses its end. Both are detected i
 
 import io
 import mmap
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -367,8 +368,12 @@ def load_file(path: Path, limits: ClipLimits) -> torch.Tensor:
         SkipSample: the file cannot be read or is too large; for other reasons see `decode`.
     """
     try:
-        if (size := path.stat().st_size) > limits.max_bytes:
-            raise SkipSample(SkipReason.TOO_LARGE, f"{size} bytes, limit {limits.max_bytes}")
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a device has no end, and a pipe would block forever
+            raise SkipSample(SkipReason.MISSING_FILE, "not a file")
+        if found.st_size > limits.max_bytes:
+            size = f"{found.st_size} bytes, limit {limits.max_bytes}"
+            raise SkipSample(SkipReason.TOO_LARGE, size)
         data = path.read_bytes()
     except OSError as error:
         raise SkipSample(SkipReason.MISSING_FILE, error.strerror or str(error)) from None

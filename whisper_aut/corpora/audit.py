@@ -32,6 +32,7 @@ from whisper_aut.errors import SkipReason, SkipSample, UserError
 from whisper_aut.utils import (
     available_cores,
     parallel_map,
+    parse_json,
     progress_bar,
     read_json,
     write_json,
@@ -233,7 +234,7 @@ class Journal:
         done: dict[Tar, ShardResult] = {}
         for line in lines[1:]:
             try:
-                (folder, shard), result = json.loads(line)
+                (folder, shard), result = parse_json(line)
             except ValueError:  # a line truncated by the interruption
                 continue
             result["skipped"] = Counter(result["skipped"])

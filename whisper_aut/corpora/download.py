@@ -21,13 +21,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from whisper_aut import __version__
+from whisper_aut.data.reader import MAX_EXPANSION, MIN_ALLOWED_BYTES
 from whisper_aut.errors import UserError
 from whisper_aut.utils import progress_bar
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 60
-MAX_EXPANSION = 100  # unpacked size relative to the archive's: audio compresses little
-MIN_ALLOWED_BYTES = 1 << 30
 MAX_MEMBERS = 20_000_000
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
 DAMAGE += (NotImplementedError, RuntimeError)  # zip compression or encryption that is not supported

@@ -6,7 +6,6 @@ two: a Hugging Face dataset. A `ManifestSpec` says what its columns mean.
 
 import csv
 import gzip
-import json
 import math
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
@@ -45,6 +44,7 @@ ANNOTATION_COLUMNS = tuple(
     f.name for f in fields(Annotation) if f.name not in ("extra", "duration_seconds")
 )
 CONSTANTS = ("domain", "task", "language", "source", "licence")
+MAX_LINE_BYTES = 64 << 20  # a .gz of a few kilobytes may hold a line of many gigabytes
 # Each split keeps a tar open. A column with more values is unlikely to name splits.
 MAX_SPLITS = 256
 
@@ -397,7 +397,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
             )
         try:
             row = parse_json(line)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             yield number, f"not JSON: {error}"
         else:
             if isinstance(row, dict):
@@ -453,16 +453,23 @@ def _arrow_rows(path: Path, files: Sequence[Path]) -> Iterator[tuple[int, Row]]:
         named = re.match(r"(?!data-)(.+)-\d+-of-\d+$", file.stem)
         split = named[1] if named else file.parent.name if file.parent != path else ""
         for batch in _arrow_batches(file):
-            about = json.loads((batch.schema.metadata or {}).get(b"huggingface", b"{}"))
-            features = about.get("info", {}).get("features", {})
-            classes = {name: one["names"] for name, one in features.items() if "names" in one}
+            classes = _class_names(batch.schema.metadata)
             for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
                 for name, value in row.items():
                     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
                         row[name] = {**value, "file": str(file.absolute())}
                     elif name in classes and isinstance(value, int):
-                        row[name] = classes[name][value] if value >= 0 else None
+                        row[name] = dict(enumerate(classes[name])).get(value)
                 yield number, {"split": split, **row}
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Return the names of class labels by column, which `datasets` stores with a table."""
+    try:
+        features = parse_json((metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: list(one["names"]) for name, one in features.items() if "names" in one}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _arrow_batches(file: Path) -> Iterator[Any]:
@@ -523,7 +530,9 @@ def _checked_header(path: Path, cells: list[str]) -> list[str]:
 
 def _lines(path: Path) -> Iterator[str]:
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            if len(raw) > MAX_LINE_BYTES:
+                raise UserError(f"Line {number} of {path} has more than {MAX_LINE_BYTES} bytes.")
             try:
                 yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:

@@ -19,6 +19,7 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
+from whisper_aut import utils
 from whisper_aut.errors import SkipReason, SkipSample, UserError, require
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class Annotation:
             raise SkipSample(SkipReason.TOO_LARGE, f"JSON of {len(data)} bytes")
         try:
             row = parse_json(data)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise SkipSample(SkipReason.BAD_JSON, str(error)) from None
         is_events = isinstance(row, list) and all(isinstance(event, dict) for event in row)
         if is_events:
@@ -277,7 +278,7 @@ def read_annotations(path: str | Path) -> dict[str, Row]:
             where = f"{path}, row {number}"
             try:
                 row = parse_json(row) if isinstance(row, str) else row
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 raise UserError(f"{where} is not JSON: {error}.") from None
             id = plain(row.pop("id", None)).strip() if isinstance(row, dict) else ""
             if not id:
@@ -313,7 +314,7 @@ def parse_json(data: bytes | str) -> Any:
     Raises:
         ValueError: `data` is not JSON, or holds an infinity.
     """
-    return json.loads(data, parse_constant=_constant)
+    return utils.parse_json(data, parse_constant=_constant)
 
 
 def _constant(name: str) -> None:

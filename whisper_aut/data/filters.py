@@ -6,7 +6,6 @@ abbreviations are known. Any other licence is unknown, and no allow-list admits 
 legal advice: it only compares what the corpora state.
 """
 
-import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -23,6 +22,7 @@ from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, is_local, open_s
 from whisper_aut.data.shards import FolderCounts, SampleTable, Selection, ShardIndex, text_hash
 from whisper_aut.data.writer import build_table
 from whisper_aut.errors import SkipReason, UserError
+from whisper_aut.utils import parse_json
 
 SPDX_IDS = (
     "0BSD", "AGPL-3.0-only", "AGPL-3.0-or-later", "Apache-2.0", "Artistic-2.0", "BSD-2-Clause",
@@ -226,7 +226,7 @@ class Exclusions:
         samples = []
         for number, line in enumerate(lines, 1):
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 samples.append((str(entry["fingerprint"]), str(entry["shard"]), str(entry["key"])))
             except (ValueError, KeyError, TypeError):
                 raise UserError(

@@ -271,7 +271,15 @@ def _is_final(error: BaseException) -> bool:
 GZIP_SUFFIXES = (".tar.gz", ".tgz")
 TAR_SUFFIXES = (".tar", *GZIP_SUFFIXES)
 COMPRESSED = "compressed with gzip, which prevents random access and does not shrink audio"
+MAX_EXPANSION = 100  # unpacked size relative to the archive's: audio compresses little
+MIN_ALLOWED_BYTES = 1 << 30
 TAR_BLOCK_BYTES = 512
+# Headers that hold long names and other attributes of the next member.
+EXTENSION_TYPES = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+MAX_EXTENSION_BYTES = 1 << 20
 SUFFIX = re.compile(r"[A-Za-z_][\w-]*")  # one part of a suffix such as `seg.json`
 
 
@@ -279,7 +287,8 @@ class _StrictHeader(tarfile.TarInfo):
     """A header that raises when it is damaged.
 
     Python's `tarfile` silently treats a damaged header inside an archive as the archive's end.
-    Negative sizes, which make `tarfile` seek backwards and loop forever, are rejected too.
+    Negative sizes, which make `tarfile` seek backwards and loop forever, are rejected too, and so
+    are long extension headers, which `tarfile` reads into memory.
     """
 
     @classmethod
@@ -287,6 +296,8 @@ class _StrictHeader(tarfile.TarInfo):
         header = super().frombuf(buf, encoding, errors)
         # `frombuf` also parses extension headers, which `fromtarfile` does not return.
         _check_size(header)
+        if header.type in EXTENSION_TYPES and header.size > MAX_EXTENSION_BYTES:
+            raise InvalidHeaderError(f"an extension header has {header.size} bytes")
         return header
 
     @classmethod

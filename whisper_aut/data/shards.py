@@ -40,6 +40,7 @@ from whisper_aut.data.reader import (
     sibling_url,
 )
 from whisper_aut.errors import SkipReason, UserError, require
+from whisper_aut.utils import parse_json
 
 UNKNOWN_MS = -1
 UNKNOWN_BYTES = -1
@@ -411,7 +412,7 @@ def _count_tars(root: str, tars: Iterable[Path]) -> ShardIndex:
 def _read_index(root: str, policy: ReadPolicy) -> ShardIndex:
     url = sibling_url(root, INDEX_NAME)
     try:
-        index = json.loads(read_file(url, policy, max_bytes=MAX_INDEX_BYTES))
+        index = parse_json(read_file(url, policy, max_bytes=MAX_INDEX_BYTES))
         if index["version"] != INDEX_VERSION:
             raise UserError(
                 f"{url} has version {index['version']}; this release reads {INDEX_VERSION}. Write "
@@ -426,7 +427,7 @@ def _read_index(root: str, policy: ReadPolicy) -> ShardIndex:
         ) from None
     except OSError as error:
         raise UserError(f"{root} cannot be read: {error}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{url} is damaged ({error!r}). Delete it to have the tars counted, or rebuild."
         ) from None

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,8 @@ from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.reader import (
     DEFAULT_POLICY,
     GZIP_SUFFIXES,
+    MAX_EXPANSION,
+    MIN_ALLOWED_BYTES,
     MemberGroups,
     ReadPolicy,
     audio_and_annotation,
@@ -47,7 +48,7 @@ from whisper_aut.data.shards import (
     unpacked_name,
 )
 from whisper_aut.errors import SkipSample, UserError
-from whisper_aut.utils import atomic_path, parallel_map, read_json
+from whisper_aut.utils import atomic_path, parallel_map, parse_json, read_json
 
 
 class ShardWriter:
@@ -282,7 +283,7 @@ def index_folder(
     existing: Any = {}
     with suppress(OSError, ValueError):  # an index of any version
         url = sibling_url(target, INDEX_NAME)
-        existing = json.loads(read_file(url, policy, max_bytes=MAX_INDEX_BYTES))
+        existing = parse_json(read_file(url, policy, max_bytes=MAX_INDEX_BYTES))
     existing = existing if isinstance(existing, dict) else {}
     existing.pop(TARS, None)
     counts, entries = FolderCounts(), []
@@ -317,7 +318,7 @@ def _index_tar(
                 atomic_path(unpacked) as partial_path,
                 partial_path.open("wb") as file,
             ):
-                shutil.copyfileobj(stream, file, 1 << 20)
+                _unpack(stream, file)
         url = str(unpacked)
     with open_stream(url, policy) as stream:
         table = build_table(stream, counts)
@@ -328,6 +329,14 @@ def _index_tar(
     _write_file(sibling_url(target, table_name(name)), table.to_bytes())
     seconds = round(float(table.milliseconds.clip(min=0).sum()) / 1000, 3)
     return ShardEntry(name, len(table), seconds, size, digest), counts
+
+
+def _unpack(stream: Any, file: BinaryIO) -> None:
+    written = 0
+    while chunk := stream.read(1 << 20):
+        written += file.write(chunk)
+        if written > max(MIN_ALLOWED_BYTES, MAX_EXPANSION * stream.fileobj.tell()):
+            raise OSError(f"{Path(file.name).name} is over {MAX_EXPANSION} times as large unpacked")
 
 
 def _write_file(url: str, data: bytes) -> None:

@@ -5,6 +5,7 @@ some folders, before and after adaptation, with maps of both. `DemoModels` compu
 without Gradio.
 """
 
+import html
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -273,7 +274,7 @@ def _show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
             else:
                 yield function(clip, *arguments)
         except UserError as error:
-            raise gradio.Error(str(error), print_exception=False) from None
+            raise gradio.Error(html.escape(str(error)), print_exception=False) from None
 
     return streamed
 

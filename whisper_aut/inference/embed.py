@@ -25,7 +25,7 @@ from whisper_aut.data.reader import SkippedSample, prefetch_decoded
 from whisper_aut.data.shards import INDEX_NAME, iter_samples, open_index
 from whisper_aut.errors import SkipSample, UserError, require
 from whisper_aut.inference.encoder import DECODE_THREADS, AudioEncoder
-from whisper_aut.utils import atomic_path
+from whisper_aut.utils import atomic_path, parse_json
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Vectors:
     @classmethod
     def _read_safetensors(cls, path: Path) -> "Vectors":
         with safe_open(path, framework="pt") as file:
-            metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            metadata = {name: parse_json(text) for name, text in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         lengths = tuple(tensors["lengths"].tolist()) if "lengths" in tensors else ()
         values = tensors["frames" if "lengths" in tensors else "embeddings"]
@@ -145,7 +145,7 @@ class Vectors:
     def _read_parquet(cls, path: Path) -> "Vectors":
         _, parquet = _import_pyarrow()
         table = parquet.read_table(path)
-        metadata = json.loads(table.schema.metadata[b"whisper_aut"])
+        metadata = parse_json(table.schema.metadata[b"whisper_aut"])
         column = table["embedding"].combine_chunks().flatten()
         values = torch.from_numpy(column.to_numpy().reshape(-1, *metadata.pop("shape")).copy())
         return cls._checked(

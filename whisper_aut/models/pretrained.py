@@ -1,6 +1,5 @@
 """Load pretrained Whisper checkpoints from a directory or the hub, strictly and without pickle."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from whisper_aut.errors import UserError, nearest
+from whisper_aut.utils import read_json
 
 # Raised by transformers for a directory or download that it cannot load.
 UNLOADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError)
@@ -355,7 +355,7 @@ def check_not_adapter(path: str, revision: str = "") -> None:
     except OSError:  # there is no such model, or no connection: the load reports it
         return
     if found:
-        base = json.loads(Path(found).read_text()).get("base_model_name_or_path")
+        base = read_json(Path(found), default={}).get("base_model_name_or_path")
         raise UserError(
             f"{path} is a PEFT adapter of {base or 'its base model'}, not a model. Merge it first: "
             f"peft.PeftModel.from_pretrained(model, {path!r}).merge_and_unload()"

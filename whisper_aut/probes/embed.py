@@ -36,7 +36,7 @@ from whisper_aut.errors import Problems, SkipReason, SkipSample, UserError
 from whisper_aut.inference.encoder import DECODE_THREADS
 from whisper_aut.probes.encoders import HOP_SECONDS, FrameEncoder, hop_seconds_of, layer_indices
 from whisper_aut.probes.tasks import ProbeTask, open_parts
-from whisper_aut.utils import atomic_path, file_lock, progress_bar
+from whisper_aut.utils import atomic_path, file_lock, parse_json, progress_bar
 
 EMBED_VERSION = 5  # increase whenever a change here affects embeddings
 GROUP_BATCHES = 8  # clips are sorted by length within this many batches
@@ -216,7 +216,7 @@ def load_cached(path: Path) -> Embeddings:
 
 def _open(path: Path) -> tuple[Embeddings, dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
-        metadata = json.loads(file.metadata()["metadata"])
+        metadata = parse_json(file.metadata()["metadata"])
         stored = file.get_tensor("features")  # memory-mapped
     lengths, frames = tuple(metadata["lengths"]), ()
     if metadata["frames"]:

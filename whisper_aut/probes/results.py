@@ -18,7 +18,7 @@ from pydantic import PositiveFloat, TypeAdapter
 from whisper_aut.errors import UserError
 from whisper_aut.probes.encoders import EncoderCost
 from whisper_aut.probes.stats import GroupTotals, interval, mean_std
-from whisper_aut.utils import write_text
+from whisper_aut.utils import parse_json, write_text
 
 SCORES_VERSION = 5  # of the file; increase it also whenever a change affects all scores
 PROTOCOL = "strict"
@@ -339,7 +339,7 @@ class Scores:
             UserError: the text is not JSON of this version, or is damaged.
         """
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             if data["version"] != SCORES_VERSION:
                 raise UserError(
                     f"The scores have version {data['version']}; this release reads "
@@ -349,7 +349,7 @@ class Scores:
             for entry in scores.entries:
                 entry.check()
             return scores
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"These are not probe scores, or they are damaged ({error}). Probe again."
             ) from None
@@ -385,7 +385,7 @@ def read_predictions(path: str | Path) -> dict[tuple[str, str], list[dict[str, A
     with Path(path).open(encoding="utf-8", newline="\n") as file:
         for line in file:
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 found.setdefault((row.pop("encoder"), row.pop("task")), []).append(row)
             except (ValueError, KeyError, AttributeError):
                 # An interrupted run may leave half a line, which no stored score needs.

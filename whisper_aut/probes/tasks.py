@@ -23,7 +23,7 @@ from whisper_aut.data.reader import Sample
 from whisper_aut.data.shards import ShardIndex, open_index
 from whisper_aut.errors import Problems, UserError, nearest
 from whisper_aut.probes.metrics import ANSWERS, Answer
-from whisper_aut.schema import Text, build
+from whisper_aut.schema import Text, build, check_yaml
 
 SPLITS = ("train", "valid", "test")
 
@@ -275,9 +275,10 @@ def expand_suites(names: Sequence[str], suites: str | Path) -> list[str]:
 
 def _read_mapping(path: Path, content: str) -> Mapping[str, Any]:
     try:
+        check_yaml(path.read_text(encoding="utf-8"))
         config = OmegaConf.load(path)
         values = OmegaConf.to_container(config, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
         raise UserError(
             f"{path} is not readable as YAML: {error}. Quote paths that begin with {{root}}."
         ) from None

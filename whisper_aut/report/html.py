@@ -5,23 +5,19 @@ Contrast and text sizes follow WCAG 2.2 AA.
 """
 
 import io
-import json
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
 import torch
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from matplotlib.image import imsave
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from yaml import YAMLError
 
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits, load_waveform
 from whisper_aut.audio.logmel import LogMel, mel_frames
@@ -51,7 +47,7 @@ from whisper_aut.report.plots import (
 )
 from whisper_aut.report.tables import BLANK, Table, class_tables, score_tables, scores_csv
 from whisper_aut.training.run_dir import RunDirectory
-from whisper_aut.utils import read_json, write_text
+from whisper_aut.utils import parse_json, read_json, write_text
 
 # Files of `whisper-aut probe` next to `scores.json`.
 LAYERS, LAYER_WEIGHTS, FEW_SHOT = "layers.json", "layer_weights.json", "few_shot.json"
@@ -384,7 +380,7 @@ def last_samples(samples: Path) -> list[GeneratedText]:
     by_step: dict[int, list[GeneratedText]] = defaultdict(list)
     for line in lines:
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             text = {name: str(values.get(name, "")) for name in TEXT_FIELDS}
             by_step[int(values["step"])].append(GeneratedText(**text))  # pyright: ignore[reportArgumentType]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
@@ -399,9 +395,9 @@ def last_samples(samples: Path) -> list[GeneratedText]:
 def _find_clips(config: Path, keys: set[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the key and waveform of the validation clips with these keys."""
     try:
-        values: Any = OmegaConf.load(config)
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
         folders = [str(source["path"]) for source in values["data"]["valid"]]
-    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException, KeyError, TypeError):
+    except (OSError, yaml.YAMLError, ValueError, RecursionError, KeyError, TypeError):
         return
     for folder in folders:
         try:

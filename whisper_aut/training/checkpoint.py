@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from whisper_aut.errors import UserError
+from whisper_aut.utils import parse_json
 
 SUFFIX, PREFIX = ".ckpt", "step-"
 LAST, BEST = f"last{SUFFIX}", f"best{SUFFIX}"
@@ -85,7 +86,7 @@ def read_manifest(path: Path) -> Manifest:
         UserError: If the manifest is missing, damaged, or has another format.
     """
     try:
-        values = json.loads((path / MANIFEST).read_text())
+        values = parse_json((path / MANIFEST).read_text())
         if values["format"] != FORMAT:
             raise UserError(
                 f"{path} has format {values['format']}, but this release reads format {FORMAT}."

@@ -32,7 +32,7 @@ from whisper_aut.training.checkpoint import (
     point_link,
     read_manifest,
 )
-from whisper_aut.utils import write_text
+from whisper_aut.utils import parse_json, write_text
 
 AUTO = "auto"
 RUN_VARIABLE = "WHISPER_AUT_RUN"  # the directory name of the run, the same on all ranks of a job
@@ -110,7 +110,7 @@ class RunDirectory:
     def finished_with(self, fingerprint: str) -> bool:
         """Return whether this run finished with the fingerprint of `factory.run_fingerprint`."""
         try:
-            return json.loads(self.done.read_text())["fingerprint"] == fingerprint
+            return parse_json(self.done.read_text())["fingerprint"] == fingerprint
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
