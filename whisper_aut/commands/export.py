@@ -34,15 +34,20 @@ NEXT_STEPS = {
 
 
 def export(options: argparse.Namespace, console: Console) -> None:
-    from whisper_aut.export.hf import push
+    from whisper_aut.export.hf import describe_push, push
     from whisper_aut.loading import export_run
+
+    if options.dry_run and not options.push:
+        raise UserError("--dry-run shows what --push would upload. Give --push ORG/NAME too.")
 
     card = {"name": options.push, "licence": options.licence}
     run, out = Path(options.run_or_checkpoint), Path(options.out)
     export_run(run, out, options.format, options.dtype, interpolate=options.interpolate, **card)
     next_step = NEXT_STEPS[options.format].format(out=out)
     console.print(f"Wrote {out}, with a card in README.md. {next_step}", highlight=False)
-    if options.push:
+    if options.push and options.dry_run:
+        console.print(describe_push(out, options.push, private=options.private), highlight=False)
+    elif options.push:
         url = push(out, options.push, private=options.private)
         console.print(f"Pushed to {url}", highlight=False)
 
@@ -186,6 +191,8 @@ def add_parsers(commands: Commands) -> None:
     add("--push", metavar="ORG/NAME", default="", help=push)
     private = "make a repository that --push creates private"
     add("--private", action="store_true", help=private)
+    dry_run = "export, list what --push would upload, and upload nothing"
+    add("--dry-run", action="store_true", help=dry_run)
     command.set_defaults(run=export)
 
     command = commands.add_parser("card", help="add scores of `probe` to the card of an export")

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]
     LocalTokenNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperModel
 
@@ -259,8 +260,7 @@ def push(folder: Path, repository: str, *, private: bool = False, api: HfApi | N
         UserError: The name is invalid, the token is missing or may not write, or the hub cannot
             be reached.
     """
-    if repository.count("/") != 1:
-        raise UserError(f"--push takes ORG/NAME, not {repository!r}.")
+    _check_repository(repository)
     api = api or HfApi(library_name="whisper-aut", library_version=__version__)
     message = f"Export of whisper-aut {__version__}"
     try:
@@ -268,8 +268,6 @@ def push(folder: Path, repository: str, *, private: bool = False, api: HfApi | N
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     except LocalTokenNotFoundError:
         raise UserError("There is no token to push with. Log in first: hf auth login") from None
-    except HFValidationError as error:
-        raise UserError(f"{repository!r} is not a valid repository name: {error}") from None
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         hint = " Log in first: hf auth login" if status == 401 else ""
@@ -280,3 +278,27 @@ def push(folder: Path, repository: str, *, private: bool = False, api: HfApi | N
     except (OSError, HTTPError) as error:
         raise UserError(f"The hub cannot be reached: {error}. The export is in {folder}.") from None
     return str(commit.commit_url)
+
+
+def describe_push(folder: Path, repository: str, *, private: bool = False) -> str:
+    """Return what `push` would upload and where, without a connection.
+
+    Raises:
+        UserError: The name is invalid.
+    """
+    _check_repository(repository)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    rows = [f"  {size / 1e6:8.2f} MB  {name}" for name, size in sizes.items()]
+    repository = f"{repository} ({'private' if private else 'public'} if it is new)"
+    total = f"{len(sizes)} files, {sum(sizes.values()) / 1e6:.2f} MB"
+    return "\n".join([f"Would upload to {repository}: {total}", *rows, "Nothing was uploaded."])
+
+
+def _check_repository(repository: str) -> None:
+    if repository.count("/") != 1:
+        raise UserError(f"--push takes ORG/NAME, not {repository!r}.")
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"{repository!r} is not a valid repository name: {error}") from None

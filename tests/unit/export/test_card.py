@@ -274,6 +274,22 @@ def test_a_push_sends_every_file(pipeline_run: Path, hub: str):
     )
 
 
+def test_a_dry_run_lists_what_a_push_would_send(
+    in_pipeline_run: Path, tmp_path: Path, hub: str, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    command = ["export", str(RUN), "--out", str(out), "--dry-run"]
+    assert main([*command, "--push", "org/name", "--private"]) == 0
+    shown = capsys.readouterr().out
+    assert "Would upload to org/name (private if it is new): " in shown
+    assert all(f"MB  {path.name}\n" in shown for path in out.iterdir())
+    assert not _Hub.created
+    assert main([*command, "--push", "or g/na"]) == 1
+    assert "not a valid repository name" in capsys.readouterr().err
+    assert main(command) == 1
+    assert "Give --push ORG/NAME too" in capsys.readouterr().err
+
+
 def test_a_failed_push_is_a_user_error(pipeline_run: Path, hub: str):
     folder = pipeline_run / RUN / "export" / "encoder"
     with pytest.raises(UserError, match=r"status 401.*hf auth login"):
