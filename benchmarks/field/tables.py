@@ -81,7 +81,8 @@ def compare(rows: Sequence[str], runs: Sequence[dict[str, float]], base: dict[st
     print("| | change | 95 % interval | p |\n|:---|---:|---:|---:|")
     for row in rows:
         mean, width = changes[row].mean(), half_width(changes[row])
-        p_value = "no claim" if np.isnan(p_values[row]) else f"{p_values[row]:.2g}"
+        p_value = f"{p_values[row]:.2g}" if np.isfinite(p_values[row]) else "–"
+        p_value = p_value if len(runs) >= MIN_RUNS else "no claim"
         shown = f"{p_value} (primary)" if row == primary else p_value
         print(f"| {row} | {mean:+.1f} | {mean - width:+.1f} … {mean + width:+.1f} | {shown} |")
 

@@ -223,10 +223,9 @@ def recipe_table(scores: Scores, recipe: str, against: str) -> Table:
         zip(tested, holm([differences[name][1].p_value for name in tested]), strict=True)
     )
     for name, (found, one) in differences.items():
-        verdict = "no claim"
-        if name in adjusted:
-            better = "better" if one.value > 0 else "worse"
-            verdict = better if adjusted[name] < 0.05 else "no difference shown"
+        verdict = "no difference shown" if enough else "no claim"
+        if adjusted.get(name, 1.0) < 0.05:
+            verdict = "better" if one.value > 0 else "worse"
         rows.append(
             (
                 name,
@@ -244,9 +243,10 @@ def recipe_table(scores: Scores, recipe: str, against: str) -> Table:
         f"Recipe {recipe} against {against}: {len(pairs)} trainings",
         ("task", *columns, "verdict"),
         tuple(rows),
-        caption="In points. Interval and p-value are of a paired t test over trainings; a claim "
-        f"needs {MIN_TRAININGS}. d: the mean difference in standard deviations. Detectable: the "
-        "true difference that this test, uncorrected, finds with a probability of 80 %.",
+        caption="In points. Interval and p-value are of a paired t test over trainings, which "
+        f"needs differences that vary; a claim needs {MIN_TRAININGS} trainings. d: the mean "
+        "difference in standard deviations. Detectable: the true difference that this test, "
+        "uncorrected, finds with a probability of 80 %.",
     )
 
 
