@@ -78,7 +78,7 @@ def neighbours(splits: Sequence[Split]) -> Iterator[Compared]:
         model = KNeighborsClassifier(
             int(setting["k"]),
             metric="cosine",
-            weights=lambda distances: np.exp((1 - distances) / setting["temperature"]),
+            weights=lambda distances: np.exp((1 - distances) / setting["temperature"]),  # pyright: ignore[reportArgumentType]
         )
         theirs = model.fit(train, labels).predict_proba(test)
         yield compare(split, KNNProbe, setting, theirs)
@@ -101,9 +101,9 @@ def compare(split: Split, kind: type[Probe], setting: Candidate, theirs: np.ndar
     train_heads(heads, data).test(heads, data, verbose=False)
     ours = heads.results[0].outputs.double().softmax(1).numpy()
     labels, classes = np.array(split.test.labels), np.array(data.classes)
-    right = [int((classes[p.argmax(1)] == labels).sum()) for p in (ours, theirs)]
-    losses = [log_loss(labels, p, labels=classes) for p in (ours, theirs)]
-    return len(labels), *right, abs(losses[0] - losses[1]), float(np.abs(ours - theirs).max())
+    mine, others = (int((classes[p.argmax(1)] == labels).sum()) for p in (ours, theirs))
+    loss, other = (log_loss(labels, p, labels=classes) for p in (ours, theirs))
+    return len(labels), mine, others, abs(loss - other), float(np.abs(ours - theirs).max())
 
 
 if __name__ == "__main__":
