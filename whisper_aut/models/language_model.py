@@ -96,8 +96,8 @@ def load_language_model(
     With `empty`, its weights are left uninitialized; see `PretrainedWhisper`.
 
     Raises:
-        UserError: there is no usable model, it is a PEFT adapter, or weights are missing or
-            unexpected.
+        UserError: there is no usable model, it is a PEFT adapter, weights are missing or
+            unexpected, or the tokenizer has more tokens than the model.
     """
     if Path(path).is_dir():
         check_not_adapter(path)
@@ -114,6 +114,13 @@ def load_language_model(
     check_not_adapter(find_cached(path, revision, CONFIG, WEIGHTS), revision)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     check_loaded_weights(path, info, tied, kind="language model")
+    rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+    if (last := max(tokenizer.get_vocab().values())) >= rows:
+        raise UserError(
+            f"The tokenizer of {path} has the token {tokenizer.convert_ids_to_tokens(last)!r} with "
+            f"id {last}, but the model has {rows} embeddings. Add the missing ones: "
+            "model.resize_token_embeddings(len(tokenizer)), then save the model."
+        )
     return model, tokenizer
 
 
