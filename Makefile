@@ -79,7 +79,7 @@ smoke: $(STAMP) ## shards to report through the real command line, for both deco
 notebooks: $(STAMP) ## run all notebooks top to bottom; copies with their outputs go to runs/notebooks/executed
 	@mkdir -p runs/notebooks/executed
 	@for notebook in notebooks/*.ipynb; do \
-		$(BIN)/jupyter-execute --timeout=600 "$$notebook" --output="$(CURDIR)/runs/notebooks/executed/$$(basename "$$notebook")" || exit 1; done
+		$(BIN)/jupyter-execute --timeout=$(if $(MODEL),-1,600) "$$notebook" --output="$(CURDIR)/runs/notebooks/executed/$$(basename "$$notebook")" || exit 1; done
 
 bench: $(STAMP) ## run every benchmark and rewrite benchmarks/RESULTS.md (DATA=FOLDER with esc10/; half an hour on two cores)
 	@DATA=$(DATA) $(BIN)/python benchmarks/all.py $(ARGS)

@@ -337,7 +337,7 @@ class TrainerSettings:
         accumulate: micro-batches per optimizer step.
         keep_checkpoints: newest checkpoints to keep, plus the best one by validation loss.
         async_checkpoints: write in the background, from a copy of each rank's part in main memory.
-        generate_clips, generate_tokens: texts to generate at each validation, and their length.
+        generate_clips, generate_tokens: texts per domain and task at each validation; their length.
         deterministic: raise an error for nondeterministic operations; slower on GPUs.
         profile_after: record three micro-batches with PyTorch's profiler after this many; 0: none.
             Traces and a table of the slowest operations are in the folder `profile` of the run.

@@ -2,13 +2,16 @@
 
 A block with a title is the file of that name. `export.md` is followed from top to bottom, commands
 included, in a folder that has what it says; `test_extend.py` does that for each section of
-`extend.md`. Of the other pages, Python is run and commands are parsed with their configs.
+`extend.md`. The first section of `data.md` is followed. Of the other pages, Python is run and
+commands are parsed with their configs.
 """
 
 import argparse
 import ast
+import csv
 import dataclasses
 import importlib
+import json
 import re
 import shutil
 import subprocess
@@ -23,10 +26,11 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from tests.support import REPOSITORY
+from tests.support.audio import encode_audio, tone
 from tests.support.pages import BLOCK, DOCS, blocks_of, follow
 from whisper_aut import __version__
 from whisper_aut import config as settings
-from whisper_aut.cli import _parse, _parser
+from whisper_aut.cli import _parse, _parser, main
 from whisper_aut.config import Settings, load_settings
 from whisper_aut.data.targets import Instruction, Instructions
 from whisper_aut.experiments.grid import load_experiment
@@ -66,6 +70,23 @@ def test_what_a_page_tells_to_run_runs(page: Path, reader_folder: Path):
         for package in ("onnxruntime", "onnxscript"):
             pytest.importorskip(package)
     follow(blocks_of(page), commands=page.name in FOLLOWED)
+
+
+def test_the_first_commands_of_the_data_page_train(
+    tiny_whisper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    table, commands = blocks_of(DOCS / "data.md", "From files to a training step")
+    Path("clips.csv").write_text(table.text)
+    Path("clips").mkdir()
+    for number, row in enumerate(csv.DictReader(table.text.splitlines())):
+        kind = Path(row["file"]).suffix[1:].upper()
+        Path(row["file"]).write_bytes(encode_audio(tone(1, 300 + 200 * number), kind=kind))
+    for _, *words in commands.commands:
+        if words[0] == "train":
+            words += [f"model.path={tiny_whisper}", "data.batch_clips=1", "export=[]"]
+        assert main(words) == 0, words
+    assert json.loads(Path("runs/mine/latest/done.json").read_text())["steps"] == 2
 
 
 @each_page

@@ -116,7 +116,8 @@ def _next_command(recipe: str, out: Path) -> str:
     ):
         root = "" if out.parent == SHARDS else f" --root {shlex.quote(str(out.parent))}"
         return f"whisper-aut probe logmel --tasks {recipe}{root}"
-    folder = next((path.parent for path in sorted(out.rglob("*.tar"))), out)
+    folders = sorted({path.parent for path in out.rglob("*.tar")} or {out})
+    folder = next((one for one in folders if one.name == "train"), folders[0])
     return f"whisper-aut data inspect {shlex.quote(str(folder))}"
 
 

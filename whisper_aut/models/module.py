@@ -64,7 +64,7 @@ class AudioTextModule(lightning.LightningModule):
         decoder: any `Decoder`.
         codec: the decoder's codec, which converts generated tokens to text.
         make_optimizer: `(encoder, decoder)` → the return value of `configure_optimizers`.
-        generate_clips: number of clips per task for which validation generates text.
+        generate_clips: number of clips per task and domain for which validation generates text.
         generate_tokens: maximum number of tokens to generate per clip.
         encoder_after_step: train only the decoder before this optimizer step; the encoder gets no
             gradients until then.
@@ -239,12 +239,12 @@ class AudioTextModule(lightning.LightningModule):
         self.answer_metrics.reset()
 
     def _generate_texts(self, batch: Batch, frames: Frames) -> None:
-        """Generate text for the first clips of each task: the same clips in every validation."""
-        generated = Counter(entry["task"] for entry in self.generated)
+        """Generate text for the first clips of each task and domain, always the same clips."""
+        generated = Counter((entry["domain"], entry["task"]) for entry in self.generated)
         chosen = []
-        for i, task in enumerate(batch.tasks):
-            if generated[task] < self.generate_clips:
-                generated[task] += 1
+        for i, kind in enumerate(zip(batch.domains, batch.tasks, strict=True)):
+            if generated[kind] < self.generate_clips:
+                generated[kind] += 1
                 chosen.append(i)
         if not chosen:
             return
