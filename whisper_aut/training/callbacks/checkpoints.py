@@ -119,8 +119,7 @@ class RollingCheckpoints(Checkpoint):
         if self._saved_step != trainer.global_step:
             self.before_save(trainer)
             with self.paused(trainer):
-                written = partial(self._on_written, path)
-                trainer.save_checkpoint(path, weights_only=False, storage_options=written)
+                trainer.save_checkpoint(path, storage_options=partial(self._on_written, path))
             self._saved_step = trainer.global_step
         return path
 
