@@ -5,42 +5,14 @@ corpora.
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-# The environment must not decide whether a test passes: hubs, launchers, devices, proxies, locales.
-# This runs before torch and transformers read it; commands that tests start inherit the result.
-FOREIGN = (
-    *("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH", "PYTORCH_"),
-    *("SLURM_", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "NCCL_"),
-    *(
-        "CUDA_",
-        "DS_",
-        "DEEPSPEED_",
-        "PL_",
-        "LIGHTNING_",
-        "WANDB_",
-        "MLFLOW_",
-        "AWS_",
-        "WHISPER_AUT_",
-    ),
-    *("PYTHONWARNINGS", "LANG", "LC_", "TZ", "COLUMNS", "NO_COLOR", "FORCE_COLOR", "MPL", "XDG_"),
-    *("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"),
-)
-for name in [name for name in os.environ if name.startswith(FOREIGN)]:
-    del os.environ[name]
-os.environ |= {
-    "LC_ALL": "C.UTF-8",
-    "TZ": "UTC",
-    "HF_HOME": str(Path(tempfile.gettempdir()) / "whisper-aut-tests"),  # no token, no cached model
-    "HF_HUB_OFFLINE": "1",  # or the hub's client retries for a minute where there is no network
-    "NO_PROXY": "*",
-    "no_proxy": "*",
-    # Two test processes on two cores: more threads would only wait for each other.
-    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
-}
+from tests.support.environment import clean
+
+# Before torch and transformers read it; commands that tests start inherit the result.
+clean(os.environ)
 sys.warnoptions.clear()  # what PYTHONWARNINGS added; processes that tests start would inherit it
 
 import pytest

@@ -18,7 +18,7 @@ import hydra
 import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -63,10 +63,7 @@ def find_config(name: str | Path, near: Path = Path(), kind: str = "") -> Path:
 def compose(path: str | Path, overrides: Sequence[str] = (), kind: str = "") -> dict[str, Any]:
     """Merge a config with its `defaults` list and the overrides, and resolve interpolations.
 
-    Args:
-        path: path or name of the config, see `find_config`.
-        overrides: `key=value` or `group=choice`.
-        kind: the subfolder of `conf/` for configs of this kind, such as `experiments`.
+    Overrides are `key=value` or `group=choice`. For `path` and `kind`, see `find_config`.
 
     Raises:
         UserError: a missing or invalid file, an unknown choice, or a malformed override.
@@ -129,12 +126,13 @@ def _compose_groups(path: Path, folders: Sequence[Path], choices: Mapping[str, s
         ):
             # Without `_self_`, a config overrides its defaults, as users expect.
             warnings.filterwarnings("ignore", message=".*Defaults list is missing `_self_`")
-            if not choices:
-                return hydra.compose(name)
-            config = hydra.compose(name, return_hydra_config=True)
-            picked = config.hydra.runtime.choices  # groups without a default are added with `+`
-            signs = {key: "" if key in picked else "+" for key in choices}
-            return hydra.compose(name, [f"{signs[key]}{key}={choices[key]}" for key in choices])
+            picks = [f"{key}={choice}" for key, choice in choices.items()]
+            try:
+                return hydra.compose(name, picks)
+            except ConfigCompositionException:  # groups without a default are added with `+`
+                known = hydra.compose(name, return_hydra_config=True).hydra.runtime.choices
+                signs = ["" if key in known else "+" for key in choices]
+                return hydra.compose(name, [f"{a}{b}" for a, b in zip(signs, picks, strict=True)])
     finally:
         ConfFolders.folders = ()  # for other users of Hydra in this process
 

@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.support import REPOSITORY
+from tests.support.environment import OURS, clean
 
 HOSTILE = {
     "HF_HUB_OFFLINE": "1",
@@ -31,6 +34,14 @@ HOSTILE = {
 }
 
 
+def test_variables_of_users_and_clusters_are_removed():
+    environment = {"PATH": "/bin", "HOME": "/home/x"} | HOSTILE
+    clean(environment)
+    assert environment == {"PATH": "/bin", "HOME": "/home/x"} | OURS
+    assert OURS.items() <= os.environ.items(), "conftest.py cleans before torch is imported"
+
+
+@pytest.mark.slow
 def test_a_hostile_environment_changes_no_test():
     options = [
         "-q",

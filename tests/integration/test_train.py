@@ -43,6 +43,7 @@ from whisper_aut.report.plots import read_metrics
 from whisper_aut.training import train as train_module
 from whisper_aut.training.checkpoint import checkpoints_in, read_manifest
 from whisper_aut.training.factory import run_fingerprint
+from whisper_aut.training.run_dir import RunDirectory
 from whisper_aut.training.train import explain_errors, train
 
 POSITIONS = "model.encoder.embed_positions.weight"
@@ -365,16 +366,19 @@ def test_accumulated_micro_batches_equal_one_big_batch(
     assert_same_weights(weights_of(big), weights_of(small), atol=2e-5)
 
 
+@pytest.fixture(scope="module")
+def whole(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> RunDirectory:
+    """A run that was not stopped, with one worker."""
+    folder = tmp_path_factory.mktemp("whole")
+    return train(settings_for(tiny_whisper, tiny_shards, folder, "data.workers=1"), QUIET).run
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
-    tiny_whisper: Path,
-    tiny_shards: Path,
-    tmp_path: Path,
-    number: int,
+    whole: RunDirectory, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, number: int
 ):
-    whole = train(
-        settings_for(tiny_whisper, tiny_shards, tmp_path / "whole", "data.workers=1"), QUIET
-    ).run
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "parts", "data.workers=1")
     with pytest.raises(Interrupted, match="stopped after step 3") as stop:
         train(settings, QUIET, callbacks=[SignalAt(2, number)])

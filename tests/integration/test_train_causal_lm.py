@@ -244,9 +244,9 @@ def test_all_that_is_trained_moves_though_the_language_model_is_in_bfloat16(
         "optim.lr=1e-6",
         "optim.weight_decay=0",
         "optim.warmup_steps=1",
-        "trainer.max_steps=20",
+        "trainer.max_steps=6",
         "data.batch_clips=2",
-        "trainer.valid_every_steps=20",
+        "trainer.valid_every_steps=6",
     ]
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), QUIET).run
     after, module = weights_of(run), trainers[0].lightning_module

@@ -104,7 +104,14 @@ def test_unreadable_files_of_a_folder_are_counted(
 
 
 @pytest.mark.parametrize(
-    ("name", "clips"), [("esc10", 400), ("fsdd", 3000), ("gmnotes", 797), ("gmpieces", 400)]
+    ("name", "clips"),
+    [
+        ("gmnotes", 797),
+        *(
+            pytest.param(name, clips, marks=pytest.mark.slow)
+            for name, clips in (("esc10", 400), ("fsdd", 3000), ("gmpieces", 400))
+        ),
+    ],
 )
 def test_the_real_corpora_build_as_folders(name: str, clips: int, real_data: Path, tmp_path: Path):
     assert (

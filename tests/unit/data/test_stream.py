@@ -99,16 +99,16 @@ def test_a_clip_is_padded_by_its_place_in_the_order_alone(tiny_shards: Path, bui
 
     def module(seed: int = 0, **options: Any) -> ShardDataModule:
         padding = MixedPadding(0.3, seed)
-        return data_module(tiny_shards, build, padding=padding, samples_per_epoch=360, **options)
+        return data_module(tiny_shards, build, padding=padding, samples_per_epoch=180, **options)
 
     whole = padded(module().train_dataloader())
     assert keys_of(
-        [*data_module(tiny_shards, build, samples_per_epoch=360).train_dataloader()]
-    ) == [tuple(key for key, _ in whole[start : start + 3]) for start in range(0, 360, 3)]
+        [*data_module(tiny_shards, build, samples_per_epoch=180).train_dataloader()]
+    ) == [tuple(key for key, _ in whole[start : start + 3]) for start in range(0, 180, 3)]
     drawn = [is_padded for _, is_padded in whole]
     assert 0.2 < np.mean(drawn) < 0.4
     assert padded(module(workers=2).train_dataloader()) == whole
-    ranks = [list(module().train_stream(rank, 2, Cursor(), None, 60)) for rank in (0, 1)]
+    ranks = [list(module().train_stream(rank, 2, Cursor(), None, 30)) for rank in (0, 1)]
     assert padded(batch for pair in zip(*ranks, strict=True) for batch in pair) == whole
     rest = module().train_dataloader()
     rest.cursor = Cursor(30)

@@ -1,5 +1,6 @@
 """The ONNX graph computes the encoder's frames, for short and long clips."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -31,26 +32,28 @@ def test_the_traced_encoder_is_the_encoder(life_size_whisper: Path, padding: Pad
         assert_frames_close(traced(torch.from_numpy(clip)), expected)
 
 
-def test_the_command_writes_a_graph_that_onnxruntime_runs(
-    in_pipeline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_writes_a_graph_and_a_card_whose_snippet_runs_it(
+    in_pipeline_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    runtime = pytest.importorskip("onnxruntime")
-    assert (
-        main(
-            ["export", "runs/aut_tiny/latest", "--out", str(tmp_path / "graph"), "--format", "onnx"]
-        )
-        == 0
-    )
+    runtime, out = pytest.importorskip("onnxruntime"), tmp_path / "graph"
+    assert main(["export", "runs/aut_tiny/latest", "--out", str(out), "--format", "onnx"]) == 0
     assert "onnxruntime.InferenceSession" in capsys.readouterr().out
-    session = runtime.InferenceSession(
-        tmp_path / "graph" / GRAPH, providers=["CPUExecutionProvider"]
-    )
+    session = runtime.InferenceSession(out / GRAPH, providers=["CPUExecutionProvider"])
     for clip, expected in zip(
         clips(), load_encoder("runs/aut_tiny/latest").encode(clips(), 16_000), strict=True
     ):
         (frames,) = session.run(None, {"waveform": clip})
         assert_frames_close(frames, expected)
-    assert (tmp_path / "graph" / "README.md").is_file()
+    card = (out / "README.md").read_text()
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", card, re.M | re.S)
+    monkeypatch.chdir(tmp_path)  # the card names the graph by its folder
+    Path("clip.wav").symlink_to(in_pipeline_run / "clip.wav")
+    found = {}
+    exec(compile(snippet, "card", "exec"), found)
+    assert found["frames"].shape[-2:] == (50, 32)
 
 
 @pytest.mark.parametrize("padding", ["none", pytest.param("30s", marks=pytest.mark.slow)])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.probes import TinyEncoder, make_task, write_tones
+from whisper_aut.probes.modules import AdamProbe
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,9 @@ def tiny_encoder():
 @pytest.fixture
 def write_shards():
     return write_tones
+
+
+@pytest.fixture
+def few_epochs(monkeypatch: pytest.MonkeyPatch):
+    """Probes that train by epochs stop early: for tests of what is done with their scores."""
+    monkeypatch.setattr(AdamProbe, "max_epochs", 8)

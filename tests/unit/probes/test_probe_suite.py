@@ -86,11 +86,12 @@ def test_averages_are_weighted(run):
     assert averages["tiny", AVERAGE].std is None, "linear probes are fitted once"
 
 
-def test_an_average_scatters_as_its_seeds_do(run, task_with):
+def test_an_average_scatters_as_its_seeds_do(run, task_with, few_epochs):
     fitted_once = task_with(name="half", domain="music", label="half", weight=3.0)
     scores = run(tasks=[task_with(kind="mlp"), fitted_once], seeds=(0, 1))
     tones, half = scores.get("tiny", "tones"), scores.get("tiny", "half")
     assert (tones.seeds, half.seeds) == ((0, 1), ())
+    assert tones.scores[0] != tones.scores[1]
     seeds = [(score + 3 * half.mean) / 4 for score in tones.scores]
     average = next(a for a in scores.averages() if (a.encoder, a.domain) == ("tiny", AVERAGE))
     assert average.std == pytest.approx(abs(seeds[0] - seeds[1]) / 2**0.5)
@@ -197,7 +198,9 @@ def test_stored_scores_are_not_reused_for_other_encoders_data_or_settings(
     assert newly_fitted(**one) == 1
 
 
-def test_predictions_trace_each_score_to_its_clips(run, tmp_path, task_with, fits, tiny_encoder):
+def test_predictions_trace_each_score_to_its_clips(
+    run, tmp_path, task_with, fits, tiny_encoder, few_epochs
+):
     file, lines = tmp_path / "scores.json", tmp_path / "predictions.jsonl"
     knn = task_with(kind="knn", group="half")
     arguments = {"tasks": [knn, task_with(name="mlp", kind="mlp")]}
@@ -249,6 +252,7 @@ def test_an_unexpected_number_of_classes_is_an_error(run, task_with):
         run(tasks=[task_with(classes=10)])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (REAL_DATA / "esc10").is_dir(), reason="needs the real corpora next to this checkout"
 )
