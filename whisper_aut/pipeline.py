@@ -72,10 +72,7 @@ def run_config(
 ) -> RunDirectory:
     """Load a config and run it, like `whisper-aut train CONFIG key=value …`.
 
-    Args:
-        config: path or name of the config, see `config.find_config`.
-        overrides: `key=value` or `group=choice`.
-        console: for messages. By default, only progress bars are shown.
+    Without a console, only progress bars are shown.
 
     Returns:
         The finished run directory.

@@ -1,5 +1,6 @@
 """Small helpers that every package uses: atomic writes, JSON, locks, progress, a parallel map."""
 
+import hashlib
 import json
 import os
 import signal
@@ -83,11 +84,7 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
 
 
 def read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: the file.
-        default: returned instead of raising an error.
+    """Read a JSON object. With a `default`, return that instead of raising an error.
 
     Raises:
         UserError: the file is missing, is not valid JSON, or does not hold an object.
@@ -104,6 +101,11 @@ def read_json(path: Path, *, default: dict[str, Any] | None = None) -> dict[str,
     if default is not None:
         return default
     raise UserError(problem or f"{path} must hold a JSON object, not {type(content).__name__}.")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def available_cores() -> int:
@@ -148,9 +150,8 @@ def file_lock(path: Path) -> Iterator[None]:
 def progress_bar(visible: bool = True, *, text: str = "") -> Progress:
     """Return a progress bar on stderr that disappears when it is done.
 
-    Args:
-        visible: False for no output. Nothing is drawn unless stderr is a terminal.
-        text: an extra column, such as `"{task.fields[loss]}"`.
+    Nothing is drawn unless it is `visible` and stderr is a terminal. `text` is an extra column,
+    such as `"{task.fields[loss]}"`.
     """
     description = TextColumn("{task.description}", markup=False)
     columns = [description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]

@@ -241,13 +241,8 @@ def read_header(data: bytes, limits: ClipLimits) -> Header:
 def stated_seconds(file: BinaryIO, suffix: str, limits: ClipLimits) -> float | None:
     """Return the length that the header of a clip states, or None if it states none.
 
-    Only what this needs is read: a few kilobytes, or all of an MP3. Those of `AV_SUFFIXES` count as
-    unknown.
-
-    Args:
-        file: the clip, which must be seekable.
-        suffix: its suffix in lower case.
-        limits: limits on MP3 files.
+    Only what this needs is read of the seekable file: a few kilobytes, or all of an MP3. Files with
+    one of `AV_SUFFIXES` count as unknown.
 
     Raises:
         SkipSample: the clip is not audio.

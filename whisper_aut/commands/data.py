@@ -215,8 +215,7 @@ def add_parsers(commands: Commands) -> None:
         add(f"--{name}", default="", help=f"{name} of all rows")
     where = "keep only rows with one of these values; may be repeated"
     add("--where", action="append", default=[], metavar="COLUMN=VALUE[,VALUE…]", help=where)
-    split_by = "write one folder of shards per value"
-    add("--split-by", default="", metavar="COLUMN", help=split_by)
+    add("--split-by", default="", metavar="COLUMN", help="write one folder of shards per value")
     longest = "skip longer clips (default: 30, or the recipe's)"
     add("--max-seconds", type=positive_number, default=None, help=longest)
     skipped = "fail if a larger fraction of the rows is skipped (default: 0.5)"
@@ -241,8 +240,7 @@ def add_parsers(commands: Commands) -> None:
         "audit", help="find training clips that are also in probe sets, whole or in part"
     )
     add = command.add_argument
-    train = "folders of shards, or folders of such folders"
-    add("train", nargs="+", metavar="TRAIN", help=train)
+    add("train", nargs="+", metavar="TRAIN", help="folders of shards, or folders of such folders")
     against = "folders of shards, or names of probe tasks"
     add("--against", nargs="+", required=True, metavar="PROBE", help=against)
     add("--root", default="data", help="replaces {root} in the tasks (default: data)")

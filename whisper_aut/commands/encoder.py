@@ -93,11 +93,9 @@ def add_parsers(commands: Commands) -> None:
     )
     add = command.add_argument
     add("encoder", help="a directory, a run, or a hub id; NAME@30s or NAME@none sets the padding")
-    audio = "files, folders of files, tars, or folders or URLs of shards"
-    add("audio", nargs="+", help=audio)
+    add("audio", nargs="+", help="files, folders of files, tars, or folders or URLs of shards")
     add("--out", required=True, help="output file: .safetensors or .parquet")
-    frames = "write all frames instead of one vector per clip"
-    add("--frames", action="store_true", help=frames)
+    add("--frames", action="store_true", help="write all frames instead of one vector per clip")
     add_pooling_options(command)
     add_encoder_options(command)
     command.set_defaults(run=embed)

@@ -189,8 +189,7 @@ def add_parsers(commands: Commands) -> None:
     add("--licence", default="unknown", metavar="ID", help=licence)
     push = "upload the directory to this repository on the Hugging Face hub"
     add("--push", metavar="ORG/NAME", default="", help=push)
-    private = "make a repository that --push creates private"
-    add("--private", action="store_true", help=private)
+    add("--private", action="store_true", help="make a repository that --push creates private")
     dry_run = "export, list what --push would upload, and upload nothing"
     add("--dry-run", action="store_true", help=dry_run)
     command.set_defaults(run=export)
@@ -253,8 +252,7 @@ def add_parsers(commands: Commands) -> None:
     add("--domain", default="", help=domain)
     long_clips = "what to do with clips above 30 s, as data.long_clips (default: trim)"
     add_choice(command, "--long-clips", ("trim", "crop", "chunk", "skip"), long_clips, "trim")
-    limit = "only the first N clips of each folder"
-    add("--limit", type=whole_number(1), metavar="N", help=limit)
+    add("--limit", type=whole_number(1), metavar="N", help="only the first N clips of each folder")
     tokens = "at most N tokens of each text (default: 256)"
     add("--max-new-tokens", type=whole_number(1), default=256, metavar="N", help=tokens)
     add_device_options(command)

@@ -348,10 +348,7 @@ def read_audit(path: Path) -> dict[str, Any]:
 def unaudited(audit: dict[str, Any], side: str, roots: Sequence[str]) -> list[str]:
     """Return the folders that an audit did not compare in their present state.
 
-    Args:
-        audit: the content of an `audit.json`.
-        side: `train` or `probes`.
-        roots: folders to look up.
+    `audit` is the content of an `audit.json`, and `side` is `train` or `probes`.
     """
     known = {folder["fingerprint"] for folder in audit.get(side, ())}
     if not known:

@@ -40,7 +40,7 @@ from whisper_aut.data.annotation import safe_name
 from whisper_aut.data.shards import INDEX_NAME, ShardIndex, open_index, text_hash
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import SkipReason, SkipSample, UserError
-from whisper_aut.utils import available_cores, parallel_map, progress_bar, read_json
+from whisper_aut.utils import available_cores, file_sha256, parallel_map, progress_bar, read_json
 
 RECIPE_VERSION = 3  # increase it when the same inputs result in different shards
 PATHS = ("manifest", "audio_root", "out")  # of a spec; the same files at other paths are equal
@@ -337,17 +337,11 @@ def build_shards(
 def _survey(
     manifest: Manifest, settings: dict[str, Any], unique_keys: bool
 ) -> tuple[str, int, tuple[str, ...], SkipLog]:
-    """Look up all audio files without opening them; return recipe, row count, splits and skips.
-
-    Raises:
-        UserError: no row is kept, or ids that have to be unique are not.
-    """
+    """Look up all audio files without opening them; return recipe, row count, splits and skips."""
     spec = {name: value for name, value in asdict(manifest.spec).items() if name not in PATHS}
     files = arrow_files(manifest.path)
-    digest: Any = [[file.name, file.stat().st_size] for file in files]
-    if not files:
-        with manifest.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    sizes = [[file.name, file.stat().st_size] for file in files]
+    digest = sizes or file_sha256(manifest.path)
     content = {"version": RECIPE_VERSION, "spec": spec, "manifest": digest, **settings}
     recipe = hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode())
     rows, splits, skips = 0, {}, SkipLog()
@@ -403,10 +397,7 @@ def _build_of(folder: Path) -> dict[str, Any]:
 def _check_out(out: Path, folders: dict[str, Path], append_by: str | None) -> None:
     """Check that `out` has no tars that would be lost, and no splits of another kind.
 
-    Args:
-        out: output folder.
-        folders: the folders of this build.
-        append_by: the column of the splits if clips are added to earlier ones, otherwise None.
+    `append_by` is the column of the splits if clips are added to earlier ones, otherwise None.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"Cannot write shards to {out}: it is a file.")

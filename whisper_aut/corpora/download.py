@@ -245,11 +245,7 @@ def _members(archive: Path) -> Iterator[Member]:
 
 
 def _target(name: str, folder: Path, archive: Path) -> Path | None:
-    """Return where to write a member, or None to leave it out.
-
-    Raises:
-        UserError: the path is outside `folder`, directly or through a link.
-    """
+    """Return where in `folder` to write a member, or None to leave it out."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if not parts or parts[0] == "/" or ".." in parts or ":" in parts[0] or "\0" in name:
         raise UserError(

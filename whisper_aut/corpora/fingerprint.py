@@ -69,13 +69,9 @@ class SharedSegment:
 
 
 def fingerprint(samples: np.ndarray, sample_rate_hz: int) -> Fingerprint:
-    """Return the fingerprint of a clip.
+    """Return the fingerprint of a clip, `[S]` or `[S, channels]`.
 
     Clips shorter than half a second have too few words to be found.
-
-    Args:
-        samples: `[S]` or `[S, channels]`.
-        sample_rate_hz: their rate.
     """
     mono = samples if samples.ndim == 1 else samples.mean(axis=1)
     if sample_rate_hz != RATE_HZ:

@@ -125,9 +125,6 @@ class SkippedRow:
 class Manifest:
     """A manifest whose columns fit its spec; its rows can be read any number of times.
 
-    Args:
-        spec: the manifest and the meaning of its columns.
-
     Attributes:
         root: folder that relative audio paths start from.
         columns: names of all columns.
@@ -328,11 +325,7 @@ def _unique(key: str, seen: dict[str, int]) -> str:
 
 
 def _check_table(path: Path) -> None:
-    """Check that `path` is a file whose suffix is one of `TABLE_SUFFIXES`.
-
-    Raises:
-        UserError: there is no such file, or its suffix is not supported.
-    """
+    """Check that `path` is a file whose suffix is one of `TABLE_SUFFIXES`."""
     if not path.exists():
         there = (
             sorted(p.name for p in path.parent.glob("*") if p.suffix.lower() in TABLE_SUFFIXES)

@@ -492,10 +492,7 @@ def whisper_codes(tag: str) -> tuple[str, ...]:
 def language_name(tag: str) -> str:
     """Return the English name of a language, or an empty string if the tag is unknown.
 
-    Whisper's name is preferred to that of ISO 639.
-
-    Args:
-        tag: see `whisper_codes`.
+    Tags are those of `whisper_codes`. Whisper's name is preferred to that of ISO 639.
 
     Examples:
         >>> [language_name(tag) for tag in ("et", "fra", "zh-yue", "ceb", "Klingon", "xq")]

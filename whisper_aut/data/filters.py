@@ -198,11 +198,7 @@ ShardKey = tuple[str, str]  # name of the shard, key of the sample
 
 
 class Exclusions:
-    """Samples to exclude, listed by an audit.
-
-    Args:
-        samples: fingerprint of the folder, name of the shard and key of each sample.
-    """
+    """Samples to exclude: fingerprint of the folder, name of the shard, and key, from an audit."""
 
     def __init__(self, samples: Iterable[tuple[str, str, str]] = ()):
         self._samples: dict[str, set[ShardKey]] = defaultdict(set)

@@ -587,11 +587,7 @@ class ShardReader:
         items: dict[int, Sample | SkippedSample],
         mapping: FieldMapping | None,
     ) -> None:
-        """Add the samples to `items`.
-
-        Raises:
-            ValueError: the table was not scanned, and does not match the tar.
-        """
+        """Add the samples to `items`. Raise a ValueError if the table does not match the tar."""
         table, damage = scanned
         sizes = np.diff(table.starts)
         small = []

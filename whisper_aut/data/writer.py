@@ -48,7 +48,7 @@ from whisper_aut.data.shards import (
     unpacked_name,
 )
 from whisper_aut.errors import SkipSample, UserError
-from whisper_aut.utils import atomic_path, parallel_map, parse_json, read_json
+from whisper_aut.utils import atomic_path, file_sha256, parallel_map, parse_json, read_json
 
 
 class ShardWriter:
@@ -169,10 +169,10 @@ class ShardWriter:
         self._tar.close()
         self._partial(table_name(name)).write_bytes(table.to_bytes())
         partial = self._partial(name)
-        with partial.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         seconds = round(sum(seconds or 0.0 for _, seconds, *_ in self._rows), 3)
-        entry = ShardEntry(name, len(self._rows), seconds, partial.stat().st_size, digest)
+        entry = ShardEntry(
+            name, len(self._rows), seconds, partial.stat().st_size, file_sha256(partial)
+        )
         if self.recipe:
             counts = [self._tar_counts.domains, self._tar_counts.licences]
             finished = {"recipe": self.recipe, "shard": asdict(entry), "counts": counts}

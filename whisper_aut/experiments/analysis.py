@@ -313,8 +313,8 @@ def paired_tests(
     no_worse, *_ = _t_test(differences + margins[:, None], alternative="greater")
     corrected = np.arange(len(differences)) != (-1 if primary is None else primary)
     p_adjusted, p_no_worse = two_sided.copy(), no_worse.copy()
-    p_adjusted[corrected] = _holm(two_sided[corrected])
-    p_no_worse[corrected] = _holm(no_worse[corrected])
+    p_adjusted[corrected] = holm(two_sided[corrected].tolist())
+    p_no_worse[corrected] = holm(no_worse[corrected].tolist())
     if gated or primary is not None:
         gate = 1.0 if primary is None else np.nan_to_num(two_sided[primary], nan=1.0)
         p_adjusted[corrected] = np.maximum(p_adjusted[corrected], gate)
@@ -337,12 +337,6 @@ def _t_test(
         p_values[varies] = test.pvalue
         low[varies], high[varies] = test.confidence_interval(1 - ALPHA)
     return p_values, low, high
-
-
-def _holm(p_values: np.ndarray) -> np.ndarray:
-    adjusted, known = p_values.copy(), np.isfinite(p_values)
-    adjusted[known] = holm(p_values[known].tolist())
-    return adjusted
 
 
 def endpoints_of(results: Results) -> list[Endpoint]:

@@ -269,9 +269,8 @@ class FoundRun:
 def load_experiment(name: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read an experiment and check what needs neither data nor weights.
 
-    Args:
-        name: A YAML file, or the name of one in `conf/experiments`.
-        overrides: `key=value` or `data=choice`.
+    `name` is a YAML file, or the name of one in `conf/experiments`. Overrides are `key=value` or
+    `data=choice`.
 
     Raises:
         UserError: Lists all problems.

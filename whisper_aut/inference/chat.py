@@ -70,10 +70,8 @@ def stream(
 ) -> Iterator[str]:
     """Yield the text for an audio file while it grows; the last one is that of the functions above.
 
-    The first one has 4 tokens, and each next one twice as many, generated again from the start.
-
-    Args:
-        prompt: a question if the decoder takes questions, otherwise a domain.
+    The first one has 4 tokens, and each next one twice as many, generated again from the start. The
+    `prompt` is a question if the decoder takes questions, otherwise a domain.
     """
     counts = [4 << step for step in range(10) if 4 << step < max_new_tokens]
     return _generate(module, audio, prompt, [*counts, max_new_tokens])

@@ -185,8 +185,7 @@ def build_page(models: DemoModels, title: str) -> Any:
 def launch_page(page: Any, *, port: int, folders: Sequence[str] = ()) -> str:
     """Serve the page on localhost only, in a thread, and return its URL.
 
-    Args:
-        folders: folders whose clips the page may play.
+    It may play the clips of `folders`.
 
     Raises:
         UserError: the port cannot be used.

@@ -173,11 +173,7 @@ class Vectors:
 
 
 def check_suffix(path: Path, *, frames: bool = False) -> None:
-    """Check that embeddings can be saved to a path of this suffix, before any clip is encoded.
-
-    Args:
-        path: the file to write.
-        frames: whether frames are to be saved rather than pooled vectors.
+    """Check, before any clip is encoded, that vectors or `frames` can be saved to such a file.
 
     Raises:
         UserError: the suffix is neither `.safetensors` nor `.parquet`, frames are to be saved as

@@ -244,11 +244,7 @@ def load_other_encoder(
     random_init: bool = False,
     seed: int = 0,
 ) -> OtherEncoder:
-    """Load a model of transformers whose `model_type` is in `MODEL_TYPES`.
-
-    Args:
-        path: a directory in Hugging Face's format or a hub id.
-        device, dtype, random_init, seed: see `load_encoder`.
+    """Load a model of transformers whose `model_type` is in `MODEL_TYPES`, see `load_encoder`.
 
     Raises:
         UserError: the model cannot be loaded, or some of its weights are missing.

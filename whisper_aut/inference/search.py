@@ -30,10 +30,7 @@ class Neighbour:
 
 
 class SearchIndex:
-    """Embeddings in memory, normalised for search.
-
-    Args:
-        vectors: pooled embeddings, `[B, D]` or `[B, layers, D]`.
+    """Embeddings in memory, `[B, D]` or `[B, layers, D]`, normalised for search.
 
     Raises:
         UserError: they are frames rather than pooled embeddings.

@@ -45,14 +45,8 @@ class Distillation:
     def __call__(self, batch: Batch, frames: Frames) -> Tensor | None:
         """Return the mean distance of each compared clip, times the weight of its tokens, summed.
 
-        A clip thus has the weight that it has in the decoder's loss.
-
-        Args:
-            batch: the clips that the encoder ran on.
-            frames: the encoder's output, with its states.
-
-        Returns:
-            A scalar, or None without a clip of the domains.
+        A clip thus has the weight that it has in the decoder's loss. `frames` are the encoder's
+        output for the batch, with its states. None if the batch has no clip of the domains.
         """
         chosen = self.compared(batch)
         if not chosen:

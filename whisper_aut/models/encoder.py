@@ -288,9 +288,7 @@ def add_lora(encoder: PackedEncoder, rank: int, alpha: int) -> None:
 def merge_lora(weights: dict[str, Any], prefix: str = "encoder.") -> dict[str, Any]:
     """Return the state dict of a module with the updates of `add_lora`, if any, in the weights.
 
-    Args:
-        weights: the state dict.
-        prefix: of the encoder's names.
+    The names of the encoder's weights begin with `prefix`.
     """
     scale = weights.get(f"{prefix}lora_scale")
     if scale is None:

@@ -22,11 +22,7 @@ TEXT_METRICS: dict[MetricName, dict[str, Any]] = {
 
 
 class GroupMetrics(nn.Module):
-    """Metrics of several groups of clips, synchronised over ranks.
-
-    Args:
-        metrics: the metrics of each group, by name.
-    """
+    """Metrics of several groups of clips, by name, synchronised over ranks."""
 
     def __init__(self, metrics: Mapping[str, Mapping[str, Any]]):
         super().__init__()

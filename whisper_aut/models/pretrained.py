@@ -281,9 +281,7 @@ def check_loaded_weights(
 ) -> None:
     """Raise `UserError` if weights of a checkpoint are missing, unknown or of the wrong shape.
 
-    Args:
-        info: the loading info that `from_pretrained` returns.
-        kind: the kind of model, for the error message.
+    `info` is the loading info that `from_pretrained` returns.
     """
     problems = {
         "lacks": set(info["missing_keys"]) - (may_be_missing or set()),

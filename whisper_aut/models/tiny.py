@@ -84,13 +84,10 @@ def make_whisper(
     vocabulary: int,
     seed: int,
 ) -> Path:
-    """Write a randomly initialised Whisper to a directory in Hugging Face's format.
+    """Write a randomly initialised Whisper to a directory in Hugging Face's format; return it.
 
-    Args:
-        out: the directory, which is returned.
-        texts: the texts to train the tokenizer on.
-        vocabulary: the most text tokens; special tokens are added.
-        seed: seed of the weights.
+    Its tokenizer is trained on `texts`. It has at most `vocabulary` text tokens, and the special
+    tokens.
     """
     tokenizer = train_whisper_tokenizer(texts, vocabulary)
     ids = tokenizer.get_vocab()

@@ -264,9 +264,9 @@ class ClassDataModule(EmbeddingsDataModule):
     """Clips, or their segments, with one class or any number of classes each.
 
     Args:
-        split, probe, options: see `EmbeddingsDataModule`.
         classes: the names of the classes; by default, those of the labels.
         segment_seconds: segment length, for tasks with events.
+        options: see `EmbeddingsDataModule`.
     """
 
     def __init__(
@@ -378,9 +378,6 @@ class CaptionDataModule(EmbeddingsDataModule):
 
     The bag of a caption has the frequency of each word of the training captions; it sums to one,
     or is zero if no word is known.
-
-    Args:
-        split, probe, options: see `EmbeddingsDataModule`.
     """
 
     metric = "recall@1"
@@ -431,11 +428,7 @@ def _words(text: str) -> list[str]:
 
 
 class TranscriptDataModule(EmbeddingsDataModule):
-    """Frames of clips and their transcripts as characters, without case and punctuation.
-
-    Args:
-        split, probe, options: see `EmbeddingsDataModule`.
-    """
+    """Frames of clips and their transcripts as characters, without case and punctuation."""
 
     metric = "word_accuracy"
 

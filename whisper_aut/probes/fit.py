@@ -180,15 +180,9 @@ def few_shot_splits(
 ) -> list[SeedRun]:
     """Score probes that are trained on `shots` clips of each class, drawn by each seed.
 
-    There are no validation clips to select on, so the kind's default setting is used (Perez et
-    al. 2021, True Few-Shot Learning). No runs if a class has fewer clips.
-
-    Args:
-        splits: the splits.
-        shots: number of training clips per class.
-        kind: a key of `PROBES` that trains without epochs.
-        seeds: seeds of the draws.
-        options: other arguments of `probe_splits`.
+    There are no validation clips to select on, so the default setting of the kind, which must train
+    without epochs, is used (Perez et al. 2021, True Few-Shot Learning). No runs if a class has
+    fewer clips. `options` are other arguments of `probe_splits`.
     """
     runs = []
     for seed in seeds:

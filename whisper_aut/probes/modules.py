@@ -474,12 +474,7 @@ class MLPProbe(AdamProbe):
 
 
 class LayerWeightedProbe(AdamProbe):
-    """J linear probes, each on its own weighted sum of layers. All weights start at zero.
-
-    Args:
-        width, outputs, candidates, options: see `Probe`.
-        layers: number of layers, L.
-    """
+    """J linear probes, each on its own weighted sum of the L layers. All weights start at zero."""
 
     title = "linear probes over weighted layers"
     features = "layers"

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+BETAS = 0.9, 0.999
+EPSILON = 1e-8  # added to the denominator, as a fraction of the learning rate
+
 
 class HeadAdam(torch.optim.Optimizer):
     """Adam (Kingma & Ba 2015) with a learning rate and an L2 penalty for each head.
@@ -18,19 +21,11 @@ class HeadAdam(torch.optim.Optimizer):
         params: parameters `[J, …]`, or groups of them. `decay` `[J]` of a group is the weight of
             half the squared norm that is added to the loss of each head.
         rates: the learning rate of each head, `[J]`.
-        eps: added to the denominator, as a fraction of the learning rate.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        rates: Tensor,
-        lr: float = 1.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ):
-        super().__init__(params, {"lr": lr, "decay": None})
-        self.rates, self.betas, self.eps, self.steps = rates, betas, eps, 0
+    def __init__(self, params: Iterable[Any], rates: Tensor):
+        super().__init__(params, {"lr": 1.0, "decay": None})
+        self.rates, self.steps = rates, 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -39,7 +34,7 @@ class HeadAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.steps += 1
-        beta_1, beta_2 = self.betas
+        beta_1, beta_2 = BETAS
         correction_1, correction_2 = 1 - beta_1**self.steps, 1 - beta_2**self.steps
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -53,7 +48,7 @@ class HeadAdam(torch.optim.Optimizer):
                     gradient = gradient.addcmul(parameter, group["decay"].view(shape))
                 state["mean"].lerp_(gradient, 1 - beta_1)
                 state["square"].mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
-                deviation = (state["square"] / correction_2).sqrt_().add_(self.eps / rates)
+                deviation = (state["square"] / correction_2).sqrt_().add_(EPSILON / rates)
                 step = rates * (group["lr"] / correction_1)
                 parameter.addcmul_(state["mean"] / deviation, step, value=-1)
         return loss
@@ -64,10 +59,6 @@ SUFFICIENT_DECREASE = 1e-4
 MAX_HALVINGS = 10
 DROP_FRACTION = 0.2  # drop converged heads from the batch once they exceed this fraction of it
 CALM_STEPS = 2  # consecutive steps below the tolerance until a head has converged
-
-
-# (weights [j, P], heads [j]) → losses [j], gradients [j, P]
-Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Closure = Callable[[], tuple[Tensor, Tensor]]  # returns losses [j] and gradients [j, …]
 
 

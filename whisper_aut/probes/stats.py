@@ -163,11 +163,8 @@ def interval(
 ) -> tuple[float, float]:
     """Return the 95 % interval of a score, or of the weighted average of several tasks.
 
-    Args:
-        tasks: one `GroupTotals` per task.
-        weights: weight of each task.
-        bounds: smallest and largest possible value. They are returned if any task has a single
-            group.
+    `bounds` are the smallest and largest possible value. They are returned if any task has a single
+    group.
     """
     if any(task.totals.size == 1 for task in tasks):
         return bounds
@@ -184,11 +181,7 @@ def interval(
 
 def difference(tasks: Sequence[GroupTotals], weights: Sequence[float] = (1.0,)) -> Difference:
     """Return the paired difference of two encoders on one task, or on the weighted average of
-    several.
-
-    Args:
-        tasks: for each task, the differences of the two encoders on the same clips.
-        weights: weight of each task.
+    several, from the differences of the two encoders on the same clips of each task.
     """
     value = float(np.average([task.value for task in tasks], weights=weights))
     low, high = interval(tasks, weights, (-1.0, 1.0))
@@ -256,12 +249,10 @@ def difference_of_trainings(differences: Sequence[float]) -> Difference:
     if std is None or std <= TIE:
         end = mean if std is not None else float("nan")
         return Difference(mean, end, end, float("nan"))
-    count = len(differences)
-    error = std / count**0.5
-    half = float(stats.t.ppf(1 - ALPHA / 2, count - 1)) * error
-    p_value = float(2 * stats.t.sf(abs(mean) / error, count - 1))
-    detectable = detectable_difference(std, count)
-    return Difference(mean, mean - half, mean + half, p_value, mean / std, detectable)
+    test = stats.ttest_1samp(differences, 0.0)
+    low, high = map(float, test.confidence_interval(1 - ALPHA))
+    detectable = detectable_difference(std, len(differences))
+    return Difference(mean, low, high, float(test.pvalue), mean / std, detectable)
 
 
 def proportion_interval(part: GroupTotals) -> tuple[float, float]:
@@ -293,10 +284,14 @@ def letter_groups(names: Sequence[str], different: Collection[frozenset[str]]) -
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for multiple comparisons (Holm 1979), in the given order."""
-    adjusted, running = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
-        running = max(running, (len(p_values) - rank) * p_values[i])
+    """Return p-values adjusted for multiple comparisons (Holm 1979), in the given order.
+
+    A comparison without a test has NaN, which stays NaN and does not count.
+    """
+    adjusted, running = [float("nan")] * len(p_values), 0.0
+    tested = int(np.isfinite(p_values).sum())
+    for rank, i in enumerate(np.argsort(p_values, kind="stable")[:tested]):  # NaN comes last
+        running = max(running, (tested - rank) * p_values[i])
         adjusted[i] = min(1.0, running)
     return adjusted
 

@@ -171,10 +171,7 @@ def find_problems(
 ) -> None:
     """Collect what would stop `run_suite`, as far as it can be known before clips are decoded.
 
-    Args:
-        problems: receives the problems.
-        encoders, tasks, root, embedding, kind: see `run_suite`.
-        few_shot: whether probes are trained on few clips.
+    With `few_shot`, probes are trained on few clips. For the other arguments, see `run_suite`.
     """
     for task in tasks:
         open_parts(task, root, problems)
@@ -419,11 +416,7 @@ def _record(run: SeedRun) -> str | tuple[float, ...]:
 
 
 def _check_classes(task: ProbeTask, parts: dict[str, Embeddings]) -> int:
-    """Return the number of classes to learn.
-
-    Raises:
-        UserError: it differs from the task's `classes`.
-    """
+    """Return the number of classes to learn, which must be the task's `classes`."""
     if task.answer in ("captions", "text"):
         return 0
     trained = [part for name, part in parts.items() if name not in ("valid", "test")]

@@ -254,11 +254,9 @@ def load_task(name_or_path: str | Path, task_folder: str | Path) -> ProbeTask:
 
 
 def expand_suites(names: Sequence[str], suites: str | Path) -> list[str]:
-    """Replace each suite name by its tasks. Duplicates are dropped.
+    """Replace the names of suites by their tasks. Duplicates are dropped.
 
-    Args:
-        names: names of tasks or suites, or paths of tasks.
-        suites: folder of suites, searched before the shipped ones.
+    Suites are searched in the folder `suites` before the shipped ones.
 
     Raises:
         UserError: the YAML of a suite has problems.
@@ -288,11 +286,7 @@ def _read_mapping(path: Path, content: str) -> Mapping[str, Any]:
 
 
 def task_from_mapping(values: Mapping[str, Any], where: str) -> ProbeTask:
-    """Check the keys and values of a task and build it.
-
-    Args:
-        values: the content of the YAML.
-        where: origin of the values, for error messages.
+    """Check the keys and values of a task and build it. Errors name `where` the values come from.
 
     Raises:
         UserError: lists all problems.
@@ -360,12 +354,9 @@ def _only_root(folder: str) -> bool:
 def open_parts(
     task: ProbeTask, root: str | Path | None, problems: Problems
 ) -> dict[str, list[ShardIndex]]:
-    """Return the shard indexes of each part of a task.
+    """Return the shard indexes of each part of a task, whose `{root}` is replaced.
 
-    Args:
-        task: the task.
-        root: replaces `{root}` in the task's folders.
-        problems: collects missing shards, and tars that are in two parts.
+    `problems` collects missing shards, and tars that are in two parts.
     """
     indexes: dict[str, list[ShardIndex]] = {part: [] for part in task.parts}
     for part, listed in indexes.items():

@@ -211,12 +211,8 @@ def build_leaderboard(
 ) -> Path:
     """Write `leaderboard.html` (whose path is returned), `.md` and `.csv` to `out`, and print it.
 
-    Args:
-        paths: files of scores, or folders with a `scores.json`.
-        out: the folder.
-        console: where to print.
-        recipes: names of which the encoders NAME-0, NAME-1 and so on are trainings.
-        against: the encoder or recipe that recipes are compared with.
+    The `paths` are files of scores, or folders with a `scores.json`. Recipes, whose trainings are
+    the encoders NAME-0, NAME-1 and so on, are compared with the encoder or recipe `against`.
 
     Raises:
         UserError: a file holds no scores, a name is unknown, or a file cannot be written.
@@ -370,8 +366,7 @@ def generated_texts(run: Path) -> list[GeneratedText]:
 def last_samples(samples: Path) -> list[GeneratedText]:
     """Return texts generated at the last validation, at most `MAX_TEXTS_PER_TASK` of each task.
 
-    Args:
-        samples: The `samples.jsonl` of a run. If it cannot be read, the result is empty.
+    There are none if the `samples.jsonl` of the run cannot be read.
     """
     try:
         lines = read_lines(samples)

@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -218,13 +218,10 @@ def recipe_table(scores: Scores, recipe: str, against: str) -> Table:
             found = [one[name] - other[name] for one, other in pairs]
             differences[name] = found, difference_of_trainings(found)
     enough = len(pairs) >= MIN_TRAININGS
-    tested = [name for name, (_, one) in differences.items() if enough and not isnan(one.p_value)]
-    adjusted = dict(
-        zip(tested, holm([differences[name][1].p_value for name in tested]), strict=True)
-    )
-    for name, (found, one) in differences.items():
+    adjusted = holm([one.p_value if enough else nan for _, one in differences.values()])
+    for (name, (found, one)), p_holm in zip(differences.items(), adjusted, strict=True):
         verdict = "no difference shown" if enough else "no claim"
-        if adjusted.get(name, 1.0) < 0.05:
+        if p_holm < 0.05:  # False for NaN
             verdict = "better" if one.value > 0 else "worse"
         rows.append(
             (
@@ -234,7 +231,7 @@ def recipe_table(scores: Scores, recipe: str, against: str) -> Table:
                 BLANK if isnan(one.p_value) else f"{one.low:+.1f} … {one.high:+.1f}",
                 BLANK if one.effect_size is None else f"{one.effect_size:+.1f}",
                 BLANK if one.detectable is None else f"{one.detectable:.1f}",
-                p_value(adjusted[name]) if name in adjusted else BLANK,
+                BLANK if isnan(p_holm) else p_value(p_holm),
                 verdict,
             )
         )

@@ -85,6 +85,12 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
+def series_style(index: int) -> dict[str, str]:
+    """Return the colour, marker and line style of the series with this number."""
+    styles = {"color": PALETTE, "marker": MARKERS, "linestyle": LINE_STYLES}
+    return {name: values[index % len(values)] for name, values in styles.items()}
+
+
 def legend_below(figure: Figure, columns: int = 4, **options: object) -> None:
     figure.legend(loc="outside lower center", ncols=columns, **options)  # pyright: ignore[reportArgumentType]
 
@@ -210,10 +216,8 @@ def _describe_whiskers(scores: Scores) -> str:
 def plot_layers(scores: Scores, weighted: Scores | None, path: Path) -> Path:
     """Draw score against layer, one panel per domain, and the learned weights of the layers.
 
-    Args:
-        scores: of one encoder for each layer, see `TaskScore.layers`.
-        weighted: of a probe on the weighted sum of layers, drawn as a dashed line.
-        path: the PNG file.
+    `scores` are those of one encoder for each layer, see `TaskScore.layers`. `weighted` are those
+    of a probe on the weighted sum of layers, drawn as a dashed line.
     """
     domains = scores.domains
     figure = new_figure(height=3.4)
@@ -224,9 +228,8 @@ def plot_layers(scores: Scores, weighted: Scores | None, path: Path) -> Path:
         entries = [entry for entry in scores.entries if entry.domain == domain]
         for index, task in enumerate(dict.fromkeys(entry.task for entry in entries)):
             own = sorted((e.layers[0], 100 * e.mean, e.title) for e in entries if e.task == task)
-            style = {"marker": MARKERS[index % len(MARKERS)], "linestyle": LINE_STYLES[index % 4]}
             layers, means, titles = zip(*own, strict=True)
-            axes.plot(layers, means, color=PALETTE[index % len(PALETTE)], label=titles[0], **style)
+            axes.plot(layers, means, label=titles[0], **series_style(index))
         found = sorted(
             (layer_of[a.encoder], a.mean, *a.interval) for a in averages if a.domain == domain
         )
@@ -245,13 +248,8 @@ def plot_layers(scores: Scores, weighted: Scores | None, path: Path) -> Path:
         axes.legend(fontsize=6)
     panels[0].set_ylabel("score (%)")
     for index, entry in enumerate(weighted.entries if weighted else ()):
-        panels[-1].plot(
-            entry.layers,
-            entry.layer_weights,
-            color=PALETTE[index % len(PALETTE)],
-            marker=MARKERS[index % len(MARKERS)],
-            label=entry.title,
-        )
+        style = series_style(index) | {"linestyle": "-"}
+        panels[-1].plot(entry.layers, entry.layer_weights, label=entry.title, **style)
         panels[-1].set(title="learned weights", xlabel="layer", ylim=(0, None))
         panels[-1].legend(fontsize=6)
     for axes in panels:
@@ -276,15 +274,12 @@ def plot_few_shot(scores: Scores, path: Path) -> Path:
             series[entry.encoder.removesuffix(f", {entry.shots} a class")].append(entry)
             axes.set_title(entry.title)
         for encoder, entries in series.items():
-            index = lines.setdefault(encoder, len(lines))
             axes.errorbar(
                 [entry.shots for entry in entries],
                 [100 * entry.mean for entry in entries],
                 yerr=[100 * (entry.std or 0) for entry in entries],
-                color=PALETTE[index % len(PALETTE)],
-                marker=MARKERS[index % len(MARKERS)],
-                linestyle=LINE_STYLES[index % len(LINE_STYLES)],
                 label=encoder,
+                **series_style(lines.setdefault(encoder, len(lines))),
             )
         axes.set_xscale("log", base=2)
         axes.set_xticks(shots, [str(count) for count in shots])
@@ -522,18 +517,15 @@ def _plot_map(
     axes.set_ylabel(title)
 
 
-def project(features: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Return the t-SNE coordinates `[B, 2]` of features `[B, D]`, which are standardised first.
-
-    The result is deterministic for a given input and seed.
-    """
+def project(features: np.ndarray) -> np.ndarray:
+    """Return the t-SNE coordinates `[B, 2]` of features `[B, D]`, which are standardised first."""
     # If all clips are equal, the PCA of scikit-learn returns NaN and t-SNE crashes.
     if not np.ptp(features, axis=0).any():
         return np.zeros((len(features), 2))
     centred = (features - features.mean(0)) / np.maximum(features.std(0), 1e-6)
     perplexity = min(30.0, (len(features) - 1) / 3)
     tsne = TSNE(
-        perplexity=perplexity, init="pca", max_iter=MAX_TSNE_STEPS, random_state=seed, n_jobs=1
+        perplexity=perplexity, init="pca", max_iter=MAX_TSNE_STEPS, random_state=0, n_jobs=1
     )
     return tsne.fit_transform(centred)
 

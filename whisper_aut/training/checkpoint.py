@@ -12,7 +12,6 @@ of ranks. One tensor at a time is gathered from the ranks, so none needs memory 
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from whisper_aut.errors import UserError
-from whisper_aut.utils import parse_json
+from whisper_aut.utils import file_sha256, parse_json
 
 SUFFIX, PREFIX = ".ckpt", "step-"
 LAST, BEST = f"last{SUFFIX}", f"best{SUFFIX}"
@@ -115,7 +114,7 @@ def find_damage(path: Path, *, hashes: bool = True) -> str:
         if file.stat().st_size != expected.bytes:
             return f"{name} has {file.stat().st_size:,} bytes instead of {expected.bytes:,}"
         try:
-            if hashes and _sha256(file) != expected.sha256:
+            if hashes and file_sha256(file) != expected.sha256:
                 return f"{name} has changed since it was written: its SHA-256 differs"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
@@ -574,7 +573,7 @@ def _flush(path: Path) -> FileMetadata:
     """Flush a file to disk and return its size and hash."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return FileMetadata(path.stat().st_size, _sha256(path))
+    return FileMetadata(path.stat().st_size, file_sha256(path))
 
 
 def _flush_folder(path: Path) -> None:
@@ -585,11 +584,6 @@ def _flush_folder(path: Path) -> None:
         pass
     finally:
         os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _as_os_error(error: SafetensorError, path: Path) -> OSError:

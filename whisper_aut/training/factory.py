@@ -47,7 +47,7 @@ from whisper_aut.onednn import use_onednn
 from whisper_aut.training.doctor import check_compilable
 from whisper_aut.training.optim import optimizer_factory
 from whisper_aut.training.strategies import resolve_precision
-from whisper_aut.utils import file_lock
+from whisper_aut.utils import file_lock, file_sha256
 
 log = logging.getLogger(__name__)
 # Large files are hashed in HASH_BLOCKS evenly spaced blocks of HASH_BLOCK_BYTES. That is enough:
@@ -362,9 +362,7 @@ def run_fingerprint(settings: Settings) -> str:
         *(open_index(folder, policy).fingerprint() for folder in data.augment.noise),
     ]
     files = [data.exclude, *(source.annotations for source in (*data.train, *data.valid))]
-    listed = [
-        hashlib.sha256(Path(one).read_bytes()).hexdigest() for one in files if Path(one).is_file()
-    ]
+    listed = [file_sha256(path) for path in map(Path, files) if path.is_file()]
     models = [settings.model.path, str(settings.decoder.get("language_model", ""))]
     hashes = [_hash_files(Path(path)) for path in models if path]
     content = json.dumps([__version__, values, shards, listed, hashes], sort_keys=True)

@@ -246,9 +246,7 @@ def _git_revision() -> str:
 def check_resume(resume: str, folder: Path) -> Path | None:
     """Check the path given to `--resume` without reading tensors, and return it.
 
-    Args:
-        resume: a checkpoint or run directory. None is returned if it is empty or `auto`.
-        folder: the folder with all runs of this name.
+    None is returned if it is empty or `auto`. `folder` contains all runs of this name.
 
     Raises:
         UserError: If there is no checkpoint, or it is from a run with another name.

@@ -180,12 +180,8 @@ def download_corpus(
 ) -> None:
     """Download and unpack a corpus into `folder`; existing files are not downloaded again.
 
-    Args:
-        recipe: the corpus.
-        folder: where to put it.
-        mirror: base URL of a server with the same files, to use instead of the publisher's.
-        only: download only archives whose name contains this.
-        progress: whether to show progress bars.
+    `mirror` is the base URL of a server with the same files, to use instead of the publisher's.
+    Only archives whose name contains `only` are downloaded.
 
     Raises:
         UserError: the corpus needs manual steps, a download failed, or an archive is damaged.

@@ -428,13 +428,9 @@ def _by_stem(raw: Path) -> dict[str, str]:
 def _video_row(
     video: str, start: str, files: dict[str, str], clip_ids: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return the row of a segment of a video, whose file may be named as common downloaders do.
+    """Return the row of a segment of a video, whose file may be named as by common downloaders.
 
-    Args:
-        video: the YouTube id.
-        start: start of the segment in seconds.
-        files: paths of the audio by stem.
-        clip_ids: ids of the clip in its table, which may also name the file.
+    `files` are paths of the audio by stem. The `clip_ids` in its table may also name the file.
     """
     seconds = int(float(start))
     starts = (f"_{seconds}", f"_{seconds * 1000}", f"_{seconds}.000", "")

@@ -66,14 +66,9 @@ def build_demo(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Build the corpus in `out`, unless it exists already; return `out`.
+    """Build the corpus in the folder `out`, unless it exists already; return `out`.
 
-    Args:
-        out: output folder.
-        seed: random seed of the clips.
-        scale: size relative to the default size, above 0.
-        workers: number of processes; by default one per core.
-        progress: whether to show a progress bar.
+    It has `scale` times the default size. `workers` are processes; by default one per core.
 
     Raises:
         UserError: `out` cannot be written or has other shards, or espeak-ng is not installed.
@@ -114,10 +109,8 @@ def build_demo(
 
 
 def _read_recipe(folder: Path) -> dict[str, Any] | None:
-    """Return the recipe of a demo folder, or None if there is no complete one.
-
-    Raises:
-        UserError: the folder has other files, which a build would delete.
+    """Return the recipe of a demo folder, or None if there is no complete one. Raise an error if it
+    has other files, which a build would delete.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
