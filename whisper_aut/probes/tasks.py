@@ -340,7 +340,7 @@ def _find_problems(task: ProbeTask) -> Iterator[str]:
                 yield f"{part}: {folder!r} has another placeholder than {{root}}"
             first = seen.setdefault(folder.rstrip("/"), part)
             if first != part:
-                yield f"{part}: {folder!r} is in {first} too"
+                yield f"{part}: {folder!r} is in {first} too. Build one folder of shards per split"
 
 
 def _only_root(folder: str) -> bool:

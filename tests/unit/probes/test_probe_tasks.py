@@ -161,7 +161,7 @@ def test_all_problems_of_meaning_at_once(task_with):
     message = str(caught.value)
     for part in (
         "6 problems",
-        "{root}/a/' is in train too",
+        "{root}/a/' is in train too. Build one folder of shards per split",
         "{fold}/b",
         "weight",
         "classes",
