@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from math import ceil, log2
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -249,7 +250,7 @@ def difference_of_trainings(differences: Sequence[float]) -> Difference:
     if std is None or std <= TIE:
         end = mean if std is not None else float("nan")
         return Difference(mean, end, end, float("nan"))
-    test = stats.ttest_1samp(differences, 0.0)
+    test: Any = stats.ttest_1samp(differences, 0.0)
     low, high = map(float, test.confidence_interval(1 - ALPHA))
     detectable = detectable_difference(std, len(differences))
     return Difference(mean, low, high, float(test.pvalue), mean / std, detectable)
