@@ -22,7 +22,7 @@ from whisper_aut.errors import EXTRAS, Interrupted, MissingModule, Preempted, Us
 
 # Table width when the output goes to a file or a pipe, which has no window width.
 FILE_COLUMNS = 160
-# ESC and its kin → their visible pictures in Unicode; line breaks and tabs stay.
+# Control characters → their pictures in Unicode; line breaks and tabs stay.
 CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 CONTROL_PICTURES |= dict.fromkeys(range(0x7F, 0xA0), 0x2421)
 # 75 is EX_TEMPFAIL in sysexits.h: a temporary failure, try again later.

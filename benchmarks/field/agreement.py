@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -73,13 +74,14 @@ def linear(splits: Sequence[Split], penalty: float) -> Iterator[Compared]:
 
 def neighbours(splits: Sequence[Split]) -> Iterator[Compared]:
     setting = KNNProbe.default
+
+    def weights(distances: np.ndarray) -> np.ndarray:
+        return np.exp((1 - distances) / setting["temperature"])
+
     for split in splits:
         train, labels, test = arrays(split)
-        model = KNeighborsClassifier(
-            int(setting["k"]),
-            metric="cosine",
-            weights=lambda distances: np.exp((1 - distances) / setting["temperature"]),  # pyright: ignore[reportArgumentType]
-        )
+        options: Any = {"metric": "cosine", "weights": weights}
+        model = KNeighborsClassifier(int(setting["k"]), **options)
         theirs = model.fit(train, labels).predict_proba(test)
         yield compare(split, KNNProbe, setting, theirs)
 

@@ -15,10 +15,8 @@ from packaging.requirements import Requirement
 
 from tests.support import REPOSITORY
 from tests.support.audio import encode_audio, tone
-from whisper_aut.cli import main
 from whisper_aut.config import PACKAGE_CONF, find_config, load_settings
 from whisper_aut.errors import EXTRAS
-from whisper_aut.experiments.grid import load_experiment
 from whisper_aut.probes.tasks import expand_suites, load_task
 
 
@@ -42,23 +40,29 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def test_configs_are_found_by_name_outside_a_checkout(
-    installed: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
+def test_configs_are_found_by_name_outside_a_checkout(installed: Path, tmp_path: Path):
     shipped = sorted(path.relative_to(PACKAGE_CONF) for path in PACKAGE_CONF.rglob("*.yaml"))
-    conf = installed / PACKAGE_CONF.relative_to(REPOSITORY)
+    conf = installed / "whisper_aut" / "conf"
     assert sorted(path.relative_to(conf) for path in conf.rglob("*.yaml")) == shipped
-    monkeypatch.setattr("whisper_aut.config.PACKAGE_CONF", conf)
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text("defaults: [smoke, _self_]\nname: mine\n")
-    for arguments in ("aut_tiny", "conf/aut.yaml", "mine.yaml strategy=ddp"):
-        assert main(["train", "--print-config", *arguments.split()]) == 0
-    shown = capsys.readouterr().out
-    assert all(f"name: {name}" in shown for name in ("aut_tiny", "aut", "mine"))
-    assert load_experiment("e5_layers").conf == conf
+    code = """
+import whisper_aut
+from whisper_aut.cli import main
+print(whisper_aut.__file__)
+for arguments in ("train --print-config aut_tiny", "train --print-config conf/aut.yaml",
+                  "train --print-config mine.yaml strategy=ddp", "experiment --plan e5_layers"):
+    assert main(arguments.split()) == 0, arguments
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.startswith(str(installed))
+    assert all(f"name: {name}" in run.stdout for name in ("aut_tiny", "aut", "mine"))
 
 
 def test_the_working_directory_comes_before_the_package(

@@ -24,12 +24,13 @@ from whisper_aut.data.annotation import (
     Template,
     find_text,
     has_value,
-    parse_json,
+    parse_row,
     plain,
     safe_name,
 )
 from whisper_aut.errors import SkipReason, SkipSample, UserError, nearest, require
 from whisper_aut.schema import Text
+from whisper_aut.utils import parse_json
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ARROW_SUFFIXES = (".parquet", ".arrow")
@@ -389,7 +390,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
                 f"jq -c '.[]' {path.name} > rows.jsonl"
             )
         try:
-            row = parse_json(line)
+            row = parse_row(line)
         except ValueError as error:
             yield number, f"not JSON: {error}"
         else:
@@ -452,15 +453,16 @@ def _arrow_rows(path: Path, files: Sequence[Path]) -> Iterator[tuple[int, Row]]:
                     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
                         row[name] = {**value, "file": str(file.absolute())}
                     elif name in classes and isinstance(value, int):
-                        row[name] = dict(enumerate(classes[name])).get(value)
+                        row[name] = classes[name].get(value)
                 yield number, {"split": split, **row}
 
 
-def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Return the names of class labels by column, which `datasets` stores with a table."""
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, dict[int, str]]:
+    """Return the names of class labels by column and label, as `datasets` stores them."""
     try:
         features = parse_json((metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: list(one["names"]) for name, one in features.items() if "names" in one}
+        named = {name: one["names"] for name, one in features.items() if "names" in one}
+        return {name: dict(enumerate(names)) for name, names in named.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 

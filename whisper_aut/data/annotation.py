@@ -19,8 +19,8 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from whisper_aut import utils
 from whisper_aut.errors import SkipReason, SkipSample, UserError, require
+from whisper_aut.utils import parse_json
 
 if TYPE_CHECKING:
     from iso639 import Language
@@ -122,7 +122,7 @@ class Annotation:
         if len(data) > MAX_JSON_BYTES:
             raise SkipSample(SkipReason.TOO_LARGE, f"JSON of {len(data)} bytes")
         try:
-            row = parse_json(data)
+            row = parse_row(data)
         except ValueError as error:
             raise SkipSample(SkipReason.BAD_JSON, str(error)) from None
         is_events = isinstance(row, list) and all(isinstance(event, dict) for event in row)
@@ -277,7 +277,7 @@ def read_annotations(path: str | Path) -> dict[str, Row]:
         for number, row in enumerate(_parquet_rows(path) if parquet else read_lines(path), 1):
             where = f"{path}, row {number}"
             try:
-                row = parse_json(row) if isinstance(row, str) else row
+                row = parse_row(row) if isinstance(row, str) else row
             except ValueError as error:
                 raise UserError(f"{where} is not JSON: {error}.") from None
             id = plain(row.pop("id", None)).strip() if isinstance(row, dict) else ""
@@ -308,13 +308,13 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise OSError(str(error)) from None
 
 
-def parse_json(data: bytes | str) -> Any:
-    """Parse JSON, reading a bare NaN, as Python and pandas write it, as null.
+def parse_row(data: bytes | str) -> Any:
+    """Parse the JSON of a row. A bare NaN, as Python and pandas write it, is null.
 
     Raises:
         ValueError: `data` is not JSON, or holds an infinity.
     """
-    return utils.parse_json(data, parse_constant=_constant)
+    return parse_json(data, parse_constant=_constant)
 
 
 def _constant(name: str) -> None:

@@ -114,7 +114,8 @@ def load_language_model(
     check_not_adapter(find_cached(path, revision, CONFIG, WEIGHTS), revision)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     check_loaded_weights(path, info, tied, kind="language model")
-    rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+    embedding: Any = model.get_input_embeddings()
+    rows = len(embedding.weight)
     if (last := max(tokenizer.get_vocab().values())) >= rows:
         raise UserError(
             f"The tokenizer of {path} has the token {tokenizer.convert_ids_to_tokens(last)!r} with "

@@ -252,7 +252,6 @@ def test_an_unexpected_number_of_classes_is_an_error(run, task_with):
         run(tasks=[task_with(classes=10)])
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not (REAL_DATA / "esc10").is_dir(), reason="needs the real corpora next to this checkout"
 )

@@ -102,18 +102,8 @@ def measured_peak_bytes(step: Callable[[], None]) -> int:
     return peak
 
 
-@pytest.mark.parametrize(
-    ("checkpointing", "compute"),
-    [
-        (False, "float32"),
-        (True, "autocast"),
-        (False, "bfloat16"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((True, "float32"), (False, "autocast"), (True, "bfloat16"))
-        ),
-    ],
-)
+@pytest.mark.parametrize("compute", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_memory_is_what_a_real_step_takes(checkpointing: bool, compute: Compute):
     shape = StepShape(
         MEL_LENGTHS, TEXT_LENGTHS, compute=compute, gradient_checkpointing=checkpointing

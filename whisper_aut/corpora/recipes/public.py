@@ -22,7 +22,7 @@ from whisper_aut.corpora.recipes.base import (
     with_article,
     words,
 )
-from whisper_aut.data.annotation import language_name, parse_json, read_lines, whisper_codes
+from whisper_aut.data.annotation import language_name, parse_row, read_lines, whisper_codes
 from whisper_aut.errors import UserError
 from whisper_aut.utils import read_json
 
@@ -342,7 +342,7 @@ def musicbench(raw: Path) -> Rows:
     for split, table in find_parts(raw, tables).items():
         audio = find(raw, "datashare").relative_to(raw)
         for line in read_lines(table):
-            row = parse_json(line)
+            row = parse_row(line)
             yield {
                 "audio": str(audio / row["location"]),
                 "text": _captions([row["main_caption"], row.get("alt_caption")]),
