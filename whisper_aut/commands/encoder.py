@@ -51,7 +51,7 @@ def embed(options: argparse.Namespace, console: Console) -> None:
     if vectors.skipped:
         counts = Counter(reason.partition(":")[0] for reason in vectors.skipped.values())
         reasons = ", ".join(f"{count} × {reason}" for reason, count in counts.most_common())
-        console.print(f"{len(vectors.skipped)} clips were skipped: {reasons}.", highlight=False)
+        console.print(f"Clips skipped: {len(vectors.skipped)} ({reasons}).", highlight=False)
         for name, reason in list(vectors.skipped.items())[:5]:
             console.print(f"  {name}: {reason}", highlight=False)
 

@@ -461,8 +461,8 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, dict[int, 
     """Return the names of class labels by column and label, as `datasets` stores them."""
     try:
         features = parse_json((metadata or {})[b"huggingface"])["info"]["features"]
-        named = {name: one["names"] for name, one in features.items() if "names" in one}
-        return {name: dict(enumerate(names)) for name, names in named.items()}
+        classes = ((name, one["names"]) for name, one in features.items() if "names" in one)
+        return {name: dict(enumerate(names)) for name, names in classes}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 

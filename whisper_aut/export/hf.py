@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
+from rich.filesize import decimal
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperModel
 
@@ -287,12 +288,11 @@ def describe_push(folder: Path, repository: str, *, private: bool = False) -> st
         UserError: The name is invalid.
     """
     _check_repository(repository)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    rows = [f"  {size / 1e6:8.2f} MB  {name}" for name, size in sizes.items()]
-    repository = f"{repository} ({'private' if private else 'public'} if it is new)"
-    total = f"{len(sizes)} files, {sum(sizes.values()) / 1e6:.2f} MB"
-    return "\n".join([f"Would upload to {repository}: {total}", *rows, "Nothing was uploaded."])
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    rows = [f"  {decimal(file.stat().st_size):>10}  {file.relative_to(folder)}" for file in files]
+    total = decimal(sum(file.stat().st_size for file in files))
+    where = f"{repository} ({'private' if private else 'public'} if it is new)"
+    return "\n".join([f"Would upload {total} to {where}:", *rows, "Nothing was uploaded."])
 
 
 def _check_repository(repository: str) -> None:

@@ -281,8 +281,9 @@ def test_a_dry_run_lists_what_a_push_would_send(
     command = ["export", str(RUN), "--out", str(out), "--dry-run"]
     assert main([*command, "--push", "org/name", "--private"]) == 0
     shown = capsys.readouterr().out
-    assert "Would upload to org/name (private if it is new): " in shown
-    assert all(f"MB  {path.name}\n" in shown for path in out.iterdir())
+    assert "B to org/name (private if it is new):\n" in shown
+    rows = [line.rpartition("  ")[2] for line in shown.splitlines()]
+    assert {path.name for path in out.iterdir()} < set(rows)
     assert not _Hub.created
     assert main([*command, "--push", "or g/na"]) == 1
     assert "not a valid repository name" in capsys.readouterr().err

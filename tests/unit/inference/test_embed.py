@@ -157,7 +157,7 @@ def test_the_command_counts_bad_files_and_goes_on(
     assert main(["embed", RUN, str(folder), "--out", str(out), "--pooling", "mean_std"]) == 0
     shown = capsys.readouterr().out
     assert "1 clips" in shown
-    assert "2 clips were skipped: 1 × undecodable audio, 1 × silent audio." in shown
+    assert "Clips skipped: 2 (1 × undecodable audio, 1 × silent audio)." in shown
     with safe_open(out, framework="pt") as file:  # as a user without this package reads it
         assert file.get_tensor("embeddings").shape == (1, 64)
         assert json.loads(file.metadata()["names"]) == [str(folder / "good.flac")]
