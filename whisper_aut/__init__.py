@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from whisper_aut.inference.encoder import AudioEncoder, load_encoder
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 __all__ = ["AudioEncoder", "__version__", "load_encoder"]
 
 

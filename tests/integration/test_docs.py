@@ -363,8 +363,10 @@ def says(text: str, message: str) -> bool:
     return text.startswith(first)
 
 
-def test_the_citation_names_this_version_and_both_papers():
+def test_changelog_and_citation_name_this_version_and_both_papers():
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    heading = f"## [{__version__}] - {citation['date-released']}"
+    assert heading in (REPOSITORY / "CHANGELOG.md").read_text().splitlines()
     assert (citation["cff-version"], citation["version"], citation["license"]) == (
         "1.2.0",
         __version__,
