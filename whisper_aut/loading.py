@@ -13,7 +13,13 @@ from typing import Any
 from whisper_aut.config import load_settings
 from whisper_aut.errors import Problems, UserError
 from whisper_aut.export.card import write_card
-from whisper_aut.export.hf import ExportKind, export_checkpoint, find_checkpoint, read_checkpoint
+from whisper_aut.export.hf import (
+    DecoderWeights,
+    ExportKind,
+    export_checkpoint,
+    find_checkpoint,
+    read_checkpoint,
+)
 from whisper_aut.inference.demo import DemoModels
 from whisper_aut.inference.encoder import (
     DTYPES,
@@ -101,23 +107,26 @@ def export_run(
     dtype: str = "fp32",
     *,
     interpolate: float = 1.0,
+    decoder: DecoderWeights = "trained",
     **card: str,
 ) -> Path:
     """Export a trained model with a model card.
 
     `path` is a run directory or one of its checkpoints. `dtype` is `fp32`, `bf16` or `fp16`.
-    `interpolate` is the fraction of the trained weights, see `export.hf.interpolated`. `card` may
-    contain `name` and `licence`, see `write_card`.
+    `interpolate` is the fraction of the trained weights, see `export.hf.interpolated`. `decoder`
+    is that of the format `whisper`. `card` may contain `name` and `licence`, see `write_card`.
 
     Raises:
         UserError: `path` is not a run, or the run cannot be exported as `kind`, or it has no
-            pretrained weights to interpolate with.
+            pretrained weights to use.
     """
     checkpoint, pretrained = find_checkpoint(path)
     run = RunDirectory(checkpoint.parent.parent)
     model = load_settings(run.config).model
-    if interpolate != 1 and model.random_init:
-        raise UserError(f"{run.path} started from random weights: nothing to interpolate with.")
+    if decoder == "pretrained" and kind != "whisper":
+        raise UserError(f"{kind} has no decoder. Use --decoder pretrained with --format whisper.")
+    if (interpolate != 1 or decoder == "pretrained") and model.random_init:
+        raise UserError(f"{run.path} started from random weights: it has no pretrained ones.")
     export_checkpoint(
         checkpoint,
         pretrained,
@@ -127,8 +136,9 @@ def export_run(
         padding=model.padding,
         pad_to_30s=model.pad_to_30s,
         interpolate=interpolate,
+        decoder=decoder,
     )
-    write_card(run.path, out, kind, dtype, interpolate=interpolate, **card)
+    write_card(run.path, out, kind, dtype, interpolate=interpolate, decoder=decoder, **card)
     return out
 
 

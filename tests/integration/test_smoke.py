@@ -111,6 +111,7 @@ def test_uniwhisper_goes_through_the_same_doors(
     assert main(export) == 0
     assert main([*export, "--format", "whisper"]) == 1
     assert "did not train a Whisper decoder" in " ".join(capsys.readouterr().err.split())
+    assert main([*export, "--format", "whisper", "--decoder", "pretrained"]) == 0
 
 
 def test_a_trained_run_answers_and_is_measured(

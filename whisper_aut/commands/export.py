@@ -42,7 +42,8 @@ def export(options: argparse.Namespace, console: Console) -> None:
 
     card = {"name": options.push, "licence": options.licence}
     run, out = Path(options.run_or_checkpoint), Path(options.out)
-    export_run(run, out, options.format, options.dtype, interpolate=options.interpolate, **card)
+    mixed = {"interpolate": options.interpolate, "decoder": options.decoder}
+    export_run(run, out, options.format, options.dtype, **mixed, **card)
     next_step = NEXT_STEPS[options.format].format(out=out)
     console.print(f"Wrote {out}, with a card in README.md. {next_step}", highlight=False)
     if options.push and options.dry_run:
@@ -185,6 +186,10 @@ def add_parsers(commands: Commands) -> None:
     add_choice(command, "--dtype", DTYPES, "precision of the weights (default: fp32)", "fp32")
     trained = "fraction of the trained weights; the rest are pretrained weights (default: 1)"
     add("--interpolate", type=fraction, default=1.0, metavar="FRACTION", help=trained)
+    decoder = (
+        "with --format whisper: the decoder of the run or the pretrained one (default: trained)"
+    )
+    add_choice(command, "--decoder", ("trained", "pretrained"), decoder, "trained")
     licence = "licence of the weights for the card, by its hub id: apache-2.0, cc-by-nc-4.0, …"
     add("--licence", default="unknown", metavar="ID", help=licence)
     push = "upload the directory to this repository on the Hugging Face hub"

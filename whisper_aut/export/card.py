@@ -34,6 +34,7 @@ def write_card(
     dtype: str = "fp32",
     *,
     interpolate: float = 1.0,
+    decoder: str = "trained",
     name: str = "",
     licence: str = UNKNOWN_LICENCE,
 ) -> Path:
@@ -46,6 +47,7 @@ def write_card(
         dtype: The name of the weights' precision.
         interpolate: The fraction of the trained weights. The scores of the run are left out if it
             is not 1, because they are those of the trained weights.
+        decoder: `trained` or `pretrained`, see `hf.export_checkpoint`.
         name: The name in the usage snippet, such as the hub's `ORG/NAME`. Defaults to the name
             of the folder.
         licence: The licence of the weights, as the hub's identifier.
@@ -73,6 +75,7 @@ def write_card(
         "kind": kind,
         "dtype": dtype,
         "interpolate": interpolate,
+        "decoder": decoder,
         "name": name or out.name,
         "version": __version__,
         "licence": licence,

@@ -1,8 +1,9 @@
 """Export the encoder of a run as a Hugging Face directory, as an audio tower, or as an ONNX graph.
 
-`encoder` drops the decoder, as AuT does. `whisper` keeps the trained decoder, for recognition and
-captioning or as the pretrained checkpoint of another run. Towers are in `export.towers`, the ONNX
-graph is in `export.onnx`. `docs/export.md` lists which format works with which library.
+`encoder` drops the decoder, as AuT does. `whisper` has the trained decoder, for recognition and
+captioning or as the pretrained checkpoint of another run, or the pretrained one. Towers are in
+`export.towers`, the ONNX graph is in `export.onnx`. `docs/export.md` lists which format works with
+which library.
 """
 
 import os
@@ -36,6 +37,7 @@ from whisper_aut.utils import read_json
 ExportKind = Literal[
     "encoder", "whisper", "qwen2-audio", "qwen2.5-omni", "audio-flamingo-3", "voxtral", "onnx"
 ]
+DecoderWeights = Literal["trained", "pretrained"]
 KINDS: tuple[ExportKind, ...] = get_args(ExportKind)
 ENCODER_PREFIX = "encoder.whisper."
 DECODER_PREFIX = "decoder.whisper."
@@ -121,6 +123,7 @@ def export_checkpoint(
     padding: Padding = "none",
     pad_to_30s: float = 0.0,
     interpolate: float = 1.0,
+    decoder: DecoderWeights = "trained",
 ) -> Path:
     """Export a checkpoint to a directory that other libraries load, and return the directory.
 
@@ -136,6 +139,8 @@ def export_checkpoint(
         pad_to_30s: The fraction of clips that were padded to 30 s with padding `none`, which is
             saved too.
         interpolate: The fraction of the trained weights, see `interpolated`.
+        decoder: The decoder of the format `whisper`: that of the run, or the pretrained one, which
+            only knows clips padded to 30 s. `config.json` then says so.
 
     Raises:
         UserError: The checkpoint is unusable or lacks the requested part, the encoder does not
@@ -145,6 +150,10 @@ def export_checkpoint(
     weights = read_checkpoint(checkpoint)
     if interpolate != 1:
         weights = interpolated(weights, pretrained, interpolate)
+    if decoder == "pretrained":
+        start = pretrained.model.model.decoder.state_dict()
+        weights |= {DECODER_PREFIX + name: weight for name, weight in start.items()}
+        padding, pad_to_30s = "30s", 0.0
     full = out.absolute()  # Path(".") has an empty name
     partial = full.with_name(f".{full.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -234,7 +243,8 @@ def _whisper_model(
         return model
     if not any(name.startswith(DECODER_PREFIX) for name in weights):
         raise UserError(
-            "This run did not train a Whisper decoder. Export the encoder: --format encoder."
+            "This run did not train a Whisper decoder. Export its encoder (--format encoder), or "
+            "add the pretrained decoder (--decoder pretrained)."
         )
     model = WhisperForConditionalGeneration(pretrained.config)
     _load(model.model.encoder, weights, ENCODER_PREFIX)

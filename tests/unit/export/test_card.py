@@ -344,3 +344,13 @@ def test_a_card_of_interpolated_weights_has_no_scores_of_the_trained_ones(
     with pytest.raises(SystemExit):
         main(["export", str(RUN), "--out", str(tmp_path / "2"), "--interpolate", "2"])
     assert "'2' is not a number from 0 to 1" in capsys.readouterr().err
+
+
+def test_a_card_names_the_pretrained_decoder(
+    in_pipeline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    pretrained = ["export", str(RUN), "--out", str(tmp_path / "out"), "--decoder", "pretrained"]
+    assert main(pretrained) == 1
+    assert "encoder has no decoder" in capsys.readouterr().err
+    assert main([*pretrained, "--format", "whisper"]) == 0
+    assert "without training. It needs clips padded" in (tmp_path / "out/README.md").read_text()

@@ -205,6 +205,21 @@ def test_interpolated_weights_are_between_pretrained_and_trained(
                 torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-6)
 
 
+def test_the_trained_encoder_with_the_pretrained_decoder(
+    checkpoint: Path, life_size_whisper: Path, tmp_path: Path
+):
+    start = PretrainedWhisper(str(life_size_whisper))
+    out = export_checkpoint(checkpoint, start, tmp_path / "out", "whisper", decoder="pretrained")
+    model: Any = WhisperForConditionalGeneration.from_pretrained(out)
+    trained, before = read_checkpoint(checkpoint), start.model.model.decoder.state_dict()
+    for name, weight in model.model.encoder.state_dict().items():
+        assert torch.equal(weight, trained["encoder.whisper." + name])
+    for name, weight in model.model.decoder.state_dict().items():
+        assert torch.equal(weight, before[name])
+    assert any(not torch.equal(before[name], trained["decoder.whisper." + name]) for name in before)
+    assert load_encoder(out).padding == "30s"
+
+
 def test_damaged_and_foreign_checkpoints_are_user_errors(checkpoint: Path, tmp_path: Path):
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(checkpoint.read_bytes()[:5_000])
