@@ -230,6 +230,8 @@ class ModelSettings:
         lora_rank: train low-rank updates of the linear layers in place of the encoder's weights; 0
             for none. They are merged into the weights of exports.
         lora_alpha: their scale is `lora_alpha / lora_rank`.
+        interpolate: fraction of the trained weights in exports, see `export.hf.interpolated`; the
+            rest are pretrained weights. Validation sees the trained weights.
         compile: compile the layers of encoder and decoder with `torch.compile`, which needs a C++
             compiler.
     """
@@ -245,6 +247,7 @@ class ModelSettings:
     freeze_encoder: bool = False
     lora_rank: NonNegativeInt = 0
     lora_alpha: PositiveInt = 32
+    interpolate: Fraction = 1.0
     compile: bool = False
 
     @model_validator(mode="after")
@@ -255,6 +258,8 @@ class ModelSettings:
             raise ValueError(f"give exactly one of path, scratch, after; given: {names}")
         if self.pad_to_30s and self.padding == "30s":
             raise ValueError("pad_to_30s: needs padding=none; with 30s, all clips are padded")
+        if self.interpolate != 1 and (self.scratch or self.random_init):
+            raise ValueError("interpolate: a model that starts from random weights has no others")
         if self.lora_rank and (self.freeze_encoder or self.compile):
             raise ValueError("lora_rank: does not go with freeze_encoder or compile")
         return self

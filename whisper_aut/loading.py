@@ -106,15 +106,16 @@ def export_run(
     kind: ExportKind,
     dtype: str = "fp32",
     *,
-    interpolate: float = 1.0,
+    interpolate: float | None = None,
     decoder: DecoderWeights = "trained",
     **card: str,
 ) -> Path:
     """Export a trained model with a model card.
 
     `path` is a run directory or one of its checkpoints. `dtype` is `fp32`, `bf16` or `fp16`.
-    `interpolate` is the fraction of the trained weights, see `export.hf.interpolated`. `decoder`
-    is that of the format `whisper`. `card` may contain `name` and `licence`, see `write_card`.
+    `interpolate` is the fraction of the trained weights, see `export.hf.interpolated`, and defaults
+    to `model.interpolate` of the run's config. `decoder` is that of the format `whisper`. `card`
+    may contain `name` and `licence`, see `write_card`.
 
     Raises:
         UserError: `path` is not a run, or the run cannot be exported as `kind`, or it has no
@@ -123,6 +124,7 @@ def export_run(
     checkpoint, pretrained = find_checkpoint(path)
     run = RunDirectory(checkpoint.parent.parent)
     model = load_settings(run.config).model
+    interpolate = model.interpolate if interpolate is None else interpolate
     if decoder == "pretrained" and kind != "whisper":
         raise UserError(f"{kind} has no decoder. Use --decoder pretrained with --format whisper.")
     if (interpolate != 1 or decoder == "pretrained") and model.random_init:

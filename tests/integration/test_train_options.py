@@ -245,6 +245,7 @@ def test_an_encoder_for_both_padding_modes_says_so(
     ("overrides", "message"),
     [
         (["model.padding=30s", "model.pad_to_30s=0.1"], "pad_to_30s: needs padding=none"),
+        (["model.random_init=true", "model.interpolate=0.5"], "interpolate: a model that starts"),
         (["model.pad_to_30s=1.5"], "model.pad_to_30s"),
         (
             ["model.pad_to_30s=0.1", "data.max_seconds=10", "data.batch_seconds=20"],

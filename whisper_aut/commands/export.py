@@ -184,8 +184,10 @@ def add_parsers(commands: Commands) -> None:
     formats = "format, see docs/export.md (default: encoder)"
     add_choice(command, "--format", tuple(NEXT_STEPS), formats, "encoder")
     add_choice(command, "--dtype", DTYPES, "precision of the weights (default: fp32)", "fp32")
-    trained = "fraction of the trained weights; the rest are pretrained weights (default: 1)"
-    add("--interpolate", type=fraction, default=1.0, metavar="FRACTION", help=trained)
+    trained = (
+        "fraction of the trained weights; the rest are pretrained (default: model.interpolate)"
+    )
+    add("--interpolate", type=fraction, metavar="FRACTION", help=trained)
     decoder = (
         "with --format whisper: the decoder of the run or the pretrained one (default: trained)"
     )

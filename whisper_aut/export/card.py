@@ -33,7 +33,7 @@ def write_card(
     kind: str,
     dtype: str = "fp32",
     *,
-    interpolate: float = 1.0,
+    interpolate: float | None = None,
     decoder: str = "trained",
     name: str = "",
     licence: str = UNKNOWN_LICENCE,
@@ -45,8 +45,8 @@ def write_card(
         out: The folder of the export.
         kind: The export format, one of `hf.KINDS`.
         dtype: The name of the weights' precision.
-        interpolate: The fraction of the trained weights. The scores of the run are left out if it
-            is not 1, because they are those of the trained weights.
+        interpolate: The fraction of the trained weights, by default that of the run's config. With
+            another one, the scores of the run do not apply and are left out.
         decoder: `trained` or `pretrained`, see `hf.export_checkpoint`.
         name: The name in the usage snippet, such as the hub's `ORG/NAME`. Defaults to the name
             of the folder.
@@ -54,7 +54,9 @@ def write_card(
     """
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     environment = read_json(run / "environment.json", default={})
-    scores = [read_json(run / "scores.json", default={})] if interpolate == 1 else []
+    own = config["model"]["interpolate"]
+    interpolate = own if interpolate is None else interpolate
+    scores = [read_json(run / "scores.json", default={})] if interpolate == own else []
     sources = _sources(config, environment)
     pretrained = _pretrained_name(config)
     datasets = dict.fromkeys(

@@ -240,6 +240,8 @@ def _whisper_model(
     if not with_decoder:
         model = WhisperModel(WhisperConfig(**(pretrained.config.to_dict() | NO_DECODER)))
         _load(model.encoder, weights, ENCODER_PREFIX)
+        for weight in model.decoder.parameters():  # without them, exports would differ by chance
+            nn.init.zeros_(weight)
         return model
     if not any(name.startswith(DECODER_PREFIX) for name in weights):
         raise UserError(

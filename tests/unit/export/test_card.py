@@ -14,6 +14,8 @@ import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard, metadata_load
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
@@ -340,6 +342,18 @@ def test_a_card_of_interpolated_weights_has_no_scores_of_the_trained_ones(
     assert "WiSE-FT" not in cards[0]
     assert "model-index" not in cards[1]
     assert "0.7 × the trained and 0.3 × the pretrained weights" in cards[1]
+    run, configured = tmp_path / "run", tmp_path / "configured"
+    shutil.copytree(RUN, run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["interpolate"] = 0.7
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["export", str(run), "--out", str(configured)]) == 0
+    card = (configured / "README.md").read_text()
+    assert "model-index" in card
+    assert "0.7 × the trained" in card
+    mixed, same = (load_file(out / "model.safetensors") for out in (tmp_path / "0.7", configured))
+    for name, weight in same.items():
+        assert_close(mixed[name], weight, atol=0, rtol=0, msg=name)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main(["export", str(RUN), "--out", str(tmp_path / "2"), "--interpolate", "2"])
