@@ -16,9 +16,8 @@ import numpy as np
 from scipy import stats
 from score import KINDS
 
-from whisper_aut.experiments.analysis import MIN_RUNS
 from whisper_aut.probes.results import Scores
-from whisper_aut.probes.stats import holm
+from whisper_aut.probes.stats import MIN_TRAININGS, holm
 from whisper_aut.utils import read_json
 
 TRANSFER = ("keywords", "tuxpaint", "fsdd", "esc10_5fold", "instruments_5fold")
@@ -67,14 +66,14 @@ def half_width(values: np.ndarray) -> float:
 def compare(rows: Sequence[str], runs: Sequence[dict[str, float]], base: dict[str, float]) -> None:
     """Print how a recipe differs from the baseline, the primary comparison first.
 
-    p-values, of a t test and corrected by Holm except for the primary one, need `MIN_RUNS`.
+    p-values, of a t test and corrected by Holm except for the primary one, need `MIN_TRAININGS`.
     """
     rows = [row for row in rows if row in base and all(row in run for run in runs)]
     primary = " ".join(PRIMARY)
     rows.sort(key=lambda row: row != primary)
     changes = {row: np.array([run[row] - base[row] for run in runs]) for row in rows}
     p_values = dict.fromkeys(rows, float("nan"))
-    if len(runs) >= MIN_RUNS:
+    if len(runs) >= MIN_TRAININGS:
         p_values = {row: float(stats.ttest_1samp(changes[row], 0.0).pvalue) for row in rows}  # pyright: ignore
         others = [row for row in rows if row != primary]
         p_values |= zip(others, holm([p_values[row] for row in others]), strict=True)
@@ -82,7 +81,7 @@ def compare(rows: Sequence[str], runs: Sequence[dict[str, float]], base: dict[st
     for row in rows:
         mean, width = changes[row].mean(), half_width(changes[row])
         p_value = f"{p_values[row]:.2g}" if np.isfinite(p_values[row]) else "–"
-        p_value = p_value if len(runs) >= MIN_RUNS else "no claim"
+        p_value = p_value if len(runs) >= MIN_TRAININGS else "no claim"
         shown = f"{p_value} (primary)" if row == primary else p_value
         print(f"| {row} | {mean:+.1f} | {mean - width:+.1f} … {mean + width:+.1f} | {shown} |")
 

@@ -7,7 +7,7 @@ and data, so that a stopped experiment resumes when the same command runs again.
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -54,8 +54,11 @@ class ChoiceSettings:
 
 
 @schema(config=STRICT)
-class PretrainingSettings:
-    """A run that arms start from. All arms of a seed share it, and so do other experiments."""
+class TrainingSettings:
+    """A training: its config, overrides, and the pretraining run that it starts from.
+
+    All arms of a seed share their pretraining runs, and so do other experiments.
+    """
 
     config: str
     set: dict[str, Any] = field(default_factory=dict)
@@ -149,7 +152,7 @@ class ExperimentSettings(QuestionSettings):
     config: str = ""
     set: dict[str, Any] = field(default_factory=dict)
     everywhere: dict[str, Any] = field(default_factory=dict)
-    pretraining: dict[str, PretrainingSettings] = field(default_factory=dict)
+    pretraining: dict[str, TrainingSettings] = field(default_factory=dict)
     probes: list[ProbeSetSettings] = field(default_factory=list)
     answers: AnswerSettings = field(default_factory=AnswerSettings)
     data: dict[str, Any] = field(default_factory=dict)
@@ -158,21 +161,33 @@ class ExperimentSettings(QuestionSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        problems = list(self._problems())
+        problems = [*self._problems_of_arms(), *self._problems_of_pretraining()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
-    def _problems(self) -> Iterator[str]:
+    def _problems_of_arms(self) -> Iterator[str]:
+        primary, arms = (
+            self.primary,
+            [SEPARATOR.join(names) for names in product(*self.axes.values())],
+        )
+        for key, arm in (("reference", self.reference), ("primary.arm", primary.arm)):
+            if arm not in arms and (arm or key == "reference"):
+                hint = nearest(arm, arms)
+                yield f"{key}: there is no arm {arm!r}.{hint} Arms: {', '.join(arms)}."
+        if primary.arm == self.reference:
+            yield f"primary.arm: {primary.arm} is the reference"
+        if bool(primary.arm) != bool(primary.endpoint):
+            yield "primary: give both arm and endpoint"
         for key, axis in (("x", self.figure.x), ("colour", self.figure.colour)):
             if (axis or key == "x") and axis not in self.axes:
                 yield f"figure.{key}: there is no axis {axis!r}.{nearest(axis, self.axes)}"
         if len(set(self.seeds)) < len(self.seeds):
             yield f"seeds: {self.seeds} must be different"
-        if bool(self.primary.arm) != bool(self.primary.endpoint):
-            yield "primary: give both arm and endpoint"
         if not self.probes and not self.answers.tasks:
             yield "probes: nothing is measured; give probe tasks or answers"
+
+    def _problems_of_pretraining(self) -> Iterator[str]:
         used = {f"pretraining.{name}": one.init_from for name, one in self.pretraining.items()}
         starting_axes = []
         for axis, choices in self.axes.items():
@@ -280,15 +295,6 @@ def load_experiment(name: str | Path, overrides: Sequence[str] = ()) -> Experime
     conf = Path(os.path.normpath(path.parent / ".."))
     combinations = product(*(choices.items() for choices in settings.axes.values()))
     arms = [_build_arm(settings, conf, combination) for combination in combinations]
-    names = [arm.name for arm in arms]
-    for key, arm in (("reference", settings.reference), ("primary.arm", settings.primary.arm)):
-        if arm not in names and (arm or key == "reference"):
-            raise UserError(
-                f"{path}: {key}: there is no arm {arm!r}.{nearest(arm, names)} "
-                f"Arms: {', '.join(names)}."
-            )
-    if settings.primary.arm == settings.reference:
-        raise UserError(f"{path}: primary.arm: {settings.reference} is the reference.")
     runs = (run for seed in settings.seeds for arm in arms for run in arm.runs[seed].chain())
     return Experiment(settings, conf, arms, list({run.name: run for run in runs}.values()))
 
@@ -296,61 +302,53 @@ def load_experiment(name: str | Path, overrides: Sequence[str] = ()) -> Experime
 def _build_arm(
     settings: ExperimentSettings, conf: Path, combination: Sequence[tuple[str, ChoiceSettings]]
 ) -> Arm:
-    init_from = next((choice.init_from for _, choice in combination if choice.init_from), "")
+    names, choices = zip(*combination, strict=True)
+    init_from = next((choice.init_from for choice in choices if choice.init_from), "")
     evaluation: dict[str, Any] = {}
-    for _, choice in combination:
-        given = vars(choice.evaluate).items()
-        evaluation |= {key: value for key, value in given if value is not None}
-    trained = [(name, choice) for name, choice in combination if choice.set or choice.init_from]
-    name = "-".join([settings.name, *(name for name, _ in trained)])
-    changes = [settings.set, *(choice.set for _, choice in trained)]
-
-    def build_run(seed: int) -> Run:
-        if settings.config:
-            return _build_run(settings, conf, name, settings.config, changes, init_from, seed)
-        return _pretraining_run(settings, conf, init_from, seed)
-
+    changes = flatten(settings.set)
+    for choice in choices:
+        evaluation |= {
+            key: value for key, value in vars(choice.evaluate).items() if value is not None
+        }
+        changes |= flatten(choice.set)
+    if settings.config:
+        # Arms that differ only in evaluation share their run.
+        trained = [name for name, choice in combination if choice.set or choice.init_from]
+        name = "-".join([settings.name, *trained])
+        training = TrainingSettings(settings.config, changes, init_from)
+    else:
+        name = init_from.removeprefix(RANDOM)
+        name, training = f"pretrained-{name}", settings.pretraining[name]
     return Arm(
-        name=SEPARATOR.join(name for name, _ in combination),
+        name=SEPARATOR.join(names),
         titles={
             axis: choice.title or name
             for axis, (name, choice) in zip(settings.axes, combination, strict=True)
         },
         evaluate=EvaluateSettings(**evaluation),
-        runs={seed: build_run(seed) for seed in settings.seeds},
+        runs={seed: _build_run(settings, conf, name, training, seed) for seed in settings.seeds},
         random=not settings.config and init_from.startswith(RANDOM),
     )
 
 
-def _pretraining_run(settings: ExperimentSettings, conf: Path, init_from: str, seed: int) -> Run:
-    name = init_from.removeprefix(RANDOM)
-    one = settings.pretraining[name]
-    name = f"pretrained-{name}"
-    return _build_run(settings, conf, name, one.config, [one.set], one.init_from, seed)
-
-
 def _build_run(
-    settings: ExperimentSettings,
-    conf: Path,
-    name: str,
-    config: str,
-    changes: Sequence[dict[str, Any]],
-    init_from: str,
-    seed: int,
+    settings: ExperimentSettings, conf: Path, name: str, training: TrainingSettings, seed: int
 ) -> Run:
-    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-s{seed}"
-    values: dict[str, Any] = {}
-    for one in (settings.everywhere, *changes):
-        values |= flatten(one)
+    name, pretrained = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-s{seed}", None
+    values = flatten(settings.everywhere) | flatten(training.set)
     values |= {"name": name, "seed": seed, "runs": settings.runs, "probe.tasks": []}
     # Groups, which have no dot, come first: choosing one resets the values inside it.
     keys = sorted(values, key=lambda key: "." in key)
+    if training.init_from:
+        first = training.init_from.removeprefix(RANDOM)
+        before = settings.pretraining[first]
+        pretrained = _build_run(settings, conf, f"pretrained-{first}", before, seed)
     return Run(
         name=name,
-        config=find_config(config, conf),
+        config=find_config(training.config, conf),
         overrides=tuple(f"{key}={_to_yaml(values[key])}" for key in keys),
-        pretrained=_pretraining_run(settings, conf, init_from, seed) if init_from else None,
-        random=init_from.startswith(RANDOM),
+        pretrained=pretrained,
+        random=training.init_from.startswith(RANDOM),
     )
 
 
@@ -371,14 +369,12 @@ def _to_yaml(value: Any) -> str:
 
 def find_run(run: Run) -> FoundRun:
     """Look for a finished or unfinished run with this config and data, however old."""
-    overrides = run.overrides
-    pretrained = find_run(run.pretrained) if run.pretrained else None
+    overrides, pretrained = run.overrides, find_run(run.pretrained) if run.pretrained else None
     if pretrained:
         overrides += (f"model.path={pretrained.export}", "model.after=", "model.scratch=null")
         overrides += ("model.random_init=true",) if run.random else ()
     settings = load_settings(run.config, overrides)
-    check_decoder(settings.decoder)
-    root = Path(settings.runs)
+    exports, root = _exports(settings), Path(settings.runs)
     missing = FoundRun(run, settings, overrides, "missing", RunDirectory(root / run.name / "…"))
     if pretrained and pretrained.state != "done":
         return missing
@@ -388,12 +384,12 @@ def find_run(run: Run) -> FoundRun:
         return missing
     directories = list_runs(root, settings.name)
     for directory in directories:
-        exported = all(directory.export(kind).is_dir() for kind in _exports(settings))
+        exported = all(directory.export(kind).is_dir() for kind in exports)
         if directory.finished_with(fingerprint) and exported:
-            return FoundRun(run, settings, overrides, "done", directory)
+            return replace(missing, state="done", directory=directory)
     for directory in directories:
         if read_json(directory.environment, default={}).get("fingerprint") == fingerprint:
-            return FoundRun(run, settings, overrides, "unfinished", directory)
+            return replace(missing, state="unfinished", directory=directory)
     return missing
 
 
@@ -407,17 +403,11 @@ def make_run(run: Run, console: Console) -> FoundRun:
     folder = Path(find_run(run).settings.runs)
     with file_lock(folder / run.name):  # other processes may work on the same experiment
         found = find_run(run)
-        if found.state == "done":
-            return found
-        directory = found.directory
-        resumable = directory.last_checkpoint.exists() and not directory.done.exists()
-        resume = str(directory.path) if resumable else ""
-        options = PipelineOptions(run.config, found.overrides, resume, report=False)
-        run_pipeline(found.settings, options, console)
-        found = find_run(run)
-    if found.state != "done":
-        raise UserError(
-            f"The config or data of {run.name} changed during training. Run the same command "
-            "again; finished runs are kept."
-        )
+        if found.state != "done":
+            directory = found.directory
+            resumable = directory.last_checkpoint.exists() and not directory.done.exists()
+            resume = str(directory.path) if resumable else ""
+            options = PipelineOptions(run.config, found.overrides, resume, report=False)
+            directory = run_pipeline(found.settings, options, console)
+            found = replace(found, state="done", directory=directory)
     return found

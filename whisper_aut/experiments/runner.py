@@ -6,8 +6,7 @@ from dataclasses import fields
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
-from statistics import median
-from typing import Any, cast
+from typing import cast
 
 from rich.console import Console
 
@@ -15,15 +14,7 @@ from whisper_aut.config import CorporaSettings, Domain, load_settings
 from whisper_aut.corpora.audit import AUDIT_NAME, read_audit, run_audit, unaudited
 from whisper_aut.data.shards import open_index
 from whisper_aut.errors import Interrupted, UserError
-from whisper_aut.experiments.analysis import (
-    MIN_RUNS,
-    Cost,
-    Measurement,
-    Results,
-    TaskMetadata,
-    Validation,
-    detectable_difference,
-)
+from whisper_aut.experiments.analysis import Cost, Measurement, Results, TaskMetadata, Validation
 from whisper_aut.experiments.grid import (
     SEPARATOR,
     Arm,
@@ -42,6 +33,7 @@ from whisper_aut.loading import load_tasks, open_run
 from whisper_aut.pipeline import prepare_corpora
 from whisper_aut.probes.embed import EmbedSettings, digest
 from whisper_aut.probes.encoders import FrameEncoder, LogMelBaseline
+from whisper_aut.probes.stats import MIN_TRAININGS, detectable_difference
 from whisper_aut.probes.suite import run_suite
 from whisper_aut.report.plots import Series, read_metrics
 from whisper_aut.report.tables import BLANK, Table
@@ -59,30 +51,31 @@ def run_experiment(experiment: Experiment, out: Path, console: Console) -> Path:
         UserError: A config has a mistake, or data is missing.
         Interrupted: The user stopped; the same command resumes.
     """
-    settings, arms, runs = experiment.settings, experiment.arms, experiment.runs
-    probes, missing = available_probes(settings)
+    settings, runs = experiment.settings, experiment.runs
+    probe_sets, missing = available_probes(settings)
     if missing:
         console.print(
             f"Skipped probes whose manifests are missing: {', '.join(missing)}. "
             "Set root=FOLDER to the folder that contains them."
         )
-    evaluator = Evaluator(settings, experiment.conf, probes)
+    evaluator = Evaluator(settings, experiment.conf, probe_sets)
     evaluator.check_primary()
-    prepare_corpora(CorporaSettings(None, [m for one in probes for m in one.manifests]), console)
+    manifests = [manifest for one in probe_sets for manifest in one.manifests]
+    prepare_corpora(CorporaSettings(None, manifests), console)
     for run in runs:
         prepare_corpora(load_settings(run.config, run.overrides).corpora, console)
     found = _make_all(settings.name, runs, console)
     measurements = []
-    for seed, arm in product(settings.seeds, arms):
+    for seed, arm in product(settings.seeds, experiment.arms):
         console.print(f"Measuring {arm.name}, seed {seed}")
         measurements.append(evaluator.measure(arm, seed, found[arm.runs[seed].name]))
     environment = read_json(found[runs[-1].name].directory.environment, default={})
     results = Results(
         **{one.name: getattr(settings, one.name) for one in fields(QuestionSettings)},
-        arms={arm.name: arm.titles for arm in arms},
-        tasks=evaluator.tasks,
+        arms={arm.name: arm.titles for arm in experiment.arms},
         measurements=tuple(measurements),
         baseline=evaluator.score("log-mel", LogMelBaseline(), EmbedSettings(quiet=True)),
+        tasks=evaluator.tasks,
         audits=tuple(evaluator.audit(list(found.values()))),
         environment={
             "date": datetime.now(UTC).date().isoformat(),
@@ -136,7 +129,11 @@ def available_probes(settings: ExperimentSettings) -> tuple[list[ProbeSetSetting
 
 
 class Evaluator:
-    """Measures arms. Scores, embeddings and answers are stored on disk and reused."""
+    """Measures arms. Scores, embeddings and answers are stored on disk and reused.
+
+    Attributes:
+        tasks: What is known about the tasks that were scored so far.
+    """
 
     def __init__(
         self, settings: ExperimentSettings, conf: Path, probes: Sequence[ProbeSetSettings]
@@ -161,24 +158,20 @@ class Evaluator:
 
     def measure(self, arm: Arm, seed: int, found: FoundRun) -> Measurement:
         """Measure one arm with one seed, whose run is finished."""
-        scores = self._probe(arm, seed, found) if self.probes else {}
+        options, scores = arm.evaluate, {}
+        if self.probes:
+            padding = options.padding or found.settings.model.padding
+            encoder = load_encoder(
+                str(found.export), padding=padding, random_init=arm.random, seed=seed
+            )
+            layers = () if options.layer is None else (options.layer,)
+            embedding = EmbedSettings(pooling=options.pooling or "mean", layers=layers, quiet=True)
+            label = f"{arm.name.replace(SEPARATOR, '-')}-s{seed}"
+            scores = self.score(label, encoder, embedding)
         if arm.random:
             return Measurement(arm.name, seed, scores)
         curve, cost = tuple(loss_curve(found.directory)), cost_of(found.directory)
         return Measurement(arm.name, seed, scores, self._answer(found), curve, cost)
-
-    def _probe(self, arm: Arm, seed: int, found: FoundRun) -> dict[str, float]:
-        """Score the encoder of a finished run."""
-        options = arm.evaluate
-        encoder = load_encoder(
-            str(found.export),
-            padding=options.padding or found.settings.model.padding,
-            random_init=arm.random,
-            seed=seed,
-        )
-        layers = () if options.layer is None else (options.layer,)
-        embedding = EmbedSettings(pooling=options.pooling or "mean", layers=layers, quiet=True)
-        return self.score(f"{arm.name.replace(SEPARATOR, '-')}-s{seed}", encoder, embedding)
 
     def score(
         self, label: str, encoder: FrameEncoder, embedding: EmbedSettings
@@ -212,20 +205,19 @@ class Evaluator:
 
     def _answer(self, found: FoundRun) -> dict[str, float]:
         """Return the metrics of a language model's answers about test clips."""
-        limit, max_new_tokens = self.answers.limit, self.answers.max_new_tokens
+        if not self.answers.tasks or found.settings.decoder["name"] != "causal_lm":
+            return {}
+        options = {"limit": self.answers.limit, "max_new_tokens": self.answers.max_new_tokens}
         tasks = {
             task: [folders] if isinstance(folders, str) else folders
             for task, folders in self.answers.tasks.items()
         }
-        if not tasks or found.settings.decoder["name"] != "causal_lm":
-            return {}
         shards = {
             task: [open_index(folder).fingerprint() for folder in folders]
             for task, folders in tasks.items()
         }
         fingerprint = read_json(found.directory.done)["fingerprint"]
-        asked = {"shards": shards, "limit": limit, "tokens": max_new_tokens}
-        identity = digest({"run": fingerprint, **asked})
+        identity = digest({"run": fingerprint, "shards": shards, **options})
         path = self.folder / "answers" / f"{found.run.name}.json"
         stored = read_json(path, default={})
         if stored.get("identity") == identity:
@@ -235,9 +227,8 @@ class Evaluator:
         metrics: dict[str, float] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         for task, folders in tasks.items():
-            options: Any = {"limit": limit, "max_new_tokens": max_new_tokens}
-            options["out"] = path.with_name(f"{found.run.name}-{task}.jsonl")
-            result = evaluate(module, folders, tasks=[task], **options)
+            out = path.with_name(f"{found.run.name}-{task}.jsonl")
+            result = evaluate(module, folders, tasks=[task], out=out, **options)
             for name, value in result.metrics.items():
                 metrics |= {} if name.startswith("cer_") else {name: round(value, 6)}
         write_json(path, {"identity": identity, "metrics": metrics})
@@ -295,24 +286,14 @@ def loss_curve(run: RunDirectory) -> list[Validation]:
 
 def plan_table(experiment: Experiment) -> Table:
     """Return all runs with their state and expected cost."""
-    found = [find_run(run) for run in experiment.runs]
-    costs = [cost_of(one.directory) for one in found if one.state == "done"]
-    rates = [cost.teraflop / cost.seconds for cost in costs if cost.teraflop and cost.seconds]
-    rate = median(rates) if rates else None  # TFLOP per second
-    rows, remaining_seconds = [], 0.0
+    found, rows = [find_run(run) for run in experiment.runs], []
     for one in found:
-        steps, audio_seconds, teraflop = _expected_cost(one.run)
-        seconds = teraflop / rate if rate and teraflop else None
-        remaining_seconds += seconds if seconds and one.state != "done" else 0.0
         origin = one.run.pretrained.name if one.run.pretrained else "its config"
         origin = f"random weights of {origin}" if one.run.random else origin
-        numbers = ((steps, 0), (audio_seconds, 0), (teraflop, 2), (seconds, 0))
-        cells = (BLANK if value is None else f"{value:.{digits}f}" for value, digits in numbers)
-        rows.append((one.run.name, one.state, origin, *cells))
+        rows.append((one.run.name, one.state, origin, *_expected_cost(one.run)))
     missing, seeds = sum(one.state != "done" for one in found), len(experiment.settings.seeds)
-    time = f", about {remaining_seconds / 60:.0f} min on this machine" if rate else ""
-    power = f"Fewer than {MIN_RUNS} seeds: the results will not support any claim."
-    if seeds >= MIN_RUNS:
+    power = f"Fewer than {MIN_TRAININGS} seeds: the results will not support any claim."
+    if seeds >= MIN_TRAININGS:
         power = (
             f"{seeds} runs detect a primary difference of {detectable_difference(1, seeds):.1f} "
             "standard deviations between runs with a probability of 80 %."
@@ -320,14 +301,14 @@ def plan_table(experiment: Experiment) -> Table:
     return Table(
         f"{experiment.settings.title}: {len(experiment.arms)} arms × {seeds} seeds, "
         f"{len(found)} runs",
-        ("run", "state", "starts from", "steps", "audio (s)", "TFLOP", "seconds"),
+        ("run", "state", "starts from", "steps", "audio (s)", "TFLOP"),
         tuple(rows),
         text_columns=3,
-        caption=f"{missing} of {len(found)} runs to train{time}, then to measure. {power}",
+        caption=f"{missing} of {len(found)} runs to train, then to measure. {power}",
     )
 
 
-def _expected_cost(run: Run) -> tuple[float | None, float | None, float | None]:
+def _expected_cost(run: Run) -> tuple[str, str, str]:
     """Return steps, audio seconds and TFLOP, as `whisper-aut plan` predicts them."""
     settings = load_settings(run.config, run.overrides)
     first = run.chain()[0]  # a missing checkpoint has the size of the first one in the chain
@@ -335,8 +316,9 @@ def _expected_cost(run: Run) -> tuple[float | None, float | None, float | None]:
     try:
         forecast = build_forecast(settings, planned_config(model))
     except UserError:
-        return settings.trainer.max_steps, None, None
+        return str(settings.trainer.max_steps or BLANK), BLANK, BLANK
     if forecast.steps is None:
-        return None, None, None
-    flops = forecast.steps * forecast.micro_batches * forecast.cost.model_flops
-    return forecast.steps, forecast.steps * forecast.step_audio_seconds, flops / 1e12
+        return BLANK, BLANK, BLANK
+    teraflop = forecast.steps * forecast.micro_batches * forecast.cost.model_flops / 1e12
+    audio_seconds = forecast.steps * forecast.step_audio_seconds
+    return str(forecast.steps), f"{audio_seconds:.0f}", f"{teraflop:.2f}"

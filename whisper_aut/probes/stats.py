@@ -1,5 +1,5 @@
-"""Confidence intervals of scores and paired tests of differences between encoders, over
-independent groups of test clips.
+"""Confidence intervals of scores, and paired tests of differences: between encoders, over
+independent groups of test clips, and between recipes, over trainings.
 
 Clips of one speaker, recording or song resemble each other, so the unit is the group that a task
 names, or the clip if it names none. With 30 groups or more, groups are resampled for an expanded
@@ -25,6 +25,7 @@ from scipy.optimize import root_scalar
 
 ALPHA = 0.05
 POWER = 0.8  # of the smallest detectable difference
+MIN_TRAININGS = 5  # of a recipe, for any claim about it
 MIN_FLIPS = ceil(1 - log2(ALPHA))  # fewer changed clips are never significant by sign flips
 FEW_GROUPS = 30  # with fewer groups, bootstrap intervals are too narrow
 RESAMPLES = 10_000
@@ -240,20 +241,102 @@ def _detectable_errors(groups: int) -> float:
     return detectable_difference(groups**0.5, groups)
 
 
-def difference_of_trainings(differences: Sequence[float]) -> Difference:
-    """Return the mean difference of two recipes, with the training as the unit: a paired t
-    interval and t test over the differences of one training each.
+@dataclass(frozen=True)
+class PairedTest:
+    """A recipe minus another one in one quantity, by a paired t test over trainings.
 
-    They are NaN for a single training, and the p-value is if all differences are equal.
+    Attributes:
+        differences: one for each pair of trainings.
+        low, high: 95 % t interval of the mean, for this comparison alone.
+        p_value: NaN with one pair, or if all differences are equal.
+        p_adjusted: corrected for all comparisons.
+        p_no_worse: one-sided, of being worse by the margin or more, with Holm's correction; NaN
+            without a margin.
+        alpha: the level that the p-value must reach before correction.
     """
-    mean, std = mean_std(differences)
-    if std is None or std <= TIE:
-        end = mean if std is not None else float("nan")
-        return Difference(mean, end, end, float("nan"))
-    test: Any = stats.ttest_1samp(differences, 0.0)
-    low, high = map(float, test.confidence_interval(1 - ALPHA))
-    detectable = detectable_difference(std, len(differences))
-    return Difference(mean, low, high, float(test.pvalue), mean / std, detectable)
+
+    differences: tuple[float, ...]
+    low: float
+    high: float
+    p_value: float
+    p_adjusted: float
+    p_no_worse: float
+    alpha: float
+
+    @property
+    def mean(self) -> float:
+        return mean_std(self.differences)[0]
+
+    @property
+    def std(self) -> float:
+        """Sample standard deviation of the differences; 0 for a single one."""
+        return mean_std(self.differences)[1] or 0.0
+
+    def verdict(self, *, lower_is_better: bool = False) -> str:
+        runs = len(self.differences)
+        if runs < MIN_TRAININGS:
+            return f"no claim ({runs} run{'s' * (runs > 1)})"
+        no_worse = self.p_no_worse < ALPHA / 2
+        if self.p_adjusted < ALPHA:
+            if (self.mean < 0) == lower_is_better:
+                return "better"
+            return "worse, within the margin" if no_worse else "worse"
+        return "no worse" if no_worse else "no difference shown"
+
+
+def paired_tests(
+    differences: Sequence[Sequence[float]],
+    margins: Sequence[float] | None = None,
+    primary: int | None = None,
+    *,
+    gated: bool = False,
+) -> list[PairedTest]:
+    """Test whether recipes differ, with the training as the unit.
+
+    Args:
+        differences: `[R, N]`, one row for each comparison and one column for each pair of
+            trainings.
+        margins: `[R]`; worse by less than this counts as no worse. NaN if no margin applies.
+        primary: row of the primary comparison, which is not corrected. The other rows cannot be
+            significant unless it is. With None, Holm's correction covers all rows.
+        gated: there is a primary comparison but it was not measured, so no row is significant.
+    """
+    if not len(differences):
+        return []
+    values = np.array(differences, dtype=float)
+    added = np.full(len(values), np.nan) if margins is None else np.array(margins)
+    two_sided, low, high = _t_test(values)
+    no_worse, *_ = _t_test(values + added[:, None], alternative="greater")
+    corrected = np.arange(len(values)) != (-1 if primary is None else primary)
+    p_adjusted, p_no_worse = two_sided.copy(), no_worse.copy()
+    p_adjusted[corrected] = holm(two_sided[corrected].tolist())
+    p_no_worse[corrected] = holm(no_worse[corrected].tolist())
+    if gated or primary is not None:
+        gate = 1.0 if primary is None else np.nan_to_num(two_sided[primary], nan=1.0)
+        p_adjusted[corrected] = np.maximum(p_adjusted[corrected], gate)
+    first_step = ALPHA / max(1, int(np.isfinite(two_sided[corrected]).sum()))
+    alpha = np.where(corrected, first_step, ALPHA)
+    columns = np.stack([low, high, two_sided, p_adjusted, p_no_worse, alpha], axis=1)
+    return [
+        PairedTest(tuple(row), *found)
+        for row, found in zip(values.tolist(), columns.tolist(), strict=True)
+    ]
+
+
+def _t_test(
+    values: np.ndarray, alternative: str = "two-sided"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Test the mean of each row of `[R, N]` against 0: p-values and ends of 95 % intervals, `[R]`.
+
+    They are NaN for rows that do not vary.
+    """
+    p_values, low, high = np.full((3, len(values)), np.nan)
+    varies = np.ptp(values, axis=1) > TIE  # False for NaN
+    if varies.any():
+        test: Any = stats.ttest_1samp(values[varies], 0.0, axis=1, alternative=alternative)
+        p_values[varies] = test.pvalue
+        low[varies], high[varies] = test.confidence_interval(1 - ALPHA)
+    return p_values, low, high
 
 
 def proportion_interval(part: GroupTotals) -> tuple[float, float]:

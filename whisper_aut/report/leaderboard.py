@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from math import isnan, nan
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,15 @@ from scipy.stats import rankdata
 
 from whisper_aut.errors import UserError, nearest
 from whisper_aut.probes.results import AVERAGE, NO_ASR, Scores, TaskScore
-from whisper_aut.probes.stats import difference_of_trainings, holm, letter_groups
+from whisper_aut.probes.stats import (
+    MIN_TRAININGS,
+    detectable_difference,
+    letter_groups,
+    paired_tests,
+)
 from whisper_aut.probes.suite import compare
 from whisper_aut.report.tables import AVERAGE_NAMES, BLANK, Table, p_value, score_cell
 
-MIN_TRAININGS = 5  # of a recipe, for any claim
 # Column → its format.
 COST_COLUMNS = {
     "parameters (M)": "{:.1f}",
@@ -212,27 +216,27 @@ def recipe_table(scores: Scores, recipe: str, against: str) -> Table:
                 f"{nearest(of, values)} There are: {', '.join(values)}."
             )
     pairs = [(runs[number], others[number]) for number in sorted(runs.keys() & others.keys())]
-    rows, differences = [], {}
-    for name in dict.fromkeys(name for one in values.values() for name in one):
-        if pairs and all(name in one and name in other for one, other in pairs):
-            found = [one[name] - other[name] for one, other in pairs]
-            differences[name] = found, difference_of_trainings(found)
-    enough = len(pairs) >= MIN_TRAININGS
-    adjusted = holm([one.p_value if enough else nan for _, one in differences.values()])
-    for (name, (found, one)), p_holm in zip(differences.items(), adjusted, strict=True):
-        verdict = "no difference shown" if enough else "no claim"
-        if p_holm < 0.05:  # False for NaN
-            verdict = "better" if one.value > 0 else "worse"
+    names = dict.fromkeys(name for one in values.values() for name in one)
+    shared = [
+        name for name in names if pairs and all(name in one.keys() & other for one, other in pairs)
+    ]
+    tests = paired_tests([[one[name] - other[name] for one, other in pairs] for name in shared])
+    rows = []
+    for name, test in zip(shared, tests, strict=True):
+        cells = [BLANK, BLANK, BLANK]
+        if not isnan(test.p_value):
+            smallest = detectable_difference(test.std, len(pairs))
+            effect = f"{test.mean / test.std:+.1f}"
+            cells = [f"{test.low:+.1f} … {test.high:+.1f}", effect, f"{smallest:.1f}"]
+        tested = len(pairs) >= MIN_TRAININGS and not isnan(test.p_value)
         rows.append(
             (
                 name,
-                f"{one.value:+.1f}",
-                " · ".join(f"{value:+.1f}" for value in found),
-                BLANK if isnan(one.p_value) else f"{one.low:+.1f} … {one.high:+.1f}",
-                BLANK if one.effect_size is None else f"{one.effect_size:+.1f}",
-                BLANK if one.detectable is None else f"{one.detectable:.1f}",
-                BLANK if isnan(p_holm) else p_value(p_holm),
-                verdict,
+                f"{test.mean:+.1f}",
+                " · ".join(f"{value:+.1f}" for value in test.differences),
+                *cells,
+                p_value(test.p_adjusted) if tested else BLANK,
+                test.verdict(),
             )
         )
     columns = ("difference", "by training", "95 % interval", "d", "detectable", "p (Holm)")

@@ -11,11 +11,11 @@ from scipy import stats
 from whisper_aut.probes.stats import (
     GroupTotals,
     difference,
-    difference_of_trainings,
     holm,
     interval,
     letter_groups,
     mean_std,
+    paired_tests,
     proportion_interval,
 )
 
@@ -149,14 +149,15 @@ def test_effect_size_and_detectable_difference():
 
 def test_recipes_are_compared_over_trainings():
     values = [1.2, 0.4, 0.9, 1.5, -0.1]
-    found, expected = difference_of_trainings(values), stats.ttest_1samp(values, 0)
+    (found,), expected = paired_tests([values]), stats.ttest_1samp(values, 0)
     assert found.p_value == pytest.approx(expected.pvalue)
     ends = expected.confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((ends.low, ends.high))
-    assert found.effect_size == pytest.approx(np.mean(values) / np.std(values, ddof=1))
-    single, equal = difference_of_trainings([1.0]), difference_of_trainings([2.0, 2.0])
-    assert np.isnan([single.low, single.p_value, equal.p_value]).all()
-    assert (single.value, equal.low) == (1.0, 2.0)
+    assert (found.mean, found.std) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
+    (single,), (equal,) = paired_tests([[1.0]]), paired_tests([[2.0, 2.0]])
+    assert np.isnan([single.low, single.p_value, equal.low, equal.p_value]).all()
+    assert (single.mean, single.std, equal.mean, equal.std) == (1.0, 0.0, 2.0, 0.0)
+    assert paired_tests([]) == []
 
 
 @pytest.mark.parametrize(("right", "clips"), [(0, 8), (8, 8), (3, 8), (190, 200)])

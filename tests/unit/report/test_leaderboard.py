@@ -152,7 +152,7 @@ def test_recipes_are_compared_by_training(save):
     equal = rows["Speak"][2:]  # all differences are equal, so there is no test
     assert equal == (*"––––", "no difference shown")
     few = replace(scores, entries=tuple(e for e in scores.entries if e.encoder != "new-4"))
-    assert {row[-1] for row in recipe_table(few, "new", "old").rows} == {"no claim"}
+    assert {row[-1] for row in recipe_table(few, "new", "old").rows} == {"no claim (4 runs)"}
     assert recipe_table(scores, "new", "new").rows[0][1] == "+0.0"
     with pytest.raises(UserError, match="no trainings nev-0, nev-1, …, and no encoder nev"):
         recipe_table(scores, "nev", "old")
