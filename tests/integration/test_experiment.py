@@ -12,6 +12,8 @@ from whisper_aut.cli import main
 from whisper_aut.errors import Interrupted
 from whisper_aut.experiments import runner
 from whisper_aut.experiments.analysis import Results
+from whisper_aut.training.run_dir import list_runs
+from whisper_aut.utils import read_json
 
 
 @pytest.fixture
@@ -85,14 +87,14 @@ def test_an_experiment_trains_what_is_missing_and_nothing_twice(
     assert trained(tmp_path) == {"pretrained-base-s0": 1, "tried-even-s0": 1, "tried-speech-s0": 1}
     results = Results.load(tmp_path / "out" / "tried.json")
     even, speech = results.measurements
-    assert (even.cost.steps, even.cost.padding_fraction) == (2, 0.0)  # pyright: ignore[reportOptionalMemberAccess]
-    assert [point.step for point in even.curve] == [1, 2]
-    assert even.curve[-1].audio_seconds == pytest.approx(even.cost.audio_seconds)  # pyright: ignore[reportOptionalMemberAccess]
-    assert (
-        even.curve[0].teraflop
-        < even.curve[1].teraflop
-        == pytest.approx(even.cost.teraflop, abs=1e-6)
-    )  # pyright: ignore
+    first, last = even.curve
+    assert (first.step, last.step, even.padding_fraction) == (1, 2, 0.0)
+    done = read_json(list_runs(tmp_path / "runs", "tried-even-s0")[0].done)["metrics"]
+    assert last.loss == pytest.approx(done["valid/loss"], abs=1e-6)
+    assert last.audio_seconds == pytest.approx(done["throughput/total_audio_seconds"])
+    assert first.teraflop is not None
+    assert last.teraflop == pytest.approx(done["throughput/total_teraflop"], abs=1e-6)
+    assert first.teraflop < last.teraflop
     assert set(even.scores) == set(speech.scores) == {"tones"} == set(results.baseline)
     assert "11 training clips overlap" in results.audits[0]  # the tests train on their test shards
     text = (tmp_path / "out" / "tried.md").read_text()

@@ -4,14 +4,14 @@ The tests ask whether one recipe is better than another, so their unit is the tr
 are compared by paired t tests over seeds.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from math import exp, isnan, log, nan
 from pathlib import Path
 from textwrap import fill
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from matplotlib import rc_context
@@ -31,19 +31,7 @@ from whisper_aut.probes.stats import (
     mean_std,
     paired_tests,
 )
-from whisper_aut.report.plots import (
-    BASELINE_COLOUR,
-    BASELINE_DASHES,
-    CHARACTERS_PER_PAGE,
-    LINE_STYLES,
-    MARKERS,
-    PALETTE,
-    STYLE,
-    legend_below,
-    new_figure,
-    save_figure,
-    set_category_labels,
-)
+from whisper_aut.report import plots
 from whisper_aut.report.tables import BLANK, Table, p_value
 from whisper_aut.schema import build
 from whisper_aut.utils import read_json, write_json
@@ -59,26 +47,14 @@ class TaskMetadata:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Totals of a training run, without validation and checkpoints."""
+class Progress:
+    """A training run up to a step: its validation loss there, if it was validated, and its cost.
 
-    steps: int
-    audio_seconds: FiniteFloat
-    teraflop: NonNegativeFloat | None
-    seconds: FiniteFloat
-    padding_fraction: Annotated[float, Field(ge=0, lt=1)]
-
-    @property
-    def padded_seconds(self) -> float:
-        return self.audio_seconds / (1 - self.padding_fraction)
-
-
-@dataclass(frozen=True)
-class Validation:
-    """A validation loss, and the cost of training up to it."""
+    Validation and checkpoints do not count.
+    """
 
     step: int
-    loss: FiniteFloat
+    loss: FiniteFloat | None
     audio_seconds: FiniteFloat
     teraflop: NonNegativeFloat | None
     seconds: FiniteFloat
@@ -91,19 +67,26 @@ class Measurement:
     Attributes:
         scores: Probe task → score, 0 … 1.
         answers: Metric of the language model's answers, such as `exact_sound_class` → value.
-        curve, cost: Of the training run; none for an encoder with random weights.
+        curve: The training run at each validation and at its end; empty for random weights.
+        padding_fraction: Of the frames that the encoder processed.
     """
 
     arm: str
     seed: int
     scores: dict[str, float]
     answers: dict[str, float] = field(default_factory=dict)
-    curve: tuple[Validation, ...] = ()
-    cost: Cost | None = None
+    curve: tuple[Progress, ...] = ()
+    padding_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
 
     @property
     def final_loss(self) -> float:
-        return self.curve[-1].loss if self.curve else nan
+        loss = self.curve[-1].loss if self.curve else None
+        return nan if loss is None else loss
+
+    @property
+    def padded_seconds(self) -> float:
+        """Seconds of audio that the encoder processed in training, padding included."""
+        return self.curve[-1].audio_seconds / (1 - (self.padding_fraction or 0))
 
     @property
     def right_answers(self) -> float:
@@ -115,9 +98,10 @@ class Measurement:
         ]
         return 100 * float(np.mean(scores)) if scores else nan
 
-    def reached(self, loss: float) -> Validation | None:
+    def reached(self, loss: float) -> Progress | None:
         """Return the first validation whose loss is at or below this one."""
-        return next((point for point in self.curve if point.loss <= loss), None)
+        found = (one for one in self.curve if one.loss is not None and one.loss <= loss)
+        return next(found, None)
 
 
 # Scores may be NaN, which `STRICT` forbids.
@@ -285,32 +269,6 @@ def _log_compute(one: Measurement, loss: float) -> float:
 # ---- Tables and page ----------------------------------------------------------------------------
 
 
-class Column(NamedTuple):
-    """A column of a table: a value of a training run, shown as the mean over an arm's runs."""
-
-    title: str
-    value: Callable[[Measurement], float | None]
-    decimals: int = 0
-
-    def cell(self, runs: Iterable[Measurement]) -> str:
-        return _mean([self.value(one) for one in runs], self.decimals)
-
-
-def _mean(values: Sequence[float | None], decimals: int = 0) -> str:
-    """Format a mean and, unless it rounds to zero, the standard deviation."""
-    known = [value for value in values if value is not None and not isnan(value)]
-    if not known or len(known) < len(values):
-        return BLANK
-    mean, std = mean_std(known)
-    deviation = f"{std or 0:.{decimals}f}"
-    return f"{mean:.{decimals}f}" + (f" ± {deviation}" if float(deviation) else "")
-
-
-def _percent(one: Measurement, kind: str, name: str) -> float | None:
-    value = getattr(one, kind).get(name)
-    return None if value is None else 100 * value
-
-
 def result_tables(results: Results) -> list[Table]:
     """Return the tables of an experiment that have rows."""
     builders = (score_table, answer_table, cost_table, threshold_table, comparison_table)
@@ -331,77 +289,92 @@ def _arm_table(
     return Table(title, (*axes, *columns), cells, len(axes) + text_columns, caption)
 
 
-def _mean_table(title: str, results: Results, columns: Sequence[Column], caption: str) -> Table:
-    rows = [
-        (arm, [column.cell(runs) for column in columns])
-        for arm, runs in results.by_arm().items()
-        if columns
+def _mean(values: Sequence[float | None], decimals: int = 0) -> str:
+    """Format a mean and, unless it rounds to zero, the standard deviation."""
+    known = [value for value in values if value is not None and not isnan(value)]
+    if not known or len(known) < len(values):
+        return BLANK
+    mean, std = mean_std(known)
+    deviation = f"{std or 0:.{decimals}f}"
+    return f"{mean:.{decimals}f}" + (f" ± {deviation}" if float(deviation) else "")
+
+
+def _percent(found: Sequence[Mapping[str, float]], names: Iterable[str]) -> list[str]:
+    """Format the means of scores or answers, in percent."""
+    return [_mean([100 * one.get(name, nan) for one in found], 1) for name in names]
+
+
+def _costs(points: Sequence[Progress]) -> list[str]:
+    """Format the means of steps, audio seconds, TFLOP and wall-clock seconds."""
+    return [
+        _mean([point.step for point in points]),
+        _mean([point.audio_seconds for point in points]),
+        _mean([point.teraflop for point in points], 3),
+        _mean([point.seconds for point in points]),
     ]
-    return _arm_table(title, results, [column.title for column in columns], rows, caption)
 
 
 def score_table(results: Results) -> Table:
     """Return arms × probe tasks."""
-    columns = [
-        Column(
-            f"{task.title} ({task.domain}, {task.test_clips})",
-            partial(_percent, kind="scores", name=name),
-            1,
-        )
-        for name, task in results.tasks.items()
+    rows = [
+        (arm, _percent([one.scores for one in runs], results.tasks))
+        for arm, runs in results.by_arm().items()
+        if results.tasks
     ]
-    table = _mean_table(
+    table = _arm_table(
         "Linear probes, protocol strict: scores in %",
         results,
-        columns,
+        [f"{one.title} ({one.domain}, {one.test_clips})" for one in results.tasks.values()],
+        rows,
         "In brackets: domain and test clips. ± is the standard deviation over "
         f"{len(results.seeds)} training runs with different seeds. Log-mel statistics are not "
         "trained.",
     )
     if not results.baseline:
         return table
-    baseline = Measurement(BASELINE_NAME, 0, results.baseline)
     blanks = [""] * (table.text_columns - 1)
-    row = (BASELINE_NAME, *blanks, *(column.cell([baseline]) for column in columns))
-    return replace(table, rows=(row, *table.rows))
+    baseline = (BASELINE_NAME, *blanks, *_percent([results.baseline], results.tasks))
+    return replace(table, rows=(baseline, *table.rows))
 
 
 def answer_table(results: Results) -> Table:
     """Return arms × metrics of the language model's answers for test clips."""
-    columns = [
-        Column(name.replace("_", " "), partial(_percent, kind="answers", name=name), 1)
-        for name in results.answers
+    rows = [
+        (arm, _percent([one.answers for one in runs], results.answers))
+        for arm, runs in results.by_arm().items()
+        if results.answers
     ]
+    names = [name.replace("_", " ") for name in results.answers]
     caption = "Greedy answers of the language model for test clips, in %. `exact`: equal to the "
     caption += "reference after normalisation."
-    if not all(name.startswith("exact") for name in results.answers):
+    if not all(name.startswith("exact") for name in names):
         caption += " In comparisons, right answers are a mean of `exact`, `rouge` and 1 - `wer`."
-    return _mean_table("Answers", results, columns, caption)
+    return _arm_table("Answers", results, names, rows, caption)
 
 
 def cost_table(results: Results) -> Table:
     """Return what each arm's own training cost."""
-    columns = [
-        Column("steps", lambda one: one.cost and one.cost.steps),
-        Column("audio (s)", lambda one: one.cost and one.cost.audio_seconds),
-        Column("audio with padding (s)", lambda one: one.cost and one.cost.padded_seconds),
-        Column("TFLOP", lambda one: one.cost and one.cost.teraflop, 3),
-        Column("wall clock (s)", lambda one: one.cost and one.cost.seconds),
-        Column("final validation loss", lambda one: one.final_loss, 3),
-    ]
-    table = _mean_table(
+    rows = []
+    for arm, runs in results.by_arm().items():
+        trained = [one for one in runs if one.curve]
+        steps, audio, *others = _costs([one.curve[-1] for one in trained])
+        padded = _mean([one.padded_seconds for one in trained])
+        loss = _mean([one.final_loss for one in trained], 3)
+        rows += [(arm, (steps, audio, padded, *others, loss))] if trained else []
+    if len(rows) > 1 and len({row for _, row in rows}) == 1:  # arms measure the same runs
+        rows = []
+    columns = ("steps", "audio (s)", "audio with padding (s)", "TFLOP", "wall clock (s)")
+    return _arm_table(
         "Training cost",
         results,
-        columns if any(one.cost for one in results.measurements) else [],
+        (*columns, "final validation loss"),
+        rows,
         "Of the arm's own training run, without its pretraining. FLOPs are computed from clip and "
         "text lengths: the forward pass, plus the backward pass where parameters are trained; "
         "padding is not counted. Wall-clock time of the training loop depends on what else runs "
         "on the machine, so compare FLOPs first. Losses are in nats per token, averaged over "
         "domains; they are comparable only for the same decoder and tokenizer.",
     )
-    costs = [row[table.text_columns :] for row in table.rows]
-    same_runs = len(costs) > 1 and len(set(costs)) == 1  # arms that differ in evaluation only
-    return replace(table, rows=()) if same_runs else table
 
 
 def threshold_table(results: Results) -> Table:
@@ -410,15 +383,8 @@ def threshold_table(results: Results) -> Table:
     for (arm, runs), loss in product(results.by_arm().items(), results.thresholds):
         points = [one.reached(loss) for one in runs if one.curve]
         reached = [point for point in points if point]
-        cells = [
-            f"{loss:g}",
-            f"{len(reached)} of {len(points)}",
-            _mean([point.step for point in reached]),
-            _mean([point.audio_seconds for point in reached]),
-            _mean([point.teraflop for point in reached], 3),
-            _mean([point.seconds for point in reached]),
-        ]
-        rows += [(arm, cells)] if points else []
+        row = (f"{loss:g}", f"{len(reached)} of {len(points)}", *_costs(reached))
+        rows += [(arm, row)] if points else []
     return _arm_table(
         "Cost to reach a validation loss",
         results,
@@ -497,7 +463,7 @@ def results_page(results: Results) -> str:
 # ---- Figure -------------------------------------------------------------------------------------
 
 
-@rc_context(STYLE)
+@rc_context(plots.STYLE)
 def plot_results(results: Results, path: Path) -> Path:
     """Draw scores and answers of all arms, and loss curves if `figure.curves` is set.
 
@@ -510,15 +476,14 @@ def plot_results(results: Results, path: Path) -> Path:
     layout = [[panel.name for panel in panels for _ in range(2)]]
     if results.figure.curves:
         layout.append(["teraflop"] * len(panels) + ["seconds"] * len(panels))
-    figure = new_figure(height=3.1 * len(layout) + 0.5)
+    figure = plots.new_figure(height=3.1 * len(layout) + 0.5)
     axes = figure.subplot_mosaic(layout)  # pyright: ignore[reportArgumentType, reportCallIssue]
     baseline = Measurement(BASELINE_NAME, 0, results.baseline)
     for panel in panels:
         _plot_scores(axes[panel.name], results, panel, len(panels))
         if not isnan(level := panel.value(baseline)):
-            axes[panel.name].axhline(
-                level, color=BASELINE_COLOUR, linestyle=BASELINE_DASHES, label=BASELINE_NAME
-            )
+            style = {"color": plots.BASELINE_COLOUR, "linestyle": plots.BASELINE_DASHES}
+            axes[panel.name].axhline(level, label=BASELINE_NAME, **style)
     if results.figure.curves:
         _plot_curves(axes["teraflop"], results, "teraflop", "TFLOP of training")
         _plot_curves(axes["seconds"], results, "seconds", "wall clock of training (s)")
@@ -526,8 +491,8 @@ def plot_results(results: Results, path: Path) -> Path:
     figure.suptitle(results.title, x=0.01, ha="left")
     handles, labels = axes[panels[0].name].get_legend_handles_labels()
     if handles:
-        legend_below(figure, 3, handles=handles, labels=labels)
-    return save_figure(figure, path)
+        plots.legend_below(figure, 3, handles=handles, labels=labels)
+    return plots.save_figure(figure, path)
 
 
 def _choices(results: Results, axis: str) -> list[str]:
@@ -541,7 +506,8 @@ def _plot_scores(axes: Axes, results: Results, endpoint: Endpoint, panels: int) 
     choices, colours = _choices(results, figure.x), _choices(results, figure.colour)
     shift = min(0.14, 0.6 / len(colours))
     for index, title in enumerate(colours):
-        colour, points = PALETTE[index % len(PALETTE)], []
+        style, points = plots.series_style(index), []
+        style["linestyle"] = "-" if figure.ordered else "none"
         for arm, titles in results.arms.items():
             values = [endpoint.value(one) for one in by_arm[arm]]
             known = [value for value in values if not isnan(value)]
@@ -549,21 +515,14 @@ def _plot_scores(axes: Axes, results: Results, endpoint: Endpoint, panels: int) 
                 x = choices.index(titles[figure.x]) + (index - (len(colours) - 1) / 2) * shift
                 mean, std = mean_std(known)
                 points.append((x, mean, std or 0.0))
-                axes.plot([x] * len(known), known, ".", color=colour, markersize=3, alpha=0.5)
-        x, means, deviations = np.reshape(points, (-1, 3)).T
-        axes.errorbar(
-            x,
-            means,
-            yerr=deviations,
-            color=colour,
-            marker=MARKERS[index % len(MARKERS)],
-            linestyle="-" if figure.ordered else "none",
-            label=f"{figure.colour.replace('_', ' ')}: {title}" if len(colours) > 1 else None,
-        )
+                dots = {"color": style["color"], "markersize": 3, "alpha": 0.5}
+                axes.plot([x] * len(known), known, ".", **dots)
+        label = f"{figure.colour.replace('_', ' ')}: {title}" if len(colours) > 1 else None
+        axes.errorbar(*np.reshape(points, (-1, 3)).T, label=label, **style)
     tasks = [task.title for task in results.tasks.values() if task.domain == endpoint.name]
     title = ": ".join([endpoint.title, *([", ".join(tasks)] if tasks else [])])
-    axes.set_title(fill(title, CHARACTERS_PER_PAGE // panels))
-    set_category_labels(axes, choices, panels)
+    axes.set_title(fill(title, plots.CHARACTERS_PER_PAGE // panels))
+    plots.set_category_labels(axes, choices, panels)
     axes.set(xlim=(-0.5, len(choices) - 0.5), xlabel=figure.x.replace("_", " "), ylabel="%")
     axes.grid(visible=False, axis="x")
 
@@ -573,17 +532,18 @@ def _plot_curves(axes: Axes, results: Results, cost: str, label: str) -> None:
     figure, by_arm = results.figure, results.by_arm()
     choices, colours = _choices(results, figure.x), _choices(results, figure.colour)
     for arm, titles in results.arms.items():
-        curves = [one.curve for one in by_arm[arm] if one.curve]
+        runs = [one.curve for one in by_arm[arm] if one.curve]
+        curves = [[point for point in curve if point.loss is not None] for curve in runs]
         length = min(map(len, curves), default=0)
         spent = np.array([[getattr(p, cost) for p in curve[:length]] for curve in curves], float)
         if not length or np.isnan(spent).any():
             continue
         losses = np.array([[point.loss for point in curve[:length]] for curve in curves])
         mean, std = losses.mean(0), losses.std(0, ddof=min(1, len(losses) - 1))
-        colour = PALETTE[choices.index(titles[figure.x]) % len(PALETTE)]
-        style = LINE_STYLES[colours.index(titles.get(figure.colour, "")) % len(LINE_STYLES)]
-        name, x = ", ".join(titles.values()), spent.mean(0)
-        axes.plot(x, mean, color=colour, linestyle=style, label=name)
+        colour = plots.series_style(choices.index(titles[figure.x]))["color"]
+        line = plots.series_style(colours.index(titles.get(figure.colour, "")))["linestyle"]
+        x = spent.mean(0)
+        axes.plot(x, mean, color=colour, linestyle=line, label=", ".join(titles.values()))
         axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
     for threshold in results.thresholds:
         axes.axhline(threshold, color="#888888", linewidth=0.8, linestyle=":")

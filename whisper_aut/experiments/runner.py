@@ -14,7 +14,7 @@ from whisper_aut.config import CorporaSettings, Domain, load_settings
 from whisper_aut.corpora.audit import AUDIT_NAME, read_audit, run_audit, unaudited
 from whisper_aut.data.shards import open_index
 from whisper_aut.errors import Interrupted, UserError
-from whisper_aut.experiments.analysis import Cost, Measurement, Results, TaskMetadata, Validation
+from whisper_aut.experiments.analysis import Measurement, Progress, Results, TaskMetadata
 from whisper_aut.experiments.grid import (
     SEPARATOR,
     Arm,
@@ -35,7 +35,7 @@ from whisper_aut.probes.embed import EmbedSettings, digest
 from whisper_aut.probes.encoders import FrameEncoder, LogMelBaseline
 from whisper_aut.probes.stats import MIN_TRAININGS, detectable_difference
 from whisper_aut.probes.suite import run_suite
-from whisper_aut.report.plots import Series, read_metrics
+from whisper_aut.report.plots import read_metrics
 from whisper_aut.report.tables import BLANK, Table
 from whisper_aut.training.plan import build_forecast, planned_config
 from whisper_aut.training.run_dir import RunDirectory
@@ -100,9 +100,9 @@ def _make_all(name: str, runs: Sequence[Run], console: Console) -> dict[str, Fou
                 f"{name} stopped at run {number} of {len(runs)}, {run.name}. Progress is saved; "
                 "run the same command to resume."
             ) from None
-        cost = cost_of(made[run.name].directory)
+        end = training_curve(made[run.name].directory)[-1]
         progress = f"[{number}/{len(runs)}] {run.name}"
-        console.print(f"{progress}: {cost.steps} steps in {cost.seconds:.0f} s", markup=False)
+        console.print(f"{progress}: {end.step} steps in {end.seconds:.0f} s", markup=False)
     return made
 
 
@@ -170,8 +170,9 @@ class Evaluator:
             scores = self.score(label, encoder, embedding)
         if arm.random:
             return Measurement(arm.name, seed, scores)
-        curve, cost = tuple(loss_curve(found.directory)), cost_of(found.directory)
-        return Measurement(arm.name, seed, scores, self._answer(found), curve, cost)
+        curve, metrics = training_curve(found.directory), read_json(found.directory.done)["metrics"]
+        padding = metrics["throughput/padding_fraction"]
+        return Measurement(arm.name, seed, scores, self._answer(found), curve, padding)
 
     def score(
         self, label: str, encoder: FrameEncoder, embedding: EmbedSettings
@@ -253,35 +254,33 @@ class Evaluator:
         return lines
 
 
-def cost_of(run: RunDirectory) -> Cost:
-    """Return the totals that a finished run logged."""
-    done = read_json(run.done)
-    logged = {name.removeprefix("throughput/"): value for name, value in done["metrics"].items()}
-    return Cost(
-        steps=done["steps"],
-        audio_seconds=logged["total_audio_seconds"],
-        teraflop=logged.get("total_teraflop"),
-        seconds=logged["total_seconds"],
-        padding_fraction=logged["padding_fraction"],
-    )
-
-
-def loss_curve(run: RunDirectory) -> list[Validation]:
-    """Return the validation losses of a finished run, with the cost up to each."""
-    series = read_metrics(run.metrics)
-    last_step, curve = read_json(run.done)["steps"], []
+def training_curve(run: RunDirectory) -> tuple[Progress, ...]:
+    """Return a finished run at each of its validations and at its end."""
+    done, series = read_json(run.done), read_metrics(run.metrics)
+    last = done["steps"]
+    # Lightning logs a validation with the number of the step before it, counted from 0.
+    losses: dict[float, float | None] = {
+        min(logged + 1, last): loss for logged, loss in series.get("valid/loss", [])
+    }
+    losses.setdefault(last, None)
 
     def total(name: str, step: float) -> float | None:
-        points: Series = series.get(f"throughput/total_{name}", [])
-        index = bisect_right([logged for logged, _ in points], step)
+        if losses[step] is None:
+            return done["metrics"].get(name)
+        points = series.get(name, [])
+        index = bisect_right(points, step, key=lambda point: point[0])
         return points[index - 1][1] if index else None
 
-    for logged, loss in series.get("valid/loss", []):
-        # Lightning logs a validation with the number of the step before it, counted from 0.
-        step = min(logged + 1, last_step)
-        audio, seconds = total("audio_seconds", step) or 0.0, total("seconds", step) or 0.0
-        curve.append(Validation(int(step), loss, audio, total("teraflop", step), seconds))
-    return curve
+    return tuple(
+        Progress(
+            step=int(step),
+            loss=loss,
+            audio_seconds=total("throughput/total_audio_seconds", step) or 0.0,
+            teraflop=total("throughput/total_teraflop", step),
+            seconds=total("throughput/total_seconds", step) or 0.0,
+        )
+        for step, loss in losses.items()
+    )
 
 
 def plan_table(experiment: Experiment) -> Table:
