@@ -36,6 +36,8 @@ from whisper_aut.report.tables import BLANK, Table, p_value
 from whisper_aut.schema import build
 from whisper_aut.utils import read_json, write_json
 
+LOWER_IS_BETTER = ("loss", "compute")  # of the endpoints; the margin does not apply to them
+
 
 @dataclass(frozen=True)
 class TaskMetadata:
@@ -103,6 +105,11 @@ class Measurement:
         found = (one for one in self.curve if one.loss is not None and one.loss <= loss)
         return next(found, None)
 
+    def log_teraflop(self, loss: float) -> float:
+        """Return the logarithm of the computation up to a loss; NaN if it was not reached."""
+        point = self.reached(loss)
+        return log(point.teraflop) if point and point.teraflop else nan
+
 
 # Scores may be NaN, which `STRICT` forbids.
 @schema(config=ConfigDict(extra="forbid", strict=True), kw_only=True)
@@ -152,6 +159,15 @@ class Results(QuestionSettings):
         """Names of the metrics of answers."""
         return list(dict.fromkeys(name for one in self.measurements for name in one.answers))
 
+    @property
+    def reached_by_all(self) -> float | None:
+        """The lowest threshold that every training run reaches."""
+        reached = {
+            loss: not any(isnan(one.log_teraflop(loss)) for one in self.measurements)
+            for loss in self.thresholds
+        }
+        return min((loss for loss in reached if reached[loss]), default=None)
+
     def by_arm(self) -> dict[str, list[Measurement]]:
         """Return the measurements of each arm, ordered by seed."""
         ordered = sorted(self.measurements, key=lambda one: one.seed)
@@ -179,91 +195,56 @@ class Results(QuestionSettings):
 
 
 @dataclass(frozen=True)
-class Endpoint:
-    """A quantity by which training runs are compared.
-
-    Attributes:
-        value: Its value for one training run; NaN if the run has none.
-        is_score: In points of 0 … 100: higher is better, and the margin applies. For other
-            endpoints, lower is better.
-        is_ratio: Values are logarithms, so differences are logarithms of ratios.
-    """
-
-    name: str
-    title: str
-    value: Callable[[Measurement], float]
-    is_score: bool = True
-    is_ratio: bool = False
-
-
-@dataclass(frozen=True)
 class Comparison:
     """One arm minus the reference in one endpoint, paired by seed."""
 
     arm: str
-    endpoint: Endpoint
+    endpoint: str
     primary: bool
     test: PairedTest
 
     @property
-    def detectable(self) -> float:
-        """The true difference that would be found with a probability of 80 %, with this standard
-        deviation, number of runs (at least `MIN_TRAININGS`) and correction; NaN without a test.
-        """
-        if isnan(self.test.p_value):
-            return nan
-        runs = max(len(self.test.differences), MIN_TRAININGS)
-        return detectable_difference(self.test.std, runs, self.test.alpha)
-
-    @property
     def verdict(self) -> str:
-        return self.test.verdict(lower_is_better=not self.endpoint.is_score)
+        return self.test.verdict(lower_is_better=self.endpoint in LOWER_IS_BETTER)
 
 
 def compare(results: Results) -> list[Comparison]:
     """Compare every arm with the reference in every endpoint that both have."""
-    margin, primary = results.margin or nan, results.primary
-    by_arm, rows, found = results.by_arm(), [], []
+    margin, primary = results.margin or nan, (results.primary.arm, results.primary.endpoint)
+    by_arm, rows = results.by_arm(), {}
     reference = by_arm.pop(results.reference)
-    for (arm, runs), endpoint in product(by_arm.items(), endpoints_of(results)):
+    for (arm, runs), (endpoint, value) in product(by_arm.items(), endpoints(results).items()):
         pairs = zip(runs, reference, strict=True)
-        differences = [endpoint.value(one) - endpoint.value(other) for one, other in pairs]
+        differences = [value(one) - value(other) for one, other in pairs]
         if differences and not np.isnan(differences).any():
-            rows.append((arm, endpoint))
-            found.append(differences)
-    is_primary = [(arm, one.name) == (primary.arm, primary.endpoint) for arm, one in rows]
+            rows[arm, endpoint] = differences
     tests = paired_tests(
-        found,
-        [margin if endpoint.is_score else nan for _, endpoint in rows],
-        is_primary.index(True) if any(is_primary) else None,
-        gated=bool(primary.arm),
+        list(rows.values()),
+        [nan if endpoint in LOWER_IS_BETTER else margin for _, endpoint in rows],
+        list(rows).index(primary) if primary in rows else None,
+        gated=bool(results.primary.arm),
     )
-    found = zip(rows, is_primary, tests, strict=True)
-    return [Comparison(arm, one, *rest) for (arm, one), *rest in found]
-
-
-def endpoints_of(results: Results) -> list[Endpoint]:
-    """Return what runs are compared by; losses only if the experiment has thresholds."""
-    endpoints = [
-        Endpoint(domain, domain, partial(results.domain_score, domain=domain))
-        for domain in results.domains
+    return [
+        Comparison(arm, endpoint, (arm, endpoint) == primary, test)
+        for (arm, endpoint), test in zip(rows, tests, strict=True)
     ]
+
+
+def endpoints(results: Results) -> dict[str, Callable[[Measurement], float]]:
+    """Return what runs are compared by; losses only if the experiment has thresholds.
+
+    Domains and answers are in points, `compute` is a logarithm. A value is NaN if a run has none.
+    """
+    found: dict[str, Callable[[Measurement], float]] = {
+        domain: partial(results.domain_score, domain=domain) for domain in results.domains
+    }
     if results.answers:
-        endpoints.append(Endpoint("answers", "right answers", lambda one: one.right_answers))
+        found["answers"] = lambda one: one.right_answers
     if results.thresholds:
-        title = "final validation loss"
-        endpoints.append(Endpoint("loss", title, lambda one: one.final_loss, is_score=False))
-    for threshold in sorted(results.thresholds):
-        value = partial(_log_compute, loss=threshold)
-        if not np.isnan([value(one) for one in results.measurements]).any():
-            title = f"TFLOP to a loss of {threshold:g}, ratio"
-            return [*endpoints, Endpoint("compute", title, value, is_score=False, is_ratio=True)]
-    return endpoints
-
-
-def _log_compute(one: Measurement, loss: float) -> float:
-    point = one.reached(loss)
-    return log(point.teraflop) if point and point.teraflop else nan
+        found["loss"] = lambda one: one.final_loss
+    if (lowest := results.reached_by_all) is not None:
+        found["compute"] = lambda one: one.log_teraflop(lowest)
+    return found
 
 
 # ---- Tables and page ----------------------------------------------------------------------------
@@ -415,7 +396,7 @@ def comparison_table(results: Results) -> Table:
         "Comparisons of training runs",
         results,
         (*columns, "detectable", "verdict"),
-        [(one.arm, _comparison_cells(one)) for one in found],
+        [(one.arm, _comparison_cells(results, one)) for one in found],
         f"Compared with {', '.join(results.arms[results.reference].values())}, paired by seed. ± "
         "is the standard deviation of the differences; intervals and p are of a paired t test "
         f"over training runs. {correction} Domains (unweighted means of their tasks) and answers "
@@ -427,25 +408,33 @@ def comparison_table(results: Results) -> Table:
     )
 
 
-def _comparison_cells(one: Comparison) -> tuple[str, ...]:
-    endpoint, test = one.endpoint, one.test
-    times = "× " if endpoint.is_ratio else ""
+def _comparison_cells(results: Results, one: Comparison) -> tuple[str, ...]:
+    test, is_ratio = one.test, one.endpoint == "compute"
+    times, decimals = "× " if is_ratio else "", 3 if one.endpoint == "loss" else 1
+    titles = {
+        "answers": "right answers",
+        "loss": "final validation loss",
+        "compute": f"TFLOP to a loss of {results.reached_by_all or 0:g}, ratio",
+    }
 
     def number(value: float, sign: str = "+") -> str:
-        if endpoint.is_ratio:
-            return f"{exp(value):.3g}"
-        return f"{value:{sign}.{1 if endpoint.is_score else 3}f}"
+        return f"{exp(value):.3g}" if is_ratio else f"{value:{sign}.{decimals}f}"
 
-    with_std = len(test.differences) > 1 and not endpoint.is_ratio
-    tested = not isnan(test.p_value)
-    return (
-        endpoint.title + (", primary" if one.primary else ""),
+    with_std = len(test.differences) > 1 and not is_ratio
+    cells = (
+        titles.get(one.endpoint, one.endpoint) + (", primary" if one.primary else ""),
         times + number(test.mean) + (f" ± {number(test.std, '')}" if with_std else ""),
         " · ".join(map(number, test.differences)),
-        f"{number(test.low)} … {number(test.high)}" if tested else BLANK,
-        p_value(test.p_value) if tested else BLANK,
-        p_value(test.p_adjusted) if tested else BLANK,
-        times + number(one.detectable, "") if tested else BLANK,
+    )
+    if isnan(test.p_value):
+        return (*cells, *[BLANK] * 4, one.verdict)
+    runs = max(len(test.differences), MIN_TRAININGS)
+    return (
+        *cells,
+        f"{number(test.low)} … {number(test.high)}",
+        p_value(test.p_value),
+        p_value(test.p_adjusted),
+        times + number(detectable_difference(test.std, runs, test.alpha), ""),
         one.verdict,
     )
 
@@ -470,26 +459,28 @@ def plot_results(results: Results, path: Path) -> Path:
     Raises:
         UserError: There is nothing to draw, or the file cannot be written.
     """
-    panels = [endpoint for endpoint in endpoints_of(results) if endpoint.is_score]
+    panels = {
+        name: value for name, value in endpoints(results).items() if name not in LOWER_IS_BETTER
+    }
     if not panels:
         raise UserError("There are no scores and no answers to draw.")
-    layout = [[panel.name for panel in panels for _ in range(2)]]
+    layout = [[name for name in panels for _ in range(2)]]
     if results.figure.curves:
         layout.append(["teraflop"] * len(panels) + ["seconds"] * len(panels))
     figure = plots.new_figure(height=3.1 * len(layout) + 0.5)
     axes = figure.subplot_mosaic(layout)  # pyright: ignore[reportArgumentType, reportCallIssue]
     baseline = Measurement(BASELINE_NAME, 0, results.baseline)
-    for panel in panels:
-        _plot_scores(axes[panel.name], results, panel, len(panels))
-        if not isnan(level := panel.value(baseline)):
+    for name, value in panels.items():
+        _plot_scores(axes[name], results, name, value, len(panels))
+        if not isnan(level := value(baseline)):
             style = {"color": plots.BASELINE_COLOUR, "linestyle": plots.BASELINE_DASHES}
-            axes[panel.name].axhline(level, label=BASELINE_NAME, **style)
+            axes[name].axhline(level, label=BASELINE_NAME, **style)
     if results.figure.curves:
         _plot_curves(axes["teraflop"], results, "teraflop", "TFLOP of training")
         _plot_curves(axes["seconds"], results, "seconds", "wall clock of training (s)")
         axes["teraflop"].legend(fontsize=6)
     figure.suptitle(results.title, x=0.01, ha="left")
-    handles, labels = axes[panels[0].name].get_legend_handles_labels()
+    handles, labels = axes[next(iter(panels))].get_legend_handles_labels()
     if handles:
         plots.legend_below(figure, 3, handles=handles, labels=labels)
     return plots.save_figure(figure, path)
@@ -500,7 +491,9 @@ def _choices(results: Results, axis: str) -> list[str]:
     return list(dict.fromkeys(titles.get(axis, "") for titles in results.arms.values()))
 
 
-def _plot_scores(axes: Axes, results: Results, endpoint: Endpoint, panels: int) -> None:
+def _plot_scores(
+    axes: Axes, results: Results, name: str, value: Callable[[Measurement], float], panels: int
+) -> None:
     """Draw mean, standard deviation and runs of each arm; points of one colour are a series."""
     figure, by_arm = results.figure, results.by_arm()
     choices, colours = _choices(results, figure.x), _choices(results, figure.colour)
@@ -509,8 +502,7 @@ def _plot_scores(axes: Axes, results: Results, endpoint: Endpoint, panels: int) 
         style, points = plots.series_style(index), []
         style["linestyle"] = "-" if figure.ordered else "none"
         for arm, titles in results.arms.items():
-            values = [endpoint.value(one) for one in by_arm[arm]]
-            known = [value for value in values if not isnan(value)]
+            known = [x for x in map(value, by_arm[arm]) if not isnan(x)]
             if known and titles.get(figure.colour, "") == title:
                 x = choices.index(titles[figure.x]) + (index - (len(colours) - 1) / 2) * shift
                 mean, std = mean_std(known)
@@ -518,9 +510,10 @@ def _plot_scores(axes: Axes, results: Results, endpoint: Endpoint, panels: int) 
                 dots = {"color": style["color"], "markersize": 3, "alpha": 0.5}
                 axes.plot([x] * len(known), known, ".", **dots)
         label = f"{figure.colour.replace('_', ' ')}: {title}" if len(colours) > 1 else None
-        axes.errorbar(*np.reshape(points, (-1, 3)).T, label=label, **style)
-    tasks = [task.title for task in results.tasks.values() if task.domain == endpoint.name]
-    title = ": ".join([endpoint.title, *([", ".join(tasks)] if tasks else [])])
+        x, means, deviations = np.reshape(points, (-1, 3)).T
+        axes.errorbar(x, means, deviations, label=label, **style)
+    tasks = ", ".join(task.title for task in results.tasks.values() if task.domain == name)
+    title = f"{name}: {tasks}" if tasks else "right answers"
     axes.set_title(fill(title, plots.CHARACTERS_PER_PAGE // panels))
     plots.set_category_labels(axes, choices, panels)
     axes.set(xlim=(-0.5, len(choices) - 0.5), xlabel=figure.x.replace("_", " "), ylabel="%")

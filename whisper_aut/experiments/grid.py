@@ -167,10 +167,8 @@ class ExperimentSettings(QuestionSettings):
         return self
 
     def _problems_of_arms(self) -> Iterator[str]:
-        primary, arms = (
-            self.primary,
-            [SEPARATOR.join(names) for names in product(*self.axes.values())],
-        )
+        primary = self.primary
+        arms = [SEPARATOR.join(names) for names in product(*self.axes.values())]
         for key, arm in (("reference", self.reference), ("primary.arm", primary.arm)):
             if arm not in arms and (arm or key == "reference"):
                 hint = nearest(arm, arms)

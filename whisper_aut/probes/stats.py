@@ -284,7 +284,7 @@ class PairedTest:
 
 
 def paired_tests(
-    differences: Sequence[Sequence[float]],
+    differences: Sequence[Sequence[float]] | np.ndarray,
     margins: Sequence[float] | None = None,
     primary: int | None = None,
     *,

@@ -23,7 +23,7 @@ from whisper_aut.experiments.analysis import (
     compare,
     comparison_table,
     cost_table,
-    endpoints_of,
+    endpoints,
     plot_results,
     result_tables,
     results_page,
@@ -76,7 +76,7 @@ def results() -> Results:
 
 
 def test_comparisons_are_paired_t_tests_over_runs(results: Results):
-    found = {one.endpoint.name: one for one in compare(replace(results, margin=2.0))}
+    found = {one.endpoint: one for one in compare(replace(results, margin=2.0))}
     sound, arms = found["sound"], results.by_arm()
     expected = [
         50 * sum(good.scores[task] - poor.scores[task] for task in "ab")
@@ -97,7 +97,7 @@ def test_comparisons_are_paired_t_tests_over_runs(results: Results):
 
 def test_fewer_than_five_runs_support_no_claim(results: Results):
     few = replace(results, measurements=tuple(one for one in results.measurements if one.seed < 4))
-    sound = next(one for one in compare(few) if one.endpoint.name == "sound")
+    sound = next(one for one in compare(few) if one.endpoint == "sound")
     assert sound.test.p_adjusted < 0.05
     assert sound.verdict == "no claim (4 runs)"
     assert "no claim (4 runs)" in results_page(few)
@@ -242,7 +242,7 @@ def test_answers_losses_and_compute_are_compared_too(results: Results):
         measurements.append(replace(one, answers=named, curve=curve))
     thresholds = [2.6, 2.2, 1.0]
     results = replace(results, measurements=tuple(measurements), thresholds=thresholds)
-    found = {one.endpoint.name: one for one in compare(results)}
+    found = {one.endpoint: one for one in compare(results)}
     assert list(found) == ["sound", "music", "answers", "loss", "compute"]
     points, loss, compute = found["answers"], found["loss"], found["compute"]
     expected = 100 * (answers["good"] - answers["poor"]).mean(1)
@@ -256,7 +256,7 @@ def test_answers_losses_and_compute_are_compared_too(results: Results):
     cells = {row[1]: row[2:] for row in comparison_table(results).rows}
     assert cells["right answers"][0] == f"{expected.mean():+.1f} ± {expected.std(ddof=1):.1f}"
     assert cells["TFLOP to a loss of 2.2, ratio"][0] == "× 0.667"
-    swapped = {one.endpoint.name: one for one in compare(replace(results, reference="good"))}
+    swapped = {one.endpoint: one for one in compare(replace(results, reference="good"))}
     assert swapped["answers"].test.mean == pytest.approx(-expected.mean())
     assert swapped["answers"].verdict == "worse"
 
@@ -267,8 +267,8 @@ def test_answers_losses_and_compute_are_compared_too(results: Results):
 def test_losses_are_compared_only_with_thresholds(
     results: Results, thresholds: list[float], more: list[str]
 ):
-    found = endpoints_of(replace(results, thresholds=thresholds))
-    assert [one.name for one in found] == ["sound", "music", *more]
+    found = endpoints(replace(results, thresholds=thresholds))
+    assert list(found) == ["sound", "music", *more]
 
 
 def test_stored_results_are_reported_again_without_running_anything(
