@@ -143,6 +143,9 @@ def _encode(samples: np.ndarray, rate: int) -> tuple[bytes, str]:
     depth = {"float32": "FLOAT", "int32": "PCM_24", "int16": "PCM_16"}[samples.dtype.name]
     encoded = io.BytesIO()
     soundfile.write(encoded, samples, rate, subtype=depth, format="FLAC" if fits_flac else "WAV")
+    if depth == "FLOAT":  # libsndfile writes the time into the PEAK chunk, after its version
+        encoded.seek(encoded.getvalue().index(b"PEAK") + 12)
+        encoded.write(bytes(4))
     return encoded.getvalue(), "flac" if fits_flac else "wav"
 
 

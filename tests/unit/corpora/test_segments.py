@@ -76,8 +76,11 @@ def test_a_nemo_manifest_is_cut_to_the_sample(tmp_path: Path, recording: np.ndar
 
 def test_floats_stay_floats(tmp_path: Path, recording: np.ndarray):
     build(tmp_path, [{"path": "floats.wav", "offset": 2.0, "duration": 1.0}])
-    samples, _ = soundfile.read(io.BytesIO(members(tmp_path)["floats.wav"]), dtype="float32")
+    data = members(tmp_path)["floats.wav"]
+    samples, _ = soundfile.read(io.BytesIO(data), dtype="float32")
     np.testing.assert_array_equal(samples, recording[2 * RATE_HZ : 3 * RATE_HZ] / np.float32(2**15))
+    peak = data.index(b"PEAK")
+    assert data[peak + 12 : peak + 16] == bytes(4), "the time of the build would be in the bytes"
 
 
 @pytest.mark.parametrize(
