@@ -26,7 +26,7 @@ from xares_peer import clips, installed
 
 from whisper_aut.audio.decode import ClipLimits, load_waveform
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.reader import DEFAULT_POLICY, Sample
+from whisper_aut.data.reader import Sample
 from whisper_aut.data.shards import ShardIndex, ShardReader, open_index
 from whisper_aut.data.writer import ShardWriter
 
@@ -99,7 +99,7 @@ def shards(folder: Path, suffix: str, kind: str, rate: int) -> ShardIndex:
 
 
 def ours(index: ShardIndex) -> list[torch.Tensor]:
-    reader, clips = ShardReader(LIMITS, DEFAULT_POLICY), []
+    reader, clips = ShardReader(LIMITS), []
     for shard, entry in enumerate(index.shards):
         locations = {number: (shard, number) for number in range(entry.samples)}
         for item in reader.read(index, locations).values():

@@ -22,9 +22,8 @@ from whisper_aut.audio.decode import ClipLimits, load_file
 from whisper_aut.cli import main
 from whisper_aut.config import compose
 from whisper_aut.corpora.build import read_clip
-from whisper_aut.corpora.manifest import read_rows
-from whisper_aut.data.annotation import read_annotations
-from whisper_aut.data.filters import Exclusions
+from whisper_aut.corpora.manifest import read_annotations, read_rows
+from whisper_aut.data.filters import read_exclusions
 from whisper_aut.data.reader import tar_members
 from whisper_aut.data.shards import INDEX_NAME, open_index
 from whisper_aut.data.writer import index_folder
@@ -52,7 +51,7 @@ def save_vectors(path: Path) -> Path:
     [
         lambda folder: read_json(folder / "deep.json"),
         lambda folder: Scores.load(folder / "deep.json"),
-        lambda folder: Exclusions.load(folder / "deep.json"),
+        lambda folder: read_exclusions(folder / "deep.json"),
         lambda folder: read_annotations(folder / "deep.json"),
         lambda folder: open_index(folder),
         lambda folder: read_manifest(folder),

@@ -15,7 +15,6 @@ from whisper_aut.config import load_settings
 from whisper_aut.corpora.audit import run_audit
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.dataset import ShardNoise
-from whisper_aut.data.reader import DEFAULT_POLICY
 from whisper_aut.data.sampler import Cursor
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.writer import ShardWriter
@@ -140,7 +139,7 @@ def test_noise_a_new_tokenizer_and_the_plan_go_by_the_clips_that_are_left(
             "data.licences.allow=[CC-BY]",
         ],
     )
-    noise = build_augment(settings, DEFAULT_POLICY).noise
+    noise = build_augment(settings).noise
     assert isinstance(noise, ShardNoise)
     assert [index.samples for index in noise.indexes] == [2]
     assert stored_audio(settings.data)[0].clips == 5

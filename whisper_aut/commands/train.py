@@ -88,10 +88,10 @@ def _checks(options: argparse.Namespace, console: Console) -> list[tuple[str, An
         return checks
 
     def check_shards() -> Any:
-        policy = read_policy(settings.data)
-        sources = open_sources([*settings.data.train, *settings.data.valid], policy)
+        data = settings.data
+        sources = open_sources([*data.train, *data.valid], read_policy(data))
         indexes = [source.index for source in sources]
-        return doctor.check_shards(indexes, clip_limits(settings.data), policy)
+        return doctor.check_shards(indexes, clip_limits(data))
 
     checks.append(("shards", check_shards))
     if not options.no_dry_run:

@@ -428,21 +428,16 @@ def _check_out(out: Path, folders: dict[str, Path], append_by: str | None) -> No
 
 def _find_earlier_build(folders: dict[str, Path], recipe: str) -> dict[str, ShardIndex]:
     """Return the indices of a complete earlier build of the same recipe, or an empty dict."""
-    if any(
-        read_json(folder / INDEX_NAME, default={}).get("recipe") != recipe
-        for folder in folders.values()
-    ):
-        return {}
-    try:
-        indices = {split: open_index(folder) for split, folder in folders.items()}
-    except UserError:  # a tar is missing: build again
-        return {}
-    is_complete = all(
-        (folders[split] / shard.name).stat().st_size == shard.bytes
-        for split, index in indices.items()
-        for shard in index.shards
-    )
-    return indices if is_complete else {}
+    indices = {}
+    for split, folder in folders.items():
+        try:
+            indices[split] = index = open_index(folder)
+        except UserError:  # nothing was built, or a tar is missing
+            return {}
+        sizes = [(folder / shard.name).stat().st_size for shard in index.shards]
+        if index.metadata.get("recipe") != recipe or sizes != [one.bytes for one in index.shards]:
+            return {}
+    return indices
 
 
 def _report(
@@ -454,16 +449,14 @@ def _report(
     resumed: int = 0,
 ) -> BuildReport:
     metadata = next(iter(indices.values())).metadata
+    build = {name: value for name, value in metadata["build"].items() if name != "split_by"}
     return BuildReport(
-        out=out,
-        folders=folders,
-        rows=metadata["build"]["rows"],
-        filtered_rows=metadata["build"]["filtered_rows"],
+        out,
+        folders,
         clips=sum(index.samples for index in indices.values()),
         seconds=sum(index.seconds for index in indices.values()),
-        skipped=metadata["build"]["skipped"],
         recipe=metadata["recipe"],
         reused=reused,
         resumed=resumed,
-        appended_to=metadata["build"].get("appended_to", 0),
+        **build,
     )

@@ -124,12 +124,16 @@ def _download_part(
     while True:
         size = _size(part)
         try:
-            if _resume(url, part, progress):
+            if _append(url, part, progress):
                 return
             problem = "the connection was closed early"
         except urllib.error.HTTPError as error:
             problem = f"{error.code} {error.reason}"
-            if error.code < 500 and error.code not in (408, 429):
+            if error.code == 416:
+                if error.headers.get("Content-Range", "").endswith(f"/{size}"):
+                    return  # an earlier download was interrupted before it was checked
+                part.unlink()  # longer than the server's file, so it is part of another file
+            elif error.code < 500 and error.code not in (408, 429):
                 raise UserError(
                     f"{url} cannot be downloaded: {problem}. Check the address, or name another "
                     "server with --mirror."
@@ -145,23 +149,15 @@ def _download_part(
         time.sleep(min(60.0, first_wait_seconds * 2**failures))
 
 
-def _resume(url: str, part: Path, progress: bool) -> bool:
+def _append(url: str, part: Path, progress: bool) -> bool:
     """Append what the server sends; return whether the file is complete."""
     start = _size(part)
     headers = {"User-Agent": f"whisper-aut/{__version__}", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
-    try:
-        request = urllib.request.Request(url, headers=headers)
-        response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise
-        if error.headers.get("Content-Range", "").endswith(f"/{start}"):
-            return True
-        part.unlink()  # longer than the server's file, so it is part of another file
-        return False
-    with response:
+    request = urllib.request.Request(url, headers=headers)
+    response: HTTPResponse
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
         resumed = response.status == 206  # some servers ignore Range and send everything
         start = start if resumed else 0
         length = response.headers.get("Content-Length", "")

@@ -56,6 +56,11 @@ class Fingerprint:
     uncertain: np.ndarray
 
 
+NO_WORDS = Fingerprint(
+    np.zeros(0, np.uint32), np.zeros(0, bool), np.zeros((0, UNCERTAIN_BITS), np.uint32)
+)
+
+
 @dataclass(frozen=True)
 class SharedSegment:
     """A segment that a searched and an indexed clip have in common."""
@@ -80,9 +85,7 @@ def fingerprint(samples: np.ndarray, sample_rate_hz: int) -> Fingerprint:
     # example half a bark.
     energies = _band_energies(np.pad(np.asarray(mono, dtype=np.float32), EDGE_SAMPLES))
     if len(energies) <= LAG_FRAMES:
-        return Fingerprint(
-            np.zeros(0, np.uint32), np.zeros(0, bool), np.zeros((0, UNCERTAIN_BITS), np.uint32)
-        )
+        return NO_WORDS
     total = energies.sum(axis=1)
     slopes = energies[:, :-1] - energies[:, 1:]
     change = slopes[LAG_FRAMES:] - slopes[:-LAG_FRAMES]
@@ -135,14 +138,10 @@ class FingerprintIndex:
     """
 
     def __init__(self, fingerprints: Iterable[Fingerprint]):
-        words, audible, lengths = [], [], []
-        for one in fingerprints:
-            words.append(one.words)
-            audible.append(one.audible)
-            lengths.append(len(one.words))
-        self._words = np.concatenate(words) if words else np.zeros(0, np.uint32)
-        self._audible = np.concatenate(audible) if audible else np.zeros(0, bool)
-        self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        every = [NO_WORDS, *fingerprints]
+        self._words = np.concatenate([one.words for one in every])
+        self._audible = np.concatenate([one.audible for one in every])
+        self._starts = np.cumsum([len(one.words) for one in every], dtype=np.int64)
         positions = np.flatnonzero(self._audible).astype(
             np.uint32 if len(self._words) < 2**32 else np.uint64
         )

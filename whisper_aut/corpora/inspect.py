@@ -17,6 +17,7 @@ from typing import Any
 import fsspec
 import numpy as np
 from rich.console import Group, RenderableType
+from rich.filesize import decimal
 from rich.table import Table
 
 from whisper_aut.audio.decode import TRIM_SECONDS, ClipLimits, decode, read_header
@@ -38,44 +39,30 @@ MOST_LABELS = 20
 
 @dataclass
 class ShardStatistics:
-    """Statistics of a folder of shards.
+    """Counts over a folder of shards. A clip is a sample whose audio header and JSON are valid."""
 
-    Attributes:
-        root: the folder or URL.
-        folders: number of clips per folder of shards under `root`.
-        shards: number of tars.
-        bytes: total size of the tars.
-        seconds: duration of each clip, a sample whose audio header and JSON are valid.
-        counts: number of clips by value, for each name in `COUNTED`. A clip may have several
-            labels. `other_fields` counts the fields that an annotation has no name for.
-        clips_with_label: number of clips with a label.
-        clips_with_id: number of clips with an id of their own.
-        words, characters: length of the text of each clip that has one.
-        other_words: number of words in each of the other fields.
-        skipped: number of samples that cannot be used, by reason.
-        examples: the first few clips (key, seconds, text, label).
-        problems: the first few unusable samples (location, reason, detail).
-        warnings: differences between tars and index, repeated keys and unknown languages.
-        builds: per folder, the counts that its builder stored in the index.
-    """
-
-    root: str
-    folders: dict[str, int] = field(default_factory=dict)
-    shards: int = 0
-    bytes: int = 0
-    seconds: array = field(default_factory=lambda: array("d"))
+    root: str  # the folder or URL
+    folders: dict[str, int] = field(default_factory=dict)  # clips per folder of shards in it
+    shards: int = 0  # number of tars
+    bytes: int = 0  # their total size
+    seconds: array = field(default_factory=lambda: array("d"))  # duration of each clip
+    # Clips by value, for each name in `COUNTED`. A clip may have several labels. `other_fields`
+    # counts the fields that an annotation has no name for.
     counts: dict[str, Counter] = field(
         default_factory=lambda: {name: Counter() for name in COUNTED}
     )
     clips_with_label: int = 0
-    clips_with_id: int = 0
+    clips_with_id: int = 0  # of their own
+    # Length of the text of each clip that has one, and number of words in the other fields.
     words: array = field(default_factory=lambda: array("L"))
     characters: array = field(default_factory=lambda: array("L"))
     other_words: Counter[str] = field(default_factory=Counter)
-    skipped: Counter[str] = field(default_factory=Counter)
-    examples: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[dict[str, str]] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)  # samples that cannot be used, by reason
+    examples: list[dict[str, Any]] = field(default_factory=list)  # key, seconds, text, label
+    problems: list[dict[str, str]] = field(default_factory=list)  # location, reason, detail
+    # Differences between tars and index, repeated keys and unknown languages.
     warnings: list[str] = field(default_factory=list)
+    # For each folder, the counts that its builder stored in the index.
     builds: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -311,9 +298,9 @@ def render(statistics: ShardStatistics) -> RenderableType:
 
 def _overview(statistics: ShardStatistics) -> Table:
     table = Table(title=statistics.root, show_header=False)
-    megabytes = statistics.bytes / 1e6
-    size = f"{megabytes / 1e3:.2f} GB" if megabytes >= 1e3 else f"{megabytes:.1f} MB"
-    table.add_row("clips", f"{statistics.clips} in {statistics.shards} shards, {size}")
+    table.add_row(
+        "clips", f"{statistics.clips} in {statistics.shards} shards, {decimal(statistics.bytes)}"
+    )
     if any(statistics.folders):
         table.add_row("folders", _inline(statistics.folders))
     table.add_row("audio", f"{statistics.hours:.2f} h")

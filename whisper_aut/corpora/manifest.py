@@ -11,6 +11,7 @@ import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -328,11 +329,8 @@ def _unique(key: str, seen: dict[str, int]) -> str:
 def _check_table(path: Path) -> None:
     """Check that `path` is a file whose suffix is one of `TABLE_SUFFIXES`."""
     if not path.exists():
-        there = (
-            sorted(p.name for p in path.parent.glob("*") if p.suffix.lower() in TABLE_SUFFIXES)
-            if path.parent.is_dir()
-            else []
-        )
+        tables = (p for p in path.parent.glob("*") if p.suffix.lower() in TABLE_SUFFIXES)
+        there = sorted(table.name for table in tables)
         listed = f" There: {', '.join(there[:10])}." if there else ""
         raise UserError(
             f"There is no manifest {path.absolute()}.{nearest(path.name, there)}{listed}"
@@ -380,6 +378,42 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
     return _json_rows(path) if delimiter is None else _csv_rows(path, delimiter)
 
 
+def read_annotations(path: str | Path) -> dict[str, Row]:
+    """Read annotations by id from a JSON Lines or parquet file: objects with `id` and other fields.
+
+    Empty fields are left out, so they replace nothing.
+
+    Raises:
+        UserError: the file cannot be read, has a row without an id or with one that occurred
+            before, or sets what is stored with the shards: the licence and the duration.
+    """
+    path, rows = Path(path), {}
+    try:
+        if path.suffix.lower() in ARROW_SUFFIXES:
+            tables = (batch.to_pylist() for batch in _arrow_batches(path))
+            numbered = enumerate(chain.from_iterable(tables), 1)
+        else:
+            numbered = _json_rows(path)
+        for number, row in numbered:
+            where = f"{path}, row {number}"
+            if isinstance(row, str):
+                raise UserError(f"{where}: {row}.")
+            if not (id := plain(row.pop("id", None)).strip()):
+                raise UserError(
+                    f"{where} has no id: expected an object with `id` and other fields."
+                )
+            if stored := {"licence", "license", "duration_seconds"} & row.keys():
+                raise UserError(f"{where} has {stored.pop()!r}, which only the shards can state.")
+            if id in rows:
+                raise UserError(f"{where} has the id {id!r} of an earlier row.")
+            rows[id] = {name: value for name, value in row.items() if has_value(value)}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    if not rows:
+        raise UserError(f"{path} holds no annotations.")
+    return rows
+
+
 def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
@@ -393,13 +427,13 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row | str]]:
             row = parse_row(line)
         except ValueError as error:
             yield number, f"not JSON: {error}"
+            continue
+        if not isinstance(row, dict):
+            yield number, f"expected an object, found {type(row).__name__}"
+        elif str(row.get("type")).endswith("Cut"):
+            yield number, _cut_row(row)
         else:
-            if isinstance(row, dict):
-                found = _cut_row(row) if str(row.get("type")).endswith("Cut") else row
-                named = isinstance(found, dict)
-                yield number, {k: v for k, v in found.items() if k} if named else found
-            else:
-                yield number, f"expected an object, found {type(row).__name__}"
+            yield number, {name: value for name, value in row.items() if name}
 
 
 def _cut_row(cut: Row) -> Row | str:

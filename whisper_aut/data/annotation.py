@@ -19,7 +19,7 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from whisper_aut.errors import SkipReason, SkipSample, UserError, require
+from whisper_aut.errors import SkipReason, SkipSample
 from whisper_aut.utils import parse_json
 
 if TYPE_CHECKING:
@@ -166,14 +166,17 @@ class Annotation:
         rng = random.Random(f"text {position} {self.source} {self.id}")
         return replace(self, text=rng.choice(self.texts))
 
-    def draw_chunk(self, max_seconds: float, position: int) -> "Chunk | None":
+    def draw_chunk(
+        self, max_seconds: float, position: int
+    ) -> "tuple[Annotation, tuple[float, float]] | None":
         """Draw consecutive `segments` of a long recording that last at most `max_seconds`.
 
         `extra["segments"]` is a list of `{"start": seconds, "end": seconds, "text": …}`. The first
         segment is drawn by the clip's position in the order.
 
         Returns:
-            The chunk; None if the recording is not longer, or has no segments that fit.
+            The annotation of the chunk, and its start and duration in seconds; None if the
+            recording is not longer, or has no segments that fit.
 
         Raises:
             SkipSample: the segments have another form.
@@ -200,7 +203,7 @@ class Annotation:
         text = " ".join(filter(None, (words for *_, words in chosen)))
         extra = {name: value for name, value in self.extra.items() if name != "texts"}
         end = max(end for _, end, _ in chosen)
-        return Chunk(replace(self, text=text, extra=extra), start, end - start)
+        return replace(self, text=text, extra=extra), (start, end - start)
 
     def missing_text_hint(self) -> str:
         """Return a hint for error messages about a missing text: the fields that could hold it."""
@@ -217,15 +220,6 @@ class Annotation:
         return json.dumps({**own, **self.extra}, ensure_ascii=False).encode()
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A part of a long recording, and its annotation."""
-
-    annotation: Annotation
-    start_seconds: float
-    seconds: float
-
-
 @dataclass(frozen=True, eq=False)
 class FieldMapping:
     """Where the annotations of a source are read from, if not from fields of the usual names.
@@ -235,10 +229,12 @@ class FieldMapping:
             over such fields. `KEY_FIELD` is the sample's key, and `TEXT_MEMBERS` are the texts of
             these members. An empty name ignores the field.
         rows: by id or key of a sample, fields that are added to it or replace its own.
+        task: replaces the `task` of all samples, unless it is empty.
     """
 
     fields: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, Row] = field(default_factory=dict)
+    task: str = ""
 
     def apply(self, row: Row, members: Mapping[str, str]) -> Row:
         """Return the fields of a sample under the names of an annotation.
@@ -255,57 +251,12 @@ class FieldMapping:
             found[name] = template.fill(given) if template else given.get(source)
         id, key = plain(found.get("id")), members.get(KEY_FIELD, "")
         other = self.rows.get(id) or self.rows.get(key) or {}
-        return {**(_without_texts(found) if find_text(other) else found), **other}
+        found = {**(_without_texts(found) if find_text(other) else found), **other}
+        return {**found, "task": self.task} if self.task else found
 
 
 def _without_texts(row: Row) -> Row:
     return {name: value for name, value in row.items() if name not in TEXT_FIELDS}
-
-
-def read_annotations(path: str | Path) -> dict[str, Row]:
-    """Read annotations by id from a JSON Lines or parquet file: objects with `id` and other fields.
-
-    Empty fields are left out, so they replace nothing.
-
-    Raises:
-        UserError: the file cannot be read, has a row without an id or with one that occurred
-            before, or sets what is stored with the shards: the licence and the duration.
-    """
-    path, rows = Path(path), {}
-    parquet = path.suffix.lower() == ".parquet"
-    try:
-        for number, row in enumerate(_parquet_rows(path) if parquet else read_lines(path), 1):
-            where = f"{path}, row {number}"
-            try:
-                row = parse_row(row) if isinstance(row, str) else row
-            except ValueError as error:
-                raise UserError(f"{where} is not JSON: {error}.") from None
-            id = plain(row.pop("id", None)).strip() if isinstance(row, dict) else ""
-            if not id:
-                raise UserError(
-                    f"{where} has no id: expected an object with `id` and other fields."
-                )
-            if stored := {"licence", "license", "duration_seconds"} & row.keys():
-                raise UserError(f"{where} has {stored.pop()!r}, which only the shards can state.")
-            if id in rows:
-                raise UserError(f"{where} has the id {id!r} of an earlier row.")
-            rows[id] = {name: value for name, value in row.items() if has_value(value)}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-    if not rows:
-        raise UserError(f"{path} holds no annotations.")
-    return rows
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    require("pyarrow")
-    from pyarrow import parquet
-
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except ValueError as error:  # of pyarrow: not a parquet file
-        raise OSError(str(error)) from None
 
 
 def parse_row(data: bytes | str) -> Any:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -22,16 +23,14 @@ from whisper_aut.data.dataset import (
     batch_loader,
     fit_tokens,
 )
-from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, is_local
+from whisper_aut.data.reader import is_local
 from whisper_aut.data.sampler import (
-    Batching,
     ByClips,
     BySeconds,
     Cursor,
     EpochOrder,
     MixedPadding,
     MixtureOrder,
-    Order,
     SequentialOrder,
     SourceShape,
     TokenLimit,
@@ -83,35 +82,22 @@ class TrainLoader:
     """The training loader. Every iteration over it is one epoch, or what remains of the epoch.
 
     Args:
+        data: the data module, with the current segment of the run.
         make_stream: returns the stream of this rank for `(start, end, count)`; see `BatchStream`.
-        order, batching: the order of clips, and how it is cut into micro-batches.
-        steps_per_epoch: optimizer steps per epoch of an endless order. Ignored if the order has
-            epochs of its own.
-        accumulate: micro-batches per optimizer step.
         ranks: world size.
         workers: worker processes of this rank.
-        segment: the current segment, stored in checkpoints.
-        earlier_order: fingerprint of another order whose checkpoint may be resumed, at a cursor in
-            the new one.
     """
 
     def __init__(
         self,
+        data: "ShardDataModule",
         make_stream: Callable[[Cursor, int | None, int], BatchStream],
-        *,
-        order: Order,
-        batching: Batching,
-        steps_per_epoch: int,
-        accumulate: int,
         ranks: int,
         workers: int,
-        segment: RunSegment = RunSegment(),  # noqa: B008 — immutable
-        earlier_order: str = "",
     ):
-        self.earlier_order = earlier_order
-        self.make_stream, self.order, self.batching = make_stream, order, batching
-        self.steps_per_epoch, self.accumulate = steps_per_epoch, accumulate
-        self.ranks, self.workers, self.segment = ranks, workers, segment
+        self.data, self.make_stream, self.ranks, self.workers = data, make_stream, ranks, workers
+        self.order, self.batching, self.accumulate = data.order, data.batching, data.accumulate
+        self.steps_per_epoch = data.steps_per_epoch(ranks)
         self.cursor, self.in_epoch = Cursor(), 0
         # The epoch whose length is cached, and its number of batches.
         self._length: tuple[int, int] = (-1, 0)
@@ -120,13 +106,9 @@ class TrainLoader:
         """Return the number of micro-batches of this rank in the current epoch."""
         if not self.order.epoch_clips:
             return self.steps_per_epoch * self.accumulate
-        epoch = self._epoch()
+        epoch = self.cursor.position // self.order.epoch_clips
         if self._length[0] != epoch:
-            begin = epoch * self.order.epoch_clips
-            is_over = self.order.end is not None and begin >= self.order.end
-            end = begin + self.order.epoch_clips
-            count = 0 if is_over else self.batching.count(Cursor(begin), end)
-            self._length = epoch, self._per_rank(count)
+            self._length = epoch, self._rest_of_epoch(Cursor(epoch * self.order.epoch_clips))[1]
         return self._length[1]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -134,7 +116,10 @@ class TrainLoader:
             # A consumer that counts batches may have stopped the last epoch before this generator
             # ended and reset the counter.
             self.in_epoch = 0
-        end, count = self._remaining()
+        if self.order.epoch_clips:
+            end, count = self._rest_of_epoch(self.cursor)
+        else:
+            end, count = None, len(self) - self.in_epoch
         batches = iter(batch_loader(self.make_stream(self.cursor, end, count), self.workers))
         while step := list(islice(batches, self.accumulate)):
             weight = math.fsum(w for batch in step for w in batch.targets.clip_weights())
@@ -155,7 +140,7 @@ class TrainLoader:
             "partitions": self.order.partitions,
             "batching": self.batching.fingerprint(),
             "world": [self.ranks, self.accumulate],
-            "segment": [self.segment.step, *self.segment.cursor],
+            "segment": [self.data.segment.step, *self.data.segment.cursor],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -167,7 +152,7 @@ class TrainLoader:
         Raises:
             UserError: the checkpoint belongs to a different order.
         """
-        if state["order"] not in (self.order.fingerprint(), self.earlier_order):
+        if state["order"] not in (self.order.fingerprint(), self.data.earlier_order):
             raise UserError(
                 "The checkpoint was made with other training data, exclusions, weights, seed, "
                 "window or partitions, so its position in the data is not valid here. Resume with "
@@ -177,24 +162,16 @@ class TrainLoader:
         same_world = state["world"] == [self.ranks, self.accumulate]
         self.in_epoch = state["in_epoch"] % max(1, len(self)) if same_world else 0
 
-    def _remaining(self) -> tuple[int | None, int]:
-        """Return the end of the current epoch and the micro-batches of this rank until then."""
-        if not self.order.epoch_clips:
-            return None, len(self) - self.in_epoch
-        end = (self._epoch() + 1) * self.order.epoch_clips
+    def _rest_of_epoch(self, start: Cursor) -> tuple[int, int]:
+        """Return the end of the epoch of a cursor, and the micro-batches of this rank until then.
+
+        Empty batches fill the last optimizer step.
+        """
+        clips = self.order.epoch_clips or 1
+        end = (start.position // clips + 1) * clips
         if self.order.end is not None and end > self.order.end:
             return self.order.end, 0  # the last epoch is over
-        return end, self._per_rank(self.batching.count(self.cursor, end))
-
-    def _epoch(self) -> int:
-        return self.cursor.position // (self.order.epoch_clips or 1)
-
-    def _per_rank(self, batches: int) -> int:
-        """Return the micro-batches per rank, rounded up to whole optimizer steps.
-
-        Empty batches fill the last step.
-        """
-        return -(-batches // (self.ranks * self.accumulate)) * self.accumulate
+        return end, self.data.count_steps(start, end, self.ranks) * self.accumulate
 
 
 class ValidLoader:
@@ -229,18 +206,12 @@ class ShardDataModule(lightning.LightningDataModule):
         schedule: other weights, each after a number of training clips.
         build: turns samples into examples.
         seed: seed of the training order.
-        window: clips of a training source that are shuffled together, over all partitions.
-        partitions: number of partitions of the training order.
-        batch_clips: clips per micro-batch of a rank.
-        batch_seconds: maximum seconds of audio per micro-batch of a rank; replaces `batch_clips`.
-        batch_tokens: maximum text tokens per micro-batch, next to `batch_seconds`; None for any.
+        window, batch_clips, batch_seconds, batch_tokens: see `settings.DataSettings`.
+        partitions: number of partitions of the training order, see `sampler.usable_partitions`.
         epochs: train on every clip of every source this many times and ignore `weights`; None for
             the endless mixture.
-        samples_per_epoch: clips per epoch over all ranks; None for the number of training clips.
-        valid_clips: validate on this many clips from the beginning of each source; None for all.
+        samples_per_epoch, valid_clips, workers: see `settings.DataSettings`.
         accumulate: micro-batches per optimizer step.
-        workers: worker processes per rank.
-        policy: retries and timeouts for reading shards.
         augment: augmentation of training clips.
         padding: draws the training clips that the encoder pads to 30 s; None for none.
         loss: weights of training clips in the loss.
@@ -265,13 +236,12 @@ class ShardDataModule(lightning.LightningDataModule):
         valid_clips: int | None = None,
         accumulate: int = 1,
         workers: int = 0,
-        policy: ReadPolicy = DEFAULT_POLICY,
         augment: Augment | None = None,
         padding: MixedPadding | None = None,
         loss: LossSettings | None = None,
     ):
         super().__init__()
-        self.train, self.valid, self.build, self.policy = tuple(train), tuple(valid), build, policy
+        self.train, self.valid, self.build = tuple(train), tuple(valid), build
         shapes = _shapes(train, weights)
         self.order = (
             EpochOrder(shapes, seed, window, epochs, partitions)
@@ -293,10 +263,10 @@ class ShardDataModule(lightning.LightningDataModule):
                 )
             # Lengths are planned at speed 1; a lower speed makes clips longer.
             slowest = min(1.0, *augment.options.speeds) if augment else 1.0
-            limits = (batch_seconds * slowest, longest, policy, padding, WINDOW_SECONDS * slowest)
+            limits = (batch_seconds * slowest, longest, padding, WINDOW_SECONDS * slowest)
             tokens = None
             if batch_tokens:
-                lines = tuple(fit_tokens(source, build, policy) for source in train)
+                lines = tuple(fit_tokens(source, build) for source in train)
                 tokens = TokenLimit(batch_tokens, lines)
             self.batching = BySeconds(self.order, indexes, *limits, tokens)
         self.train_build = replace(build, augment=augment, padding=padding, loss=loss)
@@ -306,7 +276,8 @@ class ShardDataModule(lightning.LightningDataModule):
         # Clips of each partition before the current chunk, which all ranks have trained on.
         self.position = 0
         self.segment = RunSegment()
-        self.earlier_order = ""  # see `TrainLoader`
+        # Fingerprint of another order whose checkpoint is resumed, at a cursor in the new one.
+        self.earlier_order = ""
         self._loader: TrainLoader | None = None
 
     @property
@@ -326,7 +297,7 @@ class ShardDataModule(lightning.LightningDataModule):
             UserError: an epoch has less than one step.
         """
         if self.order.epoch_clips:
-            return self._count_steps(ranks, 1, Cursor())
+            return self.count_steps(Cursor(), self.order.epoch_clips, ranks)
         clips = self._mean_batch_clips
         step_clips = clips * ranks * self.accumulate
         steps = int(self.samples_per_epoch / step_clips)
@@ -339,6 +310,10 @@ class ShardDataModule(lightning.LightningDataModule):
             )
         return steps
 
+    def count_steps(self, start: Cursor, end: int, ranks: int) -> int:
+        """Return the optimizer steps from a cursor to a position in its epoch, rounded up."""
+        return -(-self.batching.count(start, end) // (ranks * self.accumulate))
+
     def total_steps(self, ranks: int, epochs: int) -> int:
         """Return the optimizer step at which a number of epochs ends.
 
@@ -346,8 +321,11 @@ class ShardDataModule(lightning.LightningDataModule):
         is counted in steps of the current size.
         """
         step, cursor = self.segment
-        if self.order.epoch_clips:
-            return step + self._count_steps(ranks, epochs, cursor)
+        if clips := self.order.epoch_clips:
+            for epoch in range(cursor.position // clips, epochs):
+                start = max(cursor, Cursor(epoch * clips))
+                step += self.count_steps(start, (epoch + 1) * clips, ranks)
+            return step
         clips_before = cursor.position * self.order.partitions
         clips_before += cursor.taken * self._mean_batch_clips
         steps_before = clips_before / (self._mean_batch_clips * ranks * self.accumulate)
@@ -448,15 +426,7 @@ class ShardDataModule(lightning.LightningDataModule):
                         "build the shards, or lower data.partitions."
                     )
             self._loader = TrainLoader(
-                lambda start, end, count: self.train_stream(rank, ranks, start, end, count),
-                order=self.order,
-                batching=self.batching,
-                steps_per_epoch=self.steps_per_epoch(ranks),
-                accumulate=self.accumulate,
-                ranks=ranks,
-                workers=self.workers,
-                segment=self.segment,
-                earlier_order=self.earlier_order,
+                self, partial(self.train_stream, rank, ranks), ranks, self.workers
             )
         return self._loader
 
@@ -469,33 +439,15 @@ class ShardDataModule(lightning.LightningDataModule):
         self, rank: int, ranks: int, start: Cursor, end: int | None, count: int
     ) -> BatchStream:
         """Return the training micro-batches of one rank; see `BatchStream`."""
-        return BatchStream(
-            self.order,
-            self.batching,
-            self.train,
-            self.train_build,
-            rank=rank,
-            ranks=ranks,
-            start=start,
-            end=end,
-            count=count,
-            policy=self.policy,
-        )
+        streamed = (self.order, self.batching, self.train, self.train_build)
+        return BatchStream(*streamed, count, rank, ranks, start, end)
 
     def valid_stream(self, rank: int, ranks: int) -> BatchStream:
         """Return the validation micro-batches of one rank."""
         end = self.valid_order.end
-        return BatchStream(
-            self.valid_order,
-            self.valid_batching,
-            self.valid,
-            self.build,
-            rank=rank,
-            ranks=ranks,
-            end=end,
-            count=-(-self.valid_batching.count(Cursor(), end) // ranks),
-            policy=self.policy,
-        )
+        count = -(-self.valid_batching.count(Cursor(), end) // ranks)
+        streamed = (self.valid_order, self.valid_batching, self.valid, self.build)
+        return BatchStream(*streamed, count, rank, ranks, end=end)
 
     def transfer_batch_to_device(self, batch: Batch, device: Any, dataloader_idx: int) -> Batch:
         return batch.to(device)
@@ -511,15 +463,6 @@ class ShardDataModule(lightning.LightningDataModule):
 
     def _rank_and_ranks(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    def _count_steps(self, ranks: int, epochs: int, cursor: Cursor) -> int:
-        """Return the optimizer steps from a cursor to the end of a number of epochs."""
-        clips, step_batches = self.order.epoch_clips or 1, ranks * self.accumulate
-        steps = 0
-        for epoch in range(cursor.position // clips, epochs):
-            start = max(cursor, Cursor(epoch * clips))
-            steps += -(-self.batching.count(start, (epoch + 1) * clips) // step_batches)
-        return steps
 
 
 def _shapes(sources: Sequence[StreamSource], weights: Sequence[float]) -> list[SourceShape]:

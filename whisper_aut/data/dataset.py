@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,13 +32,7 @@ from whisper_aut.audio.logmel import LogMel, mel_frames
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.batch import Batch, Example, collate
 from whisper_aut.data.filters import licence_id
-from whisper_aut.data.reader import (
-    DEFAULT_POLICY,
-    ReadPolicy,
-    Sample,
-    SkippedSample,
-    is_local,
-)
+from whisper_aut.data.reader import Sample, SkippedSample, is_local
 from whisper_aut.data.sampler import (
     Batching,
     Cursor,
@@ -47,7 +41,7 @@ from whisper_aut.data.sampler import (
     Order,
     batches_from,
 )
-from whisper_aut.data.shards import UNKNOWN_BYTES, ShardIndex, ShardReader
+from whisper_aut.data.shards import UNKNOWN_BYTES, FolderCounts, ShardIndex, ShardReader
 from whisper_aut.data.targets import LossSettings, TextCodec, choose_part
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 
@@ -146,8 +140,8 @@ class ExampleBuilder:
 class ShardNoise:
     """Draws recordings of noise from shards with sample tables, for `Augment`."""
 
-    def __init__(self, indexes: Sequence[ShardIndex], policy: ReadPolicy = DEFAULT_POLICY):
-        self.indexes, self.reader = tuple(indexes), ShardReader(NOISE_LIMITS, policy)
+    def __init__(self, indexes: Sequence[ShardIndex]):
+        self.indexes, self.reader = tuple(indexes), ShardReader(NOISE_LIMITS)
 
     def __call__(self, random: np.random.Generator) -> Tensor | None:
         """Return a recording `[S]` at 16 kHz, or None if the drawn one cannot be used."""
@@ -171,26 +165,22 @@ class StreamSource:
     index: ShardIndex
     domain: str
     licence: str = ""
-    task: str = ""  # replaces the `task` of its clips
 
     @property
     def licences(self) -> dict[str, dict[str, float]]:
         """Clips and seconds by SPDX id, or by the licence as written if its id is unknown."""
-        found: dict[str, dict[str, float]] = {}
-        for written, counts in self.index.licences.items():
+        found = FolderCounts()
+        for written, total in self.index.licences.items():
             written = written or self.licence
-            total = found.setdefault(licence_id(written) or written, {"clips": 0, "seconds": 0.0})
-            total["clips"] += counts["clips"]
-            total["seconds"] = round(total["seconds"] + counts["seconds"], 3)
-        return found
+            licence = licence_id(written) or written
+            found.add(self.domain, licence, total["seconds"], int(total["clips"]))
+        return found.metadata()["licences"]
 
 
 FIT_CLIPS = 64
 
 
-def fit_tokens(
-    source: StreamSource, build: ExampleBuilder, policy: ReadPolicy = DEFAULT_POLICY
-) -> tuple[float, float]:
+def fit_tokens(source: StreamSource, build: ExampleBuilder) -> tuple[float, float]:
     """Fit the tokens of a source's first clips to their `Annotation.text_bytes`.
 
     The line is moved up so that no clip is above it.
@@ -204,18 +194,17 @@ def fit_tokens(
     index, shard = source.index, source.index.first_shard
     locations = {n: (shard, n) for n in range(min(FIT_CLIPS, index.shard_samples[shard]))}
     try:
-        text_bytes = index.table(shard, policy).text_bytes[index.ordinals(shard)]
+        text_bytes = index.table(shard).text_bytes[index.ordinals(shard)]
         if (text_bytes == UNKNOWN_BYTES).any():
             raise ValueError("its table does not have the lengths of texts")
         points = []
-        for n, item in ShardReader(build.limits, policy).read(index, locations).items():
+        for n, item in ShardReader(build.limits).read(index, locations).items():
             if isinstance(item, SkippedSample):
                 if item.reason == SkipReason.BAD_TAR:
                     raise OSError(item.detail)
                 continue
             texts = item.annotation.texts
             annotation = replace(item.annotation, text=max(texts, key=len, default=""))
-            annotation = replace(annotation, task=source.task or annotation.task)
             with suppress(SkipSample):
                 target = build.codec.encode(annotation, annotation.domain or source.domain, n)
                 points.append((int(text_bytes[n]), len(target.tokens)))
@@ -296,6 +285,7 @@ class Prefetcher:
         return self.reader.read(self.sources[source].index, locations)
 
 
+@dataclass(eq=False)
 class BatchStream(IterableDataset[Batch]):
     """The next `count` micro-batches of one rank after a cursor, in order.
 
@@ -304,31 +294,25 @@ class BatchStream(IterableDataset[Batch]):
         batching: cuts the order into micro-batches.
         sources: the sources, in the same sequence as in `order`.
         build: turns samples into examples.
+        count: number of micro-batches of this rank.
         rank, ranks: this rank and the world size; they decide which micro-batches are taken.
         start: cursor at which the micro-batches of all ranks begin.
         end: position at which they end. After it, empty batches make up the rest of `count`, so
             that all ranks take the same number of steps.
-        count: number of micro-batches of this rank.
-        policy: retries and timeouts for reading shards.
     """
 
-    def __init__(
-        self,
-        order: Order,
-        batching: Batching,
-        sources: Sequence[StreamSource],
-        build: ExampleBuilder,
-        *,
-        rank: int = 0,
-        ranks: int = 1,
-        start: Cursor = Cursor(),  # noqa: B008 — immutable
-        end: int | None = None,
-        count: int,
-        policy: ReadPolicy = DEFAULT_POLICY,
-    ):
-        self.order, self.batching, self.sources, self.build = order, batching, tuple(sources), build
-        self.rank, self.ranks, self.start, self.end, self.count = rank, ranks, start, end, count
-        self.reader = ShardReader(build.limits, policy)
+    order: Order
+    batching: Batching
+    sources: Sequence[StreamSource]
+    build: ExampleBuilder
+    count: int
+    rank: int = 0
+    ranks: int = 1
+    start: Cursor = Cursor()  # noqa: RUF009 — immutable
+    end: int | None = None
+
+    def __post_init__(self) -> None:
+        self.reader = ShardReader(self.build.limits)
 
     def __len__(self) -> int:
         return self.count
@@ -384,22 +368,14 @@ class BatchStream(IterableDataset[Batch]):
         skipped: list[SkippedSample] = []
         for position, clip in zip(batch.positions, clips, strict=True):
             number = self.order.clip_number(batch.partition, int(position))
-            item = self._example(prefetcher.take(clip), clip[1], number)
+            item = prefetcher.take(clip)
+            if isinstance(item, Sample):
+                item = self.build(item, self.sources[clip[1]].domain, number)
             if isinstance(item, Example):
                 examples.append(item)
             else:
                 skipped.append(item)
         return collate(examples, skipped, self.build.logmel.num_mel_bins, next_cursor)
-
-    def _example(
-        self, item: Sample | SkippedSample, source: int, position: int
-    ) -> Example | SkippedSample:
-        if isinstance(item, SkippedSample):
-            return item
-        chosen = self.sources[source]
-        if chosen.task:
-            item = replace(item, annotation=replace(item.annotation, task=chosen.task))
-        return self.build(item, chosen.domain, position)
 
 
 def batch_loader(stream: BatchStream, workers: int) -> DataLoader[Batch]:
@@ -527,7 +503,7 @@ class Ledger:
         self._own.read.update(sources)
         self._own.cut.update(cut)
         for sample in skipped:
-            source = _folder_of(sample.source)
+            source = _folder_of(sample.shard)
             self._own.read[source] += 1
             self._own.skipped[source, str(sample.reason)] += 1
             self.note(sample)
@@ -535,7 +511,7 @@ class Ledger:
     def record_validation(self, skipped: Sequence[SkippedSample]) -> None:
         """Count the skipped samples of a validation batch; `max_fraction` does not apply."""
         for sample in skipped:
-            self._own.skipped_in_validation[_folder_of(sample.source), str(sample.reason)] += 1
+            self._own.skipped_in_validation[_folder_of(sample.shard), str(sample.reason)] += 1
             self.note(sample)
 
     def note(self, sample: SkippedSample) -> None:
@@ -546,13 +522,7 @@ class Ledger:
             # File names may contain bytes that are not UTF-8.
             options = {"encoding": "utf-8", "errors": "backslashreplace"}
             self._file = self.path.open("a", buffering=1, **options)
-        line = {
-            "shard": sample.source,
-            "key": sample.key,
-            "reason": str(sample.reason),
-            "detail": sample.detail,
-        }
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
 
     def resume(self, earlier: Counts, validated: bool) -> None:
         """Restore the counts that a checkpoint saved.

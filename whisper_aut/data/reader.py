@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from tarfile import EOFHeaderError, HeaderError, InvalidHeaderError, ReadError  # pyright: ignore[reportAttributeAccessIssue]
 from threading import Lock
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from torch import Tensor
@@ -40,7 +40,6 @@ Item = TypeVar("Item")
 MAX_PAUSE_SECONDS = 30.0
 BUFFER_BYTES = 1 << 20
 REQUEST_BYTES = 8 << 20  # size of a range request when a tar is read from start to end
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "remote", "https": "remote"}
 RETRIED_STATUSES = (408, 425, 429)  # the only 4xx statuses that are worth a retry
 
 
@@ -238,16 +237,14 @@ def open_filesystem(url: str, policy: ReadPolicy = DEFAULT_POLICY) -> tuple[Any,
         limits = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
         options = {"client_kwargs": {"timeout": limits}}
     elif protocol in ("s3", "s3a"):
+        require("s3fs")
         options = {"config_kwargs": {"connect_timeout": seconds, "read_timeout": seconds}}
     elif protocol in ("gs", "gcs"):
+        require("gcsfs")
         options = {"requests_timeout": seconds}
     try:
         return fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        extra = EXTRAS.get(protocol)
-        package = f'"whisper-aut[{extra}]"' if extra else f"a package for {protocol}://"
-        raise UserError(f"{url} cannot be read ({error}). Run: pip install {package}.") from None
-    except ValueError as error:
+    except (ImportError, ValueError) as error:  # an unusual or unknown protocol
         raise UserError(f"{url} cannot be read: {error}.") from None
 
 
@@ -336,26 +333,6 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.Tar
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def sample_members(
-    stream: BinaryIO,
-) -> Iterator[tuple[int, str, str, tarfile.TarFile, tarfile.TarInfo]]:
-    """Yield `(ordinal, key, suffix, tar, member)` for every member that belongs to a sample.
-
-    `ordinal` is the index of the sample in the tar, and `suffix` is in lower case. Consecutive
-    members with the same key form one sample. A suffix that repeats starts a new sample, so two
-    consecutive samples may have the same key. Raises the errors of `tar_members`.
-    """
-    ordinal, last, suffixes = -1, None, set()
-    for tar, member in tar_members(stream):
-        key, suffix = split_name(member.name)
-        if not suffix:
-            continue
-        if key != last or suffix in suffixes:
-            ordinal, last, suffixes = ordinal + 1, key, set()
-        suffixes.add(suffix)
-        yield ordinal, key, suffix, tar, member
-
-
 def split_name(name: str) -> tuple[str, str]:
     """Split a member's name into its key and its suffix (empty if there is none).
 
@@ -374,41 +351,16 @@ def split_name(name: str) -> tuple[str, str]:
     return ".".join([key, *parts[:split]]), ".".join(parts[split:]).lower()
 
 
-class TarScan(NamedTuple):
-    """What the headers of a tar say about its N samples."""
-
-    starts: list[int]  # byte offset of each sample
-    keys: list[str]
-    end: int  # of the last sample
-    damage: str  # the error at which the scan ended; empty if the tar is valid
-
-
-def scan_tar(stream: BinaryIO) -> TarScan:
-    """Read the headers of a tar, up to the first damaged one."""
-    starts, keys, end, damage = [], [], 0, ""
-    try:
-        for ordinal, key, _, _, member in sample_members(stream):
-            if ordinal == len(starts):
-                starts.append(member.offset)
-                keys.append(key)
-            end = _end_of(member)
-    except (tarfile.TarError, ValueError) as error:
-        damage = str(error) or type(error).__name__
-    return TarScan(starts, keys, end, damage)
-
-
-def _end_of(member: tarfile.TarInfo) -> int:
-    return member.offset_data + -(-member.size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
-
-
 Group = dict[str, Any]
 
 
 class MemberGroups:
     """Iterates over `(ordinal, group)` for all samples of a tar.
 
-    A group maps `__key__` to the sample's key and each suffix to the member's body. Bodies that
-    are not wanted are not read and are empty.
+    `ordinal` is the index of the sample in the tar. A group maps `__key__` to the sample's key and
+    each suffix, in lower case, to the member's body. Consecutive members with the same key form one
+    sample. A suffix that repeats starts a new sample, so two consecutive samples may have the same
+    key. Bodies that are not wanted are not read and are empty.
 
     Args:
         stream: the tar.
@@ -437,16 +389,20 @@ class MemberGroups:
         ordinal = -1
         group: Group = {}
         try:
-            for number, key, suffix, tar, member in sample_members(self.stream):
-                is_wanted = self.wanted is None or number in self.wanted
+            for tar, member in tar_members(self.stream):
+                key, suffix = split_name(member.name)
+                if not suffix:
+                    continue
+                is_next = key != group.get("__key__") or suffix in group
+                is_wanted = self.wanted is None or ordinal + is_next in self.wanted
                 body = self._body(tar, member, suffix) if is_wanted else b""
-                if number != ordinal:
+                if is_next:
                     if group:
                         yield ordinal, group
-                    ordinal, group = number, {"__key__": key}
+                    ordinal, group = ordinal + 1, {"__key__": key}
                     self.starts.append(member.offset)
                 group[suffix] = body
-                self.end = _end_of(member)
+                self.end = member.offset_data + -(-member.size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
         except self.damages as error:
             self.damage = str(error) or type(error).__name__
         if group:
@@ -469,6 +425,15 @@ class MemberGroups:
         if len(body) < member.size:
             raise ReadError(f"{member.name} ends after {len(body)} of {member.size} bytes")
         return body
+
+
+class MemberNames(MemberGroups):
+    """Groups whose bodies are not read. An error of the stream is raised, and is no damage."""
+
+    damages = (tarfile.TarError, ValueError)
+
+    def __init__(self, stream: BinaryIO):
+        super().__init__(stream, ClipLimits(), wanted=())
 
 
 def audio_and_annotation(
@@ -530,7 +495,7 @@ class Sample:
 class SkippedSample:
     """One skipped sample, as recorded in the ledger."""
 
-    source: str  # path or URL of the shard
+    shard: str  # path or URL
     key: str  # `#` and the index if the key is not known; empty for the whole shard
     reason: SkipReason
     detail: str = ""

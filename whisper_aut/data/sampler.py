@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy
 from whisper_aut.data.shards import UNKNOWN_MS, ShardIndex
 from whisper_aut.errors import UserError
 
@@ -58,11 +57,6 @@ class SourceShape:
     def samples(self) -> int:
         """Number of samples in all shards."""
         return sum(self.shard_samples)
-
-    def first(self, samples: int) -> tuple[int, ...]:
-        """Return the number of samples in each shard if only the first ones are used."""
-        ends = np.minimum(np.cumsum((0, *self.shard_samples)), samples)
-        return tuple(np.diff(ends).tolist())
 
 
 def usable_partitions(partitions: int, total_bytes: int) -> int:
@@ -358,7 +352,11 @@ class SequentialOrder(Order):
 
     def __init__(self, sources: Sequence[SourceShape], window: int, limit: int | None = None):
         if limit is not None:
-            sources = [replace(source, shard_samples=source.first(limit)) for source in sources]
+            cut = [np.minimum(np.cumsum((0, *one.shard_samples)), limit) for one in sources]
+            sources = [
+                replace(source, shard_samples=tuple(np.diff(ends).tolist()))
+                for source, ends in zip(sources, cut, strict=True)
+            ]
         super().__init__(sources, None, window)
         self._ends = np.cumsum([source.samples for source in sources], dtype=np.int64)
         self.end = sum(source.samples for source in sources)
@@ -444,8 +442,14 @@ class Batching(ABC):
         """Return a string that identifies the settings a cursor inside a chunk depends on."""
 
     def next_chunk(self, position: int) -> int:
-        """Return where the chunk after the one at `position` begins."""
-        return _boundary(self.order, position, position + self.chunk_clips)
+        """Return where the chunk after the one at `position` begins.
+
+        No chunk spans the end of an epoch or of the order.
+        """
+        stop, order = position + self.chunk_clips, self.order
+        if order.epoch_clips:
+            stop = min(stop, (position // order.epoch_clips + 1) * order.epoch_clips)
+        return stop if order.end is None else min(stop, order.end)
 
     def count(self, cursor: Cursor, end: int) -> int:
         """Return the number of micro-batches between a cursor and position `end`."""
@@ -507,11 +511,6 @@ class TokenLimit:
     tokens: int
     lines: tuple[tuple[float, float], ...]
 
-    def fractions(self, source: int, text_bytes: np.ndarray) -> np.ndarray:
-        """Return the fractions of the limit that clips take up, at most 1."""
-        slope, intercept = self.lines[source]
-        return ((slope * text_bytes + intercept) / self.tokens).clip(0, 1)
-
 
 class BySeconds(Batching):
     """Micro-batches with a limit on their seconds of audio, and perhaps on their tokens.
@@ -525,7 +524,6 @@ class BySeconds(Batching):
         seconds: maximum seconds of audio per batch; at least `longest_seconds`.
         longest_seconds: the longest clip that is accepted. Longer clips are skipped later and are
             planned with this length, as are clips of unknown length.
-        policy: retries and timeouts for reading the tables.
         padding: draws clips that count as `padded_seconds`; None for none.
         tokens: limit on the tokens. A clip then counts as its fraction of the limit that it takes
             up more of.
@@ -537,14 +535,13 @@ class BySeconds(Batching):
         indexes: Sequence[ShardIndex],
         seconds: float,
         longest_seconds: float,
-        policy: ReadPolicy = DEFAULT_POLICY,
         padding: MixedPadding | None = None,
         padded_seconds: float = 30.0,
         tokens: TokenLimit | None = None,
     ):
         self.padding, self.padded_ms = padding, round(padded_seconds * 1000)
         self.tokens = tokens
-        self.order, self.indexes, self.policy = order, tuple(indexes), policy
+        self.order, self.indexes = order, tuple(indexes)
         self.budget_ms, self.longest_ms = round(seconds * 1000), round(longest_seconds * 1000)
         weights = [
             index.samples if order.epoch_clips else shape.weight
@@ -623,13 +620,14 @@ class BySeconds(Batching):
         """Return the lengths in ms of a shard's clips, and what their tokens count as: `[2, N]`."""
         index = self.indexes[source]
         try:
-            table, rows = index.table(shard, self.policy), index.ordinals(shard)
+            table, rows = index.table(shard), index.ordinals(shard)
             known = table.milliseconds[rows]
             lengths = np.where(known == UNKNOWN_MS, self.longest_ms, known).clip(1, self.longest_ms)
             tokens = np.zeros_like(lengths)
             if self.tokens:
-                fractions = self.tokens.fractions(source, table.text_bytes[rows])
-                tokens = (fractions * self.budget_ms).astype(np.int64)
+                slope, intercept = self.tokens.lines[source]
+                fractions = (slope * table.text_bytes[rows] + intercept) / self.tokens.tokens
+                tokens = (fractions.clip(0, 1) * self.budget_ms).astype(np.int64)
             return np.stack([lengths, tokens])
         except (OSError, ValueError) as error:
             raise UserError(
@@ -675,10 +673,3 @@ def _clip_ranges(order: Order, start: int, stop: int) -> list[tuple[int, range]]
         (partition, range(start, stop if end is None else min(stop, end)))
         for partition, end in enumerate(ends)
     ]
-
-
-def _boundary(order: Order, position: int, stop: int) -> int:
-    """Return `stop`, or the end of the epoch or of the order if that comes first."""
-    if order.epoch_clips:
-        stop = min(stop, (position // order.epoch_clips + 1) * order.epoch_clips)
-    return stop if order.end is None else min(stop, order.end)

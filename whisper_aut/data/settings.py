@@ -17,8 +17,8 @@ from pydantic.dataclasses import dataclass
 from whisper_aut.audio.augment import AugmentSettings
 from whisper_aut.audio.decode import LongClips
 from whisper_aut.data.annotation import DOMAIN_NAME, text_template
-from whisper_aut.data.filters import parse_allowed_licence
-from whisper_aut.errors import UserError, nearest
+from whisper_aut.data.filters import check_allowed_licence
+from whisper_aut.errors import nearest
 from whisper_aut.schema import STRICT, Text
 
 
@@ -34,16 +34,8 @@ def _check_template(text: str) -> str:
     return text
 
 
-def _check_licence(entry: str) -> str:
-    try:
-        parse_allowed_licence(entry)
-    except UserError as error:
-        raise ValueError(str(error)) from None
-    return entry
-
-
 TextTemplate = Annotated[Text, AfterValidator(_check_template)]
-Licence = Annotated[str, AfterValidator(_check_licence)]
+Licence = Annotated[str, AfterValidator(check_allowed_licence)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 ClipSeconds = Annotated[float, Field(gt=0, le=30)]
 Domain = Annotated[str, AfterValidator(_check_domain)]

@@ -26,6 +26,7 @@ from whisper_aut.data.reader import (
     COMPRESSED,
     DEFAULT_POLICY,
     TAR_SUFFIXES,
+    MemberNames,
     ReadPolicy,
     Sample,
     SkippedSample,
@@ -36,7 +37,6 @@ from whisper_aut.data.reader import (
     read_file,
     read_range,
     read_shard,
-    scan_tar,
     sibling_url,
 )
 from whisper_aut.errors import SkipReason, UserError, require
@@ -130,15 +130,6 @@ class SampleTable:
             raise ValueError("offsets that do not ascend, or negative lengths")
         return cls(starts, milliseconds, *others)
 
-    def count_licences(
-        self, rows: np.ndarray | slice = slice(None)
-    ) -> Iterator[tuple[int, int, float]]:
-        """Yield `(licence hash, samples, seconds)` for each licence in the selected rows."""
-        licences, seconds = self.licences[rows], self.milliseconds[rows].clip(min=0) / 1000
-        for licence in np.unique(licences):
-            chosen = licences == licence
-            yield int(licence), int(chosen.sum()), float(seconds[chosen].sum())
-
 
 @dataclass(frozen=True)
 class ShardEntry:
@@ -169,6 +160,20 @@ class FolderCounts:
         total["clips"] += clips
         total["seconds"] += seconds
 
+    def add_table(
+        self, table: SampleTable, licences: Iterable[str], rows: np.ndarray | slice = slice(None)
+    ) -> None:
+        """Count the clips of a sample table, or of some of its rows, by their licence.
+
+        `licences` are those that it may refer to; any other counts as `unknown`.
+        """
+        names = {text_hash(name): name for name in licences}
+        stated, seconds = table.licences[rows], table.milliseconds[rows].clip(min=0) / 1000
+        for licence in np.unique(stated):
+            own = stated == licence
+            name = names.get(int(licence), "unknown")
+            self.add("", name, float(seconds[own].sum()), int(own.sum()))
+
     def update(self, other: "FolderCounts") -> None:
         """Add the counts of another part of the folder."""
         self.domains.update(other.domains)
@@ -195,13 +200,6 @@ class Selection:
     licences: dict[str, dict[str, float]]  # clips and seconds by licence as written
     left_out: dict[str, int]  # samples by reason
 
-    def digest(self) -> str:
-        """Return a hash of the selected indices."""
-        digest = hashlib.sha256()
-        for ordinals in self.ordinals:
-            digest.update(len(ordinals).to_bytes(8) + ordinals.astype("<i8").tobytes())
-        return digest.hexdigest()[:16]
-
 
 @dataclass(frozen=True)
 class ShardIndex:
@@ -213,6 +211,7 @@ class ShardIndex:
     pattern: str = ""  # of file names, if only some tars of the folder are used
     selection: Selection | None = None  # None for all samples
     mapping: FieldMapping | None = None  # where annotations are read from; None for the usual names
+    policy: ReadPolicy = DEFAULT_POLICY  # how files at a URL are read
 
     @property
     def name(self) -> str:
@@ -276,7 +275,7 @@ class ShardIndex:
             return self.selection.ordinals[shard]
         return np.arange(self.shards[shard].samples)
 
-    def table(self, shard: int, policy: ReadPolicy = DEFAULT_POLICY) -> SampleTable:
+    def table(self, shard: int) -> SampleTable:
         """Read the sample table of one tar.
 
         Raises:
@@ -284,7 +283,7 @@ class ShardIndex:
             ValueError: the table is damaged or does not match the tar.
         """
         url = sibling_url(self.root, table_name(self.shards[shard].name))
-        data = read_file(url, policy, max_bytes=MAX_TABLE_BYTES)
+        data = read_file(url, self.policy, max_bytes=MAX_TABLE_BYTES)
         return SampleTable.from_bytes(data, self.shards[shard].samples)
 
     def fingerprint(self) -> str:
@@ -298,8 +297,12 @@ class ShardIndex:
 
     def selected_fingerprint(self) -> str:
         """Return a hash of the shards and of the selection."""
-        selection = f"-{self.selection.digest()}" if self.selection else ""
-        return self.fingerprint() + selection
+        if not self.selection:
+            return self.fingerprint()
+        digest = hashlib.sha256()
+        for ordinals in self.selection.ordinals:
+            digest.update(len(ordinals).to_bytes(8) + ordinals.astype("<i8").tobytes())
+        return f"{self.fingerprint()}-{digest.hexdigest()[:16]}"
 
 
 def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIndex:
@@ -309,67 +312,61 @@ def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIn
     is a pattern for some tars of a folder, such as `FOLDER/train-*.tar` or
     `FOLDER/{000000..000999}.tar`. The folder's index and tables are used if they list all of them.
 
+    Args:
+        root: a folder, a URL, or a pattern.
+        policy: how files at a URL are read, now and later.
+
     Raises:
         UserError: the folder or its tars do not exist, or the index is damaged or names missing
             tars.
     """
     root = str(root)
-    if root.endswith(".tar"):
-        return _open_pattern(root, policy)
-    if not is_local(root):
+    folder, pattern = _split_pattern(root, (".tar",))
+    patterns = _expand_braces(pattern, root) if pattern else ["*.tar"]
+    build_hint = f"Build shards: whisper-aut data build MANIFEST --out {folder}"
+    if is_local(folder):
+        path = local_path(folder)
+        if not (pattern or Path(path).exists()):
+            raise UserError(f"There are no shards at {root}. {build_hint}")
+        files = _file_names(LocalFileSystem(), path)
+        has_index = INDEX_NAME in files
+        index = _read_index(folder, policy) if has_index else ShardIndex(folder, (), policy=policy)
+    else:
         # Missing tars are found when they are read: looking for them here would take one request
         # per tar.
-        return _read_index(root, policy)
-    folder = Path(local_path(root))
-    build_hint = f"Build shards: whisper-aut data build MANIFEST --out {root}"
-    if not folder.exists():
-        raise UserError(f"There are no shards at {root}. {build_hint}")
-    if (folder / INDEX_NAME).exists():
-        index = _read_index(root, policy)
-        missing = [shard.name for shard in index.shards if not (folder / shard.name).exists()]
+        index, has_index = _read_index(folder, policy), True
+        files = {shard.name: index.url(number) for number, shard in enumerate(index.shards)}
+    if not pattern and has_index:
+        missing = [shard.name for shard in index.shards if shard.name not in files]
         if missing and TARS not in index.metadata:
             raise UserError(
                 f"{root}/{INDEX_NAME} names {len(missing)} shards that are missing: "
                 f"{_listed(missing)}. Bring them back or rebuild."
             )
         return index
-    tars = list_tars(LocalFileSystem(), str(folder))
-    if not tars:
-        raise UserError(f"{root} has neither {INDEX_NAME} nor *.tar files. {build_hint}")
-    return _count_tars(root, map(Path, tars))
-
-
-def _open_pattern(root: str, policy: ReadPolicy) -> ShardIndex:
-    """Open the tars that match a pattern, with the folder's index or else by counting samples."""
-    folder, _, pattern = root.rpartition("/")
-    folder = folder or "."
-    patterns = _expand_braces(pattern, root)
-    path = Path(local_path(folder)) if is_local(root) else None
-    if path is None:
-        whole = _read_index(folder, policy)
-        names = [shard.name for shard in whole.shards]
-    else:
-        names = sorted(_file_names(LocalFileSystem(), str(path)))
-        whole = ShardIndex(folder, ())
-        if INDEX_NAME in names:
-            whole = _read_index(folder, policy)
-    existing = set(names)
     # Braces may list 100,000 names, which are not compared with each other.
-    matches = {one: [one] if one in existing else fnmatch.filter(names, one) for one in patterns}
+    matches = {one: [one] if one in files else fnmatch.filter(files, one) for one in patterns}
     missing = [one for one, found in matches.items() if not found]
-    if missing:
-        if path is not None:
-            # Raises a more helpful error if the tars are compressed.
-            list_tars(LocalFileSystem(), str(path), missing[0])
-        raise UserError(
-            f"{folder} holds no {_listed(missing)} ({len(missing)} of {len(patterns)} patterns)."
-        )
     chosen = set().union(*matches.values())
-    if path is None or chosen <= {shard.name for shard in whole.shards}:
-        index = _part_of(whole, chosen, policy)
-    else:
-        index = _count_tars(folder, (path / name for name in sorted(chosen)))
-    return replace(index, pattern=pattern)
+    if not missing and chosen <= {shard.name for shard in index.shards}:
+        return replace(_part_of(index, chosen), pattern=pattern)
+    _check_unpacked(folder, files, (missing or patterns)[0])
+    if missing:
+        listed = f"{_listed(missing)} ({len(missing)} of {len(patterns)} patterns)."
+        nothing = f"{root} has neither {INDEX_NAME} nor *.tar files. {build_hint}"
+        raise UserError(f"{folder} holds no {listed}" if pattern else nothing)
+    entries = []
+    for name in sorted(chosen):
+        with open(files[name], "rb") as stream:
+            samples = sum(1 for _ in MemberNames(stream))  # damage is reported by reading the tar
+            entries.append(ShardEntry(name, samples, bytes=stream.seek(0, io.SEEK_END)))
+    return ShardIndex(folder, tuple(entries), pattern=pattern, policy=policy)
+
+
+def _split_pattern(root: str, suffixes: tuple[str, ...]) -> tuple[str, str]:
+    """Return the folder of a root, and the pattern of tars that it ends in, if any."""
+    folder, _, pattern = root.rpartition("/") if root.endswith(suffixes) else (root, "", "")
+    return folder or ".", pattern
 
 
 def _expand_braces(pattern: str, root: str) -> list[str]:
@@ -382,31 +379,20 @@ def _expand_braces(pattern: str, root: str) -> list[str]:
         raise UserError(f"{root}: {error}.") from None
 
 
-def _part_of(whole: ShardIndex, names: set[str], policy: ReadPolicy) -> ShardIndex:
+def _part_of(whole: ShardIndex, names: set[str]) -> ShardIndex:
     """Return the index of some tars of a folder, with licences counted from their tables."""
     shards = tuple(shard for shard in whole.shards if shard.name in names)
     if len(shards) == len(whole.shards):
         return whole
-    metadata: dict[str, Any] = {"folder": whole.fingerprint()}
-    part = ShardIndex(whole.root, shards, metadata)
+    part = replace(whole, shards=shards, metadata={"folder": whole.fingerprint(), TARS: whole.tars})
     if whole.has_tables:
-        counts, written = FolderCounts(), {text_hash(name): name for name in whole.licences}
+        counts = FolderCounts()
         # If a table cannot be read, the part is used without tables.
         with suppress(OSError, ValueError):
             for number in range(len(shards)):
-                for licence, clips, seconds in part.table(number, policy).count_licences():
-                    counts.add("", written.get(licence, "unknown"), seconds, clips)
-            metadata |= {"licences": counts.metadata()["licences"], HAS_TABLES: True}
+                counts.add_table(part.table(number), whole.licences)
+            part.metadata.update({"licences": counts.metadata()["licences"], HAS_TABLES: True})
     return part
-
-
-def _count_tars(root: str, tars: Iterable[Path]) -> ShardIndex:
-    entries = []
-    for tar in tars:
-        with tar.open("rb") as stream:
-            samples = len(scan_tar(stream).starts)  # damage is reported when the tar is read
-        entries.append(ShardEntry(tar.name, samples, bytes=tar.stat().st_size))
-    return ShardIndex(root, tuple(entries))
 
 
 def _read_index(root: str, policy: ReadPolicy) -> ShardIndex:
@@ -434,16 +420,11 @@ def _read_index(root: str, policy: ReadPolicy) -> ShardIndex:
     unsafe = [shard.name for shard in shards if "/" in shard.name or shard.name.startswith(".")]
     if unsafe:
         raise UserError(f"{url} names files outside its folder: {unsafe[0]!r}.")
-    return ShardIndex(root, shards, index)
+    return ShardIndex(root, shards, index, policy=policy)
 
 
-def list_tars(filesystem: Any, folder: str, pattern: str = "*.tar") -> list[str]:
-    """Return the sorted paths of a folder's tars. Brackets in the folder's name match literally.
-
-    Raises:
-        UserError: the folder has gzip-compressed tars.
-    """
-    names = _file_names(filesystem, folder)
+def _check_unpacked(folder: str, names: Iterable[str], pattern: str) -> None:
+    """Raise an error if tars that a pattern means are there, but only compressed."""
     for name in sorted(names):
         is_match = fnmatch.fnmatchcase(name, f"{pattern}.gz") or name.endswith(".tgz")
         if is_match and unpacked_name(name) not in names:
@@ -451,7 +432,6 @@ def list_tars(filesystem: Any, folder: str, pattern: str = "*.tar") -> list[str]
                 f"{folder}/{name} is {COMPRESSED}. Unpack the tars of the folder and index them: "
                 f"whisper-aut data index {folder}"
             )
-    return sorted(path for name, path in names.items() if fnmatch.fnmatchcase(name, pattern))
 
 
 def unpacked_name(name: str) -> str:
@@ -468,10 +448,10 @@ def find_tars(root: str, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIndex:
     Raises:
         UserError: there are none, or the folder cannot be listed.
     """
-    folder, _, pattern = root.rpartition("/") if root.endswith(TAR_SUFFIXES) else (root, "", "")
-    folder = folder or "."
-    patterns = [f"*{end}" for end in TAR_SUFFIXES]
-    patterns = _expand_braces(pattern, root) if pattern else patterns
+    folder, pattern = _split_pattern(root, TAR_SUFFIXES)
+    patterns = (
+        _expand_braces(pattern, root) if pattern else [f"*{suffix}" for suffix in TAR_SUFFIXES]
+    )
     try:
         if is_local(root) or any(set("*?[") & set(one) for one in patterns):
             filesystem, path = open_filesystem(folder, policy)
@@ -487,7 +467,8 @@ def find_tars(root: str, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIndex:
     names = sorted(
         name for name in found if name.endswith(".tar") or unpacked_name(name) not in found
     )
-    return ShardIndex(folder, tuple(ShardEntry(name, UNCOUNTED) for name in names))
+    entries = tuple(ShardEntry(name, UNCOUNTED) for name in names)
+    return ShardIndex(folder, entries, policy=policy)
 
 
 def _file_names(filesystem: Any, folder: str) -> dict[str, str]:
@@ -501,9 +482,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
 
 
-def iter_samples(
-    index: ShardIndex, limits: ClipLimits, policy: ReadPolicy = DEFAULT_POLICY
-) -> Iterator[Sample | SkippedSample]:
+def iter_samples(index: ShardIndex, limits: ClipLimits) -> Iterator[Sample | SkippedSample]:
     """Yield every selected sample of an index once, in the order of the shards.
 
     A shard that cannot be opened or read yields one `SkippedSample`.
@@ -512,7 +491,7 @@ def iter_samples(
         url = index.url(number)
         wanted = set(index.ordinals(number).tolist()) if index.selection else None
         try:
-            with open_stream(url, policy) as stream:
+            with open_stream(url, index.policy) as stream:
                 for _, item in read_shard(stream, url, wanted, limits, index.mapping):
                     yield item
         except OSError as error:
@@ -534,8 +513,8 @@ class ShardReader:
     table, or with one that does not match it, is scanned for them.
     """
 
-    def __init__(self, limits: ClipLimits, policy: ReadPolicy):
-        self.limits, self.policy = limits, policy
+    def __init__(self, limits: ClipLimits):
+        self.limits = limits
         # Each table with the damage at which its scan ended; None if it was not scanned.
         self._tables: dict[str, tuple[SampleTable, str | None]] = {}
 
@@ -565,29 +544,30 @@ class ShardReader:
     def _read_shard(
         self, index: ShardIndex, shard: int, ordinals: Sequence[int]
     ) -> dict[int, Sample | SkippedSample]:
-        url, items = index.url(shard), {}
+        items = {}
         try:
             try:
-                self._read_ranges(url, self._table(index, shard), ordinals, items, index.mapping)
+                self._read_ranges(index, shard, self._table(index, shard), ordinals, items)
             except ValueError as error:  # the table does not match the tar
                 if index.selection:  # it was computed from the table, so it is wrong too
                     hint = f"make its table again: whisper-aut data index {index.root}"
                     raise OSError(f"{error}; {hint}") from None
-                self._read_ranges(url, self._scan(url), ordinals, items, index.mapping)
+                self._read_ranges(index, shard, self._scan(index, shard), ordinals, items)
         except OSError as error:
             for ordinal in ordinals:
-                items.setdefault(ordinal, _bad_tar(url, ordinal, str(error)))
+                items.setdefault(ordinal, _bad_tar(index.url(shard), ordinal, str(error)))
         return items
 
     def _read_ranges(
         self,
-        url: str,
+        index: ShardIndex,
+        shard: int,
         scanned: tuple[SampleTable, str | None],
         ordinals: Sequence[int],
         items: dict[int, Sample | SkippedSample],
-        mapping: FieldMapping | None,
     ) -> None:
         """Add the samples to `items`. Raise a ValueError if the table does not match the tar."""
+        url = index.url(shard)
         table, damage = scanned
         sizes = np.diff(table.starts)
         small = []
@@ -602,7 +582,7 @@ class ShardReader:
                 small.append(ordinal)
         for run in _join_ranges(small, table.starts, 0 if is_local(url) else MAX_GAP_BYTES):
             start, end = int(table.starts[run[0]]), int(table.starts[run[-1] + 1])
-            data = read_range(url, start, end, self.policy)
+            data = read_range(url, start, end, index.policy)
             for ordinal in run:
                 begin = int(table.starts[ordinal]) - start
                 sample = data[begin : begin + int(sizes[ordinal])]
@@ -611,7 +591,7 @@ class ShardReader:
                     items[ordinal] = _bad_tar(url, ordinal, detail)
                     continue
                 stream = io.BytesIO(sample + END_OF_TAR)
-                parsed = list(read_shard(stream, url, None, self.limits, mapping))
+                parsed = list(read_shard(stream, url, None, self.limits, index.mapping))
                 number, item = parsed[-1] if parsed else (-1, None)
                 if item and number == 0 and text_hash(item.key) == table.keys[ordinal]:
                     items[ordinal] = item
@@ -629,13 +609,15 @@ class ShardReader:
                 return self._tables[url]
         if index.has_tables:
             with suppress(OSError, ValueError):
-                return self._cache(url, index.table(shard, self.policy), None)
-        return self._scan(url)
+                return self._cache(url, index.table(shard), None)
+        return self._scan(index, shard)
 
-    def _scan(self, url: str) -> tuple[SampleTable, str | None]:
-        with open_stream(url, self.policy) as stream:
-            scan = scan_tar(stream)
-        samples = zip(scan.starts, scan.keys, strict=True)
+    def _scan(self, index: ShardIndex, shard: int) -> tuple[SampleTable, str | None]:
+        url = index.url(shard)
+        with open_stream(url, index.policy) as stream:
+            scan = MemberNames(stream)
+            keys = [group["__key__"] for _, group in scan]
+        samples = zip(scan.starts, keys, strict=True)
         rows = ((start, None, key, "", UNKNOWN_BYTES) for start, key in samples)
         return self._cache(url, SampleTable.from_rows(rows, scan.end), scan.damage)
 

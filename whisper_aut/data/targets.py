@@ -103,10 +103,9 @@ def choose_part(
     """
     if mode == "skip":
         return annotation, None
-    chunk = annotation.draw_chunk(max_seconds, position) if mode == "chunk" else None
-    if chunk:
-        part = PartOfClip(max_seconds, chunk=(chunk.start_seconds, chunk.seconds))
-        return chunk.annotation, part
+    if mode == "chunk" and (drawn := annotation.draw_chunk(max_seconds, position)):
+        annotation, chunk = drawn
+        return annotation, PartOfClip(max_seconds, chunk=chunk)
     if mode == "trim" or is_transcript(annotation, domain):
         return annotation, PartOfClip(max_seconds)
     rng = random.Random(f"crop {position} {annotation.source} {annotation.id}")

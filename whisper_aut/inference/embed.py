@@ -317,7 +317,7 @@ def _sources(path: str) -> Iterator[_Source]:
         return
     for item in iter_samples(open_index(path), LONG_CLIPS):
         if isinstance(item, SkippedSample):
-            yield f"{item.source}:{item.key}", SkipSample(item.reason, item.detail)
+            yield f"{item.shard}:{item.key}", SkipSample(item.reason, item.detail)
         else:
             yield f"{item.shard}:{item.key}", item.audio
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from whisper_aut.audio.decode import ClipLimits
-from whisper_aut.data.reader import DEFAULT_POLICY, ReadPolicy, Sample
+from whisper_aut.data.reader import Sample
 from whisper_aut.data.shards import ShardIndex, iter_samples
 from whisper_aut.errors import UserError
 from whisper_aut.training.checkpoint import check_disk_space, existing_parent
@@ -129,12 +129,10 @@ def check_disk(folder: Path, checkpoint_bytes: int = 0, kept: int = 0) -> Findin
     return Finding("disk", "ok" if enough else "warn", detail)
 
 
-def check_shards(
-    indexes: Sequence[ShardIndex], limits: ClipLimits, policy: ReadPolicy = DEFAULT_POLICY
-) -> Finding:
+def check_shards(indexes: Sequence[ShardIndex], limits: ClipLimits) -> Finding:
     """Read the first sample of every source, local or remote."""
     for index in indexes:
-        first = next(iter_samples(index, limits, policy), None)
+        first = next(iter_samples(index, limits), None)
         if not isinstance(first, Sample):
             why = f"{first.reason}: {first.detail}" if first else "there is none"
             detail = f"{index.root}: cannot read the first sample ({why}); try whisper-aut data "

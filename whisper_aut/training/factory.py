@@ -22,10 +22,11 @@ from whisper_aut.config import (
     ScratchSettings,
     Settings,
 )
-from whisper_aut.data.annotation import FieldMapping, read_annotations
+from whisper_aut.corpora.manifest import read_annotations
+from whisper_aut.data.annotation import FieldMapping
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, ShardNoise, StreamSource
-from whisper_aut.data.filters import Exclusions, select_samples, unmatched_ids
+from whisper_aut.data.filters import excluded_from, read_exclusions, select_samples, unmatched_ids
 from whisper_aut.data.reader import ReadPolicy, Sample
 from whisper_aut.data.sampler import MixedPadding, mixture_weights, usable_partitions
 from whisper_aut.data.settings import DataSettings, SourceSettings
@@ -82,7 +83,7 @@ def build_pretrained(settings: Settings, *, empty: bool = False) -> PretrainedWh
             texts = [
                 item.annotation.text
                 for index in indexes
-                for item in iter_samples(index, limits, policy)
+                for item in iter_samples(index, limits)
                 if isinstance(item, Sample) and item.annotation.text
             ]
             _make_scratch(out, texts, model.scratch, settings.seed)
@@ -100,8 +101,8 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
     Raises:
         UserError: If a source cannot be read or a training source is empty.
     """
-    data, policy = settings.data, read_policy(settings.data)
-    train, valid = open_selected(data), open_sources(data.valid, policy)
+    data = settings.data
+    train, valid = open_selected(data), open_sources(data.valid, read_policy(data))
     if empty := [source.index.name for source in train if not source.index.samples]:
         raise UserError(f"These training sources contain no samples: {', '.join(empty)}.")
     indexes = [source.index for source in train]
@@ -132,21 +133,20 @@ def build_data(settings: Settings, codec: TextCodec, num_mel_bins: int) -> Shard
         valid_clips=data.valid_clips,
         accumulate=settings.trainer.accumulate,
         workers=data.workers,
-        policy=policy,
-        augment=build_augment(settings, policy),
+        augment=build_augment(settings),
         padding=MixedPadding(pads, settings.seed) if (pads := settings.model.pad_to_30s) else None,
         loss=settings.loss,
     )
 
 
-def build_augment(settings: Settings, policy: ReadPolicy) -> Augment:
+def build_augment(settings: Settings) -> Augment:
     """Return the augmentation of training clips.
 
     Raises:
         UserError: If noise shards cannot be read, are empty, or have no sample tables, which are
             needed to read single clips.
     """
-    augment = settings.data.augment
+    augment, policy = settings.data.augment, read_policy(settings.data)
     opened = [StreamSource(open_index(folder, policy), "sound") for folder in augment.noise]
     noise = [source.index for source in select_sources(settings.data, opened)]
     unusable = [index.root for index in noise if not index.samples or not index.has_tables]
@@ -155,7 +155,7 @@ def build_augment(settings: Settings, policy: ReadPolicy) -> Augment:
             f"These noise shards have no clips or no sample tables: {', '.join(unusable)}. Run "
             "whisper-aut data index FOLDER."
         )
-    drawn = ShardNoise(noise, policy) if noise else None
+    drawn = ShardNoise(noise) if noise else None
     return Augment(augment, settings.seed, drawn, settings.data.max_seconds)
 
 
@@ -262,13 +262,13 @@ def open_sources(
     for source in sources:
         with problems.gather():
             index = open_index(source.path, policy)
-            index = map_fields(index, source, policy) if mapped else index
-            opened.append(StreamSource(index, source.domain, source.licence, source.task))
+            index = map_fields(index, source) if mapped else index
+            opened.append(StreamSource(index, source.domain, source.licence))
     problems.raise_if_any("The data")
     return opened
 
 
-def map_fields(index: ShardIndex, source: SourceSettings, policy: ReadPolicy) -> ShardIndex:
+def map_fields(index: ShardIndex, source: SourceSettings) -> ShardIndex:
     """Return an index whose samples have the fields and annotations that a source's entry names.
 
     Raises:
@@ -276,15 +276,15 @@ def map_fields(index: ShardIndex, source: SourceSettings, policy: ReadPolicy) ->
     """
     fields = {**source.fields, **({"text": source.text} if source.text else {})}
     rows = read_annotations(source.annotations) if source.annotations else {}
-    if not fields and not rows:
+    if not (fields or rows or source.task):
         return index
-    if unmatched := unmatched_ids(index, rows, policy):
+    if unmatched := unmatched_ids(index, rows):
         log.warning(
             f"{len(unmatched)} of {len(rows)} ids of {source.annotations} are not keys of "
             f"{source.path}: {', '.join(unmatched[:5])}{', …' if len(unmatched) > 5 else ''}. "
             "They are used only if samples have them in the field `id`."
         )
-    return replace(index, mapping=FieldMapping(fields, rows))
+    return replace(index, mapping=FieldMapping(fields, rows, source.task))
 
 
 def open_selected(data: DataSettings) -> list[StreamSource]:
@@ -299,11 +299,11 @@ def open_selected(data: DataSettings) -> list[StreamSource]:
 
 def select_sources(data: DataSettings, sources: Sequence[StreamSource]) -> list[StreamSource]:
     """Leave out excluded clips and clips without an allowed licence; see `open_selected`."""
-    exclusions = Exclusions.load(data.exclude) if data.exclude else Exclusions()
+    exclusions = read_exclusions(data.exclude) if data.exclude else {}
     selected, empty = [], []
     for source in sources:
-        excluded, allowed = exclusions.for_index(source.index), data.licences.allow
-        index = select_samples(source.index, excluded, allowed, source.licence, read_policy(data))
+        excluded, allowed = excluded_from(source.index, exclusions), data.licences.allow
+        index = select_samples(source.index, excluded, allowed, source.licence)
         selected.append(replace(source, index=index))
         if source.index.samples and not index.samples:
             licences = ", ".join(name or "no licence" for name in source.licences)

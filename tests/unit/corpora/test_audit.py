@@ -15,7 +15,7 @@ from tests.support.audio import TEXTURE_HZ, encode_audio, mp3, texture
 from whisper_aut.cli import main
 from whisper_aut.corpora.audit import names_of, read_audit, run_audit, unaudited
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.filters import Exclusions
+from whisper_aut.data.filters import excluded_from, read_exclusions
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import SkipReason, UserError
@@ -112,7 +112,9 @@ def test_copies_are_found_with_the_reason_and_nothing_else(
     assert audit["counts"]["train_clips"] == 14
     assert audit["train"][0]["skipped"] == {str(SkipReason.UNDECODABLE): 1}
     index = open_index(train)
-    assert {key for _, key in Exclusions.load("found/exclude.jsonl").for_index(index)} == set(found)
+    assert {key for _, key in excluded_from(index, read_exclusions("found/exclude.jsonl"))} == set(
+        found
+    )
     assert unaudited(audit, "train", [str(train)]) == unaudited(audit, "probes", [str(probe)]) == []
     assert unaudited(audit, "probes", [str(train)]) == [str(train)]
 

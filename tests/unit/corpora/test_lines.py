@@ -8,7 +8,7 @@ import pytest
 from whisper_aut.corpora.audit import Journal, ShardResult
 from whisper_aut.corpora.recipes.public import musicbench
 from whisper_aut.data.annotation import Annotation, read_lines
-from whisper_aut.data.filters import Exclusions
+from whisper_aut.data.filters import excluded_from, read_exclusions
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.report.html import last_samples
@@ -29,7 +29,7 @@ def test_an_exclusion_list_holds_keys_with_any_character(tmp_path: Path):
     index = open_index(tmp_path / "shards")
     line = {"fingerprint": index.fingerprint(), "shard": "shard-000000.tar", "key": BREAKS}
     (tmp_path / "exclude.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n")
-    excluded = Exclusions.load(tmp_path / "exclude.jsonl").for_index(index)
+    excluded = excluded_from(index, read_exclusions(tmp_path / "exclude.jsonl"))
     assert excluded == {("shard-000000.tar", BREAKS)}
 
 

@@ -4,13 +4,13 @@ from pathlib import Path
 import pandas
 import pytest
 
+from whisper_aut.corpora.manifest import read_annotations
 from whisper_aut.data.annotation import (
     KEY_FIELD,
     MAX_JSON_BYTES,
     Annotation,
     FieldMapping,
     has_value,
-    read_annotations,
 )
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 
@@ -175,8 +175,9 @@ def test_annotations_add_and_replace_fields_by_id_or_key(suffix: str, tmp_path: 
     ("content", "said"),
     [
         ("", "holds no annotations"),
-        ("{", "row 1 is not JSON"),
-        ("[1]", "row 1 has no id"),
+        ("{", "row 1: not JSON"),
+        ("[1]", "is one JSON array; expected one object a line"),
+        ("1", "row 1: expected an object, found int"),
         ('{"text": "a"}', "row 1 has no id"),
         ('{"id": 1}\n{"id": "1"}', "row 2 has the id '1' of an earlier row"),
         ('{"id": 1, "licence": "MIT"}', "'licence', which only the shards can state"),

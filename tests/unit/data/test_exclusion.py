@@ -8,8 +8,8 @@ import pytest
 from tests.support.audio import encode_audio, tone
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.filters import Exclusions, select_samples
-from whisper_aut.data.reader import DEFAULT_POLICY, Sample, SkippedSample
+from whisper_aut.data.filters import excluded_from, read_exclusions, select_samples
+from whisper_aut.data.reader import Sample, SkippedSample
 from whisper_aut.data.shards import (
     INDEX_NAME,
     ShardIndex,
@@ -95,7 +95,7 @@ def test_a_tar_that_is_not_the_one_of_its_table_is_rejected_rather_than_guessed(
     chosen, everything = select_samples(open_index(folder), PLACES), open_index(folder)
     tars = sorted(folder.glob("*.tar"))
     tars[0].write_bytes(tars[1].read_bytes())  # as many clips, of other names
-    reader = ShardReader(ClipLimits(), DEFAULT_POLICY)
+    reader = ShardReader(ClipLimits())
     item = reader.read(chosen, {0: (0, 0)})[0]
     assert isinstance(item, SkippedSample)
     assert "another sample 'clip-3' than its table" in item.detail
@@ -108,10 +108,10 @@ def test_a_list_is_read_or_says_which_line_is_wrong(folder: Path, tmp_path: Path
     index = open_index(folder)
     line = {"fingerprint": index.fingerprint(), "shard": "shard-000000.tar", "key": "clip-0"}
     (tmp_path / "good.jsonl").write_text(json.dumps(line) + "\n")
-    excluded = Exclusions.load(tmp_path / "good.jsonl").for_index(index)
+    excluded = excluded_from(index, read_exclusions(tmp_path / "good.jsonl"))
     assert excluded == {("shard-000000.tar", "clip-0")}
     (tmp_path / "bad.jsonl").write_text(json.dumps({"shard": "a"}) + "\n")
     with pytest.raises(UserError, match="Line 1"):
-        Exclusions.load(tmp_path / "bad.jsonl")
+        read_exclusions(tmp_path / "bad.jsonl")
     with pytest.raises(UserError, match="data audit"):
-        Exclusions.load(tmp_path / "none.jsonl")
+        read_exclusions(tmp_path / "none.jsonl")

@@ -10,7 +10,7 @@ from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.corpora.audit import run_audit, unaudited
 from whisper_aut.corpora.inspect import inspect_shards
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.filters import Exclusions, select_samples
+from whisper_aut.data.filters import excluded_from, read_exclusions, select_samples
 from whisper_aut.data.reader import Sample
 from whisper_aut.data.shards import INDEX_NAME, iter_samples, open_index
 from whisper_aut.data.writer import ShardWriter, index_folder
@@ -121,9 +121,9 @@ def test_what_an_audit_excludes_of_a_folder_is_excluded_of_a_part_of_it(tmp_path
     (probe / "a.tar").write_bytes((folder / "shard-000001.tar").read_bytes())
     out = tmp_path / "audit"
     run_audit([str(folder)], [str(probe)], out, workers=1, progress=False)
-    exclusions = Exclusions.load(out / "exclude.jsonl")
+    exclusions = read_exclusions(out / "exclude.jsonl")
     part = open_index(f"{folder}/shard-{{000001..000002}}.tar")
-    chosen = select_samples(part, exclusions.for_index(part))
+    chosen = select_samples(part, excluded_from(part, exclusions))
     assert chosen.shard_samples == (0, 1)
     audit = json.loads((out / "audit.json").read_text())
     assert unaudited(audit, "train", [f"{folder}/shard-000002.tar"]) == []

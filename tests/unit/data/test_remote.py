@@ -135,7 +135,7 @@ def epoch(
     root: str, build: ExampleBuilder, policy: ReadPolicy = PATIENT, **options: Any
 ) -> tuple[Counter[str], Counter[SkipReason]]:
     source = StreamSource(open_index(root, policy), "sound")
-    chosen = {"seed": 0, "window": 12, "batch_clips": 4, "epochs": 1, "policy": policy, **options}
+    chosen = {"seed": 0, "window": 12, "batch_clips": 4, "epochs": 1, **options}
     batches = list(ShardDataModule([source], [], [1.0], build, **chosen).train_dataloader())
     keys = Counter(key for batch in batches for key in batch.keys)
     return keys, Counter(refusal.reason for batch in batches for refusal in batch.skipped)
@@ -174,7 +174,7 @@ def test_reading_goes_on_inside_a_file_by_a_range_request(tmp_path: Path):
 def test_a_sample_table_spares_the_bytes_of_other_samples(tmp_path: Path):
     folder = write_shards(tmp_path / "sound", 40, "sound", per_shard_bytes=1 << 30)
     with served(folder) as server:
-        index, reader = open_index(server.url), ShardReader(ClipLimits(), PATIENT)
+        index, reader = open_index(server.url, PATIENT), ShardReader(ClipLimits())
         item = reader.read(index, {7: (0, 7)})[7]
         assert item.key == "sound-0007"
         assert 0 < server.tar_bytes() < 0.1 * index.shards[0].bytes
@@ -199,7 +199,7 @@ def test_all_ranks_together_fetch_each_byte_once_in_large_requests(
         index = open_index(server.url, PATIENT)
         if selected:  # all but a few: it pays to fetch them too
             excluded = [(shard.name, f"sound-{n:04d}") for shard in index.shards for n in (5, 50)]
-            index = select_samples(index, excluded, policy=PATIENT)
+            index = select_samples(index, excluded)
         module = ShardDataModule(
             [StreamSource(index, "sound")],
             [],
@@ -211,7 +211,6 @@ def test_all_ranks_together_fetch_each_byte_once_in_large_requests(
             batch_clips=2,
             batch_seconds=batch_seconds,
             epochs=1,
-            policy=PATIENT,
         )
         end = module.order.epoch_clips
         whole = [batch for batch, _ in batches_from(module.batching, Cursor(), end)]
@@ -254,7 +253,7 @@ def test_when_attempts_run_out_the_samples_are_refused_and_the_run_goes_on(
     with served(folder, lambda number: "busy" if source_down.is_set() else "") as server:
         source = StreamSource(open_index(server.url, hasty), "sound")
         module = ShardDataModule(
-            [source], [], [1.0], build, seed=0, window=12, batch_clips=4, epochs=1, policy=hasty
+            [source], [], [1.0], build, seed=0, window=12, batch_clips=4, epochs=1
         )
         source_down.set()
         batches = list(module.train_dataloader())

@@ -121,14 +121,11 @@ class World:
 
     def _loader(self, rank: int, world: dict[str, int]) -> TrainLoader:
         return TrainLoader(
+            self.module,
             lambda start, end, count: WorkedStream(
                 self.module.train_stream(rank, self.ranks, start, end, count), self.workers
             ),  # pyright: ignore
-            order=self.module.order,
-            batching=self.module.batching,
-            steps_per_epoch=self.module.steps_per_epoch(self.ranks),
-            accumulate=world["accumulate"],
-            ranks=self.ranks,
+            self.ranks,
             workers=0,
         )
 

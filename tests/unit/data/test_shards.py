@@ -8,7 +8,7 @@ import webdataset
 
 from whisper_aut.data import shards, writer
 from whisper_aut.data.annotation import Annotation
-from whisper_aut.data.reader import scan_tar, tar_members
+from whisper_aut.data.reader import MemberNames, tar_members
 from whisper_aut.data.shards import INDEX_NAME, open_index
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
@@ -182,7 +182,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path):
     data[third : third + 512] = b"\x07" * 512
     with pytest.raises(tarfile.TarError, match=f"at byte {third}"):
         list(tar_members(io.BytesIO(bytes(data))))
-    assert len(scan_tar(io.BytesIO(bytes(data))).keys) == 2
+    assert len(list(MemberNames(io.BytesIO(bytes(data))))) == 2
 
 
 def test_only_regular_files_are_members():

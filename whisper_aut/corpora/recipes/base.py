@@ -175,9 +175,7 @@ def words(name: str) -> str:
     return " ".join(name.replace("_", " ").split())
 
 
-def download_corpus(
-    recipe: Recipe, folder: Path, *, mirror: str = "", only: str = "", progress: bool = True
-) -> None:
+def download_corpus(recipe: Recipe, folder: Path, *, mirror: str = "", only: str = "") -> None:
     """Download and unpack a corpus into `folder`; existing files are not downloaded again.
 
     `mirror` is the base URL of a server with the same files, to use instead of the publisher's.
@@ -201,7 +199,7 @@ def download_corpus(
     for archive in chosen:
         url = f"{mirror.rstrip('/')}/{archive.name}" if mirror else archive.url
         path = folder / "archives" / archive.name
-        download(url, path, archive.checksum, progress=progress)
+        download(url, path, archive.checksum)
         unpack(path, folder / archive.into)
 
 
@@ -212,10 +210,7 @@ def build_corpus(
     overrides: ManifestSpec | None = None,
     *,
     max_seconds: float | None = None,
-    workers: int | None = None,
-    max_skipped_fraction: float = 0.5,
-    append: bool = False,
-    progress: bool = True,
+    **options: Any,
 ) -> BuildReport:
     """Build the shards of an unpacked corpus.
 
@@ -226,7 +221,7 @@ def build_corpus(
         overrides: options of `data build` that override the recipe's (texts, labels, which rows,
             …). Its `manifest` is ignored.
         max_seconds: duration of the longest clip to keep; by default the recipe's, at least 30.
-        workers, max_skipped_fraction, append, progress: see `build_shards`.
+        options: those of `build_shards`, such as `workers`.
 
     Raises:
         UserError: `raw` does not contain the corpus, or the build failed (see `build_shards`).
@@ -254,15 +249,8 @@ def build_corpus(
         source=given.source or ("" if recipe.name == "folder" else recipe.title),
         split_by=given.split_by or ("split" if has_splits else ""),
     )
-    return build_shards(
-        spec,
-        out,
-        limits=ClipLimits(max_seconds=max_seconds or max(30.0, recipe.max_seconds)),
-        workers=workers,
-        max_skipped_fraction=max_skipped_fraction,
-        append=append,
-        progress=progress,
-    )
+    limits = ClipLimits(max_seconds=max_seconds or max(30.0, recipe.max_seconds))
+    return build_shards(spec, out, limits=limits, **options)
 
 
 def _write_manifest(

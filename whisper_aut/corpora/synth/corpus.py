@@ -1,10 +1,9 @@
 """Build the demo corpus: `OUT/{train,valid,test}/{speech,sound,music}` of shards, from a seed."""
 
 import io
-import os
-import shutil
+from contextlib import ExitStack, closing
 from dataclasses import replace
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ LICENCE = "CC0-1.0"
 SPLITS = ("train", "valid", "test")
 RENDERERS = {"speech": render_speech, "sound": render_sound, "music": render_music}
 LABELS = {"speech": KEYWORDS, "sound": SOUND_LABELS, "music": MUSIC_LABELS}
-STAGING_NAME = ".partial"  # folder of an unfinished corpus
 # Every class has about fifty training and fifteen test clips. Half of the speech are keywords.
 CLIPS = {
     "train": {"speech": 1536, "sound": 1026, "music": 780},
@@ -80,31 +78,22 @@ def build_demo(
     existing = [_read_recipe(out / split / domain) for split, domain in sizes]
     if all(found == recipe for found in existing):
         return out
-    staging = out / STAGING_NAME
-    shutil.rmtree(staging, ignore_errors=True)
-    orders = [
-        (seed, split, domain, index)
-        for (split, domain), size in sizes.items()
-        for index in range(size)
-    ]
+    orders = [(seed, *part, index) for part, size in sizes.items() for index in range(size)]
     # Spawned workers, because this process may have the threads of torch.
     clips = parallel_map(render_clip, orders, workers or available_cores(), spawn=True)
-    try:
-        with progress_bar(progress) as bar:
-            clips_with_progress = bar.track(clips, total=len(orders), description="clips")
-            for (split, domain), size in sizes.items():
-                with ShardWriter(staging / split / domain) as writer:
-                    writer.metadata = {"builder": BUILDER, "recipe": recipe}
-                    for key, flac, annotation in islice(clips_with_progress, size):
-                        writer.write(key, "flac", flac, annotation)
-        for split, domain in sizes:
-            target = out / split / domain
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staging / split / domain, target)
-    finally:
-        clips.close()
-        shutil.rmtree(staging, ignore_errors=True)
+    # All folders are published together at the end, so an interrupted build changes nothing.
+    with closing(clips), ExitStack() as stack:
+        writers = {
+            (split, domain): stack.enter_context(ShardWriter(out / split / domain))
+            for split, domain in sizes
+        }
+        for writer in writers.values():
+            writer.metadata = {"builder": BUILDER, "recipe": recipe}
+        bar = stack.enter_context(progress_bar(progress))
+        tracked = bar.track(clips, total=len(orders), description="clips")
+        for (_, split, domain, _), clip in zip(orders, tracked, strict=True):
+            key, flac, annotation = clip
+            writers[split, domain].write(key, "flac", flac, annotation)
     return out
 
 
