@@ -59,8 +59,9 @@ def write_card(
     scores = [read_json(run / "scores.json", default={})] if interpolate == own else []
     sources = _sources(config, environment)
     pretrained = _pretrained_name(config)
+    roots = [source["root"].rstrip("/").removesuffix("/train") for source in sources]
     datasets = dict.fromkeys(
-        re.sub(r"[^\w.-]+", "-", source["name"].split("/")[0]) for source in sources
+        re.sub(r"[^\w.-]+", "-", name.split("/")[0]) for name in without_shared_folders(roots)
     )
     metadata = ModelCardData(
         license=licence,

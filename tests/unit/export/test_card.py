@@ -98,6 +98,10 @@ def test_sources_are_named_without_the_folders_that_they_share(pipeline_run: Pat
     assert ModelCard(card).data.datasets == ["kathleen", "us8k"]
     assert all(f"| {root.removeprefix('/data/')} |" in card for root in roots)
 
+    environment["data"] = environment["data"][:1]  # not a dataset named `train`
+    (run / "environment.json").write_text(json.dumps(environment))
+    assert ModelCard(write_card(run, tmp_path, "encoder").read_text()).data.datasets == ["kathleen"]
+
 
 def test_the_card_of_a_run_with_less_and_with_more(pipeline_run: Path, tmp_path: Path):
     run = tmp_path / "run"
