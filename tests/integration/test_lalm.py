@@ -196,5 +196,5 @@ def test_the_last_fold_is_tested(folds: str, expected: tuple[list[str], ...]):
 def test_the_language_of_a_clip_can_be_the_answer():
     asked = Instructions({"spoken": Instruction(["Which?"], "{language:words}", ["spoken"])})
     clip = Annotation(language="de", task="asr")
-    assert asked.fitting(clip, "speech") == []
+    assert asked.answers(clip, "speech") == {}
     assert asked.only(["spoken"]).draw(clip, "speech", 0).answer == "de"

@@ -119,10 +119,8 @@ class Augment:
         gain = random.uniform(-options.gain_db, options.gain_db)
         if speed != 1.0 and len(waveform) / speed <= self.max_seconds * SAMPLE_RATE_HZ:
             waveform = change_speed(waveform, speed)
-        if self.noise and is_noisy:
-            noise = self._draw_noise(position, len(waveform))
-            if noise is not None:
-                waveform = functional.add_noise(waveform, noise, torch.tensor(snr))
+        if is_noisy and (noise := self._draw_noise(position, len(waveform))) is not None:
+            waveform = functional.add_noise(waveform, noise, torch.tensor(snr))
         waveform = functional.gain(waveform, gain) if gain else waveform
         for number, (function, own) in enumerate(self.custom):
             random = np.random.default_rng([self.seed, _CUSTOM, number, position])

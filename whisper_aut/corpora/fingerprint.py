@@ -11,7 +11,6 @@ offset. All bits of a candidate are then compared. Unrelated sounds differ in ab
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 
 import numpy as np
@@ -24,6 +23,10 @@ EDGE_SAMPLES = WINDOW_SAMPLES // 2
 LAG_FRAMES = 8
 BANDS, LOWEST_HZ, HIGHEST_HZ = 33, 250.0, 3_400.0
 BITS = BANDS - 1
+TAPER = np.hanning(WINDOW_SAMPLES).astype(np.float32)
+# Of the bands, in bins of the spectrum.
+BAND_EDGES = np.geomspace(LOWEST_HZ, HIGHEST_HZ, BANDS + 1) / RATE_HZ * WINDOW_SAMPLES
+BAND_EDGES = np.round(BAND_EDGES).astype(int)
 FRAME_SECONDS = HOP_SAMPLES / RATE_HZ
 SPAN_SECONDS = (WINDOW_SAMPLES + LAG_FRAMES * HOP_SAMPLES) / RATE_HZ  # audio that one word covers
 # Frames 60 dB below the loudest say more about the codec than about the sound.
@@ -107,24 +110,17 @@ def _band_energies(mono: np.ndarray) -> np.ndarray:
     if frames <= 0:
         return np.zeros((0, BANDS), np.float32)
     windows = np.lib.stride_tricks.sliding_window_view(mono, WINDOW_SAMPLES)[::HOP_SAMPLES]
-    taper, edges = _tables()
     blocks = []
     for start in range(0, frames, BLOCK_FRAMES):
         spectrum: np.ndarray = np.asarray(
-            scipy.fft.rfft(windows[start : start + BLOCK_FRAMES] * taper, axis=1)
+            scipy.fft.rfft(windows[start : start + BLOCK_FRAMES] * TAPER, axis=1)
         )
-        power = np.square(np.abs(spectrum[..., edges[0] : edges[-1]]))
+        power = np.square(np.abs(spectrum[..., BAND_EDGES[0] : BAND_EDGES[-1]]))
         blocks.append(
-            np.add.reduceat(power, edges[:-1] - edges[0], axis=1)
-            / np.diff(edges).astype(np.float32)
+            np.add.reduceat(power, BAND_EDGES[:-1] - BAND_EDGES[0], axis=1)
+            / np.diff(BAND_EDGES).astype(np.float32)
         )
     return np.concatenate(blocks)
-
-
-@cache
-def _tables() -> tuple[np.ndarray, np.ndarray]:
-    edges = np.geomspace(LOWEST_HZ, HIGHEST_HZ, BANDS + 1) / RATE_HZ * WINDOW_SAMPLES
-    return np.hanning(WINDOW_SAMPLES).astype(np.float32), np.round(edges).astype(int)
 
 
 class FingerprintIndex:

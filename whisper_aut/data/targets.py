@@ -391,12 +391,8 @@ class Instructions:
             chosen = {name: replace(entry, tasks=[]) for name, entry in chosen.items()}
         return Instructions(chosen)
 
-    def fitting(self, annotation: Annotation, domain: str) -> list[str]:
-        """Return the names of the tasks that fit a sample."""
-        return list(self.answers(annotation, domain))
-
     def answers(self, annotation: Annotation, domain: str) -> dict[str, str]:
-        """Return the answers that a sample gives, by task; for a yes/no task, its true labels."""
+        """Return the answer to each task that fits a sample; for a yes/no task, its true labels."""
         row = _template_fields(annotation)
         prompt_row = {**row, CANDIDATE: "any"}
         answers = {}

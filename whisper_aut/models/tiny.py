@@ -238,7 +238,7 @@ def make_language_model(scratch: LanguageScratch, instructions: Instructions) ->
             for sample in samples
             if isinstance(sample, Sample) and sample.annotation.text.strip()
         ]
-        annotations = [a for a in annotations if instructions.fitting(a, a.domain)]
+        annotations = [a for a in annotations if instructions.answers(a, a.domain)]
         if not annotations:
             raise UserError(
                 f"No text in {', '.join(scratch.texts)} fits an instruction, so no language model "
