@@ -14,7 +14,6 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.filesize import decimal
@@ -22,9 +21,15 @@ from rich.table import Table
 
 from whisper_aut.audio.decode import TRIM_SECONDS, ClipLimits, decode, read_header
 from whisper_aut.data.annotation import KEY_FIELD, whisper_codes
-from whisper_aut.data.reader import TAR_SUFFIXES, MemberGroups, audio_and_annotation, open_stream
+from whisper_aut.data.reader import (
+    TAR_SUFFIXES,
+    MemberGroups,
+    audio_and_annotation,
+    open_filesystem,
+    open_stream,
+)
 from whisper_aut.data.shards import INDEX_NAME, UNCOUNTED, ShardIndex, find_tars, open_index
-from whisper_aut.errors import SkipReason, SkipSample
+from whisper_aut.errors import SkipReason, SkipSample, UserError
 
 LIMITS = ClipLimits(max_seconds=ClipLimits().max_seconds + TRIM_SECONDS)
 HISTOGRAM_EDGES_SECONDS = (0, 0.5, 1, 2, 5, 10, 15, 20, 30)
@@ -229,15 +234,19 @@ def open_indices(root: str, *, counted: bool = True) -> Iterator[tuple[str, Shar
     without an index are not counted, and these may be remote or compressed.
 
     Raises:
-        UserError: there are no shards, or an index is damaged or lists missing tars.
+        UserError: there are no shards, `root` cannot be read, or an index is damaged or lists
+            missing tars.
     """
-    filesystem, path = fsspec.url_to_fs(root)
-    has_index = filesystem.exists(f"{path}/{INDEX_NAME}")
-    is_folder = not has_index and filesystem.isdir(path)
-    inside = sorted(filesystem.ls(path, detail=False)) if is_folder else []
-    has_tars = any(one.endswith(TAR_SUFFIXES) for one in (root, *inside))
-    folders = [] if has_tars else inside
-    indexed = [folder for folder in folders if filesystem.exists(f"{folder}/{INDEX_NAME}")]
+    filesystem, path = open_filesystem(root)
+    try:
+        has_index = filesystem.exists(f"{path}/{INDEX_NAME}")
+        is_folder = not has_index and filesystem.isdir(path)
+        inside = sorted(filesystem.ls(path, detail=False)) if is_folder else []
+        has_tars = any(one.endswith(TAR_SUFFIXES) for one in (root, *inside))
+        folders = [] if has_tars else inside
+        indexed = [folder for folder in folders if filesystem.exists(f"{folder}/{INDEX_NAME}")]
+    except Exception as error:  # every fsspec file system raises its own types
+        raise UserError(f"{root} cannot be read: {error}.") from None
     if not indexed:
         is_first_look = has_tars and not counted and not has_index
         yield "", find_tars(root) if is_first_look else open_index(root)

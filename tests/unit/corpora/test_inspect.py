@@ -322,6 +322,8 @@ def test_an_index_that_names_a_missing_shard_is_the_users_matter(tmp_path: Path)
         inspect_shards(tmp_path)
     with pytest.raises(UserError, match="There are no shards at"):
         inspect_shards(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="none://x/y cannot be read: Protocol not known"):
+        inspect_shards("none://x/y")
 
 
 def test_distribution_and_histogram():
