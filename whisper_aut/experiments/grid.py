@@ -83,12 +83,12 @@ class AnswerSettings:
     """What language models are asked about test shards.
 
     Attributes:
-        tasks: Task of `conf/instructions` → folder or folders of test shards.
+        tasks: Task of `conf/instructions` → folders of test shards.
         limit: Use only the first N clips of each folder.
         max_new_tokens: The longest answer, in tokens.
     """
 
-    tasks: dict[str, str | list[str]] = field(default_factory=dict)
+    tasks: dict[str, list[str]] = field(default_factory=dict)
     limit: int | None = None
     max_new_tokens: PositiveInt = 32
 

@@ -209,10 +209,7 @@ class Evaluator:
         if not self.answers.tasks or found.settings.decoder["name"] != "causal_lm":
             return {}
         options = {"limit": self.answers.limit, "max_new_tokens": self.answers.max_new_tokens}
-        tasks = {
-            task: [folders] if isinstance(folders, str) else folders
-            for task, folders in self.answers.tasks.items()
-        }
+        tasks = self.answers.tasks
         shards = {
             task: [open_index(folder).fingerprint() for folder in folders]
             for task, folders in tasks.items()
