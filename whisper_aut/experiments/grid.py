@@ -4,6 +4,7 @@ One YAML file in `conf/experiments` describes an experiment. A run is found on d
 and data, so that a stopped experiment resumes when the same command runs again.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +13,13 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass as schema
 from rich.console import Console
 
 from whisper_aut.config import ManifestSettings, Settings, compose, find_config, load_settings
 from whisper_aut.errors import UserError, nearest
+from whisper_aut.loading import RANDOM_PREFIX
 from whisper_aut.models.decoders import check_decoder
 from whisper_aut.pipeline import PipelineOptions, run_pipeline
 from whisper_aut.schema import STRICT, build
@@ -26,7 +27,6 @@ from whisper_aut.training.factory import run_fingerprint
 from whisper_aut.training.run_dir import RunDirectory, list_runs
 from whisper_aut.utils import file_lock, read_json
 
-RANDOM = "random:"  # before a name in `init_from`: the same architecture, random weights
 SEPARATOR = "/"  # between the choices in an arm's name
 EndpointName = Literal["", "speech", "sound", "music", "answers", "loss", "compute"]
 
@@ -45,7 +45,10 @@ class EvaluateSettings:
 
 @schema(config=STRICT)
 class ChoiceSettings:
-    """One choice of an axis: config overrides, the pretraining run to start from, evaluation."""
+    """One choice of an axis: config overrides, the pretraining run to start from, evaluation.
+
+    `init_from: random:NAME` takes only the architecture of the run, with random weights.
+    """
 
     title: str = ""
     set: dict[str, Any] = field(default_factory=dict)
@@ -192,7 +195,7 @@ class ExperimentSettings(QuestionSettings):
             used |= {f"axes.{axis}.{name}": choice.init_from for name, choice in choices.items()}
             starting_axes += [axis] if any(one.init_from for one in choices.values()) else []
         for key, value in used.items():
-            name = value.removeprefix(RANDOM)
+            name = value.removeprefix(RANDOM_PREFIX)
             if value and name not in self.pretraining:
                 hint = nearest(name, self.pretraining)
                 yield f"{key}.init_from: there is no pretraining run {name!r}.{hint}"
@@ -203,7 +206,7 @@ class ExperimentSettings(QuestionSettings):
         for name in self.pretraining:
             chain = [name]
             while chain[-1] in self.pretraining and chain.count(chain[-1]) == 1:
-                chain.append(self.pretraining[chain[-1]].init_from.removeprefix(RANDOM))
+                chain.append(self.pretraining[chain[-1]].init_from.removeprefix(RANDOM_PREFIX))
             if chain[-1] in self.pretraining:
                 yield f"pretraining.{name}: starts from itself: {' → '.join(chain)}"
 
@@ -264,11 +267,10 @@ class Experiment:
 
 @dataclass(frozen=True)
 class FoundRun:
-    """A run and its state on disk. `overrides` includes the path of the pretrained checkpoint."""
+    """A run and its state on disk. Its settings include the path of the pretrained checkpoint."""
 
     run: Run
     settings: Settings
-    overrides: tuple[str, ...]
     state: Literal["done", "unfinished", "missing"]
     directory: RunDirectory
 
@@ -315,7 +317,7 @@ def _build_arm(
         name = "-".join([settings.name, *trained])
         training = TrainingSettings(settings.config, changes, init_from)
     else:
-        name = init_from.removeprefix(RANDOM)
+        name = init_from.removeprefix(RANDOM_PREFIX)
         name, training = f"pretrained-{name}", settings.pretraining[name]
     return Arm(
         name=SEPARATOR.join(names),
@@ -325,7 +327,7 @@ def _build_arm(
         },
         evaluate=EvaluateSettings(**evaluation),
         runs={seed: _build_run(settings, conf, name, training, seed) for seed in settings.seeds},
-        random=not settings.config and init_from.startswith(RANDOM),
+        random=not settings.config and init_from.startswith(RANDOM_PREFIX),
     )
 
 
@@ -335,18 +337,22 @@ def _build_run(
     name, pretrained = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-s{seed}", None
     values = flatten(settings.everywhere) | flatten(training.set)
     values |= {"name": name, "seed": seed, "runs": settings.runs, "probe.tasks": []}
+    overrides = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in values.items()
+    ]
     # Groups, which have no dot, come first: choosing one resets the values inside it.
-    keys = sorted(values, key=lambda key: "." in key)
+    overrides.sort(key=lambda override: "." in override.partition("=")[0])
     if training.init_from:
-        first = training.init_from.removeprefix(RANDOM)
+        first = training.init_from.removeprefix(RANDOM_PREFIX)
         before = settings.pretraining[first]
         pretrained = _build_run(settings, conf, f"pretrained-{first}", before, seed)
     return Run(
         name=name,
         config=find_config(training.config, conf),
-        overrides=tuple(f"{key}={_to_yaml(values[key])}" for key in keys),
+        overrides=tuple(overrides),
         pretrained=pretrained,
-        random=training.init_from.startswith(RANDOM),
+        random=training.init_from.startswith(RANDOM_PREFIX),
     )
 
 
@@ -359,12 +365,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _to_yaml(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n...")[0].strip()
-
-
 def find_run(run: Run) -> FoundRun:
     """Look for a finished or unfinished run with this config and data, however old."""
     overrides, pretrained = run.overrides, find_run(run.pretrained) if run.pretrained else None
@@ -373,7 +373,7 @@ def find_run(run: Run) -> FoundRun:
         overrides += ("model.random_init=true",) if run.random else ()
     settings = load_settings(run.config, overrides)
     exports, root = _exports(settings), Path(settings.runs)
-    missing = FoundRun(run, settings, overrides, "missing", RunDirectory(root / run.name / "…"))
+    missing = FoundRun(run, settings, "missing", RunDirectory(root / run.name / "…"))
     if pretrained and pretrained.state != "done":
         return missing
     try:
@@ -405,7 +405,7 @@ def make_run(run: Run, console: Console) -> FoundRun:
             directory = found.directory
             resumable = directory.last_checkpoint.exists() and not directory.done.exists()
             resume = str(directory.path) if resumable else ""
-            options = PipelineOptions(run.config, found.overrides, resume, report=False)
+            options = PipelineOptions(run.config, resume=resume, report=False)
             directory = run_pipeline(found.settings, options, console)
             found = replace(found, state="done", directory=directory)
     return found
