@@ -10,9 +10,12 @@ from tests.support.probes import TinyEncoder, write_tones
 from whisper_aut.cli import main
 from whisper_aut.config import load_settings
 from whisper_aut.errors import UserError
+from whisper_aut.experiments.analysis import Progress
 from whisper_aut.experiments.grid import flatten, load_experiment
-from whisper_aut.experiments.runner import Evaluator, available_probes
+from whisper_aut.experiments.runner import Evaluator, available_probes, training_curve
 from whisper_aut.probes.embed import EmbedSettings
+from whisper_aut.training.run_dir import RunDirectory
+from whisper_aut.utils import write_json
 
 GRID = {
     "name": "tried",
@@ -162,6 +165,22 @@ def test_arms_are_tested_on_the_same_clips(tmp_path: Path):
     write_tones(tmp_path / "test", 5, 9)
     with pytest.raises(UserError, match="different clips of 'tones'"):
         evaluator.score("other", TinyEncoder(1), embedding)
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_curve_has_each_validation_and_the_end(tmp_path: Path, validated: bool):
+    run = RunDirectory(tmp_path)
+    total = "throughput/total_"
+    head = f"step,valid/loss,{total}audio_seconds,{total}teraflop,{total}seconds\n"
+    losses = "9,2.5,,,\n14,2.0,,,\n15,1.9,,,\n" if validated else ""  # the last two: one step
+    run.metrics.parent.mkdir()
+    run.metrics.write_text(f"{head}10,,100,0.1,7\n15,,150,0.15,11\n{losses}")
+    totals = {"audio_seconds": 151.0, "teraflop": 0.16, "seconds": 12.0}
+    metrics = {f"{total}{name}": value for name, value in totals.items()}
+    write_json(run.done, {"steps": 15, "metrics": metrics})
+    expected = (Progress(10, 2.5, 100, 0.1, 7), Progress(15, 1.9, 150, 0.15, 11))
+    without = (Progress(15, None, 151, 0.16, 12),)  # the log may end before the run
+    assert training_curve(run) == (expected if validated else without)
 
 
 def test_only_optional_probes_may_be_missing(tmp_path: Path):
