@@ -366,7 +366,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def find_run(run: Run) -> FoundRun:
-    """Look for a finished or unfinished run with this config and data, however old."""
+    """Look for a finished run with this config and data, however old, or one to resume."""
     overrides, pretrained = run.overrides, find_run(run.pretrained) if run.pretrained else None
     if pretrained:
         overrides += (f"model.path={pretrained.export}", "model.after=", "model.scratch=null")
@@ -386,7 +386,8 @@ def find_run(run: Run) -> FoundRun:
         if directory.finished_with(fingerprint) and exported:
             return replace(missing, state="done", directory=directory)
     for directory in directories:
-        if read_json(directory.environment, default={}).get("fingerprint") == fingerprint:
+        begun = read_json(directory.environment, default={}).get("fingerprint") == fingerprint
+        if begun and directory.last_checkpoint.exists() and not directory.done.exists():
             return replace(missing, state="unfinished", directory=directory)
     return missing
 
@@ -402,9 +403,7 @@ def make_run(run: Run, console: Console) -> FoundRun:
     with file_lock(folder / run.name):  # other processes may work on the same experiment
         found = find_run(run)
         if found.state != "done":
-            directory = found.directory
-            resumable = directory.last_checkpoint.exists() and not directory.done.exists()
-            resume = str(directory.path) if resumable else ""
+            resume = str(found.directory.path) if found.state == "unfinished" else ""
             options = PipelineOptions(run.config, resume=resume, report=False)
             directory = run_pipeline(found.settings, options, console)
             found = replace(found, state="done", directory=directory)
