@@ -499,8 +499,8 @@ def _plot_scores(
     choices, colours = _choices(results, figure.x), _choices(results, figure.colour)
     shift = min(0.14, 0.6 / len(colours))
     for index, title in enumerate(colours):
-        style, points = plots.series_style(index), []
-        style["linestyle"] = "-" if figure.ordered else "none"
+        line, points = "-" if figure.ordered else "none", []
+        style: dict[str, Any] = plots.series_style(index) | {"linestyle": line}
         for arm, titles in results.arms.items():
             known = [x for x in map(value, by_arm[arm]) if not isnan(x)]
             if known and titles.get(figure.colour, "") == title:
