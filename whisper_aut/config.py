@@ -231,7 +231,8 @@ class ModelSettings:
             for none. They are merged into the weights of exports.
         lora_alpha: their scale is `lora_alpha / lora_rank`.
         interpolate: fraction of the trained weights in exports, see `export.hf.interpolated`; the
-            rest are pretrained weights. Validation sees the trained weights.
+            rest are pretrained weights. Validation sees the trained weights. To change it after
+            training, give `whisper-aut export --interpolate`: another value here is another run.
         compile: compile the layers of encoder and decoder with `torch.compile`, which needs a C++
             compiler.
     """

@@ -54,7 +54,7 @@ def write_card(
     """
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     environment = read_json(run / "environment.json", default={})
-    own = config["model"]["interpolate"]
+    own = config["model"].get("interpolate", 1.0)
     interpolate = own if interpolate is None else interpolate
     scores = [read_json(run / "scores.json", default={})] if interpolate == own else []
     sources = _sources(config, environment)

@@ -302,14 +302,14 @@ def paired_tests(
     """
     if not len(differences):
         return []
-    values, added = np.array(differences, dtype=float), np.full(len(differences), np.nan)
-    added = added if margins is None else np.array(margins)
+    values = np.array(differences, dtype=float)
+    margin = np.nan if margins is None else np.array(margins)
     freedom, mean = values.shape[1] - 1, values.mean(1)
     error = values.std(1, ddof=min(1, freedom)) / values.shape[1] ** 0.5
     error[error <= TIE] = np.nan  # nothing varies, so there is no test
     half = stats.t.isf(ALPHA / 2, freedom) * error
     two_sided = 2 * stats.t.sf(np.abs(mean) / error, freedom)
-    no_worse = stats.t.sf((mean + added) / error, freedom)
+    no_worse = stats.t.sf((mean + margin) / error, freedom)
     corrected = np.arange(len(values)) != (-1 if primary is None else primary)
     p_adjusted, p_no_worse = two_sided.copy(), no_worse.copy()
     p_adjusted[corrected] = holm(two_sided[corrected].tolist())

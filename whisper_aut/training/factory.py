@@ -343,8 +343,8 @@ def run_fingerprint(settings: Settings) -> str:
     """Return a hash of everything that determines what a run computes.
 
     The hash covers the config, the release, the shards, the exclusion list, files of annotations,
-    and the files of models in local directories. It does not cover output paths or the settings for
-    probes and exports.
+    and the files of models in local directories. It does not cover output paths, and which probes
+    and exports are made.
 
     Raises:
         UserError: If a data source cannot be read.
