@@ -228,7 +228,8 @@ def add_parsers(commands: Commands) -> None:
     add("--fractions", type=fraction, nargs="+", default=default, metavar="X", help=fractions)
     add("--root", default="data", help="replaces {root} in the tasks (default: data)")
     add_choice(command, "--kind", PROBE_KINDS, "kind of probe (default: that of each task)")
-    add("--device", default="auto", help="as for probe (default: auto)")
+    device = "cpu, cuda, cuda:1, …; auto uses a GPU if there is one (default: auto)"
+    add("--device", default="auto", help=device)
     add("--out", required=True, help="folder for interpolation.json and interpolation.png")
     command.set_defaults(run=interpolate)
 
@@ -253,9 +254,9 @@ def add_parsers(commands: Commands) -> None:
         "model", metavar="MODEL", help="a run, a checkpoint in one, or a Whisper (NAME[@none|@30s])"
     )
     add("shards", nargs="+", help="folders or URLs of shards")
-    tasks = "only these tasks, by their names in conf/instructions"
+    tasks = "only these instruction tasks, by their names in conf/instructions (decoder=causal_lm)"
     add("--tasks", nargs="+", default=[], help=tasks)
-    domain = "domain of clips that do not have their own: speech, sound, music, …"
+    domain = "domain of clips that state none: speech, sound, music, …"
     add("--domain", default="", help=domain)
     long_clips = "what to do with clips above 30 s, as data.long_clips (default: trim)"
     add_choice(command, "--long-clips", ("trim", "crop", "chunk", "skip"), long_clips, "trim")

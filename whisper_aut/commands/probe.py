@@ -191,8 +191,8 @@ def add_parsers(commands: Commands) -> None:
     add("--shots", type=_counts, default=(), metavar="N,N,…", help=shots)
     add("--root", default="data", help="replaces {root} in the tasks (default: data)")
     seeds = (
-        "number of seeds for probes with random initialization; linear and knn probes are fitted "
-        "once (default: 5)"
+        "number of seeds for probes with random initialization; linear, frame and knn probes are "
+        "fitted once (default: 5)"
     )
     add("--seeds", type=whole_number(1), default=5, help=seeds)
     fit = "data to fit the tested probe on, after its settings are chosen (default: train)"
