@@ -10,7 +10,6 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -37,7 +36,7 @@ from whisper_aut.corpora.manifest import ManifestSpec
 from whisper_aut.data.annotation import DOMAINS
 from whisper_aut.data.settings import DataSettings, Domain, Fraction
 from whisper_aut.data.targets import LossSettings
-from whisper_aut.errors import MissingModule, UserError, nearest
+from whisper_aut.errors import UserError, nearest
 from whisper_aut.schema import STRICT, Text, build, check_yaml
 
 LOCAL_CONF = Path("conf")  # relative to the working directory
@@ -189,9 +188,6 @@ def _check_finite(options: dict[str, Any]) -> dict[str, Any]:
 def _check_loggers(names: list[str]) -> list[str]:
     if "csv" not in names:
         raise ValueError("must contain csv, from which reports are drawn")
-    for name in ("wandb", "mlflow"):
-        if name in names and find_spec(name) is None:
-            raise ValueError(str(MissingModule(name)))
     return names
 
 

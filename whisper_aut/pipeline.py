@@ -209,6 +209,7 @@ def _train_pretrained(settings: Settings, options: PipelineOptions, console: Con
         "data.root": settings.data.root,
         "data.shards": settings.data.shards,
         "data.exclude": settings.data.exclude,
+        "trainer.loggers": list(settings.trainer.loggers),
     }
     overrides = tuple(f"{key}={value}" for key, value in shared.items())
     first = load_settings(config, overrides)

@@ -1,14 +1,18 @@
-"""Loggers by one word: what they write, what they need, and that they need no network."""
+"""Optional packages of training: loggers by one word, DeepSpeed, and messages without them."""
 
 import sqlite3
+import sys
 from contextlib import closing
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
 from tests.support.training import QUIET, settings_for
 from whisper_aut.errors import UserError
+from whisper_aut.training.doctor import check_deepspeed, check_versions
 from whisper_aut.training.train import train
+from whisper_aut.utils import read_json
 
 
 def trained_with(loggers: str, tiny_whisper: Path, tiny_shards: Path, runs: Path) -> Path:
@@ -32,19 +36,49 @@ def test_a_logger_that_cannot_be_is_refused_before_anything_is_loaded(
         settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.loggers=[tensorboard]")
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_missing_package_is_said(
-    name: str,
+@pytest.mark.parametrize(
+    ("package", "override"),
+    [
+        ("tensorboard", "trainer.loggers=[csv,tensorboard]"),
+        ("wandb", "trainer.loggers=[csv,wandb]"),
+        ("mlflow", "trainer.loggers=[csv,mlflow]"),
+        ("deepspeed", "strategy=deepspeed_stage_2"),
+    ],
+)
+def test_training_names_a_missing_package_and_the_config_loads(
+    package: str,
+    override: str,
     tiny_whisper: Path,
     tiny_shards: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr("whisper_aut.config.find_spec", lambda _: None)
-    with pytest.raises(
-        UserError, match=rf"{name} is not installed. Run: pip install 'whisper-aut\[{name}\]'"
-    ):
-        settings_for(tiny_whisper, tiny_shards, tmp_path, f"trainer.loggers=[csv,{name}]")
+    monkeypatch.setattr("whisper_aut.errors.find_spec", lambda _: None)
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.loggers=[csv]", override)
+    message = rf"{package} is not installed. Run: pip install 'whisper-aut\[\w+\]'"
+    with pytest.raises(UserError, match=message):
+        train(settings, QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_needs_neither_deepspeed_nor_tensorboard(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def version_without_train(name: str) -> str:
+        if name in ("deepspeed", "tensorboard"):
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("whisper_aut.utils.version", version_without_train)
+    for name in [name for name in sys.modules if name.startswith(("deepspeed", "tensorboard"))]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("deepspeed", "tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    run = trained_with("csv", tiny_whisper, tiny_shards, tmp_path)
+    assert "deepspeed" not in read_json(run / "environment.json")["packages"]
+    assert check_versions().status == "ok"
+    assert check_deepspeed("auto").status == "ok"
+    assert check_deepspeed("deepspeed_stage_2").status == "fail"
 
 
 def test_wandb_writes_offline(

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -25,10 +24,11 @@ from whisper_aut.data.reader import Sample
 from whisper_aut.data.shards import ShardIndex, iter_samples
 from whisper_aut.errors import UserError
 from whisper_aut.training.checkpoint import check_disk_space, existing_parent
+from whisper_aut.utils import installed_versions
 
 Status = Literal["ok", "warn", "fail"]
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-PACKAGES = ("torch", "torchaudio", "lightning", "transformers", "deepspeed", "webdataset")
+PACKAGES = ("torch", "torchaudio", "lightning", "transformers", "webdataset")
 LOW_DISK_GIB = 20.0
 DRY_RUN_MINUTES = 60.0  # includes the download of the model in a first run
 # Variables of Slurm and torchrun. With them, a dry run would wait for ranks that nobody starts.
@@ -70,12 +70,9 @@ def build_table(findings: Sequence[Finding]) -> Table:
 
 def check_versions() -> Finding:
     """Check that all packages are installed and that torch and torchaudio match."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            return Finding("versions", "fail", f"{name} is not installed; run make setup")
+    found = installed_versions(PACKAGES)
+    if missing := ", ".join(name for name in PACKAGES if name not in found):
+        return Finding("versions", "fail", f"{missing} is not installed; run make setup")
     listed = ", ".join(f"{name} {number}" for name, number in found.items())
     minor = {found[name].split("+")[0].rpartition(".")[0] for name in ("torch", "torchaudio")}
     if len(minor) > 1:
@@ -103,12 +100,16 @@ def check_devices(accelerator: str, devices: int | str) -> Finding:
 
 def check_deepspeed(strategy: str) -> Finding:
     """Import DeepSpeed and check whether its CPU Adam, which offloading needs, can be built."""
-    import deepspeed
+    try:
+        import deepspeed
+    except ImportError:
+        status = "fail" if strategy.startswith("deepspeed") else "ok"
+        return Finding("DeepSpeed", status, "not installed; strategy=deepspeed_… needs it")
 
     compatible = deepspeed.ops.op_builder.CPUAdamBuilder().is_compatible(verbose=False)  # pyright: ignore[reportAttributeAccessIssue]
     if compatible and find_compiler():
         return Finding("DeepSpeed", "ok", f"{deepspeed.__version__}; CPU Adam can be built")
-    status: Status = "fail" if strategy.endswith("_offload") else "warn"
+    status = "fail" if strategy.endswith("_offload") else "warn"
     detail = "offloading is not possible: it compiles CPU Adam, which needs a C++ compiler"
     return Finding("DeepSpeed", status, f"{deepspeed.__version__}; {detail}")
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from whisper_aut.training.checkpoint import (
     point_link,
     read_manifest,
 )
-from whisper_aut.utils import parse_json, write_text
+from whisper_aut.utils import installed_versions, parse_json, write_text
 
 AUTO = "auto"
 RUN_VARIABLE = "WHISPER_AUT_RUN"  # the directory name of the run, the same on all ranks of a job
@@ -228,7 +227,7 @@ def _environment() -> dict[str, Any]:
         "machine": platform.platform(),
         "cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "packages": {name: version(name) for name in RECORDED_PACKAGES},
+        "packages": installed_versions(RECORDED_PACKAGES),
         "git": _git_revision(),
     }
 

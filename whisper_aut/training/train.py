@@ -30,7 +30,7 @@ from whisper_aut.config import Settings, dump_settings
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import Ledger, by_source
 from whisper_aut.data.sampler import Cursor
-from whisper_aut.errors import UserError
+from whisper_aut.errors import UserError, require
 from whisper_aut.models.attention import use_flash_attention_3
 from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
@@ -139,6 +139,8 @@ def train(
             return TrainResult(run, reused=True)
 
     check_accelerator(hardware.accelerator)
+    require(*(logger for logger in settings.trainer.loggers if logger != "csv"))
+    require(*(["deepspeed"] if settings.strategy.name.startswith("deepspeed") else []))
     recomputes = needs_checkpointing(settings)
     settings = replace(settings, model=replace(settings.model, gradient_checkpointing=recomputes))
     warn, ranks = _warnings_to(console), _count_ranks(settings)

@@ -31,7 +31,7 @@ from whisper_aut.audio.logmel import MAX_MEL_FRAMES
 from whisper_aut.data.batch import Batch
 from whisper_aut.data.dataset import Counts, Ledger
 from whisper_aut.data.targets import missing_token_warning
-from whisper_aut.errors import UserError, require
+from whisper_aut.errors import UserError
 from whisper_aut.models.encoder import encoder_frames
 from whisper_aut.models.flops import encoder_flops
 from whisper_aut.training.callbacks import ends_logged_step, gather_objects
@@ -453,8 +453,6 @@ def build_loggers(names: Sequence[str], run: Path, name: str) -> list[Logger]:
 
     `name` is the name of the run in the config, used for projects and experiments.
     """
-    if "tensorboard" in names:
-        require("tensorboard")
     offline = os.environ.get("WANDB_MODE", "offline") != "online"
     # By default a SQLite file, because MLflow has deprecated its plain folders.
     tracking = os.environ.get("MLFLOW_TRACKING_URI", "") or f"sqlite:///{run.absolute()}/mlflow.db"
