@@ -156,7 +156,7 @@ class TrainLoader:
             raise UserError(
                 "The checkpoint was made with other training data, exclusions, weights, seed, "
                 "window or partitions, so its position in the data is not valid here. Resume with "
-                "the config of its run directory, or go on with the new data: --allow-data-change."
+                "the config of its run directory, or continue with new data: --allow-data-change."
             )
         self.cursor = Cursor(state["position"], state["taken"])
         same_world = state["world"] == [self.ranks, self.accumulate]

@@ -153,7 +153,7 @@ def train(
 
     parts = build_parts(settings, checkpoint, allow_data_change=allow_data_change)
     if parts.data.earlier_order:
-        warn("The training data has changed: the run goes on with as many clips of the new order.")
+        warn("Training data has changed: the run continues after as many clips of the new order.")
     if checkpoint and (step := read_manifest(checkpoint).step) > parts.total_steps:
         raise UserError(
             f"{checkpoint} was written at step {step}, but this config trains only "

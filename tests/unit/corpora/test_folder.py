@@ -6,7 +6,9 @@ import pytest
 
 from tests.support.audio import encode_audio, tone
 from tests.support.downloads import csv, lay_out, samples
+from whisper_aut.audio.decode import AUDIO_SUFFIXES
 from whisper_aut.cli import main
+from whisper_aut.corpora.recipes.base import audio_files
 from whisper_aut.data.shards import open_index
 
 WAV = encode_audio(tone(0.5), kind="WAV")
@@ -72,6 +74,12 @@ def test_a_file_too_high_or_too_deep_is_an_error(
     )
     assert main(["data", "build", "folder", str(raw), "--out", str(tmp_path / "out")]) == 1
     assert "is not in the folder of a class" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_recipes_find_all_files_that_can_be_decoded(tmp_path: Path):
+    names = [f"{index}.{suffix}" for index, suffix in enumerate(AUDIO_SUFFIXES)]
+    lay_out(tmp_path, dict.fromkeys([*names, "notes.txt", ".hidden.wav"], WAV))
+    assert [path.name for path in audio_files(tmp_path)] == names
 
 
 def test_unreadable_files_of_a_folder_are_counted(

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from whisper_aut.audio import decode
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.corpora.build import BuildReport, build_shards
 from whisper_aut.corpora.download import download, unpack
@@ -20,7 +21,7 @@ from whisper_aut.errors import UserError
 from whisper_aut.utils import write_text
 
 MANIFEST_NAME = "manifest.jsonl"
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus")
+AUDIO_SUFFIXES = tuple(f".{suffix}" for suffix in decode.AUDIO_SUFFIXES)
 TABLE_COLUMNS = ("name", "domain", "clips", "hours", "licence", "download", "checked", "source")
 LISTED_COLUMNS = 6  # columns that fit in a terminal
 

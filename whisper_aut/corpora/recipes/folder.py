@@ -16,8 +16,7 @@ SPLIT_NAME = re.compile(
     r"train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?|fold[_-]*\d+", re.I
 )
 READABLE = (*AUDIO_SUFFIXES, ".oga", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
-# libsndfile does not read these. They become rows too, which are skipped and counted.
-UNREADABLE = (".m4a", ".aac", ".wma", ".mp4", ".webm", ".amr")
+UNREADABLE = (".wma", ".amr")  # they become rows too, which are skipped and counted
 LABEL_COLUMNS = (
     *("label", "category", "class", "class_name", "genre"),
     *("style", "family", "instrument", "emotion", "word"),
