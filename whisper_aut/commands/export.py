@@ -228,8 +228,7 @@ def add_parsers(commands: Commands) -> None:
     add("--fractions", type=fraction, nargs="+", default=default, metavar="X", help=fractions)
     add("--root", default="data", help="replaces {root} in the tasks (default: data)")
     add_choice(command, "--kind", PROBE_KINDS, "kind of probe (default: that of each task)")
-    device = "cpu, cuda, cuda:1, …; auto uses a GPU if there is one (default: auto)"
-    add("--device", default="auto", help=device)
+    add("--device", default="auto", help="cpu, cuda:1, …; auto: a GPU if there is one (default)")
     add("--out", required=True, help="folder for interpolation.json and interpolation.png")
     command.set_defaults(run=interpolate)
 

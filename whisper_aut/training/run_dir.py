@@ -36,13 +36,7 @@ from whisper_aut.utils import installed_versions, parse_json, write_text
 AUTO = "auto"
 RUN_VARIABLE = "WHISPER_AUT_RUN"  # the directory name of the run, the same on all ranks of a job
 RECORDED_PACKAGES = (
-    "whisper-aut",
-    "torch",
-    "torchaudio",
-    "lightning",
-    "transformers",
-    "webdataset",
-    "deepspeed",
+    *("whisper-aut", "torch", "torchaudio", "lightning", "transformers", "webdataset", "deepspeed"),
 )
 
 
