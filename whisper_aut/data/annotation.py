@@ -70,22 +70,29 @@ class Annotation:
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "Annotation":
         """Build an annotation from the fields of a sample and check them.
 
-        In every field, null, NaN, blank text and empty lists count as missing. Numbers become text
-        where text is expected. If `text` is a list, its first item is used and the whole list is
-        kept in `extra["texts"]`, see `texts`.
+        In every field, null, NaN, blank text and empty lists count as missing, but an empty list
+        of `events` is kept. Numbers become text where text is expected. If `text` is a list, its
+        first item is used and the whole list is kept in `extra["texts"]`, see `texts`.
 
         Raises:
             SkipSample: a known field has the wrong type, or the domain is not a plain name.
         """
-        given = {name: value for name, value in mapping.items() if has_value(value)}
+        given = {
+            name: value
+            for name, value in mapping.items()
+            if has_value(value) or (name == "events" and value == [])
+        }
         known = {f.name for f in fields(cls)} - {"extra"}
-        if "licence" not in given and "license" in given:
-            license = given.pop("license")
-            given["licence"] = license if isinstance(license, str) else json.dumps(license)
-        given.pop("license", None)
+        if (license := given.pop("license", None)) is not None:
+            written = license if isinstance(license, str) else json.dumps(license)
+            given.setdefault("licence", written)
+        if isinstance(texts := given.get("text"), list):
+            given["text"] = next(filter(has_value, texts))
+            if len(texts) > 1:
+                given.setdefault("texts", texts)
         values: dict[str, Any] = {}
         for name in known & given.keys() - {"label", "duration_seconds"}:
-            values[name] = _text(_first(given[name]) if name == "text" else given[name], name)
+            values[name] = _text(given[name], name)
         domain = values["domain"] = values.get("domain", "").lower()
         if domain and not DOMAIN_NAME.fullmatch(domain):
             raise SkipSample(
@@ -96,8 +103,6 @@ class Annotation:
         if "duration_seconds" in given:
             values["duration_seconds"] = _seconds(given["duration_seconds"])
         extra = {name: value for name, value in given.items() if name not in known}
-        if isinstance(texts := given.get("text"), list) and len(texts) > 1:
-            extra.setdefault("texts", texts)
         return cls(**values, extra=extra)
 
     @classmethod
@@ -125,24 +130,19 @@ class Annotation:
             row = parse_row(data)
         except ValueError as error:
             raise SkipSample(SkipReason.BAD_JSON, str(error)) from None
-        is_events = isinstance(row, list) and all(isinstance(event, dict) for event in row)
-        if is_events:
+        if isinstance(row, list) and all(isinstance(event, dict) for event in row):
             # X-ARES's sound event tars hold a bare list of events, empty for clips without any.
             row = {"events": row}
         if not isinstance(row, dict):
             raise SkipSample(SkipReason.BAD_JSON, f"expected an object, found {type(row).__name__}")
-        members, events = members or {}, row.get("events")
-        if mapping:
-            row = mapping.apply(row, members)
+        members = members or {}
+        row = mapping.apply(row, members) if mapping else row
         found, label = find_text(row), row.get("label")
         texts = {
             "text": found if has_value(found) else members.get("txt", ""),
             "label": label if has_value(label) else members.get("cls", "").strip(),
         }
-        annotation = cls.from_mapping({**row, **texts})
-        if is_events:
-            return replace(annotation, extra={**annotation.extra, "events": events})
-        return annotation
+        return cls.from_mapping({**row, **texts})
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -287,10 +287,6 @@ def find_text(mapping: Mapping[str, Any]) -> Any:
     return next((mapping[name] for name in TEXT_FIELDS if has_value(mapping.get(name))), None)
 
 
-def _first(value: Any) -> Any:
-    return next(filter(has_value, value)) if isinstance(value, list) else value
-
-
 def _text(value: Any, name: str) -> str:
     is_flag = isinstance(value, bool) and name != "label"
     if is_flag or not isinstance(value, (str, int, float)):
@@ -320,11 +316,8 @@ def _label(value: Any) -> str | list[str]:
 
 
 def _seconds(value: Any) -> float:
-    if (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and 0 <= value < float("inf")
-    ):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and 0 <= value < float("inf"):
         return float(value)
     raise SkipSample(
         SkipReason.BAD_JSON, f"'duration_seconds' must be a number of seconds, not {value!r}"

@@ -5,7 +5,7 @@ clips), followed by those of the test part. J heads of a probe are trained at on
 of its own, so every batch ends with a mask `[b, J]` of the items of each head.
 """
 
-import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from math import ceil, floor
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -367,8 +367,8 @@ def class_targets(
             # The tolerance of 1e-6 is for rounding: 0.3 / 0.1 is slightly below 3, and an event
             # that ends at a border does not overlap the next segment.
             first = floor(start / segment_seconds + 1e-6)
-            last = ceil(end / segment_seconds - 1e-6)
-            roll[first : max(last, first + 1), number[name]] = 1.0
+            last = max(ceil(end / segment_seconds - 1e-6), first + 1)
+            roll[max(first, 0) : max(last, 0), number[name]] = 1.0
         rolls.append(roll)
     return torch.cat([torch.zeros(0, len(classes)), *rolls])
 
@@ -423,8 +423,17 @@ class CaptionDataModule(EmbeddingsDataModule):
         return SplitResult(head.score, credit, nearest)
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+def _words(text: str, others: str = "_") -> list[str]:
+    """Return the lower-case words of a text, of letters, digits, `others`, and the marks on them.
+
+    In many scripts, vowels are marks, which `str.isalnum` and `\\w` leave out.
+    """
+    kept = ""
+    for c in unicodedata.normalize("NFC", text.lower()):
+        is_part = c.isalnum() or c in others
+        is_part = is_part or (unicodedata.category(c)[0] == "M" and kept[-1:].strip())
+        kept += c if is_part else " "
+    return kept.split()
 
 
 class TranscriptDataModule(EmbeddingsDataModule):
@@ -434,7 +443,8 @@ class TranscriptDataModule(EmbeddingsDataModule):
 
     def __init__(self, split: Split, probe: "type[Probe]", **options: Any):
         super().__init__(split, probe, **options)
-        self.texts = [_normalised(text) for text in (*split.pool.labels, *split.test.labels)]
+        labels = (*split.pool.labels, *split.test.labels)
+        self.texts = [" ".join(_words(label, others="'")) for label in labels]
         used = zip(self.texts, split.train, strict=False)  # the pool comes first
         trained = [text for text, own in used if own]
         self.outputs = ("", *sorted(set().union(*trained)))  # the blank comes first
@@ -465,11 +475,6 @@ class TranscriptDataModule(EmbeddingsDataModule):
             self.split.test.group_numbers(),
         )
         return SplitResult(head.score, units, tuple(head.outputs))
-
-
-def _normalised(text: str) -> str:
-    letters = (c if c.isalnum() or c == "'" else " " for c in text.lower())
-    return " ".join("".join(letters).split())
 
 
 def _word_errors(text: str, transcript: str) -> int:

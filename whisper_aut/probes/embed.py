@@ -39,6 +39,7 @@ from whisper_aut.probes.tasks import ProbeTask, open_parts
 from whisper_aut.utils import atomic_path, file_lock, parse_json, progress_bar
 
 EMBED_VERSION = 5  # increase whenever a change here affects embeddings
+LABELS_VERSION = 2  # the same, for labels that are not a single text
 GROUP_BATCHES = 8  # clips are sorted by length within this many batches
 MAX_BROKEN = 0.02  # fraction of broken samples in a folder above which they are an error
 PART_SECONDS = 60.0  # an interrupted run loses about this much work at most
@@ -394,12 +395,13 @@ class TaskEmbedder:
         """Return everything that the embeddings of a folder depend on."""
         task = self.task
         event = task.event if task.answer == "events" else ()
+        version = () if task.answer in ("class", "text") else (LABELS_VERSION,)
         return {
             "version": EMBED_VERSION,
             "encoder": self.encoder_hash,
             "data": _data_fingerprint(index),
             "features": {**asdict(self.spec), "layers": list(self.spec.layers)},
-            "label": [task.answer, task.label, task.separator, *event],
+            "label": [task.answer, task.label, task.separator, *event, *version],
             "group": [task.group, task.group_pattern],
             "select": {name: sorted(values) for name, values in task.select.items()},
             "crop_seconds": task.crop_seconds,

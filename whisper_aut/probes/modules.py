@@ -573,7 +573,7 @@ class RetrievalProbe(AdamProbe):
     answers = ("captions",)
     candidates = MLPProbe.candidates
     default: ClassVar[Candidate] = MLPProbe.default
-    version = 2
+    version = 3
     data_module = CaptionDataModule
     transform = Standardizer
     batch_items = 256
@@ -641,7 +641,7 @@ class CTCProbe(AdamProbe):
     features = "frames"
     candidates = tuple({"rate": rate} for rate in (1e-3, 3e-3, 1e-2))
     default: ClassVar[Candidate] = {"rate": 3e-3}
-    version = 2
+    version = 3
     data_module = TranscriptDataModule
     max_epochs, patience = 100, 5  # low, as every epoch reads the frames again
     batch_items = BATCH_FRAMES

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from string import Formatter
 from typing import Any, Literal
 
 import yaml
@@ -18,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from whisper_aut.config import PACKAGE_CONF, find_config
-from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.annotation import Annotation, has_value
 from whisper_aut.data.reader import Sample
 from whisper_aut.data.shards import ShardIndex, open_index
 from whisper_aut.errors import Problems, UserError, nearest
@@ -58,7 +57,7 @@ class ProbeTask:
         kind: the probe kind, a key of `probes.fit.PROBES`. Empty for the metric's default.
         label: annotation field, or field of the sample's JSON, that holds the class, the
             classes, the events, or the transcript. For captions, a pattern of fields such as
-            `caption*`.
+            `caption*`, which may hold lists.
         separator: separates several classes within one text, e.g. `;`.
         event: the fields of an event: start (seconds), end (seconds) and class.
         select: keep only clips whose field has one of these values.
@@ -129,10 +128,8 @@ class ProbeTask:
         Raises:
             UserError: a folder needs `{root}` and `root` is None.
         """
-        if self.folded:
-            listed = [self.split.folds[self.parts.index(part)]]
-        else:
-            listed: list[str] = getattr(self, part)
+        fold = self.split.folds[self.parts.index(part)] if self.folded else ""
+        listed: list[str] = [fold] if self.folded else getattr(self, part)
         if root is None and any("{root}" in folder for folder in listed):
             raise UserError(
                 f"Probe task {self.name!r} is below {{root}}: name the data folder (--root)."
@@ -150,18 +147,15 @@ class ProbeTask:
             UserError: the label has another form.
         """
         if self.answer == "captions":
-            fields = {**annotation.extra, "text": annotation.text}
+            fields = {**annotation.extra, "text": list(annotation.texts)}
             names = sorted(name for name in fields if fnmatchcase(name, self.label))
-            return tuple(str(fields[name]) for name in names if fields[name]) or None
+            return tuple(text for name in names for text in _values(fields[name])) or None
         if self.answer in ("class", "text"):
             return _single_value(annotation, self.label)
         value = _field_value(annotation, self.label)
-        if value is None:
-            return None
         if self.answer == "events":
-            return self._events(value)
-        values = value if isinstance(value, list) else [value]
-        return tuple(name for item in values for name in self._class_names(item))
+            return None if value is None else self._events(value)
+        return tuple(self._class_names(value)) if has_value(value) else None
 
     def group_of(self, sample: Sample) -> str:
         """Return the group of a clip; empty for none."""
@@ -196,20 +190,24 @@ class ProbeTask:
             ) from None
 
     def _class_names(self, value: Any) -> list[str]:
-        parts = str(value).split(self.separator) if self.separator else [str(value)]
-        return [part.strip() for part in parts if part.strip()]
+        split = (one.split(self.separator) if self.separator else [one] for one in _values(value))
+        return [part.strip() for parts in split for part in parts if part.strip()]
 
 
 def _single_value(annotation: Annotation, name: str) -> str | None:
-    value = _field_value(annotation, name)
-    if isinstance(value, list):
-        if len(value) > 1:
-            raise UserError(
-                f"A clip has {len(value)} values in {name!r} ({', '.join(map(str, value))}); this "
-                "metric needs one class."
-            )
-        value = value[0] if value else None
-    return None if value in (None, "") else str(value)
+    values = _values(_field_value(annotation, name))
+    if len(values) > 1:
+        raise UserError(
+            f"A clip has {len(values)} values in {name!r} ({', '.join(values)}); this metric needs "
+            "one class."
+        )
+    return values[0] if values else None
+
+
+def _values(value: Any) -> list[str]:
+    """Return the items of a list, or a single value, as texts; none for those without a value."""
+    listed = value if isinstance(value, list) else [value]
+    return [str(one) for one in listed if has_value(one)]
 
 
 def _field_value(annotation: Annotation, name: str) -> Any:
@@ -240,10 +238,8 @@ def load_task(name_or_path: str | Path, task_folder: str | Path) -> ProbeTask:
         UserError: there is no such task, the file is not YAML, or it has problems (all listed).
     """
     given = str(name_or_path)
-    if given.endswith((".yaml", ".yml")) or "/" in given:
-        path = Path(given)
-    else:
-        path = find_config(f"{given}.yaml", Path(task_folder), "probe_tasks")
+    named = find_config(f"{given}.yaml", Path(task_folder), "probe_tasks")
+    path = Path(given) if given.endswith((".yaml", ".yml")) or "/" in given else named
     if not path.is_file():
         known = list_tasks(task_folder)
         raise UserError(
@@ -336,19 +332,11 @@ def _find_problems(task: ProbeTask) -> Iterator[str]:
     seen: dict[str, str] = {}
     for part in task.parts:
         for folder in task.folders(part, "{root}"):
-            if not _only_root(folder):
+            if set("{}") & set(folder.replace("{root}", "")):
                 yield f"{part}: {folder!r} has another placeholder than {{root}}"
             first = seen.setdefault(folder.rstrip("/"), part)
             if first != part:
                 yield f"{part}: {folder!r} is in {first} too. Build one folder of shards per split"
-
-
-def _only_root(folder: str) -> bool:
-    try:
-        fields = [part[1:] for part in Formatter().parse(folder) if part[1] is not None]
-    except ValueError:
-        return False
-    return all(name == "root" and not spec and not how for name, spec, how in fields)
 
 
 def open_parts(

@@ -50,6 +50,13 @@ def test_null_nan_and_blank_are_no_value_in_any_field(nothing: str):
     assert annotation == Annotation(id="7")
 
 
+@pytest.mark.parametrize("data", [b"[]", b'{"events": []}'])
+def test_a_clip_without_events_keeps_its_empty_list(data: bytes):
+    annotation = Annotation.from_json(data)
+    assert annotation == Annotation(extra={"events": []})
+    assert Annotation.from_json(annotation.to_json()) == annotation
+
+
 def test_a_nan_given_by_a_program_is_no_value_either():
     assert not has_value(float("nan"))
     assert Annotation.from_mapping({"label": ["a", float("nan")]}).label == ["a"]

@@ -159,6 +159,25 @@ def test_a_nan_is_no_class(task_with, field: str, nothing: str):
     assert task_with(label=field).label_of(annotation) is None
 
 
+@pytest.mark.parametrize(
+    ("task", "fields", "label"),
+    [
+        ({"label": "caption*"}, {"captions": ["a dog", "a bark", None]}, ("a dog", "a bark")),
+        ({"label": "text"}, {"text": ["a dog", "a bark"]}, ("a dog", "a bark")),
+        ({"label": "tags"}, {"tags": ["dog", None]}, ("dog",)),
+        ({"label": "events"}, {"events": [{"onset": 0, "offset": 1, "label": None}]}, ()),
+        ({"label": "events"}, {"events": []}, ()),
+        ({"label": "genre"}, {"genre": ["rock", ""]}, "rock"),
+    ],
+)
+def test_the_items_of_lists_are_values_and_null_is_none(task_with, task, fields, label):
+    metrics = {"tags": "mAP", "events": "segment_f1_macro", "genre": "accuracy"}
+    metric = metrics.get(task["label"], "recall@1")
+    seconds = {"segment_seconds": 1.0} if task["label"] == "events" else {}
+    annotation = Annotation.from_json(json.dumps(fields).encode())
+    assert task_with(metric=metric, **task, **seconds).label_of(annotation) == label
+
+
 @pytest.fixture
 def train_only(task_with, write_shards, tmp_path):
     """A task whose training folder is the test's to write; its test folder is whole."""

@@ -19,7 +19,7 @@ from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import load_encoder
-from whisper_aut.probes.datamodule import ClassDataModule, Frames
+from whisper_aut.probes.datamodule import ClassDataModule, Frames, class_targets
 from whisper_aut.probes.embed import Embeddings, EmbedSettings, embed_task
 from whisper_aut.probes.encoders import LogMelBaseline
 from whisper_aut.probes.fit import PROBES, probe_splits
@@ -237,6 +237,23 @@ def test_metrics_equal_scikit_learns_and_torchmetrics_own():
     )
     assert float(metric.compute()) == pytest.approx(float(to_text + to_audio) / 2, abs=1e-6)
     assert recall_credit(similarity, owner).mean() == pytest.approx(float(metric.compute()))
+
+
+def test_an_event_counts_from_the_beginning_of_its_clip():
+    events = ((-0.05, 3.0, "dog"), (-3.0, -2.0, "cat"), (8.0, 99.0, "cat"))
+    clip = Embeddings(torch.zeros(10, 2), (events,), lengths=(10,))
+    dog, cat = class_targets(clip, "events", ["dog", "cat"], 1.0).T
+    assert dog.nonzero()[:, 0].tolist() == [0, 1, 2]
+    assert cat.nonzero()[:, 0].tolist() == [8, 9]
+
+
+def test_marks_belong_to_the_words_of_a_transcript():
+    labels = ("हिन्दी, भाषा!", "Cafe\u0301 at 5 o'clock ❤\ufe0f")
+    frames = tuple(torch.zeros(20, 4) for _ in labels)
+    clips = Embeddings(torch.empty(0, 0), labels, frames=frames)
+    split = train_valid_test({"train": clips, "valid": clips, "test": clips})
+    texts = CTCProbe.data_module(split, CTCProbe).texts
+    assert texts[:2] == ["हिन्दी भाषा", "café at 5 o'clock"]
 
 
 def test_average_precision_of_logits_of_any_size_over_the_classes_that_occur():
