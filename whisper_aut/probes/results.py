@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,11 +248,12 @@ class Average:
     @classmethod
     def of(cls, encoder: str, domain: str, entries: Sequence[TaskScore]) -> "Average":
         weights = [entry.weight for entry in entries]
+        mean = float(np.average([entry.mean for entry in entries], weights=weights))
         # The deviation over seeds is that of the average, rather than an average of deviations. A
-        # score without seeds counts for every seed.
-        seeds = max(len(entry.record) for entry in entries)
-        per_seed = [np.broadcast_to(entry.per_seed(), seeds) for entry in entries]
-        mean, std = mean_std(np.average(per_seed, axis=0, weights=weights).tolist())
+        # single score counts for every seed; of more seeds than another task has, the first count.
+        seeds = min((len(entry.record) for entry in entries if len(entry.record) > 1), default=1)
+        per_seed = [np.broadcast_to(entry.per_seed()[:seeds], seeds) for entry in entries]
+        _, std = mean_std(np.average(per_seed, axis=0, weights=weights).tolist())
         ends = interval([entry.totals for entry in entries], weights)
         return cls(encoder, domain, mean, std, len(entries), ends)
 
@@ -302,23 +304,23 @@ class Scores:
         return encoder if encoder.endswith(mark) else f"{encoder}{mark}"
 
     def averages(self) -> list[Average]:
-        """Return the weighted averages of each encoder: per domain, over all tasks (`AVERAGE`),
-        and over all tasks but speech recognition (`NO_ASR`) if there are both.
+        """Return the weighted averages of each encoder that has a score of every task in them:
+        per domain, over all tasks (`AVERAGE`), and over all tasks but speech recognition
+        (`NO_ASR`) if there are both.
         """
+        groups = {
+            domain: {entry.task for entry in self.entries if entry.domain == domain}
+            for domain in self.domains
+        }
+        groups[AVERAGE] = set(self.tasks)
+        others = {entry.task for entry in self.entries if entry.metric != "word_accuracy"}
+        if others < groups[AVERAGE]:
+            groups[NO_ASR] = others
         found = []
-        for encoder in self.encoders:
-            own = [entry for entry in self.entries if entry.encoder == encoder]
-            chosen = {
-                domain: [entry for entry in own if entry.domain == domain]
-                for domain in self.domains
-            }
-            chosen[AVERAGE] = own
-            others = [entry for entry in own if entry.metric != "word_accuracy"]
-            if len(others) < len(own):
-                chosen[NO_ASR] = others
-            found += [
-                Average.of(encoder, name, listed) for name, listed in chosen.items() if listed
-            ]
+        for encoder, (name, tasks) in product(self.encoders, groups.items()):
+            own = [one for one in self.entries if one.encoder == encoder and one.task in tasks]
+            if 0 < len(own) == len(tasks):
+                found.append(Average.of(encoder, name, own))
         return found
 
     def to_json(self) -> str:

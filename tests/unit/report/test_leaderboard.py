@@ -158,6 +158,21 @@ def test_recipes_are_compared_by_training(save):
         recipe_table(scores, "nev", "old")
 
 
+def test_an_average_needs_every_task_and_takes_any_number_of_seeds(save):
+    """A training that lacks a task is not paired by an average over the other tasks."""
+    entries = [one for i in range(6) for one in encoder(f"new-{i}", 0.8 + i / 100, 0.6)]
+    kept = [one for one in entries if (one.encoder, one.task) != ("new-3", "speak")]
+    ((scores, _),) = join_scores([save("a", *kept, *encoder("old", 0.7, 0.6))]).values()
+    assert {one.domain for one in scores.averages() if one.encoder == "new-3"} == {"sound"}
+    assert {row[0] for row in recipe_table(scores, "new", "old").rows} == {"Bark", "sound"}
+    seeded = [
+        replace(one, seeds=tuple(range(n)), scores=one.scores * n, record=one.record * n)
+        for n, one in zip((5, 3), encoder("new", 0.8, 0.6), strict=True)
+    ]
+    average = next(one for one in Scores(tuple(seeded)).averages() if one.domain == AVERAGE)
+    assert (average.mean, average.std) == (pytest.approx((0.8 + 3 * 0.6) / 4), pytest.approx(0))
+
+
 def test_the_report_of_several_runs_begins_with_a_joint_table(save, tmp_path):
     runs = [save("a", *encoder("one", 0.9, 0.9)), save("b", *encoder("two", 0.8, 0.8))]
     page = build_report([run.parent for run in runs], tmp_path / "out", Console(quiet=True))
