@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, NonNegativeFloat
 from torch import Tensor
 from torchaudio import functional, transforms
 
-from whisper_aut.audio.decode import SAMPLE_RATE_HZ
+from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits
 from whisper_aut.errors import UserError, nearest
 from whisper_aut.schema import STRICT, Text
 
@@ -153,14 +153,17 @@ class Augment:
         return masked
 
     def _draw_noise(self, position: int, samples: int) -> Tensor | None:
-        """Return `[S]` of noise: recordings are cut at a random point, and short ones repeated."""
+        """Return `[S]` of noise: recordings are cut at a random point, and short ones repeated.
+
+        None if that part of the recording is silent: no gain gives it a signal-to-noise ratio.
+        """
         random = np.random.default_rng([self.seed, _NOISE, position])
-        noise = self.noise(random) if self.noise else None
-        if noise is None:
+        if self.noise is None or (noise := self.noise(random)) is None:
             return None
         noise = noise.repeat(-(-samples // len(noise)) + 1)
         start = int(random.integers(len(noise) - samples + 1))
-        return noise[start : start + samples]
+        part = noise[start : start + samples]
+        return part if part.abs().max() >= ClipLimits.silence_peak else None
 
 
 def _find_custom(name: str, options: dict[str, Any]) -> Callable[..., Tensor]:

@@ -49,6 +49,16 @@ def test_noise_stands_at_the_ratio_asked_for(noise):
     assert torch.equal(untouched, CLIP)
 
 
+def test_a_silent_part_of_a_recording_adds_no_noise():
+    """Recordings that are padded with zeros, such as those of ESC-50, have silent parts."""
+    recording = torch.cat([CLIP[:8_000], torch.zeros(80_000)])
+    options = AugmentSettings(noise_probability=1.0)
+    augment = Augment(options, noise=lambda random: recording)
+    made = [augment.waveform(CLIP, position) for position in range(20)]
+    assert all(clip.isfinite().all() for clip in made)
+    assert 0 < sum(torch.equal(clip, CLIP) for clip in made) < 20
+
+
 def add_offset(waveform: torch.Tensor, random: np.random.Generator, largest: float) -> torch.Tensor:
     return waveform + random.uniform(0, largest)
 
