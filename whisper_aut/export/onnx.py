@@ -28,6 +28,7 @@ from whisper_aut.audio.logmel import (
     MAX_SAMPLES,
     WINDOW_SAMPLES,
     LogMel,
+    silence_level,
 )
 from whisper_aut.errors import require
 from whisper_aut.models.encoder import CONV_STRIDE, Padding
@@ -72,7 +73,7 @@ class WaveformEncoder(nn.Module):
         valid = (samples + HOP_SAMPLES - 1) // HOP_SAMPLES
         mel = self._log_mel(waveform, torch.sym_min(valid + CONTEXT_FRAMES, MAX_MEL_FRAMES))
         if self.padding == "30s":
-            silence = (mel.max() - DYNAMIC_RANGE / 4.0).expand(mel.shape[0], MAX_MEL_FRAMES)
+            silence = silence_level(mel).expand(mel.shape[0], MAX_MEL_FRAMES)
             mel = torch.cat([mel, silence], 1)[:, :MAX_MEL_FRAMES]
         hidden = gelu(self.whisper.conv1(mel[None]))
         hidden = gelu(self.whisper.conv2(hidden))[0].T
