@@ -263,9 +263,8 @@ def load_encoder(
         )
     padding = suffix if padding is None else _check_padding(padding)
     exported = Path(path) / "export" / "encoder"
-    pretrained = PretrainedWhisper(
-        str(exported) if exported.is_dir() else path, revision, random_init
-    )
+    source = str(exported) if exported.is_dir() else path
+    pretrained = PretrainedWhisper(source, revision, random_init)
     device = resolve_device(device)
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise UserError(
@@ -359,8 +358,10 @@ def _waveform(clip: Audio, position: int, *, sample_rate_hz: int | None) -> Tens
         raise UserError("Arrays need their sampling rate: pass sample_rate_hz.")
     samples = clip.detach().cpu().numpy() if isinstance(clip, Tensor) else np.asarray(clip)
     problem = ""
-    if samples.ndim not in (1, 2) or not len(samples):
+    if samples.ndim not in (1, 2) or not samples.size:
         problem = f"expected [S] or [S, channels] with samples, got shape {samples.shape}"
+    elif samples.ndim == 2 and samples.shape[1] > len(samples):
+        problem = f"channels come last, [S, channels], but the shape is {samples.shape}"
     elif samples.dtype.kind in "iu":
         problem = f"samples are {samples.dtype}; give floats between -1 and 1"
     elif not np.isfinite(samples).all():

@@ -252,7 +252,7 @@ class OwnLengthEncoder(WhisperEncoder):
             `last_hidden_state`, `[B, T, D]`, with T of the longest clip.
 
         Raises:
-            ValueError: the mask is missing.
+            ValueError: the mask is missing, or the features have no silence after a clip.
         """
         if attention_mask is None:
             raise ValueError(
@@ -266,6 +266,11 @@ class OwnLengthEncoder(WhisperEncoder):
             features[:, : frames_with_context(length)].T
             for features, length in zip(input_features, lengths, strict=True)
         ]
+        if sum(map(len, clips)) < sum(map(frames_with_context, lengths)):
+            raise ValueError(
+                "OwnLengthEncoder needs the silence after each clip. Call the feature extractor "
+                "with its default padding, to 30 s."
+            )
         frames = PackedEncoder(self)(torch.cat(clips), lengths).valid()
         padded: Any = pad_sequence(frames, batch_first=True)
         return BaseModelOutput(last_hidden_state=padded)

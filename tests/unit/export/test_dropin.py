@@ -136,6 +136,10 @@ def test_at_their_own_length_in_transformers(run: Path, clips: list[np.ndarray])
     assert model.generate(**one, language="en", task="transcribe", max_new_tokens=5).shape[0] == 1
     with pytest.raises(ValueError, match="return_attention_mask=True"):
         encoder(given["input_features"])
+    extractor = WhisperFeatureExtractor.from_pretrained(run / "export" / "whisper")
+    options = {"padding": "longest", "return_attention_mask": True, "return_tensors": "pt"}
+    with pytest.raises(ValueError, match="default padding"):
+        encoder(**extractor(clips, sampling_rate=16_000, **options))
 
 
 @pytest.mark.parametrize("padding", ["30s", "none"])

@@ -91,6 +91,8 @@ def test_encode_accepts_other_rates_and_channels_and_rejects_bad_arrays(tiny_whi
     assert encoder.encode([], sample_rate_hz=16_000) == []
     for bad, message in (
         (np.zeros(0, np.float32), "with samples"),
+        (np.zeros((9, 0), np.float32), "with samples"),
+        (stereo.T, "channels come last"),  # as torchaudio loads a file
         (np.full(100, np.nan, np.float32), "NaN"),
         (np.zeros(100, np.int16), "give floats"),
     ):
