@@ -109,6 +109,7 @@ def test_the_card_of_a_run_with_less_and_with_more(pipeline_run: Path, tmp_path:
     config = yaml.safe_load((pipeline_run / RUN / "config.yaml").read_text())
     config["model"] |= {"path": "openai/whisper-tiny", "padding": "30s"}
     del config["model"]["interpolate"]  # a config of an earlier release
+    config["model"]["lora_rank"], config["optim"]["encoder_lr"] = 16, 3e-4
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     out = tmp_path / "out"
     out.mkdir()
@@ -120,6 +121,8 @@ def test_the_card_of_a_run_with_less_and_with_more(pipeline_run: Path, tmp_path:
         "was not finished",
         "audio tower of qwen2-audio",
         "weights in bf16",
+        "\n- encoder: trained with LoRA of rank 16, merged into the weights\n- optimizer: AdamW",
+        "(0.0003 for the encoder)",
     ):
         assert text in card
     assert ModelCard(card).data.base_model == "openai/whisper-tiny"
@@ -372,4 +375,6 @@ def test_a_card_names_the_pretrained_decoder(
     assert main(pretrained) == 1
     assert "encoder has no decoder" in capsys.readouterr().err
     assert main([*pretrained, "--format", "whisper"]) == 0
-    assert "without training. It needs clips padded" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "The decoder is not trained. It needs clips padded" in card
+    assert "encoder: trained with" not in card
