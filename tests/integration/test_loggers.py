@@ -37,16 +37,17 @@ def test_a_logger_that_cannot_be_is_refused_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("package", "override"),
+    ("package", "extra", "override"),
     [
-        ("tensorboard", "trainer.loggers=[csv,tensorboard]"),
-        ("wandb", "trainer.loggers=[csv,wandb]"),
-        ("mlflow", "trainer.loggers=[csv,mlflow]"),
-        ("deepspeed", "strategy=deepspeed_stage_2"),
+        ("tensorboard", "train", "trainer.loggers=[csv,tensorboard]"),
+        ("wandb", "wandb", "trainer.loggers=[csv,wandb]"),
+        ("mlflow", "mlflow", "trainer.loggers=[csv,mlflow]"),
+        ("deepspeed", "train", "strategy=deepspeed_stage_2"),
     ],
 )
 def test_training_names_a_missing_package_and_the_config_loads(
     package: str,
+    extra: str,
     override: str,
     tiny_whisper: Path,
     tiny_shards: Path,
@@ -55,7 +56,7 @@ def test_training_names_a_missing_package_and_the_config_loads(
 ):
     monkeypatch.setattr("whisper_aut.errors.find_spec", lambda _: None)
     settings = settings_for(tiny_whisper, tiny_shards, tmp_path, "trainer.loggers=[csv]", override)
-    message = rf"{package} is not installed. Run: pip install 'whisper-aut\[\w+\]'"
+    message = rf"{package} is not installed. Run: pip install 'whisper-aut\[{extra}\]'"
     with pytest.raises(UserError, match=message):
         train(settings, QUIET)
     assert not list(tmp_path.iterdir())

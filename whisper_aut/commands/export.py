@@ -255,7 +255,7 @@ def add_parsers(commands: Commands) -> None:
     add("shards", nargs="+", help="folders or URLs of shards")
     tasks = "only these instruction tasks, by their names in conf/instructions (decoder=causal_lm)"
     add("--tasks", nargs="+", default=[], help=tasks)
-    domain = "domain of clips that state none: speech, sound, music, …"
+    domain = "domain of clips without one: speech, sound, music, …"
     add("--domain", default="", help=domain)
     long_clips = "what to do with clips above 30 s, as data.long_clips (default: trim)"
     add_choice(command, "--long-clips", ("trim", "crop", "chunk", "skip"), long_clips, "trim")

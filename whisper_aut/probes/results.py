@@ -250,7 +250,7 @@ class Average:
         weights = [entry.weight for entry in entries]
         mean = float(np.average([entry.mean for entry in entries], weights=weights))
         # The deviation over seeds is that of the average, rather than an average of deviations. A
-        # single score counts for every seed; of more seeds than another task has, the first count.
+        # single score counts for every seed. Tasks with more seeds than others use the first ones.
         seeds = min((len(entry.record) for entry in entries if len(entry.record) > 1), default=1)
         per_seed = [np.broadcast_to(entry.per_seed()[:seeds], seeds) for entry in entries]
         _, std = mean_std(np.average(per_seed, axis=0, weights=weights).tolist())

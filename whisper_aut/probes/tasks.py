@@ -128,8 +128,9 @@ class ProbeTask:
         Raises:
             UserError: a folder needs `{root}` and `root` is None.
         """
-        fold = self.split.folds[self.parts.index(part)] if self.folded else ""
-        listed: list[str] = [fold] if self.folded else getattr(self, part)
+        listed: list[str] = (
+            [self.split.folds[self.parts.index(part)]] if self.folded else getattr(self, part)
+        )
         if root is None and any("{root}" in folder for folder in listed):
             raise UserError(
                 f"Probe task {self.name!r} is below {{root}}: name the data folder (--root)."

@@ -72,7 +72,7 @@ def check_versions() -> Finding:
     """Check that all packages are installed and that torch and torchaudio match."""
     found = installed_versions(PACKAGES)
     if missing := ", ".join(name for name in PACKAGES if name not in found):
-        return Finding("versions", "fail", f"{missing} is not installed; run make setup")
+        return Finding("versions", "fail", f"not installed: {missing}; run make setup")
     listed = ", ".join(f"{name} {number}" for name, number in found.items())
     minor = {found[name].split("+")[0].rpartition(".")[0] for name in ("torch", "torchaudio")}
     if len(minor) > 1:

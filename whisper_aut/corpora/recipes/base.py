@@ -12,8 +12,7 @@ from typing import Any
 
 import yaml
 
-from whisper_aut.audio import decode
-from whisper_aut.audio.decode import ClipLimits
+from whisper_aut.audio.decode import AUDIO_SUFFIXES, ClipLimits
 from whisper_aut.corpora.build import BuildReport, build_shards
 from whisper_aut.corpora.download import download, unpack
 from whisper_aut.corpora.manifest import ManifestSpec
@@ -21,7 +20,7 @@ from whisper_aut.errors import UserError
 from whisper_aut.utils import write_text
 
 MANIFEST_NAME = "manifest.jsonl"
-AUDIO_SUFFIXES = tuple(f".{suffix}" for suffix in decode.AUDIO_SUFFIXES)
+AUDIO_FILES = tuple(f".{suffix}" for suffix in AUDIO_SUFFIXES)
 TABLE_COLUMNS = ("name", "domain", "clips", "hours", "licence", "download", "checked", "source")
 LISTED_COLUMNS = 6  # columns that fit in a terminal
 
@@ -149,7 +148,7 @@ def find_parts(root: Path, patterns: Mapping[str, str]) -> dict[str, Path]:
     return found
 
 
-def audio_files(folder: Path, suffixes: tuple[str, ...] = AUDIO_SUFFIXES) -> list[Path]:
+def audio_files(folder: Path, suffixes: tuple[str, ...] = AUDIO_FILES) -> list[Path]:
     """Return the audio files under a folder, sorted, without hidden files and folders."""
     return sorted(
         path

@@ -9,14 +9,14 @@ import re
 from pathlib import Path
 
 from whisper_aut.corpora.manifest import AUDIO_COLUMNS, TABLE_SUFFIXES, read_columns, read_rows
-from whisper_aut.corpora.recipes.base import AUDIO_SUFFIXES, Rows, audio_files
+from whisper_aut.corpora.recipes.base import AUDIO_FILES, Rows, audio_files
 from whisper_aut.errors import UserError
 
 SPLIT_NAME = re.compile(
     r"train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?|fold[_-]*\d+", re.I
 )
-READABLE = (*AUDIO_SUFFIXES, ".oga", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
-UNREADABLE = (".wma", ".amr")  # they become rows too, which are skipped and counted
+READABLE = (*AUDIO_FILES, ".oga", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", ".rf64")
+UNREADABLE = (".wma", ".amr")  # they become rows that are skipped and counted
 LABEL_COLUMNS = (
     *("label", "category", "class", "class_name", "genre"),
     *("style", "family", "instrument", "emotion", "word"),
