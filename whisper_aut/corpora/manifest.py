@@ -6,6 +6,7 @@ two: a Hugging Face dataset. A `ManifestSpec` says what its columns mean.
 
 import csv
 import gzip
+import json
 import math
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
@@ -481,24 +482,37 @@ def _arrow_rows(path: Path, files: Sequence[Path]) -> Iterator[tuple[int, Row]]:
         named = re.match(r"(?!data-)(.+)-\d+-of-\d+$", file.stem)
         split = named[1] if named else file.parent.name if file.parent != path else ""
         for batch in _arrow_batches(file):
-            classes = _class_names(batch.schema.metadata)
+            classes = _class_features(batch.schema.metadata)
             for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
                 for name, value in row.items():
                     if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
                         row[name] = {**value, "file": str(file.absolute())}
-                    elif name in classes and isinstance(value, int):
-                        row[name] = classes[name].get(value)
+                    elif name in classes:
+                        row[name] = _with_class_names(value, classes[name])
                 yield number, {"split": split, **row}
 
 
-def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, dict[int, str]]:
-    """Return the names of class labels by column and label, as `datasets` stores them."""
+def _class_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    """Return the types of the columns that hold class labels, as `datasets` stores them."""
     try:
         features = parse_json((metadata or {})[b"huggingface"])["info"]["features"]
-        classes = ((name, one["names"]) for name, one in features.items() if "names" in one)
-        return {name: dict(enumerate(names)) for name, names in classes}
+        return {name: one for name, one in features.items() if '"names":' in json.dumps(one)}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def _with_class_names(value: Any, feature: Any) -> Any:
+    """Replace class numbers by names, also in lists and structs. A negative number is no label."""
+    while isinstance(feature, list) or feature.get("_type") in ("Sequence", "List", "LargeList"):
+        feature = feature[0] if isinstance(feature, list) else feature["feature"]
+    if isinstance(value, list):
+        return [_with_class_names(one, feature) for one in value]
+    if isinstance(value, dict):
+        return {name: _with_class_names(one, feature[name]) for name, one in value.items()}
+    if "names" not in feature or not isinstance(value, int):
+        return value
+    names = feature["names"]
+    return names[value] if 0 <= value < len(names) else None
 
 
 def _arrow_batches(file: Path) -> Iterator[Any]:

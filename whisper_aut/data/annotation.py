@@ -339,11 +339,6 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^\w-]+", "_", name).strip("_")[:MAX_KEY_CHARACTERS]
 
 
-@lru_cache(maxsize=256)
-def _parsed(template: str) -> "Template":
-    return Template(template)
-
-
 def text_template(value: str) -> "Template":
     """Parse a template; a value without braces is the name of a single column."""
     return Template(value if "{" in value else f"{{{value}}}")
@@ -384,6 +379,9 @@ class Template(Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         text = plain(value).strip()
         return " ".join(text.replace("_", " ").split()) if format_spec == "words" else text
+
+
+_parsed = lru_cache(maxsize=256)(Template)
 
 
 def read_lines(path: Path) -> list[str]:

@@ -283,10 +283,13 @@ def training_curve(run: RunDirectory) -> tuple[Progress, ...]:
 def plan_table(experiment: Experiment) -> Table:
     """Return all runs with their state and expected cost."""
     found, rows = [find_run(run) for run in experiment.runs], []
+    costs: dict[str, tuple[str, str, str]] = {}
     for one in found:
+        arm = one.run.name.rpartition("-s")[0]  # all its seeds cost the same
+        costs[arm] = costs.get(arm) or _expected_cost(one)
         origin = one.run.pretrained.name if one.run.pretrained else "its config"
         origin = f"random weights of {origin}" if one.run.random else origin
-        rows.append((one.run.name, one.state, origin, *_expected_cost(one.run)))
+        rows.append((one.run.name, one.state, origin, *costs[arm]))
     missing, seeds = sum(one.state != "done" for one in found), len(experiment.settings.seeds)
     power = f"Fewer than {MIN_TRAININGS} seeds: the results will not support any claim."
     if seeds >= MIN_TRAININGS:
@@ -304,10 +307,10 @@ def plan_table(experiment: Experiment) -> Table:
     )
 
 
-def _expected_cost(run: Run) -> tuple[str, str, str]:
+def _expected_cost(found: FoundRun) -> tuple[str, str, str]:
     """Return steps, audio seconds and TFLOP, as `whisper-aut plan` predicts them."""
-    settings = load_settings(run.config, run.overrides)
-    first = run.chain()[0]  # a missing checkpoint has the size of the first one in the chain
+    settings = found.settings
+    first = found.run.chain()[0]  # a missing checkpoint has the size of the first one in the chain
     model = load_settings(first.config, first.overrides).model
     try:
         forecast = build_forecast(settings, planned_config(model))

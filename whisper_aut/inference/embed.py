@@ -231,7 +231,8 @@ def embed_paths(
         >>> embed_paths(encoder, ["clip.wav"], name="mine").names
         ('clip.wav',)
     """
-    pool = get_pooling(pooling) if pooling else _frames_first
+    # Without pooling, frames come first: `[T, D]` or `[T, L, D]`.
+    pool = get_pooling(pooling) if pooling else lambda frames: frames.movedim(-2, 0)
     names, seconds, rows = [], [], []
     skipped: dict[str, str] = {}
     sources = (source for path in paths for source in _sources(path))
@@ -261,10 +262,6 @@ def count_clips(paths: Sequence[str]) -> int:
     return sum(
         open_index(path).samples if is_shards(path) else len(_audio_files(path)) for path in paths
     )
-
-
-def _frames_first(frames: Tensor) -> Tensor:
-    return frames if frames.ndim == 2 else frames.transpose(0, 1)
 
 
 def _decoded_groups(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from whisper_aut.data.batch import Targets
 from whisper_aut.onednn import product
 
 CHUNK_POSITIONS = 512
@@ -34,6 +35,13 @@ class DecoderLoss:
     token_nll: Tensor
     correct: Tensor
     counts: tuple[int, ...]
+
+
+def token_loss(states: Tensor, weight: Tensor, targets: Targets) -> DecoderLoss:
+    """Return the loss of the supervised tokens, from the states `[N, D]` that predict them."""
+    labels, weights = targets.tokens[targets.label_indices], targets.label_weights(states.device)
+    total, nll, correct = chunked_cross_entropy(states, weight, labels, label_weights=weights)
+    return DecoderLoss(total, nll, correct, targets.counts)
 
 
 def chunked_cross_entropy(

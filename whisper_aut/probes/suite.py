@@ -316,13 +316,8 @@ def _score(
     task, parts = embedder.task, embedder.embed()
     class_count = _check_classes(task, parts)
     splits = splits_of(parts, task)
-    options: Any = {
-        "metric": task.metric,
-        "kind": kind,
-        "seeds": seeds,
-        "device": device,
-        "name": task.name,
-    }
+    options: Any = {"name": task.name, "metric": task.metric}
+    options |= {"kind": kind, "seeds": seeds, "device": device}
     if shots:
         runs = few_shot_splits(splits, shots, **options)
     else:
@@ -435,14 +430,9 @@ def _identity(
 ) -> str:
     """Hash everything a score depends on. A task's title and weight do not affect it."""
     task, module = embedder.task, PROBES[kind]
-    probe = {
-        "kind": kind,
-        "version": module.version,
-        "candidates": list(module.candidates),
-        "final_fit": final_fit,
-        "seeds": list(seeds) if module.seeded or shots else [],
-        "protocol": PROTOCOL,
-    }
+    probe = {"kind": kind, "version": module.version, "candidates": list(module.candidates)}
+    used_seeds = list(seeds) if module.seeded or shots else []
+    probe |= {"final_fit": final_fit, "seeds": used_seeds, "protocol": PROTOCOL}
     if shots or embedder.selected:
         probe |= {"shots": shots, "layers": embedder.selected, "default": module.default}
     scored = [task.name, task.domain, task.metric, task.classes, task.segment_seconds]

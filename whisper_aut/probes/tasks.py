@@ -179,15 +179,18 @@ class ProbeTask:
     def _events(self, value: Any) -> tuple[tuple[float, float, str], ...]:
         start, end, label = self.event
         try:
-            return tuple(
+            events = tuple(
                 (float(event[start]), float(event[end]), name)
                 for event in value
                 for name in self._class_names(event[label])
             )
+            if not all(begins <= ends for begins, ends, _ in events):
+                raise ValueError
+            return events
         except (TypeError, KeyError, ValueError):
             raise UserError(
-                f"Probe task {self.name!r}: {self.label!r} must be a list of events with {start}, "
-                f"{end} and {label}, not {value!r:.80}."
+                f"Probe task {self.name!r}: {self.label!r} must be a list of events with {label}, "
+                f"{start} and a later {end}, not {value!r:.80}."
             ) from None
 
     def _class_names(self, value: Any) -> list[str]:

@@ -162,13 +162,11 @@ def render(runs: Sequence[tuple[str, Sequence[Section]]], template: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["data_uri"] = _data_uri
+    environment.filters["data_uri"] = lambda content, mime_type: (
+        f"data:{mime_type};base64,{b64encode(content).decode()}"
+    )
     text = environment.get_template(template).render(runs=runs)
     return text.encode(errors="backslashreplace").decode()  # names in tars may not be UTF-8
-
-
-def _data_uri(content: bytes, mime_type: str) -> str:
-    return f"data:{mime_type};base64,{b64encode(content).decode()}"
 
 
 def _report_run(run: RunDirectory, out: Path, prefix: str, console: Console) -> list[Section]:

@@ -377,3 +377,24 @@ def test_a_table_of_parquet_that_is_none_is_an_error(tmp_path: Path):
     for path in (tmp_path, tmp_path / "a.parquet"):
         with pytest.raises(UserError, match=r"a\.parquet cannot be read"):
             Manifest(ManifestSpec(path))
+
+
+@pytest.mark.parametrize("kind", ["Sequence", "List", "in brackets"])  # of three versions
+def test_lists_of_class_labels_become_lists_of_names(kind: str, tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def list_of(item: Any) -> Any:
+        return [item] if kind == "in brackets" else {"feature": item, "_type": kind}
+
+    label = {"names": ["dog", "cat"], "_type": "ClassLabel"}
+    number = {"dtype": "float32", "_type": "Value"}
+    features = {"classes": list_of(label), "events": list_of({"event": label, "onset": number})}
+    rows = {"path": ["0.wav", "1.wav"], "text": ["a", "b"], "classes": [[1, 0], []]}
+    table = pyarrow.table(rows | {"events": [[{"event": 1, "onset": 0.5}], []]})
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / "t.parquet")
+    found = list(Manifest(ManifestSpec(manifest=str(tmp_path / "t.parquet"))).entries())
+    extra = [one.annotation.extra for one in found if isinstance(one, Entry)]
+    assert [one.get("classes") for one in extra] == [["cat", "dog"], None]
+    assert extra[0]["events"] == [{"event": "cat", "onset": 0.5}]

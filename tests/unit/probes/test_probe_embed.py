@@ -178,6 +178,14 @@ def test_the_items_of_lists_are_values_and_null_is_none(task_with, task, fields,
     assert task_with(metric=metric, **task, **seconds).label_of(annotation) == label
 
 
+@pytest.mark.parametrize("times", [(2.0, 1.0), ("NaN", 1.0), (0.0, "NaN"), (None, 1.0)])
+def test_an_event_that_ends_before_it_begins_is_an_error(task_with, times):
+    task = task_with(label="events", metric="segment_f1_macro", segment_seconds=1.0)
+    event = {"onset": times[0], "offset": times[1], "label": "dog"}
+    with pytest.raises(UserError, match="onset and a later offset"):
+        task.label_of(Annotation.from_json(json.dumps({"events": [event]}).encode()))
+
+
 @pytest.fixture
 def train_only(task_with, write_shards, tmp_path):
     """A task whose training folder is the test's to write; its test folder is whole."""

@@ -41,7 +41,7 @@ from whisper_aut.models.language_model import (
     sequence_states,
     weights_hash,
 )
-from whisper_aut.models.losses import DecoderLoss, chunked_cross_entropy
+from whisper_aut.models.losses import DecoderLoss, token_loss
 from whisper_aut.models.pretrained import PretrainedWhisper, seeded
 from whisper_aut.models.tiny import LanguageScratch, make_language_model, scratch_config
 from whisper_aut.schema import Text
@@ -261,13 +261,7 @@ class CausalLMDecoder(nn.Module):
         positions = targets.label_indices + upload(shifts, frames.device)
         weight: Any = self.model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
         # Each token is predicted from the state one position before it.
-        total, nll, correct = chunked_cross_entropy(
-            states.index_select(0, positions - 1),
-            weight,
-            targets.tokens[targets.label_indices],
-            label_weights=targets.label_weights(frames.device),
-        )
-        return DecoderLoss(total, nll, correct, targets.counts)
+        return token_loss(states.index_select(0, positions - 1), weight, targets)
 
     @torch.no_grad()
     def generate(

@@ -35,7 +35,7 @@ from whisper_aut.models.attention import (
 )
 from whisper_aut.models.encoder import packed_attention, packed_feed_forward
 from whisper_aut.models.flops import whisper_decoder_flops
-from whisper_aut.models.losses import DecoderLoss, chunked_cross_entropy
+from whisper_aut.models.losses import DecoderLoss, token_loss
 from whisper_aut.models.pretrained import PretrainedWhisper
 
 
@@ -175,15 +175,8 @@ class WhisperDecoder(nn.Module):
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:
         hidden = self._hidden(frames, lengths, targets)
         # Each token is predicted from the state one position before it.
-        indices = targets.label_indices
-        weight = self.whisper.embed_tokens.weight
-        total, nll, correct = chunked_cross_entropy(
-            hidden[indices - 1],
-            weight,
-            targets.tokens[indices],
-            label_weights=targets.label_weights(frames.device),
-        )
-        return DecoderLoss(total, nll, correct, targets.counts)
+        before = hidden[targets.label_indices - 1]
+        return token_loss(before, self.whisper.embed_tokens.weight, targets)
 
     @torch.no_grad()
     def generate(
