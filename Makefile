@@ -20,6 +20,8 @@ CONFIG_UNIWHISPER := $(or $(CONFIG),conf/uniwhisper_tiny.yaml)
 OVERRIDES := $(if $(MODEL),model.path=$(MODEL)) $(if $(DATA),data.root=$(DATA)) $(ARGS)
 
 export TOKENIZERS_PARALLELISM := false
+# Where it is set, as in many containers, every start would compile the sources again and take twice as long.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup lock train-aut train-uniwhisper probe experiment report test test-all smoke notebooks bench docs lint clean
 
@@ -28,8 +30,8 @@ help: ## list the targets
 
 setup: $(STAMP) ## install the pinned environment into .venv (about a minute; runs by itself where needed)
 
-# uv is installed with pip into its own environment, so that .venv has exactly the packages of the lock. uv does not compile bytecode;
-# where PYTHONDONTWRITEBYTECODE is set, as in many containers, every start would compile the sources again and take twice as long.
+# uv is installed with pip into its own environment, so that .venv has exactly the packages of the lock. uv does not compile bytecode, so
+# the last line imports all modules.
 IMPORT_ALL := import importlib, pkgutil, whisper_aut as w; \
 	[importlib.import_module(found.name) for found in pkgutil.walk_packages(w.__path__, 'whisper_aut.')]
 $(STAMP): requirements.lock pyproject.toml
@@ -38,7 +40,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@.uv/bin/uv venv -q --allow-existing --python $(PYTHON) $(VENV)
 	@.uv/bin/uv pip install -q --python $(BIN)/python --require-hashes -r requirements.lock
 	@.uv/bin/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e .
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "$(IMPORT_ALL)"
+	@$(BIN)/python -c "$(IMPORT_ALL)"
 	@touch $@
 
 lock: ## resolve the dependencies and rewrite requirements.lock
