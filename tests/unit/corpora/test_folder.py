@@ -28,6 +28,22 @@ def test_a_table_next_to_the_audio_is_read(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize("nothing", ["null", '""'])
+def test_a_row_of_a_table_without_a_split_is_skipped(nothing: str, tmp_path: Path):
+    """Its clip used to put all splits into one folder, or to be a split called None."""
+    table = "".join(
+        f'{{"file": "{name}.wav", "split": {split}, "category": {number}}}\n'
+        for number, (name, split) in enumerate([("a", '"train"'), ("b", '"test"'), ("c", nothing)])
+    )
+    files = {f"{name}.wav": WAV for name in "abc"} | {"clips.jsonl": table.encode()}
+    raw, out = lay_out(tmp_path / "raw", files), tmp_path / "out"
+    command = ["data", "build", "folder", str(raw), "--out", str(out), "--workers", "1"]
+    assert main(command) == 0
+    found = {path.parent.name: samples(path.parent) for path in out.glob("*/index.json")}
+    labels = {split: [one.annotation.label for one in own] for split, own in found.items()}
+    assert labels == {"train": ["0"], "test": ["1"]}
+
+
 @pytest.mark.parametrize(
     ("files", "splits"),
     [

@@ -256,15 +256,15 @@ def build_corpus(
 def _write_manifest(
     recipe: Recipe, rows: Callable[[Path], Rows], raw: Path, out: Path
 ) -> tuple[Path, bool]:
-    """Write the rows of a corpus as a manifest; return its path and whether all rows have a split.
+    """Write the rows of a corpus as a manifest; return its path and whether any row has a split.
 
     Rows without the key `licence` get the corpus's licence. An empty `licence` stays empty: it
     means that licences differ by clip and this one is unknown.
     """
-    path, lines, has_splits = out / MANIFEST_NAME, [], True
+    path, lines, has_splits = out / MANIFEST_NAME, [], False
     try:
         for row in rows(raw):
-            has_splits = has_splits and bool(row.get("split") or not row["audio"])
+            has_splits = has_splits or bool(row.get("split"))
             if recipe.licence:
                 row.setdefault("licence", recipe.licence)
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")

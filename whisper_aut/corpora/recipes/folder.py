@@ -10,6 +10,7 @@ from pathlib import Path
 
 from whisper_aut.corpora.manifest import AUDIO_COLUMNS, TABLE_SUFFIXES, read_columns, read_rows
 from whisper_aut.corpora.recipes.base import AUDIO_FILES, Rows, audio_files
+from whisper_aut.data.annotation import plain
 from whisper_aut.errors import UserError
 
 SPLIT_NAME = re.compile(
@@ -56,15 +57,14 @@ def _from_table(root: Path, table: Path) -> Rows:
         if isinstance(row, str):  # a row without audio is skipped and counted
             yield {"audio": "", "unreadable": f"line {number} of {table.name}: {row}"}
             continue
-        path = Path(str(row.pop(audio)))
+        path = plain(row.pop(audio, None))
         if not (root / path).exists() and (root / "audio" / path).exists():
-            path = Path("audio") / path
-        row.pop("", None)
-        row["audio"] = str(path)
-        if label and row[label]:
-            row["label"] = row[label]
+            path = f"audio/{path}"
+        row["audio"] = path
+        if label:
+            row["label"] = row.get(label)
         if split:
-            row["split"] = str(row[split])
+            row["split"] = plain(row.get(split)).strip()
         yield row
 
 
