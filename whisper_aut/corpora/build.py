@@ -42,7 +42,7 @@ from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 from whisper_aut.utils import available_cores, file_sha256, parallel_map, progress_bar, read_json
 
-RECIPE_VERSION = 3  # increase it when the same inputs result in different shards
+RECIPE_VERSION = 4  # increase it when the same inputs result in different shards
 PATHS = ("manifest", "audio_root", "out")  # of a spec; the same files at other paths are equal
 SKIPPED_NAME = "skipped.jsonl"
 SUFFIX_OF_FORMAT = {"FLAC": "flac", "WAV": "wav", "WAVEX": "wav", "OGG": "ogg", "MP3": "mp3"}

@@ -12,7 +12,6 @@ import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -257,16 +256,19 @@ class Manifest:
         # Shards may be published: do not store absolute paths of the local machine in them.
         if written.is_absolute() or isinstance(row[self.audio], dict):
             taken.add(self.audio)
+        if self.spec.text:  # no other column is a text, or one of several
+            taken |= {"texts"} if has_value(own["text"]) else set(TEXT_FIELDS)
         extra = {name: value for name, value in row.items() if name not in taken}
         try:
             annotation = Annotation.from_mapping({**own, **extra})
-            size = len(annotation.to_json())
-        # ValueError: lone surrogates are not UTF-8. TypeError: a column of bytes or dates.
+            parse_row(data := annotation.to_json())
+        # ValueError: a lone surrogate or an infinity. TypeError: a column of bytes or dates.
         except (SkipSample, ValueError, TypeError) as error:
             detail = error.detail if isinstance(error, SkipSample) else str(error)
             raise SkipSample(SkipReason.BAD_ROW, detail) from None
-        if size > MAX_JSON_BYTES:
-            raise SkipSample(SkipReason.BAD_ROW, f"{size} bytes of JSON, limit {MAX_JSON_BYTES}")
+        if len(data) > MAX_JSON_BYTES:
+            detail = f"{len(data)} bytes of JSON, limit {MAX_JSON_BYTES}"
+            raise SkipSample(SkipReason.BAD_ROW, detail)
         return annotation
 
     def _column(self, option: str, given: str, usual: Sequence[str]) -> str | None:
@@ -309,7 +311,7 @@ def _seconds(row: Row, column: str | None) -> float | None:
         return None
     try:
         seconds = float(value)  # pyright: ignore[reportArgumentType]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not 0 <= seconds < math.inf:
         raise SkipSample(
@@ -390,11 +392,8 @@ def read_annotations(path: str | Path) -> dict[str, Row]:
     """
     path, rows = Path(path), {}
     try:
-        if path.suffix.lower() in ARROW_SUFFIXES:
-            tables = (batch.to_pylist() for batch in _arrow_batches(path))
-            numbered = enumerate(chain.from_iterable(tables), 1)
-        else:
-            numbered = _json_rows(path)
+        is_arrow = path.suffix.lower() in ARROW_SUFFIXES
+        numbered = enumerate(_table_rows(path), 1) if is_arrow else _json_rows(path)
         for number, row in numbered:
             where = f"{path}, row {number}"
             if isinstance(row, str):
@@ -445,7 +444,9 @@ def _cut_row(cut: Row) -> Row | str:
     try:
         recording, begin, seconds = cut["recording"], cut["start"], cut["duration"]
         (source,) = recording["sources"]
-        if cut["type"] != "MonoCut" or source["type"] != "file":
+        transforms = {one["name"] for one in recording.get("transforms") or ()} - {"Resample"}
+        is_whole = source["type"] == "file" and len(source["channels"]) == 1 and not transforms
+        if cut["type"] != "MonoCut" or not is_whole:
             raise ValueError
         row = {**(cut.get("custom") or {}), "id": cut["id"], "audio": source["source"]}
         if begin or seconds < recording["duration"]:
@@ -460,7 +461,7 @@ def _cut_row(cut: Row) -> Row | str:
             ]
         return {**row, "text": " ".join(one["text"] for one in spoken)}
     except (KeyError, TypeError, ValueError):
-        return f"a {cut['type']} that is not a part of one file: save it with lhotse's save_audios"
+        return f"a {cut['type']} that is not an unchanged part of a mono file: see save_audios"
 
 
 def arrow_files(path: Path) -> list[Path]:
@@ -472,24 +473,30 @@ def arrow_files(path: Path) -> list[Path]:
 
 
 def _arrow_rows(path: Path, files: Sequence[Path]) -> Iterator[tuple[int, Row]]:
-    """Yield the rows of a dataset, with names for class labels, and the column `split`.
+    """Yield the rows of a dataset, with the column `split`.
 
-    A split is named by the file (`train-00000-of-00009.parquet`) or by its folder. Audio is
-    `{"bytes": …, "path": …, "file": the table}`.
+    A split is named by the file (`train-00000-of-00009.parquet`, perhaps with a hash at the end) or
+    by its folder. Audio is `{"bytes": …, "path": …, "file": the table}`.
     """
     number = 0
     for file in files:
-        named = re.match(r"(?!data-)(.+)-\d+-of-\d+$", file.stem)
+        named = re.match(r"(?!data-)(.+)-\d+-of-\d+(-[0-9a-f]+)?$", file.stem)
         split = named[1] if named else file.parent.name if file.parent != path else ""
-        for batch in _arrow_batches(file):
-            classes = _class_features(batch.schema.metadata)
-            for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
-                for name, value in row.items():
-                    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
-                        row[name] = {**value, "file": str(file.absolute())}
-                    elif name in classes:
-                        row[name] = _with_class_names(value, classes[name])
-                yield number, {"split": split, **row}
+        for number, row in enumerate(_table_rows(file), number + 1):  # noqa: B020
+            for name, value in row.items():
+                if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+                    row[name] = {**value, "file": str(file.absolute())}
+            yield number, {"split": split, **row}
+
+
+def _table_rows(file: Path) -> Iterator[Row]:
+    """Yield the rows of a parquet or Arrow file, with names for class labels."""
+    for batch in _arrow_batches(file):
+        classes = _class_features(batch.schema.metadata)
+        for row in batch.to_pylist():
+            yield row | {
+                name: _with_class_names(row[name], classes[name]) for name in classes.keys() & row
+            }
 
 
 def _class_features(metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from whisper_aut.corpora.manifest import Entry, Manifest, ManifestSpec, Segment, SkippedRow
+from whisper_aut.corpora.manifest import (
+    Entry,
+    Manifest,
+    ManifestSpec,
+    Segment,
+    SkippedRow,
+    read_annotations,
+)
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.errors import SkipReason, UserError
 
@@ -85,6 +92,27 @@ def test_a_text_is_looked_for_in_each_row_unless_a_column_is_named(tmp_path: Pat
     path = jsonl(tmp_path, *rows)
     assert [entry.annotation.text for entry in entries(path)] == ["one", "three"]
     assert skipped_row(path, text="caption").reason is SkipReason.NO_TEXT
+
+
+def test_columns_that_are_not_the_named_one_are_no_texts(tmp_path: Path):
+    rows = (
+        {"wav": "a.wav", "caption": "one", "texts": ["eins", "un"], "sentence": "kept"},
+        {"wav": "b.wav", "caption": "", "sentence": "zwei", "label": "two"},
+    )
+    found = [one.annotation for one in entries(jsonl(tmp_path, *rows), text="caption")]
+    read = [Annotation.from_json(one.to_json()) for one in found]
+    assert [one.texts for one in read] == [("one",), ()]
+    assert read[0].extra["sentence"] == "kept"
+
+
+def test_a_row_that_no_reader_could_parse_is_skipped(tmp_path: Path):
+    path = table(tmp_path, '{"path": "a.wav", "text": "t", "snr": 1e999}', "clips.jsonl")
+    assert "Infinity" in skipped_row(path).detail
+
+
+def test_times_of_any_size_are_read(tmp_path: Path):
+    path = jsonl(tmp_path, {"path": "a.wav", "text": "t", "offset": 10**400})
+    assert "must be seconds" in skipped_row(path).detail
 
 
 def test_a_tsv_has_no_quoting(tmp_path: Path):
@@ -368,7 +396,19 @@ def test_the_cuts_of_lhotse_are_rows(tmp_path: Path):
     assert (part.segment, part.annotation.text) == (Segment(2.5, 1.5), "ja")
     assert part.annotation.extra["snr"] == 7
     assert isinstance(mixed, SkippedRow)
-    assert "a MixedCut that is not a part of one file" in mixed.detail
+    assert "a MixedCut that is not an unchanged part of a mono file" in mixed.detail
+
+
+def test_cuts_of_one_channel_of_several_or_at_another_speed_are_skipped(tmp_path: Path):
+    line = cut("a", 0.0, 10.0, ["x"])
+    stereo = line.replace('"channels": [0]', '"channels": [0, 1]')
+    faster, resampled = (
+        line.replace('"id": "r"', f'"id": "r", "transforms": [{{"name": "{name}"}}]')
+        for name in ("Speed", "Resample")
+    )
+    path = table(tmp_path, "\n".join([line, stereo, faster, resampled]), "cuts.jsonl")
+    found = [isinstance(one, Entry) for one in Manifest(ManifestSpec(path)).entries()]
+    assert found == [True, False, False, True]
 
 
 def test_a_table_of_parquet_that_is_none_is_an_error(tmp_path: Path):
@@ -398,3 +438,29 @@ def test_lists_of_class_labels_become_lists_of_names(kind: str, tmp_path: Path):
     extra = [one.annotation.extra for one in found if isinstance(one, Entry)]
     assert [one.get("classes") for one in extra] == [["cat", "dog"], None]
     assert extra[0]["events"] == [{"event": "cat", "onset": 0.5}]
+
+
+def test_splits_are_named_by_files_with_and_without_a_hash(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000-of-00001-da5e1b2a", "test-00000-of-00001"):
+        rows = pyarrow.table({"path": ["a.wav"], "text": [name]})
+        parquet.write_table(rows, tmp_path / "data" / f"{name}.parquet")
+    found = entries(tmp_path, split_by="split")
+    assert {one.split: one.annotation.text.partition("-")[0] for one in found} == {
+        "train": "train",
+        "test": "test",
+    }
+
+
+def test_annotations_of_parquet_have_the_names_of_classes(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    label = {"names": ["dog", "cat"], "_type": "ClassLabel"}
+    metadata = {b"huggingface": json.dumps({"info": {"features": {"label": label}}}).encode()}
+    rows = pyarrow.table({"id": ["a"], "label": [1]}).replace_schema_metadata(metadata)
+    parquet.write_table(rows, tmp_path / "rows.parquet")
+    assert read_annotations(tmp_path / "rows.parquet") == {"a": {"label": "cat"}}
