@@ -36,6 +36,7 @@ SAMPLE_RATE_HZ = 16_000
 AV_SUFFIXES = ("m4a", "mp4", "aac", "webm")  # see `as_soundfile`
 AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3", "opus", *AV_SUFFIXES)
 ROUNDING_SECONDS = 5e-4  # codecs and resamplers round a 30 s clip by a sample
+SEGMENT_SLACK_SECONDS = 0.1  # a segment or a clip may end this much after the end of its file
 TRIM_SECONDS = 0.5  # a training clip that is too long by up to this loses its end
 MAX_CHANNELS = 32
 MAX_SAMPLE_RATE_HZ = 768_000
@@ -114,9 +115,9 @@ def decode(data: bytes, limits: ClipLimits, choose: ChoosePart | None = None) ->
             in seconds; by default the whole clip.
 
     Raises:
-        SkipSample: the clip is empty, too large, undecodable, several files joined together,
-            outside the duration limits, or silent after the mix-down; or it has samples that are
-            not finite or far above full scale.
+        SkipSample: the clip is empty, too large, undecodable, shorter than its header states,
+            several files joined together, outside the duration limits, or silent after the
+            mix-down; or it has samples that are not finite or far above full scale.
     """
     # A part may be anywhere in the clip.
     data = as_soundfile(data, LONG_CLIPS if choose else limits)
@@ -124,7 +125,7 @@ def decode(data: bytes, limits: ClipLimits, choose: ChoosePart | None = None) ->
         _check_format(file)
         # One second more than the limit shows that a clip is too long, and bounds the cost of a
         # wrong header.
-        frames = int((limits.max_seconds + 1) * file.samplerate)
+        frames, stated = int((limits.max_seconds + 1) * file.samplerate), 0
         if file.frames != UNKNOWN_FRAMES:
             seconds = file.frames / file.samplerate
             start, length = choose(seconds) if choose else (0.0, seconds)
@@ -133,7 +134,10 @@ def decode(data: bytes, limits: ClipLimits, choose: ChoosePart | None = None) ->
                 file.seek(round(start * file.samplerate))
             if length < seconds:
                 frames = round(length * file.samplerate)
+            whole = round(file.frames * _stated_size(data) / len(data))
+            stated = min(frames, whole - round(start * file.samplerate))
         samples = file.read(frames, dtype="float32")
+        check_complete(len(samples), stated, file.samplerate)
         rate, codec = file.samplerate, f"{file.format}/{file.subtype}"
         layout = channel_layout(file, data)
     _check_seconds(len(samples) / rate, limits)
@@ -149,6 +153,22 @@ def decode(data: bytes, limits: ClipLimits, choose: ChoosePart | None = None) ->
     clip = Clip(mix_down(samples, layout), rate, codec)
     _check_not_silent(clip.samples, limits)
     return clip
+
+
+def check_complete(samples: int, stated: int, rate_hz: int) -> None:
+    """Raise a `SkipSample` if there are fewer samples than the header of a file states."""
+    if samples < stated - SEGMENT_SLACK_SECONDS * rate_hz:
+        detail = f"it ends after {samples / rate_hz:g} of {stated / rate_hz:g} s"
+        raise SkipSample(SkipReason.UNDECODABLE, detail)
+
+
+def _stated_size(data: bytes) -> int:
+    """Return the bytes that a WAV states to have, of which libsndfile reads those that exist."""
+    if data[:4] != b"RIFF" or len(data) < 8:
+        return len(data)
+    (size,) = struct.unpack_from("<I", data, 4)
+    # Programs that write to a pipe state about 2 or 4 GB.
+    return max(len(data), size + 8) if size < 1 << 30 else len(data)
 
 
 def as_soundfile(data: bytes, limits: ClipLimits) -> bytes:

@@ -21,9 +21,11 @@ import numpy as np
 import soundfile
 
 from whisper_aut.audio.decode import (
+    SEGMENT_SLACK_SECONDS,
     ClipLimits,
     as_soundfile,
     channel_layout,
+    check_complete,
     decode,
     mix_down,
     open_recording,
@@ -49,7 +51,6 @@ SUFFIX_OF_FORMAT = {"FLAC": "flac", "WAV": "wav", "WAVEX": "wav", "OGG": "ogg", 
 LOSSY = ("VORBIS", "OPUS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
 HEAD_BYTES = 4096  # enough of a file to tell its channel layout
 MAX_FLAC_RATE_HZ = 655_350
-SEGMENT_SLACK_SECONDS = 0.1  # a segment may end this much after the end of its file
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def _cut(path: Path, segment: Segment, limits: ClipLimits) -> EncodedClip:
         frames = min(round(end * rate) - start, round((limits.max_seconds + 1) * rate))
         with path.open("rb") as head:
             samples = _read(file, frames, head.read(HEAD_BYTES))
+        check_complete(len(samples), min(frames, file.frames - start), rate)
     data, suffix = _encode(samples, rate)
     return EncodedClip(data, suffix, decode(data, limits).seconds)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
+from whisper_aut.audio.decode import TRIM_SECONDS
 from whisper_aut.errors import SkipReason, SkipSample
 from whisper_aut.utils import parse_json
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 DOMAINS = ("speech", "sound", "music")  # those of the papers; a config may name others
 DOMAIN_NAME = re.compile(r"[a-z][a-z0-9_]*")
 MAX_JSON_BYTES = 1 << 20
+MAX_SECONDS = 1e9  # fits into sample tables
 Row = dict[str, Any]
 MAX_KEY_CHARACTERS = 100
 KEY_FIELD = "__key__"  # the key of a sample, for `FieldMapping`
@@ -176,7 +178,7 @@ class Annotation:
 
         Returns:
             The annotation of the chunk, and its start and duration in seconds; None if the
-            recording is not longer, or has no segments that fit.
+            recording is at most `TRIM_SECONDS` longer, or has no segments that fit.
 
         Raises:
             SkipSample: the segments have another form.
@@ -187,19 +189,25 @@ class Annotation:
             segments = [
                 (float(one["start"]), float(one["end"]), _plain_text(one["text"])) for one in listed
             ]
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             raise SkipSample(
                 SkipReason.BAD_JSON, "'segments' must be a list of objects with start, end and text"
             ) from None
-        if (self.duration_seconds or max(end for _, end, _ in segments)) <= max_seconds:
+        seconds = self.duration_seconds or max(end for _, end, _ in segments)
+        if seconds <= max_seconds + TRIM_SECONDS:
             return None
-        segments = sorted(one for one in segments if 0 <= one[0] < one[1] <= one[0] + max_seconds)
-        if not segments:
+
+        def fits(segment: tuple[float, float, str], start: float) -> bool:
+            return 0 <= segment[0] < segment[1] <= start + max_seconds
+
+        segments.sort()
+        firsts = [number for number, one in enumerate(segments) if fits(one, one[0])]
+        if not firsts:
             return None
-        rng = random.Random(f"chunk {position} {self.source} {self.id}")
-        first = rng.randrange(len(segments))
+        first = random.Random(f"chunk {position} {self.source} {self.id}").choice(firsts)
         start = segments[first][0]
-        chosen = list(takewhile(lambda one: one[1] <= start + max_seconds, segments[first:]))
+        # It ends before a segment without a length, whose words may be anywhere.
+        chosen = list(takewhile(lambda one: fits(one, start), segments[first:]))
         text = " ".join(filter(None, (words for *_, words in chosen)))
         extra = {name: value for name, value in self.extra.items() if name != "texts"}
         end = max(end for _, end, _ in chosen)
@@ -317,7 +325,7 @@ def _label(value: Any) -> str | list[str]:
 
 def _seconds(value: Any) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and 0 <= value < float("inf"):
+    if is_number and 0 <= value <= MAX_SECONDS:
         return float(value)
     raise SkipSample(
         SkipReason.BAD_JSON, f"'duration_seconds' must be a number of seconds, not {value!r}"

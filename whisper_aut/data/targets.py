@@ -20,7 +20,12 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from whisper_aut.audio.decode import ROUNDING_SECONDS, TRIM_SECONDS, LongClips
+from whisper_aut.audio.decode import (
+    ROUNDING_SECONDS,
+    SEGMENT_SLACK_SECONDS,
+    TRIM_SECONDS,
+    LongClips,
+)
 from whisper_aut.data.annotation import (
     Annotation,
     Row,
@@ -73,6 +78,9 @@ class PartOfClip:
     def __call__(self, seconds: float) -> tuple[float, float]:
         """Return start and duration of the part of a clip that lasts `seconds`."""
         if self.chunk:
+            if (end := sum(self.chunk)) > seconds + SEGMENT_SLACK_SECONDS:
+                detail = f"segments up to {end:g} s of a clip that ends at {seconds:g} s"
+                raise SkipSample(SkipReason.BAD_JSON, detail)
             self.is_cut = True
             return self.chunk
         spare = seconds - self.max_seconds

@@ -44,6 +44,27 @@ def reason_of(data: bytes, limits: ClipLimits = LIMITS) -> SkipReason:
     return refused.value.reason
 
 
+@pytest.mark.parametrize("kind", ["WAV", "MP3"])
+def test_a_file_of_which_the_end_is_missing_is_refused(kind: str):
+    """Its text would say more than can be heard."""
+    data = encode(noise(2), kind=kind)
+    assert reason_of(data[: len(data) // 2]) is SkipReason.UNDECODABLE
+    assert decode(data[: len(data) - 100], LIMITS).seconds > 1.9
+
+
+def test_pages_that_are_missing_in_the_middle_of_an_ogg_are_noticed():
+    data = encode(noise(10), kind="OGG")
+    middle = len(data) // 2
+    assert reason_of(data[:middle] + bytes(5000) + data[middle + 5000 :]) is SkipReason.UNDECODABLE
+
+
+@pytest.mark.parametrize("stated", [0, 2**31 - 1, 2**32 - 1])
+def test_a_wav_from_a_pipe_does_not_state_its_size(stated: int):
+    data = bytearray(encode(noise(1)))
+    struct.pack_into("<I", data, 4, stated)
+    assert decode(bytes(data), LIMITS).seconds == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "subtype"),
     [

@@ -103,6 +103,8 @@ def test_a_bare_list_is_that_of_a_clips_events_and_may_be_empty(events: list):
         (b'{"duration_seconds": Infinity}', "Infinity is not a JSON value"),
         (b'{"snr": -Infinity}', "-Infinity is not a JSON value"),
         (b'{"duration_seconds": true}', "number of seconds"),
+        (b'{"duration_seconds": 1e300}', "number of seconds"),
+        (b'{"duration_seconds": 1%s}' % (b"0" * 400), "number of seconds"),
         (b"[" * 100_000, ""),
     ],
 )

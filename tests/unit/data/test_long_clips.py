@@ -121,7 +121,14 @@ def test_a_chunk_is_cut_at_segments_and_has_their_text(codec, ramp: np.ndarray):
 
 
 @pytest.mark.parametrize(
-    "segments", ["x", [1], [{"start": 1}], [{"start": "a", "end": 2, "text": ""}]]
+    "segments",
+    [
+        "x",
+        [1],
+        [{"start": 1}],
+        [{"start": "a", "end": 2, "text": ""}],
+        [{"start": 10**400, "end": 2, "text": ""}],
+    ],
 )
 def test_segments_of_another_form_are_skipped(codec, ramp: np.ndarray, segments: object):
     annotation = Annotation("words", task="asr", extra={"segments": segments})
@@ -132,6 +139,24 @@ def test_a_segment_after_the_end_of_the_file_is_skipped(codec, ramp: np.ndarray)
     late = {"segments": [{"start": 50.0, "end": 51.0, "text": "late"}]}
     annotation = Annotation("words", task="asr", extra=late)
     assert isinstance(build(codec, ramp, annotation, "chunk"), SkippedSample)
+    late["segments"] = [{"start": 5.0, "end": 7.0, "text": "late"}]  # of which the file has half
+    assert reason(build(codec, ramp, annotation, "chunk")) is SkipReason.BAD_JSON
+
+
+@pytest.mark.parametrize("end", [1.0, 0.5], ids=["empty", "reversed"])
+def test_a_chunk_does_not_leave_out_words_between_its_segments(end: float):
+    spoken = [(0.0, 1.0, "a"), (1.0, end, "lost"), (1.5, 2.0, "b")]
+    segments = [{"start": start, "end": stop, "text": text} for start, stop, text in spoken]
+    annotation = Annotation(duration_seconds=9.0, extra={"segments": segments})
+    drawn = [annotation.draw_chunk(4.0, position) for position in range(20)]
+    assert {one[0].text for one in drawn if one} == {"a", "b"}
+
+
+def test_a_recording_with_segments_that_is_a_little_too_long_loses_its_end(codec, ramp: np.ndarray):
+    example = build(codec, ramp, TALK, "chunk", max_seconds=5.8)
+    np.testing.assert_allclose(used(example), ramp[: round(5.8 * 16_000)], atol=1e-4)
+    assert isinstance(example, Example)
+    assert example.target.text == "all words"
 
 
 def test_texts_are_cleaned_and_unique():
