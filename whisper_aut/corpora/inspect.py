@@ -25,6 +25,7 @@ from whisper_aut.data.reader import (
     TAR_SUFFIXES,
     MemberGroups,
     audio_and_annotation,
+    is_local,
     open_filesystem,
     open_stream,
 )
@@ -230,8 +231,9 @@ def inspect_shards(
 def open_indices(root: str, *, counted: bool = True) -> Iterator[tuple[str, ShardIndex]]:
     """Yield the name and index of each folder of shards under `root`.
 
-    If `root` itself is a folder of shards, its name is "". Unless `counted`, the samples of tars
-    without an index are not counted, and these may be remote or compressed.
+    If `root` itself is a folder of shards, its name is "". Local folders need no index. Unless
+    `counted`, the samples of tars without an index are not counted, and these may be remote or
+    compressed.
 
     Raises:
         UserError: there are no shards, `root` cannot be read, or an index is damaged or lists
@@ -244,13 +246,18 @@ def open_indices(root: str, *, counted: bool = True) -> Iterator[tuple[str, Shar
         inside = sorted(filesystem.ls(path, detail=False)) if is_folder else []
         has_tars = any(one.endswith(TAR_SUFFIXES) for one in (root, *inside))
         folders = [] if has_tars else inside
-        indexed = [folder for folder in folders if filesystem.exists(f"{folder}/{INDEX_NAME}")]
+        found = [
+            one
+            for one in folders
+            if filesystem.exists(f"{one}/{INDEX_NAME}")
+            or (is_local(root) and any(Path(one).glob("[!.]*.tar")))
+        ]
     except Exception as error:  # every fsspec file system raises its own types
         raise UserError(f"{root} cannot be read: {error}.") from None
-    if not indexed:
+    if not found:
         is_first_look = has_tars and not counted and not has_index
         yield "", find_tars(root) if is_first_look else open_index(root)
-    for folder in indexed:
+    for folder in found:
         name = folder.rpartition("/")[2]
         yield name, open_index(f"{root.rstrip('/')}/{name}")
 

@@ -9,9 +9,11 @@ import gzip
 import json
 import math
 import re
+import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -580,7 +582,13 @@ def _checked_header(path: Path, cells: list[str]) -> list[str]:
 
 def _lines(path: Path) -> Iterator[str]:
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+        for number in count(1):
+            try:
+                raw = file.readline(MAX_LINE_BYTES + 1)
+            except (EOFError, zlib.error) as error:
+                raise UserError(f"{path} is damaged: {error}.") from None
+            if not raw:
+                return
             if len(raw) > MAX_LINE_BYTES:
                 raise UserError(f"Line {number} of {path} has more than {MAX_LINE_BYTES} bytes.")
             try:

@@ -347,3 +347,12 @@ def test_distribution_and_histogram():
         "> 30 s": 1,
     }
     assert sum(histogram([]).values()) == 0
+
+
+def test_folders_without_an_index_are_read_next_to_those_with_one(tmp_path: Path):
+    for name in ("indexed", "plain", "empty"):
+        (tmp_path / name).mkdir()
+        if name != "empty":
+            tar(tmp_path / name, {"a.flac": audio(), "a.json": annotation()})
+    index_folder(tmp_path / "indexed")
+    assert inspect_shards(tmp_path).folders == {"indexed": 1, "plain": 1}

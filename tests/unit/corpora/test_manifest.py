@@ -464,3 +464,9 @@ def test_annotations_of_parquet_have_the_names_of_classes(tmp_path: Path):
     rows = pyarrow.table({"id": ["a"], "label": [1]}).replace_schema_metadata(metadata)
     parquet.write_table(rows, tmp_path / "rows.parquet")
     assert read_annotations(tmp_path / "rows.parquet") == {"a": {"label": "cat"}}
+
+
+def test_a_manifest_whose_compressed_end_is_missing_is_an_error(tmp_path: Path):
+    rows = "".join(f'{{"path": "{n}.wav", "text": "t"}}\n' for n in range(99))
+    with pytest.raises(UserError, match=r"clips\.jsonl\.gz is damaged"):
+        entries(table(tmp_path, gzip.compress(rows.encode())[:-20], "clips.jsonl.gz"))
