@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def tar_of(path: Path, members: dict[str, bytes], kind: bytes = tarfile.REGTYPE) -> Path:
-    with tarfile.open(path, "w:gz") as tar:
+    with tarfile.open(path, "w" if path.suffix == ".tar" else "w:gz") as tar:
         for name, body in members.items():
             info = tarfile.TarInfo(name)
             info.size, info.type, info.linkname = (

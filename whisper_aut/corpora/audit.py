@@ -25,8 +25,8 @@ from whisper_aut.audio.decode import AUDIO_SUFFIXES, ClipLimits, decode
 from whisper_aut.corpora import fingerprint as fingerprints
 from whisper_aut.corpora.fingerprint import Fingerprint, FingerprintIndex, fingerprint
 from whisper_aut.corpora.inspect import open_indices
-from whisper_aut.data.annotation import Annotation, read_lines
-from whisper_aut.data.reader import MemberGroups, audio_and_annotation, open_stream, sibling_url
+from whisper_aut.data.annotation import AUDIO_ONLY, Annotation, read_lines
+from whisper_aut.data.reader import MemberGroups, audio_and_annotation, open_stream
 from whisper_aut.data.shards import ShardIndex
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 from whisper_aut.utils import (
@@ -114,7 +114,7 @@ class ClipMetadata:
     fingerprint: Fingerprint
 
 
-Tar = tuple[str, str]  # folder, name
+Tar = tuple[str, ...]  # folder of its index, name, path or URL
 # The locations `train` and `probe` of two clips that overlap, and `evidence`, the reasons.
 Match = dict[str, Any]
 Folder = dict[str, Any]  # `root`, `fingerprint`, `clips`, `seconds` and `skipped`
@@ -132,13 +132,13 @@ class ShardResult:
 
 def read_clip_metadata(tar: Tar, result: ShardResult) -> Iterator[ClipMetadata]:
     """Yield the metadata of every clip in a tar that decodes; count all clips in `result`."""
-    folder, shard = tar
-    with open_stream(sibling_url(folder, shard)) as stream:
+    folder, shard, url = tar
+    with open_stream(url) as stream:
         groups = MemberGroups(stream, LIMITS)
         for _, group in groups:
             key = group["__key__"]
             try:
-                _, audio, annotation = audio_and_annotation(group)
+                _, audio, annotation = audio_and_annotation(group, AUDIO_ONLY)
                 clip = decode(audio, LIMITS)
             except SkipSample as skip:
                 result.skipped[skip.reason] += 1
@@ -234,11 +234,11 @@ class Journal:
         done: dict[Tar, ShardResult] = {}
         for line in lines[1:]:
             try:
-                (folder, shard), result = parse_json(line)
+                tar, result = parse_json(line)
             except ValueError:  # a line truncated by the interruption
                 continue
             result["skipped"] = Counter(result["skipped"])
-            done[folder, shard] = ShardResult(**result)
+            done[tuple(tar)] = ShardResult(**result)
         return done
 
     def add(self, tar: Tar, result: ShardResult) -> None:
@@ -411,7 +411,11 @@ def _open_all(roots: Sequence[str]) -> list[ShardIndex]:
 
 
 def _tars(indices: Sequence[ShardIndex]) -> list[Tar]:
-    return [(index.root, shard.name) for index in indices for shard in index.shards]
+    return [
+        (index.root, shard.name, index.url(number))
+        for index in indices
+        for number, shard in enumerate(index.shards)
+    ]
 
 
 def _journal_key(*sides: Sequence[ShardIndex]) -> str:

@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from whisper_aut import __version__
-from whisper_aut.data.reader import MAX_EXPANSION, MIN_ALLOWED_BYTES
+from whisper_aut.data.reader import MAX_EXPANSION, MIN_ALLOWED_BYTES, StrictHeader
 from whisper_aut.errors import UserError
 from whisper_aut.utils import progress_bar
 
@@ -228,7 +228,7 @@ def _members(archive: Path) -> Iterator[Member]:
         # tarfile's own gzip reader ignores the checksum after the data. The gzip module verifies it
         # when the stream is read to its end.
         with gzip.open(archive) if archive.name.endswith("gz") else archive.open("rb") as stream:
-            with tarfile.open(fileobj=stream, mode="r|*") as tar:
+            with tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictHeader) as tar:
                 for member in tar:
                     if member.isreg():
                         yield member.name, member.size, partial(tar.extractfile, member)

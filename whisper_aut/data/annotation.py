@@ -238,11 +238,13 @@ class FieldMapping:
             these members. An empty name ignores the field.
         rows: by id or key of a sample, fields that are added to it or replace its own.
         task: replaces the `task` of all samples, unless it is empty.
+        audio_only: whether samples may lack all members of text, as also with `rows`.
     """
 
     fields: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, Row] = field(default_factory=dict)
     task: str = ""
+    audio_only: bool = False
 
     def apply(self, row: Row, members: Mapping[str, str]) -> Row:
         """Return the fields of a sample under the names of an annotation.
@@ -258,9 +260,14 @@ class FieldMapping:
             template = _parsed(source) if "{" in source else None
             found[name] = template.fill(given) if template else given.get(source)
         id, key = plain(found.get("id")), members.get(KEY_FIELD, "")
-        other = self.rows.get(id) or self.rows.get(key) or {}
+        # `data build` numbers the keys of clips with the same id.
+        names = (key, id) if key.startswith(f"{safe_name(id)}-") else (id, key)
+        other = next((self.rows[name] for name in names if self.rows.get(name)), {})
         found = {**(_without_texts(found) if find_text(other) else found), **other}
         return {**found, "task": self.task} if self.task else found
+
+
+AUDIO_ONLY = FieldMapping(audio_only=True)
 
 
 def _without_texts(row: Row) -> Row:

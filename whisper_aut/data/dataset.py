@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from whisper_aut.audio.augment import Augment
 from whisper_aut.audio.decode import ClipLimits, LongClips, load_waveform
 from whisper_aut.audio.logmel import LogMel, mel_frames
-from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.annotation import AUDIO_ONLY, Annotation
 from whisper_aut.data.batch import Batch, Example, collate
 from whisper_aut.data.filters import licence_id
 from whisper_aut.data.reader import Sample, SkippedSample, is_local
@@ -141,10 +141,18 @@ class ShardNoise:
     """Draws recordings of noise from shards with sample tables, for `Augment`."""
 
     def __init__(self, indexes: Sequence[ShardIndex]):
-        self.indexes, self.reader = tuple(indexes), ShardReader(NOISE_LIMITS)
+        self.indexes = tuple(replace(index, mapping=AUDIO_ONLY) for index in indexes)
+        self.reader = ShardReader(NOISE_LIMITS)
 
     def __call__(self, random: np.random.Generator) -> Tensor | None:
-        """Return a recording `[S]` at 16 kHz, or None if the drawn one cannot be used."""
+        """Return a recording `[S]` at 16 kHz, at most a minute of it, or None if the drawn one
+        cannot be used.
+        """
+
+        def part(seconds: float) -> tuple[float, float]:
+            spare = seconds - NOISE_LIMITS.max_seconds
+            return (random.random() * spare, seconds - spare) if spare > 0 else (0.0, seconds)
+
         sizes = np.array([index.samples for index in self.indexes])
         index = self.indexes[int(random.choice(len(sizes), p=sizes / sizes.sum()))]
         ends = np.cumsum(index.shard_samples)
@@ -153,7 +161,8 @@ class ShardNoise:
         location = (shard, number - int(ends[shard] - index.shard_samples[shard]))
         item = self.reader.read(index, {0: location})[0]
         try:
-            return load_waveform(item.audio, NOISE_LIMITS) if isinstance(item, Sample) else None
+            is_read = isinstance(item, Sample)
+            return load_waveform(item.audio, NOISE_LIMITS, part) if is_read else None
         except SkipSample:
             return None
 

@@ -280,7 +280,7 @@ MAX_EXTENSION_BYTES = 1 << 20
 SUFFIX = re.compile(r"[A-Za-z_][\w-]*")  # one part of a suffix such as `seg.json`
 
 
-class _StrictHeader(tarfile.TarInfo):
+class StrictHeader(tarfile.TarInfo):
     """A header that raises when it is damaged.
 
     Python's `tarfile` silently treats a damaged header inside an archive as the archive's end.
@@ -289,7 +289,7 @@ class _StrictHeader(tarfile.TarInfo):
     """
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictHeader":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "StrictHeader":
         header = super().frombuf(buf, encoding, errors)
         # `frombuf` also parses extension headers, which `fromtarfile` does not return.
         _check_size(header)
@@ -298,7 +298,7 @@ class _StrictHeader(tarfile.TarInfo):
         return header
 
     @classmethod
-    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "_StrictHeader":
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> "StrictHeader":
         try:
             header = super().fromtarfile(tarfile)
             _check_size(header)  # again, since a pax header may override the size
@@ -325,7 +325,7 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.Tar
     stream.seek(0)
     if is_gzip:
         raise ReadError(f"{COMPRESSED}: rename it to .tar.gz, and see `data index`")
-    with tarfile.open(fileobj=stream, mode="r:", tarinfo=_StrictHeader) as tar:
+    with tarfile.open(fileobj=stream, mode="r:", tarinfo=StrictHeader) as tar:
         for member in tar:
             if member.isreg():
                 yield tar, member
@@ -391,7 +391,7 @@ class MemberGroups:
         try:
             for tar, member in tar_members(self.stream):
                 key, suffix = split_name(member.name)
-                if not suffix:
+                if not suffix or suffix == KEY_FIELD:
                     continue
                 is_next = key != group.get("__key__") or suffix in group
                 is_wanted = self.wanted is None or ordinal + is_next in self.wanted
@@ -442,8 +442,8 @@ def audio_and_annotation(
     """Return the suffix and bytes of the audio member, and the annotation from JSON and text.
 
     Raises:
-        SkipSample: the sample has no audio, or neither JSON nor text; a member is too large; or
-            the JSON or text cannot be parsed.
+        SkipSample: the sample has no audio, or neither JSON nor text although the mapping needs
+            them; a member is too large; or the JSON or text cannot be parsed.
     """
     bodies = {suffix: body for suffix, body in group.items() if not suffix.startswith("__")}
     for body in bodies.values():
@@ -451,8 +451,8 @@ def audio_and_annotation(
             raise body
     suffix = next((suffix for suffix in AUDIO_SUFFIXES if suffix in bodies), None)
     listed = f"members: {', '.join(f'.{suffix}' for suffix in sorted(bodies))}{_dots_hint(group)}"
-    # A source whose annotations are in a file of their own needs no members of text.
-    if not {"json", *TEXT_MEMBERS} & bodies.keys() and not (mapping and mapping.rows):
+    needs_text = not (mapping and (mapping.rows or mapping.audio_only))
+    if needs_text and not {"json", *TEXT_MEMBERS} & bodies.keys():
         raise SkipSample(SkipReason.BAD_JSON, f"no .json, .txt or .cls member; {listed}")
     if suffix is None:
         raise SkipSample(SkipReason.NO_AUDIO, listed)

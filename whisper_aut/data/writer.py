@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 from webdataset.writer import TarWriter
 
 from whisper_aut.audio.decode import AUDIO_SUFFIXES, ClipLimits, stated_seconds
-from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.annotation import AUDIO_ONLY, Annotation
 from whisper_aut.data.reader import (
     DEFAULT_POLICY,
     GZIP_SUFFIXES,
@@ -372,7 +372,7 @@ def build_table(stream: BinaryIO, counts: FolderCounts, *, audio: bool = True) -
     for _, group in groups:
         seconds, licence, text_bytes = None, "", UNKNOWN_BYTES
         with suppress(SkipSample):
-            suffix, body, annotation = audio_and_annotation(group)
+            suffix, body, annotation = audio_and_annotation(group, AUDIO_ONLY)
             seconds, licence = annotation.duration_seconds, annotation.licence
             text_bytes = annotation.text_bytes
             if seconds is None and audio:

@@ -8,7 +8,8 @@ import torch
 from torch.testing import assert_close
 from torchaudio import functional
 
-from tests.support.audio import tone, write_shards
+from tests.support.audio import encode_audio, tone, write_shards
+from tests.support.downloads import tar_of
 from whisper_aut.audio import augment as augment_module
 from whisper_aut.audio.augment import Augment, AugmentSettings, SpecAugment, change_speed
 from whisper_aut.audio.decode import SAMPLE_RATE_HZ, ClipLimits
@@ -17,6 +18,7 @@ from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import ExampleBuilder, ShardNoise, StreamSource
 from whisper_aut.data.shards import open_index
 from whisper_aut.data.targets import WhisperText
+from whisper_aut.data.writer import index_folder
 from whisper_aut.errors import UserError
 from whisper_aut.models.pretrained import PretrainedWhisper
 
@@ -57,6 +59,17 @@ def test_a_silent_part_of_a_recording_adds_no_noise():
     made = [augment.waveform(CLIP, position) for position in range(20)]
     assert all(clip.isfinite().all() for clip in made)
     assert 0 < sum(torch.equal(clip, CLIP) for clip in made) < 20
+
+
+@pytest.mark.parametrize("seconds", [1.0, 62.0])
+def test_recordings_without_text_and_long_ones_are_noise_too(seconds: float, tmp_path: Path):
+    """Noise corpora have no texts and recordings of minutes. They used to add nothing."""
+    recording = encode_audio(tone(seconds))
+    tar_of(tmp_path / "noise.tar", {"0.flac": recording, "1.flac": recording})
+    draw = ShardNoise([index_folder(tmp_path)])
+    drawn = draw(np.random.default_rng(0))
+    assert drawn is not None
+    assert len(drawn) == min(seconds, 60) * 16_000
 
 
 def add_offset(waveform: torch.Tensor, random: np.random.Generator, largest: float) -> torch.Tensor:

@@ -12,12 +12,13 @@ import pytest
 import soundfile
 
 from tests.support.audio import TEXTURE_HZ, encode_audio, mp3, texture
+from tests.support.downloads import tar_of
 from whisper_aut.cli import main
 from whisper_aut.corpora.audit import names_of, read_audit, run_audit, unaudited
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.filters import excluded_from, read_exclusions
 from whisper_aut.data.shards import open_index
-from whisper_aut.data.writer import ShardWriter
+from whisper_aut.data.writer import ShardWriter, index_folder
 from whisper_aut.errors import SkipReason, UserError
 
 
@@ -183,3 +184,14 @@ def test_an_audit_that_fails_stops_its_workers(
 )
 def test_names(key: str, annotation: Annotation, expected: set[str]):
     assert names_of(key, annotation) == expected
+
+
+def test_tars_that_are_not_next_to_their_index_and_have_no_texts_are_compared(tmp_path: Path):
+    clips = {f"{seed}.flac": flac(texture(seed, 1.0)) for seed in (400, 401)}
+    (tmp_path / "tars").mkdir()
+    tar_of(tmp_path / "tars" / "a.tar", clips)
+    index_folder(tmp_path / "tars", tmp_path / "index")
+    folders = [str(tmp_path / "index")], [str(tmp_path / "tars")]
+    for train, probes in (folders, folders[::-1]):
+        audit = run_audit(train, probes, tmp_path / "out", workers=1, progress=False)
+        assert audit["counts"]["train_clips_that_overlap"] == 2

@@ -169,3 +169,12 @@ def test_a_damaged_zip_is_an_error_and_not_marked_as_unpacked(
     assert not list((tmp_path / "out").rglob("*.wav")) + list(
         (tmp_path / "out").glob(".unpacked-*")
     )
+
+
+def test_a_tar_that_was_cut_between_two_members_is_an_error(tmp_path: Path):
+    folder = tmp_path / "out"
+    archive = tar_of(tmp_path / "a.tar", {"a.bin": bytes(512), "b.bin": bytes(512)})
+    archive.write_bytes(archive.read_bytes()[:1024])
+    with pytest.raises(UserError, match=r"a\.tar cannot be unpacked"):
+        unpack(archive, folder)
+    assert not (folder / ".unpacked-a.tar").exists()

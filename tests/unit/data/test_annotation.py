@@ -176,6 +176,18 @@ def test_annotations_add_and_replace_fields_by_id_or_key(suffix: str, tmp_path: 
     assert (by_id.texts, by_id.label, by_id.extra["note"]) == (("one", "two"), "dog", "kept")
     members = {KEY_FIELD: "clip-7"}
     assert Annotation.from_json(b'{"text": "old"}', members, mapping).text == "by key"
+    numbered = Annotation.from_json(
+        b'{"id": "clip"}',
+        members,
+        FieldMapping(
+            {},
+            {
+                "clip": {"text": "of the first clip with this id"},
+                "clip-7": {"text": "of the seventh"},
+            },
+        ),
+    )
+    assert numbered.text == "of the seventh"
     number = Annotation.from_json(b'{"id": 8, "text": "kept"}', members, mapping)
     assert (number.text, number.answer) == ("kept", "a cat")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.audio import encode_audio, tone
+from tests.support.downloads import tar_of
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.corpora.audit import run_audit, unaudited
 from whisper_aut.corpora.inspect import inspect_shards
@@ -49,6 +50,14 @@ def test_what_is_counted_replaces_what_an_index_said_before_and_the_rest_stays(t
     }
     assert (facts["samples"], facts["builder"]) == (6, "ours")
     assert facts["seconds"] == pytest.approx(0.2 + sum(0.2 + 0.1 * n for n in range(5)))
+
+
+def test_the_lengths_of_clips_without_text_are_known(tmp_path: Path):
+    clips = {f"{number}.flac": encode_audio(tone(0.5)) for number in range(3)}
+    tar_of(tmp_path / "a.tar", clips)
+    index = index_folder(tmp_path)
+    assert (index.seconds, index.metadata["domains"]) == (1.5, {"": 3})
+    assert index.table(0).milliseconds.tolist() == [500] * 3
 
 
 @pytest.mark.parametrize(

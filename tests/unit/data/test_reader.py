@@ -147,3 +147,10 @@ def test_a_tar_that_gzip_compressed_says_so():
     groups = MemberGroups(io.BytesIO(gzip.compress(member("a.wav", b"one") + END)), LIMITS)
     assert not list(groups)
     assert "compressed with gzip" in groups.damage
+
+
+def test_a_member_named_like_the_key_is_ignored():
+    tar = member("a.flac", b"x") + member("a.__key__", b"y") + member("a.txt", b"a dog") + END
+    ((_, sample),) = read_shard(io.BytesIO(tar), "a.tar", None, LIMITS)
+    assert isinstance(sample, Sample)
+    assert (sample.key, sample.annotation.text) == ("a", "a dog")
