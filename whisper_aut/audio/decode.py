@@ -36,7 +36,7 @@ SAMPLE_RATE_HZ = 16_000
 AV_SUFFIXES = ("m4a", "mp4", "aac", "webm")  # see `as_soundfile`
 AUDIO_SUFFIXES = ("flac", "wav", "ogg", "mp3", "opus", *AV_SUFFIXES)
 ROUNDING_SECONDS = 5e-4  # codecs and resamplers round a 30 s clip by a sample
-SEGMENT_SLACK_SECONDS = 0.1  # a segment or a clip may end this much after the end of its file
+SLACK_SECONDS = 0.1  # a segment or a clip may end this much after the end of its file
 TRIM_SECONDS = 0.5  # a training clip that is too long by up to this loses its end
 MAX_CHANNELS = 32
 MAX_SAMPLE_RATE_HZ = 768_000
@@ -157,7 +157,7 @@ def decode(data: bytes, limits: ClipLimits, choose: ChoosePart | None = None) ->
 
 def check_complete(samples: int, stated: int, rate_hz: int) -> None:
     """Raise a `SkipSample` if there are fewer samples than the header of a file states."""
-    if samples < stated - SEGMENT_SLACK_SECONDS * rate_hz:
+    if samples < stated - SLACK_SECONDS * rate_hz:
         detail = f"it ends after {samples / rate_hz:g} of {stated / rate_hz:g} s"
         raise SkipSample(SkipReason.UNDECODABLE, detail)
 

@@ -88,10 +88,8 @@ class LogMel(nn.Module):
         blocks = -(-frames // BLOCK_FRAMES) if waveform.device.type == "cpu" else 1
         # Blocks have equal size: a last block of two frames would cost as many calls as the others.
         size = -(-frames // blocks)
-        windowed, power = (
-            windows.new_empty(size, WINDOW_SAMPLES),
-            windows.new_empty(size, len(self.filters)),
-        )
+        windowed = windows.new_empty(size, WINDOW_SAMPLES)
+        power = windows.new_empty(size, len(self.filters))
         for start in range(0, frames, size):
             block = windows[start : start + size]
             spectrum = torch.fft.rfft(torch.mul(block, self.window, out=windowed[: len(block)]))

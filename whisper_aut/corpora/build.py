@@ -21,7 +21,7 @@ import numpy as np
 import soundfile
 
 from whisper_aut.audio.decode import (
-    SEGMENT_SLACK_SECONDS,
+    SLACK_SECONDS,
     ClipLimits,
     as_soundfile,
     channel_layout,
@@ -30,14 +30,7 @@ from whisper_aut.audio.decode import (
     mix_down,
     open_recording,
 )
-from whisper_aut.corpora.manifest import (
-    Entry,
-    Manifest,
-    ManifestSpec,
-    Segment,
-    SkippedRow,
-    arrow_files,
-)
+from whisper_aut.corpora.manifest import Entry, Manifest, ManifestSpec, Segment, SkippedRow
 from whisper_aut.data.annotation import safe_name
 from whisper_aut.data.shards import INDEX_NAME, ShardIndex, open_index, text_hash
 from whisper_aut.data.writer import ShardWriter
@@ -81,9 +74,8 @@ def read_clip(
         if segment:
             return _cut(path, segment, limits)
         if data is None and found.st_size > limits.max_bytes:
-            raise SkipSample(
-                SkipReason.TOO_LARGE, f"{found.st_size} bytes, limit {limits.max_bytes}"
-            )
+            size = f"{found.st_size} bytes, limit {limits.max_bytes}"
+            raise SkipSample(SkipReason.TOO_LARGE, size)
         data = as_soundfile(path.read_bytes() if data is None else data, limits)
     except (OSError, ValueError) as error:  # ValueError: not a valid file name
         detail = error.strerror if isinstance(error, OSError) else None
@@ -102,7 +94,7 @@ def _cut(path: Path, segment: Segment, limits: ClipLimits) -> EncodedClip:
     with open_recording(path) as file:
         rate, file_seconds = file.samplerate, file.frames / file.samplerate
         end = file_seconds if segment.seconds is None else segment.start_seconds + segment.seconds
-        if segment.start_seconds >= file_seconds or end > file_seconds + SEGMENT_SLACK_SECONDS:
+        if segment.start_seconds >= file_seconds or end > file_seconds + SLACK_SECONDS:
             raise SkipSample(
                 SkipReason.BAD_ROW,
                 f"a segment from {segment.start_seconds:g} to {end:g} s of a file that ends at "
@@ -298,12 +290,8 @@ def build_shards(
             )
             # Forked workers: spawned ones would each import torch. Small chunks, because a clip may
             # have tens of megabytes and 2 chunks per worker are in memory.
-            rows = parallel_map(
-                partial(_read_row, limits=limits),
-                entries,
-                workers or available_cores(),
-                chunk_size=4,
-            )
+            read = partial(_read_row, limits=limits)
+            rows = parallel_map(read, entries, workers or available_cores(), chunk_size=4)
             stack.enter_context(closing(rows))
             bar = stack.enter_context(progress_bar(progress))
             for row in bar.track(rows, total=row_count - resumed, description="clips"):
@@ -344,8 +332,7 @@ def _survey(
 ) -> tuple[str, int, tuple[str, ...], SkipLog]:
     """Look up all audio files without opening them; return recipe, row count, splits and skips."""
     spec = {name: value for name, value in asdict(manifest.spec).items() if name not in PATHS}
-    files = arrow_files(manifest.path)
-    sizes = [[file.name, file.stat().st_size] for file in files]
+    sizes = [[file.name, file.stat().st_size] for file in manifest.arrow_files]
     digest = sizes or file_sha256(manifest.path)
     content = {"version": RECIPE_VERSION, "spec": spec, "manifest": digest, **settings}
     recipe = hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode())
@@ -368,12 +355,9 @@ def _survey(
             skips.add(SkippedRow(row.line, str(row.path), SkipReason.MISSING_FILE, split=row.split))
             recipe.update(b"missing\n")
     if not rows:
-        raise UserError(
-            f"--where keeps none of the rows of {manifest.path}. First values: "
-            + "; ".join(
-                f"{column}: {', '.join(manifest.values(column))}" for column in manifest.spec.where
-            )
-        )
+        first = (f"{name}: {', '.join(manifest.values(name))}" for name in manifest.spec.where)
+        listed = f"First values: {'; '.join(first)}"
+        raise UserError(f"--where keeps none of the rows of {manifest.path}. {listed}")
     return recipe.hexdigest()[:16], rows, tuple(splits), skips
 
 

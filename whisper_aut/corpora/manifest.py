@@ -133,6 +133,7 @@ class Manifest:
         root: folder that relative audio paths start from.
         columns: names of all columns.
         audio: name of the column with the audio path.
+        arrow_files: the files of the table, if they are parquet or Arrow.
         filtered_rows: number of rows that `where` dropped in the last pass.
 
     Raises:
@@ -151,7 +152,7 @@ class Manifest:
         self._splits: dict[str, str] = {}
         folder = self.path if self.path.is_dir() else self.path.parent
         self.root = Path(spec.audio_root or folder).absolute()
-        self.columns = read_columns(self.path)
+        self.columns, self.arrow_files = read_columns(self.path), arrow_files(self.path)
         self.audio = self._column("audio", spec.audio, AUDIO_COLUMNS) or ""
         if not self.audio:
             raise self._missing_column("audio", AUDIO_COLUMNS)
@@ -201,7 +202,7 @@ class Manifest:
             path, written, audio = self._audio(line, row)
             start, seconds = _seconds(row, self._offset), _seconds(row, self._duration)
             if audio and start is not None:
-                raise SkipSample(SkipReason.BAD_ROW, "a part of audio that the table contains")
+                raise _bad_row("a part of audio that the table contains")
             annotation = self._annotation(row, Path(written))
         except SkipSample as skip:
             return SkippedRow(line, path, skip.reason, skip.detail, split)
@@ -218,11 +219,10 @@ class Manifest:
                 return value["file"], value["path"] or f"row-{line}", value["bytes"]
             value = value["path"]
         if value is not None and not isinstance(value, (str, int, float)):
-            detail = f"column {self.audio!r} must be text, not {type(value).__name__}"
-            raise SkipSample(SkipReason.BAD_ROW, detail)
+            raise _bad_row(f"column {self.audio!r} must be text, not {type(value).__name__}")
         path = "" if value is None else plain(value).strip()
         if not path or "\0" in path:
-            raise SkipSample(SkipReason.BAD_ROW, f"no path in column {self.audio!r}")
+            raise _bad_row(f"no path in column {self.audio!r}")
         return path, path, None
 
     def _split(self, row: Row) -> str:
@@ -231,9 +231,7 @@ class Manifest:
         value = plain(row.get(self.spec.split_by)).strip()
         split = safe_name(value)
         if not split:
-            raise SkipSample(
-                SkipReason.BAD_ROW, f"no name for a split in column {self.spec.split_by!r}"
-            )
+            raise _bad_row(f"no name for a split in column {self.spec.split_by!r}")
         if self._splits.setdefault(split, value) != value:
             raise UserError(
                 f"--split-by: {value!r} and {self._splits[split]!r} would share the folder "
@@ -266,11 +264,9 @@ class Manifest:
             parse_row(data := annotation.to_json())
         # ValueError: a lone surrogate or an infinity. TypeError: a column of bytes or dates.
         except (SkipSample, ValueError, TypeError) as error:
-            detail = error.detail if isinstance(error, SkipSample) else str(error)
-            raise SkipSample(SkipReason.BAD_ROW, detail) from None
+            raise _bad_row(getattr(error, "detail", str(error))) from None
         if len(data) > MAX_JSON_BYTES:
-            detail = f"{len(data)} bytes of JSON, limit {MAX_JSON_BYTES}"
-            raise SkipSample(SkipReason.BAD_ROW, detail)
+            raise _bad_row(f"{len(data)} bytes of JSON, limit {MAX_JSON_BYTES}")
         return annotation
 
     def _column(self, option: str, given: str, usual: Sequence[str]) -> str | None:
@@ -307,6 +303,10 @@ class Manifest:
         )
 
 
+def _bad_row(detail: str) -> SkipSample:
+    return SkipSample(SkipReason.BAD_ROW, detail)
+
+
 def _seconds(row: Row, column: str | None) -> float | None:
     value = row.get(column) if column else None
     if not has_value(value):
@@ -316,9 +316,7 @@ def _seconds(row: Row, column: str | None) -> float | None:
     except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not 0 <= seconds < math.inf:
-        raise SkipSample(
-            SkipReason.BAD_ROW, f"column {column!r} must be seconds, not {value!r:.40}"
-        )
+        raise _bad_row(f"column {column!r} must be seconds, not {value!r:.40}")
     return seconds
 
 
@@ -362,9 +360,8 @@ def read_columns(path: Path) -> tuple[str, ...]:
         if path.suffix.lower() in DELIMITERS or arrow_files(path):
             break  # the first row has all columns
     if not columns:
-        raise UserError(
-            f"{path} holds {'no row that can be read' if number else 'no rows'}.{fault}"
-        )
+        found = "no row that can be read" if number else "no rows"
+        raise UserError(f"{path} holds {found}.{fault}")
     return tuple(columns)
 
 

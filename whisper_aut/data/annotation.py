@@ -97,9 +97,7 @@ class Annotation:
             values[name] = _text(given[name], name)
         domain = values["domain"] = values.get("domain", "").lower()
         if domain and not DOMAIN_NAME.fullmatch(domain):
-            raise SkipSample(
-                SkipReason.BAD_JSON, f"domain {domain!r} is not a name such as {', '.join(DOMAINS)}"
-            )
+            raise _bad_json(f"domain {domain!r} is not a name such as {', '.join(DOMAINS)}")
         if "label" in given:
             values["label"] = _label(given["label"])
         if "duration_seconds" in given:
@@ -131,12 +129,12 @@ class Annotation:
         try:
             row = parse_row(data)
         except ValueError as error:
-            raise SkipSample(SkipReason.BAD_JSON, str(error)) from None
+            raise _bad_json(str(error)) from None
         if isinstance(row, list) and all(isinstance(event, dict) for event in row):
             # X-ARES's sound event tars hold a bare list of events, empty for clips without any.
             row = {"events": row}
         if not isinstance(row, dict):
-            raise SkipSample(SkipReason.BAD_JSON, f"expected an object, found {type(row).__name__}")
+            raise _bad_json(f"expected an object, found {type(row).__name__}")
         members = members or {}
         row = mapping.apply(row, members) if mapping else row
         found, label = find_text(row), row.get("label")
@@ -190,9 +188,8 @@ class Annotation:
                 (float(one["start"]), float(one["end"]), _plain_text(one["text"])) for one in listed
             ]
         except (TypeError, KeyError, ValueError, OverflowError):
-            raise SkipSample(
-                SkipReason.BAD_JSON, "'segments' must be a list of objects with start, end and text"
-            ) from None
+            wanted = "a list of objects with start, end and text"
+            raise _bad_json(f"'segments' must be {wanted}") from None
         seconds = self.duration_seconds or max(end for _, end, _ in segments)
         if seconds <= max_seconds + TRIM_SECONDS:
             return None
@@ -220,12 +217,8 @@ class Annotation:
 
     def to_json(self) -> bytes:
         """Return the `.json` member: a UTF-8 JSON object with all fields that are set."""
-        own = {
-            name: value
-            for name, value in vars(self).items()
-            if name != "extra" and value not in ("", None)
-        }
-        return json.dumps({**own, **self.extra}, ensure_ascii=False).encode()
+        own = {name: value for name, value in vars(self).items() if value not in ("", None)}
+        return json.dumps(own | own.pop("extra"), ensure_ascii=False).encode()
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,6 +263,10 @@ class FieldMapping:
 AUDIO_ONLY = FieldMapping(audio_only=True)
 
 
+def _bad_json(detail: str) -> SkipSample:
+    return SkipSample(SkipReason.BAD_JSON, detail)
+
+
 def _without_texts(row: Row) -> Row:
     return {name: value for name, value in row.items() if name not in TEXT_FIELDS}
 
@@ -305,14 +302,12 @@ def find_text(mapping: Mapping[str, Any]) -> Any:
 def _text(value: Any, name: str) -> str:
     is_flag = isinstance(value, bool) and name != "label"
     if is_flag or not isinstance(value, (str, int, float)):
-        raise SkipSample(SkipReason.BAD_JSON, f"{name!r} must be text, not {type(value).__name__}")
+        raise _bad_json(f"{name!r} must be text, not {type(value).__name__}")
     text = str(value).strip()
     try:
         text.encode()
     except UnicodeEncodeError:  # `\\ud800` is valid JSON, but encoding it fails later
-        raise SkipSample(
-            SkipReason.BAD_JSON, f"{name!r} has half of a surrogate pair, which is not a character"
-        ) from None
+        raise _bad_json(f"{name!r} has half of a surrogate pair, no character") from None
     return text
 
 
@@ -334,9 +329,7 @@ def _seconds(value: Any) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and 0 <= value <= MAX_SECONDS:
         return float(value)
-    raise SkipSample(
-        SkipReason.BAD_JSON, f"'duration_seconds' must be a number of seconds, not {value!r}"
-    )
+    raise _bad_json(f"'duration_seconds' must be a number of seconds, not {value!r:.40}")
 
 
 def plain(value: Any) -> str:

@@ -33,16 +33,9 @@ from whisper_aut.data.annotation import AUDIO_ONLY, Annotation
 from whisper_aut.data.batch import Batch, Example, collate
 from whisper_aut.data.filters import licence_id
 from whisper_aut.data.reader import Sample, SkippedSample, is_local
-from whisper_aut.data.sampler import (
-    Batching,
-    Cursor,
-    MicroBatch,
-    MixedPadding,
-    Order,
-    batches_from,
-)
+from whisper_aut.data.sampler import Batching, Cursor, MicroBatch, MixedPadding, Order, batches_from
 from whisper_aut.data.shards import UNKNOWN_BYTES, FolderCounts, ShardIndex, ShardReader
-from whisper_aut.data.targets import LossSettings, TextCodec, choose_part
+from whisper_aut.data.targets import LossSettings, PartOfClip, TextCodec, choose_part
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 
 NO_CLIPS = MicroBatch(0, ())
@@ -145,14 +138,7 @@ class ShardNoise:
         self.reader = ShardReader(NOISE_LIMITS)
 
     def __call__(self, random: np.random.Generator) -> Tensor | None:
-        """Return a recording `[S]` at 16 kHz, at most a minute of it, or None if the drawn one
-        cannot be used.
-        """
-
-        def part(seconds: float) -> tuple[float, float]:
-            spare = seconds - NOISE_LIMITS.max_seconds
-            return (random.random() * spare, seconds - spare) if spare > 0 else (0.0, seconds)
-
+        """Return a recording `[S]` at 16 kHz, or a minute of it; None if it cannot be used."""
         sizes = np.array([index.samples for index in self.indexes])
         index = self.indexes[int(random.choice(len(sizes), p=sizes / sizes.sum()))]
         ends = np.cumsum(index.shard_samples)
@@ -161,6 +147,7 @@ class ShardNoise:
         location = (shard, number - int(ends[shard] - index.shard_samples[shard]))
         item = self.reader.read(index, {0: location})[0]
         try:
+            part = PartOfClip(NOISE_LIMITS.max_seconds, crop=random.random())
             is_read = isinstance(item, Sample)
             return load_waveform(item.audio, NOISE_LIMITS, part) if is_read else None
         except SkipSample:
@@ -440,12 +427,7 @@ class Counts:
     skipped_in_validation: ByReason = field(default_factory=Counter)
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
-            self.read + other.read,
-            self.cut + other.cut,
-            self.skipped + other.skipped,
-            self.skipped_in_validation + other.skipped_in_validation,
-        )
+        return Counts(*(counts + vars(other)[name] for name, counts in vars(self).items()))
 
     @property
     def all_skipped(self) -> ByReason:
@@ -464,17 +446,13 @@ class Counts:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Counts":
         """Restore counts from `state_dict`."""
-        skipped, in_validation = (
-            Counter(
-                {
-                    (source, reason): count
-                    for source, reasons in state[name].items()
-                    for reason, count in reasons.items()
-                }
-            )
-            for name in ("skipped", "skipped_in_validation")
-        )
-        return cls(Counter(state["read"]), Counter(state["cut"]), skipped, in_validation)
+
+        def by_reason(name: str) -> ByReason:
+            sources = state[name].items()
+            return Counter({(one, why): n for one, found in sources for why, n in found.items()})
+
+        skips = by_reason("skipped"), by_reason("skipped_in_validation")
+        return cls(Counter(state["read"]), Counter(state["cut"]), *skips)
 
 
 class Ledger:
@@ -548,11 +526,8 @@ class Ledger:
 
         An interrupted validation is left out. It is repeated after resuming and counted then.
         """
-        return (
-            self._own
-            if self.validated
-            else Counts(self._own.read, self._own.cut, self._own.skipped)
-        )
+        own = self._own
+        return own if self.validated else Counts(own.read, own.cut, own.skipped)
 
     def check(self, counts: Counts, *, at_end: bool = False) -> None:
         """Check that no source exceeds `max_fraction`.

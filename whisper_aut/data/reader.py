@@ -375,12 +375,7 @@ class MemberGroups:
 
     damages = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error)
 
-    def __init__(
-        self,
-        stream: BinaryIO,
-        limits: ClipLimits,
-        wanted: Container[int] | None = None,
-    ):
+    def __init__(self, stream: BinaryIO, limits: ClipLimits, wanted: Container[int] | None = None):
         self.stream, self.limits, self.wanted = stream, limits, wanted
         self.starts: list[int] = []
         self.end, self.damage = 0, ""

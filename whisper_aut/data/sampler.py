@@ -465,10 +465,8 @@ def batches_from(
         batches, next_position = batching.chunk(position)
         for number in range(taken, len(batches)):
             is_last = number + 1 == len(batches)
-            yield (
-                batches[number],
-                Cursor(next_position) if is_last else Cursor(position, number + 1),
-            )
+            after = Cursor(next_position) if is_last else Cursor(position, number + 1)
+            yield batches[number], after
         position, taken = next_position, 0
 
 

@@ -20,19 +20,8 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from whisper_aut.audio.decode import (
-    ROUNDING_SECONDS,
-    SEGMENT_SLACK_SECONDS,
-    TRIM_SECONDS,
-    LongClips,
-)
-from whisper_aut.data.annotation import (
-    Annotation,
-    Row,
-    Template,
-    language_name,
-    whisper_codes,
-)
+from whisper_aut.audio.decode import ROUNDING_SECONDS, SLACK_SECONDS, TRIM_SECONDS, LongClips
+from whisper_aut.data.annotation import Annotation, Row, Template, language_name, whisper_codes
 from whisper_aut.data.batch import TokenTarget
 from whisper_aut.errors import SkipReason, SkipSample, UserError, nearest
 from whisper_aut.schema import STRICT
@@ -78,7 +67,7 @@ class PartOfClip:
     def __call__(self, seconds: float) -> tuple[float, float]:
         """Return start and duration of the part of a clip that lasts `seconds`."""
         if self.chunk:
-            if (end := sum(self.chunk)) > seconds + SEGMENT_SLACK_SECONDS:
+            if (end := sum(self.chunk)) > seconds + SLACK_SECONDS:
                 detail = f"segments up to {end:g} s of a clip that ends at {seconds:g} s"
                 raise SkipSample(SkipReason.BAD_JSON, detail)
             self.is_cut = True
@@ -360,9 +349,7 @@ class Instructions:
     """
 
     def __init__(self, entries: Mapping[str, Instruction]):
-        problems = [
-            problem for name, entry in entries.items() for problem in _problems(name, entry)
-        ]
+        problems = [one for name, entry in entries.items() for one in _problems(name, entry)]
         if not entries:
             problems.append("there is no task at all")
         if problems:

@@ -251,11 +251,7 @@ ANY_LENGTH = ClipLimits(min_seconds=0.0, max_seconds=1e6)
 
 
 def index_folder(
-    root: str | Path,
-    out: str | Path = "",
-    *,
-    workers: int = 1,
-    policy: ReadPolicy = DEFAULT_POLICY,
+    root: str | Path, out: str | Path = "", *, workers: int = 1, policy: ReadPolicy = DEFAULT_POLICY
 ) -> ShardIndex:
     """Write the sample tables and the index of the tars of a folder, a URL or a pattern.
 

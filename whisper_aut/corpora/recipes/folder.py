@@ -31,9 +31,8 @@ def folder(root: Path) -> Rows:
     Raises:
         UserError: there is no audio or no class, or there are several tables.
     """
-    tables = sorted(
-        path for path in root.iterdir() if path.suffix.lower() in TABLE_SUFFIXES and path.is_file()
-    )
+    files = (path for path in root.iterdir() if path.is_file())
+    tables = sorted(path for path in files if path.suffix.lower() in TABLE_SUFFIXES)
     if len(tables) > 1:
         raise UserError(
             f"{root} has {len(tables)} tables: {', '.join(path.name for path in tables)}. Build "
@@ -85,9 +84,6 @@ def _from_classes(root: Path) -> Rows:
                 f"{root}/SPLIT/CLASS/FILE, where all splits are named like train, valid, test or "
                 f"fold1, or a table in {root}. It contains: {', '.join(top_folders[:10])}"
             )
-        row = {
-            "audio": str(path),
-            "label": path.parent.name,
-            "id": "-".join(path.with_suffix("").parts),
-        }
+        name = "-".join(path.with_suffix("").parts)
+        row = {"audio": str(path), "label": path.parent.name, "id": name}
         yield {**row, "split": path.parts[0]} if has_splits else row
