@@ -228,9 +228,8 @@ def channel_layout(file: soundfile.SoundFile, data: bytes) -> str:
     start = data.find(b"fmt ", 12)
     if not data.startswith((b"RIFF", b"RF64")) or start < 0 or len(data) < start + 32:
         return ""
-    (tag,), (mask,) = (
-        struct.unpack_from(kind, data, start + at) for kind, at in (("<H", 8), ("<I", 28))
-    )
+    (tag,) = struct.unpack_from("<H", data, start + 8)
+    (mask,) = struct.unpack_from("<I", data, start + 28)
     letters = "".join(letter for bit, letter in enumerate(WAVE_MASK_BITS) if mask >> bit & 1)
     is_whole = tag == 0xFFFE and mask.bit_count() == len(letters) == file.channels
     return letters if is_whole else ""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +22,7 @@ import numpy as np
 import soundfile
 
 from whisper_aut.audio.decode import (
+    AV_SUFFIXES,
     SLACK_SECONDS,
     ClipLimits,
     as_soundfile,
@@ -351,6 +353,8 @@ def _survey(
         try:
             found = row.path.stat()
             recipe.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+            if row.path.suffix[1:].lower() in AV_SUFFIXES:  # skipped until PyAV is installed
+                recipe.update(str(find_spec("av") is not None).encode())
         except (OSError, ValueError):
             skips.add(SkippedRow(row.line, str(row.path), SkipReason.MISSING_FILE, split=row.split))
             recipe.update(b"missing\n")

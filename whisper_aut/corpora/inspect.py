@@ -215,9 +215,8 @@ def inspect_shards(
                 statistics.add_shard(index, number, limits, rest)
         statistics.folders[name] = statistics.clips - before
         stored = ("recipe", "skipped", "build")
-        statistics.builds[name] = {
-            key: index.metadata[key] for key in stored if key in index.metadata
-        }
+        found = index.metadata
+        statistics.builds[name] = {key: found[key] for key in stored if key in found}
     languages = statistics.counts["language"].items()
     unknown = Counter({tag: n for tag, n in languages if tag and not whisper_codes(tag)})
     if unknown:
@@ -314,9 +313,8 @@ def render(statistics: ShardStatistics) -> RenderableType:
 
 def _overview(statistics: ShardStatistics) -> Table:
     table = Table(title=statistics.root, show_header=False)
-    table.add_row(
-        "clips", f"{statistics.clips} in {statistics.shards} shards, {decimal(statistics.bytes)}"
-    )
+    size = decimal(statistics.bytes)
+    table.add_row("clips", f"{statistics.clips} in {statistics.shards} shards, {size}")
     if any(statistics.folders):
         table.add_row("folders", _inline(statistics.folders))
     table.add_row("audio", f"{statistics.hours:.2f} h")

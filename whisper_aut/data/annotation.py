@@ -188,8 +188,7 @@ class Annotation:
                 (float(one["start"]), float(one["end"]), _plain_text(one["text"])) for one in listed
             ]
         except (TypeError, KeyError, ValueError, OverflowError):
-            wanted = "a list of objects with start, end and text"
-            raise _bad_json(f"'segments' must be {wanted}") from None
+            raise _bad_json("'segments' must list objects with start, end and text") from None
         seconds = self.duration_seconds or max(end for _, end, _ in segments)
         if seconds <= max_seconds + TRIM_SECONDS:
             return None
@@ -333,10 +332,10 @@ def _seconds(value: Any) -> float:
 
 
 def plain(value: Any) -> str:
-    """Return a cell as text: empty for null, comma-separated for a list."""
+    """Return a cell as text: empty for null and NaN, comma-separated for a list."""
     if isinstance(value, list):
-        return ", ".join(plain(item) for item in value)
-    return "" if value is None else str(value)
+        return ", ".join(plain(item) for item in value if has_value(item))
+    return "" if value is None or value != value else str(value)
 
 
 def safe_name(name: str) -> str:

@@ -9,6 +9,7 @@ import fnmatch
 import hashlib
 import io
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -42,6 +43,7 @@ from whisper_aut.data.reader import (
 from whisper_aut.errors import SkipReason, UserError, require
 from whisper_aut.utils import parse_json
 
+log = logging.getLogger(__name__)
 UNKNOWN_MS = -1
 UNKNOWN_BYTES = -1
 INDEX_NAME = "index.json"
@@ -343,6 +345,12 @@ def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIn
                 f"{root}/{INDEX_NAME} names {len(missing)} shards that are missing: "
                 f"{_listed(missing)}. Bring them back or rebuild."
             )
+        listed = {shard.name for shard in index.shards}
+        if new := sorted(one for one in files if one.endswith(".tar") and one not in listed):
+            log.warning(
+                f"{root}/{INDEX_NAME} does not list {_listed(new)}, so these tars are not used. "
+                f"Index them: whisper-aut data index {root}"
+            )
         return index
     # Braces may list 100,000 names, which are not compared with each other.
     matches = {one: [one] if one in files else fnmatch.filter(files, one) for one in patterns}
@@ -464,9 +472,7 @@ def find_tars(root: str, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIndex:
     if not found:
         raise UserError(f"There are no tars in {root}.")
     # An unpacked tar replaces its compressed one.
-    names = sorted(
-        name for name in found if name.endswith(".tar") or unpacked_name(name) not in found
-    )
+    names = sorted(one for one in found if one.endswith(".tar") or unpacked_name(one) not in found)
     entries = tuple(ShardEntry(name, UNCOUNTED) for name in names)
     return ShardIndex(folder, entries, policy=policy)
 

@@ -170,9 +170,8 @@ class ShardWriter:
         self._partial(table_name(name)).write_bytes(table.to_bytes())
         partial = self._partial(name)
         seconds = round(sum(seconds or 0.0 for _, seconds, *_ in self._rows), 3)
-        entry = ShardEntry(
-            name, len(self._rows), seconds, partial.stat().st_size, file_sha256(partial)
-        )
+        size, digest = partial.stat().st_size, file_sha256(partial)
+        entry = ShardEntry(name, len(self._rows), seconds, size, digest)
         if self.recipe:
             counts = [self._tar_counts.domains, self._tar_counts.licences]
             finished = {"recipe": self.recipe, "shard": asdict(entry), "counts": counts}
@@ -308,7 +307,8 @@ def _index_tar(
     if name.endswith(GZIP_SUFFIXES):
         name = unpacked_name(name)
         unpacked = Path(local_path(target)) / name
-        if not unpacked.exists():
+        archived = Path(local_path(url)).stat().st_mtime if is_local(url) else 0.0
+        if not unpacked.exists() or unpacked.stat().st_mtime < archived:
             with (
                 open_stream(url, policy) as stream,
                 atomic_path(unpacked) as partial_path,

@@ -563,3 +563,15 @@ def test_real_corpora_lose_no_clip(tmp_path: Path, name: str, spec: dict[str, An
         ManifestSpec(root / f"{name}.csv", root / "audio", **spec), tmp_path, progress=False
     )
     assert (report.clips, report.skipped) == (clips, {})
+
+
+def test_files_that_need_pyav_are_looked_at_again_once_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    manifest = corpus(tmp_path / "in", rows="clip.m4a,a clip,0\n")
+    (tmp_path / "in" / "clip.m4a").write_bytes(bytes(4) + b"ftypM4A " + bytes(100))
+    reused = []
+    for found in (None, None, "installed", "installed"):
+        monkeypatch.setattr("whisper_aut.corpora.build.find_spec", lambda _, found=found: found)
+        reused.append(build(manifest, tmp_path / "out").reused)
+    assert reused == [False, True, False, True]

@@ -14,7 +14,7 @@ from whisper_aut.corpora.manifest import (
     SkippedRow,
     read_annotations,
 )
-from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.annotation import Annotation, Template
 from whisper_aut.errors import SkipReason, UserError
 
 
@@ -470,3 +470,10 @@ def test_a_manifest_whose_compressed_end_is_missing_is_an_error(tmp_path: Path):
     rows = "".join(f'{{"path": "{n}.wav", "text": "t"}}\n' for n in range(99))
     with pytest.raises(UserError, match=r"clips\.jsonl\.gz is damaged"):
         entries(table(tmp_path, gzip.compress(rows.encode())[:-20], "clips.jsonl.gz"))
+
+
+@pytest.mark.parametrize("nothing", [float("nan"), None, [None, float("nan")]])
+def test_a_template_needs_a_value_and_leaves_out_empty_items(nothing: Any):
+    template = Template("a {mood} tune")
+    assert template.fill({"mood": nothing}) == ""
+    assert template.fill({"mood": [None, "sad", float("nan"), "slow"]}) == "a sad, slow tune"

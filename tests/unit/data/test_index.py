@@ -1,6 +1,7 @@
 """`data index`, and folders that are read in part: what is counted is true of the tars at hand."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,22 @@ def test_what_an_audit_excludes_of_a_folder_is_excluded_of_a_part_of_it(tmp_path
     assert chosen.shard_samples == (0, 1)
     audit = json.loads((out / "audit.json").read_text())
     assert unaudited(audit, "train", [f"{folder}/shard-000002.tar"]) == []
+
+
+def test_tars_that_the_index_does_not_list_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    folder = write(tmp_path / "sound", "sound", "CC0-1.0", 3)
+    assert open_index(folder).samples == 3
+    assert not caplog.messages
+    assert index_folder(f"{folder}/shard-000001.tar").samples == 1
+    assert "does not list shard-000000.tar, shard-000002.tar, so" in caplog.text
+
+
+def test_a_compressed_tar_that_has_changed_is_unpacked_again(tmp_path: Path):
+    (tmp_path / "raw").mkdir()
+    for clips, day in ((1, 0), (2, 4e9)):
+        files = {f"{number}.flac": encode_audio(tone(0.5)) for number in range(clips)}
+        archive = tar_of(tmp_path / "raw" / "a.tar.gz", files)
+        os.utime(archive, (day, day))
+        assert index_folder(tmp_path / "raw", tmp_path / "out").samples == clips
