@@ -295,8 +295,14 @@ def load_experiment(name: str | Path, overrides: Sequence[str] = ()) -> Experime
     conf = Path(os.path.normpath(path.parent / ".."))
     combinations = product(*(choices.items() for choices in settings.axes.values()))
     arms = [_build_arm(settings, conf, combination) for combination in combinations]
-    runs = (run for seed in settings.seeds for arm in arms for run in arm.runs[seed].chain())
-    return Experiment(settings, conf, arms, list({run.name: run for run in runs}.values()))
+    runs: dict[str, Run] = {}
+    for run in (run for seed in settings.seeds for arm in arms for run in arm.runs[seed].chain()):
+        if runs.setdefault(run.name, run) != run:
+            raise UserError(
+                f"{path}: two different runs would have the name {run.name}. Give each choice a "
+                "name of its own, also in different axes."
+            )
+    return Experiment(settings, conf, arms, list(runs.values()))
 
 
 def _build_arm(
@@ -335,6 +341,7 @@ def _build_run(
     settings: ExperimentSettings, conf: Path, name: str, training: TrainingSettings, seed: int
 ) -> Run:
     name, pretrained = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-s{seed}", None
+    first = training.init_from.removeprefix(RANDOM_PREFIX)
     values = flatten(settings.everywhere) | flatten(training.set)
     values |= {"name": name, "seed": seed, "runs": settings.runs, "probe.tasks": []}
     overrides = [
@@ -343,17 +350,11 @@ def _build_run(
     ]
     # Groups, which have no dot, come first: choosing one resets the values inside it.
     overrides.sort(key=lambda override: "." in override.partition("=")[0])
-    if training.init_from:
-        first = training.init_from.removeprefix(RANDOM_PREFIX)
+    if first:
         before = settings.pretraining[first]
         pretrained = _build_run(settings, conf, f"pretrained-{first}", before, seed)
-    return Run(
-        name=name,
-        config=find_config(training.config, conf),
-        overrides=tuple(overrides),
-        pretrained=pretrained,
-        random=training.init_from.startswith(RANDOM_PREFIX),
-    )
+    config, is_random = find_config(training.config, conf), first != training.init_from
+    return Run(name, config, tuple(overrides), pretrained, is_random)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -100,6 +100,19 @@ def test_a_group_is_chosen_before_its_values_are_overridden(tmp_path: Path):
     assert load_settings(run.config, run.overrides).decoder["adapter"]["name"] == "conv"
 
 
+def test_two_runs_cannot_have_the_same_name(tmp_path: Path):
+    def switch(key: str, value: float) -> dict[str, object]:
+        return {"off": {}, "on": {"set": {key: value}}}
+
+    axes = {"padding": switch("model.pad_to_30s", 0.5), "rate": switch("optim.lr", 0.1)}
+    path = write_experiment(tmp_path, axes=axes, reference="off/off", figure={"x": "rate"})
+    with pytest.raises(UserError, match="two different runs would have the name tried-on-s0"):
+        load_experiment(path)
+    axes["rate"] = {"low": {}, "high": {"set": {"optim.lr": 0.1}}}
+    path = write_experiment(tmp_path, axes=axes, reference="off/low", figure={"x": "rate"})
+    assert len(load_experiment(path).runs) == 2 * 4
+
+
 def test_nested_and_dotted_keys_are_the_same():
     assert flatten({"a": {"b": {"c": 1}, "d": []}, "e.f": {}}) == {"a.b.c": 1, "a.d": [], "e.f": {}}
 
