@@ -247,6 +247,10 @@ class ModelSettings:
     interpolate: Fraction = 1.0
     compile: bool = False
 
+    @property
+    def starts_at_random(self) -> bool:
+        return self.random_init or self.scratch is not None
+
     @model_validator(mode="after")
     def check_source(self) -> Self:
         given = [name for name in ("path", "scratch", "after") if getattr(self, name)]
@@ -255,7 +259,7 @@ class ModelSettings:
             raise ValueError(f"give exactly one of path, scratch, after; given: {names}")
         if self.pad_to_30s and self.padding == "30s":
             raise ValueError("pad_to_30s: needs padding=none; with 30s, all clips are padded")
-        if self.interpolate != 1 and (self.scratch or self.random_init):
+        if self.interpolate != 1 and self.starts_at_random:
             raise ValueError("interpolate: a model that starts from random weights has no others")
         if self.lora_rank and (self.freeze_encoder or self.compile):
             raise ValueError("lora_rank: does not go with freeze_encoder or compile")
@@ -514,24 +518,6 @@ class Settings:
     probe: ProbeSettings = field(default_factory=ProbeSettings)
 
     @model_validator(mode="after")
-    def check_precision(self) -> Self:
-        if self.strategy.name == "fsdp" and self.hardware.precision == "16-mixed":
-            raise ValueError(
-                "hardware.precision: strategy=fsdp does not scale losses, which 16-mixed needs. "
-                "Use bf16-mixed, or another strategy"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def check_export(self) -> Self:
-        if self.probe.tasks and "encoder" not in self.export:
-            raise ValueError(
-                "probe.tasks: probes score the exported encoder. Add encoder to export, or give "
-                "probe.tasks=[]"
-            )
-        return self
-
-    @model_validator(mode="after")
     def check_domains(self) -> Self:
         """Check the domains that other settings refer to. Types are checked elsewhere."""
         decoder, known = self.decoder, list(dict.fromkeys([*DOMAINS, *self.data.domains]))
@@ -556,8 +542,24 @@ class Settings:
         return self
 
     @model_validator(mode="after")
-    def check_batch(self) -> Self:
-        if self.data.batch_seconds is not None and self.model.padding == "30s":
+    def check_groups(self) -> Self:
+        """Check what settings of different groups need of each other."""
+        model = self.model
+        if self.strategy.name == "fsdp" and self.hardware.precision == "16-mixed":
+            raise ValueError(
+                "hardware.precision: strategy=fsdp does not scale losses, which 16-mixed needs. "
+                "Use bf16-mixed, or another strategy"
+            )
+        if self.probe.tasks and "encoder" not in self.export:
+            raise ValueError(
+                "probe.tasks: probes score the exported encoder. Add encoder to export, or give "
+                "probe.tasks=[]"
+            )
+        if self.distillation.weight and (model.freeze_encoder or model.starts_at_random):
+            raise ValueError(
+                "distillation.weight: needs pretrained weights, and an encoder that is trained"
+            )
+        if self.data.batch_seconds is not None and model.padding == "30s":
             raise ValueError(
                 "data.batch_seconds: with model.padding=30s every clip costs 30 s; give "
                 "data.batch_clips"
@@ -567,7 +569,7 @@ class Settings:
             raise ValueError(
                 f"optim.ema_decay: {name} shards the weights; use fsdp or ZeRO stage 2"
             )
-        if self.model.pad_to_30s and (self.data.batch_seconds or 30) < 30:
+        if model.pad_to_30s and (self.data.batch_seconds or 30) < 30:
             raise ValueError(
                 f"data.batch_seconds: {self.data.batch_seconds:g} is below the 30 s of a clip that "
                 "model.pad_to_30s pads"

@@ -127,7 +127,7 @@ def export_run(
     interpolate = model.interpolate if interpolate is None else interpolate
     if decoder == "pretrained" and kind != "whisper":
         raise UserError(f"{kind} has no decoder. Use --decoder pretrained with --format whisper.")
-    if (interpolate != 1 or decoder == "pretrained") and model.random_init:
+    if (interpolate != 1 or decoder == "pretrained") and model.starts_at_random:
         raise UserError(f"{run.path} started from random weights: it has no pretrained ones.")
     export_checkpoint(
         checkpoint,

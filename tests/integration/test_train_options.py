@@ -88,6 +88,19 @@ def test_it_resumes_exactly_and_exports_a_drop_in(
     assert ours.fingerprint() != plain_fingerprint
 
 
+def test_the_scale_of_low_rank_updates_stays_over_a_resume(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    """Exports merge the updates with the scale in the checkpoint."""
+    whole, half = (
+        settings_for(tiny_whisper, tiny_shards, tmp_path, *COMMON, "model.lora_rank=4", chosen)
+        for chosen in ("model.lora_alpha=32", "model.lora_alpha=16")
+    )
+    checkpoint = train(whole, QUIET).run.checkpoints / "step-0000002.ckpt"
+    with pytest.raises(UserError, match=r"lora_alpha / lora_rank = 8, but this config has 4"):
+        train(half, QUIET, resume=str(checkpoint))
+
+
 @pytest.mark.parametrize("per", ["token", "clip"])
 def test_the_loss_is_the_weighted_mean_of_tokens_or_of_clips(
     per: str, tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
@@ -246,6 +259,8 @@ def test_an_encoder_for_both_padding_modes_says_so(
     [
         (["model.padding=30s", "model.pad_to_30s=0.1"], "pad_to_30s: needs padding=none"),
         (["model.random_init=true", "model.interpolate=0.5"], "interpolate: a model that starts"),
+        (["model.random_init=true", "distillation.weight=1"], "distillation.weight: needs pre"),
+        (["model.freeze_encoder=true", "distillation.weight=1"], "distillation.weight: needs pre"),
         (["model.pad_to_30s=1.5"], "model.pad_to_30s"),
         (
             ["model.pad_to_30s=0.1", "data.max_seconds=10", "data.batch_seconds=20"],

@@ -284,7 +284,14 @@ class NamedCheckpoints:
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         strategy: Any = self
         path, module = Path(checkpoint["path"]), strategy.lightning_module
-        self.model_state().load_weights(read_weights(path))
+        weights, buffers = read_weights(path), dict(module.named_buffers())
+        saved, own = (float(found.get("encoder.lora_scale", 0)) for found in (weights, buffers))
+        if saved and own and saved != own:  # exports read the scale from the checkpoint
+            raise UserError(
+                "model.lora_alpha: the checkpoint was trained with lora_alpha / lora_rank = "
+                f"{saved:g}, but this config has {own:g}. Resume with the value of its run."
+            )
+        self.model_state().load_weights(weights)
         if module.average:  # without one in the checkpoint, it begins at its weights
             stored = read_weights(path, averaged=True)
             weights = dict(module.named_parameters())

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -336,6 +336,20 @@ def test_the_command_exports_and_says_how_to_load_the_export(
         "440.flac",
         "880.flac",
     ]
+
+
+@pytest.mark.parametrize("start", [{"random_init": True}, {"scratch": {}, "path": ""}])
+def test_random_weights_are_no_pretrained_ones(
+    start: dict[str, object], in_pipeline_run: Path, tmp_path: Path, capsys: Any
+):
+    run = tmp_path / "run"
+    shutil.copytree(RUN, run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"] |= start
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for mixed in (["--interpolate", "0.5"], ["--format", "whisper", "--decoder", "pretrained"]):
+        assert main(["export", str(run), "--out", str(tmp_path / "out"), *mixed]) == 1
+        assert "started from random weights" in " ".join("".join(capsys.readouterr()).split())
 
 
 def test_a_card_of_interpolated_weights_has_no_scores_of_the_trained_ones(
