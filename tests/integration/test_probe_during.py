@@ -4,6 +4,8 @@ guard against forgetting.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +54,33 @@ def test_curves_are_logged_and_training_does_not_notice(
     resumed = ProbeDuringTraining([task], None, every_steps=2)
     resumed.load_state_dict(json.loads(json.dumps(watching.state_dict())))
     assert resumed.scores == watching.scores
+
+
+def test_their_time_is_not_that_of_training(
+    task, tiny_whisper, tiny_shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a clock that ticks when it is read, and jumps an hour for each measurement."""
+    clock, score = [0.0], ProbeDuringTraining._score
+
+    def ticked() -> float:
+        clock[0] += 0.001
+        return clock[0]
+
+    def slowly(*arguments: Any) -> dict[str, float]:
+        clock[0] += 3600
+        return score(*arguments)
+
+    monkeypatch.setattr(ProbeDuringTraining, "_score", slowly)
+    monkeypatch.setattr(
+        "whisper_aut.training.callbacks.metrics.time",
+        SimpleNamespace(perf_counter=ticked, monotonic=ticked),
+    )
+    watching = ProbeDuringTraining([task], None, every_steps=2)
+    run = train(settings_for(tiny_whisper, tiny_shards, tmp_path), QUIET, callbacks=[watching]).run
+    assert clock[0] >= 4 * 3600
+    metrics = json.loads(run.done.read_text())["metrics"]
+    assert 0 < metrics["throughput/total_seconds"] < 60
+    assert metrics["throughput/data_wait_fraction"] < 0.9
 
 
 def test_a_fall_stops_the_run_with_its_last_step_saved(

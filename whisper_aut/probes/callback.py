@@ -105,13 +105,14 @@ class ProbeDuringTraining(lightning.Callback):
         return sum(first[name] - last[name] for name in guarded) / len(guarded)
 
     def _measure(self, trainer: lightning.Trainer, module: Any) -> None:
-        step = trainer.global_step
-        with module.averaged():
+        step, callbacks = trainer.global_step, trainer.callbacks  # pyright: ignore
+        checkpoints = next(one for one in callbacks if isinstance(one, RollingCheckpoints))
+        with checkpoints.paused(trainer), module.averaged():
             weights = {
                 name: full_tensor(weight) for name, weight in module.encoder.state_dict().items()
             }
             scores = self._score(module, weights) if trainer.is_global_zero else {}
-        scores = self.scores[step] = trainer.strategy.broadcast(scores)
+            scores = self.scores[step] = trainer.strategy.broadcast(scores)
         for logger in trainer.loggers:
             logger.log_metrics({f"probe/{name}": score for name, score in scores.items()}, step)
         drop = self.score_drop()
@@ -127,9 +128,7 @@ class ProbeDuringTraining(lightning.Callback):
             " Training stops." if self.guard.action == "stop" else "",
         )
         if self.guard.action == "stop":
-            for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-                if isinstance(callback, RollingCheckpoints):
-                    callback.save(trainer)
+            checkpoints.save(trainer)
             trainer.should_stop = True
 
     def _score(self, module: Any, weights: dict[str, Any]) -> dict[str, float]:
