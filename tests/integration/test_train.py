@@ -135,6 +135,39 @@ def test_other_weights_at_the_same_path_are_another_run(
     assert len(set(fingerprints)) == 5
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("model.path=", "model.scratch={texts: [TEXTS]}"),
+        ("decoder=causal_lm", "decoder.scratch={texts: [TEXTS], out: TEXTS}"),
+    ],
+    ids=["whisper", "language model"],
+)
+def test_other_texts_of_a_scratch_model_are_another_run(
+    chosen: tuple[str, ...], tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    texts = tmp_path / "texts"
+    chosen = tuple(override.replace("TEXTS", str(texts)) for override in chosen)
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path, *chosen)
+    fingerprints = set()
+    for domain in ("speech", "sound"):
+        shutil.rmtree(texts, ignore_errors=True)
+        shutil.copytree(tiny_shards / domain, texts)
+        fingerprints.add(run_fingerprint(settings))
+    assert len(fingerprints) == 2
+
+
+def test_probes_are_part_of_a_run_only_if_they_may_stop_it(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    def fingerprint(*chosen: str) -> str:
+        return run_fingerprint(settings_for(tiny_whisper, tiny_shards, tmp_path, *chosen))
+
+    stop, tasks = "probe.during.on_drop=stop", "probe.during.tasks=[esc10]"
+    assert fingerprint() == fingerprint(tasks) == fingerprint(stop)
+    assert len({fingerprint(), fingerprint(tasks, stop)}) == 2
+
+
 def test_the_last_checkpoint_is_of_the_last_step(
     tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
 ):

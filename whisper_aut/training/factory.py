@@ -343,8 +343,8 @@ def run_fingerprint(settings: Settings) -> str:
     """Return a hash of everything that determines what a run computes.
 
     The hash covers the config, the release, the shards, the exclusion list, files of annotations,
-    and the files of models in local directories. It does not cover output paths, and which probes
-    and exports are made.
+    and the files of models in local directories. It does not cover output paths, and which exports
+    and probes are made, except for probes that may stop the run.
 
     Raises:
         UserError: If a data source cannot be read.
@@ -352,15 +352,17 @@ def run_fingerprint(settings: Settings) -> str:
     values, data, policy = asdict(settings), settings.data, read_policy(settings.data)
     for name in ("runs", "probe", "export"):
         values.pop(name)
+    if (during := settings.probe.during).tasks and during.on_drop == "stop":
+        values["during"] = asdict(during)
     # The date is set when a run starts; `same_chat_date` compares it separately.
     values["decoder"].pop("date", None)
     hardware = settings.hardware
     values["hardware"]["precision"], _ = resolve_precision(hardware.precision, hardware.accelerator)
     sources = open_sources([*data.train, *data.valid], policy, mapped=False)
-    shards = [
-        *(source.index.fingerprint() for source in sources),
-        *(open_index(folder, policy).fingerprint() for folder in data.augment.noise),
-    ]
+    scratch = [values[part].get("scratch") or {} for part in ("model", "decoder")]
+    folders = [*data.augment.noise, *(path for made in scratch for path in made.get("texts", ()))]
+    indexes = [*(one.index for one in sources), *(open_index(path, policy) for path in folders)]
+    shards = [index.fingerprint() for index in indexes]
     files = [data.exclude, *(source.annotations for source in (*data.train, *data.valid))]
     listed = [file_sha256(path) for path in map(Path, files) if path.is_file()]
     models = [settings.model.path, str(settings.decoder.get("language_model", ""))]
