@@ -60,6 +60,11 @@ def test_hardware_flops_count_padding_and_recomputation_and_model_flops_neither(
         )
     )
     assert (sums.flops, sums.computed_flops) == (useful, computed)
+    held = Throughput(1.0)
+    held.add_batch(SimpleNamespace(**parts | {"encoder_learns": False}, distillation=None), batch)
+    assert held.flops == encoder_flops(
+        *(model.config, (600, 400), (300, 200)), trained=False
+    ) + decoder.flops((300, 200), batch.targets, through_frames=False)
     module.decoder = torch.nn.Identity()  # which does not count its FLOPs
     sums.add_batch(module, batch)
     assert "teraflops" not in sums.metrics()

@@ -223,7 +223,7 @@ def step_cost(
             trained=shape.train_encoder,
             frozen_weights=shape.lora_rank > 0,
         )
-        useful += decoder.flops(lengths, targets)
+        useful += decoder.flops(lengths, targets, through_frames=shape.train_encoder)
     return StepCost(
         encoder=sum(p.numel() for p in encoder.parameters()),
         decoder=sum(p.numel() for p in decoder.parameters()),

@@ -56,7 +56,12 @@ def test_formulas_count_what_pytorch_counts(width: int, recomputed: bool):
     # The convolutions also run over the zeros between clips, which are no useful work.
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.005)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        encoder(mel, MEL_LENGTHS)
+        values = encoder(mel, MEL_LENGTHS).values
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as second:
+        decoder.loss(values, frames.lengths, targets).total.backward()
+    options = {"recomputed": recomputed, "through_frames": False}
+    ours = decoder.flops(frames.lengths, targets, **options)
+    assert ours == pytest.approx(second.get_total_flops(), rel=0.005)
     held = encoder_flops(config, MEL_LENGTHS, frames.lengths, trained=False)
     assert held == pytest.approx(counter.get_total_flops(), rel=0.01)
     add_lora(encoder, 1, 1)
@@ -72,14 +77,16 @@ def test_formulas_count_what_pytorch_counts(width: int, recomputed: bool):
 
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("adapter", ["stack", "linear"])
 @pytest.mark.parametrize("train", ["frozen", "lora", "full"])
 def test_the_language_models_formula_counts_what_pytorch_counts(
-    train: str, recomputed: bool, tiny_whisper: Path, tiny_language_model: Path
+    train: str, adapter: str, recomputed: bool, tiny_whisper: Path, tiny_language_model: Path
 ):
     options = {
         "language_model": str(tiny_language_model),
         "instructions": {"caption": {"prompts": ["Describe it."]}},
         "train": train,
+        "adapter": {"name": adapter, "frames": 20},
     }
     entry, checked = check_decoder({"name": "causal_lm", **options})
     decoder, codec = entry.build(PretrainedWhisper(str(tiny_whisper)), checked, recomputed)
@@ -90,8 +97,9 @@ def test_the_language_models_formula_counts_what_pytorch_counts(
         ]
     )
     lengths = (150, 251)
-    frames = torch.randn(sum(lengths), 32, requires_grad=True)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        decoder.loss(frames, lengths, targets).total.backward()
-    ours = decoder.flops(lengths, targets, recomputed=recomputed)
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
+    for through in (True, False):
+        frames = torch.randn(sum(lengths), 32, requires_grad=through)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            decoder.loss(frames, lengths, targets).total.backward()
+        ours = decoder.flops(lengths, targets, recomputed=recomputed, through_frames=through)
+        assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)

@@ -173,6 +173,7 @@ def test_parameters_and_work_are_the_models():
         config(), build_meta, StepShape(MEL_LENGTHS, TEXT_LENGTHS, train_encoder=False)
     )
     assert frozen.trainable == frozen.decoder
+    assert 0.9 * frozen.flops < frozen.model_flops < frozen.flops
     assert frozen.model_flops < 0.6 * useful
 
 

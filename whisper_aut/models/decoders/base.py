@@ -16,10 +16,11 @@ from whisper_aut.models.losses import DecoderLoss
 class Decoder(Protocol):
     """A text decoder for training an audio encoder. It must also be an `nn.Module`.
 
-    Some members are optional: `flops(lengths, targets)` returns the FLOPs of a training step for
-    the throughput metrics, `compile_layers()` compiles layers for `model.compile`, and `identity`
-    is a dictionary written to the run's `environment.json`. With `encoder_layers`, a list of n
-    hidden states (`Frames.states`), frames are `[ΣT, n, D]`.
+    Some members are optional: `flops(lengths, targets, *, through_frames=True)` returns the FLOPs
+    of a training step for the throughput metrics, in which gradients flow back to the frames or do
+    not, `compile_layers()` compiles layers for `model.compile`, and `identity` is a dictionary
+    written to the run's `environment.json`. With `encoder_layers`, a list of n hidden states
+    (`Frames.states`), frames are `[ΣT, n, D]`.
     """
 
     def loss(self, frames: Tensor, lengths: Sequence[int], targets: Targets) -> DecoderLoss:

@@ -284,11 +284,20 @@ class CausalLMDecoder(nn.Module):
             max_new_tokens=max_new_tokens,
         )
 
-    def flops(self, lengths: Sequence[int], targets: Targets, *, recomputed: bool = False) -> float:
-        """Return the FLOPs of a training step on clips of T frames, for the throughput metrics."""
+    def flops(
+        self,
+        lengths: Sequence[int],
+        targets: Targets,
+        *,
+        through_frames: bool = True,
+        recomputed: bool = False,
+    ) -> float:
+        """Return the FLOPs of a training step, see `Decoder` and `language_model_flops`."""
         audio = [-(-length // self.adapter.hop) for length in lengths]
         chats = [text - 1 + clip for text, clip in zip(targets.lengths, audio, strict=True)]
         weights = sum(weight.numel() for weight in self.adapter.parameters() if weight.ndim > 1)
+        if not (through_frames or [*self.fusion.parameters(), *self.adapter.norm_in.parameters()]):
+            weights -= self.adapter.layers[0].weight.numel() / TRAINED_PRODUCTS
         return language_model_flops(
             self.model, chats, sum(targets.counts), recomputed=recomputed
         ) + TRAINED_PRODUCTS * 2 * weights * sum(audio)

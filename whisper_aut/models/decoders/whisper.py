@@ -200,12 +200,10 @@ class WhisperDecoder(nn.Module):
                 answers[index] = answer
         return answers
 
-    def flops(self, lengths: Sequence[int], targets: Targets, *, recomputed: bool = False) -> float:
-        """Return the FLOPs of a training step on clips of T frames, for the throughput metrics."""
+    def flops(self, lengths: Sequence[int], targets: Targets, **options: bool) -> float:
+        """Return the FLOPs of a training step, see `Decoder` and `whisper_decoder_flops`."""
         config, supervised = self.whisper.config, sum(targets.counts)
-        return whisper_decoder_flops(
-            config, lengths, targets.lengths, supervised, recomputed=recomputed
-        )
+        return whisper_decoder_flops(config, lengths, targets.lengths, supervised, **options)
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         return (parameter for parameter in self.parameters() if parameter.requires_grad)

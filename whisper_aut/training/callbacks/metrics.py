@@ -373,9 +373,10 @@ def _flops(
         compared = module.distillation.compared(batch)
         chosen, own = [mel_lengths[i] for i in compared], [lengths[i] for i in compared]
         flops += encoder_flops(config, chosen, own, trained=False)
+    options = {} if trained else {"through_frames": False}
     if recomputed and getattr(decoder, "gradient_checkpointing", False):
-        return flops + decoder.flops(lengths, batch.targets, recomputed=True)
-    return flops + decoder.flops(lengths, batch.targets)
+        options["recomputed"] = True
+    return flops + decoder.flops(lengths, batch.targets, **options)
 
 
 class RunProgressBar(TQDMProgressBar):
