@@ -145,6 +145,8 @@ class StepCost:
             gradients.
         peak_bytes: Peak bytes of the same plus the gradients that exist by then, for a step that
             begins without gradients.
+        in_half: Number of parameters in 16 bits where all others are in float32, as in a frozen
+            language model with `decoder.dtype=bfloat16`.
     """
 
     encoder: int
@@ -154,6 +156,7 @@ class StepCost:
     kernels: tuple[tuple[float, int, int], ...]
     activation_bytes: int
     peak_bytes: int
+    in_half: int = 0
 
     @property
     def parameters(self) -> int:
@@ -194,23 +197,19 @@ def step_cost(
         decoder: Any = build_meta(config, shape.gradient_checkpointing).train()
         modules = nn.ModuleList([encoder, decoder])
         tensors = [*modules.parameters(), *modules.buffers()]
-        if shape.compute == "bfloat16":
-            for tensor in filter(torch.is_floating_point, tensors):
-                tensor.data = tensor.data.bfloat16()
         trainable = [p for p in modules.parameters() if p.requires_grad]
-        if shape.compute != "bfloat16":
-            for parameter in trainable:
-                parameter.data = parameter.data.float()
+        half = shape.compute == "bfloat16"
+        dtype = torch.bfloat16 if half else torch.float32
+        for tensor in filter(torch.is_floating_point, tensors if half else trainable):
+            tensor.data = tensor.data.to(dtype)
+        in_half = 0 if half else sum(p.numel() for p in modules.parameters() if p.itemsize == 2)
         counter = StepCounter(tensors)
         for parameter in trainable:
             parameter.register_post_accumulate_grad_hook(counter.set_gradient_apart)
         lengths = [encoder_frames(length) for length in shape.mel_lengths]
         targets = placeholder_targets(shape.text_lengths)
-        mel = torch.empty(
-            sum(map(frames_with_context, shape.mel_lengths)),
-            encoder.num_mel_bins,
-            dtype=torch.bfloat16 if shape.compute == "bfloat16" else torch.float32,
-        )
+        mel_frames = sum(map(frames_with_context, shape.mel_lengths))
+        mel = torch.empty(mel_frames, encoder.num_mel_bins, dtype=dtype)
         with counter:
             with torch.autocast("cpu", torch.bfloat16, enabled=shape.compute == "autocast"):
                 padded = [index < shape.padded for index in range(len(lengths))]
@@ -232,6 +231,7 @@ def step_cost(
         kernels=tuple((*work, count) for work, count in counter.kernels.items()),
         activation_bytes=counter.peak,
         peak_bytes=counter.peak_with_gradients,
+        in_half=in_half,
     )
 
 
@@ -349,7 +349,7 @@ def device_memory(
     average = cost.trainable * 4 / average_ranks if average_ranks else 0.0
     optimizer = cost.trainable * states / (ranks if stage >= 1 else 1)
     return DeviceMemory(
-        weights=cost.parameters * size / (ranks if stage >= 3 else 1),
+        weights=(cost.parameters * size - 2 * cost.in_half) / (ranks if stage >= 3 else 1),
         gradients=0.0 if offload else gradients,
         optimizer=average + (0.0 if offload else optimizer),
         activations=float(

@@ -315,6 +315,22 @@ def test_low_rank_updates_are_planned_as_they_are_trained(
     assert (cost.model_flops > whole.model_flops) is more
 
 
+def test_a_frozen_language_model_in_16_bits_takes_half_the_memory(
+    tiny_whisper: Path, tiny_language_model: Path, tiny_shards: Path, tmp_path: Path
+):
+    options = ("decoder=causal_lm", f"decoder.language_model={tiny_language_model}")
+    weights, frozen = {}, 0
+    for dtype in ("float32", "bfloat16"):
+        chosen = (*options, f"decoder.dtype={dtype}")
+        settings = settings_for(tiny_whisper, tiny_shards, tmp_path, *chosen)
+        pretrained = build_pretrained(settings)
+        decoder, _ = build_decoder(settings, pretrained)
+        frozen = sum(p.numel() for p in decoder.parameters() if not p.requires_grad)
+        forecast = build_forecast(settings, planned_config(settings.model))
+        weights[dtype] = forecast.memory(0, checkpointing=False).weights
+    assert weights["float32"] - weights["bfloat16"] == 2 * frozen > 0
+
+
 def test_a_moving_average_is_planned_as_a_float32_copy_of_the_trained_weights():
     plain = device_memory(COST, stage=2, ranks=8, half_weights=True)
     for ranks in (1, 8):

@@ -297,7 +297,7 @@ class CausalLMDecoder(nn.Module):
         chats = [text - 1 + clip for text, clip in zip(targets.lengths, audio, strict=True)]
         weights = sum(weight.numel() for weight in self.adapter.parameters() if weight.ndim > 1)
         if not (through_frames or [*self.fusion.parameters(), *self.adapter.norm_in.parameters()]):
-            weights -= self.adapter.layers[0].weight.numel() / TRAINED_PRODUCTS
+            weights -= next(self.adapter.layers.parameters()).numel() / TRAINED_PRODUCTS
         return language_model_flops(
             self.model, chats, sum(targets.counts), recomputed=recomputed
         ) + TRAINED_PRODUCTS * 2 * weights * sum(audio)
