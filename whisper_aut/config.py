@@ -518,8 +518,8 @@ class Settings:
     probe: ProbeSettings = field(default_factory=ProbeSettings)
 
     @model_validator(mode="after")
-    def check_domains(self) -> Self:
-        """Check the domains that other settings refer to. Types are checked elsewhere."""
+    def check_groups(self) -> Self:
+        """Check what settings of different groups need of each other, such as known domains."""
         decoder, known = self.decoder, list(dict.fromkeys([*DOMAINS, *self.data.domains]))
         used = {"distillation.domains": self.distillation.domains}
         used["loss.domains"] = list(self.loss.domains)
@@ -537,43 +537,36 @@ class Settings:
             for domain in domains
             if domain not in known
         ]
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
-    @model_validator(mode="after")
-    def check_groups(self) -> Self:
-        """Check what settings of different groups need of each other."""
         model = self.model
         if self.strategy.name == "fsdp" and self.hardware.precision == "16-mixed":
-            raise ValueError(
+            problems.append(
                 "hardware.precision: strategy=fsdp does not scale losses, which 16-mixed needs. "
                 "Use bf16-mixed, or another strategy"
             )
         if self.probe.tasks and "encoder" not in self.export:
-            raise ValueError(
+            problems.append(
                 "probe.tasks: probes score the exported encoder. Add encoder to export, or give "
                 "probe.tasks=[]"
             )
         if self.distillation.weight and (model.freeze_encoder or model.starts_at_random):
-            raise ValueError(
+            problems.append(
                 "distillation.weight: needs pretrained weights, and an encoder that is trained"
             )
         if self.data.batch_seconds is not None and model.padding == "30s":
-            raise ValueError(
+            problems.append(
                 "data.batch_seconds: with model.padding=30s every clip costs 30 s; give "
                 "data.batch_clips"
             )
         if self.optim.ema_decay and self.strategy.zero_stage == 3:
             name = self.strategy.name
-            raise ValueError(
-                f"optim.ema_decay: {name} shards the weights; use fsdp or ZeRO stage 2"
-            )
+            problems.append(f"optim.ema_decay: {name} shards the weights; use fsdp or ZeRO stage 2")
         if model.pad_to_30s and (self.data.batch_seconds or 30) < 30:
-            raise ValueError(
+            problems.append(
                 f"data.batch_seconds: {self.data.batch_seconds:g} is below the 30 s of a clip that "
                 "model.pad_to_30s pads"
             )
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
 

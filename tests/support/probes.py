@@ -9,7 +9,8 @@ import torch
 
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.writer import ShardWriter
-from whisper_aut.probes.encoders import LogMelBaseline
+from whisper_aut.probes.embed import Embeddings, EmbedSettings, FeatureKind, TaskEmbedder
+from whisper_aut.probes.encoders import FrameEncoder, LogMelBaseline
 from whisper_aut.probes.tasks import ProbeTask, task_from_mapping
 
 TONES_HZ = {"low": 300.0, "middle": 900.0, "high": 2700.0}
@@ -73,3 +74,15 @@ def make_task(**changes) -> ProbeTask:
         "test": ["{root}/tones/test"],
     }
     return task_from_mapping(values | changes, "test")
+
+
+def embed_task(
+    encoder: FrameEncoder,
+    task: ProbeTask,
+    root: str | Path | None,
+    cache: str | Path,
+    settings: EmbedSettings | None = None,
+    kind: FeatureKind = "pooled",
+) -> dict[str, Embeddings]:
+    """Return the embeddings of each part of a task, see `TaskEmbedder`."""
+    return TaskEmbedder(encoder, task, root, cache, settings or EmbedSettings(), kind).embed()

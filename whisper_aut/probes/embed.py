@@ -637,15 +637,3 @@ def _data_fingerprint(index: ShardIndex) -> str:
             filesystem, path = fsspec.url_to_fs(index.url(number))
             states.append(str(filesystem.ukey(path)))
     return digest([index.fingerprint(), states]) if states else index.fingerprint()
-
-
-def embed_task(
-    encoder: FrameEncoder,
-    task: ProbeTask,
-    root: str | Path | None,
-    cache: str | Path,
-    settings: EmbedSettings | None = None,
-    kind: FeatureKind = "pooled",
-) -> dict[str, Embeddings]:
-    """Return the embeddings of each part of a task, see `TaskEmbedder`."""
-    return TaskEmbedder(encoder, task, root, cache, settings or EmbedSettings(), kind).embed()

@@ -8,10 +8,11 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from tests.support.probes import embed_task
 from whisper_aut.errors import UserError
 from whisper_aut.loading import open_encoder, short_name, split_layers
 from whisper_aut.models.flops import encoder_flops
-from whisper_aut.probes.embed import Embeddings, EmbedSettings, TaskEmbedder, embed_task
+from whisper_aut.probes.embed import Embeddings, EmbedSettings, TaskEmbedder
 from whisper_aut.probes.encoders import (
     LogMelBaseline,
     hop_seconds_of,

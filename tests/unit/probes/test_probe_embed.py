@@ -14,6 +14,7 @@ import soundfile
 import torch
 from webdataset.writer import TarWriter
 
+from tests.support.probes import embed_task
 from whisper_aut.audio.decode import ClipLimits, load_waveform
 from whisper_aut.audio.windows import POOLINGS, cut_windows, join_windows
 from whisper_aut.data.annotation import Annotation
@@ -22,7 +23,7 @@ from whisper_aut.data.shards import iter_samples, open_index
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.probes import embed
-from whisper_aut.probes.embed import EmbedSettings, embed_task, segment_borders
+from whisper_aut.probes.embed import EmbedSettings, segment_borders
 from whisper_aut.probes.encoders import LogMelBaseline
 
 QUIET = EmbedSettings(quiet=True, batch_seconds=1.5)

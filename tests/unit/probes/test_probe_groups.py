@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.probes import TONES_HZ, TinyEncoder, make_task, noisy_tone
+from tests.support.probes import TONES_HZ, TinyEncoder, embed_task, make_task, noisy_tone
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
-from whisper_aut.probes.embed import EmbedSettings, embed_task
+from whisper_aut.probes.embed import EmbedSettings
 from whisper_aut.probes.encoders import BASELINE_NAME, LogMelBaseline
 from whisper_aut.probes.results import AVERAGE, Scores
 from whisper_aut.probes.stats import GroupTotals, difference, holm, interval

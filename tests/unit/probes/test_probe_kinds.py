@@ -15,12 +15,13 @@ from torchmetrics.retrieval import RetrievalHitRate
 from transformers import WhisperModel
 
 from tests.support.audio import encode_audio
+from tests.support.probes import embed_task
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.probes.datamodule import ClassDataModule, Frames, class_targets
-from whisper_aut.probes.embed import Embeddings, EmbedSettings, embed_task
+from whisper_aut.probes.embed import Embeddings, EmbedSettings
 from whisper_aut.probes.encoders import LogMelBaseline
 from whisper_aut.probes.fit import PROBES, probe_splits
 from whisper_aut.probes.metrics import CrossRecall, class_metric, recall_credit, text_metric

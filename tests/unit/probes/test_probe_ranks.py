@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.probes import embed_task
 from tests.support.ranks import on_ranks
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import device_name
-from whisper_aut.probes.embed import EmbedSettings, TaskEmbedder, embed_task, sample_range
+from whisper_aut.probes.embed import EmbedSettings, TaskEmbedder, sample_range
 from whisper_aut.probes.suite import rank_and_world_size
 
 QUIET = EmbedSettings(quiet=True, batch_seconds=1.5)
