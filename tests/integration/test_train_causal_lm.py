@@ -5,6 +5,7 @@ adapter first where asked.
 import json
 import shutil
 from datetime import date
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import LambdaCallback
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from tests.support.training import (
@@ -104,14 +106,17 @@ def test_the_adapter_learns_alone_first(
         settings_for(
             tiny_whisper, tiny_shards, tmp_path / "alone", *options, "optim.encoder_after_step=3"
         ),
-        QUIET,
+        Console(file=(alone_says := StringIO()), width=200),
     ).run
     both = train(
         settings_for(
             tiny_whisper, tiny_shards, tmp_path / "both", *options, "optim.encoder_after_step=2"
         ),
-        QUIET,
+        Console(file=(both_say := StringIO()), width=200),
     ).run
+    warning = "the run ends before the encoder is trained"
+    assert warning in alone_says.getvalue()
+    assert warning not in both_say.getvalue()
     for name, weight in before.items():
         assert torch.equal(weights_of(alone)[f"encoder.whisper.{name}"], weight), name
     assert not torch.equal(weights_of(both)["encoder.whisper.conv1.weight"], before["conv1.weight"])

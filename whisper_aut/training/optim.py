@@ -81,13 +81,14 @@ def lr_factor(
     Args:
         step: Optimizer step, counted from 0.
         total_steps: Step at which the schedule ends.
-        warmup_steps: Length of the linear warm-up.
+        warmup_steps: Length of the linear warm-up, which ends at `total_steps` at the latest.
         schedule: `cosine`, `linear` or `constant`: the decay after the warm-up.
         final_fraction: Factor at the end of the schedule.
         first_step: The factor is 0 before this step, and the warm-up starts here.
     """
     if step < first_step:
         return 0.0
+    warmup_steps = min(warmup_steps, total_steps - first_step)
     if step < first_step + warmup_steps:
         return (step - first_step + 1) / warmup_steps
     decay_steps = max(1, total_steps - first_step - warmup_steps)
@@ -110,7 +111,7 @@ def optimizer_factory(
     lr_at = partial(
         lr_factor,
         total_steps=total_steps,
-        warmup_steps=min(optim.warmup_steps, total_steps),
+        warmup_steps=optim.warmup_steps,
         schedule=optim.schedule,
         final_fraction=optim.final_lr_fraction,
     )

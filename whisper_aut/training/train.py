@@ -161,9 +161,11 @@ def train(
             "trainer.max_steps, resume from an earlier checkpoint, or start again with --fresh."
         )
     size, kept = checkpoint_bytes(parts.module), settings.trainer.keep_checkpoints + 1
-    for warning in (check_disk_space(checkpoint.parent if checkpoint else root, size, kept), hint):
-        if warning:
-            warn(warning)
+    full_disk = check_disk_space(checkpoint.parent if checkpoint else root, size, kept)
+    is_late = settings.optim.encoder_after_step >= parts.total_steps
+    late = "optim.encoder_after_step: the run ends before the encoder is trained." * is_late
+    for warning in filter(None, (full_disk, hint, late)):
+        warn(warning)
 
     config, metadata = dump_settings(settings), _metadata(settings, parts, fingerprint)
     run = resumed or create_job_run(root, settings.name, config, metadata)

@@ -91,6 +91,9 @@ def test_a_part_that_joins_later_has_no_rate_before_and_warms_up_from_there():
     assert [factor(step) for step in (0, 49, 50, 59)] == pytest.approx([0.0, 0.0, 0.1, 1.0])
     assert factor(85) == pytest.approx(0.5)
     assert factor(110) == pytest.approx(0.0)
+    late = {"total_steps": 110, "warmup_steps": 40, "schedule": "linear", "final_fraction": 0.0}
+    factors = [lr_factor(step, **late, first_step=90) for step in (89, 90, 99, 109)]
+    assert factors == pytest.approx([0.0, 0.05, 0.5, 1.0])  # the warm-up is not cut off
 
 
 def test_the_encoder_may_have_a_rate_of_its_own(tiny_whisper: Path):

@@ -285,12 +285,7 @@ class CausalLMDecoder(nn.Module):
         )
 
     def flops(
-        self,
-        lengths: Sequence[int],
-        targets: Targets,
-        *,
-        through_frames: bool = True,
-        recomputed: bool = False,
+        self, lengths: Sequence[int], targets: Targets, through_frames: bool = True, **options: bool
     ) -> float:
         """Return the FLOPs of a training step, see `Decoder` and `language_model_flops`."""
         audio = [-(-length // self.adapter.hop) for length in lengths]
@@ -298,9 +293,8 @@ class CausalLMDecoder(nn.Module):
         weights = sum(weight.numel() for weight in self.adapter.parameters() if weight.ndim > 1)
         if not (through_frames or [*self.fusion.parameters(), *self.adapter.norm_in.parameters()]):
             weights -= next(self.adapter.layers.parameters()).numel() / TRAINED_PRODUCTS
-        return language_model_flops(
-            self.model, chats, sum(targets.counts), recomputed=recomputed
-        ) + TRAINED_PRODUCTS * 2 * weights * sum(audio)
+        adapted = TRAINED_PRODUCTS * 2 * weights * sum(audio)
+        return adapted + language_model_flops(self.model, chats, sum(targets.counts), **options)
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
