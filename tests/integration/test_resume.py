@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.training import QUIET, settings_for
-from whisper_aut.config import load_settings
+from whisper_aut.config import Settings, load_settings
 from whisper_aut.errors import UserError
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.training.checkpoint import checkpoints_in
@@ -70,6 +70,25 @@ def test_a_run_resumed_at_its_last_step_records_the_new_config_and_drops_later_c
     assert done["fingerprint"] == json.loads(run.environment.read_text())["fingerprint"]
     assert run.last_checkpoint.name == "step-0000002.ckpt"
     assert (run.checkpoints / "last.ckpt").resolve() == run.last_checkpoint.resolve()
+
+
+def test_the_best_checkpoint_may_be_the_last_of_the_run_before(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    def settings(*chosen: str) -> Settings:
+        every = ("trainer.valid_every_steps=4", "trainer.checkpoint_every_steps=100")
+        every += ("trainer.keep_checkpoints=1", "optim.warmup_steps=0")
+        return settings_for(tiny_whisper, tiny_shards, tmp_path, *every, *chosen)
+
+    run = train(settings("trainer.max_steps=6", "optim.lr=1e-2"), QUIET).run
+    best = run.checkpoints / "best.ckpt"
+    assert best.resolve().name == "step-0000006.ckpt"
+    train(settings("trainer.max_steps=13", "optim.lr=1.0"), QUIET, resume=str(run.path))
+    losses = dict(read_metrics(run.metrics)["valid/loss"])
+    assert min(losses, key=lambda step: losses[step]) == 5, "counted from 0"
+    assert best.exists()
+    assert best.resolve().name == "step-0000006.ckpt"
+    assert len(checkpoints_in(run.checkpoints)) == 2
 
 
 def test_a_rejected_resume_leaves_a_finished_run_unchanged(

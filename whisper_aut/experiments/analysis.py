@@ -162,11 +162,11 @@ class Results(QuestionSettings):
     @property
     def reached_by_all(self) -> float | None:
         """The lowest threshold that every training run reaches."""
-        reached = {
-            loss: not any(isnan(one.log_teraflop(loss)) for one in self.measurements)
-            for loss in self.thresholds
-        }
-        return min((loss for loss in reached if reached[loss]), default=None)
+
+        def is_reached(loss: float) -> bool:
+            return not any(isnan(one.log_teraflop(loss)) for one in self.measurements)
+
+        return min(filter(is_reached, self.thresholds), default=None)
 
     def by_arm(self) -> dict[str, list[Measurement]]:
         """Return the measurements of each arm, ordered by seed."""

@@ -17,11 +17,7 @@ from whisper_aut import __version__
 from whisper_aut.audio.augment import Augment
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel
-from whisper_aut.config import (
-    DistillationSettings,
-    ScratchSettings,
-    Settings,
-)
+from whisper_aut.config import DistillationSettings, ScratchSettings, Settings
 from whisper_aut.corpora.manifest import read_annotations
 from whisper_aut.data.annotation import FieldMapping
 from whisper_aut.data.datamodule import ShardDataModule

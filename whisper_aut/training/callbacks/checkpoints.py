@@ -22,8 +22,9 @@ from whisper_aut.training.checkpoint import (
     local_tensor,
     point_link,
 )
+from whisper_aut.utils import read_json, write_json
 
-MONITORED = "valid/loss"
+MONITORED, BEST_LOSS = "valid/loss", "best.json"
 SUPERSEDED = ".superseded-"  # prefix of checkpoints later than the one the run was resumed from
 
 
@@ -68,6 +69,12 @@ class RollingCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         if trainer.is_global_zero:
+            # The last step of a run may have been the best, which its own checkpoint does not know.
+            found = read_json(self.folder / BEST_LOSS, default={"best_step": -1})
+            if found["best_step"] == trainer.global_step:
+                self.load_state_dict(found)
+            elif found["best_step"] > trainer.global_step:
+                (self.folder / BEST_LOSS).unlink()
             self._rename_later(trainer.global_step)
 
     def on_fit_end(self, trainer: lightning.Trainer, module: Any) -> None:
@@ -96,15 +103,15 @@ class RollingCheckpoints(Checkpoint):
         path = self.folder / checkpoint_name(step)
         if trainer.is_global_zero and path.exists():
             point_link(self.folder / BEST, path)
+            write_json(self.folder / BEST_LOSS, self.state_dict())
             self._prune(path)
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
         self.wait(trainer)
 
     def save_if_due(self, trainer: lightning.Trainer) -> None:
-        step = trainer.global_step
-        is_last = step == trainer.max_steps
-        if is_last or step % self.every_steps == 0 or step % self.valid_every_steps == 0:
+        due = (self.every_steps, self.valid_every_steps, trainer.max_steps)
+        if any(trainer.global_step % steps == 0 for steps in due):
             self.save(trainer)
 
     def save(self, trainer: lightning.Trainer) -> Path:
