@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ class LossMetrics(GroupMetrics):
     """Mean loss and accuracy over the supervised tokens of each group."""
 
     def __init__(self, groups: Iterable[str]):
-        super().__init__({group: {"loss": MeanMetric, "accuracy": MeanMetric} for group in groups})
+        loss = partial(MeanMetric, nan_strategy="disable")  # others leave out tokens without a loss
+        super().__init__({group: {"loss": loss, "accuracy": MeanMetric} for group in groups})
 
     def update(self, group: str, nll: Tensor, correct: Tensor) -> None:
         """Add one clip: the loss of each token `[N]`, and whether it was predicted `[N]`."""

@@ -1,9 +1,12 @@
 """Measures of generated text against libraries and hand-made cases."""
 
+from math import isnan, nan
+
 import jiwer
 import pytest
+import torch
 
-from whisper_aut.models.metrics import AnswerMetrics, tag_f1
+from whisper_aut.models.metrics import AnswerMetrics, LossMetrics, tag_f1
 
 
 def test_each_task_has_its_measures():
@@ -44,3 +47,13 @@ def test_each_task_has_its_measures():
 def test_tag_f1_of_empty_sets():
     assert tag_f1(set(), set()) == 1.0
     assert tag_f1({"a"}, set()) == 0.0
+
+
+def test_a_loss_that_is_not_a_number_shows_in_the_mean():
+    metrics = LossMetrics(["speech", "sound"])
+    for group, first in (("speech", nan), ("speech", 1.0), ("sound", 3.0)):
+        metrics.update(group, torch.tensor([first, 2.0]), torch.tensor([False, True]))
+    found = metrics.compute()
+    assert isnan(found["speech"]["loss"])
+    assert float(found["sound"]["loss"]) == 2.5
+    assert float(found["speech"]["accuracy"]) == 0.5
