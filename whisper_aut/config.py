@@ -549,9 +549,7 @@ class Settings:
                 "probe.tasks=[]"
             )
         if self.distillation.weight and (model.freeze_encoder or model.starts_at_random):
-            problems.append(
-                "distillation.weight: needs pretrained weights, and an encoder that is trained"
-            )
+            problems.append("distillation.weight: needs pretrained weights and a trained encoder")
         if self.data.batch_seconds is not None and model.padding == "30s":
             problems.append(
                 "data.batch_seconds: with model.padding=30s every clip costs 30 s; give "

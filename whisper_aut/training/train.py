@@ -162,9 +162,9 @@ def train(
         )
     size, kept = checkpoint_bytes(parts.module), settings.trainer.keep_checkpoints + 1
     full_disk = check_disk_space(checkpoint.parent if checkpoint else root, size, kept)
+    late = "optim.encoder_after_step: the run ends before the encoder is trained."
     is_late = settings.optim.encoder_after_step >= parts.total_steps
-    late = "optim.encoder_after_step: the run ends before the encoder is trained." * is_late
-    for warning in filter(None, (full_disk, hint, late)):
+    for warning in filter(None, (full_disk, hint, is_late and late)):
         warn(warning)
 
     config, metadata = dump_settings(settings), _metadata(settings, parts, fingerprint)
@@ -227,8 +227,7 @@ def build_parts(
         states, step = loader_states(state), state["global_step"]
         skip_to = data.resume(ranks, states[0], step, skip_to, allow_data_change)
     total_steps = data.total_steps(ranks, settings.trainer.max_epochs)
-    if settings.trainer.max_steps:
-        total_steps = min(total_steps, settings.trainer.max_steps)
+    total_steps = min(total_steps, settings.trainer.max_steps or total_steps)
     module = build_module(settings, pretrained, decoder, codec, total_steps)
     module.weights_on_first_rank = ranks > 1
     # transformers loads models in eval mode.
