@@ -37,7 +37,7 @@ from whisper_aut.audio.decode import ClipLimits, load_waveform
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.inference.encoder import load_encoder
-from whisper_aut.probes.embed import Embeddings, EmbedSettings, embed_task
+from whisper_aut.probes.embed import Embeddings, EmbedSettings, TaskEmbedder
 from whisper_aut.probes.fit import probe_splits, threads
 from whisper_aut.probes.splits import Split, cross_validation
 from whisper_aut.probes.tasks import task_from_mapping
@@ -270,11 +270,8 @@ def _embed(whisper: Path, root: Path) -> list[Embeddings]:
         {"name": "esc10", "title": "ESC-10", "domain": "sound", "split": folds}, "benchmark"
     )
     with tempfile.TemporaryDirectory() as cache:  # nothing is taken from an earlier run
-        return list(
-            embed_task(
-                load_encoder(str(whisper)), task, root, cache, EmbedSettings(quiet=True)
-            ).values()
-        )
+        encoder, quiet = load_encoder(str(whisper)), EmbedSettings(quiet=True)
+        return list(TaskEmbedder(encoder, task, root, cache, quiet).embed().values())
 
 
 @torch.inference_mode()

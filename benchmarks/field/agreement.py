@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 
 from whisper_aut.loading import load_tasks, open_encoder
 from whisper_aut.probes.datamodule import ClassDataModule
-from whisper_aut.probes.embed import EmbedSettings, embed_task
+from whisper_aut.probes.embed import EmbedSettings, TaskEmbedder
 from whisper_aut.probes.fit import train_heads
 from whisper_aut.probes.modules import Candidate, KNNProbe, LinearProbe, Probe
 from whisper_aut.probes.splits import Split, splits_of
@@ -46,7 +46,8 @@ def main() -> None:
     print("| task | probe | ours | scikit-learn | test loss | probability |")
     print("|:---|:---|---:|---:|---:|---:|")
     for task in load_tasks(options.tasks, Path("conf")):
-        embedded = embed_task(encoder, task, options.root, options.cache, EmbedSettings(quiet=True))
+        quiet = EmbedSettings(quiet=True)
+        embedded = TaskEmbedder(encoder, task, options.root, options.cache, quiet).embed()
         splits = splits_of(embedded, task)
         compared = {
             f"linear, penalty {penalty:g}": linear(splits, penalty) for penalty in PENALTIES

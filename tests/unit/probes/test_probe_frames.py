@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.probes import embed_task
 from whisper_aut.probes.datamodule import Frames
 from whisper_aut.probes.embed import (
     Embeddings,
     EmbedSettings,
     cache_path,
-    embed_task,
     load_cached,
     read_embeddings,
     write_embeddings,
