@@ -164,7 +164,7 @@ def train(
     full_disk = check_disk_space(checkpoint.parent if checkpoint else root, size, kept)
     late = "optim.encoder_after_step: the run ends before the encoder is trained."
     is_late = settings.optim.encoder_after_step >= parts.total_steps
-    for warning in filter(None, (full_disk, hint, is_late and late)):
+    for warning in filter(None, (full_disk, hint, late if is_late else "")):
         warn(warning)
 
     config, metadata = dump_settings(settings), _metadata(settings, parts, fingerprint)
