@@ -514,7 +514,7 @@ def _with_class_names(value: Any, feature: Any) -> Any:
     if isinstance(value, list):
         return [_with_class_names(one, feature) for one in value]
     if isinstance(value, dict):
-        return {name: _with_class_names(one, feature[name]) for name, one in value.items()}
+        return {k: _with_class_names(one, feature.get(k, {})) for k, one in value.items()}
     if "names" not in feature or not isinstance(value, int):
         return value
     names = feature["names"]
