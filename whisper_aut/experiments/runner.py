@@ -309,13 +309,12 @@ def plan_table(experiment: Experiment) -> Table:
 
 def _expected_cost(found: FoundRun) -> tuple[str, str, str]:
     """Return steps, audio seconds and TFLOP, as `whisper-aut plan` predicts them."""
-    settings = found.settings
     first = found.run.chain()[0]  # a missing checkpoint has the size of the first one in the chain
     model = load_settings(first.config, first.overrides).model
     try:
-        forecast = build_forecast(settings, planned_config(model))
+        forecast = build_forecast(found.settings, planned_config(model))
     except UserError:
-        return str(settings.trainer.max_steps or BLANK), BLANK, BLANK
+        return str(found.settings.trainer.max_steps or BLANK), BLANK, BLANK
     if forecast.steps is None:
         return BLANK, BLANK, BLANK
     teraflop = forecast.steps * forecast.micro_batches * forecast.cost.model_flops / 1e12

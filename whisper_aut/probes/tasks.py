@@ -242,8 +242,9 @@ def load_task(name_or_path: str | Path, task_folder: str | Path) -> ProbeTask:
         UserError: there is no such task, the file is not YAML, or it has problems (all listed).
     """
     given = str(name_or_path)
-    named = find_config(f"{given}.yaml", Path(task_folder), "probe_tasks")
-    path = Path(given) if given.endswith((".yaml", ".yml")) or "/" in given else named
+    path = Path(given)
+    if not given.endswith((".yaml", ".yml")) and "/" not in given:
+        path = find_config(f"{given}.yaml", Path(task_folder), "probe_tasks")
     if not path.is_file():
         known = list_tasks(task_folder)
         raise UserError(

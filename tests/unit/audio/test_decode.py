@@ -45,8 +45,8 @@ def reason_of(data: bytes, limits: ClipLimits = LIMITS) -> SkipReason:
 
 
 @pytest.mark.parametrize("kind", ["WAV", "MP3"])
-def test_a_file_of_which_the_end_is_missing_is_refused(kind: str):
-    """Its text would say more than can be heard."""
+def test_a_file_whose_end_is_missing_is_skipped(kind: str):
+    """Its text describes audio that is missing."""
     data = encode(noise(2), kind=kind)
     assert reason_of(data[: len(data) // 2]) is SkipReason.UNDECODABLE
     assert decode(data[: len(data) - 100], LIMITS).seconds > 1.9
