@@ -12,6 +12,11 @@ from whisper_aut.data.reader import Sample
 from whisper_aut.data.shards import iter_samples, open_index
 
 
+def serve(server: ThreadingHTTPServer) -> None:
+    """Answer requests in a thread, which `shutdown` ends within 10 ms instead of half a second."""
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+
+
 class Server(ThreadingHTTPServer):
     """Serves `files`; with `cut` set, every answer ends after `cut` bytes; without `ranges` it
     ignores Range.
@@ -21,7 +26,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.cut, self.ranges = files, 0, True
         self.asked: list[str] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        serve(self)
 
     @property
     def url(self) -> str:

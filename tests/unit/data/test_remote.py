@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.audio import write_shards
+from tests.support.downloads import serve
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import LogMel
 from whisper_aut.corpora.inspect import inspect_shards
@@ -122,8 +123,7 @@ def served(
     folder: Path, fault: Callable[[int], str] = lambda number: "", *, ranges: bool = True
 ) -> Iterator[Server]:
     server = Server(folder, fault, ranges=ranges)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    serve(server)
     try:
         yield server
     finally:

@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import shutil
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +16,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from tests.support.downloads import serve
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
 from whisper_aut.export.card import write_card
@@ -262,7 +262,7 @@ class _Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    serve(server)
     monkeypatch.setattr(_Hub, "created", [])
     monkeypatch.setattr(_Hub, "files", {})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
