@@ -29,16 +29,17 @@ from whisper_aut.export.card import write_card
 from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.loading import export_run, load_tasks, short_name
 from whisper_aut.models.decoders import check_decoder
-from whisper_aut.models.pretrained import PretrainedWhisper
+from whisper_aut.models.decoders.causal_lm import CausalLMOptions
+from whisper_aut.models.language_model import load_language_config
+from whisper_aut.models.pretrained import PretrainedWhisper, load_whisper_config
 from whisper_aut.probes.callback import ForgettingGuard, ProbeDuringTraining
 from whisper_aut.probes.encoders import BASELINE_NAME, FrameEncoder, LogMelBaseline
 from whisper_aut.probes.suite import find_problems, run_suite
 from whisper_aut.probes.tasks import ProbeTask
 from whisper_aut.report.html import build_report
-from whisper_aut.training.doctor import check_accelerator
 from whisper_aut.training.factory import build_pretrained
 from whisper_aut.training.run_dir import RunDirectory, is_first_rank, list_runs, wait_for_all_ranks
-from whisper_aut.training.train import TrainResult, train
+from whisper_aut.training.train import TrainResult, check_machine, train
 from whisper_aut.utils import file_lock
 
 
@@ -98,8 +99,7 @@ def run_pipeline(settings: Settings, options: PipelineOptions, console: Console)
         UserError: a mistake in the config or the data.
         Interrupted: training was stopped by a signal.
     """
-    check_decoder(settings.decoder)
-    first_model(settings.model, options.config)
+    check_before_corpora(settings, options.config)
     tasks = load_tasks(settings.probe.tasks, options.tasks_folder)
     prepare_corpora(settings.corpora, console)
     callbacks = _build_probe_callbacks(settings, options)
@@ -144,6 +144,25 @@ def run_pipeline(settings: Settings, options: PipelineOptions, console: Console)
 
 
 # ---- Corpora ------------------------------------------------------------------------------------
+
+
+def check_before_corpora(settings: Settings, config: Path) -> None:
+    """Check what the training of a config needs besides data, which may take hours to build.
+
+    A finished run can be reused without it.
+
+    Raises:
+        UserError: There is no such device, package, model or language model.
+    """
+    _, decoder = check_decoder(settings.decoder)
+    first = first_model(settings.model, config)
+    if any(run.done.exists() for run in list_runs(Path(settings.runs), settings.name)):
+        return
+    check_machine(settings)
+    if first.path:
+        load_whisper_config(first.path, first.revision)
+    if isinstance(decoder, CausalLMOptions) and decoder.scratch is None:
+        load_language_config(decoder.language_model, decoder.revision)
 
 
 def prepare_corpora(corpora: CorporaSettings, console: Console) -> None:
@@ -196,11 +215,6 @@ def _copy_audit(exclude: str, run: RunDirectory) -> None:
 
 def _train_pretrained(settings: Settings, options: PipelineOptions, console: Console) -> Settings:
     """Run the config `model.after`, and return the settings with its export as `model.path`."""
-    runs = list_runs(Path(settings.runs), settings.name)
-    # A missing device is reported before the first training. A finished run may be reused on a
-    # machine without its device.
-    if not any(run.done.exists() for run in runs):
-        check_accelerator(settings.hardware.accelerator)
     config = find_config(settings.model.after, options.config.parent)
     shared = {
         "seed": settings.seed,

@@ -361,6 +361,24 @@ def test_a_wrong_path_to_resume_from_is_found_before_corpora_are_built(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("model.path=nowhere/whisper model.after=", "nowhere/whisper"),
+        ("decoder=causal_lm decoder.language_model=nowhere/lm", "nowhere/lm"),
+        ("trainer.loggers=[csv,wandb]", "pip install"),
+        ("hardware.accelerator=cuda", "sees no such device"),
+    ],
+)
+def test_what_training_needs_is_checked_before_corpora_are_built(
+    override: str, error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    demo = [f"corpora.demo.out={tmp_path / 'demo'}", f"runs={tmp_path / 'runs'}"]
+    assert main(["train", str(CONF / "aut_tiny.yaml"), *demo, *override.split()]) == 1
+    assert error in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_overrides_may_follow_options(capsys: pytest.CaptureFixture[str]):
     assert main(["train", str(CONF / "aut.yaml"), "seed=3", "--print-config", "optim.lr=5e-5"]) == 0
     shown = capsys.readouterr().out

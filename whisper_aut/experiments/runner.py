@@ -30,7 +30,7 @@ from whisper_aut.experiments.grid import (
 from whisper_aut.inference.chat import evaluate
 from whisper_aut.inference.encoder import load_encoder
 from whisper_aut.loading import load_tasks, open_run
-from whisper_aut.pipeline import prepare_corpora
+from whisper_aut.pipeline import check_before_corpora, prepare_corpora
 from whisper_aut.probes.embed import EmbedSettings, digest
 from whisper_aut.probes.encoders import FrameEncoder, LogMelBaseline
 from whisper_aut.probes.stats import MIN_TRAININGS, detectable_difference
@@ -61,9 +61,13 @@ def run_experiment(experiment: Experiment, out: Path, console: Console) -> Path:
     evaluator = Evaluator(settings, experiment.conf, probe_sets)
     evaluator.check_primary()
     manifests = [manifest for one in probe_sets for manifest in one.manifests]
+    configs = {run: load_settings(run.config, run.overrides) for run in runs}
+    for run, config in configs.items():
+        if not run.pretrained:  # the others start from its model
+            check_before_corpora(config, run.config)
     prepare_corpora(CorporaSettings(None, manifests), console)
-    for run in runs:
-        prepare_corpora(load_settings(run.config, run.overrides).corpora, console)
+    for config in configs.values():
+        prepare_corpora(config.corpora, console)
     found = _make_all(settings.name, runs, console)
     measurements = []
     for seed, arm in product(settings.seeds, experiment.arms):

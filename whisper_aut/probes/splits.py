@@ -69,7 +69,8 @@ def cross_validation(folds: Sequence[Embeddings]) -> list[Split]:
 
 def inner_folds(split: Split, answer: Answer) -> list[InnerFold]:
     """Return the folds that candidates are selected on: one per validation part, or a single one
-    that holds out a fifth of the training clips, of each class if clips have one class each.
+    that holds out a fifth of the training clips, of each class if clips have one class each. If no
+    group of the training clips is tested on, whole groups are held out.
     """
     if split.valid_parts:
         return [
@@ -80,9 +81,35 @@ def inner_folds(split: Split, answer: Answer) -> list[InnerFold]:
     if answer == "class":
         classes = np.unique(np.array(split.pool.labels), return_inverse=True)[1]
     clips, rng = np.flatnonzero(split.train), np.random.default_rng(split.number)
+    groups, drawn = split.pool.group_numbers()[clips], np.array([], dtype=int)
+    if any(split.pool.groups) and not {*split.pool.groups} & {*split.test.groups} - {""}:
+        drawn = whole_groups(classes[clips], groups, HELD_OUT_FRACTION, rng)
+    if not len(drawn):
+        drawn = stratified(classes[clips], HELD_OUT_FRACTION, rng)
     held_out = np.zeros(len(classes), dtype=bool)
-    held_out[clips[stratified(classes[clips], HELD_OUT_FRACTION, rng)]] = True
+    held_out[clips[drawn]] = True
     return [InnerFold(split.train & ~held_out, held_out)]
+
+
+def whole_groups(
+    classes: np.ndarray, groups: np.ndarray, fraction: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw groups with about a fraction of the clips, but never all clips of a class nor more than
+    half of all clips.
+
+    Returns:
+        Sorted indices of clips. Empty if no group can be drawn.
+    """
+    drawn, left = np.zeros(len(classes), dtype=bool), np.bincount(classes)
+    for group in rng.permutation(np.unique(groups)):
+        members = groups == group
+        taken = np.bincount(classes[members], minlength=len(left))
+        small = taken.sum() + drawn.sum() <= len(classes) / 2
+        if small and ((taken == 0) | (taken < left)).all():
+            drawn, left = drawn | members, left - taken
+        if drawn.sum() >= fraction * len(classes):
+            break
+    return np.flatnonzero(drawn)
 
 
 def stratified(classes: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:

@@ -436,6 +436,8 @@ def _identity(
     if shots or embedder.selected:
         probe |= {"shots": shots, "layers": embedder.selected, "default": module.default}
     scored = [task.name, task.domain, task.metric, task.classes, task.segment_seconds]
+    if task.group and not task.valid and len(task.parts) < 4:  # a fraction is held out
+        scored.append("whole groups")
     data = embedder.identities()
     return digest({"version": SCORES_VERSION, "data": data, "probe": probe, "task": scored})
 

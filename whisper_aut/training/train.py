@@ -138,9 +138,7 @@ def train(
                 run.point_latest()
             return TrainResult(run, reused=True)
 
-    check_accelerator(hardware.accelerator)
-    require(*(logger for logger in settings.trainer.loggers if logger != "csv"))
-    require(*(["deepspeed"] if settings.strategy.name.startswith("deepspeed") else []))
+    check_machine(settings)
     recomputes = needs_checkpointing(settings)
     settings = replace(settings, model=replace(settings.model, gradient_checkpointing=recomputes))
     warn, ranks = _warnings_to(console), _count_ranks(settings)
@@ -189,6 +187,17 @@ def train(
         trainer = _fit(settings, parts, run, ledger, checkpoint, console, callbacks)
         _finish(trainer, run, ledger, fingerprint, console)
     return TrainResult(run, reused=False)
+
+
+def check_machine(settings: Settings) -> None:
+    """Check that this machine has the device and the packages of a run.
+
+    Raises:
+        UserError: If one is missing.
+    """
+    check_accelerator(settings.hardware.accelerator)
+    require(*(logger for logger in settings.trainer.loggers if logger != "csv"))
+    require(*(["deepspeed"] if settings.strategy.name.startswith("deepspeed") else []))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,12 @@ from whisper_aut.probes.embed import Embeddings
 from whisper_aut.probes.fit import PROBES, kind_for, probe_splits
 from whisper_aut.probes.modules import KNNProbe, MLPProbe
 from whisper_aut.probes.optim import BatchedLBFGS
-from whisper_aut.probes.splits import cross_validation, inner_folds, train_valid_test
+from whisper_aut.probes.splits import (
+    cross_validation,
+    inner_folds,
+    train_valid_test,
+    whole_groups,
+)
 from whisper_aut.probes.stats import jackknife
 
 CLASSES = 4
@@ -238,6 +243,30 @@ def test_two_folds_hold_out_a_fraction_for_selection(folds):
     (inner,) = inner_folds(cross_validation(folds[:2])[0], "class")
     assert np.bincount(labels[inner.valid]).tolist() == [2] * CLASSES
     assert (inner.train ^ inner.valid).all()
+
+
+def test_whole_speakers_are_held_out_unless_speakers_are_also_tested_on(folds):
+    def groups(part: Embeddings, prefix: str) -> Embeddings:
+        return replace(part, groups=tuple(f"{prefix}{i % 9}" for i in range(len(part))))
+
+    for tested, whole in (("other", True), ("own", False)):
+        parts = {"train": groups(folds[0], "own"), "test": groups(folds[1], tested)}
+        split = train_valid_test(parts | {"valid": Embeddings(torch.empty(0, 0), ())})
+        (inner,) = inner_folds(split, "class")
+        names, labels = np.array(split.pool.groups), np.array(split.pool.labels)
+        assert (inner.train ^ inner.valid).all()
+        assert (not {*names[inner.valid]} & {*names[inner.train]}) == whole
+        assert {*labels[inner.train]} == {*labels}
+        assert 8 <= inner.valid.sum() <= 12
+
+
+def test_groups_are_drawn_only_if_all_classes_and_half_of_the_clips_stay():
+    def drawn(classes: list[int], groups: list[int]) -> list[int]:
+        found = whole_groups(np.array(classes), np.array(groups), 0.2, np.random.default_rng(0))
+        return found.tolist()
+
+    assert drawn([0, 0, 1, 1], [0, 0, 1, 1]) == []  # a group for each class
+    assert drawn([0, 1, 0, 1, 0, 1], [0, 0, 0, 0, 1, 1]) == [4, 5]  # the smaller one
 
 
 def test_a_kind_that_cannot_answer_a_task_is_an_error(task_with):
