@@ -144,7 +144,7 @@ class EmbeddingsDataModule(LightningDataModule):
     Args:
         split: the split.
         probe: decides how features are prepared and how large batches are.
-        metric: a key of `METRICS`; by default, the one of the class.
+        metric: a key of `ANSWERS`; by default, the one of the class.
         owners: the clip of each item, `[I]`; by default, an item is a clip.
         device: where features in memory are kept. Frames stay in their files.
     """

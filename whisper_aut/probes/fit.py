@@ -130,7 +130,7 @@ def probe_splits(
 
     Args:
         splits: the splits.
-        metric: a key of `METRICS`.
+        metric: a key of `ANSWERS`.
         kind: a key of `PROBES`. Empty for the default of the metric.
         seeds: seeds of the final probes.
         candidates: settings to select from, instead of the kind's own.

@@ -1,55 +1,40 @@
-"""Metrics of probe tasks: those of torchmetrics, and two based on them. All are in 0 … 1, higher
-is better. The losses of many heads are here too.
+"""Metrics of probe tasks, based on those of torchmetrics. All are in 0 … 1, higher is better. The
+losses of many heads are here too.
 
 The name of a metric determines the kind of answer that a task needs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import rankdata
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MultilabelAveragePrecision,
-    MultilabelF1Score,
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multilabel_average_precision,
+    multilabel_f1_score,
 )
-from torchmetrics.text import WordErrorRate
+from torchmetrics.functional.text import word_error_rate
 
 Answer = Literal["class", "classes", "events", "captions", "text"]
-
-
-class WordAccuracy(WordErrorRate):
-    """max(0, 1 − word error rate) of texts and transcripts, as X-ARES and UniWhisper report for
-    speech recognition.
-    """
-
-    def compute(self) -> Tensor:
-        return (1 - super().compute()).clamp(min=0)
-
-
-class CrossRecall(Metric):
-    """Recall@1 between B clips and N captions, averaged over both directions.
-
-    Update with `similarity` `[B, N]` and `owner` `[N]`: caption n describes clip `owner[n]`. A
-    clip counts if its nearest caption is one of its own, a caption if its nearest clip is its own.
-    """
-
-    hits: list[Tensor]
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__(sync_on_compute=False)
-        self.add_state("hits", default=[], dist_reduce_fx="cat")
-
-    def update(self, similarity: Tensor, owner: Tensor) -> None:
-        self.hits.append(recall_credit(similarity, owner).mean(0, keepdim=True))
-
-    def compute(self) -> Tensor:
-        return torch.cat(self.hits).mean(0).mean()
+ANSWERS: dict[str, Answer] = {
+    "accuracy": "class",
+    "mAP": "classes",
+    "segment_f1_macro": "events",
+    "segment_f1_micro": "events",
+    "recall@1": "captions",
+    "word_accuracy": "text",
+}
+# Called with `[B, C]` scores, `[B]` classes or `[B, C]` targets of 0 and 1, and C.
+CLASS_METRICS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "accuracy": partial(multiclass_accuracy, average="micro", validate_args=False),
+    "mAP": partial(multilabel_average_precision, average="macro", validate_args=False),
+    "segment_f1_macro": partial(multilabel_f1_score, average="macro", validate_args=False),
+    "segment_f1_micro": partial(multilabel_f1_score, average="micro", validate_args=False),
+}
 
 
 def recall_credit(similarity: Tensor, owner: Tensor) -> Tensor:
@@ -64,28 +49,6 @@ def recall_credit(similarity: Tensor, owner: Tensor) -> Tensor:
     return torch.stack([to_text.double(), to_audio], 1)
 
 
-# They do not sync: rank 0 of a job computes scores while the other ranks wait or have exited.
-OPTIONS: dict[str, Any] = {"validate_args": False, "sync_on_compute": False}
-# Name → constructor of the metric for C classes. Class metrics are updated with `[B, C]` scores and
-# `[B]` classes or `[B, C]` targets of 0 and 1.
-METRICS: dict[str, Callable[[int], Metric]] = {
-    "accuracy": partial(MulticlassAccuracy, average="micro", **OPTIONS),
-    "mAP": partial(MultilabelAveragePrecision, average="macro", **OPTIONS),
-    "segment_f1_macro": partial(MultilabelF1Score, average="macro", **OPTIONS),
-    "segment_f1_micro": partial(MultilabelF1Score, average="micro", **OPTIONS),
-    "recall@1": lambda classes: CrossRecall(),
-    "word_accuracy": lambda classes: WordAccuracy(sync_on_compute=False),
-}
-ANSWERS: dict[str, Answer] = {
-    "accuracy": "class",
-    "mAP": "classes",
-    "segment_f1_macro": "events",
-    "segment_f1_micro": "events",
-    "recall@1": "captions",
-    "word_accuracy": "text",
-}
-
-
 def class_metric(metric: str, classes: int, scores: Tensor, targets: Tensor) -> float:
     """Score class scores (logits) `[B, C]` against classes `[B]`, or targets `[B, C]` of 0 and 1.
 
@@ -94,39 +57,33 @@ def class_metric(metric: str, classes: int, scores: Tensor, targets: Tensor) -> 
     """
     if metric == "mAP":
         present = targets.any(0)
-        scores, targets = _ranks(scores[:, present]), targets[:, present]
         classes = int(present.sum())
         if not classes:
             return 0.0
+        # Ranks in 0 … 1 keep order and ties. A sigmoid would create ties among large scores.
+        ranks = rankdata(scores[:, present], "dense", axis=0) / len(scores)
+        scores, targets = torch.from_numpy(ranks), targets[:, present]
     elif targets.ndim == 2:
         scores = scores.sigmoid()
-    made = METRICS[metric](classes).to(scores.device)
-    made.update(scores, targets.long())
-    return float(made.compute())
+    return float(CLASS_METRICS[metric](scores, targets.long(), classes))
 
 
 def recall(similarity: Tensor, owner: Tensor) -> float:
-    """Score cosines of clips and captions, see `CrossRecall`."""
-    made = METRICS["recall@1"](0).to(similarity.device)
-    made.update(similarity, owner)
-    return float(made.compute())
+    """Return the recall@1 between B clips and N captions, averaged over both directions.
 
+    A clip counts if its nearest caption is one of its own, a caption if its nearest clip is its
+    own.
 
-def text_metric(texts: Sequence[str], transcripts: Sequence[str]) -> float:
-    """Score recognised texts against transcripts."""
-    made = METRICS["word_accuracy"](0)
-    made.update(list(texts), list(transcripts))
-    return float(made.compute())
-
-
-def _ranks(scores: Tensor) -> Tensor:
-    """Map the scores of each class to ranks in 0 … 1, keeping order and ties. A sigmoid would
-    create ties among large scores.
+    Args:
+        similarity: cosines `[B, N]`.
+        owner: `[N]`, the clip that each caption describes.
     """
-    ordered, clips = scores.sort(dim=0)
-    rises = torch.zeros_like(ordered, dtype=torch.double)
-    rises[1:] = ordered[1:] > ordered[:-1]
-    return torch.zeros_like(rises).scatter_(0, clips, rises.cumsum(0) / len(scores))
+    return float(recall_credit(similarity, owner).mean(0).mean())
+
+
+def text_metric(texts: list[str], transcripts: list[str]) -> float:
+    """Return max(0, 1 − word error rate), as X-ARES and UniWhisper report for recognised speech."""
+    return float((1 - word_error_rate(texts, transcripts)).clamp(min=0))
 
 
 def class_losses(scores: Tensor, targets: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Probe(LightningModule):
         width: size of a feature vector or frame: D, or R if `transform` reduces it.
         outputs: number of classes C, or of words; for transcripts, the characters.
         candidates: setting of each head. By default, one head with the setting `default`.
-        metric: a key of `METRICS`.
+        metric: a key of `ANSWERS`.
         seed: decides initial weights, unless they are zero.
 
     Attributes:

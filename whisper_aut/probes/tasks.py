@@ -53,7 +53,7 @@ class ProbeTask:
             `{root}` is replaced by the data folder of the run. Without `valid`, a stratified
             fraction of `train` is held out to select settings. Empty for a task with folds.
         split: splits or folds.
-        metric: a key of `METRICS`. It determines the kind of answer.
+        metric: a key of `ANSWERS`. It determines the kind of answer.
         kind: the probe kind, a key of `probes.fit.PROBES`. Empty for the metric's default.
         label: annotation field, or field of the sample's JSON, that holds the class, the
             classes, the events, or the transcript. For captions, a pattern of fields such as

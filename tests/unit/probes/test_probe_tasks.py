@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from whisper_aut.errors import UserError
-from whisper_aut.probes.metrics import METRICS
+from whisper_aut.probes.metrics import ANSWERS
 from whisper_aut.probes.tasks import (
     SPLITS,
     expand_suites,
@@ -27,7 +27,7 @@ def test_every_shipped_task_loads():
         assert task.name == name
         assert task.source
         assert task.licence
-        assert task.metric in METRICS
+        assert task.metric in ANSWERS
 
 
 def test_the_public_x_ares_tasks_carry_its_weights():
