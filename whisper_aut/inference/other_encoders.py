@@ -24,12 +24,10 @@ from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import DTYPES, encode_in_batches, resolve_device
 from whisper_aut.models.pretrained import (
     CONFIG,
-    UNLOADABLE,
-    check_hub,
     check_loaded_weights,
     check_model_path,
-    describe_missing,
     find_cached,
+    load_pretrained,
     quiet_loading,
     seeded,
 )
@@ -228,12 +226,11 @@ def model_type(path: str) -> str:
     source = find_cached(path, "", CONFIG)
     if Path(source).is_dir() and not (Path(source) / CONFIG).is_file():
         return ""
-    try:
-        check_hub(source, "")
-        with quiet_loading():
-            return AutoConfig.from_pretrained(source).model_type
-    except UNLOADABLE as error:
-        raise UserError(describe_missing(path, error, kind="encoder")) from None
+    return _load(AutoConfig, path).model_type
+
+
+def _load(kind: Any, path: str, **options: Any) -> Any:
+    return load_pretrained(kind, path, "", CONFIG, what="encoder", **options)
 
 
 def load_other_encoder(
@@ -250,23 +247,16 @@ def load_other_encoder(
         UserError: the model cannot be loaded, or some of its weights are missing.
     """
     kind = MODEL_TYPES[model_type(path)]
-    source = find_cached(path, "", CONFIG)
-    try:
-        with quiet_loading():
-            extractor = AutoFeatureExtractor.from_pretrained(source)
-            if random_init:
-                with seeded(seed):
-                    model = AutoModel.from_config(AutoConfig.from_pretrained(source))
-            else:
-                # Files other than safetensors are read with `weights_only=True`.
-                model, info = AutoModel.from_pretrained(
-                    source, dtype=torch.float32, output_loading_info=True
-                )
-                # Heads are unexpected; masks for pretraining may be missing.
-                info["unexpected_keys"] = ()
-                check_loaded_weights(path, info, {"masked_spec_embed"}, kind="model of this type")
-    except UNLOADABLE as error:
-        raise UserError(describe_missing(path, error, kind="encoder")) from None
+    extractor = _load(AutoFeatureExtractor, path)
+    if random_init:
+        with seeded(seed), quiet_loading():
+            model = AutoModel.from_config(_load(AutoConfig, path))
+    else:
+        # Files other than safetensors are read with `weights_only=True`.
+        model, info = _load(AutoModel, path, dtype=torch.float32, output_loading_info=True)
+        # Heads are unexpected; masks for pretraining may be missing.
+        info["unexpected_keys"] = ()
+        check_loaded_weights(path, info, {"masked_spec_embed"}, kind="model of this type")
     return kind(model, extractor).to(device=resolve_device(device), dtype=DTYPES[dtype])
 
 

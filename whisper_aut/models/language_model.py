@@ -41,14 +41,11 @@ from whisper_aut.models.attention import (
 from whisper_aut.models.pretrained import (
     CONFIG,
     TOKENIZER,
-    UNLOADABLE,
     WEIGHTS,
-    check_hub,
     check_loaded_weights,
     check_not_adapter,
-    describe_missing,
     find_cached,
-    quiet_loading,
+    load_pretrained,
     uninitialized,
 )
 
@@ -125,18 +122,12 @@ def load_language_model(
     return model, tokenizer
 
 
-def _load(kind: Any, path: str, revision: str, *files: str, **options: Any) -> Any:
-    source = find_cached(path, revision, *files)
-    try:
-        check_hub(source, revision)
-        with quiet_loading():
-            return kind.from_pretrained(
-                source, revision=revision or "main", trust_remote_code=False, **options
-            )
-    except UNLOADABLE as error:
-        raise UserError(
-            describe_missing(path, error, kind="language model", example="Qwen/Qwen3-0.6B")
-        ) from None
+_load = partial(
+    load_pretrained,
+    what="language model",
+    example="Qwen/Qwen3-0.6B",
+    trust_remote_code=False,
+)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ LOADING: dict[str, Any] = {
     "output_loading_info": True,
 }
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+EXAMPLE = "openai/whisper-tiny"  # in error messages
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 # Vocabulary size of every `whisper-*.en`. Multilingual checkpoints have 51,865 or 51,866 tokens.
 ENGLISH_ONLY_TOKENS = 51_864
@@ -170,13 +171,35 @@ class PretrainedWhisper:
 
     def _load(self, kind: Any, *files: str, **options: Any) -> Any:
         check_model_path(self.path)
-        source = find_cached(self.path, self.revision, *files)
-        try:
-            check_hub(source, self.revision)
-            with quiet_loading():
-                return kind.from_pretrained(source, revision=self.revision or "main", **options)
-        except UNLOADABLE as error:
-            raise UserError(describe_missing(self.path, error)) from None
+        return load_pretrained(kind, self.path, self.revision, *files, **options)
+
+
+def load_pretrained(
+    kind: Any,
+    path: str,
+    revision: str,
+    *files: str,
+    what: str = "Whisper checkpoint",
+    example: str = EXAMPLE,
+    **options: Any,
+) -> Any:
+    """Call `kind.from_pretrained` for a directory or a hub model, which is looked up in the cache.
+
+    Args:
+        files: the files that the cache needs to have, see `find_cached`.
+        what, example: for error messages, what is loaded and the name of one.
+        options: of `from_pretrained`.
+
+    Raises:
+        UserError: there is no such model, or it cannot be loaded.
+    """
+    source = find_cached(path, revision, *files)
+    try:
+        check_hub(source, revision)
+        with quiet_loading():
+            return kind.from_pretrained(source, revision=revision or "main", **options)
+    except UNLOADABLE as error:
+        raise UserError(_describe_missing(path, error, what, example)) from None
 
 
 def uninitialized(build: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -264,12 +287,9 @@ def seeded(seed: int) -> Iterator[None]:
     `torch.manual_seed` would also reseed the generators of all GPUs, which a running training may
     use for dropout.
     """
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def check_loaded_weights(
@@ -334,7 +354,7 @@ def check_model_path(path: str) -> None:
     if folder.is_dir():
         return
     if not _is_hub_id(path):
-        raise UserError(describe_missing(path, OSError()))
+        raise UserError(_describe_missing(path, OSError(), "model", EXAMPLE))
     if any(folder.parent.glob("*/latest")):
         names = sorted(entry.name for entry in folder.parent.glob("[!.]*") if entry.is_dir())
         raise UserError(
@@ -361,20 +381,14 @@ def check_not_adapter(path: str, revision: str = "") -> None:
         )
 
 
-def describe_missing(
-    path: str,
-    error: Exception,
-    *,
-    kind: str = "Whisper checkpoint",
-    example: str = "openai/whisper-tiny",
-) -> str:
+def _describe_missing(path: str, error: Exception, what: str, example: str) -> str:
     """Return an error message for a checkpoint that could not be loaded because of `error`."""
     folder = Path(path)
     if folder.is_dir():
         files = ", ".join(sorted(file.name for file in folder.iterdir())[:12]) or "nothing"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return (
-            f"{path} is not a usable {kind}: {reason}\nA checkpoint has config.json, "
+            f"{path} is not a usable {what}: {reason}\nA checkpoint has config.json, "
             "model.safetensors and, for training, the tokenizer's files. The directory contains "
             f"{files}."
         )
