@@ -26,6 +26,7 @@ from whisper_aut.training.checkpoint import (
     CheckpointWriter,
     FileMetadata,
     Manifest,
+    StateShard,
     check_disk_space,
     checkpoint_name,
     checkpoints_in,
@@ -48,7 +49,7 @@ def written(path: Path, step: int = 5, value: float = 1.0) -> Path:
     for rank, draft in enumerate(drafts):
         name = f"encoder.{rank}"
         files |= draft.write_tensors(
-            {name: torch.full((3,), value)}, {f"{name}.exp_avg": torch.ones(3)}
+            StateShard({name: torch.full((3,), value)}, {f"{name}.exp_avg": torch.ones(3)})
         )
     written_by: dict[str, Any] = {"strategy": "ddp", "ranks": 2}
     drafts[0].finish(
@@ -76,7 +77,7 @@ def test_a_draft_is_never_taken_for_a_checkpoint(tmp_path: Path):
     written(tmp_path / "step-0000001.ckpt")
     draft = CheckpointWriter(tmp_path / "step-0000002.ckpt", 0, 1)
     draft.begin()
-    draft.write_tensors({"encoder.0": torch.ones(2)}, {})  # killed here
+    draft.write_tensors(StateShard({"encoder.0": torch.ones(2)}))  # killed here
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-0000001.ckpt"]
     written(tmp_path / "step-0000002.ckpt")  # the next try is not hindered by what was left
     assert len(checkpoints_in(tmp_path)) == 2

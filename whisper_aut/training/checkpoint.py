@@ -196,15 +196,10 @@ class CheckpointWriter:
         self.discard()
         self.partial.mkdir(parents=True)
 
-    def write_tensors(
-        self,
-        weights: Mapping[str, Tensor],
-        optimizer_state: Mapping[str, Tensor],
-        average: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, FileMetadata]:
+    def write_tensors(self, shard: StateShard) -> dict[str, FileMetadata]:
         """Write the tensors of this rank and return the size and hash of each file."""
-        written, kinds = {}, {WEIGHTS: weights, OPTIMIZER: optimizer_state}
-        for kind, tensors in (kinds | ({AVERAGE: average} if average else {})).items():
+        written, kinds = {}, {WEIGHTS: shard.weights, OPTIMIZER: shard.optimizer_state}
+        for kind, tensors in (kinds | ({AVERAGE: shard.average} if shard.average else {})).items():
             name = f"{kind}-{self.rank:05d}-of-{self.ranks:05d}.safetensors"
             contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
             try:

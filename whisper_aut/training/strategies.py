@@ -187,7 +187,10 @@ class Background:
 
 
 class NamedCheckpoints:
-    """Mixin for strategies: checkpoints by parameter name, which all ranks write together."""
+    """Mixin for strategies: checkpoints by parameter name, which all ranks write together.
+
+    Methods that use attributes of the strategy declare `self` as `Any`.
+    """
 
     config_name, clips_per_step = "", 0
     background: Background | None = None
@@ -198,34 +201,37 @@ class NamedCheckpoints:
     _hosts: Any = None
 
     @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    @property
     def host_group(self) -> Any:
         """The process group for values on the host, over gloo. None means the default group."""
         if self._hosts is None and dist.get_backend() != "gloo":
             self._hosts = dist.new_group(backend="gloo", timeout=self.timeout)
         return self._hosts
 
-    def broadcast_weights(self, module: Any) -> None:
+    def broadcast_weights(self: Any, module: Any) -> None:
         """Move the weights of a module to the device, and give all ranks those of rank 0.
 
         Only rank 0 reads them from disk. Otherwise, every rank of a node would have a copy in main
         memory, and every rank would read from the file system.
         """
-        strategy: Any = self
-        device = strategy.root_device
+        device = self.root_device
         teacher = [module.distillation.teacher] if module.distillation else []
         for part in (module, *teacher):
             for tensor in (*part.parameters(), *part.buffers()):
                 tensor.data = tensor.data.to(device)
                 dist.broadcast(tensor.data, src=0)
         names = getattr(module.decoder, "from_first_rank", ())
-        values = strategy.broadcast([getattr(module.decoder, name) for name in names])
+        values = self.broadcast([getattr(module.decoder, name) for name in names])
         for name, value in zip(names, values, strict=True):
             setattr(module.decoder, name, value)
         weights = dict(module.named_parameters())
         module.average = {name: weights[name].detach().clone() for name in module.average}
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+        self: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
         """Write a checkpoint directory. Must be called on all ranks; if one cannot write, all
         raise.
@@ -241,10 +247,9 @@ class NamedCheckpoints:
         Raises:
             UserError: If the disk is full or the directory cannot be written.
         """
-        strategy: Any = self
         self.wait_for_checkpoint()
-        path = Path(strategy.broadcast(str(filepath)))
-        writer = CheckpointWriter(path, strategy.global_rank, strategy.world_size)
+        path = Path(self.broadcast(str(filepath)))
+        writer = CheckpointWriter(path, self.global_rank, self.world_size)
         shard = self.model_state().collect(writer.rank, writer.ranks)
         tensors = ("state_dict", "optimizer_states")
         state = {key: value for key, value in checkpoint.items() if key not in tensors}
@@ -255,7 +260,7 @@ class NamedCheckpoints:
             written_by={
                 "strategy": self.config_name,
                 "ranks": writer.ranks,
-                "precision": str(strategy.precision_plugin.precision),
+                "precision": str(self.precision_plugin.precision),
             },
             files={},
             aliases=shard.aliases,
@@ -274,16 +279,16 @@ class NamedCheckpoints:
             self.background.wait()
 
     def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: bool | None = None
+        self: Any, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read everything but the tensors, which the two `load_*_state_dict` methods read later."""
-        strategy: Any = self
-        path = Path(strategy.broadcast(str(checkpoint_path)))
+        path = Path(self.broadcast(str(checkpoint_path)))
         return read_state(path) | {"path": str(path), "state_dict": {}, "optimizer_states": []}
 
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        strategy: Any = self
-        path, module = Path(checkpoint["path"]), strategy.lightning_module
+    def load_model_state_dict(
+        self: Any, checkpoint: Mapping[str, Any], strict: bool = True
+    ) -> None:
+        path, module = Path(checkpoint["path"]), self.lightning_module
         weights, buffers = read_weights(path), dict(module.named_buffers())
         saved, own = (float(found.get("encoder.lora_scale", 0)) for found in (weights, buffers))
         if saved and own and saved != own:  # exports read the scale from the checkpoint
@@ -299,12 +304,11 @@ class NamedCheckpoints:
                 name: shard_like(stored[name].float(), weights[name]) for name in module.average
             }
 
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        strategy: Any = self
+    def load_optimizer_state_dict(self: Any, checkpoint: Mapping[str, Any]) -> None:
         self.model_state().load_optimizer_state(read_optimizer_state(Path(checkpoint["path"])))
-        schedulers = [config.scheduler for config in strategy.lr_scheduler_configs]
+        schedulers = [config.scheduler for config in self.lr_scheduler_configs]
         for optimizer, scheduler, state in zip(
-            strategy.optimizers, schedulers, checkpoint["lr_schedulers"], strict=True
+            self.optimizers, schedulers, checkpoint["lr_schedulers"], strict=True
         ):
             saved, lrs = state["_last_lr"], _use_config_lrs(scheduler, state)
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
@@ -339,10 +343,9 @@ class NamedCheckpoints:
             self._writers = None
         super().teardown()  # pyright: ignore[reportAttributeAccessIssue]
 
-    def model_state(self) -> ModelState:
-        strategy: Any = self
-        optimizers = strategy.optimizers
-        return ModelState(strategy.lightning_module, optimizers[0] if optimizers else None)
+    def model_state(self: Any) -> ModelState:
+        optimizers = self.optimizers
+        return ModelState(self.lightning_module, optimizers[0] if optimizers else None)
 
     def _extra_state(self) -> dict[str, Any]:
         return {}
@@ -357,10 +360,7 @@ class NamedCheckpoints:
     ) -> None:
         first = writer.rank == 0
         self._on_all_ranks(writer, lambda: writer.begin() if first else None)
-        written = self._on_all_ranks(
-            writer,
-            lambda: writer.write_tensors(shard.weights, shard.optimizer_state, shard.average),
-        )
+        written = self._on_all_ranks(writer, lambda: writer.write_tensors(shard))
         files = {name: entry for of_rank in written for name, entry in of_rank.items()}
         complete = replace(manifest, files=files)
         self._on_all_ranks(writer, lambda: writer.finish(state, complete) if first else None)
@@ -442,10 +442,6 @@ class FSDP(NamedCheckpoints, ModelParallelStrategy):
             if kind not in SUPPORTED_NODES:
                 register_dataclass(kind)
 
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
-
     def on_validation_start(self) -> None:
         """Gather the whole model, because ranks generate texts of different lengths."""
         root: Any = self.model
@@ -513,10 +509,6 @@ class DeepSpeed(NamedCheckpoints, DeepSpeedStrategy):
         for name, value in state.get("loss_scale", {}).items():
             setattr(scaler, name, value)
         return state
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
 
     def on_validation_start(self) -> None:
         """Gather the full model on each rank under ZeRO-3.
