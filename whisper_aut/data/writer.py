@@ -102,7 +102,11 @@ class ShardWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.append and (self.folder / INDEX_NAME).exists():
-                self._keep_shards(open_index(self.folder))
+                index = open_index(self.folder)
+                self._shards, self._earlier = list(index.shards), len(index.shards)
+                self._counts = FolderCounts(index.metadata["domains"], index.metadata["licences"])
+                for number in range(len(index.shards)):
+                    self.keys.update(index.table(number).keys.tolist())
             self._resume()
             self._remove_partial()
         except (OSError, ValueError) as error:
@@ -179,12 +183,6 @@ class ShardWriter:
         self._shards.append(entry)
         self._counts.update(self._tar_counts)
         self._tar, self._rows, self._bytes, self._tar_counts = None, [], 0, FolderCounts()
-
-    def _keep_shards(self, index: ShardIndex) -> None:
-        self._shards, self._earlier = list(index.shards), len(index.shards)
-        self._counts = FolderCounts(index.metadata["domains"], index.metadata["licences"])
-        for number in range(len(index.shards)):
-            self.keys.update(index.table(number).keys.tolist())
 
     def _resume(self) -> None:
         """Keep the tars that an interrupted writer of the same recipe finished."""

@@ -17,7 +17,7 @@ from whisper_aut import __version__
 from whisper_aut.audio.augment import Augment
 from whisper_aut.audio.decode import ClipLimits
 from whisper_aut.audio.logmel import WINDOW_SECONDS, LogMel
-from whisper_aut.config import DistillationSettings, ScratchSettings, Settings
+from whisper_aut.config import DistillationSettings, Settings
 from whisper_aut.corpora.manifest import read_annotations
 from whisper_aut.data.annotation import FieldMapping
 from whisper_aut.data.datamodule import ShardDataModule
@@ -82,7 +82,14 @@ def build_pretrained(settings: Settings, *, empty: bool = False) -> PretrainedWh
                 for item in iter_samples(index, limits)
                 if isinstance(item, Sample) and item.annotation.text
             ]
-            _make_scratch(out, texts, model.scratch, settings.seed)
+            if not texts:
+                raise UserError("The training shards contain no text to train a tokenizer on.")
+            sizes = asdict(model.scratch)
+            sizes.pop("texts")
+            partial = out.with_name(f"{out.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            make_whisper(partial, texts, **sizes, seed=settings.seed)
+            partial.rename(out)
     return PretrainedWhisper(str(out), empty=empty)
 
 
@@ -401,14 +408,3 @@ def _hash_files(folder: Path) -> list[list[Any]]:
                 digest.update(file.read(HASH_BLOCK_BYTES))
         hashes.append([path.name, size, digest.hexdigest()])
     return hashes
-
-
-def _make_scratch(out: Path, texts: Sequence[str], scratch: ScratchSettings, seed: int) -> None:
-    if not texts:
-        raise UserError("The training shards contain no text to train a tokenizer on.")
-    sizes = asdict(scratch)
-    sizes.pop("texts")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_whisper(partial, texts, **sizes, seed=seed)
-    partial.rename(out)
