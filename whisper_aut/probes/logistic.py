@@ -122,10 +122,3 @@ def extrapolate(path: PenaltyPath, penalty: float, otherwise: Tensor) -> Tensor:
     stride = math.log(penalty_2 / penalty) / math.log(penalty_1 / penalty_2)
     # The path is curved, so never extrapolate further than the previous distance.
     return weight_2 + min(stride, 1) * (weight_2 - weight_1)
-
-
-def number_columns(mask: Tensor) -> list[int]:
-    """Number the columns of a mask `[I, J]`: equal columns get equal numbers."""
-    numbers: dict[bytes, int] = {}
-    columns = mask.T.bool().cpu().numpy()
-    return [numbers.setdefault(column.tobytes(), len(numbers)) for column in columns]

@@ -36,7 +36,6 @@ from whisper_aut.probes.logistic import (
     extrapolate,
     linear_scores,
     logistic_losses,
-    number_columns,
     penalty_levels,
     unit_scale,
     with_ones,
@@ -251,8 +250,9 @@ class LinearProbe(Probe):
         features, targets, mask = batch
         features, items = with_ones(features), mask.sum(0)
         item_weights, penalties = mask / items, self.penalties.to(items.device) / items
-        heads = range(len(self.weight))
-        path_of_head = heads if self.approach else number_columns(mask)
+        path_of_head = range(len(self.weight))
+        if not self.approach:  # heads with the same items have the same number
+            path_of_head = torch.unique(mask, dim=1, return_inverse=True)[1].tolist()
         paths: dict[int, PenaltyPath] = defaultdict(lambda: deque(maxlen=2))
         optimizer: Any = self.optimizers()
         scale = torch.empty_like(self.weight)

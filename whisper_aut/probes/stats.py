@@ -211,10 +211,8 @@ def _p_value(tasks: Sequence[GroupTotals], weights: Sequence[float], value: floa
     return (1 + extreme) / (1 + RESAMPLES)
 
 
-def detectable_difference(
-    std: float, runs: int, alpha: float = ALPHA, power: float = POWER
-) -> float:
-    """Return the true difference that a two-sided paired t test finds with probability `power`.
+def detectable_difference(std: float, runs: int, alpha: float = ALPHA) -> float:
+    """Return the true difference that a two-sided paired t test finds with probability `POWER`.
 
     Args:
         std: standard deviation of the paired differences, in the unit of the result.
@@ -228,7 +226,7 @@ def detectable_difference(
 
     def excess_power(effect: float) -> float:
         tails = stats.norm.sf(bounds - effect) + stats.norm.cdf(-bounds - effect)
-        return float(np.mean(tails)) - power
+        return float(np.mean(tails)) - POWER
 
     effect = root_scalar(excess_power, bracket=(0.0, 10 * (critical + 1))).root
     return effect * std / runs**0.5
