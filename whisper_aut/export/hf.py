@@ -147,6 +147,11 @@ def export_checkpoint(
             fit the requested format, or `out` contains anything but an export.
     """
     _check_replaceable(out, pretrained)
+    if kind == "onnx" and dtype != torch.float32:
+        raise UserError(
+            "The ONNX graph is always float32, because its log-mel needs the precision. Convert it "
+            "with the tools of your runtime."
+        )
     weights = read_checkpoint(checkpoint)
     if interpolate != 1:
         weights = interpolated(weights, pretrained, interpolate)
@@ -158,7 +163,22 @@ def export_checkpoint(
     partial = full.with_name(f".{full.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(weights, pretrained, partial, kind, dtype, padding, pad_to_30s)
+        model = _whisper_model(weights, pretrained, with_decoder=kind == "whisper")
+        if kind == "onnx":
+            write_onnx(model.get_encoder(), padding, partial)
+        elif kind in TOWERS:
+            encoder = model.get_encoder().state_dict()
+            write_tower(kind, encoder, pretrained.config, partial, dtype)
+        else:
+            setattr(model.config, TRAINED_PADDING, padding)
+            if pad_to_30s:
+                setattr(model.config, TRAINED_PAD_TO_30S, pad_to_30s)
+            model.to(dtype).save_pretrained(partial)
+        if kind != "onnx":
+            pretrained.feature_extractor.save_pretrained(partial)
+        if kind == "whisper":
+            pretrained.tokenizer.save_pretrained(partial)
+            pretrained.generation_config.save_pretrained(partial)
         (partial / MARKER).write_text(f"{kind}\n")
         shutil.rmtree(out, ignore_errors=True)
         os.replace(partial, out)
@@ -197,37 +217,6 @@ def _check_replaceable(out: Path, pretrained: PretrainedWhisper) -> None:
             f"{out} is the model that this run started from, which would be lost. "
             "Give another folder."
         )
-
-
-def _write(
-    weights: dict[str, Tensor],
-    pretrained: PretrainedWhisper,
-    out: Path,
-    kind: ExportKind,
-    dtype: torch.dtype,
-    padding: Padding,
-    pad_to_30s: float,
-) -> None:
-    model = _whisper_model(weights, pretrained, with_decoder=kind == "whisper")
-    if kind == "onnx":
-        if dtype != torch.float32:
-            raise UserError(
-                "The ONNX graph is always float32, because its log-mel needs the precision. "
-                "Convert it with the tools of your runtime."
-            )
-        write_onnx(model.get_encoder(), padding, out)
-        return
-    if kind in TOWERS:
-        write_tower(kind, model.get_encoder().state_dict(), pretrained.config, out, dtype)
-    else:
-        setattr(model.config, TRAINED_PADDING, padding)
-        if pad_to_30s:
-            setattr(model.config, TRAINED_PAD_TO_30S, pad_to_30s)
-        model.to(dtype).save_pretrained(out)  # pyright: ignore[reportArgumentType]
-    pretrained.feature_extractor.save_pretrained(out)
-    if kind == "whisper":
-        pretrained.tokenizer.save_pretrained(out)
-        pretrained.generation_config.save_pretrained(out)
 
 
 def _whisper_model(
