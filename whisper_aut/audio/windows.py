@@ -69,15 +69,10 @@ def batches_by_seconds(seconds: Sequence[float], batch_seconds: float) -> Iterat
         yield batch
 
 
-def _mean(frames: Tensor) -> Tensor:
-    return frames.mean(-2)
-
-
-def _mean_std(frames: Tensor) -> Tensor:
-    return torch.cat([frames.mean(-2), frames.std(-2, correction=0)], -1)
-
-
-POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {"mean": _mean, "mean_std": _mean_std}
+POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda frames: frames.mean(-2),
+    "mean_std": lambda frames: torch.cat([frames.mean(-2), frames.std(-2, correction=0)], -1),
+}
 
 
 def get_pooling(name: str) -> Callable[[Tensor], Tensor]:

@@ -449,9 +449,6 @@ class ShardDataModule(lightning.LightningDataModule):
         streamed = (self.valid_order, self.valid_batching, self.valid, self.build)
         return BatchStream(*streamed, count, rank, ranks, end=end)
 
-    def transfer_batch_to_device(self, batch: Batch, device: Any, dataloader_idx: int) -> Batch:
-        return batch.to(device)
-
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         return self.features(batch)
 

@@ -285,7 +285,7 @@ class ThroughputMeter(lightning.Callback):
         now = self._now(trainer)
         interval = self._timed_interval(now)
         self.total += interval
-        metrics = self._metrics(trainer, interval) | self.total.totals(trainer.world_size)
+        metrics = self._metrics(trainer, interval)
         self.last_speed = f"{metrics['audio_seconds_per_second']:.0f}"
         for logger in trainer.loggers:
             logger.log_metrics(
@@ -300,7 +300,7 @@ class ThroughputMeter(lightning.Callback):
             peak = peak_flops(torch.cuda.get_device_name(device), self.precision)
         return {
             **throughput.metrics(ranks, peak),
-            **throughput.totals(ranks),
+            **self.total.totals(ranks),
             "peak_memory_gib": peak_memory_gib(device),
         }
 
