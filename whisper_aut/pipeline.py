@@ -32,7 +32,7 @@ from whisper_aut.models.decoders import check_decoder
 from whisper_aut.models.decoders.causal_lm import CausalLMOptions
 from whisper_aut.models.language_model import load_language_config
 from whisper_aut.models.pretrained import PretrainedWhisper, load_whisper_config
-from whisper_aut.probes.callback import ForgettingGuard, ProbeDuringTraining
+from whisper_aut.probes.callback import ProbeDuringTraining
 from whisper_aut.probes.encoders import BASELINE_NAME, FrameEncoder, LogMelBaseline
 from whisper_aut.probes.suite import find_problems, run_suite
 from whisper_aut.probes.tasks import ProbeTask
@@ -258,10 +258,7 @@ def _build_probe_callbacks(
 ) -> list[ProbeDuringTraining]:
     during = settings.probe.during
     tasks = load_tasks(during.tasks, options.tasks_folder)
-    guard = ForgettingGuard(during.guarded_domain, during.max_drop, during.on_drop)
-    root, every = settings.probe.root, during.every_steps
-    callback = ProbeDuringTraining(tasks, root, every_steps=every, kind=during.kind, guard=guard)
-    return [callback] if tasks else []
+    return [ProbeDuringTraining(tasks, settings.probe.root, during)] if tasks else []
 
 
 def _check_probes(
@@ -271,7 +268,7 @@ def _check_probes(
     problems, root = Problems(), settings.probe.root
     find_problems(problems, {}, tasks, root=root)
     for callback in callbacks:
-        find_problems(problems, {}, callback.tasks, root=root, kind=callback.kind)
+        find_problems(problems, {}, callback.tasks, root=root, kind=callback.settings.kind)
     problems.raise_if_any(f"The list of probes of {settings.name}")
 
 

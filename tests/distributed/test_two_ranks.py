@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from tests.support.audio import TEXTS, write_shards
 from tests.support.ranks import on_ranks
 from tests.support.training import settings_for
-from whisper_aut.config import Settings, dump_settings, load_settings
+from whisper_aut.config import DuringSettings, Settings, dump_settings, load_settings
 from whisper_aut.data.annotation import Annotation
 from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
@@ -166,7 +166,7 @@ def probe_here(config: str, task: dict[str, Any]) -> Any:
     """Train with probes on this rank; return their scores by step."""
     os.environ["WHISPER_AUT_RUN"] = "job"
     task_ = task_from_mapping(task, "test")
-    probes = ProbeDuringTraining([task_], None, every_steps=2, kind="knn")
+    probes = ProbeDuringTraining([task_], None, DuringSettings(every_steps=2))
     train(load_settings(config), Console(quiet=True), callbacks=[probes])
     return probes.scores
 

@@ -13,9 +13,10 @@ from rich.console import Console
 
 from tests.support.audio import write_shards
 from tests.support.training import assert_same_weights, settings_for, weights_of
+from whisper_aut.config import DuringSettings
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import load_encoder
-from whisper_aut.probes.callback import ForgettingGuard, ProbeDuringTraining
+from whisper_aut.probes.callback import ProbeDuringTraining
 from whisper_aut.probes.tasks import task_from_mapping
 from whisper_aut.report.plots import plot_learning, read_metrics
 from whisper_aut.training.train import train
@@ -41,7 +42,7 @@ def task(tmp_path_factory):
 def test_curves_are_logged_and_training_does_not_notice(
     task, tiny_whisper, tiny_shards, tmp_path: Path
 ):
-    watching = ProbeDuringTraining([task], None, every_steps=2, kind="knn")
+    watching = ProbeDuringTraining([task], None, DuringSettings(every_steps=2))
     plain = train(settings_for(tiny_whisper, tiny_shards, tmp_path / "plain"), QUIET).run
     watched = train(
         settings_for(tiny_whisper, tiny_shards, tmp_path / "seen"), QUIET, callbacks=[watching]
@@ -51,7 +52,7 @@ def test_curves_are_logged_and_training_does_not_notice(
     assert [step for step, _ in curve] == [0, 2, 4, 6] == sorted(watching.scores)
     assert plot_learning(watched.metrics, tmp_path / "learning.png").exists()
     assert plot_learning(plain.metrics, tmp_path / "none.png") is None
-    resumed = ProbeDuringTraining([task], None, every_steps=2)
+    resumed = ProbeDuringTraining([task], None, DuringSettings(every_steps=2))
     resumed.load_state_dict(json.loads(json.dumps(watching.state_dict())))
     assert resumed.scores == watching.scores
 
@@ -75,7 +76,7 @@ def test_their_time_is_not_that_of_training(
         "whisper_aut.training.callbacks.metrics.time",
         SimpleNamespace(perf_counter=ticked, monotonic=ticked),
     )
-    watching = ProbeDuringTraining([task], None, every_steps=2)
+    watching = ProbeDuringTraining([task], None, DuringSettings(every_steps=2))
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path), QUIET, callbacks=[watching]).run
     assert clock[0] >= 4 * 3600
     metrics = json.loads(run.done.read_text())["metrics"]
@@ -86,15 +87,14 @@ def test_their_time_is_not_that_of_training(
 def test_a_fall_stops_the_run_with_its_last_step_saved(
     task, tiny_whisper, tiny_shards, tmp_path: Path, caplog
 ):
-    guard = ForgettingGuard("speech", max_drop=-1.5, action="stop")  # any score is a fall
-    watching = ProbeDuringTraining([task], None, every_steps=4, guard=guard)
+    settings = DuringSettings(every_steps=4, on_drop="stop")
+    settings.max_drop = -1.5  # any score is a fall
+    watching = ProbeDuringTraining([task], None, settings)
     run = train(settings_for(tiny_whisper, tiny_shards, tmp_path), QUIET, callbacks=[watching]).run
     assert json.loads(run.done.read_text())["steps"] == 4
     assert (run.checkpoints / "step-0000004.ckpt").exists()
     assert "has fallen by" in caplog.text
-    warned = ProbeDuringTraining(
-        [task], None, every_steps=4, guard=ForgettingGuard("music", max_drop=-1.5, action="stop")
-    )
+    warned = ProbeDuringTraining([task], None, DuringSettings(guarded_domain="music"))
     warned.scores = {0: {"two": 0.9}, 4: {"two": 0.1}}
     assert warned.score_drop() is None, "the task is of another domain"
     watching.scores = {0: {"two": 0.9}, 4: {"two": 0.1}}
@@ -110,7 +110,7 @@ def test_an_encoder_in_half_precision_is_probed_in_whole(task, tiny_whisper):
             self.encoder = load_encoder(str(tiny_whisper)).encoder.train()
 
     module = Module()
-    watching = ProbeDuringTraining([task], None, every_steps=1)
+    watching = ProbeDuringTraining([task], None, DuringSettings(every_steps=1))
     whole = watching._score(module, module.encoder.state_dict())
     assert module.encoder.training
     module.encoder.bfloat16()
@@ -128,4 +128,6 @@ def test_shared_weights_cannot_be_probed(task):
         strategy = Strategy()
 
     with pytest.raises(UserError, match="ZeRO stage 3"):
-        ProbeDuringTraining([task], None, every_steps=1).setup(Trainer(), None, "fit")
+        ProbeDuringTraining([task], None, DuringSettings(every_steps=1)).setup(
+            Trainer(), None, "fit"
+        )

@@ -9,9 +9,8 @@ that is later reported would be selection on test data.
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning
 import torch
@@ -19,6 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.distributed.fsdp import FSDPModule
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from whisper_aut.config import DuringSettings
 from whisper_aut.errors import UserError
 from whisper_aut.inference.encoder import AudioEncoder
 from whisper_aut.models.encoder import PackedEncoder, merge_lora
@@ -31,43 +31,24 @@ from whisper_aut.training.checkpoint import full_tensor
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ForgettingGuard:
-    """Warns or stops training if the mean score of a domain is more than `max_drop` (0 … 1)
-    below its first value.
-    """
-
-    domain: str = "speech"
-    max_drop: float = 0.05
-    action: Literal["warn", "stop"] = "warn"
-
-
 class ProbeDuringTraining(lightning.Callback):
-    """Scores the encoder at the start and every `every_steps` optimizer steps, on rank 0 while
-    the others wait.
+    """Scores the encoder at the start and every N optimizer steps, on rank 0 while the others wait.
+
+    Warns or stops training if the mean score of the guarded domain falls too far below its first
+    value.
 
     Args:
         tasks: small tasks. Their shards are read again each time.
         root: replaces `{root}` in the tasks' folders.
-        every_steps: optimizer steps between two measurements.
-        kind: the probe kind. `knn` is the fastest, `linear` is stricter.
-        guard: what to do about forgetting.
+        settings: when to measure, the kind of probe, and what to do about forgetting. `knn` is the
+            fastest kind, `linear` is stricter.
 
     Raises:
         UserError: in `setup`, under ZeRO stage 3, where no rank holds the full weights.
     """
 
-    def __init__(
-        self,
-        tasks: Sequence[ProbeTask],
-        root: str | Path,
-        *,
-        every_steps: int,
-        kind: str = "knn",
-        guard: ForgettingGuard | None = None,
-    ):
-        self.tasks, self.root, self.every_steps, self.kind = tuple(tasks), root, every_steps, kind
-        self.guard = guard or ForgettingGuard()
+    def __init__(self, tasks: Sequence[ProbeTask], root: str | Path, settings: DuringSettings):
+        self.tasks, self.root, self.settings = tuple(tasks), root, settings
         self.scores: dict[int, dict[str, float]] = {}  # by step
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
@@ -85,7 +66,7 @@ class ProbeDuringTraining(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step % self.every_steps == 0 and step not in self.scores:
+        if step % self.settings.every_steps == 0 and step not in self.scores:
             self._measure(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,7 +79,7 @@ class ProbeDuringTraining(lightning.Callback):
         """Return how far the guarded domain is below its first score, 0 … 1. None without tasks
         of that domain or without two measurements.
         """
-        guarded = [task.name for task in self.tasks if task.domain == self.guard.domain]
+        guarded = [task.name for task in self.tasks if task.domain == self.settings.guarded_domain]
         if not guarded or len(self.scores) < 2:
             return None
         first, last = self.scores[min(self.scores)], self.scores[max(self.scores)]
@@ -116,18 +97,18 @@ class ProbeDuringTraining(lightning.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({f"probe/{name}": score for name, score in scores.items()}, step)
         drop = self.score_drop()
-        if drop is None or drop <= self.guard.max_drop:
+        if drop is None or drop <= self.settings.max_drop:
             return
         log.warning(
             "The probe score of %s has fallen by %.1f points since the start (step %d; "
             "probe.during.max_drop allows %.1f).%s",
-            self.guard.domain,
+            self.settings.guarded_domain,
             100 * drop,
             step,
-            100 * self.guard.max_drop,
-            " Training stops." if self.guard.action == "stop" else "",
+            100 * self.settings.max_drop,
+            " Training stops." if self.settings.on_drop == "stop" else "",
         )
-        if self.guard.action == "stop":
+        if self.settings.on_drop == "stop":
             checkpoints.save(trainer)
             trainer.should_stop = True
 
@@ -150,7 +131,7 @@ class ProbeDuringTraining(lightning.Callback):
                     root=self.root,
                     cache=cache,
                     seeds=(0,),
-                    kind=self.kind,
+                    kind=self.settings.kind,
                     embedding=EmbedSettings(quiet=True),
                 )
         finally:
