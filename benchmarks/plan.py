@@ -22,6 +22,7 @@ from torch import nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from whisper_aut.audio.logmel import frames_with_context
+from whisper_aut.config import OptimSettings
 from whisper_aut.models.decoders.causal_lm import CausalLMOptions, build_causal_lm_meta
 from whisper_aut.models.decoders.whisper import WhisperDecoderOptions, build_whisper_decoder_meta
 from whisper_aut.models.encoder import PackedEncoder
@@ -91,7 +92,7 @@ class Step:
         self.mel_lengths = shape.mel_lengths
         self.mel = torch.randn(sum(map(frames_with_context, shape.mel_lengths)), 80)
         self.targets = placeholder_targets(shape.text_lengths)
-        groups = parameter_groups(encoder, decoder, 1e-5, 0.01, layer_decay=1.0)
+        groups = parameter_groups(encoder, decoder, OptimSettings())
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=True)
 

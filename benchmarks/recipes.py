@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from whisper_aut.audio.logmel import LogMel, mel_frames
+from whisper_aut.config import OptimSettings
 from whisper_aut.data.batch import Targets, TokenTarget
 from whisper_aut.models.decoders.whisper import WhisperDecoder
 from whisper_aut.models.encoder import PackedEncoder, Padding
@@ -77,9 +78,8 @@ class PackedStep:
         self.clips, self.logmel = clips, LogMel(model.config.num_mel_bins)
         self.encoder = PackedEncoder(model.model.encoder, padding).train()
         self.decoder = WhisperDecoder(model.model.decoder, end_token=50_257).train()
-        groups = parameter_groups(
-            self.encoder, self.decoder, LEARNING_RATE, WEIGHT_DECAY, layer_decay=1.0
-        )
+        optim = OptimSettings(lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        groups = parameter_groups(self.encoder, self.decoder, optim)
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
 

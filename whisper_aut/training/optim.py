@@ -23,12 +23,7 @@ BANDS = 3
 
 
 def parameter_groups(
-    encoder: PackedEncoder,
-    decoder: Decoder,
-    lr: float,
-    weight_decay: float,
-    layer_decay: float,
-    encoder_lr: float | None = None,
+    encoder: PackedEncoder, decoder: Decoder, optim: OptimSettings
 ) -> list[dict[str, Any]]:
     """Return the parameter groups of the optimizer, at most eight.
 
@@ -37,21 +32,18 @@ def parameter_groups(
     layers: the layer that is d layers below the top has `layer_decay ** d` times the encoder's
     rate. The decoder is a part of its own. Biases and norms of each part get no weight decay.
     Frozen parameters are left out.
-
-    Args:
-        lr: Learning rate of the decoder, and of the encoder's top layer if `encoder_lr` is None.
     """
     whisper = encoder.whisper
-    depth, top = len(whisper.layers), lr if encoder_lr is None else encoder_lr
+    depth, top = len(whisper.layers), optim.lr if optim.encoder_lr is None else optim.encoder_lr
     by_depth = [nn.ModuleList([whisper.conv1, whisper.conv2]), *whisper.layers]
     parts: list[tuple[str, float, list[nn.Parameter]]] = []
     for band in np.array_split(np.arange(depth + 1), BANDS):
         if len(band):
-            band_lr = top * layer_decay ** float(depth - band.mean())
+            band_lr = top * optim.layer_decay ** float(depth - band.mean())
             inside = [p for index in band for p in by_depth[index].parameters()]
             parts.append(("encoder", band_lr, inside))
     parts[-1][2].extend(encoder.parameters())  # of which only the final norm is in no band yet
-    parts.append(("decoder", lr, list(decoder.trainable_parameters())))
+    parts.append(("decoder", optim.lr, list(decoder.trainable_parameters())))
 
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     grouped: set[int] = set()
@@ -59,7 +51,7 @@ def parameter_groups(
         for parameter in parameters:
             if parameter.requires_grad and id(parameter) not in grouped:
                 grouped.add(id(parameter))
-                decay = weight_decay if parameter.ndim > 1 else 0.0
+                decay = optim.weight_decay if parameter.ndim > 1 else 0.0
                 groups.setdefault((part, part_lr, decay), []).append(parameter)
     return [
         {"params": parameters, "lr": part_lr, "weight_decay": decay, "part": part}
@@ -67,28 +59,18 @@ def parameter_groups(
     ]
 
 
-def lr_factor(
-    step: int,
-    *,
-    total_steps: int,
-    warmup_steps: int,
-    schedule: str,
-    final_fraction: float,
-    first_step: int = 0,
-) -> float:
+def lr_factor(step: int, optim: OptimSettings, total_steps: int, first_step: int = 0) -> float:
     """Return the factor on the learning rate at an optimizer step.
 
     Args:
         step: Optimizer step, counted from 0.
+        optim: Linear warm-up, which ends at `total_steps` at the latest, and the decay after it.
         total_steps: Step at which the schedule ends.
-        warmup_steps: Length of the linear warm-up, which ends at `total_steps` at the latest.
-        schedule: `cosine`, `linear` or `constant`: the decay after the warm-up.
-        final_fraction: Factor at the end of the schedule.
         first_step: The factor is 0 before this step, and the warm-up starts here.
     """
     if step < first_step:
         return 0.0
-    warmup_steps = min(warmup_steps, total_steps - first_step)
+    warmup_steps = min(optim.warmup_steps, total_steps - first_step)
     if step < first_step + warmup_steps:
         return (step - first_step + 1) / warmup_steps
     decay_steps = max(1, total_steps - first_step - warmup_steps)
@@ -97,8 +79,8 @@ def lr_factor(
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
         "linear": 1 - progress,
         "constant": 1.0,
-    }[schedule]
-    return final_fraction + (1 - final_fraction) * decay
+    }[optim.schedule]
+    return optim.final_lr_fraction + (1 - optim.final_lr_fraction) * decay
 
 
 def optimizer_factory(
@@ -108,19 +90,11 @@ def optimizer_factory(
 
     With `cpu_offload`, the optimizer is DeepSpeed's CPU Adam.
     """
-    lr_at = partial(
-        lr_factor,
-        total_steps=total_steps,
-        warmup_steps=optim.warmup_steps,
-        schedule=optim.schedule,
-        final_fraction=optim.final_lr_fraction,
-    )
+    lr_at = partial(lr_factor, optim=optim, total_steps=total_steps)
     encoder_lr_at = partial(lr_at, first_step=optim.encoder_after_step)
 
     def configure(encoder: Any, decoder: Any) -> dict[str, Any]:
-        groups = parameter_groups(
-            encoder, decoder, optim.lr, optim.weight_decay, optim.layer_decay, optim.encoder_lr
-        )
+        groups = parameter_groups(encoder, decoder, optim)
         options: Any = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
         if cpu_offload:
             # Imported only where it is used, because it builds a kernel.

@@ -1,6 +1,7 @@
 """Parameter groups and the schedule."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,15 @@ from whisper_aut.models.encoder import PackedEncoder
 from whisper_aut.models.pretrained import PretrainedWhisper
 from whisper_aut.training.optim import lr_factor, optimizer_factory, parameter_groups
 
+HALVED = OptimSettings(lr=1.0, weight_decay=0.1, layer_decay=0.5)
+
 
 def test_every_trainable_parameter_is_in_one_group(tiny_whisper: Path):
     start = PretrainedWhisper(str(tiny_whisper))
     entry, options = check_decoder({"name": "whisper"})
     decoder, _ = entry.build(start, options, False)
     encoder = PackedEncoder(start.encoder)
-    groups = parameter_groups(encoder, decoder, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    groups = parameter_groups(encoder, decoder, HALVED)
     placed = [id(parameter) for group in groups for parameter in group["params"]]
     trainable = {
         id(p) for module in (encoder, decoder) for p in module.parameters() if p.requires_grad
@@ -50,7 +53,7 @@ def test_bands_of_a_deep_encoder_share_a_rate_and_groups_are_at_most_eight(tiny_
     encoder = PackedEncoder(HFWhisperEncoder(config))
     entry, options = check_decoder({"name": "whisper"})
     decoder, _ = entry.build(pretrained, options, False)
-    groups = parameter_groups(encoder, decoder, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    groups = parameter_groups(encoder, decoder, HALVED)
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     whisper = encoder.whisper
     by_depth = [whisper.conv1, *whisper.layers, whisper.layer_norm]
@@ -59,17 +62,17 @@ def test_bands_of_a_deep_encoder_share_a_rate_and_groups_are_at_most_eight(tiny_
     # The product of all rates is that of separate rates of each layer.
     assert math.prod(by_depth[:9]) == math.prod(0.5**distance for distance in range(9))
     assert len(groups) == 8
-    assert len(parameter_groups(encoder, decoder, 1.0, 0.1, layer_decay=1.0)) == 4
+    assert len(parameter_groups(encoder, decoder, OptimSettings())) == 4
 
 
 @pytest.mark.parametrize(
     ("schedule", "middle"), [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)]
 )
 def test_the_rate_warms_up_and_falls_to_its_final_share(schedule: str, middle: float):
+    optim = OptimSettings(warmup_steps=10, schedule=schedule, final_lr_fraction=0.1)  # pyright: ignore[reportArgumentType]
+
     def factor(step: int) -> float:
-        return lr_factor(
-            step, total_steps=110, warmup_steps=10, schedule=schedule, final_fraction=0.1
-        )  # pyright: ignore[reportArgumentType]
+        return lr_factor(step, optim, total_steps=110)
 
     assert [factor(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
     assert factor(10) == pytest.approx(1.0)
@@ -78,21 +81,16 @@ def test_the_rate_warms_up_and_falls_to_its_final_share(schedule: str, middle: f
 
 
 def test_a_part_that_joins_later_has_no_rate_before_and_warms_up_from_there():
+    optim = OptimSettings(warmup_steps=10, schedule="linear")
+
     def factor(step: int) -> float:
-        return lr_factor(
-            step,
-            total_steps=110,
-            warmup_steps=10,
-            schedule="linear",
-            final_fraction=0.0,
-            first_step=50,
-        )
+        return lr_factor(step, optim, total_steps=110, first_step=50)
 
     assert [factor(step) for step in (0, 49, 50, 59)] == pytest.approx([0.0, 0.0, 0.1, 1.0])
     assert factor(85) == pytest.approx(0.5)
     assert factor(110) == pytest.approx(0.0)
-    late = {"total_steps": 110, "warmup_steps": 40, "schedule": "linear", "final_fraction": 0.0}
-    factors = [lr_factor(step, **late, first_step=90) for step in (89, 90, 99, 109)]
+    late = replace(optim, warmup_steps=40)
+    factors = [lr_factor(step, late, 110, first_step=90) for step in (89, 90, 99, 109)]
     assert factors == pytest.approx([0.0, 0.05, 0.5, 1.0])  # the warm-up is not cut off
 
 
@@ -100,7 +98,9 @@ def test_the_encoder_may_have_a_rate_of_its_own(tiny_whisper: Path):
     start = PretrainedWhisper(str(tiny_whisper))
     entry, options = check_decoder({"name": "whisper"})
     decoder, _ = entry.build(start, options, False)
-    groups = parameter_groups(PackedEncoder(start.encoder), decoder, 1.0, 0.1, 0.5, encoder_lr=0.2)
+    groups = parameter_groups(
+        PackedEncoder(start.encoder), decoder, replace(HALVED, encoder_lr=0.2)
+    )
     rates = {
         part: {group["lr"] for group in groups if group["part"] == part}
         for part in ("encoder", "decoder")
