@@ -15,7 +15,7 @@ from rich.console import Console
 from torch.testing import assert_close
 
 from tests.support.training import QUIET, assert_same_weights, settings_for, weights_of
-from whisper_aut.config import Settings
+from whisper_aut.config import Settings, TrainerSettings
 from whisper_aut.errors import UserError
 from whisper_aut.export.hf import read_checkpoint
 from whisper_aut.report.plots import read_metrics
@@ -215,9 +215,8 @@ def test_a_run_that_resumes_from_an_older_checkpoint_renames_the_later_ones(
 def test_the_checkpoint_just_written_is_never_removed(tmp_path: Path):
     for step in (1, 8, 9):
         written(tmp_path / checkpoint_name(step), step=step)
-    RollingCheckpoints(tmp_path, every_steps=1, valid_every_steps=1, keep=1)._on_written(
-        tmp_path / checkpoint_name(1)
-    )
+    checkpoints = RollingCheckpoints(tmp_path, TrainerSettings(keep_checkpoints=1))
+    checkpoints._on_written(tmp_path / checkpoint_name(1))
     assert [path.name for path in checkpoints_in(tmp_path)] == [
         "step-0000001.ckpt",
         "step-0000009.ckpt",

@@ -20,6 +20,7 @@ from tests.support.training import (
     settings_for,
     weights_of,
 )
+from whisper_aut.config import TrainerSettings
 from whisper_aut.data.dataset import Ledger
 from whisper_aut.data.sampler import Cursor
 from whisper_aut.errors import UserError
@@ -126,7 +127,7 @@ def test_a_gradient_without_a_culprit_names_the_clips_of_the_step(
     step = stopping.UnreadStep(7, math.nan, None, None, Cursor(), [MicroBatch()])
     warnings: list[str] = []
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    guard = Guard(ledger, max_bad_steps=2, warn=warnings.append)
+    guard = Guard(ledger, TrainerSettings(max_bad_steps=2), warnings.append)
     guard._count_bad_step(SimpleNamespace(world_size=2), step)
     written = (
         (tmp_path / "ledger.jsonl").read_text() if (tmp_path / "ledger.jsonl").exists() else ""
@@ -160,7 +161,7 @@ def test_lightning_clips_the_gradients_that_the_guard_has_measured(tmp_path: Pat
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1, fused=True)
 
-    model, guard = Model(), Guard(Ledger(None), max_bad_steps=1)
+    model, guard = Model(), Guard(Ledger(None), TrainerSettings(max_bad_steps=1), print)
     options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     options["log_every_n_steps"] = 1
     trainer = lightning.Trainer(

@@ -309,19 +309,10 @@ def build_trainer(
         warn=warn,
     )
     meter = ThroughputMeter(hardware.precision)
-    valid_every_steps = min(config.valid_every_steps, total_steps)
-    guard = Guard(
-        ledger,
-        max_bad_steps=config.max_bad_steps,
-        spike_factor=config.spike_factor,
-        rewind=config.on_spike == "rewind",
-        warn=warn,
-    )
+    guard = Guard(ledger, config, warn)
     checkpoints = RollingCheckpoints(
         run.checkpoints,
-        every_steps=config.checkpoint_every_steps,
-        valid_every_steps=valid_every_steps,
-        keep=config.keep_checkpoints,
+        config,
         skip_to=skip_to,
         warn=warn,
         before_save=guard.read,
@@ -343,7 +334,7 @@ def build_trainer(
         max_epochs=-1,
         accumulate_grad_batches=config.accumulate,
         gradient_clip_val=settings.optim.gradient_clip or None,
-        val_check_interval=valid_every_steps * config.accumulate,
+        val_check_interval=min(config.valid_every_steps, total_steps) * config.accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=min(config.log_every_steps, total_steps),

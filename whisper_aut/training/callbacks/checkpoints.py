@@ -12,6 +12,7 @@ import lightning
 from lightning.pytorch.callbacks import Checkpoint
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from whisper_aut.config import TrainerSettings
 from whisper_aut.data.sampler import Cursor
 from whisper_aut.training.callbacks import ends_step
 from whisper_aut.training.checkpoint import (
@@ -38,9 +39,7 @@ class RollingCheckpoints(Checkpoint):
 
     Args:
         folder: Folder of the checkpoints.
-        every_steps: Optimizer steps between two checkpoints.
-        valid_every_steps: Optimizer steps between two validations.
-        keep: Number of newest checkpoints to keep, in addition to the best one.
+        settings: When to save and validate, and how many of the newest checkpoints to keep.
         warn: Called with a message when later checkpoints are renamed.
         skip_to: Position in the data to resume from, in place of the checkpoint's own.
         before_save: Called before the state of the run is collected. May raise.
@@ -50,18 +49,15 @@ class RollingCheckpoints(Checkpoint):
     def __init__(
         self,
         folder: Path,
+        settings: TrainerSettings,
         *,
-        every_steps: int,
-        valid_every_steps: int,
-        keep: int,
         skip_to: Cursor | None = None,
         warn: Callable[[str], None] = lambda _: None,
         before_save: Callable[[Any], None] = lambda _: None,
         paused: Callable[[Any], AbstractContextManager[None]] = lambda _: nullcontext(),
     ):
-        self.folder, self.keep, self.warn, self.paused = folder, keep, warn, paused
+        self.folder, self.settings, self.warn, self.paused = folder, settings, warn, paused
         self.skip_to, self.before_save = skip_to, before_save
-        self.every_steps, self.valid_every_steps = every_steps, valid_every_steps
         self.best_loss, self.best_step = math.inf, 0
         self.validated_step = -1  # the last step that this process validated
         # The last step that this process saved. An older checkpoint of a step is overwritten.
@@ -110,7 +106,8 @@ class RollingCheckpoints(Checkpoint):
         self.wait(trainer)
 
     def save_if_due(self, trainer: lightning.Trainer) -> None:
-        due = (self.every_steps, self.valid_every_steps, trainer.max_steps)
+        settings = self.settings
+        due = (settings.checkpoint_every_steps, settings.valid_every_steps, trainer.max_steps)
         if any(trainer.global_step % steps == 0 for steps in due):
             self.save(trainer)
 
@@ -182,7 +179,11 @@ class RollingCheckpoints(Checkpoint):
 
     def _prune(self, written: Path) -> None:
         found = checkpoints_in(self.folder)
-        kept = {self.folder / checkpoint_name(self.best_step), written, *found[-self.keep :]}
+        kept = {
+            self.folder / checkpoint_name(self.best_step),
+            written,
+            *found[-self.settings.keep_checkpoints :],
+        }
         for path in set(found) - kept:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -198,7 +199,7 @@ class RollingCheckpoints(Checkpoint):
             renamed = path.with_name(SUPERSEDED + path.name)
             shutil.rmtree(renamed, ignore_errors=True)
             path.rename(renamed)
-        for path in sorted(self.folder.glob(f"{SUPERSEDED}*"))[: -self.keep]:
+        for path in sorted(self.folder.glob(f"{SUPERSEDED}*"))[: -self.settings.keep_checkpoints]:
             shutil.rmtree(path, ignore_errors=True)
         for link, target_step in ((LAST, step), (BEST, self.best_step)):
             target = self.folder / checkpoint_name(target_step)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from whisper_aut.config import TrainerSettings
 from whisper_aut.data.dataset import Ledger
 from whisper_aut.data.reader import SkippedSample
 from whisper_aut.data.sampler import Cursor
@@ -162,29 +163,18 @@ class Guard(lightning.Callback):
 
     Args:
         ledger: Ledger of this rank. The clips that caused a skipped step are written to it.
-        max_bad_steps: Number of skipped steps in a row that stops the run.
-        spike_factor: Number of robust deviations above the running median at which a loss is a
-            spike; 0 turns detection off.
-        rewind: Raise `Rewind` after a spike. Otherwise, only warn.
+        settings: Its `max_bad_steps`, `spike_factor` and `on_spike` are used.
         warn: Called with a message about each skipped step and each spike.
 
     Raises:
         UserError: After `max_bad_steps` skipped steps in a row.
-        Rewind: After a spike, with `rewind`.
+        Rewind: After a spike, with `on_spike=rewind`.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        *,
-        max_bad_steps: int,
-        spike_factor: float = 0.0,
-        rewind: bool = False,
-        warn: Callable[[str], None] = lambda _: None,
-    ):
-        self.ledger, self.max_bad_steps, self.warn = ledger, max_bad_steps, warn
-        self.spikes = SpikeDetector(spike_factor) if spike_factor else None
-        self.rewind = rewind
+    def __init__(self, ledger: Ledger, settings: TrainerSettings, warn: Callable[[str], None]):
+        self.ledger, self.max_bad_steps, self.warn = ledger, settings.max_bad_steps, warn
+        self.spikes = SpikeDetector(settings.spike_factor) if settings.spike_factor else None
+        self.rewind = settings.on_spike == "rewind"
         self.skipped = self.streak = 0  # skipped steps of the run, and those in a row
         self._norm: Any = math.nan
         self._unread: list[UnreadStep] = []
