@@ -318,46 +318,6 @@ class DeviceMemory(NamedTuple):
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def device_memory(
-    cost: StepCost,
-    *,
-    stage: int,
-    ranks: int,
-    half_weights: bool,
-    offload: bool = False,
-    accumulates: bool = False,
-    average_ranks: int = 0,
-) -> DeviceMemory:
-    """Return the peak memory of one device.
-
-    Args:
-        cost: Cost of a micro-batch, in bfloat16 if `half_weights`.
-        stage: ZeRO stage; 0 for one device or DDP.
-        ranks: Number of devices.
-        half_weights: The model has 16-bit weights. As in DeepSpeed, gradients are summed in
-            float32, and the optimizer state includes a float32 copy of the weights.
-        offload: The optimizer state and the summed gradients are in host memory.
-        accumulates: A step has several micro-batches, so gradients are kept between them.
-        average_ranks: Number of ranks over which a moving average of the trained weights is
-            sharded; 0 without one. It counts as optimizer state.
-    """
-    size = 2 if half_weights else 4
-    states = MOMENT_BYTES + (4 if half_weights else 0)
-    gradients = cost.trainable * 4 / (ranks if stage >= 2 else 1)
-    # The gradient buckets of DDP and ZeRO are kept between steps.
-    lasting = stage > 0 or ranks > 1 or accumulates
-    average = cost.trainable * 4 / average_ranks if average_ranks else 0.0
-    optimizer = cost.trainable * states / (ranks if stage >= 1 else 1)
-    return DeviceMemory(
-        weights=(cost.parameters * size - 2 * cost.in_half) / (ranks if stage >= 3 else 1),
-        gradients=0.0 if offload else gradients,
-        optimizer=average + (0.0 if offload else optimizer),
-        activations=float(
-            cost.activation_bytes if lasting else max(0.0, cost.peak_bytes - gradients)
-        ),
-    )
-
-
 def placeholder_targets(lengths: Sequence[int]) -> Targets:
     """Return packed targets of these lengths, with every token but the first supervised.
 
@@ -390,6 +350,8 @@ class Forecast:
         step_audio_seconds: Seconds of audio on one device in an optimizer step.
         bytes_per_audio_second: Bytes in the shards for a second of audio.
         assumptions: What was assumed because neither the config nor the shards say it.
+        average_ranks: Number of ranks over which a moving average of the trained weights is
+            sharded; 0 without one. It counts as optimizer state.
     """
 
     cost_of: Callable[[bool, bool], StepCost]
@@ -403,7 +365,7 @@ class Forecast:
     step_audio_seconds: float
     bytes_per_audio_second: float
     assumptions: tuple[str, ...] = ()
-    average_ranks: int = 0  # see `device_memory`
+    average_ranks: int = 0
 
     @property
     def cost(self) -> StepCost:
@@ -422,16 +384,27 @@ class Forecast:
         return self.cost_of(self._half_weights(self.stage), recomputes)
 
     def memory(self, stage: int, checkpointing: bool) -> DeviceMemory:
-        """Return the peak memory of a device with this ZeRO stage and checkpointing."""
-        half = self._half_weights(stage)
-        return device_memory(
-            self.cost_of(half, checkpointing),
-            stage=stage,
-            ranks=self.ranks,
-            half_weights=half,
-            offload=self.offload and stage > 0,
-            accumulates=self.micro_batches > 1,
-            average_ranks=self.average_ranks,
+        """Return the peak memory of a device with this ZeRO stage and checkpointing.
+
+        As in DeepSpeed, gradients of 16-bit weights are summed in float32, and the optimizer state
+        includes a float32 copy of the weights.
+        """
+        half, ranks = self._half_weights(stage), self.ranks
+        cost, size = self.cost_of(half, checkpointing), 2 if half else 4
+        states = MOMENT_BYTES + (4 if half else 0)
+        on_host = self.offload and stage > 0  # the optimizer state and the summed gradients
+        gradients = cost.trainable * 4 / (ranks if stage >= 2 else 1)
+        # The gradient buckets of DDP and ZeRO are kept between steps.
+        lasting = stage > 0 or ranks > 1 or self.micro_batches > 1
+        average = cost.trainable * 4 / self.average_ranks if self.average_ranks else 0.0
+        optimizer = cost.trainable * states / (ranks if stage >= 1 else 1)
+        return DeviceMemory(
+            weights=(cost.parameters * size - 2 * cost.in_half) / (ranks if stage >= 3 else 1),
+            gradients=0.0 if on_host else gradients,
+            optimizer=average + (0.0 if on_host else optimizer),
+            activations=float(
+                cost.activation_bytes if lasting else max(0.0, cost.peak_bytes - gradients)
+            ),
         )
 
     def step_seconds(self, device: Accelerator) -> float:

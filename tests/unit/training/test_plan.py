@@ -35,12 +35,12 @@ from whisper_aut.training.plan import (
     ACCELERATORS,
     Accelerator,
     Compute,
+    DeviceMemory,
     Forecast,
     StepCost,
     StepCounter,
     StepShape,
     build_forecast,
-    device_memory,
     needs_checkpointing,
     planned_config,
     step_cost,
@@ -188,29 +188,47 @@ COST = StepCost(
 )
 
 
+def forecast(cost_of: Any, **changes: Any) -> Forecast:
+    run = {
+        "ranks": 1,
+        "stage": 0,
+        "offload": False,
+        "precision": "bf16-mixed",
+        "checkpointing": False,
+        "micro_batches": 1,
+        "steps": 10,
+        "step_audio_seconds": 1.0,
+        "bytes_per_audio_second": 1.0,
+    }
+    return Forecast(cost_of, **(run | changes))
+
+
+def memory(stage: int, ranks: int = 8, **changes: Any) -> DeviceMemory:
+    """Return the memory of a device with `COST`; the weights have 16 bits with any ZeRO stage."""
+    return forecast(lambda *_: COST, ranks=ranks, **changes).memory(stage, checkpointing=False)
+
+
 def test_zero_stages_share_what_they_say():
-    plain = device_memory(COST, stage=0, ranks=8, half_weights=False)
+    plain = memory(0)
     assert (plain.weights, plain.gradients, plain.optimizer, plain.activations) == (
         4000,
         3600,
         7200,
         50,
     )
-    one, two, three = (
-        device_memory(COST, stage=stage, ranks=8, half_weights=True) for stage in (1, 2, 3)
-    )
+    one, two, three = map(memory, (1, 2, 3))
     # Gradients are summed in float32.
     assert (one.weights, one.gradients, one.optimizer) == (2000, 3600, 12 * 900 / 8)
     assert two.gradients == 450
     assert three.weights == 250
-    offloaded = device_memory(COST, stage=2, ranks=8, half_weights=True, offload=True)
+    offloaded = memory(2, offload=True)
     assert offloaded.gradients == offloaded.optimizer == 0
 
 
 def test_gradients_count_twice_only_where_they_outlive_a_micro_batch():
-    alone = device_memory(COST, stage=0, ranks=1, half_weights=False)
+    alone = memory(0, ranks=1)
     assert alone.gradients + alone.activations == COST.peak_bytes
-    accumulating = device_memory(COST, stage=0, ranks=1, half_weights=False, accumulates=True)
+    accumulating = memory(0, ranks=1, micro_batches=2)
     assert accumulating.gradients + accumulating.activations == 3600 + COST.activation_bytes
 
 
@@ -232,21 +250,6 @@ def test_auto_recomputes_activations_where_a_run_would_not_fit(
     assert needs_checkpointing(settings) == needed
     model = replace(settings.model, gradient_checkpointing=not needed)
     assert needs_checkpointing(replace(settings, model=model)) == (not needed)
-
-
-def forecast(cost_of: Any, **changes: Any) -> Forecast:
-    run = {
-        "ranks": 1,
-        "stage": 0,
-        "offload": False,
-        "precision": "bf16-mixed",
-        "checkpointing": False,
-        "micro_batches": 1,
-        "steps": 10,
-        "step_audio_seconds": 1.0,
-        "bytes_per_audio_second": 1.0,
-    }
-    return Forecast(cost_of, **(run | changes))
 
 
 def test_time_is_bound_by_products_by_memory_or_by_launches():
@@ -332,9 +335,9 @@ def test_a_frozen_language_model_in_16_bits_takes_half_the_memory(
 
 
 def test_a_moving_average_is_planned_as_a_float32_copy_of_the_trained_weights():
-    plain = device_memory(COST, stage=2, ranks=8, half_weights=True)
+    plain = memory(2)
     for ranks in (1, 8):
-        averaged = device_memory(COST, stage=2, ranks=8, half_weights=True, average_ranks=ranks)
+        averaged = memory(2, average_ranks=ranks)
         assert averaged.total - plain.total == pytest.approx(4 * COST.trainable / ranks)
 
 
