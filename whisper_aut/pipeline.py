@@ -102,7 +102,9 @@ def run_pipeline(settings: Settings, options: PipelineOptions, console: Console)
     check_before_corpora(settings, options.config)
     tasks = load_tasks(settings.probe.tasks, options.tasks_folder)
     prepare_corpora(settings.corpora, console)
-    callbacks = _build_probe_callbacks(settings, options)
+    during = settings.probe.during
+    watched = load_tasks(during.tasks, options.tasks_folder)
+    callbacks = [ProbeDuringTraining(watched, settings.probe.root, during)] if watched else []
     if is_first_rank():
         _warn_if_not_audited(settings, tasks, console)
         _check_probes(settings, tasks, callbacks)
@@ -131,8 +133,10 @@ def run_pipeline(settings: Settings, options: PipelineOptions, console: Console)
     wait_for_all_ranks()  # all ranks need the exports if another run starts from this one
     if not is_first_rank():
         return run
-    if not trained.reused:
-        _copy_audit(settings.data.exclude, run)
+    if settings.data.exclude and not trained.reused:
+        audit = Path(settings.data.exclude).with_name(AUDIT_NAME)
+        if audit.exists():  # for the model cards
+            shutil.copyfile(audit, run.path / AUDIT_NAME)
     if tasks:
         _probe(settings, run, pretrained, tasks)
     for kind in settings.export:  # after the probes, because the cards include the scores
@@ -203,13 +207,6 @@ def _warn_if_not_audited(settings: Settings, tasks: Sequence[ProbeTask], console
         )
 
 
-def _copy_audit(exclude: str, run: RunDirectory) -> None:
-    """Copy the audit of the exclusion list into the run, for the model card."""
-    audit = Path(exclude).with_name(AUDIT_NAME) if exclude else None
-    if audit and audit.exists():
-        shutil.copyfile(audit, run.path / AUDIT_NAME)
-
-
 # ---- Pretrained checkpoint and export -----------------------------------------------------------
 
 
@@ -251,14 +248,6 @@ def _export(settings: Settings, trained: TrainResult, console: Console) -> None:
 
 
 # ---- Probes -------------------------------------------------------------------------------------
-
-
-def _build_probe_callbacks(
-    settings: Settings, options: PipelineOptions
-) -> list[ProbeDuringTraining]:
-    during = settings.probe.during
-    tasks = load_tasks(during.tasks, options.tasks_folder)
-    return [ProbeDuringTraining(tasks, settings.probe.root, during)] if tasks else []
 
 
 def _check_probes(

@@ -346,11 +346,6 @@ def safe_name(name: str) -> str:
     return re.sub(r"[^\w-]+", "_", name).strip("_")[:MAX_KEY_CHARACTERS]
 
 
-def text_template(value: str) -> "Template":
-    """Parse a template; a value without braces is the name of a single column."""
-    return Template(value if "{" in value else f"{{{value}}}")
-
-
 class Template(Formatter):
     """A `str.format` template over the columns of a row.
 

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from whisper_aut.audio.augment import AugmentSettings
 from whisper_aut.audio.decode import LongClips
-from whisper_aut.data.annotation import DOMAIN_NAME, text_template
+from whisper_aut.data.annotation import DOMAIN_NAME, Template
 from whisper_aut.data.filters import check_allowed_licence
 from whisper_aut.errors import nearest
 from whisper_aut.schema import STRICT, Text
@@ -29,7 +29,8 @@ def _check_domain(name: str) -> str:
 
 
 def _check_template(text: str) -> str:
-    if text and (fault := text_template(text).fault):
+    template = Template(text if "{" in text else f"{{{text}}}")  # or the name of a field
+    if text and (fault := template.fault):
         raise ValueError(f"{text!r} is not a template: {fault}. Write {{field}} or {{field:words}}")
     return text
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from whisper_aut.data.batch import Targets
+from whisper_aut.models.attention import cast_for_products
 from whisper_aut.onednn import product
 
 CHUNK_POSITIONS = 512
@@ -67,9 +68,7 @@ def chunked_cross_entropy(
         whether the most likely token is the target `[N]`.
     """
     # Custom functions run outside autocast, so cast to its dtype here.
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = cast_for_products(hidden), cast_for_products(weight)
     # The function below does not know whether gradients are enabled and would compute them anyway.
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()

@@ -204,8 +204,10 @@ class CheckpointWriter:
             contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
             try:
                 save_file(contiguous, self.partial / name)
-            except SafetensorError as error:
-                raise _as_os_error(error, self.partial / name) from None
+            except SafetensorError as error:  # it names the system's error only in its text
+                numbers = (n for n in FULL_DISK if f"os error {n}" in str(error))
+                number = next(numbers, errno.EIO)
+                raise OSError(number, os.strerror(number), str(self.partial / name)) from None
             written[name] = _flush(self.partial / name)
         return written
 
@@ -579,9 +581,3 @@ def _flush_folder(path: Path) -> None:
         pass
     finally:
         os.close(handle)
-
-
-def _as_os_error(error: SafetensorError, path: Path) -> OSError:
-    """Convert an error of safetensors, which names the system's error only in its text."""
-    number = next((number for number in FULL_DISK if f"os error {number}" in str(error)), errno.EIO)
-    return OSError(number, os.strerror(number), str(path))
