@@ -61,8 +61,8 @@ def class_metric(metric: str, classes: int, scores: Tensor, targets: Tensor) -> 
         if not classes:
             return 0.0
         # Ranks in 0 … 1 keep order and ties. A sigmoid would create ties among large scores.
-        ranks = rankdata(scores[:, present], "dense", axis=0) / len(scores)
-        scores, targets = torch.from_numpy(ranks), targets[:, present]
+        ranks = rankdata(scores[:, present].cpu(), "dense", axis=0) / len(scores)
+        scores, targets = torch.from_numpy(ranks), targets[:, present].cpu()
     elif targets.ndim == 2:
         scores = scores.sigmoid()
     return float(CLASS_METRICS[metric](scores, targets.long(), classes))
