@@ -71,9 +71,12 @@ def _print_error(console: Console, message: str) -> None:
 
 
 class _SafeConsole(Console):
-    """Shows control characters of captions and file names, which would drive the terminal."""
+    """Shows control characters of captions and file names, which would drive the terminal, and
+    bytes of file names that are not UTF-8, which cannot be printed.
+    """
 
     def render_str(self, text: str, *args: Any, **options: Any) -> Text:
+        text = text.encode(errors="backslashreplace").decode()
         return super().render_str(text.translate(CONTROL_PICTURES), *args, **options)
 
 

@@ -140,7 +140,8 @@ def export_run(
         interpolate=interpolate,
         decoder=decoder,
     )
-    write_card(run.path, out, kind, dtype, interpolate=interpolate, decoder=decoder, **card)
+    options: Any = {"interpolate": interpolate, "decoder": decoder, "checkpoint": checkpoint}
+    write_card(run.path, out, kind, dtype, **options | card)
     return out
 
 
@@ -239,13 +240,10 @@ def short_name(name: str) -> str:
     if name == LOGMEL:
         return BASELINE_NAME
     given, padding = split_padding(name)
-    path = Path(given.removeprefix(RANDOM_PREFIX))
-    if path.parent.name == "export":
-        short = path.resolve().parents[2].name
-    elif RunDirectory(path).config.is_file():
-        short = path.resolve().parent.name
-    else:
-        short = path.name.lstrip(".")
+    path = Path(given.removeprefix(RANDOM_PREFIX)).absolute()  # the name of `.` is empty
+    run = path.parent.parent if path.parent.name == "export" else path
+    is_of_run = RunDirectory(run).config.is_file()
+    short = run.resolve().parent.name if is_of_run else path.name.lstrip(".")
     short = f"{short}@{padding}" if padding else short
     return f"random {short}" if name.startswith(RANDOM_PREFIX) else short
 
@@ -276,7 +274,8 @@ def open_demo_models(
         module = open_run(path, **options)
         if not against:
             _, base = find_checkpoint(path)
-            encoders["before"] = load_encoder(base.path, revision=base.revision, **options)
+            base_options = {"revision": base.revision, "padding": padding, **options}
+            encoders["before"] = load_encoder(base.path, **base_options)
     after = AudioEncoder(module.encoder).to(module.device) if module else load(name)
     encoders["after" if encoders else "encoder"] = after
     return DemoModels(encoders, module)

@@ -1,6 +1,9 @@
 """The page: what it shows is right, and it answers over HTTP as a browser would ask it."""
 
+import io
+import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,7 @@ def listener(pipeline_run: Path) -> DemoModels:
 
 def test_a_run_has_before_after_and_a_decoder(listener: DemoModels, pipeline_run: Path):
     assert list(listener.encoders) == ["before", "after"]
+    assert [encoder.padding for encoder in listener.encoders.values()] == ["none", "none"]
     assert not listener.takes_questions
     clip = pipeline_run / "clips" / "440.flac"
     found = listener.neighbours(str(clip), 2)
@@ -104,6 +108,32 @@ def test_maps_show_the_clip_among_those_of_shards(listener: DemoModels, pipeline
     assert (rate, np.asarray(samples).dtype) == (16_000, np.int16)
     assert np.abs(np.asarray(samples)).max() > 100
     assert shards.audio(query) == query
+
+
+def test_an_index_may_have_one_clip_whose_key_has_a_colon(listener: DemoModels, tmp_path: Path):
+    (tmp_path / "clip.wav").write_bytes(encode_audio(tone(1.0), kind="WAV"))
+    write_tar(tmp_path / "0.tar", "a:b")
+    one = DemoModels({"encoder": listener.encoders["after"]})
+    one.index(str(tmp_path))
+    assert isinstance(one.audio(one.indexes["encoder"].names[0]), tuple)
+    (panel,) = one.maps(str(tmp_path / "clip.wav")).axes
+    assert panel.collections[0].get_offsets().shape == (1, 2)
+
+
+def test_evaluate_writes_keys_that_are_not_utf_8(in_pipeline_run: Path, tmp_path: Path):
+    write_tar(tmp_path / "0.tar", "caf\udce9")
+    out = tmp_path / "answers.jsonl"
+    assert main(["evaluate", RUN, str(tmp_path), "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["key"] == "caf\udce9"
+
+
+def write_tar(path: Path, key: str) -> None:
+    content = {"flac": encode_audio(tone(1.0)), "json": b'{"text": "a", "domain": "sound"}'}
+    with tarfile.open(path, "w", errors="surrogateescape") as tar:
+        for suffix, body in content.items():
+            member = tarfile.TarInfo(f"{key}.{suffix}")
+            member.size = len(body)
+            tar.addfile(member, io.BytesIO(body))
 
 
 def test_a_folder_with_dollars_in_its_name_can_be_mapped(

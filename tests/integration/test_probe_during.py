@@ -99,6 +99,8 @@ def test_a_fall_stops_the_run_with_its_last_step_saved(
     assert warned.score_drop() is None, "the task is of another domain"
     watching.scores = {0: {"two": 0.9}, 4: {"two": 0.1}}
     assert watching.score_drop() == pytest.approx(0.8)
+    watching.load_state_dict({"scores": {"0": {"another": 0.9}, "4": {"another": 0.1}}})
+    assert watching.score_drop() is None  # resumed with another task
 
 
 def test_an_encoder_in_half_precision_is_probed_in_whole(task, tiny_whisper):

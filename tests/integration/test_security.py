@@ -169,6 +169,11 @@ def test_names_do_not_drive_the_terminal(tmp_path: Path, capsys: pytest.CaptureF
     assert not {"\x1b", "\x07", "\x9b"} & set(shown)
 
 
+def test_names_that_are_not_utf_8_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["embed", "missing", str(tmp_path / "caf\udce9"), "--out", "x.safetensors"]) == 1
+    assert "caf\\udce9" in capsys.readouterr().err
+
+
 def test_names_are_not_html_on_a_model_card(tmp_path: Path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# m\n\n## Probes\nNot probed.\n")
     entry = {"encoder": "m", "task": "t", "title": HOSTILE, "metric": "accuracy", "kind": "linear"}

@@ -45,8 +45,9 @@ def join_windows(frames: Sequence[Tensor]) -> Tensor:
         return frames[0]
     # Only the last window can be shorter than 30 s, so the first one has the frame rate.
     half = round(frames[0].shape[-2] * OVERLAP_SECONDS / WINDOW_SECONDS / 2)
-    middle = [window[..., half:-half, :] for window in frames[1:-1]]
-    return torch.cat([frames[0][..., :-half, :], *middle, frames[-1][..., half:, :]], -2)
+    last = frames[0].shape[-2] - half
+    middle = [window[..., half:last, :] for window in frames[1:-1]]
+    return torch.cat([frames[0][..., :last, :], *middle, frames[-1][..., half:, :]], -2)
 
 
 def batches_by_seconds(seconds: Sequence[float], batch_seconds: float) -> Iterator[list[int]]:

@@ -25,10 +25,7 @@ SWAP = "Load it into a model: whisper_aut.export.towers.swap_tower(model, '{out}
 NEXT_STEPS = {
     "encoder": "Load it: whisper_aut.load_encoder('{out}')",
     "whisper": "Load it: transformers.WhisperForConditionalGeneration.from_pretrained('{out}')",
-    "qwen2-audio": SWAP,
-    "qwen2.5-omni": SWAP,
-    "audio-flamingo-3": SWAP,
-    "voxtral": SWAP,
+    **dict.fromkeys(("qwen2-audio", "qwen2.5-omni", "audio-flamingo-3", "voxtral"), SWAP),
     "onnx": "Load it: onnxruntime.InferenceSession('{out}/encoder.onnx')",
 }
 

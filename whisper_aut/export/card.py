@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, Template
 
 from whisper_aut import __version__
 from whisper_aut.errors import SkipReason, UserError
+from whisper_aut.training.run_dir import RunDirectory
 from whisper_aut.utils import read_json, without_shared_folders, write_text
 
 UNKNOWN_LICENCE = "unknown"
@@ -35,6 +36,7 @@ def write_card(
     *,
     interpolate: float | None = None,
     decoder: str = "trained",
+    checkpoint: Path | None = None,
     name: str = "",
     licence: str = UNKNOWN_LICENCE,
 ) -> Path:
@@ -48,6 +50,8 @@ def write_card(
         interpolate: The fraction of the trained weights, by default that of the run's config. With
             another one, the scores of the run do not apply and are left out.
         decoder: `trained` or `pretrained`, see `hf.export_checkpoint`.
+        checkpoint: The checkpoint, by default the run's last one. The metrics and scores of the run
+            do not apply to others and are left out.
         name: The name in the usage snippet, such as the hub's `ORG/NAME`. Defaults to the name
             of the folder.
         licence: The licence of the weights, as the hub's identifier.
@@ -57,11 +61,15 @@ def write_card(
     own = config["model"].get("interpolate", 1.0)
     interpolate = own if interpolate is None else interpolate
     scores = [read_json(run / "scores.json", default={})] if interpolate == own else []
+    done = read_json(run / "done.json", default={})
+    if checkpoint and checkpoint.resolve() != RunDirectory(run).last_checkpoint.resolve():
+        step = re.sub(r"\D", "", checkpoint.resolve().stem).lstrip("0")
+        scores, done = [], {"steps": f"{step}, before the end of the run"}
     sources = _sources(config, environment)
     pretrained = _pretrained_name(config)
-    roots = [source["root"].rstrip("/").removesuffix("/train") for source in sources]
+    roots = [re.sub(r"(/[^/]*\.tar|/train|/)+$", "", source["root"]) for source in sources]
     datasets = dict.fromkeys(
-        re.sub(r"[^\w.-]+", "-", name.split("/")[0]) for name in without_shared_folders(roots)
+        re.sub(r"[^\w.-]+", "-", name.split("/")[0]) for name in _short_names(roots, 1)
     )
     metadata = ModelCardData(
         license=licence,
@@ -84,7 +92,7 @@ def write_card(
         "licence": licence,
         "config": config,
         "environment": environment,
-        "done": read_json(run / "done.json", default={}),
+        "done": done,
         "pretrained": pretrained,
         "sources": sources,
         "mixture": _mixture(sources),
@@ -217,12 +225,23 @@ def _sources(config: Mapping[str, Any], environment: Mapping[str, Any]) -> list[
     """Return the training sources, with the licences of their clips or else of the source."""
     stated = {source["path"]: source.get("licence", "") for source in config["data"]["train"]}
     sources, found = [], environment.get("data", [])
-    names = without_shared_folders([source["root"] for source in found])
+    names = _short_names([source["root"] for source in found], 2)
     for name, source in zip(names, found, strict=True):
         licences = [licence for licence in source.get("licences", []) if licence]
         joined = ", ".join(licences) or stated.get(source["root"], "")
         sources.append({**source, "name": name, "licences": joined})
     return sources
+
+
+def _short_names(roots: Sequence[str], parts: int) -> list[str]:
+    """Return folders or URLs without the folders that they share. If they share none and some are
+    absolute, only the last parts of each: the card is published, so it must not reveal paths.
+    """
+    names = without_shared_folders(roots)
+    shared = {root.rstrip("/").removesuffix(name) for root, name in zip(roots, names, strict=True)}
+    if shared <= {"", "/"} and any(root.startswith("/") or "://" in root for root in roots):
+        return ["/".join(name.strip("/").split("/")[-parts:]) for name in names]
+    return names
 
 
 def _mixture(sources: list[dict[str, Any]]) -> str:

@@ -159,7 +159,7 @@ def export_checkpoint(
         start = pretrained.model.model.decoder.state_dict()
         weights |= {DECODER_PREFIX + name: weight for name, weight in start.items()}
         padding, pad_to_30s = "30s", 0.0
-    full = out.absolute()  # Path(".") has an empty name
+    full = out.resolve()  # a link to a folder stays a link
     partial = full.with_name(f".{full.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -180,8 +180,8 @@ def export_checkpoint(
             pretrained.tokenizer.save_pretrained(partial)
             pretrained.generation_config.save_pretrained(partial)
         (partial / MARKER).write_text(f"{kind}\n")
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(partial, out)
+        shutil.rmtree(full, ignore_errors=True)
+        os.replace(partial, full)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
@@ -212,6 +212,8 @@ def _check_replaceable(out: Path, pretrained: PretrainedWhisper) -> None:
             f"{out} contains something other than an export, which would be lost. "
             "Give an empty or a new folder."
         )
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise UserError(f"{out} is the working directory. Give another folder.")
     if Path(pretrained.path).resolve() == out.resolve():
         raise UserError(
             f"{out} is the model that this run started from, which would be lost. "

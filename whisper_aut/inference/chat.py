@@ -154,7 +154,9 @@ def evaluate(
     )
     metrics, ledger, clips, cut = AnswerMetrics(codec.metrics), Ledger(None), 0, 0
     unknown_languages: Counter[str] = Counter()
-    with out.open("w") if out else nullcontext() as file:
+    # Names in tars may not be UTF-8.
+    text: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
+    with out.open("w", **text) if out else nullcontext() as file:
         for folder in shards:
             samples = enumerate(islice(iter_samples(open_index(folder), build.limits), limit))
             while group := list(islice(samples, CLIPS_AT_ONCE)):

@@ -7,6 +7,7 @@ without Gradio.
 
 import html
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,9 +68,10 @@ class DemoModels:
         """Return a clip of the index for a player: its path, or rate and int16 samples."""
         if Path(name).is_file():
             return name
-        shard, _, key = name.rpartition(":")
+        # The name of a tar ends in .tar, .tar.gz or .tgz. Keys may have a colon too.
+        shard, *key = re.split(r"(?<=\.tar|r\.gz|\.tgz):", name, maxsplit=1)
         for sample in iter_samples(open_index(shard), LONG_CLIPS):
-            if isinstance(sample, Sample) and sample.key == key:
+            if isinstance(sample, Sample) and [sample.key] == key:
                 waveform = load_waveform(sample.audio, LONG_CLIPS).clamp(-1, 1)
                 return SAMPLE_RATE_HZ, (32_767 * waveform).short().numpy()
         return None

@@ -114,7 +114,7 @@ class Vectors:
         if self.lengths:
             tensors["lengths"] = torch.tensor(self.lengths)
         metadata = self._metadata() | {"names": self.names, "seconds": self.seconds}
-        texts = {name: json.dumps(value, ensure_ascii=False) for name, value in metadata.items()}
+        texts = {name: json.dumps(value) for name, value in metadata.items()}
         try:
             save_file(tensors, path, metadata=texts)
         except SafetensorError as error:
@@ -135,9 +135,10 @@ class Vectors:
         column = arrow.FixedSizeListArray.from_arrays(
             arrow.array(flat.flatten().numpy()), flat.shape[1]
         )
-        columns = {"name": list(self.names), "seconds": list(self.seconds), "embedding": column}
+        names = [name.encode(errors="backslashreplace").decode() for name in self.names]
+        columns = {"name": names, "seconds": list(self.seconds), "embedding": column}
         metadata = self._metadata() | {"shape": list(self.values.shape[1:])}
-        text = json.dumps(metadata, ensure_ascii=False)
+        text = json.dumps(metadata)
         table = arrow.table(columns).replace_schema_metadata({"whisper_aut": text})
         parquet.write_table(table, path)
 

@@ -83,9 +83,9 @@ class AudioEncoder(nn.Module):
 
     @property
     def dtype(self) -> str:
-        """Precision of the weights, a key of `DTYPES`."""
+        """Precision of the weights, a key of `DTYPES` or the name of another dtype."""
         found = next(self.parameters()).dtype
-        return next(name for name, dtype in DTYPES.items() if dtype == found)
+        return next((name for name, dtype in DTYPES.items() if dtype == found), str(found))
 
     @torch.inference_mode()
     def encode(
@@ -165,7 +165,8 @@ class AudioEncoder(nn.Module):
             group = audio[start : start + CLIPS_AT_ONCE]
             clips = self.encode(group, sample_rate_hz, layers, batch_seconds=batch_seconds)
             rows += [pool(frames) for frames in clips]
-        return torch.stack(rows) if rows else torch.empty(0, self.width)
+        shape = (1, len(layers), 1, self.width) if layers else (1, 1, self.width)
+        return torch.stack(rows) if rows else pool(torch.zeros(shape))[:0]
 
     def fingerprint(self) -> str:
         """Return a hash of all that determines the frames: weights, padding and precision."""

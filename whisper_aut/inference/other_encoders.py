@@ -6,6 +6,7 @@ Clips are never padded to a batch: some models normalise over a whole clip (grou
 
 import hashlib
 import importlib.util
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -270,8 +271,8 @@ def load_custom_encoder(name: str, *, device: str = "cpu", dtype: str = "fp32") 
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{name}: there is no file {path}.")
-    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec: Any = importlib.util.spec_from_file_location(f"custom_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for dataclasses
     spec.loader.exec_module(module)
     if not hasattr(module, class_name):
         raise UserError(f"{name}: {path} has no class {class_name}.")

@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from whisper_aut.audio.windows import BATCH_SECONDS
 from whisper_aut.errors import UserError
@@ -50,9 +50,11 @@ class SearchIndex:
 
     @cached_property
     def main_directions(self) -> Tensor:
-        """The two directions of largest variance of the clips (PCA), `[D, 2]`."""
+        """The two directions of largest variance of the clips (PCA), `[D, 2]`. A single clip has
+        none, so one is 0.
+        """
         centred = self.units - self.units.mean(0)
-        return torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+        return pad(torch.linalg.svd(centred, full_matrices=False).Vh, (0, 0, 0, 1))[:2].T
 
     def open_encoder(self, *, path: str = "", device: str = "cpu", dtype: str = "") -> AudioEncoder:
         """Load the encoder that made the index.

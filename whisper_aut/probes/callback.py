@@ -83,7 +83,9 @@ class ProbeDuringTraining(lightning.Callback):
         if not guarded or len(self.scores) < 2:
             return None
         first, last = self.scores[min(self.scores)], self.scores[max(self.scores)]
-        return sum(first[name] - last[name] for name in guarded) / len(guarded)
+        # A run may be resumed with other tasks.
+        drops = [first[name] - last[name] for name in guarded if name in first.keys() & last.keys()]
+        return sum(drops) / len(drops) if drops else None
 
     def _measure(self, trainer: lightning.Trainer, module: Any) -> None:
         step, callbacks = trainer.global_step, trainer.callbacks  # pyright: ignore

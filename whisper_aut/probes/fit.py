@@ -48,7 +48,8 @@ from whisper_aut.probes.tasks import ProbeTask
 
 # FLOPs per step below which several threads are slower than one, up to 30 times on a busy machine.
 ONE_THREAD_FLOPS = 4e9
-THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+# OpenMP's variable may be a list, one number per level of nesting.
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] or os.cpu_count() or 1)
 
 FinalFit = Literal["train", "train+valid"]
 

@@ -226,7 +226,8 @@ class LinearProbe(Probe):
     @classmethod
     def max_heads(cls, data: ClassDataModule) -> int:
         by_scores = MAX_SCORES // (data.pool_items * data.outputs)
-        return max(1, min(by_scores, MAX_WEIGHTS // (data.width * data.outputs)))
+        # The width is 0 if all features are constant.
+        return max(1, min(by_scores, MAX_WEIGHTS // max(1, data.width * data.outputs)))
 
     @classmethod
     def for_data(

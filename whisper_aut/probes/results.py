@@ -7,6 +7,7 @@ Every mean, average, interval and p-value can be computed again from the JSON.
 import json
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import product
@@ -384,14 +385,12 @@ def read_predictions(path: str | Path) -> dict[tuple[str, str], list[dict[str, A
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     if not Path(path).exists():
         return found
-    with Path(path).open(encoding="utf-8", newline="\n") as file:
+    with Path(path).open("rb") as file:
         for line in file:
-            try:
+            # An interrupted run may leave half a line or letter, which no stored score needs.
+            with suppress(ValueError, KeyError, AttributeError):
                 row = parse_json(line)
                 found.setdefault((row.pop("encoder"), row.pop("task")), []).append(row)
-            except (ValueError, KeyError, AttributeError):
-                # An interrupted run may leave half a line, which no stored score needs.
-                continue
     return found
 
 

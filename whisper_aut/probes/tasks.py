@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,7 +169,7 @@ class ProbeTask:
         if not self.group_pattern:
             return value
         match = re.search(self.group_pattern, value)
-        return (match[1] if match.re.groups else match[0]) if match else ""
+        return (match[1] if match.re.groups else match[0]) or "" if match else ""
 
     def selects(self, annotation: Annotation) -> bool:
         """Return whether a clip has one of the values of `select`."""
@@ -184,7 +185,7 @@ class ProbeTask:
                 for event in value
                 for name in self._class_names(event[label])
             )
-            if not all(begins <= ends for begins, ends, _ in events):
+            if not all(-inf < begins <= ends < inf for begins, ends, _ in events):
                 raise ValueError
             return events
         except (TypeError, KeyError, ValueError):

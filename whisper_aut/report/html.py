@@ -8,6 +8,7 @@ import io
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,6 +52,7 @@ from whisper_aut.utils import parse_json, read_json, write_text
 
 # Files of `whisper-aut probe` next to `scores.json`.
 LAYERS, LAYER_WEIGHTS, FEW_SHOT = "layers.json", "layer_weights.json", "few_shot.json"
+Name = tuple[str, str]  # of a clip: domain and key
 MAX_CONFUSIONS = 6  # tasks with a confusion matrix
 MAX_TEXTS_PER_TASK, MAX_TEXTS = 2, 18
 MAX_SEARCHED_SAMPLES = 20_000  # in each validation source
@@ -137,9 +139,11 @@ def build_report(runs: Sequence[Path], out: Path, console: Console) -> Path:
         )
     reports = []
     for run in found:
-        name = f"{run.path.parent.name}-{run.path.name}-" if len(found) > 1 else ""
-        title = f"{run.path.parent.name} · {run.path.name}"
-        reports.append((title, _report_run(run, out, name, console)))
+        names = run.path.parent.name, run.path.name
+        earlier = sum(title == " · ".join(names) for title, _ in reports)
+        prefix = "-".join([*names, *([str(earlier + 1)] if earlier else []), ""])
+        sections = _report_run(run, out, prefix if len(found) > 1 else "", console)
+        reports.append((" · ".join(names), sections))
     with_scores = [run.scores for run in found if run.scores.exists()]
     if len(with_scores) > 1:
         sections = [
@@ -180,7 +184,7 @@ def _report_run(run: RunDirectory, out: Path, prefix: str, console: Console) -> 
         sections.append(Section("Probes", figures=_draw_scores(scores, out, prefix), tables=tables))
         sections.append(_section_of_maps(scores, out, prefix))
         sections.append(Section("Classes", tables=class_tables(scores, run.predictions)))
-    sections.append(_section_of_curves(run.path, out, prefix))
+        sections.append(_section_of_curves(scores, run.path, out, prefix))
     if run.metrics.exists():
         sections.append(Section("Training", figures=_draw_training(run, out, prefix)))
     sections.append(Section("Generated texts", texts=generated_texts(run.path)))
@@ -189,16 +193,24 @@ def _report_run(run: RunDirectory, out: Path, prefix: str, console: Console) -> 
     return [section for section in sections if section]
 
 
-def _section_of_curves(run: Path, out: Path, prefix: str) -> Section:
-    """Draw scores by layer and by number of training clips, if the run has them."""
-    figures = []
-    if (run / LAYERS).exists():
-        weighted = Scores.load(run / LAYER_WEIGHTS) if (run / LAYER_WEIGHTS).exists() else None
-        path = plot_layers(Scores.load(run / LAYERS), weighted, out / f"{prefix}layers.png")
-        caption = "Scores of linear probes on each layer, with the 95 % interval of the average"
+def _section_of_curves(scores: Scores, run: Path, out: Path, prefix: str) -> Section:
+    """Draw scores by layer and by number of training clips, if the run has them.
+
+    Those that an earlier run of other encoders left in the folder are not drawn.
+    """
+    figures, stored = [], {}
+    own = {cost.fingerprint for cost in scores.costs.values()}
+    for name in (LAYERS, LAYER_WEIGHTS, FEW_SHOT):
+        found = Scores.load(run / name) if (run / name).exists() else None
+        if found and found.entries and all(c.fingerprint in own for c in found.costs.values()):
+            stored[name] = found
+    if LAYERS in stored:
+        path = plot_layers(stored[LAYERS], stored.get(LAYER_WEIGHTS), out / f"{prefix}layers.png")
+        kinds = " and ".join(dict.fromkeys(entry.kind for entry in stored[LAYERS].entries))
+        caption = f"Scores of {kinds} probes on each layer, with the 95 % interval of the average"
         figures.append(Figure(path, caption))
-    if (run / FEW_SHOT).exists():
-        path = plot_few_shot(Scores.load(run / FEW_SHOT), out / f"{prefix}few_shot.png")
+    if FEW_SHOT in stored:
+        path = plot_few_shot(stored[FEW_SHOT], out / f"{prefix}few_shot.png")
         caption = "Scores with few training clips per class, ± standard deviation over draws"
         figures.append(Figure(path, caption))
     return Section("Layers and few clips", figures=figures)
@@ -254,7 +266,8 @@ def _section_of_maps(scores: Scores, out: Path, prefix: str) -> Section:
         )
         figures.append(Figure(path, f"Test clips, embedded by {encoders}"))
     for task in scores.tasks[:MAX_CONFUSIONS]:
-        if path := plot_confusions(scores, task, out / f"{prefix}confusion-{task}.png"):
+        name = f"{prefix}confusion-{task.replace('/', '_')}.png"
+        if path := plot_confusions(scores, task, out / name):
             caption = f"Confusion matrix of {task} for {encoders}, over all seeds and folds"
             figures.append(Figure(path, caption))
     return Section("Embeddings and confusions", note, figures)
@@ -355,9 +368,11 @@ def generated_texts(run: Path) -> list[GeneratedText]:
     Clips are missing if the validation shards have moved since.
     """
     texts = last_samples(run / "samples.jsonl")
-    waveforms = dict(_find_clips(run / "config.yaml", {text.key for text in texts}))
+    names = [(text.domain, text.key) for text in texts]
+    found = dict(_find_clips(run / "config.yaml", set(names)))
     return [
-        _add_audio(text, waveforms[text.key]) if text.key in waveforms else text for text in texts
+        _add_audio(text, found[name]) if name in found else text
+        for name, text in zip(names, texts, strict=True)
     ]
 
 
@@ -385,22 +400,25 @@ def last_samples(samples: Path) -> list[GeneratedText]:
     return chosen[:MAX_TEXTS]
 
 
-def _find_clips(config: Path, keys: set[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the key and waveform of the validation clips with these keys."""
+def _find_clips(config: Path, names: set[Name]) -> Iterator[tuple[Name, np.ndarray]]:
+    """Yield the name and waveform of the validation clips with these names."""
     try:
         values = yaml.safe_load(config.read_text(encoding="utf-8"))
-        folders = [str(source["path"]) for source in values["data"]["valid"]]
+        sources = {str(one["path"]): one.get("domain") for one in values["data"]["valid"]}
     except (OSError, yaml.YAMLError, ValueError, RecursionError, KeyError, TypeError):
         return
-    for folder in folders:
+    for folder, domain in sources.items():
         try:
             for number, sample in enumerate(iter_samples(open_index(folder), ClipLimits())):
-                if not keys or number == MAX_SEARCHED_SAMPLES:
+                if not names or number == MAX_SEARCHED_SAMPLES:
                     break
-                if isinstance(sample, Sample) and sample.key in keys:
-                    keys = keys - {sample.key}
-                    yield sample.key, load_waveform(sample.audio, ClipLimits()).numpy()
-        except (UserError, SkipSample, OSError):
+                if isinstance(sample, Sample):
+                    stated = (sample.annotation.domain, domain)
+                    for name in names & {(one, sample.key) for one in stated}:
+                        names = names - {name}
+                        with suppress(SkipSample):
+                            yield name, load_waveform(sample.audio, ClipLimits()).numpy()
+        except (UserError, OSError):
             continue  # if the shards have moved, the texts are shown without audio
 
 

@@ -1,7 +1,7 @@
 """One table over the encoders and tasks of several files of scores: averages, ranks, costs."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isnan
@@ -34,35 +34,42 @@ COST_COLUMNS = {
 def join_scores(files: Sequence[Path]) -> dict[str, tuple[Scores, list[str]]]:
     """Join files of scores: kind of probe → all its scores, and what makes them hard to compare.
 
-    A score that is in two files counts once. A name that stands for two encoders gets the name of
-    the file's folder.
+    A score that is in two files counts once. A name that stands for two encoders gets the name or
+    the path of the file's folder, and a title of two tasks the name of the task.
 
     Raises:
         UserError: a file is missing or holds no scores.
     """
     joined: dict[str, dict[tuple[str, str], TaskScore]] = defaultdict(dict)
-    costs, audited = {}, {}
+    costs, hashes, audited = {}, {}, {}
     for file in files:
-        scores = Scores.load(file)
+        scores, folder = Scores.load(file), file.resolve().parent
+        if not scores.entries:
+            raise UserError(f"{file} holds no scores.")
         kinds = {entry.kind for entry in scores.entries}
-        known = joined[kinds.pop() if len(kinds) == 1 else str(scores.settings.get("kind"))]
-        audit = (file.parent / "audit.json").is_file()
-        taken = {
-            e.encoder
-            for e in scores.entries
-            if known.get((e.encoder, e.task), e).identity != e.identity
-        }
-        for entry in scores.entries:
-            name = entry.encoder
-            if name in taken:
-                name = f"{name} ({file.resolve().parent.name})"
-            known[name, entry.task] = replace(entry, encoder=name)
+        kind = kinds.pop() if len(kinds) == 1 else str(scores.settings.get("kind"))
+        known, audit = joined[kind], (folder / "audit.json").is_file()
+        for given in scores.encoders:
+            own = {e.task: e for e in scores.entries if e.encoder == given}
+            cost = scores.costs.get(given)
+            for name in (given, f"{given} ({folder.name})", f"{given} ({folder})"):
+                same = all(
+                    known.get((name, e.task), e).identity == e.identity for e in own.values()
+                )
+                if same and (not cost or hashes.get((kind, name)) in (None, cost.fingerprint)):
+                    break
+            known.update({(name, task): replace(e, encoder=name) for task, e in own.items()})
             audited[name] = audited.get(name, False) or audit
-            if entry.encoder in scores.costs:
-                costs[name] = scores.costs[entry.encoder]
+            if cost:
+                costs[name], hashes[kind, name] = cost, cost.fingerprint
     found = {}
     for kind, known in joined.items():
-        scores = Scores(tuple(known.values()), costs=costs)
+        titles = Counter(title for title, _ in {(e.title, e.task) for e in known.values()})
+        entries = (
+            replace(e, title=f"{e.title} ({e.task})") if titles[e.title] > 1 else e
+            for e in known.values()
+        )
+        scores = Scores(tuple(entries), costs=costs)
         found[kind] = scores, _warnings(scores, audited)
     return found
 
@@ -120,7 +127,7 @@ def leaderboard_rows(scores: Scores) -> list[dict[str, Any]]:
         complete, [frozenset((one.encoder, one.against)) for one in compared if one.significant]
     )
     means = [[-one.mean for one in kept.entries if one.task == task] for task in kept.tasks]
-    ranks = dict(zip(complete, rankdata(means, axis=1).mean(0), strict=True))
+    ranks = dict(zip(complete, rankdata(means, axis=1).mean(0) if means else (), strict=True))
     rows = []
     for name in [*complete, *(name for name in own if name not in complete)]:
         row: dict[str, Any] = {"encoder": scores.label(name)}

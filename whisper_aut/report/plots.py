@@ -311,12 +311,12 @@ def plot_losses(metrics_csv: str | Path, path: str | Path) -> Path:
     figure.subplots(1, len(panels), sharey=True)
     for axes, (split, lines) in zip(figure.axes, panels.items(), strict=True):
         for index, (metric, points) in enumerate(lines.items()):
-            domain = next((domain for domain in DOMAIN_COLOURS if domain in metric), "")
+            domain = metric.removeprefix("loss_")
             colour = DOMAIN_COLOURS.get(domain, PALETTE[(index + 3) % len(PALETTE)])
             if metric == "loss":
                 _plot_series(axes, points, color="black", label="all domains", linewidth=2)
             else:
-                _plot_series(axes, points, color=colour, label=domain or metric)
+                _plot_series(axes, points, color=colour, label=domain)
         axes.set_title({"train": "Training", "valid": "Validation"}[split])
         axes.legend()
     figure.axes[0].set_ylabel("loss (nats per token)")
@@ -408,7 +408,7 @@ def _read_log(metrics_csv: Path) -> Iterator[tuple[float, str, float]]:
 def _finite_number(text: str | None) -> float | None:
     try:
         value = float(text or "nan")
-    except ValueError:
+    except (ValueError, TypeError):  # a row with too many fields has a list of them
         return None
     return value if math.isfinite(value) else None
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.support.downloads import serve
+from whisper_aut import load_encoder
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
 from whisper_aut.export.card import write_card
@@ -98,9 +99,24 @@ def test_sources_are_named_without_the_folders_that_they_share(pipeline_run: Pat
     assert ModelCard(card).data.datasets == ["kathleen", "us8k"]
     assert all(f"| {root.removeprefix('/data/')} |" in card for root in roots)
 
-    environment["data"] = environment["data"][:1]  # not a dataset named `train`
-    (run / "environment.json").write_text(json.dumps(environment))
-    assert ModelCard(write_card(run, tmp_path, "encoder").read_text()).data.datasets == ["kathleen"]
+    for roots in (
+        ["/home/ann/us8k/train", "sounds/gm/train", "s3://bucket/esc50/train"],
+        ["/home/ann/us8k/train-*.tar", "/mnt/sounds/gm", "/data/esc50/"],
+    ):
+        for source, root in zip(environment["data"], roots, strict=True):
+            source["root"] = root
+        (run / "environment.json").write_text(json.dumps(environment))
+        card = write_card(run, tmp_path, "encoder").read_text()
+        assert ModelCard(card).data.datasets == ["us8k", "gm", "esc50"]
+        assert "/home" not in card
+        assert "/mnt" not in card
+
+    environment["data"] = environment["data"][:1]
+    for root in ("/data/kathleen/train", "/data/kathleen/train-*.tar"):  # not a dataset `train`
+        environment["data"][0]["root"] = root
+        (run / "environment.json").write_text(json.dumps(environment))
+        card = write_card(run, tmp_path, "encoder").read_text()
+        assert ModelCard(card).data.datasets == ["kathleen"]
 
 
 def test_the_card_of_a_run_with_less_and_with_more(pipeline_run: Path, tmp_path: Path):
@@ -110,6 +126,7 @@ def test_the_card_of_a_run_with_less_and_with_more(pipeline_run: Path, tmp_path:
     config["model"] |= {"path": "openai/whisper-tiny", "padding": "30s"}
     del config["model"]["interpolate"]  # a config of an earlier release
     config["model"]["lora_rank"], config["optim"]["encoder_lr"] = 16, 3e-4
+    config["data"]["batch_seconds"], config["trainer"]["accumulate"] = 80.0, 2
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     out = tmp_path / "out"
     out.mkdir()
@@ -123,6 +140,7 @@ def test_the_card_of_a_run_with_less_and_with_more(pipeline_run: Path, tmp_path:
         "weights in bf16",
         "\n- encoder: trained with LoRA of rank 16, merged into the weights\n- optimizer: AdamW",
         "(0.0003 for the encoder)",
+        "of at most 160 s of audio per rank",
     ):
         assert text in card
     assert ModelCard(card).data.base_model == "openai/whisper-tiny"
@@ -382,6 +400,24 @@ def test_a_card_of_interpolated_weights_has_no_scores_of_the_trained_ones(
     assert "'2' is not a number from 0 to 1" in capsys.readouterr().err
 
 
+def test_a_card_of_an_earlier_checkpoint_has_no_metrics_of_the_last(
+    in_pipeline_run: Path, tmp_path: Path
+):
+    run = tmp_path / "aut_tiny" / "run"
+    shutil.copytree(RUN, run, symlinks=True)
+    last = run / "checkpoints" / "step-0000002.ckpt"
+    copy = shutil.copytree if last.is_dir() else shutil.copy
+    copy(last, last.with_name("step-0000001.ckpt"))
+    cards = []
+    for name in ("step-0000001", "step-0000002", "last"):
+        path, out = last.with_name(f"{name}.ckpt"), tmp_path / name
+        assert main(["export", str(path), "--out", str(out)]) == 0
+        cards.append((out / "README.md").read_text())
+    assert "- steps: 1, before the end of the run, of 4 clips" in cards[0]
+    for text in ("model-index", "- validation loss", "| Tones"):
+        assert [text in card for card in cards] == [False, True, True]
+
+
 def test_a_card_names_the_pretrained_decoder(
     in_pipeline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -391,4 +427,5 @@ def test_a_card_names_the_pretrained_decoder(
     assert main([*pretrained, "--format", "whisper"]) == 0
     card = (tmp_path / "out/README.md").read_text()
     assert "The decoder is not trained. It needs clips padded" in card
+    assert f'`padding="{load_encoder(tmp_path / "out").padding}"`), as `load_encoder` does' in card
     assert "encoder: trained with" not in card

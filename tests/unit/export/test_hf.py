@@ -141,7 +141,9 @@ def test_an_encoder_export_cannot_start_the_whisper_decoder(
         _ = PretrainedWhisper(str(out)).model
 
 
-def test_an_old_export_is_replaced_whole(checkpoint: Path, tiny_whisper: Path, tmp_path: Path):
+def test_an_old_export_is_replaced_whole(
+    checkpoint: Path, tiny_whisper: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     out = tmp_path / "encoder"
     out.mkdir()
     (out / "stale.txt").touch()
@@ -158,6 +160,16 @@ def test_an_old_export_is_replaced_whole(checkpoint: Path, tiny_whisper: Path, t
     export_checkpoint(checkpoint, PretrainedWhisper(str(tiny_whisper)), out, "encoder")
     assert not (out / "stale.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
+    before = sorted(out.iterdir())
+    (tmp_path / "link").symlink_to(out)
+    export_checkpoint(
+        checkpoint, PretrainedWhisper(str(tiny_whisper)), tmp_path / "link", "encoder"
+    )
+    assert (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(out)
+    with pytest.raises(UserError, match="is the working directory"):
+        export_checkpoint(checkpoint, PretrainedWhisper(str(tiny_whisper)), Path(), "encoder")
+    assert sorted(out.iterdir()) == before
 
 
 def test_precisions(checkpoint: Path, tiny_whisper: Path, tmp_path: Path):

@@ -17,7 +17,7 @@ from tests.support.numeric import assert_frames_close
 from whisper_aut import load_encoder
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
-from whisper_aut.inference.embed import Vectors, embed_paths
+from whisper_aut.inference.embed import Origin, Vectors, embed_paths
 from whisper_aut.inference.encoder import AudioEncoder
 from whisper_aut.inference.search import SearchIndex
 
@@ -71,6 +71,12 @@ def test_long_audio_is_encoded_in_windows(encoder: AudioEncoder):
     )  # each instant from the window in which it lies farther from the edge
     assert torch.equal(frames[1_450:2_850], second[50:1_450])
     assert encoder.encode([noise], 16_000, layers=[0, 2])[0].shape == (2, 3_500, encoder.width)
+
+
+def test_no_clips_are_no_rows_of_the_same_shape(encoder: AudioEncoder):
+    for options in ({}, {"pooling": "mean_std"}, {"layers": [0, 2]}):
+        one = encoder.embed([np.ones(1600, np.float32)], 16_000, **options)
+        assert encoder.embed([], **options).shape == (0, *one.shape[1:])
 
 
 def test_pooled_vectors_are_means_of_valid_frames(encoder: AudioEncoder):
@@ -139,6 +145,18 @@ def test_a_file_holds_what_was_written(
     (tmp_path / f"x{suffix}").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="damaged"):
         Vectors.load(tmp_path / f"x{suffix}")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".parquet"])
+def test_names_may_not_be_utf_8(suffix: str, tmp_path: Path):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    skipped = {"caf\udce9.mp3": "silent audio"}
+    vectors = Vectors(("caf\udce9.wav",), (1.0,), torch.ones(1, 2), Origin("", ""), (), skipped)
+    vectors.save(tmp_path / f"x{suffix}")
+    read = Vectors.load(tmp_path / f"x{suffix}")
+    assert read.names == (("caf\\udce9.wav",) if suffix == ".parquet" else vectors.names)
+    assert read.skipped == skipped
 
 
 def test_the_command_counts_bad_files_and_goes_on(

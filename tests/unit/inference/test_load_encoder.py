@@ -107,3 +107,6 @@ def test_fingerprints_follow_weights_and_padding(tiny_whisper: Path):
     }
     assert len(prints) == 3
     assert load_encoder(str(tiny_whisper)).fingerprint() in prints
+    precise = load_encoder(str(tiny_whisper), dtype=torch.float64)
+    assert precise.fingerprint() not in prints
+    assert precise.dtype == "torch.float64"

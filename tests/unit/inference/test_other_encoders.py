@@ -188,6 +188,14 @@ class NoModule:
 """
 
 
+DATACLASS = """
+from dataclasses import dataclass
+@dataclass
+class Options:
+    width: int = 2
+"""
+
+
 def test_a_class_in_a_file(tmp_path: Path):
     file = tmp_path / "mine.py"
     file.write_text(CUSTOM)
@@ -199,6 +207,8 @@ def test_a_class_in_a_file(tmp_path: Path):
     assert np.allclose(frames[0][:, 0], expected.mean(1), atol=1e-6)
     first = encoder.fingerprint()
     file.write_text(CUSTOM.replace("mean(-1)", "amax(-1)"))
+    assert open_encoder(f"{file}:Encoder", None).fingerprint() != first
+    file.write_text(f"from __future__ import annotations\n{CUSTOM}{DATACLASS}")
     assert open_encoder(f"{file}:Encoder", None).fingerprint() != first
     with pytest.raises(UserError, match=r"Wrong.forward returned \[1, 8000\]"):
         open_encoder(f"{file}:Wrong", None).encode(noise(1.0), 16_000)

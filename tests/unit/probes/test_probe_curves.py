@@ -38,6 +38,10 @@ def test_layers_in_a_name():
     assert split_layers("folder#1/name") == ("folder#1/name", "")
     assert short_name("models/name@30s#all") == "name@30s#all"
     assert short_name("logmel#last") == "log-mel statistics#last"
+    # A folder called `export` is only that of a run if there is one.
+    assert short_name("/export/name") == "name"
+    assert short_name("/data/export/name@none") == "name@none"
+    assert short_name(".") == Path.cwd().name
     with pytest.raises(UserError, match="name#first: after # comes a layer's number, all or last"):
         split_layers("name#first")
     with pytest.raises(UserError, match="LogMelBaseline returns no single layers"):

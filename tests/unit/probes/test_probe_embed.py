@@ -179,8 +179,10 @@ def test_the_items_of_lists_are_values_and_null_is_none(task_with, task, fields,
     assert task_with(metric=metric, **task, **seconds).label_of(annotation) == label
 
 
-@pytest.mark.parametrize("times", [(2.0, 1.0), ("NaN", 1.0), (0.0, "NaN"), (None, 1.0)])
-def test_an_event_that_ends_before_it_begins_is_an_error(task_with, times):
+@pytest.mark.parametrize(
+    "times", [(2.0, 1.0), ("NaN", 1.0), (0.0, "NaN"), (None, 1.0), (0.0, "inf")]
+)
+def test_an_event_that_ends_before_it_begins_or_never_is_an_error(task_with, times):
     task = task_with(label="events", metric="segment_f1_macro", segment_seconds=1.0)
     event = {"onset": times[0], "offset": times[1], "label": "dog"}
     with pytest.raises(UserError, match="onset and a later offset"):
@@ -363,6 +365,12 @@ def test_windows_of_long_clips_count_each_instant_once():
         0
     ]  # across the first seam
     assert (joined[2_100:4_900] - middle[100:2_900]).abs().median() < 1e-4
+
+
+def test_windows_with_few_frames_keep_them():
+    """Such as the single vector that some encoders of users return."""
+    windows = [torch.full((1, 2), float(number)) for number in range(3)]
+    assert join_windows(windows).tolist() == [[0, 0], [1, 1], [2, 2]]
 
 
 def test_segments_cover_a_clip_and_none_is_empty():

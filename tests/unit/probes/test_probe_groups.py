@@ -4,6 +4,8 @@ tables.
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +75,12 @@ def test_groups_are_read_from_a_field_or_from_the_name_of_a_sample(
     assert test.groups == tuple(f"s{number // CLIPS}" for number in range(SPEAKERS * CLIPS))
     again = embed_task(LogMelBaseline(), one, None, tmp_path, QUIET)["test"]  # from the cache
     assert again.group_numbers().tolist() == np.repeat(np.arange(SPEAKERS), CLIPS).tolist()
+
+
+def test_a_clip_without_the_first_part_of_the_pattern_has_no_group(spoken: Path):
+    one = replace(task(spoken), group="key", group_pattern=r"^(a\d)|^s")
+    samples: Any = [SimpleNamespace(key=key) for key in ("a1", "s1", "x1")]
+    assert [one.group_of(sample) for sample in samples] == ["a1", "", ""]
 
 
 def test_clips_without_the_field_count_by_themselves_and_the_log_says_so(

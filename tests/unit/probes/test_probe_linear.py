@@ -2,6 +2,10 @@
 say what is wrong.
 """
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -276,6 +280,23 @@ def test_labels_that_mean_nothing_score_as_chance():
         for s, p in data.items()
     }
     assert probe_linear(shuffled)[0].scores[0] == pytest.approx(1 / CLASSES, abs=0.07)
+
+
+def test_constant_features_score_as_the_commonest_class():
+    data = splits()
+    constant = {s: replace(p, features=torch.ones_like(p.features)) for s, p in data.items()}
+    found = probe_linear(constant)[0]
+    assert len(set(found.predicted[0])) == 1
+    assert found.scores[0] == pytest.approx(
+        data["test"].labels.count(found.predicted[0][0]) / 200, abs=1e-6
+    )
+
+
+def test_threads_may_be_a_list_of_openmp():
+    command = [sys.executable, "-c", "from whisper_aut.probes.fit import THREADS; print(THREADS)"]
+    environment = os.environ | {"OMP_NUM_THREADS": "3,2"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "3\n"
 
 
 def test_probing_works_within_a_validation_hook():

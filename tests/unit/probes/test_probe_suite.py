@@ -223,6 +223,11 @@ def test_predictions_trace_each_score_to_its_clips(
     again = [json.loads(line) for line in lines.read_text().splitlines()]
     assert len(fits) == 4, "stored scores are used again, with their predictions"
     assert again == [row | {"encoder": "other"} for row in rows if row["encoder"] == "tiny"]
+    whole = lines.read_bytes()
+    lines.write_bytes(whole + '{"key": "é'.encode()[:-1])  # by an interrupted run
+    run(**arguments | renamed)
+    assert len(fits) == 4
+    assert lines.read_bytes() == whole
     lines.unlink()
     run(**arguments | renamed)
     assert len(fits) == 6, "a score whose predictions are gone does not count"

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,6 +110,37 @@ def test_names_that_stand_for_two_encoders(save):
     files.append(save("c", *encoder("same", 0.8, 0.8, identity="other")))
     ((scores, _),) = join_scores(files).values()
     assert scores.encoders == ["same", "same (c)"]  # the second file repeats the first
+    (files[2].parent / "c").mkdir()
+    files.append(save("c/c", *encoder("same", 0.7, 0.7, identity="third")))
+    ((scores, _),) = join_scores([*files, files[-1]]).values()
+    assert scores.encoders == ["same", "same (c)", f"same ({files[-1].parent})"]
+
+
+def test_other_weights_of_the_same_name_are_another_encoder(save):
+    """Also if no task is in both files, so that no two scores differ."""
+    files = [save("a", entry("same", "bark", 0.9), costs={"same": COST})]
+    files.append(save("b", entry("same", "speak", 0.9), costs={"same": COST}))
+    other = replace(COST, fingerprint="other")
+    files.append(save("c", entry("same", "speak", 0.8), costs={"same": other}))
+    ((scores, _),) = join_scores(files).values()
+    found = [(one.encoder, one.task) for one in scores.entries]
+    assert found == [("same", "bark"), ("same", "speak"), ("same (c)", "speak")]
+
+
+def test_encoders_without_a_common_task_have_no_ranks(save, tmp_path):
+    files = [save("a", entry("one", "bark", 0.9)), save("b", entry("two", "speak", 0.8))]
+    ((scores, _),) = join_scores(files).values()
+    assert not any("rank" in row for row in leaderboard_rows(scores))
+    build_report([file.parent for file in files], tmp_path / "out", Console(quiet=True))
+    with pytest.raises(UserError, match="holds no scores"):
+        join_scores([save("c")])
+
+
+def test_two_tasks_of_one_title_are_two_columns(save):
+    scores = [entry("one", "bark", 0.9, title="Dogs"), entry("one", "speak", 0.5, title="Dogs")]
+    ((joined, _),) = join_scores([save("a", *scores)]).values()
+    (row,) = leaderboard_rows(joined)
+    assert (row["Dogs (bark)"].mean, row["Dogs (speak)"].mean) == (0.9, 0.5)
 
 
 def test_differences_of_protocol_splits_and_audits_are_warnings(save):
@@ -179,6 +211,37 @@ def test_the_report_of_several_runs_begins_with_a_joint_table(save, tmp_path):
     text = page.read_text()
     assert '<h2 id="run1">All runs</h2>' in text
     assert text.index("<caption>Leaderboard</caption>") < text.index('<h2 id="run2">')
+
+
+def test_runs_in_folders_of_the_same_name_keep_their_own_pictures(save, tmp_path):
+    for number, folder in enumerate(("a", "b")):
+        (tmp_path / folder / "runs").mkdir(parents=True)
+        save(f"{folder}/runs/probe", entry(f"encoder{number}", "bark", 0.5))
+    runs = [tmp_path / folder / "runs" / "probe" for folder in ("a", "b")]
+    page = build_report(runs, tmp_path / "out", Console(quiet=True))
+    pictures = re.findall(r'src="data:image/png;base64,(.*?)"', page.read_text())
+    assert len(pictures) == 2 == len(set(pictures))
+
+
+def test_the_name_of_a_task_is_no_path(save, tmp_path):
+    confusion = Confusion(("cat", "dog"), ((7, 1), (0, 8)))
+    file = save("a", replace(entry("one", "bark", 0.5, confusion=confusion), task="x/../../dogs"))
+    build_report([file.parent], tmp_path / "out", Console(quiet=True))
+    assert "(confusion-x_.._.._dogs.png)" in (tmp_path / "out/report.md").read_text()
+    assert [path.parent.name for path in tmp_path.rglob("*dogs*")] == ["out"]
+
+
+def test_curves_of_other_encoders_or_without_scores_are_not_drawn(save, tmp_path):
+    """Such as those of an earlier run with the same `--out`."""
+    view = entry("one#0", "bark", 0.5, layers=(0,), kind="knn")
+    file = save("a", entry("one", "bark", 0.5), costs={"one": COST})
+    (file.parent / "few_shot.json").write_text(Scores(()).to_json())
+    for fingerprint, shown in ((COST.fingerprint, True), ("other", False)):
+        cost = replace(COST, fingerprint=fingerprint)
+        Scores((view,), costs={"one#0": cost}).save(file.with_name("layers.json"))
+        page = build_report([file.parent], tmp_path / "out", Console(quiet=True)).read_text()
+        assert ("Scores of knn probes on each layer" in page) == shown
+        assert "few training clips" not in page
 
 
 def test_recall_of_each_class(save, tmp_path):

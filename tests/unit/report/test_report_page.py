@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +14,9 @@ import soundfile
 from rich.console import Console
 from sklearn.metrics import confusion_matrix
 
+from tests.support.audio import encode_audio, tone
+from whisper_aut.data.annotation import Annotation
+from whisper_aut.data.writer import ShardWriter
 from whisper_aut.errors import UserError
 from whisper_aut.probes.results import Confusion
 from whisper_aut.report.html import (
@@ -181,6 +186,35 @@ def test_texts_of_the_last_validation_come_with_their_audio(run):
     assert rate == 16_000
     assert len(waveform) > 100
     assert found.spectrogram.startswith(b"\x89PNG")
+
+
+def test_texts_come_with_the_clip_of_their_own_domain(tmp_path):
+    """Keys such as 000001 are in many corpora. A clip that is too long stops no search."""
+    lines, sources, lengths = [], [], {"speech": 0.5, "sound": 1.0, "music": 1.5}
+    for domain, seconds in lengths.items():
+        with ShardWriter(tmp_path / domain) as shards:
+            for key, length in (("long", 31.0), ("000001", seconds)):
+                shards.write(key, "flac", encode_audio(tone(length)), Annotation(text=domain))
+                lines.append({"step": 1, "domain": domain, "key": key, "reference": domain})
+        sources.append({"path": str(tmp_path / domain), "domain": domain})
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": {"valid": sources}}))
+    found = {(text.domain, text.key): text.seconds for text in generated_texts(tmp_path)}
+    assert found == {
+        (domain, key): seconds if key == "000001" else None
+        for domain, seconds in lengths.items()
+        for key in ("long", "000001")
+    }
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no Node.js is installed")
+def test_columns_are_sorted_by_their_numbers():
+    (compare,) = re.findall(r"const compare = .*?\n  };\n", render([], "report.html"), re.DOTALL)
+    cells = ["850", "9,000", "< 0.001", "0.002", "–", "−5.0", "cat, dog"]
+    script = f"const descending = false; {compare} console.log({json.dumps(cells)}.sort(compare))"
+    found = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
+    expected = ["−5.0", "< 0.001", "0.002", "850", "9,000", "–", "cat, dog"]
+    assert re.findall("'(.*?)'", found.stdout) == expected
 
 
 def test_a_run_without_samples_or_metadata_has_no_texts_or_tables(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from whisper_aut.errors import UserError
+from whisper_aut.report import plots
 from whisper_aut.report.plots import plot_losses, plot_scores, project, read_metrics
 
 HEAD = "epoch,step,train/loss,valid/loss,valid/loss_speech,lr\n"
@@ -85,6 +86,26 @@ def test_a_log_without_losses_is_a_user_error(tmp_path, text):
         plot_losses(log, tmp_path / "losses.png")
     with pytest.raises(UserError, match="Cannot read"):
         plot_losses(tmp_path / "none.csv", tmp_path / "losses.png")
+
+
+def test_a_row_with_too_many_fields_is_read(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,2.0,3.0\n2,1.5\n")
+    found = read_metrics(tmp_path / "metrics.csv")
+    assert found == {"train/loss": [(1.0, 2.0), (2.0, 1.5)]}
+
+
+def test_domains_with_similar_names_have_their_own_lines(tmp_path, monkeypatch):
+    labels = []
+    draw = plots._plot_series
+
+    def plot(*series, **options):
+        labels.append(options["label"])
+        draw(*series, **options)
+
+    monkeypatch.setattr(plots, "_plot_series", plot)
+    (tmp_path / "m.csv").write_text("step,valid/loss_sound,valid/loss_soundscape\n1,2.0,3.0\n")
+    plot_losses(tmp_path / "m.csv", tmp_path / "losses.png")
+    assert labels == ["sound", "soundscape"]
 
 
 def test_parts_of_a_log_are_read_in_their_order(tmp_path):
