@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from tests.support.audio import encode_audio, tone
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
-from whisper_aut.inference.chat import answer, describe, stream
+from whisper_aut.inference.chat import _generate, answer, stream
 from whisper_aut.inference.demo import (
     DemoModels,
     _show_errors,
@@ -33,6 +34,12 @@ def listener(pipeline_run: Path) -> DemoModels:
     return opened
 
 
+def complete_text(module: Any, clip: Path, domain: str, tokens: int = 64) -> str:
+    """Write up to so many tokens at once."""
+    (text,) = _generate(module, clip, domain, [tokens])
+    return text
+
+
 def test_a_run_has_before_after_and_a_decoder(listener: DemoModels, pipeline_run: Path):
     assert list(listener.encoders) == ["before", "after"]
     assert [encoder.padding for encoder in listener.encoders.values()] == ["none", "none"]
@@ -46,7 +53,7 @@ def test_a_run_has_before_after_and_a_decoder(listener: DemoModels, pipeline_run
         assert len(neighbours) == 2
     assert listener.encoders["before"].fingerprint() != listener.encoders["after"].fingerprint()
     *_, text = listener.text(str(clip), "music")
-    assert text == describe(listener.module, clip, domain="music")  # pyright: ignore
+    assert text == complete_text(listener.module, clip, "music")
     with pytest.raises(UserError, match="takes no questions"):
         answer(listener.module, clip, "What?")  # pyright: ignore[reportArgumentType]
 
@@ -66,7 +73,7 @@ def test_evaluate_answers_the_same_clip_by_clip(
 def test_a_run_is_opened_on_a_device_and_in_a_precision(in_pipeline_run: Path):
     module = open_run(Path(RUN), device="auto", dtype="bf16")
     assert {weight.dtype for weight in module.parameters()} == {torch.bfloat16}
-    assert describe(module, Path("clip.wav"), max_new_tokens=3) is not None
+    assert complete_text(module, Path("clip.wav"), "sound", 3) is not None
     listener = open_demo_models(RUN, "", None, dtype="bf16")
     assert {encoder.dtype for encoder in listener.encoders.values()} == {"bf16"}
     listener.index("clips", batch_seconds=1.0)
@@ -81,11 +88,10 @@ def test_a_text_grows_until_it_is_the_whole(listener: DemoModels, pipeline_run: 
     texts = list(stream(listener.module, clip, "sound", max_new_tokens=20))
     assert (
         texts
-        == [describe(listener.module, clip, max_new_tokens=count) for count in (4, 8, 16, 20)][
+        == [complete_text(listener.module, clip, "sound", count) for count in (4, 8, 16, 20)][
             : len(texts)
         ]
     )
-    assert texts[-1] == describe(listener.module, clip, max_new_tokens=20)
 
 
 def test_maps_show_the_clip_among_those_of_shards(listener: DemoModels, pipeline_run: Path):

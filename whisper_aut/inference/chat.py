@@ -21,7 +21,7 @@ from whisper_aut.data.batch import Example, TokenTarget, collate
 from whisper_aut.data.dataset import ExampleBuilder, Ledger, by_source
 from whisper_aut.data.reader import SkippedSample
 from whisper_aut.data.shards import iter_samples, open_index
-from whisper_aut.data.targets import DEFAULT_LANGUAGE, ChatText, TextCodec, WhisperText
+from whisper_aut.data.targets import DEFAULT_LANGUAGE, ChatText, TextCodec
 from whisper_aut.errors import SkipReason, SkipSample, UserError
 from whisper_aut.models.metrics import AnswerMetrics
 from whisper_aut.models.module import AudioTextModule
@@ -48,27 +48,10 @@ def answer(module: AudioTextModule, audio: Path, question: str, *, max_new_token
     return text
 
 
-def describe(
-    module: AudioTextModule, audio: Path, *, domain: str = "sound", max_new_tokens: int = 64
-) -> str:
-    """Transcribe or caption an audio file with a run's Whisper decoder.
-
-    Args:
-        domain: the domain whose prompt is used.
-
-    Raises:
-        UserError: the file cannot be used, or the run has another decoder.
-    """
-    if not isinstance(module.codec, WhisperText):
-        raise UserError("This run has no Whisper decoder. Ask it a question instead.")
-    (text,) = _generate(module, audio, domain, [max_new_tokens])
-    return text
-
-
 def stream(
     module: AudioTextModule, audio: Path, prompt: str, *, max_new_tokens: int = 64
 ) -> Iterator[str]:
-    """Yield the text for an audio file while it grows; the last one is that of the functions above.
+    """Yield the text for an audio file while it grows; the last one is complete.
 
     The first one has 4 tokens, and each next one twice as many, generated again from the start. The
     `prompt` is a question if the decoder takes questions, otherwise a domain.

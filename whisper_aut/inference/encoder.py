@@ -169,8 +169,14 @@ class AudioEncoder(nn.Module):
         return torch.stack(rows) if rows else pool(torch.zeros(shape))[:0]
 
     def fingerprint(self) -> str:
-        """Return a hash of all that determines the frames: weights, padding and precision."""
+        """Return a hash of all that determines the frames: weights, size of the attention heads,
+        activation, padding and precision.
+        """
         digest = hashlib.sha256(f"{self.padding}{self.dtype}".encode())
+        config = self.encoder.whisper.config
+        own = config.d_model // config.encoder_attention_heads, config.activation_function
+        if own != (64, "gelu"):  # which all released Whispers have, whose hashes stay as they were
+            digest.update(str(own).encode())
         for name, weight in sorted(self.encoder.state_dict().items()):
             digest.update(name.encode())
             digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())

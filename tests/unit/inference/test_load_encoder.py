@@ -110,3 +110,16 @@ def test_fingerprints_follow_weights_and_padding(tiny_whisper: Path):
     precise = load_encoder(str(tiny_whisper), dtype=torch.float64)
     assert precise.fingerprint() not in prints
     assert precise.dtype == "torch.float64"
+
+
+def test_fingerprints_follow_what_the_weights_do_not_tell(tiny_whisper: Path, tmp_path: Path):
+    prints = {load_encoder(str(tiny_whisper)).fingerprint()}
+    config = json.loads((tiny_whisper / "config.json").read_text())
+    for name, change in (
+        ("heads", {"encoder_attention_heads": 4}),
+        ("relu", {"activation_function": "relu"}),
+    ):
+        folder = shutil.copytree(tiny_whisper, tmp_path / name)
+        (folder / "config.json").write_text(json.dumps(config | change))
+        prints.add(load_encoder(str(folder)).fingerprint())
+    assert len(prints) == 3
