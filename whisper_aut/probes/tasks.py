@@ -51,8 +51,8 @@ class ProbeTask:
         title: name in tables.
         domain: scores are averaged within a domain.
         train, valid, test: shard folders, URLs, or patterns of tars (`FOLDER/test-*.tar`).
-            `{root}` is replaced by the data folder of the run. Without `valid`, a stratified
-            fraction of `train` is held out to select settings. Empty for a task with folds.
+            `{root}` is replaced by the data folder of the run. Without `valid`, a fraction of
+            `train` is held out, see `splits.inner_folds`. Empty for a task with folds.
         split: splits or folds.
         metric: a key of `ANSWERS`. It determines the kind of answer.
         kind: the probe kind, a key of `probes.fit.PROBES`. Empty for the metric's default.
