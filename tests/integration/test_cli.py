@@ -236,7 +236,7 @@ def test_a_probe_with_layers_few_clips_and_leaderboard(
 ):
     out = tmp_path / "probe"
     command = ["probe", f"{tiny_whisper}@none", "--tasks", "tones.yaml", "fsdd", "--root", "data"]
-    command += ["--skip-unavailable", "--layers", "all", "--shots", "1,2", "--seeds", "2"]
+    command += ["--skip-unavailable", "--layers", "all", "--shots", "2,1,2", "--seeds", "2"]
     assert main([*command, "--out", str(out)]) == 0
     assert "Left out: fsdd: There are no shards at data/fsdd/train" in capsys.readouterr().out
     layers, few = (Scores.load(out / f"{name}.json") for name in ("layers", "few_shot"))

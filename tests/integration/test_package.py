@@ -48,10 +48,12 @@ def test_configs_are_found_by_name_outside_a_checkout(installed: Path, tmp_path:
     code = """
 import whisper_aut
 from whisper_aut.cli import main
+from whisper_aut.config import compose, load_settings
 print(whisper_aut.__file__)
-for arguments in ("train --print-config aut_tiny", "train --print-config conf/aut.yaml",
-                  "train --print-config mine.yaml strategy=ddp", "experiment --plan e5_layers"):
-    assert main(arguments.split()) == 0, arguments
+assert main(["train", "--print-config", "aut_tiny"]) == 0
+assert load_settings("conf/aut.yaml").name == "aut"
+assert load_settings("mine.yaml", ["strategy=ddp"]).strategy.name == "ddp"
+assert compose("e5_layers", kind="experiments")["reference"] == "aut/mean/output"
 """
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -62,7 +64,7 @@ for arguments in ("train --print-config aut_tiny", "train --print-config conf/au
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.startswith(str(installed))
-    assert all(f"name: {name}" in run.stdout for name in ("aut_tiny", "aut", "mine"))
+    assert "name: aut_tiny" in run.stdout
 
 
 def test_the_working_directory_comes_before_the_package(

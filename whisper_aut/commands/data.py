@@ -71,7 +71,7 @@ def data_build(options: argparse.Namespace, console: Console) -> None:
             raise UserError(f"--where takes COLUMN=VALUE[,VALUE…], not {condition!r}.")
         where.setdefault(column, []).extend(values.split(","))
     name = options.manifest
-    if name.startswith("hf://"):
+    if name.startswith("hf://") and options.out:
         name = str(download_dataset(name))
     spec = ManifestSpec(
         name, where=where, **{key: getattr(options, key) for key in (*COLUMNS, *CONSTANTS)}

@@ -165,8 +165,8 @@ def report(options: argparse.Namespace, console: Console) -> None:
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    """Parse `1,2,4`."""
-    return tuple(whole_number(1)(part) for part in text.split(","))
+    """Parse `1,2,4` into ascending numbers."""
+    return tuple(sorted({whole_number(1)(part) for part in text.split(",")}))
 
 
 def add_parsers(commands: Commands) -> None:

@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 def train(options: argparse.Namespace, console: Console) -> None:
     from whisper_aut.config import dump_settings, find_config, load_settings
     from whisper_aut.models.decoders import check_decoder
-    from whisper_aut.pipeline import PipelineOptions, run_pipeline
-    from whisper_aut.training.run_dir import check_resume, is_first_rank
 
     settings = load_settings(options.config, options.overrides)
     check_decoder(settings.decoder)
     if options.print_config:
         console.print(dump_settings(settings), highlight=False)
         return
+    from whisper_aut.pipeline import PipelineOptions, run_pipeline
+    from whisper_aut.training.run_dir import check_resume, is_first_rank
+
     # A wrong path is reported before any corpus is built.
     check_resume(options.resume, Path(settings.runs) / settings.name)
     config, overrides = find_config(options.config), tuple(options.overrides)

@@ -363,7 +363,9 @@ def _waveform(clip: Audio, position: int, *, sample_rate_hz: int | None) -> Tens
             raise UserError(f"{os.fspath(clip)} cannot be used: {skip}.") from None
     if sample_rate_hz is None:
         raise UserError("Arrays need their sampling rate: pass sample_rate_hz.")
-    samples = clip.detach().cpu().numpy() if isinstance(clip, Tensor) else np.asarray(clip)
+    if isinstance(clip, Tensor):
+        clip = clip.detach().to("cpu", torch.float32 if clip.is_floating_point() else clip.dtype)
+    samples = np.asarray(clip)
     problem = ""
     if samples.ndim not in (1, 2) or not samples.size:
         problem = f"expected [S] or [S, channels] with samples, got shape {samples.shape}"

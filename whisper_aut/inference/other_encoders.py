@@ -235,12 +235,7 @@ def _load(kind: Any, path: str, **options: Any) -> Any:
 
 
 def load_other_encoder(
-    path: str,
-    *,
-    device: str = "cpu",
-    dtype: str = "fp32",
-    random_init: bool = False,
-    seed: int = 0,
+    path: str, *, device: str = "cpu", dtype: str = "fp32", random_init: bool = False, seed: int = 0
 ) -> OtherEncoder:
     """Load a model of transformers whose `model_type` is in `MODEL_TYPES`, see `load_encoder`.
 

@@ -29,11 +29,7 @@ class Distillation:
     """
 
     def __init__(
-        self,
-        teacher: PackedEncoder,
-        weight: float,
-        layers: Sequence[int],
-        domains: Sequence[str],
+        self, teacher: PackedEncoder, weight: float, layers: Sequence[int], domains: Sequence[str]
     ):
         self.teacher, self.weight = teacher.eval().requires_grad_(False), weight
         self.layers, self.domains = tuple(layers), frozenset(domains)

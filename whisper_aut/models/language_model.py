@@ -123,10 +123,7 @@ def load_language_model(
 
 
 _load = partial(
-    load_pretrained,
-    what="language model",
-    example="Qwen/Qwen3-0.6B",
-    trust_remote_code=False,
+    load_pretrained, what="language model", example="Qwen/Qwen3-0.6B", trust_remote_code=False
 )
 
 

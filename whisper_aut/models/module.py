@@ -258,7 +258,8 @@ class AudioTextModule(lightning.LightningModule):
         for i, tokens in zip(chosen, answers, strict=True):
             text = self.codec.decode(tokens)
             entry = {"domain": batch.domains[i], "task": batch.tasks[i], "key": batch.keys[i]}
-            self.generated.append({**entry, "reference": batch.texts[i], "generated": text})
+            entry |= {"source": batch.sources[i], "reference": batch.texts[i]}
+            self.generated.append(entry | {"generated": text})
             self.answer_metrics.update(batch.tasks[i], text, batch.references[i])
 
     def _sum_step_weight(self, batch: Batch, ranks: int) -> Tensor | float:

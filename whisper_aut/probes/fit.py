@@ -48,8 +48,6 @@ from whisper_aut.probes.tasks import ProbeTask
 
 # FLOPs per step below which several threads are slower than one, up to 30 times on a busy machine.
 ONE_THREAD_FLOPS = 4e9
-# OpenMP's variable may be a list, one number per level of nesting.
-THREADS = int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] or os.cpu_count() or 1)
 
 FinalFit = Literal["train", "train+valid"]
 
@@ -238,9 +236,14 @@ def train_heads(heads: Probe, data: Any) -> Trainer:
     )
     largest = max((parameter.numel() for parameter in heads.parameters()), default=0)
     items = int(data.train.any(1).sum())
-    with threads(1 if 4 * items * largest < ONE_THREAD_FLOPS else THREADS):
+    with threads(1 if 4 * items * largest < ONE_THREAD_FLOPS else default_threads()):
         trainer.fit(heads, data)
     return trainer
+
+
+def default_threads() -> int:
+    """Return the first number of OpenMP's variable, which may be a list, or the number of cores."""
+    return int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] or os.cpu_count() or 1)
 
 
 @contextmanager

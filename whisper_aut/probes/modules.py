@@ -488,13 +488,7 @@ class LayerWeightedProbe(AdamProbe):
     decayed = ("weight",)
 
     def __init__(
-        self,
-        width: int,
-        outputs: int,
-        candidates: Candidates = (),
-        *,
-        layers: int,
-        **options: Any,
+        self, width: int, outputs: int, candidates: Candidates = (), *, layers: int, **options: Any
     ):
         super().__init__(width, outputs, candidates, **options)
         heads = len(self.settings)

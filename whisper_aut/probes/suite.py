@@ -131,6 +131,7 @@ def run_suite(
         fingerprint = fingerprints[name]
         costs[fingerprint] = costs.get(fingerprint) or measure_cost(encoder, fingerprint)
         scores.costs[name] = costs[fingerprint]
+    jobs = []
     for task in tasks:
         own = kind_for(kind, task)
         for name, encoder in encoders.items():
@@ -138,21 +139,27 @@ def run_suite(
                 encoder, task, root, cache, embedding, PROBES[own].features, fingerprints[name]
             )
             for count in shots or (0,):
-                identity = _identity(embedder, own, seeds, final_fit, count)
-                if identity not in known:
-                    found = _score(embedder, own, seeds, device, final_fit, count)
-                    if found is None:
-                        log.warning("%s: a class has less than %d clips.", task.name, count)
-                        continue
-                    known[identity] = replace(found[0], identity=identity), found[1]
-                entry, rows = known[identity]
                 label = f"{name}, {count} a class" if count else name
-                entry = replace(entry, encoder=label, title=task.title, weight=task.weight)
-                if predictions_file is not None:
-                    append_predictions(predictions_file, entry, rows)
-                scores = replace(scores, entries=(*scores.entries, entry))
-                if scores_file is not None:
-                    scores.save(scores_file)
+                identity = _identity(embedder, own, seeds, final_fit, count)
+                jobs.append((identity, label, embedder, own, count))
+    entries: dict[int, TaskScore] = {}
+    # Stored scores come first, so that a run that is stopped later keeps them.
+    for number in sorted(range(len(jobs)), key=lambda number: jobs[number][0] not in known):
+        identity, label, embedder, own, count = jobs[number]
+        task = embedder.task
+        if identity not in known:
+            found = _score(embedder, own, seeds, device, final_fit, count)
+            if found is None:
+                log.warning("%s: a class has less than %d clips.", task.name, count)
+                continue
+            known[identity] = replace(found[0], identity=identity), found[1]
+        entry, rows = known[identity]
+        entries[number] = replace(entry, encoder=label, title=task.title, weight=task.weight)
+        if predictions_file is not None:
+            append_predictions(predictions_file, entries[number], rows)
+        scores = replace(scores, entries=tuple(entries[number] for number in sorted(entries)))
+        if scores_file is not None:
+            scores.save(scores_file)
     scores = replace(scores, comparisons=tuple(compare(scores, against)))
     if scores_file is not None:
         scores.save(scores_file)

@@ -203,8 +203,7 @@ def _single_value(annotation: Annotation, name: str) -> str | None:
     values = _values(_field_value(annotation, name))
     if len(values) > 1:
         raise UserError(
-            f"A clip has {len(values)} values in {name!r} ({', '.join(values)}); this metric needs "
-            "one class."
+            f"A clip has {len(values)} values in {name!r} ({', '.join(values)}); a task needs one."
         )
     return values[0] if values else None
 

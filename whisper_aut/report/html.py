@@ -52,13 +52,14 @@ from whisper_aut.utils import parse_json, read_json, write_text
 
 # Files of `whisper-aut probe` next to `scores.json`.
 LAYERS, LAYER_WEIGHTS, FEW_SHOT = "layers.json", "layer_weights.json", "few_shot.json"
-Name = tuple[str, str]  # of a clip: domain and key
+Name = tuple[str, str]  # of a clip: folder of its shard, and key
 MAX_CONFUSIONS = 6  # tasks with a confusion matrix
 MAX_TEXTS_PER_TASK, MAX_TEXTS = 2, 18
 MAX_SEARCHED_SAMPLES = 20_000  # in each validation source
 MAX_PLAYED_SECONDS = 30
 MEL_BINS = 80
-TEXT_FIELDS = ("domain", "task", "key", "reference", "generated")  # of `samples.jsonl`
+# Of `samples.jsonl`.
+TEXT_FIELDS = ("domain", "task", "source", "key", "reference", "generated")
 # Metric → its title, the factor to print it with, and its decimals.
 THROUGHPUT = {
     "throughput/audio_seconds_per_second": ("audio-seconds per second", 1, 1),
@@ -94,6 +95,7 @@ class GeneratedText:
     key: str
     reference: str
     generated: str
+    source: str
     seconds: float | None = None
     ogg: bytes = b""
     spectrogram: bytes = b""
@@ -368,7 +370,7 @@ def generated_texts(run: Path) -> list[GeneratedText]:
     Clips are missing if the validation shards have moved since.
     """
     texts = last_samples(run / "samples.jsonl")
-    names = [(text.domain, text.key) for text in texts]
+    names = [(text.source, text.key) for text in texts]
     found = dict(_find_clips(run / "config.yaml", set(names)))
     return [
         _add_audio(text, found[name]) if name in found else text
@@ -404,20 +406,19 @@ def _find_clips(config: Path, names: set[Name]) -> Iterator[tuple[Name, np.ndarr
     """Yield the name and waveform of the validation clips with these names."""
     try:
         values = yaml.safe_load(config.read_text(encoding="utf-8"))
-        sources = {str(one["path"]): one.get("domain") for one in values["data"]["valid"]}
+        folders = [str(one["path"]) for one in values["data"]["valid"]]
     except (OSError, yaml.YAMLError, ValueError, RecursionError, KeyError, TypeError):
         return
-    for folder, domain in sources.items():
+    for folder in folders:
         try:
             for number, sample in enumerate(iter_samples(open_index(folder), ClipLimits())):
                 if not names or number == MAX_SEARCHED_SAMPLES:
                     break
-                if isinstance(sample, Sample):
-                    stated = (sample.annotation.domain, domain)
-                    for name in names & {(one, sample.key) for one in stated}:
-                        names = names - {name}
-                        with suppress(SkipSample):
-                            yield name, load_waveform(sample.audio, ClipLimits()).numpy()
+                name = sample.shard.rpartition("/")[0], sample.key
+                if isinstance(sample, Sample) and name in names:
+                    names = names - {name}
+                    with suppress(SkipSample):
+                        yield name, load_waveform(sample.audio, ClipLimits()).numpy()
         except (UserError, OSError):
             continue  # if the shards have moved, the texts are shown without audio
 

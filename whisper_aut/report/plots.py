@@ -20,7 +20,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from safetensors import SafetensorError
-from sklearn.manifold import TSNE
 
 from whisper_aut.errors import UserError
 from whisper_aut.probes.embed import Embeddings, load_cached
@@ -519,6 +518,8 @@ def _plot_map(
 
 def project(features: np.ndarray) -> np.ndarray:
     """Return the t-SNE coordinates `[B, 2]` of features `[B, D]`, which are standardised first."""
+    from sklearn.manifold import TSNE  # a second, which commands without maps save
+
     # If all clips are equal, the PCA of scikit-learn returns NaN and t-SNE crashes.
     if not np.ptp(features, axis=0).any():
         return np.zeros((len(features), 2))

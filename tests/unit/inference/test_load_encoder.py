@@ -89,6 +89,9 @@ def test_encode_accepts_other_rates_and_channels_and_rejects_bad_arrays(tiny_whi
     stereo = np.random.default_rng(0).standard_normal((48_000, 2)).astype(np.float32)
     assert encoder.encode([stereo], sample_rate_hz=48_000)[0].shape == (50, 32)
     assert encoder.encode([], sample_rate_hz=16_000) == []
+    rounded = torch.from_numpy(stereo[:, 0]).bfloat16().requires_grad_()
+    frames = encoder.encode([rounded, rounded.detach().float()], sample_rate_hz=16_000)
+    assert torch.equal(*frames)
     for bad, message in (
         (np.zeros(0, np.float32), "with samples"),
         (np.zeros((9, 0), np.float32), "with samples"),

@@ -389,7 +389,7 @@ def test_every_answer_is_learned_and_paired(case, scenes, task_with, tmp_path, m
 def test_layers_are_probed_and_only_where_there_are_any(scenes, task_with, tiny_whisper, tmp_path):
     folders = {split: [f"{{root}}/scenes/{split}"] for split in ("train", "valid", "test")}
     task = task_with(**folders, kind="layers")
-    encoder = load_encoder(str(tiny_whisper))
+    encoder = load_encoder(f"{tiny_whisper}@none")
     found = embed_task(encoder, task, scenes, tmp_path, QUIET, kind="layers")
     assert found["train"].features.shape == (60, 3, 32)
     only = [{"rate": 0.1, "decay": 1e-2}]

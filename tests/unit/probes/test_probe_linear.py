@@ -3,8 +3,6 @@ say what is wrong.
 """
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -19,7 +17,7 @@ from whisper_aut.errors import UserError
 from whisper_aut.probes import logistic, modules
 from whisper_aut.probes.datamodule import PrincipalAxes
 from whisper_aut.probes.embed import Embeddings
-from whisper_aut.probes.fit import probe_splits
+from whisper_aut.probes.fit import default_threads, probe_splits
 from whisper_aut.probes.logistic import PenaltyPath, logistic_losses, with_ones
 from whisper_aut.probes.modules import LinearProbe
 from whisper_aut.probes.splits import stratified, train_valid_test
@@ -292,11 +290,12 @@ def test_constant_features_score_as_the_commonest_class():
     )
 
 
-def test_threads_may_be_a_list_of_openmp():
-    command = [sys.executable, "-c", "from whisper_aut.probes.fit import THREADS; print(THREADS)"]
-    environment = os.environ | {"OMP_NUM_THREADS": "3,2"}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout == "3\n"
+@pytest.mark.parametrize(("variable", "count"), [("3,2", 3), ("1", 1), ("", os.cpu_count())])
+def test_threads_may_be_a_list_of_openmp(
+    monkeypatch: pytest.MonkeyPatch, variable: str, count: int
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert default_threads() == count
 
 
 def test_probing_works_within_a_validation_hook():

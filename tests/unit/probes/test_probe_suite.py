@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -232,6 +233,22 @@ def test_predictions_trace_each_score_to_its_clips(
     run(**arguments | renamed)
     assert len(fits) == 6, "a score whose predictions are gone does not count"
     assert lines.read_text().count("\n") == 90
+
+
+def test_a_stopped_run_keeps_the_scores_that_it_has_not_come_to(
+    run, tmp_path, task_with, fits, monkeypatch
+):
+    files = {"scores_file": tmp_path / "scores.json", "predictions_file": tmp_path / "rows.jsonl"}
+    old, new, last = (task_with(name=name) for name in ("old", "new", "last"))
+    whole = run(tasks=[new, old], **files)
+    with monkeypatch.context() as patched:
+        patched.setattr(suite, "probe_splits", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tasks=[last, new, old], **files)
+    scores = run(tasks=[old, last, new], **files)
+    assert fits == ["new", "new", "old", "old", "last", "last"]
+    assert scores.tasks == ["old", "last", "new"]
+    assert all(scores.get("tiny", name) == whole.get("tiny", name) for name in whole.tasks)
 
 
 def test_different_test_clips_cannot_be_paired(run):

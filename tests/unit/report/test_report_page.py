@@ -63,9 +63,9 @@ def test_the_page_is_self_contained_and_escapes_its_content(tmp_path):
         [Figure(tmp_path / "p.png", hostile)],
         [Table(hostile, ("a", "b"), ((hostile, "1"),), 1, "note")],
         [
-            GeneratedText("sound", "", hostile, hostile, "b", 1.0, b"OggS", b"\x89PNG"),
-            GeneratedText("speech", "asr", "silent", "a", "b"),
-            GeneratedText("music", "", "caf\udce9", "a", "b"),
+            GeneratedText("sound", "", hostile, hostile, "b", "", 1.0, b"OggS", b"\x89PNG"),
+            GeneratedText("speech", "asr", "silent", "a", "b", ""),
+            GeneratedText("music", "", "caf\udce9", "a", "b", ""),
         ],
     )
     runs = [("one", [section]), ("two", [])]
@@ -123,39 +123,12 @@ def test_counts_of_a_confusion_are_scikit_learns():
 def run(tmp_path, tiny_shards) -> Path:
     """A run directory with what training writes, over the tests' shards."""
     folder = tiny_shards
+    clip = {"step": 9, "domain": "sound", "task": "t", "reference": "r", "generated": "g"}
     lines = [
-        {
-            "step": 5,
-            "domain": "sound",
-            "task": "t",
-            "key": "no",
-            "reference": "old",
-            "generated": "old",
-        },
-        {
-            "step": 9,
-            "domain": "sound",
-            "task": "t",
-            "key": "missing",
-            "reference": "r",
-            "generated": "g",
-        },
-        {
-            "step": 9,
-            "domain": "sound",
-            "task": "t",
-            "key": _key(folder / "sound"),
-            "reference": "r",
-            "generated": "g",
-        },
-        {
-            "step": 9,
-            "domain": "sound",
-            "task": "t",
-            "key": "third",
-            "reference": "r",
-            "generated": "g",
-        },
+        clip | {"step": 5, "key": "no"},
+        clip | {"key": "missing"},
+        clip | {"key": _key(folder / "sound"), "source": str(folder / "sound")},
+        clip | {"key": "third"},
     ]
     (tmp_path / "samples.jsonl").write_text(
         "\n".join(map(json.dumps, lines)) + '\n{"step": 9, "dom'
@@ -188,21 +161,23 @@ def test_texts_of_the_last_validation_come_with_their_audio(run):
     assert found.spectrogram.startswith(b"\x89PNG")
 
 
-def test_texts_come_with_the_clip_of_their_own_domain(tmp_path):
+def test_texts_come_with_the_clip_of_their_own_source(tmp_path):
     """Keys such as 000001 are in many corpora. A clip that is too long stops no search."""
-    lines, sources, lengths = [], [], {"speech": 0.5, "sound": 1.0, "music": 1.5}
-    for domain, seconds in lengths.items():
-        with ShardWriter(tmp_path / domain) as shards:
+    lines, sources, lengths = [], [], {"notes": 0.5, "pieces": 1.0, "songs": 1.5}
+    for name, seconds in lengths.items():
+        source = str(tmp_path / name)
+        with ShardWriter(tmp_path / name) as shards:
             for key, length in (("long", 31.0), ("000001", seconds)):
-                shards.write(key, "flac", encode_audio(tone(length)), Annotation(text=domain))
-                lines.append({"step": 1, "domain": domain, "key": key, "reference": domain})
-        sources.append({"path": str(tmp_path / domain), "domain": domain})
-    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+                shards.write(key, "flac", encode_audio(tone(length)), Annotation(text=name))
+                clip = {"domain": "music", "task": name, "source": source, "key": key}
+                lines.append({"step": 1, **clip})
+        sources.append({"path": source, "domain": "music"})
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, reversed(lines))))
     (tmp_path / "config.yaml").write_text(json.dumps({"data": {"valid": sources}}))
-    found = {(text.domain, text.key): text.seconds for text in generated_texts(tmp_path)}
+    found = {(text.task, text.key): text.seconds for text in generated_texts(tmp_path)}
     assert found == {
-        (domain, key): seconds if key == "000001" else None
-        for domain, seconds in lengths.items()
+        (name, key): seconds if key == "000001" else None
+        for name, seconds in lengths.items()
         for key in ("long", "000001")
     }
 

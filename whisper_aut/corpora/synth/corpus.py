@@ -1,6 +1,7 @@
 """Build the demo corpus: `OUT/{train,valid,test}/{speech,sound,music}` of shards, from a seed."""
 
 import io
+import math
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import product
@@ -32,6 +33,7 @@ CLIPS = {
     "valid": {"speech": 160, "sound": 114, "music": 104},
     "test": {"speech": 480, "sound": 304, "music": 234},
 }
+CLIPS_PER_WORKER = 250  # a worker renders as many while another one starts
 
 ClipSpec = tuple[int, str, str, int]  # seed, split, domain, index
 
@@ -79,8 +81,9 @@ def build_demo(
     if all(found == recipe for found in existing):
         return out
     orders = [(seed, *part, index) for part, size in sizes.items() for index in range(size)]
+    workers = workers or min(available_cores(), math.ceil(len(orders) / CLIPS_PER_WORKER))
     # Spawned workers, because this process may have the threads of torch.
-    clips = parallel_map(render_clip, orders, workers or available_cores(), spawn=True)
+    clips = parallel_map(render_clip, orders, workers, spawn=True)
     # All folders are published together at the end, so an interrupted build changes nothing.
     with closing(clips), ExitStack() as stack:
         writers = {
