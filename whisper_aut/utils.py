@@ -25,6 +25,7 @@ from whisper_aut.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+BUSY_SECONDS = 30.0  # workers of a killed process keep its lock until they notice its death
 
 
 @contextmanager
@@ -124,15 +125,16 @@ def available_cores() -> int:
 
 
 @contextmanager
-def file_lock(path: Path) -> Iterator[None]:
+def file_lock(path: Path, busy: str = "") -> Iterator[None]:
     """Hold an exclusive lock for `path`, across all machines that share the folder.
 
     The process that gets the lock first creates `path`; the others wait and then find it there. A
     process that dies releases its lock. If the lock file cannot be written, the block runs without
-    a lock.
+    a lock. With `busy`, it also does so on a file system that does not support locks.
 
     Raises:
-        UserError: the file system does not support locks.
+        UserError: the file system does not support locks; or, with the message `busy`, another
+            process has held the lock for `BUSY_SECONDS`.
     """
     lock_path = path.with_name(f".{path.name}.lock")
     # No soft lock, which is a file that a process that dies leaves behind.
@@ -144,13 +146,16 @@ def file_lock(path: Path) -> Iterator[None]:
         yield  # without a lock: creating `path` in this folder gives a clearer error
         return
     try:
-        lock.acquire()
+        lock.acquire(timeout=BUSY_SECONDS if busy else -1)
+    except filelock.Timeout:
+        raise UserError(busy) from None
     except OSError as error:
-        raise UserError(
-            f"The file system of {path.parent} does not support file locks ({error.strerror}), "
-            f"which keep several processes from creating {path.name} at once. Use another folder, "
-            "or mount the file system with locks (for Lustre: -o flock)."
-        ) from None
+        if not busy:
+            raise UserError(
+                f"The file system of {path.parent} does not support file locks ({error.strerror})"
+                f", which keep several processes from creating {path.name} at once. Use another "
+                "folder, or mount the file system with locks (for Lustre: -o flock)."
+            ) from None
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """Checkpoints on disk: complete or absent, checked by hash, the last few and the best kept."""
 
 import errno
+import io
 import json
 import resource
 import signal
@@ -16,7 +17,7 @@ from torch.testing import assert_close
 
 from tests.support.training import QUIET, assert_same_weights, settings_for, weights_of
 from whisper_aut.config import Settings, TrainerSettings
-from whisper_aut.errors import UserError
+from whisper_aut.errors import Interrupted, UserError
 from whisper_aut.export.hf import read_checkpoint
 from whisper_aut.report.plots import read_metrics
 from whisper_aut.training.callbacks.checkpoints import RollingCheckpoints
@@ -39,6 +40,7 @@ from whisper_aut.training.checkpoint import (
 )
 from whisper_aut.training.run_dir import RunDirectory, check_step_size, find_resume_checkpoint
 from whisper_aut.training.train import train
+from whisper_aut.utils import file_lock
 
 
 def written(path: Path, step: int = 5, value: float = 1.0) -> Path:
@@ -134,6 +136,36 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
         train(settings, QUIET, resume="auto")
     with pytest.raises(UserError, match="is damaged"):
         train(settings, QUIET, resume=str(newest))
+
+
+def test_a_run_without_a_checkpoint_does_not_hide_an_earlier_one(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path
+):
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs")
+    run = train(settings, QUIET).run
+    run.done.unlink()  # as if it had been killed at the end
+    newer = RunDirectory(run.path.with_name("newer"))
+    newer.checkpoints.mkdir(parents=True)  # stopped before its first checkpoint
+    newer.config.write_text(run.config.read_text())
+    assert train(settings, QUIET, resume="auto").run == run
+    run.done.unlink()
+    output = io.StringIO()
+    assert train(settings, Console(file=output, width=1000)).run != run
+    assert f"{run.path} is unfinished. To resume it instead, add --resume auto." in (
+        output.getvalue()
+    )
+
+
+def test_two_processes_do_not_train_in_one_run_directory(
+    tiny_whisper: Path, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = settings_for(tiny_whisper, tiny_shards, tmp_path / "runs")
+    run = train(settings, QUIET).run
+    run.done.unlink()
+    monkeypatch.setattr("whisper_aut.utils.BUSY_SECONDS", 0.1)
+    with file_lock(run.path), pytest.raises(UserError, match=f"is training in {run.path}"):
+        train(settings, QUIET, resume="auto")
+    assert train(settings, QUIET, resume="auto").run == run
 
 
 def test_the_last_few_and_the_best_are_kept(tiny_whisper: Path, tiny_shards: Path, tmp_path: Path):
@@ -322,7 +354,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(
         number: signal.getsignal(number) for number in CleanStop.SIGNALS
     }  # Lightning ignores Ctrl-C from here on
     try:
-        with pytest.raises(SystemExit):
+        with pytest.raises(Interrupted, match="stopped at once, without another checkpoint"):
             train(settings_for(tiny_whisper, tiny_shards, tmp_path, *overrides), QUIET)
         (writer,) = [thread for thread in threading.enumerate() if thread.name == "background"]
         assert writer.is_alive(), "the run waited"

@@ -131,7 +131,7 @@ def add_parsers(commands: Commands) -> None:
     )
     add_config(command, "trainer.max_steps=100 decoder=whisper")
     add = command.add_argument
-    resume = "resume the newest run of this name if it is unfinished, or a run or checkpoint"
+    resume = "resume this run or checkpoint, or the newest unfinished run of this name (auto)"
     add("--resume", default="", metavar="auto|PATH", help=resume)
     change = "resume although the training data or its mixture has changed"
     add("--allow-data-change", action="store_true", help=change)

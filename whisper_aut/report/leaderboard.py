@@ -210,8 +210,8 @@ def recipe_table(scores: Scores, recipe: str, against: str) -> Table:
         name = one.title if isinstance(one, TaskScore) else one.domain
         values[one.encoder][AVERAGE_NAMES.get(name, name)] = 100 * one.mean
     runs, others = (
-        {n: v for name, v in values.items() if (n := _number(name, of)) is not None}
-        for of in (recipe, against)
+        {int(n[1]): v for name, v in values.items() if (n := re.fullmatch(pattern, name))}
+        for pattern in (rf"{re.escape(of)}-(\d+)" for of in (recipe, against))
     )
     if against in values:
         others = dict.fromkeys(runs, values[against])
@@ -255,8 +255,3 @@ def recipe_table(scores: Scores, recipe: str, against: str) -> Table:
         "difference in standard deviations. Detectable: the true difference that this test, "
         "uncorrected, finds with a probability of 80 %.",
     )
-
-
-def _number(name: str, recipe: str) -> int | None:
-    found = re.fullmatch(rf"{re.escape(recipe)}-(\d+)", name)
-    return int(found[1]) if found else None

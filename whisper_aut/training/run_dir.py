@@ -276,8 +276,8 @@ def find_resume_checkpoint(
 ) -> Path | None:
     """Return the checkpoint to resume from, or None to start a new run.
 
-    `resume` and `folder` are those of `check_resume`. `newest` is the newest run of this name.
-    `warn` is called for each damaged checkpoint.
+    `resume` and `folder` are those of `check_resume`. `newest` is the newest run of this name that
+    has finished or has a checkpoint. `warn` is called for each damaged checkpoint.
 
     Raises:
         UserError: If there is no such checkpoint, none is valid, or it is from a run with another

@@ -30,7 +30,7 @@ from whisper_aut.config import Settings, dump_settings
 from whisper_aut.data.datamodule import ShardDataModule
 from whisper_aut.data.dataset import Ledger, by_source
 from whisper_aut.data.sampler import Cursor
-from whisper_aut.errors import UserError, require
+from whisper_aut.errors import Interrupted, UserError, require
 from whisper_aut.models.attention import use_flash_attention_3
 from whisper_aut.models.module import AudioTextModule
 from whisper_aut.models.pretrained import PretrainedWhisper
@@ -79,7 +79,7 @@ from whisper_aut.training.run_dir import (
     share_run_name,
 )
 from whisper_aut.training.strategies import build_strategy, resolve_precision
-from whisper_aut.utils import write_json
+from whisper_aut.utils import file_lock, write_json
 
 MAX_REWINDS = 3
 UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -113,8 +113,8 @@ def train(
     Args:
         settings: Config of the run.
         console: Console for messages. Ranks other than the first print nothing.
-        resume: `auto` resumes the newest run of this name if it is unfinished. A path resumes that
-            run or checkpoint. Empty starts a new run.
+        resume: `auto` resumes the newest run of this name with a checkpoint, if it is unfinished. A
+            path resumes that run or checkpoint. Empty starts a new run.
         fresh: Train again even if there is a finished run.
         allow_data_change: Resume although the training data or its mixture has changed.
         callbacks: Additional callbacks of the Trainer.
@@ -142,7 +142,10 @@ def train(
     recomputes = needs_checkpointing(settings)
     settings = replace(settings, model=replace(settings.model, gradient_checkpointing=recomputes))
     warn, ranks = _warnings_to(console), _count_ranks(settings)
-    newest = runs[0] if runs else None
+    # A run that was stopped before its first checkpoint must not hide an earlier one.
+    newest = next((r for r in runs if r.done.exists() or r.last_checkpoint.exists()), None)
+    if newest and not (resume or fresh or newest.done.exists()):
+        console.print(f"{newest.path} is unfinished. To resume it instead, add --resume auto.")
     checkpoint = find_resume_checkpoint(resume, newest, root / settings.name, warn)
     resumed = RunDirectory(checkpoint.parent.parent) if checkpoint else None
     if checkpoint and not settings.data.batch_seconds:
@@ -183,7 +186,9 @@ def train(
         callbacks = [hooks, *callbacks]
     _announce(settings, parts, f"resuming {checkpoint}" if resumed else str(run.path), console)
     ledger = Ledger(run.ledger(rank_zero_only.rank or 0), settings.data.max_skipped_fraction)
-    with share_run_name(run), explain_errors(run.path, ranks), closing(ledger):
+    busy = f"Another process is training in {run.path}. Wait for it, or stop it first."
+    lock = file_lock(run.path, busy) if is_first_rank() else nullcontext()
+    with lock, share_run_name(run), explain_errors(run.path, ranks), closing(ledger):
         trainer = _fit(settings, parts, run, ledger, checkpoint, console, callbacks)
         _finish(trainer, run, ledger, fingerprint, console)
     return TrainResult(run, reused=False)
@@ -430,9 +435,14 @@ def explain_errors(folder: Path, ranks: int) -> Iterator[None]:
     Raises:
         UserError: If GPU memory or disk space ran out, another rank failed, or Lightning cannot use
             the devices as configured.
+        Interrupted: After Ctrl-C before the first step, or twice, for which Lightning exits.
     """
     try:
         yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise Interrupted("was stopped at once, without another checkpoint") from None
+        raise
     except MisconfigurationException as error:
         reason = " ".join(str(error).split())
         raise UserError(f"This machine cannot run the config: {reason}") from error
