@@ -89,7 +89,8 @@ class ShardStatistics:
     def suggested_fields(self) -> dict[str, str]:
         """Return the `fields` of a source for what most clips lack under the usual names.
 
-        The text is probably the field with the most words per clip.
+        The text is probably the field with the most words per clip. A single word per clip is more
+        likely a file name or a code, so a sentence with the label is preferred to it.
         """
         most, found = self.clips / 2, {}
         other = {name: n for name, n in self.counts["other_fields"].items() if n > most}
@@ -99,7 +100,10 @@ class ShardStatistics:
         if self.clips_with_label <= most and labels:
             found["label"] = labels[0]
             texts.pop(labels[0], None)
-        if len(self.words) <= most and texts:
+        label = found.get("label", "label" if self.clips_with_label > most else "")
+        if len(self.words) <= most and label and max(texts.values(), default=0) <= 1:
+            found["text"] = f'"{{{label}:words}}"'
+        elif len(self.words) <= most and texts:
             found["text"] = max(texts, key=lambda name: texts[name])
         if self.clips_with_id <= most:
             found["id"] = KEY_FIELD
@@ -109,7 +113,10 @@ class ShardStatistics:
         """Return the entry of `data.train` that trains on these shards."""
         domains = [name for name in self.counts["domain"] if name]
         fields = ", ".join(f"{name}: {field}" for name, field in self.suggested_fields().items())
-        entry = f"path: {self.root}, domain: {domains[0] if len(domains) == 1 else 'DOMAIN'}"
+        # In a folder of folders of shards, one of them.
+        inner = "" if "" in self.folders else "/train" if "train" in self.folders else "/FOLDER"
+        path = self.root.rstrip("/") + inner if self.folders else self.root
+        entry = f"path: {path}, domain: {domains[0] if len(domains) == 1 else 'DOMAIN'}"
         return f"{{{entry}, fields: {{{fields}}}}}" if fields else f"{{{entry}}}"
 
     def as_dict(self) -> dict[str, Any]:

@@ -361,6 +361,8 @@ def open_index(root: str | Path, policy: ReadPolicy = DEFAULT_POLICY) -> ShardIn
     _check_unpacked(folder, files, (missing or patterns)[0])
     if missing:
         listed = f"{_listed(missing)} ({len(missing)} of {len(patterns)} patterns)."
+        if inner := sorted(one.parent.name for one in Path(folder).glob(f"*/{INDEX_NAME}")):
+            build_hint = f"Shards are in its folders {', '.join(inner)}: give one of them."
         nothing = f"{root} has neither {INDEX_NAME} nor *.tar files. {build_hint}"
         raise UserError(f"{folder} holds no {listed}" if pattern else nothing)
     entries = []

@@ -299,6 +299,24 @@ def test_the_fields_of_clips_without_text_are_named(tmp_path: Path):
     assert f"{{path: {tmp_path}, domain: DOMAIN, {fields}}}" == statistics.source()
 
 
+def test_the_suggested_text_of_labelled_clips_is_their_label_not_their_file_name(tmp_path: Path):
+    for split in ("test", "train"):
+        (tmp_path / split).mkdir()
+        fields = b'{"label": "dog_bark", "audio": "a.flac", "domain": "sound"}'
+        tar(tmp_path / split, {"a.flac": audio(), "a.json": fields})
+    statistics = inspect_shards(tmp_path)
+    fields = '{text: "{label:words}", id: __key__}'
+    assert statistics.source() == f"{{path: {tmp_path}/train, domain: sound, fields: {fields}}}"
+
+
+def test_a_folder_of_folders_of_shards_is_not_a_source_and_the_error_names_them(tmp_path: Path):
+    for split in ("test", "train"):
+        with ShardWriter(tmp_path / split) as shard:
+            shard.write("a", "flac", audio(), Annotation("a dog barks"))
+    with pytest.raises(UserError, match="Shards are in its folders test, train: give one of them"):
+        open_index(tmp_path)
+
+
 def test_a_key_that_is_repeated_is_counted_and_warned_about(tmp_path: Path):
     with tarfile.open(tmp_path / "a.tar", "w") as file:
         for name, body in [("0.flac", audio()), ("0.json", annotation())] * 2:
