@@ -31,12 +31,13 @@ NEXT_STEPS = {
 
 
 def export(options: argparse.Namespace, console: Console) -> None:
-    from whisper_aut.export.hf import describe_push, push
+    from whisper_aut.export.hf import check_repository, describe_push, push
     from whisper_aut.loading import export_run
 
     if options.dry_run and not options.push:
         raise UserError("--dry-run shows what --push would upload. Give --push ORG/NAME too.")
-
+    if options.push:  # before an export that may take minutes
+        check_repository(options.push)
     card = {"name": options.push, "licence": options.licence}
     run, out = Path(options.run_or_checkpoint), Path(options.out)
     mixed = {"interpolate": options.interpolate, "decoder": options.decoder}
@@ -181,13 +182,9 @@ def add_parsers(commands: Commands) -> None:
     formats = "format, see docs/export.md (default: encoder)"
     add_choice(command, "--format", tuple(NEXT_STEPS), formats, "encoder")
     add_choice(command, "--dtype", DTYPES, "precision of the weights (default: fp32)", "fp32")
-    trained = (
-        "fraction of the trained weights; the rest are pretrained (default: model.interpolate)"
-    )
+    trained = "fraction of trained weights; the rest are pretrained (default: model.interpolate)"
     add("--interpolate", type=fraction, metavar="FRACTION", help=trained)
-    decoder = (
-        "with --format whisper: the decoder of the run or the pretrained one (default: trained)"
-    )
+    decoder = "with --format whisper: the run's decoder or the pretrained one (default: trained)"
     add_choice(command, "--decoder", ("trained", "pretrained"), decoder, "trained")
     licence = "licence of the weights for the card, by its hub id: apache-2.0, cc-by-nc-4.0, …"
     add("--licence", default="unknown", metavar="ID", help=licence)
@@ -203,10 +200,7 @@ def add_parsers(commands: Commands) -> None:
     add("export", help="directory of the export")
     scores = "folders with a scores.json, or such files; they replace the scores on the card"
     add("scores", nargs="*", metavar="SCORES", help=scores)
-    against = (
-        "encoder in the scores to compare the export with; may be repeated (default: those that "
-        "the scores were compared with)"
-    )
+    against = "encoder in the scores to compare with; may be repeated (default: as in the scores)"
     add("--against", action="append", default=[], metavar="NAME", help=against)
     encoder = "name of the export's encoder in the scores (default: the title of the card)"
     add("--encoder", default="", metavar="NAME", help=encoder)

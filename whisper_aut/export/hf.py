@@ -264,12 +264,14 @@ def push(folder: Path, repository: str, *, private: bool = False, api: HfApi | N
         UserError: The name is invalid, the token is missing or may not write, or the hub cannot
             be reached.
     """
-    _check_repository(repository)
+    check_repository(repository)
     api = api or HfApi(library_name="whisper-aut", library_version=__version__)
     message = f"Export of whisper-aut {__version__}"
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=message, ignore_patterns=MARKER
+        )
     except LocalTokenNotFoundError:
         raise UserError("There is no token to push with. Log in first: hf auth login") from None
     except HfHubHTTPError as error:
@@ -290,15 +292,16 @@ def describe_push(folder: Path, repository: str, *, private: bool = False) -> st
     Raises:
         UserError: The name is invalid.
     """
-    _check_repository(repository)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    check_repository(repository)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
     rows = [f"  {decimal(file.stat().st_size):>10}  {file.relative_to(folder)}" for file in files]
     total = decimal(sum(file.stat().st_size for file in files))
     where = f"{repository} ({'private' if private else 'public'} if it is new)"
     return "\n".join([f"Would upload {total} to {where}:", *rows, "Nothing was uploaded."])
 
 
-def _check_repository(repository: str) -> None:
+def check_repository(repository: str) -> None:
+    """Raise a UserError if this is not the name of a repository on the hub."""
     if repository.count("/") != 1:
         raise UserError(f"--push takes ORG/NAME, not {repository!r}.")
     try:

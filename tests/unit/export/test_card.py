@@ -21,7 +21,7 @@ from whisper_aut import load_encoder
 from whisper_aut.cli import main
 from whisper_aut.errors import UserError
 from whisper_aut.export.card import write_card
-from whisper_aut.export.hf import push
+from whisper_aut.export.hf import MARKER, push
 
 RUN = Path("runs/aut_tiny/latest")
 
@@ -296,7 +296,7 @@ def test_a_push_sends_every_file(pipeline_run: Path, hub: str):
     assert _Hub.created[0]["name"] == "name"
     assert _Hub.created[0]["organization"] == "org"
     assert {name: (folder / name).read_bytes() for name in _Hub.files} == _Hub.files
-    assert set(_Hub.files) == {path.name for path in folder.iterdir()}
+    assert set(_Hub.files) == {path.name for path in folder.iterdir()} - {MARKER}
     assert {"README.md", "model.safetensors", "config.json", "preprocessor_config.json"} <= set(
         _Hub.files
     )
@@ -311,9 +311,12 @@ def test_a_dry_run_lists_what_a_push_would_send(
     shown = capsys.readouterr().out
     assert "B to org/name (private if it is new):\n" in shown
     rows = [line.rpartition("  ")[2] for line in shown.splitlines()]
-    assert {path.name for path in out.iterdir()} < set(rows)
+    assert {path.name for path in out.iterdir()} - {MARKER} < set(rows)
+    assert MARKER not in rows
     assert not _Hub.created
+    shutil.rmtree(out)
     assert main([*command, "--push", "or g/na"]) == 1
+    assert not out.exists(), "the name is checked before the export"
     assert "not a valid repository name" in capsys.readouterr().err
     assert main(command) == 1
     assert "Give --push ORG/NAME too" in capsys.readouterr().err
