@@ -122,6 +122,8 @@ def _silence_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
+    # DeepSpeed, which transformers imports, warns of a machine without a GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.funcName != "get_accelerator")
     for message in (
         # A deprecated PyTorch API that Lightning calls.
         ".*LeafSpec.*",
