@@ -399,7 +399,7 @@ def _describe_missing(path: str, error: Exception, what: str, example: str) -> s
         )
     return (
         f"{path} is neither a local directory nor a model on the hub that can be reached.\n"
-        f"Check the name and the connection, or download it first: hf download {path}"
+        f"Check the name and the connection, give a local directory, or run: hf download {path}"
     )
 
 

@@ -165,7 +165,7 @@ def check_splits(splits: Sequence[Split], name: str) -> None:
                 raise UserError(
                     f"Probe task {name!r} has no clips in {where!r} "
                     f"({', '.join(counts) or 'no samples at all'}). Check its folders, label and "
-                    "select."
+                    "select; whisper-aut data inspect FOLDER lists the fields of the samples."
                 )
 
 
