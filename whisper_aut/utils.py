@@ -25,7 +25,8 @@ from whisper_aut.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-BUSY_SECONDS = 30.0  # workers of a killed process keep its lock until they notice its death
+# A dead node may hold its lock on NFS for 90 s, and workers of a killed process for a moment.
+BUSY_SECONDS = 120.0
 
 
 @contextmanager

@@ -225,9 +225,7 @@ def add_parsers(commands: Commands) -> None:
     add_workers(command)
     command.set_defaults(run=data_build)
 
-    command = commands.add_parser(
-        "index", help="write the index and sample tables of existing tars"
-    )
+    command = commands.add_parser("index", help="write index and sample tables of existing tars")
     add = command.add_argument
     tars = "a folder, URL or pattern of tars, which are not modified; .tar.gz files are unpacked"
     add("tars", help=tars)

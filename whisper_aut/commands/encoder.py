@@ -88,9 +88,7 @@ def demo(options: argparse.Namespace, console: Console) -> None:
 
 
 def add_parsers(commands: Commands) -> None:
-    command = commands.add_parser(
-        "embed", help="embed audio files, folders or shards with an encoder"
-    )
+    command = commands.add_parser("embed", help="embed audio files, folders or shards")
     add = command.add_argument
     add("encoder", help="a directory, a run, or a hub id; NAME@30s or NAME@none sets the padding")
     add("audio", nargs="+", help="files, folders of files, tars, or folders or URLs of shards")

@@ -240,9 +240,7 @@ def add_parsers(commands: Commands) -> None:
         "evaluate", help="score the texts that a trained model or a Whisper generates for shards"
     )
     add = command.add_argument
-    add(
-        "model", metavar="MODEL", help="a run, a checkpoint in one, or a Whisper (NAME[@none|@30s])"
-    )
+    add("model", metavar="MODEL", help="a run, its checkpoint, or a Whisper (NAME[@none|@30s])")
     add("shards", nargs="+", help="folders or URLs of shards")
     tasks = "only these instruction tasks, by their names in conf/instructions (decoder=causal_lm)"
     add("--tasks", nargs="+", default=[], help=tasks)

@@ -216,8 +216,7 @@ def _check_replaceable(out: Path, pretrained: PretrainedWhisper) -> None:
         raise UserError(f"{out} is the working directory. Give another folder.")
     if Path(pretrained.path).resolve() == out.resolve():
         raise UserError(
-            f"{out} is the model that this run started from, which would be lost. "
-            "Give another folder."
+            f"{out} is the model that this run started from. Give another folder, to keep it."
         )
 
 
@@ -278,8 +277,7 @@ def push(folder: Path, repository: str, *, private: bool = False, api: HfApi | N
         status = getattr(error.response, "status_code", None)
         hint = " Log in first: hf auth login" if status == 401 else ""
         raise UserError(
-            f"The hub answered {repository} with status {status}: "
-            f"{str(error).splitlines()[0]}{hint}"
+            f"The hub answered {repository} with {status}: {str(error).splitlines()[0]}{hint}"
         ) from None
     except (OSError, HTTPError) as error:
         raise UserError(f"The hub cannot be reached: {error}. The export is in {folder}.") from None

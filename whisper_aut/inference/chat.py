@@ -41,9 +41,7 @@ def answer(module: AudioTextModule, audio: Path, question: str, *, max_new_token
         UserError: the file cannot be used, or the decoder takes no questions.
     """
     if not takes_questions(module.codec):
-        raise UserError(
-            "The decoder of this run takes no questions; runs with decoder=causal_lm do."
-        )
+        raise UserError("The run's decoder takes no questions; runs with decoder=causal_lm do.")
     (text,) = _generate(module, audio, question, [max_new_tokens])
     return text
 

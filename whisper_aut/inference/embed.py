@@ -184,9 +184,7 @@ def check_suffix(path: Path, *, frames: bool = False) -> None:
         raise UserError(f"{path}: embeddings are stored in .safetensors or .parquet files.")
     if path.suffix == ".parquet":
         if frames:
-            raise UserError(
-                "A parquet table holds one vector per clip. Save frames as .safetensors."
-            )
+            raise UserError("A parquet table has one vector per clip: save frames as .safetensors.")
         _import_pyarrow()
 
 
@@ -336,7 +334,5 @@ def _audio_files(path: str) -> list[Path]:
         if name.rpartition(".")[2].lower() in AUDIO_SUFFIXES and os.path.isfile(name)
     )
     if not files:
-        raise UserError(
-            f"{path} contains no shards and no audio files ({', '.join(AUDIO_SUFFIXES)})."
-        )
+        raise UserError(f"{path} has no shards and no audio files ({', '.join(AUDIO_SUFFIXES)}).")
     return files

@@ -27,7 +27,7 @@ TIMED_PASSES = 2  # the fastest counts
 
 
 class FrameEncoder(Protocol):
-    """Interface of an encoder to probe, such as `models.pretrained.AudioEncoder`.
+    """Interface of an encoder to probe, such as `inference.encoder.AudioEncoder`.
 
     Optional attributes: `layers` (the number of layers, if `encode` can return single layers),
     `padding` (the padding mode), `pooling` (overrides the pooling of the run), and

@@ -445,9 +445,7 @@ class MLPProbe(AdamProbe):
     """
 
     title = "one hidden layer"
-    candidates = tuple(
-        {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-4, 1e-3, 1e-2)
-    )
+    candidates = tuple({"rate": r, "decay": d} for r in (1e-3, 1e-2) for d in (1e-4, 1e-3, 1e-2))
     default: ClassVar[Candidate] = {"rate": 1e-3, "decay": 1e-3}
     version = 2
     transform = Standardizer
@@ -479,9 +477,7 @@ class LayerWeightedProbe(AdamProbe):
 
     title = "linear probes over weighted layers"
     features = "layers"
-    candidates = tuple(
-        {"rate": rate, "decay": decay} for rate in (1e-3, 1e-2) for decay in (1e-3, 1e-2, 1e-1)
-    )
+    candidates = tuple({"rate": r, "decay": d} for r in (1e-3, 1e-2) for d in (1e-3, 1e-2, 1e-1))
     default: ClassVar[Candidate] = {"rate": 1e-2, "decay": 1e-2}
     version = 2
     transform = Standardizer
