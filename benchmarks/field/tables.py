@@ -22,7 +22,7 @@ from whisper_aut.utils import read_json
 
 TRANSFER = ("keywords", "tuxpaint", "fsdd", "esc10_5fold", "instruments_5fold")
 IN_DOMAIN = ("us8k_fold10", "gmnotes")
-PRIMARY = ("linear", "esc10_5fold")
+PRIMARY = {"whisper-base@30s": "linear esc10_5fold"}  # by baseline, named before training
 WER = {"WER kerstin (German)": "kerstin", "WER kathleen (English)": "kathleen"}
 
 
@@ -63,13 +63,14 @@ def half_width(values: np.ndarray) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
 
 
-def compare(rows: Sequence[str], runs: Sequence[dict[str, float]], base: dict[str, float]) -> None:
+def compare(
+    rows: Sequence[str], runs: Sequence[dict[str, float]], base: dict[str, float], primary: str
+) -> None:
     """Print how a recipe differs from the baseline, the primary comparison first.
 
     p-values, of a t test and corrected by Holm except for the primary one, need `MIN_TRAININGS`.
     """
     rows = [row for row in rows if row in base and all(row in run for run in runs)]
-    primary = " ".join(PRIMARY)
     rows.sort(key=lambda row: row != primary)
     changes = {row: np.array([run[row] - base[row] for run in runs]) for row in rows}
     p_values = dict.fromkeys(rows, float("nan"))
@@ -108,7 +109,8 @@ def main() -> None:
     for name, runs in recipes.items():
         if len(runs) > 1:
             print(f"\n{name} against {options.baseline}, {len(runs)} trainings:\n")
-            compare(rows, runs, recipes[options.baseline][0])
+            primary = PRIMARY.get(options.baseline, "")
+            compare(rows, runs, recipes[options.baseline][0], primary)
 
 
 if __name__ == "__main__":
