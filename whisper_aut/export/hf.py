@@ -277,7 +277,7 @@ def push(folder: Path, repository: str, *, private: bool = False, api: HfApi | N
         status = getattr(error.response, "status_code", None)
         hint = " Log in first: hf auth login" if status == 401 else ""
         raise UserError(
-            f"The hub answered {repository} with {status}: {str(error).splitlines()[0]}{hint}"
+            f"{repository}: the hub answered {status}, {str(error).splitlines()[0]}{hint}"
         ) from None
     except (OSError, HTTPError) as error:
         raise UserError(f"The hub cannot be reached: {error}. The export is in {folder}.") from None

@@ -324,7 +324,7 @@ def test_a_dry_run_lists_what_a_push_would_send(
 
 def test_a_failed_push_is_a_user_error(pipeline_run: Path, hub: str):
     folder = pipeline_run / RUN / "export" / "encoder"
-    with pytest.raises(UserError, match=r"status 401.*hf auth login"):
+    with pytest.raises(UserError, match=r"answered 401.*hf auth login"):
         push(folder, "org/name", api=HfApi(endpoint=hub, token="wrong"))
     with pytest.raises(UserError, match="ORG/NAME, not 'name'"):
         push(folder, "name")
