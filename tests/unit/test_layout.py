@@ -13,7 +13,7 @@ from tests.support import REPOSITORY
 PACKAGE = REPOSITORY / "whisper_aut"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
-MAX_FILE_LINES, MAX_FILES, MAX_LINES = 700, 120, 32_472  # the goal is 110 files and 22,000 lines
+MAX_FILE_LINES, MAX_FILES, MAX_LINES = 700, 120, 32_471  # the goal is 110 files and 22,000 lines
 # A folder or module imports from itself and from those before it.
 ORDER = (
     *("errors", "utils", "schema", "onednn", "audio", "data", "corpora", "config", "models"),
