@@ -22,7 +22,6 @@ import pytest
 import torch
 import yaml
 from transformers import WhisperForConditionalGeneration
-from xdist.scheduler import LoadFileScheduling
 
 from tests.support import REPOSITORY
 from tests.support.audio import TEXTS, TONES, encode_audio, tone, write_shards
@@ -42,21 +41,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs from tests that are not about them."""
     if "not gpu" in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-class RanksTogether(LoadFileScheduling):
-    """Runs the tests of a file in one process, and all tests with ranks in the same one, so that
-    the server that ranks are forked from starts once.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return "ranks" if "support.ranks" in (REPOSITORY / file).read_text() else file
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RanksTogether:
-    return RanksTogether(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
