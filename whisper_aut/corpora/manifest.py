@@ -398,7 +398,7 @@ def read_annotations(path: str | Path) -> dict[str, Row]:
             if isinstance(row, str):
                 raise UserError(f"{where}: {row}.")
             if not (id := plain(row.pop("id", None)).strip()):
-                raise UserError(f"{where} has no id: expected an object with `id` and fields.")
+                raise UserError(f"{where} has no id: expected an object with an `id`.")
             if stored := {"licence", "license", "duration_seconds"} & row.keys():
                 raise UserError(f"{where} has {stored.pop()!r}, which only the shards can state.")
             if id in rows:

@@ -216,7 +216,7 @@ def _check_replaceable(out: Path, pretrained: PretrainedWhisper) -> None:
         raise UserError(f"{out} is the working directory. Give another folder.")
     if Path(pretrained.path).resolve() == out.resolve():
         raise UserError(
-            f"{out} is the model that this run started from. Give another folder, to keep it."
+            f"{out}, the model that this run started from, would be lost. Give another folder."
         )
 
 

@@ -113,9 +113,6 @@ def run_suite(
     )
     problems.raise_if_any("The probe")
     known, costs = _stored(scores_file, predictions_file)
-    if predictions_file is not None:
-        # Rewritten score by score, like the scores file.
-        Path(predictions_file).unlink(missing_ok=True)
     settings: dict[str, Any] = {
         "root": str(root),
         "cache": str(cache),
@@ -142,6 +139,9 @@ def run_suite(
                 label = f"{name}, {count} a class" if count else name
                 identity = _identity(embedder, own, seeds, final_fit, count)
                 jobs.append((identity, label, embedder, own, count))
+    if predictions_file is not None:
+        # Rewritten score by score, like the scores file.
+        Path(predictions_file).unlink(missing_ok=True)
     entries: dict[int, TaskScore] = {}
     # Stored scores come first, so that a run that is stopped later keeps them.
     for number in sorted(range(len(jobs)), key=lambda number: jobs[number][0] not in known):

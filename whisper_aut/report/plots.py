@@ -518,7 +518,7 @@ def _plot_map(
 
 def project(features: np.ndarray) -> np.ndarray:
     """Return the t-SNE coordinates `[B, 2]` of features `[B, D]`, which are standardised first."""
-    from sklearn.manifold import TSNE  # a second, which commands without maps save
+    from sklearn.manifold import TSNE  # imported here because it takes a second
 
     # If all clips are equal, the PCA of scikit-learn returns NaN and t-SNE crashes.
     if not np.ptp(features, axis=0).any():

@@ -33,7 +33,7 @@ CLIPS = {
     "valid": {"speech": 160, "sound": 114, "music": 104},
     "test": {"speech": 480, "sound": 304, "music": 234},
 }
-CLIPS_PER_WORKER = 250  # a worker renders as many while another one starts
+CLIPS_PER_WORKER = 250  # about what one worker renders while another starts
 
 ClipSpec = tuple[int, str, str, int]  # seed, split, domain, index
 
